@@ -1,0 +1,41 @@
+# Every target sets up what it needs: a virtual environment in .venv, with uv if it is there and pip otherwise.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint fix bench clean
+
+help: ## show this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml qconv/__init__.py
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+	  uv pip install --quiet --python $(BIN)/python -e '.[dev,bench]'; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench]'; \
+	fi
+	@touch $(STAMP)
+
+demo: $(STAMP) ## quantize the model that the repository carries with its own pictures
+	$(BIN)/qconv quantize tests/models/cifar_mobilenet.onnx --calib calib_samples --preprocess imagenet --resize exact -o demo.w8a8.onnx
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(STAMP) ## mend what the linters can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure against ONNX Runtime's own quantizer; needs models and pictures, see tests/bench
+	$(BIN)/python -m tests.bench $(ARGS)
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) demo.w8a8.onnx .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

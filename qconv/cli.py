@@ -1,0 +1,282 @@
+"""The command line: argv becomes a Recipe, the pipeline runs, the report is printed. The only place that exits.
+
+stdout carries the result, stderr the conversation. Exit status: 0 done, 1 an error, 2 usage, 3 a gate fell short.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+import qconv
+from qconv.errors import QconvError
+from qconv.recipe import PRESETS, Color, Filter, Layout, PreprocessingOptions, Recipe, Scheme, WeightGranularity
+
+if TYPE_CHECKING:
+    from qconv.report import Report
+
+GATE_FELL_SHORT = 3
+WIDTH = {"max_content_width": 100}
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Comma-separated numbers; fractions such as 1/255 are accepted."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(Fraction(part.strip())) for part in str(value).split(","))
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"{value!r} is no number, fraction or comma-separated list of them.", param, ctx)
+
+
+class Size(click.ParamType[tuple[int, int]]):
+    """HxW in pixels, or one number for a square."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).lower().split("x")
+        if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is no size; write for example 224x224.", param, ctx)
+        return int(parts[0]), int(parts[-1])
+
+
+class Resize(click.ParamType[str | int]):
+    """auto, exact, letterbox, or the shorter side in pixels."""
+
+    name = "resize"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "[auto|exact|letterbox|N]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        text = str(value)
+        if text in ("auto", "exact", "letterbox"):
+            return text
+        if not text.isdigit() or int(text) < 1:
+            self.fail(f"{text!r} is none of auto, exact, letterbox or a number of pixels.", param, ctx)
+        return int(text)
+
+
+def _choice(kind: type[StrEnum]) -> click.Choice[str]:
+    return click.Choice([str(member) for member in kind])
+
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _stack(*options: Decorator) -> Decorator:
+    def apply(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+preprocessing_options = _stack(
+    click.option("--preprocess", type=click.Choice(list(PRESETS)), help="How the network was fed in training."),
+    click.option(
+        "--scale", type=Numbers(), help="Replaces the preset's: pixels are multiplied by it, for example 1/255."
+    ),
+    click.option(
+        "--mean", type=Numbers(), help="Replaces the preset's: subtracted after scaling; one number or one a channel."
+    ),
+    click.option("--std", type=Numbers(), help="Replaces the preset's: divided by at the end."),
+    click.option("--color", type=_choice(Color), help="Channel order."),
+    click.option(
+        "--layout", type=_choice(Layout), help="Axis order of the model's input; read off its shape by default."
+    ),
+    click.option(
+        "--resize", type=Resize(), default="auto", show_default=True, help="See 'Preprocessing' in the README."
+    ),
+    click.option(
+        "--filter", "filter_", type=_choice(Filter), default="bilinear", show_default=True, help="For resizing."
+    ),
+    click.option("--size", type=Size(), help="Where the model leaves height and width open."),
+)
+
+common_options = _stack(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary."),
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and what --json prints)."),
+    click.option("-v", "--verbose", is_flag=True, help="Also print every change, every refusal and every tensor."),
+    click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime.  [default: all cores]"),
+)
+
+
+@click.group(context_settings=WIDTH)
+@click.version_option(qconv.__version__, prog_name="qconv")
+def cli() -> None:
+    """Turn a float ONNX convolutional network into a quantized one that is as accurate and four times smaller."""
+
+
+@cli.command(context_settings=WIDTH)
+@click.argument("model")
+@click.option(
+    "--calib", multiple=True, metavar="DIR|FILE", help="Calibration pictures: a folder, or a file with one path a line."
+)
+@click.option(
+    "-o", "--output", metavar="OUT", help="Result; '-' is standard output.  [default: MODEL.w8a8.onnx by its bits]"
+)
+@click.option(
+    "--samples", default=128, show_default=True, type=click.IntRange(1), help="Pictures to use; all if fewer."
+)
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Pictures a run.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the draw of pictures.")
+@click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches.")
+@click.option("--weight-bits", default=8, show_default=True, metavar="2..8|16", type=int, help="Bits of weights.")
+@click.option(
+    "--activation-bits", default=8, show_default=True, metavar="2..8|16|32", type=int, help="32: only weights."
+)
+@click.option("--weight-scheme", default="symmetric", show_default=True, type=_choice(Scheme))
+@click.option("--activation-scheme", default="asymmetric", show_default=True, type=_choice(Scheme))
+@click.option("--weight-granularity", default="per-channel", show_default=True, type=_choice(WeightGranularity))
+@click.option(
+    "--block-size", default=32, show_default=True, type=click.IntRange(1), help="Input channels a block, per-block."
+)
+@click.option(
+    "--edge-bits",
+    default=8,
+    show_default=True,
+    metavar="2..8|16",
+    type=int,
+    help="Least bits of the first and last layer.",
+)
+@click.option(
+    "--pack", is_flag=True, help="Store weights of 4 bits or fewer as int4: the smallest file, layers run in float."
+)
+@click.option(
+    "--keep-float", multiple=True, metavar="NODE-GLOB", help="Leave nodes whose name matches in float; repeatable."
+)
+@click.option(
+    "--keep-float-op", multiple=True, metavar="TYPE", help="Leave operators of this type in float; repeatable."
+)
+@click.option("--opset", type=int, help="Opset of the result.  [default: the lowest that model and types need]")
+@click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement.")
+@click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR.")
+@preprocessing_options
+@common_options
+def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
+    """Quantize MODEL ('-' reads standard input) with the pictures in --calib and check the result."""
+    if model == "-" and output is None:
+        raise click.UsageError("a model from standard input needs an output: pass -o FILE or '-o -'.")
+    if not options["calib"]:
+        raise click.UsageError("pass the calibration pictures with --calib DIR.")
+    recipe = _recipe(options)
+    from qconv import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
+
+    console = summary.Console(quiet=quiet)
+    report, data = _run(model, output, recipe, console)
+    if data is not None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    stream = sys.stderr if data is not None else sys.stdout
+    if as_json:
+        print(json.dumps(report.as_dict(), allow_nan=False, ensure_ascii=False), file=stream)
+    elif not quiet:
+        summary.show(report, stream, verbose=verbose)
+    for gate in report.gates:
+        if not gate.held and not quiet:
+            got = "no such measure" if gate.got is None else f"{gate.got:.4g}"
+            print(f"Gate fell short: --{gate.name} {gate.want:g}, got {got}.", file=sys.stderr)
+    return 0 if report.held else GATE_FELL_SHORT
+
+
+def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[Report, bytes | None]:
+    from qconv import load, pipeline
+
+    if model == "-":
+        source = load.Source("the model on standard input", None, sys.stdin.buffer.read())
+    else:
+        source = load.Source(model, Path(model))
+    if output is None:
+        output = default_output(model, recipe)
+    listener = pipeline.Listener(warn=console.warn, progress=console.progress)
+    try:
+        return pipeline.quantize(source, None if output == "-" else output, recipe, listener)
+    finally:
+        console.close()
+
+
+def default_output(model: str, recipe: Recipe) -> str:
+    """MODEL with its bits: `cat.onnx` becomes `cat.w8a8.onnx`."""
+    path = Path(model)
+    stem = path.name.removesuffix(".onnx")
+    return str(path.with_name(f"{stem}.w{recipe.weight_bits}a{recipe.activation_bits}.onnx"))
+
+
+def _recipe(options: dict[str, Any]) -> Recipe:
+    scale = options["scale"]
+    if scale is not None and len(scale) != 1:
+        raise click.UsageError("--scale takes one number.")
+    preprocessing = PreprocessingOptions(
+        preset=options["preprocess"],
+        scale=None if scale is None else scale[0],
+        mean=options["mean"],
+        std=options["std"],
+        color=None if options["color"] is None else Color(options["color"]),
+        layout=None if options["layout"] is None else Layout(options["layout"]),
+        resize=options["resize"],
+        filter=Filter(options["filter_"]),
+        size=options["size"],
+    )
+    same: tuple[str, ...] = ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "block_size", "edge_bits", "pack")
+    same += ("keep_float", "keep_float_op", "opset", "min_agreement", "min_sqnr", "threads")
+    return Recipe(
+        glob=options["pattern"],
+        weight_scheme=Scheme(options["weight_scheme"]),
+        activation_scheme=Scheme(options["activation_scheme"]),
+        weight_granularity=WeightGranularity(options["weight_granularity"]),
+        preprocessing=preprocessing,
+        **{name: options[name] for name in same},
+    )
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    # leave through the `finally` clauses, which remove what is half-written
+    raise SystemExit(128 + number)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        status = cli.main(standalone_mode=False)
+    except QconvError as error:
+        _fail(error.message, error.hint)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.Abort:
+        _fail("interrupted.", "", status=130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # whoever read our output has gone; nothing may be written to it at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MemoryError:
+        _fail("out of memory.", "use fewer --samples, --batch 1, or a machine with more.")
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, hint: str, status: int = 1) -> NoReturn:
+    print(f"Error: {message}", file=sys.stderr)
+    if hint:
+        print(f"Hint:  {hint}", file=sys.stderr)
+    sys.exit(status)

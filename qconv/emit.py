@@ -1,0 +1,293 @@
+"""Plan and parameters become QuantizeLinear and DequantizeLinear nodes.
+
+    layer -> QuantizeLinear [-> Clip on codes] -> DequantizeLinear -> every reader
+
+One pair a tensor, however many read it: two quantizers on one tensor keep ONNX Runtime from using an integer kernel.
+Codes of fewer than 8 bits live in 8-bit containers, the Clip holds them to their range. A Relu or Clip behind a layer
+goes away where the codes saturate at its bounds, and otherwise becomes a Clip on the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.findings import Change, Finding
+from qconv.graph import DataType, Model, Node, Value, array, attribute, input_of
+from qconv.params import LayerParams, Params
+from qconv.plan import Plan, clip_bounds
+from qconv.quant import PerBlock, PerChannel, QuantParams
+
+
+def emit(model: Model, plan: Plan, params: Params, *, pack: bool) -> list[Finding]:
+    """Rewrite `model` in place into its quantized form. pack: weight codes of 4 bits or fewer are stored as int4."""
+    writer = _Writer(model, plan, params)
+    for layer in params.layers:
+        writer.layer(layer, pack=pack and layer.weight.spec.bits <= 4)
+    for value, chosen in params.constants.items():
+        writer.constant(value, chosen)
+    for value in list(model.graph.inputs):
+        if value in params.activations:
+            writer.tensor(value, None)
+    for node in model.nodes():
+        writer.node(node)
+    model.sweep()
+    return writer.findings
+
+
+class _Writer:
+    def __init__(self, model: Model, plan: Plan, params: Params) -> None:
+        self.model, self.plan, self.params = model, plan, params
+        self.codes: dict[Value, Value] = {}
+        self.findings: list[Finding] = []
+        self._shared: dict[object, Value] = {}
+
+    # -- activations -------------------------------------------------------------------------------------------------
+
+    def node(self, node: Node) -> None:
+        """Everything that follows from one node of the float graph."""
+        if node in self.plan.absorbed:
+            self._absorb(node)
+        elif node in self.plan.on_codes:
+            self._on_codes(node)
+        else:
+            for value in node.outputs:
+                if value in self.params.activations:
+                    self.tensor(value, node)
+
+    def tensor(self, value: Value, producer: Node | None) -> None:
+        """Quantize `value` where it is produced; the model's input has no producer."""
+        readers = self._readers(value, producer)
+        quantizer = self._quantizer(value, self.params.activations[value], wish=value.name or "")
+        self._place(producer, quantizer)
+        codes = self._hold_to_bits(quantizer, self.params.activations[value])
+        self._publish(value, codes, readers, rename=producer is not None and producer in self.plan.integer)
+
+    def _absorb(self, activation: Node) -> None:
+        """The quantizer behind a layer takes the place of the Relu or Clip that followed it."""
+        result = activation.outputs[0]
+        before = activation.inputs[0]
+        assert before is not None
+        chosen = self.params.activations[result]
+        if not self._saturates(chosen, activation) and not _works_on_codes(chosen):
+            self.tensor(result, activation)
+            return
+        readers = self._readers(result, activation)
+        quantizer = self._quantizer(before, chosen, wish=result.name or "")
+        self._place(activation, quantizer)
+        codes = self._hold_to_bits(quantizer, chosen)
+        if self._saturates(chosen, activation):
+            what = "absorbed by its quantizer"
+        else:
+            what = "done on its codes"
+            codes = self._clip_codes(codes, chosen, activation)
+        gone = f"{activation.op_type} {activation.name}"
+        self.findings.append(Change("absorb", self.plan.absorbed[activation].name or "", f"{gone} {what}"))
+        self._publish(result, codes, readers, rename=True)
+        self.model.remove(activation)
+
+    def _on_codes(self, node: Node) -> None:
+        result, source = node.outputs[0], node.inputs[0]
+        assert source is not None
+        chosen = self.params.activations[result]
+        if not _works_on_codes(chosen):
+            self.tensor(result, node)
+            return
+        readers = self._readers(result, node)
+        codes = self.codes[source]
+        if node.op_type == "Pad":
+            zero = self._fixed(f"{node.name}_zero_code", chosen.zero_point)
+            inputs: list[Value | None] = [codes, input_of(node, 1), zero, input_of(node, 3)]
+            while inputs[-1] is None:
+                inputs.pop()
+            mode = {"mode": attribute(node, "mode", "constant")}
+            if mode["mode"] != "constant":
+                inputs[2] = None
+            pad = self.model.build("Pad", inputs, name=f"{node.name}_codes", attributes=mode, like=result)
+            pad.outputs[0].dtype = codes.dtype or DataType.UINT8
+            self.model.insert_after(node, pad)
+            codes = pad.outputs[0]
+        else:
+            codes = self._clip_codes(codes, chosen, node)
+        self._publish(result, codes, readers, rename=True)
+        self.model.remove(node)
+
+    def _readers(self, value: Value, producer: Node | None) -> list[Node]:
+        """Who reads the dequantized value: all where codes are all there is, else those that need codes."""
+        readers = self.model.readers(value)
+        if producer is not None and (producer in self.plan.integer or producer in self.plan.absorbed):
+            return readers
+        return [node for node in readers if self._wants_codes(node)]
+
+    def _wants_codes(self, node: Node) -> bool:
+        return node in self.plan.integer or node in self.plan.absorbed
+
+    def _quantizer(self, value: Value, chosen: QuantParams, *, wish: str) -> Node:
+        scale, zero = self._grid(chosen, wish)
+        node = self.model.build("QuantizeLinear", [value, scale, zero], name=f"{wish}_QuantizeLinear", like=value)
+        node.outputs[0].dtype = DataType.from_numpy(chosen.spec.dtype)
+        return node
+
+    def _grid(self, chosen: QuantParams, wish: str) -> tuple[Value, Value]:
+        return self._fixed(f"{wish}_scale", chosen.scale), self._fixed(f"{wish}_zero_point", chosen.zero_point)
+
+    def _place(self, producer: Node | None, node: Node) -> None:
+        if producer is None:
+            self.model.insert_first(node)
+        else:
+            self.model.insert_after(producer, node)
+
+    def _hold_to_bits(self, quantizer: Node, chosen: QuantParams) -> Value:
+        """Codes of fewer bits than their container are clipped to their range."""
+        codes = quantizer.outputs[0]
+        if chosen.spec.bits in (8, 16):
+            return codes
+        return self._clip(codes, chosen, chosen.spec.qmin, chosen.spec.qmax)
+
+    def _saturates(self, chosen: QuantParams, activation: Node) -> bool:
+        """Whether the codes end where the Relu or Clip would cut, so that it has nothing left to do."""
+        return _code_bounds(chosen, activation) == (chosen.spec.qmin, chosen.spec.qmax)
+
+    def _clip_codes(self, codes: Value, chosen: QuantParams, activation: Node) -> Value:
+        return self._clip(codes, chosen, *_code_bounds(chosen, activation))
+
+    def _clip(self, codes: Value, chosen: QuantParams, low: int, high: int) -> Value:
+        producer = codes.producer()
+        assert producer is not None
+        limits = [self._fixed("code_limit", np.asarray(limit, chosen.spec.dtype)) for limit in (low, high)]
+        node = self.model.build("Clip", [codes, *limits], name=f"{codes.name}_Clip", like=codes)
+        self.model.insert_after(producer, node)
+        return node.outputs[0]
+
+    def _publish(self, value: Value, codes: Value, readers: Sequence[Node], *, rename: bool) -> None:
+        """Dequantize `codes` for the readers of `value`; `rename`: also where the model returns it."""
+        self.codes[value] = codes
+        producer = codes.producer()
+        assert producer is not None
+        if not readers and not (rename and value.is_graph_output()):
+            return
+        chosen = self.params.activations[value]
+        scale, zero = self._grid(chosen, value.name or "")
+        name = f"{value.name}_DequantizeLinear"
+        node = self.model.build("DequantizeLinear", [codes, scale, zero], name=name, like=value)
+        node.outputs[0].dtype = DataType.FLOAT
+        self.model.insert_after(producer, node)
+        if rename and value.is_graph_output():
+            self._take_name(value, node.outputs[0])
+        self.model.redirect(value, node.outputs[0], readers=readers)
+        self.codes[node.outputs[0]] = codes  # readers of `value` now find the codes behind this tensor
+
+    def _take_name(self, value: Value, result: Value) -> None:
+        """The dequantized tensor is what the model returns under the old name."""
+        name = value.name or ""
+        value.name = self.model.fresh(f"{name}_float")
+        result.name = name
+        outputs = self.model.graph.outputs
+        outputs[list(outputs).index(value)] = result
+
+    def _fixed(self, wish: str, numbers: NDArray[np.generic]) -> Value:
+        """A small constant; equal ones are shared, which keeps files of many tied tensors small."""
+        key = (numbers.dtype.str, numbers.shape, numbers.tobytes())
+        if key not in self._shared:
+            self._shared[key] = self.model.constant(wish, numbers)
+        return self._shared[key]
+
+    # -- constants and weights ---------------------------------------------------------------------------------------
+
+    def constant(self, value: Value, chosen: QuantParams) -> None:
+        """A constant operand of an integer operator."""
+        numbers = array(value)
+        assert numbers is not None
+        readers = [node for node in self.model.readers(value) if node in self.plan.integer]
+        codes = self.model.constant(f"{value.name}_codes", chosen.quantize(numbers))
+        scale, zero = self._grid(chosen, value.name or "")
+        node = self.model.build(
+            "DequantizeLinear", [codes, scale, zero], name=f"{value.name}_DequantizeLinear", like=value
+        )
+        self.model.insert_first(node)
+        self.model.redirect(value, node.outputs[0], readers=readers)
+
+    def layer(self, chosen: LayerParams, *, pack: bool) -> None:
+        """Quantized weights, and the int32 bias, of one layer."""
+        node = chosen.layer.node
+        weight, bias = node.inputs[1], input_of(node, 2)
+        assert weight is not None
+        self.model.set_input(node, 1, self._weight(chosen, weight, pack=pack))
+        if chosen.bias is not None and bias is not None:
+            numbers = array(bias)
+            assert numbers is not None
+            name = f"{bias.name}_of_{node.name}" if len(bias.uses()) > 1 else bias.name or ""
+            codes = self.model.constant(f"{name}_codes", chosen.bias.quantize(numbers))
+            self.model.set_input(node, 2, self._dequantized(codes, chosen.bias, name, bias, axis=0))
+
+    def _weight(self, chosen: LayerParams, weight: Value, *, pack: bool) -> Value:
+        params = chosen.weight
+        key = (weight, params.spec, params.scale.tobytes(), params.zero_point.tobytes())
+        if key in self._shared:
+            return self._shared[key]
+        kind = DataType.INT4 if pack else None
+        name = weight.name or ""
+        codes = self.model.constant(f"{name}_codes", chosen.codes, kind)
+        match params.spec.granularity:
+            case PerChannel(axis):
+                result = self._dequantized(codes, params, name, weight, axis=axis, kind=kind)
+            case PerBlock(axis, size):
+                result = self._dequantized(codes, params, name, weight, axis=axis, block=size, kind=kind)
+            case _:
+                result = self._dequantized(codes, params, name, weight, kind=kind)
+        shape = weight.const_value.numpy().shape if weight.const_value is not None else ()
+        if chosen.codes.shape != shape:
+            # a Reshape in between also keeps the optimizer from taking blocks for channels
+            target = self._fixed(f"{name}_shape", np.asarray(shape, np.int64))
+            node = self.model.build("Reshape", [result, target], name=f"{name}_Reshape", like=weight)
+            self.model.insert_after(_producer(result), node)
+            result = node.outputs[0]
+        self._shared[key] = result
+        return result
+
+    def _dequantized(
+        self,
+        codes: Value,
+        params: QuantParams,
+        name: str,
+        like: Value,
+        *,
+        axis: int | None = None,
+        block: int | None = None,
+        kind: DataType | None = None,
+    ) -> Value:
+        attributes = {"axis": axis, "block_size": block}
+        scale = self.model.constant(f"{name}_scale", params.scale)
+        zero = self.model.constant(f"{name}_zero_point", params.zero_point, kind)
+        node = self.model.build(
+            "DequantizeLinear",
+            [codes, scale, zero],
+            name=f"{name}_DequantizeLinear",
+            attributes={key: value for key, value in attributes.items() if value is not None and params.scale.ndim},
+            like=like,
+        )
+        if codes.shape is not None:
+            node.outputs[0].shape = codes.shape.copy()
+        self.model.insert_first(node)
+        return node.outputs[0]
+
+
+def _code_bounds(chosen: QuantParams, activation: Node) -> tuple[int, int]:
+    """The codes of a Relu's or Clip's bounds."""
+    bounds = clip_bounds(activation)
+    assert bounds is not None
+    low, high = (int(chosen.quantize(np.asarray(bound, np.float32))) for bound in bounds)
+    return low, high
+
+
+def _works_on_codes(chosen: QuantParams) -> bool:
+    """ONNX Runtime has Clip and Pad for 8-bit integers, not for 16."""
+    return chosen.spec.dtype.itemsize == 1
+
+
+def _producer(value: Value) -> Node:
+    producer = value.producer()
+    assert producer is not None
+    return producer

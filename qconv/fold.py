@@ -1,0 +1,470 @@
+"""Scales and shifts with constant numbers disappear into the weights of the layer before or behind them.
+
+    y = gain * x + shift    gain = gamma / sqrt(var + eps), shift = beta - mean * gain for BatchNormalization
+
+    behind a layer:  W' = gain W,  b' = gain b + shift                        (gain, shift by output channel)
+    before a layer:  W' = W gain,  b' = b + sum of W * shift over its inputs  (by input channel; no zero padding)
+
+What cannot be folded becomes a depthwise 1x1 Conv, which runs in integers where BatchNormalization does not. The output
+stays what it was up to the rounding of float32. Nothing is approximated: where a rewrite would change the output, it is
+refused with the reason. Products are computed in float64 and rounded once. Weights that others read too are copied.
+
+Source: Jacob et al. 2017, arXiv 1712.05877, section 3.2; Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv import simplify
+from qconv.findings import Change, Finding
+from qconv.graph import Model, Node, Value, array, attribute, dims, drop_attribute, input_of, rank
+from qconv.simplify import (
+    FLOAT_MAX,
+    Pass,
+    Refused,
+    called,
+    each_node,
+    explicit_pads,
+    kind,
+    reads_as_data,
+    source,
+    title,
+)
+
+Float64 = NDArray[np.float64]
+
+# Whether the weights begin with the input channels, (I, O/g, kH, kW), or not, (O, I/g, kH, kW). transB turns a Gemm's.
+INPUTS_FIRST = {"Conv": False, "ConvTranspose": True, "Gemm": True, "MatMul": True}
+
+
+def fold(model: Model) -> list[Finding]:
+    """All float passes, again and again until none finds anything to do. Only refusals that still hold are returned."""
+    model.sweep()
+    found = _settle(model)
+    made = make_depthwise(model)
+    found += made
+    if any(isinstance(finding, Change) for finding in made):
+        found += _settle(model)
+    model.sweep()
+    return list(dict.fromkeys(found))
+
+
+def _settle(model: Model) -> list[Finding]:
+    changes: list[Finding] = []
+    while True:
+        found = [finding for run in PASSES for finding in run(model)]
+        done = [finding for finding in found if isinstance(finding, Change)]
+        changes += done
+        if not done:
+            return changes + found
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer with constant weights, all kinds in one form, with groups g, outputs o, inputs i and kernel positions k:
+
+        out[g, o] = sum over i, k of weight[g, o, i, k] * in[g, i] + bias[g, o]
+
+    weight: (G, O/G, I/G, K), bias: (O,).
+    """
+
+    node: Node
+    weight: NDArray[np.floating[Any]]
+    bias: Float64
+
+    @property
+    def outputs(self) -> int:
+        """Number of output channels."""
+        return int(self.weight.shape[0] * self.weight.shape[1])
+
+    @property
+    def inputs(self) -> int:
+        """Number of input channels."""
+        return int(self.weight.shape[0] * self.weight.shape[2])
+
+
+def read_layer(node: Node) -> Layer:
+    """The layer `node` stands for; alpha and beta of Gemm are in its weight and bias. Raises Refused."""
+    stored = array(node.inputs[1])
+    if stored is None:
+        raise Refused(f"the weights of {called(node)} are computed")
+    if stored.dtype.kind != "f" or (kind(node) in ("Gemm", "MatMul") and stored.ndim != 2):
+        raise Refused(f"the weights of {called(node)} are not a float matrix")
+    if attribute(node, "transA", 0):
+        raise Refused(f"{called(node)} transposes its data")
+    groups = attribute(node, "group", 1)
+    first, second = stored.shape[:2]
+    if _inputs_first(node):
+        weight = stored.reshape(groups, first // groups, second, -1).swapaxes(1, 2)
+    else:
+        weight = stored.reshape(groups, first // groups, second, -1)
+    bias = _read_bias(node, weight.shape[0] * weight.shape[1])
+    alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
+    return Layer(node, _product(weight, np.full((1, 1, 1, 1), alpha)), bias * beta)
+
+
+def weight_of(node: Node) -> Value:
+    """The second input, which every layer has."""
+    value = node.inputs[1]
+    assert value is not None
+    return value
+
+
+def _inputs_first(node: Node) -> bool:
+    return INPUTS_FIRST[kind(node)] and not attribute(node, "transB", 0)
+
+
+def _read_bias(node: Node, outputs: int) -> Float64:
+    value = input_of(node, 2)
+    if value is None:
+        return np.zeros(outputs)
+    numbers = array(value)
+    if numbers is None:
+        raise Refused(f"the bias of {called(node)} is computed")
+    if numbers.size != 1 and numbers.shape not in ((outputs,), (1, outputs)):
+        raise Refused(f"the bias of {called(node)} is not one number for each output")
+    return np.broadcast_to(numbers.reshape(-1).astype(np.float64), (outputs,))
+
+
+def _product(weight: NDArray[np.floating[Any]], gain: Float64) -> NDArray[np.floating[Any]]:
+    """weight * gain, computed in float64 a piece at a time, so that large weights need no large float64 copy."""
+    if np.all(gain == 1):
+        return weight
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        out = np.empty(weight.shape, weight.dtype)
+        np.multiply(weight, gain, out=out, dtype=np.float64, casting="same_kind")
+    return out
+
+
+def scale_outputs(layer: Layer, gain: Float64, shift: Float64) -> Layer:
+    """The layer followed by gain * out + shift, both (O,) or (1,)."""
+    gain = np.broadcast_to(gain, (layer.outputs,))
+    groups = layer.weight.shape[0]
+    return replace(
+        layer, weight=_product(layer.weight, gain.reshape(groups, -1, 1, 1)), bias=layer.bias * gain + shift
+    )
+
+
+def scale_inputs(layer: Layer, gain: Float64, shift: Float64) -> Layer:
+    """The layer reading gain * in + shift, both (I,) or (1,); right with a shift only where nothing is padded."""
+    groups = layer.weight.shape[0]
+    gain = np.broadcast_to(gain, (layer.inputs,)).reshape(groups, -1)
+    shift = np.broadcast_to(shift, (layer.inputs,)).reshape(groups, -1)
+    bias = layer.bias
+    if shift.any():
+        bias = bias + np.einsum("goik,gi->go", layer.weight, shift, dtype=np.float64).reshape(-1)
+    return replace(layer, weight=_product(layer.weight, gain.reshape(groups, 1, -1, 1)), bias=bias)
+
+
+def check_finite(layer: Layer) -> None:
+    """Raise Refused where float32 cannot hold the layer's numbers."""
+    if not (np.isfinite(layer.weight).all() and np.all(np.abs(layer.bias) <= FLOAT_MAX)):
+        raise Refused(f"{called(layer.node)} would get numbers that float32 does not have")
+
+
+def write_layer(model: Model, layer: Layer) -> None:
+    """Give the node the layer's weight and bias as constants of its own: the old ones may have other readers."""
+    node = layer.node
+    stored = array(node.inputs[1])
+    assert stored is not None
+    weight = (layer.weight.swapaxes(1, 2) if _inputs_first(node) else layer.weight).reshape(stored.shape)
+    if not np.array_equal(weight, stored):
+        model.set_input(node, 1, model.constant(f"{title(node)}_weight", weight))
+    if layer.bias.any() or input_of(node, 2) is not None:
+        model.set_input(node, 2, model.constant(f"{title(node)}_bias", layer.bias.astype(stored.dtype)))
+    drop_attribute(node, "alpha")
+    drop_attribute(node, "beta")
+
+
+@each_node("fold", "Gemm")
+def normalise_gemms(model: Model, node: Node) -> list[Change]:
+    """alpha and beta go into the weight and the bias, which becomes one number for each output."""
+    factors = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
+    bias, sizes = array(input_of(node, 2)), dims(weight_of(node)) or [None, None]
+    plain_bias = bias is None or list(bias.shape) == [sizes[0 if attribute(node, "transB", 0) else 1]]
+    if attribute(node, "transA", 0):
+        raise Refused(f"{called(node)} transposes its data")
+    if factors == (1.0, 1.0) and plain_bias:
+        return []
+    layer = read_layer(node)
+    check_finite(layer)
+    write_layer(model, layer)
+    return [Change("fold", title(node), "alpha, beta and C normalised")]
+
+
+# -- scales and shifts -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """y = gain * x + shift, both float64 of shape (C,) or (1,)."""
+
+    gain: Float64
+    shift: Float64
+
+
+# (operator, index of the constant c) -> gain and shift
+AFFINE: dict[tuple[str, int], Callable[[Float64], tuple[Float64, Float64]]] = {
+    ("Mul", 0): lambda c: (c, 0 * c),
+    ("Mul", 1): lambda c: (c, 0 * c),
+    ("Add", 0): lambda c: (np.ones_like(c), c),
+    ("Add", 1): lambda c: (np.ones_like(c), c),
+    ("Sub", 0): lambda c: (-np.ones_like(c), c),
+    ("Sub", 1): lambda c: (np.ones_like(c), -c),
+    ("Div", 1): lambda c: (1 / c, 0 * c),
+}
+
+
+def data_of(node: Node) -> Value | None:
+    """The input that is scaled and shifted: the first of BatchNormalization, the one beside a float constant else."""
+    if kind(node) == "BatchNormalization":
+        return source(node)
+    values = [array(value) for value in node.inputs]
+    constants = [index for index, numbers in enumerate(values) if numbers is not None and numbers.dtype.kind == "f"]
+    return node.inputs[1 - constants[0]] if len(constants) == 1 else None
+
+
+def read_affine(node: Node, axes: int | None, axis: int = 1) -> Affine:
+    """What `node` does to data with `axes` axes whose channels lie along `axis`. Raises Refused."""
+    if kind(node) == "BatchNormalization":
+        gain, shift = _read_batchnorm(node)
+    else:
+        index = 0 if array(node.inputs[0]) is not None else 1
+        if (node.op_type, index) not in AFFINE:
+            raise Refused("it divides a constant by the data")
+        constant = array(node.inputs[index])
+        assert constant is not None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gain, shift = AFFINE[node.op_type, index](_by_channel(constant, axes, axis).astype(np.float64))
+    if not (np.isfinite(gain).all() and np.isfinite(shift).all()):
+        raise Refused("its scale or shift is not finite")
+    return Affine(gain, shift)
+
+
+def _read_batchnorm(node: Node) -> tuple[Float64, Float64]:
+    if attribute(node, "training_mode", 0) or any(value.name for value in node.outputs[1:]):
+        raise Refused("it runs in training mode")
+    numbers = [array(value) for value in node.inputs[1:5]]
+    if any(n is None for n in numbers):
+        raise Refused("its scale, shift or statistics are computed")
+    gamma, beta, mean, var = (n.astype(np.float64) for n in numbers if n is not None)
+    deviation2 = var + attribute(node, "epsilon", 1e-5)
+    if not np.all(deviation2 > 0):
+        raise Refused("its variance is negative, zero or not a number")
+    gain = gamma / np.sqrt(deviation2)  # (C,)
+    return gain, beta - mean * gain
+
+
+def _by_channel(constant: NDArray[Any], axes: int | None, axis: int) -> NDArray[Any]:
+    """A constant that is broadcast against `axes` axes as (1,) or, if it varies along `axis` alone, as (C,)."""
+    if constant.size == 1 and constant.ndim <= (1 if axes is None else axes):
+        return constant.reshape(1)
+    if axes is None:
+        raise Refused("the rank of its data is not known")
+    shape = (1,) * (axes - constant.ndim) + constant.shape
+    if len(shape) != axes or constant.size != shape[axis]:
+        raise Refused("its constant is neither one number nor one for each channel")
+    return constant.reshape(-1)
+
+
+@each_node("fold", "BatchNormalization", "Mul", "Add", "Sub", "Div")
+def fold_affine(model: Model, node: Node) -> list[Change]:
+    """A scale or shift goes into the layer before it or, failing that, into all layers that read it."""
+    data = data_of(node)
+    if data is None:
+        return []
+    reasons: list[str] = []
+    for edit in (_fold_back, _fold_ahead):
+        try:
+            changes = edit(model, node, data)
+        except Refused as reason:
+            reasons.append(str(reason))
+        else:
+            if changes:
+                return changes
+    if reasons:
+        raise Refused("; ".join(dict.fromkeys(reasons)))
+    return []
+
+
+def _fold_back(model: Model, node: Node, data: Value) -> list[Change]:
+    before = data.producer()
+    if before is None or kind(before) not in INPUTS_FIRST or before.graph is not model.graph:
+        return []
+    if model.sole_reader(data) is not node:
+        raise Refused(
+            f"the model returns the output of its {called(before)}"
+            if data.is_graph_output()
+            else f"its {called(before)} has another reader"
+        )
+    layer = read_layer(before)
+    if kind(before) != "MatMul":
+        affine = read_affine(node, rank(weight_of(before)))  # its output has as many axes as its weight
+    elif kind(node) in ("Mul", "Div"):  # a MatMul has no bias, and its channels come last
+        affine = read_affine(node, rank(data), axis=-1)
+    else:
+        return []
+    if affine.gain.size not in (1, layer.outputs):
+        raise Refused(f"its constant makes more channels out of the one of {called(before)}")
+    layer = scale_outputs(layer, affine.gain, affine.shift)
+    check_finite(layer)
+    model.take_over(node.outputs[0], data)
+    write_layer(model, layer)
+    model.remove(node)
+    return [Change("fold", title(before), f"{called(node)} folded into it")]
+
+
+
+
+# -- scales and shifts before a layer ----------------------------------------------------------------------------------
+
+FLATTENERS = frozenset({"Flatten", "Reshape", "Squeeze"})
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Where a tensor ends up: a reader (None: the model returns it) of `value`, behind `flattener` if there is one."""
+
+    reader: Node | None
+    value: Value
+    flattener: Node | None
+
+
+def _ends(model: Model, value: Value, flattener: Node | None = None) -> Iterator[End]:
+    """Who reads `value`, seen through the operators that commute with a scale and shift."""
+    if value.is_graph_output():
+        yield End(None, value, flattener)
+    for reader in model.readers(value):
+        flattens = kind(reader) in FLATTENERS
+        if kind(reader) == "Shape":  # a scale and shift do not change it
+            continue
+        if flattener is None and (flattens or _averages(reader)) and reads_as_data(reader, value, model):
+            yield from _ends(model, reader.outputs[0], reader if flattens else None)
+        else:
+            yield End(reader, value, flattener)
+
+
+def _averages(node: Node) -> bool:
+    """Whether every output is the mean of as many inputs."""
+    if kind(node) == "GlobalAveragePool":
+        return True
+    if kind(node) != "AveragePool" or attribute(node, "ceil_mode", 0):
+        return False
+    pads = explicit_pads(node, len(attribute(node, "kernel_shape")))
+    return pads is not None and not any(pads)
+
+
+def _fold_ahead(model: Model, node: Node, data: Value) -> list[Change]:
+    output = node.outputs[0]
+    ends = list(_ends(model, output))
+    if not any(end.reader is not None and kind(end.reader) in INPUTS_FIRST for end in ends):
+        return []
+    affine = read_affine(node, rank(data))
+    channels = max(affine.gain.size, affine.shift.size)
+    if kind(node) != "BatchNormalization" and channels > 1 and (dims(data) or [None, None])[1] != channels:
+        raise Refused("the number of channels of its data is not known")
+    layers = [_scaled_layer(model, end, affine) for end in ends]
+    for layer in layers:
+        check_finite(layer)
+    for layer in layers:
+        write_layer(model, layer)
+    model.redirect(output, data)
+    model.remove(node)
+    return [Change("fold", title(layer.node), f"{called(node)} before it folded into it") for layer in layers]
+
+
+def _scaled_layer(model: Model, end: End, affine: Affine) -> Layer:
+    """The layer at `end` with the scale and shift of its data inside. Raises Refused."""
+    reader = end.reader
+    if reader is None:
+        raise Refused("the model returns its output")
+    if kind(reader) not in INPUTS_FIRST or not reads_as_data(reader, end.value, model):
+        raise Refused(f"{called(reader)} reads it too")
+    layer = read_layer(reader)
+    if affine.gain.size > 1 and kind(reader) == "MatMul":
+        raise Refused(f"{called(reader)} has its inputs along another axis")
+    if affine.shift.any():
+        _check_shift(reader)
+    gain = _by_feature(affine.gain, layer, end.flattener)
+    return scale_inputs(layer, gain, _by_feature(affine.shift, layer, end.flattener))
+
+
+def _check_shift(reader: Node) -> None:
+    """Raise unless every output of the layer sees every shifted input, so that the shift adds a constant."""
+    if kind(reader) == "MatMul":
+        raise Refused(f"{called(reader)} has no bias to take its shift")
+    if kind(reader) == "ConvTranspose":
+        raise Refused(f"outputs of {called(reader)} do not all see as many shifted inputs")
+    if kind(reader) == "Conv":
+        pads = explicit_pads(reader, (rank(weight_of(reader)) or 4) - 2)
+        if pads is None or any(pads):
+            raise Refused(f"{called(reader)} pads its data with zeros, which its shift would not reach")
+
+
+def _by_feature(numbers: Float64, layer: Layer, flattener: Node | None) -> Float64:
+    """Numbers by channel (C,) as numbers by input of the layer, where a channel's H*W positions lie side by side."""
+    if numbers.size == 1:
+        return numbers
+    positions, rest = divmod(layer.inputs, numbers.size)
+    if rest or (flattener is None and positions != 1):
+        raise Refused(f"{called(layer.node)} has another number of inputs than its data has channels")
+    if flattener is not None and not _keeps_channels(flattener, layer.inputs):
+        raise Refused(f"{called(flattener)} may mix channels: the shape of its data is not known")
+    return np.repeat(numbers, positions)
+
+
+def _keeps_channels(flattener: Node, features: int) -> bool:
+    """Whether (N, C, H, W) becomes (N, C * H * W). A result of two axes is given: a Gemm reads it."""
+    if kind(flattener) == "Flatten" and attribute(flattener, "axis", 1) == 1:
+        return True
+    sizes = dims(source(flattener))
+    return sizes is not None and prod(size or 0 for size in sizes[1:]) == features
+
+
+# -- what is left ------------------------------------------------------------------------------------------------------
+
+
+@each_node("fold", "BatchNormalization", "Mul")
+def make_depthwise(model: Model, node: Node) -> list[Change]:
+    """A scale by channel that found no layer becomes a depthwise 1x1 Conv, weight (C, 1, 1, 1)."""
+    data = data_of(node)
+    if data is None:
+        return []
+    constant = array(node.inputs[0 if data is node.inputs[1] else 1])
+    if kind(node) == "BatchNormalization":
+        affine = read_affine(node, rank(data))
+        if rank(data) != 4:
+            raise Refused("its data are no maps with height and width")
+    else:
+        sizes = dims(data) or []
+        if constant is None or len(sizes) != 4 or constant.size == 1 or constant.size != sizes[1]:
+            return []
+        affine = read_affine(node, 4)
+    channels, was = affine.gain.size, node.op_type
+    assert constant is not None
+    with np.errstate(over="ignore"):
+        weight = affine.gain.reshape(channels, 1, 1, 1).astype(constant.dtype)
+        bias = affine.shift.astype(constant.dtype)
+    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+        raise Refused("its scale or shift is beyond float32")
+    inputs = [data, model.constant(f"{title(node)}_weight", weight), model.constant(f"{title(node)}_bias", bias)]
+    model.become(node, "Conv", inputs, {"kernel_shape": [1, 1], "group": channels})
+    return [Change("fold", title(node), f"{was} became a depthwise 1x1 Conv")]
+
+
+PASSES: tuple[Pass, ...] = (
+    *simplify.PASSES,
+    normalise_gemms,
+    fold_affine,
+    simplify.divide_by_multiplying,
+)

@@ -1,0 +1,263 @@
+"""The door to onnx-ir: a model in memory and the edits that the other modules are made of.
+
+Only this module builds or rewires onnx-ir objects. Every edit keeps three promises: names of inputs and outputs of the
+model stay, new names are explicit and never taken, and a removed node leaves no use behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+Node = ir.Node
+Value = ir.Value
+DataType = ir.DataType
+
+
+@dataclass(slots=True)
+class Model:
+    """A float network being turned into a quantized one.
+
+    inner: the onnx-ir model. external: its weights come from a data file beside it. names: every name in use.
+    """
+
+    inner: ir.Model
+    external: bool = False
+    _names: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for value in (*self.graph.inputs, *self.graph.initializers.values()):
+            self._names.add(value.name or "")
+        for node in self.graph.all_nodes():
+            self._names.update(value.name or "" for value in node.outputs)
+            self._names.add(node.name or "")
+
+    @property
+    def graph(self) -> ir.Graph:
+        return self.inner.graph
+
+    @property
+    def opset(self) -> int:
+        """Version of the standard operators."""
+        return int(self.graph.opset_imports.get("", 0))
+
+    def nodes(self) -> list[Node]:
+        """The nodes in order, as a list that stays put while the graph changes."""
+        return list(self.graph)
+
+    def fresh(self, wish: str) -> str:
+        """A name that nothing bears yet, `wish` if it is free."""
+        name, count = wish, 1
+        while name in self._names:
+            count += 1
+            name = f"{wish}_{count}"
+        self._names.add(name)
+        return name
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def sole_reader(self, value: Value) -> Node | None:
+        """The one node that reads `value`, or None where several do, none does, or the model returns it."""
+        uses = value.uses()
+        if len(uses) != 1 or value.is_graph_output():
+            return None
+        (use,) = uses
+        return use.node if use.node.graph is self.graph else None
+
+    def readers(self, value: Value) -> list[Node]:
+        """The nodes that read `value`, each once, bodies of If and Loop included."""
+        return list(dict.fromkeys(use.node for use in value.uses()))
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def constant(self, wish: str, array: NDArray[Any], dtype: DataType | None = None) -> Value:
+        """A new initializer. `dtype` names a type that numpy lacks; the codes must already fit into it."""
+        name = self.fresh(wish)
+        tensor = ir.tensor(np.asarray(array, order="C"), dtype=dtype, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def build(
+        self,
+        op_type: str,
+        inputs: Sequence[Value | None],
+        *,
+        name: str,
+        attributes: Mapping[str, Any] | None = None,
+        output: str | None = None,
+        like: Value | None = None,
+        dtype: DataType | None = None,
+    ) -> Node:
+        """A node with one output, not yet in the graph. The output takes type and shape of `like`."""
+        result = ir.Value(name=self.fresh(output or f"{name}_out"))
+        if like is not None:
+            if like.dtype is not None:
+                result.dtype = like.dtype
+            result.shape = None if like.shape is None else like.shape.copy()
+        if dtype is not None:
+            result.dtype = dtype
+        return ir.node(op_type, inputs, attributes=attributes, outputs=[result], name=self.fresh(name))
+
+    def insert_before(self, place: Node, *new: Node) -> None:
+        self.graph.insert_before(place, new)
+
+    def insert_after(self, place: Node, *new: Node) -> None:
+        self.graph.insert_after(place, new)
+
+    def insert_first(self, *new: Node) -> None:
+        """At the head of the graph, for nodes that read its inputs."""
+        first = next(iter(self.graph), None)
+        if first is None:
+            self.graph.extend(new)
+        else:
+            self.graph.insert_before(first, new)
+
+    def set_input(self, node: Node, index: int, value: Value | None) -> None:
+        """Make `node` read `value` at `index`, lengthening its inputs where needed."""
+        if index >= len(node.inputs):
+            node.resize_inputs(index + 1)
+        node.replace_input_with(index, value)
+
+    def become(
+        self, node: Node, op_type: str, inputs: Sequence[Value | None], attributes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Make `node` another operator in place. Its name and its first output stay, so no reader notices."""
+        node.op_type = op_type
+        node.resize_outputs(1)
+        node.resize_inputs(len(inputs))
+        for index, value in enumerate(inputs):
+            node.replace_input_with(index, value)
+        node.attributes.clear()
+        for key, plain in (attributes or {}).items():
+            set_attribute(node, key, plain)
+
+    def redirect(self, old: Value, new: Value, *, readers: Iterable[Node] | None = None) -> None:
+        """Let the readers of `old` (or only those named) read `new`; what the model returns stays as it is."""
+        chosen = None if readers is None else set(readers)
+        for use in tuple(old.uses()):
+            if chosen is None or use.node in chosen:
+                use.node.replace_input_with(use.idx, new)
+
+    def take_over(self, old: Value, new: Value) -> bool:
+        """Let `new` stand for `old` everywhere. False, and nothing done, where the model returns both or cannot.
+
+        A name that the model returns stays: `new` takes it and `old` gets another.
+        """
+        if not old.is_graph_output():
+            self.redirect(old, new)
+            return True
+        if new.is_graph_output() or new.is_graph_input() or new.is_initializer() or new.producer() is None:
+            return False
+        name = old.name or ""
+        old.name = self.fresh(f"{name}_before")
+        new.name = name
+        if old.dtype is not None:
+            new.dtype = old.dtype
+        if old.shape is not None:
+            new.shape = old.shape.copy()
+        self.redirect(old, new)
+        for index, output in enumerate(self.graph.outputs):
+            if output is old:
+                self.graph.outputs[index] = new
+        return True
+
+    def remove(self, *nodes: Node) -> None:
+        """Take nodes out whose outputs nobody reads any more."""
+        self.graph.remove(nodes, safe=True)
+
+    def bypass(self, node: Node) -> bool:
+        """Remove a node that hands its first input on. Where a name must survive it stays, and False is returned."""
+        source = node.inputs[0]
+        if source is None or not self.take_over(node.outputs[0], source):
+            return False
+        self.remove(node)
+        return True
+
+    def sweep(self) -> None:
+        """Drop nodes and initializers that no output depends on."""
+        for node in reversed(self.nodes()):
+            if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+                self.graph.remove(node, safe=True)
+        for name, value in tuple(self.graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del self.graph.initializers[name]
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def proto(self) -> onnx.ModelProto:
+        """The model as protobuf; external tensors stay references."""
+        return ir.to_proto(self.inner)
+
+    def copy(self) -> Model:
+        """An independent copy that shares the (immutable) tensors."""
+        return Model(self.inner.clone(), self.external)
+
+
+def array(value: Value | None) -> NDArray[Any] | None:
+    """The numbers of a constant, None for everything else."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return value.const_value.numpy()
+
+
+def scalar(value: Value | None) -> float | None:
+    """The number of a constant with one element, None for everything else."""
+    numbers = array(value)
+    return float(numbers.reshape(-1)[0]) if numbers is not None and numbers.size == 1 else None
+
+
+def input_of(node: Node, index: int) -> Value | None:
+    """Input `index`, None where the node has no such input."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def dims(value: Value) -> list[int | None] | None:
+    """The shape with None for open dimensions; None where even the rank is unknown."""
+    if value.shape is None:
+        return None
+    return [d if isinstance(d, int) and d >= 0 else None for d in value.shape]
+
+
+def set_dims(value: Value, sizes: Sequence[int | None] | None) -> None:
+    """Give `value` the shape that `dims` would return."""
+    value.shape = None if sizes is None else ir.Shape(sizes)
+
+
+def rank(value: Value) -> int | None:
+    return None if value.shape is None else len(value.shape)
+
+
+def attribute(node: Node, name: str, default: Any = None) -> Any:
+    """An attribute's plain Python value."""
+    found = node.attributes.get(name)
+    if found is None:
+        return default
+    plain = found.value
+    return list(plain) if isinstance(plain, tuple) else plain
+
+
+def set_attribute(node: Node, name: str, value: Any) -> None:
+    node.attributes[name] = ir.convenience.convert_attribute(name, value)
+
+
+def drop_attribute(node: Node, name: str) -> None:
+    node.attributes.pop(name, None)
+
+
+def upstream(value: Value) -> Iterator[Node]:
+    """The nodes that `value` depends on, nearest first."""
+    seen: set[Node] = set()
+    queue = [value]
+    while queue:
+        producer = queue.pop(0).producer()
+        if producer is not None and producer not in seen:
+            seen.add(producer)
+            yield producer
+            queue.extend(v for v in producer.inputs if v is not None)

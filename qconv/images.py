@@ -1,0 +1,607 @@
+"""The door to Pillow: folders of pictures, or of ready-made .npy/.npz samples, become batches for the network.
+
+    value = (pixel * scale - mean) / std          in float32, pixels 0 to 255, after resizing
+
+A picture is decoded, turned upright as its EXIF says, brought to 8-bit RGB or grey, resized, cropped or padded, and
+normalised. Resizing follows torchvision on PIL pictures (Resize, then CenterCrop) and, for letterboxes, YOLO.
+
+Decisions a reader may trip over:
+- transparency is dropped, not composited: the colours under it count, as with `Image.convert("RGB")` in torchvision.
+- 16-bit grey is divided by 257, so that 65535 is white. `convert` alone would clip all above 255 to white.
+- the first frame of an animation and the first page of a document stand for the file. Colour profiles are not applied.
+
+It will not mend truncated files, nor open anything larger than Pillow's limit against decompression bombs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.errors import QconvError
+from qconv.recipe import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+SAMPLE_SUFFIXES = frozenset({".npy", ".npz"})
+
+# Naming them keeps the rest of Pillow out of reach: an EPS file called x.jpg would start Ghostscript.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+_PIXEL_TYPES = frozenset(map(np.dtype, ("float16", "float32", "float64", "uint8")))
+_AXES = {Layout.NCHW: (1, 2, 3), Layout.NHWC: (3, 1, 2)}  # channel, height, width
+# Modes that convert() reads wrongly unless they pass through another one first, and the value of white in wide modes.
+_BY_WAY_OF = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
+_WHITE = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
+_LETTERBOX_GREY = 114  # the padding of YOLO
+_CROP_SHARE = 0.875  # 224 of 256: the share of the shorter side that ImageNet evaluation keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files to read: `paths` in reading order, already shuffled and cut to the wanted number of samples.
+
+    found: how many candidates there were. ignored: files without a picture's or a sample's suffix, not looked at.
+    """
+
+    paths: tuple[Path, ...]
+    found: int
+    ignored: int
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One graph input of the network; axis 0 is the batch. A dimension is None where the model leaves it open."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+
+class UnreadablePicture(QconvError):
+    """A file with a picture's or a sample's suffix that cannot be decoded."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} cannot be decoded ({reason}).", "remove it, or leave it out with --glob.")
+        self.path = path
+        self.reason = reason
+
+
+# ---- which files
+
+
+def find(sources: Sequence[str], *, pattern: str | None, samples: int, seed: int) -> Listing:
+    """Choose the files to read: a seeded draw of `samples` that does not depend on the file system's order.
+
+    A source is a folder (read recursively, hidden files skipped), a text file with one path a line (relative to the
+    text file's folder, `#` starts a comment), or one picture. `pattern` is compared with a file's name and with its
+    path inside the source. Raises QconvError for a source or a listed path that does not exist, and if none is left.
+    """
+    files = sorted((i, inside, path) for i, source in enumerate(sources) for inside, path in _files(source))
+    known = [(inside, path) for _, inside, path in files if _suffix(path) in PICTURE_SUFFIXES | SAMPLE_SUFFIXES]
+    chosen = [path for inside, path in known if pattern is None or _matches(inside, pattern)]
+    if not chosen:
+        raise _nothing_in(sources, len(files), len(known), pattern)
+    order = np.random.default_rng(seed).permutation(len(chosen))[:samples]
+    return Listing(tuple(Path(chosen[i]) for i in order), len(chosen), len(files) - len(known))
+
+
+def _suffix(path: str | Path) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _matches(inside: str, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(text, pattern) for text in (inside, inside.rpartition("/")[2]))
+
+
+def _files(source: str) -> Iterator[tuple[str, str]]:
+    """Yield (posix path inside the source, path to open) of each file."""
+    if os.path.isdir(source):
+        yield from _walk(source)
+    elif not os.path.exists(source):
+        raise QconvError(f"{source} does not exist.", "pass a folder of pictures, or a text file with one path a line.")
+    elif _suffix(source) in PICTURE_SUFFIXES | SAMPLE_SUFFIXES:
+        yield os.path.basename(source), source
+    else:
+        yield from _listed(Path(source))
+
+
+def _walk(folder: str) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_read):
+        real = os.path.realpath(here)
+        if real in seen:  # a link to a folder further up would go round for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        # sorted, so that of two ways to a linked folder the same one counts everywhere
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = os.path.relpath(here, folder).replace(os.sep, "/")
+        prefix = "" if inside == "." else f"{inside}/"
+        yield from ((prefix + name, os.path.join(here, name)) for name in names if not name.startswith("."))
+
+
+def _listed(text: Path) -> Iterator[tuple[str, str]]:
+    try:
+        lines = text.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        hint = "pass a folder of pictures, or a text file with one path a line."
+        raise QconvError(f"{text} is neither a folder, nor a picture, nor a text file of paths.", hint) from None
+    except OSError as error:
+        _cannot_read(error)
+        raise
+    for number, line in enumerate(lines, 1):
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        path = os.path.join(text.parent, entry)
+        if not os.path.isfile(path):
+            fact = "is a folder" if os.path.isdir(path) else "does not exist"
+            hint = f"give the path of one file a line, relative to {text.parent}/ or absolute."
+            raise QconvError(f"line {number} of {text}: {entry} {fact}.", hint)
+        yield Path(entry).as_posix(), path
+
+
+def _cannot_read(error: OSError) -> None:
+    raise QconvError(f"{error.filename} cannot be read ({error.strerror}).", "check its permissions.") from error
+
+
+def _nothing_in(sources: Sequence[str], files: int, known: int, pattern: str | None) -> QconvError:
+    where = " and ".join(sources)
+    suffixes = f"put pictures there: {' '.join(sorted(PICTURE_SUFFIXES))}, or .npy and .npz samples."
+    if known:
+        hint = "the pattern is compared with the file's name and with its path inside the folder, capitals count."
+        return QconvError(f"none of the {known} pictures in {where} matches --glob '{pattern}'.", hint)
+    if files:
+        verb = "holds" if len(sources) == 1 else "hold"
+        return QconvError(f"{where} {verb} {_count(files, 'file')} but none is a picture.", suffixes)
+    if len(sources) == 1 and os.path.isdir(sources[0]):
+        return QconvError(f"{where} is an empty folder.", f"{suffixes} Hidden files are not looked at.")
+    if sources:
+        return QconvError(f"no file was found in {where}.", suffixes)
+    return QconvError("no pictures were given.", "pass a folder of pictures.")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+# ---- what to do with them
+
+
+def resolve(options: PreprocessingOptions, spec: InputSpec, *, class_vector: bool) -> Preprocessing:
+    """Join what the user said, what the model's input fixes and the preset's own numbers.
+
+    Where --color swaps red and blue, the preset's mean and std move with their colours; --mean and --std are taken in
+    the final channel order. Raises QconvError where options and input contradict each other, where the size stays
+    open, and where the input is not a picture (rank other than 4, neither 1 nor 3 channels, an odd type).
+    """
+    _require_picture(options, spec)
+    layout = options.layout or _deduced_layout(spec.shape)
+    channels = _channels(options.color, spec, layout)
+    name, source = _chosen_preset(options, spec, channels)
+    color = Color.GREY if channels == 1 else options.color or PRESETS[name].color
+    preset = _with_color(PRESETS[name], color)
+    return Preprocessing(
+        preset=name,
+        source=source,
+        color=color,
+        scale=preset.scale if options.scale is None else options.scale,
+        mean=_a_channel("--mean", options.mean, preset.mean, spec, channels),
+        std=_a_channel("--std", options.std, preset.std, spec, channels),
+        layout=layout,
+        resize=options.resize,
+        filter=options.filter,
+        size=_size(options.size, spec, layout),
+        class_vector=class_vector,
+    )
+
+
+def _require_picture(options: PreprocessingOptions, spec: InputSpec) -> None:
+    samples = "pass one .npy or .npz sample a file instead of pictures."
+    if len(spec.shape) != 4:
+        raise QconvError(f"input '{spec.name}' has shape {_shape(spec.shape)}, which is no picture's.", samples)
+    if spec.dtype not in _PIXEL_TYPES:
+        raise QconvError(f"input '{spec.name}' takes {spec.dtype}, which pictures are not.", samples)
+    if isinstance(options.resize, str) and options.resize not in _RESIZED:
+        raise QconvError(f"--resize {options.resize} is unknown.", f"use {', '.join(_RESIZED)} or a number of pixels.")
+
+
+def _deduced_layout(shape: tuple[int | None, ...]) -> Layout:
+    if shape[1] in (1, 3):
+        return Layout.NCHW
+    # (N, 224, 224, open): 224 are no channels, so that only the last axis can be theirs
+    return Layout.NHWC if shape[3] in (1, 3) or (shape[1] is not None and shape[3] is None) else Layout.NCHW
+
+
+def _channels(color: Color | None, spec: InputSpec, layout: Layout) -> int:
+    said = None if color is None else 1 if color is Color.GREY else 3
+    channels = spec.shape[_AXES[layout][0]]
+    if channels is None:
+        return said or 3
+    if channels not in (1, 3):
+        shape = f"{_shape(spec.shape)}, {layout.upper()}"
+        fact = f"input '{spec.name}' ({shape}) has {channels} channels; pictures have 1 or 3."
+        raise QconvError(fact, "pass --layout if the axes are meant otherwise, or .npy samples instead of pictures.")
+    if said not in (None, channels):
+        fact = f"--color {color} contradicts input '{spec.name}', which has {_count(channels, 'channel')}."
+        raise QconvError(fact, "leave --color out.")
+    return channels
+
+
+def _chosen_preset(options: PreprocessingOptions, spec: InputSpec, channels: int) -> tuple[str, str]:
+    """Return the preset's name, and in words where it came from and what replaces parts of it."""
+    own = [f"--{part}" for part in ("scale", "mean", "std", "color") if getattr(options, part) is not None]
+    changed = f", with {' and '.join(own)}" if own else ""
+    if options.preset is not None:
+        if options.preset not in PRESETS:
+            raise QconvError(f"--preprocess {options.preset} is unknown.", f"use one of {', '.join(PRESETS)}.")
+        return options.preset, f"--preprocess {options.preset}{changed}"
+    if spec.dtype == np.uint8:
+        name, reason = "raw", "uint8 inputs"
+    else:
+        name, reason = ("imagenet" if channels == 3 else "unit"), _count(channels, "channel")
+    return name, f"the default for {reason}{changed}; name another with --preprocess"
+
+
+def _with_color(preset: Preset, color: Color) -> Preset:
+    if color in (preset.color, Color.GREY):
+        return preset
+    return replace(preset, color=color, mean=preset.mean[::-1], std=preset.std[::-1])
+
+
+def _a_channel(
+    option: str, own: tuple[float, ...] | None, preset: tuple[float, ...], spec: InputSpec, channels: int
+) -> tuple[float, ...]:
+    values = preset if own is None else own
+    if len(values) in (1, channels):
+        return values
+    has = f"input '{spec.name}' has {_count(channels, 'channel')}"
+    if own is None:
+        hint = "pass --mean and --std with one value each, or --preprocess unit."
+        raise QconvError(f"the preset has {len(values)} values for {option} but {has}.", hint)
+    fix = "give one value." if channels == 1 else f"give one value, or {channels}."
+    raise QconvError(f"{option} has {_count(len(values), 'value')} but {has}.", fix)
+
+
+def _size(wanted: tuple[int, int] | None, spec: InputSpec, layout: Layout) -> tuple[int, int]:
+    _, *axes = _AXES[layout]
+    fixed = tuple(spec.shape[axis] for axis in axes)
+    if wanted is None:
+        height, width = fixed
+        if height is None or width is None:
+            hint = "pass --size HxW, for example --size 224x224."
+            raise QconvError(f"input '{spec.name}' has no fixed height and width.", hint)
+        return height, width
+    if min(wanted) < 1:
+        raise QconvError(f"--size {_shape(wanted)} is not possible.", "use at least 1x1.")
+    if not _agree(wanted, fixed):
+        fact = f"--size {_shape(wanted)} contradicts input '{spec.name}', which is fixed at {_shape(fixed)}."
+        raise QconvError(fact, "leave --size out.")
+    return wanted
+
+
+def _shape(shape: Sequence[int | None]) -> str:
+    return "x".join("?" if size is None else str(size) for size in shape) or "scalar"
+
+
+# ---- one picture
+
+
+def load_picture(path: Path, prep: Preprocessing) -> NDArray[np.float32]:
+    """Decode and preprocess one picture: (C, H, W) for NCHW, (H, W, C) for NHWC, contiguous.
+
+    Raises UnreadablePicture, and QconvError where --resize N leaves less than the crop needs.
+    """
+    return _normalised(_fitted(_decoded(path, prep), path, prep), prep)
+
+
+def _decoded(path: Path, prep: Preprocessing) -> Picture:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():  # also keeps a named pipe from blocking for ever
+        raise UnreadablePicture(path, "no such file")
+    try:
+        with Image.open(path, formats=_FORMATS) as picture:
+            # Pillow only warns up to twice its limit. The header is all that was read so far.
+            if math.prod(picture.size) > _pixel_limit():
+                raise ValueError(f"{_shape(picture.size)} pixels, refused as a possible decompression bomb")
+            ImageOps.exif_transpose(picture, in_place=True)
+            return _eight_bit(picture).convert("L" if prep.color is Color.GREY else "RGB")
+    except UnidentifiedImageError:
+        raise UnreadablePicture(path, "not an image") from None
+    except Exception as error:  # decoders fed with a stranger's bytes raise nearly every type, SyntaxError included
+        raise UnreadablePicture(path, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def _pixel_limit() -> float:
+    from PIL import Image
+
+    return Image.MAX_IMAGE_PIXELS or math.inf
+
+
+def _eight_bit(picture: Picture) -> Picture:
+    """Bring wide grey pixels to 0..255 and palettes to colours; the rest is left for convert()."""
+    from PIL import Image
+
+    white = _WHITE.get(picture.mode)
+    if white is None:
+        through = _BY_WAY_OF.get(picture.mode)
+        return picture.convert(through) if through else picture
+    values = np.asarray(picture).astype(np.float32)  # (H, W)
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= white):
+        raise ValueError(f"values from {low:g} to {high:g} in mode {picture.mode}, where white is {white}")
+    return Image.fromarray(np.rint(values * np.float32(255) / np.float32(white)).astype(np.uint8))
+
+
+# The size (width, height) to resize a picture to, before it is cropped or padded to the input's.
+
+
+def _stretched(_: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
+    height, width = prep.size
+    return width, height
+
+
+def _letterboxed(size: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
+    height, width = prep.size
+    ratio = min(width / size[0], height / size[1])
+    return max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio))
+
+
+def _auto(size: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
+    height, width = prep.size
+    if not prep.class_vector or size == (width, height):
+        return width, height
+    return _covering(size, (round(width / _CROP_SHARE), round(height / _CROP_SHARE)))
+
+
+def _covering(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
+    """Scale `size` so that both sides reach `least`; the free side is rounded down, as torchvision does."""
+    (width, height), (least_width, least_height) = size, least
+    if least_width * height >= least_height * width:  # the width binds
+        return least_width, height * least_width // width
+    return width * least_height // height, least_height
+
+
+_RESIZED: Mapping[str, Callable[[tuple[int, int], Preprocessing], tuple[int, int]]] = {
+    "auto": _auto,
+    "exact": _stretched,
+    "letterbox": _letterboxed,
+}
+
+
+def _fitted(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
+    """Resize, then crop or pad the centre to prep.size."""
+    from PIL import Image
+
+    height, width = prep.size
+    if isinstance(prep.resize, int):
+        size = _covering(picture.size, (prep.resize, prep.resize))
+    else:
+        size = _RESIZED[prep.resize](picture.size, prep)
+    if math.prod(size) > max(_pixel_limit(), width * height):  # a few pixels by thousands: small file, huge picture
+        raise UnreadablePicture(path, f"{_shape(picture.size)} pixels are too thin to be resized: {_shape(size)}")
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling[prep.filter.name])
+    if size == (width, height):
+        return picture
+    if prep.resize == "letterbox":
+        canvas = Image.new(picture.mode, (width, height), (_LETTERBOX_GREY,) * len(picture.getbands()))
+        canvas.paste(picture, ((width - size[0]) // 2, (height - size[1]) // 2))
+        return canvas
+    if size[0] < width or size[1] < height:
+        fact = f"{path} is {_shape(size)} after --resize {prep.resize}, less than the input's {width}x{height}."
+        raise QconvError(fact, f"pass --resize {max(width, height)} or more, or --resize exact.")
+    left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
+    return picture.crop((left, top, left + width, top + height))
+
+
+def _normalised(picture: Picture, prep: Preprocessing) -> NDArray[np.float32]:
+    pixels = np.atleast_3d(np.asarray(picture))  # (H, W, C) uint8
+    if prep.color is Color.BGR:
+        pixels = pixels[:, :, ::-1]
+    if prep.layout is Layout.NCHW:
+        pixels = pixels.transpose(2, 0, 1)
+    along = (-1, 1, 1) if prep.layout is Layout.NCHW else (-1,)
+    values = pixels.astype(np.float32, order="C")
+    values *= np.float32(prep.scale)
+    values -= np.asarray(prep.mean, np.float32).reshape(along)
+    values /= np.asarray(prep.std, np.float32).reshape(along)
+    return values
+
+
+# ---- one ready-made sample
+
+
+def _load_sample(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[Any]]:
+    """Read one .npy or .npz file: {input name: array without the batch axis, of the wanted type}."""
+    arrays = _arrays(path, inputs)
+    names = {spec.name for spec in inputs}
+    for fact, wrong in (("lacks", names - arrays.keys()), ("holds unknown", arrays.keys() - names)):
+        if wrong:
+            hint = f"name its arrays after the network's inputs: {', '.join(sorted(names))}."
+            raise QconvError(f"{path} {fact} {', '.join(sorted(wrong))}.", hint)
+    return {spec.name: _checked(arrays[spec.name], spec, path) for spec in inputs}
+
+
+def _arrays(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[Any]]:
+    if not path.is_file():
+        raise UnreadablePicture(path, "no such file")
+    try:
+        with path.open("rb") as file:  # np.load leaves a file that it opened itself open when the zip is broken
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.lib.npyio.NpzFile):
+                return {name: loaded[name] for name in loaded.files}
+    except Exception as error:  # a stranger's bytes again: ValueError, EOFError, BadZipFile, zlib.error, MemoryError
+        raise UnreadablePicture(path, _reason(error)) from error
+    if len(inputs) != 1:
+        raise QconvError(f"{path} holds one array but the network has {len(inputs)} inputs.", _npz_hint(inputs))
+    return {inputs[0].name: loaded}
+
+
+def _npz_hint(inputs: Sequence[InputSpec]) -> str:
+    keywords = ", ".join(f"'{spec.name}': ..." for spec in inputs)
+    return f"write one .npz file a sample: np.savez('0.npz', **{{{keywords}}})."
+
+
+def _checked(array: NDArray[Any], spec: InputSpec, path: Path) -> NDArray[Any]:
+    batched = array.ndim == len(spec.shape) and array.shape[:1] == (1,)
+    sample = array[0] if batched else array
+    if not spec.shape or not _agree((1, *sample.shape), (None, *spec.shape[1:])):
+        fact = f"{path} has shape {_shape(array.shape)} for input '{spec.name}', which takes {_shape(spec.shape)}."
+        raise QconvError(fact, "store one sample a file, with or without the leading batch axis of 1.")
+    # Any float may become the wanted float. Integers into a float network are most likely pixels not yet normalised.
+    same_kind = array.dtype.kind == spec.dtype.kind
+    floats = same_kind and spec.dtype.kind == "f"
+    if not floats and not (same_kind and np.can_cast(array.dtype, spec.dtype)):
+        fact = f"{path} holds {array.dtype} for input '{spec.name}', which takes {spec.dtype}."
+        raise QconvError(fact, f"store it as {spec.dtype}, preprocessed as the network wants it.")
+    with np.errstate(over="ignore"):  # becomes infinite and is told below
+        sample = np.ascontiguousarray(sample, dtype=spec.dtype).reshape(sample.shape)
+    if floats and not np.isfinite(sample).all():
+        raise QconvError(f"{path} holds NaN or infinity for input '{spec.name}'.", "mend the sample, or remove it.")
+    return sample
+
+
+def _agree(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    return len(shape) == len(wanted) and all(w in (None, s) for s, w in zip(shape, wanted, strict=True))
+
+
+# ---- all of them
+
+
+def batches(
+    listing: Listing,
+    inputs: Sequence[InputSpec],
+    prep: Preprocessing | None,
+    *,
+    batch: int,
+    workers: int,
+    warn: Callable[[str], None],
+    progress: Callable[[int], None] | None = None,
+) -> Generator[dict[str, NDArray[Any]], None, None]:
+    """Yield {input name: (n, ...) array of the wanted type} in the listing's order; n is `batch`, the last may be less.
+
+    Up to 2 * workers + batch files are decoded ahead, so that reading overlaps the caller's work. progress receives
+    how many files are done so far. An undecodable file is told to `warn` and left out; more than a tenth of them, and a
+    sample of the wrong shape, raise QconvError. prep may be None where all files are .npy or .npz. Closing the
+    generator stops the threads.
+    """
+    first = next((path for path in listing.paths if _suffix(path) not in SAMPLE_SUFFIXES), None)
+    if first is not None and len(inputs) != 1:
+        raise QconvError(f"{first} is one picture but the network has {len(inputs)} inputs.", _npz_hint(inputs))
+    if first is not None and prep is None:
+        raise QconvError(f"{first} is a picture but the network takes none.", "pass .npy or .npz samples.")
+    load = partial(_load, inputs=inputs, prep=prep)
+    pending = _ahead(load, listing.paths, workers, 2 * workers + batch)
+    return _stacked(_survivors(pending, len(listing.paths), warn, progress), inputs, batch)
+
+
+def _load(path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | None) -> dict[str, NDArray[Any]]:
+    if prep is None or _suffix(path) in SAMPLE_SUFFIXES:
+        return _load_sample(path, inputs)
+    return {inputs[0].name: _cast(load_picture(path, prep), inputs[0].dtype)}
+
+
+def _cast(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if dtype == np.uint8:
+        values = np.clip(np.rint(values), 0, 255)
+    return values.astype(dtype, copy=False)
+
+
+_Row = dict[str, NDArray[Any]]
+_Rows = Generator[_Row, None, None]
+_Futures = Generator[Future[_Row], None, None]
+
+
+def _ahead(load: Callable[[Path], _Row], paths: Sequence[Path], workers: int, depth: int) -> _Futures:
+    """Yield the futures of `load` in order, at most `depth` of them submitted and not yet taken."""
+    _import_decoders()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="qconv-images")
+    try:
+        pending: deque[Future[_Row]] = deque()
+        for path in paths:
+            if len(pending) == depth:
+                yield pending.popleft()
+            pending.append(pool.submit(load, path))
+        while pending:
+            yield pending.popleft()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _import_decoders() -> None:
+    """Import what _FORMATS needs, once: left to itself Pillow imports all its decoders, in every thread at once."""
+    for name in ("Bmp", "Gif", "Jpeg", "Mpo", "Png", "Tiff", "WebP"):
+        import_module(f"PIL.{name}ImagePlugin")
+
+
+def _survivors(
+    pending: _Futures, total: int, warn: Callable[[str], None], progress: Callable[[int], None] | None
+) -> _Rows:
+    """Yield what could be decoded; raise QconvError as soon as more than a tenth of all files could not."""
+    bad: list[UnreadablePicture] = []
+    with closing(pending):
+        for done, future in enumerate(pending, 1):
+            row = None
+            try:
+                row = future.result()
+            except UnreadablePicture as error:
+                bad.append(error)
+                warn(f"skipped {error.path}: cannot be decoded ({error.reason})")
+                if 10 * len(bad) > total:
+                    raise _too_many(bad, done, total) from error
+            if progress is not None:
+                progress(done)
+            if row is not None:
+                yield row
+
+
+def _too_many(bad: Sequence[UnreadablePicture], done: int, total: int) -> QconvError:
+    so_far = "" if done == total else f" among the first {done}"
+    fact = f"{len(bad)} of {_count(total, 'picture')} cannot be decoded{so_far}, which is more than a tenth"
+    hint = "remove what is broken, or leave it out with --glob."
+    return QconvError(f"{fact}; the first is {bad[0].path} ({bad[0].reason}).", hint)
+
+
+def _stacked(rows: _Rows, inputs: Sequence[InputSpec], batch: int) -> _Rows:
+    """Join rows into batches along a new axis 0."""
+    waiting: list[_Row] = []
+    with closing(rows):
+        for row in rows:
+            waiting.append(row)
+            if len(waiting) == batch:
+                yield _joined(waiting, inputs)
+    if waiting:
+        yield _joined(waiting, inputs)
+
+
+def _joined(rows: list[_Row], inputs: Sequence[InputSpec]) -> _Row:
+    """Stack the rows and empty the list, so that they are not held while the caller works on the batch."""
+    for spec in inputs:
+        shapes = sorted({row[spec.name].shape for row in rows})
+        if len(shapes) > 1:
+            fact = f"samples for input '{spec.name}' differ in shape: {_shape(shapes[0])} and {_shape(shapes[1])}."
+            raise QconvError(fact, "pass --batch 1, or bring them to one shape.")
+    joined = {spec.name: np.stack([row[spec.name] for row in rows]) for spec in inputs}
+    rows.clear()
+    return joined

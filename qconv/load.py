@@ -1,0 +1,405 @@
+"""From a file to a model that the other passes can rely on.
+
+After `load` the opset is at least 13, local functions are inlined, constants are initializers (no Constant nodes, no
+constant subgraphs, none listed as an input), float16 has become float32 behind casts at the model's edge, every node
+has a name and every value a shape as far as onnx can infer it. Bodies of If and Loop are left as they are.
+
+Weights never pass through one protobuf: they are set aside while onnx's converter and shape inference work, so that
+models beyond 2 GB load like others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from qconv.errors import QconvError
+from qconv.findings import Change
+from qconv.graph import Model, attribute
+
+LOWEST_OPSET = 13
+SMALL_TENSOR = 1024  # bytes; smaller ones may be shapes or axes, which the converter needs to see
+QUANTIZED_OPS = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
+)
+RANDOM_OPS = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
+FLOAT16 = onnx.TensorProto.FLOAT16
+FLOAT = onnx.TensorProto.FLOAT
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a float model comes from: a file, or bytes from standard input (then `path` is None)."""
+
+    name: str
+    path: Path | None
+    data: bytes | None = None
+
+    @property
+    def runnable(self) -> str | bytes:
+        """What ONNX Runtime is given to run the model as the user has it."""
+        if self.path is not None:
+            return str(self.path)
+        assert self.data is not None
+        return self.data
+
+
+def read(source: Source) -> onnx.ModelProto:
+    """The file as protobuf, external data left where it is. Raises QconvError if it is no ONNX file."""
+    try:
+        data = source.path.read_bytes() if source.path is not None else (source.data or b"")
+    except FileNotFoundError:
+        raise QconvError(f"{source.name} does not exist.", "check the path of the model.") from None
+    except OSError as error:
+        raise QconvError(f"{source.name} cannot be read: {error.strerror}.", "check the path and its rights.") from None
+    if not data:
+        raise QconvError(f"{source.name} is empty.", "export the model again.")
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError:
+        raise _not_onnx(source) from None
+    if not proto.graph.node or not proto.opset_import:
+        raise _not_onnx(source)
+    _check_external(proto, source)
+    return proto
+
+
+def _not_onnx(source: Source) -> QconvError:
+    return QconvError(
+        f"{source.name} is not an ONNX model, or it is damaged.",
+        "export it again, or copy it again if it was cut short.",
+    )
+
+
+def _check_external(proto: onnx.ModelProto, source: Source) -> None:
+    """External data paths come from a stranger: refuse any that leave the model's folder (and any that is not there)."""
+    for tensor in _tensors(proto.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        if source.path is None:
+            raise QconvError(
+                f"The model on standard input keeps weights in another file ({location}).",
+                "pass the path of the model instead of '-'.",
+            )
+        folder = source.path.resolve().parent
+        target = (folder / location).resolve()
+        if PurePosixPath(location).is_absolute() or not location or not target.is_relative_to(folder):
+            raise QconvError(
+                f"{source.name} points to external data outside its own folder: {location!r}.",
+                "do not trust this file; put the data file beside the model and save it again.",
+            )
+        if not target.is_file():
+            raise QconvError(
+                f"{source.name} needs the external data file {location}, which is missing.", "put it beside the model."
+            )
+        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+        if end > target.stat().st_size:
+            raise QconvError(
+                f"The external data file {location} is shorter than {source.name} says.",
+                "copy or export both files again.",
+            )
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attr in node.attribute:
+            if attr.HasField("t"):
+                yield attr.t
+            yield from attr.tensors
+            for body in (*([attr.g] if attr.HasField("g") else []), *attr.graphs):
+                yield from _tensors(body)
+
+
+def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
+    """Raise if the model already holds quantized operators."""
+    found = next((n for n in proto.graph.node if n.op_type in QUANTIZED_OPS or n.op_type.startswith("QLinear")), None)
+    if found is not None:
+        raise QconvError(
+            f"{name} is already quantized (it has {found.op_type} nodes).",
+            "start from the float model it was made from.",
+        )
+
+
+def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -> tuple[Model, list[Change]]:
+    """The model ready for folding, at `opset` or its own if that is higher. `proto` is used up."""
+    changes: list[Change] = []
+    # ONNX Runtime's optimizer leaves dozens of unused imports; the converter stops at any it does not know.
+    used = {node.domain for node in _nodes(proto.graph)} | {f.domain for f in proto.functions}
+    for index in reversed(range(len(proto.opset_import))):
+        if proto.opset_import[index].domain not in used | {"", "ai.onnx"}:
+            del proto.opset_import[index]
+    if proto.functions:
+        from onnx import inliner
+
+        changes.append(Change("load", source.name, f"{len(proto.functions)} local functions inlined"))
+        proto = inliner.inline_local_functions(proto)
+    weights = _set_aside(proto)
+    current = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if current < opset:
+        proto = _convert(proto, source, current, opset)
+        changes.append(Change("load", source.name, f"opset {current} raised to {opset}"))
+    _infer_shapes(proto, source)
+    listed = _put_back(proto, weights)
+    if listed:
+        changes.append(Change("load", source.name, f"{listed} weights listed as inputs made constants"))
+
+    model_ir = ir.from_proto(proto)
+    external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in weights.values())
+    if external and source.path is not None:
+        ir.external_data.set_base_dir(model_ir.graph, source.path.resolve().parent)
+    _name_nodes(model_ir.graph)
+    model = Model(model_ir, external)
+    changes += _lift_constants(model)
+    changes += _widen_float16(model)
+    changes += _evaluate_constant_nodes(model)
+    return model, changes
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attr in node.attribute:
+            for body in (*([attr.g] if attr.HasField("g") else []), *attr.graphs):
+                yield from _nodes(body)
+
+
+def _set_aside(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Turn large initializers into inputs, so that what follows handles a few kilobytes only."""
+    graph = proto.graph
+    weights: dict[str, onnx.TensorProto] = {}
+    kept = []
+    inputs = {value.name for value in graph.input}
+    for tensor in graph.initializer:
+        if tensor.ByteSize() <= SMALL_TENSOR and tensor.data_location != onnx.TensorProto.EXTERNAL:
+            kept.append(tensor)
+            continue
+        weights[tensor.name] = tensor
+        if tensor.name not in inputs:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    small = [onnx.TensorProto.FromString(t.SerializeToString()) for t in kept]
+    weights = {name: onnx.TensorProto.FromString(t.SerializeToString()) for name, t in weights.items()}
+    del graph.initializer[:]
+    graph.initializer.extend(small)
+    return weights
+
+
+def _put_back(proto: onnx.ModelProto, weights: dict[str, onnx.TensorProto]) -> int:
+    """Undo `_set_aside`; no initializer stays listed as an input. Returns how many the file itself had listed."""
+    graph = proto.graph
+    graph.initializer.extend(weights.values())
+    constant = {tensor.name for tensor in graph.initializer}
+    keep = [value for value in graph.input if value.name not in constant]
+    listed = len(graph.input) - len(keep) - len(weights)
+    saved = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in keep]
+    del graph.input[:]
+    graph.input.extend(saved)
+    return max(listed, 0)
+
+
+def _convert(proto: onnx.ModelProto, source: Source, current: int, opset: int) -> onnx.ModelProto:
+    from onnx import version_converter
+
+    metadata, functions = list(proto.metadata_props), proto.functions
+    assert not functions
+    if proto.ir_version < 4:
+        # Before IR 4 every initializer was an input too, and the converter insists on it.
+        listed = {value.name for value in proto.graph.input}
+        for tensor in proto.graph.initializer:
+            if tensor.name not in listed:
+                proto.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    try:
+        converted = version_converter.convert_version(proto, opset)
+    except Exception as error:  # the converter raises whatever its C++ side throws
+        raise QconvError(
+            f"{source.name} uses opset {current}, and onnx cannot raise it to {opset}: {_first_line(error)}",
+            "export the model again at opset 13 or later.",
+        ) from None
+    del converted.metadata_props[:]
+    converted.metadata_props.extend(metadata)
+    converted.ir_version = max(proto.ir_version, 7)
+    return converted
+
+
+def _infer_shapes(proto: onnx.ModelProto, source: Source) -> None:
+    """Shapes from onnx itself; stale ones in the file are dropped first."""
+    from onnx import shape_inference
+
+    del proto.graph.value_info[:]
+    try:
+        inferred = shape_inference.infer_shapes(proto, data_prop=True)
+    except Exception as error:  # a C++ exception of no fixed type
+        raise QconvError(
+            f"{source.name} does not fit together: {_first_line(error)}",
+            "check it with onnx.checker, or export it again.",
+        ) from None
+    proto.graph.value_info.extend(inferred.graph.value_info)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """A name for every node, its first output's where it has none: reports and the audit speak of nodes by name."""
+    taken: set[str] = set()
+    for index, node in enumerate(graph):
+        wish = node.name or (node.outputs[0].name if node.outputs else "") or f"{node.op_type}_{index}"
+        name, count = wish, 1
+        while name in taken:
+            count += 1
+            name = f"{wish}_{count}"
+        node.name = name
+        taken.add(name)
+
+
+def _lift_constants(model: Model) -> list[Change]:
+    """Constant nodes become initializers."""
+    lifted = 0
+    for node in model.nodes():
+        if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+            continue
+        tensor = _constant_tensor(node)
+        old = node.outputs[0]
+        if tensor is None or old.is_graph_output():
+            continue
+        name = old.name or "constant"
+        old.name = model.fresh(f"{name}_node")
+        new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tuple(tensor.numpy().shape)), const_value=tensor)
+        model.graph.register_initializer(new)
+        model.redirect(old, new)
+        model.remove(node)
+        lifted += 1
+    return [Change("load", "Constant", f"{lifted} Constant nodes made initializers")] if lifted else []
+
+
+_CONSTANT_ATTRIBUTES: dict[str, Any] = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
+
+
+def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    if "value" in node.attributes:
+        return node.attributes["value"].as_tensor()
+    for name, dtype in _CONSTANT_ATTRIBUTES.items():
+        if name in node.attributes:
+            return ir.tensor(np.asarray(attribute(node, name), dtype))
+    return None
+
+
+def _widen_float16(model: Model) -> list[Change]:
+    """A float16 network becomes float32 between casts at its inputs and outputs, whose types stay."""
+    graph = model.graph
+    values = [*graph.inputs, *graph.initializers.values(), *(v for n in graph.all_nodes() for v in n.outputs)]
+    if not any(value.dtype == ir.DataType.FLOAT16 for value in values):
+        return []
+    edge_in = [v for v in graph.inputs if v.dtype == ir.DataType.FLOAT16]
+    edge_out = [v for v in graph.outputs if v.dtype == ir.DataType.FLOAT16]
+    for value in values:
+        if value.dtype == ir.DataType.FLOAT16 and value not in edge_in:
+            value.dtype = ir.DataType.FLOAT
+        if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT16:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+    for node in graph.all_nodes():
+        _widen_attributes(node)
+    for value in edge_in:
+        uses = tuple(value.uses())
+        cast = model.build("Cast", [value], name=f"{value.name}_float32", attributes={"to": FLOAT}, like=value)
+        cast.outputs[0].dtype = ir.DataType.FLOAT
+        for use in uses:
+            use.node.replace_input_with(use.idx, cast.outputs[0])
+        model.insert_first(cast)
+    for value in edge_out:
+        producer = value.producer()
+        if producer is None:
+            continue
+        name = value.name or ""
+        value.name = model.fresh(f"{name}_float32")
+        cast = model.build("Cast", [value], name=f"{name}_float16", attributes={"to": FLOAT16}, like=value)
+        cast.outputs[0].dtype = ir.DataType.FLOAT16
+        cast.outputs[0].name = name
+        model.insert_after(producer, cast)
+        graph.outputs[list(graph.outputs).index(value)] = cast.outputs[0]
+    return [Change("load", "float16", "the network runs in float32 from here on; inputs and outputs keep their type")]
+
+
+def _widen_attributes(node: ir.Node) -> None:
+    for name in ("to", "dtype"):
+        if attribute(node, name) == FLOAT16:
+            node.attributes[name] = ir.AttrInt64(name, FLOAT)
+    tensor = attribute(node, "value")
+    if tensor is not None and getattr(tensor, "dtype", None) == ir.DataType.FLOAT16:
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().astype(np.float32)))
+
+
+def _evaluate_constant_nodes(model: Model) -> list[Change]:
+    """Subgraphs that depend on no input are computed once, by ONNX Runtime, and become initializers."""
+    constant = _constant_nodes(model)
+    chosen = set(constant)
+    wanted = [
+        value
+        for node in constant
+        for value in node.outputs
+        if value.is_graph_output() or any(use.node not in chosen for use in value.uses())
+    ]
+    wanted = [value for value in wanted if not value.is_graph_output()]
+    if not wanted:
+        return []
+    results = _compute(model, constant, wanted)
+    for value, numbers in zip(wanted, results, strict=True):
+        name = value.name or ""
+        value.name = model.fresh(f"{name}_computed")
+        fixed = ir.tensor(numbers, name=name)
+        new = ir.Value(name=name, type=ir.TensorType(fixed.dtype), shape=ir.Shape(numbers.shape), const_value=fixed)
+        model.graph.register_initializer(new)
+        model.redirect(value, new)
+    model.sweep()
+    return [Change("load", "constants", f"{len(constant)} nodes that depend on no input computed")]
+
+
+def _constant_nodes(model: Model) -> list[ir.Node]:
+    known: set[ir.Value] = set()
+    nodes = []
+    for node in model.nodes():
+        bodies = any(
+            attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values()
+        )
+        if bodies or node.op_type in RANDOM_OPS or node.domain not in ("", "ai.onnx"):
+            continue
+        if all(value is None or value.is_initializer() or value in known for value in node.inputs):
+            nodes.append(node)
+            known.update(node.outputs)
+    return nodes
+
+
+def _compute(model: Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[np.ndarray]:
+    from qconv import runtime
+
+    needed = {value for node in nodes for value in node.inputs if value is not None and value.is_initializer()}
+    graph = onnx.helper.make_graph(
+        [ir.serde.serialize_node(node) for node in nodes],
+        "constants",
+        [],
+        [ir.serde.serialize_value(value) for value in wanted],
+        [ir.serde.serialize_tensor(value.const_value) for value in needed if value.const_value is not None],
+    )
+    for tensor, value in zip(graph.initializer, needed, strict=True):
+        tensor.name = value.name or ""
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
+    small = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
+    return runtime.Session(small.SerializeToString(), optimize=False).run_all({})

@@ -1,0 +1,397 @@
+"""Which tensors are quantized, how, and why not the others: decided from the graph alone, before any picture is seen.
+
+Layers with weights run in integers; what stands between them follows where that keeps codes flowing. A Relu or Clip
+that is the only reader of a layer is absorbed: the quantizer behind the layer saturates at the same bounds. Every tensor
+carries the reason for what became of it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.graph import DataType, Model, Node, Value, array, attribute, input_of, rank, scalar
+from qconv.quant import PerBlock, PerChannel, PerTensor, QuantSpec
+from qconv.recipe import Recipe, Scheme, WeightGranularity
+from qconv.rules import ACTIVATIONS, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
+from qconv.targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was decided for one tensor, or one node: a spec, or None for float, and the reason."""
+
+    spec: QuantSpec | None
+    why: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """A node with weights that runs on quantized weights.
+
+    weight: the spec of its weights, seen as `arranged` gives them. data: the input that is quantized, None where only
+    weights are. output: the tensor it writes, behind an absorbed Relu or Clip.
+    """
+
+    node: Node
+    rule: Weighted
+    weight: QuantSpec
+    data: Value | None
+
+    @property
+    def blocked(self) -> bool:
+        return isinstance(self.weight.granularity, PerBlock)
+
+    def arranged(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The weights in the shape that the spec speaks of.
+
+        Blocks run over whole input channels, kernel positions included, so a blocked kernel is flattened: a Conv's to
+        (O, I/g * kH * kW), a ConvTranspose's to (I, O/g * kH * kW).
+        """
+        return weight.reshape(len(weight), -1) if self.blocked else weight
+
+
+@dataclass(slots=True)
+class Plan:
+    """The decisions.
+
+    activations: every quantized tensor that is no constant, in graph order. layers: nodes with quantized weights.
+    constants: quantized constant operands of Add, Mul and the like, by the value that holds them.
+    integer: the nodes that will run on codes. absorbed: Relu or Clip -> the node whose quantizer takes its place.
+    on_codes: nodes that work between quantizer and dequantizer. ties: groups of tensors that share parameters.
+    kept: node name -> why it stays float.
+    """
+
+    activations: dict[Value, Choice] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)
+    constants: dict[Value, QuantSpec] = field(default_factory=dict)
+    integer: set[Node] = field(default_factory=set)
+    absorbed: dict[Node, Node] = field(default_factory=dict)
+    on_codes: set[Node] = field(default_factory=set)
+    ties: list[tuple[Value, ...]] = field(default_factory=list)
+    kept: dict[str, Choice] = field(default_factory=dict)
+
+    def group_of(self) -> dict[Value, tuple[Value, ...]]:
+        """Every quantized tensor with those it shares parameters with, itself included."""
+        groups = {value: group for group in self.ties for value in group}
+        return {value: groups.get(value, (value,)) for value in self.activations}
+
+
+def make_plan(model: Model, recipe: Recipe, target: Target) -> Plan:
+    """Decide for every node and tensor of a folded model."""
+    planner = _Planner(model, recipe, target)
+    planner.choose_layers()
+    if recipe.activation_bits < 32:
+        planner.spread()
+        planner.tie()
+        planner.choose_activations()
+    return planner.plan
+
+
+class _Planner:
+    def __init__(self, model: Model, recipe: Recipe, target: Target) -> None:
+        self.model, self.recipe, self.target = model, recipe, target
+        self.plan = Plan()
+        self.nodes = model.nodes()
+        self.quantized: dict[Value, str] = {}
+        self.eligible: dict[Node, Rule] = {}
+        for node in self.nodes:
+            rule = RULES.get(node.op_type)
+            why = self._refusal(node, rule)
+            if why is None and rule is not None:
+                self.eligible[node] = rule
+            elif why is not None and _carries_float(node):
+                self.plan.kept[node.name or ""] = Choice(None, why)
+        self.weighted = {n for n, rule in self.eligible.items() if isinstance(rule, Weighted)}
+        self.reaches_weights = self._closure(reversed(self.nodes), _next_nodes)
+        self.after_weights = self._closure(self.nodes, _previous_nodes)
+
+    def _closure(self, order: Iterable[Node], neighbours: _Neighbours) -> set[Node]:
+        """Nodes from which a layer with weights is reached through `neighbours`, themselves not counted."""
+        reached: set[Node] = set()
+        for node in order:
+            if any(other in reached or other in self.weighted for other in neighbours(node)):
+                reached.add(node)
+        return reached
+
+    # -- may this node be quantized at all? ------------------------------------------------------------------------
+
+    def _refusal(self, node: Node, rule: Rule | None) -> str | None:
+        recipe, name = self.recipe, node.name or ""
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.keep_float):
+            return "kept float by --keep-float"
+        if node.op_type in recipe.keep_float_op:
+            return "kept float by --keep-float-op"
+        if rule is None or node.domain not in ("", "ai.onnx"):
+            return f"{node.op_type} has no integer kernel"
+        weights_only = recipe.activation_bits == 32
+        if node.op_type in self.target.float_ops and not weights_only:
+            return self.target.float_ops[node.op_type]
+        if weights_only and not isinstance(rule, Weighted):
+            return "only weights are quantized"
+        return _REFUSALS[type(rule)](node)
+
+    # -- layers with weights ---------------------------------------------------------------------------------------
+
+    def choose_layers(self) -> None:
+        for node in self.nodes:
+            rule = self.eligible.get(node)
+            if not isinstance(rule, Weighted) or array(input_of(node, 1)) is None:
+                continue
+            rule = oriented(node, rule)
+            data = node.inputs[0] if self.recipe.activation_bits < 32 else None
+            self.plan.layers.append(Layer(node, rule, self._weight_spec(node, rule), data))
+
+    def _is_edge(self, node: Node) -> bool:
+        return node not in self.after_weights or node not in self.reaches_weights
+
+    def _weight_spec(self, node: Node, rule: Weighted) -> QuantSpec:
+        recipe = self.recipe
+        bits = (
+            max(recipe.weight_bits, recipe.edge_bits) if self._is_edge(node) and not recipe.pack else recipe.weight_bits
+        )
+        symmetric = recipe.weight_scheme is Scheme.SYMMETRIC
+        match recipe.weight_granularity:
+            case WeightGranularity.PER_TENSOR:
+                return QuantSpec(bits, True, symmetric, PerTensor())
+            case WeightGranularity.PER_CHANNEL:
+                return QuantSpec(bits, True, symmetric, PerChannel(rule.output_axis))
+            case WeightGranularity.PER_BLOCK:
+                return QuantSpec(
+                    bits, True, symmetric, PerBlock(rule.input_axis, recipe.block_size * _kernel_area(node))
+                )
+
+    # -- which nodes run on codes, which tensors become codes --------------------------------------------------------
+
+    def spread(self) -> None:
+        """Grow the set of integer nodes and quantized tensors from the layers with weights until it stays the same."""
+        for layer in self.plan.layers:
+            self._make_integer(layer.node)
+        grown = True
+        while grown:
+            before = len(self.plan.integer)
+            for node in self.nodes:
+                if node in self.eligible and node not in self.plan.integer and node not in self.plan.absorbed:
+                    if self._worthwhile(node):
+                        self._make_integer(node)
+            grown = len(self.plan.integer) > before
+        for node in self.eligible:
+            if node not in self.plan.integer and node not in self.plan.absorbed and _carries_float(node):
+                self.plan.kept[node.name or ""] = Choice(
+                    None, "no quantized tensor reaches it, so codes would only cost"
+                )
+
+    def _worthwhile(self, node: Node) -> bool:
+        rule = self.eligible[node]
+        data = self._data(node)
+        if isinstance(rule, Weighted):
+            # two activations multiplied: an operator like any other
+            return bool(data) and all(value in self.quantized for value in data)
+        tail = node not in self.reaches_weights
+        if tail and isinstance(rule, Computing) and rule.float_in_tail:
+            return False
+        known = [value in self.quantized for value in data]
+        return bool(known) and (all(known) if tail else any(known))
+
+    def _data(self, node: Node) -> list[Value]:
+        """Inputs that are data and no constants."""
+        return [value for value in data_inputs(node, self.eligible[node]) if array(value) is None]
+
+    def _make_integer(self, node: Node) -> None:
+        rule = self.eligible[node]
+        self.plan.integer.add(node)
+        reason = f"read or written by {node.name}"
+        for value in self._data(node):
+            self.quantized.setdefault(value, reason)
+        follower = None
+        if isinstance(rule, Weighted | Computing):
+            follower = self._absorbable(node)
+        if follower is not None:
+            self.plan.absorbed[follower] = node
+            self.quantized.setdefault(follower.outputs[0], reason)
+        elif not isinstance(rule, Weighted) or rule.needs_output or array(input_of(node, 1)) is None:
+            for value in node.outputs:
+                if value.uses() or value.is_graph_output():
+                    self.quantized.setdefault(value, reason)
+        if isinstance(rule, OnCodes):
+            self.plan.on_codes.add(node)
+
+    def _absorbable(self, node: Node) -> Node | None:
+        """The Relu or Clip that alone reads this node's output and that a saturating quantizer can replace."""
+        reader = self.model.sole_reader(node.outputs[0])
+        if reader is None or reader.op_type not in ACTIVATIONS or reader not in self.eligible:
+            return None
+        bounds = clip_bounds(reader)
+        return reader if bounds is not None and bounds[0] <= 0 <= bounds[1] else None
+
+    # -- parameters shared -------------------------------------------------------------------------------------------
+
+    def tie(self) -> None:
+        groups: dict[Value, set[Value]] = {}
+
+        def join(values: Iterable[Value]) -> None:
+            together: set[Value] = set()
+            for value in values:
+                together |= groups.get(value, {value})
+            for value in together:
+                groups[value] = together
+
+        for node in self.nodes:
+            if node not in self.plan.integer:
+                continue
+            rule = self.eligible[node]
+            outputs = [value for value in node.outputs if value in self.quantized]
+            if isinstance(rule, Transparent | OnCodes):
+                join([*self._data(node), *outputs])
+            elif isinstance(rule, Joining):
+                join([*(v for v in self._data(node) if self.model.sole_reader(v) is node), *outputs])
+        order = {value: index for index, value in enumerate(self._in_graph_order())}
+        unique = {id(group): group for group in groups.values() if len(group) > 1}
+        self.plan.ties = [tuple(sorted(group, key=order.__getitem__)) for group in unique.values()]
+
+    def _in_graph_order(self) -> list[Value]:
+        produced = [*self.model.graph.inputs, *(value for node in self.nodes for value in node.outputs)]
+        return [value for value in produced if value in self.quantized]
+
+    def choose_activations(self) -> None:
+        recipe = self.recipe
+        edge_inputs = {layer.data for layer in self.plan.layers if self._is_edge(layer.node)}
+        group_of = {value: group for group in self.plan.ties for value in group}
+        symmetric = recipe.activation_scheme is Scheme.SYMMETRIC
+        for value in self._in_graph_order():
+            group = group_of.get(value, (value,))
+            edge = any(member in edge_inputs for member in group)
+            bits = max(recipe.activation_bits, recipe.edge_bits) if edge else recipe.activation_bits
+            self.plan.activations[value] = Choice(QuantSpec(bits, False, symmetric), self.quantized[value])
+        for node in self.nodes:
+            if node in self.plan.integer and not isinstance(self.eligible[node], Weighted):
+                for value in data_inputs(node, self.eligible[node]):
+                    if array(value) is not None:
+                        self.plan.constants[value] = QuantSpec(
+                            16 if recipe.activation_bits == 16 else 8, False, symmetric
+                        )
+
+
+_Neighbours = Callable[[Node], Iterator[Node]]
+
+
+def _next_nodes(node: Node) -> Iterator[Node]:
+    for value in node.outputs:
+        yield from (use.node for use in value.uses())
+
+
+def _previous_nodes(node: Node) -> Iterator[Node]:
+    for value in node.inputs:
+        producer = value.producer() if value is not None else None
+        if producer is not None:
+            yield producer
+
+
+def _kernel_area(node: Node) -> int:
+    """Elements that one input channel takes along the flattened axis 1 of a Conv's weights: kH * kW, else 1."""
+    weight = array(input_of(node, 1))
+    return int(np.prod(weight.shape[2:])) if node.op_type == "Conv" and weight is not None else 1
+
+
+def oriented(node: Node, rule: Weighted) -> Weighted:
+    """The rule with the axes of this very node: Gemm's transB swaps them."""
+    if node.op_type == "Gemm" and attribute(node, "transB", 0):
+        return Weighted(rule.input_axis, rule.output_axis, rule.needs_output)
+    return rule
+
+
+def data_inputs(node: Node, rule: Rule) -> list[Value]:
+    """The inputs of a node that carry data, constants among them; shapes, axes and weights are left out."""
+    count: int | None = 1
+    if isinstance(rule, Computing):
+        count = rule.data
+    elif isinstance(rule, Joining):
+        count = None
+    elif isinstance(rule, Weighted) and node.op_type == "MatMul" and array(input_of(node, 1)) is None:
+        count = 2
+    return [value for value in node.inputs[:count] if value is not None]
+
+
+def clip_bounds(node: Node) -> tuple[float, float] | None:
+    """Lower and upper bound of a Relu or Clip, infinite where open; None where they are computed."""
+    if node.op_type == "Relu":
+        return 0.0, float("inf")
+    low, high = input_of(node, 1), input_of(node, 2)
+    bounds = (
+        float("-inf") if low is None else scalar(low),
+        float("inf") if high is None else scalar(high),
+    )
+    return None if bounds[0] is None or bounds[1] is None else (bounds[0], bounds[1])
+
+
+def _carries_float(node: Node) -> bool:
+    return any(value.dtype in (DataType.FLOAT, None) for value in node.outputs)
+
+
+# -- reasons to leave a node float, by kind of rule ------------------------------------------------------------------
+
+
+def _refuse_weighted(node: Node) -> str | None:
+    weight, bias = input_of(node, 1), input_of(node, 2)
+    if array(weight) is None:
+        if node.op_type == "MatMul":
+            return None
+        return "its weights are computed, not constant"
+    if bias is not None and array(bias) is None:
+        return "its bias is computed, not constant"
+    if node.op_type == "MatMul" and weight is not None and rank(weight) != 2:
+        return "its weight is no matrix"
+    if node.op_type == "Gemm":
+        if attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1 or attribute(node, "beta", 1.0) != 1:
+            return "a Gemm with transA, alpha or beta has no integer kernel"
+        if bias is not None and rank(bias) != 1:
+            return "its third input is no bias vector"
+    return None
+
+
+def _refuse_computing(node: Node) -> str | None:
+    for value in node.inputs[:2]:
+        if value is not None and value.dtype not in (DataType.FLOAT, None):
+            return "its data is not float"
+    return None
+
+
+def _refuse_transparent(node: Node) -> str | None:
+    data = node.inputs[0]
+    if data is None or data.dtype not in (DataType.FLOAT, None) or array(data) is not None:
+        return "its data is not float"
+    if node.op_type == "MaxPool" and len(node.outputs) > 1 and node.outputs[1].uses():
+        return "its indices are read"
+    if node.op_type == "Resize" and attribute(node, "mode", "nearest") != "nearest":
+        return "ONNX Runtime resizes codes only by nearest neighbour"
+    return None
+
+
+def _refuse_joining(node: Node) -> str | None:
+    return None if all(v is None or v.dtype in (DataType.FLOAT, None) for v in node.inputs) else "its data is not float"
+
+
+def _refuse_on_codes(node: Node) -> str | None:
+    data = node.inputs[0]
+    if data is None or data.dtype not in (DataType.FLOAT, None):
+        return "its data is not float"
+    if node.op_type in ACTIVATIONS and clip_bounds(node) is None:
+        return "its bounds are computed, not constant"
+    if node.op_type == "Pad":
+        fill = input_of(node, 2)
+        if attribute(node, "mode", "constant") == "constant" and fill is not None and scalar(fill) != 0:
+            return "it pads with something else than zero"
+    return None
+
+
+_REFUSALS = {
+    Weighted: _refuse_weighted,
+    Computing: _refuse_computing,
+    Transparent: _refuse_transparent,
+    Joining: _refuse_joining,
+    OnCodes: _refuse_on_codes,
+}

@@ -1,0 +1,176 @@
+"""Uniform affine quantization: the only rounding code in the project.
+
+    code = saturate(round_half_even(x / scale) + zero_point)        x ~ (code - zero_point) * scale
+
+exactly as ONNX's QuantizeLinear and DequantizeLinear compute it in float32 (checked bit for bit against ONNX Runtime).
+Ranges always contain zero, so that zero padding is represented exactly. It does not choose ranges: calibrators do.
+
+Source: Krishnamoorthi 2018, arXiv 1806.08342, section 2; the operator specification of QuantizeLinear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class PerTensor:
+    """One scale and zero point for the whole tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerChannel:
+    """One scale and zero point for each index along `axis`."""
+
+    axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class PerBlock:
+    """One scale and zero point for each run of `size` elements along `axis`; the last run may be short."""
+
+    axis: int
+    size: int
+
+
+Granularity = PerTensor | PerChannel | PerBlock
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """How a tensor is to be quantized, before any value of it has been seen.
+
+    Signed symmetric codes use the narrow range -(2^(b-1)-1) .. 2^(b-1)-1 with zero point 0. Unsigned symmetric codes
+    have zero point 0 where the tensor is never negative and the middle code 2^(b-1) elsewhere.
+    """
+
+    bits: int
+    signed: bool
+    symmetric: bool
+    granularity: Granularity = field(default_factory=PerTensor)
+
+    @property
+    def qmin(self) -> int:
+        """The lowest code."""
+        if not self.signed:
+            return 0
+        return -(1 << (self.bits - 1)) + (1 if self.symmetric else 0)
+
+    @property
+    def qmax(self) -> int:
+        """The highest code."""
+        return (1 << (self.bits - (1 if self.signed else 0))) - 1
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The container of the codes: the smallest whole-byte integer that holds them."""
+        width = 8 if self.bits <= 8 else 16 if self.bits <= 16 else 32
+        return np.dtype(f"{'int' if self.signed else 'uint'}{width}")
+
+    def from_range(self, low: ArrayLike, high: ArrayLike) -> QuantParams:
+        """Scale and zero point for values in [low, high], widened to contain zero.
+
+        low, high: scalars, or arrays with one entry a channel or block. Raises ValueError on NaN or infinity.
+        """
+        low64 = np.minimum(np.asarray(low, np.float64), 0.0)
+        high64 = np.maximum(np.asarray(high, np.float64), 0.0)
+        if not (np.all(np.isfinite(low64)) and np.all(np.isfinite(high64))):
+            raise ValueError("a range must be finite")
+        if self.symmetric:
+            zero = self._symmetric_zero(low64)
+            reach = np.maximum(-low64, high64)
+            scale = reach / np.where(zero == self.qmin, self.qmax - self.qmin, self.qmax - zero)
+        else:
+            scale = (high64 - low64) / (self.qmax - self.qmin)
+            zero = np.zeros(scale.shape, np.int64)
+        # An all-zero tensor has no scale of its own: 1 keeps its codes at the zero point.
+        scale32 = np.where(scale > 0, np.maximum(scale, SMALLEST_SCALE), 1.0).astype(np.float32)
+        if not self.symmetric:
+            zero = np.clip(np.rint(self.qmin - low64 / scale32), self.qmin, self.qmax).astype(np.int64)
+        return QuantParams(self, scale32, zero.astype(self.dtype))
+
+    def _symmetric_zero(self, low: NDArray[np.float64]) -> NDArray[np.int64]:
+        if self.signed:
+            return np.zeros(low.shape, np.int64)
+        return np.where(low < 0, 2 ** (self.bits - 1), 0).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantParams:
+    """A spec with its numbers.
+
+    scale: float32, zero_point: the codes' dtype; both of shape () per tensor, (C,) per channel and, per block, the
+    tensor's shape with the blocked axis replaced by the number of blocks.
+    """
+
+    spec: QuantSpec
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.integer]
+
+    def quantize(self, x: NDArray[Any]) -> NDArray[np.integer]:
+        """Codes of x, in the spec's container dtype. Ties round to even; values out of range saturate."""
+        # int32 biases need more digits than float32 has; everything else is rounded as the runtime rounds it.
+        real = np.float64 if self.spec.bits > 16 else np.float32
+        scale = self._spread(self.scale, x.shape).astype(real)
+        zero = self._spread(self.zero_point, x.shape).astype(real)
+        with np.errstate(over="ignore"):
+            codes = np.rint(np.divide(x.astype(real), scale)) + zero
+        limited: NDArray[np.integer] = np.clip(codes, self.spec.qmin, self.spec.qmax).astype(self.spec.dtype)
+        return limited
+
+    def dequantize(self, codes: NDArray[np.integer]) -> NDArray[np.float32]:
+        """The real numbers that codes stand for."""
+        zero = self._spread(self.zero_point, codes.shape).astype(np.int64)
+        steps = (codes.astype(np.int64) - zero).astype(np.float32)
+        real: NDArray[np.float32] = np.multiply(steps, self._spread(self.scale, codes.shape), dtype=np.float32)
+        return real
+
+    def fake(self, x: NDArray[Any]) -> NDArray[np.float32]:
+        """x rounded to the grid: `dequantize(quantize(x))`."""
+        return self.dequantize(self.quantize(x))
+
+    def code_range(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The smallest and the largest real number that has a code."""
+        zero = self.zero_point.astype(np.float32)
+        return (self.spec.qmin - zero) * self.scale, (self.spec.qmax - zero) * self.scale
+
+    def with_scale(self, scale: NDArray[np.float32]) -> QuantParams:
+        """The same spec and zero point on another step."""
+        return QuantParams(self.spec, scale.astype(np.float32), self.zero_point)
+
+    def _spread(self, param: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """`param` broadcastable against a tensor of `shape`."""
+        match self.spec.granularity:
+            case PerChannel(axis):
+                return param.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
+            case PerBlock(axis, size):
+                return np.repeat(param, size, axis=axis).take(np.arange(shape[axis]), axis=axis)
+            case _:
+                return param
+
+
+def extremes(x: NDArray[Any], granularity: Granularity) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Minimum and maximum of x for each group that shares parameters, in the shape `QuantParams` wants."""
+    match granularity:
+        case PerChannel(axis):
+            rest = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+            return x.min(axis=rest), x.max(axis=rest)
+        case PerBlock(axis, size):
+            starts = np.arange(0, x.shape[axis], size)
+            return np.minimum.reduceat(x, starts, axis=axis), np.maximum.reduceat(x, starts, axis=axis)
+        case _:
+            return np.asarray(x.min()), np.asarray(x.max())
+
+
+def bias_params(scale: NDArray[np.float32]) -> QuantParams:
+    """int32 parameters of a bias: the exact float32 product of its layer's input and weight scales, zero point 0."""
+    granularity: Granularity = PerChannel(0) if scale.ndim else PerTensor()
+    spec = QuantSpec(32, signed=True, symmetric=True, granularity=granularity)
+    return QuantParams(spec, scale, np.zeros(scale.shape, np.int32))

@@ -1,0 +1,211 @@
+"""Recipe: everything the user asked for, as types, frozen and validated once. No stringly option lives past it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from qconv.errors import QconvError
+
+
+class Scheme(StrEnum):
+    """Whether zero sits on a fixed code (symmetric) or where the range puts it (asymmetric)."""
+
+    SYMMETRIC = "symmetric"
+    ASYMMETRIC = "asymmetric"
+
+
+class WeightGranularity(StrEnum):
+    """How many weights share a scale."""
+
+    PER_TENSOR = "per-tensor"
+    PER_CHANNEL = "per-channel"
+    PER_BLOCK = "per-block"
+
+
+class Color(StrEnum):
+    """Channel order that the network was trained with."""
+
+    RGB = "rgb"
+    BGR = "bgr"
+    GREY = "grey"
+
+
+class Layout(StrEnum):
+    """Axis order of the network's input."""
+
+    NCHW = "nchw"
+    NHWC = "nhwc"
+
+
+class Filter(StrEnum):
+    """Interpolation used when a picture is resized."""
+
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A published normalisation: `(pixel * scale - mean) / std` on pixels 0 to 255."""
+
+    color: Color
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+PRESETS: dict[str, Preset] = {
+    "imagenet": Preset(Color.RGB, 1 / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "tf": Preset(Color.RGB, 1 / 127.5, (1.0,), (1.0,)),
+    "caffe": Preset(Color.BGR, 1.0, (103.939, 116.779, 123.68), (1.0,)),
+    "unit": Preset(Color.RGB, 1 / 255, (0.0,), (1.0,)),
+    "raw": Preset(Color.RGB, 1.0, (0.0,), (1.0,)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessingOptions:
+    """What the user said about the pictures; None where the preset or the model decides.
+
+    resize: "auto", "exact", "letterbox" or the shorter side in pixels, then the centre is cropped.
+    size: (height, width) where the model leaves them open.
+    """
+
+    preset: str | None = None
+    scale: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    color: Color | None = None
+    layout: Layout | None = None
+    resize: str | int = "auto"
+    filter: Filter = Filter.BILINEAR
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.std is not None and any(s == 0 or not math.isfinite(s) for s in self.std):
+            raise QconvError("--std has a zero: pixels cannot be divided by it.", "give a positive number a channel.")
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """The preprocessing in full, as it will be done: `(pixel * scale - mean) / std` after resizing.
+
+    mean and std have one entry, or one a channel, in the channel order of `color`. size is (height, width).
+    class_vector: the network's output is one score a class, which decides what "auto" resizing means.
+    """
+
+    preset: str
+    source: str
+    color: Color
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layout: Layout
+    resize: str | int
+    filter: Filter
+    size: tuple[int, int]
+    class_vector: bool
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.color is Color.GREY else 3
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return dict(_plain(self))
+
+    def in_words(self) -> str:
+        """One sentence for the summary."""
+        height, width = self.size
+        mean, std = (", ".join(f"{v:.6g}" for v in values) for values in (self.mean, self.std))
+        # 1/127.5 reads better than 0.00784314
+        inverse = 1 / self.scale if self.scale else 0.0
+        scale = f"{self.scale:g}" if self.scale == 1 or not self.scale else f"1/{inverse:.6g}"
+        return (
+            f"{self.color.upper()} (pixel x {scale} - [{mean}]) / [{std}], {self.layout.upper()} {height}x{width}, "
+            f"{self._resize_in_words()}; {self.source}"
+        )
+
+    def _resize_in_words(self) -> str:
+        if isinstance(self.resize, int):
+            return f"shorter side to {self.resize}, centre crop"
+        if self.resize != "auto":
+            return "stretched" if self.resize == "exact" else "letterboxed"
+        if self.class_vector:
+            return f"shorter side to {round(min(self.size) / 0.875)}, centre crop (unless already {self.size[1]}x{self.size[0]})"
+        return "stretched"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What `quantize` is asked to do. The defaults are those of target `ort-cpu`.
+
+    calib: folders, or text files with one path a line; empty is an error at the door, not here.
+    Raises QconvError for values that do not go together.
+    """
+
+    calib: tuple[str, ...] = ()
+    samples: int = 128
+    batch: int = 1
+    seed: int = 0
+    glob: str | None = None
+    weight_bits: int = 8
+    activation_bits: int = 8
+    weight_scheme: Scheme = Scheme.SYMMETRIC
+    activation_scheme: Scheme = Scheme.ASYMMETRIC
+    weight_granularity: WeightGranularity = WeightGranularity.PER_CHANNEL
+    block_size: int = 32
+    edge_bits: int = 8
+    pack: bool = False
+    calibrator: str = "minmax"
+    target: str = "ort-cpu"
+    keep_float: tuple[str, ...] = ()
+    keep_float_op: tuple[str, ...] = ()
+    opset: int | None = None
+    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
+    min_agreement: float | None = None
+    min_sqnr: float | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.weight_bits in {*range(2, 9), 16}, f"--weight-bits {self.weight_bits}", "use 2 to 8, or 16.")
+        _require(
+            self.activation_bits in {*range(2, 9), 16, 32},
+            f"--activation-bits {self.activation_bits}",
+            "use 2 to 8, 16, or 32 for weights only.",
+        )
+        _require(self.edge_bits in {*range(2, 9), 16}, f"--edge-bits {self.edge_bits}", "use 2 to 8, or 16.")
+        _require(self.samples >= 1, f"--samples {self.samples}", "use at least 1 picture.")
+        _require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")
+        _require(self.block_size >= 1, f"--block-size {self.block_size}", "use at least 1.")
+        _require(
+            not self.pack or self.weight_bits <= 4,
+            f"--pack with {self.weight_bits}-bit weights",
+            "packing stores int4: pass --weight-bits 4 or fewer.",
+        )
+        _require(
+            self.min_agreement is None or 0 <= self.min_agreement <= 1,
+            f"--min-agreement {self.min_agreement}",
+            "use a share from 0 to 1.",
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form of all that shapes the file: what only steers the run (threads, gates) stays out."""
+        steering = {"threads", "min_agreement", "min_sqnr", "calib"}
+        return {name: value for name, value in _plain(self).items() if name not in steering}
+
+
+def _plain(thing: Any) -> Any:
+    if hasattr(thing, "__dataclass_fields__"):
+        return {f.name: _plain(getattr(thing, f.name)) for f in fields(thing)}
+    if isinstance(thing, tuple):
+        return [_plain(item) for item in thing]
+    return str(thing) if isinstance(thing, StrEnum) else thing
+
+
+def _require(condition: bool, fact: str, fix: str) -> None:
+    if not condition:
+        raise QconvError(f"{fact} is not possible.", fix)

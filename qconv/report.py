@@ -1,0 +1,161 @@
+"""What a run found, as data: the object behind `--json` and the summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qconv.findings import Change, Finding, Skipped
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class OutputScore:
+    """How one output of the quantized model compares. sqnr_db: None where both are equal; agreement: None where the
+    output is no class score."""
+
+    name: str
+    sqnr_db: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The saved file run against the user's own float model on `images` calibration pictures.
+
+    slowdown: median time of one run, quantized over float, on this machine; None where it was not measured.
+    """
+
+    images: int
+    outputs: tuple[OutputScore, ...]
+    slowdown: float | None = None
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """The lowest output's, in dB; None where all outputs are equal."""
+        return min((o.sqnr_db for o in self.outputs if o.sqnr_db is not None), default=None)
+
+    @property
+    def agreement(self) -> float | None:
+        """The lowest output's; None where no output is a class score."""
+        return min((o.agreement for o in self.outputs if o.agreement is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A demand of the user's: `got` is None where the measure does not exist, and then it counts as held for SQNR (the
+    outputs are equal) and as not held for agreement."""
+
+    name: str
+    want: float
+    got: float | None
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Island:
+    """A node that stays float in the quantized model."""
+
+    node: str
+    op: str
+    why: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Nodes of the optimized graph that the runtime really runs: on codes, and in float."""
+
+    integer: int
+    float: int
+    islands: tuple[Island, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """One tensor and what became of it. scale, zero_point: a number, a list, or None for float."""
+
+    name: str
+    kind: str
+    bits: int | None
+    symmetric: bool | None
+    granularity: str | None
+    scale: Any
+    zero_point: Any
+    why: str
+
+
+@dataclass(slots=True)
+class Report:
+    """Everything that one `quantize` did and measured."""
+
+    version: str
+    output: str
+    float_model: str
+    recipe: dict[str, Any]
+    preprocessing: dict[str, Any] | None
+    preprocessing_words: str
+    float_bytes: int
+    quantized_bytes: int
+    opset: int
+    ir_version: int
+    needs: str
+    verify: Verification
+    audit: Audit
+    gates: list[Gate] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    time: dict[str, float] = field(default_factory=dict)
+    peak_rss_mb: float | None = None
+    findings: list[Finding] = field(default_factory=list)
+    tensors: list[TensorRow] = field(default_factory=list)
+
+    @property
+    def held(self) -> bool:
+        """Whether every gate held."""
+        return all(gate.held for gate in self.gates)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the quantized model over bytes of the float one."""
+        return self.quantized_bytes / self.float_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        verify = self.verify
+        changes = [f for f in self.findings if isinstance(f, Change)]
+        skipped = [f for f in self.findings if isinstance(f, Skipped)]
+        return {
+            "schema": SCHEMA,
+            "version": self.version,
+            "output": self.output,
+            "float": self.float_model,
+            "recipe": self.recipe,
+            "preprocessing": self.preprocessing,
+            "size": {"float": self.float_bytes, "quantized": self.quantized_bytes, "ratio": round(self.ratio, 4)},
+            "opset": self.opset,
+            "ir_version": self.ir_version,
+            "needs": self.needs,
+            "verify": {
+                "images": verify.images,
+                "sqnr_db": verify.sqnr_db,
+                "agreement": verify.agreement,
+                "outputs": [_row(o) for o in verify.outputs],
+            },
+            "audit": {
+                "integer": self.audit.integer,
+                "float": self.audit.float,
+                "islands": [_row(i) for i in self.audit.islands],
+            },
+            "gates": [_row(g) for g in self.gates],
+            "warnings": self.warnings,
+            "time": {name: round(seconds, 3) for name, seconds in self.time.items()},
+            "peak_rss_mb": self.peak_rss_mb,
+            "changes": [_row(c) for c in changes],
+            "skipped": [_row(s) for s in skipped],
+            "tensors": [_row(t) for t in self.tensors],
+        }
+
+
+def _row(thing: Any) -> dict[str, Any]:
+    return {name: getattr(thing, name) for name in thing.__dataclass_fields__}

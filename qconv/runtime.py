@@ -1,0 +1,114 @@
+"""The door to ONNX Runtime: run a model, quietly, with its complaints turned into errors that say what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from qconv.errors import QconvError
+
+ELEMENT_TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+FATAL_ONLY = 4
+
+
+class Session:
+    """One loaded model.
+
+    model: a path or the file's bytes. optimize: False runs the nodes one by one, as the standard defines them.
+    threads: None for as many as the machine has. Raises QconvError where ONNX Runtime refuses the model.
+    """
+
+    def __init__(
+        self, model: str | bytes, *, name: str = "the model", optimize: bool = True, threads: int | None = None
+    ) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = FATAL_ONLY
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        # Sessions take turns here; a pool that spins after its turn would slow the next one.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.name = name
+        try:
+            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime raises a dozen types of its own
+            raise _load_error(name, error) from None
+        self.outputs: list[str] = [output.name for output in self._session.get_outputs()]
+        self.output_shapes: list[tuple[int | None, ...]] = [_open_shape(o.shape) for o in self._session.get_outputs()]
+
+    @property
+    def inputs(self) -> list[tuple[str, np.dtype[Any], tuple[int | None, ...]]]:
+        """Name, element type and shape (None where open) of every input.
+
+        Raises QconvError for an input that is no tensor of numbers.
+        """
+        found = []
+        for value in self._session.get_inputs():
+            if value.type not in ELEMENT_TYPES:
+                raise QconvError(
+                    f"Input {value.name!r} of {self.name} is a {value.type}, not a picture.",
+                    "export the model without its decoding step.",
+                )
+            found.append((value.name, np.dtype(ELEMENT_TYPES[value.type]), _open_shape(value.shape)))
+        return found
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The named outputs. Raises QconvError where the input does not suit the model."""
+        try:
+            return list(self._session.run(list(outputs), dict(feeds)))
+        except Exception as error:  # as above
+            raise QconvError(
+                f"{self.name} cannot be run on these pictures: {_reason(error)}",
+                "check --size, --layout and --batch against the model's input.",
+            ) from None
+
+    def run_all(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """All outputs, in the model's order."""
+        return self.run(self.outputs, feeds)
+
+    def run_fast(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Like `run`."""
+        return self.run(outputs, feeds)
+
+
+def _open_shape(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
+    return tuple(d if isinstance(d, int) and d > 0 else None for d in shape)
+
+
+def _load_error(name: str, error: Exception) -> QconvError:
+    text = str(error)
+    unknown = re.search(r"([\w.]*:?\w+)\(-?\d+\) is not a registered function/op", text)
+    if unknown:
+        return QconvError(
+            f"{name} uses the operator {unknown[1]}, which ONNX Runtime does not have.",
+            "export the model without custom operators, for example without its pre- and postprocessing.",
+        )
+    missing = re.search(r"No Op registered for (\w+)", text) or re.search(r"NOT_IMPLEMENTED.*?for (?:the )?(\S+)", text)
+    if missing:
+        return QconvError(
+            f"{name} uses the operator {missing[1]}, which ONNX Runtime does not have.",
+            "export the model at another opset.",
+        )
+    return QconvError(f"ONNX Runtime cannot load {name}: {_reason(error)}", "check the file, or export it again.")
+
+
+def _reason(error: Exception) -> str:
+    """The runtime's own words without its error codes and source locations."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+    text = re.sub(r"\S*/onnxruntime/\S+\s*", "", text)
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:300]

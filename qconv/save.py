@@ -1,0 +1,173 @@
+"""A file appears whole or not at all: written into a hidden folder beside its place, checked there, synced, renamed.
+
+A kill leaves at most that hidden folder, and the next run for the same output removes it. Where weights go into a data
+file, it is named by its content, so that the model and the data of two runs never mix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from qconv.errors import QconvError
+from qconv.graph import Model
+
+PROTOBUF_LIMIT = 2**31 - 2**20
+SUFFIX = ".qconv-tmp"
+
+
+@dataclass(slots=True)
+class Staged:
+    """A finished file that is not yet in its place. data: its data file, None where it has none."""
+
+    folder: Path
+    path: Path
+    data: Path | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of model and data together."""
+        return sum(p.stat().st_size for p in (self.path, self.data) if p is not None)
+
+    def commit(self, out: Path) -> None:
+        """Put the file in its place: data first, model last."""
+        before = _data_files(out)
+        with _explained(out):
+            if self.data is not None:
+                os.replace(self.data, out.parent / self.data.name)
+            os.replace(self.path, out)
+            _sync_folder(out.parent)
+            for stale in before - {out.parent / self.data.name if self.data is not None else None}:
+                stale.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged(model: Model, out: Path | None) -> Iterator[Staged]:
+    """Write `model` into a hidden folder beside `out` (None: among the system's temporary files); gone at the end."""
+    if out is None:
+        folder = Path(tempfile.mkdtemp(suffix=SUFFIX))
+    else:
+        check_place(out)
+        folder = out.parent / f".{out.name}.{os.getpid()}{SUFFIX}"
+        with _explained(out):
+            folder.mkdir()
+    name = out.name if out is not None else "model.onnx"
+    try:
+        with _explained(out or folder):
+            data = _write(model, folder / name, allow_external=out is not None)
+        yield Staged(folder, folder / name, data)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_place(out: Path) -> None:
+    """Raise QconvError where no file can be written at `out`; remove what killed runs left there."""
+    if not out.parent.is_dir():
+        raise QconvError(f"The folder {out.parent} does not exist.", "create it, or choose another output with -o.")
+    if out.is_dir():
+        raise QconvError(f"{out} is a folder.", "name a file with -o.")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise QconvError(f"The folder {out.parent} cannot be written to.", "choose another output with -o.")
+    for stale in out.parent.glob(f".{out.name}.*{SUFFIX}"):
+        owner = stale.name.removesuffix(SUFFIX).rpartition(".")[2]
+        if owner.isdigit() and not _alive(int(owner)):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def total_bytes(model: Model) -> int:
+    """Size of all weights."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+@contextlib.contextmanager
+def runnable(model: Model, outputs: list[str]) -> Iterator[str | bytes]:
+    """The model with `outputs` returned as well, as ONNX Runtime takes it: bytes, or a path where they are too many."""
+    wanted = set(outputs) - {value.name for value in model.graph.outputs}
+    produced = [value for node in model.graph for value in node.outputs]
+    extra = [ir.serde.serialize_value(value) for value in produced if value.name in wanted]
+    if total_bytes(model) < PROTOBUF_LIMIT:
+        proto = model.proto()
+        proto.graph.output.extend(extra)
+        yield proto.SerializeToString()
+        return
+    with tempfile.TemporaryDirectory(suffix=SUFFIX) as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(model.inner, path, external_data="model.data")
+        proto = onnx.load(path, load_external_data=False)
+        proto.graph.output.extend(extra)
+        path.write_bytes(proto.SerializeToString())
+        yield str(path)
+
+
+def _write(model: Model, path: Path, *, allow_external: bool) -> Path | None:
+    external = allow_external and (model.external or total_bytes(model) >= PROTOBUF_LIMIT)
+    if not external:
+        path.write_bytes(model.proto().SerializeToString(deterministic=True))
+        _sync(path)
+        return None
+    ir.save(model.inner, path, external_data=f"{path.name}.data")
+    plain = path.with_name(f"{path.name}.data")
+    with plain.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    data = path.with_name(f"{path.name}.{digest}.data")
+    plain.rename(data)
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = data.name
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    _sync(data)
+    _sync(path)
+    return data
+
+
+def _data_files(out: Path) -> set[Path]:
+    """Data files of our naming that the model now at `out` has."""
+    pattern = f"{out.name}.{'[0-9a-f]' * 8}.data"
+    return set(out.parent.glob(pattern)) if out.exists() else set()
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    # not every file system can sync a folder; the rename is atomic all the same
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise QconvError(f"No space is left for {out}.", "free some, or choose another output with -o.") from None
+        raise QconvError(f"{out} cannot be written: {error.strerror}.", "choose another output with -o.") from None

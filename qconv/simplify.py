@@ -1,0 +1,370 @@
+"""Rewrites of the float graph that change no number: no-ops go, and several spellings of one thing become one.
+
+    Sum(a, b) = Add(a, b)    x / c = x * (1 / c)    mean over H and W = GlobalAveragePool
+    Relu(MaxPool(x)) = MaxPool(Relu(x))             zero Pad, then Conv = padded Conv
+
+Runtimes have integer kernels for one spelling only, and `fold` finds its layers behind it. Each pass takes the model
+and returns what it did and, with the reason, what it refused to do. Weights are `fold`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from math import inf
+
+import numpy as np
+
+from qconv.findings import Change, Finding, Skipped
+from qconv.graph import (
+    DataType,
+    Model,
+    Node,
+    Value,
+    array,
+    attribute,
+    dims,
+    drop_attribute,
+    input_of,
+    rank,
+    scalar,
+    set_attribute,
+    set_dims,
+)
+
+FLOAT_MAX = float(np.finfo(np.float32).max)
+
+Pass = Callable[[Model], list[Finding]]
+Edit = Callable[[Model, Node], list[Change]]
+
+
+class Refused(Exception):
+    """Raised by an edit, before it has changed anything, with the reason why it cannot be done."""
+
+
+def each_node(step: str, *op_types: str) -> Callable[[Edit], Pass]:
+    """Make a pass out of an edit: try it on every node of these types, and record what it did or why it refused."""
+
+    def as_pass(edit: Edit) -> Pass:
+        def run(model: Model) -> list[Finding]:
+            found: list[Finding] = []
+            for node in model.nodes():
+                if node.graph is None or kind(node) not in op_types:  # an earlier edit may have removed it
+                    continue
+                try:
+                    found += edit(model, node)
+                except Refused as reason:
+                    found.append(Skipped(step, title(node), str(reason)))
+            return found
+
+        run.__name__, run.__doc__ = edit.__name__, edit.__doc__
+        return run
+
+    return as_pass
+
+
+def kind(node: Node) -> str:
+    """The type of a standard operator, nothing for those of other domains."""
+    return node.op_type if node.domain == "" else ""
+
+
+def title(node: Node) -> str:
+    """The name, which every node has after loading."""
+    return node.name or ""
+
+
+def called(node: Node) -> str:
+    """A node as messages speak of it: `Conv conv1`."""
+    return f"{node.op_type} {node.name}"
+
+
+def source(node: Node) -> Value:
+    """The first input, which every operator here has."""
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+def reads_as_data(node: Node, value: Value, model: Model) -> bool:
+    """Whether `node` reads `value` as its first input and nowhere else. Nodes in bodies of If and Loop do not count."""
+    return node.graph is model.graph and [i for i, v in enumerate(node.inputs) if v is value] == [0]
+
+
+def no_extra_outputs(node: Node) -> bool:
+    """Whether only the first output is used."""
+    return not any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
+
+
+def explicit_pads(node: Node, axes: int) -> list[int] | None:
+    """Padding of a Conv or pool over `axes` spatial axes, all beginnings first; None for auto_pad=SAME."""
+    auto = attribute(node, "auto_pad", "NOTSET")
+    if auto.startswith("SAME"):
+        return None
+    return [0] * (2 * axes) if auto == "VALID" else attribute(node, "pads") or [0] * (2 * axes)
+
+
+def _bypass(model: Model, node: Node) -> None:
+    if not model.bypass(node):
+        raise Refused("the model returns its output under a name that must stay")
+
+
+# -- no-ops and spellings ----------------------------------------------------------------------------------------------
+
+
+@each_node("simplify", "Identity", "Dropout")
+def drop_identities(model: Model, node: Node) -> list[Change]:
+    """Identity, and Dropout as it is after training."""
+    if kind(node) == "Dropout":
+        training = input_of(node, 2)
+        if not no_extra_outputs(node):
+            raise Refused("its mask is used")
+        if training is not None and scalar(training) != 0:
+            raise Refused("it runs in training mode")
+    _bypass(model, node)
+    return [Change("simplify", title(node), f"{node.op_type} removed")]
+
+
+@each_node("simplify", "Sum")
+def sum_to_add(model: Model, node: Node) -> list[Change]:
+    """Sum of two is Add, Sum of one is nothing."""
+    if len(node.inputs) == 1:
+        _bypass(model, node)
+        return [Change("simplify", title(node), "Sum of one tensor removed")]
+    if len(node.inputs) != 2:
+        return []
+    model.become(node, "Add", list(node.inputs))
+    return [Change("simplify", title(node), "Sum became Add")]
+
+
+@each_node("simplify", "Pad")
+def merge_pads(model: Model, node: Node) -> list[Change]:
+    """Zero padding of height and width becomes the padding of the Convs that read it."""
+    output = node.outputs[0]
+    convs = model.readers(output)
+    if not any(kind(conv) == "Conv" for conv in convs):
+        return []
+    widths = _spatial_widths(node)
+    if output.is_graph_output():
+        raise Refused("the model returns its output")
+    own = []
+    for conv in convs:
+        if kind(conv) != "Conv" or not reads_as_data(conv, output, model):
+            raise Refused(f"{called(conv)} reads it too")
+        pads = explicit_pads(conv, len(widths) // 2)
+        if pads is None:
+            raise Refused(f"{called(conv)} computes its own padding (auto_pad)")
+        own.append(pads)
+    for conv, pads in zip(convs, own, strict=True):
+        drop_attribute(conv, "auto_pad")
+        set_attribute(conv, "pads", [a + b for a, b in zip(pads, widths, strict=True)])
+        model.set_input(conv, 0, source(node))
+    model.remove(node)
+    return [Change("simplify", title(conv), f"{called(node)} became its padding") for conv in convs]
+
+
+def _spatial_widths(node: Node) -> list[int]:
+    """What a Pad adds around height and width, all beginnings first."""
+    value, axes_given = input_of(node, 2), input_of(node, 3)
+    widths, axes = array(input_of(node, 1)), array(axes_given)
+    if attribute(node, "mode", "constant") != "constant" or (value is not None and scalar(value) != 0):
+        raise Refused("it does not pad with zeros")
+    if widths is None or (axes_given is not None and axes is None):
+        raise Refused("its widths are computed")
+    axis_count = rank(source(node)) if axes is not None else widths.size // 2
+    if axis_count is None:
+        raise Refused("the rank of its data is not known")
+    full = np.zeros((2, axis_count), np.int64)  # (begin and end, axes)
+    full[:, slice(None) if axes is None else axes] = widths.reshape(2, -1)
+    if full[:, :2].any():
+        raise Refused("it pads more than height and width")
+    if (full < 0).any():
+        raise Refused("it crops")
+    return [int(width) for width in full[:, 2:].reshape(-1)]
+
+
+@each_node("simplify", "ReduceMean")
+def mean_to_pool(model: Model, node: Node) -> list[Change]:
+    """The mean over H and W of (N, C, H, W) is GlobalAveragePool, with a Flatten behind it for a result (N, C)."""
+    data, given = source(node), input_of(node, 1)
+    axes = attribute(node, "axes") if given is None else array(given)
+    if axes is None or data.dtype != DataType.FLOAT or rank(data) not in (4, None):
+        return []
+    if sorted(int(axis) % 4 for axis in axes) != [2, 3]:
+        return []
+    if rank(data) is None:
+        raise Refused("the rank of its data is not known")
+    if attribute(node, "keepdims", 1):
+        model.become(node, "GlobalAveragePool", [data])
+    else:
+        pool = model.build("GlobalAveragePool", [data], name=f"{title(node)}_pool", like=data)
+        model.insert_before(node, pool)
+        set_dims(pool.outputs[0], [*(dims(data) or [])[:2], 1, 1])
+        model.become(node, "Flatten", pool.outputs, {"axis": 1})
+    return [Change("simplify", title(node), "ReduceMean over height and width became GlobalAveragePool")]
+
+
+@each_node("simplify", "AveragePool")
+def whole_average_to_pool(model: Model, node: Node) -> list[Change]:
+    """An AveragePool whose one window is the whole map."""
+    kernel, sizes = attribute(node, "kernel_shape"), dims(source(node))
+    pads = explicit_pads(node, len(kernel))
+    if sizes is None or sizes[2:] != kernel or pads is None or any(pads):
+        return []
+    if any(step != 1 for step in attribute(node, "dilations", [])):
+        return []
+    model.become(node, "GlobalAveragePool", [source(node)])
+    return [Change("simplify", title(node), "AveragePool over the whole map became GlobalAveragePool")]
+
+
+@each_node("simplify", "MatMul")
+def matmul_to_gemm(model: Model, node: Node) -> list[Change]:
+    """A (N, K) times a constant (K, M) is a Gemm, which can have a bias."""
+    data, weight = source(node), node.inputs[1]
+    numbers = array(weight)
+    if numbers is None or numbers.ndim != 2 or numbers.dtype != np.float32 or rank(data) != 2:
+        return []
+    model.become(node, "Gemm", [data, weight])
+    return [Change("simplify", title(node), "MatMul with constant weights became Gemm")]
+
+
+@each_node("simplify", "Div", "Sub")
+def divide_by_multiplying(model: Model, node: Node) -> list[Change]:
+    """x / c becomes x * (1 / c) and x - c becomes x + (-c): there is an integer Mul and Add, but no Div and Sub."""
+    data, numbers = source(node), array(node.inputs[1])
+    # Tensors with fewer than two axes may be sizes on their way to a Floor, where the last bit of a quotient counts.
+    if numbers is None or numbers.dtype != np.float32 or (rank(data) or 0) < 2:
+        return []
+    if kind(node) == "Sub":
+        model.become(node, "Add", [data, model.constant(f"{title(node)}_negated", -numbers)])
+        return [Change("simplify", title(node), "Sub of a constant became Add")]
+    with np.errstate(divide="ignore", over="ignore"):
+        factor = (1 / numbers.astype(np.float64)).astype(np.float32)
+    if not np.isfinite(factor).all():
+        raise Refused("it divides by zero, or by a number too small to invert")
+    model.become(node, "Mul", [data, model.constant(f"{title(node)}_factor", factor)])
+    return [Change("simplify", title(node), "Div by a constant became Mul")]
+
+
+# -- Relu and Clip -----------------------------------------------------------------------------------------------------
+
+
+def bounds(node: Node) -> tuple[float, float] | None:
+    """Lowest and highest number that a Relu or Clip lets through; None for other nodes and computed bounds."""
+    if kind(node) == "Relu":
+        return 0.0, inf
+    if kind(node) != "Clip":
+        return None
+    ends = []
+    for index, open_end in ((1, -inf), (2, inf)):
+        given = input_of(node, index)
+        number = open_end if given is None else scalar(given)
+        if number is None:
+            return None
+        ends.append(open_end if abs(number) >= FLOAT_MAX else number)
+    low, high = ends
+    return (low, high) if low <= high else None
+
+
+@each_node("simplify", "Relu", "Clip")
+def merge_activations(model: Model, node: Node) -> list[Change]:
+    """Of two in a row the wider one does nothing; Clip(0, infinity) is Relu."""
+    span, before = bounds(node), source(node).producer()
+    if span is None:
+        return []
+    inner = None if before is None else bounds(before)
+    if span == (-inf, inf) or (inner is not None and _within(inner, span)):
+        _bypass(model, node)
+        return [Change("simplify", title(node), f"{node.op_type} removed: it cuts nothing off")]
+    if before is not None and inner is not None and _within(span, inner) and model.sole_reader(source(node)) is node:
+        _bypass(model, before)
+        return [Change("simplify", title(before), f"{before.op_type} removed: {called(node)} cuts off more")]
+    if kind(node) == "Clip" and span == (0.0, inf):
+        model.become(node, "Relu", [source(node)])
+        return [Change("simplify", title(node), "Clip at zero became Relu")]
+    return []
+
+
+def _within(inner: tuple[float, float], outer: tuple[float, float]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+# Operators that only move or select numbers, so that a monotone function may as well be applied before them.
+MOVERS = frozenset(
+    {
+        "MaxPool",
+        "Reshape",
+        "Flatten",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Concat",
+        "Slice",
+        "Resize",
+        "DepthToSpace",
+    }
+)
+# Behind these a Relu or Clip is absorbed by the quantizer of their output, or can move on.
+ABSORBERS = MOVERS | {
+    "Conv",
+    "ConvTranspose",
+    "Gemm",
+    "MatMul",
+    "Add",
+    "Mul",
+    "BatchNormalization",
+    "AveragePool",
+    "GlobalAveragePool",
+}
+
+
+@each_node("hoist", "Relu", "Clip")
+def hoist_activations(model: Model, node: Node) -> list[Change]:
+    """A Relu or Clip behind a mover goes before it, next to the layer that absorbs it; before Concat one copy each."""
+    mover = source(node).producer()
+    if bounds(node) is None or mover is None or not _only_moves(mover):
+        return []
+    if model.sole_reader(mover.outputs[0]) is not node or not no_extra_outputs(mover):
+        raise Refused(f"something else reads {called(mover)}")
+    moved = [v for v in mover.inputs if v is not None] if kind(mover) == "Concat" else [source(mover)]
+    for value in moved:
+        producer = value.producer()
+        if producer is None or kind(producer) not in ABSORBERS:
+            raise Refused(f"no layer before {called(mover)} could absorb it")
+        if model.sole_reader(value) is not mover:
+            raise Refused(f"something else reads {called(producer)}")
+    if not model.take_over(node.outputs[0], mover.outputs[0]):
+        raise Refused("the model returns its output under a name that must stay")
+    for index, copy in enumerate(_copies(model, node, moved)):
+        model.set_input(mover, index, copy.outputs[0])
+        model.insert_before(mover, copy)
+    return [Change("hoist", title(node), f"moved before {called(mover)}")]
+
+
+def _copies(model: Model, node: Node, values: Iterable[Value]) -> Iterator[Node]:
+    """The activation itself for the first value, copies of it for the others."""
+    for index, value in enumerate(values):
+        if index == 0:
+            model.set_input(node, 0, value)
+            set_dims(node.outputs[0], dims(value))
+            yield node
+        else:
+            yield model.build(node.op_type, [value, *node.inputs[1:]], name=title(node), like=value)
+
+
+def _only_moves(node: Node) -> bool:
+    """Whether each number of the output is one of the input's, or the greatest of some."""
+    if kind(node) != "Resize":
+        return kind(node) in MOVERS
+    frame = attribute(node, "coordinate_transformation_mode", "half_pixel")
+    return bool(attribute(node, "mode", "nearest") == "nearest" and frame != "tf_crop_and_resize")
+
+
+PASSES: tuple[Pass, ...] = (
+    drop_identities,
+    sum_to_add,
+    merge_pads,
+    mean_to_pool,
+    whole_average_to_pool,
+    matmul_to_gemm,
+    merge_activations,
+    hoist_activations,
+)

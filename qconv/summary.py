@@ -1,0 +1,156 @@
+"""The report on a terminal: 80 columns, colour and progress only where a person is looking. The one user of rich."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, TextIO
+
+import rich.console
+import rich.progress
+from rich.markup import escape
+from rich.table import Table
+
+from qconv.findings import Change, Skipped
+from qconv.report import Island, OutputScore, Report
+
+SHOWN = 8
+
+
+class Console:
+    """The conversation on stderr while a run lasts: warnings, and a progress bar on a terminal."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._console = rich.console.Console(stderr=True, highlight=False)
+        self._bar: rich.progress.Progress | None = None
+        self._tasks: dict[str, rich.progress.TaskID] = {}
+
+    def warn(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(f"[yellow]Warning:[/] {escape(text)}", soft_wrap=True)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if self._quiet or not self._console.is_terminal:
+            return
+        if self._bar is None:
+            columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
+            self._bar = rich.progress.Progress(*columns, console=self._console, transient=True)
+            self._bar.start()
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=total)
+        self._bar.update(self._tasks[stage], completed=done)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def show(report: Report, stream: TextIO, *, verbose: bool) -> None:
+    """Print the summary."""
+    console = rich.console.Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in _lines(report):
+        table.add_row(name, text)
+    if stream.isatty():
+        console.print(table)
+    else:
+        for name, text in _lines(report):
+            print(f"{name:<12}  {rich.markup.render(text).plain}", file=stream)
+    if verbose:
+        _details(report, stream)
+
+
+def _lines(report: Report) -> list[tuple[str, str]]:
+    size = f"{_bytes(report.float_bytes)} -> {_bytes(report.quantized_bytes)}, {report.ratio:.2f} of float"
+    lines = [
+        ("written", "to standard output" if report.output == "-" else escape(report.output)),
+        ("size", size),
+        ("accuracy", _accuracy(report)),
+    ]
+    lines += [("", _score(o)) for o in report.verify.outputs if len(report.verify.outputs) > 1]
+    if report.verify.slowdown:
+        lines.append(("speed here", f"{1 / report.verify.slowdown:.2f} times the float model's, timed while checking"))
+    if report.preprocessing_words:
+        lines.append(("pictures", escape(report.preprocessing_words)))
+    lines += [("changed", text) for text in _changes(report)][:SHOWN]
+    lines.append(("runs", f"{report.audit.integer} nodes in integers, {report.audit.float} in float"))
+    lines += [("float", text) for text in _islands(report.audit.islands)]
+    lines += [("left alone", text) for text in _skipped(report)]
+    lines.append(("needs", f"{report.needs} (opset {report.opset}, IR {report.ir_version})"))
+    lines += [("gate", f"--{g.name} {g.want:g}: {'held' if g.held else '[red]fell short[/]'}") for g in report.gates]
+    lines.append(("took", f"{report.time['total']:.1f} s, peak memory {report.peak_rss_mb:.0f} MB"))
+    return lines
+
+
+def _accuracy(report: Report) -> str:
+    checked = report.verify
+    parts = []
+    if checked.agreement is not None:
+        parts.append(f"agrees with the float model on {checked.agreement:.1%}")
+    parts.append("outputs equal" if checked.sqnr_db is None else f"SQNR {checked.sqnr_db:.1f} dB")
+    return f"{', '.join(parts)} ({checked.images} calibration pictures)"
+
+
+def _score(output: OutputScore) -> str:
+    sqnr = "equal" if output.sqnr_db is None else f"{output.sqnr_db:.1f} dB"
+    agreement = "" if output.agreement is None else f", agreement {output.agreement:.1%}"
+    return f"{escape(output.name)}: {sqnr}{agreement}"
+
+
+def _changes(report: Report) -> list[str]:
+    """One line a kind of change: what was done how often."""
+    kinds: Counter[str] = Counter()
+    for found in report.findings:
+        if isinstance(found, Change):
+            kinds[_kind(found)] += 1
+    return [f"{count} x {escape(kind)}" if count > 1 else escape(kind) for kind, count in kinds.most_common()]
+
+
+def _kind(change: Change) -> str:
+    """What a change says without the names in it, so that equal ones can be counted."""
+    words = [word for word in change.what.split() if not any(c in word for c in "/._") and word != change.where]
+    return " ".join(words) if change.step != "load" else change.what
+
+
+def _islands(islands: tuple[Island, ...]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for island in islands:
+        reasons.setdefault(island.why, []).append(island.node)
+    return [f"{_some(nodes)}: {escape(why)}" for why, nodes in reasons.items()]
+
+
+def _skipped(report: Report) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for found in report.findings:
+        if isinstance(found, Skipped):
+            reasons.setdefault(found.why, []).append(found.where)
+    return [f"{_some(places)}: {escape(why)}" for why, places in list(reasons.items())[:SHOWN]]
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(escape(name) for name in names[:2])
+    return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
+
+
+def _details(report: Report, stream: TextIO) -> None:
+    for found in report.findings:
+        text = f"{found.what}" if isinstance(found, Change) else f"left alone: {found.why}"
+        print(f"{found.step:<12}  {found.where}: {text}", file=stream)
+    for tensor in report.tensors:
+        print(
+            f"{tensor.kind:<12}  {tensor.name}: {tensor.bits} bits, {tensor.granularity}, {_range(tensor)}", file=stream
+        )
+
+
+def _range(tensor: Any) -> str:
+    scale = tensor.scale
+    if isinstance(scale, list):
+        return f"scales of shape {len(scale)}"
+    return f"scale {scale:.6g}, zero point {tensor.zero_point}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

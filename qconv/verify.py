@@ -1,0 +1,91 @@
+"""The saved file against the user's own float model: SQNR, agreement, and whether it got slower.
+
+SQNR = 10 log10(sum ref^2 / sum (ref - q)^2), in dB, per output over all pictures
+agreement = share of argmax positions (axis 1) equal to the float model's
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.report import Gate, OutputScore, Verification
+from qconv.runtime import Session
+
+FEWEST_TIMED = 5
+
+
+@dataclass(slots=True)
+class _Tally:
+    signal: float = 0.0
+    noise: float = 0.0
+    equal: int = 0
+    positions: int = 0
+
+    def update(self, reference: NDArray[Any], quantized: NDArray[Any]) -> None:
+        ref, got = reference.astype(np.float64), quantized.astype(np.float64)
+        self.signal += float(np.sum(ref * ref))
+        self.noise += float(np.sum((ref - got) ** 2))
+        if is_class_score(reference.shape):
+            same = reference.argmax(axis=1) == quantized.argmax(axis=1)
+            self.equal += int(same.sum())
+            self.positions += same.size
+
+    def score(self, name: str) -> OutputScore:
+        return OutputScore(
+            name, sqnr_db(self.signal, self.noise), self.equal / self.positions if self.positions else None
+        )
+
+
+def sqnr_db(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise); None where the noise is zero. A signal of zero gives the lowest float's logarithm."""
+    if noise == 0:
+        return None
+    return 10 * math.log10(max(signal, np.finfo(np.float64).tiny) / noise)
+
+
+def is_class_score(shape: Sequence[int | None]) -> bool:
+    """Whether axis 1 of an output holds class scores: a vector a picture, or a map that is no picture itself."""
+    classes = shape[1] if len(shape) in (2, 4) else None
+    return classes is not None and classes > 1 and not (len(shape) == 4 and classes == 3)
+
+
+def verify(
+    reference: Session, quantized: Session, batches: Iterable[Mapping[str, NDArray[Any]]], *, batch: int
+) -> Verification:
+    """Run both on every batch (of `batch` pictures; the last may be short)."""
+    tallies = {name: _Tally() for name in reference.outputs}
+    seconds: list[tuple[float, float]] = []
+    images = 0
+    for feeds in batches:
+        start = time.perf_counter()
+        expected = reference.run_all(feeds)
+        middle = time.perf_counter()
+        got = quantized.run(reference.outputs, feeds)
+        seconds.append((middle - start, time.perf_counter() - middle))
+        images += len(next(iter(feeds.values())))
+        for name, ref, result in zip(reference.outputs, expected, got, strict=True):
+            tallies[name].update(ref, result)
+    slowdown = None
+    if len(seconds) >= FEWEST_TIMED:
+        slow, fast = (float(np.median(column)) for column in zip(*seconds[1:], strict=True))
+        slowdown = fast / slow
+    return Verification(images, tuple(tally.score(name) for name, tally in tallies.items()), slowdown)
+
+
+def gates(verification: Verification, min_agreement: float | None, min_sqnr: float | None) -> list[Gate]:
+    """The user's demands against what was measured. Equal outputs pass any SQNR; no class score passes no agreement."""
+    found = []
+    if min_agreement is not None:
+        got = verification.agreement
+        found.append(Gate("min-agreement", min_agreement, got, got is not None and got >= min_agreement))
+    if min_sqnr is not None:
+        decibel = verification.sqnr_db
+        found.append(Gate("min-sqnr", min_sqnr, decibel, decibel is None or decibel >= min_sqnr))
+    return found
