@@ -7,7 +7,7 @@
 
 What cannot be folded becomes a depthwise 1x1 Conv, which runs in integers where BatchNormalization does not. The output
 stays what it was up to the rounding of float32. Nothing is approximated: where a rewrite would change the output, it is
-refused with the reason. Products are computed in float64 and rounded once. Weights that others read too are copied.
+refused with the reason. Weights that others read too are copied.
 
 Source: Jacob et al. 2017, arXiv 1712.05877, section 3.2; Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.2.
 """
@@ -15,7 +15,7 @@ Source: Jacob et al. 2017, arXiv 1712.05877, section 3.2; Krishnamoorthi 2018, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -23,25 +23,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import simplify
-from qconv.findings import Change, Finding
-from qconv.graph import Model, Node, Value, array, attribute, dims, drop_attribute, input_of, rank
-from qconv.simplify import (
-    FLOAT_MAX,
+from qconv.edits import (
     Pass,
     Refused,
     called,
     each_node,
     explicit_pads,
     kind,
+    no_extra_outputs,
     reads_as_data,
     source,
     title,
 )
-
-Float64 = NDArray[np.float64]
-
-# Whether the weights begin with the input channels, (I, O/g, kH, kW), or not, (O, I/g, kH, kW). transB turns a Gemm's.
-INPUTS_FIRST = {"Conv": False, "ConvTranspose": True, "Gemm": True, "MatMul": True}
+from qconv.equalize import move_gains_back
+from qconv.findings import Change, Finding
+from qconv.graph import Model, Node, Value, array, attribute, dims, input_of, rank
+from qconv.layers import (
+    INPUTS_FIRST,
+    Float64,
+    Layer,
+    check_finite,
+    read_layer,
+    scale_inputs,
+    scale_outputs,
+    weight_of,
+    write_layer,
+)
 
 
 def fold(model: Model) -> list[Finding]:
@@ -66,126 +73,6 @@ def _settle(model: Model) -> list[Finding]:
             return changes + found
 
 
-# -- layers ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A layer with constant weights, all kinds in one form, with groups g, outputs o, inputs i and kernel positions k:
-
-        out[g, o] = sum over i, k of weight[g, o, i, k] * in[g, i] + bias[g, o]
-
-    weight: (G, O/G, I/G, K), bias: (O,).
-    """
-
-    node: Node
-    weight: NDArray[np.floating[Any]]
-    bias: Float64
-
-    @property
-    def outputs(self) -> int:
-        """Number of output channels."""
-        return int(self.weight.shape[0] * self.weight.shape[1])
-
-    @property
-    def inputs(self) -> int:
-        """Number of input channels."""
-        return int(self.weight.shape[0] * self.weight.shape[2])
-
-
-def read_layer(node: Node) -> Layer:
-    """The layer `node` stands for; alpha and beta of Gemm are in its weight and bias. Raises Refused."""
-    stored = array(node.inputs[1])
-    if stored is None:
-        raise Refused(f"the weights of {called(node)} are computed")
-    if stored.dtype.kind != "f" or (kind(node) in ("Gemm", "MatMul") and stored.ndim != 2):
-        raise Refused(f"the weights of {called(node)} are not a float matrix")
-    if attribute(node, "transA", 0):
-        raise Refused(f"{called(node)} transposes its data")
-    groups = attribute(node, "group", 1)
-    first, second = stored.shape[:2]
-    if _inputs_first(node):
-        weight = stored.reshape(groups, first // groups, second, -1).swapaxes(1, 2)
-    else:
-        weight = stored.reshape(groups, first // groups, second, -1)
-    bias = _read_bias(node, weight.shape[0] * weight.shape[1])
-    alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
-    return Layer(node, _product(weight, np.full((1, 1, 1, 1), alpha)), bias * beta)
-
-
-def weight_of(node: Node) -> Value:
-    """The second input, which every layer has."""
-    value = node.inputs[1]
-    assert value is not None
-    return value
-
-
-def _inputs_first(node: Node) -> bool:
-    return INPUTS_FIRST[kind(node)] and not attribute(node, "transB", 0)
-
-
-def _read_bias(node: Node, outputs: int) -> Float64:
-    value = input_of(node, 2)
-    if value is None:
-        return np.zeros(outputs)
-    numbers = array(value)
-    if numbers is None:
-        raise Refused(f"the bias of {called(node)} is computed")
-    if numbers.size != 1 and numbers.shape not in ((outputs,), (1, outputs)):
-        raise Refused(f"the bias of {called(node)} is not one number for each output")
-    return np.broadcast_to(numbers.reshape(-1).astype(np.float64), (outputs,))
-
-
-def _product(weight: NDArray[np.floating[Any]], gain: Float64) -> NDArray[np.floating[Any]]:
-    """weight * gain, computed in float64 a piece at a time, so that large weights need no large float64 copy."""
-    if np.all(gain == 1):
-        return weight
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        out = np.empty(weight.shape, weight.dtype)
-        np.multiply(weight, gain, out=out, dtype=np.float64, casting="same_kind")
-    return out
-
-
-def scale_outputs(layer: Layer, gain: Float64, shift: Float64) -> Layer:
-    """The layer followed by gain * out + shift, both (O,) or (1,)."""
-    gain = np.broadcast_to(gain, (layer.outputs,))
-    groups = layer.weight.shape[0]
-    return replace(
-        layer, weight=_product(layer.weight, gain.reshape(groups, -1, 1, 1)), bias=layer.bias * gain + shift
-    )
-
-
-def scale_inputs(layer: Layer, gain: Float64, shift: Float64) -> Layer:
-    """The layer reading gain * in + shift, both (I,) or (1,); right with a shift only where nothing is padded."""
-    groups = layer.weight.shape[0]
-    gain = np.broadcast_to(gain, (layer.inputs,)).reshape(groups, -1)
-    shift = np.broadcast_to(shift, (layer.inputs,)).reshape(groups, -1)
-    bias = layer.bias
-    if shift.any():
-        bias = bias + np.einsum("goik,gi->go", layer.weight, shift, dtype=np.float64).reshape(-1)
-    return replace(layer, weight=_product(layer.weight, gain.reshape(groups, 1, -1, 1)), bias=bias)
-
-
-def check_finite(layer: Layer) -> None:
-    """Raise Refused where float32 cannot hold the layer's numbers."""
-    if not (np.isfinite(layer.weight).all() and np.all(np.abs(layer.bias) <= FLOAT_MAX)):
-        raise Refused(f"{called(layer.node)} would get numbers that float32 does not have")
-
-
-def write_layer(model: Model, layer: Layer) -> None:
-    """Give the node the layer's weight and bias as constants of its own: the old ones may have other readers."""
-    node = layer.node
-    stored = array(node.inputs[1])
-    assert stored is not None
-    weight = (layer.weight.swapaxes(1, 2) if _inputs_first(node) else layer.weight).reshape(stored.shape)
-    if not np.array_equal(weight, stored):
-        model.set_input(node, 1, model.constant(f"{title(node)}_weight", weight))
-    if layer.bias.any() or input_of(node, 2) is not None:
-        model.set_input(node, 2, model.constant(f"{title(node)}_bias", layer.bias.astype(stored.dtype)))
-    drop_attribute(node, "alpha")
-    drop_attribute(node, "beta")
-
-
 @each_node("fold", "Gemm")
 def normalise_gemms(model: Model, node: Node) -> list[Change]:
     """alpha and beta go into the weight and the bias, which becomes one number for each output."""
@@ -205,7 +92,7 @@ def normalise_gemms(model: Model, node: Node) -> list[Change]:
 # -- scales and shifts -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Affine:
     """y = gain * x + shift, both float64 of shape (C,) or (1,)."""
 
@@ -324,8 +211,6 @@ def _fold_back(model: Model, node: Node, data: Value) -> list[Change]:
     return [Change("fold", title(before), f"{called(node)} folded into it")]
 
 
-
-
 # -- scales and shifts before a layer ----------------------------------------------------------------------------------
 
 FLATTENERS = frozenset({"Flatten", "Reshape", "Squeeze"})
@@ -333,25 +218,35 @@ FLATTENERS = frozenset({"Flatten", "Reshape", "Squeeze"})
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Where a tensor ends up: a reader (None: the model returns it) of `value`, behind `flattener` if there is one."""
+    """Where a tensor ends up: a reader (None: the model returns it) of `value`, and what lies on the way."""
 
     reader: Node | None
     value: Value
-    flattener: Node | None
+    path: tuple[Node, ...]
+
+    @property
+    def flattener(self) -> Node | None:
+        """What makes features out of channels on the way."""
+        return next((node for node in self.path if kind(node) in FLATTENERS), None)
 
 
-def _ends(model: Model, value: Value, flattener: Node | None = None) -> Iterator[End]:
-    """Who reads `value`, seen through the operators that commute with a scale and shift."""
+def _ends(model: Model, value: Value, path: tuple[Node, ...] = ()) -> Iterator[End]:
+    """Who reads `value`, seen through the operators that commute with a scale and shift by channel."""
+    end = End(None, value, path)
     if value.is_graph_output():
-        yield End(None, value, flattener)
+        yield end
     for reader in model.readers(value):
-        flattens = kind(reader) in FLATTENERS
         if kind(reader) == "Shape":  # a scale and shift do not change it
             continue
-        if flattener is None and (flattens or _averages(reader)) and reads_as_data(reader, value, model):
-            yield from _ends(model, reader.outputs[0], reader if flattens else None)
+        if end.flattener is None and _commutes(reader) and reads_as_data(reader, value, model):
+            yield from _ends(model, reader.outputs[0], (*path, reader))
         else:
-            yield End(reader, value, flattener)
+            yield End(reader, value, path)
+
+
+def _commutes(node: Node) -> bool:
+    """Whether it does with every scale and shift, or (MaxPool) with those that do not turn the order round."""
+    return kind(node) in FLATTENERS or (kind(node) == "MaxPool" and no_extra_outputs(node)) or _averages(node)
 
 
 def _averages(node: Node) -> bool:
@@ -393,6 +288,8 @@ def _scaled_layer(model: Model, end: End, affine: Affine) -> Layer:
     layer = read_layer(reader)
     if affine.gain.size > 1 and kind(reader) == "MatMul":
         raise Refused(f"{called(reader)} has its inputs along another axis")
+    if (affine.gain < 0).any() and any(kind(node) == "MaxPool" for node in end.path):
+        raise Refused("some of its scales are negative, and there is a MaxPool before the next layer")
     if affine.shift.any():
         _check_shift(reader)
     gain = _by_feature(affine.gain, layer, end.flattener)
@@ -418,8 +315,8 @@ def _by_feature(numbers: Float64, layer: Layer, flattener: Node | None) -> Float
     positions, rest = divmod(layer.inputs, numbers.size)
     if rest or (flattener is None and positions != 1):
         raise Refused(f"{called(layer.node)} has another number of inputs than its data has channels")
-    if flattener is not None and not _keeps_channels(flattener, layer.inputs):
-        raise Refused(f"{called(flattener)} may mix channels: the shape of its data is not known")
+    if flattener is not None and not (kind(layer.node) == "Gemm" and _keeps_channels(flattener, layer.inputs)):
+        raise Refused(f"{called(flattener)} may mix channels")
     return np.repeat(numbers, positions)
 
 
@@ -465,6 +362,7 @@ def make_depthwise(model: Model, node: Node) -> list[Change]:
 PASSES: tuple[Pass, ...] = (
     *simplify.PASSES,
     normalise_gemms,
+    move_gains_back,
     fold_affine,
     simplify.divide_by_multiplying,
 )

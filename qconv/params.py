@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv import saturation
 from qconv.findings import Change, Finding
 from qconv.graph import Value, array, attribute, input_of
 from qconv.plan import Layer, Plan
@@ -97,8 +98,9 @@ def _layer_params(layer: Layer, source: _Source | None) -> tuple[LayerParams, li
     params = _scale_dead_channels(params, arranged)
     bias = array(input_of(layer.node, 2))
     findings: list[Finding] = []
-    if source is not None:
-        params = _avoid_saturation(params, arranged, layer, source)
+    if source is not None and source.params.spec.bits == 8 and _saturates_in_pairs(layer, arranged):
+        low, high = source.channel_codes(_input_channels(layer, arranged))
+        params = saturation.widen(params, arranged, low, high, output_axis=layer.rule.output_axis)
     bias_quantizer = None
     if bias is not None and data is not None and data.spec.bits <= 8 and not layer.blocked:
         widened = _fit_bias(params, data.scale, bias)
@@ -120,37 +122,14 @@ def _scale_dead_channels(params: QuantParams, weight: NDArray[np.float32]) -> Qu
     return params.with_scale(np.where(dead, params.scale[~dead].max(), params.scale))
 
 
-PAIR_LIMIT = 32767
+def _input_channels(layer: Layer, weight: NDArray[np.float32]) -> int:
+    return int(weight.shape[layer.rule.input_axis] * attribute(layer.node, "group", 1))
 
 
-def _avoid_saturation(
-    params: QuantParams, weight: NDArray[np.float32], layer: Layer, source: _Source
-) -> QuantParams:
-    if layer.node.op_type != "Conv" or params.spec.bits != 8 or not isinstance(params.spec.granularity, PerChannel):
-        return params
-    per_group = weight.shape[1]
-    groups = attribute(layer.node, "group", 1)
-    if per_group == 1:
-        return params
-    low, high = source.channel_codes(per_group * groups)
-    scale = params.scale.copy()
-    for _ in range(3):
-        codes = params.with_scale(scale).quantize(weight).astype(np.int64)
-        rows = codes.transpose(0, 2, 3, 1)  # (O, kH, kW, I/g): the order in which the kernel reads
-        group = np.arange(len(rows)) * groups // len(rows)
-        hi = high.reshape(groups, 1, 1, per_group)[group]
-        lo = low.reshape(groups, 1, 1, per_group)[group]
-        top = np.where(rows > 0, rows * hi, rows * lo).reshape(len(rows), -1)
-        bottom = np.where(rows > 0, rows * lo, rows * hi).reshape(len(rows), -1)
-        if top.shape[1] % 2:
-            top = np.pad(top, ((0, 0), (0, 1)))
-            bottom = np.pad(bottom, ((0, 0), (0, 1)))
-        reach = np.maximum(top.reshape(len(top), -1, 2).sum(2).max(1), -bottom.reshape(len(top), -1, 2).sum(2).min(1))
-        over = reach / PAIR_LIMIT
-        if (over <= 1).all():
-            break
-        scale = scale * np.maximum(over, 1.0).astype(np.float32)
-    return params.with_scale(scale)
+def _saturates_in_pairs(layer: Layer, weight: NDArray[np.float32]) -> bool:
+    """Whether a kernel that adds products in pairs of 16 bits may run this layer: any but a depthwise one."""
+    per_channel = isinstance(layer.weight.granularity, PerChannel)
+    return per_channel and 7 < layer.weight.bits <= 8 and (weight.ndim == 2 or weight.shape[1] > 1)
 
 
 def _fit_bias(params: QuantParams, data_scale: NDArray[np.float32], bias: NDArray[np.floating]) -> QuantParams:

@@ -25,6 +25,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import subprocess
 import tarfile
 import tempfile
@@ -236,8 +237,28 @@ def torch_top1(model: nn.Module, pictures: Tensor, labels: Tensor) -> float:
     return right / len(pictures)
 
 
+def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
+    """Return the rate of one step: a one-cycle schedule that is cut short by a linear cool-down.
+
+    The rate rises to ``--max-lr`` and falls again, both along a cosine laid out for ``--cycle-epochs``; from
+    epoch ``--cooldown`` on it goes straight to zero, which it reaches after ``--epochs``.
+    """
+    cooldown = args.cooldown * steps_per_epoch
+    cycle = args.cycle_epochs * steps_per_epoch
+    top = args.warmup * cycle - 1
+    position = min(step, cooldown)
+    if position < top:
+        low, share = args.max_lr / 25, 1 - position / top
+    else:
+        low, share = args.max_lr / 25_000, (position - top) / (cycle - 1 - top)
+    rate = low + (args.max_lr - low) * (1 + math.cos(math.pi * share)) / 2
+    if step > cooldown:
+        rate *= 1 - (step - cooldown) / (args.epochs * steps_per_epoch - cooldown)
+    return rate
+
+
 def train(args: argparse.Namespace, data: Data) -> CifarMobileNet:
-    """Train with SGD under a one-cycle learning rate; write a checkpoint after every epoch."""
+    """Train with SGD under the schedule of `learning_rate`; write a checkpoint after every epoch."""
     torch.manual_seed(args.seed)
     model = CifarMobileNet().to(memory_format=torch.channels_last)
     print(f"{count_parameters(model):,} parameters, {count_macs(model):,} multiply-accumulates", flush=True)
@@ -255,14 +276,6 @@ def train(args: argparse.Namespace, data: Data) -> CifarMobileNet:
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=args.max_lr, momentum=0.9, nesterov=True)
     steps = len(labels) // args.batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=args.max_lr,
-        total_steps=steps * args.epochs,
-        pct_start=args.warmup,
-        cycle_momentum=False,
-        final_div_factor=1e3,
-    )
     loss_function = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     generator = torch.Generator().manual_seed(args.seed)
 
@@ -272,7 +285,6 @@ def train(args: argparse.Namespace, data: Data) -> CifarMobileNet:
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         generator.set_state(state["generator"])
         first, spent = state["epochs"], state["seconds"]
     args.work.mkdir(parents=True, exist_ok=True)
@@ -286,15 +298,15 @@ def train(args: argparse.Namespace, data: Data) -> CifarMobileNet:
             loss = loss_function(model(augmented_batch(padded, picks, pad, generator)), labels[picks])
             optimizer.zero_grad()
             loss.backward()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, epoch * steps + step, steps)
             optimizer.step()
-            schedule.step()
             loss_sum += loss.item()
         seconds = time.monotonic() - begun
         spent += seconds
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
             "generator": generator.get_state(),
             "epochs": epoch + 1,
             "seconds": spent,
@@ -424,10 +436,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("cifar_mobilenet.onnx"))
     parser.add_argument("--cache", type=Path, default=temporary / "qconv-cifar10", help="folder for the data")
     parser.add_argument("--work", type=Path, default=temporary / "qconv-train", help="checkpoint folder")
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=18)
+    parser.add_argument("--cycle-epochs", type=int, default=24, help="length of the one-cycle schedule")
+    parser.add_argument("--cooldown", type=int, default=9, help="epoch where the linear cool-down starts")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--max-lr", type=float, default=0.3)
-    parser.add_argument("--warmup", type=float, default=0.2, help="share of the steps while the rate rises")
+    parser.add_argument("--warmup", type=float, default=0.2, help="share of the cycle while the rate rises")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--label-smoothing", type=float, default=0.05)
     parser.add_argument("--pad", type=int, default=4, help="reflected border for random crops, in pixels")
