@@ -98,7 +98,7 @@ class _Writer:
         readers = self._readers(result, node)
         codes = self.codes[source]
         if node.op_type == "Pad":
-            zero = self._fixed(f"{node.name}_zero_code", chosen.zero_point)
+            zero = self._grid(chosen)[1]
             inputs: list[Value | None] = [codes, input_of(node, 1), zero, input_of(node, 3)]
             while inputs[-1] is None:
                 inputs.pop()
@@ -125,13 +125,13 @@ class _Writer:
         return node in self.plan.integer or node in self.plan.absorbed
 
     def _quantizer(self, value: Value, chosen: QuantParams, *, wish: str) -> Node:
-        scale, zero = self._grid(chosen, wish)
-        node = self.model.build("QuantizeLinear", [value, scale, zero], name=f"{wish}_QuantizeLinear", like=value)
+        scale, zero = self._grid(chosen)
+        node = self.model.build("QuantizeLinear", [value, scale, zero], name=f"{wish}_q", output=f"{wish}_q", like=value)
         node.outputs[0].dtype = DataType.from_numpy(chosen.spec.dtype)
         return node
 
-    def _grid(self, chosen: QuantParams, wish: str) -> tuple[Value, Value]:
-        return self._fixed(f"{wish}_scale", chosen.scale), self._fixed(f"{wish}_zero_point", chosen.zero_point)
+    def _grid(self, chosen: QuantParams, kind: DataType | None = None) -> tuple[Value, Value]:
+        return self._fixed("scale", chosen.scale), self._fixed("zero_point", chosen.zero_point, kind)
 
     def _place(self, producer: Node | None, node: Node) -> None:
         if producer is None:
@@ -169,10 +169,7 @@ class _Writer:
         if not readers and not (rename and value.is_graph_output()):
             return
         chosen = self.params.activations[value]
-        scale, zero = self._grid(chosen, value.name or "")
-        name = f"{value.name}_DequantizeLinear"
-        node = self.model.build("DequantizeLinear", [codes, scale, zero], name=name, like=value)
-        node.outputs[0].dtype = DataType.FLOAT
+        node = self._dequantizer(codes, chosen, value.name or "", value)
         self.model.insert_after(producer, node)
         if rename and value.is_graph_output():
             self._take_name(value, node.outputs[0])
@@ -187,11 +184,11 @@ class _Writer:
         outputs = self.model.graph.outputs
         outputs[list(outputs).index(value)] = result
 
-    def _fixed(self, wish: str, numbers: NDArray[np.generic]) -> Value:
-        """A small constant; equal ones are shared, which keeps files of many tied tensors small."""
-        key = (numbers.dtype.str, numbers.shape, numbers.tobytes())
+    def _fixed(self, wish: str, numbers: NDArray[np.generic], kind: DataType | None = None) -> Value:
+        """A scale, zero point or limit. Equal ones are shared: zero points alone would be a tenth of a small file."""
+        key = (numbers.dtype.str, kind, numbers.shape, numbers.tobytes())
         if key not in self._shared:
-            self._shared[key] = self.model.constant(wish, numbers)
+            self._shared[key] = self.model.constant(wish, numbers, kind)
         return self._shared[key]
 
     # -- constants and weights ---------------------------------------------------------------------------------------
@@ -202,10 +199,7 @@ class _Writer:
         assert numbers is not None
         readers = [node for node in self.model.readers(value) if node in self.plan.integer]
         codes = self.model.constant(f"{value.name}_codes", chosen.quantize(numbers))
-        scale, zero = self._grid(chosen, value.name or "")
-        node = self.model.build(
-            "DequantizeLinear", [codes, scale, zero], name=f"{value.name}_DequantizeLinear", like=value
-        )
+        node = self._dequantizer(codes, chosen, value.name or "", value)
         self.model.insert_first(node)
         self.model.redirect(value, node.outputs[0], readers=readers)
 
@@ -220,7 +214,9 @@ class _Writer:
             assert numbers is not None
             name = f"{bias.name}_of_{node.name}" if len(bias.uses()) > 1 else bias.name or ""
             codes = self.model.constant(f"{name}_codes", chosen.bias.quantize(numbers))
-            self.model.set_input(node, 2, self._dequantized(codes, chosen.bias, name, bias, axis=0))
+            dequantizer = self._dequantizer(codes, chosen.bias, name, bias)
+            self.model.insert_first(dequantizer)
+            self.model.set_input(node, 2, dequantizer.outputs[0])
 
     def _weight(self, chosen: LayerParams, weight: Value, *, pack: bool) -> Value:
         params = chosen.weight
@@ -230,48 +226,36 @@ class _Writer:
         kind = DataType.INT4 if pack else None
         name = weight.name or ""
         codes = self.model.constant(f"{name}_codes", chosen.codes, kind)
-        match params.spec.granularity:
-            case PerChannel(axis):
-                result = self._dequantized(codes, params, name, weight, axis=axis, kind=kind)
-            case PerBlock(axis, size):
-                result = self._dequantized(codes, params, name, weight, axis=axis, block=size, kind=kind)
-            case _:
-                result = self._dequantized(codes, params, name, weight, kind=kind)
-        shape = weight.const_value.numpy().shape if weight.const_value is not None else ()
-        if chosen.codes.shape != shape:
+        dequantizer = self._dequantizer(codes, params, name, weight, kind)
+        self.model.insert_first(dequantizer)
+        result = dequantizer.outputs[0]
+        stored = array(weight)
+        if stored is not None and chosen.codes.shape != stored.shape:
             # a Reshape in between also keeps the optimizer from taking blocks for channels
-            target = self._fixed(f"{name}_shape", np.asarray(shape, np.int64))
-            node = self.model.build("Reshape", [result, target], name=f"{name}_Reshape", like=weight)
-            self.model.insert_after(_producer(result), node)
-            result = node.outputs[0]
+            shape = self._fixed("shape", np.asarray(stored.shape, np.int64))
+            reshape = self.model.build("Reshape", [result, shape], name=f"{name}_reshaped", like=weight)
+            self.model.insert_after(dequantizer, reshape)
+            result = reshape.outputs[0]
         self._shared[key] = result
         return result
 
-    def _dequantized(
-        self,
-        codes: Value,
-        params: QuantParams,
-        name: str,
-        like: Value,
-        *,
-        axis: int | None = None,
-        block: int | None = None,
-        kind: DataType | None = None,
-    ) -> Value:
-        attributes = {"axis": axis, "block_size": block}
-        scale = self.model.constant(f"{name}_scale", params.scale)
-        zero = self.model.constant(f"{name}_zero_point", params.zero_point, kind)
-        node = self.model.build(
-            "DequantizeLinear",
-            [codes, scale, zero],
-            name=f"{name}_DequantizeLinear",
-            attributes={key: value for key, value in attributes.items() if value is not None and params.scale.ndim},
-            like=like,
-        )
+    def _dequantizer(
+        self, codes: Value, params: QuantParams, name: str, like: Value, kind: DataType | None = None
+    ) -> Node:
+        """A DequantizeLinear that is not in the graph yet; `kind` is the type of the codes where numpy has none."""
+        attributes: dict[str, int] = {}
+        match params.spec.granularity:
+            case PerChannel(axis):
+                attributes = {"axis": axis}
+            case PerBlock(axis, size):
+                attributes = {"axis": axis, "block_size": size}
+        inputs = [codes, *self._grid(params, kind)]
+        wish = f"{name}_dq"
+        node = self.model.build("DequantizeLinear", inputs, name=wish, output=wish, attributes=attributes, like=like)
+        node.outputs[0].dtype = DataType.FLOAT
         if codes.shape is not None:
             node.outputs[0].shape = codes.shape.copy()
-        self.model.insert_first(node)
-        return node.outputs[0]
+        return node
 
 
 def _code_bounds(chosen: QuantParams, activation: Node) -> tuple[int, int]:
@@ -286,8 +270,3 @@ def _works_on_codes(chosen: QuantParams) -> bool:
     """ONNX Runtime has Clip and Pad for 8-bit integers, not for 16."""
     return chosen.spec.dtype.itemsize == 1
 
-
-def _producer(value: Value) -> Node:
-    producer = value.producer()
-    assert producer is not None
-    return producer

@@ -267,7 +267,7 @@ def _fold_ahead(model: Model, node: Node, data: Value) -> list[Change]:
     affine = read_affine(node, rank(data))
     channels = max(affine.gain.size, affine.shift.size)
     if kind(node) != "BatchNormalization" and channels > 1 and (dims(data) or [None, None])[1] != channels:
-        raise Refused("the number of channels of its data is not known")
+        raise Refused("its data do not have as many channels as its constant, or it is not known how many")
     layers = [_scaled_layer(model, end, affine) for end in ends]
     for layer in layers:
         check_finite(layer)

@@ -29,14 +29,15 @@ class Model:
 
     inner: ir.Model
     external: bool = False
-    _names: set[str] = field(default_factory=set)
+    _names: dict[str, int] = field(default_factory=dict)
+    _node_names: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for value in (*self.graph.inputs, *self.graph.initializers.values()):
-            self._names.add(value.name or "")
+            self._names[value.name or ""] = 1
         for node in self.graph.all_nodes():
-            self._names.update(value.name or "" for value in node.outputs)
-            self._names.add(node.name or "")
+            self._names.update((value.name or "", 1) for value in node.outputs)
+            self._node_names[node.name or ""] = 1
 
     @property
     def graph(self) -> ir.Graph:
@@ -52,13 +53,12 @@ class Model:
         return list(self.graph)
 
     def fresh(self, wish: str) -> str:
-        """A name that nothing bears yet, `wish` if it is free."""
-        name, count = wish, 1
-        while name in self._names:
-            count += 1
-            name = f"{wish}_{count}"
-        self._names.add(name)
-        return name
+        """A name that no tensor bears yet, `wish` if it is free."""
+        return _unused(wish, self._names)
+
+    def fresh_node(self, wish: str) -> str:
+        """A name that no node bears yet, `wish` if it is free."""
+        return _unused(wish, self._node_names)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -96,14 +96,14 @@ class Model:
         dtype: DataType | None = None,
     ) -> Node:
         """A node with one output, not yet in the graph. The output takes type and shape of `like`."""
-        result = ir.Value(name=self.fresh(output or f"{name}_out"))
+        result = ir.Value(name=self.fresh(output or name))
         if like is not None:
             if like.dtype is not None:
                 result.dtype = like.dtype
             result.shape = None if like.shape is None else like.shape.copy()
         if dtype is not None:
             result.dtype = dtype
-        return ir.node(op_type, inputs, attributes=attributes, outputs=[result], name=self.fresh(name))
+        return ir.node(op_type, inputs, attributes=attributes, outputs=[result], name=self.fresh_node(name))
 
     def insert_before(self, place: Node, *new: Node) -> None:
         self.graph.insert_before(place, new)
@@ -192,12 +192,27 @@ class Model:
     # -- out -------------------------------------------------------------------------------------------------------
 
     def proto(self) -> onnx.ModelProto:
-        """The model as protobuf; external tensors stay references."""
-        return ir.to_proto(self.inner)
+        """The model as protobuf; external tensors stay references.
+
+        Inferred shapes of inner tensors are left out: every runtime infers them again, and in small files they weigh.
+        """
+        proto = ir.to_proto(self.inner)
+        del proto.graph.value_info[:]
+        return proto
 
     def copy(self) -> Model:
         """An independent copy that shares the (immutable) tensors."""
         return Model(self.inner.clone(), self.external)
+
+
+def _unused(wish: str, taken: dict[str, int]) -> str:
+    """`wish`, or `wish` with a number. taken: names in use, each with the last number that was tried behind it."""
+    name = wish
+    while name in taken:
+        taken[wish] += 1
+        name = f"{wish}_{taken[wish]}"
+    taken[name] = 1
+    return name
 
 
 def array(value: Value | None) -> NDArray[Any] | None:

@@ -28,6 +28,7 @@ from qconv.plan import Plan, make_plan
 from qconv.recipe import Preprocessing, Recipe, Scheme, WeightGranularity
 from qconv.report import Report
 from qconv.runtime import Session
+from qconv.shrink import shrink
 from qconv.targets import IR_VERSIONS, RUNTIMES, TARGETS
 from qconv.verify import gates, is_class_score, verify
 
@@ -102,6 +103,7 @@ def quantize(
         rows = tensor_rows(plan, params)
     with run.step("emit"):
         run.findings += emit(model, plan, params, pack=recipe.pack)
+        run.findings += shrink(model)
         _describe(model, recipe, pictures.preprocessing)
     with save.staged(model, place) as staged:
         with run.step("verify"):

@@ -72,4 +72,5 @@ def _worst_pair(rows: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[n
     if rows.shape[1] % 2:
         top, bottom = (np.pad(products, ((0, 0), (0, 1))) for products in (top, bottom))
     top, bottom = (products.reshape(len(rows), -1, 2).sum(axis=2) for products in (top, bottom))
-    return np.maximum(top.max(axis=1), -bottom.min(axis=1))
+    worst: NDArray[np.int64] = np.maximum(top.max(axis=1), -bottom.min(axis=1))
+    return worst

@@ -126,6 +126,7 @@ def _write(model: Model, path: Path, *, allow_external: bool) -> Path | None:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = data.name
+    del proto.graph.value_info[:]
     path.write_bytes(proto.SerializeToString(deterministic=True))
     _sync(data)
     _sync(path)

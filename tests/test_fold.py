@@ -429,6 +429,20 @@ REFUSED = {
         network(f"a = {BN}(x, {NORM}) f = Reshape(a, s) y = Gemm(f, w)", **statistics(3), s=ints(-1, 36), w=(36, 4)),
         Skipped("fold", "a", "Reshape f may mix channels"),
     ),
+    "channels that a Reshape moves to another place": (
+        network(
+            f"a = {BN}(x, {NORM}) f = Reshape(a, s) y = Conv(f, w)",
+            x=(4, 3, 1, 1),
+            **statistics(3),
+            s=ints(1, 3, 2, 2),
+            w=(4, 3, 1, 1),
+        ),
+        Skipped("fold", "a", "Reshape f may mix channels"),
+    ),
+    "a constant that makes channels before a Conv": (
+        network("a = Mul(x, k) y = Conv(a, w)", x=(2, 1, 6, 6), k=(3, 1, 1), w=W),
+        Skipped("fold", "a", "its data do not have as many channels as its constant, or it is not known how many"),
+    ),
     "norm of features": (
         network(f"a = Sigmoid(x) y = {BN}(a, {NORM})", **statistics(5), x=(2, 5)),
         Skipped("fold", "y", "its data are no maps with height and width"),

@@ -1,0 +1,63 @@
+"""Constants that stay float, stored smaller without losing a bit.
+
+Equal constants are stored once. A large one with at most 256 different values (the anchor boxes of a detector, a mask)
+becomes a table and one byte an element, table[codes], which ONNX Runtime computes once when it loads the file.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qconv.findings import Change, Finding
+from qconv.graph import DataType, Model, Value, array
+
+WORTHWHILE = 4096  # bytes; below, the two nodes cost as much as they save
+MOST_VALUES = 256
+
+
+def shrink(model: Model) -> list[Finding]:
+    """Rewrite the float constants of a quantized model in place."""
+    return [*_share_equal(model), *_tabulate(model)]
+
+
+def _float_constants(model: Model) -> list[tuple[Value, np.ndarray]]:
+    found = []
+    for value in list(model.graph.initializers.values()):
+        if value.dtype == DataType.FLOAT and value.const_value is not None and value.const_value.nbytes >= WORTHWHILE:
+            numbers = array(value)
+            if numbers is not None and not value.is_graph_output():
+                found.append((value, numbers))
+    return found
+
+
+def _share_equal(model: Model) -> list[Finding]:
+    first: dict[tuple[tuple[int, ...], bytes], Value] = {}
+    findings: list[Finding] = []
+    for value, numbers in _float_constants(model):
+        kept = first.setdefault((numbers.shape, numbers.tobytes()), value)
+        if kept is not value:
+            model.redirect(value, kept)
+            findings.append(Change("shrink", value.name or "", f"equal to {kept.name}, stored once"))
+    model.sweep()
+    return findings
+
+
+def _tabulate(model: Model) -> list[Finding]:
+    findings: list[Finding] = []
+    for value, numbers in _float_constants(model):
+        # compared as bits: -0.0 is not 0.0, and NaN keeps its payload
+        table, codes = np.unique(numbers.view(np.uint32), return_inverse=True)
+        if len(table) > MOST_VALUES:
+            continue
+        name = value.name or ""
+        readers = model.readers(value)
+        entries = model.constant(f"{name}_table", table.view(np.float32))
+        stored = model.constant(f"{name}_codes", codes.reshape(numbers.shape).astype(np.uint8))
+        to_index = {"to": int(DataType.INT32)}
+        index = model.build("Cast", [stored], name=f"{name}_index", attributes=to_index, like=stored, dtype=DataType.INT32)
+        gather = model.build("Gather", [entries, index.outputs[0]], name=f"{name}_values", like=value)
+        model.insert_first(index, gather)
+        model.redirect(value, gather.outputs[0], readers=readers)
+        findings.append(Change("shrink", name, f"stored as {len(table)} values and one byte an element"))
+    model.sweep()
+    return findings
