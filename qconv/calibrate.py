@@ -29,7 +29,9 @@ class Statistics:
 
     @classmethod
     def of(cls, x: NDArray[Any]) -> Statistics:
-        """The statistics of one batch (N, C, ...)."""
+        """The statistics of one batch (N, C, ...). A tensor without elements, as of no detection, counts as one zero."""
+        if not x.size:
+            return cls(np.zeros(1, np.float32), np.zeros(1, np.float32))
         rows = x.reshape(len(x), x.shape[1], -1) if x.ndim > 1 else x.reshape(1, 1, -1)
         return cls(rows.min(axis=2).min(axis=0), rows.max(axis=2).max(axis=0))
 

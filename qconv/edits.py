@@ -46,13 +46,13 @@ def kind(node: Node) -> str:
 
 
 def title(node: Node) -> str:
-    """The name, which every node has after loading."""
-    return node.name or ""
+    """The name, which loading gives to every node but those in bodies of If and Loop."""
+    return node.name or node.outputs[0].name or ""
 
 
 def called(node: Node) -> str:
     """A node as messages speak of it: `Conv conv1`."""
-    return f"{node.op_type} {node.name}"
+    return f"{node.op_type} {title(node)}"
 
 
 def source(node: Node) -> Value:

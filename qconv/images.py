@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.errors import QconvError
-from qconv.recipe import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset
+from qconv.recipe import CROP_SHARE, PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -48,7 +48,6 @@ _AXES = {Layout.NCHW: (1, 2, 3), Layout.NHWC: (3, 1, 2)}  # channel, height, wid
 _BY_WAY_OF = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
 _WHITE = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 _LETTERBOX_GREY = 114  # the padding of YOLO
-_CROP_SHARE = 0.875  # 224 of 256: the share of the shorter side that ImageNet evaluation keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,7 +370,7 @@ def _auto(size: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
     height, width = prep.size
     if not prep.class_vector or size == (width, height):
         return width, height
-    return _covering(size, (round(width / _CROP_SHARE), round(height / _CROP_SHARE)))
+    return _covering(size, (round(width / CROP_SHARE), round(height / CROP_SHARE)))
 
 
 def _covering(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from qconv.errors import QconvError
 from qconv.findings import Change
@@ -66,12 +67,57 @@ def read(source: Source) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)
-    except DecodeError:
+        del data
+        legible = all(isinstance(text, str) for text in _texts(proto))
+    except (DecodeError, UnicodeDecodeError):
         raise _not_onnx(source) from None
-    if not proto.graph.node or not proto.opset_import:
+    standard = any(opset.domain in ("", "ai.onnx") for opset in proto.opset_import)
+    # a file cut between two fields still parses
+    if not (legible and proto.graph.node and proto.graph.output and standard):
         raise _not_onnx(source)
     _check_external(proto, source)
+    if not all(_is_whole(tensor) for tensor in tensors(proto.graph)):
+        raise _not_onnx(source)
     return proto
+
+
+def _texts(message: Message) -> Iterator[str | bytes]:
+    """Every text but those in tensors. One that is no UTF-8 comes as bytes or raises: protobuf decodes them lazily."""
+    if isinstance(message, onnx.TensorProto):
+        yield message.name
+        return
+    for field, found in message.ListFields():
+        parts = [found] if isinstance(found, Message | str | bytes) else found
+        if field.message_type is not None:
+            for part in parts:
+                yield from _texts(part)
+        elif field.type == field.TYPE_STRING:
+            yield from parts
+
+
+# Width of every element type; texts have none.
+_BITS = {int(t): t.bitwidth for t in ir.DataType if t not in (ir.DataType.UNDEFINED, ir.DataType.STRING)}
+_NUMBERS = ("float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data")
+
+
+def _bytes_said(tensor: onnx.TensorProto) -> int:
+    return int(-(-prod(tensor.dims) * _BITS[tensor.data_type] // 8))
+
+
+def _is_whole(tensor: onnx.TensorProto) -> bool:
+    """Whether the tensor holds as many numbers as its shape says. Nothing is said of external ones."""
+    if min(tensor.dims, default=0) < 0 or tensor.data_type not in {*_BITS, onnx.TensorProto.STRING}:
+        return False
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return True
+    stored = sum(len(getattr(tensor, numbers)) for numbers in _NUMBERS)
+    if tensor.data_type == onnx.TensorProto.STRING:
+        return bool(stored == prod(tensor.dims))
+    if tensor.HasField("raw_data"):
+        return len(tensor.raw_data) == _bytes_said(tensor)
+    if tensor.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128):
+        return bool(stored == 2 * prod(tensor.dims))
+    return bool(stored == (_bytes_said(tensor) if _BITS[tensor.data_type] < 8 else prod(tensor.dims)))
 
 
 def _not_onnx(source: Source) -> QconvError:
@@ -82,45 +128,56 @@ def _not_onnx(source: Source) -> QconvError:
 
 
 def _check_external(proto: onnx.ModelProto, source: Source) -> None:
-    """External data paths come from a stranger: refuse any that leave the model's folder (and any that is not there)."""
-    for tensor in _tensors(proto.graph):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        if source.path is None:
-            raise QconvError(
-                f"The model on standard input keeps weights in another file ({location}).",
-                "pass the path of the model instead of '-'.",
-            )
-        folder = source.path.resolve().parent
-        target = (folder / location).resolve()
-        if PurePosixPath(location).is_absolute() or not location or not target.is_relative_to(folder):
-            raise QconvError(
-                f"{source.name} points to external data outside its own folder: {location!r}.",
-                "do not trust this file; put the data file beside the model and save it again.",
-            )
-        if not target.is_file():
-            raise QconvError(
-                f"{source.name} needs the external data file {location}, which is missing.", "put it beside the model."
-            )
-        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-        if end > target.stat().st_size:
-            raise QconvError(
-                f"The external data file {location} is shorter than {source.name} says.",
-                "copy or export both files again.",
-            )
+    """External data paths come from a stranger: refuse any that leave the model's folder, or that is not there."""
+    for tensor in tensors(proto.graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            try:
+                entries = {entry.key: entry.value for entry in tensor.external_data}
+                _check_data_file(tensor, entries, source)
+            except (ValueError, KeyError, OSError):  # no number, no element type, no path that any system could have
+                raise _not_onnx(source) from None
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def _check_data_file(tensor: onnx.TensorProto, entries: dict[str, str], source: Source) -> None:
+    location = entries.get("location", "")
+    if source.path is None:
+        raise QconvError(
+            f"The model on standard input keeps weights in another file ({location}).",
+            "pass the path of the model instead of '-'.",
+        )
+    folder = source.path.resolve().parent
+    target = (folder / location).resolve()
+    if PurePosixPath(location).is_absolute() or not location or not target.is_relative_to(folder):
+        raise QconvError(
+            f"{source.name} points to external data outside its own folder: {location!r}.",
+            "do not trust this file; put the data file beside the model and save it again.",
+        )
+    if not target.is_file():
+        raise QconvError(
+            f"{source.name} needs the external data file {location}, which is missing.", "put it beside the model."
+        )
+    offset, length = int(entries.get("offset", 0)), int(entries.get("length", _bytes_said(tensor)))
+    if offset < 0 or length != _bytes_said(tensor):
+        raise _not_onnx(source)
+    if offset + length > target.stat().st_size:
+        raise QconvError(
+            f"The external data file {location} is shorter than {source.name} says.",
+            "copy or export both files again.",
+        )
+
+
+def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """All tensors of a graph: initializers and attributes, those of its bodies included."""
     yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
     for node in graph.node:
         for attr in node.attribute:
             if attr.HasField("t"):
                 yield attr.t
             yield from attr.tensors
             for body in (*([attr.g] if attr.HasField("g") else []), *attr.graphs):
-                yield from _tensors(body)
+                yield from tensors(body)
 
 
 def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
@@ -146,6 +203,10 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
 
         changes.append(Change("load", source.name, f"{len(proto.functions)} local functions inlined"))
         proto = inliner.inline_local_functions(proto)
+    sparse = _make_dense(proto.graph)
+    if sparse:
+        changes.append(Change("load", source.name, f"{sparse} sparse weights made dense"))
+    external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors(proto.graph))
     weights = _set_aside(proto)
     current = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     if current < opset:
@@ -156,10 +217,13 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     if listed:
         changes.append(Change("load", source.name, f"{listed} weights listed as inputs made constants"))
 
-    model_ir = ir.from_proto(proto)
-    external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in weights.values())
+    try:
+        model_ir = ir.from_proto(proto)
+    except Exception:  # whatever a damaged file trips over
+        raise _not_onnx(source) from None
     if external and source.path is not None:
         ir.external_data.set_base_dir(model_ir.graph, source.path.resolve().parent)
+    model_ir.graph.name = model_ir.graph.name or "graph"
     _name_nodes(model_ir.graph)
     model = Model(model_ir, external)
     changes += _lift_constants(model)
@@ -174,6 +238,30 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         for attr in node.attribute:
             for body in (*([attr.g] if attr.HasField("g") else []), *attr.graphs):
                 yield from _nodes(body)
+
+
+def _make_dense(graph: onnx.GraphProto) -> int:
+    """Sparse initializers and Constant nodes become plain ones, which onnx-ir can hold. Returns how many there were."""
+    graph.initializer.extend(map(_dense, graph.sparse_initializer))
+    count = len(graph.sparse_initializer)
+    del graph.sparse_initializer[:]
+    for node in _nodes(graph):
+        for attr in node.attribute:
+            if attr.HasField("sparse_tensor"):
+                attr.CopyFrom(onnx.helper.make_attribute("value", _dense(attr.sparse_tensor)))
+                count += 1
+    return count
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
+    """Indices are of shape (N,), or (N, rank)."""
+    values, indices = onnx.numpy_helper.to_array(sparse.values), onnx.numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 1:
+        dense.reshape(-1)[indices] = values
+    else:
+        dense[tuple(indices.T)] = values
+    return onnx.numpy_helper.from_array(dense, sparse.values.name)
 
 
 def _set_aside(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
@@ -234,7 +322,7 @@ def _convert(proto: onnx.ModelProto, source: Source, current: int, opset: int) -
 
 
 def _infer_shapes(proto: onnx.ModelProto, source: Source) -> None:
-    """Shapes from onnx itself; stale ones in the file are dropped first."""
+    """Shapes from onnx itself; stale ones in the file are dropped first, those of outputs only added where none is."""
     from onnx import shape_inference
 
     del proto.graph.value_info[:]
@@ -246,6 +334,9 @@ def _infer_shapes(proto: onnx.ModelProto, source: Source) -> None:
             "check it with onnx.checker, or export it again.",
         ) from None
     proto.graph.value_info.extend(inferred.graph.value_info)
+    for output, found in zip(proto.graph.output, inferred.graph.output, strict=True):
+        if not output.type.tensor_type.HasField("shape") and found.type.HasField("tensor_type"):
+            output.type.CopyFrom(found.type)
 
 
 def _first_line(error: Exception) -> str:
@@ -277,7 +368,9 @@ def _lift_constants(model: Model) -> list[Change]:
             continue
         name = old.name or "constant"
         old.name = model.fresh(f"{name}_node")
-        new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tuple(tensor.numpy().shape)), const_value=tensor)
+        new = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+        )
         model.graph.register_initializer(new)
         model.redirect(old, new)
         model.remove(node)
@@ -305,7 +398,7 @@ def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
 def _widen_float16(model: Model) -> list[Change]:
     """A float16 network becomes float32 between casts at its inputs and outputs, whose types stay."""
     graph = model.graph
-    values = [*graph.inputs, *graph.initializers.values(), *(v for n in graph.all_nodes() for v in n.outputs)]
+    values = [value for part in (graph, *graph.subgraphs()) for value in _values(part)]
     if not any(value.dtype == ir.DataType.FLOAT16 for value in values):
         return []
     edge_in = [v for v in graph.inputs if v.dtype == ir.DataType.FLOAT16]
@@ -325,17 +418,25 @@ def _widen_float16(model: Model) -> list[Change]:
             use.node.replace_input_with(use.idx, cast.outputs[0])
         model.insert_first(cast)
     for value in edge_out:
-        producer = value.producer()
-        if producer is None:
+        if value in edge_in:
             continue
         name = value.name or ""
         value.name = model.fresh(f"{name}_float32")
         cast = model.build("Cast", [value], name=f"{name}_float16", attributes={"to": FLOAT16}, like=value)
         cast.outputs[0].dtype = ir.DataType.FLOAT16
         cast.outputs[0].name = name
-        model.insert_after(producer, cast)
+        producer = value.producer()
+        if producer is None:
+            model.insert_first(cast)
+        else:
+            model.insert_after(producer, cast)
         graph.outputs[list(graph.outputs).index(value)] = cast.outputs[0]
     return [Change("load", "float16", "the network runs in float32 from here on; inputs and outputs keep their type")]
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    """What a graph or a body brings in and computes, parts of bodies inside it left out."""
+    return [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
 
 
 def _widen_attributes(node: ir.Node) -> None:
@@ -355,9 +456,8 @@ def _evaluate_constant_nodes(model: Model) -> list[Change]:
         value
         for node in constant
         for value in node.outputs
-        if value.is_graph_output() or any(use.node not in chosen for use in value.uses())
+        if not value.is_graph_output() and any(use.node not in chosen for use in value.uses())
     ]
-    wanted = [value for value in wanted if not value.is_graph_output()]
     if not wanted:
         return []
     results = _compute(model, constant, wanted)
@@ -381,6 +481,8 @@ def _constant_nodes(model: Model) -> list[ir.Node]:
         )
         if bodies or node.op_type in RANDOM_OPS or node.domain not in ("", "ai.onnx"):
             continue
+        if not all(value.type is None or isinstance(value.type, ir.TensorType) for value in node.outputs):
+            continue  # a sequence cannot be an initializer
         if all(value is None or value.is_initializer() or value in known for value in node.inputs):
             nodes.append(node)
             known.update(node.outputs)
@@ -390,16 +492,25 @@ def _constant_nodes(model: Model) -> list[ir.Node]:
 def _compute(model: Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[np.ndarray]:
     from qconv import runtime
 
-    needed = {value for node in nodes for value in node.inputs if value is not None and value.is_initializer()}
+    read = (value for node in nodes for value in node.inputs if value is not None and value.is_initializer())
+    needed = list(dict.fromkeys(read))
     graph = onnx.helper.make_graph(
         [ir.serde.serialize_node(node) for node in nodes],
         "constants",
         [],
         [ir.serde.serialize_value(value) for value in wanted],
-        [ir.serde.serialize_tensor(value.const_value) for value in needed if value.const_value is not None],
+        [_in_memory(value) for value in needed],
     )
-    for tensor, value in zip(graph.initializer, needed, strict=True):
-        tensor.name = value.name or ""
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
     small = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
     return runtime.Session(small.SerializeToString(), optimize=False).run_all({})
+
+
+def _in_memory(value: ir.Value) -> onnx.TensorProto:
+    tensor = value.const_value
+    assert tensor is not None
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor = ir.tensor(tensor.numpy(), dtype=tensor.dtype)
+    proto = ir.serde.serialize_tensor(tensor)
+    proto.name = value.name or ""
+    return proto

@@ -20,6 +20,7 @@ from qconv.quant import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, ex
 
 # Leaves half of int32 to the sum of products: 2^30 / (255 * 127) inputs a channel is more than any layer has.
 LARGEST_BIAS_CODE = 2.0**30
+LARGEST_INT32 = 2.0**31 - 256  # a little less: the scale is rounded to float32
 
 
 @dataclass(slots=True)
@@ -102,8 +103,9 @@ def _layer_params(layer: Layer, source: _Source | None) -> tuple[LayerParams, li
         low, high = source.channel_codes(_input_channels(layer, arranged))
         params = saturation.widen(params, arranged, low, high, output_axis=layer.rule.output_axis)
     bias_quantizer = None
-    if bias is not None and data is not None and data.spec.bits <= 8 and not layer.blocked:
-        widened = _fit_bias(params, data.scale, bias)
+    # 16-bit layers run in float, and would be served by a float bias, if ONNX Runtime did not quantize it by itself
+    if bias is not None and data is not None and not layer.blocked:
+        widened = _fit_bias(params, data, bias)
         count = int(np.count_nonzero(widened.scale > params.scale))
         if count:
             what = f"weight scale of {count} channels widened, so that the bias fits into int32"
@@ -132,10 +134,11 @@ def _saturates_in_pairs(layer: Layer, weight: NDArray[np.float32]) -> bool:
     return per_channel and 7 < layer.weight.bits <= 8 and (weight.ndim == 2 or weight.shape[1] > 1)
 
 
-def _fit_bias(params: QuantParams, data_scale: NDArray[np.float32], bias: NDArray[np.floating]) -> QuantParams:
+def _fit_bias(params: QuantParams, data: QuantParams, bias: NDArray[np.floating]) -> QuantParams:
     """Widen weight scales until |bias| / (s_x * s_w) fits and the product is a normal float32."""
+    limit = LARGEST_BIAS_CODE if data.spec.bits <= 8 and params.spec.bits <= 8 else LARGEST_INT32
     reach = np.abs(bias.astype(np.float64))
     if not isinstance(params.spec.granularity, PerChannel):
         reach = reach.max(initial=0.0)
-    needed = np.maximum(reach / LARGEST_BIAS_CODE, 2 * SMALLEST_SCALE) / np.float64(data_scale)
+    needed = np.maximum(reach / limit, 2 * SMALLEST_SCALE) / np.float64(data.scale)
     return params.with_scale(np.maximum(params.scale, needed.astype(np.float32)))

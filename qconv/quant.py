@@ -94,7 +94,7 @@ class QuantSpec:
         scale32 = np.where(scale > 0, np.maximum(scale, SMALLEST_SCALE), 1.0).astype(np.float32)
         if not self.symmetric:
             zero = np.clip(np.rint(self.qmin - low64 / scale32), self.qmin, self.qmax).astype(np.int64)
-        return QuantParams(self, scale32, zero.astype(self.dtype))
+        return QuantParams(self, scale32, np.asarray(zero, self.dtype))
 
     def _symmetric_zero(self, low: NDArray[np.float64]) -> NDArray[np.int64]:
         if self.signed:
@@ -143,7 +143,7 @@ class QuantParams:
 
     def with_scale(self, scale: NDArray[np.float32]) -> QuantParams:
         """The same spec and zero point on another step."""
-        return QuantParams(self.spec, scale.astype(np.float32), self.zero_point)
+        return QuantParams(self.spec, np.asarray(scale, np.float32), self.zero_point)
 
     def _spread(self, param: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """`param` broadcastable against a tensor of `shape`."""

@@ -64,6 +64,7 @@ PRESETS: dict[str, Preset] = {
     "unit": Preset(Color.RGB, 1 / 255, (0.0,), (1.0,)),
     "raw": Preset(Color.RGB, 1.0, (0.0,), (1.0,)),
 }
+CROP_SHARE = 0.875  # 224 of 256: the share of the shorter side that ImageNet evaluation keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,15 @@ class PreprocessingOptions:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.std is not None and any(s == 0 or not math.isfinite(s) for s in self.std):
+        scale = None if self.scale is None else (self.scale,)
+        for option, numbers in (("--scale", scale), ("--mean", self.mean), ("--std", self.std)):
+            _require_numbers(option, numbers)
+        if self.scale == 0:
+            raise QconvError("--scale is zero: all pictures would look the same.", "give another number, as 1/255.")
+        if self.std is not None and 0 in self.std:
             raise QconvError("--std has a zero: pixels cannot be divided by it.", "give a positive number a channel.")
+        if isinstance(self.resize, int):
+            _require(self.resize >= 1, f"--resize {self.resize}", "use at least 1 pixel.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +119,7 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
+        """1 for grey, 3 for colour."""
         return 1 if self.color is Color.GREY else 3
 
     def as_dict(self) -> dict[str, Any]:
@@ -122,8 +131,7 @@ class Preprocessing:
         height, width = self.size
         mean, std = (", ".join(f"{v:.6g}" for v in values) for values in (self.mean, self.std))
         # 1/127.5 reads better than 0.00784314
-        inverse = 1 / self.scale if self.scale else 0.0
-        scale = f"{self.scale:g}" if self.scale == 1 or not self.scale else f"1/{inverse:.6g}"
+        scale = f"1/{1 / self.scale:.6g}" if 0 < self.scale < 1 else f"{self.scale:.6g}"
         return (
             f"{self.color.upper()} (pixel x {scale} - [{mean}]) / [{std}], {self.layout.upper()} {height}x{width}, "
             f"{self._resize_in_words()}; {self.source}"
@@ -134,9 +142,16 @@ class Preprocessing:
             return f"shorter side to {self.resize}, centre crop"
         if self.resize != "auto":
             return "stretched" if self.resize == "exact" else "letterboxed"
-        if self.class_vector:
-            return f"shorter side to {round(min(self.size) / 0.875)}, centre crop (unless already {self.size[1]}x{self.size[0]})"
-        return "stretched"
+        if not self.class_vector:
+            return "stretched"
+        height, width = self.size
+        least = tuple(round(side / CROP_SHARE) for side in self.size)
+        wish = f"shorter side to {least[0]}" if height == width else f"scaled to cover {least[0]}x{least[1]}"
+        return f"{wish}, centre crop (unless already {height}x{width})"
+
+
+# Options that change the run, or where its pictures lie, but no byte of the file.
+STEERING = frozenset({"threads", "min_agreement", "min_sqnr", "calib"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +196,8 @@ class Recipe:
         _require(self.samples >= 1, f"--samples {self.samples}", "use at least 1 picture.")
         _require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")
         _require(self.block_size >= 1, f"--block-size {self.block_size}", "use at least 1.")
+        _require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
+        _require(self.threads is None or self.threads >= 1, f"--threads {self.threads}", "use at least 1.")
         _require(
             not self.pack or self.weight_bits <= 4,
             f"--pack with {self.weight_bits}-bit weights",
@@ -191,11 +208,13 @@ class Recipe:
             f"--min-agreement {self.min_agreement}",
             "use a share from 0 to 1.",
         )
+        _require(
+            self.min_sqnr is None or not math.isnan(self.min_sqnr), f"--min-sqnr {self.min_sqnr}", "use a number of dB."
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form of all that shapes the file: what only steers the run (threads, gates) stays out."""
-        steering = {"threads", "min_agreement", "min_sqnr", "calib"}
-        return {name: value for name, value in _plain(self).items() if name not in steering}
+        return {name: value for name, value in _plain(self).items() if name not in STEERING}
 
 
 def _plain(thing: Any) -> Any:
@@ -209,3 +228,13 @@ def _plain(thing: Any) -> Any:
 def _require(condition: bool, fact: str, fix: str) -> None:
     if not condition:
         raise QconvError(f"{fact} is not possible.", fix)
+
+
+def _require_numbers(option: str, numbers: tuple[float, ...] | None) -> None:
+    if numbers is None:
+        return
+    if not numbers:
+        raise QconvError(f"{option} is empty.", "give one number, or one a channel.")
+    odd = next((number for number in numbers if not math.isfinite(number)), None)
+    if odd is not None:
+        raise QconvError(f"{option} has a value that is no finite number: {odd}.", "give one number, or one a channel.")

@@ -45,7 +45,8 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.name = name
         try:
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            # with its fallback on, the runtime prints errors to stdout, which may be carrying the result
+            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         except Exception as error:  # the runtime raises a dozen types of its own
             raise _load_error(name, error) from None
         self.outputs: list[str] = [output.name for output in self._session.get_outputs()]

@@ -1,17 +1,19 @@
 """Weight scales that keep CPUs without VNNI from saturating.
 
-AVX2 and AVX512 without VNNI multiply u8 activations with s8 weights by `vpmaddubsw`, which adds neighbouring products in
-pairs of 16 bits and saturates at 32767: two products of 255 * 127 already lose half their sum, silently. A network that
-is right on one machine loses 10 dB or more on another. Weights of 7 bits never saturate but give up half their precision.
+AVX2 and AVX512 without VNNI multiply u8 activations with s8 weights by `vpmaddubsw`, which adds neighbouring products
+in pairs of 16 bits and saturates at 32767: two products of 255 * 127 already lose half their sum, silently. A network
+that is right on one machine loses 10 dB or more on another. Weights of 7 bits never saturate but give up half their
+precision.
 
 This module gives up only what is needed. With the least and the largest code a_c that each input channel takes on the
 calibration pictures, a pair of neighbouring weights (w_1, w_2) stays exact if
 
     max_a |a_1 w_1 + a_2 w_2| <= 32767        a_c in [low_c, high_c]
 
-and the scale of an output channel is widened just until its worst pair does. Neighbours are elements 2j and 2j + 1 of a
-row in the order in which ONNX Runtime's kernels read it: kernel row, kernel column, input channel (found by experiment).
-Depthwise kernels widen to 32 bits first and are left alone.
+and the scale of an output channel is widened just until its worst pair does; its zero point moves towards 0 by the same
+factor, which is what makes the codes of asymmetric weights small. Neighbours are elements 2j and 2j + 1 of a row in the
+order in which ONNX Runtime's kernels read it: kernel row, kernel column, input channel (found by experiment). Depthwise
+kernels widen to 32 bits first and are left alone.
 """
 
 from __future__ import annotations
@@ -22,26 +24,32 @@ from numpy.typing import NDArray
 from qconv.quant import QuantParams
 
 PAIR_LIMIT = 32767
-ATTEMPTS = 4
 
 
 def widen(
-    params: QuantParams, weight: NDArray[np.float32], low: NDArray[np.int64], high: NDArray[np.int64], *, output_axis: int
+    params: QuantParams,
+    weight: NDArray[np.float32],
+    low: NDArray[np.int64],
+    high: NDArray[np.int64],
+    *,
+    output_axis: int,
 ) -> QuantParams:
-    """Per-channel parameters whose codes saturate in no pair.
+    """Per-channel parameters whose codes saturate in no pair; `params` itself where they already do not.
 
     weight: (O, I/g, kH, kW), or a matrix with outputs along `output_axis`. low, high: least and largest code of every
     input channel, shape (I,).
     """
-    scale = params.scale
-    for _ in range(ATTEMPTS):
-        codes = params.with_scale(scale).quantize(weight).astype(np.int64)
-        over = _worst_pair(_rows(codes, output_axis), *_spread(low, high, weight, output_axis)) / PAIR_LIMIT
+    limits = _spread(low, high, weight, output_axis)
+    chosen, gain = params, np.ones(params.scale.shape)  # (O,)
+    while True:
+        codes = chosen.quantize(weight).astype(np.int64)
+        over = _worst_pair(_rows(codes, output_axis), *limits) / PAIR_LIMIT
         if (over <= 1).all():
-            break
-        # rounding can push a pair over again, so a widened scale is checked once more
-        scale = scale * np.maximum(over, 1).astype(np.float32)
-    return params.with_scale(scale)
+            return chosen
+        # Rounding can leave a pair a little over: steps of less than half a code in 127 would take forever.
+        gain = gain * np.where(over > 1, np.maximum(over, 1 + 1 / 256), 1.0)
+        zero = np.rint(params.zero_point / gain).astype(params.zero_point.dtype)
+        chosen = QuantParams(params.spec, (params.scale * gain).astype(np.float32), zero)
 
 
 def _rows(codes: NDArray[np.int64], output_axis: int) -> NDArray[np.int64]:

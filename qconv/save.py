@@ -1,13 +1,16 @@
 """A file appears whole or not at all: written into a hidden folder beside its place, checked there, synced, renamed.
 
-A kill leaves at most that hidden folder, and the next run for the same output removes it. Where weights go into a data
-file, it is named by its content, so that the model and the data of two runs never mix.
+A kill leaves at most that hidden folder, and the next run for the same output removes it: a living run holds a lock on
+its folder, which the system lets go when the process ends, however it ends. Where weights go into a data file, it is
+named by its content, so that the model and the data of two runs never mix.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -21,6 +24,7 @@ import onnx_ir as ir
 
 from qconv.errors import QconvError
 from qconv.graph import Model
+from qconv.load import tensors
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 SUFFIX = ".qconv-tmp"
@@ -54,20 +58,34 @@ class Staged:
 @contextlib.contextmanager
 def staged(model: Model, out: Path | None) -> Iterator[Staged]:
     """Write `model` into a hidden folder beside `out` (None: among the system's temporary files); gone at the end."""
-    if out is None:
-        folder = Path(tempfile.mkdtemp(suffix=SUFFIX))
-    else:
+    if out is not None:
         check_place(out)
-        folder = out.parent / f".{out.name}.{os.getpid()}{SUFFIX}"
+    place = out or Path(tempfile.gettempdir()) / "model.onnx"
+    with _locked_folder(place) as folder:
+        path = folder / place.name
+        with _explained(place):
+            data = _write(model, path, allow_external=out is not None)
+        yield Staged(folder, path, data)
+
+
+@contextlib.contextmanager
+def _locked_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, of this run alone, removed at the end."""
+    while True:
         with _explained(out):
-            folder.mkdir()
-    name = out.name if out is not None else "model.onnx"
-    try:
-        with _explained(out or folder):
-            data = _write(model, folder / name, allow_external=out is not None)
-        yield Staged(folder, folder / name, data)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(suffix=SUFFIX, prefix=f".{out.name}.", dir=out.parent))
+            handle = os.open(folder, os.O_RDONLY)
+        try:
+            # not every file system has locks; without them stale folders stay
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # another run may have taken it for a stale one before the lock was set
+            if folder.exists():
+                yield folder
+                return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(handle)
 
 
 def check_place(out: Path) -> None:
@@ -76,12 +94,22 @@ def check_place(out: Path) -> None:
         raise QconvError(f"The folder {out.parent} does not exist.", "create it, or choose another output with -o.")
     if out.is_dir():
         raise QconvError(f"{out} is a folder.", "name a file with -o.")
+    if out.exists() and not out.is_file():
+        raise QconvError(f"{out} is a device or a pipe, which cannot be replaced.", "name a file with -o.")
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise QconvError(f"The folder {out.parent} cannot be written to.", "choose another output with -o.")
-    for stale in out.parent.glob(f".{out.name}.*{SUFFIX}"):
-        owner = stale.name.removesuffix(SUFFIX).rpartition(".")[2]
-        if owner.isdigit() and not _alive(int(owner)):
-            shutil.rmtree(stale, ignore_errors=True)
+    for stale in out.parent.glob(f".{glob.escape(out.name)}.*{SUFFIX}"):
+        _remove_unlocked(stale)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
 
 
 def total_bytes(model: Model) -> int:
@@ -96,7 +124,7 @@ def runnable(model: Model, outputs: list[str]) -> Iterator[str | bytes]:
     produced = [value for node in model.graph for value in node.outputs]
     extra = [ir.serde.serialize_value(value) for value in produced if value.name in wanted]
     if total_bytes(model) < PROTOBUF_LIMIT:
-        proto = model.proto()
+        proto = _whole(model)
         proto.graph.output.extend(extra)
         yield proto.SerializeToString()
         return
@@ -109,24 +137,36 @@ def runnable(model: Model, outputs: list[str]) -> Iterator[str | bytes]:
         yield str(path)
 
 
+def _whole(model: Model) -> onnx.ModelProto:
+    """The model as protobuf, external tensors read into it."""
+    if model.external:
+        ir.external_data.load_to_model(model.inner)
+    return model.proto()
+
+
 def _write(model: Model, path: Path, *, allow_external: bool) -> Path | None:
-    external = allow_external and (model.external or total_bytes(model) >= PROTOBUF_LIMIT)
-    if not external:
-        path.write_bytes(model.proto().SerializeToString(deterministic=True))
+    large = total_bytes(model) >= PROTOBUF_LIMIT
+    if large and not allow_external:
+        raise QconvError("The result is too large for one file.", "name an output with -o; a data file goes beside it.")
+    if not (large or (model.external and allow_external)):
+        path.write_bytes(_whole(model).SerializeToString(deterministic=True))
         _sync(path)
         return None
-    ir.save(model.inner, path, external_data=f"{path.name}.data")
     plain = path.with_name(f"{path.name}.data")
+    ir.save(model.inner, path, external_data=plain.name)
+    if not plain.stat().st_size:  # nothing was large enough for it
+        plain.unlink()
+        _sync(path)
+        return None
     with plain.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
     data = path.with_name(f"{path.name}.{digest}.data")
     plain.rename(data)
     proto = onnx.load(path, load_external_data=False)
-    for tensor in proto.graph.initializer:
+    for tensor in tensors(proto.graph):
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = data.name
-    del proto.graph.value_info[:]
     path.write_bytes(proto.SerializeToString(deterministic=True))
     _sync(data)
     _sync(path)
@@ -135,7 +175,7 @@ def _write(model: Model, path: Path, *, allow_external: bool) -> Path | None:
 
 def _data_files(out: Path) -> set[Path]:
     """Data files of our naming that the model now at `out` has."""
-    pattern = f"{out.name}.{'[0-9a-f]' * 8}.data"
+    pattern = f"{glob.escape(out.name)}.{'[0-9a-f]' * 8}.data"
     return set(out.parent.glob(pattern)) if out.exists() else set()
 
 
@@ -152,16 +192,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 @contextlib.contextmanager

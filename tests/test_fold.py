@@ -417,6 +417,10 @@ REFUSED = {
         network(f"a = {BN}(x, {NORM}) c = Conv(a, w) s = Sigmoid(a) y = Add(c, s)", **statistics(3), w=(3, 3, 1, 1)),
         Skipped("fold", "a", "Sigmoid s reads it too"),
     ),
+    "scale of data and C": (
+        network("a = Mul(x, k) y = Gemm(a, w, a)", x=(5, 5), k=2.0, w=(5, 5)),
+        Skipped("fold", "a", "Gemm y reads it too"),
+    ),
     "norm that the model returns": (
         network(f"a = {BN}(x, {NORM}) y = Conv(a, w)", **statistics(3), w=W, outputs=["y", "a"]),
         Skipped("fold", "a", "the model returns its output"),
@@ -477,9 +481,17 @@ def test_training_mode_is_refused():
     assert fold(loaded(network(body, **statistics(4), w=W))) == [Skipped("fold", "y", "it runs in training mode")]
 
 
-def test_a_linear_resize_does_not_let_an_activation_through():
-    proto = network('c = Conv(x, w) m = Resize<mode="linear">(c, , k) y = Relu(m)', w=W, k=np.float32([1, 1, 2, 2]))
-    assert op_types(folded(proto)[0]) == "Conv Resize Relu"
+@pytest.mark.parametrize(
+    "resize",
+    [
+        'Resize<mode="linear">(c, , k)',
+        'Resize<coordinate_transformation_mode="tf_crop_and_resize", extrapolation_value=-9.0>(c, area, k)',
+    ],
+)
+def test_a_resize_that_makes_up_numbers_does_not_let_an_activation_through(resize):
+    constants = {"k": np.float32([1, 1, 2, 2]), "area": np.float32([0, 0, 0, 0, 1, 1, 2, 2])}
+    proto = network(f"c = Conv(x, w) m = {resize} y = Clip(m, l, h)", w=W, l=1.0, h=2.0, **constants)
+    assert op_types(folded(proto)[0]) == "Conv Resize Clip"
 
 
 # -- sharing -----------------------------------------------------------------------------------------------------------
@@ -512,6 +524,16 @@ def test_a_tensor_that_a_body_reads_is_not_folded_away():
     """
     _, findings = folded(network(body, **statistics(4), w=W, zero=0.0))
     assert Skipped("fold", "c", "its Conv a has another reader") in findings
+
+
+def test_a_layer_in_a_body_is_left_alone():
+    body = """
+        a = Mul(x, k) c = Conv(a, w) t = ReduceSum<keepdims=0>(c) yes = Greater(t, k)
+        y = If (yes) <then_branch = g1 () => (float[2,4,4,4] p) { p = Conv(a, w) },
+                      else_branch = g2 () => (float[2,4,4,4] q) { q = Neg(c) }>
+    """
+    _, findings = folded(network(body, w=W, k=2.0))
+    assert findings == [Skipped("fold", "a", "Conv p reads it too")]
 
 
 # -- chains ------------------------------------------------------------------------------------------------------------

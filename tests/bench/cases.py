@@ -1,0 +1,219 @@
+"""What is measured: models, pictures, how they are fed, how they are scored.
+
+The preprocessing is written anew in plain Pillow and numpy, so that the benchmark is no mirror of qconv's own code.
+Nothing heavy is imported: the bare inference script, which is timed from its start, imports this module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Array = NDArray[np.float32]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Prep:
+    """value = (pixel * scale - mean) / std after resizing; pixels 0 to 255.
+
+    resize: "stretch" to the size, or "crop": shorter side to size / 0.875, then the centre.
+    """
+
+    size: tuple[int, int]  # height, width
+    scale: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    resize: str = "stretch"
+    grey: bool = False
+
+    def __call__(self, path: Path) -> Array:
+        """One picture as a batch of one: (1, C, H, W)."""
+        with Image.open(path) as opened:
+            picture = self._fitted(opened.convert("L" if self.grey else "RGB"))
+        pixels = np.asarray(picture, np.float32)
+        pixels = pixels[None] if self.grey else pixels.transpose(2, 0, 1)  # (C, H, W)
+        mean, std = (np.float32(values).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        return np.ascontiguousarray(((pixels * np.float32(self.scale) - mean) / std)[None], np.float32)
+
+    def _fitted(self, picture: Image.Image) -> Image.Image:
+        height, width = self.size
+        if picture.size == (width, height):
+            return picture
+        if self.resize == "stretch":
+            return picture.resize((width, height), Image.Resampling.BILINEAR)
+        assert height == width, "crop is for square inputs"
+        side = round(height / 0.875)
+        wide, high = picture.size
+        scaled = (side, side * high // wide) if wide < high else (side * wide // high, side)
+        if scaled != picture.size:
+            picture = picture.resize(scaled, Image.Resampling.BILINEAR)
+        left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
+        return picture.crop((left, top, left + width, top + height))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model. `options` tell qconv the same preprocessing as `prep`.
+
+    class_scores: axis 1 of every output holds class scores, so that agreement means something.
+    light: a topology of the onnx package; scored on a copy with weights of its own (see light.py).
+    cost: numbers of calibration pictures to measure time and memory of the whole command with.
+    """
+
+    name: str
+    model: str
+    prep: Prep
+    options: tuple[str, ...]
+    pictures: str = "imagenet"
+    calibration: int = 128
+    tests: int = 100
+    labels: bool = False
+    class_scores: bool = True
+    light: bool = False
+    cost: tuple[int, ...] = ()
+    most_lost: float | None = None  # points of top-1
+    paired_test_excuses: bool = False  # a loss of more points is held if a paired test sees no difference
+
+    @property
+    def calibration_folder(self) -> str:
+        return f"images/{self.pictures}/calib"
+
+    @property
+    def test_folder(self) -> str:
+        return f"images/{self.pictures}/test"
+
+
+IMAGENET = {"scale": 1 / 255, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+SIGNED = {"mean": (127.0,), "std": (128.0,)}  # (x - 127) / 128
+TF = {"scale": 1 / 127.5, "mean": (1.0,)}
+SIGNED_OPTIONS = ("--preprocess", "raw", "--mean", "127", "--std", "128")
+TF_OPTIONS = ("--preprocess", "tf", "--resize", "exact")
+
+
+def _light(name: str) -> Case:
+    prep = Prep((224, 224), resize="crop", **IMAGENET)
+    options = ("--preprocess", "imagenet", "--resize", "256")
+    return Case(f"light_{name}", f"light_{name}.onnx", prep, options, calibration=32, tests=32, light=True)
+
+
+CASES: tuple[Case, ...] = (
+    Case(
+        "resnet20",
+        "resnet20_cifar10.onnx",
+        Prep((32, 32), **IMAGENET),
+        ("--preprocess", "imagenet"),
+        pictures="cifar10",
+        tests=2000,
+        labels=True,
+        cost=(128,),
+        most_lost=0.3,
+    ),
+    Case(
+        "kerascnn",
+        "kerascnn_cifar10.onnx",
+        Prep((32, 32)),
+        ("--preprocess", "raw"),
+        pictures="cifar10",
+        tests=2000,
+        labels=True,
+    ),
+    Case(
+        "mobilenetv2",
+        "mobilenetv2_imagenet.onnx",
+        Prep((224, 224), resize="crop", **IMAGENET),
+        ("--preprocess", "imagenet"),
+        tests=400,
+        labels=True,
+        cost=(128,),
+        most_lost=0.5,
+        paired_test_excuses=True,
+    ),
+    Case(
+        "efficientnet_lite0",
+        "efficientnet_lite0_imagenet.onnx",
+        Prep((224, 224), resize="crop", **SIGNED),
+        SIGNED_OPTIONS,
+        tests=400,
+        labels=True,
+        cost=(32, 64, 128),
+        most_lost=0.5,
+        paired_test_excuses=True,
+    ),
+    Case(
+        "efficientnet_b0",
+        "efficientnet_b0_binary.onnx",
+        Prep((224, 224), resize="crop", **IMAGENET),
+        ("--preprocess", "imagenet"),
+        class_scores=False,
+    ),
+    Case(
+        "ultraface",
+        "ultraface_rfb320.onnx",
+        Prep((240, 320), **SIGNED),
+        (*SIGNED_OPTIONS, "--resize", "exact"),
+        class_scores=False,
+    ),
+    Case("rapidocr_cls", "rapidocr_cls_v2.onnx", Prep((48, 192), **TF), (*TF_OPTIONS, "--size", "48x192")),
+    Case("deeplabv3", "deeplabv3_257_mv_gpu.onnx", Prep((257, 257), **TF), TF_OPTIONS),
+    Case(
+        "mnist",
+        "mnist.onnx",
+        Prep((28, 28), scale=1 / 255, grey=True),
+        ("--preprocess", "unit", "--resize", "exact"),
+        pictures="cifar10",
+    ),
+    *map(
+        _light,
+        ("bvlc_alexnet", "densenet121", "inception_v1", "inception_v2", "resnet50", "shufflenet")
+        + ("squeezenet", "vgg19", "zfnet512"),
+    ),
+)
+BY_NAME: Mapping[str, Case] = {case.name: case for case in CASES}
+
+
+def light_file(case: Case) -> Path:
+    """The model as the onnx package ships it, found without importing onnx."""
+    spec = importlib.util.find_spec("onnx")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "backend/test/data/light" / case.model
+
+
+def default_data() -> Path:
+    """$QCONV_DATA, or shared/data beside the checkout."""
+    return Path(os.environ.get("QCONV_DATA") or REPOSITORY.parent / "shared" / "data")
+
+
+def pictures(folder: Path, count: int) -> list[Path]:
+    """`count` pictures of a folder, or all if fewer: a seeded draw, the same on every machine."""
+    found = sorted((p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg")), key=Path.as_posix)
+    order = np.random.default_rng(0).permutation(len(found))[:count]
+    return [found[i] for i in order]
+
+
+def label(path: Path, folder: Path) -> int:
+    """The rank of the picture's class folder: in classes.txt if there is one, else in alphabetical order."""
+    listing = folder / "classes.txt"
+    if listing.exists():
+        names = listing.read_text("utf-8").split()
+    else:
+        names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    return names.index(path.parent.name)
+
+
+def linked(paths: list[Path], folder: Path) -> Path:
+    """A folder of links to `paths` that keep their order, so that every tool is given the same pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, path in enumerate(paths):
+        link = folder / f"{index:04}_{path.name}"
+        if not link.is_symlink():
+            link.symlink_to(path.resolve())
+    return folder

@@ -1,0 +1,64 @@
+"""What ONNX Runtime's optimized graph runs in integers, and which arithmetic stayed float."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto
+
+INTEGERS = (TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT16, TensorProto.INT16, TensorProto.INT32)
+INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention", "DynamicQuantizeMatMul")
+# They move or convert values and calculate nothing.
+MOVERS = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Cast", "Shape"}
+    | {"Slice", "Gather", "Identity", "ReorderInput", "ReorderOutput", "Constant", "Expand", "Split", "Dropout"}
+)
+# The notes on the runtime's kernels say that these can run in integers.
+SHOULD_BE_INTEGER = frozenset(
+    {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MaxPool", "Add", "Sum", "GlobalAveragePool"}
+    | {"Concat"}
+)
+
+
+def coverage(model: Path) -> dict[str, Any]:
+    """{"integer", "float": {operator: count}, "float_nodes": ["op name"], "conversions": Q and DQ nodes left}."""
+    graph = optimized(model).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output, *graph.input)}
+    integer: Counter[str] = Counter()
+    floating: Counter[str] = Counter()
+    nodes = []
+    for node in graph.node:
+        kind = types.get(node.output[0])
+        if node.op_type.startswith(INTEGER_KERNELS):
+            integer[node.op_type] += 1
+        elif node.op_type in MOVERS:
+            continue
+        elif kind in INTEGERS:
+            integer[node.op_type] += 1
+        elif kind == TensorProto.FLOAT:
+            floating[node.op_type] += 1
+            nodes.append(f"{node.op_type} {node.name}")
+    conversions = Counter(n.op_type for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear"))
+    return {
+        "integer": dict(integer),
+        "float": dict(floating),
+        "float_nodes": nodes,
+        "conversions": dict(conversions),
+        "should_be_integer": sum(floating[op] for op in SHOULD_BE_INTEGER),
+    }
+
+
+def optimized(model: Path) -> onnx.ModelProto:
+    """The graph as the runtime runs it here, all optimizations on."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # it warns that such a file suits this machine only
+        options.optimized_model_filepath = str(path)
+        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnx.load(path)

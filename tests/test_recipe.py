@@ -1,0 +1,224 @@
+"""What a user may ask for, what is refused and in which words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from qconv.errors import QconvError
+from qconv.recipe import (
+    PRESETS,
+    STEERING,
+    Color,
+    Filter,
+    Layout,
+    Preprocessing,
+    PreprocessingOptions,
+    Recipe,
+    Scheme,
+    WeightGranularity,
+)
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names", "fix"),
+    [
+        ({"weight_bits": 1}, "--weight-bits 1", "2 to 8, or 16"),
+        ({"weight_bits": 9}, "--weight-bits 9", "2 to 8, or 16"),
+        ({"weight_bits": 32}, "--weight-bits 32", "2 to 8, or 16"),
+        ({"activation_bits": 1}, "--activation-bits 1", "32 for weights only"),
+        ({"activation_bits": 12}, "--activation-bits 12", "32 for weights only"),
+        ({"edge_bits": 0}, "--edge-bits 0", "2 to 8"),
+        ({"edge_bits": 32}, "--edge-bits 32", "2 to 8"),
+        ({"samples": 0}, "--samples 0", "at least 1"),
+        ({"batch": 0}, "--batch 0", "at least 1"),
+        ({"block_size": 0}, "--block-size 0", "at least 1"),
+        ({"seed": -1}, "--seed -1", "0 or more"),
+        ({"threads": 0}, "--threads 0", "at least 1"),
+        ({"pack": True}, "--pack with 8-bit weights", "--weight-bits 4"),
+        ({"pack": True, "weight_bits": 5}, "--pack with 5-bit weights", "--weight-bits 4"),
+        ({"min_agreement": 1.01}, "--min-agreement 1.01", "0 to 1"),
+        ({"min_agreement": -0.5}, "--min-agreement -0.5", "0 to 1"),
+        ({"min_agreement": NAN}, "--min-agreement nan", "0 to 1"),
+        ({"min_sqnr": NAN}, "--min-sqnr nan", "dB"),
+    ],
+)
+def test_impossible_wishes_are_refused(wrong: dict[str, Any], names: str, fix: str) -> None:
+    with pytest.raises(QconvError) as caught:
+        Recipe(**wrong)
+    assert names in caught.value.message
+    assert fix in caught.value.hint
+
+
+@pytest.mark.parametrize("bits", [*range(2, 9), 16])
+def test_all_widths_of_the_contract_are_accepted(bits: int) -> None:
+    recipe = Recipe(weight_bits=bits, activation_bits=bits, edge_bits=bits, pack=bits <= 4)
+    assert recipe.weight_bits == bits
+
+
+def test_the_ends_of_ranges_are_accepted() -> None:
+    recipe = Recipe(activation_bits=32, samples=1, batch=1, block_size=1, threads=1, min_agreement=0, min_sqnr=-3.0)
+    assert replace(recipe, min_agreement=1).min_agreement == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fact"),
+    [
+        ({"scale": 0.0}, "--scale is zero"),
+        ({"scale": NAN}, "--scale has a value that is no finite number: nan"),
+        ({"scale": -INF}, "--scale has a value that is no finite number: -inf"),
+        ({"mean": (0.5, NAN, 0.5)}, "--mean has a value that is no finite number: nan"),
+        ({"mean": ()}, "--mean is empty"),
+        ({"std": ()}, "--std is empty"),
+        ({"std": (1.0, 0.0, 1.0)}, "--std has a zero"),
+        ({"std": (1.0, -0.0)}, "--std has a zero"),
+        ({"std": (INF,)}, "--std has a value that is no finite number: inf"),
+        ({"resize": 0}, "--resize 0 is not possible"),
+        ({"resize": -5}, "--resize -5 is not possible"),
+    ],
+)
+def test_impossible_preprocessing_is_refused_for_its_real_reason(wrong: dict[str, Any], fact: str) -> None:
+    with pytest.raises(QconvError) as caught:
+        PreprocessingOptions(**wrong)
+    assert caught.value.message.startswith(fact)
+    assert caught.value.hint
+
+
+def test_negative_scale_mean_and_std_are_accepted() -> None:
+    """1 - pixel / 255 makes black writing on white into white on black, as MNIST has it."""
+    options = PreprocessingOptions(scale=-1 / 255, mean=(-1.0,), std=(-2.0, 1.0, 1.0), resize=1)
+    assert options.mean == (-1.0,)
+
+
+# -- as data -----------------------------------------------------------------------------------------------------------
+
+FULL = Recipe(
+    calib=("a", "b"),
+    glob="*.jpg",
+    weight_bits=4,
+    weight_scheme=Scheme.ASYMMETRIC,
+    weight_granularity=WeightGranularity.PER_BLOCK,
+    pack=True,
+    keep_float=("conv*",),
+    keep_float_op=("Gemm", "Add"),
+    opset=21,
+    preprocessing=PreprocessingOptions(
+        preset="caffe", mean=(1.0, 2.0, 3.0), std=(4.0,), color=Color.BGR, layout=Layout.NHWC, resize=9, size=(7, 8)
+    ),
+    min_agreement=0.9,
+    min_sqnr=20.0,
+    threads=2,
+)
+
+
+def test_every_option_shapes_the_file_or_steers_the_run() -> None:
+    """A field added later is written into the file, unless STEERING says that it changes nothing there."""
+    names = {field.name for field in fields(Recipe)}
+    assert names >= STEERING
+    assert set(FULL.as_dict()) == names - STEERING
+    assert set(FULL.as_dict()["preprocessing"]) == {field.name for field in fields(PreprocessingOptions)}
+
+
+def test_a_recipe_survives_json_unchanged() -> None:
+    """Tuples are lists and enumerations plain strings already: what is reported is what is read back."""
+    plain = FULL.as_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain["weight_granularity"] == "per-block"
+    assert type(plain["weight_granularity"]) is str
+    assert plain["keep_float_op"] == ["Gemm", "Add"]
+    assert plain["preprocessing"]["size"] == [7, 8]
+    assert type(plain["preprocessing"]["color"]) is str
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    """W8A8, weights symmetric per channel, activations asymmetric, 128 pictures: see the option reference."""
+    plain = Recipe().as_dict()
+    expected = {
+        "samples": 128,
+        "batch": 1,
+        "seed": 0,
+        "weight_bits": 8,
+        "activation_bits": 8,
+        "weight_scheme": "symmetric",
+        "activation_scheme": "asymmetric",
+        "weight_granularity": "per-channel",
+        "block_size": 32,
+        "edge_bits": 8,
+        "pack": False,
+        "calibrator": "minmax",
+        "target": "ort-cpu",
+        "opset": None,
+    }
+    assert {name: plain[name] for name in expected} == expected
+
+
+# -- in words ----------------------------------------------------------------------------------------------------------
+
+IMAGENET = Preprocessing(
+    preset="imagenet",
+    source="default for three channels",
+    color=Color.RGB,
+    scale=1 / 255,
+    mean=PRESETS["imagenet"].mean,
+    std=PRESETS["imagenet"].std,
+    layout=Layout.NCHW,
+    resize="auto",
+    filter=Filter.BILINEAR,
+    size=(224, 224),
+    class_vector=True,
+)
+
+
+def test_imagenet_in_words() -> None:
+    assert IMAGENET.in_words() == (
+        "RGB (pixel x 1/255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225], NCHW 224x224, "
+        "shorter side to 256, centre crop (unless already 224x224); default for three channels"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"size": (224, 448)}, "scaled to cover 256x512, centre crop (unless already 224x448)"),
+        ({"size": (448, 224)}, "scaled to cover 512x256, centre crop (unless already 448x224)"),
+        ({"class_vector": False}, "NCHW 224x224, stretched;"),
+        ({"resize": "exact"}, "NCHW 224x224, stretched;"),
+        ({"resize": "letterbox"}, "letterboxed"),
+        ({"resize": 300, "size": (200, 100)}, "NCHW 200x100, shorter side to 300, centre crop;"),
+        ({"scale": 1.0}, "(pixel x 1 - ["),
+        ({"scale": 1 / 127.5}, "(pixel x 1/127.5 - ["),
+        ({"scale": -1 / 255}, "(pixel x -0.00392157 - ["),
+        ({"scale": 2.0}, "(pixel x 2 - ["),
+        ({"color": Color.BGR, "layout": Layout.NHWC}, "NHWC 224x224"),
+        ({"color": Color.GREY, "mean": (0.5,), "std": (1.0,)}, "GREY (pixel x 1/255 - [0.5]) / [1]"),
+    ],
+)
+def test_preprocessing_in_words(changes: dict[str, Any], words: str) -> None:
+    assert words in replace(IMAGENET, **changes).in_words()
+
+
+@pytest.mark.parametrize("size", [(224, 224), (224, 448), (448, 224), (100, 30)])
+def test_the_words_for_auto_say_what_is_done(size: tuple[int, int]) -> None:
+    """A picture of exactly the covering size named in the words is cropped, never scaled: its centre pixel stays."""
+    from qconv.images import _auto
+
+    height, width = (round(side / 0.875) for side in size)
+    assert _auto((width, height), replace(IMAGENET, size=size)) == (width, height)
+    words = replace(IMAGENET, size=size).in_words()
+    assert f"to {height}, " in words if size[0] == size[1] else f"cover {height}x{width}" in words
+
+
+def test_channels_follow_the_colour() -> None:
+    assert (IMAGENET.channels, replace(IMAGENET, color=Color.GREY).channels) == (3, 1)
+
+
+def test_preprocessing_is_written_in_full_and_survives_json() -> None:
+    plain = IMAGENET.as_dict()
+    assert set(plain) == {field.name for field in fields(Preprocessing)}
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["size"] == [224, 224]
