@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qconv.graph import Value
+from qconv.graph import Value, input_of
 from qconv.params import Params
 from qconv.plan import Plan
 from qconv.quant import PerBlock, PerChannel, QuantParams
@@ -26,8 +26,9 @@ def tensor_rows(plan: Plan, params: Params) -> list[TensorRow]:
     for layer in params.layers:
         name = layer.layer.node.name
         rows.append(_row(layer.layer.node.inputs[1], "weight", layer.weight, f"weights of {name}"))
-        if layer.bias is not None:
-            rows.append(_row(layer.layer.node.inputs[2], "bias", layer.bias, f"bias of {name}, scale s_x * s_w"))
+        if layer.bias_params is not None:
+            bias = input_of(layer.layer.node, 2)
+            rows.append(_row(bias, "bias", layer.bias_params, f"bias of {name}, scale s_x * s_w"))
     return rows
 
 

@@ -19,31 +19,47 @@ from qconv.runtime import Session
 
 @dataclass(slots=True)
 class Statistics:
-    """What is remembered of one tensor: the exact extremes of each channel (axis 1), float32 of shape (C,).
+    """What is remembered of one tensor: the exact extremes of each channel (axis 1), float32, and the sum of each,
+    float64, all of shape (C,); count: elements that went into each sum.
 
     Tensors of rank 0 and 1 count as one channel.
     """
 
     lows: NDArray[np.float32]
     highs: NDArray[np.float32]
+    sums: NDArray[np.float64]
+    count: int
 
     @classmethod
     def of(cls, x: NDArray[Any]) -> Statistics:
         """The statistics of one batch (N, C, ...). A tensor without elements, as of no detection, counts as one zero."""
         if not x.size:
-            return cls(np.zeros(1, np.float32), np.zeros(1, np.float32))
+            x = np.zeros((1, 1), np.float32)
         rows = x.reshape(len(x), x.shape[1], -1) if x.ndim > 1 else x.reshape(1, 1, -1)
-        return cls(rows.min(axis=2).min(axis=0), rows.max(axis=2).max(axis=0))
+        lows, highs = rows.min(axis=2).min(axis=0), rows.max(axis=2).max(axis=0)
+        return cls(lows, highs, rows.sum(axis=2).sum(axis=0, dtype=np.float64), rows.shape[0] * rows.shape[2])
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both sets of pictures together."""
         if self.lows.shape != other.lows.shape:
             # axis 1 grows with the picture: then there are no channels to speak of
             return self._overall().merge(other._overall())
-        return Statistics(np.minimum(self.lows, other.lows), np.maximum(self.highs, other.highs))
+        lows, highs = np.minimum(self.lows, other.lows), np.maximum(self.highs, other.highs)
+        return Statistics(lows, highs, self.sums + other.sums, self.count + other.count)
 
     def _overall(self) -> Statistics:
-        return Statistics(self.lows.min(keepdims=True), self.highs.max(keepdims=True))
+        channels = len(self.lows)
+        return Statistics(
+            self.lows.min(keepdims=True),
+            self.highs.max(keepdims=True),
+            self.sums.sum(keepdims=True),
+            self.count * channels,
+        )
+
+    @property
+    def means(self) -> NDArray[np.float64]:
+        """The mean of each channel."""
+        return self.sums / max(self.count, 1)
 
     @property
     def low(self) -> float:

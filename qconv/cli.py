@@ -235,7 +235,17 @@ def _recipe(options: dict[str, Any]) -> Recipe:
         filter=Filter(options["filter_"]),
         size=options["size"],
     )
-    same: tuple[str, ...] = ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "block_size", "edge_bits", "pack")
+    same: tuple[str, ...] = (
+        "calib",
+        "samples",
+        "batch",
+        "seed",
+        "weight_bits",
+        "activation_bits",
+        "block_size",
+        "edge_bits",
+        "pack",
+    )
     same += ("keep_float", "keep_float_op", "opset", "min_agreement", "min_sqnr", "threads")
     return Recipe(
         glob=options["pattern"],

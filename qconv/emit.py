@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from qconv.findings import Change, Finding
 from qconv.graph import DataType, Model, Node, Value, array, attribute, input_of
-from qconv.params import LayerParams, Params
+from qconv.params import Params
 from qconv.plan import Plan, clip_bounds
 from qconv.quant import PerBlock, PerChannel, QuantParams
+from qconv.weights import LayerParams
 
 
 def emit(model: Model, plan: Plan, params: Params, *, pack: bool) -> list[Finding]:
@@ -126,7 +127,9 @@ class _Writer:
 
     def _quantizer(self, value: Value, chosen: QuantParams, *, wish: str) -> Node:
         scale, zero = self._grid(chosen)
-        node = self.model.build("QuantizeLinear", [value, scale, zero], name=f"{wish}_q", output=f"{wish}_q", like=value)
+        node = self.model.build(
+            "QuantizeLinear", [value, scale, zero], name=f"{wish}_q", output=f"{wish}_q", like=value
+        )
         node.outputs[0].dtype = DataType.from_numpy(chosen.spec.dtype)
         return node
 
@@ -209,14 +212,16 @@ class _Writer:
         weight, bias = node.inputs[1], input_of(node, 2)
         assert weight is not None
         self.model.set_input(node, 1, self._weight(chosen, weight, pack=pack))
-        if chosen.bias is not None and bias is not None:
-            numbers = array(bias)
-            assert numbers is not None
-            name = f"{bias.name}_of_{node.name}" if len(bias.uses()) > 1 else bias.name or ""
-            codes = self.model.constant(f"{name}_codes", chosen.bias.quantize(numbers))
-            dequantizer = self._dequantizer(codes, chosen.bias, name, bias)
-            self.model.insert_first(dequantizer)
-            self.model.set_input(node, 2, dequantizer.outputs[0])
+        if chosen.bias is None or (bias is not None and chosen.bias is array(bias)):
+            return  # nothing to add, or the float model's own bias
+        name = (bias.name or "") if bias is not None and len(bias.uses()) == 1 else f"{node.name}_bias"
+        if chosen.bias_params is None:
+            self.model.set_input(node, 2, self.model.constant(name, chosen.bias.astype(np.float32)))
+            return
+        codes = self.model.constant(f"{name}_codes", chosen.bias_params.quantize(chosen.bias))
+        dequantizer = self._dequantizer(codes, chosen.bias_params, name, codes)
+        self.model.insert_first(dequantizer)
+        self.model.set_input(node, 2, dequantizer.outputs[0])
 
     def _weight(self, chosen: LayerParams, weight: Value, *, pack: bool) -> Value:
         params = chosen.weight
@@ -269,4 +274,3 @@ def _code_bounds(chosen: QuantParams, activation: Node) -> tuple[int, int]:
 def _works_on_codes(chosen: QuantParams) -> bool:
     """ONNX Runtime has Clip and Pad for 8-bit integers, not for 16."""
     return chosen.spec.dtype.itemsize == 1
-

@@ -180,6 +180,15 @@ def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from tensors(body)
 
 
+def file_bytes(proto: onnx.ModelProto, source: Source) -> int:
+    """Size of the model as the user has it, data files included. `proto` as `read` gave it."""
+    if source.path is None:
+        return len(source.data or b"")
+    folder = source.path.resolve().parent
+    locations = {entry.value for t in tensors(proto.graph) for entry in t.external_data if entry.key == "location"}
+    return source.path.stat().st_size + sum((folder / location).stat().st_size for location in locations)
+
+
 def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
     """Raise if the model already holds quantized operators."""
     found = next((n for n in proto.graph.node if n.op_type in QUANTIZED_OPS or n.op_type.startswith("QLinear")), None)

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import qconv
-from qconv import calibrate, fold, images, load, save
+from qconv import fold, images, load, save
 from qconv.audit import audit, tensor_rows
+from qconv.calibrate import Statistics, watch
 from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.findings import Finding
-from qconv.graph import Model, Value
-from qconv.params import Range, choose_params
+from qconv.graph import Model
+from qconv.params import choose_params
 from qconv.plan import Plan, make_plan
 from qconv.recipe import Preprocessing, Recipe, Scheme, WeightGranularity
 from qconv.report import Report
@@ -96,9 +97,9 @@ def quantize(
                 f"{source.name} has nothing to quantize: no Conv or Gemm with constant weights.", _NOTHING_HINT
             )
     with run.step("calibrate"):
-        ranges = _calibrate(model, plan, recipe, pictures)
+        statistics = _calibrate(model, plan, recipe, pictures)
     with run.step("params"):
-        params, found = choose_params(plan, ranges)
+        params, found = choose_params(plan, statistics, recipe.calibrator)
         run.findings += found
         rows = tensor_rows(plan, params)
     with run.step("emit"):
@@ -209,21 +210,13 @@ def several_inputs(name: str, inputs: list[images.InputSpec]) -> QconvError:
     )
 
 
-def _calibrate(model: Model, plan: Plan, recipe: Recipe, pictures: _Pictures) -> dict[str, Range]:
-    names = [value.name or "" for value in plan.activations]
+def _calibrate(model: Model, plan: Plan, recipe: Recipe, pictures: _Pictures) -> dict[str, Statistics]:
+    names = [value.name or "" for value in plan.watched()]
     if not names:
         return {}
     with save.runnable(model, names) as runnable:
         session = Session(runnable, name="the folded float model", threads=recipe.threads)
-        statistics = calibrate.watch(session, names, pictures.batches("calibrate"))
-    calibrator = calibrate.CALIBRATORS[recipe.calibrator]
-    specs: dict[str, Value] = {value.name or "": value for value in plan.activations}
-    ranges = {}
-    for name, found in statistics.items():
-        spec = plan.activations[specs[name]].spec
-        assert spec is not None
-        ranges[name] = Range(*calibrator(found, spec), found.lows, found.highs)
-    return ranges
+        return watch(session, names, pictures.batches("calibrate"))
 
 
 def check(path: Path) -> None:

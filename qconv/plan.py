@@ -75,6 +75,21 @@ class Plan:
     ties: list[tuple[Value, ...]] = field(default_factory=list)
     kept: dict[str, Choice] = field(default_factory=dict)
 
+    def watched(self) -> list[Value]:
+        """The tensors whose values must be seen: what layers read, and in each group all that others do not copy."""
+        read = {layer.data for layer in self.layers}
+        return [value for value in self.activations if value in read or not self._copies(value)]
+
+    def _copies(self, value: Value) -> bool:
+        """Whether `value` holds nothing but values of tensors that it shares parameters with."""
+        node = value.producer()
+        if node is None or node not in self.integer or node in self.absorbed:
+            return False
+        rule = RULES[node.op_type]
+        if isinstance(rule, Transparent):
+            return True
+        return isinstance(rule, Joining) and set(self.group_of()[value]).issuperset(node.inputs)
+
     def group_of(self) -> dict[Value, tuple[Value, ...]]:
         """Every quantized tensor with those it shares parameters with, itself included."""
         groups = {value: group for group in self.ties for value in group}

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qconv.errors import QconvError
+
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 INT32_MAX = 2**31 - 1
 
@@ -77,12 +79,14 @@ class QuantSpec:
     def from_range(self, low: ArrayLike, high: ArrayLike) -> QuantParams:
         """Scale and zero point for values in [low, high], widened to contain zero.
 
-        low, high: scalars, or arrays with one entry a channel or block. Raises ValueError on NaN or infinity.
+        low, high: scalars, or arrays with one entry a channel or block. Raises QconvError on NaN or infinity.
         """
         low64 = np.minimum(np.asarray(low, np.float64), 0.0)
         high64 = np.maximum(np.asarray(high, np.float64), 0.0)
         if not (np.all(np.isfinite(low64)) and np.all(np.isfinite(high64))):
-            raise ValueError("a range must be finite")
+            raise QconvError(
+                "The model has weights that are NaN or infinite.", "check the float model, or how it was exported."
+            )
         if self.symmetric:
             zero = self._symmetric_zero(low64)
             reach = np.maximum(-low64, high64)

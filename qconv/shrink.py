@@ -54,7 +54,9 @@ def _tabulate(model: Model) -> list[Finding]:
         entries = model.constant(f"{name}_table", table.view(np.float32))
         stored = model.constant(f"{name}_codes", codes.reshape(numbers.shape).astype(np.uint8))
         to_index = {"to": int(DataType.INT32)}
-        index = model.build("Cast", [stored], name=f"{name}_index", attributes=to_index, like=stored, dtype=DataType.INT32)
+        index = model.build(
+            "Cast", [stored], name=f"{name}_index", attributes=to_index, like=stored, dtype=DataType.INT32
+        )
         gather = model.build("Gather", [entries, index.outputs[0]], name=f"{name}_values", like=value)
         model.insert_first(index, gather)
         model.redirect(value, gather.outputs[0], readers=readers)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper
 
+from qconv.errors import QconvError
 from qconv.quant import (
     SMALLEST_SCALE,
     Granularity,
@@ -191,7 +192,7 @@ def test_denormal_ranges_get_a_normal_scale(high: float, symmetric: bool) -> Non
 
 @pytest.mark.parametrize(("low", "high"), [(np.nan, 1), (0, np.nan), (-np.inf, 0), (0, np.inf), ([0, np.nan], [1, 1])])
 def test_a_range_must_be_finite(low: float, high: float) -> None:
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(QconvError, match="NaN or infinite"):
         QuantSpec(8, signed=False, symmetric=False).from_range(low, high)
 
 

@@ -19,11 +19,14 @@ import onnxruntime as ort
 from tests.bench.cases import Array, Case
 
 
-def session(model: Path, *, reference: bool = False, threads: int = 0) -> ort.InferenceSession:
-    """reference: without graph optimizations, so that Q/DQ are computed one by one, in float."""
+def session(model: Path, *, reference: bool = False) -> ort.InferenceSession:
+    """reference: without graph optimizations, so that Q/DQ are computed one by one, in float.
+
+    One thread: the spinning pools of two sessions in one process slow each other down.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     if reference:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -7,7 +7,7 @@ last layer is centred, so that the class found depends on the picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ def he_copy(source: Path, out: Path, inputs: Sequence[Array], seed: int = 0) -> 
     model = onnx.load(source)
     weights = _own_constants(model)
     _draw(model, weights, np.random.default_rng(seed))
-    _measure_batch_norms(model, weights, inputs[:8])
+    _measure_batch_norms(model, weights, inputs)
     _centre_last_layer(model, weights, inputs)
     _store(model, weights)
     onnx.checker.check_model(model)
@@ -58,19 +58,24 @@ def _store(model: onnx.ModelProto, weights: Weights) -> None:
 
 def _draw(model: onnx.ModelProto, weights: Weights, rng: np.random.Generator) -> None:
     """Fill every float constant by the part that it plays for its reader."""
-    behind = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Unsqueeze"}
     for node in model.graph.node:
         for position, name in enumerate(node.input):
-            origin = behind.get(name, name)
+            origin = _origin(model, name)
             if origin in weights and weights[origin].dtype == np.float32:
                 centre, spread = _part(node, position, weights[origin].shape)
                 weights[origin] = rng.normal(centre, spread, weights[origin].shape).astype(np.float32)
 
 
+def _origin(model: onnx.ModelProto, name: str) -> str:
+    """The constant behind a Reshape or an Unsqueeze; the name itself where there is none."""
+    behind = (n.input[0] for n in model.graph.node if n.op_type in ("Reshape", "Unsqueeze") and n.output[0] == name)
+    return next(behind, name)
+
+
 def _part(node: NodeProto, position: int, shape: tuple[int, ...]) -> tuple[float, float]:
     """Centre and standard deviation of the constant at an input of a node."""
     if node.op_type in ("Conv", "Gemm") and position == 1:
-        fan_in = int(np.prod(shape[1:])) if node.op_type == "Conv" or _flag(node, "transB") else shape[0]
+        fan_in = np.prod(shape[1:]) if node.op_type == "Conv" else shape[-1 if _flag(node, "transB") else -2]
         return 0.0, float(np.sqrt(2 / fan_in))
     if node.op_type == "BatchNormalization":
         return ((1.0, 0.1), (0.0, 0.1), (0.0, 0.0), (1.0, 0.0))[position - 1]
@@ -81,8 +86,10 @@ def _flag(node: NodeProto, name: str) -> int:
     return next((a.i for a in node.attribute if a.name == name), 0)
 
 
-def _run(model: onnx.ModelProto, weights: Weights, taps: Sequence[str], inputs: Iterable[Array]) -> list[list[Array]]:
-    """The tensors `taps` for each input: [input][tap]."""
+def _run(
+    model: onnx.ModelProto, weights: Weights, taps: Sequence[str], inputs: Iterable[Array]
+) -> Iterator[list[Array]]:
+    """The tensors `taps`, input by input."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     _store(probe, weights)
@@ -92,7 +99,8 @@ def _run(model: onnx.ModelProto, weights: Weights, taps: Sequence[str], inputs: 
     options.log_severity_level = 3
     session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return [session.run(list(taps), {name: x}) for x in inputs]
+    for x in inputs:
+        yield session.run(list(taps), {name: x})
 
 
 def _measure_batch_norms(model: onnx.ModelProto, weights: Weights, inputs: Sequence[Array]) -> None:
@@ -107,13 +115,15 @@ def _measure_batch_norms(model: onnx.ModelProto, weights: Weights, inputs: Seque
         nodes.extend(_by_picture(node, trial_weights) if node.op_type == "BatchNormalization" else [node])
     del trial.graph.node[:]
     trial.graph.node.extend(nodes)
-    seen = _run(trial, trial_weights, [node.input[0] for node in norms], inputs)
-    for index, node in enumerate(norms):
-        maps = [taps[index] for taps in seen]
-        means = np.stack([m.mean((0, 2, 3)) for m in maps])  # (pictures, C)
-        squares = np.stack([np.square(m).mean((0, 2, 3)) for m in maps])
-        weights[node.input[3]] = means.mean(0).astype(np.float32)
-        weights[node.input[4]] = (squares.mean(0) - means.mean(0) ** 2).clip(1e-3).astype(np.float32)
+    taps = [node.input[0] for node in norms]
+    moments = [
+        [(x.mean((0, 2, 3)), np.square(x).mean((0, 2, 3))) for x in maps]
+        for maps in _run(trial, trial_weights, taps, inputs)
+    ]
+    for node, pairs in zip(norms, zip(*moments, strict=True), strict=True):
+        means, squares = np.mean(pairs, axis=0)  # (C,) each
+        weights[node.input[3]] = means.astype(np.float32)
+        weights[node.input[4]] = (squares - means**2).clip(1e-3).astype(np.float32)
 
 
 def _by_picture(node: NodeProto, weights: Weights) -> list[NodeProto]:
@@ -133,11 +143,12 @@ def _centre_last_layer(model: onnx.ModelProto, weights: Weights, inputs: Sequenc
     if len(last.input) < 3:
         last.input.append(f"{last.input[1]}_bias")
         weights[last.input[2]] = np.zeros(weights[last.input[1]].shape[0], np.float32)
+    weight, bias = _origin(model, last.input[1]), _origin(model, last.input[2])
     scores = np.concatenate([taps[0] for taps in _run(model, weights, [last.output[0]], inputs)])  # (n, classes, ...)
     axes = tuple(axis for axis in range(scores.ndim) if axis != 1)
-    weights[last.input[2]] = weights[last.input[2]] - scores.mean(axes)
+    weights[bias] = weights[bias] - scores.mean(axes).reshape(weights[bias].shape)
     final = next((n.input[0] for n in model.graph.node if n.op_type == "Softmax"), model.graph.output[0].name)
-    logits = np.stack([taps[0] for taps in _run(model, weights, [final], inputs)])
-    factor = np.float32(LOGIT_SPREAD / logits.std())
-    for name in last.input[1:3]:
+    spreads = [taps[0].std() for taps in _run(model, weights, [final], inputs)]
+    factor = np.float32(LOGIT_SPREAD / np.median(spreads))
+    for name in (weight, bias):
         weights[name] = weights[name] * factor

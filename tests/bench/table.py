@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-COLUMNS = (
-    "model",
-    "agree % q | peer",
-    "SQNR dB q | peer",
-    "top-1 f | q | peer",
-    "p",
-    "int/float q | peer",
-    "ms float | peer | q",
-    "q/peer (10..90)",
-    "f/q",
-    "size q | peer",
-    "",
-)
+COLUMNS = ("model", "agree % q|p", "SQNR q|p", "top-1 f|q|p", "p", "int/float ops q|p", "ms f|p|q", "q/p (10-90 %)")
+COLUMNS += ("f/q", "size q|p", "")
+LEGEND = "f: float, q: qconv, p: the peer (quant_pre_process + quantize_static); column p: McNemar, float against qconv"
 
 
 def text(results: dict[str, Any]) -> str:
     """The table, what is behind its marks, the peer's failures, costs and refusals."""
     rows = [_row(name, found) for name, found in results["cases"].items()]
-    parts = [_grid([COLUMNS, *rows])]
+    parts = [_grid([COLUMNS, *rows]) + f"\n{LEGEND}"]
     parts.append(_section("Missed", _missed(results)))
     parts.append(_section("The peer on the files as they are", _peer_errors(results)))
     if any("reference" in f.get("qconv", {}) or "reference" in f["peer"] for f in results["cases"].values()):
@@ -54,12 +44,12 @@ def _row(name: str, found: dict[str, Any]) -> list[str]:
     ms = times.get("median_ms", {})
     return [
         name,
-        _pair(*(_number(s.get("agreement"), 100, ".2f") for s in scores)),
-        _pair(*(_number(s.get("sqnr_db"), 1, ".2f", "same" if s else "-") for s in scores)),
+        _pair(*(_number(s.get("agreement"), 100, ".1f") for s in scores)),
+        _pair(*(_number(s.get("sqnr_db"), 1, ".1f", "same" if s else "-") for s in scores)),
         _top1(scores),
         _number((scores[0].get("flips") or {}).get("p_value"), 1, ".2f"),
         _pair(*(_counts(side.get("coverage")) for side in sides)),
-        _pair(*(_number(ms.get(key), 1, ".2f") for key in ("float", "peer", "qconv"))) if ms else "-",
+        _pair(*(_number(ms.get(key), 1, "#.3g") for key in ("float", "peer", "qconv"))) if ms else "-",
         _spread(times.get("qconv/peer")),
         _number((times.get("float/qconv") or [None, None])[1], 1, ".2f"),
         _pair(*(_number(side.get("size_ratio"), 1, ".3f") for side in sides)),
@@ -68,7 +58,7 @@ def _row(name: str, found: dict[str, Any]) -> list[str]:
 
 
 def _pair(*cells: str) -> str:
-    return " | ".join(cells)
+    return "|".join(cells)
 
 
 def _number(value: float | None, factor: float, how: str, none: str = "-") -> str:
@@ -90,7 +80,7 @@ def _counts(coverage: dict[str, Any] | None) -> str:
 
 
 def _spread(ratio: list[float] | None) -> str:
-    return "-" if ratio is None else f"{ratio[1]:.3f} ({ratio[0]:.2f}..{ratio[2]:.2f})"
+    return "-" if ratio is None else f"{ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f})"
 
 
 def _verdict(marks: list[dict[str, Any]] | None) -> str:
@@ -126,7 +116,7 @@ def _peer_errors(results: dict[str, Any]) -> list[str]:
 
 
 def _reference_rows(results: dict[str, Any]) -> list[list[str]]:
-    rows = [["model", "agree % q | peer", "SQNR dB q | peer", "top-1 f | q | peer"]]
+    rows = [["model", "agree % q|p", "SQNR dB q|p", "top-1 f | q|p"]]
     for name, found in results["cases"].items():
         scores = [side.get("reference", {}) for side in (found.get("qconv", {}), found["peer"])]
         agreement = _pair(*(_number(s.get("agreement"), 100, ".2f") for s in scores))
@@ -136,7 +126,7 @@ def _reference_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _cost_rows(results: dict[str, Any]) -> list[list[str]]:
-    rows = [["model", "pictures", "s q | bare | peer", "most", "", "MB q | bare | peer", "most", ""]]
+    rows = [["model", "pictures", "s q|bare|p", "most", "", "MB q|bare|p", "most", ""]]
     for name, found in results["cases"].items():
         for count, costs in found.get("cost", {}).items():
             sides = [costs[key] or {} for key in ("qconv", "bare", "peer")]

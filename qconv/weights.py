@@ -1,0 +1,125 @@
+"""One layer's weights and bias become codes, with what the integer kernels demand of them.
+
+The bias is stored as int32 with the exact scale s_x * s_w, and the accumulator starts from it. Where it would not fit, the
+weight scale of that channel is widened until it does: weights lose precision there, the bias keeps its value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv import bias as bias_correction
+from qconv import saturation
+from qconv.calibrate import Statistics
+from qconv.findings import Change, Finding
+from qconv.graph import array, attribute, input_of
+from qconv.plan import Layer
+from qconv.quant import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, extremes
+
+# Leaves half of int32 to the sum of products: 2^30 / (255 * 127) inputs a channel is more than any layer has.
+LARGEST_BIAS_CODE = 2.0**30
+
+
+@dataclass(slots=True)
+class LayerParams:
+    """Codes of a layer. bias: what it adds, shape (O,), None where it adds nothing.
+
+    bias_params: how the bias is quantized; None where it stays float.
+    """
+
+    layer: Layer
+    weight: QuantParams
+    codes: NDArray[np.integer]
+    bias: NDArray[np.floating] | None = None
+    bias_params: QuantParams | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a layer reads: its parameters, and its statistics where it was watched itself."""
+
+    params: QuantParams
+    statistics: Statistics | None
+
+    def channel_codes(self, channels: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The least and the largest code of each of `channels` channels on the calibration pictures."""
+        found = self.of(channels)
+        if found is None:
+            spec = self.params.spec
+            return np.full(channels, spec.qmin), np.full(channels, spec.qmax)
+        low, high = self.params.quantize(found.lows), self.params.quantize(found.highs)
+        return low.astype(np.int64), high.astype(np.int64)
+
+    def of(self, channels: int) -> Statistics | None:
+        """The statistics, if they are of this many channels."""
+        return self.statistics if self.statistics is not None and self.statistics.lows.size == channels else None
+
+
+def quantize_layer(layer: Layer, source: Source | None) -> tuple[LayerParams, list[Finding]]:
+    """Codes and parameters of one layer. source: None where only weights are quantized."""
+    stored = array(layer.node.inputs[1])
+    assert stored is not None
+    weight = layer.arranged(stored.astype(np.float32))
+    params = layer.weight.from_range(*extremes(weight, layer.weight.granularity))
+    params = _scale_dead_channels(params, weight)
+    bias = array(input_of(layer.node, 2))
+    if source is None:
+        return LayerParams(layer, params, params.quantize(weight), bias), []
+
+    findings: list[Finding] = []
+    channels = _input_channels(layer, stored)
+    if source.params.spec.bits == 8 and _adds_pairs(layer, weight):
+        limits = source.channel_codes(channels)
+        params = saturation.widen(params, weight, *limits, output_axis=layer.rule.output_axis)
+    # A blocked layer has no one s_w for its bias. Layers of 16 bits run in float as well, but there ONNX Runtime would
+    # quantize a float bias by itself, and let it overflow.
+    quantized_bias = not layer.blocked
+    if bias is not None and quantized_bias:
+        widened = _fit_bias(params, source.params, bias)
+        count = int(np.count_nonzero(widened.scale > params.scale))
+        if count:
+            what = f"weight scale of {count} channels widened, so that the bias fits into int32"
+            findings.append(Change("params", layer.node.name or "", what))
+        params = widened
+    codes = params.quantize(weight)
+    statistics = source.of(channels)
+    if statistics is not None and layer.node.op_type != "MatMul":
+        error = (weight - params.dequantize(codes)).reshape(stored.shape)
+        groups = attribute(layer.node, "group", 1)
+        shift = bias_correction.correction(error, statistics.means, groups=groups, output_axis=layer.rule.output_axis)
+        bias = (shift if bias is None else bias + shift).astype(np.float32)
+    if bias is None or not quantized_bias:
+        return LayerParams(layer, params, codes, bias), findings
+    product = (source.params.scale * params.scale).astype(np.float32)
+    return LayerParams(layer, params, codes, bias, bias_params(product)), findings
+
+
+def _scale_dead_channels(params: QuantParams, weight: NDArray[np.float32]) -> QuantParams:
+    """An all-zero channel takes the largest scale of the others: its bias is stored in steps of s_x * s_w."""
+    low, high = extremes(weight, params.spec.granularity)
+    dead = (low == 0) & (high == 0)
+    if params.scale.ndim == 0 or not dead.any() or dead.all():
+        return params
+    return params.with_scale(np.where(dead, params.scale[~dead].max(), params.scale))
+
+
+def _input_channels(layer: Layer, weight: NDArray[np.floating]) -> int:
+    return int(weight.shape[layer.rule.input_axis] * attribute(layer.node, "group", 1))
+
+
+def _adds_pairs(layer: Layer, weight: NDArray[np.float32]) -> bool:
+    """Whether a kernel that adds products in pairs of 16 bits may run this layer: any but a depthwise one."""
+    per_channel = isinstance(layer.weight.granularity, PerChannel)
+    return per_channel and layer.weight.bits == 8 and (weight.ndim == 2 or weight.shape[1] > 1)
+
+
+def _fit_bias(params: QuantParams, data: QuantParams, bias: NDArray[np.floating]) -> QuantParams:
+    """Widen weight scales until |bias| / (s_x * s_w) fits and the product is a normal float32."""
+    reach = np.abs(bias.astype(np.float64))
+    if not isinstance(params.spec.granularity, PerChannel):
+        reach = reach.max(initial=0.0)
+    needed = np.maximum(reach / LARGEST_BIAS_CODE, 2 * SMALLEST_SCALE) / np.float64(data.scale)
+    return params.with_scale(np.maximum(params.scale, needed.astype(np.float32)))

@@ -1,0 +1,145 @@
+"""Who may import whom. A new module needs a line here; an import that is not in the table needs a reason."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qconv
+
+PACKAGE = Path(qconv.__file__).parent
+
+# The house, from the ground up. A module imports what lies below its own floor, and what its own line names.
+FLOORS: tuple[frozenset[str], ...] = (
+    frozenset({"errors", "quant", "recipe", "targets", "rules", "findings"}),  # the vocabulary
+    frozenset({"graph", "load", "save", "runtime", "images"}),  # the doors
+    frozenset(
+        "audit bias calibrate edits emit equalize fold layers params plan report saturation shrink simplify verify"
+        " weights".split()
+    ),  # the work
+    frozenset({"pipeline"}),
+    frozenset({"cli", "summary"}),  # the face
+    frozenset({"__init__", "__main__"}),
+)
+# Imports within a floor.
+NEIGHBOURS: dict[str, frozenset[str]] = {
+    "quant": frozenset({"errors"}),
+    "recipe": frozenset({"errors"}),
+    "load": frozenset({"graph", "runtime"}),  # runtime computes constant subgraphs
+    "save": frozenset({"graph", "load"}),
+    "audit": frozenset({"params", "plan", "report", "weights"}),
+    "bias": frozenset({"params", "plan", "weights", "layers", "edits"}),
+    "emit": frozenset({"params", "plan", "weights"}),
+    "equalize": frozenset({"edits", "layers"}),
+    "fold": frozenset({"edits", "layers", "simplify", "equalize"}),
+    "layers": frozenset({"edits"}),
+    "params": frozenset({"plan", "saturation", "weights", "calibrate"}),
+    "simplify": frozenset({"edits"}),
+    "verify": frozenset({"report"}),
+    "weights": frozenset({"plan", "saturation"}),
+    "cli": frozenset({"summary"}),
+}
+# Libraries that have one door each, and the modules that hold it.
+FENCES: dict[str, frozenset[str]] = {
+    "onnx_ir": frozenset({"graph", "load", "save"}),
+    "onnx": frozenset({"graph", "load", "save", "pipeline"}),  # pipeline: its checker, on the written file
+    "google": frozenset({"load"}),
+    "PIL": frozenset({"images"}),
+    "onnxruntime": frozenset({"runtime"}),
+    "click": frozenset({"cli"}),
+    "rich": frozenset({"summary"}),
+}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def imported(module: str) -> Iterator[str]:
+    """Full names of all that a module imports at run time, inside functions, too; not what type checkers alone see."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body.clear()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own(module: str) -> set[str]:
+    """The modules of this package that `module` imports."""
+    parts = (name.split(".") for name in imported(module) if name.startswith("qconv."))
+    return {part[1] if part[1] in MODULES else "__init__" for part in parts}
+
+
+def floor_of(module: str) -> int:
+    return next(index for index, floor in enumerate(FLOORS) if module in floor)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_its_floor(module: str) -> None:
+    assert sum(module in floor for floor in FLOORS) == 1
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module: str) -> None:
+    below = {name for floor in FLOORS[: floor_of(module)] for name in floor}
+    # the version and the public names lie at the top, for everyone
+    assert own(module) <= below | NEIGHBOURS.get(module, frozenset()) | {"__init__"}
+
+
+def test_only_the_face_and_the_story_read_the_public_names() -> None:
+    assert {module for module in MODULES if "qconv" in set(imported(module))} <= {"cli", "pipeline"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_libraries_are_reached_through_their_door(module: str) -> None:
+    libraries = {name.partition(".")[0] for name in imported(module)}
+    assert {library for library in libraries if module not in FENCES.get(library, {module})} == set()
+    assert libraries <= sys.stdlib_module_names | set(FENCES) | {"qconv", "numpy"}
+
+
+def test_neighbours_have_no_circles() -> None:
+    def reach(module: str) -> set[str]:
+        found: set[str] = set()
+        queue = [module]
+        while queue:
+            new = own(queue.pop()) & set(NEIGHBOURS) - found
+            found |= new
+            queue += new
+        return found
+
+    for module in MODULES:
+        assert module not in reach(module)
+
+
+def heavy_after(statement: str) -> str:
+    code = (
+        f"import sys\n{statement}\n"
+        "heavy = ('numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'rich', 'PIL', 'sympy')\n"
+        "print(*[name for name in heavy if name in sys.modules], file=sys.stderr)"
+    )
+    environment = {"PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    return done.stderr.strip()
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    """They answer in the time that Python takes to start."""
+    for option in ("--help", "--version"):
+        run = f"sys.argv = ['qconv', '{option}']\nfrom qconv import cli\ntry: cli.main()\nexcept SystemExit: pass"
+        assert heavy_after(run) == ""
+
+
+@pytest.mark.parametrize("names", ["errors", "recipe", "findings", "targets", "rules", "report"])
+def test_words_need_no_numbers(names: str) -> None:
+    assert heavy_after(f"import qconv.{names}") == ""
+
+
+def test_the_check_for_heavy_imports_can_fail() -> None:
+    assert heavy_after("import numpy") == "numpy"
