@@ -1,10 +1,17 @@
-"""What the runtime really runs: its optimized graph, counted, and every float node with the reason."""
+"""What the runtime really runs: its own optimized graph, counted, and every node that stayed float with the reason.
+
+ONNX Runtime turns DequantizeLinear -> operator -> QuantizeLinear into one integer operator where its rules allow it. The
+graph that it will run is the only proof that they did.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from qconv.graph import Value, input_of
 from qconv.params import Params
@@ -12,10 +19,51 @@ from qconv.plan import Plan
 from qconv.quant import PerBlock, PerChannel, QuantParams
 from qconv.report import Audit, Island, TensorRow
 
+INTEGER_OPS = frozenset({"QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
+CONVERTING_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "Constant", "ReorderInput", "ReorderOutput"})
+SHAPE_OPS = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "NonZero"})
+SUFFIX = re.compile(r"(_token_\d+|_nchwc|_nhwc)+$")
 
-def audit(path: Path, plan: Plan, folder: Path) -> Audit:
-    islands = tuple(Island(name, "", choice.why) for name, choice in plan.kept.items())
-    return Audit(len(plan.integer) + len(plan.absorbed), len(islands), islands)
+
+def audit(optimized: Path, plan: Plan) -> Audit:
+    """Count the nodes of the graph that ONNX Runtime saved as `optimized`, and explain those in float."""
+    graph = onnx.load(str(optimized), load_external_data=False).graph
+    kept = {name: choice.why for name, choice in plan.kept.items()}
+    islands = []
+    integer, others = sort_nodes(graph)
+    for node in others:
+        name = SUFFIX.sub("", node.name)
+        islands.append(Island(name, node.op_type, kept.get(name, "ONNX Runtime found no integer kernel for it")))
+    return Audit(len(integer), len(islands), tuple(islands))
+
+
+def sort_nodes(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+    """The nodes that work on codes, and those that work on float data; Q, DQ and work on shapes belong to neither."""
+    codes: set[str] = set()
+    aside: set[str] = {tensor.name for tensor in graph.initializer}
+    integer, others = [], []
+    for node in graph.node:
+        if node.op_type in CONVERTING_OPS:
+            if node.op_type == "QuantizeLinear":
+                codes.update(node.output)
+            elif _first(node.input) in aside:
+                aside.update(node.output)
+            continue
+        if node.op_type in SHAPE_OPS or all(name in aside or not name for name in node.input):
+            aside.update(node.output)
+        elif node.op_type.startswith("QLinear") or node.op_type in INTEGER_OPS:
+            integer.append(node)
+            codes.update(node.output)
+        elif _first(node.input) in codes:
+            integer.append(node)
+            codes.update(node.output)
+        else:
+            others.append(node)
+    return integer, others
+
+
+def _first(names: Iterable[str]) -> str:
+    return next(iter(names), "")
 
 
 def tensor_rows(plan: Plan, params: Params) -> list[TensorRow]:

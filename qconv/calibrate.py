@@ -32,7 +32,7 @@ class Statistics:
 
     @classmethod
     def of(cls, x: NDArray[Any]) -> Statistics:
-        """The statistics of one batch (N, C, ...). A tensor without elements, as of no detection, counts as one zero."""
+        """The statistics of one batch (N, C, ...). A tensor without elements counts as one zero."""
         if not x.size:
             x = np.zeros((1, 1), np.float32)
         rows = x.reshape(len(x), x.shape[1], -1) if x.ndim > 1 else x.reshape(1, 1, -1)

@@ -34,6 +34,7 @@ class Numbers(click.ParamType[tuple[float, ...]]):
     name = "numbers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """The numbers, or a usage error."""
         if isinstance(value, tuple):
             return value
         try:
@@ -48,6 +49,7 @@ class Size(click.ParamType[tuple[int, int]]):
     name = "HxW"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Height and width, or a usage error."""
         if isinstance(value, tuple):
             return value
         parts = str(value).lower().split("x")
@@ -62,9 +64,11 @@ class Resize(click.ParamType[str | int]):
     name = "resize"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """What --help shows for the value."""
         return "[auto|exact|letterbox|N]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        """The word or the number, or a usage error."""
         text = str(value)
         if text in ("auto", "exact", "letterbox"):
             return text

@@ -1,8 +1,8 @@
 """Scales move between layers, so that the channels of the tensor in between fill one quantization range evenly.
 
-A BatchNormalization behind an activation, Conv -> ReLU -> BatchNormalization -> Conv, folds into the second Conv. Folded
-as a whole it leaves the tensor in between as it was, where some channels may be a thousand times smaller than others: one
-scale for all of them loses the small ones, whose weights then blow the loss up. Its gain is therefore split:
+A BatchNormalization behind an activation, Conv -> ReLU -> BatchNormalization -> Conv, folds into the second Conv.
+Folded as a whole it leaves the tensor in between as it was, where some channels may be a thousand times smaller than
+others: one scale for all of them loses the small ones, whose weights then blow the loss up. Its gain is split:
 
     gain * relu(x) = sign(gain) * relu(|gain| x)
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from qconv.affine import read_affine
 from qconv.edits import Refused, called, each_node, kind, no_extra_outputs, title
 from qconv.findings import Change
 from qconv.graph import Model, Node, Value, rank, set_attribute
@@ -47,8 +48,6 @@ def split_gain(gain: Float64) -> tuple[Float64, Float64]:
 @each_node("equalize", "BatchNormalization")
 def move_gains_back(model: Model, node: Node) -> list[Change]:
     """The magnitude of a BatchNormalization's gain goes into the layer in front of the activation before it."""
-    from qconv.fold import read_affine  # fold runs this pass among its own
-
     data = node.inputs[0]
     if data is None or model.sole_reader(data) is not node:
         return []

@@ -186,7 +186,7 @@ def file_bytes(proto: onnx.ModelProto, source: Source) -> int:
         return len(source.data or b"")
     folder = source.path.resolve().parent
     locations = {entry.value for t in tensors(proto.graph) for entry in t.external_data if entry.key == "location"}
-    return source.path.stat().st_size + sum((folder / location).stat().st_size for location in locations)
+    return sum(path.stat().st_size for path in (source.path, *(folder / location for location in locations)))
 
 
 def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:

@@ -9,11 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 import qconv
@@ -31,7 +29,7 @@ from qconv.report import Report
 from qconv.runtime import Session
 from qconv.shrink import shrink
 from qconv.targets import IR_VERSIONS, RUNTIMES, TARGETS
-from qconv.verify import gates, is_class_score, verify
+from qconv.verify import gates, verify
 
 VERIFIED_IMAGES = 32
 DECODERS = 2
@@ -109,7 +107,9 @@ def quantize(
     with save.staged(model, place) as staged:
         with run.step("verify"):
             check(staged.path)
-            quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads)
+            optimized = staged.folder / "optimized.onnx"
+            name = "the quantized model"
+            quantized = Session(str(staged.path), name=name, threads=recipe.threads, save_optimized=optimized)
             shown = None if _has_gates(recipe) else VERIFIED_IMAGES
             checked = verify(original, quantized, pictures.batches("verify", shown), batch=recipe.batch)
         report = Report(
@@ -125,7 +125,7 @@ def quantize(
             ir_version=model.inner.ir_version,
             needs=needs(model, recipe),
             verify=checked,
-            audit=audit(staged.path, plan, staged.folder),
+            audit=audit(optimized, plan),
             gates=gates(checked, recipe.min_agreement, recipe.min_sqnr),
             findings=run.findings,
             tensors=rows,

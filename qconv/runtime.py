@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,18 @@ class Session:
     """One loaded model.
 
     model: a path or the file's bytes. optimize: False runs the nodes one by one, as the standard defines them.
-    threads: None for as many as the machine has. Raises QconvError where ONNX Runtime refuses the model.
+    threads: None for as many as the machine has. save_optimized: where to write the graph that will really run.
+    Raises QconvError where ONNX Runtime refuses the model.
     """
 
     def __init__(
-        self, model: str | bytes, *, name: str = "the model", optimize: bool = True, threads: int | None = None
+        self,
+        model: str | bytes,
+        *,
+        name: str = "the model",
+        optimize: bool = True,
+        threads: int | None = None,
+        save_optimized: Path | None = None,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
@@ -43,6 +51,11 @@ class Session:
             options.intra_op_num_threads = threads
         # Sessions take turns here; a pool that spins after its turn would slow the next one.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if save_optimized is not None:
+            options.optimized_model_filepath = str(save_optimized)
+            # weights beside it: only the graph is of interest, and a protobuf holds no more than 2 GB
+            data = f"{save_optimized.name}.data"
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
         self.name = name
         try:
             # with its fallback on, the runtime prints errors to stdout, which may be carrying the result

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,31 +19,46 @@ PACKAGE = Path(qconv.__file__).parent
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "quant", "recipe", "targets", "rules", "findings"}),  # the vocabulary
     frozenset({"graph", "load", "save", "runtime", "images"}),  # the doors
-    frozenset(
-        "audit bias calibrate edits emit equalize fold layers params plan report saturation shrink simplify verify"
-        " weights".split()
-    ),  # the work
+    frozenset(  # the work
+        {
+            "audit",
+            "bias",
+            "calibrate",
+            "edits",
+            "emit",
+            "equalize",
+            "fold",
+            "layers",
+            "params",
+            "plan",
+            "report",
+            "saturation",
+            "shrink",
+            "simplify",
+            "verify",
+            "weights",
+        }
+    ),
     frozenset({"pipeline"}),
     frozenset({"cli", "summary"}),  # the face
     frozenset({"__init__", "__main__"}),
 )
 # Imports within a floor.
-NEIGHBOURS: dict[str, frozenset[str]] = {
-    "quant": frozenset({"errors"}),
-    "recipe": frozenset({"errors"}),
-    "load": frozenset({"graph", "runtime"}),  # runtime computes constant subgraphs
-    "save": frozenset({"graph", "load"}),
-    "audit": frozenset({"params", "plan", "report", "weights"}),
-    "bias": frozenset({"params", "plan", "weights", "layers", "edits"}),
-    "emit": frozenset({"params", "plan", "weights"}),
-    "equalize": frozenset({"edits", "layers"}),
-    "fold": frozenset({"edits", "layers", "simplify", "equalize"}),
-    "layers": frozenset({"edits"}),
-    "params": frozenset({"plan", "saturation", "weights", "calibrate"}),
-    "simplify": frozenset({"edits"}),
-    "verify": frozenset({"report"}),
-    "weights": frozenset({"plan", "saturation"}),
-    "cli": frozenset({"summary"}),
+NEIGHBOURS: dict[str, set[str]] = {
+    "quant": {"errors"},
+    "recipe": {"errors"},
+    "load": {"graph", "runtime"},  # the runtime computes constant subgraphs
+    "save": {"graph", "load"},
+    "audit": {"params", "plan", "report"},
+    "emit": {"params", "plan", "weights"},
+    "equalize": {"edits", "fold", "layers"},
+    "fold": {"edits", "equalize", "layers", "simplify"},
+    "layers": {"edits"},
+    "params": {"calibrate", "plan", "weights"},
+    "simplify": {"edits"},
+    "verify": {"report"},
+    "weights": {"bias", "calibrate", "plan", "saturation"},
+    "cli": {"summary"},
 }
 # Libraries that have one door each, and the modules that hold it.
 FENCES: dict[str, frozenset[str]] = {
@@ -71,10 +87,11 @@ def imported(module: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def own(module: str) -> set[str]:
+@cache
+def own(module: str) -> frozenset[str]:
     """The modules of this package that `module` imports."""
     parts = (name.split(".") for name in imported(module) if name.startswith("qconv."))
-    return {part[1] if part[1] in MODULES else "__init__" for part in parts}
+    return frozenset(part[1] if part[1] in MODULES else "__init__" for part in parts)
 
 
 def floor_of(module: str) -> int:
@@ -83,14 +100,15 @@ def floor_of(module: str) -> int:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_has_its_floor(module: str) -> None:
-    assert sum(module in floor for floor in FLOORS) == 1
+    assert sum(module in floor for floor in FLOORS) == 1, f"give {module} a place in FLOORS"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module: str) -> None:
-    below = {name for floor in FLOORS[: floor_of(module)] for name in floor}
+    here, below = FLOORS[floor_of(module)], {name for floor in FLOORS[: floor_of(module)] for name in floor}
     # the version and the public names lie at the top, for everyone
-    assert own(module) <= below | NEIGHBOURS.get(module, frozenset()) | {"__init__"}
+    assert own(module) <= below | here | {"__init__"}
+    assert own(module) & here == NEIGHBOURS.get(module, set())
 
 
 def test_only_the_face_and_the_story_read_the_public_names() -> None:
@@ -104,18 +122,21 @@ def test_libraries_are_reached_through_their_door(module: str) -> None:
     assert libraries <= sys.stdlib_module_names | set(FENCES) | {"qconv", "numpy"}
 
 
-def test_neighbours_have_no_circles() -> None:
+# equalize reads fold.read_affine inside a function, because fold runs it among its own passes.
+CIRCLES = {"equalize", "fold"}
+
+
+def test_there_are_no_circles_but_the_known() -> None:
     def reach(module: str) -> set[str]:
         found: set[str] = set()
         queue = [module]
         while queue:
-            new = own(queue.pop()) & set(NEIGHBOURS) - found
+            new = own(queue.pop()) - found - {"__init__"}
             found |= new
             queue += new
         return found
 
-    for module in MODULES:
-        assert module not in reach(module)
+    assert {module for module in MODULES if module in reach(module)} == CIRCLES
 
 
 def heavy_after(statement: str) -> str:

@@ -1,4 +1,7 @@
-"""`python -m tests.bench`: measure, print one table, write JSON if asked."""
+"""Measure qconv and ONNX Runtime's own quantizer on real models: print one table, write JSON if asked.
+
+A whole run takes about half an hour on two cores; --work keeps the peer's results and the light models' copies.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import platform
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import onnxruntime as ort
 
 from tests.bench import table
 from tests.bench.cases import BY_NAME, CASES, Case, default_data
-from tests.bench.marks import marks
+from tests.bench.marks import mark, marks
 from tests.bench.runner import Bench, Setup, refusals
 
 
@@ -72,18 +76,23 @@ def main() -> None:
 
 
 def measured(bench: Bench, wanted: argparse.Namespace) -> dict[str, Any]:
-    """All of one case; stages and their seconds go to stderr."""
+    """All of one case; stages and their seconds go to stderr. A stage that fails ends its case, not the benchmark."""
     stages = [("peer", bench.measure_peer)]
     if not wanted.peer_only:
         stages.append(("qconv", bench.measure_own))
         if not wanted.skip_latency:
             stages.append(("latency", bench.measure_latency))
-        if not wanted.skip_cost:
+        if bench.case.cost and not wanted.skip_cost:
             stages.append(("cost", bench.measure_cost))
     print(f"{bench.case.name:24}", end="", file=sys.stderr, flush=True)
     for name, stage in stages:
         start = time.perf_counter()
-        stage()
+        try:
+            stage()
+        except Exception as error:
+            traceback.print_exc()
+            bench.found["marks"] = [mark(f"measuring {name}", f"{type(error).__name__}: {error}", "no error", False)]
+            return bench.found
         print(f"{name} {time.perf_counter() - start:.1f} s  ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     if not wanted.peer_only:

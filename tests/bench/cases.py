@@ -214,6 +214,7 @@ def linked(paths: list[Path], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for index, path in enumerate(paths):
         link = folder / f"{index:04}_{path.name}"
-        if not link.is_symlink():
+        if link.resolve() != path.resolve():
+            link.unlink(missing_ok=True)
             link.symlink_to(path.resolve())
     return folder

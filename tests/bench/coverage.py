@@ -26,7 +26,7 @@ SHOULD_BE_INTEGER = frozenset(
 
 
 def coverage(model: Path) -> dict[str, Any]:
-    """{"integer", "float": {operator: count}, "float_nodes": ["op name"], "conversions": Q and DQ nodes left}."""
+    """{"integer", "float": {operator: count}, "float_nodes": ["op name"], ...}: Q and DQ left over are conversions."""
     graph = optimized(model).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output, *graph.input)}
     integer: Counter[str] = Counter()
@@ -49,7 +49,7 @@ def coverage(model: Path) -> dict[str, Any]:
         "float": dict(floating),
         "float_nodes": nodes,
         "conversions": dict(conversions),
-        "should_be_integer": sum(floating[op] for op in SHOULD_BE_INTEGER),
+        "should_be_integer": [node for node in nodes if node.split()[0] in SHOULD_BE_INTEGER],
     }
 
 

@@ -10,6 +10,8 @@ from tests.bench.cases import Case
 MOST_TIMES_PEER = 1.05
 SIZES = ((3e6, 0.30), (5e5, 0.32))  # float bytes over -> largest ratio
 SIGNIFICANT = 0.05
+LINEAR = 1.5  # a later picture takes at most this many times as long as an earlier one, noise included
+FLAT = 1.1  # memory with the most pictures over that with the fewest
 
 Mark = dict[str, Any]
 
@@ -18,35 +20,29 @@ def marks(case: Case, found: dict[str, Any]) -> list[Mark]:
     """{"what", "got", "want", "held"} for everything that was measured."""
     own = found["qconv"]
     if own["status"] != 0:
-        return [_mark("converts", f"status {own['status']}", "status 0", False)]
-    rows = [_mark("converts", "status 0", "status 0", True)]
+        return [mark("converts", f"status {own['status']}", "status 0", False)]
+    rows = [mark("converts", "status 0", "status 0", True)]
     if "shipped" in found:
         rows.extend(_shipped(found["shipped"]))
     rows.extend(_beside_peer(own, found["peer"]))
     rows.extend(_top1(case, own["accuracy"]))
     rows.extend(_size(own))
-    left = own["coverage"]["should_be_integer"]
-    rows.append(_mark("float nodes that could be integer", left, 0, left == 0))
+    rows.append(_integers("all integer that can be", own))
     ratio = found.get("latency", {}).get("qconv/peer")
     if ratio:
-        rows.append(_mark("latency / peer", ratio[1], MOST_TIMES_PEER, ratio[1] <= MOST_TIMES_PEER))
-    for count, costs in found.get("cost", {}).items():
-        for what in ("time", "memory"):
-            if what in costs:
-                got = costs[what]
-                rows.append(_mark(f"{what} of {count} pictures", got["got"], got["most"], got["held"]))
+        rows.append(mark("latency / peer", ratio[1], MOST_TIMES_PEER, ratio[1] <= MOST_TIMES_PEER))
+    rows.extend(_cost(found.get("cost", {})))
     return rows
 
 
-def _mark(what: str, got: Any, want: Any, held: bool) -> Mark:
+def mark(what: str, got: Any, want: Any, held: bool) -> Mark:
     return {"what": what, "got": got, "want": want, "held": bool(held)}
 
 
 def _shipped(shipped: dict[str, Any]) -> Iterator[Mark]:
-    yield _mark("converts as shipped", f"status {shipped['status']}", "status 0", shipped["status"] == 0)
+    yield mark("converts as shipped", f"status {shipped['status']}", "status 0", shipped["status"] == 0)
     if shipped["status"] == 0:
-        left = shipped["coverage"]["should_be_integer"]
-        yield _mark("float nodes as shipped", left, 0, left == 0)
+        yield _integers("all integer that can be, as shipped", shipped)
 
 
 def _beside_peer(own: dict[str, Any], peer: dict[str, Any]) -> Iterator[Mark]:
@@ -59,7 +55,7 @@ def _beside_peer(own: dict[str, Any], peer: dict[str, Any]) -> Iterator[Mark]:
                 continue
             # no SQNR at all means that nothing differs
             held = got is None or (want is not None and got >= want)
-            yield _mark(f"{what}{key} at least the peer's", got, want, held)
+            yield mark(f"{what}{key} at least the peer's", got, want, held)
 
 
 def _top1(case: Case, scored: dict[str, Any]) -> Iterator[Mark]:
@@ -69,11 +65,32 @@ def _top1(case: Case, scored: dict[str, Any]) -> Iterator[Mark]:
     held = lost <= case.most_lost + 1e-9
     if case.paired_test_excuses and not held:
         held = scored["flips"]["p_value"] >= SIGNIFICANT
-    yield _mark("points of top-1 lost", lost, case.most_lost, held)
+    yield mark("points of top-1 lost", lost, case.most_lost, held)
+
+
+def _integers(what: str, converted: dict[str, Any]) -> Mark:
+    left = converted["coverage"]["should_be_integer"]
+    return mark(what, f"{len(left)} float: {', '.join(left)}" if left else "0 float", "0 float", not left)
+
+
+def _cost(by_count: dict[str, Any]) -> Iterator[Mark]:
+    for count, costs in by_count.items():
+        for what in ("time", "memory"):
+            if what in costs:
+                got = costs[what]
+                yield mark(f"{what} of {count} pictures", got["got"], got["most"], got["held"])
+    runs = {int(count): costs["qconv"] for count, costs in by_count.items() if costs["qconv"]}
+    if len(runs) < 3:
+        return
+    few, some, many = sorted(runs)
+    paces = [(runs[b]["seconds"] - runs[a]["seconds"]) / (b - a) for a, b in ((few, some), (some, many))]
+    yield mark("seconds a picture stay", paces[1], LINEAR * paces[0], paces[1] <= LINEAR * paces[0])
+    most = FLAT * runs[few]["rss_mb"]
+    yield mark("memory stays flat", runs[many]["rss_mb"], most, runs[many]["rss_mb"] <= most)
 
 
 def _size(own: dict[str, Any]) -> Iterator[Mark]:
     size = own["bytes"] / own["size_ratio"]
     limit = next((most for over, most in SIZES if size > over), None)
     if limit is not None:
-        yield _mark("size ratio", own["size_ratio"], limit, own["size_ratio"] <= limit)
+        yield mark("size ratio", own["size_ratio"], limit, own["size_ratio"] <= limit)

