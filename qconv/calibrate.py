@@ -37,7 +37,9 @@ class Statistics:
             x = np.zeros((1, 1), np.float32)
         rows = x.reshape(len(x), x.shape[1], -1) if x.ndim > 1 else x.reshape(1, 1, -1)
         lows, highs = rows.min(axis=2).min(axis=0), rows.max(axis=2).max(axis=0)
-        return cls(lows, highs, rows.sum(axis=2).sum(axis=0, dtype=np.float64), rows.shape[0] * rows.shape[2])
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite values are refused at the end
+            sums = rows.sum(axis=2).sum(axis=0, dtype=np.float64)
+        return cls(lows, highs, sums, rows.shape[0] * rows.shape[2])
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both sets of pictures together."""
@@ -98,7 +100,7 @@ def watch(
     inputs = {name for name, _, _ in session.inputs}
     outputs = [name for name in names if name not in inputs]
     for batch in batches:
-        seen = dict(zip(outputs, session.run_fast(outputs, batch), strict=True))
+        seen = dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))
         for name in names:
             found = Statistics.of(batch[name] if name in inputs else seen[name])
             statistics[name] = statistics[name].merge(found) if name in statistics else found

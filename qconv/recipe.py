@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from qconv.errors import QconvError
+from qconv.targets import TARGETS
 
 
 class Scheme(StrEnum):
@@ -196,6 +197,7 @@ class Recipe:
         _require(self.samples >= 1, f"--samples {self.samples}", "use at least 1 picture.")
         _require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")
         _require(self.block_size >= 1, f"--block-size {self.block_size}", "use at least 1.")
+        _require(self.target in TARGETS, f"--target {self.target}", f"use {' or '.join(TARGETS)}.")
         _require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
         _require(self.threads is None or self.threads >= 1, f"--threads {self.threads}", "use at least 1.")
         _require(

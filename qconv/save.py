@@ -60,7 +60,7 @@ def staged(model: Model, out: Path | None) -> Iterator[Staged]:
     """Write `model` into a hidden folder beside `out` (None: among the system's temporary files); gone at the end."""
     if out is not None:
         check_place(out)
-    place = out or Path(tempfile.gettempdir()) / "model.onnx"
+    place = out or _temporary()
     with _locked_folder(place) as folder:
         path = folder / place.name
         with _explained(place):
@@ -70,7 +70,8 @@ def staged(model: Model, out: Path | None) -> Iterator[Staged]:
 
 @contextlib.contextmanager
 def _locked_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, of this run alone, removed at the end."""
+    """A new folder beside `out`, of this run alone, removed at the end; those of killed runs go first."""
+    _remove_stale(out)
     while True:
         with _explained(out):
             folder = Path(tempfile.mkdtemp(suffix=SUFFIX, prefix=f".{out.name}.", dir=out.parent))
@@ -98,18 +99,24 @@ def check_place(out: Path) -> None:
         raise QconvError(f"{out} is a device or a pipe, which cannot be replaced.", "name a file with -o.")
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise QconvError(f"The folder {out.parent} cannot be written to.", "choose another output with -o.")
-    for stale in out.parent.glob(f".{glob.escape(out.name)}.*{SUFFIX}"):
-        _remove_unlocked(stale)
+    _remove_stale(out)
 
 
-def _remove_unlocked(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(handle)
+def _remove_stale(out: Path) -> None:
+    """Remove the folders beside `out` that no living process holds a lock on."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*{SUFFIX}"):
+        with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def _temporary() -> Path:
+    """Where a model is written that has no place of its own."""
+    return Path(tempfile.gettempdir()) / "qconv.onnx"
 
 
 def total_bytes(model: Model) -> int:
@@ -128,8 +135,8 @@ def runnable(model: Model, outputs: list[str]) -> Iterator[str | bytes]:
         proto.graph.output.extend(extra)
         yield proto.SerializeToString()
         return
-    with tempfile.TemporaryDirectory(suffix=SUFFIX) as folder:
-        path = Path(folder) / "model.onnx"
+    with _locked_folder(_temporary()) as folder:
+        path = folder / "model.onnx"
         ir.save(model.inner, path, external_data="model.data")
         proto = onnx.load(path, load_external_data=False)
         proto.graph.output.extend(extra)

@@ -63,6 +63,14 @@ def test_tensors_of_all_shapes(shapes: list[tuple[int, ...]], lows: list[float])
     assert merged.high == max((float(a.max()) for a in arrays if a.size), default=0.0)
 
 
+def test_means_of_every_channel() -> None:
+    """Over all pictures, however they were batched."""
+    found = batches(2, 3)
+    runner = session("y = Relu(x)", "y")
+    expected = np.maximum(np.concatenate([batch["x"] for batch in found]), 0).mean(axis=(0, 2, 3))
+    np.testing.assert_allclose(watch(runner, ["y"], found)["y"].means, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_numbers_that_have_no_range_are_named(bad: float) -> None:
     found = batches(1, 1)

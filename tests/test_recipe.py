@@ -38,6 +38,7 @@ NAN, INF = float("nan"), float("inf")
         ({"samples": 0}, "--samples 0", "at least 1"),
         ({"batch": 0}, "--batch 0", "at least 1"),
         ({"block_size": 0}, "--block-size 0", "at least 1"),
+        ({"target": "abacus"}, "--target abacus", "ort-cpu"),
         ({"seed": -1}, "--seed -1", "0 or more"),
         ({"threads": 0}, "--threads 0", "at least 1"),
         ({"pack": True}, "--pack with 8-bit weights", "--weight-bits 4"),

@@ -95,6 +95,21 @@ def test_names_that_look_like_patterns(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["a[1]*.onnx"]
 
 
+def test_without_a_place_the_file_lies_among_the_temporary_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where what a killed run left behind is removed, too."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with staged(model_of(), None) as found:
+        (living,) = listing(tmp_path)
+        onnx.checker.check_model(str(found.path))
+        (tmp_path / f".qconv.onnx.dead{save.SUFFIX}").mkdir()
+        with staged(model_of(), None):
+            assert len(listing(tmp_path)) == 2
+            assert living in listing(tmp_path)
+    assert listing(tmp_path) == []
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_permissions_follow_the_umask(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)

@@ -66,7 +66,7 @@ def attempt(case: Case, model: Path, folder: Path, out: Path, sample: Path, how:
         made = session(out)
         made.run(None, {made.get_inputs()[0].name: case.prep(sample)})
     except Exception as error:  # whatever the runtime says of a file that it does not like
-        return f"made a file that does not run: {_first_line(error)}"
+        return f"made a file that does not run: {_first_line(error)}".replace(f"Load model from {out} failed:", "")
     return None
 
 
@@ -75,7 +75,7 @@ def _first_line(error: Exception) -> str:
     if not text:  # a bare assertion: where it stands says more
         frame = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{Path(frame.filename).name}:{frame.lineno} {frame.line}"
-    return f"{type(error).__name__}: {text}"[:300]
+    return f"{type(error).__name__}: {text}"[:400]
 
 
 def main(case: str, model: str, folder: str, out: str, how: str = "full") -> None:
