@@ -1,7 +1,7 @@
 """What the runtime really runs: its own optimized graph, counted, and every node that stayed float with the reason.
 
-ONNX Runtime turns DequantizeLinear -> operator -> QuantizeLinear into one integer operator where its rules allow it. The
-graph that it will run is the only proof that they did.
+ONNX Runtime turns DequantizeLinear -> operator -> QuantizeLinear into one integer operator where its rules allow it.
+The graph that it will run is the only proof that they did.
 """
 
 from __future__ import annotations
@@ -51,10 +51,7 @@ def sort_nodes(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.
             continue
         if node.op_type in SHAPE_OPS or all(name in aside or not name for name in node.input):
             aside.update(node.output)
-        elif node.op_type.startswith("QLinear") or node.op_type in INTEGER_OPS:
-            integer.append(node)
-            codes.update(node.output)
-        elif _first(node.input) in codes:
+        elif node.op_type.startswith("QLinear") or node.op_type in INTEGER_OPS or _first(node.input) in codes:
             integer.append(node)
             codes.update(node.output)
         else:

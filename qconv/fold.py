@@ -88,7 +88,7 @@ def normalise_gemms(model: Model, node: Node) -> list[Change]:
     return [Change("fold", title(node), "alpha, beta and C normalised")]
 
 
-# -- scales and shifts behind a layer ------------------------------------------------------------------------------------
+# -- scales and shifts behind a layer ----------------------------------------------------------------------------------
 
 
 @each_node("fold", "BatchNormalization", "Mul", "Add", "Sub", "Div")

@@ -41,6 +41,7 @@ class Model:
 
     @property
     def graph(self) -> ir.Graph:
+        """The main graph."""
         return self.inner.graph
 
     @property
@@ -106,9 +107,11 @@ class Model:
         return ir.node(op_type, inputs, attributes=attributes, outputs=[result], name=self.fresh_node(name))
 
     def insert_before(self, place: Node, *new: Node) -> None:
+        """Put new nodes, in this order, in front of `place`."""
         self.graph.insert_before(place, new)
 
     def insert_after(self, place: Node, *new: Node) -> None:
+        """Put new nodes, in this order, behind `place`."""
         self.graph.insert_after(place, new)
 
     def insert_first(self, *new: Node) -> None:
@@ -246,6 +249,7 @@ def set_dims(value: Value, sizes: Sequence[int | None] | None) -> None:
 
 
 def rank(value: Value) -> int | None:
+    """The number of axes; None where it is not known."""
     return None if value.shape is None else len(value.shape)
 
 
@@ -259,10 +263,12 @@ def attribute(node: Node, name: str, default: Any = None) -> Any:
 
 
 def set_attribute(node: Node, name: str, value: Any) -> None:
+    """Give `node` an attribute, or another value for one it has."""
     node.attributes[name] = ir.convenience.convert_attribute(name, value)
 
 
 def drop_attribute(node: Node, name: str) -> None:
+    """Take an attribute away, if it is there."""
     node.attributes.pop(name, None)
 
 

@@ -24,8 +24,8 @@ from google.protobuf.message import DecodeError, Message
 from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.graph import Model, attribute
+from qconv.targets import LOWEST_OPSET
 
-LOWEST_OPSET = 13
 SMALL_TENSOR = 1024  # bytes; smaller ones may be shapes or axes, which the converter needs to see
 QUANTIZED_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
@@ -178,6 +178,11 @@ def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
             yield from attr.tensors
             for body in (*([attr.g] if attr.HasField("g") else []), *attr.graphs):
                 yield from tensors(body)
+
+
+def own_opset(proto: onnx.ModelProto) -> int:
+    """The version of the standard operators that the file asks for."""
+    return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
 
 
 def file_bytes(proto: onnx.ModelProto, source: Source) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qconv.calibrate import CALIBRATORS, Statistics
+from qconv.errors import QconvError
 from qconv.findings import Finding
 from qconv.graph import Value, array
 from qconv.plan import Plan
@@ -24,6 +25,8 @@ class Params:
 
 def choose_params(plan: Plan, statistics: Mapping[str, Statistics], calibrator: str) -> tuple[Params, list[Finding]]:
     """Parameters for all tensors of the plan. statistics: of every watched tensor, by its name."""
+    if calibrator not in CALIBRATORS:
+        raise QconvError(f"There is no calibrator {calibrator!r}.", f"use one of {', '.join(CALIBRATORS)}.")
     params = Params()
     findings: list[Finding] = []
     for value, group in plan.group_of().items():

@@ -1,8 +1,8 @@
 """Which tensors are quantized, how, and why not the others: decided from the graph alone, before any picture is seen.
 
 Layers with weights run in integers; what stands between them follows where that keeps codes flowing. A Relu or Clip
-that is the only reader of a layer is absorbed: the quantizer behind the layer saturates at the same bounds. Every tensor
-carries the reason for what became of it.
+that is the only reader of a layer is absorbed: the quantizer behind the layer saturates at the same bounds. Every
+tensor carries the reason for what became of it.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Layer:
 
     @property
     def blocked(self) -> bool:
+        """Whether scales belong to blocks of input channels."""
         return isinstance(self.weight.granularity, PerBlock)
 
     def arranged(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -190,9 +191,9 @@ class _Planner:
         while grown:
             before = len(self.plan.integer)
             for node in self.nodes:
-                if node in self.eligible and node not in self.plan.integer and node not in self.plan.absorbed:
-                    if self._worthwhile(node):
-                        self._make_integer(node)
+                decided = node not in self.eligible or node in self.plan.integer or node in self.plan.absorbed
+                if not decided and self._worthwhile(node):
+                    self._make_integer(node)
             grown = len(self.plan.integer) > before
         for node in self.eligible:
             if node not in self.plan.integer and node not in self.plan.absorbed and _carries_float(node):
@@ -358,6 +359,8 @@ def _refuse_weighted(node: Node) -> str | None:
         return "its weights are computed, not constant"
     if bias is not None and array(bias) is None:
         return "its bias is computed, not constant"
+    if any(value is not None and value.dtype not in (DataType.FLOAT, None) for value in node.inputs[:3]):
+        return "its data is not float32"
     if node.op_type == "MatMul" and weight is not None and rank(weight) != 2:
         return "its weight is no matrix"
     if node.op_type == "Gemm":

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 class Weighted:
     """Multiplies its input with constant weights (input 1) and adds a bias (input 2).
 
-    output_axis, input_axis: the weight's axes of output and of input channels. needs_output: the integer kernel can only
-    write codes; where False the result may stay float, which costs nothing and keeps precision.
+    output_axis, input_axis: the weight's axes of output and of input channels. needs_output: the integer kernel can
+    only write codes; where False the result may stay float, which costs nothing and keeps precision.
     """
 
     output_axis: int

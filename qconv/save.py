@@ -119,6 +119,17 @@ def _temporary() -> Path:
     return Path(tempfile.gettempdir()) / "qconv.onnx"
 
 
+def check(staged: Staged) -> None:
+    """onnx's own checker on the written file. Raises QconvError where it does not accept it."""
+    try:
+        onnx.checker.check_model(str(staged.path))
+    except onnx.checker.ValidationError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise QconvError(
+            f"onnx's checker does not accept the result: {reason}", "check the float model with onnx.checker first."
+        ) from None
+
+
 def total_bytes(model: Model) -> int:
     """Size of all weights."""
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)

@@ -26,10 +26,12 @@ class Console:
         self._tasks: dict[str, rich.progress.TaskID] = {}
 
     def warn(self, text: str) -> None:
+        """Say what did not go as it should."""
         if not self._quiet:
             self._console.print(f"[yellow]Warning:[/] {escape(text)}", soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
+        """Move the bar of `stage`, where a person is looking."""
         if self._quiet or not self._console.is_terminal:
             return
         if self._bar is None:
@@ -41,6 +43,7 @@ class Console:
         self._bar.update(self._tasks[stage], completed=done)
 
     def close(self) -> None:
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+LOWEST_OPSET = 13  # DequantizeLinear with a scale for each channel
+
 # The lowest IR version that may carry an opset, by onnx's own release table.
 IR_VERSIONS: dict[int, int] = {
     13: 7,
@@ -23,14 +25,14 @@ IR_VERSIONS: dict[int, int] = {
 }
 # The oldest ONNX Runtime that loads an opset.
 RUNTIMES: dict[int, str] = {
-    13: "1.8", 14: "1.8", 15: "1.10", 16: "1.11", 17: "1.12", 18: "1.14", 19: "1.15", 20: "1.17", 21: "1.19", 22: "1.22",
-    23: "1.26", 24: "1.26", 25: "1.26",
+    13: "1.8", 14: "1.8", 15: "1.10", 16: "1.11", 17: "1.12", 18: "1.14", 19: "1.15", 20: "1.17", 21: "1.19",
+    22: "1.22", 23: "1.26", 24: "1.26", 25: "1.26",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A runtime. float_ops: operators that have rules but no (worthwhile) integer kernel there, each with the reason."""
+    """A runtime. float_ops: operators that have rules but no worthwhile integer kernel there, each with the reason."""
 
     name: str
     float_ops: Mapping[str, str] = field(default_factory=dict)

@@ -56,10 +56,8 @@ def is_class_score(shape: Sequence[int | None]) -> bool:
     return classes is not None and classes > 1 and not (len(shape) == 4 and classes == 3)
 
 
-def verify(
-    reference: Session, quantized: Session, batches: Iterable[Mapping[str, NDArray[Any]]], *, batch: int
-) -> Verification:
-    """Run both on every batch (of `batch` pictures; the last may be short)."""
+def verify(reference: Session, quantized: Session, batches: Iterable[Mapping[str, NDArray[Any]]]) -> Verification:
+    """Run both on every batch, one after the other."""
     tallies = {name: _Tally() for name in reference.outputs}
     seconds: list[tuple[float, float]] = []
     images = 0

@@ -1,7 +1,7 @@
 """One layer's weights and bias become codes, with what the integer kernels demand of them.
 
-The bias is stored as int32 with the exact scale s_x * s_w, and the accumulator starts from it. Where it would not fit, the
-weight scale of that channel is widened until it does: weights lose precision there, the bias keeps its value.
+The bias is stored as int32 with the exact scale s_x * s_w, and the accumulator starts from it. Where it would not fit,
+the weight scale of that channel is widened until it does: weights lose precision there, the bias keeps its value.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qconv import bias as bias_correction
 from qconv import saturation
 from qconv.calibrate import Statistics
+from qconv.errors import QconvError
 from qconv.findings import Change, Finding
 from qconv.graph import array, attribute, input_of
 from qconv.plan import Layer
@@ -50,8 +51,9 @@ class Source:
         if found is None:
             spec = self.params.spec
             return np.full(channels, spec.qmin), np.full(channels, spec.qmax)
-        low, high = self.params.quantize(found.lows), self.params.quantize(found.highs)
-        return low.astype(np.int64), high.astype(np.int64)
+        zero = self.params.zero_point.astype(np.int64)  # what padding feeds in
+        low, high = (self.params.quantize(ends).astype(np.int64) for ends in (found.lows, found.highs))
+        return np.minimum(low, zero), np.maximum(high, zero)
 
     def of(self, channels: int) -> Statistics | None:
         """The statistics, if they are of this many channels."""
@@ -63,6 +65,9 @@ def quantize_layer(layer: Layer, source: Source | None) -> tuple[LayerParams, li
     stored = array(layer.node.inputs[1])
     assert stored is not None
     weight = layer.arranged(stored.astype(np.float32))
+    if not np.isfinite(weight).all():
+        name = layer.node.name
+        raise QconvError(f"The weights of {name} hold NaN or infinity.", "export the model again, or --keep-float it.")
     params = layer.weight.from_range(*extremes(weight, layer.weight.granularity))
     params = _scale_dead_channels(params, weight)
     bias = array(input_of(layer.node, 2))
@@ -71,9 +76,6 @@ def quantize_layer(layer: Layer, source: Source | None) -> tuple[LayerParams, li
 
     findings: list[Finding] = []
     channels = _input_channels(layer, stored)
-    if source.params.spec.bits == 8 and _adds_pairs(layer, weight):
-        limits = source.channel_codes(channels)
-        params = saturation.widen(params, weight, *limits, output_axis=layer.rule.output_axis)
     # A blocked layer has no one s_w for its bias. Layers of 16 bits run in float as well, but there ONNX Runtime would
     # quantize a float bias by itself, and let it overflow.
     quantized_bias = not layer.blocked
@@ -84,6 +86,9 @@ def quantize_layer(layer: Layer, source: Source | None) -> tuple[LayerParams, li
             what = f"weight scale of {count} channels widened, so that the bias fits into int32"
             findings.append(Change("params", layer.node.name or "", what))
         params = widened
+    if source.params.spec.bits == 8 and _adds_pairs(layer, weight):
+        limits = source.channel_codes(channels)
+        params = saturation.widen(params, weight, *limits, output_axis=layer.rule.output_axis)
     codes = params.quantize(weight)
     statistics = source.of(channels)
     if statistics is not None and layer.node.op_type != "MatMul":
@@ -93,7 +98,8 @@ def quantize_layer(layer: Layer, source: Source | None) -> tuple[LayerParams, li
         bias = (shift if bias is None else bias + shift).astype(np.float32)
     if bias is None or not quantized_bias:
         return LayerParams(layer, params, codes, bias), findings
-    product = (source.params.scale * params.scale).astype(np.float32)
+    with np.errstate(over="ignore"):
+        product = np.multiply(source.params.scale, params.scale, dtype=np.float32)
     return LayerParams(layer, params, codes, bias, bias_params(product)), findings
 
 

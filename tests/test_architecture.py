@@ -28,6 +28,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "edits",
             "emit",
             "equalize",
+            "feed",
+            "fileformat",
             "fold",
             "layers",
             "params",
@@ -66,7 +68,7 @@ NEIGHBOURS: dict[str, set[str]] = {
 FENCES: dict[str, frozenset[str]] = {
     "onnx_ir": frozenset({"graph", "load", "save"}),
     # pipeline runs its checker on the written file, audit reads the file that the runtime made of it
-    "onnx": frozenset({"graph", "load", "save", "pipeline", "audit"}),
+    "onnx": frozenset({"graph", "load", "save", "audit"}),
     "google": frozenset({"load"}),
     "PIL": frozenset({"images"}),
     "onnxruntime": frozenset({"runtime"}),

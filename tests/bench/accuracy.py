@@ -105,5 +105,5 @@ def _top1(right: list[tuple[bool, bool]]) -> dict[str, Any]:
 def mcnemar(won: int, lost: int) -> float:
     """The exact two-sided p-value: twice the tail of a fair coin's binomial."""
     n = won + lost
-    tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1)) / float(2**n)
+    return min(1.0, 2.0 * tail)

@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ class Prep:
             picture = self._fitted(opened.convert("L" if self.grey else "RGB"))
         pixels = np.asarray(picture, np.float32)
         pixels = pixels[None] if self.grey else pixels.transpose(2, 0, 1)  # (C, H, W)
-        mean, std = (np.float32(values).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
         return np.ascontiguousarray(((pixels * np.float32(self.scale) - mean) / std)[None], np.float32)
 
     def _fitted(self, picture: Image.Image) -> Image.Image:
@@ -91,15 +92,15 @@ class Case:
         return f"images/{self.pictures}/test"
 
 
-IMAGENET = {"scale": 1 / 255, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-SIGNED = {"mean": (127.0,), "std": (128.0,)}  # (x - 127) / 128
-TF = {"scale": 1 / 127.5, "mean": (1.0,)}
+imagenet = partial(Prep, scale=1 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+signed = partial(Prep, mean=(127.0,), std=(128.0,))
+tf = partial(Prep, scale=1 / 127.5, mean=(1.0,))
 SIGNED_OPTIONS = ("--preprocess", "raw", "--mean", "127", "--std", "128")
 TF_OPTIONS = ("--preprocess", "tf", "--resize", "exact")
 
 
 def _light(name: str) -> Case:
-    prep = Prep((224, 224), resize="crop", **IMAGENET)
+    prep = imagenet((224, 224), resize="crop")
     options = ("--preprocess", "imagenet", "--resize", "256")
     return Case(f"light_{name}", f"light_{name}.onnx", prep, options, calibration=32, tests=32, light=True)
 
@@ -108,7 +109,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "resnet20",
         "resnet20_cifar10.onnx",
-        Prep((32, 32), **IMAGENET),
+        imagenet((32, 32)),
         ("--preprocess", "imagenet"),
         pictures="cifar10",
         tests=2000,
@@ -128,7 +129,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "mobilenetv2",
         "mobilenetv2_imagenet.onnx",
-        Prep((224, 224), resize="crop", **IMAGENET),
+        imagenet((224, 224), resize="crop"),
         ("--preprocess", "imagenet"),
         tests=400,
         labels=True,
@@ -139,7 +140,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "efficientnet_lite0",
         "efficientnet_lite0_imagenet.onnx",
-        Prep((224, 224), resize="crop", **SIGNED),
+        signed((224, 224), resize="crop"),
         SIGNED_OPTIONS,
         tests=400,
         labels=True,
@@ -150,19 +151,19 @@ CASES: tuple[Case, ...] = (
     Case(
         "efficientnet_b0",
         "efficientnet_b0_binary.onnx",
-        Prep((224, 224), resize="crop", **IMAGENET),
+        imagenet((224, 224), resize="crop"),
         ("--preprocess", "imagenet"),
         class_scores=False,
     ),
     Case(
         "ultraface",
         "ultraface_rfb320.onnx",
-        Prep((240, 320), **SIGNED),
+        signed((240, 320)),
         (*SIGNED_OPTIONS, "--resize", "exact"),
         class_scores=False,
     ),
-    Case("rapidocr_cls", "rapidocr_cls_v2.onnx", Prep((48, 192), **TF), (*TF_OPTIONS, "--size", "48x192")),
-    Case("deeplabv3", "deeplabv3_257_mv_gpu.onnx", Prep((257, 257), **TF), TF_OPTIONS),
+    Case("rapidocr_cls", "rapidocr_cls_v2.onnx", tf((48, 192)), (*TF_OPTIONS, "--size", "48x192")),
+    Case("deeplabv3", "deeplabv3_257_mv_gpu.onnx", tf((257, 257)), TF_OPTIONS),
     Case(
         "mnist",
         "mnist.onnx",

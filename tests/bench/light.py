@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,7 +34,7 @@ def he_copy(source: Path, out: Path, inputs: Sequence[Array], seed: int = 0) -> 
     onnx.save(model, out)
 
 
-Weights = dict[str, NDArray[np.generic]]
+Weights = dict[str, NDArray[Any]]
 
 
 def _own_constants(model: onnx.ModelProto) -> Weights:

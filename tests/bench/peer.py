@@ -40,7 +40,7 @@ def convert(case: Case, model: Path, folder: Path, out: Path, sample: Path) -> d
     from qconv.pipeline import folded_float
 
     folded_float(model, folded)
-    failed = []
+    failed: list[str] = []
     for how in PREPARATIONS:
         again = attempt(case, folded, folder, out, sample, how)
         if again is None:

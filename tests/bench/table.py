@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-COLUMNS = ("model", "agree % q|p", "SQNR q|p", "top-1 f|q|p", "p", "int/float ops q|p", "ms f|p|q", "q/p (10-90 %)")
-COLUMNS += ("f/q", "size q|p", "")
+COLUMNS = (
+    *("model", "agree % q|p", "SQNR q|p", "top-1 f|q|p", "p", "int/float ops q|p", "ms f|p|q", "q/p (10-90 %)"),
+    *("f/q", "size q|p", ""),
+)
 LEGEND = "f: float, q: qconv, p: the peer (quant_pre_process + quantize_static); column p: McNemar, float against qconv"
 
 
@@ -116,7 +118,7 @@ def _peer_errors(results: dict[str, Any]) -> list[str]:
 
 
 def _reference_rows(results: dict[str, Any]) -> list[list[str]]:
-    rows = [["model", "agree % q|p", "SQNR dB q|p", "top-1 f | q|p"]]
+    rows = [["model", "agree % q|p", "SQNR dB q|p", "top-1 f|q|p"]]
     for name, found in results["cases"].items():
         scores = [side.get("reference", {}) for side in (found.get("qconv", {}), found.get("peer", {}))]
         agreement = _pair(*(_number(s.get("agreement"), 100, ".2f") for s in scores))

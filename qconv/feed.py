@@ -1,0 +1,119 @@
+"""The calibration pictures as one network wants them, batch by batch, as often as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv import images
+from qconv.errors import QconvError
+from qconv.recipe import Preprocessing, Recipe
+from qconv.runtime import Session
+
+DECODERS = 2
+KEPT_PICTURES = 32
+KEPT_BYTES = 32 * 2**20
+
+Batch = dict[str, NDArray[Any]]
+
+
+@dataclass(slots=True)
+class Feed:
+    """Pictures, preprocessed. The first few stay in memory, so that checking the result need not decode them again.
+
+    warn hears of each unreadable picture once; progress of (stage, pictures done, pictures in all).
+    """
+
+    listing: images.Listing
+    inputs: list[images.InputSpec]
+    preprocessing: Preprocessing | None
+    batch: int
+    warn: Callable[[str], None]
+    progress: Callable[[str, int, int], None]
+    _kept: list[Batch] = field(default_factory=list)
+    _passes: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        session: Session,
+        recipe: Recipe,
+        warn: Callable[[str], None],
+        progress: Callable[[str, int, int], None],
+    ) -> Feed:
+        """The pictures of `recipe` for the network in `session`. Raises QconvError where they cannot feed it."""
+        listing = images.find(recipe.calib, pattern=recipe.glob, samples=recipe.samples, seed=recipe.seed)
+        inputs = [images.InputSpec(*found) for found in session.inputs]
+        preprocessing = None
+        if any(path.suffix.lower() not in images.SAMPLE_SUFFIXES for path in listing.paths):
+            if len(inputs) > 1:
+                raise _several_inputs(session.name, inputs)
+            class_vector = any(len(shape) == 2 for shape in session.output_shapes)
+            preprocessing = images.resolve(recipe.preprocessing, inputs[0], class_vector=class_vector)
+        fixed = inputs[0].shape[0] if inputs[0].shape else None
+        return cls(listing, inputs, preprocessing, fixed or recipe.batch, warn, progress)
+
+    @property
+    def _batch_is_fixed(self) -> bool:
+        return bool(self.inputs[0].shape) and self.inputs[0].shape[0] is not None
+
+    def all(self, stage: str) -> Iterator[Batch]:
+        """Every picture, in batches; a last short one only where the network takes it."""
+        first_pass, self._passes = self._passes == 0, self._passes + 1
+        total, done = len(self.listing.paths), 0
+        found = images.batches(
+            self.listing,
+            self.inputs,
+            self.preprocessing,
+            batch=self.batch,
+            workers=DECODERS,
+            warn=self.warn if first_pass else _silent,
+        )
+        for feeds in found:
+            count = _pictures(feeds)
+            if count < self.batch and self._batch_is_fixed:
+                if done:
+                    break  # pictures short of a batch: the others speak for them
+                feeds = {name: np.resize(array, (self.batch, *array.shape[1:])) for name, array in feeds.items()}
+            if first_pass:
+                self._keep(feeds)
+            yield feeds
+            done += count
+            self.progress(stage, min(done, total), total)
+
+    def few(self, stage: str) -> Iterator[Batch]:
+        """The first pictures, at most KEPT_PICTURES and about KEPT_BYTES."""
+        if not self._kept:
+            for _ in self.all(stage):
+                if self._is_full:
+                    break
+        yield from self._kept
+
+    @property
+    def _is_full(self) -> bool:
+        kept = sum(array.nbytes for feeds in self._kept for array in feeds.values())
+        return sum(map(_pictures, self._kept)) >= KEPT_PICTURES or kept >= KEPT_BYTES
+
+    def _keep(self, feeds: Batch) -> None:
+        if not self._is_full:
+            self._kept.append(feeds)
+
+
+def _pictures(feeds: Batch) -> int:
+    return len(next(iter(feeds.values())))
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def _several_inputs(name: str, inputs: list[images.InputSpec]) -> QconvError:
+    names = ", ".join(spec.name for spec in inputs)
+    return QconvError(
+        f"{name} has {len(inputs)} inputs ({names}), which pictures alone cannot feed.",
+        f"pass a folder of .npz files, each one sample with the arrays {names}.",
+    )

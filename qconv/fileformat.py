@@ -1,0 +1,49 @@
+"""Which opset and IR version a result needs, what runs it, and what it carries about itself."""
+
+from __future__ import annotations
+
+import json
+
+from qconv.errors import QconvError
+from qconv.graph import Model
+from qconv.recipe import Preprocessing, Recipe, Scheme, WeightGranularity
+from qconv.targets import IR_VERSIONS, LOWEST_OPSET, RUNTIMES
+
+NEW_TYPES_OPSET = 21  # int4, int16 and blocks
+
+
+def needed_opset(recipe: Recipe, own: int) -> int:
+    """The lowest opset that holds a model of opset `own` and the recipe's types, or the one that the recipe names."""
+    new_types = (
+        recipe.pack
+        or 16 in (recipe.weight_bits, recipe.activation_bits, recipe.edge_bits)
+        or recipe.weight_granularity is WeightGranularity.PER_BLOCK
+    )
+    needed = max(own, NEW_TYPES_OPSET if new_types else LOWEST_OPSET)
+    if recipe.opset is None:
+        return needed
+    if recipe.opset < needed:
+        what = "the model's own opset" if needed == own else "what these types need"
+        raise QconvError(
+            f"--opset {recipe.opset} is below {what} ({needed}).", f"pass --opset {needed} or leave it out."
+        )
+    if recipe.opset not in IR_VERSIONS:
+        raise QconvError(f"--opset {recipe.opset} is not known.", f"use {LOWEST_OPSET} to {max(IR_VERSIONS)}.")
+    return recipe.opset
+
+
+def needed_runtime(model: Model, recipe: Recipe) -> str:
+    """The oldest ONNX Runtime that runs the file right."""
+    version = RUNTIMES.get(model.opset, RUNTIMES[max(RUNTIMES)])
+    if recipe.weight_scheme is Scheme.ASYMMETRIC and recipe.activation_bits < 32:
+        version = "1.28"  # earlier ones refuse per-channel zero points that differ
+    return f"onnxruntime >= {version}"
+
+
+def describe(model: Model, version: str, recipe: Recipe, preprocessing: Preprocessing | None) -> None:
+    """Recipe, preprocessing and version travel in the file; nothing that differs from run to run does."""
+    model.inner.ir_version = IR_VERSIONS.get(model.opset, max(IR_VERSIONS.values()))
+    carried = {"qconv.version": version, "qconv.recipe": json.dumps(recipe.as_dict(), sort_keys=True)}
+    if preprocessing is not None:
+        carried["qconv.preprocessing"] = json.dumps(preprocessing.as_dict(), sort_keys=True)
+    model.inner.metadata_props.update(carried)
