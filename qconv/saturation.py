@@ -40,45 +40,55 @@ def widen(
     input channel, shape (I,).
     """
     limits = _spread(low, high, weight, output_axis)
-    chosen, gain = params, np.ones(params.scale.shape)  # (O,)
+    scale, zero = params.scale.copy(), params.zero_point.copy()
+    gain = np.ones(scale.shape)  # (O,)
+    over = np.arange(len(scale))  # the outputs that may still have a pair over the limit
     while True:
-        codes = chosen.quantize(weight).astype(np.int64)
-        over = _worst_pair(_rows(codes, output_axis), *limits) / PAIR_LIMIT
-        if (over <= 1).all():
-            return chosen
+        chosen = QuantParams(params.spec, scale[over], zero[over])
+        rows = _rows(chosen.quantize(weight.take(over, axis=output_axis)), output_axis)
+        excess = _worst_pair(rows, *(limit[over] if len(limit) > 1 else limit for limit in limits)) / PAIR_LIMIT
+        over, excess = over[excess > 1], excess[excess > 1]
+        if not over.size:
+            return QuantParams(params.spec, scale, zero) if np.any(gain > 1) else params
         # Rounding can leave a pair a little over: steps of less than half a code in 127 would take forever.
-        gain = gain * np.where(over > 1, np.maximum(over, 1 + 1 / 256), 1.0)
-        zero = np.rint(params.zero_point / gain).astype(params.zero_point.dtype)
-        chosen = QuantParams(params.spec, (params.scale * gain).astype(np.float32), zero)
+        gain[over] *= np.maximum(excess, 1 + 1 / 256)
+        scale[over] = params.scale[over] * gain[over]
+        zero[over] = np.rint(params.zero_point[over] / gain[over])
 
 
-def _rows(codes: NDArray[np.int64], output_axis: int) -> NDArray[np.int64]:
+def _rows(codes: NDArray[np.integer], output_axis: int) -> NDArray[np.int32]:
     """Weights as (O, K) in the kernels' order."""
-    if codes.ndim == 2:
-        return codes if output_axis == 0 else codes.T
-    return np.moveaxis(codes, 1, -1).reshape(len(codes), -1)
+    wide = codes.astype(np.int32)
+    if wide.ndim == 2:
+        return wide if output_axis == 0 else wide.T
+    return np.moveaxis(wide, 1, -1).reshape(len(wide), -1)
 
 
 def _spread(
     low: NDArray[np.int64], high: NDArray[np.int64], weight: NDArray[np.float32], output_axis: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """The codes' limits for every element of `_rows`: (O, K), or (1, K) where all outputs read the same channels."""
+    least, largest = low.astype(np.int32), high.astype(np.int32)
     if weight.ndim == 2:
-        return low[None], high[None]
+        return least[None], largest[None]
     outputs, per_group = weight.shape[:2]
     area = int(np.prod(weight.shape[2:]))
     groups = len(low) // per_group
     group = np.arange(outputs) * groups // outputs if groups > 1 else np.zeros(1, np.int64)
-    low, high = (np.tile(limit.reshape(groups, per_group)[group], (1, area)) for limit in (low, high))
-    return low, high
+    least, largest = (np.tile(limit.reshape(groups, per_group)[group], (1, area)) for limit in (least, largest))
+    return least, largest
 
 
-def _worst_pair(rows: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64]:
+def _worst_pair(rows: NDArray[np.int32], low: NDArray[np.int32], high: NDArray[np.int32]) -> NDArray[np.int32]:
     """The largest magnitude that the sum of two neighbouring products can reach, for each output: (O,)."""
-    ends = rows * low, rows * high
-    top, bottom = np.maximum(*ends), np.minimum(*ends)
-    if rows.shape[1] % 2:
-        top, bottom = (np.pad(products, ((0, 0), (0, 1))) for products in (top, bottom))
-    top, bottom = (products.reshape(len(rows), -1, 2).sum(axis=2) for products in (top, bottom))
-    worst: NDArray[np.int64] = np.maximum(top.max(axis=1), -bottom.min(axis=1))
+    at_low, at_high = rows * low, rows * high
+    top, bottom = (_neighbours(ends(at_low, at_high)) for ends in (np.maximum, np.minimum))
+    worst: NDArray[np.int32] = np.maximum(top.max(axis=1), -bottom.min(axis=1))
     return worst
+
+
+def _neighbours(products: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Sums of neighbours, (O, K) -> (O, (K + 1) / 2); an odd last one stays alone."""
+    sums = products[:, 0::2].copy()
+    sums[:, : products.shape[1] // 2] += products[:, 1::2]
+    return sums
