@@ -17,10 +17,23 @@ from qconv.quant import QuantSpec
 from qconv.runtime import Session
 
 
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A tensor to watch. What nobody asks for is not computed: reductions cost as much as the network itself.
+
+    per_channel: whether extremes of every channel and their means are wanted, or of the whole tensor only.
+    never_negative: whether the graph says so; then its low counts as zero unseen, as every range holds zero.
+    """
+
+    name: str
+    per_channel: bool = True
+    never_negative: bool = False
+
+
 @dataclass(slots=True)
 class Statistics:
     """What is remembered of one tensor: the exact extremes of each channel (axis 1), float32, and the sum of each,
-    float64, all of shape (C,); count: elements that went into each sum.
+    float64, all of shape (C,); count: elements that went into each sum, 0 where sums were not asked for.
 
     Tensors of rank 0 and 1 count as one channel.
     """
@@ -31,14 +44,18 @@ class Statistics:
     count: int
 
     @classmethod
-    def of(cls, x: NDArray[Any]) -> Statistics:
+    def of(cls, x: NDArray[Any], *, per_channel: bool = True, never_negative: bool = False) -> Statistics:
         """The statistics of one batch (N, C, ...). A tensor without elements counts as one zero."""
         if not x.size:
             x = np.zeros((1, 1), np.float32)
+        if not per_channel:
+            low, high = 0.0 if never_negative else x.min(), x.max()
+            return cls(np.array([low], np.float32), np.array([high], np.float32), np.zeros(1), 0)
         rows = x.reshape(len(x), x.shape[1], -1) if x.ndim > 1 else x.reshape(1, 1, -1)
-        lows, highs = rows.min(axis=2).min(axis=0), rows.max(axis=2).max(axis=0)
-        with np.errstate(over="ignore", invalid="ignore"):  # infinite values are refused at the end
-            sums = rows.sum(axis=2).sum(axis=0, dtype=np.float64)
+        highs = _over_pictures(np.maximum, rows.max(axis=2))
+        lows = np.zeros_like(highs) if never_negative else _over_pictures(np.minimum, rows.min(axis=2))
+        # einsum adds up twice as fast as sum, at 1e-5 of relative error
+        sums = np.einsum("ncx->nc", rows).sum(axis=0, dtype=np.float64)
         return cls(lows, highs, sums, rows.shape[0] * rows.shape[2])
 
     def merge(self, other: Statistics) -> Statistics:
@@ -86,26 +103,23 @@ CALIBRATORS: dict[str, Calibrator] = {"minmax": minmax}
 
 
 def watch(
-    session: Session,
-    names: list[str],
-    batches: Iterable[Mapping[str, NDArray[Any]]],
-    *,
-    after_batch: Callable[[Mapping[str, NDArray[Any]]], None] | None = None,
+    session: Session, taps: Iterable[Tap], batches: Iterable[Mapping[str, NDArray[Any]]]
 ) -> dict[str, Statistics]:
-    """Run every batch once and keep statistics of the named tensors.
+    """Run every batch once and keep statistics of the tapped tensors, by their names.
 
     Raises QconvError where a tensor holds NaN or infinity: no range would be right.
     """
+    taps = list(taps)
     statistics: dict[str, Statistics] = {}
     inputs = {name for name, _, _ in session.inputs}
-    outputs = [name for name in names if name not in inputs]
-    for batch in batches:
-        seen = dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))
-        for name in names:
-            found = Statistics.of(batch[name] if name in inputs else seen[name])
-            statistics[name] = statistics[name].merge(found) if name in statistics else found
-        if after_batch is not None:
-            after_batch(batch)
+    outputs = [tap.name for tap in taps if tap.name not in inputs]
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite values are refused at the end
+        for batch in batches:
+            seen = {**batch, **dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))}
+            for tap in taps:
+                found = Statistics.of(seen[tap.name], per_channel=tap.per_channel, never_negative=tap.never_negative)
+                known = statistics.get(tap.name)
+                statistics[tap.name] = found if known is None else known.merge(found)
     for name, found in statistics.items():
         if not (np.isfinite(found.low) and np.isfinite(found.high)):
             raise QconvError(
@@ -113,3 +127,9 @@ def watch(
                 "check the preprocessing options, and the float model on one picture.",
             )
     return statistics
+
+
+def _over_pictures(extreme: np.ufunc, rows: NDArray[Any]) -> NDArray[Any]:
+    """(N, C) -> (C,)."""
+    found: NDArray[Any] = rows[0] if len(rows) == 1 else extreme.reduce(rows, axis=0)
+    return found

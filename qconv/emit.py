@@ -80,12 +80,13 @@ class _Writer:
         self._place(activation, quantizer)
         codes = self._hold_to_bits(quantizer, chosen)
         if self._saturates(chosen, activation):
-            what = "absorbed by its quantizer"
+            what = "absorbed by the quantizer behind its layer"
         else:
             what = "done on its codes"
             codes = self._clip_codes(codes, chosen, activation)
-        gone = f"{activation.op_type} {activation.name}"
-        self.findings.append(Change("absorb", self.plan.absorbed[activation].name or "", f"{gone} {what}"))
+        where = self.plan.absorbed[activation].name or ""
+        gone, summed_up = f"{activation.op_type} {activation.name} {what}", f"{activation.op_type} {what}"
+        self.findings.append(Change("absorb", where, gone, summed_up))
         self._publish(result, codes, readers, rename=True)
         self.model.remove(activation)
 

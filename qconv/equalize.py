@@ -67,4 +67,7 @@ def move_gains_back(model: Model, node: Node) -> list[Change]:
     for index, values in numbers.items():
         model.set_input(node, index, model.constant(f"{title(node)}_{index}", values.astype(np.float32)))
     set_attribute(node, "epsilon", 0.0)
-    return [Change("equalize", title(layer.node), f"scale of {called(node)} moved in front of the activation")]
+    moved = "moved in front of the activation"
+    return [
+        Change("equalize", title(layer.node), f"scale of {called(node)} {moved}", f"scale of {node.op_type} {moved}")
+    ]

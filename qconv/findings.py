@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`step` changed the node or tensor `where`: `what`."""
+    """`step` changed the node or tensor `where`: `what`.
+
+    kind: the same without names, so that a summary can count equal changes; `what` itself where it has none.
+    """
 
     step: str
     where: str
     what: str
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)

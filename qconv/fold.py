@@ -135,7 +135,9 @@ def _fold_back(model: Model, node: Node, data: Value) -> list[Change]:
     model.take_over(node.outputs[0], data)
     write_layer(model, layer)
     model.remove(node)
-    return [Change("fold", title(before), f"{called(node)} folded into it")]
+    return [
+        Change("fold", title(before), f"{called(node)} folded into it", f"{node.op_type} folded into {before.op_type}")
+    ]
 
 
 # -- scales and shifts before a layer ----------------------------------------------------------------------------------
@@ -202,7 +204,10 @@ def _fold_ahead(model: Model, node: Node, data: Value) -> list[Change]:
         write_layer(model, layer)
     model.redirect(output, data)
     model.remove(node)
-    return [Change("fold", title(layer.node), f"{called(node)} before it folded into it") for layer in layers]
+    summed_up = f"{node.op_type} folded into what reads it"
+    return [
+        Change("fold", title(layer.node), f"{called(node)} before it folded into it", summed_up) for layer in layers
+    ]
 
 
 def _scaled_layer(model: Model, end: End, affine: Affine) -> Layer:

@@ -146,12 +146,12 @@ def _require_layers(plan: Plan, source: load.Source) -> None:
 
 
 def _calibrate(model: Model, plan: Plan, recipe: Recipe, feed: Feed) -> dict[str, Statistics]:
-    names = [value.name or "" for value in plan.watched()]
-    if not names:
+    taps = plan.taps()
+    if not taps:
         return {}
-    with save.runnable(model, names) as runnable:
+    with save.runnable(model, [tap.name for tap in taps]) as runnable:
         session = Session(runnable, name="the folded float model", threads=recipe.threads)
-        return watch(session, names, feed.all("calibrate"))
+        return watch(session, taps, feed.all("calibrate"))
 
 
 def _check(

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.calibrate import Tap
 from qconv.graph import DataType, Model, Node, Value, array, attribute, input_of, rank, scalar
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantSpec
 from qconv.recipe import Recipe, Scheme, WeightGranularity
-from qconv.rules import ACTIVATIONS, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
+from qconv.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
 from qconv.targets import Target
 
 
@@ -76,10 +77,14 @@ class Plan:
     ties: list[tuple[Value, ...]] = field(default_factory=list)
     kept: dict[str, Choice] = field(default_factory=dict)
 
-    def watched(self) -> list[Value]:
+    def taps(self) -> list[Tap]:
         """The tensors whose values must be seen: what layers read, and in each group all that others do not copy."""
         read = {layer.data for layer in self.layers}
-        return [value for value in self.activations if value in read or not self._copies(value)]
+        return [
+            Tap(value.name or "", per_channel=value in read, never_negative=never_negative(value))
+            for value in self.activations
+            if value in read or not self._copies(value)
+        ]
 
     def _copies(self, value: Value) -> bool:
         """Whether `value` holds nothing but values of tensors that it shares parameters with."""
@@ -342,6 +347,17 @@ def clip_bounds(node: Node) -> tuple[float, float] | None:
         float("inf") if high is None else scalar(high),
     )
     return None if bounds[0] is None or bounds[1] is None else (bounds[0], bounds[1])
+
+
+def never_negative(value: Value) -> bool:
+    """Whether the operator that writes it leaves nothing below zero."""
+    node = value.producer()
+    if node is None:
+        return False
+    if node.op_type in ACTIVATIONS:
+        bounds = clip_bounds(node)
+        return bounds is not None and bounds[0] >= 0
+    return node.op_type in NEVER_NEGATIVE
 
 
 def _carries_float(node: Node) -> bool:

@@ -151,7 +151,7 @@ class Report:
             "warnings": self.warnings,
             "time": {name: round(seconds, 3) for name, seconds in self.time.items()},
             "peak_rss_mb": self.peak_rss_mb,
-            "changes": [_row(c) for c in changes],
+            "changes": [{"step": c.step, "where": c.where, "what": c.what} for c in changes],
             "skipped": [_row(s) for s in skipped],
             "tensors": [_row(t) for t in self.tensors],
         }

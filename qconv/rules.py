@@ -79,3 +79,6 @@ RULES: dict[str, Rule] = {
 
 ACTIVATIONS = frozenset({"Relu", "Clip"})
 """Operators that the quantizer behind the layer before can do by saturating."""
+
+NEVER_NEGATIVE = frozenset({"Exp", "HardSigmoid", "Sigmoid", "Softmax"})
+"""Operators whose results start at zero."""

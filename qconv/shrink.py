@@ -37,7 +37,9 @@ def _share_equal(model: Model) -> list[Finding]:
         kept = first.setdefault((numbers.shape, numbers.tobytes()), value)
         if kept is not value:
             model.redirect(value, kept)
-            findings.append(Change("shrink", value.name or "", f"equal to {kept.name}, stored once"))
+            findings.append(
+                Change("shrink", value.name or "", f"equal to {kept.name}, stored once", "equal constants stored once")
+            )
     model.sweep()
     return findings
 
@@ -60,6 +62,7 @@ def _tabulate(model: Model) -> list[Finding]:
         gather = model.build("Gather", [entries, index.outputs[0]], name=f"{name}_values", like=value)
         model.insert_first(index, gather)
         model.redirect(value, gather.outputs[0], readers=readers)
-        findings.append(Change("shrink", name, f"stored as {len(table)} values and one byte an element"))
+        stored_as = f"stored as {len(table)} values and one byte an element"
+        findings.append(Change("shrink", name, stored_as, "constants of few values stored in one byte an element"))
     model.sweep()
     return findings

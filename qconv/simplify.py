@@ -102,7 +102,8 @@ def merge_pads(model: Model, node: Node) -> list[Change]:
         set_attribute(conv, "pads", [a + b for a, b in zip(pads, widths, strict=True)])
         model.set_input(conv, 0, source(node))
     model.remove(node)
-    return [Change("simplify", title(conv), f"{called(node)} became its padding") for conv in convs]
+    summed_up = "Pad became the padding of what reads it"
+    return [Change("simplify", title(conv), f"{called(node)} became its padding", summed_up) for conv in convs]
 
 
 def _spatial_widths(node: Node) -> list[int]:
@@ -220,7 +221,8 @@ def merge_activations(model: Model, node: Node) -> list[Change]:
         return [Change("simplify", title(node), f"{node.op_type} removed: it cuts nothing off")]
     if before is not None and inner is not None and _within(span, inner) and model.sole_reader(source(node)) is node:
         _bypass(model, before)
-        return [Change("simplify", title(before), f"{before.op_type} removed: {called(node)} cuts off more")]
+        summed_up = f"{before.op_type} removed: the next cuts off more"
+        return [Change("simplify", title(before), f"{before.op_type} removed: {called(node)} cuts off more", summed_up)]
     if kind(node) == "Clip" and span == (0.0, inf):
         model.become(node, "Relu", [source(node)])
         return [Change("simplify", title(node), "Clip at zero became Relu")]

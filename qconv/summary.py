@@ -108,14 +108,8 @@ def _changes(report: Report) -> list[str]:
     kinds: Counter[str] = Counter()
     for found in report.findings:
         if isinstance(found, Change):
-            kinds[_kind(found)] += 1
+            kinds[found.kind or found.what] += 1
     return [f"{count} x {escape(kind)}" if count > 1 else escape(kind) for kind, count in kinds.most_common()]
-
-
-def _kind(change: Change) -> str:
-    """What a change says without the names in it, so that equal ones can be counted."""
-    words = [word for word in change.what.split() if not any(c in word for c in "/._") and word != change.where]
-    return " ".join(words) if change.step != "load" else change.what
 
 
 def _islands(islands: tuple[Island, ...]) -> list[str]:

@@ -29,9 +29,10 @@ class _Tally:
     positions: int = 0
 
     def update(self, reference: NDArray[Any], quantized: NDArray[Any]) -> None:
-        ref, got = reference.astype(np.float64), quantized.astype(np.float64)
+        finite = np.isfinite(reference)  # where the float model itself has no number there is nothing to keep
+        ref, got = reference[finite].astype(np.float64), quantized[finite].astype(np.float64)
         self.signal += float(np.sum(ref * ref))
-        self.noise += float(np.sum((ref - got) ** 2))
+        self.noise += float(np.sum(np.where(np.isfinite(got), (ref - got) ** 2, np.inf)))
         if is_class_score(reference.shape):
             same = reference.argmax(axis=1) == quantized.argmax(axis=1)
             self.equal += int(same.sum())
@@ -44,10 +45,14 @@ class _Tally:
 
 
 def sqnr_db(signal: float, noise: float) -> float | None:
-    """10 log10(signal / noise); None where the noise is zero. A signal of zero gives the lowest float's logarithm."""
+    """10 log10(signal / noise); None where the noise is zero.
+
+    A signal of zero and a noise without bound count as the least and the largest float.
+    """
     if noise == 0:
         return None
-    return 10 * math.log10(max(signal, np.finfo(np.float64).tiny) / noise)
+    limits = np.finfo(np.float64)
+    return 10 * (math.log10(max(signal, limits.tiny)) - math.log10(min(noise, limits.max)))
 
 
 def is_class_score(shape: Sequence[int | None]) -> bool:

@@ -56,8 +56,9 @@ class Source:
         return np.minimum(low, zero), np.maximum(high, zero)
 
     def of(self, channels: int) -> Statistics | None:
-        """The statistics, if they are of this many channels."""
-        return self.statistics if self.statistics is not None and self.statistics.lows.size == channels else None
+        """The statistics, if they are of each of this many channels."""
+        found = self.statistics
+        return found if found is not None and found.count and found.lows.size == channels else None
 
 
 def quantize_layer(layer: Layer, source: Source | None) -> tuple[LayerParams, list[Finding]]:

@@ -61,6 +61,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "params": {"calibrate", "plan", "weights"},
     "simplify": {"edits"},
     "verify": {"report"},
+    "plan": {"calibrate"},
     "weights": {"bias", "calibrate", "plan", "saturation"},
     "cli": {"summary"},
 }

@@ -7,7 +7,7 @@ import pytest
 from models import network
 from numpy.typing import NDArray
 
-from qconv.calibrate import CALIBRATORS, Statistics, watch
+from qconv.calibrate import CALIBRATORS, Statistics, Tap, watch
 from qconv.errors import QconvError
 from qconv.quant import QuantSpec
 from qconv.runtime import Session
@@ -23,11 +23,15 @@ def batches(*sizes: int) -> list[dict[str, NDArray[np.float32]]]:
     return [{"x": rng.standard_normal((size, 3, 6, 6)).astype(np.float32)} for size in sizes]
 
 
+def taps(*names: str) -> list[Tap]:
+    return [Tap(name) for name in names]
+
+
 def test_extremes_of_every_channel_over_all_batches() -> None:
     """Of the input, which is no output of the network, and of an inner tensor."""
     found = batches(2, 1, 4)
     runner = session("c = Conv(x, w)", "c", w=(5, 3, 3, 3))
-    statistics = watch(runner, ["x", "c"], found)
+    statistics = watch(runner, taps("x", "c"), found)
     x = np.concatenate([batch["x"] for batch in found])
     (c,) = runner.run(["c"], {"x": x})
     for name, numbers in (("x", x), ("c", c)):
@@ -37,10 +41,18 @@ def test_extremes_of_every_channel_over_all_batches() -> None:
         assert statistics[name].high == statistics[name].highs.max()
 
 
-def test_every_batch_is_run_once_and_told() -> None:
-    told: list[int] = []
-    watch(session("y = Relu(x)", "y"), ["y"], batches(2, 3), after_batch=lambda batch: told.append(len(batch["x"])))
-    assert told == [2, 3]
+def test_only_what_a_tap_asks_for_is_kept() -> None:
+    """Of a whole tensor: its extremes. Of one that is never negative: zero for its low."""
+    found = batches(2, 1)
+    x = np.concatenate([batch["x"] for batch in found])
+    runner = session("y = Relu(x)", "y")
+    overall, relu = Tap("x", per_channel=False), Tap("y", never_negative=True)
+    statistics = watch(runner, [overall, relu], found)
+    assert (statistics["x"].low, statistics["x"].high) == (x.min(), x.max())
+    assert statistics["x"].lows.shape == (1,)
+    assert statistics["x"].count == 0
+    assert statistics["y"].lows.tolist() == [0.0, 0.0, 0.0]
+    assert statistics["y"].highs.tolist() == x.max(axis=(0, 2, 3)).tolist()
 
 
 @pytest.mark.parametrize(
@@ -68,7 +80,7 @@ def test_means_of_every_channel() -> None:
     found = batches(2, 3)
     runner = session("y = Relu(x)", "y")
     expected = np.maximum(np.concatenate([batch["x"] for batch in found]), 0).mean(axis=(0, 2, 3))
-    np.testing.assert_allclose(watch(runner, ["y"], found)["y"].means, expected, rtol=1e-5)
+    np.testing.assert_allclose(watch(runner, taps("y"), found)["y"].means, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -76,7 +88,7 @@ def test_numbers_that_have_no_range_are_named(bad: float) -> None:
     found = batches(1, 1)
     found[0]["x"][0, 1, 2, 3] = bad
     with pytest.raises(QconvError, match="Tensor 'y' holds NaN or infinite values"):
-        watch(session("y = Mul(x, k)", "y", k=2.0), ["y"], found)
+        watch(session("y = Mul(x, k)", "y", k=2.0), taps("y"), found)
 
 
 def test_minmax_clips_nothing() -> None:
