@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.findings import Change, Finding
-from qconv.graph import DataType, Model, Node, Value, array, attribute, input_of
+from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of
 from qconv.params import Params
-from qconv.plan import Plan, clip_bounds
+from qconv.plan import Plan
 from qconv.quant import PerBlock, PerChannel, QuantParams
 from qconv.weights import LayerParams
 

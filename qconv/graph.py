@@ -6,6 +6,7 @@ model stay, new names are explicit and never taken, and a removed node leaves no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 Node = ir.Node
 Value = ir.Value
 DataType = ir.DataType
+FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(slots=True)
@@ -229,6 +231,26 @@ def scalar(value: Value | None) -> float | None:
     """The number of a constant with one element, None for everything else."""
     numbers = array(value)
     return float(numbers.reshape(-1)[0]) if numbers is not None and numbers.size == 1 else None
+
+
+def clip_bounds(node: Node) -> tuple[float, float] | None:
+    """The least and the largest number that a Relu or Clip lets through, infinite where open.
+
+    None for other nodes, for bounds that are computed, and where the lower lies above the upper.
+    """
+    if node.domain != "" or node.op_type not in ("Relu", "Clip"):
+        return None
+    if node.op_type == "Relu":
+        return 0.0, math.inf
+    ends = []
+    for index, open_end in ((1, -math.inf), (2, math.inf)):
+        given = input_of(node, index)
+        number = open_end if given is None else scalar(given)
+        if number is None:
+            return None
+        ends.append(open_end if abs(number) >= FLOAT_MAX else number)
+    low, high = ends
+    return (low, high) if low <= high else None
 
 
 def input_of(node: Node, index: int) -> Value | None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from qconv.calibrate import CALIBRATORS, Statistics
 from qconv.errors import QconvError
-from qconv.findings import Finding
+from qconv.findings import Change, Finding
 from qconv.graph import Value, array
 from qconv.plan import Plan
-from qconv.quant import QuantParams
+from qconv.quant import QuantParams, QuantSpec
 from qconv.weights import LayerParams, Source, quantize_layer
 
 
@@ -28,13 +28,10 @@ def choose_params(plan: Plan, statistics: Mapping[str, Statistics], calibrator: 
     if calibrator not in CALIBRATORS:
         raise QconvError(f"There is no calibrator {calibrator!r}.", f"use one of {', '.join(CALIBRATORS)}.")
     params = Params()
-    findings: list[Finding] = []
-    for value, group in plan.group_of().items():
-        spec = plan.activations[value].spec
-        assert spec is not None
-        # tied tensors share the union of their ranges
-        ranges = [CALIBRATORS[calibrator](statistics[v.name or ""], spec) for v in group if v.name in statistics]
-        params.activations[value] = spec.from_range(min(low for low, _ in ranges), max(high for _, high in ranges))
+    ranges = {value: _range(plan, value, group, statistics, calibrator) for value, group in plan.group_of().items()}
+    findings = _end_at_gates(plan, ranges)
+    for value, (low, high) in ranges.items():
+        params.activations[value] = _spec(plan, value).from_range(low, high)
     for value, spec in plan.constants.items():
         numbers = array(value)
         assert numbers is not None
@@ -47,3 +44,33 @@ def choose_params(plan: Plan, statistics: Mapping[str, Statistics], calibrator: 
         params.layers.append(chosen)
         findings += notes
     return params, findings
+
+
+def _range(
+    plan: Plan, value: Value, group: tuple[Value, ...], statistics: Mapping[str, Statistics], calibrator: str
+) -> tuple[float, float]:
+    """Tied tensors share the union of their ranges."""
+    spec = _spec(plan, value)
+    ranges = [CALIBRATORS[calibrator](statistics[v.name or ""], spec) for v in group if v.name in statistics]
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+
+def _end_at_gates(plan: Plan, ranges: dict[Value, tuple[float, float]]) -> list[Finding]:
+    """Give no codes to what the activation behind a tensor makes zero."""
+    findings: list[Finding] = []
+    for value, gate in plan.gates.items():
+        if gate.product not in ranges:
+            continue
+        step = float(_spec(plan, gate.product).from_range(*ranges[gate.product]).scale)
+        (low, high), floor = ranges[value], gate.floor(step)
+        if low < floor:
+            ranges[value] = floor, high
+            what = f"range ends at {floor:.3g} instead of {low:.3g}: the activation behind it makes the rest zero"
+            findings.append(Change("params", value.name or "", what, "range ends where the activation behind is zero"))
+    return findings
+
+
+def _spec(plan: Plan, value: Value) -> QuantSpec:
+    spec = plan.activations[value].spec
+    assert spec is not None
+    return spec

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.calibrate import Tap
-from qconv.graph import DataType, Model, Node, Value, array, attribute, input_of, rank, scalar
+from qconv.gates import Gate, gate_behind
+from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of, rank, scalar
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantSpec
 from qconv.recipe import Recipe, Scheme, WeightGranularity
 from qconv.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
@@ -65,7 +66,8 @@ class Plan:
     constants: quantized constant operands of Add, Mul and the like, by the value that holds them.
     integer: the nodes that will run on codes. absorbed: Relu or Clip -> the node whose quantizer takes its place.
     on_codes: nodes that work between quantizer and dequantizer. ties: groups of tensors that share parameters.
-    kept: node name -> why it stays float.
+    gates: tensors that are read by an activation alone that is zero far below zero. kept: node name -> why it stays
+    float.
     """
 
     activations: dict[Value, Choice] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class Plan:
     absorbed: dict[Node, Node] = field(default_factory=dict)
     on_codes: set[Node] = field(default_factory=set)
     ties: list[tuple[Value, ...]] = field(default_factory=list)
+    gates: dict[Value, Gate] = field(default_factory=dict)
     kept: dict[str, Choice] = field(default_factory=dict)
 
     def taps(self) -> list[Tap]:
@@ -288,6 +291,9 @@ class _Planner:
             edge = any(member in edge_inputs for member in group)
             bits = max(recipe.activation_bits, recipe.edge_bits) if edge else recipe.activation_bits
             self.plan.activations[value] = Choice(QuantSpec(bits, False, symmetric), self.quantized[value])
+            gate = gate_behind(self.model, value) if group == (value,) else None
+            if gate is not None:
+                self.plan.gates[value] = gate
         for node in self.nodes:
             if node in self.plan.integer and not isinstance(self.eligible[node], Weighted):
                 for value in data_inputs(node, self.eligible[node]):
@@ -335,18 +341,6 @@ def data_inputs(node: Node, rule: Rule) -> list[Value]:
     elif isinstance(rule, Weighted) and node.op_type == "MatMul" and array(input_of(node, 1)) is None:
         count = 2
     return [value for value in node.inputs[:count] if value is not None]
-
-
-def clip_bounds(node: Node) -> tuple[float, float] | None:
-    """Lower and upper bound of a Relu or Clip, infinite where open; None where they are computed."""
-    if node.op_type == "Relu":
-        return 0.0, float("inf")
-    low, high = input_of(node, 1), input_of(node, 2)
-    bounds = (
-        float("-inf") if low is None else scalar(low),
-        float("inf") if high is None else scalar(high),
-    )
-    return None if bounds[0] is None or bounds[1] is None else (bounds[0], bounds[1])
 
 
 def never_negative(value: Value) -> bool:

@@ -34,6 +34,7 @@ from qconv.graph import (
     Value,
     array,
     attribute,
+    clip_bounds,
     dims,
     drop_attribute,
     input_of,
@@ -42,8 +43,6 @@ from qconv.graph import (
     set_attribute,
     set_dims,
 )
-
-FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
 def _bypass(model: Model, node: Node) -> None:
@@ -192,30 +191,13 @@ def divide_by_multiplying(model: Model, node: Node) -> list[Change]:
 # -- Relu and Clip -----------------------------------------------------------------------------------------------------
 
 
-def bounds(node: Node) -> tuple[float, float] | None:
-    """Lowest and highest number that a Relu or Clip lets through; None for other nodes and computed bounds."""
-    if kind(node) == "Relu":
-        return 0.0, inf
-    if kind(node) != "Clip":
-        return None
-    ends = []
-    for index, open_end in ((1, -inf), (2, inf)):
-        given = input_of(node, index)
-        number = open_end if given is None else scalar(given)
-        if number is None:
-            return None
-        ends.append(open_end if abs(number) >= FLOAT_MAX else number)
-    low, high = ends
-    return (low, high) if low <= high else None
-
-
 @each_node("simplify", "Relu", "Clip")
 def merge_activations(model: Model, node: Node) -> list[Change]:
     """Of two in a row the wider one does nothing; Clip(0, infinity) is Relu."""
-    span, before = bounds(node), source(node).producer()
+    span, before = clip_bounds(node), source(node).producer()
     if span is None:
         return []
-    inner = None if before is None else bounds(before)
+    inner = None if before is None else clip_bounds(before)
     if span == (-inf, inf) or (inner is not None and _within(inner, span)):
         _bypass(model, node)
         return [Change("simplify", title(node), f"{node.op_type} removed: it cuts nothing off")]
@@ -266,7 +248,7 @@ ABSORBERS = MOVERS | {
 def hoist_activations(model: Model, node: Node) -> list[Change]:
     """A Relu or Clip behind a mover goes before it, next to the layer that absorbs it; before Concat one copy each."""
     mover = source(node).producer()
-    if bounds(node) is None or mover is None or not _only_moves(mover):
+    if clip_bounds(node) is None or mover is None or not _only_moves(mover):
         return []
     if model.sole_reader(mover.outputs[0]) is not node or not no_extra_outputs(mover):
         raise Refused(f"something else reads {called(mover)}")

@@ -31,6 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "feed",
             "fileformat",
             "fold",
+            "gates",
             "layers",
             "params",
             "plan",
@@ -61,7 +62,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "params": {"calibrate", "plan", "weights"},
     "simplify": {"edits"},
     "verify": {"report"},
-    "plan": {"calibrate"},
+    "plan": {"calibrate", "gates"},
     "weights": {"bias", "calibrate", "plan", "saturation"},
     "cli": {"summary"},
 }
