@@ -19,7 +19,17 @@ import click
 
 import qconv
 from qconv.errors import QconvError
-from qconv.recipe import PRESETS, Color, Filter, Layout, PreprocessingOptions, Recipe, Scheme, WeightGranularity
+from qconv.recipe import (
+    MOST_THREADS,
+    PRESETS,
+    Color,
+    Filter,
+    Layout,
+    PreprocessingOptions,
+    Recipe,
+    Scheme,
+    WeightGranularity,
+)
 
 if TYPE_CHECKING:
     from qconv.report import Report
@@ -119,7 +129,12 @@ common_options = _stack(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary."),
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and what --json prints)."),
     click.option("-v", "--verbose", is_flag=True, help="Also print every change, every refusal and every tensor."),
-    click.option("--threads", type=click.IntRange(1), help="Threads of ONNX Runtime.  [default: all cores]"),
+    click.option(
+        "--threads",
+        type=click.IntRange(1, MOST_THREADS),
+        metavar="N",
+        help="Threads of ONNX Runtime.  [default: all cores]",
+    ),
 )
 
 

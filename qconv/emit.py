@@ -236,8 +236,8 @@ class _Writer:
         self.model.insert_first(dequantizer)
         result = dequantizer.outputs[0]
         stored = array(weight)
-        if stored is not None and chosen.codes.shape != stored.shape:
-            # a Reshape in between also keeps the optimizer from taking blocks for channels
+        if stored is not None and chosen.layer.blocked and chosen.layer.node.op_type != "Gemm":
+            # kernels of blocks were flattened; in between, Reshape keeps the optimizer from taking blocks for channels
             shape = self._fixed("shape", np.asarray(stored.shape, np.int64))
             reshape = self.model.build("Reshape", [result, shape], name=f"{name}_reshaped", like=weight)
             self.model.insert_after(dequantizer, reshape)

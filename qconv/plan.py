@@ -237,12 +237,21 @@ class _Planner:
         if follower is not None:
             self.plan.absorbed[follower] = node
             self.quantized.setdefault(follower.outputs[0], reason)
-        elif not isinstance(rule, Weighted) or rule.needs_output or array(input_of(node, 1)) is None:
+        elif not isinstance(rule, Weighted) or self._needs_output(node, rule):
             for value in node.outputs:
                 if value.uses() or value.is_graph_output():
                     self.quantized.setdefault(value, reason)
         if isinstance(rule, OnCodes):
             self.plan.on_codes.add(node)
+
+    def _needs_output(self, node: Node, rule: Weighted) -> bool:
+        """Whether the layer's result must become codes for the layer itself to run on codes.
+
+        Without codes in between ONNX Runtime makes one float Gemm out of a MatMul and the Add behind it.
+        """
+        if rule.needs_output or array(input_of(node, 1)) is None:
+            return True
+        return node.op_type == "MatMul" and any(n.op_type == "Add" for n in self.model.readers(node.outputs[0]))
 
     def _absorbable(self, node: Node) -> Node | None:
         """The Relu or Clip that alone reads this node's output and that a saturating quantizer can replace."""

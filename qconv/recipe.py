@@ -151,6 +151,8 @@ class Preprocessing:
         return f"{wish}, centre crop (unless already {height}x{width})"
 
 
+MOST_THREADS = 1024
+
 # Options that change the run, or where its pictures lie, but no byte of the file.
 STEERING = frozenset({"threads", "min_agreement", "min_sqnr", "calib"})
 
@@ -199,7 +201,11 @@ class Recipe:
         _require(self.block_size >= 1, f"--block-size {self.block_size}", "use at least 1.")
         _require(self.target in TARGETS, f"--target {self.target}", f"use {' or '.join(TARGETS)}.")
         _require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
-        _require(self.threads is None or self.threads >= 1, f"--threads {self.threads}", "use at least 1.")
+        _require(
+            self.threads is None or 1 <= self.threads <= MOST_THREADS,
+            f"--threads {self.threads}",
+            f"use 1 to {MOST_THREADS}.",
+        )
         _require(
             not self.pack or self.weight_bits <= 4,
             f"--pack with {self.weight_bits}-bit weights",

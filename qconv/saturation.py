@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from qconv.quant import QuantParams
 
 PAIR_LIMIT = 32767
+# Rounding can leave a pair a little over: steps of less than half a code in 127 would take forever.
+SMALLEST_STEP = 1 + 1 / 256
 
 
 def widen(
@@ -34,12 +36,14 @@ def widen(
     *,
     output_axis: int,
 ) -> QuantParams:
-    """Per-channel parameters whose codes saturate in no pair; `params` itself where they already do not.
+    """Parameters, per channel or per tensor, whose codes saturate in no pair; `params` itself where none does already.
 
     weight: (O, I/g, kH, kW), or a matrix with outputs along `output_axis`. low, high: least and largest code of every
     input channel, shape (I,).
     """
     limits = _spread(low, high, weight, output_axis)
+    if params.scale.ndim == 0:
+        return _widen_all(params, weight, limits, output_axis)
     scale, zero = params.scale.copy(), params.zero_point.copy()
     gain = np.ones(scale.shape)  # (O,)
     over = np.arange(len(scale))  # the outputs that may still have a pair over the limit
@@ -50,10 +54,26 @@ def widen(
         over, excess = over[excess > 1], excess[excess > 1]
         if not over.size:
             return QuantParams(params.spec, scale, zero) if np.any(gain > 1) else params
-        # Rounding can leave a pair a little over: steps of less than half a code in 127 would take forever.
-        gain[over] *= np.maximum(excess, 1 + 1 / 256)
+        gain[over] *= np.maximum(excess, SMALLEST_STEP)
         scale[over] = params.scale[over] * gain[over]
         zero[over] = np.rint(params.zero_point[over] / gain[over])
+
+
+def _widen_all(
+    params: QuantParams,
+    weight: NDArray[np.float32],
+    limits: tuple[NDArray[np.int32], NDArray[np.int32]],
+    output_axis: int,
+) -> QuantParams:
+    """One scale for the whole tensor."""
+    chosen, gain = params, 1.0
+    while True:
+        excess = float((_worst_pair(_rows(chosen.quantize(weight), output_axis), *limits) / PAIR_LIMIT).max())
+        if excess <= 1:
+            return chosen
+        gain *= max(excess, SMALLEST_STEP)
+        zero = np.rint(params.zero_point / gain).astype(params.zero_point.dtype)
+        chosen = QuantParams(params.spec, (params.scale * gain).astype(np.float32), zero)
 
 
 def _rows(codes: NDArray[np.integer], output_axis: int) -> NDArray[np.int32]:

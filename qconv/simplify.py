@@ -79,6 +79,22 @@ def sum_to_add(model: Model, node: Node) -> list[Change]:
 
 
 @each_node("simplify", "Pad")
+def pad_every_axis(model: Model, node: Node) -> list[Change]:
+    """A Pad that lists its axes is written without: ONNX Runtime transposes it wrongly between integer layers."""
+    given = input_of(node, 3)
+    widths, axes, axis_count = array(input_of(node, 1)), array(given), rank(source(node))
+    if given is None or widths is None or axes is None or axis_count is None:
+        return []
+    full = np.zeros((2, axis_count), np.int64)  # (begin and end, axes)
+    full[:, axes] = widths.reshape(2, -1)
+    fill = input_of(node, 2)
+    widths_of_all = model.constant(f"{title(node)}_widths", full.reshape(-1))
+    inputs = [source(node), widths_of_all, *([] if fill is None else [fill])]
+    model.become(node, "Pad", inputs, {"mode": attribute(node, "mode", "constant")})
+    return [Change("simplify", title(node), "axes of Pad written out")]
+
+
+@each_node("simplify", "Pad")
 def merge_pads(model: Model, node: Node) -> list[Change]:
     """Zero padding of height and width becomes the padding of the Convs that read it."""
     output = node.outputs[0]
@@ -107,17 +123,14 @@ def merge_pads(model: Model, node: Node) -> list[Change]:
 
 def _spatial_widths(node: Node) -> list[int]:
     """What a Pad adds around height and width, all beginnings first."""
-    value, axes_given = input_of(node, 2), input_of(node, 3)
-    widths, axes = array(input_of(node, 1)), array(axes_given)
+    value, widths = input_of(node, 2), array(input_of(node, 1))
     if attribute(node, "mode", "constant") != "constant" or (value is not None and scalar(value) != 0):
         raise Refused("it does not pad with zeros")
-    if widths is None or (axes_given is not None and axes is None):
+    if widths is None:
         raise Refused("its widths are computed")
-    axis_count = rank(source(node)) if axes is not None else widths.size // 2
-    if axis_count is None:
-        raise Refused("the rank of its data is not known")
-    full = np.zeros((2, axis_count), np.int64)  # (begin and end, axes)
-    full[:, slice(None) if axes is None else axes] = widths.reshape(2, -1)
+    if input_of(node, 3) is not None:
+        raise Refused("its axes are computed, or the rank of its data is not known")
+    full = widths.reshape(2, -1)  # (begin and end, axes)
     if full[:, :2].any():
         raise Refused("it pads more than height and width")
     if (full < 0).any():
@@ -289,6 +302,7 @@ def _only_moves(node: Node) -> bool:
 PASSES: tuple[Pass, ...] = (
     drop_identities,
     sum_to_add,
+    pad_every_axis,
     merge_pads,
     mean_to_pool,
     whole_average_to_pool,

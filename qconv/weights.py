@@ -118,9 +118,13 @@ def _input_channels(layer: Layer, weight: NDArray[np.floating]) -> int:
 
 
 def _adds_pairs(layer: Layer, weight: NDArray[np.float32]) -> bool:
-    """Whether a kernel that adds products in pairs of 16 bits may run this layer: any but a depthwise one."""
-    per_channel = isinstance(layer.weight.granularity, PerChannel)
-    return per_channel and layer.weight.bits == 8 and (weight.ndim == 2 or weight.shape[1] > 1)
+    """Whether a kernel that adds products in pairs of 16 bits may run this layer: any but a depthwise one.
+
+    Depthwise to ONNX Runtime is a Conv of one channel in and one channel out in each group.
+    """
+    groups = attribute(layer.node, "group", 1)
+    depthwise = layer.node.op_type == "Conv" and groups > 1 and weight.shape[:2] == (groups, 1)
+    return layer.weight.bits == 8 and not layer.blocked and not depthwise
 
 
 def _fit_bias(params: QuantParams, data: QuantParams, bias: NDArray[np.floating]) -> QuantParams:
