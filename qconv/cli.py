@@ -5,6 +5,7 @@ stdout carries the result, stderr the conversation. Exit status: 0 done, 1 an er
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -57,6 +58,10 @@ class Size(click.ParamType[tuple[int, int]]):
     """HxW in pixels, or one number for a square."""
 
     name = "HxW"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """What --help shows for the value."""
+        return "HxW"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         """Height and width, or a usage error."""
@@ -141,7 +146,7 @@ common_options = _stack(
 @click.group(context_settings=WIDTH)
 @click.version_option(qconv.__version__, prog_name="qconv")
 def cli() -> None:
-    """Turn a float ONNX convolutional network into a quantized one that is as accurate and four times smaller."""
+    """Turn a float ONNX convolutional network into a quantized one, checked and explained."""
 
 
 @cli.command(context_settings=WIDTH)
@@ -153,20 +158,50 @@ def cli() -> None:
     "-o", "--output", metavar="OUT", help="Result; '-' is standard output.  [default: MODEL.w8a8.onnx by its bits]"
 )
 @click.option(
-    "--samples", default=128, show_default=True, type=click.IntRange(1), help="Pictures to use; all if fewer."
+    "--samples",
+    default=128,
+    show_default=True,
+    metavar="N",
+    type=click.IntRange(1),
+    help="Pictures to use; all if fewer.",
 )
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Pictures a run.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the draw of pictures.")
+@click.option("--batch", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="Pictures a run.")
+@click.option(
+    "--seed", default=0, show_default=True, metavar="N", type=click.IntRange(0), help="Of the draw of pictures."
+)
 @click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches.")
 @click.option("--weight-bits", default=8, show_default=True, metavar="2..8|16", type=int, help="Bits of weights.")
 @click.option(
     "--activation-bits", default=8, show_default=True, metavar="2..8|16|32", type=int, help="32: only weights."
 )
-@click.option("--weight-scheme", default="symmetric", show_default=True, type=_choice(Scheme))
-@click.option("--activation-scheme", default="asymmetric", show_default=True, type=_choice(Scheme))
-@click.option("--weight-granularity", default="per-channel", show_default=True, type=_choice(WeightGranularity))
 @click.option(
-    "--block-size", default=32, show_default=True, type=click.IntRange(1), help="Input channels a block, per-block."
+    "--weight-scheme",
+    default="symmetric",
+    show_default=True,
+    type=_choice(Scheme),
+    help="Symmetric: zero is the middle code.",
+)
+@click.option(
+    "--activation-scheme",
+    default="asymmetric",
+    show_default=True,
+    type=_choice(Scheme),
+    help="Symmetric: zero is the middle code, or the lowest where nothing is negative.",
+)
+@click.option(
+    "--weight-granularity",
+    default="per-channel",
+    show_default=True,
+    type=_choice(WeightGranularity),
+    help="What shares a scale.",
+)
+@click.option(
+    "--block-size",
+    default=32,
+    show_default=True,
+    metavar="N",
+    type=click.IntRange(1),
+    help="Input channels that share a scale, for per-block.",
 )
 @click.option(
     "--edge-bits",
@@ -185,7 +220,9 @@ def cli() -> None:
 @click.option(
     "--keep-float-op", multiple=True, metavar="TYPE", help="Leave operators of this type in float; repeatable."
 )
-@click.option("--opset", type=int, help="Opset of the result.  [default: the lowest that model and types need]")
+@click.option(
+    "--opset", type=int, metavar="N", help="Opset of the result.  [default: the lowest that model and types need]"
+)
 @click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement.")
 @click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR.")
 @preprocessing_options
@@ -196,7 +233,10 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
         raise click.UsageError("a model from standard input needs an output: pass -o FILE or '-o -'.")
     if not options["calib"]:
         raise click.UsageError("pass the calibration pictures with --calib DIR.")
+    if output == "" or "" in options["calib"]:
+        raise click.UsageError("--calib and --output need a name.")
     recipe = _recipe(options)
+    _require_streams(model, output, as_json)
     from qconv import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
 
     console = summary.Console(quiet=quiet)
@@ -206,14 +246,22 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
         sys.stdout.buffer.flush()
     stream = sys.stderr if data is not None else sys.stdout
     if as_json:
-        print(json.dumps(report.as_dict(), allow_nan=False, ensure_ascii=False), file=stream)
-    elif not quiet:
+        print(json.dumps(report.as_dict(), allow_nan=False), file=stream)
+    elif not quiet and stream is not None:
         summary.show(report, stream, verbose=verbose)
     for gate in report.gates:
         if not gate.held and not quiet:
             got = "no such measure" if gate.got is None else f"{gate.got:.4g}"
             print(f"Gate fell short: --{gate.name} {gate.want:g}, got {got}.", file=sys.stderr)
     return 0 if report.held else GATE_FELL_SHORT
+
+
+def _require_streams(model: str, output: str | None, as_json: bool) -> None:
+    """A shell can close streams (`>&-`): better said before the work than after it."""
+    if model == "-" and sys.stdin is None:
+        raise QconvError("Standard input is closed.", "pipe the model into it, or name its file.")
+    if (output == "-" or as_json) and sys.stdout is None:
+        raise QconvError("Standard output is closed.", "redirect it to a file.")
 
 
 def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[Report, bytes | None]:
@@ -226,6 +274,7 @@ def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[
     if output is None:
         output = default_output(model, recipe)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
+    _leave_by_exceptions()
     try:
         return pipeline.quantize(source, None if output == "-" else output, recipe, listener)
     finally:
@@ -235,15 +284,39 @@ def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[
 def default_output(model: str, recipe: Recipe) -> str:
     """MODEL with its bits: `cat.onnx` becomes `cat.w8a8.onnx`."""
     path = Path(model)
+    if not path.name:
+        raise QconvError(f"{model or 'An empty name'} is no model.", "name an ONNX file.")
     stem = path.name.removesuffix(".onnx")
     return str(path.with_name(f"{stem}.w{recipe.weight_bits}a{recipe.activation_bits}.onnx"))
 
 
+SAME = (
+    ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "block_size", "edge_bits", "pack")
+    + ("keep_float", "keep_float_op", "opset", "min_agreement", "min_sqnr", "threads")
+)  # fmt: skip
+"""Options that a Recipe calls the same."""
+
+
 def _recipe(options: dict[str, Any]) -> Recipe:
+    """Values that do not go together are usage errors, as those are that click finds itself."""
+    try:
+        return Recipe(
+            glob=options["pattern"],
+            weight_scheme=Scheme(options["weight_scheme"]),
+            activation_scheme=Scheme(options["activation_scheme"]),
+            weight_granularity=WeightGranularity(options["weight_granularity"]),
+            preprocessing=_preprocessing(options),
+            **{name: options[name] for name in SAME},
+        )
+    except QconvError as error:
+        raise click.UsageError(f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}") from None
+
+
+def _preprocessing(options: dict[str, Any]) -> PreprocessingOptions:
     scale = options["scale"]
     if scale is not None and len(scale) != 1:
         raise click.UsageError("--scale takes one number.")
-    preprocessing = PreprocessingOptions(
+    return PreprocessingOptions(
         preset=options["preprocess"],
         scale=None if scale is None else scale[0],
         mean=options["mean"],
@@ -254,58 +327,60 @@ def _recipe(options: dict[str, Any]) -> Recipe:
         filter=Filter(options["filter_"]),
         size=options["size"],
     )
-    same: tuple[str, ...] = (
-        "calib",
-        "samples",
-        "batch",
-        "seed",
-        "weight_bits",
-        "activation_bits",
-        "block_size",
-        "edge_bits",
-        "pack",
-    )
-    same += ("keep_float", "keep_float_op", "opset", "min_agreement", "min_sqnr", "threads")
-    return Recipe(
-        glob=options["pattern"],
-        weight_scheme=Scheme(options["weight_scheme"]),
-        activation_scheme=Scheme(options["activation_scheme"]),
-        weight_granularity=WeightGranularity(options["weight_granularity"]),
-        preprocessing=preprocessing,
-        **{name: options[name] for name in same},
-    )
 
 
-def _terminated(number: int, frame: Any) -> NoReturn:
-    # leave through the `finally` clauses, which remove what is half-written
+# -- leaving -----------------------------------------------------------------------------------------------------------
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _leave_at_once() -> None:
+    """While libraries are imported nothing is half-written, and an exception inside them would only confuse them."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _leave_by_exceptions() -> None:
+    """From here on a signal leaves through the `finally` clauses, which remove what is half-written."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _raise_exit)
+
+
+def _raise_exit(number: int, frame: Any) -> NoReturn:
     raise SystemExit(128 + number)
 
 
 def main() -> None:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, _terminated)
+    _leave_at_once()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be anything
     try:
         status = cli.main(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except QconvError as error:
         _fail(error.message, error.hint)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.Abort:
-        _fail("interrupted.", "", status=130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # whoever read our output has gone; nothing may be written to it at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except OSError as error:
+        # whoever read our output has gone, or its disk is full; nothing more may be written to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        _fail(f"standard output cannot be written: {error.strerror}.", "send it somewhere else.")
     except MemoryError:
         _fail("out of memory.", "use fewer --samples, --batch 1, or a machine with more.")
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str, hint: str, status: int = 1) -> NoReturn:
+def _fail(message: str, hint: str) -> NoReturn:
     print(f"Error: {message}", file=sys.stderr)
-    if hint:
-        print(f"Hint:  {hint}", file=sys.stderr)
-    sys.exit(status)
+    print(f"Hint:  {hint}", file=sys.stderr)
+    sys.exit(1)

@@ -25,7 +25,8 @@ Batch = dict[str, NDArray[Any]]
 class Feed:
     """Pictures, preprocessed. The first few stay in memory, so that checking the result need not decode them again.
 
-    warn hears of each unreadable picture once; progress of (stage, pictures done, pictures in all).
+    warn hears of each unreadable picture once; progress of (stage, pictures done, pictures in all). pictures: how many
+    the first pass has decoded.
     """
 
     listing: images.Listing
@@ -36,6 +37,7 @@ class Feed:
     progress: Callable[[str, int, int], None]
     _kept: list[Batch] = field(default_factory=list)
     _passes: int = 0
+    pictures: int = 0
 
     @classmethod
     def of(
@@ -48,6 +50,8 @@ class Feed:
         """The pictures of `recipe` for the network in `session`. Raises QconvError where they cannot feed it."""
         listing = images.find(recipe.calib, pattern=recipe.glob, samples=recipe.samples, seed=recipe.seed)
         inputs = [images.InputSpec(*found) for found in session.inputs]
+        if not inputs:
+            raise QconvError(f"{session.name} has no input, so no picture can be fed to it.", "export the model again.")
         preprocessing = None
         if any(path.suffix.lower() not in images.SAMPLE_SUFFIXES for path in listing.paths):
             if len(inputs) > 1:
@@ -55,6 +59,8 @@ class Feed:
             class_vector = any(len(shape) == 2 for shape in session.output_shapes)
             preprocessing = images.resolve(recipe.preprocessing, inputs[0], class_vector=class_vector)
         fixed = inputs[0].shape[0] if inputs[0].shape else None
+        if fixed is not None and recipe.batch not in (1, fixed):
+            warn(f"--batch {recipe.batch} is not used: the model's own batch is {fixed}.")
         return cls(listing, inputs, preprocessing, fixed or recipe.batch, warn, progress)
 
     @property
@@ -80,6 +86,7 @@ class Feed:
                     break  # pictures short of a batch: the others speak for them
                 feeds = {name: np.resize(array, (self.batch, *array.shape[1:])) for name, array in feeds.items()}
             if first_pass:
+                self.pictures += count
                 self._keep(feeds)
             yield feeds
             done += count

@@ -48,10 +48,10 @@ class Source:
     @property
     def runnable(self) -> str | bytes:
         """What ONNX Runtime is given to run the model as the user has it."""
-        if self.path is not None:
-            return str(self.path)
-        assert self.data is not None
-        return self.data
+        if self.path is None:
+            assert self.data is not None
+            return self.data
+        return str(self.path)
 
 
 def read(source: Source) -> onnx.ModelProto:
@@ -136,6 +136,13 @@ def _check_external(proto: onnx.ModelProto, source: Source) -> None:
                 _check_data_file(tensor, entries, source)
             except (ValueError, KeyError, OSError):  # no number, no element type, no path that any system could have
                 raise _not_onnx(source) from None
+
+
+def data_files(proto: onnx.ModelProto, source: Source) -> set[Path]:
+    """The files beside the model that hold its weights."""
+    external = [t for t in tensors(proto.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
+    found = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    return set() if source.path is None else {source.path.resolve().parent / location for location in found}
 
 
 def _check_data_file(tensor: onnx.TensorProto, entries: dict[str, str], source: Source) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import resource
 import sys
 import time
@@ -28,6 +29,9 @@ from qconv.runtime import Session
 from qconv.shrink import shrink
 from qconv.targets import TARGETS
 from qconv.verify import gates, verify
+
+SLOWER = 1.05
+"""Times of the float model from which on a result is called slower: less is noise."""
 
 
 @dataclass(slots=True)
@@ -70,10 +74,13 @@ def quantize(
     run = _Run(listener or Listener())
     source = source if isinstance(source, load.Source) else load.Source(str(source), Path(source))
     place = None if out is None else Path(out)
-    _check_output(source, place)
 
     with run.step("load"):
+        if place is not None:
+            _check_output(source, place, set())
         proto = load.read(source)
+        if place is not None:
+            _check_output(source, place, load.data_files(proto, source))
         load.refuse_quantized(proto, source.name)
         float_bytes = load.file_bytes(proto, source)
         original = Session(source.runnable, name=source.name, threads=recipe.threads)
@@ -83,6 +90,7 @@ def quantize(
     with run.step("fold"):
         run.findings += fold.fold(model)
     with run.step("plan"):
+        _look_for_wishes(model, recipe, run)
         plan = make_plan(model, recipe, TARGETS[recipe.target])
         _require_layers(plan, source)
     with run.step("calibrate"):
@@ -98,7 +106,10 @@ def quantize(
     with save.staged(model, place) as staged:
         with run.step("verify"):
             checked, audited = _check(staged, original, plan, recipe, feed)
-        if checked.slowdown is not None and checked.slowdown > 1:
+        for output in checked.outputs:
+            if output.remark:
+                run.warn(f"output {output.name}: {output.remark}.")
+        if checked.slowdown is not None and checked.slowdown > SLOWER:
             run.warn(f"the quantized model ran {checked.slowdown:.2f} times as long as the float one on this machine.")
         size = staged.size
         result = staged.path.read_bytes() if place is None else None
@@ -129,12 +140,25 @@ def quantize(
     return report, result
 
 
-def _check_output(source: load.Source, out: Path | None) -> None:
-    if out is None:
-        return
-    if source.path is not None and out.exists() and source.path.exists() and out.samefile(source.path):
-        raise QconvError(f"The output {out} is the model itself.", "choose another output with -o.")
+def _check_output(source: load.Source, out: Path, data: set[Path]) -> None:
+    """Refuse to write over what is read. data: the model's own data files."""
     save.check_place(out)
+    for path in (source.path, *data):
+        if path is not None and out.exists() and path.exists() and out.samefile(path):
+            what = "the model itself" if path == source.path else "a data file of the model"
+            raise QconvError(f"The output {out} is {what}.", "choose another output with -o.")
+
+
+def _look_for_wishes(model: Model, recipe: Recipe, run: _Run) -> None:
+    """A misspelt name or type keeps nothing float."""
+    names = [node.name or "" for node in model.nodes()]
+    types = {node.op_type for node in model.nodes()}
+    for pattern in recipe.keep_float:
+        if not fnmatch.filter(names, pattern):
+            run.warn(f"--keep-float {pattern} matches no node of the folded model.")
+    for op_type in recipe.keep_float_op:
+        if op_type not in types:
+            run.warn(f"--keep-float-op {op_type}: the folded model has no such operator.")
 
 
 def _require_layers(plan: Plan, source: load.Source) -> None:
@@ -159,11 +183,14 @@ def _check(
 ) -> tuple[Verification, Audit]:
     """The written file, before it gets its name: onnx's checker, the runtime's own graph, the float model's outputs."""
     save.check(staged)
-    optimized = staged.folder / "optimized.onnx"
-    quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads, save_optimized=optimized)
+    with save.scratch(2 * staged.size) as folder:
+        optimized = folder / "optimized.onnx"
+        threads = recipe.threads
+        quantized = Session(str(staged.path), name="the quantized model", threads=threads, save_optimized=optimized)
+        audited = audit(optimized, plan)
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
     pictures = feed.all("verify") if gated else feed.few("verify")
-    return verify(original, quantized, pictures), audit(optimized, plan)
+    return verify(original, quantized, pictures, most=feed.pictures), audited
 
 
 def peak_rss_mb() -> float:

@@ -205,9 +205,14 @@ class _Planner:
             grown = len(self.plan.integer) > before
         for node in self.eligible:
             if node not in self.plan.integer and node not in self.plan.absorbed and _carries_float(node):
-                self.plan.kept[node.name or ""] = Choice(
-                    None, "no quantized tensor reaches it, so codes would only cost"
-                )
+                self.plan.kept[node.name or ""] = Choice(None, self._why_left(node))
+
+    def _why_left(self, node: Node) -> str:
+        """ONNX Runtime merges a float layer and its activation: then it is the layer's reason that counts."""
+        before = next(_previous_nodes(node), None)
+        if node.op_type in ACTIVATIONS and before is not None and before.name in self.plan.kept:
+            return self.plan.kept[before.name].why
+        return "no quantized tensor reaches it, so codes would only cost"
 
     def _worthwhile(self, node: Node) -> bool:
         rule = self.eligible[node]

@@ -217,7 +217,7 @@ class Recipe:
             "use a share from 0 to 1.",
         )
         _require(
-            self.min_sqnr is None or not math.isnan(self.min_sqnr), f"--min-sqnr {self.min_sqnr}", "use a number of dB."
+            self.min_sqnr is None or math.isfinite(self.min_sqnr), f"--min-sqnr {self.min_sqnr}", "use a number of dB."
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -12,12 +12,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class OutputScore:
-    """How one output of the quantized model compares. sqnr_db: None where both are equal; agreement: None where the
-    output is no class score."""
+    """How one output of the quantized model compares.
+
+    sqnr_db: None where both are equal, or nothing could be compared; agreement: None where the output is no class
+    score. remark: what is odd about it, and empty for most.
+    """
 
     name: str
     sqnr_db: float | None
     agreement: float | None
+    remark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,11 @@ class Verification:
     def sqnr_db(self) -> float | None:
         """The lowest output's, in dB; None where all outputs are equal."""
         return min((o.sqnr_db for o in self.outputs if o.sqnr_db is not None), default=None)
+
+    @property
+    def equal(self) -> bool:
+        """Whether something was compared, and nothing differs."""
+        return self.sqnr_db is None and any(not output.remark for output in self.outputs)
 
     @property
     def agreement(self) -> float | None:
@@ -131,7 +140,8 @@ class Report:
             "output": self.output,
             "float": self.float_model,
             "recipe": self.recipe,
-            "preprocessing": self.preprocessing,
+            # the runner-up and its distance are known only where the preprocessing was found out
+            "preprocessing": self.preprocessing and {**self.preprocessing, "runner_up": None, "margin": None},
             "size": {"float": self.float_bytes, "quantized": self.quantized_bytes, "ratio": round(self.ratio, 4)},
             "opset": self.opset,
             "ir_version": self.ir_version,
@@ -140,7 +150,7 @@ class Report:
                 "images": verify.images,
                 "sqnr_db": verify.sqnr_db,
                 "agreement": verify.agreement,
-                "outputs": [_row(o) for o in verify.outputs],
+                "outputs": [{"name": o.name, "sqnr_db": o.sqnr_db, "agreement": o.agreement} for o in verify.outputs],
             },
             "audit": {
                 "integer": self.audit.integer,

@@ -67,6 +67,8 @@ class Session:
             data = f"{save_optimized.name}.data"
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
         self.name = name
+        if isinstance(model, str) and not _is_utf8(model):
+            model = Path(model).read_bytes()
         try:
             # with its fallback on, the runtime prints errors to stdout, which may be carrying the result
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
@@ -128,6 +130,15 @@ class Session:
             self._binding = None
             return self.run(outputs, feeds)
         return self._binding.buffers
+
+
+def _is_utf8(path: str) -> bool:
+    """Whether ONNX Runtime and onnx take this path; file systems allow any bytes in names."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _open_shape(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:

@@ -89,8 +89,24 @@ def _locked_folder(out: Path) -> Iterator[Path]:
             os.close(handle)
 
 
+@contextlib.contextmanager
+def scratch(size: int) -> Iterator[Path]:
+    """A folder among the system's temporary files with room for `size` bytes. Raises QconvError where there is none."""
+    with _explained(_temporary()), tempfile.TemporaryDirectory(prefix="qconv-", ignore_cleanup_errors=True) as folder:
+        if shutil.disk_usage(folder).free < size:
+            place = tempfile.gettempdir()
+            raise QconvError(f"No space is left in {place} to check the result.", "free some, or set TMPDIR.")
+        yield Path(folder)
+
+
 def check_place(out: Path) -> None:
     """Raise QconvError where no file can be written at `out`; remove what killed runs left there."""
+    with _explained(out):
+        _check_place(out)
+    _remove_stale(out)
+
+
+def _check_place(out: Path) -> None:
     if not out.parent.is_dir():
         raise QconvError(f"The folder {out.parent} does not exist.", "create it, or choose another output with -o.")
     if out.is_dir():
@@ -99,7 +115,6 @@ def check_place(out: Path) -> None:
         raise QconvError(f"{out} is a device or a pipe, which cannot be replaced.", "name a file with -o.")
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise QconvError(f"The folder {out.parent} cannot be written to.", "choose another output with -o.")
-    _remove_stale(out)
 
 
 def _remove_stale(out: Path) -> None:
@@ -122,7 +137,9 @@ def _temporary() -> Path:
 def check(staged: Staged) -> None:
     """onnx's own checker on the written file. Raises QconvError where it does not accept it."""
     try:
-        onnx.checker.check_model(str(staged.path))
+        onnx.checker.check_model(staged.path)
+    except (UnicodeEncodeError, TypeError):  # a place whose name is not UTF-8
+        onnx.checker.check_model(onnx.load(staged.path))
     except onnx.checker.ValidationError as error:
         reason = next(iter(str(error).splitlines()), "")
         raise QconvError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from typing import Any, TextIO
 
@@ -22,6 +23,8 @@ class Console:
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._console = rich.console.Console(stderr=True, highlight=False)
+        # FORCE_COLOR, which CI systems set, makes rich take a log for a terminal
+        self._watched = sys.stderr is not None and sys.stderr.isatty()
         self._bar: rich.progress.Progress | None = None
         self._tasks: dict[str, rich.progress.TaskID] = {}
 
@@ -32,7 +35,7 @@ class Console:
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Move the bar of `stage`, where a person is looking."""
-        if self._quiet or not self._console.is_terminal:
+        if self._quiet or not self._watched:
             return
         if self._bar is None:
             columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.MofNCompleteColumn())
@@ -93,12 +96,17 @@ def _accuracy(report: Report) -> str:
     parts = []
     if checked.agreement is not None:
         parts.append(f"agrees with the float model on {checked.agreement:.1%}")
-    parts.append("outputs equal" if checked.sqnr_db is None else f"SQNR {checked.sqnr_db:.1f} dB")
+    if checked.sqnr_db is not None:
+        parts.append(f"SQNR {checked.sqnr_db:.1f} dB")
+    else:
+        parts.append("outputs equal" if checked.equal else "outputs cannot be compared")
     return f"{', '.join(parts)} ({checked.images} calibration pictures)"
 
 
 def _score(output: OutputScore) -> str:
-    sqnr = "equal" if output.sqnr_db is None else f"{output.sqnr_db:.1f} dB"
+    if output.sqnr_db is None:
+        return f"{escape(output.name)}: {output.remark or 'equal'}"
+    sqnr = f"{output.sqnr_db:.1f} dB"
     agreement = "" if output.agreement is None else f", agreement {output.agreement:.1%}"
     return f"{escape(output.name)}: {sqnr}{agreement}"
 

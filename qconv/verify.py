@@ -27,8 +27,17 @@ class _Tally:
     noise: float = 0.0
     equal: int = 0
     positions: int = 0
+    remark: str = ""
 
-    def update(self, reference: NDArray[Any], quantized: NDArray[Any]) -> None:
+    def update(self, reference: Any, quantized: Any) -> None:
+        if not (_is_numbers(reference) and _is_numbers(quantized)):
+            self.remark = "no tensor of numbers, so it was not compared"
+        elif reference.shape != quantized.shape:
+            self.remark = "its shape depends on the data, so it was not compared"
+        else:
+            self._compare(reference, quantized)
+
+    def _compare(self, reference: NDArray[Any], quantized: NDArray[Any]) -> None:
         finite = np.isfinite(reference)  # where the float model itself has no number there is nothing to keep
         ref, got = reference[finite].astype(np.float64), quantized[finite].astype(np.float64)
         self.signal += float(np.sum(ref * ref))
@@ -39,9 +48,17 @@ class _Tally:
             self.positions += same.size
 
     def score(self, name: str) -> OutputScore:
-        return OutputScore(
-            name, sqnr_db(self.signal, self.noise), self.equal / self.positions if self.positions else None
+        if self.remark:
+            return OutputScore(name, None, None, self.remark)
+        agreement = self.equal / self.positions if self.positions else None
+        remark = (
+            "" if self.noise < math.inf else "the quantized model gives NaN or infinity where the float model does not"
         )
+        return OutputScore(name, sqnr_db(self.signal, self.noise), agreement, remark)
+
+
+def _is_numbers(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and array.dtype.kind in "fiub"
 
 
 def sqnr_db(signal: float, noise: float) -> float | None:
@@ -61,8 +78,10 @@ def is_class_score(shape: Sequence[int | None]) -> bool:
     return classes is not None and classes > 1 and not (len(shape) == 4 and classes == 3)
 
 
-def verify(reference: Session, quantized: Session, batches: Iterable[Mapping[str, NDArray[Any]]]) -> Verification:
-    """Run both on every batch, one after the other."""
+def verify(
+    reference: Session, quantized: Session, batches: Iterable[Mapping[str, NDArray[Any]]], *, most: int | None = None
+) -> Verification:
+    """Run both on every batch, one after the other. most: pictures there are; a fixed batch may repeat some."""
     tallies = {name: _Tally() for name in reference.outputs}
     seconds: list[tuple[float, float]] = []
     images = 0
@@ -75,6 +94,7 @@ def verify(reference: Session, quantized: Session, batches: Iterable[Mapping[str
         images += len(next(iter(feeds.values())))
         for name, ref, result in zip(reference.outputs, expected, got, strict=True):
             tallies[name].update(ref, result)
+    images = images if most is None else min(images, most)
     slowdown = None
     if len(seconds) >= FEWEST_TIMED:
         slow, fast = (float(np.median(column)) for column in zip(*seconds[1:], strict=True))
@@ -90,5 +110,6 @@ def gates(verification: Verification, min_agreement: float | None, min_sqnr: flo
         found.append(Gate("min-agreement", min_agreement, got, got is not None and got >= min_agreement))
     if min_sqnr is not None:
         decibel = verification.sqnr_db
-        found.append(Gate("min-sqnr", min_sqnr, decibel, decibel is None or decibel >= min_sqnr))
+        held = verification.equal if decibel is None else decibel >= min_sqnr
+        found.append(Gate("min-sqnr", min_sqnr, decibel, held))
     return found

@@ -725,7 +725,7 @@ def test_the_models_data_file_is_never_overwritten(call: Qconv, tiny: Path, cali
     assert_error(done, "data")
 
 
-@pytest.mark.parametrize("out", ["nowhere/out.onnx", "", ".", "model.onnx/out.onnx", "n" * 300])
+@pytest.mark.parametrize("out", ["nowhere/out.onnx", ".", "model.onnx/out.onnx", "n" * 300])
 def test_places_that_cannot_be(call: Qconv, tiny: Path, calib: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     monkeypatch.chdir(tiny.parent)
     assert_error(call("quantize", tiny, "--calib", calib, "-o", out), "")

@@ -40,7 +40,7 @@ NAN, INF = float("nan"), float("inf")
         ({"block_size": 0}, "--block-size 0", "at least 1"),
         ({"target": "abacus"}, "--target abacus", "ort-cpu"),
         ({"seed": -1}, "--seed -1", "0 or more"),
-        ({"threads": 0}, "--threads 0", "at least 1"),
+        ({"threads": 0}, "--threads 0", "1 to 1024"),
         ({"pack": True}, "--pack with 8-bit weights", "--weight-bits 4"),
         ({"pack": True, "weight_bits": 5}, "--pack with 5-bit weights", "--weight-bits 4"),
         ({"min_agreement": 1.01}, "--min-agreement 1.01", "0 to 1"),

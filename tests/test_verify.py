@@ -78,6 +78,15 @@ def test_what_counts_as_class_scores(shape: tuple[int, ...], classes: bool) -> N
     assert is_class_score(shape) is classes
 
 
+def test_what_cannot_be_compared_passes_no_gate() -> None:
+    """Indices of what is above zero: another number of them on either side."""
+    found = verify(session("y = NonZero(x)"), session("z = Relu(x) y = NonZero(z)"), [batch([-1, 2, 3])])
+    (score,) = found.outputs
+    assert (score.sqnr_db, score.agreement) == (None, None)
+    assert "shape" in score.remark
+    assert [gate.held for gate in gates(found, None, 1.0)] == [False]
+
+
 def verification(sqnr: float | None, agreement: float | None) -> Verification:
     return Verification(1, (OutputScore("y", sqnr, agreement),), None)
 
