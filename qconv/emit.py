@@ -202,10 +202,14 @@ class _Writer:
         numbers = array(value)
         assert numbers is not None
         readers = [node for node in self.model.readers(value) if node in self.plan.integer]
-        codes = self.model.constant(f"{value.name}_codes", chosen.quantize(numbers))
-        node = self._dequantizer(codes, chosen, value.name or "", value)
-        self.model.insert_first(node)
-        self.model.redirect(value, node.outputs[0], readers=readers)
+        codes = chosen.quantize(numbers)
+        key = (codes.shape, codes.tobytes(), chosen.scale.tobytes(), chosen.zero_point.tobytes())
+        if key not in self._shared:
+            stored = self.model.constant(f"{value.name}_codes", codes)
+            node = self._dequantizer(stored, chosen, value.name or "", value)
+            self.model.insert_first(node)
+            self._shared[key] = node.outputs[0]
+        self.model.redirect(value, self._shared[key], readers=readers)
 
     def layer(self, chosen: LayerParams, *, pack: bool) -> None:
         """Quantized weights, and the int32 bias, of one layer."""

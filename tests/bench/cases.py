@@ -102,7 +102,7 @@ TF_OPTIONS = ("--preprocess", "tf", "--resize", "exact")
 def _light(name: str) -> Case:
     prep = imagenet((224, 224), resize="crop")
     options = ("--preprocess", "imagenet", "--resize", "256")
-    return Case(f"light_{name}", f"light_{name}.onnx", prep, options, calibration=32, tests=32, light=True)
+    return Case(f"light_{name}", f"light_{name}.onnx", prep, options, calibration=32, tests=200, light=True)
 
 
 CASES: tuple[Case, ...] = (
@@ -153,6 +153,7 @@ CASES: tuple[Case, ...] = (
         "efficientnet_b0_binary.onnx",
         imagenet((224, 224), resize="crop"),
         ("--preprocess", "imagenet"),
+        tests=400,
         class_scores=False,
     ),
     Case(
@@ -162,7 +163,7 @@ CASES: tuple[Case, ...] = (
         (*SIGNED_OPTIONS, "--resize", "exact"),
         class_scores=False,
     ),
-    Case("rapidocr_cls", "rapidocr_cls_v2.onnx", tf((48, 192)), (*TF_OPTIONS, "--size", "48x192")),
+    Case("rapidocr_cls", "rapidocr_cls_v2.onnx", tf((48, 192)), (*TF_OPTIONS, "--size", "48x192"), tests=400),
     Case("deeplabv3", "deeplabv3_257_mv_gpu.onnx", tf((257, 257)), TF_OPTIONS),
     Case(
         "mnist",
@@ -170,6 +171,7 @@ CASES: tuple[Case, ...] = (
         Prep((28, 28), scale=1 / 255, grey=True),
         ("--preprocess", "unit", "--resize", "exact"),
         pictures="cifar10",
+        tests=2000,
     ),
     *map(
         _light,
