@@ -5,14 +5,17 @@ A calibrator is a function from a tensor's statistics and its QuantSpec to a ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv import save
 from qconv.errors import QconvError
+from qconv.graph import Model
 from qconv.quant import QuantSpec
 from qconv.runtime import Session
 
@@ -22,18 +25,20 @@ class Tap:
     """A tensor to watch. What nobody asks for is not computed: reductions cost as much as the network itself.
 
     per_channel: whether extremes of every channel and their means are wanted, or of the whole tensor only.
-    never_negative: whether the graph says so; then its low counts as zero unseen, as every range holds zero.
+    never_negative: whether the graph says so; then its low counts as zero unseen, as every range holds zero. pooled:
+    whether the network itself takes the maximum and the mean of each channel; for (N, C, H, W) that are never negative.
     """
 
     name: str
     per_channel: bool = True
     never_negative: bool = False
+    pooled: bool = False
 
 
 @dataclass(slots=True)
 class Statistics:
     """What is remembered of one tensor: the exact extremes of each channel (axis 1), float32, and the sum of each,
-    float64, all of shape (C,); count: elements that went into each sum, 0 where sums were not asked for.
+    float64, all of shape (C,); count: what went into each sum, elements or means of maps; 0 where nobody asked.
 
     Tensors of rank 0 and 1 count as one channel.
     """
@@ -57,6 +62,12 @@ class Statistics:
         # einsum adds up twice as fast as sum, at 1e-5 of relative error
         sums = np.einsum("ncx->nc", rows).sum(axis=0, dtype=np.float64)
         return cls(lows, highs, sums, rows.shape[0] * rows.shape[2])
+
+    @classmethod
+    def of_pools(cls, highs: NDArray[np.float32], means: NDArray[np.float32]) -> Statistics:
+        """The statistics of maximum and mean of each channel, (N, C, 1, 1) both, of what is never negative."""
+        top = highs.max(axis=(0, 2, 3))
+        return cls(np.zeros_like(top), top, means.sum(axis=(0, 2, 3), dtype=np.float64), len(means))
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both sets of pictures together."""
@@ -112,21 +123,40 @@ def watch(
     taps = list(taps)
     statistics: dict[str, Statistics] = {}
     inputs = {name for name, _, _ in session.inputs}
-    outputs = [tap.name for tap in taps if tap.name not in inputs]
+    outputs = [name for tap in taps if tap.name not in inputs for name in _outputs_of(tap)]
     with np.errstate(over="ignore", invalid="ignore"):  # infinite values are refused at the end
         for batch in batches:
             seen = {**batch, **dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))}
             for tap in taps:
-                found = Statistics.of(seen[tap.name], per_channel=tap.per_channel, never_negative=tap.never_negative)
+                found = _statistics_of(tap, [seen[name] for name in _outputs_of(tap)])
                 known = statistics.get(tap.name)
                 statistics[tap.name] = found if known is None else known.merge(found)
     for name, found in statistics.items():
-        if not (np.isfinite(found.low) and np.isfinite(found.high)):
+        # a maximum pool may swallow NaN, a mean cannot
+        if not np.isfinite([found.low, found.high, *found.sums]).all():
             raise QconvError(
                 f"Tensor {name!r} holds NaN or infinite values on these pictures.",
                 "check the preprocessing options, and the float model on one picture.",
             )
     return statistics
+
+
+@contextlib.contextmanager
+def tapped(model: Model, taps: Iterable[Tap]) -> Iterator[str | bytes]:
+    """The model as ONNX Runtime takes it, which returns what `watch` wants to see."""
+    whole = [tap.name for tap in taps if not tap.pooled]
+    with save.runnable(model, whole, [tap.name for tap in taps if tap.pooled]) as runnable:
+        yield runnable
+
+
+def _outputs_of(tap: Tap) -> tuple[str, ...]:
+    return save.pooled_names(tap.name) if tap.pooled else (tap.name,)
+
+
+def _statistics_of(tap: Tap, seen: list[NDArray[Any]]) -> Statistics:
+    if tap.pooled:
+        return Statistics.of_pools(*seen)
+    return Statistics.of(seen[0], per_channel=tap.per_channel, never_negative=tap.never_negative)
 
 
 def _over_pictures(extreme: np.ufunc, rows: NDArray[Any]) -> NDArray[Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import qconv
 from qconv import fold, load, save
 from qconv.audit import audit, tensor_rows
-from qconv.calibrate import Statistics, watch
+from qconv.calibrate import Statistics, tapped, watch
 from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.feed import Feed
@@ -173,7 +173,7 @@ def _calibrate(model: Model, plan: Plan, recipe: Recipe, feed: Feed) -> dict[str
     taps = plan.taps()
     if not taps:
         return {}
-    with save.runnable(model, [tap.name for tap in taps]) as runnable:
+    with tapped(model, taps) as runnable:
         session = Session(runnable, name="the folded float model", threads=recipe.threads)
         return watch(session, taps, feed.all("calibrate"))
 

@@ -83,11 +83,7 @@ class Plan:
     def taps(self) -> list[Tap]:
         """The tensors whose values must be seen: what layers read, and in each group all that others do not copy."""
         read = {layer.data for layer in self.layers}
-        return [
-            Tap(value.name or "", per_channel=value in read, never_negative=never_negative(value))
-            for value in self.activations
-            if value in read or not self._copies(value)
-        ]
+        return [_tap(value, value in read) for value in self.activations if value in read or not self._copies(value)]
 
     def _copies(self, value: Value) -> bool:
         """Whether `value` holds nothing but values of tensors that it shares parameters with."""
@@ -210,8 +206,10 @@ class _Planner:
     def _why_left(self, node: Node) -> str:
         """ONNX Runtime merges a float layer and its activation: then it is the layer's reason that counts."""
         before = next(_previous_nodes(node), None)
-        if node.op_type in ACTIVATIONS and before is not None and before.name in self.plan.kept:
-            return self.plan.kept[before.name].why
+        if before is not None and node.op_type in ACTIVATIONS and isinstance(RULES.get(before.op_type), Weighted):
+            reason = self.plan.kept.get(before.name or "")
+            if reason is not None:
+                return reason.why
         return "no quantized tensor reaches it, so codes would only cost"
 
     def _worthwhile(self, node: Node) -> bool:
@@ -355,6 +353,12 @@ def data_inputs(node: Node, rule: Rule) -> list[Value]:
     elif isinstance(rule, Weighted) and node.op_type == "MatMul" and array(input_of(node, 1)) is None:
         count = 2
     return [value for value in node.inputs[:count] if value is not None]
+
+
+def _tap(value: Value, is_read: bool) -> Tap:
+    positive = never_negative(value)
+    maps = rank(value) == 4 and value.dtype == DataType.FLOAT and value.producer() is not None
+    return Tap(value.name or "", per_channel=is_read, never_negative=positive, pooled=positive and maps)
 
 
 def never_negative(value: Value) -> bool:

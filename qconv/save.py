@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,14 +152,30 @@ def total_bytes(model: Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
+def pooled_names(name: str) -> tuple[str, str]:
+    """What `runnable` calls the maximum and the mean of each channel of a tensor."""
+    return f"{name}/channel_max", f"{name}/channel_mean"
+
+
 @contextlib.contextmanager
-def runnable(model: Model, outputs: list[str]) -> Iterator[str | bytes]:
-    """The model with `outputs` returned as well, as ONNX Runtime takes it: bytes, or a path where they are too many."""
+def runnable(model: Model, outputs: Iterable[str], pooled: Iterable[str] = ()) -> Iterator[str | bytes]:
+    """The model with `outputs` returned as well, as ONNX Runtime takes it: bytes, or a path where they are too many.
+
+    pooled: tensors (N, C, H, W) of which only the maximum and the mean of each channel are returned, (N, C, 1, 1),
+    under `pooled_names`: the runtime keeps large tensors in a layout of its own, and has pools for that.
+    """
     wanted = set(outputs) - {value.name for value in model.graph.outputs}
     produced = [value for node in model.graph for value in node.outputs]
     extra = [ir.serde.serialize_value(value) for value in produced if value.name in wanted]
+    pools = [
+        onnx.helper.make_node(op_type, [name], [result])
+        for name in pooled
+        for op_type, result in zip(("GlobalMaxPool", "GlobalAveragePool"), pooled_names(name), strict=True)
+    ]
+    extra += [onnx.helper.make_tensor_value_info(n.output[0], onnx.TensorProto.FLOAT, None) for n in pools]
     if total_bytes(model) < PROTOBUF_LIMIT:
         proto = _whole(model)
+        proto.graph.node.extend(pools)
         proto.graph.output.extend(extra)
         yield proto.SerializeToString()
         return
@@ -167,6 +183,7 @@ def runnable(model: Model, outputs: list[str]) -> Iterator[str | bytes]:
         path = folder / "model.onnx"
         ir.save(model.inner, path, external_data="model.data")
         proto = onnx.load(path, load_external_data=False)
+        proto.graph.node.extend(pools)
         proto.graph.output.extend(extra)
         path.write_bytes(proto.SerializeToString())
         yield str(path)

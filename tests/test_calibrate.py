@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from models import network
+from models import loaded, network
 from numpy.typing import NDArray
 
-from qconv.calibrate import CALIBRATORS, Statistics, Tap, watch
+from qconv.calibrate import CALIBRATORS, Statistics, Tap, tapped, watch
 from qconv.errors import QconvError
 from qconv.quant import QuantSpec
 from qconv.runtime import Session
@@ -81,6 +81,32 @@ def test_means_of_every_channel() -> None:
     runner = session("y = Relu(x)", "y")
     expected = np.maximum(np.concatenate([batch["x"] for batch in found]), 0).mean(axis=(0, 2, 3))
     np.testing.assert_allclose(watch(runner, taps("y"), found)["y"].means, expected, rtol=1e-5)
+
+
+def test_pools_in_the_network_give_the_same_statistics() -> None:
+    """Maxima exactly, means to float rounding; the tensor itself is not returned."""
+    proto = network("c = Conv(x, w) r = Relu(c) y = MaxPool<kernel_shape=[2,2]>(r)", x=("N", 3, 6, 6), w=(5, 3, 3, 3))
+    model, found = loaded(proto), batches(2, 1, 4)
+    results = []
+    for pooled in (True, False):
+        wanted = [Tap("r", never_negative=True, pooled=pooled)]
+        with tapped(model, wanted) as runnable:
+            runner = Session(runnable, threads=1)
+            assert ("r" in runner.outputs) is not pooled
+            results.append(watch(runner, wanted, found)["r"])
+    pools, whole = results
+    assert pools.highs.tolist() == whole.highs.tolist()
+    assert pools.lows.tolist() == [0.0] * 5
+    np.testing.assert_allclose(pools.means, whole.means, rtol=1e-5)
+
+
+def test_a_pool_lets_no_nan_through() -> None:
+    """The maximum of NaN and a number may be the number."""
+    model, wanted = loaded(network("y = Relu(x)", x=("N", 3, 6, 6))), [Tap("y", never_negative=True, pooled=True)]
+    found = batches(2)
+    found[0]["x"][0, 1, 2, 3] = np.nan
+    with tapped(model, wanted) as runnable, pytest.raises(QconvError, match="NaN or infinite"):
+        watch(Session(runnable, threads=1), wanted, found)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -19,9 +19,9 @@ import pytest
 from models import Constant, ints, loaded, network, run
 from numpy.typing import NDArray
 
-from qconv import fileformat, fold, load, save
+from qconv import fileformat, fold, load
 from qconv.audit import audit
-from qconv.calibrate import watch
+from qconv.calibrate import tapped, watch
 from qconv.emit import emit
 from qconv.findings import Change, Finding
 from qconv.params import Params, choose_params
@@ -91,7 +91,7 @@ class Quantized:
         taps = self.plan.taps()
         statistics = {}
         if taps:
-            with save.runnable(model, [tap.name for tap in taps]) as runnable:
+            with tapped(model, taps) as runnable:
                 statistics = watch(Session(runnable, threads=1), taps, samples)
         self.params: Params
         self.findings: list[Finding]
