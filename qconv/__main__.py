@@ -1,6 +1,6 @@
 """`python -m qconv`."""
 
-from qconv.cli import main
+from qconv.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -13,8 +13,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from numpy.typing import NDArray
+
+from qconv.deferred import deferred
+
+with deferred("sympy"):
+    import onnx_ir as ir
 
 Node = ir.Node
 Value = ir.Value

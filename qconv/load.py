@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from google.protobuf.message import DecodeError, Message
 
 from qconv.errors import QconvError
 from qconv.findings import Change
-from qconv.graph import Model, attribute
+from qconv.graph import Model, attribute, ir
 from qconv.targets import LOWEST_OPSET
 
 SMALL_TENSOR = 1024  # bytes; smaller ones may be shapes or axes, which the converter needs to see

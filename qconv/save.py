@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-import onnx_ir as ir
 
 from qconv.errors import QconvError
-from qconv.graph import Model
+from qconv.graph import Model, ir
 from qconv.load import tensors
 
 PROTOBUF_LIMIT = 2**31 - 2**20

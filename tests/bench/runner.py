@@ -89,7 +89,8 @@ class Bench:
     def measure_peer(self) -> None:
         """From the cache, where it has the same settings."""
         cache = self._place("peer", "json")
-        key = {"onnxruntime": ort.__version__, "settings": peer.SETTINGS, "pictures": len(self.calibration)}
+        key = {"onnxruntime": ort.__version__, "settings": peer.SETTINGS}
+        key |= {"pictures": len(self.calibration), "tests": len(self.tests)}
         found = json.loads(cache.read_text()) if cache.exists() and not self.setup.refresh_peer else {}
         if found.get("key") != key:
             found = {"key": key, **self._convert_with_peer()}

@@ -1,0 +1,29 @@
+"""sympy stays away until it is needed, and is itself then. In processes of their own: imports happen once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_pipeline_does_without_sympy() -> None:
+    assert python("import qconv.pipeline, sys; print('sympy' in sys.modules)") == "False"
+
+
+def test_onnx_ir_gets_it_when_it_calculates() -> None:
+    """(N + 1) * 2, floor and max: an attribute of the library, and two functions that were taken at import."""
+    code = "d = (ir.SymbolicDim('N') + 1) * 2; e = ir.SymbolicDim('max(N, floor(M/2))') + 0; print(d, '|', e)"
+    assert python(f"from qconv.graph import ir; {code}") == python(f"import onnx_ir as ir; {code}")
+
+
+@pytest.mark.parametrize("first", ["import qconv.graph", "import sympy; import qconv.graph"])
+def test_everyone_else_gets_the_library_itself(first: str) -> None:
+    assert python(f"{first}; import sympy; print(sympy.__file__ is not None, sympy.Integer(2) + 2)") == "True 4"
