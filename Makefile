@@ -30,9 +30,10 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fix: $(STAMP) ## mend what the linters can mend
+fix: $(STAMP) ## mend what the linters can mend, write the README's option reference
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python -m tests.reference
 
 bench: $(STAMP) ## measure against ONNX Runtime's own quantizer; needs models and pictures, see tests/bench
 	$(BIN)/python -m tests.bench $(ARGS)

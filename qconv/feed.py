@@ -58,6 +58,8 @@ class Feed:
                 raise _several_inputs(session.name, inputs)
             class_vector = any(len(shape) == 2 for shape in session.output_shapes)
             preprocessing = images.resolve(recipe.preprocessing, inputs[0], class_vector=class_vector)
+            if preprocessing.doubt():
+                warn(f"{preprocessing.doubt()}.")
         fixed = inputs[0].shape[0] if inputs[0].shape else None
         if fixed is not None and recipe.batch not in (1, fixed):
             warn(f"--batch {recipe.batch} is not used: the model's own batch is {fixed}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
@@ -65,6 +66,8 @@ PRESETS: dict[str, Preset] = {
     "unit": Preset(Color.RGB, 1 / 255, (0.0,), (1.0,)),
     "raw": Preset(Color.RGB, 1.0, (0.0,), (1.0,)),
 }
+LARGEST_INPUT = 1000.0
+"""What no network is trained on; pixels as they are end at 255."""
 CROP_SHARE = 0.875  # 224 of 256: the share of the shorter side that ImageNet evaluation keeps
 
 
@@ -136,6 +139,17 @@ class Preprocessing:
         return (
             f"{self.color.upper()} (pixel x {scale} - [{mean}]) / [{std}], {self.layout.upper()} {height}x{width}, "
             f"{self._resize_in_words()}; {self.source}"
+        )
+
+    def doubt(self) -> str:
+        """Why these numbers can hardly be what the network was trained with; empty for most."""
+        ends = [(level * self.scale - m) / s for level in (0.0, 255.0) for m, s in _channels(self.mean, self.std)]
+        low, high = min(ends), max(ends)
+        if high - low >= 0.1 and max(-low, high) <= LARGEST_INPUT and low <= 0 <= high:
+            return ""
+        return (
+            f"pixels from 0 to 255 become {low:.4g} to {high:.4g}, which is unusual: --mean and --std speak of pixels "
+            f"that are multiplied by --scale {self.scale:.6g}"
         )
 
     def _resize_in_words(self) -> str:
@@ -223,6 +237,12 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form of all that shapes the file: what only steers the run (threads, gates) stays out."""
         return {name: value for name, value in _plain(self).items() if name not in STEERING}
+
+
+def _channels(mean: tuple[float, ...], std: tuple[float, ...]) -> Iterator[tuple[float, float]]:
+    """Mean and standard deviation of every channel, where either may be given for all."""
+    count = max(len(mean), len(std))
+    yield from zip(mean * (count // len(mean)), std * (count // len(std)), strict=True)
 
 
 def _plain(thing: Any) -> Any:

@@ -17,6 +17,7 @@ from qconv.recipe import (
     Layout,
     Preprocessing,
     PreprocessingOptions,
+    Preset,
     Recipe,
     Scheme,
     WeightGranularity,
@@ -212,6 +213,24 @@ def test_the_words_for_auto_say_what_is_done(size: tuple[int, int]) -> None:
     assert _auto((width, height), replace(IMAGENET, size=size)) == (width, height)
     words = replace(IMAGENET, size=size).in_words()
     assert f"to {height}, " in words if size[0] == size[1] else f"cover {height}x{width}" in words
+
+
+@pytest.mark.parametrize(
+    ("changes", "ends"),
+    [
+        ({"mean": (127.0,), "std": (128.0,)}, "-0.9922 to -0.9844"),  # (0 - 127) / 128, (1 - 127) / 128
+        ({"scale": 1.0, "mean": (0.0, 0.0, 0.0), "std": (0.2, 0.25, 0.2)}, "0 to 1275"),  # 255 / 0.2
+        ({"scale": 1e-4, "mean": (0.0,), "std": (1.0,)}, "0 to 0.0255"),
+    ],
+)
+def test_numbers_that_speak_of_other_pixels_are_doubted(changes: dict[str, Any], ends: str) -> None:
+    assert f"become {ends}," in replace(IMAGENET, **changes).doubt()
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_no_preset_is_doubted(preset: Preset) -> None:
+    numbers = {name: getattr(preset, name) for name in ("scale", "mean", "std")}
+    assert replace(IMAGENET, **numbers).doubt() == ""
 
 
 def test_channels_follow_the_colour() -> None:
