@@ -13,7 +13,6 @@ import signal
 import sys
 from collections.abc import Callable
 from enum import StrEnum
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -50,9 +49,15 @@ class Numbers(click.ParamType[tuple[float, ...]]):
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(float(Fraction(part.strip())) for part in str(value).split(","))
+            return tuple(number(part) for part in str(value).split(","))
         except (ValueError, ZeroDivisionError):
             self.fail(f"{value!r} is no number, fraction or comma-separated list of them.", param, ctx)
+
+
+def number(text: str) -> float:
+    """A number or a fraction, such as 0.485, 1/255 or 1/127.5. Raises ValueError or ZeroDivisionError."""
+    top, slash, bottom = text.partition("/")
+    return float(top) / float(bottom) if slash else float(top)
 
 
 class Size(click.ParamType[tuple[int, int]]):

@@ -1007,3 +1007,19 @@ def test_outputs_that_are_no_numbers(call: Qconv, tiny: Path, calib: Path, body:
     assert "Traceback" not in done.err
     assert done.status == 0
     assert "sqnr_db" in done.json["verify"]  # valid JSON: neither NaN nor Infinity
+
+
+@pytest.mark.parametrize(
+    ("text", "scale"),
+    [("1/255", 1 / 255), ("1/127.5", 1 / 127.5), ("0.5", 0.5), (" 2 / 4 ", 0.5), ("-1/255", -1 / 255)],
+)
+def test_numbers_may_be_fractions(call: Qconv, tiny: Path, calib: Path, text: str, scale: float) -> None:
+    done = call("quantize", tiny, "--calib", calib, "--json", "--preprocess", "raw", "--scale", text)
+    assert done.json["preprocessing"]["scale"] == scale
+
+
+@pytest.mark.parametrize("text", ["1/0", "a", "1/2/3", "", "1,2"])
+def test_what_is_no_number_is_a_usage_error(call: Qconv, tiny: Path, calib: Path, text: str) -> None:
+    done = call("quantize", tiny, "--calib", calib, "--scale", text)
+    assert done.status == 2
+    assert "--scale" in done.err

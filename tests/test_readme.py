@@ -7,12 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from reference import README, in_readme, reference
 
+from qconv.cli import number
 from qconv.recipe import PRESETS
 
 ROOT = README.parent
@@ -108,7 +108,7 @@ def test_the_presets() -> None:
     for name, preset in PRESETS.items():
         color, scale, mean, std = (cell.strip() for cell in rows[name][2:6])
         assert color.lower() == preset.color
-        assert float(Fraction(scale)) == preset.scale
+        assert number(scale) == preset.scale
         assert tuple(map(float, mean.split(","))) == preset.mean
         assert tuple(map(float, std.split(","))) == preset.std
 
