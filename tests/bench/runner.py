@@ -18,8 +18,8 @@ from tests.bench import accuracy, cost, latency, light, peer
 from tests.bench.cases import REPOSITORY, Case, label, light_file, linked, pictures
 from tests.bench.coverage import coverage
 
-LATENCY_ROUNDS = 25
-COST_ROUNDS = 3
+LATENCY_ROUNDS = 32
+COST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
