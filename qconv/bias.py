@@ -23,7 +23,7 @@ def correction(
     mean: of each input channel, shape (I,).
     """
     if error.ndim == 2:
-        by_output = (error if output_axis == 0 else error.T).astype(np.float64)
+        by_output = error if output_axis == 0 else error.T
         moved: NDArray[np.float64] = np.einsum("oi,i->o", by_output, mean)
         return moved
     outputs, per_group = error.shape[:2]

@@ -136,7 +136,7 @@ def watch(
         if not np.isfinite([found.low, found.high, *found.sums]).all():
             raise QconvError(
                 f"Tensor {name!r} holds NaN or infinite values on these pictures.",
-                "check the preprocessing options, and the float model on one picture.",
+                "check the preprocessing options, the float model on one picture, and its weights.",
             )
     return statistics
 

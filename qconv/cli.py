@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -266,6 +267,10 @@ def _require_streams(model: str, output: str | None, as_json: bool) -> None:
     """A shell can close streams (`>&-`): better said before the work than after it."""
     if model == "-" and sys.stdin is None:
         raise QconvError("Standard input is closed.", "pipe the model into it, or name its file.")
+    if output == "-" and sys.stdout is not None and sys.stdout.isatty():
+        raise QconvError(
+            "The model would be written to the terminal.", "redirect standard output, or name a file with -o."
+        )
     if (output == "-" or as_json) and sys.stdout is None:
         raise QconvError("Standard output is closed.", "redirect it to a file.")
 
@@ -292,7 +297,7 @@ def default_output(model: str, recipe: Recipe) -> str:
     path = Path(model)
     if not path.name:
         raise QconvError(f"{model or 'An empty name'} is no model.", "name an ONNX file.")
-    stem = path.name.removesuffix(".onnx")
+    stem = path.stem if path.suffix.lower() == ".onnx" else path.name
     return str(path.with_name(f"{stem}.w{recipe.weight_bits}a{recipe.activation_bits}.onnx"))
 
 
@@ -378,6 +383,8 @@ def run() -> NoReturn:
 def main() -> None:
     """Run the command that sys.argv names and exit with its status."""
     _leave_at_once()
+    # a picture that is too large is told of by name; the libraries' own words on it lead nowhere
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be anything
@@ -393,6 +400,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except OSError as error:
+        if error.filename is not None:
+            _fail(f"{error.filename} cannot be used: {error.strerror}.", "check the path, its rights and the disk.")
         # whoever read our output has gone, or its disk is full; nothing more may be written to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, BrokenPipeError):

@@ -17,9 +17,13 @@ from numpy.typing import NDArray
 from qconv.findings import Change, Finding
 from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of
 from qconv.params import Params
-from qconv.plan import Plan
+from qconv.plan import Plan, data_positions
 from qconv.quant import PerBlock, PerChannel, QuantParams
+from qconv.rules import ACTIVATIONS, RULES, Computing, Weighted
 from qconv.weights import LayerParams
+
+FUSIBLE = (Weighted, Computing)
+"""Rules of the operators that ONNX Runtime computes with in integers, and whose results that changes."""
 
 
 def emit(model: Model, plan: Plan, params: Params, *, pack: bool) -> list[Finding]:
@@ -61,10 +65,28 @@ class _Writer:
     def tensor(self, value: Value, producer: Node | None) -> None:
         """Quantize `value` where it is produced; the model's input has no producer."""
         readers = self._readers(value, producer)
-        quantizer = self._quantizer(value, self.params.activations[value], wish=value.name or "")
-        self._place(producer, quantizer)
+        source, before = value, producer
+        if producer is not None and self._must_stay_float(producer):
+            before = self.model.build("Sum", [value], name=f"{value.name}_as_float", like=value)
+            self.model.insert_after(producer, before)
+            source = before.outputs[0]
+        quantizer = self._quantizer(source, self.params.activations[value], wish=value.name or "")
+        self._place(before, quantizer)
         codes = self._hold_to_bits(quantizer, self.params.activations[value])
         self._publish(value, codes, readers, rename=producer is not None and producer in self.plan.integer)
+
+    def _must_stay_float(self, producer: Node) -> bool:
+        """Whether ONNX Runtime would make an integer kernel of a node that is float, with weights of its own rounding.
+
+        It does so between a dequantizer and a quantizer, for any operator that it knows. A Sum of one tensor, which is
+        a copy, keeps the quantizer away.
+        """
+        origin: Node | None = producer
+        if producer.op_type in ACTIVATIONS and producer not in self.plan.integer:
+            origin = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+        if origin is None or origin in self.plan.integer or not isinstance(RULES.get(origin.op_type), FUSIBLE):
+            return False
+        return any(v is not None and _is_dequantized(v) for v in origin.inputs)
 
     def _absorb(self, activation: Node) -> None:
         """The quantizer behind a layer takes the place of the Relu or Clip that followed it."""
@@ -201,7 +223,13 @@ class _Writer:
         """A constant operand of an integer operator."""
         numbers = array(value)
         assert numbers is not None
-        readers = [node for node in self.model.readers(value) if node in self.plan.integer]
+        uses = [
+            (node, index)
+            for node in self.model.readers(value)
+            if node in self.plan.integer
+            for index in data_positions(node, RULES[node.op_type])
+            if node.inputs[index] is value  # a bound or a shape may be the same constant
+        ]
         codes = chosen.quantize(numbers)
         key = (codes.shape, codes.tobytes(), chosen.scale.tobytes(), chosen.zero_point.tobytes())
         if key not in self._shared:
@@ -209,7 +237,8 @@ class _Writer:
             node = self._dequantizer(stored, chosen, value.name or "", value)
             self.model.insert_first(node)
             self._shared[key] = node.outputs[0]
-        self.model.redirect(value, self._shared[key], readers=readers)
+        for node, index in uses:
+            self.model.set_input(node, index, self._shared[key])
 
     def layer(self, chosen: LayerParams, *, pack: bool) -> None:
         """Quantized weights, and the int32 bias, of one layer."""
@@ -266,6 +295,11 @@ class _Writer:
         if codes.shape is not None:
             node.outputs[0].shape = codes.shape.copy()
         return node
+
+
+def _is_dequantized(value: Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _code_bounds(chosen: QuantParams, activation: Node) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qconv import images
 from qconv.errors import QconvError
-from qconv.recipe import Preprocessing, Recipe
+from qconv.recipe import Preprocessing, PreprocessingOptions, Recipe
 from qconv.runtime import Session
 
 DECODERS = 2
@@ -60,6 +60,8 @@ class Feed:
             preprocessing = images.resolve(recipe.preprocessing, inputs[0], class_vector=class_vector)
             if preprocessing.doubt():
                 warn(f"{preprocessing.doubt()}.")
+        elif recipe.preprocessing != PreprocessingOptions():
+            warn("preprocessing options are not used: .npy and .npz samples are taken as they are.")
         fixed = inputs[0].shape[0] if inputs[0].shape else None
         if fixed is not None and recipe.batch not in (1, fixed):
             warn(f"--batch {recipe.batch} is not used: the model's own batch is {fixed}.")

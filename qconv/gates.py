@@ -73,7 +73,9 @@ class _Closing:
 def _closes(model: Model, gate: Node) -> _Closing | None:
     """Sigmoid, HardSigmoid, or Add of a constant and a Clip from zero on."""
     if gate.op_type == "Sigmoid":
-        return _Closing(gate.outputs[0], None)
+        # it only comes near zero: others who read it see the difference
+        alone = model.sole_reader(gate.outputs[0]) is not None
+        return _Closing(gate.outputs[0], None) if alone else None
     if gate.op_type == "HardSigmoid":
         alpha, beta = float(attribute(gate, "alpha", 0.2)), float(attribute(gate, "beta", 0.5))
         return _Closing(gate.outputs[0], -beta / alpha) if alpha > 0 else None

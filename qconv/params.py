@@ -13,6 +13,8 @@ from qconv.plan import Plan
 from qconv.quant import QuantParams, QuantSpec
 from qconv.weights import LayerParams, Source, quantize_layer
 
+LARGEST_MULTIPLIER = 200.0
+
 
 @dataclass(slots=True)
 class Params:
@@ -30,6 +32,7 @@ def choose_params(plan: Plan, statistics: Mapping[str, Statistics], calibrator: 
     params = Params()
     ranges = {value: _range(plan, value, group, statistics, calibrator) for value, group in plan.group_of().items()}
     findings = _end_at_gates(plan, ranges)
+    _widen_means(plan, ranges)
     for value, (low, high) in ranges.items():
         params.activations[value] = _spec(plan, value).from_range(low, high)
     for value, spec in plan.constants.items():
@@ -39,7 +42,9 @@ def choose_params(plan: Plan, statistics: Mapping[str, Statistics], calibrator: 
     for layer in plan.layers:
         source = None
         if layer.data is not None:
-            source = Source(params.activations[layer.data], statistics.get(layer.data.name or ""))
+            # statistics are those of axis 1, which a MatMul does not sum over
+            known = None if layer.node.op_type == "MatMul" else statistics.get(layer.data.name or "")
+            source = Source(params.activations[layer.data], known)
         chosen, notes = quantize_layer(layer, source)
         params.layers.append(chosen)
         findings += notes
@@ -68,6 +73,25 @@ def _end_at_gates(plan: Plan, ranges: dict[Value, tuple[float, float]]) -> list[
             what = f"range ends at {floor:.3g} instead of {low:.3g}: the activation behind it makes the rest zero"
             findings.append(Change("params", value.name or "", what, "range ends where the activation behind is zero"))
     return findings
+
+
+def _widen_means(plan: Plan, ranges: dict[Value, tuple[float, float]]) -> None:
+    """Where positive and negative cancel, a mean can be tiny beside what it is taken of.
+
+    ONNX Runtime multiplies by s_x / (s_y * count) and refuses to run from 256 on.
+    """
+    groups = plan.group_of()
+    absorbed = {node: activation for activation, node in plan.absorbed.items()}
+    for node in plan.integer:
+        source, result = node.inputs[0], absorbed.get(node, node).outputs[0]
+        if node.op_type not in ("GlobalAveragePool", "AveragePool") or source not in ranges or result not in ranges:
+            continue
+        steps = [float(_spec(plan, value).from_range(*ranges[value]).scale) for value in (source, result)]
+        factor = steps[0] / (LARGEST_MULTIPLIER * steps[1])
+        if factor > 1:
+            for value in groups[result]:
+                low, high = ranges[value]
+                ranges[value] = low * factor, high * factor
 
 
 def _spec(plan: Plan, value: Value) -> QuantSpec:

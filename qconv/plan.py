@@ -22,6 +22,9 @@ from qconv.recipe import Recipe, Scheme, WeightGranularity
 from qconv.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
 from qconv.targets import Target
 
+MASK = 1e6
+"""Constants from here on stand for infinity, as those that are added in front of a Softmax."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -67,7 +70,7 @@ class Plan:
     integer: the nodes that will run on codes. absorbed: Relu or Clip -> the node whose quantizer takes its place.
     on_codes: nodes that work between quantizer and dequantizer. ties: groups of tensors that share parameters.
     gates: tensors that are read by an activation alone that is zero far below zero. kept: node name -> why it stays
-    float.
+    float, or runs in float although its tensors are codes. writers: tensor name -> name of the node that writes it.
     """
 
     activations: dict[Value, Choice] = field(default_factory=dict)
@@ -79,6 +82,7 @@ class Plan:
     ties: list[tuple[Value, ...]] = field(default_factory=list)
     gates: dict[Value, Gate] = field(default_factory=dict)
     kept: dict[str, Choice] = field(default_factory=dict)
+    writers: dict[str, str] = field(default_factory=dict)
 
     def taps(self) -> list[Tap]:
         """The tensors whose values must be seen: what layers read, and in each group all that others do not copy."""
@@ -109,6 +113,7 @@ def make_plan(model: Model, recipe: Recipe, target: Target) -> Plan:
         planner.spread()
         planner.tie()
         planner.choose_activations()
+    planner.explain()
     return planner.plan
 
 
@@ -171,9 +176,7 @@ class _Planner:
 
     def _weight_spec(self, node: Node, rule: Weighted) -> QuantSpec:
         recipe = self.recipe
-        bits = (
-            max(recipe.weight_bits, recipe.edge_bits) if self._is_edge(node) and not recipe.pack else recipe.weight_bits
-        )
+        bits = max(recipe.weight_bits, recipe.edge_bits) if self._is_edge(node) else recipe.weight_bits
         symmetric = recipe.weight_scheme is Scheme.SYMMETRIC
         match recipe.weight_granularity:
             case WeightGranularity.PER_TENSOR:
@@ -181,9 +184,10 @@ class _Planner:
             case WeightGranularity.PER_CHANNEL:
                 return QuantSpec(bits, True, symmetric, PerChannel(rule.output_axis))
             case WeightGranularity.PER_BLOCK:
-                return QuantSpec(
-                    bits, True, symmetric, PerBlock(rule.input_axis, recipe.block_size * _kernel_area(node))
-                )
+                weight = array(node.inputs[1])
+                channels = recipe.block_size if weight is None else weight.shape[rule.input_axis]
+                size = min(recipe.block_size, channels) * _kernel_area(node)
+                return QuantSpec(bits, True, symmetric, PerBlock(rule.input_axis, size))
 
     # -- which nodes run on codes, which tensors become codes --------------------------------------------------------
 
@@ -248,13 +252,16 @@ class _Planner:
             self.plan.on_codes.add(node)
 
     def _needs_output(self, node: Node, rule: Weighted) -> bool:
-        """Whether the layer's result must become codes for the layer itself to run on codes.
+        """Whether the layer's result must become codes, for the layer itself or for what reads it to run on codes.
 
         Without codes in between ONNX Runtime makes one float Gemm out of a MatMul and the Add behind it.
         """
         if rule.needs_output or array(input_of(node, 1)) is None:
             return True
-        return node.op_type == "MatMul" and any(n.op_type == "Add" for n in self.model.readers(node.outputs[0]))
+        readers = self.model.readers(node.outputs[0])
+        if node in self.reaches_weights and any(reader in self.eligible for reader in readers):
+            return True
+        return node.op_type == "MatMul" and any(reader.op_type == "Add" for reader in readers)
 
     def _absorbable(self, node: Node) -> Node | None:
         """The Relu or Clip that alone reads this node's output and that a saturating quantizer can replace."""
@@ -314,6 +321,35 @@ class _Planner:
                             16 if recipe.activation_bits == 16 else 8, False, symmetric
                         )
 
+    # -- why what is quantized runs in float all the same ------------------------------------------------------------
+
+    def explain(self) -> None:
+        """Types and shapes of codes that ONNX Runtime only dequantizes."""
+        recipe, plan = self.recipe, self.plan
+        for layer in plan.layers:
+            why = self._why_dequantized(layer)
+            if why is not None:
+                plan.kept.setdefault(layer.node.name or "", Choice(None, why))
+        if recipe.activation_bits == 16:
+            for node in self.nodes:
+                if node in plan.integer or node in plan.absorbed:
+                    plan.kept.setdefault(node.name or "", Choice(None, "codes of 16 bits have no integer kernel"))
+        for node, layer_node in plan.absorbed.items():
+            if layer_node.name in plan.kept:
+                plan.kept.setdefault(node.name or "", plan.kept[layer_node.name])
+        plan.writers = {value.name or "": node.name or "" for node in self.nodes for value in node.outputs}
+
+    def _why_dequantized(self, layer: Layer) -> str | None:
+        if layer.data is None:
+            return "only weights are quantized"
+        if layer.weight.bits == 16:
+            return "weights of 16 bits have no integer kernel"
+        if layer.blocked:
+            return "weights with a scale for each block have no integer kernel"
+        if self.recipe.pack and layer.weight.bits <= 4:
+            return "packed weights are unpacked to float"
+        return None
+
 
 _Neighbours = Callable[[Node], Iterator[Node]]
 
@@ -345,6 +381,11 @@ def oriented(node: Node, rule: Weighted) -> Weighted:
 
 def data_inputs(node: Node, rule: Rule) -> list[Value]:
     """The inputs of a node that carry data, constants among them; shapes, axes and weights are left out."""
+    return [value for index in data_positions(node, rule) if (value := node.inputs[index]) is not None]
+
+
+def data_positions(node: Node, rule: Rule) -> range:
+    """Where those inputs are."""
     count: int | None = 1
     if isinstance(rule, Computing):
         count = rule.data
@@ -352,7 +393,7 @@ def data_inputs(node: Node, rule: Rule) -> list[Value]:
         count = None
     elif isinstance(rule, Weighted) and node.op_type == "MatMul" and array(input_of(node, 1)) is None:
         count = 2
-    return [value for value in node.inputs[:count] if value is not None]
+    return range(len(node.inputs))[:count]
 
 
 def _tap(value: Value, is_read: bool) -> Tap:
@@ -403,6 +444,14 @@ def _refuse_computing(node: Node) -> str | None:
     for value in node.inputs[:2]:
         if value is not None and value.dtype not in (DataType.FLOAT, None):
             return "its data is not float"
+        numbers = array(value)
+        if numbers is not None and np.abs(numbers).max(initial=0) >= MASK:
+            return "its constant is a mask that 8 bits cannot hold beside data"
+    if node.op_type == "AveragePool":
+        if any(step != 1 for step in attribute(node, "dilations", [])):
+            return "a dilated AveragePool has no integer kernel"
+        if attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0):
+            return "with ceil_mode and count_include_pad the integer AveragePool divides by other numbers"
     return None
 
 

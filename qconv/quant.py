@@ -125,14 +125,19 @@ class QuantParams:
         scale = self._spread(self.scale, x.shape).astype(real)
         zero = self._spread(self.zero_point, x.shape).astype(real)
         with np.errstate(over="ignore"):
-            codes = np.rint(np.divide(x.astype(real), scale)) + zero
-        limited: NDArray[np.integer] = np.clip(codes, self.spec.qmin, self.spec.qmax).astype(self.spec.dtype)
+            codes = np.asarray(np.divide(x.astype(real, copy=False), scale))
+        # in place: weights can be most of what is in memory
+        np.rint(codes, out=codes)
+        codes += zero
+        np.clip(codes, self.spec.qmin, self.spec.qmax, out=codes)
+        limited: NDArray[np.integer] = codes.astype(self.spec.dtype)
         return limited
 
     def dequantize(self, codes: NDArray[np.integer]) -> NDArray[np.float32]:
         """The real numbers that codes stand for."""
-        zero = self._spread(self.zero_point, codes.shape).astype(np.int64)
-        steps = (codes.astype(np.int64) - zero).astype(np.float32)
+        # differences of up to 16 bits are exact in float32
+        wide = np.int64 if self.spec.bits > 16 else np.float32
+        steps = (codes.astype(wide) - self._spread(self.zero_point, codes.shape).astype(wide)).astype(np.float32)
         real: NDArray[np.float32] = np.multiply(steps, self._spread(self.scale, codes.shape), dtype=np.float32)
         return real
 

@@ -203,6 +203,15 @@ class Recipe:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("calib", "keep_float", "keep_float_op"):
+            wish = getattr(self, name)
+            object.__setattr__(self, name, (wish,) if isinstance(wish, str) else tuple(map(str, wish)))
+        for name, kind in (
+            ("weight_scheme", Scheme),
+            ("activation_scheme", Scheme),
+            ("weight_granularity", WeightGranularity),
+        ):
+            object.__setattr__(self, name, _member(kind, getattr(self, name), f"--{name.replace('_', '-')}"))
         _require(self.weight_bits in {*range(2, 9), 16}, f"--weight-bits {self.weight_bits}", "use 2 to 8, or 16.")
         _require(
             self.activation_bits in {*range(2, 9), 16, 32},
@@ -243,6 +252,12 @@ def _channels(mean: tuple[float, ...], std: tuple[float, ...]) -> Iterator[tuple
     """Mean and standard deviation of every channel, where either may be given for all."""
     count = max(len(mean), len(std))
     yield from zip(mean * (count // len(mean)), std * (count // len(std)), strict=True)
+
+
+def _member(kind: type[StrEnum], value: str, option: str) -> StrEnum:
+    """The member that is spelt like `value`: plain texts are fine for those who write Python."""
+    _require(value in list(kind), f"{option} {value}", f"use {' or '.join(kind)}.")
+    return kind(value)
 
 
 def _plain(thing: Any) -> Any:

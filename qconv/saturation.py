@@ -18,6 +18,9 @@ kernels widen to 32 bits first and are left alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +29,7 @@ from qconv.quant import QuantParams
 PAIR_LIMIT = 32767
 # Rounding can leave a pair a little over: steps of less than half a code in 127 would take forever.
 SMALLEST_STEP = 1 + 1 / 256
+LARGEST_PART = 2**20
 
 
 def widen(
@@ -41,39 +45,49 @@ def widen(
     weight: (O, I/g, kH, kW), or a matrix with outputs along `output_axis`. low, high: least and largest code of every
     input channel, shape (I,).
     """
-    limits = _spread(low, high, weight, output_axis)
+    excess = partial(_excess, weight, _spread(low, high, weight, output_axis), output_axis)
+    count = weight.shape[output_axis]
+    # a part at a time: products of all weights at once would be eight times their size
+    parts = np.array_split(np.arange(count), -(-weight.size // LARGEST_PART))
     if params.scale.ndim == 0:
-        return _widen_all(params, weight, limits, output_axis)
+        return _widen_all(params, parts, excess)
     scale, zero = params.scale.copy(), params.zero_point.copy()
-    gain = np.ones(scale.shape)  # (O,)
-    over = np.arange(len(scale))  # the outputs that may still have a pair over the limit
-    while True:
-        chosen = QuantParams(params.spec, scale[over], zero[over])
-        rows = _rows(chosen.quantize(weight.take(over, axis=output_axis)), output_axis)
-        excess = _worst_pair(rows, *(limit[over] if len(limit) > 1 else limit for limit in limits)) / PAIR_LIMIT
-        over, excess = over[excess > 1], excess[excess > 1]
-        if not over.size:
-            return QuantParams(params.spec, scale, zero) if np.any(gain > 1) else params
-        gain[over] *= np.maximum(excess, SMALLEST_STEP)
-        scale[over] = params.scale[over] * gain[over]
-        zero[over] = np.rint(params.zero_point[over] / gain[over])
+    gain = np.ones(count)  # (O,)
+    for over in parts:
+        while over.size:  # the outputs that may still have a pair over the limit
+            found = excess(QuantParams(params.spec, scale[over], zero[over]), over)
+            over, found = over[found > 1], found[found > 1]
+            gain[over] *= np.maximum(found, SMALLEST_STEP)
+            scale[over] = params.scale[over] * gain[over]
+            zero[over] = np.rint(params.zero_point[over] / gain[over])
+    return QuantParams(params.spec, scale, zero) if np.any(gain > 1) else params
 
 
-def _widen_all(
-    params: QuantParams,
+_Excess = Callable[[QuantParams, NDArray[np.int64]], NDArray[np.float64]]
+
+
+def _widen_all(params: QuantParams, parts: list[NDArray[np.int64]], excess: _Excess) -> QuantParams:
+    """One scale for the whole tensor."""
+    chosen, gain = params, 1.0
+    while (found := max(float(excess(chosen, part).max()) for part in parts)) > 1:
+        gain *= max(found, SMALLEST_STEP)
+        zero = np.rint(params.zero_point / gain).astype(params.zero_point.dtype)
+        chosen = QuantParams(params.spec, (params.scale * gain).astype(np.float32), zero)
+    return chosen
+
+
+def _excess(
     weight: NDArray[np.float32],
     limits: tuple[NDArray[np.int32], NDArray[np.int32]],
     output_axis: int,
-) -> QuantParams:
-    """One scale for the whole tensor."""
-    chosen, gain = params, 1.0
-    while True:
-        excess = float((_worst_pair(_rows(chosen.quantize(weight), output_axis), *limits) / PAIR_LIMIT).max())
-        if excess <= 1:
-            return chosen
-        gain *= max(excess, SMALLEST_STEP)
-        zero = np.rint(params.zero_point / gain).astype(params.zero_point.dtype)
-        chosen = QuantParams(params.spec, (params.scale * gain).astype(np.float32), zero)
+    params: QuantParams,
+    outputs: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """The worst pair of each of some outputs, over what 16 bits hold; params: of these outputs, or of all."""
+    rows = _rows(params.quantize(weight.take(outputs, axis=output_axis)), output_axis)
+    low, high = (limit[outputs] if len(limit) > 1 else limit for limit in limits)
+    found: NDArray[np.float64] = _worst_pair(rows, low, high) / PAIR_LIMIT
+    return found
 
 
 def _rows(codes: NDArray[np.integer], output_axis: int) -> NDArray[np.int32]:

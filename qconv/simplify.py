@@ -160,6 +160,17 @@ def mean_to_pool(model: Model, node: Node) -> list[Change]:
 
 
 @each_node("simplify", "AveragePool")
+def count_no_pads(model: Model, node: Node) -> list[Change]:
+    """Where nothing is padded it makes no difference whether padding counts, except to the integer kernel."""
+    if not attribute(node, "count_include_pad", 0) or any(attribute(node, "pads", [])):
+        return []
+    if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return []
+    drop_attribute(node, "count_include_pad")
+    return [Change("simplify", title(node), "count_include_pad dropped: nothing is padded")]
+
+
+@each_node("simplify", "AveragePool")
 def whole_average_to_pool(model: Model, node: Node) -> list[Change]:
     """An AveragePool whose one window is the whole map."""
     kernel, sizes = attribute(node, "kernel_shape"), dims(source(node))
@@ -306,6 +317,7 @@ PASSES: tuple[Pass, ...] = (
     merge_pads,
     mean_to_pool,
     whole_average_to_pool,
+    count_no_pads,
     matmul_to_gemm,
     merge_activations,
     hoist_activations,

@@ -82,7 +82,7 @@ def _lines(report: Report) -> list[tuple[str, str]]:
     if report.preprocessing_words:
         lines.append(("pictures", escape(report.preprocessing_words)))
     lines += [("changed", text) for text in _changes(report)][:SHOWN]
-    lines.append(("runs", f"{report.audit.integer} nodes in integers, {report.audit.float} in float"))
+    lines.append(("runs", f"{_count(report.audit.integer, 'node')} in integers, {report.audit.float} in float"))
     lines += [("float", text) for text in _islands(report.audit.islands)]
     lines += [("left alone", text) for text in _skipped(report)]
     lines.append(("needs", f"{report.needs} (opset {report.opset}, IR {report.ir_version})"))
@@ -155,6 +155,10 @@ def _range(tensor: Any) -> str:
     if isinstance(scale, list):
         return f"scales of shape {len(scale)}"
     return f"scale {scale:.6g}, zero point {tensor.zero_point}"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _bytes(count: int) -> str:

@@ -78,10 +78,8 @@ def is_class_score(shape: Sequence[int | None]) -> bool:
     return classes is not None and classes > 1 and not (len(shape) == 4 and classes == 3)
 
 
-def verify(
-    reference: Session, quantized: Session, batches: Iterable[Mapping[str, NDArray[Any]]], *, most: int | None = None
-) -> Verification:
-    """Run both on every batch, one after the other. most: pictures there are; a fixed batch may repeat some."""
+def verify(reference: Session, quantized: Session, batches: Iterable[Mapping[str, NDArray[Any]]]) -> Verification:
+    """Run both on every batch, one after the other."""
     tallies = {name: _Tally() for name in reference.outputs}
     seconds: list[tuple[float, float]] = []
     images = 0
@@ -94,7 +92,6 @@ def verify(
         images += len(next(iter(feeds.values())))
         for name, ref, result in zip(reference.outputs, expected, got, strict=True):
             tallies[name].update(ref, result)
-    images = images if most is None else min(images, most)
     slowdown = None
     if len(seconds) >= FEWEST_TIMED:
         slow, fast = (float(np.median(column)) for column in zip(*seconds[1:], strict=True))

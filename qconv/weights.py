@@ -92,7 +92,7 @@ def quantize_layer(layer: Layer, source: Source | None) -> tuple[LayerParams, li
         params = saturation.widen(params, weight, *limits, output_axis=layer.rule.output_axis)
     codes = params.quantize(weight)
     statistics = source.of(channels)
-    if statistics is not None and layer.node.op_type != "MatMul":
+    if statistics is not None:
         error = (weight - params.dequantize(codes)).reshape(stored.shape)
         groups = attribute(layer.node, "group", 1)
         shift = bias_correction.correction(error, statistics.means, groups=groups, output_axis=layer.rule.output_axis)

@@ -66,6 +66,11 @@ def test_hard_gates_close_where_their_line_crosses_zero(body: str, closed_at: fl
     assert gate.closed_at == pytest.approx(closed_at, abs=1e-5)
 
 
+def test_a_gate_that_closes_may_have_other_readers() -> None:
+    """What it gives below is zero to all of them."""
+    assert gate_in(activation("s = HardSigmoid(x) p = Mul(x, s) y = Add(p, s)")) is not None
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -76,6 +81,7 @@ def test_hard_gates_close_where_their_line_crosses_zero(body: str, closed_at: fl
         "s = HardSigmoid<alpha=-0.2>(x) y = Mul(x, s)",  # closed on the right
         "a = Add(x, three) s = Clip(a, three, six) y = Mul(x, s)",  # never closed
         "a = Add(x, x) s = Relu(a) y = Mul(x, s)",  # no constant
+        "s = Sigmoid(x) p = Mul(x, s) y = Add(p, s)",  # so near zero and zero are not the same
         "y = Sigmoid(x)",
         "y = Mul(x, x)",
     ],

@@ -415,9 +415,10 @@ def test_edge_bits_lower_nothing() -> None:
     assert {planned.bits(name) for name in "xcdmey"} == {8}
 
 
-def test_packed_edges_are_packed_too() -> None:
-    planned = Planned(CHAIN, Recipe(weight_bits=4, pack=True))
-    assert {layer.weight.bits for layer in planned.plan.layers} == {4}
+@pytest.mark.parametrize(("edge_bits", "bits"), [(8, {4, 8}), (4, {4})])
+def test_packed_edges_keep_their_bits_too(edge_bits: int, bits: set[int]) -> None:
+    planned = Planned(CHAIN, Recipe(weight_bits=4, pack=True, edge_bits=edge_bits))
+    assert {layer.weight.bits for layer in planned.plan.layers} == bits
 
 
 def test_tensors_tied_to_an_edge_have_its_bits() -> None:
