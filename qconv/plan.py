@@ -214,6 +214,9 @@ class _Planner:
             reason = self.plan.kept.get(before.name or "")
             if reason is not None:
                 return reason.why
+        rule = self.eligible.get(node)
+        if isinstance(rule, Computing) and rule.float_in_tail and node in self.after_weights:
+            return "behind the last layer with weights, where float keeps precision and costs little"
         return "no quantized tensor reaches it, so codes would only cost"
 
     def _worthwhile(self, node: Node) -> bool:

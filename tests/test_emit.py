@@ -1147,3 +1147,13 @@ def test_every_convolution_in_float_says_why(options: dict[str, object], why: st
     for name in ("c", "d", "p"):
         after = {"c": "r", "d": "e", "p": "p"}[name]
         assert found.get(name, found.get(after)) == why, found
+
+
+def test_what_follows_a_result_in_float_is_counted_as_float() -> None:
+    """QGemm without a quantizer behind it gives floats, so the Softmax works on floats."""
+    body = "c = Conv(x, w) r = Relu(c) f = Flatten(r) g = Gemm(f, v) y = Softmax(g)"
+    result = quantized(network(body, x=(2, 3, 6, 6), w=(4, 3, 3, 3), v=(64, 5)))
+    assert "QGemm" in result.runs
+    assert [(island.op, island.why) for island in result.audit.islands] == [
+        ("Softmax", "behind the last layer with weights, where float keeps precision and costs little")
+    ]

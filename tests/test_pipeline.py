@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import qconv
+from qconv import pipeline
 from qconv.errors import QconvError
 from qconv.load import Source
 from qconv.pipeline import Listener, folded_float, quantize
@@ -445,3 +446,20 @@ def test_reshapes_to_a_fixed_batch_are_fine(pictures: str) -> None:
     with pytest.raises(QconvError, match="cannot be run") as caught:
         quantized(proto, Recipe(calib=(pictures,), batch=4))
     assert "--batch" in caught.value.hint
+
+
+def test_preprocessing_of_samples_is_told_to_be_in_vain(tmp_path: Path) -> None:
+    folder = samples(tmp_path / "s", np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32))
+    report, _ = quantized(deep(), Recipe(calib=(folder,), preprocessing=PreprocessingOptions(preset="tf")))
+    assert any("preprocessing options are not used" in text for text in report.warnings)
+
+
+@pytest.mark.parametrize(("slowdown", "told"), [(1.5, True), (0.7, False), (1.01, False), (None, False)])
+def test_a_result_that_is_slower_than_float_is_told(
+    pictures: str, monkeypatch: pytest.MonkeyPatch, slowdown: float | None, told: bool
+) -> None:
+    """Times are the machine's; what is said of them is not."""
+    real = pipeline.verify
+    monkeypatch.setattr(pipeline, "verify", lambda *args: replace(real(*args), slowdown=slowdown))
+    report, _ = quantized(deep(), Recipe(calib=(pictures,)))
+    assert any("times as long as the float one" in text for text in report.warnings) is told

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from models import Constant, ints, loaded, network
 
-from qconv.graph import Model, Node, Value, attribute
+from qconv.graph import Model, Node, Value, array, attribute
 from qconv.plan import Layer, Plan, make_plan
 from qconv.quant import PerBlock, PerChannel, PerTensor
 from qconv.recipe import Recipe, Scheme, WeightGranularity
@@ -497,3 +497,13 @@ def test_weights_only_quantizes_no_activation(op_type: str) -> None:
 def test_weights_only_takes_layers_without_an_integer_kernel() -> None:
     """They run in float anyway."""
     assert Planned(around("ConvTranspose"), Recipe(activation_bits=32)).layers == "c a y"
+
+
+def test_blocks_are_no_longer_than_the_channels() -> None:
+    """A block of a million would be stored, and repeated, as a million."""
+    planned = Planned(CHAIN, Recipe(weight_granularity=WeightGranularity.PER_BLOCK, block_size=10**6))
+    for layer in planned.plan.layers:
+        weight = array(layer.node.inputs[1])
+        assert weight is not None
+        assert isinstance(layer.weight.granularity, PerBlock)
+        assert layer.weight.granularity.size == np.prod(weight.shape[1:])

@@ -242,3 +242,12 @@ def test_preprocessing_is_written_in_full_and_survives_json() -> None:
     assert set(plain) == {field.name for field in fields(Preprocessing)}
     assert json.loads(json.dumps(plain)) == plain
     assert plain["size"] == [224, 224]
+
+
+def test_plain_texts_are_fine_in_python() -> None:
+    """One folder is no list of letters, and a word is as good as the member of that name."""
+    recipe = Recipe(calib="imgs", keep_float_op="Gemm", weight_granularity="per-block")  # type: ignore[arg-type]
+    assert (recipe.calib, recipe.keep_float_op) == (("imgs",), ("Gemm",))
+    assert recipe.weight_granularity is WeightGranularity.PER_BLOCK
+    with pytest.raises(QconvError, match="--weight-scheme odd is not possible"):
+        Recipe(weight_scheme="odd")  # type: ignore[arg-type]
