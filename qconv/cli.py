@@ -32,71 +32,13 @@ from qconv.recipe import (
     Scheme,
     WeightGranularity,
 )
+from qconv.values import Numbers, Resize, Size
 
 if TYPE_CHECKING:
     from qconv.report import Report
 
 GATE_FELL_SHORT = 3
 WIDTH = {"max_content_width": 100}
-
-
-class Numbers(click.ParamType[tuple[float, ...]]):
-    """Comma-separated numbers; fractions such as 1/255 are accepted."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """The numbers, or a usage error."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(number(part) for part in str(value).split(","))
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"{value!r} is no number, fraction or comma-separated list of them.", param, ctx)
-
-
-def number(text: str) -> float:
-    """A number or a fraction, such as 0.485, 1/255 or 1/127.5. Raises ValueError or ZeroDivisionError."""
-    top, slash, bottom = text.partition("/")
-    return float(top) / float(bottom) if slash else float(top)
-
-
-class Size(click.ParamType[tuple[int, int]]):
-    """HxW in pixels, or one number for a square."""
-
-    name = "HxW"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        """What --help shows for the value."""
-        return "HxW"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Height and width, or a usage error."""
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).lower().split("x")
-        if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is no size; write for example 224x224.", param, ctx)
-        return int(parts[0]), int(parts[-1])
-
-
-class Resize(click.ParamType[str | int]):
-    """auto, exact, letterbox, or the shorter side in pixels."""
-
-    name = "resize"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        """What --help shows for the value."""
-        return "[auto|exact|letterbox|N]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
-        """The word or the number, or a usage error."""
-        text = str(value)
-        if text in ("auto", "exact", "letterbox"):
-            return text
-        if not text.isdigit() or int(text) < 1:
-            self.fail(f"{text!r} is none of auto, exact, letterbox or a number of pixels.", param, ctx)
-        return int(text)
 
 
 def _choice(kind: type[StrEnum]) -> click.Choice[str]:

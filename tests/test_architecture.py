@@ -35,6 +35,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "layers",
             "params",
             "plan",
+            "refusals",
             "report",
             "saturation",
             "shrink",
@@ -44,7 +45,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"pipeline"}),
-    frozenset({"cli", "summary"}),  # the face
+    frozenset({"cli", "summary", "values"}),  # the face
     frozenset({"__init__", "__main__"}),
 )
 # Imports within a floor.
@@ -62,9 +63,9 @@ NEIGHBOURS: dict[str, set[str]] = {
     "params": {"calibrate", "plan", "weights"},
     "simplify": {"edits"},
     "verify": {"report"},
-    "plan": {"calibrate", "gates"},
+    "plan": {"calibrate", "gates", "refusals"},
     "weights": {"bias", "calibrate", "plan", "saturation"},
-    "cli": {"summary"},
+    "cli": {"summary", "values"},
 }
 # Libraries that have one door each, and the modules that hold it.
 FENCES: dict[str, frozenset[str]] = {
@@ -74,7 +75,7 @@ FENCES: dict[str, frozenset[str]] = {
     "google": frozenset({"load"}),
     "PIL": frozenset({"images"}),
     "onnxruntime": frozenset({"runtime"}),
-    "click": frozenset({"cli"}),
+    "click": frozenset({"cli", "values"}),
     "rich": frozenset({"summary"}),
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
