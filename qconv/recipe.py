@@ -149,7 +149,7 @@ class Preprocessing:
             return ""
         return (
             f"pixels from 0 to 255 become {low:.4g} to {high:.4g}, which is unusual: --mean and --std speak of pixels "
-            f"that are multiplied by --scale {self.scale:.6g}"
+            f"that are multiplied by --scale {self.scale:.6g} first (for pixels as they are, pass --scale 1)"
         )
 
     def _resize_in_words(self) -> str:
