@@ -83,8 +83,8 @@ def quantize(
             _check_output(source, place, load.data_files(proto, source))
         load.refuse_quantized(proto, source.name)
         float_bytes = load.file_bytes(proto, source)
-        original = Session(source.runnable, name=source.name, threads=recipe.threads)
-        feed = Feed.of(original, recipe, run.warn, run.listener.progress)
+        # it runs again when the result is checked: until then its weights would only take room
+        feed = Feed.of(_original(source, recipe), recipe, run.warn, run.listener.progress)
         model, changes = load.load(proto, source, opset=needed_opset(recipe, load.own_opset(proto)))
         run.findings += changes
     with run.step("fold"):
@@ -105,7 +105,7 @@ def quantize(
         describe(model, qconv.__version__, recipe, feed.preprocessing)
     with save.staged(model, place) as staged:
         with run.step("verify"):
-            checked, audited = _check(staged, original, plan, recipe, feed)
+            checked, audited = _check(staged, _original(source, recipe), plan, recipe, feed)
         for output in checked.outputs:
             if output.remark:
                 run.warn(f"output {output.name}: {output.remark}.")
@@ -169,13 +169,19 @@ def _require_layers(plan: Plan, source: load.Source) -> None:
         )
 
 
+def _original(source: load.Source, recipe: Recipe) -> Session:
+    """The user's own model, as it is."""
+    return Session(source.runnable, name=source.name, threads=recipe.threads)
+
+
 def _calibrate(model: Model, plan: Plan, recipe: Recipe, feed: Feed) -> dict[str, Statistics]:
     taps = plan.taps()
     if not taps:
         return {}
     with tapped(model, taps) as runnable:
         session = Session(runnable, name="the folded float model", threads=recipe.threads)
-        return watch(session, taps, feed.all("calibrate"))
+    del runnable  # the session has its own copy of all weights
+    return watch(session, taps, feed.all("calibrate"))
 
 
 def _check(

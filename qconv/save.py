@@ -176,7 +176,9 @@ def runnable(model: Model, outputs: Iterable[str], pooled: Iterable[str] = ()) -
         proto = _whole(model)
         proto.graph.node.extend(pools)
         proto.graph.output.extend(extra)
-        yield proto.SerializeToString()
+        data = proto.SerializeToString()
+        del proto  # as large as all weights
+        yield data
         return
     with _locked_folder(_temporary()) as folder:
         path = folder / "model.onnx"

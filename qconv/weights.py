@@ -65,7 +65,7 @@ def quantize_layer(layer: Layer, source: Source | None) -> tuple[LayerParams, li
     """Codes and parameters of one layer. source: None where only weights are quantized."""
     stored = array(layer.node.inputs[1])
     assert stored is not None
-    weight = layer.arranged(stored.astype(np.float32))
+    weight = layer.arranged(stored.astype(np.float32, copy=False))
     if not np.isfinite(weight).all():
         name = layer.node.name
         raise QconvError(f"The weights of {name} hold NaN or infinity.", "export the model again, or --keep-float it.")
@@ -93,7 +93,8 @@ def quantize_layer(layer: Layer, source: Source | None) -> tuple[LayerParams, li
     codes = params.quantize(weight)
     statistics = source.of(channels)
     if statistics is not None:
-        error = (weight - params.dequantize(codes)).reshape(stored.shape)
+        error = params.dequantize(codes)
+        error = np.subtract(weight, error, out=error).reshape(stored.shape)
         groups = attribute(layer.node, "group", 1)
         shift = bias_correction.correction(error, statistics.means, groups=groups, output_axis=layer.rule.output_axis)
         bias = (shift if bias is None else bias + shift).astype(np.float32)
