@@ -793,10 +793,16 @@ def whole(out: Path) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_signal_while_the_result_is_being_checked(call: Qconv, tmp_path: Path, number: signal.Signals) -> None:
-    out = tmp_path / "out.onnx"
+    many = tmp_path / "many"  # so that checking takes a while
+    many.mkdir()
+    for index in range(6):
+        for picture in PHOTOS.glob("*.jpg"):
+            (many / f"{index}_{picture.name}").symlink_to(picture)
+    out = tmp_path / "place" / "out.onnx"
+    out.parent.mkdir()
     out.write_bytes(b"before")
-    process = start(*LONG, "-o", out)
-    while not list(tmp_path.glob(".out.onnx.*/out.onnx")) and process.poll() is None:
+    process = start(*LONG, "--calib", many, "--samples", "480", "-o", out)
+    while not list(out.parent.glob(".out.onnx.*/out.onnx")) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(number)
     done = finish(process)
@@ -810,7 +816,7 @@ def test_a_signal_while_the_result_is_being_checked(call: Qconv, tmp_path: Path,
     )
     assert out.read_bytes() == b"before"
     assert "Traceback" not in done.err
-    left = [name for name in listing(tmp_path) if name != "out.onnx"]
+    left = [name for name in listing(out.parent) if name != "out.onnx"]
     if number != signal.SIGKILL:
         assert left == []
         return
@@ -818,7 +824,7 @@ def test_a_signal_while_the_result_is_being_checked(call: Qconv, tmp_path: Path,
     assert hidden.startswith(".out.onnx.")
     assert hidden.endswith(SUFFIX)
     assert call("quantize", CIFAR, "--calib", PHOTOS, *QUICK, "-o", out).status == 0
-    assert listing(tmp_path) == ["out.onnx"]
+    assert listing(out.parent) == ["out.onnx"]
     assert whole(out)
 
 
