@@ -218,12 +218,13 @@ def _require_streams(model: str, output: str | None, as_json: bool) -> None:
 
 
 def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[Report, bytes | None]:
-    from qconv import load, pipeline
+    from qconv import pipeline
+    from qconv.source import Source
 
     if model == "-":
-        source = load.Source("the model on standard input", None, sys.stdin.buffer.read())
+        source = Source("the model on standard input", None, sys.stdin.buffer.read())
     else:
-        source = load.Source(model, Path(model))
+        source = Source(model, Path(model))
     if output is None:
         output = default_output(model, recipe)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)

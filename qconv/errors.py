@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class QconvError(Exception):
     """Something the user can mend. The command line prints it as `Error:` and `Hint:` and exits with status 1.
@@ -13,3 +15,13 @@ class QconvError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def shaped(shape: Sequence[int | None]) -> str:
+    """`1x3x?x?` for (1, 3, None, None)."""
+    return "x".join("?" if size is None else str(size) for size in shape) or "scalar"

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from qconv import images
 from qconv.errors import QconvError
+from qconv.listing import SAMPLE_SUFFIXES, Listing, find
+from qconv.preprocess import InputSpec, resolve
 from qconv.recipe import Preprocessing, PreprocessingOptions, Recipe
 from qconv.runtime import Session
 
@@ -29,8 +31,8 @@ class Feed:
     the first pass has decoded.
     """
 
-    listing: images.Listing
-    inputs: list[images.InputSpec]
+    listing: Listing
+    inputs: list[InputSpec]
     preprocessing: Preprocessing | None
     batch: int
     warn: Callable[[str], None]
@@ -48,16 +50,16 @@ class Feed:
         progress: Callable[[str, int, int], None],
     ) -> Feed:
         """The pictures of `recipe` for the network in `session`. Raises QconvError where they cannot feed it."""
-        listing = images.find(recipe.calib, pattern=recipe.glob, samples=recipe.samples, seed=recipe.seed)
-        inputs = [images.InputSpec(*found) for found in session.inputs]
+        listing = find(recipe.calib, pattern=recipe.glob, samples=recipe.samples, seed=recipe.seed)
+        inputs = [InputSpec(*found) for found in session.inputs]
         if not inputs:
             raise QconvError(f"{session.name} has no input, so no picture can be fed to it.", "export the model again.")
         preprocessing = None
-        if any(path.suffix.lower() not in images.SAMPLE_SUFFIXES for path in listing.paths):
+        if any(path.suffix.lower() not in SAMPLE_SUFFIXES for path in listing.paths):
             if len(inputs) > 1:
                 raise _several_inputs(session.name, inputs)
             class_vector = any(len(shape) == 2 for shape in session.output_shapes)
-            preprocessing = images.resolve(recipe.preprocessing, inputs[0], class_vector=class_vector)
+            preprocessing = resolve(recipe.preprocessing, inputs[0], class_vector=class_vector)
             if preprocessing.doubt():
                 warn(f"{preprocessing.doubt()}.")
         elif recipe.preprocessing != PreprocessingOptions():
@@ -122,7 +124,7 @@ def _silent(text: str) -> None:
     pass
 
 
-def _several_inputs(name: str, inputs: list[images.InputSpec]) -> QconvError:
+def _several_inputs(name: str, inputs: list[InputSpec]) -> QconvError:
     names = ", ".join(spec.name for spec in inputs)
     return QconvError(
         f"{name} has {len(inputs)} inputs ({names}), which pictures alone cannot feed.",

@@ -15,14 +15,11 @@ It will not mend truncated files, nor open anything larger than Pillow's limit a
 
 from __future__ import annotations
 
-import fnmatch
 import math
-import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -31,44 +28,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.errors import QconvError
-from qconv.recipe import CROP_SHARE, PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset
+from qconv.errors import QconvError, counted, shaped
+from qconv.listing import SAMPLE_SUFFIXES, Listing, suffix_of
+from qconv.preprocess import InputSpec, agrees
+from qconv.recipe import CROP_SHARE, Color, Layout, Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
-SAMPLE_SUFFIXES = frozenset({".npy", ".npz"})
-
 # Naming them keeps the rest of Pillow out of reach: an EPS file called x.jpg would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
-_PIXEL_TYPES = frozenset(map(np.dtype, ("float16", "float32", "float64", "uint8")))
-_AXES = {Layout.NCHW: (1, 2, 3), Layout.NHWC: (3, 1, 2)}  # channel, height, width
 # Modes that convert() reads wrongly unless they pass through another one first, and the value of white in wide modes.
 _BY_WAY_OF = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
 _WHITE = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 _LETTERBOX_GREY = 114  # the padding of YOLO
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """The files to read: `paths` in reading order, already shuffled and cut to the wanted number of samples.
-
-    found: how many candidates there were. ignored: files without a picture's or a sample's suffix, not looked at.
-    """
-
-    paths: tuple[Path, ...]
-    found: int
-    ignored: int
-
-
-@dataclass(frozen=True, slots=True)
-class InputSpec:
-    """One graph input of the network; axis 0 is the batch. A dimension is None where the model leaves it open."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | None, ...]
 
 
 class UnreadablePicture(QconvError):
@@ -78,224 +51,6 @@ class UnreadablePicture(QconvError):
         super().__init__(f"{path} cannot be decoded ({reason}).", "remove it, or leave it out with --glob.")
         self.path = path
         self.reason = reason
-
-
-# ---- which files
-
-
-def find(sources: Sequence[str], *, pattern: str | None, samples: int, seed: int) -> Listing:
-    """Choose the files to read: a seeded draw of `samples` that does not depend on the file system's order.
-
-    A source is a folder (read recursively, hidden files skipped), a text file with one path a line (relative to the
-    text file's folder, `#` starts a comment), or one picture. `pattern` is compared with a file's name and with its
-    path inside the source. Raises QconvError for a source or a listed path that does not exist, and if none is left.
-    """
-    files = sorted((i, inside, path) for i, source in enumerate(sources) for inside, path in _files(source))
-    known = [(inside, path) for _, inside, path in files if _suffix(path) in PICTURE_SUFFIXES | SAMPLE_SUFFIXES]
-    chosen = [path for inside, path in known if pattern is None or _matches(inside, pattern)]
-    if not chosen:
-        raise _nothing_in(sources, len(files), len(known), pattern)
-    order = np.random.default_rng(seed).permutation(len(chosen))[:samples]
-    return Listing(tuple(Path(chosen[i]) for i in order), len(chosen), len(files) - len(known))
-
-
-def _suffix(path: str | Path) -> str:
-    return os.path.splitext(path)[1].lower()
-
-
-def _matches(inside: str, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(text, pattern) for text in (inside, inside.rpartition("/")[2]))
-
-
-def _files(source: str) -> Iterator[tuple[str, str]]:
-    """Yield (posix path inside the source, path to open) of each file."""
-    if os.path.isdir(source):
-        yield from _walk(source)
-    elif not os.path.exists(source):
-        raise QconvError(f"{source} does not exist.", "pass a folder of pictures, or a text file with one path a line.")
-    elif _suffix(source) in PICTURE_SUFFIXES | SAMPLE_SUFFIXES:
-        yield os.path.basename(source), source
-    else:
-        yield from _listed(Path(source))
-
-
-def _walk(folder: str) -> Iterator[tuple[str, str]]:
-    seen: set[str] = set()
-    for here, folders, names in os.walk(folder, followlinks=True, onerror=_cannot_read):
-        real = os.path.realpath(here)
-        if real in seen:  # a link to a folder further up would go round for ever
-            folders.clear()
-            continue
-        seen.add(real)
-        # sorted, so that of two ways to a linked folder the same one counts everywhere
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = os.path.relpath(here, folder).replace(os.sep, "/")
-        prefix = "" if inside == "." else f"{inside}/"
-        yield from ((prefix + name, os.path.join(here, name)) for name in names if not name.startswith("."))
-
-
-def _listed(text: Path) -> Iterator[tuple[str, str]]:
-    try:
-        lines = text.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        hint = "pass a folder of pictures, or a text file with one path a line."
-        raise QconvError(f"{text} is neither a folder, nor a picture, nor a text file of paths.", hint) from None
-    except OSError as error:
-        _cannot_read(error)
-        raise
-    for number, line in enumerate(lines, 1):
-        entry = line.strip()
-        if not entry or entry.startswith("#"):
-            continue
-        path = os.path.join(text.parent, entry)
-        if not os.path.isfile(path):
-            fact = "is a folder" if os.path.isdir(path) else "does not exist"
-            hint = f"give the path of one file a line, relative to {text.parent}/ or absolute."
-            raise QconvError(f"line {number} of {text}: {entry} {fact}.", hint)
-        yield Path(entry).as_posix(), path
-
-
-def _cannot_read(error: OSError) -> None:
-    raise QconvError(f"{error.filename} cannot be read ({error.strerror}).", "check its permissions.") from error
-
-
-def _nothing_in(sources: Sequence[str], files: int, known: int, pattern: str | None) -> QconvError:
-    where = " and ".join(sources)
-    suffixes = f"put pictures there: {' '.join(sorted(PICTURE_SUFFIXES))}, or .npy and .npz samples."
-    if known:
-        hint = "the pattern is compared with the file's name and with its path inside the folder, capitals count."
-        return QconvError(f"none of the {known} pictures in {where} matches --glob '{pattern}'.", hint)
-    if files:
-        verb = "holds" if len(sources) == 1 else "hold"
-        return QconvError(f"{where} {verb} {_count(files, 'file')} but none is a picture.", suffixes)
-    if len(sources) == 1 and os.path.isdir(sources[0]):
-        return QconvError(f"{where} is an empty folder.", f"{suffixes} Hidden files are not looked at.")
-    if sources:
-        return QconvError(f"no file was found in {where}.", suffixes)
-    return QconvError("no pictures were given.", "pass a folder of pictures.")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-# ---- what to do with them
-
-
-def resolve(options: PreprocessingOptions, spec: InputSpec, *, class_vector: bool) -> Preprocessing:
-    """Join what the user said, what the model's input fixes and the preset's own numbers.
-
-    Where --color swaps red and blue, the preset's mean and std move with their colours; --mean and --std are taken in
-    the final channel order. Raises QconvError where options and input contradict each other, where the size stays
-    open, and where the input is not a picture (rank other than 4, neither 1 nor 3 channels, an odd type).
-    """
-    _require_picture(options, spec)
-    layout = options.layout or _deduced_layout(spec.shape)
-    channels = _channels(options.color, spec, layout)
-    name, source = _chosen_preset(options, spec, channels)
-    color = Color.GREY if channels == 1 else options.color or PRESETS[name].color
-    preset = _with_color(PRESETS[name], color)
-    return Preprocessing(
-        preset=name,
-        source=source,
-        color=color,
-        scale=preset.scale if options.scale is None else options.scale,
-        mean=_a_channel("--mean", options.mean, preset.mean, spec, channels),
-        std=_a_channel("--std", options.std, preset.std, spec, channels),
-        layout=layout,
-        resize=options.resize,
-        filter=options.filter,
-        size=_size(options.size, spec, layout),
-        class_vector=class_vector,
-    )
-
-
-def _require_picture(options: PreprocessingOptions, spec: InputSpec) -> None:
-    samples = "pass one .npy or .npz sample a file instead of pictures."
-    if len(spec.shape) != 4:
-        raise QconvError(f"input '{spec.name}' has shape {_shape(spec.shape)}, which is no picture's.", samples)
-    if spec.dtype not in _PIXEL_TYPES:
-        raise QconvError(f"input '{spec.name}' takes {spec.dtype}, which pictures are not.", samples)
-    if isinstance(options.resize, str) and options.resize not in _RESIZED:
-        raise QconvError(f"--resize {options.resize} is unknown.", f"use {', '.join(_RESIZED)} or a number of pixels.")
-
-
-def _deduced_layout(shape: tuple[int | None, ...]) -> Layout:
-    if shape[1] in (1, 3):
-        return Layout.NCHW
-    # (N, 224, 224, open): 224 are no channels, so that only the last axis can be theirs
-    return Layout.NHWC if shape[3] in (1, 3) or (shape[1] is not None and shape[3] is None) else Layout.NCHW
-
-
-def _channels(color: Color | None, spec: InputSpec, layout: Layout) -> int:
-    said = None if color is None else 1 if color is Color.GREY else 3
-    channels = spec.shape[_AXES[layout][0]]
-    if channels is None:
-        return said or 3
-    if channels not in (1, 3):
-        shape = f"{_shape(spec.shape)}, {layout.upper()}"
-        fact = f"input '{spec.name}' ({shape}) has {channels} channels; pictures have 1 or 3."
-        raise QconvError(fact, "pass --layout if the axes are meant otherwise, or .npy samples instead of pictures.")
-    if said not in (None, channels):
-        fact = f"--color {color} contradicts input '{spec.name}', which has {_count(channels, 'channel')}."
-        raise QconvError(fact, "leave --color out.")
-    return channels
-
-
-def _chosen_preset(options: PreprocessingOptions, spec: InputSpec, channels: int) -> tuple[str, str]:
-    """Return the preset's name, and in words where it came from and what replaces parts of it."""
-    own = [f"--{part}" for part in ("scale", "mean", "std", "color") if getattr(options, part) is not None]
-    changed = f", with {' and '.join(own)}" if own else ""
-    if options.preset is not None:
-        if options.preset not in PRESETS:
-            raise QconvError(f"--preprocess {options.preset} is unknown.", f"use one of {', '.join(PRESETS)}.")
-        return options.preset, f"--preprocess {options.preset}{changed}"
-    if spec.dtype == np.uint8:
-        name, reason = "raw", "uint8 inputs"
-    else:
-        name, reason = ("imagenet" if channels == 3 else "unit"), _count(channels, "channel")
-    return name, f"the default for {reason}{changed}; name another with --preprocess"
-
-
-def _with_color(preset: Preset, color: Color) -> Preset:
-    if color in (preset.color, Color.GREY):
-        return preset
-    return replace(preset, color=color, mean=preset.mean[::-1], std=preset.std[::-1])
-
-
-def _a_channel(
-    option: str, own: tuple[float, ...] | None, preset: tuple[float, ...], spec: InputSpec, channels: int
-) -> tuple[float, ...]:
-    values = preset if own is None else own
-    if len(values) in (1, channels):
-        return values
-    has = f"input '{spec.name}' has {_count(channels, 'channel')}"
-    if own is None:
-        hint = "pass --mean and --std with one value each, or --preprocess unit."
-        raise QconvError(f"the preset has {len(values)} values for {option} but {has}.", hint)
-    fix = "give one value." if channels == 1 else f"give one value, or {channels}."
-    raise QconvError(f"{option} has {_count(len(values), 'value')} but {has}.", fix)
-
-
-def _size(wanted: tuple[int, int] | None, spec: InputSpec, layout: Layout) -> tuple[int, int]:
-    _, *axes = _AXES[layout]
-    fixed = tuple(spec.shape[axis] for axis in axes)
-    if wanted is None:
-        height, width = fixed
-        if height is None or width is None:
-            hint = "pass --size HxW, for example --size 224x224."
-            raise QconvError(f"input '{spec.name}' has no fixed height and width.", hint)
-        return height, width
-    if min(wanted) < 1:
-        raise QconvError(f"--size {_shape(wanted)} is not possible.", "use at least 1x1.")
-    if not _agree(wanted, fixed):
-        fact = f"--size {_shape(wanted)} contradicts input '{spec.name}', which is fixed at {_shape(fixed)}."
-        raise QconvError(fact, "leave --size out.")
-    return wanted
-
-
-def _shape(shape: Sequence[int | None]) -> str:
-    return "x".join("?" if size is None else str(size) for size in shape) or "scalar"
 
 
 # ---- one picture
@@ -318,7 +73,7 @@ def _decoded(path: Path, prep: Preprocessing) -> Picture:
         with Image.open(path, formats=_FORMATS) as picture:
             # Pillow only warns up to twice its limit. The header is all that was read so far.
             if math.prod(picture.size) > _pixel_limit():
-                raise ValueError(f"{_shape(picture.size)} pixels, refused as a possible decompression bomb")
+                raise ValueError(f"{shaped(picture.size)} pixels, refused as a possible decompression bomb")
             ImageOps.exif_transpose(picture, in_place=True)
             return _eight_bit(picture).convert("L" if prep.color is Color.GREY else "RGB")
     except UnidentifiedImageError:
@@ -398,7 +153,7 @@ def _fitted(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
     else:
         size = _RESIZED[prep.resize](picture.size, prep)
     if math.prod(size) > max(_pixel_limit(), width * height):  # a few pixels by thousands: small file, huge picture
-        raise UnreadablePicture(path, f"{_shape(picture.size)} pixels are too thin to be resized: {_shape(size)}")
+        raise UnreadablePicture(path, f"{shaped(picture.size)} pixels are too thin to be resized: {shaped(size)}")
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling[prep.filter.name])
     if size == (width, height):
@@ -408,7 +163,7 @@ def _fitted(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
         canvas.paste(picture, ((width - size[0]) // 2, (height - size[1]) // 2))
         return canvas
     if size[0] < width or size[1] < height:
-        fact = f"{path} is {_shape(size)} after --resize {prep.resize}, less than the input's {width}x{height}."
+        fact = f"{path} is {shaped(size)} after --resize {prep.resize}, less than the input's {width}x{height}."
         raise QconvError(fact, f"pass --resize {max(width, height)} or more, or --resize exact.")
     left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
     return picture.crop((left, top, left + width, top + height))
@@ -465,8 +220,8 @@ def _npz_hint(inputs: Sequence[InputSpec]) -> str:
 def _checked(array: NDArray[Any], spec: InputSpec, path: Path) -> NDArray[Any]:
     batched = array.ndim == len(spec.shape) and array.shape[:1] == (1,)
     sample = array[0] if batched else array
-    if not spec.shape or not _agree((1, *sample.shape), (None, *spec.shape[1:])):
-        fact = f"{path} has shape {_shape(array.shape)} for input '{spec.name}', which takes {_shape(spec.shape)}."
+    if not spec.shape or not agrees((1, *sample.shape), (None, *spec.shape[1:])):
+        fact = f"{path} has shape {shaped(array.shape)} for input '{spec.name}', which takes {shaped(spec.shape)}."
         raise QconvError(fact, "store one sample a file, with or without the leading batch axis of 1.")
     # Any float may become the wanted float. Integers into a float network are most likely pixels not yet normalised.
     same_kind = array.dtype.kind == spec.dtype.kind
@@ -479,10 +234,6 @@ def _checked(array: NDArray[Any], spec: InputSpec, path: Path) -> NDArray[Any]:
     if floats and not np.isfinite(sample).all():
         raise QconvError(f"{path} holds NaN or infinity for input '{spec.name}'.", "mend the sample, or remove it.")
     return sample
-
-
-def _agree(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    return len(shape) == len(wanted) and all(w in (None, s) for s, w in zip(shape, wanted, strict=True))
 
 
 # ---- all of them
@@ -505,7 +256,7 @@ def batches(
     sample of the wrong shape, raise QconvError. prep may be None where all files are .npy or .npz. Closing the
     generator stops the threads.
     """
-    first = next((path for path in listing.paths if _suffix(path) not in SAMPLE_SUFFIXES), None)
+    first = next((path for path in listing.paths if suffix_of(path) not in SAMPLE_SUFFIXES), None)
     if first is not None and len(inputs) != 1:
         raise QconvError(f"{first} is one picture but the network has {len(inputs)} inputs.", _npz_hint(inputs))
     if first is not None and prep is None:
@@ -516,7 +267,7 @@ def batches(
 
 
 def _load(path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | None) -> dict[str, NDArray[Any]]:
-    if prep is None or _suffix(path) in SAMPLE_SUFFIXES:
+    if prep is None or suffix_of(path) in SAMPLE_SUFFIXES:
         return _load_sample(path, inputs)
     return {inputs[0].name: _cast(load_picture(path, prep), inputs[0].dtype)}
 
@@ -577,7 +328,7 @@ def _survivors(
 
 def _too_many(bad: Sequence[UnreadablePicture], done: int, total: int) -> QconvError:
     so_far = "" if done == total else f" among the first {done}"
-    fact = f"{len(bad)} of {_count(total, 'picture')} cannot be decoded{so_far}, which is more than a tenth"
+    fact = f"{len(bad)} of {counted(total, 'picture')} cannot be decoded{so_far}, which is more than a tenth"
     hint = "remove what is broken, or leave it out with --glob."
     return QconvError(f"{fact}; the first is {bad[0].path} ({bad[0].reason}).", hint)
 
@@ -599,7 +350,7 @@ def _joined(rows: list[_Row], inputs: Sequence[InputSpec]) -> _Row:
     for spec in inputs:
         shapes = sorted({row[spec.name].shape for row in rows})
         if len(shapes) > 1:
-            fact = f"samples for input '{spec.name}' differ in shape: {_shape(shapes[0])} and {_shape(shapes[1])}."
+            fact = f"samples for input '{spec.name}' differ in shape: {shaped(shapes[0])} and {shaped(shapes[1])}."
             raise QconvError(fact, "pass --batch 1, or bring them to one shape.")
     joined = {spec.name: np.stack([row[spec.name] for row in rows]) for spec in inputs}
     rows.clear()

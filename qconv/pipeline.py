@@ -27,6 +27,7 @@ from qconv.recipe import Recipe
 from qconv.report import Audit, Report, Verification
 from qconv.runtime import Session
 from qconv.shrink import shrink
+from qconv.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
 from qconv.targets import TARGETS
 from qconv.verify import gates, verify
 
@@ -63,7 +64,7 @@ class _Run:
 
 
 def quantize(
-    source: load.Source | str | Path, out: str | Path | None, recipe: Recipe, listener: Listener | None = None
+    source: Source | str | Path, out: str | Path | None, recipe: Recipe, listener: Listener | None = None
 ) -> tuple[Report, bytes | None]:
     """Quantize `source` as `recipe` says and save the result at `out`.
 
@@ -72,20 +73,20 @@ def quantize(
     """
     started = time.perf_counter()
     run = _Run(listener or Listener())
-    source = source if isinstance(source, load.Source) else load.Source(str(source), Path(source))
+    source = source if isinstance(source, Source) else Source(str(source), Path(source))
     place = None if out is None else Path(out)
 
     with run.step("load"):
         if place is not None:
             _check_output(source, place, set())
-        proto = load.read(source)
+        proto = read(source)
         if place is not None:
-            _check_output(source, place, load.data_files(proto, source))
-        load.refuse_quantized(proto, source.name)
-        float_bytes = load.file_bytes(proto, source)
+            _check_output(source, place, data_files(proto, source))
+        refuse_quantized(proto, source.name)
+        float_bytes = file_bytes(proto, source)
         # it runs again when the result is checked: until then its weights would only take room
         feed = Feed.of(_original(source, recipe), recipe, run.warn, run.listener.progress)
-        model, changes = load.load(proto, source, opset=needed_opset(recipe, load.own_opset(proto)))
+        model, changes = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
         run.findings += changes
     with run.step("fold"):
         run.findings += fold.fold(model)
@@ -140,7 +141,7 @@ def quantize(
     return report, result
 
 
-def _check_output(source: load.Source, out: Path, data: set[Path]) -> None:
+def _check_output(source: Source, out: Path, data: set[Path]) -> None:
     """Refuse to write over what is read. data: the model's own data files."""
     save.check_place(out)
     for path in (source.path, *data):
@@ -161,7 +162,7 @@ def _look_for_wishes(model: Model, recipe: Recipe, run: _Run) -> None:
             run.warn(f"--keep-float-op {op_type}: the folded model has no such operator.")
 
 
-def _require_layers(plan: Plan, source: load.Source) -> None:
+def _require_layers(plan: Plan, source: Source) -> None:
     if not plan.layers:
         raise QconvError(
             f"{source.name} has nothing to quantize: no Conv, Gemm or MatMul with constant weights is left.",
@@ -169,7 +170,7 @@ def _require_layers(plan: Plan, source: load.Source) -> None:
         )
 
 
-def _original(source: load.Source, recipe: Recipe) -> Session:
+def _original(source: Source, recipe: Recipe) -> Session:
     """The user's own model, as it is."""
     return Session(source.runnable, name=source.name, threads=recipe.threads)
 
@@ -213,10 +214,10 @@ def peak_rss_mb() -> float:
 
 def folded_float(path: str | Path, out: str | Path) -> None:
     """Write the upgraded and folded float model, as it is before anything is quantized."""
-    source = load.Source(str(path), Path(path))
+    source = Source(str(path), Path(path))
     recipe = Recipe()
-    proto = load.read(source)
-    model, _ = load.load(proto, source, opset=needed_opset(recipe, load.own_opset(proto)))
+    proto = read(source)
+    model, _ = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
     fold.fold(model)
     describe(model, qconv.__version__, recipe, None)
     with save.staged(model, Path(out)) as staged:

@@ -23,7 +23,7 @@ import onnx
 
 from qconv.errors import QconvError
 from qconv.graph import Model, ir
-from qconv.load import tensors
+from qconv.source import tensors
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 SUFFIX = ".qconv-tmp"

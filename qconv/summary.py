@@ -11,6 +11,7 @@ import rich.progress
 from rich.markup import escape
 from rich.table import Table
 
+from qconv.errors import counted
 from qconv.findings import Change, Skipped
 from qconv.report import Island, OutputScore, Report
 
@@ -82,7 +83,7 @@ def _lines(report: Report) -> list[tuple[str, str]]:
     if report.preprocessing_words:
         lines.append(("pictures", escape(report.preprocessing_words)))
     lines += [("changed", text) for text in _changes(report)][:SHOWN]
-    lines.append(("runs", f"{_count(report.audit.integer, 'node')} in integers, {report.audit.float} in float"))
+    lines.append(("runs", f"{counted(report.audit.integer, 'node')} in integers, {report.audit.float} in float"))
     lines += [("float", text) for text in _islands(report.audit.islands)]
     lines += [("left alone", text) for text in _skipped(report)]
     lines.append(("needs", f"{report.needs} (opset {report.opset}, IR {report.ir_version})"))
@@ -155,10 +156,6 @@ def _range(tensor: Any) -> str:
     if isinstance(scale, list):
         return f"scales of shape {len(scale)}"
     return f"scale {scale:.6g}, zero point {tensor.zero_point}"
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _bytes(count: int) -> str:

@@ -11,8 +11,9 @@ import onnx.parser
 from numpy.typing import NDArray
 
 from qconv.graph import Model
-from qconv.load import Source, load
+from qconv.load import load
 from qconv.runtime import Session
+from qconv.source import Source
 
 Constant = NDArray | tuple[int, ...] | float
 

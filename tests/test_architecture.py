@@ -17,8 +17,10 @@ PACKAGE = Path(qconv.__file__).parent
 
 # The house, from the ground up. A module imports what lies below its own floor, and what its own line names.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "quant", "recipe", "targets", "rules", "findings", "deferred"}),  # the vocabulary
-    frozenset({"graph", "load", "save", "runtime", "images"}),  # the doors
+    frozenset(
+        {"errors", "quant", "recipe", "targets", "rules", "findings", "deferred", "listing", "preprocess"}
+    ),  # the vocabulary
+    frozenset({"graph", "load", "save", "runtime", "images", "source"}),  # the doors
     frozenset(  # the work
         {
             "affine",
@@ -52,8 +54,11 @@ FLOORS: tuple[frozenset[str], ...] = (
 NEIGHBOURS: dict[str, set[str]] = {
     "quant": {"errors"},
     "recipe": {"errors", "targets"},
-    "load": {"graph", "runtime"},  # the runtime computes constant subgraphs
-    "save": {"graph", "load"},
+    "listing": {"errors"},
+    "preprocess": {"errors", "recipe"},
+    "source": {"graph"},
+    "load": {"graph", "runtime", "source"},  # the runtime computes constant subgraphs
+    "save": {"graph", "source"},
     "audit": {"params", "plan", "report"},
     "emit": {"params", "plan", "weights"},
     "affine": {"edits", "layers"},
@@ -71,8 +76,8 @@ NEIGHBOURS: dict[str, set[str]] = {
 FENCES: dict[str, frozenset[str]] = {
     "onnx_ir": frozenset({"graph"}),
     # pipeline runs its checker on the written file, audit reads the file that the runtime made of it
-    "onnx": frozenset({"graph", "load", "save", "audit"}),
-    "google": frozenset({"load"}),
+    "onnx": frozenset({"graph", "load", "save", "source", "audit"}),
+    "google": frozenset({"source"}),
     "PIL": frozenset({"images"}),
     "onnxruntime": frozenset({"runtime"}),
     "click": frozenset({"cli", "values"}),

@@ -31,6 +31,7 @@ from qconv.recipe import Recipe, Scheme, WeightGranularity
 from qconv.report import Audit
 from qconv.runtime import Session
 from qconv.shrink import shrink
+from qconv.source import Source, own_opset
 from qconv.targets import TARGETS
 
 SAME = "pads=[1,1,1,1]"
@@ -84,8 +85,8 @@ class Quantized:
     def __init__(self, proto: onnx.ModelProto, recipe: Recipe, samples: Sequence[Feeds]) -> None:
         self.float, self.recipe, self.samples = proto, recipe, samples
         copy = onnx.ModelProto.FromString(proto.SerializeToString())
-        opset = fileformat.needed_opset(recipe, load.own_opset(copy))
-        model, _ = load.load(copy, load.Source("the test's model", None, b""), opset=opset)
+        opset = fileformat.needed_opset(recipe, own_opset(copy))
+        model, _ = load.load(copy, Source("the test's model", None, b""), opset=opset)
         fold.fold(model)
         self.plan: Plan = make_plan(model, recipe, TARGETS[recipe.target])
         taps = self.plan.taps()

@@ -16,8 +16,9 @@ from models import ints, loaded, network, op_types, random_feeds, run, statistic
 from qconv.findings import Change, Finding, Skipped
 from qconv.fold import fold
 from qconv.graph import Model, array
-from qconv.load import Source, load, read
+from qconv.load import load
 from qconv.runtime import Session
+from qconv.source import Source, read
 
 BN = "BatchNormalization"
 NORM = "gamma, beta, mean, var"

@@ -23,7 +23,9 @@ from PIL import Image
 
 import qconv.images
 from qconv.errors import QconvError
-from qconv.images import PICTURE_SUFFIXES, InputSpec, Listing, UnreadablePicture, batches, find, load_picture, resolve
+from qconv.images import UnreadablePicture, batches, load_picture
+from qconv.listing import PICTURE_SUFFIXES, Listing, find
+from qconv.preprocess import RESIZED, InputSpec, resolve
 from qconv.recipe import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 
 FLOAT = np.dtype(np.float32)
@@ -1005,3 +1007,8 @@ def test_a_broken_sample_is_skipped_and_never_unpickled(tmp_path, build, suffix)
 def test_pillow_is_not_imported_until_it_is_needed():
     code = "import sys, qconv.images; sys.exit('PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_every_way_to_resize_is_known_to_both_sides():
+    """What may be asked for, and what is done."""
+    assert set(qconv.images._RESIZED) == set(RESIZED)

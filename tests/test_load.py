@@ -18,10 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 from qconv import load, save
 from qconv.errors import QconvError
 from qconv.graph import Model
-from qconv.load import Source
 from qconv.pipeline import quantize
 from qconv.recipe import Recipe
 from qconv.runtime import Session
+from qconv.source import Source, file_bytes, read
 
 FLOAT, HALF, INT64, BOOL, TEXT = (
     TensorProto.FLOAT,
@@ -61,7 +61,7 @@ def reload(proto: onnx.ModelProto, tmp_path: Path, opset: int = 13) -> Model:
     path = tmp_path / "model.onnx"
     path.write_bytes(proto.SerializeToString())
     source = Source(str(path), path)
-    return load.load(load.read(source), source, opset=opset)[0]
+    return load.load(read(source), source, opset=opset)[0]
 
 
 def same(proto: onnx.ModelProto, tmp_path: Path, feeds: dict[str, NDArray] | None = None) -> Model:
@@ -443,8 +443,8 @@ def test_external_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     relative = path.relative_to(tmp_path)
     source = Source(str(relative), relative)
-    proto = load.read(source)
-    assert load.file_bytes(proto, source) == path.stat().st_size + (1440 + 108) * 4
+    proto = read(source)
+    assert file_bytes(proto, source) == path.stat().st_size + (1440 + 108) * 4
     model, _ = load.load(proto, source)
     assert model.external
     assert ops(model) == ["Conv", "Flatten", "Gemm"]
@@ -532,13 +532,13 @@ def test_external_data_outside_the_models_folder_is_refused(tmp_path: Path, loca
     (tmp_path / "there" / "a").mkdir()
     (tmp_path / "there" / "link").symlink_to(tmp_path)
     with pytest.raises(QconvError, match="outside its own folder"):
-        load.read(Source(str(path), path))
+        read(Source(str(path), path))
 
 
 def test_a_link_inside_the_folder_is_fine(tmp_path: Path) -> None:
     path, _ = with_data(tmp_path / "there", "link.bin")
     (tmp_path / "there" / "link.bin").symlink_to("weights.bin")
-    load.read(Source(str(path), path))
+    read(Source(str(path), path))
 
 
 def test_missing_and_short_external_data(tmp_path: Path) -> None:
@@ -546,10 +546,10 @@ def test_missing_and_short_external_data(tmp_path: Path) -> None:
     data = tmp_path / "weights.bin"
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(QconvError, match=r"weights.bin is shorter than .*model.onnx says"):
-        load.read(Source(str(path), path))
+        read(Source(str(path), path))
     data.unlink()
     with pytest.raises(QconvError, match=r"needs the external data file weights.bin, which is missing"):
-        load.read(Source(str(path), path))
+        read(Source(str(path), path))
 
 
 @pytest.mark.parametrize(
@@ -562,13 +562,13 @@ def test_absurd_external_data_is_damage(tmp_path: Path, key: str, value: str) ->
     next(entry for entry in proto.graph.initializer[0].external_data if entry.key == key).value = value
     path.write_bytes(proto.SerializeToString())
     with pytest.raises(QconvError):
-        load.read(Source(str(path), path))
+        read(Source(str(path), path))
 
 
 def test_external_data_of_a_model_on_standard_input(tmp_path: Path) -> None:
     path, _ = with_data(tmp_path)
     with pytest.raises(QconvError, match=r"keeps weights in another file \(weights.bin\)"):
-        load.read(Source("-", None, path.read_bytes()))
+        read(Source("-", None, path.read_bytes()))
 
 
 # -- no model, or a broken one -----------------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ from PIL import Image
 import qconv
 from qconv import pipeline
 from qconv.errors import QconvError
-from qconv.load import Source
 from qconv.pipeline import Listener, folded_float, quantize
 from qconv.recipe import Color, Layout, PreprocessingOptions, Recipe, Scheme, WeightGranularity
 from qconv.report import Report
 from qconv.runtime import Session
+from qconv.source import Source
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 PHOTOS = Path(__file__).parent.parent / "calib_samples"
