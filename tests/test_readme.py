@@ -40,7 +40,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shell(place: Path, command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    before = os.environ.get("PYTHONPATH")
+    environment = os.environ | {"PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = f"{ROOT}:{before}" if before else str(ROOT)
     options = {"cwd": place, "env": environment, "capture_output": True, "text": True, "check": False}
     return subprocess.run(["bash", "-e", "-o", "pipefail", "-c", command], **options)
 
