@@ -18,6 +18,7 @@ from qconv.params import Params
 from qconv.plan import Plan
 from qconv.quant import PerBlock, PerChannel, QuantParams
 from qconv.report import Audit, Island, TensorRow
+from qconv.rules import ACTIVATIONS
 
 INTEGER_OPS = frozenset({"QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
 CONVERTING_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "Constant", "ReorderInput", "ReorderOutput"})
@@ -35,6 +36,8 @@ def audit(optimized: Path, plan: Plan) -> Audit:
         name = SUFFIX.sub("", node.name or _first(node.output))
         if name not in kept:  # fused nodes and those in a layout of the runtime's own are called after their output
             name = plan.writers.get(name, name)
+        if node.op_type not in ACTIVATIONS:
+            name = plan.activation_of.get(name, name)
         islands.append(Island(name, node.op_type, kept.get(name, "ONNX Runtime found no integer kernel for it")))
     return Audit(len(integer), len(islands), tuple(islands))
 

@@ -326,6 +326,8 @@ def run() -> NoReturn:
 def main() -> None:
     """Run the command that sys.argv names and exit with its status."""
     _leave_at_once()
+    if sys.stderr is None:  # print would take standard output instead, which may be carrying the model
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     # a picture that is too large is told of by name; the libraries' own words on it lead nowhere
     warnings.filterwarnings("ignore", module=r"PIL\.")
     for stream in (sys.stdout, sys.stderr):

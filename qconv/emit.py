@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from qconv.findings import Change, Finding
 from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of
 from qconv.params import Params
-from qconv.plan import Plan, data_positions
+from qconv.plan import Plan, data_inputs, data_positions
 from qconv.quant import PerBlock, PerChannel, QuantParams
-from qconv.rules import ACTIVATIONS, RULES, Computing, Weighted
+from qconv.rules import RULES, Computing, Weighted
 from qconv.weights import LayerParams
 
 FUSIBLE = (Weighted, Computing)
@@ -78,15 +78,18 @@ class _Writer:
     def _must_stay_float(self, producer: Node) -> bool:
         """Whether ONNX Runtime would make an integer kernel of a node that is float, with weights of its own rounding.
 
-        It does so between a dequantizer and a quantizer, for any operator that it knows. A Sum of one tensor, which is
-        a copy, keeps the quantizer away.
+        It does so between a dequantizer and a quantizer, for any operator that it knows, and moves the quantizer up
+        past what only moves or cuts values. A Sum of one tensor, which is a copy, keeps the quantizer away.
         """
-        origin: Node | None = producer
-        if producer.op_type in ACTIVATIONS and producer not in self.plan.integer:
-            origin = producer.inputs[0].producer() if producer.inputs[0] is not None else None
-        if origin is None or origin in self.plan.integer or not isinstance(RULES.get(origin.op_type), FUSIBLE):
+        if producer in self.plan.integer:
             return False
-        return any(v is not None and _is_dequantized(v) for v in origin.inputs)
+        rule = RULES.get(producer.op_type)
+        if isinstance(rule, FUSIBLE):
+            return any(v is not None and _is_dequantized(v) for v in producer.inputs)
+        if rule is None:
+            return False
+        before = (value.producer() for value in data_inputs(producer, rule))
+        return any(node is not None and self._must_stay_float(node) for node in before)
 
     def _absorb(self, activation: Node) -> None:
         """The quantizer behind a layer takes the place of the Relu or Clip that followed it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import os
 from collections.abc import Iterator, Sequence
@@ -82,8 +83,11 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
 
 def _listed(text: Path) -> Iterator[tuple[str, str]]:
     try:
-        lines = text.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError:
+        data = text.read_bytes().removeprefix(codecs.BOM_UTF8)
+        if b"\0" in data:
+            raise ValueError
+        lines = os.fsdecode(data).split("\n")  # names of files may be any bytes
+    except ValueError:
         hint = "pass a folder of pictures, or a text file with one path a line."
         raise QconvError(f"{text} is neither a folder, nor a picture, nor a text file of paths.", hint) from None
     except OSError as error:

@@ -22,7 +22,7 @@ from qconv.fileformat import describe, needed_opset, needed_runtime
 from qconv.findings import Finding
 from qconv.graph import Model
 from qconv.params import choose_params
-from qconv.plan import Plan, make_plan
+from qconv.plan import WISHED, Plan, make_plan
 from qconv.recipe import Recipe
 from qconv.report import Audit, Report, Verification
 from qconv.runtime import Session
@@ -107,6 +107,7 @@ def quantize(
     with save.staged(model, place) as staged:
         with run.step("verify"):
             checked, audited = _check(staged, _original(source, recipe), plan, recipe, feed)
+        _look_for_wishes_in_vain(plan, audited, run)
         for output in checked.outputs:
             if output.remark:
                 run.warn(f"output {output.name}: {output.remark}.")
@@ -160,6 +161,17 @@ def _look_for_wishes(model: Model, recipe: Recipe, run: _Run) -> None:
     for op_type in recipe.keep_float_op:
         if op_type not in types:
             run.warn(f"--keep-float-op {op_type}: the folded model has no such operator.")
+
+
+def _look_for_wishes_in_vain(plan: Plan, audited: Audit, run: _Run) -> None:
+    """What only moves or cuts values works on whatever its neighbours are."""
+    found = {island.node for island in audited.islands}
+    # an activation takes over the wish for the layer that it is fused into
+    found |= {name for name, layer in plan.activation_of.items() if layer in plan.kept}
+    vain = [name for name, kept in plan.kept.items() if kept.why.startswith(WISHED) and name not in found]
+    if vain:
+        more = f" and {len(vain) - 1} more" if len(vain) > 1 else ""
+        run.warn(f"--keep-float changes nothing for {vain[0]}{more}: it runs as its neighbours do, or not at all.")
 
 
 def _require_layers(plan: Plan, source: Source) -> None:

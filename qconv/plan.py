@@ -23,6 +23,8 @@ from qconv.refusals import refusal
 from qconv.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
 from qconv.targets import Target
 
+WISHED = "kept float by --keep-float"
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -69,6 +71,7 @@ class Plan:
     on_codes: nodes that work between quantizer and dequantizer. ties: groups of tensors that share parameters.
     gates: tensors that are read by an activation alone that is zero far below zero. kept: node name -> why it stays
     float, or runs in float although its tensors are codes. writers: tensor name -> name of the node that writes it.
+    activation_of: name of a Relu or Clip -> name of the layer in front of it.
     """
 
     activations: dict[Value, Choice] = field(default_factory=dict)
@@ -81,6 +84,7 @@ class Plan:
     gates: dict[Value, Gate] = field(default_factory=dict)
     kept: dict[str, Choice] = field(default_factory=dict)
     writers: dict[str, str] = field(default_factory=dict)
+    activation_of: dict[str, str] = field(default_factory=dict)
 
     def taps(self) -> list[Tap]:
         """The tensors whose values must be seen: what layers read, and in each group all that others do not copy."""
@@ -146,9 +150,9 @@ class _Planner:
     def _refusal(self, node: Node, rule: Rule | None) -> str | None:
         recipe, name = self.recipe, node.name or ""
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.keep_float):
-            return "kept float by --keep-float"
+            return WISHED
         if node.op_type in recipe.keep_float_op:
-            return "kept float by --keep-float-op"
+            return f"{WISHED}-op"
         if rule is None or node.domain not in ("", "ai.onnx"):
             return f"{node.op_type} has no integer kernel"
         weights_only = recipe.activation_bits == 32
@@ -339,6 +343,10 @@ class _Planner:
             if layer_node.name in plan.kept:
                 plan.kept.setdefault(node.name or "", plan.kept[layer_node.name])
         plan.writers = {value.name or "": node.name or "" for node in self.nodes for value in node.outputs}
+        for node in self.nodes:  # fused into the layer before, an activation gives the layer its own name
+            before = next(_previous_nodes(node), None)
+            if before is not None and node.op_type in ACTIVATIONS and isinstance(RULES.get(before.op_type), Weighted):
+                plan.activation_of[node.name or ""] = before.name or ""
 
     def _why_dequantized(self, layer: Layer) -> str | None:
         if layer.data is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from os import PathLike
 from typing import Any
 
 from qconv.errors import QconvError
@@ -90,6 +91,17 @@ class PreprocessingOptions:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("color", Color), ("layout", Layout), ("filter", Filter)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _member(kind, getattr(self, name), f"--{name}"))
+        for name in ("mean", "std"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _numbers(getattr(self, name), f"--{name}"))
+        if self.scale is not None:
+            object.__setattr__(self, "scale", _numbers(self.scale, "--scale")[0])
+        _require(isinstance(self.resize, str | int), f"--resize {self.resize}", "use a word or a number of pixels.")
+        pair = isinstance(self.size, tuple) and len(self.size) == 2 and all(isinstance(n, int) for n in self.size)
+        _require(self.size is None or pair, f"--size {self.size}", "use two whole numbers: height and width.")
         scale = None if self.scale is None else (self.scale,)
         for option, numbers in (("--scale", scale), ("--mean", self.mean), ("--std", self.std)):
             _require_numbers(option, numbers)
@@ -204,8 +216,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("calib", "keep_float", "keep_float_op"):
-            wish = getattr(self, name)
-            object.__setattr__(self, name, (wish,) if isinstance(wish, str) else tuple(map(str, wish)))
+            object.__setattr__(self, name, _texts(getattr(self, name), f"--{name.replace('_', '-')}"))
+        for name in ("samples", "batch", "seed", "weight_bits", "activation_bits", "block_size", "edge_bits"):
+            _require_whole(name, getattr(self, name))
+        for name in ("opset", "threads"):
+            if getattr(self, name) is not None:
+                _require_whole(name, getattr(self, name))
+        for name in ("min_agreement", "min_sqnr"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _numbers(getattr(self, name), f"--{name.replace('_', '-')}")[0])
+        _require(
+            isinstance(self.preprocessing, PreprocessingOptions),
+            f"preprocessing {self.preprocessing!r}",
+            "pass PreprocessingOptions(preset=...).",
+        )
         for name, kind in (
             ("weight_scheme", Scheme),
             ("activation_scheme", Scheme),
@@ -252,6 +276,29 @@ def _channels(mean: tuple[float, ...], std: tuple[float, ...]) -> Iterator[tuple
     """Mean and standard deviation of every channel, where either may be given for all."""
     count = max(len(mean), len(std))
     yield from zip(mean * (count // len(mean)), std * (count // len(std)), strict=True)
+
+
+def _require_whole(name: str, value: object) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    _require(whole, f"--{name.replace('_', '-')} {value!r}", "use a whole number.")
+
+
+def _numbers(value: Any, option: str) -> tuple[float, ...]:
+    """One number or several, as floats."""
+    try:
+        return tuple(
+            float(v) for v in (value if isinstance(value, Iterable) and not isinstance(value, str) else [value])
+        )
+    except (TypeError, ValueError):
+        raise QconvError(f"{option} {value!r} is not possible.", "use numbers.") from None
+
+
+def _texts(value: Any, option: str) -> tuple[str, ...]:
+    """One text or path, or several."""
+    if isinstance(value, str | PathLike):
+        return (str(value),)
+    _require(isinstance(value, Iterable), f"{option} {value!r}", "use a text, or several in a tuple.")
+    return tuple(map(str, value))
 
 
 def _member(kind: type[StrEnum], value: str, option: str) -> StrEnum:

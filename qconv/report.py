@@ -43,7 +43,8 @@ class Verification:
     @property
     def equal(self) -> bool:
         """Whether something was compared, and nothing differs."""
-        return self.sqnr_db is None and any(not output.remark for output in self.outputs)
+        compared = [output for output in self.outputs if not output.remark]
+        return bool(compared) and all(o.sqnr_db is None and o.agreement in (None, 1.0) for o in compared)
 
     @property
     def agreement(self) -> float | None:

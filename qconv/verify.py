@@ -1,7 +1,7 @@
 """The saved file against the user's own float model: SQNR, agreement, and whether it got slower.
 
 SQNR = 10 log10(sum ref^2 / sum (ref - q)^2), in dB, per output over all pictures
-agreement = share of argmax positions (axis 1) equal to the float model's
+agreement = share of argmax positions (axis 1) equal to the float model's; of elements, for outputs of whole numbers
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class _Tally:
     noise: float = 0.0
     equal: int = 0
     positions: int = 0
+    measured: bool = False
     remark: str = ""
 
     def update(self, reference: Any, quantized: Any) -> None:
@@ -34,10 +35,14 @@ class _Tally:
             self.remark = "no tensor of numbers, so it was not compared"
         elif reference.shape != quantized.shape:
             self.remark = "its shape depends on the data, so it was not compared"
-        else:
+        elif reference.dtype.kind == "f":
             self._compare(reference, quantized)
+        else:  # classes, indices, masks: equal or not
+            self.equal += int((reference == quantized).sum())
+            self.positions += reference.size
 
     def _compare(self, reference: NDArray[Any], quantized: NDArray[Any]) -> None:
+        self.measured = True
         finite = np.isfinite(reference)  # where the float model itself has no number there is nothing to keep
         ref, got = reference[finite].astype(np.float64), quantized[finite].astype(np.float64)
         self.signal += float(np.sum(ref * ref))
@@ -51,6 +56,8 @@ class _Tally:
         if self.remark:
             return OutputScore(name, None, None, self.remark)
         agreement = self.equal / self.positions if self.positions else None
+        if not self.measured:
+            return OutputScore(name, None, agreement)
         remark = (
             "" if self.noise < math.inf else "the quantized model gives NaN or infinity where the float model does not"
         )

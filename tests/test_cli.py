@@ -1029,3 +1029,14 @@ def test_what_is_no_number_is_a_usage_error(call: Qconv, tiny: Path, calib: Path
     done = call("quantize", tiny, "--calib", calib, "--scale", text)
     assert done.status == 2
     assert "--scale" in done.err
+
+
+def test_closed_standard_error_spoils_no_model(tiny: Path, calib: Path, tmp_path: Path) -> None:
+    """What has nowhere to go does not go into the model."""
+    out = tmp_path / "out.onnx"
+    command = (
+        f"'{sys.executable}' -m qconv quantize '{tiny}' --calib '{calib}' -o - --json --min-sqnr 300 2>&- > '{out}'"
+    )
+    done = subprocess.run(["bash", "-c", command], check=False, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 3
+    onnx.checker.check_model(onnx.load_from_string(out.read_bytes()))

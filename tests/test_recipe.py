@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,3 +252,53 @@ def test_plain_texts_are_fine_in_python() -> None:
     assert recipe.weight_granularity is WeightGranularity.PER_BLOCK
     with pytest.raises(QconvError, match="--weight-scheme odd is not possible"):
         Recipe(weight_scheme="odd")  # type: ignore[arg-type]
+
+
+def test_preprocessing_options_take_plain_python() -> None:
+    options = PreprocessingOptions(color="bgr", layout="nhwc", filter="bicubic", mean=0.5, std=[1, 2, 3])  # type: ignore[arg-type]
+    assert (options.color, options.layout, options.filter) == (Color.BGR, Layout.NHWC, Filter.BICUBIC)
+    assert (options.mean, options.std) == ((0.5,), (1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"color": "x"},
+        {"layout": "x"},
+        {"filter": "lanczos"},
+        {"mean": "1,2,3"},
+        {"scale": "1/255"},
+        {"std": [None]},
+        {"resize": 2.5},
+        {"size": 32},
+        {"size": "32x32"},
+    ],
+)
+def test_preprocessing_of_wrong_types_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(QconvError, match=next(iter(wrong))):
+        PreprocessingOptions(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"calib": None},
+        {"samples": "8"},
+        {"samples": 1.5},
+        {"weight_bits": 8.0},
+        {"batch": 2.5},
+        {"seed": "a"},
+        {"opset": "17"},
+        {"threads": 1.5},
+        {"min_sqnr": "x"},
+        {"keep_float_op": 5},
+        {"preprocessing": "imagenet"},
+    ],
+)
+def test_recipes_of_wrong_types_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(QconvError, match=next(iter(wrong)).replace("_", "-")):
+        Recipe(**wrong)
+
+
+def test_a_path_is_as_good_as_its_text() -> None:
+    assert Recipe(calib=Path("imgs")).calib == ("imgs",)  # type: ignore[arg-type]

@@ -78,6 +78,17 @@ def test_what_counts_as_class_scores(shape: tuple[int, ...], classes: bool) -> N
     assert is_class_score(shape) is classes
 
 
+@pytest.mark.parametrize(("other", "agreement"), [("Neg", 1 / 3), ("Identity", 1.0)])
+def test_whole_numbers_are_equal_or_not(other: str, agreement: float) -> None:
+    """A decibel of class numbers means nothing: signs of 1, 0, -2 and of -1, 0, 2 agree in one of three."""
+    cast = "y = Cast<to=7>(s)"
+    found = verify(session(f"s = Sign(x) {cast}"), session(f"z = {other}(x) s = Sign(z) {cast}"), [batch([1, 0, -2])])
+    (score,) = found.outputs
+    assert score.sqnr_db is None
+    assert score.agreement == pytest.approx(agreement)
+    assert found.equal is (agreement == 1)
+
+
 def test_what_cannot_be_compared_passes_no_gate() -> None:
     """Indices of what is above zero: another number of them on either side."""
     found = verify(session("y = NonZero(x)"), session("z = Relu(x) y = NonZero(z)"), [batch([-1, 2, 3])])
