@@ -32,8 +32,11 @@ def audit(optimized: Path, plan: Plan) -> Audit:
     kept = {name: choice.why for name, choice in plan.kept.items()}
     islands = []
     integer, others = sort_nodes(graph)
+    own = set(plan.writers.values())
     for node in others:
         name = SUFFIX.sub("", node.name or _first(node.output))
+        if node.op_type == "Transpose" and name not in own:  # the runtime's own, between layouts
+            continue
         if name not in kept:  # fused nodes and those in a layout of the runtime's own are called after their output
             name = plan.writers.get(name, name)
         if node.op_type not in ACTIVATIONS:
