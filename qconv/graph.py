@@ -7,7 +7,7 @@ model stay, new names are explicit and never taken, and a removed node leaves no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -296,15 +296,3 @@ def set_attribute(node: Node, name: str, value: Any) -> None:
 def drop_attribute(node: Node, name: str) -> None:
     """Take an attribute away, if it is there."""
     node.attributes.pop(name, None)
-
-
-def upstream(value: Value) -> Iterator[Node]:
-    """The nodes that `value` depends on, nearest first."""
-    seen: set[Node] = set()
-    queue = [value]
-    while queue:
-        producer = queue.pop(0).producer()
-        if producer is not None and producer not in seen:
-            seen.add(producer)
-            yield producer
-            queue.extend(v for v in producer.inputs if v is not None)

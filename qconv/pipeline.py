@@ -77,8 +77,6 @@ def quantize(
     place = None if out is None else Path(out)
 
     with run.step("load"):
-        if place is not None:
-            _check_output(source, place, set())
         proto = read(source)
         if place is not None:
             _check_output(source, place, data_files(proto, source))

@@ -99,17 +99,19 @@ def _accuracy(report: Report) -> str:
         parts.append(f"agrees with the float model on {checked.agreement:.1%}")
     if checked.sqnr_db is not None:
         parts.append(f"SQNR {checked.sqnr_db:.1f} dB")
-    else:
+    elif checked.equal or checked.agreement is None:
         parts.append("outputs equal" if checked.equal else "outputs cannot be compared")
     return f"{', '.join(parts)} ({checked.images} calibration pictures)"
 
 
 def _score(output: OutputScore) -> str:
-    if output.sqnr_db is None:
-        return f"{escape(output.name)}: {output.remark or 'equal'}"
-    sqnr = f"{output.sqnr_db:.1f} dB"
-    agreement = "" if output.agreement is None else f", agreement {output.agreement:.1%}"
-    return f"{escape(output.name)}: {sqnr}{agreement}"
+    if output.remark and output.sqnr_db is None:
+        return f"{escape(output.name)}: {output.remark}"
+    if output.sqnr_db is None and output.agreement in (None, 1.0):
+        return f"{escape(output.name)}: equal"
+    measures = [] if output.sqnr_db is None else [f"{output.sqnr_db:.1f} dB"]
+    measures += [] if output.agreement is None else [f"agreement {output.agreement:.1%}"]
+    return f"{escape(output.name)}: {', '.join(measures)}"
 
 
 def _changes(report: Report) -> list[str]:
