@@ -1,12 +1,14 @@
-"""From pictures to ranges: the float network runs once, its tensors are watched batch by batch, only statistics stay.
+"""From pictures to sketches: the float network runs once, its tensors are watched picture by picture.
 
-A calibrator is a function from a tensor's statistics and its QuantSpec to a range, and a line in CALIBRATORS.
+A picture's key, by which sketches put pictures in order, is a hash of the extremes of all tensors on it: it depends on
+what the picture does in the network, not on its name, its place or the batch that it came in.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,150 +18,131 @@ from numpy.typing import NDArray
 from qconv import save
 from qconv.errors import QconvError
 from qconv.graph import Model
-from qconv.quant import QuantSpec
 from qconv.runtime import Session
+from qconv.sketch import NOTHING, Sketch, Sketcher, View, Want, stride_for
+
+KEY_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Tap:
     """A tensor to watch. What nobody asks for is not computed: reductions cost as much as the network itself.
 
-    per_channel: whether extremes of every channel and their means are wanted, or of the whole tensor only.
-    never_negative: whether the graph says so; then its low counts as zero unseen, as every range holds zero. pooled:
-    whether the network itself takes the maximum and the mean of each channel; for (N, C, H, W) that are never negative.
+    want: what is to be remembered beyond the extremes. never_negative: whether the graph says so; then its low counts
+    as zero unseen, as every range holds zero. pooled: whether the network itself takes maximum and mean of each
+    channel, and every stride-th pixel as a sample; for (N, C, H, W) that are never negative.
     """
 
     name: str
-    per_channel: bool = True
+    want: Want = Want.CHANNELS
     never_negative: bool = False
     pooled: bool = False
+    stride: int = 1
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the network returns for it."""
+        if not self.pooled:
+            return (self.name,)
+        return save.pooled_names(self.name)[: 3 if self._samples else 2]
 
-@dataclass(slots=True)
-class Statistics:
-    """What is remembered of one tensor: the exact extremes of each channel (axis 1), float32, and the sum of each,
-    float64, all of shape (C,); count: what went into each sum, elements or means of maps; 0 where nobody asked.
+    @property
+    def _samples(self) -> bool:
+        return bool(self.want & (Want.BINS | Want.COLUMNS))
 
-    Tensors of rank 0 and 1 count as one channel.
-    """
+    @property
+    def pooling(self) -> save.Pooling | None:
+        """What the network is to compute for it."""
+        return save.Pooling(self.name, self.stride if self._samples else None) if self.pooled else None
 
-    lows: NDArray[np.float32]
-    highs: NDArray[np.float32]
-    sums: NDArray[np.float64]
-    count: int
+    def view(self, seen: list[NDArray[Any]]) -> View:
+        """What a sketch needs of one picture's outputs, (1, ...) each."""
+        if self.pooled:
+            highs, means, *sample = (array.reshape(array.shape[1], -1) for array in seen)
+            return View(np.zeros_like(highs[:, 0]), highs[:, 0].copy(), means[:, 0].copy(), 1, *(sample or [NOTHING]))
+        return self._view_of_all(seen[0])
 
-    @classmethod
-    def of(cls, x: NDArray[Any], *, per_channel: bool = True, never_negative: bool = False) -> Statistics:
-        """The statistics of one batch (N, C, ...). A tensor without elements counts as one zero."""
+    def _view_of_all(self, x: NDArray[Any]) -> View:
+        """Of the whole tensor. One without elements counts as one zero; one of rank 0 or 1 as one channel."""
         if not x.size:
             x = np.zeros((1, 1), np.float32)
-        if not per_channel:
-            low, high = 0.0 if never_negative else x.min(), x.max()
-            return cls(np.array([low], np.float32), np.array([high], np.float32), np.zeros(1), 0)
-        rows = x.reshape(len(x), x.shape[1], -1) if x.ndim > 1 else x.reshape(1, 1, -1)
-        highs = _over_pictures(np.maximum, rows.max(axis=2))
-        lows = np.zeros_like(highs) if never_negative else _over_pictures(np.minimum, rows.min(axis=2))
+        by_channel = x.ndim > 1 and self.want & (Want.CHANNELS | Want.COLUMNS)
+        rows = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1) if by_channel else x.reshape(1, -1)
+        highs = rows.max(axis=1)
+        lows = np.zeros_like(highs) if self.never_negative else rows.min(axis=1)
         # einsum adds up twice as fast as sum, at 1e-5 of relative error
-        sums = np.einsum("ncx->nc", rows).sum(axis=0, dtype=np.float64)
-        return cls(lows, highs, sums, rows.shape[0] * rows.shape[2])
-
-    @classmethod
-    def of_pools(cls, highs: NDArray[np.float32], means: NDArray[np.float32]) -> Statistics:
-        """The statistics of maximum and mean of each channel, (N, C, 1, 1) both, of what is never negative."""
-        top = highs.max(axis=(0, 2, 3))
-        return cls(np.zeros_like(top), top, means.sum(axis=(0, 2, 3), dtype=np.float64), len(means))
-
-    def merge(self, other: Statistics) -> Statistics:
-        """The statistics of both sets of pictures together."""
-        if self.lows.shape != other.lows.shape:
-            # axis 1 grows with the picture: then there are no channels to speak of
-            return self._overall().merge(other._overall())
-        lows, highs = np.minimum(self.lows, other.lows), np.maximum(self.highs, other.highs)
-        return Statistics(lows, highs, self.sums + other.sums, self.count + other.count)
-
-    def _overall(self) -> Statistics:
-        channels = len(self.lows)
-        return Statistics(
-            self.lows.min(keepdims=True),
-            self.highs.max(keepdims=True),
-            self.sums.sum(keepdims=True),
-            self.count * channels,
-        )
-
-    @property
-    def means(self) -> NDArray[np.float64]:
-        """The mean of each channel."""
-        return self.sums / max(self.count, 1)
-
-    @property
-    def low(self) -> float:
-        """The least value of all."""
-        return float(self.lows.min())
-
-    @property
-    def high(self) -> float:
-        """The largest value of all."""
-        return float(self.highs.max())
+        sums = np.einsum("cx->c", rows) if Want.CHANNELS in self.want else NOTHING.reshape(-1)
+        sample = rows[:, :: stride_for(rows.size, rows.shape[1])] if self._samples else NOTHING
+        return View(_float32(lows), _float32(highs), _float32(sums), rows.shape[1], sample)
 
 
-Calibrator = Callable[[Statistics, QuantSpec], tuple[float, float]]
+def _float32(x: NDArray[Any]) -> NDArray[np.float32]:
+    return x.astype(np.float32, copy=False)
 
 
-def minmax(statistics: Statistics, spec: QuantSpec) -> tuple[float, float]:
-    """The exact extremes: nothing is clipped. Krishnamoorthi 2018, section 3.1."""
-    return statistics.low, statistics.high
-
-
-CALIBRATORS: dict[str, Calibrator] = {"minmax": minmax}
-
-
-def watch(
-    session: Session, taps: Iterable[Tap], batches: Iterable[Mapping[str, NDArray[Any]]]
-) -> dict[str, Statistics]:
-    """Run every batch once and keep statistics of the tapped tensors, by their names.
+def watch(session: Session, taps: Iterable[Tap], batches: Iterable[Mapping[str, NDArray[Any]]]) -> dict[str, Sketch]:
+    """Run every batch once and sketch the tapped tensors, by their names.
 
     Raises QconvError where a tensor holds NaN or infinity: no range would be right.
     """
     taps = list(taps)
-    statistics: dict[str, Statistics] = {}
+    sketchers = {tap.name: Sketcher(tap.want) for tap in taps}
     inputs = {name for name, _, _ in session.inputs}
-    outputs = [name for tap in taps if tap.name not in inputs for name in _outputs_of(tap)]
-    with np.errstate(over="ignore", invalid="ignore"):  # infinite values are refused at the end
+    outputs = [name for tap in taps if tap.name not in inputs for name in tap.outputs]
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite values are refused
         for batch in batches:
             seen = {**batch, **dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))}
-            for tap in taps:
-                found = _statistics_of(tap, [seen[name] for name in _outputs_of(tap)])
-                known = statistics.get(tap.name)
-                statistics[tap.name] = found if known is None else known.merge(found)
-    for name, found in statistics.items():
-        # a maximum pool may swallow NaN, a mean cannot
-        if not np.isfinite([found.low, found.high, *found.sums]).all():
-            raise QconvError(
-                f"Tensor {name!r} holds NaN or infinite values on these pictures.",
-                "check the preprocessing options, the float model on one picture, and its weights.",
-            )
-    return statistics
+            for picture in _apart(seen, len(next(iter(batch.values())))):
+                _take(taps, sketchers, picture)
+    return {tap.name: _sketch(sketchers[tap.name], tap.name) for tap in taps}
+
+
+def _take(taps: list[Tap], sketchers: Mapping[str, Sketcher], picture: Mapping[str, NDArray[Any]]) -> None:
+    views = [tap.view([picture[name] for name in tap.outputs]) for tap in taps]
+    extremes = np.array([(view.lows.min(), view.highs.max()) for view in views], np.float32)
+    finite = np.isfinite(extremes)
+    if not finite.all():
+        raise _not_finite(taps[int(np.argmin(finite)) // 2].name)
+    key = int.from_bytes(hashlib.blake2b(extremes.tobytes(), digest_size=KEY_BYTES).digest())
+    for tap, view in zip(taps, views, strict=True):
+        sketchers[tap.name].add(view)
+        sketchers[tap.name].close_picture(key)
+
+
+def _apart(seen: Mapping[str, NDArray[Any]], count: int) -> Iterator[dict[str, NDArray[Any]]]:
+    """One picture after the other. What does not have one part for each picture counts with the first."""
+    if count == 1:
+        yield dict(seen)
+        return
+    parts = {name: _parts(array, count) for name, array in seen.items()}
+    for index in range(count):
+        yield {name: found[index] for name, found in parts.items()}
+
+
+def _parts(array: NDArray[Any], count: int) -> list[NDArray[Any]]:
+    if not array.ndim or len(array) % count:
+        return [array] * count
+    return np.split(array, count)
+
+
+def _sketch(sketcher: Sketcher, name: str) -> Sketch:
+    try:
+        return sketcher.sketch()
+    except ValueError:  # a maximum pool may swallow NaN, a mean cannot
+        raise _not_finite(name) from None
+
+
+def _not_finite(name: str) -> QconvError:
+    return QconvError(
+        f"Tensor {name!r} holds NaN or infinite values on these pictures.",
+        "check the preprocessing options, the float model on one picture, and its weights.",
+    )
 
 
 @contextlib.contextmanager
 def tapped(model: Model, taps: Iterable[Tap]) -> Iterator[str | bytes]:
     """The model as ONNX Runtime takes it, which returns what `watch` wants to see."""
-    whole = [tap.name for tap in taps if not tap.pooled]
-    with save.runnable(model, whole, [tap.name for tap in taps if tap.pooled]) as runnable:
+    taps = list(taps)
+    pools = [tap.pooling for tap in taps if tap.pooling is not None]
+    with save.runnable(model, [tap.name for tap in taps if not tap.pooled], pools) as runnable:
         yield runnable
-
-
-def _outputs_of(tap: Tap) -> tuple[str, ...]:
-    return save.pooled_names(tap.name) if tap.pooled else (tap.name,)
-
-
-def _statistics_of(tap: Tap, seen: list[NDArray[Any]]) -> Statistics:
-    if tap.pooled:
-        return Statistics.of_pools(*seen)
-    return Statistics.of(seen[0], per_channel=tap.per_channel, never_negative=tap.never_negative)
-
-
-def _over_pictures(extreme: np.ufunc, rows: NDArray[Any]) -> NDArray[Any]:
-    """(N, C) -> (C,)."""
-    found: NDArray[Any] = rows[0] if len(rows) == 1 else extreme.reduce(rows, axis=0)
-    return found

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import qconv
-from qconv.errors import QconvError
+from qconv.errors import QconvError, counted
 from qconv.recipe import (
+    CALIBRATORS,
     MOST_THREADS,
     PRESETS,
+    WEIGHT_CALIBRATORS,
     Color,
     Filter,
     Layout,
@@ -79,10 +81,14 @@ preprocessing_options = _stack(
     click.option("--size", type=Size(), help="Where the model leaves height and width open."),
 )
 
-common_options = _stack(
+output_options = _stack(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary."),
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and what --json prints)."),
     click.option("-v", "--verbose", is_flag=True, help="Also print every change, every refusal and every tensor."),
+)
+
+common_options = _stack(
+    output_options,
     click.option(
         "--threads",
         type=click.IntRange(1, MOST_THREADS),
@@ -164,6 +170,30 @@ def cli() -> None:
     "--pack", is_flag=True, help="Store weights of 4 bits or fewer as int4: the smallest file, layers run in float."
 )
 @click.option(
+    "--calibrator",
+    type=click.Choice(CALIBRATORS),
+    default="minmax",
+    show_default=True,
+    help="How activations get ranges.",
+)
+@click.option(
+    "--percentile",
+    type=float,
+    default=99.99,
+    show_default=True,
+    metavar="P",
+    help="Share of values inside the range, for --calibrator percentile.",
+)
+@click.option(
+    "--weight-calibrator",
+    type=click.Choice(WEIGHT_CALIBRATORS),
+    default="max",
+    show_default=True,
+    help="How weights get ranges: their largest value, or what clips them at the least error.",
+)
+@click.option("--save-stats", metavar="FILE", help="Also write what was seen of the activations into a file.")
+@click.option("--stats", metavar="FILE", help="Take that from a file; --calib is then only for checking the result.")
+@click.option(
     "--keep-float", multiple=True, metavar="NODE-GLOB", help="Leave nodes whose name matches in float; repeatable."
 )
 @click.option(
@@ -180,10 +210,10 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
     """Quantize MODEL ('-' reads standard input) with the pictures in --calib and check the result."""
     if model == "-" and output is None:
         raise click.UsageError("a model from standard input needs an output: pass -o FILE or '-o -'.")
-    if not options["calib"]:
+    if not options["calib"] and options["stats"] is None:
         raise click.UsageError("pass the calibration pictures with --calib DIR.")
-    if output == "" or "" in options["calib"]:
-        raise click.UsageError("--calib and --output need a name.")
+    if "" in (output, *options["calib"], options["stats"], options["save_stats"]):
+        raise click.UsageError("--calib, --output, --stats and --save-stats need a name.")
     recipe = _recipe(options)
     _require_streams(model, output, as_json)
     from qconv import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
@@ -203,6 +233,40 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
             got = "no such measure" if gate.got is None else f"{gate.got:.4g}"
             print(f"Gate fell short: --{gate.name} {gate.want:g}, got {got}.", file=sys.stderr)
     return 0 if report.held else GATE_FELL_SHORT
+
+
+@cli.command("merge-stats", context_settings=WIDTH)
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("-o", "--output", required=True, metavar="OUT", help="Where to write the sum.")
+@output_options
+def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool, verbose: bool) -> int:
+    """Add up statistics that `quantize --save-stats` wrote of parts of a set of pictures."""
+    if "" in (output, *files):
+        raise click.UsageError("files and --output need a name.")
+    from qconv import stats, summary
+
+    console = summary.Console(quiet=quiet)
+    total, twice = stats.merged(files)
+    if twice:
+        console.warn(f"{counted(twice, 'picture')} came more than once, and count as often.")
+    _leave_by_exceptions()
+    stats.write_file(total, Path(output))
+    found = {
+        "schema": 1,
+        "version": qconv.__version__,
+        "output": output,
+        "model": total.name,
+        "pictures": total.pictures,
+        "repeated": twice,
+        "tensors": len(total.sketches),
+    }
+    if as_json:
+        print(json.dumps(found))
+    elif not quiet:
+        print(f"{output}: {counted(total.pictures, 'picture')}, {counted(len(total.sketches), 'tensor')}")
+        for name in total.sketches if verbose else ():
+            print(f"  {name}")
+    return 0
 
 
 def _require_streams(model: str, output: str | None, as_json: bool) -> None:
@@ -246,6 +310,7 @@ def default_output(model: str, recipe: Recipe) -> str:
 
 SAME = (
     ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "block_size", "edge_bits", "pack")
+    + ("calibrator", "percentile", "weight_calibrator", "stats", "save_stats")
     + ("keep_float", "keep_float_op", "opset", "min_agreement", "min_sqnr", "threads")
 )  # fmt: skip
 """Options that a Recipe calls the same."""

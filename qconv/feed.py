@@ -48,8 +48,12 @@ class Feed:
         recipe: Recipe,
         warn: Callable[[str], None],
         progress: Callable[[str, int, int], None],
+        known: Preprocessing | None = None,
     ) -> Feed:
-        """The pictures of `recipe` for the network in `session`. Raises QconvError where they cannot feed it."""
+        """The pictures of `recipe` for the network in `session`. Raises QconvError where they cannot feed it.
+
+        known: the preprocessing where it needs no finding out.
+        """
         listing = find(recipe.calib, pattern=recipe.glob, samples=recipe.samples, seed=recipe.seed)
         inputs = [InputSpec(*found) for found in session.inputs]
         if not inputs:
@@ -58,8 +62,7 @@ class Feed:
         if any(path.suffix.lower() not in SAMPLE_SUFFIXES for path in listing.paths):
             if len(inputs) > 1:
                 raise _several_inputs(session.name, inputs)
-            class_vector = any(len(shape) == 2 for shape in session.output_shapes)
-            preprocessing = resolve(recipe.preprocessing, inputs[0], class_vector=class_vector)
+            preprocessing = known or resolve(recipe.preprocessing, inputs[0], class_vector=session.gives_class_vector)
             if preprocessing.doubt():
                 warn(f"{preprocessing.doubt()}.")
         elif recipe.preprocessing != PreprocessingOptions():

@@ -1,16 +1,19 @@
-"""From statistics to scales and zero points for every decision of a plan."""
+"""From sketches to scales and zero points for every decision of a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qconv.calibrate import CALIBRATORS, Statistics
-from qconv.errors import QconvError
+from qconv import layers
+from qconv.calibrators import CALIBRATORS, Hints
+from qconv.clipping import Range
 from qconv.findings import Change, Finding
 from qconv.graph import Value, array
 from qconv.plan import Plan
 from qconv.quant import QuantParams, QuantSpec
+from qconv.recipe import Recipe
+from qconv.sketch import Sketch, Want
 from qconv.weights import LayerParams, Source, quantize_layer
 
 LARGEST_MULTIPLIER = 200.0
@@ -25,12 +28,10 @@ class Params:
     layers: list[LayerParams] = field(default_factory=list)
 
 
-def choose_params(plan: Plan, statistics: Mapping[str, Statistics], calibrator: str) -> tuple[Params, list[Finding]]:
-    """Parameters for all tensors of the plan. statistics: of every watched tensor, by its name."""
-    if calibrator not in CALIBRATORS:
-        raise QconvError(f"There is no calibrator {calibrator!r}.", f"use one of {', '.join(CALIBRATORS)}.")
+def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> tuple[Params, list[Finding]]:
+    """Parameters for all tensors of the plan. sketches: of every watched tensor, by its name."""
     params = Params()
-    ranges = {value: _range(plan, value, group, statistics, calibrator) for value, group in plan.group_of().items()}
+    ranges = _ranges(plan, sketches, recipe)
     findings = _end_at_gates(plan, ranges)
     _widen_means(plan, ranges)
     for value, (low, high) in ranges.items():
@@ -42,25 +43,42 @@ def choose_params(plan: Plan, statistics: Mapping[str, Statistics], calibrator: 
     for layer in plan.layers:
         source = None
         if layer.data is not None:
-            # statistics are those of axis 1, which a MatMul does not sum over
-            known = None if layer.node.op_type == "MatMul" else statistics.get(layer.data.name or "")
+            # a sketch's channels are those of axis 1, which a MatMul does not sum over
+            known = None if layer.node.op_type == "MatMul" else sketches.get(layer.data.name or "")
             source = Source(params.activations[layer.data], known)
-        chosen, notes = quantize_layer(layer, source)
+        chosen, notes = quantize_layer(layer, source, recipe.weight_calibrator)
         params.layers.append(chosen)
         findings += notes
     return params, findings
 
 
-def _range(
-    plan: Plan, value: Value, group: tuple[Value, ...], statistics: Mapping[str, Statistics], calibrator: str
-) -> tuple[float, float]:
-    """Tied tensors share the union of their ranges."""
-    spec = _spec(plan, value)
-    ranges = [CALIBRATORS[calibrator](statistics[v.name or ""], spec) for v in group if v.name in statistics]
-    return min(low for low, _ in ranges), max(high for _, high in ranges)
+def _ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[Value, Range]:
+    """The range of every quantized tensor; tied ones share the union of theirs."""
+    calibrator = CALIBRATORS[recipe.calibrator]
+    readers = _readers(plan) if Want.COLUMNS in calibrator.want else {}
+    own: dict[Value, Range] = {}
+    for value in plan.activations:
+        sketch = sketches.get(value.name or "")
+        if sketch is not None:
+            hints = Hints(recipe.percentile, readers.get(value, ()))
+            own[value] = calibrator.choose(sketch, _spec(plan, value), hints)
+    ranges = {}
+    for value, group in plan.group_of().items():
+        lows, highs = zip(*(own[member] for member in group if member in own), strict=True)
+        ranges[value] = min(lows), max(highs)
+    return ranges
 
 
-def _end_at_gates(plan: Plan, ranges: dict[Value, tuple[float, float]]) -> list[Finding]:
+def _readers(plan: Plan) -> dict[Value, list[layers.Layer]]:
+    """The layers that sum over the channels of each tensor."""
+    found: dict[Value, list[layers.Layer]] = {}
+    for layer in plan.layers:
+        if layer.data is not None and layer.node.op_type != "MatMul":
+            found.setdefault(layer.data, []).append(layers.read_layer(layer.node))
+    return found
+
+
+def _end_at_gates(plan: Plan, ranges: dict[Value, Range]) -> list[Finding]:
     """Give no codes to what the activation behind a tensor makes zero."""
     findings: list[Finding] = []
     for value, gate in plan.gates.items():
@@ -75,7 +93,7 @@ def _end_at_gates(plan: Plan, ranges: dict[Value, tuple[float, float]]) -> list[
     return findings
 
 
-def _widen_means(plan: Plan, ranges: dict[Value, tuple[float, float]]) -> None:
+def _widen_means(plan: Plan, ranges: dict[Value, Range]) -> None:
     """Where positive and negative cancel, a mean can be tiny beside what it is taken of.
 
     ONNX Runtime multiplies by s_x / (s_y * count) and refuses to run from 256 on.

@@ -14,12 +14,12 @@ from pathlib import Path
 import qconv
 from qconv import fold, load, save
 from qconv.audit import audit, tensor_rows
-from qconv.calibrate import Statistics, tapped, watch
 from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.fileformat import describe, needed_opset, needed_runtime
 from qconv.findings import Finding
+from qconv.gather import open_pictures, original
 from qconv.graph import Model
 from qconv.params import choose_params
 from qconv.plan import WISHED, Plan, make_plan
@@ -80,10 +80,13 @@ def quantize(
         proto = read(source)
         if place is not None:
             _check_output(source, place, data_files(proto, source))
+        if recipe.save_stats is not None:
+            _check_output(source, Path(recipe.save_stats), data_files(proto, source))
+            _check_apart(place, Path(recipe.save_stats))
         refuse_quantized(proto, source.name)
         float_bytes = file_bytes(proto, source)
         # it runs again when the result is checked: until then its weights would only take room
-        feed = Feed.of(_original(source, recipe), recipe, run.warn, run.listener.progress)
+        pictures = open_pictures(source, data_files(proto, source), recipe, run.warn, run.listener.progress)
         model, changes = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
         run.findings += changes
     with run.step("fold"):
@@ -93,18 +96,18 @@ def quantize(
         plan = make_plan(model, recipe, TARGETS[recipe.target])
         _require_layers(plan, source)
     with run.step("calibrate"):
-        statistics = _calibrate(model, plan, recipe, feed)
+        sketches = pictures.sketches(model, plan, recipe)
     with run.step("params"):
-        params, found = choose_params(plan, statistics, recipe.calibrator)
+        params, found = choose_params(plan, sketches, recipe)
         run.findings += found
         rows = tensor_rows(plan, params)
     with run.step("emit"):
         run.findings += emit(model, plan, params, pack=recipe.pack)
         run.findings += shrink(model)
-        describe(model, qconv.__version__, recipe, feed.preprocessing)
+        describe(model, qconv.__version__, recipe, pictures.preprocessing)
     with save.staged(model, place) as staged:
         with run.step("verify"):
-            checked, audited = _check(staged, _original(source, recipe), plan, recipe, feed)
+            checked, audited = _check(staged, original(source, recipe), plan, recipe, pictures.feed)
         _look_for_wishes_in_vain(plan, audited, run)
         for output in checked.outputs:
             if output.remark:
@@ -113,6 +116,8 @@ def quantize(
             run.warn(f"the quantized model ran {checked.slowdown:.2f} times as long as the float one on this machine.")
         size = staged.size
         result = staged.path.read_bytes() if place is None else None
+        if recipe.save_stats is not None:
+            pictures.save_statistics(sketches, source, Path(recipe.save_stats))
         if place is not None:
             staged.commit(place)
     run.time["total"] = time.perf_counter() - started
@@ -121,8 +126,8 @@ def quantize(
         output="-" if place is None else str(place),
         float_model=source.name,
         recipe=recipe.as_dict(),
-        preprocessing=None if feed.preprocessing is None else feed.preprocessing.as_dict(),
-        preprocessing_words="" if feed.preprocessing is None else feed.preprocessing.in_words(),
+        preprocessing=None if pictures.preprocessing is None else pictures.preprocessing.as_dict(),
+        preprocessing_words="" if pictures.preprocessing is None else pictures.preprocessing.in_words(),
         float_bytes=float_bytes,
         quantized_bytes=size,
         opset=model.opset,
@@ -147,6 +152,11 @@ def _check_output(source: Source, out: Path, data: set[Path]) -> None:
         if path is not None and out.exists() and path.exists() and out.samefile(path):
             what = "the model itself" if path == source.path else "a data file of the model"
             raise QconvError(f"The output {out} is {what}.", "choose another output with -o.")
+
+
+def _check_apart(out: Path | None, statistics: Path) -> None:
+    if out is not None and out.resolve() == statistics.resolve():
+        raise QconvError(f"{out} is both the output and --save-stats.", "choose two names.")
 
 
 def _look_for_wishes(model: Model, recipe: Recipe, run: _Run) -> None:
@@ -180,23 +190,8 @@ def _require_layers(plan: Plan, source: Source) -> None:
         )
 
 
-def _original(source: Source, recipe: Recipe) -> Session:
-    """The user's own model, as it is."""
-    return Session(source.runnable, name=source.name, threads=recipe.threads)
-
-
-def _calibrate(model: Model, plan: Plan, recipe: Recipe, feed: Feed) -> dict[str, Statistics]:
-    taps = plan.taps()
-    if not taps:
-        return {}
-    with tapped(model, taps) as runnable:
-        session = Session(runnable, name="the folded float model", threads=recipe.threads)
-    del runnable  # the session has its own copy of all weights
-    return watch(session, taps, feed.all("calibrate"))
-
-
 def _check(
-    staged: save.Staged, original: Session, plan: Plan, recipe: Recipe, feed: Feed
+    staged: save.Staged, original: Session, plan: Plan, recipe: Recipe, feed: Feed | None
 ) -> tuple[Verification, Audit]:
     """The written file, before it gets its name: onnx's checker, the runtime's own graph, the float model's outputs."""
     save.check(staged)
@@ -205,6 +200,8 @@ def _check(
         threads = recipe.threads
         quantized = Session(str(staged.path), name="the quantized model", threads=threads, save_optimized=optimized)
         audited = audit(optimized, plan)
+    if feed is None:
+        return Verification(0, ()), audited
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
     pictures = feed.all("verify") if gated else feed.few("verify")
     found = verify(original, quantized, pictures)

@@ -8,6 +8,7 @@ tensor carries the reason for what became of it.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -16,11 +17,12 @@ from numpy.typing import NDArray
 
 from qconv.calibrate import Tap
 from qconv.gates import Gate, gate_behind
-from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of, rank
+from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, dims, input_of, rank
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantSpec
 from qconv.recipe import Recipe, Scheme, WeightGranularity
 from qconv.refusals import refusal
 from qconv.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
+from qconv.sketch import SAMPLE, Want
 from qconv.targets import Target
 
 WISHED = "kept float by --keep-float"
@@ -86,10 +88,14 @@ class Plan:
     writers: dict[str, str] = field(default_factory=dict)
     activation_of: dict[str, str] = field(default_factory=dict)
 
-    def taps(self) -> list[Tap]:
-        """The tensors whose values must be seen: what layers read, and in each group all that others do not copy."""
+    def taps(self, want: Want = Want.EXTREMES) -> list[Tap]:
+        """The tensors whose values must be seen: what layers read, and in each group all that others do not copy.
+
+        want: what is to be remembered of all of them; channels are of what layers read in any case.
+        """
         read = {layer.data for layer in self.layers}
-        return [_tap(value, value in read) for value in self.activations if value in read or not self._copies(value)]
+        seen = (value for value in self.activations if value in read or not self._copies(value))
+        return [_tap(value, value in read, want) for value in seen]
 
     def _copies(self, value: Value) -> bool:
         """Whether `value` holds nothing but values of tensors that it shares parameters with."""
@@ -405,10 +411,21 @@ def data_positions(node: Node, rule: Rule) -> range:
     return range(len(node.inputs))[:count]
 
 
-def _tap(value: Value, is_read: bool) -> Tap:
-    positive = never_negative(value)
+def _tap(value: Value, is_read: bool, want: Want) -> Tap:
+    wanted = want | Want.CHANNELS if is_read else want & Want.BINS
+    positive, stride = never_negative(value), _sampling(value)
     maps = rank(value) == 4 and value.dtype == DataType.FLOAT and value.producer() is not None
-    return Tap(value.name or "", per_channel=is_read, never_negative=positive, pooled=positive and maps)
+    pooled = positive and maps and (stride is not None or wanted in (Want.EXTREMES, Want.CHANNELS))
+    return Tap(value.name or "", wanted, never_negative=positive, pooled=pooled, stride=stride or 1)
+
+
+def _sampling(value: Value) -> int | None:
+    """Which pixels of a map are looked at: each so-many-th in both directions. None where its size is not known."""
+    _, *sizes = dims(value) or [None]
+    if len(sizes) != 3 or None in sizes:
+        return None
+    channels, height, width = (size or 1 for size in sizes)
+    return max(1, min(math.isqrt(channels * height * width // SAMPLE), height, width))
 
 
 def never_negative(value: Value) -> bool:

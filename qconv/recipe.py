@@ -180,14 +180,18 @@ class Preprocessing:
 MOST_THREADS = 1024
 
 # Options that change the run, or where its pictures lie, but no byte of the file.
-STEERING = frozenset({"threads", "min_agreement", "min_sqnr", "calib"})
+STEERING = frozenset({"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats"})
+
+CALIBRATORS = ("minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "output-mse", "aciq")
+WEIGHT_CALIBRATORS = ("max", "mse", "aciq")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What `quantize` is asked to do. The defaults are those of target `ort-cpu`.
 
-    calib: folders, or text files with one path a line; empty is an error at the door, not here.
+    calib: folders, or text files with one path a line; may be empty where `stats` is given, else an error at the door,
+    not here. stats, save_stats: files of statistics to read instead of pictures, and to write.
     Raises QconvError for values that do not go together.
     """
 
@@ -205,6 +209,8 @@ class Recipe:
     edge_bits: int = 8
     pack: bool = False
     calibrator: str = "minmax"
+    percentile: float = 99.99
+    weight_calibrator: str = "max"
     target: str = "ort-cpu"
     keep_float: tuple[str, ...] = ()
     keep_float_op: tuple[str, ...] = ()
@@ -213,6 +219,8 @@ class Recipe:
     min_agreement: float | None = None
     min_sqnr: float | None = None
     threads: int | None = None
+    stats: str | None = None
+    save_stats: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("calib", "keep_float", "keep_float_op"):
@@ -246,6 +254,26 @@ class Recipe:
         _require(self.samples >= 1, f"--samples {self.samples}", "use at least 1 picture.")
         _require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")
         _require(self.block_size >= 1, f"--block-size {self.block_size}", "use at least 1.")
+        _require(
+            self.calibrator in CALIBRATORS, f"--calibrator {self.calibrator}", f"use one of {', '.join(CALIBRATORS)}."
+        )
+        _require(
+            self.weight_calibrator in WEIGHT_CALIBRATORS,
+            f"--weight-calibrator {self.weight_calibrator}",
+            f"use one of {', '.join(WEIGHT_CALIBRATORS)}.",
+        )
+        object.__setattr__(self, "percentile", _numbers(self.percentile, "--percentile")[0])
+        _require(50 < self.percentile <= 100, f"--percentile {self.percentile:g}", "use more than 50, up to 100.")
+        gated = self.min_agreement is not None or self.min_sqnr is not None
+        _require(
+            not gated or bool(self.calib) or self.stats is None,
+            "A gate with --stats alone",
+            "pass pictures to measure on with --calib.",
+        )
+        _require(self.stats is None or self.save_stats is None, "--stats with --save-stats", "copy the file instead.")
+        for name in ("stats", "save_stats"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(getattr(self, name)))
         _require(self.target in TARGETS, f"--target {self.target}", f"use {' or '.join(TARGETS)}.")
         _require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
         _require(

@@ -79,6 +79,11 @@ class Session:
         self.output_shapes: list[tuple[int | None, ...]] = [_open_shape(o.shape) for o in self._session.get_outputs()]
 
     @property
+    def gives_class_vector(self) -> bool:
+        """Whether an output is one score a class."""
+        return any(len(shape) == 2 for shape in self.output_shapes)
+
+    @property
     def inputs(self) -> list[tuple[str, np.dtype[Any], tuple[int | None, ...]]]:
         """Name, element type and shape (None where open) of every input.
 

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -65,6 +66,17 @@ def staged(model: Model, out: Path | None) -> Iterator[Staged]:
         with _explained(place):
             data = _write(model, path, allow_external=out is not None)
         yield Staged(folder, path, data)
+
+
+def write_whole(out: Path, data: bytes) -> None:
+    """Write a file that is no model; it appears whole or not at all."""
+    check_place(out)
+    with _locked_folder(out) as folder, _explained(out):
+        path = folder / out.name
+        path.write_bytes(data)
+        _sync(path)
+        os.replace(path, out)
+        _sync_folder(out.parent)
 
 
 @contextlib.contextmanager
@@ -151,26 +163,43 @@ def total_bytes(model: Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def pooled_names(name: str) -> tuple[str, str]:
-    """What `runnable` calls the maximum and the mean of each channel of a tensor."""
-    return f"{name}/channel_max", f"{name}/channel_mean"
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """A tensor (N, C, H, W) of which the network returns maximum and mean of each channel, (N, C, 1, 1).
+
+    stride: also every stride-th pixel in both directions is returned, None for none.
+    """
+
+    name: str
+    stride: int | None = None
+
+    def nodes(self) -> list[onnx.NodeProto]:
+        """What the network is to compute. The runtime keeps large tensors in a layout of its own, in which it can pool
+        them; to be returned whole they must be brought into the usual one, which costs as much as a layer."""
+        made: list[tuple[str, dict[str, Any]]] = [("GlobalMaxPool", {}), ("GlobalAveragePool", {})]
+        if self.stride is not None:
+            made.append(("MaxPool", {"kernel_shape": [1, 1], "strides": [self.stride, self.stride]}))
+        return [
+            onnx.helper.make_node(op_type, [self.name], [result], **attributes)
+            for (op_type, attributes), result in zip(made, pooled_names(self.name), strict=False)
+        ]
+
+
+def pooled_names(name: str) -> tuple[str, str, str]:
+    """What `runnable` calls maximum and mean of each channel of a tensor, and the sample of its pixels."""
+    return f"{name}/channel_max", f"{name}/channel_mean", f"{name}/sample"
 
 
 @contextlib.contextmanager
-def runnable(model: Model, outputs: Iterable[str], pooled: Iterable[str] = ()) -> Iterator[str | bytes]:
+def runnable(model: Model, outputs: Iterable[str], poolings: Iterable[Pooling] = ()) -> Iterator[str | bytes]:
     """The model with `outputs` returned as well, as ONNX Runtime takes it: bytes, or a path where they are too many.
 
-    pooled: tensors (N, C, H, W) of which only the maximum and the mean of each channel are returned, (N, C, 1, 1),
-    under `pooled_names`: the runtime keeps large tensors in a layout of its own, and has pools for that.
+    poolings: tensors that are returned in part, under `pooled_names`.
     """
     wanted = set(outputs) - {value.name for value in model.graph.outputs}
     produced = [value for node in model.graph for value in node.outputs]
     extra = [ir.serde.serialize_value(value) for value in produced if value.name in wanted]
-    pools = [
-        onnx.helper.make_node(op_type, [name], [result])
-        for name in pooled
-        for op_type, result in zip(("GlobalMaxPool", "GlobalAveragePool"), pooled_names(name), strict=True)
-    ]
+    pools = [node for pooling in poolings for node in pooling.nodes()]
     extra += [onnx.helper.make_tensor_value_info(n.output[0], onnx.TensorProto.FLOAT, None) for n in pools]
     if total_bytes(model) < PROTOBUF_LIMIT:
         proto = _whole(model)

@@ -94,6 +94,8 @@ def _lines(report: Report) -> list[tuple[str, str]]:
 
 def _accuracy(report: Report) -> str:
     checked = report.verify
+    if not checked.images:
+        return "not measured: --stats came without pictures (pass --calib as well)"
     parts = []
     if checked.agreement is not None:
         parts.append(f"agrees with the float model on {checked.agreement:.1%}")

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from qconv import bias as bias_correction
 from qconv import saturation
-from qconv.calibrate import Statistics
 from qconv.errors import QconvError
 from qconv.findings import Change, Finding
 from qconv.graph import array, attribute, input_of
 from qconv.plan import Layer
 from qconv.quant import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, extremes
+from qconv.sketch import Sketch
+from qconv.weight_ranges import WEIGHT_RANGES
 
 # Leaves half of int32 to the sum of products: 2^30 / (255 * 127) inputs a channel is more than any layer has.
 LARGEST_BIAS_CODE = 2.0**30
@@ -40,10 +41,10 @@ class LayerParams:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a layer reads: its parameters, and its statistics where it was watched itself."""
+    """What a layer reads: its parameters, and its sketch where it was watched itself."""
 
     params: QuantParams
-    statistics: Statistics | None
+    sketch: Sketch | None
 
     def channel_codes(self, channels: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The least and the largest code of each of `channels` channels on the calibration pictures."""
@@ -55,21 +56,21 @@ class Source:
         low, high = (self.params.quantize(ends).astype(np.int64) for ends in (found.lows, found.highs))
         return np.minimum(low, zero), np.maximum(high, zero)
 
-    def of(self, channels: int) -> Statistics | None:
-        """The statistics, if they are of each of this many channels."""
-        found = self.statistics
+    def of(self, channels: int) -> Sketch | None:
+        """The sketch, if it is of each of this many channels."""
+        found = self.sketch
         return found if found is not None and found.count and found.lows.size == channels else None
 
 
-def quantize_layer(layer: Layer, source: Source | None) -> tuple[LayerParams, list[Finding]]:
-    """Codes and parameters of one layer. source: None where only weights are quantized."""
+def quantize_layer(layer: Layer, source: Source | None, calibrator: str) -> tuple[LayerParams, list[Finding]]:
+    """Codes and parameters of one layer. source: None where only weights are quantized; calibrator: the weights'."""
     stored = array(layer.node.inputs[1])
     assert stored is not None
     weight = layer.arranged(stored.astype(np.float32, copy=False))
     if not np.isfinite(weight).all():
         name = layer.node.name
         raise QconvError(f"The weights of {name} hold NaN or infinity.", "export the model again, or --keep-float it.")
-    params = layer.weight.from_range(*extremes(weight, layer.weight.granularity))
+    params = layer.weight.from_range(*WEIGHT_RANGES[calibrator](weight, layer.weight))
     params = _scale_dead_channels(params, weight)
     bias = array(input_of(layer.node, 2))
     if source is None:
@@ -91,12 +92,12 @@ def quantize_layer(layer: Layer, source: Source | None) -> tuple[LayerParams, li
         limits = source.channel_codes(channels)
         params = saturation.widen(params, weight, *limits, output_axis=layer.rule.output_axis)
     codes = params.quantize(weight)
-    statistics = source.of(channels)
-    if statistics is not None:
+    sketch = source.of(channels)
+    if sketch is not None:
         error = params.dequantize(codes)
         error = np.subtract(weight, error, out=error).reshape(stored.shape)
         groups = attribute(layer.node, "group", 1)
-        shift = bias_correction.correction(error, statistics.means, groups=groups, output_axis=layer.rule.output_axis)
+        shift = bias_correction.correction(error, sketch.means, groups=groups, output_axis=layer.rule.output_axis)
         bias = (shift if bias is None else bias + shift).astype(np.float32)
     if bias is None or not quantized_bias:
         return LayerParams(layer, params, codes, bias), findings

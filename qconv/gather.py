@@ -1,0 +1,84 @@
+"""Where statistics come from: one pass over pictures, or a file that an earlier pass has left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qconv import stats
+from qconv.calibrate import tapped, watch
+from qconv.calibrators import CALIBRATORS
+from qconv.feed import Feed
+from qconv.graph import Model
+from qconv.plan import Plan
+from qconv.preprocess import InputSpec, resolve
+from qconv.recipe import Preprocessing, PreprocessingOptions, Recipe
+from qconv.runtime import Session
+from qconv.sketch import Sketch, Want
+from qconv.source import Source
+
+
+def original(source: Source, recipe: Recipe) -> Session:
+    """The user's own model, as it is."""
+    return Session(source.runnable, name=source.name, threads=recipe.threads)
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """feed: None where no pictures are given. known: the statistics in a file, None where none is given.
+
+    model: the hash of its bytes, where statistics are read or written.
+    """
+
+    feed: Feed | None
+    known: stats.Statistics | None
+    preprocessing: Preprocessing | None
+    model: str
+
+    def sketches(self, model: Model, plan: Plan, recipe: Recipe) -> Mapping[str, Sketch]:
+        """Of every tensor that must be seen. Raises QconvError where the file lacks some."""
+        taps = plan.taps(CALIBRATORS[recipe.calibrator].want if recipe.save_stats is None else Want.ALL)
+        if self.known is not None:
+            stats.require_tensors(self.known, recipe.stats or "", [tap.name for tap in taps])
+            return self.known.sketches
+        if not taps or self.feed is None:
+            return {}
+        with tapped(model, taps) as runnable:
+            session = Session(runnable, name="the folded float model", threads=recipe.threads)
+        del runnable  # the session has its own copy of all weights
+        return watch(session, taps, self.feed.all("calibrate"))
+
+    def save_statistics(self, sketches: Mapping[str, Sketch], source: Source, out: Path) -> None:
+        """Write what was seen. Raises QconvError where that is impossible."""
+        name = "" if source.path is None else source.path.name
+        found = stats.Statistics(self.model, name, stats.done_to_pictures(self.preprocessing), sketches)
+        stats.write_file(found, out)
+
+
+def open_pictures(
+    source: Source,
+    data: set[Path],
+    recipe: Recipe,
+    warn: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+) -> Pictures:
+    """The pictures and statistics that `recipe` names. data: the model's own data files.
+
+    Raises QconvError where they are not for this model.
+    """
+    session = original(source, recipe)
+    if recipe.stats is None:
+        seen = Feed.of(session, recipe, warn, progress)
+        return Pictures(seen, None, seen.preprocessing, stats.digest(source, data) if recipe.save_stats else "")
+    found, path = stats.read_file(recipe.stats), recipe.stats
+    model = stats.digest(source, data)
+    stats.require_model(found, path, model=model, name=source.name)
+    known = None if found.preprocessing is None else stats.as_preprocessing(found.preprocessing)
+    if recipe.preprocessing != PreprocessingOptions():
+        wanted = resolve(recipe.preprocessing, InputSpec(*session.inputs[0]), class_vector=session.gives_class_vector)
+        stats.require_preprocessing(found, path, stats.done_to_pictures(wanted))
+    feed = Feed.of(session, recipe, warn, progress, known) if recipe.calib else None
+    if feed is not None:
+        stats.require_preprocessing(found, path, stats.done_to_pictures(feed.preprocessing))
+    return Pictures(feed, found, known, model)

@@ -1,0 +1,283 @@
+"""What is remembered of one tensor: a few hundred kilobytes, however many pictures pass, no range needed beforehand.
+
+    exactly     extremes of every channel, extremes of every picture, sum of every channel
+    histogram   of the upper 16 bits of float32 numbers: sign, exponent and 7 binary digits, so that the width of a bin
+                is 1/128 to 1/256 of its place; one `bincount`. Of about SAMPLE elements of a picture, on a fixed grid.
+    columns     of the MOST_COLUMNS pictures whose keys are least: all channels at a few places, side by side
+
+Sketches add up: the sketch of two sets of pictures is the sum of their sketches, bit for bit, whatever the batches, the
+order or the shards. Sums are exact (see exact.py), and wherever an order is needed, pictures are put in that of their
+keys, which are drawn from what the pictures did in the network and say nothing of where they lay.
+
+The idea of merging summaries of any data in any order: Agarwal et al. 2012, Mergeable Summaries. A sample of fixed size
+by least hash: Cohen 1997.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from enum import Flag, auto
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.exact import ExactSum
+
+SAMPLE = 8192
+"""Elements of a tensor that one picture gives to the histogram, about."""
+MOST_COLUMNS = 64
+COLUMN_ELEMENTS = 2**16
+"""Elements that the columns of all pictures together have, about."""
+PENDING_ELEMENTS = 2**16
+PENDING_PICTURES = 32
+
+
+NOTHING = np.zeros((0, 0), np.float32)
+
+
+class Want(Flag):
+    """What a sketch is to remember beyond the extremes. What nobody asks for is not computed."""
+
+    EXTREMES = 0
+    CHANNELS = auto()
+    BINS = auto()
+    COLUMNS = auto()
+    ALL = CHANNELS | BINS | COLUMNS
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One picture's tensor as a sketch takes it.
+
+    lows, highs: extremes of every channel (C,), or of all (1,). sums: (C,) float32, each of `count` numbers; empty
+    where channels are not wanted. sample: (C, X) or (1, X), a part of the elements on a fixed grid.
+    """
+
+    lows: NDArray[np.float32]
+    highs: NDArray[np.float32]
+    sums: NDArray[np.float32]
+    count: int
+    sample: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """edges: (2, B) float64, lower and upper end of each bin that holds something, ascending and within the extremes.
+    counts: (B,) int64."""
+
+    edges: NDArray[np.float64]
+    counts: NDArray[np.int64]
+
+    @property
+    def centres(self) -> NDArray[np.float64]:
+        """The middle of each bin, (B,)."""
+        return np.asarray(self.edges.mean(axis=0))
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        """The share of all elements that lies in each bin, (B,)."""
+        return np.asarray(self.counts / self.counts.sum())
+
+
+@dataclass(slots=True)
+class Sketch:
+    """The memory of one tensor. See the module.
+
+    lows, highs: (C,) float32; sums: of each channel, and count: of how many numbers each, 0 where channels were not
+    wanted. bins: counts by code. keys: (P,) uint64, ascending, one a picture; pictures: (P, 2) float32, lowest and
+    highest of each; column_keys: (K,) ascending, columns: (K, places, C).
+    """
+
+    lows: NDArray[np.float32]
+    highs: NDArray[np.float32]
+    sums: ExactSum
+    count: int
+    bins: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+    pictures: NDArray[np.float32]
+    column_keys: NDArray[np.uint64]
+    columns: NDArray[np.float32]
+
+    @property
+    def low(self) -> float:
+        """The least value of all."""
+        return float(self.lows.min())
+
+    @property
+    def high(self) -> float:
+        """The largest value of all."""
+        return float(self.highs.max())
+
+    @property
+    def means(self) -> NDArray[np.float64]:
+        """The mean of each channel, (C,)."""
+        return self.sums.values / max(self.count, 1)
+
+    def histogram(self) -> Histogram:
+        """The counts with the ends of their bins. Raises ValueError where no bins were wanted."""
+        if not self.bins.any():
+            raise ValueError("this sketch has no histogram")
+        return _histogram(self.bins, self.low, self.high)
+
+    def merge(self, other: Sketch) -> Sketch:
+        """The sketch of both sets of pictures."""
+        if self.lows.shape != other.lows.shape:
+            # axis 1 grows with the picture: then there are no channels to speak of
+            return self._overall().merge(other._overall())
+        return Sketch(
+            np.minimum(self.lows, other.lows),
+            np.maximum(self.highs, other.highs),
+            self.sums.merge(other.sums),
+            self.count + other.count,
+            _added(self.bins, other.bins),
+            *_by_key(np.concatenate([self.keys, other.keys]), np.concatenate([self.pictures, other.pictures])),
+            *_least(
+                np.concatenate([self.column_keys, other.column_keys]), np.concatenate([self.columns, other.columns])
+            ),
+        )
+
+    def _overall(self) -> Sketch:
+        channels = len(self.lows)
+        low, high = self.lows.min(keepdims=True), self.highs.max(keepdims=True)
+        columns = np.zeros((0, places(1), 1), np.float32)
+        none = np.zeros(0, np.uint64)
+        sums, count = self.sums.overall(), self.count * channels
+        return Sketch(low, high, sums, count, self.bins, self.keys, self.pictures, none, columns)
+
+
+@dataclass(slots=True)
+class Sketcher:
+    """Gathers the views of one tensor, and works them into a sketch some at a time: much faster than one by one."""
+
+    want: Want
+    _done: Sketch | None = None
+    _views: list[View] = field(default_factory=list)
+    _codes: list[NDArray[np.uint16]] = field(default_factory=list)
+    _columns: list[NDArray[np.float32]] = field(default_factory=list)
+    _keys: list[int] = field(default_factory=list)
+
+    def add(self, view: View) -> None:
+        """Take one picture's view, whose sample may be overwritten afterwards. Its key comes with `close_picture`."""
+        if self._views and self._views[-1].lows.shape != view.lows.shape:
+            self._flush()
+        self._views.append(replace(view, sample=NOTHING))
+        if Want.BINS in self.want:
+            self._codes.append(codes_of(view.sample).reshape(-1))
+        if Want.COLUMNS in self.want:
+            self._columns.append(_columns_of(view.sample))
+
+    def close_picture(self, key: int) -> None:
+        """All tensors of a picture have been seen: this is its key."""
+        self._keys.append(key)
+        if len(self._views) >= PENDING_PICTURES or sum(c.size for c in self._codes) >= PENDING_ELEMENTS:
+            self._flush()
+
+    def sketch(self) -> Sketch:
+        """All that was taken so far; at least one view. Raises ValueError where a sum is no finite number."""
+        self._flush()
+        assert self._done is not None
+        return self._done
+
+    def _flush(self) -> None:
+        if self._views:
+            found = self._worked_in()
+            self._done = found if self._done is None else self._done.merge(found)
+            for pending in (self._views, self._codes, self._columns, self._keys):
+                pending.clear()
+
+    def _worked_in(self) -> Sketch:
+        lows, highs = (np.stack(ends) for ends in zip(*((v.lows, v.highs) for v in self._views), strict=True))
+        channels = lows.shape[1]
+        sums, count = ExactSum.zeros(channels), 0
+        if Want.CHANNELS in self.want:
+            sums.add(np.stack([view.sums for view in self._views]))
+            count = sum(view.count for view in self._views)
+        bins = np.bincount(np.concatenate(self._codes)) if self._codes else np.zeros(0)
+        columns = np.stack(self._columns) if self._columns else np.zeros((0, places(channels), channels), np.float32)
+        keys = np.array(self._keys, np.uint64)
+        return Sketch(
+            lows.min(axis=0),
+            highs.max(axis=0),
+            sums,
+            count,
+            bins.astype(np.int64, copy=False),
+            *_by_key(keys, np.stack([lows.min(axis=1), highs.max(axis=1)], axis=1)),
+            *_least(keys[: len(columns)], columns),
+        )
+
+
+# -- codes: the upper half of a float32, its sign moved to the end -----------------------------------------------------
+
+
+def codes_of(x: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bin of every number; those of small numbers are small, whatever the sign, so that counts need little room."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits >> 15 & 0xFFFE) | bits >> 31).astype(np.uint16)
+
+
+def bin_ends(codes: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Lower and upper end of each bin, (2, B)."""
+    magnitude, negative = np.asarray(codes, np.uint32) >> 1, np.asarray(codes & 1, bool)
+    near, far = (
+        (ends << 16).astype(np.uint32).view(np.float32).astype(np.float64) for ends in (magnitude, magnitude + 1)
+    )
+    return np.stack([np.where(negative, -far, near), np.where(negative, -near, far)])
+
+
+def histogram_of(x: NDArray[np.floating]) -> Histogram:
+    """The histogram of all numbers of x."""
+    return _histogram(
+        np.bincount(codes_of(x.astype(np.float32, copy=False)).reshape(-1)), float(x.min()), float(x.max())
+    )
+
+
+def _histogram(bins: NDArray[np.int64], low: float, high: float) -> Histogram:
+    codes = np.flatnonzero(bins)
+    ends = bin_ends(codes)
+    order = np.argsort(ends[0], kind="stable")
+    return Histogram(np.clip(ends[:, order], low, high), bins[codes[order]])
+
+
+def stride_for(elements: int, among: int) -> int:
+    """Step along `among` places that leaves about SAMPLE of `elements`; it falls into no rhythm with rows of pixels."""
+    step = max(1, min(among, -(-elements // SAMPLE)))
+    while step > 1 and math.gcd(step, among) > 1:
+        step += 1
+    return step
+
+
+# -- columns -----------------------------------------------------------------------------------------------------------
+
+
+def places(channels: int) -> int:
+    """How many columns a picture gives."""
+    return max(1, COLUMN_ELEMENTS // (MOST_COLUMNS * channels))
+
+
+def _columns_of(sample: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(C, X) -> (places, C), spread over the sample, repeated where it has fewer."""
+    channels, length = sample.shape
+    count = places(channels)
+    return sample[:, (np.arange(count) * 2 + 1) * length // (2 * count)].T.copy()
+
+
+# -- pictures in the order of their keys -------------------------------------------------------------------------------
+
+
+def _by_key(keys: NDArray[np.uint64], pictures: NDArray[np.float32]) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+    # equal keys are equal pictures, but for a freak of hashing
+    order = np.lexsort((pictures[:, 1], pictures[:, 0], keys))
+    return keys[order], pictures[order]
+
+
+def _least(keys: NDArray[np.uint64], columns: NDArray[np.float32]) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+    order = np.argsort(keys, kind="stable")[:MOST_COLUMNS]
+    return keys[order], columns[order]
+
+
+def _added(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
+    short, long = sorted((one, other), key=len)
+    total = long.copy()
+    total[: len(short)] += short
+    return total
