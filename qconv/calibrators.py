@@ -91,10 +91,10 @@ def aciq(sketch: Sketch, spec: QuantSpec, hints: Hints) -> Range:
 def output_mse(sketch: Sketch, spec: QuantSpec, hints: Hints) -> Range:
     """The range with the least error at the outputs of the layers that read the tensor: see readers.py.
 
-    Of a tensor that no layer reads, and of one whose channels changed with the picture: the extremes.
+    Of a tensor that no layer reads, and of one whose channels changed with the picture: its own least squared error.
     """
     if not (hints.readers and sketch.columns.size):
-        return sketch.low, sketch.high
+        return mse(sketch, spec, hints)
     columns = sketch.columns.reshape(-1, sketch.columns.shape[2])
     return least_at_outputs(columns, hints.readers, spec, (sketch.low, sketch.high))
 
@@ -116,6 +116,6 @@ CALIBRATORS: dict[str, Calibrator] = {
     "percentile": Calibrator(percentile, Want.BINS),
     "entropy": Calibrator(kl, Want.BINS),
     "mse": Calibrator(mse, Want.BINS),
-    "output-mse": Calibrator(output_mse, Want.COLUMNS),
+    "output-mse": Calibrator(output_mse, Want.BINS | Want.COLUMNS),
     "aciq": Calibrator(aciq, Want.BINS),
 }

@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.quant import QuantParams, QuantSpec
+from qconv.quant import SMALLEST_SCALE, QuantParams, QuantSpec
 from qconv.sketch import Histogram
 
 Float64 = NDArray[np.float64]
@@ -29,6 +30,7 @@ Error = Callable[[Float64, Float64], Float64]
 """Expected error of every pair of lower and upper ends, (K,), (K,) -> (K,)."""
 
 STEPS_AT_ONCE, FINER = 8, 12
+INTERVALS = 256
 SHRINK = 2.0**-0.25
 LEAST_SHARE = 2.0**-16
 NARROW = 1e-2
@@ -61,8 +63,20 @@ def _integral(t: Float64, low: Float64, high: Float64) -> Float64:
 
 
 def least_squares(histogram: Histogram, spec: QuantSpec, low: float, high: float) -> Range:
-    """The range inside [low, high] with the least expected squared error."""
-    return search(lambda lows, highs: expected_error(histogram, spec.from_range(lows, highs)), spec, low, high)
+    """The range inside [low, high] with the least expected squared error.
+
+    Bins much narrower than a step are joined for the search, and where it ends far inside, it begins again from there.
+    """
+    while True:
+        coarse = histogram.coarse(max(-low, high, SMALLEST_SCALE) / INTERVALS)
+        found = search(partial(_expected, coarse, spec), spec, low, high)
+        if found[1] - found[0] > (high - low) / 2 or found == (low, high):
+            return found
+        low, high = found
+
+
+def _expected(histogram: Histogram, spec: QuantSpec, lows: Float64, highs: Float64) -> Float64:
+    return expected_error(histogram, spec.from_range(lows, highs))
 
 
 def search(error: Error, spec: QuantSpec, low: float, high: float) -> Range:
@@ -71,15 +85,16 @@ def search(error: Error, spec: QuantSpec, low: float, high: float) -> Range:
     if spec.symmetric or low == 0 or high == 0:
         share = _best_share(lambda shares: error(low * shares, high * shares))
         return low * share, high * share
-    shares = np.ones(2)
-    before = math.inf
+    # both together first: with few codes, one end alone seems stuck, because the zero point's rounding moves the other
+    shares = np.full(2, _best_share(lambda candidates: error(low * candidates, high * candidates)))
+    least = float(error(low * shares[:1], high * shares[1:])[0])
     while True:
         for end in (0, 1):
             shares[end] = _best_share(_along(error, (low, high), shares, end))
         found = float(error(low * shares[:1], high * shares[1:])[0])
-        if not found < before * 0.999:
-            return low * shares[0], high * shares[1]
-        before = found
+        if not found < least * 0.999:
+            return low * float(shares[0]), high * float(shares[1])
+        least = found
 
 
 def _along(error: Error, ends: Range, shares: Float64, moved: int) -> Callable[[Float64], Float64]:

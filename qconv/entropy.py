@@ -24,7 +24,7 @@ from qconv.sketch import Histogram
 
 Float64 = NDArray[np.float64]
 BINS = 2048
-CANDIDATES = 128
+CANDIDATES = 64
 MOST_BITS = 8
 
 

@@ -27,7 +27,7 @@ from qconv.exact import ExactSum
 SAMPLE = 8192
 """Elements of a tensor that one picture gives to the histogram, about."""
 MOST_COLUMNS = 64
-COLUMN_ELEMENTS = 2**16
+COLUMN_ELEMENTS = 2**15
 """Elements that the columns of all pictures together have, about."""
 PENDING_ELEMENTS = 2**16
 PENDING_PICTURES = 32
@@ -78,6 +78,24 @@ class Histogram:
     def shares(self) -> NDArray[np.float64]:
         """The share of all elements that lies in each bin, (B,)."""
         return np.asarray(self.counts / self.counts.sum())
+
+    def coarse(self, step: float) -> Histogram:
+        """Neighbours joined as long as they lie in one of the intervals between multiples of `step`.
+
+        Next to zero, where numbers crowd, only bins of one power of two are joined, and the bin of zero stays alone.
+        """
+        centres = self.centres
+        interval = np.floor(centres / step)
+        octave = np.frexp(centres)[1]
+        near, zero = np.abs(centres) < step, np.abs(centres) < np.finfo(np.float32).tiny
+        # a break wherever one of the three names of a bin's place changes
+        names = np.stack(
+            [np.where(near, 0, interval), np.where(near & ~zero, octave, 0), np.sign(centres) * near + zero]
+        )
+        starts = np.flatnonzero(np.concatenate([[True], (np.diff(names, axis=1) != 0).any(axis=0)]))
+        ends = np.append(starts[1:], len(centres)) - 1
+        edges = np.stack([self.edges[0][starts], self.edges[1][ends]])
+        return Histogram(edges, np.add.reduceat(self.counts, starts))
 
 
 @dataclass(slots=True)
