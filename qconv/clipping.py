@@ -184,7 +184,7 @@ def fitted(histogram: Histogram, *, one_sided: bool) -> Density:
     """
     x, shares = histogram.centres, histogram.shares
     if one_sided:
-        kept = x > 0
+        kept = x > np.finfo(np.float32).tiny  # the bin of zero reaches a little beyond it
         x, shares = x[kept], shares[kept] / max(float(shares[kept].sum()), math.ulp(0.0))
     if not x.size:
         return Density(True, 0.0, 0.0)
@@ -205,7 +205,8 @@ def fits_laplace(spread: Float64, deviation: Float64) -> NDArray[np.bool_]:
 
 def aciq(histogram: Histogram, spec: QuantSpec, low: float, high: float) -> Range:
     """The closed-form range around the mean, no wider than [low, high]."""
-    one_sided = low >= 0 and not spec.signed
+    low, high = min(low, 0.0), max(high, 0.0)
+    one_sided = low == 0 and not spec.signed
     density = fitted(histogram, one_sided=one_sided)
     factor = laplace_factor if density.laplace else gauss_factor
     alpha = factor(spec.bits, one_sided=one_sided) * density.scale
