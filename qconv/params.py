@@ -34,7 +34,7 @@ def choose_params(plan: Plan, statistics: Mapping[str, Statistics], calibrator: 
     findings = _end_at_gates(plan, ranges)
     _widen_means(plan, ranges)
     for value, (low, high) in ranges.items():
-        params.activations[value] = _spec(plan, value).from_range(low, high)
+        params.activations[value] = plan.given.get(value) or _spec(plan, value).from_range(low, high)
     for value, spec in plan.constants.items():
         numbers = array(value)
         assert numbers is not None
@@ -55,6 +55,9 @@ def _range(
     plan: Plan, value: Value, group: tuple[Value, ...], statistics: Mapping[str, Statistics], calibrator: str
 ) -> tuple[float, float]:
     """Tied tensors share the union of their ranges."""
+    if value in plan.given:
+        low, high = plan.given[value].code_range()
+        return float(low), float(high)
     spec = _spec(plan, value)
     ranges = [CALIBRATORS[calibrator](statistics[v.name or ""], spec) for v in group if v.name in statistics]
     return min(low for low, _ in ranges), max(high for _, high in ranges)

@@ -15,6 +15,7 @@ import qconv
 from qconv import fold, load, save
 from qconv.audit import audit, tensor_rows
 from qconv.calibrate import Statistics, tapped, watch
+from qconv.embed import embed
 from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.feed import Feed
@@ -88,6 +89,8 @@ def quantize(
         run.findings += changes
     with run.step("fold"):
         run.findings += fold.fold(model)
+        if recipe.embed_preprocessing is not None:
+            run.findings += embed(model, feed.take_pixels(recipe.embed_preprocessing), recipe.embed_preprocessing)
     with run.step("plan"):
         _look_for_wishes(model, recipe, run)
         plan = make_plan(model, recipe, TARGETS[recipe.target])
@@ -101,7 +104,7 @@ def quantize(
     with run.step("emit"):
         run.findings += emit(model, plan, params, pack=recipe.pack)
         run.findings += shrink(model)
-        describe(model, qconv.__version__, recipe, feed.preprocessing)
+        describe(model, qconv.__version__, recipe, feed.fed)
     with save.staged(model, place) as staged:
         with run.step("verify"):
             checked, audited = _check(staged, _original(source, recipe), plan, recipe, feed)
@@ -121,8 +124,8 @@ def quantize(
         output="-" if place is None else str(place),
         float_model=source.name,
         recipe=recipe.as_dict(),
-        preprocessing=None if feed.preprocessing is None else feed.preprocessing.as_dict(),
-        preprocessing_words="" if feed.preprocessing is None else feed.preprocessing.in_words(),
+        preprocessing=None if feed.fed is None else feed.fed.as_dict(),
+        preprocessing_words="" if feed.fed is None else feed.fed.in_words(),
         float_bytes=float_bytes,
         quantized_bytes=size,
         opset=model.opset,
@@ -207,7 +210,7 @@ def _check(
         audited = audit(optimized, plan)
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
     pictures = feed.all("verify") if gated else feed.few("verify")
-    found = verify(original, quantized, pictures)
+    found = verify(original, quantized, pictures, feed.as_float)
     # a network with a batch of its own may have seen some twice
     return replace(found, images=min(found.images, feed.pictures)), audited
 

@@ -28,6 +28,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "bias",
             "calibrate",
             "edits",
+            "embed",
             "emit",
             "equalize",
             "feed",
@@ -60,6 +61,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "load": {"graph", "runtime", "source"},  # the runtime computes constant subgraphs
     "save": {"graph", "source"},
     "audit": {"params", "plan", "report"},
+    "embed": {"affine", "edits", "fold", "layers"},
     "emit": {"params", "plan", "weights"},
     "affine": {"edits", "layers"},
     "equalize": {"affine", "edits", "layers"},
