@@ -42,7 +42,7 @@ from qconv.graph import (
     set_attribute,
     set_dims,
 )
-from qconv.layers import Float64, Layer, check_finite, read_layer, scale_inputs, write_layer
+from qconv.layers import Float64, check_finite, read_layer, scale_inputs, write_layer
 from qconv.preprocess import AXES, layout_order
 from qconv.recipe import Layout, Preprocessing
 
@@ -75,6 +75,7 @@ class _Head:
     model: Model
     name: str
     codes: Value
+    exact: bool
     nodes: list[Node] = field(default_factory=list)
 
     def add(self, node: Node) -> Value:
@@ -86,10 +87,11 @@ class _Head:
         self.nodes.clear()
 
 
-def embed(model: Model, preprocessing: Preprocessing, layout: Layout) -> list[Finding]:
+def embed(model: Model, preprocessing: Preprocessing, layout: Layout, *, exact: bool = False) -> list[Finding]:
     """Rewrite a folded model in place so that its input takes uint8 pixels (N, C, H, W) or (N, H, W, C).
 
-    preprocessing: how the model's input is fed so far. Raises QconvError where the model returns its input.
+    preprocessing: how the model's input is fed so far. exact: no padding is rounded, for networks that are not going to
+    run on 8-bit codes. Raises QconvError where the model returns its input.
     """
     pixels = model.graph.inputs[0]
     name = pixels.name or ""
@@ -99,7 +101,7 @@ def embed(model: Model, preprocessing: Preprocessing, layout: Layout) -> list[Fi
     trace = _follow(model, pixels, preprocessing)
     readers = [node for node in model.readers(trace.value) if not _takes_shape(model, node)]
     kind_of_data = trace.value.dtype
-    head = _Head(model, name, pixels)
+    head = _Head(model, name, pixels, exact)
     _turn(head, trace, layout_order(preprocessing.layout, layout))
     if kind_of_data == DataType.UINT8:
         model.redirect(trace.value, head.codes, readers=readers)
@@ -223,10 +225,14 @@ def _normalise(head: _Head, trace: _Trace, readers: list[Node], dtype: DataType)
 
 
 def _dequantized(head: _Head, codes: Value, scale: float, zero: float) -> Value:
-    name, constant = f"{head.name}_pixels", head.model.constant
-    grid = [constant("scale", np.asarray(scale, np.float32)), constant("zero_point", np.asarray(zero, np.uint8))]
-    return head.add(
-        head.model.build("DequantizeLinear", [codes, *grid], name=name, output=name, like=codes, dtype=DataType.FLOAT)
+    inputs, name = [codes, *_grid(head.model, scale, zero)], f"{head.name}_pixels"
+    return head.add(head.model.build("DequantizeLinear", inputs, name=name, like=codes, dtype=DataType.FLOAT))
+
+
+def _grid(model: Model, scale: float, zero: float) -> tuple[Value, Value]:
+    return (
+        model.constant("scale", np.asarray(scale, np.float32)),
+        model.constant("zero_point", np.asarray(zero, np.uint8)),
     )
 
 
@@ -242,7 +248,9 @@ def _fold_into(head: _Head, conv: Node, trace: _Trace, dtype: DataType) -> Chang
     padded = pads is None or any(pads)
     if padded and not (zero.min() >= 0 and zero.max() <= WHITE):
         raise Refused(f"{called(conv)} pads with zeros, which no pixel stands for")
-    widths = _widths(conv, layer, trace.value) if padded and np.ptp(zero) else None
+    if padded and head.exact and np.any(np.abs(trace.zero - zero) > WHOLE):
+        raise Refused(f"{called(conv)} pads with zeros, between two pixels, and runs in float all the same")
+    widths = _widths(conv, head.codes) if padded and np.ptp(zero) else None
     # one code for all channels is what padding feeds in; where each has its own, or none is needed, any will do
     middle = 0.0 if widths is not None else float(np.clip(zero[0], 0, WHITE))
     layer = scale_inputs(layer, trace.gain, trace.shift + trace.gain * middle)
@@ -259,7 +267,7 @@ def _fold_into(head: _Head, conv: Node, trace: _Trace, dtype: DataType) -> Chang
     return Change("embed", title(conv), what + border, f"{what.replace('it', 'the first Conv')}{border}")
 
 
-def _widths(conv: Node, layer: Layer, data: Value) -> list[int]:
+def _widths(conv: Node, data: Value) -> list[int]:
     """How many rows and columns a Conv pads: top, left, bottom, right. Raises Refused where the size decides."""
     pads = explicit_pads(conv, 2)
     if pads is not None:
@@ -327,7 +335,7 @@ def _normalise_in_front(head: _Head, trace: _Trace, readers: list[Node], dtype: 
     layers = _fold_ahead(model)
     rest = [node for node in (scaled, shifted) if node.graph is not None]
     if not rest and dtype == DataType.FLOAT:
-        model.redirect(data, _dequantized(head, head.codes, 1.0, 0.0), readers=model.readers(data))
+        model.become(cast, "DequantizeLinear", [head.codes, *_grid(model, 1.0, 0.0)])
     if not rest:
         return [Change("embed", layer, "normalisation of the pixels folded into it") for layer in layers]
     # Sub and Div: unlike Mul and Add they are not taken for work that is worth quantizing its data first

@@ -24,7 +24,7 @@ from qconv.findings import Finding
 from qconv.graph import Model
 from qconv.params import choose_params
 from qconv.plan import WISHED, Plan, make_plan
-from qconv.recipe import Recipe
+from qconv.recipe import Layout, Recipe
 from qconv.report import Audit, Report, Verification
 from qconv.runtime import Session
 from qconv.shrink import shrink
@@ -90,7 +90,7 @@ def quantize(
     with run.step("fold"):
         run.findings += fold.fold(model)
         if recipe.embed_preprocessing is not None:
-            run.findings += embed(model, feed.take_pixels(recipe.embed_preprocessing), recipe.embed_preprocessing)
+            run.findings += _embed(model, recipe.embed_preprocessing, recipe, feed)
     with run.step("plan"):
         _look_for_wishes(model, recipe, run)
         plan = make_plan(model, recipe, TARGETS[recipe.target])
@@ -150,6 +150,11 @@ def _check_output(source: Source, out: Path, data: set[Path]) -> None:
         if path is not None and out.exists() and path.exists() and out.samefile(path):
             what = "the model itself" if path == source.path else "a data file of the model"
             raise QconvError(f"The output {out} is {what}.", "choose another output with -o.")
+
+
+def _embed(model: Model, layout: Layout, recipe: Recipe, feed: Feed) -> list[Finding]:
+    """The model and its pictures change over to pixels."""
+    return embed(model, feed.take_pixels(layout), layout, exact=recipe.activation_bits > 8)
 
 
 def _look_for_wishes(model: Model, recipe: Recipe, run: _Run) -> None:

@@ -24,6 +24,7 @@ from qconv.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, 
 from qconv.targets import Target
 
 WISHED = "kept float by --keep-float"
+GIVEN = "its codes are the input's pixels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +199,9 @@ class _Planner:
 
     def spread(self) -> None:
         """Grow the set of integer nodes and quantized tensors from the layers with weights until it stays the same."""
+        for node in self.nodes:
+            if node.op_type == "DequantizeLinear":
+                self.quantized[node.outputs[0]] = GIVEN
         for layer in self.plan.layers:
             self._make_integer(layer.node)
         grown = True
@@ -343,7 +347,7 @@ class _Planner:
                 for member in group:
                     plan.given[member] = _params_of(node)
                     plan.gates.pop(member, None)
-                    plan.activations[member] = Choice(plan.given[member].spec, "its codes are the input's pixels")
+                    plan.activations[member] = Choice(plan.given[member].spec, GIVEN)
 
     def _fits(self, value: Value) -> bool:
         """Whether a tensor holds nothing that the codes of its group do not."""
