@@ -154,6 +154,22 @@ def _step_axes(node: Node, trace: _Trace) -> _Trace:
     return replace(trace, order=tuple(trace.order[axis] for axis in perm), channel=perm.index(trace.channel))
 
 
+def _step_reshape(node: Node, trace: _Trace) -> _Trace:
+    """(N, H, W, 1) to (N, 1, H, W) or back, which exporters write for a Transpose."""
+    before, after = dims(trace.value), dims(node.outputs[0])
+    if before is None or after is None or len(after) != 4 or before[trace.channel] != 1 or before.count(None) > 1:
+        raise Refused("it does not only move the channel")
+    rest = [axis for axis in range(4) if axis != trace.channel]
+    lengths = [before[axis] for axis in rest]
+    channel = next(
+        (axis for axis in range(4) if after[axis] == 1 and after[:axis] + after[axis + 1 :] == lengths), None
+    )
+    if channel is None:
+        raise Refused("it does not only move the channel")
+    rest.insert(channel, trace.channel)
+    return replace(trace, order=tuple(trace.order[axis] for axis in rest), channel=channel)
+
+
 def _step_affine(node: Node, trace: _Trace) -> _Trace:
     if data_of(node) is not trace.value or (kind(node) == "BatchNormalization" and trace.channel != 1):
         raise Refused("it works on something else")
@@ -167,6 +183,7 @@ _STEPS: dict[str, Callable[[Node, _Trace], _Trace]] = {
     "Identity": _step_type,
     "Cast": _step_type,
     "Transpose": _step_axes,
+    "Reshape": _step_reshape,
     "BatchNormalization": _step_affine,
     **{op_type: _step_affine for op_type, _ in AFFINE},
 }
@@ -328,7 +345,7 @@ def _normalise_in_front(head: _Head, trace: _Trace, readers: list[Node], dtype: 
 
     scaled = model.build("Mul", [data, numbers("gain", trace.gain)], name=f"{name}_scaled", like=data)
     shifted = model.build(
-        "Add", [head.add(scaled), numbers("shift", trace.shift)], name=f"{name}_shifted", like=scaled.outputs[0]
+        "Add", [head.add(scaled), numbers("shift", trace.shift)], name=f"{name}_normalised", like=scaled.outputs[0]
     )
     model.redirect(trace.value, head.add(shifted), readers=readers)
     head.insert()

@@ -230,9 +230,50 @@ def test_grey(layout: Layout) -> None:
     assert "Pad" not in found.ops
 
 
+@pytest.mark.parametrize("layout", Layout)
+def test_grey_channels_moved_by_a_reshape(layout: Layout) -> None:
+    """Exporters write so instead of a Transpose."""
+    for batch, shape in (("N", ints(-1, 1, 12, 10)), (2, ints(2, 1, 12, 10))):
+        proto = network(f"t = Reshape(x, s) y = Conv<{SAME}>(t, w)", (batch, 12, 10, 1), s=shape, w=(4, 1, 3, 3))
+        norm = {"scale": 1.0, "mean": (33.0,), "std": (78.5,)}
+        found = Embedded(proto, norm, layout, own=Layout.NHWC, color=Color.GREY)
+        found.assert_equal()
+        assert "Reshape" not in found.ops
+
+
+def test_a_reshape_that_mixes_is_no_transpose() -> None:
+    for shape in (ints(-1, 1, 10, 12), ints(-1, 2, 6, 10)):
+        channels = int(shape[1])
+        proto = network("t = Reshape(x, s) y = Conv(t, w)", ("N", 12, 10, 1), s=shape, w=(4, channels, 3, 3))
+        norm = {"scale": 1 / 255, "mean": (0.13,), "std": (0.31,)}
+        found = Embedded(proto, norm, Layout.NHWC, own=Layout.NHWC, color=Color.GREY)
+        found.assert_equal()
+        assert "Reshape" in found.ops
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_height_and_width_swapped(layout: Layout) -> None:
+    proto = network("t = Transpose<perm=[0,1,3,2]>(x) y = Conv<pads=[0,1,2,3]>(t, w, b)", ("N", *RGB), **B)
+    Embedded(proto, WHOLE, layout).assert_equal()
+
+
+def test_a_branch_reads_the_pixels() -> None:
+    """Bodies of If see the outer graph: what they read stays what it was."""
+    body = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["then"])], "b", [], [helper.make_tensor_value_info("then", 1, None)]
+    )
+    other = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["else"])], "o", [], [helper.make_tensor_value_info("else", 1, None)]
+    )
+    proto = network(f"y = Conv<{SAME}>(x, w, b) z = Neg(x)", ("N", *RGB), ("y", "z"), flag=np.array(True), **B)
+    proto.graph.node[1].CopyFrom(helper.make_node("If", ["flag"], ["z"], "choice", then_branch=body, else_branch=other))
+    found = Embedded(proto, WHOLE, Layout.NHWC)
+    found.assert_equal()
+    assert "Cast" in found.ops
+
+
 def test_two_convs_read_the_pixels() -> None:
     """Both pad, one more than the other."""
-    body = f"c = Conv<{SAME}>(x, w, b) d = Conv<pads=[2,2,2,2]>(x, v) y = Concat<axis=1>(c, e) e = Conv(d, u)"
     body = f"c = Conv<{SAME}>(x, w, b) d = Conv<pads=[2,2,2,2]>(x, v) y = Concat<axis=1>(c, d)"
     found = Embedded(network(body, ("N", *RGB), v=(2, 3, 5, 5), **B), WHOLE, Layout.NHWC)
     found.assert_equal()
