@@ -268,8 +268,9 @@ def _fold_into(head: _Head, conv: Node, trace: _Trace, dtype: DataType) -> Chang
     if padded and head.exact and np.any(np.abs(trace.zero - zero) > WHOLE):
         raise Refused(f"{called(conv)} pads with zeros, between two pixels, and runs in float all the same")
     widths = _widths(conv, head.codes) if padded and np.ptp(zero) else None
-    # one code for all channels is what padding feeds in; where each has its own, or none is needed, any will do
-    middle = 0.0 if widths is not None else float(np.clip(zero[0], 0, WHITE))
+    # Where the layer itself pads, all channels have this code. Elsewhere any would do: in the middle, what rounding
+    # does to the weights is not multiplied by the mean of all pixels.
+    middle = float(np.clip(np.rint(zero.mean()), 0, WHITE))
     layer = scale_inputs(layer, trace.gain, trace.shift + trace.gain * middle)
     check_finite(layer)
     write_layer(head.model, layer)
