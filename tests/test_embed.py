@@ -22,6 +22,7 @@ from PIL import Image
 from qconv import fold
 from qconv.embed import embed
 from qconv.errors import QconvError
+from qconv.feed import Feed
 from qconv.findings import Change, Finding, Skipped
 from qconv.graph import Model
 from qconv.pipeline import quantize
@@ -649,6 +650,28 @@ def test_the_file_says_how_to_feed_it(folder: str) -> None:
     assert {key: found[key] for key in said} == said
     assert "BGR pixels as they are, uint8 NHWC 12x10, stretched" in report.preprocessing_words
     assert "inside the file: (pixel x 1 - [103.939, 116.779, 123.68]) / [1]" in report.preprocessing_words
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("own", Layout)
+def test_the_float_model_is_fed_the_same_bits(folder: str, own: Layout, preset: str, kind: type) -> None:
+    """Whether its pictures come normalised or as pixels that are normalised afterwards."""
+    shape = ("N", *RGB) if own is Layout.NCHW else ("N", *RGB[1:], 3)
+    proto = network("y = Identity(x)", shape)
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    session = Session(proto.SerializeToString(), threads=1)
+    recipe = Recipe(calib=(folder,), batch=5, preprocessing=PreprocessingOptions(preset=preset))
+    for layout in Layout:
+        plain, raw = (Feed.of(session, recipe, pytest.fail, lambda *args: None) for _ in range(2))
+        raw.take_pixels(layout)
+        for want, given in zip(plain.all(""), raw.all(""), strict=True):
+            assert given["x"].dtype == np.uint8
+            assert given["x"].flags["C_CONTIGUOUS"]
+            got = raw.as_float(given)["x"]
+            assert (got.dtype, got.flags["C_CONTIGUOUS"]) == (np.dtype(kind), True)
+            np.testing.assert_array_equal(got, want["x"])
 
 
 def test_samples_have_no_preprocessing_to_embed(tmp_path: Path) -> None:
