@@ -526,6 +526,16 @@ def test_every_start_of_a_network(folder: str, body: str) -> None:
             assert report.audit.float == 0
 
 
+def test_float_work_that_is_left_is_counted_and_told(folder: str) -> None:
+    """A MaxPool between a mean for each channel and a layer that pads."""
+    proto = network(MIXED["max pool"][0], ("N", *RGB), **MIXED["max pool"][2])
+    report, _ = quantized(proto, folder, preprocessing=PreprocessingOptions(preset="imagenet"))
+    assert {"Cast", "Sub", "Div"} <= {island.op for island in report.audit.islands}
+    (told,) = [finding for finding in report.findings if isinstance(finding, Skipped) and finding.step == "embed"]
+    assert told.why == "normalised in float: MaxPool p reads the pixels"
+    assert sqnr(report) > 30
+
+
 def test_pools_and_cuts_work_on_pixels(folder: str) -> None:
     """What hands codes on keeps the pixels' own."""
     body = """
