@@ -47,6 +47,7 @@ from qconv.preprocess import AXES, layout_order
 from qconv.recipe import Layout, Preprocessing
 
 FLOATS = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.DOUBLE})
+FOLDED = "normalisation of the pixels folded into"
 WHITE = 255
 WHOLE = 1e-4  # pixels; how far from a whole number the rounding of means and scales may leave z
 
@@ -280,9 +281,8 @@ def _fold_into(head: _Head, conv: Node, trace: _Trace, dtype: DataType) -> Chang
         drop_attribute(conv, "auto_pad")
         set_attribute(conv, "pads", [0, 0, 0, 0])
     head.model.set_input(conv, 0, _dequantized(head, codes, 1.0, middle))
-    what = "normalisation of the pixels folded into it"
     border = f", which pads with pixels [{', '.join(f'{code:g}' for code in zero)}]" if padded else ""
-    return Change("embed", title(conv), what + border, f"{what.replace('it', 'the first Conv')}{border}")
+    return Change("embed", title(conv), f"{FOLDED} it{border}", f"{FOLDED} the first Conv{border}")
 
 
 def _widths(conv: Node, data: Value) -> list[int]:
@@ -355,7 +355,7 @@ def _normalise_in_front(head: _Head, trace: _Trace, readers: list[Node], dtype: 
     if not rest and dtype == DataType.FLOAT:
         model.become(cast, "DequantizeLinear", [head.codes, *_grid(model, 1.0, 0.0)])
     if not rest:
-        return [Change("embed", layer, "normalisation of the pixels folded into it") for layer in layers]
+        return [Change("embed", layer, f"{FOLDED} it", f"{FOLDED} the first layer") for layer in layers]
     # Sub and Div: unlike Mul and Add they are not taken for work that is worth quantizing its data first
     if shifted in rest:
         model.become(scaled, "Sub", [data, numbers("mean", trace.zero)])
