@@ -22,6 +22,7 @@ from qconv.rules import ACTIVATIONS
 
 INTEGER_OPS = frozenset({"QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
 CONVERTING_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "Constant", "ReorderInput", "ReorderOutput"})
+FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
 SHAPE_OPS = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "NonZero"})
 SUFFIX = re.compile(r"(_token_\d+|_nchwc|_nhwc)+$")
 
@@ -47,7 +48,7 @@ def audit(optimized: Path, plan: Plan) -> Audit:
 
 def sort_nodes(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
     """The nodes that work on codes, and those that work on float data; Q, DQ and work on shapes belong to neither."""
-    codes: set[str] = set()
+    codes = {value.name for value in graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8}
     aside: set[str] = {tensor.name for tensor in graph.initializer}
     integer, others = [], []
     for node in graph.node:
@@ -61,13 +62,18 @@ def sort_nodes(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.
             continue
         if node.op_type in SHAPE_OPS or all(name in aside or not name for name in node.input):
             aside.update(node.output)
-        elif node.op_type.startswith("QLinear") or node.op_type in INTEGER_OPS or _first(node.input) in codes:
+        elif node.op_type.startswith("QLinear") or node.op_type in INTEGER_OPS or _works_on(codes, node):
             integer.append(node)
             if not _writes_float(node):
                 codes.update(node.output)
         else:
             others.append(node)
     return integer, others
+
+
+def _works_on(codes: set[str], node: onnx.NodeProto) -> bool:
+    """Whether a node reads codes and, unlike a Cast of pixels, does not make numbers of them."""
+    return _first(node.input) in codes and not any(a.name == "to" and a.i in FLOATS for a in node.attribute)
 
 
 def _writes_float(node: onnx.NodeProto) -> bool:

@@ -202,6 +202,11 @@ def cli() -> None:
 @click.option(
     "--opset", type=int, metavar="N", help="Opset of the result.  [default: the lowest that model and types need]"
 )
+@click.option(
+    "--embed-preprocessing",
+    type=_choice(Layout),
+    help="Write the normalisation into the result, which then takes uint8 pixels in this layout.",
+)
 @click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement.")
 @click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR.")
 @preprocessing_options
@@ -311,7 +316,7 @@ def default_output(model: str, recipe: Recipe) -> str:
 SAME = (
     ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "block_size", "edge_bits", "pack")
     + ("calibrator", "percentile", "weight_calibrator", "stats", "save_stats")
-    + ("keep_float", "keep_float_op", "opset", "min_agreement", "min_sqnr", "threads")
+    + ("keep_float", "keep_float_op", "opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
 )  # fmt: skip
 """Options that a Recipe calls the same."""
 

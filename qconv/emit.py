@@ -59,7 +59,9 @@ class _Writer:
             self._on_codes(node)
         else:
             for value in node.outputs:
-                if value in self.params.activations:
+                if value in self.plan.given and node.op_type == "DequantizeLinear":
+                    self.codes[value] = _read(node)
+                elif value in self.params.activations:
                     self.tensor(value, node)
 
     def tensor(self, value: Value, producer: Node | None) -> None:
@@ -183,11 +185,9 @@ class _Writer:
         return self._clip(codes, chosen, *_code_bounds(chosen, activation))
 
     def _clip(self, codes: Value, chosen: QuantParams, low: int, high: int) -> Value:
-        producer = codes.producer()
-        assert producer is not None
         limits = [self._fixed("code_limit", np.asarray(limit, chosen.spec.dtype)) for limit in (low, high)]
         node = self.model.build("Clip", [codes, *limits], name=f"{codes.name}_Clip", like=codes)
-        self.model.insert_after(producer, node)
+        self._place(codes.producer(), node)
         return node.outputs[0]
 
     def _publish(self, value: Value, codes: Value, readers: Sequence[Node], *, rename: bool) -> None:
@@ -298,6 +298,13 @@ class _Writer:
         if codes.shape is not None:
             node.outputs[0].shape = codes.shape.copy()
         return node
+
+
+def _read(node: Node) -> Value:
+    """The first input, which is there."""
+    value = node.inputs[0]
+    assert value is not None
+    return value
 
 
 def _is_dequantized(value: Value) -> bool:

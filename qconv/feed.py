@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from qconv import images
 from qconv.errors import QconvError
 from qconv.listing import SAMPLE_SUFFIXES, Listing, find
-from qconv.preprocess import InputSpec, resolve
-from qconv.recipe import Preprocessing, PreprocessingOptions, Recipe
+from qconv.preprocess import InputSpec, layout_order, resolve
+from qconv.recipe import Layout, Preprocessing, PreprocessingOptions, Recipe
 from qconv.runtime import Session
 
 DECODERS = 2
@@ -28,7 +28,8 @@ class Feed:
     """Pictures, preprocessed. The first few stay in memory, so that checking the result need not decode them again.
 
     warn hears of each unreadable picture once; progress of (stage, pictures done, pictures in all). pictures: how many
-    the first pass has decoded.
+    the first pass has decoded. raw: the layout of the uint8 pixels that are handed out instead of what the float
+    network takes; None for the latter.
     """
 
     listing: Listing
@@ -40,6 +41,7 @@ class Feed:
     _kept: list[Batch] = field(default_factory=list)
     _passes: int = 0
     pictures: int = 0
+    raw: Layout | None = None
 
     @classmethod
     def of(
@@ -72,6 +74,41 @@ class Feed:
             warn(f"--batch {recipe.batch} is not used: the model's own batch is {fixed}.")
         return cls(listing, inputs, preprocessing, fixed or recipe.batch, warn, progress)
 
+    def take_pixels(self, layout: Layout) -> Preprocessing:
+        """Hand out uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""
+        samples = [path for path in self.listing.paths if path.suffix.lower() in SAMPLE_SUFFIXES]
+        if samples or self.preprocessing is None:
+            fact = f"{samples[0]} is preprocessed already, so it is not known what --embed-preprocessing should embed."
+            raise QconvError(fact, "pass pictures, or leave --embed-preprocessing out.")
+        if self.inputs[0].dtype == np.uint8 and not self.preprocessing.keeps_pixels:
+            fact = f"input '{self.inputs[0].name}' takes uint8, in which pixels cannot be normalised."
+            raise QconvError(fact, "pass --preprocess raw: the network does the rest itself.")
+        self.raw = layout
+        return self.preprocessing
+
+    @property
+    def fed(self) -> Preprocessing | None:
+        """What is done to a picture before it is handed out."""
+        if self.preprocessing is None or self.raw is None:
+            return self.preprocessing
+        return self.preprocessing.as_pixels(self.raw)
+
+    def as_float(self, feeds: Batch) -> Batch:
+        """What was handed out, as the float network takes it."""
+        if self.preprocessing is None or self.raw is None:
+            return feeds
+        (spec,) = self.inputs
+        pixels = feeds[spec.name].transpose(layout_order(self.raw, self.preprocessing.layout))
+        return {spec.name: images.as_type(images.normalised(pixels, self.preprocessing), spec.dtype)}
+
+    def _specs(self) -> list[InputSpec]:
+        """The inputs as they are fed."""
+        if self.preprocessing is None or self.raw is None:
+            return self.inputs
+        (spec,) = self.inputs
+        shape = tuple(spec.shape[axis] for axis in layout_order(self.preprocessing.layout, self.raw))
+        return [InputSpec(spec.name, np.dtype(np.uint8), shape)]
+
     @property
     def _batch_is_fixed(self) -> bool:
         return bool(self.inputs[0].shape) and self.inputs[0].shape[0] is not None
@@ -82,8 +119,8 @@ class Feed:
         total, done = len(self.listing.paths), 0
         found = images.batches(
             self.listing,
-            self.inputs,
-            self.preprocessing,
+            self._specs(),
+            self.fed,
             batch=self.batch,
             workers=DECODERS,
             warn=self.warn if first_pass else _silent,

@@ -9,11 +9,12 @@ from pathlib import Path
 from qconv import stats
 from qconv.calibrate import tapped, watch
 from qconv.calibrators import CALIBRATORS
+from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.graph import Model
 from qconv.plan import Plan
 from qconv.preprocess import InputSpec, resolve
-from qconv.recipe import Preprocessing, PreprocessingOptions, Recipe
+from qconv.recipe import Layout, Preprocessing, PreprocessingOptions, Recipe
 from qconv.runtime import Session
 from qconv.sketch import Sketch, Want
 from qconv.source import Source
@@ -24,22 +25,42 @@ def original(source: Source, recipe: Recipe) -> Session:
     return Session(source.runnable, name=source.name, threads=recipe.threads)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pictures:
     """feed: None where no pictures are given. known: the statistics in a file, None where none is given.
 
-    model: the hash of its bytes, where statistics are read or written.
+    preprocessing: how the float network is fed. model: the hash of its bytes, where statistics are read or written.
+    pixels: the layout of the pixels that the model takes instead, None where it takes what the float network does.
     """
 
     feed: Feed | None
     known: stats.Statistics | None
     preprocessing: Preprocessing | None
     model: str
+    pixels: Layout | None = None
+
+    def take_pixels(self, layout: Layout) -> Preprocessing:
+        """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""
+        if self.feed is not None:
+            self.feed.take_pixels(layout)
+        if self.preprocessing is None:
+            fact = "The statistics are of ready-made samples, so it is not known what to embed."
+            raise QconvError(fact, "pass pictures, or leave --embed-preprocessing out.")
+        self.pixels = layout
+        return self.preprocessing
+
+    @property
+    def fed(self) -> Preprocessing | None:
+        """What is done to a picture before the model takes it."""
+        if self.preprocessing is None or self.pixels is None:
+            return self.preprocessing
+        return self.preprocessing.as_pixels(self.pixels)
 
     def sketches(self, model: Model, plan: Plan, recipe: Recipe) -> Mapping[str, Sketch]:
         """Of every tensor that must be seen. Raises QconvError where the file lacks some."""
         taps = plan.taps(CALIBRATORS[recipe.calibrator].want if recipe.save_stats is None else Want.ALL)
         if self.known is not None:
+            stats.require_pixels(self.known, recipe.stats or "", self.pixels)
             stats.require_tensors(self.known, recipe.stats or "", [tap.name for tap in taps])
             return self.known.sketches
         if not taps or self.feed is None:
@@ -52,7 +73,7 @@ class Pictures:
     def save_statistics(self, sketches: Mapping[str, Sketch], source: Source, out: Path) -> None:
         """Write what was seen. Raises QconvError where that is impossible."""
         name = "" if source.path is None else source.path.name
-        found = stats.Statistics(self.model, name, stats.done_to_pictures(self.preprocessing), sketches)
+        found = stats.Statistics(self.model, name, stats.done_to_pictures(self.preprocessing), self.pixels, sketches)
         stats.write_file(found, out)
 
 

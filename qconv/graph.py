@@ -101,16 +101,18 @@ class Model:
         output: str | None = None,
         like: Value | None = None,
         dtype: DataType | None = None,
+        count: int = 1,
     ) -> Node:
-        """A node with one output, not yet in the graph. The output takes type and shape of `like`."""
-        result = ir.Value(name=self.fresh(output or name))
-        if like is not None:
-            if like.dtype is not None:
-                result.dtype = like.dtype
-            result.shape = None if like.shape is None else like.shape.copy()
-        if dtype is not None:
-            result.dtype = dtype
-        return ir.node(op_type, inputs, attributes=attributes, outputs=[result], name=self.fresh_node(name))
+        """A node with `count` outputs, not yet in the graph. The outputs take type and shape of `like`."""
+        results = [ir.Value(name=self.fresh(output or name)) for _ in range(count)]
+        for result in results:
+            if like is not None:
+                if like.dtype is not None:
+                    result.dtype = like.dtype
+                result.shape = None if like.shape is None else like.shape.copy()
+            if dtype is not None:
+                result.dtype = dtype
+        return ir.node(op_type, inputs, attributes=attributes, outputs=results, name=self.fresh_node(name))
 
     def insert_before(self, place: Node, *new: Node) -> None:
         """Put new nodes, in this order, in front of `place`."""
@@ -272,6 +274,12 @@ def dims(value: Value) -> list[int | None] | None:
 def set_dims(value: Value, sizes: Sequence[int | None] | None) -> None:
     """Give `value` the shape that `dims` would return."""
     value.shape = None if sizes is None else ir.Shape(sizes)
+
+
+def permute_dims(value: Value, source: Value, order: Sequence[int]) -> None:
+    """Give `value` the axes of `source` in another order, names of open dimensions included."""
+    if source.shape is not None:
+        value.shape = ir.Shape([source.shape[axis] for axis in order])
 
 
 def rank(value: Value) -> int | None:

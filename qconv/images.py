@@ -61,7 +61,12 @@ def load_picture(path: Path, prep: Preprocessing) -> NDArray[np.float32]:
 
     Raises UnreadablePicture, and QconvError where --resize N leaves less than the crop needs.
     """
-    return _normalised(_fitted(_decoded(path, prep), path, prep), prep)
+    return normalised(_pixels(path, prep), prep)
+
+
+def load_pixels(path: Path, prep: Preprocessing) -> NDArray[np.uint8]:
+    """The same without normalisation, in uint8."""
+    return np.ascontiguousarray(_pixels(path, prep))
 
 
 def _decoded(path: Path, prep: Preprocessing) -> Picture:
@@ -169,12 +174,16 @@ def _fitted(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
     return picture.crop((left, top, left + width, top + height))
 
 
-def _normalised(picture: Picture, prep: Preprocessing) -> NDArray[np.float32]:
+def _pixels(path: Path, prep: Preprocessing) -> NDArray[np.uint8]:
+    picture = _fitted(_decoded(path, prep), path, prep)
     pixels = np.atleast_3d(np.asarray(picture))  # (H, W, C) uint8
     if prep.color is Color.BGR:
         pixels = pixels[:, :, ::-1]
-    if prep.layout is Layout.NCHW:
-        pixels = pixels.transpose(2, 0, 1)
+    return pixels.transpose(2, 0, 1) if prep.layout is Layout.NCHW else pixels
+
+
+def normalised(pixels: NDArray[np.uint8], prep: Preprocessing) -> NDArray[np.float32]:
+    """(pixel * scale - mean) / std of one picture or of a batch, in the axes of prep.layout, contiguous."""
     along = (-1, 1, 1) if prep.layout is Layout.NCHW else (-1,)
     values = pixels.astype(np.float32, order="C")
     values *= np.float32(prep.scale)
@@ -269,10 +278,13 @@ def batches(
 def _load(path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | None) -> dict[str, NDArray[Any]]:
     if prep is None or suffix_of(path) in SAMPLE_SUFFIXES:
         return _load_sample(path, inputs)
-    return {inputs[0].name: _cast(load_picture(path, prep), inputs[0].dtype)}
+    if prep.keeps_pixels and inputs[0].dtype == np.uint8:
+        return {inputs[0].name: load_pixels(path, prep)}
+    return {inputs[0].name: as_type(load_picture(path, prep), inputs[0].dtype)}
 
 
-def _cast(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+def as_type(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Normalised pixels in the type that an input takes."""
     if dtype == np.uint8:
         values = np.clip(np.rint(values), 0, 255)
     return values.astype(dtype, copy=False)

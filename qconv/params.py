@@ -35,7 +35,7 @@ def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) ->
     findings = _end_at_gates(plan, ranges)
     _widen_means(plan, ranges)
     for value, (low, high) in ranges.items():
-        params.activations[value] = _spec(plan, value).from_range(low, high)
+        params.activations[value] = plan.given.get(value) or _spec(plan, value).from_range(low, high)
     for value, spec in plan.constants.items():
         numbers = array(value)
         assert numbers is not None
@@ -64,6 +64,10 @@ def _ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[
             own[value] = calibrator.choose(sketch, _spec(plan, value), hints)
     ranges = {}
     for value, group in plan.group_of().items():
+        if value in plan.given:
+            low, high = plan.given[value].code_range()
+            ranges[value] = float(low), float(high)
+            continue
         lows, highs = zip(*(own[member] for member in group if member in own), strict=True)
         ranges[value] = min(lows), max(highs)
     return ranges

@@ -14,16 +14,17 @@ from pathlib import Path
 import qconv
 from qconv import fold, load, save
 from qconv.audit import audit, tensor_rows
+from qconv.embed import embed
 from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.fileformat import describe, needed_opset, needed_runtime
 from qconv.findings import Finding
-from qconv.gather import open_pictures, original
+from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
 from qconv.params import choose_params
 from qconv.plan import WISHED, Plan, make_plan
-from qconv.recipe import Recipe
+from qconv.recipe import Layout, Recipe
 from qconv.report import Audit, Report, Verification
 from qconv.runtime import Session
 from qconv.shrink import shrink
@@ -91,6 +92,8 @@ def quantize(
         run.findings += changes
     with run.step("fold"):
         run.findings += fold.fold(model)
+        if recipe.embed_preprocessing is not None:
+            run.findings += _embed(model, recipe.embed_preprocessing, recipe, pictures)
     with run.step("plan"):
         _look_for_wishes(model, recipe, run)
         plan = make_plan(model, recipe, TARGETS[recipe.target])
@@ -104,7 +107,7 @@ def quantize(
     with run.step("emit"):
         run.findings += emit(model, plan, params, pack=recipe.pack)
         run.findings += shrink(model)
-        describe(model, qconv.__version__, recipe, pictures.preprocessing)
+        describe(model, qconv.__version__, recipe, pictures.fed)
     with save.staged(model, place) as staged:
         with run.step("verify"):
             checked, audited = _check(staged, original(source, recipe), plan, recipe, pictures.feed)
@@ -126,8 +129,8 @@ def quantize(
         output="-" if place is None else str(place),
         float_model=source.name,
         recipe=recipe.as_dict(),
-        preprocessing=None if pictures.preprocessing is None else pictures.preprocessing.as_dict(),
-        preprocessing_words="" if pictures.preprocessing is None else pictures.preprocessing.in_words(),
+        preprocessing=None if pictures.fed is None else pictures.fed.as_dict(),
+        preprocessing_words="" if pictures.fed is None else pictures.fed.in_words(),
         float_bytes=float_bytes,
         quantized_bytes=size,
         opset=model.opset,
@@ -157,6 +160,11 @@ def _check_output(source: Source, out: Path, data: set[Path]) -> None:
 def _check_apart(out: Path | None, statistics: Path) -> None:
     if out is not None and out.resolve() == statistics.resolve():
         raise QconvError(f"{out} is both the output and --save-stats.", "choose two names.")
+
+
+def _embed(model: Model, layout: Layout, recipe: Recipe, pictures: Pictures) -> list[Finding]:
+    """The model and its pictures change over to pixels."""
+    return embed(model, pictures.take_pixels(layout), layout, exact=recipe.activation_bits > 8)
 
 
 def _look_for_wishes(model: Model, recipe: Recipe, run: _Run) -> None:
@@ -204,7 +212,7 @@ def _check(
         return Verification(0, ()), audited
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
     pictures = feed.all("verify") if gated else feed.few("verify")
-    found = verify(original, quantized, pictures)
+    found = verify(original, quantized, pictures, feed.as_float)
     # a network with a batch of its own may have seen some twice
     return replace(found, images=min(found.images, feed.pictures)), audited
 

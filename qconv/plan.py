@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qconv.calibrate import Tap
 from qconv.gates import Gate, gate_behind
 from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, dims, input_of, rank
-from qconv.quant import PerBlock, PerChannel, PerTensor, QuantSpec
+from qconv.quant import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.recipe import Recipe, Scheme, WeightGranularity
 from qconv.refusals import refusal
 from qconv.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
@@ -26,6 +26,7 @@ from qconv.sketch import SAMPLE, Want
 from qconv.targets import Target
 
 WISHED = "kept float by --keep-float"
+GIVEN = "its codes are the input's pixels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class Plan:
     constants: quantized constant operands of Add, Mul and the like, by the value that holds them.
     integer: the nodes that will run on codes. absorbed: Relu or Clip -> the node whose quantizer takes its place.
     on_codes: nodes that work between quantizer and dequantizer. ties: groups of tensors that share parameters.
+    given: quantized tensors whose codes are those of a dequantizer in the model, the input's pixels, and need no range.
     gates: tensors that are read by an activation alone that is zero far below zero. kept: node name -> why it stays
     float, or runs in float although its tensors are codes. writers: tensor name -> name of the node that writes it.
     activation_of: name of a Relu or Clip -> name of the layer in front of it.
@@ -83,6 +85,7 @@ class Plan:
     absorbed: dict[Node, Node] = field(default_factory=dict)
     on_codes: set[Node] = field(default_factory=set)
     ties: list[tuple[Value, ...]] = field(default_factory=list)
+    given: dict[Value, QuantParams] = field(default_factory=dict)
     gates: dict[Value, Gate] = field(default_factory=dict)
     kept: dict[str, Choice] = field(default_factory=dict)
     writers: dict[str, str] = field(default_factory=dict)
@@ -121,6 +124,7 @@ def make_plan(model: Model, recipe: Recipe, target: Target) -> Plan:
         planner.spread()
         planner.tie()
         planner.choose_activations()
+        planner.take_given()
     planner.explain()
     return planner.plan
 
@@ -201,6 +205,9 @@ class _Planner:
 
     def spread(self) -> None:
         """Grow the set of integer nodes and quantized tensors from the layers with weights until it stays the same."""
+        for node in self.nodes:
+            if node.op_type == "DequantizeLinear":
+                self.quantized[node.outputs[0]] = GIVEN
         for layer in self.plan.layers:
             self._make_integer(layer.node)
         grown = True
@@ -332,6 +339,26 @@ class _Planner:
                             16 if recipe.activation_bits == 16 else 8, False, symmetric
                         )
 
+    def take_given(self) -> None:
+        """Tensors that are codes already stay so, and so does what is copied from them or cut off.
+
+        Where one shares its parameters with others, as in a Concat, it is rounded like any tensor.
+        """
+        plan, groups = self.plan, self.plan.group_of()
+        for node in self.nodes:
+            value = node.outputs[0]
+            group = groups.get(value, ())
+            others = [member for member in group if member is not value]
+            if node.op_type == "DequantizeLinear" and group and all(map(self._fits, others)):
+                for member in group:
+                    plan.given[member] = _params_of(node)
+                    plan.gates.pop(member, None)
+                    plan.activations[member] = Choice(plan.given[member].spec, GIVEN)
+
+    def _fits(self, value: Value) -> bool:
+        """Whether a tensor holds nothing that the codes of its group do not."""
+        return self.plan._copies(value) or value.producer() in self.plan.on_codes
+
     # -- why what is quantized runs in float all the same ------------------------------------------------------------
 
     def explain(self) -> None:
@@ -409,6 +436,14 @@ def data_positions(node: Node, rule: Rule) -> range:
     elif isinstance(rule, Weighted) and node.op_type == "MatMul" and array(input_of(node, 1)) is None:
         count = 2
     return range(len(node.inputs))[:count]
+
+
+def _params_of(dequantizer: Node) -> QuantParams:
+    """The parameters that a dequantizer of uint8 has."""
+    scale, zero = (array(value) for value in dequantizer.inputs[1:3])
+    assert scale is not None
+    assert zero is not None
+    return QuantParams(QuantSpec(8, signed=False, symmetric=False), scale, zero)
 
 
 def _tap(value: Value, is_read: bool, want: Want) -> Tap:

@@ -139,6 +139,14 @@ def _size(wanted: tuple[int, int] | None, spec: InputSpec, layout: Layout) -> tu
     return wanted
 
 
+def layout_order(source: Layout, target: Layout) -> tuple[int, ...]:
+    """The axes of a batch in `source`, in the order in which `target` has them."""
+    order = [0, 0, 0, 0]
+    for here, there in zip(AXES[source], AXES[target], strict=True):
+        order[there] = here
+    return tuple(order)
+
+
 def agrees(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
     """Whether a shape has the dimensions that are not left open."""
     return len(shape) == len(wanted) and all(w in (None, s) for s, w in zip(shape, wanted, strict=True))

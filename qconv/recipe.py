@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from os import PathLike
 from typing import Any
@@ -114,11 +114,23 @@ class PreprocessingOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedded:
+    """A normalisation that a file does itself: `(pixel * scale - mean) / std`. layout: that of the float network."""
+
+    preset: str
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
 class Preprocessing:
     """The preprocessing in full, as it will be done: `(pixel * scale - mean) / std` after resizing.
 
     mean and std have one entry, or one a channel, in the channel order of `color`. size is (height, width).
     class_vector: the network's output is one score a class, which decides what "auto" resizing means.
+    embedded: the normalisation that is inside the file, which then takes the pixels themselves, as uint8; else None.
     """
 
     preset: str
@@ -132,11 +144,22 @@ class Preprocessing:
     filter: Filter
     size: tuple[int, int]
     class_vector: bool
+    embedded: Embedded | None = None
 
     @property
     def channels(self) -> int:
         """1 for grey, 3 for colour."""
         return 1 if self.color is Color.GREY else 3
+
+    @property
+    def keeps_pixels(self) -> bool:
+        """Whether pixels stay the numbers that they are."""
+        return self.scale == 1 and not any(self.mean) and set(self.std) == {1.0}
+
+    def as_pixels(self, layout: Layout) -> Preprocessing:
+        """What is left to do in front of a file that normalises by itself and takes pixels in `layout`."""
+        inside = Embedded(self.preset, self.scale, self.mean, self.std, self.layout)
+        return replace(self, preset="raw", scale=1.0, mean=(0.0,), std=(1.0,), layout=layout, embedded=inside)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -145,13 +168,11 @@ class Preprocessing:
     def in_words(self) -> str:
         """One sentence for the summary."""
         height, width = self.size
-        mean, std = (", ".join(f"{v:.6g}" for v in values) for values in (self.mean, self.std))
-        # 1/127.5 reads better than 0.00784314
-        scale = f"1/{1 / self.scale:.6g}" if 0 < self.scale < 1 else f"{self.scale:.6g}"
-        return (
-            f"{self.color.upper()} (pixel x {scale} - [{mean}]) / [{std}], {self.layout.upper()} {height}x{width}, "
-            f"{self._resize_in_words()}; {self.source}"
-        )
+        done = _formula(self.embedded or self)
+        shape = f"{self.layout.upper()} {height}x{width}, {self._resize_in_words()}"
+        if self.embedded is not None:
+            return f"{self.color.upper()} pixels as they are, uint8 {shape}; inside the file: {done}; {self.source}"
+        return f"{self.color.upper()} {done}, {shape}; {self.source}"
 
     def doubt(self) -> str:
         """Why these numbers can hardly be what the network was trained with; empty for most."""
@@ -177,6 +198,13 @@ class Preprocessing:
         return f"{wish}, centre crop (unless already {height}x{width})"
 
 
+def _formula(done: Preprocessing | Embedded) -> str:
+    mean, std = (", ".join(f"{v:.6g}" for v in values) for values in (done.mean, done.std))
+    # 1/127.5 reads better than 0.00784314
+    scale = f"1/{1 / done.scale:.6g}" if 0 < done.scale < 1 else f"{done.scale:.6g}"
+    return f"(pixel x {scale} - [{mean}]) / [{std}]"
+
+
 MOST_THREADS = 1024
 
 # Options that change the run, or where its pictures lie, but no byte of the file.
@@ -192,6 +220,8 @@ class Recipe:
 
     calib: folders, or text files with one path a line; may be empty where `stats` is given, else an error at the door,
     not here. stats, save_stats: files of statistics to read instead of pictures, and to write.
+    embed_preprocessing: the layout of the uint8 pixels that the result takes and normalises by itself; None: it takes
+    what the float network takes.
     Raises QconvError for values that do not go together.
     """
 
@@ -216,6 +246,7 @@ class Recipe:
     keep_float_op: tuple[str, ...] = ()
     opset: int | None = None
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
+    embed_preprocessing: Layout | None = None
     min_agreement: float | None = None
     min_sqnr: float | None = None
     threads: int | None = None
@@ -244,6 +275,9 @@ class Recipe:
             ("weight_granularity", WeightGranularity),
         ):
             object.__setattr__(self, name, _member(kind, getattr(self, name), f"--{name.replace('_', '-')}"))
+        if self.embed_preprocessing is not None:
+            layout = _member(Layout, self.embed_preprocessing, "--embed-preprocessing")
+            object.__setattr__(self, "embed_preprocessing", layout)
         _require(self.weight_bits in {*range(2, 9), 16}, f"--weight-bits {self.weight_bits}", "use 2 to 8, or 16.")
         _require(
             self.activation_bits in {*range(2, 9), 16, 32},

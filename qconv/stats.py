@@ -35,12 +35,17 @@ FAST = 1
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What a file holds. model: hash of the model's bytes; name: of its file; preprocessing: JSON-ready, None for
-    ready-made samples; sketches: by the names of the tensors."""
+    """What a file holds.
+
+    model: hash of the model's bytes; name: of its file. preprocessing: JSON-ready, None for ready-made samples; pixels:
+    the layout of the pixels where the network took those, and its own normalisation was inside. sketches: by the names
+    of the tensors.
+    """
 
     model: str
     name: str
     preprocessing: Mapping[str, Any] | None
+    pixels: str | None
     sketches: Mapping[str, Sketch]
 
     @property
@@ -51,7 +56,7 @@ class Statistics:
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both sets of pictures. Raises QconvError where they are not of one kind."""
         sketches = {name: sketch.merge(other.sketches[name]) for name, sketch in self.sketches.items()}
-        return Statistics(self.model, min(self.name, other.name), self.preprocessing, sketches)
+        return Statistics(self.model, min(self.name, other.name), self.preprocessing, self.pixels, sketches)
 
 
 def digest(source: Source, data: Iterable[Path]) -> str:
@@ -67,7 +72,7 @@ def done_to_pictures(preprocessing: Preprocessing | None) -> dict[str, Any] | No
     """The preprocessing as the file names it."""
     if preprocessing is None:
         return None
-    return {name: value for name, value in preprocessing.as_dict().items() if name != "source"}
+    return {name: value for name, value in preprocessing.as_dict().items() if name not in ("source", "embedded")}
 
 
 def as_preprocessing(words: Mapping[str, Any]) -> Preprocessing:
@@ -98,6 +103,7 @@ def to_bytes(statistics: Statistics) -> bytes:
         "model": statistics.model,
         "name": statistics.name,
         "preprocessing": statistics.preprocessing,
+        "pixels": statistics.pixels,
         "tensors": list(statistics.sketches),
     }
     buffer = io.BytesIO()
@@ -142,7 +148,8 @@ def from_bytes(data: bytes, name: str) -> Statistics:
             sketches = {tensor: _read(archive, index) for index, tensor in enumerate(header["tensors"])}
         if header["preprocessing"] is not None:
             as_preprocessing(header["preprocessing"])
-        return Statistics(str(header["model"]), str(header["name"]), header["preprocessing"], sketches)
+        names = str(header["model"]), str(header["name"])
+        return Statistics(*names, header["preprocessing"], header["pixels"], sketches)
     except QconvError:
         raise
     except Exception:  # a stranger's bytes: BadZipFile, KeyError, ValueError, zlib.error and more
@@ -225,6 +232,8 @@ def _difference(one: Statistics, other: Statistics) -> str:
         return f"they are of different models ({one.name} and {other.name})"
     if _changed(one.preprocessing, other.preprocessing):
         return f"the preprocessing differs ({_changed(one.preprocessing, other.preprocessing)})"
+    if one.pixels != other.pixels:
+        return "--embed-preprocessing differs"
     if one.sketches.keys() != other.sketches.keys():
         return "they watched different tensors"
     return ""
@@ -253,6 +262,13 @@ def require_preprocessing(statistics: Statistics, path: str, wanted: Mapping[str
             f"{path} was made with another preprocessing ({_changed(statistics.preprocessing, wanted)}).",
             "leave the preprocessing options out, or write it again with --save-stats.",
         )
+
+
+def require_pixels(statistics: Statistics, path: str, pixels: str | None) -> None:
+    """Raise QconvError unless the network took what it takes now: pixels of this layout, or its own float input."""
+    if statistics.pixels != pixels:
+        was = "without --embed-preprocessing" if statistics.pixels is None else f"of {statistics.pixels} pixels"
+        raise QconvError(f"{path} was made {was}.", "write it again with --save-stats and these options.")
 
 
 def require_tensors(statistics: Statistics, path: str, names: Iterable[str]) -> None:

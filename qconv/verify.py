@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from qconv.report import Gate, OutputScore, Verification
 from qconv.runtime import Session
 
 FEWEST_TIMED = 5
+
+Batch = dict[str, NDArray[Any]]
 
 
 @dataclass(slots=True)
@@ -85,14 +87,23 @@ def is_class_score(shape: Sequence[int | None]) -> bool:
     return classes is not None and classes > 1 and not (len(shape) == 4 and classes == 3)
 
 
-def verify(reference: Session, quantized: Session, batches: Iterable[Mapping[str, NDArray[Any]]]) -> Verification:
-    """Run both on every batch, one after the other."""
+def verify(
+    reference: Session,
+    quantized: Session,
+    batches: Iterable[Batch],
+    as_float: Callable[[Batch], Batch] = lambda feeds: feeds,
+) -> Verification:
+    """Run both on every batch, one after the other.
+
+    batches: what the quantized model is fed with; as_float: makes of it what the reference is fed with.
+    """
     tallies = {name: _Tally() for name in reference.outputs}
     seconds: list[tuple[float, float]] = []
     images = 0
     for feeds in batches:
+        floats = as_float(feeds)
         start = time.perf_counter()
-        expected = reference.run_all(feeds)
+        expected = reference.run_all(floats)
         middle = time.perf_counter()
         got = quantized.run(reference.outputs, feeds)
         seconds.append((middle - start, time.perf_counter() - middle))

@@ -1,4 +1,4 @@
-"""What is remembered of tensors while pictures pass. Oracle: NumPy over all pictures at once."""
+"""What is seen of tensors while pictures pass. Oracle: NumPy over all pictures at once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pytest
 from models import loaded, network
 from numpy.typing import NDArray
 
-from qconv.calibrate import CALIBRATORS, Statistics, Tap, tapped, watch
+from qconv.calibrate import Tap, tapped, watch
 from qconv.errors import QconvError
-from qconv.quant import QuantSpec
 from qconv.runtime import Session
+from qconv.sketch import Sketch, Sketcher, Want
 
 
 def session(body: str, *outputs: str, **constants: tuple[int, ...] | float) -> Session:
@@ -23,6 +23,12 @@ def batches(*sizes: int) -> list[dict[str, NDArray[np.float32]]]:
     return [{"x": rng.standard_normal((size, 3, 6, 6)).astype(np.float32)} for size in sizes]
 
 
+def same(one: Sketch, other: Sketch) -> bool:
+    parts = ("lows", "highs", "count", "bins", "keys", "pictures", "column_keys", "columns")
+    equal = all(np.array_equal(getattr(one, part), getattr(other, part)) for part in parts)
+    return equal and np.array_equal(one.sums.limbs, other.sums.limbs)
+
+
 def taps(*names: str) -> list[Tap]:
     return [Tap(name) for name in names]
 
@@ -31,14 +37,14 @@ def test_extremes_of_every_channel_over_all_batches() -> None:
     """Of the input, which is no output of the network, and of an inner tensor."""
     found = batches(2, 1, 4)
     runner = session("c = Conv(x, w)", "c", w=(5, 3, 3, 3))
-    statistics = watch(runner, taps("x", "c"), found)
+    sketches = watch(runner, taps("x", "c"), found)
     x = np.concatenate([batch["x"] for batch in found])
     (c,) = runner.run(["c"], {"x": x})
     for name, numbers in (("x", x), ("c", c)):
-        np.testing.assert_allclose(statistics[name].lows, numbers.min(axis=(0, 2, 3)), rtol=1e-5)
-        np.testing.assert_allclose(statistics[name].highs, numbers.max(axis=(0, 2, 3)), rtol=1e-5)
-        assert statistics[name].low == statistics[name].lows.min()
-        assert statistics[name].high == statistics[name].highs.max()
+        np.testing.assert_allclose(sketches[name].lows, numbers.min(axis=(0, 2, 3)), rtol=1e-5)
+        np.testing.assert_allclose(sketches[name].highs, numbers.max(axis=(0, 2, 3)), rtol=1e-5)
+        assert sketches[name].low == sketches[name].lows.min()
+        assert sketches[name].high == sketches[name].highs.max()
 
 
 def test_only_what_a_tap_asks_for_is_kept() -> None:
@@ -46,13 +52,52 @@ def test_only_what_a_tap_asks_for_is_kept() -> None:
     found = batches(2, 1)
     x = np.concatenate([batch["x"] for batch in found])
     runner = session("y = Relu(x)", "y")
-    overall, relu = Tap("x", per_channel=False), Tap("y", never_negative=True)
-    statistics = watch(runner, [overall, relu], found)
-    assert (statistics["x"].low, statistics["x"].high) == (x.min(), x.max())
-    assert statistics["x"].lows.shape == (1,)
-    assert statistics["x"].count == 0
-    assert statistics["y"].lows.tolist() == [0.0, 0.0, 0.0]
-    assert statistics["y"].highs.tolist() == x.max(axis=(0, 2, 3)).tolist()
+    overall, relu = Tap("x", Want.EXTREMES), Tap("y", never_negative=True)
+    sketches = watch(runner, [overall, relu], found)
+    assert (sketches["x"].low, sketches["x"].high) == (x.min(), x.max())
+    assert sketches["x"].lows.shape == (1,)
+    assert sketches["x"].count == 0
+    assert sketches["y"].lows.tolist() == [0.0, 0.0, 0.0]
+    assert sketches["y"].highs.tolist() == x.max(axis=(0, 2, 3)).tolist()
+
+
+def test_every_picture_has_its_own_extremes() -> None:
+    found = batches(2, 1, 3)
+    x = np.concatenate([batch["x"] for batch in found]).reshape(6, -1)
+    seen = watch(session("y = Relu(x)", "y"), [Tap("x")], found)["x"].pictures
+    assert sorted(seen.tolist()) == sorted(np.stack([x.min(axis=1), x.max(axis=1)], axis=1).tolist())
+
+
+def test_batches_and_order_do_not_matter() -> None:
+    """Bit for bit, of everything that is remembered."""
+    proto = network("c = Conv(x, w) r = Relu(c) y = MaxPool<kernel_shape=[2,2]>(r)", x=("N", 3, 6, 6), w=(5, 3, 3, 3))
+    model = loaded(proto)
+    pictures = [batch["x"] for batch in batches(*[1] * 16)]
+    wanted = [Tap("x", Want.ALL), Tap("c", Want.ALL), Tap("r", Want.ALL, never_negative=True, pooled=True, stride=2)]
+
+    def seen(size: int, order: NDArray[np.integer]) -> dict[str, Sketch]:
+        feeds = [{"x": np.concatenate([pictures[i] for i in part])} for part in np.split(order, 16 // size)]
+        with tapped(model, wanted) as runnable:
+            return watch(Session(runnable, threads=1), wanted, feeds)
+
+    one = seen(1, np.arange(16))
+    for size, order in ((8, np.arange(16)), (1, np.arange(16)[::-1]), (4, np.random.default_rng(1).permutation(16))):
+        other = seen(size, order)
+        assert all(same(one[name], other[name]) for name in ("x", "c", "r"))
+
+
+def test_the_sample_is_a_part_of_the_elements() -> None:
+    """All of a small tensor; every other pixel of one that the network samples."""
+    found = batches(3)
+    model = loaded(network("y = Relu(x)", x=("N", 3, 6, 6)))
+    wanted = [Tap("x", Want.BINS), Tap("y", Want.BINS, never_negative=True, pooled=True, stride=2)]
+    with tapped(model, wanted) as runnable:
+        sketches = watch(Session(runnable, threads=1), wanted, found)
+    assert sketches["x"].bins.sum() == 3 * 3 * 36
+    assert sketches["y"].bins.sum() == 3 * 3 * 9
+    kept = np.maximum(found[0]["x"], 0)[:, :, ::2, ::2]
+    histogram = sketches["y"].histogram()
+    assert histogram.counts[0] == (kept == 0).sum()
 
 
 @pytest.mark.parametrize(
@@ -67,12 +112,14 @@ def test_only_what_a_tap_asks_for_is_kept() -> None:
     ],
 )
 def test_tensors_of_all_shapes(shapes: list[tuple[int, ...]], lows: list[float]) -> None:
-    """Counting up from 0 along each tensor."""
+    """Counting up from 0 along each tensor, one a picture."""
     arrays = [np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for shape in shapes]
-    first, second = map(Statistics.of, arrays)
-    merged = first.merge(second)
-    assert merged.lows.tolist() == lows
-    assert merged.high == max((float(a.max()) for a in arrays if a.size), default=0.0)
+    sketcher = Sketcher(Want.ALL)
+    for key, x in enumerate(arrays):
+        sketcher.add(Tap("x", Want.ALL).view([x]))
+        sketcher.close_picture(key)
+    assert sketcher.sketch().lows.tolist() == lows
+    assert sketcher.sketch().high == max((float(a.max()) for a in arrays if a.size), default=0.0)
 
 
 def test_means_of_every_channel() -> None:
@@ -115,8 +162,3 @@ def test_numbers_that_have_no_range_are_named(bad: float) -> None:
     found[0]["x"][0, 1, 2, 3] = bad
     with pytest.raises(QconvError, match="Tensor 'y' holds NaN or infinite values"):
         watch(session("y = Mul(x, k)", "y", k=2.0), taps("y"), found)
-
-
-def test_minmax_clips_nothing() -> None:
-    statistics = Statistics.of(np.float32([[-1, 0], [0.5, 3]]))
-    assert CALIBRATORS["minmax"](statistics, QuantSpec(8, signed=False, symmetric=False)) == (-1, 3)

@@ -108,7 +108,7 @@ def test_names_lead_to_their_methods() -> None:
     assert chosen("entropy", found) == entropy.least_divergence(*ends)
 
 
-# -- the error at the layers that read -----------------------------------------------------------------------------------
+# -- the error at the layers that read ---------------------------------------------------------------------------------
 
 
 def layer(*shape: int, seed: int = 0) -> Layer:

@@ -425,6 +425,7 @@ def test_a_gate_at_infinity_is_valid_json(call: Qconv, tiny: Path, calib: Path) 
         ("--scale 1,2", "one number"),
         ("--scale 0", "scale"),
         ("--weight-scheme none", "symmetric"),
+        ("--embed-preprocessing hwc", "nhwc"),
         ("--calibrator magic", "calibrator"),
         ("--target gpu", "target"),
         ("more.onnx", "more.onnx"),
@@ -1003,6 +1004,30 @@ def test_preprocessing_options_reach_the_pictures(call: Qconv, tiny: Path, tmp_p
         (row,) = [row for row in done.json["tensors"] if row["name"] == "x"]
         assert row["scale"] == pytest.approx((high - low) / 255, rel=1e-4), options
         assert row["zero_point"] == round(-low / row["scale"])
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_file_that_takes_pixels(call: Qconv, tmp_path: Path, layout: str) -> None:
+    """The summary says so; the file gives the same bytes again, and the classes that the float model gives."""
+    options = ("--calib", PHOTOS, *QUICK, "--preprocess", "imagenet", "--embed-preprocessing", layout)
+    outs = [tmp_path / name for name in ("a.onnx", "b.onnx")]
+    text = call("quantize", CIFAR, *options, "-o", outs[0]).out.decode()
+    found = call("quantize", CIFAR, *options, "-o", outs[1], "--json").json
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    assert f"pictures      RGB pixels as they are, uint8 {layout.upper()} 32x32, stretched; inside the file: " in text
+    assert found["recipe"]["embed_preprocessing"] == found["preprocessing"]["layout"] == layout
+    assert found["preprocessing"]["embedded"]["mean"] == [0.485, 0.456, 0.406]
+    assert found["audit"]["float"] == 0
+    assert found["verify"]["agreement"] > 0.8
+    assert_error(call("quantize", outs[0], *options, "-o", tmp_path / "c.onnx"), "already quantized")
+
+
+def test_samples_have_no_preprocessing_to_embed(call: Qconv, tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    np.save(tmp_path / "s" / "0.npy", np.zeros((3, 8, 8), np.float32))
+    done = call("quantize", tiny, "--calib", tmp_path / "s", "--embed-preprocessing", "nchw")
+    assert_error(done, "preprocessed already(.|\n)*leave --embed-preprocessing out")
+    assert listing(tiny.parent) == [tiny.name]
 
 
 @pytest.mark.parametrize("body", ["c = Conv(x, w)  y = Log(c)", "c = Conv(x, w)  r = Relu(c)  y = Div(k, r)"])

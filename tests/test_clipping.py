@@ -1,4 +1,4 @@
-"""Ranges that clip. Oracles: brute force on the numbers themselves, numerical integrals, the papers' printed constants."""
+"""Ranges that clip. Oracles: brute force on the numbers, numerical integrals, the papers' printed constants."""
 
 from __future__ import annotations
 
