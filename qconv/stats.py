@@ -240,11 +240,11 @@ def _difference(one: Statistics, other: Statistics) -> str:
 
 
 def _changed(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str:
+    """What differs, in words; a preset's name does not count, its numbers do."""
     if one is None or other is None:
-        return "one is of ready-made samples"
-    return ", ".join(
-        f"{name} {one.get(name)} and {other.get(name)}" for name in one if one.get(name) != other.get(name)
-    )
+        return "" if one is other else "one is of ready-made samples"
+    names = [name for name in one if name != "preset" and one.get(name) != other.get(name)]
+    return ", ".join(f"{name} {one.get(name)} and {other.get(name)}" for name in names)
 
 
 def require_model(statistics: Statistics, path: str, *, model: str, name: str) -> None:

@@ -57,6 +57,11 @@ def _best_shares(rows: Floats, spec: QuantSpec, low: Floats, high: Floats) -> Fl
 
     for share in COARSE:
         attempt(np.full_like(shares, share))
+    for end in () if spec.symmetric else (0, 1, 0):
+        for share in COARSE:
+            candidate = shares.copy()
+            candidate[end] = share
+            attempt(candidate)
     for move in TOGETHER if spec.symmetric else TOGETHER + ALONE:
         start = shares.copy()
         for step in FINE:

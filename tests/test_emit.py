@@ -90,13 +90,13 @@ class Quantized:
         fold.fold(model)
         self.plan: Plan = make_plan(model, recipe, TARGETS[recipe.target])
         taps = self.plan.taps()
-        statistics = {}
+        sketches = {}
         if taps:
             with tapped(model, taps) as runnable:
-                statistics = watch(Session(runnable, threads=1), taps, samples)
+                sketches = watch(Session(runnable, threads=1), taps, samples)
         self.params: Params
         self.findings: list[Finding]
-        self.params, self.findings = choose_params(self.plan, statistics, recipe.calibrator)
+        self.params, self.findings = choose_params(self.plan, sketches, recipe)
         self.findings += emit(model, self.plan, self.params, pack=recipe.pack)
         self.findings += shrink(model)
         fileformat.describe(model, "0", recipe, None)
