@@ -1,12 +1,10 @@
 """The range that costs the layers behind a tensor least: a tensor's own error is not the network's.
 
-    error(range) = sum over outputs o and kernel positions k of Var[ sum over channels c of W[o, c, k] e[c] ] * tails,
-    e = fake(x) - x on the columns that the sketch kept: all channels at some places of some pictures,
-    tails = expected square of e by the histogram / mean square of e on the columns
+    error(range) = sum over outputs o and kernel positions k of Var[ sum over channels c of W[o, c, k] e[c] ],
+    e = fake(x) - x on the columns that the sketch kept: all channels at some places of some pictures
 
 The variance and not the mean square: a mean shift of an output goes into its bias. Errors at neighbouring kernel
-positions count as independent. Channels that nobody weighs much may be clipped, those that add up may not. The columns
-are few and miss most of the tails, which the histogram has: its error beside theirs makes up for that.
+positions count as independent. Channels that nobody weighs much may be clipped, those that add up may not.
 
 Sources: the error at the output instead of the tensor's: Nahshan et al. 2019, arXiv 1911.07190; leaving the mean to the
 bias: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
@@ -19,10 +17,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.clipping import INTERVALS, Range, expected_error, search
+from qconv.clipping import Range, search
 from qconv.layers import Layer
-from qconv.quant import SMALLEST_SCALE, QuantSpec
-from qconv.sketch import Histogram
+from qconv.quant import QuantSpec
 
 Float64 = NDArray[np.float64]
 MOST_CHANNELS = 2048
@@ -47,14 +44,8 @@ def mixing_of(layer: Layer) -> NDArray[np.float32] | None:
     return np.ascontiguousarray(rows.T, np.float32)
 
 
-def least_at_outputs(
-    columns: NDArray[np.float32], histogram: Histogram, readers: Sequence[Layer], spec: QuantSpec, ends: Range
-) -> Range:
-    """The range inside `ends` with the least error at the readers' outputs.
-
-    columns: (n, C) values of the tensor. histogram: of many more of them, which knows the tails that columns miss.
-    """
-    coarse = histogram.coarse(max(-ends[0], ends[1], SMALLEST_SCALE) / INTERVALS)
+def least_at_outputs(columns: NDArray[np.float32], readers: Sequence[Layer], spec: QuantSpec, ends: Range) -> Range:
+    """The range inside `ends` with the least error at the readers' outputs. columns: (n, C) values of the tensor."""
     powers = np.zeros(columns.shape[1])
     mixings = []
     for reader in readers:
@@ -65,16 +56,14 @@ def least_at_outputs(
             mixings.append(mixing)
 
     def error(lows: Float64, highs: Float64) -> Float64:
-        found, own = np.zeros(len(lows)), np.zeros(len(lows))
+        found = np.zeros(len(lows))
         for index, (low, high) in enumerate(zip(lows, highs, strict=True)):
             lost = spec.from_range(low, high).fake(columns) - columns
-            own[index] = np.einsum("nc,nc->", lost, lost, dtype=np.float64) / lost.size
             lost -= lost.mean(axis=0)
             found[index] = powers @ np.einsum("nc,nc->c", lost, lost, dtype=np.float64)
             for mixing in mixings:
                 mixed = lost @ mixing
                 found[index] += np.einsum("nj,nj->", mixed, mixed, dtype=np.float64)
-        expected = expected_error(coarse, spec.from_range(lows, highs))
-        return np.asarray(found * np.divide(expected, own, out=np.ones_like(own), where=own > 0))
+        return found
 
     return search(error, spec, *ends)
