@@ -172,7 +172,7 @@ def cli() -> None:
 @click.option(
     "--calibrator",
     type=click.Choice(CALIBRATORS),
-    default="minmax",
+    default="output-mse",
     show_default=True,
     help="How activations get ranges.",
 )

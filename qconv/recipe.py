@@ -238,7 +238,7 @@ class Recipe:
     block_size: int = 32
     edge_bits: int = 8
     pack: bool = False
-    calibrator: str = "minmax"
+    calibrator: str = "output-mse"
     percentile: float = 99.99
     weight_calibrator: str = "max"
     target: str = "ort-cpu"
