@@ -60,8 +60,6 @@ class Feed:
                 raise _several_inputs(session.name, inputs)
             class_vector = any(len(shape) == 2 for shape in session.output_shapes)
             preprocessing = resolve(recipe.preprocessing, inputs[0], class_vector=class_vector)
-            if preprocessing.doubt():
-                warn(f"{preprocessing.doubt()}.")
         elif recipe.preprocessing != PreprocessingOptions():
             warn("preprocessing options are not used: .npy and .npz samples are taken as they are.")
         fixed = inputs[0].shape[0] if inputs[0].shape else None

@@ -61,7 +61,8 @@ def load_picture(path: Path, prep: Preprocessing) -> NDArray[np.float32]:
 
     Raises UnreadablePicture, and QconvError where --resize N leaves less than the crop needs.
     """
-    return _normalised(_fitted(_decoded(path, prep), path, prep), prep)
+    picture = _fitted(_decoded(path, prep), path, prep)
+    return normalised(np.atleast_3d(np.asarray(picture)), prep)
 
 
 def _decoded(path: Path, prep: Preprocessing) -> Picture:
@@ -169,8 +170,8 @@ def _fitted(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
     return picture.crop((left, top, left + width, top + height))
 
 
-def _normalised(picture: Picture, prep: Preprocessing) -> NDArray[np.float32]:
-    pixels = np.atleast_3d(np.asarray(picture))  # (H, W, C) uint8
+def normalised(pixels: NDArray[np.uint8], prep: Preprocessing) -> NDArray[np.float32]:
+    """Pixels (H, W, C), RGB or grey, of the input's size, as the network wants them: (C, H, W) or (H, W, C)."""
     if prep.color is Color.BGR:
         pixels = pixels[:, :, ::-1]
     if prep.layout is Layout.NCHW:
@@ -269,10 +270,11 @@ def batches(
 def _load(path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | None) -> dict[str, NDArray[Any]]:
     if prep is None or suffix_of(path) in SAMPLE_SUFFIXES:
         return _load_sample(path, inputs)
-    return {inputs[0].name: _cast(load_picture(path, prep), inputs[0].dtype)}
+    return {inputs[0].name: cast(load_picture(path, prep), inputs[0].dtype)}
 
 
-def _cast(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+def cast(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Values as the input's type; bytes are rounded and cut at 0 and 255."""
     if dtype == np.uint8:
         values = np.clip(np.rint(values), 0, 255)
     return values.astype(dtype, copy=False)

@@ -15,6 +15,7 @@ import qconv
 from qconv import fold, load, save
 from qconv.audit import audit, tensor_rows
 from qconv.calibrate import Statistics, tapped, watch
+from qconv.detect import Detected, detect
 from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.feed import Feed
@@ -82,10 +83,14 @@ def quantize(
             _check_output(source, place, data_files(proto, source))
         refuse_quantized(proto, source.name)
         float_bytes = file_bytes(proto, source)
-        # it runs again when the result is checked: until then its weights would only take room
-        feed = Feed.of(_original(source, recipe), recipe, run.warn, run.listener.progress)
+        original = _original(source, recipe)
+        feed = Feed.of(original, recipe, run.warn, run.listener.progress)
         model, changes = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
         run.findings += changes
+    with run.step("detect"):
+        detected = _detect(model, original, feed, recipe, run)
+        # it runs again when the result is checked: until then its weights would only take room
+        del original
     with run.step("fold"):
         run.findings += fold.fold(model)
     with run.step("plan"):
@@ -122,7 +127,7 @@ def quantize(
         float_model=source.name,
         recipe=recipe.as_dict(),
         preprocessing=None if feed.preprocessing is None else feed.preprocessing.as_dict(),
-        preprocessing_words="" if feed.preprocessing is None else feed.preprocessing.in_words(),
+        preprocessing_words=detected.in_words(),
         float_bytes=float_bytes,
         quantized_bytes=size,
         opset=model.opset,
@@ -136,8 +141,21 @@ def quantize(
         peak_rss_mb=peak_rss_mb(),
         findings=run.findings,
         tensors=rows,
+        runner_up=detected.runner_up,
+        margin=detected.margin,
     )
     return report, result
+
+
+def _detect(model: Model, original: Session, feed: Feed, recipe: Recipe, run: _Run) -> Detected:
+    """Settle how pictures are fed, and tell what is doubtful about it."""
+    detected = detect(model, original, feed, recipe.preprocessing, threads=recipe.threads)
+    feed.preprocessing = detected.preprocessing
+    if detected.preprocessing is not None and detected.preprocessing.doubt():
+        run.warn(f"{detected.preprocessing.doubt()}.")
+    if detected.doubt:
+        run.warn(detected.doubt)
+    return detected
 
 
 def _check_output(source: Source, out: Path, data: set[Path]) -> None:
