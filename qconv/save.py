@@ -222,7 +222,8 @@ def moments_of(model: Model, tensors: Iterable[str]) -> bytes | None:
     )
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
     proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
-    return proto.SerializeToString()
+    data: bytes = proto.SerializeToString()
+    return data
 
 
 def _leading_to(model: Model, tensors: set[str]) -> list[Node]:
