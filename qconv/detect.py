@@ -97,8 +97,9 @@ def _decided(
         if usual is not None and best.score - usual.score < KEEP_DEFAULT:
             others = [best, *(c for c in others if c is not usual)]
             best = usual
-    second = None if not others or other > max(shares[1:]) else others[0]
-    runner_up = second.name if second is not None else SOMETHING_ELSE if other else None
+    strange = race.stored and other > max(shares[1:], default=0.0)
+    second = others[0] if others and not strange else None
+    runner_up = SOMETHING_ELSE if strange else second.name if second else None
     chosen = replace(best.preprocessing, source=_source(race, fact, certain))
     doubt = "" if certain else _doubt(best, second, others, margin)
     return best, Detected(chosen, runner_up, round(max(margin, 0.0), 4), doubt)

@@ -35,7 +35,7 @@ SHARPNESS = 5.0
 SHARPNESS_OF_GUESSES = 2.0
 UNKNOWN = 0.12
 """Misfit at which a preprocessing that is none of the candidates is as probable as the one that fits best."""
-INVERTED = -4.0
+INVERTED = -3.0
 """ln of how much rarer than a published normalisation one with black for white is."""
 OUT_OF_SIGHT = 6.0
 """Candidates that lie this far behind the best are not looked at again."""
