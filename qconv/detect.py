@@ -28,8 +28,6 @@ from qconv.recipe import AUTO, Preprocessing, PreprocessingOptions
 from qconv.runtime import Session
 
 CERTAIN = 0.98
-KEEP_DEFAULT = 1.0
-"""A guess whose score is not better by this much does not replace the default."""
 SHAPE_ONLY = ("layout", "resize", "filter", "size")
 """Options that say nothing about the pixels' values."""
 SOMETHING_ELSE = "something else"
@@ -43,6 +41,11 @@ class Detected:
     runner_up: str | None = None
     margin: float | None = None
     doubt: str = ""
+
+    def doubts(self) -> list[str]:
+        """What the user is warned of, if anything."""
+        odd = self.preprocessing.doubt() if self.preprocessing is not None else ""
+        return [text for text in (odd and f"{odd}.", self.doubt) if text]
 
     def in_words(self) -> str:
         """One sentence for the summary; empty where no pictures are read."""
@@ -74,7 +77,7 @@ def detect(
         race.run([*own, *free], confidence=False)
         return Detected(default, doubt=_against(own[0], free, race, fact))
     race.run([*own, *free] if said else own, confidence=True)
-    chosen, found = _decided(own, race, fact, default)
+    chosen, found = _decided(own, race, fact)
     against = _against(chosen, free, race, fact) if said else ""
     return replace(found, doubt=against or found.doubt)
 
@@ -85,18 +88,12 @@ def _said(options: PreprocessingOptions) -> dict[str, Any]:
     return {name: value for name, value in said.items() if value not in (None, AUTO)}
 
 
-def _decided(
-    own: Sequence[Candidate], race: Race, fact: Fact | None, default: Preprocessing
-) -> tuple[Candidate, Detected]:
+def _decided(own: Sequence[Candidate], race: Race, fact: Fact | None) -> tuple[Candidate, Detected]:
     best, *others = sorted(own, key=lambda candidate: candidate.score, reverse=True)
     shares, other = _shares([best, *others], race, fact)
-    margin = shares[0] - max(other, *shares[1:], 0.0)
+    # a guess leaves half of the probability to something else, which is not worth a name
+    margin = shares[0] - max([*shares[1:], other if race.stored else 0.0], default=0.0)
     certain = margin >= CERTAIN
-    if not certain:
-        usual = next((c for c in others if _same(c.preprocessing, default)), None)
-        if usual is not None and best.score - usual.score < KEEP_DEFAULT:
-            others = [best, *(c for c in others if c is not usual)]
-            best = usual
     strange = race.stored and other > max(shares[1:], default=0.0)
     second = others[0] if others and not strange else None
     runner_up = SOMETHING_ELSE if strange else second.name if second else None

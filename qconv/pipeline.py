@@ -15,7 +15,7 @@ import qconv
 from qconv import fold, load, save
 from qconv.audit import audit, tensor_rows
 from qconv.calibrate import Statistics, tapped, watch
-from qconv.detect import Detected, detect
+from qconv.detect import detect
 from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.feed import Feed
@@ -88,7 +88,8 @@ def quantize(
         model, changes = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
         run.findings += changes
     with run.step("detect"):
-        detected = _detect(model, original, feed, recipe, run)
+        detected = detect(model, original, feed, recipe.preprocessing, threads=recipe.threads)
+        feed.preprocessing = detected.preprocessing
         # it runs again when the result is checked: until then its weights would only take room
         del original
     with run.step("fold"):
@@ -97,6 +98,8 @@ def quantize(
         _look_for_wishes(model, recipe, run)
         plan = make_plan(model, recipe, TARGETS[recipe.target])
         _require_layers(plan, source)
+        for doubt in detected.doubts():
+            run.warn(doubt)
     with run.step("calibrate"):
         statistics = _calibrate(model, plan, recipe, feed)
     with run.step("params"):
@@ -145,17 +148,6 @@ def quantize(
         margin=detected.margin,
     )
     return report, result
-
-
-def _detect(model: Model, original: Session, feed: Feed, recipe: Recipe, run: _Run) -> Detected:
-    """Settle how pictures are fed, and tell what is doubtful about it."""
-    detected = detect(model, original, feed, recipe.preprocessing, threads=recipe.threads)
-    feed.preprocessing = detected.preprocessing
-    if detected.preprocessing is not None and detected.preprocessing.doubt():
-        run.warn(f"{detected.preprocessing.doubt()}.")
-    if detected.doubt:
-        run.warn(detected.doubt)
-    return detected
 
 
 def _check_output(source: Source, out: Path, data: set[Path]) -> None:
