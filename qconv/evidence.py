@@ -27,6 +27,8 @@ from qconv.recipe import Color, Layout, PreprocessingOptions
 MOST_REFERENCES = 3
 """BatchNorms that are compared: the first ones know most about pixels, and are soon reached."""
 WEIGHTED = frozenset({"Conv", "ConvTranspose"})
+DEEPEST = 12
+"""Weighted layers before a BatchNorm from which on it is too far from the pixels, and too much to run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,11 @@ def _first(found: Iterator[Reference]) -> list[Reference]:
 
 def _stored(model: Model) -> Iterator[Reference]:
     seen: set[str] = set()
+    layers = 0
     for node in model.nodes():
+        layers += node.op_type in WEIGHTED
+        if layers > DEEPEST:
+            return
         read = input_of(node, 0)
         if node.op_type != "BatchNormalization" or read is None or not read.name or read.name in seen:
             continue

@@ -259,6 +259,19 @@ def test_statistics_that_were_never_measured_are_no_evidence() -> None:
     assert [reference.stored for reference in references(loaded(trained(x)))] == [True]
 
 
+def test_statistics_far_from_the_pixels_are_no_evidence() -> None:
+    x = fed(colourful(), 1.0, 0, 1, "rgb")
+    deep = trained(x)
+    chain = [onnx.helper.make_node("Conv", [f"r{i}" if i else "x", "same"], [f"r{i + 1}"]) for i in range(12)]
+    nodes = [*chain, *deep.graph.node]
+    nodes[12].input[0] = "r12"
+    del deep.graph.node[:]
+    deep.graph.node.extend(nodes)
+    same = np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1)
+    deep.graph.initializer.append(onnx.numpy_helper.from_array(same, "same"))
+    assert not any(reference.stored for reference in references(loaded(deep)))
+
+
 # ---- facts
 
 
