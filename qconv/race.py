@@ -144,7 +144,8 @@ class Race:
                 t = sureness(np.subtract(runner.peaks, best.peaks))
                 runner.lead = t * abs(t) / 2
             gaps = [abs(best.score - runner.score) for runner in near]
-            if len(pixels) < upto or upto >= self._most or min(gaps) >= SETTLED:
+            # a guess stays one, however many pictures the whole network sees
+            if len(pixels) < upto or upto >= self._most or min(gaps) >= SETTLED or not self.stored:
                 break
 
     def _comparable(self, one: Candidate, other: Candidate) -> bool:
