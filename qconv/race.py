@@ -109,7 +109,8 @@ class Race:
             ranked = sorted((runner.fit for runner in runners), reverse=True)
             ahead = ranked[0] - ranked[1] if len(ranked) > 1 else math.inf
             runners = [runner for runner in runners if runner.fit > ranked[0] - OUT_OF_SIGHT]
-            if len(pixels) < upto or upto >= self._most or (upto > ROUNDS[0] and ahead > SETTLED):
+            enough = upto >= (self._most if self.stored else FEWEST)
+            if len(pixels) < upto or enough or (upto > ROUNDS[0] and ahead > SETTLED):
                 break
         best = max(runners, key=lambda runner: runner.fit)
         self.other = self._something_else(session, best, pixels) if self.stored else best.fit
