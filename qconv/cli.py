@@ -22,6 +22,7 @@ import click
 import qconv
 from qconv.errors import QconvError, counted
 from qconv.recipe import (
+    AUTO,
     CALIBRATORS,
     MOST_THREADS,
     PRESETS,
@@ -60,7 +61,13 @@ def _stack(*options: Decorator) -> Decorator:
 
 
 preprocessing_options = _stack(
-    click.option("--preprocess", type=click.Choice(list(PRESETS)), help="How the network was fed in training."),
+    click.option(
+        "--preprocess",
+        type=click.Choice([AUTO, *PRESETS]),
+        default=AUTO,
+        show_default=True,
+        help="How the network was fed in training; auto finds out.",
+    ),
     click.option(
         "--scale", type=Numbers(), help="Replaces the preset's: pixels are multiplied by it, for example 1/255."
     ),

@@ -65,8 +65,6 @@ class Feed:
             if len(inputs) > 1:
                 raise _several_inputs(session.name, inputs)
             preprocessing = known or resolve(recipe.preprocessing, inputs[0], class_vector=session.gives_class_vector)
-            if preprocessing.doubt():
-                warn(f"{preprocessing.doubt()}.")
         elif recipe.preprocessing != PreprocessingOptions():
             warn("preprocessing options are not used: .npy and .npz samples are taken as they are.")
         fixed = inputs[0].shape[0] if inputs[0].shape else None

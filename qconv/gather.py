@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qconv import stats
 from qconv.calibrate import tapped, watch
 from qconv.calibrators import CALIBRATORS
+from qconv.detect import Detected, detect
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.graph import Model
@@ -29,15 +30,31 @@ def original(source: Source, recipe: Recipe) -> Session:
 class Pictures:
     """feed: None where no pictures are given. known: the statistics in a file, None where none is given.
 
-    preprocessing: how the float network is fed. model: the hash of its bytes, where statistics are read or written.
+    detected: how the float network is fed. model: the hash of its bytes, where statistics are read or written. session:
+    the user's own model, until it is known how to feed it.
     pixels: the layout of the pixels that the model takes instead, None where it takes what the float network does.
     """
 
     feed: Feed | None
     known: stats.Statistics | None
-    preprocessing: Preprocessing | None
+    detected: Detected
     model: str
+    session: Session | None
     pixels: Layout | None = None
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How the float network is fed."""
+        return self.detected.preprocessing
+
+    def settle(self, model: Model, recipe: Recipe) -> None:
+        """Find out how the network is fed, where that is not known. model: as loaded, not yet folded."""
+        session, self.session = self.session, None  # it runs again when the result is checked, and is large
+        if self.feed is None or self.known is not None:
+            return
+        assert session is not None
+        self.detected = detect(model, session, self.feed, recipe.preprocessing, threads=recipe.threads)
+        self.feed.preprocessing = self.detected.preprocessing
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""
@@ -55,6 +72,11 @@ class Pictures:
         if self.preprocessing is None or self.pixels is None:
             return self.preprocessing
         return self.preprocessing.as_pixels(self.pixels)
+
+    @property
+    def words(self) -> str:
+        """The same, for the summary."""
+        return replace(self.detected, preprocessing=self.fed).in_words()
 
     def sketches(self, model: Model, plan: Plan, recipe: Recipe) -> Mapping[str, Sketch]:
         """Of every tensor that must be seen. Raises QconvError where the file lacks some."""
@@ -91,7 +113,8 @@ def open_pictures(
     session = original(source, recipe)
     if recipe.stats is None:
         seen = Feed.of(session, recipe, warn, progress)
-        return Pictures(seen, None, seen.preprocessing, stats.digest(source, data) if recipe.save_stats else "")
+        model = stats.digest(source, data) if recipe.save_stats else ""
+        return Pictures(seen, None, Detected(seen.preprocessing), model, session)
     found, path = stats.read_file(recipe.stats), recipe.stats
     model = stats.digest(source, data)
     stats.require_model(found, path, model=model, name=source.name)
@@ -102,4 +125,4 @@ def open_pictures(
     feed = Feed.of(session, recipe, warn, progress, known) if recipe.calib else None
     if feed is not None:
         stats.require_preprocessing(found, path, stats.done_to_pictures(feed.preprocessing))
-    return Pictures(feed, found, known, model)
+    return Pictures(feed, found, Detected(known), model, None)

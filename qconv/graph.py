@@ -259,6 +259,17 @@ def clip_bounds(node: Node) -> tuple[float, float] | None:
     return (low, high) if low <= high else None
 
 
+def tensor_proto(value: Value) -> onnx.TensorProto:
+    """A constant as protobuf under its own name, read into memory where it lies in a data file."""
+    tensor = value.const_value
+    assert tensor is not None
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor = ir.tensor(tensor.numpy(), dtype=tensor.dtype)
+    proto = ir.serde.serialize_tensor(tensor)
+    proto.name = value.name or ""
+    return proto
+
+
 def input_of(node: Node, index: int) -> Value | None:
     """Input `index`, None where the node has no such input."""
     return node.inputs[index] if index < len(node.inputs) else None

@@ -176,7 +176,11 @@ def _fitted(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
 
 def _pixels(path: Path, prep: Preprocessing) -> NDArray[np.uint8]:
     picture = _fitted(_decoded(path, prep), path, prep)
-    pixels = np.atleast_3d(np.asarray(picture))  # (H, W, C) uint8
+    return arranged(np.atleast_3d(np.asarray(picture)), prep)
+
+
+def arranged(pixels: NDArray[np.uint8], prep: Preprocessing) -> NDArray[np.uint8]:
+    """Pixels (H, W, C), RGB or grey, in the axes and the channel order of the network: (C, H, W) or (H, W, C)."""
     if prep.color is Color.BGR:
         pixels = pixels[:, :, ::-1]
     return pixels.transpose(2, 0, 1) if prep.layout is Layout.NCHW else pixels

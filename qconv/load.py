@@ -18,7 +18,7 @@ import onnx
 
 from qconv.errors import QconvError
 from qconv.findings import Change
-from qconv.graph import Model, attribute, ir
+from qconv.graph import Model, attribute, ir, tensor_proto
 from qconv.source import Source, not_onnx, tensors
 from qconv.targets import LOWEST_OPSET
 
@@ -339,18 +339,8 @@ def _compute(model: Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> list
         "constants",
         [],
         [ir.serde.serialize_value(value) for value in wanted],
-        [_in_memory(value) for value in needed],
+        [tensor_proto(value) for value in needed],
     )
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
     small = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
     return runtime.Session(small.SerializeToString(), optimize=False).run_all({})
-
-
-def _in_memory(value: ir.Value) -> onnx.TensorProto:
-    tensor = value.const_value
-    assert tensor is not None
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor = ir.tensor(tensor.numpy(), dtype=tensor.dtype)
-    proto = ir.serde.serialize_tensor(tensor)
-    proto.name = value.name or ""
-    return proto

@@ -86,10 +86,11 @@ def quantize(
             _check_apart(place, Path(recipe.save_stats))
         refuse_quantized(proto, source.name)
         float_bytes = file_bytes(proto, source)
-        # it runs again when the result is checked: until then its weights would only take room
         pictures = open_pictures(source, data_files(proto, source), recipe, run.warn, run.listener.progress)
         model, changes = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
         run.findings += changes
+    with run.step("detect"):
+        pictures.settle(model, recipe)
     with run.step("fold"):
         run.findings += fold.fold(model)
         if recipe.embed_preprocessing is not None:
@@ -98,6 +99,8 @@ def quantize(
         _look_for_wishes(model, recipe, run)
         plan = make_plan(model, recipe, TARGETS[recipe.target])
         _require_layers(plan, source)
+        for doubt in pictures.detected.doubts():
+            run.warn(doubt)
     with run.step("calibrate"):
         sketches = pictures.sketches(model, plan, recipe)
     with run.step("params"):
@@ -130,7 +133,7 @@ def quantize(
         float_model=source.name,
         recipe=recipe.as_dict(),
         preprocessing=None if pictures.fed is None else pictures.fed.as_dict(),
-        preprocessing_words="" if pictures.fed is None else pictures.fed.in_words(),
+        preprocessing_words=pictures.words,
         float_bytes=float_bytes,
         quantized_bytes=size,
         opset=model.opset,
@@ -144,6 +147,8 @@ def quantize(
         peak_rss_mb=peak_rss_mb(),
         findings=run.findings,
         tensors=rows,
+        runner_up=pictures.detected.runner_up,
+        margin=pictures.detected.margin,
     )
     return report, result
 

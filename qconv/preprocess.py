@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qconv.errors import QconvError, counted, shaped
-from qconv.recipe import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset
+from qconv.recipe import AUTO, PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset
 
 PIXEL_TYPES = frozenset(map(np.dtype, ("float16", "float32", "float64", "uint8")))
 AXES = {Layout.NCHW: (1, 2, 3), Layout.NHWC: (3, 1, 2)}  # channel, height, width
@@ -91,9 +91,9 @@ def _chosen_preset(options: PreprocessingOptions, spec: InputSpec, channels: int
     """Return the preset's name, and in words where it came from and what replaces parts of it."""
     own = [f"--{part}" for part in ("scale", "mean", "std", "color") if getattr(options, part) is not None]
     changed = f", with {' and '.join(own)}" if own else ""
-    if options.preset is not None:
+    if options.preset not in (None, AUTO):
         if options.preset not in PRESETS:
-            raise QconvError(f"--preprocess {options.preset} is unknown.", f"use one of {', '.join(PRESETS)}.")
+            raise QconvError(f"--preprocess {options.preset} is unknown.", f"use one of {', '.join((AUTO, *PRESETS))}.")
         return options.preset, f"--preprocess {options.preset}{changed}"
     if spec.dtype == np.uint8:
         name, reason = "raw", "uint8 inputs"

@@ -67,6 +67,8 @@ PRESETS: dict[str, Preset] = {
     "unit": Preset(Color.RGB, 1 / 255, (0.0,), (1.0,)),
     "raw": Preset(Color.RGB, 1.0, (0.0,), (1.0,)),
 }
+AUTO = "auto"
+"""In place of a preset: find out which."""
 LARGEST_INPUT = 1000.0
 """What no network is trained on; pixels as they are end at 255."""
 CROP_SHARE = 0.875  # 224 of 256: the share of the shorter side that ImageNet evaluation keeps
@@ -76,11 +78,12 @@ CROP_SHARE = 0.875  # 224 of 256: the share of the shorter side that ImageNet ev
 class PreprocessingOptions:
     """What the user said about the pictures; None where the preset or the model decides.
 
+    preset: a name in PRESETS, or "auto" (as None) to find out which fits the model.
     resize: "auto", "exact", "letterbox" or the shorter side in pixels, then the centre is cropped.
     size: (height, width) where the model leaves them open.
     """
 
-    preset: str | None = None
+    preset: str | None = AUTO
     scale: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -91,6 +94,7 @@ class PreprocessingOptions:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "preset", self.preset or AUTO)
         for name, kind in (("color", Color), ("layout", Layout), ("filter", Filter)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _member(kind, getattr(self, name), f"--{name}"))

@@ -119,6 +119,8 @@ class Report:
     peak_rss_mb: float | None = None
     findings: list[Finding] = field(default_factory=list)
     tensors: list[TensorRow] = field(default_factory=list)
+    runner_up: str | None = None
+    margin: float | None = None
 
     @property
     def held(self) -> bool:
@@ -142,7 +144,8 @@ class Report:
             "float": self.float_model,
             "recipe": self.recipe,
             # the runner-up and its distance are known only where the preprocessing was found out
-            "preprocessing": self.preprocessing and {**self.preprocessing, "runner_up": None, "margin": None},
+            "preprocessing": self.preprocessing
+            and {**self.preprocessing, "runner_up": self.runner_up, "margin": self.margin},
             "size": {"float": self.float_bytes, "quantized": self.quantized_bytes, "ratio": round(self.ratio, 4)},
             "opset": self.opset,
             "ir_version": self.ir_version,

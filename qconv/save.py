@@ -23,7 +23,7 @@ from typing import Any
 import onnx
 
 from qconv.errors import QconvError
-from qconv.graph import Model, ir
+from qconv.graph import Model, Node, ir, tensor_proto
 from qconv.source import tensors
 
 PROTOBUF_LIMIT = 2**31 - 2**20
@@ -217,6 +217,52 @@ def runnable(model: Model, outputs: Iterable[str], poolings: Iterable[Pooling] =
         proto.graph.output.extend(extra)
         path.write_bytes(proto.SerializeToString())
         yield str(path)
+
+
+def moments_of(model: Model, tensors: Iterable[str]) -> bytes | None:
+    """The part of the model that leads to `tensors` (N, C, H, W), as ONNX Runtime takes it.
+
+    It returns the mean of each channel and the mean of its square, (N, C, 1, 1), tensor by tensor; nothing else. None
+    where the part holds bodies (If, Loop), or more than one protobuf can.
+    """
+    wanted = list(tensors)
+    nodes = _leading_to(model, set(wanted))
+    read = [value for node in nodes for value in node.inputs if value is not None and value.is_initializer()]
+    weights = list({value.name: value for value in read}.values())
+    kinds = {attribute.type for node in nodes for attribute in node.attributes.values()}
+    bodies = kinds & {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}
+    if bodies or sum(value.const_value.nbytes for value in weights if value.const_value) >= PROTOBUF_LIMIT:
+        return None
+    protos, results = [ir.serde.serialize_node(node) for node in nodes], []
+    for name in wanted:
+        for op_type, inputs, result in (
+            ("GlobalAveragePool", [name], f"{name}/mean"),
+            ("Mul", [name, name], f"{name}/square"),
+            ("GlobalAveragePool", [f"{name}/square"], f"{name}/mean_square"),
+        ):
+            protos.append(onnx.helper.make_node(op_type, inputs, [result]))
+        results += [f"{name}/mean", f"{name}/mean_square"]
+    graph = onnx.helper.make_graph(
+        protos,
+        "moments",
+        [ir.serde.serialize_value(value) for value in model.graph.inputs],
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in results],
+        [tensor_proto(value) for value in weights],
+    )
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
+    proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def _leading_to(model: Model, tensors: set[str]) -> list[Node]:
+    """The nodes that `tensors` depend on, in order."""
+    needed, found = set(tensors), []
+    for node in reversed(model.nodes()):
+        if any(value.name in needed for value in node.outputs):
+            found.append(node)
+            needed.update(value.name for value in node.inputs if value is not None and value.name)
+    return found[::-1]
 
 
 def _whole(model: Model) -> onnx.ModelProto:

@@ -13,7 +13,7 @@ from qconv import clipping, entropy
 from qconv.calibrators import AVERAGING, CALIBRATORS, Hints
 from qconv.layers import Layer
 from qconv.quant import QuantSpec
-from qconv.readers import least_at_outputs, mixing_of, powers_of
+from qconv.readers import least_at_outputs, powers_of
 from qconv.recipe import CALIBRATORS as NAMES
 from qconv.sketch import Sketch, Sketcher, View, Want
 
@@ -117,29 +117,19 @@ def layer(*shape: int, seed: int = 0) -> Layer:
     return Layer(NODE, weight, np.zeros(shape[0] * shape[1]))
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 5, 1), (1, 9, 5, 1), (1, 2, 5, 9)])
-def test_mixing_gives_the_outputs_power(shape: tuple[int, ...]) -> None:
-    """Sum over outputs and kernel positions of (w . e)^2, whichever side is smaller."""
-    reader, errors = layer(*shape), np.random.default_rng(1).standard_normal((7, 5))
-    direct = np.square(np.einsum("oik,ni->nok", reader.weight[0], errors)).sum()
-    mixing = mixing_of(reader)
-    assert mixing is not None
-    assert np.square(errors @ mixing).sum() == pytest.approx(direct, rel=1e-5)
-    assert mixing.shape[1] <= 5
-
-
-def test_grouped_layers_count_channel_by_channel() -> None:
-    reader = layer(3, 2, 4, 9)
-    assert mixing_of(reader) is None
-    assert powers_of(reader).tolist() == pytest.approx(np.square(reader.weight).sum(axis=(1, 3)).reshape(-1).tolist())
+def test_every_weight_that_a_channel_meets_counts() -> None:
+    """Of grouped layers, too: each channel meets only its own group."""
+    for reader in (layer(1, 6, 5, 9), layer(3, 2, 4, 9)):
+        expected = np.square(reader.weight).sum(axis=(1, 3)).reshape(-1)
+        assert powers_of(reader).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("shape", [(1, 6, 4, 1), (4, 1, 1, 9)])
 def test_the_range_is_best_at_the_outputs(bits: int, shape: tuple[int, ...]) -> None:
-    """Against a grid of ranges, by the variance of the reader's output itself."""
+    """Against a grid of ranges, by the variance of the reader's output itself; here channels are independent."""
     reader, spec = layer(*shape), QuantSpec(bits, signed=False, symmetric=False)
-    columns = np.maximum(np.random.default_rng(2).laplace(size=(400, 4)), 0).astype(np.float32)
+    columns = np.maximum(np.random.default_rng(2).laplace(size=(4000, 4)), 0).astype(np.float32)
     columns[:, 0] *= 5  # a channel that decides min and max
     if shape[0] == 1:
         reader.weight[:, :, 0] /= 50  # and that nobody listens to
@@ -155,7 +145,7 @@ def test_the_range_is_best_at_the_outputs(bits: int, shape: tuple[int, ...]) -> 
     low, high = least_at_outputs(columns, [reader], spec, (0.0, float(columns.max())))
     best = min(lost(h) for h in np.linspace(columns.max() / 200, columns.max(), 200))
     assert low == 0
-    assert lost(high) <= best * 1.03
+    assert lost(high) <= best * 1.05
 
 
 def test_a_channel_that_nobody_reads_is_clipped() -> None:

@@ -331,9 +331,9 @@ def test_bytes_as_input(tmp_path: Path) -> None:
 
 
 def test_grey_networks(pictures: str) -> None:
-    """Colour pictures become grey, in 0 to 1 by default."""
+    """Colour pictures become grey."""
     proto = network("c = Conv(x, w)  y = Relu(c)", ("N", 1, 8, 8), w=(4, 1, 3, 3))
-    report, _ = quantized(proto, Recipe(calib=(pictures,)))
+    report, _ = quantized(proto, Recipe(calib=(pictures,), preprocessing=PreprocessingOptions(preset="unit")))
     assert report.preprocessing is not None
     assert (report.preprocessing["preset"], report.preprocessing["color"]) == ("unit", Color.GREY)
     (row,) = [row for row in report.tensors if row.name == "x"]

@@ -1,0 +1,164 @@
+"""Which preprocessing a network was trained with, found out: the decision behind `--preprocess auto`.
+
+A fact (evidence.py) leaves one preset. Otherwise every published normalisation (candidates.py) is tried on a few of the
+user's pictures and scored by how well the first layers' statistics fit what training has stored, and by how sure the
+output is (race.py). The softmax of the scores, with a share for what nobody thought of, gives each candidate a
+probability. The margin is the winner's less the runner-up's, and only a margin of CERTAIN or more is no guess.
+
+What the user says always wins. It then limits the candidates, and evidence that speaks clearly against it is told.
+Nothing depends on the order of files, the batch size or the clock: pictures are taken from the sorted listing in a
+fixed draw, and how many follows from the input's size and from the scores. It will not guess how pictures were resized:
+a crop hardly moves a mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from qconv.candidates import Candidate, Field
+from qconv.evidence import Fact, fact_of, references
+from qconv.feed import Feed
+from qconv.graph import Model
+from qconv.race import Race
+from qconv.recipe import AUTO, Preprocessing, PreprocessingOptions
+from qconv.runtime import Session
+
+CERTAIN = 0.98
+SHAPE_ONLY = ("layout", "resize", "filter", "size")
+"""Options that say nothing about the pixels' values."""
+SOMETHING_ELSE = "something else"
+
+
+@dataclass(frozen=True, slots=True)
+class Detected:
+    """What was decided. runner_up, margin: None where nothing had to be found out. doubt: what the user should know."""
+
+    preprocessing: Preprocessing | None
+    runner_up: str | None = None
+    margin: float | None = None
+    doubt: str = ""
+
+    def doubts(self) -> list[str]:
+        """What the user is warned of, if anything."""
+        odd = self.preprocessing.doubt() if self.preprocessing is not None else ""
+        return [text for text in (odd and f"{odd}.", self.doubt) if text]
+
+    def in_words(self) -> str:
+        """One sentence for the summary; empty where no pictures are read."""
+        if self.preprocessing is None:
+            return ""
+        against = "" if self.runner_up is None else f", runner-up {self.runner_up}"
+        margin = "" if self.margin is None else f", margin {self.margin:.2f}"
+        return f"{self.preprocessing.in_words()}{against}{margin}"
+
+
+def detect(
+    model: Model, session: Session, feed: Feed, options: PreprocessingOptions, *, threads: int | None = None
+) -> Detected:
+    """Decide how pictures are fed.
+
+    model: as loaded, not yet folded. session: the user's own model. feed: with the default preprocessing. options: what
+    the user said. Never raises for want of evidence: then the default stays, and the doubt says so.
+    """
+    default = feed.preprocessing
+    if default is None:
+        return Detected(None)
+    spec = feed.inputs[0]
+    fact = fact_of(model, spec.dtype, default.layout)
+    known = references(model)
+    field, said = Field(spec, default, known), _said(options)
+    own, free = field.candidates(fact, said), field.candidates(fact, {})
+    race = Race(model, session, spec, feed.listing, known, threads)
+    if "preset" in said or (said and len(own) == 1):
+        race.run([*own, *free], confidence=False)
+        return Detected(default, doubt=_against(own[0], free, race, fact))
+    race.run([*own, *free] if said else own, confidence=True)
+    chosen, found = _decided(own, race, fact)
+    against = _against(chosen, free, race, fact) if said else ""
+    return replace(found, doubt=against or found.doubt)
+
+
+def _said(options: PreprocessingOptions) -> dict[str, Any]:
+    """What the user said of the pixels' values."""
+    said = {part.name: getattr(options, part.name) for part in fields(options) if part.name not in SHAPE_ONLY}
+    return {name: value for name, value in said.items() if value not in (None, AUTO)}
+
+
+def _decided(own: Sequence[Candidate], race: Race, fact: Fact | None) -> tuple[Candidate, Detected]:
+    best, *others = sorted(own, key=lambda candidate: candidate.score, reverse=True)
+    shares, other = _shares([best, *others], race, fact)
+    # a guess leaves half of the probability to something else, which is not worth a name
+    margin = shares[0] - max([*shares[1:], other if race.stored else 0.0], default=0.0)
+    certain = margin >= CERTAIN
+    strange = race.stored and other > max(shares[1:], default=0.0)
+    second = others[0] if others and not strange else None
+    runner_up = SOMETHING_ELSE if strange else second.name if second else None
+    chosen = replace(best.preprocessing, source=_source(race, fact, certain))
+    doubt = "" if certain else _doubt(best, second, others, margin)
+    return best, Detected(chosen, runner_up, round(max(margin, 0.0), 4), doubt)
+
+
+def _shares(ranked: Sequence[Candidate], race: Race, fact: Fact | None) -> tuple[list[float], float]:
+    """Probability of each candidate, best first, and that of something else, which a fact rules out."""
+    scores = [candidate.score - ranked[0].score for candidate in ranked]
+    if fact is None:
+        # confidence moves probability between candidates, not away from what is none of them
+        scores.append((race.other if race.known else ranked[0].fit) - ranked[0].fit)
+    weights = np.exp(np.array(scores) - max(scores))
+    shares = [float(share) for share in weights / weights.sum()]
+    return (shares, 0.0) if fact is not None else (shares[:-1], shares[-1])
+
+
+def _source(race: Race, fact: Fact | None, certain: bool) -> str:
+    if fact is not None:
+        return fact.why
+    if not race.known:
+        return "the default, as nothing in the model tells"
+    by = "the statistics in its BatchNorms" if race.stored else "the size of its first layers' outputs"
+    return f"{'detected' if certain else 'guessed'} by {by}"
+
+
+def _doubt(best: Candidate, second: Candidate | None, others: Sequence[Candidate], margin: float) -> str:
+    says = f"(margin {max(margin, 0.0):.2f})"
+    if second is not None and second.is_twin_of(best):
+        colors = [candidate.preprocessing.color for candidate in (best, second)]
+        return (
+            f"whether the network wants RGB or BGR is not certain {says}; it gets {colors[0].upper()}: "
+            f"--color {colors[0]} or --color {colors[1]} settles it."
+        )
+    what = (
+        "no known preprocessing fits well" if second is None else "how the network was fed in training is not certain"
+    )
+    rival = next((candidate for candidate in others if not candidate.is_twin_of(best)), None)
+    instead = "" if rival is None else f", {rival.settled_by} is the next best guess"
+    return f"{what} {says}; it gets {best.name}: {best.settled_by} settles it{instead}."
+
+
+def _against(mine: Candidate, free: Sequence[Candidate], race: Race, fact: Fact | None) -> str:
+    """What speaks clearly against the user's word; empty where nothing does."""
+    if any(_same(mine.preprocessing, candidate.preprocessing) for candidate in free) and fact is not None:
+        return ""
+    best = max(free, key=lambda candidate: candidate.score)
+    if _same(mine.preprocessing, best.preprocessing):
+        return ""
+    if fact is not None:
+        return f"{fact.why}, which speaks for {best.settled_by} and against the options given."
+    told = replace(mine, fit=mine.fit - mine.prior)  # what was said is no rarity
+    (share, mine_share), other = _shares([best, told], race, None)
+    if not race.stored or share - max(mine_share, other) < CERTAIN:
+        return ""
+    return f"the statistics in the model's BatchNorms speak for {best.settled_by} and against the options given."
+
+
+def _same(one: Preprocessing, other: Preprocessing) -> bool:
+    """Whether black and white end up within a tenth of the range of each other, in every channel of the input."""
+    ends = [
+        np.array([(level * p.scale - np.array(p.mean)) / np.array(p.std) * np.ones(p.channels) for level in (0, 255)])
+        for p in (one, other)
+    ]
+    spread = np.abs(ends[0][1] - ends[0][0])
+    return one.color == other.color and bool((np.abs(ends[0] - ends[1]) <= 0.1 * spread).all())
