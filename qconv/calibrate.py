@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,12 @@ from qconv import save
 from qconv.errors import QconvError
 from qconv.graph import Model
 from qconv.runtime import Session
-from qconv.sketch import NOTHING, Sketch, Sketcher, View, Want, stride_for
+from qconv.sketch import NOTHING, Sketch, Sketcher, View, Want, codes_of, stride_for
 
 KEY_BYTES = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tap:
     """A tensor to watch. What nobody asks for is not computed: reductions cost as much as the network itself.
 
@@ -39,16 +40,24 @@ class Tap:
     pooled: bool = False
     stride: int = 1
 
-    @property
+    @cached_property
     def outputs(self) -> tuple[str, ...]:
         """What the network returns for it."""
         if not self.pooled:
             return (self.name,)
         return save.pooled_names(self.name)[: 3 if self._samples else 2]
 
-    @property
+    @cached_property
     def _samples(self) -> bool:
         return bool(self.want & (Want.BINS | Want.COLUMNS))
+
+    @cached_property
+    def _sums(self) -> bool:
+        return Want.CHANNELS in self.want
+
+    @cached_property
+    def _by_channel(self) -> bool:
+        return bool(self.want & (Want.CHANNELS | Want.COLUMNS))
 
     @property
     def pooling(self) -> save.Pooling | None:
@@ -66,12 +75,12 @@ class Tap:
         """Of the whole tensor. One without elements counts as one zero; one of rank 0 or 1 as one channel."""
         if not x.size:
             x = np.zeros((1, 1), np.float32)
-        by_channel = x.ndim > 1 and self.want & (Want.CHANNELS | Want.COLUMNS)
+        by_channel = x.ndim > 1 and self._by_channel
         rows = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1) if by_channel else x.reshape(1, -1)
         highs = rows.max(axis=1)
         lows = np.zeros_like(highs) if self.never_negative else rows.min(axis=1)
         # einsum adds up twice as fast as sum, at 1e-5 of relative error
-        sums = np.einsum("cx->c", rows) if Want.CHANNELS in self.want else NOTHING.reshape(-1)
+        sums = np.einsum("cx->c", rows) if self._sums else NOTHING.reshape(-1)
         sample = rows[:, :: stride_for(rows.size, rows.shape[1])] if self._samples else NOTHING
         return View(_float32(lows), _float32(highs), _float32(sums), rows.shape[1], sample)
 
@@ -99,14 +108,18 @@ def watch(session: Session, taps: Iterable[Tap], batches: Iterable[Mapping[str, 
 
 def _take(taps: list[Tap], sketchers: Mapping[str, Sketcher], picture: Mapping[str, NDArray[Any]]) -> None:
     views = [tap.view([picture[name] for name in tap.outputs]) for tap in taps]
-    extremes = np.array([(view.lows.min(), view.highs.max()) for view in views], np.float32)
+    # all tensors at once: a call for each of them would take longer than what it computes
+    starts = np.cumsum([0, *(len(view.lows) for view in views[:-1])])
+    lows, highs = (np.concatenate(ends) for ends in zip(*((view.lows, view.highs) for view in views), strict=True))
+    extremes = np.stack([np.minimum.reduceat(lows, starts), np.maximum.reduceat(highs, starts)], axis=1)
     finite = np.isfinite(extremes)
     if not finite.all():
         raise _not_finite(taps[int(np.argmin(finite)) // 2].name)
     key = int.from_bytes(hashlib.blake2b(extremes.tobytes(), digest_size=KEY_BYTES).digest())
-    for tap, view in zip(taps, views, strict=True):
-        sketchers[tap.name].add(view)
-        sketchers[tap.name].close_picture(key)
+    codes = codes_of(np.concatenate([view.sample.reshape(-1) for view in views]))
+    ends = np.cumsum([view.sample.size for view in views])
+    for tap, view, end in zip(taps, views, ends, strict=True):
+        sketchers[tap.name].add(view, key, codes[end - view.sample.size : end])
 
 
 def _apart(seen: Mapping[str, NDArray[Any]], count: int) -> Iterator[dict[str, NDArray[Any]]]:

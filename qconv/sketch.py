@@ -16,20 +16,20 @@ by least hash: Cohen 1997.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Flag, auto
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconv.exact import ExactSum
 
-SAMPLE = 8192
+SAMPLE = 4096
 """Elements of a tensor that one picture gives to the histogram, about."""
 MOST_COLUMNS = 64
 COLUMN_ELEMENTS = 2**15
 """Elements that the columns of all pictures together have, about."""
-PENDING_ELEMENTS = 2**16
 PENDING_PICTURES = 32
 
 
@@ -164,7 +164,7 @@ class Sketch:
         return Sketch(low, high, sums, count, self.bins, self.keys, self.pictures, none, columns)
 
 
-@dataclass(slots=True)
+@dataclass
 class Sketcher:
     """Gathers the views of one tensor, and works them into a sketch some at a time: much faster than one by one."""
 
@@ -173,22 +173,21 @@ class Sketcher:
     _views: list[View] = field(default_factory=list)
     _codes: list[NDArray[np.uint16]] = field(default_factory=list)
     _columns: list[NDArray[np.float32]] = field(default_factory=list)
+    _column_keys: list[int] = field(default_factory=list)
     _keys: list[int] = field(default_factory=list)
 
-    def add(self, view: View) -> None:
-        """Take one picture's view, whose sample may be overwritten afterwards. Its key comes with `close_picture`."""
+    def add(self, view: View, key: int, codes: NDArray[np.uint16] | None = None) -> None:
+        """Take one picture's view, whose sample may be overwritten afterwards. codes: of the sample, if known."""
         if self._views and self._views[-1].lows.shape != view.lows.shape:
             self._flush()
-        self._views.append(replace(view, sample=NOTHING))
-        if Want.BINS in self.want:
-            self._codes.append(codes_of(view.sample).reshape(-1))
-        if Want.COLUMNS in self.want:
-            self._columns.append(_columns_of(view.sample))
-
-    def close_picture(self, key: int) -> None:
-        """All tensors of a picture have been seen: this is its key."""
         self._keys.append(key)
-        if len(self._views) >= PENDING_PICTURES or sum(c.size for c in self._codes) >= PENDING_ELEMENTS:
+        if self._bins:
+            self._codes.append(codes_of(view.sample).reshape(-1) if codes is None else codes)
+        if self._wants_columns and self._is_among_the_least(key):
+            self._columns.append(_columns_of(view.sample))
+            self._column_keys.append(key)
+        self._views.append(View(view.lows, view.highs, view.sums, view.count, NOTHING))
+        if len(self._views) >= PENDING_PICTURES:
             self._flush()
 
     def sketch(self) -> Sketch:
@@ -197,11 +196,24 @@ class Sketcher:
         assert self._done is not None
         return self._done
 
+    @cached_property
+    def _bins(self) -> bool:
+        return Want.BINS in self.want
+
+    @cached_property
+    def _wants_columns(self) -> bool:
+        return Want.COLUMNS in self.want
+
+    def _is_among_the_least(self, key: int) -> bool:
+        if self._done is None or len(self._done.column_keys) < MOST_COLUMNS:
+            return True
+        return key <= int(self._done.column_keys[-1])
+
     def _flush(self) -> None:
         if self._views:
             found = self._worked_in()
             self._done = found if self._done is None else self._done.merge(found)
-            for pending in (self._views, self._codes, self._columns, self._keys):
+            for pending in (self._views, self._codes, self._columns, self._column_keys, self._keys):
                 pending.clear()
 
     def _worked_in(self) -> Sketch:
@@ -221,7 +233,7 @@ class Sketcher:
             count,
             bins.astype(np.int64, copy=False),
             *_by_key(keys, np.stack([lows.min(axis=1), highs.max(axis=1)], axis=1)),
-            *_least(keys[: len(columns)], columns),
+            *_least(np.array(self._column_keys, np.uint64), columns),
         )
 
 

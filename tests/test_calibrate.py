@@ -116,8 +116,7 @@ def test_tensors_of_all_shapes(shapes: list[tuple[int, ...]], lows: list[float])
     arrays = [np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for shape in shapes]
     sketcher = Sketcher(Want.ALL)
     for key, x in enumerate(arrays):
-        sketcher.add(Tap("x", Want.ALL).view([x]))
-        sketcher.close_picture(key)
+        sketcher.add(Tap("x", Want.ALL).view([x]), key)
     assert sketcher.sketch().lows.tolist() == lows
     assert sketcher.sketch().high == max((float(a.max()) for a in arrays if a.size), default=0.0)
 

@@ -25,8 +25,7 @@ def sketch(*pictures: NDArray[np.float32]) -> Sketch:
     """Pictures (C, X); their keys fall, so that the last comes first."""
     gathered = Sketcher(Want.ALL)
     for index, x in enumerate(pictures):
-        gathered.add(View(x.min(axis=1), x.max(axis=1), x.sum(axis=1), x.shape[1], x))
-        gathered.close_picture(len(pictures) - index)
+        gathered.add(View(x.min(axis=1), x.max(axis=1), x.sum(axis=1), x.shape[1], x), len(pictures) - index)
     return gathered.sketch()
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from qconv import fileformat, fold, load
 from qconv.audit import audit
 from qconv.calibrate import tapped, watch
+from qconv.calibrators import CALIBRATORS
 from qconv.emit import emit
 from qconv.findings import Change, Finding
 from qconv.params import Params, choose_params
@@ -89,7 +90,7 @@ class Quantized:
         model, _ = load.load(copy, Source("the test's model", None, b""), opset=opset)
         fold.fold(model)
         self.plan: Plan = make_plan(model, recipe, TARGETS[recipe.target])
-        taps = self.plan.taps()
+        taps = self.plan.taps(CALIBRATORS[recipe.calibrator].want)
         sketches = {}
         if taps:
             with tapped(model, taps) as runnable:
