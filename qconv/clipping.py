@@ -29,7 +29,7 @@ Range = tuple[float, float]
 Error = Callable[[Float64, Float64], Float64]
 """Expected error of every pair of lower and upper ends, (K,), (K,) -> (K,)."""
 
-STEPS_AT_ONCE, FINER = 8, 12
+STEPS_AT_ONCE, FINER, MOST_ROUNDS = 8, 8, 3
 INTERVALS = 256
 SHRINK = 2.0**-0.25
 LEAST_SHARE = 2.0**-16
@@ -88,13 +88,14 @@ def search(error: Error, spec: QuantSpec, low: float, high: float) -> Range:
     # both together first: with few codes, one end alone seems stuck, because the zero point's rounding moves the other
     shares = np.full(2, _best_share(lambda candidates: error(low * candidates, high * candidates)))
     least = float(error(low * shares[:1], high * shares[1:])[0])
-    while True:
+    for _ in range(MOST_ROUNDS):
         for end in (0, 1):
             shares[end] = _best_share(_along(error, (low, high), shares, end))
         found = float(error(low * shares[:1], high * shares[1:])[0])
-        if not found < least * 0.999:
-            return low * float(shares[0]), high * float(shares[1])
+        if not found < least * 0.995:
+            break
         least = found
+    return low * float(shares[0]), high * float(shares[1])
 
 
 def _along(error: Error, ends: Range, shares: Float64, moved: int) -> Callable[[Float64], Float64]:

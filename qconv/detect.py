@@ -74,6 +74,8 @@ def detect(
     own, free = field.candidates(fact, said), field.candidates(fact, {})
     race = Race(model, session, spec, feed.listing, known, threads)
     if "preset" in said or (said and len(own) == 1):
+        if fact is None and race.fits(own[0]):
+            return Detected(default)
         race.run([*own, *free], confidence=False)
         return Detected(default, doubt=_against(own[0], free, race, fact))
     race.run([*own, *free] if said else own, confidence=True)

@@ -40,6 +40,8 @@ INVERTED = -3.0
 OUT_OF_SIGHT = 6.0
 """Candidates that lie this far behind the best are not looked at again."""
 SETTLED = 6.0
+DECISIVE = 3.9
+"""ln of the odds from which on one candidate speaks against another: 98 % of the probability."""
 NEAR = 5.0
 """Candidates that lie no further behind the best are compared by the confidence of the output, too."""
 MOST_RIVALS = 4
@@ -74,6 +76,22 @@ class Race:
         """Whether training has left statistics, or there are guesses only."""
         return bool(self.known) and self.known[0].stored
 
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether a few pictures suffice to see that no other candidate can fit much better, DECISIVE or more."""
+        if not self.stored:
+            return False
+        self._open(candidate.preprocessing)
+        try:
+            session = self._first_layers()
+            if session is None:
+                return False
+            self._measure(session, candidate, self._first(FEWEST))
+        except QconvError:
+            return False  # the run itself will say why
+        moments = candidate.moments
+        floor = _floor(max(moments.pictures, 1))
+        return moments.pictures > 0 and SHARPNESS * math.log((moments.misfit + floor) / floor) < DECISIVE
+
     def run(self, candidates: Sequence[Candidate], *, confidence: bool) -> None:
         """Score all candidates; those with the same numbers are run once. confidence: whether it may take the time
         that the whole network takes."""
@@ -82,8 +100,7 @@ class Race:
             alike.setdefault(candidate.numbers, []).append(candidate)
         runners = [first for first, *_ in alike.values()]
         prep = runners[0].preprocessing
-        self._most = min(max(FEWEST, PIXELS // math.prod(prep.size)), MOST)
-        self._unseen = _pixels(self.listing, prep, self._most)
+        self._open(prep)
         try:
             if self.known and len(runners) > 1:
                 self._compare_statistics(runners)
@@ -95,13 +112,17 @@ class Race:
             for other in others:
                 other.fit, other.lead = first.fit - first.prior + other.prior, first.lead
 
+    def _open(self, prep: Preprocessing) -> None:
+        if not self._most:
+            self._most = min(max(FEWEST, PIXELS // math.prod(prep.size)), MOST)
+            self._unseen = _pixels(self.listing, prep, self._most)
+
     # -- statistics of the first layers --------------------------------------------------------------------------------
 
     def _compare_statistics(self, runners: list[Candidate]) -> None:
-        part = save.moments_of(self.model, [reference.name for reference in self.known])
-        if part is None:
+        session = self._first_layers()
+        if session is None:
             return
-        session = Session(part, name="the first layers", threads=self.threads)
         for upto in ROUNDS:
             pixels = self._first(upto)
             for runner in runners:
@@ -114,6 +135,10 @@ class Race:
                 break
         best = max(runners, key=lambda runner: runner.fit)
         self.other = self._something_else(session, best, pixels) if self.stored else best.fit
+
+    def _first_layers(self) -> Session | None:
+        part = save.moments_of(self.model, [reference.name for reference in self.known])
+        return None if part is None else Session(part, name="the first layers", threads=self.threads)
 
     def _something_else(self, session: Session, best: Candidate, pixels: list[NDArray[np.uint8]]) -> float:
         negative = inverted(best, self.known)

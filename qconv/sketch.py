@@ -27,8 +27,8 @@ from qconv.exact import ExactSum
 
 SAMPLE = 4096
 """Elements of a tensor that one picture gives to the histogram, about."""
-MOST_COLUMNS = 64
-COLUMN_ELEMENTS = 2**15
+MOST_COLUMNS = 32
+COLUMN_ELEMENTS = 2**14
 """Elements that the columns of all pictures together have, about."""
 PENDING_PICTURES = 32
 
