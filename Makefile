@@ -37,6 +37,8 @@ fix: $(STAMP) ## mend what the linters can mend, write the README's option refer
 
 bench: $(STAMP) ## measure against ONNX Runtime's own quantizer; needs models and pictures, see tests/bench
 	$(BIN)/python -m tests.bench $(ARGS)
+	$(BIN)/python -m tests.bench.calibration
+	$(BIN)/python -m tests.bench.calibrators
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) demo.w8a8.onnx .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

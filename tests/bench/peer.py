@@ -1,8 +1,9 @@
 """The peer: ONNX Runtime's own quant_pre_process and quantize_static, with its usual settings for this purpose.
 
-    python -m tests.bench.peer CASE MODEL FOLDER OUT [how]
+    python -m tests.bench.peer CASE MODEL FOLDER OUT [how [method]]
 
-`how` says what is left out of the preparation, for files that it fails on: "full", "no-symbolic" or "none".
+`how` says what is left out of the preparation, for files that it fails on: "full", "no-symbolic" or "none". `method` is the
+calibrator, "MinMax" by default.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from tests.bench.cases import BY_NAME, REPOSITORY, Case
 
 SETTINGS = "QDQ, per_channel, QUInt8 activations, QInt8 weights, MinMax"
+METHODS = ("MinMax", "Entropy", "Percentile")
 PREPARATIONS = ("full", "no-symbolic", "none")
 
 
@@ -78,10 +80,16 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:400]
 
 
-def main(case: str, model: str, folder: str, out: str, how: str = "full") -> None:
+def main(case: str, model: str, folder: str, out: str, how: str = "full", method: str = "MinMax") -> None:
     stage = "import"
     try:
-        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization import (
+            CalibrationDataReader,
+            CalibrationMethod,
+            QuantFormat,
+            QuantType,
+            quantize_static,
+        )
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
         class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -106,6 +114,7 @@ def main(case: str, model: str, folder: str, out: str, how: str = "full") -> Non
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod[method],
             )
     except Exception as error:
         sys.exit(f"peer: {stage}: {_first_line(error)}")
