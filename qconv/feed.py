@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,11 @@ class Feed:
         if fixed is not None and recipe.batch not in (1, fixed):
             warn(f"--batch {recipe.batch} is not used: the model's own batch is {fixed}.")
         return cls(listing, inputs, preprocessing, fixed or recipe.batch, warn, progress)
+
+    def over(self, paths: Sequence[Path]) -> Feed:
+        """The same preprocessing for other files, of which nothing has been read yet."""
+        listing = replace(self.listing, paths=tuple(paths))
+        return Feed(listing, self.inputs, self.preprocessing, self.batch, self.warn, self.progress)
 
     @property
     def _batch_is_fixed(self) -> bool:

@@ -1,0 +1,219 @@
+"""What a study of the number of pictures found, as data: the points, their spread, and how many pictures are enough.
+
+    enough = least count, at most half of all, whose worst draw is no more than TOLERANCE_DB behind all pictures, and
+             from which on half of the draws are neither
+
+At most half, because a draw of nearly all pictures is close to all of them whatever the curve does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from qconv.errors import counted
+
+SCHEMA = 1
+TOLERANCE_DB = 0.5
+STEPS = (1, 2, 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The network calibrated with `pictures` pictures of draw `seed`, scored on others.
+
+    sqnr_db: in dB, None where outputs are equal or cannot be compared. agreement: None where there are no classes.
+    """
+
+    pictures: int
+    seed: int
+    sqnr_db: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Over the draws of one count. Infinite decibels are equal outputs."""
+
+    least: float
+    median: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        """None where nothing was measured."""
+        return cls(min(values), float(median(values)), max(values)) if values else None
+
+    def as_list(self) -> list[float | None]:
+        """JSON-ready, infinity as null."""
+        return [value if math.isfinite(value) else None for value in (self.least, self.median, self.most)]
+
+
+def counts_up_to(most: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50 ... below `most`, and `most` itself."""
+    decades = range(len(str(most)))
+    return [*(count for ten in decades for step in STEPS if (count := step * 10**ten) < most), most]
+
+
+@dataclass(slots=True)
+class Curve:
+    """Everything that one study measured.
+
+    points: by pictures, then draw. scored: pictures that the points were scored on; scored_on: the folders that they
+    come from, empty where they were held back. seconds: what the pass took until so many pictures were seen.
+    """
+
+    version: str
+    model: str
+    recipe: dict[str, Any]
+    preprocessing: dict[str, Any] | None
+    points: list[Point]
+    draws: int
+    scored: int
+    scored_on: tuple[str, ...]
+    seconds: dict[int, float]
+    warnings: list[str] = field(default_factory=list)
+    time: dict[str, float] = field(default_factory=dict)
+    peak_rss_mb: float | None = None
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of pictures, ascending."""
+        return sorted({point.pictures for point in self.points})
+
+    @property
+    def pictures(self) -> int:
+        """All calibration pictures."""
+        return max(self.counts)
+
+    @property
+    def in_decibels(self) -> bool:
+        """Whether any draw differs from the float model by something that has an SQNR."""
+        return any(point.sqnr_db is not None for point in self.points)
+
+    def sqnr_db(self, count: int) -> Spread | None:
+        """Over the draws of `count` pictures, in dB."""
+        if not self.in_decibels:
+            return None
+        return Spread.of([math.inf if p.sqnr_db is None else p.sqnr_db for p in self._at(count)])
+
+    def agreement(self, count: int) -> Spread | None:
+        """Over the draws of `count` pictures, 0 to 1."""
+        return Spread.of([p.agreement for p in self._at(count) if p.agreement is not None])
+
+    def _at(self, count: int) -> Iterable[Point]:
+        return [point for point in self.points if point.pictures == count]
+
+    @property
+    def enough(self) -> int | None:
+        """How many pictures are enough; None where the curve does not say. See the module."""
+        later = self._last_unsteady or 0
+        fit = (c for c in self.counts if later < c <= self.pictures // 2 and self._is_within(c, lambda s: s.least))
+        return next(fit, None)
+
+    @property
+    def _last_unsteady(self) -> int | None:
+        """The largest count at which half of the draws are too far behind all pictures."""
+        found = [count for count in self.counts if not self._is_within(count, lambda spread: spread.median)]
+        return max(found, default=None)
+
+    def _is_within(self, count: int, ends: Callable[[Spread], float]) -> bool:
+        shortfall = self.shortfall(count, ends)
+        return shortfall is not None and shortfall <= self.tolerance
+
+    @property
+    def tolerance(self) -> float:
+        """What `enough` forgives: decibels, or where there are none a standard error of the agreement."""
+        if self.in_decibels:
+            return TOLERANCE_DB
+        full = self.agreement(self.pictures)
+        share = 1.0 if full is None else full.median
+        return math.sqrt(max(share * (1 - share), 1 / self.scored) / self.scored)
+
+    def shortfall(self, count: int, of: Callable[[Spread], float] = lambda spread: spread.least) -> float | None:
+        """How far draws of `count` pictures are behind all pictures, in dB or as a share; never below 0.
+
+        of: which draw of them, the worst or the median.
+        """
+        measure = self.sqnr_db if self.in_decibels else self.agreement
+        here, full = measure(count), measure(self.pictures)
+        if here is None or full is None:
+            return None
+        return 0.0 if of(here) >= full.median else full.median - of(here)
+
+    def in_words(self) -> str:
+        """One or two sentences that read the curve."""
+        everything = counted(self.pictures, "picture")
+        enough = self.enough
+        if enough is not None:
+            return (
+                f"{counted(enough, 'picture')} {'is' if enough == 1 else 'are'} enough here: the worst draw is at most "
+                f"{self._gap(self.tolerance)} behind all {self.pictures}."
+                f"{self._fall()}"
+            )
+        most = max((count for count in self.counts if 2 * count <= self.pictures), default=None)
+        last = max(filter(None, (most, self._last_unsteady)), default=None)
+        shortfall = None if last is None else self.shortfall(last)
+        if last is None or shortfall is None:
+            return f"{everything} {'says' if self.pictures == 1 else 'say'} nothing of more: add pictures."
+        return (
+            f"The curve still rises at {everything}: the worst draw of {last} is {self._gap(shortfall)} behind all of "
+            f"them. Add pictures."
+        )
+
+    def _gap(self, size: float) -> str:
+        if self.in_decibels:
+            return f"{size:.2g} dB" if size < 10 else f"{size:.0f} dB"
+        return f"{100 * size:.1f} points of agreement"
+
+    def _fall(self) -> str:
+        """Ranges that only grow with every picture can become too wide."""
+        medians = {count: spread.median for count in self.counts if (spread := self.sqnr_db(count)) is not None}
+        best = max(medians, key=lambda count: medians[count], default=None)
+        if best is None or not TOLERANCE_DB < medians[best] - medians[self.pictures] < math.inf:
+            return ""
+        lost = self._gap(medians[best] - medians[self.pictures])
+        return (
+            f" More than {best} cost {lost}: rare extremes widen the ranges, so try another --calibrator "
+            f"than {self.recipe['calibrator']}."
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "schema": SCHEMA,
+            "version": self.version,
+            "model": self.model,
+            "recipe": self.recipe,
+            "preprocessing": self.preprocessing,
+            "pictures": self.pictures,
+            "holdout": self.scored,
+            "images": list(self.scored_on),
+            "draws": self.draws,
+            "points": [
+                {"pictures": p.pictures, "seed": p.seed, "sqnr_db": p.sqnr_db, "agreement": p.agreement}
+                for p in self.points
+            ],
+            "spread": [
+                {
+                    "pictures": count,
+                    "sqnr_db": _listed(self.sqnr_db(count)),
+                    "agreement": _listed(self.agreement(count)),
+                    "seconds": round(self.seconds[count], 3),
+                }
+                for count in self.counts
+            ],
+            "enough": self.enough,
+            "tolerance_db": TOLERANCE_DB if self.in_decibels else None,
+            "words": self.in_words(),
+            "warnings": self.warnings,
+            "time": {name: round(seconds, 3) for name, seconds in self.time.items()},
+            "peak_rss_mb": self.peak_rss_mb,
+        }
+
+
+def _listed(spread: Spread | None) -> list[float | None] | None:
+    return None if spread is None else spread.as_list()
