@@ -164,6 +164,15 @@ class Curve:
             f"them. Add pictures."
         )
 
+    def how(self) -> str:
+        """How the points were made."""
+        draws = "one draw" if self.draws == 1 else f"{self.draws} draws"
+        others = f"pictures of {' and '.join(self.scored_on)}" if self.scored_on else "others, held back"
+        return (
+            f"{draws} of each number out of {counted(self.pictures, 'picture')}, each larger set holding the smaller "
+            f"ones; scored on {self.scored} {others}; calibrator {self.recipe['calibrator']}."
+        )
+
     def _gap(self, size: float) -> str:
         if self.in_decibels:
             return f"{size:.2g} dB" if size < 10 else f"{size:.0f} dB"
@@ -213,6 +222,13 @@ class Curve:
             "time": {name: round(seconds, 3) for name, seconds in self.time.items()},
             "peak_rss_mb": self.peak_rss_mb,
         }
+
+
+def shown(value: float | None, factor: float = 1) -> str:
+    """A number with one place; "equal" for infinite decibels, "-" for none."""
+    if value is None:
+        return "-"
+    return f"{factor * value:.1f}" if math.isfinite(value) else "equal"
 
 
 def _listed(spread: Spread | None) -> list[float | None] | None:
