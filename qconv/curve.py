@@ -18,6 +18,8 @@ from qconv.errors import counted
 
 SCHEMA = 1
 TOLERANCE_DB = 0.5
+LUCK_DB = 1.0
+"""What one set of pictures may be better than another of its size by rounding alone."""
 STEPS = (1, 2, 5)
 
 
@@ -181,8 +183,8 @@ class Curve:
     def _fall(self) -> str:
         """Ranges that only grow with every picture can become too wide."""
         medians = {count: spread.median for count in self.counts if (spread := self.sqnr_db(count)) is not None}
-        best = max(medians, key=lambda count: medians[count], default=None)
-        if best is None or not TOLERANCE_DB < medians[best] - medians[self.pictures] < math.inf:
+        best = max(medians, key=lambda count: medians[count], default=self.pictures)
+        if 2 * best > self.pictures or not LUCK_DB < medians[best] - medians[self.pictures] < math.inf:
             return ""
         lost = self._gap(medians[best] - medians[self.pictures])
         return (
