@@ -1,9 +1,11 @@
 """What a study of the number of pictures found, as data: the points, their spread, and how many pictures are enough.
 
-    enough = least count, at most half of all, whose worst draw is no more than TOLERANCE_DB behind all pictures, and
-             from which on half of the draws are neither
+    level  = median over all draws of at least half of the pictures
+    enough = least count, at most half of all, whose worst draw is no more than TOLERANCE_DB below the level, and from
+             which on, up to half of all, the median of each count is not either
 
-At most half, because a draw of nearly all pictures is close to all of them whatever the curve does.
+Sets of more than half are close to all pictures whatever the curve does, so they are what others are compared with. Not
+all pictures alone: one set may be a decibel better or worse than another by rounding luck.
 """
 
 from __future__ import annotations
@@ -113,17 +115,32 @@ class Curve:
     def enough(self) -> int | None:
         """How many pictures are enough; None where the curve does not say. See the module."""
         later = self._last_unsteady or 0
-        fit = (c for c in self.counts if later < c <= self.pictures // 2 and self._is_within(c, lambda s: s.least))
-        return next(fit, None)
+        return next((c for c in self._small if later < c and self._is_within(c, lambda s: s.least)), None)
+
+    @property
+    def level(self) -> Spread | None:
+        """Of SQNR in dB, or where there is none of agreement, over all draws of at least half of the pictures."""
+        large = [count for count in self.counts if count >= self._half]
+        if self.in_decibels:
+            return Spread.of([math.inf if p.sqnr_db is None else p.sqnr_db for c in large for p in self._at(c)])
+        return Spread.of([p.agreement for c in large for p in self._at(c) if p.agreement is not None])
+
+    @property
+    def _half(self) -> int:
+        return -(-self.pictures // 2)
+
+    @property
+    def _small(self) -> list[int]:
+        return [count for count in self.counts if 2 * count <= self.pictures]
 
     @property
     def _last_unsteady(self) -> int | None:
-        """The largest count at which half of the draws are too far behind all pictures."""
-        found = [count for count in self.counts if not self._is_within(count, lambda spread: spread.median)]
+        """The largest of the small counts at which half of the draws are too far below the level."""
+        found = [count for count in self._small if not self._is_within(count, lambda spread: spread.median)]
         return max(found, default=None)
 
-    def _is_within(self, count: int, ends: Callable[[Spread], float]) -> bool:
-        shortfall = self.shortfall(count, ends)
+    def _is_within(self, count: int, of: Callable[[Spread], float]) -> bool:
+        shortfall = self.shortfall(count, of)
         return shortfall is not None and shortfall <= self.tolerance
 
     @property
@@ -131,39 +148,34 @@ class Curve:
         """What `enough` forgives: decibels, or where there are none a standard error of the agreement."""
         if self.in_decibels:
             return TOLERANCE_DB
-        full = self.agreement(self.pictures)
-        share = 1.0 if full is None else full.median
+        share = 1.0 if self.level is None else self.level.median
         return math.sqrt(max(share * (1 - share), 1 / self.scored) / self.scored)
 
     def shortfall(self, count: int, of: Callable[[Spread], float] = lambda spread: spread.least) -> float | None:
-        """How far draws of `count` pictures are behind all pictures, in dB or as a share; never below 0.
+        """How far draws of `count` pictures are below the level, in dB or as a share; never below 0.
 
         of: which draw of them, the worst or the median.
         """
-        measure = self.sqnr_db if self.in_decibels else self.agreement
-        here, full = measure(count), measure(self.pictures)
-        if here is None or full is None:
+        here = self.sqnr_db(count) if self.in_decibels else self.agreement(count)
+        if here is None or self.level is None:
             return None
-        return 0.0 if of(here) >= full.median else full.median - of(here)
+        return 0.0 if of(here) >= self.level.median else self.level.median - of(here)
 
     def in_words(self) -> str:
         """One or two sentences that read the curve."""
-        everything = counted(self.pictures, "picture")
-        enough = self.enough
+        everything, enough = counted(self.pictures, "picture"), self.enough
         if enough is not None:
             return (
                 f"{counted(enough, 'picture')} {'is' if enough == 1 else 'are'} enough here: the worst draw is at most "
-                f"{self._gap(self.tolerance)} behind all {self.pictures}."
-                f"{self._fall()}"
+                f"{self._gap(self.tolerance)} below the level of sets of {self._half} to {self.pictures}.{self._fall()}"
             )
-        most = max((count for count in self.counts if 2 * count <= self.pictures), default=None)
-        last = max(filter(None, (most, self._last_unsteady)), default=None)
+        last = max(self._small, default=None)
         shortfall = None if last is None else self.shortfall(last)
         if last is None or shortfall is None:
             return f"{everything} {'says' if self.pictures == 1 else 'say'} nothing of more: add pictures."
         return (
-            f"The curve still rises at {everything}: the worst draw of {last} is {self._gap(shortfall)} behind all of "
-            f"them. Add pictures."
+            f"The curve still rises at {everything}: the worst draw of {last} is {self._gap(shortfall)} below the "
+            f"level of larger sets. Add pictures."
         )
 
     def how(self) -> str:
@@ -182,11 +194,11 @@ class Curve:
 
     def _fall(self) -> str:
         """Ranges that only grow with every picture can become too wide."""
-        medians = {count: spread.median for count in self.counts if (spread := self.sqnr_db(count)) is not None}
-        best = max(medians, key=lambda count: medians[count], default=self.pictures)
-        if 2 * best > self.pictures or not LUCK_DB < medians[best] - medians[self.pictures] < math.inf:
+        medians = {c: spread.median for c in self._small if (spread := self.sqnr_db(c)) is not None}
+        best = max(medians, key=lambda count: medians[count], default=None)
+        if best is None or self.level is None or not LUCK_DB < medians[best] - self.level.median < math.inf:
             return ""
-        lost = self._gap(medians[best] - medians[self.pictures])
+        lost = self._gap(medians[best] - self.level.median)
         return (
             f" More than {best} cost {lost}: rare extremes widen the ranges, so try another --calibrator "
             f"than {self.recipe['calibrator']}."

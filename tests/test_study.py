@@ -267,9 +267,10 @@ def decibels(*values: tuple[int, float]) -> Curve:
     ("found", "enough"),
     [
         (decibels((1, 20), (2, 29.6), (2, 30), (5, 30), (10, 30)), 2),
-        (decibels((1, 20), (2, 29.4), (2, 30), (5, 30), (10, 30)), 5),  # the worst draw of two is 0.6 dB behind
-        (decibels((1, 20), (2, 30), (5, 29), (5, 29), (10, 30)), None),  # it falls again
-        (decibels((1, 20), (2, 30), (5, 29), (5, 31), (10, 30)), 2),  # one draw is no fall
+        (decibels((1, 20), (2, 29.4), (2, 30), (5, 30), (10, 30)), 5),  # the worst draw of two is 0.6 dB below
+        (decibels((1, 20), (2, 30), (5, 29), (5, 29), (20, 30)), None),  # it falls again
+        (decibels((1, 20), (2, 30), (5, 29), (5, 31), (20, 30)), 2),  # one draw is no fall
+        (decibels((1, 20), (2, 30), (8, 30), (8, 30), (8, 30), (10, 31)), 2),  # all of them were lucky
         (decibels((5, 20), (8, 30), (10, 30)), None),  # eight of ten are nearly all
         (decibels((1, 30)), None),
         (curve((1, None, 0.8), (2, None, 0.9), (5, None, 0.9), (10, None, 0.9)), 2),  # classes alone: +- 0.03
@@ -284,13 +285,13 @@ def test_enough(found: Curve, enough: int | None) -> None:
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (decibels((1, 20), (2, 30), (5, 30)), "2 pictures are enough here: the worst draw is at most 0.5 dB behind"),
+        (decibels((1, 20), (2, 30), (5, 30)), "2 pictures are enough here: the worst draw is at most 0.5 dB below"),
         (decibels((1, 30), (2, 30)), "1 picture is enough here"),
-        (decibels((1, 20), (2, 30.9), (5, 30)), "behind all 5."),  # half a decibel or so is luck
-        (decibels((1, 20), (2, 25), (5, 30)), "still rises at 5 pictures: the worst draw of 2 is 5 dB behind"),
+        (decibels((1, 20), (2, 30.9), (5, 30)), "below the level of sets of 3 to 5."),  # half a decibel or so is luck
+        (decibels((1, 20), (2, 25), (5, 30)), "still rises at 5 pictures: the worst draw of 2 is 5 dB below"),
         (decibels((1, 33), (2, 31), (5, 30)), "More than 1 cost 3 dB: rare extremes widen the ranges"),
         (decibels((1, 30)), "1 picture says nothing of more"),
-        (curve((1, None, 0.5), (2, None, 0.9)), "the worst draw of 1 is 40.0 points of agreement behind"),
+        (curve((1, None, 0.5), (3, None, 0.9)), "the worst draw of 1 is 40.0 points of agreement below"),
     ],
 )
 def test_the_curve_in_words(found: Curve, words: str) -> None:
