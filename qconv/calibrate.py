@@ -95,17 +95,43 @@ def watch(session: Session, taps: Iterable[Tap], batches: Iterable[Mapping[str, 
     Raises QconvError where a tensor holds NaN or infinity: no range would be right.
     """
     taps = list(taps)
-    sketchers = {tap.name: Sketcher(tap.want) for tap in taps}
+    sketchers = _sketchers(taps)
+    for picture in _pictures(session, taps, batches):
+        _take(taps, sketchers, picture)
+    return _sketches(sketchers)
+
+
+def watch_apart(
+    session: Session, taps: Iterable[Tap], batches: Iterable[Mapping[str, NDArray[Any]]]
+) -> Iterator[dict[str, Sketch]]:
+    """Like `watch`, but every picture has sketches of its own. Added up they are those that `watch` gives."""
+    taps = list(taps)
+    for picture in _pictures(session, taps, batches):
+        sketchers = _sketchers(taps)
+        _take(taps, sketchers, picture)
+        yield _sketches(sketchers)
+
+
+def _pictures(
+    session: Session, taps: list[Tap], batches: Iterable[Mapping[str, NDArray[Any]]]
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """What the network returns of each picture, by name; overwritten when the next one is asked for."""
     inputs = {name for name, _, _ in session.inputs}
     outputs = [name for tap in taps if tap.name not in inputs for name in tap.outputs]
-    with np.errstate(over="ignore", invalid="ignore"):  # infinite values are refused
-        for batch in batches:
-            seen = {**batch, **dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))}
-            for picture in _apart(seen, len(next(iter(batch.values())))):
-                _take(taps, sketchers, picture)
-    return {tap.name: _sketch(sketchers[tap.name], tap.name) for tap in taps}
+    for batch in batches:
+        seen = {**batch, **dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))}
+        yield from _apart(seen, len(next(iter(batch.values()))))
 
 
+def _sketchers(taps: list[Tap]) -> dict[str, Sketcher]:
+    return {tap.name: Sketcher(tap.want) for tap in taps}
+
+
+def _sketches(sketchers: Mapping[str, Sketcher]) -> dict[str, Sketch]:
+    return {name: _sketch(sketcher, name) for name, sketcher in sketchers.items()}
+
+
+@np.errstate(over="ignore", invalid="ignore")  # infinite values are refused
 def _take(taps: list[Tap], sketchers: Mapping[str, Sketcher], picture: Mapping[str, NDArray[Any]]) -> None:
     views = [tap.view([picture[name] for name in tap.outputs]) for tap in taps]
     # all tensors at once: a call for each of them would take longer than what it computes

@@ -38,7 +38,9 @@ from qconv.recipe import (
 from qconv.values import Numbers, Resize, Size
 
 if TYPE_CHECKING:
+    from qconv.curve import Curve
     from qconv.report import Report
+    from qconv.source import Source
 
 GATE_FELL_SHORT = 3
 WIDTH = {"max_content_width": 100}
@@ -247,6 +249,88 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
     return 0 if report.held else GATE_FELL_SHORT
 
 
+NOT_STUDIED = frozenset({"output", "stats", "save_stats", "min_agreement", "min_sqnr", "verbose"})
+"""Options of `quantize` that make no sense of a model that is not kept."""
+CHARTS = (".png", ".html")
+
+
+@cli.command(
+    "study-samples",
+    context_settings=WIDTH,
+    params=[option for option in quantize.params if option.name not in NOT_STUDIED],
+)
+@click.option("-o", "--output", metavar="OUT", help="Also draw the curve: a .png picture or a .html page.")
+@click.option(
+    "--seeds",
+    default=3,
+    show_default=True,
+    metavar="N",
+    type=click.IntRange(1),
+    help="Draws of each number of pictures.",
+)
+@click.option(
+    "--holdout",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Pictures to score on.  [default: a fifth of the pictures, at most 64]",
+)
+@click.option(
+    "--images", multiple=True, metavar="DIR|FILE", help="Take those from here, instead of holding back some of --calib."
+)
+@click.option("-v", "--verbose", is_flag=True, help="Also print every draw.")
+def study_samples(
+    model: str,
+    output: str | None,
+    seeds: int,
+    holdout: int | None,
+    images: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> int:
+    """How many calibration pictures MODEL needs: its accuracy when quantized with 1, 2, 5, 10, ... of them."""
+    if not options["calib"]:
+        raise click.UsageError("pass the calibration pictures with --calib DIR.")
+    if "" in (output, *options["calib"], *images):
+        raise click.UsageError("--calib, --images and --output need a name.")
+    place = None if output is None else Path(output)
+    if place is not None and place.suffix.lower() not in CHARTS:
+        raise click.UsageError(f"{output} is no chart: name a file that ends in {' or '.join(CHARTS)}.")
+    recipe = _recipe({**dict.fromkeys(NOT_STUDIED), **options})
+    _require_streams(model, None, as_json)
+    from qconv import pipeline, study, summary
+
+    console = summary.Console(quiet=quiet)
+    listener = pipeline.Listener(warn=console.warn, progress=console.progress)
+    source = _source(model)
+    _leave_by_exceptions()
+    try:
+        curve = study.study_samples(source, recipe, study.Question(seeds, holdout, images), listener, place)
+    finally:
+        console.close()
+    if place is not None:
+        _write_chart(curve, place)
+    if as_json:
+        print(json.dumps(curve.as_dict(), allow_nan=False))
+    elif not quiet and sys.stdout is not None:
+        summary.show_curve(curve, sys.stdout, verbose=verbose)
+    return 0
+
+
+def _write_chart(curve: Curve, out: Path) -> None:
+    from qconv import save
+
+    if out.suffix.lower() == ".html":
+        from qconv import page
+
+        save.write_whole(out, page.page(curve).encode())
+        return
+    from qconv import chart, plot
+
+    save.write_whole(out, plot.png(chart.draw(curve)))
+
+
 @cli.command("merge-stats", context_settings=WIDTH)
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("-o", "--output", required=True, metavar="OUT", help="Where to write the sum.")
@@ -295,12 +379,8 @@ def _require_streams(model: str, output: str | None, as_json: bool) -> None:
 
 def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[Report, bytes | None]:
     from qconv import pipeline
-    from qconv.source import Source
 
-    if model == "-":
-        source = Source("the model on standard input", None, sys.stdin.buffer.read())
-    else:
-        source = Source(model, Path(model))
+    source = _source(model)
     if output is None:
         output = default_output(model, recipe)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
@@ -309,6 +389,14 @@ def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[
         return pipeline.quantize(source, None if output == "-" else output, recipe, listener)
     finally:
         console.close()
+
+
+def _source(model: str) -> Source:
+    from qconv.source import Source
+
+    if model == "-":
+        return Source("the model on standard input", None, sys.stdin.buffer.read())
+    return Source(model, Path(model))
 
 
 def default_output(model: str, recipe: Recipe) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,11 @@ class Feed:
         (spec,) = self.inputs
         shape = tuple(spec.shape[axis] for axis in layout_order(self.preprocessing.layout, self.raw))
         return [InputSpec(spec.name, np.dtype(np.uint8), shape)]
+
+    def over(self, paths: Sequence[Path]) -> Feed:
+        """The same preprocessing for other files, of which nothing has been read yet."""
+        listing = replace(self.listing, paths=tuple(paths))
+        return Feed(listing, self.inputs, self.preprocessing, self.batch, self.warn, self.progress)
 
     @property
     def _batch_is_fixed(self) -> bool:

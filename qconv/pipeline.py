@@ -80,9 +80,9 @@ def quantize(
     with run.step("load"):
         proto = read(source)
         if place is not None:
-            _check_output(source, place, data_files(proto, source))
+            check_output(source, place, data_files(proto, source))
         if recipe.save_stats is not None:
-            _check_output(source, Path(recipe.save_stats), data_files(proto, source))
+            check_output(source, Path(recipe.save_stats), data_files(proto, source))
             _check_apart(place, Path(recipe.save_stats))
         refuse_quantized(proto, source.name)
         float_bytes = file_bytes(proto, source)
@@ -96,9 +96,9 @@ def quantize(
         if recipe.embed_preprocessing is not None:
             run.findings += _embed(model, recipe.embed_preprocessing, recipe, pictures)
     with run.step("plan"):
-        _look_for_wishes(model, recipe, run)
+        look_for_wishes(model, recipe, run.warn)
         plan = make_plan(model, recipe, TARGETS[recipe.target])
-        _require_layers(plan, source)
+        require_layers(plan, source)
         for doubt in pictures.detected.doubts():
             run.warn(doubt)
     with run.step("calibrate"):
@@ -153,7 +153,7 @@ def quantize(
     return report, result
 
 
-def _check_output(source: Source, out: Path, data: set[Path]) -> None:
+def check_output(source: Source, out: Path, data: set[Path]) -> None:
     """Refuse to write over what is read. data: the model's own data files."""
     save.check_place(out)
     for path in (source.path, *data):
@@ -172,16 +172,16 @@ def _embed(model: Model, layout: Layout, recipe: Recipe, pictures: Pictures) -> 
     return embed(model, pictures.take_pixels(layout), layout, exact=recipe.activation_bits > 8)
 
 
-def _look_for_wishes(model: Model, recipe: Recipe, run: _Run) -> None:
-    """A misspelt name or type keeps nothing float."""
+def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -> None:
+    """Warn of wishes that no node meets: a misspelt name or type keeps nothing float."""
     names = [node.name or "" for node in model.nodes()]
     types = {node.op_type for node in model.nodes()}
     for pattern in recipe.keep_float:
         if not fnmatch.filter(names, pattern):
-            run.warn(f"--keep-float {pattern} matches no node of the folded model.")
+            warn(f"--keep-float {pattern} matches no node of the folded model.")
     for op_type in recipe.keep_float_op:
         if op_type not in types:
-            run.warn(f"--keep-float-op {op_type}: the folded model has no such operator.")
+            warn(f"--keep-float-op {op_type}: the folded model has no such operator.")
 
 
 def _look_for_wishes_in_vain(plan: Plan, audited: Audit, run: _Run) -> None:
@@ -195,7 +195,8 @@ def _look_for_wishes_in_vain(plan: Plan, audited: Audit, run: _Run) -> None:
         run.warn(f"--keep-float changes nothing for {vain[0]}{more}: it runs as its neighbours do, or not at all.")
 
 
-def _require_layers(plan: Plan, source: Source) -> None:
+def require_layers(plan: Plan, source: Source) -> None:
+    """Raise QconvError where nothing would be quantized."""
     if not plan.layers:
         raise QconvError(
             f"{source.name} has nothing to quantize: no Conv, Gemm or MatMul with constant weights is left.",

@@ -29,6 +29,9 @@ from qconv.source import Source
 
 SCHEMA = 1
 NO_DATE = (1980, 1, 1, 0, 0, 0)
+WHOLE = ("lows", "highs", "keys", "pictures", "column_keys", "columns")
+"""Arrays of a sketch that are stored as they are."""
+PARTS = (*WHOLE, "sums", "count", "codes", "counts")
 FAST = 1
 """Of zlib's levels: columns hardly get smaller, and the rest is small."""
 
@@ -110,7 +113,7 @@ def to_bytes(statistics: Statistics) -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=FAST) as archive:
         _put(archive, "header.json", json.dumps(header, sort_keys=True, indent=1).encode())
         for index, sketch in enumerate(statistics.sketches.values()):
-            for part, array in _arrays(sketch).items():
+            for part, array in arrays_of(sketch).items():
                 content = io.BytesIO()
                 np.lib.format.write_array(content, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
                 _put(archive, f"{index}/{part}.npy", content.getvalue())
@@ -124,10 +127,11 @@ def _put(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
     archive.writestr(entry, content, compresslevel=FAST)
 
 
-def _arrays(sketch: Sketch) -> dict[str, NDArray[Any]]:
+def arrays_of(sketch: Sketch) -> dict[str, NDArray[Any]]:
+    """All that a sketch holds, by names; of the histogram only bins that hold something."""
     codes = np.flatnonzero(sketch.bins)
     return {
-        **{name: getattr(sketch, name) for name in ("lows", "highs", "keys", "pictures", "column_keys", "columns")},
+        **{name: getattr(sketch, name) for name in WHOLE},
         "sums": sketch.sums.limbs,
         "count": np.array([sketch.count], np.int64),
         "codes": codes.astype(np.uint16),
@@ -163,22 +167,18 @@ def _read(archive: zipfile.ZipFile, index: int) -> Sketch:
         with archive.open(f"{index}/{part}.npy") as file:
             return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
 
-    codes, counts = array("codes").astype(np.int64), array("counts")
-    bins = np.zeros(int(codes.max(initial=-1)) + 1, np.int64)
-    bins[codes] = counts
-    sketch = Sketch(
-        array("lows"),
-        array("highs"),
-        ExactSum(array("sums")),
-        int(array("count")[0]),
-        bins,
-        array("keys"),
-        array("pictures"),
-        array("column_keys"),
-        array("columns"),
-    )
+    sketch = sketch_of({part: array(part) for part in PARTS})
     _require_whole(sketch)
     return sketch
+
+
+def sketch_of(arrays: Mapping[str, NDArray[Any]]) -> Sketch:
+    """What `arrays_of` took apart."""
+    codes = arrays["codes"].astype(np.int64)
+    bins = np.zeros(int(codes.max(initial=-1)) + 1, np.int64)
+    bins[codes] = arrays["counts"]
+    sums, count = ExactSum(arrays["sums"]), int(arrays["count"][0])
+    return Sketch(sums=sums, count=count, bins=bins, **{name: arrays[name] for name in WHOLE})
 
 
 def _require_whole(sketch: Sketch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections import Counter
 from typing import Any, TextIO
 
@@ -11,11 +12,13 @@ import rich.progress
 from rich.markup import escape
 from rich.table import Table
 
+from qconv.curve import Curve, Spread, shown
 from qconv.errors import counted
 from qconv.findings import Change, Skipped
 from qconv.report import Island, OutputScore, Report
 
 SHOWN = 8
+COLUMNS = 80
 
 
 class Console:
@@ -68,6 +71,34 @@ def show(report: Report, stream: TextIO, *, verbose: bool) -> None:
             print(f"{name:<12}  {rich.markup.render(text).plain}", file=stream)
     if verbose:
         _details(report, stream)
+
+
+def show_curve(curve: Curve, stream: TextIO, *, verbose: bool) -> None:
+    """Print the table of a study and the sentence that reads it, in 80 columns."""
+    rows = [("pictures", "SQNR dB", "(worst .. best)", "agreement %", "(worst .. best)", "seconds")]
+    for count in curve.counts:
+        sqnr, agreement = _spread(curve.sqnr_db(count), 1), _spread(curve.agreement(count), 100)
+        rows.append((str(count), *sqnr, *agreement, f"{curve.seconds[count]:.1f}"))
+    for row in rows:
+        print("{:>8}  {:>9}  {:<16}  {:>11}  {:<16}  {:>7}".format(*row), file=stream)
+    if verbose:
+        print(file=stream)
+    for point in curve.points if verbose else ():
+        measures = f"{shown(point.sqnr_db)} dB, agreement {shown(point.agreement, 100)} %"
+        print(f"{counted(point.pictures, 'picture')}, draw {point.seed}: {measures}", file=stream)
+    print(file=stream)
+    for text in (curve.in_words(), _upper(curve.how())):
+        print(textwrap.fill(text, COLUMNS), file=stream)
+
+
+def _spread(spread: Spread | None, factor: float) -> tuple[str, str]:
+    if spread is None:
+        return "-", ""
+    return shown(spread.median, factor), f"({shown(spread.least, factor)} .. {shown(spread.most, factor)})"
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _lines(report: Report) -> list[tuple[str, str]]:

@@ -87,6 +87,27 @@ def is_class_score(shape: Sequence[int | None]) -> bool:
     return classes is not None and classes > 1 and not (len(shape) == 4 and classes == 3)
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All outputs of two models, run on the same batches, added up."""
+
+    tallies: dict[str, _Tally]
+
+    @classmethod
+    def of(cls, outputs: Sequence[str]) -> Comparison:
+        """Nothing compared yet. outputs: their names, in the order in which `add` gets them."""
+        return cls({name: _Tally() for name in outputs})
+
+    def add(self, reference: Sequence[Any], quantized: Sequence[Any]) -> None:
+        """Take in the outputs of one batch."""
+        for tally, ref, got in zip(self.tallies.values(), reference, quantized, strict=True):
+            tally.update(ref, got)
+
+    def scores(self) -> tuple[OutputScore, ...]:
+        """How every output compares."""
+        return tuple(tally.score(name) for name, tally in self.tallies.items())
+
+
 def verify(
     reference: Session,
     quantized: Session,
@@ -97,7 +118,7 @@ def verify(
 
     batches: what the quantized model is fed with; as_float: makes of it what the reference is fed with.
     """
-    tallies = {name: _Tally() for name in reference.outputs}
+    comparison = Comparison.of(reference.outputs)
     seconds: list[tuple[float, float]] = []
     images = 0
     for feeds in batches:
@@ -108,13 +129,12 @@ def verify(
         got = quantized.run(reference.outputs, feeds)
         seconds.append((middle - start, time.perf_counter() - middle))
         images += len(next(iter(feeds.values())))
-        for name, ref, result in zip(reference.outputs, expected, got, strict=True):
-            tallies[name].update(ref, result)
+        comparison.add(expected, got)
     slowdown = None
     if len(seconds) >= FEWEST_TIMED:
         slow, fast = (float(np.median(column)) for column in zip(*seconds[1:], strict=True))
         slowdown = fast / slow
-    return Verification(images, tuple(tally.score(name) for name, tally in tallies.items()), slowdown)
+    return Verification(images, comparison.scores(), slowdown)
 
 
 def gates(verification: Verification, min_agreement: float | None, min_sqnr: float | None) -> list[Gate]:

@@ -2,8 +2,8 @@
 
     python -m tests.bench.peer CASE MODEL FOLDER OUT [how [method]]
 
-`how` says what is left out of the preparation, for files that it fails on: "full", "no-symbolic" or "none". `method` is the
-calibrator, "MinMax" by default.
+`how` says what is left out of the preparation, for files that it fails on: "full", "no-symbolic" or "none".
+`method` is the calibrator, "MinMax" by default.
 """
 
 from __future__ import annotations

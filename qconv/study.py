@@ -1,0 +1,272 @@
+"""How many pictures are enough: the network quantized with 1, 2, 5, 10 ... pictures, each time scored on others.
+
+Every calibration picture passes the float network once. Its sketches are put aside, and those of any set of pictures
+are the sum of theirs. The first draw is the order in which `quantize` reads: with `--samples N` it makes the model of
+the point of N pictures. Each set holds the smaller ones of its draw. The pictures to score on are the next ones of that
+order, so that no point was calibrated with any of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import qconv
+from qconv import fold, load, save
+from qconv.calibrate import Tap, tapped, watch_apart
+from qconv.calibrators import CALIBRATORS
+from qconv.curve import Curve, Point, counts_up_to
+from qconv.detect import detect
+from qconv.emit import emit
+from qconv.errors import QconvError, counted
+from qconv.feed import Batch, Feed
+from qconv.fileformat import describe, needed_opset
+from qconv.gather import original
+from qconv.graph import Model
+from qconv.params import choose_params
+from qconv.pipeline import Listener, check_output, look_for_wishes, peak_rss_mb, require_layers
+from qconv.plan import Plan, make_plan
+from qconv.recipe import Recipe
+from qconv.report import Verification
+from qconv.runtime import Session
+from qconv.shelf import Shelf, shelf
+from qconv.shrink import shrink
+from qconv.sketch import Sketch
+from qconv.source import Source, data_files, own_opset, read, refuse_quantized
+from qconv.targets import TARGETS
+from qconv.verify import Comparison
+
+MOST_HELD_BACK = 64
+HELD_BACK_SHARE = 5
+SCORED_BYTES = 48 * 2**20
+"""Inputs and float outputs of the pictures to score on, which stay in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked beyond the recipe.
+
+    draws: how many sets of pictures of each size. holdout: pictures to score on, None for a fifth, MOST_HELD_BACK at
+    most. images: where they come from; empty: held back from the calibration pictures.
+    """
+
+    draws: int = 3
+    holdout: int | None = None
+    images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """Batches, each with the float model's outputs. pictures: how many they hold."""
+
+    outputs: list[str]
+    batches: list[tuple[Batch, list[NDArray[Any]]]]
+    pictures: int
+
+    def score(self, quantized: Session) -> Verification:
+        """`quantized` against the float model."""
+        comparison = Comparison.of(self.outputs)
+        for feeds, expected in self.batches:
+            comparison.add(expected, quantized.run(self.outputs, feeds))
+        return Verification(self.pictures, comparison.scores())
+
+
+def study_samples(
+    source: Source | str | Path,
+    recipe: Recipe,
+    question: Question | None = None,
+    listener: Listener | None = None,
+    out: Path | None = None,
+) -> Curve:
+    """The curve of accuracy over the number of calibration pictures.
+
+    recipe.samples bounds them. out: where the caller will write a chart; checked, not written. Raises QconvError for
+    anything the user can mend.
+    """
+    started = time.perf_counter()
+    question, listener = question or Question(), listener or Listener()
+    source = source if isinstance(source, Source) else Source(str(source), Path(source))
+    warnings: list[str] = []
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        listener.warn(text)
+
+    proto = read(source)
+    refuse_quantized(proto, source.name)
+    if out is not None:
+        check_output(source, out, data_files(proto, source))
+    model, _ = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
+    del proto
+    session = original(source, recipe)
+    calibration, scoring = _feeds(session, recipe, question, warn, listener.progress)
+    detected = detect(model, session, calibration, recipe.preprocessing, threads=recipe.threads)
+    calibration.preprocessing = scoring.preprocessing = detected.preprocessing
+    fold.fold(model)
+    look_for_wishes(model, recipe, warn)
+    plan = make_plan(model, recipe, TARGETS[recipe.target])
+    require_layers(plan, source)
+    for doubt in detected.doubts():
+        warn(doubt)
+    taps = _taps(plan, recipe)
+    scored = _score_float(session, scoring, warn)
+    del session
+    with shelf() as kept:
+        before = time.perf_counter()
+        seconds = _put_aside(model, taps, calibration, recipe, kept)
+        after = time.perf_counter()
+        points = _points(model, kept, scored, recipe, question.draws, listener.progress)
+    return Curve(
+        version=qconv.__version__,
+        model=source.name,
+        recipe=recipe.as_dict(),
+        preprocessing=None if calibration.preprocessing is None else calibration.preprocessing.as_dict(),
+        points=sorted(points, key=lambda point: (point.pictures, point.seed)),
+        draws=question.draws,
+        scored=scored.pictures,
+        scored_on=question.images,
+        seconds={count: seconds[count - 1] for count in counts_up_to(len(seconds))},
+        warnings=warnings,
+        time={
+            "load": before - started,
+            "calibrate": after - before,
+            "points": time.perf_counter() - after,
+            "total": time.perf_counter() - started,
+        },
+        peak_rss_mb=peak_rss_mb(),
+    )
+
+
+def _taps(plan: Plan, recipe: Recipe) -> list[Tap]:
+    taps = plan.taps(CALIBRATORS[recipe.calibrator].want)
+    if not taps:
+        raise QconvError(
+            "Nothing depends on the number of pictures: these options quantize no activation.",
+            "pass --activation-bits 8, or use any pictures.",
+        )
+    return taps
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def _feeds(
+    session: Session,
+    recipe: Recipe,
+    question: Question,
+    warn: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+) -> tuple[Feed, Feed]:
+    """The pictures to calibrate with and those to score on: no picture is in both."""
+    wanted = MOST_HELD_BACK if question.holdout is None else question.holdout
+    if question.images:
+        scoring = Feed.of(session, replace(recipe, calib=question.images, samples=wanted, glob=None), warn, progress)
+        if question.holdout is not None and len(scoring.listing.paths) < wanted:
+            warn(f"--holdout {wanted}: {' and '.join(question.images)} holds {len(scoring.listing.paths)}.")
+        return Feed.of(session, recipe, warn, progress), scoring
+    whole = Feed.of(session, replace(recipe, samples=recipe.samples + wanted), warn, progress)
+    found, where = whole.listing.found, " and ".join(recipe.calib)
+    if found < 2:
+        raise QconvError(
+            f"{where} holds {counted(found, 'picture')}: one to calibrate with and one to score on are the least.",
+            "add pictures, or pass others to score on with --images.",
+        )
+    held = max(1, min(wanted, found // HELD_BACK_SHARE)) if question.holdout is None else wanted
+    if held >= found:
+        raise QconvError(
+            f"--holdout {held} leaves none of the {found} pictures in {where} to calibrate with.",
+            "hold fewer back, or pass others to score on with --images.",
+        )
+    paths, most = whole.listing.paths, min(recipe.samples, found - held)
+    return whole.over(paths[:most]), whole.over(paths[most : most + held])
+
+
+def _score_float(session: Session, feed: Feed, warn: Callable[[str], None]) -> _Scored:
+    """Run the float model on the pictures to score on, as many as there is room for."""
+    kept: list[tuple[Batch, list[NDArray[Any]]]] = []
+    size, total = 0, len(feed.listing.paths)
+    for feeds in feed.all("float"):
+        kept.append((feeds, session.run_all(feeds)))
+        size += sum(a.nbytes for a in (*feeds.values(), *kept[-1][1]) if isinstance(a, np.ndarray))
+        if size >= SCORED_BYTES:
+            break
+    pictures = min(feed.pictures, total)
+    if size >= SCORED_BYTES and pictures < total:
+        warn(f"scored on {pictures} of {total} pictures: inputs and outputs of more would not fit into memory kept.")
+    return _Scored(session.outputs, kept, pictures)
+
+
+def _put_aside(model: Model, taps: list[Tap], feed: Feed, recipe: Recipe, kept: Shelf) -> list[float]:
+    """Sketch every picture by itself. Returns how many seconds the pass took until each of them was seen."""
+    with tapped(model, taps) as runnable:
+        session = Session(runnable, name="the folded float model", threads=recipe.threads)
+    del runnable  # the session has its own copy of all weights
+    seconds, spent, start = [], 0.0, time.perf_counter()
+    for sketches in watch_apart(session, taps, feed.all("calibrate")):
+        spent += time.perf_counter() - start
+        seconds.append(spent)
+        kept.put(sketches)
+        start = time.perf_counter()
+    return seconds
+
+
+# -- points ------------------------------------------------------------------------------------------------------------
+
+
+def _points(
+    model: Model,
+    kept: Shelf,
+    scored: _Scored,
+    recipe: Recipe,
+    draws: int,
+    progress: Callable[[str, int, int], None],
+) -> list[Point]:
+    counts = counts_up_to(len(kept))
+    total, points = draws * (len(counts) - 1) + 1, []
+    for seed in range(draws):
+        order, wanted = _order(len(kept), recipe.seed, seed), counts[:-1] if seed else counts  # all are the same set
+        for count, sketches in _growing(kept, order, wanted):
+            with _quantized(model, sketches, recipe) as session:
+                found = scored.score(session)
+            points.append(Point(count, seed, found.sqnr_db, found.agreement))
+            progress("points", len(points), total)
+    return points
+
+
+def _order(pictures: int, recipe_seed: int, draw: int) -> list[int]:
+    """The order in which a draw takes the pictures; the first one's is that in which they were read."""
+    if not draw:
+        return list(range(pictures))
+    return [int(index) for index in np.random.default_rng([recipe_seed, draw]).permutation(pictures)]
+
+
+def _growing(kept: Shelf, order: list[int], counts: list[int]) -> Iterator[tuple[int, dict[str, Sketch]]]:
+    """The sketches of the first so many pictures, for each of the ascending `counts`."""
+    total: dict[str, Sketch] = {}
+    done = 0
+    for count in counts:
+        for index in order[done:count]:
+            new = kept.get(index)
+            total = {name: sketch.merge(total[name]) if total else sketch for name, sketch in new.items()}
+        done = count
+        yield count, total
+
+
+@contextlib.contextmanager
+def _quantized(folded: Model, sketches: dict[str, Sketch], recipe: Recipe) -> Iterator[Session]:
+    """The model that `pipeline.quantize` makes of these sketches, loaded. `folded` stays as it is."""
+    model = folded.copy()
+    plan = make_plan(model, recipe, TARGETS[recipe.target])
+    params, _ = choose_params(plan, sketches, recipe)
+    emit(model, plan, params, pack=recipe.pack)
+    shrink(model)
+    describe(model, qconv.__version__, recipe, None)
+    with save.runnable(model, ()) as runnable:
+        yield Session(runnable, name="the quantized model", threads=recipe.threads)

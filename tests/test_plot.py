@@ -1,0 +1,110 @@
+"""Charts of a study: what is drawn, as a picture and as a page."""
+
+from __future__ import annotations
+
+import io
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+
+from qconv.chart import BOTTOM, HEIGHT, PANELS, TOP, WIDTH, Dot, Line, Text, draw
+from qconv.curve import Curve, Point
+from qconv.page import page, svg
+from qconv.plot import COLORS, png
+
+POINTS = [
+    (1, 20.0, 0.5),
+    (1, 24.0, 0.75),
+    (2, 29.8, 0.75),
+    (2, 30.2, 1.0),
+    (5, 30.0, 1.0),
+    (5, 30.4, 1.0),
+    (7, 30.0, 1.0),
+]
+
+
+def curve(points: list[tuple[int, float | None, float | None]], name: str = "model.onnx") -> Curve:
+    made = [Point(count, number % 2, sqnr, agreement) for number, (count, sqnr, agreement) in enumerate(points)]
+    seconds = {point.pictures: 0.5 for point in made}
+    return Curve("0.1", name, {"calibrator": "mse"}, None, made, 2, 4, (), seconds)
+
+
+CURVE = curve(list(POINTS))
+EDGES = {
+    "equal outputs": curve([(1, None, 1.0), (2, None, 1.0)]),
+    "no classes": curve([(1, 20.0, None), (2, 21.0, None)]),
+    "one point": curve([(1, 20.0, 1.0)]),
+    "all alike": curve([(1, 20.0, 0.0), (2, 20.0, 0.0)]),
+    "a catastrophe": curve([(1, -3000.0, 0.0), (2, 20.0, 1.0)]),
+    "some equal": curve([(1, 20.0, 1.0), (2, None, 1.0)]),
+    "markup in the name": curve(list(POINTS), "<b>&\"'.onnx"),
+}
+
+
+def dots(found: Curve, role: str) -> list[Dot]:
+    return [shape for shape in draw(found) if isinstance(shape, Dot) and shape.role == role]
+
+
+def test_a_dot_for_every_draw_in_either_panel() -> None:
+    """Higher values lie higher; ten times the pictures are as far as from one to ten."""
+    for role, ends, values in (("sqnr", PANELS[0], 1), ("agreement", PANELS[1], 2)):
+        found = dots(CURVE, role)
+        assert len(found) == len(POINTS)
+        assert all(ends[0] < dot.at[0] < ends[1] and TOP <= dot.at[1] <= BOTTOM for dot in found)
+        heights = [-dot.at[1] for dot in found]
+        assert np.corrcoef(heights, [point[values] for point in POINTS])[0, 1] == pytest.approx(1)
+        across = [dot.at[0] for dot in found]
+        assert np.corrcoef(across, np.log([point[0] for point in POINTS]))[0, 1] == pytest.approx(1)
+
+
+def test_axes_have_labels_with_units() -> None:
+    texts = [shape.text for shape in draw(CURVE) if isinstance(shape, Text)]
+    assert {"SQNR (dB)", "agreement with the float model (%)", "2 are enough", "all 7: 30 dB"} <= set(texts)
+    assert any("model.onnx" in text for text in texts)
+    assert "105" not in texts  # no share is above 100 %
+
+
+def test_the_median_is_the_line() -> None:
+    """22 dB of 20 and 24: in the middle between their dots."""
+    (line,) = (shape for shape in draw(CURVE) if isinstance(shape, Line) and shape.role == "sqnr")
+    first, second = dots(CURVE, "sqnr")[:2]
+    assert line.points[0][1] == pytest.approx((first.at[1] + second.at[1]) / 2)
+
+
+def test_the_picture() -> None:
+    """It has the stated size, and the dots their colours where they are said to be."""
+    with Image.open(io.BytesIO(png(draw(CURVE)))) as picture:
+        assert (picture.format, picture.size, picture.mode) == ("PNG", (WIDTH, HEIGHT), "RGB")
+        for role in ("sqnr", "agreement"):
+            for dot in dots(CURVE, role):
+                x, y = map(round, dot.at)
+                assert picture.getpixel((x, y)) == ImageColor.getrgb(COLORS[role])
+        assert picture.getpixel((2, 2)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("found", EDGES.values(), ids=EDGES)
+def test_odd_curves_are_drawn(found: Curve) -> None:
+    """Inside the picture, and as many dots as there are numbers."""
+    assert png(draw(found))
+    root = ElementTree.fromstring(svg(draw(found)))
+    circles = list(root.iter("{http://www.w3.org/2000/svg}circle"))
+    assert len(circles) == sum((p.sqnr_db is not None) + (p.agreement is not None) for p in found.points)
+    for circle in circles:
+        assert 0 < float(circle.get("cx", "nan")) < WIDTH
+        assert TOP <= float(circle.get("cy", "nan")) <= BOTTOM
+
+
+def test_the_page_stands_alone() -> None:
+    """Nothing is fetched, nothing runs, and what comes from outside is text."""
+    text = page(EDGES["markup in the name"])
+    assert not re.search(r"<script|src=|href=|url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text)
+    assert "<b>" not in text
+    assert "prefers-color-scheme: dark" in text
+    root = ElementTree.fromstring(
+        text.partition("\n")[2].replace('<meta charset="utf-8">', "").replace('=1">', '=1"/>')
+    )
+    assert len(list(root.iter("tr"))) == 2 + len(CURVE.counts)
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 2 * len(POINTS)
