@@ -40,12 +40,13 @@ def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) ->
         numbers = array(value)
         assert numbers is not None
         params.constants[value] = spec.from_range(numbers.min(initial=0), numbers.max(initial=0))
+    shifts = Want.COLUMNS in CALIBRATORS[recipe.calibrator].want
     for layer in plan.layers:
         source = None
         if layer.data is not None:
             # a sketch's channels are those of axis 1, which a MatMul does not sum over
             known = None if layer.node.op_type == "MatMul" else sketches.get(layer.data.name or "")
-            source = Source(params.activations[layer.data], known)
+            source = Source(params.activations[layer.data], known, clips=shifts)
         chosen, notes = quantize_layer(layer, source, recipe.weight_calibrator)
         params.layers.append(chosen)
         findings += notes

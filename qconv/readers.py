@@ -1,9 +1,9 @@
 """The range that costs the layers behind a tensor least: a tensor's own error is not the network's.
 
-    error(range) = sum over channels c of |w_c|^2 * Var[e_c],   e = fake(x) - x
+    error(range) = sum over channels c of |w_c|^2 * (Var[e_c] + MEAN_COUNTS E[e_c]^2),   e = fake(x) - x
 
-|w_c|^2 is the sum of squares of all weights that channel c meets. The variance and not the mean square: a mean shift of
-an output goes into its bias. It is taken over the columns that the sketch kept, all channels at some places of some
+|w_c|^2 is the sum of squares of all weights that channel c meets. The variance more than the mean: a mean shift of an
+output goes into its bias (`mean_shift` says how large it is). It is taken over the columns that the sketch kept, all channels at some places of some
 pictures; errors of different channels and places count as independent. So a channel that nobody weighs much may be
 clipped, and so may what is too rare to be among the columns.
 
@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 
 from qconv.clipping import Range, search
 from qconv.layers import Layer
-from qconv.quant import QuantSpec
+from qconv.quant import QuantParams, QuantSpec
 
 Float64 = NDArray[np.float64]
+MEAN_COUNTS = 0.1
+"""Share of a mean shift that counts although the bias takes it back: other pictures have other means."""
 
 
 def powers_of(layer: Layer) -> Float64:
@@ -44,8 +46,13 @@ def least_at_outputs(columns: NDArray[np.float32], readers: Sequence[Layer], spe
         for index, (low, high) in enumerate(zip(lows, highs, strict=True)):
             lost = spec.from_range(low, high).fake(columns)
             lost -= columns
-            mean = lost.mean(axis=0)
-            found[index] = powers @ (np.einsum("nc,nc->c", lost, lost) / len(lost) - mean * mean)
+            squares, mean = np.einsum("nc,nc->c", lost, lost) / len(lost), lost.mean(axis=0)
+            found[index] = powers @ (squares - (1 - MEAN_COUNTS) * mean * mean)
         return found
 
     return search(error, spec, *ends)
+
+
+def mean_shift(columns: NDArray[np.float32], params: QuantParams) -> Float64:
+    """E[fake(x) - x] of each channel on the columns (n, C): what clipping and rounding do to its mean, (C,)."""
+    return np.asarray((params.fake(columns) - columns).mean(axis=0, dtype=np.float64))

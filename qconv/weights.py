@@ -18,6 +18,7 @@ from qconv.findings import Change, Finding
 from qconv.graph import array, attribute, input_of
 from qconv.plan import Layer
 from qconv.quant import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, extremes
+from qconv.readers import mean_shift
 from qconv.sketch import Sketch
 from qconv.weight_ranges import WEIGHT_RANGES
 
@@ -45,6 +46,7 @@ class Source:
 
     params: QuantParams
     sketch: Sketch | None
+    clips: bool = False
 
     def channel_codes(self, channels: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The least and the largest code of each of `channels` channels on the calibration pictures."""
@@ -97,7 +99,13 @@ def quantize_layer(layer: Layer, source: Source | None, calibrator: str) -> tupl
         error = params.dequantize(codes)
         error = np.subtract(weight, error, out=error).reshape(stored.shape)
         groups = attribute(layer.node, "group", 1)
-        shift = bias_correction.correction(error, sketch.means, groups=groups, output_axis=layer.rule.output_axis)
+        axis = layer.rule.output_axis
+        shift = bias_correction.correction(error, sketch.means, groups=groups, output_axis=axis)
+        if sketch.columns.size and source.clips:
+            moved = mean_shift(sketch.columns.reshape(-1, channels), source.params)
+            shift -= bias_correction.correction(
+                (weight.reshape(stored.shape) - error), moved, groups=groups, output_axis=axis
+            )
         bias = (shift if bias is None else bias + shift).astype(np.float32)
     if bias is None or not quantized_bias:
         return LayerParams(layer, params, codes, bias), findings
