@@ -26,11 +26,13 @@ AVERAGING = 0.01
 class Hints:
     """What a calibrator may know beyond the tensor.
 
-    percentile: share of elements inside the range, in percent. readers: the layers that read the tensor.
+    percentile: share of elements inside the range, in percent. readers: the layers that read the tensor. is_input:
+    whether it is the network's input: pixels end at black and white, and have no tails.
     """
 
     percentile: float = 99.99
     readers: Sequence[Layer] = ()
+    is_input: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,11 @@ def aciq(sketch: Sketch, spec: QuantSpec, hints: Hints) -> Range:
 def output_mse(sketch: Sketch, spec: QuantSpec, hints: Hints) -> Range:
     """The range with the least error at the outputs of the layers that read the tensor: see readers.py.
 
-    Of a tensor that no layer reads, and of one whose channels changed with the picture: its own least squared error.
+    Of a tensor that no layer reads, and of one whose channels changed with the picture: its own least squared error. Of
+    the network's input: its extremes.
     """
+    if hints.is_input:
+        return sketch.low, sketch.high
     if not (hints.readers and sketch.columns.size):
         return mse(sketch, spec, hints)
     columns = sketch.columns.reshape(-1, sketch.columns.shape[2])

@@ -249,7 +249,9 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
     return 0 if report.held else GATE_FELL_SHORT
 
 
-NOT_STUDIED = frozenset({"output", "stats", "save_stats", "min_agreement", "min_sqnr", "verbose"})
+NOT_STUDIED = frozenset(
+    {"output", "stats", "save_stats", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
+)
 """Options of `quantize` that make no sense of a model that is not kept."""
 CHARTS = (".png", ".html")
 

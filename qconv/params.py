@@ -61,7 +61,7 @@ def _ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[
     for value in plan.activations:
         sketch = sketches.get(value.name or "")
         if sketch is not None:
-            hints = Hints(recipe.percentile, readers.get(value, ()))
+            hints = Hints(recipe.percentile, readers.get(value, ()), is_input=value.is_graph_input())
             own[value] = calibrator.choose(sketch, _spec(plan, value), hints)
     ranges = {}
     for value, group in plan.group_of().items():

@@ -3,9 +3,9 @@
     error(range) = sum over channels c of |w_c|^2 * (Var[e_c] + MEAN_COUNTS E[e_c]^2),   e = fake(x) - x
 
 |w_c|^2 is the sum of squares of all weights that channel c meets. The variance more than the mean: a mean shift of an
-output goes into its bias (`mean_shift` says how large it is). It is taken over the columns that the sketch kept, all channels at some places of some
-pictures; errors of different channels and places count as independent. So a channel that nobody weighs much may be
-clipped, and so may what is too rare to be among the columns.
+output goes into its bias (`mean_shift` says how large it is). Both are taken over the columns that the sketch kept, all
+channels at some places of some pictures; errors of different channels and places count as independent. So a channel
+that nobody weighs much may be clipped, and so may what is too rare to be among the columns.
 
 Taking the covariance between channels into account instead, and adding the tails that columns miss, were both measured
 over all models and 8, 6 and 4 bits: the one gave the same, the other less agreement.

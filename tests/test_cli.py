@@ -1089,7 +1089,7 @@ def test_outputs_of_whole_numbers_that_differ_are_not_called_equal(call: Qconv, 
 
 def test_a_study_on_the_terminal(call: Qconv, tiny: Path, calib: Path) -> None:
     """A table and sentences of at most 80 columns; nothing is written but what -o names."""
-    done = call("study-samples", tiny, "--calib", calib, "--seeds", 2)
+    done = call("study-samples", tiny, "--calib", calib, "--seeds", 2, "--preprocess", "unit")
     assert (done.status, done.err) == (0, "")
     head, *rows = done.out.decode().splitlines()
     assert head.split()[:3] == ["pictures", "SQNR", "dB"]
