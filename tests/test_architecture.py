@@ -108,7 +108,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "shelf": {"sketch", "stats"},
     "study": {"pipeline"},
     "plan": {"calibrate", "gates", "refusals", "sketch"},
-    "weights": {"bias", "plan", "saturation", "sketch", "weight_ranges"},
+    "weights": {"bias", "plan", "readers", "saturation", "sketch", "weight_ranges"},
     "cli": {"summary", "values"},
 }
 # Libraries that have one door each, and the modules that hold it.

@@ -903,7 +903,7 @@ def test_one_conv_by_hand() -> None:
     weight = np.float32([127, -64]).reshape(2, 1, 1, 1)
     proto = network("y = Conv(x, w)", x=(1, 1, 16, 16), w=weight)
     x = np.arange(256, dtype=np.float32).reshape(1, 1, 16, 16)
-    result = quantized(proto, [{"x": x}])
+    result = quantized(proto, [{"x": x}], calibrator="minmax")
     wiring = result.wiring
     (conv,) = wiring.all("Conv")
     scale, zero = wiring.parameters(conv.input[0])
