@@ -101,7 +101,7 @@ def output_mse(sketch: Sketch, spec: QuantSpec, hints: Hints) -> Range:
     if not (hints.readers and sketch.columns.size):
         return mse(sketch, spec, hints)
     columns = sketch.columns.reshape(-1, sketch.columns.shape[2])
-    return least_at_outputs(columns, hints.readers, spec, (sketch.low, sketch.high))
+    return least_at_outputs(columns, sketch.histogram(), hints.readers, spec, (sketch.low, sketch.high))
 
 
 def quantile(histogram: Histogram, share: float) -> float:

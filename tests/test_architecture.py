@@ -96,7 +96,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "clipping": {"sketch"},
     "entropy": {"sketch"},
     "gather": {"calibrate", "calibrators", "detect", "feed", "plan", "sketch", "stats"},
-    "readers": {"clipping", "layers"},
+    "readers": {"clipping", "layers", "sketch"},
     "sketch": {"exact"},
     "stats": {"exact", "sketch"},
     "weight_ranges": {"clipping", "sketch"},

@@ -15,7 +15,7 @@ from qconv.layers import Layer
 from qconv.quant import QuantSpec
 from qconv.readers import least_at_outputs, mean_shift, powers_of
 from qconv.recipe import CALIBRATORS as NAMES
-from qconv.sketch import Sketch, Sketcher, View, Want
+from qconv.sketch import Sketch, Sketcher, View, Want, histogram_of
 
 SPEC = QuantSpec(8, signed=False, symmetric=False)
 NODE: Any = None  # readers look at weights alone
@@ -141,7 +141,7 @@ def test_the_range_is_best_at_the_outputs(bits: int, shape: tuple[int, ...]) -> 
             out = np.einsum("ck,nc->nck", reader.weight[:, 0, 0], error)
         return float(out.var(axis=0).sum())
 
-    low, high = least_at_outputs(columns, [reader], spec, (0.0, float(columns.max())))
+    low, high = least_at_outputs(columns, histogram_of(columns), [reader], spec, (0.0, float(columns.max())))
     best = min(lost(h) for h in np.linspace(columns.max() / 200, columns.max(), 200))
     assert low == 0
     assert lost(high) <= best * 1.05
