@@ -149,7 +149,7 @@ def _take(taps: list[Tap], sketchers: Mapping[str, Sketcher], picture: Mapping[s
 
 
 def _apart(seen: Mapping[str, NDArray[Any]], count: int) -> Iterator[dict[str, NDArray[Any]]]:
-    """One picture after the other. What does not have one part for each picture counts with the first."""
+    """One picture after the other. What does not have one part for each picture counts whole with each."""
     if count == 1:
         yield dict(seen)
         return

@@ -16,6 +16,7 @@ from qconv.clipping import Range
 from qconv.layers import Layer
 from qconv.quant import QuantSpec
 from qconv.readers import least_at_outputs
+from qconv.recipe import PERCENTILE
 from qconv.sketch import Histogram, Sketch, Want
 
 AVERAGING = 0.01
@@ -30,7 +31,7 @@ class Hints:
     whether it is the network's input: pixels end at black and white, and have no tails.
     """
 
-    percentile: float = 99.99
+    percentile: float = PERCENTILE
     readers: Sequence[Layer] = ()
     is_input: bool = False
 

@@ -25,6 +25,7 @@ from qconv.recipe import (
     AUTO,
     CALIBRATORS,
     MOST_THREADS,
+    PERCENTILE,
     PRESETS,
     WEIGHT_CALIBRATORS,
     Color,
@@ -188,10 +189,8 @@ def cli() -> None:
 @click.option(
     "--percentile",
     type=float,
-    default=99.99,
-    show_default=True,
     metavar="P",
-    help="Share of values inside the range, for --calibrator percentile.",
+    help=f"Share of values inside the range, for --calibrator percentile.  [default: {PERCENTILE}]",
 )
 @click.option(
     "--weight-calibrator",

@@ -28,11 +28,13 @@ def original(source: Source, recipe: Recipe) -> Session:
 
 @dataclass(slots=True)
 class Pictures:
-    """feed: None where no pictures are given. known: the statistics in a file, None where none is given.
+    """What is known of the pictures, and through which door more of it comes.
+
+    feed: None where no pictures are given. known: the statistics in a file, None where none is given.
 
     detected: how the float network is fed. model: the hash of its bytes, where statistics are read or written. session:
-    the user's own model, until it is known how to feed it.
-    pixels: the layout of the pixels that the model takes instead, None where it takes what the float network does.
+    the user's own model, until it is known how to feed it. pixels: the layout of the pixels that the model takes
+    instead, None where it takes what the float network does.
     """
 
     feed: Feed | None
@@ -85,6 +87,8 @@ class Pictures:
             stats.require_pixels(self.known, recipe.stats or "", self.pixels)
             stats.require_tensors(self.known, recipe.stats or "", [tap.name for tap in taps])
             return self.known.sketches
+        if not taps and recipe.save_stats is not None:
+            raise QconvError("There is nothing for --save-stats to save: no activation is quantized.", "leave it out.")
         if not taps or self.feed is None:
             return {}
         with tapped(model, taps) as runnable:

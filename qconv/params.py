@@ -12,7 +12,7 @@ from qconv.findings import Change, Finding
 from qconv.graph import Value, array
 from qconv.plan import Plan
 from qconv.quant import QuantParams, QuantSpec
-from qconv.recipe import Recipe
+from qconv.recipe import PERCENTILE, Recipe
 from qconv.sketch import Sketch, Want
 from qconv.weights import LayerParams, Source, quantize_layer
 
@@ -61,7 +61,7 @@ def _ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[
     for value in plan.activations:
         sketch = sketches.get(value.name or "")
         if sketch is not None:
-            hints = Hints(recipe.percentile, readers.get(value, ()), is_input=value.is_graph_input())
+            hints = Hints(recipe.percentile or PERCENTILE, readers.get(value, ()), is_input=value.is_graph_input())
             own[value] = calibrator.choose(sketch, _spec(plan, value), hints)
     ranges = {}
     for value, group in plan.group_of().items():

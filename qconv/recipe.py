@@ -215,6 +215,7 @@ MOST_THREADS = 1024
 STEERING = frozenset({"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats"})
 
 CALIBRATORS = ("minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "output-mse", "aciq")
+PERCENTILE = 99.99
 WEIGHT_CALIBRATORS = ("max", "mse", "aciq")
 
 
@@ -243,7 +244,7 @@ class Recipe:
     edge_bits: int = 8
     pack: bool = False
     calibrator: str = "output-mse"
-    percentile: float = 99.99
+    percentile: float | None = None
     weight_calibrator: str = "max"
     target: str = "ort-cpu"
     keep_float: tuple[str, ...] = ()
@@ -300,14 +301,17 @@ class Recipe:
             f"--weight-calibrator {self.weight_calibrator}",
             f"use one of {', '.join(WEIGHT_CALIBRATORS)}.",
         )
-        object.__setattr__(self, "percentile", _numbers(self.percentile, "--percentile")[0])
-        _require(50 < self.percentile <= 100, f"--percentile {self.percentile:g}", "use more than 50, up to 100.")
+        self._check_percentile()
         gated = self.min_agreement is not None or self.min_sqnr is not None
         _require(
             not gated or bool(self.calib) or self.stats is None,
             "A gate with --stats alone",
             "pass pictures to measure on with --calib.",
         )
+        for name in ("samples", "seed", "glob") if self.stats is not None and not self.calib else ():
+            default = next(part.default for part in fields(self) if part.name == name)
+            idle = getattr(self, name) == default
+            _require(idle, f"--{name} with --stats alone", "leave it out: no picture is read.")
         _require(self.stats is None or self.save_stats is None, "--stats with --save-stats", "copy the file instead.")
         for name in ("stats", "save_stats"):
             if getattr(self, name) is not None:
@@ -332,6 +336,16 @@ class Recipe:
         _require(
             self.min_sqnr is None or math.isfinite(self.min_sqnr), f"--min-sqnr {self.min_sqnr}", "use a number of dB."
         )
+
+    def _check_percentile(self) -> None:
+        """Only one calibrator has a share; an option without effect would mislead."""
+        if self.calibrator != "percentile":
+            fact = f"--percentile with --calibrator {self.calibrator}"
+            _require(self.percentile is None, fact, "pass --calibrator percentile, or leave it out.")
+            return
+        share = _numbers(PERCENTILE if self.percentile is None else self.percentile, "--percentile")[0]
+        _require(50 < share <= 100, f"--percentile {share:g}", "use more than 50, up to 100.")
+        object.__setattr__(self, "percentile", share)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form of all that shapes the file: what only steers the run (threads, gates) stays out."""

@@ -303,3 +303,13 @@ def test_recipes_of_wrong_types_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_a_path_is_as_good_as_its_text() -> None:
     assert Recipe(calib=Path("imgs")).calib == ("imgs",)  # type: ignore[arg-type]
+
+
+def test_a_percentile_belongs_to_its_calibrator() -> None:
+    assert Recipe(calibrator="percentile").percentile == 99.99
+    assert Recipe(calibrator="percentile", percentile=99).percentile == 99
+    assert Recipe().percentile is None
+    with pytest.raises(QconvError, match="--percentile with --calibrator mse"):
+        Recipe(calibrator="mse", percentile=99.0)
+    with pytest.raises(QconvError, match="--percentile 50 is not possible"):
+        Recipe(calibrator="percentile", percentile=50)

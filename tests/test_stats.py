@@ -219,6 +219,19 @@ def test_pictures_that_come_twice_are_told(place: Path) -> None:
     assert json.loads(text)["repeated"] == 4
 
 
+@pytest.mark.parametrize("option", [{"samples": 5}, {"seed": 1}, {"glob": "*.png"}])
+def test_options_of_pictures_need_pictures(option: dict[str, object]) -> None:
+    with pytest.raises(QconvError, match="with --stats alone"):
+        Recipe(stats="s.npz", **option)  # type: ignore[arg-type]
+    Recipe(stats="s.npz", calib=("imgs",), **option)  # type: ignore[arg-type]
+
+
+def test_where_nothing_is_seen_nothing_is_saved(place: Path) -> None:
+    with pytest.raises(QconvError, match="nothing for --save-stats"):
+        run(place, save_stats=str(place / "s.npz"), activation_bits=32)
+    assert not (place / "s.npz").exists()
+
+
 def test_nothing_is_written_where_a_file_is_bad(place: Path) -> None:
     (place / "bad.npz").write_bytes(b"no")
     before = sorted(place.iterdir())
