@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconv import save
+from qconv.ahead import ahead
 from qconv.errors import QconvError
 from qconv.graph import Model
 from qconv.runtime import Session
 from qconv.sketch import NOTHING, Sketch, Sketcher, View, Want, codes_of, stride_for
 
 KEY_BYTES = 8
+AT_ONCE = 2
+"""Batches that the network looks at at the same time. More would take more memory and hardly less time."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,9 +101,15 @@ def watch(session: Session, taps: Iterable[Tap], batches: Iterable[Mapping[str, 
     Raises QconvError where a tensor holds NaN or infinity: no range would be right.
     """
     taps = list(taps)
-    sketchers = _sketchers(taps)
-    for picture in _pictures(session, taps, batches):
-        _take(taps, sketchers, picture)
+    sketchers, turn = _sketchers(taps), threading.Lock()
+
+    def take(picture: Mapping[str, NDArray[Any]]) -> None:
+        seen = _seen(taps, picture)
+        with turn:
+            seen.work_into(sketchers)
+
+    for _ in _each(take, session, taps, batches):
+        pass
     return _sketches(sketchers)
 
 
@@ -106,21 +118,36 @@ def watch_apart(
 ) -> Iterator[dict[str, Sketch]]:
     """Like `watch`, but every picture has sketches of its own. Added up they are those that `watch` gives."""
     taps = list(taps)
-    for picture in _pictures(session, taps, batches):
+
+    def take(picture: Mapping[str, NDArray[Any]]) -> dict[str, Sketch]:
         sketchers = _sketchers(taps)
-        _take(taps, sketchers, picture)
-        yield _sketches(sketchers)
+        _seen(taps, picture).work_into(sketchers)
+        return _sketches(sketchers)
+
+    yield from _each(take, session, taps, batches)
 
 
-def _pictures(
-    session: Session, taps: list[Tap], batches: Iterable[Mapping[str, NDArray[Any]]]
-) -> Iterator[dict[str, NDArray[Any]]]:
-    """What the network returns of each picture, by name; overwritten when the next one is asked for."""
+def _each(
+    take: Callable[[Mapping[str, NDArray[Any]]], T],
+    session: Session,
+    taps: list[Tap],
+    batches: Iterable[Mapping[str, NDArray[Any]]],
+) -> Iterator[T]:
+    """take(what the network returns, by name) for every picture, in order.
+
+    As many batches at once as the session is for, each in a thread of its own: a runtime whose threads wait for each
+    other at every node, and then for Python to take what they found, takes half as long again.
+    """
     inputs = {name for name, _, _ in session.inputs}
     outputs = [name for tap in taps if tap.name not in inputs for name in tap.outputs]
-    for batch in batches:
+
+    def run(batch: Mapping[str, NDArray[Any]]) -> list[T]:
         seen = {**batch, **dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))}
-        yield from _apart(seen, len(next(iter(batch.values()))))
+        return [take(picture) for picture in _apart(seen, len(next(iter(batch.values()))))]
+
+    with contextlib.closing(ahead(run, batches, workers=session.at_once, depth=session.at_once + 1)) as found:
+        for taken in found:
+            yield from taken.result()
 
 
 def _sketchers(taps: list[Tap]) -> dict[str, Sketcher]:
@@ -131,27 +158,39 @@ def _sketches(sketchers: Mapping[str, Sketcher]) -> dict[str, Sketch]:
     return {name: _sketch(sketcher, name) for name, sketcher in sketchers.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """All tensors on one picture."""
+
+    key: int
+    views: dict[str, View]
+    codes: dict[str, NDArray[np.uint16]]
+
+    def work_into(self, sketchers: Mapping[str, Sketcher]) -> None:
+        for name, view in self.views.items():
+            sketchers[name].add(view, self.key, self.codes[name])
+
+
 @np.errstate(over="ignore", invalid="ignore")  # infinite values are refused
-def _take(taps: list[Tap], sketchers: Mapping[str, Sketcher], picture: Mapping[str, NDArray[Any]]) -> None:
-    views = [tap.view([picture[name] for name in tap.outputs]) for tap in taps]
+def _seen(taps: list[Tap], picture: Mapping[str, NDArray[Any]]) -> _Seen:
+    views = {tap.name: tap.view([picture[name] for name in tap.outputs]) for tap in taps}
     # all tensors at once: a call for each of them would take longer than what it computes
-    starts = np.cumsum([0, *(len(view.lows) for view in views[:-1])])
-    lows, highs = (np.concatenate(ends) for ends in zip(*((view.lows, view.highs) for view in views), strict=True))
+    lows, highs = (np.concatenate(e) for e in zip(*((v.lows, v.highs) for v in views.values()), strict=True))
+    starts = np.cumsum([0, *(len(view.lows) for view in views.values())])[:-1]
     extremes = np.stack([np.minimum.reduceat(lows, starts), np.maximum.reduceat(highs, starts)], axis=1)
     finite = np.isfinite(extremes)
     if not finite.all():
         raise _not_finite(taps[int(np.argmin(finite)) // 2].name)
     key = int.from_bytes(hashlib.blake2b(extremes.tobytes(), digest_size=KEY_BYTES).digest())
-    codes = codes_of(np.concatenate([view.sample.reshape(-1) for view in views]))
-    ends = np.cumsum([view.sample.size for view in views])
-    for tap, view, end in zip(taps, views, ends, strict=True):
-        sketchers[tap.name].add(view, key, codes[end - view.sample.size : end])
+    codes = codes_of(np.concatenate([view.sample.reshape(-1) for view in views.values()]))
+    ends = np.cumsum([view.sample.size for view in views.values()])[:-1]
+    return _Seen(key, views, dict(zip(views, np.split(codes, ends), strict=True)))
 
 
-def _apart(seen: Mapping[str, NDArray[Any]], count: int) -> Iterator[dict[str, NDArray[Any]]]:
+def _apart(seen: Mapping[str, NDArray[Any]], count: int) -> Iterator[Mapping[str, NDArray[Any]]]:
     """One picture after the other. What does not have one part for each picture counts whole with each."""
     if count == 1:
-        yield dict(seen)
+        yield seen
         return
     parts = {name: _parts(array, count) for name, array in seen.items()}
     for index in range(count):
@@ -185,3 +224,9 @@ def tapped(model: Model, taps: Iterable[Tap]) -> Iterator[str | bytes]:
     pools = [tap.pooling for tap in taps if tap.pooling is not None]
     with save.runnable(model, [tap.name for tap in taps if not tap.pooled], pools) as runnable:
         yield runnable
+
+
+def observer(model: Model, taps: Iterable[Tap], threads: int | None) -> Session:
+    """The network in a session for `watch`. The model may be dropped: the session has its own copy of all weights."""
+    with tapped(model, taps) as runnable:
+        return Session(runnable, name="the folded float model", threads=threads, at_once=AT_ONCE)

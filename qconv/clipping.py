@@ -58,8 +58,12 @@ def _integral(t: Float64, low: Float64, high: Float64) -> Float64:
     inside = np.clip(t, low - 0.5, high + 0.5)
     cell = np.rint(inside)
     above, below = np.maximum(t - high, 0.5), np.maximum(low - t, 0.5)
-    found: Float64 = cell / 12 + (inside - cell) ** 3 / 3 + (above**3 - below**3) / 3
+    found: Float64 = cell / 12 + (_cube(inside - cell) + _cube(above) - _cube(below)) / 3
     return found
+
+
+def _cube(x: Float64) -> Float64:
+    return x * x * x  # a power takes twenty times as long
 
 
 def least_squares(histogram: Histogram, spec: QuantSpec, low: float, high: float) -> Range:

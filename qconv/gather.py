@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qconv import stats
-from qconv.calibrate import tapped, watch
+from qconv.calibrate import observer, watch
 from qconv.calibrators import CALIBRATORS
 from qconv.detect import Detected, detect
 from qconv.errors import QconvError
@@ -91,10 +91,7 @@ class Pictures:
             raise QconvError("There is nothing for --save-stats to save: no activation is quantized.", "leave it out.")
         if not taps or self.feed is None:
             return {}
-        with tapped(model, taps) as runnable:
-            session = Session(runnable, name="the folded float model", threads=recipe.threads)
-        del runnable  # the session has its own copy of all weights
-        return watch(session, taps, self.feed.all("calibrate"))
+        return watch(observer(model, taps, recipe.threads), taps, self.feed.all("calibrate"))
 
     def save_statistics(self, sketches: Mapping[str, Sketch], source: Source, out: Path) -> None:
         """Write what was seen. Raises QconvError where that is impossible."""

@@ -16,9 +16,8 @@ It will not mend truncated files, nor open anything larger than Pillow's limit a
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from importlib import import_module
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.ahead import ahead
 from qconv.errors import QconvError, counted, shaped
 from qconv.listing import SAMPLE_SUFFIXES, Listing, suffix_of
 from qconv.preprocess import InputSpec, agrees
@@ -275,7 +275,8 @@ def batches(
     if first is not None and prep is None:
         raise QconvError(f"{first} is a picture but the network takes none.", "pass .npy or .npz samples.")
     load = partial(_load, inputs=inputs, prep=prep)
-    pending = _ahead(load, listing.paths, workers, 2 * workers + batch)
+    _import_decoders()
+    pending = ahead(load, listing.paths, workers=workers, depth=2 * workers + batch)
     return _stacked(_survivors(pending, len(listing.paths), warn, progress), inputs, batch)
 
 
@@ -297,22 +298,6 @@ def as_type(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
 _Row = dict[str, NDArray[Any]]
 _Rows = Generator[_Row, None, None]
 _Futures = Generator[Future[_Row], None, None]
-
-
-def _ahead(load: Callable[[Path], _Row], paths: Sequence[Path], workers: int, depth: int) -> _Futures:
-    """Yield the futures of `load` in order, at most `depth` of them submitted and not yet taken."""
-    _import_decoders()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="qconv-images")
-    try:
-        pending: deque[Future[_Row]] = deque()
-        for path in paths:
-            if len(pending) == depth:
-                yield pending.popleft()
-            pending.append(pool.submit(load, path))
-        while pending:
-            yield pending.popleft()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _import_decoders() -> None:

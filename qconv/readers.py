@@ -51,18 +51,32 @@ def least_at_outputs(
     powers = np.sum([powers_of(reader) for reader in readers], axis=0)  # (C,)
 
     def error(lows: Float64, highs: Float64) -> Float64:
-        found, own = np.empty(len(lows)), np.empty(len(lows))
-        for index, (low, high) in enumerate(zip(lows, highs, strict=True)):
-            lost = spec.from_range(low, high).fake(columns)
-            lost -= columns
-            squares, mean = np.einsum("nc,nc->c", lost, lost) / len(lost), lost.mean(axis=0)
-            own[index] = squares.mean()
-            found[index] = powers @ (squares - (1 - MEAN_COUNTS) * mean * mean)
-        expected = expected_error(coarse, spec.from_range(lows, highs))
-        tails = np.divide(expected, own, out=np.ones_like(own), where=own > 0)
+        tried = spec.from_range(lows, highs)
+        squares, means = _lost(columns, tried)
+        found = (squares - (1 - MEAN_COUNTS) * means * means) @ powers
+        own = squares.mean(axis=1)
+        tails = np.divide(expected_error(coarse, tried), own, out=np.ones_like(own), where=own > 0)
         return np.asarray(found * np.sqrt(tails))
 
     return search(error, spec, *ends)
+
+
+def _lost(columns: NDArray[np.float32], params: QuantParams) -> tuple[Float64, Float64]:
+    """E[e^2] and E[e] of each channel of columns (n, C) under each of K quantizers, (K, C) both."""
+    spec, count = params.spec, len(columns)
+    squares, means = np.empty((2, len(params.scale), columns.shape[1]))
+    ones = np.ones(count, np.float32)
+    lost = np.empty_like(columns)
+    for k, (scale, zero) in enumerate(zip(params.scale, params.zero_point.astype(np.float32), strict=True)):
+        # what `fake` does, in place: this is the innermost loop
+        np.divide(columns, scale, out=lost)
+        np.rint(lost, out=lost)
+        np.clip(lost, spec.qmin - zero, spec.qmax - zero, out=lost)
+        lost *= scale
+        lost -= columns
+        squares[k] = np.einsum("nc,nc->c", lost, lost) / count
+        means[k] = ones @ lost / count
+    return squares, means
 
 
 def mean_shift(columns: NDArray[np.float32], params: QuantParams) -> Float64:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,8 @@ class Session:
     """One loaded model.
 
     model: a path or the file's bytes. optimize: False runs the nodes one by one, as the standard defines them.
-    threads: None for as many as the machine has. save_optimized: where to write the graph that will really run.
+    threads: None for as many as the machine has. at_once: how many runs shall share them, each with its part; fewer
+    where there are fewer threads. save_optimized: where to write the graph that will really run.
     Raises QconvError where ONNX Runtime refuses the model.
     """
 
@@ -51,14 +54,20 @@ class Session:
         name: str = "the model",
         optimize: bool = True,
         threads: int | None = None,
+        at_once: int = 1,
         save_optimized: Path | None = None,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+        if at_once > 1:
+            threads = threads or os.cpu_count() or 1
+            at_once = min(at_once, threads)
+            threads //= at_once
         if threads is not None:
             options.intra_op_num_threads = threads
+        self.at_once = at_once
         # Sessions take turns here; a pool that spins after its turn would slow the next one.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if save_optimized is not None:
@@ -75,7 +84,7 @@ class Session:
         except Exception as error:  # the runtime raises a dozen types of its own
             raise _load_error(name, error) from None
         self.outputs: list[str] = [output.name for output in self._session.get_outputs()]
-        self._binding: _Binding | None = None
+        self._own = threading.local()
         self.output_shapes: list[tuple[int | None, ...]] = [_open_shape(o.shape) for o in self._session.get_outputs()]
 
     @property
@@ -116,25 +125,26 @@ class Session:
         return self.run(self.outputs, feeds)
 
     def run_into_buffers(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """Like `run`, but the arrays are overwritten by the next call.
+        """Like `run`, but the arrays are overwritten by the next call from the same thread.
 
         Fresh memory for dozens of large tensors at every run costs as much as a third of the network.
         """
         key = (tuple(outputs), *((name, array.shape, array.dtype) for name, array in feeds.items()))
-        if self._binding is None or self._binding.key != key:
+        binding: _Binding | None = getattr(self._own, "binding", None)
+        if binding is None or binding.key != key:
             found = self.run(outputs, feeds)
-            self._binding = _Binding(key, self._session.io_binding(), found)
+            self._own.binding = binding = _Binding(key, self._session.io_binding(), found)
             for name, buffer in zip(outputs, found, strict=True):
-                self._binding.io.bind_output(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+                binding.io.bind_output(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             return found
         for name, array in feeds.items():
-            self._binding.io.bind_cpu_input(name, np.ascontiguousarray(array))
+            binding.io.bind_cpu_input(name, np.ascontiguousarray(array))
         try:
-            self._session.run_with_iobinding(self._binding.io)
+            self._session.run_with_iobinding(binding.io)
         except Exception:  # a tensor whose shape depends on the data no longer fits its buffer
-            self._binding = None
+            self._own.binding = None
             return self.run(outputs, feeds)
-        return self._binding.buffers
+        return binding.buffers
 
 
 def _is_utf8(path: str) -> bool:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import qconv
 from qconv import fold, load, save
-from qconv.calibrate import Tap, tapped, watch_apart
+from qconv.calibrate import Tap, observer, watch_apart
 from qconv.calibrators import CALIBRATORS
 from qconv.curve import Curve, Point, counts_up_to
 from qconv.detect import detect
@@ -205,9 +205,7 @@ def _score_float(session: Session, feed: Feed, warn: Callable[[str], None]) -> _
 
 def _put_aside(model: Model, taps: list[Tap], feed: Feed, recipe: Recipe, kept: Shelf) -> list[float]:
     """Sketch every picture by itself. Returns how many seconds the pass took until each of them was seen."""
-    with tapped(model, taps) as runnable:
-        session = Session(runnable, name="the folded float model", threads=recipe.threads)
-    del runnable  # the session has its own copy of all weights
+    session = observer(model, taps, recipe.threads)
     seconds, spent, start = [], 0.0, time.perf_counter()
     for sketches in watch_apart(session, taps, feed.all("calibrate")):
         spent += time.perf_counter() - start

@@ -18,7 +18,7 @@ PACKAGE = Path(qconv.__file__).parent
 # The house, from the ground up. A module imports what lies below its own floor, and what its own line names.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
-        {"errors", "quant", "recipe", "targets", "rules", "findings", "deferred", "listing", "preprocess"}
+        {"errors", "quant", "recipe", "targets", "rules", "findings", "deferred", "listing", "preprocess", "ahead"}
     ),  # the vocabulary
     frozenset({"graph", "load", "save", "runtime", "images", "source"}),  # the doors
     frozenset(  # the work

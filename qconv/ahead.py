@@ -1,0 +1,29 @@
+"""Work done ahead of the one who wants it, in threads, and handed over in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def ahead(work: Callable[[T], R], items: Iterable[T], *, workers: int, depth: int) -> Generator[Future[R], None, None]:
+    """Yield the futures of work(item) in order, at most `depth` of them submitted and not yet taken.
+
+    items is read in the caller's own thread. Closing the generator stops the threads.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="qconv-ahead")
+    try:
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            if len(pending) == depth:
+                yield pending.popleft()
+            pending.append(pool.submit(work, item))
+        while pending:
+            yield pending.popleft()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
