@@ -59,6 +59,7 @@ class Session:
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
+        options.enable_mem_pattern = False
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
         if at_once > 1:

@@ -30,7 +30,8 @@ SAMPLE = 4096
 MOST_COLUMNS = 32
 COLUMN_ELEMENTS = 2**14
 """Elements that the columns of all pictures together have, about."""
-PENDING_PICTURES = 32
+PENDING_PICTURES = 16
+Counts = tuple[NDArray[np.uint16], NDArray[np.int64]]
 
 
 NOTHING = np.zeros((0, 0), np.float32)
@@ -103,15 +104,17 @@ class Sketch:
     """The memory of one tensor. See the module.
 
     lows, highs: (C,) float32; sums: of each channel, and count: of how many numbers each, 0 where channels were not
-    wanted. bins: counts by code. keys: (P,) uint64, ascending, one a picture; pictures: (P, 2) float32, lowest and
-    highest of each; column_keys: (K,) ascending, columns: (K, places, C).
+    wanted. codes: (B,) uint16, ascending, the bins that hold something; counts: (B,) int64, of how many elements each.
+    keys: (P,) uint64, ascending, one a picture; pictures: (P, 2) float32, lowest and highest of each; column_keys:
+    (K,) ascending, columns: (K, places, C).
     """
 
     lows: NDArray[np.float32]
     highs: NDArray[np.float32]
     sums: ExactSum
     count: int
-    bins: NDArray[np.int64]
+    codes: NDArray[np.uint16]
+    counts: NDArray[np.int64]
     keys: NDArray[np.uint64]
     pictures: NDArray[np.float32]
     column_keys: NDArray[np.uint64]
@@ -134,9 +137,9 @@ class Sketch:
 
     def histogram(self) -> Histogram:
         """The counts with the ends of their bins. Raises ValueError where no bins were wanted."""
-        if not self.bins.any():
+        if not self.codes.size:
             raise ValueError("this sketch has no histogram")
-        return _histogram(self.bins, self.low, self.high)
+        return _histogram(self.codes, self.counts, self.low, self.high)
 
     def merge(self, other: Sketch) -> Sketch:
         """The sketch of both sets of pictures."""
@@ -148,7 +151,7 @@ class Sketch:
             np.maximum(self.highs, other.highs),
             self.sums.merge(other.sums),
             self.count + other.count,
-            _added(self.bins, other.bins),
+            *_added(self.codes, self.counts, other.codes, other.counts),
             *_by_key(np.concatenate([self.keys, other.keys]), np.concatenate([self.pictures, other.pictures])),
             *_least(
                 np.concatenate([self.column_keys, other.column_keys]), np.concatenate([self.columns, other.columns])
@@ -161,7 +164,7 @@ class Sketch:
         columns = np.zeros((0, places(1), 1), np.float32)
         none = np.zeros(0, np.uint64)
         sums, count = self.sums.overall(), self.count * channels
-        return Sketch(low, high, sums, count, self.bins, self.keys, self.pictures, none, columns)
+        return Sketch(low, high, sums, count, self.codes, self.counts, self.keys, self.pictures, none, columns)
 
 
 @dataclass
@@ -223,7 +226,6 @@ class Sketcher:
         if Want.CHANNELS in self.want:
             sums.add(np.stack([view.sums for view in self._views]))
             count = sum(view.count for view in self._views)
-        bins = np.bincount(np.concatenate(self._codes)) if self._codes else np.zeros(0)
         columns = np.stack(self._columns) if self._columns else np.zeros((0, places(channels), channels), np.float32)
         keys = np.array(self._keys, np.uint64)
         return Sketch(
@@ -231,7 +233,7 @@ class Sketcher:
             highs.max(axis=0),
             sums,
             count,
-            bins.astype(np.int64, copy=False),
+            *_counted(np.concatenate(self._codes or [np.zeros(0, np.uint16)])),
             *_by_key(keys, np.stack([lows.min(axis=1), highs.max(axis=1)], axis=1)),
             *_least(np.array(self._column_keys, np.uint64), columns),
         )
@@ -257,16 +259,33 @@ def bin_ends(codes: NDArray[np.integer]) -> NDArray[np.float64]:
 
 def histogram_of(x: NDArray[np.floating]) -> Histogram:
     """The histogram of all numbers of x."""
-    return _histogram(
-        np.bincount(codes_of(x.astype(np.float32, copy=False)).reshape(-1)), float(x.min()), float(x.max())
-    )
+    codes = codes_of(x.astype(np.float32, copy=False)).reshape(-1)
+    return _histogram(*_counted(codes), float(x.min()), float(x.max()))
 
 
-def _histogram(bins: NDArray[np.int64], low: float, high: float) -> Histogram:
+def _counted(codes: NDArray[np.uint16]) -> Counts:
+    """What codes there are, ascending, and how often."""
+    return _not_empty(np.bincount(codes))
+
+
+def _added(
+    codes: NDArray[np.uint16], counts: NDArray[np.int64], more: NDArray[np.uint16], of: NDArray[np.int64]
+) -> Counts:
+    bins = np.zeros(max(codes.max(initial=0), more.max(initial=0)) + 1, np.int64)
+    bins[codes] = counts
+    bins[more] += of
+    return _not_empty(bins)
+
+
+def _not_empty(bins: NDArray[np.int64]) -> Counts:
     codes = np.flatnonzero(bins)
+    return codes.astype(np.uint16), bins[codes]
+
+
+def _histogram(codes: NDArray[np.uint16], counts: NDArray[np.int64], low: float, high: float) -> Histogram:
     ends = bin_ends(codes)
     order = np.argsort(ends[0], kind="stable")
-    return Histogram(np.clip(ends[:, order], low, high), bins[codes[order]])
+    return Histogram(np.clip(ends[:, order], low, high), counts[order])
 
 
 def stride_for(elements: int, among: int) -> int:
@@ -304,10 +323,3 @@ def _by_key(keys: NDArray[np.uint64], pictures: NDArray[np.float32]) -> tuple[ND
 def _least(keys: NDArray[np.uint64], columns: NDArray[np.float32]) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
     order = np.argsort(keys, kind="stable")[:MOST_COLUMNS]
     return keys[order], columns[order]
-
-
-def _added(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.int64]:
-    short, long = sorted((one, other), key=len)
-    total = long.copy()
-    total[: len(short)] += short
-    return total

@@ -29,9 +29,9 @@ from qconv.source import Source
 
 SCHEMA = 1
 NO_DATE = (1980, 1, 1, 0, 0, 0)
-WHOLE = ("lows", "highs", "keys", "pictures", "column_keys", "columns")
+WHOLE = ("lows", "highs", "codes", "counts", "keys", "pictures", "column_keys", "columns")
 """Arrays of a sketch that are stored as they are."""
-PARTS = (*WHOLE, "sums", "count", "codes", "counts")
+PARTS = (*WHOLE, "sums", "count")
 FAST = 1
 """Of zlib's levels: columns hardly get smaller, and the rest is small."""
 
@@ -128,14 +128,11 @@ def _put(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def arrays_of(sketch: Sketch) -> dict[str, NDArray[Any]]:
-    """All that a sketch holds, by names; of the histogram only bins that hold something."""
-    codes = np.flatnonzero(sketch.bins)
+    """All that a sketch holds, by names."""
     return {
         **{name: getattr(sketch, name) for name in WHOLE},
         "sums": sketch.sums.limbs,
         "count": np.array([sketch.count], np.int64),
-        "codes": codes.astype(np.uint16),
-        "counts": sketch.bins[codes],
     }
 
 
@@ -174,11 +171,8 @@ def _read(archive: zipfile.ZipFile, index: int) -> Sketch:
 
 def sketch_of(arrays: Mapping[str, NDArray[Any]]) -> Sketch:
     """What `arrays_of` took apart."""
-    codes = arrays["codes"].astype(np.int64)
-    bins = np.zeros(int(codes.max(initial=-1)) + 1, np.int64)
-    bins[codes] = arrays["counts"]
     sums, count = ExactSum(arrays["sums"]), int(arrays["count"][0])
-    return Sketch(sums=sums, count=count, bins=bins, **{name: arrays[name] for name in WHOLE})
+    return Sketch(sums=sums, count=count, **{name: arrays[name] for name in WHOLE})
 
 
 def _require_whole(sketch: Sketch) -> None:
@@ -191,6 +185,10 @@ def _require_whole(sketch: Sketch) -> None:
         raise ValueError("channels")
     if sketch.pictures.shape != (len(sketch.keys), 2) or len(sketch.columns) != len(sketch.column_keys):
         raise ValueError("pictures")
+    if sketch.codes.dtype != np.uint16 or sketch.counts.dtype != np.int64 or sketch.codes.shape != sketch.counts.shape:
+        raise ValueError("histogram")
+    if (np.diff(sketch.codes.astype(np.int64)) <= 0).any() or (sketch.counts <= 0).any():
+        raise ValueError("histogram")
     if sketch.columns.ndim != 3 or (sketch.columns.size and sketch.columns.shape[2] != channels[0]):
         raise ValueError("columns")
 

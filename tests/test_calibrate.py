@@ -24,7 +24,7 @@ def batches(*sizes: int) -> list[dict[str, NDArray[np.float32]]]:
 
 
 def same(one: Sketch, other: Sketch) -> bool:
-    parts = ("lows", "highs", "count", "bins", "keys", "pictures", "column_keys", "columns")
+    parts = ("lows", "highs", "count", "codes", "counts", "keys", "pictures", "column_keys", "columns")
     equal = all(np.array_equal(getattr(one, part), getattr(other, part)) for part in parts)
     return equal and np.array_equal(one.sums.limbs, other.sums.limbs)
 
@@ -93,8 +93,8 @@ def test_the_sample_is_a_part_of_the_elements() -> None:
     wanted = [Tap("x", Want.BINS), Tap("y", Want.BINS, never_negative=True, pooled=True, stride=2)]
     with tapped(model, wanted) as runnable:
         sketches = watch(Session(runnable, threads=1), wanted, found)
-    assert sketches["x"].bins.sum() == 3 * 3 * 36
-    assert sketches["y"].bins.sum() == 3 * 3 * 9
+    assert sketches["x"].counts.sum() == 3 * 3 * 36
+    assert sketches["y"].counts.sum() == 3 * 3 * 9
     kept = np.maximum(found[0]["x"], 0)[:, :, ::2, ::2]
     histogram = sketches["y"].histogram()
     assert histogram.counts[0] == (kept == 0).sum()
