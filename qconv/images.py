@@ -16,6 +16,7 @@ It will not mend truncated files, nor open anything larger than Pillow's limit a
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -210,11 +211,16 @@ def _load_sample(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[A
     return {spec.name: _checked(arrays[spec.name], spec, path) for spec in inputs}
 
 
+_ONE_HEADER = threading.Lock()
+"""Headers are Python literals, and parsing two of them at the same time may fail (CPython issue 106905)."""
+
+
 def _arrays(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise UnreadablePicture(path, "no such file")
     try:
-        with path.open("rb") as file:  # np.load leaves a file that it opened itself open when the zip is broken
+        # np.load leaves a file that it opened itself open when the zip is broken
+        with _ONE_HEADER, path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.lib.npyio.NpzFile):
                 return {name: loaded[name] for name in loaded.files}
