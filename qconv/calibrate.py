@@ -22,7 +22,7 @@ from qconv.ahead import ahead
 from qconv.errors import QconvError
 from qconv.graph import Model
 from qconv.runtime import Session
-from qconv.sketch import NOTHING, Sketch, Sketcher, View, Want, codes_of, stride_for
+from qconv.sketch import NOTHING, Sketch, Sketcher, View, Want, stride_for, upper_halves
 
 KEY_BYTES = 8
 AT_ONCE = 2
@@ -164,11 +164,11 @@ class _Seen:
 
     key: int
     views: dict[str, View]
-    codes: dict[str, NDArray[np.uint16]]
+    halves: dict[str, NDArray[np.uint16]]
 
     def work_into(self, sketchers: Mapping[str, Sketcher]) -> None:
         for name, view in self.views.items():
-            sketchers[name].add(view, self.key, self.codes[name])
+            sketchers[name].add(view, self.key, self.halves[name])
 
 
 @np.errstate(over="ignore", invalid="ignore")  # infinite values are refused
@@ -182,9 +182,9 @@ def _seen(taps: list[Tap], picture: Mapping[str, NDArray[Any]]) -> _Seen:
     if not finite.all():
         raise _not_finite(taps[int(np.argmin(finite)) // 2].name)
     key = int.from_bytes(hashlib.blake2b(extremes.tobytes(), digest_size=KEY_BYTES).digest())
-    codes = codes_of(np.concatenate([view.sample.reshape(-1) for view in views.values()]))
+    halves = upper_halves(np.concatenate([view.sample.reshape(-1) for view in views.values()]))
     ends = np.cumsum([view.sample.size for view in views.values()])[:-1]
-    return _Seen(key, views, dict(zip(views, np.split(codes, ends), strict=True)))
+    return _Seen(key, views, dict(zip(views, np.split(halves, ends), strict=True)))
 
 
 def _apart(seen: Mapping[str, NDArray[Any]], count: int) -> Iterator[Mapping[str, NDArray[Any]]]:

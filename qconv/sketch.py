@@ -16,6 +16,7 @@ by least hash: Cohen 1997.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from functools import cached_property
@@ -30,7 +31,7 @@ SAMPLE = 4096
 MOST_COLUMNS = 32
 COLUMN_ELEMENTS = 2**14
 """Elements that the columns of all pictures together have, about."""
-PENDING_PICTURES = 16
+PENDING_PICTURES = 32
 Counts = tuple[NDArray[np.uint16], NDArray[np.int64]]
 
 
@@ -174,18 +175,18 @@ class Sketcher:
     want: Want
     _done: Sketch | None = None
     _views: list[View] = field(default_factory=list)
-    _codes: list[NDArray[np.uint16]] = field(default_factory=list)
+    _halves: list[NDArray[np.uint16]] = field(default_factory=list)
     _columns: list[NDArray[np.float32]] = field(default_factory=list)
     _column_keys: list[int] = field(default_factory=list)
     _keys: list[int] = field(default_factory=list)
 
-    def add(self, view: View, key: int, codes: NDArray[np.uint16] | None = None) -> None:
-        """Take one picture's view, whose sample may be overwritten afterwards. codes: of the sample, if known."""
+    def add(self, view: View, key: int, halves: NDArray[np.uint16] | None = None) -> None:
+        """Take one picture's view, whose sample may be overwritten afterwards. halves: of the sample, if known."""
         if self._views and self._views[-1].lows.shape != view.lows.shape:
             self._flush()
         self._keys.append(key)
         if self._bins:
-            self._codes.append(codes_of(view.sample).reshape(-1) if codes is None else codes)
+            self._halves.append(upper_halves(view.sample) if halves is None else halves)
         if self._wants_columns and self._is_among_the_least(key):
             self._columns.append(_columns_of(view.sample))
             self._column_keys.append(key)
@@ -216,7 +217,7 @@ class Sketcher:
         if self._views:
             found = self._worked_in()
             self._done = found if self._done is None else self._done.merge(found)
-            for pending in (self._views, self._codes, self._columns, self._column_keys, self._keys):
+            for pending in (self._views, self._halves, self._columns, self._column_keys, self._keys):
                 pending.clear()
 
     def _worked_in(self) -> Sketch:
@@ -233,7 +234,7 @@ class Sketcher:
             highs.max(axis=0),
             sums,
             count,
-            *_counted(np.concatenate(self._codes or [np.zeros(0, np.uint16)])),
+            *_counted(np.concatenate(self._halves or [np.zeros(0, np.uint16)])),
             *_by_key(keys, np.stack([lows.min(axis=1), highs.max(axis=1)], axis=1)),
             *_least(np.array(self._column_keys, np.uint64), columns),
         )
@@ -242,10 +243,10 @@ class Sketcher:
 # -- codes: the upper half of a float32, its sign moved to the end -----------------------------------------------------
 
 
-def codes_of(x: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bin of every number; those of small numbers are small, whatever the sign, so that counts need little room."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits >> 15 & 0xFFFE) | bits >> 31).astype(np.uint16)
+def upper_halves(x: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Sign, exponent and 7 binary digits of every number, (n,)."""
+    both = np.ascontiguousarray(x, np.float32).reshape(-1).view(np.uint16)
+    return both[sys.byteorder == "little" :: 2].copy()
 
 
 def bin_ends(codes: NDArray[np.integer]) -> NDArray[np.float64]:
@@ -259,27 +260,26 @@ def bin_ends(codes: NDArray[np.integer]) -> NDArray[np.float64]:
 
 def histogram_of(x: NDArray[np.floating]) -> Histogram:
     """The histogram of all numbers of x."""
-    codes = codes_of(x.astype(np.float32, copy=False)).reshape(-1)
-    return _histogram(*_counted(codes), float(x.min()), float(x.max()))
+    return _histogram(*_counted(upper_halves(x.astype(np.float32, copy=False))), float(x.min()), float(x.max()))
 
 
-def _counted(codes: NDArray[np.uint16]) -> Counts:
+def _counted(halves: NDArray[np.uint16]) -> Counts:
     """What codes there are, ascending, and how often."""
-    return _not_empty(np.bincount(codes))
+    bins = np.bincount(halves)
+    found = np.flatnonzero(bins)
+    codes = (found << 1 | found >> 15).astype(np.uint16)
+    order = np.argsort(codes)
+    return codes[order], bins[found[order]]
 
 
 def _added(
     codes: NDArray[np.uint16], counts: NDArray[np.int64], more: NDArray[np.uint16], of: NDArray[np.int64]
 ) -> Counts:
-    bins = np.zeros(max(codes.max(initial=0), more.max(initial=0)) + 1, np.int64)
-    bins[codes] = counts
-    bins[more] += of
-    return _not_empty(bins)
-
-
-def _not_empty(bins: NDArray[np.int64]) -> Counts:
-    codes = np.flatnonzero(bins)
-    return codes.astype(np.uint16), bins[codes]
+    both = np.concatenate([codes, more])
+    order = np.argsort(both, kind="stable")
+    both = both[order]
+    starts = np.flatnonzero(np.diff(both, prepend=both[:1] + 1))
+    return both[starts], np.add.reduceat(np.concatenate([counts, of])[order], starts) if both.size else counts
 
 
 def _histogram(codes: NDArray[np.uint16], counts: NDArray[np.int64], low: float, high: float) -> Histogram:
