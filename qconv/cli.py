@@ -9,11 +9,8 @@ import contextlib
 import io
 import json
 import os
-import signal
 import sys
 import warnings
-from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,22 +18,9 @@ import click
 
 import qconv
 from qconv.errors import QconvError, counted
-from qconv.recipe import (
-    AUTO,
-    CALIBRATORS,
-    MOST_THREADS,
-    PERCENTILE,
-    PRESETS,
-    WEIGHT_CALIBRATORS,
-    Color,
-    Filter,
-    Layout,
-    PreprocessingOptions,
-    Recipe,
-    Scheme,
-    WeightGranularity,
-)
-from qconv.values import Numbers, Resize, Size
+from qconv.leaving import leave_at_once, leave_by_exceptions
+from qconv.options import output_options, quantize_options, recipe_of
+from qconv.recipe import Recipe
 
 if TYPE_CHECKING:
     from qconv.curve import Curve
@@ -47,67 +31,6 @@ GATE_FELL_SHORT = 3
 WIDTH = {"max_content_width": 100}
 
 
-def _choice(kind: type[StrEnum]) -> click.Choice[str]:
-    return click.Choice([str(member) for member in kind])
-
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def _stack(*options: Decorator) -> Decorator:
-    def apply(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return apply
-
-
-preprocessing_options = _stack(
-    click.option(
-        "--preprocess",
-        type=click.Choice([AUTO, *PRESETS]),
-        default=AUTO,
-        show_default=True,
-        help="How the network was fed in training; auto finds out.",
-    ),
-    click.option(
-        "--scale", type=Numbers(), help="Replaces the preset's: pixels are multiplied by it, for example 1/255."
-    ),
-    click.option(
-        "--mean", type=Numbers(), help="Replaces the preset's: subtracted after scaling; one number or one a channel."
-    ),
-    click.option("--std", type=Numbers(), help="Replaces the preset's: divided by at the end."),
-    click.option("--color", type=_choice(Color), help="Channel order."),
-    click.option(
-        "--layout", type=_choice(Layout), help="Axis order of the model's input; read off its shape by default."
-    ),
-    click.option(
-        "--resize", type=Resize(), default="auto", show_default=True, help="See 'Preprocessing' in the README."
-    ),
-    click.option(
-        "--filter", "filter_", type=_choice(Filter), default="bilinear", show_default=True, help="For resizing."
-    ),
-    click.option("--size", type=Size(), help="Where the model leaves height and width open."),
-)
-
-output_options = _stack(
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary."),
-    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and what --json prints)."),
-    click.option("-v", "--verbose", is_flag=True, help="Also print every change, every refusal and every tensor."),
-)
-
-common_options = _stack(
-    output_options,
-    click.option(
-        "--threads",
-        type=click.IntRange(1, MOST_THREADS),
-        metavar="N",
-        help="Threads of ONNX Runtime.  [default: all cores]",
-    ),
-)
-
-
 @click.group(context_settings=WIDTH)
 @click.version_option(qconv.__version__, prog_name="qconv")
 def cli() -> None:
@@ -116,109 +39,7 @@ def cli() -> None:
 
 @cli.command(context_settings=WIDTH)
 @click.argument("model")
-@click.option(
-    "--calib", multiple=True, metavar="DIR|FILE", help="Calibration pictures: a folder, or a file with one path a line."
-)
-@click.option(
-    "-o", "--output", metavar="OUT", help="Result; '-' is standard output.  [default: MODEL.w8a8.onnx by its bits]"
-)
-@click.option(
-    "--samples",
-    default=128,
-    show_default=True,
-    metavar="N",
-    type=click.IntRange(1),
-    help="Pictures to use; all if fewer.",
-)
-@click.option("--batch", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="Pictures a run.")
-@click.option(
-    "--seed", default=0, show_default=True, metavar="N", type=click.IntRange(0), help="Of the draw of pictures."
-)
-@click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches.")
-@click.option("--weight-bits", default=8, show_default=True, metavar="2..8|16", type=int, help="Bits of weights.")
-@click.option(
-    "--activation-bits", default=8, show_default=True, metavar="2..8|16|32", type=int, help="32: only weights."
-)
-@click.option(
-    "--weight-scheme",
-    default="symmetric",
-    show_default=True,
-    type=_choice(Scheme),
-    help="Symmetric: zero is the middle code.",
-)
-@click.option(
-    "--activation-scheme",
-    default="asymmetric",
-    show_default=True,
-    type=_choice(Scheme),
-    help="Symmetric: zero is the middle code, or the lowest where nothing is negative.",
-)
-@click.option(
-    "--weight-granularity",
-    default="per-channel",
-    show_default=True,
-    type=_choice(WeightGranularity),
-    help="What shares a scale.",
-)
-@click.option(
-    "--block-size",
-    default=32,
-    show_default=True,
-    metavar="N",
-    type=click.IntRange(1),
-    help="Input channels that share a scale, for per-block.",
-)
-@click.option(
-    "--edge-bits",
-    default=8,
-    show_default=True,
-    metavar="2..8|16",
-    type=int,
-    help="Least bits of the first and last layer.",
-)
-@click.option(
-    "--pack", is_flag=True, help="Store weights of 4 bits or fewer as int4: the smallest file, layers run in float."
-)
-@click.option(
-    "--calibrator",
-    type=click.Choice(CALIBRATORS),
-    default="output-mse",
-    show_default=True,
-    help="How activations get ranges.",
-)
-@click.option(
-    "--percentile",
-    type=float,
-    metavar="P",
-    help=f"Share of values inside the range, for --calibrator percentile.  [default: {PERCENTILE}]",
-)
-@click.option(
-    "--weight-calibrator",
-    type=click.Choice(WEIGHT_CALIBRATORS),
-    default="max",
-    show_default=True,
-    help="How weights get ranges: their largest value, or what clips them at the least error.",
-)
-@click.option("--save-stats", metavar="FILE", help="Also write what was seen of the activations into a file.")
-@click.option("--stats", metavar="FILE", help="Take that from a file; --calib is then only for checking the result.")
-@click.option(
-    "--keep-float", multiple=True, metavar="NODE-GLOB", help="Leave nodes whose name matches in float; repeatable."
-)
-@click.option(
-    "--keep-float-op", multiple=True, metavar="TYPE", help="Leave operators of this type in float; repeatable."
-)
-@click.option(
-    "--opset", type=int, metavar="N", help="Opset of the result.  [default: the lowest that model and types need]"
-)
-@click.option(
-    "--embed-preprocessing",
-    type=_choice(Layout),
-    help="Write the normalisation into the result, which then takes uint8 pixels in this layout.",
-)
-@click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement.")
-@click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR.")
-@preprocessing_options
-@common_options
+@quantize_options
 def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
     """Quantize MODEL ('-' reads standard input) with the pictures in --calib and check the result."""
     if model == "-" and output is None:
@@ -227,7 +48,7 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
         raise click.UsageError("pass the calibration pictures with --calib DIR.")
     if "" in (output, *options["calib"], options["stats"], options["save_stats"]):
         raise click.UsageError("--calib, --output, --stats and --save-stats need a name.")
-    recipe = _recipe(options)
+    recipe = recipe_of(options)
     _require_streams(model, output, as_json)
     from qconv import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
 
@@ -298,14 +119,14 @@ def study_samples(
     place = None if output is None else Path(output)
     if place is not None and place.suffix.lower() not in CHARTS:
         raise click.UsageError(f"{output} is no chart: name a file that ends in {' or '.join(CHARTS)}.")
-    recipe = _recipe({**dict.fromkeys(NOT_STUDIED), **options})
+    recipe = recipe_of({**dict.fromkeys(NOT_STUDIED), **options})
     _require_streams(model, None, as_json)
     from qconv import pipeline, study, summary
 
     console = summary.Console(quiet=quiet)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
     source = _source(model)
-    _leave_by_exceptions()
+    leave_by_exceptions()
     try:
         curve = study.study_samples(source, recipe, study.Question(seeds, holdout, images), listener, place)
     finally:
@@ -346,7 +167,7 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     total, twice = stats.merged(files)
     if twice:
         console.warn(f"{counted(twice, 'picture')} came more than once, and count as often.")
-    _leave_by_exceptions()
+    leave_by_exceptions()
     stats.write_file(total, Path(output))
     found = {
         "schema": 1,
@@ -385,7 +206,7 @@ def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[
     if output is None:
         output = default_output(model, recipe)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
-    _leave_by_exceptions()
+    leave_by_exceptions()
     try:
         return pipeline.quantize(source, None if output == "-" else output, recipe, listener)
     finally:
@@ -409,69 +230,6 @@ def default_output(model: str, recipe: Recipe) -> str:
     return str(path.with_name(f"{stem}.w{recipe.weight_bits}a{recipe.activation_bits}.onnx"))
 
 
-SAME = (
-    ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "block_size", "edge_bits", "pack")
-    + ("calibrator", "percentile", "weight_calibrator", "stats", "save_stats")
-    + ("keep_float", "keep_float_op", "opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
-)  # fmt: skip
-"""Options that a Recipe calls the same."""
-
-
-def _recipe(options: dict[str, Any]) -> Recipe:
-    """Values that do not go together are usage errors, as those are that click finds itself."""
-    try:
-        return Recipe(
-            glob=options["pattern"],
-            weight_scheme=Scheme(options["weight_scheme"]),
-            activation_scheme=Scheme(options["activation_scheme"]),
-            weight_granularity=WeightGranularity(options["weight_granularity"]),
-            preprocessing=_preprocessing(options),
-            **{name: options[name] for name in SAME},
-        )
-    except QconvError as error:
-        raise click.UsageError(f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}") from None
-
-
-def _preprocessing(options: dict[str, Any]) -> PreprocessingOptions:
-    scale = options["scale"]
-    if scale is not None and len(scale) != 1:
-        raise click.UsageError("--scale takes one number.")
-    return PreprocessingOptions(
-        preset=options["preprocess"],
-        scale=None if scale is None else scale[0],
-        mean=options["mean"],
-        std=options["std"],
-        color=None if options["color"] is None else Color(options["color"]),
-        layout=None if options["layout"] is None else Layout(options["layout"]),
-        resize=options["resize"],
-        filter=Filter(options["filter_"]),
-        size=options["size"],
-    )
-
-
-# -- leaving -----------------------------------------------------------------------------------------------------------
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _leave_at_once() -> None:
-    """While libraries are imported nothing is half-written, and an exception inside them would only confuse them."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _leave_by_exceptions() -> None:
-    """From here on a signal leaves through the `finally` clauses, which remove what is half-written."""
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _raise_exit)
-
-
-def _raise_exit(number: int, frame: Any) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
 def run() -> NoReturn:
     """Entry point of the console script: `main`, and no more.
 
@@ -491,7 +249,7 @@ def run() -> NoReturn:
 
 def main() -> None:
     """Run the command that sys.argv names and exit with its status."""
-    _leave_at_once()
+    leave_at_once()
     if sys.stderr is None:  # print would take standard output instead, which may be carrying the model
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     # a picture that is too large is told of by name; the libraries' own words on it lead nowhere

@@ -1,0 +1,243 @@
+"""The options that commands share, and the Recipe that comes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any
+
+import click
+
+from qconv.errors import QconvError
+from qconv.recipe import (
+    AUTO,
+    CALIBRATORS,
+    MOST_THREADS,
+    PERCENTILE,
+    PRESETS,
+    WEIGHT_CALIBRATORS,
+    Color,
+    Filter,
+    Layout,
+    PreprocessingOptions,
+    Recipe,
+    Scheme,
+    WeightGranularity,
+)
+from qconv.values import Numbers, Resize, Size
+
+
+def _choice(kind: type[StrEnum]) -> click.Choice[str]:
+    return click.Choice([str(member) for member in kind])
+
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def stack(*options: Decorator) -> Decorator:
+    """Several options as one decorator, in the order in which --help shows them."""
+
+    def apply(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+preprocessing_options = stack(
+    click.option(
+        "--preprocess",
+        type=click.Choice([AUTO, *PRESETS]),
+        default=AUTO,
+        show_default=True,
+        help="How the network was fed in training; auto finds out.",
+    ),
+    click.option(
+        "--scale", type=Numbers(), help="Replaces the preset's: pixels are multiplied by it, for example 1/255."
+    ),
+    click.option(
+        "--mean", type=Numbers(), help="Replaces the preset's: subtracted after scaling; one number or one a channel."
+    ),
+    click.option("--std", type=Numbers(), help="Replaces the preset's: divided by at the end."),
+    click.option("--color", type=_choice(Color), help="Channel order."),
+    click.option(
+        "--layout", type=_choice(Layout), help="Axis order of the model's input; read off its shape by default."
+    ),
+    click.option(
+        "--resize", type=Resize(), default="auto", show_default=True, help="See 'Preprocessing' in the README."
+    ),
+    click.option(
+        "--filter", "filter_", type=_choice(Filter), default="bilinear", show_default=True, help="For resizing."
+    ),
+    click.option("--size", type=Size(), help="Where the model leaves height and width open."),
+)
+
+output_options = stack(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary."),
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and what --json prints)."),
+    click.option("-v", "--verbose", is_flag=True, help="Also print every change, every refusal and every tensor."),
+)
+
+common_options = stack(
+    output_options,
+    click.option(
+        "--threads",
+        type=click.IntRange(1, MOST_THREADS),
+        metavar="N",
+        help="Threads of ONNX Runtime.  [default: all cores]",
+    ),
+)
+
+quantize_options = stack(
+    click.option(
+        "--calib",
+        multiple=True,
+        metavar="DIR|FILE",
+        help="Calibration pictures: a folder, or a file with one path a line.",
+    ),
+    click.option(
+        "-o", "--output", metavar="OUT", help="Result; '-' is standard output.  [default: MODEL.w8a8.onnx by its bits]"
+    ),
+    click.option(
+        "--samples",
+        default=128,
+        show_default=True,
+        metavar="N",
+        type=click.IntRange(1),
+        help="Pictures to use; all if fewer.",
+    ),
+    click.option("--batch", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="Pictures a run."),
+    click.option(
+        "--seed", default=0, show_default=True, metavar="N", type=click.IntRange(0), help="Of the draw of pictures."
+    ),
+    click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches."),
+    click.option("--weight-bits", default=8, show_default=True, metavar="2..8|16", type=int, help="Bits of weights."),
+    click.option(
+        "--activation-bits", default=8, show_default=True, metavar="2..8|16|32", type=int, help="32: only weights."
+    ),
+    click.option(
+        "--weight-scheme",
+        default="symmetric",
+        show_default=True,
+        type=_choice(Scheme),
+        help="Symmetric: zero is the middle code.",
+    ),
+    click.option(
+        "--activation-scheme",
+        default="asymmetric",
+        show_default=True,
+        type=_choice(Scheme),
+        help="Symmetric: zero is the middle code, or the lowest where nothing is negative.",
+    ),
+    click.option(
+        "--weight-granularity",
+        default="per-channel",
+        show_default=True,
+        type=_choice(WeightGranularity),
+        help="What shares a scale.",
+    ),
+    click.option(
+        "--block-size",
+        default=32,
+        show_default=True,
+        metavar="N",
+        type=click.IntRange(1),
+        help="Input channels that share a scale, for per-block.",
+    ),
+    click.option(
+        "--edge-bits",
+        default=8,
+        show_default=True,
+        metavar="2..8|16",
+        type=int,
+        help="Least bits of the first and last layer.",
+    ),
+    click.option(
+        "--pack", is_flag=True, help="Store weights of 4 bits or fewer as int4: the smallest file, layers run in float."
+    ),
+    click.option(
+        "--calibrator",
+        type=click.Choice(CALIBRATORS),
+        default="output-mse",
+        show_default=True,
+        help="How activations get ranges.",
+    ),
+    click.option(
+        "--percentile",
+        type=float,
+        metavar="P",
+        help=f"Share of values inside the range, for --calibrator percentile.  [default: {PERCENTILE}]",
+    ),
+    click.option(
+        "--weight-calibrator",
+        type=click.Choice(WEIGHT_CALIBRATORS),
+        default="max",
+        show_default=True,
+        help="How weights get ranges: their largest value, or what clips them at the least error.",
+    ),
+    click.option("--save-stats", metavar="FILE", help="Also write what was seen of the activations into a file."),
+    click.option(
+        "--stats", metavar="FILE", help="Take that from a file; --calib is then only for checking the result."
+    ),
+    click.option(
+        "--keep-float", multiple=True, metavar="NODE-GLOB", help="Leave nodes whose name matches in float; repeatable."
+    ),
+    click.option(
+        "--keep-float-op", multiple=True, metavar="TYPE", help="Leave operators of this type in float; repeatable."
+    ),
+    click.option(
+        "--opset", type=int, metavar="N", help="Opset of the result.  [default: the lowest that model and types need]"
+    ),
+    click.option(
+        "--embed-preprocessing",
+        type=_choice(Layout),
+        help="Write the normalisation into the result, which then takes uint8 pixels in this layout.",
+    ),
+    click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement."),
+    click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR."),
+    preprocessing_options,
+    common_options,
+)
+
+SAME = (
+    ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "block_size", "edge_bits", "pack")
+    + ("calibrator", "percentile", "weight_calibrator", "stats", "save_stats")
+    + ("keep_float", "keep_float_op", "opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
+)  # fmt: skip
+"""Options that a Recipe calls the same."""
+
+
+def recipe_of(options: dict[str, Any]) -> Recipe:
+    """Values that do not go together are usage errors, as those are that click finds itself.
+
+    options: what click calls them, with their values.
+    """
+    try:
+        return Recipe(
+            glob=options["pattern"],
+            weight_scheme=Scheme(options["weight_scheme"]),
+            activation_scheme=Scheme(options["activation_scheme"]),
+            weight_granularity=WeightGranularity(options["weight_granularity"]),
+            preprocessing=_preprocessing(options),
+            **{name: options[name] for name in SAME},
+        )
+    except QconvError as error:
+        raise click.UsageError(f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}") from None
+
+
+def _preprocessing(options: dict[str, Any]) -> PreprocessingOptions:
+    scale = options["scale"]
+    if scale is not None and len(scale) != 1:
+        raise click.UsageError("--scale takes one number.")
+    return PreprocessingOptions(
+        preset=options["preprocess"],
+        scale=None if scale is None else scale[0],
+        mean=options["mean"],
+        std=options["std"],
+        color=None if options["color"] is None else Color(options["color"]),
+        layout=None if options["layout"] is None else Layout(options["layout"]),
+        resize=options["resize"],
+        filter=Filter(options["filter_"]),
+        size=options["size"],
+    )
