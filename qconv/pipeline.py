@@ -23,7 +23,8 @@ from qconv.findings import Finding
 from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
 from qconv.params import choose_params
-from qconv.plan import WISHED, Plan, make_plan
+from qconv.plan import Plan
+from qconv.planner import WISHED, make_plan
 from qconv.recipe import Layout, Recipe
 from qconv.report import Audit, Report, Verification
 from qconv.runtime import Session

@@ -32,7 +32,8 @@ from qconv.gather import original
 from qconv.graph import Model
 from qconv.params import choose_params
 from qconv.pipeline import Listener, check_output, look_for_wishes, peak_rss_mb, require_layers
-from qconv.plan import Plan, make_plan
+from qconv.plan import Plan
+from qconv.planner import make_plan
 from qconv.recipe import Recipe
 from qconv.report import Verification
 from qconv.runtime import Session

@@ -27,7 +27,8 @@ from qconv.emit import emit
 from qconv.findings import Change, Finding
 from qconv.params import Params, choose_params
 from qconv.pipeline import quantize
-from qconv.plan import Plan, make_plan
+from qconv.plan import Plan
+from qconv.planner import make_plan
 from qconv.recipe import Recipe, Scheme, WeightGranularity
 from qconv.report import Audit
 from qconv.runtime import Session

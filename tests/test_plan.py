@@ -8,7 +8,8 @@ import pytest
 from models import Constant, ints, loaded, network
 
 from qconv.graph import Model, Node, Value, array, attribute
-from qconv.plan import Layer, Plan, make_plan
+from qconv.plan import Layer, Plan
+from qconv.planner import make_plan
 from qconv.quant import PerBlock, PerChannel, PerTensor
 from qconv.recipe import Recipe, Scheme, WeightGranularity
 from qconv.rules import RULES, Computing, Joining, OnCodes, Transparent, Weighted

@@ -1,0 +1,342 @@
+"""Which tensors are quantized, how, and why not the others: decided from the graph alone, before any picture is seen.
+
+Layers with weights run in integers; what stands between them follows where that keeps codes flowing. A Relu or Clip
+that is the only reader of a layer is absorbed: the quantizer behind the layer saturates at the same bounds. Every
+tensor carries the reason for what became of it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from qconv.gates import gate_behind
+from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of
+from qconv.plan import Choice, Layer, Plan, data_inputs
+from qconv.quant import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
+from qconv.recipe import Recipe, Scheme, WeightGranularity
+from qconv.refusals import refusal
+from qconv.rules import ACTIVATIONS, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
+from qconv.targets import Target
+
+WISHED = "kept float by --keep-float"
+GIVEN = "its codes are the input's pixels"
+
+
+def make_plan(model: Model, recipe: Recipe, target: Target) -> Plan:
+    """Decide for every node and tensor of a folded model."""
+    planner = _Planner(model, recipe, target)
+    planner.choose_layers()
+    if recipe.activation_bits < 32:
+        planner.spread()
+        planner.tie()
+        planner.choose_activations()
+        planner.take_given()
+    planner.explain()
+    return planner.plan
+
+
+class _Planner:
+    def __init__(self, model: Model, recipe: Recipe, target: Target) -> None:
+        self.model, self.recipe, self.target = model, recipe, target
+        self.plan = Plan()
+        self.nodes = model.nodes()
+        self.quantized: dict[Value, str] = {}
+        self.eligible: dict[Node, Rule] = {}
+        for node in self.nodes:
+            rule = RULES.get(node.op_type)
+            why = self._refusal(node, rule)
+            if why is None and rule is not None:
+                self.eligible[node] = rule
+            elif why is not None and _carries_float(node):
+                self.plan.kept[node.name or ""] = Choice(None, why)
+        self.weighted = {n for n, rule in self.eligible.items() if isinstance(rule, Weighted)}
+        self.reaches_weights = self._closure(reversed(self.nodes), _next_nodes)
+        self.after_weights = self._closure(self.nodes, _previous_nodes)
+
+    def _closure(self, order: Iterable[Node], neighbours: _Neighbours) -> set[Node]:
+        """Nodes from which a layer with weights is reached through `neighbours`, themselves not counted."""
+        reached: set[Node] = set()
+        for node in order:
+            if any(other in reached or other in self.weighted for other in neighbours(node)):
+                reached.add(node)
+        return reached
+
+    # -- may this node be quantized at all? ------------------------------------------------------------------------
+
+    def _refusal(self, node: Node, rule: Rule | None) -> str | None:
+        recipe, name = self.recipe, node.name or ""
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.keep_float):
+            return WISHED
+        if node.op_type in recipe.keep_float_op:
+            return f"{WISHED}-op"
+        if rule is None or node.domain not in ("", "ai.onnx"):
+            return f"{node.op_type} has no integer kernel"
+        weights_only = recipe.activation_bits == 32
+        if node.op_type in self.target.float_ops and not weights_only:
+            return self.target.float_ops[node.op_type]
+        if weights_only and not isinstance(rule, Weighted):
+            return "only weights are quantized"
+        return refusal(node, rule)
+
+    # -- layers with weights ---------------------------------------------------------------------------------------
+
+    def choose_layers(self) -> None:
+        for node in self.nodes:
+            rule = self.eligible.get(node)
+            if not isinstance(rule, Weighted) or array(input_of(node, 1)) is None:
+                continue
+            rule = oriented(node, rule)
+            data = node.inputs[0] if self.recipe.activation_bits < 32 else None
+            self.plan.layers.append(Layer(node, rule, self._weight_spec(node, rule), data))
+
+    def _is_edge(self, node: Node) -> bool:
+        return node not in self.after_weights or node not in self.reaches_weights
+
+    def _weight_spec(self, node: Node, rule: Weighted) -> QuantSpec:
+        recipe = self.recipe
+        bits = max(recipe.weight_bits, recipe.edge_bits) if self._is_edge(node) else recipe.weight_bits
+        symmetric = recipe.weight_scheme is Scheme.SYMMETRIC
+        match recipe.weight_granularity:
+            case WeightGranularity.PER_TENSOR:
+                return QuantSpec(bits, True, symmetric, PerTensor())
+            case WeightGranularity.PER_CHANNEL:
+                return QuantSpec(bits, True, symmetric, PerChannel(rule.output_axis))
+            case WeightGranularity.PER_BLOCK:
+                weight = array(node.inputs[1])
+                channels = recipe.block_size if weight is None else weight.shape[rule.input_axis]
+                size = min(recipe.block_size, channels) * _kernel_area(node)
+                return QuantSpec(bits, True, symmetric, PerBlock(rule.input_axis, size))
+
+    # -- which nodes run on codes, which tensors become codes --------------------------------------------------------
+
+    def spread(self) -> None:
+        """Grow the set of integer nodes and quantized tensors from the layers with weights until it stays the same."""
+        for node in self.nodes:
+            if node.op_type == "DequantizeLinear":
+                self.quantized[node.outputs[0]] = GIVEN
+        for layer in self.plan.layers:
+            self._make_integer(layer.node)
+        grown = True
+        while grown:
+            before = len(self.plan.integer)
+            for node in self.nodes:
+                decided = node not in self.eligible or node in self.plan.integer or node in self.plan.absorbed
+                if not decided and self._worthwhile(node):
+                    self._make_integer(node)
+            grown = len(self.plan.integer) > before
+        for node in self.eligible:
+            if node not in self.plan.integer and node not in self.plan.absorbed and _carries_float(node):
+                self.plan.kept[node.name or ""] = Choice(None, self._why_left(node))
+
+    def _why_left(self, node: Node) -> str:
+        """ONNX Runtime merges a float layer and its activation: then it is the layer's reason that counts."""
+        before = next(_previous_nodes(node), None)
+        if before is not None and node.op_type in ACTIVATIONS and isinstance(RULES.get(before.op_type), Weighted):
+            reason = self.plan.kept.get(before.name or "")
+            if reason is not None:
+                return reason.why
+        rule = self.eligible.get(node)
+        if isinstance(rule, Computing) and rule.float_in_tail and node in self.after_weights:
+            return "behind the last layer with weights, where float keeps precision and costs little"
+        return "no quantized tensor reaches it, so codes would only cost"
+
+    def _worthwhile(self, node: Node) -> bool:
+        rule = self.eligible[node]
+        data = self._data(node)
+        if isinstance(rule, Weighted):
+            # two activations multiplied: an operator like any other
+            return bool(data) and all(value in self.quantized for value in data)
+        tail = node not in self.reaches_weights
+        if tail and isinstance(rule, Computing) and rule.float_in_tail:
+            return False
+        known = [value in self.quantized for value in data]
+        return bool(known) and (all(known) if tail else any(known))
+
+    def _data(self, node: Node) -> list[Value]:
+        """Inputs that are data and no constants."""
+        return [value for value in data_inputs(node, self.eligible[node]) if array(value) is None]
+
+    def _make_integer(self, node: Node) -> None:
+        rule = self.eligible[node]
+        self.plan.integer.add(node)
+        reason = f"read or written by {node.name}"
+        for value in self._data(node):
+            self.quantized.setdefault(value, reason)
+        follower = None
+        if isinstance(rule, Weighted | Computing):
+            follower = self._absorbable(node)
+        if follower is not None:
+            self.plan.absorbed[follower] = node
+            self.quantized.setdefault(follower.outputs[0], reason)
+        elif not isinstance(rule, Weighted) or self._needs_output(node, rule):
+            for value in node.outputs:
+                if value.uses() or value.is_graph_output():
+                    self.quantized.setdefault(value, reason)
+        if isinstance(rule, OnCodes):
+            self.plan.on_codes.add(node)
+
+    def _needs_output(self, node: Node, rule: Weighted) -> bool:
+        """Whether the layer's result must become codes, for the layer itself or for what reads it to run on codes.
+
+        Without codes in between ONNX Runtime makes one float Gemm out of a MatMul and the Add behind it.
+        """
+        if rule.needs_output or array(input_of(node, 1)) is None:
+            return True
+        readers = self.model.readers(node.outputs[0])
+        if node in self.reaches_weights and any(reader in self.eligible for reader in readers):
+            return True
+        return node.op_type == "MatMul" and any(reader.op_type == "Add" for reader in readers)
+
+    def _absorbable(self, node: Node) -> Node | None:
+        """The Relu or Clip that alone reads this node's output and that a saturating quantizer can replace."""
+        reader = self.model.sole_reader(node.outputs[0])
+        if reader is None or reader.op_type not in ACTIVATIONS or reader not in self.eligible:
+            return None
+        bounds = clip_bounds(reader)
+        return reader if bounds is not None and bounds[0] <= 0 <= bounds[1] else None
+
+    # -- parameters shared -------------------------------------------------------------------------------------------
+
+    def tie(self) -> None:
+        groups: dict[Value, set[Value]] = {}
+
+        def join(values: Iterable[Value]) -> None:
+            together: set[Value] = set()
+            for value in values:
+                together |= groups.get(value, {value})
+            for value in together:
+                groups[value] = together
+
+        for node in self.nodes:
+            if node not in self.plan.integer:
+                continue
+            rule = self.eligible[node]
+            outputs = [value for value in node.outputs if value in self.quantized]
+            if isinstance(rule, Transparent | OnCodes):
+                join([*self._data(node), *outputs])
+            elif isinstance(rule, Joining):
+                join([*(v for v in self._data(node) if self.model.sole_reader(v) is node), *outputs])
+        order = {value: index for index, value in enumerate(self._in_graph_order())}
+        unique = {id(group): group for group in groups.values() if len(group) > 1}
+        self.plan.ties = [tuple(sorted(group, key=order.__getitem__)) for group in unique.values()]
+
+    def _in_graph_order(self) -> list[Value]:
+        produced = [*self.model.graph.inputs, *(value for node in self.nodes for value in node.outputs)]
+        return [value for value in produced if value in self.quantized]
+
+    def choose_activations(self) -> None:
+        recipe = self.recipe
+        edge_inputs = {layer.data for layer in self.plan.layers if self._is_edge(layer.node)}
+        group_of = {value: group for group in self.plan.ties for value in group}
+        symmetric = recipe.activation_scheme is Scheme.SYMMETRIC
+        for value in self._in_graph_order():
+            group = group_of.get(value, (value,))
+            edge = any(member in edge_inputs for member in group)
+            bits = max(recipe.activation_bits, recipe.edge_bits) if edge else recipe.activation_bits
+            self.plan.activations[value] = Choice(QuantSpec(bits, False, symmetric), self.quantized[value])
+            gate = gate_behind(self.model, value) if group == (value,) else None
+            if gate is not None:
+                self.plan.gates[value] = gate
+        for node in self.nodes:
+            if node in self.plan.integer and not isinstance(self.eligible[node], Weighted):
+                for value in data_inputs(node, self.eligible[node]):
+                    if array(value) is not None:
+                        self.plan.constants[value] = QuantSpec(
+                            16 if recipe.activation_bits == 16 else 8, False, symmetric
+                        )
+
+    def take_given(self) -> None:
+        """Tensors that are codes already stay so, and so does what is copied from them or cut off.
+
+        Where one shares its parameters with others, as in a Concat, it is rounded like any tensor.
+        """
+        plan, groups = self.plan, self.plan.group_of()
+        for node in self.nodes:
+            value = node.outputs[0]
+            group = groups.get(value, ())
+            others = [member for member in group if member is not value]
+            if node.op_type == "DequantizeLinear" and group and all(map(self._fits, others)):
+                for member in group:
+                    plan.given[member] = _params_of(node)
+                    plan.gates.pop(member, None)
+                    plan.activations[member] = Choice(plan.given[member].spec, GIVEN)
+
+    def _fits(self, value: Value) -> bool:
+        """Whether a tensor holds nothing that the codes of its group do not."""
+        return self.plan.copies(value) or value.producer() in self.plan.on_codes
+
+    # -- why what is quantized runs in float all the same ------------------------------------------------------------
+
+    def explain(self) -> None:
+        """Types and shapes of codes that ONNX Runtime only dequantizes."""
+        recipe, plan = self.recipe, self.plan
+        for layer in plan.layers:
+            why = self._why_dequantized(layer)
+            if why is not None:
+                plan.kept.setdefault(layer.node.name or "", Choice(None, why))
+        if recipe.activation_bits == 16:
+            for node in self.nodes:
+                if node in plan.integer or node in plan.absorbed:
+                    plan.kept.setdefault(node.name or "", Choice(None, "codes of 16 bits have no integer kernel"))
+        for node, layer_node in plan.absorbed.items():
+            if layer_node.name in plan.kept:
+                plan.kept.setdefault(node.name or "", plan.kept[layer_node.name])
+        plan.writers = {value.name or "": node.name or "" for node in self.nodes for value in node.outputs}
+        for node in self.nodes:  # fused into the layer before, an activation gives the layer its own name
+            before = next(_previous_nodes(node), None)
+            if before is not None and node.op_type in ACTIVATIONS and isinstance(RULES.get(before.op_type), Weighted):
+                plan.activation_of[node.name or ""] = before.name or ""
+
+    def _why_dequantized(self, layer: Layer) -> str | None:
+        if layer.data is None:
+            return "only weights are quantized"
+        if layer.weight.bits == 16:
+            return "weights of 16 bits have no integer kernel"
+        if layer.blocked:
+            return "weights with a scale for each block have no integer kernel"
+        if self.recipe.pack and layer.weight.bits <= 4:
+            return "packed weights are unpacked to float"
+        return None
+
+
+_Neighbours = Callable[[Node], Iterator[Node]]
+
+
+def _next_nodes(node: Node) -> Iterator[Node]:
+    for value in node.outputs:
+        yield from (use.node for use in value.uses())
+
+
+def _previous_nodes(node: Node) -> Iterator[Node]:
+    for value in node.inputs:
+        producer = value.producer() if value is not None else None
+        if producer is not None:
+            yield producer
+
+
+def _kernel_area(node: Node) -> int:
+    """Elements that one input channel takes along the flattened axis 1 of a Conv's weights: kH * kW, else 1."""
+    weight = array(input_of(node, 1))
+    return int(np.prod(weight.shape[2:])) if node.op_type == "Conv" and weight is not None else 1
+
+
+def oriented(node: Node, rule: Weighted) -> Weighted:
+    """The rule with the axes of this very node: Gemm's transB swaps them."""
+    if node.op_type == "Gemm" and attribute(node, "transB", 0):
+        return Weighted(rule.input_axis, rule.output_axis, rule.needs_output)
+    return rule
+
+
+def _params_of(dequantizer: Node) -> QuantParams:
+    """The parameters that a dequantizer of uint8 has."""
+    scale, zero = (array(value) for value in dequantizer.inputs[1:3])
+    assert scale is not None
+    assert zero is not None
+    return QuantParams(QuantSpec(8, signed=False, symmetric=False), scale, zero)
+
+
+def _carries_float(node: Node) -> bool:
+    return any(value.dtype in (DataType.FLOAT, None) for value in node.outputs)
