@@ -39,6 +39,7 @@ bench: $(STAMP) ## measure against ONNX Runtime's own quantizer; needs models an
 	$(BIN)/python -m tests.bench $(ARGS)
 	$(BIN)/python -m tests.bench.calibration
 	$(BIN)/python -m tests.bench.calibrators
+	$(BIN)/python -m tests.bench.detection
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) demo.w8a8.onnx .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
