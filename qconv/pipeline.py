@@ -22,6 +22,7 @@ from qconv.fileformat import describe, needed_opset, needed_runtime
 from qconv.findings import Finding
 from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
+from qconv.oddities import oddities
 from qconv.params import choose_params
 from qconv.plan import Plan
 from qconv.planner import WISHED, make_plan
@@ -104,6 +105,8 @@ def quantize(
             run.warn(doubt)
     with run.step("calibrate"):
         sketches = pictures.sketches(model, plan, recipe)
+        for oddity in oddities(sketches):
+            run.warn(oddity)
     with run.step("params"):
         params, found = choose_params(plan, sketches, recipe)
         run.findings += found

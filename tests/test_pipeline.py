@@ -20,7 +20,7 @@ import qconv
 from qconv import pipeline
 from qconv.errors import QconvError
 from qconv.pipeline import Listener, folded_float, quantize
-from qconv.recipe import Color, Layout, PreprocessingOptions, Recipe, Scheme, WeightGranularity
+from qconv.recipe import CALIBRATORS, Color, Layout, PreprocessingOptions, Recipe, Scheme, WeightGranularity
 from qconv.report import Report
 from qconv.runtime import Session
 from qconv.source import Source
@@ -434,6 +434,45 @@ def test_a_constant_picture_is_no_reason_to_divide_by_zero(tmp_path: Path) -> No
     assert all(np.all(np.asarray(row.scale) > 0) for row in report.tensors if row.scale is not None)
     (got,) = Session(result.SerializeToString(), threads=1).run_all({"x": np.ones((1, 3, 8, 8), np.float32)})
     assert np.isfinite(got).all()
+
+
+def scaled_between(factor: float, offset: float = 0.0) -> onnx.ModelProto:
+    """Between two layers the activation is multiplied and moved, by numbers that come in as tensors of their own."""
+    body = "c = Conv(x, w)  m = Mul(c, f)  a = Add(m, o)  r = Relu(a)  y = Conv(r, v)"
+    numbers = {"f": np.float32([factor]), "o": np.float32([offset])}
+    return network(body, ("N", 3, 8, 8), w=(8, 3, 3, 3), v=(4, 8, 3, 3), **numbers)
+
+
+@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize(
+    ("factor", "offset", "word"),
+    [
+        (0.0, 0.0, "tensor 'r' (and 1 more) is zero everywhere"),
+        (0.0, 3.0, "tensor 'r' is one and the same number"),
+        (1e-42, 0.0, "tensor 'r' (and 1 more) holds numbers too small for float32"),
+        (1e-42, 1e-41, "tensor 'r' (and 1 more) holds numbers too small for float32"),
+    ],
+)
+def test_odd_activations_find_a_range(calibrator: str, factor: float, offset: float, word: str, pictures: str) -> None:
+    """All zero, constant, and so small that float32 runs out: told, and nothing is divided by what is not there."""
+    recipe = Recipe(calib=(pictures,), calibrator=calibrator, preprocessing=RAW)
+    report, result = quantized(scaled_between(factor, offset), recipe)
+    assert any(text.startswith(word) for text in report.warnings)
+    scales = [np.asarray(row.scale) for row in report.tensors if row.kind == "activation"]
+    assert all((scale >= np.finfo(np.float32).tiny).all() and np.isfinite(scale).all() for scale in scales)
+    x = np.random.default_rng(0).integers(0, 256, (1, 3, 8, 8)).astype(np.float32)
+    (expected,) = Session(scaled_between(factor, offset).SerializeToString(), threads=1).run_all({"x": x})
+    (got,) = Session(result.SerializeToString(), threads=1).run_all({"x": x})
+    np.testing.assert_allclose(got, expected, atol=0.02 * np.abs(expected).max() + np.finfo(np.float32).tiny)
+
+
+@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize("factor", [1e38, -1e38])
+def test_an_activation_that_overflows_is_told_by_name(calibrator: str, factor: float, pictures: str) -> None:
+    recipe = Recipe(calib=(pictures,), calibrator=calibrator, preprocessing=RAW)
+    with pytest.raises(QconvError, match=r"Tensor '.*' holds NaN or infinite values on these pictures") as caught:
+        quantized(scaled_between(factor), recipe)
+    assert "preprocessing" in caught.value.hint
 
 
 def test_reshapes_to_a_fixed_batch_are_fine(pictures: str) -> None:
