@@ -31,7 +31,7 @@ SAMPLE = 4096
 MOST_COLUMNS = 32
 COLUMN_ELEMENTS = 2**14
 """Elements that the columns of all pictures together have, about."""
-PENDING_PICTURES = 32
+PENDING_PICTURES = 16
 Counts = tuple[NDArray[np.uint16], NDArray[np.int64]]
 
 
