@@ -19,7 +19,8 @@ import click
 import qconv
 from qconv.errors import QconvError, counted
 from qconv.leaving import leave_at_once, leave_by_exceptions
-from qconv.options import output_options, quantize_options, recipe_of
+from qconv.looking import benchmark
+from qconv.options import WIDTH, output_options, quantize_options, recipe_of, require_output
 from qconv.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from qconv.source import Source
 
 GATE_FELL_SHORT = 3
-WIDTH = {"max_content_width": 100}
 
 
 @click.group(context_settings=WIDTH)
@@ -187,6 +187,9 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     return 0
 
 
+cli.add_command(benchmark)
+
+
 def _require_streams(model: str, output: str | None, as_json: bool) -> None:
     """A shell can close streams (`>&-`): better said before the work than after it."""
     if model == "-" and sys.stdin is None:
@@ -195,8 +198,7 @@ def _require_streams(model: str, output: str | None, as_json: bool) -> None:
         raise QconvError(
             "The model would be written to the terminal.", "redirect standard output, or name a file with -o."
         )
-    if (output == "-" or as_json) and sys.stdout is None:
-        raise QconvError("Standard output is closed.", "redirect it to a file.")
+    require_output(output == "-" or as_json)
 
 
 def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[Report, bytes | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
@@ -31,6 +32,7 @@ def _choice(kind: type[StrEnum]) -> click.Choice[str]:
     return click.Choice([str(member) for member in kind])
 
 
+WIDTH = {"max_content_width": 100}
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -224,6 +226,12 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
         )
     except QconvError as error:
         raise click.UsageError(f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}") from None
+
+
+def require_output(wanted: bool) -> None:
+    """A shell can close standard output (`>&-`): better said before the work than after it."""
+    if wanted and sys.stdout is None:
+        raise QconvError("Standard output is closed.", "redirect it to a file.")
 
 
 def _preprocessing(options: dict[str, Any]) -> PreprocessingOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
@@ -26,7 +27,9 @@ ELEMENT_TYPES: dict[str, type[np.generic]] = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
+VERSION: str = ort.__version__
 FATAL_ONLY = 4
+KERNEL_TIME = "_kernel_time"
 
 
 @dataclass(slots=True)
@@ -43,7 +46,9 @@ class Session:
 
     model: a path or the file's bytes. optimize: False runs the nodes one by one, as the standard defines them.
     threads: None for as many as the machine has. at_once: how many runs shall share them, each with its part; fewer
-    where there are fewer threads. save_optimized: where to write the graph that will really run.
+    where there are fewer threads. save_optimized: where to write the graph that will really run. alone: no other
+    session takes turns with it, so its threads may spin while they wait for each other, as the runtime's default is.
+    profile: the beginning of the name of a file for the times of single nodes, written by `node_times`.
     Raises QconvError where ONNX Runtime refuses the model.
     """
 
@@ -56,6 +61,8 @@ class Session:
         threads: int | None = None,
         at_once: int = 1,
         save_optimized: Path | None = None,
+        alone: bool = False,
+        profile: Path | None = None,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
@@ -69,8 +76,13 @@ class Session:
         if threads is not None:
             options.intra_op_num_threads = threads
         self.at_once = at_once
-        # Sessions take turns here; a pool that spins after its turn would slow the next one.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Sessions take turns; a pool that spins after its turn would slow the next one.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not alone:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         if save_optimized is not None:
             options.optimized_model_filepath = str(save_optimized)
             # weights beside it: only the graph is of interest, and a protobuf holds no more than 2 GB
@@ -124,6 +136,18 @@ class Session:
     def run_all(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """All outputs, in the model's order."""
         return self.run(self.outputs, feeds)
+
+    def node_times(self) -> dict[str, tuple[str, list[float]]]:
+        """Operator and microseconds of every run so far, by the node's name in the optimized graph. Ends profiling."""
+        file = Path(self._session.end_profiling())
+        events = json.loads(file.read_text())
+        file.unlink()
+        found: dict[str, tuple[str, list[float]]] = {}
+        for event in events:
+            name, kernel, _ = event["name"].partition(KERNEL_TIME)
+            if event.get("cat") == "Node" and kernel:
+                found.setdefault(name, (event["args"]["op_name"], []))[1].append(float(event["dur"]))
+        return found
 
     def run_into_buffers(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Like `run`, but the arrays are overwritten by the next call from the same thread.

@@ -18,13 +18,26 @@ PACKAGE = Path(qconv.__file__).parent
 # The house, from the ground up. A module imports what lies below its own floor, and what its own line names.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
-        {"errors", "quant", "recipe", "targets", "rules", "findings", "deferred", "listing", "preprocess", "ahead"}
+        {
+            "errors",
+            "quant",
+            "recipe",
+            "targets",
+            "rules",
+            "findings",
+            "deferred",
+            "listing",
+            "preprocess",
+            "ahead",
+            "cpu",
+        }
     ),  # the vocabulary
     frozenset({"graph", "load", "save", "runtime", "images", "source"}),  # the doors
     frozenset(  # the work
         {
             "affine",
             "audit",
+            "benchmark",
             "bias",
             "calibrate",
             "calibrators",
@@ -66,10 +79,11 @@ FLOORS: tuple[frozenset[str], ...] = (
             "verify",
             "weight_ranges",
             "weights",
+            "worker",
         }
     ),
     frozenset({"pipeline", "study"}),
-    frozenset({"cli", "leaving", "options", "summary", "values"}),  # the face
+    frozenset({"cli", "leaving", "looking", "options", "printing", "summary", "values"}),  # the face
     frozenset({"__init__", "__main__"}),
 )
 # Imports within a floor.
@@ -113,7 +127,8 @@ NEIGHBOURS: dict[str, set[str]] = {
     "plan": {"calibrate", "gates", "sketch"},
     "planner": {"gates", "plan", "refusals"},
     "weights": {"bias", "plan", "readers", "saturation", "sketch", "weight_ranges"},
-    "cli": {"leaving", "options", "summary"},
+    "cli": {"leaving", "looking", "options", "summary"},
+    "looking": {"leaving", "options", "printing", "summary", "values"},
     "options": {"values"},
 }
 # Libraries that have one door each, and the modules that hold it.
@@ -124,7 +139,7 @@ FENCES: dict[str, frozenset[str]] = {
     "google": frozenset({"source"}),
     "PIL": frozenset({"images", "plot"}),  # one reads pictures, the other draws charts
     "onnxruntime": frozenset({"runtime"}),
-    "click": frozenset({"cli", "options", "values"}),
+    "click": frozenset({"cli", "looking", "options", "values"}),
     "rich": frozenset({"summary"}),
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
