@@ -10,7 +10,7 @@ models beyond 2 GB load like others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -177,6 +177,29 @@ def _infer_shapes(proto: onnx.ModelProto, source: Source) -> None:
     for output, found in zip(proto.graph.output, inferred.graph.output, strict=True):
         if not output.type.tensor_type.HasField("shape") and found.type.HasField("tensor_type"):
             output.type.CopyFrom(found.type)
+
+
+def shapes_at(model: Model, name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors when the input `name` has `shape`, as far as onnx can infer them."""
+    from onnx import shape_inference
+
+    proto = model.proto()
+    _set_aside(proto)
+    for value in proto.graph.input:
+        if value.name == name:
+            sides = value.type.tensor_type.shape
+            del sides.dim[:]
+            for side in shape:
+                sides.dim.add().dim_value = side
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    inferred = shape_inference.infer_shapes(proto, data_prop=True).graph
+    found: dict[str, tuple[int, ...]] = {}
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        dims = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
+            found[value.name] = tuple(dim.dim_value for dim in dims)
+    return found
 
 
 def _first_line(error: Exception) -> str:

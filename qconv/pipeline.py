@@ -21,12 +21,13 @@ from qconv.feed import Feed
 from qconv.fileformat import describe, needed_opset, needed_runtime
 from qconv.findings import Finding
 from qconv.gather import Pictures, open_pictures, original
-from qconv.graph import Model
+from qconv.graph import Model, dims
 from qconv.oddities import oddities
 from qconv.params import choose_params
+from qconv.placement import applies, faster_in_float
 from qconv.plan import Plan
 from qconv.planner import WISHED, make_plan
-from qconv.recipe import Layout, Recipe
+from qconv.recipe import Layout, Preprocessing, Recipe
 from qconv.report import Audit, Report, Verification
 from qconv.runtime import Session
 from qconv.shrink import shrink
@@ -99,7 +100,7 @@ def quantize(
             run.findings += _embed(model, recipe.embed_preprocessing, recipe, pictures)
     with run.step("plan"):
         look_for_wishes(model, recipe, run.warn)
-        plan = make_plan(model, recipe, TARGETS[recipe.target])
+        plan = _placed(model, recipe, pictures.fed)
         require_layers(plan, source)
         for doubt in pictures.detected.doubts():
             run.warn(doubt)
@@ -174,6 +175,20 @@ def _check_apart(out: Path | None, statistics: Path) -> None:
 def _embed(model: Model, layout: Layout, recipe: Recipe, pictures: Pictures) -> list[Finding]:
     """The model and its pictures change over to pixels."""
     return embed(model, pictures.take_pixels(layout), layout, exact=recipe.activation_bits > 8)
+
+
+def _placed(model: Model, recipe: Recipe, fed: Preprocessing | None) -> Plan:
+    """The plan, with what is faster in float left there. fed: what the model takes, None for ready-made samples."""
+    target = TARGETS[recipe.target]
+    plan = make_plan(model, recipe, target)
+    if target.costs is None or not applies(recipe, target):
+        return plan
+    first = model.graph.inputs[0]
+    batch, *own = dims(first) or [None]
+    sides = own if fed is None else fed.shape[1:]
+    shapes = load.shapes_at(model, first.name or "", [batch or 1, *(side for side in sides if side is not None)])
+    floats = faster_in_float(model, plan, shapes, target.costs)
+    return make_plan(model, recipe, target, floats) if floats else plan
 
 
 def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -> None:

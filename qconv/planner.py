@@ -8,7 +8,7 @@ tensor carries the reason for what became of it.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -25,9 +25,9 @@ WISHED = "kept float by --keep-float"
 GIVEN = "its codes are the input's pixels"
 
 
-def make_plan(model: Model, recipe: Recipe, target: Target) -> Plan:
-    """Decide for every node and tensor of a folded model."""
-    planner = _Planner(model, recipe, target)
+def make_plan(model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str] | None = None) -> Plan:
+    """Decide for every node and tensor of a folded model. floats: names of nodes to leave in float, with the reason."""
+    planner = _Planner(model, recipe, target, floats or {})
     planner.choose_layers()
     if recipe.activation_bits < 32:
         planner.spread()
@@ -39,8 +39,8 @@ def make_plan(model: Model, recipe: Recipe, target: Target) -> Plan:
 
 
 class _Planner:
-    def __init__(self, model: Model, recipe: Recipe, target: Target) -> None:
-        self.model, self.recipe, self.target = model, recipe, target
+    def __init__(self, model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str]) -> None:
+        self.model, self.recipe, self.target, self.floats = model, recipe, target, floats
         self.plan = Plan()
         self.nodes = model.nodes()
         self.quantized: dict[Value, str] = {}
@@ -72,6 +72,8 @@ class _Planner:
             return WISHED
         if node.op_type in recipe.keep_float_op:
             return f"{WISHED}-op"
+        if name in self.floats:
+            return self.floats[name]
         if rule is None or node.domain not in ("", "ai.onnx"):
             return f"{node.op_type} has no integer kernel"
         weights_only = recipe.activation_bits == 32

@@ -156,6 +156,12 @@ class Preprocessing:
         return 1 if self.color is Color.GREY else 3
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a batch of one, in this layout."""
+        height, width = self.size
+        return (1, self.channels, height, width) if self.layout is Layout.NCHW else (1, height, width, self.channels)
+
+    @property
     def keeps_pixels(self) -> bool:
         """Whether pixels stay the numbers that they are."""
         return self.scale == 1 and not any(self.mean) and set(self.std) == {1.0}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from qconv.cost_table import COSTS
+
 LOWEST_OPSET = 13  # DequantizeLinear with a scale for each channel
 
 # The lowest IR version that may carry an opset, by onnx's own release table.
@@ -30,17 +32,25 @@ RUNTIMES: dict[int, str] = {
 }  # fmt: skip
 
 
+Table = Mapping[str, Mapping[int, tuple[float, float, float, float]]]
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A runtime. float_ops: operators that have rules but no worthwhile integer kernel there, each with the reason."""
+    """A runtime. float_ops: operators that have rules but no worthwhile integer kernel there, each with the reason.
+
+    costs: what operators cost there, as in `cost_table`; None where layers are not placed by costs.
+    """
 
     name: str
     float_ops: Mapping[str, str] = field(default_factory=dict)
+    costs: Table | None = None
 
 
 TARGETS: dict[str, Target] = {
     "ort-cpu": Target(
         "ort-cpu",
         float_ops={"ConvTranspose": "ONNX Runtime's CPU provider has no integer ConvTranspose"},
+        costs=COSTS,
     ),
 }

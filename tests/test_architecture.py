@@ -29,7 +29,9 @@ FLOORS: tuple[frozenset[str], ...] = (
             "listing",
             "preprocess",
             "ahead",
+            "cost_table",
             "cpu",
+            "mincut",
         }
     ),  # the vocabulary
     frozenset({"graph", "load", "save", "runtime", "images", "source"}),  # the doors
@@ -63,6 +65,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "oddities",
             "page",
             "params",
+            "placement",
             "plan",
             "planner",
             "plot",
@@ -90,6 +93,7 @@ FLOORS: tuple[frozenset[str], ...] = (
 NEIGHBOURS: dict[str, set[str]] = {
     "quant": {"errors"},
     "recipe": {"errors", "targets"},
+    "targets": {"cost_table"},
     "listing": {"errors"},
     "preprocess": {"errors", "recipe"},
     "source": {"graph"},
@@ -125,6 +129,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "shelf": {"sketch", "stats"},
     "study": {"pipeline"},
     "plan": {"calibrate", "gates", "sketch"},
+    "placement": {"plan"},
     "planner": {"gates", "plan", "refusals"},
     "weights": {"bias", "plan", "readers", "saturation", "sketch", "weight_ranges"},
     "cli": {"leaving", "looking", "options", "summary"},

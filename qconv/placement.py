@@ -1,0 +1,210 @@
+"""Which layers are faster in float, by a table of costs that was measured once.
+
+Integer kernels lose where a layer does little with much: a depthwise convolution with a large kernel, groups of few
+channels, a channel shuffle. But a float layer between integer ones pays for two changes of type and layout. With costs
+c_i(n) and c_f(n) of node n in integers and in float, and h(v) of changing over at tensor v, the cheapest division is
+
+    min over F   sum_{n not in F} c_i(n) + sum_{n in F} c_f(n) + sum over v between both of h(v)
+
+which is a minimum cut. h(v) is paid once, however many read v. A Relu or Clip goes with the layer that it is fused
+into. The division is taken only where it gains enough to trust the table with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+
+import numpy as np
+
+from qconv.graph import Model, Node, Value, array, attribute, input_of
+from qconv.mincut import Network
+from qconv.plan import Plan, data_inputs
+from qconv.recipe import Recipe, WeightGranularity
+from qconv.rules import RULES, Weighted
+from qconv.targets import Table, Target
+
+Shapes = Mapping[str, tuple[int, ...]]
+CAUTION = 1.1
+"""By how much float must be cheaper than the table says: a layer that is as fast either way is better small."""
+WORTHWHILE = 0.15
+"""The least share of the network's time that a division must gain. Predictions of a tenth have come to nothing."""
+STEM_CHANNELS = 4  # up to so many input channels a convolution is the first one
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Microseconds of one node in float and in integers."""
+
+    float_us: float
+    integer_us: float
+
+    def in_words(self) -> str:
+        """Why it stays float."""
+        return f"faster in float: {self.float_us:.0f} us against {self.integer_us:.0f} by the cost table"
+
+
+def applies(recipe: Recipe, target: Target) -> bool:
+    """Whether the table speaks of what is asked for: 8 bits, in integer kernels of this target."""
+    whole = {recipe.activation_bits, recipe.weight_bits, recipe.edge_bits} == {8}
+    return bool(target.costs) and whole and recipe.weight_granularity is not WeightGranularity.PER_BLOCK
+
+
+def faster_in_float(model: Model, plan: Plan, shapes: Shapes, table: Table) -> dict[str, str]:
+    """The nodes of `plan` that are better left in float, by name, each with the reason.
+
+    model: folded; plan: without regard to costs; shapes: of all tensors, for one run.
+    """
+    question = _Question.of(model, plan, shapes, table)
+    integer = question.cheapest()
+    enough = question.time(integer) < (1 - WORTHWHILE) * question.time(plan.integer)
+    if not enough or not any(layer.node in integer for layer in plan.layers):
+        return {}
+    return {node.name or "": _why(question.costs[node]) for node in plan.integer - integer}
+
+
+def _why(cost: Cost | None) -> str:
+    if cost is not None and cost.float_us < cost.integer_us:
+        return cost.in_words()
+    return "its neighbours are faster in float, and changing over would cost more than it gains"
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """One that may change sides. switch_us: what that costs; maker, readers: None for those outside the model."""
+
+    value: Value
+    maker: Node | None
+    readers: tuple[Node | None, ...]
+    switch_us: float
+
+    def crossed(self, integer: Set[Node]) -> bool:
+        """Whether codes and numbers are both needed."""
+        return any((reader in integer) != (self.maker in integer) for reader in self.readers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """Costs of the nodes that could run on codes, None where nothing is known; of all others nothing can be changed."""
+
+    costs: dict[Node, Cost | None]
+    tensors: list[_Tensor]
+
+    @classmethod
+    def of(cls, model: Model, plan: Plan, shapes: Shapes, table: Table) -> _Question:
+        costs = {node: cost_of(node, shapes, table) for node in plan.integer}
+        fused = set(plan.absorbed.values())
+        made: list[tuple[Value, Node | None]] = [(value, None) for value in model.graph.inputs]
+        made += [(value, node) for node in model.nodes() for value in node.outputs]
+        tensors = []
+        for value, maker in made:
+            if maker in fused:
+                continue  # between a layer and the activation that it is one with
+            maker = maker if maker is None else plan.absorbed.get(maker, maker)
+            readers = [node for node in model.readers(value) if _reads_data(node, value)]
+            outside = (None,) if value.is_graph_output() else ()
+            tensors.append(_Tensor(value, maker, (*readers, *outside), _switch(value, shapes, table)))
+        return cls(costs, tensors)
+
+    def time(self, integer: Set[Node]) -> float:
+        """Microseconds of one run with these nodes in integers, as far as the table knows."""
+        found = sum(tensor.switch_us for tensor in self.tensors if tensor.crossed(integer))
+        for node, cost in self.costs.items():
+            if cost is not None:
+                found += cost.integer_us if node in integer else cost.float_us
+        return found
+
+    def cheapest(self) -> set[Node]:
+        """The nodes that should run in integers: all but the first side of the least cut, which is the smallest."""
+        network = Network()
+        for node, cost in self.costs.items():
+            if cost is not None:
+                network.edge(network.first, node, cost.integer_us)
+                network.edge(node, network.second, CAUTION * cost.float_us)
+            elif isinstance(RULES[node.op_type], Weighted):  # nothing is known of it: integers are smaller
+                network.edge(node, network.second, math.inf)
+        for tensor in self.tensors:
+            self._tie(network, tensor)
+        floats = network.first_side()
+        return {node for node in self.costs if node not in floats}
+
+    def _tie(self, network: Network, tensor: _Tensor) -> None:
+        """A tensor is quantized once where any reader wants codes, dequantized once where any wants numbers."""
+        maker: object = tensor.maker if tensor.maker in self.costs else network.first
+        codes, numbers = ("codes", tensor.value), ("numbers", tensor.value)
+        network.edge(maker, codes, tensor.switch_us)
+        network.edge(numbers, maker, tensor.switch_us)
+        for reader in tensor.readers:
+            if reader in self.costs:
+                network.edge(codes, reader, math.inf)
+                network.edge(reader, numbers, math.inf)
+            else:
+                network.edge(network.first, numbers, math.inf)
+
+
+def _reads_data(node: Node, value: Value) -> bool:
+    rule = RULES.get(node.op_type)
+    return rule is None or value in data_inputs(node, rule)
+
+
+def cost_of(node: Node, shapes: Shapes, table: Table) -> Cost | None:
+    """What the table says of a node, None where it says nothing."""
+    found = _work(node, shapes)
+    if found is None or found[0] not in table:
+        return None
+    kind, channels, work = found
+    return _looked_up(table[kind], channels, work)
+
+
+def _looked_up(lines: Mapping[int, tuple[float, float, float, float]], channels: float, work: float) -> Cost:
+    """Between the table's channels in proportion to their logarithm."""
+    known = np.log2(sorted(lines))
+    columns = np.array([lines[key] for key in sorted(lines)])
+    f_us, f_ns, i_us, i_ns = (float(np.interp(math.log2(max(channels, 1)), known, column)) for column in columns.T)
+    return Cost(f_us + f_ns * work / 1000, i_us + i_ns * work / 1000)
+
+
+def _switch(value: Value, shapes: Shapes, table: Table) -> float:
+    """Microseconds of one way: half of there and back again."""
+    shape = shapes.get(value.name or "")
+    if shape is None:
+        return 0.0
+    channels = shape[1] if len(shape) > 1 else 1
+    return _looked_up(table["switch"], channels, math.prod(shape)).integer_us / 2
+
+
+def _work(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
+    """The kind in the table, its number of channels, and the units of work; None for what it does not know."""
+    out = shapes.get(node.outputs[0].name or "")
+    if out is None or len(out) < 3:
+        return None
+    elements = math.prod(out)
+    if node.op_type == "Conv":
+        return _conv_work(node, out)
+    if node.op_type in ("Add", "Mul"):
+        sides = [value for value in node.inputs if value is not None]
+        if any(array(value) is not None for value in sides):
+            return "scaled", out[1], elements
+        sizes = [math.prod(shapes.get(value.name or "", ())) for value in sides]
+        return ("excited" if min(sizes) < elements else node.op_type), out[1], elements
+    if node.op_type == "AveragePool":
+        return "AveragePool", out[1], elements * math.prod(attribute(node, "kernel_shape", [3, 3])) / 9
+    return node.op_type, out[1], elements
+
+
+def _conv_work(node: Node, out: tuple[int, ...]) -> tuple[str, float, float] | None:
+    weight = array(input_of(node, 1))
+    if weight is None:
+        return None
+    outputs, per_group, *kernel = weight.shape
+    group = attribute(node, "group", 1)
+    macs = math.prod(out) * per_group * math.prod(kernel)
+    side = max(kernel)
+    if group == 1 and per_group <= STEM_CHANNELS:
+        return ("stem3" if side < 5 else "stem7"), outputs, macs
+    if per_group == 1:
+        return ("depthwise3" if side < 4 else "depthwise5" if side < 6 else "depthwise7"), outputs, macs
+    channels = math.sqrt(per_group * outputs / group)
+    kind = "conv" if group == 1 else "grouped"
+    return f"{kind}{1 if side == 1 else 3}", channels, macs

@@ -1,0 +1,370 @@
+"""What operators cost in float and in integers: the table that placement goes by, measured once for a target.
+
+    python -m tests.bench.kernels            print the table
+    python -m tests.bench.kernels --write    and write it into qconv/cost_table.py
+
+An operator's cost is what a chain of layers gains in time with each further one, in place: between convolutions in the
+layout that the runtime gives them, conversions of layout included. Chains with and without it take turns, and the
+median of the differences within a round counts. Several map sizes give a fixed part and a part per unit of work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from qconv.cpu import this_cpu
+
+CHANNELS = (8, 16, 32, 64, 128, 256)
+SIDES = (14, 56)
+SHORT, LONG = 2, 6
+ROUNDS = 15
+TURN_S = 0.012
+MOST_MACS = 3e8
+SCALE, ZERO = 0.05, 128
+TABLE = Path(__file__).resolve().parents[2] / "qconv" / "cost_table.py"
+
+
+@dataclass
+class Graph:
+    """A model under construction; in integers every operator stands between quantizer and dequantizer."""
+
+    integer: bool
+    side: int
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: list[onnx.TensorProto] = field(default_factory=list)
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def constant(self, array: Any) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(array), name))
+        return name
+
+    def node(self, op_type: str, *inputs: str, **attributes: Any) -> str:
+        name = f"n{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, inputs, [name], name=name, **attributes))
+        return name
+
+    def pair(self, x: str) -> str:
+        grid = self.constant(np.float32(SCALE)), self.constant(np.uint8(ZERO))
+        return self.node("DequantizeLinear", self.node("QuantizeLinear", x, *grid), *grid)
+
+    def op(self, op_type: str, *inputs: str, **attributes: Any) -> str:
+        x = self.node(op_type, *inputs, **attributes)
+        return self.pair(x) if self.integer else x
+
+    def scalar(self) -> str:
+        """A constant operand."""
+        if not self.integer:
+            return self.constant(np.float32(0.5))
+        return self.node(
+            "DequantizeLinear", self.constant(np.uint8(255)), self.constant(np.float32(0.5 / 255)), self._zero()
+        )
+
+    def _zero(self) -> str:
+        return self.constant(np.uint8(0))
+
+    def weights(self, shape: Sequence[int], axis: int) -> tuple[str, str]:
+        """A layer's weights and bias."""
+        drawn = self.rng.normal(size=shape) / np.sqrt(np.prod(shape) / shape[axis])
+        weight = drawn.astype(np.float32)
+        count = shape[axis]
+        if not self.integer:
+            return self.constant(weight), self.constant(np.zeros(count, np.float32))
+        others = tuple(i for i in range(len(shape)) if i != axis)
+        scale = (np.abs(weight).max(axis=others) / 127).astype(np.float32)
+        wide = np.expand_dims(scale, others)
+        codes = self.constant(np.rint(weight / wide).astype(np.int8))
+        own = self.constant(scale), self.constant(np.zeros(count, np.int8))
+        stored = self.node("DequantizeLinear", codes, *own, axis=axis)
+        sums = self.constant((scale * np.float32(SCALE)).astype(np.float32)), self.constant(np.zeros(count, np.int32))
+        bias = self.node("DequantizeLinear", self.constant(np.zeros(count, np.int32)), *sums, axis=0)
+        return stored, bias
+
+    def conv(self, x: str, inputs: int, outputs: int, kernel: int, group: int = 1) -> str:
+        weights = self.weights((outputs, inputs // group, kernel, kernel), 0)
+        shape = {"kernel_shape": [kernel, kernel], "pads": [kernel // 2] * 4}
+        return self.op("Conv", x, *weights, group=group, **shape)
+
+    def model(self, shape: Sequence[int], results: Sequence[str]) -> bytes:
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+        outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in results]
+        graph = helper.make_graph(self.nodes, "g", [x], outputs, self.constants)
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        return bytes(made.SerializeToString())
+
+
+Link = Callable[[Graph, str, int], str]
+"""One link of a chain: (graph, tensor, channels) -> tensor of the same shape."""
+
+
+def conv(kernel: int, group: Callable[[int], int] = lambda channels: 1) -> Link:
+    return lambda graph, x, channels: graph.conv(x, channels, channels, kernel, group(channels))
+
+
+POINTWISE = conv(1)
+
+
+def after_conv(op_type: str, **attributes: Any) -> Link:
+    return lambda graph, x, channels: graph.op(op_type, POINTWISE(graph, x, channels), **attributes)
+
+
+def _joined(op_type: str) -> Link:
+    return lambda graph, x, channels: graph.op(op_type, POINTWISE(graph, x, channels), x)
+
+
+def _scaled(graph: Graph, x: str, channels: int) -> str:
+    return graph.op("Mul", POINTWISE(graph, x, channels), graph.scalar())
+
+
+def _divided(graph: Graph, x: str, channels: int) -> str:
+    """By a constant; it has no integer kernel, multiplying has."""
+    y = POINTWISE(graph, x, channels)
+    return graph.op("Mul", y, graph.scalar()) if graph.integer else graph.op("Div", y, graph.scalar())
+
+
+def _excited(graph: Graph, x: str, channels: int) -> str:
+    """A map times one number a channel, as squeeze-and-excite has it, the pooling included."""
+    y = POINTWISE(graph, x, channels)
+    return graph.op("Mul", y, graph.op("GlobalAveragePool", y))
+
+
+def _shuffled(graph: Graph, x: str, channels: int) -> str:
+    side = graph.side
+    split = graph.constant(np.int64([1, 4, channels // 4, side, side]))
+    whole = graph.constant(np.int64([1, channels, side, side]))
+    y = graph.op("Reshape", POINTWISE(graph, x, channels), split)
+    return graph.op("Reshape", graph.op("Transpose", y, perm=[0, 2, 1, 3, 4]), whole)
+
+
+def _switching(graph: Graph, x: str, channels: int) -> str:
+    """An integer layer and a float one: there and back again, past the copy that keeps the float layer float."""
+    y = POINTWISE(graph, x, channels)
+    inner = replace(graph, integer=False)
+    y = POINTWISE(inner, y, channels)
+    return graph.pair(graph.node("Sum", y)) if graph.integer else y
+
+
+def _pointwise_pair(graph: Graph, x: str, channels: int) -> str:
+    return POINTWISE(graph, POINTWISE(graph, x, channels), channels)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is measured. base: the link without it; macs: work a pixel, None for elements.
+
+    branches: links side by side, each pooled to one pixel, because they do not chain. inputs: channels they read.
+    """
+
+    link: Link
+    base: Link | None = POINTWISE
+    macs: Callable[[int], int] | None = None
+    branches: int | None = None
+    sides: tuple[int, ...] = SIDES
+    channels: tuple[int, ...] = CHANNELS
+
+
+def _stem(kernel: int) -> Kind:
+    return Kind(
+        lambda graph, x, channels: graph.conv(x, 3, channels, kernel),
+        base=None,
+        macs=lambda channels: channels * 3 * kernel**2,
+        branches=3,
+        sides=(28, 112),
+        channels=(8, 16, 32, 64),
+    )
+
+
+def _dense(kernel: int) -> Kind:
+    return Kind(conv(kernel), None, lambda channels: channels * channels * kernel**2)
+
+
+def _depthwise(kernel: int) -> Kind:
+    return Kind(conv(kernel, lambda channels: channels), None, lambda channels: channels * kernel**2)
+
+
+def _grouped(kernel: int) -> Kind:
+    return Kind(conv(kernel, lambda channels: 4), None, lambda channels: channels * channels * kernel**2 // 4)
+
+
+def _of_elements(link: Link) -> Kind:
+    return Kind(link, sides=(14, 28, 56), channels=(16, 64, 128))
+
+
+KINDS: dict[str, Kind] = {
+    "conv1": _dense(1),
+    "conv3": _dense(3),
+    "depthwise3": _depthwise(3),
+    "depthwise5": _depthwise(5),
+    "depthwise7": _depthwise(7),
+    "grouped1": _grouped(1),
+    "grouped3": _grouped(3),
+    "stem3": _stem(3),
+    "stem7": _stem(7),
+    "Add": _of_elements(_joined("Add")),
+    "Mul": _of_elements(_joined("Mul")),
+    "scaled": _of_elements(_scaled),
+    "excited": _of_elements(_excited),
+    "Sigmoid": _of_elements(after_conv("Sigmoid")),
+    "LeakyRelu": _of_elements(after_conv("LeakyRelu", alpha=0.1)),
+    "HardSigmoid": _of_elements(after_conv("HardSigmoid")),
+    "Div": _of_elements(_divided),
+    "MaxPool": _of_elements(after_conv("MaxPool", kernel_shape=[3, 3], pads=[1] * 4)),
+    "AveragePool": _of_elements(after_conv("AveragePool", kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1)),
+    "Transpose": _of_elements(_shuffled),
+    "switch": Kind(_switching, _pointwise_pair, sides=(14, 28, 56), channels=(16, 64, 128)),
+}
+
+
+def chain(kind: Kind, link: Link, channels: int, side: int, count: int, *, integer: bool) -> bytes:
+    graph = Graph(integer, side)
+    inputs = kind.branches or channels
+    x = graph.pair("x") if integer else "x"
+    if kind.branches:
+        results = [graph.op("GlobalAveragePool", link(graph, x, channels)) for _ in range(count)]
+        return graph.model((1, inputs, side, side), results)
+    x = POINTWISE(graph, x, channels)
+    for _ in range(count):
+        x = link(graph, x, channels)
+    return graph.model((1, channels, side, side), [POINTWISE(graph, x, channels)])
+
+
+def microseconds(models: Sequence[bytes]) -> NDArray[np.float64]:
+    """Of one run of each model, in each of some rounds: (rounds, models)."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    sessions = [ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]) for model in models]
+    shape = sessions[0].get_inputs()[0].shape
+    feeds = {"x": np.random.default_rng(0).normal(size=shape).astype(np.float32)}
+    return np.array([[_median_time(session, feeds) for session in sessions] for _ in range(ROUNDS)])
+
+
+def _median_time(session: Any, feeds: dict[str, Any]) -> float:
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < 4 or time.perf_counter() - start < TURN_S:
+        before = time.perf_counter()
+        session.run(None, feeds)
+        times.append(1e6 * (time.perf_counter() - before))
+    return float(np.median(times[1:]))
+
+
+def link_cost(kind: Kind, channels: int, side: int) -> tuple[float, float]:
+    """Microseconds of one link, less its base, in float and in integers: medians of differences within a round."""
+    found = []
+    for integer in (False, True):
+        models = [chain(kind, kind.link, channels, side, n, integer=integer) for n in (SHORT, LONG)]
+        if kind.base is not None:
+            models += [chain(kind, kind.base, channels, side, n, integer=integer) for n in (SHORT, LONG)]
+        times = microseconds(models)
+        own = times[:, 1] - times[:, 0]
+        base = times[:, 3] - times[:, 2] if kind.base is not None else 0.0
+        found.append(float(np.median(own - base)) / (LONG - SHORT))
+    return found[0], found[1]
+
+
+Costs = dict[int, tuple[float, float, float, float]]
+
+
+def measured(name: str) -> Costs:
+    """(fixed us, ns a unit of work) in float, then in integers, by channels."""
+    kind = KINDS[name]
+    macs = kind.macs
+    if macs is None:
+        points = [
+            (channels, side, *link_cost(kind, channels, side)) for channels in kind.channels for side in kind.sides
+        ]
+        parts = [_fitted(points, column) for column in (2, 3)]
+        return {channels: tuple(n for part in parts for n in part(channels)) for channels in CHANNELS}  # type: ignore[misc]
+    found: Costs = {}
+    for channels in kind.channels:
+        if macs(channels) * kind.sides[1] ** 2 > MOST_MACS:
+            continue
+        costs = [link_cost(kind, channels, side) for side in kind.sides]
+        work = [macs(channels) * side**2 for side in kind.sides]
+        (f_us, f_ns), (i_us, i_ns) = (_line(pair, work) for pair in zip(*costs, strict=True))
+        found[channels // 4 if name.startswith("grouped") else channels] = (f_us, f_ns, i_us, i_ns)
+    return found
+
+
+def _line(costs: Sequence[float], work: Sequence[int]) -> tuple[float, float]:
+    """Through the costs of two maps, or where that would start below zero, through the larger and nothing."""
+    small, large = costs
+    rate = max(large - small, 0.0) / (work[1] - work[0])
+    fixed = small - rate * work[0]
+    if fixed < 0:
+        fixed, rate = 0.0, max(large, 0.0) / work[1]
+    return round(fixed, 1), round(1000 * rate, 4)
+
+
+def _fitted(points: Sequence[tuple[int, int, float, float]], column: int) -> Callable[[int], tuple[float, float]]:
+    """t = a + b pixels + c elements, least squares of relative errors, none below zero; for C channels (a, c + b/C)."""
+    side = np.array([point[1] for point in points])
+    elements = side**2 * np.array([point[0] for point in points])
+    terms = np.stack([np.ones(len(points)), side**2, elements], axis=1)
+    times = np.array([point[column] for point in points])
+    weight = 1 / np.maximum(np.abs(times), 2.0)
+    best, error = np.zeros(3), np.inf
+    for chosen in itertools.product((False, True), repeat=3):  # three terms: trying all sets is the simplest way
+        use = np.flatnonzero(chosen)
+        found = np.zeros(3)
+        found[use] = np.linalg.lstsq(terms[:, use] * weight[:, None], times * weight, rcond=None)[0]
+        left = float(np.sum(((terms @ found - times) * weight) ** 2))
+        if found.min() >= 0 and left < error:
+            best, error = found, left
+    fixed, pixel, element = (float(number) for number in best)
+    return lambda channels: (round(fixed, 1), round(1000 * (element + pixel / channels), 4))
+
+
+HEAD = '''"""What operators cost on target `ort-cpu`: written by `python -m tests.bench.kernels --write`, not by hand.
+
+COSTS[kind][channels] = (fixed us, ns a unit of work) in float, then the same in integers; one thread, batch 1. Work is
+multiplications for layers with weights, else elements. `grouped` kinds go by channels a group.
+
+Measured on {cpu} with ONNX Runtime {version}.
+"""
+
+from __future__ import annotations
+
+COSTS: dict[str, dict[int, tuple[float, float, float, float]]] = {{
+'''
+
+
+def written(found: dict[str, Costs]) -> str:
+    """The module's text."""
+    text = HEAD.format(cpu=this_cpu().in_words(), version=ort.__version__)
+    for name, costs in found.items():
+        lines = "".join(f"        {channels}: {numbers},\n" for channels, numbers in costs.items())
+        text += f'    "{name}": {{\n{lines}    }},\n'
+    return text + "}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.kernels", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the table into the package")
+    wanted = parser.parse_args()
+    print(f"{platform.machine()}, ONNX Runtime {ort.__version__}; us + ns x work: float, integers")
+    found = {}
+    for name in KINDS:
+        found[name] = measured(name)
+        for channels, (f_us, f_ns, i_us, i_ns) in found[name].items():
+            print(f"{name:18} C{channels:4}  {f_us:7.1f} + {f_ns:8.4f}  {i_us:7.1f} + {i_ns:8.4f}", flush=True)
+    if wanted.write:
+        TABLE.write_text(written(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

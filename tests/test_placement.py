@@ -1,0 +1,153 @@
+"""What stays float because it is faster: against trying every division, and on networks where the answer is plain."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from models import loaded, network
+
+from qconv.graph import Model
+from qconv.load import shapes_at
+from qconv.placement import Shapes, _Question, applies, cost_of, faster_in_float
+from qconv.plan import Plan
+from qconv.planner import make_plan
+from qconv.recipe import Recipe, WeightGranularity
+from qconv.targets import TARGETS, Table, Target
+
+PLAIN = Target("plain")
+FREE = {8: (0.0, 0.0, 0.0, 0.0)}
+SAME = "pads=[1,1,1,1]"
+CHAIN = f"""a = Conv<{SAME}>(x, w)  b = Relu(a)  c = Conv<group=4, {SAME}>(b, d)  e = Add(c, b)
+            f = Conv(e, p)  y = Conv(f, p)"""
+WEIGHTS = {"w": (4, 3, 3, 3), "d": (4, 1, 3, 3), "p": (4, 4, 1, 1)}
+
+
+def planned(body: str, x: tuple[int, ...] = (1, 3, 8, 8), **weights: object) -> tuple[Model, Plan, Shapes]:
+    model = loaded(network(body, x=x, **weights))  # type: ignore[arg-type]
+    return model, make_plan(model, Recipe(), PLAIN), shapes_at(model, "x", x)
+
+
+def table(**kinds: tuple[float, float]) -> Table:
+    """Every kind costs (us in float, us in integers); `switch` us for there and back."""
+    return {kind: {8: (own, 0.0, codes, 0.0)} for kind, (own, codes) in kinds.items()}
+
+
+def names(nodes: object) -> set[str]:
+    return {node.name or "" for node in nodes}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_other_division_is_cheaper(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    model, plan, shapes = planned(CHAIN, **WEIGHTS)
+    costs = {kind: tuple(rng.uniform(0, 9, 2)) for kind in ("stem3", "depthwise3", "Add")}
+    question = _Question.of(model, plan, shapes, table(**costs, switch=(0.0, float(rng.uniform(0, 9)))))
+    cautious = {n: c and type(c)(1.1 * c.float_us, c.integer_us) for n, c in question.costs.items()}
+    judged = _Question(cautious, question.tensors)
+    chosen = question.cheapest()
+    nodes = list(plan.integer)
+    every = (set(s) for n in range(len(nodes) + 1) for s in itertools.combinations(nodes, n))
+    assert judged.time(chosen) == pytest.approx(min(map(judged.time, every)))
+
+
+def test_a_layer_that_loses_much_stays_float() -> None:
+    model, plan, shapes = planned(CHAIN, **WEIGHTS)
+    costs = table(stem3=(50, 5), depthwise3=(5, 90), Add=(1, 1), switch=(0, 4))
+    found = faster_in_float(model, plan, shapes, costs)
+    assert set(found) == {"c"}
+    assert found["c"] == "faster in float: 5 us against 90 by the cost table"
+
+
+def test_what_stands_between_float_layers_follows() -> None:
+    """The Add costs less in integers, but changing over for it costs more."""
+    model, plan, shapes = planned(
+        f"a = Conv<group=4, {SAME}>(x, d)  b = Add(a, x)  y = Conv<group=4, {SAME}>(b, d)  z = Conv(y, p)",
+        x=(1, 4, 8, 8),
+        outputs=("z",),
+        **{**WEIGHTS, "d": (4, 1, 3, 3)},
+    )
+    costs = table(depthwise3=(5, 90), Add=(2, 1), conv1=(200, 5), switch=(0, 4))
+    found = faster_in_float(model, plan, shapes, costs)
+    assert set(found) == {"a", "b", "y"}
+    assert "changing over" in found["b"]
+
+
+def test_changing_over_must_pay() -> None:
+    model, plan, shapes = planned(CHAIN, **WEIGHTS)
+    costs = table(stem3=(50, 5), depthwise3=(5, 90), Add=(1, 1), switch=(0, 200))
+    assert faster_in_float(model, plan, shapes, costs) == {}
+
+
+def test_a_small_gain_is_left_alone() -> None:
+    model, plan, shapes = planned(CHAIN, **WEIGHTS)
+    costs = table(stem3=(500, 45), depthwise3=(5, 18), Add=(1, 1), switch=(0, 0))
+    assert faster_in_float(model, plan, shapes, costs) == {}
+
+
+def test_something_is_quantized_all_the_same() -> None:
+    """A table in which integers always lose would leave nothing to do."""
+    model, plan, shapes = planned(CHAIN, **WEIGHTS)
+    kinds = ("stem3", "depthwise3", "Add")
+    assert faster_in_float(model, plan, shapes, table(switch=(0, 1), **dict.fromkeys(kinds, (1, 9)))) == {}
+
+
+def test_layers_that_the_table_does_not_know_run_in_integers() -> None:
+    model, plan, shapes = planned(CHAIN, **WEIGHTS)
+    found = faster_in_float(model, plan, shapes, table(depthwise3=(1, 900), switch=(0, 1)))
+    assert set(found) == {"c"}
+
+
+@pytest.mark.parametrize(
+    ("body", "weights", "kind", "work"),
+    [
+        ("y = Conv(x, k)", {"k": (8, 8, 1, 1)}, "conv1", 64 * 64),
+        (f"y = Conv<{SAME}>(x, k)", {"k": (8, 8, 3, 3)}, "conv3", 64 * 64 * 9),
+        (f"y = Conv<group=8, {SAME}>(x, k)", {"k": (8, 1, 3, 3)}, "depthwise3", 8 * 64 * 9),
+        ("y = Conv<group=8, pads=[2,2,2,2]>(x, k)", {"k": (8, 1, 5, 5)}, "depthwise5", 8 * 64 * 25),
+        ("y = Conv<group=8, pads=[3,3,3,3], strides=[2,2]>(x, k)", {"k": (8, 1, 7, 7)}, "depthwise7", 8 * 16 * 49),
+        ("y = Conv<group=2>(x, k)", {"k": (8, 4, 1, 1)}, "grouped1", 8 * 4 * 64),
+    ],
+)
+def test_work_is_counted_in_multiplications(
+    body: str, weights: dict[str, tuple[int, ...]], kind: str, work: int
+) -> None:
+    model, _, shapes = planned(body, x=(1, 8, 8, 8), **weights)
+    cost = cost_of(model.nodes()[0], shapes, {kind: {8: (1.0, 2000.0, 3.0, 1000.0)}})
+    assert cost is not None
+    assert (cost.float_us, cost.integer_us) == (1 + 2 * work, 3 + work)
+
+
+def test_between_channels_the_table_is_interpolated() -> None:
+    model, _, shapes = planned("y = Conv(x, k)", x=(1, 16, 1, 1), k=(16, 16, 1, 1))
+    lines = {8: (1.0, 0.0, 10.0, 0.0), 32: (3.0, 0.0, 20.0, 0.0)}
+    cost = cost_of(model.nodes()[0], shapes, {"conv1": lines})
+    assert cost is not None
+    assert (cost.float_us, cost.integer_us) == (2.0, 15.0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "held"),
+    [
+        (Recipe(), True),
+        (Recipe(weight_bits=4), False),
+        (Recipe(activation_bits=16), False),
+        (Recipe(weight_granularity=WeightGranularity.PER_BLOCK), False),
+    ],
+)
+def test_the_table_speaks_of_8_bits(recipe: Recipe, held: bool) -> None:
+    assert applies(recipe, TARGETS["ort-cpu"]) is held
+    assert not applies(recipe, PLAIN)
+
+
+def test_the_committed_table_has_what_placement_asks_for() -> None:
+    costs = TARGETS["ort-cpu"].costs
+    assert costs is not None
+    for kind in ("conv1", "conv3", "depthwise3", "stem3", "grouped1", "Add", "Mul", "Sigmoid", "switch"):
+        assert all(number >= 0 for line in costs[kind].values() for number in line), kind
+
+
+def test_shapes_follow_the_pictures() -> None:
+    model = loaded(network("a = Relu(x)  y = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a)", x=("N", 3, "H", "W")))
+    assert shapes_at(model, "x", (1, 3, 10, 20)) == {"x": (1, 3, 10, 20), "a": (1, 3, 10, 20), "y": (1, 3, 5, 10)}
