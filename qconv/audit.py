@@ -1,49 +1,133 @@
 """What the runtime really runs: its own optimized graph, counted, and every node that stayed float with the reason.
 
 ONNX Runtime turns DequantizeLinear -> operator -> QuantizeLinear into one integer operator where its rules allow it.
-The graph that it will run is the only proof that they did.
+The graph that it will run is the only proof that they did. Fused nodes keep a name of one of those that they were made
+of, with the runtime's own suffixes, so that each can be found again in the file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
-from qconv.graph import Value, input_of
-from qconv.params import Params
+from qconv.explain import dequantizer_of, reason
+from qconv.graph import DataType, Model, Node, array, input_of
 from qconv.plan import Plan
-from qconv.quant import PerBlock, PerChannel, QuantParams
-from qconv.report import Audit, Island, TensorRow
-from qconv.rules import ACTIVATIONS
+from qconv.report import Audit, Island, LayerTime, Saturation
+from qconv.rules import ACTIVATIONS, RULES, Weighted
+from qconv.runtime import Session
+from qconv.saturation import worst_pair
 
 INTEGER_OPS = frozenset({"QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
 CONVERTING_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "Constant", "ReorderInput", "ReorderOutput"})
 FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
 SHAPE_OPS = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "NonZero"})
 SUFFIX = re.compile(r"(_token_\d+|_nchwc|_nhwc)+$")
+PROFILED_RUNS = 5
+PLACED = "faster in float, by qconv's cost table"
 
 
-def audit(optimized: Path, plan: Plan) -> Audit:
-    """Count the nodes of the graph that ONNX Runtime saved as `optimized`, and explain those in float."""
-    graph = onnx.load(str(optimized), load_external_data=False).graph
-    kept = {name: choice.why for name, choice in plan.kept.items()}
-    islands = []
-    integer, others = sort_nodes(graph)
-    own = set(plan.writers.values())
-    for node in others:
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was decided before the runtime saw the file. kept: node -> why it stays float; placed: those by cost."""
+
+    kept: Mapping[str, str] = field(default_factory=dict)
+    placed: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, plan: Plan) -> Known:
+        """From the plan that the file was made by."""
+        return cls({name: choice.why for name, choice in plan.kept.items()}, plan.placed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """How to find a node of the file again. writers: tensor -> node; activation_of: Relu or Clip -> layer in front."""
+
+    writers: dict[str, str]
+    activation_of: dict[str, str]
+    nodes: dict[str, Node]
+
+    @classmethod
+    def of(cls, model: Model) -> _Names:
+        nodes = model.nodes()
+        writers = {value.name or "": node.name or "" for node in nodes for value in node.outputs}
+        activation_of = {}
+        for node in nodes:
+            before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+            if before is not None and node.op_type in ACTIVATIONS and isinstance(RULES.get(before.op_type), Weighted):
+                activation_of[node.name or ""] = before.name or ""
+        return cls(writers, activation_of, {node.name or "": node for node in nodes})
+
+    def original(self, node: onnx.NodeProto) -> str:
+        """The name in the file of a node of the optimized graph."""
         name = SUFFIX.sub("", node.name or _first(node.output))
-        if node.op_type == "Transpose" and name not in own:  # the runtime's own, between layouts
+        if name not in self.nodes:  # some fused nodes, and those in a layout of the runtime's own, bear their output's
+            name = self.writers.get(name, name)
+        if name not in self.nodes and "/" in name:  # MatMul and Add made one Gemm: `NAME/MatMulAddFusion`
+            name = name.rpartition("/")[0]
+        return name if node.op_type in ACTIVATIONS else self.activation_of.get(name, name)
+
+
+def audit(optimized: Path, model: Model, known: Known, times: Mapping[str, float] | None = None) -> Audit:
+    """Count the nodes of the graph that ONNX Runtime saved as `optimized`, and explain those in float.
+
+    model: the file that it was made of. times: microseconds of one run of every node of the optimized graph.
+    """
+    graph = onnx.load(str(optimized), load_external_data=False).graph
+    names, times = _Names.of(model), times or {}
+    integer, others = sort_nodes(graph)
+    islands: list[Island] = []
+    placed: list[Island] = []
+    layers: list[LayerTime] = []
+    for node in others:
+        name = names.original(node)
+        if node.op_type == "Transpose" and name not in names.nodes:  # the runtime's own, between layouts
             continue
-        if name not in kept:  # fused nodes and those in a layout of the runtime's own are called after their output
-            name = plan.writers.get(name, name)
-        if node.op_type not in ACTIVATIONS:
-            name = plan.activation_of.get(name, name)
-        islands.append(Island(name, node.op_type, kept.get(name, "ONNX Runtime found no integer kernel for it")))
-    return Audit(len(integer), len(islands), tuple(islands))
+        chosen = name in known.placed
+        (placed if chosen else islands).append(_island(node, name, names, known, times.get(node.name)))
+        layers.append(LayerTime(name, node.op_type, "float", times.get(node.name)))
+    layers += [LayerTime(names.original(node), node.op_type, "integer", times.get(node.name)) for node in integer]
+    return Audit(
+        integer=len(integer),
+        float=len(islands) + len(placed),
+        islands=tuple(islands),
+        placed=tuple(placed),
+        layers=tuple(layers),
+        total_us=sum(times.values()) if times else None,
+        saturating=tuple(saturating(model)),
+    )
+
+
+def _island(node: onnx.NodeProto, name: str, names: _Names, known: Known, us: float | None) -> Island:
+    if name in known.kept:
+        rule = "placed" if name in known.placed else "kept"
+        return Island(name, node.op_type, known.kept[name], None, rule, us)
+    if name in known.placed:
+        return Island(name, node.op_type, PLACED, None, "placed", us)
+    found = names.nodes.get(name)
+    if found is None:
+        return Island(name, node.op_type, "the runtime made it of others", None, "made", us)
+    why = reason(found)
+    return Island(name, node.op_type, why.why, why.remedy, why.rule, us)
+
+
+def profiled(session: Session, feeds: Mapping[str, NDArray[Any]], runs: int = PROFILED_RUNS) -> dict[str, float]:
+    """Microseconds of one run of each node by the runtime's own clock, median over runs; the first is not counted."""
+    for _ in range(runs + 1):
+        session.run_all(feeds)
+    found = {}
+    for name, (_, times) in session.node_times().items():
+        per_run = np.array(times)[: len(times) // (runs + 1) * (runs + 1)].reshape(runs + 1, -1).sum(axis=1)
+        found[name] = float(np.median(per_run[1:]))
+    return found
 
 
 def sort_nodes(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
@@ -85,26 +169,24 @@ def _first(names: Iterable[str]) -> str:
     return next(iter(names), "")
 
 
-def tensor_rows(plan: Plan, params: Params) -> list[TensorRow]:
-    """A row for every quantized tensor: activations in graph order, then weights and biases layer by layer."""
-    rows = []
-    for value, chosen in params.activations.items():
-        rows.append(_row(_name(value), "activation", chosen, plan.activations[value].why))
-    for layer in params.layers:
-        node = layer.layer.node
-        rows.append(_row(_name(node.inputs[1]), "weight", layer.weight, f"weights of {node.name}"))
-        if layer.bias_params is not None:
-            name = _name(input_of(node, 2)) or f"{node.name}_bias"
-            rows.append(_row(name, "bias", layer.bias_params, f"bias of {node.name}, scale s_x * s_w"))
-    return rows
+def saturating(model: Model) -> Iterator[Saturation]:
+    """The layers in which two products of 8 bits can be more than 16 hold, whatever the codes: see `saturation`."""
+    for node in model.nodes():
+        rule = RULES.get(node.op_type)
+        data, weight = dequantizer_of(input_of(node, 0)), dequantizer_of(input_of(node, 1))
+        if not isinstance(rule, Weighted) or data is None or weight is None or node.op_type == "ConvTranspose":
+            continue
+        read, codes = data.inputs[0], array(weight.inputs[0])
+        if read is None or read.dtype != DataType.UINT8 or codes is None or codes.dtype != np.int8:
+            continue
+        axis = rule.output_axis if node.op_type != "Gemm" or not _transposed(node) else 0
+        if codes.ndim > 2 and codes.shape[1] == 1:
+            continue  # depthwise kernels widen first
+        excess = worst_pair(codes, axis)
+        if excess.max() > 1:
+            yield Saturation(node.name or "", float(excess.max()), int((excess > 1).sum()), codes.shape[axis])
 
 
-def _name(value: Value | None) -> str:
-    return "" if value is None else value.name or ""
-
-
-def _row(name: str, kind: str, chosen: QuantParams, why: str) -> TensorRow:
-    spec = chosen.spec
-    granularity = {PerChannel: "per-channel", PerBlock: "per-block"}.get(type(spec.granularity), "per-tensor")
-    scale, zero = (np.asarray(numbers).tolist() for numbers in (chosen.scale, chosen.zero_point))
-    return TensorRow(name, kind, spec.bits, spec.symmetric, granularity, scale, zero, why)
+def _transposed(node: Node) -> bool:
+    found = node.attributes.get("transB")
+    return found is not None and bool(found.value)

@@ -19,14 +19,13 @@ import click
 import qconv
 from qconv.errors import QconvError, counted
 from qconv.leaving import leave_at_once, leave_by_exceptions
-from qconv.looking import benchmark
+from qconv.looking import audit, benchmark
 from qconv.options import WIDTH, output_options, quantize_options, recipe_of, require_output
 from qconv.recipe import Recipe
 
 if TYPE_CHECKING:
     from qconv.curve import Curve
     from qconv.report import Report
-    from qconv.source import Source
 
 GATE_FELL_SHORT = 3
 
@@ -122,10 +121,11 @@ def study_samples(
     recipe = recipe_of({**dict.fromkeys(NOT_STUDIED), **options})
     _require_streams(model, None, as_json)
     from qconv import pipeline, study, summary
+    from qconv.source import source_of
 
     console = summary.Console(quiet=quiet)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
-    source = _source(model)
+    source = source_of(model)
     leave_by_exceptions()
     try:
         curve = study.study_samples(source, recipe, study.Question(seeds, holdout, images), listener, place)
@@ -187,7 +187,8 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     return 0
 
 
-cli.add_command(benchmark)
+for command in (audit, benchmark):
+    cli.add_command(command)
 
 
 def _require_streams(model: str, output: str | None, as_json: bool) -> None:
@@ -203,8 +204,9 @@ def _require_streams(model: str, output: str | None, as_json: bool) -> None:
 
 def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[Report, bytes | None]:
     from qconv import pipeline
+    from qconv.source import source_of
 
-    source = _source(model)
+    source = source_of(model)
     if output is None:
         output = default_output(model, recipe)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
@@ -213,14 +215,6 @@ def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[
         return pipeline.quantize(source, None if output == "-" else output, recipe, listener)
     finally:
         console.close()
-
-
-def _source(model: str) -> Source:
-    from qconv.source import Source
-
-    if model == "-":
-        return Source("the model on standard input", None, sys.stdin.buffer.read())
-    return Source(model, Path(model))
 
 
 def default_output(model: str, recipe: Recipe) -> str:

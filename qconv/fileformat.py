@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Collection
 
 from qconv.errors import QconvError
 from qconv.graph import Model
 from qconv.recipe import Preprocessing, Recipe, Scheme, WeightGranularity
 from qconv.targets import IR_VERSIONS, LOWEST_OPSET, RUNTIMES
 
+PLACED = "qconv.placed"
 NEW_TYPES_OPSET = 21  # int4, int16 and blocks
 
 
@@ -40,10 +43,26 @@ def needed_runtime(model: Model, recipe: Recipe) -> str:
     return f"onnxruntime >= {version}"
 
 
-def describe(model: Model, version: str, recipe: Recipe, preprocessing: Preprocessing | None) -> None:
-    """Recipe, preprocessing and version travel in the file; nothing that differs from run to run does."""
+def describe(
+    model: Model, version: str, recipe: Recipe, preprocessing: Preprocessing | None, placed: Collection[str] = ()
+) -> None:
+    """Recipe, preprocessing and version travel in the file; nothing that differs from run to run does.
+
+    placed: names of nodes that are in float because that is faster.
+    """
     model.inner.ir_version = IR_VERSIONS.get(model.opset, max(IR_VERSIONS.values()))
     carried = {"qconv.version": version, "qconv.recipe": json.dumps(recipe.as_dict(), sort_keys=True)}
     if preprocessing is not None:
         carried["qconv.preprocessing"] = json.dumps(preprocessing.as_dict(), sort_keys=True)
+    if placed:
+        carried[PLACED] = json.dumps(sorted(placed))
     model.inner.metadata_props.update(carried)
+
+
+def placed_in(model: Model) -> frozenset[str]:
+    """The nodes that a file by qconv says it left in float on purpose; none for other files."""
+    with contextlib.suppress(ValueError):
+        names = json.loads(model.inner.metadata_props.get(PLACED, "[]"))
+        if isinstance(names, list):
+            return frozenset(map(str, names))
+    return frozenset()

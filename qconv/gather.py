@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qconv import stats
-from qconv.calibrate import observer, watch
+from qconv.calibrate import Tap, observer, watch
 from qconv.calibrators import CALIBRATORS
 from qconv.detect import Detected, detect
 from qconv.errors import QconvError
@@ -80,9 +80,14 @@ class Pictures:
         """The same, for the summary."""
         return replace(self.detected, preprocessing=self.fed).in_words()
 
-    def sketches(self, model: Model, plan: Plan, recipe: Recipe) -> Mapping[str, Sketch]:
-        """Of every tensor that must be seen. Raises QconvError where the file lacks some."""
-        taps = plan.taps(CALIBRATORS[recipe.calibrator].want if recipe.save_stats is None else Want.ALL)
+    def sketches(self, model: Model, plans: Sequence[Plan], recipe: Recipe) -> Mapping[str, Sketch]:
+        """Of every tensor that must be seen for any of the plans. Raises QconvError where the file lacks some."""
+        want = CALIBRATORS[recipe.calibrator].want if recipe.save_stats is None else Want.ALL
+        found: dict[str, Tap] = {}
+        for tap in (tap for plan in plans for tap in plan.taps(want)):
+            known = found.get(tap.name, tap)
+            found[tap.name] = replace(tap, want=tap.want | known.want)
+        taps = list(found.values())
         if self.known is not None:
             stats.require_pixels(self.known, recipe.stats or "", self.pixels)
             stats.require_tensors(self.known, recipe.stats or "", [tap.name for tap in taps])

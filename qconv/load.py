@@ -10,6 +10,7 @@ models beyond 2 GB load like others.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -177,6 +178,23 @@ def _infer_shapes(proto: onnx.ModelProto, source: Source) -> None:
     for output, found in zip(proto.graph.output, inferred.graph.output, strict=True):
         if not output.type.tensor_type.HasField("shape") and found.type.HasField("tensor_type"):
             output.type.CopyFrom(found.type)
+
+
+def as_it_is(proto: onnx.ModelProto, source: Source) -> Model:
+    """The model unchanged but for names: every node has one. Types are inferred as far as onnx can. Uses up `proto`."""
+    weights = _set_aside(proto)
+    with contextlib.suppress(QconvError):
+        _infer_shapes(proto, source)
+    _put_back(proto, weights)
+    try:
+        model_ir = ir.from_proto(proto)
+    except Exception:  # whatever a damaged file trips over
+        raise not_onnx(source) from None
+    external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in weights.values())
+    if external and source.path is not None:
+        ir.external_data.set_base_dir(model_ir.graph, source.path.resolve().parent)
+    _name_nodes(model_ir.graph)
+    return Model(model_ir, external)
 
 
 def shapes_at(model: Model, name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

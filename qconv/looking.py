@@ -23,10 +23,41 @@ def _print(found: dict[str, Any], text: Callable[[], str], *, as_json: bool, qui
         print(text())
 
 
+batch_option = click.option(
+    "--batch", metavar="N", type=click.IntRange(1), help="Pictures a run.  [default: the model's own, or 1]"
+)
+size_option = click.option("--size", type=Size(), help="Of pictures, where a model leaves height and width open.")
+
+
+@click.command(context_settings=WIDTH)
+@click.argument("model")
+@batch_option
+@size_option
+@common_options
+def audit(
+    model: str,
+    batch: int | None,
+    size: tuple[int, int] | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> int:
+    """Say what ONNX Runtime runs of MODEL in integers, what in float, by which rule, and what each costs."""
+    require_output(as_json)
+    from qconv import examine, printing
+    from qconv.source import source_of
+
+    leave_by_exceptions()
+    found = examine.examine(source_of(model), threads=threads or 1, batch=batch, size=size)
+    _print(found.as_dict(), lambda: printing.audit(found, verbose=verbose), as_json=as_json, quiet=quiet)
+    return 0
+
+
 @click.command(context_settings=WIDTH)
 @click.argument("models", nargs=-1, required=True, metavar="MODEL [OTHER]...")
-@click.option("--batch", metavar="N", type=click.IntRange(1), help="Pictures a run.  [default: the model's own, or 1]")
-@click.option("--size", type=Size(), help="Of pictures, where a model leaves height and width open.")
+@batch_option
+@size_option
 @click.option(
     "--rounds", default=24, show_default=True, metavar="N", type=click.IntRange(1), help="Turns that each model gets."
 )

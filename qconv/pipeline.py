@@ -13,7 +13,7 @@ from pathlib import Path
 
 import qconv
 from qconv import fold, load, save
-from qconv.audit import audit, tensor_rows
+from qconv.audit import Known, audit, profiled
 from qconv.embed import embed
 from qconv.emit import emit
 from qconv.errors import QconvError
@@ -21,14 +21,15 @@ from qconv.feed import Feed
 from qconv.fileformat import describe, needed_opset, needed_runtime
 from qconv.findings import Finding
 from qconv.gather import Pictures, open_pictures, original
-from qconv.graph import Model, dims
+from qconv.graph import Model
 from qconv.oddities import oddities
 from qconv.params import choose_params
-from qconv.placement import applies, faster_in_float
+from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import WISHED, make_plan
-from qconv.recipe import Layout, Preprocessing, Recipe
+from qconv.recipe import Layout, Recipe
 from qconv.report import Audit, Report, Verification
+from qconv.rows import tensor_rows
 from qconv.runtime import Session
 from qconv.shrink import shrink
 from qconv.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
@@ -100,12 +101,15 @@ def quantize(
             run.findings += _embed(model, recipe.embed_preprocessing, recipe, pictures)
     with run.step("plan"):
         look_for_wishes(model, recipe, run.warn)
-        plan = _placed(model, recipe, pictures.fed)
+        target = TARGETS[recipe.target]
+        plan = make_plan(model, recipe, target, left_in_float(model, recipe, pictures.fed))
         require_layers(plan, source)
         for doubt in pictures.detected.doubts():
             run.warn(doubt)
     with run.step("calibrate"):
-        sketches = pictures.sketches(model, plan, recipe)
+        # what is saved serves other options, too, which may leave nothing in float
+        plans = [plan] if recipe.save_stats is None else [plan, make_plan(model, recipe, target)]
+        sketches = pictures.sketches(model, plans, recipe)
         for oddity in oddities(sketches):
             run.warn(oddity)
     with run.step("params"):
@@ -115,10 +119,12 @@ def quantize(
     with run.step("emit"):
         run.findings += emit(model, plan, params, pack=recipe.pack)
         run.findings += shrink(model)
-        describe(model, qconv.__version__, recipe, pictures.fed)
+        describe(model, qconv.__version__, recipe, pictures.fed, plan.placed)
     with save.staged(model, place) as staged:
         with run.step("verify"):
-            checked, audited = _check(staged, original(source, recipe), plan, recipe, pictures.feed)
+            save.check(staged)
+            audited = _audit(staged, model, Known.of(plan), pictures.feed)
+            checked = _verified(staged, original(source, recipe), recipe, pictures.feed)
         _look_for_wishes_in_vain(plan, audited, run)
         for output in checked.outputs:
             if output.remark:
@@ -177,20 +183,6 @@ def _embed(model: Model, layout: Layout, recipe: Recipe, pictures: Pictures) -> 
     return embed(model, pictures.take_pixels(layout), layout, exact=recipe.activation_bits > 8)
 
 
-def _placed(model: Model, recipe: Recipe, fed: Preprocessing | None) -> Plan:
-    """The plan, with what is faster in float left there. fed: what the model takes, None for ready-made samples."""
-    target = TARGETS[recipe.target]
-    plan = make_plan(model, recipe, target)
-    if target.costs is None or not applies(recipe, target):
-        return plan
-    first = model.graph.inputs[0]
-    batch, *own = dims(first) or [None]
-    sides = own if fed is None else fed.shape[1:]
-    shapes = load.shapes_at(model, first.name or "", [batch or 1, *(side for side in sides if side is not None)])
-    floats = faster_in_float(model, plan, shapes, target.costs)
-    return make_plan(model, recipe, target, floats) if floats else plan
-
-
 def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -> None:
     """Warn of wishes that no node meets: a misspelt name or type keeps nothing float."""
     names = [node.name or "" for node in model.nodes()]
@@ -205,7 +197,7 @@ def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -
 
 def _look_for_wishes_in_vain(plan: Plan, audited: Audit, run: _Run) -> None:
     """What only moves or cuts values works on whatever its neighbours are."""
-    found = {island.node for island in audited.islands}
+    found = {island.node for island in (*audited.islands, *audited.placed)}
     # an activation takes over the wish for the layer that it is fused into
     found |= {name for name, layer in plan.activation_of.items() if layer in plan.kept}
     vain = [name for name, kept in plan.kept.items() if kept.why.startswith(WISHED) and name not in found]
@@ -223,23 +215,31 @@ def require_layers(plan: Plan, source: Source) -> None:
         )
 
 
-def _check(
-    staged: save.Staged, original: Session, plan: Plan, recipe: Recipe, feed: Feed | None
-) -> tuple[Verification, Audit]:
-    """The written file, before it gets its name: onnx's checker, the runtime's own graph, the float model's outputs."""
-    save.check(staged)
+def _audit(staged: save.Staged, model: Model, known: Known, feed: Feed | None) -> Audit:
+    """What the runtime makes of the written file, and what that costs on one picture, with one thread."""
     with save.scratch(2 * staged.size) as folder:
         optimized = folder / "optimized.onnx"
-        threads = recipe.threads
-        quantized = Session(str(staged.path), name="the quantized model", threads=threads, save_optimized=optimized)
-        audited = audit(optimized, plan)
+        session = Session(
+            str(staged.path),
+            name="the quantized model",
+            threads=1,
+            save_optimized=optimized,
+            profile=folder / "profile",
+        )
+        feeds = None if feed is None else next(iter(feed.few("verify")), None)
+        return audit(optimized, model, known, None if feeds is None else profiled(session, feeds))
+
+
+def _verified(staged: save.Staged, original: Session, recipe: Recipe, feed: Feed | None) -> Verification:
+    """The written file, before it gets its name, against the float model's outputs."""
     if feed is None:
-        return Verification(0, ()), audited
+        return Verification(0, ())
+    quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads)
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
     pictures = feed.all("verify") if gated else feed.few("verify")
     found = verify(original, quantized, pictures, feed.as_float)
     # a network with a batch of its own may have seen some twice
-    return replace(found, images=min(found.images, feed.pictures)), audited
+    return replace(found, images=min(found.images, feed.pictures))
 
 
 def peak_rss_mb() -> float:

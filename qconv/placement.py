@@ -18,18 +18,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qconv.graph import Model, Node, Value, array, attribute, input_of
+from qconv.graph import Model, Node, Value, array, attribute, dims, input_of
+from qconv.load import shapes_at
 from qconv.mincut import Network
 from qconv.plan import Plan, data_inputs
-from qconv.recipe import Recipe, WeightGranularity
+from qconv.planner import make_plan
+from qconv.recipe import Preprocessing, Recipe, WeightGranularity
 from qconv.rules import RULES, Weighted
-from qconv.targets import Table, Target
+from qconv.targets import TARGETS, Table, Target
 
 Shapes = Mapping[str, tuple[int, ...]]
 CAUTION = 1.1
 """By how much float must be cheaper than the table says: a layer that is as fast either way is better small."""
 WORTHWHILE = 0.15
 """The least share of the network's time that a division must gain. Predictions of a tenth have come to nothing."""
+LEAST_GAIN_US = 20.0
 STEM_CHANNELS = 4  # up to so many input channels a convolution is the first one
 
 
@@ -51,6 +54,21 @@ def applies(recipe: Recipe, target: Target) -> bool:
     return bool(target.costs) and whole and recipe.weight_granularity is not WeightGranularity.PER_BLOCK
 
 
+def left_in_float(model: Model, recipe: Recipe, fed: Preprocessing | None) -> dict[str, str]:
+    """Names of the nodes of a folded model that `recipe`'s target runs faster in float, each with the reason.
+
+    fed: what the model takes, which settles sizes that it leaves open; None for ready-made samples.
+    """
+    target = TARGETS[recipe.target]
+    if target.costs is None or not applies(recipe, target):
+        return {}
+    first = model.graph.inputs[0]
+    batch, *own = dims(first) or [None]
+    sides = own if fed is None else fed.shape[1:]
+    shapes = shapes_at(model, first.name or "", [batch or 1, *(side for side in sides if side is not None)])
+    return faster_in_float(model, make_plan(model, recipe, target), shapes, target.costs)
+
+
 def faster_in_float(model: Model, plan: Plan, shapes: Shapes, table: Table) -> dict[str, str]:
     """The nodes of `plan` that are better left in float, by name, each with the reason.
 
@@ -58,8 +76,8 @@ def faster_in_float(model: Model, plan: Plan, shapes: Shapes, table: Table) -> d
     """
     question = _Question.of(model, plan, shapes, table)
     integer = question.cheapest()
-    enough = question.time(integer) < (1 - WORTHWHILE) * question.time(plan.integer)
-    if not enough or not any(layer.node in integer for layer in plan.layers):
+    gain, whole = question.time(plan.integer) - question.time(integer), question.time(plan.integer)
+    if gain < max(WORTHWHILE * whole, LEAST_GAIN_US) or not any(layer.node in integer for layer in plan.layers):
         return {}
     return {node.name or "": _why(question.costs[node]) for node in plan.integer - integer}
 
@@ -72,16 +90,21 @@ def _why(cost: Cost | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """One that may change sides. switch_us: what that costs; maker, readers: None for those outside the model."""
+    """One that may change sides. switch_us: what that costs; maker, readers: None for those outside the model.
+
+    codes: whether it comes as codes, being the model's pixels.
+    """
 
     value: Value
     maker: Node | None
     readers: tuple[Node | None, ...]
     switch_us: float
+    codes: bool
 
     def crossed(self, integer: Set[Node]) -> bool:
         """Whether codes and numbers are both needed."""
-        return any((reader in integer) != (self.maker in integer) for reader in self.readers)
+        made = self.codes or self.maker in integer
+        return any((reader in integer) != made for reader in self.readers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +127,8 @@ class _Question:
             maker = maker if maker is None else plan.absorbed.get(maker, maker)
             readers = [node for node in model.readers(value) if _reads_data(node, value)]
             outside = (None,) if value.is_graph_output() else ()
-            tensors.append(_Tensor(value, maker, (*readers, *outside), _switch(value, shapes, table)))
+            codes = value in plan.given and maker not in costs
+            tensors.append(_Tensor(value, maker, (*readers, *outside), _switch(value, shapes, table), codes))
         return cls(costs, tensors)
 
     def time(self, integer: Set[Node]) -> float:
@@ -131,7 +155,8 @@ class _Question:
 
     def _tie(self, network: Network, tensor: _Tensor) -> None:
         """A tensor is quantized once where any reader wants codes, dequantized once where any wants numbers."""
-        maker: object = tensor.maker if tensor.maker in self.costs else network.first
+        outside = network.second if tensor.codes else network.first
+        maker: object = tensor.maker if tensor.maker in self.costs else outside
         codes, numbers = ("codes", tensor.value), ("numbers", tensor.value)
         network.edge(maker, codes, tensor.switch_us)
         network.edge(numbers, maker, tensor.switch_us)
@@ -202,6 +227,8 @@ def _conv_work(node: Node, out: tuple[int, ...]) -> tuple[str, float, float] | N
     macs = math.prod(out) * per_group * math.prod(kernel)
     side = max(kernel)
     if group == 1 and per_group <= STEM_CHANNELS:
+        if per_group == 1:
+            return ("grey3" if side < 4 else "grey5"), outputs, macs
         return ("stem3" if side < 5 else "stem7"), outputs, macs
     if per_group == 1:
         return ("depthwise3" if side < 4 else "depthwise5" if side < 6 else "depthwise7"), outputs, macs

@@ -61,7 +61,7 @@ class Plan:
     on_codes: nodes that work between quantizer and dequantizer. ties: groups of tensors that share parameters.
     given: quantized tensors whose codes are those of a dequantizer in the model, the input's pixels, and need no range.
     gates: tensors that are read by an activation alone that is zero far below zero. kept: node name -> why it stays
-    float, or runs in float although its tensors are codes. writers: tensor name -> name of the node that writes it.
+    float, or runs in float although its tensors are codes. placed: those among them that are faster there.
     activation_of: name of a Relu or Clip -> name of the layer in front of it.
     """
 
@@ -75,7 +75,7 @@ class Plan:
     given: dict[Value, QuantParams] = field(default_factory=dict)
     gates: dict[Value, Gate] = field(default_factory=dict)
     kept: dict[str, Choice] = field(default_factory=dict)
-    writers: dict[str, str] = field(default_factory=dict)
+    placed: frozenset[str] = frozenset()
     activation_of: dict[str, str] = field(default_factory=dict)
 
     def taps(self, want: Want = Want.EXTREMES) -> list[Tap]:

@@ -41,7 +41,7 @@ def make_plan(model: Model, recipe: Recipe, target: Target, floats: Mapping[str,
 class _Planner:
     def __init__(self, model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str]) -> None:
         self.model, self.recipe, self.target, self.floats = model, recipe, target, floats
-        self.plan = Plan()
+        self.plan = Plan(placed=frozenset(floats))
         self.nodes = model.nodes()
         self.quantized: dict[Value, str] = {}
         self.eligible: dict[Node, Rule] = {}
@@ -286,7 +286,6 @@ class _Planner:
         for node, layer_node in plan.absorbed.items():
             if layer_node.name in plan.kept:
                 plan.kept.setdefault(node.name or "", plan.kept[layer_node.name])
-        plan.writers = {value.name or "": node.name or "" for node in self.nodes for value in node.outputs}
         for node in self.nodes:  # fused into the layer before, an activation gives the layer its own name
             before = next(_previous_nodes(node), None)
             if before is not None and node.op_type in ACTIVATIONS and isinstance(RULES.get(before.op_type), Weighted):

@@ -7,8 +7,69 @@ from collections.abc import Sequence
 
 from qconv.benchmark import Benchmark
 from qconv.errors import counted, shaped
+from qconv.examine import Examined
+from qconv.report import Island
 
 COLUMNS = 80
+SHOWN = 8
+
+
+def audit(found: Examined, *, verbose: bool) -> str:
+    """Counts and costs, then every float node with its rule, the dearest first."""
+    own = found.audit
+    lines = [f"{found.name}: {found.format} ({found.meaning})".replace("; ", ";\n  ", 1), ""]
+    rows = [("", "nodes", "us a run", "share")]
+    total, codes, floats = own.total_us or 0.0, own.spent("integer") or 0.0, own.spent("float") or 0.0
+    rows.append(("integers", str(own.integer), f"{codes:.0f}", _share(codes, total)))
+    rows.append(("float", str(own.float), f"{floats:.0f}", _share(floats, total)))
+    rows.append(("converting", "", f"{total - codes - floats:.0f}", _share(total - codes - floats, total)))
+    lines.append(columns(rows, "lrrr"))
+    for title, islands in (("float islands", own.islands), ("in float by choice", own.placed)):
+        if islands:
+            lines += ["", f"{title}:", _islands(islands, total, None if verbose else SHOWN)]
+    if verbose:
+        layers = sorted(own.layers, key=lambda layer: -(layer.us or 0.0))
+        cells = [(f"{layer.us or 0.0:.1f}", layer.runs, layer.op, layer.node) for layer in layers]
+        lines += ["", "nodes:", columns([("us", "runs in", "operator", "node"), *cells], "rlll")]
+    if own.saturating:
+        lines += ["", *_saturation(found)]
+    lines += ["", wrapped(f"{counted(found.threads, 'thread')}, ONNX Runtime {found.version}, {found.cpu.in_words()}.")]
+    return "\n".join(lines)
+
+
+def _share(us: float | None, total: float) -> str:
+    return f"{(us or 0.0) / total:.1%}" if total else ""
+
+
+def _islands(islands: Sequence[Island], total: float, most: int | None) -> str:
+    found = sorted(islands, key=lambda island: -(island.us or 0.0))
+    rows = []
+    for island in found[:most]:
+        rows.append((_share(island.us, total), island.op, island.node, f"[{island.rule}] {island.why}"))
+        if island.remedy is not None:
+            rows.append(("", "", "", f"remedy: {island.remedy}"))
+    if most is not None and len(found) > most:
+        rest = sum(island.us or 0.0 for island in found[most:])
+        rows.append((_share(rest, total), "", f"{len(found) - most} more", "-v shows all"))
+    return columns(rows, "rlll")
+
+
+def _saturation(found: Examined) -> list[str]:
+    layers = sorted(found.audit.saturating, key=lambda layer: -layer.worst)
+    where = "This CPU" if found.cpu.saturates else "A CPU without VNNI (this one has it)"
+    if found.cpu.saturates is False and "vnni" not in found.cpu.features:
+        where = "An x86 CPU without VNNI"
+    what = f"{where} adds pairs of products in 16 bits. {counted(len(layers), 'layer')} could saturate there:"
+    rows = [
+        (f"{layer.worst:.2f} x 16 bits", f"{layer.outputs} of {layer.channels} channels", layer.node)
+        for layer in layers[:SHOWN]
+    ]
+    lines = [wrapped(what), columns(rows, "rrl")]
+    if len(layers) > SHOWN:
+        lines.append(f"  and {len(layers) - SHOWN} more")
+    if found.by_qconv:
+        lines.append(wrapped("On pictures like those of calibration none does: qconv has widened their scales."))
+    return lines
 
 
 def benchmark(found: Benchmark, *, verbose: bool) -> str:

@@ -65,21 +65,79 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Island:
-    """A node that stays float in the quantized model."""
+    """A node that stays float in the quantized model.
+
+    rule: a short name of what keeps it there. us: what one run of it took, where that was measured.
+    """
 
     node: str
     op: str
     why: str
     remedy: str | None = None
+    rule: str = "kept"
+    us: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """A node of the optimized graph. node: its name in the file; runs: `integer` or `float`; us: of one run."""
+
+    node: str
+    op: str
+    runs: str
+    us: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Saturation:
+    """A layer that a CPU which adds products in 16 bits may get wrong.
+
+    worst: what two products can reach, over what 16 bits hold; channels: of so many outputs `outputs` have such pairs.
+    """
+
+    node: str
+    worst: float
+    outputs: int
+    channels: int
+
+
+Microseconds = float
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Nodes of the optimized graph that the runtime really runs: on codes, and in float."""
+    """Nodes of the optimized graph that the runtime really runs: on codes, and in float.
+
+    islands: float nodes that nobody chose, or the user did; placed: those left in float because that is faster.
+    total_us: one run of all nodes, conversions included; None where it was not measured.
+    """
 
     integer: int
     float: int
     islands: tuple[Island, ...]
+    placed: tuple[Island, ...] = ()
+    layers: tuple[LayerTime, ...] = ()
+    total_us: Microseconds | None = None
+    saturating: tuple[Saturation, ...] = ()
+
+    def spent(self, runs: str) -> Microseconds | None:
+        """Microseconds in nodes that run in `integer` or in `float`."""
+        return None if self.total_us is None else sum(layer.us or 0.0 for layer in self.layers if layer.runs == runs)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        spent = None
+        if self.total_us is not None:
+            own, codes = self.spent("float") or 0.0, self.spent("integer") or 0.0
+            spent = {"integer": codes, "float": own, "converting": self.total_us - own - codes, "total": self.total_us}
+        return {
+            "integer": self.integer,
+            "float": self.float,
+            "islands": [_row(island) for island in self.islands],
+            "placed": [_row(island) for island in self.placed],
+            "us": spent,
+            "saturating": [_row(layer) for layer in self.saturating],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +214,7 @@ class Report:
                 "agreement": verify.agreement,
                 "outputs": [{"name": o.name, "sqnr_db": o.sqnr_db, "agreement": o.agreement} for o in verify.outputs],
             },
-            "audit": {
-                "integer": self.audit.integer,
-                "float": self.audit.float,
-                "islands": [_row(i) for i in self.audit.islands],
-            },
+            "audit": self.audit.as_dict(),
             "gates": [_row(g) for g in self.gates],
             "warnings": self.warnings,
             "time": {name: round(seconds, 3) for name, seconds in self.time.items()},

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from qconv.quant import QuantParams
 
 PAIR_LIMIT = 32767
+LARGEST_CODE = 255
 # Rounding can leave a pair a little over: steps of less than half a code in 127 would take forever.
 SMALLEST_STEP = 1 + 1 / 256
 LARGEST_PART = 2**20
@@ -61,6 +62,17 @@ def widen(
             scale[over] = params.scale[over] * gain[over]
             zero[over] = np.rint(params.zero_point[over] / gain[over])
     return QuantParams(params.spec, scale, zero) if np.any(gain > 1) else params
+
+
+def worst_pair(codes: NDArray[np.int8], output_axis: int) -> NDArray[np.float64]:
+    """The largest sum of two neighbouring products, over what 16 bits hold, for each output: (O,).
+
+    codes: (O, I/g, kH, kW), or a matrix with outputs along `output_axis`. Activations may be any codes, 0 to 255.
+    """
+    rows = _rows(codes, output_axis)
+    low, high = np.zeros((1, rows.shape[1]), np.int32), np.full((1, rows.shape[1]), LARGEST_CODE, np.int32)
+    found: NDArray[np.float64] = _worst_pair(rows, low, high) / PAIR_LIMIT
+    return found
 
 
 _Excess = Callable[[QuantParams, NDArray[np.int64]], NDArray[np.float64]]

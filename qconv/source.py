@@ -6,6 +6,7 @@ here, each in an error of its own. Nothing is changed yet.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -37,6 +38,13 @@ class Source:
             assert self.data is not None
             return self.data
         return str(self.path)
+
+
+def source_of(model: str) -> Source:
+    """What the command line names: a file, or `-` for standard input, which is read here."""
+    if model == "-":
+        return Source("the model on standard input", None, sys.stdin.buffer.read())
+    return Source(model, Path(model))
 
 
 def read(source: Source) -> onnx.ModelProto:

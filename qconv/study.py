@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from qconv.gather import original
 from qconv.graph import Model
 from qconv.params import choose_params
 from qconv.pipeline import Listener, check_output, look_for_wishes, peak_rss_mb, require_layers
+from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.recipe import Recipe
@@ -112,7 +114,9 @@ def study_samples(
     calibration.preprocessing = scoring.preprocessing = detected.preprocessing
     fold.fold(model)
     look_for_wishes(model, recipe, warn)
-    plan = make_plan(model, recipe, TARGETS[recipe.target])
+    planned = partial(make_plan, recipe=recipe, target=TARGETS[recipe.target])
+    planned = partial(planned, floats=left_in_float(model, recipe, calibration.preprocessing))
+    plan = planned(model)
     require_layers(plan, source)
     for doubt in detected.doubts():
         warn(doubt)
@@ -123,7 +127,7 @@ def study_samples(
         before = time.perf_counter()
         seconds = _put_aside(model, taps, calibration, recipe, kept)
         after = time.perf_counter()
-        points = _points(model, kept, scored, recipe, question.draws, listener.progress)
+        points = _points(_Job(model, recipe, planned), kept, scored, question.draws, listener.progress)
     return Curve(
         version=qconv.__version__,
         model=source.name,
@@ -219,20 +223,39 @@ def _put_aside(model: Model, taps: list[Tap], feed: Feed, recipe: Recipe, kept: 
 # -- points ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is done with every draw. folded: the network, which stays as it is; planned: the plan for a copy of it."""
+
+    folded: Model
+    recipe: Recipe
+    planned: Callable[[Model], Plan]
+
+    @contextlib.contextmanager
+    def quantized(self, sketches: dict[str, Sketch]) -> Iterator[Session]:
+        """The model that `pipeline.quantize` makes of these sketches, loaded."""
+        model = self.folded.copy()
+        plan = self.planned(model)
+        params, _ = choose_params(plan, sketches, self.recipe)
+        emit(model, plan, params, pack=self.recipe.pack)
+        shrink(model)
+        describe(model, qconv.__version__, self.recipe, None)
+        with save.runnable(model, ()) as runnable:
+            yield Session(runnable, name="the quantized model", threads=self.recipe.threads)
+
+
 def _points(
-    model: Model,
-    kept: Shelf,
-    scored: _Scored,
-    recipe: Recipe,
-    draws: int,
-    progress: Callable[[str, int, int], None],
+    job: _Job, kept: Shelf, scored: _Scored, draws: int, progress: Callable[[str, int, int], None]
 ) -> list[Point]:
     counts = counts_up_to(len(kept))
     total, points = draws * (len(counts) - 1) + 1, []
     for seed in range(draws):
-        order, wanted = _order(len(kept), recipe.seed, seed), counts[:-1] if seed else counts  # all are the same set
+        order, wanted = (
+            _order(len(kept), job.recipe.seed, seed),
+            counts[:-1] if seed else counts,
+        )  # all are the same set
         for count, sketches in _growing(kept, order, wanted):
-            with _quantized(model, sketches, recipe) as session:
+            with job.quantized(sketches) as session:
                 found = scored.score(session)
             points.append(Point(count, seed, found.sqnr_db, found.agreement))
             progress("points", len(points), total)
@@ -256,16 +279,3 @@ def _growing(kept: Shelf, order: list[int], counts: list[int]) -> Iterator[tuple
             total = {name: sketch.merge(total[name]) if total else sketch for name, sketch in new.items()}
         done = count
         yield count, total
-
-
-@contextlib.contextmanager
-def _quantized(folded: Model, sketches: dict[str, Sketch], recipe: Recipe) -> Iterator[Session]:
-    """The model that `pipeline.quantize` makes of these sketches, loaded. `folded` stays as it is."""
-    model = folded.copy()
-    plan = make_plan(model, recipe, TARGETS[recipe.target])
-    params, _ = choose_params(plan, sketches, recipe)
-    emit(model, plan, params, pack=recipe.pack)
-    shrink(model)
-    describe(model, qconv.__version__, recipe, None)
-    with save.runnable(model, ()) as runnable:
-        yield Session(runnable, name="the quantized model", threads=recipe.threads)

@@ -54,6 +54,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "entropy",
             "equalize",
             "evidence",
+            "explain",
             "exact",
             "feed",
             "fileformat",
@@ -62,6 +63,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "gather",
             "gates",
             "layers",
+            "madeup",
             "oddities",
             "page",
             "params",
@@ -73,6 +75,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "readers",
             "refusals",
             "report",
+            "rows",
             "saturation",
             "shelf",
             "shrink",
@@ -85,7 +88,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "worker",
         }
     ),
-    frozenset({"pipeline", "study"}),
+    frozenset({"examine", "pipeline", "study"}),
     frozenset({"cli", "leaving", "looking", "options", "printing", "summary", "values"}),  # the face
     frozenset({"__init__", "__main__"}),
 )
@@ -99,7 +102,10 @@ NEIGHBOURS: dict[str, set[str]] = {
     "source": {"graph"},
     "load": {"graph", "runtime", "source"},  # the runtime computes constant subgraphs
     "save": {"graph", "source"},
-    "audit": {"params", "plan", "report"},
+    "audit": {"explain", "plan", "report", "saturation"},
+    "explain": {"plan"},
+    "rows": {"params", "plan", "report"},
+    "worker": {"madeup"},
     "embed": {"affine", "edits", "fold", "layers"},
     "candidates": {"evidence", "fit"},
     "detect": {"candidates", "evidence", "feed", "race"},
@@ -129,7 +135,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "shelf": {"sketch", "stats"},
     "study": {"pipeline"},
     "plan": {"calibrate", "gates", "sketch"},
-    "placement": {"plan"},
+    "placement": {"plan", "planner"},
     "planner": {"gates", "plan", "refusals"},
     "weights": {"bias", "plan", "readers", "saturation", "sketch", "weight_ranges"},
     "cli": {"leaving", "looking", "options", "summary"},

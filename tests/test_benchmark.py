@@ -16,9 +16,9 @@ from models import network
 from qconv.benchmark import Benchmark, Conditions, Timing, Worker, benchmark
 from qconv.cpu import cpu_of
 from qconv.errors import QconvError
+from qconv.madeup import made_up
 from qconv.printing import benchmark as printed
 from qconv.runtime import Session
-from qconv.worker import made_up
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 

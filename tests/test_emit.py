@@ -20,7 +20,7 @@ from models import Constant, ints, loaded, network, run
 from numpy.typing import NDArray
 
 from qconv import fileformat, fold, load
-from qconv.audit import audit
+from qconv.audit import Known, audit
 from qconv.calibrate import tapped, watch
 from qconv.calibrators import CALIBRATORS
 from qconv.emit import emit
@@ -102,6 +102,7 @@ class Quantized:
         self.findings += emit(model, self.plan, self.params, pack=recipe.pack)
         self.findings += shrink(model)
         fileformat.describe(model, "0", recipe, None)
+        self.model = model
         self.proto: onnx.ModelProto = model.proto()
         onnx.checker.check_model(self.proto, full_check=True)
 
@@ -129,7 +130,8 @@ class Quantized:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
             Session(self.proto.SerializeToString(), threads=1, save_optimized=path)
-            return audit(path, self.plan), onnx.load(str(path), load_external_data=False)
+            audited = audit(path, self.model, Known.of(self.plan))
+            return audited, onnx.load(str(path), load_external_data=False)
 
     @property
     def audit(self) -> Audit:

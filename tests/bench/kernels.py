@@ -25,6 +25,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from qconv.cost_table import COSTS
 from qconv.cpu import this_cpu
 
 CHANNELS = (8, 16, 32, 64, 128, 256)
@@ -176,13 +177,14 @@ class Kind:
     channels: tuple[int, ...] = CHANNELS
 
 
-def _stem(kernel: int) -> Kind:
+def _stem(kernel: int, inputs: int = 3, sides: tuple[int, int] = (28, 112)) -> Kind:
+    """The first layer, on pictures; what pools its result is counted as its own."""
     return Kind(
-        lambda graph, x, channels: graph.conv(x, 3, channels, kernel),
+        lambda graph, x, channels: graph.conv(x, inputs, channels, kernel),
         base=None,
-        macs=lambda channels: channels * 3 * kernel**2,
-        branches=3,
-        sides=(28, 112),
+        macs=lambda channels: channels * inputs * kernel**2,
+        branches=inputs,
+        sides=sides,
         channels=(8, 16, 32, 64),
     )
 
@@ -213,6 +215,8 @@ KINDS: dict[str, Kind] = {
     "grouped3": _grouped(3),
     "stem3": _stem(3),
     "stem7": _stem(7),
+    "grey3": _stem(3, inputs=1, sides=(14, 56)),
+    "grey5": _stem(5, inputs=1, sides=(14, 56)),
     "Add": _of_elements(_joined("Add")),
     "Mul": _of_elements(_joined("Mul")),
     "scaled": _of_elements(_scaled),
@@ -355,10 +359,11 @@ def written(found: dict[str, Costs]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.kernels", description=__doc__)
     parser.add_argument("--write", action="store_true", help="write the table into the package")
+    parser.add_argument("--only", action="append", choices=list(KINDS), help="this kind, others stay as they are")
     wanted = parser.parse_args()
     print(f"{platform.machine()}, ONNX Runtime {ort.__version__}; us + ns x work: float, integers")
-    found = {}
-    for name in KINDS:
+    found: dict[str, Costs] = dict(COSTS) if wanted.only else {}
+    for name in wanted.only or KINDS:
         found[name] = measured(name)
         for channels, (f_us, f_ns, i_us, i_ns) in found[name].items():
             print(f"{name:18} C{channels:4}  {f_us:7.1f} + {f_ns:8.4f}  {i_us:7.1f} + {i_ns:8.4f}", flush=True)

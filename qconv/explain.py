@@ -1,0 +1,201 @@
+"""Why ONNX Runtime's CPU provider runs a node of a Q/DQ graph in float: its fusion rules, one function each.
+
+An operator becomes an integer kernel when each data input comes from a DequantizeLinear, its one output goes to exactly
+one QuantizeLinear, and types and parameters suit the kernel. Read in the runtime's `qdq_transformer/selectors_actions`
+and tried on versions 1.19 to 1.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.graph import DataType, Node, Value, array, attribute, clip_bounds, input_of
+from qconv.plan import data_positions
+from qconv.rules import ACTIVATIONS, RULES, OnCodes, Transparent, Weighted
+
+CODES = frozenset({DataType.UINT8, DataType.INT8})
+FLOAT_OUT = frozenset({"Gemm", "MatMul"})
+"""Their integer kernels can write float."""
+REMEDIES = {
+    "ReduceMean": "over height and width it is a GlobalAveragePool, which has one: qconv quantize rewrites it",
+    "BatchNormalization": "fold it into the layer before: qconv quantize does",
+    "Sub": "of a constant it is an Add, which has one",
+    "Div": "by a constant it is a Mul, which has one: qconv quantize rewrites it",
+}
+KERNELS_OF_THEIR_OWN = frozenset({"Where", "Softmax"})
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """rule: a short name that stays the same; why: in words; remedy: what would change it, None where nothing does."""
+
+    rule: str
+    why: str
+    remedy: str | None = None
+
+
+UNKNOWN = Reason("unknown", "ONNX Runtime found no integer kernel for it")
+
+
+def reason(node: Node) -> Reason:
+    """The first rule that keeps a node of a Q/DQ graph in float."""
+    return next((found for rule in _RULES_OF_FUSION if (found := rule(node)) is not None), UNKNOWN)
+
+
+def _no_kernel(node: Node) -> Reason | None:
+    if node.op_type in RULES and node.op_type != "ConvTranspose" and node.domain in ("", "ai.onnx"):
+        return None
+    if node.op_type in KERNELS_OF_THEIR_OWN:
+        return None
+    return Reason("no-kernel", f"{node.op_type} has no integer kernel", REMEDIES.get(node.op_type))
+
+
+def _float_inputs(node: Node) -> Reason | None:
+    rule = RULES.get(node.op_type)
+    positions = list(data_positions(node, rule)) if rule is not None else list(range(len(node.inputs)))
+    if isinstance(rule, Weighted):
+        positions = [0, 1]
+    for index in positions:
+        value = input_of(node, index)
+        if value is None or dequantizer_of(value) is not None:
+            continue
+        if array(value) is not None:
+            what = "weights are" if isinstance(rule, Weighted) else f"constant {value.name} is"
+            return Reason("float-constant", f"its {what} float", "store them as codes behind a DequantizeLinear")
+        writer = value.producer()
+        source = f"written in float by {writer.name}" if writer is not None else "an input of the model that is float"
+        return Reason("float-input", f"its input {value.name} is {source}")
+    return None
+
+
+def _types(node: Node) -> Reason | None:
+    for value in node.inputs[:2]:
+        made = dequantizer_of(value)
+        kind = None if made is None else made.inputs[0].dtype if made.inputs[0] is not None else None
+        if kind is not None and kind not in CODES:
+            name = kind.name.lower()
+            return Reason("types", f"{name} codes have no integer kernel", "use 8 bits, or hold fewer bits in 8")
+    return None
+
+
+def _weights(node: Node) -> Reason | None:
+    if not isinstance(RULES.get(node.op_type), Weighted):
+        return None
+    made = dequantizer_of(input_of(node, 1))
+    if made is None:
+        return None
+    if attribute(made, "block_size", 0):
+        return Reason(
+            "blocked-weights", "weights with a scale for each block have no integer kernel", "use per-channel"
+        )
+    bias = dequantizer_of(input_of(node, 2))
+    data = dequantizer_of(input_of(node, 0))
+    if bias is None or data is None:
+        return None
+    product = _scale(data) * _scale(made)
+    found = _scale(bias)
+    if product.size and found.size and np.any(product.ravel() != found.ravel()):
+        why = "the scale of its bias is not s_x * s_w, which versions before 1.28 do not notice"
+        return Reason("bias-scale", why, "make it so")
+    return None
+
+
+def _output(node: Node) -> Reason | None:
+    if node.op_type in FLOAT_OUT:
+        return None
+    value = node.outputs[0]
+    if value.is_graph_output():
+        return Reason("graph-output", "its output is an output of the model", "quantize and dequantize it there")
+    readers = [use.node for use in value.uses()]
+    if len(readers) > 1:
+        names = ", ".join(sorted({reader.name or reader.op_type for reader in readers})[:3])
+        return Reason(
+            "several-readers", f"its output has several readers ({names}), not one quantizer", "quantize it once"
+        )
+    (reader,) = readers or (None,)
+    if reader is None or reader.op_type == "QuantizeLinear":
+        return None
+    if reader.op_type in ACTIVATIONS:
+        return _activation(reader)
+    return Reason("no-quantizer", f"its output goes to {reader.name} without a quantizer", "quantize it")
+
+
+def _activation(node: Node) -> Reason | None:
+    """A Relu or Clip goes away where the quantizer behind it saturates at the same bounds."""
+    quantizer = next((use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"), None)
+    bounds = clip_bounds(node)
+    if quantizer is None or bounds is None:
+        return Reason("no-quantizer", f"its output goes through {node.name} without a quantizer behind", "quantize it")
+    scale, zero = _scale(quantizer), array(input_of(quantizer, 2))
+    if scale.size != 1 or zero is None or zero.size != 1:
+        return None
+    least, most = np.iinfo(zero.dtype).min, np.iinfo(zero.dtype).max
+    low, high = ((int(end) - int(zero.reshape(-1)[0])) * float(scale.reshape(-1)[0]) for end in (least, most))
+    if low < bounds[0]:
+        return Reason(
+            "relu-zero-point", f"{node.name} cuts below what the codes reach ({low:.4g})", "put the zero point lowest"
+        )
+    if high > bounds[1]:
+        why = f"{node.name} cuts at {bounds[1]:.4g}, the codes reach {high:.4g}"
+        return Reason("clip-range", why, "end the range at the bound")
+    return None
+
+
+def _same_parameters(node: Node) -> Reason | None:
+    rule = RULES.get(node.op_type)
+    before = dequantizer_of(input_of(node, 0))
+    after = next((use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"), None)
+    if before is None or after is None:
+        return None
+    kinds = [array(input_of(end, 2)) for end in (before, after)]
+    if any(kind is None for kind in kinds):
+        return Reason("no-zero-point", "a quantizer beside it has no zero point", "write the zero point, 0 as well")
+    if kinds[0] is not None and kinds[1] is not None and kinds[0].dtype != kinds[1].dtype:
+        return Reason("types", f"it reads {kinds[0].dtype} and writes {kinds[1].dtype}", "use one type for both")
+    if isinstance(rule, Transparent | OnCodes):
+        pairs = [(_number(input_of(before, i)), _number(input_of(after, i))) for i in (1, 2)]
+        if not all(np.array_equal(one, other) for one, other in pairs):
+            why = "scale or zero point differ before and behind it"
+            return Reason("parameters-differ", why, "use the same for both")
+    return None
+
+
+def _special(node: Node) -> Reason | None:
+    mode = attribute(node, "mode", "nearest")
+    if node.op_type == "Resize" and mode != "nearest":
+        return Reason("resize-mode", f"codes are resized by nearest neighbour, not {mode}")
+    if node.op_type == "Pad":
+        return Reason("pad", "Pad alone has no integer kernel", "pad with zero inside the layer behind it, or on codes")
+    if node.op_type == "Gemm" and (attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1):
+        return Reason("gemm-attributes", "a Gemm with transA or alpha has no integer kernel")
+    return None
+
+
+_RULES_OF_FUSION: tuple[Callable[[Node], Reason | None], ...] = (
+    _no_kernel,
+    _special,
+    _float_inputs,
+    _types,
+    _weights,
+    _output,
+    _same_parameters,
+)
+
+
+def dequantizer_of(value: Value | None) -> Node | None:
+    """The DequantizeLinear that writes a tensor."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _scale(node: Node) -> NDArray[np.float32]:
+    return _number(input_of(node, 1))
+
+
+def _number(value: Value | None) -> NDArray[np.float32]:
+    found = array(value)
+    return np.zeros(0, np.float32) if found is None else np.asarray(found, np.float32)
