@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.findings import Change, Finding
-from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of
+from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of, rank
 from qconv.params import Params
 from qconv.plan import Plan, data_inputs, data_positions
 from qconv.quant import PerBlock, PerChannel, QuantParams
+from qconv.recipe import PACKED_BITS
 from qconv.rules import RULES, Computing, Weighted
 from qconv.weights import LayerParams
 
@@ -30,7 +31,7 @@ def emit(model: Model, plan: Plan, params: Params, *, pack: bool) -> list[Findin
     """Rewrite `model` in place into its quantized form. pack: weight codes of 4 bits or fewer are stored as int4."""
     writer = _Writer(model, plan, params)
     for layer in params.layers:
-        writer.layer(layer, pack=pack and layer.weight.spec.bits <= 4)
+        writer.layer(layer, pack=pack and layer.weight.spec.bits <= PACKED_BITS)
     for value, chosen in params.constants.items():
         writer.constant(value, chosen)
     for value in list(model.graph.inputs):
@@ -268,6 +269,9 @@ class _Writer:
         kind = DataType.INT4 if pack else None
         name = weight.name or ""
         codes = self.model.constant(f"{name}_codes", chosen.codes, kind)
+        if chosen.layer.at_load:
+            self._shared[key] = self._computed(codes, params, name, weight)
+            return self._shared[key]
         dequantizer = self._dequantizer(codes, params, name, weight, kind)
         self.model.insert_first(dequantizer)
         result = dequantizer.outputs[0]
@@ -280,6 +284,23 @@ class _Writer:
             result = reshape.outputs[0]
         self._shared[key] = result
         return result
+
+    def _computed(self, codes: Value, params: QuantParams, name: str, like: Value) -> Value:
+        """(codes - zero) * scale by operators that ONNX Runtime folds; a DequantizeLinear would run every time."""
+        axes = [1] * (rank(like) or 1)
+        if isinstance(params.spec.granularity, PerChannel):
+            axes[params.spec.granularity.axis] = -1
+        to_float = {"to": int(DataType.FLOAT)}
+        steps = [
+            self.model.build("Cast", [codes], name=f"{name}_cast", attributes=to_float, like=like, dtype=DataType.FLOAT)
+        ]
+        if params.zero_point.any():
+            zero = self._fixed("zero", params.zero_point.astype(np.float32).reshape(axes))
+            steps.append(self.model.build("Sub", [steps[-1].outputs[0], zero], name=f"{name}_shifted", like=like))
+        scale = self._fixed("scale", params.scale.reshape(axes))
+        steps.append(self.model.build("Mul", [steps[-1].outputs[0], scale], name=f"{name}_scaled", like=like))
+        self.model.insert_first(*steps)
+        return steps[-1].outputs[0]
 
     def _dequantizer(
         self, codes: Value, params: QuantParams, name: str, like: Value, kind: DataType | None = None

@@ -79,7 +79,9 @@ def faster_in_float(model: Model, plan: Plan, shapes: Shapes, table: Table) -> d
     gain, whole = question.time(plan.integer) - question.time(integer), question.time(plan.integer)
     if gain < max(WORTHWHILE * whole, LEAST_GAIN_US) or not any(layer.node in integer for layer in plan.layers):
         return {}
-    return {node.name or "": _why(question.costs[node]) for node in plan.integer - integer}
+    found = {node.name or "": _why(question.costs[node]) for node in plan.integer - integer}
+    fused = {activation: found.get(layer.name or "") for activation, layer in plan.absorbed.items()}
+    return found | {activation.name or "": why for activation, why in fused.items() if why is not None}
 
 
 def _why(cost: Cost | None) -> str:

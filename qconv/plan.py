@@ -29,13 +29,15 @@ class Layer:
     """A node with weights that runs on quantized weights.
 
     weight: the spec of its weights, seen as `arranged` gives them. data: the input that is quantized, None where only
-    weights are. output: the tensor it writes, behind an absorbed Relu or Clip.
+    weights are, and the layer runs in float. at_load: the runtime computes its weights from the codes once, when it
+    loads the file, and not at every run.
     """
 
     node: Node
     rule: Weighted
     weight: QuantSpec
     data: Value | None
+    at_load: bool = False
 
     @property
     def blocked(self) -> bool:

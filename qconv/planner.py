@@ -16,7 +16,7 @@ from qconv.gates import gate_behind
 from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of
 from qconv.plan import Choice, Layer, Plan, data_inputs
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
-from qconv.recipe import Recipe, Scheme, WeightGranularity
+from qconv.recipe import PACKED_BITS, Recipe, Scheme, WeightGranularity
 from qconv.refusals import refusal
 from qconv.rules import ACTIVATIONS, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
 from qconv.targets import Target
@@ -87,12 +87,16 @@ class _Planner:
 
     def choose_layers(self) -> None:
         for node in self.nodes:
-            rule = self.eligible.get(node)
+            placed = node.name in self.floats and self.eligible.get(node) is None
+            rule = RULES.get(node.op_type) if placed else self.eligible.get(node)
             if not isinstance(rule, Weighted) or array(input_of(node, 1)) is None:
                 continue
             rule = oriented(node, rule)
-            data = node.inputs[0] if self.recipe.activation_bits < 32 else None
-            self.plan.layers.append(Layer(node, rule, self._weight_spec(node, rule), data))
+            spec = self._weight_spec(node, rule)
+            data = None if placed or self.recipe.activation_bits == 32 else node.inputs[0]
+            packed = self.recipe.pack and spec.bits <= PACKED_BITS
+            whole = not packed and not isinstance(spec.granularity, PerBlock)
+            self.plan.layers.append(Layer(node, rule, spec, data, data is None and whole and self.target.folds))
 
     def _is_edge(self, node: Node) -> bool:
         return node not in self.after_weights or node not in self.reaches_weights
@@ -120,7 +124,8 @@ class _Planner:
             if node.op_type == "DequantizeLinear":
                 self.quantized[node.outputs[0]] = GIVEN
         for layer in self.plan.layers:
-            self._make_integer(layer.node)
+            if layer.data is not None:
+                self._make_integer(layer.node)
         grown = True
         while grown:
             before = len(self.plan.integer)
@@ -298,7 +303,7 @@ class _Planner:
             return "weights of 16 bits have no integer kernel"
         if layer.blocked:
             return "weights with a scale for each block have no integer kernel"
-        if self.recipe.pack and layer.weight.bits <= 4:
+        if self.recipe.pack and layer.weight.bits <= PACKED_BITS:
             return "packed weights are unpacked to float"
         return None
 

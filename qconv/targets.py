@@ -39,12 +39,14 @@ Table = Mapping[str, Mapping[int, tuple[float, float, float, float]]]
 class Target:
     """A runtime. float_ops: operators that have rules but no worthwhile integer kernel there, each with the reason.
 
-    costs: what operators cost there, as in `cost_table`; None where layers are not placed by costs.
+    costs: what operators cost there, as in `cost_table`; None where layers are not placed by costs. folds: whether it
+    computes what depends on constants alone once, when it loads a file.
     """
 
     name: str
     float_ops: Mapping[str, str] = field(default_factory=dict)
     costs: Table | None = None
+    folds: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -52,5 +54,6 @@ TARGETS: dict[str, Target] = {
         "ort-cpu",
         float_ops={"ConvTranspose": "ONNX Runtime's CPU provider has no integer ConvTranspose"},
         costs=COSTS,
+        folds=True,
     ),
 }
