@@ -19,7 +19,7 @@ import click
 import qconv
 from qconv.errors import QconvError, counted
 from qconv.leaving import leave_at_once, leave_by_exceptions
-from qconv.looking import audit, benchmark
+from qconv.looking import audit, benchmark, evaluate
 from qconv.options import WIDTH, output_options, quantize_options, recipe_of, require_output
 from qconv.recipe import Recipe
 
@@ -187,7 +187,7 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     return 0
 
 
-for command in (audit, benchmark):
+for command in (evaluate, audit, benchmark):
     cli.add_command(command)
 
 

@@ -73,21 +73,40 @@ PIXEL_FORMATS = {"rgb8": Color.RGB, "rgba8": Color.RGB, "bgr8": Color.BGR, "bgra
 """Of Windows ML (Image.BitmapPixelFormat), in lower case."""
 
 
-def _own_metadata(carried: Mapping[str, str]) -> Fact | None:
-    """What another run of qconv wrote into the file."""
+def told_by(carried: Mapping[str, str]) -> PreprocessingOptions | None:
+    """How pictures are fed by what another run of qconv wrote into the file; None where it wrote nothing."""
     try:
-        told = json.loads(carried[OWN_METADATA])
-        options = PreprocessingOptions(
-            preset=told["preset"],
-            scale=told["scale"],
-            mean=tuple(told["mean"]),
-            std=tuple(told["std"]),
-            color=told["color"],
-            resize=told["resize"],
-        )
+        return _options_of(json.loads(carried[OWN_METADATA]))
     except (KeyError, TypeError, ValueError):
         return None
-    return Fact(options, f"the file's metadata {OWN_METADATA}")
+
+
+def told_of_float(carried: Mapping[str, str]) -> PreprocessingOptions | None:
+    """The same for the float network that the file was made of, which normalised pictures may be fed to instead."""
+    try:
+        told = json.loads(carried[OWN_METADATA])
+        return _options_of({**told, **(told["embedded"] or {})})
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _options_of(told: Mapping[str, Any]) -> PreprocessingOptions:
+    return PreprocessingOptions(
+        preset=told["preset"],
+        scale=told["scale"],
+        mean=tuple(told["mean"]),
+        std=tuple(told["std"]),
+        color=told["color"],
+        layout=told["layout"],
+        resize=told["resize"],
+        filter=told["filter"],
+        size=tuple(told["size"]),
+    )
+
+
+def _own_metadata(carried: Mapping[str, str]) -> Fact | None:
+    options = told_by(carried)
+    return None if options is None else Fact(options, f"the file's metadata {OWN_METADATA}")
 
 
 def _ultralytics(carried: Mapping[str, str]) -> Fact | None:

@@ -267,13 +267,14 @@ def batches(
     workers: int,
     warn: Callable[[str], None],
     progress: Callable[[int], None] | None = None,
+    lost: Callable[[Path], None] = lambda path: None,
 ) -> Generator[dict[str, NDArray[Any]], None, None]:
     """Yield {input name: (n, ...) array of the wanted type} in the listing's order; n is `batch`, the last may be less.
 
     Up to 2 * workers + batch files are decoded ahead, so that reading overlaps the caller's work. progress receives
-    how many files are done so far. An undecodable file is told to `warn` and left out; more than a tenth of them, and a
-    sample of the wrong shape, raise QconvError. prep may be None where all files are .npy or .npz. Closing the
-    generator stops the threads.
+    how many files are done so far. An undecodable file is told to `warn` and `lost`, and left out; more than a tenth of
+    them, and a sample of the wrong shape, raise QconvError. prep may be None where all files are .npy or .npz. Closing
+    the generator stops the threads.
     """
     first = next((path for path in listing.paths if suffix_of(path) not in SAMPLE_SUFFIXES), None)
     if first is not None and len(inputs) != 1:
@@ -283,7 +284,7 @@ def batches(
     load = partial(_load, inputs=inputs, prep=prep)
     _import_decoders()
     pending = ahead(load, listing.paths, workers=workers, depth=2 * workers + batch)
-    return _stacked(_survivors(pending, len(listing.paths), warn, progress), inputs, batch)
+    return _stacked(_survivors(pending, len(listing.paths), warn, progress, lost), inputs, batch)
 
 
 def _load(path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | None) -> dict[str, NDArray[Any]]:
@@ -313,7 +314,11 @@ def _import_decoders() -> None:
 
 
 def _survivors(
-    pending: _Futures, total: int, warn: Callable[[str], None], progress: Callable[[int], None] | None
+    pending: _Futures,
+    total: int,
+    warn: Callable[[str], None],
+    progress: Callable[[int], None] | None,
+    lost: Callable[[Path], None],
 ) -> _Rows:
     """Yield what could be decoded; raise QconvError as soon as more than a tenth of all files could not."""
     bad: list[UnreadablePicture] = []
@@ -324,6 +329,7 @@ def _survivors(
                 row = future.result()
             except UnreadablePicture as error:
                 bad.append(error)
+                lost(error.path)
                 warn(f"skipped {error.path}: cannot be decoded ({error.reason})")
                 if 10 * len(bad) > total:
                     raise _too_many(bad, done, total) from error

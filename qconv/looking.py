@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from qconv.leaving import leave_by_exceptions
-from qconv.options import WIDTH, common_options, require_output
+from qconv.options import WIDTH, common_options, preprocessing_of, preprocessing_options, require_output, stack
+from qconv.recipe import Recipe
 from qconv.values import Size
 
 NO_STREAM = "a model from standard input can be read only once: name its file."
@@ -89,4 +91,105 @@ def benchmark(
     if found.threads > found.cpu.cores:
         console.warn(f"{found.threads} threads share {found.cpu.cores} cores, so they wait for each other.")
     _print(found.as_dict(), lambda: printing.benchmark(found, verbose=verbose), as_json=as_json, quiet=quiet)
+    return 0
+
+
+ALL_PICTURES = 10**9
+TABLES = (".csv", ".npz")
+
+evaluate_options = stack(
+    click.option(
+        "--images",
+        required=True,
+        metavar="DIR|FILE",
+        help="Pictures: a folder, with a folder a class inside for top-1 and top-5, or a file with one path a line.",
+    ),
+    click.option(
+        "--against",
+        metavar="FLOAT",
+        help="Also compare with this model: agreement, SQNR, flips and whether they are chance.",
+    ),
+    click.option(
+        "--classes",
+        metavar="FILE",
+        help="The class folders in output order, one a line.  [default: classes.txt in the folder, or folder names]",
+    ),
+    click.option(
+        "--label-offset", default=0, show_default=True, metavar="N", type=int, help="Added to the place in that list."
+    ),
+    click.option(
+        "--save-predictions",
+        metavar="OUT",
+        help="Write what was said of each picture: a .csv, or a .npz with all outputs.",
+    ),
+    click.option("--samples", metavar="N", type=click.IntRange(1), help="Draw so many pictures.  [default: all]"),
+    click.option("--seed", default=0, show_default=True, metavar="N", type=click.IntRange(0), help="Of that draw."),
+    click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches."),
+    click.option("--batch", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="Pictures a run."),
+    preprocessing_options,
+    common_options,
+)
+
+
+@click.command(context_settings=WIDTH)
+@click.argument("model")
+@evaluate_options
+def evaluate(
+    model: str,
+    images: str,
+    against: str | None,
+    classes: str | None,
+    label_offset: int,
+    save_predictions: str | None,
+    samples: int | None,
+    seed: int,
+    pattern: str | None,
+    batch: int,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> int:
+    """How often MODEL is right on labelled pictures, and how near it is to another model, with 95 % intervals."""
+    if "" in (images, against, classes, save_predictions):
+        raise click.UsageError("--images, --against, --classes and --save-predictions need a name.")
+    if "-" in (against, save_predictions):
+        raise click.UsageError("only MODEL can be read from a pipe, and only --json can be written to one.")
+    out = None if save_predictions is None else Path(save_predictions)
+    if out is not None and out.suffix.lower() not in TABLES:
+        raise click.UsageError(f"{out} is no table: name a file that ends in {' or '.join(TABLES)}.")
+    recipe = Recipe(
+        calib=(images,),
+        samples=samples or ALL_PICTURES,
+        seed=seed,
+        glob=pattern,
+        batch=batch,
+        threads=threads,
+        preprocessing=preprocessing_of(options),
+    )
+    require_output(as_json)
+    from qconv import evaluate as measuring
+    from qconv import printing, save, summary
+    from qconv.source import source_of
+
+    if out is not None:
+        save.check_place(out)
+    console = summary.Console(quiet=quiet)
+    leave_by_exceptions()
+    wishes = measuring.Wishes(
+        recipe,
+        None if against is None else source_of(against),
+        None if classes is None else Path(classes),
+        label_offset,
+        keep=out is not None and out.suffix.lower() == ".npz",
+    )
+    try:
+        found = measuring.evaluate(source_of(model), wishes, warn=console.warn, progress=console.progress)
+    finally:
+        console.close()
+    if out is not None:
+        assert found.predictions is not None
+        save.write_whole(out, found.predictions.as_npz() if wishes.keep else found.predictions.as_csv())
+    _print(found.as_dict(), lambda: printing.evaluation(found, verbose=verbose), as_json=as_json, quiet=quiet)
     return 0

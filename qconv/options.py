@@ -221,7 +221,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
             weight_scheme=Scheme(options["weight_scheme"]),
             activation_scheme=Scheme(options["activation_scheme"]),
             weight_granularity=WeightGranularity(options["weight_granularity"]),
-            preprocessing=_preprocessing(options),
+            preprocessing=preprocessing_of(options),
             **{name: options[name] for name in SAME},
         )
     except QconvError as error:
@@ -234,7 +234,8 @@ def require_output(wanted: bool) -> None:
         raise QconvError("Standard output is closed.", "redirect it to a file.")
 
 
-def _preprocessing(options: dict[str, Any]) -> PreprocessingOptions:
+def preprocessing_of(options: dict[str, Any]) -> PreprocessingOptions:
+    """What the options of `preprocessing_options` say. Values that do not go together are usage errors."""
     scale = options["scale"]
     if scale is not None and len(scale) != 1:
         raise click.UsageError("--scale takes one number.")

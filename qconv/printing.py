@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from qconv.benchmark import Benchmark
 from qconv.errors import counted, shaped
+from qconv.evaluate import Evaluation, Output, Share
 from qconv.examine import Examined
+from qconv.intervals import SIGNIFICANT, Interval, of_difference
 from qconv.report import Island
 
 COLUMNS = 80
@@ -103,6 +105,60 @@ def _verdict(first: Sequence[float], other: Sequence[float]) -> str:
     middle = sorted(own / its for own, its in zip(first, other, strict=True))[len(first) // 2]
     words = f"{middle:.2f} times as fast as the first"
     return f"{words}, faster in {faster} of {counted(len(first), 'round')}"
+
+
+def evaluation(found: Evaluation, *, verbose: bool) -> str:
+    """Accuracy of both models, how near they are, and what of it is chance."""
+    lines = [wrapped(f"{found.model}: {counted(found.images, 'picture')}, labels by {found.labels}")]
+    if not found.labels:
+        lines = [wrapped(f"{found.model}: {counted(found.images, 'picture')} without labels")]
+    if found.words:
+        lines.append(wrapped(found.words))
+    rows = [("", "top-1 %", "(95 %)", "top-5 %", "(95 %)")]
+    if found.other_top1 is not None:
+        rows.append((_short(found.other or ""), *_percent(found.other_top1), *_percent(found.other_top5)))
+    if found.top1 is not None:
+        rows.append((_short(found.model), *_percent(found.top1), *_percent(found.top5)))
+        lines += ["", columns(rows, "lrlrl")]
+    if found.flips is not None:
+        flips = found.flips
+        span = of_difference(flips.won, flips.lost, flips.count)
+        chance = "more than chance" if flips.p_value < SIGNIFICANT else f"no more than chance on {flips.count} pictures"
+        what = f"difference {100 * flips.difference:+.2f} points {_range(span, 100, '+.2f')}: {flips.won} won, "
+        lines.append(wrapped(f"{what}{flips.lost} lost, p = {flips.p_value:.2g} (McNemar), {chance}"))
+    if found.outputs:
+        lines += [
+            "",
+            columns(
+                [("output", "SQNR dB", "(95 %)", "agreement %", "(95 %)", "cosine"), *map(_output, found.outputs)],
+                "lrlrlr",
+            ),
+        ]
+    if verbose:
+        lines += [
+            "",
+            wrapped("Intervals: Wilson for shares, Agresti-Min for the difference, bootstrap over pictures for SQNR."),
+        ]
+    return "\n".join(lines)
+
+
+def _output(found: Output) -> tuple[str, ...]:
+    decibel = "equal" if found.sqnr_db is None else f"{found.sqnr_db:.2f}"
+    cosine = "" if found.cosine is None else f"{found.cosine:.5f}"
+    return found.name, decibel, _range(found.sqnr_interval, 1, ".1f"), *_percent(found.agreement), cosine
+
+
+def _percent(share: Share | None) -> tuple[str, str]:
+    return ("-", "") if share is None else (f"{100 * share.value:.2f}", _range(share.interval, 100, ".1f"))
+
+
+def _range(span: Interval | None, factor: float, how: str) -> str:
+    return "" if span is None else f"({span[0] * factor:{how}} .. {span[1] * factor:{how}})"
+
+
+def _short(path: str) -> str:
+    """The end of a long path."""
+    return path if len(path) <= 28 else f"...{path[-25:]}"
 
 
 def columns(rows: Sequence[Sequence[str]], sides: str, gap: str = "  ") -> str:

@@ -71,6 +71,8 @@ AUTO = "auto"
 """In place of a preset: find out which."""
 LARGEST_INPUT = 1000.0
 """What no network is trained on; pixels as they are end at 255."""
+PACKED_BITS = 4
+"""Codes of up to so many bits can be stored two in a byte."""
 CROP_SHARE = 0.875  # 224 of 256: the share of the shorter side that ImageNet evaluation keeps
 
 
@@ -330,7 +332,7 @@ class Recipe:
             f"use 1 to {MOST_THREADS}.",
         )
         _require(
-            not self.pack or self.weight_bits <= 4,
+            not self.pack or self.weight_bits <= PACKED_BITS,
             f"--pack with {self.weight_bits}-bit weights",
             "packing stores int4: pass --weight-bits 4 or fewer.",
         )

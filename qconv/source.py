@@ -195,9 +195,23 @@ def file_bytes(proto: onnx.ModelProto, source: Source) -> int:
     return sum(path.stat().st_size for path in (source.path, *(folder / location for location in locations)))
 
 
+def _quantized_node(proto: onnx.ModelProto) -> onnx.NodeProto | None:
+    return next((n for n in proto.graph.node if n.op_type in QUANTIZED_OPS or n.op_type.startswith("QLinear")), None)
+
+
+def metadata(proto: onnx.ModelProto) -> dict[str, str]:
+    """What the file says about itself."""
+    return {entry.key: entry.value for entry in proto.metadata_props}
+
+
+def is_quantized(proto: onnx.ModelProto) -> bool:
+    """Whether it holds quantized operators."""
+    return _quantized_node(proto) is not None
+
+
 def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
     """Raise if the model already holds quantized operators."""
-    found = next((n for n in proto.graph.node if n.op_type in QUANTIZED_OPS or n.op_type.startswith("QLinear")), None)
+    found = _quantized_node(proto)
     if found is not None:
         raise QconvError(
             f"{name} is already quantized (it has {found.op_type} nodes).",
