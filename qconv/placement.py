@@ -77,7 +77,7 @@ def faster_in_float(model: Model, plan: Plan, shapes: Shapes, table: Table) -> d
     question = _Question.of(model, plan, shapes, table)
     integer = question.cheapest()
     gain, whole = question.time(plan.integer) - question.time(integer), question.time(plan.integer)
-    if gain < max(WORTHWHILE * whole, LEAST_GAIN_US) or not any(layer.node in integer for layer in plan.layers):
+    if gain < max(WORTHWHILE * whole, LEAST_GAIN_US):
         return {}
     found = {node.name or "": _why(question.costs[node]) for node in plan.integer - integer}
     fused = {activation: found.get(layer.name or "") for activation, layer in plan.absorbed.items()}
@@ -148,7 +148,7 @@ class _Question:
             if cost is not None:
                 network.edge(network.first, node, cost.integer_us)
                 network.edge(node, network.second, CAUTION * cost.float_us)
-            elif isinstance(RULES[node.op_type], Weighted):  # nothing is known of it: integers are smaller
+            elif isinstance(RULES[node.op_type], Weighted):  # nothing is known of it: integers are the rule
                 network.edge(node, network.second, math.inf)
         for tensor in self.tensors:
             self._tie(network, tensor)
@@ -204,6 +204,9 @@ def _switch(value: Value, shapes: Shapes, table: Table) -> float:
 def _work(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
     """The kind in the table, its number of channels, and the units of work; None for what it does not know."""
     out = shapes.get(node.outputs[0].name or "")
+    weight = array(input_of(node, 1))
+    if node.op_type in ("Gemm", "MatMul") and out is not None and weight is not None and weight.ndim == 2:
+        return "Gemm", math.sqrt(weight.size), math.prod(out[:-1]) * weight.size
     if out is None or len(out) < 3:
         return None
     elements = math.prod(out)

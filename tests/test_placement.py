@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import onnx
 import pytest
-from models import loaded, network
+from models import loaded, network, random_feeds, run
 
+from qconv.emit import emit
 from qconv.graph import Model
 from qconv.load import shapes_at
+from qconv.params import choose_params
 from qconv.placement import Shapes, _Question, applies, cost_of, faster_in_float
 from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.recipe import Recipe, WeightGranularity
+from qconv.runtime import Session
 from qconv.targets import TARGETS, Table, Target
 
 PLAIN = Target("plain")
@@ -76,7 +82,7 @@ def test_what_stands_between_float_layers_follows() -> None:
 
 def test_changing_over_must_pay() -> None:
     model, plan, shapes = planned(CHAIN, **WEIGHTS)
-    costs = table(stem3=(50, 5), depthwise3=(5, 90), Add=(1, 1), switch=(0, 200))
+    costs = table(stem3=(500, 5), depthwise3=(5, 90), Add=(1, 1), switch=(0, 200))
     assert faster_in_float(model, plan, shapes, costs) == {}
 
 
@@ -86,11 +92,55 @@ def test_a_small_gain_is_left_alone() -> None:
     assert faster_in_float(model, plan, shapes, costs) == {}
 
 
-def test_something_is_quantized_all_the_same() -> None:
-    """A table in which integers always lose would leave nothing to do."""
+def test_where_integers_always_lose_all_is_float() -> None:
+    """Activations of whole floats, weights still in 8 bits; a Relu goes with its layer."""
     model, plan, shapes = planned(CHAIN, **WEIGHTS)
     kinds = ("stem3", "depthwise3", "Add")
-    assert faster_in_float(model, plan, shapes, table(switch=(0, 1), **dict.fromkeys(kinds, (1, 9)))) == {}
+    found = faster_in_float(model, plan, shapes, table(switch=(0, 1), **dict.fromkeys(kinds, (1, 99))))
+    assert set(found) == set("abcefy")
+    placed = make_plan(model, Recipe(), Target("plain", folds=True), found)
+    assert not placed.integer
+    assert [(layer.node.name, layer.data, layer.at_load) for layer in placed.layers] == [
+        (name, None, True) for name in "acfy"
+    ]
+
+
+def test_weights_of_a_float_layer_are_computed_when_the_file_is_loaded() -> None:
+    """A quarter of the bytes, and at run time nothing but the layer is left: ONNX Runtime's own optimized graph."""
+    proto = network(CHAIN, x=(1, 3, 8, 8), **WEIGHTS)
+    model = loaded(proto)
+    plan = make_plan(model, Recipe(), TARGETS["ort-cpu"], dict.fromkeys("abcefy", "told so"))
+    params, _ = choose_params(plan, {}, Recipe())
+    emit(model, plan, params, pack=False)
+    feeds = random_feeds(proto)
+    got, want = (run(made, feeds)["y"] for made in (model, proto))
+    assert 10 * np.log10(np.sum(want**2) / np.sum((got - want) ** 2)) > 35
+    with TemporaryDirectory() as folder:
+        place = Path(folder) / "optimized.onnx"
+        Session(model.proto().SerializeToString(), threads=1, save_optimized=place)
+        left = {node.op_type for node in onnx.load(str(place), load_external_data=False).graph.node}
+    assert {array.dtype.name for array in stored(model) if array.size > 8} == {"int8"}
+    assert not left & {"Cast", "Mul", "DequantizeLinear", "QuantizeLinear"}
+
+
+def stored(model: Model) -> list[np.ndarray]:
+    return [onnx.numpy_helper.to_array(tensor) for tensor in model.proto().graph.initializer]
+
+
+@pytest.mark.parametrize("recipe", [Recipe(activation_bits=32), Recipe(activation_bits=32, weight_scheme="asymmetric")])
+def test_weights_alone_are_computed_when_the_file_is_loaded(recipe: Recipe) -> None:
+    """Equal to the same codes behind a DequantizeLinear, which other targets get."""
+    proto, feeds = network(CHAIN, x=(1, 3, 8, 8), **WEIGHTS), {}
+    results = []
+    for target, op_type in ((TARGETS["ort-cpu"], "Cast"), (PLAIN, "DequantizeLinear")):
+        model = loaded(proto)
+        plan = make_plan(model, recipe, target)
+        params, _ = choose_params(plan, {}, recipe)
+        emit(model, plan, params, pack=False)
+        assert op_type in {node.op_type for node in model.nodes()}
+        feeds = random_feeds(proto)
+        results.append(run(model, feeds)["y"])
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_that_the_table_does_not_know_run_in_integers() -> None:

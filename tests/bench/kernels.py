@@ -14,7 +14,7 @@ import argparse
 import itertools
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qconv.cost_table import COSTS
+from qconv.cost_table import COSTS, MEASURED
 from qconv.cpu import this_cpu
 
 CHANNELS = (8, 16, 32, 64, 128, 256)
@@ -99,6 +99,9 @@ class Graph:
         shape = {"kernel_shape": [kernel, kernel], "pads": [kernel // 2] * 4}
         return self.op("Conv", x, *weights, group=group, **shape)
 
+    def gemm(self, x: str, channels: int) -> str:
+        return self.op("Gemm", x, *self.weights((channels, channels), 0), transB=1)
+
     def model(self, shape: Sequence[int], results: Sequence[str]) -> bytes:
         x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
         outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in results]
@@ -166,13 +169,14 @@ def _pointwise_pair(graph: Graph, x: str, channels: int) -> str:
 class Kind:
     """What is measured. base: the link without it; macs: work a pixel, None for elements.
 
-    branches: links side by side, each pooled to one pixel, because they do not chain. inputs: channels they read.
+    branches: links side by side, each pooled to one pixel, because they do not chain. flat: on vectors, not maps.
     """
 
     link: Link
     base: Link | None = POINTWISE
     macs: Callable[[int], int] | None = None
     branches: int | None = None
+    flat: bool = False
     sides: tuple[int, ...] = SIDES
     channels: tuple[int, ...] = CHANNELS
 
@@ -205,7 +209,17 @@ def _of_elements(link: Link) -> Kind:
     return Kind(link, sides=(14, 28, 56), channels=(16, 64, 128))
 
 
+GEMM = Kind(
+    lambda graph, x, channels: graph.gemm(x, channels),
+    base=None,
+    macs=lambda channels: channels**2,
+    flat=True,
+    sides=(1,),
+    channels=(16, 64, 256, 1024, 2048),
+)
+
 KINDS: dict[str, Kind] = {
+    "Gemm": GEMM,
     "conv1": _dense(1),
     "conv3": _dense(3),
     "depthwise3": _depthwise(3),
@@ -239,9 +253,11 @@ def chain(kind: Kind, link: Link, channels: int, side: int, count: int, *, integ
     if kind.branches:
         results = [graph.op("GlobalAveragePool", link(graph, x, channels)) for _ in range(count)]
         return graph.model((1, inputs, side, side), results)
-    x = POINTWISE(graph, x, channels)
+    x = x if kind.flat else POINTWISE(graph, x, channels)
     for _ in range(count):
         x = link(graph, x, channels)
+    if kind.flat:
+        return graph.model((1, channels), [graph.gemm(x, channels)])
     return graph.model((1, channels, side, side), [POINTWISE(graph, x, channels)])
 
 
@@ -295,7 +311,7 @@ def measured(name: str) -> Costs:
         return {channels: tuple(n for part in parts for n in part(channels)) for channels in CHANNELS}  # type: ignore[misc]
     found: Costs = {}
     for channels in kind.channels:
-        if macs(channels) * kind.sides[1] ** 2 > MOST_MACS:
+        if macs(channels) * kind.sides[-1] ** 2 > MOST_MACS:
             continue
         costs = [link_cost(kind, channels, side) for side in kind.sides]
         work = [macs(channels) * side**2 for side in kind.sides]
@@ -306,6 +322,8 @@ def measured(name: str) -> Costs:
 
 def _line(costs: Sequence[float], work: Sequence[int]) -> tuple[float, float]:
     """Through the costs of two maps, or where that would start below zero, through the larger and nothing."""
+    if len(costs) == 1:
+        return 0.0, round(1000 * max(costs[0], 0.0) / work[0], 4)
     small, large = costs
     rate = max(large - small, 0.0) / (work[1] - work[0])
     fixed = small - rate * work[0]
@@ -338,18 +356,23 @@ HEAD = '''"""What operators cost on target `ort-cpu`: written by `python -m test
 COSTS[kind][channels] = (fixed us, ns a unit of work) in float, then the same in integers; one thread, batch 1. Work is
 multiplications for layers with weights, else elements. `grouped` kinds go by channels a group.
 
-Measured on {cpu} with ONNX Runtime {version}.
+MEASURED[kind]: on what. Where integers win and where they lose is much the same with and without VNNI, though not by
+how much.
 """
 
 from __future__ import annotations
 
+MEASURED: dict[str, str] = {{
+{machines}}}
 COSTS: dict[str, dict[int, tuple[float, float, float, float]]] = {{
 '''
 
 
-def written(found: dict[str, Costs]) -> str:
-    """The module's text."""
-    text = HEAD.format(cpu=this_cpu().in_words(), version=ort.__version__)
+def written(found: dict[str, Costs], new: Collection[str]) -> str:
+    """The module's text. new: the kinds that were measured here and now."""
+    here = f"{this_cpu().in_words()}; ONNX Runtime {ort.__version__}"
+    machines = "".join(f'    "{name}": "{here if name in new else MEASURED[name]}",\n' for name in found)
+    text = HEAD.format(machines=machines)
     for name, costs in found.items():
         lines = "".join(f"        {channels}: {numbers},\n" for channels, numbers in costs.items())
         text += f'    "{name}": {{\n{lines}    }},\n'
@@ -368,7 +391,7 @@ def main() -> None:
         for channels, (f_us, f_ns, i_us, i_ns) in found[name].items():
             print(f"{name:18} C{channels:4}  {f_us:7.1f} + {f_ns:8.4f}  {i_us:7.1f} + {i_ns:8.4f}", flush=True)
     if wanted.write:
-        TABLE.write_text(written(found), encoding="utf-8")
+        TABLE.write_text(written(found, wanted.only or list(KINDS)), encoding="utf-8")
 
 
 if __name__ == "__main__":
