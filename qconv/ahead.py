@@ -14,7 +14,8 @@ R = TypeVar("R")
 def ahead(work: Callable[[T], R], items: Iterable[T], *, workers: int, depth: int) -> Generator[Future[R], None, None]:
     """Yield the futures of work(item) in order, at most `depth` of them submitted and not yet taken.
 
-    items is read in the caller's own thread. Closing the generator stops the threads.
+    items is read in the caller's own thread. Closing the generator stops the threads, and closes items, which may have
+    threads of its own: left to the garbage collector, that could happen in one of those threads.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="qconv-ahead")
     try:
@@ -27,3 +28,5 @@ def ahead(work: Callable[[T], R], items: Iterable[T], *, workers: int, depth: in
             yield pending.popleft()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        if isinstance(items, Generator):
+            items.close()
