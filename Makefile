@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fix bench clean
+.PHONY: help demo test lint fix bench compat clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,5 +41,8 @@ bench: $(STAMP) ## measure against ONNX Runtime's own quantizer; needs models an
 	$(BIN)/python -m tests.bench.calibrators
 	$(BIN)/python -m tests.bench.detection
 
+compat: $(STAMP) ## run the files in ONNX Runtime 1.17 to the newest, each in an environment of its own
+	$(BIN)/python -m tests.bench.compat $(ARGS)
+
 clean: ## remove what the other targets made
-	rm -rf $(VENV) demo.w8a8.onnx .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .compat demo.w8a8.onnx .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
