@@ -8,7 +8,7 @@ of, with the runtime's own suffixes, so that each can be found again in the file
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,17 @@ class _Names:
 
     def original(self, node: onnx.NodeProto) -> str:
         """The name in the file of a node of the optimized graph."""
-        name = SUFFIX.sub("", node.name or _first(node.output))
+        name = self.of_name(node.name or _first(node.output))
+        return name if node.op_type in ACTIVATIONS else self.activation_of.get(name, name)
+
+    def of_name(self, name: str) -> str:
+        """The same by the name alone, as profiles have it."""
+        name = SUFFIX.sub("", name)
         if name not in self.nodes:  # some fused nodes, and those in a layout of the runtime's own, bear their output's
             name = self.writers.get(name, name)
         if name not in self.nodes and "/" in name:  # MatMul and Add made one Gemm: `NAME/MatMulAddFusion`
             name = name.rpartition("/")[0]
-        return name if node.op_type in ACTIVATIONS else self.activation_of.get(name, name)
+        return name
 
 
 def audit(optimized: Path, model: Model, known: Known, times: Mapping[str, float] | None = None) -> Audit:
@@ -117,6 +122,11 @@ def _island(node: onnx.NodeProto, name: str, names: _Names, known: Known, us: fl
         return Island(name, node.op_type, "the runtime made it of others", None, "made", us)
     why = reason(found)
     return Island(name, node.op_type, why.why, why.remedy, why.rule, us)
+
+
+def node_names(model: Model) -> Callable[[str], str]:
+    """What turns a name of the optimized graph into that of a node of `model`."""
+    return _Names.of(model).of_name
 
 
 def profiled(session: Session, feeds: Mapping[str, NDArray[Any]], runs: int = PROFILED_RUNS) -> dict[str, float]:

@@ -76,7 +76,8 @@ class _Writer:
         quantizer = self._quantizer(source, self.params.activations[value], wish=value.name or "")
         self._place(before, quantizer)
         codes = self._hold_to_bits(quantizer, self.params.activations[value])
-        self._publish(value, codes, readers, rename=producer is not None and producer in self.plan.integer)
+        everywhere = self.plan.reads is None and (producer in self.plan.integer or producer in self.plan.absorbed)
+        self._publish(value, codes, readers, rename=everywhere)
 
     def _must_stay_float(self, producer: Node) -> bool:
         """Whether ONNX Runtime would make an integer kernel of a node that is float, with weights of its own rounding.
@@ -84,7 +85,7 @@ class _Writer:
         It does so between a dequantizer and a quantizer, for any operator that it knows, and moves the quantizer up
         past what only moves or cuts values. A Sum of one tensor, which is a copy, keeps the quantizer away.
         """
-        if producer in self.plan.integer:
+        if producer in self.plan.integer or not self.plan.target.on_ort:
             return False
         rule = RULES.get(producer.op_type)
         if isinstance(rule, FUSIBLE):
@@ -100,7 +101,8 @@ class _Writer:
         before = activation.inputs[0]
         assert before is not None
         chosen = self.params.activations[result]
-        if not self._saturates(chosen, activation) and not _works_on_codes(chosen):
+        cannot = not self._saturates(chosen, activation) and not _works_on_codes(chosen)
+        if self.plan.target.keeps_activations or cannot:
             self.tensor(result, activation)
             return
         readers = self._readers(result, activation)
@@ -147,6 +149,9 @@ class _Writer:
     def _readers(self, value: Value, producer: Node | None) -> list[Node]:
         """Who reads the dequantized value: all where codes are all there is, else those that need codes."""
         readers = self.model.readers(value)
+        if self.plan.reads is not None:
+            wanted = self.plan.reads.get(value, [])
+            return [node for node in readers if node in wanted]
         if producer is not None and (producer in self.plan.integer or producer in self.plan.absorbed):
             return readers
         return [node for node in readers if self._wants_codes(node)]

@@ -25,6 +25,7 @@ from qconv.recipe import (
     Scheme,
     WeightGranularity,
 )
+from qconv.targets import TARGETS
 from qconv.values import Numbers, Resize, Size
 
 
@@ -127,10 +128,9 @@ quantize_options = stack(
     ),
     click.option(
         "--activation-scheme",
-        default="asymmetric",
-        show_default=True,
         type=_choice(Scheme),
-        help="Symmetric: zero is the middle code, or the lowest where nothing is negative.",
+        help="Symmetric: zero is the middle code, or the lowest where nothing is negative.  "
+        "[default: asymmetric, or what the target takes]",
     ),
     click.option(
         "--weight-granularity",
@@ -183,6 +183,24 @@ quantize_options = stack(
         "--stats", metavar="FILE", help="Take that from a file; --calib is then only for checking the result."
     ),
     click.option(
+        "--target",
+        default="ort-cpu",
+        show_default=True,
+        type=click.Choice(list(TARGETS)),
+        help="What will run the result: see 'Targets' in the README.",
+    ),
+    click.option(
+        "--tune-latency",
+        is_flag=True,
+        help="Choose what stays in float by timing it on this machine, not by the committed cost table.",
+    ),
+    click.option(
+        "--saturation-safe/--no-saturation-safe",
+        default=None,
+        help="7-bit weights where an x86 CPU without VNNI could overflow, for any picture; or never.  "
+        "[default: where it would on the calibration pictures]",
+    ),
+    click.option(
         "--keep-float", multiple=True, metavar="NODE-GLOB", help="Leave nodes whose name matches in float; repeatable."
     ),
     click.option(
@@ -205,7 +223,8 @@ quantize_options = stack(
 SAME = (
     ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "block_size", "edge_bits", "pack")
     + ("calibrator", "percentile", "weight_calibrator", "stats", "save_stats")
-    + ("keep_float", "keep_float_op", "opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
+    + ("target", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
+    + ("opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
 )  # fmt: skip
 """Options that a Recipe calls the same."""
 
@@ -219,7 +238,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
         return Recipe(
             glob=options["pattern"],
             weight_scheme=Scheme(options["weight_scheme"]),
-            activation_scheme=Scheme(options["activation_scheme"]),
+            activation_scheme=options["activation_scheme"],
             weight_granularity=WeightGranularity(options["weight_granularity"]),
             preprocessing=preprocessing_of(options),
             **{name: options[name] for name in SAME},

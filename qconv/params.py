@@ -47,7 +47,9 @@ def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) ->
             # a sketch's channels are those of axis 1, which a MatMul does not sum over
             known = None if layer.node.op_type == "MatMul" else sketches.get(layer.data.name or "")
             source = Source(params.activations[layer.data], known, clips=shifts)
-        chosen, notes = quantize_layer(layer, source, recipe.weight_calibrator)
+        chosen, notes = quantize_layer(
+            layer, source, recipe.weight_calibrator, plan.target, saturation_safe=recipe.saturation_safe
+        )
         params.layers.append(chosen)
         findings += notes
     return params, findings

@@ -19,7 +19,7 @@ from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.fileformat import describe, needed_opset, needed_runtime
-from qconv.findings import Finding
+from qconv.findings import Change, Finding
 from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
 from qconv.oddities import oddities
@@ -33,7 +33,8 @@ from qconv.rows import tensor_rows
 from qconv.runtime import Session
 from qconv.shrink import shrink
 from qconv.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
-from qconv.targets import TARGETS
+from qconv.targets import TARGETS, Target
+from qconv.tune import tuned
 from qconv.verify import gates, verify
 
 SLOWER = 1.05
@@ -102,7 +103,8 @@ def quantize(
     with run.step("plan"):
         look_for_wishes(model, recipe, run.warn)
         target = TARGETS[recipe.target]
-        plan = make_plan(model, recipe, target, left_in_float(model, recipe, pictures.fed))
+        floats = {} if recipe.tune_latency else left_in_float(model, recipe, pictures.fed)
+        plan = make_plan(model, recipe, target, floats)
         require_layers(plan, source)
         for doubt in pictures.detected.doubts():
             run.warn(doubt)
@@ -112,6 +114,11 @@ def quantize(
         sketches = pictures.sketches(model, plans, recipe)
         for oddity in oddities(sketches):
             run.warn(oddity)
+    if recipe.tune_latency:
+        with run.step("tune"):
+            found_fastest = tuned(model, recipe, sketches, pictures.fed, run.listener.progress)
+            plan = make_plan(model, recipe, target, found_fastest.floats)
+            run.findings.append(Change("tune", source.name, found_fastest.in_words()))
     with run.step("params"):
         params, found = choose_params(plan, sketches, recipe)
         run.findings += found
@@ -124,7 +131,7 @@ def quantize(
         with run.step("verify"):
             save.check(staged)
             audited = _audit(staged, model, Known.of(plan), pictures.feed)
-            checked = _verified(staged, original(source, recipe), recipe, pictures.feed)
+            checked = _verified(staged, original(source, recipe), recipe, pictures.feed, target)
         _look_for_wishes_in_vain(plan, audited, run)
         for output in checked.outputs:
             if output.remark:
@@ -230,16 +237,22 @@ def _audit(staged: save.Staged, model: Model, known: Known, feed: Feed | None) -
         return audit(optimized, model, known, None if feeds is None else profiled(session, feeds))
 
 
-def _verified(staged: save.Staged, original: Session, recipe: Recipe, feed: Feed | None) -> Verification:
-    """The written file, before it gets its name, against the float model's outputs."""
+def _verified(
+    staged: save.Staged, original: Session, recipe: Recipe, feed: Feed | None, target: Target
+) -> Verification:
+    """The written file, before it gets its name, against the float model's outputs.
+
+    For another runtime it is run node by node, as the standard defines it, and its time tells nothing.
+    """
     if feed is None:
         return Verification(0, ())
-    quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads)
+    quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads, optimize=target.on_ort)
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
     pictures = feed.all("verify") if gated else feed.few("verify")
     found = verify(original, quantized, pictures, feed.as_float)
     # a network with a batch of its own may have seen some twice
-    return replace(found, images=min(found.images, feed.pictures))
+    slowdown = found.slowdown if target.on_ort else None
+    return replace(found, images=min(found.images, feed.pictures), slowdown=slowdown)
 
 
 def peak_rss_mb() -> float:

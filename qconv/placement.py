@@ -43,15 +43,18 @@ class Cost:
     float_us: float
     integer_us: float
 
+    measured: bool = False
+
     def in_words(self) -> str:
         """Why it stays float."""
-        return f"faster in float: {self.float_us:.0f} us against {self.integer_us:.0f} by the cost table"
+        where = "measured here" if self.measured else "by the cost table"
+        return f"faster in float: {self.float_us:.0f} us against {self.integer_us:.0f} {where}"
 
 
 def applies(recipe: Recipe, target: Target) -> bool:
-    """Whether the table speaks of what is asked for: 8 bits, in integer kernels of this target."""
-    whole = {recipe.activation_bits, recipe.weight_bits, recipe.edge_bits} == {8}
-    return bool(target.costs) and whole and recipe.weight_granularity is not WeightGranularity.PER_BLOCK
+    """Whether layers may be placed: where integer kernels run, and nobody wants to see activations of fewer bits."""
+    integers = recipe.activation_bits == 8 and max(recipe.weight_bits, recipe.edge_bits) <= 8 and not recipe.pack
+    return bool(target.costs) and integers and recipe.weight_granularity is not WeightGranularity.PER_BLOCK
 
 
 def left_in_float(model: Model, recipe: Recipe, fed: Preprocessing | None) -> dict[str, str]:
@@ -62,11 +65,15 @@ def left_in_float(model: Model, recipe: Recipe, fed: Preprocessing | None) -> di
     target = TARGETS[recipe.target]
     if target.costs is None or not applies(recipe, target):
         return {}
+    return faster_in_float(model, make_plan(model, recipe, target), shapes_of(model, fed), target.costs)
+
+
+def shapes_of(model: Model, fed: Preprocessing | None) -> Shapes:
+    """Of the tensors in one run, as far as they are known. fed: as above."""
     first = model.graph.inputs[0]
     batch, *own = dims(first) or [None]
     sides = own if fed is None else fed.shape[1:]
-    shapes = shapes_at(model, first.name or "", [batch or 1, *(side for side in sides if side is not None)])
-    return faster_in_float(model, make_plan(model, recipe, target), shapes, target.costs)
+    return shapes_at(model, first.name or "", [batch or 1, *(side for side in sides if side is not None)])
 
 
 def faster_in_float(model: Model, plan: Plan, shapes: Shapes, table: Table) -> dict[str, str]:
@@ -79,6 +86,19 @@ def faster_in_float(model: Model, plan: Plan, shapes: Shapes, table: Table) -> d
     gain, whole = question.time(plan.integer) - question.time(integer), question.time(plan.integer)
     if gain < max(WORTHWHILE * whole, LEAST_GAIN_US):
         return {}
+    return _left(plan, question, integer)
+
+
+def division(model: Model, plan: Plan, shapes: Shapes, table: Table, measured: Mapping[str, Cost]) -> dict[str, str]:
+    """The same by costs of single nodes, by name, that were measured; however small the gain.
+
+    table: for nodes without such costs, and for changing over.
+    """
+    question = _Question.of(model, plan, shapes, table, measured)
+    return _left(plan, question, question.cheapest())
+
+
+def _left(plan: Plan, question: _Question, integer: Set[Node]) -> dict[str, str]:
     found = {node.name or "": _why(question.costs[node]) for node in plan.integer - integer}
     fused = {activation: found.get(layer.name or "") for activation, layer in plan.absorbed.items()}
     return found | {activation.name or "": why for activation, why in fused.items() if why is not None}
@@ -117,8 +137,11 @@ class _Question:
     tensors: list[_Tensor]
 
     @classmethod
-    def of(cls, model: Model, plan: Plan, shapes: Shapes, table: Table) -> _Question:
-        costs = {node: cost_of(node, shapes, table) for node in plan.integer}
+    def of(
+        cls, model: Model, plan: Plan, shapes: Shapes, table: Table, measured: Mapping[str, Cost] | None = None
+    ) -> _Question:
+        known = measured or {}
+        costs = {node: known.get(node.name or "") or cost_of(node, shapes, table) for node in plan.integer}
         fused = set(plan.absorbed.values())
         made: list[tuple[Value, Node | None]] = [(value, None) for value in model.graph.inputs]
         made += [(value, node) for node in model.nodes() for value in node.outputs]

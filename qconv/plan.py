@@ -14,6 +14,7 @@ from qconv.graph import DataType, Node, Value, array, clip_bounds, dims, input_o
 from qconv.quant import PerBlock, QuantParams, QuantSpec
 from qconv.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, Rule, Transparent, Weighted
 from qconv.sketch import SAMPLE, Want
+from qconv.targets import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ class Plan:
     given: quantized tensors whose codes are those of a dequantizer in the model, the input's pixels, and need no range.
     gates: tensors that are read by an activation alone that is zero far below zero. kept: node name -> why it stays
     float, or runs in float although its tensors are codes. placed: those among them that are faster there.
-    activation_of: name of a Relu or Clip -> name of the layer in front of it.
+    activation_of: name of a Relu or Clip -> name of the layer in front of it. reads: who reads a quantized tensor as
+    codes, where that is not everyone who can; None where it is. target: for which all that was decided.
     """
 
     activations: dict[Value, Choice] = field(default_factory=dict)
@@ -79,6 +81,8 @@ class Plan:
     kept: dict[str, Choice] = field(default_factory=dict)
     placed: frozenset[str] = frozenset()
     activation_of: dict[str, str] = field(default_factory=dict)
+    reads: dict[Value, list[Node]] | None = None
+    target: Target = Target("ort-cpu")  # noqa: RUF009 - frozen
 
     def taps(self, want: Want = Want.EXTREMES) -> list[Tap]:
         """The tensors whose values must be seen: what layers read, and in each group all that others do not copy.

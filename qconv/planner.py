@@ -23,6 +23,7 @@ from qconv.targets import Target
 
 WISHED = "kept float by --keep-float"
 GIVEN = "its codes are the input's pixels"
+AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
 
 
 def make_plan(model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str] | None = None) -> Plan:
@@ -30,8 +31,11 @@ def make_plan(model: Model, recipe: Recipe, target: Target, floats: Mapping[str,
     planner = _Planner(model, recipe, target, floats or {})
     planner.choose_layers()
     if recipe.activation_bits < 32:
-        planner.spread()
-        planner.tie()
+        if target.inputs_only:
+            planner.spread_to_inputs()
+        else:
+            planner.spread()
+            planner.tie()
         planner.choose_activations()
         planner.take_given()
     planner.explain()
@@ -41,7 +45,7 @@ def make_plan(model: Model, recipe: Recipe, target: Target, floats: Mapping[str,
 class _Planner:
     def __init__(self, model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str]) -> None:
         self.model, self.recipe, self.target, self.floats = model, recipe, target, floats
-        self.plan = Plan(placed=frozenset(floats))
+        self.plan = Plan(placed=frozenset(floats), target=target)
         self.nodes = model.nodes()
         self.quantized: dict[Value, str] = {}
         self.eligible: dict[Node, Rule] = {}
@@ -108,6 +112,8 @@ class _Planner:
         match recipe.weight_granularity:
             case WeightGranularity.PER_TENSOR:
                 return QuantSpec(bits, True, symmetric, PerTensor())
+            case WeightGranularity.PER_CHANNEL if node.op_type in self.target.whole_kernels:
+                return QuantSpec(bits, True, symmetric, PerTensor())
             case WeightGranularity.PER_CHANNEL:
                 return QuantSpec(bits, True, symmetric, PerChannel(rule.output_axis))
             case WeightGranularity.PER_BLOCK:
@@ -118,11 +124,71 @@ class _Planner:
 
     # -- which nodes run on codes, which tensors become codes --------------------------------------------------------
 
-    def spread(self) -> None:
-        """Grow the set of integer nodes and quantized tensors from the layers with weights until it stays the same."""
+    def spread_to_inputs(self) -> None:
+        """Quantize what layers with weights and averages read, and the shortcut that an Add takes beside a layer.
+
+        The layer's own branch stays float up to the Add, so that runtimes can fuse both. All tensors that are joined
+        or handed on share parameters with what they become, so that a quantizer may move past the operator.
+        """
+        reads = self.plan.reads = {}
+        self._take_pixels()
+        wanted = [(layer.node, layer.data) for layer in self.plan.layers if layer.data is not None]
+        wanted += [
+            (node, node.inputs[0])
+            for node in self.nodes
+            if node in self.eligible and node.op_type in AVERAGES and node in self.after_weights and node.inputs[0]
+        ]
+        wanted += [(node, side) for node in self.nodes if (side := self._shortcut(node)) is not None]
+        for node, value in wanted:
+            self.plan.integer.add(node)
+            self.quantized.setdefault(value, f"read by {node.name}")
+            reads.setdefault(value, []).append(node)
+        self._tie_moved()
+
+    def _shortcut(self, node: Node) -> Value | None:
+        """The input of an Add that is not the output of the layer that it can be fused into; None for other nodes."""
+        if node.op_type != "Add" or node not in self.eligible or node not in self.after_weights:
+            return None
+        sides = self._data(node)
+        if len(sides) != 2 or sides[0] is sides[1]:
+            return None
+        fusible = [
+            side.producer() in self.weighted and self.model.sole_reader(side) is node and side not in self.quantized
+            for side in sides
+        ]
+        if not any(fusible):
+            return None
+        if all(fusible):  # a projection has fewer layers behind it than the branch that it goes around
+            fusible[min((0, 1), key=lambda i: self._depth(sides[i]))] = False
+        return sides[fusible.index(False)]
+
+    def _depth(self, value: Value) -> int:
+        """Layers with weights on the longest way to a tensor."""
+        found: dict[Node, int] = {}
+        for node in self.nodes:
+            found[node] = (node in self.weighted) + max(
+                (found[n] for n in _previous_nodes(node) if n in found), default=0
+            )
+            if node is value.producer():
+                return found[node]
+        return 0
+
+    def _tie_moved(self) -> None:
+        groups = _Groups()
+        for node in self.nodes:
+            if isinstance(RULES.get(node.op_type), Transparent | Joining) and node in self.eligible:
+                ends = [*self._data(node), *node.outputs]
+                groups.join(value for value in ends if value in self.quantized)
+        self.plan.ties = groups.in_order(self._in_graph_order())
+
+    def _take_pixels(self) -> None:
         for node in self.nodes:
             if node.op_type == "DequantizeLinear":
                 self.quantized[node.outputs[0]] = GIVEN
+
+    def spread(self) -> None:
+        """Grow the set of integer nodes and quantized tensors from the layers with weights until it stays the same."""
+        self._take_pixels()
         for layer in self.plan.layers:
             if layer.data is not None:
                 self._make_integer(layer.node)
@@ -208,27 +274,17 @@ class _Planner:
     # -- parameters shared -------------------------------------------------------------------------------------------
 
     def tie(self) -> None:
-        groups: dict[Value, set[Value]] = {}
-
-        def join(values: Iterable[Value]) -> None:
-            together: set[Value] = set()
-            for value in values:
-                together |= groups.get(value, {value})
-            for value in together:
-                groups[value] = together
-
+        groups = _Groups()
         for node in self.nodes:
             if node not in self.plan.integer:
                 continue
             rule = self.eligible[node]
             outputs = [value for value in node.outputs if value in self.quantized]
             if isinstance(rule, Transparent | OnCodes):
-                join([*self._data(node), *outputs])
+                groups.join([*self._data(node), *outputs])
             elif isinstance(rule, Joining):
-                join([*(v for v in self._data(node) if self.model.sole_reader(v) is node), *outputs])
-        order = {value: index for index, value in enumerate(self._in_graph_order())}
-        unique = {id(group): group for group in groups.values() if len(group) > 1}
-        self.plan.ties = [tuple(sorted(group, key=order.__getitem__)) for group in unique.values()]
+                groups.join([*(v for v in self._data(node) if self.model.sole_reader(v) is node), *outputs])
+        self.plan.ties = groups.in_order(self._in_graph_order())
 
     def _in_graph_order(self) -> list[Value]:
         produced = [*self.model.graph.inputs, *(value for node in self.nodes for value in node.outputs)]
@@ -243,11 +299,12 @@ class _Planner:
             group = group_of.get(value, (value,))
             edge = any(member in edge_inputs for member in group)
             bits = max(recipe.activation_bits, recipe.edge_bits) if edge else recipe.activation_bits
-            self.plan.activations[value] = Choice(QuantSpec(bits, False, symmetric), self.quantized[value])
+            spec = QuantSpec(bits, self.target.signed, symmetric)
+            self.plan.activations[value] = Choice(spec, self.quantized[value])
             gate = gate_behind(self.model, value) if group == (value,) else None
             if gate is not None:
                 self.plan.gates[value] = gate
-        for node in self.nodes:
+        for node in self.nodes if self.plan.reads is None else ():
             if node in self.plan.integer and not isinstance(self.eligible[node], Weighted):
                 for value in data_inputs(node, self.eligible[node]):
                     if array(value) is not None:
@@ -306,6 +363,27 @@ class _Planner:
         if self.recipe.pack and layer.weight.bits <= PACKED_BITS:
             return "packed weights are unpacked to float"
         return None
+
+
+class _Groups:
+    """Tensors that share parameters."""
+
+    def __init__(self) -> None:
+        self._of: dict[Value, set[Value]] = {}
+
+    def join(self, values: Iterable[Value]) -> None:
+        """Make one group of these and of the groups that they are in."""
+        together: set[Value] = set()
+        for value in values:
+            together |= self._of.get(value, {value})
+        for value in together:
+            self._of[value] = together
+
+    def in_order(self, order: Iterable[Value]) -> list[tuple[Value, ...]]:
+        """The groups of more than one, each in this order."""
+        place = {value: index for index, value in enumerate(order)}
+        unique = {id(group): group for group in self._of.values() if len(group) > 1}
+        return [tuple(sorted(group, key=place.__getitem__)) for group in unique.values()]
 
 
 _Neighbours = Callable[[Node], Iterator[Node]]

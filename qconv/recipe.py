@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from os import PathLike
@@ -233,6 +233,8 @@ class Recipe:
 
     calib: folders, or text files with one path a line; may be empty where `stats` is given, else an error at the door,
     not here. stats, save_stats: files of statistics to read instead of pictures, and to write.
+    activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
+    tune_latency: place layers by times that are measured on this machine, see `tune`.
     embed_preprocessing: the layout of the uint8 pixels that the result takes and normalises by itself; None: it takes
     what the float network takes.
     Raises QconvError for values that do not go together.
@@ -246,7 +248,7 @@ class Recipe:
     weight_bits: int = 8
     activation_bits: int = 8
     weight_scheme: Scheme = Scheme.SYMMETRIC
-    activation_scheme: Scheme = Scheme.ASYMMETRIC
+    activation_scheme: Scheme | None = None
     weight_granularity: WeightGranularity = WeightGranularity.PER_CHANNEL
     block_size: int = 32
     edge_bits: int = 8
@@ -255,6 +257,8 @@ class Recipe:
     percentile: float | None = None
     weight_calibrator: str = "max"
     target: str = "ort-cpu"
+    saturation_safe: bool | None = None
+    tune_latency: bool = False
     keep_float: tuple[str, ...] = ()
     keep_float_op: tuple[str, ...] = ()
     opset: int | None = None
@@ -282,6 +286,9 @@ class Recipe:
             f"preprocessing {self.preprocessing!r}",
             "pass PreprocessingOptions(preset=...).",
         )
+        _require(self.target in TARGETS, f"--target {self.target}", f"use {' or '.join(TARGETS)}.")
+        if self.activation_scheme is None:
+            object.__setattr__(self, "activation_scheme", TARGETS[self.target].default_scheme)
         for name, kind in (
             ("weight_scheme", Scheme),
             ("activation_scheme", Scheme),
@@ -324,7 +331,7 @@ class Recipe:
         for name in ("stats", "save_stats"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
-        _require(self.target in TARGETS, f"--target {self.target}", f"use {' or '.join(TARGETS)}.")
+        self._check_target()
         _require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
         _require(
             self.threads is None or 1 <= self.threads <= MOST_THREADS,
@@ -344,6 +351,29 @@ class Recipe:
         _require(
             self.min_sqnr is None or math.isfinite(self.min_sqnr), f"--min-sqnr {self.min_sqnr}", "use a number of dB."
         )
+
+    def _check_target(self) -> None:
+        """What the target would reject is better said before the work."""
+        target = TARGETS[self.target]
+        demands: tuple[tuple[str, Any, Collection[Any]], ...] = (
+            ("weight-bits", self.weight_bits, target.weight_bits),
+            ("edge-bits", self.edge_bits, target.weight_bits),
+            ("activation-bits", self.activation_bits, target.activation_bits),
+            ("weight-scheme", self.weight_scheme, target.weight_schemes),
+            ("activation-scheme", self.activation_scheme, target.activation_schemes),
+            ("weight-granularity", self.weight_granularity, target.granularities),
+            ("pack", self.pack, {False, target.packs}),
+            ("embed-preprocessing", self.embed_preprocessing, {None, *(Layout if target.takes_pixels else ())}),
+        )
+        for option, value, accepted in demands:
+            given = f"--{option}" if value is True else f"--{option} {value}"
+            _require(value in accepted, f"{given} with --target {self.target}", f"{target.why}.")
+        tunable = target.costs is not None and self.activation_bits == 8 and max(self.weight_bits, self.edge_bits) <= 8
+        tunable = tunable and not self.pack and self.weight_granularity is not WeightGranularity.PER_BLOCK
+        hint = "it is for target ort-cpu and layers that can run in integers: weights of 2 to 8 bits, activations of 8."
+        _require(tunable or not self.tune_latency, "--tune-latency with these options", hint)
+        pairs = self.saturation_safe is None or target.pairs
+        _require(pairs, f"--saturation-safe with --target {self.target}", "leave it out: x86 CPUs are meant.")
 
     def _check_percentile(self) -> None:
         """Only one calibrator has a share; an option without effect would mislead."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,11 @@ from qconv.calibrate import Tap, observer, watch_apart
 from qconv.calibrators import CALIBRATORS
 from qconv.curve import Curve, Point, counts_up_to
 from qconv.detect import detect
-from qconv.emit import emit
 from qconv.errors import QconvError, counted
 from qconv.feed import Batch, Feed
-from qconv.fileformat import describe, needed_opset
+from qconv.fileformat import needed_opset
 from qconv.gather import original
 from qconv.graph import Model
-from qconv.params import choose_params
 from qconv.pipeline import Listener, check_output, look_for_wishes, peak_rss_mb, require_layers
 from qconv.placement import left_in_float
 from qconv.plan import Plan
@@ -40,10 +37,10 @@ from qconv.recipe import Recipe
 from qconv.report import Verification
 from qconv.runtime import Session
 from qconv.shelf import Shelf, shelf
-from qconv.shrink import shrink
 from qconv.sketch import Sketch
 from qconv.source import Source, data_files, own_opset, read, refuse_quantized
 from qconv.targets import TARGETS
+from qconv.trial import carried_out
 from qconv.verify import Comparison
 
 MOST_HELD_BACK = 64
@@ -114,9 +111,8 @@ def study_samples(
     calibration.preprocessing = scoring.preprocessing = detected.preprocessing
     fold.fold(model)
     look_for_wishes(model, recipe, warn)
-    planned = partial(make_plan, recipe=recipe, target=TARGETS[recipe.target])
-    planned = partial(planned, floats=left_in_float(model, recipe, calibration.preprocessing))
-    plan = planned(model)
+    floats = left_in_float(model, recipe, calibration.preprocessing)
+    plan = make_plan(model, recipe, TARGETS[recipe.target], floats)
     require_layers(plan, source)
     for doubt in detected.doubts():
         warn(doubt)
@@ -127,7 +123,7 @@ def study_samples(
         before = time.perf_counter()
         seconds = _put_aside(model, taps, calibration, recipe, kept)
         after = time.perf_counter()
-        points = _points(_Job(model, recipe, planned), kept, scored, question.draws, listener.progress)
+        points = _points(_Job(model, recipe, floats), kept, scored, question.draws, listener.progress)
     return Curve(
         version=qconv.__version__,
         model=source.name,
@@ -225,21 +221,16 @@ def _put_aside(model: Model, taps: list[Tap], feed: Feed, recipe: Recipe, kept: 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is done with every draw. folded: the network, which stays as it is; planned: the plan for a copy of it."""
+    """What is done with every draw. folded: the network, which stays as it is; floats: nodes to leave in float."""
 
     folded: Model
     recipe: Recipe
-    planned: Callable[[Model], Plan]
+    floats: Mapping[str, str]
 
     @contextlib.contextmanager
     def quantized(self, sketches: dict[str, Sketch]) -> Iterator[Session]:
         """The model that `pipeline.quantize` makes of these sketches, loaded."""
-        model = self.folded.copy()
-        plan = self.planned(model)
-        params, _ = choose_params(plan, sketches, self.recipe)
-        emit(model, plan, params, pack=self.recipe.pack)
-        shrink(model)
-        describe(model, qconv.__version__, self.recipe, None)
+        model = carried_out(self.folded, self.recipe, sketches, self.floats)
         with save.runnable(model, ()) as runnable:
             yield Session(runnable, name="the quantized model", threads=self.recipe.threads)
 
@@ -250,10 +241,8 @@ def _points(
     counts = counts_up_to(len(kept))
     total, points = draws * (len(counts) - 1) + 1, []
     for seed in range(draws):
-        order, wanted = (
-            _order(len(kept), job.recipe.seed, seed),
-            counts[:-1] if seed else counts,
-        )  # all are the same set
+        order = _order(len(kept), job.recipe.seed, seed)
+        wanted = counts[:-1] if seed else counts  # all are the same set
         for count, sketches in _growing(kept, order, wanted):
             with job.quantized(sketches) as session:
                 found = scored.score(session)

@@ -35,18 +35,46 @@ RUNTIMES: dict[int, str] = {
 Table = Mapping[str, Mapping[int, tuple[float, float, float, float]]]
 
 
+FULL_BYTES = frozenset(range(2, 9))
+ALL_BITS = FULL_BYTES | {16}
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A runtime. float_ops: operators that have rules but no worthwhile integer kernel there, each with the reason.
+    """A runtime. Sets hold what it accepts; `why` says in one sentence why no more.
 
+    float_ops: operators that have rules but no worthwhile integer kernel there, each with the reason.
     costs: what operators cost there, as in `cost_table`; None where layers are not placed by costs. folds: whether it
-    computes what depends on constants alone once, when it loads a file.
+    computes what depends on constants alone once, when it loads a file. on_ort: whether ONNX Runtime's CPU provider,
+    which every file is tried with, is what will run it.
+    signed: activations are int8, not uint8. default_scheme: of activations. integer_bias: biases are int32 codes behind
+    a dequantizer; else float. keeps_activations: Relu and Clip stay where they are, even where the quantizer behind
+    them saturates at their bounds. inputs_only: quantizers stand in front of the layers that compute in integers,
+    where this runtime looks for them, and of residual branches; else around every operator.
+    whole_kernels: weights of these operators have one scale. pairs: on x86 without VNNI it adds products in pairs of
+    16 bits.
     """
 
     name: str
     float_ops: Mapping[str, str] = field(default_factory=dict)
     costs: Table | None = None
     folds: bool = False
+    on_ort: bool = True
+    signed: bool = False
+    default_scheme: str = "asymmetric"
+    integer_bias: bool = True
+    keeps_activations: bool = False
+    inputs_only: bool = False
+    whole_kernels: frozenset[str] = frozenset()
+    pairs: bool = True
+    weight_bits: frozenset[int] = ALL_BITS
+    activation_bits: frozenset[int] = ALL_BITS | {32}
+    activation_schemes: frozenset[str] = frozenset({"symmetric", "asymmetric"})
+    weight_schemes: frozenset[str] = frozenset({"symmetric", "asymmetric"})
+    granularities: frozenset[str] = frozenset({"per-tensor", "per-channel", "per-block"})
+    packs: bool = True
+    takes_pixels: bool = True
+    why: str = ""
 
 
 TARGETS: dict[str, Target] = {
@@ -56,4 +84,35 @@ TARGETS: dict[str, Target] = {
         costs=COSTS,
         folds=True,
     ),
+    "tensorrt": Target(
+        "tensorrt",
+        on_ort=False,
+        signed=True,
+        default_scheme="symmetric",
+        integer_bias=False,
+        keeps_activations=True,
+        inputs_only=True,
+        whole_kernels=frozenset({"ConvTranspose"}),
+        pairs=False,
+        weight_bits=FULL_BYTES,
+        activation_bits=frozenset({8}),
+        activation_schemes=frozenset({"symmetric"}),
+        weight_schemes=frozenset({"symmetric"}),
+        granularities=frozenset({"per-tensor", "per-channel"}),
+        packs=False,
+        takes_pixels=False,
+        why="TensorRT takes int8 codes with zero point 0, one scale a tensor or, for weights, a channel",
+    ),
+    "openvino": Target(
+        "openvino",
+        on_ort=False,
+        integer_bias=False,
+        keeps_activations=True,
+        inputs_only=True,
+        weight_bits=FULL_BYTES,
+        activation_bits=FULL_BYTES | {32},
+        granularities=frozenset({"per-tensor", "per-channel"}),
+        why="OpenVINO's integer layers have 8 bits and one scale a tensor or, for weights, a channel",
+    ),
+    "generic": Target("generic", keeps_activations=True),
 }

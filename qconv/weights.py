@@ -20,6 +20,7 @@ from qconv.plan import Layer
 from qconv.quant import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, extremes
 from qconv.readers import mean_shift
 from qconv.sketch import Sketch
+from qconv.targets import Target
 from qconv.weight_ranges import WEIGHT_RANGES
 
 # Leaves half of int32 to the sum of products: 2^30 / (255 * 127) inputs a channel is more than any layer has.
@@ -52,11 +53,15 @@ class Source:
         """The least and the largest code of each of `channels` channels on the calibration pictures."""
         found = self.of(channels)
         if found is None:
-            spec = self.params.spec
-            return np.full(channels, spec.qmin), np.full(channels, spec.qmax)
+            return self.all_codes(channels)
         zero = self.params.zero_point.astype(np.int64)  # what padding feeds in
         low, high = (self.params.quantize(ends).astype(np.int64) for ends in (found.lows, found.highs))
         return np.minimum(low, zero), np.maximum(high, zero)
+
+    def all_codes(self, channels: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The least and the largest code that there is, for each of `channels` channels."""
+        spec = self.params.spec
+        return np.full(channels, spec.qmin), np.full(channels, spec.qmax)
 
     def of(self, channels: int) -> Sketch | None:
         """The sketch, if it is of each of this many channels."""
@@ -64,8 +69,14 @@ class Source:
         return found if found is not None and found.count and found.lows.size == channels else None
 
 
-def quantize_layer(layer: Layer, source: Source | None, calibrator: str) -> tuple[LayerParams, list[Finding]]:
-    """Codes and parameters of one layer. source: None where only weights are quantized; calibrator: the weights'."""
+def quantize_layer(
+    layer: Layer, source: Source | None, calibrator: str, target: Target, *, saturation_safe: bool | None = None
+) -> tuple[LayerParams, list[Finding]]:
+    """Codes and parameters of one layer. source: None where only weights are quantized; calibrator: the weights'.
+
+    saturation_safe: no pair of products overflows 16 bits, whatever the picture (True), or on the calibration pictures
+    (None); False: that is no matter.
+    """
     stored = array(layer.node.inputs[1])
     assert stored is not None
     weight = layer.arranged(stored.astype(np.float32, copy=False))
@@ -82,7 +93,7 @@ def quantize_layer(layer: Layer, source: Source | None, calibrator: str) -> tupl
     channels = _input_channels(layer, stored)
     # A blocked layer has no one s_w for its bias. Layers of 16 bits run in float as well, but there ONNX Runtime would
     # quantize a float bias by itself, and let it overflow.
-    quantized_bias = not layer.blocked
+    quantized_bias = target.integer_bias and not layer.blocked
     if bias is not None and quantized_bias:
         widened = _fit_bias(params, source.params, bias)
         count = int(np.count_nonzero(widened.scale > params.scale))
@@ -90,8 +101,8 @@ def quantize_layer(layer: Layer, source: Source | None, calibrator: str) -> tupl
             what = f"weight scale of {count} channels widened, so that the bias fits into int32"
             findings.append(Change("params", layer.node.name or "", what))
         params = widened
-    if source.params.spec.bits == 8 and _adds_pairs(layer, weight):
-        limits = source.channel_codes(channels)
+    if saturation_safe is not False and source.params.spec.bits == 8 and target.pairs and _adds_pairs(layer, weight):
+        limits = source.channel_codes(channels) if saturation_safe is None else source.all_codes(channels)
         params = saturation.widen(params, weight, *limits, output_axis=layer.rule.output_axis)
     codes = params.quantize(weight)
     sketch = source.of(channels)

@@ -181,12 +181,14 @@ def test_between_channels_the_table_is_interpolated() -> None:
     ("recipe", "held"),
     [
         (Recipe(), True),
-        (Recipe(weight_bits=4), False),
+        (Recipe(weight_bits=4), True),
+        (Recipe(weight_bits=4, pack=True), False),
+        (Recipe(activation_bits=4), False),
         (Recipe(activation_bits=16), False),
         (Recipe(weight_granularity=WeightGranularity.PER_BLOCK), False),
     ],
 )
-def test_the_table_speaks_of_8_bits(recipe: Recipe, held: bool) -> None:
+def test_layers_are_placed_where_integer_kernels_run(recipe: Recipe, held: bool) -> None:
     assert applies(recipe, TARGETS["ort-cpu"]) is held
     assert not applies(recipe, PLAIN)
 

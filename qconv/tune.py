@@ -1,0 +1,111 @@
+"""Placement by what this very machine takes, for those who ask for it (--tune-latency).
+
+Every node is timed twice by the runtime's own clock, in the network in float and in the one that runs all it can in
+integers. The cheapest division by these times (placement.py), the one by the committed table, and the one with all
+integers are then timed in turns as whole files, and the fastest is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qconv import save
+from qconv.audit import node_names, profiled
+from qconv.benchmark import Conditions, Timing, benchmark
+from qconv.graph import Model
+from qconv.madeup import made_up
+from qconv.placement import Cost, Shapes, division, faster_in_float, shapes_of
+from qconv.planner import make_plan
+from qconv.recipe import Preprocessing, Recipe
+from qconv.runtime import VERSION, Session
+from qconv.sketch import Sketch
+from qconv.targets import TARGETS
+from qconv.trial import carried_out
+
+ROUNDS = 12
+FLOAT, WHOLE, TABLE, MEASURED = "float", "all that can be in integers", "by the cost table", "by times of single nodes"
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """floats: names of nodes that stay float, each with the reason. times: median ms of every division tried."""
+
+    floats: dict[str, str]
+    choice: str
+    times: dict[str, float]
+
+    def in_words(self) -> str:
+        """For the report."""
+        others = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.times.items())
+        return f"placed {self.choice}, the fastest here: {others}"
+
+
+def tuned(
+    folded: Model,
+    recipe: Recipe,
+    sketches: Mapping[str, Sketch],
+    fed: Preprocessing | None,
+    progress: Callable[[str, int, int], None],
+) -> Tuned:
+    """Find out what is fastest here. folded: stays as it is; fed: what the model takes, None for ready-made samples."""
+    size = None if fed is None else fed.size
+    shapes = shapes_of(folded, fed)
+    target = TARGETS[recipe.target]
+    whole = carried_out(folded, recipe, sketches)
+    costs = _costs(folded, whole, recipe.threads, size)
+    plan = make_plan(folded, recipe, target)
+    divisions: dict[str, dict[str, str]] = {
+        WHOLE: {},
+        TABLE: faster_in_float(folded, plan, shapes, target.costs or {}),
+        MEASURED: _by_times(folded, recipe, shapes, costs),
+    }
+    unlike = {name: floats for name, floats in divisions.items() if name == WHOLE or floats}
+    if len(unlike) == len(divisions) and set(divisions[TABLE]) == set(divisions[MEASURED]):
+        del unlike[MEASURED]
+    models = {FLOAT: folded, **{n: carried_out(folded, recipe, sketches, floats) for n, floats in unlike.items()}}
+    timings = _timed(models, Conditions(recipe.threads, None, size, ROUNDS), progress)
+    fastest = min(unlike, key=lambda name: timings[name].ratio_to(timings[FLOAT])[1])
+    return Tuned(unlike[fastest], fastest, {name: timing.median_ms for name, timing in timings.items()})
+
+
+def _by_times(folded: Model, recipe: Recipe, shapes: Shapes, costs: Mapping[str, Cost]) -> dict[str, str]:
+    target = TARGETS[recipe.target]
+    return division(folded, make_plan(folded, recipe, target), shapes, target.costs or {}, costs)
+
+
+def _costs(folded: Model, whole: Model, threads: int | None, size: tuple[int, int] | None) -> dict[str, Cost]:
+    """Of every node that ran under its own name in both."""
+    floats, codes = (_node_times(model, threads, size) for model in (folded, whole))
+    return {name: Cost(floats[name], codes[name], measured=True) for name in floats.keys() & codes.keys()}
+
+
+def _node_times(model: Model, threads: int | None, size: tuple[int, int] | None) -> dict[str, float]:
+    """Microseconds of a run, by the node's name in `model`."""
+    with save.runnable(model, ()) as runnable, save.scratch(0) as folder:
+        session = Session(runnable, threads=threads, profile=folder / "profile")
+        times = profiled(session, made_up(session, None, size))
+    original = node_names(model)
+    found: dict[str, float] = {}
+    for name, us in times.items():
+        found[original(name)] = found.get(original(name), 0.0) + us
+    return found
+
+
+def _timed(
+    models: Mapping[str, Model], conditions: Conditions, progress: Callable[[str, int, int], None]
+) -> dict[str, Timing]:
+    with save.scratch(sum(2 * save.total_bytes(model) for model in models.values())) as folder:
+        paths = []
+        for index, model in enumerate(models.values()):
+            path = folder / f"{index}.onnx"
+            _write(model, path)
+            paths.append(str(path))
+        found = benchmark(paths, conditions, version=VERSION, progress=progress)
+    return dict(zip(models, found.timings, strict=True))
+
+
+def _write(model: Model, path: Path) -> None:
+    with save.staged(model, path) as staged:
+        staged.commit(path)
