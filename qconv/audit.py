@@ -29,7 +29,10 @@ INTEGER_OPS = frozenset({"QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMul
 CONVERTING_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "Constant", "ReorderInput", "ReorderOutput"})
 FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
 SHAPE_OPS = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "NonZero"})
-SUFFIX = re.compile(r"(_token_\d+|_nchwc|_nhwc)+$")
+SUFFIX = re.compile(r"(_token_\d+|_nchwc|_nhwc|_pre_q)+$")
+LAYOUT_OPS = frozenset({"Transpose", "Reshape"})
+FUSED_ACTIVATIONS = ACTIVATIONS | {"HardSigmoid", "LeakyRelu", "Sigmoid", "Tanh"}
+"""What ONNX Runtime makes one node of with the float layer in front of it."""
 PROFILED_RUNS = 5
 PLACED = "faster in float, by qconv's cost table"
 
@@ -49,7 +52,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """How to find a node of the file again. writers: tensor -> node; activation_of: Relu or Clip -> layer in front."""
+    """How to find a node of the file again. writers: tensor -> node; activation_of: activation -> layer in front."""
 
     writers: dict[str, str]
     activation_of: dict[str, str]
@@ -62,14 +65,15 @@ class _Names:
         activation_of = {}
         for node in nodes:
             before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-            if before is not None and node.op_type in ACTIVATIONS and isinstance(RULES.get(before.op_type), Weighted):
+            fused = node.op_type in FUSED_ACTIVATIONS
+            if before is not None and fused and isinstance(RULES.get(before.op_type), Weighted):
                 activation_of[node.name or ""] = before.name or ""
         return cls(writers, activation_of, {node.name or "": node for node in nodes})
 
     def original(self, node: onnx.NodeProto) -> str:
         """The name in the file of a node of the optimized graph."""
         name = self.of_name(node.name or _first(node.output))
-        return name if node.op_type in ACTIVATIONS else self.activation_of.get(name, name)
+        return name if node.op_type in FUSED_ACTIVATIONS else self.activation_of.get(name, name)
 
     def of_name(self, name: str) -> str:
         """The same by the name alone, as profiles have it."""
@@ -88,14 +92,16 @@ def audit(optimized: Path, model: Model, known: Known, times: Mapping[str, float
     """
     graph = onnx.load(str(optimized), load_external_data=False).graph
     names, times = _Names.of(model), times or {}
-    integer, others = sort_nodes(graph)
+    integer, others = (
+        # those that the runtime puts between its layouts are neither here nor there
+        [node for node in nodes if node.op_type not in LAYOUT_OPS or names.original(node) in names.nodes]
+        for nodes in sort_nodes(graph)
+    )
     islands: list[Island] = []
     placed: list[Island] = []
     layers: list[LayerTime] = []
     for node in others:
         name = names.original(node)
-        if node.op_type == "Transpose" and name not in names.nodes:  # the runtime's own, between layouts
-            continue
         chosen = name in known.placed
         (placed if chosen else islands).append(_island(node, name, names, known, times.get(node.name)))
         layers.append(LayerTime(name, node.op_type, "float", times.get(node.name)))

@@ -4,6 +4,7 @@
 
 E[x_i] is the mean of the layer's input channel over the calibration pictures in the float network. Positions that only
 see padding are counted as if they saw the mean: the correction is exact inside and a little too large at borders.
+An output of a ConvTranspose sees one of sH * sW kernel positions (strides), so that its share of the sum is as small.
 
 Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2, with measured means instead of BatchNormalization's.
 """
@@ -19,13 +20,19 @@ def correction(
 ) -> NDArray[np.float64]:
     """What to add to the bias, shape (O,).
 
-    error: W - Q as the layer stores it: (O, I/g, kH, kW), or a matrix with its outputs along `output_axis`.
+    error: W - Q as the layer stores it: (O, I/g, kH, kW), (I, O/g, kH, kW) where `output_axis` is 1, or a matrix with
+    its outputs along `output_axis`.
     mean: of each input channel, shape (I,).
     """
     if error.ndim == 2:
         by_output = error if output_axis == 0 else error.T
         moved: NDArray[np.float64] = np.einsum("oi,i->o", by_output, mean)
         return moved
+    if output_axis == 1:
+        inputs, per_group = error.shape[:2]
+        by_group = error.reshape(groups, inputs // groups, per_group, -1).sum(axis=3, dtype=np.float64)  # (G, I/G, O/G)
+        summed: NDArray[np.float64] = np.einsum("gio,gi->go", by_group, mean.reshape(groups, -1)).reshape(-1)
+        return summed
     outputs, per_group = error.shape[:2]
     by_input = error.reshape(groups, outputs // groups, per_group, -1).sum(axis=3, dtype=np.float64)  # (G, O/G, I/G)
     shift: NDArray[np.float64] = np.einsum("goi,gi->go", by_input, mean.reshape(groups, per_group)).reshape(-1)

@@ -112,7 +112,7 @@ class _Planner:
         match recipe.weight_granularity:
             case WeightGranularity.PER_TENSOR:
                 return QuantSpec(bits, True, symmetric, PerTensor())
-            case WeightGranularity.PER_CHANNEL if node.op_type in self.target.whole_kernels:
+            case WeightGranularity.PER_CHANNEL if node.op_type in self.target.whole_kernels or _repeats(node):
                 return QuantSpec(bits, True, symmetric, PerTensor())
             case WeightGranularity.PER_CHANNEL:
                 return QuantSpec(bits, True, symmetric, PerChannel(rule.output_axis))
@@ -399,6 +399,11 @@ def _previous_nodes(node: Node) -> Iterator[Node]:
         producer = value.producer() if value is not None else None
         if producer is not None:
             yield producer
+
+
+def _repeats(node: Node) -> bool:
+    """Whether the weights' axis of outputs holds those of one group alone: then no output has a scale of its own."""
+    return node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1
 
 
 def _kernel_area(node: Node) -> int:

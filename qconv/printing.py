@@ -26,7 +26,8 @@ def audit(found: Examined, *, verbose: bool) -> str:
     rows.append(("float", str(own.float), f"{floats:.0f}", _share(floats, total)))
     rows.append(("converting", "", f"{total - codes - floats:.0f}", _share(total - codes - floats, total)))
     lines.append(columns(rows, "lrrr"))
-    for title, islands in (("float islands", own.islands), ("in float by choice", own.placed)):
+    quantized = found.format != "float"  # of a float model it is no news
+    for title, islands in (("float islands", own.islands if quantized else ()), ("in float by choice", own.placed)):
         if islands:
             lines += ["", f"{title}:", _islands(islands, total, None if verbose else SHOWN)]
     if verbose:

@@ -16,6 +16,7 @@ from qconv.curve import Curve, Spread, shown
 from qconv.errors import counted
 from qconv.findings import Change, Skipped
 from qconv.report import Island, OutputScore, Report
+from qconv.targets import TARGETS
 
 SHOWN = 8
 COLUMNS = 80
@@ -114,13 +115,25 @@ def _lines(report: Report) -> list[tuple[str, str]]:
     if report.preprocessing_words:
         lines.append(("pictures", escape(report.preprocessing_words)))
     lines += [("changed", text) for text in _changes(report)][:SHOWN]
-    lines.append(("runs", f"{counted(report.audit.integer, 'node')} in integers, {report.audit.float} in float"))
-    lines += [("float", text) for text in _islands(report.audit.islands)]
+    lines += _runs(report)
     lines += [("left alone", text) for text in _skipped(report)]
     lines.append(("needs", f"{report.needs} (opset {report.opset}, IR {report.ir_version})"))
     lines += [("gate", f"--{g.name} {g.want:g}: {'held' if g.held else '[red]fell short[/]'}") for g in report.gates]
     lines.append(("took", f"{report.time['total']:.1f} s, peak memory {report.peak_rss_mb:.0f} MB"))
     return lines
+
+
+def _runs(report: Report) -> list[tuple[str, str]]:
+    """What runs in integers, and why the rest does not."""
+    own, target = report.audit, report.recipe["target"]
+    told = f"{counted(own.integer, 'node')} in integers, {own.float} in float"
+    if not TARGETS[target].on_ort:
+        return [("runs", f"as {target} decides; ONNX Runtime's CPU provider would run {told}")]
+    lines = [("runs", told)]
+    if own.placed:
+        what = f"{_some([island.node for island in own.placed])}: faster in float, weights in {{}} bits all the same"
+        lines.append(("float", what.format(report.recipe["weight_bits"])))
+    return lines + [("float", text) for text in _islands(own.islands)]
 
 
 def _accuracy(report: Report) -> str:

@@ -111,10 +111,11 @@ def quantize_layer(
         error = np.subtract(weight, error, out=error).reshape(stored.shape)
         groups = attribute(layer.node, "group", 1)
         axis = layer.rule.output_axis
-        shift = bias_correction.correction(error, sketch.means, groups=groups, output_axis=axis)
+        seen = 1 / np.prod(attribute(layer.node, "strides", [1])) if layer.node.op_type == "ConvTranspose" else 1.0
+        shift = seen * bias_correction.correction(error, sketch.means, groups=groups, output_axis=axis)
         if sketch.columns.size and source.clips:
             moved = mean_shift(sketch.columns.reshape(-1, channels), source.params)
-            shift -= bias_correction.correction(
+            shift -= seen * bias_correction.correction(
                 (weight.reshape(stored.shape) - error), moved, groups=groups, output_axis=axis
             )
         bias = (shift if bias is None else bias + shift).astype(np.float32)
@@ -135,17 +136,20 @@ def _scale_dead_channels(params: QuantParams, weight: NDArray[np.float32]) -> Qu
 
 
 def _input_channels(layer: Layer, weight: NDArray[np.floating]) -> int:
+    if layer.node.op_type == "ConvTranspose":  # its weights have all input channels, but only a group's outputs
+        return int(weight.shape[0])
     return int(weight.shape[layer.rule.input_axis] * attribute(layer.node, "group", 1))
 
 
 def _adds_pairs(layer: Layer, weight: NDArray[np.float32]) -> bool:
-    """Whether a kernel that adds products in pairs of 16 bits may run this layer: any but a depthwise one.
+    """Whether a kernel that adds products in pairs of 16 bits may run it: any layer but depthwise and transposed ones.
 
     Depthwise to ONNX Runtime is a Conv of one channel in and one channel out in each group.
     """
     groups = attribute(layer.node, "group", 1)
     depthwise = layer.node.op_type == "Conv" and groups > 1 and weight.shape[:2] == (groups, 1)
-    return layer.weight.bits == 8 and not layer.blocked and not depthwise
+    turned = layer.node.op_type == "ConvTranspose"
+    return layer.weight.bits == 8 and not layer.blocked and not depthwise and not turned
 
 
 def _fit_bias(params: QuantParams, data: QuantParams, bias: NDArray[np.floating]) -> QuantParams:

@@ -23,7 +23,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from qconv.audit import sort_nodes
+from qconv.audit import Known, audit
+from qconv.load import as_it_is
+from qconv.source import Source, read
 from tests.bench.cases import CASES, REPOSITORY, Array, Case, default_data, light_file, pictures
 
 VERSIONS = ("1.17.3", "1.19.2", "1.22.1", "1.26.0", ort.__version__)
@@ -153,9 +155,10 @@ def tried(python: Path, version: str, rows: list[Row], work: Path) -> None:
         if error is not None:
             row.cells[version], row.failed = f"FAILS: {error}", True
             continue
-        integer, others = sort_nodes(onnx.load(job["optimized"], load_external_data=False).graph)
+        source = Source(str(row.model), row.model)
+        audited = audit(Path(job["optimized"]), as_it_is(read(source), source), Known())
         got = dict(np.load(job["out"]))
-        row.cells[version] = f"{len(integer)}/{len(others)} {compared(row, got)}"
+        row.cells[version] = f"{audited.integer}/{audited.float} {compared(row, got)}"
         os.unlink(job["optimized"])
 
 
