@@ -8,32 +8,25 @@ flips             pictures that only one of the two gets right, with McNemar's t
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import images, intervals, load
-from qconv.detect import detect
+from qconv import intervals
 from qconv.errors import QconvError
-from qconv.evidence import fact_of, told_by, told_of_float
-from qconv.feed import DECODERS, Feed
-from qconv.gather import original
+from qconv.fed import Fed, Outputs, opened
 from qconv.intervals import Interval
 from qconv.labels import Classes, classes_of, folder_of
-from qconv.recipe import AUTO, PreprocessingOptions, Recipe
-from qconv.runtime import Session
-from qconv.source import Source, is_quantized, metadata, read
+from qconv.predictions import TOP, Predictions, Seen
+from qconv.recipe import Recipe
+from qconv.source import Source
 from qconv.verify import is_class_score, sqnr_db
 
-TOP = 5
-Outputs = list[NDArray[Any]]
 Progress = Callable[[str, int, int], None]
 
 
@@ -170,150 +163,7 @@ def _listed(interval: Interval | None) -> list[float] | None:
     return None if interval is None else list(interval)
 
 
-# -- the models and what they are fed ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Fed:
-    """A model and its pictures."""
-
-    session: Session
-    feed: Feed
-    words: str
-
-    def batches(self, warn: Callable[[str], None], lost: Callable[[Path], None]) -> Iterator[tuple[Any, int]]:
-        """What the model takes, with the number of pictures in it: a last short batch is filled up where it must be."""
-        feed = self.feed
-        fixed = bool(feed.inputs[0].shape) and feed.inputs[0].shape[0] is not None
-        found = images.batches(
-            feed.listing, feed.inputs, feed.preprocessing, batch=feed.batch, workers=DECODERS, warn=warn, lost=lost
-        )
-        for feeds in found:
-            count = len(next(iter(feeds.values())))
-            if fixed and count < feed.batch:
-                feeds = {name: np.resize(array, (feed.batch, *array.shape[1:])) for name, array in feeds.items()}
-            yield feeds, count
-
-    def outputs(self, batches: Iterator[tuple[Any, int]]) -> Iterator[Outputs]:
-        """All outputs of one picture after the other."""
-        for feeds, count in batches:
-            found = self.session.run_all(feeds)
-            size = len(next(iter(feeds.values())))
-            if size == 1:
-                yield found
-                continue
-            for name, array in zip(self.session.outputs, found, strict=True):
-                if not array.shape or len(array) != size:
-                    fact = f"output {name} of {self.session.name} has no part for each picture of a batch."
-                    raise QconvError(fact, "pass --batch 1, or export the model with a batch of 1.")
-            for index in range(count):
-                yield [array[index : index + 1] for array in found]
-
-    def takes_the_same_as(self, other: _Fed) -> bool:
-        """Whether both can be given the same arrays."""
-        mine, its = self.feed, other.feed
-        plain = [
-            None if f.preprocessing is None else replace(f.preprocessing, source="", preset="") for f in (mine, its)
-        ]
-        names = [[(spec.name, spec.dtype, spec.shape) for spec in f.inputs] for f in (mine, its)]
-        return plain[0] == plain[1] and names[0] == names[1] and mine.batch == its.batch
-
-
-def _opened(
-    source: Source, recipe: Recipe, warn: Callable[[str], None], hint: PreprocessingOptions | None = None
-) -> _Fed:
-    """A model with its preprocessing: said by the user, told by the file, as `hint` has it, or found out.
-
-    hint: how the other model is fed, where this one should be fed alike.
-    """
-    proto = read(source)
-    session = original(source, recipe)
-    told, why = told_by(metadata(proto)), "the file's metadata"
-    if told is None:
-        told, why = hint, "as the other model"
-    if told is not None:
-        feed = Feed.of(session, replace(recipe, preprocessing=_joined(recipe.preprocessing, told)), warn, _nothing)
-        if feed.preprocessing is not None and recipe.preprocessing == PreprocessingOptions():
-            feed.preprocessing = replace(feed.preprocessing, source=why)
-        return _Fed(session, feed, _words(feed))
-    feed = Feed.of(session, recipe, warn, _nothing)
-    if feed.preprocessing is None or recipe.preprocessing.preset != AUTO:
-        return _Fed(session, feed, _words(feed))
-    if is_quantized(proto):
-        if fact_of(load.as_it_is(proto, source), feed.inputs[0].dtype, feed.preprocessing.layout) is None:
-            warn(
-                f"how {source.name} was fed in training is not known, as a quantized file does not tell; it gets "
-                f"{feed.preprocessing.preset}: --preprocess settles it, or --against with the float model."
-            )
-        return _Fed(session, feed, _words(feed))
-    model, _ = load.load(proto, source)
-    detected = detect(model, session, feed, recipe.preprocessing, threads=recipe.threads)
-    feed.preprocessing = detected.preprocessing
-    for doubt in detected.doubts():
-        warn(doubt)
-    return _Fed(session, feed, detected.in_words())
-
-
-def _both(source: Source, wishes: Wishes, warn: Callable[[str], None]) -> tuple[_Fed, _Fed | None]:
-    """The model and the other one. A quantized file is fed as the float model is, and either as its metadata says."""
-    if wishes.against is None:
-        return _opened(source, wishes.recipe, warn), None
-    proto = read(source)
-    carried = told_of_float(metadata(proto))
-    other = _opened(wishes.against, wishes.recipe, warn, carried)
-    hint = None
-    if carried is None and is_quantized(proto) and other.feed.preprocessing is not None:
-        fed = other.feed.preprocessing
-        hint = PreprocessingOptions(
-            fed.preset, fed.scale, fed.mean, fed.std, fed.color, None, fed.resize, fed.filter, fed.size
-        )
-    return _opened(source, wishes.recipe, warn, hint), other
-
-
-def _joined(said: PreprocessingOptions, told: PreprocessingOptions) -> PreprocessingOptions:
-    """What the user says wins; another preset also takes the place of the numbers that belong to the old one."""
-    own = {part: getattr(said, part) for part in PreprocessingOptions.__dataclass_fields__}
-    default = {part: getattr(PreprocessingOptions(), part) for part in own}
-    changed = {part: wish for part, wish in own.items() if wish != default[part]}
-    if "preset" in changed:
-        told = replace(told, preset=None, scale=None, mean=None, std=None, color=None)
-    return replace(told, **changed)
-
-
-def _words(feed: Feed) -> str:
-    return "" if feed.preprocessing is None else feed.preprocessing.in_words()
-
-
-def _nothing(stage: str, done: int, total: int) -> None:
-    pass
-
-
 # -- counting ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What is remembered of the pictures, in their order.
-
-    best: the classes with the highest scores, (pictures, 5), and their scores. rows: of each output a row a picture:
-    sums of ref^2, noise, ref * got, got^2, equal positions, positions.
-    """
-
-    best: list[NDArray[np.int64]] = field(default_factory=list)
-    scores: list[NDArray[np.float64]] = field(default_factory=list)
-    classes: int = 0
-
-    def add(self, output: NDArray[Any]) -> None:
-        scores = output.reshape(-1).astype(np.float64)
-        order = np.argsort(-scores, kind="stable")[:TOP]
-        self.classes = scores.size
-        self.best.append(order)
-        self.scores.append(scores[order])
-
-    def hits(self, labels: NDArray[np.int64], most: int) -> NDArray[np.bool_]:
-        """Whether the label is among the `most` best, by picture."""
-        found: NDArray[np.bool_] = (np.stack(self.best)[:, :most] == labels[:, None]).any(axis=1)
-        return found
 
 
 def _row(ref: NDArray[Any], got: NDArray[Any]) -> list[float]:
@@ -359,13 +209,17 @@ def class_vector(outputs: Outputs) -> int | None:
 
 
 def evaluate(
-    source: Source, wishes: Wishes, *, warn: Callable[[str], None] = lambda text: None, progress: Progress = _nothing
+    source: Source,
+    wishes: Wishes,
+    *,
+    warn: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Evaluation:
     """Run the model, and the other one, on every picture. Raises QconvError where there is nothing to measure."""
     recipe = wishes.recipe
     root = Path(recipe.calib[0])
     classes = classes_of(root, wishes.classes)
-    own, other = _both(source, wishes, warn)
+    own, other = opened(source, wishes.against, recipe, warn)
     if other is not None:
         missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
         if missing is not None:
@@ -373,7 +227,7 @@ def evaluate(
             raise QconvError(f"{other.session.name} has no output {missing!r}, but {names}.", "compare like with like.")
     paths = own.feed.listing.paths
     lost: set[Path] = set()
-    seen, its = _Seen(), _Seen()
+    seen, its = Seen(), Seen()
     rows: list[list[list[float]]] = [[] for _ in own.session.outputs]
     kept: list[Outputs] = []
     vector: int | None = None
@@ -417,7 +271,7 @@ def evaluate(
 
 
 def _side_by_side(
-    own: _Fed, other: _Fed | None, warn: Callable[[str], None], lost: set[Path]
+    own: Fed, other: Fed | None, warn: Callable[[str], None], lost: set[Path]
 ) -> Iterator[tuple[Outputs, Outputs]]:
     """Outputs of both models for one picture after the other; of the first alone where there is no other."""
     batches = own.batches(warn, lost.add)
@@ -468,75 +322,9 @@ def _labels(
     return np.array(known, np.int64)
 
 
-def _accuracy(seen: _Seen, labels: NDArray[np.int64]) -> tuple[Share, Share | None]:
+def _accuracy(seen: Seen, labels: NDArray[np.int64]) -> tuple[Share, Share | None]:
     shares = []
     for most in (1, TOP):
         hits = int(seen.hits(labels, most).sum())
         shares.append(Share(hits / len(labels), intervals.of_share(hits, len(labels))))
     return shares[0], shares[1] if seen.classes > TOP else None
-
-
-# -- predictions -------------------------------------------------------------------------------------------------------
-
-FORMATS = (".csv", ".npz")
-
-
-@dataclass(frozen=True, slots=True)
-class Predictions:
-    """What the model said of every picture."""
-
-    paths: Sequence[Path]
-    labels: NDArray[np.int64] | None
-    classes: Classes | None
-    offset: int
-    seen: _Seen | None
-    other: _Seen
-    names: Sequence[str]
-    outputs: Sequence[Outputs]
-
-    def as_csv(self) -> bytes:
-        """A line a picture: path, label, the best five classes with their scores, the other model's best class.
-
-        Raises QconvError where no output is one score a class.
-        """
-        if self.seen is None:
-            raise QconvError("No output of the model is one score a class.", "save all outputs in a .npz file.")
-        count = min(TOP, self.seen.classes)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        head = ["path", "label", "label_name", "correct", "top1_name"]
-        head += [f"{what}{n}" for n in range(1, count + 1) for what in ("top", "score")]
-        writer.writerow([*head, *(["against_top1"] if self.other.best else [])])
-        for index in sorted(range(len(self.paths)), key=lambda i: self.paths[i].as_posix()):
-            best, scores = self.seen.best[index], self.seen.scores[index]
-            label = None if self.labels is None else int(self.labels[index])
-            row: list[Any] = [self.paths[index].as_posix(), "" if label is None else label, self._name(label)]
-            row += ["" if label is None else int(best[0] == label), self._name(int(best[0]))]
-            for number, score in zip(best, scores, strict=True):
-                row += [int(number), repr(float(np.float32(score)))]
-            row += [int(self.other.best[index][0])] if self.other.best else []
-            writer.writerow(row)
-        return text.getvalue().encode("utf-8", "surrogateescape")
-
-    def _name(self, label: int | None) -> str:
-        if label is None or self.classes is None:
-            return ""
-        return self.classes.names.get(label - self.offset, "")
-
-    def as_npz(self) -> bytes:
-        """All outputs, (pictures, ...) each under its name, with `paths`, and `labels` where they are known.
-
-        Raises QconvError for outputs whose shapes differ from picture to picture.
-        """
-        order = sorted(range(len(self.paths)), key=lambda i: self.paths[i].as_posix())
-        arrays: dict[str, NDArray[Any]] = {"paths": np.array([self.paths[i].as_posix() for i in order])}
-        if self.labels is not None:
-            arrays["labels"] = self.labels[order]
-        for index, name in enumerate(self.names):
-            found = [self.outputs[i][index] for i in order]
-            if len({array.shape for array in found}) > 1:
-                raise QconvError(f"Output {name} differs in shape from picture to picture.", "save a .csv instead.")
-            arrays[f"{name}_output" if name in ("paths", "labels") else name] = np.concatenate(found)
-        stream = io.BytesIO()
-        np.savez(stream, allow_pickle=False, **arrays)
-        return stream.getvalue()

@@ -35,10 +35,11 @@ class Classes:
             raise QconvError(
                 f"The class folder {unknown} is not in {self.source}.", "add it, or leave it out (--glob)."
             )
+        shifted = f", shifted by {offset}," if offset else ""
         if self.complete and len(self.rank) + offset != outputs:
             raise QconvError(
-                f"There are {counted(len(self.rank), 'class folder')} for {outputs} outputs, so that their order tells "
-                "no class.",
+                f"{counted(len(self.rank), 'class folder')}{shifted} do not fit {outputs} outputs, so that their order "
+                "tells no class.",
                 "list all class folders in output order in a file: --classes FILE (--label-offset shifts them).",
             )
         found = [self.rank[name] + offset for name in folders]

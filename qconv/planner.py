@@ -14,11 +14,13 @@ import numpy as np
 
 from qconv.gates import gate_behind
 from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of
+from qconv.groups import Groups
 from qconv.plan import Choice, Layer, Plan, data_inputs
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.recipe import PACKED_BITS, Recipe, Scheme, WeightGranularity
 from qconv.refusals import refusal
 from qconv.rules import ACTIVATIONS, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
+from qconv.shortcut import shortcut
 from qconv.targets import Target
 
 WISHED = "kept float by --keep-float"
@@ -138,43 +140,18 @@ class _Planner:
             for node in self.nodes
             if node in self.eligible and node.op_type in AVERAGES and node in self.after_weights and node.inputs[0]
         ]
-        wanted += [(node, side) for node in self.nodes if (side := self._shortcut(node)) is not None]
+        for node in self.nodes:
+            if node.op_type == "Add" and node in self.eligible and node in self.after_weights:
+                side = shortcut(self.model, node, self._data(node), self.weighted)
+                wanted += [] if side is None else [(node, side)]
         for node, value in wanted:
             self.plan.integer.add(node)
             self.quantized.setdefault(value, f"read by {node.name}")
             reads.setdefault(value, []).append(node)
         self._tie_moved()
 
-    def _shortcut(self, node: Node) -> Value | None:
-        """The input of an Add that is not the output of the layer that it can be fused into; None for other nodes."""
-        if node.op_type != "Add" or node not in self.eligible or node not in self.after_weights:
-            return None
-        sides = self._data(node)
-        if len(sides) != 2 or sides[0] is sides[1]:
-            return None
-        fusible = [
-            side.producer() in self.weighted and self.model.sole_reader(side) is node and side not in self.quantized
-            for side in sides
-        ]
-        if not any(fusible):
-            return None
-        if all(fusible):  # a projection has fewer layers behind it than the branch that it goes around
-            fusible[min((0, 1), key=lambda i: self._depth(sides[i]))] = False
-        return sides[fusible.index(False)]
-
-    def _depth(self, value: Value) -> int:
-        """Layers with weights on the longest way to a tensor."""
-        found: dict[Node, int] = {}
-        for node in self.nodes:
-            found[node] = (node in self.weighted) + max(
-                (found[n] for n in _previous_nodes(node) if n in found), default=0
-            )
-            if node is value.producer():
-                return found[node]
-        return 0
-
     def _tie_moved(self) -> None:
-        groups = _Groups()
+        groups: Groups[Value] = Groups()
         for node in self.nodes:
             if isinstance(RULES.get(node.op_type), Transparent | Joining) and node in self.eligible:
                 ends = [*self._data(node), *node.outputs]
@@ -274,7 +251,7 @@ class _Planner:
     # -- parameters shared -------------------------------------------------------------------------------------------
 
     def tie(self) -> None:
-        groups = _Groups()
+        groups: Groups[Value] = Groups()
         for node in self.nodes:
             if node not in self.plan.integer:
                 continue
@@ -363,27 +340,6 @@ class _Planner:
         if self.recipe.pack and layer.weight.bits <= PACKED_BITS:
             return "packed weights are unpacked to float"
         return None
-
-
-class _Groups:
-    """Tensors that share parameters."""
-
-    def __init__(self) -> None:
-        self._of: dict[Value, set[Value]] = {}
-
-    def join(self, values: Iterable[Value]) -> None:
-        """Make one group of these and of the groups that they are in."""
-        together: set[Value] = set()
-        for value in values:
-            together |= self._of.get(value, {value})
-        for value in together:
-            self._of[value] = together
-
-    def in_order(self, order: Iterable[Value]) -> list[tuple[Value, ...]]:
-        """The groups of more than one, each in this order."""
-        place = {value: index for index, value in enumerate(order)}
-        unique = {id(group): group for group in self._of.values() if len(group) > 1}
-        return [tuple(sorted(group, key=place.__getitem__)) for group in unique.values()]
 
 
 _Neighbours = Callable[[Node], Iterator[Node]]

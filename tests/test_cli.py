@@ -1155,3 +1155,110 @@ def test_a_study_takes_the_options_of_quantize() -> None:
     own = {"output", "seeds", "holdout", "images", "verbose"}
     names = {option.name for option in cli.quantize.params} - cli.NOT_STUDIED
     assert {option.name for option in cli.study_samples.params} == names | own
+
+
+# -- commands that look ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def twenty(tmp_path: Path) -> Path:
+    """Ten class folders of two pictures each."""
+    (tmp_path / "labelled").mkdir()
+    for number in range(20):
+        picture(tmp_path / "labelled" / f"class{number // 2}" / f"{number}.png", number)
+    return tmp_path / "labelled"
+
+
+def test_evaluate_alone_and_against(call: Qconv, tiny: Path, calib: Path, twenty: Path) -> None:
+    out = tiny.parent / "q.onnx"
+    assert call("quantize", tiny, "--calib", calib, "--preprocess", "unit", "-o", out, "--quiet").status == 0
+    alone = call("evaluate", out, "--images", twenty).out.decode()
+    assert "20 pictures, labels by the folders in alphabetical order" in " ".join(alone.split())
+    assert max(map(len, alone.splitlines())) <= 80
+    found = call("evaluate", out, "--images", twenty, "--against", tiny, "--json").json
+    assert set(found) >= {"model", "images", "top1", "top5", "against", "intervals"}
+    assert found["images"] == 20
+    assert found["against"]["agreement"] > 0.8
+    assert set(found["against"]["flips"]) == {"won", "lost", "p_value"}
+    text = " ".join(call("evaluate", out, "--images", twenty, "--against", tiny).out.decode().split())
+    assert "McNemar" in text
+    assert "SQNR dB" in text
+
+
+def test_evaluate_reads_a_pipe(call: Qconv, tiny: Path, twenty: Path) -> None:
+    done = call("evaluate", "-", "--images", twenty, "--preprocess", "unit", "--json", stdin=tiny.read_bytes())
+    assert done.json["model"] == "the model on standard input"
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.npz"])
+def test_predictions_appear_whole(call: Qconv, tiny: Path, twenty: Path, name: str) -> None:
+    out = tiny.parent / name
+    done = call("evaluate", tiny, "--images", twenty, "--preprocess", "unit", "--save-predictions", out, "--quiet")
+    assert (done.status, done.out) == (0, b"")
+    assert sorted(listing(tiny.parent)) == ["model.onnx", name]
+    if name == "p.csv":
+        assert len(out.read_text().splitlines()) == 21
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        (("--images", "nowhere"), "nowhere does not exist"),
+        (("--images", "IMAGES", "--classes", "nothing.txt"), "nothing.txt cannot be read"),
+        (("--images", "IMAGES", "--label-offset", "5"), "10 class folders, shifted by 5, do not fit 10 outputs"),
+        (("--images", "IMAGES", "--against", "nothing.onnx"), "nothing.onnx"),
+        (("--images", "IMAGES", "--save-predictions", "no/such/p.csv"), "no/such"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(
+    call: Qconv, tiny: Path, twenty: Path, arguments: tuple[str, ...], fact: str
+) -> None:
+    given = [str(twenty) if argument == "IMAGES" else argument for argument in arguments]
+    assert_error(call("evaluate", tiny, "--preprocess", "unit", *given), fact)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--images", "x", "--save-predictions", "p.txt"), ("--images", "x", "--against", "-"), ("--images", "")],
+)
+def test_evaluate_has_usage_errors(call: Qconv, tiny: Path, arguments: tuple[str, ...]) -> None:
+    assert call("evaluate", tiny, *arguments).status == 2
+
+
+def test_audit_of_a_file_and_of_a_pipe(call: Qconv, tmp_path: Path) -> None:
+    out = tmp_path / "q.onnx"
+    call("quantize", CIFAR, "--calib", PHOTOS, *QUICK, "--preprocess", "imagenet", "-o", out, "--quiet")
+    text = call("audit", out).out.decode()
+    for told in ("Q/DQ", "integers", "in float by choice", "[placed]", "ONNX Runtime"):
+        assert told in text
+    found = call("audit", "-", "--json", stdin=out.read_bytes()).json
+    assert found["integer"] + found["float"] == len(found["layers"])
+    assert {"node", "op", "why", "remedy", "rule", "us"} == set(found["placed"][0])
+
+
+def test_audit_asks_for_a_size_that_is_open(call: Qconv, tmp_path: Path) -> None:
+    path = tmp_path / "open.onnx"
+    path.write_bytes(net("y = Conv(x, w)", ("N", 3, "H", "W")).SerializeToString())
+    assert_error(call("audit", path), "--size")
+    assert call("audit", path, "--size", "9x8", "--quiet").status == 0
+    assert_error(call("audit", tmp_path / "none.onnx"), "none.onnx")
+
+
+def test_targets_and_their_refusals(call: Qconv, tiny: Path, calib: Path) -> None:
+    options = ("--calib", calib, "--preprocess", "unit")
+    done = call("quantize", tiny, *options, "--target", "tensorrt")
+    assert done.status == 0
+    assert "as tensorrt decides" in done.out.decode()
+    assert "speed here" not in done.out.decode()
+    refused = call("quantize", tiny, *options, "--target", "tensorrt", "--activation-scheme", "asymmetric")
+    assert refused.status == 2
+    assert "zero point 0" in refused.err
+
+
+def test_saturation_is_a_choice_of_three(call: Qconv, tiny: Path, calib: Path) -> None:
+    options = ("--calib", calib, "--preprocess", "unit", "--json", "-o", tiny.parent / "o.onnx")
+    kept = [
+        call("quantize", tiny, *options, *more).json["recipe"]["saturation_safe"]
+        for more in ((), ("--saturation-safe",), ("--no-saturation-safe",))
+    ]
+    assert kept == [None, True, False]

@@ -197,7 +197,7 @@ def test_an_offset_shifts_the_labels(folder: Path, tmp_path: Path) -> None:
     plain = saved(classifier(g=weights), tmp_path)
     wide = saved(classifier(g=np.concatenate([np.full((16, 1), -9, np.float32), weights], axis=1)), tmp_path, "w.onnx")
     assert scored(wide, folder, offset=1).top1 == scored(plain, folder).top1
-    with pytest.raises(QconvError, match="8 class folders for 9 outputs"):
+    with pytest.raises(QconvError, match="8 class folders do not fit 9 outputs"):
         scored(wide, folder)
 
 

@@ -18,7 +18,7 @@ from tests.bench import accuracy, cost, latency, light, peer
 from tests.bench.cases import REPOSITORY, Case, label, light_file, linked, pictures
 from tests.bench.coverage import coverage
 
-LATENCY_ROUNDS = 32
+LATENCY_ROUNDS = 24
 COST_ROUNDS = 5
 
 
@@ -134,7 +134,7 @@ class Bench:
         out.unlink(missing_ok=True)
         done = run(self.command(model, self.folder(), out))
         report = json.loads(done.stdout) if done.returncode == 0 else {}
-        kept = ("size", "opset", "ir_version", "needs", "verify", "warnings", "time", "peak_rss_mb")
+        kept = ("size", "opset", "ir_version", "needs", "verify", "audit", "warnings", "time", "peak_rss_mb")
         errors = done.stderr.strip().splitlines()[-3:]
         return {"status": done.returncode, "stderr": errors, "report": {key: report.get(key) for key in kept}}
 
@@ -168,7 +168,9 @@ class Bench:
         models = {"float": self.float_model}
         models |= {"peer": self.peer_file} if self.found["peer"]["input"] else {}
         models |= {"qconv": self.own_file} if self.found["qconv"]["status"] == 0 else {}
-        self.found["latency"] = latency.measure(models, self.case.prep(self.tests[0]), LATENCY_ROUNDS)
+        size = self.case.prep.size
+        self.found["latency"] = latency.measure(models, size, threads=1, rounds=LATENCY_ROUNDS)
+        self.found["latency of 2 threads"] = latency.measure(models, size, threads=2, rounds=LATENCY_ROUNDS)
 
     def measure_cost(self) -> None:
         scratch = self.setup.work / "cost"

@@ -7,7 +7,7 @@ from typing import Any
 
 COLUMNS = (
     *("model", "agree % q|p", "SQNR q|p", "top-1 f|q|p", "p", "int/float ops q|p", "ms f|p|q", "q/p (10-90 %)"),
-    *("f/q", "size q|p", ""),
+    *("f/q", "2 threads q/p", "f/q", "size q|p", ""),
 )
 LEGEND = "f: float, q: qconv, p: the peer (quant_pre_process + quantize_static); column p: McNemar, float against qconv"
 
@@ -42,7 +42,7 @@ def _section(title: str, lines: list[str]) -> str:
 def _row(name: str, found: dict[str, Any]) -> list[str]:
     sides = [found.get("qconv", {}), found.get("peer", {})]
     scores = [side.get("accuracy", {}) for side in sides]
-    times = found.get("latency", {})
+    times, two = found.get("latency", {}), found.get("latency of 2 threads", {})
     ms = times.get("median_ms", {})
     return [
         name,
@@ -54,6 +54,8 @@ def _row(name: str, found: dict[str, Any]) -> list[str]:
         _pair(*(_number(ms.get(key), 1, "#.3g") for key in ("float", "peer", "qconv"))) if ms else "-",
         _spread(times.get("qconv/peer")),
         _number((times.get("float/qconv") or [None, None])[1], 1, ".2f"),
+        _number((two.get("qconv/peer") or [None, None])[1], 1, ".2f"),
+        _number((two.get("float/qconv") or [None, None])[1], 1, ".2f"),
         _pair(*(_number(side.get("size_ratio"), 1, ".3f") for side in sides)),
         _verdict(found.get("marks")),
     ]

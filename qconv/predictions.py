@@ -1,0 +1,105 @@
+"""What a model said of every picture, and tables of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.errors import QconvError
+from qconv.labels import Classes
+
+TOP = 5
+
+
+@dataclass(slots=True)
+class Seen:
+    """What is remembered of the pictures, in their order.
+
+    best: the classes with the highest scores, (pictures, 5), and their scores. rows: of each output a row a picture:
+    sums of ref^2, noise, ref * got, got^2, equal positions, positions.
+    """
+
+    best: list[NDArray[np.int64]] = field(default_factory=list)
+    scores: list[NDArray[np.float64]] = field(default_factory=list)
+    classes: int = 0
+
+    def add(self, output: NDArray[Any]) -> None:
+        """Take in one picture's class scores, (1, C) or (1, C, 1, 1)."""
+        scores = output.reshape(-1).astype(np.float64)
+        order = np.argsort(-scores, kind="stable")[:TOP]
+        self.classes = scores.size
+        self.best.append(order)
+        self.scores.append(scores[order])
+
+    def hits(self, labels: NDArray[np.int64], most: int) -> NDArray[np.bool_]:
+        """Whether the label is among the `most` best, by picture."""
+        found: NDArray[np.bool_] = (np.stack(self.best)[:, :most] == labels[:, None]).any(axis=1)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What the model said of every picture."""
+
+    paths: Sequence[Path]
+    labels: NDArray[np.int64] | None
+    classes: Classes | None
+    offset: int
+    seen: Seen | None
+    other: Seen
+    names: Sequence[str]
+    outputs: Sequence[list[NDArray[Any]]]
+
+    def as_csv(self) -> bytes:
+        """A line a picture: path, label, the best five classes with their scores, the other model's best class.
+
+        Raises QconvError where no output is one score a class.
+        """
+        if self.seen is None:
+            raise QconvError("No output of the model is one score a class.", "save all outputs in a .npz file.")
+        count = min(TOP, self.seen.classes)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        head = ["path", "label", "label_name", "correct", "top1_name"]
+        head += [f"{what}{n}" for n in range(1, count + 1) for what in ("top", "score")]
+        writer.writerow([*head, *(["against_top1"] if self.other.best else [])])
+        for index in sorted(range(len(self.paths)), key=lambda i: self.paths[i].as_posix()):
+            best, scores = self.seen.best[index], self.seen.scores[index]
+            label = None if self.labels is None else int(self.labels[index])
+            row: list[Any] = [self.paths[index].as_posix(), "" if label is None else label, self._name(label)]
+            row += ["" if label is None else int(best[0] == label), self._name(int(best[0]))]
+            for number, score in zip(best, scores, strict=True):
+                row += [int(number), repr(float(np.float32(score)))]
+            row += [int(self.other.best[index][0])] if self.other.best else []
+            writer.writerow(row)
+        return text.getvalue().encode("utf-8", "surrogateescape")
+
+    def _name(self, label: int | None) -> str:
+        if label is None or self.classes is None:
+            return ""
+        return self.classes.names.get(label - self.offset, "")
+
+    def as_npz(self) -> bytes:
+        """All outputs, (pictures, ...) each under its name, with `paths`, and `labels` where they are known.
+
+        Raises QconvError for outputs whose shapes differ from picture to picture.
+        """
+        order = sorted(range(len(self.paths)), key=lambda i: self.paths[i].as_posix())
+        arrays: dict[str, NDArray[Any]] = {"paths": np.array([self.paths[i].as_posix() for i in order])}
+        if self.labels is not None:
+            arrays["labels"] = self.labels[order]
+        for index, name in enumerate(self.names):
+            found = [self.outputs[i][index] for i in order]
+            if len({array.shape for array in found}) > 1:
+                raise QconvError(f"Output {name} differs in shape from picture to picture.", "save a .csv instead.")
+            arrays[f"{name}_output" if name in ("paths", "labels") else name] = np.concatenate(found)
+        stream = io.BytesIO()
+        np.savez(stream, allow_pickle=False, **arrays)
+        return stream.getvalue()
