@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--qconv", default="", metavar="OPTIONS", help="more options for qconv, as one text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     wanted = parser.parse_args()
-    cases = [case for case in CASES if not case.light and (not wanted.only or case.name in wanted.only)]
+    cases = [case for case in CASES if case.trained and (not wanted.only or case.name in wanted.only)]
     results: dict[str, Any] = {}
     for case in cases:
         results[case.name] = measured(case, wanted)

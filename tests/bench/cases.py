@@ -65,7 +65,8 @@ class Case:
     """One model. `options` tell qconv the same preprocessing as `prep`.
 
     class_scores: axis 1 of every output holds class scores, so that agreement means something.
-    light: a topology of the onnx package; scored on a copy with weights of its own (see light.py).
+    light: a topology of the onnx package; scored on a copy with weights of its own (see light.py). made: written by
+    yolo.py.
     cost: numbers of calibration pictures to measure time and memory of the whole command with.
     """
 
@@ -79,9 +80,15 @@ class Case:
     labels: bool = False
     class_scores: bool = True
     light: bool = False
+    made: bool = False
     cost: tuple[int, ...] = ()
     most_lost: float | None = None  # points of top-1
     paired_test_excuses: bool = False  # a loss of more points is held if a paired test sees no difference
+
+    @property
+    def trained(self) -> bool:
+        """Whether its weights are those of a trained network."""
+        return not (self.light or self.made)
 
     @property
     def calibration_folder(self) -> str:
@@ -172,6 +179,14 @@ CASES: tuple[Case, ...] = (
         ("--preprocess", "unit", "--resize", "exact"),
         pictures="cifar10",
         tests=2000,
+    ),
+    Case(
+        "yolo_silu",
+        "yolo_silu.onnx",
+        Prep((256, 256), scale=1 / 255),
+        ("--preprocess", "unit", "--resize", "exact"),
+        class_scores=False,
+        made=True,
     ),
     *map(
         _light,

@@ -193,7 +193,9 @@ def main() -> None:
         work = Path(scratch)
         rows = list(own_rows(work))
         if (wanted.data / "models").is_dir():
-            rows += shared_rows(wanted.data, work, [case for case in CASES if wanted.light or not case.light])
+            rows += shared_rows(
+                wanted.data, work, [case for case in CASES if case.trained or (case.light and wanted.light)]
+            )
         else:
             print(f"{wanted.data} does not exist: only the network of this repository is tried.")
         there = []

@@ -45,7 +45,7 @@ def main() -> None:
     wanted = parser.parse_args()
     verdicts: Counter[str] = Counter()
     for case in CASES:
-        if case.light or (wanted.only and case.name not in wanted.only):
+        if not case.trained or (wanted.only and case.name not in wanted.only):
             continue
         for kind, verdict, words in judged(case, wanted.data):
             verdicts[verdict] += 1

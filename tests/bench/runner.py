@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tests.bench import accuracy, cost, latency, light, peer
+from tests.bench import accuracy, cost, latency, light, peer, yolo
 from tests.bench.cases import REPOSITORY, Case, label, light_file, linked, pictures
 from tests.bench.coverage import coverage
 
@@ -43,6 +43,10 @@ class Bench:
 
     @cached_property
     def shipped(self) -> Path:
+        if self.case.made:
+            path = self._place("models", "onnx")
+            yolo.write(path)
+            return path
         return light_file(self.case) if self.case.light else self.setup.data / "models" / self.case.model
 
     @cached_property
