@@ -41,6 +41,7 @@ bench: $(STAMP) ## measure against ONNX Runtime's own quantizer; needs models an
 	$(BIN)/python -m tests.bench.calibrators
 	$(BIN)/python -m tests.bench.detection
 	$(BIN)/python -m tests.bench.kernels
+	$(BIN)/python -m tests.bench.placement
 
 compat: $(STAMP) ## run the files in ONNX Runtime 1.17 to the newest, each in an environment of its own
 	$(BIN)/python -m tests.bench.compat $(ARGS)
