@@ -14,7 +14,7 @@ from qconv.load import as_it_is
 from qconv.madeup import made_up
 from qconv.report import Audit
 from qconv.runtime import VERSION, Session
-from qconv.source import Source, read
+from qconv.source import Source, is_quantized, read
 
 FORMATS = (
     ("QOperator", ("QLinear", "QGemm"), "integer operators in the file itself; qconv writes Q/DQ, which every runtime "
@@ -60,7 +60,8 @@ def examine(source: Source, *, threads: int, batch: int | None, size: Sequence[i
     proto = read(source)
     kinds = {node.op_type for node in proto.graph.node}
     found = ((name, meaning) for name, begins, meaning in FORMATS if any(kind.startswith(begins) for kind in kinds))
-    name, meaning = next(found, ("float", "nothing is quantized"))
+    plain = ("weights only", FORMATS[-1][2]) if is_quantized(proto) else ("float", "nothing is quantized")
+    name, meaning = next(found, plain)
     model = as_it_is(proto, source)
     with save.runnable(model, ()) as runnable, save.scratch(2 * save.total_bytes(model)) as folder:
         optimized = folder / "optimized.onnx"

@@ -195,8 +195,16 @@ def file_bytes(proto: onnx.ModelProto, source: Source) -> int:
     return sum(path.stat().st_size for path in (source.path, *(folder / location for location in locations)))
 
 
-def _quantized_node(proto: onnx.ModelProto) -> onnx.NodeProto | None:
-    return next((n for n in proto.graph.node if n.op_type in QUANTIZED_OPS or n.op_type.startswith("QLinear")), None)
+def _quantized_node(proto: onnx.ModelProto) -> Any:
+    """The first node that tells, or None: qconv's own Cast of weights among them, which are codes of one or two bytes."""
+    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT16) if "qconv.version" in metadata(proto) else ()
+    codes = {tensor.name for tensor in proto.graph.initializer if tensor.data_type in kinds}
+    for node in proto.graph.node:
+        if node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear"):
+            return node
+        if node.op_type == "Cast" and node.input[0] in codes:
+            return node
+    return None
 
 
 def metadata(proto: onnx.ModelProto) -> dict[str, str]:

@@ -1262,3 +1262,12 @@ def test_saturation_is_a_choice_of_three(call: Qconv, tiny: Path, calib: Path) -
         for more in ((), ("--saturation-safe",), ("--no-saturation-safe",))
     ]
     assert kept == [None, True, False]
+
+
+def test_a_file_with_nothing_but_quantized_weights_is_quantized(call: Qconv, tiny: Path, calib: Path) -> None:
+    out = tiny.parent / "w.onnx"
+    options = ("--calib", calib, "--preprocess", "unit")
+    assert call("quantize", tiny, *options, "--activation-bits", "32", "-o", out).status == 0
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in onnx.load(out).graph.node}
+    assert_error(call("quantize", out, *options), "already quantized")
+    assert "weights only" in call("audit", out).out.decode()
