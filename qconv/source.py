@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError, Message
@@ -196,7 +197,7 @@ def file_bytes(proto: onnx.ModelProto, source: Source) -> int:
 
 
 def _quantized_node(proto: onnx.ModelProto) -> Any:
-    """The first node that tells, or None: qconv's own Cast of weights among them, which are codes of one or two bytes."""
+    """The first node that tells, or None. qconv's own Cast of weights, codes of one or two bytes, does."""
     kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT16) if "qconv.version" in metadata(proto) else ()
     codes = {tensor.name for tensor in proto.graph.initializer if tensor.data_type in kinds}
     for node in proto.graph.node:
