@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 
 from qconv.explain import dequantizer_of, reason
-from qconv.graph import DataType, Model, Node, array, input_of
+from qconv.graph import DataType, Model, Node, array, attribute, input_of
 from qconv.plan import Plan
 from qconv.report import Audit, Island, LayerTime, Saturation
 from qconv.rules import ACTIVATIONS, RULES, Weighted
@@ -26,7 +26,11 @@ from qconv.runtime import Session
 from qconv.saturation import worst_pair
 
 INTEGER_OPS = frozenset({"QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
-CONVERTING_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "Constant", "ReorderInput", "ReorderOutput"})
+CONVERTING_OPS = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant", "ReorderInput", "ReorderOutput"}
+)
+SUMS = frozenset({"ConvInteger", "MatMulInteger"})
+"""They write the sums of products, which a Cast and a Mul by the scale make numbers of."""
 FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
 SHAPE_OPS = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "NonZero"})
 SUFFIX = re.compile(r"(_token_\d+|_nchwc|_nhwc|_pre_q)+$")
@@ -34,15 +38,18 @@ LAYOUT_OPS = frozenset({"Transpose", "Reshape"})
 FUSED_ACTIVATIONS = ACTIVATIONS | {"HardSigmoid", "LeakyRelu", "Sigmoid", "Tanh"}
 """What ONNX Runtime makes one node of with the float layer in front of it."""
 PROFILED_RUNS = 5
-PLACED = "faster in float, by qconv's cost table"
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What was decided before the runtime saw the file. kept: node -> why it stays float; placed: those by cost."""
+    """What was decided before the runtime saw the file. kept: node -> why it stays float; placed: those by cost.
+
+    whole: why all of it is float, or runs as it does here; empty for most files.
+    """
 
     kept: Mapping[str, str] = field(default_factory=dict)
     placed: frozenset[str] = frozenset()
+    whole: str = ""
 
     @classmethod
     def of(cls, plan: Plan) -> Known:
@@ -121,8 +128,8 @@ def _island(node: onnx.NodeProto, name: str, names: _Names, known: Known, us: fl
     if name in known.kept:
         rule = "placed" if name in known.placed else "kept"
         return Island(name, node.op_type, known.kept[name], None, rule, us)
-    if name in known.placed:
-        return Island(name, node.op_type, PLACED, None, "placed", us)
+    if known.whole:
+        return Island(name, node.op_type, known.whole, None, "recipe", us)
     found = names.nodes.get(name)
     if found is None:
         return Island(name, node.op_type, "the runtime made it of others", None, "made", us)
@@ -151,12 +158,18 @@ def sort_nodes(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.
     codes = {value.name for value in graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8}
     aside: set[str] = {tensor.name for tensor in graph.initializer}
     integer, others = [], []
+    sums: set[str] = set()
     for node in graph.node:
+        if node.op_type in SUMS:
+            sums.update(node.output)
+        elif node.op_type in ("Cast", "Mul") and any(name in sums for name in node.input):
+            sums.update(node.output if node.op_type == "Cast" else ())
+            continue
         if node.op_type == "Sum" and len(node.input) == 1:  # emit's own copy, which keeps a node in float
             continue
         if node.op_type in CONVERTING_OPS:
-            if node.op_type == "QuantizeLinear":
-                codes.update(node.output)
+            if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
+                codes.add(_first(node.output))
             elif _first(node.input) in aside:
                 aside.update(node.output)
             continue
@@ -185,24 +198,43 @@ def _first(names: Iterable[str]) -> str:
     return next(iter(names), "")
 
 
+WEIGHTS_AT = {"QLinearConv": (2, 3), "QLinearMatMul": (2, 3), "QGemm": (2, 3)}
+"""Where integer operators have the zero point of their data, and their weights."""
+
+
 def saturating(model: Model) -> Iterator[Saturation]:
     """The layers in which two products of 8 bits can be more than 16 hold, whatever the codes: see `saturation`."""
     for node in model.nodes():
-        rule = RULES.get(node.op_type)
-        data, weight = dequantizer_of(input_of(node, 0)), dequantizer_of(input_of(node, 1))
-        if not isinstance(rule, Weighted) or data is None or weight is None or node.op_type == "ConvTranspose":
+        found = _product(node)
+        if found is None:
             continue
-        read, codes = data.inputs[0], array(weight.inputs[0])
-        if read is None or read.dtype != DataType.UINT8 or codes is None or codes.dtype != np.int8:
-            continue
-        axis = rule.output_axis if node.op_type != "Gemm" or not _transposed(node) else 0
-        if codes.ndim > 2 and codes.shape[1] == 1:
+        codes, axis = found
+        groups = attribute(node, "group", 1)
+        if codes.ndim > 2 and groups > 1 and codes.shape[:2] == (groups, 1):
             continue  # depthwise kernels widen first
         excess = worst_pair(codes, axis)
         if excess.max() > 1:
             yield Saturation(node.name or "", float(excess.max()), int((excess > 1).sum()), codes.shape[axis])
 
 
-def _transposed(node: Node) -> bool:
-    found = node.attributes.get("transB")
-    return found is not None and bool(found.value)
+def _product(node: Node) -> tuple[NDArray[np.int8], int] | None:
+    """Weights and their axis of outputs, where uint8 is multiplied with constant int8; None for other nodes."""
+    rule = RULES.get(node.op_type)
+    if isinstance(rule, Weighted) and node.op_type != "ConvTranspose":
+        data, weight = dequantizer_of(input_of(node, 0)), dequantizer_of(input_of(node, 1))
+        kind = None if data is None or data.inputs[0] is None else data.inputs[0].dtype
+        codes = None if weight is None else array(weight.inputs[0])
+        axis = 0 if node.op_type == "Gemm" and attribute(node, "transB", 0) else rule.output_axis
+    elif node.op_type in WEIGHTS_AT:
+        zero, place = WEIGHTS_AT[node.op_type]
+        stored, codes = input_of(node, zero), array(input_of(node, place))
+        kind = None if stored is None else stored.dtype
+        axis = 0 if node.op_type == "QLinearConv" or attribute(node, "transB", 0) else 1
+    elif node.op_type in SUMS:
+        kind, codes = DataType.UINT8, array(input_of(node, 1))  # behind a DynamicQuantizeLinear there is nothing else
+        axis = 0 if node.op_type == "ConvInteger" else 1
+    else:
+        return None
+    if kind != DataType.UINT8 or codes is None or codes.dtype != np.int8 or codes.ndim < 2:
+        return None
+    return codes, axis

@@ -24,9 +24,11 @@ from qconv.intervals import Interval
 from qconv.labels import Classes, classes_of, folder_of
 from qconv.predictions import TOP, Predictions, Seen
 from qconv.recipe import Recipe
+from qconv.runtime import Session
 from qconv.source import Source
 from qconv.verify import is_class_score, sqnr_db
 
+LARGEST = float(np.finfo(np.float64).max) / 1e6  # the noise of NaN: what can still be added up
 Progress = Callable[[str, int, int], None]
 
 
@@ -34,14 +36,15 @@ Progress = Callable[[str, int, int], None]
 class Wishes:
     """What is to be measured. recipe: names the pictures (its `calib`), and how they are fed.
 
-    classes, label_offset: see `labels`. keep: remember all outputs, for `Predictions.as_npz`.
+    classes, label_offset: see `labels`. table: what will be made of the predictions, ".csv", ".npz" (then all outputs
+    are remembered) or None.
     """
 
     recipe: Recipe
     against: Source | None = None
     classes: Path | None = None
     label_offset: int = 0
-    keep: bool = False
+    table: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,10 @@ def _listed(interval: Interval | None) -> list[float] | None:
 
 
 def _row(ref: NDArray[Any], got: NDArray[Any]) -> list[float]:
-    wide, other = ref.astype(np.float64), got.astype(np.float64)
+    finite = np.isfinite(ref)  # where the other model itself has no number there is nothing to be near to
+    wide, other = np.where(finite, ref, 0).astype(np.float64), np.where(finite, got, 0).astype(np.float64)
+    broken = not np.isfinite(other).all()
+    other = np.where(np.isfinite(other), other, 0)
     equal = positions = 0
     if ref.dtype.kind != "f":
         equal, positions = int((ref == got).sum()), ref.size
@@ -177,6 +183,8 @@ def _row(ref: NDArray[Any], got: NDArray[Any]) -> list[float]:
     sums = [
         float(np.sum(a * b)) for a, b in ((wide, wide), (wide - other, wide - other), (wide, other), (other, other))
     ]
+    if broken:
+        sums[1] = LARGEST
     return [*sums, equal, positions]
 
 
@@ -203,7 +211,8 @@ def _compared(name: str, rows: list[list[float]]) -> Output:
 def class_vector(outputs: Outputs) -> int | None:
     """Which output is one score a class: the first of shape (1, C), or (1, C, 1, 1)."""
     for index, output in enumerate(outputs):
-        if output.dtype.kind == "f" and output.ndim >= 2 and output.shape[1] > 1 and output[0].size == output.shape[1]:
+        numbers = isinstance(output, np.ndarray) and output.dtype.kind == "f" and output.ndim >= 2
+        if numbers and output.shape[1] > 1 and output[0].size == output.shape[1]:
             return index
     return None
 
@@ -232,15 +241,22 @@ def evaluate(
     kept: list[Outputs] = []
     vector: int | None = None
     for done, (mine, theirs) in enumerate(_side_by_side(own, other, warn, lost), 1):
-        vector = class_vector(mine) if done == 1 else vector
+        if done == 1:  # what cannot be is better said before thousands of pictures
+            vector = class_vector(mine)
+            outputs = 0 if vector is None else mine[vector].shape[1]
+            _labels(paths, root, classes, wishes, outputs)
+            if wishes.table == ".csv" and vector is None:
+                raise QconvError("No output of the model is one score a class.", "save all outputs in a .npz file.")
         if vector is not None:
+            _require_numbers(mine[vector], own.session, vector)
             seen.add(mine[vector])
         if other is not None:
             chosen = [theirs[other.session.outputs.index(name)] for name in own.session.outputs]
             if vector is not None:
+                _require_numbers(chosen[vector], other.session, vector)
                 its.add(chosen[vector])
             _add(rows, own.session.outputs, chosen, mine)
-        if wishes.keep:
+        if wishes.table == ".npz":
             kept.append(mine)
         progress("evaluate", done + len(lost), len(paths))
     left = [path for path in paths if path not in lost]
@@ -249,9 +265,11 @@ def evaluate(
     if labels is None and other is None:
         raise QconvError(
             "There is nothing to measure: "
-            + ("no output is a class score" if vector is None else f"the pictures in {root} lie in no class folders")
+            + ("no output is a class score" if vector is None else _why_no_labels(root))
             + ", and there is no other model.",
-            "pass --against FLOAT, or a folder with one folder of pictures a class.",
+            "pass --against FLOAT, or a folder with one folder of pictures a class."
+            if root.is_dir()
+            else "pass --against FLOAT, or the classes in output order with --classes FILE.",
         )
     if labels is not None:
         assert classes is not None
@@ -289,6 +307,14 @@ def _silent(text: str) -> None:
     pass
 
 
+def _require_numbers(scores: NDArray[Any], session: Session, index: int) -> None:
+    if not np.isfinite(scores).all():
+        fact = (
+            f"Output {session.outputs[index]} of {session.name} holds NaN or infinity, so that no class is the highest."
+        )
+        raise QconvError(fact, "check the preprocessing options, and the model on one picture.")
+
+
 def _add(rows: list[list[list[float]]], names: Sequence[str], refs: Outputs, gots: Outputs) -> None:
     for table, name, ref, got in zip(rows, names, refs, gots, strict=True):
         if not isinstance(ref, np.ndarray) or ref.dtype.kind not in "fiub":
@@ -301,6 +327,12 @@ def _add(rows: list[list[list[float]]], names: Sequence[str], refs: Outputs, got
         table.append(_row(ref, got))
 
 
+def _why_no_labels(root: Path) -> str:
+    if root.is_dir():
+        return f"the pictures in {root} lie in no class folders"
+    return f"{root} lists pictures, but not the order of their class folders among the outputs"
+
+
 def _labels(
     paths: Sequence[Path], root: Path, classes: Classes | None, wishes: Wishes, outputs: int
 ) -> NDArray[np.int64] | None:
@@ -311,7 +343,7 @@ def _labels(
             raise QconvError(fact, "leave --classes and --label-offset out.")
         return None
     folders = [folder_of(path, root) for path in paths]
-    if classes is None or not any(folders) or (not root.is_dir() and wishes.classes is None):
+    if classes is None or not any(folders):
         if asked:
             raise QconvError(f"The pictures in {root} lie in no class folders.", "put each into a folder of its class.")
         return None

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qconv import save
 from qconv.audit import Known, audit, profiled
 from qconv.cpu import Cpu, this_cpu
-from qconv.fileformat import placed_in
+from qconv.fileformat import placed_in, recipe_in
+from qconv.graph import Model
 from qconv.load import as_it_is
 from qconv.madeup import made_up
+from qconv.planner import WISHED
 from qconv.report import Audit
 from qconv.runtime import VERSION, Session
 from qconv.source import Source, is_quantized, read
+from qconv.targets import TARGETS
 
 FORMATS = (
     ("QOperator", ("QLinear", "QGemm"), "integer operators in the file itself; qconv writes Q/DQ, which every runtime "
@@ -28,12 +32,16 @@ FORMATS = (
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """What was found of one file."""
+    """What was found of one file. recipe: of a file by qconv, empty for others.
+
+    widened: whether qconv has widened weight scales until no pair of products overflowed on its pictures.
+    """
 
     name: str
     format: str
     meaning: str
-    by_qconv: bool
+    widened: bool
+    recipe: dict[str, Any]
     audit: Audit
     cpu: Cpu
     threads: int
@@ -46,7 +54,7 @@ class Examined:
             "schema": 1,
             "model": self.name,
             "format": self.format,
-            "by_qconv": self.by_qconv,
+            "by_qconv": bool(self.recipe),
             "onnxruntime": self.version,
             "threads": self.threads,
             "cpu": self.cpu.as_dict(),
@@ -69,6 +77,27 @@ def examine(source: Source, *, threads: int, batch: int | None, size: Sequence[i
             runnable, name=source.name, threads=threads, save_optimized=optimized, profile=folder / "profile"
         )
         times = profiled(session, made_up(session, batch, size))
-        audited = audit(optimized, model, Known(placed=placed_in(model)), times)
-    by_qconv = "qconv.version" in model.inner.metadata_props
-    return Examined(source.name, name, meaning, by_qconv, audited, this_cpu(), threads)
+        recipe = recipe_in(model)
+        audited = audit(optimized, model, _known(model, recipe), times)
+    target = TARGETS.get(str(recipe.get("target")))
+    widened = target is not None and target.pairs and recipe.get("saturation_safe") is not False
+    return Examined(source.name, name, meaning, widened, recipe, audited, this_cpu(), threads)
+
+
+def _known(model: Model, recipe: Mapping[str, Any]) -> Known:
+    """What qconv had decided when it wrote the file; nothing for others."""
+    placed = placed_in(model)
+    how = "as measured by --tune-latency" if recipe.get("tune_latency") else "by qconv's cost table"
+    kept = dict.fromkeys(placed, f"faster in float, {how}")
+    for node in model.nodes():
+        if any(fnmatch.fnmatchcase(node.name or "", glob) for glob in recipe.get("keep_float", ())):
+            kept[node.name or ""] = WISHED
+        elif node.op_type in recipe.get("keep_float_op", ()):
+            kept[node.name or ""] = f"{WISHED}-op"
+    target = TARGETS.get(str(recipe.get("target")))
+    whole = ""
+    if target is not None and not target.on_ort:
+        whole = f"written for {target.name}: ONNX Runtime's CPU provider wants quantizers elsewhere"
+    elif recipe.get("activation_bits") == 32:
+        whole = "only weights are quantized"
+    return Known(kept, placed, whole)

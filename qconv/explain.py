@@ -61,7 +61,7 @@ def _float_inputs(node: Node) -> Reason | None:
         positions = [0, 1]
     for index in positions:
         value = input_of(node, index)
-        if value is None or dequantizer_of(value) is not None:
+        if value is None or dequantizer_of(value) is not None or (index == 1 and _weight_dequantizer(node) is not None):
             continue
         if array(value) is not None:
             what = "weights are" if isinstance(rule, Weighted) else f"constant {value.name} is"
@@ -85,7 +85,7 @@ def _types(node: Node) -> Reason | None:
 def _weights(node: Node) -> Reason | None:
     if not isinstance(RULES.get(node.op_type), Weighted):
         return None
-    made = dequantizer_of(input_of(node, 1))
+    made = _weight_dequantizer(node)
     if made is None:
         return None
     if attribute(made, "block_size", 0):
@@ -175,14 +175,34 @@ def _special(node: Node) -> Reason | None:
     return None
 
 
+def _signed(node: Node) -> Reason | None:
+    """The last resort: x86 kernels want uint8, and the runtime changes int8 over only where one operator reads it."""
+    kinds = [made.inputs[0].dtype for value in node.inputs if (made := dequantizer_of(value)) and made.inputs[0]]
+    if kinds[:1] != [DataType.INT8]:
+        return None
+    why = "int8 activations run in integers on x86 only where ONNX Runtime can turn all around them into uint8"
+    return Reason("int8-activations", why, "use uint8 activations")
+
+
+def _weight_dequantizer(node: Node) -> Node | None:
+    """The dequantizer of a layer's weights, through the Reshape that blocked ones have behind it."""
+    weight = input_of(node, 1)
+    made = dequantizer_of(weight)
+    before = None if weight is None else weight.producer()
+    if made is None and before is not None and before.op_type == "Reshape":
+        return dequantizer_of(input_of(before, 0))
+    return made
+
+
 _RULES_OF_FUSION: tuple[Callable[[Node], Reason | None], ...] = (
     _no_kernel,
     _special,
+    _weights,
     _float_inputs,
     _types,
-    _weights,
     _output,
     _same_parameters,
+    _signed,
 )
 
 

@@ -56,9 +56,10 @@ class Fed:
                 yield found
                 continue
             for name, array in zip(self.session.outputs, found, strict=True):
-                if not array.shape or len(array) != size:
+                if not isinstance(array, np.ndarray) or not array.shape or len(array) != size:
                     fact = f"output {name} of {self.session.name} has no part for each picture of a batch."
-                    raise QconvError(fact, "pass --batch 1, or export the model with a batch of 1.")
+                    fixed = self.feed.inputs[0].shape[0] is not None
+                    raise QconvError(fact, "export the model with a batch of 1." if fixed else "pass --batch 1.")
             for index in range(count):
                 yield [array[index : index + 1] for array in found]
 
@@ -81,17 +82,22 @@ def _opened(
     """
     proto = read(source)
     session = original(source, recipe)
-    told, why = told_by(metadata(proto)), "the file's metadata"
+    carried, said = metadata(proto), recipe.preprocessing
+    told, why = told_by(carried), "the file's metadata"
+    if told is not None and told != told_of_float(carried):  # it takes pixels: all else is for the float model
+        said = replace(said, preset=None, scale=None, mean=None, std=None, color=None, layout=None)
     if told is None:
         told, why = hint, "as the other model"
     if told is not None:
-        feed = Feed.of(session, replace(recipe, preprocessing=_joined(recipe.preprocessing, told)), warn, _nothing)
-        if feed.preprocessing is not None and recipe.preprocessing == PreprocessingOptions():
+        # samples need none of it, which is no news where the user has said nothing
+        quietly = _nobody if recipe.preprocessing == PreprocessingOptions() else warn
+        feed = Feed.of(session, replace(recipe, preprocessing=_joined(said, told)), quietly, _nothing)
+        if feed.preprocessing is not None and said == PreprocessingOptions():
             feed.preprocessing = replace(feed.preprocessing, source=why)
-        return Fed(session, feed, _words(feed))
+        return Fed(session, _checked(feed), _words(feed))
     feed = Feed.of(session, recipe, warn, _nothing)
-    if feed.preprocessing is None or recipe.preprocessing.preset != AUTO:
-        return Fed(session, feed, _words(feed))
+    if feed.preprocessing is None or said.preset != AUTO:
+        return Fed(session, _checked(feed), _words(feed))
     if is_quantized(proto):
         if fact_of(load.as_it_is(proto, source), feed.inputs[0].dtype, feed.preprocessing.layout) is None:
             warn(
@@ -111,6 +117,19 @@ def opened(
     source: Source, against: Source | None, recipe: Recipe, warn: Callable[[str], None]
 ) -> tuple[Fed, Fed | None]:
     """The model and the other one. A quantized file is fed as the float model is, and either as its metadata says."""
+    heard: set[str] = set()
+
+    def once(text: str) -> None:
+        if text not in heard:
+            heard.add(text)
+            warn(text)
+
+    return _opened_both(source, against, recipe, once)
+
+
+def _opened_both(
+    source: Source, against: Source | None, recipe: Recipe, warn: Callable[[str], None]
+) -> tuple[Fed, Fed | None]:
     if against is None:
         return _opened(source, recipe, warn), None
     proto = read(source)
@@ -133,6 +152,19 @@ def _joined(said: PreprocessingOptions, told: PreprocessingOptions) -> Preproces
     if "preset" in changed:
         told = replace(told, preset=None, scale=None, mean=None, std=None, color=None)
     return replace(told, **changed)
+
+
+def _checked(feed: Feed) -> Feed:
+    """Raise QconvError where bytes would have to hold normalised numbers."""
+    (spec, *_), fed = feed.inputs, feed.preprocessing
+    if fed is not None and spec.dtype == np.uint8 and not fed.keeps_pixels:
+        fact = f"input '{spec.name}' takes uint8, in which pixels cannot be normalised."
+        raise QconvError(fact, "leave the preprocessing options out, or pass --preprocess raw.")
+    return feed
+
+
+def _nobody(text: str) -> None:
+    pass
 
 
 def _words(feed: Feed) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection
+from typing import Any
 
 from qconv.errors import QconvError
 from qconv.graph import Model
@@ -66,3 +67,11 @@ def placed_in(model: Model) -> frozenset[str]:
         if isinstance(names, list):
             return frozenset(map(str, names))
     return frozenset()
+
+
+def recipe_in(model: Model) -> dict[str, Any]:
+    """The recipe that a file by qconv was made with; empty for other files."""
+    with contextlib.suppress(KeyError, ValueError):
+        found = json.loads(model.inner.metadata_props["qconv.recipe"])
+        return found if isinstance(found, dict) else {}
+    return {}

@@ -76,6 +76,17 @@ class Pictures:
         return self.preprocessing.as_pixels(self.pixels)
 
     @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of what the model takes; None where that is no picture, or nothing is fed."""
+        if self.fed is not None:
+            return self.fed.size
+        batch = next(iter(self.feed.few("calibrate")), None) if self.feed is not None else None
+        shape = () if batch is None else next(iter(batch.values())).shape
+        if len(shape) != 4:
+            return None
+        return shape[1:3] if shape[3] in (1, 3) and shape[1] not in (1, 3) else shape[2:]
+
+    @property
     def words(self) -> str:
         """The same, for the summary."""
         return replace(self.detected, preprocessing=self.fed).in_words()

@@ -32,7 +32,7 @@ def of_share(hits: int, count: int) -> Interval | None:
     share, z2 = hits / count, Z * Z / count
     middle = (share + z2 / 2) / (1 + z2)
     half = Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count)) / (1 + z2)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return middle - half if hits else 0.0, middle + half if hits < count else 1.0
 
 
 def of_difference(won: int, lost: int, count: int) -> Interval | None:

@@ -83,7 +83,7 @@ def classes_of(root: Path, listing: Path | None) -> Classes | None:
 def _listed(file: Path) -> Classes:
     """A line a class; the folder's name is the whole line or its first word (`n01440764 tench, Tinca tinca`)."""
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = file.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise QconvError(

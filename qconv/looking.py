@@ -11,8 +11,16 @@ from typing import Any
 import click
 
 from qconv.leaving import leave_by_exceptions
-from qconv.options import WIDTH, common_options, preprocessing_of, preprocessing_options, require_output, stack
-from qconv.recipe import Recipe
+from qconv.options import (
+    WIDTH,
+    common_options,
+    output_options,
+    preprocessing_of,
+    preprocessing_options,
+    require_output,
+    stack,
+)
+from qconv.recipe import MOST_THREADS, Recipe
 from qconv.values import Size
 
 NO_STREAM = "a model from standard input can be read only once: name its file."
@@ -35,23 +43,33 @@ size_option = click.option("--size", type=Size(), help="Of pictures, where a mod
 @click.argument("model")
 @batch_option
 @size_option
-@common_options
+@output_options
+@click.option(
+    "--threads",
+    default=1,
+    show_default=True,
+    metavar="N",
+    type=click.IntRange(1, MOST_THREADS),
+    help="Threads of ONNX Runtime.",
+)
 def audit(
     model: str,
     batch: int | None,
     size: tuple[int, int] | None,
-    threads: int | None,
+    threads: int,
     as_json: bool,
     quiet: bool,
     verbose: bool,
 ) -> int:
     """Say what ONNX Runtime runs of MODEL in integers, what in float, by which rule, and what each costs."""
+    if not model:
+        raise click.UsageError("MODEL needs a name.")
     require_output(as_json)
     from qconv import examine, printing
     from qconv.source import source_of
 
     leave_by_exceptions()
-    found = examine.examine(source_of(model), threads=threads or 1, batch=batch, size=size)
+    found = examine.examine(source_of(model), threads=threads, batch=batch, size=size)
     _print(found.as_dict(), lambda: printing.audit(found, verbose=verbose), as_json=as_json, quiet=quiet)
     return 0
 
@@ -123,7 +141,7 @@ evaluate_options = stack(
         help="Write what was said of each picture: a .csv, or a .npz with all outputs.",
     ),
     click.option("--samples", metavar="N", type=click.IntRange(1), help="Draw so many pictures.  [default: all]"),
-    click.option("--seed", default=0, show_default=True, metavar="N", type=click.IntRange(0), help="Of that draw."),
+    click.option("--seed", metavar="N", type=click.IntRange(0), help="Of that draw.  [default: 0]"),
     click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches."),
     click.option("--batch", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="Pictures a run."),
     preprocessing_options,
@@ -142,7 +160,7 @@ def evaluate(
     label_offset: int,
     save_predictions: str | None,
     samples: int | None,
-    seed: int,
+    seed: int | None,
     pattern: str | None,
     batch: int,
     threads: int | None,
@@ -154,6 +172,8 @@ def evaluate(
     """How often MODEL is right on labelled pictures, and how near it is to another model, with 95 % intervals."""
     if "" in (images, against, classes, save_predictions):
         raise click.UsageError("--images, --against, --classes and --save-predictions need a name.")
+    if seed is not None and samples is None:
+        raise click.UsageError("--seed is of the draw that --samples asks for; without it all pictures are used.")
     if "-" in (against, save_predictions):
         raise click.UsageError("only MODEL can be read from a pipe, and only --json can be written to one.")
     out = None if save_predictions is None else Path(save_predictions)
@@ -162,7 +182,7 @@ def evaluate(
     recipe = Recipe(
         calib=(images,),
         samples=samples or ALL_PICTURES,
-        seed=seed,
+        seed=seed or 0,
         glob=pattern,
         batch=batch,
         threads=threads,
@@ -182,7 +202,7 @@ def evaluate(
         None if against is None else source_of(against),
         None if classes is None else Path(classes),
         label_offset,
-        keep=out is not None and out.suffix.lower() == ".npz",
+        table=None if out is None else out.suffix.lower(),
     )
     try:
         found = measuring.evaluate(source_of(model), wishes, warn=console.warn, progress=console.progress)
@@ -190,6 +210,6 @@ def evaluate(
         console.close()
     if out is not None:
         assert found.predictions is not None
-        save.write_whole(out, found.predictions.as_npz() if wishes.keep else found.predictions.as_csv())
+        save.write_whole(out, found.predictions.as_npz() if wishes.table == ".npz" else found.predictions.as_csv())
     _print(found.as_dict(), lambda: printing.evaluation(found, verbose=verbose), as_json=as_json, quiet=quiet)
     return 0

@@ -41,7 +41,7 @@ def _shape(
             given, own = shaped(tuple(size)), shaped(tuple(sides))
             raise QconvError(f"{model} takes pictures of {own}, not {given}.", "leave --size out.")
         if size is not None:
-            wanted[first : first + 2] = size
+            wanted[first : first + 2] = sides = list(size)
         channel = 3 if first == 1 else 1
         if wanted[channel] is None and None not in sides:
             wanted[channel] = 3

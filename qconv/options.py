@@ -12,6 +12,7 @@ import click
 from qconv.errors import QconvError
 from qconv.recipe import (
     AUTO,
+    BLOCK_SIZE,
     CALIBRATORS,
     MOST_THREADS,
     PERCENTILE,
@@ -141,11 +142,9 @@ quantize_options = stack(
     ),
     click.option(
         "--block-size",
-        default=32,
-        show_default=True,
         metavar="N",
         type=click.IntRange(1),
-        help="Input channels that share a scale, for per-block.",
+        help=f"Input channels that share a scale, for per-block.  [default: {BLOCK_SIZE}]",
     ),
     click.option(
         "--edge-bits",
@@ -221,7 +220,7 @@ quantize_options = stack(
 )
 
 SAME = (
-    ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "block_size", "edge_bits", "pack")
+    ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
     + ("calibrator", "percentile", "weight_calibrator", "stats", "save_stats")
     + ("target", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
     + ("opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
@@ -234,8 +233,12 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
 
     options: what click calls them, with their values.
     """
+    granularity, block_size = options["weight_granularity"], options["block_size"]
+    if block_size is not None and granularity != WeightGranularity.PER_BLOCK:
+        raise click.UsageError(f"--block-size is for --weight-granularity per-block, not {granularity}.")
     try:
         return Recipe(
+            block_size=block_size or BLOCK_SIZE,
             glob=options["pattern"],
             weight_scheme=Scheme(options["weight_scheme"]),
             activation_scheme=options["activation_scheme"],

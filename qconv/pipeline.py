@@ -116,7 +116,7 @@ def quantize(
             run.warn(oddity)
     if recipe.tune_latency:
         with run.step("tune"):
-            found_fastest = tuned(model, recipe, sketches, pictures.fed, run.listener.progress)
+            found_fastest = tuned(model, recipe, sketches, pictures.fed, pictures.size, run.listener.progress)
             plan = make_plan(model, recipe, target, found_fastest.floats)
             run.findings.append(Change("tune", source.name, found_fastest.in_words()))
     with run.step("params"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,9 +98,16 @@ class Predictions:
             arrays["labels"] = self.labels[order]
         for index, name in enumerate(self.names):
             found = [self.outputs[i][index] for i in order]
+            if not all(isinstance(array, np.ndarray) and array.dtype.kind in "fiub" for array in found):
+                raise QconvError(f"Output {name} is no tensor of numbers.", "save a .csv instead.")
             if len({array.shape for array in found}) > 1:
                 raise QconvError(f"Output {name} differs in shape from picture to picture.", "save a .csv instead.")
-            arrays[f"{name}_output" if name in ("paths", "labels") else name] = np.concatenate(found)
+            arrays[f"{name}_output" if name in ("paths", "labels") else name] = (
+                np.concatenate(found) if found[0].ndim else np.stack(found)
+            )
         stream = io.BytesIO()
-        np.savez(stream, allow_pickle=False, **arrays)
+        with zipfile.ZipFile(stream, "w") as archive:  # np.savez would take some names for options of its own
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
         return stream.getvalue()

@@ -14,12 +14,13 @@ from qconv.report import Island
 
 COLUMNS = 80
 SHOWN = 8
+NAMED = 3
 
 
 def audit(found: Examined, *, verbose: bool) -> str:
     """Counts and costs, then every float node with its rule, the dearest first."""
     own = found.audit
-    lines = [f"{found.name}: {found.format} ({found.meaning})".replace("; ", ";\n  ", 1), ""]
+    lines = [wrapped(f"{found.name}: {found.format} ({found.meaning})"), ""]
     rows = [("", "nodes", "us a run", "share")]
     total, codes, floats = own.total_us or 0.0, own.spent("integer") or 0.0, own.spent("float") or 0.0
     rows.append(("integers", str(own.integer), f"{codes:.0f}", _share(codes, total)))
@@ -29,7 +30,7 @@ def audit(found: Examined, *, verbose: bool) -> str:
     quantized = found.format != "float"  # of a float model it is no news
     for title, islands in (("float islands", own.islands if quantized else ()), ("in float by choice", own.placed)):
         if islands:
-            lines += ["", f"{title}:", _islands(islands, total, None if verbose else SHOWN)]
+            lines += ["", f"{title}:", *_islands(islands, total, verbose=verbose)]
     if verbose:
         layers = sorted(own.layers, key=lambda layer: -(layer.us or 0.0))
         cells = [(f"{layer.us or 0.0:.1f}", layer.runs, layer.op, layer.node) for layer in layers]
@@ -44,17 +45,33 @@ def _share(us: float | None, total: float) -> str:
     return f"{(us or 0.0) / total:.1%}" if total else ""
 
 
-def _islands(islands: Sequence[Island], total: float, most: int | None) -> str:
-    found = sorted(islands, key=lambda island: -(island.us or 0.0))
-    rows = []
-    for island in found[:most]:
-        rows.append((_share(island.us, total), island.op, island.node, f"[{island.rule}] {island.why}"))
-        if island.remedy is not None:
-            rows.append(("", "", "", f"remedy: {island.remedy}"))
-    if most is not None and len(found) > most:
-        rest = sum(island.us or 0.0 for island in found[most:])
-        rows.append((_share(rest, total), "", f"{len(found) - most} more", "-v shows all"))
-    return columns(rows, "rlll")
+def _islands(islands: Sequence[Island], total: float, *, verbose: bool) -> list[str]:
+    """Those of one operator and one reason together, the dearest first."""
+    groups: dict[tuple[str, ...], list[Island]] = {}
+    for island in islands:
+        # reasons that name neighbours are as many as there are nodes: the rule tells them apart
+        groups.setdefault((island.op, island.rule, island.remedy or ""), []).append(island)
+    ranked = sorted(groups.values(), key=lambda group: -sum(island.us or 0.0 for island in group))
+    lines = []
+    for group in ranked if verbose else ranked[:SHOWN]:
+        first, us = group[0], sum(island.us or 0.0 for island in group)
+        names = [island.node for island in group]
+        more = "" if verbose or len(names) <= NAMED else f" and {len(names) - NAMED} more"
+        where = ", ".join(names if verbose else names[:NAMED]) + more
+        lines.append(_hanging(f"{_share(us, total):>6}  {len(group)} {first.op}: {where}"))
+        others = "; others alike" if len({island.why for island in group}) > 1 else ""
+        lines.append(_hanging(f"        [{first.rule}] {first.why}{others}"))
+        if first.remedy is not None:
+            lines.append(_hanging(f"        remedy: {first.remedy}"))
+    if not verbose and len(ranked) > SHOWN:
+        lines.append(f"        and {len(ranked) - SHOWN} more kinds: -v shows all")
+    return lines
+
+
+def _hanging(text: str) -> str:
+    return textwrap.fill(
+        text, COLUMNS, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
 
 
 def _saturation(found: Examined) -> list[str]:
@@ -70,8 +87,13 @@ def _saturation(found: Examined) -> list[str]:
     lines = [wrapped(what), columns(rows, "rrl")]
     if len(layers) > SHOWN:
         lines.append(f"  and {len(layers) - SHOWN} more")
-    if found.by_qconv:
-        lines.append(wrapped("On pictures like those of calibration none does: qconv has widened their scales."))
+    if found.widened:
+        lines.append(
+            wrapped(
+                "qconv has widened weight scales until none did on the calibration pictures; --saturation-safe "
+                "rules it out on any picture."
+            )
+        )
     return lines
 
 
@@ -124,7 +146,11 @@ def evaluation(found: Evaluation, *, verbose: bool) -> str:
     if found.flips is not None:
         flips = found.flips
         span = of_difference(flips.won, flips.lost, flips.count)
-        chance = "more than chance" if flips.p_value < SIGNIFICANT else f"no more than chance on {flips.count} pictures"
+        chance = (
+            "more than chance"
+            if flips.p_value < SIGNIFICANT
+            else f"no more than chance on {counted(flips.count, 'picture')}"
+        )
         what = f"difference {100 * flips.difference:+.2f} points {_range(span, 100, '+.2f')}: {flips.won} won, "
         lines.append(wrapped(f"{what}{flips.lost} lost, p = {flips.p_value:.2g} (McNemar), {chance}"))
     if found.outputs:

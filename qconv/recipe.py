@@ -218,6 +218,7 @@ def _formula(done: Preprocessing | Embedded) -> str:
 
 
 MOST_THREADS = 1024
+BLOCK_SIZE = 32
 
 # Options that change the run, or where its pictures lie, but no byte of the file.
 STEERING = frozenset({"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats"})
@@ -250,7 +251,7 @@ class Recipe:
     weight_scheme: Scheme = Scheme.SYMMETRIC
     activation_scheme: Scheme | None = None
     weight_granularity: WeightGranularity = WeightGranularity.PER_CHANNEL
-    block_size: int = 32
+    block_size: int = BLOCK_SIZE
     edge_bits: int = 8
     pack: bool = False
     calibrator: str = "output-mse"
@@ -372,8 +373,11 @@ class Recipe:
         tunable = tunable and not self.pack and self.weight_granularity is not WeightGranularity.PER_BLOCK
         hint = "it is for target ort-cpu and layers that can run in integers: weights of 2 to 8 bits, activations of 8."
         _require(tunable or not self.tune_latency, "--tune-latency with these options", hint)
-        pairs = self.saturation_safe is None or target.pairs
-        _require(pairs, f"--saturation-safe with --target {self.target}", "leave it out: x86 CPUs are meant.")
+        if self.saturation_safe is not None:
+            option = "--saturation-safe" if self.saturation_safe else "--no-saturation-safe"
+            _require(target.pairs, f"{option} with --target {self.target}", "leave it out: x86 CPUs are meant.")
+            integers = self.activation_bits <= 8 and self.weight_bits <= 8
+            _require(integers, f"{option} with these bits", "leave it out: products are of float then.")
 
     def _check_percentile(self) -> None:
         """Only one calibrator has a share; an option without effect would mislead."""

@@ -119,13 +119,13 @@ def check_place(out: Path) -> None:
 
 def _check_place(out: Path) -> None:
     if not out.parent.is_dir():
-        raise QconvError(f"The folder {out.parent} does not exist.", "create it, or choose another output with -o.")
+        raise QconvError(f"The folder {out.parent} does not exist.", "create it, or choose another output.")
     if out.is_dir():
-        raise QconvError(f"{out} is a folder.", "name a file with -o.")
+        raise QconvError(f"{out} is a folder.", "name a file as the output.")
     if out.exists() and not out.is_file():
-        raise QconvError(f"{out} is a device or a pipe, which cannot be replaced.", "name a file with -o.")
+        raise QconvError(f"{out} is a device or a pipe, which cannot be replaced.", "name a file as the output.")
     if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise QconvError(f"The folder {out.parent} cannot be written to.", "choose another output with -o.")
+        raise QconvError(f"The folder {out.parent} cannot be written to.", "choose another output.")
 
 
 def _remove_stale(out: Path) -> None:
@@ -328,5 +328,5 @@ def _explained(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise QconvError(f"No space is left for {out}.", "free some, or choose another output with -o.") from None
-        raise QconvError(f"{out} cannot be written: {error.strerror}.", "choose another output with -o.") from None
+            raise QconvError(f"No space is left for {out}.", "free some, or choose another output.") from None
+        raise QconvError(f"{out} cannot be written: {error.strerror}.", "choose another output.") from None

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from qconv.curve import Curve, Spread, shown
 from qconv.errors import counted
-from qconv.findings import Change, Skipped
+from qconv.findings import Change, Finding, Skipped
 from qconv.report import Island, OutputScore, Report
 from qconv.targets import TARGETS
 
@@ -115,6 +115,7 @@ def _lines(report: Report) -> list[tuple[str, str]]:
     if report.preprocessing_words:
         lines.append(("pictures", escape(report.preprocessing_words)))
     lines += [("changed", text) for text in _changes(report)][:SHOWN]
+    lines += [("tuned", escape(c.what)) for c in report.findings if isinstance(c, Change) and _is_tuning(c)]
     lines += _runs(report)
     lines += [("left alone", text) for text in _skipped(report)]
     lines.append(("needs", f"{report.needs} (opset {report.opset}, IR {report.ir_version})"))
@@ -164,9 +165,14 @@ def _changes(report: Report) -> list[str]:
     """One line a kind of change: what was done how often."""
     kinds: Counter[str] = Counter()
     for found in report.findings:
-        if isinstance(found, Change):
+        if isinstance(found, Change) and not _is_tuning(found):
             kinds[found.kind or found.what] += 1
     return [f"{count} x {escape(kind)}" if count > 1 else escape(kind) for kind, count in kinds.most_common()]
+
+
+def _is_tuning(found: Finding) -> bool:
+    """It has a line of its own, which no number of other changes may hide."""
+    return isinstance(found, Change) and found.step == "tune"
 
 
 def _islands(islands: tuple[Island, ...]) -> list[str]:

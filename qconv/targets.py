@@ -101,7 +101,7 @@ TARGETS: dict[str, Target] = {
         granularities=frozenset({"per-tensor", "per-channel"}),
         packs=False,
         takes_pixels=False,
-        why="TensorRT takes int8 codes with zero point 0, one scale a tensor or, for weights, a channel",
+        why="TensorRT takes int8 codes with zero point 0, one scale a tensor (a channel of weights), no uint8 input",
     ),
     "openvino": Target(
         "openvino",

@@ -47,10 +47,13 @@ def tuned(
     recipe: Recipe,
     sketches: Mapping[str, Sketch],
     fed: Preprocessing | None,
+    size: tuple[int, int] | None,
     progress: Callable[[str, int, int], None],
 ) -> Tuned:
-    """Find out what is fastest here. folded: stays as it is; fed: what the model takes, None for ready-made samples."""
-    size = None if fed is None else fed.size
+    """Find out what is fastest here. folded: stays as it is; fed: what the model takes, None for ready-made samples.
+
+    size: height and width of what is fed, where the model may leave them open.
+    """
     shapes = shapes_of(folded, fed)
     target = TARGETS[recipe.target]
     whole = carried_out(folded, recipe, sketches)

@@ -180,6 +180,61 @@ def test_pairs_that_may_saturate(tmp_path: Path) -> None:
     assert net.examined(net.pair(y), tmp_path).audit.saturating == ()
 
 
+@pytest.mark.parametrize(
+    ("shape", "group", "pairs"), [((4, 1, 3, 3), 1, True), ((8, 1, 3, 3), 4, True), ((4, 1, 3, 3), 4, False)]
+)
+def test_only_true_depthwise_kernels_have_no_pairs(
+    shape: tuple[int, ...], group: int, pairs: bool, tmp_path: Path
+) -> None:
+    """One input channel alone, or two outputs for each, are multiplied in pairs like any other."""
+    net = QDQ()
+    weight = net.weights(codes=np.full(shape, 127, np.int8))
+    x = net.pair("x") if group > 1 else net.pair(net.node("Conv", "x", net.constant(np.ones((1, 4, 1, 1), np.float32))))
+    found = net.examined(net.pair(net.node("Conv", x, weight, name="conv", group=group)), tmp_path)
+    assert bool([layer for layer in found.audit.saturating if layer.node == "conv"]) is pairs
+
+
+def test_blocked_weights_are_the_reason(tmp_path: Path) -> None:
+    net = own_file(tmp_path, weight_granularity="per-block", block_size=2)
+    assert {i.rule for i in net.audit.islands if i.op == "Conv"} == {"blocked-weights"}
+
+
+def own_file(tmp_path: Path, **options: Any) -> Examined:
+    """A small network quantized by qconv."""
+    proto = network("c = Conv(x, w)  r = Relu(c)  y = Conv(r, k)", (1, 3, 8, 8), w=(16, 3, 3, 3), k=(16, 16, 3, 3))
+    samples = tmp_path / "samples"
+    samples.mkdir(exist_ok=True)
+    np.save(samples / "0.npy", np.random.default_rng(0).random((3, 8, 8), np.float32))
+    _, data = quantize(Source("m", None, proto.SerializeToString()), None, Recipe(calib=(str(samples),), **options))
+    assert data is not None
+    return examine(Source("m", None, data), threads=1, batch=None, size=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"target": "tensorrt"}, "written for tensorrt"),
+        ({"activation_bits": 32}, "only weights are quantized"),
+        ({"keep_float": ("y",)}, "kept float by --keep-float"),
+        ({"keep_float_op": ("Conv",)}, None),
+    ],
+)
+def test_the_recipe_in_the_file_is_a_reason(options: dict[str, Any], reason: str | None, tmp_path: Path) -> None:
+    if reason is None:
+        with pytest.raises(QconvError, match="nothing to quantize"):
+            own_file(tmp_path, **options)
+        return
+    islands = own_file(tmp_path, **options).audit.islands
+    assert any(reason in island.why and island.remedy is None for island in islands)
+
+
+def test_widened_scales_are_claimed_only_where_they_are(tmp_path: Path) -> None:
+    texts = {safe: printed(own_file(tmp_path, saturation_safe=safe), verbose=False) for safe in (None, True, False)}
+    assert "has widened" not in texts[False]
+    assert "could saturate" in texts[False]
+    assert "could saturate" not in texts[True]
+
+
 # -- qconv's own files -------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +251,7 @@ def test_every_node_of_the_file_is_found_again(demo: Path) -> None:
     assert {layer.node for layer in found.audit.layers} <= names
     assert [island.node for island in found.audit.placed] == ["stem.conv", "blocks.0.depthwise.conv", "classifier"]
     assert found.audit.islands == ()
-    assert found.by_qconv
+    assert found.as_dict()["by_qconv"]
 
 
 def test_times_add_up(demo: Path) -> None:
@@ -242,7 +297,8 @@ def test_a_float_model_is_told_to_be_one() -> None:
 def test_integer_operators_in_the_file_are_told(tmp_path: Path) -> None:
     """QOperator: what ONNX Runtime itself writes of an optimized graph."""
     net = QDQ()
-    net.examined(net.pair(net.conv(net.pair("x"), net.weights(), net.bias())), tmp_path)
+    weights = net.weights(codes=np.full((4, 4, 3, 3), 127, np.int8))
+    net.examined(net.pair(net.conv(net.pair("x"), weights, net.bias())), tmp_path)
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -253,6 +309,7 @@ def test_integer_operators_in_the_file_are_told(tmp_path: Path) -> None:
     path = tmp_path / "qoperator.onnx"
     found = examine(Source(str(path), path), threads=1, batch=None, size=None)
     assert found.format == "QOperator"
+    assert [layer.outputs for layer in found.audit.saturating] == [4]
     assert "qconv writes Q/DQ" in " ".join(printed(found, verbose=False).split())
     assert found.audit.integer == 1
 
@@ -262,3 +319,8 @@ def test_what_does_not_load_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(b"not a model")
     with pytest.raises(QconvError):
         examine(Source(str(path), path), threads=1, batch=None, size=None)
+
+
+def test_lines_have_80_columns(demo: Path) -> None:
+    text = printed(examine(Source("demo.onnx", demo), threads=1, batch=None, size=None), verbose=False)
+    assert max(map(len, text.splitlines())) <= 80

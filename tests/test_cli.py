@@ -1271,3 +1271,39 @@ def test_a_file_with_nothing_but_quantized_weights_is_quantized(call: Qconv, tin
     assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in onnx.load(out).graph.node}
     assert_error(call("quantize", out, *options), "already quantized")
     assert "weights only" in call("audit", out).out.decode()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--saturation-safe", "--activation-bits", "32"),
+        ("--no-saturation-safe", "--weight-bits", "16"),
+        ("--no-saturation-safe", "--target", "tensorrt"),
+        ("--block-size", "16"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    call: Qconv, tiny: Path, calib: Path, options: tuple[str, ...]
+) -> None:
+    done = call("quantize", tiny, "--calib", calib, "--preprocess", "unit", *options)
+    assert done.status == 2
+    assert options[0] in done.err
+    assert listing(tiny.parent) == ["model.onnx"]
+
+
+def test_a_seed_is_of_a_draw(call: Qconv, tiny: Path, twenty: Path) -> None:
+    assert call("evaluate", tiny, "--images", twenty, "--seed", "3").status == 2
+    done = call("evaluate", tiny, "--images", twenty, "--preprocess", "unit", "--seed", "3", "--samples", "5", "--json")
+    assert done.json["images"] == 5
+
+
+def test_tuning_has_a_line_of_its_own_and_takes_the_size_of_samples(call: Qconv, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    model = tmp_path / "work" / "model.onnx"
+    model.write_bytes(net(x=("N", 3, "H", "W")).SerializeToString())
+    (tmp_path / "samples").mkdir()
+    for number in range(3):
+        np.save(tmp_path / "samples" / f"{number}.npy", np.random.default_rng(number).random((3, 8, 8), np.float32))
+    done = call("quantize", model, "--calib", tmp_path / "samples", "--tune-latency", "--threads", "1")
+    assert done.status == 0
+    assert re.search(r"^tuned +placed .*the fastest here: float", done.out.decode(), re.MULTILINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +61,11 @@ def scored(
     against: Source | None = None,
     classes: Path | None = None,
     offset: int = 0,
-    keep: bool = False,
+    table: str | None = None,
     **recipe: object,
 ) -> Evaluation:
     options = {"preprocessing": PreprocessingOptions("unit"), "samples": 10**6, "threads": 1} | recipe
-    return evaluate(source, Wishes(Recipe(calib=(str(images),), **options), against, classes, offset, keep))  # type: ignore[arg-type]
+    return evaluate(source, Wishes(Recipe(calib=(str(images),), **options), against, classes, offset, table))  # type: ignore[arg-type]
 
 
 def by_hand(source: Source, root: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -174,6 +175,82 @@ def test_a_broken_picture_moves_no_label(folder: Path, tmp_path: Path) -> None:
     assert found.top1 == scored(source, folder).top1
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scores_that_are_no_numbers_are_an_error(folder: Path, tmp_path: Path, bad: float) -> None:
+    weights = np.ones((16, 8), np.float32)
+    weights[0, 0] = bad
+    with pytest.raises(QconvError, match="holds NaN or infinity"):
+        scored(saved(classifier(g=weights), tmp_path), folder)
+
+
+def test_numbers_that_are_none_count_as_noise_without_bound(folder: Path, tmp_path: Path) -> None:
+    """In a map of the model's own; where the other model has none itself, there is nothing to be near to."""
+    kernel = np.random.default_rng(0).standard_normal((5, 4, 1, 1)).astype(np.float32)
+    broken = kernel.copy()
+    broken[0] = np.nan
+    sources = [
+        saved(network(MAP, ("N", 3, 8, 8), w=(4, 3, 3, 3), v=v), tmp_path, f"{i}.onnx")
+        for i, v in enumerate((kernel, broken))
+    ]
+    found = scored(sources[1], folder, against=sources[0])
+    assert found.outputs[0].sqnr_db is not None
+    assert found.outputs[0].sqnr_db < -1000
+    assert scored(sources[0], folder, against=sources[1]).outputs[0].sqnr_db is None
+    assert json.loads(json.dumps(found.as_dict(), allow_nan=False))
+
+
+def test_pixels_are_not_normalised_twice(folder: Path, tmp_path: Path) -> None:
+    """Options are for the float model where the file does it itself; what takes bytes takes no other numbers."""
+    source, out = saved(classifier(), tmp_path), tmp_path / "pixels.onnx"
+    caffe = PreprocessingOptions("caffe")
+    quantize(source, out, Recipe(calib=(str(folder),), preprocessing=caffe, embed_preprocessing=Layout.NHWC))
+    found = scored(Source(str(out), out), folder, against=source, preprocessing=caffe)
+    assert found.outputs[0].sqnr_db is not None
+    assert found.outputs[0].sqnr_db > 25
+    with pytest.raises(QconvError, match="cannot be normalised"):
+        scored(saved(bytes_in(), tmp_path, "bytes.onnx"), folder, preprocessing=caffe)
+
+
+def bytes_in() -> onnx.ModelProto:
+    body = """n = Cast<to=1>(x)  c = Conv(n, w)  r = Relu(c)  p = GlobalAveragePool(r)
+              f = Flatten(p)  y = Gemm(f, g)"""
+    proto = network(body, ("N", 3, 8, 8), **WEIGHTS)
+    proto.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+    return proto
+
+
+def test_what_cannot_be_is_said_before_the_pictures_are_run(folder: Path, tmp_path: Path) -> None:
+    source, done = saved(classifier(), tmp_path), []
+    listing = tmp_path / "few.txt"
+    listing.write_text("ant\n")
+    wishes = Wishes(Recipe(calib=(str(folder),), preprocessing=PreprocessingOptions("unit")), classes=listing)
+    with pytest.raises(QconvError, match="is not in"):
+        evaluate(source, wishes, progress=lambda stage, count, total: done.append(count))
+    assert done == []
+
+
+def test_a_list_of_paths_needs_the_order_of_classes(folder: Path, tmp_path: Path) -> None:
+    source, listing, classes = saved(classifier(), tmp_path), tmp_path / "list.txt", tmp_path / "classes.txt"
+    listing.write_text("\n".join(map(str, sorted(folder.rglob("*.png")))))
+    classes.write_text("\ufeff" + "\n".join(NAMES), encoding="utf-8")
+    with pytest.raises(QconvError, match="not the order of their class folders") as caught:
+        scored(source, listing)
+    assert "--classes" in caught.value.hint
+    assert scored(source, listing, classes=classes).top1 == scored(source, folder).top1
+
+
+def test_samples_need_no_word_about_preprocessing(folder: Path, tmp_path: Path) -> None:
+    source, out, heard = saved(classifier(), tmp_path), tmp_path / "q.onnx", []
+    quantize(source, out, Recipe(calib=(str(folder),), preprocessing=PreprocessingOptions("unit")))
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    for number in range(3):
+        np.save(samples / f"{number}.npy", np.random.default_rng(number).random((3, 8, 8), np.float32))
+    wishes = Wishes(Recipe(calib=(str(samples),), threads=1), against=source)
+    found = evaluate(Source(str(out), out), wishes, warn=heard.append)
+    assert (found.images, heard) == (3, [])
+
+
 # -- labels ------------------------------------------------------------------------------------------------------------
 
 
@@ -260,10 +337,21 @@ def test_predictions_as_a_table(folder: Path, tmp_path: Path) -> None:
 
 def test_predictions_as_arrays(folder: Path, tmp_path: Path) -> None:
     source = saved(classifier(), tmp_path)
-    found = scored(source, folder, keep=True)
+    found = scored(source, folder, table=".npz")
     scores, labels = by_hand(source, folder)
     assert found.predictions is not None
     arrays = np.load(io.BytesIO(found.predictions.as_npz()))
     np.testing.assert_allclose(arrays["y"], scores, rtol=1e-4, atol=1e-5)
     assert arrays["labels"].tolist() == labels.tolist()
     assert arrays["paths"].tolist() == sorted(path.as_posix() for path in folder.rglob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["file", "allow_pickle", "paths", "args"])
+def test_outputs_of_any_name_are_saved(folder: Path, tmp_path: Path, name: str) -> None:
+    body = BODY.replace("y = Gemm", f"{name} = Gemm") + f"  s = ReduceSum<keepdims=0>({name})"
+    source = saved(network(body, (1, 3, 8, 8), outputs=(name, "s"), **WEIGHTS), tmp_path)
+    found = scored(source, folder, against=source, table=".npz")
+    assert found.predictions is not None
+    arrays = np.load(io.BytesIO(found.predictions.as_npz()))
+    scores = arrays[f"{name}_output" if name == "paths" else name]
+    np.testing.assert_allclose(arrays["s"], scores.sum(axis=1), rtol=1e-3, atol=1e-4)
