@@ -20,7 +20,7 @@ from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.recipe import Recipe, WeightGranularity
 from qconv.runtime import Session
-from qconv.targets import TARGETS, Table, Target
+from qconv.targets import TARGETS, Table, Target, averaged
 
 PLAIN = Target("plain")
 FREE = {8: (0.0, 0.0, 0.0, 0.0)}
@@ -198,6 +198,11 @@ def test_the_committed_table_has_what_placement_asks_for() -> None:
     assert costs is not None
     for kind in ("conv1", "conv3", "depthwise3", "stem3", "grouped1", "Add", "Mul", "Sigmoid", "switch"):
         assert all(number >= 0 for line in costs[kind].values() for number in line), kind
+
+
+def test_costs_are_the_mean_of_those_of_all_cpus() -> None:
+    tables = [{"Add": {8: (1.0, 2.0, 3.0, 4.0)}, "Mul": FREE}, {"Add": {8: (3.0, 4.0, 5.0, 6.0), 16: (1.0,) * 4}}]
+    assert averaged(tables) == {"Add": {8: (2.0, 3.0, 4.0, 5.0)}, "Mul": FREE}
 
 
 def test_shapes_follow_the_pictures() -> None:

@@ -14,7 +14,7 @@ import argparse
 import itertools
 import platform
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qconv.cost_table import COSTS, MEASURED
+from qconv.cost_table import BY_CPU, MEASURED
 from qconv.cpu import this_cpu
 
 CHANNELS = (8, 16, 32, 64, 128, 256)
@@ -351,31 +351,41 @@ def _fitted(points: Sequence[tuple[int, int, float, float]], column: int) -> Cal
     return lambda channels: (round(fixed, 1), round(1000 * (element + pixel / channels), 4))
 
 
-HEAD = '''"""What operators cost on target `ort-cpu`: written by `python -m tests.bench.kernels --write`, not by hand.
+HEAD = '''"""What operators cost on x86 CPUs: written by `python -m tests.bench.kernels --write`, not by hand.
 
-COSTS[kind][channels] = (fixed us, ns a unit of work) in float, then the same in integers; one thread, batch 1. Work is
-multiplications for layers with weights, else elements. `grouped` kinds go by channels a group.
+BY_CPU[class][kind][channels] = (fixed us, ns a unit of work) in float, then the same in integers; one thread, batch 1.
+Work is multiplications for layers with weights, else elements. `grouped` kinds go by channels a group.
 
-MEASURED[kind]: on what. Where integers win and where they lose is much the same with and without VNNI, though not by
-how much.
+MEASURED[class]: on what.
 """
 
 from __future__ import annotations
 
+Lines = dict[int, tuple[float, float, float, float]]
+
 MEASURED: dict[str, str] = {{
 {machines}}}
-COSTS: dict[str, dict[int, tuple[float, float, float, float]]] = {{
+BY_CPU: dict[str, dict[str, Lines]] = {{
 '''
 
 
-def written(found: dict[str, Costs], new: Collection[str]) -> str:
-    """The module's text. new: the kinds that were measured here and now."""
+def cpu_class() -> str:
+    """What decides how fast integers are."""
+    features = this_cpu().features
+    return next(name for name in ("vnni", "avx2", "dot_product", "neon") if features.get(name))
+
+
+def written(found: dict[str, Costs]) -> str:
+    """The module's text, with what was measured here in the place of an earlier table of such a CPU."""
     here = f"{this_cpu().in_words()}; ONNX Runtime {ort.__version__}"
-    machines = "".join(f'    "{name}": "{here if name in new else MEASURED[name]}",\n' for name in found)
-    text = HEAD.format(machines=machines)
-    for name, costs in found.items():
-        lines = "".join(f"        {channels}: {numbers},\n" for channels, numbers in costs.items())
-        text += f'    "{name}": {{\n{lines}    }},\n'
+    machines = MEASURED | {cpu_class(): here}
+    text = HEAD.format(machines="".join(f'    "{name}": "{words}",\n' for name, words in sorted(machines.items())))
+    for name, table in sorted((BY_CPU | {cpu_class(): found}).items()):
+        text += f'    "{name}": {{\n'
+        for kind, costs in table.items():
+            lines = "".join(f"            {channels}: {numbers},\n" for channels, numbers in costs.items())
+            text += f'        "{kind}": {{\n{lines}        }},\n'
+        text += "    },\n"
     return text + "}\n"
 
 
@@ -385,13 +395,13 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(KINDS), help="this kind, others stay as they are")
     wanted = parser.parse_args()
     print(f"{platform.machine()}, ONNX Runtime {ort.__version__}; us + ns x work: float, integers")
-    found: dict[str, Costs] = dict(COSTS) if wanted.only else {}
+    found: dict[str, Costs] = dict(BY_CPU.get(cpu_class(), {})) if wanted.only else {}
     for name in wanted.only or KINDS:
         found[name] = measured(name)
         for channels, (f_us, f_ns, i_us, i_ns) in found[name].items():
             print(f"{name:18} C{channels:4}  {f_us:7.1f} + {f_ns:8.4f}  {i_us:7.1f} + {i_ns:8.4f}", flush=True)
     if wanted.write:
-        TABLE.write_text(written(found, wanted.only or list(KINDS)), encoding="utf-8")
+        TABLE.write_text(written(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
