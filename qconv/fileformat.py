@@ -44,6 +44,11 @@ def needed_runtime(model: Model, recipe: Recipe) -> str:
     return f"onnxruntime >= {version}"
 
 
+def set_ir_version(model: Model) -> None:
+    """The lowest that its opset may be in."""
+    model.inner.ir_version = IR_VERSIONS.get(model.opset, max(IR_VERSIONS.values()))
+
+
 def describe(
     model: Model, version: str, recipe: Recipe, preprocessing: Preprocessing | None, placed: Collection[str] = ()
 ) -> None:
@@ -51,7 +56,7 @@ def describe(
 
     placed: names of nodes that are in float because that is faster.
     """
-    model.inner.ir_version = IR_VERSIONS.get(model.opset, max(IR_VERSIONS.values()))
+    set_ir_version(model)
     carried = {"qconv.version": version, "qconv.recipe": json.dumps(recipe.as_dict(), sort_keys=True)}
     if preprocessing is not None:
         carried["qconv.preprocessing"] = json.dumps(preprocessing.as_dict(), sort_keys=True)

@@ -18,7 +18,7 @@ from qconv.embed import embed
 from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.feed import Feed
-from qconv.fileformat import describe, needed_opset, needed_runtime
+from qconv.fileformat import describe, needed_opset, needed_runtime, set_ir_version
 from qconv.findings import Change, Finding
 from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
@@ -272,6 +272,6 @@ def folded_float(path: str | Path, out: str | Path) -> None:
     proto = read(source)
     model, _ = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
     fold.fold(model)
-    describe(model, qconv.__version__, recipe, None)
+    set_ir_version(model)  # and no more: whoever quantizes the file, it is not by this recipe
     with save.staged(model, Path(out)) as staged:
         staged.commit(Path(out))
