@@ -2,7 +2,6 @@
 
 SQNR = 10 log10(sum ref^2 / sum (ref - q)^2) per output over all pictures, in dB; None where nothing differs
 agreement = share of argmax positions along axis 1 that are equal
-McNemar's exact test: of n pictures that only one of two models gets right, is the split like a fair coin's?
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from qconv.intervals import mcnemar
 from tests.bench.cases import Array, Case
 
 
@@ -100,10 +100,3 @@ def _top1(right: list[tuple[bool, bool]]) -> dict[str, Any]:
     won, lost = sum(b > a for a, b in right), sum(a > b for a, b in right)
     flips = {"won": won, "lost": lost, "p_value": mcnemar(won, lost)}
     return {"top1": {"float": before, "quantized": after}, "flips": flips}
-
-
-def mcnemar(won: int, lost: int) -> float:
-    """The exact two-sided p-value: twice the tail of a fair coin's binomial."""
-    n = won + lost
-    tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1)) / float(2**n)
-    return min(1.0, 2.0 * tail)
