@@ -80,6 +80,8 @@ class _Names:
     def original(self, node: onnx.NodeProto) -> str:
         """The name in the file of a node of the optimized graph."""
         name = self.of_name(node.name or _first(node.output))
+        if name not in self.nodes and node.op_type not in LAYOUT_OPS:  # QuickGelu, of Sigmoid and Mul, has its own
+            name = self.writers.get(SUFFIX.sub("", _first(node.output)), name)
         return name if node.op_type in FUSED_ACTIVATIONS else self.activation_of.get(name, name)
 
     def of_name(self, name: str) -> str:

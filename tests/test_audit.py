@@ -156,6 +156,14 @@ def test_unequal_parameters_around_a_pool(tmp_path: Path) -> None:
     assert island(found, "pool")[0] == "parameters-differ"
 
 
+def test_what_the_runtime_makes_of_several_is_called_after_the_last(tmp_path: Path) -> None:
+    """x * Sigmoid(x) in float becomes one QuickGelu."""
+    net = QDQ()
+    net.node("Sigmoid", "x", name="gate")
+    found = net.examined(net.pair(net.node("Mul", "x", "gate", name="silu")), tmp_path)
+    assert [(layer.op, layer.node) for layer in found.audit.layers] == [("QuickGelu", "silu")]
+
+
 @pytest.mark.parametrize(
     ("op_type", "attributes"), [("Tanh", {}), ("ReduceMean", {"axes": [2, 3]}), ("Elu", {}), ("HardSwish", {})]
 )
