@@ -23,7 +23,7 @@ from qconv.load import shapes_at
 from qconv.mincut import Network
 from qconv.plan import Plan, data_inputs
 from qconv.planner import make_plan
-from qconv.recipe import Preprocessing, Recipe, WeightGranularity
+from qconv.recipe import Preprocessing, Recipe, Scheme, WeightGranularity
 from qconv.rules import RULES, Weighted
 from qconv.targets import TARGETS, Table, Target
 
@@ -33,6 +33,8 @@ CAUTION = 1.1
 WORTHWHILE = 0.15
 """The least share of the network's time that a division must gain. Predictions of a tenth have come to nothing."""
 LEAST_GAIN_US = 20.0
+SLOW_DEPTHWISE = 30.0
+"""Times of the usual kernel's work, measured on ONNX Runtime 1.32 with AVX2."""
 STEM_CHANNELS = 4  # up to so many input channels a convolution is the first one
 
 
@@ -65,7 +67,20 @@ def left_in_float(model: Model, recipe: Recipe, fed: Preprocessing | None) -> di
     target = TARGETS[recipe.target]
     if target.costs is None or not applies(recipe, target):
         return {}
-    return faster_in_float(model, make_plan(model, recipe, target), shapes_of(model, fed), target.costs)
+    return faster_in_float(model, make_plan(model, recipe, target), shapes_of(model, fed), costs_of(recipe, target))
+
+
+def costs_of(recipe: Recipe, target: Target) -> Table:
+    """What operators cost with such weights. For zero points of their own depthwise layers have a slow kernel only."""
+    known = target.costs or {}
+    if recipe.weight_scheme is Scheme.SYMMETRIC:
+        return known
+    return {
+        kind: {c: (f_us, f_ns, i_us, i_ns * SLOW_DEPTHWISE) for c, (f_us, f_ns, i_us, i_ns) in lines.items()}
+        if kind.startswith("depthwise")
+        else lines
+        for kind, lines in known.items()
+    }
 
 
 def shapes_of(model: Model, fed: Preprocessing | None) -> Shapes:
@@ -96,6 +111,11 @@ def division(model: Model, plan: Plan, shapes: Shapes, table: Table, measured: M
     """
     question = _Question.of(model, plan, shapes, table, measured)
     return _left(plan, question, question.cheapest())
+
+
+def all_in_float(model: Model, plan: Plan, shapes: Shapes, table: Table) -> dict[str, str]:
+    """Every node that could run in integers, as `faster_in_float` names them."""
+    return _left(plan, _Question.of(model, plan, shapes, table), set())
 
 
 def _left(plan: Plan, question: _Question, integer: Set[Node]) -> dict[str, str]:

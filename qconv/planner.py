@@ -8,7 +8,7 @@ tensor carries the reason for what became of it.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
 import numpy as np
 
@@ -59,14 +59,22 @@ class _Planner:
             elif why is not None and _carries_float(node):
                 self.plan.kept[node.name or ""] = Choice(None, why)
         self.weighted = {n for n, rule in self.eligible.items() if isinstance(rule, Weighted)}
-        self.reaches_weights = self._closure(reversed(self.nodes), _next_nodes)
-        self.after_weights = self._closure(self.nodes, _previous_nodes)
+        self.reaches_weights = self._closure(reversed(self.nodes), _next_nodes, self.weighted)
+        self.after_weights = self._closure(self.nodes, _previous_nodes, self.weighted)
+        # the first and the last layer are the network's own, whatever runs in float
+        layers = self.weighted | {node for node in self.nodes if self._is_placed_layer(node)}
+        self.inner = self._closure(reversed(self.nodes), _next_nodes, layers)
+        self.inner &= self._closure(self.nodes, _previous_nodes, layers)
 
-    def _closure(self, order: Iterable[Node], neighbours: _Neighbours) -> set[Node]:
-        """Nodes from which a layer with weights is reached through `neighbours`, themselves not counted."""
+    def _is_placed_layer(self, node: Node) -> bool:
+        """Whether it is a layer that would run in integers, were it not faster in float."""
+        return node.name in self.floats and node not in self.eligible and isinstance(RULES.get(node.op_type), Weighted)
+
+    def _closure(self, order: Iterable[Node], neighbours: _Neighbours, layers: Set[Node]) -> set[Node]:
+        """Nodes from which one of `layers` is reached through `neighbours`, themselves not counted."""
         reached: set[Node] = set()
         for node in order:
-            if any(other in reached or other in self.weighted for other in neighbours(node)):
+            if any(other in reached or other in layers for other in neighbours(node)):
                 reached.add(node)
         return reached
 
@@ -93,7 +101,7 @@ class _Planner:
 
     def choose_layers(self) -> None:
         for node in self.nodes:
-            placed = node.name in self.floats and self.eligible.get(node) is None
+            placed = self._is_placed_layer(node)
             rule = RULES.get(node.op_type) if placed else self.eligible.get(node)
             if not isinstance(rule, Weighted) or array(input_of(node, 1)) is None:
                 continue
@@ -105,7 +113,7 @@ class _Planner:
             self.plan.layers.append(Layer(node, rule, spec, data, data is None and whole and self.target.folds))
 
     def _is_edge(self, node: Node) -> bool:
-        return node not in self.after_weights or node not in self.reaches_weights
+        return node not in self.inner
 
     def _weight_spec(self, node: Node, rule: Weighted) -> QuantSpec:
         recipe = self.recipe

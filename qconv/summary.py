@@ -132,8 +132,8 @@ def _runs(report: Report) -> list[tuple[str, str]]:
         return [("runs", f"as {target} decides; ONNX Runtime's CPU provider would run {told}")]
     lines = [("runs", told)]
     if own.placed:
-        what = f"{_some([island.node for island in own.placed])}: faster in float, weights in {{}} bits all the same"
-        lines.append(("float", what.format(report.recipe["weight_bits"])))
+        where = _some([island.node for island in own.placed])
+        lines.append(("float", f"{where}: faster in float, their weights are codes all the same"))
     return lines + [("float", text) for text in _islands(own.islands)]
 
 

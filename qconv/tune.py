@@ -16,7 +16,7 @@ from qconv.audit import node_names, profiled
 from qconv.benchmark import Conditions, Timing, benchmark
 from qconv.graph import Model
 from qconv.madeup import made_up
-from qconv.placement import Cost, Shapes, division, faster_in_float, shapes_of
+from qconv.placement import Cost, all_in_float, costs_of, division, faster_in_float, shapes_of
 from qconv.planner import make_plan
 from qconv.recipe import Preprocessing, Recipe
 from qconv.runtime import VERSION, Session
@@ -25,7 +25,8 @@ from qconv.targets import TARGETS
 from qconv.trial import carried_out
 
 ROUNDS = 12
-FLOAT, WHOLE, TABLE, MEASURED = "float", "all that can be in integers", "by the cost table", "by times of single nodes"
+FLOAT, WHOLE, NOTHING = "float", "all that can be in integers", "all in float with weights as codes"
+TABLE, MEASURED = "by the cost table", "by times of single nodes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +58,22 @@ def tuned(
     shapes = shapes_of(folded, fed)
     target = TARGETS[recipe.target]
     whole = carried_out(folded, recipe, sketches)
-    costs = _costs(folded, whole, recipe.threads, size)
-    plan = make_plan(folded, recipe, target)
+    measured = _costs(folded, whole, recipe.threads, size)
+    plan, table = make_plan(folded, recipe, target), costs_of(recipe, target)
     divisions: dict[str, dict[str, str]] = {
         WHOLE: {},
-        TABLE: faster_in_float(folded, plan, shapes, target.costs or {}),
-        MEASURED: _by_times(folded, recipe, shapes, costs),
+        NOTHING: all_in_float(folded, plan, shapes, table),
+        TABLE: faster_in_float(folded, plan, shapes, table),
+        MEASURED: division(folded, plan, shapes, table, measured),
     }
-    unlike = {name: floats for name, floats in divisions.items() if name == WHOLE or floats}
-    if len(unlike) == len(divisions) and set(divisions[TABLE]) == set(divisions[MEASURED]):
-        del unlike[MEASURED]
+    unlike: dict[str, dict[str, str]] = {}
+    for name, floats in divisions.items():
+        if all(set(floats) != set(other) for other in unlike.values()):
+            unlike[name] = floats
     models = {FLOAT: folded, **{n: carried_out(folded, recipe, sketches, floats) for n, floats in unlike.items()}}
     timings = _timed(models, Conditions(recipe.threads, None, size, ROUNDS), progress)
     fastest = min(unlike, key=lambda name: timings[name].ratio_to(timings[FLOAT])[1])
     return Tuned(unlike[fastest], fastest, {name: timing.median_ms for name, timing in timings.items()})
-
-
-def _by_times(folded: Model, recipe: Recipe, shapes: Shapes, costs: Mapping[str, Cost]) -> dict[str, str]:
-    target = TARGETS[recipe.target]
-    return division(folded, make_plan(folded, recipe, target), shapes, target.costs or {}, costs)
 
 
 def _costs(folded: Model, whole: Model, threads: int | None, size: tuple[int, int] | None) -> dict[str, Cost]:

@@ -9,6 +9,7 @@ It ends when its input does, so none is left behind when the parent dies.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -32,6 +33,9 @@ def serve() -> None:
     except QconvError as error:
         _answer({"error": [error.message, error.hint]})
         return
+    except MemoryError:
+        _answer({"error": [f"{wishes['model']} does not fit into memory with this input.", "try a smaller --batch."]})
+        return
     _answer({"shapes": {name: list(array.shape) for name, array in feeds.items()}})
     for line in sys.stdin:
         _answer(timed(session, feeds, int(line)))
@@ -52,4 +56,7 @@ def _answer(thing: Any) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    try:
+        serve()
+    except BrokenPipeError:  # the parent is gone
+        os._exit(1)

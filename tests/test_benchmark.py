@@ -124,3 +124,8 @@ def test_open_sizes_are_asked_for(tmp_path: Path) -> None:
 def test_a_missing_model_is_an_error() -> None:
     with pytest.raises(QconvError, match="does not exist"):
         benchmark(["none.onnx"], Conditions(), version="")
+
+
+def test_what_does_not_fit_into_memory_is_an_error() -> None:
+    with pytest.raises(QconvError, match="does not fit into memory"):
+        Worker(str(CIFAR), Conditions(batch=10**9), 1)

@@ -15,7 +15,7 @@ from qconv.emit import emit
 from qconv.graph import Model
 from qconv.load import shapes_at
 from qconv.params import choose_params
-from qconv.placement import Shapes, _Question, applies, cost_of, faster_in_float
+from qconv.placement import Shapes, _Question, applies, cost_of, faster_in_float, left_in_float
 from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.recipe import Recipe, WeightGranularity
@@ -198,6 +198,21 @@ def test_the_committed_table_has_what_placement_asks_for() -> None:
     assert costs is not None
     for kind in ("conv1", "conv3", "depthwise3", "stem3", "grouped1", "Add", "Mul", "Sigmoid", "switch"):
         assert all(number >= 0 for line in costs[kind].values() for number in line), kind
+
+
+def test_the_first_and_the_last_layer_are_the_networks_own() -> None:
+    """A layer does not become the last one because what follows is left in float."""
+    model = loaded(network(CHAIN, x=(1, 3, 8, 8), **WEIGHTS))
+    plan = make_plan(model, Recipe(weight_bits=4), TARGETS["ort-cpu"], dict.fromkeys("cfy", "told so"))
+    assert {layer.node.name: layer.weight.bits for layer in plan.layers} == {"a": 8, "c": 4, "f": 4, "y": 8}
+
+
+def test_depthwise_layers_with_zero_points_stay_float() -> None:
+    body = f"a = Conv<{SAME}>(x, w)  b = Conv<group=64, {SAME}>(a, d)  y = Conv<{SAME}>(b, p)"
+    shapes = {"w": (64, 64, 3, 3), "d": (64, 1, 3, 3), "p": (64, 64, 3, 3)}
+    model = loaded(network(body, x=(1, 64, 28, 28), **shapes))
+    for scheme, floats in (("symmetric", set()), ("asymmetric", {"b"})):
+        assert set(left_in_float(model, Recipe(weight_scheme=scheme), None)) == floats  # type: ignore[arg-type]
 
 
 def test_costs_are_the_mean_of_those_of_all_cpus() -> None:

@@ -59,7 +59,7 @@ COSTS = {"a": (500.0, 100.0), "c": (10.0, 900.0), "y": (500.0, 100.0)}
 
 
 def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch, samples: str) -> None:
-    clock(monkeypatch, COSTS, {0: 9.0, 1: 8.0, 2: 4.0})
+    clock(monkeypatch, COSTS, {0: 9.0, 1: 8.0, 2: 7.0, 3: 4.0})
     report, _ = tuned(samples)
     assert [island.node for island in report.audit.placed] == ["c"]
     (change,) = (found for found in report.findings if found.step == "tune")
@@ -70,13 +70,20 @@ def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch, samples: str) -> 
 
 def test_all_integers_are_taken_where_they_are_faster(monkeypatch: pytest.MonkeyPatch, samples: str) -> None:
     """Single nodes have promised what the whole does not keep."""
-    clock(monkeypatch, COSTS, {0: 9.0, 1: 3.0, 2: 4.0})
+    clock(monkeypatch, COSTS, {0: 9.0, 1: 3.0, 2: 5.0, 3: 4.0})
     report, _ = tuned(samples)
     assert report.audit.placed == ()
 
 
+def test_nothing_is_in_integers_where_that_is_fastest(monkeypatch: pytest.MonkeyPatch, samples: str) -> None:
+    clock(monkeypatch, COSTS, {0: 1.0, 1: 3.0, 2: 1.0, 3: 4.0})
+    report, _ = tuned(samples)
+    assert report.audit.integer == 0
+    assert {row.kind for row in report.tensors} == {"weight"}
+
+
 def test_the_file_says_what_was_placed(monkeypatch: pytest.MonkeyPatch, samples: str) -> None:
-    clock(monkeypatch, COSTS, {2: 1.0})
+    clock(monkeypatch, COSTS, {3: 1.0})
     _, proto = tuned(samples)
     carried = {entry.key: entry.value for entry in proto.metadata_props}
     assert carried["qconv.placed"] == '["c"]'
