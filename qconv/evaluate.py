@@ -244,7 +244,8 @@ def evaluate(
         if done == 1:  # what cannot be is better said before thousands of pictures
             vector = class_vector(mine)
             outputs = 0 if vector is None else mine[vector].shape[1]
-            _labels(paths, root, classes, wishes, outputs)
+            if _labels(paths, root, classes, wishes, outputs) is None and other is None:
+                raise _nothing_to_measure(root, vector)
             if wishes.table == ".csv" and vector is None:
                 raise QconvError("No output of the model is one score a class.", "save all outputs in a .npz file.")
         if vector is not None:
@@ -262,15 +263,6 @@ def evaluate(
     left = [path for path in paths if path not in lost]
     result = Evaluation(source.name, len(left), own.words, "")
     labels = _labels(left, root, classes, wishes, seen.classes if vector is not None else 0)
-    if labels is None and other is None:
-        raise QconvError(
-            "There is nothing to measure: "
-            + ("no output is a class score" if vector is None else _why_no_labels(root))
-            + ", and there is no other model.",
-            "pass --against FLOAT, or a folder with one folder of pictures a class."
-            if root.is_dir()
-            else "pass --against FLOAT, or the classes in output order with --classes FILE.",
-        )
     if labels is not None:
         assert classes is not None
         result.labels = classes.source + (f", {wishes.label_offset:+d}" if wishes.label_offset else "")
@@ -327,10 +319,16 @@ def _add(rows: list[list[list[float]]], names: Sequence[str], refs: Outputs, got
         table.append(_row(ref, got))
 
 
-def _why_no_labels(root: Path) -> str:
-    if root.is_dir():
-        return f"the pictures in {root} lie in no class folders"
-    return f"{root} lists pictures, but not the order of their class folders among the outputs"
+def _nothing_to_measure(root: Path, vector: int | None) -> QconvError:
+    """Neither labels nor another model. vector: which output is one score a class, None where none is."""
+    why, fix = f"the pictures in {root} lie in no class folders", "a folder with one folder of pictures a class."
+    if not root.is_dir():
+        why = f"{root} lists pictures, but not the order of their class folders among the outputs"
+        fix = "the classes in output order with --classes FILE."
+    if vector is None:
+        why = "no output is a class score"
+    fact = f"There is nothing to measure: {why}, and there is no other model."
+    return QconvError(fact, f"pass --against FLOAT, or {fix}")
 
 
 def _labels(

@@ -1,8 +1,8 @@
 """Placement by what this very machine takes, for those who ask for it (--tune-latency).
 
 Every node is timed twice by the runtime's own clock, in the network in float and in the one that runs all it can in
-integers. The cheapest division by these times (placement.py), the one by the committed table, and the one with all
-integers are then timed in turns as whole files, and the fastest is taken.
+integers. The cheapest division by these times (placement.py), the one by the committed table, the one with all in
+integers and the one with nothing in integers are then timed in turns as whole files, and the fastest is taken.
 """
 
 from __future__ import annotations

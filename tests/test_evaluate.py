@@ -227,6 +227,15 @@ def test_what_cannot_be_is_said_before_the_pictures_are_run(folder: Path, tmp_pa
     with pytest.raises(QconvError, match="is not in"):
         evaluate(source, wishes, progress=lambda stage, count, total: done.append(count))
     assert done == []
+    loose = tmp_path / "loose"
+    picture(loose / "0.png", 1)
+    with pytest.raises(QconvError, match="nothing to measure"):
+        evaluate(
+            source,
+            Wishes(Recipe(calib=(str(loose),), preprocessing=PreprocessingOptions("unit"))),
+            progress=lambda stage, count, total: done.append(count),
+        )
+    assert done == []
 
 
 def test_a_list_of_paths_needs_the_order_of_classes(folder: Path, tmp_path: Path) -> None:
