@@ -794,6 +794,14 @@ def whole(out: Path) -> bool:
     return True
 
 
+def size_of(path: Path) -> int:
+    """0 for a file that has gone."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 def test_a_signal_while_the_result_is_being_checked(call: Qconv, tmp_path: Path, number: signal.Signals) -> None:
     many = tmp_path / "many"  # so that checking takes a while
@@ -805,7 +813,8 @@ def test_a_signal_while_the_result_is_being_checked(call: Qconv, tmp_path: Path,
     out.parent.mkdir()
     out.write_bytes(b"before")
     process = start(*LONG, "--calib", many, "--samples", "480", "-o", out)
-    while not list(out.parent.glob(".out.onnx.*/out.onnx")) and process.poll() is None:
+    # with bytes in it: a file that is just being opened is not yet being checked
+    while not any(map(size_of, out.parent.glob(".out.onnx.*/out.onnx"))) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(number)
     done = finish(process)
