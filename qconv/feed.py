@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ class Feed:
     def _batch_is_fixed(self) -> bool:
         return bool(self.inputs[0].shape) and self.inputs[0].shape[0] is not None
 
-    def all(self, stage: str) -> Iterator[Batch]:
+    def all(self, stage: str) -> Generator[Batch, None, None]:
         """Every picture, in batches; a last short one only where the network takes it."""
         first_pass, self._passes = self._passes == 0, self._passes + 1
         total, done = len(self.listing.paths), 0
@@ -149,6 +150,16 @@ class Feed:
                 if self._is_full:
                     break
         yield from self._kept
+
+    def first(self, count: int, stage: str) -> list[Batch]:
+        """The first `count` pictures, and what fills up their last batch."""
+        found: list[Batch] = []
+        with contextlib.closing(self.all(stage)) as batches:
+            for feeds in batches:
+                found.append(feeds)
+                if sum(map(_pictures, found)) >= count:
+                    break
+        return found
 
     @property
     def _is_full(self) -> bool:

@@ -275,6 +275,31 @@ def input_of(node: Node, index: int) -> Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
+def reads_of(node: Node) -> list[Value]:
+    """All tensors that a node reads, those that only its bodies (If, Loop) read included."""
+    found = [value for value in node.inputs if value is not None]
+    for body in _bodies(node):
+        inner = list(body.all_nodes())
+        made = {value for n in inner for value in n.outputs} | {v for b in (body, *_inside(inner)) for v in b.inputs}
+        found += [value for n in inner for value in n.inputs if value is not None and value not in made]
+        found += [value for value in body.outputs if value not in made]
+    return list(dict.fromkeys(found))
+
+
+def _bodies(node: Node) -> list[ir.Graph]:
+    found = []
+    for held in node.attributes.values():
+        if held.type == ir.AttributeType.GRAPH:
+            found.append(held.value)
+        elif held.type == ir.AttributeType.GRAPHS:
+            found += held.value
+    return found
+
+
+def _inside(nodes: Iterable[Node]) -> list[ir.Graph]:
+    return [body for node in nodes for body in _bodies(node)]
+
+
 def dims(value: Value) -> list[int | None] | None:
     """The shape with None for open dimensions; None where even the rank is unknown."""
     if value.shape is None:

@@ -7,6 +7,7 @@ and rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,15 +57,34 @@ def read_layer(node: Node) -> Layer:
         raise Refused(f"the weights of {called(node)} are not a float matrix")
     if attribute(node, "transA", 0):
         raise Refused(f"{called(node)} transposes its data")
-    groups = attribute(node, "group", 1)
-    first, second = stored.shape[:2]
-    if _inputs_first(node):
-        weight = stored.reshape(groups, first // groups, second, -1).swapaxes(1, 2)
-    else:
-        weight = stored.reshape(groups, first // groups, second, -1)
+    weight = _by_group(node, stored)
     bias = _read_bias(node, weight.shape[0] * weight.shape[1])
     alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
     return Layer(node, _product(weight, np.full((1, 1, 1, 1), alpha)), bias * beta)
+
+
+def rows_of(node: Node, stored: NDArray[Any]) -> NDArray[Any]:
+    """What is stored in the shape of a layer's weights as rows, one an output: (G, O/G, I/G * K)."""
+    by_group = _by_group(node, stored)
+    return by_group.reshape(*by_group.shape[:2], -1)
+
+
+def stored_of(node: Node, rows: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+    """The reverse of `rows_of`; shape: that of the layer's weights."""
+    area = int(np.prod(shape[2:]))
+    return _as_stored(node, rows.reshape(*rows.shape[:2], -1, area), shape)
+
+
+def _by_group(node: Node, stored: NDArray[Any]) -> NDArray[Any]:
+    """(G, O/G, I/G, K)"""
+    groups = attribute(node, "group", 1)
+    first, second = stored.shape[:2]
+    found = stored.reshape(groups, first // groups, second, -1)
+    return found.swapaxes(1, 2) if _inputs_first(node) else found
+
+
+def _as_stored(node: Node, by_group: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+    return (by_group.swapaxes(1, 2) if _inputs_first(node) else by_group).reshape(tuple(shape))
 
 
 def weight_of(node: Node) -> Value:
@@ -129,7 +149,7 @@ def write_layer(model: Model, layer: Layer) -> None:
     node = layer.node
     stored = array(node.inputs[1])
     assert stored is not None
-    weight = (layer.weight.swapaxes(1, 2) if _inputs_first(node) else layer.weight).reshape(stored.shape)
+    weight = _as_stored(node, layer.weight, stored.shape)
     if not np.array_equal(weight, stored):
         model.set_input(node, 1, model.constant(f"{title(node)}_weight", weight))
     if layer.bias.any() or input_of(node, 2) is not None:

@@ -14,9 +14,11 @@ from qconv.recipe import (
     AUTO,
     BLOCK_SIZE,
     CALIBRATORS,
+    EFFORTS,
     MOST_THREADS,
     PERCENTILE,
     PRESETS,
+    ROUNDINGS,
     WEIGHT_CALIBRATORS,
     Color,
     Filter,
@@ -177,6 +179,18 @@ quantize_options = stack(
         show_default=True,
         help="How weights get ranges: their largest value, or what clips them at the least error.",
     ),
+    click.option(
+        "--effort",
+        type=click.Choice(EFFORTS),
+        default="balanced",
+        show_default=True,
+        help="How much time goes into accuracy: see 'Effort' in the README.",
+    ),
+    click.option(
+        "--rounding",
+        type=click.Choice(ROUNDINGS),
+        help="Which way each weight rounds.  [default: nearest for --effort fast, second-order else]",
+    ),
     click.option("--save-stats", metavar="FILE", help="Also write what was seen of the activations into a file."),
     click.option(
         "--stats", metavar="FILE", help="Take that from a file; --calib is then only for checking the result."
@@ -221,7 +235,7 @@ quantize_options = stack(
 
 SAME = (
     ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
-    + ("calibrator", "percentile", "weight_calibrator", "stats", "save_stats")
+    + ("calibrator", "percentile", "weight_calibrator", "effort", "rounding", "stats", "save_stats")
     + ("target", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
     + ("opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
 )  # fmt: skip

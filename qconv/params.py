@@ -9,7 +9,7 @@ from qconv import layers
 from qconv.calibrators import CALIBRATORS, Hints
 from qconv.clipping import Range
 from qconv.findings import Change, Finding
-from qconv.graph import Value, array
+from qconv.graph import Node, Value, array
 from qconv.plan import Plan
 from qconv.quant import QuantParams, QuantSpec
 from qconv.recipe import PERCENTILE, Recipe
@@ -21,11 +21,12 @@ LARGEST_MULTIPLIER = 200.0
 
 @dataclass(slots=True)
 class Params:
-    """Numbers for every decision of a Plan."""
+    """Numbers for every decision of a Plan. sources: what layers read, where that is quantized."""
 
     activations: dict[Value, QuantParams] = field(default_factory=dict)
     constants: dict[Value, QuantParams] = field(default_factory=dict)
     layers: list[LayerParams] = field(default_factory=list)
+    sources: dict[Node, Source] = field(default_factory=dict)
 
 
 def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> tuple[Params, list[Finding]]:
@@ -46,7 +47,7 @@ def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) ->
         if layer.data is not None:
             # a sketch's channels are those of axis 1, which a MatMul does not sum over
             known = None if layer.node.op_type == "MatMul" else sketches.get(layer.data.name or "")
-            source = Source(params.activations[layer.data], known, clips=shifts)
+            source = params.sources[layer.node] = Source(params.activations[layer.data], known, clips=shifts)
         chosen, notes = quantize_layer(
             layer, source, recipe.weight_calibrator, plan.target, saturation_safe=recipe.saturation_safe
         )

@@ -7,7 +7,7 @@ import fnmatch
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,15 +19,16 @@ from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.fileformat import describe, needed_opset, needed_runtime, set_ir_version
-from qconv.findings import Change, Finding
+from qconv.findings import Change, Finding, Skipped
 from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
 from qconv.oddities import oddities
-from qconv.params import choose_params
+from qconv.params import Params, choose_params
 from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import WISHED, make_plan
 from qconv.recipe import Layout, Recipe
+from qconv.refine import EFFORTS, refine
 from qconv.report import Audit, Report, Verification
 from qconv.rows import tensor_rows
 from qconv.runtime import Session
@@ -117,13 +118,17 @@ def quantize(
     if recipe.tune_latency:
         with run.step("tune"):
             found_fastest = tuned(model, recipe, sketches, pictures.fed, pictures.size, run.listener.progress)
-            plan = make_plan(model, recipe, target, found_fastest.floats)
+            floats = found_fastest.floats
+            plan = make_plan(model, recipe, target, floats)
             run.findings.append(Change("tune", source.name, found_fastest.in_words()))
     with run.step("params"):
         params, found = choose_params(plan, sketches, recipe)
         run.findings += found
-        rows = tensor_rows(plan, params)
+    if recipe.rounding == "second-order":
+        with run.step("round"):
+            run.findings += _rounded(model, plan, params, floats, pictures, recipe, run)
     with run.step("emit"):
+        rows = tensor_rows(plan, params)
         run.findings += emit(model, plan, params, pack=recipe.pack)
         run.findings += shrink(model)
         describe(model, qconv.__version__, recipe, pictures.fed, plan.placed)
@@ -188,6 +193,23 @@ def _check_apart(out: Path | None, statistics: Path) -> None:
 def _embed(model: Model, layout: Layout, recipe: Recipe, pictures: Pictures) -> list[Finding]:
     """The model and its pictures change over to pixels."""
     return embed(model, pictures.take_pixels(layout), layout, exact=recipe.activation_bits > 8)
+
+
+def _rounded(
+    model: Model,
+    plan: Plan,
+    params: Params,
+    floats: Mapping[str, str],
+    pictures: Pictures,
+    recipe: Recipe,
+    run: _Run,
+) -> list[Finding]:
+    """Weights rounded for what the layers before hand on, where there are pictures to see that on."""
+    effort = EFFORTS[recipe.effort]
+    if pictures.feed is None:
+        return [Skipped("round", "all layers", "statistics do not say how inputs go together; pass pictures, too")]
+    feeds = pictures.feed.first(effort.pictures, "read again")
+    return refine(model, plan, params, feeds, recipe, effort, floats, run.listener.progress)
 
 
 def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -> None:

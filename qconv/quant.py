@@ -150,6 +150,12 @@ class QuantParams:
         zero = self.zero_point.astype(np.float32)
         return (self.spec.qmin - zero) * self.scale, (self.spec.qmax - zero) * self.scale
 
+    def spread(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.integer]]:
+        """Scale and zero point, each with an axis for every axis of a tensor of this shape, to be broadcast to it."""
+        missing = (1,) * (len(shape) if self.scale.ndim == 0 else 0)
+        scale, zero = (self._spread(x, shape) for x in (self.scale, self.zero_point))
+        return (scale.reshape(missing), zero.reshape(missing)) if missing else (scale, zero)
+
     def with_scale(self, scale: NDArray[np.float32]) -> QuantParams:
         """The same spec and zero point on another step."""
         return QuantParams(self.spec, np.asarray(scale, np.float32), self.zero_point)

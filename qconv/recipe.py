@@ -226,6 +226,8 @@ STEERING = frozenset({"threads", "min_agreement", "min_sqnr", "calib", "batch", 
 CALIBRATORS = ("minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "output-mse", "aciq")
 PERCENTILE = 99.99
 WEIGHT_CALIBRATORS = ("max", "mse", "aciq")
+ROUNDINGS = ("nearest", "second-order")
+EFFORTS = ("fast", "balanced", "best")
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +259,8 @@ class Recipe:
     calibrator: str = "output-mse"
     percentile: float | None = None
     weight_calibrator: str = "max"
+    effort: str = "balanced"
+    rounding: str | None = None
     target: str = "ort-cpu"
     saturation_safe: bool | None = None
     tune_latency: bool = False
@@ -317,6 +321,10 @@ class Recipe:
             f"--weight-calibrator {self.weight_calibrator}",
             f"use one of {', '.join(WEIGHT_CALIBRATORS)}.",
         )
+        _require(self.effort in EFFORTS, f"--effort {self.effort}", f"use one of {', '.join(EFFORTS)}.")
+        if self.rounding is None:
+            object.__setattr__(self, "rounding", "nearest" if self.effort == "fast" else "second-order")
+        _require(self.rounding in ROUNDINGS, f"--rounding {self.rounding}", f"use one of {', '.join(ROUNDINGS)}.")
         self._check_percentile()
         gated = self.min_agreement is not None or self.min_sqnr is not None
         _require(

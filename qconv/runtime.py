@@ -49,6 +49,7 @@ class Session:
     where there are fewer threads. save_optimized: where to write the graph that will really run. alone: no other
     session takes turns with it, so its threads may spin while they wait for each other, as the runtime's default is.
     profile: the beginning of the name of a file for the times of single nodes, written by `node_times`.
+    integer_kernels: False computes between dequantizers and quantizers in float, with all other optimizations.
     Raises QconvError where ONNX Runtime refuses the model.
     """
 
@@ -63,6 +64,7 @@ class Session:
         save_optimized: Path | None = None,
         alone: bool = False,
         profile: Path | None = None,
+        integer_kernels: bool = True,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
@@ -80,6 +82,8 @@ class Session:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not alone:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not integer_kernels:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)

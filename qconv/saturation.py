@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +76,19 @@ def worst_pair(codes: NDArray[np.int8], output_axis: int) -> NDArray[np.float64]
     return found
 
 
+def excess(
+    codes: NDArray[np.integer], low: NDArray[np.int64], high: NDArray[np.int64], *, output_axis: int
+) -> NDArray[np.float64]:
+    """The worst pair of each output, over what 16 bits hold, (O,); codes of weights, low and high as `widen` has them.
+
+    More than 1 saturates.
+    """
+    rows = _rows(codes, output_axis)
+    limits = _spread(low, high, codes, output_axis)
+    found: NDArray[np.float64] = _worst_pair(rows, *limits) / PAIR_LIMIT
+    return found
+
+
 _Excess = Callable[[QuantParams, NDArray[np.int64]], NDArray[np.float64]]
 
 
@@ -111,7 +125,7 @@ def _rows(codes: NDArray[np.integer], output_axis: int) -> NDArray[np.int32]:
 
 
 def _spread(
-    low: NDArray[np.int64], high: NDArray[np.int64], weight: NDArray[np.float32], output_axis: int
+    low: NDArray[np.int64], high: NDArray[np.int64], weight: NDArray[Any], output_axis: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """The codes' limits for every element of `_rows`: (O, K), or (1, K) where all outputs read the same channels."""
     least, largest = low.astype(np.int32), high.astype(np.int32)

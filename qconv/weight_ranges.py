@@ -31,27 +31,32 @@ def largest(weight: Floats, spec: QuantSpec) -> Ends:
     return extremes(weight, spec.granularity)
 
 
-def least_squares(weight: Floats, spec: QuantSpec) -> Ends:
-    """The ends with the least squared error of each group. Both ends move together, then each alone if they may."""
+def least_squares(weight: Floats, spec: QuantSpec, importance: Floats | None = None) -> Ends:
+    """The ends with the least squared error of each group. Both ends move together, then each alone if they may.
+
+    importance: how much the square of each weight's error counts, of the weight's shape; None: all alike.
+    """
     low, high = extremes(weight, spec.granularity)
-    if not low.shape:
+    if not low.shape and importance is None:
         return _as_arrays(clipping.least_squares(histogram_of(weight), spec, float(low), float(high)))
     rows = _rows(weight, spec.granularity)
-    low_rows, high_rows = (_by_row(ends, spec.granularity) for ends in (low, high))
+    counts = None if importance is None else _rows(importance, spec.granularity)
+    low_rows, high_rows = (_by_row(ends, spec.granularity).reshape(-1) for ends in (low, high))
     by_row = replace(spec, granularity=PerChannel(0))
     shares = np.empty((2, len(rows)))
     for part in np.array_split(np.arange(len(rows)), min(len(rows), -(-rows.size // LARGEST_PART))):
-        shares[:, part] = _best_shares(rows[part], by_row, low_rows[part], high_rows[part])
+        count = None if counts is None else counts[part]
+        shares[:, part] = _best_shares(rows[part], by_row, low_rows[part], high_rows[part], count)
     return _back(low_rows * shares[0], low, spec.granularity), _back(high_rows * shares[1], high, spec.granularity)
 
 
-def _best_shares(rows: Floats, spec: QuantSpec, low: Floats, high: Floats) -> Floats:
+def _best_shares(rows: Floats, spec: QuantSpec, low: Floats, high: Floats, importance: Floats | None) -> Floats:
     """The shares of lower and upper ends with the least error of each of G rows, (2, G)."""
     shares = np.ones((2, len(rows)))
-    least = _error(rows, spec, low, high)
+    least = _error(rows, spec, low, high, importance)
 
     def attempt(candidate: Floats) -> None:
-        error = _error(rows, spec, low * candidate[0], high * candidate[1])
+        error = _error(rows, spec, low * candidate[0], high * candidate[1], importance)
         better = error < least
         shares[:, better], least[better] = candidate[:, better], error[better]
 
@@ -69,10 +74,12 @@ def _best_shares(rows: Floats, spec: QuantSpec, low: Floats, high: Floats) -> Fl
     return shares
 
 
-def _error(rows: Floats, spec: QuantSpec, low: Floats, high: Floats) -> Floats:
+def _error(rows: Floats, spec: QuantSpec, low: Floats, high: Floats, importance: Floats | None) -> Floats:
     lost = spec.from_range(low, high).fake(rows)
     lost -= rows
-    return np.asarray(np.einsum("ge,ge->g", lost, lost, dtype=np.float64))
+    if importance is None:
+        return np.asarray(np.einsum("ge,ge->g", lost, lost, dtype=np.float64))
+    return np.asarray(np.einsum("ge,ge,ge->g", lost, lost, importance, dtype=np.float64))
 
 
 def aciq(weight: Floats, spec: QuantSpec) -> Ends:
@@ -108,7 +115,8 @@ WEIGHT_RANGES: dict[str, Callable[[Floats, QuantSpec], Ends]] = {
 
 def _rows(weight: Floats, granularity: Granularity) -> Floats:
     """(G, E); zeros, which cost nothing, fill up short blocks."""
-    assert not isinstance(granularity, PerTensor)
+    if isinstance(granularity, PerTensor):
+        return weight.reshape(1, -1)
     if isinstance(granularity, PerChannel):
         moved = np.moveaxis(weight, granularity.axis, 0)
         return np.ascontiguousarray(moved.reshape(len(moved), -1))
@@ -124,6 +132,8 @@ def _by_row(ends: NDArray[Any], granularity: Granularity) -> NDArray[Any]:
 
 def _back(by_row: NDArray[Any], like: NDArray[Any], granularity: Granularity) -> NDArray[Any]:
     """The reverse of `_by_row`."""
+    if isinstance(granularity, PerTensor):
+        return by_row.reshape(())
     if not isinstance(granularity, PerBlock):
         return by_row
     moved = np.moveaxis(like, granularity.axis, -1).shape

@@ -77,53 +77,112 @@ def quantize_layer(
     saturation_safe: no pair of products overflows 16 bits, whatever the picture (True), or on the calibration pictures
     (None); False: that is no matter.
     """
+    weight = float_weight(layer)
+    params = layer.weight.from_range(*WEIGHT_RANGES[calibrator](weight, layer.weight))
+    params, findings = fitted(layer, params, weight, source, target, saturation_safe=saturation_safe)
+    codes = params.quantize(weight)
+    bias = array(input_of(layer.node, 2))
+    if source is not None:
+        bias = _corrected(layer, bias, weight, params.dequantize(codes), source)
+    return with_bias(layer, params, codes, bias, source, target), findings
+
+
+def float_weight(layer: Layer) -> NDArray[np.float32]:
+    """The layer's weights as its spec sees them. Raises QconvError where they are no numbers."""
     stored = array(layer.node.inputs[1])
     assert stored is not None
     weight = layer.arranged(stored.astype(np.float32, copy=False))
     if not np.isfinite(weight).all():
         name = layer.node.name
         raise QconvError(f"The weights of {name} hold NaN or infinity.", "export the model again, or --keep-float it.")
-    params = layer.weight.from_range(*WEIGHT_RANGES[calibrator](weight, layer.weight))
-    params = _scale_dead_channels(params, weight)
-    bias = array(input_of(layer.node, 2))
-    if source is None:
-        return LayerParams(layer, params, params.quantize(weight), bias), []
+    return weight
 
+
+def fitted(
+    layer: Layer,
+    params: QuantParams,
+    weight: NDArray[np.float32],
+    source: Source | None,
+    target: Target,
+    *,
+    saturation_safe: bool | None = None,
+) -> tuple[QuantParams, list[Finding]]:
+    """Parameters with scales as wide as the integer kernels demand; see `quantize_layer`."""
+    params = _scale_dead_channels(params, weight)
+    if source is None:
+        return params, []
     findings: list[Finding] = []
-    channels = _input_channels(layer, stored)
-    # A blocked layer has no one s_w for its bias. Layers of 16 bits run in float as well, but there ONNX Runtime would
-    # quantize a float bias by itself, and let it overflow.
-    quantized_bias = target.integer_bias and not layer.blocked
-    if bias is not None and quantized_bias:
+    bias = array(input_of(layer.node, 2))
+    if bias is not None and _has_integer_bias(layer, target):
         widened = _fit_bias(params, source.params, bias)
         count = int(np.count_nonzero(widened.scale > params.scale))
         if count:
             what = f"weight scale of {count} channels widened, so that the bias fits into int32"
             findings.append(Change("params", layer.node.name or "", what))
         params = widened
-    if saturation_safe is not False and source.params.spec.bits == 8 and target.pairs and _adds_pairs(layer, weight):
-        limits = source.channel_codes(channels) if saturation_safe is None else source.all_codes(channels)
+    limits = pair_limits(layer, source, target, saturation_safe=saturation_safe)
+    if limits is not None:
         params = saturation.widen(params, weight, *limits, output_axis=layer.rule.output_axis)
-    codes = params.quantize(weight)
-    sketch = source.of(channels)
-    if sketch is not None:
-        error = params.dequantize(codes)
-        error = np.subtract(weight, error, out=error).reshape(stored.shape)
-        groups = attribute(layer.node, "group", 1)
-        axis = layer.rule.output_axis
-        seen = 1 / np.prod(attribute(layer.node, "strides", [1])) if layer.node.op_type == "ConvTranspose" else 1.0
-        shift = seen * bias_correction.correction(error, sketch.means, groups=groups, output_axis=axis)
-        if sketch.columns.size and source.clips:
-            moved = mean_shift(sketch.columns.reshape(-1, channels), source.params)
-            shift -= seen * bias_correction.correction(
-                (weight.reshape(stored.shape) - error), moved, groups=groups, output_axis=axis
-            )
-        bias = (shift if bias is None else bias + shift).astype(np.float32)
-    if bias is None or not quantized_bias:
-        return LayerParams(layer, params, codes, bias), findings
+    return params, findings
+
+
+def pair_limits(
+    layer: Layer, source: Source, target: Target, *, saturation_safe: bool | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """The least and the largest code of each input channel, where pairs of products must fit into 16 bits."""
+    stored = array(layer.node.inputs[1])
+    assert stored is not None
+    if saturation_safe is False or source.params.spec.bits != 8 or not target.pairs or not _adds_pairs(layer, stored):
+        return None
+    channels = input_channels(layer)
+    return source.channel_codes(channels) if saturation_safe is None else source.all_codes(channels)
+
+
+def with_bias(
+    layer: Layer,
+    params: QuantParams,
+    codes: NDArray[np.integer],
+    bias: NDArray[np.floating] | None,
+    source: Source | None,
+    target: Target,
+) -> LayerParams:
+    """The layer's numbers with a bias (O,) that is stored as the target wants it."""
+    if source is None or bias is None or not _has_integer_bias(layer, target):
+        return LayerParams(layer, params, codes, bias)
     with np.errstate(over="ignore"):
         product = np.multiply(source.params.scale, params.scale, dtype=np.float32)
-    return LayerParams(layer, params, codes, bias, bias_params(product)), findings
+    return LayerParams(layer, params, codes, bias, bias_params(product))
+
+
+def _has_integer_bias(layer: Layer, target: Target) -> bool:
+    """A blocked layer has no one s_w for its bias. Layers of 16 bits run in float as well, but there ONNX Runtime would
+    quantize a float bias by itself, and let it overflow."""
+    return target.integer_bias and not layer.blocked
+
+
+def _corrected(
+    layer: Layer,
+    bias: NDArray[np.floating] | None,
+    weight: NDArray[np.float32],
+    rounded: NDArray[np.float32],
+    source: Source,
+) -> NDArray[np.floating] | None:
+    """The bias less what rounding, and clipping what the layer reads, do to the means of its outputs."""
+    channels = input_channels(layer)
+    sketch = source.of(channels)
+    if sketch is None:
+        return bias
+    stored = array(layer.node.inputs[1])
+    assert stored is not None
+    groups, axis = attribute(layer.node, "group", 1), layer.rule.output_axis
+    seen = 1 / np.prod(attribute(layer.node, "strides", [1])) if layer.node.op_type == "ConvTranspose" else 1.0
+    error = (weight - rounded).reshape(stored.shape)
+    shift = seen * bias_correction.correction(error, sketch.means, groups=groups, output_axis=axis)
+    if sketch.columns.size and source.clips:
+        moved = mean_shift(sketch.columns.reshape(-1, channels), source.params)
+        read = rounded.reshape(stored.shape)
+        shift -= seen * bias_correction.correction(read, moved, groups=groups, output_axis=axis)
+    return (shift if bias is None else bias + shift).astype(np.float32)
 
 
 def _scale_dead_channels(params: QuantParams, weight: NDArray[np.float32]) -> QuantParams:
@@ -135,13 +194,16 @@ def _scale_dead_channels(params: QuantParams, weight: NDArray[np.float32]) -> Qu
     return params.with_scale(np.where(dead, params.scale[~dead].max(), params.scale))
 
 
-def _input_channels(layer: Layer, weight: NDArray[np.floating]) -> int:
+def input_channels(layer: Layer) -> int:
+    """How many channels the layer reads."""
+    weight = array(layer.node.inputs[1])
+    assert weight is not None
     if layer.node.op_type == "ConvTranspose":  # its weights have all input channels, but only a group's outputs
         return int(weight.shape[0])
     return int(weight.shape[layer.rule.input_axis] * attribute(layer.node, "group", 1))
 
 
-def _adds_pairs(layer: Layer, weight: NDArray[np.float32]) -> bool:
+def _adds_pairs(layer: Layer, weight: NDArray[np.floating]) -> bool:
     """Whether a kernel that adds products in pairs of 16 bits may run it: any layer but depthwise and transposed ones.
 
     Depthwise to ONNX Runtime is a Conv of one channel in and one channel out in each group.

@@ -1,0 +1,145 @@
+"""A network run layer after layer on the same pictures, every node once.
+
+Between two stops the tensors that are still to be read are held, for all pictures: a stop costs what lies since the
+last one, not the whole network. What a stop needs is run as a small model of its own. Dequantizers are run anew by
+whoever reads them, so that codes are held instead of floats four times as large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv import save
+from qconv.ahead import ahead
+from qconv.graph import Model, Node, Value, array, input_of, reads_of
+from qconv.held import Arrays, Held, Store
+from qconv.quant import QuantParams, QuantSpec
+from qconv.runtime import Session
+
+AT_ONCE = 2
+
+
+class Walk:
+    """Where a network stands. The model's weights may change in front of it, never behind.
+
+    feeds: what each batch of pictures feeds to the model's inputs. store: where tensors are held in between.
+    """
+
+    def __init__(
+        self, model: Model, feeds: Sequence[Mapping[str, NDArray[Any]]], store: Store, *, threads: int | None
+    ) -> None:
+        self._model, self._threads, self._count, self._store = model, threads, len(feeds), store
+        self._held: dict[Value, Arrays] = {
+            value: Arrays([store.put(feed[value.name or ""]) for feed in feeds])
+            for value in model.graph.inputs
+            if array(value) is None and value.name in feeds[0]
+        }
+        self._done: set[Node] = set()
+
+    def at(self, value: Value) -> Arrays:
+        """The values of a tensor for every batch; they are there until the next call."""
+        self._drop()
+        if value not in self._held:
+            self._run(self._missing(value), value)
+        return self._held[value]
+
+    def codes_at(self, value: Value) -> tuple[Arrays, QuantParams | None]:
+        """Like `at`, but of a dequantized tensor the codes, and how they are dequantized; None for floats."""
+        node = value.producer()
+        scale, zero = (array(input_of(node, index)) for index in (1, 2)) if node is not None else (None, None)
+        if node is None or not _is_cheap(node) or scale is None or zero is None or scale.ndim or node.inputs[0] is None:
+            return self.at(value), None
+        spec = QuantSpec(8 * zero.dtype.itemsize, zero.dtype.kind == "i", symmetric=False)
+        return self.at(node.inputs[0]), QuantParams(spec, scale, zero)
+
+    def _missing(self, value: Value) -> list[Node]:
+        """The nodes that must run for `value`, in order."""
+        needed: set[Node] = set()
+        queue = [value]
+        while queue:
+            tensor = queue.pop()
+            node = tensor.producer()
+            if tensor in self._held or node is None or node in needed:
+                continue
+            needed.add(node)
+            queue += reads_of(node)
+        return [node for node in self._model.nodes() if node in needed]
+
+    def _run(self, nodes: list[Node], value: Value) -> None:
+        ran = set(nodes)
+        self._done |= {node for node in nodes if not _is_cheap(node)}
+        made = {result for node in nodes for result in node.outputs}
+        wanted = [
+            result for result in made if result is value or (not _is_cheap_value(result) and self._is_read(result))
+        ]
+        wanted.sort(key=lambda result: result.name or "")
+        read = {tensor for node in nodes for tensor in reads_of(node)} - made
+        inputs = [tensor for tensor in read if tensor in self._held]
+        inputs.sort(key=lambda tensor: tensor.name or "")
+        large = {t.name or "": numbers for t in read - set(inputs) if (numbers := _large(t)) is not None}
+        shapes = {t.name or "": _common(self._held[t]) for t in inputs} | {
+            n: (x.dtype, x.shape) for n, x in large.items()
+        }
+        proto = save.part(self._model, [node for node in self._model.nodes() if node in ran], shapes, wanted)
+        session = Session(
+            proto, name="a part of the model", threads=self._threads, at_once=AT_ONCE, integer_kernels=False
+        )
+        del proto
+        names = [result.name or "" for result in wanted]
+        feeds = ({t.name or "": self._held[t][index] for t in inputs} | large for index in range(self._count))
+        made_of: dict[Value, list[Held]] = {result: [] for result in wanted}
+        for found in _each(session, names, feeds):
+            for result, numbers in zip(wanted, found, strict=True):
+                made_of[result].append(self._store.put(numbers))
+        self._held |= {result: Arrays(held) for result, held in made_of.items()}
+
+    def _is_read(self, value: Value) -> bool:
+        """Whether a node that has not run yet reads it, through dequantizers or itself."""
+        for node in self._model.readers(value):
+            if node.graph is not self._model.graph:
+                return True
+            if _is_cheap(node):
+                if any(self._is_read(result) for result in node.outputs):
+                    return True
+            elif node not in self._done:
+                return True
+        return False
+
+    def _drop(self) -> None:
+        """Let go of what nobody will read any more."""
+        for value in [value for value in self._held if not self._is_read(value)]:
+            for held in self._held.pop(value).held:
+                held.drop()
+
+
+def _each(session: Session, names: list[str], feeds: Iterator[dict[str, NDArray[Any]]]) -> Iterator[list[NDArray[Any]]]:
+    for future in ahead(lambda feed: session.run(names, feed), feeds, workers=session.at_once, depth=AT_ONCE + 1):
+        yield future.result()
+
+
+def _is_cheap(node: Node) -> bool:
+    return node.op_type == "DequantizeLinear"
+
+
+def _is_cheap_value(value: Value) -> bool:
+    node = value.producer()
+    return node is not None and _is_cheap(node)
+
+
+LARGE = 2**25
+"""Bytes from which on a constant is fed to a part instead of copied into it, and into the runtime's session again."""
+
+
+def _large(value: Value) -> NDArray[Any] | None:
+    numbers = array(value)
+    return numbers if numbers is not None and numbers.nbytes >= LARGE else None
+
+
+def _common(arrays: Arrays) -> tuple[np.dtype[Any], tuple[int | None, ...]]:
+    """Type and shape of all of them, None where they differ."""
+    sizes = zip(*(x.shape for x in arrays.held), strict=True)
+    return arrays.held[0].dtype, tuple(size[0] if len(set(size)) == 1 else None for size in sizes)
