@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import click
 
 from qconv.errors import QconvError
+from qconv.layer_bits import read_layer_bits
 from qconv.recipe import (
     AUTO,
     BLOCK_SIZE,
@@ -155,6 +157,11 @@ quantize_options = stack(
         help="Least bits of the first and last layer.",
     ),
     click.option(
+        "--layer-bits",
+        metavar="FILE.toml",
+        help="Bits of single layers, by globs of their names: see 'Bits layer by layer' in the README.",
+    ),
+    click.option(
         "--pack", is_flag=True, help="Store weights of 4 bits or fewer as int4: the smallest file, layers run in float."
     ),
     click.option(
@@ -231,13 +238,16 @@ SAME = (
 def recipe_of(options: dict[str, Any]) -> Recipe:
     """Values that do not go together are usage errors, as those are that click finds itself.
 
-    options: what click calls them, with their values.
+    options: what click calls them, with their values. Raises QconvError for a file of bits that cannot be used.
     """
     granularity, block_size = options["weight_granularity"], options["block_size"]
     if block_size is not None and granularity != WeightGranularity.PER_BLOCK:
         raise click.UsageError(f"--block-size is for --weight-granularity per-block, not {granularity}.")
+    file = options["layer_bits"]
+    layer_bits = () if file is None else read_layer_bits(Path(file))
     try:
         return Recipe(
+            layer_bits=layer_bits,
             block_size=block_size or BLOCK_SIZE,
             glob=options["pattern"],
             weight_scheme=Scheme(options["weight_scheme"]),

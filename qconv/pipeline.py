@@ -26,7 +26,7 @@ from qconv.oddities import oddities
 from qconv.params import choose_params
 from qconv.placement import left_in_float
 from qconv.plan import Plan
-from qconv.planner import WISHED, make_plan
+from qconv.planner import WISHED, is_layer, make_plan
 from qconv.recipe import Layout, Recipe
 from qconv.report import Audit, Report, Verification
 from qconv.rows import tensor_rows
@@ -197,6 +197,10 @@ def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -
     for pattern in recipe.keep_float:
         if not fnmatch.filter(names, pattern):
             warn(f"--keep-float {pattern} matches no node of the folded model.")
+    layers = [node.name or "" for node in model.nodes() if is_layer(node)]
+    for pattern, _ in recipe.layer_bits:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
+            warn(f"--layer-bits: {pattern!r} matches no layer of the folded model.")
     for op_type in recipe.keep_float_op:
         if op_type not in types:
             warn(f"--keep-float-op {op_type}: the folded model has no such operator.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -228,12 +229,29 @@ PERCENTILE = 99.99
 WEIGHT_CALIBRATORS = ("max", "mse", "aciq")
 
 
+WEIGHT_BITS = frozenset({*range(2, 9), 16})
+ACTIVATION_BITS = WEIGHT_BITS | {32}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBits:
+    """Bits of a layer's weights, and of the tensor that it reads; None for the recipe's own.
+
+    in_float: the layer stays float, and no bits are its.
+    """
+
+    weights: int | None = None
+    activations: int | None = None
+    in_float: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What `quantize` is asked to do. The defaults are those of target `ort-cpu`.
 
     calib: folders, or text files with one path a line; may be empty where `stats` is given, else an error at the door,
     not here. stats, save_stats: files of statistics to read instead of pictures, and to write.
+    layer_bits: globs of layers' names, each with the bits of those that it matches; the first match counts.
     activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
     tune_latency: place layers by times that are measured on this machine, see `tune`.
     embed_preprocessing: the layout of the uint8 pixels that the result takes and normalises by itself; None: it takes
@@ -253,6 +271,7 @@ class Recipe:
     weight_granularity: WeightGranularity = WeightGranularity.PER_CHANNEL
     block_size: int = BLOCK_SIZE
     edge_bits: int = 8
+    layer_bits: tuple[tuple[str, LayerBits], ...] = ()
     pack: bool = False
     calibrator: str = "output-mse"
     percentile: float | None = None
@@ -299,13 +318,14 @@ class Recipe:
         if self.embed_preprocessing is not None:
             layout = _member(Layout, self.embed_preprocessing, "--embed-preprocessing")
             object.__setattr__(self, "embed_preprocessing", layout)
-        _require(self.weight_bits in {*range(2, 9), 16}, f"--weight-bits {self.weight_bits}", "use 2 to 8, or 16.")
+        _require(self.weight_bits in WEIGHT_BITS, f"--weight-bits {self.weight_bits}", "use 2 to 8, or 16.")
         _require(
-            self.activation_bits in {*range(2, 9), 16, 32},
+            self.activation_bits in ACTIVATION_BITS,
             f"--activation-bits {self.activation_bits}",
             "use 2 to 8, 16, or 32 for weights only.",
         )
-        _require(self.edge_bits in {*range(2, 9), 16}, f"--edge-bits {self.edge_bits}", "use 2 to 8, or 16.")
+        _require(self.edge_bits in WEIGHT_BITS, f"--edge-bits {self.edge_bits}", "use 2 to 8, or 16.")
+        self._check_layer_bits()
         _require(self.samples >= 1, f"--samples {self.samples}", "use at least 1 picture.")
         _require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")
         _require(self.block_size >= 1, f"--block-size {self.block_size}", "use at least 1.")
@@ -340,9 +360,9 @@ class Recipe:
             f"use 1 to {MOST_THREADS}.",
         )
         _require(
-            not self.pack or self.weight_bits <= PACKED_BITS,
+            not self.pack or min(self.bits_of_weights) <= PACKED_BITS,
             f"--pack with {self.weight_bits}-bit weights",
-            "packing stores int4: pass --weight-bits 4 or fewer.",
+            "packing stores int4: pass --weight-bits 4 or fewer, for some layers at least.",
         )
         _require(
             self.min_agreement is None or 0 <= self.min_agreement <= 1,
@@ -353,9 +373,53 @@ class Recipe:
             self.min_sqnr is None or math.isfinite(self.min_sqnr), f"--min-sqnr {self.min_sqnr}", "use a number of dB."
         )
 
+    @property
+    def runs_in_integers(self) -> bool:
+        """Whether layers run on codes of 8 bits, for which costs are known, or such as lie in them."""
+        whole = not self.pack and self.weight_granularity is not WeightGranularity.PER_BLOCK
+        return whole and self.bits_of_activations == {8} and max(self.bits_of_weights) <= 8
+
+    def bits_of(self, name: str) -> LayerBits:
+        """What `layer_bits` says of the layer of this name: its first glob that matches."""
+        return next((bits for glob, bits in self.layer_bits if fnmatch.fnmatchcase(name, glob)), LayerBits())
+
+    @property
+    def bits_of_weights(self) -> frozenset[int]:
+        """All that the weights of layers can have."""
+        own = {bits.weights for _, bits in self.layer_bits if bits.weights is not None}
+        return frozenset({self.weight_bits, max(self.weight_bits, self.edge_bits), *own})
+
+    @property
+    def bits_of_activations(self) -> frozenset[int]:
+        """All that the tensors between layers can have; 32 where they stay float."""
+        own = {bits.activations for _, bits in self.layer_bits if bits.activations is not None}
+        return frozenset({self.activation_bits, *own})
+
+    def _check_layer_bits(self) -> None:
+        entries = self.layer_bits
+        paired = isinstance(entries, tuple) and all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)
+        fix = "pass pairs of a glob and LayerBits(weights=4)."
+        _require(paired and all(isinstance(bits, LayerBits) for _, bits in entries), f"layer_bits {entries!r}", fix)
+        for glob, bits in entries:
+            told = f"--layer-bits: {glob!r} with"
+            if bits.weights is not None:
+                _require(bits.weights in WEIGHT_BITS, f"{told} weights of {bits.weights} bits", "use 2 to 8, or 16.")
+            if bits.activations is not None:
+                fact = f"{told} activations of {bits.activations} bits"
+                _require(bits.activations in WEIGHT_BITS, fact, "use 2 to 8, or 16.")
+                fact = f"{told} activations of {bits.activations} bits beside --activation-bits 32"
+                _require(self.activation_bits != 32, fact, "leave one of them out: 32 quantizes weights alone.")
+
     def _check_target(self) -> None:
         """What the target would reject is better said before the work."""
         target = TARGETS[self.target]
+        for glob, bits in self.layer_bits:
+            for kind, wish, takes in (
+                ("weights", bits.weights, target.weight_bits),
+                ("activations", bits.activations, target.activation_bits),
+            ):
+                fact = f"--layer-bits: {glob!r} with {kind} of {wish} bits and --target {self.target}"
+                _require(wish is None or wish in takes, fact, f"{target.why}.")
         demands: tuple[tuple[str, Any, Collection[Any]], ...] = (
             ("weight-bits", self.weight_bits, target.weight_bits),
             ("edge-bits", self.edge_bits, target.weight_bits),
@@ -369,14 +433,13 @@ class Recipe:
         for option, value, accepted in demands:
             given = f"--{option}" if value is True else f"--{option} {value}"
             _require(value in accepted, f"{given} with --target {self.target}", f"{target.why}.")
-        tunable = target.costs is not None and self.activation_bits == 8 and max(self.weight_bits, self.edge_bits) <= 8
-        tunable = tunable and not self.pack and self.weight_granularity is not WeightGranularity.PER_BLOCK
+        tunable = target.costs is not None and self.runs_in_integers
         hint = "it is for target ort-cpu and layers that can run in integers: weights of 2 to 8 bits, activations of 8."
         _require(tunable or not self.tune_latency, "--tune-latency with these options", hint)
         if self.saturation_safe is not None:
             option = "--saturation-safe" if self.saturation_safe else "--no-saturation-safe"
             _require(target.pairs, f"{option} with --target {self.target}", "leave it out: x86 CPUs are meant.")
-            integers = self.activation_bits <= 8 and self.weight_bits <= 8
+            integers = self.activation_bits <= 8 and self.weight_bits <= 8  # of most layers
             _require(integers, f"{option} with these bits", "leave it out: products are of float then.")
 
     def _check_percentile(self) -> None:
