@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from qconv.errors import QconvError
 from qconv.layer_bits import read_layer_bits
 from qconv.recipe import (
     AUTO,
+    BIAS_CORRECTIONS,
+    BIT_ALLOCATIONS,
     BLOCK_SIZE,
     CALIBRATORS,
     MOST_THREADS,
     PERCENTILE,
     PRESETS,
+    RECIPES,
     WEIGHT_CALIBRATORS,
     Color,
     Filter,
@@ -184,6 +188,25 @@ quantize_options = stack(
         show_default=True,
         help="How weights get ranges: their largest value, or what clips them at the least error.",
     ),
+    click.option(
+        "--bit-allocation",
+        type=click.Choice(BIT_ALLOCATIONS),
+        default="none",
+        show_default=True,
+        help="Whose channels get bits of their own, by the width of their ranges, with the same mean.",
+    ),
+    click.option(
+        "--bias-correction",
+        type=click.Choice(BIAS_CORRECTIONS),
+        default="measured",
+        show_default=True,
+        help="Whether biases take back what rounding the weights does to means.",
+    ),
+    click.option(
+        "--recipe-name",
+        type=click.Choice(list(RECIPES)),
+        help="A published recipe: sets several of these options; those that are given as well win.",
+    ),
     click.option("--save-stats", metavar="FILE", help="Also write what was seen of the activations into a file."),
     click.option(
         "--stats", metavar="FILE", help="Take that from a file; --calib is then only for checking the result."
@@ -228,7 +251,7 @@ quantize_options = stack(
 
 SAME = (
     ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
-    + ("calibrator", "percentile", "weight_calibrator", "stats", "save_stats")
+    + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
     + ("target", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
     + ("opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
 )  # fmt: skip
@@ -240,6 +263,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
 
     options: what click calls them, with their values. Raises QconvError for a file of bits that cannot be used.
     """
+    options = {**options, **_of_named_recipe(options["recipe_name"])}
     granularity, block_size = options["weight_granularity"], options["block_size"]
     if block_size is not None and granularity != WeightGranularity.PER_BLOCK:
         raise click.UsageError(f"--block-size is for --weight-granularity per-block, not {granularity}.")
@@ -258,6 +282,17 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
         )
     except QconvError as error:
         raise click.UsageError(f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}") from None
+
+
+def _of_named_recipe(name: str | None) -> dict[str, Any]:
+    """The options that a named recipe sets and that are not on the command line."""
+    context, default = click.get_current_context(silent=True), ParameterSource.DEFAULT
+    fields = {} if name is None else RECIPES[name]
+    return {
+        option: value
+        for option, value in fields.items()
+        if context is None or context.get_parameter_source(option) in (default, None)
+    }
 
 
 def require_output(wanted: bool) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from qconv.gates import gate_behind
 from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of
 from qconv.groups import Groups
-from qconv.plan import Choice, Layer, Plan, data_inputs
+from qconv.plan import Choice, Layer, Plan, channels_of, data_inputs
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.recipe import PACKED_BITS, Recipe, Scheme, WeightGranularity
 from qconv.refusals import refusal
@@ -25,6 +25,7 @@ from qconv.targets import Target
 
 WISHED = "kept float by --keep-float"
 WIDE_CODES = "codes of 16 bits have no integer kernel"
+CHANNEL_SCALES = "a scale for each channel of the activations has no integer kernel"
 FLOAT_BITS = "kept float by --layer-bits"
 GIVEN = "its codes are the input's pixels"
 AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
@@ -114,7 +115,9 @@ class _Planner:
             data = None if placed or self.recipe.activation_bits == 32 else node.inputs[0]
             packed = self.recipe.pack and spec.bits <= PACKED_BITS
             whole = not packed and not isinstance(spec.granularity, PerBlock)
-            self.plan.layers.append(Layer(node, rule, spec, data, data is None and whole and self.target.folds))
+            at_load = data is None and whole and self.target.folds
+            own_bits = self.recipe.allocates_weights and spec.bits < 8 and isinstance(spec.granularity, PerChannel)
+            self.plan.layers.append(Layer(node, rule, spec, data, at_load, own_bits))
 
     def _is_edge(self, node: Node) -> bool:
         return node not in self.inner
@@ -283,12 +286,14 @@ class _Planner:
     def choose_activations(self) -> None:
         recipe = self.recipe
         wishes = self._activation_wishes()
+        apart = self._with_channels() if recipe.allocates_activations else set()
         group_of = {value: group for group in self.plan.ties for value in group}
         symmetric = recipe.activation_scheme is Scheme.SYMMETRIC
         for value in self._in_graph_order():
             group = group_of.get(value, (value,))
             bits = max((wishes[m] for m in group if m in wishes), default=recipe.activation_bits)
-            spec = QuantSpec(bits, self.target.signed, symmetric)
+            whole = PerTensor() if value not in apart or len(group) > 1 or bits >= 8 else PerChannel(1)
+            spec = QuantSpec(bits, self.target.signed, symmetric, whole)
             self.plan.activations[value] = Choice(spec, self.quantized[value])
             gate = gate_behind(self.model, value) if group == (value,) else None
             if gate is not None:
@@ -311,6 +316,12 @@ class _Planner:
                 bits = recipe.bits_of(layer.node.name or "").activations or max(recipe.activation_bits, least)
                 found[layer.data] = max(bits, found.get(layer.data, 0))
         return found
+
+    def _with_channels(self) -> set[Value]:
+        """The tensors whose channels layers sum over, and are known to be several."""
+        read = {layer.data for layer in self.plan.layers if layer.data is not None}
+        moved = {layer.data for layer in self.plan.layers if layer.node.op_type == "MatMul"}
+        return {value for value in read - moved if channels_of(value) > 1}
 
     def take_given(self) -> None:
         """Tensors that are codes already stay so, and so does what is copied from them or cut off.
@@ -341,6 +352,11 @@ class _Planner:
             why = self._why_dequantized(layer)
             if why is not None:
                 plan.kept.setdefault(layer.node.name or "", Choice(None, why))
+        for node in self.nodes:
+            follower = next((reader for reader, layer in plan.absorbed.items() if layer is node), node)
+            touched = [*node.inputs, *node.outputs, *follower.outputs]
+            if node in plan.integer and any(plan.has_channel_scales(value) for value in touched):
+                plan.kept.setdefault(node.name or "", Choice(None, CHANNEL_SCALES))
         if recipe.activation_bits == 16:
             for node in self.nodes:
                 if node in plan.integer or node in plan.absorbed:

@@ -227,6 +227,21 @@ STEERING = frozenset({"threads", "min_agreement", "min_sqnr", "calib", "batch", 
 CALIBRATORS = ("minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "output-mse", "aciq")
 PERCENTILE = 99.99
 WEIGHT_CALIBRATORS = ("max", "mse", "aciq")
+BIT_ALLOCATIONS = ("none", "weights", "activations", "both")
+CHANNEL_CALIBRATORS = ("minmax", "aciq")
+"""Calibrators that know a range for each channel of a tensor."""
+BIAS_CORRECTIONS = ("measured", "none")
+RECIPES: dict[str, dict[str, Any]] = {
+    "aciq-w4a4": {
+        "weight_bits": 4,
+        "activation_bits": 4,
+        "calibrator": "aciq",
+        "weight_calibrator": "aciq",
+        "bit_allocation": "both",
+        "bias_correction": "measured",
+    },
+}
+"""Published recipes by name: fields of Recipe. `aciq-w4a4`: Banner et al. 2019, arXiv 1810.05723."""
 
 
 WEIGHT_BITS = frozenset({*range(2, 9), 16})
@@ -252,6 +267,8 @@ class Recipe:
     calib: folders, or text files with one path a line; may be empty where `stats` is given, else an error at the door,
     not here. stats, save_stats: files of statistics to read instead of pictures, and to write.
     layer_bits: globs of layers' names, each with the bits of those that it matches; the first match counts.
+    bit_allocation: whose channels get bits of their own, those of the layer or tensor on average, see `allocation`.
+    bias_correction: whether the bias takes back what rounding the weights does to means.
     activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
     tune_latency: place layers by times that are measured on this machine, see `tune`.
     embed_preprocessing: the layout of the uint8 pixels that the result takes and normalises by itself; None: it takes
@@ -276,6 +293,8 @@ class Recipe:
     calibrator: str = "output-mse"
     percentile: float | None = None
     weight_calibrator: str = "max"
+    bit_allocation: str = "none"
+    bias_correction: str = "measured"
     target: str = "ort-cpu"
     saturation_safe: bool | None = None
     tune_latency: bool = False
@@ -337,6 +356,10 @@ class Recipe:
             f"--weight-calibrator {self.weight_calibrator}",
             f"use one of {', '.join(WEIGHT_CALIBRATORS)}.",
         )
+        for name, known in (("bit_allocation", BIT_ALLOCATIONS), ("bias_correction", BIAS_CORRECTIONS)):
+            fact = f"--{name.replace('_', '-')} {getattr(self, name)}"
+            _require(getattr(self, name) in known, fact, f"use one of {', '.join(known)}.")
+        self._check_allocation()
         self._check_percentile()
         gated = self.min_agreement is not None or self.min_sqnr is not None
         _require(
@@ -394,6 +417,33 @@ class Recipe:
         """All that the tensors between layers can have; 32 where they stay float."""
         own = {bits.activations for _, bits in self.layer_bits if bits.activations is not None}
         return frozenset({self.activation_bits, *own})
+
+    @property
+    def allocates_weights(self) -> bool:
+        """Whether output channels of a layer have bits of their own."""
+        return self.bit_allocation in ("weights", "both")
+
+    @property
+    def allocates_activations(self) -> bool:
+        """Whether channels of the tensors between layers have bits of their own."""
+        return self.bit_allocation in ("activations", "both")
+
+    def _check_allocation(self) -> None:
+        told = f"--bit-allocation {self.bit_allocation} with"
+        if self.allocates_weights:
+            _require(self.weight_bits <= 8, f"{told} --weight-bits {self.weight_bits}", "use 2 to 8.")
+            whole = self.weight_granularity is not WeightGranularity.PER_CHANNEL
+            fact = f"{told} --weight-granularity {self.weight_granularity}"
+            _require(not whole, fact, "use per-channel: bits go with scales.")
+            _require(not self.pack, f"{told} --pack", "leave one of them out: int4 holds no more than 4 bits.")
+        if self.allocates_activations:
+            _require(self.activation_bits <= 8, f"{told} --activation-bits {self.activation_bits}", "use 2 to 8.")
+            fact = f"{told} --calibrator {self.calibrator}"
+            known = " or ".join(CHANNEL_CALIBRATORS)
+            _require(self.calibrator in CHANNEL_CALIBRATORS, fact, f"use {known}, which know a range for each channel.")
+            fact = f"{told} --target {self.target}"
+            whole = TARGETS[self.target].inputs_only
+            _require(not whole, fact, "use ort-cpu or generic: others take one scale a tensor.")
 
     def _check_layer_bits(self) -> None:
         entries = self.layer_bits

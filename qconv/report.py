@@ -142,11 +142,11 @@ class Audit:
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:
-    """One tensor and what became of it. scale, zero_point: a number, a list, or None for float."""
+    """One tensor and what became of it. bits, scale, zero_point: a number, a list, or None for float."""
 
     name: str
     kind: str
-    bits: int | None
+    bits: int | list[int] | None
     symmetric: bool | None
     granularity: str | None
     scale: Any

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 import qconv
 from qconv import fold, load, save
 from qconv.calibrate import Tap, observer, watch_apart
-from qconv.calibrators import CALIBRATORS
+from qconv.calibrators import want_of
 from qconv.curve import Curve, Point, counts_up_to
 from qconv.detect import detect
 from qconv.errors import QconvError, counted
@@ -146,7 +146,7 @@ def study_samples(
 
 
 def _taps(plan: Plan, recipe: Recipe) -> list[Tap]:
-    taps = plan.taps(CALIBRATORS[recipe.calibrator].want)
+    taps = plan.taps(want_of(recipe))
     if not taps:
         raise QconvError(
             "Nothing depends on the number of pictures: these options quantize no activation.",

@@ -200,9 +200,8 @@ def _details(report: Report, stream: TextIO) -> None:
         text = f"{found.what}" if isinstance(found, Change) else f"left alone: {found.why}"
         print(f"{found.step:<12}  {found.where}: {text}", file=stream)
     for tensor in report.tensors:
-        print(
-            f"{tensor.kind:<12}  {tensor.name}: {tensor.bits} bits, {tensor.granularity}, {_range(tensor)}", file=stream
-        )
+        bits = f"{min(tensor.bits)} to {max(tensor.bits)}" if isinstance(tensor.bits, list) else tensor.bits
+        print(f"{tensor.kind:<12}  {tensor.name}: {bits} bits, {tensor.granularity}, {_range(tensor)}", file=stream)
 
 
 def _range(tensor: Any) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import bias as bias_correction
-from qconv import saturation
+from qconv import channel_bits, saturation
 from qconv.errors import QconvError
 from qconv.findings import Change, Finding
 from qconv.graph import array, attribute, input_of
@@ -70,12 +70,18 @@ class Source:
 
 
 def quantize_layer(
-    layer: Layer, source: Source | None, calibrator: str, target: Target, *, saturation_safe: bool | None = None
+    layer: Layer,
+    source: Source | None,
+    calibrator: str,
+    target: Target,
+    *,
+    saturation_safe: bool | None = None,
+    corrected: bool = True,
 ) -> tuple[LayerParams, list[Finding]]:
     """Codes and parameters of one layer. source: None where only weights are quantized; calibrator: the weights'.
 
     saturation_safe: no pair of products overflows 16 bits, whatever the picture (True), or on the calibration pictures
-    (None); False: that is no matter.
+    (None); False: that is no matter. corrected: the bias takes back what rounding does to means.
     """
     stored = array(layer.node.inputs[1])
     assert stored is not None
@@ -83,17 +89,21 @@ def quantize_layer(
     if not np.isfinite(weight).all():
         name = layer.node.name
         raise QconvError(f"The weights of {name} hold NaN or infinity.", "export the model again, or --keep-float it.")
-    params = layer.weight.from_range(*WEIGHT_RANGES[calibrator](weight, layer.weight))
+    findings: list[Finding] = []
+    if layer.own_bits:
+        params = channel_bits.of_weights(weight, layer.weight, calibrator)
+        findings.append(channel_bits.in_words(layer.node.name or "", "weights", params))
+    else:
+        params = layer.weight.from_range(*WEIGHT_RANGES[calibrator](weight, layer.weight))
     params = _scale_dead_channels(params, weight)
     bias = array(input_of(layer.node, 2))
     if source is None:
-        return LayerParams(layer, params, params.quantize(weight), bias), []
+        return LayerParams(layer, params, params.quantize(weight), bias), findings
 
-    findings: list[Finding] = []
     channels = _input_channels(layer, stored)
-    # A blocked layer has no one s_w for its bias. Layers of 16 bits run in float as well, but there ONNX Runtime would
-    # quantize a float bias by itself, and let it overflow.
-    quantized_bias = target.integer_bias and not layer.blocked
+    # A blocked layer has no one s_w for its bias, and one whose data has a scale for each channel no one s_x. Layers of
+    # 16 bits run in float as well, but there ONNX Runtime would quantize a float bias by itself, and let it overflow.
+    quantized_bias = target.integer_bias and not layer.blocked and source.params.scale.ndim == 0
     if bias is not None and quantized_bias:
         widened = _fit_bias(params, source.params, bias)
         count = int(np.count_nonzero(widened.scale > params.scale))
@@ -101,12 +111,13 @@ def quantize_layer(
             what = f"weight scale of {count} channels widened, so that the bias fits into int32"
             findings.append(Change("params", layer.node.name or "", what))
         params = widened
-    if saturation_safe is not False and source.params.spec.bits == 8 and target.pairs and _adds_pairs(layer, weight):
+    paired = target.pairs and params.widest == 8 and _adds_pairs(layer, weight)
+    if saturation_safe is not False and source.params.spec.bits == 8 and paired:
         limits = source.channel_codes(channels) if saturation_safe is None else source.all_codes(channels)
         params = saturation.widen(params, weight, *limits, output_axis=layer.rule.output_axis)
     codes = params.quantize(weight)
     sketch = source.of(channels)
-    if sketch is not None:
+    if sketch is not None and corrected:
         error = params.dequantize(codes)
         error = np.subtract(weight, error, out=error).reshape(stored.shape)
         groups = attribute(layer.node, "group", 1)
@@ -149,7 +160,7 @@ def _adds_pairs(layer: Layer, weight: NDArray[np.float32]) -> bool:
     groups = attribute(layer.node, "group", 1)
     depthwise = layer.node.op_type == "Conv" and groups > 1 and weight.shape[:2] == (groups, 1)
     turned = layer.node.op_type == "ConvTranspose"
-    return layer.weight.bits == 8 and not layer.blocked and not depthwise and not turned
+    return not layer.blocked and not depthwise and not turned
 
 
 def _fit_bias(params: QuantParams, data: QuantParams, bias: NDArray[np.floating]) -> QuantParams:
