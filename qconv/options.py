@@ -19,6 +19,7 @@ from qconv.recipe import (
     BIT_ALLOCATIONS,
     BLOCK_SIZE,
     CALIBRATORS,
+    CANDIDATE_BITS,
     MOST_THREADS,
     PERCENTILE,
     PRESETS,
@@ -33,7 +34,7 @@ from qconv.recipe import (
     WeightGranularity,
 )
 from qconv.targets import TARGETS
-from qconv.values import Numbers, Resize, Size
+from qconv.values import Bits, Loss, Numbers, Resize, Size
 
 
 def _choice(kind: type[StrEnum]) -> click.Choice[str]:
@@ -166,6 +167,23 @@ quantize_options = stack(
         help="Bits of single layers, by globs of their names: see 'Bits layer by layer' in the README.",
     ),
     click.option(
+        "--max-drop",
+        type=Loss(),
+        help="Search for the fewest bits of each layer that lose no more: agreement:0.01, top1:0.005 or sqnr:25.",
+    ),
+    click.option(
+        "--target-size",
+        type=float,
+        metavar="R",
+        help="Search for the best bits of each layer whose weights take this share of float's size.",
+    ),
+    click.option(
+        "--candidate-bits",
+        type=Bits(),
+        help=f"What such a search may choose from.  [default: {','.join(map(str, CANDIDATE_BITS))}]",
+    ),
+    click.option("--save-layer-bits", metavar="FILE.toml", help="Also write what it found, for --layer-bits."),
+    click.option(
         "--pack", is_flag=True, help="Store weights of 4 bits or fewer as int4: the smallest file, layers run in float."
     ),
     click.option(
@@ -251,6 +269,7 @@ quantize_options = stack(
 
 SAME = (
     ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
+    + ("max_drop", "target_size", "candidate_bits", "save_layer_bits")
     + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
     + ("target", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
     + ("opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")

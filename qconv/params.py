@@ -10,7 +10,7 @@ from qconv.calibrators import CALIBRATORS, Hints
 from qconv.clipping import Range
 from qconv.findings import Change, Finding
 from qconv.graph import Value, array
-from qconv.plan import Plan, channels_of
+from qconv.plan import Layer, Plan, channels_of
 from qconv.quant import QuantParams, QuantSpec
 from qconv.recipe import PERCENTILE, Recipe
 from qconv.sketch import Sketch, Want
@@ -48,11 +48,7 @@ def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) ->
         params.constants[value] = spec.from_range(numbers.min(initial=0), numbers.max(initial=0))
     shifts = Want.COLUMNS in CALIBRATORS[recipe.calibrator].want
     for layer in plan.layers:
-        source = None
-        if layer.data is not None:
-            # a sketch's channels are those of axis 1, which a MatMul does not sum over
-            known = None if layer.node.op_type == "MatMul" else sketches.get(layer.data.name or "")
-            source = Source(params.activations[layer.data], known, clips=shifts)
+        source = source_of(layer, params, sketches, clips=shifts)
         quantized, notes = quantize_layer(
             layer,
             source,
@@ -64,6 +60,15 @@ def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) ->
         params.layers.append(quantized)
         findings += notes
     return params, findings
+
+
+def source_of(layer: Layer, params: Params, sketches: Mapping[str, Sketch], *, clips: bool) -> Source | None:
+    """What a layer reads; None where that stays float. clips: whether its bias takes back clipped means."""
+    if layer.data is None:
+        return None
+    # a sketch's channels are those of axis 1, which a MatMul does not sum over
+    known = None if layer.node.op_type == "MatMul" else sketches.get(layer.data.name or "")
+    return Source(params.activations[layer.data], known, clips=clips)
 
 
 def _ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[Value, Range]:

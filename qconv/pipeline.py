@@ -22,6 +22,8 @@ from qconv.fileformat import describe, needed_opset, needed_runtime, set_ir_vers
 from qconv.findings import Change, Finding
 from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
+from qconv.layer_bits import as_toml
+from qconv.mixed import Ground, search
 from qconv.oddities import oddities
 from qconv.params import choose_params
 from qconv.placement import left_in_float
@@ -86,9 +88,10 @@ def quantize(
         proto = read(source)
         if place is not None:
             check_output(source, place, data_files(proto, source))
-        if recipe.save_stats is not None:
-            check_output(source, Path(recipe.save_stats), data_files(proto, source))
-            _check_apart(place, Path(recipe.save_stats))
+        for option in ("save_stats", "save_layer_bits"):
+            if getattr(recipe, option) is not None:
+                check_output(source, Path(getattr(recipe, option)), data_files(proto, source))
+                _check_apart(place, Path(getattr(recipe, option)), f"--{option.replace('_', '-')}")
         refuse_quantized(proto, source.name)
         float_bytes = file_bytes(proto, source)
         pictures = open_pictures(source, data_files(proto, source), recipe, run.warn, run.listener.progress)
@@ -110,7 +113,8 @@ def quantize(
             run.warn(doubt)
     with run.step("calibrate"):
         # what is saved serves other options, too, which may leave nothing in float
-        plans = [plan] if recipe.save_stats is None else [plan, make_plan(model, recipe, target)]
+        more = recipe.save_stats is not None or recipe.searches
+        plans = [plan, make_plan(model, recipe, target)] if more else [plan]
         sketches = pictures.sketches(model, plans, recipe)
         for oddity in oddities(sketches):
             run.warn(oddity)
@@ -119,6 +123,13 @@ def quantize(
             found_fastest = tuned(model, recipe, sketches, pictures.fed, pictures.size, run.listener.progress)
             plan = make_plan(model, recipe, target, found_fastest.floats)
             run.findings.append(Change("tune", source.name, found_fastest.in_words()))
+    mixed = None
+    if recipe.searches and pictures.feed is not None:
+        with run.step("search"):
+            ground = Ground(model, recipe, floats, sketches, pictures.feed, original(source, recipe))
+            searched = search(ground, run.warn, run.listener.progress)
+            recipe, mixed = searched.recipe, searched.report
+            plan = make_plan(model, recipe, target, floats)
     with run.step("params"):
         params, found = choose_params(plan, sketches, recipe)
         run.findings += found
@@ -142,6 +153,8 @@ def quantize(
         result = staged.path.read_bytes() if place is None else None
         if recipe.save_stats is not None:
             pictures.save_statistics(sketches, source, Path(recipe.save_stats))
+        if recipe.save_layer_bits is not None:
+            save.write_whole(Path(recipe.save_layer_bits), as_toml(recipe.layer_bits).encode())
         if place is not None:
             staged.commit(place)
     run.time["total"] = time.perf_counter() - started
@@ -165,6 +178,7 @@ def quantize(
         peak_rss_mb=peak_rss_mb(),
         findings=run.findings,
         tensors=rows,
+        mixed=mixed,
         runner_up=pictures.detected.runner_up,
         margin=pictures.detected.margin,
     )
@@ -180,9 +194,9 @@ def check_output(source: Source, out: Path, data: set[Path]) -> None:
             raise QconvError(f"The output {out} is {what}.", "choose another output with -o.")
 
 
-def _check_apart(out: Path | None, statistics: Path) -> None:
-    if out is not None and out.resolve() == statistics.resolve():
-        raise QconvError(f"{out} is both the output and --save-stats.", "choose two names.")
+def _check_apart(out: Path | None, other: Path, option: str) -> None:
+    if out is not None and out.resolve() == other.resolve():
+        raise QconvError(f"{out} is both the output and {option}.", "choose two names.")
 
 
 def _embed(model: Model, layout: Layout, recipe: Recipe, pictures: Pictures) -> list[Finding]:

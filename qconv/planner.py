@@ -71,7 +71,9 @@ class _Planner:
 
     def _is_placed_layer(self, node: Node) -> bool:
         """Whether it is a layer that would run in integers, were it not faster in float."""
-        return node.name in self.floats and node not in self.eligible and isinstance(RULES.get(node.op_type), Weighted)
+        if node.name not in self.floats or self.recipe.bits_of(node.name or "").in_float:
+            return False
+        return node not in self.eligible and isinstance(RULES.get(node.op_type), Weighted)
 
     def _closure(self, order: Iterable[Node], neighbours: _Neighbours, layers: Set[Node]) -> set[Node]:
         """Nodes from which one of `layers` is reached through `neighbours`, themselves not counted."""

@@ -222,7 +222,9 @@ MOST_THREADS = 1024
 BLOCK_SIZE = 32
 
 # Options that change the run, or where its pictures lie, but no byte of the file.
-STEERING = frozenset({"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats"})
+STEERING = frozenset(
+    {"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats", "save_layer_bits"}
+)
 
 CALIBRATORS = ("minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "output-mse", "aciq")
 PERCENTILE = 99.99
@@ -260,6 +262,25 @@ class LayerBits:
     in_float: bool = False
 
 
+DROPS = {"agreement": "a share from 0 to 1", "top1": "a share from 0 to 1", "sqnr": "decibels"}
+CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """What bits may cost on the calibration pictures.
+
+    measure: "agreement" or "top1", and value the share that may be lost; "sqnr", and value the least dB.
+    """
+
+    measure: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.measure}:{self.value:g}"
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What `quantize` is asked to do. The defaults are those of target `ort-cpu`.
@@ -267,6 +288,9 @@ class Recipe:
     calib: folders, or text files with one path a line; may be empty where `stats` is given, else an error at the door,
     not here. stats, save_stats: files of statistics to read instead of pictures, and to write.
     layer_bits: globs of layers' names, each with the bits of those that it matches; the first match counts.
+    max_drop, target_size: search for the bits of each layer's weights, see `mixed`: the cheapest that keep the drop,
+    the best of so large a share of float's size. candidate_bits: those to choose from, 32 for float; None without a
+    search. save_layer_bits: file to write what was found into.
     bit_allocation: whose channels get bits of their own, those of the layer or tensor on average, see `allocation`.
     bias_correction: whether the bias takes back what rounding the weights does to means.
     activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
@@ -289,6 +313,9 @@ class Recipe:
     block_size: int = BLOCK_SIZE
     edge_bits: int = 8
     layer_bits: tuple[tuple[str, LayerBits], ...] = ()
+    max_drop: Drop | None = None
+    target_size: float | None = None
+    candidate_bits: tuple[int, ...] | None = None
     pack: bool = False
     calibrator: str = "output-mse"
     percentile: float | None = None
@@ -308,6 +335,7 @@ class Recipe:
     threads: int | None = None
     stats: str | None = None
     save_stats: str | None = None
+    save_layer_bits: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("calib", "keep_float", "keep_float_op"):
@@ -345,6 +373,7 @@ class Recipe:
         )
         _require(self.edge_bits in WEIGHT_BITS, f"--edge-bits {self.edge_bits}", "use 2 to 8, or 16.")
         self._check_layer_bits()
+        self._check_search()
         _require(self.samples >= 1, f"--samples {self.samples}", "use at least 1 picture.")
         _require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")
         _require(self.block_size >= 1, f"--block-size {self.block_size}", "use at least 1.")
@@ -372,7 +401,7 @@ class Recipe:
             idle = getattr(self, name) == default
             _require(idle, f"--{name} with --stats alone", "leave it out: no picture is read.")
         _require(self.stats is None or self.save_stats is None, "--stats with --save-stats", "copy the file instead.")
-        for name in ("stats", "save_stats"):
+        for name in ("stats", "save_stats", "save_layer_bits"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
         self._check_target()
@@ -410,6 +439,7 @@ class Recipe:
     def bits_of_weights(self) -> frozenset[int]:
         """All that the weights of layers can have."""
         own = {bits.weights for _, bits in self.layer_bits if bits.weights is not None}
+        own |= {bits for bits in self.candidate_bits or () if bits < FLOAT_BITS}
         return frozenset({self.weight_bits, max(self.weight_bits, self.edge_bits), *own})
 
     @property
@@ -427,6 +457,43 @@ class Recipe:
     def allocates_activations(self) -> bool:
         """Whether channels of the tensors between layers have bits of their own."""
         return self.bit_allocation in ("activations", "both")
+
+    @property
+    def searches(self) -> bool:
+        """Whether bits of layers are searched for."""
+        return self.max_drop is not None or self.target_size is not None
+
+    def _check_search(self) -> None:
+        if not self.searches:
+            for name in ("candidate_bits", "save_layer_bits"):
+                fact = f"--{name.replace('_', '-')} without a search"
+                _require(getattr(self, name) is None, fact, "pass --max-drop or --target-size as well.")
+            return
+        if self.max_drop is not None:
+            drop = self.max_drop
+            known = isinstance(drop, Drop) and drop.measure in DROPS
+            _require(known, f"--max-drop {drop}", f"use {', '.join(f'{name}:NUMBER' for name in DROPS)}.")
+            value = _numbers(drop.value, "--max-drop")[0]
+            possible = math.isfinite(value) and (drop.measure == "sqnr" or 0 <= value <= 1)
+            _require(possible, f"--max-drop {drop}", f"use {DROPS[drop.measure]}.")
+            object.__setattr__(self, "max_drop", Drop(drop.measure, value))
+        if self.target_size is not None:
+            size = _numbers(self.target_size, "--target-size")[0]
+            _require(0 < size <= 1, f"--target-size {size:g}", "use a share of float's size, such as 0.16.")
+            object.__setattr__(self, "target_size", size)
+        chosen = CANDIDATE_BITS if self.candidate_bits is None else self.candidate_bits
+        whole = isinstance(chosen, tuple) and all(type(bits) is int for bits in chosen)
+        accepted = TARGETS[self.target].weight_bits | {FLOAT_BITS}
+        possible = whole and bool(chosen) and set(chosen) <= accepted
+        shown = ",".join("float" if bits == FLOAT_BITS else str(bits) for bits in chosen)
+        _require(
+            possible, f"--candidate-bits {shown}", "use several of 2 to 8, 16 and float, as the target takes them."
+        )
+        object.__setattr__(self, "candidate_bits", tuple(sorted(set(chosen))))
+        _require(bool(self.calib), "A search for bits without pictures", "pass pictures to measure on with --calib.")
+        _require(
+            not self.tune_latency, "--tune-latency with a search for bits", "search first, then pass what is found."
+        )
 
     def _check_allocation(self) -> None:
         told = f"--bit-allocation {self.bit_allocation} with"

@@ -40,6 +40,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "affine",
             "allocation",
+            "assign",
             "audit",
             "benchmark",
             "bias",
@@ -86,6 +87,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "report",
             "rows",
             "saturation",
+            "scored",
+            "sensitivity",
             "shelf",
             "shortcut",
             "shrink",
@@ -98,7 +101,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "worker",
         }
     ),
-    frozenset({"examine", "pipeline", "study", "trial", "tune"}),
+    frozenset({"examine", "mixed", "pipeline", "study", "trial", "tune"}),
     frozenset({"cli", "leaving", "looking", "options", "printing", "summary", "values"}),  # the face
     frozenset({"__init__", "__main__"}),
 )
@@ -147,9 +150,12 @@ NEIGHBOURS: dict[str, set[str]] = {
     "chart": {"curve"},
     "page": {"chart", "curve"},
     "plot": {"chart"},
+    "scored": {"feed", "report", "verify"},
+    "sensitivity": {"assign", "params", "plan", "sketch", "weights"},
     "shelf": {"sketch", "stats"},
     "study": {"pipeline", "trial"},
-    "pipeline": {"tune"},
+    "mixed": {"trial"},
+    "pipeline": {"mixed", "tune"},
     "tune": {"trial"},
     "plan": {"calibrate", "gates", "sketch"},
     "placement": {"plan", "planner"},
