@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from dataclasses import replace
@@ -19,6 +20,7 @@ from PIL import Image
 from test_layer_bits import asked
 from test_pipeline import quantized
 
+from qconv import summary
 from qconv.errors import QconvError
 from qconv.layer_bits import read_layer_bits
 from qconv.pipeline import quantize
@@ -270,6 +272,16 @@ def test_options() -> None:
     for wrong in (("--max-drop", "0.01"), ("--max-drop", "sqnr:"), ("--candidate-bits", "4;8"), ("--max-drop", "x:1")):
         with pytest.raises(click.UsageError):
             asked(*wrong, "--target-size", "0.3")
+
+
+def test_the_summary_shows_what_was_tried(pictures: Path) -> None:
+    report, _, mixed = searched(pictures, max_drop=Drop("sqnr", 20), edge_bits=2)
+    stream = io.StringIO()
+    summary.show(report, stream, verbose=False)
+    lines = stream.getvalue().splitlines()
+    assert any(line.startswith("bits ") and "by --max-drop sqnr:20" in line for line in lines)
+    assert sum("weights alone by the model" in line for line in lines) == sum(point.verified for point in mixed.points)
+    assert report.as_dict()["mixed"] == mixed.as_dict()
 
 
 def test_packing_goes_with_a_search(pictures: Path) -> None:
