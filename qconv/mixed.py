@@ -98,7 +98,7 @@ def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> F
     if not points:
         least = (curve(layers)[0].size + fixed) / (FLOAT * count)
         fact = f"--target-size {recipe.target_size:g} is below what these bits can give, which is {least:.4g}."
-        raise QconvError(fact, "allow fewer --candidate-bits or --edge-bits, or a larger size.")
+        raise QconvError(fact, "add smaller --candidate-bits, lower --edge-bits, or allow a larger size.")
     judge = _Judge.of(ground, names, warn)
     if recipe.max_drop is None:
         points, chosen = _best(judge, _uniform(layers, most - fixed), points, progress)
