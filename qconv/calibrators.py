@@ -16,7 +16,7 @@ from qconv.clipping import Range
 from qconv.layers import Layer
 from qconv.quant import QuantSpec
 from qconv.readers import least_at_outputs
-from qconv.recipe import PERCENTILE
+from qconv.recipe import PERCENTILE, Recipe
 from qconv.sketch import Histogram, Sketch, Want
 
 AVERAGING = 0.01
@@ -125,3 +125,10 @@ CALIBRATORS: dict[str, Calibrator] = {
     "output-mse": Calibrator(output_mse, Want.BINS | Want.COLUMNS),
     "aciq": Calibrator(aciq, Want.BINS),
 }
+
+
+def want_of(recipe: Recipe) -> Want:
+    """What sketches must remember for a recipe."""
+    want = CALIBRATORS[recipe.calibrator].want
+    # a density for each channel is fitted to columns: histograms are of all channels together
+    return want | Want.COLUMNS if recipe.allocates_activations and recipe.calibrator == "aciq" else want

@@ -45,8 +45,8 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
         raise click.UsageError("a model from standard input needs an output: pass -o FILE or '-o -'.")
     if not options["calib"] and options["stats"] is None:
         raise click.UsageError("pass the calibration pictures with --calib DIR.")
-    if "" in (output, *options["calib"], options["stats"], options["save_stats"]):
-        raise click.UsageError("--calib, --output, --stats and --save-stats need a name.")
+    if "" in (output, *options["calib"], options["stats"], options["save_stats"], options["save_layer_bits"]):
+        raise click.UsageError("--calib, --output, --stats, --save-stats and --save-layer-bits need a name.")
     recipe = recipe_of(options)
     _require_streams(model, output, as_json)
     from qconv import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
@@ -70,6 +70,7 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
 
 NOT_STUDIED = frozenset(
     {"output", "stats", "save_stats", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
+    | {"max_drop", "target_size", "candidate_bits", "save_layer_bits"}
 )
 """Options of `quantize` that make no sense of a model that is not kept."""
 CHARTS = (".png", ".html")

@@ -73,8 +73,7 @@ class _Writer:
             before = self.model.build("Sum", [value], name=f"{value.name}_as_float", like=value)
             self.model.insert_after(producer, before)
             source = before.outputs[0]
-        quantizer = self._quantizer(source, self.params.activations[value], wish=value.name or "")
-        self._place(before, quantizer)
+        quantizer = self._quantizer(source, self.params.activations[value], before, wish=value.name or "")
         codes = self._hold_to_bits(quantizer, self.params.activations[value])
         everywhere = self.plan.reads is None and (producer in self.plan.integer or producer in self.plan.absorbed)
         self._publish(value, codes, readers, rename=everywhere)
@@ -106,8 +105,7 @@ class _Writer:
             self.tensor(result, activation)
             return
         readers = self._readers(result, activation)
-        quantizer = self._quantizer(before, chosen, wish=result.name or "")
-        self._place(activation, quantizer)
+        quantizer = self._quantizer(before, chosen, activation, wish=result.name or "")
         codes = self._hold_to_bits(quantizer, chosen)
         if self._saturates(chosen, activation):
             what = "absorbed by the quantizer behind its layer"
@@ -159,12 +157,29 @@ class _Writer:
     def _wants_codes(self, node: Node) -> bool:
         return node in self.plan.integer or node in self.plan.absorbed
 
-    def _quantizer(self, value: Value, chosen: QuantParams, *, wish: str) -> Node:
+    def _quantizer(self, value: Value, chosen: QuantParams, behind: Node | None, *, wish: str) -> Node:
+        """A quantizer of `value` behind a node, or first of all."""
+        if chosen.bits is not None:
+            behind = self._end_at_codes(value, chosen, behind, wish)
+            value = behind.outputs[0]
         scale, zero = self._grid(chosen)
+        name, attributes = f"{wish}_q", _axis(chosen)
         node = self.model.build(
-            "QuantizeLinear", [value, scale, zero], name=f"{wish}_q", output=f"{wish}_q", like=value
+            "QuantizeLinear", [value, scale, zero], name=name, output=name, attributes=attributes, like=value
         )
         node.outputs[0].dtype = DataType.from_numpy(chosen.spec.dtype)
+        self._place(behind, node)
+        return node
+
+    def _end_at_codes(self, value: Value, chosen: QuantParams, behind: Node | None, wish: str) -> Node:
+        """Cut each channel where its last code is: in float, as a Clip of codes has one limit for all.
+
+        Below all end with their container. It also keeps the runtime from fusing quantizers that its kernels cannot do.
+        """
+        axes = [-1 if axis == 1 else 1 for axis in range(rank(value) or 2)]
+        limits = self._fixed("limit", chosen.code_range()[1].astype(np.float32).reshape(axes))
+        node = self.model.build("Min", [value, limits], name=f"{wish}_limited", like=value)
+        self._place(behind, node)
         return node
 
     def _grid(self, chosen: QuantParams, kind: DataType | None = None) -> tuple[Value, Value]:
@@ -179,16 +194,17 @@ class _Writer:
     def _hold_to_bits(self, quantizer: Node, chosen: QuantParams) -> Value:
         """Codes of fewer bits than their container are clipped to their range."""
         codes = quantizer.outputs[0]
-        if chosen.spec.bits in (8, 16):
+        if chosen.spec.bits in (8, 16) or chosen.bits is not None:
             return codes
         return self._clip(codes, chosen, chosen.spec.qmin, chosen.spec.qmax)
 
     def _saturates(self, chosen: QuantParams, activation: Node) -> bool:
         """Whether the codes end where the Relu or Clip would cut, so that it has nothing left to do."""
-        return _code_bounds(chosen, activation) == (chosen.spec.qmin, chosen.spec.qmax)
+        return all(map(np.array_equal, _code_bounds(chosen, activation), chosen.limits))
 
     def _clip_codes(self, codes: Value, chosen: QuantParams, activation: Node) -> Value:
-        return self._clip(codes, chosen, *_code_bounds(chosen, activation))
+        low, high = _code_bounds(chosen, activation)
+        return self._clip(codes, chosen, int(low), int(high))
 
     def _clip(self, codes: Value, chosen: QuantParams, low: int, high: int) -> Value:
         limits = [self._fixed("code_limit", np.asarray(limit, chosen.spec.dtype)) for limit in (low, high)]
@@ -206,6 +222,10 @@ class _Writer:
         chosen = self.params.activations[value]
         node = self._dequantizer(codes, chosen, value.name or "", value)
         self.model.insert_after(producer, node)
+        if chosen.scale.ndim:  # a copy: the runtime's kernels for codes fail on a scale for each channel
+            copy = self.model.build("Sum", [node.outputs[0]], name=f"{value.name}_as_float", like=value)
+            self.model.insert_after(node, copy)
+            node = copy
         if rename and value.is_graph_output():
             self._take_name(value, node.outputs[0])
         self.model.redirect(value, node.outputs[0], readers=readers)
@@ -311,12 +331,7 @@ class _Writer:
         self, codes: Value, params: QuantParams, name: str, like: Value, kind: DataType | None = None
     ) -> Node:
         """A DequantizeLinear that is not in the graph yet; `kind` is the type of the codes where numpy has none."""
-        attributes: dict[str, int] = {}
-        match params.spec.granularity:
-            case PerChannel(axis):
-                attributes = {"axis": axis}
-            case PerBlock(axis, size):
-                attributes = {"axis": axis, "block_size": size}
+        attributes = _axis(params)
         inputs = [codes, *self._grid(params, kind)]
         wish = f"{name}_dq"
         node = self.model.build("DequantizeLinear", inputs, name=wish, output=wish, attributes=attributes, like=like)
@@ -338,14 +353,26 @@ def _is_dequantized(value: Value) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def _code_bounds(chosen: QuantParams, activation: Node) -> tuple[int, int]:
-    """The codes of a Relu's or Clip's bounds."""
+def _axis(params: QuantParams) -> dict[str, int]:
+    """What a quantizer's or dequantizer's attributes say of where scales differ."""
+    match params.spec.granularity:
+        case PerChannel(axis):
+            return {"axis": axis}
+        case PerBlock(axis, size):
+            return {"axis": axis, "block_size": size}
+        case _:
+            return {}
+
+
+def _code_bounds(chosen: QuantParams, activation: Node) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """The codes of a Relu's or Clip's bounds, () or (C,)."""
     bounds = clip_bounds(activation)
     assert bounds is not None
-    low, high = (int(chosen.quantize(np.asarray(bound, np.float32))) for bound in bounds)
+    shape = (1, chosen.scale.size) if chosen.scale.ndim else ()
+    low, high = (chosen.quantize(np.full(shape, bound, np.float32)).reshape(chosen.scale.shape) for bound in bounds)
     return low, high
 
 
 def _works_on_codes(chosen: QuantParams) -> bool:
-    """ONNX Runtime has Clip and Pad for 8-bit integers, not for 16."""
-    return chosen.spec.dtype.itemsize == 1
+    """ONNX Runtime has Clip and Pad for 8-bit integers, not for 16; they know one limit and one zero for all."""
+    return chosen.spec.dtype.itemsize == 1 and not chosen.scale.ndim

@@ -82,6 +82,28 @@ def _types(node: Node) -> Reason | None:
     return None
 
 
+def _channel_scales(node: Node) -> Reason | None:
+    """A scale for each channel, of what it reads or of what becomes of its result; through a copy or a limit."""
+    made = [_before_copy(value) for value in node.inputs if value is not None and value.producer() is not node]
+    rule = RULES.get(node.op_type)
+    read = made[:1] if isinstance(rule, Weighted) else made
+    behind = [use.node for use in node.outputs[0].uses()] if node.outputs else []
+    behind += [use.node for limit in behind if limit.op_type == "Min" for use in limit.outputs[0].uses()]
+    ends = [*read, *(end for end in behind if end.op_type == "QuantizeLinear")]
+    if all(end is None or _scale(end).size <= 1 for end in ends):
+        return None
+    why = "a scale for each channel of the activations has no integer kernel"
+    return Reason("channel-scales", why, "use one scale for all channels")
+
+
+def _before_copy(value: Value) -> Node | None:
+    """The dequantizer that writes a tensor, through a Sum of one."""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Sum" and len(producer.inputs) == 1:
+        return dequantizer_of(producer.inputs[0])
+    return dequantizer_of(value)
+
+
 def _weights(node: Node) -> Reason | None:
     if not isinstance(RULES.get(node.op_type), Weighted):
         return None
@@ -195,6 +217,7 @@ def _weight_dequantizer(node: Node) -> Node | None:
 
 
 _RULES_OF_FUSION: tuple[Callable[[Node], Reason | None], ...] = (
+    _channel_scales,
     _no_kernel,
     _special,
     _weights,

@@ -30,8 +30,8 @@ class Feed:
     """Pictures, preprocessed. The first few stay in memory, so that checking the result need not decode them again.
 
     warn hears of each unreadable picture once; progress of (stage, pictures done, pictures in all). pictures: how many
-    the first pass has decoded. raw: the layout of the uint8 pixels that are handed out instead of what the float
-    network takes; None for the latter.
+    the first pass has decoded; lost: those that no pass could. raw: the layout of the uint8 pixels that are handed out
+    instead of what the float network takes; None for the latter.
     """
 
     listing: Listing
@@ -43,6 +43,7 @@ class Feed:
     _kept: list[Batch] = field(default_factory=list)
     _passes: int = 0
     pictures: int = 0
+    lost: set[Path] = field(default_factory=set)
     raw: Layout | None = None
 
     @classmethod
@@ -129,6 +130,7 @@ class Feed:
             batch=self.batch,
             workers=DECODERS,
             warn=self.warn if first_pass else _silent,
+            lost=self.lost.add,
         )
         for feeds in found:
             count = _pictures(feeds)

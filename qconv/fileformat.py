@@ -20,7 +20,7 @@ def needed_opset(recipe: Recipe, own: int) -> int:
     """The lowest opset that holds a model of opset `own` and the recipe's types, or the one that the recipe names."""
     new_types = (
         recipe.pack
-        or 16 in (recipe.weight_bits, recipe.activation_bits, recipe.edge_bits)
+        or 16 in {*recipe.bits_of_weights, *recipe.bits_of_activations, recipe.edge_bits}
         or recipe.weight_granularity is WeightGranularity.PER_BLOCK
     )
     needed = max(own, NEW_TYPES_OPSET if new_types else LOWEST_OPSET)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qconv import stats
 from qconv.calibrate import Tap, observer, watch
-from qconv.calibrators import CALIBRATORS
+from qconv.calibrators import want_of
 from qconv.detect import Detected, detect
 from qconv.errors import QconvError
 from qconv.feed import Feed
@@ -93,7 +93,7 @@ class Pictures:
 
     def sketches(self, model: Model, plans: Sequence[Plan], recipe: Recipe) -> Mapping[str, Sketch]:
         """Of every tensor that must be seen for any of the plans. Raises QconvError where the file lacks some."""
-        want = CALIBRATORS[recipe.calibrator].want if recipe.save_stats is None else Want.ALL
+        want = want_of(recipe) if recipe.save_stats is None else Want.ALL
         found: dict[str, Tap] = {}
         for tap in (tap for plan in plans for tap in plan.taps(want)):
             known = found.get(tap.name, tap)

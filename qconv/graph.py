@@ -136,6 +136,13 @@ class Model:
             node.resize_inputs(index + 1)
         node.replace_input_with(index, value)
 
+    def open_input(self, node: Node, index: int, wish: str) -> str:
+        """Make `node` read a new float input of the model at `index`. Returns its name; it has no shape yet."""
+        value = ir.Value(name=self.fresh(wish), type=ir.TensorType(DataType.FLOAT))
+        self.graph.inputs.append(value)
+        self.set_input(node, index, value)
+        return value.name or ""
+
     def become(
         self, node: Node, op_type: str, inputs: Sequence[Value | None], attributes: Mapping[str, Any] | None = None
     ) -> None:

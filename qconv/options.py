@@ -5,19 +5,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from qconv.errors import QconvError
+from qconv.layer_bits import read_layer_bits
 from qconv.recipe import (
     AUTO,
+    BIAS_CORRECTIONS,
+    BIT_ALLOCATIONS,
     BLOCK_SIZE,
     CALIBRATORS,
+    CANDIDATE_BITS,
     EFFORTS,
     MOST_THREADS,
     PERCENTILE,
     PRESETS,
+    RECIPES,
     ROUNDINGS,
     WEIGHT_CALIBRATORS,
     Color,
@@ -29,7 +36,7 @@ from qconv.recipe import (
     WeightGranularity,
 )
 from qconv.targets import TARGETS
-from qconv.values import Numbers, Resize, Size
+from qconv.values import Bits, Loss, Numbers, Resize, Size
 
 
 def _choice(kind: type[StrEnum]) -> click.Choice[str]:
@@ -157,6 +164,28 @@ quantize_options = stack(
         help="Least bits of the first and last layer.",
     ),
     click.option(
+        "--layer-bits",
+        metavar="FILE.toml",
+        help="Bits of single layers, by globs of their names: see 'Bits layer by layer' in the README.",
+    ),
+    click.option(
+        "--max-drop",
+        type=Loss(),
+        help="Search for the fewest bits of each layer that lose no more: agreement:0.01, top1:0.005 or sqnr:25.",
+    ),
+    click.option(
+        "--target-size",
+        type=float,
+        metavar="R",
+        help="Search for the best bits of each layer whose weights take this share of float's size.",
+    ),
+    click.option(
+        "--candidate-bits",
+        type=Bits(),
+        help=f"What such a search may choose from.  [default: {','.join(map(str, CANDIDATE_BITS))}]",
+    ),
+    click.option("--save-layer-bits", metavar="FILE.toml", help="Also write what it found, for --layer-bits."),
+    click.option(
         "--pack", is_flag=True, help="Store weights of 4 bits or fewer as int4: the smallest file, layers run in float."
     ),
     click.option(
@@ -190,6 +219,25 @@ quantize_options = stack(
         "--rounding",
         type=click.Choice(ROUNDINGS),
         help="Which way each weight rounds.  [default: nearest for --effort fast, second-order else]",
+    ),
+    click.option(
+        "--bit-allocation",
+        type=click.Choice(BIT_ALLOCATIONS),
+        default="none",
+        show_default=True,
+        help="Whose channels get bits of their own, by the width of their ranges, with the same mean.",
+    ),
+    click.option(
+        "--bias-correction",
+        type=click.Choice(BIAS_CORRECTIONS),
+        default="measured",
+        show_default=True,
+        help="Whether biases take back what rounding the weights does to means.",
+    ),
+    click.option(
+        "--recipe-name",
+        type=click.Choice(list(RECIPES)),
+        help="A published recipe: sets several of these options; those that are given as well win.",
     ),
     click.option("--save-stats", metavar="FILE", help="Also write what was seen of the activations into a file."),
     click.option(
@@ -235,7 +283,8 @@ quantize_options = stack(
 
 SAME = (
     ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
-    + ("calibrator", "percentile", "weight_calibrator", "effort", "rounding", "stats", "save_stats")
+    + ("max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding")
+    + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
     + ("target", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
     + ("opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
 )  # fmt: skip
@@ -245,13 +294,17 @@ SAME = (
 def recipe_of(options: dict[str, Any]) -> Recipe:
     """Values that do not go together are usage errors, as those are that click finds itself.
 
-    options: what click calls them, with their values.
+    options: what click calls them, with their values. Raises QconvError for a file of bits that cannot be used.
     """
+    options = {**options, **_of_named_recipe(options["recipe_name"])}
     granularity, block_size = options["weight_granularity"], options["block_size"]
     if block_size is not None and granularity != WeightGranularity.PER_BLOCK:
         raise click.UsageError(f"--block-size is for --weight-granularity per-block, not {granularity}.")
+    file = options["layer_bits"]
+    layer_bits = () if file is None else read_layer_bits(Path(file))
     try:
         return Recipe(
+            layer_bits=layer_bits,
             block_size=block_size or BLOCK_SIZE,
             glob=options["pattern"],
             weight_scheme=Scheme(options["weight_scheme"]),
@@ -262,6 +315,17 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
         )
     except QconvError as error:
         raise click.UsageError(f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}") from None
+
+
+def _of_named_recipe(name: str | None) -> dict[str, Any]:
+    """The options that a named recipe sets and that are not on the command line."""
+    context, default = click.get_current_context(silent=True), ParameterSource.DEFAULT
+    fields = {} if name is None else RECIPES[name]
+    return {
+        option: value
+        for option, value in fields.items()
+        if context is None or context.get_parameter_source(option) in (default, None)
+    }
 
 
 def require_output(wanted: bool) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from qconv import layers
+from qconv import channel_bits, layers
 from qconv.calibrators import CALIBRATORS, Hints
 from qconv.clipping import Range
 from qconv.findings import Change, Finding
 from qconv.graph import Node, Value, array
-from qconv.plan import Plan
+from qconv.plan import Layer, Plan, channels_of
 from qconv.quant import QuantParams, QuantSpec
 from qconv.recipe import PERCENTILE, Recipe
 from qconv.sketch import Sketch, Want
@@ -37,23 +37,41 @@ def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) ->
     _widen_means(plan, ranges)
     for value, (low, high) in ranges.items():
         params.activations[value] = plan.given.get(value) or _spec(plan, value).from_range(low, high)
+    for value in plan.by_channel():
+        name = value.name or ""
+        clips = recipe.calibrator == "aciq"
+        chosen = channel_bits.of_activations(sketches[name], _spec(plan, value), channels_of(value), clips=clips)
+        params.activations[value] = chosen
+        findings.append(channel_bits.in_words(name, "activations", chosen))
     for value, spec in plan.constants.items():
         numbers = array(value)
         assert numbers is not None
         params.constants[value] = spec.from_range(numbers.min(initial=0), numbers.max(initial=0))
     shifts = Want.COLUMNS in CALIBRATORS[recipe.calibrator].want
     for layer in plan.layers:
-        source = None
-        if layer.data is not None:
-            # a sketch's channels are those of axis 1, which a MatMul does not sum over
-            known = None if layer.node.op_type == "MatMul" else sketches.get(layer.data.name or "")
-            source = params.sources[layer.node] = Source(params.activations[layer.data], known, clips=shifts)
-        chosen, notes = quantize_layer(
-            layer, source, recipe.weight_calibrator, plan.target, saturation_safe=recipe.saturation_safe
+        source = source_of(layer, params, sketches, clips=shifts)
+        if source is not None:
+            params.sources[layer.node] = source
+        quantized, notes = quantize_layer(
+            layer,
+            source,
+            recipe.weight_calibrator,
+            plan.target,
+            saturation_safe=recipe.saturation_safe,
+            corrected=recipe.bias_correction != "none",
         )
-        params.layers.append(chosen)
+        params.layers.append(quantized)
         findings += notes
     return params, findings
+
+
+def source_of(layer: Layer, params: Params, sketches: Mapping[str, Sketch], *, clips: bool) -> Source | None:
+    """What a layer reads; None where that stays float. clips: whether its bias takes back clipped means."""
+    if layer.data is None:
+        return None
+    # a sketch's channels are those of axis 1, which a MatMul does not sum over
+    known = None if layer.node.op_type == "MatMul" else sketches.get(layer.data.name or "")
+    return Source(params.activations[layer.data], known, clips=clips)
 
 
 def _ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[Value, Range]:

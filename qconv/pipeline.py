@@ -22,11 +22,13 @@ from qconv.fileformat import describe, needed_opset, needed_runtime, set_ir_vers
 from qconv.findings import Change, Finding, Skipped
 from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
+from qconv.layer_bits import as_toml
+from qconv.mixed import Ground, search
 from qconv.oddities import oddities
 from qconv.params import Params, choose_params
 from qconv.placement import left_in_float
 from qconv.plan import Plan
-from qconv.planner import WISHED, make_plan
+from qconv.planner import WISHED, is_layer, make_plan
 from qconv.recipe import Layout, Recipe
 from qconv.refine import EFFORTS, refine
 from qconv.report import Audit, Report, Verification
@@ -87,9 +89,10 @@ def quantize(
         proto = read(source)
         if place is not None:
             check_output(source, place, data_files(proto, source))
-        if recipe.save_stats is not None:
-            check_output(source, Path(recipe.save_stats), data_files(proto, source))
-            _check_apart(place, Path(recipe.save_stats))
+        for option in ("save_stats", "save_layer_bits"):
+            if getattr(recipe, option) is not None:
+                check_output(source, Path(getattr(recipe, option)), data_files(proto, source))
+                _check_apart(place, Path(getattr(recipe, option)), f"--{option.replace('_', '-')}")
         refuse_quantized(proto, source.name)
         float_bytes = file_bytes(proto, source)
         pictures = open_pictures(source, data_files(proto, source), recipe, run.warn, run.listener.progress)
@@ -111,7 +114,8 @@ def quantize(
             run.warn(doubt)
     with run.step("calibrate"):
         # what is saved serves other options, too, which may leave nothing in float
-        plans = [plan] if recipe.save_stats is None else [plan, make_plan(model, recipe, target)]
+        more = recipe.save_stats is not None or recipe.searches
+        plans = [plan, make_plan(model, recipe, target)] if more else [plan]
         sketches = pictures.sketches(model, plans, recipe)
         for oddity in oddities(sketches):
             run.warn(oddity)
@@ -121,6 +125,13 @@ def quantize(
             floats = found_fastest.floats
             plan = make_plan(model, recipe, target, floats)
             run.findings.append(Change("tune", source.name, found_fastest.in_words()))
+    mixed = None
+    if recipe.searches and pictures.feed is not None:
+        with run.step("search"):
+            ground = Ground(model, recipe, floats, sketches, pictures.feed, original(source, recipe))
+            searched = search(ground, run.warn, run.listener.progress)
+            recipe, mixed = searched.recipe, searched.report
+            plan = make_plan(model, recipe, target, floats)
     with run.step("params"):
         params, found = choose_params(plan, sketches, recipe)
         run.findings += found
@@ -147,6 +158,8 @@ def quantize(
         result = staged.path.read_bytes() if place is None else None
         if recipe.save_stats is not None:
             pictures.save_statistics(sketches, source, Path(recipe.save_stats))
+        if recipe.save_layer_bits is not None:
+            save.write_whole(Path(recipe.save_layer_bits), as_toml(recipe.layer_bits).encode())
         if place is not None:
             staged.commit(place)
     run.time["total"] = time.perf_counter() - started
@@ -170,6 +183,7 @@ def quantize(
         peak_rss_mb=peak_rss_mb(),
         findings=run.findings,
         tensors=rows,
+        mixed=mixed,
         runner_up=pictures.detected.runner_up,
         margin=pictures.detected.margin,
     )
@@ -185,9 +199,9 @@ def check_output(source: Source, out: Path, data: set[Path]) -> None:
             raise QconvError(f"The output {out} is {what}.", "choose another output with -o.")
 
 
-def _check_apart(out: Path | None, statistics: Path) -> None:
-    if out is not None and out.resolve() == statistics.resolve():
-        raise QconvError(f"{out} is both the output and --save-stats.", "choose two names.")
+def _check_apart(out: Path | None, other: Path, option: str) -> None:
+    if out is not None and out.resolve() == other.resolve():
+        raise QconvError(f"{out} is both the output and {option}.", "choose two names.")
 
 
 def _embed(model: Model, layout: Layout, recipe: Recipe, pictures: Pictures) -> list[Finding]:
@@ -219,6 +233,10 @@ def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -
     for pattern in recipe.keep_float:
         if not fnmatch.filter(names, pattern):
             warn(f"--keep-float {pattern} matches no node of the folded model.")
+    layers = [node.name or "" for node in model.nodes() if is_layer(node)]
+    for pattern, _ in recipe.layer_bits:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
+            warn(f"--layer-bits: {pattern!r} matches no layer of the folded model.")
     for op_type in recipe.keep_float_op:
         if op_type not in types:
             warn(f"--keep-float-op {op_type}: the folded model has no such operator.")

@@ -23,7 +23,7 @@ from qconv.load import shapes_at
 from qconv.mincut import Network
 from qconv.plan import Plan, data_inputs
 from qconv.planner import make_plan
-from qconv.recipe import Preprocessing, Recipe, Scheme, WeightGranularity
+from qconv.recipe import Preprocessing, Recipe, Scheme
 from qconv.rules import RULES, Weighted
 from qconv.targets import TARGETS, Table, Target
 
@@ -55,8 +55,7 @@ class Cost:
 
 def applies(recipe: Recipe, target: Target) -> bool:
     """Whether layers may be placed: where integer kernels run, and nobody wants to see activations of fewer bits."""
-    integers = recipe.activation_bits == 8 and max(recipe.weight_bits, recipe.edge_bits) <= 8 and not recipe.pack
-    return bool(target.costs) and integers and recipe.weight_granularity is not WeightGranularity.PER_BLOCK
+    return bool(target.costs) and recipe.runs_in_integers
 
 
 def left_in_float(model: Model, recipe: Recipe, fed: Preprocessing | None) -> dict[str, str]:

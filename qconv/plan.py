@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qconv.calibrate import Tap
 from qconv.gates import Gate
 from qconv.graph import DataType, Node, Value, array, clip_bounds, dims, input_of, rank
-from qconv.quant import PerBlock, QuantParams, QuantSpec
+from qconv.quant import PerBlock, PerChannel, QuantParams, QuantSpec
 from qconv.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, Rule, Transparent, Weighted
 from qconv.sketch import SAMPLE, Want
 from qconv.targets import Target
@@ -31,7 +31,7 @@ class Layer:
 
     weight: the spec of its weights, seen as `arranged` gives them. data: the input that is quantized, None where only
     weights are, and the layer runs in float. at_load: the runtime computes its weights from the codes once, when it
-    loads the file, and not at every run.
+    loads the file, and not at every run. own_bits: each output channel has bits of its own, the spec's on average.
     """
 
     node: Node
@@ -39,6 +39,7 @@ class Layer:
     weight: QuantSpec
     data: Value | None
     at_load: bool = False
+    own_bits: bool = False
 
     @property
     def blocked(self) -> bool:
@@ -84,6 +85,15 @@ class Plan:
     reads: dict[Value, list[Node]] | None = None
     target: Target = Target("ort-cpu")  # noqa: RUF009 - frozen
 
+    def by_channel(self) -> list[Value]:
+        """The tensors whose channels have scales and bits of their own."""
+        return [value for value in self.activations if value not in self.given and self.has_channel_scales(value)]
+
+    def has_channel_scales(self, value: Value | None) -> bool:
+        """Whether a tensor has a scale for each of its channels."""
+        choice = None if value is None else self.activations.get(value)
+        return choice is not None and choice.spec is not None and isinstance(choice.spec.granularity, PerChannel)
+
     def taps(self, want: Want = Want.EXTREMES) -> list[Tap]:
         """The tensors whose values must be seen: what layers read, and in each group all that others do not copy.
 
@@ -107,6 +117,12 @@ class Plan:
         """Every quantized tensor with those it shares parameters with, itself included."""
         groups = {value: group for group in self.ties for value in group}
         return {value: groups.get(value, (value,)) for value in self.activations}
+
+
+def channels_of(value: Value) -> int:
+    """How many there are along axis 1; 0 where that is not known before a run."""
+    sizes = dims(value) or []
+    return (sizes[1] if len(sizes) > 1 else 0) or 0
 
 
 def data_inputs(node: Node, rule: Rule) -> list[Value]:

@@ -15,7 +15,7 @@ import numpy as np
 from qconv.gates import gate_behind
 from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of
 from qconv.groups import Groups
-from qconv.plan import Choice, Layer, Plan, data_inputs
+from qconv.plan import Choice, Layer, Plan, channels_of, data_inputs
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.recipe import PACKED_BITS, Recipe, Scheme, WeightGranularity
 from qconv.refusals import refusal
@@ -24,6 +24,9 @@ from qconv.shortcut import shortcut
 from qconv.targets import Target
 
 WISHED = "kept float by --keep-float"
+WIDE_CODES = "codes of 16 bits have no integer kernel"
+CHANNEL_SCALES = "a scale for each channel of the activations has no integer kernel"
+FLOAT_BITS = "kept float by --layer-bits"
 GIVEN = "its codes are the input's pixels"
 AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
 
@@ -68,7 +71,9 @@ class _Planner:
 
     def _is_placed_layer(self, node: Node) -> bool:
         """Whether it is a layer that would run in integers, were it not faster in float."""
-        return node.name in self.floats and node not in self.eligible and isinstance(RULES.get(node.op_type), Weighted)
+        if node.name not in self.floats or self.recipe.bits_of(node.name or "").in_float:
+            return False
+        return node not in self.eligible and isinstance(RULES.get(node.op_type), Weighted)
 
     def _closure(self, order: Iterable[Node], neighbours: _Neighbours, layers: Set[Node]) -> set[Node]:
         """Nodes from which one of `layers` is reached through `neighbours`, themselves not counted."""
@@ -86,6 +91,8 @@ class _Planner:
             return WISHED
         if node.op_type in recipe.keep_float_op:
             return f"{WISHED}-op"
+        if is_layer(node) and recipe.bits_of(name).in_float:
+            return FLOAT_BITS
         if name in self.floats:
             return self.floats[name]
         if rule is None or node.domain not in ("", "ai.onnx"):
@@ -110,14 +117,17 @@ class _Planner:
             data = None if placed or self.recipe.activation_bits == 32 else node.inputs[0]
             packed = self.recipe.pack and spec.bits <= PACKED_BITS
             whole = not packed and not isinstance(spec.granularity, PerBlock)
-            self.plan.layers.append(Layer(node, rule, spec, data, data is None and whole and self.target.folds))
+            at_load = data is None and whole and self.target.folds
+            own_bits = self.recipe.allocates_weights and spec.bits < 8 and isinstance(spec.granularity, PerChannel)
+            self.plan.layers.append(Layer(node, rule, spec, data, at_load, own_bits))
 
     def _is_edge(self, node: Node) -> bool:
         return node not in self.inner
 
     def _weight_spec(self, node: Node, rule: Weighted) -> QuantSpec:
         recipe = self.recipe
-        bits = max(recipe.weight_bits, recipe.edge_bits) if self._is_edge(node) else recipe.weight_bits
+        least = recipe.edge_bits if self._is_edge(node) else 0
+        bits = recipe.bits_of(node.name or "").weights or max(recipe.weight_bits, least)
         symmetric = recipe.weight_scheme is Scheme.SYMMETRIC
         match recipe.weight_granularity:
             case WeightGranularity.PER_TENSOR:
@@ -277,14 +287,15 @@ class _Planner:
 
     def choose_activations(self) -> None:
         recipe = self.recipe
-        edge_inputs = {layer.data for layer in self.plan.layers if self._is_edge(layer.node)}
+        wishes = self._activation_wishes()
+        apart = self._with_channels() if recipe.allocates_activations else set()
         group_of = {value: group for group in self.plan.ties for value in group}
         symmetric = recipe.activation_scheme is Scheme.SYMMETRIC
         for value in self._in_graph_order():
             group = group_of.get(value, (value,))
-            edge = any(member in edge_inputs for member in group)
-            bits = max(recipe.activation_bits, recipe.edge_bits) if edge else recipe.activation_bits
-            spec = QuantSpec(bits, self.target.signed, symmetric)
+            bits = max((wishes[m] for m in group if m in wishes), default=recipe.activation_bits)
+            whole = PerTensor() if value not in apart or len(group) > 1 or bits >= 8 else PerChannel(1)
+            spec = QuantSpec(bits, self.target.signed, symmetric, whole)
             self.plan.activations[value] = Choice(spec, self.quantized[value])
             gate = gate_behind(self.model, value) if group == (value,) else None
             if gate is not None:
@@ -296,6 +307,23 @@ class _Planner:
                         self.plan.constants[value] = QuantSpec(
                             16 if recipe.activation_bits == 16 else 8, False, symmetric
                         )
+
+    def _activation_wishes(self) -> dict[Value, int]:
+        """The most bits that any layer wants of the tensor that it reads."""
+        recipe = self.recipe
+        found: dict[Value, int] = {}
+        for layer in self.plan.layers:
+            if layer.data is not None:
+                least = recipe.edge_bits if self._is_edge(layer.node) else 0
+                bits = recipe.bits_of(layer.node.name or "").activations or max(recipe.activation_bits, least)
+                found[layer.data] = max(bits, found.get(layer.data, 0))
+        return found
+
+    def _with_channels(self) -> set[Value]:
+        """The tensors whose channels layers sum over, and are known to be several."""
+        read = {layer.data for layer in self.plan.layers if layer.data is not None}
+        moved = {layer.data for layer in self.plan.layers if layer.node.op_type == "MatMul"}
+        return {value for value in read - moved if channels_of(value) > 1}
 
     def take_given(self) -> None:
         """Tensors that are codes already stay so, and so does what is copied from them or cut off.
@@ -326,10 +354,15 @@ class _Planner:
             why = self._why_dequantized(layer)
             if why is not None:
                 plan.kept.setdefault(layer.node.name or "", Choice(None, why))
+        for node in self.nodes:
+            follower = next((reader for reader, layer in plan.absorbed.items() if layer is node), node)
+            touched = [*node.inputs, *node.outputs, *follower.outputs]
+            if node in plan.integer and any(plan.has_channel_scales(value) for value in touched):
+                plan.kept.setdefault(node.name or "", Choice(None, CHANNEL_SCALES))
         if recipe.activation_bits == 16:
             for node in self.nodes:
                 if node in plan.integer or node in plan.absorbed:
-                    plan.kept.setdefault(node.name or "", Choice(None, "codes of 16 bits have no integer kernel"))
+                    plan.kept.setdefault(node.name or "", Choice(None, WIDE_CODES))
         for node, layer_node in plan.absorbed.items():
             if layer_node.name in plan.kept:
                 plan.kept.setdefault(node.name or "", plan.kept[layer_node.name])
@@ -338,9 +371,15 @@ class _Planner:
             if before is not None and node.op_type in ACTIVATIONS and isinstance(RULES.get(before.op_type), Weighted):
                 plan.activation_of[node.name or ""] = before.name or ""
 
+    def _bits(self, value: Value) -> int:
+        spec = self.plan.activations[value].spec
+        return 32 if spec is None else spec.bits
+
     def _why_dequantized(self, layer: Layer) -> str | None:
         if layer.data is None:
             return "only weights are quantized"
+        if layer.data in self.plan.activations and self._bits(layer.data) == 16:
+            return WIDE_CODES
         if layer.weight.bits == 16:
             return "weights of 16 bits have no integer kernel"
         if layer.blocked:
@@ -374,6 +413,11 @@ def _kernel_area(node: Node) -> int:
     """Elements that one input channel takes along the flattened axis 1 of a Conv's weights: kH * kW, else 1."""
     weight = array(input_of(node, 1))
     return int(np.prod(weight.shape[2:])) if node.op_type == "Conv" and weight is not None else 1
+
+
+def is_layer(node: Node) -> bool:
+    """Whether it has constant weights that could become codes."""
+    return isinstance(RULES.get(node.op_type), Weighted) and array(input_of(node, 1)) is not None
 
 
 def oriented(node: Node, rule: Weighted) -> Weighted:

@@ -10,7 +10,7 @@ Source: Krishnamoorthi 2018, arXiv 1806.08342, section 2; the operator specifica
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -111,12 +111,27 @@ class QuantParams:
     """A spec with its numbers.
 
     scale: float32, zero_point: the codes' dtype; both of shape () per tensor, (C,) per channel and, per block, the
-    tensor's shape with the blocked axis replaced by the number of blocks.
+    tensor's shape with the blocked axis replaced by the number of blocks. bits: of each channel, (C,), where they have
+    bits of their own, those of the spec on average and 8 at most.
     """
 
     spec: QuantSpec
     scale: NDArray[np.float32]
     zero_point: NDArray[np.integer]
+    bits: NDArray[np.int64] | None = None
+
+    @property
+    def widest(self) -> int:
+        """The most bits that any code has."""
+        return self.spec.bits if self.bits is None else int(self.bits.max())
+
+    @property
+    def limits(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+        """The lowest and the highest code: shape (), or (C,) where channels have bits of their own."""
+        if self.bits is None:
+            return np.asarray(self.spec.qmin), np.asarray(self.spec.qmax)
+        own = [replace(self.spec, bits=int(bits)) for bits in self.bits]
+        return np.array([spec.qmin for spec in own]), np.array([spec.qmax for spec in own])
 
     def quantize(self, x: NDArray[Any]) -> NDArray[np.integer]:
         """Codes of x, in the spec's container dtype. Ties round to even; values out of range saturate."""
@@ -129,7 +144,8 @@ class QuantParams:
         # in place: weights can be most of what is in memory
         np.rint(codes, out=codes)
         codes += zero
-        np.clip(codes, self.spec.qmin, self.spec.qmax, out=codes)
+        low, high = (self._spread(limit, x.shape) if limit.ndim else limit for limit in self.limits)
+        np.clip(codes, low, high, out=codes)
         limited: NDArray[np.integer] = codes.astype(self.spec.dtype)
         return limited
 
@@ -148,7 +164,8 @@ class QuantParams:
     def code_range(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The smallest and the largest real number that has a code."""
         zero = self.zero_point.astype(np.float32)
-        return (self.spec.qmin - zero) * self.scale, (self.spec.qmax - zero) * self.scale
+        low, high = (limit.astype(np.float32) for limit in self.limits)
+        return (low - zero) * self.scale, (high - zero) * self.scale
 
     def spread(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.integer]]:
         """Scale and zero point, each with an axis for every axis of a tensor of this shape, to be broadcast to it."""
@@ -158,7 +175,7 @@ class QuantParams:
 
     def with_scale(self, scale: NDArray[np.float32]) -> QuantParams:
         """The same spec and zero point on another step."""
-        return QuantParams(self.spec, np.asarray(scale, np.float32), self.zero_point)
+        return replace(self, scale=np.asarray(scale, np.float32))
 
     def _spread(self, param: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         """`param` broadcastable against a tensor of `shape`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -221,13 +222,66 @@ MOST_THREADS = 1024
 BLOCK_SIZE = 32
 
 # Options that change the run, or where its pictures lie, but no byte of the file.
-STEERING = frozenset({"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats"})
+STEERING = frozenset(
+    {"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats", "save_layer_bits"}
+)
 
 CALIBRATORS = ("minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "output-mse", "aciq")
 PERCENTILE = 99.99
 WEIGHT_CALIBRATORS = ("max", "mse", "aciq")
 ROUNDINGS = ("nearest", "second-order")
 EFFORTS = ("fast", "balanced", "best")
+BIT_ALLOCATIONS = ("none", "weights", "activations", "both")
+CHANNEL_CALIBRATORS = ("minmax", "aciq")
+"""Calibrators that know a range for each channel of a tensor."""
+BIAS_CORRECTIONS = ("measured", "none")
+RECIPES: dict[str, dict[str, Any]] = {
+    "aciq-w4a4": {
+        "weight_bits": 4,
+        "activation_bits": 4,
+        "calibrator": "aciq",
+        "weight_calibrator": "aciq",
+        "bit_allocation": "both",
+        "bias_correction": "measured",
+        "rounding": "nearest",
+    },
+}
+"""Published recipes by name: fields of Recipe. `aciq-w4a4`: Banner et al. 2019, arXiv 1810.05723."""
+
+
+WEIGHT_BITS = frozenset({*range(2, 9), 16})
+ACTIVATION_BITS = WEIGHT_BITS | {32}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBits:
+    """Bits of a layer's weights, and of the tensor that it reads; None for the recipe's own.
+
+    in_float: the layer stays float, and no bits are its.
+    """
+
+    weights: int | None = None
+    activations: int | None = None
+    in_float: bool = False
+
+
+DROPS = {"agreement": "a share from 0 to 1", "top1": "a share from 0 to 1", "sqnr": "decibels"}
+CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """What bits may cost on the calibration pictures.
+
+    measure: "agreement" or "top1", and value the share that may be lost; "sqnr", and value the least dB.
+    """
+
+    measure: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.measure}:{self.value:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +290,12 @@ class Recipe:
 
     calib: folders, or text files with one path a line; may be empty where `stats` is given, else an error at the door,
     not here. stats, save_stats: files of statistics to read instead of pictures, and to write.
+    layer_bits: globs of layers' names, each with the bits of those that it matches; the first match counts.
+    max_drop, target_size: search for the bits of each layer's weights, see `mixed`: the cheapest that keep the drop,
+    the best of so large a share of float's size. candidate_bits: those to choose from, 32 for float; None without a
+    search. save_layer_bits: file to write what was found into.
+    bit_allocation: whose channels get bits of their own, those of the layer or tensor on average, see `allocation`.
+    bias_correction: whether the bias takes back what rounding the weights does to means.
     activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
     tune_latency: place layers by times that are measured on this machine, see `tune`.
     embed_preprocessing: the layout of the uint8 pixels that the result takes and normalises by itself; None: it takes
@@ -255,12 +315,18 @@ class Recipe:
     weight_granularity: WeightGranularity = WeightGranularity.PER_CHANNEL
     block_size: int = BLOCK_SIZE
     edge_bits: int = 8
+    layer_bits: tuple[tuple[str, LayerBits], ...] = ()
+    max_drop: Drop | None = None
+    target_size: float | None = None
+    candidate_bits: tuple[int, ...] | None = None
     pack: bool = False
     calibrator: str = "output-mse"
     percentile: float | None = None
     weight_calibrator: str = "max"
     effort: str = "balanced"
     rounding: str | None = None
+    bit_allocation: str = "none"
+    bias_correction: str = "measured"
     target: str = "ort-cpu"
     saturation_safe: bool | None = None
     tune_latency: bool = False
@@ -274,6 +340,7 @@ class Recipe:
     threads: int | None = None
     stats: str | None = None
     save_stats: str | None = None
+    save_layer_bits: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("calib", "keep_float", "keep_float_op"):
@@ -303,13 +370,15 @@ class Recipe:
         if self.embed_preprocessing is not None:
             layout = _member(Layout, self.embed_preprocessing, "--embed-preprocessing")
             object.__setattr__(self, "embed_preprocessing", layout)
-        _require(self.weight_bits in {*range(2, 9), 16}, f"--weight-bits {self.weight_bits}", "use 2 to 8, or 16.")
+        _require(self.weight_bits in WEIGHT_BITS, f"--weight-bits {self.weight_bits}", "use 2 to 8, or 16.")
         _require(
-            self.activation_bits in {*range(2, 9), 16, 32},
+            self.activation_bits in ACTIVATION_BITS,
             f"--activation-bits {self.activation_bits}",
             "use 2 to 8, 16, or 32 for weights only.",
         )
-        _require(self.edge_bits in {*range(2, 9), 16}, f"--edge-bits {self.edge_bits}", "use 2 to 8, or 16.")
+        _require(self.edge_bits in WEIGHT_BITS, f"--edge-bits {self.edge_bits}", "use 2 to 8, or 16.")
+        self._check_layer_bits()
+        self._check_search()
         _require(self.samples >= 1, f"--samples {self.samples}", "use at least 1 picture.")
         _require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")
         _require(self.block_size >= 1, f"--block-size {self.block_size}", "use at least 1.")
@@ -325,6 +394,10 @@ class Recipe:
         if self.rounding is None:
             object.__setattr__(self, "rounding", "nearest" if self.effort == "fast" else "second-order")
         _require(self.rounding in ROUNDINGS, f"--rounding {self.rounding}", f"use one of {', '.join(ROUNDINGS)}.")
+        for name, known in (("bit_allocation", BIT_ALLOCATIONS), ("bias_correction", BIAS_CORRECTIONS)):
+            fact = f"--{name.replace('_', '-')} {getattr(self, name)}"
+            _require(getattr(self, name) in known, fact, f"use one of {', '.join(known)}.")
+        self._check_allocation()
         self._check_percentile()
         gated = self.min_agreement is not None or self.min_sqnr is not None
         _require(
@@ -337,7 +410,7 @@ class Recipe:
             idle = getattr(self, name) == default
             _require(idle, f"--{name} with --stats alone", "leave it out: no picture is read.")
         _require(self.stats is None or self.save_stats is None, "--stats with --save-stats", "copy the file instead.")
-        for name in ("stats", "save_stats"):
+        for name in ("stats", "save_stats", "save_layer_bits"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
         self._check_target()
@@ -348,9 +421,9 @@ class Recipe:
             f"use 1 to {MOST_THREADS}.",
         )
         _require(
-            not self.pack or self.weight_bits <= PACKED_BITS,
+            not self.pack or min(self.bits_of_weights) <= PACKED_BITS,
             f"--pack with {self.weight_bits}-bit weights",
-            "packing stores int4: pass --weight-bits 4 or fewer.",
+            "packing stores int4: pass --weight-bits 4 or fewer, for some layers at least.",
         )
         _require(
             self.min_agreement is None or 0 <= self.min_agreement <= 1,
@@ -361,9 +434,118 @@ class Recipe:
             self.min_sqnr is None or math.isfinite(self.min_sqnr), f"--min-sqnr {self.min_sqnr}", "use a number of dB."
         )
 
+    @property
+    def runs_in_integers(self) -> bool:
+        """Whether layers run on codes of 8 bits, for which costs are known, or such as lie in them."""
+        whole = not self.pack and self.weight_granularity is not WeightGranularity.PER_BLOCK
+        return whole and self.bits_of_activations == {8} and max(self.bits_of_weights) <= 8
+
+    def bits_of(self, name: str) -> LayerBits:
+        """What `layer_bits` says of the layer of this name: its first glob that matches."""
+        return next((bits for glob, bits in self.layer_bits if fnmatch.fnmatchcase(name, glob)), LayerBits())
+
+    @property
+    def bits_of_weights(self) -> frozenset[int]:
+        """All that the weights of layers can have."""
+        own = {bits.weights for _, bits in self.layer_bits if bits.weights is not None}
+        own |= {bits for bits in self.candidate_bits or () if bits < FLOAT_BITS}
+        return frozenset({self.weight_bits, max(self.weight_bits, self.edge_bits), *own})
+
+    @property
+    def bits_of_activations(self) -> frozenset[int]:
+        """All that the tensors between layers can have; 32 where they stay float."""
+        own = {bits.activations for _, bits in self.layer_bits if bits.activations is not None}
+        return frozenset({self.activation_bits, *own})
+
+    @property
+    def allocates_weights(self) -> bool:
+        """Whether output channels of a layer have bits of their own."""
+        return self.bit_allocation in ("weights", "both")
+
+    @property
+    def allocates_activations(self) -> bool:
+        """Whether channels of the tensors between layers have bits of their own."""
+        return self.bit_allocation in ("activations", "both")
+
+    @property
+    def searches(self) -> bool:
+        """Whether bits of layers are searched for."""
+        return self.max_drop is not None or self.target_size is not None
+
+    def _check_search(self) -> None:
+        if not self.searches:
+            for name in ("candidate_bits", "save_layer_bits"):
+                fact = f"--{name.replace('_', '-')} without a search"
+                _require(getattr(self, name) is None, fact, "pass --max-drop or --target-size as well.")
+            return
+        if self.max_drop is not None:
+            drop = self.max_drop
+            known = isinstance(drop, Drop) and drop.measure in DROPS
+            _require(known, f"--max-drop {drop}", f"use {', '.join(f'{name}:NUMBER' for name in DROPS)}.")
+            value = _numbers(drop.value, "--max-drop")[0]
+            possible = math.isfinite(value) and (drop.measure == "sqnr" or 0 <= value <= 1)
+            _require(possible, f"--max-drop {drop}", f"use {DROPS[drop.measure]}.")
+            object.__setattr__(self, "max_drop", Drop(drop.measure, value))
+        if self.target_size is not None:
+            size = _numbers(self.target_size, "--target-size")[0]
+            _require(0 < size <= 1, f"--target-size {size:g}", "use a share of float's size, such as 0.16.")
+            object.__setattr__(self, "target_size", size)
+        chosen = CANDIDATE_BITS if self.candidate_bits is None else self.candidate_bits
+        whole = isinstance(chosen, tuple) and all(type(bits) is int for bits in chosen)
+        accepted = TARGETS[self.target].weight_bits | {FLOAT_BITS}
+        possible = whole and bool(chosen) and set(chosen) <= accepted
+        shown = ",".join("float" if bits == FLOAT_BITS else str(bits) for bits in chosen)
+        _require(
+            possible, f"--candidate-bits {shown}", "use several of 2 to 8, 16 and float, as the target takes them."
+        )
+        object.__setattr__(self, "candidate_bits", tuple(sorted(set(chosen))))
+        _require(bool(self.calib), "A search for bits without pictures", "pass pictures to measure on with --calib.")
+        _require(
+            not self.tune_latency, "--tune-latency with a search for bits", "search first, then pass what is found."
+        )
+
+    def _check_allocation(self) -> None:
+        told = f"--bit-allocation {self.bit_allocation} with"
+        if self.allocates_weights:
+            _require(self.weight_bits <= 8, f"{told} --weight-bits {self.weight_bits}", "use 2 to 8.")
+            whole = self.weight_granularity is not WeightGranularity.PER_CHANNEL
+            fact = f"{told} --weight-granularity {self.weight_granularity}"
+            _require(not whole, fact, "use per-channel: bits go with scales.")
+            _require(not self.pack, f"{told} --pack", "leave one of them out: int4 holds no more than 4 bits.")
+        if self.allocates_activations:
+            _require(self.activation_bits <= 8, f"{told} --activation-bits {self.activation_bits}", "use 2 to 8.")
+            fact = f"{told} --calibrator {self.calibrator}"
+            known = " or ".join(CHANNEL_CALIBRATORS)
+            _require(self.calibrator in CHANNEL_CALIBRATORS, fact, f"use {known}, which know a range for each channel.")
+            fact = f"{told} --target {self.target}"
+            whole = TARGETS[self.target].inputs_only
+            _require(not whole, fact, "use ort-cpu or generic: others take one scale a tensor.")
+
+    def _check_layer_bits(self) -> None:
+        entries = self.layer_bits
+        paired = isinstance(entries, tuple) and all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)
+        fix = "pass pairs of a glob and LayerBits(weights=4)."
+        _require(paired and all(isinstance(bits, LayerBits) for _, bits in entries), f"layer_bits {entries!r}", fix)
+        for glob, bits in entries:
+            told = f"--layer-bits: {glob!r} with"
+            if bits.weights is not None:
+                _require(bits.weights in WEIGHT_BITS, f"{told} weights of {bits.weights} bits", "use 2 to 8, or 16.")
+            if bits.activations is not None:
+                fact = f"{told} activations of {bits.activations} bits"
+                _require(bits.activations in WEIGHT_BITS, fact, "use 2 to 8, or 16.")
+                fact = f"{told} activations of {bits.activations} bits beside --activation-bits 32"
+                _require(self.activation_bits != 32, fact, "leave one of them out: 32 quantizes weights alone.")
+
     def _check_target(self) -> None:
         """What the target would reject is better said before the work."""
         target = TARGETS[self.target]
+        for glob, bits in self.layer_bits:
+            for kind, wish, takes in (
+                ("weights", bits.weights, target.weight_bits),
+                ("activations", bits.activations, target.activation_bits),
+            ):
+                fact = f"--layer-bits: {glob!r} with {kind} of {wish} bits and --target {self.target}"
+                _require(wish is None or wish in takes, fact, f"{target.why}.")
         demands: tuple[tuple[str, Any, Collection[Any]], ...] = (
             ("weight-bits", self.weight_bits, target.weight_bits),
             ("edge-bits", self.edge_bits, target.weight_bits),
@@ -377,14 +559,13 @@ class Recipe:
         for option, value, accepted in demands:
             given = f"--{option}" if value is True else f"--{option} {value}"
             _require(value in accepted, f"{given} with --target {self.target}", f"{target.why}.")
-        tunable = target.costs is not None and self.activation_bits == 8 and max(self.weight_bits, self.edge_bits) <= 8
-        tunable = tunable and not self.pack and self.weight_granularity is not WeightGranularity.PER_BLOCK
+        tunable = target.costs is not None and self.runs_in_integers
         hint = "it is for target ort-cpu and layers that can run in integers: weights of 2 to 8 bits, activations of 8."
         _require(tunable or not self.tune_latency, "--tune-latency with these options", hint)
         if self.saturation_safe is not None:
             option = "--saturation-safe" if self.saturation_safe else "--no-saturation-safe"
             _require(target.pairs, f"{option} with --target {self.target}", "leave it out: x86 CPUs are meant.")
-            integers = self.activation_bits <= 8 and self.weight_bits <= 8
+            integers = self.activation_bits <= 8 and self.weight_bits <= 8  # of most layers
             _require(integers, f"{option} with these bits", "leave it out: products are of float then.")
 
     def _check_percentile(self) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import rounding, saturation
+from qconv import channel_bits, rounding, saturation
 from qconv.emit import emit
-from qconv.findings import Finding, Skipped
+from qconv.findings import Change, Finding, Skipped
 from qconv.graph import Model, Node, Value, array, input_of
 from qconv.held import Store
 from qconv.layers import rows_of, stored_of
@@ -186,9 +186,11 @@ class _Refiner:
         importance = np.concatenate([np.diagonal(b.hessian, axis1=1, axis2=2) for b in seen.blocks], axis=1)
         spread = np.broadcast_to(importance[:, None].astype(np.float32), rows.shape)
         arranged = _arranged(layer, stored_of(node, wanted, shape))
-        params = layer.weight.from_range(
-            *least_squares(arranged, layer.weight, _arranged(layer, stored_of(node, spread, shape)))
-        )
+        if layer.own_bits:
+            params = channel_bits.of_weights(arranged, layer.weight, self.recipe.weight_calibrator)
+        else:
+            counts = _arranged(layer, stored_of(node, spread, shape))
+            params = layer.weight.from_range(*least_squares(arranged, layer.weight, counts))
         source = self.params.sources.get(node)
         params, _ = fitted(
             layer, params, arranged, source, self.plan.target, saturation_safe=self.recipe.saturation_safe
@@ -213,8 +215,9 @@ class _Refiner:
         real = rows_of(node, params.dequantize(codes).reshape(shape))
         shift = np.einsum("gok,gk->go", rows, seen.float_mean) - np.einsum("gok,gk->go", real, seen.mean)
         bias = array(input_of(node, 2))
-        total = (shift.reshape(-1) if bias is None else bias + shift.reshape(-1)).astype(np.float32)
-        return with_bias(layer, params, codes, total, source, self.plan.target)
+        if self.recipe.bias_correction != "none":
+            bias = (shift.reshape(-1) if bias is None else bias + shift.reshape(-1)).astype(np.float32)
+        return with_bias(layer, params, codes, bias, source, self.plan.target)
 
     def _resolved(self, rows: Float32, seen: Moments) -> Float32:
         """W' of each output with the ridge that errs least on rows kept apart; W itself is one of the candidates."""
@@ -242,31 +245,43 @@ class _Refiner:
     def _rounded(
         self, layer: Layer, params: QuantParams, wanted: Float32, seen: Moments, source: Source | None
     ) -> tuple[QuantParams, NDArray[np.integer]]:
-        node, shape = layer.node, _stored_shape(layer.node)
         limits = (
             None
             if source is None
-            else pair_limits(layer, source, self.plan.target, saturation_safe=self.recipe.saturation_safe)
+            else pair_limits(
+                layer, source, self.plan.target, widest=params.widest, saturation_safe=self.recipe.saturation_safe
+            )
         )
         codes = self._codes(layer, params, wanted, seen)
         whole = isinstance(params.spec.granularity, PerTensor)
-        for _ in range(self.effort.refits if layer.weight.bits < 8 and not layer.blocked else 0):
+        for _ in range(self.effort.refits if params.widest < 8 and not layer.blocked else 0):
             factor = self._factor(layer, params, codes, wanted, seen)
             params = params.with_scale((params.scale * (factor.mean() if whole else factor)).astype(np.float32))
             codes = self._codes(layer, params, wanted, seen)
-        for _ in range(MOST_WIDENINGS if limits is not None else 0):
-            over = saturation.excess(codes, *limits, output_axis=layer.rule.output_axis)
+        return (params, codes) if limits is None else self._unsaturated(layer, params, codes, wanted, seen, limits)
+
+    def _unsaturated(
+        self,
+        layer: Layer,
+        params: QuantParams,
+        codes: NDArray[np.integer],
+        wanted: Float32,
+        seen: Moments,
+        limits: tuple[NDArray[np.int64], NDArray[np.int64]],
+    ) -> tuple[QuantParams, NDArray[np.integer]]:
+        """Scales widened until no pair of products leaves 16 bits; codes rounded anew are other codes."""
+        axis = layer.rule.output_axis
+        for _ in range(MOST_WIDENINGS):
+            over = saturation.excess(codes, *limits, output_axis=axis)
             if np.all(over <= 1):
-                break
+                return params, codes
             over = np.maximum(over, np.where(over > 1, saturation.SMALLEST_STEP, 1.0))
-            params = params.with_scale((params.scale * (over.max() if whole else over)).astype(np.float32))
+            gain = over.max() if params.scale.ndim == 0 else over
+            params = params.with_scale((params.scale * gain).astype(np.float32))
             codes = self._codes(layer, params, wanted, seen)
-        else:
-            if limits is not None:
-                arranged = _arranged(layer, stored_of(node, wanted, shape))
-                params = saturation.widen(params, arranged, *limits, output_axis=layer.rule.output_axis)
-                codes = params.quantize(arranged)
-        return params, codes
+        arranged = _arranged(layer, stored_of(layer.node, wanted, _stored_shape(layer.node)))
+        params = saturation.widen(params, arranged, *limits, output_axis=axis)
+        return params, params.quantize(arranged)
 
     def _codes(self, layer: Layer, params: QuantParams, wanted: Float32, seen: Moments) -> NDArray[np.integer]:
         node, shape = layer.node, _stored_shape(layer.node)
@@ -317,12 +332,18 @@ def _grid(layer: Layer, params: QuantParams) -> rounding.Grid:
             whole = np.broadcast_to(numbers, shape)
             rows = rows_of(layer.node, whole)[:, :, :1]
         found.append(np.asarray(rows, np.float64))
-    return rounding.Grid(found[0], found[1], params.spec.qmin, params.spec.qmax)
+    low, high = (
+        np.asarray(limit, np.float64).reshape(found[0].shape[:2]) if limit.ndim else float(limit)
+        for limit in params.limits
+    )
+    return rounding.Grid(found[0], found[1], low, high)
 
 
 def _lost(weight: Float32, rounded: Float32, seen: Moments) -> float:
-    """Mean square of W x_f - Q x_q over the rows kept apart; where these are few, what depends on Q of it by the moments,
-    which can be below zero. Means are removed."""
+    """Mean square of W x_f - Q x_q over the rows kept apart, means removed.
+
+    Where these are few, what depends on Q of it by the moments, which can be below zero.
+    """
     float_rows, rows = seen.kept
     if rows.shape[1] >= ENOUGH_ROWS:
         lost = float_rows @ np.swapaxes(weight, 1, 2) - rows @ np.swapaxes(rounded, 1, 2)

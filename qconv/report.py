@@ -142,16 +142,59 @@ class Audit:
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:
-    """One tensor and what became of it. scale, zero_point: a number, a list, or None for float."""
+    """One tensor and what became of it. bits, scale, zero_point: a number, a list, or None for float."""
 
     name: str
     kind: str
-    bits: int | None
+    bits: int | list[int] | None
     symmetric: bool | None
     granularity: str | None
     scale: Any
     zero_point: Any
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class SizePoint:
+    """One assignment of bits to layers on the curve that nothing beats.
+
+    size: of all weights, codes packed bit by bit, over float's. modelled_sqnr_db: of the weights alone, by noises that
+    add up; None for infinite. sqnr_db, agreement, top1: measured where it was `verified`. bits: how many layers have
+    so many of them; 32 for float.
+    """
+
+    size: float
+    modelled_sqnr_db: float | None
+    verified: bool
+    sqnr_db: float | None
+    agreement: float | None
+    top1: float | None
+    chosen: bool
+    bits: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class MixedPrecision:
+    """What a search for bits found.
+
+    demand: in words; layers: that bits were chosen for; float_top1: of the float model, where top-1 was asked for;
+    points: ascending in size.
+    """
+
+    demand: str
+    layers: int
+    float_top1: float | None
+    points: tuple[SizePoint, ...]
+
+    @property
+    def chosen(self) -> SizePoint:
+        """The point that was written."""
+        return next(point for point in self.points if point.chosen)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        points = [_row(point) for point in self.points]
+        return {"demand": self.demand, "layers": self.layers, "float_top1": self.float_top1, "points": points}
 
 
 @dataclass(slots=True)
@@ -177,6 +220,7 @@ class Report:
     peak_rss_mb: float | None = None
     findings: list[Finding] = field(default_factory=list)
     tensors: list[TensorRow] = field(default_factory=list)
+    mixed: MixedPrecision | None = None
     runner_up: str | None = None
     margin: float | None = None
 
@@ -216,6 +260,7 @@ class Report:
             },
             "audit": self.audit.as_dict(),
             "gates": [_row(g) for g in self.gates],
+            "mixed": None if self.mixed is None else self.mixed.as_dict(),
             "warnings": self.warnings,
             "time": {name: round(seconds, 3) for name, seconds in self.time.items()},
             "peak_rss_mb": self.peak_rss_mb,

@@ -16,7 +16,8 @@ error splits into one square a column,
     error(Q) = sum over m of (sum over i <= m of e_i R_im)^2,      e = Q - W'
 
 so that the best code of column m, given all before it, is W'_m - (sum over i < m of e_i R_im) / R_mm, rounded. That is
-the recursion of OBQ and GPTQ without an inverse. `descended` then changes single codes as long as that lowers the error.
+the recursion of OBQ and GPTQ without an inverse. `descended` then changes single codes as long as that lowers the
+error.
 
 Sources: Frantar et al. 2022, arXiv 2208.11580 (OBQ), 2210.17323 (GPTQ); Li et al. 2025, arXiv 2504.02692 (GPTAQ: x_f
 and x_q apart); Chen et al. 2025, arXiv 2507.18553 (GPTQ is Babai's nearest plane); Nair and Suggala 2024,

@@ -33,4 +33,5 @@ def _row(name: str, kind: str, chosen: QuantParams, why: str) -> TensorRow:
     spec = chosen.spec
     granularity = {PerChannel: "per-channel", PerBlock: "per-block"}.get(type(spec.granularity), "per-tensor")
     scale, zero = (np.asarray(numbers).tolist() for numbers in (chosen.scale, chosen.zero_point))
-    return TensorRow(name, kind, spec.bits, spec.symmetric, granularity, scale, zero, why)
+    bits = spec.bits if chosen.bits is None else chosen.bits.tolist()
+    return TensorRow(name, kind, bits, spec.symmetric, granularity, scale, zero, why)

@@ -57,12 +57,13 @@ def widen(
     gain = np.ones(count)  # (O,)
     for over in parts:
         while over.size:  # the outputs that may still have a pair over the limit
-            found = excess(QuantParams(params.spec, scale[over], zero[over]), over)
+            bits = None if params.bits is None else params.bits[over]
+            found = excess(QuantParams(params.spec, scale[over], zero[over], bits), over)
             over, found = over[found > 1], found[found > 1]
             gain[over] *= np.maximum(found, SMALLEST_STEP)
             scale[over] = params.scale[over] * gain[over]
             zero[over] = np.rint(params.zero_point[over] / gain[over])
-    return QuantParams(params.spec, scale, zero) if np.any(gain > 1) else params
+    return QuantParams(params.spec, scale, zero, params.bits) if np.any(gain > 1) else params
 
 
 def worst_pair(codes: NDArray[np.int8], output_axis: int) -> NDArray[np.float64]:

@@ -13,19 +13,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import qconv
 from qconv import fold, load, save
 from qconv.calibrate import Tap, observer, watch_apart
-from qconv.calibrators import CALIBRATORS
+from qconv.calibrators import want_of
 from qconv.curve import Curve, Point, counts_up_to
 from qconv.detect import detect
 from qconv.errors import QconvError, counted
-from qconv.feed import Batch, Feed
+from qconv.feed import Feed
 from qconv.fileformat import needed_opset
 from qconv.gather import original
 from qconv.graph import Model
@@ -34,14 +32,13 @@ from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.recipe import Recipe
-from qconv.report import Verification
 from qconv.runtime import Session
+from qconv.scored import Scored, score_float
 from qconv.shelf import Shelf, shelf
 from qconv.sketch import Sketch
 from qconv.source import Source, data_files, own_opset, read, refuse_quantized
 from qconv.targets import TARGETS
 from qconv.trial import carried_out
-from qconv.verify import Comparison
 
 MOST_HELD_BACK = 64
 HELD_BACK_SHARE = 5
@@ -60,22 +57,6 @@ class Question:
     draws: int = 3
     holdout: int | None = None
     images: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """Batches, each with the float model's outputs. pictures: how many they hold."""
-
-    outputs: list[str]
-    batches: list[tuple[Batch, list[NDArray[Any]]]]
-    pictures: int
-
-    def score(self, quantized: Session) -> Verification:
-        """`quantized` against the float model."""
-        comparison = Comparison.of(self.outputs)
-        for feeds, expected in self.batches:
-            comparison.add(expected, quantized.run(self.outputs, feeds))
-        return Verification(self.pictures, comparison.scores())
 
 
 def study_samples(
@@ -117,7 +98,7 @@ def study_samples(
     for doubt in detected.doubts():
         warn(doubt)
     taps = _taps(plan, recipe)
-    scored = _score_float(session, scoring, warn)
+    scored = score_float(session, scoring, "float", most_bytes=SCORED_BYTES, warn=warn)
     del session
     with shelf() as kept:
         before = time.perf_counter()
@@ -146,7 +127,7 @@ def study_samples(
 
 
 def _taps(plan: Plan, recipe: Recipe) -> list[Tap]:
-    taps = plan.taps(CALIBRATORS[recipe.calibrator].want)
+    taps = plan.taps(want_of(recipe))
     if not taps:
         raise QconvError(
             "Nothing depends on the number of pictures: these options quantize no activation.",
@@ -189,21 +170,6 @@ def _feeds(
     return whole.over(paths[:most]), whole.over(paths[most : most + held])
 
 
-def _score_float(session: Session, feed: Feed, warn: Callable[[str], None]) -> _Scored:
-    """Run the float model on the pictures to score on, as many as there is room for."""
-    kept: list[tuple[Batch, list[NDArray[Any]]]] = []
-    size, total = 0, len(feed.listing.paths)
-    for feeds in feed.all("float"):
-        kept.append((feeds, session.run_all(feeds)))
-        size += sum(a.nbytes for a in (*feeds.values(), *kept[-1][1]) if isinstance(a, np.ndarray))
-        if size >= SCORED_BYTES:
-            break
-    pictures = min(feed.pictures, total)
-    if size >= SCORED_BYTES and pictures < total:
-        warn(f"scored on {pictures} of {total} pictures: inputs and outputs of more would not fit into memory kept.")
-    return _Scored(session.outputs, kept, pictures)
-
-
 def _put_aside(model: Model, taps: list[Tap], feed: Feed, recipe: Recipe, kept: Shelf) -> list[float]:
     """Sketch every picture by itself. Returns how many seconds the pass took until each of them was seen."""
     session = observer(model, taps, recipe.threads)
@@ -236,7 +202,7 @@ class _Job:
 
 
 def _points(
-    job: _Job, kept: Shelf, scored: _Scored, draws: int, progress: Callable[[str, int, int], None]
+    job: _Job, kept: Shelf, scored: Scored, draws: int, progress: Callable[[str, int, int], None]
 ) -> list[Point]:
     counts = counts_up_to(len(kept))
     total, points = draws * (len(counts) - 1) + 1, []

@@ -15,7 +15,7 @@ from rich.table import Table
 from qconv.curve import Curve, Spread, shown
 from qconv.errors import counted
 from qconv.findings import Change, Finding, Skipped
-from qconv.report import Island, OutputScore, Report
+from qconv.report import Island, MixedPrecision, OutputScore, Report
 from qconv.targets import TARGETS
 
 SHOWN = 8
@@ -116,11 +116,29 @@ def _lines(report: Report) -> list[tuple[str, str]]:
         lines.append(("pictures", escape(report.preprocessing_words)))
     lines += [("changed", text) for text in _changes(report)][:SHOWN]
     lines += [("tuned", escape(c.what)) for c in report.findings if isinstance(c, Change) and _is_tuning(c)]
+    lines += _mixed(report.mixed)
     lines += _runs(report)
     lines += [("left alone", text) for text in _skipped(report)]
     lines.append(("needs", f"{report.needs} (opset {report.opset}, IR {report.ir_version})"))
     lines += [("gate", f"--{g.name} {g.want:g}: {'held' if g.held else '[red]fell short[/]'}") for g in report.gates]
     lines.append(("took", f"{report.time['total']:.1f} s, peak memory {report.peak_rss_mb:.0f} MB"))
+    return lines
+
+
+def _mixed(found: MixedPrecision | None) -> list[tuple[str, str]]:
+    """What a search for bits chose, and the points of the curve that were tried."""
+    if found is None:
+        return []
+    chosen = found.chosen
+    kinds = [f"{'float' if bits == '32' else f'{bits} bits'} x {layers}" for bits, layers in chosen.bits.items()]
+    lines = [("bits", f"weights {chosen.size:.3f} of float by {found.demand}; layers: {', '.join(kinds)}")]
+    for point in found.points:
+        if point.verified:
+            got = [] if point.agreement is None else [f"agreement {point.agreement:.1%}"]
+            got += [] if point.top1 is None else [f"top-1 {point.top1:.1%}"]
+            sqnr, model = (shown(decibel) for decibel in (point.sqnr_db, point.modelled_sqnr_db))
+            told = ", ".join([f"SQNR {sqnr} dB (weights alone by the model: {model})", *got])
+            lines.append(("", f"size {point.size:.3f}: {told}{'; taken' if point.chosen else ''}"))
     return lines
 
 
@@ -200,9 +218,8 @@ def _details(report: Report, stream: TextIO) -> None:
         text = f"{found.what}" if isinstance(found, Change) else f"left alone: {found.why}"
         print(f"{found.step:<12}  {found.where}: {text}", file=stream)
     for tensor in report.tensors:
-        print(
-            f"{tensor.kind:<12}  {tensor.name}: {tensor.bits} bits, {tensor.granularity}, {_range(tensor)}", file=stream
-        )
+        bits = f"{min(tensor.bits)} to {max(tensor.bits)}" if isinstance(tensor.bits, list) else tensor.bits
+        print(f"{tensor.kind:<12}  {tensor.name}: {bits} bits, {tensor.granularity}, {_range(tensor)}", file=stream)
 
 
 def _range(tensor: Any) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from qconv.recipe import FLOAT_BITS, Drop
+
 
 class Numbers(click.ParamType[tuple[float, ...]]):
     """Comma-separated numbers; fractions such as 1/255 are accepted."""
@@ -64,3 +66,44 @@ class Resize(click.ParamType[str | int]):
         if not text.isdigit() or int(text) < 1:
             self.fail(f"{text!r} is none of auto, exact, letterbox or a number of pixels.", param, ctx)
         return int(text)
+
+
+class Loss(click.ParamType[Drop]):
+    """MEASURE:NUMBER, such as agreement:0.01 or sqnr:25."""
+
+    name = "drop"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """What --help shows for the value."""
+        return "MEASURE:NUMBER"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Drop:
+        """The measure and the number, or a usage error."""
+        if isinstance(value, Drop):
+            return value
+        measure, _, text = str(value).partition(":")
+        try:
+            return Drop(measure, number(text.lower().removesuffix("db")))
+        except (ValueError, ZeroDivisionError):
+            self.fail(
+                f"{value!r} is no measure with a number; write for example agreement:0.01 or sqnr:25.", param, ctx
+            )
+
+
+class Bits(click.ParamType[tuple[int, ...]]):
+    """Comma-separated numbers of bits, and float."""
+
+    name = "bits"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """What --help shows for the value."""
+        return "N,N,...[,float]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The numbers, 32 for float, or a usage error."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part == "float" or (part.isdigit() and part.isascii()) for part in parts):
+            self.fail(f"{value!r} is no list of bits; write for example 4,8,float.", param, ctx)
+        return tuple(FLOAT_BITS if part == "float" else int(part) for part in parts)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import bias as bias_correction
-from qconv import saturation
+from qconv import channel_bits, saturation
 from qconv.errors import QconvError
 from qconv.findings import Change, Finding
 from qconv.graph import array, attribute, input_of
@@ -70,21 +70,32 @@ class Source:
 
 
 def quantize_layer(
-    layer: Layer, source: Source | None, calibrator: str, target: Target, *, saturation_safe: bool | None = None
+    layer: Layer,
+    source: Source | None,
+    calibrator: str,
+    target: Target,
+    *,
+    saturation_safe: bool | None = None,
+    corrected: bool = True,
 ) -> tuple[LayerParams, list[Finding]]:
     """Codes and parameters of one layer. source: None where only weights are quantized; calibrator: the weights'.
 
     saturation_safe: no pair of products overflows 16 bits, whatever the picture (True), or on the calibration pictures
-    (None); False: that is no matter.
+    (None); False: that is no matter. corrected: the bias takes back what rounding does to means.
     """
     weight = float_weight(layer)
-    params = layer.weight.from_range(*WEIGHT_RANGES[calibrator](weight, layer.weight))
-    params, findings = fitted(layer, params, weight, source, target, saturation_safe=saturation_safe)
+    notes: list[Finding] = []
+    if layer.own_bits:
+        params = channel_bits.of_weights(weight, layer.weight, calibrator)
+        notes.append(channel_bits.in_words(layer.node.name or "", "weights", params))
+    else:
+        params = layer.weight.from_range(*WEIGHT_RANGES[calibrator](weight, layer.weight))
+    params, found = fitted(layer, params, weight, source, target, saturation_safe=saturation_safe)
     codes = params.quantize(weight)
     bias = array(input_of(layer.node, 2))
-    if source is not None:
+    if source is not None and corrected:
         bias = _corrected(layer, bias, weight, params.dequantize(codes), source)
-    return with_bias(layer, params, codes, bias, source, target), findings
+    return with_bias(layer, params, codes, bias, source, target), notes + found
 
 
 def float_weight(layer: Layer) -> NDArray[np.float32]:
@@ -113,26 +124,30 @@ def fitted(
         return params, []
     findings: list[Finding] = []
     bias = array(input_of(layer.node, 2))
-    if bias is not None and _has_integer_bias(layer, target):
+    if bias is not None and _has_integer_bias(layer, source, target):
         widened = _fit_bias(params, source.params, bias)
         count = int(np.count_nonzero(widened.scale > params.scale))
         if count:
             what = f"weight scale of {count} channels widened, so that the bias fits into int32"
             findings.append(Change("params", layer.node.name or "", what))
         params = widened
-    limits = pair_limits(layer, source, target, saturation_safe=saturation_safe)
+    limits = pair_limits(layer, source, target, widest=params.widest, saturation_safe=saturation_safe)
     if limits is not None:
         params = saturation.widen(params, weight, *limits, output_axis=layer.rule.output_axis)
     return params, findings
 
 
 def pair_limits(
-    layer: Layer, source: Source, target: Target, *, saturation_safe: bool | None
+    layer: Layer, source: Source, target: Target, *, widest: int, saturation_safe: bool | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-    """The least and the largest code of each input channel, where pairs of products must fit into 16 bits."""
+    """The least and the largest code of each input channel, where pairs of products must fit into 16 bits.
+
+    widest: the most bits that a weight has.
+    """
     stored = array(layer.node.inputs[1])
     assert stored is not None
-    if saturation_safe is False or source.params.spec.bits != 8 or not target.pairs or not _adds_pairs(layer, stored):
+    bits = (source.params.spec.bits, widest)
+    if saturation_safe is False or bits != (8, 8) or not target.pairs or not _adds_pairs(layer, stored):
         return None
     channels = input_channels(layer)
     return source.channel_codes(channels) if saturation_safe is None else source.all_codes(channels)
@@ -147,17 +162,20 @@ def with_bias(
     target: Target,
 ) -> LayerParams:
     """The layer's numbers with a bias (O,) that is stored as the target wants it."""
-    if source is None or bias is None or not _has_integer_bias(layer, target):
+    if source is None or bias is None or not _has_integer_bias(layer, source, target):
         return LayerParams(layer, params, codes, bias)
     with np.errstate(over="ignore"):
         product = np.multiply(source.params.scale, params.scale, dtype=np.float32)
     return LayerParams(layer, params, codes, bias, bias_params(product))
 
 
-def _has_integer_bias(layer: Layer, target: Target) -> bool:
-    """A blocked layer has no one s_w for its bias. Layers of 16 bits run in float as well, but there ONNX Runtime would
-    quantize a float bias by itself, and let it overflow."""
-    return target.integer_bias and not layer.blocked
+def _has_integer_bias(layer: Layer, source: Source, target: Target) -> bool:
+    """A blocked layer has no one s_w for its bias, and one whose data has a scale for each channel no one s_x.
+
+    Layers of 16 bits run in float as well, but there ONNX Runtime would quantize a float bias by itself, and let it
+    overflow.
+    """
+    return target.integer_bias and not layer.blocked and source.params.scale.ndim == 0
 
 
 def _corrected(
@@ -211,7 +229,7 @@ def _adds_pairs(layer: Layer, weight: NDArray[np.floating]) -> bool:
     groups = attribute(layer.node, "group", 1)
     depthwise = layer.node.op_type == "Conv" and groups > 1 and weight.shape[:2] == (groups, 1)
     turned = layer.node.op_type == "ConvTranspose"
-    return layer.weight.bits == 8 and not layer.blocked and not depthwise and not turned
+    return not layer.blocked and not depthwise and not turned
 
 
 def _fit_bias(params: QuantParams, data: QuantParams, bias: NDArray[np.floating]) -> QuantParams:

@@ -146,8 +146,8 @@ def test_the_main_job(tmp_path: Path) -> None:
     assert [line for line in done.err.splitlines() if not line.startswith(expected)] == []
 
 
-KEYS = """schema version output float recipe preprocessing size opset ir_version needs verify audit gates warnings
-          time peak_rss_mb changes skipped tensors"""
+KEYS = """schema version output float recipe preprocessing size opset ir_version needs verify audit gates mixed
+          warnings time peak_rss_mb changes skipped tensors"""
 
 
 def test_json_is_one_object_with_the_keys_of_the_contract(call: Qconv, tmp_path: Path) -> None:

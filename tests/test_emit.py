@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from qconv import fileformat, fold, load
 from qconv.audit import Known, audit
 from qconv.calibrate import tapped, watch
-from qconv.calibrators import CALIBRATORS
+from qconv.calibrators import want_of
 from qconv.emit import emit
 from qconv.findings import Change, Finding
 from qconv.params import Params, choose_params
@@ -91,7 +91,7 @@ class Quantized:
         model, _ = load.load(copy, Source("the test's model", None, b""), opset=opset)
         fold.fold(model)
         self.plan: Plan = make_plan(model, recipe, TARGETS[recipe.target])
-        taps = self.plan.taps(CALIBRATORS[recipe.calibrator].want)
+        taps = self.plan.taps(want_of(recipe))
         sketches = {}
         if taps:
             with tapped(model, taps) as runnable:

@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import pytest
 
+from qconv.layers import rows_of
 from qconv.patches import Patches
 from qconv.runtime import Session
-from qconv.layers import rows_of
 from tests.models import loaded
 
 LAYERS = [

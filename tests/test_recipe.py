@@ -122,7 +122,7 @@ FULL = Recipe(
 def test_every_option_shapes_the_file_or_steers_the_run() -> None:
     """A field added later is written into the file, unless STEERING says that it changes nothing there."""
     names = {field.name for field in fields(Recipe)}
-    steering = {"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats"}
+    steering = {"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats", "save_layer_bits"}
     assert steering == STEERING <= names  # the contract: no path, no machine
     assert set(FULL.as_dict()) == names - STEERING
     assert set(FULL.as_dict()["preprocessing"]) == {field.name for field in fields(PreprocessingOptions)}

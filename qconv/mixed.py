@@ -1,0 +1,321 @@
+"""Mixed precision: the cheapest bits of each layer's weights that keep the drop asked for, or the best of a given size.
+
+Every layer's cost at the outputs is measured by itself (sensitivity.py); noises add up, so that the assignments that
+nothing beats at their size are a row of steps (assign.py). The model is only trusted with their order: what is chosen
+was written, run and compared with the float model on the calibration pictures. A drop is found by bisection over the
+row, as it falls with size but for chance; the smallest point that was seen to keep it is taken. Of a given size the
+last two points are compared, and the same bits for all layers.
+
+    size = sum over layers of bits * count / (32 * sum over layers of count)
+
+counts codes as if they were packed bit by bit. Biases, and bits of activations, are not searched over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv import save
+from qconv.assign import Assignment, Layer, assignment, curve, filled
+from qconv.calibrators import CALIBRATORS
+from qconv.errors import QconvError
+from qconv.evaluate import class_vector
+from qconv.feed import Batch, Feed
+from qconv.graph import Model, array
+from qconv.labels import classes_of, folder_of
+from qconv.layer_bits import exactly
+from qconv.params import choose_params
+from qconv.planner import is_layer, make_plan
+from qconv.recipe import Drop, LayerBits, Recipe
+from qconv.report import MixedPrecision, SizePoint, Verification
+from qconv.runtime import Session
+from qconv.scored import Outputs, Scored, score_float
+from qconv.sensitivity import FLOAT, Network, sensitivities
+from qconv.sketch import Sketch, Want
+from qconv.targets import TARGETS
+from qconv.trial import carried_out
+from qconv.verify import sqnr_db
+
+PICTURES = 16
+"""So many are enough to tell layers apart; the result is verified on all."""
+SCORED_BYTES = 128 * 2**20
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What is searched on. folded: the network, which stays as it is; floats: nodes to leave in float, as `make_plan`
+    takes them. original: the user's own model."""
+
+    folded: Model
+    recipe: Recipe
+    floats: Mapping[str, str]
+    sketches: Mapping[str, Sketch]
+    feed: Feed
+    original: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """recipe: the one that was searched with, and `layer_bits` as they were found."""
+
+    recipe: Recipe
+    report: MixedPrecision
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A point carried out. top1: None without labels."""
+
+    verified: Verification
+    top1: float | None
+
+
+def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> Found:
+    """Find the bits of every layer that `--layer-bits` gives none. Raises QconvError where no assignment will do."""
+    recipe = ground.recipe
+    wishes, fixed, count = _choices(ground)
+    if not wishes:
+        raise QconvError(
+            "There is no layer to choose bits for: --layer-bits names them all.", "leave some of them out."
+        )
+    names = list(wishes)
+    plan = make_plan(ground.folded, recipe, TARGETS[recipe.target], ground.floats)
+    params, _ = choose_params(plan, ground.sketches, recipe)
+    clips = Want.COLUMNS in CALIBRATORS[recipe.calibrator].want
+    network = Network(ground.folded, plan, params, ground.sketches, recipe, clips)
+    batches = list(_first(ground.feed.few("pictures"), PICTURES))
+    known = sensitivities(network, wishes, batches, lambda done, total: progress("layers", done, total))
+    layers = [known[name] for name in names]
+    most = FLOAT * count if recipe.target_size is None else int(recipe.target_size * FLOAT * count)
+    points = _within(layers, most - fixed)
+    if not points:
+        least = (curve(layers)[0].size + fixed) / (FLOAT * count)
+        fact = f"--target-size {recipe.target_size:g} is below what these bits can give, which is {least:.4g}."
+        raise QconvError(fact, "add smaller --candidate-bits, lower --edge-bits, or allow a larger size.")
+    judge = _Judge.of(ground, names, warn)
+    if recipe.max_drop is None:
+        points, chosen = _best(judge, _uniform(layers, most - fixed), points, progress)
+    else:
+        chosen = _cheapest(judge, points, recipe.max_drop, progress)
+    report = MixedPrecision(
+        _in_words(recipe),
+        len(names),
+        judge.float_top1,
+        tuple(
+            _row(point, judge.seen.get(index), fixed, count, chosen=index == chosen)
+            for index, point in enumerate(points)
+        ),
+    )
+    return Found(judge.recipe_of(points[chosen]), report)
+
+
+def _first(batches: Iterable[Batch], pictures: int) -> Iterator[Batch]:
+    """Batches until they hold so many pictures."""
+    seen = 0
+    for feeds in batches:
+        yield feeds
+        seen += len(next(iter(feeds.values())))
+        if seen >= pictures:
+            return
+
+
+def _choices(ground: Ground) -> tuple[dict[str, set[int]], int, int]:
+    """The bits that each layer may have, by its name; what all other weights take; and how many weights there are.
+
+    The first and the last layer keep `edge_bits`.
+    """
+    recipe, target = ground.recipe, TARGETS[ground.recipe.target]
+    least = make_plan(ground.folded, replace(recipe, weight_bits=2), target, ground.floats)
+    fewest = {layer.node.name or "": layer.weight.bits for layer in least.layers}
+    wishes: dict[str, set[int]] = {}
+    fixed = count = 0
+    for node in ground.folded.nodes():
+        weight = array(node.inputs[1]) if is_layer(node) else None
+        if weight is None:
+            continue
+        name, wish = node.name or "", recipe.bits_of(node.name or "").weights
+        count += weight.size
+        if name in fewest and wish is None:
+            wishes[name] = {max(bits, fewest[name]) for bits in recipe.candidate_bits or ()}
+        else:
+            fixed += weight.size * fewest.get(name, FLOAT)
+    return wishes, fixed, count
+
+
+def _within(layers: Sequence[Layer], most: int) -> list[Assignment]:
+    """The points of the curve of at most so many bits, and one that fills them up; none where none is so small."""
+    found = [point for point in curve(layers) if point.size <= most]
+    best = filled(layers, found[-1], most) if found else None
+    return found if best is None or best == found[-1] else [*found, best]
+
+
+def _best(
+    judge: _Judge, same: Assignment | None, points: list[Assignment], progress: Progress
+) -> tuple[list[Assignment], int]:
+    """The points, `same` among them, and which of the last two and of `same` is the best as measured."""
+    if same is not None and same not in points:
+        points = sorted([*points, same], key=lambda point: point.size)
+    tried = {len(points) - 1, max(0, len(points) - 2)} | ({points.index(same)} if same is not None else set())
+    decibels = {}
+    for done, index in enumerate(sorted(tried), 1):
+        found = judge.measure(points, index).verified.sqnr_db
+        decibels[index] = math.inf if found is None else found
+        progress("search", done, len(tried))
+    return points, max(decibels, key=lambda index: (decibels[index], -index))
+
+
+def _uniform(layers: Sequence[Layer], size: int) -> Assignment | None:
+    """The most bits that all layers can have alike, or as nearly so as each can, within a size."""
+    every = sorted({bits for layer in layers for bits in layer.noise})
+    found = None
+    for bits in every:
+        near = [min((b for b in layer.noise if b >= bits), default=max(layer.noise)) for layer in layers]
+        alike = assignment(layers, near)
+        found = alike if alike.size <= size else found
+    return found
+
+
+def _cheapest(judge: _Judge, points: Sequence[Assignment], drop: Drop, progress: Progress) -> int:
+    """The first point that keeps the drop, by bisection; every point that is said to keep it was measured."""
+    rounds = 1 + len(points).bit_length()
+    low, high = -1, len(points) - 1
+    if not judge.holds(points, high, drop):
+        got = judge.in_words(high, drop)
+        fact = f"No assignment keeps --max-drop {drop}: with the most bits that are allowed it is {got}."
+        raise QconvError(fact, "allow a larger drop, more --candidate-bits (float, too), or --activation-bits.")
+    done = 1
+    while high - low > 1:
+        progress("search", done, max(rounds, done + 1))
+        middle = (low + high) // 2
+        low, high = (low, middle) if judge.holds(points, middle, drop) else (middle, high)
+        done += 1
+    progress("search", done, done)
+    return high
+
+
+@dataclass(slots=True)
+class _Judge:
+    """Carries points out and compares them with the float model. seen: what was measured, by the index of the point."""
+
+    ground: Ground
+    names: list[str]
+    scored: Scored
+    labels: NDArray[np.int64] | None
+    vector: int | None
+    float_top1: float | None
+    seen: dict[int, _Measured]
+
+    @classmethod
+    def of(cls, ground: Ground, names: list[str], warn: Callable[[str], None]) -> _Judge:
+        scored = score_float(ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, warn=warn)
+        vector = class_vector(scored.batches[0][1]) if scored.batches else None
+        labels = _labels(ground, 0 if vector is None else scored.batches[0][1][vector].shape[1])
+        top1 = None
+        if labels is not None and vector is not None:
+            top1 = _top1([expected[vector] for _, expected in scored.batches], labels)
+        return cls(ground, names, scored, labels, vector, top1, {})
+
+    def recipe_of(self, point: Assignment) -> Recipe:
+        """The recipe with the bits of a point; those of activations, where the user gave some, stay."""
+        recipe = self.ground.recipe
+        own = []
+        for name, bits in zip(self.names, point.bits, strict=True):
+            activations = recipe.bits_of(name).activations
+            wish = LayerBits(in_float=True) if bits >= FLOAT else LayerBits(bits, activations)
+            own.append((exactly(name), wish))
+        return replace(recipe, layer_bits=(*own, *recipe.layer_bits))
+
+    def measure(self, points: Sequence[Assignment], index: int) -> _Measured:
+        """Write the quantized model of a point and run it on the pictures."""
+        if index not in self.seen:
+            ground, recipe = self.ground, self.recipe_of(points[index])
+            model = carried_out(ground.folded, recipe, ground.sketches, ground.floats)
+            heard: list[NDArray[np.float32]] = []
+            vector = self.vector
+
+            def hear(outputs: Outputs) -> None:
+                if vector is not None:
+                    heard.append(outputs[vector])
+
+            with save.runnable(model, ()) as runnable:
+                on_ort = TARGETS[recipe.target].on_ort
+                session = Session(runnable, name="the quantized model", threads=recipe.threads, optimize=on_ort)
+                verified = self.scored.score(session, hear)
+            top1 = None if self.labels is None else _top1(heard, self.labels)
+            self.seen[index] = _Measured(verified, top1)
+        return self.seen[index]
+
+    def holds(self, points: Sequence[Assignment], index: int, drop: Drop) -> bool:
+        """Whether a point keeps the drop. Raises QconvError where there is no such measure."""
+        found = self.measure(points, index)
+        if drop.measure == "sqnr":
+            decibel = found.verified.sqnr_db
+            return found.verified.equal if decibel is None else decibel >= drop.value
+        if drop.measure == "agreement":
+            got = found.verified.agreement
+            if got is None:
+                fact = "--max-drop agreement needs an output that is one score a class, and this model has none."
+                raise QconvError(fact, "pass --max-drop sqnr:DB.")
+            return 1 - got <= drop.value + 1e-9
+        assert found.top1 is not None
+        assert self.float_top1 is not None
+        return self.float_top1 - found.top1 <= drop.value + 1e-9
+
+    def in_words(self, index: int, drop: Drop) -> str:
+        """What was measured of a point, in the drop's measure."""
+        found = self.seen[index]
+        if drop.measure == "sqnr":
+            decibel = found.verified.sqnr_db
+            return "infinite" if decibel is None else f"{decibel:.2f} dB"
+        got = found.verified.agreement if drop.measure == "agreement" else found.top1
+        before = 1.0 if drop.measure == "agreement" else self.float_top1
+        return f"{(before or 0.0) - (got or 0.0):.4g}"
+
+
+def _labels(ground: Ground, outputs: int) -> NDArray[np.int64] | None:
+    """Of each picture that was scored; None where top-1 is not asked for. Raises QconvError where there are none."""
+    drop, recipe = ground.recipe.max_drop, ground.recipe
+    if drop is None or drop.measure != "top1":
+        return None
+    root, feed = Path(recipe.calib[0]), ground.feed
+    paths = [path for path in feed.listing.paths if path not in feed.lost]
+    classes = classes_of(root, None) if len(recipe.calib) == 1 else None
+    folders = [folder_of(path, root) for path in paths] if classes is not None else []
+    if classes is None or not outputs or None in folders:
+        why = "the calibration pictures lie in one folder with a folder for each class" if outputs else "an output is"
+        fact = f"--max-drop top1 is possible only where {why}{'' if outputs else ' one score a class'}."
+        raise QconvError(fact, "pass --max-drop agreement:SHARE, which needs no labels.")
+    return np.array(classes.labels([name or "" for name in folders], offset=0, outputs=outputs), np.int64)
+
+
+def _top1(outputs: Sequence[NDArray[np.float32]], labels: NDArray[np.int64]) -> float:
+    best = np.concatenate([np.asarray(scores).reshape(len(scores), -1).argmax(axis=1) for scores in outputs])
+    count = min(len(best), len(labels))  # a last batch may have been short of pictures, or pictures short of memory
+    return float((best[:count] == labels[:count]).mean())
+
+
+def _row(point: Assignment, seen: _Measured | None, fixed: int, count: int, *, chosen: bool) -> SizePoint:
+    checked = None if seen is None else seen.verified
+    return SizePoint(
+        size=(point.size + fixed) / (FLOAT * count),
+        modelled_sqnr_db=sqnr_db(1.0, point.noise),
+        verified=seen is not None,
+        sqnr_db=None if checked is None else checked.sqnr_db,
+        agreement=None if checked is None else checked.agreement,
+        top1=None if seen is None else seen.top1,
+        chosen=chosen,
+        bits={str(bits): point.bits.count(bits) for bits in sorted(set(point.bits))},
+    )
+
+
+def _in_words(recipe: Recipe) -> str:
+    parts = [] if recipe.max_drop is None else [f"--max-drop {recipe.max_drop}"]
+    parts += [] if recipe.target_size is None else [f"--target-size {recipe.target_size:g}"]
+    return " ".join(parts)
