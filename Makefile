@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fix bench compat clean
+.PHONY: help demo test lint fix bench bench-accuracy compat clean
 
 help: ## show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml qconv/__init__.py
 	@if command -v uv >/dev/null 2>&1; then \
@@ -42,6 +42,9 @@ bench: $(STAMP) ## measure against ONNX Runtime's own quantizer; needs models an
 	$(BIN)/python -m tests.bench.detection
 	$(BIN)/python -m tests.bench.kernels
 	$(BIN)/python -m tests.bench.placement
+
+bench-accuracy: $(STAMP) ## measure accuracy at every bit-width, beside other tools and published numbers
+	$(BIN)/python -m tests.bench.bits $(ARGS)
 
 compat: $(STAMP) ## run the files in ONNX Runtime 1.17 to the newest, each in an environment of its own
 	$(BIN)/python -m tests.bench.compat $(ARGS)

@@ -19,14 +19,14 @@ from qconv.intervals import mcnemar
 from tests.bench.cases import Array, Case
 
 
-def session(model: Path, *, reference: bool = False) -> ort.InferenceSession:
+def session(model: Path, *, reference: bool = False, threads: int = 1) -> ort.InferenceSession:
     """reference: without graph optimizations, so that Q/DQ are computed one by one, in float.
 
-    One thread: the spinning pools of two sessions in one process slow each other down.
+    One thread where two sessions work in turns: their spinning pools would slow each other down.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     if reference:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -78,11 +78,16 @@ def score(
             tallies[name].add(ref, got)
         if labels is not None:
             right.append((int(refs[0].argmax()) == labels[index], int(gots[0].argmax()) == labels[index]))
+    return {"pictures": len(tests), **summary(case, tallies, right)}
+
+
+def summary(case: Case, tallies: dict[str, Tally], right: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    """right: of each labelled picture, whether the float model and whether the quantized one had its class."""
     found = [
         {"name": n, "sqnr_db": t.sqnr_db, "agreement": t.equal / t.positions if case.class_scores else None}
         for n, t in tallies.items()
     ]
-    return {"pictures": len(tests), **_lowest(found), "outputs": found, **_top1(right)}
+    return {**_lowest(found), "outputs": found, **_top1(right)}
 
 
 def _lowest(outputs: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -93,7 +98,7 @@ def _lowest(outputs: list[dict[str, Any]]) -> dict[str, float | None]:
     return lowest
 
 
-def _top1(right: list[tuple[bool, bool]]) -> dict[str, Any]:
+def _top1(right: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
     if not right:
         return {"top1": None, "flips": None}
     before, after = (100 * float(np.mean(column)) for column in zip(*right, strict=True))

@@ -1,9 +1,9 @@
 """The peer: ONNX Runtime's own quant_pre_process and quantize_static, with its usual settings for this purpose.
 
-    python -m tests.bench.peer CASE MODEL FOLDER OUT [how [method]]
+    python -m tests.bench.peer CASE MODEL FOLDER OUT [how [method [granularity]]]
 
 `how` says what is left out of the preparation, for files that it fails on: "full", "no-symbolic" or "none".
-`method` is the calibrator, "MinMax" by default.
+`method` is the calibrator, "MinMax" by default, and `granularity` that of weights, "per-channel".
 """
 
 from __future__ import annotations
@@ -80,7 +80,15 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:400]
 
 
-def main(case: str, model: str, folder: str, out: str, how: str = "full", method: str = "MinMax") -> None:
+def main(
+    case: str,
+    model: str,
+    folder: str,
+    out: str,
+    how: str = "full",
+    method: str = "MinMax",
+    granularity: str = "per-channel",
+) -> None:
     stage = "import"
     try:
         from onnxruntime.quantization import (
@@ -111,7 +119,7 @@ def main(case: str, model: str, folder: str, out: str, how: str = "full", method
                 out,
                 Reader(_feeds(BY_NAME[case], ready, folder)),
                 quant_format=QuantFormat.QDQ,
-                per_channel=True,
+                per_channel=granularity == "per-channel",
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod[method],
