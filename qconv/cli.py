@@ -70,7 +70,7 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
 
 NOT_STUDIED = frozenset(
     {"output", "stats", "save_stats", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
-    | {"max_drop", "target_size", "candidate_bits", "save_layer_bits"}
+    | {"max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding"}
 )
 """Options of `quantize` that make no sense of a model that is not kept."""
 CHARTS = (".png", ".html")
@@ -119,7 +119,7 @@ def study_samples(
     place = None if output is None else Path(output)
     if place is not None and place.suffix.lower() not in CHARTS:
         raise click.UsageError(f"{output} is no chart: name a file that ends in {' or '.join(CHARTS)}.")
-    recipe = recipe_of({**dict.fromkeys(NOT_STUDIED), **options})
+    recipe = recipe_of({**dict.fromkeys(NOT_STUDIED), **options, "effort": "fast"})
     _require_streams(model, None, as_json)
     from qconv import pipeline, study, summary
     from qconv.source import source_of

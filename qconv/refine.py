@@ -42,7 +42,7 @@ Float64 = NDArray[np.float64]
 HELD = 2**27
 """Bytes of tensors between two layers that each of both networks holds in memory; more go to temporary files."""
 MOST_WIDENINGS = 8
-RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03)
+RIDGES = (1.0, 0.2, 0.05)
 ENOUGH_ROWS = 64
 """Rows kept apart from which on they decide whether the new codes are taken."""
 

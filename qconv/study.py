@@ -68,11 +68,13 @@ def study_samples(
 ) -> Curve:
     """The curve of accuracy over the number of calibration pictures.
 
-    recipe.samples bounds them. out: where the caller will write a chart; checked, not written. Raises QconvError for
+    Weights are rounded to the nearest code, whatever the recipe says: how much of the pictures' worth goes into ranges is
+    the question. recipe.samples bounds them. out: where the caller will write a chart; checked, not written. Raises QconvError for
     anything the user can mend.
     """
     started = time.perf_counter()
     question, listener = question or Question(), listener or Listener()
+    recipe = replace(recipe, effort="fast", rounding="nearest")
     source = source if isinstance(source, Source) else Source(str(source), Path(source))
     warnings: list[str] = []
 
