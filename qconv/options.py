@@ -218,7 +218,8 @@ quantize_options = stack(
     click.option(
         "--rounding",
         type=click.Choice(ROUNDINGS),
-        help="Which way each weight rounds.  [default: nearest for --effort fast, second-order else]",
+        help="Which way each weight rounds.  "
+        "[default: second-order, but nearest for --effort fast and where bits are searched]",
     ),
     click.option(
         "--bit-allocation",

@@ -68,8 +68,8 @@ def study_samples(
 ) -> Curve:
     """The curve of accuracy over the number of calibration pictures.
 
-    Weights are rounded to the nearest code, whatever the recipe says: how much of the pictures' worth goes into ranges is
-    the question. recipe.samples bounds them. out: where the caller will write a chart; checked, not written. Raises QconvError for
+    Weights are rounded to the nearest code, whatever the recipe says: the question is what pictures do for the ranges.
+    recipe.samples bounds them. out: where the caller will write a chart; checked, not written. Raises QconvError for
     anything the user can mend.
     """
     started = time.perf_counter()

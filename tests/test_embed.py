@@ -429,8 +429,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def quantized(proto: onnx.ModelProto, folder: str, **options: Any) -> tuple[Report, onnx.ModelProto]:
-    settings = {"calib": (folder,), "embed_preprocessing": Layout.NHWC, "threads": 1} | options
-    report, data = quantize(Source("the model", None, proto.SerializeToString()), None, Recipe(**settings))
+    defaults = {"calib": (folder,), "embed_preprocessing": Layout.NHWC, "threads": 1, "rounding": "nearest"}
+    settings = defaults | options
+    report, data = quantize(
+        Source("the model", None, proto.SerializeToString()), None, Recipe(**{"rounding": "nearest", **settings})
+    )
     assert data is not None
     result = onnx.load_from_string(data)
     onnx.checker.check_model(result, full_check=True)

@@ -64,7 +64,13 @@ def fed(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def recipe(pictures: Path, **options: Any) -> Recipe:
-    return Recipe(calib=(str(pictures),), preprocessing=PreprocessingOptions(preset="unit"), threads=1, **options)
+    return Recipe(
+        calib=(str(pictures),),
+        preprocessing=PreprocessingOptions(preset="unit"),
+        threads=1,
+        rounding="nearest",
+        **options,
+    )
 
 
 def searched(pictures: Path, **options: Any) -> tuple[Report, onnx.ModelProto, MixedPrecision]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from models import loaded
 
 from qconv.layers import rows_of
 from qconv.patches import Patches
 from qconv.runtime import Session
-from tests.models import loaded
 
 LAYERS = [
     ("Conv", {}, (2, 6, 7, 9), (4, 6, 3, 3)),

@@ -36,7 +36,7 @@ def place(tmp_path: Path) -> Path:
 def run(place: Path, **options: object) -> onnx.ModelProto:
     out = place / "out.onnx"
     options.setdefault("calib", (str(place / "imgs"),))
-    quantize(place / "m.onnx", out, Recipe(**options))  # type: ignore[arg-type]
+    quantize(place / "m.onnx", out, Recipe(**{"rounding": "nearest", **options}))  # type: ignore[arg-type]
     return onnx.load(out)
 
 
@@ -138,7 +138,7 @@ def test_another_preprocessing_is_refused(place: Path) -> None:
         with pytest.raises(QconvError, match=r"another preprocessing .mean .* and .*, std"):
             run(place, calib=calib, preprocessing=PreprocessingOptions(preset="imagenet"), **known)
         run(place, calib=calib, preprocessing=unit, **known)
-        report, _ = quantize(place / "m.onnx", place / "out.onnx", Recipe(calib=calib, **known))  # type: ignore[arg-type]
+        report, _ = quantize(place / "m.onnx", place / "out.onnx", Recipe(calib=calib, rounding="nearest", **known))  # type: ignore[arg-type]
         assert report.preprocessing is not None
         assert report.preprocessing["preset"] == "unit"
     with pytest.raises(QconvError, match="ready-made samples"):

@@ -46,7 +46,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def recipe(pictures: Path, **more: object) -> Recipe:
-    return Recipe(calib=(str(pictures),), preprocessing=RAW, threads=1, **more)  # type: ignore[arg-type]
+    return Recipe(calib=(str(pictures),), preprocessing=RAW, threads=1, rounding="nearest", **more)  # type: ignore[arg-type]
 
 
 def rows(paths: list[Path]) -> np.ndarray:

