@@ -392,9 +392,7 @@ class Recipe:
         )
         _require(self.effort in EFFORTS, f"--effort {self.effort}", f"use one of {', '.join(EFFORTS)}.")
         if self.rounding is None:
-            plain = (
-                self.effort == "fast" or self.searches
-            )  # a search measures nearest codes, and writes what it measured
+            plain = self.effort == "fast" or self.searches  # a search writes what it measured
             object.__setattr__(self, "rounding", "nearest" if plain else "second-order")
         _require(self.rounding in ROUNDINGS, f"--rounding {self.rounding}", f"use one of {', '.join(ROUNDINGS)}.")
         for name, known in (("bit_allocation", BIT_ALLOCATIONS), ("bias_correction", BIAS_CORRECTIONS)):
