@@ -189,6 +189,12 @@ quantize_options = stack(
         help="What will run the result: see 'Targets' in the README.",
     ),
     click.option(
+        "--equalize/--no-equalize",
+        default=None,
+        help="Scale channels of the float network so that less is lost in rounding; it computes the same.  "
+        "[default: with pictures]",
+    ),
+    click.option(
         "--tune-latency",
         is_flag=True,
         help="Choose what stays in float by timing it on this machine, not by the committed cost table.",
@@ -222,7 +228,7 @@ quantize_options = stack(
 SAME = (
     ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
     + ("calibrator", "percentile", "weight_calibrator", "stats", "save_stats")
-    + ("target", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
+    + ("target", "equalize", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
     + ("opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
 )  # fmt: skip
 """Options that a Recipe calls the same."""

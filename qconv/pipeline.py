@@ -14,12 +14,13 @@ from pathlib import Path
 import qconv
 from qconv import fold, load, save
 from qconv.audit import Known, audit, profiled
+from qconv.balance import balance
 from qconv.embed import embed
 from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.fileformat import describe, needed_opset, needed_runtime, set_ir_version
-from qconv.findings import Change, Finding
+from qconv.findings import Change, Finding, Skipped
 from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
 from qconv.oddities import oddities
@@ -109,9 +110,16 @@ def quantize(
         for doubt in pictures.detected.doubts():
             run.warn(doubt)
     with run.step("calibrate"):
-        # what is saved serves other options, too, which may leave nothing in float
-        plans = [plan] if recipe.save_stats is None else [plan, make_plan(model, recipe, target)]
-        sketches = pictures.sketches(model, plans, recipe)
+        # what is saved is of the network as it is, and serves other options, too, which may leave nothing in float
+        as_it_is = {}
+        if recipe.save_stats is not None:
+            as_it_is = pictures.sketches(model, [plan, make_plan(model, recipe, target)], recipe)
+    with run.step("equalize"):
+        balanced = _balanced(model, plan, recipe, pictures)
+        run.findings += balanced
+    with run.step("calibrate"):
+        moved = any(isinstance(finding, Change) for finding in balanced)
+        sketches = as_it_is if as_it_is and not moved else pictures.sketches(model, [plan], recipe)
         for oddity in oddities(sketches):
             run.warn(oddity)
     if recipe.tune_latency:
@@ -141,7 +149,7 @@ def quantize(
         size = staged.size
         result = staged.path.read_bytes() if place is None else None
         if recipe.save_stats is not None:
-            pictures.save_statistics(sketches, source, Path(recipe.save_stats))
+            pictures.save_statistics(as_it_is, source, Path(recipe.save_stats))
         if place is not None:
             staged.commit(place)
     run.time["total"] = time.perf_counter() - started
@@ -169,6 +177,16 @@ def quantize(
         margin=pictures.detected.margin,
     )
     return report, result
+
+
+def _balanced(model: Model, plan: Plan, recipe: Recipe, pictures: Pictures) -> list[Finding]:
+    """Channels are scaled where that is wanted and can be watched."""
+    if recipe.equalize is False:
+        return []
+    if pictures.feed is None or pictures.known is not None:
+        why = "statistics are of the network as it is: scaled channels could not be watched again"
+        return [Skipped("equalize", "the network", why)]
+    return balance(model, plan, pictures.feed, recipe.threads)
 
 
 def check_output(source: Source, out: Path, data: set[Path]) -> None:

@@ -235,6 +235,7 @@ class Recipe:
     calib: folders, or text files with one path a line; may be empty where `stats` is given, else an error at the door,
     not here. stats, save_stats: files of statistics to read instead of pictures, and to write.
     activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
+    equalize: scale channels of the float network where its quantization gains; None: where pictures are there to see it.
     tune_latency: place layers by times that are measured on this machine, see `tune`.
     embed_preprocessing: the layout of the uint8 pixels that the result takes and normalises by itself; None: it takes
     what the float network takes.
@@ -259,6 +260,7 @@ class Recipe:
     weight_calibrator: str = "max"
     target: str = "ort-cpu"
     saturation_safe: bool | None = None
+    equalize: bool | None = None
     tune_latency: bool = False
     keep_float: tuple[str, ...] = ()
     keep_float_op: tuple[str, ...] = ()
@@ -332,6 +334,9 @@ class Recipe:
         for name in ("stats", "save_stats"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
+        fact = "--equalize with --stats"
+        hint = "statistics are of the network as it is: leave one of them out."
+        _require(self.equalize is not True or self.stats is None, fact, hint)
         self._check_target()
         _require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
         _require(
