@@ -21,7 +21,7 @@ activations counts as well, and streams have one scale a channel however many la
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import save
-from qconv.calibrate import Tap, observer, watch
+from qconv.calibrate import Tap, observer, watch_apart
 from qconv.edits import Refused, called, title
 from qconv.feed import Feed
 from qconv.findings import Change, Finding, Skipped
@@ -40,7 +40,7 @@ from qconv.plan import Layer, Plan, tap_of
 from qconv.quant import PerTensor
 from qconv.runtime import Session
 from qconv.sketch import Sketch, Want
-from qconv.streams import OPEN, Ends, Streams, find_streams
+from qconv.streams import OPEN, Ends, Limit, Streams, find_streams
 from qconv.verify import Comparison
 
 STEP = "equalize"
@@ -51,6 +51,7 @@ LEAST_GAIN = 0.02
 MEAN_COUNTS = 0.1
 LEAST_RANGE = 0.1
 """Share of a tensor's mean range that a channel counts at least: other pictures may wake it."""
+UNSEEN, TAIL, FEWEST_IN_TAIL = 30.0, 0.125, 3
 OWN_SAMPLES = 8
 """As many samples of a channel's power weigh as much as what its range tells of it."""
 MOST_WEIGHTS = 2**22
@@ -68,8 +69,7 @@ def balance(model: Model, plan: Plan, feed: Feed, threads: int | None) -> list[F
     taps = _taps(plan, streams)
     if not taps or bool(streams.fixed.all()):
         return list(left)
-    sketches = watch(observer(model, taps, threads), taps, feed.all(STEP))
-    seen = _Seen(streams, sketches)
+    seen = _Seen(streams, seen_by_channel(watch_apart(observer(model, taps, threads), taps, feed.all(STEP))))
     terms = noise_terms(model, plan, seen)
     found = chosen(streams, terms, *_bounds(seen))
     if not found.u.any():
@@ -102,42 +102,81 @@ def _taps(plan: Plan, streams: Streams) -> list[Tap]:
     ]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Channels:
+    """What every channel of a tensor did, (C,) each.
+
+    low, high: its extremes on all pictures. lowest, highest: what they may become on others (UNSEEN), zero inside.
+    mean, spread: mean and variance, None where they were not asked for.
+    """
+
+    low: Float64
+    high: Float64
+    lowest: Float64
+    highest: Float64
+    mean: Float64 | None
+    spread: Float64 | None
+
+
+def seen_by_channel(pictures: Iterable[Mapping[str, Sketch]]) -> dict[str, Channels]:
+    """Sketches of single pictures, as one a tensor; tensors whose channels grow with the picture are left out."""
+    kept: dict[str, list[Sketch]] = {}
+    for sketches in pictures:
+        for name, sketch in sketches.items():
+            kept.setdefault(name, []).append(sketch)
+    return {name: _channels(found) for name, found in kept.items() if len({s.lows.size for s in found}) == 1}
+
+
+def _channels(found: Sequence[Sketch]) -> Channels:
+    lows, highs = (np.stack(ends).astype(np.float64) for ends in zip(*((s.lows, s.highs) for s in found), strict=True))
+    low, high = lows.min(axis=0), highs.max(axis=0)
+    lowest, highest = -reach_of(-lows), reach_of(highs)
+    if not found[0].columns.size:
+        return Channels(low, high, lowest, highest, None, None)
+    columns = np.concatenate([s.columns.reshape(-1, low.size) for s in found]).astype(np.float64)
+    reach, spread = (highest - lowest) ** 2, columns.var(axis=0)
+    by_range = reach * (spread.mean() / max(reach.mean(), np.finfo(np.float64).tiny))
+    count = len(columns)
+    spread = (count * spread + OWN_SAMPLES * by_range) / (count + OWN_SAMPLES)
+    return Channels(low, high, lowest, highest, np.mean([s.means for s in found], axis=0), spread)
+
+
+def reach_of(extremes: Float64) -> Float64:
+    """How far up each channel may go on UNSEEN times as many pictures, (C,), zero or more.
+
+    extremes: (P, C), the largest value of each picture. A Pareto tail through the largest TAIL of them, by Hill 1975:
+    x_1 * UNSEEN^xi, xi = mean of log(x_i / x_k) over i < k. No channel is taken to go further than the largest of all;
+    one that is seldom awake is taken to go as far.
+    """
+    ordered = np.sort(np.maximum(extremes, 0.0), axis=0)[::-1]
+    most = ordered[0].max(initial=0.0)
+    top = ordered[: max(2, int(TAIL * len(ordered)))]
+    if len(top) < FEWEST_IN_TAIL or most == 0:
+        return np.full(ordered.shape[1], most)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        index = np.log(top[:-1] / top[-1]).mean(axis=0)
+        found = np.where(top[-1] > 0, ordered[0] * UNSEEN**index, most)
+    return np.minimum(np.maximum(found, LEAST_RANGE * ordered[0].mean()), most)
+
+
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """The sketches of the tensors that have one number a channel."""
+    """The tensors with one number a channel."""
 
     streams: Streams
-    sketches: Mapping[str, Sketch]
+    channels: Mapping[str, Channels]
 
-    def of(self, value: Value | None) -> Sketch | None:
+    def of(self, value: Value | None) -> Channels | None:
         classes = None if value is None else self.streams.of.get(value)
-        found = None if value is None else self.sketches.get(value.name or "")
-        return found if found is not None and classes is not None and found.lows.size == classes.size else None
-
-    def ranges(self, value: Value) -> tuple[Float64, Float64] | None:
-        """Least and largest value of every channel, (C,) each, zero inside; no channel is much smaller than all."""
-        sketch = self.of(value)
-        if sketch is None:
-            return None
-        lows = np.minimum(sketch.lows.astype(np.float64), 0.0)
-        highs = np.maximum(sketch.highs.astype(np.float64), 0.0)
-        return np.minimum(lows, LEAST_RANGE * lows.mean()), np.maximum(highs, LEAST_RANGE * highs.mean())
+        found = None if value is None else self.channels.get(value.name or "")
+        return found if found is not None and classes is not None and found.low.size == classes.size else None
 
     def powers(self, value: Value | None) -> tuple[Float64, Float64] | None:
         """E[x^2] and what of it bias correction cannot take back, of every channel, (C,) each."""
-        sketch = self.of(value)
-        if sketch is None or not sketch.columns.size or value is None:
+        found = self.of(value)
+        if found is None or found.mean is None or found.spread is None:
             return None
-        found = self.ranges(value)
-        assert found is not None
-        reach = (found[1] - found[0]) ** 2
-        columns = sketch.columns.reshape(-1, reach.size).astype(np.float64)
-        spread = columns.var(axis=0)
-        by_range = reach * (spread.mean() / max(reach.mean(), np.finfo(np.float64).tiny))
-        count = len(columns)
-        spread = (count * spread + OWN_SAMPLES * by_range) / (count + OWN_SAMPLES)
-        square = sketch.means**2
-        return spread + square, spread + MEAN_COUNTS * square
+        return found.spread + found.mean**2, found.spread + MEAN_COUNTS * found.mean**2
 
 
 def noise_terms(model: Model, plan: Plan, seen: _Seen) -> list[Term]:
@@ -193,10 +232,11 @@ def _through(ends: Ends, layer: Layer | None, seen: _Seen, worth: Float64) -> li
 
 def _codes(plan: Plan, group: tuple[Value, ...], seen: _Seen, gains: Mapping[Value, Float64]) -> Codes | None:
     spec = plan.activations[group[0]].spec
-    known = [(value, found) for value in group if (found := seen.ranges(value)) is not None and value in gains]
+    known = [(value, found) for value in group if (found := seen.of(value)) is not None and value in gains]
     if spec is None or group[0] in plan.given or not known:
         return None
-    lows, highs = (np.concatenate(ends) for ends in zip(*(found for _, found in known), strict=True))
+    lows = np.concatenate([found.lowest for _, found in known])
+    highs = np.concatenate([found.highest for _, found in known])
     if spec.symmetric and lows.any():
         highs = np.maximum(highs, -lows)
         lows = -highs
@@ -210,22 +250,25 @@ def _bounds(seen: _Seen) -> tuple[Float64, Float64]:
     lowest = np.where(streams.fixed, 0.0, -LARGEST_SCALE)
     highest = np.where(streams.fixed, 0.0, LARGEST_SCALE)
     for limit in streams.limits:
-        classes, sketch = streams.of[limit.value], seen.of(limit.value)
-        share = np.full(classes.size, np.inf) if sketch is None else _share(sketch, limit.low, limit.high)
+        classes, found = streams.of[limit.value], seen.of(limit.value)
+        share = expected = np.full(classes.size, np.inf)
+        if found is not None:
+            share = _share(found.low, found.high, limit)
+            expected = np.maximum(MARGIN * share, _share(found.lowest, found.highest, limit))
         binds = share * MARGIN >= 1
         lowest[classes[binds]] = highest[classes[binds]] = 0.0
         with np.errstate(divide="ignore"):
-            np.maximum.at(lowest, classes, np.where(binds, 0.0, np.log(share * MARGIN)))
+            np.maximum.at(lowest, classes, np.where(binds, 0.0, np.log(expected)))
     return np.minimum(lowest, 0.0), highest
 
 
-def _share(sketch: Sketch, low: float, high: float) -> Float64:
+def _share(lows: Float64, highs: Float64, limit: Limit) -> Float64:
     """How far each channel goes of the way to a bound that is neither zero nor infinite, (C,)."""
-    ends = np.zeros(sketch.lows.size)
-    for bound, reached in ((low, -sketch.lows), (high, sketch.highs)):
+    ends = np.zeros(lows.size)
+    for bound, reached, sign in ((limit.low, -lows, -1), (limit.high, highs, 1)):
         if bound != 0 and not math.isinf(bound):
             # a bound on the wrong side of zero always binds
-            way = abs(bound) if (bound > 0) == (bound is high) else 0.0
+            way = max(sign * bound, 0.0)
             with np.errstate(divide="ignore", invalid="ignore"):
                 ends = np.maximum(ends, np.where(way > 0, reached / way, np.inf))
     return ends
