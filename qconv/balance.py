@@ -51,7 +51,7 @@ LEAST_GAIN = 0.02
 MEAN_COUNTS = 0.1
 LEAST_RANGE = 0.1
 """Share of a tensor's mean range that a channel counts at least: other pictures may wake it."""
-UNSEEN, TAIL, FEWEST_IN_TAIL = 30.0, 0.125, 3
+UNSEEN, TAIL, FEWEST_IN_TAIL = 10.0, 0.125, 3
 OWN_SAMPLES = 8
 """As many samples of a channel's power weigh as much as what its range tells of it."""
 MOST_WEIGHTS = 2**22
