@@ -54,6 +54,7 @@ LEAST_RANGE = 0.1
 UNSEEN, TAIL, FEWEST_IN_TAIL = 10.0, 0.125, 3
 OWN_SAMPLES = 8
 """As many samples of a channel's power weigh as much as what its range tells of it."""
+PASSING = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu"})
 MOST_WEIGHTS = 2**22
 EXACT_DB = 60.0
 CHECKED_PICTURES = 8
@@ -91,15 +92,10 @@ def balance(model: Model, plan: Plan, feed: Feed, threads: int | None) -> list[F
 
 def _taps(plan: Plan, streams: Streams) -> list[Tap]:
     """All that is quantized, and what the layers read whose weights are."""
-    read = {layer.node.inputs[0] for layer in plan.layers}
-    values = {value for value in plan.activations if value in streams.of and not plan.copies(value)}
-    values |= {value for value in read if value in streams.of}
-    limits = {limit.value for limit in streams.limits}
-    return [
-        tap_of(value, Want.CHANNELS | Want.COLUMNS if value in read else Want.CHANNELS)
-        for value in streams.of
-        if value in values or value in limits
-    ]
+    read = dict.fromkeys(value for layer in plan.layers if (value := layer.node.inputs[0]) is not None)
+    seen = dict.fromkeys(value for value in plan.activations if value in streams.of and not plan.copies(value))
+    seen |= dict.fromkeys(limit.value for limit in streams.limits)
+    return [tap_of(value, Want.CHANNELS | Want.COLUMNS) for value in {**seen, **read}]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,12 +167,26 @@ class _Seen:
         found = None if value is None else self.channels.get(value.name or "")
         return found if found is not None and classes is not None and found.low.size == classes.size else None
 
-    def powers(self, value: Value | None) -> tuple[Float64, Float64] | None:
+    def powers(self, value: Value | None, channels: int) -> tuple[Float64, Float64] | None:
         """E[x^2] and what of it bias correction cannot take back, of every channel, (C,) each."""
-        found = self.of(value)
-        if found is None or found.mean is None or found.spread is None:
+        found = None if value is None else self.channels.get(value.name or "")
+        if found is None or found.mean is None or found.spread is None or found.low.size != channels:
             return None
         return found.spread + found.mean**2, found.spread + MEAN_COUNTS * found.mean**2
+
+
+    def made(self, value: Value) -> Float64 | None:
+        """The variance of what a layer makes, behind the activation that alone reads it; None where nobody watched."""
+        while value.name not in self.channels:
+            uses = tuple(value.uses())
+            if len(uses) != 1 or uses[0].node.outputs[0] not in self.streams.of:
+                return None
+            (reader,) = (use.node for use in uses)
+            if reader.op_type not in PASSING:
+                return None
+            value = reader.outputs[0]
+        found = self.of(value)
+        return None if found is None else found.spread
 
 
 def noise_terms(model: Model, plan: Plan, seen: _Seen) -> list[Term]:
@@ -203,14 +213,17 @@ def noise_terms(model: Model, plan: Plan, seen: _Seen) -> list[Term]:
 def _through(ends: Ends, layer: Layer | None, seen: _Seen, worth: Float64) -> list[Term]:
     """The noise of a layer's weights; `worth` of its inputs is added to."""
     own = read_layer(ends.node)
-    powers = seen.powers(ends.node.inputs[0])
+    powers = seen.powers(ends.node.inputs[0], own.inputs)
     groups, kernel = own.weight.shape[0], own.weight.shape[3]
     squares = np.einsum("goik,goik->goi", own.weight, own.weight, dtype=np.float64)
     signal = np.ones(own.inputs) if powers is None else powers[0]
     gains = worth[ends.outputs].reshape(groups, -1)
     if not gains.any():
         gains = np.ones_like(gains)
-    made = float(np.einsum("go,goi,gi->", gains, squares, signal.reshape(groups, -1), optimize=True))
+    made = seen.made(ends.node.outputs[0])
+    if made is None:
+        made = np.einsum("goi,gi->go", squares, signal.reshape(groups, -1))
+    made = float((gains.reshape(-1) * made.reshape(-1)).sum())
     gains = gains / max(made, np.finfo(np.float64).tiny)
     np.add.at(worth, ends.inputs, np.einsum("go,goi->gi", gains, squares).reshape(-1))
     if layer is None or powers is None:
