@@ -54,7 +54,7 @@ LEAST_RANGE = 0.1
 UNSEEN, TAIL, FEWEST_IN_TAIL = 10.0, 0.125, 3
 OWN_SAMPLES = 8
 """As many samples of a channel's power weigh as much as what its range tells of it."""
-PASSING = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu"})
+PASSING = frozenset({"Add", "Relu", "Clip", "LeakyRelu", "PRelu"})
 MOST_WEIGHTS = 2**22
 EXACT_DB = 60.0
 CHECKED_PICTURES = 8
@@ -175,24 +175,43 @@ class _Seen:
         return found.spread + found.mean**2, found.spread + MEAN_COUNTS * found.mean**2
 
 
-    def made(self, value: Value) -> Float64 | None:
-        """The variance of what a layer makes, behind the activation that alone reads it; None where nobody watched."""
-        while value.name not in self.channels:
-            uses = tuple(value.uses())
-            if len(uses) != 1 or uses[0].node.outputs[0] not in self.streams.of:
-                return None
-            (reader,) = (use.node for use in uses)
-            if reader.op_type not in PASSING:
-                return None
+    def made(self, value: Value) -> tuple[Float64, Float64] | None:
+        """The variance of what a layer makes, and of the signal that it adds to, behind activations and Adds, (C,) each.
+
+        None where nobody watched.
+        """
+        found: list[Float64] = []
+        while (classes := self.streams.of.get(value)) is not None:
+            seen = self.of(value)
+            if seen is not None and seen.spread is not None:
+                found.append(seen.spread)
+            readers = {use.node for use in value.uses()}
+            if len(readers) != 1 or value.is_graph_output():
+                break
+            (reader,) = readers
+            behind = self.streams.of.get(reader.outputs[0])
+            if reader.op_type not in PASSING or behind is None or behind.size != classes.size:
+                break
             value = reader.outputs[0]
-        found = self.of(value)
-        return None if found is None else found.spread
+        return (found[0], found[-1]) if found else None
+
+
+@dataclass(slots=True, eq=False)
+class _Worth:
+    """Of every class, by the layers seen so far, from the last to the first.
+
+    noise: what a unit of noise in it is worth, (classes,). share: the largest part that a layer which reads it has in
+    the signal, (classes,): what is added to a large stream counts little.
+    """
+
+    noise: Float64
+    share: Float64
 
 
 def noise_terms(model: Model, plan: Plan, seen: _Seen) -> list[Term]:
     """Every source of noise of the quantized network, as a function of the scales of classes."""
     streams = seen.streams
-    worth = np.zeros(streams.fixed.size)  # of noise in a class, by the layers seen so far
+    worth = _Worth(np.zeros(streams.fixed.size), np.zeros(streams.fixed.size))
     at = {ends.node: ends for ends in streams.layers}
     quantized = {layer.node: layer for layer in plan.layers}
     gains: dict[Value, Float64] = {}
@@ -200,7 +219,7 @@ def noise_terms(model: Model, plan: Plan, seen: _Seen) -> list[Term]:
     for node in reversed(model.nodes()):
         for value in node.outputs:
             if value in streams.of:
-                gains[value] = worth[streams.of[value]]
+                gains[value] = worth.noise[streams.of[value]]
         if node in at:
             terms += _through(at[node], quantized.get(node), seen, worth)
     for group in dict.fromkeys(plan.group_of().values()):
@@ -210,22 +229,23 @@ def noise_terms(model: Model, plan: Plan, seen: _Seen) -> list[Term]:
     return terms
 
 
-def _through(ends: Ends, layer: Layer | None, seen: _Seen, worth: Float64) -> list[Term]:
-    """The noise of a layer's weights; `worth` of its inputs is added to."""
+def _through(ends: Ends, layer: Layer | None, seen: _Seen, worth: _Worth) -> list[Term]:
+    """The noise of a layer's weights; `worth` of its inputs is brought up to date."""
     own = read_layer(ends.node)
     powers = seen.powers(ends.node.inputs[0], own.inputs)
     groups, kernel = own.weight.shape[0], own.weight.shape[3]
     squares = np.einsum("goik,goik->goi", own.weight, own.weight, dtype=np.float64)
-    signal = np.ones(own.inputs) if powers is None else powers[0]
-    gains = worth[ends.outputs].reshape(groups, -1)
-    if not gains.any():
-        gains = np.ones_like(gains)
+    gains, share = worth.noise[ends.outputs], float(worth.share[ends.outputs].max(initial=0.0))
+    if not gains.any():  # the network's output, or an operator reads it that says nothing
+        gains, share = np.ones_like(gains), 1.0
     made = seen.made(ends.node.outputs[0])
     if made is None:
-        made = np.einsum("goi,gi->go", squares, signal.reshape(groups, -1))
-    made = float((gains.reshape(-1) * made.reshape(-1)).sum())
-    gains = gains / max(made, np.finfo(np.float64).tiny)
-    np.add.at(worth, ends.inputs, np.einsum("go,goi->gi", gains, squares).reshape(-1))
+        signal = np.ones(own.inputs) if powers is None else powers[0]
+        made = (np.einsum("goi,gi->go", squares, signal.reshape(groups, -1)).reshape(-1),) * 2
+    alone, joined = (max(float(gains @ power), np.finfo(np.float64).tiny) for power in made)
+    gains = (share * gains / joined).reshape(groups, -1)
+    np.add.at(worth.noise, ends.inputs, np.einsum("go,goi->gi", gains, squares).reshape(-1))
+    np.maximum.at(worth.share, ends.inputs, share * min(1.0, alone / joined))
     if layer is None or powers is None:
         return []
     whole = isinstance(layer.weight.granularity, PerTensor)
@@ -236,11 +256,10 @@ def _through(ends: Ends, layer: Layer | None, seen: _Seen, worth: Float64) -> li
     every = -(-largest.size // MOST_WEIGHTS)
     if every > 1:  # some of the outputs stand for all
         largest, outputs, gains = largest[:, ::every], outputs[:, ::every], gains[:, ::every] * every
-    levels = 2.0 ** (layer.weight.bits - 1) - 1
+    levels = max(2.0 ** (layer.weight.bits - 1) - 1, 1.0)
     classes = ends.inputs, np.ascontiguousarray(outputs).reshape(-1)
-    return [
-        Weights.of(*classes, largest, kernel * powers[1], gains.reshape(-1).copy(), levels=max(levels, 1), whole=whole)
-    ]
+    powers_met = kernel * powers[1]
+    return [Weights.of(*classes, largest, powers_met, gains.reshape(-1).copy(), levels=levels, whole=whole)]
 
 
 def _codes(plan: Plan, group: tuple[Value, ...], seen: _Seen, gains: Mapping[Value, Float64]) -> Codes | None:
