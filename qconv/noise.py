@@ -1,14 +1,15 @@
 """What rounding costs as a function of channel scales, and the scales that make it least.
 
-Scales s divide tensors and multiply what reads them (streams.py). A rounding error of a tensor's codes is worth s_c times
-as much in the units of the unscaled network, and one of a weight comes with a value of 1/s_c; steps follow ranges:
+Scales s divide tensors and multiply what reads them (streams.py). A rounding error of a tensor's codes counts s_c times
+as much in the units of the unscaled network, and one of a weight meets a value that is 1/s_c as large; steps follow
+ranges, and step^2 / 12 is the square of an error:
 
-    codes      step_x^2 * sum over c of g_c s_c^2                                step_x = max of range_c / s_c, in codes
-    weights    sum over o of g_o step_o^2 * sum over i of v_i / s_i^2            step_o = max over i of |W_oi| s_i
-               step^2 * sum over o of g_o s_o^2 * sum over i of v_i / s_i^2      step = max over o, i of |W_oi| s_i / s_o
+    codes      step_x^2 * sum over c of g_c s_c^2                              step_x = max of range_c / s_c, in codes
+    weights    sum over o of g_o step_o^2 * sum over i of v_i / s_i^2          step_o = max over i of |W_oi| s_i
+               step^2 * sum over o of g_o s_o^2 * sum over i of v_i / s_i^2    step = max over o, i of |W_oi| s_i / s_o
 
-(the last where a layer has one scale for all its weights; step_o^2 / 12 is an error's square). g is what a unit of noise
-in a channel is worth, v_i the power of what a weight is multiplied with.
+(the last where a layer has one scale for all its weights). g is what a unit of noise in a channel is worth, v_i the
+power of what a weight is multiplied with.
 
 Filling the ranges of a tensor takes precision from the weights that read it: there is an optimum between. All terms are
 posynomials, whose logarithms are convex in log s, so that there is only one: Boyd et al. 2007, A Tutorial on Geometric
@@ -61,14 +62,17 @@ class Codes:
     levels: float
 
     def classes(self) -> Classes:
+        """See Term."""
         return self.channels
 
     def noise(self, u: Float64) -> float:
+        """See Term."""
         s = np.exp(u[self.channels])
         width = float((self.highs / s).max(initial=0.0) - (self.lows / s).min(initial=0.0))
         return float(width**2 / (12 * self.levels**2) * (self.gains @ s**2))
 
     def slope(self, u: Float64, into: Float64) -> None:
+        """See Term."""
         s = np.exp(u[self.channels])
         high, of_high = _norm(self.highs / s)
         low, of_low = _norm(-self.lows / s)
@@ -109,6 +113,7 @@ class Weights:
         levels: float,
         whole: bool,
     ) -> Weights:
+        """With what is computed once."""
         rows = largest.max(axis=2)
         raised = largest / np.maximum(rows, TINY)[:, :, None]
         for _ in range(ORDER.bit_length() - 1):
@@ -116,9 +121,11 @@ class Weights:
         return cls(inputs, outputs, largest, powers, gains, levels, whole, rows, raised)
 
     def classes(self) -> Classes:
+        """See Term: the outputs count only where one scale is for all of them."""
         return np.concatenate([self.inputs, self.outputs]) if self.whole else self.inputs
 
     def noise(self, u: Float64) -> float:
+        """See Term."""
         groups, gains, powers = self._at(u)
         s = np.exp(u[self.inputs]).reshape(groups, 1, -1)
         rows = (self.largest * s).max(axis=2)  # (G, O/G)
@@ -130,6 +137,7 @@ class Weights:
         return found / (12 * self.levels**2)
 
     def slope(self, u: Float64, into: Float64) -> None:
+        """See Term."""
         groups, gains, powers = self._at(u)
         top = u[self.inputs].reshape(groups, -1)
         most = top.max(axis=1, keepdims=True)

@@ -7,12 +7,13 @@ import fnmatch
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import qconv
 from qconv import fold, load, save
+from qconv.absorb import absorb
 from qconv.audit import Known, audit, profiled
 from qconv.balance import balance
 from qconv.embed import embed
@@ -33,6 +34,7 @@ from qconv.report import Audit, Report, Verification
 from qconv.rows import tensor_rows
 from qconv.runtime import Session
 from qconv.shrink import shrink
+from qconv.sketch import Sketch
 from qconv.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
 from qconv.targets import TARGETS, Target
 from qconv.tune import tuned
@@ -111,7 +113,7 @@ def quantize(
             run.warn(doubt)
     with run.step("calibrate"):
         # what is saved is of the network as it is, and serves other options, too, which may leave nothing in float
-        as_it_is = {}
+        as_it_is: Mapping[str, Sketch] = {}
         if recipe.save_stats is not None:
             as_it_is = pictures.sketches(model, [plan, make_plan(model, recipe, target)], recipe)
     with run.step("equalize"):
@@ -186,7 +188,8 @@ def _balanced(model: Model, plan: Plan, recipe: Recipe, pictures: Pictures) -> l
     if pictures.feed is None or pictures.known is not None:
         why = "statistics are of the network as it is: scaled channels could not be watched again"
         return [Skipped("equalize", "the network", why)]
-    return balance(model, plan, pictures.feed, recipe.threads)
+    lowered = absorb(model, pictures.feed, recipe.threads)
+    return [*lowered, *balance(model, plan, pictures.feed, recipe.threads)]
 
 
 def check_output(source: Source, out: Path, data: set[Path]) -> None:

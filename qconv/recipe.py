@@ -235,7 +235,7 @@ class Recipe:
     calib: folders, or text files with one path a line; may be empty where `stats` is given, else an error at the door,
     not here. stats, save_stats: files of statistics to read instead of pictures, and to write.
     activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
-    equalize: scale channels of the float network where its quantization gains; None: where pictures are there to see it.
+    equalize: scale channels of the float network where its quantization gains; None: where pictures are there to see.
     tune_latency: place layers by times that are measured on this machine, see `tune`.
     embed_preprocessing: the layout of the uint8 pixels that the result takes and normalises by itself; None: it takes
     what the float network takes.

@@ -37,8 +37,10 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"graph", "load", "save", "runtime", "images", "source"}),  # the doors
     frozenset(  # the work
         {
+            "absorb",
             "affine",
             "audit",
+            "balance",
             "benchmark",
             "bias",
             "calibrate",
@@ -69,6 +71,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "labels",
             "layers",
             "madeup",
+            "noise",
             "oddities",
             "page",
             "params",
@@ -78,6 +81,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "planner",
             "plot",
             "race",
+            "reach",
             "readers",
             "refusals",
             "report",
@@ -89,10 +93,12 @@ FLOORS: tuple[frozenset[str], ...] = (
             "simplify",
             "sketch",
             "stats",
+            "streams",
             "verify",
             "weight_ranges",
             "weights",
             "worker",
+            "worth",
         }
     ),
     frozenset({"examine", "pipeline", "study", "trial", "tune"}),
@@ -101,6 +107,23 @@ FLOORS: tuple[frozenset[str], ...] = (
 )
 # Imports within a floor.
 NEIGHBOURS: dict[str, set[str]] = {
+    "absorb": {"affine", "calibrate", "edits", "feed", "fold", "layers", "sketch"},
+    "balance": {
+        "calibrate",
+        "edits",
+        "feed",
+        "layers",
+        "noise",
+        "plan",
+        "reach",
+        "sketch",
+        "streams",
+        "verify",
+        "worth",
+    },
+    "reach": {"sketch"},
+    "worth": {"layers", "noise", "plan", "reach", "streams"},
+    "streams": {"edits", "layers"},
     "quant": {"errors"},
     "recipe": {"errors", "targets"},
     "targets": {"cost_table"},
