@@ -159,7 +159,7 @@ class End:
         return next((node for node in self.path if kind(node) in FLATTENERS), None)
 
 
-def _ends(model: Model, value: Value, path: tuple[Node, ...] = ()) -> Iterator[End]:
+def ends(model: Model, value: Value, path: tuple[Node, ...] = ()) -> Iterator[End]:
     """Who reads `value`, seen through the operators that commute with a scale and shift by channel."""
     end = End(None, value, path)
     if value.is_graph_output():
@@ -168,7 +168,7 @@ def _ends(model: Model, value: Value, path: tuple[Node, ...] = ()) -> Iterator[E
         if kind(reader) == "Shape":  # a scale and shift do not change it
             continue
         if end.flattener is None and _commutes(reader) and reads_as_data(reader, value, model):
-            yield from _ends(model, reader.outputs[0], (*path, reader))
+            yield from ends(model, reader.outputs[0], (*path, reader))
         else:
             yield End(reader, value, path)
 
@@ -190,14 +190,14 @@ def _averages(node: Node) -> bool:
 
 def _fold_ahead(model: Model, node: Node, data: Value) -> list[Change]:
     output = node.outputs[0]
-    ends = list(_ends(model, output))
-    if not any(end.reader is not None and kind(end.reader) in INPUTS_FIRST for end in ends):
+    found = list(ends(model, output))
+    if not any(end.reader is not None and kind(end.reader) in INPUTS_FIRST for end in found):
         return []
     affine = read_affine(node, rank(data))
     channels = max(affine.gain.size, affine.shift.size)
     if kind(node) != "BatchNormalization" and channels > 1 and (dims(data) or [None, None])[1] != channels:
         raise Refused("its data do not have as many channels as its constant, or it is not known how many")
-    layers = [_scaled_layer(model, end, affine) for end in ends]
+    layers = [scaled_layer(model, end, affine) for end in found]
     for layer in layers:
         check_finite(layer)
     for layer in layers:
@@ -210,7 +210,7 @@ def _fold_ahead(model: Model, node: Node, data: Value) -> list[Change]:
     ]
 
 
-def _scaled_layer(model: Model, end: End, affine: Affine) -> Layer:
+def scaled_layer(model: Model, end: End, affine: Affine) -> Layer:
     """The layer at `end` with the scale and shift of its data inside. Raises Refused."""
     reader = end.reader
     if reader is None:

@@ -252,6 +252,12 @@ quantize_options = stack(
         help="What will run the result: see 'Targets' in the README.",
     ),
     click.option(
+        "--equalize/--no-equalize",
+        default=None,
+        help="Scale channels of the float network so that less is lost in rounding; it computes the same.  "
+        "[default: with pictures]",
+    ),
+    click.option(
         "--tune-latency",
         is_flag=True,
         help="Choose what stays in float by timing it on this machine, not by the committed cost table.",
@@ -286,7 +292,7 @@ SAME = (
     ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
     + ("max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding")
     + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
-    + ("target", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
+    + ("target", "equalize", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
     + ("opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
 )  # fmt: skip
 """Options that a Recipe calls the same."""

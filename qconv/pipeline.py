@@ -13,7 +13,9 @@ from pathlib import Path
 
 import qconv
 from qconv import fold, load, save
+from qconv.absorb import absorb
 from qconv.audit import Known, audit, profiled
+from qconv.balance import balance
 from qconv.embed import embed
 from qconv.emit import emit
 from qconv.errors import QconvError
@@ -35,6 +37,7 @@ from qconv.report import Audit, Report, Verification
 from qconv.rows import tensor_rows
 from qconv.runtime import Session
 from qconv.shrink import shrink
+from qconv.sketch import Sketch
 from qconv.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
 from qconv.targets import TARGETS, Target
 from qconv.tune import tuned
@@ -113,10 +116,17 @@ def quantize(
         for doubt in pictures.detected.doubts():
             run.warn(doubt)
     with run.step("calibrate"):
-        # what is saved serves other options, too, which may leave nothing in float
-        more = recipe.save_stats is not None or recipe.searches
-        plans = [plan, make_plan(model, recipe, target)] if more else [plan]
-        sketches = pictures.sketches(model, plans, recipe)
+        # what is saved is of the network as it is, and serves other options, too, which may leave nothing in float
+        as_it_is: Mapping[str, Sketch] = {}
+        if recipe.save_stats is not None:
+            as_it_is = pictures.sketches(model, [plan, make_plan(model, recipe, target)], recipe)
+    with run.step("equalize"):
+        balanced = _balanced(model, plan, recipe, pictures)
+        run.findings += balanced
+    with run.step("calibrate"):
+        moved = any(isinstance(finding, Change) for finding in balanced)
+        plans = [plan, make_plan(model, recipe, target)] if recipe.searches else [plan]
+        sketches = as_it_is if as_it_is and not moved else pictures.sketches(model, plans, recipe)
         for oddity in oddities(sketches):
             run.warn(oddity)
     if recipe.tune_latency:
@@ -157,7 +167,7 @@ def quantize(
         size = staged.size
         result = staged.path.read_bytes() if place is None else None
         if recipe.save_stats is not None:
-            pictures.save_statistics(sketches, source, Path(recipe.save_stats))
+            pictures.save_statistics(as_it_is, source, Path(recipe.save_stats))
         if recipe.save_layer_bits is not None:
             save.write_whole(Path(recipe.save_layer_bits), as_toml(recipe.layer_bits).encode())
         if place is not None:
@@ -188,6 +198,17 @@ def quantize(
         margin=pictures.detected.margin,
     )
     return report, result
+
+
+def _balanced(model: Model, plan: Plan, recipe: Recipe, pictures: Pictures) -> list[Finding]:
+    """Channels are scaled where that is wanted and can be watched."""
+    if recipe.equalize is False:
+        return []
+    if pictures.feed is None or pictures.known is not None:
+        why = "statistics are of the network as it is: scaled channels could not be watched again"
+        return [Skipped("equalize", "the network", why)]
+    lowered = absorb(model, pictures.feed, recipe.threads)
+    return [*lowered, *balance(model, plan, pictures.feed, recipe.threads)]
 
 
 def check_output(source: Source, out: Path, data: set[Path]) -> None:

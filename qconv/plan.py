@@ -101,7 +101,7 @@ class Plan:
         """
         read = {layer.data for layer in self.layers}
         seen = (value for value in self.activations if value in read or not self.copies(value))
-        return [_tap(value, value in read, want) for value in seen]
+        return [tap_of(value, want | Want.CHANNELS if value in read else want & Want.BINS) for value in seen]
 
     def copies(self, value: Value) -> bool:
         """Whether `value` holds nothing but values of tensors that it shares parameters with."""
@@ -142,8 +142,8 @@ def data_positions(node: Node, rule: Rule) -> range:
     return range(len(node.inputs))[:count]
 
 
-def _tap(value: Value, is_read: bool, want: Want) -> Tap:
-    wanted = want | Want.CHANNELS if is_read else want & Want.BINS
+def tap_of(value: Value, wanted: Want) -> Tap:
+    """How a tensor is watched. wanted: what is to be remembered beyond its extremes."""
     positive, stride = _never_negative(value), _sampling(value)
     maps = rank(value) == 4 and value.dtype == DataType.FLOAT and value.producer() is not None
     pooled = positive and maps and (stride is not None or wanted in (Want.EXTREMES, Want.CHANNELS))

@@ -38,10 +38,12 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"graph", "load", "save", "runtime", "images", "source"}),  # the doors
     frozenset(  # the work
         {
+            "absorb",
             "affine",
             "allocation",
             "assign",
             "audit",
+            "balance",
             "benchmark",
             "bias",
             "calibrate",
@@ -75,6 +77,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "layers",
             "madeup",
             "moments",
+            "noise",
             "oddities",
             "page",
             "params",
@@ -85,6 +88,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "planner",
             "plot",
             "race",
+            "reach",
             "readers",
             "refusals",
             "report",
@@ -99,11 +103,13 @@ FLOORS: tuple[frozenset[str], ...] = (
             "simplify",
             "sketch",
             "stats",
+            "streams",
             "verify",
             "walk",
             "weight_ranges",
             "weights",
             "worker",
+            "worth",
         }
     ),
     frozenset({"examine", "mixed", "pipeline", "refine", "study", "trial", "tune"}),
@@ -112,6 +118,23 @@ FLOORS: tuple[frozenset[str], ...] = (
 )
 # Imports within a floor.
 NEIGHBOURS: dict[str, set[str]] = {
+    "absorb": {"affine", "calibrate", "edits", "feed", "fold", "layers", "sketch"},
+    "balance": {
+        "calibrate",
+        "edits",
+        "feed",
+        "layers",
+        "noise",
+        "plan",
+        "reach",
+        "sketch",
+        "streams",
+        "verify",
+        "worth",
+    },
+    "reach": {"sketch"},
+    "worth": {"layers", "noise", "plan", "reach", "streams"},
+    "streams": {"edits", "layers"},
     "quant": {"errors"},
     "recipe": {"errors", "targets"},
     "targets": {"cost_table"},

@@ -1,0 +1,393 @@
+"""Which channels of which tensors must be scaled alike, so that scaling them changes nothing: found in the graph alone.
+
+Dividing channel c of a tensor by s_c > 0 changes nothing where every operator on the way hands the factor on,
+f(x / s) = f(x) / s, and every layer at an end takes it into its weights:
+
+    W'[o, i] = W[o, i] * s_in[i] / s_out[o]        b'[o] = b[o] / s_out[o]
+
+So a layer is where scales change, in any ratio: a depthwise Conv parts its input from its output like any other. What
+lies between layers ties channels together: an Add those of both its inputs, a Concat none but those that it copies. All
+channels tied to each other make a *class*, which has one scale; a residual stream is a class for each of its channels,
+over all of its blocks.
+
+A class is *fixed*, with scale 1, where a network's input or output, or an operator that hands no factor on (Sigmoid,
+Softmax, Add of a constant ...), has one of its channels. A Clip hands a factor on while its bound is out of reach: its
+bounds are listed as limits, and the pictures decide.
+
+Sources: Nagel et al. 2019, arXiv 1906.04721, section 4.1, and Meller et al. 2019, arXiv 1902.01917, for pairs of layers
+and what ties them in residual networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import isinf, prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.edits import Refused, kind, no_extra_outputs
+from qconv.graph import Model, Node, Value, array, attribute, clip_bounds, dims, input_of, rank
+from qconv.layers import INPUTS_FIRST, read_layer
+
+Classes = NDArray[np.int64]
+OPEN = "the network's own input or output"
+Axes = Iterable[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ends:
+    """A layer with the classes of its input channels (I,) and of its output channels (O,)."""
+
+    node: Node
+    inputs: Classes
+    outputs: Classes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Limit:
+    """A Clip's output: its classes can be scaled while its values stay inside the bounds. 0 and infinity bind never."""
+
+    value: Value
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Streams:
+    """What is tied. of: the classes of every tensor's channels, (C,), for tensors that layers write, near or far.
+
+    fixed: (classes,), whether a class keeps its scale. group: (classes,), the number of the group that it belongs to:
+    classes that meet in one tensor. reasons: group -> why classes of it are fixed. layers: in graph order.
+    """
+
+    of: dict[Value, Classes]
+    fixed: NDArray[np.bool_]
+    group: NDArray[np.int64]
+    reasons: dict[int, str]
+    layers: list[Ends]
+    limits: list[Limit]
+
+
+def find_streams(model: Model) -> Streams:
+    """The streams of a folded model."""
+    walk = _Walk(model)
+    for node in model.nodes():
+        walk.visit(node)
+    return walk.streams()
+
+
+class _Ties:
+    """A division of numbers into classes (union-find), some of which are fixed."""
+
+    def __init__(self) -> None:
+        self.above: list[int] = []
+        self.why: dict[int, str] = {}
+
+    def fresh(self, count: int) -> Classes:
+        first = len(self.above)
+        self.above += range(first, first + count)
+        return np.arange(first, first + count)
+
+    def root(self, one: int) -> int:
+        while self.above[one] != one:
+            self.above[one] = self.above[self.above[one]]
+            one = self.above[one]
+        return one
+
+    def tie(self, these: Classes, those: Classes) -> None:
+        """Each of these to the one of those at its place."""
+        for one, other in zip(*(c.tolist() for c in np.broadcast_arrays(these, those)), strict=True):
+            a, b = self.root(one), self.root(other)
+            if a != b:
+                self.above[b] = a
+                if b in self.why:
+                    self.why.setdefault(a, self.why[b])
+
+    def fix(self, these: Classes, why: str) -> None:
+        for one in these.tolist():
+            self.why.setdefault(self.root(one), why)
+
+    def are_fixed(self, these: Classes) -> bool:
+        return all(self.root(one) in self.why for one in these.tolist())
+
+
+class _Walk:
+    """One way through the graph. A tensor without classes is one that nothing scales."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.ties = _Ties()
+        self.of: dict[Value, Classes] = {}
+        self.layers: list[Ends] = []
+        self.limits: list[Limit] = []
+
+    def visit(self, node: Node) -> None:
+        """Give the outputs their classes, or fix what the node reads."""
+        if kind(node) == "Shape":  # sizes do not change
+            return
+        rule = _LAYER if kind(node) in INPUTS_FIRST else HANDED_ON.get(kind(node))
+        known = [self.of[value] for value in node.inputs if value is not None and value in self.of]
+        if rule is not None and (known or rule is _LAYER):
+            try:
+                rule(self, node)
+            except Refused as reason:
+                self._stop(node, str(reason))
+        else:
+            self._stop(node, f"{node.op_type} hands no factor on")
+
+    def _stop(self, node: Node, why: str) -> None:
+        for value in node.inputs:
+            if value is not None and value in self.of:
+                self.ties.fix(self.of[value], why)
+
+    def streams(self) -> Streams:
+        for value, classes in self.of.items():
+            outside = any(use.node.graph is not self.model.graph for use in value.uses())
+            if value.is_graph_output() or outside:
+                self.ties.fix(classes, OPEN)
+        roots = np.array([self.ties.root(one) for one in range(len(self.ties.above))], np.int64)
+        unique, number = np.unique(roots, return_inverse=True)
+        fixed = np.array([int(root) in self.ties.why for root in unique], bool)
+        of = {value: number[classes] for value, classes in self.of.items()}
+        layers = [Ends(ends.node, number[ends.inputs], number[ends.outputs]) for ends in self.layers]
+        group = _groups(of, len(unique))
+        reasons: dict[int, str] = {}
+        for one, root in enumerate(unique.tolist()):
+            if fixed[one]:
+                reasons.setdefault(int(group[one]), self.ties.why[root])
+        return Streams(of, fixed, group, reasons, layers, self.limits)
+
+    # -- what operators do -----------------------------------------------------------------------------------------
+
+    def layer(self, node: Node) -> None:
+        """New classes behind it; those in front of it end here."""
+        data = node.inputs[0]
+        layer = read_layer(node)
+        if kind(node) in ("Gemm", "MatMul") and (data is None or rank(data) not in (None, 2)):
+            raise Refused(f"{node.op_type} has its channels along another axis")
+        for value in node.inputs[1:]:
+            if value is not None and value in self.of:
+                raise Refused("weights are computed")
+        if data in self.of and self.of[data].size != layer.inputs:
+            raise Refused(f"{node.op_type} has another number of channels")
+        inputs = self.of.get(data) if data is not None else None
+        if inputs is None:
+            inputs = self.ties.fresh(layer.inputs)
+            self.ties.fix(inputs, OPEN)
+        outputs = self.ties.fresh(layer.outputs)
+        self.layers.append(Ends(node, inputs, outputs))
+        self.of[node.outputs[0]] = outputs
+
+    def same(self, node: Node) -> None:
+        """Channel c of the output is made of channel c of the input."""
+        self.of[node.outputs[0]] = self._data(node)
+        if not no_extra_outputs(node):
+            raise Refused(f"{node.op_type} has more outputs")
+
+    def slope(self, node: Node) -> None:
+        """PRelu, with constant slopes."""
+        if array(node.inputs[1]) is None:
+            raise Refused("its slopes are computed")
+        self.same(node)
+
+    def clip(self, node: Node) -> None:
+        """While its bounds are out of reach."""
+        bounds = clip_bounds(node)
+        if bounds is None:
+            raise Refused("the bounds of a Clip are computed or crossed")
+        self.same(node)
+        if not all(bound == 0 or isinf(bound) for bound in bounds):
+            self.limits.append(Limit(node.outputs[0], *bounds))
+
+    def add(self, node: Node) -> None:
+        """Sums, differences and extremes tie what they are taken of."""
+        values = [value for value in node.inputs if value is not None]
+        if any(value not in self.of for value in values):
+            raise Refused(f"{node.op_type} takes something that nothing scales")
+        self._check_ranks(values)
+        first, *others = (self.of[value] for value in values)
+        widest = max((first, *others), key=len)
+        if any(classes.size not in (1, widest.size) for classes in (first, *others)):
+            raise Refused(f"{node.op_type} takes tensors of different channels")
+        for classes in (first, *others):
+            self.ties.tie(widest, classes)
+        self.of[node.outputs[0]] = widest
+
+    def scale(self, node: Node) -> None:
+        """A product hands the factor of one operand on, if the other has none: constants, gates behind a Sigmoid."""
+        values = [value for value in node.inputs if value is not None]
+        open_ones = [v for v in values if v in self.of and not self.ties.are_fixed(self.of[v])]
+        scaled = open_ones or [v for v in values if v in self.of]
+        if len(open_ones) > 1 or (kind(node) == "Div" and scaled[0] is not node.inputs[0]):
+            raise Refused(f"{node.op_type} takes two scaled tensors, or divides by one")
+        others = [value for value in values if value is not scaled[0]]
+        self._check_ranks([scaled[0], *(v for v in others if array(v) is None)])
+        numbers = [array(value) for value in others]
+        axes = rank(scaled[0])
+        if axes is None or any(n is not None and n.ndim > axes for n in numbers):
+            raise Refused(f"{node.op_type} makes more axes")
+        classes, sizes = self.of[scaled[0]], dims(node.outputs[0])
+        if classes.size == 1 and (sizes is None or sizes[1] != 1):
+            raise Refused(f"{node.op_type} makes more channels out of one")
+        self.of[node.outputs[0]] = classes
+
+    def concat(self, node: Node) -> None:
+        """Along channels: side by side. Along another axis it ties."""
+        values = [value for value in node.inputs if value is not None]
+        if any(value not in self.of for value in values):
+            raise Refused("Concat takes something that nothing scales")
+        self._check_ranks(values)
+        axis = attribute(node, "axis") % (rank(values[0]) or 1)
+        if axis == 1:
+            self.of[node.outputs[0]] = np.concatenate([self.of[value] for value in values])
+        else:
+            self.add(node)
+
+    def split(self, node: Node) -> None:
+        """Along channels: their parts, whose sizes the outputs tell."""
+        classes = self._data(node)
+        axis = attribute(node, "axis", 0) % (rank(node.inputs[0]) or 1)  # type: ignore[arg-type]
+        if axis != 1:
+            for value in node.outputs:
+                self.of[value] = classes
+            return
+        sizes = [(dims(value) or [None, None])[1] for value in node.outputs]
+        if any(size is None for size in sizes) or sum(size or 0 for size in sizes) != classes.size:
+            raise Refused("it is not known how a Split parts the channels")
+        ends = np.cumsum([size or 0 for size in sizes])[:-1]
+        for value, part in zip(node.outputs, np.split(classes, ends), strict=True):
+            self.of[value] = part
+
+    def slice(self, node: Node) -> None:
+        """Some of the channels, or some of the places."""
+        classes = self._data(node)
+        given = [array(input_of(node, index)) for index in range(1, 5)]
+        starts, ends, axes, steps = given
+        if starts is None or ends is None or any(n is None and input_of(node, i + 1) for i, n in enumerate(given)):
+            raise Refused("a Slice's places are computed")
+        along = list(range(len(starts))) if axes is None else axes.tolist()
+        if any(axis < 0 for axis in along) and rank(_first(node)) is None:
+            raise Refused("the rank of a Slice's data is not known")
+        for place, axis in enumerate(along):
+            if axis % (rank(_first(node)) or 1 + max(along)) == 1:
+                step = 1 if steps is None else int(steps[place])
+                end = int(ends[place])
+                stop = None if step < 0 and end < -classes.size else end
+                classes = classes[int(starts[place]) : stop : step]
+        self.of[node.outputs[0]] = classes
+
+    def pad(self, node: Node) -> None:
+        """Zeros, or copies of places. Channels of zeros have any scale."""
+        classes, pads = self._data(node), array(input_of(node, 1))
+        fill = input_of(node, 2)
+        filled = array(fill)
+        if pads is None or input_of(node, 3) is not None or (fill is not None and filled is None):
+            raise Refused("a Pad's sizes are computed")
+        constant = attribute(node, "mode", "constant") == "constant"
+        if constant and filled is not None and filled.any():
+            raise Refused("a Pad fills with other numbers than zero")
+        before, behind = int(pads[1]), int(pads[len(pads) // 2 + 1])
+        if before or behind:
+            if not constant or min(before, behind) < 0:
+                raise Refused("a Pad copies or drops channels")
+            classes = np.concatenate([self.ties.fresh(before), classes, self.ties.fresh(behind)])
+        self.of[node.outputs[0]] = classes
+
+    def flatten(self, node: Node) -> None:
+        """(N, C, H, W) to (N, C * H * W): every channel becomes as many features side by side."""
+        classes, sizes = self._data(node), dims(_first(node))
+        features = self._features(node.outputs[0])
+        if sizes is None or None in sizes[1:] or features != prod(size or 0 for size in sizes[1:]):
+            raise Refused(f"{node.op_type} may mix channels")
+        self.of[node.outputs[0]] = np.repeat(classes, features // classes.size)
+
+    def _features(self, value: Value) -> int:
+        """The second of two axes, which a Gemm that reads it knows best; 0 where that is not its shape."""
+        for reader in self.model.readers(value):
+            if kind(reader) == "Gemm" and reader.inputs[0] is value:
+                sizes = dims(reader.inputs[1]) or [None, None]  # type: ignore[arg-type]
+                return sizes[1 if attribute(reader, "transB", 0) else 0] or 0
+        sizes = dims(value) or []
+        return (sizes[1] or 0) if len(sizes) == 2 else 0
+
+    def reduce(self, node: Node) -> None:
+        """Over places."""
+        given = attribute(node, "axes")
+        numbers = array(input_of(node, 1))
+        axes = given if given is not None else None if numbers is None else numbers.tolist()
+        own = rank(_first(node))
+        if own is None or axes is None or any(axis % own < 2 for axis in axes):
+            raise Refused(f"{node.op_type} may mix channels")
+        self.same(node)
+
+    def resize(self, node: Node) -> None:
+        """Copies or means of places."""
+        sizes = dims(node.outputs[0])
+        cropped = attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize"
+        if cropped or sizes is None or len(sizes) < 2 or sizes[1] != self._data(node).size:
+            raise Refused("a Resize may fill in numbers or mix channels")
+        self.same(node)
+
+    def to_space(self, node: Node) -> None:
+        """DepthToSpace: channels that become places of one channel are tied."""
+        classes, area = self._data(node), attribute(node, "blocksize") ** 2
+        depth_first = attribute(node, "mode", "DCR") == "DCR"
+        parts = classes.reshape(area, -1) if depth_first else classes.reshape(-1, area).T
+        for part in parts[1:]:
+            self.ties.tie(parts[0], part)
+        self.of[node.outputs[0]] = parts[0]
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _data(self, node: Node) -> Classes:
+        value = _first(node)
+        if value not in self.of:
+            raise Refused(f"{node.op_type} reads a scaled tensor where none belongs")
+        others = [other for other in node.inputs[1:] if other is not None]
+        if any(other in self.of for other in others):
+            raise Refused(f"{node.op_type} reads a scaled tensor where none belongs")
+        return self.of[value]
+
+    def _check_ranks(self, values: list[Value]) -> None:
+        """Channels are along axis 1 of each only if all have as many axes, two or more."""
+        ranks = {rank(value) for value in values}
+        if len(ranks) > 1 or None in ranks or min(r or 0 for r in ranks) < 2:
+            raise Refused("tensors of different rank are joined")
+
+
+def _first(node: Node) -> Value:
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+def _groups(of: dict[Value, Classes], count: int) -> NDArray[np.int64]:
+    """Classes that meet in a tensor get one number."""
+    ties = _Ties()
+    ties.fresh(count)
+    for classes in of.values():
+        ties.tie(classes[:1], classes)
+    return np.unique([ties.root(one) for one in range(count)], return_inverse=True)[1].astype(np.int64)
+
+
+_Visit = Callable[[_Walk, Node], None]
+_LAYER: _Visit = _Walk.layer
+HANDED_ON: dict[str, _Visit] = {
+    **dict.fromkeys(("Relu", "LeakyRelu", "Identity", "Neg", "Abs", "MaxPool", "AveragePool"), _Walk.same),
+    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _Walk.same),
+    "PRelu": _Walk.slope,
+    "Clip": _Walk.clip,
+    **dict.fromkeys(("Add", "Sub", "Sum", "Max", "Min"), _Walk.add),
+    **dict.fromkeys(("Mul", "Div"), _Walk.scale),
+    "Concat": _Walk.concat,
+    "Split": _Walk.split,
+    "Slice": _Walk.slice,
+    "Pad": _Walk.pad,
+    **dict.fromkeys(("Flatten", "Reshape", "Squeeze"), _Walk.flatten),
+    **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceSum"), _Walk.reduce),
+    "Resize": _Walk.resize,
+    "DepthToSpace": _Walk.to_space,
+}
+"""Operators that hand a factor on, and how their channels go over."""
