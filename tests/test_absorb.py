@@ -1,0 +1,65 @@
+"""High channels are lowered exactly; the oracle is ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from qconv.absorb import absorb
+from qconv.feed import Feed
+from qconv.fold import fold
+from qconv.graph import array
+from qconv.recipe import Recipe
+from qconv.runtime import Session
+from tests.models import loaded, network, run
+
+BODY = "c = Conv(x, w, b) r = Relu(c) m = MaxPool<kernel_shape=[2,2]>(r) d = Conv<{pads}>(m, v, e) y = Relu(d)"
+HIGH = np.float32([0.0, 40.0, 60.0, 0.0])
+
+
+def high(pads: str = "pads=[0,0,0,0]") -> onnx.ModelProto:
+    """Two of four channels are far above zero on every picture."""
+    return network(BODY.format(pads=pads), x=(1, 3, 8, 8), w=(4, 3, 3, 3), b=HIGH, v=(5, 4, 3, 3), e=(5,))
+
+
+@pytest.fixture
+def feed(tmp_path: Path) -> Feed:
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        np.save(tmp_path / f"{index}.npy", rng.standard_normal((1, 3, 8, 8)).astype(np.float32))
+    session = Session(high().SerializeToString(), threads=1)
+    return Feed.of(session, Recipe(calib=(str(tmp_path),)), lambda _: None, lambda *_: None)
+
+
+def test_high_channels_are_lowered_exactly(feed: Feed) -> None:
+    proto = high()
+    model = loaded(proto)
+    fold(model)
+    (change,) = absorb(model, feed, 1)
+    assert change.where == "c"
+    bias = array(model.nodes()[0].inputs[2])
+    assert bias is not None
+    assert bias[[0, 3]].tolist() == HIGH[[0, 3]].tolist()
+    assert np.all(bias[[1, 2]] < HIGH[[1, 2]] / 2)
+    for feeds in feed.all("test"):
+        expected, got = run(proto, feeds)["y"], run(model, feeds)["y"]
+        np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_zero_padding_between_is_refused(feed: Feed) -> None:
+    model = loaded(high("pads=[1,1,1,1]"))
+    fold(model)
+    before = model.proto().SerializeToString()
+    assert absorb(model, feed, 1) == []
+    assert model.proto().SerializeToString() == before
+
+
+def test_nothing_high_nothing_done(feed: Feed) -> None:
+    body = BODY.format(pads="pads=[0,0,0,0]")
+    proto = network(body, x=(1, 3, 8, 8), w=(4, 3, 3, 3), b=np.zeros(4, np.float32), v=(5, 4, 3, 3), e=(5,))
+    model = loaded(proto)
+    fold(model)
+    assert absorb(model, feed, 1) == []

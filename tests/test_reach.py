@@ -1,0 +1,41 @@
+"""The oracles: Pareto's distribution itself, and what the words say of channels that sleep."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qconv.reach import UNSEEN, reach_of
+
+
+def test_a_tail_by_hand() -> None:
+    """Of 24 pictures the three largest count, 4, 2 and 2: xi = (log 2 + log 1) / 2."""
+    channel = np.array([4.0, 2.0, 2.0] + [1.0] * 21)
+    far = np.array([100.0] + [90.0] * 23)
+    assert reach_of(np.stack([channel, far], axis=1))[0] == pytest.approx(4 * UNSEEN ** (np.log(2) / 2))
+
+
+def test_a_pareto_tail_is_found() -> None:
+    """The largest of ten times as many numbers is 10^xi times as large, on average over channels."""
+    rng = np.random.default_rng(0)
+    xi = 0.4
+    seen = rng.uniform(size=(400, 300)) ** -xi
+    seen[0, 0] = 1e4  # no bound in reach
+    ratio = reach_of(seen)[1:] / seen.max(axis=0)[1:]
+    assert np.log(ratio.mean()) == pytest.approx(xi * np.log(UNSEEN), rel=0.1)
+
+
+def test_channels_that_seldom_wake_may_go_as_far_as_any() -> None:
+    awake = np.linspace(5.0, 6.0, 40)
+    once = np.zeros(40)
+    once[7] = 0.1
+    never = np.zeros(40)
+    assert reach_of(np.stack([awake, once, never], axis=1)).tolist() == [6.0, 6.0, 6.0]
+
+
+def test_few_pictures_tell_nothing_of_tails() -> None:
+    assert reach_of(np.float64([[1.0, 3.0], [2.0, 4.0]])).tolist() == [4.0, 4.0]
+
+
+def test_what_is_never_positive_reaches_nowhere() -> None:
+    assert reach_of(-np.ones((40, 2))).tolist() == [0.0, 0.0]
