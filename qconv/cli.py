@@ -70,7 +70,7 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
 
 NOT_STUDIED = frozenset(
     {"output", "stats", "save_stats", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
-    | {"max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding"}
+    | {"max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding", "equalize"}
 )
 """Options of `quantize` that make no sense of a model that is not kept."""
 CHARTS = (".png", ".html")

@@ -253,9 +253,9 @@ quantize_options = stack(
     ),
     click.option(
         "--equalize/--no-equalize",
-        default=None,
+        default=False,
         help="Scale channels of the float network so that less is lost in rounding; it computes the same.  "
-        "[default: with pictures]",
+        "[default: no]",
     ),
     click.option(
         "--tune-latency",

@@ -202,11 +202,8 @@ def quantize(
 
 def _balanced(model: Model, plan: Plan, recipe: Recipe, pictures: Pictures) -> list[Finding]:
     """Channels are scaled where that is wanted and can be watched."""
-    if recipe.equalize is False:
+    if not recipe.equalize or pictures.feed is None:
         return []
-    if pictures.feed is None or pictures.known is not None:
-        why = "statistics are of the network as it is: scaled channels could not be watched again"
-        return [Skipped("equalize", "the network", why)]
     lowered = absorb(model, pictures.feed, recipe.threads)
     return [*lowered, *balance(model, plan, pictures.feed, recipe.threads)]
 

@@ -297,7 +297,7 @@ class Recipe:
     bit_allocation: whose channels get bits of their own, those of the layer or tensor on average, see `allocation`.
     bias_correction: whether the bias takes back what rounding the weights does to means.
     activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
-    equalize: scale channels of the float network where its quantization gains; None: where pictures are there to see.
+    equalize: scale channels of the float network where its quantization gains; takes a second pass over the pictures.
     tune_latency: place layers by times that are measured on this machine, see `tune`.
     embed_preprocessing: the layout of the uint8 pixels that the result takes and normalises by itself; None: it takes
     what the float network takes.
@@ -330,7 +330,7 @@ class Recipe:
     bias_correction: str = "measured"
     target: str = "ort-cpu"
     saturation_safe: bool | None = None
-    equalize: bool | None = None
+    equalize: bool = False
     tune_latency: bool = False
     keep_float: tuple[str, ...] = ()
     keep_float_op: tuple[str, ...] = ()
@@ -416,9 +416,10 @@ class Recipe:
         for name in ("stats", "save_stats", "save_layer_bits"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
+        object.__setattr__(self, "equalize", bool(self.equalize))
         fact = "--equalize with --stats"
         hint = "statistics are of the network as it is: leave one of them out."
-        _require(self.equalize is not True or self.stats is None, fact, hint)
+        _require(not self.equalize or self.stats is None, fact, hint)
         self._check_target()
         _require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
         _require(

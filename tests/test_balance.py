@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import onnx
 import pytest
 
 from qconv import pipeline
-from qconv.findings import Change, Skipped
+from qconv.errors import QconvError
+from qconv.findings import Change
 from qconv.recipe import Recipe
 from qconv.report import Report
 from tests.models import network
@@ -49,7 +49,11 @@ def samples(tmp_path: Path) -> str:
 def quantized(proto: onnx.ModelProto, samples: str, **options: Any) -> Report:
     path = Path(samples).parent / "model.onnx"
     onnx.save(proto, path)
-    report, _ = pipeline.quantize(path, path.with_suffix(".out.onnx"), Recipe(calib=(samples,), **options))
+    report, _ = pipeline.quantize(
+        path,
+        path.with_suffix(".out.onnx"),
+        Recipe(**({"calib": (samples,), "equalize": True, "rounding": "nearest"} | options)),
+    )
     return report
 
 
@@ -84,13 +88,9 @@ def test_channels_of_a_clip_that_binds_keep_their_scale(samples: str) -> None:
     assert {change.where for change in steps(report, Change)} <= {"d", "k"}
 
 
-def test_statistics_alone_cannot_be_watched_again(samples: str, tmp_path: Path) -> None:
-    stats = str(tmp_path / "seen.qstats")
-    saved = quantized(unequal("Relu(c)"), samples, save_stats=stats)
-    assert steps(saved, Change)
-    report, _ = pipeline.quantize(tmp_path / "model.onnx", tmp_path / "two.onnx", Recipe(stats=stats))
-    (skipped,) = steps(report, Skipped)
-    assert "statistics" in skipped.why
+def test_statistics_cannot_be_watched_again() -> None:
+    with pytest.raises(QconvError, match="--equalize with --stats"):
+        Recipe(calib=("imgs",), stats="s.npz", equalize=True)
 
 
 def test_saved_statistics_are_of_the_network_as_it_is(samples: str, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_same_bytes_again(samples: str) -> None:
     made = []
     for name in ("one.onnx", "two.onnx"):
         pipeline.quantize(
-            path, path.with_name(name), replace(Recipe(calib=(samples,)), weight_granularity="per-tensor")
+            path, path.with_name(name), Recipe(calib=(samples,), equalize=True, weight_granularity="per-tensor")
         )
         made.append(path.with_name(name).read_bytes())
     assert made[0] == made[1]
