@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.errors import QconvError
+
 
 class Store:
     """Where arrays are put. limit: bytes that stay in memory. The folder goes when the store is closed."""
@@ -32,7 +34,12 @@ class Store:
             self._folder = tempfile.TemporaryDirectory(prefix="qconv-", ignore_cleanup_errors=True)
         path = Path(self._folder.name) / f"{self._files}"
         self._files += 1
-        np.ascontiguousarray(array).tofile(path)
+        try:
+            np.ascontiguousarray(array).tofile(path)
+        except OSError:
+            place = tempfile.gettempdir()
+            fact = f"No space is left in {place} for tensors between two layers."
+            raise QconvError(fact, "free some, set TMPDIR, or pass fewer --samples or --effort fast.") from None
         return Held(self, array.shape, array.dtype, None, path)
 
 

@@ -51,21 +51,23 @@ ENOUGH_ROWS = 64
 class Effort:
     """How much is spent on it. pictures: at most. rows: for each input of a layer; most_rows: of any.
 
+    most_weights: of layers of 8 bits; larger ones keep their nearest codes.
     sweeps: of `rounding.descended`; refits: how often scales are fitted to the codes and these rounded anew.
     """
 
     pictures: int
     rows: int
     most_rows: int
+    most_weights: int
     sweeps: int
     refits: int
 
 
 EFFORTS = {
     # chosen with --rounding second-order
-    "fast": Effort(pictures=32, rows=4, most_rows=2048, sweeps=0, refits=1),
-    "balanced": Effort(pictures=96, rows=16, most_rows=8192, sweeps=0, refits=1),
-    "best": Effort(pictures=512, rows=32, most_rows=30000, sweeps=4, refits=3),
+    "fast": Effort(pictures=32, rows=4, most_rows=2048, most_weights=2**22, sweeps=0, refits=1),
+    "balanced": Effort(pictures=96, rows=16, most_rows=8192, most_weights=2**22, sweeps=0, refits=1),
+    "best": Effort(pictures=512, rows=32, most_rows=30000, most_weights=2**27, sweeps=4, refits=3),
 }
 LEAST_ROWS = 2048
 
@@ -152,6 +154,8 @@ class _Refiner:
             return "weights of 16 bits lose nothing by rounding to the nearest code"
         if len(self.model.readers(weight)) > 1:
             return "several layers share its weights"
+        if chosen.layer.weight.bits == 8 and chosen.codes.size > self.effort.most_weights:
+            return "with 8 bits it loses little, and has too many weights for this effort"
         return None
 
     def _rows(self, layer: Layer, index: int, real: Walk, other: Walk, twin: Node) -> Iterator[tuple[Float32, Float32]]:
@@ -215,7 +219,7 @@ class _Refiner:
         real = rows_of(node, params.dequantize(codes).reshape(shape))
         shift = np.einsum("gok,gk->go", rows, seen.float_mean) - np.einsum("gok,gk->go", real, seen.mean)
         bias = array(input_of(node, 2))
-        if self.recipe.bias_correction != "none":
+        if self.recipe.bias_correction != "none" and node.op_type != "MatMul":  # which adds nothing
             bias = (shift.reshape(-1) if bias is None else bias + shift.reshape(-1)).astype(np.float32)
         return with_bias(layer, params, codes, bias, source, self.plan.target)
 

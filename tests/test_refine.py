@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from models import network
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from qconv import saturation
+from qconv import refine, saturation
 from qconv.pipeline import quantize
 from qconv.recipe import Recipe
 from qconv.report import Report
@@ -104,6 +105,27 @@ def test_every_granularity_gains(options: dict[str, str], scheme: str, samples: 
     _, second = made(proto, samples, weight_bits=3, **options)
     _, nearest = made(proto, samples, weight_bits=3, rounding="nearest", **options)
     assert sqnr(proto, second) > sqnr(proto, nearest) + 1
+
+
+def test_a_product_of_three_axes_gets_no_bias(samples: str) -> None:
+    """A MatMul has none, and nothing to correct it with."""
+    body = f"a = Conv<{SAME}>(x, w) b = Relu(a) r = Reshape(b, s) h = MatMul(r, m) i = Relu(h) y = MatMul(i, l)"
+    shape = np.array([0, 8, 64], np.int64)
+    proto = network(body, ("N", 3, 8, 8), w=(8, 3, 3, 3), s=shape, m=(64, 12), l=(12, 5))
+    _, data = made(proto, samples, weight_bits=3)
+    assert [len(n.input) for n in onnx.load_from_string(data).graph.node if n.op_type == "MatMul"] == [2, 2]
+    _, nearest = made(proto, samples, weight_bits=3, rounding="nearest")
+    assert sqnr(proto, data) > sqnr(proto, nearest)
+
+
+def test_large_layers_of_eight_bits_are_left_to_the_best_effort(samples: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {name: replace(effort, most_weights=100) for name, effort in refine.EFFORTS.items()}
+    monkeypatch.setattr("qconv.pipeline.EFFORTS", small)
+    report, _ = made(net("conv"), samples, edge_bits=8)
+    said = {f.where for f in report.findings if f.step == "round" and "too many weights" in getattr(f, "why", "")}
+    assert said == {"a", "c"}
+    report, _ = made(net("conv"), samples, weight_bits=4)
+    assert not [f for f in report.findings if "too many weights" in getattr(f, "why", "")]
 
 
 def test_weights_alone_gain(samples: str) -> None:
