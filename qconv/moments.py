@@ -45,7 +45,6 @@ class Moments:
     float_mean: Float64
     mean: Float64
     kept: tuple[Float32, Float32]
-    rows: int
 
 
 def moments(pairs: Iterable[tuple[Float32, Float32]]) -> Moments:
@@ -123,4 +122,4 @@ class _Sums:
             np.concatenate([pieces[side] for pieces in kept] or [empty], axis=1) - centre[:, None].astype(np.float32)
             for side, centre in enumerate((float_mean, mean))
         ]
-        return Moments(blocks, float_mean, mean, (apart[0], apart[1]), self._rows)
+        return Moments(blocks, float_mean, mean, (apart[0], apart[1]))

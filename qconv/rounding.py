@@ -8,7 +8,7 @@ With rows x of what a layer reads, in the float network (x_f) and in the network
 for W* = W C H^-1, the float weights solved anew for the inputs that the layer will really get. `resolved` finds W*,
 drawn towards W where the pictures say little:
 
-    W' = (W C + r W) (H + r I)^-1,      r = RIDGE * mean(diag H)
+    W' = (W C + r W) (H + r I)^-1,      r = ridge * mean(diag H)
 
 `second_order` rounds W' column by column, the ones with the largest H_jj first. With H = R R^T, R upper triangular, the
 error splits into one square a column,
@@ -32,7 +32,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
-RIDGE = 0.1
 DAMPING = 0.03
 """Share of the mean of H's diagonal that is added to it: what is rounded must not lean on what few rows say."""
 BLOCK = 64
@@ -80,7 +79,7 @@ class Grid:
         return Grid(scale, zero, self.low, self.high)
 
 
-def resolved(weight: Float64, hessian: Float64, cross: Float64, ridge: float = RIDGE) -> Float64:
+def resolved(weight: Float64, hessian: Float64, cross: Float64, ridge: float) -> Float64:
     """W' (G, O, K) of weights (G, O, K) with H and C, (G, K, K) both; C[i, j] = E[x_f,i x_q,j]."""
     extra = ridge * _level(hessian)  # (G, 1, 1)
     right = weight @ cross + extra * weight

@@ -313,3 +313,12 @@ def test_a_percentile_belongs_to_its_calibrator() -> None:
         Recipe(calibrator="mse", percentile=99.0)
     with pytest.raises(QconvError, match="--percentile 50 is not possible"):
         Recipe(calibrator="percentile", percentile=50)
+
+
+def test_an_effort_that_would_change_nothing_is_refused() -> None:
+    """A search rounds to the nearest code, unless told otherwise."""
+    for options in ({"rounding": "nearest"}, {"target_size": 0.2}):
+        with pytest.raises(QconvError, match="--effort best with nearest codes"):
+            Recipe(calib=("x",), effort="best", **options)  # type: ignore[arg-type]
+    assert Recipe(calib=("x",), effort="best", target_size=0.2, rounding="second-order").rounding == "second-order"
+    assert Recipe(effort="best").rounding == "second-order"

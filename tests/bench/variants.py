@@ -79,7 +79,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("naive", "round to nearest, min-max", ("--rounding", "nearest", "--calibrator", "minmax")),
     Variant("nearest", "round to nearest, ranges by output-mse", pinned=NEAREST),
     Variant("aciq", "Banner et al.'s recipe", ("--recipe-name", "aciq-w4a4"), settings=(setting("W4A4"),)),
-    Variant("balanced", "equalized, second-order rounding", ("--effort", "balanced")),
+    Variant("balanced", "second-order rounding", ("--effort", "balanced")),
     Variant("best", "and what takes longer", ("--effort", "best")),
 )
 PEERS: tuple[Peer, ...] = (
