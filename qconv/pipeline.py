@@ -13,7 +13,6 @@ from pathlib import Path
 
 import qconv
 from qconv import fold, load, save
-from qconv.absorb import absorb
 from qconv.audit import Known, audit, profiled
 from qconv.balance import balance
 from qconv.embed import embed
@@ -188,8 +187,7 @@ def _balanced(model: Model, plan: Plan, recipe: Recipe, pictures: Pictures) -> l
     if pictures.feed is None or pictures.known is not None:
         why = "statistics are of the network as it is: scaled channels could not be watched again"
         return [Skipped("equalize", "the network", why)]
-    lowered = absorb(model, pictures.feed, recipe.threads)
-    return [*lowered, *balance(model, plan, pictures.feed, recipe.threads)]
+    return balance(model, plan, pictures.feed, recipe.threads)
 
 
 def check_output(source: Source, out: Path, data: set[Path]) -> None:
