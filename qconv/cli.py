@@ -69,9 +69,9 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
 
 
 NOT_STUDIED = frozenset(
-    {"output", "stats", "save_stats", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
+    {"output", "stats", "save_stats", "equalize", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
 )
-"""Options of `quantize` that make no sense of a model that is not kept."""
+"""Options of `quantize` that make no sense of a model that is not kept, or need pictures twice."""
 CHARTS = (".png", ".html")
 
 

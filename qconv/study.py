@@ -91,6 +91,7 @@ def study_samples(
     anything the user can mend.
     """
     started = time.perf_counter()
+    recipe = replace(recipe, equalize=False)  # scales differ from draw to draw, and would need all pictures again
     question, listener = question or Question(), listener or Listener()
     source = source if isinstance(source, Source) else Source(str(source), Path(source))
     warnings: list[str] = []
