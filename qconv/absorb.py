@@ -13,20 +13,18 @@ Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1.3, with measured extrem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from qconv.affine import Affine
-from qconv.calibrate import Tap, observer, watch
 from qconv.edits import Refused, kind, title
-from qconv.feed import Feed
 from qconv.findings import Change
 from qconv.fold import ends, scaled_layer
 from qconv.graph import Model, Node, Value
 from qconv.layers import INPUTS_FIRST, Float64, Layer, check_finite, read_layer, scale_outputs, write_layer
-from qconv.sketch import Sketch, Want
+from qconv.reach import Channels
 
 STEP = "equalize"
 SHARE = 0.9
@@ -34,36 +32,32 @@ LEAST_GAIN = 0.05
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Candidate:
+class Candidate:
     """A layer with the Relu that alone reads it. All that reads the Relu could take a shift."""
 
     layer: Node
     result: Value
 
 
-def absorb(model: Model, feed: Feed, threads: int | None) -> list[Change]:
-    """Lower the channels of a folded model that are high on all pictures; it computes the same on them."""
-    found = list(_candidates(model))
-    if not found:
-        return []
-    taps = [Tap(candidate.result.name or "", Want.CHANNELS) for candidate in found]
-    sketches = watch(observer(model, taps, threads), taps, feed.all(STEP))
-    return [change for one in found for change in _absorbed(model, one, sketches[one.result.name or ""])]
+def candidates(model: Model) -> list[Candidate]:
+    """The places of a folded model where channels could be lowered, were they high."""
+    return [
+        Candidate(layer, node.outputs[0]) for node in model.nodes() if (layer := _layer_of(model, node)) is not None
+    ]
 
 
-def _candidates(model: Model) -> Iterator[_Candidate]:
-    for node in model.nodes():
-        data = node.inputs[0] if node.inputs else None
-        layer = None if data is None else data.producer()
-        if kind(node) != "Relu" or data is None or layer is None or kind(layer) not in INPUTS_FIRST:
-            continue
-        if kind(layer) == "MatMul" or model.sole_reader(data) is not node:
-            continue
-        try:
-            _readers(model, node.outputs[0], np.ones(read_layer(layer).outputs))
-        except Refused:
-            continue
-        yield _Candidate(layer, node.outputs[0])
+def _layer_of(model: Model, node: Node) -> Node | None:
+    data = node.inputs[0] if node.inputs else None
+    layer = None if data is None else data.producer()
+    if kind(node) != "Relu" or data is None or layer is None or kind(layer) not in INPUTS_FIRST:
+        return None
+    if kind(layer) == "MatMul" or model.sole_reader(data) is not node:
+        return None
+    try:
+        _readers(model, node.outputs[0], np.ones(read_layer(layer).outputs))
+    except Refused:
+        return None
+    return layer
 
 
 def _readers(model: Model, value: Value, shift: Float64) -> list[Layer]:
@@ -71,22 +65,39 @@ def _readers(model: Model, value: Value, shift: Float64) -> list[Layer]:
     return [scaled_layer(model, end, Affine(np.ones_like(shift), shift)) for end in ends(model, value)]
 
 
-def _absorbed(model: Model, candidate: _Candidate, sketch: Sketch) -> list[Change]:
-    shift = SHARE * np.maximum(sketch.lows.astype(np.float64), 0.0)
+def absorb(model: Model, found: Iterable[Candidate], channels: dict[str, Channels]) -> list[Change]:
+    """Lower the channels that are high on all pictures; the model computes the same on them.
+
+    channels: by the names of the candidates' results, with true minima; brought up to date.
+    """
+    changes: list[Change] = []
+    for candidate in found:
+        name = candidate.result.name or ""
+        if name not in channels:
+            continue
+        seen = channels[name]
+        # a channel that never changes is all bias, of which nothing is to be gained
+        shift = np.where(seen.high > seen.low, SHARE * np.maximum(seen.low, 0.0), 0.0)
+        before, after = float(seen.high.max(initial=0.0)), float((seen.high - shift).max(initial=0.0))
+        if after <= before * (1 - LEAST_GAIN) and _lowered(model, candidate, shift):
+            channels[name] = seen.lowered(shift)
+            count = int(np.count_nonzero(shift))
+            what = f"{count} high channels lowered: the range ends at {after:.3g} instead of {before:.3g}"
+            changes.append(Change(STEP, title(candidate.layer), what, "high channels lowered into the bias behind"))
+    return changes
+
+
+def _lowered(model: Model, candidate: Candidate, shift: Float64) -> bool:
+    """False, and nothing done, where that is impossible."""
     layer = read_layer(candidate.layer)
-    before, after = sketch.high, float((sketch.highs - shift).max())
-    if shift.size != layer.outputs or after > before * (1 - LEAST_GAIN):
-        return []
-    lowered = scale_outputs(layer, np.ones(1), -shift)
-    readers = _readers(model, candidate.result, shift)
+    if shift.size != layer.outputs:
+        return False
+    layers = [scale_outputs(layer, np.ones(1), -shift), *_readers(model, candidate.result, shift)]
     try:
-        for one in (lowered, *readers):
+        for one in layers:
             check_finite(one)
     except Refused:
-        return []
-    for one in (lowered, *readers):
+        return False
+    for one in layers:
         write_layer(model, one)
-    what = (
-        f"{int(np.count_nonzero(shift))} high channels lowered: the range ends at {after:.3g} instead of {before:.3g}"
-    )
-    return [Change(STEP, title(candidate.layer), what, "high channels lowered into the bias behind")]
+    return True

@@ -15,13 +15,14 @@ of activations counts as well, and streams have one scale a channel however many
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from qconv import save
+from qconv.absorb import absorb, candidates
 from qconv.calibrate import Tap, observer, watch_apart
 from qconv.edits import Refused
 from qconv.feed import Feed
@@ -53,32 +54,40 @@ def balance(model: Model, plan: Plan, feed: Feed, threads: int | None) -> list[F
     """
     streams = find_streams(model)
     left = [Skipped(STEP, where, why) for where, why in _unmoved(streams).items()]
-    taps = _taps(plan, streams)
-    if not taps or bool(streams.fixed.all()):
+    could = candidates(model)
+    taps = _taps(plan, streams, {candidate.result for candidate in could})
+    if not taps or (bool(streams.fixed.all()) and not could):
         return list(left)
-    seen = Seen(streams, seen_by_channel(watch_apart(observer(model, taps, threads), taps, feed.all(STEP))))
+    channels = seen_by_channel(watch_apart(observer(model, taps, threads), taps, feed.all(STEP)))
+    done = [*absorb(model, could, channels), *_scaled(model, plan, Seen(streams, channels), feed, threads)]
+    return [*done, *left]
+
+
+def _scaled(model: Model, plan: Plan, seen: Seen, feed: Feed, threads: int | None) -> list[Finding]:
+    streams = seen.streams
     terms = noise_terms(model, plan, seen)
     found = chosen(streams, terms, *_bounds(seen))
     if not found.u.any():
-        return [*left, Skipped(STEP, "the network", "no scale of a channel lowers the modelled noise")]
+        return []
     try:
         tried = model.copy()
         apply(tried, find_streams(tried), found.scales)
     except Refused as reason:
-        return [*left, Skipped(STEP, "the network", str(reason))]
+        return [Skipped(STEP, "the network", str(reason))]
     moved = _sqnr(model, tried, feed, threads)
     if moved < EXACT_DB:
-        return [*left, Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")]
+        return [Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")]
     apply(model, streams, found.scales)
-    return [*_told(found), *left]
+    return _told(found)
 
 
-def _taps(plan: Plan, streams: Streams) -> list[Tap]:
-    """All that is quantized, and what the layers read whose weights are."""
+def _taps(plan: Plan, streams: Streams, low: Set[Value]) -> list[Tap]:
+    """All that is quantized, and what the layers read whose weights are. low: tensors whose minima count as well."""
     read = dict.fromkeys(value for layer in plan.layers if (value := layer.node.inputs[0]) is not None)
     seen = dict.fromkeys(value for value in plan.activations if value in streams.of and not plan.copies(value))
     seen |= dict.fromkeys(limit.value for limit in streams.limits)
-    return [tap_of(value, Want.CHANNELS | Want.COLUMNS) for value in {**seen, **read}]
+    taps = {value: tap_of(value, Want.CHANNELS | Want.COLUMNS) for value in {**seen, **read}}
+    return [Tap(tap.name, tap.want) if value in low else tap for value, tap in taps.items()]
 
 
 def _bounds(seen: Seen) -> tuple[Float64, Float64]:

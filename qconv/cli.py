@@ -72,7 +72,7 @@ NOT_STUDIED = frozenset(
     {"output", "stats", "save_stats", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
     | {"max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding", "equalize"}
 )
-"""Options of `quantize` that make no sense of a model that is not kept."""
+"""Options of `quantize` that make no sense of a model that is not kept, or need pictures twice."""
 CHARTS = (".png", ".html")
 
 

@@ -253,9 +253,9 @@ quantize_options = stack(
     ),
     click.option(
         "--equalize/--no-equalize",
-        default=False,
+        default=None,
         help="Scale channels of the float network so that less is lost in rounding; it computes the same.  "
-        "[default: no]",
+        "[default: unless --effort is fast]",
     ),
     click.option(
         "--tune-latency",

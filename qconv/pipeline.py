@@ -13,7 +13,6 @@ from pathlib import Path
 
 import qconv
 from qconv import fold, load, save
-from qconv.absorb import absorb
 from qconv.audit import Known, audit, profiled
 from qconv.balance import balance
 from qconv.embed import embed
@@ -204,8 +203,7 @@ def _balanced(model: Model, plan: Plan, recipe: Recipe, pictures: Pictures) -> l
     """Channels are scaled where that is wanted and can be watched."""
     if not recipe.equalize or pictures.feed is None:
         return []
-    lowered = absorb(model, pictures.feed, recipe.threads)
-    return [*lowered, *balance(model, plan, pictures.feed, recipe.threads)]
+    return balance(model, plan, pictures.feed, recipe.threads)
 
 
 def check_output(source: Source, out: Path, data: set[Path]) -> None:

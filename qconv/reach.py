@@ -14,7 +14,7 @@ Source: Hill 1975, A Simple General Approach to Inference About the Tail of a Di
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,12 @@ class Channels:
     highest: Float64
     mean: Float64 | None
     spread: Float64 | None
+
+    def lowered(self, shift: Float64) -> Channels:
+        """The same, had the channels been lower by `shift`, (C,)."""
+        highest = np.maximum(self.highest - shift, 0.0)
+        mean = None if self.mean is None else self.mean - shift
+        return replace(self, low=self.low - shift, high=self.high - shift, highest=highest, mean=mean)
 
 
 def seen_by_channel(pictures: Iterable[Mapping[str, Sketch]]) -> dict[str, Channels]:

@@ -244,6 +244,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "bit_allocation": "both",
         "bias_correction": "measured",
         "rounding": "nearest",
+        "equalize": False,
     },
 }
 """Published recipes by name: fields of Recipe. `aciq-w4a4`: Banner et al. 2019, arXiv 1810.05723."""
@@ -298,6 +299,7 @@ class Recipe:
     bias_correction: whether the bias takes back what rounding the weights does to means.
     activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
     equalize: scale channels of the float network where its quantization gains; takes a second pass over the pictures.
+    None: where there are pictures, unless effort is fast; it is never None afterwards.
     tune_latency: place layers by times that are measured on this machine, see `tune`.
     embed_preprocessing: the layout of the uint8 pixels that the result takes and normalises by itself; None: it takes
     what the float network takes.
@@ -330,7 +332,7 @@ class Recipe:
     bias_correction: str = "measured"
     target: str = "ort-cpu"
     saturation_safe: bool | None = None
-    equalize: bool = False
+    equalize: bool | None = None
     tune_latency: bool = False
     keep_float: tuple[str, ...] = ()
     keep_float_op: tuple[str, ...] = ()
@@ -419,7 +421,8 @@ class Recipe:
         for name in ("stats", "save_stats", "save_layer_bits"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
-        object.__setattr__(self, "equalize", bool(self.equalize))
+        if self.equalize is None:
+            object.__setattr__(self, "equalize", self.effort != "fast" and self.stats is None)
         fact = "--equalize with --stats"
         hint = "statistics are of the network as it is: leave one of them out."
         _require(not self.equalize or self.stats is None, fact, hint)

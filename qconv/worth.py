@@ -26,6 +26,8 @@ from qconv.streams import Ends, Streams
 
 MEAN_COUNTS = 0.1
 MOST_WEIGHTS = 2**22
+LEAST_SIGNAL = 1e-30
+"""Variance below which a layer is taken to say the same of all pictures: no noise counts against that."""
 PASSING = frozenset({"Add", "Relu", "Clip", "LeakyRelu", "PRelu"})
 
 
@@ -117,7 +119,9 @@ def _through(ends: Ends, layer: Layer | None, seen: Seen, worth: _Worth) -> list
     if made is None:
         signal = np.ones(own.inputs) if powers is None else powers[0]
         made = (np.einsum("goi,gi->go", squares, signal.reshape(groups, -1)).reshape(-1),) * 2
-    alone, joined = (max(float(gains @ power), np.finfo(np.float64).tiny) for power in made)
+    alone, joined = (float(gains @ power) for power in made)
+    if joined < LEAST_SIGNAL:
+        return []
     gains = (share * gains / joined).reshape(groups, -1)
     np.add.at(worth.noise, ends.inputs, np.einsum("go,goi->gi", gains, squares).reshape(-1))
     np.maximum.at(worth.share, ends.inputs, share * min(1.0, alone / joined))

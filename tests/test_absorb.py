@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from models import loaded, network, run
 
-from qconv.absorb import absorb
+from qconv.absorb import absorb, candidates
+from qconv.calibrate import Tap, observer, watch_apart
 from qconv.feed import Feed
+from qconv.findings import Change
 from qconv.fold import fold
-from qconv.graph import array
+from qconv.graph import Model, array
+from qconv.reach import seen_by_channel
 from qconv.recipe import Recipe
 from qconv.runtime import Session
-from tests.models import loaded, network, run
+from qconv.sketch import Want
 
 BODY = "c = Conv(x, w, b) r = Relu(c) m = MaxPool<kernel_shape=[2,2]>(r) d = Conv<{pads}>(m, v, e) y = Relu(d)"
 HIGH = np.float32([0.0, 40.0, 60.0, 0.0])
@@ -34,11 +38,18 @@ def feed(tmp_path: Path) -> Feed:
     return Feed.of(session, Recipe(calib=(str(tmp_path),)), lambda _: None, lambda *_: None)
 
 
+def lowered(model: Model, feed: Feed) -> list[Change]:
+    found = candidates(model)
+    taps = [Tap(candidate.result.name or "", Want.CHANNELS) for candidate in found]
+    channels = seen_by_channel(watch_apart(observer(model, taps, 1), taps, feed.all("test"))) if taps else {}
+    return absorb(model, found, channels)
+
+
 def test_high_channels_are_lowered_exactly(feed: Feed) -> None:
     proto = high()
     model = loaded(proto)
     fold(model)
-    (change,) = absorb(model, feed, 1)
+    (change,) = lowered(model, feed)
     assert change.where == "c"
     bias = array(model.nodes()[0].inputs[2])
     assert bias is not None
@@ -53,7 +64,7 @@ def test_zero_padding_between_is_refused(feed: Feed) -> None:
     model = loaded(high("pads=[1,1,1,1]"))
     fold(model)
     before = model.proto().SerializeToString()
-    assert absorb(model, feed, 1) == []
+    assert lowered(model, feed) == []
     assert model.proto().SerializeToString() == before
 
 
@@ -62,4 +73,4 @@ def test_nothing_high_nothing_done(feed: Feed) -> None:
     proto = network(body, x=(1, 3, 8, 8), w=(4, 3, 3, 3), b=np.zeros(4, np.float32), v=(5, 4, 3, 3), e=(5,))
     model = loaded(proto)
     fold(model)
-    assert absorb(model, feed, 1) == []
+    assert lowered(model, feed) == []

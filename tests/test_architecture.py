@@ -118,8 +118,9 @@ FLOORS: tuple[frozenset[str], ...] = (
 )
 # Imports within a floor.
 NEIGHBOURS: dict[str, set[str]] = {
-    "absorb": {"affine", "calibrate", "edits", "feed", "fold", "layers", "sketch"},
+    "absorb": {"affine", "edits", "fold", "layers", "reach"},
     "balance": {
+        "absorb",
         "calibrate",
         "edits",
         "feed",

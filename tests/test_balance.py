@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from models import network
 
 from qconv import pipeline
 from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.recipe import Recipe
 from qconv.report import Report
-from tests.models import network
 
 SIZES = np.float32(2.0) ** np.linspace(-4, 4, 8, dtype=np.float32)  # of channels, far apart
 

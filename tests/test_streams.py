@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from models import ints, loaded, network, random_feeds, run
 
 from qconv.balance import apply
 from qconv.fold import fold
 from qconv.graph import Model
 from qconv.streams import Streams, find_streams
-from tests.models import ints, loaded, network, random_feeds, run
 
 FOUR = {"w": (4, 3, 1, 1), "b": (4,), "u": (2, 4, 1, 1)}
 # name -> the network, and how many classes nothing holds in place
