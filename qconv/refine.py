@@ -7,6 +7,10 @@ summed (moments.py), the weights solved and rounded (rounding.py) and the bias s
     b' = b + W m_f - Q m_q
 
 A layer keeps its nearest codes where the new ones do not err less on rows that were kept apart.
+
+Activations of 8 bits and more are not rounded on the way. Their noise is no function of what a layer reads: weights that
+were solved anew for it could only shrink, layer after layer, and outputs with them. Fewer bits lose so much that to
+shrink is right.
 """
 
 from __future__ import annotations
@@ -42,9 +46,11 @@ Float64 = NDArray[np.float64]
 HELD = 2**27
 """Bytes of tensors between two layers that each of both networks holds in memory; more go to temporary files."""
 MOST_WIDENINGS = 8
-RIDGES = (1.0, 0.2, 0.05)
+RIDGES = (64.0, 16.0, 4.0, 1.0, 0.3)
 ENOUGH_ROWS = 64
-"""Rows kept apart from which on they decide whether the new codes are taken."""
+"""Rows kept apart from which on they choose for each output alone; fewer for all of a layer together."""
+FEWEST_ROWS = 4
+"""Rows kept apart from which on they decide anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +58,26 @@ class Effort:
     """How much is spent on it. pictures: at most. rows: for each input of a layer; most_rows: of any.
 
     most_weights: of layers of 8 bits; larger ones keep their nearest codes.
-    sweeps: of `rounding.descended`; refits: how often scales are fitted to the codes and these rounded anew.
+    factors: on scales, tried out for each output. refits: how often scales are fitted to the codes and these rounded
+    anew; neither is for 8 bits, where ranges are as good. sweeps: of `rounding.descended`.
     """
 
     pictures: int
     rows: int
     most_rows: int
     most_weights: int
-    sweeps: int
-    refits: int
+    factors: tuple[float, ...] = (0.85, 1.15)
+    refits: int = 1
+    sweeps: int = 0
 
 
 EFFORTS = {
     # chosen with --rounding second-order
-    "fast": Effort(pictures=32, rows=4, most_rows=2048, most_weights=2**22, sweeps=0, refits=1),
-    "balanced": Effort(pictures=96, rows=16, most_rows=8192, most_weights=2**22, sweeps=0, refits=1),
-    "best": Effort(pictures=512, rows=32, most_rows=30000, most_weights=2**27, sweeps=4, refits=3),
+    "fast": Effort(pictures=32, rows=4, most_rows=2048, most_weights=2**22),
+    "balanced": Effort(pictures=96, rows=16, most_rows=8192, most_weights=2**22),
+    "best": Effort(
+        512, rows=32, most_rows=30000, most_weights=2**27, factors=(0.7, 0.8, 0.9, 1.1, 1.2), refits=3, sweeps=4
+    ),
 }
 LEAST_ROWS = 2048
 
@@ -134,7 +144,9 @@ class _Refiner:
         progress("round", len(self.params.layers), len(self.params.layers))
 
     def _with_quantizers(self, floats: Mapping[str, str]) -> tuple[Model, dict[str, Node]]:
-        """A copy with every quantizer of activations, and float weights, and its nodes by name."""
+        """A copy with float weights and, where any has fewer than 8 bits, every quantizer of activations; its nodes by
+        name.
+        """
         copy = self.model.copy()
         plan = make_plan(copy, self.recipe, TARGETS[self.recipe.target], floats)
         by_name = {value.name: chosen for value, chosen in self.params.activations.items()}
@@ -144,7 +156,8 @@ class _Refiner:
             {value: constants[value.name] for value in plan.constants},
         )
         nodes = {layer.node.name or "": layer.node for layer in plan.layers}
-        emit(copy, plan, chosen, pack=False)
+        if min((found.spec.bits for found in chosen.activations.values()), default=8) < 8:
+            emit(copy, plan, chosen, pack=False)
         return copy, nodes
 
     def _refusal(self, chosen: LayerParams) -> str | None:
@@ -227,14 +240,16 @@ class _Refiner:
         """W' of each output with the ridge that errs least on rows kept apart; W itself is one of the candidates."""
         float_rows, kept = seen.kept
         best = rows
-        if kept.shape[1] < ENOUGH_ROWS:
-            return self._ridged(rows, seen, 1.0)
+        if kept.shape[1] < FEWEST_ROWS:
+            return best
         wanted = float_rows @ np.swapaxes(rows, 1, 2)  # (G, n, O)
         least = np.square(wanted - kept @ np.swapaxes(rows, 1, 2)).mean(axis=1)  # (G, O)
         for ridge in RIDGES:
             tried = self._ridged(rows, seen, ridge)
             lost = np.square(wanted - kept @ np.swapaxes(tried, 1, 2)).mean(axis=1)
             better = lost < least
+            if kept.shape[1] < ENOUGH_ROWS:
+                better = np.full_like(better, lost.sum() < least.sum())
             least = np.where(better, lost, least)
             best = np.where(better[:, :, None], tried, best)
         return best
@@ -256,13 +271,47 @@ class _Refiner:
                 layer, source, self.plan.target, widest=params.widest, saturation_safe=self.recipe.saturation_safe
             )
         )
-        codes = self._codes(layer, params, wanted, seen)
         whole = isinstance(params.spec.granularity, PerTensor)
-        for _ in range(self.effort.refits if params.widest < 8 and not layer.blocked else 0):
+        free = params.widest < 8 and not layer.blocked
+        params, codes = self._scaled(layer, params, wanted, seen, self.effort.factors if free else ())
+        for _ in range(self.effort.refits if free else 0):
             factor = self._factor(layer, params, codes, wanted, seen)
             params = params.with_scale((params.scale * (factor.mean() if whole else factor)).astype(np.float32))
             codes = self._codes(layer, params, wanted, seen)
         return (params, codes) if limits is None else self._unsaturated(layer, params, codes, wanted, seen, limits)
+
+    def _scaled(
+        self, layer: Layer, params: QuantParams, wanted: Float32, seen: Moments, factors: Sequence[float]
+    ) -> tuple[QuantParams, NDArray[np.integer]]:
+        """Codes on the scale, among these multiples of the given one, with which each output errs least."""
+        whole = isinstance(params.spec.granularity, PerTensor)
+        best, codes = params, self._codes(layer, params, wanted, seen)
+        if not factors:
+            return best, codes
+        least = self._error(layer, params, codes, wanted, seen)
+        for factor in factors:
+            tried = params.with_scale((params.scale * factor).astype(np.float32))
+            found = self._codes(layer, tried, wanted, seen)
+            error = self._error(layer, tried, found, wanted, seen)
+            better = np.asarray(error.sum() < least.sum() if whole else error < least)
+            least = np.where(better, error, least)
+            best = best.with_scale(np.where(better, tried.scale, best.scale))
+            spread = better.reshape(
+                [-1 if axis == layer.rule.output_axis and not whole else 1 for axis in range(codes.ndim)]
+            )
+            codes = np.where(spread, found, codes)
+        return best, codes
+
+    def _error(
+        self, layer: Layer, params: QuantParams, codes: NDArray[np.integer], wanted: Float32, seen: Moments
+    ) -> Float64:
+        """Of each output, by the moments, (O,)."""
+        real = rows_of(layer.node, params.dequantize(codes).reshape(_stored_shape(layer.node))).astype(np.float64)
+        parts = (
+            rounding.error_of(real[:, :, block.part], wanted[:, :, block.part].astype(np.float64), block.hessian)
+            for block in seen.blocks
+        )
+        return np.asarray(sum(parts)).reshape(-1)
 
     def _unsaturated(
         self,
@@ -349,7 +398,7 @@ def _lost(weight: Float32, rounded: Float32, seen: Moments) -> float:
     Where these are few, what depends on Q of it by the moments, which can be below zero.
     """
     float_rows, rows = seen.kept
-    if rows.shape[1] >= ENOUGH_ROWS:
+    if rows.shape[1] >= FEWEST_ROWS:
         lost = float_rows @ np.swapaxes(weight, 1, 2) - rows @ np.swapaxes(rounded, 1, 2)
         return float(np.square(lost, dtype=np.float64).mean())
     total = 0.0

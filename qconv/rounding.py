@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
-DAMPING = 0.03
+DAMPING = 0.1
 """Share of the mean of H's diagonal that is added to it: what is rounded must not lean on what few rows say."""
 BLOCK = 64
 """Columns that are rounded before their errors are carried on to all others at once."""
