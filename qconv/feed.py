@@ -173,6 +173,12 @@ class Feed:
             self._kept.append(feeds)
 
 
+def spread(batches: Sequence[Batch], pictures: int) -> list[Batch]:
+    """Some of the batches, evenly spread, that hold about so many pictures."""
+    wanted = max(1, min(len(batches), round(pictures * len(batches) / max(1, sum(map(_pictures, batches))))))
+    return [batches[index * len(batches) // wanted] for index in range(wanted)]
+
+
 def _pictures(feeds: Batch) -> int:
     return len(next(iter(feeds.values())))
 

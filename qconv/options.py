@@ -258,6 +258,12 @@ quantize_options = stack(
         "[default: unless --effort is fast]",
     ),
     click.option(
+        "--tune-ranges/--no-tune-ranges",
+        default=None,
+        help="Choose ranges of activations by what the network's outputs lose.  "
+        "[default: unless --effort is fast or a --calibrator is given]",
+    ),
+    click.option(
         "--tune-latency",
         is_flag=True,
         help="Choose what stays in float by timing it on this machine, not by the committed cost table.",
@@ -292,7 +298,7 @@ SAME = (
     ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
     + ("max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding")
     + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
-    + ("target", "equalize", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
+    + ("target", "equalize", "tune_ranges", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
     + ("opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
 )  # fmt: skip
 """Options that a Recipe calls the same."""

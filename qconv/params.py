@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from qconv import channel_bits, layers
 from qconv.calibrators import CALIBRATORS, Hints
@@ -17,6 +18,7 @@ from qconv.sketch import Sketch, Want
 from qconv.weights import LayerParams, Source, quantize_layer
 
 LARGEST_MULTIPLIER = 200.0
+NO_FACTORS: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -29,10 +31,24 @@ class Params:
     sources: dict[Node, Source] = field(default_factory=dict)
 
 
-def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> tuple[Params, list[Finding]]:
-    """Parameters for all tensors of the plan. sketches: of every watched tensor, by its name."""
+def choose_params(
+    plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, factors: Mapping[str, float] = NO_FACTORS
+) -> tuple[Params, list[Finding]]:
+    """Parameters for all tensors of the plan. sketches: of every watched tensor, factors: on ranges, by their names."""
+    params, findings = choose_activations(plan, sketches, recipe, factors)
+    findings += _choose_layers(plan, params, sketches, recipe)
+    return params, findings
+
+
+def choose_activations(
+    plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, factors: Mapping[str, float] = NO_FACTORS
+) -> tuple[Params, list[Finding]]:
+    """The same without the layers."""
     params = Params()
     ranges = _ranges(plan, sketches, recipe)
+    for value, (low, high) in ranges.items():
+        factor = factors.get(value.name or "", 1.0)
+        ranges[value] = low * factor, high * factor
     findings = _end_at_gates(plan, ranges)
     _widen_means(plan, ranges)
     for value, (low, high) in ranges.items():
@@ -47,6 +63,11 @@ def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) ->
         numbers = array(value)
         assert numbers is not None
         params.constants[value] = spec.from_range(numbers.min(initial=0), numbers.max(initial=0))
+    return params, findings
+
+
+def _choose_layers(plan: Plan, params: Params, sketches: Mapping[str, Sketch], recipe: Recipe) -> list[Finding]:
+    findings: list[Finding] = []
     shifts = Want.COLUMNS in CALIBRATORS[recipe.calibrator].want
     for layer in plan.layers:
         source = source_of(layer, params, sketches, clips=shifts)
@@ -62,7 +83,7 @@ def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) ->
         )
         params.layers.append(quantized)
         findings += notes
-    return params, findings
+    return findings
 
 
 def source_of(layer: Layer, params: Params, sketches: Mapping[str, Sketch], *, clips: bool) -> Source | None:

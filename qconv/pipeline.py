@@ -26,10 +26,11 @@ from qconv.graph import Model
 from qconv.layer_bits import as_toml
 from qconv.mixed import Ground, search
 from qconv.oddities import oddities
-from qconv.params import Params, choose_params
+from qconv.params import Params, choose_activations, choose_params
 from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import WISHED, is_layer, make_plan
+from qconv.ranges import LOOKS, tuned_ranges
 from qconv.recipe import Layout, Recipe
 from qconv.refine import EFFORTS, refine
 from qconv.report import Audit, Report, Verification
@@ -134,6 +135,11 @@ def quantize(
             floats = found_fastest.floats
             plan = make_plan(model, recipe, target, floats)
             run.findings.append(Change("tune", source.name, found_fastest.in_words()))
+    factors: Mapping[str, float] = {}
+    if recipe.tune_ranges and pictures.feed is not None:
+        with run.step("ranges"):
+            factors, told = _tuned(model, plan, sketches, pictures.feed, recipe, run)
+            run.findings += told
     mixed = None
     if recipe.searches and pictures.feed is not None:
         with run.step("search"):
@@ -142,7 +148,7 @@ def quantize(
             recipe, mixed = searched.recipe, searched.report
             plan = make_plan(model, recipe, target, floats)
     with run.step("params"):
-        params, found = choose_params(plan, sketches, recipe)
+        params, found = choose_params(plan, sketches, recipe, factors)
         run.findings += found
     if recipe.rounding == "second-order":
         with run.step("round"):
@@ -223,6 +229,16 @@ def _check_apart(out: Path | None, other: Path, option: str) -> None:
 def _embed(model: Model, layout: Layout, recipe: Recipe, pictures: Pictures) -> list[Finding]:
     """The model and its pictures change over to pixels."""
     return embed(model, pictures.take_pixels(layout), layout, exact=recipe.activation_bits > 8)
+
+
+def _tuned(
+    model: Model, plan: Plan, sketches: Mapping[str, Sketch], feed: Feed, recipe: Recipe, run: _Run
+) -> tuple[dict[str, float], list[Change]]:
+    """Factors on the ranges of activations, as the outputs gain from them."""
+    params, _ = choose_activations(plan, sketches, recipe)
+    looks = LOOKS[recipe.effort]
+    feeds = feed.first(looks.many, "read again")
+    return tuned_ranges(model, plan, params.activations, feeds, looks, recipe.threads, run.listener.progress)
 
 
 def _rounded(

@@ -245,11 +245,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "bias_correction": "measured",
         "rounding": "nearest",
         "equalize": False,
+        "tune_ranges": False,
     },
 }
 """Published recipes by name: fields of Recipe. `aciq-w4a4`: Banner et al. 2019, arXiv 1810.05723."""
 
 
+CALIBRATOR = "output-mse"
 WEIGHT_BITS = frozenset({*range(2, 9), 16})
 ACTIVATION_BITS = WEIGHT_BITS | {32}
 
@@ -300,6 +302,8 @@ class Recipe:
     activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
     equalize: scale channels of the float network where its quantization gains; takes a second pass over the pictures.
     None: where there are pictures, unless effort is fast; it is never None afterwards.
+    tune_ranges: choose ranges of activations by what the outputs lose, see `ranges`; None: where there are pictures,
+    unless effort is fast or a calibrator is given; it is never None afterwards.
     tune_latency: place layers by times that are measured on this machine, see `tune`.
     embed_preprocessing: the layout of the uint8 pixels that the result takes and normalises by itself; None: it takes
     what the float network takes.
@@ -323,7 +327,7 @@ class Recipe:
     target_size: float | None = None
     candidate_bits: tuple[int, ...] | None = None
     pack: bool = False
-    calibrator: str = "output-mse"
+    calibrator: str = CALIBRATOR
     percentile: float | None = None
     weight_calibrator: str = "max"
     effort: str = "balanced"
@@ -333,6 +337,7 @@ class Recipe:
     target: str = "ort-cpu"
     saturation_safe: bool | None = None
     equalize: bool | None = None
+    tune_ranges: bool | None = None
     tune_latency: bool = False
     keep_float: tuple[str, ...] = ()
     keep_float_op: tuple[str, ...] = ()
@@ -421,11 +426,13 @@ class Recipe:
         for name in ("stats", "save_stats", "save_layer_bits"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
-        if self.equalize is None:
-            object.__setattr__(self, "equalize", self.effort != "fast" and self.stats is None)
-        fact = "--equalize with --stats"
-        hint = "statistics are of the network as it is: leave one of them out."
-        _require(not self.equalize or self.stats is None, fact, hint)
+        own = self.calibrator == CALIBRATOR and self.bit_allocation in ("none", "weights")
+        for name, wanted in (("equalize", True), ("tune_ranges", own)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, wanted and self.effort != "fast" and self.stats is None)
+            fact = f"--{name.replace('_', '-')} with --stats"
+            hint = "it looks at pictures again, which statistics are not: leave one of them out."
+            _require(not getattr(self, name) or self.stats is None, fact, hint)
         self._check_target()
         _require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
         _require(

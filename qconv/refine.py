@@ -8,9 +8,9 @@ summed (moments.py), the weights solved and rounded (rounding.py) and the bias s
 
 A layer keeps its nearest codes where the new ones do not err less on rows that were kept apart.
 
-Activations of 8 bits and more are not rounded on the way. Their noise is no function of what a layer reads: weights that
-were solved anew for it could only shrink, layer after layer, and outputs with them. Fewer bits lose so much that to
-shrink is right.
+Activations of 8 bits and more are not rounded on the way. Their noise is no function of what a layer reads: weights
+that were solved anew for it could only shrink, layer after layer, and outputs with them. Fewer bits lose so much that
+to shrink is right.
 """
 
 from __future__ import annotations

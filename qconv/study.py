@@ -73,7 +73,9 @@ def study_samples(
     anything the user can mend.
     """
     started = time.perf_counter()
-    recipe = replace(recipe, equalize=False)  # scales differ from draw to draw, and would need all pictures again
+    recipe = replace(
+        recipe, equalize=False, tune_ranges=False
+    )  # scales differ from draw to draw, and would need all pictures again
     question, listener = question or Question(), listener or Listener()
     recipe = replace(recipe, effort="fast", rounding="nearest")
     source = source if isinstance(source, Source) else Source(str(source), Path(source))

@@ -8,6 +8,7 @@ whoever reads them, so that codes are held instead of floats four times as large
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,23 @@ from qconv.quant import QuantParams, QuantSpec
 from qconv.runtime import Session
 
 AT_ONCE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some nodes as a model of their own.
+
+    held: what it is fed, batch by batch. large: constants that it is fed as well. count: of batches.
+    """
+
+    proto: bytes
+    held: Mapping[str, Arrays]
+    large: Mapping[str, NDArray[Any]]
+    count: int
+
+    def feed(self, index: int) -> dict[str, NDArray[Any]]:
+        """What to run it on, of one batch."""
+        return {name: arrays[index] for name, arrays in self.held.items()} | dict(self.large)
 
 
 class Walk:
@@ -56,10 +74,10 @@ class Walk:
         spec = QuantSpec(8 * zero.dtype.itemsize, zero.dtype.kind == "i", symmetric=False)
         return self.at(node.inputs[0]), QuantParams(spec, scale, zero)
 
-    def _missing(self, value: Value) -> list[Node]:
-        """The nodes that must run for `value`, in order."""
+    def _missing(self, *values: Value) -> list[Node]:
+        """The nodes that must run for `values`, in order."""
         needed: set[Node] = set()
-        queue = [value]
+        queue = [*values]
         while queue:
             tensor = queue.pop()
             node = tensor.producer()
@@ -70,32 +88,39 @@ class Walk:
         return [node for node in self._model.nodes() if node in needed]
 
     def _run(self, nodes: list[Node], value: Value) -> None:
-        ran = set(nodes)
         self._done |= {node for node in nodes if not _is_cheap(node)}
         made = {result for node in nodes for result in node.outputs}
         wanted = [
             result for result in made if result is value or (not _is_cheap_value(result) and self._is_read(result))
         ]
         wanted.sort(key=lambda result: result.name or "")
-        read = {tensor for node in nodes for tensor in reads_of(node)} - made
-        inputs = [tensor for tensor in read if tensor in self._held]
-        inputs.sort(key=lambda tensor: tensor.name or "")
-        large = {t.name or "": numbers for t in read - set(inputs) if (numbers := _large(t)) is not None}
-        shapes = {t.name or "": _common(self._held[t]) for t in inputs} | {
-            n: (x.dtype, x.shape) for n, x in large.items()
-        }
-        proto = save.part(self._model, [node for node in self._model.nodes() if node in ran], shapes, wanted)
+        part = self._part(nodes, wanted)
         session = Session(
-            proto, name="a part of the model", threads=self._threads, at_once=AT_ONCE, integer_kernels=False
+            part.proto, name="a part of the model", threads=self._threads, at_once=AT_ONCE, integer_kernels=False
         )
-        del proto
         names = [result.name or "" for result in wanted]
-        feeds = ({t.name or "": self._held[t][index] for t in inputs} | large for index in range(self._count))
+        feeds = (part.feed(index) for index in range(self._count))
         made_of: dict[Value, list[Held]] = {result: [] for result in wanted}
-        for found in _each(session, names, feeds):
+        for found in each(session, names, feeds):
             for result, numbers in zip(wanted, found, strict=True):
                 made_of[result].append(self._store.put(numbers))
         self._held |= {result: Arrays(held) for result, held in made_of.items()}
+
+    def behind(self) -> Part:
+        """All that is still to be run for the model's outputs."""
+        outputs = list(self._model.graph.outputs)
+        return self._part(self._missing(*outputs), outputs)
+
+    def _part(self, nodes: Sequence[Node], outputs: Sequence[Value]) -> Part:
+        made = {result for node in nodes for result in node.outputs}
+        read = {tensor for node in nodes for tensor in reads_of(node)}.union(outputs) - made
+        inputs = sorted((tensor for tensor in read if tensor in self._held), key=lambda tensor: tensor.name or "")
+        large = {t.name or "": numbers for t in read - set(inputs) if (numbers := _large(t)) is not None}
+        held = {tensor.name or "": self._held[tensor] for tensor in inputs}
+        shapes = {name: _common(arrays) for name, arrays in held.items()} | {
+            name: (numbers.dtype, numbers.shape) for name, numbers in large.items()
+        }
+        return Part(save.part(self._model, nodes, shapes, outputs), held, large, self._count)
 
     def _is_read(self, value: Value) -> bool:
         """Whether a node that has not run yet reads it, through dequantizers or itself."""
@@ -116,7 +141,8 @@ class Walk:
                 held.drop()
 
 
-def _each(session: Session, names: list[str], feeds: Iterator[dict[str, NDArray[Any]]]) -> Iterator[list[NDArray[Any]]]:
+def each(session: Session, names: list[str], feeds: Iterator[dict[str, NDArray[Any]]]) -> Iterator[list[NDArray[Any]]]:
+    """What the session says of one feed after the other, some of them at once."""
     for future in ahead(lambda feed: session.run(names, feed), feeds, workers=session.at_once, depth=AT_ONCE + 1):
         yield future.result()
 

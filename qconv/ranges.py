@@ -1,0 +1,191 @@
+"""Ranges of activations chosen by what the network's outputs lose, measured on pictures.
+
+A tensor may reach far on a few places of a few pictures, where the network behind it makes nothing of that: a ReLU6
+has no use for more than 6. Neither the error of the tensor tells, nor that of the layer which reads it. So each group
+of tensors that share a range is rounded alone, in the float network, and what lies behind it is run:
+
+    noise(f) = sum over outputs of |y(f) - y|^2 / |y|^2          f: factor on both ends of the range
+
+Rounding errors of different tensors hardly correlate, so that their noises add up and each range can be chosen by
+itself. The network is walked once to see which of them matter, and once more to choose these. To cut a range hurts on
+the few pictures that reach beyond it: these are all tried, and some of the others stand for the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.behind import Behind
+from qconv.feed import spread
+from qconv.findings import Change
+from qconv.graph import Model, Value
+from qconv.held import Store
+from qconv.plan import Plan
+from qconv.quant import QuantParams
+from qconv.sensitivity import noise_of
+from qconv.walk import Walk
+
+STEP = "ranges"
+HELD = 2**27
+"""Bytes of tensors, and of outputs, that are held in memory."""
+SHARE = 0.005
+"""Part of all noise from which on a range matters."""
+NARROWER, WIDER = 0.75, 1.25
+"""Steps of the search."""
+WORTHWHILE = 0.98
+"""Noise after a step over noise before, at most, for another to be tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """How many pictures show which ranges matter (few) and are walked to choose these (many), and on how many of those
+    each factor is tried: on so many where the tensor reaches farthest (far), and so many of the others (near)."""
+
+    few: int
+    many: int
+    far: int
+    near: int
+
+
+LOOKS = {
+    "fast": Looks(2, 64, 4, 4),  # chosen with --tune-ranges
+    "balanced": Looks(2, 64, 4, 4),
+    "best": Looks(4, 128, 16, 16),
+}
+
+TINY = 1e-300
+Float64 = NDArray[np.float64]
+Feed = dict[str, NDArray[Any]]
+Outputs = list[list[NDArray[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors with one range. first: the one that is there first."""
+
+    first: Value
+    members: tuple[Value, ...]
+    params: QuantParams
+
+
+def tuned_ranges(
+    model: Model,
+    plan: Plan,
+    activations: Mapping[Value, QuantParams],
+    feeds: Sequence[Feed],
+    looks: Looks,
+    threads: int | None,
+    progress: Callable[[str, int, int], None],
+) -> tuple[dict[str, float], list[Change]]:
+    """The factor of every range that gains from one, by the names of the tensors that share it.
+
+    model: the folded float network. activations: what is known so far. feeds: pictures, batch by batch.
+    """
+    groups = _groups(model, plan, activations)
+    few, many = (spread(feeds, count) for count in (looks.few, looks.many))
+    noises = []
+    for done, (group, noise) in enumerate(_rounded_alone(model, groups, few, (looks.few, 0), threads)):
+        progress(STEP, done, 2 * len(groups))
+        noises.append(noise(group.params))
+    whole = sum(noises)
+    weighty = {group.first: noise for group, noise in zip(groups, noises, strict=True) if noise > SHARE * whole}
+    chosen = [group for group in groups if group.first in weighty]
+    factors: dict[str, float] = {}
+    told: list[Change] = []
+    for done, (group, noise) in enumerate(_rounded_alone(model, chosen, many, (looks.far, looks.near), threads)):
+        progress(STEP, len(groups) + done * len(groups) // len(chosen), 2 * len(groups))
+        factor, change = _best(noise, group.params)
+        if factor != 1:
+            factors |= dict.fromkeys((value.name or "" for value in group.members), factor)
+            what = f"range times {factor:.2f}: its noise at the outputs, {weighty[group.first] / whole:.1%} of all"
+            told.append(Change(STEP, group.first.name or "", f"{what}, {change:+.1f} dB", "range set by the outputs"))
+    progress(STEP, 2 * len(groups), 2 * len(groups))
+    return factors, told
+
+
+def _groups(model: Model, plan: Plan, activations: Mapping[Value, QuantParams]) -> list[Group]:
+    """Those with one scale and up to 8 bits, in graph order: 16 bits have room for everything."""
+    made = [*model.graph.inputs, *(value for node in model.nodes() for value in node.outputs)]
+    order = {value: index for index, value in enumerate(made)}
+    found: dict[Value, Group] = {}
+    for value, members in plan.group_of().items():
+        params = activations[value]
+        known = tuple(sorted((member for member in members if member in order), key=order.__getitem__))
+        if known and value not in plan.given and not params.scale.ndim and params.spec.bits <= 8:
+            found[known[0]] = Group(known[0], known, params)
+    return sorted(found.values(), key=lambda group: order[group.first])
+
+
+def _rounded_alone(
+    model: Model, groups: Sequence[Group], feeds: Sequence[Feed], looks: tuple[int, int], threads: int | None
+) -> Iterator[tuple[Group, Callable[[QuantParams], float]]]:
+    """Each group with what tells the noise at the outputs where it alone is rounded."""
+    if not groups:
+        return
+    outputs = [value.name or "" for value in model.graph.outputs]
+    with contextlib.closing(Store(HELD)) as store:
+        start = Behind(Walk(model, feeds, store, threads=threads).behind(), outputs, (), threads=threads)
+        clean = _no_more_than(HELD, start.run(range(len(feeds))))
+        del start
+        walk = Walk(model, feeds[: len(clean)], store, threads=threads)
+        for group in groups:
+            picked = _picked(_reach(walk.at(group.first), group.params), *looks)
+            names = [value.name or "" for value in group.members]
+            behind = Behind(walk.behind(), outputs, names, group.params.spec, threads=threads)
+            yield group, partial(_noise, clean, behind, picked)
+
+
+def _reach(arrays: Iterable[NDArray[Any]], params: QuantParams) -> Float64:
+    """How far each batch goes, as a share of what has codes, (batches,)."""
+    low, high = (max(abs(float(end)), TINY) for end in params.code_range())
+    return np.array([max(float(x.max(initial=0)) / high, -float(x.min(initial=0)) / low) for x in arrays])
+
+
+def _picked(reach: Float64, far: int, near: int) -> dict[int, float]:
+    """Batches with how many each stands for: those that reach farthest for themselves, some others for the rest."""
+    order = np.argsort(-reach, kind="stable")
+    rest = np.sort(order[far:])
+    some = rest[np.arange(near) * len(rest) // near] if 0 < near < len(rest) else rest
+    return dict.fromkeys(order[:far].tolist(), 1.0) | dict.fromkeys(some.tolist(), len(rest) / max(1, len(some)))
+
+
+def _noise(clean: Outputs, behind: Behind, picked: Mapping[int, float], params: QuantParams) -> float:
+    """Mean over the pictures for which those that are picked stand."""
+    found = zip(picked.items(), behind.run(picked, params), strict=True)
+    return sum(weight * noise_of([clean[index]], [got]) for (index, weight), got in found) / sum(picked.values())
+
+
+def _no_more_than(most: int, outputs: Iterator[list[NDArray[Any]]]) -> Outputs:
+    """The first of them, one at least, that go into so many bytes."""
+    found: Outputs = []
+    size = 0
+    for arrays in outputs:
+        found.append(arrays)
+        size += sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+        if size >= most:
+            break
+    return found
+
+
+def _best(noise: Callable[[QuantParams], float], params: QuantParams) -> tuple[float, float]:
+    """The factor with the least noise, and what it makes of it, in dB."""
+    tried = {1.0: noise(params)}
+    for step in (NARROWER, WIDER):
+        factor, before = 1.0, tried[1.0]
+        while before > 0:
+            factor *= step
+            tried[factor] = noise(params.with_scale(np.asarray(params.scale * factor, np.float32)))
+            if tried[factor] > WORTHWHILE * before:
+                break
+            before = tried[factor]
+        if factor < NARROWER:  # narrower is better: wider is not
+            break
+    best = min(tried, key=tried.__getitem__)
+    return best, 10 * float(np.log10(max(tried[best], TINY) / max(tried[1.0], TINY)))
