@@ -13,6 +13,7 @@ from pathlib import Path
 
 import qconv
 from qconv import fold, load, save
+from qconv.apart import in_words, round_apart
 from qconv.audit import Known, audit, profiled
 from qconv.balance import balance
 from qconv.embed import embed
@@ -129,6 +130,12 @@ def quantize(
         sketches = as_it_is if as_it_is and not moved else pictures.sketches(model, plans, recipe)
         for oddity in oddities(sketches):
             run.warn(oddity)
+    with run.step("plan"):
+        apart = round_apart(model, plan)
+        if apart:
+            run.findings += in_words(apart)
+            sketches = {**sketches, **{copy: sketches[name] for name, copy in apart.items()}}
+            plan = make_plan(model, recipe, target, floats)
     if recipe.tune_latency:
         with run.step("tune"):
             found_fastest = tuned(model, recipe, sketches, pictures.fed, pictures.size, run.listener.progress)

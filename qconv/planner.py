@@ -293,7 +293,7 @@ class _Planner:
         symmetric = recipe.activation_scheme is Scheme.SYMMETRIC
         for value in self._in_graph_order():
             group = group_of.get(value, (value,))
-            bits = max((wishes[m] for m in group if m in wishes), default=recipe.activation_bits)
+            bits = max((wishes[m] for m in group if m in wishes), default=max(recipe.activation_bits, 8))
             whole = PerTensor() if value not in apart or len(group) > 1 or bits >= 8 else PerChannel(1)
             spec = QuantSpec(bits, self.target.signed, symmetric, whole)
             self.plan.activations[value] = Choice(spec, self.quantized[value])
@@ -309,7 +309,7 @@ class _Planner:
                         )
 
     def _activation_wishes(self) -> dict[Value, int]:
-        """The most bits that any layer wants of the tensor that it reads."""
+        """The most bits that any layer wants of the tensor that it reads; what none reads has 8 at least."""
         recipe = self.recipe
         found: dict[Value, int] = {}
         for layer in self.plan.layers:

@@ -56,6 +56,7 @@ RULES: dict[str, Rule] = {
     "Mul": Computing(data=2, float_in_tail=True),
     "AveragePool": Computing(),
     "GlobalAveragePool": Computing(),
+    "Identity": Computing(),  # see `apart`
     "LeakyRelu": Computing(),
     "Sigmoid": Computing(float_in_tail=True),
     "Softmax": Computing(float_in_tail=True),
