@@ -47,9 +47,10 @@ EXACT_DB = 60.0
 CHECKED_PICTURES = 8
 
 
-def balance(model: Model, plan: Plan, feed: Feed, threads: int | None) -> list[Finding]:
+def balance(model: Model, plan: Plan, feed: Feed, most: int | None, threads: int | None) -> list[Finding]:
     """Scale the channels of a folded model's tensors as its quantization by `plan` gains most.
 
+    most: batches that are looked at; None for all.
     The model computes what it did, up to rounding. Where its outputs would move more, nothing is done.
     """
     streams = find_streams(model)
@@ -58,7 +59,7 @@ def balance(model: Model, plan: Plan, feed: Feed, threads: int | None) -> list[F
     taps = _taps(plan, streams, {candidate.result for candidate in could})
     if not taps or (bool(streams.fixed.all()) and not could):
         return list(left)
-    channels = seen_by_channel(watch_apart(observer(model, taps, threads), taps, feed.all(STEP)))
+    channels = seen_by_channel(watch_apart(observer(model, taps, threads), taps, islice(feed.all(STEP), most)))
     done = [*absorb(model, could, channels), *_scaled(model, plan, Seen(streams, channels), feed, threads)]
     return [*done, *left]
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
+from qconv.parts import HIGH, LOW, SCALE, ZERO, raw, round_within
 from qconv.quant import QuantParams, QuantSpec
 from qconv.runtime import Session
 from qconv.walk import AT_ONCE, Part, each
-
-RAW = "_not_rounded"
-LOW, HIGH, SCALE, ZERO = "rounded_low", "rounded_high", "rounded_scale", "rounded_zero"
 
 
 class Behind:
@@ -34,16 +31,11 @@ class Behind:
         threads: int | None,
     ) -> None:
         self._part, self._outputs = part, list(outputs)
-        model = onnx.load_from_string(part.proto)
-        steps = {name: _copied(name) for name in outputs if name in part.held} | {n: _rounding(n) for n in rounded}
-        self._raw = frozenset(steps)
-        _insert(model.graph, steps)
-        if spec is not None:
-            code = onnx.helper.np_dtype_to_tensor_dtype(spec.dtype)
-            kinds = dict.fromkeys((LOW, HIGH, SCALE), onnx.TensorProto.FLOAT) | {ZERO: code}
-            model.graph.input.extend(onnx.helper.make_tensor_value_info(n, kind, ()) for n, kind in kinds.items())
+        passed = [name for name in outputs if name in part.held and name not in rounded]
+        round_within(part.proto, rounded, passed, None if spec is None else spec.dtype)
+        self._raw = frozenset((*rounded, *passed))
         self._session = Session(
-            model.SerializeToString(),
+            part.proto.SerializeToString(),
             name="a part of the model",
             threads=threads,
             at_once=AT_ONCE,
@@ -60,37 +52,4 @@ class Behind:
         return each(self._session, self._outputs, (self._feed(index) | own for index in batches))
 
     def _feed(self, index: int) -> dict[str, NDArray[Any]]:
-        return {_raw(name, self._raw): x for name, x in self._part.feed(index).items()}
-
-
-def _raw(name: str, raw: Collection[str]) -> str:
-    return name + RAW if name in raw else name
-
-
-def _insert(graph: onnx.GraphProto, steps: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
-    """Put nodes behind whatever feeds or makes the tensors of these names; who reads them reads what comes of it."""
-    nodes: list[onnx.NodeProto] = []
-    for value in graph.input:
-        nodes += steps.get(value.name, ())
-        value.name = _raw(value.name, steps)
-    for node in graph.node:
-        made = list(node.output)
-        del node.output[:]
-        node.output.extend(_raw(name, steps) for name in made)
-        nodes += [node, *(step for name in made for step in steps.get(name, ()))]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
-
-
-def _copied(name: str) -> list[onnx.NodeProto]:
-    return [onnx.helper.make_node("Identity", [name + RAW], [name])]
-
-
-def _rounding(name: str) -> list[onnx.NodeProto]:
-    inside, codes = f"{name}_inside", f"{name}_codes"
-    return [
-        onnx.helper.make_node("Clip", [name + RAW, LOW, HIGH], [inside]),
-        onnx.helper.make_node("QuantizeLinear", [inside, SCALE, ZERO], [codes]),
-        onnx.helper.make_node("DequantizeLinear", [codes, SCALE, ZERO], [name]),
-    ]
+        return {raw(name, self._raw): x for name, x in self._part.feed(index).items()}

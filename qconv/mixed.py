@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from qconv import save
 from qconv.assign import Assignment, Layer, assignment, curve, filled
-from qconv.calibrators import CALIBRATORS
 from qconv.errors import QconvError
 from qconv.evaluate import class_vector
 from qconv.feed import Batch, Feed
@@ -37,7 +36,7 @@ from qconv.report import MixedPrecision, SizePoint, Verification
 from qconv.runtime import Session
 from qconv.scored import Outputs, Scored, score_float
 from qconv.sensitivity import FLOAT, Network, sensitivities
-from qconv.sketch import Sketch, Want
+from qconv.sketch import Sketch
 from qconv.targets import TARGETS
 from qconv.trial import carried_out
 from qconv.verify import sqnr_db
@@ -88,8 +87,7 @@ def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> F
     names = list(wishes)
     plan = make_plan(ground.folded, recipe, TARGETS[recipe.target], ground.floats)
     params, _ = choose_params(plan, ground.sketches, recipe)
-    clips = Want.COLUMNS in CALIBRATORS[recipe.calibrator].want
-    network = Network(ground.folded, plan, params, ground.sketches, recipe, clips)
+    network = Network(ground.folded, plan, params, ground.sketches, recipe)
     batches = list(_first(ground.feed.few("pictures"), PICTURES))
     known = sensitivities(network, wishes, batches, lambda done, total: progress("layers", done, total))
     layers = [known[name] for name in names]

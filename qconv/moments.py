@@ -39,12 +39,13 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """means: m_f and m_q, (G, K). kept: rows of both networks (G, n, K), means of all rows removed."""
+    """means: m_f and m_q, (G, K). kept: rows of both networks (G, n, K), means of all others removed. count: of those."""
 
     blocks: list[Block]
     float_mean: Float64
     mean: Float64
     kept: tuple[Float32, Float32]
+    count: int
 
 
 def moments(pairs: Iterable[tuple[Float32, Float32]]) -> Moments:
@@ -122,4 +123,4 @@ class _Sums:
             np.concatenate([pieces[side] for pieces in kept] or [empty], axis=1) - centre[:, None].astype(np.float32)
             for side, centre in enumerate((float_mean, mean))
         ]
-        return Moments(blocks, float_mean, mean, (apart[0], apart[1]))
+        return Moments(blocks, float_mean, mean, (apart[0], apart[1]), self._rows)

@@ -68,9 +68,8 @@ def choose_activations(
 
 def _choose_layers(plan: Plan, params: Params, sketches: Mapping[str, Sketch], recipe: Recipe) -> list[Finding]:
     findings: list[Finding] = []
-    shifts = Want.COLUMNS in CALIBRATORS[recipe.calibrator].want
     for layer in plan.layers:
-        source = source_of(layer, params, sketches, clips=shifts)
+        source = source_of(layer, params, sketches)
         if source is not None:
             params.sources[layer.node] = source
         quantized, notes = quantize_layer(
@@ -86,13 +85,13 @@ def _choose_layers(plan: Plan, params: Params, sketches: Mapping[str, Sketch], r
     return findings
 
 
-def source_of(layer: Layer, params: Params, sketches: Mapping[str, Sketch], *, clips: bool) -> Source | None:
-    """What a layer reads; None where that stays float. clips: whether its bias takes back clipped means."""
+def source_of(layer: Layer, params: Params, sketches: Mapping[str, Sketch]) -> Source | None:
+    """What a layer reads; None where that stays float."""
     if layer.data is None:
         return None
     # a sketch's channels are those of axis 1, which a MatMul does not sum over
     known = None if layer.node.op_type == "MatMul" else sketches.get(layer.data.name or "")
-    return Source(params.activations[layer.data], known, clips=clips)
+    return Source(params.activations[layer.data], known)
 
 
 def _ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[Value, Range]:

@@ -44,6 +44,8 @@ from qconv.targets import TARGETS, Target
 from qconv.tune import tuned
 from qconv.verify import gates, verify
 
+EQUALIZED_ON = 64
+"""Pictures that channels are watched on, but for the best effort, which watches all."""
 SLOWER = 1.05
 """Times of the float model from which on a result is called slower: less is noise."""
 
@@ -216,7 +218,8 @@ def _balanced(model: Model, plan: Plan, recipe: Recipe, pictures: Pictures) -> l
     """Channels are scaled where that is wanted and can be watched."""
     if not recipe.equalize or pictures.feed is None:
         return []
-    return balance(model, plan, pictures.feed, recipe.threads)
+    most = None if recipe.effort == "best" else -(-EQUALIZED_ON // pictures.feed.batch)
+    return balance(model, plan, pictures.feed, most, recipe.threads)
 
 
 def check_output(source: Source, out: Path, data: set[Path]) -> None:
@@ -261,7 +264,8 @@ def _rounded(
     effort = EFFORTS[recipe.effort]
     if pictures.feed is None:
         return [Skipped("round", "all layers", "statistics do not say how inputs go together; pass pictures, too")]
-    feeds = pictures.feed.first(effort.pictures, "read again")
+    narrow = min(layer.layer.weight.bits for layer in params.layers) < 8
+    feeds = pictures.feed.first(effort.pictures if narrow else effort.pictures // 2, "read again")
     return refine(model, plan, params, feeds, recipe, effort, floats, run.listener.progress)
 
 

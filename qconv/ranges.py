@@ -35,7 +35,7 @@ from qconv.walk import Walk
 STEP = "ranges"
 HELD = 2**27
 """Bytes of tensors, and of outputs, that are held in memory."""
-SHARE = 0.005
+SHARE = 0.01
 """Part of all noise from which on a range matters."""
 NARROWER, WIDER = 0.75, 1.25
 """Steps of the search."""

@@ -3,10 +3,10 @@
     error(range) = sqrt(tails) * sum over channels c of |w_c|^2 * (Var[e_c] + MEAN_COUNTS E[e_c]^2),   e = fake(x) - x
     tails = expected square of e by the histogram / mean square of e on the columns
 
-|w_c|^2 is the sum of squares of all weights that channel c meets. The variance more than the mean: a mean shift of an
-output goes into its bias (`mean_shift` says how large it is). Both are taken over the columns that the sketch kept, all
-channels at some places of some pictures; errors of different channels and places count as independent. So a channel
-that nobody weighs much may be clipped.
+|w_c|^2 is the sum of squares of all weights that channel c meets. The variance more than the mean: the same offset on
+all places hurts least. Both are taken over the columns that the sketch kept, all channels at some places of some
+pictures; errors of different channels and places count as independent. So a channel that nobody weighs much may be
+clipped.
 
 The columns are few and miss most of the tails, which the histogram has. How much these should count was measured over
 all models and 8, 6 and 4 bits: not at all agrees better on some networks and loses much on others, in full is the
@@ -77,8 +77,3 @@ def _lost(columns: NDArray[np.float32], params: QuantParams) -> tuple[Float64, F
         squares[k] = np.einsum("nc,nc->c", lost, lost) / count
         means[k] = ones @ lost / count
     return squares, means
-
-
-def mean_shift(columns: NDArray[np.float32], params: QuantParams) -> Float64:
-    """E[fake(x) - x] of each channel on the columns (n, C): what clipping and rounding do to its mean, (C,)."""
-    return np.asarray((params.fake(columns) - columns).mean(axis=0, dtype=np.float64))

@@ -46,7 +46,7 @@ Float64 = NDArray[np.float64]
 HELD = 2**27
 """Bytes of tensors between two layers that each of both networks holds in memory; more go to temporary files."""
 MOST_WIDENINGS = 8
-RIDGES = (64.0, 16.0, 4.0, 1.0, 0.3)
+RIDGES = (16.0, 4.0, 1.0, 0.3)
 ENOUGH_ROWS = 64
 """Rows kept apart from which on they choose for each output alone; fewer for all of a layer together."""
 FEWEST_ROWS = 4
@@ -55,7 +55,10 @@ FEWEST_ROWS = 4
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is spent on it. pictures: at most. rows: for each input of a layer; most_rows: of any.
+    """How much is spent on it.
+
+    pictures: at most; half as many where no weights have fewer than 8 bits. rows: for each input of a layer; most_rows:
+    of any.
 
     most_weights: of layers of 8 bits; larger ones keep their nearest codes.
     factors: on scales, tried out for each output. refits: how often scales are fitted to the codes and these rounded
@@ -342,7 +345,8 @@ class _Refiner:
         found = np.empty(wanted.shape, params.spec.dtype)
         for block in seen.blocks:
             weight, columns = wanted[:, :, block.part].astype(np.float64), grid.part(block.part)
-            codes = rounding.second_order(weight, block.hessian, columns)
+            damping = rounding.damping_of(weight.shape[2], seen.count)
+            codes = rounding.second_order(weight, block.hessian, columns, damping=damping)
             if self.effort.sweeps:
                 codes = rounding.descended(codes, weight, block.hessian, columns, sweeps=self.effort.sweeps)
             found[:, :, block.part] = codes

@@ -32,8 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
-DAMPING = 0.1
-"""Share of the mean of H's diagonal that is added to it: what is rounded must not lean on what few rows say."""
+DAMPING = 0.01
+"""Share of the mean of H's diagonal that is added to it at least."""
 BLOCK = 64
 """Columns that are rounded before their errors are carried on to all others at once."""
 
@@ -97,6 +97,14 @@ def second_order(weight: Float64, hessian: Float64, grid: Grid, *, damping: floa
     codes = np.empty_like(found)
     np.put_along_axis(codes, np.broadcast_to(order[:, None], found.shape), found, axis=2)
     return codes
+
+
+def damping_of(inputs: int, rows: int) -> float:
+    """What is added to H for what n rows leave unsaid of it, as a share of the mean of its diagonal.
+
+    Of K inputs, n rows show those directions that hardly vary as smaller than they are, by about K / n.
+    """
+    return DAMPING + inputs / max(1, rows)
 
 
 def upper_factor(matrix: Float64) -> Float64:

@@ -15,16 +15,15 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from qconv.errors import QconvError
-from qconv.graph import Model, Node, Value, ir, reads_of, tensor_proto
+from qconv.graph import Model, Node, ir, tensor_proto
 from qconv.source import tensors
 
 PROTOBUF_LIMIT = 2**31 - 2**20
@@ -251,38 +250,7 @@ def moments_of(model: Model, tensors: Iterable[str]) -> bytes | None:
         [tensor_proto(value) for value in weights],
     )
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
-    proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
-    data: bytes = proto.SerializeToString()
-    return data
-
-
-def part(
-    model: Model,
-    nodes: Sequence[Node],
-    inputs: Mapping[str, tuple[np.dtype[Any], Sequence[int | None]]],
-    outputs: Sequence[Value],
-) -> bytes:
-    """Some nodes of the model in their order, as ONNX Runtime takes them. inputs: type and shape of what is fed.
-
-    Raises ValueError where the constants they read are more than one protobuf can hold.
-    """
-    read = {value.name: value for node in nodes for value in reads_of(node)}
-    graph = onnx.helper.make_graph(
-        [ir.serde.serialize_node(node) for node in nodes],
-        "part",
-        [
-            onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(kind), shape)
-            for name, (kind, shape) in inputs.items()
-        ],
-        [ir.serde.serialize_value(value) for value in outputs],
-        [tensor_proto(value) for name, value in read.items() if value.is_initializer() and name not in inputs],
-    )
-    for output in graph.output:  # what was inferred may be wrong for the batch at hand
-        output.type.tensor_type.ClearField("shape")
-    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
-    proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
-    data: bytes = proto.SerializeToString()
-    return data
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
 
 
 def _leading_to(model: Model, tensors: set[str]) -> list[Node]:

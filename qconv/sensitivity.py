@@ -46,7 +46,6 @@ class Network:
     params: Params
     sketches: Mapping[str, Sketch]
     recipe: Recipe
-    clips: bool
 
 
 def sensitivities(
@@ -103,7 +102,7 @@ def noise_of(expected: Sequence[Outputs], got: Iterable[Outputs]) -> float:
 def _quantized(network: Network, layer: Planned, bits: int) -> LayerParams:
     """The layer as `params.choose_params` makes it, with other bits."""
     recipe = network.recipe
-    source = source_of(layer, network.params, network.sketches, clips=network.clips)
+    source = source_of(layer, network.params, network.sketches)
     apart = recipe.allocates_weights and isinstance(layer.weight.granularity, PerChannel) and bits < 8
     narrow = replace(layer, weight=replace(layer.weight, bits=bits), own_bits=apart)
     found, _ = quantize_layer(

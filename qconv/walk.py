@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import save
 from qconv.ahead import ahead
 from qconv.graph import Model, Node, Value, array, input_of, reads_of
 from qconv.held import Arrays, Held, Store
+from qconv.parts import Proto, part
 from qconv.quant import QuantParams, QuantSpec
 from qconv.runtime import Session
 
@@ -31,7 +31,7 @@ class Part:
     held: what it is fed, batch by batch. large: constants that it is fed as well. count: of batches.
     """
 
-    proto: bytes
+    proto: Proto
     held: Mapping[str, Arrays]
     large: Mapping[str, NDArray[Any]]
     count: int
@@ -94,12 +94,16 @@ class Walk:
             result for result in made if result is value or (not _is_cheap_value(result) and self._is_read(result))
         ]
         wanted.sort(key=lambda result: result.name or "")
-        part = self._part(nodes, wanted)
+        own = self._part(nodes, wanted)
         session = Session(
-            part.proto, name="a part of the model", threads=self._threads, at_once=AT_ONCE, integer_kernels=False
+            own.proto.SerializeToString(),
+            name="a part of the model",
+            threads=self._threads,
+            at_once=AT_ONCE,
+            integer_kernels=False,
         )
         names = [result.name or "" for result in wanted]
-        feeds = (part.feed(index) for index in range(self._count))
+        feeds = (own.feed(index) for index in range(self._count))
         made_of: dict[Value, list[Held]] = {result: [] for result in wanted}
         for found in each(session, names, feeds):
             for result, numbers in zip(wanted, found, strict=True):
@@ -120,7 +124,7 @@ class Walk:
         shapes = {name: _common(arrays) for name, arrays in held.items()} | {
             name: (numbers.dtype, numbers.shape) for name, numbers in large.items()
         }
-        return Part(save.part(self._model, nodes, shapes, outputs), held, large, self._count)
+        return Part(part(self._model, nodes, shapes, outputs), held, large, self._count)
 
     def _is_read(self, value: Value) -> bool:
         """Whether a node that has not run yet reads it, through dequantizers or itself."""

@@ -18,7 +18,6 @@ from qconv.findings import Change, Finding
 from qconv.graph import array, attribute, input_of
 from qconv.plan import Layer
 from qconv.quant import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, extremes
-from qconv.readers import mean_shift
 from qconv.sketch import Sketch
 from qconv.targets import Target
 from qconv.weight_ranges import WEIGHT_RANGES
@@ -47,7 +46,6 @@ class Source:
 
     params: QuantParams
     sketch: Sketch | None
-    clips: bool = False
 
     def channel_codes(self, channels: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The least and the largest code of each of `channels` channels on the calibration pictures."""
@@ -185,7 +183,11 @@ def _corrected(
     rounded: NDArray[np.float32],
     source: Source,
 ) -> NDArray[np.floating] | None:
-    """The bias less what rounding, and clipping what the layer reads, do to the means of its outputs."""
+    """The bias less what rounding does to the means of its outputs.
+
+    What clipping does to the inputs' means is left alone: few places are clipped, where the network behind makes little
+    of the rest, and to lift all others for them only loses.
+    """
     channels = input_channels(layer)
     sketch = source.of(channels)
     if sketch is None:
@@ -196,10 +198,6 @@ def _corrected(
     seen = 1 / np.prod(attribute(layer.node, "strides", [1])) if layer.node.op_type == "ConvTranspose" else 1.0
     error = (weight - rounded).reshape(stored.shape)
     shift = seen * bias_correction.correction(error, sketch.means, groups=groups, output_axis=axis)
-    if sketch.columns.size and source.clips:
-        moved = mean_shift(sketch.columns.reshape(-1, channels), source.params)
-        read = rounded.reshape(stored.shape)
-        shift -= seen * bias_correction.correction(read, moved, groups=groups, output_axis=axis)
     return (shift if bias is None else bias + shift).astype(np.float32)
 
 

@@ -13,7 +13,7 @@ from qconv import clipping, entropy
 from qconv.calibrators import AVERAGING, CALIBRATORS, Hints
 from qconv.layers import Layer
 from qconv.quant import QuantSpec
-from qconv.readers import least_at_outputs, mean_shift, powers_of
+from qconv.readers import least_at_outputs, powers_of
 from qconv.recipe import CALIBRATORS as NAMES
 from qconv.sketch import Sketch, Sketcher, View, Want, histogram_of
 
@@ -167,10 +167,3 @@ def test_a_constant_channel_keeps_its_value() -> None:
     x[1:] = 0
     high = chosen("output-mse", sketch(x, x), readers=(layer(1, 8, 4, 1),))[1]
     assert high == pytest.approx(3.0, rel=0.01)
-
-
-def test_the_mean_shift_is_what_clipping_does_to_each_channel() -> None:
-    """Of 0, 1, 2 and 6 in steps of 1 up to 3: the last loses 3, a quarter of that in the mean."""
-    params = QuantSpec(2, signed=False, symmetric=False).from_range(0.0, 3.0)
-    columns = np.float32([[0, 0], [1, 1], [2, 2], [6, 3]])
-    assert mean_shift(columns, params).tolist() == [-0.75, 0.0]

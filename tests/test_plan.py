@@ -91,6 +91,7 @@ BETWEEN: dict[str, tuple[str, dict[str, Constant]]] = {
     "Mul": ("d = Conv(x, v) a = Mul(c, d)", {"v": (4, 3, 1, 1)}),
     "AveragePool": ("a = AveragePool<kernel_shape=[2,2]>(c)", {}),
     "GlobalAveragePool": ("a = GlobalAveragePool(c)", {}),
+    "Identity": ("a = Identity(c)", {}),
     "LeakyRelu": ("a = LeakyRelu(c)", {}),
     "Sigmoid": ("a = Sigmoid(c)", {}),
     "Softmax": ("a = Softmax<axis=1>(c)", {}),
@@ -404,10 +405,13 @@ CHAIN = network(
 
 
 def test_edges_keep_their_bits() -> None:
-    """Weights and input of the first and the last layer have at least the edge bits; what lies between does not."""
+    """Weights and input of the first and the last layer have at least the edge bits; what lies between does not.
+
+    What no layer reads has 8.
+    """
     planned = Planned(CHAIN, Recipe(weight_bits=3, activation_bits=4, edge_bits=7))
     assert [planned.layer(name).weight.bits for name in "cdey"] == [7, 3, 3, 7]
-    assert {name: planned.bits(name) for name in "xcdmey"} == {"x": 7, "c": 4, "d": 4, "m": 4, "e": 7, "y": 4}
+    assert {name: planned.bits(name) for name in "xcdmey"} == {"x": 7, "c": 4, "d": 4, "m": 4, "e": 7, "y": 8}
 
 
 def test_edge_bits_lower_nothing() -> None:
@@ -445,9 +449,10 @@ def test_specs_follow_the_recipe(bits: int, scheme: Scheme) -> None:
     symmetric = scheme is Scheme.SYMMETRIC
     for layer in planned.plan.layers:
         assert (layer.weight.bits, layer.weight.signed, layer.weight.symmetric) == (bits, True, symmetric)
-    for choice in planned.plan.activations.values():
+    for value, choice in planned.plan.activations.items():
         assert choice.spec is not None
-        assert (choice.spec.bits, choice.spec.signed, choice.spec.symmetric) == (bits, False, symmetric)
+        own = max(bits, 8) if value.name == "y" else bits  # which no layer reads
+        assert (choice.spec.bits, choice.spec.signed, choice.spec.symmetric) == (own, False, symmetric)
         assert choice.spec.granularity == PerTensor()
 
 

@@ -42,7 +42,7 @@ def grounds(**options: object) -> Network:
     with tapped(model, taps) as runnable:
         sketches = watch(Session(runnable, threads=1), taps, batches())
     params, _ = choose_params(plan, sketches, recipe)
-    return Network(model, plan, params, sketches, recipe, clips=False)
+    return Network(model, plan, params, sketches, recipe)
 
 
 def replaced(weight: str, numbers: NDArray[np.float32]) -> onnx.ModelProto:
