@@ -46,7 +46,7 @@ Float64 = NDArray[np.float64]
 HELD = 2**27
 """Bytes of tensors between two layers that each of both networks holds in memory; more go to temporary files."""
 MOST_WIDENINGS = 8
-RIDGES = (16.0, 4.0, 1.0, 0.3)
+RIDGES = (64.0, 16.0, 4.0, 1.0, 0.3)
 ENOUGH_ROWS = 64
 """Rows kept apart from which on they choose for each output alone; fewer for all of a layer together."""
 FEWEST_ROWS = 4

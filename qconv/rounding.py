@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
-DAMPING = 0.01
+DAMPING = 0.05
 """Share of the mean of H's diagonal that is added to it at least."""
 BLOCK = 64
 """Columns that are rounded before their errors are carried on to all others at once."""
@@ -102,9 +102,10 @@ def second_order(weight: Float64, hessian: Float64, grid: Grid, *, damping: floa
 def damping_of(inputs: int, rows: int) -> float:
     """What is added to H for what n rows leave unsaid of it, as a share of the mean of its diagonal.
 
-    Of K inputs, n rows show those directions that hardly vary as smaller than they are, by about K / n.
+    Of K inputs, n rows show those directions that hardly vary as smaller than they are, by about K / n, and rows of one
+    picture are alike.
     """
-    return DAMPING + inputs / max(1, rows)
+    return DAMPING + 2 * inputs / max(1, rows)
 
 
 def upper_factor(matrix: Float64) -> Float64:

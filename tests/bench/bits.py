@@ -48,7 +48,7 @@ from tests.bench.variants import (
 )
 
 MODELS = tuple(case.name for case in CASES if case.labels)
-SOLVE = ("equalize", "round")  # of the stages in --json's "time"
+SOLVE = ("equalize", "ranges", "round")  # of the stages in --json's "time"
 THREADS = 2
 VERSIONS = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('nncf', 'onnx', 'onnxruntime')))"
 KEY = ("model", "granularity", "setting", "variant", "pictures", "tests")

@@ -76,7 +76,7 @@ class Peer:
 NEAREST = ("--effort", "fast", "--rounding", "nearest")
 
 VARIANTS: tuple[Variant, ...] = (
-    Variant("naive", "round to nearest, min-max", ("--rounding", "nearest", "--calibrator", "minmax")),
+    Variant("naive", "round to nearest, min-max", ("--effort", "fast", "--calibrator", "minmax")),
     Variant("nearest", "round to nearest, ranges by output-mse", pinned=NEAREST),
     Variant("aciq", "Banner et al.'s recipe", ("--recipe-name", "aciq-w4a4"), settings=(setting("W4A4"),)),
     Variant("balanced", "second-order rounding", ("--effort", "balanced")),
