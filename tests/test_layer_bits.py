@@ -211,7 +211,7 @@ def test_the_file_carries_the_assignment(tmp_path: Path) -> None:
     folder.mkdir()
     for index in range(3):
         np.save(folder / f"{index}.npy", np.random.default_rng(index).random((1, 3, 8, 8), np.float32))
-    recipe = Recipe(calib=(str(folder),), layer_bits=(("d", LayerBits(4, 6)),))
+    recipe = Recipe(calib=(str(folder),), layer_bits=(("d", LayerBits(4, 6)),), equalize=False)
     report, result = whole(deep(), recipe)
     carried = json.loads({entry.key: entry.value for entry in result.metadata_props}["qconv.recipe"])
     wanted = [["d", {"weights": 4, "activations": 6, "in_float": False}]]
