@@ -79,6 +79,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "madeup",
             "moments",
             "noise",
+            "normal",
             "oddities",
             "page",
             "params",
