@@ -58,7 +58,7 @@ def choose_params(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) ->
             recipe.weight_calibrator,
             plan.target,
             saturation_safe=recipe.saturation_safe,
-            corrected=recipe.bias_correction != "none",
+            correction=recipe.bias_correction,
         )
         params.layers.append(quantized)
         findings += notes
