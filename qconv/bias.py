@@ -2,11 +2,12 @@
 
     b' = b + sum over inputs i and kernel positions k of (W - Q)[o, i, k] * E[x_i]
 
-E[x_i] is the mean of the layer's input channel over the calibration pictures in the float network. Positions that only
-see padding are counted as if they saw the mean: the correction is exact inside and a little too large at borders.
-An output of a ConvTranspose sees one of sH * sW kernel positions (strides), so that its share of the sum is as small.
+E[x_i] is the mean of the layer's input channel in the float network: over the calibration pictures (measured), or as it
+follows from a BatchNormalization in front (analytic, see expected.py). Positions that only see padding are counted as
+if they saw the mean: the correction is exact inside and a little too large at borders. An output of a ConvTranspose
+sees one of sH * sW kernel positions (strides), so that its share of the sum is as small.
 
-Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2, with measured means instead of BatchNormalization's.
+Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 What cannot be folded becomes a depthwise 1x1 Conv, which runs in integers where BatchNormalization does not. The output
 stays what it was up to the rounding of float32. Nothing is approximated: where a rewrite would change the output, it is
-refused with the reason. Weights that others read too are copied.
+refused with the reason. Weights that others read too are copied. What BatchNormalizations tell of means is noted first.
 
 Source: Jacob et al. 2017, arXiv 1712.05877, section 3.2; Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.2.
 """
@@ -35,6 +35,7 @@ from qconv.edits import (
     title,
 )
 from qconv.equalize import move_gains_back
+from qconv.expected import note_expected
 from qconv.findings import Change, Finding
 from qconv.graph import Model, Node, Value, array, attribute, dims, input_of, rank
 from qconv.layers import (
@@ -53,6 +54,7 @@ from qconv.layers import (
 def fold(model: Model) -> list[Finding]:
     """All float passes, again and again until none finds anything to do. Only refusals that still hold are returned."""
     model.sweep()
+    note_expected(model)
     found = _settle(model)
     made = make_depthwise(model)
     found += made

@@ -344,6 +344,21 @@ def set_attribute(node: Node, name: str, value: Any) -> None:
     node.attributes[name] = ir.convenience.convert_attribute(name, value)
 
 
+def is_tensor(value: Value) -> bool:
+    """Whether it holds one tensor, and no sequence of them; what nobody typed is taken for one."""
+    return value.type is None or isinstance(value.type, ir.TensorType)
+
+
+def note(node: Node, key: str, what: object) -> None:
+    """Remember something about a node. Copies of the model have it, too; files do not."""
+    node.meta[key] = what
+
+
+def noted(node: Node, key: str) -> Any:
+    """What was remembered, None where nothing was."""
+    return node.meta.get(key)
+
+
 def drop_attribute(node: Node, name: str) -> None:
     """Take an attribute away, if it is there."""
     node.attributes.pop(name, None)

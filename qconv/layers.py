@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.edits import Refused, called, kind, title
-from qconv.graph import Model, Node, Value, array, attribute, drop_attribute, input_of
+from qconv.graph import Model, Node, Value, array, attribute, drop_attribute, input_of, note, noted
 
 Float64 = NDArray[np.float64]
 FLOAT_MAX = float(np.finfo(np.float32).max)
+_MEANS = "means"
 
 # Whether the weights begin with the input channels, (I, O/g, kH, kW), or not, (O, I/g, kH, kW). transB turns a Gemm's.
 INPUTS_FIRST = {"Conv": False, "ConvTranspose": True, "Gemm": True, "MatMul": True}
@@ -30,12 +31,13 @@ class Layer:
 
         out[g, o] = sum over i, k of weight[g, o, i, k] * in[g, i] + bias[g, o]
 
-    weight: (G, O/G, I/G, K), bias: (O,).
+    weight: (G, O/G, I/G, K), bias: (O,). means: E[in], (I,), where its note says that (expected.py).
     """
 
     node: Node
     weight: NDArray[np.floating[Any]]
     bias: Float64
+    means: Float64 | None = None
 
     @property
     def outputs(self) -> int:
@@ -60,7 +62,25 @@ def read_layer(node: Node) -> Layer:
     weight = _by_group(node, stored)
     bias = _read_bias(node, weight.shape[0] * weight.shape[1])
     alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
-    return Layer(node, _product(weight, np.full((1, 1, 1, 1), alpha)), bias * beta)
+    means = means_of(node)
+    known = None if isinstance(means, str) else means
+    return Layer(node, _product(weight, np.full((1, 1, 1, 1), alpha)), bias * beta, known)
+
+
+def means_of(node: Node) -> Float64 | str:
+    """The note of a layer: the means of what it reads, (I,), or why they are not known."""
+    found: Float64 | str | None = noted(node, _MEANS)
+    return "it came about by folding" if found is None else found
+
+
+def has_means(node: Node) -> bool:
+    """Whether a layer has a note."""
+    return noted(node, _MEANS) is not None
+
+
+def note_means(node: Node, means: Float64 | str) -> None:
+    """Give a layer its note."""
+    note(node, _MEANS, means)
 
 
 def rows_of(node: Node, stored: NDArray[Any]) -> NDArray[Any]:
@@ -132,10 +152,13 @@ def scale_inputs(layer: Layer, gain: Float64, shift: Float64) -> Layer:
     groups = layer.weight.shape[0]
     gain = np.broadcast_to(gain, (layer.inputs,)).reshape(groups, -1)
     shift = np.broadcast_to(shift, (layer.inputs,)).reshape(groups, -1)
-    bias = layer.bias
+    bias, means = layer.bias, layer.means
     if shift.any():
         bias = bias + np.einsum("goik,gi->go", layer.weight, shift, dtype=np.float64).reshape(-1)
-    return replace(layer, weight=_product(layer.weight, gain.reshape(groups, 1, -1, 1)), bias=bias)
+    if means is not None:  # of what is read from now on; where the gain is zero the weights are, too
+        nothing = np.zeros(layer.inputs)
+        means = np.divide(means - shift.reshape(-1), gain.reshape(-1), out=nothing, where=gain.reshape(-1) != 0)
+    return replace(layer, weight=_product(layer.weight, gain.reshape(groups, 1, -1, 1)), bias=bias, means=means)
 
 
 def check_finite(layer: Layer) -> None:
@@ -154,5 +177,7 @@ def write_layer(model: Model, layer: Layer) -> None:
         model.set_input(node, 1, model.constant(f"{title(node)}_weight", weight))
     if layer.bias.any() or input_of(node, 2) is not None:
         model.set_input(node, 2, model.constant(f"{title(node)}_bias", layer.bias.astype(stored.dtype)))
+    if layer.means is not None:
+        note_means(node, layer.means)
     drop_attribute(node, "alpha")
     drop_attribute(node, "beta")

@@ -39,7 +39,10 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """means: m_f and m_q, (G, K). kept: rows of both networks (G, n, K), means of all others removed. count: of those."""
+    """means: m_f and m_q, (G, K). kept: rows of both networks (G, n, K), means of all others removed.
+
+    count: how many these others are.
+    """
 
     blocks: list[Block]
     float_mean: Float64

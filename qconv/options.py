@@ -233,7 +233,7 @@ quantize_options = stack(
         type=click.Choice(BIAS_CORRECTIONS),
         default="measured",
         show_default=True,
-        help="Whether biases take back what rounding the weights does to means.",
+        help="Whether biases take back what rounding the weights does to means, by the pictures or BatchNormalization.",
     ),
     click.option(
         "--recipe-name",

@@ -78,7 +78,7 @@ def _choose_layers(plan: Plan, params: Params, sketches: Mapping[str, Sketch], r
             recipe.weight_calibrator,
             plan.target,
             saturation_safe=recipe.saturation_safe,
-            corrected=recipe.bias_correction != "none",
+            correction=recipe.bias_correction,
         )
         params.layers.append(quantized)
         findings += notes

@@ -159,6 +159,7 @@ def quantize(
     with run.step("params"):
         params, found = choose_params(plan, sketches, recipe, factors)
         run.findings += found
+        _look_for_means_in_vain(plan, found, recipe, run)
     if recipe.rounding == "second-order":
         with run.step("round"):
             run.findings += _rounded(model, plan, params, floats, pictures, recipe, run)
@@ -294,6 +295,16 @@ def _look_for_wishes_in_vain(plan: Plan, audited: Audit, run: _Run) -> None:
     if vain:
         more = f" and {len(vain) - 1} more" if len(vain) > 1 else ""
         run.warn(f"--keep-float changes nothing for {vain[0]}{more}: it runs as its neighbours do, or not at all.")
+
+
+def _look_for_means_in_vain(plan: Plan, found: list[Finding], recipe: Recipe, run: _Run) -> None:
+    """An exporter may have folded all that BatchNormalization could tell of means."""
+    unknown = sum(isinstance(finding, Skipped) and finding.step == "bias" for finding in found)
+    if recipe.bias_correction == "analytic" and unknown == len(plan.layers):
+        run.warn(
+            "--bias-correction analytic corrects no layer: none reads what a BatchNormalization tells the mean of; "
+            "the pictures do with --bias-correction measured."
+        )
 
 
 def require_layers(plan: Plan, source: Source) -> None:

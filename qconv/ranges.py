@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from qconv.behind import Behind
 from qconv.feed import spread
 from qconv.findings import Change
-from qconv.graph import Model, Value
+from qconv.graph import Model, Value, is_tensor
 from qconv.held import Store
 from qconv.plan import Plan
 from qconv.quant import QuantParams
@@ -88,7 +88,8 @@ def tuned_ranges(
 
     model: the folded float network. activations: what is known so far. feeds: pictures, batch by batch.
     """
-    groups = _groups(model, plan, activations)
+    judged = any(is_tensor(value) for value in model.graph.outputs)
+    groups = _groups(model, plan, activations) if judged else []
     few, many = (spread(feeds, count) for count in (looks.few, looks.many))
     noises = []
     for done, (group, noise) in enumerate(_rounded_alone(model, groups, few, (looks.few, 0), threads)):
@@ -129,16 +130,17 @@ def _rounded_alone(
     """Each group with what tells the noise at the outputs where it alone is rounded."""
     if not groups:
         return
-    outputs = [value.name or "" for value in model.graph.outputs]
+    outputs = [value for value in model.graph.outputs if is_tensor(value)]
+    told = [value.name or "" for value in outputs]
     with contextlib.closing(Store(HELD)) as store:
-        start = Behind(Walk(model, feeds, store, threads=threads).behind(), outputs, (), threads=threads)
+        start = Behind(Walk(model, feeds, store, threads=threads).behind(outputs), told, (), threads=threads)
         clean = _no_more_than(HELD, start.run(range(len(feeds))))
         del start
         walk = Walk(model, feeds[: len(clean)], store, threads=threads)
         for group in groups:
             picked = _picked(_reach(walk.at(group.first), group.params), *looks)
             names = [value.name or "" for value in group.members]
-            behind = Behind(walk.behind(), outputs, names, group.params.spec, threads=threads)
+            behind = Behind(walk.behind(outputs), told, names, group.params.spec, threads=threads)
             yield group, partial(_noise, clean, behind, picked)
 
 

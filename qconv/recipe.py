@@ -234,7 +234,7 @@ EFFORTS = ("fast", "balanced", "best")
 BIT_ALLOCATIONS = ("none", "weights", "activations", "both")
 CHANNEL_CALIBRATORS = ("minmax", "aciq")
 """Calibrators that know a range for each channel of a tensor."""
-BIAS_CORRECTIONS = ("measured", "none")
+BIAS_CORRECTIONS = ("measured", "analytic", "none")
 RECIPES: dict[str, dict[str, Any]] = {
     "aciq-w4a4": {
         "weight_bits": 4,
@@ -298,7 +298,8 @@ class Recipe:
     the best of so large a share of float's size. candidate_bits: those to choose from, 32 for float; None without a
     search. save_layer_bits: file to write what was found into.
     bit_allocation: whose channels get bits of their own, those of the layer or tensor on average, see `allocation`.
-    bias_correction: whether the bias takes back what rounding the weights does to means.
+    bias_correction: by which means of what layers read the bias takes back what rounding the weights does to means:
+    those on the pictures, or those that BatchNormalization tells, where it does.
     activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
     equalize: scale channels of the float network where its quantization gains; takes a second pass over the pictures.
     None: where there are pictures, unless effort is fast; it is never None afterwards.

@@ -6,6 +6,8 @@ summed (moments.py), the weights solved and rounded (rounding.py) and the bias s
 
     b' = b + W m_f - Q m_q
 
+With means m that BatchNormalization tells (see expected.py) it is b' = b + (W - Q) m, and b where it tells none.
+
 A layer keeps its nearest codes where the new ones do not err less on rows that were kept apart.
 
 Activations of 8 bits and more are not rounded on the way. Their noise is no function of what a layer reads: weights
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 from qconv import channel_bits, rounding, saturation
 from qconv.emit import emit
 from qconv.findings import Change, Finding, Skipped
-from qconv.graph import Model, Node, Value, array, input_of
+from qconv.graph import Model, Node, Value, array
 from qconv.held import Store
 from qconv.layers import rows_of, stored_of
 from qconv.moments import Moments, moments
@@ -39,7 +41,16 @@ from qconv.recipe import Recipe
 from qconv.targets import TARGETS
 from qconv.walk import Walk
 from qconv.weight_ranges import least_squares
-from qconv.weights import LayerParams, Source, fitted, float_weight, pair_limits, with_bias
+from qconv.weights import (
+    LayerParams,
+    Source,
+    analytic_shift,
+    fitted,
+    float_weight,
+    pair_limits,
+    shifted_bias,
+    with_bias,
+)
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -232,12 +243,20 @@ class _Refiner:
                 else ""
             )
             self.findings.append(Change("round", node.name or "", what + gained, what))
-        real = rows_of(node, params.dequantize(codes).reshape(shape))
-        shift = np.einsum("gok,gk->go", rows, seen.float_mean) - np.einsum("gok,gk->go", real, seen.mean)
-        bias = array(input_of(node, 2))
-        if self.recipe.bias_correction != "none" and node.op_type != "MatMul":  # which adds nothing
-            bias = (shift.reshape(-1) if bias is None else bias + shift.reshape(-1)).astype(np.float32)
+        bias = shifted_bias(layer, self._shift(layer, weight, params.dequantize(codes), seen))
         return with_bias(layer, params, codes, bias, source, self.plan.target)
+
+    def _shift(self, layer: Layer, weight: Float32, rounded: Float32, seen: Moments) -> Float64 | None:
+        """What the bias takes back, (O,)."""
+        if self.recipe.bias_correction == "analytic":
+            known = analytic_shift(layer, weight, rounded)
+            return None if isinstance(known, str) else known
+        if self.recipe.bias_correction == "none" or layer.node.op_type == "MatMul":  # which adds nothing
+            return None
+        shape = _stored_shape(layer.node)
+        rows, real = (rows_of(layer.node, numbers.reshape(shape)) for numbers in (weight, rounded))
+        shift = np.einsum("gok,gk->go", rows, seen.float_mean) - np.einsum("gok,gk->go", real, seen.mean)
+        return np.asarray(shift.reshape(-1), np.float64)
 
     def _resolved(self, rows: Float32, seen: Moments) -> Float32:
         """W' of each output with the ridge that errs least on rows kept apart; W itself is one of the candidates."""

@@ -111,7 +111,7 @@ def _quantized(network: Network, layer: Planned, bits: int) -> LayerParams:
         recipe.weight_calibrator,
         network.plan.target,
         saturation_safe=recipe.saturation_safe,
-        corrected=recipe.bias_correction != "none",
+        correction=recipe.bias_correction,
     )
     return found
 

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import isinf, prod
+from math import isinf
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.channels import check_reduces_places, padded, positions, sliced
 from qconv.edits import Refused, kind, no_extra_outputs
-from qconv.graph import Model, Node, Value, array, attribute, clip_bounds, dims, input_of, rank
+from qconv.graph import Model, Node, Value, array, attribute, clip_bounds, dims, rank
 from qconv.layers import INPUTS_FIRST, read_layer
 
 Classes = NDArray[np.int64]
@@ -263,63 +264,24 @@ class _Walk:
     def slice(self, node: Node) -> None:
         """Some of the channels, or some of the places."""
         classes = self._data(node)
-        given = [array(input_of(node, index)) for index in range(1, 5)]
-        starts, ends, axes, steps = given
-        if starts is None or ends is None or any(n is None and input_of(node, i + 1) for i, n in enumerate(given)):
-            raise Refused("a Slice's places are computed")
-        along = list(range(len(starts))) if axes is None else axes.tolist()
-        if any(axis < 0 for axis in along) and rank(_first(node)) is None:
-            raise Refused("the rank of a Slice's data is not known")
-        for place, axis in enumerate(along):
-            if axis % (rank(_first(node)) or 1 + max(along)) == 1:
-                step = 1 if steps is None else int(steps[place])
-                end = int(ends[place])
-                stop = None if step < 0 and end < -classes.size else end
-                classes = classes[int(starts[place]) : stop : step]
-        self.of[node.outputs[0]] = classes
+        self.of[node.outputs[0]] = classes[sliced(node, classes.size)]
 
     def pad(self, node: Node) -> None:
         """Zeros, or copies of places. Channels of zeros have any scale."""
-        classes, pads = self._data(node), array(input_of(node, 1))
-        fill = input_of(node, 2)
-        filled = array(fill)
-        if pads is None or input_of(node, 3) is not None or (fill is not None and filled is None):
-            raise Refused("a Pad's sizes are computed")
-        constant = attribute(node, "mode", "constant") == "constant"
-        if constant and filled is not None and filled.any():
-            raise Refused("a Pad fills with other numbers than zero")
-        before, behind = int(pads[1]), int(pads[len(pads) // 2 + 1])
+        classes = self._data(node)
+        before, behind = padded(node)
         if before or behind:
-            if not constant or min(before, behind) < 0:
-                raise Refused("a Pad copies or drops channels")
             classes = np.concatenate([self.ties.fresh(before), classes, self.ties.fresh(behind)])
         self.of[node.outputs[0]] = classes
 
     def flatten(self, node: Node) -> None:
         """(N, C, H, W) to (N, C * H * W): every channel becomes as many features side by side."""
-        classes, sizes = self._data(node), dims(_first(node))
-        features = self._features(node.outputs[0])
-        if sizes is None or None in sizes[1:] or features != prod(size or 0 for size in sizes[1:]):
-            raise Refused(f"{node.op_type} may mix channels")
-        self.of[node.outputs[0]] = np.repeat(classes, features // classes.size)
-
-    def _features(self, value: Value) -> int:
-        """The second of two axes, which a Gemm that reads it knows best; 0 where that is not its shape."""
-        for reader in self.model.readers(value):
-            if kind(reader) == "Gemm" and reader.inputs[0] is value:
-                sizes = dims(reader.inputs[1]) or [None, None]  # type: ignore[arg-type]
-                return sizes[1 if attribute(reader, "transB", 0) else 0] or 0
-        sizes = dims(value) or []
-        return (sizes[1] or 0) if len(sizes) == 2 else 0
+        classes = self._data(node)
+        self.of[node.outputs[0]] = np.repeat(classes, positions(self.model, node))
 
     def reduce(self, node: Node) -> None:
         """Over places."""
-        given = attribute(node, "axes")
-        numbers = array(input_of(node, 1))
-        axes = given if given is not None else None if numbers is None else numbers.tolist()
-        own = rank(_first(node))
-        if own is None or axes is None or any(axis % own < 2 for axis in axes):
-            raise Refused(f"{node.op_type} may mix channels")
+        check_reduces_places(node)
         self.same(node)
 
     def resize(self, node: Node) -> None:

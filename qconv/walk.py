@@ -110,9 +110,8 @@ class Walk:
                 made_of[result].append(self._store.put(numbers))
         self._held |= {result: Arrays(held) for result, held in made_of.items()}
 
-    def behind(self) -> Part:
-        """All that is still to be run for the model's outputs."""
-        outputs = list(self._model.graph.outputs)
+    def behind(self, outputs: Sequence[Value]) -> Part:
+        """All that is still to be run for these of the model's outputs."""
         return self._part(self._missing(*outputs), outputs)
 
     def _part(self, nodes: Sequence[Node], outputs: Sequence[Value]) -> Part:

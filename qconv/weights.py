@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from qconv import bias as bias_correction
 from qconv import channel_bits, saturation
 from qconv.errors import QconvError
-from qconv.findings import Change, Finding
+from qconv.findings import Change, Finding, Skipped
 from qconv.graph import array, attribute, input_of
+from qconv.layers import means_of
 from qconv.plan import Layer
 from qconv.quant import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, extremes
 from qconv.sketch import Sketch
@@ -74,12 +75,12 @@ def quantize_layer(
     target: Target,
     *,
     saturation_safe: bool | None = None,
-    corrected: bool = True,
+    correction: str = "measured",
 ) -> tuple[LayerParams, list[Finding]]:
     """Codes and parameters of one layer. source: None where only weights are quantized; calibrator: the weights'.
 
     saturation_safe: no pair of products overflows 16 bits, whatever the picture (True), or on the calibration pictures
-    (None); False: that is no matter. corrected: the bias takes back what rounding does to means.
+    (None); False: that is no matter. correction: how the bias takes back what rounding does to means, see Recipe.
     """
     weight = float_weight(layer)
     notes: list[Finding] = []
@@ -90,10 +91,17 @@ def quantize_layer(
         params = layer.weight.from_range(*WEIGHT_RANGES[calibrator](weight, layer.weight))
     params, found = fitted(layer, params, weight, source, target, saturation_safe=saturation_safe)
     codes = params.quantize(weight)
-    bias = array(input_of(layer.node, 2))
-    if source is not None and corrected:
-        bias = _corrected(layer, bias, weight, params.dequantize(codes), source)
-    return with_bias(layer, params, codes, bias, source, target), notes + found
+    rounded = params.dequantize(codes)
+    shift = None
+    if correction == "measured" and source is not None:
+        shift = _measured_shift(layer, weight, rounded, source)
+    elif correction == "analytic":
+        known = analytic_shift(layer, weight, rounded)
+        if isinstance(known, str):
+            found.append(Skipped("bias", layer.node.name or "", known))
+        else:
+            shift = known
+    return with_bias(layer, params, codes, shifted_bias(layer, shift), source, target), notes + found
 
 
 def float_weight(layer: Layer) -> NDArray[np.float32]:
@@ -176,29 +184,48 @@ def _has_integer_bias(layer: Layer, source: Source, target: Target) -> bool:
     return target.integer_bias and not layer.blocked and source.params.scale.ndim == 0
 
 
-def _corrected(
-    layer: Layer,
-    bias: NDArray[np.floating] | None,
-    weight: NDArray[np.float32],
-    rounded: NDArray[np.float32],
-    source: Source,
-) -> NDArray[np.floating] | None:
-    """The bias less what rounding does to the means of its outputs.
+def shifted_bias(layer: Layer, shift: NDArray[np.float64] | None) -> NDArray[np.floating] | None:
+    """The layer's bias with a shift (O,), if there is any."""
+    bias = array(input_of(layer.node, 2))
+    if shift is None:
+        return bias
+    return (shift if bias is None else bias + shift).astype(np.float32)
+
+
+def analytic_shift(
+    layer: Layer, weight: NDArray[np.float32], rounded: NDArray[np.float32]
+) -> NDArray[np.float64] | str:
+    """What takes back what rounding does to the means of the outputs, (O,), by BatchNormalization's own numbers.
+
+    Why it is not known, where that is so.
+    """
+    means = means_of(layer.node)
+    if layer.node.op_type == "MatMul":
+        return "a MatMul has no bias"
+    return means if isinstance(means, str) else _on_average(layer, weight - rounded, means)
+
+
+def _measured_shift(
+    layer: Layer, weight: NDArray[np.float32], rounded: NDArray[np.float32], source: Source
+) -> NDArray[np.float64] | None:
+    """What takes back what rounding does to the means of the outputs, (O,); None where the channels were not watched.
 
     What clipping does to the inputs' means is left alone: few places are clipped, where the network behind makes little
     of the rest, and to lift all others for them only loses.
     """
     channels = input_channels(layer)
     sketch = source.of(channels)
-    if sketch is None:
-        return bias
+    return None if sketch is None else _on_average(layer, weight - rounded, sketch.means)
+
+
+def _on_average(layer: Layer, weight: NDArray[np.float32], means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What such weights make of such means, (O,). weight: in the layer's own shape; means: of its inputs, (I,)."""
     stored = array(layer.node.inputs[1])
     assert stored is not None
     groups, axis = attribute(layer.node, "group", 1), layer.rule.output_axis
     seen = 1 / np.prod(attribute(layer.node, "strides", [1])) if layer.node.op_type == "ConvTranspose" else 1.0
-    error = (weight - rounded).reshape(stored.shape)
-    shift = seen * bias_correction.correction(error, sketch.means, groups=groups, output_axis=axis)
-    return (shift if bias is None else bias + shift).astype(np.float32)
+    found = bias_correction.correction(weight.reshape(stored.shape), means, groups=groups, output_axis=axis)
+    return np.asarray(seen * found)
 
 
 def _scale_dead_channels(params: QuantParams, weight: NDArray[np.float32]) -> QuantParams:

@@ -104,7 +104,7 @@ def test_what_is_behind_runs_as_rounded_by_hand(body: str, rounded: list[str]) -
         walk = Walk(model, [{"x": x}], store, threads=1)
         walk.at(first)
         spec = params.spec if rounded else None
-        behind = Behind(walk.behind(), ["y"], rounded, spec, threads=1)
+        behind = Behind(walk.behind(list(model.graph.outputs)), ["y"], rounded, spec, threads=1)
         ((found,),) = behind.run([0], params if rounded else None)
     np.testing.assert_allclose(found, by_hand(body, x, rounded, params), atol=1e-5)
 

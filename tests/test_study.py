@@ -68,7 +68,9 @@ def test_points_of_the_first_draw_are_what_quantize_makes(
     assert curve.counts == [1, 2, 5, 10, 11]
     for point in (point for point in curve.points if point.seed == 0):
         out = tmp_path / "q.onnx"
-        as_it_is = replace(recipe(pictures, calibrator=calibrator, samples=point.pictures), equalize=False, tune_ranges=False)
+        as_it_is = replace(
+            recipe(pictures, calibrator=calibrator, samples=point.pictures), equalize=False, tune_ranges=False
+        )
         pipeline.quantize(str(model), out, as_it_is)
         got = ort.InferenceSession(str(out)).run(None, {"x": x})[0].astype(np.float64)
         sqnr = 10 * math.log10((expected**2).sum() / ((expected - got) ** 2).sum())
