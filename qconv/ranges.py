@@ -92,7 +92,7 @@ def tuned_ranges(
     groups = _groups(model, plan, activations) if judged else []
     few, many = (spread(feeds, count) for count in (looks.few, looks.many))
     noises = []
-    for done, (group, noise) in enumerate(_rounded_alone(model, groups, few, (looks.few, 0), threads)):
+    for done, (group, noise, _) in enumerate(_rounded_alone(model, groups, few, (looks.few, 0), threads)):
         progress(STEP, done, 2 * len(groups))
         noises.append(noise(group.params))
     whole = sum(noises)
@@ -100,9 +100,9 @@ def tuned_ranges(
     chosen = [group for group in groups if group.first in weighty]
     factors: dict[str, float] = {}
     told: list[Change] = []
-    for done, (group, noise) in enumerate(_rounded_alone(model, chosen, many, (looks.far, looks.near), threads)):
+    for done, (group, noise, reach) in enumerate(_rounded_alone(model, chosen, many, (looks.far, looks.near), threads)):
         progress(STEP, len(groups) + done * len(groups) // len(chosen), 2 * len(groups))
-        factor, change = _best(noise, group.params)
+        factor, change = _best(noise, group.params, reach)
         if factor != 1:
             factors |= dict.fromkeys((value.name or "" for value in group.members), factor)
             what = f"range times {factor:.2f}: its noise at the outputs, {weighty[group.first] / whole:.1%} of all"
@@ -126,8 +126,8 @@ def _groups(model: Model, plan: Plan, activations: Mapping[Value, QuantParams]) 
 
 def _rounded_alone(
     model: Model, groups: Sequence[Group], feeds: Sequence[Feed], looks: tuple[int, int], threads: int | None
-) -> Iterator[tuple[Group, Callable[[QuantParams], float]]]:
-    """Each group with what tells the noise at the outputs where it alone is rounded."""
+) -> Iterator[tuple[Group, Callable[[QuantParams], float], float]]:
+    """Each group, what tells the noise at the outputs where it alone is rounded, and how far it reaches."""
     if not groups:
         return
     outputs = [value for value in model.graph.outputs if is_tensor(value)]
@@ -138,10 +138,11 @@ def _rounded_alone(
         del start
         walk = Walk(model, feeds[: len(clean)], store, threads=threads)
         for group in groups:
-            picked = _picked(_reach(walk.at(group.first), group.params), *looks)
+            reach = _reach(walk.at(group.first), group.params)
+            picked = _picked(reach, *looks)
             names = [value.name or "" for value in group.members]
             behind = Behind(walk.behind(outputs), told, names, group.params.spec, threads=threads)
-            yield group, partial(_noise, clean, behind, picked)
+            yield group, partial(_noise, clean, behind, picked), float(reach.max())
 
 
 def _reach(arrays: Iterable[NDArray[Any]], params: QuantParams) -> Float64:
@@ -176,13 +177,13 @@ def _no_more_than(most: int, outputs: Iterator[list[NDArray[Any]]]) -> Outputs:
     return found
 
 
-def _best(noise: Callable[[QuantParams], float], params: QuantParams) -> tuple[float, float]:
-    """The factor with the least noise, and what it makes of it, in dB."""
+def _best(noise: Callable[[QuantParams], float], params: QuantParams, reach: float) -> tuple[float, float]:
+    """The factor with the least noise, and what it makes of it, in dB. reach: where the tensor ends, as a factor."""
     tried = {1.0: noise(params)}
     for step in (NARROWER, WIDER):
         factor, before = 1.0, tried[1.0]
-        while before > 0:
-            factor *= step
+        while before > 0 and (step < 1 or factor < reach):
+            factor = factor * step if step < 1 else min(factor * step, reach)
             tried[factor] = noise(params.with_scale(np.asarray(params.scale * factor, np.float32)))
             if tried[factor] > WORTHWHILE * before:
                 break
