@@ -1,4 +1,4 @@
-"""Tensors of few bits that are read by layers and by others are rounded twice: with 8 bits, and from there for the layers.
+"""Tensors of few bits that layers and others read are rounded twice: to 8 bits, and from there for the layers.
 
 Few bits of activations are those of what layers read; so are the published figures. The stream of a residual network is
 read by layers and by the next Add, and in what goes on through all Adds every rounding error stays to the end:

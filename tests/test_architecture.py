@@ -41,9 +41,11 @@ FLOORS: tuple[frozenset[str], ...] = (
             "absorb",
             "affine",
             "allocation",
+            "apart",
             "assign",
             "audit",
             "balance",
+            "behind",
             "benchmark",
             "bias",
             "calibrate",
@@ -88,6 +90,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "planner",
             "plot",
             "race",
+            "ranges",
             "reach",
             "readers",
             "refusals",
@@ -102,6 +105,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "shrink",
             "simplify",
             "sketch",
+            "solve",
             "stats",
             "streams",
             "verify",
@@ -118,6 +122,9 @@ FLOORS: tuple[frozenset[str], ...] = (
 )
 # Imports within a floor.
 NEIGHBOURS: dict[str, set[str]] = {
+    "apart": {"plan"},
+    "behind": {"walk"},
+    "ranges": {"behind", "feed", "held", "plan", "sensitivity", "walk"},
     "absorb": {"affine", "edits", "fold", "layers", "reach"},
     "balance": {
         "absorb",
@@ -182,6 +189,18 @@ NEIGHBOURS: dict[str, set[str]] = {
     "plot": {"chart"},
     "scored": {"feed", "report", "verify"},
     "sensitivity": {"assign", "params", "plan", "sketch", "weights"},
+    "solve": {
+        "channel_bits",
+        "held",
+        "layers",
+        "moments",
+        "patches",
+        "plan",
+        "rounding",
+        "saturation",
+        "weight_ranges",
+        "weights",
+    },
     "shelf": {"sketch", "stats"},
     "study": {"pipeline", "trial"},
     "mixed": {"trial"},
@@ -198,8 +217,8 @@ NEIGHBOURS: dict[str, set[str]] = {
 # Libraries that have one door each, and the modules that hold it.
 FENCES: dict[str, frozenset[str]] = {
     "onnx_ir": frozenset({"graph"}),
-    # pipeline runs its checker on the written file, audit reads the file that the runtime made of it
-    "onnx": frozenset({"graph", "load", "save", "source", "audit"}),
+    # audit reads the file that the runtime made of the written one, behind puts nodes into a part of a network
+    "onnx": frozenset({"graph", "load", "save", "source", "audit", "behind"}),
     "google": frozenset({"source"}),
     "PIL": frozenset({"images", "plot"}),  # one reads pictures, the other draws charts
     "onnxruntime": frozenset({"runtime"}),
