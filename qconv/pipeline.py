@@ -21,19 +21,19 @@ from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.fileformat import describe, needed_opset, needed_runtime, set_ir_version
-from qconv.findings import Change, Finding, Skipped
+from qconv.findings import Change, Finding
 from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
 from qconv.layer_bits import as_toml
-from qconv.mixed import Ground, search
+from qconv.mixed import Ground, expected, search
 from qconv.oddities import oddities
-from qconv.params import Params, choose_activations, choose_params
+from qconv.params import choose_activations
 from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import WISHED, is_layer, make_plan
 from qconv.ranges import LOOKS, tuned_ranges
 from qconv.recipe import Layout, Recipe
-from qconv.refine import EFFORTS, refine
+from qconv.refine import EFFORTS
 from qconv.report import Audit, Report, Verification
 from qconv.rows import tensor_rows
 from qconv.runtime import Session
@@ -41,6 +41,7 @@ from qconv.shrink import shrink
 from qconv.sketch import Sketch
 from qconv.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
 from qconv.targets import TARGETS, Target
+from qconv.trial import Folded, Settled, nearest, round_anew
 from qconv.tune import tuned
 from qconv.verify import gates, verify
 
@@ -122,7 +123,7 @@ def quantize(
         if recipe.save_stats is not None:
             as_it_is = pictures.sketches(model, [plan, make_plan(model, recipe, target)], recipe)
     with run.step("equalize"):
-        balanced = _balanced(model, plan, recipe, pictures)
+        balanced = _balanced(model, make_plan(model, expected(model, recipe, floats), target, floats), recipe, pictures)
         run.findings += balanced
     with run.step("calibrate"):
         moved = any(isinstance(finding, Change) for finding in balanced)
@@ -148,18 +149,16 @@ def quantize(
             factors, told = _tuned(model, plan, sketches, pictures.feed, recipe, run)
             run.findings += told
     mixed = None
+    folded = Folded(model, floats, sketches, factors)
     if recipe.searches and pictures.feed is not None:
         with run.step("search"):
-            ground = Ground(model, recipe, floats, sketches, pictures.feed, original(source, recipe))
+            ground = Ground(folded, recipe, pictures.feed, original(source, recipe))
             searched = search(ground, run.warn, run.listener.progress)
-            recipe, mixed = searched.recipe, searched.report
-            plan = make_plan(model, recipe, target, floats)
-    with run.step("params"):
-        params, found = choose_params(plan, sketches, recipe, factors)
-        run.findings += found
-    if recipe.rounding == "second-order":
-        with run.step("round"):
-            run.findings += _rounded(model, plan, params, floats, pictures, recipe, run)
+            recipe, mixed, settled = searched.recipe, searched.report, searched.settled
+    else:
+        settled = _settled(folded, recipe, pictures, run)
+    plan, params = settled.plan, settled.params
+    run.findings += settled.findings
     with run.step("emit"):
         rows = tensor_rows(plan, params)
         run.findings += emit(model, plan, params, pack=recipe.pack)
@@ -248,21 +247,16 @@ def _tuned(
     return tuned_ranges(model, plan, params.activations, feeds, looks, recipe.threads, run.listener.progress)
 
 
-def _rounded(
-    model: Model,
-    plan: Plan,
-    params: Params,
-    floats: Mapping[str, str],
-    pictures: Pictures,
-    recipe: Recipe,
-    run: _Run,
-) -> list[Finding]:
-    """Weights rounded for what the layers before hand on, where there are pictures to see that on."""
-    effort = EFFORTS[recipe.effort]
-    if pictures.feed is None:
-        return [Skipped("round", "all layers", "statistics do not say how inputs go together; pass pictures, too")]
-    feeds = pictures.feed.first(effort.pictures, "read again")
-    return refine(model, plan, params, feeds, recipe, effort, floats, run.listener.progress)
+def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> Settled:
+    """All numbers that are written."""
+    with run.step("params"):
+        settled = nearest(folded, recipe)
+    if recipe.rounding == "second-order":
+        with run.step("round"):
+            feed = pictures.feed
+            feeds = None if feed is None else feed.first(EFFORTS[recipe.effort].pictures, "read again")
+            round_anew(settled, folded, recipe, feeds, run.listener.progress)
+    return settled
 
 
 def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -> None:
