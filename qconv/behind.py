@@ -1,22 +1,26 @@
-"""The rest of a network behind some tensors, as it runs where these alone are rounded."""
+"""The rest of a network behind some tensors, as it runs where these alone are rounded, or one layer is replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.parts import HIGH, LOW, SCALE, ZERO, raw, round_within
+from qconv.parts import HIGH, LOW, SCALE, ZERO, open_inputs, raw, round_within
 from qconv.quant import QuantParams, QuantSpec
 from qconv.runtime import Session
 from qconv.walk import AT_ONCE, Part, each
+
+NOTHING: Mapping[str, NDArray[Any]] = MappingProxyType({})
 
 
 class Behind:
     """part: what is run. outputs: of it. rounded: tensors that are fed to it or made in it. spec: of their codes.
 
+    opened: a node, and names for those of its inputs that `run` is handed, by their places.
     Scale and zero point are inputs of the model: one session serves for all that is tried out. Codes of fewer bits than
     their container are clipped in float before.
     """
@@ -27,12 +31,14 @@ class Behind:
         outputs: Sequence[str],
         rounded: Sequence[str],
         spec: QuantSpec | None = None,
+        opened: tuple[str, Mapping[int, str]] = ("", MappingProxyType({})),
         *,
         threads: int | None,
     ) -> None:
         self._part, self._outputs = part, list(outputs)
         passed = [name for name in outputs if name in part.held and name not in rounded]
         round_within(part.proto, rounded, passed, None if spec is None else spec.dtype)
+        open_inputs(part.proto, *opened)
         self._raw = frozenset((*rounded, *passed))
         self._session = Session(
             part.proto.SerializeToString(),
@@ -42,14 +48,31 @@ class Behind:
             integer_kernels=False,
         )
 
-    def run(self, batches: Iterable[int], params: QuantParams | None = None) -> Iterator[list[NDArray[Any]]]:
-        """The outputs of these batches, one after the other, with the tensors rounded like this."""
-        own: dict[str, NDArray[Any]] = {}
+    def run(
+        self, batches: Iterable[int], params: QuantParams | None = None, fed: Mapping[str, NDArray[Any]] = NOTHING
+    ) -> Iterator[list[NDArray[Any]]]:
+        """The outputs of these batches, one after the other, with the tensors rounded like this.
+
+        fed: numbers for what was opened.
+        """
+        own = dict(fed)
         if params is not None:
             low, high = params.code_range()
-            own = {LOW: low, HIGH: high, SCALE: params.scale, ZERO: params.zero_point}
-            own = {name: np.asarray(numbers) for name, numbers in own.items()}
+            numbers = {LOW: low, HIGH: high, SCALE: params.scale, ZERO: params.zero_point}
+            own |= {name: np.asarray(number) for name, number in numbers.items()}
         return each(self._session, self._outputs, (self._feed(index) | own for index in batches))
 
     def _feed(self, index: int) -> dict[str, NDArray[Any]]:
         return {raw(name, self._raw): x for name, x in self._part.feed(index).items()}
+
+
+def up_to(most: int, outputs: Iterator[list[NDArray[Any]]]) -> list[list[NDArray[Any]]]:
+    """The first of them, one at least, that go into so many bytes."""
+    found: list[list[NDArray[Any]]] = []
+    size = 0
+    for arrays in outputs:
+        found.append(arrays)
+        size += sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+        if size >= most:
+            break
+    return found

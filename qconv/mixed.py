@@ -2,9 +2,10 @@
 
 Every layer's cost at the outputs is measured by itself (sensitivity.py); noises add up, so that the assignments that
 nothing beats at their size are a row of steps (assign.py). The model is only trusted with their order: what is chosen
-was written, run and compared with the float model on the calibration pictures. A drop is found by bisection over the
-row, as it falls with size but for chance; the smallest point that was seen to keep it is taken. Of a given size the
-last two points are compared, and the same bits for all layers.
+was written, run and compared with the float model on the calibration pictures, and is what ends up in the file, codes
+and all. Where weights are rounded by second order, they are so for every point that is tried. A drop is found by
+bisection over the row, as it falls with size but for chance; the smallest point that was seen to keep it is taken. Of a
+given size the last two points are compared, and the same bits for all layers unless the model finds them much worse.
 
     size = sum over layers of bits * count / (32 * sum over layers of count)
 
@@ -14,8 +15,8 @@ counts codes as if they were packed bit by bit. Biases, and bits of activations,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,43 +30,45 @@ from qconv.feed import Batch, Feed
 from qconv.graph import Model, array
 from qconv.labels import classes_of, folder_of
 from qconv.layer_bits import exactly
-from qconv.params import choose_params
 from qconv.planner import is_layer, make_plan
 from qconv.recipe import Drop, LayerBits, Recipe
+from qconv.refine import EFFORTS
 from qconv.report import MixedPrecision, SizePoint, Verification
 from qconv.runtime import Session
 from qconv.scored import Outputs, Scored, score_float
 from qconv.sensitivity import FLOAT, Network, sensitivities
-from qconv.sketch import Sketch
+from qconv.solve import Solver
 from qconv.targets import TARGETS
-from qconv.trial import carried_out
+from qconv.trial import Folded, Settled, nearest, round_anew, written
 from qconv.verify import sqnr_db
 
 PICTURES = 16
 """So many are enough to tell layers apart; the result is verified on all."""
+MUCH_WORSE = 2.0
+"""Noise by the model over that of the best point, from which on a point is not measured: it is not so wrong."""
 SCORED_BYTES = 128 * 2**20
+STEPS = 100
+"""Of progress, a point."""
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """What is searched on. folded: the network, which stays as it is; floats: nodes to leave in float, as `make_plan`
-    takes them. original: the user's own model."""
+    """What is searched on. original: the user's own model."""
 
-    folded: Model
+    folded: Folded
     recipe: Recipe
-    floats: Mapping[str, str]
-    sketches: Mapping[str, Sketch]
     feed: Feed
     original: Session
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """recipe: the one that was searched with, and `layer_bits` as they were found."""
+    """recipe: the one that was searched with, and `layer_bits` as they were found. settled: what was measured of it."""
 
     recipe: Recipe
     report: MixedPrecision
+    settled: Settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,42 +79,70 @@ class _Measured:
     top1: float | None
 
 
+def expected(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> Recipe:
+    """The recipe with the bits that most layers will have, as far as that is known before a search.
+
+    model, floats: as `make_plan` takes them.
+    """
+    possible = [bits for bits in recipe.candidate_bits or () if bits < FLOAT]
+    if not recipe.searches or not possible:
+        return recipe
+    bits = possible[len(possible) // 2]
+    if recipe.target_size is not None:
+        scope = _Scope.of(model, recipe, floats)
+        bits = max((b for b in possible if scope.alike(b) <= scope.most(recipe.target_size)), default=possible[0])
+    return replace(recipe, weight_bits=bits)
+
+
 def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> Found:
     """Find the bits of every layer that `--layer-bits` gives none. Raises QconvError where no assignment will do."""
     recipe = ground.recipe
-    wishes, fixed, count = _choices(ground)
-    if not wishes:
+    scope = _Scope.of(ground.folded.model, recipe, ground.folded.floats)
+    if not scope.wishes:
         raise QconvError(
             "There is no layer to choose bits for: --layer-bits names them all.", "leave some of them out."
         )
-    names = list(wishes)
-    plan = make_plan(ground.folded, recipe, TARGETS[recipe.target], ground.floats)
-    params, _ = choose_params(plan, ground.sketches, recipe)
-    network = Network(ground.folded, plan, params, ground.sketches, recipe)
-    batches = list(_first(ground.feed.few("pictures"), PICTURES))
-    known = sensitivities(network, wishes, batches, lambda done, total: progress("layers", done, total))
-    layers = [known[name] for name in names]
-    most = FLOAT * count if recipe.target_size is None else int(recipe.target_size * FLOAT * count)
-    points = _within(layers, most - fixed)
+    names = list(scope.wishes)
+    feeds = None
+    if recipe.rounding == "second-order":
+        feeds = ground.feed.first(EFFORTS[recipe.effort].pictures, "read again")
+    layers = _sensitivities(ground, scope.wishes, feeds, progress)
+    most = scope.most(1.0 if recipe.target_size is None else recipe.target_size)
+    points = _within(layers, most)
     if not points:
-        least = (curve(layers)[0].size + fixed) / (FLOAT * count)
+        least = scope.share(curve(layers)[0].size)
         fact = f"--target-size {recipe.target_size:g} is below what these bits can give, which is {least:.4g}."
         raise QconvError(fact, "add smaller --candidate-bits, lower --edge-bits, or allow a larger size.")
-    judge = _Judge.of(ground, names, warn)
+    judge = _Judge.of(ground, names, feeds, warn, progress)
     if recipe.max_drop is None:
-        points, chosen = _best(judge, _uniform(layers, most - fixed), points, progress)
+        points, chosen = _best(judge, _uniform(layers, most), points)
     else:
-        chosen = _cheapest(judge, points, recipe.max_drop, progress)
+        chosen = _cheapest(judge, points, recipe.max_drop)
     report = MixedPrecision(
         _in_words(recipe),
         len(names),
         judge.float_top1,
         tuple(
-            _row(point, judge.seen.get(index), fixed, count, chosen=index == chosen)
+            _row(point, judge.seen.get(index), scope.share(point.size), chosen=index == chosen)
             for index, point in enumerate(points)
         ),
     )
-    return Found(judge.recipe_of(points[chosen]), report)
+    return Found(judge.recipe_of(points[chosen]), report, judge.settled[chosen])
+
+
+def _sensitivities(
+    ground: Ground, wishes: Mapping[str, Collection[int]], feeds: list[Batch] | None, progress: Progress
+) -> list[Layer]:
+    """Of the layers in `wishes`, in their order. feeds: pictures to round weights on; None for nearest codes."""
+    folded, recipe = ground.folded, ground.recipe
+    settled = nearest(folded, recipe)
+    network = Network(folded.model, settled.plan, settled.params, folded.sketches, recipe)
+    solver = None
+    if feeds is not None:
+        solver = Solver(recipe, settled.plan.target, replace(EFFORTS[recipe.effort], factors=(), sweeps=0))
+    batches = list(_first(ground.feed.few("pictures"), PICTURES)) if feeds is None else feeds
+    known = sensitivities(network, wishes, batches, solver, lambda done, total: progress("layers", done, total))
+    return [known[name] for name in wishes]
 
 
 def _first(batches: Iterable[Batch], pictures: int) -> Iterator[Batch]:
@@ -124,27 +155,53 @@ def _first(batches: Iterable[Batch], pictures: int) -> Iterator[Batch]:
             return
 
 
-def _choices(ground: Ground) -> tuple[dict[str, set[int]], int, int]:
-    """The bits that each layer may have, by its name; what all other weights take; and how many weights there are.
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """What there is to choose. wishes: the bits that each layer may have, by its name; counts: of its weights.
 
-    The first and the last layer keep `edge_bits`.
+    fixed: bits that all other weights take. count: of all weights.
     """
-    recipe, target = ground.recipe, TARGETS[ground.recipe.target]
-    least = make_plan(ground.folded, replace(recipe, weight_bits=2), target, ground.floats)
-    fewest = {layer.node.name or "": layer.weight.bits for layer in least.layers}
-    wishes: dict[str, set[int]] = {}
-    fixed = count = 0
-    for node in ground.folded.nodes():
-        weight = array(node.inputs[1]) if is_layer(node) else None
-        if weight is None:
-            continue
-        name, wish = node.name or "", recipe.bits_of(node.name or "").weights
-        count += weight.size
-        if name in fewest and wish is None:
-            wishes[name] = {max(bits, fewest[name]) for bits in recipe.candidate_bits or ()}
-        else:
-            fixed += weight.size * fewest.get(name, FLOAT)
-    return wishes, fixed, count
+
+    wishes: Mapping[str, Collection[int]]
+    counts: Mapping[str, int]
+    fixed: int
+    count: int
+
+    @classmethod
+    def of(cls, model: Model, recipe: Recipe, floats: Mapping[str, str]) -> _Scope:
+        """The first and the last layer keep `edge_bits`."""
+        least = make_plan(model, replace(recipe, weight_bits=2), TARGETS[recipe.target], floats)
+        fewest = {layer.node.name or "": layer.weight.bits for layer in least.layers}
+        wishes: dict[str, set[int]] = {}
+        counts: dict[str, int] = {}
+        fixed = 0
+        for node in model.nodes():
+            weight = array(node.inputs[1]) if is_layer(node) else None
+            if weight is None:
+                continue
+            name, wish = node.name or "", recipe.bits_of(node.name or "").weights
+            counts[name] = weight.size
+            if name in fewest and wish is None:
+                wishes[name] = {max(bits, fewest[name]) for bits in recipe.candidate_bits or ()}
+            else:
+                fixed += weight.size * fewest.get(name, FLOAT)
+        return cls(wishes, counts, fixed, sum(counts.values()))
+
+    def most(self, share: float) -> int:
+        """Bits that there are for the layers to be chosen for, of a share of float's size."""
+        return int(share * FLOAT * self.count) - self.fixed
+
+    def share(self, size: int) -> float:
+        """The share of float's size when these layers take so many bits."""
+        return (size + self.fixed) / (FLOAT * self.count)
+
+    def alike(self, bits: int) -> int:
+        """What they take with the same bits for all, or as nearly so as each can."""
+        return sum(self.counts[name] * _near(wish, bits) for name, wish in self.wishes.items())
+
+
+def _near(possible: Collection[int], bits: int) -> int:
+    return min((b for b in possible if b >= bits), default=max(possible))
 
 
 def _within(layers: Sequence[Layer], most: int) -> list[Assignment]:
@@ -154,18 +211,22 @@ def _within(layers: Sequence[Layer], most: int) -> list[Assignment]:
     return found if best is None or best == found[-1] else [*found, best]
 
 
-def _best(
-    judge: _Judge, same: Assignment | None, points: list[Assignment], progress: Progress
-) -> tuple[list[Assignment], int]:
-    """The points, `same` among them, and which of the last two and of `same` is the best as measured."""
+def _best(judge: _Judge, same: Assignment | None, points: list[Assignment]) -> tuple[list[Assignment], int]:
+    """The points, `same` among them, and which of the last two and of `same` is the best as measured.
+
+    What the model finds much worse is not measured.
+    """
     if same is not None and same not in points:
         points = sorted([*points, same], key=lambda point: point.size)
     tried = {len(points) - 1, max(0, len(points) - 2)} | ({points.index(same)} if same is not None else set())
-    decibels = {}
-    for done, index in enumerate(sorted(tried), 1):
+    least = min(points[index].noise for index in tried)
+    tried = {index for index in tried if points[index].noise <= MUCH_WORSE * least}
+    decibels: dict[int, float] = {}
+    judge.expected = len(tried)
+    for index in sorted(tried):
         found = judge.measure(points, index).verified.sqnr_db
         decibels[index] = math.inf if found is None else found
-        progress("search", done, len(tried))
+        judge.keep(max(decibels, key=lambda index: (decibels[index], -index)))
     return points, max(decibels, key=lambda index: (decibels[index], -index))
 
 
@@ -174,51 +235,60 @@ def _uniform(layers: Sequence[Layer], size: int) -> Assignment | None:
     every = sorted({bits for layer in layers for bits in layer.noise})
     found = None
     for bits in every:
-        near = [min((b for b in layer.noise if b >= bits), default=max(layer.noise)) for layer in layers]
-        alike = assignment(layers, near)
+        alike = assignment(layers, [_near(layer.noise, bits) for layer in layers])
         found = alike if alike.size <= size else found
     return found
 
 
-def _cheapest(judge: _Judge, points: Sequence[Assignment], drop: Drop, progress: Progress) -> int:
+def _cheapest(judge: _Judge, points: Sequence[Assignment], drop: Drop) -> int:
     """The first point that keeps the drop, by bisection; every point that is said to keep it was measured."""
-    rounds = 1 + len(points).bit_length()
+    judge.expected = 1 + len(points).bit_length()
     low, high = -1, len(points) - 1
     if not judge.holds(points, high, drop):
         got = judge.in_words(high, drop)
         fact = f"No assignment keeps --max-drop {drop}: with the most bits that are allowed it is {got}."
         raise QconvError(fact, "allow a larger drop, more --candidate-bits (float, too), or --activation-bits.")
-    done = 1
     while high - low > 1:
-        progress("search", done, max(rounds, done + 1))
         middle = (low + high) // 2
         low, high = (low, middle) if judge.holds(points, middle, drop) else (middle, high)
-        done += 1
-    progress("search", done, done)
+        judge.keep(high)
+    judge.tell(judge.expected)  # all: bisection may have been quicker
     return high
 
 
 @dataclass(slots=True)
 class _Judge:
-    """Carries points out and compares them with the float model. seen: what was measured, by the index of the point."""
+    """Carries points out and compares them with the float model. seen: what was measured, by the index of the point;
+    settled: the numbers of those that may be chosen. feeds: pictures to round weights on. expected: points to come."""
 
     ground: Ground
     names: list[str]
+    feeds: list[Batch] | None
+    progress: Progress
     scored: Scored
     labels: NDArray[np.int64] | None
     vector: int | None
     float_top1: float | None
-    seen: dict[int, _Measured]
+    seen: dict[int, _Measured] = field(default_factory=dict)
+    settled: dict[int, Settled] = field(default_factory=dict)
+    expected: int = 1
 
     @classmethod
-    def of(cls, ground: Ground, names: list[str], warn: Callable[[str], None]) -> _Judge:
+    def of(
+        cls,
+        ground: Ground,
+        names: list[str],
+        feeds: list[Batch] | None,
+        warn: Callable[[str], None],
+        progress: Progress,
+    ) -> _Judge:
         scored = score_float(ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, warn=warn)
         vector = class_vector(scored.batches[0][1]) if scored.batches else None
         labels = _labels(ground, 0 if vector is None else scored.batches[0][1][vector].shape[1])
         top1 = None
         if labels is not None and vector is not None:
             top1 = _top1([expected[vector] for _, expected in scored.batches], labels)
-        return cls(ground, names, scored, labels, vector, top1, {})
+        return cls(ground, names, feeds, progress, scored, labels, vector, top1)
 
     def recipe_of(self, point: Assignment) -> Recipe:
         """The recipe with the bits of a point; those of activations, where the user gave some, stay."""
@@ -231,10 +301,13 @@ class _Judge:
         return replace(recipe, layer_bits=(*own, *recipe.layer_bits))
 
     def measure(self, points: Sequence[Assignment], index: int) -> _Measured:
-        """Write the quantized model of a point and run it on the pictures."""
+        """Run the quantized model of a point on the pictures: just what would be written."""
         if index not in self.seen:
-            ground, recipe = self.ground, self.recipe_of(points[index])
-            model = carried_out(ground.folded, recipe, ground.sketches, ground.floats)
+            folded, recipe = self.ground.folded, self.recipe_of(points[index])
+            settled = nearest(folded, recipe)
+            if self.feeds is not None:
+                round_anew(settled, folded, recipe, self.feeds, self._within_a_point)
+            model = written(folded, recipe, settled.params)
             heard: list[NDArray[np.float32]] = []
             vector = self.vector
 
@@ -247,8 +320,20 @@ class _Judge:
                 session = Session(runnable, name="the quantized model", threads=recipe.threads, optimize=on_ort)
                 verified = self.scored.score(session, hear)
             top1 = None if self.labels is None else _top1(heard, self.labels)
-            self.seen[index] = _Measured(verified, top1)
+            self.seen[index], self.settled[index] = _Measured(verified, top1), settled
+            self.tell()
         return self.seen[index]
+
+    def keep(self, index: int) -> None:
+        """Forget the numbers of all points but this one."""
+        self.settled = {index: self.settled[index]}
+
+    def tell(self, part: float = 0.0) -> None:
+        """How far the search has come. part: of the point at hand."""
+        self.progress("search", round(STEPS * min(len(self.seen) + part, self.expected)), STEPS * self.expected)
+
+    def _within_a_point(self, stage: str, done: int, total: int) -> None:
+        self.tell(done / max(1, total))
 
     def holds(self, points: Sequence[Assignment], index: int, drop: Drop) -> bool:
         """Whether a point keeps the drop. Raises QconvError where there is no such measure."""
@@ -299,10 +384,10 @@ def _top1(outputs: Sequence[NDArray[np.float32]], labels: NDArray[np.int64]) -> 
     return float((best[:count] == labels[:count]).mean())
 
 
-def _row(point: Assignment, seen: _Measured | None, fixed: int, count: int, *, chosen: bool) -> SizePoint:
+def _row(point: Assignment, seen: _Measured | None, size: float, *, chosen: bool) -> SizePoint:
     checked = None if seen is None else seen.verified
     return SizePoint(
-        size=(point.size + fixed) / (FLOAT * count),
+        size=size,
         modelled_sqnr_db=sqnr_db(1.0, point.noise),
         verified=seen is not None,
         sqnr_db=None if checked is None else checked.sqnr_db,

@@ -57,7 +57,7 @@ def moments(pairs: Iterable[tuple[Float32, Float32]]) -> Moments:
 
     def summed() -> Iterator[tuple[Float32, Float32]]:
         for index, (float_rows, rows) in enumerate(pairs):
-            if index % KEPT_SHARE == KEPT_SHARE - 1:
+            if is_kept(index):
                 kept.append((float_rows, rows))
             else:
                 yield float_rows, rows
@@ -69,6 +69,11 @@ def moments(pairs: Iterable[tuple[Float32, Float32]]) -> Moments:
         sums.add(float_rows, rows)
     assert sums is not None
     return sums.finished(kept)
+
+
+def is_kept(index: int) -> bool:
+    """Whether the rows of this batch are kept apart."""
+    return index % KEPT_SHARE == KEPT_SHARE - 1
 
 
 def _in_batches(pairs: Iterable[tuple[Float32, Float32]]) -> Iterator[tuple[Float32, Float32]]:

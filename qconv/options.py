@@ -218,8 +218,7 @@ quantize_options = stack(
     click.option(
         "--rounding",
         type=click.Choice(ROUNDINGS),
-        help="Which way each weight rounds.  "
-        "[default: second-order, but nearest for --effort fast and where bits are searched]",
+        help="Which way each weight rounds.  [default: second-order, but nearest for --effort fast]",
     ),
     click.option(
         "--bit-allocation",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from qconv import channel_bits, layers
@@ -64,6 +64,20 @@ def choose_activations(
         assert numbers is not None
         params.constants[value] = spec.from_range(numbers.min(initial=0), numbers.max(initial=0))
     return params, findings
+
+
+def carried_over(params: Params, plan: Plan) -> Params:
+    """The same numbers for the plan of a copy of the model: tensors and layers are known by their names."""
+    activations, constants = (
+        {value.name: found for value, found in known.items()} for known in (params.activations, params.constants)
+    )
+    layers = {layer.node.name: layer for layer in plan.layers}
+    return Params(
+        {value: activations[value.name] for value in plan.activations},
+        {value: constants[value.name] for value in plan.constants},
+        [replace(chosen, layer=layers[chosen.layer.node.name]) for chosen in params.layers],
+        {layers[node.name].node: source for node, source in params.sources.items()},
+    )
 
 
 def _choose_layers(plan: Plan, params: Params, sketches: Mapping[str, Sketch], recipe: Recipe) -> list[Finding]:

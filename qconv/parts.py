@@ -53,6 +53,16 @@ def round_within(proto: Proto, rounded: Collection[str], passed: Collection[str]
         proto.graph.input.extend(onnx.helper.make_tensor_value_info(n, kind, ()) for n, kind in kinds.items())
 
 
+def open_inputs(proto: Proto, node: str, inputs: Mapping[int, str]) -> None:
+    """Make the node of this name read new float inputs of the part, at these places."""
+    kind = onnx.TensorProto.FLOAT
+    proto.graph.input.extend(onnx.helper.make_tensor_value_info(wish, kind, None) for wish in inputs.values())
+    for found in (found for found in proto.graph.node if inputs and found.name == node):
+        for index, wish in inputs.items():
+            found.input.extend([""] * (index + 1 - len(found.input)))
+            found.input[index] = wish
+
+
 def raw(name: str, names: Collection[str]) -> str:
     """What a tensor is called before it is rounded, where its name is among these."""
     return name + RAW if name in names else name

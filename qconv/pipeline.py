@@ -25,15 +25,15 @@ from qconv.findings import Change, Finding, Skipped
 from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
 from qconv.layer_bits import as_toml
-from qconv.mixed import Ground, search
+from qconv.mixed import Ground, expected, search
 from qconv.oddities import oddities
-from qconv.params import Params, choose_activations, choose_params
+from qconv.params import choose_activations
 from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import WISHED, is_layer, make_plan
 from qconv.ranges import LOOKS, tuned_ranges
 from qconv.recipe import Layout, Recipe
-from qconv.refine import EFFORTS, refine
+from qconv.refine import EFFORTS
 from qconv.report import Audit, Report, Verification
 from qconv.rows import tensor_rows
 from qconv.runtime import Session
@@ -41,6 +41,7 @@ from qconv.shrink import shrink
 from qconv.sketch import Sketch
 from qconv.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
 from qconv.targets import TARGETS, Target
+from qconv.trial import Folded, Settled, nearest, round_anew
 from qconv.tune import tuned
 from qconv.verify import gates, verify
 
@@ -124,7 +125,7 @@ def quantize(
         if recipe.save_stats is not None:
             as_it_is = pictures.sketches(model, [plan, make_plan(model, recipe, target)], recipe)
     with run.step("equalize"):
-        balanced = _balanced(model, plan, recipe, pictures)
+        balanced = _balanced(model, make_plan(model, expected(model, recipe, floats), target, floats), recipe, pictures)
         run.findings += balanced
     with run.step("calibrate"):
         moved = any(isinstance(finding, Change) for finding in balanced)
@@ -150,19 +151,16 @@ def quantize(
             factors, told = _tuned(model, plan, sketches, pictures.feed, recipe, run)
             run.findings += told
     mixed = None
+    folded = Folded(model, floats, sketches, factors)
     if recipe.searches and pictures.feed is not None:
         with run.step("search"):
-            ground = Ground(model, recipe, floats, sketches, pictures.feed, original(source, recipe))
+            ground = Ground(folded, recipe, pictures.feed, original(source, recipe))
             searched = search(ground, run.warn, run.listener.progress)
-            recipe, mixed = searched.recipe, searched.report
-            plan = make_plan(model, recipe, target, floats)
-    with run.step("params"):
-        params, found = choose_params(plan, sketches, recipe, factors)
-        run.findings += found
-        _look_for_means_in_vain(plan, found, recipe, run)
-    if recipe.rounding == "second-order":
-        with run.step("round"):
-            run.findings += _rounded(model, plan, params, floats, pictures, recipe, run)
+            recipe, mixed, settled = searched.recipe, searched.report, searched.settled
+    else:
+        settled = _settled(folded, recipe, pictures, run)
+    plan, params = settled.plan, settled.params
+    run.findings += settled.findings
     with run.step("emit"):
         rows = tensor_rows(plan, params)
         run.findings += emit(model, plan, params, pack=recipe.pack)
@@ -252,22 +250,18 @@ def _tuned(
     return tuned_ranges(model, plan, params.activations, feeds, looks, recipe.threads, run.listener.progress)
 
 
-def _rounded(
-    model: Model,
-    plan: Plan,
-    params: Params,
-    floats: Mapping[str, str],
-    pictures: Pictures,
-    recipe: Recipe,
-    run: _Run,
-) -> list[Finding]:
-    """Weights rounded for what the layers before hand on, where there are pictures to see that on."""
-    effort = EFFORTS[recipe.effort]
-    if pictures.feed is None:
-        return [Skipped("round", "all layers", "statistics do not say how inputs go together; pass pictures, too")]
-    narrow = min(layer.layer.weight.bits for layer in params.layers) < 8
-    feeds = pictures.feed.first(effort.pictures if narrow else effort.pictures // 2, "read again")
-    return refine(model, plan, params, feeds, recipe, effort, floats, run.listener.progress)
+def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> Settled:
+    """All numbers that are written."""
+    with run.step("params"):
+        settled = nearest(folded, recipe)
+        _look_for_means_in_vain(settled, recipe, run)
+    if recipe.rounding == "second-order":
+        with run.step("round"):
+            feed = pictures.feed
+            pictures_wanted = EFFORTS[recipe.effort].pictures_for(layer.weight.bits for layer in settled.plan.layers)
+            feeds = None if feed is None else feed.first(pictures_wanted, "read again")
+            round_anew(settled, folded, recipe, feeds, run.listener.progress)
+    return settled
 
 
 def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -> None:
@@ -297,10 +291,10 @@ def _look_for_wishes_in_vain(plan: Plan, audited: Audit, run: _Run) -> None:
         run.warn(f"--keep-float changes nothing for {vain[0]}{more}: it runs as its neighbours do, or not at all.")
 
 
-def _look_for_means_in_vain(plan: Plan, found: list[Finding], recipe: Recipe, run: _Run) -> None:
+def _look_for_means_in_vain(settled: Settled, recipe: Recipe, run: _Run) -> None:
     """An exporter may have folded all that BatchNormalization could tell of means."""
-    unknown = sum(isinstance(finding, Skipped) and finding.step == "bias" for finding in found)
-    if recipe.bias_correction == "analytic" and unknown == len(plan.layers):
+    unknown = sum(isinstance(finding, Skipped) and finding.step == "bias" for finding in settled.findings)
+    if recipe.bias_correction == "analytic" and unknown == len(settled.plan.layers):
         run.warn(
             "--bias-correction analytic corrects no layer: none reads what a BatchNormalization tells the mean of; "
             "the pictures do with --bias-correction measured."

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.behind import Behind
+from qconv.behind import Behind, up_to
 from qconv.feed import spread
 from qconv.findings import Change
 from qconv.graph import Model, Value, is_tensor
@@ -134,7 +134,7 @@ def _rounded_alone(
     told = [value.name or "" for value in outputs]
     with contextlib.closing(Store(HELD)) as store:
         start = Behind(Walk(model, feeds, store, threads=threads).behind(outputs), told, (), threads=threads)
-        clean = _no_more_than(HELD, start.run(range(len(feeds))))
+        clean = up_to(HELD, start.run(range(len(feeds))))
         del start
         walk = Walk(model, feeds[: len(clean)], store, threads=threads)
         for group in groups:
@@ -163,18 +163,6 @@ def _noise(clean: Outputs, behind: Behind, picked: Mapping[int, float], params: 
     """Mean over the pictures for which those that are picked stand."""
     found = zip(picked.items(), behind.run(picked, params), strict=True)
     return sum(weight * noise_of([clean[index]], [got]) for (index, weight), got in found) / sum(picked.values())
-
-
-def _no_more_than(most: int, outputs: Iterator[list[NDArray[Any]]]) -> Outputs:
-    """The first of them, one at least, that go into so many bytes."""
-    found: Outputs = []
-    size = 0
-    for arrays in outputs:
-        found.append(arrays)
-        size += sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
-        if size >= most:
-            break
-    return found
 
 
 def _best(noise: Callable[[QuantParams], float], params: QuantParams, reach: float) -> tuple[float, float]:

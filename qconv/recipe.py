@@ -402,11 +402,10 @@ class Recipe:
         )
         _require(self.effort in EFFORTS, f"--effort {self.effort}", f"use one of {', '.join(EFFORTS)}.")
         if self.rounding is None:
-            plain = self.effort == "fast" or self.searches  # a search writes what it measured
-            object.__setattr__(self, "rounding", "nearest" if plain else "second-order")
+            object.__setattr__(self, "rounding", "nearest" if self.effort == "fast" else "second-order")
         _require(self.rounding in ROUNDINGS, f"--rounding {self.rounding}", f"use one of {', '.join(ROUNDINGS)}.")
         idle = self.effort == "best" and self.rounding == "nearest"
-        hint = "pass --rounding second-order, or leave --effort out; searches and named recipes take nearest codes."
+        hint = "pass --rounding second-order, or leave --effort out; named recipes take nearest codes."
         _require(not idle, "--effort best with nearest codes", hint)
         for name, known in (("bit_allocation", BIT_ALLOCATIONS), ("bias_correction", BIAS_CORRECTIONS)):
             fact = f"--{name.replace('_', '-')} {getattr(self, name)}"

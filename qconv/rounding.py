@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
-DAMPING = 0.05
+DAMPING = 0.02
 """Share of the mean of H's diagonal that is added to it at least."""
 BLOCK = 64
 """Columns that are rounded before their errors are carried on to all others at once."""

@@ -2,39 +2,48 @@
 
     N_l(b) = sum over outputs of sum (ref - got)^2 / sum ref^2
 
-got: of the folded float network with the weights of layer l rounded to b bits, its bias corrected, as they would be
-written. ref: of the network itself. One session a layer: its weights and bias become inputs of the network, and every
-choice of bits is one run. Noises of several layers, which are small and hardly correlated, are taken to add up; what
-quantized activations add is left out, and is the same for all.
+got: of the folded float network with the weights of layer l in b bits, its bias corrected, as they would be written.
+ref: of the network itself. Weights round to the nearest code or, where a solver is given, by second order, as if this
+layer were the first: what it reads is the float network's. Then noise is measured on pictures that the weights were not
+made for. The network is walked once, and at each layer what lies behind it is run with weights and bias as inputs.
+
+Noises of several layers, which are small and hardly correlated, are taken to add up; what quantized activations add is
+left out, and is the same for all.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import save
 from qconv.assign import Layer
-from qconv.graph import Model, array
+from qconv.behind import Behind, up_to
+from qconv.graph import Model, is_tensor
+from qconv.held import Arrays, Store
+from qconv.moments import is_kept, moments
 from qconv.params import Params, source_of
 from qconv.plan import Layer as Planned
 from qconv.plan import Plan
 from qconv.quant import PerChannel
 from qconv.recipe import Recipe
-from qconv.runtime import Session
 from qconv.sketch import Sketch
-from qconv.weights import LayerParams, quantize_layer
+from qconv.solve import Solver, first_input, stored_shape
+from qconv.walk import Walk
+from qconv.weights import LayerParams, Source, quantize_layer
 
 Batch = Mapping[str, NDArray[Any]]
 Outputs = Sequence[NDArray[Any]]
 FLOAT = 32
 WORST = 1e6
 """Noise of what gives NaN or infinity."""
+HELD = 2**27
+"""Bytes of tensors, and of outputs, that are held in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +61,43 @@ def sensitivities(
     network: Network,
     wishes: Mapping[str, Collection[int]],
     batches: Sequence[Batch],
+    solver: Solver | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Layer]:
-    """Count and noise of the layers named in `wishes`, for the bits listed there; FLOAT bits have no noise."""
-    threads = network.recipe.threads
-    with save.runnable(network.model, ()) as runnable:
-        session = Session(runnable, name="the folded float model", threads=threads)
-        outputs = session.outputs
-        expected = [session.run_all(feeds) for feeds in batches]
-    del session
+    """Count and noise of the layers named in `wishes`, for the bits listed there; FLOAT bits have no noise.
+
+    solver: rounds the weights; None for nearest codes.
+    """
+    threads, judged = network.recipe.threads, [value for value in network.model.graph.outputs if is_tensor(value)]
+    outputs = [value.name or "" for value in judged]
     found: dict[str, Layer] = {}
-    chosen = [layer for layer in network.plan.layers if (layer.node.name or "") in wishes]
-    for done, layer in enumerate(chosen, 1):
-        name = layer.node.name or ""
-        narrow = sorted(bits for bits in wishes[name] if bits < FLOAT)
-        noise = {bits: 0.0 for bits in wishes[name] if bits >= FLOAT}
-        has_bias = any(_quantized(network, layer, bits).bias is not None for bits in narrow[:1])
-        with _opened(network, name, 2 if has_bias else 1) as (session, inputs):
-            for bits in narrow:
-                fed = _fed(_quantized(network, layer, bits), layer, inputs)
-                noise[bits] = noise_of(expected, (session.run(outputs, {**feeds, **fed}) for feeds in batches))
-        stored = array(layer.node.inputs[1])
-        assert stored is not None
-        found[name] = Layer(stored.size, noise)
-        progress(done, len(chosen))
+    with contextlib.closing(Store(HELD)) as store:
+        walk = Walk(network.model, batches, store, threads=threads)
+        looked_at = _looked_at(len(batches), solver)
+        expected = up_to(HELD, Behind(walk.behind(judged), outputs, (), threads=threads).run(looked_at))
+        looked_at = looked_at[: len(expected)]
+        for index, layer in enumerate(network.plan.layers):
+            name = layer.node.name or ""
+            if name not in wishes:
+                continue
+            progress(len(found), len(wishes))
+            inputs = walk.at(first_input(layer.node))
+            choices = _choices(network, layer, index, wishes[name], inputs, solver)
+            opened = _opened(name, choices.values())
+            behind = Behind(walk.behind(judged), outputs, (), opened=(name, opened), threads=threads)
+            noise = {bits: 0.0 for bits in wishes[name] if bits >= FLOAT}
+            for bits, chosen in choices.items():
+                fed = {opened[place]: numbers for place, numbers in _real(chosen).items()}
+                noise[bits] = noise_of(expected, behind.run(looked_at, fed=fed))
+            found[name] = Layer(prod(stored_shape(layer.node)), noise)
+    progress(len(found), len(wishes))
     return found
+
+
+def _looked_at(count: int, solver: Solver | None) -> list[int]:
+    """The batches that noise is measured on: those kept apart, where weights are made for what the others hold."""
+    apart = [index for index in range(count) if solver is not None and is_kept(index)]
+    return apart or list(range(count))
 
 
 def noise_of(expected: Sequence[Outputs], got: Iterable[Outputs]) -> float:
@@ -99,15 +120,36 @@ def noise_of(expected: Sequence[Outputs], got: Iterable[Outputs]) -> float:
     return total if np.isfinite(total) else WORST
 
 
-def _quantized(network: Network, layer: Planned, bits: int) -> LayerParams:
+def _choices(
+    network: Network,
+    layer: Planned,
+    index: int,
+    wishes: Collection[int],
+    inputs: Arrays,
+    solver: Solver | None,
+) -> dict[int, LayerParams]:
+    """The layer with each of the bits it may have."""
+    found = {bits: _nearest(network, layer, bits) for bits in sorted(wishes) if bits < FLOAT}
+    refused = solver is None or all(solver.refusal(network.model, nearest) for nearest in found.values())
+    if solver is None or refused:
+        return found
+    drawn = zip(inputs, solver.drawn(layer, index, inputs), strict=True)
+    rows = (patches.rows(x, at) for x, (patches, at) in drawn)
+    seen, source = moments((x, x) for x in rows), _source(network, layer)
+    return {
+        bits: nearest if solver.refusal(network.model, nearest) else solver.solved(nearest, source, seen, anew=False)[0]
+        for bits, nearest in found.items()
+    }
+
+
+def _nearest(network: Network, layer: Planned, bits: int) -> LayerParams:
     """The layer as `params.choose_params` makes it, with other bits."""
     recipe = network.recipe
-    source = source_of(layer, network.params, network.sketches)
     apart = recipe.allocates_weights and isinstance(layer.weight.granularity, PerChannel) and bits < 8
     narrow = replace(layer, weight=replace(layer.weight, bits=bits), own_bits=apart)
     found, _ = quantize_layer(
         narrow,
-        source,
+        _source(network, layer),
         recipe.weight_calibrator,
         network.plan.target,
         saturation_safe=recipe.saturation_safe,
@@ -116,19 +158,17 @@ def _quantized(network: Network, layer: Planned, bits: int) -> LayerParams:
     return found
 
 
-@contextlib.contextmanager
-def _opened(network: Network, name: str, count: int) -> Iterator[tuple[Session, list[str]]]:
-    """The network with the weights of a layer, and with a count of 2 its bias, as inputs; their names come with it."""
-    model = network.model.copy()
-    node = next(node for node in model.nodes() if node.name == name)
-    inputs = [model.open_input(node, index, f"{name}_{kind}") for index, kind in ((1, "weights"), (2, "bias"))[:count]]
-    with save.runnable(model, ()) as runnable:
-        yield Session(runnable, name="the folded float model", threads=network.recipe.threads), inputs
+def _source(network: Network, layer: Planned) -> Source | None:
+    return source_of(layer, network.params, network.sketches)
 
 
-def _fed(quantized: LayerParams, layer: Planned, inputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-    """Weights and bias as they will be computed with."""
-    stored = array(layer.node.inputs[1])
-    assert stored is not None
-    numbers = [quantized.weight.dequantize(quantized.codes).reshape(stored.shape), quantized.bias]
-    return {name: array for name, array in zip(inputs, numbers, strict=False) if array is not None}
+def _opened(name: str, choices: Iterable[LayerParams]) -> dict[int, str]:
+    """Names for what is fed instead of the weights, and of the bias where there may be one, by their places."""
+    biased = any(chosen.bias is not None for chosen in choices)
+    return {1: f"{name}_weights"} | ({2: f"{name}_bias"} if biased else {})
+
+
+def _real(chosen: LayerParams) -> dict[int, NDArray[np.float32]]:
+    """Weights and bias as they will be computed with, by their places."""
+    weight = chosen.weight.dequantize(chosen.codes).reshape(stored_shape(chosen.layer.node))
+    return {1: weight} | ({} if chosen.bias is None else {2: chosen.bias.astype(np.float32)})

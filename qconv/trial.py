@@ -1,29 +1,80 @@
-"""A plan carried out on a copy: what would come of it, while the folded model stays as it is."""
+"""A recipe carried out: the numbers of every tensor, and the model that they make of a copy of the folded network."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
 
 import qconv
 from qconv.emit import emit
 from qconv.fileformat import describe
+from qconv.findings import Finding, Skipped
 from qconv.graph import Model
-from qconv.params import choose_params
+from qconv.params import NO_FACTORS, Params, carried_over, choose_params
+from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.recipe import Recipe
+from qconv.refine import EFFORTS, refine
 from qconv.shrink import shrink
 from qconv.sketch import Sketch
 from qconv.targets import TARGETS
 
+Feeds = Sequence[Mapping[str, NDArray[Any]]]
+Progress = Callable[[str, int, int], None]
 
-def carried_out(
-    folded: Model, recipe: Recipe, sketches: Mapping[str, Sketch], floats: Mapping[str, str] | None = None
-) -> Model:
-    """The quantized model that `pipeline.quantize` makes of these sketches. floats: as `make_plan` takes them."""
-    model = folded.copy()
-    plan = make_plan(model, recipe, TARGETS[recipe.target], floats)
-    params, _ = choose_params(plan, sketches, recipe)
-    emit(model, plan, params, pack=recipe.pack)
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """What recipes are carried out on. model: the float network, which stays as it is. floats: nodes to leave in float,
+    as `make_plan` takes them. sketches: of its tensors; factors: on their ranges."""
+
+    model: Model
+    floats: Mapping[str, str]
+    sketches: Mapping[str, Sketch]
+    factors: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class Settled:
+    """All that is written, for the folded network itself. findings: what was done on the way."""
+
+    plan: Plan
+    params: Params
+    findings: list[Finding]
+
+
+def nearest(folded: Folded, recipe: Recipe) -> Settled:
+    """The numbers of a recipe, weights rounded to the nearest code."""
+    plan = make_plan(folded.model, recipe, TARGETS[recipe.target], folded.floats)
+    return Settled(plan, *choose_params(plan, folded.sketches, recipe, folded.factors))
+
+
+def round_anew(settled: Settled, folded: Folded, recipe: Recipe, feeds: Feeds | None, progress: Progress) -> None:
+    """Weights rounded for what the layers before hand on, where there are pictures to see that on."""
+    if feeds is None:
+        why = "statistics do not say how inputs go together; pass pictures, too"
+        settled.findings.append(Skipped("round", "all layers", why))
+        return
+    effort, plan, params = EFFORTS[recipe.effort], settled.plan, settled.params
+    settled.findings += refine(folded.model, plan, params, feeds, recipe, effort, folded.floats, progress)
+
+
+def written(folded: Folded, recipe: Recipe, params: Params) -> Model:
+    """The quantized model with these numbers."""
+    model = folded.model.copy()
+    plan = make_plan(model, recipe, TARGETS[recipe.target], folded.floats)
+    emit(model, plan, carried_over(params, plan), pack=recipe.pack)
     shrink(model)
     describe(model, qconv.__version__, recipe, None)
     return model
+
+
+def carried_out(
+    model: Model, recipe: Recipe, sketches: Mapping[str, Sketch], floats: Mapping[str, str] | None = None
+) -> Model:
+    """The quantized model that `pipeline.quantize` makes of these sketches, weights rounded to the nearest code."""
+    folded = Folded(model, floats or {}, sketches, NO_FACTORS)
+    return written(folded, recipe, nearest(folded, recipe).params)

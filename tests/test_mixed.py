@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
 import numpy as np
 import onnx
 import pytest
-from models import network
+from models import loaded, network
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
@@ -21,9 +22,12 @@ from test_layer_bits import asked
 from test_pipeline import quantized
 
 from qconv import summary
+from qconv.assign import Assignment
 from qconv.errors import QconvError
+from qconv.findings import Change
 from qconv.layer_bits import read_layer_bits
-from qconv.pipeline import quantize
+from qconv.mixed import _best, expected
+from qconv.pipeline import Listener, quantize
 from qconv.recipe import CANDIDATE_BITS, STEERING, Drop, LayerBits, PreprocessingOptions, Recipe
 from qconv.report import MixedPrecision, Report
 from qconv.runtime import Session
@@ -68,8 +72,7 @@ def recipe(pictures: Path, **options: Any) -> Recipe:
         calib=(str(pictures),),
         preprocessing=PreprocessingOptions(preset="unit"),
         threads=1,
-        rounding="nearest",
-        **options,
+        **{"rounding": "nearest", **options},
     )
 
 
@@ -79,9 +82,9 @@ def searched(pictures: Path, **options: Any) -> tuple[Report, onnx.ModelProto, M
     return report, result, report.mixed
 
 
-def measured(result: onnx.ModelProto, pictures: Path) -> tuple[float, float]:
+def measured(result: onnx.ModelProto, pictures: Path, net: onnx.ModelProto = NET) -> tuple[float, float]:
     """SQNR and agreement on all pictures."""
-    sessions = [Session(proto.SerializeToString(), threads=1) for proto in (NET, result)]
+    sessions = [Session(proto.SerializeToString(), threads=1) for proto in (net, result)]
     arrays = np.concatenate([fed(np.asarray(Image.open(path))) for path in sorted(pictures.rglob("*.png"))])
     ref, got = (session.run_all({"x": arrays})[0].astype(np.float64) for session in sessions)
     sqnr = 10 * math.log10(np.sum(ref**2) / np.sum((ref - got) ** 2))
@@ -95,9 +98,13 @@ def bits_in(report: Report) -> dict[str, int]:
     return rows  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("least", [12.0, 20.0, 28.0])
-def test_the_sqnr_asked_for_is_kept_and_the_next_smaller_point_does_not_keep_it(pictures: Path, least: float) -> None:
-    report, result, mixed = searched(pictures, max_drop=Drop("sqnr", least), edge_bits=2)
+@pytest.mark.parametrize(
+    ("least", "rounding"), [(12.0, "nearest"), (20.0, "nearest"), (28.0, "nearest"), (22.0, "second-order")]
+)
+def test_the_sqnr_asked_for_is_kept_and_the_next_smaller_point_does_not_keep_it(
+    pictures: Path, least: float, rounding: str
+) -> None:
+    report, result, mixed = searched(pictures, max_drop=Drop("sqnr", least), edge_bits=2, rounding=rounding)
     sqnr, _ = measured(result, pictures)
     assert sqnr >= least
     assert mixed.chosen.sqnr_db == pytest.approx(sqnr, abs=0.01)
@@ -109,6 +116,103 @@ def test_the_sqnr_asked_for_is_kept_and_the_next_smaller_point_does_not_keep_it(
         assert below.sqnr_db < least
     assert mixed.chosen.size == pytest.approx(sum(COUNTS[n] * b for n, b in bits_in(report).items()) / (32 * TOTAL))
     assert report.time["search"] > 0
+
+
+RESIDUAL = network(
+    f"""
+    c = Conv<{SAME}>(x, w) r = Relu(c) d = Conv<{SAME}>(r, v) a = Add(r, d) e = Conv<{SAME}>(a, v2) b = Add(a, e)
+    g = GlobalAveragePool(b) f = Flatten(g) y = Gemm(f, k)
+    """,
+    x=("N", 3, 8, 8),
+    w=(8, 3, 3, 3),
+    v=0.2 * np.random.default_rng(1).standard_normal((8, 8, 3, 3)).astype(np.float32),
+    v2=0.2 * np.random.default_rng(2).standard_normal((8, 8, 3, 3)).astype(np.float32),
+    k=(8, 4),
+)
+
+
+@pytest.mark.parametrize("asked_for", [{"target_size": 0.13}, {"max_drop": Drop("sqnr", 12)}])
+@pytest.mark.parametrize("rounding", ["nearest", "second-order"])
+def test_what_is_written_is_what_was_measured(pictures: Path, asked_for: dict[str, Any], rounding: str) -> None:
+    """Tensors of 4 bits that are rounded apart for layers, ranges set by the outputs, and channels scaled before."""
+    report, result = quantized(RESIDUAL, recipe(pictures, rounding=rounding, activation_bits=4, **asked_for))
+    assert report.mixed is not None
+    assert {"ranges", "plan"} <= {found.step for found in report.findings}
+    sqnr, agreement = measured(result, pictures, RESIDUAL)
+    assert report.mixed.chosen.sqnr_db == pytest.approx(sqnr, abs=1e-4)
+    assert report.mixed.chosen.agreement == agreement
+    changed = {found.where for found in report.findings if found.step == "round" and isinstance(found, Change)}
+    assert bool(changed) == (rounding == "second-order")
+
+
+@pytest.mark.parametrize("asked_for", [{"target_size": 0.13}, {"max_drop": Drop("sqnr", 20.0)}])
+def test_progress_rises_to_its_end(pictures: Path, asked_for: dict[str, Any]) -> None:
+    heard: list[tuple[str, int, int]] = []
+    found = recipe(pictures, rounding="second-order", **asked_for)
+    quantize(
+        Source("m", None, NET.SerializeToString()), None, found, Listener(progress=lambda *step: heard.append(step))
+    )
+    for stage in ("layers", "search"):
+        steps = [(done, total) for name, done, total in heard if name == stage]
+        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+        assert len(steps) > 4
+        assert steps[-1][0] == steps[-1][1]
+
+
+def test_second_order_codes_need_fewer_bits(pictures: Path) -> None:
+    """And at one size they keep more."""
+    sizes = [
+        searched(pictures, max_drop=Drop("sqnr", 22), edge_bits=2, rounding=rounding)[2].chosen.size
+        for rounding in ("nearest", "second-order")
+    ]
+    assert sizes[1] < 0.9 * sizes[0]
+
+
+def test_what_the_model_finds_much_worse_is_not_measured() -> None:
+    """The last two points, and the same bits for all unless they have more than twice the noise."""
+    steps = [Assignment((bits,), size, noise) for bits, size, noise in ((2, 10, 9.0), (3, 20, 3.0), (4, 30, 2.0))]
+    for noise, tried in ((3.9, [1, 2, 3]), (4.1, [2, 3])):
+        same, judge = Assignment((3,), 15, noise), FakeJudge([0, 5, 7, 6])
+        points, chosen = _best(judge, same, list(steps))  # type: ignore[arg-type]
+        assert points.index(same) == 1
+        assert judge.measured == tried
+        assert (chosen, judge.kept) == (2, 2)
+
+
+@dataclass
+class FakeJudge:
+    """Says these decibels of the points."""
+
+    decibels: list[float]
+    measured: list[int] = field(default_factory=list)
+    kept: int = -1
+    expected: int = 0
+
+    def measure(self, points: list[Assignment], index: int) -> SimpleNamespace:
+        self.measured.append(index)
+        return SimpleNamespace(verified=SimpleNamespace(sqnr_db=self.decibels[index]))
+
+    def keep(self, index: int) -> None:
+        self.kept = index
+
+
+@pytest.mark.parametrize(
+    ("options", "bits"),
+    [
+        ({"target_size": 0.16, "edge_bits": 2}, 5),  # 5.12 bits
+        ({"target_size": 0.16}, 4),  # of 2552 weights 248 have 8, which leaves 4.81 for the others
+        ({"target_size": 0.05}, 2),  # too little
+        ({"target_size": 0.5, "candidate_bits": (4, 6, 32)}, 6),
+        ({"target_size": 0.16, "layer_bits": (("d", LayerBits(2)),)}, 6),  # 7.62 for h alone
+        ({"max_drop": Drop("sqnr", 20.0)}, 5),  # in the middle
+        ({"max_drop": Drop("sqnr", 20.0), "candidate_bits": (4, 32)}, 4),
+        ({}, 7),
+    ],
+)
+def test_what_comes_before_a_search_reckons_with_the_bits_that_will_be_found(
+    options: dict[str, Any], bits: int
+) -> None:
+    assert expected(loaded(NET), Recipe(calib=("x",), weight_bits=7, **options), {}).weight_bits == bits
 
 
 def test_the_curve_rises_and_the_model_is_near_what_is_measured(pictures: Path) -> None:
@@ -172,26 +276,28 @@ def test_edges_keep_their_bits_and_named_layers_theirs(pictures: Path) -> None:
 
 def test_float_can_be_chosen(pictures: Path) -> None:
     report, result, mixed = searched(
-        pictures, max_drop=Drop("sqnr", 27), candidate_bits=(4, 32), edge_bits=2, activation_bits=8
+        pictures, max_drop=Drop("sqnr", 30), candidate_bits=(4, 32), edge_bits=2, activation_bits=8
     )
     floats = {name for name in COUNTS if name not in bits_in(report)}
     assert floats
     assert mixed.chosen.bits["32"] == len(floats)
     stored = {tensor.name for tensor in result.graph.initializer if len(tensor.dims) > 1 and tensor.data_type == 1}
     assert len(stored) == len(floats)
-    assert measured(result, pictures)[0] >= 27
+    assert measured(result, pictures)[0] >= 30
 
 
-def test_what_was_found_can_be_saved_and_passed_back(tmp_path: Path, pictures: Path) -> None:
+@pytest.mark.parametrize("rounding", ["nearest", "second-order"])
+def test_what_was_found_can_be_saved_and_passed_back(tmp_path: Path, pictures: Path, rounding: str) -> None:
     """The same weights come of it; only the recipe in the file differs, which names the search."""
     path = tmp_path / "bits.toml"
-    report, result, mixed = searched(pictures, target_size=0.13, save_layer_bits=str(path))
+    options = {"rounding": rounding, "equalize": False}  # which channels are scaled depends on the bits
+    report, result, mixed = searched(pictures, target_size=0.13, save_layer_bits=str(path), **options)
     found = read_layer_bits(path)
     assert dict(found) == {name: LayerBits(bits) for name, bits in bits_in(report).items()}
     assert report.recipe["layer_bits"] == [
         [name, {"weights": bits.weights, "activations": None, "in_float": False}] for name, bits in found
     ]
-    again, same = quantized(NET, recipe(pictures, layer_bits=found))
+    again, same = quantized(NET, recipe(pictures, layer_bits=found, **options))
     assert again.mixed is None
     constants = [
         {t.name: numpy_helper.to_array(t).tobytes() for t in proto.graph.initializer} for proto in (result, same)

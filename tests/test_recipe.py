@@ -316,9 +316,16 @@ def test_a_percentile_belongs_to_its_calibrator() -> None:
 
 
 def test_an_effort_that_would_change_nothing_is_refused() -> None:
-    """A search rounds to the nearest code, unless told otherwise."""
-    for options in ({"rounding": "nearest"}, {"target_size": 0.2}):
-        with pytest.raises(QconvError, match="--effort best with nearest codes"):
-            Recipe(calib=("x",), effort="best", **options)  # type: ignore[arg-type]
-    assert Recipe(calib=("x",), effort="best", target_size=0.2, rounding="second-order").rounding == "second-order"
+    with pytest.raises(QconvError, match="--effort best with nearest codes"):
+        Recipe(calib=("x",), effort="best", rounding="nearest")
     assert Recipe(effort="best").rounding == "second-order"
+
+
+def test_a_search_rounds_as_its_result_would_be_rounded_without_it() -> None:
+    search = {"calib": ("x",), "target_size": 0.2}
+    assert {effort: Recipe(effort=effort, **search).rounding for effort in ("fast", "balanced", "best")} == {  # type: ignore[arg-type]
+        "fast": "nearest",
+        "balanced": "second-order",
+        "best": "second-order",
+    }
+    assert Recipe(rounding="nearest", **search).rounding == "nearest"  # type: ignore[arg-type]
