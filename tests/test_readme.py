@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     (folder / "model.onnx").write_bytes((ROOT / "tests/models/cifar_mobilenet.onnx").read_bytes())
     (folder / "imgs").mkdir()
-    for picture in sorted((ROOT / "calib_samples").glob("*.jpg"))[::6]:
+    for picture in sorted((ROOT / "calib_samples").glob("*.jpg"))[::2]:
         (folder / "imgs" / picture.name).symlink_to(picture)
     (folder / "bin").mkdir()
     script = folder / "bin" / "qconv"
@@ -80,12 +80,12 @@ def test_the_python_lines_run(place: Path) -> None:
 
 
 def test_the_summary_is_that_of_a_run(place: Path) -> None:
-    """All but the numbers, which depend on pictures and machine."""
+    """All but the numbers, which depend on pictures and machine, and with them the order of what was changed."""
     (block,) = blocks("console")
     command, *shown = block.splitlines()
     done = shell(place, command.removeprefix("$ "))
     assert done.returncode == 0, done.stderr
-    assert [without_numbers(line) for line in done.stdout.splitlines()] == [without_numbers(line) for line in shown]
+    assert sorted(map(without_numbers, done.stdout.splitlines())) == sorted(map(without_numbers, shown))
 
 
 def without_numbers(line: str) -> str:
