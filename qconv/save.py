@@ -250,7 +250,9 @@ def moments_of(model: Model, tensors: Iterable[str]) -> bytes | None:
         [tensor_proto(value) for value in weights],
     )
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
-    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
+    proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
+    data: bytes = proto.SerializeToString()
+    return data
 
 
 def _leading_to(model: Model, tensors: set[str]) -> list[Node]:
