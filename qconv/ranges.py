@@ -170,7 +170,7 @@ def _best(noise: Callable[[QuantParams], float], params: QuantParams, reach: flo
     tried = {1.0: noise(params)}
     for step in (NARROWER, WIDER):
         factor, before = 1.0, tried[1.0]
-        while before > 0 and (step < 1 or factor < reach):
+        while before > 0 and (step < 1 or factor < WORTHWHILE * reach):
             factor = factor * step if step < 1 else min(factor * step, reach)
             tried[factor] = noise(params.with_scale(np.asarray(params.scale * factor, np.float32)))
             if tried[factor] > WORTHWHILE * before:

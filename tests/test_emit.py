@@ -543,10 +543,14 @@ def test_fewer_bits_still_run_in_integers(bits: int) -> None:
 
 
 def codes_of(result: Quantized) -> set[int]:
-    """Every code that dequantizers of activations read on the samples."""
+    """Every code of activations that layers read on the samples."""
     probe = onnx.ModelProto.FromString(result.proto.SerializeToString())
-    constants = result.wiring.constants
-    read = {node.input[0] for node in result.wiring.all("DequantizeLinear")} - set(constants)
+    constants, wiring = result.wiring.constants, result.wiring
+    read = {
+        node.input[0]
+        for node in wiring.all("DequantizeLinear")
+        if {"Conv", "Gemm"} & {reader.op_type for reader in wiring.readers(node.output[0])}
+    } - set(constants)
     kind = {np.dtype(np.uint8): onnx.TensorProto.UINT8, np.dtype(np.uint16): onnx.TensorProto.UINT16}
     for name in sorted(read):
         node = next(n for n in result.wiring.all("DequantizeLinear") if n.input[0] == name)
