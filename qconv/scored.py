@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +35,24 @@ class Scored:
         return Verification(self.pictures, comparison.scores())
 
 
-def score_float(session: Session, feed: Feed, stage: str, *, most_bytes: int, warn: Callable[[str], None]) -> Scored:
-    """Run the float model on the pictures of `feed`, as many as there is room for with their outputs."""
+def score_float(
+    session: Session,
+    feed: Feed,
+    stage: str,
+    *,
+    most_bytes: int,
+    warn: Callable[[str], None],
+    batches: Collection[int] | None = None,
+) -> Scored:
+    """Run the float model on the pictures of `feed`, as many as there is room for with their outputs.
+
+    batches: those that count; None for all.
+    """
     kept: list[tuple[Batch, Outputs]] = []
     size, total = 0, len(feed.listing.paths)
-    for feeds in feed.all(stage):
+    for index, feeds in enumerate(feed.all(stage)):
+        if batches is not None and index not in batches:
+            continue
         kept.append((feeds, session.run_all(feed.as_float(feeds))))
         size += sum(a.nbytes for a in (*feeds.values(), *kept[-1][1]) if isinstance(a, np.ndarray))
         if size >= most_bytes:

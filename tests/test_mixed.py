@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +27,11 @@ from qconv.assign import Assignment
 from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.layer_bits import read_layer_bits
-from qconv.mixed import _best, expected
+from qconv.listing import find
+from qconv.mixed import _best, _unseen, expected
 from qconv.pipeline import Listener, quantize
 from qconv.recipe import CANDIDATE_BITS, STEERING, Drop, LayerBits, PreprocessingOptions, Recipe
+from qconv.refine import EFFORTS
 from qconv.report import MixedPrecision, Report
 from qconv.runtime import Session
 from qconv.source import Source
@@ -82,10 +85,13 @@ def searched(pictures: Path, **options: Any) -> tuple[Report, onnx.ModelProto, M
     return report, result, report.mixed
 
 
-def measured(result: onnx.ModelProto, pictures: Path, net: onnx.ModelProto = NET) -> tuple[float, float]:
+def measured(
+    result: onnx.ModelProto, pictures: Path | Sequence[Path], net: onnx.ModelProto = NET
+) -> tuple[float, float]:
     """SQNR and agreement on all pictures."""
+    paths = sorted(pictures.rglob("*.png")) if isinstance(pictures, Path) else pictures
     sessions = [Session(proto.SerializeToString(), threads=1) for proto in (net, result)]
-    arrays = np.concatenate([fed(np.asarray(Image.open(path))) for path in sorted(pictures.rglob("*.png"))])
+    arrays = np.concatenate([fed(np.asarray(Image.open(path))) for path in paths])
     ref, got = (session.run_all({"x": arrays})[0].astype(np.float64) for session in sessions)
     sqnr = 10 * math.log10(np.sum(ref**2) / np.sum((ref - got) ** 2))
     return sqnr, float((ref.argmax(axis=1) == got.argmax(axis=1)).mean())
@@ -143,6 +149,40 @@ def test_what_is_written_is_what_was_measured(pictures: Path, asked_for: dict[st
     assert report.mixed.chosen.agreement == agreement
     changed = {found.where for found in report.findings if found.step == "round" and isinstance(found, Change)}
     assert bool(changed) == (rounding == "second-order")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_points_are_judged_by_pictures_that_weights_were_not_rounded_on(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """Of 16 pictures 4 are for the weights. The float network is right on all, so that what changes class is wrong."""
+    few = {name: replace(effort, pictures=4) for name, effort in EFFORTS.items()}
+    monkeypatch.setattr("qconv.mixed.EFFORTS", few)
+    options = {"rounding": "second-order", "batch": batch, "max_drop": Drop("top1", 0.1), "edge_bits": 2}
+    _, result, mixed = searched(pictures, **options)
+    paths = find((str(pictures),), pattern=None, samples=16, seed=0).paths
+    sqnr, agreement = measured(result, paths[4:])
+    assert mixed.chosen.sqnr_db == pytest.approx(sqnr, abs=1e-4)
+    assert mixed.chosen.agreement == mixed.chosen.top1 == agreement
+    assert mixed.float_top1 == 1
+    assert measured(result, paths)[0] != pytest.approx(sqnr, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("pictures_and_batch", "rounded_on", "expected_batches"),
+    [
+        ((16, 1), 0, range(16)),  # nearest codes are made on none
+        ((26, 1), 18, [7, 15, *range(18, 26)]),
+        ((16, 1), 9, [7, *range(9, 16)]),
+        ((16, 1), 11, range(16)),  # 6 would be left
+        ((20, 4), 3, [3, 4]),
+        ((17, 4), 4, range(5)),  # 4 at most would be left
+    ],
+)
+def test_unseen_pictures(pictures_and_batch: tuple[int, int], rounded_on: int, expected_batches: Sequence[int]) -> None:
+    count, batch = pictures_and_batch
+    feed = SimpleNamespace(listing=SimpleNamespace(paths=[Path()] * count), batch=batch)
+    assert _unseen(feed, rounded_on) == list(expected_batches)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("asked_for", [{"target_size": 0.13}, {"max_drop": Drop("sqnr", 20.0)}])
