@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qconv.errors import QconvError
-from qconv.recipe import PreprocessingOptions, Recipe
+from qconv.pixels import PreprocessingOptions
+from qconv.recipe import Recipe
 
 if TYPE_CHECKING:
     from qconv.pipeline import quantize

@@ -14,8 +14,8 @@ import numpy as np
 
 from qconv.evidence import Fact, Reference
 from qconv.fit import Moments
+from qconv.pixels import Color, Preprocessing, PreprocessingOptions
 from qconv.preprocess import InputSpec, resolve
-from qconv.recipe import Color, Preprocessing, PreprocessingOptions
 
 OTHER_ORDER = -1.5
 """ln of how much rarer the other colour order is than the preset's own."""

@@ -23,8 +23,8 @@ from qconv.candidates import Candidate, Field
 from qconv.evidence import Fact, fact_of, references
 from qconv.feed import Feed
 from qconv.graph import Model
+from qconv.pixels import AUTO, Preprocessing, PreprocessingOptions
 from qconv.race import Race
-from qconv.recipe import AUTO, Preprocessing, PreprocessingOptions
 from qconv.runtime import Session
 
 CERTAIN = 0.98

@@ -43,8 +43,8 @@ from qconv.graph import (
     set_dims,
 )
 from qconv.layers import Float64, check_finite, read_layer, scale_inputs, write_layer
+from qconv.pixels import Layout, Preprocessing
 from qconv.preprocess import AXES, layout_order
-from qconv.recipe import Layout, Preprocessing
 
 FLOATS = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.DOUBLE})
 FOLDED = "normalisation of the pixels folded into"

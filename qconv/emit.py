@@ -14,12 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.choices import (
+    PACKED_BITS,
+)
 from qconv.findings import Change, Finding
 from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of, rank
 from qconv.params import Params
 from qconv.plan import Plan, data_inputs, data_positions
 from qconv.quant import PerBlock, PerChannel, QuantParams
-from qconv.recipe import PACKED_BITS
 from qconv.rules import RULES, Computing, Weighted
 from qconv.weights import LayerParams
 

@@ -19,7 +19,8 @@ from qconv.errors import QconvError
 from qconv.evidence import fact_of, told_by, told_of_float
 from qconv.feed import DECODERS, Feed
 from qconv.gather import original
-from qconv.recipe import AUTO, PreprocessingOptions, Recipe
+from qconv.pixels import AUTO, PreprocessingOptions
+from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.source import Source, is_quantized, metadata, read
 

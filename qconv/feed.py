@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from qconv import images
 from qconv.errors import QconvError
 from qconv.listing import SAMPLE_SUFFIXES, Listing, find
+from qconv.pixels import Layout, Preprocessing, PreprocessingOptions
 from qconv.preprocess import InputSpec, layout_order, resolve
-from qconv.recipe import Layout, Preprocessing, PreprocessingOptions, Recipe
+from qconv.recipe import Recipe
 from qconv.runtime import Session
 
 DECODERS = 2

@@ -7,9 +7,16 @@ import json
 from collections.abc import Collection
 from typing import Any
 
+from qconv.choices import (
+    Scheme,
+    WeightGranularity,
+)
 from qconv.errors import QconvError
 from qconv.graph import Model
-from qconv.recipe import Preprocessing, Recipe, Scheme, WeightGranularity
+from qconv.pixels import Preprocessing
+from qconv.recipe import (
+    Recipe,
+)
 from qconv.targets import IR_VERSIONS, LOWEST_OPSET, RUNTIMES
 
 PLACED = "qconv.placed"

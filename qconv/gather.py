@@ -13,9 +13,10 @@ from qconv.detect import Detected, detect
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.graph import Model
+from qconv.pixels import Layout, Preprocessing, PreprocessingOptions
 from qconv.plan import Plan
 from qconv.preprocess import InputSpec, resolve
-from qconv.recipe import Layout, Preprocessing, PreprocessingOptions, Recipe
+from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.sketch import Sketch, Want
 from qconv.source import Source

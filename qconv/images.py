@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from qconv.ahead import ahead
 from qconv.errors import QconvError, counted, shaped
 from qconv.listing import SAMPLE_SUFFIXES, Listing, suffix_of
+from qconv.pixels import CROP_SHARE, Color, Layout, Preprocessing
 from qconv.preprocess import InputSpec, agrees
-from qconv.recipe import CROP_SHARE, Color, Layout, Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

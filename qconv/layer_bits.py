@@ -18,8 +18,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qconv.choices import (
+    LayerBits,
+)
 from qconv.errors import QconvError
-from qconv.recipe import LayerBits
 
 TABLE, FLOAT = "layers", "float"
 KEYS = ("weights", "activations")

@@ -11,29 +11,26 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from qconv.errors import QconvError
-from qconv.layer_bits import read_layer_bits
-from qconv.recipe import (
-    AUTO,
+from qconv.choices import (
     BIAS_CORRECTIONS,
     BIT_ALLOCATIONS,
     BLOCK_SIZE,
     CALIBRATORS,
     CANDIDATE_BITS,
     EFFORTS,
-    MOST_THREADS,
     PERCENTILE,
-    PRESETS,
     RECIPES,
     ROUNDINGS,
     WEIGHT_CALIBRATORS,
-    Color,
-    Filter,
-    Layout,
-    PreprocessingOptions,
-    Recipe,
     Scheme,
     WeightGranularity,
+)
+from qconv.errors import QconvError
+from qconv.layer_bits import read_layer_bits
+from qconv.pixels import AUTO, PRESETS, Color, Filter, Layout, PreprocessingOptions
+from qconv.recipe import (
+    MOST_THREADS,
+    Recipe,
 )
 from qconv.targets import TARGETS
 from qconv.values import Bits, Loss, Numbers, Resize, Size

@@ -24,15 +24,17 @@ from qconv.fileformat import describe, needed_opset, needed_runtime, set_ir_vers
 from qconv.findings import Change, Finding, Skipped
 from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
+from qconv.judge import Ground
 from qconv.layer_bits import as_toml
-from qconv.mixed import Ground, expected, search
+from qconv.mixed import expected, search
 from qconv.oddities import oddities
 from qconv.params import choose_activations
+from qconv.pixels import Layout
 from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import WISHED, is_layer, make_plan
 from qconv.ranges import LOOKS, tuned_ranges
-from qconv.recipe import Layout, Recipe
+from qconv.recipe import Recipe
 from qconv.refine import EFFORTS
 from qconv.report import Audit, Report, Verification
 from qconv.rows import tensor_rows

@@ -18,12 +18,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qconv.choices import (
+    Scheme,
+)
 from qconv.graph import Model, Node, Value, array, attribute, dims, input_of
 from qconv.load import shapes_at
 from qconv.mincut import Network
+from qconv.pixels import Preprocessing
 from qconv.plan import Plan, data_inputs
 from qconv.planner import make_plan
-from qconv.recipe import Preprocessing, Recipe, Scheme
+from qconv.recipe import (
+    Recipe,
+)
 from qconv.rules import RULES, Weighted
 from qconv.targets import TARGETS, Table, Target
 

@@ -10,21 +10,25 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
-import numpy as np
-
+from qconv.choices import (
+    PACKED_BITS,
+    Scheme,
+)
 from qconv.gates import gate_behind
-from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of
+from qconv.graph import DataType, Model, Node, Value, array, clip_bounds, input_of
 from qconv.groups import Groups
 from qconv.plan import Choice, Layer, Plan, channels_of, data_inputs
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
-from qconv.recipe import PACKED_BITS, Recipe, Scheme, WeightGranularity
-from qconv.refusals import refusal
+from qconv.recipe import (
+    Recipe,
+)
+from qconv.refusals import WIDE_CODES, refusal, why_dequantized
 from qconv.rules import ACTIVATIONS, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
 from qconv.shortcut import shortcut
 from qconv.targets import Target
+from qconv.weight_specs import oriented, weight_spec
 
 WISHED = "kept float by --keep-float"
-WIDE_CODES = "codes of 16 bits have no integer kernel"
 CHANNEL_SCALES = "a scale for each channel of the activations has no integer kernel"
 FLOAT_BITS = "kept float by --layer-bits"
 GIVEN = "its codes are the input's pixels"
@@ -113,7 +117,7 @@ class _Planner:
             if not isinstance(rule, Weighted) or array(input_of(node, 1)) is None:
                 continue
             rule = oriented(node, rule)
-            spec = self._weight_spec(node, rule)
+            spec = weight_spec(node, rule, self.recipe, self.target, self._least_bits(node))
             data = None if placed or self.recipe.activation_bits == 32 else node.inputs[0]
             packed = self.recipe.pack and spec.bits <= PACKED_BITS
             whole = not packed and not isinstance(spec.granularity, PerBlock)
@@ -121,26 +125,9 @@ class _Planner:
             own_bits = self.recipe.allocates_weights and spec.bits < 8 and isinstance(spec.granularity, PerChannel)
             self.plan.layers.append(Layer(node, rule, spec, data, at_load, own_bits))
 
-    def _is_edge(self, node: Node) -> bool:
-        return node not in self.inner
-
-    def _weight_spec(self, node: Node, rule: Weighted) -> QuantSpec:
-        recipe = self.recipe
-        least = recipe.edge_bits if self._is_edge(node) else 0
-        bits = recipe.bits_of(node.name or "").weights or max(recipe.weight_bits, least)
-        symmetric = recipe.weight_scheme is Scheme.SYMMETRIC
-        match recipe.weight_granularity:
-            case WeightGranularity.PER_TENSOR:
-                return QuantSpec(bits, True, symmetric, PerTensor())
-            case WeightGranularity.PER_CHANNEL if node.op_type in self.target.whole_kernels or _repeats(node):
-                return QuantSpec(bits, True, symmetric, PerTensor())
-            case WeightGranularity.PER_CHANNEL:
-                return QuantSpec(bits, True, symmetric, PerChannel(rule.output_axis))
-            case WeightGranularity.PER_BLOCK:
-                weight = array(node.inputs[1])
-                channels = recipe.block_size if weight is None else weight.shape[rule.input_axis]
-                size = min(recipe.block_size, channels) * _kernel_area(node)
-                return QuantSpec(bits, True, symmetric, PerBlock(rule.input_axis, size))
+    def _least_bits(self, node: Node) -> int:
+        """What the first and the last layer have, whatever the others do."""
+        return 0 if node in self.inner else self.recipe.edge_bits
 
     # -- which nodes run on codes, which tensors become codes --------------------------------------------------------
 
@@ -314,8 +301,8 @@ class _Planner:
         found: dict[Value, int] = {}
         for layer in self.plan.layers:
             if layer.data is not None:
-                least = recipe.edge_bits if self._is_edge(layer.node) else 0
-                bits = recipe.bits_of(layer.node.name or "").activations or max(recipe.activation_bits, least)
+                wish = recipe.bits_of(layer.node.name or "").activations
+                bits = wish or max(recipe.activation_bits, self._least_bits(layer.node))
                 found[layer.data] = max(bits, found.get(layer.data, 0))
         return found
 
@@ -351,7 +338,7 @@ class _Planner:
         """Types and shapes of codes that ONNX Runtime only dequantizes."""
         recipe, plan = self.recipe, self.plan
         for layer in plan.layers:
-            why = self._why_dequantized(layer)
+            why = why_dequantized(layer, plan, recipe)
             if why is not None:
                 plan.kept.setdefault(layer.node.name or "", Choice(None, why))
         for node in self.nodes:
@@ -371,23 +358,6 @@ class _Planner:
             if before is not None and node.op_type in ACTIVATIONS and isinstance(RULES.get(before.op_type), Weighted):
                 plan.activation_of[node.name or ""] = before.name or ""
 
-    def _bits(self, value: Value) -> int:
-        spec = self.plan.activations[value].spec
-        return 32 if spec is None else spec.bits
-
-    def _why_dequantized(self, layer: Layer) -> str | None:
-        if layer.data is None:
-            return "only weights are quantized"
-        if layer.data in self.plan.activations and self._bits(layer.data) == 16:
-            return WIDE_CODES
-        if layer.weight.bits == 16:
-            return "weights of 16 bits have no integer kernel"
-        if layer.blocked:
-            return "weights with a scale for each block have no integer kernel"
-        if self.recipe.pack and layer.weight.bits <= PACKED_BITS:
-            return "packed weights are unpacked to float"
-        return None
-
 
 _Neighbours = Callable[[Node], Iterator[Node]]
 
@@ -404,27 +374,9 @@ def _previous_nodes(node: Node) -> Iterator[Node]:
             yield producer
 
 
-def _repeats(node: Node) -> bool:
-    """Whether the weights' axis of outputs holds those of one group alone: then no output has a scale of its own."""
-    return node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1
-
-
-def _kernel_area(node: Node) -> int:
-    """Elements that one input channel takes along the flattened axis 1 of a Conv's weights: kH * kW, else 1."""
-    weight = array(input_of(node, 1))
-    return int(np.prod(weight.shape[2:])) if node.op_type == "Conv" and weight is not None else 1
-
-
 def is_layer(node: Node) -> bool:
     """Whether it has constant weights that could become codes."""
     return isinstance(RULES.get(node.op_type), Weighted) and array(input_of(node, 1)) is not None
-
-
-def oriented(node: Node, rule: Weighted) -> Weighted:
-    """The rule with the axes of this very node: Gemm's transB swaps them."""
-    if node.op_type == "Gemm" and attribute(node, "transB", 0):
-        return Weighted(rule.input_axis, rule.output_axis, rule.needs_output)
-    return rule
 
 
 def _params_of(dequantizer: Node) -> QuantParams:

@@ -26,8 +26,8 @@ from qconv.evidence import Reference
 from qconv.fit import peaks, sureness
 from qconv.graph import Model
 from qconv.listing import SAMPLE_SUFFIXES, Listing, suffix_of
+from qconv.pixels import Color, Layout, Preprocessing
 from qconv.preprocess import InputSpec
-from qconv.recipe import Color, Layout, Preprocessing
 from qconv.runtime import Session
 
 SHARPNESS = 5.0

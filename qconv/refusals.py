@@ -1,12 +1,19 @@
-"""Why a node that has a rule stays float all the same, read off the node itself: one function a kind of rule."""
+"""Why a node that has a rule stays float all the same, read off the node itself: one function a kind of rule.
+
+And why a layer that has codes runs in float.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
+from qconv.choices import PACKED_BITS
 from qconv.graph import DataType, Node, array, attribute, clip_bounds, input_of, rank, scalar
+from qconv.plan import Layer, Plan
+from qconv.recipe import Recipe
 from qconv.rules import ACTIVATIONS, Computing, Joining, OnCodes, Rule, Transparent, Weighted
 
+WIDE_CODES = "codes of 16 bits have no integer kernel"
 MASK = 1e6
 """Constants from here on stand for infinity, as those that are added in front of a Softmax."""
 
@@ -88,3 +95,19 @@ _BY_RULE = {
     Joining: _refuse_joining,
     OnCodes: _refuse_on_codes,
 }
+
+
+def why_dequantized(layer: Layer, plan: Plan, recipe: Recipe) -> str | None:
+    """Why a layer that has codes runs in float all the same; None where it does not."""
+    if layer.data is None:
+        return "only weights are quantized"
+    read = plan.activations.get(layer.data)
+    if read is not None and read.spec is not None and read.spec.bits == 16:
+        return WIDE_CODES
+    if layer.weight.bits == 16:
+        return "weights of 16 bits have no integer kernel"
+    if layer.blocked:
+        return "weights with a scale for each block have no integer kernel"
+    if recipe.pack and layer.weight.bits <= PACKED_BITS:
+        return "packed weights are unpacked to float"
+    return None

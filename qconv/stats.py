@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from qconv import save
 from qconv.errors import QconvError, counted
 from qconv.exact import LIMBS, ExactSum
-from qconv.recipe import Color, Filter, Layout, Preprocessing
+from qconv.pixels import Color, Filter, Layout, Preprocessing
 from qconv.sketch import Sketch
 from qconv.source import Source
 

@@ -16,9 +16,10 @@ from qconv.audit import node_names, profiled
 from qconv.benchmark import Conditions, Timing, benchmark
 from qconv.graph import Model
 from qconv.madeup import made_up
+from qconv.pixels import Preprocessing
 from qconv.placement import Cost, all_in_float, costs_of, division, faster_in_float, shapes_of
 from qconv.planner import make_plan
-from qconv.recipe import Preprocessing, Recipe
+from qconv.recipe import Recipe
 from qconv.runtime import VERSION, Session
 from qconv.sketch import Sketch
 from qconv.targets import TARGETS

@@ -6,7 +6,10 @@ from typing import Any
 
 import click
 
-from qconv.recipe import FLOAT_BITS, Drop
+from qconv.choices import (
+    FLOAT_BITS,
+    Drop,
+)
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):

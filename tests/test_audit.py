@@ -16,8 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from qconv.errors import QconvError
 from qconv.examine import Examined, examine
 from qconv.pipeline import quantize
+from qconv.pixels import PreprocessingOptions
 from qconv.printing import audit as printed
-from qconv.recipe import PreprocessingOptions, Recipe
+from qconv.recipe import Recipe
 from qconv.source import Source
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"

@@ -20,7 +20,8 @@ from qconv.detect import CERTAIN, Detected, detect
 from qconv.evidence import fact_of, references
 from qconv.feed import Feed
 from qconv.pipeline import Listener, quantize
-from qconv.recipe import PRESETS, Color, Layout, PreprocessingOptions, Recipe
+from qconv.pixels import PRESETS, Color, Layout, PreprocessingOptions
+from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.source import Source
 

@@ -19,7 +19,8 @@ from qconv.errors import QconvError
 from qconv.evaluate import Evaluation, Wishes, evaluate
 from qconv.labels import classes_of
 from qconv.pipeline import quantize
-from qconv.recipe import Layout, PreprocessingOptions, Recipe
+from qconv.pixels import Layout, PreprocessingOptions
+from qconv.recipe import Recipe
 from qconv.source import Source
 
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")

@@ -7,9 +7,15 @@ import json
 import pytest
 from models import loaded, network
 
+from qconv.choices import (
+    Scheme,
+    WeightGranularity,
+)
 from qconv.errors import QconvError
 from qconv.fileformat import describe, needed_opset, needed_runtime
-from qconv.recipe import Recipe, Scheme, WeightGranularity
+from qconv.recipe import (
+    Recipe,
+)
 
 
 @pytest.mark.parametrize(

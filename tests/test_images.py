@@ -25,8 +25,8 @@ import qconv.images
 from qconv.errors import QconvError
 from qconv.images import UnreadablePicture, batches, load_picture
 from qconv.listing import PICTURE_SUFFIXES, Listing, find
+from qconv.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 from qconv.preprocess import RESIZED, InputSpec, resolve
-from qconv.recipe import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 
 FLOAT = np.dtype(np.float32)
 BYTE = np.dtype(np.uint8)

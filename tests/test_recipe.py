@@ -9,19 +9,15 @@ from typing import Any
 
 import pytest
 
-from qconv.errors import QconvError
-from qconv.recipe import (
-    PRESETS,
-    STEERING,
-    Color,
-    Filter,
-    Layout,
-    Preprocessing,
-    PreprocessingOptions,
-    Preset,
-    Recipe,
+from qconv.choices import (
     Scheme,
     WeightGranularity,
+)
+from qconv.errors import QconvError
+from qconv.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions, Preset
+from qconv.recipe import (
+    STEERING,
+    Recipe,
 )
 
 NAN, INF = float("nan"), float("inf")

@@ -19,7 +19,8 @@ from PIL import Image
 from qconv.bias import correction
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
-from qconv.recipe import Layout, PreprocessingOptions, Recipe
+from qconv.pixels import Layout, PreprocessingOptions
+from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.source import Source
 from qconv.targets import TARGETS

@@ -7,9 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
+from qconv.choices import (
+    WEIGHT_CALIBRATORS,
+)
 from qconv.clipping import gauss_factor, laplace_factor
 from qconv.quant import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec
-from qconv.recipe import WEIGHT_CALIBRATORS
 from qconv.weight_ranges import WEIGHT_RANGES
 
 GRANULARITIES = (PerTensor(), PerChannel(0), PerChannel(1), PerBlock(1, 16), PerBlock(1, 7), PerBlock(0, 4))

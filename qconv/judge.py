@@ -1,0 +1,193 @@
+"""What a point of a search comes to: carried out, run, and compared with the float model on pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv import save
+from qconv.assign import Assignment
+from qconv.choices import Drop, LayerBits
+from qconv.errors import QconvError
+from qconv.evaluate import class_vector
+from qconv.feed import Batch, Feed
+from qconv.labels import classes_of, folder_of
+from qconv.layer_bits import exactly
+from qconv.moments import is_kept
+from qconv.recipe import Recipe
+from qconv.report import Verification
+from qconv.runtime import Session
+from qconv.scored import Outputs, Scored, score_float
+from qconv.sensitivity import FLOAT
+from qconv.targets import TARGETS
+from qconv.trial import Folded, Settled, nearest, round_anew, written
+
+SCORED_BYTES = 128 * 2**20
+FEWEST_UNSEEN = 8
+"""Pictures that weights were not rounded on, from which on these alone are judged by."""
+STEPS = 100
+"""Of progress, a point."""
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What is searched on. original: the user's own model."""
+
+    folded: Folded
+    recipe: Recipe
+    feed: Feed
+    original: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A point carried out. top1: None without labels."""
+
+    verified: Verification
+    top1: float | None
+
+
+@dataclass(slots=True)
+class Judge:
+    """Carries points out and compares them with the float model. seen: what was measured, by the index of the point;
+    settled: the numbers of those that may be chosen. feeds: pictures to round weights on. expected: points to come."""
+
+    ground: Ground
+    names: list[str]
+    feeds: list[Batch] | None
+    progress: Progress
+    scored: Scored
+    labels: NDArray[np.int64] | None
+    vector: int | None
+    float_top1: float | None
+    seen: dict[int, Measured] = field(default_factory=dict)
+    settled: dict[int, Settled] = field(default_factory=dict)
+    expected: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        ground: Ground,
+        names: list[str],
+        feeds: list[Batch] | None,
+        warn: Callable[[str], None],
+        progress: Progress,
+    ) -> Judge:
+        """warn: told what cannot be compared. progress: told how far the search has come."""
+        unseen = _unseen(ground.feed, 0 if feeds is None else len(feeds))
+        scored = score_float(ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, warn=warn, batches=unseen)
+        vector = class_vector(scored.batches[0][1]) if scored.batches else None
+        labels = _labels(ground, 0 if vector is None else scored.batches[0][1][vector].shape[1], unseen)
+        top1 = None
+        if labels is not None and vector is not None:
+            top1 = _top1([expected[vector] for _, expected in scored.batches], labels)
+        return cls(ground, names, feeds, progress, scored, labels, vector, top1)
+
+    def recipe_of(self, point: Assignment) -> Recipe:
+        """The recipe with the bits of a point; those of activations, where the user gave some, stay."""
+        recipe = self.ground.recipe
+        own = []
+        for name, bits in zip(self.names, point.bits, strict=True):
+            activations = recipe.bits_of(name).activations
+            wish = LayerBits(in_float=True) if bits >= FLOAT else LayerBits(bits, activations)
+            own.append((exactly(name), wish))
+        return replace(recipe, layer_bits=(*own, *recipe.layer_bits))
+
+    def measure(self, points: Sequence[Assignment], index: int) -> Measured:
+        """Run the quantized model of a point on the pictures: just what would be written."""
+        if index not in self.seen:
+            folded, recipe = self.ground.folded, self.recipe_of(points[index])
+            settled = nearest(folded, recipe)
+            if self.feeds is not None:
+                round_anew(settled, folded, recipe, self.feeds, self._within_a_point)
+            model = written(folded, recipe, settled.params)
+            heard: list[NDArray[np.float32]] = []
+            vector = self.vector
+
+            def hear(outputs: Outputs) -> None:
+                if vector is not None:
+                    heard.append(outputs[vector])
+
+            with save.runnable(model, ()) as runnable:
+                on_ort = TARGETS[recipe.target].on_ort
+                session = Session(runnable, name="the quantized model", threads=recipe.threads, optimize=on_ort)
+                verified = self.scored.score(session, hear)
+            top1 = None if self.labels is None else _top1(heard, self.labels)
+            self.seen[index], self.settled[index] = Measured(verified, top1), settled
+            self.tell()
+        return self.seen[index]
+
+    def keep(self, index: int) -> None:
+        """Forget the numbers of all points but this one."""
+        self.settled = {index: self.settled[index]}
+
+    def tell(self, part: float = 0.0) -> None:
+        """How far the search has come. part: of the point at hand."""
+        self.progress("search", round(STEPS * min(len(self.seen) + part, self.expected)), STEPS * self.expected)
+
+    def _within_a_point(self, stage: str, done: int, total: int) -> None:
+        self.tell(done / max(1, total))
+
+    def holds(self, points: Sequence[Assignment], index: int, drop: Drop) -> bool:
+        """Whether a point keeps the drop. Raises QconvError where there is no such measure."""
+        found = self.measure(points, index)
+        if drop.measure == "sqnr":
+            decibel = found.verified.sqnr_db
+            return found.verified.equal if decibel is None else decibel >= drop.value
+        if drop.measure == "agreement":
+            got = found.verified.agreement
+            if got is None:
+                fact = "--max-drop agreement needs an output that is one score a class, and this model has none."
+                raise QconvError(fact, "pass --max-drop sqnr:DB.")
+            return 1 - got <= drop.value + 1e-9
+        assert found.top1 is not None
+        assert self.float_top1 is not None
+        return self.float_top1 - found.top1 <= drop.value + 1e-9
+
+    def in_words(self, index: int, drop: Drop) -> str:
+        """What was measured of a point, in the drop's measure."""
+        found = self.seen[index]
+        if drop.measure == "sqnr":
+            decibel = found.verified.sqnr_db
+            return "infinite" if decibel is None else f"{decibel:.2f} dB"
+        got = found.verified.agreement if drop.measure == "agreement" else found.top1
+        before = 1.0 if drop.measure == "agreement" else self.float_top1
+        return f"{(before or 0.0) - (got or 0.0):.4g}"
+
+
+def _unseen(feed: Feed, rounded_on: int) -> list[int]:
+    """The batches to judge by: on those that weights are rounded on, codes look better than they are.
+
+    rounded_on: so many of the first, less those that are kept apart. All where hardly any others are left.
+    """
+    count = -(-len(feed.listing.paths) // feed.batch)
+    found = [index for index in range(count) if index >= rounded_on or is_kept(index)]
+    return found if len(found) * feed.batch >= FEWEST_UNSEEN else list(range(count))
+
+
+def _labels(ground: Ground, outputs: int, batches: Sequence[int]) -> NDArray[np.int64] | None:
+    """Of each picture that was scored; None where top-1 is not asked for. Raises QconvError where there are none."""
+    drop, recipe = ground.recipe.max_drop, ground.recipe
+    if drop is None or drop.measure != "top1":
+        return None
+    root, feed = Path(recipe.calib[0]), ground.feed
+    paths = [path for path in feed.listing.paths if path not in feed.lost]
+    classes = classes_of(root, None) if len(recipe.calib) == 1 else None
+    folders = [folder_of(path, root) for path in paths] if classes is not None else []
+    if classes is None or not outputs or None in folders:
+        why = "the calibration pictures lie in one folder with a folder for each class" if outputs else "an output is"
+        fact = f"--max-drop top1 is possible only where {why}{'' if outputs else ' one score a class'}."
+        raise QconvError(fact, "pass --max-drop agreement:SHARE, which needs no labels.")
+    labels = np.array(classes.labels([name or "" for name in folders], offset=0, outputs=outputs), np.int64)
+    return np.concatenate([labels[index * feed.batch : (index + 1) * feed.batch] for index in batches])
+
+
+def _top1(outputs: Sequence[NDArray[np.float32]], labels: NDArray[np.int64]) -> float:
+    best = np.concatenate([np.asarray(scores).reshape(len(scores), -1).argmax(axis=1) for scores in outputs])
+    count = min(len(best), len(labels))  # a last batch may have been short of pictures, or pictures short of memory
+    return float((best[:count] == labels[:count]).mean())
