@@ -60,6 +60,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 CALIBRATOR = "output-mse"
+FEW_BITS = 6
+"""Up to so many, differences of codes are no larger than 63: in eight bits there is room to move zero to code 0, and no
+pair of products overflows 16 bits."""
 WEIGHT_BITS = frozenset({*range(2, 9), 16})
 ACTIVATION_BITS = WEIGHT_BITS | {32}
 

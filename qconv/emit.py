@@ -14,9 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.choices import (
-    PACKED_BITS,
-)
+from qconv.choices import PACKED_BITS
 from qconv.findings import Change, Finding
 from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of, rank
 from qconv.params import Params
@@ -289,13 +287,13 @@ class _Writer:
         self.model.set_input(node, 2, dequantizer.outputs[0])
 
     def _weight(self, chosen: LayerParams, weight: Value, *, pack: bool) -> Value:
-        params = chosen.weight
+        params, numbers = chosen.stored
         key = (weight, params.spec, params.scale.tobytes(), params.zero_point.tobytes())
         if key in self._shared:
             return self._shared[key]
         kind = DataType.INT4 if pack else None
         name = weight.name or ""
-        codes = self.model.constant(f"{name}_codes", chosen.codes, kind)
+        codes = self.model.constant(f"{name}_codes", numbers, kind)
         if chosen.layer.at_load:
             self._shared[key] = self._computed(codes, params, name, weight)
             return self._shared[key]

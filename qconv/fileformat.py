@@ -7,16 +7,11 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from qconv.choices import (
-    Scheme,
-    WeightGranularity,
-)
+from qconv.choices import WeightGranularity
 from qconv.errors import QconvError
 from qconv.graph import Model
 from qconv.pixels import Preprocessing
-from qconv.recipe import (
-    Recipe,
-)
+from qconv.recipe import Recipe
 from qconv.targets import IR_VERSIONS, LOWEST_OPSET, RUNTIMES
 
 PLACED = "qconv.placed"
@@ -46,7 +41,7 @@ def needed_opset(recipe: Recipe, own: int) -> int:
 def needed_runtime(model: Model, recipe: Recipe) -> str:
     """The oldest ONNX Runtime that runs the file right."""
     version = RUNTIMES.get(model.opset, RUNTIMES[max(RUNTIMES)])
-    if recipe.weight_scheme is Scheme.ASYMMETRIC and recipe.activation_bits < 32:
+    if any(map(recipe.has_zero_points, recipe.bits_of_weights)) and recipe.activation_bits < 32:
         version = "1.28"  # earlier ones refuse per-channel zero points that differ
     return f"onnxruntime >= {version}"
 

@@ -18,9 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qconv.choices import (
-    LayerBits,
-)
+from qconv.choices import LayerBits
 from qconv.errors import QconvError
 
 TABLE, FLOAT = "layers", "float"

@@ -20,17 +20,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 
 from qconv.assign import Assignment, Layer, assignment, curve, filled
-from qconv.choices import (
-    Drop,
-)
+from qconv.choices import Drop
 from qconv.errors import QconvError
 from qconv.feed import Batch
 from qconv.graph import Model, array
 from qconv.judge import Ground, Judge, Measured, Progress
 from qconv.planner import is_layer, make_plan
-from qconv.recipe import (
-    Recipe,
-)
+from qconv.recipe import Recipe
 from qconv.refine import EFFORTS
 from qconv.report import MixedPrecision, SizePoint
 from qconv.sensitivity import FLOAT, Network, sensitivities

@@ -28,10 +28,7 @@ from qconv.choices import (
 from qconv.errors import QconvError
 from qconv.layer_bits import read_layer_bits
 from qconv.pixels import AUTO, PRESETS, Color, Filter, Layout, PreprocessingOptions
-from qconv.recipe import (
-    MOST_THREADS,
-    Recipe,
-)
+from qconv.recipe import MOST_THREADS, Recipe
 from qconv.targets import TARGETS
 from qconv.values import Bits, Loss, Numbers, Resize, Size
 
@@ -128,10 +125,9 @@ quantize_options = stack(
     ),
     click.option(
         "--weight-scheme",
-        default="symmetric",
-        show_default=True,
         type=_choice(Scheme),
-        help="Symmetric: zero is the middle code.",
+        help="Symmetric: zero is the middle code.  "
+        "[default: symmetric, but asymmetric with --effort best and up to 6 bits]",
     ),
     click.option(
         "--activation-scheme",
@@ -316,7 +312,7 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
             layer_bits=layer_bits,
             block_size=block_size or BLOCK_SIZE,
             glob=options["pattern"],
-            weight_scheme=Scheme(options["weight_scheme"]),
+            weight_scheme=options["weight_scheme"],
             activation_scheme=options["activation_scheme"],
             weight_granularity=WeightGranularity(options["weight_granularity"]),
             preprocessing=preprocessing_of(options),

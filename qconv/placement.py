@@ -18,18 +18,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qconv.choices import (
-    Scheme,
-)
 from qconv.graph import Model, Node, Value, array, attribute, dims, input_of
 from qconv.load import shapes_at
 from qconv.mincut import Network
 from qconv.pixels import Preprocessing
 from qconv.plan import Plan, data_inputs
 from qconv.planner import make_plan
-from qconv.recipe import (
-    Recipe,
-)
+from qconv.recipe import Recipe
 from qconv.rules import RULES, Weighted
 from qconv.targets import TARGETS, Table, Target
 
@@ -78,7 +73,7 @@ def left_in_float(model: Model, recipe: Recipe, fed: Preprocessing | None) -> di
 def costs_of(recipe: Recipe, target: Target) -> Table:
     """What operators cost with such weights. For zero points of their own depthwise layers have a slow kernel only."""
     known = target.costs or {}
-    if recipe.weight_scheme is Scheme.SYMMETRIC:
+    if not recipe.has_zero_points(recipe.weight_bits):
         return known
     return {
         kind: {c: (f_us, f_ns, i_us, i_ns * SLOW_DEPTHWISE) for c, (f_us, f_ns, i_us, i_ns) in lines.items()}

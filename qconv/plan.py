@@ -32,6 +32,7 @@ class Layer:
     weight: the spec of its weights, seen as `arranged` gives them. data: the input that is quantized, None where only
     weights are, and the layer runs in float. at_load: the runtime computes its weights from the codes once, when it
     loads the file, and not at every run. own_bits: each output channel has bits of its own, the spec's on average.
+    moves_zero: codes are stored less their zero points.
     """
 
     node: Node
@@ -40,6 +41,7 @@ class Layer:
     data: Value | None
     at_load: bool = False
     own_bits: bool = False
+    moves_zero: bool = False
 
     @property
     def blocked(self) -> bool:

@@ -10,18 +10,13 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
-from qconv.choices import (
-    PACKED_BITS,
-    Scheme,
-)
+from qconv.choices import PACKED_BITS, Scheme
 from qconv.gates import gate_behind
 from qconv.graph import DataType, Model, Node, Value, array, clip_bounds, input_of
 from qconv.groups import Groups
 from qconv.plan import Choice, Layer, Plan, channels_of, data_inputs
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
-from qconv.recipe import (
-    Recipe,
-)
+from qconv.recipe import Recipe
 from qconv.refusals import WIDE_CODES, refusal, why_dequantized
 from qconv.rules import ACTIVATIONS, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
 from qconv.shortcut import shortcut
@@ -123,7 +118,8 @@ class _Planner:
             whole = not packed and not isinstance(spec.granularity, PerBlock)
             at_load = data is None and whole and self.target.folds
             own_bits = self.recipe.allocates_weights and spec.bits < 8 and isinstance(spec.granularity, PerChannel)
-            self.plan.layers.append(Layer(node, rule, spec, data, at_load, own_bits))
+            moves_zero = not spec.symmetric and self.recipe.moves_zero(spec.bits)
+            self.plan.layers.append(Layer(node, rule, spec, data, at_load, own_bits, moves_zero))
 
     def _least_bits(self, node: Node) -> int:
         """What the first and the last layer have, whatever the others do."""

@@ -18,6 +18,7 @@ from qconv.choices import (
     CHANNEL_CALIBRATORS,
     CHOICES,
     DROPS,
+    FEW_BITS,
     FLOAT_BITS,
     PACKED_BITS,
     PERCENTILE,
@@ -50,6 +51,8 @@ class Recipe:
     bit_allocation: whose channels get bits of their own, those of the layer or tensor on average, see `allocation`.
     bias_correction: by which means of what layers read the bias takes back what rounding the weights does to means:
     those on the pictures, or those that BatchNormalization tells, where it does.
+    weight_scheme: None for symmetric; with effort best, where the target takes it, asymmetric for weights of up to
+    FEW_BITS bits: then it stays None.
     activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
     equalize: scale channels of the float network where its quantization gains; takes a second pass over the pictures.
     None: where there are pictures, unless effort is fast; it is never None afterwards.
@@ -68,7 +71,7 @@ class Recipe:
     glob: str | None = None
     weight_bits: int = 8
     activation_bits: int = 8
-    weight_scheme: Scheme = Scheme.SYMMETRIC
+    weight_scheme: Scheme | None = None
     activation_scheme: Scheme | None = None
     weight_granularity: WeightGranularity = WeightGranularity.PER_CHANNEL
     block_size: int = BLOCK_SIZE
@@ -134,6 +137,19 @@ class Recipe:
         """What `layer_bits` says of the layer of this name: its first glob that matches."""
         return next((bits for glob, bits in self.layer_bits if fnmatch.fnmatchcase(name, glob)), LayerBits())
 
+    def scheme_of_weights(self, bits: int) -> Scheme:
+        """Of weights with so many bits."""
+        return self.weight_scheme or (Scheme.ASYMMETRIC if bits <= FEW_BITS else Scheme.SYMMETRIC)
+
+    def has_zero_points(self, bits: int) -> bool:
+        """Whether weights with so many bits have zero points in the file that are not 0."""
+        return self.scheme_of_weights(bits) is Scheme.ASYMMETRIC and not self.moves_zero(bits)
+
+    def moves_zero(self, bits: int) -> bool:
+        """Whether codes of weights with so many bits are stored with zero at code 0, whatever their scheme."""
+        room = bits <= FEW_BITS and not self.allocates_weights
+        return room and TARGETS[self.target].moves_zero and not (self.pack and bits <= PACKED_BITS)
+
     @property
     def bits_of_weights(self) -> frozenset[int]:
         """All that the weights of layers can have."""
@@ -178,6 +194,9 @@ class Recipe:
         whole = isinstance(self.preprocessing, PreprocessingOptions)
         require(whole, f"preprocessing {self.preprocessing!r}", "pass PreprocessingOptions(preset=...).")
         require(self.target in TARGETS, f"--target {self.target}", f"use {' or '.join(TARGETS)}.")
+        few = self.effort == "best" and Scheme.ASYMMETRIC in TARGETS[self.target].weight_schemes
+        if self.weight_scheme is None and (not few or self.allocates_weights):
+            self._take("weight_scheme", Scheme.SYMMETRIC)
         if self.activation_scheme is None:
             self._take("activation_scheme", TARGETS[self.target].default_scheme)
         kinds: dict[str, type[StrEnum]] = {
@@ -311,7 +330,7 @@ class Recipe:
             ("weight-bits", self.weight_bits, target.weight_bits),
             ("edge-bits", self.edge_bits, target.weight_bits),
             ("activation-bits", self.activation_bits, target.activation_bits),
-            ("weight-scheme", self.weight_scheme, target.weight_schemes),
+            ("weight-scheme", self.weight_scheme or Scheme.SYMMETRIC, target.weight_schemes),
             ("activation-scheme", self.activation_scheme, target.activation_schemes),
             ("weight-granularity", self.weight_granularity, target.granularities),
             ("pack", self.pack, {False, target.packs}),

@@ -18,7 +18,7 @@ def tensor_rows(plan: Plan, params: Params) -> list[TensorRow]:
         rows.append(_row(_name(value), "activation", chosen, plan.activations[value].why))
     for layer in params.layers:
         node = layer.layer.node
-        rows.append(_row(_name(node.inputs[1]), "weight", layer.weight, f"weights of {node.name}"))
+        rows.append(_row(_name(node.inputs[1]), "weight", layer.stored[0], f"weights of {node.name}"))
         if layer.bias_params is not None:
             name = _name(input_of(node, 2)) or f"{node.name}_bias"
             rows.append(_row(name, "bias", layer.bias_params, f"bias of {node.name}, scale s_x * s_w"))

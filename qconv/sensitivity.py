@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from qconv.assign import Layer
 from qconv.behind import Behind, up_to
+from qconv.choices import Scheme
 from qconv.graph import Model, is_tensor
 from qconv.held import Arrays, Store
 from qconv.moments import is_kept, moments
@@ -146,7 +147,8 @@ def _nearest(network: Network, layer: Planned, bits: int) -> LayerParams:
     """The layer as `params.choose_params` makes it, with other bits."""
     recipe = network.recipe
     apart = recipe.allocates_weights and isinstance(layer.weight.granularity, PerChannel) and bits < 8
-    narrow = replace(layer, weight=replace(layer.weight, bits=bits), own_bits=apart)
+    symmetric = recipe.scheme_of_weights(bits) is Scheme.SYMMETRIC
+    narrow = replace(layer, weight=replace(layer.weight, bits=bits, symmetric=symmetric), own_bits=apart)
     found, _ = quantize_layer(
         narrow,
         _source(network, layer),

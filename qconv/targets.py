@@ -62,6 +62,8 @@ class Target:
     a dequantizer; else float. keeps_activations: Relu and Clip stay where they are, even where the quantizer behind
     them saturates at their bounds. inputs_only: quantizers stand in front of the layers that compute in integers,
     where this runtime looks for them, and of residual branches; else around every operator.
+    moves_zero: codes of few bits are shifted in their bytes, so that zero is code 0 for every channel: its kernels want
+    that, or are faster.
     whole_kernels: weights of these operators have one scale. pairs: on x86 without VNNI it adds products in pairs of
     16 bits.
     """
@@ -77,6 +79,7 @@ class Target:
     keeps_activations: bool = False
     inputs_only: bool = False
     whole_kernels: frozenset[str] = frozenset()
+    moves_zero: bool = False
     pairs: bool = True
     weight_bits: frozenset[int] = ALL_BITS
     activation_bits: frozenset[int] = ALL_BITS | {32}
@@ -94,6 +97,7 @@ TARGETS: dict[str, Target] = {
         float_ops={"ConvTranspose": "ONNX Runtime's CPU provider has no integer ConvTranspose"},
         costs=averaged(BY_CPU.values()),
         folds=True,
+        moves_zero=True,
     ),
     "tensorrt": Target(
         "tensorrt",

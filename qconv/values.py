@@ -6,10 +6,7 @@ from typing import Any
 
 import click
 
-from qconv.choices import (
-    FLOAT_BITS,
-    Drop,
-)
+from qconv.choices import FLOAT_BITS, Drop
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):

@@ -22,7 +22,7 @@ def oriented(node: Node, rule: Weighted) -> Weighted:
 def weight_spec(node: Node, rule: Weighted, recipe: Recipe, target: Target, least: int) -> QuantSpec:
     """Of a layer's weights. rule: as `oriented`. least: bits that it has where none are asked for by its name."""
     bits = recipe.bits_of(node.name or "").weights or max(recipe.weight_bits, least)
-    symmetric = recipe.weight_scheme is Scheme.SYMMETRIC
+    symmetric = recipe.scheme_of_weights(bits) is Scheme.SYMMETRIC
     match recipe.weight_granularity:
         case WeightGranularity.PER_TENSOR:
             return QuantSpec(bits, True, symmetric, PerTensor())

@@ -6,7 +6,7 @@ the weight scale of that channel is widened until it does: weights lose precisio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,16 @@ class LayerParams:
     codes: NDArray[np.integer]
     bias: NDArray[np.floating] | None = None
     bias_params: QuantParams | None = None
+
+    @property
+    def stored(self) -> tuple[QuantParams, NDArray[np.integer]]:
+        """Parameters and codes as they go into the file: the same numbers, with zero at code 0 if the layer says so."""
+        if not self.layer.moves_zero:
+            return self.weight, self.codes
+        _, zero = self.weight.spread(self.codes.shape)
+        return replace(self.weight, zero_point=np.zeros_like(self.weight.zero_point)), np.asarray(
+            self.codes - zero, self.codes.dtype
+        )
 
 
 @dataclass(frozen=True, slots=True)

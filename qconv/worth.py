@@ -135,7 +135,7 @@ def _through(ends: Ends, layer: Layer | None, seen: Seen, worth: _Worth) -> list
     every = -(-largest.size // MOST_WEIGHTS)
     if every > 1:  # some of the outputs stand for all
         largest, outputs, gains = largest[:, ::every], outputs[:, ::every], gains[:, ::every] * every
-    levels = max(2.0 ** (layer.weight.bits - 1) - 1, 1.0)
+    levels = max((layer.weight.qmax - layer.weight.qmin) / 2, 1.0)
     classes = ends.inputs, np.ascontiguousarray(outputs).reshape(-1)
     powers_met = kernel * powers[1]
     return [Weights.of(*classes, largest, powers_met, gains.reshape(-1).copy(), levels=levels, whole=whole)]

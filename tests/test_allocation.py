@@ -19,16 +19,11 @@ from test_plan import Planned
 
 from qconv import channel_bits
 from qconv.allocation import allocate, closed_form
-from qconv.choices import (
-    RECIPES,
-    LayerBits,
-)
+from qconv.choices import RECIPES, LayerBits
 from qconv.errors import QconvError
 from qconv.planner import CHANNEL_SCALES
 from qconv.quant import PerChannel, PerTensor, QuantParams, QuantSpec
-from qconv.recipe import (
-    Recipe,
-)
+from qconv.recipe import Recipe
 from qconv.rows import tensor_rows
 from qconv.runtime import Session
 from qconv.saturation import worst_pair

@@ -23,19 +23,14 @@ from qconv import fileformat, fold, load
 from qconv.audit import Known, audit
 from qconv.calibrate import tapped, watch
 from qconv.calibrators import want_of
-from qconv.choices import (
-    Scheme,
-    WeightGranularity,
-)
+from qconv.choices import Scheme, WeightGranularity
 from qconv.emit import emit
 from qconv.findings import Change, Finding
 from qconv.params import Params, choose_params
 from qconv.pipeline import quantize
 from qconv.plan import Plan
 from qconv.planner import make_plan
-from qconv.recipe import (
-    Recipe,
-)
+from qconv.recipe import Recipe
 from qconv.report import Audit
 from qconv.runtime import Session
 from qconv.shrink import shrink
@@ -85,6 +80,18 @@ class Wiring:
         if node.op_type == "Reshape":
             node = self.writers[node.input[0]]
         return next(tensor for tensor in self.proto.graph.initializer if tensor.name == node.input[0])
+
+    def real(self, name: str) -> NDArray:
+        """The weights that codes behind `name`, per tensor, channel or block, stand for, along their first axis."""
+        codes = onnx.numpy_helper.to_array(self.codes(name)).astype(np.float32)
+        scale, zero = self.parameters(name)
+        if scale.ndim == 2:  # of blocks along axis 1
+            node = next(n for n in self.all("DequantizeLinear") if n.input[0] == self.codes(name).name)
+            size = onnx.helper.get_node_attr_value(node, "block_size")
+            scale, zero = (np.repeat(x, size, axis=1)[:, : codes.shape[1]] for x in (scale, zero))
+        else:
+            scale, zero = (x.reshape(-1, *[1] * (codes.ndim - 1)) for x in (scale, zero))
+        return (codes - zero) * scale
 
 
 class Quantized:
@@ -565,17 +572,50 @@ def codes_of(result: Quantized) -> set[int]:
     return {int(c) for feeds in result.samples for a in session.run(sorted(read), feeds) for c in np.unique(a)}
 
 
+@pytest.mark.parametrize("target", ["ort-cpu", "generic"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("scheme", Scheme)
-def test_weight_codes_keep_to_their_bits(bits: int, scheme: Scheme) -> None:
-    """Symmetric codes are narrow: 2 bits are ternary."""
-    wiring = net(weight_bits=bits, edge_bits=2, weight_scheme=scheme).wiring
+def test_weight_codes_keep_to_their_bits(bits: int, scheme: Scheme, target: str) -> None:
+    """Symmetric codes are narrow: 2 bits are ternary. Asymmetric ones of few bits are moved, all of a channel alike."""
+    wiring = net(weight_bits=bits, edge_bits=2, weight_scheme=scheme, target=target).wiring
     top = 2 ** (bits - 1) - 1
+    moved = scheme is Scheme.ASYMMETRIC and target == "ort-cpu" and bits <= 6
+    zeros = set()
     for node in wiring.all("Conv", "Gemm"):
-        codes = onnx.numpy_helper.to_array(wiring.codes(node.input[1]))
-        assert codes.dtype == np.int8
-        assert codes.max() <= top
-        assert codes.min() >= (-top if scheme is Scheme.SYMMETRIC else -top - 1)
+        codes = onnx.numpy_helper.to_array(wiring.codes(node.input[1])).astype(int)
+        _, zero = wiring.parameters(node.input[1])
+        assert wiring.codes(node.input[1]).data_type == onnx.TensorProto.INT8
+        zeros |= set(zero.reshape(-1).tolist())
+        if moved:
+            rows = codes.reshape(len(codes), -1)
+            assert max(int(np.ptp(rows, axis=1).max()), *np.abs(rows).max(axis=1)) <= 2**bits - 1
+            assert bits < 4 or np.abs(codes).max() > top + 1
+        else:
+            assert codes.max() <= top
+            assert codes.min() >= (-top if scheme is Scheme.SYMMETRIC else -top - 1)
+    assert (zeros == {0}) == (moved or scheme is Scheme.SYMMETRIC)
+
+
+@pytest.mark.parametrize("granularity", WeightGranularity)
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_moved_codes_stand_for_the_same_weights(granularity: WeightGranularity, bits: int) -> None:
+    options = {"weight_bits": bits, "edge_bits": 2, "weight_scheme": "asymmetric", "weight_granularity": granularity}
+    moved, plain = (net(block_size=4, target=target, **options).wiring for target in ("ort-cpu", "generic"))
+    layers = zip(moved.all("Conv", "Gemm"), plain.all("Conv", "Gemm"), strict=True)
+    assert len(plain.all("Conv", "Gemm")) > 2
+    for one, other in layers:
+        np.testing.assert_array_equal(moved.real(one.input[1]), plain.real(other.input[1]))
+
+
+def test_the_best_effort_gives_weights_of_few_bits_all_codes() -> None:
+    """Asymmetric; those of 8 bits, such as the first and the last layer's, are not, nor are those of other efforts."""
+    few = {"weight_bits": 4, "edge_bits": 8}
+    for options, chosen in (({"effort": "best"}, False), ({}, True), ({"effort": "best", "target": "tensorrt"}, True)):
+        result = net(**few, **options)
+        assert {(x.weight.bits, x.weight.symmetric) for x in result.plan.layers} == {(4, chosen), (8, True)}
+    assert all(x.weight.symmetric for x in net(effort="best", weight_scheme="symmetric", weight_bits=4).plan.layers)
+    packed = net(**few, effort="best", pack=True).wiring
+    assert {packed.codes(n.input[1]).data_type for n in packed.all("Conv")} > {onnx.TensorProto.INT4}
 
 
 @pytest.mark.parametrize("granularity", WeightGranularity)

@@ -7,15 +7,10 @@ import json
 import pytest
 from models import loaded, network
 
-from qconv.choices import (
-    Scheme,
-    WeightGranularity,
-)
+from qconv.choices import Scheme, WeightGranularity
 from qconv.errors import QconvError
 from qconv.fileformat import describe, needed_opset, needed_runtime
-from qconv.recipe import (
-    Recipe,
-)
+from qconv.recipe import Recipe
 
 
 @pytest.mark.parametrize(
@@ -53,6 +48,9 @@ def test_an_opset_that_cannot_be_is_refused(opset: int, says: str) -> None:
         ({}, 23, "1.26"),  # 1.23.2 breaks on it
         ({"weight_scheme": Scheme.ASYMMETRIC}, 17, "1.28"),  # up to 1.26 zero points may not differ
         ({"weight_scheme": Scheme.ASYMMETRIC, "activation_bits": 32}, 17, "1.12"),
+        ({"weight_scheme": Scheme.ASYMMETRIC, "weight_bits": 4, "edge_bits": 4}, 17, "1.12"),  # codes are moved
+        ({"weight_scheme": Scheme.ASYMMETRIC, "weight_bits": 4}, 17, "1.28"),  # those of 8 bits cannot be
+        ({"effort": "best", "weight_bits": 4}, 17, "1.12"),
     ],
 )
 def test_the_oldest_runtime(options: dict[str, object], opset: int, oldest: str) -> None:

@@ -24,11 +24,7 @@ from test_pipeline import quantized
 
 from qconv import summary
 from qconv.assign import Assignment
-from qconv.choices import (
-    CANDIDATE_BITS,
-    Drop,
-    LayerBits,
-)
+from qconv.choices import CANDIDATE_BITS, Drop, LayerBits
 from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.judge import _unseen
@@ -37,10 +33,7 @@ from qconv.listing import find
 from qconv.mixed import _best, expected
 from qconv.pipeline import Listener, quantize
 from qconv.pixels import PreprocessingOptions
-from qconv.recipe import (
-    STEERING,
-    Recipe,
-)
+from qconv.recipe import STEERING, Recipe
 from qconv.refine import EFFORTS
 from qconv.report import MixedPrecision, Report
 from qconv.runtime import Session

@@ -18,17 +18,11 @@ from PIL import Image
 
 import qconv
 from qconv import pipeline
-from qconv.choices import (
-    CALIBRATORS,
-    Scheme,
-    WeightGranularity,
-)
+from qconv.choices import CALIBRATORS, Scheme, WeightGranularity
 from qconv.errors import QconvError
 from qconv.pipeline import Listener, folded_float, quantize
 from qconv.pixels import Color, Layout, PreprocessingOptions
-from qconv.recipe import (
-    Recipe,
-)
+from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.runtime import Session
 from qconv.source import Source

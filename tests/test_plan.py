@@ -7,17 +7,12 @@ import onnx
 import pytest
 from models import Constant, ints, loaded, network
 
-from qconv.choices import (
-    Scheme,
-    WeightGranularity,
-)
+from qconv.choices import Scheme, WeightGranularity
 from qconv.graph import Model, Node, Value, array, attribute
 from qconv.plan import Layer, Plan
 from qconv.planner import make_plan
 from qconv.quant import PerBlock, PerChannel, PerTensor
-from qconv.recipe import (
-    Recipe,
-)
+from qconv.recipe import Recipe
 from qconv.rules import RULES, Computing, Joining, OnCodes, Transparent, Weighted
 from qconv.targets import TARGETS, Target
 

@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
-from qconv.choices import (
-    Scheme,
-    WeightGranularity,
-)
+from qconv.choices import Scheme, WeightGranularity
 from qconv.errors import QconvError
 from qconv.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions, Preset
-from qconv.recipe import (
-    STEERING,
-    Recipe,
-)
+from qconv.recipe import STEERING, Recipe
 
 NAN, INF = float("nan"), float("inf")
 

@@ -7,9 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qconv.choices import (
-    WEIGHT_CALIBRATORS,
-)
+from qconv.choices import WEIGHT_CALIBRATORS
 from qconv.clipping import gauss_factor, laplace_factor
 from qconv.quant import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec
 from qconv.weight_ranges import WEIGHT_RANGES
