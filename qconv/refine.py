@@ -28,7 +28,8 @@ from qconv.params import Params, carried_over
 from qconv.plan import Layer, Plan
 from qconv.planner import make_plan
 from qconv.recipe import Recipe
-from qconv.solve import Effort, Solver, first_input, stored_shape
+from qconv.rounder import stored_shape
+from qconv.solve import Effort, Solver, first_input
 from qconv.targets import TARGETS
 from qconv.walk import Walk
 from qconv.weights import LayerParams

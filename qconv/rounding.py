@@ -87,16 +87,28 @@ def resolved(weight: Float64, hessian: Float64, cross: Float64, ridge: float) ->
     return np.ascontiguousarray(np.swapaxes(found, 1, 2), np.float64)
 
 
-def second_order(weight: Float64, hessian: Float64, grid: Grid, *, damping: float = DAMPING) -> Float64:
-    """Codes (G, O, K) of weights (G, O, K) with H (G, K, K)."""
-    diagonal = np.diagonal(hessian, axis1=1, axis2=2)
-    order = np.argsort(-diagonal, axis=1, kind="stable")  # (G, K)
-    sorted_hessian = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None], 2)
-    factor = upper_factor(_with_diagonal(sorted_hessian, damping * _level(hessian)))
-    found = _round_in_order(np.take_along_axis(weight, order[:, None], 2), factor, grid.take(order))
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """H (G, K, K) made ready. order: of its columns, (G, K), the largest H_jj first. factor: R, in that order."""
+
+    order: NDArray[np.int64]
+    factor: Float64
+
+
+def ordered(hessian: Float64, *, damping: float = DAMPING) -> Ordered:
+    """H with a share of the mean of its diagonal added to that."""
+    order = np.argsort(-np.diagonal(hessian, axis1=1, axis2=2), axis=1, kind="stable")
+    by_size = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None], 2)
+    return Ordered(order, upper_factor(_with_diagonal(by_size, damping * _level(hessian))))
+
+
+def second_order(weight: Float64, ready: Ordered, grid: Grid) -> tuple[Float64, Float64]:
+    """Codes (G, O, K) of weights (G, O, K), and the error of each output, (G, O)."""
+    order = ready.order[:, None]
+    found, errors = _round_in_order(np.take_along_axis(weight, order, 2), ready.factor, grid.take(ready.order))
     codes = np.empty_like(found)
-    np.put_along_axis(codes, np.broadcast_to(order[:, None], found.shape), found, axis=2)
-    return codes
+    np.put_along_axis(codes, np.broadcast_to(order, found.shape), found, axis=2)
+    return codes, errors
 
 
 def damping_of(inputs: int, rows: int) -> float:
@@ -113,8 +125,9 @@ def upper_factor(matrix: Float64) -> Float64:
     return np.asarray(np.linalg.cholesky(matrix[:, ::-1, ::-1])[:, ::-1, ::-1])
 
 
-def _round_in_order(weight: Float64, factor: Float64, grid: Grid) -> Float64:
+def _round_in_order(weight: Float64, factor: Float64, grid: Grid) -> tuple[Float64, Float64]:
     codes, errors = np.empty_like(weight), np.zeros_like(weight)
+    total = np.zeros(weight.shape[:2])
     pivots = np.diagonal(factor, axis1=1, axis2=2)  # (G, K)
     count = weight.shape[2]
     for start in range(0, count, BLOCK):
@@ -125,9 +138,11 @@ def _round_in_order(weight: Float64, factor: Float64, grid: Grid) -> Float64:
             wanted = weight[:, :, m] - pull / pivots[:, m, None]
             scale, zero = grid.column(m)
             code = np.clip(np.rint(wanted / scale) + zero, grid.low, grid.high)
+            real = (code - zero) * scale
             codes[:, :, m] = code
-            errors[:, :, m] = (code - zero) * scale - weight[:, :, m]
-    return codes
+            errors[:, :, m] = real - weight[:, :, m]
+            total += np.square((real - wanted) * pivots[:, m, None])
+    return codes, total
 
 
 def descended(codes: Float64, weight: Float64, hessian: Float64, grid: Grid, *, sweeps: int) -> Float64:
@@ -167,12 +182,6 @@ def fit_of(codes: Float64, weight: Float64, hessian: Float64, grid: Grid) -> tup
     turned = real @ hessian
     along, own = (np.asarray(np.einsum("gok,gok->go", x, turned)) for x in (weight, real))
     return along, own
-
-
-def error_of(real: Float64, weight: Float64, hessian: Float64) -> Float64:
-    """(Q - W) H (Q - W)^T of each output, (G, O)."""
-    lost = real - weight
-    return np.asarray(np.einsum("gok,gok->go", lost @ hessian, lost))
 
 
 def _level(hessian: Float64) -> Float64:

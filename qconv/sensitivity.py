@@ -33,8 +33,9 @@ from qconv.plan import Layer as Planned
 from qconv.plan import Plan
 from qconv.quant import PerChannel
 from qconv.recipe import Recipe
+from qconv.rounder import stored_shape
 from qconv.sketch import Sketch
-from qconv.solve import Solver, first_input, stored_shape
+from qconv.solve import Solver, first_input
 from qconv.walk import Walk
 from qconv.weights import LayerParams, Source, quantize_layer
 

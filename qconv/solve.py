@@ -12,23 +12,23 @@ A layer keeps its nearest codes where the new ones do not err less on rows that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import channel_bits, rounding, saturation
+from qconv import channel_bits, rounding
 from qconv.findings import Change, Finding, Skipped
-from qconv.graph import Model, Node, Value, array
+from qconv.graph import Model, Node, Value
 from qconv.held import Arrays
 from qconv.layers import rows_of, stored_of
 from qconv.moments import Moments
 from qconv.patches import Ints, Patches
 from qconv.plan import Layer
-from qconv.quant import PerBlock, PerTensor, QuantParams
+from qconv.quant import QuantParams
 from qconv.recipe import Recipe
+from qconv.rounder import Rounder, arranged, real, stored_shape
 from qconv.targets import Target
 from qconv.weight_ranges import least_squares
 from qconv.weights import (
@@ -44,7 +44,6 @@ from qconv.weights import (
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-MOST_WIDENINGS = 8
 RIDGES = (64.0, 16.0, 4.0, 1.0, 0.3)
 ENOUGH_ROWS = 64
 """Rows kept apart from which on they choose for each output alone; fewer for all of a layer together."""
@@ -145,20 +144,20 @@ class Solver:
     def _ranged(self, layer: Layer, wanted: Float32, source: Source | None, seen: Moments) -> QuantParams:
         """Scales for weights (G, O, K): those with the least error, inputs taken to be independent."""
         node, shape = layer.node, stored_shape(layer.node)
-        arranged = _arranged(layer, stored_of(node, wanted, shape))
+        weight = arranged(layer, stored_of(node, wanted, shape))
         if layer.own_bits:
-            params = channel_bits.of_weights(arranged, layer.weight, self.recipe.weight_calibrator)
+            params = channel_bits.of_weights(weight, layer.weight, self.recipe.weight_calibrator)
         else:
             importance = np.concatenate([np.diagonal(b.hessian, axis1=1, axis2=2) for b in seen.blocks], axis=1)
             spread = np.broadcast_to(importance[:, None].astype(np.float32), wanted.shape)
-            counts = _arranged(layer, stored_of(node, spread, shape))
-            params = layer.weight.from_range(*least_squares(arranged, layer.weight, counts))
-        return fitted(layer, params, arranged, source, self.target, saturation_safe=self.recipe.saturation_safe)[0]
+            counts = arranged(layer, stored_of(node, spread, shape))
+            params = layer.weight.from_range(*least_squares(weight, layer.weight, counts))
+        return fitted(layer, params, weight, source, self.target, saturation_safe=self.recipe.saturation_safe)[0]
 
     def _resolved(self, rows: Float32, seen: Moments) -> Float32:
         """W' of each output with the ridge that errs least on rows kept apart; W itself is one of the candidates."""
         float_rows, kept = seen.kept
-        best = rows
+        best, before = rows, np.inf
         if kept.shape[1] < FEWEST_ROWS:
             return best
         wanted = float_rows @ np.swapaxes(rows, 1, 2)  # (G, n, O)
@@ -166,6 +165,9 @@ class Solver:
         for ridge in RIDGES:
             tried = self._ridged(rows, seen, ridge)
             lost = np.square(wanted - kept @ np.swapaxes(tried, 1, 2)).mean(axis=1)
+            if lost.sum() >= before:
+                break
+            before = float(lost.sum())
             better = lost < least
             if kept.shape[1] < ENOUGH_ROWS:
                 better = np.full_like(better, lost.sum() < least.sum())
@@ -183,109 +185,19 @@ class Solver:
     def _rounded(
         self, layer: Layer, params: QuantParams, wanted: Float32, seen: Moments, source: Source | None
     ) -> tuple[QuantParams, NDArray[np.integer]]:
-        limits = (
-            None
-            if source is None
-            else pair_limits(
-                layer, source, self.target, widest=params.widest, saturation_safe=self.recipe.saturation_safe
-            )
-        )
-        whole = isinstance(params.spec.granularity, PerTensor)
-        free = params.widest < 8 and not layer.blocked
-        params, codes = self._scaled(layer, params, wanted, seen, self.effort.factors if free else ())
+        rounder = Rounder.of(layer, wanted, seen)
+        narrow = params.widest < 8
+        free = narrow and not layer.blocked
+        params, codes = rounder.scaled(params, self.effort.factors if free else ())
         for _ in range(self.effort.refits if free else 0):
-            factor = self._factor(layer, params, codes, wanted, seen)
-            params = params.with_scale((params.scale * (factor.mean() if whole else factor)).astype(np.float32))
-            codes = self._codes(layer, params, wanted, seen)
-        return (params, codes) if limits is None else self._unsaturated(layer, params, codes, wanted, seen, limits)
-
-    def _scaled(
-        self, layer: Layer, params: QuantParams, wanted: Float32, seen: Moments, factors: Sequence[float]
-    ) -> tuple[QuantParams, NDArray[np.integer]]:
-        """Codes on the scale, among these multiples of the given one, with which each output errs least."""
-        whole = isinstance(params.spec.granularity, PerTensor)
-        best, codes = params, self._codes(layer, params, wanted, seen)
-        if not factors:
-            return best, codes
-        least = self._error(layer, params, codes, wanted, seen)
-        for factor in factors:
-            tried = params.with_scale((params.scale * factor).astype(np.float32))
-            found = self._codes(layer, tried, wanted, seen)
-            error = self._error(layer, tried, found, wanted, seen)
-            better = np.asarray(error.sum() < least.sum() if whole else error < least)
-            least = np.where(better, error, least)
-            best = best.with_scale(np.where(better, tried.scale, best.scale))
-            spread = better.reshape(
-                [-1 if axis == layer.rule.output_axis and not whole else 1 for axis in range(codes.ndim)]
-            )
-            codes = np.where(spread, found, codes)
-        return best, codes
-
-    def _error(
-        self, layer: Layer, params: QuantParams, codes: NDArray[np.integer], wanted: Float32, seen: Moments
-    ) -> Float64:
-        """Of each output, by the moments, (O,)."""
-        real = _real(layer, params, codes).astype(np.float64)
-        parts = (
-            rounding.error_of(real[:, :, block.part], wanted[:, :, block.part].astype(np.float64), block.hessian)
-            for block in seen.blocks
-        )
-        return np.asarray(sum(parts)).reshape(-1)
-
-    def _unsaturated(
-        self,
-        layer: Layer,
-        params: QuantParams,
-        codes: NDArray[np.integer],
-        wanted: Float32,
-        seen: Moments,
-        limits: tuple[NDArray[np.int64], NDArray[np.int64]],
-    ) -> tuple[QuantParams, NDArray[np.integer]]:
-        """Scales widened until no pair of products leaves 16 bits; codes rounded anew are other codes."""
-        axis = layer.rule.output_axis
-        for _ in range(MOST_WIDENINGS):
-            over = saturation.excess(codes, *limits, output_axis=axis)
-            if np.all(over <= 1):
-                return params, codes
-            over = np.maximum(over, np.where(over > 1, saturation.SMALLEST_STEP, 1.0))
-            gain = over.max() if params.scale.ndim == 0 else over
-            params = params.with_scale((params.scale * gain).astype(np.float32))
-            codes = self._codes(layer, params, wanted, seen)
-        arranged = _arranged(layer, stored_of(layer.node, wanted, stored_shape(layer.node)))
-        params = saturation.widen(params, arranged, *limits, output_axis=axis)
-        return params, params.quantize(arranged)
-
-    def _codes(self, layer: Layer, params: QuantParams, wanted: Float32, seen: Moments) -> NDArray[np.integer]:
-        node, shape = layer.node, stored_shape(layer.node)
-        grid = _grid(layer, params)
-        found = np.empty(wanted.shape, params.spec.dtype)
-        for block in seen.blocks:
-            weight, columns = wanted[:, :, block.part].astype(np.float64), grid.part(block.part)
-            damping = rounding.damping_of(weight.shape[2], seen.count)
-            codes = rounding.second_order(weight, block.hessian, columns, damping=damping)
-            if self.effort.sweeps:
-                codes = rounding.descended(codes, weight, block.hessian, columns, sweeps=self.effort.sweeps)
-            found[:, :, block.part] = codes
-        return _arranged(layer, stored_of(node, found, shape))
-
-    def _factor(
-        self, layer: Layer, params: QuantParams, codes: NDArray[np.integer], wanted: Float32, seen: Moments
-    ) -> Float64:
-        """By what the scale of each output is to be multiplied, (O,)."""
-        grid = _grid(layer, params)
-        rows = rows_of(layer.node, codes.reshape(stored_shape(layer.node))).astype(np.float64)
-        along, own = np.zeros((2, *rows.shape[:2]))
-        for block in seen.blocks:
-            weight = wanted[:, :, block.part].astype(np.float64)
-            numerator, denominator = rounding.fit_of(
-                rows[:, :, block.part], weight, block.hessian, grid.part(block.part)
-            )
-            along += numerator
-            own += denominator
-        if isinstance(params.spec.granularity, PerTensor):
-            along[:], own[:] = along.sum(), own.sum()
-        factor = np.divide(along, own, out=np.ones_like(own), where=(own > 0) & (along > 0))
-        return np.asarray(factor.reshape(-1))
+            params, codes = rounder.refitted(params, codes)
+        if self.effort.sweeps and narrow:
+            codes = rounder.descended(params, codes, self.effort.sweeps)
+        safe = self.recipe.saturation_safe
+        limits = None
+        if source is not None:
+            limits = pair_limits(layer, source, self.target, widest=params.widest, saturation_safe=safe)
+        return (params, codes) if limits is None else rounder.unsaturated(params, codes, limits)
 
 
 def _better(
@@ -294,7 +206,7 @@ def _better(
     """The new codes or the nearest ones, whichever err less, and what is to be told of it."""
     name = nearest.layer.node.name or ""
     before, after = (
-        _lost(rows, _real(nearest.layer, p, c), seen) for p, c in ((nearest.weight, nearest.codes), (params, codes))
+        _lost(rows, real(nearest.layer, p, c), seen) for p, c in ((nearest.weight, nearest.codes), (params, codes))
     )
     if after > before:
         return nearest.weight, nearest.codes, Skipped("round", name, "its nearest codes err less")
@@ -302,36 +214,6 @@ def _better(
     what = f"rounded by second order{apart}"
     gained = f": {10 * np.log10(before / after):.1f} dB less error than nearest codes" if after > 0 else ""
     return params, codes, Change("round", name, what + gained, what)
-
-
-def _real(layer: Layer, params: QuantParams, codes: NDArray[np.integer]) -> Float32:
-    """What codes stand for, as rows (G, O, K)."""
-    found: Float32 = rows_of(layer.node, params.dequantize(codes).reshape(stored_shape(layer.node)))
-    return found
-
-
-def _arranged(layer: Layer, stored: NDArray[Any]) -> NDArray[Any]:
-    """What is stored in the shape of the weights, as the layer's spec sees them."""
-    whole = np.ascontiguousarray(stored)
-    return whole.reshape(len(whole), -1) if layer.blocked else whole
-
-
-def _grid(layer: Layer, params: QuantParams) -> rounding.Grid:
-    shape = stored_shape(layer.node)
-    arranged = (shape[0], int(np.prod(shape[1:]))) if layer.blocked else shape
-    found = []
-    for numbers in params.spread(arranged):
-        if isinstance(params.spec.granularity, PerBlock):
-            rows = rows_of(layer.node, np.broadcast_to(numbers, arranged).reshape(shape))
-        else:
-            whole = np.broadcast_to(numbers, shape)
-            rows = rows_of(layer.node, whole)[:, :, :1]
-        found.append(np.asarray(rows, np.float64))
-    low, high = (
-        np.asarray(limit, np.float64).reshape(found[0].shape[:2]) if limit.ndim else float(limit)
-        for limit in params.limits
-    )
-    return rounding.Grid(found[0], found[1], low, high)
 
 
 def _lost(weight: Float32, rounded: Float32, seen: Moments) -> float:
@@ -348,13 +230,6 @@ def _lost(weight: Float32, rounded: Float32, seen: Moments) -> float:
         w, q = (x[:, :, block.part].astype(np.float64) for x in (weight, rounded))
         total += float(np.einsum("gok,gok->", q @ block.hessian, q) - 2 * np.einsum("gok,gok->", w @ block.cross, q))
     return total
-
-
-def stored_shape(node: Node) -> tuple[int, ...]:
-    """Of the layer's weights."""
-    stored = array(node.inputs[1])
-    assert stored is not None
-    return stored.shape
 
 
 def first_input(node: Node) -> Value:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from qconv.moments import moments
-from qconv.rounding import Grid, descended, error_of, fit_of, resolved, second_order, upper_factor
+from qconv.rounding import Grid, descended, fit_of, ordered, resolved, second_order, upper_factor
 
 
 def drawn(seed: int, groups: int = 2, outputs: int = 3, inputs: int = 7, rows: int = 200):
@@ -42,11 +43,18 @@ def by_inverse_updates(weight, hessian, grid: Grid):
     return codes
 
 
+def error_of(real: NDArray, weight: NDArray, hessian: NDArray) -> NDArray:
+    """(Q - W) H (Q - W)^T of each output, (G, O)."""
+    lost = real - weight
+    return np.asarray(np.einsum("gok,gok->go", lost @ hessian, lost))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_recursion_is_that_of_explicit_inverse_updates(seed) -> None:
     weight, hessian, _ = drawn(seed, groups=1, inputs=150)
     grid = grid_for(weight)
-    found = second_order(weight, hessian, grid, damping=0.0)
+    found, error = second_order(weight, ordered(hessian, damping=0.0), grid)
+    np.testing.assert_allclose(error, error_of(grid.real(found), weight, hessian))
     np.testing.assert_array_equal(found[0], by_inverse_updates(weight[0], hessian[0], grid))
 
 
@@ -102,7 +110,7 @@ def test_correlated_inputs_gain_by_second_order() -> None:
         grid = grid_for(weight)
         second, first = (
             error_of(grid.real(codes), weight, hessian).sum()
-            for codes in (second_order(weight, hessian, grid), grid.codes(weight))
+            for codes in (second_order(weight, ordered(hessian), grid)[0], grid.codes(weight))
         )
         gains.append(second / first)
     assert max(gains) < 1
@@ -112,7 +120,7 @@ def test_correlated_inputs_gain_by_second_order() -> None:
 def test_the_fitted_factor_has_the_least_error() -> None:
     weight, hessian, _ = drawn(3)
     grid = grid_for(weight)
-    codes = second_order(weight, hessian, grid)
+    codes = second_order(weight, ordered(hessian), grid)[0]
     numerator, denominator = fit_of(codes, weight, hessian, grid)
     factor = (numerator / denominator)[:, :, None]
     least = error_of(grid.real(codes) * factor, weight, hessian)
@@ -126,7 +134,7 @@ def test_a_grid_of_its_own_for_each_column() -> None:
     weight = rng.standard_normal((1, 2, 5))
     grid = Grid(rng.uniform(0.1, 0.3, (1, 2, 5)), rng.integers(-2, 3, (1, 2, 5)).astype(float), -8, 7)
     hessian = np.diag(rng.uniform(1, 2, 5))[None]
-    np.testing.assert_array_equal(second_order(weight, hessian, grid), grid.codes(weight))
+    np.testing.assert_array_equal(second_order(weight, ordered(hessian), grid)[0], grid.codes(weight))
 
 
 def test_moments_are_covariances_of_what_is_summed() -> None:

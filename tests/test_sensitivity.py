@@ -20,9 +20,10 @@ from qconv.patches import Patches
 from qconv.planner import make_plan
 from qconv.quant import extremes
 from qconv.recipe import Recipe
+from qconv.rounder import stored_shape
 from qconv.runtime import Session
 from qconv.sensitivity import FLOAT, WORST, Network, noise_of, sensitivities
-from qconv.solve import Effort, Solver, stored_shape
+from qconv.solve import Effort, Solver
 from qconv.targets import TARGETS
 from qconv.weights import quantize_layer
 
