@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.parts import HIGH, LOW, SCALE, ZERO, open_inputs, raw, round_within
+from qconv.parts import HIGH, LOW, SCALE, SWITCH, ZERO, open_inputs, raw, round_within
 from qconv.quant import QuantParams, QuantSpec
 from qconv.runtime import Session
 from qconv.walk import AT_ONCE, Part, each
@@ -18,7 +18,8 @@ NOTHING: Mapping[str, NDArray[Any]] = MappingProxyType({})
 
 
 class Behind:
-    """part: what is run. outputs: of it. rounded: tensors that are fed to it or made in it. spec: of their codes.
+    """part: what is run. outputs: of it. groups: tensors that are fed to it or made in it, and are rounded together.
+    spec: of their codes.
 
     opened: a node, and names for those of its inputs that `run` is handed, by their places.
     Scale and zero point are inputs of the model: one session serves for all that is tried out. Codes of fewer bits than
@@ -29,17 +30,19 @@ class Behind:
         self,
         part: Part,
         outputs: Sequence[str],
-        rounded: Sequence[str],
+        groups: Sequence[Sequence[str]] = (),
         spec: QuantSpec | None = None,
         opened: tuple[str, Mapping[int, str]] = ("", MappingProxyType({})),
         *,
         threads: int | None,
     ) -> None:
         self._part, self._outputs = part, list(outputs)
+        rounded = {name for group in groups for name in group}
         passed = [name for name in outputs if name in part.held and name not in rounded]
-        round_within(part.proto, rounded, passed, None if spec is None else spec.dtype)
+        round_within(part.proto, groups, passed, None if spec is None else spec.dtype)
+        self._groups = len(groups)
         open_inputs(part.proto, *opened)
-        self._raw = frozenset((*rounded, *passed))
+        self._raw = rounded.union(passed)
         self._session = Session(
             part.proto.SerializeToString(),
             name="a part of the model",
@@ -49,13 +52,19 @@ class Behind:
         )
 
     def run(
-        self, batches: Iterable[int], params: QuantParams | None = None, fed: Mapping[str, NDArray[Any]] = NOTHING
+        self,
+        batches: Iterable[int],
+        params: QuantParams | None = None,
+        group: int = 0,
+        fed: Mapping[str, NDArray[Any]] = NOTHING,
     ) -> Iterator[list[NDArray[Any]]]:
-        """The outputs of these batches, one after the other, with the tensors rounded like this.
+        """The outputs of these batches, one after the other, with the tensors of a group rounded like this.
 
         fed: numbers for what was opened.
         """
         own = dict(fed)
+        if self._groups > 1:
+            own |= {SWITCH.format(index): np.asarray(index == group) for index in range(self._groups)}
         if params is not None:
             low, high = params.code_range()
             numbers = {LOW: low, HIGH: high, SCALE: params.scale, ZERO: params.zero_point}

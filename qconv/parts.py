@@ -13,6 +13,8 @@ from qconv.graph import Model, Node, Value, ir, reads_of, tensor_proto
 RAW = "_not_rounded"
 LOW, HIGH, SCALE, ZERO = "rounded_low", "rounded_high", "rounded_scale", "rounded_zero"
 """Inputs of a part with rounded tensors: where they are clipped before, and their parameters."""
+SWITCH = "rounded_group_{}"
+"""Inputs of a part with several groups of such tensors: whether these are rounded."""
 
 Proto = onnx.ModelProto
 
@@ -41,12 +43,21 @@ def part(
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
 
 
-def round_within(proto: Proto, rounded: Collection[str], passed: Collection[str], codes: np.dtype[Any] | None) -> None:
+def round_within(
+    proto: Proto, groups: Sequence[Collection[str]], passed: Collection[str], codes: np.dtype[Any] | None
+) -> None:
     """Round tensors of a part, made in it or fed to it. codes: their type, None where there are none.
 
-    passed: what is fed and returned. Whatever is rounded or passed is fed under its `raw` name.
+    groups: of tensors that are rounded together; several have a switch each. passed: what is fed and returned. Whatever
+    is rounded or passed is fed under its `raw` name.
     """
-    _insert(proto.graph, {name: _copied(name) for name in passed} | {name: _rounding(name) for name in rounded})
+    steps = {name: [_copied(name)] for name in passed}
+    for index, group in enumerate(groups):
+        switch = SWITCH.format(index) if len(groups) > 1 else None
+        steps |= {name: _rounding(name) if switch is None else [_switched(name, switch)] for name in group}
+        if switch is not None:
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(switch, onnx.TensorProto.BOOL, ()))
+    _insert(proto.graph, steps)
     if codes is not None:
         kinds = dict.fromkeys((LOW, HIGH, SCALE), onnx.TensorProto.FLOAT)
         kinds[ZERO] = onnx.helper.np_dtype_to_tensor_dtype(codes)
@@ -84,8 +95,22 @@ def _insert(graph: onnx.GraphProto, steps: Mapping[str, Sequence[onnx.NodeProto]
     graph.node.extend(copies)
 
 
-def _copied(name: str) -> list[onnx.NodeProto]:
-    return [onnx.helper.make_node("Identity", [name + RAW], [name])]
+def _copied(name: str) -> onnx.NodeProto:
+    return onnx.helper.make_node("Identity", [name + RAW], [name])
+
+
+def _switched(name: str, switch: str) -> onnx.NodeProto:
+    """Rounded or not; only what is chosen is computed."""
+    branches = {}
+    for branch, nodes in (("then_branch", _rounding(name)), ("else_branch", [_copied(name)])):
+        result = f"{name}_{branch}"
+        nodes[-1].output[0] = result
+        branches[branch] = onnx.helper.make_graph(nodes, branch, [], [_untyped(result)])
+    return onnx.helper.make_node("If", [switch], [name], **branches)
+
+
+def _untyped(name: str) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
 
 
 def _rounding(name: str) -> list[onnx.NodeProto]:

@@ -35,7 +35,7 @@ from qconv.plan import Plan
 from qconv.planner import WISHED, is_layer, make_plan
 from qconv.ranges import LOOKS, tuned_ranges
 from qconv.recipe import Recipe
-from qconv.refine import EFFORTS
+from qconv.refine import effort_for
 from qconv.report import Audit, Report, Verification
 from qconv.rows import tensor_rows
 from qconv.runtime import Session
@@ -260,7 +260,7 @@ def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> S
     if recipe.rounding == "second-order":
         with run.step("round"):
             feed = pictures.feed
-            pictures_wanted = EFFORTS[recipe.effort].pictures_for(layer.weight.bits for layer in settled.plan.layers)
+            pictures_wanted = effort_for(settled.plan, recipe).pictures
             feeds = None if feed is None else feed.first(pictures_wanted, "read again")
             round_anew(settled, folded, recipe, feeds, run.listener.progress)
     return settled

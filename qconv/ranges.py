@@ -14,6 +14,7 @@ the few pictures that reach beyond it: these are all tried, and some of the othe
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +36,10 @@ from qconv.walk import Walk
 STEP = "ranges"
 HELD = 2**27
 """Bytes of tensors, and of outputs, that are held in memory."""
-SHARE = 0.01
+SHARE = 0.03
 """Part of all noise from which on a range matters."""
+TOGETHER = 8
+"""Groups that are looked at with one session: to make one takes as long as to run it on a few pictures."""
 NARROWER, WIDER = 0.75, 1.25
 """Steps of the search."""
 WORTHWHILE = 0.98
@@ -92,9 +95,9 @@ def tuned_ranges(
     groups = _groups(model, plan, activations) if judged else []
     few, many = (spread(feeds, count) for count in (looks.few, looks.many))
     noises = []
-    for done, (group, noise, _) in enumerate(_rounded_alone(model, groups, few, (looks.few, 0), threads)):
+    for done, found in enumerate(_noises(model, groups, few, threads)):
         progress(STEP, done, 2 * len(groups))
-        noises.append(noise(group.params))
+        noises.append(found)
     whole = sum(noises)
     weighty = {group.first: noise for group, noise in zip(groups, noises, strict=True) if noise > SHARE * whole}
     chosen = [group for group in groups if group.first in weighty]
@@ -124,25 +127,55 @@ def _groups(model: Model, plan: Plan, activations: Mapping[Value, QuantParams]) 
     return sorted(found.values(), key=lambda group: order[group.first])
 
 
+@contextlib.contextmanager
+def _walked(model: Model, feeds: Sequence[Feed], threads: int | None) -> Iterator[tuple[Walk, list[Value], Outputs]]:
+    """A walk, the outputs that count, and what they are for as many pictures as go into memory."""
+    outputs = [value for value in model.graph.outputs if is_tensor(value)]
+    with contextlib.closing(Store(HELD)) as store:
+        start = Behind(Walk(model, feeds, store, threads=threads).behind(outputs), _names(outputs), threads=threads)
+        clean = up_to(HELD, start.run(range(len(feeds))))
+        del start
+        yield Walk(model, feeds[: len(clean)], store, threads=threads), outputs, clean
+
+
+def _noises(model: Model, groups: Sequence[Group], feeds: Sequence[Feed], threads: int | None) -> Iterator[float]:
+    """The noise at the outputs where each group alone is rounded."""
+    if not groups:
+        return
+    with _walked(model, feeds, threads) as (walk, outputs, clean):
+        picked = dict.fromkeys(range(len(clean)), 1.0)
+        for together in _with_one_session(groups):
+            walk.at(together[0].first)
+            names, spec = [_names(group.members) for group in together], together[0].params.spec
+            behind = Behind(walk.behind(outputs), _names(outputs), names, spec, threads=threads)
+            for index, group in enumerate(together):
+                yield _noise(clean, behind, picked, group.params, index)
+
+
+def _with_one_session(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Runs of groups that have codes of one type."""
+    for _, alike in itertools.groupby(groups, key=lambda group: group.params.spec.dtype):
+        left = list(alike)
+        yield from (left[start : start + TOGETHER] for start in range(0, len(left), TOGETHER))
+
+
 def _rounded_alone(
     model: Model, groups: Sequence[Group], feeds: Sequence[Feed], looks: tuple[int, int], threads: int | None
 ) -> Iterator[tuple[Group, Callable[[QuantParams], float], float]]:
     """Each group, what tells the noise at the outputs where it alone is rounded, and how far it reaches."""
     if not groups:
         return
-    outputs = [value for value in model.graph.outputs if is_tensor(value)]
-    told = [value.name or "" for value in outputs]
-    with contextlib.closing(Store(HELD)) as store:
-        start = Behind(Walk(model, feeds, store, threads=threads).behind(outputs), told, (), threads=threads)
-        clean = up_to(HELD, start.run(range(len(feeds))))
-        del start
-        walk = Walk(model, feeds[: len(clean)], store, threads=threads)
+    with _walked(model, feeds, threads) as (walk, outputs, clean):
         for group in groups:
             reach = _reach(walk.at(group.first), group.params)
             picked = _picked(reach, *looks)
-            names = [value.name or "" for value in group.members]
-            behind = Behind(walk.behind(outputs), told, names, group.params.spec, threads=threads)
+            names, spec = [_names(group.members)], group.params.spec
+            behind = Behind(walk.behind(outputs), _names(outputs), names, spec, threads=threads)
             yield group, partial(_noise, clean, behind, picked), float(reach.max())
+
+
+def _names(values: Iterable[Value]) -> list[str]:
+    return [value.name or "" for value in values]
 
 
 def _reach(arrays: Iterable[NDArray[Any]], params: QuantParams) -> Float64:
@@ -159,9 +192,9 @@ def _picked(reach: Float64, far: int, near: int) -> dict[int, float]:
     return dict.fromkeys(order[:far].tolist(), 1.0) | dict.fromkeys(some.tolist(), len(rest) / max(1, len(some)))
 
 
-def _noise(clean: Outputs, behind: Behind, picked: Mapping[int, float], params: QuantParams) -> float:
+def _noise(clean: Outputs, behind: Behind, picked: Mapping[int, float], params: QuantParams, group: int = 0) -> float:
     """Mean over the pictures for which those that are picked stand."""
-    found = zip(picked.items(), behind.run(picked, params), strict=True)
+    found = zip(picked.items(), behind.run(picked, params, group), strict=True)
     return sum(weight * noise_of([clean[index]], [got]) for (index, weight), got in found) / sum(picked.values())
 
 

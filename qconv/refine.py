@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.ahead import ahead
 from qconv.emit import emit
 from qconv.findings import Finding, Skipped
 from qconv.graph import Model, Node
-from qconv.held import Store
+from qconv.held import Arrays, Store
 from qconv.moments import moments
 from qconv.params import Params, carried_over
+from qconv.patches import Ints, Patches
 from qconv.plan import Layer, Plan
 from qconv.planner import make_plan
 from qconv.recipe import Recipe
@@ -47,13 +49,17 @@ EFFORTS = {
 }
 
 
+def effort_for(plan: Plan, recipe: Recipe) -> Effort:
+    """What is spent on the layers of a plan."""
+    return EFFORTS[recipe.effort].for_bits(layer.weight.bits for layer in plan.layers)
+
+
 def refine(
     model: Model,
     plan: Plan,
     params: Params,
     feeds: Sequence[Mapping[str, NDArray[Any]]],
     recipe: Recipe,
-    effort: Effort,
     floats: Mapping[str, str],
     progress: Callable[[str, int, int], None],
 ) -> list[Finding]:
@@ -61,7 +67,7 @@ def refine(
 
     feeds: the pictures, batch by batch.
     """
-    return _Refiner(model, params, Solver(recipe, plan.target, effort)).run(feeds, floats, progress)
+    return _Refiner(model, params, Solver(recipe, plan.target, effort_for(plan, recipe))).run(feeds, floats, progress)
 
 
 @dataclass(slots=True)
@@ -92,20 +98,27 @@ class _Refiner:
         nodes: Mapping[str, Node],
         progress: Callable[[str, int, int], None],
     ) -> None:
-        for index, chosen in enumerate(self.params.layers):
-            progress("round", index, len(self.params.layers))
-            node = chosen.layer.node
-            twin = nodes[node.name or ""]
-            why = self.solver.refusal(self.model, chosen)
-            if why is None:
-                seen = moments(self._rows(chosen.layer, index, real, other, twin))
-                chosen, finding = self.solver.solved(chosen, self.params.sources.get(node), seen)
-                self.params.layers[index] = chosen
-                self.findings.append(finding)
-            else:
-                self.findings.append(Skipped("round", node.name or "", why))
-            _replace(simulated, twin, chosen)
-        progress("round", len(self.params.layers), len(self.params.layers))
+        """While a layer is solved the float network, which does not depend on that, runs on to the next one."""
+        refusals = [self.solver.refusal(self.model, chosen) for chosen in self.params.layers]
+        solved = [chosen.layer.node for chosen, why in zip(self.params.layers, refusals, strict=True) if why is None]
+        inputs = ahead(real.at, map(first_input, solved), workers=1, depth=1)
+        with contextlib.closing(inputs):
+            upcoming = next(inputs, None)
+            for index, (chosen, why) in enumerate(zip(list(self.params.layers), refusals, strict=True)):
+                progress("round", index, len(refusals))
+                node = chosen.layer.node
+                twin = nodes[node.name or ""]
+                if why is None:
+                    assert upcoming is not None
+                    seen = moments(self._rows(chosen.layer, index, upcoming.result(), other, twin))
+                    upcoming = next(inputs, None)
+                    chosen, finding = self.solver.solved(chosen, self.params.sources.get(node), seen)
+                    self.params.layers[index] = chosen
+                    self.findings.append(finding)
+                else:
+                    self.findings.append(Skipped("round", node.name or "", why))
+                _replace(simulated, twin, chosen)
+        progress("round", len(refusals), len(refusals))
 
     def _with_quantizers(self, floats: Mapping[str, str]) -> tuple[Model, dict[str, Node]]:
         """A copy with float weights and, where any has fewer than 8 bits, every quantizer of activations; its nodes by
@@ -120,19 +133,23 @@ class _Refiner:
             emit(copy, plan, chosen, pack=False)
         return copy, nodes
 
-    def _rows(self, layer: Layer, index: int, real: Walk, other: Walk, twin: Node) -> Iterator[tuple[Float32, Float32]]:
-        """The same rows of both networks, batch by batch."""
-        floats = real.at(first_input(layer.node))
+    def _rows(
+        self, layer: Layer, index: int, floats: Arrays, other: Walk, twin: Node
+    ) -> Iterator[tuple[Float32, Float32]]:
+        """The same rows of both networks, batch by batch, cut out ahead of who sums them."""
         codes, grid = other.codes_at(first_input(twin))
-        drawn = self.solver.drawn(layer, index, floats)
-        for x_f, x_q, (patches, at) in zip(floats, codes, drawn, strict=True):
-            if grid is None:
-                yield patches.rows(x_f, at), patches.rows(x_q, at)
-                continue
-            found = patches.rows(x_q, at, zero=int(grid.zero_point))
-            found -= np.float32(grid.zero_point)
-            found *= grid.scale
-            yield patches.rows(x_f, at), found
+        drawn = enumerate(self.solver.drawn(layer, index, floats))
+
+        def cut(item: tuple[int, tuple[Patches, Ints]]) -> tuple[Float32, Float32]:
+            number, (patches, at) = item
+            found = patches.rows(codes[number], at, zero=0 if grid is None else int(grid.zero_point))
+            if grid is not None:
+                found -= np.float32(grid.zero_point)
+                found *= grid.scale
+            return patches.rows(floats[number], at), found
+
+        for future in ahead(cut, drawn, workers=1, depth=4):
+            yield future.result()
 
 
 def _replace(model: Model, node: Node, chosen: LayerParams) -> None:

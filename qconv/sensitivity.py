@@ -76,7 +76,7 @@ def sensitivities(
     with contextlib.closing(Store(HELD)) as store:
         walk = Walk(network.model, batches, store, threads=threads)
         looked_at = _looked_at(len(batches), solver)
-        expected = up_to(HELD, Behind(walk.behind(judged), outputs, (), threads=threads).run(looked_at))
+        expected = up_to(HELD, Behind(walk.behind(judged), outputs, threads=threads).run(looked_at))
         looked_at = looked_at[: len(expected)]
         for index, layer in enumerate(network.plan.layers):
             name = layer.node.name or ""
@@ -86,7 +86,7 @@ def sensitivities(
             inputs = walk.at(first_input(layer.node))
             choices = _choices(network, layer, index, wishes[name], inputs, solver)
             opened = _opened(name, choices.values())
-            behind = Behind(walk.behind(judged), outputs, (), opened=(name, opened), threads=threads)
+            behind = Behind(walk.behind(judged), outputs, opened=(name, opened), threads=threads)
             noise = {bits: 0.0 for bits in wishes[name] if bits >= FLOAT}
             for bits, chosen in choices.items():
                 fed = {opened[place]: numbers for place, numbers in _real(chosen).items()}

@@ -13,7 +13,7 @@ A layer keeps its nearest codes where the new ones do not err less on rows that 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,8 +57,7 @@ FEWEST_ROWS = 4
 class Effort:
     """How much is spent on it.
 
-    pictures: at most; half as many where no weights have fewer than 8 bits. rows: for each input of a layer; most_rows:
-    of any.
+    pictures: at most. rows: for each input of a layer; most_rows: of any.
     most_weights: of layers of 8 bits; larger ones keep their nearest codes.
     factors: on scales, tried out for each output. refits: how often scales are fitted to the codes and these rounded
     anew; neither is for 8 bits, where ranges are as good. sweeps: of `rounding.descended`.
@@ -72,9 +71,11 @@ class Effort:
     refits: int = 1
     sweeps: int = 0
 
-    def pictures_for(self, bits: Iterable[int]) -> int:
-        """Pictures for weights of these bits."""
-        return self.pictures if min(bits, default=8) < 8 else self.pictures // 2
+    def for_bits(self, bits: Iterable[int]) -> Effort:
+        """That for weights of these bits: half the pictures and rows where none has fewer than 8."""
+        if min(bits, default=8) < 8:
+            return self
+        return replace(self, pictures=self.pictures // 2, rows=self.rows // 2, most_rows=self.most_rows // 2)
 
     def rows_for(self, inputs: int) -> int:
         """Rows that are drawn for a layer whose outputs read so many inputs each."""

@@ -17,7 +17,7 @@ from qconv.params import NO_FACTORS, Params, carried_over, choose_params
 from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.recipe import Recipe
-from qconv.refine import EFFORTS, refine
+from qconv.refine import refine
 from qconv.shrink import shrink
 from qconv.sketch import Sketch
 from qconv.targets import TARGETS
@@ -58,8 +58,8 @@ def round_anew(settled: Settled, folded: Folded, recipe: Recipe, feeds: Feeds | 
         why = "statistics do not say how inputs go together; pass pictures, too"
         settled.findings.append(Skipped("round", "all layers", why))
         return
-    effort, plan, params = EFFORTS[recipe.effort], settled.plan, settled.params
-    settled.findings += refine(folded.model, plan, params, feeds, recipe, effort, folded.floats, progress)
+    plan, params = settled.plan, settled.params
+    settled.findings += refine(folded.model, plan, params, feeds, recipe, folded.floats, progress)
 
 
 def written(folded: Folded, recipe: Recipe, params: Params) -> Model:

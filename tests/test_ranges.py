@@ -104,9 +104,33 @@ def test_what_is_behind_runs_as_rounded_by_hand(body: str, rounded: list[str]) -
         walk = Walk(model, [{"x": x}], store, threads=1)
         walk.at(first)
         spec = params.spec if rounded else None
-        behind = Behind(walk.behind(list(model.graph.outputs)), ["y"], rounded, spec, threads=1)
+        behind = Behind(walk.behind(list(model.graph.outputs)), ["y"], [rounded] if rounded else [], spec, threads=1)
         ((found,),) = behind.run([0], params if rounded else None)
     np.testing.assert_allclose(found, by_hand(body, x, rounded, params), atol=1e-5)
+
+
+def test_groups_that_share_a_session_are_rounded_one_at_a_time() -> None:
+    """Oracle: sessions with one group each. b is fed, y is what the model returns."""
+    body = "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Relu(c) y = Add(d, b)"
+    model = loaded(network(body, ("N", 1, 8, 8), w=ONE, v=2 * ONE))
+    xs = np.random.default_rng(1).normal(size=(3, 1, 1, 8, 8)).astype(np.float32)
+    params = [UINT8.from_range(0, top) for top in (1.5, 3.0, 2.0)]
+    groups = [["b"], ["c", "d"], ["y"]]
+    b = next(value for node in model.nodes() for value in node.outputs if value.name == "b")
+    with contextlib.closing(Store(10**9)) as store:
+        walk = Walk(model, [{"x": x} for x in xs], store, threads=1)
+        walk.at(b)
+        outputs = list(model.graph.outputs)
+        together = Behind(walk.behind(outputs), ["y"], groups, UINT8, threads=1)
+        seen = []
+        for index, group in enumerate(groups):
+            alone = Behind(walk.behind(outputs), ["y"], [group], UINT8, threads=1)
+            for (one,), (other,) in zip(
+                alone.run(range(3), params[index]), together.run(range(3), params[index], index), strict=True
+            ):
+                np.testing.assert_array_equal(one, other)
+                seen.append(one.tobytes())
+    assert len(set(seen)) == 9
 
 
 def by_hand(body: str, x: NDArray, rounded: list[str], params: QuantParams) -> NDArray:

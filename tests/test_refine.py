@@ -120,7 +120,7 @@ def test_a_product_of_three_axes_gets_no_bias(samples: str) -> None:
 
 def test_large_layers_of_eight_bits_are_left_to_the_best_effort(samples: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {name: replace(effort, most_weights=100) for name, effort in refine.EFFORTS.items()}
-    monkeypatch.setattr("qconv.trial.EFFORTS", small)
+    monkeypatch.setattr("qconv.refine.EFFORTS", small)
     report, _ = made(net("conv"), samples, edge_bits=8)
     said = {f.where for f in report.findings if f.step == "round" and "too many weights" in getattr(f, "why", "")}
     assert said == {"a", "c"}
