@@ -50,6 +50,14 @@ class _Axis:
 
 
 @dataclass(frozen=True, slots=True)
+class Places:
+    """Some rows of a layer. index: flat positions in its input, (p, K); outside: which of these are none, or None."""
+
+    index: Ints
+    outside: NDArray[np.bool_] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Patches:
     """How to cut the rows of one layer out of its input. axes: none for Gemm and MatMul."""
 
@@ -69,32 +77,34 @@ class Patches:
         """How many rows one entry of the first axis of an input of this shape has."""
         return prod(axis.outputs for axis in self.axes) if self.axes else prod(data[1:-1])
 
-    def rows(self, x: NDArray[Any], at: Ints, zero: int = 0) -> Float32:
-        """The rows of x (N, C, ...) or (N, ..., C) at the positions (p,) of each n: (G, N * p, I/G * K).
+    def rows(self, x: NDArray[Any], places: Places, zero: int = 0) -> Float32:
+        """The rows of x (N, C, ...) or (N, ..., C) at the same places of each n: (G, N * p, I/G * K).
 
         zero: what stands for the zeros around x.
         """
+        index, outside = places.index, places.outside
         if not self.axes:
-            flat = x.reshape(len(x), -1, x.shape[-1])[:, at]
+            flat = x.reshape(len(x), -1, x.shape[-1])[:, index[:, 0]]
             return np.asarray(flat.reshape(1, -1, x.shape[-1]), np.float32)
-        index, valid = self._index(at)
         flat = x.reshape(*x.shape[:2], -1)[:, :, index]  # (N, C, p, K)
-        if not valid.all():
-            flat[:, :, ~valid] = zero
+        if outside is not None:
+            flat[:, :, outside] = zero
         apart = flat.reshape(len(x), self.groups, -1, *index.shape)
         return np.ascontiguousarray(apart.transpose(1, 0, 3, 2, 4), np.float32).reshape(
-            self.groups, len(x) * len(at), -1
+            self.groups, len(x) * len(index), -1
         )
 
-    def _index(self, at: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-        """Flat positions in the input (p, K), and which of them are there."""
+    def places(self, at: Ints) -> Places:
+        """What the rows at the positions (p,) are made of."""
+        if not self.axes:
+            return Places(at[:, None], None)
         along = np.unravel_index(at, [axis.outputs for axis in self.axes])
         index, valid = np.zeros((len(at), 1), np.int64), np.ones((len(at), 1), bool)
         for axis, place in zip(self.axes, along, strict=True):
             found = axis.inputs(np.asarray(place))
             index = (index[:, :, None] * axis.size + np.maximum(found, 0)[:, None]).reshape(len(at), -1)
             valid = (valid[:, :, None] & (found >= 0)[:, None]).reshape(len(at), -1)
-        return index, valid
+        return Places(index, None if valid.all() else ~valid)
 
 
 def _axis(node: Node, size: int, kernel: int, index: int, count: int) -> _Axis:

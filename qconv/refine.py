@@ -142,11 +142,12 @@ class _Refiner:
 
         def cut(item: tuple[int, tuple[Patches, Ints]]) -> tuple[Float32, Float32]:
             number, (patches, at) = item
-            found = patches.rows(codes[number], at, zero=0 if grid is None else int(grid.zero_point))
+            places = patches.places(at)
+            found = patches.rows(codes[number], places, zero=0 if grid is None else int(grid.zero_point))
             if grid is not None:
                 found -= np.float32(grid.zero_point)
                 found *= grid.scale
-            return patches.rows(floats[number], at), found
+            return patches.rows(floats[number], places), found
 
         for future in ahead(cut, drawn, workers=1, depth=4):
             yield future.result()

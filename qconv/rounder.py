@@ -43,13 +43,18 @@ class Rounder:
 
     def codes(self, params: QuantParams) -> tuple[Codes, Float64]:
         """Codes in the shape of the weights, and the error of each output, (O,)."""
-        grid = grid_of(self.layer, params)
-        found, errors = np.empty(self.wanted.shape, params.spec.dtype), np.zeros(self.wanted.shape[:2])
+        found, errors = self._row_codes(params, slice(None))
+        return self._stored(found), errors.reshape(-1)
+
+    def _row_codes(self, params: QuantParams, outputs: slice | NDArray[np.intp]) -> tuple[Codes, Float64]:
+        """Codes of some outputs of each group, as rows (G, O, K), and their errors (G, O)."""
+        grid, wanted = grid_of(self.layer, params).outputs(outputs), self.wanted[:, outputs]
+        found, errors = np.empty(wanted.shape, params.spec.dtype), np.zeros(wanted.shape[:2])
         for block, ready in zip(self.seen.blocks, self.ready, strict=True):
-            weight = self.wanted[:, :, block.part].astype(np.float64)
+            weight = wanted[:, :, block.part].astype(np.float64)
             found[:, :, block.part], error = rounding.second_order(weight, ready, grid.part(block.part))
             errors += error
-        return self._stored(found), errors.reshape(-1)
+        return found, errors
 
     def scaled(self, params: QuantParams, factors: Sequence[float]) -> tuple[QuantParams, Codes]:
         """Codes on the scale, among these multiples of the given one, with which each output errs least."""
@@ -110,7 +115,11 @@ class Rounder:
             over = np.maximum(over, np.where(over > 1, saturation.SMALLEST_STEP, 1.0))
             gain = over.max() if params.scale.ndim == 0 else over
             params = params.with_scale((params.scale * gain).astype(np.float32))
-            codes, _ = self.codes(params)
+            rows = self._rows(codes).astype(codes.dtype)
+            # outputs of several groups lie side by side: all of them, then
+            changed = np.flatnonzero(over > 1) if params.scale.ndim and len(rows) == 1 else slice(None)
+            rows[:, changed], _ = self._row_codes(params, changed)
+            codes = self._stored(rows)
         weight = self._stored(self.wanted)
         params = saturation.widen(params, weight, *limits, output_axis=axis)
         return params, params.quantize(weight)

@@ -67,6 +67,11 @@ class Grid:
             return self
         return Grid(self.scale[:, :, columns], self.zero[:, :, columns], self.low, self.high)
 
+    def outputs(self, chosen: slice | NDArray[np.intp]) -> Grid:
+        """That of some outputs of each group."""
+        low, high = (end[:, chosen] if isinstance(end, np.ndarray) else end for end in (self.low, self.high))
+        return Grid(self.scale[:, chosen], self.zero[:, chosen], low, high)
+
     def real(self, codes: Float64) -> Float64:
         """What codes stand for."""
         return np.asarray((codes - self.zero) * self.scale)

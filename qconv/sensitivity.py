@@ -136,7 +136,7 @@ def _choices(
     if solver is None or refused:
         return found
     drawn = zip(inputs, solver.drawn(layer, index, inputs), strict=True)
-    rows = (patches.rows(x, at) for x, (patches, at) in drawn)
+    rows = (patches.rows(x, patches.places(at)) for x, (patches, at) in drawn)
     seen, source = moments((x, x) for x in rows), _source(network, layer)
     return {
         bits: nearest if solver.refusal(network.model, nearest) else solver.solved(nearest, source, seen, anew=False)[0]

@@ -53,7 +53,7 @@ def test_rows_times_weights_are_the_outputs(op_type, attributes, shape, weight) 
     (node,) = loaded(proto).nodes()
     patches = Patches.of(node, w.shape, x.shape)
     at = np.arange(patches.positions(x.shape))
-    by_group = np.einsum("gnj,goj->gon", patches.rows(x, at), rows_of(node, w))
+    by_group = np.einsum("gnj,goj->gon", patches.rows(x, patches.places(at)), rows_of(node, w))
     if patches.axes:
         channels = expected.reshape(len(x), by_group.shape[0], by_group.shape[1], -1).transpose(1, 2, 0, 3)
         want = channels.reshape(by_group.shape)
@@ -61,6 +61,6 @@ def test_rows_times_weights_are_the_outputs(op_type, attributes, shape, weight) 
         want = expected.reshape(-1, expected.shape[-1]).T[None]
     np.testing.assert_allclose(by_group, want, atol=1e-4)
     some = at[::3]
-    picked = patches.rows(x, some).reshape(patches.groups, len(x), len(some), -1)
-    every = patches.rows(x, at).reshape(patches.groups, len(x), len(at), -1)
+    picked = patches.rows(x, patches.places(some)).reshape(patches.groups, len(x), len(some), -1)
+    every = patches.rows(x, patches.places(at)).reshape(patches.groups, len(x), len(at), -1)
     np.testing.assert_array_equal(picked, every[:, :, ::3])

@@ -109,7 +109,7 @@ def test_the_noise_of_second_order_codes_is_that_on_batches_that_they_were_not_m
         shape = stored_shape(layer.node)
         read = tapped_outputs(layer.node.inputs[0].name or "", fed)  # type: ignore[union-attr]
         patches = Patches.of(layer.node, shape, read[0].shape)
-        rows = [patches.rows(x, np.arange(patches.positions(x.shape))) for x in read]
+        rows = [patches.rows(x, patches.places(np.arange(patches.positions(x.shape)))) for x in read]
         narrow = replace(layer, weight=replace(layer.weight, bits=3))
         start, _ = quantize_layer(narrow, source, "max", network.plan.target)
         solved, _ = solver.solved(start, source, moments(zip(rows, rows, strict=True)), anew=False)
