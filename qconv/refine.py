@@ -44,7 +44,14 @@ EFFORTS = {
     "fast": Effort(pictures=32, rows=4, most_rows=2048, most_weights=2**22),
     "balanced": Effort(pictures=96, rows=16, most_rows=8192, most_weights=2**22),
     "best": Effort(
-        512, rows=32, most_rows=30000, most_weights=2**27, factors=(0.7, 0.8, 0.9, 1.1, 1.2), refits=3, sweeps=4
+        pictures=512,
+        rows=32,
+        most_rows=30000,
+        most_weights=2**27,
+        factors=(0.7, 0.8, 0.9, 1.1, 1.2),
+        refits=3,
+        sweeps=4,
+        depthwise=True,
     ),
 }
 

@@ -26,7 +26,7 @@ from qconv.layers import rows_of, stored_of
 from qconv.moments import Moments
 from qconv.patches import Ints, Patches
 from qconv.plan import Layer
-from qconv.quant import QuantParams
+from qconv.quant import PerChannel, QuantParams
 from qconv.recipe import Recipe
 from qconv.rounder import Rounder, arranged, real, stored_shape
 from qconv.targets import Target
@@ -37,6 +37,7 @@ from qconv.weights import (
     analytic_shift,
     fitted,
     float_weight,
+    is_depthwise,
     pair_limits,
     shifted_bias,
     with_bias,
@@ -58,7 +59,8 @@ class Effort:
     """How much is spent on it.
 
     pictures: at most. rows: for each input of a layer; most_rows: of any.
-    most_weights: of layers of 8 bits; larger ones keep their nearest codes.
+    most_weights: of layers of 8 bits; larger ones keep their nearest codes. depthwise: whether depthwise layers of 8
+    bits with a scale for each channel are solved: with that few weights to a scale they lose little.
     factors: on scales, tried out for each output. refits: how often scales are fitted to the codes and these rounded
     anew; neither is for 8 bits, where ranges are as good. sweeps: of `rounding.descended`.
     """
@@ -70,12 +72,13 @@ class Effort:
     factors: tuple[float, ...] = (0.85, 1.15)
     refits: int = 1
     sweeps: int = 0
+    depthwise: bool = False
 
     def for_bits(self, bits: Iterable[int]) -> Effort:
-        """That for weights of these bits: half the pictures and rows where none has fewer than 8."""
+        """That for weights of these bits: a third of the pictures and half the rows where none has fewer than 8."""
         if min(bits, default=8) < 8:
             return self
-        return replace(self, pictures=self.pictures // 2, rows=self.rows // 2, most_rows=self.most_rows // 2)
+        return replace(self, pictures=self.pictures // 3, rows=self.rows // 2, most_rows=self.most_rows // 2)
 
     def rows_for(self, inputs: int) -> int:
         """Rows that are drawn for a layer whose outputs read so many inputs each."""
@@ -100,6 +103,9 @@ class Solver:
             return "several layers share its weights"
         if nearest.layer.weight.bits == 8 and nearest.codes.size > self.effort.most_weights:
             return "with 8 bits it loses little, and has too many weights for this effort"
+        apart = isinstance(nearest.layer.weight.granularity, PerChannel) and nearest.layer.weight.bits == 8
+        if apart and not self.effort.depthwise and is_depthwise(nearest.layer):
+            return "with 8 bits a depthwise layer loses little"
         return None
 
     def drawn(self, layer: Layer, index: int, inputs: Arrays) -> Iterator[tuple[Patches, Ints]]:

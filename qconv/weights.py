@@ -160,10 +160,8 @@ def pair_limits(
 
     widest: the most bits that a weight has.
     """
-    stored = array(layer.node.inputs[1])
-    assert stored is not None
     bits = (source.params.spec.bits, widest)
-    if saturation_safe is False or bits != (8, 8) or not target.pairs or not _adds_pairs(layer, stored):
+    if saturation_safe is False or bits != (8, 8) or not target.pairs or not _adds_pairs(layer):
         return None
     channels = input_channels(layer)
     return source.channel_codes(channels) if saturation_safe is None else source.all_codes(channels)
@@ -256,15 +254,16 @@ def input_channels(layer: Layer) -> int:
     return int(weight.shape[layer.rule.input_axis] * attribute(layer.node, "group", 1))
 
 
-def _adds_pairs(layer: Layer, weight: NDArray[np.floating]) -> bool:
-    """Whether a kernel that adds products in pairs of 16 bits may run it: any layer but depthwise and transposed ones.
-
-    Depthwise to ONNX Runtime is a Conv of one channel in and one channel out in each group.
-    """
+def is_depthwise(layer: Layer) -> bool:
+    """Whether it is, to ONNX Runtime: a Conv of one channel in and one channel out in each group."""
+    stored = array(layer.node.inputs[1])
     groups = attribute(layer.node, "group", 1)
-    depthwise = layer.node.op_type == "Conv" and groups > 1 and weight.shape[:2] == (groups, 1)
-    turned = layer.node.op_type == "ConvTranspose"
-    return not layer.blocked and not depthwise and not turned
+    return layer.node.op_type == "Conv" and groups > 1 and stored is not None and stored.shape[:2] == (groups, 1)
+
+
+def _adds_pairs(layer: Layer) -> bool:
+    """Whether a kernel that adds products in pairs of 16 bits may run it: any but depthwise and transposed layers."""
+    return not layer.blocked and not is_depthwise(layer) and layer.node.op_type != "ConvTranspose"
 
 
 def _fit_bias(params: QuantParams, data: QuantParams, bias: NDArray[np.floating]) -> QuantParams:
