@@ -36,7 +36,7 @@ from qconv.walk import Walk
 STEP = "ranges"
 HELD = 2**27
 """Bytes of tensors, and of outputs, that are held in memory."""
-SHARE = 0.03
+SHARE = 0.04
 """Part of all noise from which on a range matters."""
 TOGETHER = 8
 """Groups that are looked at with one session: to make one takes as long as to run it on a few pictures."""
@@ -58,8 +58,8 @@ class Looks:
 
 
 LOOKS = {
-    "fast": Looks(2, 64, 4, 4),  # chosen with --tune-ranges
-    "balanced": Looks(2, 64, 4, 4),
+    "fast": Looks(1, 32, 3, 3),  # chosen with --tune-ranges
+    "balanced": Looks(1, 32, 3, 3),
     "best": Looks(4, 128, 16, 16),
 }
 

@@ -41,13 +41,14 @@ HELD = 2**27
 """Bytes of tensors between two layers that each of both networks holds in memory; more go to temporary files."""
 EFFORTS = {
     # chosen with --rounding second-order
-    "fast": Effort(pictures=32, rows=4, most_rows=2048, most_weights=2**22),
-    "balanced": Effort(pictures=96, rows=16, most_rows=8192, most_weights=2**22),
+    "fast": Effort(pictures=32, rows=4, most_rows=2048, most_weights=2**20, most_inputs=1280),
+    "balanced": Effort(pictures=96, rows=16, most_rows=8192, most_weights=2**20, most_inputs=1280),
     "best": Effort(
         pictures=512,
         rows=32,
         most_rows=30000,
         most_weights=2**27,
+        most_inputs=2**15,
         factors=(0.7, 0.8, 0.9, 1.1, 1.2),
         refits=3,
         sweeps=4,

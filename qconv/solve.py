@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,7 @@ from qconv.weights import (
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 RIDGES = (64.0, 16.0, 4.0, 1.0, 0.3)
+RIDGES_AT_8 = (16.0, 1.0)
 ENOUGH_ROWS = 64
 """Rows kept apart from which on they choose for each output alone; fewer for all of a layer together."""
 LEAST_ROWS = 2048
@@ -59,7 +61,7 @@ class Effort:
     """How much is spent on it.
 
     pictures: at most. rows: for each input of a layer; most_rows: of any.
-    most_weights: of layers of 8 bits; larger ones keep their nearest codes. depthwise: whether depthwise layers of 8
+    most_weights, most_inputs: of layers of 8 bits; larger ones keep their nearest codes. depthwise: whether depthwise layers of 8
     bits with a scale for each channel are solved: with that few weights to a scale they lose little.
     factors: on scales, tried out for each output. refits: how often scales are fitted to the codes and these rounded
     anew; neither is for 8 bits, where ranges are as good. sweeps: of `rounding.descended`.
@@ -69,6 +71,7 @@ class Effort:
     rows: int
     most_rows: int
     most_weights: int
+    most_inputs: int
     factors: tuple[float, ...] = (0.85, 1.15)
     refits: int = 1
     sweeps: int = 0
@@ -101,9 +104,13 @@ class Solver:
             return "weights of 16 bits lose nothing by rounding to the nearest code"
         if len(model.readers(weight)) > 1:
             return "several layers share its weights"
-        if nearest.layer.weight.bits == 8 and nearest.codes.size > self.effort.most_weights:
-            return "with 8 bits it loses little, and has too many weights for this effort"
-        apart = isinstance(nearest.layer.weight.granularity, PerChannel) and nearest.layer.weight.bits == 8
+        if nearest.layer.weight.bits < 8:
+            return None
+        stored = stored_shape(nearest.layer.node)
+        inputs = rows_of(nearest.layer.node, np.empty(stored, bool)).shape[2]
+        if prod(stored) > self.effort.most_weights or inputs > self.effort.most_inputs:
+            return "with 8 bits it loses little, and is too large for this effort"
+        apart = isinstance(nearest.layer.weight.granularity, PerChannel)
         if apart and not self.effort.depthwise and is_depthwise(nearest.layer):
             return "with 8 bits a depthwise layer loses little"
         return None
@@ -129,7 +136,7 @@ class Solver:
         """
         layer, node = nearest.layer, nearest.layer.node
         rows = rows_of(node, float_weight(layer).reshape(stored_shape(node)))
-        wanted = self._resolved(rows, seen) if anew else rows
+        wanted = self._resolved(rows, seen, layer.weight.bits) if anew else rows
         params, codes = self._rounded(layer, self._ranged(layer, wanted, source, seen), wanted, seen, source)
         params, codes, finding = _better(nearest, params, codes, rows, seen)
         bias = shifted_bias(layer, self._shift(layer, params.dequantize(codes), seen))
@@ -161,7 +168,7 @@ class Solver:
             params = layer.weight.from_range(*least_squares(weight, layer.weight, counts))
         return fitted(layer, params, weight, source, self.target, saturation_safe=self.recipe.saturation_safe)[0]
 
-    def _resolved(self, rows: Float32, seen: Moments) -> Float32:
+    def _resolved(self, rows: Float32, seen: Moments, bits: int) -> Float32:
         """W' of each output with the ridge that errs least on rows kept apart; W itself is one of the candidates."""
         float_rows, kept = seen.kept
         best, before = rows, np.inf
@@ -169,7 +176,7 @@ class Solver:
             return best
         wanted = float_rows @ np.swapaxes(rows, 1, 2)  # (G, n, O)
         least = np.square(wanted - kept @ np.swapaxes(rows, 1, 2)).mean(axis=1)  # (G, O)
-        for ridge in RIDGES:
+        for ridge in RIDGES if bits < 8 else RIDGES_AT_8:
             tried = self._ridged(rows, seen, ridge)
             lost = np.square(wanted - kept @ np.swapaxes(tried, 1, 2)).mean(axis=1)
             if lost.sum() >= before:
