@@ -58,8 +58,8 @@ class Looks:
 
 
 LOOKS = {
-    "fast": Looks(1, 32, 3, 3),  # chosen with --tune-ranges
-    "balanced": Looks(1, 32, 3, 3),
+    "fast": Looks(1, 32, 2, 2),  # chosen with --tune-ranges
+    "balanced": Looks(1, 32, 2, 2),
     "best": Looks(4, 128, 16, 16),
 }
 

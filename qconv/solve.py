@@ -61,8 +61,8 @@ class Effort:
     """How much is spent on it.
 
     pictures: at most. rows: for each input of a layer; most_rows: of any.
-    most_weights, most_inputs: of layers of 8 bits; larger ones keep their nearest codes. depthwise: whether depthwise layers of 8
-    bits with a scale for each channel are solved: with that few weights to a scale they lose little.
+    most_weights, most_inputs: of layers of 8 bits; larger ones keep their nearest codes. depthwise: whether depthwise
+    layers of 8 bits with a scale for each channel are solved: with that few weights to a scale they lose little.
     factors: on scales, tried out for each output. refits: how often scales are fitted to the codes and these rounded
     anew; neither is for 8 bits, where ranges are as good. sweeps: of `rounding.descended`.
     """

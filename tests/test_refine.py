@@ -122,10 +122,10 @@ def test_large_layers_of_eight_bits_are_left_to_the_best_effort(samples: str, mo
     small = {name: replace(effort, most_weights=100) for name, effort in refine.EFFORTS.items()}
     monkeypatch.setattr("qconv.refine.EFFORTS", small)
     report, _ = made(net("conv"), samples, edge_bits=8)
-    said = {f.where for f in report.findings if f.step == "round" and "too many weights" in getattr(f, "why", "")}
+    said = {f.where for f in report.findings if f.step == "round" and "too large" in getattr(f, "why", "")}
     assert said == {"a", "c"}
     report, _ = made(net("conv"), samples, weight_bits=4)
-    assert not [f for f in report.findings if "too many weights" in getattr(f, "why", "")]
+    assert not [f for f in report.findings if "too large" in getattr(f, "why", "")]
 
 
 def test_weights_alone_gain(samples: str) -> None:
