@@ -23,7 +23,7 @@ demo: $(STAMP) ## quantize the model that the repository carries with its own pi
 	$(BIN)/qconv quantize tests/models/cifar_mobilenet.onnx --calib calib_samples --preprocess imagenet --resize exact -o demo.w8a8.onnx
 
 test: $(STAMP) ## run the tests
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

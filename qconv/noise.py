@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 Float64 = NDArray[np.float64]
 Classes = NDArray[np.int64]
 ORDER = 32
-STEPS = 75
-FIRST_RATE, LAST_RATE = 0.3, 0.003
+STEPS = 150
+FIRST_RATE, LAST_RATE = 0.15, 0.003
 DECAY, DECAY_OF_SQUARES = 0.9, 0.97
 TINY = 1e-300
 FLAT = 1e-6

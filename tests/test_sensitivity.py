@@ -99,7 +99,11 @@ def test_the_noise_is_that_of_rounded_weights(granularity: str) -> None:
 def test_the_noise_of_second_order_codes_is_that_on_batches_that_they_were_not_made_for() -> None:
     """All rows of the float network's own tensors are cut out by hand, and the solved layer is put into the network."""
     network, fed = grounds(calibrator="minmax"), batches(24)
-    solver = Solver(network.recipe, network.plan.target, Effort(24, rows=2**20, most_rows=2**20, most_weights=2**20))
+    solver = Solver(
+        network.recipe,
+        network.plan.target,
+        Effort(24, rows=2**20, most_rows=2**20, most_weights=2**20, most_inputs=2**15),
+    )
     found = sensitivities(network, dict.fromkeys(WEIGHTS, (3,)), fed, solver)
     apart = [fed[index] for index in (7, 15, 23)]
     plain = sensitivities(network, dict.fromkeys(WEIGHTS, (3,)), apart)
@@ -132,7 +136,9 @@ def tapped_outputs(name: str, fed: Sequence[dict[str, NDArray[np.float32]]]) -> 
 def test_inputs_of_the_float_network_need_no_weights_solved_anew() -> None:
     """C = H: W' = (W H + r W) (H + r I)^-1 = W, whatever the ridge."""
     network = grounds(calibrator="minmax")
-    solver = Solver(network.recipe, network.plan.target, Effort(24, rows=4, most_rows=4096, most_weights=2**20))
+    solver = Solver(
+        network.recipe, network.plan.target, Effort(24, rows=4, most_rows=4096, most_weights=2**20, most_inputs=2**15)
+    )
     rng = np.random.default_rng(0)
     rows = [rng.standard_normal((1, 40, 27)).astype(np.float32) for _ in range(16)]
     (start,) = (chosen for chosen in network.params.layers if chosen.layer.node.name == "c")
