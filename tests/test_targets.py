@@ -267,8 +267,11 @@ def test_openvino_runs_the_file_in_integers_and_agrees(target: str) -> None:
     assert kinds == ["u8"] * len(kinds)
     assert len(kinds) == 22
     (want,) = run(proto, {"input": x}).values()
-    assert np.mean(got.argmax(1) == want.argmax(1)) >= 0.96
-    assert 10 * np.log10(np.sum(want**2) / np.sum((got - want) ** 2)) > 24
+    assert 10 * np.log10(np.sum(want**2) / np.sum((got - want) ** 2)) > 32
+    second, first = np.sort(want, axis=1)[:, -2:].T
+    clear = first - second > 0.15  # the rest is a toss-up
+    assert clear.mean() > 0.8
+    assert np.all(got[clear].argmax(1) == want[clear].argmax(1))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
