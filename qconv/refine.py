@@ -157,8 +157,9 @@ class _Refiner:
                 found *= grid.scale
             return patches.rows(floats[number], places), found
 
-        for future in ahead(cut, drawn, workers=1, depth=4):
-            yield future.result()
+        with contextlib.closing(ahead(cut, drawn, workers=1, depth=4)) as futures:
+            for future in futures:
+                yield future.result()
 
 
 def _replace(model: Model, node: Node, chosen: LayerParams) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,9 +105,8 @@ class Solver:
             return "several layers share its weights"
         if nearest.layer.weight.bits < 8:
             return None
-        stored = stored_shape(nearest.layer.node)
-        inputs = rows_of(nearest.layer.node, np.empty(stored, bool)).shape[2]
-        if prod(stored) > self.effort.most_weights or inputs > self.effort.most_inputs:
+        too_many = nearest.codes.size > self.effort.most_weights
+        if too_many or _inputs_of(nearest.layer.node) > self.effort.most_inputs:
             return "with 8 bits it loses little, and is too large for this effort"
         apart = isinstance(nearest.layer.weight.granularity, PerChannel)
         if apart and not self.effort.depthwise and is_depthwise(nearest.layer):
@@ -118,7 +116,7 @@ class Solver:
     def drawn(self, layer: Layer, index: int, inputs: Arrays) -> Iterator[tuple[Patches, Ints]]:
         """How, and at which positions, rows are cut out of each batch of what a layer reads. index: of the layer."""
         shape = stored_shape(layer.node)
-        wanted = self.effort.rows_for(rows_of(layer.node, np.empty(shape, bool)).shape[2])
+        wanted = self.effort.rows_for(_inputs_of(layer.node))
         pictures = sum(x.shape[0] if x.shape else 1 for x in inputs.held)
         rng = np.random.default_rng([self.recipe.seed, index])
         for x in inputs.held:
@@ -244,6 +242,11 @@ def _lost(weight: Float32, rounded: Float32, seen: Moments) -> float:
         w, q = (x[:, :, block.part].astype(np.float64) for x in (weight, rounded))
         total += float(np.einsum("gok,gok->", q @ block.hessian, q) - 2 * np.einsum("gok,gok->", w @ block.cross, q))
     return total
+
+
+def _inputs_of(node: Node) -> int:
+    """How many numbers an output of the layer is made of, K."""
+    return int(rows_of(node, np.empty(stored_shape(node), bool)).shape[2])
 
 
 def first_input(node: Node) -> Value:
