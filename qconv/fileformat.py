@@ -41,7 +41,8 @@ def needed_opset(recipe: Recipe, own: int) -> int:
 def needed_runtime(model: Model, recipe: Recipe) -> str:
     """The oldest ONNX Runtime that runs the file right."""
     version = RUNTIMES.get(model.opset, RUNTIMES[max(RUNTIMES)])
-    if any(map(recipe.has_zero_points, recipe.bits_of_weights)) and recipe.activation_bits < 32:
+    in_integers = (bits for bits in recipe.bits_of_weights if recipe.activation_bits < 32 and not recipe.packs(bits))
+    if any(map(recipe.has_zero_points, in_integers)):
         version = "1.28"  # earlier ones refuse per-channel zero points that differ
     return f"onnxruntime >= {version}"
 

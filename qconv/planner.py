@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
-from qconv.choices import PACKED_BITS, Scheme
+from qconv.choices import Scheme
 from qconv.gates import gate_behind
 from qconv.graph import DataType, Model, Node, Value, array, clip_bounds, input_of
 from qconv.groups import Groups
@@ -114,8 +114,7 @@ class _Planner:
             rule = oriented(node, rule)
             spec = weight_spec(node, rule, self.recipe, self.target, self._least_bits(node))
             data = None if placed or self.recipe.activation_bits == 32 else node.inputs[0]
-            packed = self.recipe.pack and spec.bits <= PACKED_BITS
-            whole = not packed and not isinstance(spec.granularity, PerBlock)
+            whole = not self.recipe.packs(spec.bits) and not isinstance(spec.granularity, PerBlock)
             at_load = data is None and whole and self.target.folds
             own_bits = self.recipe.allocates_weights and spec.bits < 8 and isinstance(spec.granularity, PerChannel)
             moves_zero = not spec.symmetric and self.recipe.moves_zero(spec.bits)

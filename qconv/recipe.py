@@ -148,7 +148,11 @@ class Recipe:
     def moves_zero(self, bits: int) -> bool:
         """Whether codes of weights with so many bits are stored with zero at code 0, whatever their scheme."""
         room = bits <= FEW_BITS and not self.allocates_weights
-        return room and TARGETS[self.target].moves_zero and not (self.pack and bits <= PACKED_BITS)
+        return room and TARGETS[self.target].moves_zero and not self.packs(bits)
+
+    def packs(self, bits: int) -> bool:
+        """Whether weights with so many bits are stored as int4."""
+        return self.pack and bits <= PACKED_BITS
 
     @property
     def bits_of_weights(self) -> frozenset[int]:

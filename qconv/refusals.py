@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from qconv.choices import PACKED_BITS
 from qconv.graph import DataType, Node, array, attribute, clip_bounds, input_of, rank, scalar
 from qconv.plan import Layer, Plan
 from qconv.recipe import Recipe
@@ -108,6 +107,6 @@ def why_dequantized(layer: Layer, plan: Plan, recipe: Recipe) -> str | None:
         return "weights of 16 bits have no integer kernel"
     if layer.blocked:
         return "weights with a scale for each block have no integer kernel"
-    if recipe.pack and layer.weight.bits <= PACKED_BITS:
+    if recipe.packs(layer.weight.bits):
         return "packed weights are unpacked to float"
     return None

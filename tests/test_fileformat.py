@@ -51,6 +51,8 @@ def test_an_opset_that_cannot_be_is_refused(opset: int, says: str) -> None:
         ({"weight_scheme": Scheme.ASYMMETRIC, "weight_bits": 4, "edge_bits": 4}, 17, "1.12"),  # codes are moved
         ({"weight_scheme": Scheme.ASYMMETRIC, "weight_bits": 4}, 17, "1.28"),  # those of 8 bits cannot be
         ({"effort": "best", "weight_bits": 4}, 17, "1.12"),
+        ({"effort": "best", "weight_bits": 4, "pack": True}, 21, "1.19"),  # they are unpacked to float
+        ({"weight_scheme": Scheme.ASYMMETRIC, "weight_bits": 4, "pack": True}, 21, "1.28"),  # those of 8 bits are not
     ],
 )
 def test_the_oldest_runtime(options: dict[str, object], opset: int, oldest: str) -> None:
