@@ -153,6 +153,13 @@ def test_nncf_needs_its_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
     assert jobs("--variant", "nncf", "--nncf", "python3") == [("per-channel", "W8A8", "nncf", 128)]
 
 
+def test_a_network_without_labels_is_measured_at_a_few_settings_for_its_size() -> None:
+    assert jobs("--variant", "nearest", case="light_resnet50") == [
+        ("per-channel", "W8A8", "nearest", 128),
+        ("per-channel", "W4A8", "nearest", 128),
+    ]
+
+
 def test_resume_needs_a_file() -> None:
     with pytest.raises(SystemExit):
         bits.arguments(["--resume"])
@@ -183,6 +190,13 @@ def test_a_row_beside_itself_without_optimizations() -> None:
     plain = {"agreement": 0.95, "sqnr_db": 20.0, "top1": {"float": 98.0, "quantized": 97.5}}
     found = cells(bits_table.text({"rows": [row(reference=plain, solve_seconds=1.25)]}))
     assert (found["agreement %"], found["SQNR dB"], found["solving"]) == ("91.2 [95.0]", "12.3 [20.0]", "1.2")
+
+
+def test_a_row_without_labels() -> None:
+    found = cells(bits_table.text({"rows": [row(model="light_resnet50", top1=None, flips=None, solve_seconds=30.0)]}))
+    assert (found["agreement %"], found["solving"]) == ("91.2", "30.0")
+    assert {found["top-1 % (float)"], found["drop"], found["p"]} == {"-"}
+    assert "top-1" not in bits_table.line(row(top1=None, flips=None, scored_in=1.0))
 
 
 def test_a_failed_row_says_why() -> None:
@@ -268,6 +282,18 @@ def test_a_run_is_kept_resumed_and_printed_again(place: Path, capsys: pytest.Cap
     capsys.readouterr()
     bits.main(["--markdown", str(kept)])
     assert cells(capsys.readouterr().out) == cells(first)
+
+
+def test_a_network_without_labels_is_scored_against_its_float_self(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(bits.BY_NAME, "resnet20", replace(bits.BY_NAME["resnet20"], labels=False))
+    monkeypatch.setattr(bits, "TIMED", {"resnet20": (setting("W8A8"),)})
+    bits.main(["--data", str(place), "--variant", "nearest"])
+    out = capsys.readouterr().out
+    assert float(cells(out)["SQNR dB"]) > 20
+    assert cells(out)["drop"] == "-"
+    assert out.count("| resnet20 ") == 1
 
 
 def test_a_run_that_fails_is_a_row(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,8 +28,19 @@ from typing import Any
 import onnxruntime as ort
 
 from qconv.cpu import this_cpu
-from tests.bench import accuracy, bits_table, cost, peer
-from tests.bench.cases import BY_NAME, CASES, REPOSITORY, Array, Case, default_data, label, linked, pictures
+from tests.bench import accuracy, bits_table, cost, light, peer
+from tests.bench.cases import (
+    BY_NAME,
+    CASES,
+    REPOSITORY,
+    Array,
+    Case,
+    default_data,
+    label,
+    light_file,
+    linked,
+    pictures,
+)
 from tests.bench.variants import (
     GRANULARITIES,
     NAMES,
@@ -47,7 +58,9 @@ from tests.bench.variants import (
     unknown,
 )
 
-MODELS = tuple(case.name for case in CASES if case.labels)
+TIMED = {"light_resnet50": (W8A8, setting("W4A8"))}
+"""Measured for their size at these settings, per channel: weights are seeded draws, so that there are no labels."""
+MODELS = (*(case.name for case in CASES if case.labels), *TIMED)
 SOLVE = ("equalize", "ranges", "round")  # of the stages in --json's "time"
 THREADS = 2
 VERSIONS = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('nncf', 'onnx', 'onnxruntime')))"
@@ -85,9 +98,14 @@ class Model:
     most_tests: int | None = None
     reference: bool = False
 
-    @property
+    @cached_property
     def path(self) -> Path:
-        return self.data / "models" / self.case.model
+        if not self.case.light:
+            return self.data / "models" / self.case.model
+        path = self.scratch / "he.onnx"
+        watched = pictures(self.data / self.case.calibration_folder, self.case.calibration)
+        light.he_copy(light_file(self.case), path, [self.case.prep(picture) for picture in watched])
+        return path
 
     @cached_property
     def tests(self) -> list[Path]:
@@ -97,7 +115,7 @@ class Model:
     @cached_property
     def labels(self) -> list[int]:
         folder = self.data / self.case.test_folder
-        return [label(path, folder) for path in self.tests]
+        return [label(path, folder) for path in self.tests] if self.case.labels else []
 
     @cached_property
     def inputs(self) -> list[Array]:
@@ -133,7 +151,7 @@ class Model:
             for ref, found in zip(refs, got[name], strict=True):
                 tallies[name].add(ref, found)
         first = next(iter(self.expected))
-        sides = zip(self.expected[first], got[first], self.labels, strict=True)
+        sides = zip(self.expected[first], got[first], self.labels, strict=bool(self.labels))
         right = [(int(ref.argmax()) == want, int(found.argmax()) == want) for ref, found, want in sides]
         return accuracy.summary(self.case, tallies, right)
 
@@ -160,12 +178,12 @@ class Bench:
 
     def jobs(self, case: Case) -> Iterator[Job]:
         """Those of one model, in the table's order; ways that cannot be tried are noted as skipped."""
-        most = self.wanted.calibration or case.calibration
+        most = self.wanted.calibration
         ways = [way for way in (*VARIANTS, *PEERS) if not self.wanted.variant or way.name in self.wanted.variant]
         for granularity in self.wanted.granularity or GRANULARITIES:
             for bits in self.wanted.setting or SETTINGS:
                 for way in ways:
-                    if self._offered(way) and _is_for(way, bits, granularity):
+                    if _is_for(way, bits, granularity, case) and self._offered(way):
                         more = "" if isinstance(way, Peer) else self.wanted.qconv
                         yield Job(way, bits, granularity, _pictures(way, case, most), more)
 
@@ -245,7 +263,9 @@ def solve_seconds(times: dict[str, float]) -> float | None:
     return sum(stages) if stages else None
 
 
-def _is_for(way: Variant | Peer, bits: Setting, granularity: str) -> bool:
+def _is_for(way: Variant | Peer, bits: Setting, granularity: str, case: Case) -> bool:
+    if case.name in TIMED and (granularity != GRANULARITIES[0] or bits not in TIMED[case.name]):
+        return False
     if isinstance(way, Peer):
         return bits == W8A8 and granularity in way.granularities
     return way.settings is None or bits in way.settings
@@ -286,7 +306,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variant", action="append", choices=NAMES, metavar="NAME", help="of " + " ".join(NAMES))
     parser.add_argument("--granularity", action="append", choices=GRANULARITIES, help="both by default")
     parser.add_argument("--tests", type=int, metavar="N", help="pictures to score on, at most")
-    parser.add_argument("--calibration", type=int, metavar="N", help="pictures to calibrate with, 128 by default")
+    parser.add_argument(
+        "--calibration", type=int, metavar="N", default=128, help="pictures to calibrate with, 128 by default"
+    )
     parser.add_argument("--reference", action="store_true", help="score again without graph optimizations")
     parser.add_argument("--nncf", metavar="PYTHON", help="the interpreter of an environment with nncf and pillow")
     parser.add_argument("--qconv", default="", metavar="OPTIONS", help="more options for qconv, as one text")

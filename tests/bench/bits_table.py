@@ -39,10 +39,10 @@ def line(row: Row) -> str:
     if row["error"]:
         return f"{names} {row['error']}"
     top1 = row["top1"]
+    right = f"top-1 {top1['quantized']:.2f} of {top1['float']:.2f}  " if top1 else ""
     return (
         f"{names} {_number(row['agreement'], '.1f', 100)} % {_number(row['sqnr_db'], '.1f')} dB "
-        f"top-1 {top1['quantized']:.2f} of {top1['float']:.2f}  {row['seconds']:.1f} s {row['peak_rss_mb']:.0f} MB, "
-        f"scored in {row['scored_in']:.1f} s"
+        f"{right}{row['seconds']:.1f} s {row['peak_rss_mb']:.0f} MB, scored in {row['scored_in']:.1f} s"
     )
 
 
@@ -78,9 +78,8 @@ def _cells(row: Row) -> list[str]:
         *names,
         _number(row["agreement"], ".1f", 100) + _in_brackets(row, "agreement", 100),
         _number(row["sqnr_db"], ".1f", none="same") + _in_brackets(row, "sqnr_db", 1),
-        f"{top1['quantized']:.2f} ({top1['float']:.2f})",
-        f"{drop(row):+.2f}",
-        f"{row['flips']['p_value']:.2g}",
+        *((f"{top1['quantized']:.2f} ({top1['float']:.2f})", f"{drop(row):+.2f}") if top1 else ("-", "-")),
+        f"{row['flips']['p_value']:.2g}" if top1 else "-",
         f"{row['ratio']:.3f}",
         f"{row['seconds']:.1f}",
         _number(row.get("solve_seconds"), ".1f"),
@@ -127,7 +126,7 @@ def _published(rows: Sequence[Row]) -> str:
     """Those of the settings that were measured, with qconv's drops beside."""
     lines = [("setting", "weights", "network", "source", "method", "top-1 % (float)", "drop", "ours")]
     own = {way.name for way in VARIANTS}
-    good = [row for row in rows if not row["error"] and row["variant"].split()[0] in own]
+    good = [row for row in rows if row.get("top1") and row["variant"].split()[0] in own]
     for entry in PUBLISHED:
         ours = [row for row in good if entry in beside(row["model"], row["setting"], row["granularity"])]
         if not ours:
