@@ -6,7 +6,8 @@ x_f, x_q: the same rows (see patches.py) of the float network and of the network
 a first guess of their mean: products of numbers far from zero would leave nothing of the difference in float32. The
 rows of some pictures are kept apart, unsummed, to judge by what was found: rows of one picture are alike, so that those
 of a picture that was summed would flatter. Layers that read very much are taken apart into blocks of inputs, as if
-these were independent: a matrix of K x K would need gigabytes.
+these were independent: a matrix of K x K would need gigabytes. The more they read, the smaller are the blocks, so that
+all of them together stay below MOST_IN_BLOCKS numbers.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ Float64 = NDArray[np.float64]
 Float32 = NDArray[np.float32]
 LARGEST_BLOCK = 2304
 """Inputs of a block, at most: 42 MB a matrix in float64. A Conv of 3 x 3 on 256 channels is just whole."""
+MOST_IN_BLOCKS = 2 * LARGEST_BLOCK**2
+"""Numbers in all blocks of H, and of C."""
 AT_ONCE = 2**21
 """Numbers that are summed in one product."""
 KEPT_SHARE = 8
-"""One batch of so many is kept apart."""
+"""One piece of so many is kept apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +53,17 @@ class Moments:
     kept: tuple[Float32, Float32]
     count: int
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all squares fit into float32."""
+        return all(bool(np.isfinite(x).all()) for block in self.blocks for x in (block.hessian, block.cross))
+
 
 def moments(pairs: Iterable[tuple[Float32, Float32]]) -> Moments:
-    """Of rows that come batch by batch: (x_f, x_q), (G, n, K) both. There must be at least one row."""
+    """Of rows that come piece by piece: (x_f, x_q), (G, n, K) both. There must be at least one row.
+
+    A picture must not be in several pieces: one in KEPT_SHARE is kept.
+    """
     kept: list[tuple[Float32, Float32]] = []
 
     def summed() -> Iterator[tuple[Float32, Float32]]:
@@ -71,8 +82,13 @@ def moments(pairs: Iterable[tuple[Float32, Float32]]) -> Moments:
     return sums.finished(kept)
 
 
+def block_of(inputs: int) -> int:
+    """Inputs of a block of a layer that reads so many, at most."""
+    return LARGEST_BLOCK if inputs <= LARGEST_BLOCK else min(LARGEST_BLOCK, max(1, MOST_IN_BLOCKS // inputs))
+
+
 def is_kept(index: int) -> bool:
-    """Whether the rows of this batch are kept apart."""
+    """Whether the rows of this piece are kept apart."""
     return index % KEPT_SHARE == KEPT_SHARE - 1
 
 
@@ -97,7 +113,7 @@ class _Sums:
     def __init__(self, float_rows: Float32, rows: Float32) -> None:
         groups, _, inputs = rows.shape
         self._guess = rows.mean(axis=1, keepdims=True)  # of both: they are alike
-        count = -(-inputs // LARGEST_BLOCK)
+        count = -(-inputs // block_of(inputs))
         ends = np.linspace(0, inputs, count + 1).astype(int)
         self._parts = [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
         sizes = [part.stop - part.start for part in self._parts]
@@ -110,20 +126,22 @@ class _Sums:
         x_f, x_q = float_rows - self._guess, rows - self._guess
         self._rows += rows.shape[1]
         self._sums += [x.sum(axis=1, dtype=np.float64) for x in (x_f, x_q)]
-        for part, own, cross in zip(self._parts, self._own, self._cross, strict=True):
-            q = x_q[:, :, part]
-            own += np.swapaxes(q, 1, 2) @ q
-            cross += np.swapaxes(x_f[:, :, part], 1, 2) @ q
+        with np.errstate(over="ignore", invalid="ignore"):  # see Moments.is_finite
+            for part, own, cross in zip(self._parts, self._own, self._cross, strict=True):
+                q = x_q[:, :, part]
+                own += np.swapaxes(q, 1, 2) @ q
+                cross += np.swapaxes(x_f[:, :, part], 1, 2) @ q
 
     def finished(self, kept: list[tuple[Float32, Float32]]) -> Moments:
         mean_f, mean_q = self._sums / self._rows  # of what is left over the guess
         blocks = []
-        for part, own, cross in zip(self._parts, self._own, self._cross, strict=True):
-            own /= self._rows
-            own -= mean_q[:, part, None] * mean_q[:, None, part]
-            cross /= self._rows
-            cross -= mean_f[:, part, None] * mean_q[:, None, part]
-            blocks.append(Block(part, own, cross))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for part, own, cross in zip(self._parts, self._own, self._cross, strict=True):
+                own /= self._rows
+                own -= mean_q[:, part, None] * mean_q[:, None, part]
+                cross /= self._rows
+                cross -= mean_f[:, part, None] * mean_q[:, None, part]
+                blocks.append(Block(part, own, cross))
         guess = self._guess[:, 0].astype(np.float64)
         float_mean, mean = guess + mean_f, guess + mean_q
         empty = np.zeros((*mean.shape[:1], 0, mean.shape[1]), np.float32)

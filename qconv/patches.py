@@ -7,7 +7,8 @@ Along one axis the output at o meets kernel tap k at the input
     Conv            i = o * stride - pad + k * dilation
     ConvTranspose   i = (o + pad - k * dilation) / stride, where that is whole
 
-and at nothing where i lies outside: that element is zero. Gemm and MatMul read whole rows.
+and at nothing where i lies outside: that element is zero. Gemm and MatMul read whole rows: all axes but the last are
+positions to them.
 """
 
 from __future__ import annotations
@@ -73,19 +74,22 @@ class Patches:
         ends = zip(data[2:], weight[2:], range(count), strict=True)
         return cls(attribute(node, "group", 1), tuple(_axis(node, *end, count) for end in ends))
 
+    def entries(self, data: Sequence[int]) -> int:
+        """How many parts of an input of this shape are cut at the same positions."""
+        return data[0] if self.axes else 1
+
     def positions(self, data: Sequence[int]) -> int:
-        """How many rows one entry of the first axis of an input of this shape has."""
-        return prod(axis.outputs for axis in self.axes) if self.axes else prod(data[1:-1])
+        """How many rows each of these parts has."""
+        return prod(axis.outputs for axis in self.axes) if self.axes else prod(data[:-1])
 
     def rows(self, x: NDArray[Any], places: Places, zero: int = 0) -> Float32:
-        """The rows of x (N, C, ...) or (N, ..., C) at the same places of each n: (G, N * p, I/G * K).
+        """The rows of x (N, C, ...) at the same places of each n, or of x (..., C): (G, N * p, I/G * K).
 
         zero: what stands for the zeros around x.
         """
         index, outside = places.index, places.outside
         if not self.axes:
-            flat = x.reshape(len(x), -1, x.shape[-1])[:, index[:, 0]]
-            return np.asarray(flat.reshape(1, -1, x.shape[-1]), np.float32)
+            return np.asarray(x.reshape(1, -1, x.shape[-1])[:, index[:, 0]], np.float32)
         flat = x.reshape(*x.shape[:2], -1)[:, :, index]  # (N, C, p, K)
         if outside is not None:
             flat[:, :, outside] = zero
@@ -125,8 +129,8 @@ def _axis(node: Node, size: int, kernel: int, index: int, count: int) -> _Axis:
     whole = stride * (size - 1) + extra + reach
     wanted = attribute(node, "output_shape")
     if wanted or auto.startswith("SAME"):
-        outputs = wanted[-count:][index] if wanted else size * stride
-        before = _share(whole - outputs, upper=auto == "SAME_UPPER")
+        outputs = wanted[-count:][index] if wanted else min(size * stride, whole)
+        before = _share(max(whole - outputs, 0), upper=auto == "SAME_UPPER")
     else:
         outputs = whole - before - behind
     return _Axis(size, kernel, stride, dilation, before, outputs, turned=True)

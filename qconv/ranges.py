@@ -135,7 +135,7 @@ def _walked(model: Model, feeds: Sequence[Feed], threads: int | None) -> Iterato
         start = Behind(Walk(model, feeds, store, threads=threads).behind(outputs), _names(outputs), threads=threads)
         clean = up_to(HELD, start.run(range(len(feeds))))
         del start
-        yield Walk(model, feeds[: len(clean)], store, threads=threads), outputs, clean
+        yield Walk(model, feeds[: len(clean)], store, threads=threads, kept=outputs), outputs, clean
 
 
 def _noises(model: Model, groups: Sequence[Group], feeds: Sequence[Feed], threads: int | None) -> Iterator[float]:

@@ -52,11 +52,12 @@ def least_at_outputs(
 
     def error(lows: Float64, highs: Float64) -> Float64:
         tried = spec.from_range(lows, highs)
-        squares, means = _lost(columns, tried)
-        found = (squares - (1 - MEAN_COUNTS) * means * means) @ powers
-        own = squares.mean(axis=1)
-        tails = np.divide(expected_error(coarse, tried), own, out=np.ones_like(own), where=own > 0)
-        return np.asarray(found * np.sqrt(tails))
+        with np.errstate(over="ignore", invalid="ignore"):  # squares of numbers near the end of float32
+            squares, means = _lost(columns, tried)
+            found = (squares - (1 - MEAN_COUNTS) * means * means) @ powers
+            own = squares.mean(axis=1)
+            tails = np.divide(expected_error(coarse, tried), own, out=np.ones_like(own), where=own > 0)
+            return np.asarray(found * np.sqrt(tails))
 
     return search(error, spec, *ends)
 

@@ -12,6 +12,7 @@ to shrink is right.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +32,7 @@ from qconv.plan import Layer, Plan
 from qconv.planner import make_plan
 from qconv.recipe import Recipe
 from qconv.rounder import stored_shape
+from qconv.sight import Sight
 from qconv.solve import Effort, Solver, first_input
 from qconv.targets import TARGETS
 from qconv.walk import Walk
@@ -75,7 +77,8 @@ def refine(
 
     feeds: the pictures, batch by batch.
     """
-    return _Refiner(model, params, Solver(recipe, plan.target, effort_for(plan, recipe))).run(feeds, floats, progress)
+    solver = Solver(recipe, plan.target, effort_for(plan, recipe))
+    return _Refiner(model, params, solver, [_pictures_in(feed) for feed in feeds]).run(feeds, floats, progress)
 
 
 @dataclass(slots=True)
@@ -83,6 +86,7 @@ class _Refiner:
     model: Model
     params: Params
     solver: Solver
+    sizes: list[int]  # pictures of each batch
     findings: list[Finding] = field(default_factory=list)
 
     def run(
@@ -120,7 +124,8 @@ class _Refiner:
                     assert upcoming is not None
                     seen = moments(self._rows(chosen.layer, index, upcoming.result(), other, twin))
                     upcoming = next(inputs, None)
-                    chosen, finding = self.solver.solved(chosen, self.params.sources.get(node), seen)
+                    sight = Sight.behind(node, self.params.activations)
+                    chosen, finding = self.solver.solved(chosen, self.params.sources.get(node), seen, sight)
                     self.params.layers[index] = chosen
                     self.findings.append(finding)
                 else:
@@ -144,7 +149,7 @@ class _Refiner:
     def _rows(
         self, layer: Layer, index: int, floats: Arrays, other: Walk, twin: Node
     ) -> Iterator[tuple[Float32, Float32]]:
-        """The same rows of both networks, batch by batch, cut out ahead of who sums them."""
+        """The same rows of both networks, picture by picture, cut out ahead of who sums them."""
         codes, grid = other.codes_at(first_input(twin))
         drawn = enumerate(self.solver.drawn(layer, index, floats))
 
@@ -158,8 +163,20 @@ class _Refiner:
             return patches.rows(floats[number], places), found
 
         with contextlib.closing(ahead(cut, drawn, workers=1, depth=4)) as futures:
-            for future in futures:
-                yield future.result()
+            for pictures, future in zip(self.sizes, futures, strict=True):
+                yield from _apart(*future.result(), pictures)
+
+
+def _pictures_in(feed: Mapping[str, NDArray[Any]]) -> int:
+    return max(1, min((len(x) for x in feed.values() if x.ndim), default=1))
+
+
+def _apart(floats: Float32, rows: Float32, pictures: int) -> Iterator[tuple[Float32, Float32]]:
+    """Rows (G, n, K) of a batch, which lie picture after picture."""
+    ends = np.linspace(0, rows.shape[1], pictures + 1).astype(int)
+    for start, end in itertools.pairwise(ends.tolist()):
+        if end > start:
+            yield floats[:, start:end], rows[:, start:end]
 
 
 def _replace(model: Model, node: Node, chosen: LayerParams) -> None:

@@ -24,22 +24,25 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Codes = NDArray[np.integer]
 MOST_WIDENINGS = 8
+NO_LEAST = np.zeros((), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Rounder:
-    """A layer whose weights shall be `wanted`, (G, O, K). ready: H of each block of inputs."""
+    """A layer whose weights shall be `wanted`, (G, O, K). ready: H of each block of inputs. least: of scales."""
 
     layer: Layer
     wanted: Float32
     seen: Moments
     ready: tuple[rounding.Ordered, ...]
+    least: NDArray[np.float32]
 
     @classmethod
-    def of(cls, layer: Layer, wanted: Float32, seen: Moments) -> Rounder:
+    def of(cls, layer: Layer, wanted: Float32, seen: Moments, least: NDArray[np.float32] = NO_LEAST) -> Rounder:
         """With what is computed once."""
         blocks = ((b, rounding.damping_of(b.hessian.shape[1], seen.count)) for b in seen.blocks)
-        return cls(layer, wanted, seen, tuple(rounding.ordered(b.hessian, damping=damping) for b, damping in blocks))
+        ready = tuple(rounding.ordered(b.hessian, damping=damping) for b, damping in blocks)
+        return cls(layer, wanted, seen, ready, least)
 
     def codes(self, params: QuantParams) -> tuple[Codes, Float64]:
         """Codes in the shape of the weights, and the error of each output, (O,)."""
@@ -61,7 +64,7 @@ class Rounder:
         whole = isinstance(params.spec.granularity, PerTensor)
         best, (codes, least) = params, self.codes(params)
         for factor in factors:
-            tried = params.with_scale((params.scale * factor).astype(np.float32))
+            tried = self._rescaled(params, factor)
             found, error = self.codes(tried)
             better = np.asarray(error.sum() < least.sum() if whole else error < least)
             least = np.where(better, error, least)
@@ -87,8 +90,11 @@ class Rounder:
         if whole:
             along[:], own[:] = along.sum(), own.sum()
         factor = np.divide(along, own, out=np.ones_like(own), where=(own > 0) & (along > 0)).reshape(-1)
-        params = params.with_scale((params.scale * (factor.mean() if whole else factor)).astype(np.float32))
+        params = self._rescaled(params, factor.mean() if whole else factor)
         return params, self.codes(params)[0]
+
+    def _rescaled(self, params: QuantParams, factor: Any) -> QuantParams:
+        return params.with_scale(np.maximum(params.scale * factor, self.least).astype(np.float32))
 
     def descended(self, params: QuantParams, codes: Codes, sweeps: int) -> Codes:
         """Codes with single ones changed as long as that helps."""

@@ -154,7 +154,8 @@ def descended(codes: Float64, weight: Float64, hessian: Float64, grid: Grid, *, 
     """Codes whose error is no larger than that of `codes`: each in turn takes its best value given all others."""
     codes = codes.copy()
     gradient = (grid.real(codes) - weight) @ hessian  # (G, O, K)
-    diagonal = np.maximum(np.diagonal(hessian, axis1=1, axis2=2), np.finfo(np.float64).tiny)
+    diagonal = np.diagonal(hessian, axis1=1, axis2=2)
+    diagonal = np.where(diagonal > 0, diagonal, np.inf)  # what is never read stays as it is
     count = weight.shape[2]
     for _ in range(sweeps):
         changed = False

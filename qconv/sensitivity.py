@@ -34,6 +34,7 @@ from qconv.plan import Plan
 from qconv.quant import PerChannel
 from qconv.recipe import Recipe
 from qconv.rounder import stored_shape
+from qconv.sight import Sight
 from qconv.sketch import Sketch
 from qconv.solve import Solver, first_input
 from qconv.walk import Walk
@@ -74,7 +75,7 @@ def sensitivities(
     outputs = [value.name or "" for value in judged]
     found: dict[str, Layer] = {}
     with contextlib.closing(Store(HELD)) as store:
-        walk = Walk(network.model, batches, store, threads=threads)
+        walk = Walk(network.model, batches, store, threads=threads, kept=judged)
         looked_at = _looked_at(len(batches), solver)
         expected = up_to(HELD, Behind(walk.behind(judged), outputs, threads=threads).run(looked_at))
         looked_at = looked_at[: len(expected)]
@@ -138,8 +139,11 @@ def _choices(
     drawn = zip(inputs, solver.drawn(layer, index, inputs), strict=True)
     rows = (patches.rows(x, patches.places(at)) for x, (patches, at) in drawn)
     seen, source = moments((x, x) for x in rows), _source(network, layer)
+    sight = Sight.behind(layer.node, network.params.activations)
     return {
-        bits: nearest if solver.refusal(network.model, nearest) else solver.solved(nearest, source, seen, anew=False)[0]
+        bits: nearest
+        if solver.refusal(network.model, nearest)
+        else solver.solved(nearest, source, seen, sight, anew=False)[0]
         for bits, nearest in found.items()
     }
 

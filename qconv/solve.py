@@ -7,7 +7,8 @@ takes the code that rounding.py gives it, scales are fitted to the codes, and th
 
 With means m that BatchNormalization tells (see expected.py) it is b' = b + (W - Q) m, and b where it tells none.
 
-A layer keeps its nearest codes where the new ones do not err less on rows that were kept apart.
+A layer keeps its nearest codes where the new ones do not err less on rows that were kept apart, as far as whoever reads
+its outputs can see that (sight.py). Nor are weights of an output solved anew where that is worse by the same measure.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from qconv.plan import Layer
 from qconv.quant import PerChannel, QuantParams
 from qconv.recipe import Recipe
 from qconv.rounder import Rounder, arranged, real, stored_shape
+from qconv.sight import Sight
 from qconv.targets import Target
 from qconv.weight_ranges import least_squares
 from qconv.weights import (
@@ -38,6 +40,7 @@ from qconv.weights import (
     fitted,
     float_weight,
     is_depthwise,
+    least_scale,
     pair_limits,
     shifted_bias,
     with_bias,
@@ -53,6 +56,8 @@ LEAST_ROWS = 2048
 """Rows that are drawn for a layer, where there are so many."""
 FEWEST_ROWS = 4
 """Rows kept apart from which on they decide anything."""
+MOST_NUMBERS = 2**27
+"""In all rows of a layer: one in eight is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +111,7 @@ class Solver:
         if nearest.layer.weight.bits < 8:
             return None
         too_many = nearest.codes.size > self.effort.most_weights
-        if too_many or _inputs_of(nearest.layer.node) > self.effort.most_inputs:
+        if too_many or _rows_shape(nearest.layer.node)[2] > self.effort.most_inputs:
             return "with 8 bits it loses little, and is too large for this effort"
         apart = isinstance(nearest.layer.weight.granularity, PerChannel)
         if apart and not self.effort.depthwise and is_depthwise(nearest.layer):
@@ -116,27 +121,31 @@ class Solver:
     def drawn(self, layer: Layer, index: int, inputs: Arrays) -> Iterator[tuple[Patches, Ints]]:
         """How, and at which positions, rows are cut out of each batch of what a layer reads. index: of the layer."""
         shape = stored_shape(layer.node)
-        wanted = self.effort.rows_for(_inputs_of(layer.node))
-        pictures = sum(x.shape[0] if x.shape else 1 for x in inputs.held)
+        groups, _, columns = _rows_shape(layer.node)
+        wanted = min(self.effort.rows_for(columns), max(1, MOST_NUMBERS // (groups * columns)))
+        cuts = [(Patches.of(layer.node, shape, x.shape), x.shape) for x in inputs.held]
+        most = -(-wanted // sum(patches.entries(size) for patches, size in cuts))
         rng = np.random.default_rng([self.recipe.seed, index])
-        for x in inputs.held:
-            patches = Patches.of(layer.node, shape, x.shape)
-            count, most = patches.positions(x.shape), -(-wanted // pictures)
+        for patches, size in cuts:
+            count = patches.positions(size)
             yield patches, np.arange(count) if count <= most else np.sort(rng.choice(count, most, replace=False))
 
     def solved(
-        self, nearest: LayerParams, source: Source | None, seen: Moments, *, anew: bool = True
+        self, nearest: LayerParams, source: Source | None, seen: Moments, sight: Sight, *, anew: bool = True
     ) -> tuple[LayerParams, Finding]:
         """The layer with codes of second order, or the nearest ones where these err less.
 
-        source: what the layer reads, None where that stays float. anew: whether the network before it is quantized;
-        else C = H, and W' is W.
+        source: what the layer reads, None where that stays float. sight: of its outputs. anew: whether the network
+        before it is quantized; else C = H, and W' is W.
         """
         layer, node = nearest.layer, nearest.layer.node
+        if not seen.is_finite:
+            return nearest, Skipped("round", node.name or "", "what it reads is too large for squares in float32")
         rows = rows_of(node, float_weight(layer).reshape(stored_shape(node)))
-        wanted = self._resolved(rows, seen, layer.weight.bits) if anew else rows
+        sight = sight.around(node, rows, seen)
+        wanted = self._resolved(rows, seen, sight, layer.weight.bits) if anew else rows
         params, codes = self._rounded(layer, self._ranged(layer, wanted, source, seen), wanted, seen, source)
-        params, codes, finding = _better(nearest, params, codes, rows, seen)
+        params, codes, finding = _better(nearest, params, codes, rows, seen, sight)
         bias = shifted_bias(layer, self._shift(layer, params.dequantize(codes), seen))
         return with_bias(layer, params, codes, bias, source, self.target), finding
 
@@ -166,23 +175,32 @@ class Solver:
             params = layer.weight.from_range(*least_squares(weight, layer.weight, counts))
         return fitted(layer, params, weight, source, self.target, saturation_safe=self.recipe.saturation_safe)[0]
 
-    def _resolved(self, rows: Float32, seen: Moments, bits: int) -> Float32:
-        """W' of each output with the ridge that errs least on rows kept apart; W itself is one of the candidates."""
+    def _resolved(self, rows: Float32, seen: Moments, sight: Sight, bits: int) -> Float32:
+        """W' of each output with the ridge that errs least on rows kept apart; W itself is one of the candidates, and
+        stays where what is seen of the output errs more with another."""
         float_rows, kept = seen.kept
         best, before = rows, np.inf
         if kept.shape[1] < FEWEST_ROWS:
             return best
         wanted = float_rows @ np.swapaxes(rows, 1, 2)  # (G, n, O)
-        least = np.square(wanted - kept @ np.swapaxes(rows, 1, 2)).mean(axis=1)  # (G, O)
+        in_sight = sight.of_float(wanted)
+
+        def errors(weight: Float32) -> tuple[Float32, Float32]:
+            """All, and that in sight, (G, O) both."""
+            outputs = kept @ np.swapaxes(weight, 1, 2)
+            lost = np.square(wanted - outputs).mean(axis=1)
+            return lost, np.square(in_sight - sight.of_rounded(outputs)).mean(axis=1)
+
+        least, most_seen = errors(rows)
         for ridge in RIDGES if bits < 8 else RIDGES_AT_8:
             tried = self._ridged(rows, seen, ridge)
-            lost = np.square(wanted - kept @ np.swapaxes(tried, 1, 2)).mean(axis=1)
-            if lost.sum() >= before:
+            lost, lost_seen = errors(tried)
+            if not lost.sum() < before:
                 break
             before = float(lost.sum())
-            better = lost < least
+            better = (lost < least) & (lost_seen <= most_seen)
             if kept.shape[1] < ENOUGH_ROWS:
-                better = np.full_like(better, lost.sum() < least.sum())
+                better = np.full_like(better, lost.sum() < least.sum() and lost_seen.sum() <= most_seen.sum())
             least = np.where(better, lost, least)
             best = np.where(better[:, :, None], tried, best)
         return best
@@ -197,8 +215,9 @@ class Solver:
     def _rounded(
         self, layer: Layer, params: QuantParams, wanted: Float32, seen: Moments, source: Source | None
     ) -> tuple[QuantParams, NDArray[np.integer]]:
-        rounder = Rounder.of(layer, wanted, seen)
-        narrow = params.widest < 8
+        least = least_scale(layer, source, self.target, params)
+        rounder = Rounder.of(layer, wanted, seen, least)
+        narrow = layer.weight.bits < 8
         free = narrow and not layer.blocked
         params, codes = rounder.scaled(params, self.effort.factors if free else ())
         for _ in range(self.effort.refits if free else 0):
@@ -213,14 +232,15 @@ class Solver:
 
 
 def _better(
-    nearest: LayerParams, params: QuantParams, codes: NDArray[np.integer], rows: Float32, seen: Moments
+    nearest: LayerParams, params: QuantParams, codes: NDArray[np.integer], rows: Float32, seen: Moments, sight: Sight
 ) -> tuple[QuantParams, NDArray[np.integer], Finding]:
     """The new codes or the nearest ones, whichever err less, and what is to be told of it."""
     name = nearest.layer.node.name or ""
     before, after = (
-        _lost(rows, real(nearest.layer, p, c), seen) for p, c in ((nearest.weight, nearest.codes), (params, codes))
+        _lost(rows, real(nearest.layer, p, c), seen, sight)
+        for p, c in ((nearest.weight, nearest.codes), (params, codes))
     )
-    if after > before:
+    if not after <= before:
         return nearest.weight, nearest.codes, Skipped("round", name, "its nearest codes err less")
     apart = f", in {len(seen.blocks)} blocks of inputs, as if independent" if len(seen.blocks) > 1 else ""
     what = f"rounded by second order{apart}"
@@ -228,14 +248,15 @@ def _better(
     return params, codes, Change("round", name, what + gained, what)
 
 
-def _lost(weight: Float32, rounded: Float32, seen: Moments) -> float:
-    """Mean square of W x_f - Q x_q over the rows kept apart, means removed.
+def _lost(weight: Float32, rounded: Float32, seen: Moments, sight: Sight) -> float:
+    """Mean square of what is seen of W x_f - Q x_q over the rows kept apart, means removed.
 
     Where these are few, what depends on Q of it by the moments, which can be below zero.
     """
     float_rows, rows = seen.kept
     if rows.shape[1] >= FEWEST_ROWS:
-        lost = float_rows @ np.swapaxes(weight, 1, 2) - rows @ np.swapaxes(rounded, 1, 2)
+        wanted = sight.of_float(float_rows @ np.swapaxes(weight, 1, 2))
+        lost = wanted - sight.of_rounded(rows @ np.swapaxes(rounded, 1, 2))
         return float(np.square(lost, dtype=np.float64).mean())
     total = 0.0
     for block in seen.blocks:
@@ -244,9 +265,10 @@ def _lost(weight: Float32, rounded: Float32, seen: Moments) -> float:
     return total
 
 
-def _inputs_of(node: Node) -> int:
-    """How many numbers an output of the layer is made of, K."""
-    return int(rows_of(node, np.empty(stored_shape(node), bool)).shape[2])
+def _rows_shape(node: Node) -> tuple[int, int, int]:
+    """Of the layer's weights as rows, (G, O, K)."""
+    groups, outputs, inputs = rows_of(node, np.empty(stored_shape(node), bool)).shape
+    return groups, outputs, inputs
 
 
 def first_input(node: Node) -> Value:

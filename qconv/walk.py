@@ -7,7 +7,7 @@ whoever reads them, so that codes are held instead of floats four times as large
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +44,21 @@ class Part:
 class Walk:
     """Where a network stands. The model's weights may change in front of it, never behind.
 
-    feeds: what each batch of pictures feeds to the model's inputs. store: where tensors are held in between.
+    feeds: what each batch of pictures feeds to the model's inputs. store: where tensors are held in between. kept:
+    tensors that are held to the end once they are there, such as outputs that `behind` will be asked for.
     """
 
     def __init__(
-        self, model: Model, feeds: Sequence[Mapping[str, NDArray[Any]]], store: Store, *, threads: int | None
+        self,
+        model: Model,
+        feeds: Sequence[Mapping[str, NDArray[Any]]],
+        store: Store,
+        *,
+        threads: int | None,
+        kept: Iterable[Value] = (),
     ) -> None:
         self._model, self._threads, self._count, self._store = model, threads, len(feeds), store
+        self._kept = frozenset(kept)
         self._held: dict[Value, Arrays] = {
             value: Arrays([store.put(feed[value.name or ""]) for feed in feeds])
             for value in model.graph.inputs
@@ -126,7 +134,9 @@ class Walk:
         return Part(part(self._model, nodes, shapes, outputs), held, large, self._count)
 
     def _is_read(self, value: Value) -> bool:
-        """Whether a node that has not run yet reads it, through dequantizers or itself."""
+        """Whether it is kept, or a node that has not run yet reads it, through dequantizers or itself."""
+        if value in self._kept:
+            return True
         for node in self._model.readers(value):
             if node.graph is not self._model.graph:
                 return True

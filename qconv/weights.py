@@ -139,13 +139,11 @@ def fitted(
     if source is None:
         return params, []
     findings: list[Finding] = []
-    bias = array(input_of(layer.node, 2))
-    if bias is not None and _has_integer_bias(layer, source, target):
-        widened = _fit_bias(params, source.params, bias)
-        count = int(np.count_nonzero(widened.scale > params.scale))
-        if count:
-            what = f"weight scale of {count} channels widened, so that the bias fits into int32"
-            findings.append(Change("params", layer.node.name or "", what))
+    widened = params.with_scale(np.maximum(params.scale, least_scale(layer, source, target, params)))
+    count = int(np.count_nonzero(widened.scale > params.scale))
+    if count:
+        what = f"weight scale of {count} channels widened, so that the bias fits into int32"
+        findings.append(Change("params", layer.node.name or "", what))
         params = widened
     limits = pair_limits(layer, source, target, widest=params.widest, saturation_safe=saturation_safe)
     if limits is not None:
@@ -266,10 +264,16 @@ def _adds_pairs(layer: Layer) -> bool:
     return not layer.blocked and not is_depthwise(layer) and layer.node.op_type != "ConvTranspose"
 
 
-def _fit_bias(params: QuantParams, data: QuantParams, bias: NDArray[np.floating]) -> QuantParams:
-    """Widen weight scales until |bias| / (s_x * s_w) fits and the product is a normal float32."""
+def least_scale(layer: Layer, source: Source | None, target: Target, params: QuantParams) -> NDArray[np.float32]:
+    """Of weights with such parameters, so that |bias| / (s_x * s_w) fits and the product is a normal float32.
+
+    One number, or one a channel; zero where no bias is stored like that.
+    """
+    bias = array(input_of(layer.node, 2))
+    if source is None or bias is None or not _has_integer_bias(layer, source, target):
+        return np.zeros((), np.float32)
     reach = np.abs(bias.astype(np.float64))
     if not isinstance(params.spec.granularity, PerChannel):
         reach = reach.max(initial=0.0)
-    needed = np.maximum(reach / LARGEST_BIAS_CODE, 2 * SMALLEST_SCALE) / np.float64(data.scale)
-    return params.with_scale(np.maximum(params.scale, needed.astype(np.float32)))
+    needed = np.maximum(reach / LARGEST_BIAS_CODE, 2 * SMALLEST_SCALE) / np.float64(source.params.scale)
+    return np.asarray(needed, np.float32)

@@ -28,7 +28,11 @@ LAYERS = [
     ("ConvTranspose", {"auto_pad": "SAME_UPPER", "strides": [2, 2]}, (2, 6, 4, 5), (6, 4, 3, 3)),
     ("ConvTranspose", {"auto_pad": "SAME_LOWER", "strides": [2, 2]}, (2, 6, 4, 5), (6, 4, 3, 3)),
     ("ConvTranspose", {"output_shape": [9, 10], "strides": [2, 2]}, (2, 6, 4, 5), (6, 4, 3, 4)),
+    ("ConvTranspose", {"output_shape": [13, 12], "strides": [3, 2]}, (2, 6, 4, 5), (6, 4, 2, 3)),
+    ("ConvTranspose", {"auto_pad": "SAME_UPPER", "strides": [3, 3]}, (2, 6, 4, 5), (6, 4, 2, 1)),
+    ("ConvTranspose", {"auto_pad": "SAME_LOWER", "strides": [3, 2]}, (2, 6, 4, 5), (6, 4, 2, 1)),
     ("MatMul", {}, (2, 5, 7), (7, 3)),
+    ("MatMul", {}, (7,), (7, 3)),
     ("Gemm", {}, (4, 7), (7, 3)),
     ("Gemm", {"transB": 1}, (4, 7), (3, 7)),
 ]
@@ -61,6 +65,7 @@ def test_rows_times_weights_are_the_outputs(op_type, attributes, shape, weight) 
         want = expected.reshape(-1, expected.shape[-1]).T[None]
     np.testing.assert_allclose(by_group, want, atol=1e-4)
     some = at[::3]
-    picked = patches.rows(x, patches.places(some)).reshape(patches.groups, len(x), len(some), -1)
-    every = patches.rows(x, patches.places(at)).reshape(patches.groups, len(x), len(at), -1)
+    parts = patches.entries(x.shape)
+    picked = patches.rows(x, patches.places(some)).reshape(patches.groups, parts, len(some), -1)
+    every = patches.rows(x, patches.places(at)).reshape(patches.groups, parts, len(at), -1)
     np.testing.assert_array_equal(picked, every[:, :, ::3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from qconv import refine, saturation
+from qconv.moments import Moments, moments
 from qconv.pipeline import quantize
 from qconv.recipe import Recipe
 from qconv.report import Report
@@ -116,6 +118,80 @@ def test_a_product_of_three_axes_gets_no_bias(samples: str) -> None:
     assert [len(n.input) for n in onnx.load_from_string(data).graph.node if n.op_type == "MatMul"] == [2, 2]
     _, nearest = made(proto, samples, weight_bits=3, rounding="nearest")
     assert sqnr(proto, data) > sqnr(proto, nearest)
+
+
+def test_a_product_of_one_axis(samples: str) -> None:
+    """Behind a Squeeze of a batch of one."""
+    body = f"a = Conv<{SAME}>(x, w) b = Relu(a) g = GlobalAveragePool(b) f = Squeeze(g) y = MatMul(f, m)"
+    proto = network(body, (1, 3, 8, 8), w=(8, 3, 3, 3), m=(8, 5))
+    report, data = made(proto, samples, weight_bits=4)
+    assert [f.where for f in report.findings if f.step == "round"] == ["a", "y"]
+    assert sqnr(proto, data) > 10
+
+
+def test_a_product_whose_rows_are_places_is_sampled(samples: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reshape makes one long axis of pictures and places: 64 rows a picture."""
+    few = {name: replace(effort, rows=1, most_rows=100) for name, effort in refine.EFFORTS.items()}
+    monkeypatch.setattr("qconv.refine.EFFORTS", few)
+    monkeypatch.setattr("qconv.solve.LEAST_ROWS", 1)
+    seen: list[int] = []
+
+    def counted(pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Moments:
+        kept = list(pairs)
+        seen.append(sum(rows.shape[1] for _, rows in kept))
+        return moments(kept)
+
+    monkeypatch.setattr("qconv.refine.moments", counted)
+    body = f"a = Conv<{SAME}>(x, w) b = Relu(a) t = Transpose<perm=[0,2,3,1]>(b) r = Reshape(t, s) y = MatMul(r, m)"
+    proto = network(body, ("N", 3, 8, 8), w=(8, 3, 3, 3), s=np.array([-1, 8], np.int64), m=(8, 5))
+    made(proto, samples, weight_bits=4)
+    assert len(seen) == 2
+    assert all(27 <= rows <= 100 + 48 for rows in seen)
+
+
+@pytest.mark.parametrize("batch", [8, 48])
+def test_weights_are_solved_anew_whatever_the_batch(batch: int, samples: str) -> None:
+    """Rows are kept apart picture by picture: as good as one picture at a time."""
+    proto = net("conv")
+    alone, together = (sqnr(proto, made(proto, samples, weight_bits=2, batch=size)[1]) for size in (1, batch))
+    _, nearest = made(proto, samples, weight_bits=2, rounding="nearest")
+    assert together > sqnr(proto, nearest) + 1
+    assert abs(together - alone) < 0.3
+
+
+def test_a_large_bias_beside_tiny_weights_stays_what_it_is(samples: str) -> None:
+    """Scales that are fitted to codes do not get so small that the bias leaves int32."""
+    body = f"a = Conv<{SAME}>(x, w) b = Relu(a) c = Conv<{SAME}>(b, v, t) d = Relu(c) y = Conv(d, u)"
+    v = np.random.default_rng(0).standard_normal((8, 8, 3, 3)).astype(np.float32)
+    v[0] *= 2e-8
+    bias = np.zeros(8, np.float32)
+    bias[0] = 10
+    proto = network(body, ("N", 3, 8, 8), w=(8, 3, 3, 3), v=v, t=bias, u=(5, 8, 1, 1))
+    options = {"effort": "best", "equalize": False, "tune_ranges": False, "edge_bits": 8}
+    for bits in (2, 3, 4):
+        _, data = made(proto, samples, weight_bits=bits, **options)
+        constants = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer}
+        codes = [n.astype(np.int64) for n in constants.values() if n.dtype == np.int32]
+        assert 2**28 < max(int(np.abs(n).max()) for n in codes) < 2**31 - 1
+
+
+def test_numbers_whose_squares_float32_does_not_hold(samples: str, tmp_path: Path) -> None:
+    for number in range(16):
+        np.save(tmp_path / f"{number}.npy", correlated(number) * np.float32(1e25))
+    report, _ = made(net("conv"), str(tmp_path), weight_bits=4, equalize=False, tune_ranges=False)
+    said = [f.why for f in report.findings if f.step == "round"]  # type: ignore[union-attr]
+    assert said == ["what it reads is too large for squares in float32"] * 3
+
+
+@pytest.mark.parametrize("effort", ["balanced", "best"])
+@pytest.mark.parametrize("options", [{}, {"target_size": 0.3}], ids=["", "searched"])
+def test_a_network_with_outputs_in_front(options: dict[str, object], effort: str, samples: str) -> None:
+    """A backbone that returns a map, and a head on it."""
+    body = f"a = Conv<{SAME}>(x, w) b = Relu(a) h = Conv(b, u) c = Conv<{SAME}>(b, v) d = Relu(c) y = Conv(d, u)"
+    used = {name: WEIGHTS[name] for name in "wvu"}
+    proto = network(body, ("N", 3, 8, 8), ("b", "h", "y"), **used)
+    report, _ = made(proto, samples, edge_bits=8, effort=effort, **options)
+    assert all((output.sqnr_db or 99) > 12 for output in report.verify.outputs)
 
 
 def test_large_layers_of_eight_bits_are_left_to_the_best_effort(samples: str, monkeypatch: pytest.MonkeyPatch) -> None:

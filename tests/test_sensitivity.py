@@ -23,6 +23,7 @@ from qconv.recipe import Recipe
 from qconv.rounder import stored_shape
 from qconv.runtime import Session
 from qconv.sensitivity import FLOAT, WORST, Network, noise_of, sensitivities
+from qconv.sight import Sight
 from qconv.solve import Effort, Solver
 from qconv.targets import TARGETS
 from qconv.weights import quantize_layer
@@ -116,7 +117,7 @@ def test_the_noise_of_second_order_codes_is_that_on_batches_that_they_were_not_m
         rows = [patches.rows(x, patches.places(np.arange(patches.positions(x.shape)))) for x in read]
         narrow = replace(layer, weight=replace(layer.weight, bits=3))
         start, _ = quantize_layer(narrow, source, "max", network.plan.target)
-        solved, _ = solver.solved(start, source, moments(zip(rows, rows, strict=True)), anew=False)
+        solved, _ = solver.solved(start, source, moments(zip(rows, rows, strict=True)), Sight(), anew=False)
         weight = solved.weight.dequantize(solved.codes).reshape(shape)
         got = run_on(replaced(name, weight, solved.bias), apart)
         assert found[name].noise[3] == pytest.approx(noise(reference, got), rel=1e-3)
@@ -143,7 +144,7 @@ def test_inputs_of_the_float_network_need_no_weights_solved_anew() -> None:
     rows = [rng.standard_normal((1, 40, 27)).astype(np.float32) for _ in range(16)]
     (start,) = (chosen for chosen in network.params.layers if chosen.layer.node.name == "c")
     seen, source = moments(zip(rows, rows, strict=True)), network.params.sources[start.layer.node]
-    anew, same = (solver.solved(start, source, seen, anew=anew)[0] for anew in (True, False))
+    anew, same = (solver.solved(start, source, seen, Sight(), anew=anew)[0] for anew in (True, False))
     assert (anew.codes == same.codes).mean() > 0.99  # ties and the last digit apart
     np.testing.assert_allclose(anew.weight.scale, same.weight.scale, rtol=1e-3)
 

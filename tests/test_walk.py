@@ -9,6 +9,7 @@ import onnx
 import pytest
 from models import ints, loaded, network
 
+from qconv.behind import Behind
 from qconv.held import Store
 from qconv.runtime import Session
 from qconv.walk import Walk
@@ -66,6 +67,23 @@ def test_codes_are_held_instead_of_floats() -> None:
         assert (float(params.scale), int(params.zero_point)) == (np.float32(0.05), 120)
         walk.at(model.graph.outputs[0])
         assert store.in_memory <= 4 * 5 * 6 * 6 * 4 + 4 * 6 * 6
+
+
+def test_outputs_that_lie_in_front_are_kept() -> None:
+    """Heads, one of them read by the network behind it, and what is left to run from each place on."""
+    body = "a = Conv(x, w) b = Relu(a) h = Conv(b, u) c = Conv(b, v) d = Relu(c) y = Conv(d, u)"
+    proto = network(body, x=("N", 3, 6, 6), outputs=("b", "h", "y"), **{n: WEIGHTS[n] for n in "wvu"})
+    model = loaded(proto)
+    feeds = [{"x": np.random.default_rng(0).standard_normal((2, 3, 6, 6)).astype(np.float32)}]
+    expected = Session(proto.SerializeToString(), optimize=False).run_all(feeds[0])
+    layers = [node for node in model.nodes() if node.op_type == "Conv"]
+    with contextlib.closing(Store(10**9)) as store:
+        walk = Walk(model, feeds, store, threads=1, kept=model.graph.outputs)
+        for node in layers:
+            walk.at(node.inputs[0])
+            behind = Behind(walk.behind(model.graph.outputs), ["b", "h", "y"], threads=1)
+            for found, want in zip(next(behind.run([0])), expected, strict=True):
+                np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-4)
 
 
 def test_weights_may_change_ahead() -> None:
