@@ -4,16 +4,17 @@ For layer -> Relu -> layers, with c >= 0 by channel below every value that the c
 
     b1' = b1 - c        x' = Relu(W1 u + b1 - c) = x - c        b2' = b2 + sum over inputs and kernel positions of W2 c
 
-This is exact while x >= c, on the pictures by measure; c is SHARE of the least value, as others may go lower. Where a
-reader pads with zeros, c would not reach its border: that is refused. It is done where the range of the tensor, which
-is that of its largest channel, shrinks by at least LEAST_GAIN.
+This is exact while x >= c, on the pictures by measure; c is SHARE of the least value that others are expected to have,
+by how far apart the lowest pictures are (reach.py). Where a reader pads with zeros, c would not reach its border: that
+is refused. It is done where the range of the tensor, which is that of its largest channel, shrinks by at least
+LEAST_GAIN.
 
 Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1.3, with measured extremes instead of beta - 3 gamma.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,21 +66,31 @@ def _readers(model: Model, value: Value, shift: Float64) -> list[Layer]:
     return [scaled_layer(model, end, Affine(np.ones_like(shift), shift)) for end in ends(model, value)]
 
 
+def gaining(found: Iterable[Candidate], channels: Mapping[str, Channels]) -> list[Candidate]:
+    """Those with channels that are high on all pictures. channels: as for `absorb`."""
+    return [c for c in found if (seen := channels.get(c.result.name or "")) is not None and _shift(seen) is not None]
+
+
+def _shift(seen: Channels) -> Float64 | None:
+    """c of every channel, (C,); None where nothing is to be gained."""
+    # a channel that never changes is all bias, of which nothing is to be gained
+    shift = np.where(seen.high > seen.low, SHARE * np.maximum(seen.floor, 0.0), 0.0)
+    before, after = float(seen.high.max(initial=0.0)), float((seen.high - shift).max(initial=0.0))
+    return shift if after < before and after <= before * (1 - LEAST_GAIN) else None
+
+
 def absorb(model: Model, found: Iterable[Candidate], channels: dict[str, Channels]) -> list[Change]:
     """Lower the channels that are high on all pictures; the model computes the same on them.
 
     channels: by the names of the candidates' results, with true minima; brought up to date.
     """
     changes: list[Change] = []
-    for candidate in found:
+    for candidate in gaining(found, channels):
         name = candidate.result.name or ""
-        if name not in channels:
-            continue
         seen = channels[name]
-        # a channel that never changes is all bias, of which nothing is to be gained
-        shift = np.where(seen.high > seen.low, SHARE * np.maximum(seen.low, 0.0), 0.0)
-        before, after = float(seen.high.max(initial=0.0)), float((seen.high - shift).max(initial=0.0))
-        if after <= before * (1 - LEAST_GAIN) and _lowered(model, candidate, shift):
+        shift = _shift(seen)
+        if shift is not None and _lowered(model, candidate, shift):
+            before, after = float(seen.high.max(initial=0.0)), float((seen.high - shift).max(initial=0.0))
             channels[name] = seen.lowered(shift)
             count = int(np.count_nonzero(shift))
             what = f"{count} high channels lowered: the range ends at {after:.3g} instead of {before:.3g}"

@@ -6,7 +6,8 @@ here the scales are chosen and go into the weights.
 A channel of a Clip is scaled only if its values keep away from the bounds on all pictures by the factor MARGIN, and it
 is not scaled up further than it may reach on others: a picture beyond that would be cut off earlier than before.
 
-The networks before and after are run on some pictures: where their outputs differ, nothing is scaled.
+The networks before and after are run on some pictures: where their outputs differ, nothing is done. Channels that are
+to give up what all their values have in common (absorb.py) are watched on all pictures.
 
 Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1, which makes the ranges of both weights equal; here the noise
 of activations counts as well, and streams have one scale a channel however many layers write and read them.
@@ -16,13 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 
 from qconv import save
-from qconv.absorb import absorb, candidates
+from qconv.absorb import Candidate, absorb, candidates, gaining
 from qconv.calibrate import Tap, observer, watch_apart
 from qconv.edits import Refused
 from qconv.feed import Feed
@@ -31,7 +32,7 @@ from qconv.graph import Model, Value
 from qconv.layers import Float64, check_finite, read_layer, scale_inputs, scale_outputs, write_layer
 from qconv.noise import Term, least, total
 from qconv.plan import Plan, tap_of
-from qconv.reach import seen_by_channel
+from qconv.reach import Channels, seen_by_channel
 from qconv.runtime import Session
 from qconv.sketch import Want
 from qconv.streams import OPEN, Limit, Streams, find_streams
@@ -60,8 +61,28 @@ def balance(model: Model, plan: Plan, feed: Feed, most: int | None, threads: int
     if not taps or (bool(streams.fixed.all()) and not could):
         return list(left)
     channels = seen_by_channel(watch_apart(observer(model, taps, threads), taps, islice(feed.all(STEP), most)))
-    done = [*absorb(model, could, channels), *_scaled(model, plan, Seen(streams, channels), feed, threads)]
-    return [*done, *left]
+    high = gaining(could, channels)
+    if high and most is not None:
+        names = {candidate.result.name for candidate in high}
+        again = [tap for tap in taps if tap.name in names]
+        on_all = seen_by_channel(watch_apart(observer(model, again, threads), again, feed.all(STEP)))
+        channels |= {name: replace(channels[name], floor=found.floor) for name, found in on_all.items()}
+    lowered = _lowered(model, high, channels, feed, threads)
+    return [*lowered, *_scaled(model, plan, Seen(streams, channels), feed, threads), *left]
+
+
+def _lowered(
+    model: Model, high: Sequence[Candidate], channels: dict[str, Channels], feed: Feed, threads: int | None
+) -> list[Finding]:
+    """High channels lowered; `channels` are brought up to date."""
+    if not gaining(high, channels):
+        return []
+    tried, names = model.copy(), {candidate.result.name for candidate in high}
+    absorb(tried, [candidate for candidate in candidates(tried) if candidate.result.name in names], dict(channels))
+    moved = _sqnr(model, tried, feed, threads)
+    if moved < EXACT_DB:
+        return [Skipped(STEP, "the network", f"lowered channels moved the float outputs to {moved:.1f} dB")]
+    return list(absorb(model, high, channels))
 
 
 def _scaled(model: Model, plan: Plan, seen: Seen, feed: Feed, threads: int | None) -> list[Finding]:

@@ -33,7 +33,8 @@ OWN_SAMPLES = 8
 class Channels:
     """What every channel of a tensor did, (C,) each.
 
-    low, high: its extremes on all pictures. lowest, highest: what they may become on others, zero inside.
+    low, high: its extremes on all pictures. lowest, highest: what they may become on others, zero inside. floor: how
+    low it may go where it always keeps away from zero.
     mean, spread: mean and variance, None where no columns were asked for.
     """
 
@@ -41,6 +42,7 @@ class Channels:
     high: Float64
     lowest: Float64
     highest: Float64
+    floor: Float64
     mean: Float64 | None
     spread: Float64 | None
 
@@ -48,7 +50,8 @@ class Channels:
         """The same, had the channels been lower by `shift`, (C,)."""
         highest = np.maximum(self.highest - shift, 0.0)
         mean = None if self.mean is None else self.mean - shift
-        return replace(self, low=self.low - shift, high=self.high - shift, highest=highest, mean=mean)
+        low, high, floor = self.low - shift, self.high - shift, self.floor - shift
+        return replace(self, low=low, high=high, highest=highest, floor=floor, mean=mean)
 
 
 def seen_by_channel(pictures: Iterable[Mapping[str, Sketch]]) -> dict[str, Channels]:
@@ -63,15 +66,15 @@ def seen_by_channel(pictures: Iterable[Mapping[str, Sketch]]) -> dict[str, Chann
 def _channels(found: Sequence[Sketch]) -> Channels:
     lows, highs = (np.stack(ends).astype(np.float64) for ends in zip(*((s.lows, s.highs) for s in found), strict=True))
     low, high = lows.min(axis=0), highs.max(axis=0)
-    lowest, highest = -reach_of(-lows), reach_of(highs)
+    lowest, highest, floor = -reach_of(-lows), reach_of(highs), high - reach_of(high - lows)
     if not found[0].columns.size:
-        return Channels(low, high, lowest, highest, None, None)
+        return Channels(low, high, lowest, highest, floor, None, None)
     columns = np.concatenate([s.columns.reshape(-1, low.size) for s in found]).astype(np.float64)
     reach, spread = (highest - lowest) ** 2, columns.var(axis=0)
     by_range = reach * (spread.mean() / max(reach.mean(), np.finfo(np.float64).tiny))
     count = len(columns)
     spread = (count * spread + OWN_SAMPLES * by_range) / (count + OWN_SAMPLES)
-    return Channels(low, high, lowest, highest, np.mean([s.means for s in found], axis=0), spread)
+    return Channels(low, high, lowest, highest, floor, np.mean([s.means for s in found], axis=0), spread)
 
 
 def reach_of(extremes: Float64) -> Float64:

@@ -13,8 +13,11 @@ from models import network
 from qconv import pipeline
 from qconv.errors import QconvError
 from qconv.findings import Change
+from qconv.pipeline import quantize
 from qconv.recipe import Recipe
 from qconv.report import Report
+from qconv.runtime import Session
+from qconv.source import Source
 
 SIZES = np.float32(2.0) ** np.linspace(-4, 4, 8, dtype=np.float32)  # of channels, far apart
 
@@ -112,3 +115,29 @@ def test_the_same_bytes_again(samples: str) -> None:
         )
         made.append(path.with_name(name).read_bytes())
     assert made[0] == made[1]
+
+
+def test_channels_are_lowered_by_what_all_pictures_show(tmp_path: Path) -> None:
+    """One dark picture among 96 bright ones, behind those that channels are watched on."""
+    rng = np.random.default_rng(0)
+    for index in range(97):
+        low, high = (0.0, 0.5) if index == 80 else (4.0, 5.0)
+        np.save(tmp_path / f"{index:02}.npy", rng.uniform(low, high, (3, 6, 6)).astype(np.float32))
+    w, v = (np.abs(rng.standard_normal(shape)).astype(np.float32) + 0.2 for shape in ((4, 3, 1, 1), (5, 4, 1, 1)))
+    proto = network("a = Conv(x, w, b) r = Relu(a) y = Conv(r, v)", ("N", 3, 6, 6), w=w, v=v, b=np.zeros(4, np.float32))
+    dark = rng.uniform(0, 0.5, (1, 3, 6, 6)).astype(np.float32)
+    (ref,) = Session(proto.SerializeToString()).run_all({"x": dark})
+
+    def made() -> tuple[bool, float]:
+        """Whether channels are lowered, and how well a dark picture does, in dB."""
+        report, data = quantize(Source("m", None, proto.SerializeToString()), None, Recipe(calib=(str(tmp_path),)))
+        (got,) = Session(data or b"").run_all({"x": dark})
+        lowered = [f for f in report.findings if f.step == "equalize" and "high channels" in getattr(f, "what", "")]
+        return bool(lowered), 10 * np.log10(np.square(ref).sum() / np.square(ref - got).sum())
+
+    lowered, sqnr = made()
+    assert not lowered
+    assert sqnr > 15
+    (tmp_path / "80.npy").unlink()
+    lowered, sqnr = made()
+    assert lowered
