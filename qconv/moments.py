@@ -28,7 +28,7 @@ MOST_IN_BLOCKS = 2 * LARGEST_BLOCK**2
 AT_ONCE = 2**21
 """Numbers that are summed in one product."""
 KEPT_SHARE = 8
-"""One piece of so many is kept apart."""
+"""One piece of so many is kept apart, or one where there are fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +59,16 @@ class Moments:
         return all(bool(np.isfinite(x).all()) for block in self.blocks for x in (block.hessian, block.cross))
 
 
-def moments(pairs: Iterable[tuple[Float32, Float32]]) -> Moments:
+def moments(pairs: Iterable[tuple[Float32, Float32]], share: int = KEPT_SHARE) -> Moments:
     """Of rows that come piece by piece: (x_f, x_q), (G, n, K) both. There must be at least one row.
 
-    A picture must not be in several pieces: one in KEPT_SHARE is kept.
+    A picture must not be in several pieces: one piece of so many (share) is kept apart.
     """
     kept: list[tuple[Float32, Float32]] = []
 
     def summed() -> Iterator[tuple[Float32, Float32]]:
         for index, (float_rows, rows) in enumerate(pairs):
-            if is_kept(index):
+            if is_kept(index, share):
                 kept.append((float_rows, rows))
             else:
                 yield float_rows, rows
@@ -87,9 +87,14 @@ def block_of(inputs: int) -> int:
     return LARGEST_BLOCK if inputs <= LARGEST_BLOCK else min(LARGEST_BLOCK, max(1, MOST_IN_BLOCKS // inputs))
 
 
-def is_kept(index: int) -> bool:
+def is_kept(index: int, share: int = KEPT_SHARE) -> bool:
     """Whether the rows of this piece are kept apart."""
-    return index % KEPT_SHARE == KEPT_SHARE - 1
+    return index % share == share - 1
+
+
+def share_for(pieces: int) -> int:
+    """One piece of how many can be kept apart: none of one."""
+    return max(2, min(KEPT_SHARE, pieces))
 
 
 def _in_batches(pairs: Iterable[tuple[Float32, Float32]]) -> Iterator[tuple[Float32, Float32]]:

@@ -13,8 +13,9 @@ power of what a weight is multiplied with.
 
 Filling the ranges of a tensor takes precision from the weights that read it: there is an optimum between. All terms are
 posynomials, whose logarithms are convex in log s, so that there is only one: Boyd et al. 2007, A Tutorial on Geometric
-Programming. The maxima are smoothed to norms of order ORDER for the descent (Adam, Kingma and Ba 2014, arXiv 1412.6980,
-projected on the bounds); what comes of it is judged with the maxima themselves.
+Programming. The maxima are smoothed to norms of order ORDER for the descent of the logarithm of their sum (Adam, Kingma
+and Ba 2014, arXiv 1412.6980, projected on the bounds), whose slopes are as large where the noise has become small; what
+comes of it is judged with the maxima themselves.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FIRST_RATE, LAST_RATE = 0.15, 0.003
 DECAY, DECAY_OF_SQUARES = 0.9, 0.97
 TINY = 1e-300
 FLAT = 1e-6
-"""Slopes below this share of a term's noise are rounding errors, which Adam would take for directions."""
+"""Slopes below this share of a term's mean part are rounding errors, which Adam would take for directions."""
 
 
 class Term(Protocol):
@@ -43,8 +44,8 @@ class Term(Protocol):
     def noise(self, u: Float64) -> float:
         """With the maxima as they are."""
 
-    def slope(self, u: Float64, into: Float64) -> None:
-        """Add the derivative of the noise with smoothed maxima to `into`, (classes,)."""
+    def slope(self, u: Float64, into: Float64) -> float:
+        """The noise with smoothed maxima; its derivative is added to `into`, (classes,)."""
 
     def classes(self) -> Classes:
         """On whose scales it depends."""
@@ -71,7 +72,7 @@ class Codes:
         width = float((self.highs / s).max(initial=0.0) - (self.lows / s).min(initial=0.0))
         return float(width**2 / (12 * self.levels**2) * (self.gains @ s**2))
 
-    def slope(self, u: Float64, into: Float64) -> None:
+    def slope(self, u: Float64, into: Float64) -> float:
         """See Term."""
         s = np.exp(u[self.channels])
         high, of_high = _norm(self.highs / s)
@@ -79,7 +80,9 @@ class Codes:
         worth = self.gains * s**2
         width = high + low
         found = 2 * width**2 * worth - 2 * width * worth.sum() * (high * of_high + low * of_low)
-        np.add.at(into, self.channels, found / (12 * self.levels**2))
+        scale = 1 / (12 * self.levels**2)
+        np.add.at(into, self.channels, found * scale)
+        return float(width**2 * worth.sum() * scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,7 +139,7 @@ class Weights:
             found = float((gains * rows**2).sum(axis=1) @ powers.sum(axis=1))
         return found / (12 * self.levels**2)
 
-    def slope(self, u: Float64, into: Float64) -> None:
+    def slope(self, u: Float64, into: Float64) -> float:
         """See Term."""
         groups, gains, powers = self._at(u)
         top = u[self.inputs].reshape(groups, -1)
@@ -160,6 +163,7 @@ class Weights:
             meet = (gains * rows**2).sum(axis=1, keepdims=True)
         pulled = np.matmul((of_rows / sums)[:, None, :], self._raised)[:, 0] * high
         np.add.at(into, self.inputs, 2 * scale * (pulled - meet * powers).reshape(-1))
+        return float((meet * powers).sum() * scale)
 
     def _at(self, u: Float64) -> tuple[int, Float64, Float64]:
         groups = len(self.largest)
@@ -188,12 +192,12 @@ def least(terms: Sequence[Term], lowest: Float64, highest: Float64, steps: int =
     lowest <= 0 <= highest: equal where a class is fixed.
     """
     u = np.zeros_like(lowest)
-    floor = FLAT * total(terms, u) / max(1, len(terms)) + TINY
+    floor = FLAT / max(1, len(terms))
     mean, squares = np.zeros_like(u), np.zeros_like(u)
     for step in range(steps):
         slope = np.zeros_like(u)
-        for term in terms:
-            term.slope(u, slope)
+        noise = sum(term.slope(u, slope) for term in terms)
+        slope /= noise + TINY
         mean += (1 - DECAY) * (slope - mean)
         squares += (1 - DECAY_OF_SQUARES) * (slope**2 - squares)
         rate = FIRST_RATE * (LAST_RATE / FIRST_RATE) ** (step / max(1, steps - 1))

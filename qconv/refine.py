@@ -25,7 +25,7 @@ from qconv.emit import emit
 from qconv.findings import Finding, Skipped
 from qconv.graph import Model, Node
 from qconv.held import Arrays, Store
-from qconv.moments import moments
+from qconv.moments import moments, share_for
 from qconv.params import Params, carried_over
 from qconv.patches import Ints, Patches
 from qconv.plan import Layer, Plan
@@ -122,7 +122,8 @@ class _Refiner:
                 twin = nodes[node.name or ""]
                 if why is None:
                     assert upcoming is not None
-                    seen = moments(self._rows(chosen.layer, index, upcoming.result(), other, twin))
+                    rows = self._rows(chosen.layer, index, upcoming.result(), other, twin)
+                    seen = moments(rows, share_for(sum(self.sizes)))
                     upcoming = next(inputs, None)
                     sight = Sight.behind(node, self.params.activations)
                     chosen, finding = self.solver.solved(chosen, self.params.sources.get(node), seen, sight)

@@ -136,7 +136,7 @@ def test_a_product_whose_rows_are_places_is_sampled(samples: str, monkeypatch: p
     monkeypatch.setattr("qconv.solve.LEAST_ROWS", 1)
     seen: list[int] = []
 
-    def counted(pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Moments:
+    def counted(pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]], share: int) -> Moments:
         kept = list(pairs)
         seen.append(sum(rows.shape[1] for _, rows in kept))
         return moments(kept)
@@ -157,6 +157,16 @@ def test_weights_are_solved_anew_whatever_the_batch(batch: int, samples: str) ->
     _, nearest = made(proto, samples, weight_bits=2, rounding="nearest")
     assert together > sqnr(proto, nearest) + 1
     assert abs(together - alone) < 0.3
+
+
+@pytest.mark.parametrize("pictures", [2, 7])
+def test_few_pictures_keep_one_apart(pictures: int, samples: str, tmp_path: Path) -> None:
+    for number in range(pictures):
+        (tmp_path / f"{number}.npy").symlink_to(Path(samples) / f"{number:02}.npy")
+    proto = net("conv")
+    _, second = made(proto, str(tmp_path), weight_bits=2)
+    _, nearest = made(proto, str(tmp_path), weight_bits=2, rounding="nearest")
+    assert sqnr(proto, second) > sqnr(proto, nearest) + 0.5
 
 
 def test_a_large_bias_beside_tiny_weights_stays_what_it_is(samples: str) -> None:
