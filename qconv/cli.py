@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import qconv
+from qconv.checks import spelt
 from qconv.errors import QconvError, counted
 from qconv.leaving import leave_at_once, leave_by_exceptions
 from qconv.looking import audit, benchmark, evaluate
@@ -45,9 +46,12 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
         raise click.UsageError("a model from standard input needs an output: pass -o FILE or '-o -'.")
     if not options["calib"] and options["stats"] is None:
         raise click.UsageError("pass the calibration pictures with --calib DIR.")
-    if "" in (output, *options["calib"], options["stats"], options["save_stats"], options["save_layer_bits"]):
-        raise click.UsageError("--calib, --output, --stats, --save-stats and --save-layer-bits need a name.")
+    named = ("stats", "save_stats", "layer_bits", "save_layer_bits")
+    if "" in (output, *options["calib"], *(options[name] for name in named)):
+        told = ", ".join(spelt(name) for name in named[:-1])
+        raise click.UsageError(f"--calib, --output, {told} and {spelt(named[-1])} need a name.")
     recipe = recipe_of(options)
+    _require_apart(options["layer_bits"], output, options["save_stats"], options["save_layer_bits"])
     _require_streams(model, output, as_json)
     from qconv import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
 
@@ -203,6 +207,13 @@ def _require_streams(model: str, output: str | None, as_json: bool) -> None:
     require_output(output == "-" or as_json)
 
 
+def _require_apart(read: str | None, *written: str | None) -> None:
+    """The pipeline knows what a file of bits says, but not where it lies."""
+    for path in (Path(name) for name in written if name is not None and read is not None):
+        if path.is_file() and path.samefile(read or ""):
+            raise QconvError(f"{path} is read, and would be written over.", "choose another name.")
+
+
 def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[Report, bytes | None]:
     from qconv import pipeline
     from qconv.source import source_of
@@ -219,12 +230,14 @@ def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[
 
 
 def default_output(model: str, recipe: Recipe) -> str:
-    """MODEL with its bits: `cat.onnx` becomes `cat.w8a8.onnx`."""
+    """MODEL with its bits: `cat.onnx` becomes `cat.w8a8.onnx`, and `cat.mixed.onnx` where layers have their own."""
     path = Path(model)
     if not path.name:
         raise QconvError(f"{model or 'An empty name'} is no model.", "name an ONNX file.")
     stem = path.stem if path.suffix.lower() == ".onnx" else path.name
-    return str(path.with_name(f"{stem}.w{recipe.weight_bits}a{recipe.activation_bits}.onnx"))
+    own = recipe.searches or recipe.layer_bits
+    bits = "mixed" if own else f"w{recipe.weight_bits}a{recipe.activation_bits}"
+    return str(path.with_name(f"{stem}.{bits}.onnx"))
 
 
 def run() -> NoReturn:

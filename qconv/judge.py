@@ -55,7 +55,8 @@ class Measured:
 @dataclass(slots=True)
 class Judge:
     """Carries points out and compares them with the float model. seen: what was measured, by the index of the point;
-    settled: the numbers of those that may be chosen. feeds: pictures to round weights on. expected: points to come."""
+    settled: the numbers of those that may be chosen. feeds: pictures to round weights on. flattered: whether these are
+    judged by. expected: points to come."""
 
     ground: Ground
     names: list[str]
@@ -65,6 +66,7 @@ class Judge:
     labels: NDArray[np.int64] | None
     vector: int | None
     float_top1: float | None
+    flattered: bool
     seen: dict[int, Measured] = field(default_factory=dict)
     settled: dict[int, Settled] = field(default_factory=dict)
     expected: int = 1
@@ -79,14 +81,19 @@ class Judge:
         progress: Progress,
     ) -> Judge:
         """warn: told what cannot be compared. progress: told how far the search has come."""
-        unseen = _unseen(ground.feed, 0 if feeds is None else len(feeds))
+        unseen, flattered = _unseen(ground.feed, 0 if feeds is None else len(feeds))
         scored = score_float(ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, warn=warn, batches=unseen)
         vector = class_vector(scored.batches[0][1]) if scored.batches else None
         labels = _labels(ground, 0 if vector is None else scored.batches[0][1][vector].shape[1], unseen)
         top1 = None
         if labels is not None and vector is not None:
             top1 = _top1([expected[vector] for _, expected in scored.batches], labels)
-        return cls(ground, names, feeds, progress, scored, labels, vector, top1)
+        return cls(ground, names, feeds, progress, scored, labels, vector, top1, flattered)
+
+    @property
+    def pictures(self) -> int:
+        """That points are judged by."""
+        return sum(len(next(iter(feeds.values()))) for feeds, _ in self.scored.batches)
 
     def recipe_of(self, point: Assignment) -> Recipe:
         """The recipe with the bits of a point; those of activations, where the user gave some, stay."""
@@ -160,14 +167,16 @@ class Judge:
         return f"{(before or 0.0) - (got or 0.0):.4g}"
 
 
-def _unseen(feed: Feed, rounded_on: int) -> list[int]:
+def _unseen(feed: Feed, rounded_on: int) -> tuple[list[int], bool]:
     """The batches to judge by: on those that weights are rounded on, codes look better than they are.
 
-    rounded_on: so many of the first, less those that are kept apart. All where hardly any others are left.
+    rounded_on: so many of the first, less those that are kept apart. All where hardly any others are left, and whether
+    that is so.
     """
     count = -(-len(feed.listing.paths) // feed.batch)
     found = [index for index in range(count) if index >= rounded_on or is_kept(index)]
-    return found if len(found) * feed.batch >= FEWEST_UNSEEN else list(range(count))
+    flattered = len(found) * feed.batch < FEWEST_UNSEEN and rounded_on > 0
+    return (list(range(count)), True) if flattered else (found, False)
 
 
 def _labels(ground: Ground, outputs: int, batches: Sequence[int]) -> NDArray[np.int64] | None:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qconv.choices import LayerBits
+from qconv.choices import WEIGHT_BITS, LayerBits
 from qconv.errors import QconvError
 
 TABLE, FLOAT = "layers", "float"
@@ -30,11 +30,12 @@ Assignment = tuple[tuple[str, LayerBits], ...]
 def read_layer_bits(path: Path) -> Assignment:
     """What the file says, in its order. Raises QconvError where it cannot be read or says no such thing."""
     try:
-        content = tomllib.loads(path.read_text("utf-8"))
+        content = tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise QconvError(f"{path} cannot be read: {error.strerror}.", "check the path of --layer-bits.") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        why = "it is no text" if isinstance(error, UnicodeDecodeError) else str(error)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        why = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "it is no text"
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else why
         raise QconvError(f"{path} is no TOML: {why}.", f"{EXAMPLE}.") from None
     table = content.get(TABLE)
     if not isinstance(table, dict) or not table:
@@ -55,6 +56,9 @@ def _bits(path: Path, name: str, value: Any) -> LayerBits:
     if not known or not all(isinstance(bits, int) and not isinstance(bits, bool) for bits in wishes.values()):
         fix = 'use a number of bits, { weights = 4, activations = 8 } or "float"; names with a dot need quotes.'
         raise QconvError(f"{path} gives {name!r} the bits {_shown(value)}.", fix)
+    unknown = next((bits for bits in wishes.values() if bits not in WEIGHT_BITS), None)
+    if unknown is not None:
+        raise QconvError(f"{path} gives {name!r} {unknown} bits.", "use 2 to 8, or 16.")
     return LayerBits(**wishes)
 
 

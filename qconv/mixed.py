@@ -62,7 +62,12 @@ def expected(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> Recipe:
     if recipe.target_size is not None:
         scope = _Scope.of(model, recipe, floats)
         bits = max((b for b in possible if scope.alike(b) <= scope.most(recipe.target_size)), default=possible[0])
-    return replace(recipe, weight_bits=bits)
+    return _alike(recipe, bits)
+
+
+def _alike(recipe: Recipe, bits: int) -> Recipe:
+    """The recipe with these bits for all layers, and no search."""
+    return replace(recipe, weight_bits=bits, max_drop=None, target_size=None, candidate_bits=None, save_layer_bits=None)
 
 
 def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> Found:
@@ -85,6 +90,7 @@ def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> F
         fact = f"--target-size {recipe.target_size:g} is below what these bits can give, which is {least:.4g}."
         raise QconvError(fact, "add smaller --candidate-bits, lower --edge-bits, or allow a larger size.")
     judge = Judge.of(ground, names, feeds, warn, progress)
+    _warn_of_few(judge, recipe.max_drop, warn)
     if recipe.max_drop is None:
         points, chosen = _best(judge, _uniform(layers, most), points)
     else:
@@ -92,6 +98,7 @@ def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> F
     report = MixedPrecision(
         _in_words(recipe),
         len(names),
+        judge.pictures,
         judge.float_top1,
         tuple(
             _row(point, judge.seen.get(index), scope.share(point.size), chosen=index == chosen)
@@ -99,6 +106,18 @@ def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> F
         ),
     )
     return Found(judge.recipe_of(points[chosen]), report, judge.settled[chosen])
+
+
+def _warn_of_few(judge: Judge, drop: Drop | None, warn: Callable[[str], None]) -> None:
+    """What so few pictures cannot tell."""
+    if judge.flattered:
+        warn(
+            f"bits are judged by the {judge.pictures} pictures that weights are rounded on, which flatters: pass more."
+        )
+    if drop is not None and drop.measure != "sqnr" and drop.value * judge.pictures < 1:
+        warn(
+            f"--max-drop {drop} is less than one of the {judge.pictures} pictures it is judged by: pass more pictures."
+        )
 
 
 def _sensitivities(
@@ -141,7 +160,7 @@ class _Scope:
     @classmethod
     def of(cls, model: Model, recipe: Recipe, floats: Mapping[str, str]) -> _Scope:
         """The first and the last layer keep `edge_bits`."""
-        least = make_plan(model, replace(recipe, weight_bits=2), TARGETS[recipe.target], floats)
+        least = make_plan(model, _alike(recipe, 2), TARGETS[recipe.target], floats)
         fewest = {layer.node.name or "": layer.weight.bits for layer in least.layers}
         wishes: dict[str, set[int]] = {}
         counts: dict[str, int] = {}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import itertools
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qconv import fold, load, save
 from qconv.apart import in_words, round_apart
 from qconv.audit import Known, audit, profiled
 from qconv.balance import balance
+from qconv.checks import spelt
 from qconv.embed import embed
 from qconv.emit import emit
 from qconv.errors import QconvError
@@ -49,6 +51,8 @@ from qconv.verify import gates, verify
 
 EQUALIZED_ON = 64
 """Pictures that channels are watched on, but for the best effort, which watches all."""
+LOST, LOST_DB = 0.5, 3.0
+"""Agreement and SQNR below which a result is of no use."""
 SLOWER = 1.05
 """Times of the float model from which on a result is called slower: less is noise."""
 
@@ -98,10 +102,13 @@ def quantize(
         proto = read(source)
         if place is not None:
             check_output(source, place, data_files(proto, source))
+        written = {} if place is None else {"the output": place}
         for option in ("save_stats", "save_layer_bits"):
             if getattr(recipe, option) is not None:
-                check_output(source, Path(getattr(recipe, option)), data_files(proto, source))
-                _check_apart(place, Path(getattr(recipe, option)), f"--{option.replace('_', '-')}")
+                path = Path(getattr(recipe, option))
+                check_output(source, path, data_files(proto, source))
+                written[spelt(option)] = path
+        _check_apart(written, [*recipe.calib, *([] if recipe.stats is None else [recipe.stats])])
         refuse_quantized(proto, source.name)
         float_bytes = file_bytes(proto, source)
         pictures = open_pictures(source, data_files(proto, source), recipe, run.warn, run.listener.progress)
@@ -177,6 +184,8 @@ def quantize(
         for output in checked.outputs:
             if output.remark:
                 run.warn(f"output {output.name}: {output.remark}.")
+        if _is_lost(checked):
+            run.warn(f"little is left of the float model: {_how_much(checked)}; pass more bits or more --effort.")
         if checked.slowdown is not None and checked.slowdown > SLOWER:
             run.warn(f"the quantized model ran {checked.slowdown:.2f} times as long as the float one on this machine.")
         size = staged.size
@@ -232,14 +241,30 @@ def check_output(source: Source, out: Path, data: set[Path]) -> None:
             raise QconvError(f"The output {out} is {what}.", "choose another output with -o.")
 
 
-def _check_apart(out: Path | None, other: Path, option: str) -> None:
-    if out is not None and out.resolve() == other.resolve():
-        raise QconvError(f"{out} is both the output and {option}.", "choose two names.")
+def _check_apart(written: Mapping[str, Path], read: Sequence[str]) -> None:
+    """Refuse to write two files at one place, or over a list of pictures, a picture or statistics that are read."""
+    for (one, path), (other, same) in itertools.combinations(written.items(), 2):
+        if path.resolve() == same.resolve():
+            raise QconvError(f"{path} is both {one} and {other}.", "choose two names.")
+    for path in written.values():
+        for name in read:
+            if path.is_file() and Path(name).is_file() and path.samefile(name):
+                raise QconvError(f"{path} is read, and would be written over.", "choose another name.")
 
 
 def _embed(model: Model, layout: Layout, recipe: Recipe, pictures: Pictures) -> list[Finding]:
     """The model and its pictures change over to pixels."""
     return embed(model, pictures.take_pixels(layout), layout, exact=recipe.activation_bits > 8)
+
+
+def _is_lost(checked: Verification) -> bool:
+    agreement, decibel = checked.agreement, checked.sqnr_db
+    return (agreement is not None and agreement < LOST) or (decibel is not None and decibel < LOST_DB)
+
+
+def _how_much(checked: Verification) -> str:
+    told = [] if checked.agreement is None else [f"it says the same of {checked.agreement:.1%} of the pictures"]
+    return ", ".join([*told, *([] if checked.sqnr_db is None else [f"SQNR is {checked.sqnr_db:.1f} dB"])])
 
 
 def _tuned(
@@ -257,11 +282,12 @@ def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> S
     with run.step("params"):
         settled = nearest(folded, recipe)
         _look_for_means_in_vain(settled, recipe, run)
-    if recipe.rounding == "second-order":
+    if pictures.feed is None and recipe.effort != "fast":
+        why = "statistics do not say how inputs go together; pass pictures, too"
+        settled.findings.append(Skipped("round", "all layers", why))
+    elif pictures.feed is not None and recipe.rounding == "second-order":
         with run.step("round"):
-            feed = pictures.feed
-            pictures_wanted = effort_for(settled.plan, recipe).pictures
-            feeds = None if feed is None else feed.first(pictures_wanted, "read again")
+            feeds = pictures.feed.first(effort_for(settled.plan, recipe).pictures, "read again")
             round_anew(settled, folded, recipe, feeds, run.listener.progress)
     return settled
 
@@ -274,9 +300,14 @@ def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -
         if not fnmatch.filter(names, pattern):
             warn(f"--keep-float {pattern} matches no node of the folded model.")
     layers = [node.name or "" for node in model.nodes() if is_layer(node)]
+    left = layers
     for pattern, _ in recipe.layer_bits:
+        matched = [name for name in left if fnmatch.fnmatchcase(name, pattern)]
         if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
             warn(f"--layer-bits: {pattern!r} matches no layer of the folded model.")
+        elif not matched:
+            warn(f"--layer-bits: {pattern!r} matches no layer that a line above it does not: exceptions stand first.")
+        left = [name for name in left if name not in matched]
     for op_type in recipe.keep_float_op:
         if op_type not in types:
             warn(f"--keep-float-op {op_type}: the folded model has no such operator.")

@@ -109,9 +109,14 @@ class Recipe:
         self._take_types()
         self._check_numbers()
         self._check_layer_bits()
+        self._check_weights_alone()
         self._check_search()
+        alone = self.stats is not None and not self.calib
         if self.rounding is None:
-            self._take("rounding", "nearest" if self.effort == "fast" else "second-order")
+            self._take("rounding", "nearest" if self.effort == "fast" or alone else "second-order")
+        hint = "it looks at pictures again: pass some with --calib."
+        require(not alone or self.rounding == "nearest", f"--rounding {self.rounding} with --stats alone", hint)
+        require(not alone or self.effort != "best", "--effort best with --stats alone", hint)
         for name, known in CHOICES.items():
             self._require_one_of(name, known, f"use one of {', '.join(known)}.")
         idle = self.effort == "best" and self.rounding == "nearest"
@@ -195,6 +200,7 @@ class Recipe:
         for name in ("stats", "save_stats", "save_layer_bits"):
             if getattr(self, name) is not None:
                 self._take(name, str(getattr(self, name)))
+                require(getattr(self, name) != "-", self._told(name), "name a file.")
         whole = isinstance(self.preprocessing, PreprocessingOptions)
         require(whole, f"preprocessing {self.preprocessing!r}", "pass PreprocessingOptions(preset=...).")
         require(self.target in TARGETS, f"--target {self.target}", f"use {' or '.join(TARGETS)}.")
@@ -244,6 +250,7 @@ class Recipe:
             require(idle, f"{spelt(name)} with --stats alone", "leave it out: no picture is read.")
         require(self.stats is None or self.save_stats is None, "--stats with --save-stats", "copy the file instead.")
         own = self.calibrator == CALIBRATOR and self.bit_allocation in ("none", "weights")
+        own = own and self.activation_bits < 32
         for name, wanted in (("equalize", True), ("tune_ranges", own)):
             if getattr(self, name) is None:
                 self._take(name, wanted and self.effort != "fast" and self.stats is None)
@@ -264,6 +271,8 @@ class Recipe:
                 fact = f"{spelt(name)} without a search"
                 require(getattr(self, name) is None, fact, "pass --max-drop or --target-size as well.")
             return
+        hint = "leave it out: a search chooses from --candidate-bits."
+        require(self.weight_bits == 8, f"--weight-bits {self.weight_bits} with a search for bits", hint)
         if self.max_drop is not None:
             drop = self.max_drop
             known = isinstance(drop, Drop) and drop.measure in DROPS
@@ -291,7 +300,8 @@ class Recipe:
     def _check_allocation(self) -> None:
         told = f"--bit-allocation {self.bit_allocation} with"
         if self.allocates_weights:
-            require(self.weight_bits <= 8, f"{told} --weight-bits {self.weight_bits}", "use 2 to 8.")
+            fix = "use 2 to 7: no channel can have more than 8."
+            require(self.weight_bits < 8, f"{told} --weight-bits {self.weight_bits}", fix)
             whole = self.weight_granularity is not WeightGranularity.PER_CHANNEL
             fact = f"{told} --weight-granularity {self.weight_granularity}"
             require(not whole, fact, "use per-channel: bits go with scales.")
@@ -351,6 +361,17 @@ class Recipe:
             require(target.pairs, f"{option} with --target {self.target}", "leave it out: x86 CPUs are meant.")
             integers = self.activation_bits <= 8 and self.weight_bits <= 8  # of most layers
             require(integers, f"{option} with these bits", "leave it out: products are of float then.")
+
+    def _check_weights_alone(self) -> None:
+        """Options for activations mislead where these stay float."""
+        if self.activation_bits != 32:
+            return
+        hint = "leave one of them out: with 32 activations stay float."
+        for name, idle in (
+            ("calibrator", self.calibrator == CALIBRATOR),
+            ("tune_ranges", not self.tune_ranges),
+        ):
+            require(idle, f"{self._told(name)} with --activation-bits 32", hint)
 
     def _check_percentile(self) -> None:
         """Only one calibrator has a share; an option without effect would mislead."""

@@ -25,7 +25,7 @@ from qconv.emit import emit
 from qconv.findings import Finding, Skipped
 from qconv.graph import Model, Node
 from qconv.held import Arrays, Store
-from qconv.moments import moments, share_for
+from qconv.moments import KEPT_SHARE, moments, share_for
 from qconv.params import Params, carried_over
 from qconv.patches import Ints, Patches
 from qconv.plan import Layer, Plan
@@ -78,7 +78,9 @@ def refine(
     feeds: the pictures, batch by batch.
     """
     solver = Solver(recipe, plan.target, effort_for(plan, recipe))
-    return _Refiner(model, params, solver, [_pictures_in(feed) for feed in feeds]).run(feeds, floats, progress)
+    # whoever judges by batches that weights were not rounded on (judge.py) counts on these being kept apart whole
+    pieces = [1 if len(feeds) >= KEPT_SHARE else _pictures_in(feed) for feed in feeds]
+    return _Refiner(model, params, solver, pieces).run(feeds, floats, progress)
 
 
 @dataclass(slots=True)
@@ -86,7 +88,7 @@ class _Refiner:
     model: Model
     params: Params
     solver: Solver
-    sizes: list[int]  # pictures of each batch
+    pieces: list[int]  # of each batch, one of so many is kept apart
     findings: list[Finding] = field(default_factory=list)
 
     def run(
@@ -123,7 +125,7 @@ class _Refiner:
                 if why is None:
                     assert upcoming is not None
                     rows = self._rows(chosen.layer, index, upcoming.result(), other, twin)
-                    seen = moments(rows, share_for(sum(self.sizes)))
+                    seen = moments(rows, share_for(sum(self.pieces)))
                     upcoming = next(inputs, None)
                     sight = Sight.behind(node, self.params.activations)
                     chosen, finding = self.solver.solved(chosen, self.params.sources.get(node), seen, sight)
@@ -150,7 +152,7 @@ class _Refiner:
     def _rows(
         self, layer: Layer, index: int, floats: Arrays, other: Walk, twin: Node
     ) -> Iterator[tuple[Float32, Float32]]:
-        """The same rows of both networks, picture by picture, cut out ahead of who sums them."""
+        """The same rows of both networks, piece by piece, cut out ahead of who sums them."""
         codes, grid = other.codes_at(first_input(twin))
         drawn = enumerate(self.solver.drawn(layer, index, floats))
 
@@ -164,17 +166,17 @@ class _Refiner:
             return patches.rows(floats[number], places), found
 
         with contextlib.closing(ahead(cut, drawn, workers=1, depth=4)) as futures:
-            for pictures, future in zip(self.sizes, futures, strict=True):
-                yield from _apart(*future.result(), pictures)
+            for count, future in zip(self.pieces, futures, strict=True):
+                yield from _apart(*future.result(), count)
 
 
 def _pictures_in(feed: Mapping[str, NDArray[Any]]) -> int:
     return max(1, min((len(x) for x in feed.values() if x.ndim), default=1))
 
 
-def _apart(floats: Float32, rows: Float32, pictures: int) -> Iterator[tuple[Float32, Float32]]:
+def _apart(floats: Float32, rows: Float32, pieces: int) -> Iterator[tuple[Float32, Float32]]:
     """Rows (G, n, K) of a batch, which lie picture after picture."""
-    ends = np.linspace(0, rows.shape[1], pictures + 1).astype(int)
+    ends = np.linspace(0, rows.shape[1], pieces + 1).astype(int)
     for start, end in itertools.pairwise(ends.tolist()):
         if end > start:
             yield floats[:, start:end], rows[:, start:end]

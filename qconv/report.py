@@ -178,11 +178,12 @@ class MixedPrecision:
     """What a search for bits found.
 
     demand: in words; layers: that bits were chosen for; float_top1: of the float model, where top-1 was asked for;
-    points: ascending in size.
+    points: ascending in size. pictures: that they were measured on.
     """
 
     demand: str
     layers: int
+    pictures: int
     float_top1: float | None
     points: tuple[SizePoint, ...]
 
@@ -194,7 +195,13 @@ class MixedPrecision:
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
         points = [_row(point) for point in self.points]
-        return {"demand": self.demand, "layers": self.layers, "float_top1": self.float_top1, "points": points}
+        return {
+            "demand": self.demand,
+            "layers": self.layers,
+            "pictures": self.pictures,
+            "float_top1": self.float_top1,
+            "points": points,
+        }
 
 
 @dataclass(slots=True)

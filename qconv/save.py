@@ -86,18 +86,31 @@ def _locked_folder(out: Path) -> Iterator[Path]:
     while True:
         with _explained(out):
             folder = Path(tempfile.mkdtemp(suffix=SUFFIX, prefix=f".{out.name}.", dir=out.parent))
-            handle = os.open(folder, os.O_RDONLY)
+            try:
+                handle = os.open(folder, os.O_RDONLY)
+            except FileNotFoundError:  # another run took it for a stale one
+                continue
         try:
-            # not every file system has locks; without them stale folders stay
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # another run may have taken it for a stale one before the lock was set
-            if folder.exists():
+            if _is_ours(handle) and folder.exists():
                 yield folder
                 return
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)
+
+
+def _is_ours(handle: int) -> bool:
+    """Lock a new folder. False where another run did before, which takes it for a stale one and is about to remove it.
+
+    Not every file system has locks: without them stale folders stay.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextlib.contextmanager

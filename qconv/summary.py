@@ -132,6 +132,7 @@ def _mixed(found: MixedPrecision | None) -> list[tuple[str, str]]:
     chosen = found.chosen
     kinds = [f"{'float' if bits == '32' else f'{bits} bits'} x {layers}" for bits, layers in chosen.bits.items()]
     lines = [("bits", f"weights {chosen.size:.3f} of float by {found.demand}; layers: {', '.join(kinds)}")]
+    lines.append(("", f"chosen on {counted(found.pictures, 'picture')}:"))
     for point in found.points:
         if point.verified:
             got = [] if point.agreement is None else [f"agreement {point.agreement:.1%}"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 import qconv
 from qconv.emit import emit
 from qconv.fileformat import describe
-from qconv.findings import Finding, Skipped
+from qconv.findings import Finding
 from qconv.graph import Model
 from qconv.params import NO_FACTORS, Params, carried_over, choose_params
 from qconv.plan import Plan
@@ -52,12 +52,8 @@ def nearest(folded: Folded, recipe: Recipe) -> Settled:
     return Settled(plan, *choose_params(plan, folded.sketches, recipe, folded.factors))
 
 
-def round_anew(settled: Settled, folded: Folded, recipe: Recipe, feeds: Feeds | None, progress: Progress) -> None:
-    """Weights rounded for what the layers before hand on, where there are pictures to see that on."""
-    if feeds is None:
-        why = "statistics do not say how inputs go together; pass pictures, too"
-        settled.findings.append(Skipped("round", "all layers", why))
-        return
+def round_anew(settled: Settled, folded: Folded, recipe: Recipe, feeds: Feeds, progress: Progress) -> None:
+    """Weights rounded for what the layers before hand on."""
     plan, params = settled.plan, settled.params
     settled.findings += refine(folded.model, plan, params, feeds, recipe, folded.floats, progress)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.errors import QconvError
 from qconv.report import Gate, OutputScore, Verification
 from qconv.runtime import Session
 
@@ -30,6 +31,8 @@ class _Tally:
     equal: int = 0
     positions: int = 0
     measured: bool = False
+    seen: int = 0
+    finite: int = 0
     remark: str = ""
 
     def update(self, reference: Any, quantized: Any) -> None:
@@ -46,6 +49,8 @@ class _Tally:
     def _compare(self, reference: NDArray[Any], quantized: NDArray[Any]) -> None:
         self.measured = True
         finite = np.isfinite(reference)  # where the float model itself has no number there is nothing to keep
+        self.seen += reference.size
+        self.finite += int(finite.sum())
         ref, got = reference[finite].astype(np.float64), quantized[finite].astype(np.float64)
         self.signal += float(np.sum(ref * ref))
         self.noise += float(np.sum(np.where(np.isfinite(got), (ref - got) ** 2, np.inf)))
@@ -55,11 +60,15 @@ class _Tally:
             self.positions += same.size
 
     def score(self, name: str) -> OutputScore:
+        """Raises QconvError where the float model gave no number at all."""
         if self.remark:
             return OutputScore(name, None, None, self.remark)
         agreement = self.equal / self.positions if self.positions else None
         if not self.measured:
             return OutputScore(name, None, agreement)
+        if self.seen and not self.finite:
+            fact = f"Output {name} of the float model holds NaN or infinity alone, on all pictures."
+            raise QconvError(fact, "check the model's weights, and how pictures are fed.")
         remark = (
             "" if self.noise < math.inf else "the quantized model gives NaN or infinity where the float model does not"
         )

@@ -271,17 +271,30 @@ def test_the_report_lists_the_bits() -> None:
 # -- what is asked for -------------------------------------------------------------------------------------------------
 
 
+FEW: dict[str, Any] = {"weight_bits": 4}
+BOTH = FEW | {"bit_allocation": "both", "calibrator": "aciq"}
+
+
 @pytest.mark.parametrize(
     ("options", "fact", "fix"),
     [
         ({"bit_allocation": "some"}, "--bit-allocation some", "none, weights"),
-        ({"bit_allocation": "weights", "weight_bits": 16}, "--weight-bits 16", "2 to 8"),
-        ({"bit_allocation": "weights", "weight_granularity": "per-tensor"}, "per-tensor", "per-channel"),
+        ({"bit_allocation": "weights", "weight_bits": 16}, "--weight-bits 16", "2 to 7"),
+        ({"bit_allocation": "weights"}, "--weight-bits 8", "2 to 7"),
+        (FEW | {"bit_allocation": "weights", "weight_granularity": "per-tensor"}, "per-tensor", "per-channel"),
         ({"bit_allocation": "weights", "weight_bits": 4, "pack": True}, "--pack", "int4"),
         ({"bit_allocation": "activations"}, "--calibrator output-mse", "aciq"),
-        ({"bit_allocation": "both", "calibrator": "aciq", "activation_bits": 16}, "--activation-bits 16", "2 to 8"),
-        ({"bit_allocation": "both", "calibrator": "aciq", "activation_bits": 32}, "--activation-bits 32", "2 to 8"),
-        ({"bit_allocation": "both", "calibrator": "aciq", "target": "openvino"}, "--target openvino", "ort-cpu"),
+        (
+            FEW | {"bit_allocation": "both", "calibrator": "aciq", "activation_bits": 16},
+            "--activation-bits 16",
+            "2 to 8",
+        ),
+        (
+            FEW | {"bit_allocation": "both", "calibrator": "aciq", "activation_bits": 32},
+            "--activation-bits 32",
+            "2 to 8",
+        ),
+        (BOTH | {"target": "openvino"}, "--target openvino", "ort-cpu"),
         ({"bias_correction": "some"}, "--bias-correction some", "measured"),
     ],
 )

@@ -6,7 +6,6 @@ import json
 import tomllib
 from pathlib import Path
 
-import click
 import numpy as np
 import onnx
 import pytest
@@ -247,5 +246,16 @@ def test_the_option_reads_the_file(tmp_path: Path) -> None:
     assert tomllib.loads(as_toml(found.layer_bits)) == tomllib.loads(EXAMPLE)
     with pytest.raises(QconvError, match="cannot be read"):
         asked("--layer-bits", tmp_path / "none.toml")
-    with pytest.raises(click.UsageError, match="9 bits"):
+    with pytest.raises(QconvError, match="9 bits"):
         asked("--layer-bits", written(tmp_path, "[layers]\na = 9"))
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "bits.toml"
+    path.write_text("[layers]\na = 4", "utf-8-sig")
+    assert read_layer_bits(path) == (("a", LayerBits(4)),)
+
+
+def test_nests_without_end_are_no_traceback(tmp_path: Path) -> None:
+    with pytest.raises(QconvError, match="nested too deeply"):
+        read_layer_bits(Path(written(tmp_path, "x = " + "[" * 5000 + "]" * 5000)))
