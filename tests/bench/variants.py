@@ -76,7 +76,12 @@ class Peer:
 NEAREST = ("--effort", "fast", "--rounding", "nearest")
 
 VARIANTS: tuple[Variant, ...] = (
-    Variant("naive", "round to nearest, min-max", ("--effort", "fast", "--calibrator", "minmax")),
+    Variant(
+        "naive",
+        "round to nearest, min-max",
+        ("--effort", "fast", "--calibrator", "minmax"),
+        settings=tuple(each for each in SETTINGS if each.activation < 32),
+    ),
     Variant("nearest", "round to nearest, ranges by output-mse", pinned=NEAREST),
     Variant("aciq", "Banner et al.'s recipe", ("--recipe-name", "aciq-w4a4"), settings=(setting("W4A4"),)),
     Variant("balanced", "second-order rounding", ("--effort", "balanced")),
