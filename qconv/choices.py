@@ -48,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_bits": 4,
         "activation_bits": 4,
         "calibrator": "aciq",
-        "weight_calibrator": "aciq",
+        "weight_calibrator": "max",
         "bit_allocation": "both",
         "bias_correction": "measured",
         "rounding": "nearest",
@@ -56,7 +56,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "tune_ranges": False,
     },
 }
-"""Published recipes by name: fields of Recipe. `aciq-w4a4`: Banner et al. 2019, arXiv 1810.05723."""
+"""Published recipes by name: fields of Recipe. `aciq-w4a4`: Banner et al. 2019, arXiv 1810.05723, who clip activations
+and not weights."""
 
 
 CALIBRATOR = "output-mse"

@@ -96,7 +96,8 @@ class Pictures:
         """Of every tensor that must be seen for any of the plans. Raises QconvError where the file lacks some."""
         want = want_of(recipe) if recipe.save_stats is None else Want.ALL
         found: dict[str, Tap] = {}
-        for tap in (tap for plan in plans for tap in plan.taps(want)):
+        means = recipe.measures_means and self.known is None and recipe.save_stats is None
+        for tap in (t for plan in plans for t in (*plan.taps(want), *(plan.taps_of_float() if means else ()))):
             known = found.get(tap.name, tap)
             found[tap.name] = replace(tap, want=tap.want | known.want)
         taps = list(found.values())

@@ -110,14 +110,11 @@ def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> F
 
 def _warn_of_few(judge: Judge, drop: Drop | None, warn: Callable[[str], None]) -> None:
     """What so few pictures cannot tell."""
+    told = f"the {judge.pictures} pictures that bits are judged by"
     if judge.flattered:
-        warn(
-            f"bits are judged by the {judge.pictures} pictures that weights are rounded on, which flatters: pass more."
-        )
-    if drop is not None and drop.measure != "sqnr" and drop.value * judge.pictures < 1:
-        warn(
-            f"--max-drop {drop} is less than one of the {judge.pictures} pictures it is judged by: pass more pictures."
-        )
+        warn(f"weights are rounded on {told}, which flatters: pass more pictures.")
+    if drop is not None and drop.measure != "sqnr" and 0 < drop.value * judge.pictures < 1:
+        warn(f"--max-drop {drop} is less than one of {told}: pass more pictures.")
 
 
 def _sensitivities(

@@ -92,6 +92,7 @@ def _choose_layers(plan: Plan, params: Params, sketches: Mapping[str, Sketch], r
             source,
             recipe.weight_calibrator,
             plan.target,
+            seen=sketch_of(layer, sketches),
             saturation_safe=recipe.saturation_safe,
             correction=recipe.bias_correction,
         )
@@ -104,9 +105,13 @@ def source_of(layer: Layer, params: Params, sketches: Mapping[str, Sketch]) -> S
     """What a layer reads; None where that stays float."""
     if layer.data is None:
         return None
-    # a sketch's channels are those of axis 1, which a MatMul does not sum over
-    known = None if layer.node.op_type == "MatMul" else sketches.get(layer.data.name or "")
-    return Source(params.activations[layer.data], known)
+    return Source(params.activations[layer.data], sketch_of(layer, sketches))
+
+
+def sketch_of(layer: Layer, sketches: Mapping[str, Sketch]) -> Sketch | None:
+    """Of what a layer reads, channels along axis 1, which a MatMul does not sum over."""
+    value = layer.node.inputs[0]
+    return None if value is None or layer.node.op_type == "MatMul" else sketches.get(value.name or "")
 
 
 def _ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[Value, Range]:

@@ -105,6 +105,11 @@ class Plan:
         seen = (value for value in self.activations if value in read or not self.copies(value))
         return [tap_of(value, want | Want.CHANNELS if value in read else want & Want.BINS) for value in seen]
 
+    def taps_of_float(self) -> list[Tap]:
+        """What layers read that stays float: its means tell what rounding their weights does to those of outputs."""
+        read = (layer.node.inputs[0] for layer in self.layers if layer.data is None and layer.node.op_type != "MatMul")
+        return [tap_of(value, Want.CHANNELS) for value in dict.fromkeys(read) if value is not None]
+
     def copies(self, value: Value) -> bool:
         """Whether `value` holds nothing but values of tensors that it shares parameters with."""
         node = value.producer()

@@ -183,6 +183,11 @@ class Recipe:
         return self.bit_allocation in ("activations", "both")
 
     @property
+    def measures_means(self) -> bool:
+        """Whether biases take back what the means of layers' inputs tell, as calibration saw them."""
+        return self.bias_correction == "measured" and self.rounding == "nearest"
+
+    @property
     def searches(self) -> bool:
         """Whether bits of layers are searched for."""
         return self.max_drop is not None or self.target_size is not None

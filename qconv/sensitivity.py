@@ -28,7 +28,7 @@ from qconv.choices import Scheme
 from qconv.graph import Model, is_tensor
 from qconv.held import Arrays, Store
 from qconv.moments import is_kept, moments
-from qconv.params import Params, source_of
+from qconv.params import Params, sketch_of, source_of
 from qconv.plan import Layer as Planned
 from qconv.plan import Plan
 from qconv.quant import PerChannel
@@ -159,6 +159,7 @@ def _nearest(network: Network, layer: Planned, bits: int) -> LayerParams:
         _source(network, layer),
         recipe.weight_calibrator,
         network.plan.target,
+        seen=sketch_of(layer, network.sketches),
         saturation_safe=recipe.saturation_safe,
         correction=recipe.bias_correction,
     )

@@ -74,8 +74,11 @@ class Source:
 
     def of(self, channels: int) -> Sketch | None:
         """The sketch, if it is of each of this many channels."""
-        found = self.sketch
-        return found if found is not None and found.count and found.lows.size == channels else None
+        return self.sketch if self.sketch is not None and _is_of(self.sketch, channels) else None
+
+
+def _is_of(sketch: Sketch, channels: int) -> bool:
+    return bool(sketch.count) and sketch.lows.size == channels
 
 
 def quantize_layer(
@@ -84,10 +87,13 @@ def quantize_layer(
     calibrator: str,
     target: Target,
     *,
+    seen: Sketch | None = None,
     saturation_safe: bool | None = None,
     correction: str = "measured",
 ) -> tuple[LayerParams, list[Finding]]:
     """Codes and parameters of one layer. source: None where only weights are quantized; calibrator: the weights'.
+
+    seen: what the layer reads, where that was watched.
 
     saturation_safe: no pair of products overflows 16 bits, whatever the picture (True), or on the calibration pictures
     (None); False: that is no matter. correction: how the bias takes back what rounding does to means, see Recipe.
@@ -103,8 +109,8 @@ def quantize_layer(
     codes = params.quantize(weight)
     rounded = params.dequantize(codes)
     shift = None
-    if correction == "measured" and source is not None:
-        shift = _measured_shift(layer, weight, rounded, source)
+    if correction == "measured" and seen is not None:
+        shift = _measured_shift(layer, weight, rounded, seen)
     elif correction == "analytic":
         known = analytic_shift(layer, weight, rounded)
         if isinstance(known, str):
@@ -212,16 +218,15 @@ def analytic_shift(
 
 
 def _measured_shift(
-    layer: Layer, weight: NDArray[np.float32], rounded: NDArray[np.float32], source: Source
+    layer: Layer, weight: NDArray[np.float32], rounded: NDArray[np.float32], seen: Sketch
 ) -> NDArray[np.float64] | None:
     """What takes back what rounding does to the means of the outputs, (O,); None where the channels were not watched.
 
     What clipping does to the inputs' means is left alone: few places are clipped, where the network behind makes little
     of the rest, and to lift all others for them only loses.
     """
-    channels = input_channels(layer)
-    sketch = source.of(channels)
-    return None if sketch is None else _on_average(layer, weight - rounded, sketch.means)
+    watched = _is_of(seen, input_channels(layer))
+    return _on_average(layer, weight - rounded, seen.means) if watched else None
 
 
 def _on_average(layer: Layer, weight: NDArray[np.float32], means: NDArray[np.float64]) -> NDArray[np.float64]:

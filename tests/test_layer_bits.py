@@ -259,3 +259,15 @@ def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
 def test_nests_without_end_are_no_traceback(tmp_path: Path) -> None:
     with pytest.raises(QconvError, match="nested too deeply"):
         read_layer_bits(Path(written(tmp_path, "x = " + "[" * 5000 + "]" * 5000)))
+
+
+def test_a_line_that_comes_too_late_is_told(tmp_path: Path) -> None:
+    proto = deep()
+    samples = tmp_path / "s"
+    samples.mkdir()
+    for number in range(4):
+        np.save(samples / f"{number}.npy", np.random.default_rng(number).random((3, 8, 8)).astype(np.float32))
+    lines = (("*", LayerBits(4)), ("d", LayerBits(8)), ("nowhere", LayerBits(8)))
+    report, _ = whole(proto, Recipe(calib=(str(samples),), layer_bits=lines, effort="fast"))
+    assert any("'d' matches no layer that a line above it does not" in text for text in report.warnings)
+    assert any("'nowhere' matches no layer of the folded model" in text for text in report.warnings)

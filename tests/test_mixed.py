@@ -411,12 +411,29 @@ def test_the_result_does_not_depend_on_the_run(pictures: Path) -> None:
         ({"save_layer_bits": "x"}, "--save-layer-bits without a search"),
         ({"target_size": 0.2, "calib": (), "stats": "s"}, "without pictures"),
         ({"target_size": 0.2, "tune_latency": True}, "--tune-latency with a search"),
+        ({"target_size": 0.2, "weight_bits": 4}, "--weight-bits 4 with a search"),
+        ({"target_size": 0.2, "save_layer_bits": "-"}, "--save-layer-bits -"),
     ],
 )
 def test_what_cannot_be_asked_for(options: dict[str, Any], fact: str) -> None:
     with pytest.raises(QconvError) as caught:
         Recipe(**{"calib": ("x",), **options})
     assert caught.value.message.startswith(fact) or fact in caught.value.message
+
+
+def test_what_so_few_pictures_cannot_tell_is_warned_of(pictures: Path) -> None:
+    """16 pictures: one is 0.0625 of them."""
+    heard: list[str] = []
+    for share in (0.05, 0.0, 0.07):
+        found = recipe(pictures, max_drop=Drop("agreement", share), candidate_bits=(8, 32), edge_bits=8)
+        report, _ = quantize(Source("m", None, NET.SerializeToString()), None, found)
+        assert report.mixed is not None
+        assert report.mixed.pictures == report.mixed.as_dict()["pictures"] == 16
+        heard.append(" ".join(report.warnings))
+    assert ["less than one of the 16 pictures" in text for text in heard] == [True, False, False]
+    found = recipe(pictures, target_size=0.2, rounding="second-order", samples=6)
+    report, _ = quantize(Source("m", None, NET.SerializeToString()), None, found)
+    assert any("which flatters" in text for text in report.warnings)
 
 
 def test_options() -> None:

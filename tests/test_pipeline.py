@@ -23,7 +23,7 @@ from qconv.errors import QconvError
 from qconv.pipeline import Listener, folded_float, quantize
 from qconv.pixels import Color, Layout, PreprocessingOptions
 from qconv.recipe import Recipe
-from qconv.report import Report
+from qconv.report import OutputScore, Report
 from qconv.runtime import Session
 from qconv.source import Source
 
@@ -513,6 +513,71 @@ def test_a_result_that_is_slower_than_float_is_told(
     monkeypatch.setattr(pipeline, "verify", lambda *args: replace(real(*args), slowdown=slowdown))
     report, _ = quantized(deep(), Recipe(calib=(pictures,)))
     assert any("times as long as the float one" in text for text in report.warnings) is told
+
+
+@pytest.mark.parametrize(
+    ("sqnr", "agreement", "told"),
+    [(2.0, 0.9, "says the same of 90.0% of the pictures, SQNR is 2.0 dB"), (2.0, None, "model: SQNR is 2.0 dB")]
+    + [(None, 0.4, "the same of 40.0% of the pictures;"), (20.0, 0.9, ""), (None, None, "")],
+)
+def test_a_result_of_which_little_is_left_is_told(
+    pictures: str, monkeypatch: pytest.MonkeyPatch, sqnr: float | None, agreement: float | None, told: str
+) -> None:
+    real = pipeline.verify
+    scores = (OutputScore("y", sqnr, agreement),)
+    monkeypatch.setattr(pipeline, "verify", lambda *args: replace(real(*args), outputs=scores))
+    report, _ = quantized(deep(), Recipe(calib=(pictures,), effort="fast"))
+    warned = [text for text in report.warnings if "little is left of the float model" in text]
+    assert len(warned) == bool(told)
+    assert all(told in text for text in warned)
+
+
+def test_outputs_without_a_number_are_an_error(pictures: str) -> None:
+    """Weights alone: no calibration meets what they make."""
+    proto = network("c = Conv(x, w, b)  y = Relu(c)", ("N", 3, 8, 8), w=(4, 3, 3, 3), b=np.full(4, np.nan, np.float32))
+    with pytest.raises(QconvError, match="Output y of the float model holds NaN"):
+        quantized(proto, Recipe(calib=(pictures,), activation_bits=32, effort="fast", bias_correction="none"))
+
+
+@pytest.mark.parametrize("option", ["save_stats", "save_layer_bits"])
+def test_what_is_read_is_not_written_over(option: str, tmp_path: Path, pictures: str) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(map(str, sorted(Path(pictures).iterdir()))) + "\n")
+    before = listed.read_bytes()
+    model = tmp_path / "m.onnx"
+    model.write_bytes(deep().SerializeToString())
+    more = {"target_size": 0.3} if option == "save_layer_bits" else {}
+    recipe = Recipe(calib=(str(listed),), effort="fast", **{option: str(listed)}, **more)
+    with pytest.raises(QconvError, match="is read, and would be written over"):
+        quantize(model, tmp_path / "out.onnx", recipe)
+    with pytest.raises(QconvError, match="is read, and would be written over"):
+        quantize(model, listed, Recipe(calib=(str(listed),), effort="fast"))
+    assert listed.read_bytes() == before
+
+
+def test_two_outputs_have_two_names(tmp_path: Path, pictures: str) -> None:
+    model, both = tmp_path / "m.onnx", str(tmp_path / "both")
+    model.write_bytes(deep().SerializeToString())
+    recipe = Recipe(calib=(pictures,), effort="fast", target_size=0.3, save_layer_bits=both, save_stats=both)
+    with pytest.raises(QconvError, match="both --save-stats and --save-layer-bits"):
+        quantize(model, tmp_path / "out.onnx", recipe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx"]
+
+
+def test_means_are_kept_where_weights_alone_are_rounded(pictures: str) -> None:
+    """Nearest codes of 3 bits: outputs move on average, and hardly any more with the bias that calibration tells."""
+    arrays = np.concatenate([np.asarray(Image.open(path), np.float32)[None] for path in Path(pictures).iterdir()])
+    fed = np.ascontiguousarray(arrays.transpose(0, 3, 1, 2)) / 255
+    (ref,) = Session(deep().SerializeToString()).run_all({"x": fed})
+    options: dict[str, Any] = {"weight_bits": 3, "edge_bits": 3, "activation_bits": 32, "effort": "fast"}
+    moved = {}
+    for correction in ("none", "measured"):
+        recipe = Recipe(
+            calib=(pictures,), bias_correction=correction, preprocessing=PreprocessingOptions(preset="unit"), **options
+        )
+        (got,) = Session(quantized(deep(), recipe)[1].SerializeToString()).run_all({"x": fed})
+        moved[correction] = float(np.abs((got - ref).mean(axis=0)).mean())
+    assert moved["measured"] < 0.5 * moved["none"]
 
 
 def test_wishes_that_change_nothing_are_told(pictures: str) -> None:

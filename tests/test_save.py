@@ -333,6 +333,33 @@ def test_a_folder_taken_away_before_its_lock_is_replaced(tmp_path: Path, monkeyp
     assert listing(tmp_path) == ["out.onnx"]
 
 
+@pytest.mark.parametrize("where", ["before it is opened", "while it is locked"])
+def test_a_folder_that_another_run_is_about_to_remove_is_replaced(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: Callable[..., int] = os.open
+    lock: Callable[[int, int], None] = fcntl.flock
+    thefts: list[str] = []
+
+    def open_after_theft(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if where == "before it is opened" and not thefts and Path(path).parent == tmp_path:
+            thefts.append(str(path))
+            Path(path).rmdir()
+        return opened(path, flags, *more, **named)
+
+    def lock_after_theft(handle: int, how: int) -> None:
+        if where == "while it is locked" and not thefts:
+            thefts.append("")
+            raise BlockingIOError
+        lock(handle, how)
+
+    monkeypatch.setattr(os, "open", open_after_theft)
+    monkeypatch.setattr(fcntl, "flock", lock_after_theft)
+    write(model_of(), tmp_path / "out.onnx")
+    assert thefts
+    assert listing(tmp_path) == ["out.onnx"]
+
+
 def test_links_are_not_followed_when_cleaning(tmp_path: Path) -> None:
     """A hidden link of the right name points to the user's pictures."""
     pictures = tmp_path / "pictures"

@@ -266,9 +266,9 @@ def solve_seconds(times: dict[str, float]) -> float | None:
 def _is_for(way: Variant | Peer, bits: Setting, granularity: str, case: Case) -> bool:
     if case.name in TIMED and (granularity != GRANULARITIES[0] or bits not in TIMED[case.name]):
         return False
-    if isinstance(way, Peer):
-        return bits == W8A8 and granularity in way.granularities
-    return way.settings is None or bits in way.settings
+    if granularity not in way.granularities:
+        return False
+    return bits == W8A8 if isinstance(way, Peer) else way.settings is None or bits in way.settings
 
 
 def _pictures(way: Variant | Peer, case: Case, most: int) -> int:

@@ -43,7 +43,7 @@ class Variant:
     """One way to call `qconv quantize`.
 
     pinned: given as far as they are known, so that the variant stays what it is when defaults move on.
-    settings: those that it is for; None for all.
+    settings: those that it is for; None for all. granularities: of weights.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Variant:
     options: tuple[str, ...] = ()
     pinned: tuple[str, ...] = ()
     settings: tuple[Setting, ...] | None = None
+    granularities: tuple[str, ...] = GRANULARITIES
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,13 @@ VARIANTS: tuple[Variant, ...] = (
         settings=tuple(each for each in SETTINGS if each.activation < 32),
     ),
     Variant("nearest", "round to nearest, ranges by output-mse", pinned=NEAREST),
-    Variant("aciq", "Banner et al.'s recipe", ("--recipe-name", "aciq-w4a4"), settings=(setting("W4A4"),)),
+    Variant(
+        "aciq",
+        "Banner et al.'s recipe",
+        ("--recipe-name", "aciq-w4a4"),
+        settings=(setting("W4A4"),),
+        granularities=GRANULARITIES[:1],
+    ),
     Variant("balanced", "second-order rounding", ("--effort", "balanced")),
     Variant("best", "and what takes longer", ("--effort", "best")),
 )
