@@ -34,7 +34,7 @@ EFFORTS = ("fast", "balanced", "best")
 BIT_ALLOCATIONS = ("none", "weights", "activations", "both")
 CHANNEL_CALIBRATORS = ("minmax", "aciq")
 """Calibrators that know a range for each channel of a tensor."""
-BIAS_CORRECTIONS = ("measured", "analytic", "none")
+BIAS_CORRECTIONS = ("measured", "sequential", "analytic", "none")
 CHOICES = {
     "calibrator": CALIBRATORS,
     "weight_calibrator": WEIGHT_CALIBRATORS,

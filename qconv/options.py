@@ -225,7 +225,8 @@ quantize_options = stack(
         type=click.Choice(BIAS_CORRECTIONS),
         default="measured",
         show_default=True,
-        help="Whether biases take back what rounding the weights does to means, by the pictures or BatchNormalization.",
+        help="Whether biases take back what rounding the weights does to means: as calibration saw them, layer after "
+        "layer, or as BatchNormalization tells them.",
     ),
     click.option(
         "--recipe-name",

@@ -285,7 +285,7 @@ def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> S
     if pictures.feed is None and recipe.effort != "fast":
         why = "statistics do not say how inputs go together; pass pictures, too"
         settled.findings.append(Skipped("round", "all layers", why))
-    elif pictures.feed is not None and recipe.rounding == "second-order":
+    elif pictures.feed is not None and recipe.walks:
         with run.step("round"):
             feeds = pictures.feed.first(effort_for(settled.plan, recipe).pictures, "read again")
             round_anew(settled, folded, recipe, feeds, run.listener.progress)

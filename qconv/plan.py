@@ -108,7 +108,8 @@ class Plan:
     def taps_of_float(self) -> list[Tap]:
         """What layers read that stays float: its means tell what rounding their weights does to those of outputs."""
         read = (layer.node.inputs[0] for layer in self.layers if layer.data is None and layer.node.op_type != "MatMul")
-        return [tap_of(value, Want.CHANNELS) for value in dict.fromkeys(read) if value is not None]
+        floats = (value for value in dict.fromkeys(read) if value is not None and value not in self.activations)
+        return [tap_of(value, Want.CHANNELS) for value in floats]
 
     def copies(self, value: Value) -> bool:
         """Whether `value` holds nothing but values of tensors that it shares parameters with."""

@@ -50,7 +50,8 @@ class Recipe:
     search. save_layer_bits: file to write what was found into.
     bit_allocation: whose channels get bits of their own, those of the layer or tensor on average, see `allocation`.
     bias_correction: by which means of what layers read the bias takes back what rounding the weights does to means:
-    those on the pictures, or those that BatchNormalization tells, where it does.
+    those on the pictures, in the float network (measured) or behind layers that are quantized already (sequential, and
+    with second-order rounding always), or those that BatchNormalization tells, where it does.
     weight_scheme: None for symmetric; with effort best, where the target takes it, asymmetric for weights of up to
     FEW_BITS bits: then it stays None.
     activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
@@ -122,6 +123,7 @@ class Recipe:
         idle = self.effort == "best" and self.rounding == "nearest"
         hint = "pass --rounding second-order, or leave --effort out; named recipes take nearest codes."
         require(not idle, "--effort best with nearest codes", hint)
+        self._check_bias_correction()
         self._check_allocation()
         self._check_percentile()
         self._check_statistics()
@@ -185,7 +187,12 @@ class Recipe:
     @property
     def measures_means(self) -> bool:
         """Whether biases take back what the means of layers' inputs tell, as calibration saw them."""
-        return self.bias_correction == "measured" and self.rounding == "nearest"
+        return self.bias_correction in ("measured", "sequential") and self.rounding == "nearest"
+
+    @property
+    def walks(self) -> bool:
+        """Whether layers are looked at one after the other, the layers before quantized already."""
+        return self.rounding == "second-order" or self.bias_correction == "sequential"
 
     @property
     def searches(self) -> bool:
@@ -301,6 +308,15 @@ class Recipe:
         require(
             not self.tune_latency, "--tune-latency with a search for bits", "search first, then pass what is found."
         )
+
+    def _check_bias_correction(self) -> None:
+        if self.bias_correction != "sequential":
+            return
+        told = "--bias-correction sequential with"
+        hint = "leave it out: weights of second order have such biases."
+        require(self.rounding == "nearest", f"{told} --rounding {self.rounding}", hint)
+        require(not self.searches, f"{told} a search for bits", "search first, then pass what is found.")
+        require(bool(self.calib), f"{told} --stats alone", "it looks at pictures again: pass some with --calib.")
 
     def _check_allocation(self) -> None:
         told = f"--bit-allocation {self.bit_allocation} with"

@@ -2,7 +2,8 @@
 
 Two networks are walked side by side over the same pictures: the folded float one, and a copy with all quantizers in
 place, whose weights are replaced as they are found. At each layer rows of both are drawn (patches.py), their moments
-summed (moments.py), and weights and bias are found by these (solve.py).
+summed (moments.py), and weights and bias are found by these (solve.py). Nearest codes stay what they are, and their
+biases alone are found like that.
 
 Activations of 8 bits and more are not rounded on the way. Their noise is no function of what a layer reads: weights
 that were solved anew for it could only shrink, layer after layer, and outputs with them. Fewer bits lose so much that
@@ -137,15 +138,17 @@ class _Refiner:
         progress("round", len(refusals), len(refusals))
 
     def _with_quantizers(self, floats: Mapping[str, str]) -> tuple[Model, dict[str, Node]]:
-        """A copy with float weights and, where any has fewer than 8 bits, every quantizer of activations; its nodes by
-        name.
+        """A copy with float weights, and its nodes by name.
+
+        Where activations have fewer than 8 bits, with all their quantizers, if weights are to be solved for that.
         """
         copy = self.model.copy()
         recipe = self.solver.recipe
         plan = make_plan(copy, recipe, TARGETS[recipe.target], floats)
         chosen = carried_over(replace(self.params, layers=[]), plan)
         nodes = {layer.node.name or "": layer.node for layer in plan.layers}
-        if min((found.spec.bits for found in chosen.activations.values()), default=8) < 8:
+        fewest = min((found.spec.bits for found in chosen.activations.values()), default=8)
+        if fewest < 8 and recipe.rounding == "second-order":
             emit(copy, plan, chosen, pack=False)
         return copy, nodes
 

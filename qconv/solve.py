@@ -133,7 +133,7 @@ class Solver:
     def solved(
         self, nearest: LayerParams, source: Source | None, seen: Moments, sight: Sight, *, anew: bool = True
     ) -> tuple[LayerParams, Finding]:
-        """The layer with codes of second order, or the nearest ones where these err less.
+        """The layer with codes of second order, or the nearest ones where these err less or are asked for.
 
         source: what the layer reads, None where that stays float. sight: of its outputs. anew: whether the network
         before it is quantized; else C = H, and W' is W.
@@ -141,6 +141,8 @@ class Solver:
         layer, node = nearest.layer, nearest.layer.node
         if not seen.is_finite:
             return nearest, Skipped("round", node.name or "", "what it reads is too large for squares in float32")
+        if self.recipe.rounding == "nearest":
+            return self._corrected(nearest, source, seen)
         rows = rows_of(node, float_weight(layer).reshape(stored_shape(node)))
         sight = sight.around(node, rows, seen)
         wanted = self._resolved(rows, seen, sight, layer.weight.bits) if anew else rows
@@ -148,6 +150,16 @@ class Solver:
         params, codes, finding = _better(nearest, params, codes, rows, seen, sight)
         bias = shifted_bias(layer, self._shift(layer, params.dequantize(codes), seen))
         return with_bias(layer, params, codes, bias, source, self.target), finding
+
+    def _corrected(self, nearest: LayerParams, source: Source | None, seen: Moments) -> tuple[LayerParams, Finding]:
+        """Nearest codes, with a bias for what the layers before hand on."""
+        layer, name = nearest.layer, nearest.layer.node.name or ""
+        shift = self._shift(layer, nearest.weight.dequantize(nearest.codes), seen)
+        if shift is None:
+            return nearest, Skipped("bias", name, "a MatMul has no bias")
+        chosen = with_bias(layer, nearest.weight, nearest.codes, shifted_bias(layer, shift), source, self.target)
+        what = "bias keeps the means of its outputs, whatever the layers before do to them"
+        return chosen, Change("bias", name, what, what)
 
     def _shift(self, layer: Layer, rounded: Float32, seen: Moments) -> Float64 | None:
         """What the bias takes back, (O,)."""

@@ -109,7 +109,7 @@ def quantize_layer(
     codes = params.quantize(weight)
     rounded = params.dequantize(codes)
     shift = None
-    if correction == "measured" and seen is not None:
+    if correction in ("measured", "sequential") and seen is not None:
         shift = _measured_shift(layer, weight, rounded, seen)
     elif correction == "analytic":
         known = analytic_shift(layer, weight, rounded)

@@ -204,6 +204,26 @@ def test_a_network_with_outputs_in_front(options: dict[str, object], effort: str
     assert all((output.sqnr_db or 99) > 12 for output in report.verify.outputs)
 
 
+def test_biases_of_nearest_codes_take_back_what_the_layers_before_do(samples: str) -> None:
+    """Where others know the means of the float network alone. Codes stay what they are."""
+    proto = net("residual")
+    ref = Session(proto.SerializeToString())
+    pictures = [{"x": correlated(number)[None]} for number in range(48)]
+    expected = np.mean([ref.run_all(feed)[0] for feed in pictures], axis=0).mean(axis=(0, 2, 3))
+    moved, codes = [], []
+    for correction in ("measured", "sequential"):
+        options = {"tune_ranges": False, "equalize": False, "rounding": "nearest", "activation_bits": 16}
+        report, data = made(proto, samples, weight_bits=2, edge_bits=2, bias_correction=correction, **options)
+        got = Session(data)
+        found = np.mean([got.run_all(feed)[0] for feed in pictures], axis=0).mean(axis=(0, 2, 3))
+        moved.append(float(np.abs(found - expected).max()))
+        kept = onnx.load_from_string(data).graph.initializer
+        codes.append({t.name: numpy_helper.to_array(t).tolist() for t in kept if t.data_type == 3})
+        assert any(f.step == "bias" for f in report.findings) is (correction == "sequential")
+    assert codes[0] == codes[1]
+    assert moved[1] < 0.3 * moved[0]
+
+
 def test_large_layers_of_eight_bits_are_left_to_the_best_effort(samples: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {name: replace(effort, most_weights=100) for name, effort in refine.EFFORTS.items()}
     monkeypatch.setattr("qconv.refine.EFFORTS", small)
