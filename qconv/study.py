@@ -132,6 +132,11 @@ def study_samples(
 
 
 def _taps(plan: Plan, recipe: Recipe) -> list[Tap]:
+    if recipe.bias_correction == "sequential":
+        raise QconvError(
+            "--bias-correction sequential is not possible in a study: it walks the network for every point.",
+            "leave it out: means hardly depend on the number of pictures.",
+        )
     taps = plan.taps(want_of(recipe))
     if not taps:
         raise QconvError(

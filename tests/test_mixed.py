@@ -412,6 +412,7 @@ def test_the_result_does_not_depend_on_the_run(pictures: Path) -> None:
         ({"target_size": 0.2, "calib": (), "stats": "s"}, "without pictures"),
         ({"target_size": 0.2, "tune_latency": True}, "--tune-latency with a search"),
         ({"target_size": 0.2, "weight_bits": 4}, "--weight-bits 4 with a search"),
+        ({"target_size": 0.2, "rounding": "nearest", "bias_correction": "sequential"}, "sequential with a search"),
         ({"target_size": 0.2, "save_layer_bits": "-"}, "--save-layer-bits -"),
     ],
 )

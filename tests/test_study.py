@@ -232,6 +232,7 @@ def test_ready_made_samples(model: Path, tmp_path: Path) -> None:
         (Question(holdout=15), 15, {}, "--holdout 15 leaves none of the 15 pictures"),
         (Question(), 15, {"activation_bits": 32}, "Nothing depends on the number of pictures"),
         (Question(), 15, {"keep_float_op": ("Conv", "Gemm")}, "nothing to quantize"),
+        (Question(), 15, {"bias_correction": "sequential"}, "is not possible in a study"),
     ],
 )
 def test_what_cannot_be_studied(
