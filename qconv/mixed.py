@@ -70,6 +70,18 @@ def _alike(recipe: Recipe, bits: int) -> Recipe:
     return replace(recipe, weight_bits=bits, max_drop=None, target_size=None, candidate_bits=None, save_layer_bits=None)
 
 
+def check_size(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> None:
+    """Raise QconvError where `--target-size` is below what the candidate bits can give; before any work."""
+    if recipe.target_size is None:
+        return
+    scope = _Scope.of(model, recipe, floats)
+    least = scope.alike(min(recipe.candidate_bits or (FLOAT,)))
+    if least > scope.most(recipe.target_size):
+        told = f"which is {scope.share(least):.4g}"
+        fact = f"--target-size {recipe.target_size:g} is below what these bits can give, {told}."
+        raise QconvError(fact, "add smaller --candidate-bits, lower --edge-bits, or allow a larger size.")
+
+
 def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> Found:
     """Find the bits of every layer that `--layer-bits` gives none. Raises QconvError where no assignment will do."""
     recipe = ground.recipe
@@ -85,10 +97,6 @@ def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> F
     layers = _sensitivities(ground, scope.wishes, feeds, progress)
     most = scope.most(1.0 if recipe.target_size is None else recipe.target_size)
     points = _within(layers, most)
-    if not points:
-        least = scope.share(curve(layers)[0].size)
-        fact = f"--target-size {recipe.target_size:g} is below what these bits can give, which is {least:.4g}."
-        raise QconvError(fact, "add smaller --candidate-bits, lower --edge-bits, or allow a larger size.")
     judge = Judge.of(ground, names, feeds, warn, progress)
     _warn_of_few(judge, recipe.max_drop, warn)
     if recipe.max_drop is None:

@@ -28,7 +28,7 @@ from qconv.gather import Pictures, open_pictures, original
 from qconv.graph import Model
 from qconv.judge import Ground
 from qconv.layer_bits import as_toml
-from qconv.mixed import expected, search
+from qconv.mixed import check_size, expected, search
 from qconv.oddities import oddities
 from qconv.params import choose_activations
 from qconv.pixels import Layout
@@ -126,6 +126,7 @@ def quantize(
         floats = {} if recipe.tune_latency else left_in_float(model, recipe, pictures.fed)
         plan = make_plan(model, recipe, target, floats)
         require_layers(plan, source)
+        check_size(model, recipe, floats)
         for doubt in pictures.detected.doubts():
             run.warn(doubt)
     with run.step("calibrate"):
