@@ -34,8 +34,9 @@ STEPS = 150
 FIRST_RATE, LAST_RATE = 0.15, 0.003
 DECAY, DECAY_OF_SQUARES = 0.9, 0.97
 TINY = 1e-300
-FLAT = 1e-6
-"""Slopes below this share of a term's mean part are rounding errors, which Adam would take for directions."""
+FLAT = 1e-4
+"""Slopes below this share of a term's mean part, which Adam would take for directions, tell of channels that hardly
+count: the model of the noise is no better than that, and these stay where they are."""
 
 
 class Term(Protocol):

@@ -102,6 +102,24 @@ def test_two_channels_by_brute_force(ratio: float) -> None:
     assert total(terms, u) <= total(terms, np.zeros(4))
 
 
+def test_ranges_of_many_sizes_are_evened_out() -> None:
+    """Channels as small as they matter: with all ranges full each adds the same."""
+    ranges = np.exp(-np.linspace(0, 3.5, 7))
+    chain = [
+        Codes(
+            np.arange(7) + 7 * step,
+            np.zeros(7),
+            ranges[:: 1 - 2 * (step % 2)],
+            ranges[:: 1 - 2 * (step % 2)] ** -2.0,
+            255.0,
+        )
+        for step in range(3)
+    ]
+    u = least(chain, *free(21, held=(0, 13, 14)))
+    assert total(chain, np.zeros(21)) > 1e2 * total(chain, u)
+    assert total(chain, u) <= 1.2 * 3 * 7 / (12 * 255**2)
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), whole=st.booleans())
 def test_never_worse_than_no_scaling_and_inside_the_bounds(seed: int, whole: bool) -> None:
