@@ -89,7 +89,8 @@ def test_the_summary_is_that_of_a_run(place: Path) -> None:
 
 
 def without_numbers(line: str) -> str:
-    return re.sub(r"\d+(\.\d+)?", "#", line)
+    """Nor with the count in front of a change, which is left out where it is one."""
+    return re.sub(r"\d+(\.\d+)?", "#", re.sub(r"^(changed +)\d+ x ", r"\1", line))
 
 
 def test_the_option_reference_is_that_of_the_command_line() -> None:
