@@ -79,6 +79,13 @@ class LayerBits:
     activations: int | None = None
     in_float: bool = False
 
+    @property
+    def impossible(self) -> str | None:
+        """What of it no layer can have, in words."""
+        wishes = {"weights": self.weights, "activations": self.activations}
+        known = WEIGHT_BITS | {None}
+        return next((f"{kind} of {bits} bits" for kind, bits in wishes.items() if bits not in known), None)
+
 
 DROPS = {"agreement": "a share from 0 to 1", "top1": "a share from 0 to 1", "sqnr": "decibels"}
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)

@@ -209,9 +209,12 @@ def _require_streams(model: str, output: str | None, as_json: bool) -> None:
 
 def _require_apart(read: str | None, *written: str | None) -> None:
     """The pipeline knows what a file of bits says, but not where it lies."""
-    for path in (Path(name) for name in written if name is not None and read is not None):
-        if path.is_file() and path.samefile(read or ""):
-            raise QconvError(f"{path} is read, and would be written over.", "choose another name.")
+    if read is not None:
+        from qconv.save import refuse_what_is_read
+
+        for name in written:
+            if name is not None:
+                refuse_what_is_read(Path(name), [read])
 
 
 def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[Report, bytes | None]:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qconv.choices import WEIGHT_BITS, LayerBits
+from qconv.choices import LayerBits
 from qconv.errors import QconvError
 
 TABLE, FLOAT = "layers", "float"
@@ -56,10 +56,10 @@ def _bits(path: Path, name: str, value: Any) -> LayerBits:
     if not known or not all(isinstance(bits, int) and not isinstance(bits, bool) for bits in wishes.values()):
         fix = 'use a number of bits, { weights = 4, activations = 8 } or "float"; names with a dot need quotes.'
         raise QconvError(f"{path} gives {name!r} the bits {_shown(value)}.", fix)
-    unknown = next((bits for bits in wishes.values() if bits not in WEIGHT_BITS), None)
-    if unknown is not None:
-        raise QconvError(f"{path} gives {name!r} {unknown} bits.", "use 2 to 8, or 16.")
-    return LayerBits(**wishes)
+    found = LayerBits(**wishes)
+    if found.impossible is not None:
+        raise QconvError(f"{path} gives {name!r} {found.impossible}.", "use 2 to 8, or 16.")
+    return found
 
 
 def _shown(value: Any) -> str:

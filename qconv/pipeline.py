@@ -248,9 +248,7 @@ def _check_apart(written: Mapping[str, Path], read: Sequence[str]) -> None:
         if path.resolve() == same.resolve():
             raise QconvError(f"{path} is both {one} and {other}.", "choose two names.")
     for path in written.values():
-        for name in read:
-            if path.is_file() and Path(name).is_file() and path.samefile(name):
-                raise QconvError(f"{path} is read, and would be written over.", "choose another name.")
+        save.refuse_what_is_read(path, read)
 
 
 def _embed(model: Model, layout: Layout, recipe: Recipe, pictures: Pictures) -> list[Finding]:

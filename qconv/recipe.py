@@ -117,7 +117,6 @@ class Recipe:
             self._take("rounding", "nearest" if self.effort == "fast" or alone else "second-order")
         hint = "it looks at pictures again: pass some with --calib."
         require(not alone or self.rounding == "nearest", f"--rounding {self.rounding} with --stats alone", hint)
-        require(not alone or self.effort != "best", "--effort best with --stats alone", hint)
         for name, known in CHOICES.items():
             self._require_one_of(name, known, f"use one of {', '.join(known)}.")
         idle = self.effort == "best" and self.rounding == "nearest"
@@ -343,13 +342,10 @@ class Recipe:
         require(paired and all(isinstance(bits, LayerBits) for _, bits in entries), f"layer_bits {entries!r}", fix)
         for glob, bits in entries:
             told = f"--layer-bits: {glob!r} with"
-            if bits.weights is not None:
-                require(bits.weights in WEIGHT_BITS, f"{told} weights of {bits.weights} bits", "use 2 to 8, or 16.")
-            if bits.activations is not None:
-                fact = f"{told} activations of {bits.activations} bits"
-                require(bits.activations in WEIGHT_BITS, fact, "use 2 to 8, or 16.")
-                fact = f"{told} activations of {bits.activations} bits beside --activation-bits 32"
-                require(self.activation_bits != 32, fact, "leave one of them out: 32 quantizes weights alone.")
+            require(bits.impossible is None, f"{told} {bits.impossible}", "use 2 to 8, or 16.")
+            fact = f"{told} activations of {bits.activations} bits beside --activation-bits 32"
+            both = bits.activations is not None and self.activation_bits == 32
+            require(not both, fact, "leave one of them out: 32 quantizes weights alone.")
 
     def _check_target(self) -> None:
         """What the target would reject is better said before the work."""
@@ -388,11 +384,8 @@ class Recipe:
         if self.activation_bits != 32:
             return
         hint = "leave one of them out: with 32 activations stay float."
-        for name, idle in (
-            ("calibrator", self.calibrator == CALIBRATOR),
-            ("tune_ranges", not self.tune_ranges),
-        ):
-            require(idle, f"{self._told(name)} with --activation-bits 32", hint)
+        require(self.calibrator == CALIBRATOR, f"{self._told('calibrator')} with --activation-bits 32", hint)
+        require(not self.tune_ranges, "--tune-ranges with --activation-bits 32", hint)
 
     def _check_percentile(self) -> None:
         """Only one calibrator has a share; an option without effect would mislead."""

@@ -106,10 +106,8 @@ def _is_ours(handle: int) -> bool:
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
     return True
 
 
@@ -128,6 +126,12 @@ def check_place(out: Path) -> None:
     with _explained(out):
         _check_place(out)
     _remove_stale(out)
+
+
+def refuse_what_is_read(out: Path, read: Iterable[str | Path]) -> None:
+    """Raise QconvError where `out` is one of the files that are read."""
+    if out.is_file() and any(Path(name).is_file() and out.samefile(name) for name in read):
+        raise QconvError(f"{out} is read, and would be written over.", "choose another name.")
 
 
 def _check_place(out: Path) -> None:

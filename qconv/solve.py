@@ -106,6 +106,8 @@ class Solver:
         assert weight is not None
         if nearest.layer.weight.bits > 8:
             return "weights of 16 bits lose nothing by rounding to the nearest code"
+        if self.recipe.rounding == "nearest":  # the bias alone is looked for
+            return None
         if len(model.readers(weight)) > 1:
             return "several layers share its weights"
         if nearest.layer.weight.bits < 8:
