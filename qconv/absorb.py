@@ -22,9 +22,10 @@ import numpy as np
 from qconv.affine import Affine
 from qconv.edits import Refused, kind, title
 from qconv.findings import Change
-from qconv.fold import ends, scaled_layer
+from qconv.fold import FLATTENERS, ends, scaled_layer
 from qconv.graph import Model, Node, Value
 from qconv.layers import INPUTS_FIRST, Float64, Layer, check_finite, read_layer, scale_outputs, write_layer
+from qconv.moved import tell
 from qconv.reach import Channels
 
 STEP = "equalize"
@@ -111,4 +112,14 @@ def _lowered(model: Model, candidate: Candidate, shift: Float64) -> bool:
         return False
     for one in layers:
         write_layer(model, one)
+    lowered = shift.astype(np.float32)
+    tell(model.inner.metadata_props, {}, {value.name or "": lowered for value in _copies(model, candidate)})
     return True
+
+
+def _copies(model: Model, candidate: Candidate) -> list[Value]:
+    """All tensors that are lower now, up to what makes features of channels."""
+    along = (node for end in ends(model, candidate.result) for node in end.path if kind(node) not in FLATTENERS)
+    return list(
+        dict.fromkeys([candidate.layer.outputs[0], candidate.result, *(node.outputs[0] for node in along)])
+    )

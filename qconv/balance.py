@@ -30,6 +30,7 @@ from qconv.feed import Feed
 from qconv.findings import Change, Finding, Skipped
 from qconv.graph import Model, Value
 from qconv.layers import Float64, check_finite, read_layer, scale_inputs, scale_outputs, write_layer
+from qconv.moved import on_grid, tell
 from qconv.noise import Term, least, total
 from qconv.plan import Plan, tap_of
 from qconv.reach import Channels, seen_by_channel
@@ -89,6 +90,7 @@ def _scaled(model: Model, plan: Plan, seen: Seen, feed: Feed, threads: int | Non
     streams = seen.streams
     terms = noise_terms(model, plan, seen)
     found = chosen(streams, terms, *_bounds(seen))
+    found = replace(found, u=on_grid(found.u))
     if not found.u.any():
         return []
     try:
@@ -100,6 +102,8 @@ def _scaled(model: Model, plan: Plan, seen: Seen, feed: Feed, threads: int | Non
     if moved < EXACT_DB:
         return [Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")]
     apply(model, streams, found.scales)
+    scales = {value.name or "": found.u[classes] for value, classes in streams.of.items()}
+    tell(model.inner.metadata_props, scales, {})
     return _told(found)
 
 

@@ -143,6 +143,13 @@ class Model:
         self.set_input(node, index, value)
         return value.name or ""
 
+    def feed_readers(self, value: Value, wish: str, readers: Iterable[Node] | None = None) -> Value:
+        """Let readers of `value`, or only those named, read a new float input of the model, which has no shape yet."""
+        new = ir.Value(name=self.fresh(wish), type=ir.TensorType(DataType.FLOAT))
+        self.graph.inputs.append(new)
+        self.redirect(value, new, readers=readers)
+        return new
+
     def become(
         self, node: Node, op_type: str, inputs: Sequence[Value | None], attributes: Mapping[str, Any] | None = None
     ) -> None:

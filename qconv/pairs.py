@@ -1,0 +1,232 @@
+"""Which tensor of a quantized network stands for which of the float network, whoever wrote the quantized file.
+
+A *point* of the quantized network is a tensor behind a dequantizer, the result of a layer that runs in float, or an
+output. Its maker is found in the float network by the node's name or that of the tensor. From there the way leads on
+past nodes that the quantized network does not have: BatchNormalizations that were folded, a Relu that its quantizer has
+absorbed. All tensors on that way are candidates, and numbers decide between them (compare.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from qconv.edits import kind
+from qconv.graph import DataType, Model, Node, Value, array, input_of
+from qconv.rules import ACTIVATIONS, RULES, Joining, Transparent, Weighted
+
+MOST_CANDIDATES = 6
+ON_CODES = frozenset({"Clip", "Pad", "Min"})
+COPIES = frozenset({"Identity", "Sum"})
+"""What hands a tensor on as it is, a Sum of one: both are put in to keep roundings apart."""
+FLOATS = (DataType.FLOAT, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Codes from `least` to `most` that stand for (code - zero) * scale."""
+
+    bits: int
+    scale: float
+    zero: int
+    least: int
+    most: int
+
+    @property
+    def low(self) -> float:
+        """The smallest number that has a code."""
+        return (self.least - self.zero) * self.scale
+
+    @property
+    def high(self) -> float:
+        """The largest number that has a code."""
+        return (self.most - self.zero) * self.scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Point:
+    """name, op: of the node that makes it. values: the tensor, once for each of its dequantizers.
+
+    codes: what these read, None where it is float. grid: None also where channels have grids of their own. candidates:
+    of the float network. input: whether it is the model's. layer: the node with weights that makes it, or stands in
+    front of the activation that does. copy: it hands on codes as they are, or some of them, and rounds nothing.
+    """
+
+    name: str
+    op: str
+    values: tuple[Value, ...]
+    codes: Value | None
+    grid: Grid | None
+    candidates: tuple[Value, ...]
+    input: bool
+    layer: Node | None
+    copy: bool = False
+
+    @property
+    def value(self) -> Value:
+        """The tensor."""
+        return self.values[0]
+
+
+def points(quantized: Model, original: Model) -> list[Point]:
+    """All of them, in the order in which they are made."""
+    return _Pairing(quantized, original).points()
+
+
+class _Pairing:
+    def __init__(self, quantized: Model, original: Model) -> None:
+        self.quantized = quantized
+        # a folded layer may bear the name of what was folded into it: types tell them apart
+        self.there = {(name, node.op_type) for node in quantized.nodes() for name in _names(node)}
+        self.nodes = {node.name or "": node for node in original.nodes()}
+        self.values = {value.name or "": value for value in original.graph.inputs if array(value) is None}
+        self.values |= {value.name or "": value for node in original.nodes() for value in node.outputs}
+
+    def points(self) -> list[Point]:
+        found: list[Point] = []
+        dequantized: dict[Value, list[Value]] = {}
+        for node in self.quantized.nodes():
+            codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+            if codes is not None and array(codes) is None and _quantizer_of(codes) is not None:
+                dequantized.setdefault(codes, []).append(node.outputs[0])
+        for codes, values in dequantized.items():
+            quantizer = _quantizer_of(codes)
+            assert quantizer is not None
+            found.append(self._behind_codes(codes, tuple(values), quantizer))
+        known = {value for point in found for value in point.values}
+        floats = [*self._float_layers(), *self.quantized.graph.outputs]
+        for value in dict.fromkeys(floats):
+            if value not in known and value.dtype in FLOATS and value.producer() is not None:
+                found.append(self._point(value, (value,), None, None))
+        order = {value: index for index, value in enumerate(v for n in self.quantized.nodes() for v in n.outputs)}
+        return sorted(found, key=lambda point: order.get(point.value, -1))
+
+    def _float_layers(self) -> Iterator[Value]:
+        """What layers make in float, behind their activations, where others than a quantizer read it."""
+        for node in self.quantized.nodes():
+            if not isinstance(RULES.get(kind(node)), Weighted):
+                continue
+            value = node.outputs[0]
+            while (reader := self.quantized.sole_reader(value)) is not None and kind(reader) in ACTIVATIONS:
+                value = reader.outputs[0]
+            if not all(_only_quantizes(self.quantized, reader) for reader in self.quantized.readers(value)):
+                yield value
+
+    def _behind_codes(self, codes: Value, values: tuple[Value, ...], quantizer: Node) -> Point:
+        source = quantizer.inputs[0]
+        assert source is not None
+        dequantizer = values[0].producer()
+        assert dequantizer is not None
+        return self._point(source, values, codes, grid_of(dequantizer, codes))
+
+    def _point(
+        self, source: Value, values: tuple[Value, ...], codes: Value | None, grid: Grid | None
+    ) -> Point:
+        source = _copied_from(source)
+        maker = source.producer()
+        if maker is None:
+            own = self.values.get(source.name or "")
+            return Point(source.name or "", "input", values, codes, grid, () if own is None else (own,), True, None)
+        layer = _layer_in_front(maker)
+        named = layer or maker
+        candidates, copy = self._candidates(maker, source), grid is not None and _hands_on(maker, grid)
+        return Point(named.name or "", named.op_type, values, codes, grid, candidates, False, layer, copy)
+
+    def _candidates(self, maker: Node, source: Value) -> tuple[Value, ...]:
+        node = self.nodes.get(maker.name or "")
+        if node is not None and node.op_type == maker.op_type:
+            start: Value | None = node.outputs[list(maker.outputs).index(source)]
+        else:
+            start = self.values.get(source.name or "")
+        if start is None:
+            return ()
+        found, queue = [start], [start]
+        while queue and len(found) < MOST_CANDIDATES:
+            for use in queue.pop(0).uses():
+                result = use.node.outputs[0]
+                if not self._is_there(use.node) and use.idx == 0 and result not in found:
+                    found.append(result)
+                    queue.append(result)
+        return tuple(found)
+
+    def _is_there(self, node: Node) -> bool:
+        return any((name, node.op_type) in self.there for name in _names(node))
+
+
+def _names(node: Node) -> list[str]:
+    return [name for name in (node.name, node.outputs[0].name) if name]
+
+
+def _hands_on(node: Node, grid: Grid) -> bool:
+    """Whether all that it reads is on the same grid, and it only moves, cuts or joins that."""
+    if not isinstance(RULES.get(kind(node)), Transparent | Joining):
+        return False
+    joins = isinstance(RULES[node.op_type], Joining)
+    read = (value for value in (node.inputs if joins else node.inputs[:1]) if value is not None)
+    return all(_grid_behind(value) == grid for value in read)
+
+
+def _grid_behind(value: Value) -> Grid | None:
+    node = value.producer()
+    codes = node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None
+    return None if node is None or codes is None else grid_of(node, codes)
+
+
+def _quantizer_of(codes: Value) -> Node | None:
+    """The quantizer that codes come from, through what works on them."""
+    node = codes.producer()
+    while node is not None and kind(node) in ON_CODES and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node if node is not None and node.op_type == "QuantizeLinear" else None
+
+
+def _copied_from(value: Value) -> Value:
+    """Where the numbers of a tensor come from, past copies and limits of codes."""
+    node = value.producer()
+    while node is not None and node.inputs[0] is not None and _is_copy(node):
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
+def _is_copy(node: Node) -> bool:
+    alone = kind(node) in COPIES and len(node.inputs) == 1
+    return alone or (kind(node) == "Min" and (node.name or "").endswith("_limited"))
+
+
+def _only_quantizes(model: Model, node: Node) -> bool:
+    if node.op_type == "QuantizeLinear":
+        return True
+    return _is_copy(node) and all(_only_quantizes(model, reader) for reader in model.readers(node.outputs[0]))
+
+
+def _layer_in_front(maker: Node) -> Node | None:
+    """The node itself where it has weights, or that in front of an activation."""
+    node: Node | None = maker
+    while node is not None and kind(node) in ACTIVATIONS and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node if node is not None and isinstance(RULES.get(kind(node)), Weighted) else None
+
+
+def grid_of(dequantizer: Node, codes: Value) -> Grid | None:
+    """What a dequantizer of one scale does; None where scales differ. A Clip of codes leaves fewer of them."""
+    scale, zero = (array(input_of(dequantizer, index)) for index in (1, 2))
+    if scale is None or scale.size != 1:
+        return None
+    kept = np.iinfo(np.uint8 if zero is None else zero.dtype)
+    limits = _clipped_to(codes) or (int(kept.min), int(kept.max))
+    bits = min(int(kept.bits), max(2, (limits[1] - limits[0]).bit_length()))
+    return Grid(bits, float(scale.reshape(())), 0 if zero is None else int(zero.reshape(())), *limits)
+
+
+def _clipped_to(codes: Value) -> tuple[int, int] | None:
+    """Where the first Clip behind the quantizer holds codes."""
+    limits, node = None, codes.producer()
+    while node is not None and kind(node) in ON_CODES:
+        ends = [array(input_of(node, index)) for index in (1, 2)]
+        if kind(node) == "Clip" and ends[0] is not None and ends[1] is not None:
+            limits = int(ends[0]), int(ends[1])
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    return limits
