@@ -74,6 +74,17 @@ class Fed:
         return plain[0] == plain[1] and names[0] == names[1] and mine.batch == its.batch
 
 
+def side_by_side(
+    own: Fed, other: Fed, warn: Callable[[str], None], lost: Callable[[Path], None]
+) -> Iterator[tuple[Any, Any]]:
+    """What both take, batch by batch, full ones alone where the last one would be short."""
+    if own.takes_the_same_as(other):
+        yield from ((feeds, feeds) for feeds, _ in own.batches(warn, lost))
+        return
+    its = other.batches(_nobody, lambda path: None)
+    yield from ((mine, theirs) for (mine, _), (theirs, _) in zip(own.batches(warn, lost), its, strict=True))
+
+
 def _opened(
     source: Source, recipe: Recipe, warn: Callable[[str], None], hint: PreprocessingOptions | None = None
 ) -> Fed:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from qconv.benchmark import Benchmark
+from qconv.compared import Compared, LayerRow
 from qconv.errors import counted, shaped
 from qconv.evaluate import Evaluation, Output, Share
 from qconv.examine import Examined
@@ -14,7 +15,9 @@ from qconv.report import Island
 
 COLUMNS = 80
 SHOWN = 8
+LAYERS = 20
 NAMED = 3
+HALF = 0.5
 
 
 def audit(found: Examined, *, verbose: bool) -> str:
@@ -181,6 +184,51 @@ def _percent(share: Share | None) -> tuple[str, str]:
 
 def _range(span: Interval | None, factor: float, how: str) -> str:
     return "" if span is None else f"({span[0] * factor:{how}} .. {span[1] * factor:{how}})"
+
+
+def comparison(found: Compared, *, verbose: bool) -> str:
+    """The layers, those first that cost most at the outputs."""
+    lines = [wrapped(f"{found.model} beside {found.float_model}: {counted(found.images, 'picture')}")]
+    lines += [wrapped(found.words)] if found.words else []
+    got, sum_of = (_decibel(value) for value in (found.sqnr_db, found.predicted_db))
+    told = f"SQNR of the outputs: {got} dB. The layers' own errors, each by itself and added up: {sum_of} dB, on "
+    lines += ["", wrapped(f"{told}{counted(found.predicted_on, 'picture')}."), ""]
+    rows = found.worst_first if verbose else found.worst_first[:LAYERS]
+    cells = [("part of", "own", "as it", "", "codes", "beyond", ""), ("error", "dB", "runs dB", "cosine", "used", "range", "layer")]
+    lines.append(columns([*cells, *map(_layer, rows)], "rrrrrrl"))
+    if len(rows) < len(found.layers):
+        lines.append(f"and {len(found.layers) - len(rows)} more: -v shows all")
+    most = _most_of(found)
+    lines += [""] + ([wrapped(most)] if most else [])
+    if found.unmatched:
+        names = ", ".join(found.unmatched[:NAMED])
+        more = "" if len(found.unmatched) <= NAMED else f" and {len(found.unmatched) - NAMED} more"
+        lines.append(wrapped(f"The float model has no tensor for {names}{more}: not compared."))
+    return "\n".join(lines).rstrip()
+
+
+def _layer(row: LayerRow) -> tuple[str, ...]:
+    values = row.values
+    used, beyond = ("", "") if values is None else (f"{values.range_use:.0%}", f"{values.clipped:.2%}")
+    share, cosine = (
+        "" if number is None else f"{number:{how}}" for number, how in ((row.output_share, ".1%"), (row.cosine, ".4f"))
+    )
+    return share, _decibel(row.added_sqnr_db), _decibel(row.sqnr_db), cosine, used, beyond, _short(row.name)
+
+
+def _decibel(value: float | None) -> str:
+    return "equal" if value is None else f"{value:.1f}"
+
+
+def _most_of(found: Compared) -> str:
+    """How few layers make half of the error."""
+    total = 0.0
+    for count, row in enumerate(found.worst_first, 1):
+        total += row.output_share or 0.0
+        if total >= HALF:
+            verb = "makes" if count == 1 else "make"
+            return f"{count} of {counted(len(found.layers), 'layer')} {verb} {total:.0%} of the error at the outputs."
+    return ""
 
 
 def _short(path: str) -> str:

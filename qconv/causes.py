@@ -1,0 +1,311 @@
+"""What can cost a quantized network its accuracy: each cause with the rule that finds it and the evidence for it.
+
+    channel-imbalance   typical magnitude of a tensor's largest channel over the median channel's: IMBALANCE or more.
+                        One scale for all leaves the others log2 of that fewer bits (Nagel et al. 2019, arXiv 1906.04721)
+    range-outlier       largest magnitude over what 99.9 % of the numbers stay below: OUTLIER or more
+                        (Zhao et al. 2019, arXiv 1901.09504)
+    dead-channels       zero on all pictures, so that their range on others is unknown
+    bias-overflow       |b| / (s_x s_w) beyond 2^30: an int32 bias would leave no room for the sum
+    saturation          pairs of products beyond 16 bits on x86 without VNNI (saturation.py)
+    gate                x * sigmoid(x) and its kin: two tensors are rounded, and small products of large numbers matter
+    wide-concat         tensors on one scale whose ranges differ by CONCAT or more: those of a Concat, or of a head
+    preprocessing       what training has stored speaks against how pictures are fed (detect.py)
+    few-pictures        fewer than FEW, or other pictures lose GAP dB more than those of the calibration
+    low-bits            weights or activations of fewer than 8
+    layer               one layer makes LARGE_SHARE or more of the error at the outputs
+
+A cause comes with the part of the error at the outputs that its layers make, as compare.py measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.compared import Compared, LayerRow
+from qconv.edits import kind
+from qconv.errors import counted
+from qconv.findings import Change
+from qconv.graph import Model, Node, Value, array, clip_bounds
+from qconv.ladder import Cause
+from qconv.moved import Moves
+from qconv.plan import Plan
+from qconv.recipe import Recipe
+from qconv.report import Report
+from qconv.rules import RULES, Joining
+from qconv.sketch import Sketch
+
+IMBALANCE = 24.0
+OUTLIER = 10.0
+CONCAT = 8.0
+FEW, GAP = 8, 3.0
+MANY = 64
+"""Pictures from which on a gap between them and others is not for want of them."""
+LARGE_SHARE = 0.2
+REMARKABLE = 0.02
+"""Share of the error from which on a tensor is worth a word, where something takes care of it."""
+NAMED = 3
+GATES = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "HardSwish", "Swish", "Mish"})
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of a run. model: folded, in float; plan, recipe, report: of the run; sketches: of `model`'s tensors.
+
+    moves: what equalization did to them; saturates: whether this machine's CPU adds in 16 bits.
+    """
+
+    model: Model
+    plan: Plan
+    recipe: Recipe
+    report: Report
+    sketches: Mapping[str, Sketch]
+    moves: Moves
+    compared: Compared
+    saturates: bool
+
+    def share(self, tensors: Collection[str]) -> float:
+        """Part of these tensors' layers in the error at the outputs."""
+        return sum(row.output_share or 0.0 for row in self.compared.layers if row.tensor in tensors)
+
+    def share_of_nodes(self, names: Collection[str]) -> float:
+        """The same of nodes by their names."""
+        return sum(row.output_share or 0.0 for row in self.compared.layers if row.name in names)
+
+    def row(self, tensor: str) -> LayerRow | None:
+        """The row of a tensor; the first where it has several."""
+        return next((row for row in self.compared.layers if row.tensor == tensor), None)
+
+
+Finder = Callable[[Evidence], Iterator[Cause]]
+
+
+def find(evidence: Evidence) -> list[Cause]:
+    """All causes that the network and the run show, those first that nothing takes care of and that cost most."""
+    found = [cause for finder in FINDERS for cause in finder(evidence)]
+    return sorted(found, key=lambda cause: (bool(cause.handled), -(cause.share or 0.0)))
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def typical(sketch: Sketch) -> NDArray[np.float64] | None:
+    """Root of the mean square of every channel, (C,); None where no columns were kept."""
+    channels = sketch.lows.size
+    if not sketch.columns.size or sketch.columns.shape[-1] != channels or channels < 2:
+        return None
+    rows = sketch.columns.reshape(-1, channels).astype(np.float64)
+    found: NDArray[np.float64] = np.sqrt(np.mean(rows**2, axis=0))
+    return found
+
+
+def imbalance(sizes: NDArray[np.float64]) -> float:
+    """The largest over the median of those that are not zero."""
+    alive = sizes[sizes > 0]
+    return float(alive.max() / np.median(alive)) if alive.size > 1 else 1.0
+
+
+def channel_imbalance(evidence: Evidence) -> Iterator[Cause]:
+    """Of the tensors that have codes, in float and as equalization left them."""
+    found: dict[str, tuple[float, float]] = {}
+    for value in evidence.plan.activations:
+        sketch = evidence.sketches.get(value.name or "")
+        sizes = None if sketch is None else typical(sketch)
+        if sizes is None or evidence.plan.has_channel_scales(value):
+            continue
+        before = imbalance(sizes)
+        if before >= IMBALANCE:
+            scale = evidence.moves.scale_of(value.name or "", sizes.size)
+            found[value.name or ""] = before, before if scale is None else imbalance(sizes / scale)
+    for handled, names in _split(found, lambda pair: pair[1] < IMBALANCE).items():
+        if names:
+            first = found[names[0]]
+            told = f"the largest channel of {names[0]!r} is {first[0]:.3g} times the median one"
+            left = f", {first[1]:.3g} times after equalization" if first[0] != first[1] else ""
+            more = f"; so are {len(names) - 1} more tensors" if len(names) > 1 else ""
+            lost = f", which leaves that about {np.log2(first[1]):.0f} bits fewer" if not handled else ""
+            how = "equalization scales its channels" if handled else ""
+            yield Cause("channel-imbalance", tuple(names), told + left + lost + more, evidence.share(names), how)
+
+
+def _split(
+    found: Mapping[str, tuple[float, float]], handled: Callable[[tuple[float, float]], bool]
+) -> dict[bool, list[str]]:
+    """Names, the worst first: of what is left to do, and of what is taken care of."""
+    return {
+        flag: sorted((name for name, pair in found.items() if handled(pair) is flag), key=lambda n: -found[n][0])
+        for flag in (False, True)
+    }
+
+
+def outlier(sketch: Sketch) -> float:
+    """The largest magnitude over what 99.9 % of the numbers stay below; 1 where most are zero."""
+    if not sketch.codes.size:
+        return 1.0
+    bins = sketch.histogram()
+    sizes, order = np.abs(bins.centres), np.argsort(np.abs(bins.centres))
+    below = np.cumsum(bins.counts[order]) / bins.counts.sum()
+    usual = float(sizes[order][np.searchsorted(below, 0.999)])
+    return max(abs(sketch.low), abs(sketch.high)) / usual if usual > 0 else 1.0
+
+
+def range_outlier(evidence: Evidence) -> Iterator[Cause]:
+    """Where the range follows a few numbers, or does not."""
+    found: dict[str, tuple[float, float]] = {}
+    for value in evidence.plan.activations:
+        name = value.name or ""
+        sketch, row = evidence.sketches.get(name), evidence.row(name)
+        size = 1.0 if sketch is None else outlier(sketch)
+        if sketch is None or size < OUTLIER or row is None or row.values is None:
+            continue
+        largest = max(abs(sketch.low), abs(sketch.high))
+        reached = max(abs(row.values.low), abs(row.values.high)) * _undone(evidence, name, sketch)
+        found[name] = size, size * min(1.0, reached / largest)
+    for handled, names in _split(found, lambda pair: pair[1] < OUTLIER / 2).items():
+        if names:
+            first = found[names[0]]
+            told = f"the largest number in {names[0]!r} is {first[0]:.3g} times what 99.9 % of the others stay below"
+            more = f"; {len(names) - 1} more tensors are alike" if len(names) > 1 else ""
+            lost = "" if handled else f", and its range reaches {first[1]:.3g} times that far"
+            how = "its range was cut" if handled else ""
+            yield Cause("range-outlier", tuple(names), told + lost + more, evidence.share(names), how)
+
+
+def _undone(evidence: Evidence, name: str, sketch: Sketch) -> float:
+    """From the quantized network's units to the float one's, for the channel that goes furthest."""
+    scale = evidence.moves.scale_of(name, sketch.lows.size)
+    if scale is None:
+        return 1.0
+    return float(scale[np.argmax(np.maximum(np.abs(sketch.lows), np.abs(sketch.highs)))])
+
+
+def dead_channels(evidence: Evidence) -> Iterator[Cause]:
+    """Channels behind a Relu or Clip that no picture wakes."""
+    found: dict[str, int] = {}
+    for node in evidence.model.nodes():
+        sketch = evidence.sketches.get(node.outputs[0].name or "")
+        bounds = clip_bounds(node)
+        if sketch is None or bounds is None or bounds[0] != 0 or sketch.lows.size < 2:
+            continue
+        dead = int(np.count_nonzero((sketch.highs <= 0) & (sketch.lows >= 0)))
+        if dead:
+            found[node.outputs[0].name or ""] = dead
+    if found:
+        names = sorted(found, key=lambda name: -found[name])
+        what = f"{counted(sum(found.values()), 'channel')} of {counted(len(found), 'tensor')} are zero on all pictures"
+        how = "they cost no accuracy on these pictures, and what wakes them on others is clipped to the range of the rest"
+        yield Cause("dead-channels", tuple(names), what, None, how)
+
+
+def wide_concat(evidence: Evidence) -> Iterator[Cause]:
+    """Joined tensors that share one scale, which the widest sets."""
+    for node in evidence.model.nodes():
+        if not isinstance(RULES.get(kind(node)), Joining) or node not in evidence.plan.integer:
+            continue
+        ends = {value.name or "": reach for value in node.inputs if (reach := _reach(evidence, value)) is not None}
+        sizes = [size for size in ends.values() if size > 0]
+        if len(sizes) > 1 and max(sizes) >= CONCAT * min(sizes):
+            told = f"{node.op_type} {node.name} joins tensors that reach {min(sizes):.3g} and {max(sizes):.3g} on one scale"
+            yield Cause("wide-concat", (node.name or "",), told, evidence.share([*ends, node.outputs[0].name or ""]))
+
+
+def _reach(evidence: Evidence, value: Value | None) -> float | None:
+    """The largest magnitude of a tensor, looked for further up where it was not watched."""
+    while value is not None:
+        sketch = evidence.sketches.get(value.name or "")
+        if sketch is not None:
+            return max(abs(sketch.low), abs(sketch.high))
+        node = value.producer()
+        value = None if node is None or array(value) is not None or not node.inputs else node.inputs[0]
+    return None
+
+
+# -- nodes -------------------------------------------------------------------------------------------------------------
+
+
+def gates(evidence: Evidence) -> Iterator[Cause]:
+    """Gates whose tensors are codes, by the part of the error that these, and what they gate, make."""
+    places = [node for node in evidence.model.nodes() if _is_gate(evidence, node)]
+    if not places:
+        return
+    tensors = {v.name or "" for node in places for v in (*_gated(node), *node.outputs)}
+    products = {r.outputs[0].name or "" for node in places for r in evidence.model.readers(node.outputs[0])}
+    ops = sorted({node.op_type for node in places})
+    what = f"{counted(len(places), 'gate')} ({', '.join(ops)}): x and its gate are both rounded before their product"
+    yield Cause("gate", tuple(node.name or "" for node in places), what, evidence.share(tensors | products))
+
+
+def _is_gate(evidence: Evidence, node: Node) -> bool:
+    """Whether it squashes what it is multiplied with, on codes."""
+    if node.op_type not in GATES or node not in evidence.plan.integer:
+        return False
+    readers = evidence.model.readers(node.outputs[0])
+    source = node.inputs[0]
+    return any(reader.op_type == "Mul" and source in reader.inputs for reader in readers)
+
+
+def _gated(node: Node) -> list[Value]:
+    return [value for value in node.inputs[:1] if value is not None]
+
+
+def bias_overflow(evidence: Evidence) -> Iterator[Cause]:
+    """As the run found it: weight scales were widened."""
+    found = [f for f in evidence.report.findings if isinstance(f, Change) and "bias fits into int32" in f.what]
+    if found:
+        names = tuple(dict.fromkeys(change.where for change in found))
+        what = f"biases of {counted(len(names), 'layer')} are too large for int32 codes of scale s_x s_w, as of {names[0]}"
+        how = "weight scales of these channels were widened until their biases fit"
+        yield Cause("bias-overflow", names, what, evidence.share_of_nodes(names), how)
+
+
+def saturation(evidence: Evidence) -> Iterator[Cause]:
+    """Layers that overflow on a CPU that adds in 16 bits."""
+    layers = evidence.report.audit.saturating
+    if not layers or not evidence.recipe.runs_in_integers:
+        return
+    names = tuple(layer.node for layer in sorted(layers, key=lambda layer: -layer.worst))
+    where = "this CPU" if evidence.saturates else "x86 CPUs without VNNI (this one has it)"
+    what = f"pairs of products in {counted(len(names), 'layer')} can leave the 16 bits in which {where} add them"
+    handled = {
+        None: "weight scales were widened where the calibration pictures would overflow",
+        True: "weight scales were widened for any picture",
+        False: "" if evidence.saturates else "this CPU does not, but the file is wrong on those that do",
+    }[evidence.recipe.saturation_safe]
+    yield Cause("saturation", names, what, None, handled)
+
+
+def low_bits(evidence: Evidence) -> Iterator[Cause]:
+    """Fewer than 8 bits, by what they are fewer of."""
+    recipe = evidence.recipe
+    told = [f"weights of {recipe.weight_bits} bits"] if recipe.weight_bits < 8 else []
+    told += [f"activations of {recipe.activation_bits} bits"] if recipe.activation_bits < 8 else []
+    if told:
+        rows = [r.name for r in evidence.compared.worst_first if not r.input][:NAMED]
+        yield Cause("low-bits", tuple(rows), f"{' and '.join(told)}: most is lost in these layers", None)
+
+
+def large_layers(evidence: Evidence) -> Iterator[Cause]:
+    """Single layers that make much of the error."""
+    for row in evidence.compared.worst_first:
+        share = row.output_share or 0.0
+        if share < LARGE_SHARE:
+            return
+        if not row.input:
+            what = f"{row.op} {row.name} alone makes {share:.0%} of the error at the outputs"
+            yield Cause("layer", (row.name,), what, share)
+
+
+FINDERS: Sequence[Finder] = (
+    channel_imbalance,
+    range_outlier,
+    gates,
+    wide_concat,
+    bias_overflow,
+    saturation,
+    low_bits,
+    large_layers,
+    dead_channels,
+)

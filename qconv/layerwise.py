@@ -1,0 +1,90 @@
+"""The commands that say which layer is to blame: compare and diagnose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qconv.leaving import leave_by_exceptions
+from qconv.options import (
+    WIDTH,
+    common_options,
+    csv_option,
+    preprocessing_of,
+    preprocessing_options,
+    stack,
+)
+from qconv.putting_out import Wanted
+from qconv.recipe import Recipe
+
+COMPARED = 64
+
+compare_options = stack(
+    click.option("--images", required=True, metavar="DIR|FILE", help="Pictures: a folder, or a file with one path a line."),
+    click.option(
+        "--samples",
+        default=COMPARED,
+        show_default=True,
+        metavar="N",
+        type=click.IntRange(1),
+        help="Pictures to use; all if fewer.",
+    ),
+    click.option("--seed", default=0, show_default=True, metavar="N", type=click.IntRange(0), help="Of their draw."),
+    click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches."),
+    click.option("--batch", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="Pictures a run."),
+    csv_option,
+    preprocessing_options,
+    common_options,
+)
+
+
+@click.command(context_settings=WIDTH)
+@click.argument("float_model", metavar="FLOAT")
+@click.argument("model", metavar="QUANT")
+@compare_options
+def compare(
+    float_model: str,
+    model: str,
+    images: str,
+    samples: int,
+    seed: int,
+    pattern: str | None,
+    batch: int,
+    threads: int | None,
+    csv: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> int:
+    """Compare QUANT with FLOAT layer by layer: the error that each receives, adds, and causes at the outputs."""
+    if "-" in (float_model, model):
+        raise click.UsageError("models are read several times: name their files.")
+    if "" in (float_model, model, images):
+        raise click.UsageError("FLOAT, QUANT and --images need a name.")
+    wanted = Wanted(as_json, quiet, csv)
+    wanted.check(Path(float_model), Path(model))
+    recipe = Recipe(
+        calib=(images,),
+        samples=samples,
+        seed=seed,
+        glob=pattern,
+        batch=batch,
+        threads=threads,
+        preprocessing=preprocessing_of(options),
+    )
+    from qconv import beside, printing, summary
+    from qconv.source import source_of
+
+    console = summary.Console(quiet=quiet)
+    leave_by_exceptions()
+    try:
+        seen = beside.on_pictures(source_of(float_model), source_of(model), recipe, console.warn, console.progress)
+    finally:
+        console.close()
+    found = seen.compared
+    rows = [row.as_dict() for row in found.worst_first]
+    wanted.put(found.as_dict(), rows, lambda: printing.comparison(found, verbose=verbose))
+    return 0
