@@ -1,0 +1,308 @@
+"""What is in a float model, what a default run would make of it, and what its weights foretell: no picture is looked at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from qconv import fold
+from qconv.edits import kind
+from qconv.errors import QconvError
+from qconv.findings import Change, Finding, Skipped
+from qconv.foretold import Handling, Ranges, Statistics, Trouble, foretell, relu6, statistics
+from qconv.graph import DataType, Model, Node, Value, array, dims, input_of
+from qconv.load import load
+from qconv.placement import left_in_float
+from qconv.plan import Layer, Plan
+from qconv.planner import is_layer, make_plan
+from qconv.quant import PerBlock, PerChannel
+from qconv.recipe import Recipe
+from qconv.source import Source, file_bytes, metadata, own_opset, read, tensors
+from qconv.targets import TARGETS
+
+KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
+"""Whose operators ONNX Runtime has itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """An input or an output of the model."""
+
+    name: str
+    type: str
+    shape: tuple[int | None, ...] | None
+
+    @classmethod
+    def of(cls, value: Value) -> End:
+        """As the model declares it."""
+        sizes = dims(value)
+        type_ = "" if value.dtype is None else value.dtype.name.lower()
+        return cls(value.name or "", type_, None if sizes is None else tuple(sizes))
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        return {"name": self.name, "type": self.type, "shape": None if self.shape is None else list(self.shape)}
+
+
+@dataclass(frozen=True, slots=True)
+class FloatRow:
+    """A layer of the folded model. parameters: weights and biases; share: of all that layers have.
+
+    bits, scheme, granularity: of its weights' codes; None where it has none. runs: "integer" or "float", and then why.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    parameters: int
+    share: float
+    bits: int | None
+    scheme: str | None
+    granularity: str | None
+    runs: str
+    why: str
+    ranges: Ranges
+    troubles: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` and `--csv` give of it."""
+        return {
+            "name": self.name,
+            "op": self.op,
+            "shape": list(self.shape),
+            "parameters": self.parameters,
+            "share": self.share,
+            "bits": self.bits,
+            "scheme": self.scheme,
+            "granularity": self.granularity,
+            "runs": self.runs,
+            "why": self.why,
+            "output_ratio": self.ranges.output_ratio,
+            "input_ratio": self.ranges.input_ratio,
+            "outlier": self.ranges.outlier,
+            "offset": self.ranges.offset,
+            "troubles": list(self.troubles),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Operators that a default run leaves in float, for one reason. by_choice: because that is faster."""
+
+    op: str
+    why: str
+    nodes: tuple[str, ...]
+    by_choice: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        return {"op": self.op, "why": self.why, "by_choice": self.by_choice, "nodes": list(self.nodes)}
+
+
+@dataclass(frozen=True, slots=True)
+class FloatModel:
+    """What was found. operators: as in the file; layers and the plan: of the folded network.
+
+    parameters: of the network, with weights that it computes from constants; stored: bytes of all float tensors in the
+    file. norms: its BatchNormalizations, folded: how many of them go into a layer. integer, absorbed, left: what a
+    default run makes of the operators.
+    """
+
+    name: str
+    bytes: int
+    opset: int
+    ir_version: int
+    producer: str
+    inputs: tuple[End, ...]
+    outputs: tuple[End, ...]
+    operators: Mapping[str, int]
+    parameters: int
+    stored: int
+    norms: int
+    folded: int
+    findings: tuple[Finding, ...]
+    target: str
+    integer: int
+    absorbed: int
+    left: tuple[Left, ...]
+    relu6: int
+    layers: tuple[FloatRow, ...]
+    troubles: tuple[Trouble, ...]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The main table, as `--csv` writes it."""
+        return [layer.as_dict() for layer in self.layers]
+
+    @property
+    def refused(self) -> list[Skipped]:
+        """What folding left alone."""
+        return [finding for finding in self.findings if isinstance(finding, Skipped)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "schema": 1,
+            "model": self.name,
+            "kind": "float",
+            "bytes": self.bytes,
+            "opset": self.opset,
+            "ir_version": self.ir_version,
+            "producer": self.producer,
+            "inputs": [end.as_dict() for end in self.inputs],
+            "outputs": [end.as_dict() for end in self.outputs],
+            "operators": dict(self.operators),
+            "parameters": {"count": self.parameters, "bytes": self.stored},
+            "batch_normalizations": {"count": self.norms, "folded": self.folded},
+            "changes": [
+                {"step": found.step, "where": found.where, "what": found.what}
+                for found in self.findings
+                if isinstance(found, Change)
+            ],
+            "skipped": [{"step": found.step, "where": found.where, "why": found.why} for found in self.refused],
+            "relu6": self.relu6,
+            "default_run": {
+                "target": self.target,
+                "integer": self.integer,
+                "absorbed": self.absorbed,
+                "float": [left.as_dict() for left in self.left],
+            },
+            "layers": self.rows,
+            "troubles": [trouble.as_dict() for trouble in self.troubles],
+        }
+
+
+def inspect_float(source: Source, target: str) -> FloatModel:
+    """Read, fold and plan as `quantize` would without any option. Raises QconvError for what is no such model."""
+    proto = read(source)
+    refuse_custom_operators(proto, source)
+    stored = sum(int(prod(t.dims) * width // 8) for t in tensors(proto.graph) if (width := _float_width(t.data_type)))
+    size, opset, ir_version, producer = file_bytes(proto, source), own_opset(proto), proto.ir_version, made_by(proto)
+    operators = _ranked(node.op_type for node in proto.graph.node if node.op_type != "Constant")
+    model, _ = load(proto, source)
+    inputs, outputs = (tuple(map(End.of, ends)) for ends in (model.graph.inputs, model.graph.outputs))
+    parameters = sum(prod(value.shape.numpy()) for value in _constants(model) if value.shape is not None)
+    norms, known = sum(kind(node) == "BatchNormalization" for node in model.nodes()), statistics(model)
+    findings = fold.fold(model)
+    recipe = Recipe(target=target)
+    plan = make_plan(model, recipe, TARGETS[target], left_in_float(model, recipe, None))
+    layers, troubles = _layers(model, plan, recipe, known)
+    return FloatModel(
+        name=source.name,
+        bytes=size,
+        opset=opset,
+        ir_version=ir_version,
+        producer=producer,
+        inputs=inputs,
+        outputs=outputs,
+        operators=operators,
+        parameters=parameters,
+        stored=stored,
+        norms=norms,
+        folded=sum(isinstance(f, Change) and f.kind.startswith("BatchNormalization folded") for f in findings),
+        findings=tuple(findings),
+        target=target,
+        integer=len(plan.integer),
+        absorbed=len(plan.absorbed),
+        left=_left(model, plan),
+        relu6=relu6(model),
+        layers=tuple(layers),
+        troubles=tuple(troubles),
+    )
+
+
+def refuse_custom_operators(proto: Any, source: Source) -> None:
+    """Raise QconvError where a model has operators that neither ONNX Runtime nor the file itself defines."""
+    own = {function.domain for function in proto.functions}
+    custom = [node for node in proto.graph.node if node.domain not in KNOWN_DOMAINS | own]
+    if custom:
+        named = ", ".join(sorted({f"{node.op_type} of {node.domain}" for node in custom}))
+        raise QconvError(
+            f"{source.name} has operators that ONNX Runtime does not know: {named}.",
+            "take them out, and do in front of and behind the model what they do.",
+        )
+
+
+def made_by(proto: Any) -> str:
+    """What wrote the file, by its own words."""
+    version = metadata(proto).get("qconv.version")
+    return f"qconv {version}" if version else f"{proto.producer_name} {proto.producer_version}".strip()
+
+
+def _float_width(kind: int) -> int:
+    dtype = DataType(kind)
+    return int(dtype.bitwidth) if dtype.is_floating_point() else 0
+
+
+def _constants(model: Model) -> list[Value]:
+    return [value for value in model.graph.initializers.values() if value.dtype in (DataType.FLOAT, DataType.DOUBLE)]
+
+
+def _ranked(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
+
+
+def _layers(
+    model: Model, plan: Plan, recipe: Recipe, known: Mapping[str, Statistics]
+) -> tuple[list[FloatRow], list[Trouble]]:
+    planned = {layer.node: layer for layer in plan.layers}
+    nodes = [node for node in model.nodes() if is_layer(node) and kind(node)]
+    sizes = {node: _parameters(node) for node in nodes}
+    total = sum(sizes.values())
+    rows, troubles = [], []
+    for node in nodes:
+        layer = planned.get(node)
+        granularity = None if layer is None else granularity_of(layer)
+        ranges, found = foretell(
+            model, node, known, Handling(granularity == "per-channel", bool(recipe.equalize))
+        )
+        troubles += found
+        rows.append(_row(node, layer, plan, (sizes[node], sizes[node] / total if total else 0.0), ranges, found))
+    return rows, troubles
+
+
+def _row(
+    node: Node, layer: Layer | None, plan: Plan, size: tuple[int, float], ranges: Ranges, found: list[Trouble]
+) -> FloatRow:
+    weight = array(input_of(node, 1))
+    assert weight is not None
+    kept = plan.kept.get(node.name or "")
+    spec = None if layer is None else layer.weight
+    return FloatRow(
+        name=node.name or "",
+        op=node.op_type,
+        shape=weight.shape,
+        parameters=size[0],
+        share=size[1],
+        bits=None if spec is None else spec.bits,
+        scheme=None if spec is None else "symmetric" if spec.symmetric else "asymmetric",
+        granularity=None if layer is None else granularity_of(layer),
+        runs="integer" if kept is None and node in plan.integer else "float",
+        why="" if kept is None else kept.why,
+        ranges=ranges,
+        troubles=tuple(trouble.kind for trouble in found),
+    )
+
+
+def granularity_of(layer: Layer) -> str:
+    """Of a layer's weights, in the words of the options."""
+    return {PerChannel: "per-channel", PerBlock: "per-block"}.get(type(layer.weight.granularity), "per-tensor")
+
+
+def _parameters(node: Node) -> int:
+    found = (array(input_of(node, index)) for index in (1, 2))
+    return sum(numbers.size for numbers in found if numbers is not None)
+
+
+def _left(model: Model, plan: Plan) -> tuple[Left, ...]:
+    """Those of one operator and one reason together, most first."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for node in model.nodes():
+        kept = plan.kept.get(node.name or "")
+        if kept is not None:
+            groups.setdefault((node.op_type, kept.why), []).append(node.name or "")
+    ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return tuple(Left(op, why, tuple(names), plan.placed.issuperset(names)) for (op, why), names in ranked)
