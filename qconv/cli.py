@@ -21,7 +21,7 @@ from qconv.checks import spelt
 from qconv.errors import QconvError, counted
 from qconv.leaving import leave_at_once, leave_by_exceptions
 from qconv.layerwise import compare
-from qconv.looking import audit, benchmark, evaluate
+from qconv.looking import audit, benchmark, evaluate, inspect
 from qconv.options import WIDTH, output_options, quantize_options, recipe_of, require_output
 from qconv.recipe import Recipe
 
@@ -193,7 +193,7 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     return 0
 
 
-for command in (evaluate, compare, audit, benchmark):
+for command in (inspect, evaluate, compare, audit, benchmark):
     cli.add_command(command)
 
 

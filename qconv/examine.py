@@ -63,13 +63,18 @@ class Examined:
         }
 
 
-def examine(source: Source, *, threads: int, batch: int | None, size: Sequence[int] | None) -> Examined:
-    """Load, optimize, run and take apart. Raises QconvError for what does not load or run."""
-    proto = read(source)
+def format_of(proto: Any) -> tuple[str, str]:
+    """What a file is, by FORMATS, and what that means."""
     kinds = {node.op_type for node in proto.graph.node}
     found = ((name, meaning) for name, begins, meaning in FORMATS if any(kind.startswith(begins) for kind in kinds))
     plain = ("weights only", FORMATS[-1][2]) if is_quantized(proto) else ("float", "nothing is quantized")
-    name, meaning = next(found, plain)
+    return next(found, plain)
+
+
+def examine(source: Source, *, threads: int, batch: int | None, size: Sequence[int] | None) -> Examined:
+    """Load, optimize, run and take apart. Raises QconvError for what does not load or run."""
+    proto = read(source)
+    name, meaning = format_of(proto)
     model = as_it_is(proto, source)
     with save.runnable(model, ()) as runnable, save.scratch(2 * save.total_bytes(model)) as folder:
         optimized = folder / "optimized.onnx"

@@ -222,9 +222,7 @@ class _Teller:
         what += f"keep {decibel:.0f} dB with 8 bits"
         self._add("outlier", value > LEAST_OUTLIER, what, np.flatnonzero(living), ratios, LEAST_OUTLIER, "")
 
-    def high_bias(
-        self, known: Statistics | None, inputs: tuple[float, float], bounds: tuple[float, float]
-    ) -> None:
+    def high_bias(self, known: Statistics | None, inputs: tuple[float, float], bounds: tuple[float, float]) -> None:
         by, low, high = self._written(known, inputs)
         low, high = np.clip(low, *bounds), np.clip(high, *bounds)
         reach = float(max(high.max(initial=0.0), 0.0) - min(low.min(initial=0.0), 0.0))
@@ -238,9 +236,7 @@ class _Teller:
         handled = "absorbing what is constant, as far as it goes" if self.handling.equalizes else ""
         self._add("high-bias", value > LEAST_OFFSET, what, np.flatnonzero(living), offsets, LEAST_OFFSET, handled)
 
-    def _written(
-        self, known: Statistics | None, inputs: tuple[float, float]
-    ) -> tuple[str, Float64, Float64]:
+    def _written(self, known: Statistics | None, inputs: tuple[float, float]) -> tuple[str, Float64, Float64]:
         """By what it is known, and the least and the largest values of each output channel, (O,)."""
         if known is not None and known[0].size == self.layer.outputs:
             mean, deviation = known
@@ -286,4 +282,3 @@ def _times(ratio: float, suffix: str = "") -> str:
     """`83 times`, `1.2e+06 times`."""
     shown = f"{ratio:.0f}" if ratio < 1e5 else f"{ratio:.1e}"
     return f"{shown} times {suffix}".rstrip()
-

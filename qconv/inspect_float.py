@@ -1,4 +1,4 @@
-"""What is in a float model, what a default run would make of it, and what its weights foretell: no picture is looked at."""
+"""What is in a float model, what a default run would make of it, and what its weights foretell; without a picture."""
 
 from __future__ import annotations
 
@@ -256,9 +256,7 @@ def _layers(
     for node in nodes:
         layer = planned.get(node)
         granularity = None if layer is None else granularity_of(layer)
-        ranges, found = foretell(
-            model, node, known, Handling(granularity == "per-channel", bool(recipe.equalize))
-        )
+        ranges, found = foretell(model, node, known, Handling(granularity == "per-channel", bool(recipe.equalize)))
         troubles += found
         rows.append(_row(node, layer, plan, (sizes[node], sizes[node] / total if total else 0.0), ranges, found))
     return rows, troubles

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from qconv.errors import QconvError
 from qconv.leaving import leave_by_exceptions
 from qconv.options import (
     WIDTH,
@@ -21,6 +22,7 @@ from qconv.options import (
     stack,
 )
 from qconv.recipe import MOST_THREADS, Recipe
+from qconv.targets import TARGETS
 from qconv.values import Size
 
 NO_STREAM = "a model from standard input can be read only once: name its file."
@@ -71,6 +73,51 @@ def audit(
     leave_by_exceptions()
     found = examine.examine(source_of(model), threads=threads, batch=batch, size=size)
     _print(found.as_dict(), lambda: printing.audit(found, verbose=verbose), as_json=as_json, quiet=quiet)
+    return 0
+
+
+@click.command(context_settings=WIDTH)
+@click.argument("model")
+@click.option("--csv", "table", metavar="FILE", help="Write the layers as a table; '-' prints it instead of the text.")
+@click.option(
+    "--target",
+    default="ort-cpu",
+    show_default=True,
+    type=click.Choice(list(TARGETS)),
+    help="Of the default run that a float model is looked at for.",
+)
+@output_options
+def inspect(model: str, table: str | None, target: str, as_json: bool, quiet: bool, verbose: bool) -> int:
+    """Tell what is in MODEL: of a float one what would be quantized and what is in the way, of another how it was."""
+    if "" in (model, table):
+        raise click.UsageError("MODEL and --csv need a name.")
+    if as_json and table == "-":
+        raise click.UsageError("--json and --csv - cannot both go to standard output.")
+    if model == "-" and sys.stdin is None:
+        raise QconvError("Standard input is closed.", "pipe the model into it, or name its file.")
+    require_output(as_json or table == "-")
+    from qconv import inspect_float, inspect_quantized, inspected, save
+    from qconv.source import data_files, is_quantized, read, source_of
+
+    source = source_of(model)
+    leave_by_exceptions()
+    proto = read(source)
+    if table not in (None, "-"):
+        save.check_place(Path(table))
+        paths = (source.path, *data_files(proto, source))
+        save.refuse_what_is_read(Path(table), [path for path in paths if path is not None])
+    found: Any
+    text: Callable[..., str]
+    if is_quantized(proto):
+        found, text = inspect_quantized.inspect_quantized(source), inspected.quantized_model
+    else:
+        found, text = inspect_float.inspect_float(source, target), inspected.float_model
+    if table == "-":
+        print(inspected.as_csv(found.rows).decode(), end="")
+        return 0
+    if table is not None:
+        save.write_whole(Path(table), inspected.as_csv(found.rows))
+    _print(found.as_dict(), lambda: text(found, verbose=verbose), as_json=as_json, quiet=quiet)
     return 0
 
 

@@ -75,9 +75,8 @@ def _typed(recipe: Mapping[str, Any]) -> dict[str, Any]:
         found["max_drop"] = Drop(**found["max_drop"])
     if "preprocessing" in found:
         parts = found["preprocessing"].items()
-        found["preprocessing"] = PreprocessingOptions(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in parts}
-        )
+        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in parts}
+        found["preprocessing"] = PreprocessingOptions(**given)
     return found
 
 
@@ -113,12 +112,12 @@ def _of_pictures(options: PreprocessingOptions) -> Iterator[str]:
             case "size":
                 yield from ("--size", "x".join(map(str, value)))
             case "scale" | "mean" | "std":
-                yield from (spelt(part.name), ",".join(map(_number, value if isinstance(value, tuple) else (value,))))
+                yield from (spelt(part.name), ",".join(map(in_words, value if isinstance(value, tuple) else (value,))))
             case _:
                 yield from (spelt(part.name), str(value))
 
 
-def _number(value: float) -> str:
+def in_words(value: float) -> str:
     """Exactly this number: 1/255 where that is what was typed."""
     if 0 < abs(value) < 1:
         inverse = round(1 / value, 4)

@@ -22,6 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "errors",
             "quant",
             "recipe",
+            "spoken",
             "pixels",
             "checks",
             "choices",
@@ -75,10 +76,12 @@ FLOORS: tuple[frozenset[str], ...] = (
             "fileformat",
             "fit",
             "fold",
+            "foretold",
             "gather",
             "gates",
             "groups",
             "held",
+            "inspect_float",
             "intervals",
             "labels",
             "layers",
@@ -114,6 +117,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "sketch",
             "solve",
             "stats",
+            "stored",
             "streams",
             "verify",
             "walk",
@@ -124,8 +128,10 @@ FLOORS: tuple[frozenset[str], ...] = (
             "worth",
         }
     ),
-    frozenset({"examine", "judge", "mixed", "pipeline", "ranges", "refine", "study", "trial", "tune"}),
-    frozenset({"cli", "leaving", "looking", "options", "printing", "summary", "values"}),  # the face
+    frozenset(
+        {"examine", "inspect_quantized", "judge", "mixed", "pipeline", "ranges", "refine", "study", "trial", "tune"}
+    ),
+    frozenset({"cli", "inspected", "leaving", "looking", "options", "printing", "summary", "values"}),  # the face
     frozenset({"__init__", "__main__"}),
 )
 # Imports within a floor.
@@ -158,6 +164,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "targets": {"cost_table"},
     "checks": {"errors"},
     "pixels": {"checks", "errors"},
+    "spoken": {"checks", "choices", "errors", "pixels", "recipe"},
     "layer_bits": {"choices", "errors"},
     "listing": {"errors"},
     "preprocess": {"errors", "pixels"},
@@ -180,6 +187,9 @@ NEIGHBOURS: dict[str, set[str]] = {
     "equalize": {"affine", "edits", "layers"},
     "fit": {"evidence"},
     "fold": {"affine", "edits", "equalize", "expected", "layers", "simplify"},
+    "foretold": {"edits", "layers"},
+    "inspect_float": {"edits", "fold", "foretold", "placement", "plan", "planner"},
+    "inspect_quantized": {"examine"},
     "layers": {"edits"},
     "channel_bits": {"allocation", "clipping", "sketch", "weight_ranges"},
     "params": {"calibrators", "channel_bits", "clipping", "layers", "plan", "sketch", "weights"},
@@ -242,7 +252,8 @@ NEIGHBOURS: dict[str, set[str]] = {
     "refusals": {"plan"},
     "weights": {"bias", "channel_bits", "layers", "plan", "saturation", "sketch", "weight_ranges"},
     "cli": {"leaving", "looking", "options", "summary"},
-    "looking": {"leaving", "options", "printing", "summary", "values"},
+    "inspected": {"printing"},
+    "looking": {"inspected", "leaving", "options", "printing", "summary", "values"},
     "options": {"values"},
 }
 # Libraries that have one door each, and the modules that hold it.

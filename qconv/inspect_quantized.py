@@ -1,0 +1,378 @@
+"""How a quantized file was made, by whatever tool: bits, scheme, granularity and bytes of every layer.
+
+A file by qconv says in its recipe how many bits were meant: codes of 2 to 7 bits live in int8. Of other files the type
+counts, since codes that happen to be small prove nothing. Bits of activations are those of the type, or of the Clip
+that holds codes to 0 .. 2^b - 1 or the signed range.
+
+Scales, zero points and biases that several layers share count for the first one. What no layer owns is the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.examine import format_of
+from qconv.fileformat import placed_in, recipe_in
+from qconv.graph import DataType, Model, Node, Value
+from qconv.graph import input_of as at
+from qconv.inspect_float import End, made_by, refuse_custom_operators
+from qconv.load import as_it_is
+from qconv.recipe import Recipe
+from qconv.rules import ACTIVATIONS
+from qconv.source import Source, file_bytes, metadata, own_opset, read
+from qconv.spoken import options_of, recipe_from
+from qconv.stored import (
+    DYNAMIC,
+    FLOAT,
+    PLACES,
+    STEPS,
+    Places,
+    Stored,
+    Tensor,
+    bytes_of,
+    clip_bits,
+    constant,
+    constants,
+    held,
+    numbers_of,
+    stored_weights,
+    type_of,
+)
+
+PREPROCESSING = "qconv.preprocessing"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRow:
+    """A layer. type: of what is stored; bits: of its codes, of float 32; scheme, granularity: None in float.
+
+    size: elements that share a scale, for per-block. runs: "integer" or "float", as the file is written; the runtime
+    has the last word (`qconv audit`). input, output: what it reads and writes. bytes: codes, scales with zero points,
+    and bias; share: of the file.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    type: str
+    bits: int
+    scheme: str | None
+    granularity: str | None
+    block_size: int | None
+    input: Tensor
+    output: Tensor
+    bias: str | None
+    runs: str
+    codes_bytes: int
+    scales_bytes: int
+    bias_bytes: int
+    share: float
+
+    @property
+    def bytes(self) -> int:
+        """All that the file holds for this layer alone."""
+        return self.codes_bytes + self.scales_bytes + self.bias_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` and `--csv` give of it."""
+        return {
+            "name": self.name,
+            "op": self.op,
+            "shape": list(self.shape),
+            "type": self.type,
+            "bits": self.bits,
+            "scheme": self.scheme,
+            "granularity": self.granularity,
+            "block_size": self.block_size,
+            "input_type": self.input.type,
+            "input_bits": self.input.bits,
+            "input_scheme": self.input.scheme,
+            "output_type": self.output.type,
+            "output_bits": self.output.bits,
+            "output_scheme": self.output.scheme,
+            "bias_type": self.bias,
+            "runs": self.runs,
+            "codes_bytes": self.codes_bytes,
+            "scales_bytes": self.scales_bytes,
+            "bias_bytes": self.bias_bytes,
+            "bytes": self.bytes,
+            "share": self.share,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedModel:
+    """What was found. recipe: of a file by qconv, empty for others; options: the same as one would type it.
+
+    other_constants: bytes of constants that no layer owns; structure: of all that is no constant.
+    """
+
+    name: str
+    bytes: int
+    format: str
+    meaning: str
+    opset: int
+    ir_version: int
+    producer: str
+    inputs: tuple[End, ...]
+    outputs: tuple[End, ...]
+    operators: Mapping[str, int]
+    recipe: Mapping[str, Any]
+    options: tuple[str, ...]
+    preprocessing: Mapping[str, Any] | None
+    placed: int
+    layers: tuple[QuantizedRow, ...]
+    other_constants: int
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The main table, as `--csv` writes it."""
+        return [layer.as_dict() for layer in self.layers]
+
+    @property
+    def structure(self) -> int:
+        """Bytes that are neither a layer's nor constants: nodes, names, metadata."""
+        return self.bytes - sum(layer.bytes for layer in self.layers) - self.other_constants
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "schema": 1,
+            "model": self.name,
+            "kind": "quantized",
+            "format": self.format,
+            "bytes": self.bytes,
+            "opset": self.opset,
+            "ir_version": self.ir_version,
+            "producer": self.producer,
+            "inputs": [end.as_dict() for end in self.inputs],
+            "outputs": [end.as_dict() for end in self.outputs],
+            "operators": dict(self.operators),
+            "recipe": dict(self.recipe) or None,
+            "options": list(self.options) if self.recipe else None,
+            "preprocessing": None if self.preprocessing is None else dict(self.preprocessing),
+            "layers": self.rows,
+            "size": {
+                "codes": sum(layer.codes_bytes for layer in self.layers),
+                "scales": sum(layer.scales_bytes for layer in self.layers),
+                "biases": sum(layer.bias_bytes for layer in self.layers),
+                "other_constants": self.other_constants,
+                "structure": self.structure,
+            },
+        }
+
+
+def inspect_quantized(source: Source) -> QuantizedModel:
+    """Read a file that holds codes. Raises QconvError for what is no ONNX file."""
+    proto = read(source)
+    refuse_custom_operators(proto, source)
+    size, opset, ir_version, producer = file_bytes(proto, source), own_opset(proto), proto.ir_version, made_by(proto)
+    (name, meaning), carried = format_of(proto), metadata(proto)
+    counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
+    model = as_it_is(proto, source)
+    recipe = recipe_in(model)
+    reader = _Reader(model, recipe_from(recipe) if recipe else None, size)
+    layers = tuple(row for node in model.nodes() if (row := reader.row(node)) is not None)
+    owned = sum(layer.bytes for layer in layers)
+    return QuantizedModel(
+        name=source.name,
+        bytes=size,
+        format=name,
+        meaning=meaning,
+        opset=opset,
+        ir_version=ir_version,
+        producer=producer,
+        inputs=tuple(map(End.of, model.graph.inputs)),
+        outputs=tuple(map(End.of, model.graph.outputs)),
+        operators=dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        recipe=recipe,
+        options=tuple(options_of(recipe)) if recipe else (),
+        preprocessing=_preprocessing(carried),
+        placed=len(placed_in(model)),
+        layers=layers,
+        other_constants=sum(bytes_of(value) for value in constants(model)) - owned,
+    )
+
+
+def _preprocessing(carried: Mapping[str, str]) -> dict[str, Any] | None:
+    with contextlib.suppress(KeyError, ValueError):
+        found = json.loads(carried[PREPROCESSING])
+        return found if isinstance(found, dict) else None
+    return None
+
+
+class _Reader:
+    """One way through the file. recipe: of a file by qconv. owned: constants that a layer has already."""
+
+    def __init__(self, model: Model, recipe: Recipe | None, size: int) -> None:
+        self.model, self.recipe, self.size = model, recipe, size
+        self.owned: set[Value] = set()
+
+    def row(self, node: Node) -> QuantizedRow | None:
+        """The node as a layer; None where it has no weights."""
+        places = PLACES.get(node.op_type)
+        weights = stored_weights(self.model, node)
+        if weights is None:
+            return None
+        bias, bias_parts = self._bias(node, places)
+        codes = self._take([weights.codes])
+        scales = self._take(weights.others)
+        biases = self._take(bias_parts)
+        read = self._read(node, places)
+        bits, scheme = self._bits(node, weights), self._scheme(weights)
+        granularity, block = self._granularity(node, weights)
+        if self.recipe is not None and scheme == "symmetric" and self.recipe.moves_zero(bits):
+            scheme = str(self.recipe.scheme_of_weights(bits))
+        small = weights.type in ("int8", "uint8") and read.type in ("int8", "uint8") and not weights.block
+        on_codes = small and not weights.at_load and self._reads_codes(node) if places is None else not weights.block
+        return QuantizedRow(
+            name=node.name or "",
+            op=node.op_type,
+            shape=weights.shape,
+            type=weights.type,
+            bits=bits,
+            scheme=None if weights.in_float else scheme,
+            granularity=granularity,
+            block_size=block,
+            input=read,
+            output=self._written(node, places),
+            bias=bias,
+            runs="integer" if on_codes else "float",
+            codes_bytes=codes,
+            scales_bytes=scales,
+            bias_bytes=biases,
+            share=(codes + scales + biases) / self.size if self.size else 0.0,
+        )
+
+    def _take(self, values: list[Value]) -> int:
+        """Bytes of those that no layer has yet."""
+        new = [value for value in dict.fromkeys(values) if value not in self.owned]
+        self.owned.update(new)
+        return sum(map(bytes_of, new))
+
+    # -- what it means -------------------------------------------------------------------------------------------------
+
+    def _bits(self, node: Node, weights: Stored) -> int:
+        """Of the container, or what qconv's recipe had in mind for codes that need no more."""
+        kind = DataType.__members__.get(weights.type.upper().replace("FLOAT32", "FLOAT"))
+        whole = 0 if kind is None else int(kind.bitwidth)
+        if weights.in_float or not weights.type:
+            return whole or 32
+        if self.recipe is None or weights.computed:
+            return whole or int(weights.type.lstrip("uint") or 8)
+        named = self.recipe.bits_of(node.name or "").weights
+        if named is not None:
+            return named
+        codes = numbers_of(weights.codes)
+        needed = 0.0 if codes is None else _needed(codes, weights, average=self.recipe.allocates_weights)
+        return min((bits for bits in self.recipe.bits_of_weights if needed <= bits <= whole), default=whole)
+
+    def _scheme(self, weights: Stored) -> str:
+        zero = weights.zero
+        if zero is None:
+            return "asymmetric" if weights.computed and weights.scale is None else "symmetric"
+        whole = weights.type.startswith("u") and weights.type.lstrip("uint")
+        middle = 1 << (int(whole) - 1) if whole else 0
+        return "symmetric" if np.all(zero.astype(np.int64) == middle) else "asymmetric"
+
+    def _granularity(self, node: Node, weights: Stored) -> tuple[str | None, int | None]:
+        if weights.in_float:
+            return None, None
+        if weights.block:
+            return "per-block", weights.block
+        sizes = [numbers.size for numbers in (weights.scale, weights.zero) if numbers is not None]
+        return ("per-channel" if max(sizes, default=1) > 1 else "per-tensor"), None
+
+    def _bias(self, node: Node, places: Places | None) -> tuple[str | None, list[Value]]:
+        value = at(node, 2) if places is None else None if places.bias is None else at(node, places.bias)
+        if places is None and node.op_type == "MatMul":
+            value = None
+        if value is None:
+            return None, []
+        before = value.producer()
+        if before is not None and before.op_type == "DequantizeLinear":
+            parts = [part for part in before.inputs if part is not None]
+            return type_of(parts[0]), parts
+        return (type_of(value) or "float32"), [value]
+
+    # -- tensors between layers ----------------------------------------------------------------------------------------
+
+    def _read(self, node: Node, places: Places | None) -> Tensor:
+        if places is not None:
+            zero = None if places.data_zero is None else at(node, places.data_zero)
+            if node.op_type in DYNAMIC:
+                return Tensor("uint8", 8, "asymmetric")
+            return FLOAT if zero is None else held(type_of(zero), numbers_of(zero), None)
+        before = _producer(node, 0)
+        if before is not None and before.op_type == "Sum" and len(before.inputs) == 1:
+            before = _producer(before, 0)  # qconv's copy, which keeps a layer in float
+        if before is None or before.op_type != "DequantizeLinear":
+            return FLOAT
+        return self._of_codes(at(before, 0), before)
+
+    def _reads_codes(self, node: Node) -> bool:
+        before = _producer(node, 0)
+        return before is not None and before.op_type == "DequantizeLinear"
+
+    def _written(self, node: Node, places: Places | None) -> Tensor:
+        if places is not None and places.out_zero is not None:
+            zero = at(node, places.out_zero)
+            return FLOAT if zero is None else held(type_of(zero), numbers_of(zero), None)
+        if places is not None or not node.outputs:
+            return FLOAT
+        value = node.outputs[0]
+        for _ in range(STEPS):
+            follower = self.model.sole_reader(value)
+            copies = follower is not None and follower.op_type in {*ACTIVATIONS, "Min", "Sum"}
+            if follower is None or not copies or sum(constant(part) is None for part in follower.inputs) != 1:
+                break
+            value = follower.outputs[0]
+        quantizer = next((r for r in self.model.readers(value) if r.op_type == "QuantizeLinear"), None)
+        if quantizer is None:
+            return FLOAT
+        codes = quantizer.outputs[0]
+        clip = self.model.sole_reader(codes)
+        return self._of_codes(clip.outputs[0] if clip is not None and clip.op_type == "Clip" else codes, quantizer)
+
+    def _of_codes(self, codes: Value | None, node: Node) -> Tensor:
+        """node: the quantizer or dequantizer, which knows scale and zero point."""
+        zero, scale = at(node, 2), numbers_of(at(node, 1))
+        kind = type_of(zero) or type_of(codes) or "uint8"
+        bits = None
+        if scale is not None and scale.size > 1 and self.recipe is not None:
+            bits = self.recipe.activation_bits  # each channel has its own, those on average
+        for _ in range(STEPS):
+            before = None if codes is None else codes.producer()
+            if before is None or before.op_type not in ("Clip", "Pad"):
+                break
+            if bits is None and before.op_type == "Clip":
+                bits = clip_bits(before)
+            codes = at(before, 0)
+        found = held(kind, numbers_of(zero), bits)
+        return found if self.recipe is None else replace(found, scheme=str(self.recipe.activation_scheme))
+
+
+def _producer(node: Node, index: int) -> Node | None:
+    value = at(node, index)
+    return None if value is None else value.producer()
+
+
+def _needed(codes: NDArray[Any], weights: Stored, *, average: bool) -> float:
+    """Bits that the codes of one scale take: most of all, or on average, where channels have bits of their own."""
+    if codes.size == 0:
+        return 0.0
+    whole = codes.astype(np.int64)
+    span = int(whole.max()) - int(whole.min())
+    if weights.scale is None or weights.scale.size < 2 or weights.block or codes.ndim <= weights.axis:
+        return span.bit_length()
+    rows = np.moveaxis(whole, weights.axis, 0).reshape(codes.shape[weights.axis], -1)
+    taken = [int(span).bit_length() for span in rows.max(axis=1) - rows.min(axis=1)]
+    return float(np.mean(taken)) if average else max(taken)

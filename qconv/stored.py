@@ -1,0 +1,258 @@
+"""Where a layer's weights are stored in a quantized file, by whatever tool it was made.
+
+Weights are followed back from the layer to what is stored:
+
+    Q/DQ         codes -> DequantizeLinear [-> Reshape, Transpose ...] -> layer
+    by qconv     codes -> Cast [-> Sub zero] -> Mul scale -> layer      (runs in float; the runtime computes it at load)
+    not folded   numbers -> QuantizeLinear -> DequantizeLinear -> layer (the file holds float weights)
+    QOperator, dynamic     codes, scale and zero point are inputs of the layer itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.graph import DataType, Model, Node, Value, attribute
+from qconv.graph import input_of as at
+from qconv.rules import RULES, Weighted
+
+MOVERS = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
+"""What may stand between codes and a layer, and changes none."""
+STEPS = 8
+"""So far back is looked for what is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where an operator that works on codes has what: input numbers, None where it has no such input."""
+
+    weight: int
+    scale: int | None
+    zero: int | None
+    data_zero: int | None
+    bias: int | None = None
+    out_zero: int | None = None
+
+
+PLACES: dict[str, Places] = {
+    "QLinearConv": Places(3, 4, 5, 2, 8, 7),
+    "QLinearMatMul": Places(3, 4, 5, 2, None, 7),
+    "QGemm": Places(3, 4, 5, 2, 6, 8),
+    "ConvInteger": Places(1, None, 3, 2),
+    "MatMulInteger": Places(1, None, 3, 2),
+    "MatMulIntegerToFloat": Places(1, 3, 5, 4, 6),
+    "DynamicQuantizeMatMul": Places(1, 2, 3, None, 4),
+    "MatMulNBits": Places(1, 2, 3, None, 5),
+}
+DYNAMIC = frozenset({"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
+
+
+def constant(value: Value | None) -> Any:
+    """The constant that a value is: an initializer, or what a Constant node writes."""
+    if value is None:
+        return None
+    if value.const_value is not None and not value.is_graph_input():
+        return value.const_value
+    node = value.producer()
+    found = attribute(node, "value") if node is not None and node.op_type == "Constant" else None
+    return found if hasattr(found, "nbytes") else None
+
+
+def numbers_of(value: Value | None) -> NDArray[Any] | None:
+    """The numbers of a constant; None for everything else."""
+    found = constant(value)
+    return None if found is None else np.asarray(found.numpy())
+
+
+def bytes_of(value: Value | None) -> int:
+    """What a constant takes in the file, 0 for everything else."""
+    found = constant(value)
+    return 0 if found is None else int(found.nbytes)
+
+
+def constants(model: Model) -> Iterator[Value]:
+    """All that the file stores, Constant nodes included."""
+    yield from model.graph.initializers.values()
+    yield from (node.outputs[0] for node in model.nodes() if node.op_type == "Constant")
+
+
+def type_of(value: Value | None) -> str:
+    """The type of its elements, as `int8` or `float32`; empty where it is not known."""
+    found = constant(value)
+    dtype = value.dtype if found is None and value is not None else getattr(found, "dtype", None)
+    return "" if dtype is None else _named(dtype)
+
+
+def _named(dtype: DataType) -> str:
+    name = str(dtype.name).lower()
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+@dataclass(slots=True)
+class Stored:
+    """What was found behind a layer's weights. codes: the stored value, which holds numbers where it is `computed`.
+
+    others: scales and zero points, as far as they are stored. axis: along which scales differ.
+    """
+
+    codes: Value
+    type: str
+    shape: tuple[int, ...]
+    scale: NDArray[Any] | None = None
+    zero: NDArray[Any] | None = None
+    axis: int = 1
+    block: int = 0
+    in_float: bool = False
+    computed: bool = False
+    at_load: bool = False
+    others: list[Value] = field(default_factory=list)
+
+
+def stored_weights(model: Model, node: Node) -> Stored | None:
+    """Those of a layer; None for a node that has none."""
+    places = PLACES.get(node.op_type)
+    return _of_layer(node) if places is None else _of_places(model, node, places)
+
+
+def _of_places(model: Model, node: Node, places: Places) -> Stored | None:
+    stored = at(node, places.weight)
+    found = None if stored is None else _stored(stored)
+    if found is None:
+        return None
+    scale = at(node, places.scale) if places.scale is not None else _scale_behind(model, node)
+    zero = at(node, places.zero) if places.zero is not None else None
+    found.scale, found.zero = numbers_of(scale), numbers_of(zero)
+    found.others = [value for value in (scale, zero) if value is not None]
+    found.axis = 0 if node.op_type in ("QLinearConv", "ConvInteger") or attribute(node, "transB", 0) else 1
+    if node.op_type == "MatMulNBits":
+        found.block, found.type = attribute(node, "block_size", 32), f"uint{attribute(node, 'bits', 4)}"
+        found.shape = (attribute(node, "K", 0), attribute(node, "N", 0))
+    return found
+
+
+def _stored(value: Value) -> Stored | None:
+    """Codes that are an input of the layer: a constant, or made of one at every run."""
+    if constant(value) is not None:
+        return Stored(value, type_of(value), tuple(constant(value).shape.numpy()))
+    node = value.producer()
+    numbers = None if node is None else at(node, 0)
+    if node is None or numbers is None or not node.op_type.endswith("QuantizeLinear") or constant(numbers) is None:
+        return None
+    kind = type_of(node.outputs[0]) or type_of(at(node, 2)) or "uint8"
+    return Stored(numbers, kind, tuple(constant(numbers).shape.numpy()), computed=True)
+
+
+def _scale_behind(model: Model, node: Node) -> Value | None:
+    """Of ConvInteger and MatMulInteger: layer -> Cast -> Mul (Mul of both scales)."""
+    cast = model.sole_reader(node.outputs[0])
+    product = None if cast is None else model.sole_reader(cast.outputs[0])
+    for value in product.inputs if product is not None and product.op_type == "Mul" else ():
+        scales = None if value is None else value.producer()
+        if scales is not None and scales.op_type == "Mul":
+            return next((part for part in scales.inputs if constant(part) is not None), None)
+    return None
+
+
+def _of_layer(node: Node) -> Stored | None:
+    rule = RULES.get(node.op_type)
+    if not isinstance(rule, Weighted) or node.domain not in ("", "ai.onnx"):
+        return None
+    value, reshaped = at(node, 1), None
+    axis = 0 if node.op_type == "Gemm" and attribute(node, "transB", 0) else rule.output_axis
+    for _ in range(STEPS):
+        stored = constant(value)
+        if stored is not None and value is not None:
+            floats = value.dtype in (DataType.FLOAT, DataType.FLOAT16, DataType.DOUBLE, DataType.BFLOAT16)
+            found = Stored(value, type_of(value), tuple(stored.shape.numpy()), axis=axis, in_float=floats)
+            return found if floats and found.shape else None
+        before = None if value is None else value.producer()
+        if before is None:
+            return None
+        if before.op_type == "DequantizeLinear":
+            return _dequantized(before, reshaped)
+        if before.op_type == "Mul":
+            return _computed(before, axis)
+        if before.op_type not in MOVERS:
+            return None
+        reshaped = numbers_of(at(before, 1)) if before.op_type == "Reshape" else reshaped
+        value = at(before, 0)
+    return None
+
+
+def _dequantized(node: Node, reshaped: NDArray[Any] | None) -> Stored | None:
+    codes = at(node, 0)
+    found = None if codes is None else _stored(codes)
+    if found is None:
+        return None
+    scale, zero = at(node, 1), at(node, 2)
+    found.scale, found.zero = numbers_of(scale), numbers_of(zero)
+    found.others = [value for value in (scale, zero) if value is not None]
+    found.axis, found.block = attribute(node, "axis", 1), attribute(node, "block_size", 0)
+    if reshaped is not None:
+        found.shape = tuple(map(int, reshaped))
+        if found.block and len(found.shape) > 2 and found.block % int(np.prod(found.shape[2:])) == 0:
+            found.block //= int(np.prod(found.shape[2:]))  # kernels of whole input channels, flattened
+    return found
+
+
+def _computed(node: Node, axis: int) -> Stored | None:
+    """(codes - zero) * scale, as qconv writes weights of layers in float."""
+    scale = next((value for value in node.inputs if constant(value) is not None), None)
+    value = next((value for value in node.inputs if value is not scale), None)
+    before = None if value is None else value.producer()
+    zero = None
+    if before is not None and before.op_type == "Sub":
+        zero, value = at(before, 1), at(before, 0)
+        before = None if value is None else value.producer()
+    codes = at(before, 0) if before is not None and before.op_type == "Cast" else None
+    if codes is None or scale is None or constant(codes) is None:
+        return None
+    shape = tuple(constant(codes).shape.numpy())
+    others = [scale] if zero is None else [scale, zero]
+    found = Stored(codes, type_of(codes), shape, numbers_of(scale), numbers_of(zero), axis, at_load=True)
+    found.others = others
+    return found
+
+
+# -- tensors between layers --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """How a tensor between layers is held. bits: those that its codes have; 32 for float."""
+
+    type: str
+    bits: int
+    scheme: str | None = None
+
+    def __str__(self) -> str:
+        return self.type if self.type.endswith(f"t{self.bits}") else f"{self.type} ({self.bits})"
+
+
+FLOAT = Tensor("float32", 32)
+
+
+def held(kind: str, zero: NDArray[Any] | None, bits: int | None) -> Tensor:
+    """A tensor of codes of this type with these zero points. bits: None for those of the type."""
+    signed = not kind.startswith("u")
+    whole = int(kind.lstrip("uint") or 8) if "int" in kind else 8
+    bits = bits or whole
+    middle = 0 if signed else 1 << (bits - 1)
+    symmetric = zero is None or bool(np.all(zero == middle) or np.all(zero == 0))
+    return Tensor(kind, bits, "symmetric" if symmetric else "asymmetric")
+
+
+def clip_bits(node: Node) -> int | None:
+    """The bits that a Clip holds codes to; None for another Clip."""
+    low, high = (None if numbers_of(at(node, index)) is None else numbers_of(at(node, index)) for index in (1, 2))
+    if low is None or high is None or low.size != 1 or high.size != 1:
+        return None
+    least, most = int(low.reshape(-1)[0]), int(high.reshape(-1)[0])
+    bits = (most + 1).bit_length() - 1 + (1 if least < 0 else 0)
+    exact = most + 1 == 1 << (bits - (1 if least < 0 else 0))
+    return bits if exact and least in (0, -most, -most - 1) and bits >= 2 else None
