@@ -301,6 +301,9 @@ def _left(model: Model, plan: Plan) -> tuple[Left, ...]:
     for node in model.nodes():
         kept = plan.kept.get(node.name or "")
         if kept is not None:
-            groups.setdefault((node.op_type, kept.why), []).append(node.name or "")
+            why = (
+                kept.why.partition(":")[0] if node.name in plan.placed else kept.why
+            )  # microseconds are each one's own
+            groups.setdefault((node.op_type, why), []).append(node.name or "")
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
     return tuple(Left(op, why, tuple(names), plan.placed.issuperset(names)) for (op, why), names in ranked)

@@ -17,6 +17,8 @@ from qconv.foretold import Trouble
 from qconv.inspect_float import End, FloatModel, FloatRow, Left
 from qconv.inspect_quantized import QuantizedModel, QuantizedRow
 from qconv.printing import COLUMNS, columns, wrapped
+from qconv.spoken import in_words
+from qconv.stored import Tensor
 
 MOST_ROWS = 20
 MOST_GROUPS = 8
@@ -192,12 +194,10 @@ def _held(tensor: Tensor) -> str:
 
 def _fed(told: Mapping[str, Any]) -> str:
     """The preprocessing, as the file's metadata has it."""
-    size = told.get("size")
-    parts = [
-        str(told.get("color", "")).upper(),
-        f"(pixel x {told.get('scale')} - {told.get('mean')}) / {told.get('std')}",
-    ]
-    parts += [str(told.get("layout", "")).upper(), shaped(size) if isinstance(size, list) else ""]
+    scale, size = told.get("scale"), told.get("size")
+    factor = in_words(scale) if isinstance(scale, float) else str(scale)
+    parts = [str(told.get("color") or "").upper(), f"(pixel x {factor} - {told.get('mean')}) / {told.get('std')}"]
+    parts += [str(told.get("layout") or "").upper(), shaped(size) if isinstance(size, list) else ""]
     return " ".join(filter(None, parts))
 
 

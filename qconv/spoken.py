@@ -19,6 +19,8 @@ from qconv.recipe import STEERING, Recipe
 
 PICTURES = ("the user's pictures",)
 """Stand in for those a file does not name: without any, other defaults hold."""
+SHORT, FINEST = 10, 1e-9
+"""Numbers of more characters may be fractions, if they are no smaller."""
 ALSO_NO = frozenset({"equalize", "tune_ranges", "saturation_safe"})
 """Switches that can be said both ways."""
 
@@ -43,6 +45,7 @@ def options_of(recipe: Mapping[str, Any]) -> list[str]:
         return list(_all_said(recipe))
     if whole.weight_granularity is not WeightGranularity.PER_BLOCK:
         said.pop("block_size", None)  # without effect, and refused
+        whole = _made(said)
     for name in tuple(said):
         rest = {other: value for other, value in said.items() if other != name}
         if _same(rest, whole):
@@ -119,15 +122,14 @@ def _of_pictures(options: PreprocessingOptions) -> Iterator[str]:
 
 def in_words(value: float) -> str:
     """Exactly this number: 1/255 where that is what was typed."""
-    if 0 < abs(value) < 1:
-        inverse = round(1 / value, 4)
-        if 1 / inverse == value:
-            return f"1/{inverse:.10g}"
-    return f"{value:.10g}" if float(f"{value:.10g}") == value else repr(value)
+    text = f"{value:.10g}" if float(f"{value:.10g}") == value else repr(value)
+    inverse = round(1 / value, 4) if abs(value) > FINEST else 0.0
+    return f"1/{inverse:.10g}" if len(text) > SHORT and inverse and 1 / inverse == value else text
 
 
 def _all_said(recipe: Mapping[str, Any]) -> Iterator[str]:
     default = Recipe(calib=PICTURES).as_dict()
     for name, value in recipe.items():
-        if value != default.get(name) and isinstance(value, str | int | float):
+        alone = isinstance(default.get(name, ""), str | int | float | None)
+        if alone and value != default.get(name) and isinstance(value, str | int | float):
             yield from _words(name, value)
