@@ -185,7 +185,7 @@ class _Teller:
         count = int((ratios > LEAST_RATIO).sum())
         what = f"output channels' ranges differ {_times(value)}: with one scale {counted(count, 'channel')} of "
         what += f"{self.layer.outputs} would keep 2 bits of 8 or fewer"
-        handled = "scales for each channel" if self.handling.per_channel else ""
+        handled = "scales for each channel take care of it" if self.handling.per_channel else ""
         self._add("channel-imbalance", value > LEAST_RATIO, what, channels, ratios, LEAST_RATIO, handled)
 
     def input_imbalance(self, bound: float) -> None:
@@ -200,7 +200,7 @@ class _Teller:
         ratios = np.divide(largest, ranges, out=np.ones_like(ranges), where=living).reshape(-1)
         self.numbers["input_ratio"] = value = float(ratios.max())
         what = f"input channels' ranges differ {_times(value)}, which no scale of outputs helps"
-        handled = "equalization, as far as it goes" if self.handling.equalizes else ""
+        handled = "equalization mends it where channels can be scaled" if self.handling.equalizes else ""
         if np.isfinite(bound):
             what += f"; the Clip or Sigmoid in front, at {bound:g}, limits how far they can be scaled"
         channels = np.arange(ratios.size)
@@ -233,7 +233,8 @@ class _Teller:
         offsets = offsets[living]
         self.numbers["offset"] = value = float(offsets.max(initial=0.0))
         what = f"a channel stays {100 * value:.0f}% of its tensor's range away from zero, {by}"
-        handled = "absorbing what is constant, as far as it goes" if self.handling.equalizes else ""
+        relu = self.handling.equalizes and bounds == (0.0, np.inf)
+        handled = "what is constant goes into the layers behind, where that is exact" if relu else ""
         self._add("high-bias", value > LEAST_OFFSET, what, np.flatnonzero(living), offsets, LEAST_OFFSET, handled)
 
     def _written(self, known: Statistics | None, inputs: tuple[float, float]) -> tuple[str, Float64, Float64]:

@@ -23,7 +23,7 @@ from qconv.recipe import Recipe
 from qconv.source import Source, file_bytes, metadata, own_opset, read, tensors
 from qconv.targets import TARGETS
 
-KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc"})
+KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
 """Whose operators ONNX Runtime has itself."""
 
 

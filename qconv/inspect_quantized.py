@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.examine import format_of
+from qconv.examine import FORMATS, format_of
 from qconv.fileformat import placed_in, recipe_in
 from qconv.graph import DataType, Model, Node, Value
 from qconv.graph import input_of as at
@@ -27,7 +27,7 @@ from qconv.inspect_float import End, made_by, refuse_custom_operators
 from qconv.load import as_it_is
 from qconv.recipe import Recipe
 from qconv.rules import ACTIVATIONS
-from qconv.source import Source, file_bytes, metadata, own_opset, read
+from qconv.source import Source, file_bytes, is_quantized, metadata, own_opset, read
 from qconv.spoken import options_of, recipe_from
 from qconv.stored import (
     DYNAMIC,
@@ -170,15 +170,22 @@ class QuantizedModel:
         }
 
 
+def holds_codes(proto: Any) -> bool:
+    """Whether a file is quantized, in whatever way."""
+    return is_quantized(proto) or any(node.op_type in PLACES for node in proto.graph.node)
+
+
 def inspect_quantized(source: Source) -> QuantizedModel:
     """Read a file that holds codes. Raises QconvError for what is no ONNX file."""
     proto = read(source)
     refuse_custom_operators(proto, source)
     size, opset, ir_version, producer = file_bytes(proto, source), own_opset(proto), proto.ir_version, made_by(proto)
     (name, meaning), carried = format_of(proto), metadata(proto)
+    if name == "float":  # MatMulNBits and its kind
+        name, _, meaning = FORMATS[-1]
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model = as_it_is(proto, source)
-    recipe = recipe_in(model)
+    recipe = _without_nan(recipe_in(model))
     reader = _Reader(model, recipe_from(recipe) if recipe else None, size)
     layers = tuple(row for node in model.nodes() if (row := reader.row(node)) is not None)
     owned = sum(layer.bytes for layer in layers)
@@ -205,8 +212,13 @@ def inspect_quantized(source: Source) -> QuantizedModel:
 def _preprocessing(carried: Mapping[str, str]) -> dict[str, Any] | None:
     with contextlib.suppress(KeyError, ValueError):
         found = json.loads(carried[PREPROCESSING])
-        return found if isinstance(found, dict) else None
+        return _without_nan(found) if isinstance(found, dict) else None
     return None
+
+
+def _without_nan(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stranger wrote into a file, without the numbers that JSON does not have."""
+    return dict(json.loads(json.dumps(told), parse_constant=lambda name: None))
 
 
 class _Reader:

@@ -114,7 +114,7 @@ def _troubles(troubles: Sequence[Trouble], *, verbose: bool) -> list[str]:
         groups.setdefault((trouble.kind, trouble.handled), []).append(trouble)
     lines = []
     for (kind, handled), group in sorted(groups.items(), key=lambda item: bool(item[0][1])):
-        care = f"; taken care of by {handled}" if handled else ""
+        care = f"; {handled}" if handled else ""
         lines.append(_hanging(f"  {kind} in {counted(len(group), 'layer')}{care}", 4))
         ranked = sorted(group, key=lambda trouble: -(trouble.value or 0.0))
         for trouble in ranked if verbose else ranked[: 1 if handled else WORST]:
@@ -144,8 +144,9 @@ def quantized_model(found: QuantizedModel, *, verbose: bool) -> str:
     lines.append(_titled("operators", _counts(found.operators, verbose=verbose)))
     if found.recipe:
         lines.append(_titled("options", shlex.join(found.options) or "the defaults"))
-        if found.recipe.get("layer_bits"):
-            lines.append(_titled("", f"and bits for {counted(len(found.recipe['layer_bits']), 'layer')}: see --json"))
+        own = found.recipe.get("layer_bits")
+        if isinstance(own, list) and own:
+            lines.append(_titled("", f"and --layer-bits with {counted(len(own), 'line')}: see --json"))
         if found.placed:
             lines.append(_titled("placed", f"{counted(found.placed, 'operator')} in float, because that is faster"))
     if found.preprocessing is not None:

@@ -97,7 +97,7 @@ def inspect(model: str, table: str | None, target: str, as_json: bool, quiet: bo
         raise QconvError("Standard input is closed.", "pipe the model into it, or name its file.")
     require_output(as_json or table == "-")
     from qconv import inspect_float, inspect_quantized, inspected, save
-    from qconv.source import data_files, is_quantized, read, source_of
+    from qconv.source import data_files, read, source_of
 
     source = source_of(model)
     leave_by_exceptions()
@@ -108,7 +108,7 @@ def inspect(model: str, table: str | None, target: str, as_json: bool, quiet: bo
         save.refuse_what_is_read(Path(table), [path for path in paths if path is not None])
     found: Any
     text: Callable[..., str]
-    if is_quantized(proto):
+    if inspect_quantized.holds_codes(proto):
         found, text = inspect_quantized.inspect_quantized(source), inspected.quantized_model
     else:
         found, text = inspect_float.inspect_float(source, target), inspected.float_model

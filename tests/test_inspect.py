@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from qconv.cli import quantize as quantize_command
 from qconv.errors import QconvError
 from qconv.inspect_float import FloatModel, inspect_float
-from qconv.inspect_quantized import QuantizedModel, inspect_quantized
+from qconv.inspect_quantized import QuantizedModel, holds_codes, inspect_quantized
 from qconv.inspected import as_csv, float_model, quantized_model
 from qconv.options import recipe_of
 from qconv.pipeline import quantize
@@ -353,7 +353,7 @@ def by_hand(nodes: list[onnx.NodeProto], tensors: list[TensorProto], x: list[int
     graph = helper.make_graph(nodes, "g", *ends, tensors)
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    assert is_quantized(proto) or any(node.domain for node in nodes)
+    assert holds_codes(proto)
     return inspect_quantized(source_of(proto))
 
 
@@ -454,6 +454,31 @@ def test_two_layers_share_weights_and_count_them_once() -> None:
     found = by_hand(nodes, init(w=np.zeros((2, 2, 1, 1), np.int8), ws=f(1)), [1, 2, 6, 6])
     assert [row.bytes for row in found.layers] == [8, 0]
     assert found.other_constants == 0
+
+
+def test_four_bits_of_onnxruntimes_own_operator() -> None:
+    """MatMulNBits: 6 columns of two blocks of 32 rows, two codes a byte."""
+    codes, scales = np.zeros((6, 2, 16), np.uint8), np.ones(12, np.float32)
+    shape = {"K": 64, "N": 6, "bits": 4, "block_size": 32}
+    node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **shape)
+    found = by_hand([node], init(w=codes, s=scales), [5, 64])
+    (row,) = found.layers
+    assert (row.shape, row.bits, row.granularity, row.block_size, row.runs) == ((64, 6), 4, "per-block", 32, "float")
+    assert (row.codes_bytes, row.scales_bytes, found.format) == (192, 48, "weights only")
+
+
+def test_metadata_of_a_stranger() -> None:
+    """Neither lets the numbers that JSON lacks through, nor fails on what no recipe is."""
+    weight = init(w=np.zeros((4, 2, 1, 1), np.int8), ws=np.float32(1))
+    nodes = [helper.make_node("DequantizeLinear", ["w", "ws"], ["d"]), helper.make_node("Conv", ["x", "d"], ["y"])]
+    ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2, 4, 4])], [onnx.ValueInfoProto(name="y")]
+    proto = helper.make_model(helper.make_graph(nodes, "g", *ends, weight))
+    odd = '{"samples": NaN, "layer_bits": 5, "effort": ["x"], "preprocessing": {"scale": Infinity}}'
+    for key in ("qconv.recipe", "qconv.preprocessing"):
+        proto.metadata_props.append(onnx.StringStringEntryProto(key=key, value=odd))
+    found = inspect_quantized(source_of(proto))
+    json.dumps(found.as_dict(), allow_nan=False)
+    assert "1 x Conv: 8 bits" in quantized_model(found, verbose=True)
 
 
 # -- quantized: by tools -----------------------------------------------------------------------------------------------
