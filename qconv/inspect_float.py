@@ -107,7 +107,8 @@ class FloatModel:
     """What was found. operators: as in the file; layers and the plan: of the folded network.
 
     parameters: of the network, with weights that it computes from constants; stored: bytes of all float tensors in the
-    file. norms: its BatchNormalizations, folded: how many of them go into a layer. integer, absorbed, left: what a
+    file. norms: its BatchNormalizations; folded: how many of them go into a layer; converted: how many become depthwise
+    layers of their own. integer, absorbed, left: what a
     default run makes of the operators.
     """
 
@@ -123,6 +124,7 @@ class FloatModel:
     stored: int
     norms: int
     folded: int
+    converted: int
     findings: tuple[Finding, ...]
     target: str
     integer: int
@@ -156,7 +158,11 @@ class FloatModel:
             "outputs": [end.as_dict() for end in self.outputs],
             "operators": dict(self.operators),
             "parameters": {"count": self.parameters, "bytes": self.stored},
-            "batch_normalizations": {"count": self.norms, "folded": self.folded},
+            "batch_normalizations": {
+                "count": self.norms,
+                "folded": self.folded,
+                "converted": self.converted,
+            },
             "changes": [
                 {"step": found.step, "where": found.where, "what": found.what}
                 for found in self.findings
@@ -185,8 +191,9 @@ def inspect_float(source: Source, target: str) -> FloatModel:
     model, _ = load(proto, source)
     inputs, outputs = (tuple(map(End.of, ends)) for ends in (model.graph.inputs, model.graph.outputs))
     parameters = sum(prod(value.shape.numpy()) for value in _constants(model) if value.shape is not None)
-    norms, known = sum(kind(node) == "BatchNormalization" for node in model.nodes()), statistics(model)
+    norms, known = _norms(model), statistics(model)
     findings = fold.fold(model)
+    folded = sum(isinstance(f, Change) and f.kind.startswith("BatchNormalization folded") for f in findings)
     recipe = Recipe(target=target)
     plan = make_plan(model, recipe, TARGETS[target], left_in_float(model, recipe, None))
     layers, troubles = _layers(model, plan, recipe, known)
@@ -202,7 +209,8 @@ def inspect_float(source: Source, target: str) -> FloatModel:
         parameters=parameters,
         stored=stored,
         norms=norms,
-        folded=sum(isinstance(f, Change) and f.kind.startswith("BatchNormalization folded") for f in findings),
+        folded=folded,
+        converted=norms - folded - _norms(model),
         findings=tuple(findings),
         target=target,
         integer=len(plan.integer),
@@ -235,6 +243,10 @@ def made_by(proto: Any) -> str:
 def _float_width(kind: int) -> int:
     dtype = DataType(kind)
     return int(dtype.bitwidth) if dtype.is_floating_point() else 0
+
+
+def _norms(model: Model) -> int:
+    return sum(kind(node) == "BatchNormalization" for node in model.nodes())
 
 
 def _constants(model: Model) -> list[Value]:

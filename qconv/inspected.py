@@ -55,10 +55,11 @@ def float_model(found: FloatModel, *, verbose: bool) -> str:
     where = "" if found.stored >= found.parameters else "; the file computes them"
     lines.append(_titled("parameters", f"{found.parameters:,} in {_bytes(found.stored)}{where}"))
     if found.norms:
-        rest = found.norms - found.folded
-        lines.append(_titled("batch norms", f"{found.folded} of {found.norms} fold into the layers beside them"))
-        if rest:
-            lines.append(_titled("", f"{rest} become convolutions of their own, or stay: see below"))
+        what = f"{found.folded} of {found.norms} fold into the layers beside them"
+        if found.converted:
+            what += f", {found.converted} become depthwise layers"
+        stay = found.norms - found.folded - found.converted
+        lines.append(_titled("batch norms", f"{what}, {stay} stay" if stay else what))
     if found.relu6:
         what = f"{found.relu6} Clip between 0 and 6: ranges are fixed there, and channels cannot be scaled past 6"
         lines.append(_titled("ReLU6", what))

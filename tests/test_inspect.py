@@ -23,7 +23,7 @@ from qconv.cli import quantize as quantize_command
 from qconv.errors import QconvError
 from qconv.inspect_float import FloatModel, inspect_float
 from qconv.inspect_quantized import QuantizedModel, holds_codes, inspect_quantized
-from qconv.inspected import as_csv, float_model, quantized_model
+from qconv.inspected import _short, as_csv, float_model, quantized_model
 from qconv.options import recipe_of
 from qconv.pipeline import quantize
 from qconv.pixels import PreprocessingOptions
@@ -106,8 +106,22 @@ def test_a_batch_norm_that_does_not_fold() -> None:
     """Its layer has another reader, and what reads it is no layer."""
     body = "c = Conv(x, w)  n = BatchNormalization(c, gamma, beta, mean, var)  s = Sigmoid(n)  y = Add(s, c)"
     found = seen(network(body, w=(4, 3, 3, 3), **statistics(4)))
-    assert (found.norms, found.folded) == (1, 0)
-    assert "0 of 1 fold" in float_model(found, verbose=False)
+    assert (found.norms, found.folded, found.converted) == (1, 0, 1)
+    assert [row.shape for row in found.layers] == [(4, 3, 3, 3), (4, 1, 1, 1)]
+    assert "0 of 1 fold into the layers beside them, 1 become depthwise layers" in float_model(found, verbose=False)
+
+
+def test_an_open_size_is_said() -> None:
+    """Costs depend on it, so that nothing can be left in float for their sake."""
+    open_, fixed = (network("y = Conv(x, w)", (1, 3, *size), w=signs(4, 3, 3, 3)) for size in (("h", "w"), (9, 9)))
+    assert "Its input size is open" in float_model(seen(open_), verbose=False)
+    assert "Its input size is open" not in float_model(seen(fixed), verbose=False)
+
+
+def test_long_names_keep_their_end() -> None:
+    assert _short("conv1", 5) == "conv1"
+    assert _short("/features/features.8/conv/conv.0/Conv", 28) == "...features.8/conv.0/Conv"
+    assert _short("a" * 30 + "b", 10) == "...aaaaaab"
 
 
 def test_reasons_for_float() -> None:
