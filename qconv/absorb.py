@@ -120,6 +120,4 @@ def _lowered(model: Model, candidate: Candidate, shift: Float64) -> bool:
 def _copies(model: Model, candidate: Candidate) -> list[Value]:
     """All tensors that are lower now, up to what makes features of channels."""
     along = (node for end in ends(model, candidate.result) for node in end.path if kind(node) not in FLATTENERS)
-    return list(
-        dict.fromkeys([candidate.layer.outputs[0], candidate.result, *(node.outputs[0] for node in along)])
-    )
+    return list(dict.fromkeys([candidate.layer.outputs[0], candidate.result, *(node.outputs[0] for node in along)]))

@@ -51,4 +51,3 @@ def on_pictures(
     question = Question(float_model, model, feeds, total, own.words, recipe.threads)
     found = compare(question, progress)
     return Looked(replace(found, images=total - len(lost)), other)
-

@@ -1,7 +1,7 @@
 """What can cost a quantized network its accuracy: each cause with the rule that finds it and the evidence for it.
 
     channel-imbalance   typical magnitude of a tensor's largest channel over the median channel's: IMBALANCE or more.
-                        One scale for all leaves the others log2 of that fewer bits (Nagel et al. 2019, arXiv 1906.04721)
+                        One scale for all leaves the others log2 of that fewer bits (Nagel 2019, arXiv 1906.04721)
     range-outlier       largest magnitude over what 99.9 % of the numbers stay below: OUTLIER or more
                         (Zhao et al. 2019, arXiv 1901.09504)
     dead-channels       zero on all pictures, so that their range on others is unknown
@@ -53,7 +53,7 @@ GATES = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "HardSwish", "Swish", "Mish
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known of a run. model: folded, in float; plan, recipe, report: of the run; sketches: of `model`'s tensors.
+    """What is known of a run. model: folded, in float; plan, recipe, report: of the run; sketches: of its tensors.
 
     moves: what equalization did to them; saturates: whether this machine's CPU adds in 16 bits.
     """
@@ -196,7 +196,9 @@ def dead_channels(evidence: Evidence) -> Iterator[Cause]:
     if found:
         names = sorted(found, key=lambda name: -found[name])
         what = f"{counted(sum(found.values()), 'channel')} of {counted(len(found), 'tensor')} are zero on all pictures"
-        how = "they cost no accuracy on these pictures, and what wakes them on others is clipped to the range of the rest"
+        how = (
+            "they cost no accuracy on these pictures, and what wakes them on others is clipped to the range of the rest"
+        )
         yield Cause("dead-channels", tuple(names), what, None, how)
 
 
@@ -205,10 +207,12 @@ def wide_concat(evidence: Evidence) -> Iterator[Cause]:
     for node in evidence.model.nodes():
         if not isinstance(RULES.get(kind(node)), Joining) or node not in evidence.plan.integer:
             continue
-        ends = {value.name or "": reach for value in node.inputs if (reach := _reach(evidence, value)) is not None}
+        known = ((value, _reach(evidence, value)) for value in node.inputs if value is not None)
+        ends = {value.name or "": reach for value, reach in known if reach is not None}
         sizes = [size for size in ends.values() if size > 0]
         if len(sizes) > 1 and max(sizes) >= CONCAT * min(sizes):
-            told = f"{node.op_type} {node.name} joins tensors that reach {min(sizes):.3g} and {max(sizes):.3g} on one scale"
+            reach = f"{min(sizes):.3g} and {max(sizes):.3g}"
+            told = f"{node.op_type} {node.name} joins tensors that reach {reach} on one scale"
             yield Cause("wide-concat", (node.name or "",), told, evidence.share([*ends, node.outputs[0].name or ""]))
 
 
@@ -256,7 +260,9 @@ def bias_overflow(evidence: Evidence) -> Iterator[Cause]:
     found = [f for f in evidence.report.findings if isinstance(f, Change) and "bias fits into int32" in f.what]
     if found:
         names = tuple(dict.fromkeys(change.where for change in found))
-        what = f"biases of {counted(len(names), 'layer')} are too large for int32 codes of scale s_x s_w, as of {names[0]}"
+        what = (
+            f"biases of {counted(len(names), 'layer')} are too large for int32 codes of scale s_x s_w, as of {names[0]}"
+        )
         how = "weight scales of these channels were widened until their biases fit"
         yield Cause("bias-overflow", names, what, evidence.share_of_nodes(names), how)
 

@@ -19,8 +19,8 @@ import click
 import qconv
 from qconv.checks import spelt
 from qconv.errors import QconvError, counted
-from qconv.leaving import leave_at_once, leave_by_exceptions
 from qconv.layerwise import compare
+from qconv.leaving import leave_at_once, leave_by_exceptions
 from qconv.looking import audit, benchmark, evaluate, inspect
 from qconv.options import WIDTH, output_options, quantize_options, recipe_of, require_output
 from qconv.recipe import Recipe

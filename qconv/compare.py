@@ -175,7 +175,9 @@ class _Bench:
         if first is None:
             raise QconvError("There is no picture to compare on.", "check --images.")
         floats, feeds = first
-        pairs = list(_paired(found, {**floats, **_run(watched, candidates, floats)}, _run_values(real, found, feeds), moves))
+        pairs = list(
+            _paired(found, {**floats, **_run(watched, candidates, floats)}, _run_values(real, found, feeds), moves)
+        )
         cut = quantized.copy()
         own = {value.name: value for node in cut.nodes() for value in node.outputs}
         inputs: dict[Point, str] = {}

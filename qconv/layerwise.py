@@ -22,7 +22,9 @@ from qconv.recipe import Recipe
 COMPARED = 64
 
 compare_options = stack(
-    click.option("--images", required=True, metavar="DIR|FILE", help="Pictures: a folder, or a file with one path a line."),
+    click.option(
+        "--images", required=True, metavar="DIR|FILE", help="Pictures: a folder, or a file with one path a line."
+    ),
     click.option(
         "--samples",
         default=COMPARED,

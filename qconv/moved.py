@@ -15,6 +15,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ Float64 = NDArray[np.float64]
 KEY = "qconv.moved"
 STEPS = 32
 """To an octave: a range is filled to within 2 %."""
-KINDS = {"scales": np.dtype("<i2"), "shifts": np.dtype("<f4")}
+KINDS: dict[str, np.dtype[Any]] = {"scales": np.dtype("<i2"), "shifts": np.dtype("<f4")}
 
 
 def on_grid(u: Float64) -> Float64:
@@ -71,8 +72,10 @@ class Moves:
         )
 
 
-def tell(props: MutableMapping[str, str], scales: Mapping[str, Float64], shifts: Mapping[str, NDArray[np.float32]]) -> None:
-    """Write it among a model's metadata. scales: log s of tensors' channels, on the grid; shifts: added to those there."""
+def tell(
+    props: MutableMapping[str, str], scales: Mapping[str, Float64], shifts: Mapping[str, NDArray[np.float32]]
+) -> None:
+    """Write it among a model's metadata, beside what stands there. scales: log s of tensors' channels, on the grid."""
     known = read(props)
     steps = {name: np.rint(u * (STEPS / math.log(2))).astype(np.int16) for name, u in scales.items() if u.any()}
     moves = Moves({**known.scales, **steps}, {**known.shifts, **shifts})
@@ -93,7 +96,8 @@ def _packed(moves: Moves) -> bytes:
     places: dict[bytes, int] = {}
     told: dict[str, dict[str, list[int]]] = {}
     data = b""
-    for kind, numbers in (("scales", moves.scales), ("shifts", moves.shifts)):
+    kinds: dict[str, Mapping[str, NDArray[Any]]] = {"scales": moves.scales, "shifts": moves.shifts}
+    for kind, numbers in kinds.items():
         for name, array in sorted(numbers.items()):
             raw = array.astype(KINDS[kind]).tobytes()
             if raw not in places:
@@ -109,6 +113,6 @@ def _unpacked(content: bytes) -> Moves:
     return Moves(dict(_arrays(told, data, "scales")), dict(_arrays(told, data, "shifts")))
 
 
-def _arrays(told: Mapping[str, Mapping[str, list[int]]], data: bytes, kind: str) -> Iterator[tuple[str, NDArray]]:
+def _arrays(told: Mapping[str, Mapping[str, list[int]]], data: bytes, kind: str) -> Iterator[tuple[str, NDArray[Any]]]:
     for name, (start, size) in told.get(kind, {}).items():
         yield name, np.frombuffer(data, KINDS[kind], size, start)

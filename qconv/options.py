@@ -86,7 +86,9 @@ output_options = stack(
     click.option("-v", "--verbose", is_flag=True, help="Also print every change, every refusal and every tensor."),
 )
 
-csv_option = click.option("--csv", metavar="FILE", help="Also write the table as CSV; '-' prints it instead of the summary.")
+csv_option = click.option(
+    "--csv", metavar="FILE", help="Also write the table as CSV; '-' prints it instead of the summary."
+)
 
 common_options = stack(
     output_options,

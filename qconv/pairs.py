@@ -121,9 +121,7 @@ class _Pairing:
         assert dequantizer is not None
         return self._point(source, values, codes, grid_of(dequantizer, codes))
 
-    def _point(
-        self, source: Value, values: tuple[Value, ...], codes: Value | None, grid: Grid | None
-    ) -> Point:
+    def _point(self, source: Value, values: tuple[Value, ...], codes: Value | None, grid: Grid | None) -> Point:
         source = _copied_from(source)
         maker = source.producer()
         if maker is None:

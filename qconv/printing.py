@@ -194,7 +194,10 @@ def comparison(found: Compared, *, verbose: bool) -> str:
     told = f"SQNR of the outputs: {got} dB. The layers' own errors, each by itself and added up: {sum_of} dB, on "
     lines += ["", wrapped(f"{told}{counted(found.predicted_on, 'picture')}."), ""]
     rows = found.worst_first if verbose else found.worst_first[:LAYERS]
-    cells = [("part of", "own", "as it", "", "codes", "beyond", ""), ("error", "dB", "runs dB", "cosine", "used", "range", "layer")]
+    cells = [
+        ("part of", "own", "as it", "", "codes", "beyond", ""),
+        ("error", "dB", "runs dB", "cosine", "used", "range", "layer"),
+    ]
     lines.append(columns([*cells, *map(_layer, rows)], "rrrrrrl"))
     if len(rows) < len(found.layers):
         lines.append(f"and {len(found.layers) - len(rows)} more: -v shows all")

@@ -1,4 +1,4 @@
-"""The weights of a layer in a quantized file, whoever wrote it: their codes, and the float weights in units of these."""
+"""The weights of a layer in a quantized file, whoever wrote it: their codes, and the float weights in units of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HALF = 0.5 + 1e-3
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Weights:
-    """Codes as they are stored. scale, zero: as the codes have them, or to be broadcast to it. bits: that codes take."""
+    """Codes as they are stored. scale, zero: to be broadcast to them."""
 
     codes: NDArray[np.int32]
     scale: NDArray[np.float32]

@@ -44,6 +44,15 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "absorb",
             "affine",
+            "compared",
+            "moved",
+            "ladder",
+            "pairs",
+            "tables",
+            "weighed",
+            "compare",
+            "causes",
+            "beside",
             "allocation",
             "apart",
             "assign",
@@ -131,21 +140,41 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"examine", "inspect_quantized", "judge", "mixed", "pipeline", "ranges", "refine", "study", "trial", "tune"}
     ),
-    frozenset({"cli", "inspected", "leaving", "looking", "options", "printing", "summary", "values"}),  # the face
+    frozenset(
+        {
+            "cli",
+            "inspected",
+            "layerwise",
+            "putting_out",
+            "leaving",
+            "looking",
+            "options",
+            "printing",
+            "summary",
+            "values",
+        }
+    ),  # the face
     frozenset({"__init__", "__main__"}),
 )
 # Imports within a floor.
 NEIGHBOURS: dict[str, set[str]] = {
     "apart": {"plan"},
+    "beside": {"compare", "compared", "fed"},
+    "causes": {"compared", "edits", "ladder", "moved", "plan", "report", "sketch"},
+    "compare": {"compared", "feed", "fold", "moved", "pairs", "verify", "weighed"},
+    "compared": {"report"},
+    "pairs": {"edits"},
+    "weighed": {"compared", "edits", "layers", "moved"},
     "behind": {"walk"},
     "parts": {"graph"},
-    "absorb": {"affine", "edits", "fold", "layers", "reach"},
+    "absorb": {"affine", "edits", "fold", "layers", "moved", "reach"},
     "balance": {
         "absorb",
         "calibrate",
         "edits",
         "feed",
         "layers",
+        "moved",
         "noise",
         "plan",
         "reach",
@@ -251,10 +280,12 @@ NEIGHBOURS: dict[str, set[str]] = {
     "planner": {"gates", "groups", "plan", "refusals", "shortcut", "weight_specs"},
     "refusals": {"plan"},
     "weights": {"bias", "channel_bits", "layers", "plan", "saturation", "sketch", "weight_ranges"},
-    "cli": {"leaving", "looking", "options", "summary"},
+    "cli": {"layerwise", "leaving", "looking", "options", "summary"},
     "inspected": {"printing"},
     "looking": {"inspected", "leaving", "options", "printing", "summary", "values"},
+    "layerwise": {"leaving", "options", "printing", "putting_out", "summary"},
     "options": {"values"},
+    "putting_out": {"options"},
 }
 # Libraries that have one door each, and the modules that hold it.
 FENCES: dict[str, frozenset[str]] = {
@@ -264,7 +295,7 @@ FENCES: dict[str, frozenset[str]] = {
     "google": frozenset({"source"}),
     "PIL": frozenset({"images", "plot"}),  # one reads pictures, the other draws charts
     "onnxruntime": frozenset({"runtime"}),
-    "click": frozenset({"cli", "looking", "options", "values"}),
+    "click": frozenset({"cli", "looking", "options", "values", "layerwise", "putting_out"}),
     "rich": frozenset({"summary"}),
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
