@@ -69,7 +69,7 @@ def compare(question: Question, progress: Progress = lambda stage, done, total: 
     outputs = [value for value in original.graph.outputs if is_tensor(value)]
     with contextlib.ExitStack() as stack:
         bench = _Bench.of(question, original, quantized, found, moves, stack)
-        if not bench.pairs:
+        if all(pair.point.input for pair in bench.pairs):
             fact = f"No layer of {question.model.name} is found in {question.float_model.name}."
             raise QconvError(fact, "pass the float model that it was made from, first.")
         tallies = bench.look(question, progress)

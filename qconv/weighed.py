@@ -78,7 +78,8 @@ def _computed(node: Node) -> Weights | None:
 def beside(layer: Node, original: Node | None, moves: Moves) -> Values | None:
     """The float layer's weights, in codes of the quantized one. None where either has none of the kind."""
     weights = weights_of(layer)
-    numbers = None if weights is None or original is None else _as_moved(original, weights, moves)
+    same = original is not None and original.op_type == layer.op_type  # another tool may have given a name anew
+    numbers = _as_moved(original, weights, moves) if weights is not None and original is not None and same else None
     if weights is None or numbers is None:
         return None
     low, high = int(weights.codes.min(initial=0)), int(weights.codes.max(initial=0))
