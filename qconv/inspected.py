@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import shlex
 import textwrap
 from collections import Counter
@@ -25,23 +23,6 @@ MOST_GROUPS = 8
 WORST = 3
 TITLE = 12
 LEAST_NAME = 12
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The rows as a table with a line of names. Shapes are written as 16x3x3x3, lists with blanks."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if rows:
-        writer.writerow(rows[0])
-    for row in rows:
-        writer.writerow([_cell(name, value) for name, value in row.items()])
-    return text.getvalue().encode()
-
-
-def _cell(name: str, value: Any) -> Any:
-    if isinstance(value, list):
-        return shaped(value) if name == "shape" else " ".join(map(str, value))
-    return "" if value is None else value
 
 
 # -- a float model -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,13 @@ from qconv.leaving import leave_by_exceptions
 from qconv.options import (
     WIDTH,
     common_options,
+    csv_option,
     output_options,
     preprocessing_of,
     preprocessing_options,
-    require_output,
     stack,
 )
+from qconv.putting_out import Wanted
 from qconv.recipe import MOST_THREADS, Recipe
 from qconv.targets import TARGETS
 from qconv.values import Size
@@ -28,11 +28,8 @@ from qconv.values import Size
 NO_STREAM = "a model from standard input can be read only once: name its file."
 
 
-def _print(found: dict[str, Any], text: Callable[[], str], *, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        print(json.dumps(found, allow_nan=False))
-    elif not quiet and sys.stdout is not None:
-        print(text())
+def _files(model: str) -> tuple[Path, ...]:
+    return () if model == "-" else (Path(model),)
 
 
 batch_option = click.option(
@@ -45,6 +42,7 @@ size_option = click.option("--size", type=Size(), help="Of pictures, where a mod
 @click.argument("model")
 @batch_option
 @size_option
+@csv_option
 @output_options
 @click.option(
     "--threads",
@@ -59,6 +57,7 @@ def audit(
     batch: int | None,
     size: tuple[int, int] | None,
     threads: int,
+    csv: str | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -66,19 +65,21 @@ def audit(
     """Say what ONNX Runtime runs of MODEL in integers, what in float, by which rule, and what each costs."""
     if not model:
         raise click.UsageError("MODEL needs a name.")
-    require_output(as_json)
+    wanted = Wanted(as_json, quiet, csv)
+    wanted.check(*_files(model))
     from qconv import examine, printing
     from qconv.source import source_of
 
     leave_by_exceptions()
     found = examine.examine(source_of(model), threads=threads, batch=batch, size=size)
-    _print(found.as_dict(), lambda: printing.audit(found, verbose=verbose), as_json=as_json, quiet=quiet)
+    told = found.as_dict()
+    wanted.put(told, told["layers"], lambda: printing.audit(found, verbose=verbose))
     return 0
 
 
 @click.command(context_settings=WIDTH)
 @click.argument("model")
-@click.option("--csv", "table", metavar="FILE", help="Write the layers as a table; '-' prints it instead of the text.")
+@csv_option
 @click.option(
     "--target",
     default="ort-cpu",
@@ -87,37 +88,28 @@ def audit(
     help="Of the default run that a float model is looked at for.",
 )
 @output_options
-def inspect(model: str, table: str | None, target: str, as_json: bool, quiet: bool, verbose: bool) -> int:
+def inspect(model: str, csv: str | None, target: str, as_json: bool, quiet: bool, verbose: bool) -> int:
     """Tell what is in MODEL: of a float one what would be quantized and what is in the way, of another how it was."""
-    if "" in (model, table):
-        raise click.UsageError("MODEL and --csv need a name.")
-    if as_json and table == "-":
-        raise click.UsageError("--json and --csv - cannot both go to standard output.")
+    if not model:
+        raise click.UsageError("MODEL needs a name.")
+    wanted = Wanted(as_json, quiet, csv)
+    wanted.check(*_files(model))
     if model == "-" and sys.stdin is None:
         raise QconvError("Standard input is closed.", "pipe the model into it, or name its file.")
-    require_output(as_json or table == "-")
-    from qconv import inspect_float, inspect_quantized, inspected, save
+    from qconv import inspect_float, inspect_quantized, inspected
     from qconv.source import data_files, read, source_of
 
     source = source_of(model)
     leave_by_exceptions()
     proto = read(source)
-    if table not in (None, "-"):
-        save.check_place(Path(table))
-        paths = (source.path, *data_files(proto, source))
-        save.refuse_what_is_read(Path(table), [path for path in paths if path is not None])
+    wanted.check(*data_files(proto, source))
     found: Any
     text: Callable[..., str]
     if inspect_quantized.holds_codes(proto):
         found, text = inspect_quantized.inspect_quantized(source), inspected.quantized_model
     else:
         found, text = inspect_float.inspect_float(source, target), inspected.float_model
-    if table == "-":
-        print(inspected.as_csv(found.rows).decode(), end="")
-        return 0
-    if table is not None:
-        save.write_whole(Path(table), inspected.as_csv(found.rows))
-    _print(found.as_dict(), lambda: text(found, verbose=verbose), as_json=as_json, quiet=quiet)
+    wanted.put(found.as_dict(), found.rows, lambda: text(found, verbose=verbose))
     return 0
 
 
@@ -128,12 +120,14 @@ def inspect(model: str, table: str | None, target: str, as_json: bool, quiet: bo
 @click.option(
     "--rounds", default=24, show_default=True, metavar="N", type=click.IntRange(1), help="Turns that each model gets."
 )
+@csv_option
 @common_options
 def benchmark(
     models: tuple[str, ...],
     batch: int | None,
     size: tuple[int, int] | None,
     rounds: int,
+    csv: str | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -142,7 +136,8 @@ def benchmark(
     """Time MODEL and OTHERs in turns, each against the first, with made-up input."""
     if "-" in models:
         raise click.UsageError(NO_STREAM)
-    require_output(as_json)
+    wanted = Wanted(as_json, quiet, csv)
+    wanted.check(*map(Path, models))
     from qconv import benchmark as timing
     from qconv import printing, runtime, summary
 
@@ -155,7 +150,8 @@ def benchmark(
         console.close()
     if found.threads > found.cpu.cores:
         console.warn(f"{found.threads} threads share {found.cpu.cores} cores, so they wait for each other.")
-    _print(found.as_dict(), lambda: printing.benchmark(found, verbose=verbose), as_json=as_json, quiet=quiet)
+    told = found.as_dict()
+    wanted.put(told, told["models"], lambda: printing.benchmark(found, verbose=verbose))
     return 0
 
 
@@ -235,7 +231,8 @@ def evaluate(
         threads=threads,
         preprocessing=preprocessing_of(options),
     )
-    require_output(as_json)
+    wanted = Wanted(as_json, quiet)
+    wanted.check()
     from qconv import evaluate as measuring
     from qconv import printing, save, summary
     from qconv.source import source_of
@@ -258,5 +255,5 @@ def evaluate(
     if out is not None:
         assert found.predictions is not None
         save.write_whole(out, found.predictions.as_npz() if wishes.table == ".npz" else found.predictions.as_csv())
-    _print(found.as_dict(), lambda: printing.evaluation(found, verbose=verbose), as_json=as_json, quiet=quiet)
+    wanted.put(found.as_dict(), (), lambda: printing.evaluation(found, verbose=verbose))
     return 0

@@ -282,7 +282,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "weights": {"bias", "channel_bits", "layers", "plan", "saturation", "sketch", "weight_ranges"},
     "cli": {"layerwise", "leaving", "looking", "options", "summary"},
     "inspected": {"printing"},
-    "looking": {"inspected", "leaving", "options", "printing", "summary", "values"},
+    "looking": {"inspected", "leaving", "options", "printing", "putting_out", "summary", "values"},
     "layerwise": {"leaving", "options", "printing", "putting_out", "summary"},
     "options": {"values"},
     "putting_out": {"options"},

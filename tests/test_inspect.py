@@ -23,13 +23,14 @@ from qconv.cli import quantize as quantize_command
 from qconv.errors import QconvError
 from qconv.inspect_float import FloatModel, inspect_float
 from qconv.inspect_quantized import QuantizedModel, holds_codes, inspect_quantized
-from qconv.inspected import _short, as_csv, float_model, quantized_model
+from qconv.inspected import _short, float_model, quantized_model
 from qconv.options import recipe_of
 from qconv.pipeline import quantize
 from qconv.pixels import PreprocessingOptions
 from qconv.recipe import Drop, LayerBits, Recipe
 from qconv.source import Source, is_quantized, read
 from qconv.spoken import in_words, options_of, recipe_from
+from qconv.tables import csv_of
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ROOT / "tests/models/cifar_mobilenet.onnx"
@@ -141,7 +142,7 @@ def test_without_layers() -> None:
     found = seen(network("y = Relu(x)"))
     assert found.layers == ()
     assert found.as_dict()["layers"] == []
-    assert as_csv(found.rows) == b""
+    assert csv_of(found.rows) == "\n"
     assert "nothing to quantize" in float_model(found, verbose=True)
 
 
@@ -710,9 +711,9 @@ def test_standard_input_and_output(folder: Path) -> None:
     [
         (["no.onnx"], 1, b"does not exist"),
         (["cut.onnx"], 1, b"damaged"),
-        (["", "--json"], 2, b"need a name"),
+        (["", "--json"], 2, b"needs a name"),
         (["model.onnx", "--csv", ""], 2, b"need a name"),
-        (["model.onnx", "--json", "--csv", "-"], 2, b"cannot both"),
+        (["model.onnx", "--json", "--csv", "-"], 2, b"both go to standard output"),
         (["model.onnx", "--csv", "model.onnx"], 1, b"is read"),
         (["model.onnx", "--csv", "no/such/place.csv"], 1, b"Error"),
         (["model.onnx", "--target", "abacus"], 2, b"--target"),
