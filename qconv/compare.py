@@ -31,8 +31,9 @@ from qconv.compared import Compared, LayerRow, Values
 from qconv.errors import QconvError
 from qconv.feed import Batch
 from qconv.graph import Model, Value, is_tensor
-from qconv.pairs import Point, points
+from qconv.pairs import Pair, Point, points
 from qconv.runtime import Session
+from qconv.shifted import shifted
 from qconv.source import Source, is_quantized, metadata, read
 from qconv.verify import Comparison, sqnr_db
 from qconv.weighed import bars_of, beside
@@ -44,6 +45,8 @@ SAMPLES = 2**15
 RUNS = 1000
 """Of the float network to find out what single errors do at the outputs, at most, but for FEWEST pictures."""
 FEWEST, MOST = 2, 16
+LARGEST = 1e200
+"""Power of what holds NaN or infinity: what can still be added up."""
 SMALL = 1e-12
 """Share of the signal's power that a difference of float arithmetic alone may have."""
 
@@ -114,14 +117,6 @@ def _models(question: Question) -> tuple[Model, Model]:
     return original, quantized
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Pair:
-    """A point, and the tensor of the float network that it stands for."""
-
-    point: Point
-    tensor: Value
-
-
 @dataclass(slots=True)
 class _Tally:
     """What was seen of a point."""
@@ -139,7 +134,7 @@ class _Tally:
 
 @dataclass(slots=True)
 class _Bench:
-    """The networks, loaded. fed: by the point, what the cut network and the shifted one are fed with."""
+    """The networks, loaded. inputs: of the cut network, by the point that they stand for."""
 
     original: Model
     quantized: Model
@@ -163,10 +158,10 @@ class _Bench:
     ) -> _Bench:
         candidates = list(dict.fromkeys(value for point in found for value in point.candidates))
 
-        def session(model: Model, tensors: Sequence[Value], name: str, *, plain: bool = False) -> Session:
+        def session(model: Model, tensors: Sequence[Value], name: str) -> Session:
             wanted = [value.name or "" for value in tensors]
             runnable = stack.enter_context(save.runnable(model, wanted))
-            return Session(runnable, name=name, threads=question.threads, integer_kernels=plain)
+            return Session(runnable, name=name, threads=question.threads, integer_kernels=False)
 
         watched = session(original, [v for v in candidates if not v.is_graph_input()], question.float_model.name)
         tapped = [point.value for point in found] + [point.codes for point in found if point.codes is not None]
@@ -222,8 +217,8 @@ class _Bench:
         self, question: Question, outputs: Sequence[Value], progress: Progress
     ) -> tuple[dict[Point, float], int]:
         """What the error that each layer adds does at the outputs, over their power, and on how many pictures."""
-        shifted, names, results = self._shifted(outputs)
-        with save.runnable(shifted, ()) as runnable:
+        model, names, results = shifted(self.original, self.quantized, self.pairs, outputs)
+        with save.runnable(model, ()) as runnable:
             session = Session(runnable, name=question.float_model.name, threads=self.threads)
         wanted = min(MOST, max(FEWEST, RUNS // len(self.pairs)))
         nothing = {name: np.zeros((), np.float32) for name in names.values()}
@@ -253,40 +248,11 @@ class _Bench:
             seen += len(next(iter(feeds.values())))
             if seen >= wanted:
                 break
-        progress("effects", 1, 1)
+        progress("effects", wanted * len(self.pairs), wanted * len(self.pairs))
         return {
             point: sum(n / power[index] for index, n in found.items() if power[index] > 0)
             for point, found in noise.items()
         }, min(seen, question.pictures)
-
-    def _shifted(self, outputs: Sequence[Value]) -> tuple[Model, dict[Point, str], list[str]]:
-        """The float network with an input for every point, which is added to its tensor for those who read the point.
-
-        Returns the names of these inputs, and of the outputs.
-        """
-        model = self.original.copy()
-        values = {v.name: v for v in (*model.graph.inputs, *(v for n in model.nodes() for v in n.outputs))}
-        names: dict[Point, str] = {}
-        results = [value.name or "" for value in outputs]
-        for pair in self.pairs:
-            value = values[pair.tensor.name]
-            there = [node for node in model.readers(value) if node.op_type != "Add" or node.name not in names.values()]
-            readers = _readers_of(self.quantized, pair.point)
-            chosen = [node for node in there if node.name in readers] or there
-            delta = model.feed_readers(value, f"{value.name}_error", ())
-            total = model.build("Add", [value, delta], name=delta.name or "", like=value)
-            producer = value.producer()
-            if producer is None:
-                model.insert_first(total)
-            else:
-                model.insert_after(producer, total)
-            model.redirect(value, total.outputs[0], readers=chosen)
-            names[pair.point] = delta.name or ""
-            if value.is_graph_output():
-                result = total.outputs[0].name or ""
-                results = [result if name == value.name else name for name in results]
-                model.graph.outputs.append(total.outputs[0])
-        return model, names, results
 
     def _floats(self, feeds: Batch) -> dict[str, NDArray[Any]]:
         return {**feeds, **dict(zip(self.watched.outputs, self.watched.run_all(feeds), strict=True))}
@@ -300,18 +266,6 @@ class _Bench:
         needed = {name for name, _, _ in self.cut.inputs}
         names = [pair.point.value.name or "" for pair in self.pairs]
         return self.cut.run(names, {name: x for name, x in {**feeds, **fed}.items() if name in needed})
-
-
-def _readers_of(model: Model, point: Point) -> set[str]:
-    """Names of the nodes that read a point, through copies."""
-    found: set[str] = set()
-    queue = list(point.values)
-    while queue:
-        for node in model.readers(queue.pop()):
-            found.add(node.name or "")
-            if node.op_type in ("Sum", "Identity") and len(node.inputs) == 1:
-                queue += node.outputs
-    return found
 
 
 def _run(session: Session, values: Sequence[Value], feeds: Batch) -> dict[str, NDArray[Any]]:
@@ -341,9 +295,13 @@ def _paired(
 
 
 def _power(x: NDArray[Any]) -> float:
+    """Sum of squares; LARGEST where that is no number."""
     flat = x.reshape(-1).astype(np.float32, copy=False)
-    found = float(np.dot(flat, flat))
-    return found if math.isfinite(found) else float(np.sum(flat.astype(np.float64) ** 2))
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = float(np.dot(flat, flat))
+        if not math.isfinite(found):
+            found = float(np.sum(flat.astype(np.float64) ** 2))
+    return found if math.isfinite(found) else LARGEST
 
 
 def _take(
@@ -360,7 +318,8 @@ def _take(
     tally.signal += _power(reference)
     tally.received += _power(q - reference)
     tally.added += _power(moves.back(name, alone) - reference)
-    tally.product += float(np.dot(q.reshape(-1), reference.reshape(-1)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        tally.product += float(np.dot(q.reshape(-1), reference.reshape(-1)))
     tally.power += _power(q)
     if point.grid is None or point.codes is None:
         return
@@ -370,8 +329,9 @@ def _take(
     tally.clipped += int(np.count_nonzero((own < point.grid.low - half) | (own > point.grid.high + half)))
     tally.sample.append(own[:: max(1, own.size // each)].copy())
     codes = got[point.codes.name or ""].reshape(-1).astype(np.int64) - point.grid.least
-    counted = np.bincount(np.clip(codes, 0, None), minlength=point.grid.most - point.grid.least + 1)
-    tally.codes = counted if tally.codes is None else tally.codes + counted[: tally.codes.size]
+    last = point.grid.most - point.grid.least
+    counted = np.bincount(np.clip(codes, 0, last), minlength=last + 1)
+    tally.codes = counted if tally.codes is None else tally.codes + counted
 
 
 def _row(pair: Pair, tally: _Tally, share: float | None, weights: Values | None) -> LayerRow:
@@ -386,13 +346,14 @@ def _row(pair: Pair, tally: _Tally, share: float | None, weights: Values | None)
             float(np.count_nonzero(tally.codes)) / tally.codes.size,
             bars_of(numbers, point.grid.low, point.grid.high),
         )
+    known = bool(tally.signal and tally.power) and math.isfinite(tally.product)
     return LayerRow(
         name=point.name,
         op=point.op,
         tensor=pair.tensor.name or "",
         sqnr_db=_decibel(tally.signal, tally.received),
         added_sqnr_db=None if point.copy else _decibel(tally.signal, tally.added),
-        cosine=tally.product / math.sqrt(tally.signal * tally.power) if tally.signal and tally.power else None,
+        cosine=tally.product / math.sqrt(tally.signal) / math.sqrt(tally.power) if known else None,
         output_share=share,
         values=values,
         weights=weights,

@@ -77,7 +77,7 @@ class Fed:
 def side_by_side(
     own: Fed, other: Fed, warn: Callable[[str], None], lost: Callable[[Path], None]
 ) -> Iterator[tuple[Any, Any]]:
-    """What both take, batch by batch, full ones alone where the last one would be short."""
+    """What both take, batch by batch; a last short one is filled up where it must be."""
     if own.takes_the_same_as(other):
         yield from ((feeds, feeds) for feeds, _ in own.batches(warn, lost))
         return

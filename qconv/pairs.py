@@ -70,6 +70,14 @@ class Point:
         return self.values[0]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """A point, and the tensor of the float network that it stands for."""
+
+    point: Point
+    tensor: Value
+
+
 def points(quantized: Model, original: Model) -> list[Point]:
     """All of them, in the order in which they are made."""
     return _Pairing(quantized, original).points()
@@ -211,7 +219,7 @@ def _layer_in_front(maker: Node) -> Node | None:
 def grid_of(dequantizer: Node, codes: Value) -> Grid | None:
     """What a dequantizer of one scale does; None where scales differ. A Clip of codes leaves fewer of them."""
     scale, zero = (array(input_of(dequantizer, index)) for index in (1, 2))
-    if scale is None or scale.size != 1:
+    if scale is None or scale.size != 1 or not np.isfinite(scale).all():
         return None
     kept = np.iinfo(np.uint8 if zero is None else zero.dtype)
     limits = _clipped_to(codes) or (int(kept.min), int(kept.max))

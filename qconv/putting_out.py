@@ -16,31 +16,24 @@ from qconv.options import require_output
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the user asked for. csv: a file, or `-`; report: a file."""
+    """What the user asked for. csv: a file, or `-`."""
 
     as_json: bool
     quiet: bool
     csv: str | None = None
-    report: str | None = None
 
     def check(self, *read: Path) -> None:
         """Say before any work what cannot be written. read: files that must not be written over."""
-        if "" in (self.csv, self.report):
-            raise click.UsageError("--csv and --report need a name.")
+        if self.csv == "":
+            raise click.UsageError("--csv needs a name.")
         if self.csv == "-" and self.as_json:
             raise click.UsageError("--json and '--csv -' both go to standard output: name a file.")
-        if self.report == "-":
-            raise click.UsageError("--report needs the name of a file.")
         require_output(self.as_json or self.csv == "-")
-        files = [Path(name) for name in (self.csv, self.report) if name not in (None, "-")]
-        if len(files) == 2 and files[0].resolve() == files[1].resolve():
-            raise click.UsageError(f"{files[0]} is both --csv and --report: choose two names.")
-        if files:
+        if self.csv not in (None, "-"):
             from qconv import save
 
-            for file in files:
-                save.check_place(file)
-                save.refuse_what_is_read(file, read)
+            save.check_place(Path(self.csv))
+            save.refuse_what_is_read(Path(self.csv), read)
 
     def put(self, found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], text: Callable[[], str]) -> None:
         """found: what --json prints; rows: of the table; text: for people."""

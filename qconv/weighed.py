@@ -114,7 +114,8 @@ def _scaled(layer: Layer, moves: Moves) -> Layer:
 
 
 def bars_of(numbers: NDArray[np.floating], low: float, high: float) -> Bars:
-    """A histogram that shows all numbers and the whole range."""
+    """A histogram that shows all numbers, but NaN and infinity, and the whole range."""
+    numbers = numbers[np.isfinite(numbers)]
     ends = min(low, float(numbers.min(initial=low))), max(high, float(numbers.max(initial=high)))
     counts, edges = np.histogram(numbers, BARS, ends if ends[1] > ends[0] else (ends[0], ends[0] + 1))
     return Bars(tuple(map(float, edges)), tuple(map(int, counts)))

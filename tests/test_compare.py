@@ -296,6 +296,19 @@ def test_errors_of_layers_add_up_on_resnet20(tmp_path: Path) -> None:
     assert not found.unmatched
 
 
+def test_what_is_no_number_is_still_told(samples: Path) -> None:
+    """A scale of infinity makes NaN of a tensor: nothing is left of it, and JSON has no such numbers."""
+    model = saved(unequal(), samples)
+    out = quantized(model, samples, equalize=False, effort="fast")
+    proto = onnx.load(out)
+    dequantizer = next(n for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.output[0] == "r_dq")
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(np.inf), "broken"))
+    dequantizer.input[1] = "broken"
+    found = compared(model, saved(proto, samples, "broken.onnx"), samples)
+    assert min(row.sqnr_db or 99.0 for row in found.layers) < -1000
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
 # -- what cannot be compared -------------------------------------------------------------------------------------------
 
 

@@ -712,7 +712,7 @@ def test_standard_input_and_output(folder: Path) -> None:
         (["no.onnx"], 1, b"does not exist"),
         (["cut.onnx"], 1, b"damaged"),
         (["", "--json"], 2, b"needs a name"),
-        (["model.onnx", "--csv", ""], 2, b"need a name"),
+        (["model.onnx", "--csv", ""], 2, b"needs a name"),
         (["model.onnx", "--json", "--csv", "-"], 2, b"both go to standard output"),
         (["model.onnx", "--csv", "model.onnx"], 1, b"is read"),
         (["model.onnx", "--csv", "no/such/place.csv"], 1, b"Error"),
