@@ -19,10 +19,10 @@ import click
 import qconv
 from qconv.checks import spelt
 from qconv.errors import QconvError, counted
-from qconv.layerwise import compare
+from qconv.layerwise import compare, diagnose
 from qconv.leaving import leave_at_once, leave_by_exceptions
 from qconv.looking import audit, benchmark, evaluate, inspect
-from qconv.options import WIDTH, output_options, quantize_options, recipe_of, require_output
+from qconv.options import WIDTH, output_options, quantize_options, recipe_of, require_output, without
 from qconv.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ CHARTS = (".png", ".html")
 @cli.command(
     "study-samples",
     context_settings=WIDTH,
-    params=[option for option in quantize.params if option.name not in NOT_STUDIED],
+    params=without(NOT_STUDIED),
 )
 @click.option("-o", "--output", metavar="OUT", help="Also draw the curve: a .png picture or a .html page.")
 @click.option(
@@ -193,7 +193,7 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     return 0
 
 
-for command in (inspect, evaluate, compare, audit, benchmark):
+for command in (inspect, evaluate, compare, diagnose, audit, benchmark):
     cli.add_command(command)
 
 

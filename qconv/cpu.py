@@ -1,4 +1,4 @@
-"""What this processor can do for integer networks.
+"""What this processor can do for integer networks, and what memory a run took on this machine.
 
 Two kinds of instruction decide whether 8 bits pay: wide vectors (AVX2, AVX512, NEON), and a product of bytes that adds
 up four at a time in 32 bits (VNNI on x86, DotProd and I8MM on ARM). An x86 without VNNI adds pairs in 16 bits, which
@@ -7,9 +7,12 @@ saturates.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import resource
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,3 +118,13 @@ def _cores() -> int:
     """Those that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def peak_rss_mb() -> float:
+    """The largest resident memory of this process so far."""
+    with contextlib.suppress(OSError, StopIteration):  # what getrusage tells on Linux may be the parent's
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("VmHWM:"))
+        return round(int(line.split()[1]) / 2**10, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

@@ -142,10 +142,10 @@ def _doubt(best: Candidate, second: Candidate | None, others: Sequence[Candidate
 
 def _against(mine: Candidate, free: Sequence[Candidate], race: Race, fact: Fact | None) -> str:
     """What speaks clearly against the user's word; empty where nothing does."""
-    if any(_same(mine.preprocessing, candidate.preprocessing) for candidate in free) and fact is not None:
+    if any(same(mine.preprocessing, candidate.preprocessing) for candidate in free) and fact is not None:
         return ""
     best = max(free, key=lambda candidate: candidate.score)
-    if _same(mine.preprocessing, best.preprocessing):
+    if same(mine.preprocessing, best.preprocessing):
         return ""
     if fact is not None:
         return f"{fact.why}, which speaks for {best.settled_by} and against the options given."
@@ -156,8 +156,9 @@ def _against(mine: Candidate, free: Sequence[Candidate], race: Race, fact: Fact 
     return f"the statistics in the model's BatchNorms speak for {best.settled_by} and against the options given."
 
 
-def _same(one: Preprocessing, other: Preprocessing) -> bool:
-    """Whether black and white end up within a tenth of the range of each other, in every channel of the input."""
+def same(one: Preprocessing, other: Preprocessing) -> bool:
+    """Whether both feed pixels alike: black and white end up within a tenth of the range of each other, in every
+    channel of the input."""
     ends = [
         np.array([(level * p.scale - np.array(p.mean)) / np.array(p.std) * np.ones(p.channels) for level in (0, 255)])
         for p in (one, other)

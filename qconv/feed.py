@@ -95,6 +95,17 @@ class Feed:
             return self.preprocessing
         return self.preprocessing.as_pixels(self.raw)
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of what is handed out; None where that is no picture."""
+        if self.fed is not None:
+            return self.fed.size
+        batch = next(iter(self.few("calibrate")), None)
+        shape = () if batch is None else next(iter(batch.values())).shape
+        if len(shape) != 4:
+            return None
+        return shape[1:3] if shape[3] in (1, 3) and shape[1] not in (1, 3) else shape[2:]
+
     def as_float(self, feeds: Batch) -> Batch:
         """What was handed out, as the float network takes it."""
         if self.preprocessing is None or self.raw is None:

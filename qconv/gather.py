@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qconv import stats
@@ -28,6 +29,28 @@ def original(source: Source, recipe: Recipe) -> Session:
 
 
 @dataclass(slots=True)
+class Memory:
+    """What several runs on one float model need to find out only once, where they read the same pictures.
+
+    detected: how it is fed, by what the user says and the pictures. sketches: of tensors, by the network as folding and
+    equalization left it, and by the pictures; they keep all that any calibrator could want.
+    """
+
+    detected: dict[str, Detected] = field(default_factory=dict)
+    sketches: dict[str, dict[Tap, Sketch]] = field(default_factory=dict)
+
+    def of_network(self, model: Model, recipe: Recipe, feed: Feed) -> dict[Tap, Sketch]:
+        """What is known of this network's tensors, to be added to."""
+        network = hashlib.sha256(model.proto().SerializeToString()).hexdigest()
+        return self.sketches.setdefault(f"{network} {feed.fed} {feed.batch} {_drawn(recipe)}", {})
+
+
+def _drawn(recipe: Recipe) -> str:
+    """Which pictures are read, and how the user says they are fed."""
+    return repr((recipe.calib, recipe.glob, recipe.samples, recipe.seed, recipe.preprocessing))
+
+
+@dataclass(slots=True)
 class Pictures:
     """What is known of the pictures, and through which door more of it comes.
 
@@ -35,7 +58,7 @@ class Pictures:
 
     detected: how the float network is fed. model: the hash of its bytes, where statistics are read or written. session:
     the user's own model, until it is known how to feed it. pixels: the layout of the pixels that the model takes
-    instead, None where it takes what the float network does.
+    instead, None where it takes what the float network does. memory: of runs before this one.
     """
 
     feed: Feed | None
@@ -44,6 +67,7 @@ class Pictures:
     model: str
     session: Session | None
     pixels: Layout | None = None
+    memory: Memory | None = None
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -56,7 +80,11 @@ class Pictures:
         if self.feed is None or self.known is not None:
             return
         assert session is not None
-        self.detected = detect(model, session, self.feed, recipe.preprocessing, threads=recipe.threads)
+        remembered = {} if self.memory is None else self.memory.detected
+        if _drawn(recipe) not in remembered:
+            found = detect(model, session, self.feed, recipe.preprocessing, threads=recipe.threads)
+            remembered[_drawn(recipe)] = found
+        self.detected = remembered[_drawn(recipe)]
         self.feed.preprocessing = self.detected.preprocessing
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
@@ -81,11 +109,7 @@ class Pictures:
         """Height and width of what the model takes; None where that is no picture, or nothing is fed."""
         if self.fed is not None:
             return self.fed.size
-        batch = next(iter(self.feed.few("calibrate")), None) if self.feed is not None else None
-        shape = () if batch is None else next(iter(batch.values())).shape
-        if len(shape) != 4:
-            return None
-        return shape[1:3] if shape[3] in (1, 3) and shape[1] not in (1, 3) else shape[2:]
+        return None if self.feed is None else self.feed.size
 
     @property
     def words(self) -> str:
@@ -94,7 +118,8 @@ class Pictures:
 
     def sketches(self, model: Model, plans: Sequence[Plan], recipe: Recipe) -> Mapping[str, Sketch]:
         """Of every tensor that must be seen for any of the plans. Raises QconvError where the file lacks some."""
-        want = want_of(recipe) if recipe.save_stats is None else Want.ALL
+        every = recipe.save_stats is not None or self.memory is not None
+        want = Want.ALL if every else want_of(recipe)
         found: dict[str, Tap] = {}
         means = recipe.measures_means and self.known is None and recipe.save_stats is None
         for tap in (t for plan in plans for t in (*plan.taps(want), *(plan.taps_of_float() if means else ()))):
@@ -109,7 +134,18 @@ class Pictures:
             raise QconvError("There is nothing for --save-stats to save: no activation is quantized.", "leave it out.")
         if not taps or self.feed is None:
             return {}
-        return watch(observer(model, taps, recipe.threads), taps, self.feed.all("calibrate"))
+        if self.memory is None:
+            return self._watched(model, taps, recipe, self.feed)
+        remembered = self.memory.of_network(model, recipe, self.feed)
+        missing = [tap for tap in taps if tap not in remembered]
+        if missing:
+            sketches = self._watched(model, missing, recipe, self.feed)
+            remembered |= {tap: sketches[tap.name] for tap in missing}
+        return {tap.name: remembered[tap] for tap in taps}
+
+    @staticmethod
+    def _watched(model: Model, taps: Sequence[Tap], recipe: Recipe, feed: Feed) -> dict[str, Sketch]:
+        return watch(observer(model, taps, recipe.threads), taps, feed.all("calibrate"))
 
     def save_statistics(self, sketches: Mapping[str, Sketch], source: Source, out: Path) -> None:
         """Write what was seen. Raises QconvError where that is impossible."""

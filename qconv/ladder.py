@@ -39,7 +39,7 @@ class Trial:
     """A recipe that was carried out and measured.
 
     name: of a remedy or of a recipe. options: what is to be added to the command line for it. causes: the kinds that it
-    is for. size: bytes. ms: median of one run; ratio: of it to the first trial's, (low, middle, high). failed: why
+    is for. size: bytes. ms: median of one run; ratio: of it to the float model's, (low, middle, high). failed: why
     there is no result, empty where there is one. low, high: the 95 % interval of agreement.
     """
 
@@ -66,7 +66,7 @@ class Trial:
             "agreement_interval": None if self.agreement_interval is None else list(self.agreement_interval),
             "size": self.size,
             "ms": self.ms,
-            "ratio_to_first": None if self.ratio is None else list(self.ratio),
+            "ratio_to_float": None if self.ratio is None else list(self.ratio),
             "seconds": round(self.seconds, 3),
             "failed": self.failed or None,
         }
@@ -77,7 +77,7 @@ class Diagnosis:
     """What costs accuracy, and what mends it. trials: the recipe as it was asked for, and then remedy by remedy.
 
     pictures: that were measured on; unseen: whether none of them was calibrated with. recommended: the whole command
-    line; best: the trial that it comes to.
+    line; best: the trial that it comes to. float_ms: of one run of the float model, None where nothing was timed.
     """
 
     model: str
@@ -88,6 +88,7 @@ class Diagnosis:
     best: Trial
     recommended: str
     conclusion: str
+    float_ms: float | None = None
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -97,6 +98,7 @@ class Diagnosis:
             "model": self.model,
             "pictures": self.pictures,
             "unseen": self.unseen,
+            "float_ms": self.float_ms,
             "causes": [cause.as_dict() for cause in self.causes],
             "ladder": [trial.as_dict() for trial in self.trials],
             "best": self.best.name,

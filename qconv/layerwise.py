@@ -12,9 +12,12 @@ from qconv.options import (
     WIDTH,
     common_options,
     csv_option,
+    fields_of,
+    made,
     preprocessing_of,
     preprocessing_options,
     stack,
+    without,
 )
 from qconv.putting_out import Wanted
 from qconv.recipe import Recipe
@@ -89,4 +92,50 @@ def compare(
     found = seen.compared
     rows = [row.as_dict() for row in found.worst_first]
     wanted.put(found.as_dict(), rows, lambda: printing.comparison(found, verbose=verbose))
+    return 0
+
+
+NOT_DIAGNOSED = frozenset(
+    {"output", "stats", "save_stats", "save_layer_bits", "min_agreement", "min_sqnr"}
+    | {"max_drop", "target_size", "candidate_bits", "tune_latency"}
+)
+"""Options of `quantize` that say nothing on accuracy, or search for an answer of their own."""
+
+
+@click.command(context_settings=WIDTH, params=without(NOT_DIAGNOSED))
+@click.argument("model")
+@click.option(
+    "--images",
+    multiple=True,
+    metavar="DIR|FILE",
+    help="Pictures to score on.  [default: a fifth of --calib, at most 64, which are then not calibrated with]",
+)
+@csv_option
+def diagnose(
+    model: str, images: tuple[str, ...], csv: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any
+) -> int:
+    """Find out why MODEL loses accuracy when it is quantized with these options, and try what mends it."""
+    if not options["calib"]:
+        raise click.UsageError("pass the calibration pictures with --calib DIR.")
+    if "" in (model, *options["calib"], *images):
+        raise click.UsageError("MODEL, --calib and --images need a name.")
+    if model == "-":
+        raise click.UsageError("a model from standard input can be read only once: name its file.")
+    asked = fields_of({**dict.fromkeys(NOT_DIAGNOSED), "tune_latency": False, **options})
+    made(asked)
+    wanted = Wanted(as_json, quiet, csv)
+    wanted.check(Path(model))
+    from qconv import diagnose as clinic
+    from qconv import laddered, pipeline, summary
+    from qconv.source import source_of
+
+    console = summary.Console(quiet=quiet)
+    listener = pipeline.Listener(warn=console.warn, progress=console.progress)
+    leave_by_exceptions()
+    try:
+        found = clinic.diagnose(clinic.Case(source_of(model), asked, images), listener)
+    finally:
+        console.close()
+    rows = [trial.as_dict() for trial in found.trials]
+    wanted.put(found.as_dict(), rows, lambda: laddered.diagnosis(found, verbose=verbose))
     return 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -306,25 +307,48 @@ def recipe_of(options: dict[str, Any]) -> Recipe:
 
     options: what click calls them, with their values. Raises QconvError for a file of bits that cannot be used.
     """
+    return made(fields_of(options))
+
+
+def made(fields: Mapping[str, Any]) -> Recipe:
+    """The Recipe of these fields; what does not go together is a usage error."""
+    with _usage():
+        return Recipe(**fields)
+
+
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    try:
+        yield
+    except QconvError as error:
+        raise click.UsageError(f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}") from None
+
+
+def fields_of(options: dict[str, Any]) -> dict[str, Any]:
+    """What options say of the fields of a Recipe, before any of them follows from others."""
     options = {**options, **_of_named_recipe(options["recipe_name"])}
     granularity, block_size = options["weight_granularity"], options["block_size"]
     if block_size is not None and granularity != WeightGranularity.PER_BLOCK:
         raise click.UsageError(f"--block-size is for --weight-granularity per-block, not {granularity}.")
     file = options["layer_bits"]
-    layer_bits = () if file is None else read_layer_bits(Path(file))
-    try:
-        return Recipe(
-            layer_bits=layer_bits,
-            block_size=block_size or BLOCK_SIZE,
-            glob=options["pattern"],
-            weight_scheme=options["weight_scheme"],
-            activation_scheme=options["activation_scheme"],
-            weight_granularity=WeightGranularity(options["weight_granularity"]),
-            preprocessing=preprocessing_of(options),
-            **{name: options[name] for name in SAME},
-        )
-    except QconvError as error:
-        raise click.UsageError(f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}") from None
+    with _usage():
+        preprocessing = preprocessing_of(options)
+    return {
+        "layer_bits": () if file is None else read_layer_bits(Path(file)),
+        "block_size": block_size or BLOCK_SIZE,
+        "glob": options["pattern"],
+        "weight_scheme": options["weight_scheme"],
+        "activation_scheme": options["activation_scheme"],
+        "weight_granularity": WeightGranularity(options["weight_granularity"]),
+        "preprocessing": preprocessing,
+        **{name: options[name] for name in SAME},
+    }
+
+
+def without(names: Collection[str]) -> list[click.Parameter]:
+    """The options of `quantize`, but for those of these names."""
+    command = click.command()(quantize_options(lambda: None))
+    return [option for option in command.params if option.name not in names]
 
 
 def _of_named_recipe(name: str | None) -> dict[str, Any]:

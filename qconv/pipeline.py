@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import itertools
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,13 +16,14 @@ from qconv.apart import in_words, round_apart
 from qconv.audit import Known, audit, profiled
 from qconv.balance import balance
 from qconv.checks import spelt
+from qconv.cpu import peak_rss_mb
 from qconv.embed import embed
 from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.fileformat import describe, needed_opset, needed_runtime, set_ir_version
 from qconv.findings import Change, Finding, Skipped
-from qconv.gather import Pictures, open_pictures, original
+from qconv.gather import Memory, Pictures, open_pictures, original
 from qconv.graph import Model
 from qconv.judge import Ground
 from qconv.layer_bits import as_toml
@@ -86,12 +85,16 @@ class _Run:
 
 
 def quantize(
-    source: Source | str | Path, out: str | Path | None, recipe: Recipe, listener: Listener | None = None
+    source: Source | str | Path,
+    out: str | Path | None,
+    recipe: Recipe,
+    listener: Listener | None = None,
+    memory: Memory | None = None,
 ) -> tuple[Report, bytes | None]:
     """Quantize `source` as `recipe` says and save the result at `out`.
 
-    out: None keeps the result in memory and returns its bytes. Raises QconvError for anything the user can mend; then
-    nothing is left behind.
+    out: None keeps the result in memory and returns its bytes. memory: of runs before this one on the same model.
+    Raises QconvError for anything the user can mend; then nothing is left behind.
     """
     started = time.perf_counter()
     run = _Run(listener or Listener())
@@ -112,6 +115,7 @@ def quantize(
         refuse_quantized(proto, source.name)
         float_bytes = file_bytes(proto, source)
         pictures = open_pictures(source, data_files(proto, source), recipe, run.warn, run.listener.progress)
+        pictures.memory = memory
         model, changes = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
         run.findings += changes
     with run.step("detect"):
@@ -373,16 +377,6 @@ def _verified(
     # a network with a batch of its own may have seen some twice
     slowdown = found.slowdown if target.on_ort else None
     return replace(found, images=min(found.images, feed.pictures), slowdown=slowdown)
-
-
-def peak_rss_mb() -> float:
-    """The largest resident memory of this process so far."""
-    with contextlib.suppress(OSError, StopIteration):  # what getrusage tells on Linux may be the parent's
-        lines = Path("/proc/self/status").read_text().splitlines()
-        line = next(line for line in lines if line.startswith("VmHWM:"))
-        return round(int(line.split()[1]) / 2**10, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def folded_float(path: str | Path, out: str | Path) -> None:

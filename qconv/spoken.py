@@ -50,7 +50,7 @@ def options_of(recipe: Mapping[str, Any]) -> list[str]:
         rest = {other: value for other, value in said.items() if other != name}
         if _same(rest, whole):
             said = rest
-    return [word for name, value in said.items() for word in _words(name, value)]
+    return [word for name, value in said.items() for word in words(name, value)]
 
 
 def _made(said: Mapping[str, Any]) -> Recipe:
@@ -83,8 +83,8 @@ def _typed(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _words(name: str, value: Any) -> Iterator[str]:
-    """One field as it is spelt on the command line."""
+def words(name: str, value: Any) -> Iterator[str]:
+    """One field of a Recipe as it is spelt on the command line."""
     if name == "preprocessing":
         yield from _of_pictures(value)
     elif name in ("keep_float", "keep_float_op"):
@@ -132,4 +132,4 @@ def _all_said(recipe: Mapping[str, Any]) -> Iterator[str]:
     for name, value in recipe.items():
         alone = isinstance(default.get(name, ""), str | int | float | None)
         if alone and value != default.get(name) and isinstance(value, str | int | float):
-            yield from _words(name, value)
+            yield from words(name, value)

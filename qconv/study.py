@@ -20,6 +20,7 @@ import qconv
 from qconv import fold, load, save
 from qconv.calibrate import Tap, observer, watch_apart
 from qconv.calibrators import want_of
+from qconv.cpu import peak_rss_mb
 from qconv.curve import Curve, Point, counts_up_to
 from qconv.detect import detect
 from qconv.errors import QconvError, counted
@@ -27,7 +28,7 @@ from qconv.feed import Feed
 from qconv.fileformat import needed_opset
 from qconv.gather import original
 from qconv.graph import Model
-from qconv.pipeline import Listener, check_output, look_for_wishes, peak_rss_mb, require_layers
+from qconv.pipeline import Listener, check_output, look_for_wishes, require_layers
 from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import make_plan

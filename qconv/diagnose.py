@@ -1,0 +1,360 @@
+"""Why a network loses accuracy, and what mends it: causes with their evidence, and remedies that were carried out.
+
+The order of the work: how pictures are fed comes first, then how many there are, as nothing else can be told from the
+wrong ones; each that is mended is the ground for what follows. Then the network is quantized as it was asked for, and
+compared layer by layer (compare.py); causes.py reads that, remedies.py says what may help, and every remedy goes
+through the whole pipeline by itself, those that gain once more together. All are scored on pictures held back.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf, log2, log10
+from pathlib import Path
+from typing import Any
+
+from qconv import causes, fold, load, moved, save
+from qconv.calibrate import observer, watch
+from qconv.causes import FEW, GAP, MANY, Evidence
+from qconv.checks import spelt
+from qconv.compare import Question, compare
+from qconv.cpu import this_cpu
+from qconv.detect import CERTAIN, SHAPE_ONLY, detect, same
+from qconv.errors import counted
+from qconv.feed import Feed
+from qconv.fileformat import needed_opset
+from qconv.gather import Memory, open_pictures, original
+from qconv.ladder import Cause, Diagnosis, Trial
+from qconv.pipeline import Listener
+from qconv.pixels import PRESETS, Preprocessing, PreprocessingOptions
+from qconv.placement import left_in_float
+from qconv.planner import make_plan
+from qconv.proof import Held, Made, Proof, held_back, without_gates
+from qconv.recipe import Recipe
+from qconv.remedies import ADDED, ENOUGH_DB, POOR_DB, Remedy, merged, more_bits, more_effort, recipe_with, remedies
+from qconv.runtime import Session
+from qconv.sketch import Want
+from qconv.source import Source, data_files, file_bytes, metadata, own_opset, read, refuse_quantized
+from qconv.spoken import options_of, words
+from qconv.targets import TARGETS
+
+GAINED = 0.5
+"""dB from which on a remedy has helped."""
+BIT_DB = 6.02
+"""What one more bit gains: a doubling of time or size has to gain as much."""
+PLENTY_DB = 40.0
+"""From here on more counts nothing."""
+EQUAL_DB = 200.0
+"""Stands for outputs that do not differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is to be diagnosed. asked: fields of the Recipe as they were given, before any of them follows from others.
+
+    images: pictures to score on; empty: held back from those to calibrate with.
+    """
+
+    source: Source
+    asked: Mapping[str, Any]
+    images: tuple[str, ...] = ()
+
+
+def diagnose(case: Case, listener: Listener | None = None) -> Diagnosis:
+    """Raises QconvError for anything the user can mend."""
+    listener = listener or Listener()
+    told: list[str] = []
+
+    def warn(text: str) -> None:
+        if text not in told:
+            told.append(text)
+            listener.warn(text)
+
+    proto = read(case.source)
+    refuse_quantized(proto, case.source.name)
+    size = file_bytes(proto, case.source)
+    del proto
+    with save.scratch(8 * size) as folder:
+        return _Clinic(case, Listener(warn, listener.progress), folder).diagnosis(told)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Attempt:
+    """A trial and the fields of its recipe. undoes: whether it only shows what is in effect already."""
+
+    made: Made
+    fields: Mapping[str, Any]
+    undoes: bool = False
+
+    @property
+    def trial(self) -> Trial:
+        return self.made.trial
+
+
+@dataclass(slots=True)
+class _Clinic:
+    """One diagnosis. found: causes so far; attempts: trials so far, the first of what was asked for.
+
+    changes: what mends the pictures, which is the ground for the rest.
+    """
+
+    case: Case
+    listener: Listener
+    folder: Path
+    memory: Memory = field(default_factory=Memory)
+    found: list[Cause] = field(default_factory=list)
+    attempts: list[_Attempt] = field(default_factory=list)
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def diagnosis(self, warnings: list[str]) -> Diagnosis:
+        asked = without_gates({**self.case.asked, "embed_preprocessing": None})
+        recipe = Recipe(**asked)
+        session = original(self.case.source, recipe)
+        held = held_back(session, recipe, self.case.images, self.listener)
+        asked["samples"] = min(recipe.samples, held.most)
+        rather = self._feed(session, held.feed, recipe)
+        del session
+        said = held.feed.over(held.feed.listing.paths)
+        held.feed.preprocessing = rather or said.preprocessing
+        proof = Proof.of(self.case.source, held.feed, recipe, self.listener, self.memory)
+        if rather is not None:
+            proof.feed_otherwise(said)
+        base = self._try(proof, asked, Remedy("as asked", {}, ()))
+        if base.made.failure is not None:
+            raise base.made.failure
+        proof.listener = Listener(progress=self.listener.progress)  # the others would warn of the same
+        if rather is not None:
+            proof.feed_otherwise(held.feed)
+            changes = {"preprocessing": _as_options(rather, recipe.preprocessing)}
+            mend = Remedy("fed as in training", changes, ("preprocessing",))
+            base = self._mended(proof, asked, base, mend, always=True)
+        base = self._enough_pictures(proof, asked, base, held)
+        self._remedies(proof, asked, base)
+        float_ms = proof.timed(recipe.threads, held.feed.size)
+        best = self._best(base)
+        return Diagnosis(
+            model=self.case.source.name,
+            pictures=proof.scored.pictures,
+            unseen=held.unseen,
+            causes=tuple(self.found),
+            trials=tuple(attempt.trial for attempt in self.attempts),
+            best=best.trial,
+            recommended=self._command(best),
+            conclusion=self._conclusion(best),
+            float_ms=float_ms,
+            warnings=warnings,
+        )
+
+    # -- pictures ------------------------------------------------------------------------------------------------------
+
+    def _feed(self, session: Session, feed: Feed, recipe: Recipe) -> Preprocessing | None:
+        """`feed` as the options say. Returns what the evidence says instead, where it is sure of that."""
+        model, _ = load.load(read(self.case.source), self.case.source)
+        said = recipe.preprocessing
+        calibration = Feed.of(session, recipe, _silent, self.listener.progress)
+        own = detect(model, session, calibration, said, threads=recipe.threads)
+        feed.preprocessing = calibration.preprocessing = own.preprocessing
+        freely = PreprocessingOptions(**{name: getattr(said, name) for name in SHAPE_ONLY})
+        if own.preprocessing is None or freely == said:
+            return None
+        calibration = Feed.of(session, replace(recipe, preprocessing=freely), _silent, _idle)
+        found = detect(model, session, calibration, freely, threads=recipe.threads)
+        if found.preprocessing is None or same(own.preprocessing, found.preprocessing):
+            return None
+        asks = " ".join(words("preprocessing", _as_options(found.preprocessing, said)))
+        sure = found.margin is None or found.margin >= CERTAIN
+        told = "and not for the options given" if sure else "rather than for the options given, without being certain"
+        self.found.append(Cause("preprocessing", ("the pictures",), f"the model speaks for {asks}, {told}"))
+        return found.preprocessing if sure else None
+
+    def _enough_pictures(self, proof: Proof, asked: Mapping[str, Any], base: _Attempt, held: Held) -> _Attempt:
+        """Whether there are few, or others lose much more than those of the calibration."""
+        used, report = asked["samples"], base.made.report
+        seen, unseen = None if report is None else report.verify.sqnr_db, base.trial.sqnr_db
+        gap = seen - unseen if held.unseen and seen is not None and unseen is not None else 0.0
+        if used >= FEW and (gap < GAP or used >= MANY):
+            return base
+        what = f"{counted(used, 'picture')} to calibrate with"
+        if gap >= GAP:
+            what += f": SQNR is {seen:.1f} dB on them and {unseen:.1f} dB on others"
+        more = min(Recipe().samples, held.most)
+        if more <= used:
+            what += "; there are no more here, so add some of the kind that the network will see"
+        self.found.append(Cause("few-pictures", ("the pictures",), what))
+        if more <= used:
+            return base
+        return self._mended(proof, asked, base, Remedy("more pictures", {"samples": more}, ("few-pictures",)))
+
+    def _mended(
+        self, proof: Proof, asked: Mapping[str, Any], base: _Attempt, remedy: Remedy, *, always: bool = False
+    ) -> _Attempt:
+        """The ground for what follows: with the remedy, where it helps or is right in any case."""
+        attempt = self._try(proof, asked, remedy)
+        failed = attempt.made.failure is not None
+        if failed or not (always or _decibel(attempt.trial) >= _decibel(base.trial) + GAINED):
+            return base
+        self.changes |= remedy.changes
+        return attempt
+
+    # -- the network ---------------------------------------------------------------------------------------------------
+
+    def _remedies(self, proof: Proof, asked: Mapping[str, Any], base: _Attempt) -> None:
+        evidence = self._evidence(proof, base)
+        self.found += causes.find(evidence)
+        gaining: list[tuple[float, Remedy]] = []
+
+        def attempt(tried: Sequence[Remedy]) -> None:
+            for remedy in tried:
+                if recipe_with(base.fields, remedy.changes) is not None:
+                    trial = self._try(proof, asked, remedy).trial
+                    gain = _decibel(trial) - _decibel(base.trial)
+                    if gain >= GAINED and not remedy.undoes:
+                        gaining.append((gain, remedy))
+
+        worth_it = [cause for cause in self.found if cause.kind != "layer" or self._so_far < ENOUGH_DB]
+        attempt(remedies(worth_it, evidence))
+        if self._so_far < ENOUGH_DB:
+            attempt(list(more_effort(evidence.recipe)))
+        ranked = [remedy for _, remedy in sorted(gaining, key=lambda pair: -pair[0])]
+        together = _together(ranked)
+        if len(together.causes) > 1 and together.changes != ranked[0].changes:
+            attempt([together])
+        if self._so_far < POOR_DB:
+            attempt(list(more_bits(evidence.recipe)))
+
+    @property
+    def _so_far(self) -> float:
+        return max(_decibel(attempt.trial) for attempt in self.attempts)
+
+    def _try(self, proof: Proof, asked: Mapping[str, Any], remedy: Remedy) -> _Attempt:
+        """Carry a remedy out, on the ground of what mends the pictures. Its options are those to add to the given."""
+        whole = Remedy(remedy.name, merged(self.changes, remedy.changes), remedy.causes)
+        fields = merged(asked, whole.changes)
+        out = self.folder / f"{len(self.attempts)}.onnx"
+        made = proof.carry_out(remedy.name, Recipe(**fields), out, whole.options, remedy.causes)
+        self.attempts.append(_Attempt(made, fields, remedy.undoes))
+        return self.attempts[-1]
+
+    def _evidence(self, proof: Proof, base: _Attempt) -> Evidence:
+        """All that causes are read from, of the run that remedies are measured against."""
+        source, recipe, report = self.case.source, base.made.recipe, base.made.report
+        assert report is not None
+        proto = read(source)
+        model, _ = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
+        pictures = open_pictures(source, data_files(proto, source), recipe, _silent, self.listener.progress)
+        pictures.memory = self.memory
+        pictures.settle(model, recipe)
+        fold.fold(model)
+        plan = make_plan(model, recipe, TARGETS[recipe.target], left_in_float(model, recipe, pictures.fed))
+        taps = plan.taps(Want.ALL)
+        assert pictures.feed is not None
+        sketches = watch(observer(model, taps, recipe.threads), taps, pictures.feed.all("look")) if taps else {}
+        quantized = Source(str(base.made.path), base.made.path)
+
+        def feeds() -> Iterator[Any]:
+            return ((batch, batch) for batch, _ in proof.scored.batches)
+
+        question = Question(source, quantized, feeds, proof.scored.pictures, "", recipe.threads)
+        compared = compare(question, self.listener.progress)
+        moves = moved.read(metadata(read(quantized)))
+        return Evidence(model, plan, recipe, report, sketches, moves, compared, this_cpu().saturates is True)
+
+    # -- what comes of it ----------------------------------------------------------------------------------------------
+
+    def _best(self, base: _Attempt) -> _Attempt:
+        """The most accurate one, where a doubling of time or size has to gain a bit's worth."""
+        best, most = base, _worth(base.trial, base.trial) + GAINED
+        for attempt in self.attempts[self.attempts.index(base) + 1 :]:
+            worth = _worth(attempt.trial, base.trial)
+            if worth > most and not attempt.undoes:
+                best, most = attempt, worth
+        return best
+
+    def _command(self, best: _Attempt) -> str:
+        """What to type, with the pictures and places that the user has."""
+        asked, fields = self.case.asked, dict(best.fields)
+        if "samples" not in merged(self.changes, {}):
+            fields["samples"] = asked.get("samples", Recipe().samples)
+        fields["embed_preprocessing"] = asked.get("embed_preprocessing")
+        calib = [word for place in asked["calib"] for word in ("--calib", place)]
+        said = options_of(Recipe(**fields).as_dict())
+        steering = [word for name in ("batch", "threads") for word in _steered(name, asked)]
+        return shlex.join(["qconv", "quantize", self.case.source.name, *calib, *said, *steering])
+
+    def _conclusion(self, best: _Attempt) -> str:
+        first, trial = self.attempts[0].trial, best.trial
+        got = in_words(trial)
+        if best is self.attempts[0]:
+            if any(cause.kind == "preprocessing" for cause in self.found):
+                return f"Find out how the network was fed in training: {got}, both models fed as the options say."
+            if _decibel(trial) >= ENOUGH_DB:
+                return f"Nothing needs mending: {got}."
+            worst = next((cause.kind for cause in self.found if not cause.handled), None)
+            likely = "" if worst is None else f" The most likely cause is {worst}."
+            return f"No remedy that was tried is worth its cost: {got}.{likely}"
+        gain = _decibel(trial) - _decibel(first)
+        more = f", {gain:+.1f} dB beside what was asked for" if abs(gain) < EQUAL_DB / 2 else ""
+        return f"{trial.name[:1].upper()}{trial.name[1:]}: {got}{more}."
+
+
+def in_words(trial: Trial) -> str:
+    """What was measured of a trial."""
+    told = ["outputs equal" if trial.sqnr_db is None else f"SQNR {trial.sqnr_db:.1f} dB"]
+    return ", ".join(told + ([] if trial.agreement is None else [f"agreement {trial.agreement:.1%}"]))
+
+
+def _decibel(trial: Trial) -> float:
+    """SQNR; of outputs that are classes alone, that of the share which differs."""
+    if trial.failed:
+        return -inf
+    if trial.sqnr_db is not None:
+        return trial.sqnr_db
+    return EQUAL_DB if trial.agreement in (None, 1.0) else -10 * log10(1 - (trial.agreement or 0.0))
+
+
+def _worth(trial: Trial, base: Trial) -> float:
+    cost = max(0.0, log2(trial.size / base.size)) if trial.size and base.size else 0.0
+    if trial.ms and base.ms:
+        cost += max(0.0, log2(trial.ms / base.ms))
+    return min(_decibel(trial), PLENTY_DB) - BIT_DB * cost
+
+
+def _together(ranked: Sequence[Remedy]) -> Remedy:
+    """As many of them as do not contradict each other, the best ones first. causes: one entry for each of them."""
+    changes: dict[str, Any] = {}
+    names = []
+    for remedy in ranked:
+        if not any(name in changes and name not in ADDED for name in remedy.changes):
+            changes = merged(changes, remedy.changes) | {n: v for n, v in remedy.changes.items() if v is None}
+            names.append(remedy.name)
+    return Remedy("these together", changes, tuple(names))
+
+
+def _as_options(fed: Preprocessing, said: PreprocessingOptions) -> PreprocessingOptions:
+    """Options that say how `fed` feeds the pixels' values; the rest as it was said."""
+    preset = PRESETS[fed.preset]
+    swapped = fed.color is not preset.color and fed.channels == 3
+    mean, std = (numbers[::-1] if swapped else numbers for numbers in (preset.mean, preset.std))
+    return replace(
+        said,
+        preset=fed.preset,
+        color=fed.color,
+        scale=None if fed.scale == preset.scale else fed.scale,
+        mean=None if fed.mean == mean else fed.mean,
+        std=None if fed.std == std else fed.std,
+    )
+
+
+def _steered(name: str, asked: Mapping[str, Any]) -> tuple[str, ...]:
+    value = asked.get(name)
+    return () if value is None or value == getattr(Recipe(), name) else (spelt(name), str(value))
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+def _idle(stage: str, done: int, total: int) -> None:
+    pass

@@ -1,0 +1,175 @@
+"""Recipes carried out by the whole pipeline, one after the other, and measured on the same pictures and machine.
+
+What is scored is the written file, on pictures that no recipe was calibrated with where there are enough of them, and
+all files are timed against each other in turns. Runs share what they find out of the float network (gather.Memory).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from qconv import intervals
+from qconv.benchmark import Benchmark, Conditions, benchmark
+from qconv.errors import QconvError, counted
+from qconv.evaluate import class_vector
+from qconv.feed import Feed
+from qconv.gather import Memory, original
+from qconv.ladder import Trial
+from qconv.pipeline import Listener, quantize
+from qconv.recipe import Recipe
+from qconv.report import Report
+from qconv.runtime import VERSION, Session
+from qconv.scored import Outputs, Scored, score_float
+from qconv.source import Source
+from qconv.targets import TARGETS
+
+MOST_HELD_BACK = 64
+HELD_BACK_SHARE = 5
+SCORED_BYTES = 64 * 2**20
+"""Inputs and float outputs of the pictures to score on, which stay in memory."""
+ROUNDS = 9
+"""Turns that each file gets when it is timed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Pictures to score on. most: that are left to calibrate with. unseen: whether none of the former is among them."""
+
+    feed: Feed
+    most: int
+    unseen: bool
+
+
+def held_back(session: Session, recipe: Recipe, images: Sequence[str], listener: Listener) -> Held:
+    """Pictures from `images`, or else the last ones of the draw that `recipe` reads from its beginning.
+
+    A fifth of all are held back, MOST_HELD_BACK at most. Of a single picture none can be: it is then scored on itself.
+    Raises QconvError where pictures cannot feed the network.
+    """
+    if images:
+        chosen = replace(recipe, calib=tuple(images), samples=MOST_HELD_BACK, glob=None)
+        feed = Feed.of(session, chosen, listener.warn, listener.progress)
+        return Held(feed, Feed.of(session, recipe, _nobody, _nothing).listing.found, unseen=True)
+    whole = Feed.of(session, replace(recipe, samples=10**9), listener.warn, listener.progress)
+    paths = whole.listing.paths
+    held = min(MOST_HELD_BACK, max(1, len(paths) // HELD_BACK_SHARE))
+    if len(paths) == held:
+        listener.warn("there is one picture alone: it is calibrated with and scored on, which tells little.")
+    return Held(whole.over(paths[-held:]), max(1, len(paths) - held), unseen=len(paths) > held)
+
+
+@dataclass(slots=True)
+class Made:
+    """A trial with what came of it: the file and the pipeline's report, or why there is none."""
+
+    trial: Trial
+    recipe: Recipe
+    path: Path
+    report: Report | None = None
+    failure: QconvError | None = None
+
+
+@dataclass(slots=True)
+class Proof:
+    """What recipes are carried out on, and all that were."""
+
+    source: Source
+    scored: Scored
+    listener: Listener
+    memory: Memory
+    made: list[Made] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, source: Source, feed: Feed, recipe: Recipe, listener: Listener, memory: Memory) -> Proof:
+        """feed: the pictures to score on, fed as they should be."""
+        session = original(source, recipe)
+        scored = score_float(session, feed, "float", most_bytes=SCORED_BYTES, warn=listener.warn)
+        return cls(source, scored, listener, memory)
+
+    def feed_otherwise(self, feed: Feed) -> None:
+        """Quantized models get the pictures as `feed` has them from now on; what the float model says stays."""
+        pairs = zip(feed.all("float"), self.scored.batches, strict=False)  # of which there may be fewer, for memory
+        self.scored = replace(self.scored, batches=[(feeds, expected) for feeds, (_, expected) in pairs])
+
+    def carry_out(
+        self, name: str, recipe: Recipe, out: Path, options: Sequence[str] = (), causes: Sequence[str] = ()
+    ) -> Made:
+        """Quantize by `recipe`, write `out` and score it. What cannot be done is a trial that failed, and says why."""
+        start = time.perf_counter()
+        trial = Trial(name, tuple(options), tuple(causes))
+        made = Made(trial, recipe, out)
+        self.made.append(made)
+        try:
+            made.report, _ = quantize(self.source, out, recipe, self.listener, self.memory)
+            on_ort = TARGETS[recipe.target].on_ort
+            session = Session(str(out), name=str(out), threads=recipe.threads, optimize=on_ort)
+        except QconvError as error:
+            made.report, made.failure = None, error
+            made.trial = replace(trial, failed=f"{error.message} {error.hint}", seconds=time.perf_counter() - start)
+            return made
+        kinds: list[bool] = []
+        found = self.scored.score(session, lambda outputs: kinds.append(_one_answer(outputs)))
+        span = None
+        if found.agreement is not None and all(kinds):
+            span = intervals.of_share(round(found.agreement * found.images), found.images)
+        made.trial = replace(
+            trial,
+            sqnr_db=found.sqnr_db,
+            agreement=found.agreement,
+            agreement_interval=span,
+            size=made.report.quantized_bytes,
+            seconds=time.perf_counter() - start,
+        )
+        return made
+
+    def timed(self, threads: int | None, size: tuple[int, int] | None) -> float | None:
+        """Time all files beside the float model, in turns. Returns the float model's median in ms.
+
+        Trials get their times, and ratios to the float model's. None, and no times, where nothing can be timed: the
+        float model came from a pipe, or files are for another runtime.
+        """
+        able = [made for made in self.made if not made.trial.failed and TARGETS[made.recipe.target].on_ort]
+        if self.source.path is None or not able:
+            return None
+        paths = [str(self.source.path), *(str(made.path) for made in able)]
+        try:
+            found = self._benchmark(paths, threads, size)
+        except QconvError as error:
+            self.listener.warn(f"nothing was timed: {error.message}")
+            return None
+        first = found.timings[0]
+        for made, timing in zip(able, found.timings[1:], strict=True):
+            made.trial = replace(made.trial, ms=timing.median_ms, ratio=timing.ratio_to(first))
+        return first.median_ms
+
+    def _benchmark(self, paths: Sequence[str], threads: int | None, size: tuple[int, int] | None) -> Benchmark:
+        conditions = Conditions(threads, None, size, ROUNDS)
+        return benchmark(paths, conditions, version=VERSION, progress=self.listener.progress)
+
+
+def _one_answer(outputs: Outputs) -> bool:
+    """Whether a picture gets one class, so that pictures can be counted."""
+    return class_vector([output[:1] for output in outputs]) is not None
+
+
+def without_gates(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a recipe less those that gate a run."""
+    return {name: value for name, value in fields.items() if name not in ("min_agreement", "min_sqnr")}
+
+
+def in_words(pictures: int, unseen: bool) -> str:
+    """What trials were scored on."""
+    how = "none of them calibrated with" if unseen else "calibrated with, too"
+    return f"{counted(pictures, 'picture')}, {how}"
+
+
+def _nobody(text: str) -> None:
+    pass
+
+
+def _nothing(stage: str, done: int, total: int) -> None:
+    pass

@@ -1,0 +1,186 @@
+"""What may mend a cause: changes of the options that were given, each to be carried out and measured by itself.
+
+A remedy is a change of what the user said and not of the whole Recipe, as much of a Recipe follows from other parts.
+One that is in effect already is not tried; where something takes care of a cause by default, it is taken away once, so
+that the ladder shows what it is worth.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qconv.causes import Evidence
+from qconv.choices import CALIBRATOR
+from qconv.errors import QconvError
+from qconv.graph import Node
+from qconv.ladder import Cause
+from qconv.recipe import Recipe
+from qconv.spoken import words
+
+FEW_NODES = 3
+LONG = 20
+ADDED = frozenset({"keep_float", "keep_float_op"})
+"""Options that are repeated instead of replaced."""
+ENOUGH_DB, POOR_DB = 30.0, 20.0
+"""SQNR from which on no more effort is tried; below which more bits are, whatever they cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """name: in words. changes: fields of Recipe, None for what is to be left to its default. causes: the kinds that it
+    is for. undoes: whether it takes away what mends a cause, to show what that is worth."""
+
+    name: str
+    changes: Mapping[str, Any]
+    causes: tuple[str, ...]
+    undoes: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What is to be added to a command line for it."""
+        return tuple(word for name, value in self.changes.items() if value is not None for word in words(name, value))
+
+
+def merged(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a Recipe with these changes."""
+    found = dict(asked)
+    for name, value in changes.items():
+        if name in ADDED:
+            found[name] = tuple(dict.fromkeys((*found.get(name, ()), *value)))
+        elif value is None:
+            found.pop(name, None)
+        else:
+            found[name] = value
+    return found
+
+
+def recipe_with(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> Recipe | None:
+    """The Recipe of the fields with these changes; None where they do not go together, or change nothing."""
+    try:
+        recipe = Recipe(**merged(asked, changes))
+    except QconvError:
+        return None
+    return None if recipe == Recipe(**asked) else recipe
+
+
+def remedies(causes: Sequence[Cause], evidence: Evidence) -> list[Remedy]:
+    """All that are worth a try, each once, in the order of their causes."""
+    found: dict[str, Remedy] = {}
+    for cause in causes:
+        makers = UNDOING if cause.handled else MAKERS
+        for remedy in makers[cause.kind](cause, evidence) if cause.kind in makers else ():
+            known = found.get(repr(remedy.changes))
+            kinds = (*known.causes, cause.kind) if known else (cause.kind,)
+            found[repr(remedy.changes)] = Remedy(remedy.name, remedy.changes, kinds, remedy.undoes)
+    return list(found.values())
+
+
+def more_effort(recipe: Recipe) -> Iterator[Remedy]:
+    """The next efforts, for whatever costs accuracy."""
+    efforts = {"fast": "balanced", "balanced": "best"}
+    if recipe.effort in efforts:
+        effort = efforts[recipe.effort]
+        yield Remedy(f"more effort: {effort}", {"effort": effort, "rounding": None}, ())
+
+
+def more_bits(recipe: Recipe) -> Iterator[Remedy]:
+    """What costs time and size and helps nearly always."""
+    if recipe.activation_bits < 16:
+        yield Remedy("activations of 16 bits", {"activation_bits": 16}, ())
+    if recipe.weight_bits < 8:
+        yield Remedy("weights of 8 bits", {"weight_bits": 8}, ())
+
+
+# -- by cause ----------------------------------------------------------------------------------------------------------
+
+Maker = Callable[[Cause, Evidence], Iterator[Remedy]]
+
+
+def _imbalance(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+    yield Remedy("scale channels", {"equalize": True}, ())
+    yield from _in_float("their readers in float", _readers(cause, evidence))
+
+
+def _outlier(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+    usual = {"calibrator": CALIBRATOR, "percentile": None, "tune_ranges": True}
+    yield Remedy("ranges by what the outputs lose", usual, ())
+    yield Remedy("ranges of least squares", {"calibrator": "mse", "percentile": None}, ())
+    yield Remedy("ranges of most numbers", {"calibrator": "percentile", "percentile": None}, ())
+    yield from _in_float("their readers in float", _readers(cause, evidence))
+
+
+def _gate(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+    nodes = {node.name: node for node in evidence.model.nodes()}
+    kinds = sorted({nodes[name].op_type for name in cause.where if name in nodes})
+    if kinds:
+        yield Remedy("gates in float", {"keep_float_op": tuple(kinds)}, ())
+
+
+def _wide(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+    nodes = {node.name: node for node in evidence.model.nodes()}
+    joined = [nodes[name] for name in cause.where if name in nodes]
+    readers = [reader for node in joined for reader in evidence.model.readers(node.outputs[0])]
+    yield from _in_float("it and its readers in float", [*joined, *readers])
+
+
+def _layers(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+    named = [node for node in evidence.model.nodes() if node.name in cause.where]
+    yield from _in_float(f"{_short(named[0].name or '')} in float" if len(named) == 1 else "these in float", named)
+
+
+def _saturation(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+    yield Remedy("7-bit weights where sums may overflow", {"saturation_safe": True}, ())
+
+
+def _low_bits(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+    if evidence.recipe.weight_bits < 8:
+        yield Remedy("weights of 8 bits", {"weight_bits": 8}, ())
+    if evidence.recipe.activation_bits < 8:
+        yield Remedy("activations of 8 bits", {"activation_bits": 8}, ())
+
+
+def _unequalized(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+    yield Remedy("channels as they are", {"equalize": False}, (), undoes=True)
+
+
+def _uncut(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+    whole = {"calibrator": "minmax", "percentile": None, "tune_ranges": False}
+    yield Remedy("ranges of all numbers", whole, (), undoes=True)
+
+
+MAKERS: Mapping[str, Maker] = {
+    "channel-imbalance": _imbalance,
+    "range-outlier": _outlier,
+    "gate": _gate,
+    "wide-concat": _wide,
+    "bias-overflow": _layers,
+    "saturation": _saturation,
+    "low-bits": _low_bits,
+    "layer": _layers,
+}
+UNDOING: Mapping[str, Maker] = {
+    "channel-imbalance": _unequalized,
+    "range-outlier": _uncut,
+    "bias-overflow": _layers,
+}
+
+
+def _in_float(name: str, nodes: Sequence[Node]) -> Iterator[Remedy]:
+    names = tuple(dict.fromkeys(glob.escape(node.name) for node in nodes if node.name))[:FEW_NODES]
+    if names:
+        yield Remedy(name, {"keep_float": names}, ())
+
+
+def _short(name: str) -> str:
+    """The end of a long name."""
+    return name if len(name) <= LONG else f"...{name[3 - LONG :]}"
+
+
+def _readers(cause: Cause, evidence: Evidence) -> list[Node]:
+    """Of the tensors that cost most at the outputs."""
+    values = {value.name: value for value in evidence.plan.activations}
+    worst = sorted(cause.where, key=lambda name: -evidence.share([name]))
+    return [node for name in worst if name in values for node in evidence.model.readers(values[name])]
