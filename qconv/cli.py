@@ -86,6 +86,7 @@ CHARTS = (".png", ".html")
     context_settings=WIDTH,
     params=without(NOT_STUDIED),
 )
+@click.argument("model")
 @click.option("-o", "--output", metavar="OUT", help="Also draw the curve: a .png picture or a .html page.")
 @click.option(
     "--seeds",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qconv.causes import Evidence
+from qconv.causes import REMARKABLE, Evidence
 from qconv.choices import CALIBRATOR
 from qconv.errors import QconvError
 from qconv.graph import Node
@@ -20,8 +20,10 @@ from qconv.ladder import Cause
 from qconv.recipe import Recipe
 from qconv.spoken import words
 
-FEW_NODES = 3
+FEW_NODES, FEW_GATES = 3, 2
 LONG = 20
+SHARES = (99.99, 99.9)
+"""Of the numbers that a range reaches, in percent."""
 ADDED = frozenset({"keep_float", "keep_float_op"})
 """Options that are repeated instead of replaced."""
 ENOUGH_DB, POOR_DB = 30.0, 20.0
@@ -108,7 +110,8 @@ def _outlier(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
     usual = {"calibrator": CALIBRATOR, "percentile": None, "tune_ranges": True}
     yield Remedy("ranges by what the outputs lose", usual, ())
     yield Remedy("ranges of least squares", {"calibrator": "mse", "percentile": None}, ())
-    yield Remedy("ranges of most numbers", {"calibrator": "percentile", "percentile": None}, ())
+    for share in SHARES:
+        yield Remedy(f"ranges of {share:g} % of numbers", {"calibrator": "percentile", "percentile": share}, ())
     yield from _in_float("their readers in float", _readers(cause, evidence))
 
 
@@ -117,6 +120,27 @@ def _gate(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
     kinds = sorted({nodes[name].op_type for name in cause.where if name in nodes})
     if kinds:
         yield Remedy("gates in float", {"keep_float_op": tuple(kinds)}, ())
+    gated = [nodes[name] for name in cause.where if name in nodes]
+    worst = sorted(gated, key=lambda gate: -evidence.share(_around(gate, evidence)))
+    costly = [gate for gate in worst[:FEW_GATES] if evidence.share(_around(gate, evidence)) >= REMARKABLE]
+    both = [node for gate in costly for node in _beside(gate, evidence)]
+    yield from _in_float("layers beside gates in float", both, len(both))
+
+
+def _around(gate: Node, evidence: Evidence) -> list[str]:
+    """The tensors that a gate has to do with: what it squashes, what it makes of it, and the product."""
+    products = [reader.outputs[0] for reader in evidence.model.readers(gate.outputs[0])]
+    values = [gate.inputs[0], gate.outputs[0], *products]
+    return [value.name or "" for value in values if value is not None]
+
+
+def _beside(gate: Node, evidence: Evidence) -> Iterator[Node]:
+    """The layer before a gate, and those behind its products: no scale of a channel can pass between them."""
+    before = None if gate.inputs[0] is None else gate.inputs[0].producer()
+    if before is not None:
+        yield before
+    for product in evidence.model.readers(gate.outputs[0]):
+        yield from evidence.model.readers(product.outputs[0])
 
 
 def _wide(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
@@ -168,8 +192,8 @@ UNDOING: Mapping[str, Maker] = {
 }
 
 
-def _in_float(name: str, nodes: Sequence[Node]) -> Iterator[Remedy]:
-    names = tuple(dict.fromkeys(glob.escape(node.name) for node in nodes if node.name))[:FEW_NODES]
+def _in_float(name: str, nodes: Sequence[Node], most: int = FEW_NODES) -> Iterator[Remedy]:
+    names = tuple(dict.fromkeys(glob.escape(node.name) for node in nodes if node.name))[:most]
     if names:
         yield Remedy(name, {"keep_float": names}, ())
 

@@ -53,6 +53,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "weighed",
             "compare",
             "causes",
+            "remedies",
             "beside",
             "allocation",
             "apart",
@@ -139,12 +140,26 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset(
-        {"examine", "inspect_quantized", "judge", "mixed", "pipeline", "ranges", "refine", "study", "trial", "tune"}
+        {
+            "diagnose",
+            "examine",
+            "inspect_quantized",
+            "judge",
+            "mixed",
+            "pipeline",
+            "proof",
+            "ranges",
+            "refine",
+            "study",
+            "trial",
+            "tune",
+        }
     ),
     frozenset(
         {
             "cli",
             "inspected",
+            "laddered",
             "layerwise",
             "putting_out",
             "leaving",
@@ -162,6 +177,10 @@ NEIGHBOURS: dict[str, set[str]] = {
     "apart": {"plan"},
     "beside": {"compare", "compared", "fed"},
     "causes": {"compared", "edits", "ladder", "moved", "plan", "report", "sketch"},
+    "remedies": {"causes", "ladder"},
+    "diagnose": {"pipeline", "proof"},
+    "proof": {"pipeline"},
+    "laddered": {"printing"},
     "compare": {"compared", "feed", "fold", "moved", "pairs", "shifted", "verify", "weighed"},
     "compared": {"report"},
     "pairs": {"edits"},
@@ -285,7 +304,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "cli": {"layerwise", "leaving", "looking", "options", "summary"},
     "inspected": {"printing"},
     "looking": {"inspected", "leaving", "options", "printing", "putting_out", "summary", "values"},
-    "layerwise": {"leaving", "options", "printing", "putting_out", "summary"},
+    "layerwise": {"laddered", "leaving", "options", "printing", "putting_out", "summary"},
     "options": {"values"},
     "putting_out": {"options"},
 }
