@@ -14,9 +14,10 @@ from qconv.options import (
     csv_option,
     preprocessing_of,
     preprocessing_options,
+    report_option,
     stack,
 )
-from qconv.putting_out import Wanted
+from qconv.putting_out import Wanted, check_report, typed
 from qconv.recipe import Recipe
 
 COMPARED = 64
@@ -37,6 +38,7 @@ compare_options = stack(
     click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches."),
     click.option("--batch", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="Pictures a run."),
     csv_option,
+    report_option,
     preprocessing_options,
     common_options,
 )
@@ -56,6 +58,7 @@ def compare(
     batch: int,
     threads: int | None,
     csv: str | None,
+    report: str | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -80,12 +83,24 @@ def compare(
     from qconv import beside, printing, summary
     from qconv.source import source_of
 
+    sources = source_of(float_model), source_of(model)
+    place = check_report(report, sources, [images], {"the table": csv})
     console = summary.Console(quiet=quiet)
+    told: list[str] = []
+
+    def warn(text: str) -> None:
+        told.append(text)
+        console.warn(text)
+
     leave_by_exceptions()
     try:
-        seen = beside.on_pictures(source_of(float_model), source_of(model), recipe, console.warn, console.progress)
+        seen = beside.on_pictures(*sources, recipe, warn, console.progress)
     finally:
         console.close()
+    if place is not None:
+        from qconv import html, pages, save
+
+        save.write_whole(place, html.render(pages.of_compare(seen, *sources, typed(), told)))
     found = seen.compared
     rows = [row.as_dict() for row in found.worst_first]
     wanted.put(found.as_dict(), rows, lambda: printing.comparison(found, verbose=verbose))
