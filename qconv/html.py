@@ -181,8 +181,8 @@ def decibel(value: float | None, empty: str = "equal") -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """`12.3 %`; nothing where it was not measured."""
-    return "" if share is None else f"{100 * share:.{digits}f} %"
+    """`12.3%`; nothing where it was not measured."""
+    return "" if share is None else f"{share:.{digits}%}"
 
 
 def data_url(png: bytes) -> str:

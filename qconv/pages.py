@@ -145,7 +145,7 @@ def _examined(quantized: Source) -> Examined | None:
 def size_tile(float_bytes: int, quantized_bytes: int) -> Tile:
     """How much smaller the file is."""
     ratio = float_bytes / max(1, quantized_bytes)
-    value = f"{ratio:.1f} times smaller" if ratio > 1 else f"{1 / ratio:.1f} times larger"
+    value = f"{ratio:.1f}\u00d7 smaller" if ratio > 1 else f"{1 / ratio:.1f}\u00d7 larger"
     return Tile("size", value, f"{sized(float_bytes)} to {sized(quantized_bytes)}", "good" if ratio > 1 else "bad")
 
 
@@ -159,15 +159,15 @@ def accuracy_tile(scores: Scores) -> Tile:
     if agreement is None or span is None:
         tone = _tone(decibel, NEAR_DB, FAR_DB)
         return Tile("accuracy", "equal" if decibel is None else f"{decibel:.1f} dB", f"SQNR of the outputs, {on}", tone)
-    chance = f"95 %: {100 * span[0]:.0f} to {100 * span[1]:.0f} %"
-    return Tile("agreement", f"{100 * agreement:.1f} %", f"{on} ({chance}); {told}", _tone(agreement, AGREES, DIFFERS))
+    chance = f"95%: {100 * span[0]:.0f} to {100 * span[1]:.0f}%"
+    return Tile("agreement", f"{agreement:.1%}", f"{on} ({chance}); {told}", _tone(agreement, AGREES, DIFFERS))
 
 
 def speed_tile(slowdown: float | None) -> tuple[Tile, ...]:
     """Time of a run over the float model's, where it was measured."""
     if not slowdown:
         return ()
-    value = f"{1 / slowdown:.2f} times as fast"
+    value = f"{1 / slowdown:.2f}\u00d7 as fast"
     return (
         Tile("speed here", value, "as the float model, timed while checking", _tone(-slowdown, NOISE - 1, -1 - NOISE)),
     )
@@ -231,7 +231,7 @@ def _as_good(scores: Scores) -> str:
         return f"It says the same as the float model on {agreement:.1%} of {scores.images} {scores.kind}."
     if decibel is None:
         return "Its outputs are those of the float model."
-    return f"Its outputs are {decibel:.1f} dB above their error, on {scores.images} {scores.kind}."
+    return f"The error in its outputs lies {decibel:.1f} dB below them, on {scores.images} {scores.kind}."
 
 
 def _blame(compared: Compared | None) -> list[str]:

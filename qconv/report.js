@@ -6,11 +6,12 @@
   const config = { displayModeBar: false, responsive: true };
   const floor = -10; // dB; what lies lower is as useless
   const decibel = (value) => (value === null ? "equal" : `${value.toFixed(1)} dB`);
-  const percent = (value, digits = 1) => `${(100 * value).toFixed(digits)} %`;
+  const percent = (value, digits = 1) => `${(100 * value).toFixed(digits)}%`;
   // plotly takes names for a kind of HTML
   const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const middle = (text, most) =>
     text.length <= most ? text : `${text.slice(0, most / 3)}…${text.slice(text.length - (2 * most) / 3 + 1)}`;
+  const rounded = (value) => String(Number(value.toPrecision(4)));
   let picked = data.worst;
 
   const axis = (title, more = {}) => ({
@@ -32,9 +33,11 @@
       `<b>${index + 1}. ${plain(middle(row.name, 48))}</b> ${plain(row.input ? "input" : row.op)}` +
       `<br>own ${decibel(row.own)}, as it runs ${decibel(row.runs)}` +
       (row.share === null ? "" : `<br>${percent(row.share)} of the error at the outputs`));
+    // lines through so many points hide them
+    const [mode, size] = layers.length > 80 ? ["markers", 5] : ["lines+markers", 6];
     const line = (name, key, color, symbol) => ({
       x, y: layers.map((row) => (row[key] === null ? null : Math.max(floor, row[key]))), name, type: "scatter",
-      mode: "lines+markers", line: { color: style(color), width: 1.5 }, marker: { size: 6, symbol }, hovertext: told, hoverinfo: "text",
+      mode, line: { color: style(color), width: 1.5 }, marker: { size, symbol, color: style(color) }, hovertext: told, hoverinfo: "text",
     });
     const shares = {
       x, y: layers.map((row) => (row.share === null ? null : 100 * row.share)), name: "part of the error", type: "bar",
@@ -59,11 +62,7 @@
   }
 
   function drawBars(chart, caption, found, unit, words) {
-    chart.hidden = found === null;
-    if (found === null) {
-      caption.textContent = words;
-      return;
-    }
+    if (found === null) return;
     const middles = found.counts.map((_, index) => (found.edges[index] + found.edges[index + 1]) / 2);
     const widths = found.counts.map((_, index) => found.edges[index + 1] - found.edges[index]);
     const inside = middles.map((value) => value >= found.low && value <= found.high);
@@ -75,13 +74,14 @@
     const edge = (value) => ({ type: "line", xref: "x", yref: "paper", x0: value, x1: value, y0: 0, y1: 1, line: { color: style("--text"), width: 1.2, dash: "dash" } });
     const strong = document.createElement("strong");
     strong.textContent = words;
-    caption.replaceChildren(strong, ` ${found.bits} bits, range ${found.low} to ${found.high}; ` +
+    caption.replaceChildren(strong, ` ${found.bits} bits, range ${rounded(found.low)} to ${rounded(found.high)}; ` +
       `${percent(found.use, 0)} of the codes used, ${percent(found.clipped, 2)} beyond the range`);
     Plotly.react(chart, [bars("in the range", "--first", (_, i) => inside[i]), bars("beyond it", "--second", (_, i) => !inside[i])], layout({
       xaxis: axis(unit, { fixedrange: true, zeroline: false }),
       yaxis: axis("count", { type: log ? "log" : "linear", fixedrange: true, exponentformat: "power", ...(log ? { dtick: 1 } : { nticks: 5 }) }),
       shapes: [edge(found.low), edge(found.high)], barmode: "overlay", bargap: 0, margin: { l: 48, r: 8, t: 26, b: 40 },
     }), config);
+    Plotly.Plots.resize(chart); // its neighbour may have come or gone
   }
 
   function drawPicked() {
@@ -90,12 +90,15 @@
     const facts = [`Own error ${decibel(row.own)}`, `as it runs ${decibel(row.runs)}`];
     if (row.cosine !== null) facts.push(`cosine ${row.cosine.toFixed(4)}`);
     if (row.share !== null) facts.push(`${percent(row.share)} of the error at the outputs`);
+    const float = row.values === null ? " Its values stay in float." : "";
+    const bare = row.weights === null ? " It has no weights with codes." : "";
     const name = document.createElement("span");
     name.className = "name";
     name.textContent = row.name;
-    at("layer-facts").replaceChildren(name, document.createElement("br"), `${facts.join(", ")}.`);
-    drawBars(at("values-chart"), at("values-caption"), row.values, "value", row.values ? "Its values:" : "Its values stay in float.");
-    drawBars(at("weights-chart"), at("weights-caption"), row.weights, "weight, in steps of its scale", row.weights ? "Its weights:" : "It has no weights with codes.");
+    at("layer-facts").replaceChildren(name, document.createElement("br"), `${facts.join(", ")}.${float}${bare}`);
+    for (const kind of ["values", "weights"]) at(`${kind}-chart`).parentElement.hidden = row[kind] === null;
+    drawBars(at("values-chart"), at("values-caption"), row.values, "value", "Its values:");
+    drawBars(at("weights-chart"), at("weights-caption"), row.weights, "weight, in steps of its scale", "Its weights:");
     for (const button of document.querySelectorAll("button.layer")) {
       button.closest("tr").classList.toggle("picked", Number(button.dataset.layer) === picked);
     }
@@ -116,7 +119,7 @@
         x: kept.map((trial) => scaled(trial, across)), y: kept.map((trial) => scaled(trial, up)), name, type: "scatter", mode: "markers+text",
         text: kept.map((trial) => plain(middle(trial.name, 24))), textposition: "top center", cliponaxis: false,
         textfont: { color: style(best ? "--text" : "--quiet"), size: 11 },
-        marker: { size: 11, symbol: best ? "circle" : "circle-open", color: style(best ? "--first" : "--float"), line: { width: 2 } },
+        marker: { size: 11, symbol: best ? "circle" : "circle-open", color: style(best ? "--first" : "--float"), line: { width: 2, color: style(best ? "--first" : "--float") } },
         hovertemplate: "%{text}<br>%{x:.3f}, %{y:.2f}<extra></extra>",
       };
       if (up === "agreement") {
