@@ -190,11 +190,6 @@ def data_url(png: bytes) -> str:
     return f"data:image/png;base64,{b64encode(png).decode()}"
 
 
-def upper(text: str) -> str:
-    """The first letter of a sentence."""
-    return text[:1].upper() + text[1:]
-
-
 def others(names: Sequence[str], named: int = NAMED) -> str:
     """`and 3 more`, of names of which the first are said."""
     return f"and {len(names) - named} more" if len(names) > named else ""
@@ -210,7 +205,6 @@ FILTERS = {
     "decibel": decibel,
     "percent": percent,
     "data_url": data_url,
-    "sentence": upper,
     "others": others,
     "spent": spent,
     "counted": counted,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
+from typing import Any
 
 import qconv
 from qconv.beside import Looked, on_pictures
@@ -15,11 +16,13 @@ from qconv.errors import QconvError, counted, sized
 from qconv.examine import Examined, examine
 from qconv.findings import Change, Finding, Skipped
 from qconv.intervals import Interval, of_share
+from qconv.ladder import Diagnosis, Sweep, Trial
 from qconv.recipe import Recipe
 from qconv.report import Audit, OutputScore, Report
 from qconv.sheet import sheet
 from qconv.shown import Page, Tile, Tone
 from qconv.source import Source, file_bytes, read
+from qconv.targets import TARGETS
 
 COMPARED = 64
 """Calibration pictures that layers are compared on."""
@@ -77,7 +80,7 @@ def of_quantize(
         except QconvError as error:
             without = f"The layers could not be compared: {error.message}"
     scores = Scores(report.verify.images, report.verify.outputs, "calibration pictures")
-    page = _page(source.name, looked, scores, report.audit, report.warnings)
+    page = _page(source.name, looked, scores, _by_target(report.audit, report.recipe), report.warnings)
     tiles = (size_tile(report.float_bytes, report.quantized_bytes), accuracy_tile(scores))
     fell = [gate for gate in report.gates if not gate.held]
     missed = [f"The gate --{gate.name} {gate.want:g} fell short." for gate in fell]
@@ -100,9 +103,10 @@ def of_compare(looked: Looked, source: Source, quantized: Source, command: str, 
     found = looked.compared
     scores = Scores(found.images, found.outputs)
     examined = _examined(quantized)
-    page = _page(quantized.name, looked, scores, None if examined is None else examined.audit, warnings)
-    sizes = [file_bytes(read(model), model) for model in (source, quantized)]
     recipe = {} if examined is None else examined.recipe
+    audited = None if examined is None else _by_target(examined.audit, recipe)
+    page = _page(quantized.name, looked, scores, audited, warnings)
+    sizes = [file_bytes(read(model), model) for model in (source, quantized)]
     return replace(
         page,
         subtitle=f"compared layer by layer with {source.name}",
@@ -111,6 +115,67 @@ def of_compare(looked: Looked, source: Source, quantized: Source, command: str, 
         command=command,
         recipe=json.dumps(recipe, indent=1) if recipe else "",
     )
+
+
+def of_diagnosis(found: Diagnosis, looked: Looked | None, command: str) -> Page:
+    """The page of a diagnosis. looked: the recipe as it was asked for, layer by layer; None where it was not."""
+    scores = Scores(found.pictures, () if looked is None else looked.compared.outputs)
+    first = found.trials[0]
+    mended = first.sqnr_db is not None and found.best.sqnr_db is not None and found.best.sqnr_db > first.sqnr_db
+    named = f"with {found.best.name}" if found.best != first else "no remedy is better"
+    page = _page(found.model, looked, scores, None, found.warnings)
+    return replace(
+        page,
+        subtitle=f"diagnosed on {counted(found.pictures, 'picture')}",
+        tiles=(
+            Tile("as it was asked for", _got(first), _agreeing(first)),
+            Tile("at best", _got(found.best), f"{named}{_agreeing(found.best, '; ')}", "good" if mended else "plain"),
+            Tile("causes", str(len(found.causes)), "by evidence in the numbers"),
+            *page.tiles,
+        ),
+        verdict=found.conclusion,
+        command=command,
+        diagnosis=found,
+    )
+
+
+def of_sweep(found: Sweep, command: str, warnings: Sequence[str]) -> Page:
+    """The page of several recipes side by side."""
+    good = [trial for trial, best in zip(found.trials, found.best, strict=True) if best]
+    page = _page(found.model, None, Scores(found.pictures, ()), None, warnings)
+    kept = f"{len(good)} of {counted(len(found.trials), 'recipe')} are beaten by no other"
+    near = max(good, key=lambda trial: float("inf") if trial.sqnr_db is None else trial.sqnr_db, default=None)
+    least = min(good, key=lambda trial: trial.size, default=None)
+    told = "" if near is None or least is None else f": {near.name} is the most accurate, {least.name} the smallest"
+    ends = [(label, trial) for label, trial in (("most accurate", near), ("smallest", least)) if trial is not None]
+    return replace(
+        page,
+        subtitle=f"quantized in {len(found.trials)} ways, measured on {counted(found.pictures, 'picture')}",
+        tiles=(
+            *(Tile(label, t.name, f"{_got(t)}{_agreeing(t, ', ')}, {sized(t.size)}", "good") for label, t in ends),
+            Tile("float model", sized(found.float_bytes), "" if found.float_ms is None else f"{found.float_ms:.2f} ms"),
+            *page.tiles,
+        ),
+        verdict=f"{kept}{told}.",
+        command=command,
+        sweep=found,
+    )
+
+
+def _got(trial: Trial) -> str:
+    if trial.failed:
+        return "failed"
+    return "equal" if trial.sqnr_db is None else f"{trial.sqnr_db:.1f} dB"
+
+
+def _agreeing(trial: Trial, before: str = "") -> str:
+    return "" if trial.agreement is None else f"{before}agrees on {trial.agreement:.1%}"
+
+
+def _by_target(audited: Audit, recipe: Mapping[str, Any]) -> Audit | None:
+    """None where another runtime decides what runs in integers."""
+    target = TARGETS.get(str(recipe.get("target")))
+    return audited if target is None or target.on_ort else None
 
 
 def _page(name: str, looked: Looked | None, scores: Scores, audited: Audit | None, warnings: Sequence[str]) -> Page:

@@ -50,7 +50,7 @@
     }];
     const chart = at("layer-chart");
     Plotly.react(chart, [line("own error", "own", "--first", "circle"), line("as it runs", "runs", "--second", "diamond"), shares], layout({
-      xaxis: axis("layer, in running order", { anchor: "y2", range: [0.3, layers.length + 0.7], zeroline: false, fixedrange: true }),
+      xaxis: axis("layer, in running order", { anchor: "y2", range: [0.3, layers.length + 0.7], zeroline: false, ...(layers.length <= 12 ? { dtick: 1 } : {}), fixedrange: true }),
       yaxis: axis("SQNR, dB", { domain: [0.36, 1], rangemode: "tozero", fixedrange: true }),
       yaxis2: axis("% of error", { domain: [0, 0.26], rangemode: "tozero", nticks: 4, fixedrange: true }),
       shapes: chosen, bargap: 0.25, hovermode: "closest", margin: { l: 52, r: 8, t: 30, b: 42 },

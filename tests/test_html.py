@@ -255,6 +255,42 @@ def test_the_sentence_names_who_is_to_blame() -> None:
     assert pages._blame(None) == []
 
 
+def trial(name: str, decibel: float, size: int, ms: float = 1.0) -> Trial:
+    return Trial(name, (), (), decibel, 0.9, None, size, ms)
+
+
+def test_a_diagnosis_has_a_page() -> None:
+    first, better = trial("as asked", 20.0, 1000), trial("rounding", 25.5, 1000)
+    found = Diagnosis(
+        "dir/m.onnx", 64, True, (Cause("gate", ("n",), "told"),), (first, better), better, "cmd", "Mended."
+    )
+    page = pages.of_diagnosis(found, None, "qconv diagnose m.onnx")
+    assert [tile.value for tile in page.tiles] == ["20.0 dB", "25.5 dB", "1", "0"]
+    tree = Tree(html.render(page).decode())
+    assert [attrs["id"] for tag, attrs in tree.tags if tag == "section"] == ["diagnosis", "again"]
+    assert tree.visible.count("Mended.") == 1
+    assert "+5.5" in tree.visible
+    assert "Gates that multiply" in tree.visible
+
+
+def test_a_sweep_has_a_page() -> None:
+    """The third is larger than the second and no better."""
+    trials = (trial("small", 10.0, 500), trial("near", 30.0, 1000), trial("beaten", 29.0, 1200))
+    found = Sweep("m.onnx", 4000, 2.0, 64, False, trials, ("a", "b", "c"))
+    page = pages.of_sweep(found, "qconv quantize m.onnx", ())
+    assert page.verdict == "2 of 3 recipes are beaten by no other: near is the most accurate, small the smallest."
+    tree = Tree(html.render(page).decode())
+    assert [row["best"] for row in tree.data["sweep"]["trials"]] == [True, True, False]
+    assert tree.visible.count("unbeaten") == 2
+
+
+def test_what_another_runtime_decides_is_not_told() -> None:
+    audited = Audit(0, 3, ())
+    assert pages._by_target(audited, {"target": "tensorrt"}) is None
+    assert pages._by_target(audited, {"target": "ort-cpu"}) is audited
+    assert pages._by_target(audited, {}) is audited
+
+
 # -- contact sheet -----------------------------------------------------------------------------------------------------
 
 
