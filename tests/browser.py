@@ -83,9 +83,11 @@ def browser(profile: Path) -> Iterator[Browser]:
     }
     try:
         session = _patiently(base, {"capabilities": {"alwaysMatch": wanted}})
-        yield Browser(f"{base.url}/session/{session['sessionId']}")
-        request = urllib.request.Request(f"{base.url}/session/{session['sessionId']}", method="DELETE")
-        urllib.request.urlopen(request, timeout=30).close()
+        window = Browser(f"{base.url}/session/{session['sessionId']}")
+        try:
+            yield window
+        finally:  # or Chromium outlives its driver
+            urllib.request.urlopen(urllib.request.Request(window.url, method="DELETE"), timeout=30).close()
     finally:
         driver.terminate()
         driver.wait(20)

@@ -387,6 +387,15 @@ def test_quantize_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.onnx", "report.html"]
 
 
+def test_a_gate_that_fell_short_comes_first(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    done = command("quantize", CIFAR, *QUICK, "-o", tmp_path / "a.onnx", "--min-sqnr", 99, "--report", page)
+    assert done.return_value == 3
+    verdict = re.search(r'class="verdict">(.*?)</p>', page.read_text("utf-8"))
+    assert verdict is not None
+    assert verdict[1].startswith("The gate --min-sqnr 99 fell short. It takes ")
+
+
 def test_the_page_changes_nothing_else(tmp_path: Path, cifar: Path) -> None:
     plain, out = tmp_path / "plain.onnx", tmp_path / "out.onnx"
     command("quantize", CIFAR, *QUICK, "-o", plain)
