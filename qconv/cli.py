@@ -23,11 +23,13 @@ from qconv.layerwise import compare, diagnose
 from qconv.leaving import leave_at_once, leave_by_exceptions
 from qconv.looking import audit, benchmark, evaluate, inspect
 from qconv.options import WIDTH, output_options, quantize_options, recipe_of, require_output, without
+from qconv.putting_out import check_report, typed
 from qconv.recipe import Recipe
 
 if TYPE_CHECKING:
     from qconv.curve import Curve
     from qconv.report import Report
+    from qconv.source import Source
 
 GATE_FELL_SHORT = 3
 
@@ -55,9 +57,16 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
     _require_apart(options["layer_bits"], output, options["save_stats"], options["save_layer_bits"])
     _require_streams(model, output, as_json)
     from qconv import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
+    from qconv.source import source_of
 
+    source = source_of(model)
+    if output is None:
+        output = default_output(model, recipe)
+    read = (*options["calib"], options["stats"], options["layer_bits"])
+    written = {"the output": output, **{spelt(name): options[name] for name in ("save_stats", "save_layer_bits")}}
+    page = check_report(options["report"], [source], read, written)
     console = summary.Console(quiet=quiet)
-    report, data = _run(model, output, recipe, console)
+    report, data = _run(source, output, recipe, console, page)
     if data is not None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
@@ -74,7 +83,7 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
 
 
 NOT_STUDIED = frozenset(
-    {"output", "stats", "save_stats", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
+    {"output", "report", "stats", "save_stats", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
     | {"max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding", "equalize"}
 )
 """Options of `quantize` that make no sense of a model that is not kept, or need pictures twice."""
@@ -219,17 +228,22 @@ def _require_apart(read: str | None, *written: str | None) -> None:
                 refuse_what_is_read(Path(name), [read])
 
 
-def _run(model: str, output: str | None, recipe: Recipe, console: Any) -> tuple[Report, bytes | None]:
+def _run(source: Source, output: str, recipe: Recipe, console: Any, page: Path | None) -> tuple[Report, bytes | None]:
+    """page: where one is to be written, too."""
     from qconv import pipeline
-    from qconv.source import source_of
 
-    source = source_of(model)
-    if output is None:
-        output = default_output(model, recipe)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
     leave_by_exceptions()
     try:
-        return pipeline.quantize(source, None if output == "-" else output, recipe, listener)
+        report, data = pipeline.quantize(source, None if output == "-" else output, recipe, listener)
+        if page is not None:
+            from qconv import html, pages, save
+            from qconv.source import Source
+
+            written = Source("the quantized model", None if data is not None else Path(output), data)
+            found = pages.of_quantize(report, source, written, recipe, typed(), console.progress)
+            save.write_whole(page, html.render(found))
+        return report, data
     finally:
         console.close()
 

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from qconv import causes, fold, load, moved, save
+from qconv.beside import Looked
 from qconv.calibrate import observer, watch
 from qconv.causes import FEW, GAP, MANY, Evidence
 from qconv.checks import spelt
 from qconv.compare import Question, compare
+from qconv.compared import Compared
 from qconv.cpu import this_cpu
 from qconv.detect import CERTAIN, SHAPE_ONLY, detect, same
 from qconv.errors import counted
+from qconv.fed import Fed
 from qconv.feed import Feed
 from qconv.fileformat import needed_opset
 from qconv.gather import Memory, open_pictures, original
@@ -62,7 +65,15 @@ class Case:
     images: tuple[str, ...] = ()
 
 
-def diagnose(case: Case, listener: Listener | None = None) -> Diagnosis:
+@dataclass(frozen=True, slots=True)
+class Diagnosed:
+    """What was found. looked: the network layer by layer, quantized as remedies were measured against."""
+
+    diagnosis: Diagnosis
+    looked: Looked
+
+
+def diagnose(case: Case, listener: Listener | None = None) -> Diagnosed:
     """Raises QconvError for anything the user can mend."""
     listener = listener or Listener()
     told: list[str] = []
@@ -108,14 +119,13 @@ class _Clinic:
     attempts: list[_Attempt] = field(default_factory=list)
     changes: dict[str, Any] = field(default_factory=dict)
 
-    def diagnosis(self, warnings: list[str]) -> Diagnosis:
+    def diagnosis(self, warnings: list[str]) -> Diagnosed:
         asked = without_gates({**self.case.asked, "embed_preprocessing": None})
         recipe = Recipe(**asked)
         session = original(self.case.source, recipe)
         held = held_back(session, recipe, self.case.images, self.listener)
         asked["samples"] = min(recipe.samples, held.most)
         rather = self._feed(session, held.feed, recipe)
-        del session
         said = held.feed.over(held.feed.listing.paths)
         held.feed.preprocessing = rather or said.preprocessing
         proof = Proof.of(self.case.source, held.feed, recipe, self.listener, self.memory)
@@ -131,10 +141,10 @@ class _Clinic:
             mend = Remedy("fed as in training", changes, ("preprocessing",))
             base = self._mended(proof, asked, base, mend, always=True)
         base = self._enough_pictures(proof, asked, base, held)
-        self._remedies(proof, asked, base)
+        compared = self._remedies(proof, asked, base)
         float_ms = proof.timed(recipe.threads, held.feed.size)
         best = self._best(base)
-        return Diagnosis(
+        found = Diagnosis(
             model=self.case.source.name,
             pictures=proof.scored.pictures,
             unseen=held.unseen,
@@ -146,6 +156,7 @@ class _Clinic:
             float_ms=float_ms,
             warnings=warnings,
         )
+        return Diagnosed(found, Looked(compared, Fed(session, held.feed, compared.words)))
 
     # -- pictures ------------------------------------------------------------------------------------------------------
 
@@ -200,7 +211,8 @@ class _Clinic:
 
     # -- the network ---------------------------------------------------------------------------------------------------
 
-    def _remedies(self, proof: Proof, asked: Mapping[str, Any], base: _Attempt) -> None:
+    def _remedies(self, proof: Proof, asked: Mapping[str, Any], base: _Attempt) -> Compared:
+        """Find causes in the network and try what mends them. Returns the network layer by layer."""
         evidence = self._evidence(proof, base)
         self.found += causes.find(evidence)
         gaining: list[tuple[float, Remedy]] = []
@@ -223,6 +235,7 @@ class _Clinic:
             attempt([together])
         if self._so_far < POOR_DB:
             attempt(list(more_bits(evidence.recipe)))
+        return evidence.compared
 
     @property
     def _so_far(self) -> float:
@@ -256,7 +269,7 @@ class _Clinic:
         def feeds() -> Iterator[Any]:
             return ((batch, batch) for batch, _ in proof.scored.batches)
 
-        question = Question(source, quantized, feeds, proof.scored.pictures, "", recipe.threads)
+        question = Question(source, quantized, feeds, proof.scored.pictures, pictures.words, recipe.threads)
         compared = compare(question, self.listener.progress)
         moves = moved.read(metadata(read(quantized)))
         return Evidence(model, plan, recipe, report, sketches, moves, compared, this_cpu().saturates is True)

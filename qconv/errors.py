@@ -25,3 +25,8 @@ def counted(number: int, noun: str) -> str:
 def shaped(shape: Sequence[int | None]) -> str:
     """`1x3x?x?` for (1, 3, None, None)."""
     return "x".join("?" if size is None else str(size) for size in shape) or "scalar"
+
+
+def sized(count: int) -> str:
+    """`3.56 MB`, `12.0 kB`: so many bytes."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -16,10 +16,11 @@ from qconv.options import (
     made,
     preprocessing_of,
     preprocessing_options,
+    report_option,
     stack,
     without,
 )
-from qconv.putting_out import Wanted
+from qconv.putting_out import Wanted, check_report, typed
 from qconv.recipe import Recipe
 
 COMPARED = 64
@@ -40,6 +41,7 @@ compare_options = stack(
     click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches."),
     click.option("--batch", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="Pictures a run."),
     csv_option,
+    report_option,
     preprocessing_options,
     common_options,
 )
@@ -59,6 +61,7 @@ def compare(
     batch: int,
     threads: int | None,
     csv: str | None,
+    report: str | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -83,12 +86,24 @@ def compare(
     from qconv import beside, printing, summary
     from qconv.source import source_of
 
+    sources = source_of(float_model), source_of(model)
+    place = check_report(report, sources, [images], {"the table": csv})
     console = summary.Console(quiet=quiet)
+    told: list[str] = []
+
+    def warn(text: str) -> None:
+        told.append(text)
+        console.warn(text)
+
     leave_by_exceptions()
     try:
-        seen = beside.on_pictures(source_of(float_model), source_of(model), recipe, console.warn, console.progress)
+        seen = beside.on_pictures(*sources, recipe, warn, console.progress)
     finally:
         console.close()
+    if place is not None:
+        from qconv import html, pages, save
+
+        save.write_whole(place, html.render(pages.of_compare(seen, *sources, typed(), told)))
     found = seen.compared
     rows = [row.as_dict() for row in found.worst_first]
     wanted.put(found.as_dict(), rows, lambda: printing.comparison(found, verbose=verbose))
@@ -112,7 +127,14 @@ NOT_DIAGNOSED = frozenset(
 )
 @csv_option
 def diagnose(
-    model: str, images: tuple[str, ...], csv: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any
+    model: str,
+    images: tuple[str, ...],
+    csv: str | None,
+    report: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
 ) -> int:
     """Find out why MODEL loses accuracy when it is quantized with these options, and try what mends it."""
     if not options["calib"]:
@@ -129,13 +151,20 @@ def diagnose(
     from qconv import laddered, pipeline, summary
     from qconv.source import source_of
 
+    source = source_of(model)
+    place = check_report(report, [source], [*options["calib"], *images, options["layer_bits"]], {"the table": csv})
     console = summary.Console(quiet=quiet)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
     leave_by_exceptions()
     try:
-        found = clinic.diagnose(clinic.Case(source_of(model), asked, images), listener)
+        seen = clinic.diagnose(clinic.Case(source, asked, images), listener)
     finally:
         console.close()
+    found = seen.diagnosis
+    if place is not None:
+        from qconv import html, pages, save
+
+        save.write_whole(place, html.render(pages.of_diagnosis(found, seen.looked, typed())))
     rows = [trial.as_dict() for trial in found.trials]
     wanted.put(found.as_dict(), rows, lambda: laddered.diagnosis(found, verbose=verbose))
     return 0

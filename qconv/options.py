@@ -91,6 +91,12 @@ csv_option = click.option(
     "--csv", metavar="FILE", help="Also write the table as CSV; '-' prints it instead of the summary."
 )
 
+report_option = click.option(
+    "--report",
+    metavar="FILE.html",
+    help="Also write a page to look at, which opens offline; needs the extra qconv[report].",
+)
+
 common_options = stack(
     output_options,
     click.option(
@@ -111,6 +117,7 @@ quantize_options = stack(
     click.option(
         "-o", "--output", metavar="OUT", help="Result; '-' is standard output.  [default: MODEL.w8a8.onnx by its bits]"
     ),
+    report_option,
     click.option(
         "--samples",
         default=128,

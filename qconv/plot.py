@@ -1,4 +1,4 @@
-"""A chart as PNG: the door to Pillow for drawing, as images.py is for reading.
+"""Charts and small pictures as PNG: the door to Pillow for drawing, as images.py is for reading.
 
 Drawn at SHARPNESS times the size and averaged down, which is all the antialiasing that Pillow's shapes lack. The font
 is the one that Pillow brings along.
@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import hypot
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from qconv.chart import HEIGHT, WIDTH, XY, Area, Dot, Line, Shape, Text
 
 SHARPNESS = 3
+THUMBNAIL = 160
 DASH, GAP = 7.0, 5.0
 COLORS = {
     "paper": "#ffffff",
@@ -48,8 +51,19 @@ def png(shapes: Sequence[Shape]) -> bytes:
             pen.circle((x, y), shape.radius * SHARPNESS, fill=COLORS[shape.role], outline="#ffffff", width=SHARPNESS)
         else:
             _draw_line(pen, shape)
+    return _file(canvas.reduce(SHARPNESS))
+
+
+def thumbnail(pixels: NDArray[np.uint8], side: int = THUMBNAIL) -> bytes:
+    """The file of a picture (H, W, 3) or (H, W, 1), no side longer than `side`."""
+    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    picture.thumbnail((side, side))
+    return _file(picture)
+
+
+def _file(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    canvas.reduce(SHARPNESS).save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

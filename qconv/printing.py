@@ -11,7 +11,7 @@ from qconv.errors import counted, shaped
 from qconv.evaluate import Evaluation, Output, Share
 from qconv.examine import Examined
 from qconv.intervals import SIGNIFICANT, Interval, of_difference
-from qconv.report import Island
+from qconv.report import Island, alike
 
 COLUMNS = 80
 SHOWN = 8
@@ -50,11 +50,7 @@ def _share(us: float | None, total: float) -> str:
 
 def _islands(islands: Sequence[Island], total: float, *, verbose: bool) -> list[str]:
     """Those of one operator and one reason together, the dearest first."""
-    groups: dict[tuple[str, ...], list[Island]] = {}
-    for island in islands:
-        # reasons that name neighbours are as many as there are nodes: the rule tells them apart
-        groups.setdefault((island.op, island.rule, island.remedy or ""), []).append(island)
-    ranked = sorted(groups.values(), key=lambda group: -sum(island.us or 0.0 for island in group))
+    ranked = alike(islands)
     lines = []
     for group in ranked if verbose else ranked[:SHOWN]:
         first, us = group[0], sum(island.us or 0.0 for island in group)

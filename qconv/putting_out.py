@@ -1,17 +1,23 @@
-"""Where a command's result goes: text or JSON to standard output, its main table as CSV into a file or there."""
+"""Where a command's result goes: text or JSON to standard output, its main table as CSV into a file or there, a page
+into a file."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from qconv.errors import QconvError
 from qconv.options import require_output
+
+if TYPE_CHECKING:
+    from qconv.source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +58,34 @@ class Wanted:
             print(csv_of(rows), end="")
         elif self.csv is not None:
             save.write_whole(Path(self.csv), csv_of(rows).encode())
+
+
+def check_report(
+    report: str | None, models: Iterable[Source], read: Iterable[str | None], written: Mapping[str, str | None]
+) -> Path | None:
+    """Where the page goes; said before any work where it cannot. None where none is wanted.
+
+    models, read: what must not be written over. written: what else is going to be, by what it is called.
+    """
+    if report is None:
+        return None
+    if report in ("", "-"):
+        raise click.UsageError("--report needs the name of a file.")
+    from qconv import html, save, source
+
+    html.require()
+    place = Path(report)
+    save.check_place(place)
+    for what, name in written.items():
+        if name not in (None, "", "-") and Path(name).resolve() == place.resolve():
+            raise QconvError(f"{place} is both the report and {what}.", "choose two names.")
+    if place.is_file():
+        own = [model for model in models if model.path is not None]
+        files = [file for model in own for file in (model.path, *source.data_files(source.read(model), model)) if file]
+        save.refuse_what_is_read(place, [*files, *(name for name in read if name)])
+    return place
+
+
+def typed() -> str:
+    """The command line, to be pasted into a shell."""
+    return shlex.join(["qconv", *sys.argv[1:]])

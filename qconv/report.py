@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,15 @@ class Island:
     remedy: str | None = None
     rule: str = "kept"
     us: float | None = None
+
+
+def alike(islands: Iterable[Island]) -> list[list[Island]]:
+    """Those of one operator and one reason together, the dearest first."""
+    groups: dict[tuple[str, ...], list[Island]] = {}
+    for island in islands:
+        # reasons that name neighbours are as many as there are nodes: the rule tells them apart
+        groups.setdefault((island.op, island.rule, island.remedy or ""), []).append(island)
+    return sorted(groups.values(), key=lambda group: -sum(island.us or 0.0 for island in group))
 
 
 @dataclass(frozen=True, slots=True)

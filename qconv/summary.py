@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qconv.curve import Curve, Spread, shown
-from qconv.errors import counted
+from qconv.errors import counted, sized
 from qconv.findings import Change, Finding, Skipped
 from qconv.report import Island, MixedPrecision, OutputScore, Report
 from qconv.targets import TARGETS
@@ -103,7 +103,7 @@ def _upper(text: str) -> str:
 
 
 def _lines(report: Report) -> list[tuple[str, str]]:
-    size = f"{_bytes(report.float_bytes)} -> {_bytes(report.quantized_bytes)}, {report.ratio:.2f} of float"
+    size = f"{sized(report.float_bytes)} -> {sized(report.quantized_bytes)}, {report.ratio:.2f} of float"
     lines = [
         ("written", "to standard output" if report.output == "-" else escape(report.output)),
         ("size", size),
@@ -228,7 +228,3 @@ def _range(tensor: Any) -> str:
     if isinstance(scale, list):
         return f"scales of shape {len(scale)}"
     return f"scale {scale:.6g}, zero point {tensor.zero_point}"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
