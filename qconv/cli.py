@@ -19,12 +19,14 @@ import click
 import qconv
 from qconv.checks import spelt
 from qconv.errors import QconvError, counted
+from qconv.given import recipe_of, without
 from qconv.layerwise import compare, diagnose
 from qconv.leaving import leave_at_once, leave_by_exceptions
 from qconv.looking import audit, benchmark, evaluate, inspect
-from qconv.options import WIDTH, output_options, quantize_options, recipe_of, require_output, without
-from qconv.putting_out import check_report, typed
+from qconv.options import WIDTH, output_options, quantize_options, require_output
+from qconv.putting_out import Wanted, check_report, typed
 from qconv.recipe import Recipe
+from qconv.sweeping import Flags, sweep
 
 if TYPE_CHECKING:
     from qconv.curve import Curve
@@ -43,19 +45,27 @@ def cli() -> None:
 @cli.command(context_settings=WIDTH)
 @click.argument("model")
 @quantize_options
-def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> int:
+def quantize(
+    model: str, output: str | None, csv: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any
+) -> int:
     """Quantize MODEL ('-' reads standard input) with the pictures in --calib and check the result."""
     if model == "-" and output is None:
         raise click.UsageError("a model from standard input needs an output: pass -o FILE or '-o -'.")
     if not options["calib"] and options["stats"] is None:
         raise click.UsageError("pass the calibration pictures with --calib DIR.")
-    named = ("stats", "save_stats", "layer_bits", "save_layer_bits")
+    named = ("stats", "save_stats", "layer_bits", "save_layer_bits", "sweep")
     if "" in (output, *options["calib"], *(options[name] for name in named)):
         told = ", ".join(spelt(name) for name in named[:-1])
         raise click.UsageError(f"--calib, --output, {told} and {spelt(named[-1])} need a name.")
+    wanted = Wanted(as_json, quiet, csv)
+    if options["sweep"] is not None:
+        return sweep(model, output, options, Flags(wanted, verbose, options["report"]))
     recipe = recipe_of(options)
     _require_apart(options["layer_bits"], output, options["save_stats"], options["save_layer_bits"])
     _require_streams(model, output, as_json)
+    if csv == "-" and output == "-":
+        raise click.UsageError("'-o -' and '--csv -' both go to standard output: name a file.")
+    wanted.check(*(Path(name) for name in (model, options["stats"], options["layer_bits"]) if name not in (None, "-")))
     from qconv import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
     from qconv.source import source_of
 
@@ -63,17 +73,22 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
     if output is None:
         output = default_output(model, recipe)
     read = (*options["calib"], options["stats"], options["layer_bits"])
-    written = {"the output": output, **{spelt(name): options[name] for name in ("save_stats", "save_layer_bits")}}
+    written = {
+        "the output": output,
+        "the table": csv,
+        **{spelt(name): options[name] for name in ("save_stats", "save_layer_bits")},
+    }
     page = check_report(options["report"], [source], read, written)
     console = summary.Console(quiet=quiet)
     report, data = _run(source, output, recipe, console, page)
     if data is not None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+    wanted.put_table(report.as_dict()["tensors"])
     stream = sys.stderr if data is not None else sys.stdout
     if as_json:
         print(json.dumps(report.as_dict(), allow_nan=False), file=stream)
-    elif not quiet and stream is not None:
+    elif not quiet and csv != "-" and stream is not None:
         summary.show(report, stream, verbose=verbose)
     for gate in report.gates:
         if not gate.held and not quiet:
@@ -83,7 +98,7 @@ def quantize(model: str, output: str | None, as_json: bool, quiet: bool, verbose
 
 
 NOT_STUDIED = frozenset(
-    {"output", "report", "stats", "save_stats", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
+    {"output", "report", "sweep", "stats", "save_stats", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
     | {"max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding", "equalize"}
 )
 """Options of `quantize` that make no sense of a model that is not kept, or need pictures twice."""
@@ -121,6 +136,7 @@ def study_samples(
     seeds: int,
     holdout: int | None,
     images: tuple[str, ...],
+    csv: str | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -135,6 +151,8 @@ def study_samples(
     if place is not None and place.suffix.lower() not in CHARTS:
         raise click.UsageError(f"{output} is no chart: name a file that ends in {' or '.join(CHARTS)}.")
     recipe = recipe_of({**dict.fromkeys(NOT_STUDIED), **options, "effort": "fast"})
+    wanted = Wanted(as_json, quiet, csv)
+    wanted.check(*([] if model == "-" else [Path(model)]))
     _require_streams(model, None, as_json)
     from qconv import pipeline, study, summary
     from qconv.source import source_of
@@ -149,9 +167,11 @@ def study_samples(
         console.close()
     if place is not None:
         _write_chart(curve, place)
+    told = curve.as_dict()
+    wanted.put_table(told["points"])
     if as_json:
-        print(json.dumps(curve.as_dict(), allow_nan=False))
-    elif not quiet and sys.stdout is not None:
+        print(json.dumps(told, allow_nan=False))
+    elif not quiet and csv != "-" and sys.stdout is not None:
         summary.show_curve(curve, sys.stdout, verbose=verbose)
     return 0
 

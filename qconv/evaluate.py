@@ -113,6 +113,26 @@ class Evaluation:
         found = [output for output in self.outputs if output.sqnr_db is not None]
         return min(found, key=lambda output: output.sqnr_db or 0.0, default=None)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The table that `--csv` writes: a row a measure, with its 95 % interval where it has one."""
+        found: list[dict[str, Any]] = []
+
+        def add(measure: str, model: str | None, output: str, value: float | None, span: Interval | None) -> None:
+            low, high = span or (None, None)
+            named = {"measure": measure, "model": model, "output": output}
+            found.append({**named, "value": value, "low": low, "high": high})
+
+        for model, shares in ((self.model, (self.top1, self.top5)), (self.other, (self.other_top1, self.other_top5))):
+            for measure, share in zip(("top1", "top5"), shares, strict=True):
+                if share is not None:
+                    add(measure, model, "", share.value, share.interval)
+        for output in self.outputs:
+            if output.agreement is not None:
+                add("agreement", self.model, output.name, output.agreement.value, output.agreement.interval)
+            add("sqnr_db", self.model, output.name, output.sqnr_db, output.sqnr_interval)
+            add("cosine", self.model, output.name, output.cosine, None)
+        return found
+
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
         against = None

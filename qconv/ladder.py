@@ -138,19 +138,21 @@ class Sweep:
         }
 
 
+TIMES_ALIKE = 1.03
+"""Ratio up to which two times are the same: what turns on one machine differ by."""
+
+
 def undominated(trials: Sequence[Trial]) -> tuple[bool, ...]:
     """Whether no other trial is at least as good in SQNR, size and latency, and better in one of them."""
 
-    def costs(trial: Trial) -> tuple[float, float, float]:
-        decibel = math.inf if trial.sqnr_db is None else trial.sqnr_db
-        return -decibel, float(trial.size), trial.ms or 0.0
+    def decibel(trial: Trial) -> float:
+        return math.inf if trial.sqnr_db is None else trial.sqnr_db
 
     def beats(one: Trial, other: Trial) -> bool:
-        mine, its = costs(one), costs(other)
-        return mine != its and all(a <= b for a, b in zip(mine, its, strict=True))
+        mine, its = one.ms or 0.0, other.ms or 0.0
+        as_good = decibel(one) >= decibel(other) and one.size <= other.size and mine <= its * TIMES_ALIKE
+        better = decibel(one) > decibel(other) or one.size < other.size or mine * TIMES_ALIKE < its
+        return as_good and better
 
-    usable = [not trial.failed for trial in trials]
-    return tuple(
-        use and not any(beats(other, trial) for other, able in zip(trials, usable, strict=True) if able)
-        for trial, use in zip(trials, usable, strict=True)
-    )
+    able = [trial for trial in trials if not trial.failed]
+    return tuple(not trial.failed and not any(beats(other, trial) for other in able) for trial in trials)

@@ -34,7 +34,10 @@ def sweep(found: Sweep, *, verbose: bool) -> str:
     lines = [wrapped(f"{found.model}: {_scored_on(found.pictures, found.unseen)}"), ""]
     marks = ["*" if best else "" for best in found.best]
     lines.append(ladder(found.trials, found.float_ms, None, marks))
-    lines += ["", wrapped("* no other recipe is as good in accuracy, size and time at once, and better in one.")]
+    lines += [
+        "",
+        wrapped("* no other recipe is as good in accuracy, size and time, and better in one of them."),
+    ]
     if verbose:
         lines += ["", *(f"{trial.name}: {out}" for trial, out in zip(found.trials, found.outputs, strict=True))]
     return "\n".join(lines)
@@ -62,8 +65,8 @@ def ladder(
     """A row a trial. first: what gains are told against, None for no such column; marks: in front of each row."""
     timed = float_ms is not None
     head = [
-        ("", "SQNR", "gain", "agree-", "", "size", "time of", ""),
-        ("", "dB", "dB", "ment %", "(95 %)", "kB", "float's", "recipe"),
+        ("", "SQNR", "" if first is None else "gain", "agree-", "", "size", "time of" if timed else "", ""),
+        ("", "dB", "" if first is None else "dB", "ment %", "(95 %)", "kB", "float's" if timed else "", "recipe"),
     ]
     rows = []
     failures = []

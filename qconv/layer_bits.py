@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import glob
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qconv.choices import LayerBits
 from qconv.errors import QconvError
+from qconv.tomlfile import read_toml
 
 TABLE, FLOAT = "layers", "float"
 KEYS = ("weights", "activations")
@@ -29,14 +29,7 @@ Assignment = tuple[tuple[str, LayerBits], ...]
 
 def read_layer_bits(path: Path) -> Assignment:
     """What the file says, in its order. Raises QconvError where it cannot be read or says no such thing."""
-    try:
-        content = tomllib.loads(path.read_text("utf-8-sig"))
-    except OSError as error:
-        raise QconvError(f"{path} cannot be read: {error.strerror}.", "check the path of --layer-bits.") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        why = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "it is no text"
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else why
-        raise QconvError(f"{path} is no TOML: {why}.", f"{EXAMPLE}.") from None
+    content = read_toml(path, "--layer-bits", EXAMPLE)
     table = content.get(TABLE)
     if not isinstance(table, dict) or not table:
         raise QconvError(f"{path} has no table of layers.", f"{EXAMPLE}.")

@@ -7,19 +7,9 @@ from typing import Any
 
 import click
 
+from qconv.given import fields_of, made, preprocessing_of, without
 from qconv.leaving import leave_by_exceptions
-from qconv.options import (
-    WIDTH,
-    common_options,
-    csv_option,
-    fields_of,
-    made,
-    preprocessing_of,
-    preprocessing_options,
-    report_option,
-    stack,
-    without,
-)
+from qconv.options import WIDTH, common_options, csv_option, preprocessing_options, report_option, stack
 from qconv.putting_out import Wanted, check_report, typed
 from qconv.recipe import Recipe
 
@@ -111,7 +101,7 @@ def compare(
 
 
 NOT_DIAGNOSED = frozenset(
-    {"output", "stats", "save_stats", "save_layer_bits", "min_agreement", "min_sqnr"}
+    {"output", "sweep", "stats", "save_stats", "save_layer_bits", "min_agreement", "min_sqnr"}
     | {"max_drop", "target_size", "candidate_bits", "tune_latency"}
 )
 """Options of `quantize` that say nothing on accuracy, or search for an answer of their own."""
@@ -125,7 +115,6 @@ NOT_DIAGNOSED = frozenset(
     metavar="DIR|FILE",
     help="Pictures to score on.  [default: a fifth of --calib, at most 64, which are then not calibrated with]",
 )
-@csv_option
 def diagnose(
     model: str,
     images: tuple[str, ...],

@@ -10,16 +10,9 @@ from typing import Any
 import click
 
 from qconv.errors import QconvError
+from qconv.given import preprocessing_of
 from qconv.leaving import leave_by_exceptions
-from qconv.options import (
-    WIDTH,
-    common_options,
-    csv_option,
-    output_options,
-    preprocessing_of,
-    preprocessing_options,
-    stack,
-)
+from qconv.options import WIDTH, common_options, csv_option, output_options, preprocessing_options, stack
 from qconv.putting_out import Wanted
 from qconv.recipe import MOST_THREADS, Recipe
 from qconv.targets import TARGETS
@@ -187,6 +180,7 @@ evaluate_options = stack(
     click.option("--seed", metavar="N", type=click.IntRange(0), help="Of that draw.  [default: 0]"),
     click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches."),
     click.option("--batch", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="Pictures a run."),
+    csv_option,
     preprocessing_options,
     common_options,
 )
@@ -207,6 +201,7 @@ def evaluate(
     pattern: str | None,
     batch: int,
     threads: int | None,
+    csv: str | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -231,8 +226,8 @@ def evaluate(
         threads=threads,
         preprocessing=preprocessing_of(options),
     )
-    wanted = Wanted(as_json, quiet)
-    wanted.check()
+    wanted = Wanted(as_json, quiet, csv)
+    wanted.check(*(Path(name) for name in (model, against, classes) if name not in (None, "-")))
     from qconv import evaluate as measuring
     from qconv import printing, save, summary
     from qconv.source import source_of
@@ -255,5 +250,5 @@ def evaluate(
     if out is not None:
         assert found.predictions is not None
         save.write_whole(out, found.predictions.as_npz() if wishes.table == ".npz" else found.predictions.as_csv())
-    wanted.put(found.as_dict(), (), lambda: printing.evaluation(found, verbose=verbose))
+    wanted.put(found.as_dict(), found.rows(), lambda: printing.evaluation(found, verbose=verbose))
     return 0

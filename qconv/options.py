@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from qconv.choices import (
     BIAS_CORRECTIONS,
@@ -27,9 +24,8 @@ from qconv.choices import (
     WeightGranularity,
 )
 from qconv.errors import QconvError
-from qconv.layer_bits import read_layer_bits
-from qconv.pixels import AUTO, PRESETS, Color, Filter, Layout, PreprocessingOptions
-from qconv.recipe import MOST_THREADS, Recipe
+from qconv.pixels import AUTO, PRESETS, Color, Filter, Layout
+from qconv.recipe import MOST_THREADS
 from qconv.targets import TARGETS
 from qconv.values import Bits, Loss, Numbers, Resize, Size
 
@@ -117,7 +113,13 @@ quantize_options = stack(
     click.option(
         "-o", "--output", metavar="OUT", help="Result; '-' is standard output.  [default: MODEL.w8a8.onnx by its bits]"
     ),
+    csv_option,
     report_option,
+    click.option(
+        "--sweep",
+        metavar="RECIPES.toml",
+        help="Make one result of each recipe in the file, beside each other: see 'Several recipes' in the README.",
+    ),
     click.option(
         "--samples",
         default=128,
@@ -299,95 +301,8 @@ quantize_options = stack(
     common_options,
 )
 
-SAME = (
-    ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
-    + ("max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding")
-    + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
-    + ("target", "equalize", "tune_ranges", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
-    + ("opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
-)  # fmt: skip
-"""Options that a Recipe calls the same."""
-
-
-def recipe_of(options: dict[str, Any]) -> Recipe:
-    """Values that do not go together are usage errors, as those are that click finds itself.
-
-    options: what click calls them, with their values. Raises QconvError for a file of bits that cannot be used.
-    """
-    return made(fields_of(options))
-
-
-def made(fields: Mapping[str, Any]) -> Recipe:
-    """The Recipe of these fields; what does not go together is a usage error."""
-    with _usage():
-        return Recipe(**fields)
-
-
-@contextlib.contextmanager
-def _usage() -> Iterator[None]:
-    try:
-        yield
-    except QconvError as error:
-        raise click.UsageError(f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}") from None
-
-
-def fields_of(options: dict[str, Any]) -> dict[str, Any]:
-    """What options say of the fields of a Recipe, before any of them follows from others."""
-    options = {**options, **_of_named_recipe(options["recipe_name"])}
-    granularity, block_size = options["weight_granularity"], options["block_size"]
-    if block_size is not None and granularity != WeightGranularity.PER_BLOCK:
-        raise click.UsageError(f"--block-size is for --weight-granularity per-block, not {granularity}.")
-    file = options["layer_bits"]
-    with _usage():
-        preprocessing = preprocessing_of(options)
-    return {
-        "layer_bits": () if file is None else read_layer_bits(Path(file)),
-        "block_size": block_size or BLOCK_SIZE,
-        "glob": options["pattern"],
-        "weight_scheme": options["weight_scheme"],
-        "activation_scheme": options["activation_scheme"],
-        "weight_granularity": WeightGranularity(options["weight_granularity"]),
-        "preprocessing": preprocessing,
-        **{name: options[name] for name in SAME},
-    }
-
-
-def without(names: Collection[str]) -> list[click.Parameter]:
-    """The options of `quantize`, but for those of these names."""
-    command = click.command()(quantize_options(lambda: None))
-    return [option for option in command.params if option.name not in names]
-
-
-def _of_named_recipe(name: str | None) -> dict[str, Any]:
-    """The options that a named recipe sets and that are not on the command line."""
-    context, default = click.get_current_context(silent=True), ParameterSource.DEFAULT
-    fields = {} if name is None else RECIPES[name]
-    return {
-        option: value
-        for option, value in fields.items()
-        if context is None or context.get_parameter_source(option) in (default, None)
-    }
-
 
 def require_output(wanted: bool) -> None:
     """A shell can close standard output (`>&-`): better said before the work than after it."""
     if wanted and sys.stdout is None:
         raise QconvError("Standard output is closed.", "redirect it to a file.")
-
-
-def preprocessing_of(options: dict[str, Any]) -> PreprocessingOptions:
-    """What the options of `preprocessing_options` say. Values that do not go together are usage errors."""
-    scale = options["scale"]
-    if scale is not None and len(scale) != 1:
-        raise click.UsageError("--scale takes one number.")
-    return PreprocessingOptions(
-        preset=options["preprocess"],
-        scale=None if scale is None else scale[0],
-        mean=options["mean"],
-        std=options["std"],
-        color=None if options["color"] is None else Color(options["color"]),
-        layout=None if options["layout"] is None else Layout(options["layout"]),
-        resize=options["resize"],
-        filter=Filter(options["filter_"]),
-        size=options["size"],
-    )

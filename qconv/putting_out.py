@@ -43,14 +43,14 @@ class Wanted:
 
     def put(self, found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], text: Callable[[], str]) -> None:
         """found: what --json prints; rows: of the table; text: for people."""
-        if self.csv is not None:
-            self._put_table(rows)
+        self.put_table(rows)
         if self.as_json:
             print(json.dumps(found, allow_nan=False))
         elif not self.quiet and self.csv != "-" and sys.stdout is not None:
             print(text())
 
-    def _put_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def put_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The table alone, where one is wanted."""
         from qconv import save
         from qconv.tables import csv_of
 

@@ -21,10 +21,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qconv.cli import quantize as quantize_command
 from qconv.errors import QconvError
+from qconv.given import recipe_of
 from qconv.inspect_float import FloatModel, inspect_float
 from qconv.inspect_quantized import QuantizedModel, holds_codes, inspect_quantized
 from qconv.inspected import _short, float_model, quantized_model
-from qconv.options import recipe_of
 from qconv.pipeline import quantize
 from qconv.pixels import PreprocessingOptions
 from qconv.recipe import Drop, LayerBits, Recipe

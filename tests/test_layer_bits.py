@@ -18,8 +18,8 @@ from test_plan import Planned
 from qconv.choices import LayerBits
 from qconv.cli import quantize as quantize_command
 from qconv.errors import QconvError
+from qconv.given import recipe_of
 from qconv.layer_bits import as_toml, exactly, read_layer_bits
-from qconv.options import recipe_of
 from qconv.pipeline import Listener, quantize
 from qconv.planner import FLOAT_BITS, WIDE_CODES
 from qconv.recipe import Recipe

@@ -1,0 +1,76 @@
+"""Several recipes on the same pictures: each goes through the whole pipeline, all are scored and timed alike.
+
+Pictures to score on are held back, as in a diagnosis. How pictures are fed is found out once, and what is seen of a
+float network once for all recipes that quantize it; equalization may make a network of its own for a recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qconv.gather import Memory, open_pictures, original
+from qconv.ladder import Sweep
+from qconv.load import load
+from qconv.pipeline import Listener, check_output
+from qconv.proof import Proof, held_back
+from qconv.recipe import Recipe
+from qconv.source import Source, data_files, file_bytes, read, refuse_quantized
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A recipe with its name, where its file goes, and the options that make it, beyond those that all share."""
+
+    name: str
+    recipe: Recipe
+    out: Path
+    options: tuple[str, ...] = ()
+
+
+def sweep(source: Source, entries: Sequence[Entry], listener: Listener | None = None) -> Sweep:
+    """Carry all recipes out, in their order. They must read the same pictures.
+
+    A recipe that fails is a trial that says why; the others go on. Raises QconvError where none can be carried out.
+    """
+    listener = listener or Listener()
+    told: set[str] = set()
+
+    def warn(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            listener.warn(text)
+
+    heard = Listener(warn, listener.progress)
+    proto = read(source)
+    refuse_quantized(proto, source.name)
+    for entry in entries:
+        check_output(source, entry.out, data_files(proto, source))
+    shared = entries[0].recipe
+    session = original(source, shared)
+    held = held_back(session, shared, (), heard)
+    del session
+    shared = replace(shared, samples=min(shared.samples, held.most))
+    memory = Memory()
+    pictures = open_pictures(source, data_files(proto, source), shared, _silent, listener.progress)
+    pictures.memory = memory
+    pictures.settle(load(proto, source)[0], shared)
+    held.feed.preprocessing = pictures.preprocessing
+    proof = Proof.of(source, held.feed, shared, heard, memory)
+    for done, entry in enumerate(entries):
+        listener.progress("recipes", done, len(entries))
+        recipe = replace(entry.recipe, samples=shared.samples)
+        proof.carry_out(entry.name, recipe, entry.out, entry.options)
+    failures = [made.failure for made in proof.made if made.failure is not None]
+    if len(failures) == len(entries):
+        raise failures[0]
+    float_ms = proof.timed(shared.threads, held.feed.size)
+    trials, outputs = tuple(made.trial for made in proof.made), tuple(str(entry.out) for entry in entries)
+    return Sweep(
+        source.name, file_bytes(read(source), source), float_ms, proof.scored.pictures, held.unseen, trials, outputs
+    )
+
+
+def _silent(text: str) -> None:
+    pass
