@@ -94,7 +94,7 @@ def compare(question: Question, progress: Progress = lambda stage, done, total: 
         question.words,
         tuple(rows),
         tuple(unmatched),
-        straight.scores(),
+        straight.scores(spans=True),
         predicted,
         seen,
     )

@@ -18,7 +18,7 @@ from qconv.findings import Change, Finding, Skipped
 from qconv.intervals import Interval, of_share
 from qconv.ladder import Diagnosis, Sweep, Trial
 from qconv.recipe import Recipe
-from qconv.report import Audit, OutputScore, Report
+from qconv.report import Audit, OutputScore, Report, Verification
 from qconv.sheet import sheet
 from qconv.shown import Page, Tile, Tone
 from qconv.source import Source, file_bytes, read
@@ -87,7 +87,7 @@ def of_quantize(
     return replace(
         page,
         subtitle=f"quantized for {report.recipe['target']}, by a recipe of {bits_of(recipe)}",
-        tiles=(*tiles, *speed_tile(report.verify.slowdown), *page.tiles),
+        tiles=(*tiles, *speed_tile(report.verify), *page.tiles),
         verdict=" ".join([*missed, _gains(report, scores), *_blame(page.compared)]),
         without=without,
         fed=report.preprocessing_words,
@@ -219,23 +219,35 @@ def accuracy_tile(scores: Scores) -> Tile:
     agreement, decibel, span = scores.agreement, scores.sqnr_db, scores.interval
     if not scores.images:
         return Tile("accuracy", "not measured", "no pictures were given")
-    told = "outputs are equal" if decibel is None else f"SQNR {decibel:.1f} dB"
+    told = "outputs are equal" if decibel is None else f"SQNR {decibel:.1f} dB{_span_of(scores)}"
     on = f"on {scores.images} {scores.kind}"
     if agreement is None or span is None:
         tone = _tone(decibel, NEAR_DB, FAR_DB)
-        return Tile("accuracy", "equal" if decibel is None else f"{decibel:.1f} dB", f"SQNR of the outputs, {on}", tone)
+        return Tile(
+            "accuracy",
+            "equal" if decibel is None else f"{decibel:.1f} dB",
+            f"SQNR of the outputs{_span_of(scores)}, {on}",
+            tone,
+        )
     chance = f"95%: {100 * span[0]:.0f} to {100 * span[1]:.0f}%"
     return Tile("agreement", f"{agreement:.1%}", f"{on} ({chance}); {told}", _tone(agreement, AGREES, DIFFERS))
 
 
-def speed_tile(slowdown: float | None) -> tuple[Tile, ...]:
+def _span_of(scores: Scores) -> str:
+    worst = [output for output in scores.outputs if output.sqnr_db == scores.sqnr_db]
+    span = worst[0].sqnr_interval if worst else None
+    return "" if span is None else f" (95%: {span[0]:.1f} to {span[1]:.1f})"
+
+
+def speed_tile(checked: Verification) -> tuple[Tile, ...]:
     """Time of a run over the float model's, where it was measured."""
+    slowdown, spread = checked.slowdown, checked.slowdown_range
     if not slowdown:
         return ()
     value = f"{1 / slowdown:.2f}\u00d7 as fast"
-    return (
-        Tile("speed here", value, "as the float model, timed while checking", _tone(-slowdown, NOISE - 1, -1 - NOISE)),
-    )
+    most = "" if spread is None else f"; 8 of 10 runs {1 / spread[1]:.2f} to {1 / spread[0]:.2f}\u00d7"
+    note = f"as the float model, timed while checking{most}"
+    return (Tile("speed here", value, note, _tone(-slowdown, NOISE - 1, -1 - NOISE)),)
 
 
 def integers_tile(audited: Audit) -> Tile:

@@ -16,13 +16,15 @@ class OutputScore:
     """How one output of the quantized model compares.
 
     sqnr_db: None where both are equal, or nothing could be compared; agreement: None where the output is no class
-    score. remark: what is odd about it, and empty for most.
+    score. remark: what is odd about it, and empty for most. sqnr_interval: where SQNR lies at 95 %, by the bootstrap
+    over pictures; None where it was not asked for.
     """
 
     name: str
     sqnr_db: float | None
     agreement: float | None
     remark: str = ""
+    sqnr_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,13 @@ class Verification:
     """The saved file run against the user's own float model on `images` calibration pictures.
 
     slowdown: median time of one run, quantized over float, on this machine; None where it was not measured.
+    slowdown_range: the 10th and the 90th percentile of that, picture by picture.
     """
 
     images: int
     outputs: tuple[OutputScore, ...]
     slowdown: float | None = None
+    slowdown_range: tuple[float, float] | None = None
 
     @property
     def sqnr_db(self) -> float | None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconv.errors import QconvError
+from qconv.intervals import Interval, by_bootstrap
 from qconv.report import Gate, OutputScore, Verification
 from qconv.runtime import Session
 
 FEWEST_TIMED = 5
+SPREAD = (10, 90)
 
 Batch = dict[str, NDArray[Any]]
 
@@ -34,6 +36,7 @@ class _Tally:
     seen: int = 0
     finite: int = 0
     remark: str = ""
+    rows: list[tuple[float, float]] = field(default_factory=list)
 
     def update(self, reference: Any, quantized: Any) -> None:
         if not (_is_numbers(reference) and _is_numbers(quantized)):
@@ -52,14 +55,16 @@ class _Tally:
         self.seen += reference.size
         self.finite += int(finite.sum())
         ref, got = reference[finite].astype(np.float64), quantized[finite].astype(np.float64)
-        self.signal += float(np.sum(ref * ref))
-        self.noise += float(np.sum(np.where(np.isfinite(got), (ref - got) ** 2, np.inf)))
+        signal, noise = float(np.sum(ref * ref)), float(np.sum(np.where(np.isfinite(got), (ref - got) ** 2, np.inf)))
+        self.signal += signal
+        self.noise += noise
+        self.rows.append((signal, noise))
         if is_class_score(reference.shape):
             same = reference.argmax(axis=1) == quantized.argmax(axis=1)
             self.equal += int(same.sum())
             self.positions += same.size
 
-    def score(self, name: str) -> OutputScore:
+    def score(self, name: str, *, spans: bool) -> OutputScore:
         """Raises QconvError where the float model gave no number at all."""
         if self.remark:
             return OutputScore(name, None, None, self.remark)
@@ -72,7 +77,11 @@ class _Tally:
         remark = (
             "" if self.noise < math.inf else "the quantized model gives NaN or infinity where the float model does not"
         )
-        return OutputScore(name, sqnr_db(self.signal, self.noise), agreement, remark)
+        span = self._span() if spans and 0 < self.noise < math.inf else None
+        return OutputScore(name, sqnr_db(self.signal, self.noise), agreement, remark, span)
+
+    def _span(self) -> Interval | None:
+        return by_bootstrap(np.array(self.rows), lambda sums: 10 * np.log10(sums[:, 0] / sums[:, 1]))
 
 
 def _is_numbers(array: Any) -> bool:
@@ -112,9 +121,9 @@ class Comparison:
         for tally, ref, got in zip(self.tallies.values(), reference, quantized, strict=True):
             tally.update(ref, got)
 
-    def scores(self) -> tuple[OutputScore, ...]:
-        """How every output compares."""
-        return tuple(tally.score(name) for name, tally in self.tallies.items())
+    def scores(self, *, spans: bool = False) -> tuple[OutputScore, ...]:
+        """How every output compares. spans: with the interval of its SQNR, each batch taken for one draw."""
+        return tuple(tally.score(name, spans=spans) for name, tally in self.tallies.items())
 
 
 def verify(
@@ -139,11 +148,13 @@ def verify(
         seconds.append((middle - start, time.perf_counter() - middle))
         images += len(next(iter(feeds.values())))
         comparison.add(expected, got)
-    slowdown = None
+    slowdown = spread = None
     if len(seconds) >= FEWEST_TIMED:
-        slow, fast = (float(np.median(column)) for column in zip(*seconds[1:], strict=True))
-        slowdown = fast / slow
-    return Verification(images, comparison.scores(), slowdown)
+        slow, fast = np.array(seconds[1:]).T
+        slowdown = float(np.median(fast) / np.median(slow))
+        low, high = np.percentile(fast / slow, SPREAD)
+        spread = float(low), float(high)
+    return Verification(images, comparison.scores(spans=True), slowdown, spread)
 
 
 def gates(verification: Verification, min_agreement: float | None, min_sqnr: float | None) -> list[Gate]:

@@ -266,7 +266,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "stats": {"exact", "sketch"},
     "weight_ranges": {"clipping", "sketch"},
     "simplify": {"edits"},
-    "verify": {"report"},
+    "verify": {"intervals", "report"},
     "walk": {"held"},
     "chart": {"curve"},
     "page": {"chart", "curve"},

@@ -29,7 +29,7 @@ from qconv.ladder import Cause, Diagnosis, Sweep, Trial
 from qconv.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 from qconv.plot import thumbnail
 from qconv.recipe import Recipe
-from qconv.report import Audit, Island, LayerTime, OutputScore
+from qconv.report import Audit, Island, LayerTime, OutputScore, Verification
 from qconv.runtime import Session
 from qconv.sheet import NO_PICTURES, as_pixels, sheet
 from qconv.shown import Page, Picture, Tile
@@ -224,12 +224,17 @@ def test_all_that_the_page_is_made_of_is_shipped() -> None:
 # -- tiles and sentences -----------------------------------------------------------------------------------------------
 
 
+def timed(slowdown: float | None) -> Verification:
+    return Verification(8, (), slowdown, None if slowdown is None else (slowdown / 2, slowdown * 2))
+
+
 def test_tiles_by_hand() -> None:
+    assert "8 of 10 runs 1.00 to 4.00\u00d7" in pages.speed_tile(timed(0.5))[0].note
     assert pages.size_tile(4_000_000, 1_000_000) == Tile("size", "4.0\u00d7 smaller", "4.00 MB to 1.00 MB", "good")
     assert pages.size_tile(1000, 2000).tone == "bad"
-    assert pages.speed_tile(None) == ()
-    assert [tile.value for tile in pages.speed_tile(0.5)] == ["2.00\u00d7 as fast"]
-    assert [tile.tone for slowdown in (0.5, 1.0, 1.5) for tile in pages.speed_tile(slowdown)] == [
+    assert pages.speed_tile(timed(None)) == ()
+    assert [tile.value for tile in pages.speed_tile(timed(0.5))] == ["2.00\u00d7 as fast"]
+    assert [tile.tone for slowdown in (0.5, 1.0, 1.5) for tile in pages.speed_tile(timed(slowdown))] == [
         "good",
         "plain",
         "bad",

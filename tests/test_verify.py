@@ -10,7 +10,7 @@ from models import network
 
 from qconv.report import OutputScore, Verification
 from qconv.runtime import Session
-from qconv.verify import gates, is_class_score, sqnr_db, verify
+from qconv.verify import Comparison, gates, is_class_score, sqnr_db, verify
 
 
 def session(body: str) -> Session:
@@ -109,3 +109,21 @@ def verification(sqnr: float | None, agreement: float | None) -> Verification:
 def test_gates_hold_at_their_own_value(measured: tuple[float | None, float | None], held: list[bool]) -> None:
     """A gate on agreement where there is none falls short; equal outputs pass any SQNR."""
     assert [gate.held for gate in gates(verification(*measured), 0.99, 30.0)] == held
+
+
+def test_the_interval_of_sqnr_is_that_of_the_bootstrap_over_pictures() -> None:
+    rng = np.random.default_rng(0)
+    comparison, rows = Comparison.of(["y"]), []
+    for spread in np.exp(rng.normal(0, 1, 40)):
+        ref = rng.standard_normal((1, 10)).astype(np.float32)
+        got = ref + spread * rng.standard_normal((1, 10)).astype(np.float32)
+        comparison.add([ref], [got])
+        rows.append((np.sum(ref.astype(np.float64) ** 2), np.sum((ref.astype(np.float64) - got) ** 2)))
+    (score,) = comparison.scores(spans=True)
+    drawn = np.array(rows)[np.random.default_rng(1).integers(0, 40, (4000, 40))].sum(axis=1)
+    expected = np.percentile(10 * np.log10(drawn[:, 0] / drawn[:, 1]), (2.5, 97.5))
+    assert score.sqnr_interval == pytest.approx(expected, abs=0.3)
+    assert score.sqnr_interval is not None
+    assert score.sqnr_db is not None
+    assert score.sqnr_interval[0] < score.sqnr_db < score.sqnr_interval[1]
+    assert comparison.scores()[0].sqnr_interval is None
