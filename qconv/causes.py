@@ -2,6 +2,7 @@
 
     channel-imbalance   typical magnitude of a tensor's largest channel over the median channel's: IMBALANCE or more.
                         One scale for all leaves the others log2 of that fewer bits (Nagel 2019, arXiv 1906.04721)
+    weight-imbalance    the same of a layer's output channels, where they share a scale
     range-outlier       largest magnitude over what 99.9 % of the numbers stay below: OUTLIER or more
                         (Zhao et al. 2019, arXiv 1901.09504)
     dead-channels       zero on all pictures, so that their range on others is unknown
@@ -19,12 +20,13 @@ A cause comes with the part of the error at the outputs that its layers make, as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.choices import WeightGranularity
 from qconv.compared import Compared, LayerRow
 from qconv.edits import kind
 from qconv.errors import counted
@@ -32,11 +34,12 @@ from qconv.findings import Change
 from qconv.graph import Model, Node, Value, array, clip_bounds
 from qconv.ladder import Cause
 from qconv.moved import Moves
-from qconv.plan import Plan
+from qconv.plan import Layer, Plan
 from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.rules import RULES, Joining
 from qconv.sketch import Sketch
+from qconv.weights import BIAS_FITS
 
 IMBALANCE = 24.0
 OUTLIER = 10.0
@@ -48,7 +51,9 @@ LARGE_SHARE = 0.2
 REMARKABLE = 0.02
 """Share of the error from which on a tensor is worth a word, where something takes care of it."""
 NAMED = 3
-GATES = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "HardSwish", "Swish", "Mish"})
+GATES = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
+WHOLE_GATES = frozenset({"HardSwish", "Swish", "Mish", "Gelu"})
+"""Those that multiply by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +72,22 @@ class Evidence:
     compared: Compared
     saturates: bool
 
-    def share(self, tensors: Collection[str]) -> float:
-        """Part of these tensors' layers in the error at the outputs."""
-        return sum(row.output_share or 0.0 for row in self.compared.layers if row.tensor in tensors)
+    def share(self, tensors: Collection[str]) -> float | None:
+        """Part of these tensors' layers in the error at the outputs; None where it was not measured."""
+        return _sum_of(row for row in self.compared.layers if row.tensor in tensors)
 
-    def share_of_nodes(self, names: Collection[str]) -> float:
+    def share_of_nodes(self, names: Collection[str]) -> float | None:
         """The same of nodes by their names."""
-        return sum(row.output_share or 0.0 for row in self.compared.layers if row.name in names)
+        return _sum_of(row for row in self.compared.layers if row.name in names)
 
     def row(self, tensor: str) -> LayerRow | None:
         """The row of a tensor; the first where it has several."""
         return next((row for row in self.compared.layers if row.tensor == tensor), None)
+
+
+def _sum_of(rows: Iterable[LayerRow]) -> float | None:
+    shares = [row.output_share for row in rows if row.output_share is not None]
+    return sum(shares) if shares else None
 
 
 Finder = Callable[[Evidence], Iterator[Cause]]
@@ -196,10 +206,10 @@ def dead_channels(evidence: Evidence) -> Iterator[Cause]:
     if found:
         names = sorted(found, key=lambda name: -found[name])
         what = f"{counted(sum(found.values()), 'channel')} of {counted(len(found), 'tensor')} are zero on all pictures"
-        how = (
-            "they cost no accuracy on these pictures, and what wakes them on others is clipped to the range of the rest"
+        told = (
+            "; they cost nothing on these pictures, and what wakes them on others is clipped to the range of the rest"
         )
-        yield Cause("dead-channels", tuple(names), what, None, how)
+        yield Cause("dead-channels", tuple(names), what + told, harmless=True)
 
 
 def wide_concat(evidence: Evidence) -> Iterator[Cause]:
@@ -243,12 +253,21 @@ def gates(evidence: Evidence) -> Iterator[Cause]:
 
 
 def _is_gate(evidence: Evidence, node: Node) -> bool:
-    """Whether it squashes what it is multiplied with, on codes."""
-    if node.op_type not in GATES or node not in evidence.plan.integer:
+    """Whether it squashes what it is multiplied with, beside tensors that are codes."""
+    beside = [*_gated(node), *node.outputs]
+    if not any(value in evidence.plan.activations for value in beside):
         return False
-    readers = evidence.model.readers(node.outputs[0])
+    if node.op_type in WHOLE_GATES:
+        return True
+    if node.op_type not in GATES:
+        return False
     source = node.inputs[0]
-    return any(reader.op_type == "Mul" and source in reader.inputs for reader in readers)
+    before = None if source is None else source.producer()
+    squashed = {source}
+    if before is not None and before.op_type == "Softplus":  # Mish in parts
+        squashed.add(before.inputs[0])
+    products = [reader for reader in evidence.model.readers(node.outputs[0]) if reader.op_type == "Mul"]
+    return any(squashed.intersection(product.inputs) for product in products)
 
 
 def _gated(node: Node) -> list[Value]:
@@ -257,7 +276,7 @@ def _gated(node: Node) -> list[Value]:
 
 def bias_overflow(evidence: Evidence) -> Iterator[Cause]:
     """As the run found it: weight scales were widened."""
-    found = [f for f in evidence.report.findings if isinstance(f, Change) and "bias fits into int32" in f.what]
+    found = [f for f in evidence.report.findings if isinstance(f, Change) and f.kind == BIAS_FITS]
     if found:
         names = tuple(dict.fromkeys(change.where for change in found))
         what = (
@@ -285,11 +304,10 @@ def saturation(evidence: Evidence) -> Iterator[Cause]:
 
 def low_bits(evidence: Evidence) -> Iterator[Cause]:
     """Fewer than 8 bits, by what they are fewer of."""
-    recipe = evidence.recipe
-    told = [f"weights of {recipe.weight_bits} bits"] if recipe.weight_bits < 8 else []
-    told += [f"activations of {recipe.activation_bits} bits"] if recipe.activation_bits < 8 else []
+    kinds = {"weights": evidence.recipe.bits_of_weights, "activations": evidence.recipe.bits_of_activations}
+    told = [f"{kind} of {min(bits)} bits" for kind, bits in kinds.items() if min(bits) < 8]
     if told:
-        rows = [r.name for r in evidence.compared.worst_first if not r.input][:NAMED]
+        rows = [row.name for row in evidence.compared.worst_first if row.output_share and not row.input][:NAMED]
         yield Cause("low-bits", tuple(rows), f"{' and '.join(told)}: most is lost in these layers", None)
 
 
@@ -304,8 +322,32 @@ def large_layers(evidence: Evidence) -> Iterator[Cause]:
             yield Cause("layer", (row.name,), what, share)
 
 
+def weight_imbalance(evidence: Evidence) -> Iterator[Cause]:
+    """Layers whose output channels share a scale and differ too much for that."""
+    if evidence.recipe.weight_granularity is not WeightGranularity.PER_TENSOR:
+        return
+    found = {layer.node.name or "": _spread_of(layer) for layer in evidence.plan.layers}
+    names = sorted((name for name, ratio in found.items() if ratio >= IMBALANCE), key=lambda name: -found[name])
+    if names:
+        what = f"output channels of {names[0]} differ {found[names[0]]:.3g} times and have one scale"
+        more = f"; so do those of {len(names) - 1} more layers" if len(names) > 1 else ""
+        yield Cause("weight-imbalance", tuple(names), what + more, evidence.share_of_nodes(names))
+
+
+def _spread_of(layer: Layer) -> float:
+    """The largest output channel's weights over the smallest one's that are not zero."""
+    weight = array(layer.node.inputs[1])
+    if weight is None:
+        return 1.0
+    rows = np.moveaxis(weight, layer.rule.output_axis, 0).reshape(weight.shape[layer.rule.output_axis], -1)
+    sizes = np.abs(rows).max(axis=1, initial=0.0)
+    alive = sizes[sizes > 0]
+    return float(alive.max() / alive.min()) if alive.size else 1.0
+
+
 FINDERS: Sequence[Finder] = (
     channel_imbalance,
+    weight_imbalance,
     range_outlier,
     gates,
     wide_concat,

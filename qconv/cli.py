@@ -65,7 +65,6 @@ def quantize(
     _require_streams(model, output, as_json)
     if csv == "-" and output == "-":
         raise click.UsageError("'-o -' and '--csv -' both go to standard output: name a file.")
-    wanted.check(*(Path(name) for name in (model, options["stats"], options["layer_bits"]) if name not in (None, "-")))
     from qconv import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
     from qconv.source import source_of
 
@@ -79,6 +78,8 @@ def quantize(
         **{spelt(name): options[name] for name in ("save_stats", "save_layer_bits")},
     }
     page = check_report(options["report"], [source], read, written)
+    files = [Path(name) for name in (model, *read) if name not in (None, "-")]
+    wanted.check(*files, written={**written, "the table": None})
     console = summary.Console(quiet=quiet)
     report, data = _run(source, output, recipe, console, page)
     if data is not None:
@@ -152,7 +153,8 @@ def study_samples(
         raise click.UsageError(f"{output} is no chart: name a file that ends in {' or '.join(CHARTS)}.")
     recipe = recipe_of({**dict.fromkeys(NOT_STUDIED), **options, "effort": "fast"})
     wanted = Wanted(as_json, quiet, csv)
-    wanted.check(*([] if model == "-" else [Path(model)]))
+    files = [Path(name) for name in (model, *options["calib"], *images) if name != "-"]
+    wanted.check(*files, written={"the chart": output})
     _require_streams(model, None, as_json)
     from qconv import pipeline, study, summary
     from qconv.source import source_of

@@ -236,7 +236,7 @@ class _Bench:
                 if pair.point.copy:
                     continue
                 name = pair.tensor.name or ""
-                error = self.moves.back(name, got) - floats[name]
+                error = np.asarray(self.moves.back(name, got) - floats[name])  # a number where there are no axes
                 if not np.isfinite(error).all():
                     continue
                 moved_to = session.run(results, {**plain, **nothing, names[pair.point]: error})

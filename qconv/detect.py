@@ -35,12 +35,18 @@ SOMETHING_ELSE = "something else"
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """What was decided. runner_up, margin: None where nothing had to be found out. doubt: what the user should know."""
+    """What was decided. runner_up, margin: None where nothing had to be found out. doubt: what the user should know.
+
+    evident: whether the model itself tells, by a fact or by what training has stored. against: whether what it tells
+    speaks clearly against what the user said.
+    """
 
     preprocessing: Preprocessing | None
     runner_up: str | None = None
     margin: float | None = None
     doubt: str = ""
+    evident: bool = False
+    against: bool = False
 
     def doubts(self) -> list[str]:
         """What the user is warned of, if anything."""
@@ -77,11 +83,12 @@ def detect(
         if fact is None and race.fits(own[0]):
             return Detected(default)
         race.run([*own, *free], confidence=False)
-        return Detected(default, doubt=_against(own[0], free, race, fact))
+        told = _against(own[0], free, race, fact)
+        return Detected(default, doubt=told, against=bool(told))
     race.run([*own, *free] if said else own, confidence=True)
     chosen, found = _decided(own, race, fact)
-    against = _against(chosen, free, race, fact) if said else ""
-    return replace(found, doubt=against or found.doubt)
+    told = _against(chosen, free, race, fact) if said else ""
+    return replace(found, doubt=told or found.doubt, against=bool(told))
 
 
 def _said(options: PreprocessingOptions) -> dict[str, Any]:
@@ -101,7 +108,8 @@ def _decided(own: Sequence[Candidate], race: Race, fact: Fact | None) -> tuple[C
     runner_up = SOMETHING_ELSE if strange else second.name if second else None
     chosen = replace(best.preprocessing, source=_source(race, fact, certain))
     doubt = "" if certain else _doubt(best, second, others, margin)
-    return best, Detected(chosen, runner_up, round(max(margin, 0.0), 4), doubt)
+    evident = race.stored or fact is not None
+    return best, Detected(chosen, runner_up, round(max(margin, 0.0), 4), doubt, evident)
 
 
 def _shares(ranked: Sequence[Candidate], race: Race, fact: Fact | None) -> tuple[list[float], float]:

@@ -9,15 +9,14 @@ through the whole pipeline by itself, those that gain once more together. All ar
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf, log2, log10
+from math import inf, isfinite, log2
 from pathlib import Path
 from typing import Any
 
-from qconv import causes, fold, load, moved, save
+from qconv import causes, fold, load, moved, save, spoken
 from qconv.beside import Looked
-from qconv.calibrate import observer, watch
 from qconv.causes import FEW, GAP, MANY, Evidence
 from qconv.checks import spelt
 from qconv.compare import Question, compare
@@ -34,13 +33,24 @@ from qconv.pipeline import Listener
 from qconv.pixels import PRESETS, Preprocessing, PreprocessingOptions
 from qconv.placement import left_in_float
 from qconv.planner import make_plan
-from qconv.proof import Held, Made, Proof, held_back, without_gates
+from qconv.proof import Held, Made, Proof, held_back
 from qconv.recipe import Recipe
-from qconv.remedies import ADDED, ENOUGH_DB, POOR_DB, Remedy, merged, more_bits, more_effort, recipe_with, remedies
+from qconv.remedies import (
+    ADDED,
+    ENOUGH_DB,
+    POOR_DB,
+    Remedy,
+    joined,
+    merged,
+    more_bits,
+    more_effort,
+    options_of,
+    recipe_with,
+    remedies,
+)
 from qconv.runtime import Session
-from qconv.sketch import Want
 from qconv.source import Source, data_files, file_bytes, metadata, own_opset, read, refuse_quantized
-from qconv.spoken import options_of, words
+from qconv.spoken import words
 from qconv.targets import TARGETS
 
 GAINED = 0.5
@@ -49,20 +59,21 @@ BIT_DB = 6.02
 """What one more bit gains: a doubling of time or size has to gain as much."""
 PLENTY_DB = 40.0
 """From here on more counts nothing."""
-EQUAL_DB = 200.0
-"""Stands for outputs that do not differ."""
+SILENT = Listener()
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """What is to be diagnosed. asked: fields of the Recipe as they were given, before any of them follows from others.
 
-    images: pictures to score on; empty: held back from those to calibrate with.
+    images: pictures to score on; empty: held back from those to calibrate with. layer_bits: the file that
+    asked["layer_bits"] was read from, for the command that is recommended.
     """
 
     source: Source
     asked: Mapping[str, Any]
     images: tuple[str, ...] = ()
+    layer_bits: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +104,11 @@ def diagnose(case: Case, listener: Listener | None = None) -> Diagnosed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Attempt:
-    """A trial and the fields of its recipe. undoes: whether it only shows what is in effect already."""
+    """A trial, the fields of its recipe, and how they differ from what was asked for."""
 
     made: Made
     fields: Mapping[str, Any]
-    undoes: bool = False
+    remedy: Remedy
 
     @property
     def trial(self) -> Trial:
@@ -120,11 +131,12 @@ class _Clinic:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def diagnosis(self, warnings: list[str]) -> Diagnosed:
-        asked = without_gates({**self.case.asked, "embed_preprocessing": None})
+        asked = {**self.case.asked, "embed_preprocessing": None, "min_agreement": None, "min_sqnr": None}
         recipe = Recipe(**asked)
         session = original(self.case.source, recipe)
         held = held_back(session, recipe, self.case.images, self.listener)
         asked["samples"] = min(recipe.samples, held.most)
+        recipe = Recipe(**asked)
         rather = self._feed(session, held.feed, recipe)
         said = held.feed.over(held.feed.listing.paths)
         held.feed.preprocessing = rather or said.preprocessing
@@ -142,6 +154,7 @@ class _Clinic:
             base = self._mended(proof, asked, base, mend, always=True)
         base = self._enough_pictures(proof, asked, base, held)
         compared = self._remedies(proof, asked, base)
+        proof.listener = self.listener
         float_ms = proof.timed(recipe.threads, held.feed.size)
         best = self._best(base)
         found = Diagnosis(
@@ -164,18 +177,18 @@ class _Clinic:
         """`feed` as the options say. Returns what the evidence says instead, where it is sure of that."""
         model, _ = load.load(read(self.case.source), self.case.source)
         said = recipe.preprocessing
-        calibration = Feed.of(session, recipe, _silent, self.listener.progress)
+        calibration = Feed.of(session, recipe, SILENT.warn, SILENT.progress)
         own = detect(model, session, calibration, said, threads=recipe.threads)
         feed.preprocessing = calibration.preprocessing = own.preprocessing
         freely = PreprocessingOptions(**{name: getattr(said, name) for name in SHAPE_ONLY})
         if own.preprocessing is None or freely == said:
             return None
-        calibration = Feed.of(session, replace(recipe, preprocessing=freely), _silent, _idle)
+        calibration = Feed.of(session, replace(recipe, preprocessing=freely), SILENT.warn, SILENT.progress)
         found = detect(model, session, calibration, freely, threads=recipe.threads)
-        if found.preprocessing is None or same(own.preprocessing, found.preprocessing):
+        if not found.evident or found.preprocessing is None or same(own.preprocessing, found.preprocessing):
             return None
         asks = " ".join(words("preprocessing", _as_options(found.preprocessing, said)))
-        sure = found.margin is None or found.margin >= CERTAIN
+        sure = own.against or (found.margin or 0.0) >= CERTAIN
         told = "and not for the options given" if sure else "rather than for the options given, without being certain"
         self.found.append(Cause("preprocessing", ("the pictures",), f"the model speaks for {asks}, {told}"))
         return found.preprocessing if sure else None
@@ -204,7 +217,7 @@ class _Clinic:
         """The ground for what follows: with the remedy, where it helps or is right in any case."""
         attempt = self._try(proof, asked, remedy)
         failed = attempt.made.failure is not None
-        if failed or not (always or _decibel(attempt.trial) >= _decibel(base.trial) + GAINED):
+        if failed or not (always or attempt.trial.accuracy_db >= base.trial.accuracy_db + GAINED):
             return base
         self.changes |= remedy.changes
         return attempt
@@ -217,37 +230,39 @@ class _Clinic:
         self.found += causes.find(evidence)
         gaining: list[tuple[float, Remedy]] = []
 
-        def attempt(tried: Sequence[Remedy]) -> None:
+        def attempt(tried: Iterable[Remedy]) -> None:
             for remedy in tried:
-                if recipe_with(base.fields, remedy.changes) is not None:
-                    trial = self._try(proof, asked, remedy).trial
-                    gain = _decibel(trial) - _decibel(base.trial)
+                recipe = recipe_with(base.fields, remedy.changes)
+                if recipe is not None and all(recipe != known.made.recipe for known in self.attempts):
+                    gain = self._try(proof, asked, remedy).trial.accuracy_db - base.trial.accuracy_db
                     if gain >= GAINED and not remedy.undoes:
                         gaining.append((gain, remedy))
 
         worth_it = [cause for cause in self.found if cause.kind != "layer" or self._so_far < ENOUGH_DB]
         attempt(remedies(worth_it, evidence))
         if self._so_far < ENOUGH_DB:
-            attempt(list(more_effort(evidence.recipe)))
+            attempt(more_effort(evidence.recipe))
         ranked = [remedy for _, remedy in sorted(gaining, key=lambda pair: -pair[0])]
-        together = _together(ranked)
-        if len(together.causes) > 1 and together.changes != ranked[0].changes:
-            attempt([together])
+        if len(ranked) > 1:
+            attempt([_together(ranked)])
         if self._so_far < POOR_DB:
-            attempt(list(more_bits(evidence.recipe)))
+            best = max(self.attempts, key=lambda known: -inf if known.remedy.undoes else known.trial.accuracy_db)
+            so_far = {} if best is base else best.remedy.changes
+            more = more_bits(best.made.recipe)
+            attempt(Remedy(remedy.name, joined(so_far, remedy.changes), remedy.causes) for remedy in more)
         return evidence.compared
 
     @property
     def _so_far(self) -> float:
-        return max(_decibel(attempt.trial) for attempt in self.attempts)
+        return max(attempt.trial.accuracy_db for attempt in self.attempts)
 
     def _try(self, proof: Proof, asked: Mapping[str, Any], remedy: Remedy) -> _Attempt:
         """Carry a remedy out, on the ground of what mends the pictures. Its options are those to add to the given."""
-        whole = Remedy(remedy.name, merged(self.changes, remedy.changes), remedy.causes)
-        fields = merged(asked, whole.changes)
+        changes = joined(self.changes, remedy.changes)
+        fields = merged(asked, changes)
         out = self.folder / f"{len(self.attempts)}.onnx"
-        made = proof.carry_out(remedy.name, Recipe(**fields), out, whole.options, remedy.causes)
-        self.attempts.append(_Attempt(made, fields, remedy.undoes))
+        made = proof.carry_out(remedy.name, Recipe(**fields), out, options_of(changes), remedy.causes)
+        self.attempts.append(_Attempt(made, fields, remedy))
         return self.attempts[-1]
 
     def _evidence(self, proof: Proof, base: _Attempt) -> Evidence:
@@ -256,14 +271,12 @@ class _Clinic:
         assert report is not None
         proto = read(source)
         model, _ = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
-        pictures = open_pictures(source, data_files(proto, source), recipe, _silent, self.listener.progress)
+        pictures = open_pictures(source, data_files(proto, source), recipe, SILENT.warn, self.listener.progress)
         pictures.memory = self.memory
         pictures.settle(model, recipe)
         fold.fold(model)
         plan = make_plan(model, recipe, TARGETS[recipe.target], left_in_float(model, recipe, pictures.fed))
-        taps = plan.taps(Want.ALL)
-        assert pictures.feed is not None
-        sketches = watch(observer(model, taps, recipe.threads), taps, pictures.feed.all("look")) if taps else {}
+        sketches = pictures.sketches(model, [plan], recipe)
         quantized = Source(str(base.made.path), base.made.path)
 
         def feeds() -> Iterator[Any]:
@@ -281,18 +294,27 @@ class _Clinic:
         best, most = base, _worth(base.trial, base.trial) + GAINED
         for attempt in self.attempts[self.attempts.index(base) + 1 :]:
             worth = _worth(attempt.trial, base.trial)
-            if worth > most and not attempt.undoes:
+            wanted = not (attempt.remedy.undoes or self._gives_up_bits(attempt))
+            if worth > most and wanted:
                 best, most = attempt, worth
         return best
+
+    def _gives_up_bits(self, attempt: _Attempt) -> bool:
+        """Whether it takes 8 bits or more where fewer were asked for, which a user has reasons for."""
+        asked, got = self.attempts[0].made.recipe, attempt.made.recipe
+        pairs = ((asked.weight_bits, got.weight_bits), (asked.activation_bits, got.activation_bits))
+        return any(wish < min(8, bits) for wish, bits in pairs)
 
     def _command(self, best: _Attempt) -> str:
         """What to type, with the pictures and places that the user has."""
         asked, fields = self.case.asked, dict(best.fields)
-        if "samples" not in merged(self.changes, {}):
+        if "samples" not in self.changes:
             fields["samples"] = asked.get("samples", Recipe().samples)
         fields["embed_preprocessing"] = asked.get("embed_preprocessing")
         calib = [word for place in asked["calib"] for word in ("--calib", place)]
-        said = options_of(Recipe(**fields).as_dict())
+        said = spoken.options_of(Recipe(**fields).as_dict())
+        if self.case.layer_bits is not None:
+            said += ["--layer-bits", self.case.layer_bits]
         steering = [word for name in ("batch", "threads") for word in _steered(name, asked)]
         return shlex.join(["qconv", "quantize", self.case.source.name, *calib, *said, *steering])
 
@@ -300,49 +322,53 @@ class _Clinic:
         first, trial = self.attempts[0].trial, best.trial
         got = in_words(trial)
         if best is self.attempts[0]:
-            if any(cause.kind == "preprocessing" for cause in self.found):
-                return f"Find out how the network was fed in training: {got}, both models fed as the options say."
-            if _decibel(trial) >= ENOUGH_DB:
-                return f"Nothing needs mending: {got}."
-            worst = next((cause.kind for cause in self.found if not cause.handled), None)
+            if trial.accuracy_db >= ENOUGH_DB:
+                return f"Nothing needs mending: {got}.{self._but()}"
+            worst = next((cause.kind for cause in self.found if not (cause.handled or cause.harmless)), None)
             likely = "" if worst is None else f" The most likely cause is {worst}."
-            return f"No remedy that was tried is worth its cost: {got}.{likely}"
-        gain = _decibel(trial) - _decibel(first)
-        more = f", {gain:+.1f} dB beside what was asked for" if abs(gain) < EQUAL_DB / 2 else ""
-        return f"{trial.name[:1].upper()}{trial.name[1:]}: {got}{more}."
+            return f"No remedy that was tried is worth its cost: {got}.{self._but() or likely}"
+        gain = trial.accuracy_db - first.accuracy_db
+        more = f", {gain:+.1f} dB beside what was asked for" if isfinite(gain) else ""
+        return f"Best is {trial.name}: {got}{more}.{self._but()}"
+
+    def _but(self) -> str:
+        """What no remedy that is recommended takes care of."""
+        kinds = {cause.kind for cause in self.found}
+        told = ""
+        if "preprocessing" in kinds and "preprocessing" not in self.changes:
+            told += " Find out how the network was fed in training: both models got what the options say."
+        if "few-pictures" in kinds and "samples" not in self.changes:
+            told += " More pictures would tell more."
+        richer = [attempt.trial for attempt in self.attempts if self._gives_up_bits(attempt)]
+        if richer:
+            most = max(richer, key=lambda trial: trial.accuracy_db)
+            told += f" With more bits than were asked for: {in_words(most)} ({most.typed})."
+        return told
 
 
 def in_words(trial: Trial) -> str:
     """What was measured of a trial."""
-    told = ["outputs equal" if trial.sqnr_db is None else f"SQNR {trial.sqnr_db:.1f} dB"]
+    told = ["outputs are equal"] if trial.equal else []
+    told += [] if trial.sqnr_db is None else [f"SQNR {trial.sqnr_db:.1f} dB"]
     return ", ".join(told + ([] if trial.agreement is None else [f"agreement {trial.agreement:.1%}"]))
-
-
-def _decibel(trial: Trial) -> float:
-    """SQNR; of outputs that are classes alone, that of the share which differs."""
-    if trial.failed:
-        return -inf
-    if trial.sqnr_db is not None:
-        return trial.sqnr_db
-    return EQUAL_DB if trial.agreement in (None, 1.0) else -10 * log10(1 - (trial.agreement or 0.0))
 
 
 def _worth(trial: Trial, base: Trial) -> float:
     cost = max(0.0, log2(trial.size / base.size)) if trial.size and base.size else 0.0
     if trial.ms and base.ms:
         cost += max(0.0, log2(trial.ms / base.ms))
-    return min(_decibel(trial), PLENTY_DB) - BIT_DB * cost
+    return min(trial.accuracy_db, PLENTY_DB) - BIT_DB * cost
 
 
 def _together(ranked: Sequence[Remedy]) -> Remedy:
-    """As many of them as do not contradict each other, the best ones first. causes: one entry for each of them."""
+    """As many of them as do not contradict each other, the best ones first."""
     changes: dict[str, Any] = {}
-    names = []
+    kinds: list[str] = []
     for remedy in ranked:
-        if not any(name in changes and name not in ADDED for name in remedy.changes):
-            changes = merged(changes, remedy.changes) | {n: v for n, v in remedy.changes.items() if v is None}
-            names.append(remedy.name)
-    return Remedy("these together", changes, tuple(names))
+        if not (changes.keys() & remedy.changes.keys()) - ADDED:
+            changes = joined(changes, remedy.changes)
+            kinds += remedy.causes
+    return Remedy("these together", changes, tuple(dict.fromkeys(kinds)))
 
 
 def _as_options(fed: Preprocessing, said: PreprocessingOptions) -> PreprocessingOptions:
@@ -363,11 +389,3 @@ def _as_options(fed: Preprocessing, said: PreprocessingOptions) -> Preprocessing
 def _steered(name: str, asked: Mapping[str, Any]) -> tuple[str, ...]:
     value = asked.get(name)
     return () if value is None or value == getattr(Recipe(), name) else (spelt(name), str(value))
-
-
-def _silent(text: str) -> None:
-    pass
-
-
-def _idle(stage: str, done: int, total: int) -> None:
-    pass

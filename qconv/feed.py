@@ -124,7 +124,8 @@ class Feed:
 
     def over(self, paths: Sequence[Path]) -> Feed:
         """The same preprocessing for other files, of which nothing has been read yet."""
-        listing = replace(self.listing, paths=tuple(paths))
+        whole = max(self.listing.whole, len(self.listing.paths))
+        listing = replace(self.listing, paths=tuple(paths), whole=whole)
         return Feed(listing, self.inputs, self.preprocessing, self.batch, self.warn, self.progress)
 
     @property

@@ -19,8 +19,13 @@ from qconv.plan import Plan
 from qconv.preprocess import InputSpec, resolve
 from qconv.recipe import Recipe
 from qconv.runtime import Session
+from qconv.save import total_bytes
 from qconv.sketch import Sketch, Want
 from qconv.source import Source
+
+KEPT_NETWORKS = 4
+LARGEST_KNOWN = 2**30
+"""Bytes of a network's weights."""
 
 
 def original(source: Source, recipe: Recipe) -> Session:
@@ -32,17 +37,26 @@ def original(source: Source, recipe: Recipe) -> Session:
 class Memory:
     """What several runs on one float model need to find out only once, where they read the same pictures.
 
-    detected: how it is fed, by what the user says and the pictures. sketches: of tensors, by the network as folding and
-    equalization left it, and by the pictures; they keep all that any calibrator could want.
+    detected: how it is fed, by what the user says and the pictures. sketches: all that any calibrator could want, by
+    the network as folding and equalization left it, the pictures, and the tensors that were watched together, since
+    which parts of a picture are kept depends on all of them. The newest KEPT_NETWORKS stay.
     """
 
     detected: dict[str, Detected] = field(default_factory=dict)
-    sketches: dict[str, dict[Tap, Sketch]] = field(default_factory=dict)
+    sketches: dict[str, dict[str, Sketch]] = field(default_factory=dict)
 
-    def of_network(self, model: Model, recipe: Recipe, feed: Feed) -> dict[Tap, Sketch]:
-        """What is known of this network's tensors, to be added to."""
+    def known_as(self, model: Model, taps: Sequence[Tap], recipe: Recipe, feed: Feed) -> str | None:
+        """The name of what such a pass sees; None for a network too large to be told from others."""
+        if total_bytes(model) > LARGEST_KNOWN:
+            return None
         network = hashlib.sha256(model.proto().SerializeToString()).hexdigest()
-        return self.sketches.setdefault(f"{network} {feed.fed} {feed.batch} {_drawn(recipe)}", {})
+        return f"{network} {feed.fed} {feed.batch} {_drawn(recipe)} {taps}"
+
+    def keep(self, name: str, sketches: dict[str, Sketch]) -> None:
+        """Remember what a pass has seen, and forget the oldest."""
+        self.sketches[name] = sketches
+        while len(self.sketches) > KEPT_NETWORKS:
+            del self.sketches[next(iter(self.sketches))]
 
 
 def _drawn(recipe: Recipe) -> str:
@@ -134,18 +148,13 @@ class Pictures:
             raise QconvError("There is nothing for --save-stats to save: no activation is quantized.", "leave it out.")
         if not taps or self.feed is None:
             return {}
-        if self.memory is None:
-            return self._watched(model, taps, recipe, self.feed)
-        remembered = self.memory.of_network(model, recipe, self.feed)
-        missing = [tap for tap in taps if tap not in remembered]
-        if missing:
-            sketches = self._watched(model, missing, recipe, self.feed)
-            remembered |= {tap: sketches[tap.name] for tap in missing}
-        return {tap.name: remembered[tap] for tap in taps}
-
-    @staticmethod
-    def _watched(model: Model, taps: Sequence[Tap], recipe: Recipe, feed: Feed) -> dict[str, Sketch]:
-        return watch(observer(model, taps, recipe.threads), taps, feed.all("calibrate"))
+        name = None if self.memory is None else self.memory.known_as(model, taps, recipe, self.feed)
+        if self.memory is not None and name in self.memory.sketches:
+            return self.memory.sketches[name]
+        seen = watch(observer(model, taps, recipe.threads), taps, self.feed.all("calibrate"))
+        if self.memory is not None and name is not None:
+            self.memory.keep(name, seen)
+        return seen
 
     def save_statistics(self, sketches: Mapping[str, Sketch], source: Source, out: Path) -> None:
         """Write what was seen. Raises QconvError where that is impossible."""

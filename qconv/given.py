@@ -27,12 +27,13 @@ SAME = (
 """Options that a Recipe calls the same."""
 
 
-def recipe_of(options: dict[str, Any]) -> Recipe:
+def recipe_of(options: dict[str, Any], typed: Collection[str] | None = None) -> Recipe:
     """Values that do not go together are usage errors, as those are that click finds itself.
 
-    options: what click calls them, with their values. Raises QconvError for a file of bits that cannot be used.
+    options: what click calls them, with their values; typed: as `fields_of` takes it. Raises QconvError for a file of
+    bits that cannot be used.
     """
-    return made(fields_of(options))
+    return made(fields_of(options, typed))
 
 
 def made(fields: Mapping[str, Any]) -> Recipe:
@@ -49,9 +50,15 @@ def _usage() -> Iterator[None]:
         raise click.UsageError(f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}") from None
 
 
-def fields_of(options: dict[str, Any]) -> dict[str, Any]:
-    """What options say of the fields of a Recipe, before any of them follows from others."""
-    options = {**options, **_of_named_recipe(options["recipe_name"])}
+def fields_of(options: dict[str, Any], typed: Collection[str] | None = None) -> dict[str, Any]:
+    """What options say of the fields of a Recipe, before any of them follows from others.
+
+    typed: those that a named recipe does not replace; None for those of the running command.
+    """
+    given = names_given() if typed is None else typed
+    name = options["recipe_name"]
+    named = {} if name is None else {option: value for option, value in RECIPES[name].items() if option not in given}
+    options = {**options, **named}
     granularity, block_size = options["weight_granularity"], options["block_size"]
     if block_size is not None and granularity != WeightGranularity.PER_BLOCK:
         raise click.UsageError(f"--block-size is for --weight-granularity per-block, not {granularity}.")
@@ -76,15 +83,12 @@ def without(names: Collection[str]) -> list[click.Parameter]:
     return [option for option in command.params if option.name not in names]
 
 
-def _of_named_recipe(name: str | None) -> dict[str, Any]:
-    """The options that a named recipe sets and that are not on the command line."""
-    context, default = click.get_current_context(silent=True), ParameterSource.DEFAULT
-    fields = {} if name is None else RECIPES[name]
-    return {
-        option: value
-        for option, value in fields.items()
-        if context is None or context.get_parameter_source(option) in (default, None)
-    }
+def names_given() -> frozenset[str]:
+    """The options of the running command that were typed."""
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return frozenset()
+    return frozenset(n for n in context.params if context.get_parameter_source(n) is not ParameterSource.DEFAULT)
 
 
 def preprocessing_of(options: dict[str, Any]) -> PreprocessingOptions:

@@ -30,6 +30,7 @@ DIGITS = 6
 """Of a number in a chart, which is more than the eye has."""
 CAUSES = {
     "channel-imbalance": "Channels of very different size",
+    "weight-imbalance": "Layers of very different channels",
     "range-outlier": "Few values far from the rest",
     "dead-channels": "Channels that are always zero",
     "wide-concat": "Parts of unlike range share a scale",
@@ -37,6 +38,8 @@ CAUSES = {
     "bias-overflow": "Biases too large for their scale",
     "saturation": "Sums that overflow on older CPUs",
     "low-bits": "Few bits",
+    "preprocessing": "Pictures fed otherwise than in training",
+    "few-pictures": "Too few pictures",
     "layer": "One layer",
 }
 """Kinds of causes in words."""

@@ -284,7 +284,7 @@ def batches(
     load = partial(_load, inputs=inputs, prep=prep)
     _import_decoders()
     pending = ahead(load, listing.paths, workers=workers, depth=2 * workers + batch)
-    return _stacked(_survivors(pending, len(listing.paths), warn, progress, lost), inputs, batch)
+    return _stacked(_survivors(pending, max(len(listing.paths), listing.whole), warn, progress, lost), inputs, batch)
 
 
 def _load(path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | None) -> dict[str, NDArray[Any]]:

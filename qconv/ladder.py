@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ class Cause:
 
     where: nodes or tensors, the worst first. what: the evidence in words, with its numbers. share: their part in the
     error at the outputs, None where it was not measured. handled: what of the recipe takes care of it already, empty
-    where nothing does.
+    where nothing does. harmless: whether it costs nothing on the pictures that were looked at.
     """
 
     kind: str
@@ -22,6 +23,7 @@ class Cause:
     what: str
     share: float | None = None
     handled: str = ""
+    harmless: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
@@ -40,7 +42,7 @@ class Trial:
 
     name: of a remedy or of a recipe. options: what is to be added to the command line for it. causes: the kinds that it
     is for. size: bytes. ms: median of one run; ratio: of it to the float model's, (low, middle, high). failed: why
-    there is no result, empty where there is one. low, high: the 95 % interval of agreement.
+    there is no result, empty where there is one. agreement_interval: at 95 %.
     """
 
     name: str
@@ -55,11 +57,30 @@ class Trial:
     seconds: float = 0.0
     failed: str = ""
 
+    @property
+    def equal(self) -> bool:
+        """Whether outputs do not differ from the float model's."""
+        return not self.failed and self.sqnr_db is None and self.agreement in (None, 1.0)
+
+    @property
+    def accuracy_db(self) -> float:
+        """SQNR in dB; of outputs that are classes alone, 10 log10 of one over the share that differs."""
+        if self.failed:
+            return -math.inf
+        if self.sqnr_db is not None:
+            return self.sqnr_db
+        return math.inf if self.equal else -10 * math.log10(1 - (self.agreement or 0.0))
+
+    @property
+    def typed(self) -> str:
+        """The options, to be pasted into a shell."""
+        return shlex.join(self.options)
+
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
         return {
             "name": self.name,
-            "options": " ".join(self.options),
+            "options": self.typed,
             "causes": list(self.causes),
             "sqnr_db": self.sqnr_db,
             "agreement": self.agreement,
@@ -134,25 +155,27 @@ class Sweep:
             "float": {"size": self.float_bytes, "ms": self.float_ms},
             "pictures": self.pictures,
             "unseen": self.unseen,
-            "recipes": [{**trial.as_dict(), "output": out, "non_dominated": best} for trial, out, best in rows],
+            "recipes": [
+                {**trial.as_dict(), "output": None if trial.failed else out, "non_dominated": best}
+                for trial, out, best in rows
+            ],
         }
 
 
-TIMES_ALIKE = 1.03
-"""Ratio up to which two times are the same: what turns on one machine differ by."""
+def _is_faster(one: Trial, other: Trial) -> bool:
+    return one.ratio is not None and other.ratio is not None and one.ratio[2] < other.ratio[0]
 
 
 def undominated(trials: Sequence[Trial]) -> tuple[bool, ...]:
-    """Whether no other trial is at least as good in SQNR, size and latency, and better in one of them."""
+    """Whether no other trial is at least as good in SQNR, size and latency, and better in one of them.
 
-    def decibel(trial: Trial) -> float:
-        return math.inf if trial.sqnr_db is None else trial.sqnr_db
+    Times that lie within each other's turns, from the 10th to the 90th percentile, are no better and no worse.
+    """
 
     def beats(one: Trial, other: Trial) -> bool:
-        mine, its = one.ms or 0.0, other.ms or 0.0
-        as_good = decibel(one) >= decibel(other) and one.size <= other.size and mine <= its * TIMES_ALIKE
-        better = decibel(one) > decibel(other) or one.size < other.size or mine * TIMES_ALIKE < its
-        return as_good and better
+        slower, faster = _is_faster(other, one), _is_faster(one, other)
+        as_good = one.accuracy_db >= other.accuracy_db and one.size <= other.size and not slower
+        return as_good and (one.accuracy_db > other.accuracy_db or one.size < other.size or faster)
 
     able = [trial for trial in trials if not trial.failed]
     return tuple(not trial.failed and not any(beats(other, trial) for other in able) for trial in trials)

@@ -11,15 +11,18 @@ from qconv.ladder import Cause, Diagnosis, Sweep, Trial
 from qconv.printing import COLUMNS, columns, wrapped
 
 NAMED = 2
+LEAST_SHARE = 0.01
 INDENT = "  "
 
 
 def diagnosis(found: Diagnosis, *, verbose: bool) -> str:
     """The causes, the ladder, and what to type."""
     lines = [wrapped(f"{found.model}: {_scored_on(found.pictures, found.unseen)}"), ""]
-    open_ones = [cause for cause in found.causes if not cause.handled]
+    open_ones = [cause for cause in found.causes if not (cause.handled or cause.harmless)]
     handled = [cause for cause in found.causes if cause.handled]
-    for title, causes in (("causes:", open_ones), ("taken care of already:", handled)):
+    harmless = [cause for cause in found.causes if cause.harmless]
+    groups = (("causes:", open_ones), ("taken care of already:", handled), ("also seen:", harmless))
+    for title, causes in groups:
         if causes:
             lines += [title, *(line for cause in causes for line in _cause(cause, verbose=verbose)), ""]
     if not open_ones:
@@ -38,9 +41,14 @@ def sweep(found: Sweep, *, verbose: bool) -> str:
         "",
         wrapped("* no other recipe is as good in accuracy, size and time, and better in one of them."),
     ]
-    if verbose:
-        lines += ["", *(f"{trial.name}: {out}" for trial, out in zip(found.trials, found.outputs, strict=True))]
+    written = [out for trial, out in zip(found.trials, found.outputs, strict=True) if not trial.failed]
+    lines += ["", *(written if verbose else [_all_of(written)])]
     return "\n".join(lines)
+
+
+def _all_of(written: Sequence[str]) -> str:
+    more = f" and {len(written) - 1} more beside it" if len(written) > 1 else ""
+    return f"written: {written[0]}{more}"
 
 
 def _scored_on(pictures: int, unseen: bool) -> str:
@@ -49,7 +57,7 @@ def _scored_on(pictures: int, unseen: bool) -> str:
 
 
 def _cause(cause: Cause, *, verbose: bool) -> Iterator[str]:
-    share = "" if not cause.share else f", {cause.share:.0%} of the error at the outputs"
+    share = "" if cause.share is None else f", {_part(cause.share)} of the error at the outputs"
     yield _hanging(f"{INDENT}{cause.kind}{share}", 4)
     yield _hanging(f"    {cause.what}", 4)
     names = cause.where if verbose else cause.where[:NAMED]
@@ -57,6 +65,10 @@ def _cause(cause: Cause, *, verbose: bool) -> Iterator[str]:
     yield _hanging(f"    where: {', '.join(names)}{more}", 6)
     if cause.handled:
         yield _hanging(f"    {cause.handled}", 4)
+
+
+def _part(share: float) -> str:
+    return "under 1%" if share < LEAST_SHARE else f"{share:.0%}"
 
 
 def ladder(
@@ -77,7 +89,7 @@ def ladder(
         rows.append(
             (
                 mark,
-                "equal" if trial.sqnr_db is None else f"{trial.sqnr_db:.1f}",
+                _decibel(trial),
                 _gain(trial, first),
                 "" if trial.agreement is None else f"{100 * trial.agreement:.1f}",
                 "" if trial.agreement_interval is None else "({:.0f}..{:.0f})".format(*_percent(trial)),
@@ -87,10 +99,14 @@ def ladder(
             )
         )
     lines = [columns([*head, *rows], "rrrrlrrl")]
-    told = [_hanging(f"{trial.name}: {' '.join(trial.options)}", 2) for trial in trials if trial.options]
+    told = [_hanging(f"{trial.name}: {trial.typed}", 2) for trial in trials if trial.options]
     if told and first is not None:
         lines += ["", "options:", *told]
     return "\n".join([*lines, *failures])
+
+
+def _decibel(trial: Trial) -> str:
+    return "equal" if trial.equal else "" if trial.sqnr_db is None else f"{trial.sqnr_db:.1f}"
 
 
 def _percent(trial: Trial) -> tuple[float, float]:
@@ -101,7 +117,8 @@ def _percent(trial: Trial) -> tuple[float, float]:
 def _gain(trial: Trial, first: Trial | None) -> str:
     if first is None or first is trial or first.sqnr_db is None or trial.sqnr_db is None:
         return ""
-    return f"{trial.sqnr_db - first.sqnr_db:+.1f}"
+    gain = round(trial.sqnr_db - first.sqnr_db, 1)
+    return f"{gain + 0.0:+.1f}"  # no -0.0
 
 
 def _hanging(text: str, indent: int) -> str:

@@ -63,7 +63,7 @@ def compare(
     if "" in (float_model, model, images):
         raise click.UsageError("FLOAT, QUANT and --images need a name.")
     wanted = Wanted(as_json, quiet, csv)
-    wanted.check(Path(float_model), Path(model))
+    wanted.check(*map(Path, (float_model, model, images)))
     recipe = Recipe(
         calib=(images,),
         samples=samples,
@@ -135,7 +135,7 @@ def diagnose(
     asked = fields_of({**dict.fromkeys(NOT_DIAGNOSED), "tune_latency": False, **options})
     made(asked)
     wanted = Wanted(as_json, quiet, csv)
-    wanted.check(Path(model))
+    wanted.check(*map(Path, filter(None, (model, *options["calib"], *images, options["layer_bits"]))))
     from qconv import diagnose as clinic
     from qconv import laddered, pipeline, summary
     from qconv.source import source_of
@@ -146,7 +146,7 @@ def diagnose(
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
     leave_by_exceptions()
     try:
-        seen = clinic.diagnose(clinic.Case(source, asked, images), listener)
+        seen = clinic.diagnose(clinic.Case(source, asked, images, options["layer_bits"]), listener)
     finally:
         console.close()
     found = seen.diagnosis

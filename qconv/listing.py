@@ -22,11 +22,13 @@ class Listing:
     """The files to read: `paths` in reading order, already shuffled and cut to the wanted number of samples.
 
     found: how many candidates there were. ignored: files without a picture's or a sample's suffix, not looked at.
+    whole: how many were drawn, where these are a part of them.
     """
 
     paths: tuple[Path, ...]
     found: int
     ignored: int
+    whole: int = 0
 
 
 def find(sources: Sequence[str], *, pattern: str | None, samples: int, seed: int) -> Listing:

@@ -227,7 +227,8 @@ def evaluate(
         preprocessing=preprocessing_of(options),
     )
     wanted = Wanted(as_json, quiet, csv)
-    wanted.check(*(Path(name) for name in (model, against, classes) if name not in (None, "-")))
+    files = [Path(name) for name in (model, against, classes, images) if name not in (None, "-")]
+    wanted.check(*files, written={"the predictions": save_predictions})
     from qconv import evaluate as measuring
     from qconv import printing, save, summary
     from qconv.source import source_of

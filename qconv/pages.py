@@ -121,7 +121,7 @@ def of_diagnosis(found: Diagnosis, looked: Looked | None, command: str) -> Page:
     """The page of a diagnosis. looked: the recipe as it was asked for, layer by layer; None where it was not."""
     scores = Scores(found.pictures, () if looked is None else looked.compared.outputs)
     first = found.trials[0]
-    mended = first.sqnr_db is not None and found.best.sqnr_db is not None and found.best.sqnr_db > first.sqnr_db
+    mended = found.best.accuracy_db > first.accuracy_db
     named = f"with {found.best.name}" if found.best != first else "no remedy is better"
     page = _page(found.model, looked, scores, None, found.warnings)
     return replace(
@@ -144,7 +144,7 @@ def of_sweep(found: Sweep, command: str, warnings: Sequence[str]) -> Page:
     good = [trial for trial, best in zip(found.trials, found.best, strict=True) if best]
     page = _page(found.model, None, Scores(found.pictures, ()), None, warnings)
     kept = f"{len(good)} of {counted(len(found.trials), 'recipe')} are beaten by no other"
-    near = max(good, key=lambda trial: float("inf") if trial.sqnr_db is None else trial.sqnr_db, default=None)
+    near = max(good, key=lambda trial: trial.accuracy_db, default=None)
     least = min(good, key=lambda trial: trial.size, default=None)
     told = "" if near is None or least is None else f": {near.name} is the most accurate, {least.name} the smallest"
     ends = [(label, trial) for label, trial in (("most accurate", near), ("smallest", least)) if trial is not None]
@@ -165,7 +165,9 @@ def of_sweep(found: Sweep, command: str, warnings: Sequence[str]) -> Page:
 def _got(trial: Trial) -> str:
     if trial.failed:
         return "failed"
-    return "equal" if trial.sqnr_db is None else f"{trial.sqnr_db:.1f} dB"
+    if trial.sqnr_db is not None:
+        return f"{trial.sqnr_db:.1f} dB"
+    return "equal" if trial.equal or trial.agreement is None else f"{trial.agreement:.1%} equal"
 
 
 def _agreeing(trial: Trial, before: str = "") -> str:

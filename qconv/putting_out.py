@@ -28,8 +28,11 @@ class Wanted:
     quiet: bool
     csv: str | None = None
 
-    def check(self, *read: Path) -> None:
-        """Say before any work what cannot be written. read: files that must not be written over."""
+    def check(self, *read: Path, written: Mapping[str, str | None] | None = None) -> None:
+        """Say before any work what cannot be written.
+
+        read: files that must not be written over. written: what else is going to be, by what it is called.
+        """
         if self.csv == "":
             raise click.UsageError("--csv needs a name.")
         if self.csv == "-" and self.as_json:
@@ -40,6 +43,7 @@ class Wanted:
 
             save.check_place(Path(self.csv))
             save.refuse_what_is_read(Path(self.csv), read)
+            _require_apart(Path(self.csv), "the table", written or {})
 
     def put(self, found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], text: Callable[[], str]) -> None:
         """found: what --json prints; rows: of the table; text: for people."""
@@ -76,14 +80,18 @@ def check_report(
     html.require()
     place = Path(report)
     save.check_place(place)
-    for what, name in written.items():
-        if name not in (None, "", "-") and Path(name).resolve() == place.resolve():
-            raise QconvError(f"{place} is both the report and {what}.", "choose two names.")
+    _require_apart(place, "the report", written)
     if place.is_file():
         own = [model for model in models if model.path is not None]
         files = [file for model in own for file in (model.path, *source.data_files(source.read(model), model)) if file]
         save.refuse_what_is_read(place, [*files, *(name for name in read if name)])
     return place
+
+
+def _require_apart(place: Path, own: str, written: Mapping[str, str | None]) -> None:
+    for what, name in written.items():
+        if name not in (None, "", "-") and Path(name).resolve() == place.resolve():
+            raise QconvError(f"{place} is both {own} and {what}.", "choose two names.")
 
 
 def typed() -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconv.causes import REMARKABLE, Evidence
-from qconv.choices import CALIBRATOR
+from qconv.choices import CALIBRATOR, WeightGranularity
 from qconv.errors import QconvError
 from qconv.graph import Node
 from qconv.ladder import Cause
@@ -30,6 +30,11 @@ ENOUGH_DB, POOR_DB = 30.0, 20.0
 """SQNR from which on no more effort is tried; below which more bits are, whatever they cost."""
 
 
+def options_of(changes: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is to be added to a command line for these changes."""
+    return tuple(word for name, value in changes.items() if value is not None for word in words(name, value))
+
+
 @dataclass(frozen=True, slots=True)
 class Remedy:
     """name: in words. changes: fields of Recipe, None for what is to be left to its default. causes: the kinds that it
@@ -39,11 +44,6 @@ class Remedy:
     changes: Mapping[str, Any]
     causes: tuple[str, ...]
     undoes: bool = False
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """What is to be added to a command line for it."""
-        return tuple(word for name, value in self.changes.items() if value is not None for word in words(name, value))
 
 
 def merged(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,13 +59,20 @@ def merged(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return found
 
 
+def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Both changes as one: what the second says of a field counts."""
+    found = {**first, **second}
+    for name in ADDED & first.keys() & second.keys():
+        found[name] = tuple(dict.fromkeys((*first[name], *second[name])))
+    return found
+
+
 def recipe_with(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> Recipe | None:
-    """The Recipe of the fields with these changes; None where they do not go together, or change nothing."""
+    """The Recipe of the fields with these changes; None where they do not go together."""
     try:
-        recipe = Recipe(**merged(asked, changes))
+        return Recipe(**merged(asked, changes))
     except QconvError:
         return None
-    return None if recipe == Recipe(**asked) else recipe
 
 
 def remedies(causes: Sequence[Cause], evidence: Evidence) -> list[Remedy]:
@@ -81,7 +88,7 @@ def remedies(causes: Sequence[Cause], evidence: Evidence) -> list[Remedy]:
 
 
 def more_effort(recipe: Recipe) -> Iterator[Remedy]:
-    """The next efforts, for whatever costs accuracy."""
+    """The next effort, for whatever costs accuracy."""
     efforts = {"fast": "balanced", "balanced": "best"}
     if recipe.effort in efforts:
         effort = efforts[recipe.effort]
@@ -106,6 +113,11 @@ def _imbalance(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
     yield from _in_float("their readers in float", _readers(cause, evidence))
 
 
+def _weights(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+    yield Remedy("a scale a channel", {"weight_granularity": WeightGranularity.PER_CHANNEL}, ())
+    yield Remedy("scale channels", {"equalize": True}, ())
+
+
 def _outlier(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
     usual = {"calibrator": CALIBRATOR, "percentile": None, "tune_ranges": True}
     yield Remedy("ranges by what the outputs lose", usual, ())
@@ -121,8 +133,8 @@ def _gate(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
     if kinds:
         yield Remedy("gates in float", {"keep_float_op": tuple(kinds)}, ())
     gated = [nodes[name] for name in cause.where if name in nodes]
-    worst = sorted(gated, key=lambda gate: -evidence.share(_around(gate, evidence)))
-    costly = [gate for gate in worst[:FEW_GATES] if evidence.share(_around(gate, evidence)) >= REMARKABLE]
+    worst = sorted(gated, key=lambda gate: -(evidence.share(_around(gate, evidence)) or 0.0))
+    costly = [gate for gate in worst[:FEW_GATES] if (evidence.share(_around(gate, evidence)) or 0.0) >= REMARKABLE]
     both = [node for gate in costly for node in _beside(gate, evidence)]
     yield from _in_float("layers beside gates in float", both, len(both))
 
@@ -177,6 +189,7 @@ def _uncut(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
 
 MAKERS: Mapping[str, Maker] = {
     "channel-imbalance": _imbalance,
+    "weight-imbalance": _weights,
     "range-outlier": _outlier,
     "gate": _gate,
     "wide-concat": _wide,
@@ -200,11 +213,11 @@ def _in_float(name: str, nodes: Sequence[Node], most: int = FEW_NODES) -> Iterat
 
 def _short(name: str) -> str:
     """The end of a long name."""
-    return name if len(name) <= LONG else f"...{name[3 - LONG :]}"
+    return name if len(name) <= LONG else f"...{name[3 - LONG :].lstrip('.')}"
 
 
 def _readers(cause: Cause, evidence: Evidence) -> list[Node]:
     """Of the tensors that cost most at the outputs."""
     values = {value.name: value for value in evidence.plan.activations}
-    worst = sorted(cause.where, key=lambda name: -evidence.share([name]))
+    worst = sorted(cause.where, key=lambda name: -(evidence.share([name]) or 0.0))
     return [node for name in worst if name in values for node in evidence.model.readers(values[name])]

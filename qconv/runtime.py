@@ -130,12 +130,14 @@ class Session:
         if not outputs:  # to the runtime an empty list means all of them
             return []
         try:
-            return list(self._session.run(list(outputs), dict(feeds)))
+            found = self._session.run(list(outputs), dict(feeds))
         except Exception as error:  # as above
             raise QconvError(
                 f"{self.name} cannot be run on these pictures: {_reason(error)}",
                 "check --size, --layout and --batch against the model's input.",
             ) from None
+        # a tensor without axes comes as a number
+        return [np.asarray(array) if isinstance(array, np.generic) else array for array in found]
 
     def run_all(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """All outputs, in the model's order."""

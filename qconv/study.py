@@ -32,6 +32,7 @@ from qconv.pipeline import Listener, check_output, look_for_wishes, require_laye
 from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import make_plan
+from qconv.proof import HELD_BACK_SHARE, MOST_HELD_BACK
 from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.scored import Scored, score_float
@@ -41,8 +42,6 @@ from qconv.source import Source, data_files, own_opset, read, refuse_quantized
 from qconv.targets import TARGETS
 from qconv.trial import carried_out
 
-MOST_HELD_BACK = 64
-HELD_BACK_SHARE = 5
 SCORED_BYTES = 48 * 2**20
 """Inputs and float outputs of the pictures to score on, which stay in memory."""
 

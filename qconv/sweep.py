@@ -6,8 +6,9 @@ float network once for all recipes that quantize it; equalization may make a net
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from qconv.gather import Memory, open_pictures, original
@@ -53,18 +54,22 @@ def sweep(source: Source, entries: Sequence[Entry], listener: Listener | None = 
     del session
     shared = replace(shared, samples=min(shared.samples, held.most))
     memory = Memory()
-    pictures = open_pictures(source, data_files(proto, source), shared, _silent, listener.progress)
+    pictures = open_pictures(source, data_files(proto, source), shared, Listener().warn, listener.progress)
     pictures.memory = memory
     pictures.settle(load(proto, source)[0], shared)
     held.feed.preprocessing = pictures.preprocessing
+    if shared.embed_preprocessing is not None:
+        held.feed.take_pixels(shared.embed_preprocessing)
     proof = Proof.of(source, held.feed, shared, heard, memory)
     for done, entry in enumerate(entries):
         listener.progress("recipes", done, len(entries))
         recipe = replace(entry.recipe, samples=shared.samples)
+        proof.listener = Listener(partial(_warn_of, entry.name, warn), listener.progress)
         proof.carry_out(entry.name, recipe, entry.out, entry.options)
     failures = [made.failure for made in proof.made if made.failure is not None]
     if len(failures) == len(entries):
         raise failures[0]
+    proof.listener = heard
     float_ms = proof.timed(shared.threads, held.feed.size)
     trials, outputs = tuple(made.trial for made in proof.made), tuple(str(entry.out) for entry in entries)
     return Sweep(
@@ -72,5 +77,5 @@ def sweep(source: Source, entries: Sequence[Entry], listener: Listener | None = 
     )
 
 
-def _silent(text: str) -> None:
-    pass
+def _warn_of(recipe: str, warn: Callable[[str], None], text: str) -> None:
+    warn(f"{recipe}: {text}")

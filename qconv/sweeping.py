@@ -15,17 +15,17 @@ things are written, cannot differ.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from qconv.checks import spelt
 from qconv.errors import QconvError
-from qconv.given import recipe_of, without
+from qconv.given import names_given, recipe_of, without
 from qconv.leaving import leave_by_exceptions
 from qconv.putting_out import Wanted, check_report, typed
 from qconv.tomlfile import read_toml
@@ -67,13 +67,13 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
         raise QconvError(f"{output} is no folder.", "with --sweep, -o names a folder, which must be there.")
     entries = list(_entries(file, model, folder, options))
     outputs = {f"the output of {entry.name}": str(entry.out) for entry in entries}
-    flags.wanted.check(Path(model), file)
+    read = [*options["calib"], options["layer_bits"], str(file)]
+    flags.wanted.check(Path(model), *map(Path, filter(None, read)), written=outputs)
     from qconv import laddered, pipeline, summary
     from qconv.source import source_of
     from qconv.sweep import sweep as carried_out
 
     source = source_of(model)
-    read = [*options["calib"], options["layer_bits"], str(file)]
     page = check_report(flags.report, [source], read, {"the table": flags.wanted.csv, **outputs})
     console = summary.Console(quiet=flags.wanted.quiet)
     told: list[str] = []
@@ -100,47 +100,77 @@ def _entries(file: Path, model: str, folder: Path, options: Mapping[str, Any]) -
     from qconv.sweep import Entry
 
     stem = Path(model).stem if Path(model).suffix.lower() == ".onnx" else Path(model).name
+    typed = names_given()
     for name, table in _tables(file).items():
-        words = [word for key, value in table.items() for word in _words(file, name, key, value)]
+        lines = _Lines(file, name)
+        for key, value in table.items():
+            lines.add(key, value)
         try:
-            recipe = _recipe(words, options)
+            recipe = lines.recipe(options, typed)
         except click.UsageError as error:
-            fact = f"{file}: {name} says {shlex.join(words) or 'nothing'}, which cannot be: {error.format_message()}"
+            fact = f"{file}: {name} says {shlex.join(lines.words) or 'nothing'}, which cannot be: "
             fix = "use options of quantize that go together, but none on pictures or on where things go."
-            raise QconvError(fact, fix) from None
-        yield Entry(name, recipe, folder / f"{stem}.{name}.onnx", tuple(words))
+            raise QconvError(f"{fact}{error.format_message()}", fix) from None
+        yield Entry(name, recipe, folder / f"{stem}.{name}.onnx", tuple(lines.words))
 
 
-def _recipe(words: Sequence[str], options: Mapping[str, Any]) -> Recipe:
-    """What the command line says, and over it these words; what can be repeated is added to it."""
-    command = click.Command("recipe", params=without(SHARED), add_help_option=False)
-    with command.make_context("recipe", list(words)) as own:
-        found = dict(options)
-        for option in command.params:
-            name = option.name or ""
-            if own.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                found[name] = (*options[name], *own.params[name]) if option.multiple else own.params[name]
-        return recipe_of(found)
+@dataclass(slots=True)
+class _Lines:
+    """A table of the file. words: the same on a command line; undone: switches that are off, and can be said no way."""
+
+    file: Path
+    name: str
+    words: list[str] = field(default_factory=list)
+    undone: set[str] = field(default_factory=set)
+    known: list[click.Parameter] = field(default_factory=lambda: without(SHARED))
+
+    def add(self, key: str, value: Any) -> None:
+        """Take in one line."""
+        option = next((o for o in self.known if f"--{key}" in o.opts), None)
+        if isinstance(value, bool):
+            off = f"--no-{key}"
+            if value:
+                self.words.append(f"--{key}")
+            elif option is None or off in option.secondary_opts:
+                self.words.append(off)
+            else:
+                self.undone.add(option.name or "")
+        elif isinstance(value, str | int | float):
+            self.words += [f"--{key}", str(value)]
+        elif isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
+            # what cannot be repeated takes its numbers in one word
+            once = option is None or not option.multiple
+            for item in [",".join(map(str, value))] if once else map(str, value):
+                self.words += [f"--{key}", item]
+        else:
+            raise QconvError(f"{self.file}: {key!r} of {self.name} is no value of an option.", f"{EXAMPLE}.")
+
+    def recipe(self, options: Mapping[str, Any], typed: Collection[str]) -> Recipe:
+        """What the command line says, and over it these lines; what can be repeated is added to it."""
+        command = click.Command("recipe", params=self.known, add_help_option=False)
+        found = {**options, **dict.fromkeys(self.undone, False)}
+        with command.make_context("recipe", list(self.words)) as own:
+            said = names_given() | self.undone
+            for option in command.params:
+                name = option.name or ""
+                if name in names_given():
+                    found[name] = (*options[name], *own.params[name]) if option.multiple else own.params[name]
+        # a recipe that is named here replaces what was typed outside
+        return recipe_of(found, said if "recipe_name" in said else said | set(typed))
 
 
 def _tables(file: Path) -> dict[str, dict[str, Any]]:
     content = read_toml(file, "--sweep", EXAMPLE)
     if not content:
         raise QconvError(f"{file} has no recipe.", f"{EXAMPLE}.")
+    alike = Counter(name.casefold() for name in content)
     for name, table in content.items():
+        if alike[name.casefold()] > 1:
+            raise QconvError(
+                f"{file}: {name!r} differs from another recipe in capitals alone.", "give it another name."
+            )
         if not isinstance(table, dict):
             raise QconvError(f"{file} has {name!r} outside of any recipe.", f"{EXAMPLE}.")
         if not name or name.startswith(".") or Path(name).name != name or not name.isprintable():
             raise QconvError(f"{file}: {name!r} cannot be part of a file's name.", "call the recipe otherwise.")
     return content
-
-
-def _words(file: Path, recipe: str, key: str, value: Any) -> Sequence[str]:
-    """One line of a table as it is spelt on the command line."""
-    if isinstance(value, bool):
-        return (f"--{key}" if value else f"--no-{key}",)
-    if isinstance(value, list):
-        return tuple(word for item in value for word in _words(file, recipe, key, item))
-    if not isinstance(value, str | int | float):
-        raise QconvError(f"{file}: {key!r} of {recipe} is no value of an option.", f"{EXAMPLE}.")
-    return f"--{key}", str(value)

@@ -26,6 +26,9 @@ from qconv.weight_ranges import WEIGHT_RANGES
 # Leaves half of int32 to the sum of products: 2^30 / (255 * 127) inputs a channel is more than any layer has.
 LARGEST_BIAS_CODE = 2.0**30
 
+BIAS_FITS = "weight scales widened, so that the bias fits into int32"
+"""Kind of what was done to a layer whose bias is too large for its scales."""
+
 
 @dataclass(slots=True)
 class LayerParams:
@@ -149,7 +152,7 @@ def fitted(
     count = int(np.count_nonzero(widened.scale > params.scale))
     if count:
         what = f"weight scale of {count} channels widened, so that the bias fits into int32"
-        findings.append(Change("params", layer.node.name or "", what))
+        findings.append(Change("params", layer.node.name or "", what, BIAS_FITS))
         params = widened
     limits = pair_limits(layer, source, target, widest=params.widest, saturation_safe=saturation_safe)
     if limits is not None:

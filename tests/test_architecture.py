@@ -184,7 +184,7 @@ FLOORS: tuple[frozenset[str], ...] = (
 NEIGHBOURS: dict[str, set[str]] = {
     "apart": {"plan"},
     "beside": {"compare", "compared", "fed"},
-    "causes": {"compared", "edits", "ladder", "moved", "plan", "report", "sketch"},
+    "causes": {"compared", "edits", "ladder", "moved", "plan", "report", "sketch", "weights"},
     "remedies": {"causes", "ladder"},
     "diagnose": {"pipeline", "proof"},
     "proof": {"pipeline"},
@@ -306,7 +306,7 @@ NEIGHBOURS: dict[str, set[str]] = {
         "weights",
     },
     "shelf": {"sketch", "stats"},
-    "study": {"pipeline", "trial"},
+    "study": {"pipeline", "proof", "trial"},
     "judge": {"trial"},
     "mixed": {"judge", "refine", "trial"},
     "pipeline": {"judge", "mixed", "ranges", "refine", "trial", "tune"},

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 from test_detect import colourful, fed, folder_of, trained_with
 
-from qconv import proof
+from qconv import gather, pipeline, proof
 from qconv.cli import cli
 from qconv.ladder import Trial, undominated
 from qconv.listing import find
+from qconv.recipe import Recipe
+from qconv.remedies import joined, merged
 
 ROOT = Path(__file__).parents[1]
 CIFAR = ROOT / "tests" / "models" / "cifar_mobilenet.onnx"
@@ -311,7 +313,129 @@ def test_pictures_of_ones_own_to_score_on(tmp_path: Path, samples: Path) -> None
 
 def test_what_no_other_trial_beats() -> None:
     def trial(sqnr: float, size: int, ms: float) -> Trial:
-        return Trial("", (), sqnr_db=sqnr, size=size, ms=ms)
+        return Trial("", (), sqnr_db=sqnr, size=size, ms=ms, ratio=(0.9 * ms, ms, 1.1 * ms))
 
     trials = [trial(30, 10, 1), trial(20, 10, 1), trial(40, 20, 1), trial(30, 5, 2), Trial("", (), failed="no")]
     assert undominated(trials) == (True, False, True, True, False)
+
+
+def test_what_is_timed_counts_only_beside_what_is_timed() -> None:
+    ratios = ((0.9, 1.0, 1.1), None, (0.95, 1.05, 1.2))
+    assert undominated([Trial("", (), sqnr_db=30, size=10, ratio=ratio) for ratio in ratios]) == (True, True, True)
+    assert undominated([Trial("", (), size=10, ratio=(r, r, r)) for r in (1.0, 2.0)]) == (True, False)
+
+
+def test_outputs_of_classes_alone_count_by_their_agreement() -> None:
+    right, wrong = (Trial("", (), agreement=share, size=10) for share in (1.0, 0.5))
+    assert undominated((right, wrong)) == (True, False)
+    assert right.equal
+    assert wrong.accuracy_db == pytest.approx(3.01, abs=0.01)
+
+
+def test_defaults_come_back_with_a_remedy(tmp_path: Path, samples: Path) -> None:
+    """What goes with no other calibrator, or with no better effort, is left out with the remedy."""
+    asked = {"effort": "balanced", "rounding": "nearest", "keep_float": ("a",)}
+    changes = joined({"keep_float": ("b",)}, {"effort": "best", "rounding": None})
+    assert merged(asked, changes) == {"effort": "best", "keep_float": ("a", "b")}
+    x = np.load(samples / "00.npy")
+    x[0, 0, 2, 2] = 300
+    np.save(samples / "00.npy", x)
+    asked = ("--effort", "fast", "--calibrator", "percentile", "--percentile", "99.999")
+    assert diagnosed(saved(plain(), tmp_path), "--calib", samples, *asked)["ladder"]
+
+
+def test_bits_from_a_file_stay_in_the_command(tmp_path: Path, samples: Path) -> None:
+    bits = tmp_path / "bits.toml"
+    bits.write_text("[layers]\nc = 4\nk = 3\n")
+    model = saved(plain(), tmp_path)
+    found = diagnosed(model, "--calib", samples, "--effort", "fast", "--layer-bits", bits)
+    assert f"--layer-bits {bits}" in found["recommended"]
+    assert "3 bits" in causes(found)["low-bits"]["what"]
+
+
+def test_a_scalar_among_the_outputs(tmp_path: Path, samples: Path) -> None:
+    proto = network(
+        "c = Conv<pads=[1,1,1,1]>(x, w) y = Flatten(c) z = ReduceMean<keepdims=0>(c)",
+        x=PICTURE,
+        outputs=("y", "z"),
+        w=drawn(1, 16, 3, 3, 3),
+    )
+    found = diagnosed(saved(proto, tmp_path), "--calib", samples, "--effort", "fast")
+    assert found["ladder"][0]["sqnr_db"] is not None
+
+
+def test_a_network_that_tells_nothing_accuses_nobody(tmp_path: Path) -> None:
+    folder = folder_of(colourful(), tmp_path / "pictures")
+    asked = ("--calib", folder, "--resize", "exact", "--preprocess", "unit", "--effort", "fast", "--size", "8x8")
+    assert "preprocessing" not in causes(diagnosed(saved(plain(), tmp_path), *asked))
+
+
+def test_pictures_calibrated_with_are_not_called_unseen(tmp_path: Path, samples: Path) -> None:
+    asked = ("--calib", samples, "--images", samples, "--effort", "fast")
+    assert diagnosed(saved(plain(), tmp_path), *asked)["unseen"] is False
+
+
+def test_a_broken_picture_among_those_held_back(tmp_path: Path) -> None:
+    folder = folder_of(colourful(25), tmp_path / "pictures")
+    last = find([str(folder)], pattern=None, samples=25, seed=0).paths[-1]
+    last.write_bytes(b"no picture")
+    asked = ("--calib", folder, "--resize", "exact", "--preprocess", "imagenet", "--effort", "fast")
+    assert diagnosed(saved(trained_with("imagenet"), tmp_path), *asked)["pictures"] == 4
+
+
+def test_a_file_is_the_same_whatever_ran_before(tmp_path: Path, samples: Path) -> None:
+    """What runs share changes no byte."""
+    model, memory = saved(gated(), tmp_path), gather.Memory()
+    recipes = [Recipe(calib=(str(samples),), effort="fast"), Recipe(calib=(str(samples),), equalize=False)]
+    for recipe in [*recipes, *recipes[::-1]]:
+        _, shared = pipeline.quantize(model, None, recipe, None, memory)
+        _, alone = pipeline.quantize(model, None, recipe)
+        assert shared == alone
+
+
+def test_a_list_of_pictures_is_not_written_over(tmp_path: Path, samples: Path) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"samples/{path.name}\n" for path in samples.iterdir()))
+    before = listed.read_text()
+    result = CliRunner().invoke(
+        cli, ["diagnose", str(saved(plain(), tmp_path)), "--calib", str(listed), "--csv", str(listed)]
+    )
+    assert result.exit_code == 1
+    assert listed.read_text() == before
+
+
+@pytest.mark.parametrize(("op", "gate"), [("HardSwish", "a"), ("Tanh", "t")])
+def test_gates_of_other_kinds(tmp_path: Path, samples: Path, op: str, gate: str) -> None:
+    body = {"HardSwish": "a = HardSwish(c) ", "Tanh": "p = Softplus(c) t = Tanh(p) a = Mul(c, t) "}[op]
+    proto = network(
+        f"c = Conv<pads=[1,1,1,1]>(x, w) {body} k = Conv(a, u) y = Flatten(k)",
+        x=PICTURE,
+        w=drawn(1, 16, 3, 3, 3),
+        u=drawn(2, 8, 16, 1, 1),
+    )
+    found = diagnosed(saved(proto, tmp_path), "--calib", samples, "--effort", "fast")
+    assert "gate" in causes(found), found["causes"]
+
+
+def test_output_channels_on_one_scale(tmp_path: Path, samples: Path) -> None:
+    model, asked = saved(imbalanced(), tmp_path), ("--calib", samples, "--weight-granularity", "per-tensor")
+    found = diagnosed(model, *asked, "--effort", "fast")
+    assert causes(found)["weight-imbalance"]["where"][0] == "c"
+    assert any(row["options"] == "--weight-granularity per-channel" for row in found["ladder"])
+    assert "per-tensor" not in found["recommended"] or "--equalize" in found["recommended"]
+
+
+def test_bits_that_were_asked_for_are_kept_and_what_more_would_bring_is_told(tmp_path: Path, samples: Path) -> None:
+    asked = ("--calib", samples, "--weight-bits", "4", "--edge-bits", "4", "--effort", "fast")
+    found = diagnosed(saved(plain(), tmp_path), *asked)
+    assert "--weight-bits 4" in found["recommended"]
+    assert "With more bits than were asked for: SQNR " in found["conclusion"]
+    assert "--weight-bits 8" in found["conclusion"]
+
+
+def test_pictures_fed_in_another_range(tmp_path: Path) -> None:
+    """Whether the network wants RGB or BGR is not certain, but that it was not fed raw pixels is."""
+    asked = ("--calib", ROOT / "calib_samples", "--resize", "exact", "--preprocess", "raw", "--effort", "fast")
+    found = diagnosed(CIFAR, *asked)
+    assert "--preprocess imagenet" in causes(found)["preprocessing"]["what"]
+    assert "--preprocess imagenet" in found["recommended"]
