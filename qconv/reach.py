@@ -6,7 +6,7 @@ on one picture in a hundred. The largest values of single pictures tell, by Hill
     reach = x_1 * UNSEEN^xi      xi = mean over i < k of log(x_i / x_k),  x_1 >= x_2 >= ... the k largest of P pictures
 
 for UNSEEN times as many pictures; it is never beyond the largest channel's, and as far where fewer than k pictures wake
-the channel or too few pictures are there.
+the channel. Where too few pictures are there to tell, xi is 1, the tail of what has no mean.
 
 Source: Hill 1975, A Simple General Approach to Inference About the Tail of a Distribution; Weissman 1978.
 """
@@ -82,7 +82,9 @@ def reach_of(extremes: Float64) -> Float64:
     ordered = np.sort(np.maximum(extremes, 0.0), axis=0)[::-1]
     most = ordered[0].max(initial=0.0)
     top = ordered[: max(2, int(TAIL * len(ordered)))]
-    if len(top) < FEWEST_IN_TAIL or most == 0:
+    if len(top) < FEWEST_IN_TAIL:
+        return np.where(ordered[0] > 0, np.minimum(ordered[0] * UNSEEN, most), most)
+    if most == 0:
         return np.full(ordered.shape[1], most)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         index = np.log(top[:-1] / top[-1]).mean(axis=0)

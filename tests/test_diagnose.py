@@ -439,3 +439,10 @@ def test_pictures_fed_in_another_range(tmp_path: Path) -> None:
     found = diagnosed(CIFAR, *asked)
     assert "--preprocess imagenet" in causes(found)["preprocessing"]["what"]
     assert "--preprocess imagenet" in found["recommended"]
+
+
+def test_few_pictures_are_enough_to_scale_a_channel_back(tmp_path: Path, samples: Path) -> None:
+    """Their tail is not known, and yet no channel is taken to reach a thousand times what it showed."""
+    model = saved(imbalanced(), tmp_path)
+    asked = as_asked(model, tmp_path / "asked.onnx", "--calib", samples, "--samples", 8)
+    assert decibel(model, asked, unseen()) > 30

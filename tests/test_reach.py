@@ -39,3 +39,9 @@ def test_few_pictures_tell_nothing_of_tails() -> None:
 
 def test_what_is_never_positive_reaches_nowhere() -> None:
     assert reach_of(-np.ones((40, 2))).tolist() == [0.0, 0.0]
+
+
+def test_of_too_few_pictures_the_tail_is_taken_for_the_heaviest() -> None:
+    """Ten times what was seen, but no further than the largest channel, and as far where nothing was seen."""
+    extremes = np.array([[1.0, 50.0, 1000.0, 0.0], [2.0, 200.0, 900.0, 0.0]])
+    assert reach_of(extremes).tolist() == [20.0, 1000.0, 1000.0, 1000.0]
