@@ -446,3 +446,21 @@ def test_few_pictures_are_enough_to_scale_a_channel_back(tmp_path: Path, samples
     model = saved(imbalanced(), tmp_path)
     asked = as_asked(model, tmp_path / "asked.onnx", "--calib", samples, "--samples", 8)
     assert decibel(model, asked, unseen()) > 30
+
+
+def test_parts_of_unlike_range_on_one_scale(tmp_path: Path, samples: Path) -> None:
+    """A detector's head: boxes in pixels beside scores."""
+    proto = network(
+        "c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) b = Conv(r, u) s = Conv(r, v) h = Concat<axis=1>(b, s)"
+        " k = Conv(h, t) y = Flatten(k)",
+        x=PICTURE,
+        w=drawn(1, 16, 3, 3, 3),
+        u=300 * drawn(2, 4, 16, 1, 1),
+        v=drawn(3, 12, 16, 1, 1),
+        t=drawn(4, 8, 16, 1, 1) * np.array([1 / 300] * 4 + [1] * 12, np.float32).reshape(1, 16, 1, 1),
+    )
+    model, asked = saved(proto, tmp_path), ("--calib", samples, "--no-equalize")
+    found = diagnosed(model, *asked)
+    assert causes(found)["wide-concat"]["where"] == ["h"]
+    before = decibel(model, as_asked(model, tmp_path / "asked.onnx", *asked), unseen())
+    assert decibel(model, by_command(found, tmp_path / "mended.onnx"), unseen()) > before + 10
