@@ -190,7 +190,8 @@ def quantize(
             if output.remark:
                 run.warn(f"output {output.name}: {output.remark}.")
         if _is_lost(checked):
-            run.warn(f"little is left of the float model: {_how_much(checked)}; pass more bits or more --effort.")
+            what = f"little is left of the float model: {_how_much(checked)}"
+            run.warn(f"{what}; `qconv diagnose` with the same options tells why.")
         if checked.slowdown is not None and checked.slowdown > SLOWER:
             run.warn(f"the quantized model ran {checked.slowdown:.2f} times as long as the float one on this machine.")
         size = staged.size
