@@ -337,6 +337,7 @@ def test_defaults_come_back_with_a_remedy(tmp_path: Path, samples: Path) -> None
     asked = {"effort": "balanced", "rounding": "nearest", "keep_float": ("a",)}
     changes = joined({"keep_float": ("b",)}, {"effort": "best", "rounding": None})
     assert merged(asked, changes) == {"effort": "best", "keep_float": ("a", "b")}
+    assert joined(changes, {"keep_float": ("c", "b")})["keep_float"] == ("b", "c")
     x = np.load(samples / "00.npy")
     x[0, 0, 2, 2] = 300
     np.save(samples / "00.npy", x)
@@ -386,7 +387,8 @@ def test_a_broken_picture_among_those_held_back(tmp_path: Path) -> None:
 def test_a_file_is_the_same_whatever_ran_before(tmp_path: Path, samples: Path) -> None:
     """What runs share changes no byte."""
     model, memory = saved(gated(), tmp_path), gather.Memory()
-    recipes = [Recipe(calib=(str(samples),), effort="fast"), Recipe(calib=(str(samples),), equalize=False)]
+    pictures = {"calib": (str(samples),), "equalize": False}
+    recipes = [Recipe(**pictures, keep_float=("d",)), Recipe(**pictures, effort="fast"), Recipe(**pictures)]
     for recipe in [*recipes, *recipes[::-1]]:
         _, shared = pipeline.quantize(model, None, recipe, None, memory)
         _, alone = pipeline.quantize(model, None, recipe)
