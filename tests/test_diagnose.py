@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import shlex
@@ -466,3 +467,13 @@ def test_parts_of_unlike_range_on_one_scale(tmp_path: Path, samples: Path) -> No
     assert causes(found)["wide-concat"]["where"] == ["h"]
     before = decibel(model, as_asked(model, tmp_path / "asked.onnx", *asked), unseen())
     assert decibel(model, by_command(found, tmp_path / "mended.onnx"), unseen()) > before + 10
+
+
+def test_the_page_of_a_diagnosis(tmp_path: Path, samples: Path) -> None:
+    pytest.importorskip("plotly")
+    model, page = saved(imbalanced(), tmp_path), tmp_path / "page.html"
+    found = diagnosed(model, "--calib", samples, "--no-equalize", "--effort", "fast", "--report", page)
+    text = page.read_text()
+    for told in ("Channels of very different size", "scale channels", "--equalize", "Layer by layer"):
+        assert told in text
+    assert html.escape(found["recommended"]) in text
