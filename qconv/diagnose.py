@@ -57,6 +57,8 @@ GAINED = 0.5
 """dB from which on a remedy has helped."""
 BIT_DB = 6.02
 """What one more bit gains: a doubling of time or size has to gain as much."""
+MORE_DB = 3.0
+"""What more bits than were asked for must gain to be worth a word."""
 PLENTY_DB = 40.0
 """From here on more counts nothing."""
 SILENT = Listener()
@@ -131,7 +133,7 @@ class _Clinic:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def diagnosis(self, warnings: list[str]) -> Diagnosed:
-        asked = {**self.case.asked, "embed_preprocessing": None, "min_agreement": None, "min_sqnr": None}
+        asked = {**self.case.asked, "min_agreement": None, "min_sqnr": None}
         recipe = Recipe(**asked)
         session = original(self.case.source, recipe)
         held = held_back(session, recipe, self.case.images, self.listener)
@@ -254,7 +256,8 @@ class _Clinic:
 
     @property
     def _so_far(self) -> float:
-        return max(attempt.trial.accuracy_db for attempt in self.attempts)
+        able = [known for known in self.attempts if not self._gives_up_bits(known)]
+        return max(attempt.trial.accuracy_db for attempt in able)
 
     def _try(self, proof: Proof, asked: Mapping[str, Any], remedy: Remedy) -> _Attempt:
         """Carry a remedy out, on the ground of what mends the pictures. Its options are those to add to the given."""
@@ -310,7 +313,6 @@ class _Clinic:
         asked, fields = self.case.asked, dict(best.fields)
         if "samples" not in self.changes:
             fields["samples"] = asked.get("samples", Recipe().samples)
-        fields["embed_preprocessing"] = asked.get("embed_preprocessing")
         calib = [word for place in asked["calib"] for word in ("--calib", place)]
         said = spoken.options_of(Recipe(**fields).as_dict())
         if self.case.layer_bits is not None:
@@ -324,11 +326,13 @@ class _Clinic:
         if best is self.attempts[0]:
             if trial.accuracy_db >= ENOUGH_DB:
                 return f"Nothing needs mending: {got}.{self._but()}"
-            worst = next((cause.kind for cause in self.found if not (cause.handled or cause.harmless)), None)
-            likely = "" if worst is None else f" The most likely cause is {worst}."
+            worst = next((cause for cause in self.found if not (cause.handled or cause.harmless)), None)
+            likely = "" if worst is None else f" The most likely cause: {worst.kind}, {worst.what}."
             return f"No remedy that was tried is worth its cost: {got}.{self._but() or likely}"
         gain = trial.accuracy_db - first.accuracy_db
         more = f", {gain:+.1f} dB beside what was asked for" if isfinite(gain) else ""
+        if (trial.agreement or 0.0) < (first.agreement or 0.0):
+            more += f", whose agreement was {first.agreement:.1%}, which may be chance"
         return f"Best is {trial.name}: {got}{more}.{self._but()}"
 
     def _but(self) -> str:
@@ -340,8 +344,8 @@ class _Clinic:
         if "few-pictures" in kinds and "samples" not in self.changes:
             told += " More pictures would tell more."
         richer = [attempt.trial for attempt in self.attempts if self._gives_up_bits(attempt)]
-        if richer:
-            most = max(richer, key=lambda trial: trial.accuracy_db)
+        most = max(richer, key=lambda trial: trial.accuracy_db, default=None)
+        if most is not None and most.accuracy_db >= min(self._so_far, PLENTY_DB) + MORE_DB:
             told += f" With more bits than were asked for: {in_words(most)} ({most.typed})."
         return told
 

@@ -85,7 +85,7 @@ class Trial:
             "sqnr_db": self.sqnr_db,
             "agreement": self.agreement,
             "agreement_interval": None if self.agreement_interval is None else list(self.agreement_interval),
-            "size": self.size,
+            "size": None if self.failed else self.size,
             "ms": self.ms,
             "ratio_to_float": None if self.ratio is None else list(self.ratio),
             "seconds": round(self.seconds, 3),

@@ -102,9 +102,9 @@ def compare(
 
 NOT_DIAGNOSED = frozenset(
     {"output", "sweep", "stats", "save_stats", "save_layer_bits", "min_agreement", "min_sqnr"}
-    | {"max_drop", "target_size", "candidate_bits", "tune_latency"}
+    | {"max_drop", "target_size", "candidate_bits", "tune_latency", "embed_preprocessing"}
 )
-"""Options of `quantize` that say nothing on accuracy, or search for an answer of their own."""
+"""Options of `quantize` that say nothing on accuracy, search for an answer of their own, or come after it."""
 
 
 @click.command(context_settings=WIDTH, params=without(NOT_DIAGNOSED))

@@ -83,7 +83,7 @@ def reach_of(extremes: Float64) -> Float64:
     most = ordered[0].max(initial=0.0)
     top = ordered[: max(2, int(TAIL * len(ordered)))]
     if len(top) < FEWEST_IN_TAIL:
-        return np.where(ordered[0] > 0, np.minimum(ordered[0] * UNSEEN, most), most)
+        return np.asarray(np.where(ordered[0] > 0, np.minimum(ordered[0] * UNSEEN, most), most))
     if most == 0:
         return np.full(ordered.shape[1], most)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):

@@ -164,7 +164,10 @@ def _wide(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
 
 def _layers(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
     named = [node for node in evidence.model.nodes() if node.name in cause.where]
+    readers = [reader for node in named for reader in evidence.model.readers(node.outputs[0])]
     yield from _in_float(f"{_short(named[0].name or '')} in float" if len(named) == 1 else "these in float", named)
+    # the codes of its result may be the error, which its readers ask for
+    yield from _in_float("with readers in float", [*named, *readers], len(named) + FEW_NODES)
 
 
 def _saturation(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
@@ -172,9 +175,13 @@ def _saturation(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
 
 
 def _low_bits(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
-    if evidence.recipe.weight_bits < 8:
-        yield Remedy("weights of 8 bits", {"weight_bits": 8}, ())
-    if evidence.recipe.activation_bits < 8:
+    recipe = evidence.recipe
+    if recipe.weight_bits < 8:
+        # channels of 8 bits have none to give to others
+        left = "activations" if recipe.allocates_activations else "none"
+        own = {"bit_allocation": left} if recipe.allocates_weights else {}
+        yield Remedy("weights of 8 bits", {"weight_bits": 8, **own}, ())
+    if recipe.activation_bits < 8:
         yield Remedy("activations of 8 bits", {"activation_bits": 8}, ())
 
 

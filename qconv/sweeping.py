@@ -126,6 +126,11 @@ class _Lines:
 
     def add(self, key: str, value: Any) -> None:
         """Take in one line."""
+        if any(f"--{key}" in option.opts for option in without(()) if option.name in SHARED):
+            fact = f"{self.file}: {key!r} of {self.name} cannot differ from recipe to recipe."
+            raise QconvError(fact, f"pass --{key} on the command line, for all of them.")
+        if key == "layer-bits" and isinstance(value, str):
+            value = str(self.file.parent / value)
         option = next((o for o in self.known if f"--{key}" in o.opts), None)
         if isinstance(value, bool):
             off = f"--no-{key}"

@@ -477,3 +477,23 @@ def test_the_page_of_a_diagnosis(tmp_path: Path, samples: Path) -> None:
     for told in ("Channels of very different size", "scale channels", "--equalize", "Layer by layer"):
         assert told in text
     assert html.escape(found["recommended"]) in text
+
+
+def test_more_effort_is_tried_where_only_more_bits_are_good(tmp_path: Path, samples: Path) -> None:
+    asked = ("--calib", samples, "--weight-bits", "3", "--edge-bits", "3", "--effort", "fast")
+    found = diagnosed(saved(plain(), tmp_path), *asked)
+    rows = {row["options"]: row["sqnr_db"] for row in found["ladder"]}
+    assert rows["--weight-bits 8"] > 30
+    assert "--effort balanced" in rows
+    assert "--weight-bits 3" in found["recommended"]
+
+
+def test_channels_of_8_bits_take_no_bits_from_others(tmp_path: Path, samples: Path) -> None:
+    asked = ("--calib", samples, "--recipe-name", "aciq-w4a4")
+    found = diagnosed(saved(plain(), tmp_path), *asked)
+    assert any("--weight-bits 8 --bit-allocation activations" in row["options"] for row in found["ladder"])
+
+
+def test_embedding_comes_after_a_diagnosis() -> None:
+    result = CliRunner().invoke(cli, ["diagnose", "m.onnx", "--calib", "s", "--embed-preprocessing", "nchw"])
+    assert result.exit_code == 2

@@ -148,7 +148,7 @@ def test_the_table_is_narrow_enough(place: Path) -> None:
         ("[a]\nweight-bits = 9", "--weight-bits 9"),
         ("[a]\nweight-bits = [4, 8]", "not a valid integer"),
         ('[a]\nweight-bits = "four"', "not a valid integer"),
-        ("[a]\nsamples = 4", "No such option"),
+        ("[a]\nsamples = 4", "cannot differ from recipe to recipe"),
         ("[a]\npack = true", "Packing stores int4"),
         ("[a]\neffort = { no = 1 }", "is no value of an option"),
         ('["a/b"]', "cannot be part of a file's name"),
@@ -234,3 +234,11 @@ def test_the_table_writes_nothing_over(place: Path, name: str) -> None:
     result = run(place, "--effort", "fast", "--csv", place / name)
     assert result.exit_code == 1
     assert not (place / "model.w8a8.onnx").exists()
+
+
+def test_a_file_that_a_recipe_names_lies_beside_it(place: Path) -> None:
+    (place / "bits.toml").write_text("[layers]\nc = 4\n")
+    (place / "recipes.toml").write_text('[own]\nlayer-bits = "bits.toml"\n')
+    result = run(place, "--effort", "fast", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["recipes"][0]["failed"] is None
