@@ -639,7 +639,8 @@ def test_float16(folder: str) -> None:
 def test_the_file_says_how_to_feed_it(folder: str) -> None:
     """What is left to do, and what is inside."""
     report, result = quantized(deep(), folder, preprocessing=PreprocessingOptions(preset="caffe", resize="exact"))
-    carried = {entry.key: json.loads(entry.value) for entry in result.metadata_props if entry.key != "qconv.version"}
+    told = {entry.key: entry.value for entry in result.metadata_props}
+    carried = {key: json.loads(told[key]) for key in ("qconv.preprocessing", "qconv.recipe")}
     said = carried["qconv.preprocessing"]
     assert (said["preset"], said["color"], said["layout"], said["size"]) == ("raw", "bgr", "nhwc", [12, 10])
     assert (said["scale"], said["mean"], said["std"]) == (1.0, [0.0], [1.0])
