@@ -43,25 +43,22 @@ class Recipe:
     """What `quantize` is asked to do. The defaults are those of target `ort-cpu`.
 
     calib: folders, or text files with one path a line; may be empty where `stats` is given, else an error at the door,
-    not here. stats, save_stats: files of statistics to read instead of pictures, and to write.
-    layer_bits: globs of layers' names, each with the bits of those that it matches; the first match counts.
-    max_drop, target_size: search for the bits of each layer's weights, see `mixed`: the cheapest that keep the drop,
-    the best of so large a share of float's size. candidate_bits: those to choose from, 32 for float; None without a
-    search. save_layer_bits: file to write what was found into.
-    bit_allocation: whose channels get bits of their own, those of the layer or tensor on average, see `allocation`.
-    bias_correction: by which means of what layers read the bias takes back what rounding the weights does to means:
-    those on the pictures, in the float network (measured) or behind layers that are quantized already (sequential, and
-    with second-order rounding always), or those that BatchNormalization tells, where it does.
+    not here. stats, save_stats: files of statistics to read instead of pictures, and to write. layer_bits: globs of
+    layers' names, each with the bits of those that it matches; the first match counts. max_drop, target_size: search
+    for the bits of each layer's weights, see `mixed`: the cheapest that keep the drop, the best of so large a share of
+    float's size. candidate_bits: those to choose from, 32 for float; None without a search. save_layer_bits: file to
+    write what was found into. bit_allocation: whose channels get bits of their own, those of the layer or tensor on
+    average, see `allocation`. bias_correction: by which means of what layers read the bias takes back what rounding the
+    weights does to means: those on the pictures, in the float network (measured) or behind layers that are quantized
+    already (sequential, and with second-order rounding always), or those that BatchNormalization tells, where it does.
     weight_scheme: None for symmetric; with effort best, where the target takes it, asymmetric for weights of up to
-    FEW_BITS bits: then it stays None.
-    activation_scheme: None for the target's own; it is never None afterwards. saturation_safe: see `quantize_layer`.
-    equalize: scale channels of the float network where its quantization gains; takes a second pass over the pictures.
-    None: where there are pictures, unless effort is fast; it is never None afterwards.
-    tune_ranges: choose ranges of activations by what the outputs lose, see `ranges`; None: where there are pictures,
-    unless effort is fast or a calibrator is given; it is never None afterwards.
-    tune_latency: place layers by times that are measured on this machine, see `tune`.
-    embed_preprocessing: the layout of the uint8 pixels that the result takes and normalises by itself; None: it takes
-    what the float network takes.
+    FEW_BITS bits: then it stays None. activation_scheme: None for the target's own; it is never None afterwards.
+    saturation_safe: see `quantize_layer`. equalize: scale channels of the float network where its quantization gains;
+    takes a second pass over the pictures. None: where there are pictures, unless effort is fast; it is never None
+    afterwards. tune_ranges: choose ranges of activations by what the outputs lose, see `ranges`; None: where there are
+    pictures, unless effort is fast or a calibrator is given; it is never None afterwards. tune_latency: place layers by
+    times that are measured on this machine, see `tune`. embed_preprocessing: the layout of the uint8 pixels that the
+    result takes and normalises by itself; None: it takes what the float network takes.
     Raises QconvError for values that do not go together.
     """
 
