@@ -135,6 +135,10 @@ FLOORS: tuple[frozenset[str], ...] = (
             "stored",
             "streams",
             "verify",
+            "torchgraph",
+            "torchmath",
+            "torchop",
+            "torchplaces",
             "walk",
             "weight_ranges",
             "weight_specs",
@@ -267,6 +271,9 @@ NEIGHBOURS: dict[str, set[str]] = {
     "weight_ranges": {"clipping", "sketch"},
     "simplify": {"edits"},
     "verify": {"intervals", "report"},
+    "torchgraph": {"torchmath", "torchop", "torchplaces"},
+    "torchmath": {"torchop"},
+    "torchplaces": {"torchop"},
     "walk": {"held"},
     "chart": {"curve"},
     "page": {"chart", "curve"},
@@ -337,6 +344,7 @@ FENCES: dict[str, frozenset[str]] = {
     "jinja2": frozenset({"html"}),
     "markupsafe": frozenset({"html"}),
     "plotly": frozenset({"html"}),
+    "torch": frozenset({"torchgraph", "torchmath", "torchop", "torchplaces"}),
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
@@ -412,7 +420,7 @@ def test_there_are_no_circles() -> None:
 def heavy_after(statement: str) -> str:
     code = (
         f"import sys\n{statement}\n"
-        "heavy = ('numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'rich', 'PIL', 'sympy', 'jinja2', 'plotly')\n"
+        "heavy = ('numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'rich', 'PIL', 'sympy', 'jinja2', 'plotly', 'torch')\n"
         "print(*[name for name in heavy if name in sys.modules], file=sys.stderr)"
     )
     environment = {"PYTHONPATH": str(PACKAGE.parent)}
