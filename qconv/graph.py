@@ -91,6 +91,12 @@ class Model:
         self.graph.register_initializer(value)
         return value
 
+    def set_constant(self, value: Value, array: NDArray[Any]) -> None:
+        """Give an initializer other numbers of the same shape; its name and type stay. Codes must fit into the type."""
+        assert value.const_value is not None
+        tensor = ir.tensor(np.asarray(array, order="C"), dtype=value.const_value.dtype, name=value.name)
+        value.const_value = tensor
+
     def build(
         self,
         op_type: str,

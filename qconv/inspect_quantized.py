@@ -17,11 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qconv.examine import FORMATS, format_of
 from qconv.fileformat import placed_in, recipe_in
-from qconv.graph import DataType, Model, Node, Value
+from qconv.graph import Model, Node, Value
 from qconv.graph import input_of as at
 from qconv.inspect_float import End, made_by, refuse_custom_operators
 from qconv.load import as_it_is
@@ -37,6 +36,7 @@ from qconv.stored import (
     Places,
     Stored,
     Tensor,
+    bits_of,
     bytes_of,
     clip_bits,
     constant,
@@ -239,7 +239,7 @@ class _Reader:
         scales = self._take(weights.others)
         biases = self._take(bias_parts)
         read = self._read(node, places)
-        bits, scheme = self._bits(node, weights), self._scheme(weights)
+        bits, scheme = bits_of(node, weights, self.recipe), self._scheme(weights)
         granularity, block = self._granularity(node, weights)
         if self.recipe is not None and scheme == "symmetric" and self.recipe.moves_zero(bits):
             scheme = str(self.recipe.scheme_of_weights(bits))
@@ -271,21 +271,6 @@ class _Reader:
         return sum(map(bytes_of, new))
 
     # -- what it means -------------------------------------------------------------------------------------------------
-
-    def _bits(self, node: Node, weights: Stored) -> int:
-        """Of the container, or what qconv's recipe had in mind for codes that need no more."""
-        kind = DataType.__members__.get(weights.type.upper().replace("FLOAT32", "FLOAT"))
-        whole = 0 if kind is None else int(kind.bitwidth)
-        if weights.in_float or not weights.type:
-            return whole or 32
-        if self.recipe is None or weights.computed:
-            return whole or int(weights.type.lstrip("uint") or 8)
-        named = self.recipe.bits_of(node.name or "").weights
-        if named is not None:
-            return named
-        codes = numbers_of(weights.codes)
-        needed = 0.0 if codes is None else _needed(codes, weights, average=self.recipe.allocates_weights)
-        return min((bits for bits in self.recipe.bits_of_weights if needed <= bits <= whole), default=whole)
 
     def _scheme(self, weights: Stored) -> str:
         zero = weights.zero
@@ -375,16 +360,3 @@ class _Reader:
 def _producer(node: Node, index: int) -> Node | None:
     value = at(node, index)
     return None if value is None else value.producer()
-
-
-def _needed(codes: NDArray[Any], weights: Stored, *, average: bool) -> float:
-    """Bits that the codes of one scale take: most of all, or on average, where channels have bits of their own."""
-    if codes.size == 0:
-        return 0.0
-    whole = codes.astype(np.int64)
-    span = int(whole.max()) - int(whole.min())
-    if weights.scale is None or weights.scale.size < 2 or weights.block or codes.ndim <= weights.axis:
-        return span.bit_length()
-    rows = np.moveaxis(whole, weights.axis, 0).reshape(codes.shape[weights.axis], -1)
-    taken = [int(span).bit_length() for span in rows.max(axis=1) - rows.min(axis=1)]
-    return float(np.mean(taken)) if average else max(taken)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from qconv.graph import DataType, Model, Node, Value, attribute
 from qconv.graph import input_of as at
+from qconv.recipe import Recipe
 from qconv.rules import RULES, Weighted
 
 MOVERS = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
@@ -217,6 +218,36 @@ def _computed(node: Node, axis: int) -> Stored | None:
     found = Stored(codes, type_of(codes), shape, numbers_of(scale), numbers_of(zero), axis, at_load=True)
     found.others = others
     return found
+
+
+def bits_of(node: Node, weights: Stored, recipe: Recipe | None) -> int:
+    """Of a layer's codes: those of the container, or what qconv's recipe had in mind for codes that need no more."""
+    kind = DataType.__members__.get(weights.type.upper().replace("FLOAT32", "FLOAT"))
+    whole = 0 if kind is None else int(kind.bitwidth)
+    if weights.in_float or not weights.type:
+        return whole or 32
+    if recipe is None or weights.computed:
+        return whole or int(weights.type.lstrip("uint") or 8)
+    named = recipe.bits_of(node.name or "").weights
+    if named is not None:
+        return named
+    codes = numbers_of(weights.codes)
+    spans = None if codes is None else spans_of(codes, weights)
+    needed = 0.0
+    if spans is not None:
+        needed = float(np.mean(spans) if recipe.allocates_weights else spans.max(initial=0))
+    return min((bits for bits in recipe.bits_of_weights if needed <= bits <= whole), default=whole)
+
+
+def spans_of(codes: NDArray[Any], weights: Stored) -> NDArray[np.int64]:
+    """Bits that the codes of each scale take, (C,), or (1,) where there is one scale, or one for each block."""
+    if codes.size == 0:
+        return np.zeros(1, np.int64)
+    whole = codes.astype(np.int64)
+    rows = whole.reshape(1, -1)
+    if weights.scale is not None and weights.scale.size > 1 and not weights.block and codes.ndim > weights.axis:
+        rows = np.moveaxis(whole, weights.axis, 0).reshape(codes.shape[weights.axis], -1)
+    return np.array([int(span).bit_length() for span in rows.max(axis=1) - rows.min(axis=1)])
 
 
 # -- tensors between layers --------------------------------------------------------------------------------------------

@@ -1,0 +1,209 @@
+"""Weights, scales and biases of a Q/DQ file as PyTorch learns them, and back into the file.
+
+    codes   q = clamp(round(w / s) + z, q_min, q_max)       w = s_0 r v      s = s_0 exp(u)
+    bias    b = b_0 + t
+
+v is a weight in units of the largest code r, u the logarithm of how far a scale has moved: both are without units, so
+that one learning rate means the same to layers whose weights differ a thousandfold, as those do that BatchNormalization
+was folded into. s_0 is the scale in the file. Gradients of v and u are those of LSQ (see torchmath.py).
+
+Where the file stores a bias in steps of s_x s_w, scales stay so large that it fits (see weights.py). Pairs of products
+may overflow 16 bits on some CPUs (see saturation.py): no layer gets a worse pair than it has, unless all of its pairs
+fit.
+
+Sources: Esser et al. 2020, arXiv 1902.08153 (LSQ); Bhalgat et al. 2020, arXiv 2004.09576, for activations whose zero is
+not at the lowest code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qconv.graph import Model, Value
+from qconv.quant import bias_params
+from qconv.sites import Sites, WeightSite
+from qconv.stored import numbers_of
+from qconv.torchmath import rounded
+from qconv.weights import LARGEST_BIAS_CODE
+
+FURTHEST = float(np.log(8.0))
+"""So far may a scale move from that in the file."""
+TYPICAL_CODE = 16
+"""Of what a layer reads: a bias is learned in steps of what the largest weight makes of it."""
+
+
+class _Weights:
+    """Those of one site. v: (O, I/g, ...); u: as the scale; t: (O,), None where no bias is learned."""
+
+    def __init__(self, site: WeightSite, device: torch.device) -> None:
+        codes, scale = _numbers(site.codes), _numbers(site.scale).astype(np.float32)
+        reach = np.maximum(np.maximum(site.high - site.zero, site.zero - site.low), 1)
+        self.site = site
+        self.scale_in_file = _tensor(scale, device)
+        self.reach, self.zero, self.low, self.high = (
+            _tensor(numbers, device) for numbers in (reach, site.zero, site.low, site.high)
+        )
+        self.v = _tensor((codes.astype(np.float64) - site.zero) / reach, device)
+        self.u = torch.zeros_like(self.scale_in_file)
+        self.t: Tensor | None = None
+        if site.bias is not None:
+            own = bias_of(site.bias)
+            step = scale.reshape(-1) if scale.size == own.size else np.full(own.size, scale.max())
+            typical = 1.0 if site.input_scale is None else TYPICAL_CODE * float(_numbers(site.input_scale).mean())
+            self.bias_in_file = _tensor(own, device)
+            self.unit = _tensor((step * reach.max() * typical).reshape(own.shape), device)
+            self.t = torch.zeros_like(self.bias_in_file)
+
+    def bias(self) -> Tensor | None:
+        """(O,)"""
+        return None if self.t is None else self.bias_in_file + self.t * self.unit
+
+    def scale(self, read: Tensor | None) -> Tensor:
+        """As it is stored. read: the scale of what the layer reads, None where no bias is stored in steps of both."""
+        scale, bias = self.scale_in_file * torch.exp(self.u), self.bias()
+        if bias is None or read is None or self.site.bias is None or self.site.bias.producer() is None:
+            return scale
+        least = bias.detach().abs() / (LARGEST_BIAS_CODE * read.detach())
+        return torch.maximum(scale, least.reshape(scale.shape) if scale.numel() == least.numel() else least.max())
+
+    def codes(self) -> Tensor:
+        """As they are stored, but floats."""
+        site, move, axes = self.site, torch.exp(-self.u), self.v.ndim
+        if move.numel() == 1:
+            move = move.reshape([1] * axes)
+        elif site.block:
+            move = move.repeat_interleave(site.block, dim=site.axis).narrow(site.axis, 0, self.v.shape[site.axis])
+        elif move.ndim < axes:
+            move = move.reshape([-1 if i == site.axis else 1 for i in range(axes)])
+        return torch.clamp(rounded(self.v * self.reach * move) + self.zero, self.low, self.high)
+
+
+class Learned:
+    """All that is learned of a model. kinds: what has a learning rate of its own, and its tensors by name."""
+
+    def __init__(self, sites: Sites, device: str = "cpu") -> None:
+        place = torch.device(device)
+        self._scales = {site.scale: _tensor(_numbers(site.scale), place) for site in sites.activations}
+        self._moves = {value: torch.zeros_like(scale) for value, scale in self._scales.items()}
+        self._weights = [_Weights(site, place) for site in sites.weights]
+        self.kinds: dict[str, dict[str, Tensor]] = {
+            "weights": {_name(w.site.codes): w.v for w in self._weights},
+            "weight_scales": {_name(w.site.scale): w.u for w in self._weights},
+            "activation_scales": {_name(value): u for value, u in self._moves.items()},
+            "biases": {_name(w.site.bias): w.t for w in self._weights if w.t is not None},
+        }
+        for tensor in self.tensors:
+            tensor.requires_grad_()
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is learned."""
+        for tensors in self.kinds.values():
+            yield from tensors.values()
+
+    def given(self) -> dict[str, Tensor]:
+        """What stands for the file's constants in `Network.run`, by name."""
+        found = {_name(value): self._scale(value) for value in self._scales}
+        for weights in self._weights:
+            site, bias = weights.site, weights.bias()
+            found[_name(site.scale)] = weights.scale(self._read_by(site))
+            found[_name(site.codes)] = weights.codes()
+            if bias is not None:
+                found[_name(site.bias)] = bias
+        return found
+
+    def hold(self) -> None:
+        """Bring scales back that have moved too far."""
+        with torch.no_grad():
+            for tensor in (*self._moves.values(), *(weights.u for weights in self._weights)):
+                tensor.clamp_(-FURTHEST, FURTHEST)
+
+    def _scale(self, value: Value) -> Tensor:
+        return self._scales[value] * torch.exp(self._moves[value])
+
+    def _read_by(self, site: WeightSite) -> Tensor | None:
+        return self._scale(site.input_scale) if site.input_scale in self._scales else None
+
+    # -- back into the file ----------------------------------------------------------------------------------------
+
+    def write(self, model: Model) -> None:
+        """Put the numbers of now into the model, which is the one that `sites` are of."""
+        with torch.no_grad():
+            given = {name: tensor.cpu().numpy() for name, tensor in self.given().items()}
+        for value in self._scales:
+            model.set_constant(value, given[_name(value)])
+        for weights in self._weights:
+            site = weights.site
+            model.set_constant(site.codes, given[_name(site.codes)].astype(_numbers(site.codes).dtype))
+            model.set_constant(site.scale, given[_name(site.scale)])
+            if site.bias is not None:
+                read = None if site.input_scale is None else given.get(_name(site.input_scale))
+                _write_bias(model, site.bias, given[_name(site.bias)], given[_name(site.scale)], read)
+
+    # -- what is kept --------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """All that was learned, by kinds and names."""
+        return {
+            f"{kind}/{name}": tensor.detach().cpu().numpy().copy()
+            for kind, tensors in self.kinds.items()
+            for name, tensor in tensors.items()
+        }
+
+    def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
+        """What `state` gave."""
+        with torch.no_grad():
+            for kind, tensors in self.kinds.items():
+                for name, tensor in tensors.items():
+                    tensor.copy_(torch.from_numpy(np.array(state[f"{kind}/{name}"])))
+
+
+def _write_bias(
+    model: Model,
+    value: Value,
+    bias: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    read: NDArray[np.float32] | None,
+) -> None:
+    """read: the scale of what the layer reads; None where a stored bias keeps its steps."""
+    node = value.producer()
+    if node is None:
+        model.set_constant(value, bias)
+        return
+    codes, step = node.inputs[:2]
+    assert codes is not None
+    assert step is not None
+    old = _numbers(step).astype(np.float32)
+    new = old if read is None else np.multiply(read, scale.reshape(old.shape), dtype=np.float32)
+    model.set_constant(step, new)
+    model.set_constant(codes, bias_params(new).quantize(bias))
+
+
+def bias_of(value: Value) -> NDArray[np.float32]:
+    """What a layer adds, as it is stored."""
+    node = value.producer()
+    if node is None:
+        return _numbers(value).astype(np.float32)
+    codes, scale = (_numbers(part) for part in node.inputs[:2])
+    return np.asarray(codes.astype(np.float32) * scale, np.float32)
+
+
+def _numbers(value: Value | None) -> NDArray[Any]:
+    found = numbers_of(value)
+    assert found is not None
+    return found
+
+
+def _tensor(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.array(numbers, np.float32)).to(device)
+
+
+def _name(value: Value | None) -> str:
+    assert value is not None
+    return value.name or ""
