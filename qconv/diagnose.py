@@ -51,6 +51,7 @@ from qconv.remedies import (
 from qconv.runtime import Session
 from qconv.source import Source, data_files, file_bytes, metadata, own_opset, read, refuse_quantized
 from qconv.spoken import words
+from qconv.stats import digest
 from qconv.targets import TARGETS
 
 GAINED = 0.5
@@ -274,7 +275,8 @@ class _Clinic:
         assert report is not None
         proto = read(source)
         model, _ = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
-        pictures = open_pictures(source, data_files(proto, source), recipe, SILENT.warn, self.listener.progress)
+        made_from = digest(source, data_files(proto, source))
+        pictures = open_pictures(source, made_from, recipe, SILENT.warn, self.listener.progress)
         pictures.memory = self.memory
         pictures.settle(model, recipe)
         fold.fold(model)

@@ -21,7 +21,7 @@ from qconv import intervals
 from qconv.errors import QconvError
 from qconv.fed import Fed, Outputs, opened
 from qconv.intervals import Interval
-from qconv.labels import Classes, classes_of, folder_of
+from qconv.labels import Labelling, classes_of, labels_of
 from qconv.predictions import TOP, Predictions, Seen
 from qconv.recipe import Recipe
 from qconv.runtime import Session
@@ -45,6 +45,11 @@ class Wishes:
     classes: Path | None = None
     label_offset: int = 0
     table: str | None = None
+
+    @property
+    def labelling(self) -> Labelling:
+        """What the user says of labels."""
+        return Labelling(self.label_offset, self.classes is not None or self.label_offset != 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +269,7 @@ def evaluate(
         if done == 1:  # what cannot be is better said before thousands of pictures
             vector = class_vector(mine)
             outputs = 0 if vector is None else mine[vector].shape[1]
-            if _labels(paths, root, classes, wishes, outputs) is None and other is None:
+            if labels_of(paths, root, classes, wishes.labelling, outputs) is None and other is None:
                 raise _nothing_to_measure(root, vector)
             if wishes.table == ".csv" and vector is None:
                 raise QconvError("No output of the model is one score a class.", "save all outputs in a .npz file.")
@@ -282,7 +287,7 @@ def evaluate(
         progress("evaluate", done + len(lost), len(paths))
     left = [path for path in paths if path not in lost]
     result = Evaluation(source.name, len(left), own.words, "")
-    labels = _labels(left, root, classes, wishes, seen.classes if vector is not None else 0)
+    labels = labels_of(left, root, classes, wishes.labelling, seen.classes if vector is not None else 0)
     if labels is not None:
         assert classes is not None
         result.labels = classes.source + (f", {wishes.label_offset:+d}" if wishes.label_offset else "")
@@ -349,27 +354,6 @@ def _nothing_to_measure(root: Path, vector: int | None) -> QconvError:
         why = "no output is a class score"
     fact = f"There is nothing to measure: {why}, and there is no other model."
     return QconvError(fact, f"pass --against FLOAT, or {fix}")
-
-
-def _labels(
-    paths: Sequence[Path], root: Path, classes: Classes | None, wishes: Wishes, outputs: int
-) -> NDArray[np.int64] | None:
-    asked = wishes.classes is not None or wishes.label_offset != 0
-    if not outputs:
-        if asked:
-            fact = "No output of the model is one score a class, so labels say nothing of it."
-            raise QconvError(fact, "leave --classes and --label-offset out.")
-        return None
-    folders = [folder_of(path, root) for path in paths]
-    if classes is None or not any(folders):
-        if asked:
-            raise QconvError(f"The pictures in {root} lie in no class folders.", "put each into a folder of its class.")
-        return None
-    loose = next((path for path, name in zip(paths, folders, strict=True) if name is None), None)
-    if loose is not None:
-        raise QconvError(f"{loose} lies in no class folder, others do.", "move it into one, or leave it out (--glob).")
-    known = classes.labels([name or "" for name in folders], offset=wishes.label_offset, outputs=outputs)
-    return np.array(known, np.int64)
 
 
 def _accuracy(seen: Seen, labels: NDArray[np.int64]) -> tuple[Share, Share | None]:

@@ -15,6 +15,8 @@ from qconv.recipe import Recipe
 from qconv.targets import IR_VERSIONS, LOWEST_OPSET, RUNTIMES
 
 PLACED = "qconv.placed"
+FLOAT = "qconv.float"
+"""Where a file tells the hash of the float model that it was made from."""
 NEW_TYPES_OPSET = 21  # int4, int16 and blocks
 
 
@@ -53,16 +55,23 @@ def set_ir_version(model: Model) -> None:
 
 
 def describe(
-    model: Model, version: str, recipe: Recipe, preprocessing: Preprocessing | None, placed: Collection[str] = ()
+    model: Model,
+    version: str,
+    recipe: Recipe,
+    preprocessing: Preprocessing | None,
+    placed: Collection[str] = (),
+    made_from: str = "",
 ) -> None:
     """Recipe, preprocessing and version travel in the file; nothing that differs from run to run does.
 
-    placed: names of nodes that are in float because that is faster.
+    placed: names of nodes that are in float because that is faster. made_from: hash of the float model.
     """
     set_ir_version(model)
     carried = {"qconv.version": version, "qconv.recipe": json.dumps(recipe.as_dict(), sort_keys=True)}
     if preprocessing is not None:
         carried["qconv.preprocessing"] = json.dumps(preprocessing.as_dict(), sort_keys=True)
+    if made_from:
+        carried[FLOAT] = made_from
     if placed:
         carried[PLACED] = json.dumps(sorted(placed))
     model.inner.metadata_props.update(carried)

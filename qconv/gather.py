@@ -165,22 +165,20 @@ class Pictures:
 
 def open_pictures(
     source: Source,
-    data: set[Path],
+    model: str,
     recipe: Recipe,
     warn: Callable[[str], None],
     progress: Callable[[str, int, int], None],
 ) -> Pictures:
-    """The pictures and statistics that `recipe` names. data: the model's own data files.
+    """The pictures and statistics that `recipe` names. model: the hash of the float model's bytes.
 
     Raises QconvError where they are not for this model.
     """
     session = original(source, recipe)
     if recipe.stats is None:
         seen = Feed.of(session, recipe, warn, progress)
-        model = stats.digest(source, data) if recipe.save_stats else ""
         return Pictures(seen, None, Detected(seen.preprocessing), model, session)
     found, path = stats.read_file(recipe.stats), recipe.stats
-    model = stats.digest(source, data)
     stats.require_model(found, path, model=model, name=source.name)
     known = None if found.preprocessing is None else stats.as_preprocessing(found.preprocessing)
     if recipe.preprocessing != PreprocessingOptions():

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qconv.errors import QconvError, counted
 
 LISTED = "classes.txt"
@@ -50,6 +53,37 @@ class Classes:
                 "check --classes and --label-offset.",
             )
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Labelling:
+    """What the user says of labels. offset: added to the rank. asked: whether it is an error if there are none."""
+
+    offset: int = 0
+    asked: bool = False
+
+
+def labels_of(
+    paths: Sequence[Path], root: Path, classes: Classes | None, labelling: Labelling, outputs: int
+) -> NDArray[np.int64] | None:
+    """One a picture, (N,); None where they lie in no class folders. outputs: how many classes the model knows, 0 where
+    no output is one score a class. Raises QconvError where folders do not tell, or labels that are asked for cannot be.
+    """
+    if not outputs:
+        if labelling.asked:
+            fact = "No output of the model is one score a class, so labels say nothing of it."
+            raise QconvError(fact, "leave the options for labels out.")
+        return None
+    folders = [folder_of(path, root) for path in paths]
+    if classes is None or not any(folders):
+        if labelling.asked:
+            raise QconvError(f"The pictures in {root} lie in no class folders.", "put each into a folder of its class.")
+        return None
+    loose = next((path for path, name in zip(paths, folders, strict=True) if name is None), None)
+    if loose is not None:
+        raise QconvError(f"{loose} lies in no class folder, others do.", "move it into one, or leave it out (--glob).")
+    known = classes.labels([name or "" for name in folders], offset=labelling.offset, outputs=outputs)
+    return np.array(known, np.int64)
 
 
 def folder_of(path: Path, root: Path) -> str | None:

@@ -43,6 +43,7 @@ from qconv.runtime import Session
 from qconv.shrink import shrink
 from qconv.sketch import Sketch
 from qconv.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
+from qconv.stats import digest
 from qconv.targets import TARGETS, Target
 from qconv.trial import Folded, Settled, nearest, round_anew
 from qconv.tune import tuned
@@ -113,8 +114,8 @@ def quantize(
                 written[spelt(option)] = path
         _check_apart(written, [*recipe.calib, *([] if recipe.stats is None else [recipe.stats])])
         refuse_quantized(proto, source.name)
-        float_bytes = file_bytes(proto, source)
-        pictures = open_pictures(source, data_files(proto, source), recipe, run.warn, run.listener.progress)
+        float_bytes, made_from = file_bytes(proto, source), digest(source, data_files(proto, source))
+        pictures = open_pictures(source, made_from, recipe, run.warn, run.listener.progress)
         pictures.memory = memory
         model, changes = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
         run.findings += changes
@@ -179,7 +180,7 @@ def quantize(
         rows = tensor_rows(plan, params)
         run.findings += emit(model, plan, params, pack=recipe.pack)
         run.findings += shrink(model)
-        describe(model, qconv.__version__, recipe, pictures.fed, plan.placed)
+        describe(model, qconv.__version__, recipe, pictures.fed, plan.placed, made_from)
     with save.staged(model, place) as staged:
         with run.step("verify"):
             save.check(staged)

@@ -18,6 +18,7 @@ from qconv.pipeline import Listener, check_output
 from qconv.proof import Proof, held_back
 from qconv.recipe import Recipe
 from qconv.source import Source, data_files, file_bytes, read, refuse_quantized
+from qconv.stats import digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ def sweep(source: Source, entries: Sequence[Entry], listener: Listener | None = 
     del session
     shared = replace(shared, samples=min(shared.samples, held.most))
     memory = Memory()
-    pictures = open_pictures(source, data_files(proto, source), shared, Listener().warn, listener.progress)
+    made_from = digest(source, data_files(proto, source))
+    pictures = open_pictures(source, made_from, shared, Listener().warn, listener.progress)
     pictures.memory = memory
     pictures.settle(load(proto, source)[0], shared)
     held.feed.preprocessing = pictures.preprocessing

@@ -1,0 +1,274 @@
+"""The story of quantization-aware training: a quantized file, its float model and pictures go in, a better file comes
+out, or the same one where nothing was better.
+
+The float model teaches: what it says of a picture is what the quantized one is to say (distance.py). Some pictures are
+held back. On these both files are run by ONNX Runtime at the end, and the trained one is written only if it is nearer
+to the float model, or right more often where labels are learned from.
+
+Every round leaves a file beside the output, from which the same command goes on after it was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qconv import load, save
+from qconv.album import Album, read_album
+from qconv.cpu import peak_rss_mb
+from qconv.distance import apart
+from qconv.errors import QconvError
+from qconv.examine import examine
+from qconv.fed import Fed, opened
+from qconv.fileformat import recipe_in
+from qconv.finetuned import Finetuned, Judged, Wishes
+from qconv.graph import Model
+from qconv.labels import Labelling, classes_of, labels_of
+from qconv.learnable import Learned
+from qconv.lesson import LOOK_AT, Inputs, Lesson, Mark
+from qconv.report import Audit, Verification
+from qconv.resuming import Kept
+from qconv.runtime import Session
+from qconv.sites import find_sites
+from qconv.source import Source, data_files, file_bytes, is_quantized, read
+from qconv.spoken import recipe_from
+from qconv.stats import digest
+from qconv.targets import TARGETS
+from qconv.teacher import teacher_beside
+from qconv.torchgraph import Network, as_arrays
+from qconv.training import Schedule, Trainer
+from qconv.verify import Comparison, gates
+
+RATES = {"weights": 1.0, "weight_scales": 1.0, "activation_scales": 1.0, "biases": 1.0}
+"""Of the learning rate."""
+HELD_SHARE, LEAST_HELD, MOST_HELD = 1 / 10, 32, 2000
+FEWEST = 8
+"""Pictures: less is nothing to learn from."""
+METADATA = "qconv.finetune"
+
+
+@dataclass(slots=True)
+class Listener:
+    """Who hears about a run while it lasts. progress: (stage, done, in all)."""
+
+    warn: Callable[[str], None] = lambda text: None
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+
+
+def finetune(source: Source, out: Path, wishes: Wishes, listener: Listener | None = None) -> Finetuned:
+    """Train the quantized model `source` and write the better of both at `out`.
+
+    Raises QconvError for anything the user can mend; then nothing is left behind but what a later run goes on from.
+    """
+    started = time.perf_counter()
+    listener = listener or Listener()
+    warnings: list[str] = []
+
+    def warn(text: str) -> None:
+        if text not in warnings:
+            warnings.append(text)
+            listener.warn(text)
+
+    with _determined(wishes.recipe.threads):
+        proto = read(source)
+        teacher = wishes.teacher or teacher_beside(source)
+        _check(source, teacher, out, wishes)
+        recipe = recipe_from(recipe_in(load.as_it_is(read(source), source)))
+        own, other = opened(source, teacher, wishes.recipe, warn)
+        assert other is not None
+        _require_outputs(own, other)
+        device = _device(wishes.device)
+        model = load.as_it_is(proto, source)
+        sites = find_sites(model, recipe)
+        learned = Learned(sites, device)
+        floats, _ = load.load(read(teacher), teacher)
+        student, float_network = Network(model, device), Network(floats, device)
+        words, fixed = other.words, other.feed.inputs[0].shape[0]
+        album = read_album(own, other, warn, listener.progress)
+        held, taught = _split(len(album), wishes)
+        inputs = Inputs(album, torch.device(device))
+        lesson = Lesson.of(student, float_network, learned, inputs, taught, held, fixed)
+        lesson = _with_labels(lesson, album, wishes)
+        on_ort = TARGETS[recipe.target].on_ort if recipe is not None else True
+        sessions = _Sessions(other.session, wishes.recipe.threads, on_ort)
+        before = _judged(sessions, source.runnable, lesson)
+        schedule = Schedule(
+            wishes.epochs,
+            min(wishes.batch, len(taught)),
+            {kind: wishes.rate * factor for kind, factor in RATES.items()},
+            wishes.augment,
+            wishes.recipe.seed,
+        )
+        trainer = Trainer(lesson, schedule)
+        kept = Kept(out, _fingerprint(source, teacher, album, wishes, device))
+        resumed = kept.read_into(trainer, warn)
+        _train(trainer, kept, listener, warn)
+        learned.restore(trainer.best)
+        found = Finetuned(
+            model=source.name, teacher=teacher.name, output=str(out), wishes=wishes, device=device, torch=torch.__version__, words=words,
+            taught=len(taught), held=len(held), steps=trainer.steps, resumed=resumed, history=trainer.history,
+            early=trainer.step < trainer.steps, before=before, after=None, trained=False,
+            audit=Audit(0, 0, ()), bytes=0, float_bytes=file_bytes(read(teacher), teacher), warnings=warnings,
+        )  # fmt: skip
+        learned.write(model)
+        told = {**wishes.as_dict(), "pictures": len(taught), "step": trainer.best_step}
+        model.inner.metadata_props[METADATA] = json.dumps(told, sort_keys=True)
+        _write(model, source, out, found, sessions, lesson, moved=trainer.best_step > 0)
+        kept.forget()
+    found.gates = gates(found.result.verify, wishes.recipe.min_agreement, wishes.recipe.min_sqnr)
+    found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
+    return found
+
+
+def _write(
+    model: Model, source: Source, out: Path, found: Finetuned, sessions: _Sessions, lesson: Lesson, *, moved: bool
+) -> None:
+    """The trained file in its place, if it is better; else the input as it was."""
+    with save.staged(model, out) as staged:
+        if moved:
+            save.check(staged)
+            found.after = _judged(sessions, str(staged.path), lesson)
+            found.trained = found.after.mark.rank > found.before.mark.rank
+        if found.trained:
+            found.audit = examine(Source(source.name, staged.path), threads=1, batch=None, size=None).audit
+            found.bytes = staged.size
+            staged.commit(out)
+            return
+    found.audit = examine(source, threads=1, batch=None, size=None).audit
+    found.bytes = file_bytes(read(source), source)
+    assert source.path is not None
+    if not (out.exists() and out.samefile(source.path)):
+        save.write_whole(out, source.path.read_bytes())
+
+
+# -- before ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _determined(threads: int | None) -> Iterator[None]:
+    """PyTorch does the same every time, with so many threads; what it was set to before comes back."""
+    before, exactly = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(exactly)
+
+
+def _device(wish: str) -> str:
+    if wish == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise QconvError("PyTorch finds no GPU.", "pass --device cpu, or install a build of PyTorch for it.")
+    return wish
+
+
+def _check(source: Source, teacher: Source, out: Path, wishes: Wishes) -> None:
+    """Said before the work."""
+    if not is_quantized(read(source)):
+        raise QconvError(f"{source.name} is not quantized.", "quantize it with `qconv quantize` first.")
+    proto = read(teacher)
+    if is_quantized(proto):
+        raise QconvError(f"{teacher.name} is quantized itself.", "pass the float model with --teacher.")
+    save.check_place(out)
+    files = [path for path in (source.path, teacher.path, *data_files(proto, teacher)) if path is not None]
+    save.refuse_what_is_read(out, [*files, *wishes.recipe.calib])
+    if data_files(read(source), source):
+        fact = f"{source.name} keeps weights in another file."
+        raise QconvError(fact, "training is for models of less than 2 GB in one file.")
+
+
+def _require_outputs(own: Fed, other: Fed) -> None:
+    missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
+    if missing is not None:
+        names = ", ".join(other.session.outputs)
+        fact = f"{other.session.name} has no output {missing!r}, but {names}."
+        raise QconvError(fact, "pass the float model that it was made from with --teacher.")
+
+
+def _split(count: int, wishes: Wishes) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Numbers of pictures that are held back, and of those that are learned from; the draw has mixed them."""
+    share = min(max(int(HELD_SHARE * count), min(LEAST_HELD, count // 4)), MOST_HELD)
+    held = share if wishes.holdout is None else wishes.holdout
+    if count < FEWEST or count - held < 1 or held < 1:
+        fact = f"{count} pictures are too few to train on and to hold {held} back."
+        raise QconvError(fact, f"pass {FEWEST} or more, or fewer to --holdout.")
+    return np.arange(held), np.arange(held, count)
+
+
+def _with_labels(lesson: Lesson, album: Album, wishes: Wishes) -> Lesson:
+    if not wishes.labels:
+        return lesson
+    root = Path(wishes.recipe.calib[0])
+    classes = classes_of(root, wishes.classes)
+    labels = labels_of(album.paths, root, classes, Labelling(wishes.label_offset, asked=True), lesson.classes)
+    return lesson.with_labels(labels)
+
+
+def _fingerprint(source: Source, teacher: Source, album: Album, wishes: Wishes, device: str) -> str:
+    """Of all that a run depends on."""
+    found = hashlib.sha256()
+    for part in (source, teacher):
+        found.update(digest(part, data_files(read(part), part)).encode())
+    kept = (wishes.as_dict(), wishes.holdout, device, album.prep, album.order, [path.name for path in album.paths])
+    found.update(repr(kept).encode())
+    found.update(np.ascontiguousarray(album.numbers).data)
+    return found.hexdigest()
+
+
+# -- while it lasts ----------------------------------------------------------------------------------------------------
+
+
+def _train(trainer: Trainer, kept: Kept, listener: Listener, warn: Callable[[str], None]) -> None:
+    try:
+        trainer.run(lambda done, total: listener.progress("train", done, total), lambda: kept.write(trainer))
+    except SystemExit:
+        if kept.path.exists():
+            listener.warn("stopped: the same command goes on from the last round that was kept.")
+        raise
+
+
+# -- after -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Sessions:
+    """teacher: the float model in ONNX Runtime. optimize: whether the quantized one is for it."""
+
+    teacher: Session
+    threads: int | None
+    optimize: bool
+
+
+def _judged(sessions: _Sessions, model: str | bytes, lesson: Lesson) -> Judged:
+    """A file on the pictures held back."""
+    session = Session(model, name="the quantized model", threads=sessions.threads, optimize=sessions.optimize)
+    names, inputs = session.outputs, lesson.inputs
+    comparison = Comparison.of(names)
+    right = places = pictures = 0
+    distance = 0.0
+    ((own, dtype, _),), ((its, _, _),) = session.inputs, sessions.teacher.inputs
+    for part in lesson.parts(lesson.held, LOOK_AT):
+        x = inputs.of(part)
+        mine, theirs = (array for array in as_arrays([inputs.for_student(x), inputs.for_teacher(x)]))
+        wanted = sessions.teacher.run(names, {its: theirs})
+        said = session.run(names, {own: mine.astype(dtype)})
+        comparison.add(wanted, said)
+        told = [[torch.from_numpy(np.asarray(array, np.float32)) for array in found] for found in (wanted, said)]
+        hits, of = lesson.right(part, *told)
+        right, places, pictures = right + hits, places + of, pictures + len(part)
+        distance += float(apart(lesson.kinds, *told)) * len(part)
+    mark = Mark(right / places if places else None, distance / pictures)
+    return Judged(mark, Verification(len(lesson.held), comparison.scores(spans=True)))

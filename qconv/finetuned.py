@@ -1,0 +1,144 @@
+"""What quantization-aware training is asked for, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import qconv
+from qconv.lesson import Mark
+from qconv.recipe import Recipe
+from qconv.report import Audit, Gate, Verification
+from qconv.source import Source
+from qconv.training import Round
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What is asked for. recipe: names the pictures (its `calib`), how they are fed, threads and gates.
+
+    teacher: None to look for it beside the quantized file. rate: of learning. holdout: None for a tenth.
+    """
+
+    recipe: Recipe
+    teacher: Source | None = None
+    labels: bool = False
+    classes: Path | None = None
+    label_offset: int = 0
+    epochs: int = 20
+    batch: int = 64
+    rate: float = 1e-3
+    holdout: int | None = None
+    augment: bool = True
+    device: str = "auto"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What shapes the result, JSON-ready."""
+        return {
+            "labels": self.labels,
+            "epochs": self.epochs,
+            "batch": self.batch,
+            "learning_rate": self.rate,
+            "augment": self.augment,
+            "seed": self.recipe.seed,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One file on the pictures held back, run by ONNX Runtime. top1: where labels are learned from."""
+
+    mark: Mark
+    verify: Verification
+
+
+@dataclass(slots=True)
+class Finetuned:
+    """What one run did and measured. trained: whether the file is the trained one, or the input as it was."""
+
+    model: str
+    teacher: str
+    output: str
+    wishes: Wishes
+    device: str
+    torch: str
+    words: str
+    taught: int
+    held: int
+    steps: int
+    resumed: int
+    history: list[Round]
+    early: bool
+    before: Judged
+    after: Judged | None
+    trained: bool
+    audit: Audit
+    bytes: int
+    float_bytes: int
+    gates: list[Gate] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_rss_mb: float | None = None
+
+    @property
+    def result(self) -> Judged:
+        """Of the file that was written."""
+        return self.after if self.trained and self.after is not None else self.before
+
+    @property
+    def holds(self) -> bool:
+        """Whether every gate held."""
+        return all(gate.held for gate in self.gates)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The history, as `--csv` writes it."""
+        return [
+            {
+                "step": r.step,
+                "epoch": r.epoch,
+                "loss": r.loss,
+                "held_distance": r.mark.distance,
+                "held_right": r.mark.right,
+                "seconds": round(r.seconds, 3),
+            }
+            for r in self.history
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "schema": 1,
+            "version": qconv.__version__,
+            "model": self.model,
+            "teacher": self.teacher,
+            "output": self.output,
+            "options": self.wishes.as_dict(),
+            "device": self.device,
+            "torch": self.torch,
+            "preprocessing": self.words or None,
+            "pictures": {"taught": self.taught, "held": self.held},
+            "steps": {"done": self.history[-1].step if self.history else 0, "planned": self.steps},
+            "resumed_at": self.resumed or None,
+            "stopped_early": self.early,
+            "trained": self.trained,
+            "before": _told(self.before),
+            "after": None if self.after is None else _told(self.after),
+            "size": {"float": self.float_bytes, "quantized": self.bytes},
+            "audit": self.audit.as_dict(),
+            "gates": [{"name": g.name, "want": g.want, "got": g.got, "held": g.held} for g in self.gates],
+            "history": self.rows,
+            "warnings": self.warnings,
+            "seconds": round(self.seconds, 3),
+            "peak_rss_mb": self.peak_rss_mb,
+        }
+
+
+def _told(found: Judged) -> dict[str, Any]:
+    return {
+        "right": found.mark.right,
+        "distance": found.mark.distance,
+        "agreement": found.verify.agreement,
+        "sqnr_db": found.verify.sqnr_db,
+    }

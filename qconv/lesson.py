@@ -1,0 +1,183 @@
+"""One network learns from another: what both are fed with, and how near the first has come on pictures held back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qconv.album import Album
+from qconv.distance import agreeing, apart, kind_of, labelled
+from qconv.learnable import Learned
+from qconv.pixels import Layout
+from qconv.torchgraph import Network
+
+Ints = NDArray[np.int64]
+SHIFT = 1 / 8
+"""Share of a side by which pictures are moved at most."""
+LOOK_AT = 64
+"""Pictures of a look that run at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How near the quantized network is on pictures held back.
+
+    right: share of labels that it gets right, or of classes that are the float network's; None where no output tells
+    classes. distance: see distance.py.
+    """
+
+    right: float | None
+    distance: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """To be compared: the higher, the better."""
+        return (self.right or 0.0, -self.distance)
+
+
+class Inputs:
+    """Pictures of an album, as tensors that both networks take."""
+
+    def __init__(self, album: Album, device: torch.device) -> None:
+        self.album, self.device = album, device
+        prep = album.prep
+        if prep is not None:
+            shape = (1, -1, 1, 1) if prep.layout is Layout.NCHW else (1, 1, 1, -1)
+            self._mean, self._std = (
+                torch.tensor(numbers, dtype=torch.float32, device=device).reshape(shape)
+                for numbers in (prep.mean, prep.std)
+            )
+
+    def of(self, chosen: NDArray[np.int64], rng: np.random.Generator | None = None) -> Tensor:
+        """(n, ...), pixels or samples. rng: to mirror and move pictures with; None leaves them as they are."""
+        x = torch.from_numpy(np.ascontiguousarray(self.album.numbers[chosen])).to(self.device)
+        prep = self.album.prep
+        if rng is None or prep is None:
+            return x
+        rows, columns = (2, 3) if prep.layout is Layout.NCHW else (1, 2)
+        mirrored = torch.from_numpy(rng.random(len(chosen)) < 1 / 2).to(self.device)
+        x = torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(columns), x)
+        for axis in (rows, columns):
+            most = int(SHIFT * x.shape[axis])
+            x = _moved(x, axis, rng.integers(-most, most + 1, len(chosen)))
+        return x
+
+    def for_teacher(self, x: Tensor) -> Tensor:
+        """What the float network takes."""
+        prep = self.album.prep
+        return x if prep is None else (x.float() * prep.scale - self._mean) / self._std
+
+    def for_student(self, x: Tensor) -> Tensor:
+        """What the quantized one takes."""
+        return self.for_teacher(x) if self.album.order is None else x.permute(*self.album.order).float()
+
+
+def _moved(x: Tensor, axis: int, by: NDArray[np.int64]) -> Tensor:
+    """Each picture moved along an axis, its border repeated."""
+    places = np.clip(np.arange(x.shape[axis]) + by[:, None], 0, x.shape[axis] - 1)
+    index = torch.from_numpy(places).to(x.device)
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = index.shape
+    return torch.gather(
+        x, axis, index.reshape(shape).expand(*[len(by) if i == 0 else s for i, s in enumerate(x.shape)])
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """Who learns from whom, and what from.
+
+    taught, held: numbers of pictures. kinds: what each output holds (distance.py). vector: the output that is one score
+    a class, None where none is; classes: how many it tells apart. labels: (N,), or None. fixed: the batch that the
+    networks are fixed to, None where they take any.
+    """
+
+    student: Network
+    teacher: Network
+    learned: Learned
+    inputs: Inputs
+    taught: Ints
+    held: Ints
+    fixed: int | None
+    kinds: tuple[str, ...]
+    vector: int | None
+    classes: int
+    labels: Ints | None = None
+
+    @classmethod
+    def of(
+        cls,
+        student: Network,
+        teacher: Network,
+        learned: Learned,
+        inputs: Inputs,
+        taught: Ints,
+        held: Ints,
+        fixed: int | None,
+    ) -> Lesson:
+        """What the outputs hold is what the teacher says on some pictures."""
+        first = np.resize(held, fixed or min(len(held), LOOK_AT))
+        found = cls(student, teacher, learned, inputs, taught, held, fixed, (), None, 0)
+        told = found.told(inputs.of(first))
+        kinds = tuple(map(kind_of, told))
+        vectors = [i for i, y in enumerate(told) if kinds[i] != "numbers" and y.ndim == 2]
+        vector = vectors[0] if vectors else None
+        classes = 0 if vector is None else int(told[vector].shape[1])
+        return cls(student, teacher, learned, inputs, taught, held, fixed, kinds, vector, classes)
+
+    def with_labels(self, labels: Ints | None) -> Lesson:
+        """The same, with labels to learn from."""
+        return replace(self, labels=labels)
+
+    def told(self, x: Tensor) -> list[Tensor]:
+        """What the teacher says of pictures, in the student's order of outputs."""
+        with torch.no_grad():
+            found = self.teacher.run({self.teacher.inputs[0]: self.inputs.for_teacher(x)}, self.student.outputs)
+        return list(found.values())
+
+    def said(self, x: Tensor, given: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the student says. given: what it has learned."""
+        return list(self.student.run({self.student.inputs[0]: self.inputs.for_student(x), **given}).values())
+
+    def loss(self, part: Ints, rng: np.random.Generator | None) -> Tensor:
+        """Of some pictures."""
+        x = self.inputs.of(part, rng)
+        said = self.said(x, self.learned.given())
+        loss = apart(self.kinds, self.told(x), said)
+        if self.labels is None or self.vector is None:
+            return loss
+        scores = said[self.vector]
+        return loss + labelled(self.kinds[self.vector], scores, torch.from_numpy(self.labels[part]).to(scores.device))
+
+    def parts(self, chosen: Ints, most: int) -> Iterator[Ints]:
+        """Pieces that run at once; those of networks with a batch of their own are filled up."""
+        size = self.fixed or most
+        for start in range(0, len(chosen), size):
+            part = chosen[start : start + size]
+            yield part if self.fixed is None else np.resize(part, size)
+
+    def mark(self) -> Mark:
+        """On the pictures held back."""
+        equal = places = pictures = 0
+        total = 0.0
+        with torch.no_grad():
+            given = self.learned.given()
+            for part in self.parts(self.held, LOOK_AT):
+                x = self.inputs.of(part)
+                wanted, said = self.told(x), self.said(x, given)
+                hits, of = self.right(part, wanted, said)
+                equal, places, pictures = equal + hits, places + of, pictures + len(part)
+                total += float(apart(self.kinds, wanted, said)) * len(part)
+        return Mark(equal / places if places else None, total / pictures)
+
+    def right(self, part: Ints, wanted: list[Tensor], said: list[Tensor]) -> tuple[int, int]:
+        """At how many of how many places the student is right, by labels or by what its teacher says."""
+        if self.labels is None or self.vector is None:
+            return agreeing(self.kinds, wanted, said)
+        hits = said[self.vector].argmax(dim=1).cpu().numpy() == self.labels[part]
+        return int(hits.sum()), len(part)

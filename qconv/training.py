@@ -1,0 +1,181 @@
+"""Quantization-aware training: the quantized network itself is run, and its weights, scales and biases are learned.
+
+Adam (Kingma and Ba 2015) with a rate of its own for each kind of what is learned, which rises over the first steps and
+falls along a half cosine. Gradients that are much longer than usual are shortened. Everything that is drawn follows
+from the seed and the number of the step, so that a run that was stopped goes on as if it never had been.
+
+After each round the network is looked at on pictures that it does not learn from; the best state is kept, and training
+ends early where a third of all rounds brought nothing better.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qconv.lesson import Lesson, Mark
+
+State = dict[str, NDArray[Any]]
+BETAS = (0.9, 0.99)
+WARM_UP = 0.05
+"""Share of all steps in which rates rise."""
+USUAL, LONGEST = 0.95, 3.0
+"""Gradients are shortened to LONGEST times their usual length, a running mean that keeps so much of itself."""
+ROUND = 250
+"""Most steps between two looks at the pictures held back."""
+PATIENCE, FEWEST_ROUNDS = 1 / 3, 4
+SHORT_EPOCH = 32
+"""Steps below which several epochs make a round."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """rates: of the kinds in `Learned.kinds`. batch: pictures a step. augment: mirrored and moved at random."""
+
+    epochs: int
+    batch: int
+    rates: Mapping[str, float]
+    augment: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A row of the history. loss: on average over the round's steps."""
+
+    step: int
+    epoch: float
+    loss: float
+    mark: Mark
+    seconds: float
+
+
+class Trainer:
+    """One run of training, which can be taken up where it was left."""
+
+    def __init__(self, lesson: Lesson, schedule: Schedule) -> None:
+        self.lesson, self.schedule = lesson, schedule
+        kinds = lesson.learned.kinds
+        self.optimizer = torch.optim.Adam(
+            [{"params": list(kinds[kind].values()), "lr": 0.0, "kind": kind} for kind in kinds if kinds[kind]],
+            betas=BETAS,
+        )
+        self.each = max(1, len(lesson.taught) // schedule.batch)  # steps an epoch
+        self.steps = self.each * schedule.epochs
+        most = min(ROUND, self.each * -(-SHORT_EPOCH // self.each))
+        self.ends = np.linspace(0, self.steps, -(-self.steps // most) + 1).astype(int)[1:].tolist()
+        self.step, self.usual, self.seconds, self.best_step = 0, 0.0, 0.0, 0
+        self.history: list[Round] = []
+        self.best: State = lesson.learned.state()
+        self.first_mark = self.best_mark = lesson.mark()
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether nothing better came for so long that it is given up."""
+        patience = max(FEWEST_ROUNDS, int(PATIENCE * len(self.ends)))
+        marks = [self.first_mark, *(row.mark for row in self.history)]
+        ranks = [mark.rank for mark in marks]
+        nearest = [(0.0, -mark.distance) for mark in marks]
+        return all(len(found) - 1 - found.index(max(found)) > patience for found in (ranks, nearest))
+
+    def run(self, progress: Callable[[int, int], None], keep: Callable[[], None]) -> None:
+        """To the end of the schedule, or until it is given up. keep: called after each round."""
+        while self.step < self.steps and not self.ended_early:
+            start, losses = time.perf_counter(), []
+            end = next(end for end in self.ends if end > self.step)
+            while self.step < end:
+                losses.append(self._learn())
+                self.step += 1
+                progress(self.step, self.steps)
+            mark = self.lesson.mark()
+            if math.isfinite(mark.distance) and mark.rank > self.best_mark.rank:
+                self.best, self.best_mark, self.best_step = self.lesson.learned.state(), mark, self.step
+            self.seconds += time.perf_counter() - start
+            self.history.append(Round(self.step, self.step / self.each, float(np.mean(losses)), mark, self.seconds))
+            keep()
+
+    def _learn(self) -> float:
+        lesson, schedule = self.lesson, self.schedule
+        epoch, place = divmod(self.step, self.each)
+        order = np.random.default_rng([schedule.seed, 0, epoch]).permutation(lesson.taught)
+        chosen = order[place * schedule.batch : (place + 1) * schedule.batch]
+        rng = np.random.default_rng([schedule.seed, 1, self.step]) if schedule.augment else None
+        self.optimizer.zero_grad()
+        total = 0.0
+        for part in lesson.parts(chosen, schedule.batch):
+            loss = lesson.loss(part, rng)
+            share = min(len(part), len(chosen)) / len(chosen)
+            (loss * share).backward()
+            total += float(loss.detach()) * share
+        length = float(torch.nn.utils.clip_grad_norm_(list(lesson.learned.tensors), self._longest()))
+        if not math.isfinite(length) or not math.isfinite(total):
+            return total  # nothing is learned from that
+        self.usual = length if not self.usual else USUAL * self.usual + (1 - USUAL) * min(length, self._longest())
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedule.rates[group["kind"]] * self._rate()
+        self.optimizer.step()
+        lesson.learned.hold()
+        return total
+
+    def _longest(self) -> float:
+        return LONGEST * self.usual if self.usual else math.inf
+
+    def _rate(self) -> float:
+        warm = max(1.0, WARM_UP * self.steps)
+        return min(1.0, (self.step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+
+    # -- what is kept --------------------------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        """All that a later run needs to go on."""
+        found: State = {f"now/{name}": array for name, array in self.lesson.learned.state().items()}
+        found |= {f"best/{name}": array for name, array in self.best.items()}
+        for index, tensor in enumerate(self.lesson.learned.tensors):
+            for name, value in self.optimizer.state.get(tensor, {}).items():
+                found[f"adam/{index}/{name}"] = value.detach().cpu().numpy().copy()
+        found["run"] = np.array([self.step, self.best_step, self.usual, self.seconds], np.float64)
+        found["history"] = np.array([_numbers(row) for row in self.history], np.float64).reshape(len(self.history), 6)
+        found["marks"] = np.array([_mark(self.first_mark), _mark(self.best_mark)], np.float64)
+        return found
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """What `state` gave."""
+
+        def below(prefix: str) -> State:
+            return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+
+        self.lesson.learned.restore(below("now/"))
+        self.best = below("best/")
+        for index, tensor in enumerate(self.lesson.learned.tensors):
+            kept = below(f"adam/{index}/")
+            for name, array in kept.items():
+                # the number of the step stays where Adam wants it
+                place = tensor.device if array.ndim else "cpu"
+                self.optimizer.state[tensor][name] = torch.from_numpy(np.array(array)).to(place)
+        step, best_step, self.usual, self.seconds = (float(x) for x in state["run"])
+        self.step, self.best_step = int(step), int(best_step)
+        self.history = [_round(row) for row in state["history"]]
+        self.first_mark, self.best_mark = (_read_mark(row) for row in state["marks"])
+
+
+def _mark(mark: Mark) -> tuple[float, float]:
+    return (math.nan if mark.right is None else mark.right, mark.distance)
+
+
+def _read_mark(row: NDArray[np.float64]) -> Mark:
+    return Mark(None if math.isnan(row[0]) else float(row[0]), float(row[1]))
+
+
+def _numbers(row: Round) -> tuple[float, ...]:
+    return (row.step, row.epoch, row.loss, *_mark(row.mark), row.seconds)
+
+
+def _round(row: NDArray[np.float64]) -> Round:
+    return Round(int(row[0]), float(row[1]), float(row[2]), _read_mark(row[3:5]), float(row[5]))
