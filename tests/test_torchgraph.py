@@ -51,9 +51,10 @@ def test_a_tensor_in_the_middle_stands_for_all_that_it_is_made_of() -> None:
     runner = Network(loaded(CHAIN))
     x = torch.randn(2, 3, 6, 6)
     found = runner.run({"x": x}, ["b", "y"])
-    again = runner.run({"b": found["b"]})
+    again = runner.run({"b": found["b"]}, ["y", "b"])
     torch.testing.assert_close(again["y"], found["y"])
-    assert list(again) == ["y"]
+    assert again["b"] is found["b"]
+    assert list(runner.run({"b": found["b"]})) == ["y"]
 
 
 def test_what_is_not_needed_is_not_run() -> None:

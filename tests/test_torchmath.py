@@ -35,8 +35,8 @@ POOLS = {
     "ceil, pads": "kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1], ceil_mode=1",
     "ceil, a window less": "kernel_shape=[2,2], strides=[3,3], pads=[1,1,1,1], ceil_mode=1",
     "ceil, asymmetric pads": "kernel_shape=[3,2], strides=[2,3], pads=[1,0,0,1], ceil_mode=1",
-    "same upper": 'kernel_shape=[3,2], strides=[2,2], auto_pad="SAME_UPPER"',
-    "same lower": 'kernel_shape=[3,2], strides=[2,2], auto_pad="SAME_LOWER"',
+    "same upper": 'kernel_shape=[2,3], strides=[1,2], auto_pad="SAME_UPPER"',
+    "same lower": 'kernel_shape=[2,3], strides=[1,2], auto_pad="SAME_LOWER"',
     "valid": 'kernel_shape=[3,3], strides=[2,2], auto_pad="VALID"',
 }
 REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")
@@ -84,8 +84,8 @@ def layers() -> Iterator[tuple[str, onnx.ModelProto]]:
         "dilations": "dilations=[2,1]",
         "pads": "pads=[1,2,1,2]",
         "asymmetric pads": "pads=[0,1,2,1], strides=[2,2]",
-        "same upper": 'auto_pad="SAME_UPPER", strides=[2,2]',
-        "same lower": 'auto_pad="SAME_LOWER", strides=[2,2]',
+        "same upper": 'auto_pad="SAME_UPPER", strides=[2,1]',
+        "same lower": 'auto_pad="SAME_LOWER", strides=[2,1]',
         "valid": 'auto_pad="VALID", strides=[2,1]',
     }.items():
         yield f"Conv: {name}", network(f"y = Conv<{attributes}>(x, w, b)", (2, 3, 7, 8), w=(4, 3, 3, 2), b=(4,))
