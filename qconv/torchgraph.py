@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qconv.errors import QconvError, counted
-from qconv.graph import Model, Node, array, attribute
+from qconv.graph import Model, Node, array, attribute, input_of
 from qconv.torchmath import COMPUTING
 from qconv.torchop import Op, Run
 from qconv.torchplaces import MOVING
 
 OPERATORS: dict[str, Run] = {**COMPUTING, **MOVING}
 LOWEST_OPSET = 13
+UINT8 = 2
+"""Type of codes where neither a zero point nor an attribute tells it."""
 Numbers = Mapping[str, Tensor]
 
 
@@ -98,16 +100,15 @@ class Network:
 
     def _step(self, node: Node, opset: int) -> tuple[Op, list[str | None], list[str]]:
         attributes = {name: attribute(node, name) for name in node.attributes}
-        kind = node.outputs[0].dtype
-        if node.op_type == "QuantizeLinear" and len(node.inputs) > 2 and node.inputs[2] is not None:
-            kind = node.inputs[2].dtype or kind
+        zero = input_of(node, 2)
+        kind = (None if zero is None else zero.dtype) or attributes.get("output_dtype") or UINT8
         op = Op(
             name=sys.intern(node.name or ""),
             op_type=node.op_type,
             attributes=attributes,
             opset=opset,
             outputs=len(node.outputs),
-            codes=None if kind is None else int(kind),
+            codes=int(kind) if node.op_type == "QuantizeLinear" else None,
         )
         return op, [None if v is None else v.name for v in node.inputs], [v.name or "" for v in node.outputs]
 

@@ -3,13 +3,15 @@
 Codes are floats here, whole numbers as they come out of rounding. Rounding hands gradients on as they are (the
 straight-through estimator), which is all that quantizers need: with one scale s in QuantizeLinear and DequantizeLinear,
 
-    y = (clamp(round(x / s) + z) - z) s        dy/dx = 1 inside, 0 outside
-                                               dy/ds = round(x / s) - x / s inside, the last code less z outside
+    y = round(clamp(x / s, low - z, high - z)) s    dy/dx = 1 inside, 0 outside
+                                                    dy/ds = round(x / s) - x / s inside, the last code less z outside
 
-is what Esser et al. 2020 (LSQ, arXiv 1902.08153, equation 3) derive; automatic differentiation finds it by itself.
+is what Esser et al. 2020 (LSQ, arXiv 1902.08153, equation 3) derive; automatic differentiation finds it by itself. The
+codes are those of ONNX, which rounds first. A Clip of codes, for fewer bits than their type has, comes after rounding:
+there half a step beyond the last code counts as inside.
 
-Convolution and pooling are of one to three axes. An operator that is not in the table, and an attribute that means
-something else than what is built here, is an error that names it.
+Convolution is of one to three axes, pooling of one or two. An operator that is not in the table, and an attribute that
+means something else than what is built here, is an error that names it.
 """
 
 from __future__ import annotations
@@ -66,10 +68,11 @@ def _quantize(op: Op, given: Given) -> Tensor:
     axis, block = op.get("axis", 1), op.get("block_size", 0)
     if op.codes not in INT_RANGES:
         raise op.refuse(f"writes codes of type {op.codes}")
-    codes = rounded(x / _side_by_side(scale, x, axis, block))
-    if zero is not None:
-        codes = codes + _side_by_side(zero, x, axis, block)
-    return torch.clamp(codes, *INT_RANGES[op.codes])
+    steps, (low, high) = x / _side_by_side(scale, x, axis, block), INT_RANGES[op.codes]
+    if zero is None:
+        return rounded(torch.clamp(steps, low, high))
+    zero = _side_by_side(zero, x, axis, block)
+    return rounded(torch.clamp(steps, low - zero, high - zero)) + zero
 
 
 def _dequantize(op: Op, given: Given) -> Tensor:
@@ -91,6 +94,8 @@ def _pads(op: Op, size: Sequence[int], kernel: Sequence[int], strides: Sequence[
         return list(op.get("pads", [0] * (2 * len(kernel))))
     if auto == "VALID":
         return [0] * (2 * len(kernel))
+    if any(d != 1 for d in dil):
+        raise op.refuse("is dilated and pads by itself")
     begins, ends = [], []
     for side, k, s, d in zip(size, kernel, strides, dil, strict=True):
         total = max((-(-side // s) - 1) * s + (k - 1) * d + 1 - side, 0)

@@ -13,6 +13,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from qconv.torchop import Given, Op, Run, every, first, numbers, optional, torch_pads
 
+Places = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
 # -- shapes and places -------------------------------------------------------------------------------------------------
 
 
@@ -63,17 +66,14 @@ def _slice(op: Op, given: Given) -> Tensor:
     for axis, start, end, step in zip(
         axes or range(len(starts)), starts, ends, steps or [1] * len(starts), strict=True
     ):
-        places = range(x.shape[axis])[slice(int(start), _end(int(end), int(step)), int(step))]
+        side, step = x.shape[axis], int(step)
+        start = max(int(start), -side) if step < 0 else int(start)  # before the first is the first, also backwards
+        places = range(side)[slice(start, int(end), step)]
         if step == 1:
             x = x.narrow(axis, places.start, len(places))
         else:
             x = x.index_select(axis, torch.tensor(list(places), dtype=torch.int64, device=x.device))
     return x
-
-
-def _end(end: int, step: int) -> int | None:
-    """ONNX says "to the very first" by a number far below zero."""
-    return None if step < 0 and end < -(2**30) else end
 
 
 def _split(op: Op, given: Given) -> tuple[Tensor, ...]:
@@ -86,6 +86,19 @@ def _split(op: Op, given: Given) -> tuple[Tensor, ...]:
 
 def _concat(op: Op, given: Given) -> Tensor:
     return torch.cat(every(given), dim=op.get("axis"))
+
+
+def _reflected(places: Indices, side: int) -> Indices:
+    period = max(2 * (side - 1), 1)
+    return np.minimum(places % period, period - places % period)
+
+
+PADDED: dict[str, Callable[[Indices, int], Indices]] = {
+    "edge": lambda places, side: np.clip(places, 0, side - 1),
+    "reflect": _reflected,
+    "wrap": lambda places, side: places % side,
+}
+"""What is repeated at places before and behind an axis of `side` numbers, by Pad's mode."""
 
 
 def _pad(op: Op, given: Given) -> Tensor:
@@ -101,10 +114,15 @@ def _pad(op: Op, given: Given) -> Tensor:
     mode = op.get("mode", "constant")
     if mode == "constant":
         return F.pad(x, torch_pads(ends), value=0.0 if value is None else float(value))
-    if mode not in ("reflect", "edge") or any(ends[:2]) or any(ends[x.ndim : x.ndim + 2]):
+    if mode not in PADDED:
         raise op.refuse(f"pads by {mode!r}")
-    inner = ends[2 : x.ndim] + ends[x.ndim + 2 :]
-    return F.pad(x, torch_pads(inner), mode="replicate" if mode == "edge" else mode)
+    x = F.pad(x, torch_pads([min(end, 0) for end in ends]))  # cropped first: what is cut off is not repeated
+    for axis, (before, behind) in enumerate(zip(ends[: x.ndim], ends[x.ndim :], strict=True)):
+        if before > 0 or behind > 0:
+            side = x.shape[axis]
+            places = PADDED[mode](np.arange(-max(before, 0), side + max(behind, 0)), side)
+            x = x.index_select(axis, torch.as_tensor(places, device=x.device))
+    return x
 
 
 def _gather(op: Op, given: Given) -> Tensor:
@@ -145,17 +163,21 @@ def _space_to_depth(op: Op, given: Given) -> Tensor:
 # -- Resize ------------------------------------------------------------------------------------------------------------
 
 
-Places = NDArray[np.float64]
+TIE = 1e-5
+"""A place so close to the middle of two is in the middle, as far as single precision tells, which the runtime heeds."""
 NEAREST: dict[str, Callable[[Places], Places]] = {
-    "round_prefer_floor": lambda places: np.ceil(places - 0.5),
-    "round_prefer_ceil": lambda places: np.floor(places + 0.5),
+    "round_prefer_floor": lambda places: np.ceil(places - 0.5 - TIE),
+    "round_prefer_ceil": lambda places: np.floor(places + 0.5 + TIE),
     "floor": lambda places: np.floor(places),
     "ceil": lambda places: np.ceil(places),
 }
 
 
 def _resize(op: Op, given: Given) -> Tensor:
-    """One axis after the other, each by a matrix that says of what old places a new one is made."""
+    """One axis after the other, each by a matrix that says of what old places a new one is made.
+
+    Sizes and places are worked out in single precision, which decides ties: so the runtime does it.
+    """
     x, scales, sizes = first(given), optional(given, 2), optional(given, 3)
     if op.get("axes") or op.get("coordinate_transformation_mode") == "tf_crop_and_resize":
         raise op.refuse("resizes only some axes, or crops")
@@ -163,28 +185,30 @@ def _resize(op: Op, given: Given) -> Tensor:
         raise op.refuse("smooths, or keeps the aspect ratio")
     if sizes is not None and sizes.numel():
         wanted = [int(side) for side in numbers(sizes)]
-        factors = [side / old for side, old in zip(wanted, x.shape, strict=True)]
+        factors = [np.float32(side) / np.float32(old) for side, old in zip(wanted, x.shape, strict=True)]
     else:
         assert scales is not None
-        factors = [float(s) for s in numbers(scales)]
-        wanted = [math.floor(side * f) for side, f in zip(x.shape, factors, strict=True)]
+        factors = [np.float32(s) for s in numbers(scales)]
+        wanted = [math.floor(np.float32(side) * f) for side, f in zip(x.shape, factors, strict=True)]
+    if wanted == list(x.shape):  # nothing is moved then, not even by a factor that is not 1
+        return x
     for axis, (new, factor) in enumerate(zip(wanted, factors, strict=True)):
         if new != x.shape[axis] or factor != 1:
-            matrix = torch.as_tensor(_resizing(op, x.shape[axis], new, factor), device=x.device)
+            matrix = torch.as_tensor(_resizing(op, x.shape[axis], new, factor), dtype=x.dtype, device=x.device)
             x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T, -1, axis)
     return x
 
 
-def _resizing(op: Op, old: int, new: int, factor: float) -> NDArray[np.float32]:
+def _resizing(op: Op, old: int, new: int, factor: np.float32) -> NDArray[np.float32]:
     """(new, old)"""
-    at = np.arange(new, dtype=np.float64)
+    at = np.arange(new, dtype=np.float32)
     match op.get("coordinate_transformation_mode", "half_pixel"):
         case "half_pixel":
             place = (at + 0.5) / factor - 0.5
         case "pytorch_half_pixel":
-            place = (at + 0.5) / factor - 0.5 if new > 1 else np.zeros(new)
+            place = (at + 0.5) / factor - 0.5 if new > 1 else at
         case "align_corners":
-            place = at * (old - 1) / (new - 1) if new > 1 else np.zeros(new)
+            place = at * (old - 1) / (new - 1) if new > 1 else at
         case "asymmetric":
             place = at / factor
         case other:
@@ -193,7 +217,7 @@ def _resizing(op: Op, old: int, new: int, factor: float) -> NDArray[np.float32]:
     mode = op.get("mode", "nearest")
     if mode == "nearest":
         how = op.get("nearest_mode", "round_prefer_floor")
-        near = NEAREST[how](place)
+        near = NEAREST[how](place.astype(np.float64))
         matrix[rows, np.clip(near, 0, old - 1).astype(int)] = 1
     elif mode == "linear":
         place = np.clip(place, 0, old - 1)

@@ -15,7 +15,7 @@ from qconv.load import load
 from qconv.runtime import Session
 from qconv.source import Source
 
-Constant = NDArray | tuple[int, ...] | float
+Constant = NDArray | tuple[int, ...] | float | onnx.TensorProto
 
 
 def network(
@@ -27,7 +27,8 @@ def network(
 ) -> onnx.ModelProto:
     """A model of the input `x` and the nodes in `body`; a node is called after its output.
 
-    constants: arrays, numbers, or shapes that are filled with random normal numbers.
+    constants: arrays, numbers, tensors as ONNX has them (for types that NumPy lacks), or shapes that are filled with
+    random normal numbers.
 
         network("c = Conv(x, w)  y = Relu(c)", w=(4, 3, 3, 3))
     """
@@ -36,7 +37,10 @@ def network(
         f'<ir_version: 8, opset_import: ["" : {opset}]> g (float[{shape}] x) => () {{ {body} }}'
     )
     for name, constant in constants.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(_array(name, constant), name))
+        if not isinstance(constant, onnx.TensorProto):
+            constant = onnx.numpy_helper.from_array(_array(name, constant), name)
+        proto.graph.initializer.append(constant)
+        proto.graph.initializer[-1].name = name
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     typed = onnx.shape_inference.infer_shapes(proto).graph.output
     for output, found in zip(proto.graph.output, typed, strict=True):
@@ -44,7 +48,7 @@ def network(
     return proto
 
 
-def _array(name: str, constant: Constant) -> NDArray:
+def _array(name: str, constant: NDArray | tuple[int, ...] | float) -> NDArray:
     if isinstance(constant, tuple):
         return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(constant).astype(np.float32)
     return constant if isinstance(constant, np.ndarray) else np.float32(constant)
