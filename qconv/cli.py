@@ -19,6 +19,7 @@ import click
 import qconv
 from qconv.checks import spelt
 from qconv.errors import QconvError, counted
+from qconv.finetuning import finetune
 from qconv.given import recipe_of, without
 from qconv.layerwise import compare, diagnose
 from qconv.leaving import leave_at_once, leave_by_exceptions
@@ -225,7 +226,7 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     return 0
 
 
-for command in (inspect, evaluate, compare, diagnose, audit, benchmark):
+for command in (inspect, evaluate, compare, diagnose, audit, benchmark, finetune):
     cli.add_command(command)
 
 

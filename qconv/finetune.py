@@ -30,11 +30,11 @@ from qconv.errors import QconvError
 from qconv.examine import examine
 from qconv.fed import Fed, opened
 from qconv.fileformat import recipe_in
-from qconv.finetuned import Finetuned, Judged, Wishes
+from qconv.finetuned import Finetuned, Judged, Mark, Wishes
 from qconv.graph import Model
 from qconv.labels import Labelling, classes_of, labels_of
 from qconv.learnable import Learned
-from qconv.lesson import LOOK_AT, Inputs, Lesson, Mark
+from qconv.lesson import LOOK_AT, Inputs, Lesson
 from qconv.report import Audit, Verification
 from qconv.resuming import Kept
 from qconv.runtime import Session
@@ -79,75 +79,124 @@ def finetune(source: Source, out: Path, wishes: Wishes, listener: Listener | Non
             listener.warn(text)
 
     with _determined(wishes.recipe.threads):
-        proto = read(source)
         teacher = wishes.teacher or teacher_beside(source)
         _check(source, teacher, out, wishes)
-        recipe = recipe_from(recipe_in(load.as_it_is(read(source), source)))
-        own, other = opened(source, teacher, wishes.recipe, warn)
-        assert other is not None
-        _require_outputs(own, other)
-        device = _device(wishes.device)
-        model = load.as_it_is(proto, source)
-        sites = find_sites(model, recipe)
-        learned = Learned(sites, device)
-        floats, _ = load.load(read(teacher), teacher)
-        student, float_network = Network(model, device), Network(floats, device)
-        words, fixed = other.words, other.feed.inputs[0].shape[0]
-        album = read_album(own, other, warn, listener.progress)
-        held, taught = _split(len(album), wishes)
-        inputs = Inputs(album, torch.device(device))
-        lesson = Lesson.of(student, float_network, learned, inputs, taught, held, fixed)
-        lesson = _with_labels(lesson, album, wishes)
-        on_ort = TARGETS[recipe.target].on_ort if recipe is not None else True
-        sessions = _Sessions(other.session, wishes.recipe.threads, on_ort)
-        before = _judged(sessions, source.runnable, lesson)
-        schedule = Schedule(
-            wishes.epochs,
-            min(wishes.batch, len(taught)),
-            {kind: wishes.rate * factor for kind, factor in RATES.items()},
-            wishes.augment,
-            wishes.recipe.seed,
-        )
-        trainer = Trainer(lesson, schedule)
-        kept = Kept(out, _fingerprint(source, teacher, album, wishes, device))
+        desk = _Desk.of(source, teacher, wishes, warn, listener.progress)
+        before = desk.judged(source.runnable)
+        rates = {kind: wishes.rate * factor for kind, factor in RATES.items()}
+        batch = min(wishes.batch, len(desk.lesson.taught))
+        trainer = Trainer(desk.lesson, Schedule(wishes.epochs, batch, rates, wishes.augment, wishes.recipe.seed))
+        kept = Kept(out, _fingerprint(source, teacher, desk.lesson.inputs.album, wishes, desk.device))
         resumed = kept.read_into(trainer, warn)
         _train(trainer, kept, listener, warn)
-        learned.restore(trainer.best)
+        desk.lesson.learned.restore(trainer.best)
         found = Finetuned(
-            model=source.name, teacher=teacher.name, output=str(out), wishes=wishes, device=device, torch=torch.__version__, words=words,
-            taught=len(taught), held=len(held), steps=trainer.steps, resumed=resumed, history=trainer.history,
-            early=trainer.step < trainer.steps, before=before, after=None, trained=False,
-            audit=Audit(0, 0, ()), bytes=0, float_bytes=file_bytes(read(teacher), teacher), warnings=warnings,
-        )  # fmt: skip
-        learned.write(model)
-        told = {**wishes.as_dict(), "pictures": len(taught), "step": trainer.best_step}
-        model.inner.metadata_props[METADATA] = json.dumps(told, sort_keys=True)
-        _write(model, source, out, found, sessions, lesson, moved=trainer.best_step > 0)
+            model=source.name,
+            teacher=teacher.name,
+            output=str(out),
+            wishes=wishes,
+            device=desk.device,
+            torch=torch.__version__,
+            words=desk.words,
+            taught=len(desk.lesson.taught),
+            held=len(desk.lesson.held),
+            steps=trainer.steps,
+            resumed=resumed,
+            history=trainer.history,
+            before=before,
+            float_bytes=file_bytes(read(teacher), teacher),
+            warnings=warnings,
+        )
+        _write(desk, source, out, found, trainer.best_step)
         kept.forget()
     found.gates = gates(found.result.verify, wishes.recipe.min_agreement, wishes.recipe.min_sqnr)
     found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
     return found
 
 
-def _write(
-    model: Model, source: Source, out: Path, found: Finetuned, sessions: _Sessions, lesson: Lesson, *, moved: bool
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Desk:
+    """What is worked on. model: the quantized one, which is trained in place. teacher: the float one in ONNX Runtime.
+
+    optimize: whether the quantized file is for that. words: how both are fed.
+    """
+
+    model: Model
+    lesson: Lesson
+    teacher: Session
+    threads: int | None
+    optimize: bool
+    device: str
+    words: str
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        teacher: Source,
+        wishes: Wishes,
+        warn: Callable[[str], None],
+        progress: Callable[[str, int, int], None],
+    ) -> _Desk:
+        """Both models opened, and all pictures read."""
+        device = _device(wishes.device)
+        own, other = opened(source, teacher, wishes.recipe, warn)
+        assert other is not None
+        _require_outputs(own, other)
+        model, (floats, _) = load.as_it_is(read(source), source), load.load(read(teacher), teacher)
+        recipe = recipe_from(recipe_in(model))
+        learned = Learned(find_sites(model, recipe), device)
+        networks = Network(model, device), Network(floats, device)
+        words, fixed = other.words, other.feed.inputs[0].shape[0]
+        album = read_album(own, other, warn, progress)
+        held, taught = _split(len(album), wishes)
+        lesson = Lesson.of(*networks, learned, Inputs(album, torch.device(device)), taught, held, fixed)
+        lesson = _with_labels(lesson, album, wishes)
+        on_ort = recipe is None or TARGETS[recipe.target].on_ort
+        return cls(model, lesson, other.session, wishes.recipe.threads, on_ort, device, words)
+
+    def judged(self, model: str | bytes) -> Judged:
+        """A file on the pictures held back, by ONNX Runtime."""
+        session = Session(model, name="the quantized model", threads=self.threads, optimize=self.optimize)
+        lesson, names, inputs = self.lesson, session.outputs, self.lesson.inputs
+        comparison = Comparison.of(names)
+        right = places = pictures = 0
+        distance = 0.0
+        ((own, dtype, _),), ((its, _, _),) = session.inputs, self.teacher.inputs
+        for part in lesson.parts(lesson.held, LOOK_AT):
+            x = inputs.of(part)
+            mine, theirs = as_arrays([inputs.for_student(x), inputs.for_teacher(x)])
+            wanted, said = self.teacher.run(names, {its: theirs}), session.run(names, {own: mine.astype(dtype)})
+            comparison.add(wanted, said)
+            told = [[torch.from_numpy(np.asarray(array, np.float32)) for array in found] for found in (wanted, said)]
+            hits, of = lesson.right(part, *told)
+            right, places, pictures = right + hits, places + of, pictures + len(part)
+            distance += float(apart(lesson.kinds, *told)) * len(part)
+        mark = Mark(right / places if places else None, distance / pictures)
+        return Judged(mark, Verification(len(lesson.held), comparison.scores(spans=True)))
+
+
+def _write(desk: _Desk, source: Source, out: Path, found: Finetuned, best_step: int) -> None:
     """The trained file in its place, if it is better; else the input as it was."""
-    with save.staged(model, out) as staged:
-        if moved:
+    desk.lesson.learned.write(desk.model)
+    told = {**found.wishes.as_dict(), "pictures": found.taught, "step": best_step}
+    desk.model.inner.metadata_props[METADATA] = json.dumps(told, sort_keys=True)
+    with save.staged(desk.model, out) as staged:
+        if best_step:
             save.check(staged)
-            found.after = _judged(sessions, str(staged.path), lesson)
+            found.after = desk.judged(str(staged.path))
             found.trained = found.after.mark.rank > found.before.mark.rank
         if found.trained:
-            found.audit = examine(Source(source.name, staged.path), threads=1, batch=None, size=None).audit
-            found.bytes = staged.size
+            found.audit, found.bytes = _audit(Source(source.name, staged.path)), staged.size
             staged.commit(out)
             return
-    found.audit = examine(source, threads=1, batch=None, size=None).audit
-    found.bytes = file_bytes(read(source), source)
     assert source.path is not None
-    if not (out.exists() and out.samefile(source.path)):
-        save.write_whole(out, source.path.read_bytes())
+    found.audit, found.bytes = _audit(source), file_bytes(read(source), source)
+    save.write_whole(out, source.path.read_bytes())
+
+
+def _audit(source: Source) -> Audit:
+    return examine(source, threads=1, batch=None, size=None).audit
 
 
 # -- before ------------------------------------------------------------------------------------------------------------
@@ -238,37 +287,3 @@ def _train(trainer: Trainer, kept: Kept, listener: Listener, warn: Callable[[str
         if kept.path.exists():
             listener.warn("stopped: the same command goes on from the last round that was kept.")
         raise
-
-
-# -- after -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Sessions:
-    """teacher: the float model in ONNX Runtime. optimize: whether the quantized one is for it."""
-
-    teacher: Session
-    threads: int | None
-    optimize: bool
-
-
-def _judged(sessions: _Sessions, model: str | bytes, lesson: Lesson) -> Judged:
-    """A file on the pictures held back."""
-    session = Session(model, name="the quantized model", threads=sessions.threads, optimize=sessions.optimize)
-    names, inputs = session.outputs, lesson.inputs
-    comparison = Comparison.of(names)
-    right = places = pictures = 0
-    distance = 0.0
-    ((own, dtype, _),), ((its, _, _),) = session.inputs, sessions.teacher.inputs
-    for part in lesson.parts(lesson.held, LOOK_AT):
-        x = inputs.of(part)
-        mine, theirs = (array for array in as_arrays([inputs.for_student(x), inputs.for_teacher(x)]))
-        wanted = sessions.teacher.run(names, {its: theirs})
-        said = session.run(names, {own: mine.astype(dtype)})
-        comparison.add(wanted, said)
-        told = [[torch.from_numpy(np.asarray(array, np.float32)) for array in found] for found in (wanted, said)]
-        hits, of = lesson.right(part, *told)
-        right, places, pictures = right + hits, places + of, pictures + len(part)
-        distance += float(apart(lesson.kinds, *told)) * len(part)
-    mark = Mark(right / places if places else None, distance / pictures)
-    return Judged(mark, Verification(len(lesson.held), comparison.scores(spans=True)))

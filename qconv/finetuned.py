@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import qconv
-from qconv.lesson import Mark
 from qconv.recipe import Recipe
 from qconv.report import Audit, Gate, Verification
 from qconv.source import Source
-from qconv.training import Round
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +44,34 @@ class Wishes:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """How near the quantized network is on pictures held back.
+
+    right: share of labels that it gets right, or of classes that are the float network's; None where no output tells
+    classes. distance: see distance.py.
+    """
+
+    right: float | None
+    distance: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """To be compared: the higher, the better."""
+        return (self.right or 0.0, -self.distance)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A row of the history. loss: on average over the round's steps."""
+
+    step: int
+    epoch: float
+    loss: float
+    mark: Mark
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Judged:
     """One file on the pictures held back, run by ONNX Runtime. top1: where labels are learned from."""
 
@@ -69,13 +95,12 @@ class Finetuned:
     steps: int
     resumed: int
     history: list[Round]
-    early: bool
     before: Judged
-    after: Judged | None
-    trained: bool
-    audit: Audit
-    bytes: int
     float_bytes: int
+    after: Judged | None = None
+    trained: bool = False
+    audit: Audit = field(default_factory=lambda: Audit(0, 0, ()))
+    bytes: int = 0
     gates: list[Gate] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -85,6 +110,11 @@ class Finetuned:
     def result(self) -> Judged:
         """Of the file that was written."""
         return self.after if self.trained and self.after is not None else self.before
+
+    @property
+    def done(self) -> int:
+        """Steps of training."""
+        return self.history[-1].step if self.history else 0
 
     @property
     def holds(self) -> bool:
@@ -119,9 +149,9 @@ class Finetuned:
             "torch": self.torch,
             "preprocessing": self.words or None,
             "pictures": {"taught": self.taught, "held": self.held},
-            "steps": {"done": self.history[-1].step if self.history else 0, "planned": self.steps},
+            "steps": {"done": self.done, "planned": self.steps},
             "resumed_at": self.resumed or None,
-            "stopped_early": self.early,
+            "stopped_early": self.done < self.steps,
             "trained": self.trained,
             "before": _told(self.before),
             "after": None if self.after is None else _told(self.after),

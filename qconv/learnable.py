@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qconv.graph import Model, Value
-from qconv.quant import bias_params
 from qconv.sites import Sites, WeightSite
 from qconv.stored import numbers_of
 from qconv.torchmath import rounded
@@ -67,10 +66,19 @@ class _Weights:
     def scale(self, read: Tensor | None) -> Tensor:
         """As it is stored. read: the scale of what the layer reads, None where no bias is stored in steps of both."""
         scale, bias = self.scale_in_file * torch.exp(self.u), self.bias()
-        if bias is None or read is None or self.site.bias is None or self.site.bias.producer() is None:
+        if bias is None or read is None or bias_parts(self.site) is None:
             return scale
         least = bias.detach().abs() / (LARGEST_BIAS_CODE * read.detach())
         return torch.maximum(scale, least.reshape(scale.shape) if scale.numel() == least.numel() else least.max())
+
+    def stored_bias(self, bias: Tensor, scale: Tensor, read: Tensor | None) -> dict[str, Tensor]:
+        """A bias as the file has it, by the names of its parts: a float constant, or codes and their steps."""
+        parts = bias_parts(self.site)
+        if parts is None:
+            return {_name(self.site.bias): bias}
+        step = _numbers(parts[1])
+        steps = (scale * read).reshape(step.shape) if read is not None else _tensor(step, bias.device)
+        return {_name(parts[0]): rounded(bias / steps), _name(parts[1]): steps}
 
     def codes(self) -> Tensor:
         """As they are stored, but floats."""
@@ -111,11 +119,12 @@ class Learned:
         """What stands for the file's constants in `Network.run`, by name."""
         found = {_name(value): self._scale(value) for value in self._scales}
         for weights in self._weights:
-            site, bias = weights.site, weights.bias()
-            found[_name(site.scale)] = weights.scale(self._read_by(site))
-            found[_name(site.codes)] = weights.codes()
+            read = self._read_by(weights.site)
+            scale, bias = weights.scale(read), weights.bias()
+            found[_name(weights.site.scale)] = scale
+            found[_name(weights.site.codes)] = weights.codes()
             if bias is not None:
-                found[_name(site.bias)] = bias
+                found |= weights.stored_bias(bias, scale, read)
         return found
 
     def hold(self) -> None:
@@ -139,12 +148,12 @@ class Learned:
         for value in self._scales:
             model.set_constant(value, given[_name(value)])
         for weights in self._weights:
-            site = weights.site
-            model.set_constant(site.codes, given[_name(site.codes)].astype(_numbers(site.codes).dtype))
-            model.set_constant(site.scale, given[_name(site.scale)])
-            if site.bias is not None:
-                read = None if site.input_scale is None else given.get(_name(site.input_scale))
-                _write_bias(model, site.bias, given[_name(site.bias)], given[_name(site.scale)], read)
+            site, parts = weights.site, bias_parts(weights.site)
+            bias = [] if site.bias is None else [*(parts or [site.bias])]
+            for value in (site.scale, site.codes, *bias):
+                numbers = given[_name(value)]
+                whole = numbers if _numbers(value).dtype == np.float32 else np.rint(numbers.astype(np.float64))
+                model.set_constant(value, whole.astype(_numbers(value).dtype))
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 
@@ -164,25 +173,15 @@ class Learned:
                     tensor.copy_(torch.from_numpy(np.array(state[f"{kind}/{name}"])))
 
 
-def _write_bias(
-    model: Model,
-    value: Value,
-    bias: NDArray[np.float32],
-    scale: NDArray[np.float32],
-    read: NDArray[np.float32] | None,
-) -> None:
-    """read: the scale of what the layer reads; None where a stored bias keeps its steps."""
-    node = value.producer()
+def bias_parts(site: WeightSite) -> tuple[Value, Value] | None:
+    """Codes and steps of a bias that is stored so."""
+    node = None if site.bias is None else site.bias.producer()
     if node is None:
-        model.set_constant(value, bias)
-        return
+        return None
     codes, step = node.inputs[:2]
     assert codes is not None
     assert step is not None
-    old = _numbers(step).astype(np.float32)
-    new = old if read is None else np.multiply(read, scale.reshape(old.shape), dtype=np.float32)
-    model.set_constant(step, new)
-    model.set_constant(codes, bias_params(new).quantize(bias))
+    return codes, step
 
 
 def bias_of(value: Value) -> NDArray[np.float32]:

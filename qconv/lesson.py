@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qconv.album import Album
 from qconv.distance import agreeing, apart, kind_of, labelled
+from qconv.finetuned import Mark
 from qconv.learnable import Learned
 from qconv.pixels import Layout
 from qconv.torchgraph import Network
@@ -21,23 +22,6 @@ SHIFT = 1 / 8
 """Share of a side by which pictures are moved at most."""
 LOOK_AT = 64
 """Pictures of a look that run at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """How near the quantized network is on pictures held back.
-
-    right: share of labels that it gets right, or of classes that are the float network's; None where no output tells
-    classes. distance: see distance.py.
-    """
-
-    right: float | None
-    distance: float
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """To be compared: the higher, the better."""
-        return (self.right or 0.0, -self.distance)
 
 
 class Inputs:

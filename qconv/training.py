@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qconv.lesson import Lesson, Mark
+from qconv.finetuned import Mark, Round
+from qconv.lesson import Lesson
 
 State = dict[str, NDArray[Any]]
 BETAS = (0.9, 0.99)
@@ -44,17 +45,6 @@ class Schedule:
     rates: Mapping[str, float]
     augment: bool = True
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """A row of the history. loss: on average over the round's steps."""
-
-    step: int
-    epoch: float
-    loss: float
-    mark: Mark
-    seconds: float
 
 
 class Trainer:

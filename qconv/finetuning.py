@@ -1,0 +1,247 @@
+"""`qconv finetune`: quantization-aware training from the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qconv.errors import QconvError, counted
+from qconv.extras import require_torch
+from qconv.given import made, preprocessing_of
+from qconv.leaving import leave_by_exceptions
+from qconv.looking import ALL_PICTURES
+from qconv.options import WIDTH, common_options, csv_option, preprocessing_options, stack
+from qconv.putting_out import Wanted
+
+if TYPE_CHECKING:
+    from qconv.finetuned import Finetuned, Judged, Round
+
+GATE_FELL_SHORT = 3
+
+finetune_options = stack(
+    click.option(
+        "--images",
+        required=True,
+        metavar="DIR|FILE",
+        help="Pictures to learn from, a tenth of which is held back: a folder, or a file with one path a line.",
+    ),
+    click.option(
+        "-o", "--output", metavar="OUT", help="Result.  [default: QUANT with .qat.onnx in the place of .onnx]"
+    ),
+    click.option(
+        "--teacher",
+        metavar="FLOAT",
+        help="The float model that QUANT was made from.  [default: found beside QUANT by its hash]",
+    ),
+    click.option(
+        "--labels", is_flag=True, help="Learn from the pictures' class folders as well, as `evaluate` finds them."
+    ),
+    click.option("--classes", metavar="FILE", help="For --labels: the class folders in output order, one a line."),
+    click.option(
+        "--label-offset", default=0, show_default=True, metavar="N", type=int, help="Added to the place in that list."
+    ),
+    click.option(
+        "--epochs",
+        default=20,
+        show_default=True,
+        metavar="N",
+        type=click.IntRange(1),
+        help="Times that each picture is seen.",
+    ),
+    click.option(
+        "--batch",
+        default=64,
+        show_default=True,
+        metavar="N",
+        type=click.IntRange(1),
+        help="Pictures that a step learns from.",
+    ),
+    click.option(
+        "--learning-rate",
+        default=1e-3,
+        show_default=True,
+        metavar="R",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="How far a step moves weights, as a share of the largest code.",
+    ),
+    click.option(
+        "--holdout",
+        metavar="N",
+        type=click.IntRange(1),
+        help="Pictures held back.  [default: a tenth, at least 32 or a quarter, at most 2000]",
+    ),
+    click.option("--augment/--no-augment", default=True, show_default=True, help="Mirror and move pictures at random."),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where to train.",
+    ),
+    click.option("--samples", metavar="N", type=click.IntRange(1), help="Draw so many pictures.  [default: all]"),
+    click.option(
+        "--seed", default=0, show_default=True, metavar="N", type=click.IntRange(0), help="Of all that is drawn."
+    ),
+    click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches."),
+    click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement."),
+    click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR."),
+    csv_option,
+    preprocessing_options,
+    common_options,
+)
+
+
+@click.command(context_settings=WIDTH)
+@click.argument("quant")
+@finetune_options
+def finetune(
+    quant: str,
+    images: str,
+    output: str | None,
+    teacher: str | None,
+    labels: bool,
+    classes: str | None,
+    label_offset: int,
+    learning_rate: float,
+    pattern: str | None,
+    samples: int | None,
+    seed: int,
+    min_agreement: float | None,
+    min_sqnr: float | None,
+    threads: int | None,
+    csv: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    epochs: int,
+    batch: int,
+    holdout: int | None,
+    augment: bool,
+    device: str,
+    **options: Any,
+) -> int:
+    """Train QUANT, a file that `quantize` wrote, to say what its float model says of the pictures in --images.
+
+    No labels are needed. The result has the structure of QUANT, and is never worse on the pictures held back: where
+    training brings nothing, it is QUANT itself. The same command goes on where it was killed. Needs qconv[torch].
+    """
+    if "" in (quant, images, output, teacher, classes):
+        raise click.UsageError("QUANT, --images, --output, --teacher and --classes need a name.")
+    if "-" in (quant, output, teacher):
+        raise click.UsageError("training reads its files several times: name them.")
+    if not labels and (classes is not None or label_offset):
+        raise click.UsageError("--classes and --label-offset are for --labels.")
+    recipe = made(
+        {
+            "calib": (images,),
+            "samples": samples or ALL_PICTURES,
+            "seed": seed,
+            "glob": pattern,
+            "threads": threads,
+            "preprocessing": preprocessing_of(options),
+            "min_agreement": min_agreement,
+            "min_sqnr": min_sqnr,
+        }
+    )
+    out = _default_output(quant) if output is None else Path(output)
+    wanted = Wanted(as_json, quiet, csv)
+    files = [Path(name) for name in (quant, teacher, classes, images) if name is not None]
+    wanted.check(*files, written={"the output": str(out)})
+    require_torch("qconv finetune")
+    from qconv import finetune as training
+    from qconv import finetuned, summary
+    from qconv.source import source_of
+
+    console = summary.Console(quiet=quiet)
+    leave_by_exceptions()
+    wishes = finetuned.Wishes(
+        recipe,
+        None if teacher is None else source_of(teacher),
+        labels,
+        None if classes is None else Path(classes),
+        label_offset,
+        epochs,
+        batch,
+        learning_rate,
+        holdout,
+        augment,
+        device,
+    )
+    try:
+        found = training.finetune(source_of(quant), out, wishes, training.Listener(console.warn, console.progress))
+    finally:
+        console.close()
+    wanted.put(found.as_dict(), found.rows, lambda: _text(found, verbose=verbose))
+    for gate in found.gates:
+        if not gate.held and not quiet:
+            got = "no such measure" if gate.got is None else f"{gate.got:.4g}"
+            print(f"Gate fell short: --{gate.name} {gate.want:g}, got {got}.", file=sys.stderr)
+    return 0 if found.holds else GATE_FELL_SHORT
+
+
+def _default_output(quant: str) -> Path:
+    """QUANT as it is named, with `.qat` in front of its suffix."""
+    path = Path(quant)
+    if not path.name:
+        raise QconvError(f"{quant} is no model.", "name a quantized ONNX file.")
+    return path.with_name(f"{path.stem if path.suffix.lower() == '.onnx' else path.name}.qat.onnx")
+
+
+def _text(found: Finetuned, *, verbose: bool) -> str:
+    """What training brought on the pictures held back."""
+    from qconv.printing import columns, wrapped
+
+    judged = [found.before] if found.after is None else [found.before, found.after]
+    table = [_cells(one, labels=found.wishes.labels) for one in judged]
+    rows = [(name, *(cells[name] for cells in table)) for name in table[0]]
+    own = found.audit
+    lines = [
+        wrapped(f"{found.model}, taught by {found.teacher} on {counted(found.taught, 'picture')}"),
+        "",
+        columns([("", "before", "after")[: len(table) + 1], *rows], "lrr"[: len(table) + 1]),
+        "",
+        wrapped(
+            f"On {counted(found.held, 'picture')} held back, by ONNX Runtime. {_steps(found)}, "
+            f"{found.seconds:.0f} seconds on {found.device}."
+        ),
+    ]
+    if verbose and found.history:
+        lines += [
+            "",
+            columns([("step", "epoch", "loss", "right", "distance", "s"), *map(_row, found.history)], "rrrrrr"),
+        ]
+    runs = f"{counted(own.integer, 'node')} in integers, {own.float} in float"
+    lines += ["", wrapped(f"{found.output}: {found.bytes / 1e6:.2f} MB, {runs}.")]
+    if not found.trained:
+        lines.append(wrapped(f"Training brought nothing better: {found.output} is {found.model} as it was."))
+    return "\n".join(lines)
+
+
+def _cells(judged: Judged, *, labels: bool) -> dict[str, str]:
+    found = {}
+    if judged.mark.right is not None:
+        found["top-1" if labels else "agreement"] = f"{judged.mark.right:.2%}"
+    if judged.verify.sqnr_db is not None:
+        found["SQNR"] = f"{judged.verify.sqnr_db:.1f} dB"
+    return {**found, "distance": f"{judged.mark.distance:.4g}"}
+
+
+def _steps(found: Finetuned) -> str:
+    end = f", given up after {found.done} of {found.steps}" if found.done < found.steps else ""
+    resumed = f" (from step {found.resumed} in this run)" if found.resumed else ""
+    return f"{counted(found.done, 'step')}{end}{resumed}"
+
+
+def _row(row: Round) -> tuple[str, ...]:
+    right = "" if row.mark.right is None else f"{row.mark.right:.2%}"
+    return (
+        f"{row.step}",
+        f"{row.epoch:.1f}",
+        f"{row.loss:.4g}",
+        right,
+        f"{row.mark.distance:.4g}",
+        f"{row.seconds:.0f}",
+    )
