@@ -24,11 +24,13 @@ from torch import Tensor
 
 from qconv.errors import QconvError, counted
 from qconv.graph import Model, Node, array, attribute, input_of
+from qconv.torchfake import FUSED, Step, fakes
 from qconv.torchmath import COMPUTING
 from qconv.torchop import Op, Run
 from qconv.torchplaces import MOVING
 
 OPERATORS: dict[str, Run] = {**COMPUTING, **MOVING}
+_RUN = {**OPERATORS, **FUSED}
 LOWEST_OPSET = 13
 UINT8 = 2
 """Type of codes where neither a zero point nor an attribute tells it."""
@@ -50,17 +52,18 @@ class Network:
         self.constants = {name: self._constant(array(v)) for name, v in model.graph.initializers.items()}
         self._steps = [self._step(node, model.opset) for node in model.nodes()]
         self._makers = {name: index for index, step in enumerate(self._steps) for name in step[2] if name}
-        self._orders: dict[tuple[frozenset[str], tuple[str, ...]], list[tuple[int, list[str]]]] = {}
+        self._fakes = fakes(self._steps, self.constants)
+        self._orders: dict[tuple[frozenset[str], tuple[str, ...]], list[tuple[Step, list[str]]]] = {}
 
     def run(self, given: Numbers, wanted: Sequence[str] | None = None) -> dict[str, Tensor]:
         """The wanted tensors, the outputs by default. given: by names, of inputs or of anything in between."""
         wanted = self.outputs if wanted is None else wanted
         known: dict[str, Tensor] = dict(given)
-        for index, done in self._order(frozenset(given), tuple(wanted)):
-            (op, read, made), constants = self._steps[index], self.constants
+        constants = self.constants
+        for (op, read, made), done in self._order(frozenset(given), tuple(wanted)):
             try:
                 values = [None if name is None else known[name] if name in known else constants[name] for name in read]
-                found = OPERATORS[op.op_type](op, values)
+                found = _RUN[op.op_type](op, values)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 fact = f"{op.op_type} {op.name!r} does not run in PyTorch: {str(error).splitlines()[0]}"
                 raise QconvError(
@@ -76,29 +79,37 @@ class Network:
         """Arrays as tensors on the device; whole numbers of 8 and 16 bits become floats."""
         return {name: self._constant(numbers) for name, numbers in given.items()}
 
-    def _order(self, given: frozenset[str], wanted: tuple[str, ...]) -> list[tuple[int, list[str]]]:
+    def _order(self, given: frozenset[str], wanted: tuple[str, ...]) -> list[tuple[Step, list[str]]]:
         """The nodes that must run, in order, and what nobody reads any more after each."""
         key = (given, wanted)
         if key not in self._orders:
-            needed: set[int] = set()
+            needed: dict[int, Step] = {}
             queue = [name for name in wanted if name not in given]
             while queue:
                 index = self._makers.get(queue.pop())
                 if index is not None and index not in needed:
-                    needed.add(index)
-                    queue += [name for name in self._steps[index][1] if name is not None and name not in given]
+                    needed[index] = self._chosen(index, given | frozenset(wanted))
+                    queue += [name for name in needed[index][1] if name is not None and name not in given]
             last: dict[str, int] = {}
             for index in sorted(needed):
-                for name in (*self._steps[index][1], *self._steps[index][2]):
+                for name in (*needed[index][1], *needed[index][2]):
                     if name is not None and name not in wanted:
                         last[name] = index
             done: dict[int, list[str]] = {index: [] for index in sorted(needed)}
             for name, index in last.items():
                 done[index].append(name)
-            self._orders[key] = list(done.items())
+            self._orders[key] = [(needed[index], names) for index, names in done.items()]
         return self._orders[key]
 
-    def _step(self, node: Node, opset: int) -> tuple[Op, list[str | None], list[str]]:
+    def _chosen(self, index: int, named: frozenset[str]) -> Step:
+        """The node itself, or one step for a dequantizer and its quantizer, where nobody names the codes between."""
+        if index in self._fakes:
+            fake, hidden = self._fakes[index]
+            if not hidden & named:
+                return fake
+        return self._steps[index]
+
+    def _step(self, node: Node, opset: int) -> Step:
         attributes = {name: attribute(node, name) for name in node.attributes}
         zero = input_of(node, 2)
         kind = (None if zero is None else zero.dtype) or attributes.get("output_dtype") or UINT8

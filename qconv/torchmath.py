@@ -7,8 +7,7 @@ straight-through estimator), which is all that quantizers need: with one scale s
                                                     dy/ds = round(x / s) - x / s inside, the last code less z outside
 
 is what Esser et al. 2020 (LSQ, arXiv 1902.08153, equation 3) derive; automatic differentiation finds it by itself. The
-codes are those of ONNX, which rounds first. A Clip of codes, for fewer bits than their type has, comes after rounding:
-there half a step beyond the last code counts as inside.
+codes are those of ONNX, which rounds first. torchfake.py does the same in one step, Clips of codes included.
 
 Convolution is of one to three axes, pooling of one or two. An operator that is not in the table, and an attribute that
 means something else than what is built here, is an error that names it.
@@ -53,7 +52,7 @@ def rounded(x: Tensor) -> Tensor:
 # -- quantizers --------------------------------------------------------------------------------------------------------
 
 
-def _side_by_side(x: Tensor, like: Tensor, axis: int, block: int) -> Tensor:
+def side_by_side(x: Tensor, like: Tensor, axis: int, block: int) -> Tensor:
     """A scale or zero point, to be broadcast against `like`."""
     if x.ndim == 0 or x.numel() == 1:
         return x.reshape([1] * like.ndim) if like.ndim else x.reshape(())
@@ -68,10 +67,10 @@ def _quantize(op: Op, given: Given) -> Tensor:
     axis, block = op.get("axis", 1), op.get("block_size", 0)
     if op.codes not in INT_RANGES:
         raise op.refuse(f"writes codes of type {op.codes}")
-    steps, (low, high) = x / _side_by_side(scale, x, axis, block), INT_RANGES[op.codes]
+    steps, (low, high) = x / side_by_side(scale, x, axis, block), INT_RANGES[op.codes]
     if zero is None:
         return rounded(torch.clamp(steps, low, high))
-    zero = _side_by_side(zero, x, axis, block)
+    zero = side_by_side(zero, x, axis, block)
     return rounded(torch.clamp(steps, low - zero, high - zero)) + zero
 
 
@@ -80,8 +79,8 @@ def _dequantize(op: Op, given: Given) -> Tensor:
     assert scale is not None
     axis, block = op.get("axis", 1), op.get("block_size", 0)
     if zero is not None:
-        codes = codes - _side_by_side(zero.to(torch.float32), codes, axis, block)
-    return codes * _side_by_side(scale, codes, axis, block)
+        codes = codes - side_by_side(zero.to(torch.float32), codes, axis, block)
+    return codes * side_by_side(scale, codes, axis, block)
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------

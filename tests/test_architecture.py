@@ -135,8 +135,18 @@ FLOORS: tuple[frozenset[str], ...] = (
             "stored",
             "streams",
             "verify",
+            "album",
+            "distance",
+            "finetuned",
+            "learnable",
+            "lesson",
+            "resuming",
+            "sites",
+            "teacher",
+            "torchfake",
             "torchgraph",
             "torchmath",
+            "training",
             "torchop",
             "torchplaces",
             "walk",
@@ -151,6 +161,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "diagnose",
             "examine",
+            "finetune",
             "inspect_quantized",
             "judge",
             "mixed",
@@ -168,6 +179,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "cli",
+            "extras",
+            "finetuning",
             "inspected",
             "given",
             "laddered",
@@ -271,7 +284,19 @@ NEIGHBOURS: dict[str, set[str]] = {
     "weight_ranges": {"clipping", "sketch"},
     "simplify": {"edits"},
     "verify": {"intervals", "report"},
-    "torchgraph": {"torchmath", "torchop", "torchplaces"},
+    "torchgraph": {"torchfake", "torchmath", "torchop", "torchplaces"},
+    "torchfake": {"torchmath", "torchop"},
+    "album": {"fed"},
+    "distance": {"verify"},
+    "finetuned": {"report"},
+    "learnable": {"sites", "stored", "torchmath", "weights"},
+    "lesson": {"album", "distance", "finetuned", "learnable", "torchgraph"},
+    "resuming": {"training"},
+    "sites": {"stored"},
+    "teacher": {"fileformat", "stats"},
+    "training": {"finetuned", "lesson"},
+    "finetune": {"examine"},
+    "finetuning": {"extras", "given", "leaving", "looking", "options", "printing", "putting_out", "summary"},
     "torchmath": {"torchop"},
     "torchplaces": {"torchop"},
     "walk": {"held"},
@@ -324,7 +349,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "planner": {"gates", "groups", "plan", "refusals", "shortcut", "weight_specs"},
     "refusals": {"plan"},
     "weights": {"bias", "channel_bits", "layers", "plan", "saturation", "sketch", "weight_ranges"},
-    "cli": {"given", "layerwise", "leaving", "looking", "options", "putting_out", "summary", "sweeping"},
+    "cli": {"finetuning", "given", "layerwise", "leaving", "looking", "options", "putting_out", "summary", "sweeping"},
     "inspected": {"printing"},
     "looking": {"given", "inspected", "leaving", "options", "printing", "putting_out", "summary", "values"},
     "layerwise": {"given", "laddered", "leaving", "options", "printing", "putting_out", "summary"},
@@ -339,12 +364,17 @@ FENCES: dict[str, frozenset[str]] = {
     "google": frozenset({"source"}),
     "PIL": frozenset({"images", "plot"}),  # one reads pictures, the other draws charts
     "onnxruntime": frozenset({"runtime"}),
-    "click": frozenset({"cli", "given", "looking", "options", "values", "layerwise", "putting_out", "sweeping"}),
+    "click": frozenset(
+        {"cli", "finetuning", "given", "looking", "options", "values", "layerwise", "putting_out", "sweeping"}
+    ),
     "rich": frozenset({"summary"}),
     "jinja2": frozenset({"html"}),
     "markupsafe": frozenset({"html"}),
     "plotly": frozenset({"html"}),
-    "torch": frozenset({"torchgraph", "torchmath", "torchop", "torchplaces"}),
+    "torch": frozenset(
+        {"torchfake", "torchgraph", "torchmath", "torchop", "torchplaces"}
+        | {"distance", "finetune", "learnable", "lesson", "training"}
+    ),
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
@@ -390,6 +420,7 @@ def test_imports_go_down(module: str) -> None:
 def test_only_the_face_and_the_story_read_the_public_names() -> None:
     assert {module for module in MODULES if "qconv" in set(imported(module))} <= {
         "cli",
+        "finetuned",
         "pages",
         "pipeline",
         "trial",
