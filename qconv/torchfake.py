@@ -29,7 +29,7 @@ class _Fake(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
-        step = float(scale)
+        step = float(scale.detach())
         y = torch.div(x, scale.reshape(()))
         y.clamp_(low, high).round_().mul_(scale.reshape(()))
         ctx.save_for_backward(x, y)
@@ -56,7 +56,8 @@ def _run(op: Op, given: Given) -> Tensor:
     lows, highs = (given[3::2], given[4::2])
     low = max([low, *(float(end) for end in lows if end is not None)])
     high = min([high, *(float(end) for end in highs if end is not None)])
-    if scale.numel() == 1 and (zero is None or zero.numel() == 1):
+    fixed = zero is None or (zero.numel() == 1 and not zero.requires_grad)
+    if scale.numel() == 1 and fixed:
         middle = 0.0 if zero is None else float(zero)
         found: Tensor = _Fake.apply(x.contiguous(), scale, low - middle, high - middle)
         return found
