@@ -79,6 +79,8 @@ def finetune(source: Source, out: Path, wishes: Wishes, listener: Listener | Non
             listener.warn(text)
 
     with _determined(wishes.recipe.threads):
+        if not is_quantized(read(source)):
+            raise QconvError(f"{source.name} is not quantized.", "quantize it with `qconv quantize` first.")
         teacher = wishes.teacher or teacher_beside(source)
         _check(source, teacher, out, wishes)
         desk = _Desk.of(source, teacher, wishes, warn, listener.progress)
@@ -226,8 +228,6 @@ def _device(wish: str) -> str:
 
 def _check(source: Source, teacher: Source, out: Path, wishes: Wishes) -> None:
     """Said before the work."""
-    if not is_quantized(read(source)):
-        raise QconvError(f"{source.name} is not quantized.", "quantize it with `qconv quantize` first.")
     proto = read(teacher)
     if is_quantized(proto):
         raise QconvError(f"{teacher.name} is quantized itself.", "pass the float model with --teacher.")
