@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fix bench bench-accuracy compat clean
+.PHONY: help demo test lint fix bench bench-accuracy bench-qat compat clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench: $(STAMP) ## measure against ONNX Runtime's own quantizer; needs models an
 
 bench-accuracy: $(STAMP) ## measure accuracy at every bit-width, beside other tools and published numbers
 	$(BIN)/python -m tests.bench.bits $(ARGS)
+
+bench-qat: $(STAMP) ## measure post-training quantization against training; needs qconv[torch]
+	$(BIN)/python -m tests.bench.qat $(ARGS)
 
 compat: $(STAMP) ## run the files in ONNX Runtime 1.17 to the newest, each in an environment of its own
 	$(BIN)/python -m tests.bench.compat $(ARGS)
