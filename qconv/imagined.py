@@ -15,7 +15,7 @@ published with fb.resnet.torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,10 +98,6 @@ def _noise(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float6
     return np.asarray(found / max(float(found.std()), TINY))
 
 
-FALLBACKS: dict[str, Callable[[np.random.Generator, tuple[int, int], int], Pixels]] = {"random": leaves}
-"""What can be looked at in place of photographs."""
-
-
 def pixels(channels: int) -> Normal:
     """What is known of the pixels of any picture, by channel in RGB, or in grey."""
     mean = MEAN if channels == 3 else np.full(channels, MEAN.mean())
@@ -120,9 +116,7 @@ def read_by(prep: Preprocessing) -> Normal:
 
 @dataclass(slots=True)
 class Imagined(Feed):
-    """Made-up pictures as a network wants them, like any others."""
-
-    kind: str = "random"
+    """Made-up pictures as a network wants them, like any others: the same ones in every run."""
 
     @classmethod
     def like(cls, session: Session, recipe: Recipe) -> Imagined:
@@ -143,7 +137,7 @@ class Imagined(Feed):
         """See Feed."""
         rng = np.random.default_rng(0)
         for _ in range(most):
-            yield FALLBACKS[self.kind](rng, prep.size, prep.channels)
+            yield leaves(rng, prep.size, prep.channels)
 
     def all(self, stage: str) -> Generator[Batch, None, None]:
         """COUNT pictures, in whole batches."""

@@ -54,8 +54,8 @@ ROUNDS = (2, 8, 16, 32, 64)
 
 @dataclass(slots=True)
 class Race:
-    """model: as loaded, not yet folded. session: the user's own model. drawn: up to so many pictures as pixels (H, W, C),
-    RGB or grey, as `Feed.drawn` gives them. known: what the first layers should see.
+    """model: as loaded, not yet folded. session: the user's own model. drawn: up to so many pictures as pixels, as
+    `Feed.drawn` gives them. known: what the first layers should see.
 
     other: after the race, ln of the probability that it was something else, on the scale of the candidates' fit.
     """

@@ -29,10 +29,10 @@ from math import inf
 import numpy as np
 
 from qconv.affine import data_of, read_affine
-from qconv.channels import check_reduces_places
+from qconv.channels import check_reduces_places, split
 from qconv.edits import Refused, called, kind, source
 from qconv.expected import RULES, Follower, Rule
-from qconv.graph import Model, Node, Value, array, attribute, clip_bounds, dims, rank
+from qconv.graph import Model, Node, Value, array, attribute, clip_bounds, dims, input_of, rank, scalar
 from qconv.layers import INPUTS_FIRST, Float64, Layer, made_of, note_made, read_layer
 from qconv.normal import Normal, before_relu, quantiles
 
@@ -103,6 +103,9 @@ class _Told(Follower):
 
     def visit(self, node: Node) -> None:
         """As `Follower` does; a note on the output counts more than what follows from the inputs."""
+        if kind(node) == "Split":
+            self._split(node)
+            return
         super().visit(node)
         noted, follows = made_of(node.outputs[0]), self.known[node.outputs[0]]
         if noted is None or kind(node) in INPUTS_FIRST:
@@ -113,6 +116,15 @@ class _Told(Follower):
             bounds = clip_bounds(node) or (-inf, inf)
             low, high = (np.full(noted.mean.shape, end) for end in bounds)
             self.known[node.outputs[0]] = replace(noted, cut=bounds != (-inf, inf), low=low, high=high)
+
+    def _split(self, node: Node) -> None:
+        try:
+            found = self.read(source(node))
+            parts = split(node, found.mean.size)
+        except Refused as reason:
+            self.forget(node, str(reason))
+        else:
+            self.known.update({value: found.of(part) for value, part in zip(node.outputs, parts, strict=True)})
 
     def layer(self, node: Node) -> Normal:
         """By its note, or guessed by its weights."""
@@ -150,9 +162,47 @@ class _Told(Follower):
             raise Refused(f"{called(node)} may mix channels")
         return found
 
+    def pad(self, node: Node) -> Normal:
+        """Places may be filled with any number."""
+        widths, fill = array(input_of(node, 1)), scalar(input_of(node, 2))
+        if fill is None or widths is None or input_of(node, 3) is not None or widths.reshape(2, -1)[:, :2].any():
+            return super().pad(node)
+        found = self.read(source(node))
+        low, high = found.ends
+        return replace(found, low=np.minimum(low, fill), high=np.maximum(high, fill))
+
+    def pixels(self, node: Node) -> Normal:
+        """The network's input in other axes: what is told of it is by channel, wherever these lie."""
+        if not source(node).is_graph_input():
+            raise Refused(f"{called(node)} moves channels")
+        return self.read(source(node))
+
+    def dequantized(self, node: Node) -> Normal:
+        """Codes that come from outside, as pixels do."""
+        found, scale, zero = self.read(source(node)), array(node.inputs[1]), array(input_of(node, 2))
+        if scale is None or scale.size not in (1, found.mean.size):
+            raise Refused(f"the scales of {called(node)} are computed, or not of its channels")
+        gain = scale.reshape(-1).astype(np.float64)
+        shift = np.zeros(1) if zero is None else -gain * zero.reshape(-1).astype(np.float64)
+        return found.scaled(gain, shift)
+
     def function(self, node: Node) -> Normal:
-        """Of each number alone."""
-        return through(self.read(source(node)), FUNCTIONS[kind(node)](node))
+        """Of each number alone. What saturates needs its input no further than that, whatever it is."""
+        value = source(node)
+        if isinstance(self.known.get(value, ""), str) and kind(node) in SATURATING:
+            self.known[value] = self._up_to_saturation(node)
+        return through(self.read(value), FUNCTIONS[kind(node)](node))
+
+    def _up_to_saturation(self, node: Node) -> Normal:
+        value, sizes = source(node), dims(source(node)) or []
+        if (
+            len(sizes) < 2
+            or not sizes[1]
+            or any(kind(reader) not in SATURATING for reader in self.model.readers(value))
+        ):
+            return self.read(value)
+        low, high = (np.full(sizes[1], end) for end in SATURATING[kind(node)](node))
+        return Normal((low + high) / 2, (high - low) / (2 * SIGMAS), True, low, high)
 
     def scale(self, node: Node) -> Normal:
         """By constants, or the product of two tensors: a gate, which may be made of the other."""
@@ -214,6 +264,12 @@ def _hard_sigmoid(x: Float64, alpha: float, beta: float) -> Float64:
     return np.asarray(np.clip(alpha * x + beta, 0.0, 1.0))
 
 
+def _ends_of_ramp(alpha: float, beta: float) -> tuple[float, float]:
+    if not alpha > 0:
+        raise Refused("a HardSigmoid falls")
+    return min(-beta / alpha, 0.0), max((1 - beta) / alpha, 0.0)
+
+
 FUNCTIONS: dict[str, Callable[[Node], Callable[[Float64], Float64]]] = {
     "Sigmoid": lambda node: _sigmoid,
     "Tanh": lambda node: np.tanh,
@@ -222,6 +278,12 @@ FUNCTIONS: dict[str, Callable[[Node], Callable[[Float64], Float64]]] = {
     "LeakyRelu": lambda node: lambda x: np.where(x < 0, attribute(node, "alpha", 0.01) * x, x),
 }
 """What they do to a number."""
+SATURATING: dict[str, Callable[[Node], tuple[float, float]]] = {
+    "Sigmoid": lambda node: (-8.0, 8.0),
+    "Tanh": lambda node: (-4.0, 4.0),
+    "HardSigmoid": lambda node: _ends_of_ramp(attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)),
+}
+"""Where they end: within 0.001 of what they are further out."""
 RULES_OF_ALL: dict[str, Rule] = {
     **RULES,
     **dict.fromkeys(INPUTS_FIRST, _Told.layer),
@@ -230,5 +292,9 @@ RULES_OF_ALL: dict[str, Rule] = {
     **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), _Told.mean_of_places),
     **dict.fromkeys(("MaxPool", "GlobalMaxPool", "Resize"), _Told.places),
     **dict.fromkeys(FUNCTIONS, _Told.function),
+    "Pad": _Told.pad,
+    "Cast": _Told.same,
+    "Transpose": _Told.pixels,
+    "DequantizeLinear": _Told.dequantized,
 }
 """Operators that statistics go through."""

@@ -5,15 +5,21 @@ Tensors that nothing tells of are watched on made-up pictures where the user has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+
+import numpy as np
 
 from qconv.calibrate import Tap, observer, watch, watch_apart
 from qconv.choices import NO_PICTURES
+from qconv.edits import Refused, kind, source
 from qconv.errors import QconvError, counted
+from qconv.feed import Batch
 from qconv.findings import Change
-from qconv.graph import DataType, Model, Value
+from qconv.graph import DataType, Model, Value, clip_bounds
 from qconv.imagined import Imagined, pixels, read_by
+from qconv.layers import INPUTS_FIRST, means_of, note_means, read_layer
 from qconv.normal import Normal
 from qconv.portray import channels_of, sketched
 from qconv.reach import Channels, seen_by_channel
@@ -21,6 +27,11 @@ from qconv.sketch import Sketch
 from qconv.told import MOST_GUESSES, told
 
 STEP = "told"
+WATCHED: dict[str, Callable[[Imagined, str], Iterable[Batch]]] = {"random": Imagined.all}
+"""The made-up pictures of every --fallback, batch by batch."""
+WIDER = 2.0
+"""Times as far as on made-up pictures values may go on real ones, in which there are things to be sure of."""
+BOUNDED = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 NAMED = 3
 """Tensors that an error names."""
 
@@ -42,13 +53,21 @@ class Unseen:
         """What is told of every tensor of a folded model, or why nothing is."""
         return told(model, {value: _as_read(value, self.imagined) for value in model.graph.inputs})
 
+    def pictures(self, stage: str) -> Iterable[Batch]:
+        """What is watched for what nothing tells of, as the network takes it. stage: for whom."""
+        return WATCHED[self.fallback or "random"](self.imagined, stage)
+
     def sketches(self, model: Model, taps: Sequence[Tap]) -> dict[str, Sketch]:
         """Of these tensors. Raises QconvError where nothing tells of some, and they are not to be watched."""
-        found = {value.name or "": known for value, known in self.known(model).items()}
+        known_of = self.known(model)
+        _note_means(model, known_of)
+        found = {value.name or "": known for value, known in known_of.items()}
         missing = self._missing(taps, found)
         seen = {}
         if missing:
-            seen = watch(observer(model, missing, self.threads), missing, self.imagined.all("calibrate"))
+            seen = watch(observer(model, missing, self.threads), missing, self.pictures("calibrate"))
+            ends = {value.name or "": _hard_ends(value) for value in known_of}
+            seen = {name: _wider(sketch, *ends[name]) for name, sketch in seen.items()}
         self.findings = []
         for tap in taps:
             known = found.get(tap.name, "")
@@ -64,7 +83,7 @@ class Unseen:
         told_of = {value.name or "": channels_of(f, value) for value, f in known.items() if isinstance(f, Normal)}
         missing = [tap for tap in taps if not isinstance(by_name.get(tap.name), Normal)] if self.fallback else []
         if missing:
-            seen = watch_apart(observer(model, missing, self.threads), missing, self.imagined.all("equalize"))
+            seen = watch_apart(observer(model, missing, self.threads), missing, self.pictures("equalize"))
             told_of |= seen_by_channel(seen)
         wanted = {tap.name for tap in taps}
         return {name: found for name, found in told_of.items() if name in wanted}
@@ -78,21 +97,49 @@ class Unseen:
             told_of = f"{counted(len(missing), 'tensor')} of {len(taps)} that need a range: {shown}{more}"
             raise QconvError(
                 f"{self.model} says nothing of {told_of} ({why or 'nothing leads there'}).",
-                f"--calib {NO_PICTURES} lives on BatchNormalizations that are still there: export the model before they "
-                "are folded, pass pictures, or pass --fallback random to watch made-up ones.",
+                f"--calib {NO_PICTURES} lives on BatchNormalizations: export the model before they are folded, pass "
+                "pictures, or pass --fallback random to watch made-up ones.",
             )
         return missing
 
     def _tell(self, tensor: str, known: Normal | str | None) -> None:
         if not isinstance(known, Normal):
-            what = f"range by {self.imagined.kind} pictures: {known or 'nothing tells of it'}"
-            self.findings.append(Change(STEP, tensor, what, f"ranges by {self.imagined.kind} pictures"))
+            what = f"range by {self.fallback} pictures: {known or 'nothing tells of it'}"
+            self.findings.append(Change(STEP, tensor, what, f"ranges by {self.fallback} pictures"))
         elif known.guesses == 1:
             what = "range guessed by weights: no BatchNormalization follows the layer in front"
             self.findings.append(Change(STEP, tensor, what, "ranges guessed by weights"))
         else:
             what = "range by pixels" if known.guesses else "range by what BatchNormalization says"
             self.findings.append(Change(STEP, tensor, what, "ranges by what BatchNormalization says"))
+
+
+def _hard_ends(value: Value) -> tuple[float, float]:
+    """What no value of a tensor is beyond, whatever the picture."""
+    node = value.producer()
+    bounds = None if node is None else clip_bounds(node)
+    if node is not None and kind(node) in BOUNDED:
+        bounds = BOUNDED[kind(node)]
+    return bounds or (-inf, inf)
+
+
+def _wider(sketch: Sketch, least: float, most: float) -> Sketch:
+    """What was seen on made-up pictures, as far as others may go."""
+    lows, highs = (np.clip(WIDER * ends, least, most).astype(np.float32) for ends in (sketch.lows, sketch.highs))
+    return replace(sketch, lows=np.minimum(lows, sketch.lows), highs=np.maximum(highs, sketch.highs))
+
+
+def _note_means(model: Model, known: Mapping[Value, Normal | str]) -> None:
+    """Tell layers what they read on average, where BatchNormalization alone did not."""
+    for node in model.nodes():
+        found = known.get(source(node), "") if kind(node) in INPUTS_FIRST else ""
+        try:
+            fits = isinstance(found, Normal) and found.mean.size == read_layer(node).inputs
+        except Refused:
+            continue
+        sure = isinstance(found, Normal) and not found.guesses  # pixels may be of anything
+        if isinstance(found, Normal) and fits and sure and kind(node) != "MatMul" and isinstance(means_of(node), str):
+            note_means(node, found.mean)
 
 
 def _as_read(value: Value, imagined: Imagined) -> Normal:

@@ -269,7 +269,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "imagined": {"feed", "normal"},
     "portray": {"exact", "normal", "reach", "sketch", "told"},
     "told": {"affine", "channels", "edits", "expected", "layers", "normal"},
-    "unseen": {"calibrate", "imagined", "normal", "portray", "reach", "sketch", "told"},
+    "unseen": {"calibrate", "edits", "feed", "imagined", "layers", "normal", "portray", "reach", "sketch", "told"},
     "oddities": {"sketch"},
     "readers": {"clipping", "layers", "sketch"},
     "sketch": {"exact"},
