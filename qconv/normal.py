@@ -17,7 +17,7 @@ Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.1 and appendix C.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -50,6 +50,7 @@ class Normal:
     low: Float64 | None = None
     high: Float64 | None = None
     base: tuple[Float64, Float64] | None = None
+    table: Float64 | None = None
     guesses: int = 0
 
     def scaled(self, gain: Float64, shift: Float64) -> Normal:
@@ -57,7 +58,8 @@ class Normal:
         std = None if self.std is None else self.std * np.abs(gain)
         low, high = self._bounds(gain, shift)
         base = None if self.base is None else (self.base[0] * gain + shift, self.base[1] * np.abs(gain))
-        return replace(self, mean=self.mean * gain + shift, std=std, low=low, high=high, base=base)
+        table = None if self.table is None else self.table * gain + shift
+        return replace(self, mean=self.mean * gain + shift, std=std, low=low, high=high, base=base, table=table)
 
     def _bounds(self, gain: Float64, shift: Float64) -> tuple[Float64 | None, Float64 | None]:
         if self.low is None and self.high is None:
@@ -81,7 +83,8 @@ class Normal:
 
         base = None if self.base is None else (self.base[0][channels], self.base[1][channels])
         ends = some(self.low), some(self.high)
-        return Normal(self.mean[channels], some(self.std), self.cut, *ends, base, self.guesses)
+        table = None if self.table is None else self.table[:, channels]
+        return Normal(self.mean[channels], some(self.std), self.cut, *ends, base, table, self.guesses)
 
     @classmethod
     def joined(cls, parts: Sequence[Normal]) -> Normal:
@@ -92,8 +95,10 @@ class Normal:
         low, high = (np.concatenate(ends) for ends in zip(*(part.ends for part in parts), strict=True))
         bases = [part.origin for part in parts] if known else []
         base = (np.concatenate([m for m, _ in bases]), np.concatenate([s for _, s in bases])) if known else None
+        tabled = known and any(part.table is not None for part in parts)
+        table = np.concatenate([part.at(GRID) for part in parts], axis=1) if tabled else None
         mean, guesses = np.concatenate([part.mean for part in parts]), max(part.guesses for part in parts)
-        return cls(mean, std, any(part.cut for part in parts), low, high, base, guesses)
+        return cls(mean, std, any(part.cut for part in parts), low, high, base, table, guesses)
 
     def averaged(self) -> Normal:
         """Means over places: how far these vary depends on how alike neighbours are."""
@@ -114,7 +119,8 @@ class Normal:
         spread = scale * np.sqrt(np.maximum(squares - rises * rises, 0))
         moved = np.clip(np.where(certain, mean, mean + scale * rises), low, high)
         least, most = (np.clip(end, low, high) for end in self.ends)
-        return Normal(moved, np.where(certain, 0.0, spread), True, least, most, (mean, deviation), self.guesses)
+        spread = np.where(certain, 0.0, spread)
+        return Normal(moved, spread, True, least, most, (mean, deviation), guesses=self.guesses)
 
     # -- what values there are -------------------------------------------------------------------------------------
 
@@ -133,14 +139,33 @@ class Normal:
 
     def at(self, z: Float64) -> Float64:
         """The values of all channels where a standard normal variable has the values z: (n,) or (n, C) to (n, C)."""
-        mean, std = self.origin
-        return np.asarray(np.clip(mean + std * (z[:, None] if z.ndim == 1 else z), *self.ends))
+        z = z[:, None] if z.ndim == 1 else z
+        if self.table is None:
+            mean, std = self.origin
+            return np.asarray(np.clip(mean + std * z, *self.ends))
+        right = np.clip(np.searchsorted(GRID, z), 1, len(GRID) - 1)  # (n, 1) or (n, C)
+        share = np.clip((z - GRID[right - 1]) / (GRID[right] - GRID[right - 1]), 0.0, 1.0)
+        columns = np.arange(self.mean.size)
+        return np.asarray((1 - share) * self.table[right - 1, columns] + share * self.table[right, columns])
+
+    def through(self, function: Callable[[Float64], Float64]) -> Normal:
+        """function(x) of every number, which keeps the shape (n, C). Values further than GRID count as not there."""
+        table = function(self.at(GRID))
+        inner = function(self.at(QUANTILES))
+        ends = table.min(axis=0), table.max(axis=0)
+        return Normal(inner.mean(axis=0), inner.std(axis=0), True, *ends, table=table, guesses=self.guesses)
 
 
 def quantiles(count: int) -> Float64:
     """Values of a standard normal variable that are equally probable, ascending, (count,)."""
     normal = NormalDist()
     return np.array([normal.inv_cdf((index + 0.5) / count) for index in range(count)])
+
+
+FARTHEST = 6.0
+"""Deviations away from the mean that values are taken to reach, as in DFQ."""
+QUANTILES = quantiles(511)
+GRID = np.concatenate([[-FARTHEST], quantiles(255), [FARTHEST]])
 
 
 def before_relu(mean: Float64, std: Float64) -> Normal:

@@ -1,7 +1,7 @@
 """From what is told of a tensor (told.py) to what a sketch would have remembered of it, so that all calibrators work.
 
 Every channel takes the values of a cut-off normal variable at as many equally probable places, in an order of its own,
-and reaches SIGMAS deviations away from its mean. Nothing is drawn by chance but the orders, whose seed is the tensor's.
+and reaches FARTHEST deviations away from its mean. Nothing is drawn by chance but the orders, by the tensor's name.
 """
 
 from __future__ import annotations

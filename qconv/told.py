@@ -34,15 +34,12 @@ from qconv.edits import Refused, called, kind, source
 from qconv.expected import RULES, Follower, Rule
 from qconv.graph import Model, Node, Value, array, attribute, clip_bounds, dims, input_of, rank, scalar
 from qconv.layers import INPUTS_FIRST, Float64, Layer, made_of, note_made, read_layer
-from qconv.normal import Normal, before_relu, quantiles
+from qconv.normal import FARTHEST, Normal, before_relu
 
-SIGMAS = 6.0
-"""Deviations from the mean that values are taken to reach, as in DFQ."""
 MOST_GUESSES = 1
 WIDTH_OF_MEANS = 0.5
 """Deviation of means over a map beside that of its places, which are far from independent. 0.35 to 0.47 were seen in
 ResNet-20, MobileNetV2 and EfficientNet-Lite0."""
-QUANTILES = quantiles(255)
 
 
 def note_told(model: Model) -> None:
@@ -88,8 +85,10 @@ def told(model: Model, inputs: Mapping[Value, Normal]) -> dict[Value, Normal | s
 
 
 def reach(found: Normal) -> tuple[Float64, Float64]:
-    """The least and the largest value of each channel, (C,) both: SIGMAS deviations away, or cut off before."""
-    low, high = found.at(np.array([-SIGMAS, SIGMAS]))
+    """The least and the largest value of each channel, (C,) both: FARTHEST deviations away, or cut off before."""
+    if found.table is not None:
+        return found.ends
+    low, high = found.at(np.array([-FARTHEST, FARTHEST]))
     return low, high
 
 
@@ -191,7 +190,7 @@ class _Told(Follower):
         value = source(node)
         if isinstance(self.known.get(value, ""), str) and kind(node) in SATURATING:
             self.known[value] = self._up_to_saturation(node)
-        return through(self.read(value), FUNCTIONS[kind(node)](node))
+        return self.read(value).through(FUNCTIONS[kind(node)](node))
 
     def _up_to_saturation(self, node: Node) -> Normal:
         value, sizes = source(node), dims(source(node)) or []
@@ -202,7 +201,7 @@ class _Told(Follower):
         ):
             return self.read(value)
         low, high = (np.full(sizes[1], end) for end in SATURATING[kind(node)](node))
-        return Normal((low + high) / 2, (high - low) / (2 * SIGMAS), True, low, high)
+        return Normal((low + high) / 2, (high - low) / (2 * FARTHEST), True, low, high)
 
     def scale(self, node: Node) -> Normal:
         """By constants, or the product of two tensors: a gate, which may be made of the other."""
@@ -212,7 +211,7 @@ class _Told(Follower):
         for one, other in (values, values[::-1]):
             gate = other.producer()
             if gate is not None and kind(gate) in FUNCTIONS and source(gate) is one:
-                return through(self.read(one), partial(_gated, FUNCTIONS[kind(gate)](gate)))
+                return self.read(one).through(partial(_gated, FUNCTIONS[kind(gate)](gate)))
         return product(*self._side_by_side(node))
 
 
@@ -228,14 +227,6 @@ def by_weights(layer: Layer, found: Normal) -> Normal:
     var = np.einsum("goi,gi->go", met, (found.std**2).reshape(groups, -1)).reshape(-1)
     seen = 1 / float(np.prod(strides))  # positions of the kernel that an output of a ConvTranspose meets
     return Normal(seen * mean + layer.bias, np.sqrt(seen * var), guesses=found.guesses + 1)
-
-
-def through(found: Normal, function: Callable[[Float64], Float64]) -> Normal:
-    """function(x) of every number."""
-    ends = np.stack(reach(found))
-    values = function(np.concatenate([found.at(QUANTILES), ends]))
-    low, high, inner = values.min(axis=0), values.max(axis=0), values[:-2]
-    return Normal(inner.mean(axis=0), inner.std(axis=0), True, low, high, guesses=found.guesses)
 
 
 def product(one: Normal, other: Normal) -> Normal:

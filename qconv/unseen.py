@@ -148,4 +148,4 @@ def _as_read(value: Value, imagined: Imagined) -> Normal:
     assert prep is not None
     as_bytes = value.dtype == DataType.UINT8 and not prep.keeps_pixels
     found = pixels(prep.channels) if as_bytes else read_by(prep)
-    return Normal(found.mean, found.std, True, found.low, found.high, None, MOST_GUESSES)
+    return replace(found, guesses=MOST_GUESSES)
