@@ -165,7 +165,7 @@ def quantiles(count: int) -> Float64:
 FARTHEST = 6.0
 """Deviations away from the mean that values are taken to reach, as in DFQ."""
 QUANTILES = quantiles(511)
-GRID = np.concatenate([[-FARTHEST], quantiles(255), [FARTHEST]])
+GRID = np.linspace(-FARTHEST, FARTHEST, 241)
 
 
 def before_relu(mean: Float64, std: Float64) -> Normal:

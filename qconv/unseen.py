@@ -103,15 +103,16 @@ class Unseen:
         return missing
 
     def _tell(self, tensor: str, known: Normal | str | None) -> None:
+        why = ""
         if not isinstance(known, Normal):
-            what = f"range by {self.fallback} pictures: {known or 'nothing tells of it'}"
-            self.findings.append(Change(STEP, tensor, what, f"ranges by {self.fallback} pictures"))
-        elif known.guesses == 1:
-            what = "range guessed by weights: no BatchNormalization follows the layer in front"
-            self.findings.append(Change(STEP, tensor, what, "ranges guessed by weights"))
+            kind_of, why = f"ranges by {self.fallback} pictures", f": {known or 'nothing tells of it'}"
+        elif known.guesses > MOST_GUESSES:
+            kind_of = "range by what pixels can be"
+        elif known.guesses:
+            kind_of, why = "ranges guessed by weights", ": no BatchNormalization follows the layer in front"
         else:
-            what = "range by pixels" if known.guesses else "range by what BatchNormalization says"
-            self.findings.append(Change(STEP, tensor, what, "ranges by what BatchNormalization says"))
+            kind_of = "ranges by what BatchNormalization says"
+        self.findings.append(Change(STEP, tensor, f"{kind_of.replace('ranges', 'range')}{why}", kind_of))
 
 
 def _hard_ends(value: Value) -> tuple[float, float]:
@@ -148,4 +149,4 @@ def _as_read(value: Value, imagined: Imagined) -> Normal:
     assert prep is not None
     as_bytes = value.dtype == DataType.UINT8 and not prep.keeps_pixels
     found = pixels(prep.channels) if as_bytes else read_by(prep)
-    return replace(found, guesses=MOST_GUESSES)
+    return replace(found, guesses=MOST_GUESSES + 1)
