@@ -24,7 +24,17 @@ from qconv.edits import Refused, kind, title
 from qconv.findings import Change
 from qconv.fold import FLATTENERS, ends, scaled_layer
 from qconv.graph import Model, Node, Value
-from qconv.layers import INPUTS_FIRST, Float64, Layer, check_finite, read_layer, scale_outputs, write_layer
+from qconv.layers import (
+    INPUTS_FIRST,
+    Float64,
+    Layer,
+    check_finite,
+    made_of,
+    move_made,
+    read_layer,
+    scale_outputs,
+    write_layer,
+)
 from qconv.moved import tell
 from qconv.reach import Channels
 
@@ -112,9 +122,19 @@ def _lowered(model: Model, candidate: Candidate, shift: Float64) -> bool:
         return False
     for one in layers:
         write_layer(model, one)
+    along = [node.outputs[0] for end in ends(model, candidate.result) for node in end.path]
+    for value in dict.fromkeys([candidate.result, *along]):
+        _lower_note(value, shift)
     lowered = shift.astype(np.float32)
     tell(model.inner.metadata_props, {}, {value.name or "": lowered for value in _copies(model, candidate)})
     return True
+
+
+def _lower_note(value: Value, shift: Float64) -> None:
+    """Of a channel, or of all the features that it has become."""
+    found = made_of(value)
+    if found is not None:
+        move_made(value, np.ones(1), -np.repeat(shift, found.mean.size // shift.size))
 
 
 def _copies(model: Model, candidate: Candidate) -> list[Value]:

@@ -16,7 +16,7 @@ of activations counts as well, and streams have one scale a channel however many
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -29,7 +29,7 @@ from qconv.edits import Refused
 from qconv.feed import Feed
 from qconv.findings import Change, Finding, Skipped
 from qconv.graph import Model, Value
-from qconv.layers import Float64, check_finite, read_layer, scale_inputs, scale_outputs, write_layer
+from qconv.layers import Float64, check_finite, move_made, read_layer, scale_inputs, scale_outputs, write_layer
 from qconv.moved import on_grid, tell
 from qconv.noise import Term, least, total
 from qconv.plan import Plan, tap_of
@@ -45,7 +45,8 @@ MARGIN = 1.1
 LARGEST_SCALE = math.log(100.0)
 LEAST_GAIN = 0.02
 """Share of the noise that a group's scales must take away: the model of the noise is no better than that."""
-EXACT_DB = 60.0
+EXACT_DB, NEAR_DB = 60.0, 20.0
+"""How near the float outputs must stay: where pictures tell what is out of reach, and where statistics do."""
 CHECKED_PICTURES = 8
 
 
@@ -68,12 +69,36 @@ def balance(model: Model, plan: Plan, feed: Feed, most: int | None, threads: int
         again = [tap for tap in taps if tap.name in names]
         on_all = seen_by_channel(watch_apart(observer(model, again, threads), again, feed.all(STEP)))
         channels |= {name: replace(channels[name], floor=found.floor) for name, found in on_all.items()}
-    lowered = _lowered(model, high, channels, feed, threads)
-    return [*lowered, *_scaled(model, plan, Seen(streams, channels), feed, threads), *left]
+    lowered = _lowered(model, high, channels, feed, threads, EXACT_DB)
+    return [*lowered, *_scaled(model, plan, Seen(streams, channels), feed, threads, EXACT_DB), *left]
+
+
+def balance_unseen(
+    model: Model, plan: Plan, watched: Callable[[Sequence[Tap]], dict[str, Channels]], feed: Feed, threads: int | None
+) -> list[Finding]:
+    """The same without pictures.
+
+    watched: what is known of tensors, by their names. feed: made-up pictures, on which the outputs may move a little:
+    what hardly any value reaches counts as never reached.
+    """
+    streams = find_streams(model)
+    left = [Skipped(STEP, where, why) for where, why in _unmoved(streams).items()]
+    could = candidates(model)
+    taps = _taps(plan, streams, set())
+    if not taps or (bool(streams.fixed.all()) and not could):
+        return list(left)
+    channels = watched([*taps, *(Tap(candidate.result.name or "") for candidate in could)])
+    lowered = _lowered(model, gaining(could, channels), channels, feed, threads, NEAR_DB)
+    return [*lowered, *_scaled(model, plan, Seen(streams, channels), feed, threads, NEAR_DB), *left]
 
 
 def _lowered(
-    model: Model, high: Sequence[Candidate], channels: dict[str, Channels], feed: Feed, threads: int | None
+    model: Model,
+    high: Sequence[Candidate],
+    channels: dict[str, Channels],
+    feed: Feed,
+    threads: int | None,
+    least_db: float,
 ) -> list[Finding]:
     """High channels lowered; `channels` are brought up to date."""
     if not gaining(high, channels):
@@ -81,12 +106,12 @@ def _lowered(
     tried, names = model.copy(), {candidate.result.name for candidate in high}
     absorb(tried, [candidate for candidate in candidates(tried) if candidate.result.name in names], dict(channels))
     moved = _sqnr(model, tried, feed, threads)
-    if moved < EXACT_DB:
+    if moved < least_db:
         return [Skipped(STEP, "the network", f"lowered channels moved the float outputs to {moved:.1f} dB")]
     return list(absorb(model, high, channels))
 
 
-def _scaled(model: Model, plan: Plan, seen: Seen, feed: Feed, threads: int | None) -> list[Finding]:
+def _scaled(model: Model, plan: Plan, seen: Seen, feed: Feed, threads: int | None, least_db: float) -> list[Finding]:
     streams = seen.streams
     terms = noise_terms(model, plan, seen)
     found = chosen(streams, terms, *_bounds(seen))
@@ -99,7 +124,7 @@ def _scaled(model: Model, plan: Plan, seen: Seen, feed: Feed, threads: int | Non
     except Refused as reason:
         return [Skipped(STEP, "the network", str(reason))]
     moved = _sqnr(model, tried, feed, threads)
-    if moved < EXACT_DB:
+    if moved < least_db:
         return [Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")]
     apply(model, streams, found.scales)
     scales = {value.name or "": found.u[classes] for value, classes in streams.of.items()}
@@ -235,6 +260,10 @@ def apply(model: Model, streams: Streams, scales: Float64) -> None:
             layers.append(layer)
     for layer in layers:
         write_layer(model, layer)
+    written = {ends.node.outputs[0] for ends in streams.layers}
+    for value, classes in streams.of.items():
+        if value not in written:
+            move_made(value, 1 / scales[classes], np.zeros(1))
 
 
 def _sqnr(before: Model, after: Model, feed: Feed, threads: int | None) -> float:

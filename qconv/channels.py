@@ -33,6 +33,18 @@ def sliced(node: Node, count: int) -> NDArray[np.int64]:
     return kept
 
 
+def split(node: Node, count: int) -> list[NDArray[np.int64]]:
+    """The channels, of so many, that each output of a Split has: some of them, or all at some of the places."""
+    kept = np.arange(count)
+    axis = attribute(node, "axis", 0) % (rank(source(node)) or 1)
+    if axis != 1:
+        return [kept for _ in node.outputs]
+    sizes = [(dims(value) or [None, None])[1] for value in node.outputs]
+    if any(size is None for size in sizes) or sum(size or 0 for size in sizes) != count:
+        raise Refused("it is not known how a Split parts the channels")
+    return np.split(kept, np.cumsum([size or 0 for size in sizes])[:-1])
+
+
 def padded(node: Node) -> tuple[int, int]:
     """How many channels of zeros a Pad puts before and behind those that it reads.
 

@@ -35,6 +35,10 @@ BIT_ALLOCATIONS = ("none", "weights", "activations", "both")
 CHANNEL_CALIBRATORS = ("minmax", "aciq")
 """Calibrators that know a range for each channel of a tensor."""
 BIAS_CORRECTIONS = ("measured", "sequential", "analytic", "none")
+NO_PICTURES = "none"
+"""In place of calibration pictures: what BatchNormalization tells must do."""
+FALLBACKS = ("random",)
+"""What is looked at where that does not do."""
 CHOICES = {
     "calibrator": CALIBRATORS,
     "weight_calibrator": WEIGHT_CALIBRATORS,

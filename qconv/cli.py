@@ -20,11 +20,11 @@ import qconv
 from qconv.checks import spelt
 from qconv.errors import QconvError, counted
 from qconv.finetuning import finetune
-from qconv.given import recipe_of, without
+from qconv.given import recipe_of, require_pictures, without
 from qconv.layerwise import compare, diagnose
 from qconv.leaving import leave_at_once, leave_by_exceptions
 from qconv.looking import audit, benchmark, evaluate, inspect
-from qconv.options import WIDTH, output_options, quantize_options, require_output
+from qconv.options import WIDTH, output_options, pictures_option, quantize_options, require_output
 from qconv.putting_out import Wanted, check_report, typed
 from qconv.recipe import Recipe
 from qconv.sweeping import Flags, sweep
@@ -72,7 +72,7 @@ def quantize(
     source = source_of(model)
     if output is None:
         output = default_output(model, recipe)
-    read = (*options["calib"], options["stats"], options["layer_bits"])
+    read = (*recipe.calib, options["stats"], options["layer_bits"])
     written = {
         "the output": output,
         "the table": csv,
@@ -101,7 +101,17 @@ def quantize(
 
 NOT_STUDIED = frozenset(
     {"output", "report", "sweep", "stats", "save_stats", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
-    | {"max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding", "equalize"}
+    | {
+        "max_drop",
+        "target_size",
+        "candidate_bits",
+        "save_layer_bits",
+        "effort",
+        "rounding",
+        "equalize",
+        "calib",
+        "fallback",
+    }
 )
 """Options of `quantize` that make no sense of a model that is not kept, or need pictures twice."""
 CHARTS = (".png", ".html")
@@ -113,6 +123,7 @@ CHARTS = (".png", ".html")
     params=without(NOT_STUDIED),
 )
 @click.argument("model")
+@pictures_option
 @click.option("-o", "--output", metavar="OUT", help="Also draw the curve: a .png picture or a .html page.")
 @click.option(
     "--seeds",
@@ -145,8 +156,7 @@ def study_samples(
     **options: Any,
 ) -> int:
     """How many calibration pictures MODEL needs: its accuracy when quantized with 1, 2, 5, 10, ... of them."""
-    if not options["calib"]:
-        raise click.UsageError("pass the calibration pictures with --calib DIR.")
+    require_pictures(options["calib"], "study-samples is about how many of them it takes")
     if "" in (output, *options["calib"], *images):
         raise click.UsageError("--calib, --images and --output need a name.")
     place = None if output is None else Path(output)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from qconv.candidates import Candidate, Field
+from qconv.errors import QconvError
 from qconv.evidence import Fact, fact_of, references
 from qconv.feed import Feed
 from qconv.graph import Model
@@ -28,6 +29,8 @@ from qconv.race import Race
 from qconv.runtime import Session
 
 CERTAIN = 0.98
+EVIDENT = 0.9
+"""Probability from which on made-up pictures tell a normalisation, in either order of colours."""
 SHAPE_ONLY = ("layout", "resize", "filter", "size")
 """Options that say nothing about the pixels' values."""
 SOMETHING_ELSE = "something else"
@@ -78,7 +81,7 @@ def detect(
     known = references(model)
     field, said = Field(spec, default, known), _said(options)
     own, free = field.candidates(fact, said), field.candidates(fact, {})
-    race = Race(model, session, spec, feed.listing, known, threads)
+    race = Race(model, session, spec, feed.drawn, known, threads)
     if "preset" in said or (said and len(own) == 1):
         if fact is None and race.fits(own[0]):
             return Detected(default)
@@ -89,6 +92,41 @@ def detect(
     chosen, found = _decided(own, race, fact)
     told = _against(chosen, free, race, fact) if said else ""
     return replace(found, doubt=told or found.doubt, against=bool(told))
+
+
+def detect_unseen(
+    model: Model, session: Session, feed: Feed, options: PreprocessingOptions, *, threads: int | None = None
+) -> Detected:
+    """The same with made-up pictures, in which the order of colours hardly shows: then the usual one is taken.
+
+    Raises QconvError where the network does not tell and the user has not.
+    """
+    default, said = feed.preprocessing, _said(options)
+    if default is None or "preset" in said:
+        return Detected(default)
+    known = references(model)
+    fact, field = fact_of(model, feed.inputs[0].dtype, default.layout), Field(feed.inputs[0], default, known)
+    own = field.candidates(fact, said)
+    race = Race(model, session, feed.inputs[0], feed.drawn, known, threads)
+    race.run(own, confidence=False)
+    best, *others = sorted(own, key=lambda candidate: candidate.score, reverse=True)
+    shares, _ = _shares([best, *others], race, fact)
+    alike = [i for i, one in enumerate([best, *others]) if one.family == best.family]
+    share = sum(shares[i] for i in alike)
+    if fact is None and not (race.stored and share >= EVIDENT):
+        guess = f": {best.settled_by} is the best guess" if race.stored else ""
+        tells = f"its BatchNorms do not make it evident{guess}" if race.stored else "no BatchNorm in it tells"
+        fact_told = f"How {session.name} wants to be fed is not known without pictures: {tells}."
+        raise QconvError(fact_told, "pass --preprocess NAME, or --scale, --mean and --std, as it was trained.")
+    chosen = replace(best.preprocessing, source=_source(race, fact, certain=True))
+    doubt = ""
+    if len(alike) > 1 and shares[0] < CERTAIN * share:
+        color = chosen.color
+        doubt = (
+            f"whether the network wants RGB or BGR does not show without pictures; the file says {color.upper()}, "
+            f"which changes no weight: --color {color} settles it."
+        )
+    return Detected(chosen, None, round(share, 4), doubt, evident=True)
 
 
 def _said(options: PreprocessingOptions) -> dict[str, Any]:

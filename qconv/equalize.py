@@ -17,10 +17,19 @@ from __future__ import annotations
 import numpy as np
 
 from qconv.affine import read_affine
-from qconv.edits import Refused, called, each_node, kind, no_extra_outputs, title
+from qconv.edits import Refused, called, each_node, kind, no_extra_outputs, source, title
 from qconv.findings import Change
 from qconv.graph import Model, Node, Value, rank, set_attribute
-from qconv.layers import INPUTS_FIRST, Float64, Layer, check_finite, read_layer, scale_outputs, write_layer
+from qconv.layers import (
+    INPUTS_FIRST,
+    Float64,
+    Layer,
+    check_finite,
+    move_made,
+    read_layer,
+    scale_outputs,
+    write_layer,
+)
 
 HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool"})
 
@@ -63,6 +72,10 @@ def move_gains_back(model: Model, node: Node) -> list[Change]:
     layer = scale_outputs(layer, magnitude, np.zeros(1))
     check_finite(layer)
     write_layer(model, layer)
+    between = data.producer()
+    while between is not None and between is not layer.node:  # writing the layer has moved the note of its output
+        move_made(between.outputs[0], magnitude, np.zeros(1))
+        between = source(between).producer()
     numbers = {1: rest, 2: affine.shift, 3: np.zeros_like(rest), 4: np.ones_like(rest)}
     for index, values in numbers.items():
         model.set_input(node, index, model.constant(f"{title(node)}_{index}", values.astype(np.float32)))

@@ -16,7 +16,8 @@ Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from qconv.normal import Normal
 
 def note_expected(model: Model) -> None:
     """Give every layer of a model that is not folded yet its note. Layers that have one keep it."""
-    walk = _Walk(model)
+    walk = Follower(model)
     for node in model.nodes():
         if kind(node) in INPUTS_FIRST:
             if not has_means(node):
@@ -40,12 +41,13 @@ def note_expected(model: Model) -> None:
             walk.visit(node)
 
 
-class _Walk:
+class Follower:
     """One way through the graph. known: what is known of a tensor's channels, or why nothing is."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.known: dict[Value, Normal | str] = {}
+        self.rules: Mapping[str, Rule] = RULES
 
     def note(self, node: Node) -> None:
         """Tell a layer what it reads."""
@@ -62,7 +64,7 @@ class _Walk:
 
     def visit(self, node: Node) -> None:
         """Find out about the output of anything but a layer."""
-        rule = RULES.get(kind(node))
+        rule = self.rules.get(kind(node))
         if rule is None:
             self.forget(node, f"the mean behind {called(node)} does not follow from BatchNormalization")
             return
@@ -169,17 +171,17 @@ class _Walk:
         return [self.read(value) for value in values]
 
 
-_Rule = Callable[[_Walk, Node], Normal]
-RULES: dict[str, _Rule] = {
-    "BatchNormalization": _Walk.normalised,
-    **dict.fromkeys(("Identity", "Dropout"), _Walk.same),
-    **dict.fromkeys(("Relu", "Clip"), _Walk.clip),
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _Walk.scale),
-    "Sum": _Walk.sum,
-    "Concat": _Walk.concat,
-    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), _Walk.mean_of_places),
-    "Slice": _Walk.slice,
-    "Pad": _Walk.pad,
-    **dict.fromkeys(("Flatten", "Reshape", "Squeeze"), _Walk.flatten),
+Rule = Callable[[Any, Node], Normal]
+RULES: dict[str, Rule] = {
+    "BatchNormalization": Follower.normalised,
+    **dict.fromkeys(("Identity", "Dropout"), Follower.same),
+    **dict.fromkeys(("Relu", "Clip"), Follower.clip),
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), Follower.scale),
+    "Sum": Follower.sum,
+    "Concat": Follower.concat,
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), Follower.mean_of_places),
+    "Slice": Follower.slice,
+    "Pad": Follower.pad,
+    **dict.fromkeys(("Flatten", "Reshape", "Squeeze"), Follower.flatten),
 }
 """Operators behind which a mean is known."""

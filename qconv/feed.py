@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from qconv import images
 from qconv.errors import QconvError
-from qconv.listing import SAMPLE_SUFFIXES, Listing, find
-from qconv.pixels import Layout, Preprocessing, PreprocessingOptions
+from qconv.listing import SAMPLE_SUFFIXES, Listing, find, suffix_of
+from qconv.pixels import Color, Layout, Preprocessing, PreprocessingOptions
 from qconv.preprocess import InputSpec, layout_order, resolve
 from qconv.recipe import Recipe
 from qconv.runtime import Session
@@ -157,6 +157,17 @@ class Feed:
             yield feeds
             done += count
             self.progress(stage, min(done, total), total)
+
+    def drawn(self, prep: Preprocessing, most: int) -> Iterator[NDArray[np.uint8]]:
+        """Up to `most` pictures as pixels (H, W, C), RGB or grey, in the size that prep asks for: a fixed draw."""
+        paths = sorted(path for path in self.listing.paths if suffix_of(path) not in SAMPLE_SUFFIXES)
+        chosen = tuple(paths[i] for i in np.random.default_rng(0).permutation(len(paths))[:most])
+        color = Color.GREY if prep.color is Color.GREY else Color.RGB
+        plain = replace(prep, color=color, scale=1.0, mean=(0.0,), std=(1.0,), layout=Layout.NHWC)
+        as_bytes = InputSpec("x", np.dtype(np.uint8), (None, None, None, None))
+        listing = Listing(chosen, len(chosen), 0)
+        for batch in images.batches(listing, [as_bytes], plain, batch=1, workers=DECODERS, warn=_silent):
+            yield batch["x"][0]
 
     def few(self, stage: str) -> Iterator[Batch]:
         """The first pictures, at most KEPT_PICTURES and about KEPT_BYTES."""

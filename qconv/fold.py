@@ -49,12 +49,14 @@ from qconv.layers import (
     weight_of,
     write_layer,
 )
+from qconv.told import note_told
 
 
 def fold(model: Model) -> list[Finding]:
     """All float passes, again and again until none finds anything to do. Only refusals that still hold are returned."""
     model.sweep()
     note_expected(model)
+    note_told(model)
     found = _settle(model)
     made = make_depthwise(model)
     found += made

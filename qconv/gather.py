@@ -10,10 +10,11 @@ from pathlib import Path
 from qconv import stats
 from qconv.calibrate import Tap, observer, watch
 from qconv.calibrators import want_of
-from qconv.detect import Detected, detect
+from qconv.detect import Detected, detect, detect_unseen
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.graph import Model
+from qconv.imagined import Imagined
 from qconv.pixels import Layout, Preprocessing, PreprocessingOptions
 from qconv.plan import Plan
 from qconv.preprocess import InputSpec, resolve
@@ -22,6 +23,7 @@ from qconv.runtime import Session
 from qconv.save import total_bytes
 from qconv.sketch import Sketch, Want
 from qconv.source import Source
+from qconv.unseen import Unseen
 
 KEPT_NETWORKS = 4
 LARGEST_KNOWN = 2**30
@@ -72,7 +74,8 @@ class Pictures:
 
     detected: how the float network is fed. model: the hash of its bytes, where statistics are read or written. session:
     the user's own model, until it is known how to feed it. pixels: the layout of the pixels that the model takes
-    instead, None where it takes what the float network does. memory: of runs before this one.
+    instead, None where it takes what the float network does. memory: of runs before this one. unseen: what there is in
+    place of pictures, None where they or statistics are given.
     """
 
     feed: Feed | None
@@ -82,6 +85,7 @@ class Pictures:
     session: Session | None
     pixels: Layout | None = None
     memory: Memory | None = None
+    unseen: Unseen | None = None
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -91,6 +95,11 @@ class Pictures:
     def settle(self, model: Model, recipe: Recipe) -> None:
         """Find out how the network is fed, where that is not known. model: as loaded, not yet folded."""
         session, self.session = self.session, None  # it runs again when the result is checked, and is large
+        if self.unseen is not None:
+            assert session is not None
+            made_up = self.unseen.imagined
+            self.detected = detect_unseen(model, session, made_up, recipe.preprocessing, threads=recipe.threads)
+            made_up.preprocessing = self.detected.preprocessing
         if self.feed is None or self.known is not None:
             return
         assert session is not None
@@ -103,13 +112,19 @@ class Pictures:
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""
-        if self.feed is not None:
-            self.feed.take_pixels(layout)
+        shown = self.shown
+        if shown is not None:
+            shown.take_pixels(layout)
         if self.preprocessing is None:
             fact = "The statistics are of ready-made samples, so it is not known what to embed."
             raise QconvError(fact, "pass pictures, or leave --embed-preprocessing out.")
         self.pixels = layout
         return self.preprocessing
+
+    @property
+    def shown(self) -> Feed | None:
+        """What the result can be run on: pictures, or made-up ones; None where there are but statistics."""
+        return self.feed if self.unseen is None else self.unseen.imagined
 
     @property
     def fed(self) -> Preprocessing | None:
@@ -135,7 +150,7 @@ class Pictures:
         every = recipe.save_stats is not None or self.memory is not None
         want = Want.ALL if every else want_of(recipe)
         found: dict[str, Tap] = {}
-        means = recipe.measures_means and self.known is None and recipe.save_stats is None
+        means = recipe.measures_means and self.unseen is None and self.known is None and recipe.save_stats is None
         for tap in (t for plan in plans for t in (*plan.taps(want), *(plan.taps_of_float() if means else ()))):
             known = found.get(tap.name, tap)
             found[tap.name] = replace(tap, want=tap.want | known.want)
@@ -144,6 +159,8 @@ class Pictures:
             stats.require_pixels(self.known, recipe.stats or "", self.pixels)
             stats.require_tensors(self.known, recipe.stats or "", [tap.name for tap in taps])
             return self.known.sketches
+        if self.unseen is not None:
+            return self.unseen.sketches(model, taps)
         if not taps and recipe.save_stats is not None:
             raise QconvError("There is nothing for --save-stats to save: no activation is quantized.", "leave it out.")
         if not taps or self.feed is None:
@@ -175,6 +192,9 @@ def open_pictures(
     Raises QconvError where they are not for this model.
     """
     session = original(source, recipe)
+    if recipe.data_free:
+        unseen = Unseen(source.name, Imagined.like(session, recipe), recipe.fallback, recipe.threads)
+        return Pictures(None, None, Detected(unseen.imagined.preprocessing), "", session, unseen=unseen)
     if recipe.stats is None:
         seen = Feed.of(session, recipe, warn, progress)
         return Pictures(seen, None, Detected(seen.preprocessing), model, session)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from qconv.choices import BLOCK_SIZE, RECIPES, WeightGranularity
+from qconv.choices import BLOCK_SIZE, NO_PICTURES, RECIPES, WeightGranularity
 from qconv.errors import QconvError
 from qconv.layer_bits import read_layer_bits
 from qconv.options import quantize_options
@@ -18,7 +18,7 @@ from qconv.pixels import Color, Filter, Layout, PreprocessingOptions
 from qconv.recipe import Recipe
 
 SAME = (
-    ("calib", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
+    ("calib", "fallback", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
     + ("max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding")
     + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
     + ("target", "equalize", "tune_ranges", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
@@ -74,7 +74,17 @@ def fields_of(options: dict[str, Any], typed: Collection[str] | None = None) -> 
         "weight_granularity": WeightGranularity(options["weight_granularity"]),
         "preprocessing": preprocessing,
         **{name: options[name] for name in SAME},
+        **{name: options[name] or "" for name in ("calibrator", "bias_correction")},  # what follows from the others
     }
+
+
+def require_pictures(calib: Collection[str], why: str) -> None:
+    """Usage errors for a command that needs some. why: what it does with them."""
+    if not calib:
+        raise click.UsageError("pass the calibration pictures with --calib DIR.")
+    if NO_PICTURES in calib:
+        fix = f"pass some with --calib; a folder of that name is ./{NO_PICTURES}."
+        raise click.UsageError(f"--calib {NO_PICTURES} leaves no pictures, and {why}: {fix}")
 
 
 def without(names: Collection[str]) -> list[click.Parameter]:

@@ -179,13 +179,15 @@ class Model:
     def take_over(self, old: Value, new: Value) -> bool:
         """Let `new` stand for `old` everywhere. False, and nothing done, where the model returns both or cannot.
 
-        A name that the model returns stays: `new` takes it and `old` gets another.
+        A name that the model returns stays: `new` takes it and `old` gets another. Notes go with what they are about.
         """
         if not old.is_graph_output():
+            _move_notes(old, new)
             self.redirect(old, new)
             return True
         if new.is_graph_output() or new.is_graph_input() or new.is_initializer() or new.producer() is None:
             return False
+        _move_notes(old, new)
         name = old.name or ""
         old.name = self.fresh(f"{name}_before")
         new.name = name
@@ -362,14 +364,22 @@ def is_tensor(value: Value) -> bool:
     return value.type is None or isinstance(value.type, ir.TensorType)
 
 
-def note(node: Node, key: str, what: object) -> None:
-    """Remember something about a node. Copies of the model have it, too; files do not."""
-    node.meta[key] = what
+def note(about: Node | Value, key: str, what: object) -> None:
+    """Remember something about a node or a tensor. Copies of the model have it, too; files do not."""
+    about.meta[key] = what
 
 
-def noted(node: Node, key: str) -> Any:
+def noted(about: Node | Value, key: str) -> Any:
     """What was remembered, None where nothing was."""
-    return node.meta.get(key)
+    return about.meta.get(key)
+
+
+def _move_notes(old: Value, new: Value) -> None:
+    """`new` stands for `old` from now on."""
+    if old.meta:
+        new.meta.clear()
+        new.meta.update(old.meta)
+        old.meta.clear()
 
 
 def drop_attribute(node: Node, name: str) -> None:

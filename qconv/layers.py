@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from qconv.edits import Refused, called, kind, title
 from qconv.graph import Model, Node, Value, array, attribute, drop_attribute, input_of, note, noted
+from qconv.normal import Normal
 
 Float64 = NDArray[np.float64]
 FLOAT_MAX = float(np.finfo(np.float32).max)
-_MEANS = "means"
+_MEANS, _MADE = "means", "made"
 
 # Whether the weights begin with the input channels, (I, O/g, kH, kW), or not, (O, I/g, kH, kW). transB turns a Gemm's.
 INPUTS_FIRST = {"Conv": False, "ConvTranspose": True, "Gemm": True, "MatMul": True}
@@ -31,13 +32,15 @@ class Layer:
 
         out[g, o] = sum over i, k of weight[g, o, i, k] * in[g, i] + bias[g, o]
 
-    weight: (G, O/G, I/G, K), bias: (O,). means: E[in], (I,), where its note says that (expected.py).
+    weight: (G, O/G, I/G, K), bias: (O,). means: E[in], (I,), where its note says that (expected.py). made: what out is
+    like, (O,), where BatchNormalization says that.
     """
 
     node: Node
     weight: NDArray[np.floating[Any]]
     bias: Float64
     means: Float64 | None = None
+    made: Normal | None = None
 
     @property
     def outputs(self) -> int:
@@ -64,7 +67,7 @@ def read_layer(node: Node) -> Layer:
     alpha, beta = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
     means = means_of(node)
     known = None if isinstance(means, str) else means
-    return Layer(node, _product(weight, np.full((1, 1, 1, 1), alpha)), bias * beta, known)
+    return Layer(node, _product(weight, np.full((1, 1, 1, 1), alpha)), bias * beta, known, made_of(node.outputs[0]))
 
 
 def means_of(node: Node) -> Float64 | str:
@@ -81,6 +84,24 @@ def has_means(node: Node) -> bool:
 def note_means(node: Node, means: Float64 | str) -> None:
     """Give a layer its note."""
     note(node, _MEANS, means)
+
+
+def made_of(value: Value) -> Normal | None:
+    """The note of a tensor: what its channels are like, by BatchNormalization; None where there is none."""
+    found: Normal | None = noted(value, _MADE)
+    return found
+
+
+def note_made(value: Value, found: Normal) -> None:
+    """Give a tensor its note. Whoever scales or shifts the tensor does so with the note, too."""
+    note(value, _MADE, found)
+
+
+def move_made(value: Value, gain: Float64, shift: Float64) -> None:
+    """Bring the note of a tensor, if it has one, up to date: it is gain * x + shift from now on, both (C,) or (1,)."""
+    found = made_of(value)
+    if found is not None:
+        note_made(value, found.scaled(gain, shift))
 
 
 def rows_of(node: Node, stored: NDArray[Any]) -> NDArray[Any]:
@@ -144,7 +165,9 @@ def scale_outputs(layer: Layer, gain: Float64, shift: Float64) -> Layer:
     """The layer followed by gain * out + shift, both (O,) or (1,)."""
     gain = np.broadcast_to(gain, (layer.outputs,))
     groups = layer.weight.shape[0]
-    return replace(layer, weight=_product(layer.weight, gain.reshape(groups, -1, 1, 1)), bias=layer.bias * gain + shift)
+    weight = _product(layer.weight, gain.reshape(groups, -1, 1, 1))
+    made = None if layer.made is None else layer.made.scaled(gain, shift)
+    return replace(layer, weight=weight, bias=layer.bias * gain + shift, made=made)
 
 
 def scale_inputs(layer: Layer, gain: Float64, shift: Float64) -> Layer:
@@ -179,5 +202,7 @@ def write_layer(model: Model, layer: Layer) -> None:
         model.set_input(node, 2, model.constant(f"{title(node)}_bias", layer.bias.astype(stored.dtype)))
     if layer.means is not None:
         note_means(node, layer.means)
+    if layer.made is not None:
+        note_made(node.outputs[0], layer.made)
     drop_attribute(node, "alpha")
     drop_attribute(node, "beta")

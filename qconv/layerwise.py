@@ -7,9 +7,17 @@ from typing import Any
 
 import click
 
-from qconv.given import fields_of, made, preprocessing_of, without
+from qconv.given import fields_of, made, preprocessing_of, require_pictures, without
 from qconv.leaving import leave_by_exceptions
-from qconv.options import WIDTH, common_options, csv_option, preprocessing_options, report_option, stack
+from qconv.options import (
+    WIDTH,
+    common_options,
+    csv_option,
+    pictures_option,
+    preprocessing_options,
+    report_option,
+    stack,
+)
 from qconv.putting_out import Wanted, check_report, typed
 from qconv.recipe import Recipe
 
@@ -102,13 +110,14 @@ def compare(
 
 NOT_DIAGNOSED = frozenset(
     {"output", "sweep", "stats", "save_stats", "save_layer_bits", "min_agreement", "min_sqnr"}
-    | {"max_drop", "target_size", "candidate_bits", "tune_latency", "embed_preprocessing"}
+    | {"max_drop", "target_size", "candidate_bits", "tune_latency", "embed_preprocessing", "calib", "fallback"}
 )
 """Options of `quantize` that say nothing on accuracy, search for an answer of their own, or come after it."""
 
 
 @click.command(context_settings=WIDTH, params=without(NOT_DIAGNOSED))
 @click.argument("model")
+@pictures_option
 @click.option(
     "--images",
     multiple=True,
@@ -126,8 +135,7 @@ def diagnose(
     **options: Any,
 ) -> int:
     """Find out why MODEL loses accuracy when it is quantized with these options, and try what mends it."""
-    if not options["calib"]:
-        raise click.UsageError("pass the calibration pictures with --calib DIR.")
+    require_pictures(options["calib"], "a diagnosis scores on some of them")
     if "" in (model, *options["calib"], *images):
         raise click.UsageError("MODEL, --calib and --images need a name.")
     if model == "-":

@@ -17,8 +17,9 @@ Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.1 and appendix C.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,10 @@ Float64 = NDArray[np.float64]
 FAR = 40.0
 """Standard deviations beyond which float64 has no probability left; so infinite bounds need no case of their own."""
 
+LEAST_RATIO = -6.0
+"""Mean over deviation of a variable that is hardly ever above zero."""
+HALVINGS = 50
+
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])
 
 
@@ -34,37 +39,70 @@ _erfc = np.vectorize(math.erfc, otypes=[np.float64])
 class Normal:
     """Channels of a tensor. mean, std: (C,) both; std is None where it is not known.
 
-    cut: values were cut off, so that the channels are no longer normal.
+    cut: values were cut off, so that the channels are no longer normal. low, high: (C,) that no value is beyond, None
+    where nothing is known. base: mean and deviation of the normal variable that was cut off at these, (C,) both, None
+    where it is the variable itself. guesses: layers in front whose own statistics nothing tells (told.py).
     """
 
     mean: Float64
     std: Float64 | None = None
     cut: bool = False
+    low: Float64 | None = None
+    high: Float64 | None = None
+    base: tuple[Float64, Float64] | None = None
+    table: Float64 | None = None
+    guesses: int = 0
 
     def scaled(self, gain: Float64, shift: Float64) -> Normal:
         """gain * x + shift, both (C,) or (1,)."""
-        return Normal(self.mean * gain + shift, None if self.std is None else self.std * np.abs(gain), self.cut)
+        std = None if self.std is None else self.std * np.abs(gain)
+        low, high = self._bounds(gain, shift)
+        base = None if self.base is None else (self.base[0] * gain + shift, self.base[1] * np.abs(gain))
+        table = None if self.table is None else self.table * gain + shift
+        return replace(self, mean=self.mean * gain + shift, std=std, low=low, high=high, base=base, table=table)
+
+    def _bounds(self, gain: Float64, shift: Float64) -> tuple[Float64 | None, Float64 | None]:
+        if self.low is None and self.high is None:
+            return None, None
+        low, high = (_times(end, gain) + shift for end in self.ends)
+        return np.minimum(low, high), np.maximum(low, high)
 
     def plus(self, other: Normal) -> Normal:
         """The sum with another tensor, as if independent of it."""
         known = self.std is not None and other.std is not None
         std = np.hypot(self.std, other.std) if known else None  # type: ignore[arg-type]
-        return Normal(self.mean + other.mean, std, self.cut and other.cut)
+        low, high = (one + more for one, more in zip(self.ends, other.ends, strict=True))
+        guesses = max(self.guesses, other.guesses)
+        return Normal(self.mean + other.mean, std, self.cut and other.cut, low, high, guesses=guesses)
 
     def of(self, channels: NDArray[np.int64]) -> Normal:
         """Some of the channels, or some several times."""
-        return Normal(self.mean[channels], None if self.std is None else self.std[channels], self.cut)
+
+        def some(numbers: Float64 | None) -> Float64 | None:
+            return None if numbers is None else numbers[channels]
+
+        base = None if self.base is None else (self.base[0][channels], self.base[1][channels])
+        ends = some(self.low), some(self.high)
+        table = None if self.table is None else self.table[:, channels]
+        return Normal(self.mean[channels], some(self.std), self.cut, *ends, base, table, self.guesses)
 
     @classmethod
     def joined(cls, parts: Sequence[Normal]) -> Normal:
         """Channels side by side."""
         stds = [part.std for part in parts if part.std is not None]
-        std = np.concatenate(stds) if len(stds) == len(parts) else None
-        return cls(np.concatenate([part.mean for part in parts]), std, any(part.cut for part in parts))
+        known = len(stds) == len(parts)
+        std = np.concatenate(stds) if known else None
+        low, high = (np.concatenate(ends) for ends in zip(*(part.ends for part in parts), strict=True))
+        bases = [part.origin for part in parts] if known else []
+        base = (np.concatenate([m for m, _ in bases]), np.concatenate([s for _, s in bases])) if known else None
+        tabled = known and any(part.table is not None for part in parts)
+        table = np.concatenate([part.at(GRID) for part in parts], axis=1) if tabled else None
+        mean, guesses = np.concatenate([part.mean for part in parts]), max(part.guesses for part in parts)
+        return cls(mean, std, any(part.cut for part in parts), low, high, base, table, guesses)
 
     def averaged(self) -> Normal:
         """Means over places: how far these vary depends on how alike neighbours are."""
-        return Normal(self.mean, None, cut=True)
+        return Normal(self.mean, None, True, self.low, self.high, guesses=self.guesses)
 
     def clipped(self, low: float, high: float) -> Normal:
         """Cut off at two bounds, which may be infinite. What this needs: std, and not cut off before."""
@@ -80,7 +118,80 @@ class Normal:
         squares = a * a * below + b * b * above + (1 - below - above) + a * _density(a) - b * _density(b)
         spread = scale * np.sqrt(np.maximum(squares - rises * rises, 0))
         moved = np.clip(np.where(certain, mean, mean + scale * rises), low, high)
-        return Normal(moved, np.where(certain, 0.0, spread), cut=True)
+        least, most = (np.clip(end, low, high) for end in self.ends)
+        spread = np.where(certain, 0.0, spread)
+        return Normal(moved, spread, True, least, most, (mean, deviation), guesses=self.guesses)
+
+    # -- what values there are -------------------------------------------------------------------------------------
+
+    @property
+    def ends(self) -> tuple[Float64, Float64]:
+        """What no value is beyond, (C,) both; infinite where nothing is known."""
+        low = np.full(self.mean.shape, -math.inf) if self.low is None else self.low
+        high = np.full(self.mean.shape, math.inf) if self.high is None else self.high
+        return low, high
+
+    @property
+    def origin(self) -> tuple[Float64, Float64]:
+        """Mean and deviation of the normal variable that is cut off at `ends`, (C,) both. What this needs: std."""
+        assert self.std is not None
+        return (self.mean, self.std) if self.base is None else self.base
+
+    def at(self, z: Float64) -> Float64:
+        """The values of all channels where a standard normal variable has the values z: (n,) or (n, C) to (n, C)."""
+        z = z[:, None] if z.ndim == 1 else z
+        if self.table is None:
+            mean, std = self.origin
+            return np.asarray(np.clip(mean + std * z, *self.ends))
+        right = np.clip(np.searchsorted(GRID, z), 1, len(GRID) - 1)  # (n, 1) or (n, C)
+        share = np.clip((z - GRID[right - 1]) / (GRID[right] - GRID[right - 1]), 0.0, 1.0)
+        columns = np.arange(self.mean.size)
+        return np.asarray((1 - share) * self.table[right - 1, columns] + share * self.table[right, columns])
+
+    def through(self, function: Callable[[Float64], Float64]) -> Normal:
+        """function(x) of every number, which keeps the shape (n, C). Values further than GRID count as not there."""
+        table = function(self.at(GRID))
+        inner = function(self.at(QUANTILES))
+        ends = table.min(axis=0), table.max(axis=0)
+        return Normal(inner.mean(axis=0), inner.std(axis=0), True, *ends, table=table, guesses=self.guesses)
+
+
+def quantiles(count: int) -> Float64:
+    """Values of a standard normal variable that are equally probable, ascending, (count,)."""
+    normal = NormalDist()
+    return np.array([normal.inv_cdf((index + 0.5) / count) for index in range(count)])
+
+
+FARTHEST = 6.0
+"""Deviations away from the mean that values are taken to reach, as in DFQ."""
+QUANTILES = quantiles(511)
+GRID = np.linspace(-FARTHEST, FARTHEST, 241)
+
+
+def before_relu(mean: Float64, std: Float64) -> Normal:
+    """The normal variable that has this mean and deviation once it is cut off at zero, (C,) both.
+
+    The ratio of both grows with that of the variable itself; so it is found by halving. A channel that was never above
+    zero in training has lost what it was: it counts as one that is zero.
+    """
+    low, high = np.full(mean.shape, LEAST_RATIO), np.full(mean.shape, FAR)
+    live = (mean > 0) & (std > 0)
+    wanted = np.where(live, mean / np.where(live, std, 1.0), 1.0)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        cut = Normal(middle, np.ones_like(middle)).clipped(0.0, math.inf)
+        assert cut.std is not None
+        less = cut.mean < wanted * cut.std
+        low, high = np.where(less, middle, low), np.where(less, high, middle)
+    cut = Normal(high, np.ones_like(high)).clipped(0.0, math.inf)
+    deviation = np.where(live, mean / np.maximum(cut.mean, np.finfo(np.float64).tiny), 0.0)
+    return Normal(np.where(live, high * deviation, np.maximum(mean, 0.0)), deviation)
+
+
+def _times(end: Float64, gain: Float64) -> Float64:
+    """An end that may be infinite; times zero it is zero."""
+    with np.errstate(invalid="ignore"):
+        return np.where(gain == 0, 0.0, end * gain)
 
 
 def _density(z: Float64) -> Float64:

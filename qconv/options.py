@@ -16,6 +16,7 @@ from qconv.choices import (
     CALIBRATORS,
     CANDIDATE_BITS,
     EFFORTS,
+    FALLBACKS,
     PERCENTILE,
     RECIPES,
     ROUNDINGS,
@@ -103,12 +104,25 @@ common_options = stack(
     ),
 )
 
+pictures_option = click.option(
+    "--calib",
+    multiple=True,
+    metavar="DIR|FILE",
+    help="Calibration pictures: a folder, or a file with one path a line.",
+)
+
 quantize_options = stack(
     click.option(
         "--calib",
         multiple=True,
-        metavar="DIR|FILE",
-        help="Calibration pictures: a folder, or a file with one path a line.",
+        metavar="DIR|FILE|none",
+        help="Calibration pictures: a folder, or a file with one path a line; or none: see 'Without pictures' in the "
+        "README.",
+    ),
+    click.option(
+        "--fallback",
+        type=click.Choice(FALLBACKS),
+        help="With --calib none: made-up pictures to watch what no BatchNormalization tells of.  [default: an error]",
     ),
     click.option(
         "-o", "--output", metavar="OUT", help="Result; '-' is standard output.  [default: MODEL.w8a8.onnx by its bits]"
@@ -198,9 +212,7 @@ quantize_options = stack(
     click.option(
         "--calibrator",
         type=click.Choice(CALIBRATORS),
-        default="output-mse",
-        show_default=True,
-        help="How activations get ranges.",
+        help="How activations get ranges.  [default: output-mse, but minmax for --calib none]",
     ),
     click.option(
         "--percentile",
@@ -237,10 +249,8 @@ quantize_options = stack(
     click.option(
         "--bias-correction",
         type=click.Choice(BIAS_CORRECTIONS),
-        default="measured",
-        show_default=True,
         help="Whether biases take back what rounding the weights does to means: as calibration saw them, layer after "
-        "layer, or as BatchNormalization tells them.",
+        "layer, or as BatchNormalization tells them.  [default: measured, but analytic for --calib none]",
     ),
     click.option(
         "--recipe-name",

@@ -71,7 +71,8 @@ def of_quantize(
     source, quantized: the float model, and what was written. command: that makes the page again. Where layers cannot be
     compared the page says why.
     """
-    looked, without = None, "There were no pictures to compare the layers on: --stats came alone."
+    how = "no picture was looked at" if recipe.data_free else "--stats came alone"
+    looked, without = None, f"There were no pictures to compare the layers on: {how}."
     if recipe.calib:
         few = replace(recipe, samples=min(recipe.samples, COMPARED))
         try:

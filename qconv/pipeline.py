@@ -8,13 +8,14 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import qconv
 from qconv import fold, load, save
 from qconv.apart import in_words, round_apart
 from qconv.audit import Known, audit, profiled
-from qconv.balance import balance
+from qconv.balance import balance, balance_unseen
 from qconv.checks import spelt
 from qconv.cpu import peak_rss_mb
 from qconv.embed import embed
@@ -30,14 +31,13 @@ from qconv.layer_bits import as_toml
 from qconv.mixed import check_size, expected, search
 from qconv.oddities import oddities
 from qconv.params import choose_activations
-from qconv.pixels import Layout
 from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import WISHED, is_layer, make_plan
 from qconv.ranges import LOOKS, tuned_ranges
 from qconv.recipe import Recipe
 from qconv.refine import effort_for
-from qconv.report import Audit, Report, Verification
+from qconv.report import Audit, OutputScore, Report, Verification
 from qconv.rows import tensor_rows
 from qconv.runtime import Session
 from qconv.shrink import shrink
@@ -124,7 +124,8 @@ def quantize(
     with run.step("fold"):
         run.findings += fold.fold(model)
         if recipe.embed_preprocessing is not None:
-            run.findings += _embed(model, recipe.embed_preprocessing, recipe, pictures)
+            fed, layout = pictures.take_pixels(recipe.embed_preprocessing), recipe.embed_preprocessing
+            run.findings += embed(model, fed, layout, exact=recipe.activation_bits > 8)
     with run.step("plan"):
         look_for_wishes(model, recipe, run.warn)
         target = TARGETS[recipe.target]
@@ -146,6 +147,8 @@ def quantize(
         moved = any(isinstance(finding, Change) for finding in balanced)
         plans = [plan, make_plan(model, recipe, target)] if recipe.searches else [plan]
         sketches = as_it_is if as_it_is and not moved else pictures.sketches(model, plans, recipe)
+        if pictures.unseen is not None:
+            run.findings += pictures.unseen.findings
         for oddity in oddities(sketches):
             run.warn(oddity)
     with run.step("plan"):
@@ -184,8 +187,8 @@ def quantize(
     with save.staged(model, place) as staged:
         with run.step("verify"):
             save.check(staged)
-            audited = _audit(staged, model, Known.of(plan), pictures.feed)
-            checked = _verified(staged, original(source, recipe), recipe, pictures.feed, target)
+            audited = _audit(staged, model, Known.of(plan), pictures.shown)
+            checked = _verified(staged, original(source, recipe), recipe, pictures, target)
         _look_for_wishes_in_vain(plan, audited, run)
         for output in checked.outputs:
             if output.remark:
@@ -233,7 +236,12 @@ def quantize(
 
 def _balanced(model: Model, plan: Plan, recipe: Recipe, pictures: Pictures) -> list[Finding]:
     """Channels are scaled where that is wanted and can be watched."""
-    if not recipe.equalize or pictures.feed is None:
+    if not recipe.equalize:
+        return []
+    if pictures.unseen is not None:
+        watched = partial(pictures.unseen.channels, model)
+        return balance_unseen(model, plan, watched, pictures.unseen.imagined, recipe.threads)
+    if pictures.feed is None:
         return []
     most = None if recipe.effort == "best" else -(-EQUALIZED_ON // pictures.feed.batch)
     return balance(model, plan, pictures.feed, most, recipe.threads)
@@ -255,11 +263,6 @@ def _check_apart(written: Mapping[str, Path], read: Sequence[str]) -> None:
             raise QconvError(f"{path} is both {one} and {other}.", "choose two names.")
     for path in written.values():
         save.refuse_what_is_read(path, read)
-
-
-def _embed(model: Model, layout: Layout, recipe: Recipe, pictures: Pictures) -> list[Finding]:
-    """The model and its pictures change over to pixels."""
-    return embed(model, pictures.take_pixels(layout), layout, exact=recipe.activation_bits > 8)
 
 
 def _is_lost(checked: Verification) -> bool:
@@ -287,7 +290,7 @@ def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> S
     with run.step("params"):
         settled = nearest(folded, recipe)
         _look_for_means_in_vain(settled, recipe, run)
-    if pictures.feed is None and recipe.effort != "fast":
+    if pictures.feed is None and pictures.unseen is None and recipe.effort != "fast":
         why = "statistics do not say how inputs go together; pass pictures, too"
         settled.findings.append(Skipped("round", "all layers", why))
     elif pictures.feed is not None and recipe.walks:
@@ -333,10 +336,9 @@ def _look_for_means_in_vain(settled: Settled, recipe: Recipe, run: _Run) -> None
     """An exporter may have folded all that BatchNormalization could tell of means."""
     unknown = sum(isinstance(finding, Skipped) and finding.step == "bias" for finding in settled.findings)
     if recipe.bias_correction == "analytic" and unknown == len(settled.plan.layers):
-        run.warn(
-            "--bias-correction analytic corrects no layer: none reads what a BatchNormalization tells the mean of; "
-            "the pictures do with --bias-correction measured."
-        )
+        instead = "" if recipe.data_free else "; the pictures do with --bias-correction measured"
+        none = "--bias-correction analytic corrects no layer"
+        run.warn(f"{none}: none reads what a BatchNormalization tells the mean of{instead}.")
 
 
 def require_layers(plan: Plan, source: Source) -> None:
@@ -364,18 +366,22 @@ def _audit(staged: save.Staged, model: Model, known: Known, feed: Feed | None) -
 
 
 def _verified(
-    staged: save.Staged, original: Session, recipe: Recipe, feed: Feed | None, target: Target
+    staged: save.Staged, original: Session, recipe: Recipe, pictures: Pictures, target: Target
 ) -> Verification:
     """The written file, before it gets its name, against the float model's outputs.
 
-    For another runtime it is run node by node, as the standard defines it, and its time tells nothing.
+    For another runtime it is run node by node, as the standard defines it, and its time tells nothing. On made-up
+    pictures it is run to see that it gives numbers; how near these are tells nothing, either.
     """
+    feed = pictures.shown
     if feed is None:
         return Verification(0, ())
     quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads, optimize=target.on_ort)
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
-    pictures = feed.all("verify") if gated else feed.few("verify")
-    found = verify(original, quantized, pictures, feed.as_float)
+    found = verify(original, quantized, feed.all("verify") if gated else feed.few("verify"), feed.as_float)
+    if pictures.unseen is not None:
+        odd = (OutputScore(o.name, None, None, o.remark) for o in found.outputs if o.remark)
+        found = Verification(0, tuple(odd), found.slowdown, found.slowdown_range)
     # a network with a batch of its own may have seen some twice
     found = replace(found, images=min(found.images, feed.pictures))
     return found if target.on_ort else replace(found, slowdown=None, slowdown_range=None)

@@ -12,8 +12,8 @@ which on no candidate is believed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,7 @@ from qconv.errors import QconvError
 from qconv.evidence import Reference
 from qconv.fit import peaks, sureness
 from qconv.graph import Model
-from qconv.listing import SAMPLE_SUFFIXES, Listing, suffix_of
-from qconv.pixels import Color, Layout, Preprocessing
+from qconv.pixels import Preprocessing
 from qconv.preprocess import InputSpec
 from qconv.runtime import Session
 
@@ -55,7 +54,8 @@ ROUNDS = (2, 8, 16, 32, 64)
 
 @dataclass(slots=True)
 class Race:
-    """model: as loaded, not yet folded. session: the user's own model. known: what the first layers should see.
+    """model: as loaded, not yet folded. session: the user's own model. drawn: up to so many pictures as pixels, as
+    `Feed.drawn` gives them. known: what the first layers should see.
 
     other: after the race, ln of the probability that it was something else, on the scale of the candidates' fit.
     """
@@ -63,7 +63,7 @@ class Race:
     model: Model
     session: Session
     spec: InputSpec
-    listing: Listing
+    drawn: Callable[[Preprocessing, int], Iterator[NDArray[np.uint8]]]
     known: Sequence[Reference]
     threads: int | None
     other: float = -math.inf
@@ -115,7 +115,7 @@ class Race:
     def _open(self, prep: Preprocessing) -> None:
         if not self._most:
             self._most = min(max(FEWEST, PIXELS // math.prod(prep.size)), MOST)
-            self._unseen = _pixels(self.listing, prep, self._most)
+            self._unseen = self.drawn(prep, self._most)
 
     # -- statistics of the first layers --------------------------------------------------------------------------------
 
@@ -205,15 +205,3 @@ class Race:
 def _floor(pictures: int) -> float:
     """Misfit that a draw of so many pictures has by chance."""
     return 0.004 + 0.08 / pictures
-
-
-def _pixels(listing: Listing, prep: Preprocessing, most: int) -> Iterator[NDArray[np.uint8]]:
-    """Decode up to `most` pictures to (H, W, C), RGB or grey: a fixed draw of the sorted paths."""
-    paths = sorted(path for path in listing.paths if suffix_of(path) not in SAMPLE_SUFFIXES)
-    drawn = tuple(paths[i] for i in np.random.default_rng(0).permutation(len(paths))[:most])
-    color = Color.GREY if prep.color is Color.GREY else Color.RGB
-    plain = replace(prep, color=color, scale=1.0, mean=(0.0,), std=(1.0,), layout=Layout.NHWC)
-    as_bytes = InputSpec("x", np.dtype(np.uint8), (None, None, None, None))
-    chosen = Listing(drawn, len(drawn), 0)
-    for batch in images.batches(chosen, [as_bytes], plain, batch=1, workers=2, warn=lambda text: None):
-        yield batch["x"][0]

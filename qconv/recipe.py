@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -15,11 +15,12 @@ from qconv.choices import (
     BLOCK_SIZE,
     CALIBRATOR,
     CANDIDATE_BITS,
-    CHANNEL_CALIBRATORS,
     CHOICES,
     DROPS,
+    FALLBACKS,
     FEW_BITS,
     FLOAT_BITS,
+    NO_PICTURES,
     PACKED_BITS,
     PERCENTILE,
     WEIGHT_BITS,
@@ -30,6 +31,14 @@ from qconv.choices import (
 )
 from qconv.pixels import Layout, PreprocessingOptions
 from qconv.targets import TARGETS
+from qconv.together import (
+    check_allocation,
+    check_bias_correction,
+    check_data_free,
+    check_layer_bits,
+    check_statistics,
+    check_target,
+)
 
 MOST_THREADS = 1024
 STEERING = frozenset(
@@ -51,6 +60,8 @@ class Recipe:
     average, see `allocation`. bias_correction: by which means of what layers read the bias takes back what rounding the
     weights does to means: those on the pictures, in the float network (measured) or behind layers that are quantized
     already (sequential, and with second-order rounding always), or those that BatchNormalization tells, where it does.
+    empty for measured, or analytic where there are no pictures; it is never empty afterwards. calibrator: empty for
+    output-mse, or minmax where there are no pictures and activations are quantized; it is never empty afterwards.
     weight_scheme: None for symmetric; with effort best, where the target takes it, asymmetric for weights of up to
     FEW_BITS bits: then it stays None. activation_scheme: None for the target's own; it is never None afterwards.
     saturation_safe: see `quantize_layer`. equalize: scale channels of the float network where its quantization gains;
@@ -58,7 +69,9 @@ class Recipe:
     afterwards. tune_ranges: choose ranges of activations by what the outputs lose, see `ranges`; None: where there are
     pictures, unless effort is fast or a calibrator is given; it is never None afterwards. tune_latency: place layers by
     times that are measured on this machine, see `tune`. embed_preprocessing: the layout of the uint8 pixels that the
-    result takes and normalises by itself; None: it takes what the float network takes.
+    result takes and normalises by itself; None: it takes what the float network takes. data_free: no picture is looked
+    at, BatchNormalization tells what tensors are like, see `told`; the same as a `calib` of "none". fallback: made-up
+    pictures that are watched for what it does not tell, "random" ones; None: that is an error.
     Raises QconvError for values that do not go together.
     """
 
@@ -79,13 +92,13 @@ class Recipe:
     target_size: float | None = None
     candidate_bits: tuple[int, ...] | None = None
     pack: bool = False
-    calibrator: str = CALIBRATOR
+    calibrator: str = ""
     percentile: float | None = None
     weight_calibrator: str = "max"
     effort: str = "balanced"
     rounding: str | None = None
     bit_allocation: str = "none"
-    bias_correction: str = "measured"
+    bias_correction: str = ""
     target: str = "ort-cpu"
     saturation_safe: bool | None = None
     equalize: bool | None = None
@@ -102,28 +115,39 @@ class Recipe:
     stats: str | None = None
     save_stats: str | None = None
     save_layer_bits: str | None = None
+    data_free: bool = False
+    fallback: str | None = None
 
     def __post_init__(self) -> None:
         self._take_types()
         self._check_numbers()
-        self._check_layer_bits()
+        check_layer_bits(self)
         self._check_weights_alone()
         self._check_search()
+        check_data_free(self)
+        if not self.calibrator:
+            told = self.data_free and self.activation_bits < 32
+            self._take("calibrator", "minmax" if told else CALIBRATOR)
         alone = self.stats is not None and not self.calib
         if self.rounding is None:
-            self._take("rounding", "nearest" if self.effort == "fast" or alone else "second-order")
+            near = self.effort == "fast" or alone or self.data_free
+            self._take("rounding", "nearest" if near else "second-order")
+        if not self.bias_correction:
+            self._take("bias_correction", "analytic" if self.data_free else "measured")
         hint = "it looks at pictures again: pass some with --calib."
         require(not alone or self.rounding == "nearest", f"--rounding {self.rounding} with --stats alone", hint)
         for name, known in CHOICES.items():
             self._require_one_of(name, known, f"use one of {', '.join(known)}.")
+        self._require_one_of("fallback", (None, *FALLBACKS), f"use {' or '.join(FALLBACKS)}.")
         idle = self.effort == "best" and self.rounding == "nearest"
         hint = "pass --rounding second-order, or leave --effort out; named recipes take nearest codes."
         require(not idle, "--effort best with nearest codes", hint)
-        self._check_bias_correction()
-        self._check_allocation()
+        check_bias_correction(self)
+        check_allocation(self)
         self._check_percentile()
-        self._check_statistics()
-        self._check_target()
+        self._take_looks()
+        check_statistics(self)
+        check_target(self)
         require(
             not self.pack or min(self.bits_of_weights) <= PACKED_BITS,
             f"--pack with {self.weight_bits}-bit weights",
@@ -202,6 +226,9 @@ class Recipe:
         """Plain texts become what they stand for."""
         for name in ("calib", "keep_float", "keep_float_op"):
             self._take(name, as_texts(getattr(self, name), spelt(name)))
+        if NO_PICTURES in self.calib:
+            self._take("data_free", True)
+            self._take("calib", tuple(source for source in self.calib if source != NO_PICTURES))
         for name in ("min_agreement", "min_sqnr"):
             if getattr(self, name) is not None:
                 self._take(name, as_numbers(getattr(self, name), spelt(name))[0])
@@ -247,24 +274,13 @@ class Recipe:
         finite = self.min_sqnr is None or math.isfinite(self.min_sqnr)
         require(finite, self._told("min_sqnr"), "use a number of dB.")
 
-    def _check_statistics(self) -> None:
-        """Statistics are no pictures. What looks at pictures again is chosen here, where it was not asked for."""
-        alone = self.stats is not None and not self.calib
-        gated = self.min_agreement is not None or self.min_sqnr is not None
-        require(not (gated and alone), "A gate with --stats alone", "pass pictures to measure on with --calib.")
-        for name in ("samples", "seed", "glob") if alone else ():
-            default = next(part.default for part in fields(self) if part.name == name)
-            idle = getattr(self, name) == default
-            require(idle, f"{spelt(name)} with --stats alone", "leave it out: no picture is read.")
-        require(self.stats is None or self.save_stats is None, "--stats with --save-stats", "copy the file instead.")
+    def _take_looks(self) -> None:
+        """What looks at pictures again is chosen here, where it was not asked for."""
         own = self.calibrator == CALIBRATOR and self.bit_allocation in ("none", "weights")
-        own = own and self.activation_bits < 32
+        own = own and self.activation_bits < 32 and not self.data_free
         for name, wanted in (("equalize", True), ("tune_ranges", own)):
             if getattr(self, name) is None:
                 self._take(name, wanted and self.effort != "fast" and self.stats is None)
-            fact = f"{spelt(name)} with --stats"
-            hint = "it looks at pictures again, which statistics are not: leave one of them out."
-            require(not getattr(self, name) or self.stats is None, fact, hint)
 
     def _told(self, name: str) -> str:
         """An option and what is asked of it."""
@@ -305,83 +321,13 @@ class Recipe:
             not self.tune_latency, "--tune-latency with a search for bits", "search first, then pass what is found."
         )
 
-    def _check_bias_correction(self) -> None:
-        if self.bias_correction != "sequential":
-            return
-        told = "--bias-correction sequential with"
-        hint = "leave it out: weights of second order have such biases."
-        require(self.rounding == "nearest", f"{told} --rounding {self.rounding}", hint)
-        require(not self.searches, f"{told} a search for bits", "search first, then pass what is found.")
-        require(bool(self.calib), f"{told} --stats alone", "it looks at pictures again: pass some with --calib.")
-
-    def _check_allocation(self) -> None:
-        told = f"--bit-allocation {self.bit_allocation} with"
-        if self.allocates_weights:
-            fix = "use 2 to 7: no channel can have more than 8."
-            require(self.weight_bits < 8, f"{told} --weight-bits {self.weight_bits}", fix)
-            whole = self.weight_granularity is not WeightGranularity.PER_CHANNEL
-            fact = f"{told} --weight-granularity {self.weight_granularity}"
-            require(not whole, fact, "use per-channel: bits go with scales.")
-            require(not self.pack, f"{told} --pack", "leave one of them out: int4 holds no more than 4 bits.")
-        if self.allocates_activations:
-            require(self.activation_bits <= 8, f"{told} --activation-bits {self.activation_bits}", "use 2 to 8.")
-            fact = f"{told} --calibrator {self.calibrator}"
-            known = " or ".join(CHANNEL_CALIBRATORS)
-            require(self.calibrator in CHANNEL_CALIBRATORS, fact, f"use {known}, which know a range for each channel.")
-            fact = f"{told} --target {self.target}"
-            whole = TARGETS[self.target].inputs_only
-            require(not whole, fact, "use ort-cpu or generic: others take one scale a tensor.")
-
-    def _check_layer_bits(self) -> None:
-        entries = self.layer_bits
-        paired = isinstance(entries, tuple) and all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)
-        fix = "pass pairs of a glob and LayerBits(weights=4)."
-        require(paired and all(isinstance(bits, LayerBits) for _, bits in entries), f"layer_bits {entries!r}", fix)
-        for glob, bits in entries:
-            told = f"--layer-bits: {glob!r} with"
-            require(bits.impossible is None, f"{told} {bits.impossible}", "use 2 to 8, or 16.")
-            fact = f"{told} activations of {bits.activations} bits beside --activation-bits 32"
-            both = bits.activations is not None and self.activation_bits == 32
-            require(not both, fact, "leave one of them out: 32 quantizes weights alone.")
-
-    def _check_target(self) -> None:
-        """What the target would reject is better said before the work."""
-        target = TARGETS[self.target]
-        for glob, bits in self.layer_bits:
-            for kind, wish, takes in (
-                ("weights", bits.weights, target.weight_bits),
-                ("activations", bits.activations, target.activation_bits),
-            ):
-                fact = f"--layer-bits: {glob!r} with {kind} of {wish} bits and --target {self.target}"
-                require(wish is None or wish in takes, fact, f"{target.why}.")
-        demands: tuple[tuple[str, Any, Collection[Any]], ...] = (
-            ("weight-bits", self.weight_bits, target.weight_bits),
-            ("edge-bits", self.edge_bits, target.weight_bits),
-            ("activation-bits", self.activation_bits, target.activation_bits),
-            ("weight-scheme", self.weight_scheme or Scheme.SYMMETRIC, target.weight_schemes),
-            ("activation-scheme", self.activation_scheme, target.activation_schemes),
-            ("weight-granularity", self.weight_granularity, target.granularities),
-            ("pack", self.pack, {False, target.packs}),
-            ("embed-preprocessing", self.embed_preprocessing, {None, *(Layout if target.takes_pixels else ())}),
-        )
-        for option, value, accepted in demands:
-            given = f"--{option}" if value is True else f"--{option} {value}"
-            require(value in accepted, f"{given} with --target {self.target}", f"{target.why}.")
-        tunable = target.costs is not None and self.runs_in_integers
-        hint = "it is for target ort-cpu and layers that can run in integers: weights of 2 to 8 bits, activations of 8."
-        require(tunable or not self.tune_latency, "--tune-latency with these options", hint)
-        if self.saturation_safe is not None:
-            option = "--saturation-safe" if self.saturation_safe else "--no-saturation-safe"
-            require(target.pairs, f"{option} with --target {self.target}", "leave it out: x86 CPUs are meant.")
-            integers = self.activation_bits <= 8 and self.weight_bits <= 8  # of most layers
-            require(integers, f"{option} with these bits", "leave it out: products are of float then.")
-
     def _check_weights_alone(self) -> None:
         """Options for activations mislead where these stay float."""
         if self.activation_bits != 32:
             return
         hint = "leave one of them out: with 32 activations stay float."
-        require(self.calibrator == CALIBRATOR, f"{self._told('calibrator')} with --activation-bits 32", hint)
+        usual = self.calibrator in ("", CALIBRATOR)
+        require(usual, f"{self._told('calibrator')} with --activation-bits 32", hint)
         require(not self.tune_ranges, "--tune-ranges with --activation-bits 32", hint)
 
     def _check_percentile(self) -> None:

@@ -258,6 +258,11 @@ def bin_ends(codes: NDArray[np.integer]) -> NDArray[np.float64]:
     return np.stack([np.where(negative, -far, near), np.where(negative, -near, far)])
 
 
+def histogram_codes(x: NDArray[np.float32]) -> Counts:
+    """The bins of all numbers of x, and how often each is met."""
+    return _counted(upper_halves(x))
+
+
 def histogram_of(x: NDArray[np.floating]) -> Histogram:
     """The histogram of all numbers of x."""
     return _histogram(*_counted(upper_halves(x.astype(np.float32, copy=False))), float(x.min()), float(x.max()))

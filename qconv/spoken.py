@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from qconv.checks import spelt
-from qconv.choices import FLOAT_BITS, Drop, LayerBits, WeightGranularity
+from qconv.choices import FLOAT_BITS, NO_PICTURES, Drop, LayerBits, WeightGranularity
 from qconv.errors import QconvError
 from qconv.pixels import PreprocessingOptions
 from qconv.recipe import STEERING, Recipe
@@ -54,7 +54,7 @@ def options_of(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _made(said: Mapping[str, Any]) -> Recipe:
-    return Recipe(calib=PICTURES, **said)
+    return Recipe(calib=() if said.get("data_free") else PICTURES, **said)
 
 
 def _same(said: Mapping[str, Any], whole: Recipe) -> bool:
@@ -85,7 +85,9 @@ def _typed(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def words(name: str, value: Any) -> Iterator[str]:
     """One field of a Recipe as it is spelt on the command line."""
-    if name == "preprocessing":
+    if name == "data_free":
+        yield from (spelt("calib"), NO_PICTURES) if value else ()
+    elif name == "preprocessing":
         yield from _of_pictures(value)
     elif name in ("keep_float", "keep_float_op"):
         for item in value:

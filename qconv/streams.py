@@ -27,7 +27,7 @@ from math import isinf
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.channels import check_reduces_places, padded, positions, sliced
+from qconv.channels import check_reduces_places, padded, positions, sliced, split
 from qconv.edits import Refused, kind, no_extra_outputs
 from qconv.graph import Model, Node, Value, array, attribute, clip_bounds, dims, rank
 from qconv.layers import INPUTS_FIRST, read_layer
@@ -249,17 +249,8 @@ class _Walk:
     def split(self, node: Node) -> None:
         """Along channels: their parts, whose sizes the outputs tell."""
         classes = self._data(node)
-        axis = attribute(node, "axis", 0) % (rank(node.inputs[0]) or 1)  # type: ignore[arg-type]
-        if axis != 1:
-            for value in node.outputs:
-                self.of[value] = classes
-            return
-        sizes = [(dims(value) or [None, None])[1] for value in node.outputs]
-        if any(size is None for size in sizes) or sum(size or 0 for size in sizes) != classes.size:
-            raise Refused("it is not known how a Split parts the channels")
-        ends = np.cumsum([size or 0 for size in sizes])[:-1]
-        for value, part in zip(node.outputs, np.split(classes, ends), strict=True):
-            self.of[value] = part
+        for value, part in zip(node.outputs, split(node, classes.size), strict=True):
+            self.of[value] = classes[part]
 
     def slice(self, node: Node) -> None:
         """Some of the channels, or some of the places."""

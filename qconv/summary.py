@@ -158,6 +158,8 @@ def _runs(report: Report) -> list[tuple[str, str]]:
 
 def _accuracy(report: Report) -> str:
     checked = report.verify
+    if report.recipe.get("data_free"):
+        return "not measured: no picture was looked at (`qconv evaluate` measures on some)"
     if not checked.images:
         return "not measured: --stats came without pictures (pass --calib as well)"
     parts = []

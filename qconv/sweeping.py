@@ -25,7 +25,7 @@ import click
 
 from qconv.checks import spelt
 from qconv.errors import QconvError
-from qconv.given import names_given, recipe_of, without
+from qconv.given import names_given, recipe_of, require_pictures, without
 from qconv.leaving import leave_by_exceptions
 from qconv.putting_out import Wanted, check_report, typed
 from qconv.tomlfile import read_toml
@@ -35,7 +35,20 @@ if TYPE_CHECKING:
     from qconv.sweep import Entry
 
 SHARED = frozenset(
-    {"calib", "output", "sweep", "report", "csv", "samples", "batch", "seed", "pattern", "stats", "save_stats"}
+    {
+        "calib",
+        "fallback",
+        "output",
+        "sweep",
+        "report",
+        "csv",
+        "samples",
+        "batch",
+        "seed",
+        "pattern",
+        "stats",
+        "save_stats",
+    }
     | {"save_layer_bits", "min_agreement", "min_sqnr", "preprocess", "scale", "mean", "std", "color", "layout"}
     | {"resize", "filter_", "size", "as_json", "quiet", "verbose", "threads", "embed_preprocessing"}
 )
@@ -60,6 +73,7 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     for name in ALONE:
         if options[name] is not None:
             raise click.UsageError(f"{spelt(name)} is about one result, and --sweep makes several: leave one out.")
+    require_pictures(options["calib"], "a sweep scores recipes on them")
     if model == "-":
         raise click.UsageError("a sweep times the float model beside the others: name its file.")
     folder = Path(model).parent if output is None else Path(output)

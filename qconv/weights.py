@@ -28,6 +28,7 @@ LARGEST_BIAS_CODE = 2.0**30
 
 BIAS_FITS = "weight scales widened, so that the bias fits into int32"
 """Kind of what was done to a layer whose bias is too large for its scales."""
+CORRECTED = "bias corrected by the means that BatchNormalization says"
 
 
 @dataclass(slots=True)
@@ -120,6 +121,7 @@ def quantize_layer(
             found.append(Skipped("bias", layer.node.name or "", known))
         else:
             shift = known
+            found.append(Change("bias", layer.node.name or "", CORRECTED, CORRECTED))
     return with_bias(layer, params, codes, shifted_bias(layer, shift), source, target), notes + found
 
 

@@ -1161,9 +1161,43 @@ def test_what_study_samples_refuses(
 
 def test_a_study_takes_the_options_of_quantize() -> None:
     """A new one of `quantize` is one here, too, unless it is about the file that is written."""
-    own = {"output", "seeds", "holdout", "images", "verbose"}
+    own = {"calib", "output", "seeds", "holdout", "images", "verbose"}
     names = {option.name for option in cli.quantize.params} - cli.NOT_STUDIED
     assert {option.name for option in cli.study_samples.params} == names | own
+
+
+# -- without pictures --------------------------------------------------------------------------------------------------
+
+
+def test_no_picture_is_looked_at(call: Qconv, tiny: Path) -> None:
+    """The summary says so, and the page; and a folder of that name is named with its place."""
+    out = tiny.with_name("out.onnx")
+    page = tiny.with_name("page.html")
+    done = call("quantize", CIFAR, "--calib", "none", "--preprocess", "tf", "-o", out, "--report", page)
+    assert done.status == 0, done.err
+    assert b"not measured: no picture was looked at" in done.out
+    assert "no picture was looked at" in page.read_text()
+    found = call("quantize", CIFAR, "--calib", "none", "--preprocess", "tf", "-o", out, "--json").json
+    assert found["recipe"]["data_free"] is True
+    assert found["verify"] == {"images": 0, "sqnr_db": None, "agreement": None, "outputs": []}
+    done = call("quantize", CIFAR, "--calib", "./none", "-o", out)
+    assert (done.status, "./none does not exist" in done.err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "why"),
+    [
+        ("quantize", ("--sweep", "recipes.toml"), "a sweep scores recipes on them"),
+        ("quantize", ("--samples", "4"), "--samples with --calib none is not possible"),
+        ("study-samples", (), "how many of them it takes"),
+        ("diagnose", (), "a diagnosis scores on some of them"),
+    ],
+)
+def test_what_needs_pictures(call: Qconv, tiny: Path, command: str, options: tuple[str, ...], why: str) -> None:
+    done = call(command, tiny, "--calib", "none", *options)
+    assert done.status == 2
+    assert why in " ".join(done.err.split())
+    assert listing(tiny.parent) == ["model.onnx"]
 
 
 # -- commands that look ------------------------------------------------------------------------------------------------

@@ -1,0 +1,157 @@
+"""Pictures that nobody took, for networks that come without any: in colour, edges and spectrum like photographs.
+
+    random      leaves that fall on each other until nothing shows between them: discs whose radii r have the density
+                r^-3, which look alike at any distance, each with a colour and a shade of its own, and 1 / f noise
+
+Colours vary along the three directions that they do in photographs, brightness far more than the others. How bright and
+how rich in contrast pictures are differs from one to the next. Such pictures bring the first layers of the networks at
+hand within 0.01 to 0.10 of what their BatchNormalizations have stored (fit.py), where noise alone comes within 0.02 to
+0.13. There are no things in them: what they show deep in a network is no more than a guess at what photographs would.
+
+Sources: leaves: Lee, Mumford and Huang 2001, Occlusion models for natural images. Directions of colours and their
+deviations: Krizhevsky et al. 2012, ImageNet classification with deep convolutional neural networks, section 4.1, as
+published with fb.resnet.torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv import images
+from qconv.errors import QconvError
+from qconv.feed import Batch, Feed
+from qconv.listing import Listing
+from qconv.normal import Normal
+from qconv.pixels import Color, Preprocessing
+from qconv.preprocess import InputSpec, resolve
+from qconv.recipe import Recipe
+from qconv.runtime import Session
+
+Pixels = NDArray[np.uint8]
+COUNT = 32
+MEAN = np.array([123.675, 116.28, 103.53])
+"""Of red, green and blue."""
+DIRECTIONS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+"""Of colours in photographs, one a column."""
+DEVIATIONS = 255 * np.array([0.4663, 0.1371, 0.0671])
+"""Along each: the square roots of 0.2175, 0.0188 and 0.0045."""
+BETWEEN = 0.5
+"""Share of a pixel's deviation, a quarter of its variance, by which whole pictures differ."""
+TEXTURE = 0.1
+"""Share of the noise in the variance of a picture."""
+SHADE, SHADE_OF_COLOURS = 0.5, np.array([1.0, 0.3, 0.1])
+"""How far a leaf's shade goes, and what of it each direction of colours gets."""
+MOST_LEAVES, BARE = 4000, 0.002
+TINY = float(np.finfo(np.float64).tiny)
+CONTRAST = 0.35
+"""Deviation of the logarithm of pictures' contrasts."""
+
+
+def leaves(rng: np.random.Generator, size: tuple[int, int], channels: int) -> Pixels:
+    """One picture of fallen leaves, (H, W, 3) in RGB or (H, W, 1) in grey."""
+    fallen = _fallen(rng, size)
+    fallen = (fallen - fallen.mean(axis=(0, 1))) / np.maximum(fallen.std(axis=(0, 1)), TINY)
+    noise = np.stack([_noise(rng, size) for _ in DEVIATIONS], axis=-1)  # (H, W, 3)
+    contrast = np.exp(rng.normal(-(CONTRAST**2), CONTRAST))
+    own = contrast * (np.sqrt(1 - TEXTURE) * fallen + np.sqrt(TEXTURE) * noise)
+    along = DEVIATIONS * (BETWEEN * rng.normal(size=len(DEVIATIONS)) + np.sqrt(1 - BETWEEN**2) * own)
+    colours = MEAN + along @ DIRECTIONS.T
+    if channels == 1:
+        colours = colours.mean(axis=-1, keepdims=True)
+    found: Pixels = np.clip(np.rint(colours), 0, 255).astype(np.uint8)
+    return found
+
+
+def _fallen(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
+    """Leaves from the top one down, (H, W, 3); what shows between the last ones stays zero."""
+    height, width = size
+    least, most = max(1.0, max(size) / 64), max(size) / 1.5
+    found, bare = np.zeros((height, width, 3)), np.ones(size, bool)
+    for _ in range(MOST_LEAVES):
+        if bare.mean() < BARE:
+            break
+        share = rng.random()
+        radius = 1 / np.sqrt(share / most**2 + (1 - share) / least**2)
+        y, x = rng.random(2) * size
+        colour, slope = rng.normal(size=3), rng.normal(size=2) * SHADE / (2 * radius)
+        rows, columns = (
+            slice(max(0, int(at - radius)), min(side, int(at + radius) + 2)) for at, side in ((y, height), (x, width))
+        )
+        dy, dx = np.arange(rows.start, rows.stop)[:, None] - y, np.arange(columns.start, columns.stop)[None] - x
+        shown = (dy * dy + dx * dx < radius * radius) & bare[rows, columns]
+        shade = (dy * slope[0] + dx * slope[1])[shown]
+        found[rows, columns][shown] = colour + shade[:, None] * SHADE_OF_COLOURS
+        bare[rows, columns][shown] = False
+    return found
+
+
+def _noise(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
+    """Mean 0, deviation 1, amplitudes falling with the frequency, (H, W)."""
+    height, width = size
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    found = np.fft.irfft2(np.fft.rfft2(rng.normal(size=size)) / frequency, s=size)
+    return np.asarray(found / max(float(found.std()), TINY))
+
+
+def pixels(channels: int) -> Normal:
+    """What is known of the pixels of any picture, by channel in RGB, or in grey."""
+    mean = MEAN if channels == 3 else np.full(channels, MEAN.mean())
+    std = np.sqrt((DIRECTIONS**2) @ (DEVIATIONS**2)) if channels == 3 else np.full(channels, DEVIATIONS[0] / np.sqrt(3))
+    return Normal(mean, std, True, np.zeros(channels), np.full(channels, 255.0))
+
+
+def read_by(prep: Preprocessing) -> Normal:
+    """What a network reads that is fed like that, channel by channel in its own order."""
+    found = pixels(prep.channels)
+    if prep.color is Color.BGR:
+        found = found.of(np.arange(prep.channels)[::-1])
+    mean, std = (np.broadcast_to(np.array(numbers), prep.channels) for numbers in (prep.mean, prep.std))
+    return found.scaled(prep.scale / std, -mean / std)
+
+
+@dataclass(slots=True)
+class Imagined(Feed):
+    """Made-up pictures as a network wants them, like any others: the same ones in every run."""
+
+    @classmethod
+    def like(cls, session: Session, recipe: Recipe) -> Imagined:
+        """For the network in `session`. Raises QconvError where it takes no pictures."""
+        inputs = [InputSpec(*found) for found in session.inputs]
+        if len(inputs) != 1:
+            names = ", ".join(spec.name for spec in inputs) or "none"
+            fact = f"{session.name} has {len(inputs)} inputs ({names}), and no picture tells what they hold."
+            raise QconvError(fact, "pass a folder of .npz samples with --calib instead of none.")
+        try:
+            prep = resolve(recipe.preprocessing, inputs[0], class_vector=session.gives_class_vector)
+        except QconvError as error:
+            raise QconvError(error.message, error.hint.replace("instead of pictures", "to --calib, not none")) from None
+        batch = (inputs[0].shape[0] if inputs[0].shape else None) or 1
+        return cls(Listing((), 0, 0), inputs, prep, batch, lambda text: None, lambda stage, done, total: None)
+
+    def drawn(self, prep: Preprocessing, most: int) -> Iterator[Pixels]:
+        """See Feed."""
+        rng = np.random.default_rng(0)
+        for _ in range(most):
+            yield leaves(rng, prep.size, prep.channels)
+
+    def all(self, stage: str) -> Generator[Batch, None, None]:
+        """COUNT pictures, in whole batches."""
+        assert self.preprocessing is not None
+        (spec,), fed = self._specs(), self.fed
+        assert fed is not None
+        rows = []
+        for found in self.drawn(fed, -(-COUNT // self.batch) * self.batch):
+            ordered = images.arranged(found, fed)
+            as_they_are = fed.keeps_pixels and spec.dtype == np.uint8
+            rows.append(ordered if as_they_are else images.as_type(images.normalised(ordered, fed), spec.dtype))
+            if len(rows) == self.batch:
+                self.pictures += len(rows)
+                feeds = {spec.name: np.stack(rows)}
+                self._keep(feeds)
+                yield feeds
+                rows = []

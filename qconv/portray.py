@@ -1,0 +1,55 @@
+"""From what is told of a tensor (told.py) to what a sketch would have remembered of it, so that all calibrators work.
+
+Every channel takes the values of a cut-off normal variable at as many equally probable places, in an order of its own,
+and reaches FARTHEST deviations away from its mean. Nothing is drawn by chance but the orders, by the tensor's name.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from qconv.exact import ExactSum
+from qconv.graph import Value, clip_bounds
+from qconv.normal import Normal, quantiles
+from qconv.reach import Channels
+from qconv.sketch import MOST_COLUMNS, Sketch, histogram_codes, places
+from qconv.told import reach
+
+SAMPLES = 2**18
+FEWEST, MOST = 64, 4096
+"""Values of each channel in the histogram."""
+BINDING = 3.0
+"""Deviations that a bound must be away to be out of a channel's reach."""
+ABSORBED = 3.0
+"""Deviations below the mean that values are taken never to reach where a channel is lowered, as in DFQ."""
+
+
+def sketched(name: str, found: Normal) -> Sketch:
+    """The sketch of a tensor of this name."""
+    channels = found.mean.size
+    low, high = (end.astype(np.float32) for end in reach(found))
+    sums = ExactSum.zeros(channels)
+    sums.add(found.mean.astype(np.float32)[None])
+    values = found.at(quantiles(min(max(FEWEST, SAMPLES // channels), MOST))).astype(np.float32)
+    count = MOST_COLUMNS * places(channels)
+    order = np.random.default_rng(zlib.crc32(name.encode())).permuted(
+        np.broadcast_to(quantiles(count)[:, None], (count, channels)), axis=0
+    )
+    columns = found.at(order).astype(np.float32).reshape(MOST_COLUMNS, places(channels), channels)
+    keys = np.arange(MOST_COLUMNS, dtype=np.uint64)
+    ends = np.array([[low.min(), high.max()]], np.float32)
+    return Sketch(low, high, sums, 1, *histogram_codes(values), keys[:1], ends, keys, columns)
+
+
+def channels_of(found: Normal, value: Value) -> Channels:
+    """The same for whoever scales channels. Behind a Clip low and high are those that it leaves next to nothing of."""
+    assert found.std is not None
+    low, high = reach(found)
+    lowest, highest, floor = np.minimum(low, 0.0), np.maximum(high, 0.0), found.at(np.array([-ABSORBED]))[0]
+    node = value.producer()
+    if node is not None and clip_bounds(node) is not None:
+        mean, std = found.origin
+        low, high = mean - BINDING * std, mean + BINDING * std
+    return Channels(low, high, lowest, highest, floor, found.mean, found.std**2)

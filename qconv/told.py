@@ -1,0 +1,291 @@
+"""What tensors are like, channel by channel, by what BatchNormalization says: statistics without a picture.
+
+A BatchNormalization knows its input (running mean and variance) and so its output (beta and gamma). Before anything is
+folded, both tensors get a note (layers.py), which folding and equalization keep true. Afterwards the folded network is
+walked from these notes through the operators of RULES:
+
+    Relu, Clip                  in closed form (normal.py)         Add, Mul        as if independent
+    Sigmoid, HardSwish, ...     by quantiles                       Concat, Slice   channel by channel
+    MaxPool, Resize             values that were there before      mean of places  WIDTH_OF_MEANS of the deviation
+
+What stands before a Relu whose output a BatchNormalization reads follows from that: two moments, two unknowns. Layers
+without a BatchNormalization behind them are guessed by their weights,
+
+    E[y] = W E[x] + b       Var[y] = sum over inputs of max(sum_k W_k^2, (sum_k W_k)^2) Var[x]
+
+MOST_GUESSES of them in a row and no more, and none that reads pictures, whose neighbours are anything but independent:
+behind a second one deviations were a ninth of what they should be.
+
+Source: Nagel et al. 2019, arXiv 1906.04721, sections 4.1.3 and 4.2 and appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from math import inf
+
+import numpy as np
+
+from qconv.affine import data_of, read_affine
+from qconv.channels import check_reduces_places, split
+from qconv.edits import Refused, called, kind, source
+from qconv.expected import RULES, Follower, Rule
+from qconv.graph import Model, Node, Value, array, attribute, clip_bounds, dims, input_of, rank, scalar
+from qconv.layers import INPUTS_FIRST, Float64, Layer, made_of, note_made, read_layer
+from qconv.normal import FARTHEST, Normal, before_relu
+
+MOST_GUESSES = 1
+WIDTH_OF_MEANS = 0.5
+"""Deviation of means over a map beside that of its places, which are far from independent. 0.35 to 0.47 were seen in
+ResNet-20, MobileNetV2 and EfficientNet-Lite0."""
+
+
+def note_told(model: Model) -> None:
+    """Give the tensors around every BatchNormalization of a model that is not folded yet their notes."""
+    for node in model.nodes():
+        if kind(node) != "BatchNormalization":
+            continue
+        try:
+            affine = read_affine(node, rank(source(node)))
+        except Refused:
+            continue
+        mean, var = (array(node.inputs[index]) for index in (3, 4))
+        assert mean is not None
+        assert var is not None
+        if not mean.any() and (var == 1).all():
+            continue  # where training starts: never measured
+        seen = Normal(mean.astype(np.float64), np.sqrt(np.maximum(var.astype(np.float64), 0.0)))
+        note_made(node.outputs[0], seen.scaled(affine.gain, affine.shift))
+        _note_input(source(node), seen)
+
+
+def _note_input(value: Value, seen: Normal) -> None:
+    node = value.producer()
+    if made_of(value) is None:
+        note_made(value, seen)
+    if node is None or kind(node) != "Relu" or made_of(source(node)) is not None:
+        return
+    before = source(node).producer()
+    if before is not None and kind(before) in INPUTS_FIRST:
+        assert seen.std is not None
+        note_made(source(node), before_relu(seen.mean, seen.std))
+
+
+def told(model: Model, inputs: Mapping[Value, Normal]) -> dict[Value, Normal | str]:
+    """What is known of every tensor of a folded model, or why nothing is. inputs: of the network's own inputs.
+
+    Deviations are known of all that is.
+    """
+    walk = _Told(model, inputs)
+    for node in model.nodes():
+        walk.visit(node)
+    return walk.known
+
+
+def reach(found: Normal) -> tuple[Float64, Float64]:
+    """The least and the largest value of each channel, (C,) both: FARTHEST deviations away, or cut off before."""
+    if found.table is not None:
+        return found.ends
+    low, high = found.at(np.array([-FARTHEST, FARTHEST]))
+    return low, high
+
+
+class _Told(Follower):
+    """The walk. Unlike `Follower`, it begins at notes and goes through layers."""
+
+    def __init__(self, model: Model, inputs: Mapping[Value, Normal]) -> None:
+        super().__init__(model)
+        self.known.update(inputs)
+        self.rules = RULES_OF_ALL
+
+    def visit(self, node: Node) -> None:
+        """As `Follower` does; a note on the output counts more than what follows from the inputs."""
+        if kind(node) == "Split":
+            self._split(node)
+            return
+        super().visit(node)
+        noted, follows = made_of(node.outputs[0]), self.known[node.outputs[0]]
+        if noted is None or kind(node) in INPUTS_FIRST:
+            return
+        if isinstance(follows, Normal) and follows.mean.shape == noted.mean.shape:
+            self.known[node.outputs[0]] = replace(follows, mean=noted.mean, std=noted.std, guesses=0)
+        else:
+            bounds = clip_bounds(node) or (-inf, inf)
+            low, high = (np.full(noted.mean.shape, end) for end in bounds)
+            self.known[node.outputs[0]] = replace(noted, cut=bounds != (-inf, inf), low=low, high=high)
+
+    def _split(self, node: Node) -> None:
+        try:
+            found = self.read(source(node))
+            parts = split(node, found.mean.size)
+        except Refused as reason:
+            self.forget(node, str(reason))
+        else:
+            self.known.update({value: found.of(part) for value, part in zip(node.outputs, parts, strict=True)})
+
+    def layer(self, node: Node) -> Normal:
+        """By its note, or guessed by its weights."""
+        return made_of(node.outputs[0]) or self._guessed(node)
+
+    def _guessed(self, node: Node) -> Normal:
+        found, layer = self.read(source(node)), read_layer(node)
+        if found.guesses >= MOST_GUESSES:
+            raise Refused(f"no BatchNormalization follows {called(node)}, nor those in front of it")
+        if (kind(node) == "MatMul" and rank(source(node)) != 2) or found.mean.size != layer.inputs:
+            raise Refused(f"{called(node)} has its channels along another axis")
+        return by_weights(layer, found)
+
+    def clip(self, node: Node) -> Normal:
+        """What was cut off before counts as normal again, within its ends."""
+        bounds = clip_bounds(node)
+        if bounds is None:
+            raise Refused(f"the bounds of {called(node)} are computed or crossed")
+        found = self.read(source(node))
+        return replace(found, cut=False).clipped(*bounds)
+
+    def mean_of_places(self, node: Node) -> Normal:
+        """Pools."""
+        if kind(node) == "ReduceMean":
+            check_reduces_places(node)
+        found = self.read(source(node))
+        assert found.std is not None
+        return replace(found.averaged(), std=WIDTH_OF_MEANS * found.std)
+
+    def places(self, node: Node) -> Normal:
+        """Some of the places, or values between them."""
+        found, sizes = self.read(source(node)), dims(node.outputs[0])
+        kept = sizes is None or len(sizes) < 2 or sizes[1] in (None, found.mean.size)
+        if not kept or attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
+            raise Refused(f"{called(node)} may mix channels")
+        return found
+
+    def pad(self, node: Node) -> Normal:
+        """Places may be filled with any number."""
+        widths, fill = array(input_of(node, 1)), scalar(input_of(node, 2))
+        if fill is None or widths is None or input_of(node, 3) is not None or widths.reshape(2, -1)[:, :2].any():
+            return super().pad(node)
+        found = self.read(source(node))
+        low, high = found.ends
+        return replace(found, low=np.minimum(low, fill), high=np.maximum(high, fill))
+
+    def pixels(self, node: Node) -> Normal:
+        """The network's input in other axes: what is told of it is by channel, wherever these lie."""
+        if not source(node).is_graph_input():
+            raise Refused(f"{called(node)} moves channels")
+        return self.read(source(node))
+
+    def dequantized(self, node: Node) -> Normal:
+        """Codes that come from outside, as pixels do."""
+        found, scale, zero = self.read(source(node)), array(node.inputs[1]), array(input_of(node, 2))
+        if scale is None or scale.size not in (1, found.mean.size):
+            raise Refused(f"the scales of {called(node)} are computed, or not of its channels")
+        gain = scale.reshape(-1).astype(np.float64)
+        shift = np.zeros(1) if zero is None else -gain * zero.reshape(-1).astype(np.float64)
+        return found.scaled(gain, shift)
+
+    def function(self, node: Node) -> Normal:
+        """Of each number alone. What saturates needs its input no further than that, whatever it is."""
+        value = source(node)
+        if isinstance(self.known.get(value, ""), str) and kind(node) in SATURATING:
+            self.known[value] = self._up_to_saturation(node)
+        return self.read(value).through(FUNCTIONS[kind(node)](node))
+
+    def _up_to_saturation(self, node: Node) -> Normal:
+        value, sizes = source(node), dims(source(node)) or []
+        if (
+            len(sizes) < 2
+            or not sizes[1]
+            or any(kind(reader) not in SATURATING for reader in self.model.readers(value))
+        ):
+            return self.read(value)
+        low, high = (np.full(sizes[1], end) for end in SATURATING[kind(node)](node))
+        return Normal((low + high) / 2, (high - low) / (2 * FARTHEST), True, low, high)
+
+    def scale(self, node: Node) -> Normal:
+        """By constants, or the product of two tensors: a gate, which may be made of the other."""
+        values = [value for value in node.inputs if value is not None]
+        if kind(node) != "Mul" or data_of(node) is not None or len(values) != 2:
+            return super().scale(node)
+        for one, other in (values, values[::-1]):
+            gate = other.producer()
+            if gate is not None and kind(gate) in FUNCTIONS and source(gate) is one:
+                return self.read(one).through(partial(_gated, FUNCTIONS[kind(gate)](gate)))
+        return product(*self._side_by_side(node))
+
+
+def by_weights(layer: Layer, found: Normal) -> Normal:
+    """What a layer makes of independent inputs."""
+    assert found.std is not None
+    groups = layer.weight.shape[0]
+    strides = attribute(layer.node, "strides", [1]) if kind(layer.node) == "ConvTranspose" else [1]
+    weight = layer.weight.astype(np.float64)
+    sums = weight.sum(axis=3)  # (G, O/G, I/G)
+    met = np.maximum(np.einsum("goik,goik->goi", weight, weight), sums * sums)
+    mean = np.einsum("goi,gi->go", sums, found.mean.reshape(groups, -1)).reshape(-1)
+    var = np.einsum("goi,gi->go", met, (found.std**2).reshape(groups, -1)).reshape(-1)
+    seen = 1 / float(np.prod(strides))  # positions of the kernel that an output of a ConvTranspose meets
+    return Normal(seen * mean + layer.bias, np.sqrt(seen * var), guesses=found.guesses + 1)
+
+
+def product(one: Normal, other: Normal) -> Normal:
+    """Of two independent tensors with as many channels."""
+    if one.mean.size != other.mean.size:
+        raise Refused("two tensors of different channels are multiplied")
+    assert one.std is not None
+    assert other.std is not None
+    squares = (one.std**2 + one.mean**2) * (other.std**2 + other.mean**2)
+    mean = one.mean * other.mean
+    corners = np.stack([a * b for a in reach(one) for b in reach(other)])
+    std = np.sqrt(np.maximum(squares - mean**2, 0.0))
+    guesses = max(one.guesses, other.guesses)
+    return Normal(mean, std, True, corners.min(axis=0), corners.max(axis=0), guesses=guesses)
+
+
+def _gated(gate: Callable[[Float64], Float64], x: Float64) -> Float64:
+    return x * gate(x)
+
+
+def _sigmoid(x: Float64) -> Float64:
+    return np.asarray((1 + np.tanh(x / 2)) / 2)
+
+
+def _hard_sigmoid(x: Float64, alpha: float, beta: float) -> Float64:
+    return np.asarray(np.clip(alpha * x + beta, 0.0, 1.0))
+
+
+def _ends_of_ramp(alpha: float, beta: float) -> tuple[float, float]:
+    if not alpha > 0:
+        raise Refused("a HardSigmoid falls")
+    return min(-beta / alpha, 0.0), max((1 - beta) / alpha, 0.0)
+
+
+FUNCTIONS: dict[str, Callable[[Node], Callable[[Float64], Float64]]] = {
+    "Sigmoid": lambda node: _sigmoid,
+    "Tanh": lambda node: np.tanh,
+    "HardSigmoid": lambda node: lambda x: _hard_sigmoid(x, attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)),
+    "HardSwish": lambda node: lambda x: x * _hard_sigmoid(x, 1 / 6, 0.5),
+    "LeakyRelu": lambda node: lambda x: np.where(x < 0, attribute(node, "alpha", 0.01) * x, x),
+}
+"""What they do to a number."""
+SATURATING: dict[str, Callable[[Node], tuple[float, float]]] = {
+    "Sigmoid": lambda node: (-8.0, 8.0),
+    "Tanh": lambda node: (-4.0, 4.0),
+    "HardSigmoid": lambda node: _ends_of_ramp(attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)),
+}
+"""Where they end: within 0.001 of what they are further out."""
+RULES_OF_ALL: dict[str, Rule] = {
+    **RULES,
+    **dict.fromkeys(INPUTS_FIRST, _Told.layer),
+    **dict.fromkeys(("Relu", "Clip"), _Told.clip),
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _Told.scale),
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), _Told.mean_of_places),
+    **dict.fromkeys(("MaxPool", "GlobalMaxPool", "Resize"), _Told.places),
+    **dict.fromkeys(FUNCTIONS, _Told.function),
+    "Pad": _Told.pad,
+    "Cast": _Told.same,
+    "Transpose": _Told.pixels,
+    "DequantizeLinear": _Told.dequantized,
+}
+"""Operators that statistics go through."""

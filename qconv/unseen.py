@@ -1,0 +1,152 @@
+"""Statistics without pictures, as those who ask for them know them: sketches and channels by what is told (told.py).
+
+Tensors that nothing tells of are watched on made-up pictures where the user has asked for that; else they are an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+
+import numpy as np
+
+from qconv.calibrate import Tap, observer, watch, watch_apart
+from qconv.choices import NO_PICTURES
+from qconv.edits import Refused, kind, source
+from qconv.errors import QconvError, counted
+from qconv.feed import Batch
+from qconv.findings import Change
+from qconv.graph import DataType, Model, Value, clip_bounds
+from qconv.imagined import Imagined, pixels, read_by
+from qconv.layers import INPUTS_FIRST, means_of, note_means, read_layer
+from qconv.normal import Normal
+from qconv.portray import channels_of, sketched
+from qconv.reach import Channels, seen_by_channel
+from qconv.sketch import Sketch
+from qconv.told import MOST_GUESSES, told
+
+STEP = "told"
+WATCHED: dict[str, Callable[[Imagined, str], Iterable[Batch]]] = {"random": Imagined.all}
+"""The made-up pictures of every --fallback, batch by batch."""
+WIDER = 2.0
+"""Times as far as on made-up pictures values may go on real ones, in which there are things to be sure of."""
+BOUNDED = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+NAMED = 3
+"""Tensors that an error names."""
+
+
+@dataclass(slots=True)
+class Unseen:
+    """model: the name of the user's file. imagined: what stands in for its pictures; fallback: whether it is watched.
+
+    findings: where the newest statistics are from.
+    """
+
+    model: str
+    imagined: Imagined
+    fallback: str | None
+    threads: int | None
+    findings: list[Change] = field(default_factory=list)
+
+    def known(self, model: Model) -> dict[Value, Normal | str]:
+        """What is told of every tensor of a folded model, or why nothing is."""
+        return told(model, {value: _as_read(value, self.imagined) for value in model.graph.inputs})
+
+    def pictures(self, stage: str) -> Iterable[Batch]:
+        """What is watched for what nothing tells of, as the network takes it. stage: for whom."""
+        return WATCHED[self.fallback or "random"](self.imagined, stage)
+
+    def sketches(self, model: Model, taps: Sequence[Tap]) -> dict[str, Sketch]:
+        """Of these tensors. Raises QconvError where nothing tells of some, and they are not to be watched."""
+        known_of = self.known(model)
+        _note_means(model, known_of)
+        found = {value.name or "": known for value, known in known_of.items()}
+        missing = self._missing(taps, found)
+        seen = {}
+        if missing:
+            seen = watch(observer(model, missing, self.threads), missing, self.pictures("calibrate"))
+            ends = {value.name or "": _hard_ends(value) for value in known_of}
+            seen = {name: _wider(sketch, *ends[name]) for name, sketch in seen.items()}
+        self.findings = []
+        for tap in taps:
+            known = found.get(tap.name, "")
+            if isinstance(known, Normal):
+                seen[tap.name] = sketched(tap.name, known)
+            self._tell(tap.name, known)
+        return seen
+
+    def channels(self, model: Model, taps: Sequence[Tap]) -> dict[str, Channels]:
+        """The same, channel by channel; nothing of what is neither told nor watched."""
+        known = self.known(model)
+        by_name = {value.name or "": found for value, found in known.items()}
+        told_of = {value.name or "": channels_of(f, value) for value, f in known.items() if isinstance(f, Normal)}
+        missing = [tap for tap in taps if not isinstance(by_name.get(tap.name), Normal)] if self.fallback else []
+        if missing:
+            seen = watch_apart(observer(model, missing, self.threads), missing, self.pictures("equalize"))
+            told_of |= seen_by_channel(seen)
+        wanted = {tap.name for tap in taps}
+        return {name: found for name, found in told_of.items() if name in wanted}
+
+    def _missing(self, taps: Sequence[Tap], found: dict[str, Normal | str]) -> list[Tap]:
+        missing = [tap for tap in taps if not isinstance(found.get(tap.name), Normal)]
+        if missing and self.fallback is None:
+            shown = ", ".join(repr(tap.name) for tap in missing[:NAMED])
+            more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+            why = found.get(missing[0].name)
+            told_of = f"{counted(len(missing), 'tensor')} of {len(taps)} that need a range: {shown}{more}"
+            raise QconvError(
+                f"{self.model} says nothing of {told_of} ({why or 'nothing leads there'}).",
+                f"--calib {NO_PICTURES} lives on BatchNormalizations: export the model before they are folded, pass "
+                "pictures, or pass --fallback random to watch made-up ones.",
+            )
+        return missing
+
+    def _tell(self, tensor: str, known: Normal | str | None) -> None:
+        why = ""
+        if not isinstance(known, Normal):
+            kind_of, why = f"ranges by {self.fallback} pictures", f": {known or 'nothing tells of it'}"
+        elif known.guesses > MOST_GUESSES:
+            kind_of = "range by what pixels can be"
+        elif known.guesses:
+            kind_of, why = "ranges guessed by weights", ": no BatchNormalization follows the layer in front"
+        else:
+            kind_of = "ranges by what BatchNormalization says"
+        self.findings.append(Change(STEP, tensor, f"{kind_of.replace('ranges', 'range')}{why}", kind_of))
+
+
+def _hard_ends(value: Value) -> tuple[float, float]:
+    """What no value of a tensor is beyond, whatever the picture."""
+    node = value.producer()
+    bounds = None if node is None else clip_bounds(node)
+    if node is not None and kind(node) in BOUNDED:
+        bounds = BOUNDED[kind(node)]
+    return bounds or (-inf, inf)
+
+
+def _wider(sketch: Sketch, least: float, most: float) -> Sketch:
+    """What was seen on made-up pictures, as far as others may go."""
+    lows, highs = (np.clip(WIDER * ends, least, most).astype(np.float32) for ends in (sketch.lows, sketch.highs))
+    return replace(sketch, lows=np.minimum(lows, sketch.lows), highs=np.maximum(highs, sketch.highs))
+
+
+def _note_means(model: Model, known: Mapping[Value, Normal | str]) -> None:
+    """Tell layers what they read on average, where BatchNormalization alone did not."""
+    for node in model.nodes():
+        found = known.get(source(node), "") if kind(node) in INPUTS_FIRST else ""
+        try:
+            fits = isinstance(found, Normal) and found.mean.size == read_layer(node).inputs
+        except Refused:
+            continue
+        sure = isinstance(found, Normal) and not found.guesses  # pixels may be of anything
+        if isinstance(found, Normal) and fits and sure and kind(node) != "MatMul" and isinstance(means_of(node), str):
+            note_means(node, found.mean)
+
+
+def _as_read(value: Value, imagined: Imagined) -> Normal:
+    """What one input of the network holds."""
+    prep = imagined.preprocessing
+    assert prep is not None
+    as_bytes = value.dtype == DataType.UINT8 and not prep.keeps_pixels
+    found = pixels(prep.channels) if as_bytes else read_by(prep)
+    return replace(found, guesses=MOST_GUESSES + 1)
