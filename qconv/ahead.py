@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,15 +10,18 @@ from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+WORKER = "qconv-ahead"
+"""What the names of the threads begin with."""
 
 
 def ahead(work: Callable[[T], R], items: Iterable[T], *, workers: int, depth: int) -> Generator[Future[R], None, None]:
     """Yield the futures of work(item) in order, at most `depth` of them submitted and not yet taken.
 
     items is read in the caller's own thread. Closing the generator stops the threads, and closes items, which may have
-    threads of its own: left to the garbage collector, that could happen in one of those threads.
+    threads of its own. Where an error has left it to the garbage collector, that can happen in one of these threads,
+    which cannot wait for itself.
     """
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="qconv-ahead")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix=WORKER)
     try:
         pending: deque[Future[R]] = deque()
         for item in items:
@@ -27,6 +31,6 @@ def ahead(work: Callable[[T], R], items: Iterable[T], *, workers: int, depth: in
         while pending:
             yield pending.popleft()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=not threading.current_thread().name.startswith(WORKER), cancel_futures=True)
         if isinstance(items, Generator):
             items.close()

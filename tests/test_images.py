@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import subprocess
@@ -10,7 +11,8 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import qconv.images
+from qconv.ahead import ahead
 from qconv.errors import QconvError
 from qconv.images import UnreadablePicture, batches, load_picture
 from qconv.listing import PICTURE_SUFFIXES, Listing, find
@@ -847,14 +850,14 @@ def test_reading_ahead_is_bounded_and_goes_on_while_the_caller_works(tmp_path, m
     paths = [Path(f"{i}.png") for i in range(100)]
     workers, batch = 2, 3
     given = batches(listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=batch, workers=workers, warn=print)
-    ahead = 2 * workers + batch
+    most = 2 * workers + batch
     for taken in range(batch, 30, batch):
         next(given)
         deadline = time.monotonic() + 2
-        while len(started) < taken + ahead - 1 and time.monotonic() < deadline:
+        while len(started) < taken + most - 1 and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.005)  # time to overshoot
-        assert taken + ahead - 1 <= len(started) <= taken + ahead
+        assert taken + most - 1 <= len(started) <= taken + most
     given.close()
     assert images_threads() == []
 
@@ -1012,3 +1015,19 @@ def test_pillow_is_not_imported_until_it_is_needed():
 def test_every_way_to_resize_is_known_to_both_sides():
     """What may be asked for, and what is done."""
     assert set(qconv.images._RESIZED) == set(RESIZED)
+
+
+def test_a_forgotten_generator_may_be_closed_by_one_of_its_own_threads() -> None:
+    """The garbage collector runs in whatever thread is at work, and no thread can wait for itself."""
+    own: list[Generator[Future[None], None, None]] = []
+
+    def close_it(item: int) -> None:
+        while not own:
+            time.sleep(0.001)
+        if item == 0:
+            own[0].close()
+
+    own_futures = ahead(close_it, itertools.count(), workers=1, depth=2)
+    first = next(own_futures)
+    own.append(own_futures)
+    assert first.result(timeout=10) is None
