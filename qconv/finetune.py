@@ -48,8 +48,8 @@ from qconv.torchgraph import Network, as_arrays
 from qconv.training import Schedule, Trainer
 from qconv.verify import Comparison, gates
 
-RATES = {"weights": 1.0, "weight_scales": 1.0, "activation_scales": 1.0, "biases": 1.0}
-"""Of the learning rate."""
+RATES = {"weights": 1.0, "weight_scales": 0.1, "activation_scales": 0.1, "biases": 0.2}
+"""Of the learning rate, which is that of weights in codes."""
 HELD_SHARE, LEAST_HELD, MOST_HELD = 1 / 10, 32, 2000
 FEWEST = 8
 """Pictures: less is nothing to learn from."""

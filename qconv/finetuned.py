@@ -16,7 +16,7 @@ from qconv.source import Source
 class Wishes:
     """What is asked for. recipe: names the pictures (its `calib`), how they are fed, threads and gates.
 
-    teacher: None to look for it beside the quantized file. rate: of learning. holdout: None for a tenth.
+    teacher: None to look for it beside the quantized file. rate: of learning, codes a step. holdout: None for a tenth.
     """
 
     recipe: Recipe
@@ -26,7 +26,7 @@ class Wishes:
     label_offset: int = 0
     epochs: int = 20
     batch: int = 64
-    rate: float = 1e-3
+    rate: float = 1e-2
     holdout: int | None = None
     augment: bool = True
     device: str = "auto"

@@ -61,11 +61,11 @@ finetune_options = stack(
     ),
     click.option(
         "--learning-rate",
-        default=1e-3,
+        default=1e-2,
         show_default=True,
         metavar="R",
-        type=click.FloatRange(0, 1, min_open=True),
-        help="How far a step moves weights, as a share of the largest code.",
+        type=click.FloatRange(0, 100, min_open=True),
+        help="How far a step moves a weight, in codes, before rates fall.",
     ),
     click.option(
         "--holdout",
@@ -73,7 +73,9 @@ finetune_options = stack(
         type=click.IntRange(1),
         help="Pictures held back.  [default: a tenth, at least 32 or a quarter, at most 2000]",
     ),
-    click.option("--augment/--no-augment", default=True, show_default=True, help="Mirror and move pictures at random."),
+    click.option(
+        "--augment/--no-augment", default=True, show_default=True, help="Mirror, move and mix pictures at random."
+    ),
     click.option(
         "--device",
         type=click.Choice(["auto", "cpu", "cuda"]),

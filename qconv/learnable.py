@@ -1,11 +1,11 @@
 """Weights, scales and biases of a Q/DQ file as PyTorch learns them, and back into the file.
 
-    codes   q = clamp(round(w / s) + z, q_min, q_max)       w = s_0 r v      s = s_0 exp(u)
+    codes   q = clamp(round(w / s) + z, q_min, q_max)       w = s_0 v        s = s_0 exp(u)
     bias    b = b_0 + t
 
-v is a weight in units of the largest code r, u the logarithm of how far a scale has moved: both are without units, so
-that one learning rate means the same to layers whose weights differ a thousandfold, as those do that BatchNormalization
-was folded into. s_0 is the scale in the file. Gradients of v and u are those of LSQ (see torchmath.py).
+v is a weight in codes of the file, u the logarithm of how far a scale has moved, s_0 the scale in the file: one
+learning rate means the same to layers whose weights differ a thousandfold, as those do that BatchNormalization was
+folded into, and to layers of other bits. Gradients of v and u are those of LSQ (see torchmath.py).
 
 Where the file stores a bias in steps of s_x s_w, scales stay so large that it fits (see weights.py). Pairs of products
 may overflow 16 bits on some CPUs (see saturation.py): no layer gets a worse pair than it has, unless all of its pairs
@@ -42,13 +42,10 @@ class _Weights:
 
     def __init__(self, site: WeightSite, device: torch.device) -> None:
         codes, scale = _numbers(site.codes), _numbers(site.scale).astype(np.float32)
-        reach = np.maximum(np.maximum(site.high - site.zero, site.zero - site.low), 1)
         self.site = site
         self.scale_in_file = _tensor(scale, device)
-        self.reach, self.zero, self.low, self.high = (
-            _tensor(numbers, device) for numbers in (reach, site.zero, site.low, site.high)
-        )
-        self.v = _tensor((codes.astype(np.float64) - site.zero) / reach, device)
+        self.zero, self.low, self.high = (_tensor(numbers, device) for numbers in (site.zero, site.low, site.high))
+        self.v = _tensor(codes.astype(np.int64) - site.zero, device)
         self.u = torch.zeros_like(self.scale_in_file)
         self.t: Tensor | None = None
         if site.bias is not None:
@@ -56,7 +53,8 @@ class _Weights:
             step = scale.reshape(-1) if scale.size == own.size else np.full(own.size, scale.max())
             typical = 1.0 if site.input_scale is None else TYPICAL_CODE * float(_numbers(site.input_scale).mean())
             self.bias_in_file = _tensor(own, device)
-            self.unit = _tensor((step * reach.max() * typical).reshape(own.shape), device)
+            reach = max(1, int(np.maximum(site.high - site.zero, site.zero - site.low).max()))
+            self.unit = _tensor((step * reach * typical).reshape(own.shape), device)
             self.t = torch.zeros_like(self.bias_in_file)
 
     def bias(self) -> Tensor | None:
@@ -89,7 +87,7 @@ class _Weights:
             move = move.repeat_interleave(site.block, dim=site.axis).narrow(site.axis, 0, self.v.shape[site.axis])
         elif move.ndim < axes:
             move = move.reshape([-1 if i == site.axis else 1 for i in range(axes)])
-        return torch.clamp(rounded(self.v * self.reach * move) + self.zero, self.low, self.high)
+        return torch.clamp(rounded(self.v * move) + self.zero, self.low, self.high)
 
 
 class Learned:

@@ -1,4 +1,8 @@
-"""One network learns from another: what both are fed with, and how near the first has come on pictures held back."""
+"""One network learns from another: what both are fed with, and how near the first has come on pictures held back.
+
+Pictures are mirrored, moved and mixed, for both alike: a teacher that answers to what it has not learned by heart tells
+more of itself. Source: Beyer et al. 2022, arXiv 2106.05237; mixing: Zhang et al. 2018, arXiv 1710.09412.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,8 @@ from qconv.torchgraph import Network
 Ints = NDArray[np.int64]
 SHIFT = 1 / 8
 """Share of a side by which pictures are moved at most."""
+MOST_MIXED = 1 / 2
+"""Share of another picture that one gets at most."""
 LOOK_AT = 64
 """Pictures of a look that run at once."""
 
@@ -37,19 +43,34 @@ class Inputs:
                 for numbers in (prep.mean, prep.std)
             )
 
-    def of(self, chosen: NDArray[np.int64], rng: np.random.Generator | None = None) -> Tensor:
-        """(n, ...), pixels or samples. rng: to mirror and move pictures with; None leaves them as they are."""
+    def of(self, chosen: NDArray[np.int64], rng: np.random.Generator | None = None, *, mix: bool = True) -> Tensor:
+        """(n, ...), pixels or samples. rng: to mirror, move and mix them with; None leaves them as they are."""
         x = torch.from_numpy(np.ascontiguousarray(self.album.numbers[chosen])).to(self.device)
-        prep = self.album.prep
-        if rng is None or prep is None:
+        if rng is None:
+            return x
+        x = self._shaken(x, rng)
+        return self._mixed(x, rng) if mix else x
+
+    def _shaken(self, x: Tensor, rng: np.random.Generator) -> Tensor:
+        """Pictures mirrored and moved; samples may be anything, and stay."""
+        prep, count = self.album.prep, len(x)
+        if prep is None:
             return x
         rows, columns = (2, 3) if prep.layout is Layout.NCHW else (1, 2)
-        mirrored = torch.from_numpy(rng.random(len(chosen)) < 1 / 2).to(self.device)
+        mirrored = torch.from_numpy(rng.random(count) < 1 / 2).to(self.device)
         x = torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(columns), x)
         for axis in (rows, columns):
             most = int(SHIFT * x.shape[axis])
-            x = _moved(x, axis, rng.integers(-most, most + 1, len(chosen)))
+            x = _moved(x, axis, rng.integers(-most, most + 1, count))
         return x
+
+    def _mixed(self, x: Tensor, rng: np.random.Generator) -> Tensor:
+        """Each with a part of another: the teacher tells what that is, and is less sure of it than of what it knows."""
+        share = torch.from_numpy(rng.uniform(0, MOST_MIXED, len(x)).astype(np.float32)).to(self.device)
+        share = share.reshape([-1] + [1] * (x.ndim - 1))
+        other = torch.from_numpy(rng.permutation(len(x))).to(self.device)
+        mixed = (1 - share) * x + share * x[other]
+        return mixed if self.album.prep is None else torch.round(mixed)
 
     def for_teacher(self, x: Tensor) -> Tensor:
         """What the float network takes."""
@@ -130,7 +151,7 @@ class Lesson:
 
     def loss(self, part: Ints, rng: np.random.Generator | None) -> Tensor:
         """Of some pictures."""
-        x = self.inputs.of(part, rng)
+        x = self.inputs.of(part, rng, mix=self.labels is None)
         said = self.said(x, self.learned.given())
         loss = apart(self.kinds, self.told(x), said)
         if self.labels is None or self.vector is None:
