@@ -8,8 +8,8 @@ learning rate means the same to layers whose weights differ a thousandfold, as t
 folded into, and to layers of other bits. Gradients of v and u are those of LSQ (see torchmath.py).
 
 Where the file stores a bias in steps of s_x s_w, scales stay so large that it fits (see weights.py). Pairs of products
-may overflow 16 bits on some CPUs (see saturation.py): no layer gets a worse pair than it has, unless all of its pairs
-fit.
+may overflow 16 bits on some CPUs (see saturation.py): what is written has no worse pair than the file had, unless it
+fits.
 
 Sources: Esser et al. 2020, arXiv 1902.08153 (LSQ); Bhalgat et al. 2020, arXiv 2004.09576, for activations whose zero is
 not at the lowest code.
@@ -25,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qconv.graph import Model, Value
+from qconv.graph import Model, Value, attribute
+from qconv.saturation import SMALLEST_STEP, worst_pair
 from qconv.sites import Sites, WeightSite
 from qconv.stored import numbers_of
 from qconv.torchmath import rounded
@@ -77,6 +78,21 @@ class _Weights:
         step = _numbers(parts[1])
         steps = (scale * read).reshape(step.shape) if read is not None else _tensor(step, bias.device)
         return {_name(parts[0]): rounded(bias / steps), _name(parts[1]): steps}
+
+    def fit_pairs(self) -> None:
+        """Widen scales until no output has a pair of products that is worse than its worst one in the file, or fits."""
+        axis = pairs_axis(self.site)
+        if axis is None:
+            return
+        before = worst_pair(_numbers(self.site.codes), axis)
+        limit = np.maximum(before if self.u.numel() == before.size else before.max(), 1.0)
+        while True:
+            worst = worst_pair(self.codes().cpu().numpy().astype(np.int8), axis)
+            gain = np.where(worst > limit, np.maximum(worst / limit, SMALLEST_STEP), 1.0)
+            if gain.max() == 1:
+                return
+            step = gain.reshape(self.u.shape) if gain.size == self.u.numel() else gain.max()
+            self.u += torch.from_numpy(np.log(np.asarray(step, np.float32))).to(self.u.device)
 
     def codes(self) -> Tensor:
         """As they are stored, but floats."""
@@ -142,6 +158,8 @@ class Learned:
     def write(self, model: Model) -> None:
         """Put the numbers of now into the model, which is the one that `sites` are of."""
         with torch.no_grad():
+            for weights in self._weights:
+                weights.fit_pairs()
             given = {name: tensor.cpu().numpy() for name, tensor in self.given().items()}
         for value in self._scales:
             model.set_constant(value, given[_name(value)])
@@ -180,6 +198,19 @@ def bias_parts(site: WeightSite) -> tuple[Value, Value] | None:
     assert codes is not None
     assert step is not None
     return codes, step
+
+
+def pairs_axis(site: WeightSite) -> int | None:
+    """Where the outputs lie, for 8-bit weights whose products a kernel may add in pairs; None for others."""
+    node, codes = site.nodes[0], _numbers(site.codes)
+    if site.bits != 8 or codes.dtype != np.int8 or site.block or site.input_scale is None or site.zero.any():
+        return None
+    if node.op_type == "Conv":
+        groups = attribute(node, "group", 1)
+        return None if groups > 1 and codes.shape[:2] == (groups, 1) else 0
+    if node.op_type in ("Gemm", "MatMul") and codes.ndim == 2:
+        return 0 if attribute(node, "transB", 0) else 1
+    return None
 
 
 def bias_of(value: Value) -> NDArray[np.float32]:

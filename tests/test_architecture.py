@@ -299,7 +299,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "album": {"fed"},
     "distance": {"verify"},
     "finetuned": {"report"},
-    "learnable": {"sites", "stored", "torchmath", "weights"},
+    "learnable": {"saturation", "sites", "stored", "torchmath", "weights"},
     "lesson": {"album", "distance", "finetuned", "learnable", "torchgraph"},
     "resuming": {"training"},
     "sites": {"stored"},

@@ -30,7 +30,7 @@ from qconv.errors import QconvError  # noqa: E402
 from qconv.fileformat import recipe_in  # noqa: E402
 from qconv.finetune import Listener, finetune  # noqa: E402
 from qconv.finetuned import Finetuned, Wishes  # noqa: E402
-from qconv.learnable import Learned  # noqa: E402
+from qconv.learnable import Learned, pairs_axis  # noqa: E402
 from qconv.pipeline import quantize  # noqa: E402
 from qconv.pixels import Layout, PreprocessingOptions  # noqa: E402
 from qconv.recipe import Recipe  # noqa: E402
@@ -125,7 +125,7 @@ def test_training_brings_the_file_nearer_to_the_float_model(place: Path, trained
     wanted = outputs(place / "net.onnx", x)
     before, after = (divergence(wanted, outputs(path, x)) for path in (place / "net.w3a3.onnx", out))
     assert found.trained
-    assert after < before / 2
+    assert after < 0.7 * before
     assert found.after is not None
     assert found.after.mark.distance < found.before.mark.distance
 
@@ -180,6 +180,31 @@ def test_nothing_learned_writes_the_same_numbers(place: Path) -> None:
     after = {name: v.const_value.numpy() for name, v in model.graph.initializers.items()}
     for name, array in before.items():
         np.testing.assert_array_equal(after[name], array, err_msg=name)
+
+
+def test_no_pair_of_products_gets_worse(place: Path, tmp_path: Path) -> None:
+    """Of 8-bit weights that grow in training: two products still fit into 16 bits wherever they did."""
+    path = tmp_path / "w8a8.onnx"
+    quantize(str(place / "net.onnx"), path, few(place, weight_bits=8, activation_bits=8, saturation_safe=True))
+    model = load.as_it_is(read(source(path)), source(path))
+    sites = find_sites(model, recipe_from(recipe_in(model)))
+    learned = Learned(sites)
+    with torch.no_grad():
+        for tensor in learned.kinds["weights"].values():
+            tensor *= 1.7
+    learned.write(model)
+    for site in sites.weights:
+        axis = pairs_axis(site)
+        assert axis is not None
+        rows = np.moveaxis(site.codes.const_value.numpy().astype(np.int64), axis, 0)
+        assert np.abs(rows).max() > 40
+        if site.nodes[0].op_type == "Conv":
+            rows = np.moveaxis(rows, 1, -1)
+        rows = rows.reshape(len(rows), -1)
+        first, second = rows[:, 0::2][:, : rows.shape[1] // 2], rows[:, 1::2]
+        top = 255 * (np.maximum(first, 0) + np.maximum(second, 0))
+        bottom = 255 * (np.minimum(first, 0) + np.minimum(second, 0))
+        assert max(top.max(), -bottom.min()) <= 32767
 
 
 def test_runs_are_alike(place: Path, tmp_path: Path) -> None:
