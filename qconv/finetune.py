@@ -187,7 +187,7 @@ def _write(desk: _Desk, source: Source, out: Path, found: Finetuned, best_step: 
         if best_step:
             save.check(staged)
             found.after = desk.judged(str(staged.path))
-            found.trained = found.after.mark.rank > found.before.mark.rank
+            found.trained = found.after.mark.is_better(found.before.mark, found.before.mark)
         if found.trained:
             found.audit, found.bytes = _audit(Source(source.name, staged.path)), staged.size
             staged.commit(out)

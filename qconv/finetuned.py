@@ -26,7 +26,7 @@ class Wishes:
     label_offset: int = 0
     epochs: int = 20
     batch: int = 64
-    rate: float = 1e-2
+    rate: float = 3e-3
     holdout: int | None = None
     augment: bool = True
     device: str = "auto"
@@ -54,10 +54,9 @@ class Mark:
     right: float | None
     distance: float
 
-    @property
-    def rank(self) -> tuple[float, float]:
-        """To be compared: the higher, the better."""
-        return (self.right or 0.0, -self.distance)
+    def is_better(self, than: Mark, least: Mark) -> bool:
+        """Whether it is nearer than one mark, and right no less often than another."""
+        return self.distance < than.distance and (self.right or 0.0) >= (least.right or 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ finetune_options = stack(
     ),
     click.option(
         "--learning-rate",
-        default=1e-2,
+        default=3e-3,
         show_default=True,
         metavar="R",
         type=click.FloatRange(0, 100, min_open=True),

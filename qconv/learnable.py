@@ -8,8 +8,7 @@ learning rate means the same to layers whose weights differ a thousandfold, as t
 folded into, and to layers of other bits. Gradients of v and u are those of LSQ (see torchmath.py).
 
 Where the file stores a bias in steps of s_x s_w, scales stay so large that it fits (see weights.py). Pairs of products
-may overflow 16 bits on some CPUs (see saturation.py): what is written has no worse pair than the file had, unless it
-fits.
+may overflow 16 bits on some CPUs (see saturation.py): `fit_pairs` lets none be worse than in the file, unless it fits.
 
 Sources: Esser et al. 2020, arXiv 1902.08153 (LSQ); Bhalgat et al. 2020, arXiv 2004.09576, for activations whose zero is
 not at the lowest code.
@@ -147,6 +146,12 @@ class Learned:
             for tensor in (*self._moves.values(), *(weights.u for weights in self._weights)):
                 tensor.clamp_(-FURTHEST, FURTHEST)
 
+    def fit_pairs(self) -> None:
+        """Widen scales until no layer has a worse pair of products than in the file; for each state that is kept."""
+        with torch.no_grad():
+            for weights in self._weights:
+                weights.fit_pairs()
+
     def _scale(self, value: Value) -> Tensor:
         return self._scales[value] * torch.exp(self._moves[value])
 
@@ -158,8 +163,6 @@ class Learned:
     def write(self, model: Model) -> None:
         """Put the numbers of now into the model, which is the one that `sites` are of."""
         with torch.no_grad():
-            for weights in self._weights:
-                weights.fit_pairs()
             given = {name: tensor.cpu().numpy() for name, tensor in self.given().items()}
         for value in self._scales:
             model.set_constant(value, given[_name(value)])

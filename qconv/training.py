@@ -4,8 +4,10 @@ Adam (Kingma and Ba 2015) with a rate of its own for each kind of what is learne
 falls along a half cosine. Gradients that are much longer than usual are shortened. Everything that is drawn follows
 from the seed and the number of the step, so that a run that was stopped goes on as if it never had been.
 
-After each round the network is looked at on pictures that it does not learn from; the best state is kept, and training
-ends early where a third of all rounds brought nothing better.
+After each round the network is looked at on pictures that it does not learn from. The best state is kept: the nearest
+of those that are right no less often than the network was at first. Where some rounds bring nothing better, training
+goes back to it with lower rates, since what little a single weight is told by a step is mostly noise; where lower ones
+bring nothing either, it ends early.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ USUAL, LONGEST = 0.95, 3.0
 """Gradients are shortened to LONGEST times their usual length, a running mean that keeps so much of itself."""
 ROUND = 250
 """Most steps between two looks at the pictures held back."""
-PATIENCE, FEWEST_ROUNDS = 1 / 3, 4
+PATIENCE, CUT, MOST_CUTS = 3, 1 / 3, 3
+"""Rounds without anything better after which rates are multiplied by CUT, and how often that is done."""
 SHORT_EPOCH = 32
 """Steps below which several epochs make a round."""
 
@@ -62,6 +65,7 @@ class Trainer:
         most = min(ROUND, self.each * -(-SHORT_EPOCH // self.each))
         self.ends = np.linspace(0, self.steps, -(-self.steps // most) + 1).astype(int)[1:].tolist()
         self.step, self.usual, self.seconds, self.best_step = 0, 0.0, 0.0, 0
+        self.fruitless = self.cuts = 0
         self.history: list[Round] = []
         self.best: State = lesson.learned.state()
         self.first_mark = self.best_mark = lesson.mark()
@@ -69,11 +73,7 @@ class Trainer:
     @property
     def ended_early(self) -> bool:
         """Whether nothing better came for so long that it is given up."""
-        patience = max(FEWEST_ROUNDS, int(PATIENCE * len(self.ends)))
-        marks = [self.first_mark, *(row.mark for row in self.history)]
-        ranks = [mark.rank for mark in marks]
-        nearest = [(0.0, -mark.distance) for mark in marks]
-        return all(len(found) - 1 - found.index(max(found)) > patience for found in (ranks, nearest))
+        return self.cuts > MOST_CUTS
 
     def run(self, progress: Callable[[int, int], None], keep: Callable[[], None]) -> None:
         """To the end of the schedule, or until it is given up. keep: called after each round."""
@@ -84,12 +84,24 @@ class Trainer:
                 losses.append(self._learn())
                 self.step += 1
                 progress(self.step, self.steps)
+            self.lesson.learned.fit_pairs()
             mark = self.lesson.mark()
-            if math.isfinite(mark.distance) and mark.rank > self.best_mark.rank:
-                self.best, self.best_mark, self.best_step = self.lesson.learned.state(), mark, self.step
+            self._weigh(mark)
             self.seconds += time.perf_counter() - start
             self.history.append(Round(self.step, self.step / self.each, float(np.mean(losses)), mark, self.seconds))
             keep()
+
+    def _weigh(self, mark: Mark) -> None:
+        """Keep the state of now, or go back to the best one."""
+        if mark.is_better(self.best_mark, self.first_mark):
+            self.best, self.best_mark, self.best_step = self.lesson.learned.state(), mark, self.step
+            self.fruitless = 0
+            return
+        self.fruitless += 1
+        if self.fruitless >= PATIENCE:
+            self.lesson.learned.restore(self.best)
+            self.optimizer.state.clear()
+            self.fruitless, self.cuts, self.usual = 0, self.cuts + 1, 0.0
 
     def _learn(self) -> float:
         lesson, schedule = self.lesson, self.schedule
@@ -109,7 +121,7 @@ class Trainer:
             return total  # nothing is learned from that
         self.usual = length if not self.usual else USUAL * self.usual + (1 - USUAL) * min(length, self._longest())
         for group in self.optimizer.param_groups:
-            group["lr"] = schedule.rates[group["kind"]] * self._rate()
+            group["lr"] = schedule.rates[group["kind"]] * CUT**self.cuts * self._rate()
         self.optimizer.step()
         lesson.learned.hold()
         return total
@@ -130,7 +142,8 @@ class Trainer:
         for index, tensor in enumerate(self.lesson.learned.tensors):
             for name, value in self.optimizer.state.get(tensor, {}).items():
                 found[f"adam/{index}/{name}"] = value.detach().cpu().numpy().copy()
-        found["run"] = np.array([self.step, self.best_step, self.usual, self.seconds], np.float64)
+        counts = (self.step, self.best_step, self.fruitless, self.cuts)
+        found["run"] = np.array([*counts, self.usual, self.seconds], np.float64)
         found["history"] = np.array([_numbers(row) for row in self.history], np.float64).reshape(len(self.history), 6)
         found["marks"] = np.array([_mark(self.first_mark), _mark(self.best_mark)], np.float64)
         return found
@@ -149,8 +162,8 @@ class Trainer:
                 # the number of the step stays where Adam wants it
                 place = tensor.device if array.ndim else "cpu"
                 self.optimizer.state[tensor][name] = torch.from_numpy(np.array(array)).to(place)
-        step, best_step, self.usual, self.seconds = (float(x) for x in state["run"])
-        self.step, self.best_step = int(step), int(best_step)
+        *counts, self.usual, self.seconds = (float(x) for x in state["run"])
+        self.step, self.best_step, self.fruitless, self.cuts = map(int, counts)
         self.history = [_round(row) for row in state["history"]]
         self.first_mark, self.best_mark = (_read_mark(row) for row in state["marks"])
 
