@@ -395,18 +395,23 @@ def test_bad_input_is_told_of(place: Path, words: list[str], code: int, told: st
 
 
 def test_a_signal_leaves_no_output(place: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.onnx"
+    """A run that would never end, once it has kept a state."""
+    out, kept = tmp_path / "out.onnx", tmp_path / ".out.onnx.training"
     words = [str(place / "net.w3a3.onnx"), "--images", str(place / "pictures"), "--epochs", "100000", "-o", str(out)]
+    code = (
+        "import sys; import qconv.training, qconv.resuming; from qconv import cli;"
+        "qconv.training.MOST_CUTS = 10**9; qconv.resuming.KEPT_EVERY = 0.0;"
+        f"sys.argv = {['qconv', 'finetune', *words]!r}; cli.run()"
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
-        [sys.executable, "-m", "qconv", "finetune", *words],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
-    time.sleep(6)
+    while not kept.exists() and run.poll() is None:
+        time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
     _, text = run.communicate(timeout=60)
     assert run.returncode == 128 + signal.SIGTERM
     assert b"Traceback" not in text
-    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".training")] == []
+    assert b"goes on from the last round" in text
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
