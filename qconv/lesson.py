@@ -65,8 +65,9 @@ class Inputs:
         return x
 
     def _mixed(self, x: Tensor, rng: np.random.Generator) -> Tensor:
-        """Each with a part of another: the teacher tells what that is, and is less sure of it than of what it knows."""
-        share = torch.from_numpy(rng.uniform(0, MOST_MIXED, len(x)).astype(np.float32)).to(self.device)
+        """Half of them with a part of another: the teacher is less sure of these than of what it knows by heart."""
+        drawn = rng.uniform(0, MOST_MIXED, len(x)) * (rng.random(len(x)) < 1 / 2)
+        share = torch.from_numpy(drawn.astype(np.float32)).to(self.device)
         share = share.reshape([-1] + [1] * (x.ndim - 1))
         other = torch.from_numpy(rng.permutation(len(x))).to(self.device)
         mixed = (1 - share) * x + share * x[other]
