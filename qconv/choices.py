@@ -37,8 +37,11 @@ CHANNEL_CALIBRATORS = ("minmax", "aciq")
 BIAS_CORRECTIONS = ("measured", "sequential", "analytic", "none")
 NO_PICTURES = "none"
 """In place of calibration pictures: what BatchNormalization tells must do."""
-FALLBACKS = ("random",)
+FALLBACKS = ("random", "synthesized")
 """What is looked at where that does not do."""
+STEPS = 30
+"""Moves of a synthesized picture: statistics come no nearer in more."""
+DEVICES = ("auto", "cpu", "cuda")
 CHOICES = {
     "calibrator": CALIBRATORS,
     "weight_calibrator": WEIGHT_CALIBRATORS,

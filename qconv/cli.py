@@ -28,6 +28,7 @@ from qconv.options import WIDTH, output_options, pictures_option, quantize_optio
 from qconv.putting_out import Wanted, check_report, typed
 from qconv.recipe import Recipe
 from qconv.sweeping import Flags, sweep
+from qconv.synthesizing import synthesize
 
 if TYPE_CHECKING:
     from qconv.curve import Curve
@@ -236,7 +237,7 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     return 0
 
 
-for command in (inspect, evaluate, compare, diagnose, audit, benchmark, finetune):
+for command in (inspect, evaluate, compare, diagnose, audit, benchmark, finetune, synthesize):
     cli.add_command(command)
 
 

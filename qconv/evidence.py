@@ -257,7 +257,7 @@ def _stored(model: Model) -> Iterator[Reference]:
         if node.op_type != "BatchNormalization" or read is None or not read.name or read.name in seen:
             continue
         statistics = stored_statistics(node)
-        if statistics is not None and rank(read) in (None, 4) and _is_measured(*statistics):
+        if statistics is not None and rank(read) in (None, 4) and is_measured(*statistics):
             seen.add(read.name)
             yield Reference(read.name, *statistics, stored=True)
 
@@ -270,7 +270,7 @@ def stored_statistics(node: Node) -> tuple[NDArray[np.float64], NDArray[np.float
     return mean.reshape(-1).astype(np.float64), var.reshape(-1).astype(np.float64)
 
 
-def _is_measured(mean: NDArray[np.float64], var: NDArray[np.float64]) -> bool:
+def is_measured(mean: NDArray[np.float64], var: NDArray[np.float64]) -> bool:
     """Statistics that are the same for all channels were never measured: 0 and 1 are where training starts."""
     return bool(np.ptp(mean) or np.ptp(var))
 

@@ -10,11 +10,10 @@ Every round leaves a file beside the output, from which the same command goes on
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from qconv.stats import digest
 from qconv.targets import TARGETS
 from qconv.teacher import teacher_beside
 from qconv.torchgraph import Network, as_arrays
+from qconv.torchrun import determined, device_of
 from qconv.training import Schedule, Trainer
 from qconv.verify import Comparison, gates
 
@@ -78,7 +78,7 @@ def finetune(source: Source, out: Path, wishes: Wishes, listener: Listener | Non
             warnings.append(text)
             listener.warn(text)
 
-    with _determined(wishes.recipe.threads):
+    with determined(wishes.recipe.threads):
         if not is_quantized(read(source)):
             raise QconvError(f"{source.name} is not quantized.", "quantize it with `qconv quantize` first.")
         teacher = wishes.teacher or teacher_beside(source)
@@ -141,7 +141,7 @@ class _Desk:
         progress: Callable[[str, int, int], None],
     ) -> _Desk:
         """Both models opened, and all pictures read."""
-        device = _device(wishes.device)
+        device = device_of(wishes.device)
         own, other = opened(source, teacher, wishes.recipe, warn)
         assert other is not None
         _require_outputs(own, other)
@@ -202,28 +202,6 @@ def _audit(source: Source) -> Audit:
 
 
 # -- before ------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _determined(threads: int | None) -> Iterator[None]:
-    """PyTorch does the same every time, with so many threads; what it was set to before comes back."""
-    before, exactly = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(exactly)
-
-
-def _device(wish: str) -> str:
-    if wish == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wish == "cuda" and not torch.cuda.is_available():
-        raise QconvError("PyTorch finds no GPU.", "pass --device cpu, or install a build of PyTorch for it.")
-    return wish
 
 
 def _check(source: Source, teacher: Source, out: Path, wishes: Wishes) -> None:

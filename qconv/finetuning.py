@@ -13,7 +13,7 @@ from qconv.extras import require_torch
 from qconv.given import made, preprocessing_of
 from qconv.leaving import leave_by_exceptions
 from qconv.looking import ALL_PICTURES
-from qconv.options import WIDTH, common_options, csv_option, preprocessing_options, stack
+from qconv.options import WIDTH, common_options, csv_option, device_option, preprocessing_options, stack
 from qconv.putting_out import Wanted
 
 if TYPE_CHECKING:
@@ -76,13 +76,7 @@ finetune_options = stack(
     click.option(
         "--augment/--no-augment", default=True, show_default=True, help="Mirror, move and mix pictures at random."
     ),
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
-        show_default=True,
-        help="Where to train.",
-    ),
+    device_option,
     click.option("--samples", metavar="N", type=click.IntRange(1), help="Draw so many pictures.  [default: all]"),
     click.option(
         "--seed", default=0, show_default=True, metavar="N", type=click.IntRange(0), help="Of all that is drawn."

@@ -12,6 +12,7 @@ from qconv.calibrate import Tap, observer, watch
 from qconv.calibrators import want_of
 from qconv.detect import Detected, detect, detect_unseen
 from qconv.errors import QconvError
+from qconv.extras import require_torch
 from qconv.feed import Feed
 from qconv.graph import Model
 from qconv.imagined import Imagined
@@ -193,7 +194,9 @@ def open_pictures(
     """
     session = original(source, recipe)
     if recipe.data_free:
-        unseen = Unseen(source.name, Imagined.like(session, recipe), recipe.fallback, recipe.threads)
+        if recipe.fallback == "synthesized":
+            require_torch("--fallback synthesized")
+        unseen = Unseen(source, Imagined.like(session, recipe), recipe.fallback, recipe.threads, progress)
         return Pictures(None, None, Detected(unseen.imagined.preprocessing), "", session, unseen=unseen)
     if recipe.stats is None:
         seen = Feed.of(session, recipe, warn, progress)

@@ -22,6 +22,7 @@ from qconv.errors import QconvError, counted, sized
 from qconv.ladder import Sweep, Trial
 from qconv.report import Audit, Island, alike
 from qconv.shown import Page
+from qconv.synthesized import Synthesized
 
 LIBRARIES = ("jinja2", "plotly")
 WORST = 15
@@ -89,7 +90,7 @@ def _text(name: str) -> str:
 
 
 def _has_charts(page: Page) -> bool:
-    return page.compared is not None or page.sweep is not None
+    return page.compared is not None or page.sweep is not None or page.synthesis is not None
 
 
 def _ranked(compared: Compared) -> list[tuple[int, LayerRow]]:
@@ -115,6 +116,7 @@ def _data(page: Page) -> dict[str, Any]:
         "layers": [] if compared is None else [_layer(row) for row in compared.layers],
         "worst": _ranked(compared)[0][0] if compared is not None and compared.layers else None,
         "sweep": None if sweep is None else _sweep(sweep),
+        "synthesis": None if page.synthesis is None else _synthesis(page.synthesis),
     }
 
 
@@ -162,6 +164,11 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "size": trial.size,
         "ms": _short(trial.ms),
     }
+
+
+def _synthesis(found: Synthesized) -> dict[str, Any]:
+    layers = [{"name": x.name, "before": _short(x.before), "after": _short(x.after)} for x in found.layers]
+    return {"loss": [_short(number) for number in found.loss], "layers": layers}
 
 
 def _short(number: float | None) -> float | None:

@@ -15,7 +15,7 @@ published with fb.resnet.torch.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +64,12 @@ def leaves(rng: np.random.Generator, size: tuple[int, int], channels: int) -> Pi
         colours = colours.mean(axis=-1, keepdims=True)
     found: Pixels = np.clip(np.rint(colours), 0, 255).astype(np.uint8)
     return found
+
+
+def leaves_of(prep: Preprocessing, count: int, batch: int, seed: int) -> Pixels:
+    """So many of them and as many more as make whole batches, (N, H, W, 3) in RGB or (N, H, W, 1) in grey."""
+    rng = np.random.default_rng(seed)
+    return np.stack([leaves(rng, prep.size, prep.channels) for _ in range(-(-count // batch) * batch)])
 
 
 def _fallen(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
@@ -140,12 +146,17 @@ class Imagined(Feed):
             yield leaves(rng, prep.size, prep.channels)
 
     def all(self, stage: str) -> Generator[Batch, None, None]:
-        """COUNT pictures, in whole batches."""
-        assert self.preprocessing is not None
+        """COUNT leaves, in whole batches."""
+        fed = self.fed
+        assert fed is not None
+        yield from self.these(self.drawn(fed, -(-COUNT // self.batch) * self.batch))
+
+    def these(self, pictures: Iterable[Pixels]) -> Generator[Batch, None, None]:
+        """Pictures (H, W, 3) in RGB or (H, W, 1) as the network takes them, in whole batches."""
         (spec,), fed = self._specs(), self.fed
         assert fed is not None
         rows = []
-        for found in self.drawn(fed, -(-COUNT // self.batch) * self.batch):
+        for found in pictures:
             ordered = images.arranged(found, fed)
             as_they_are = fed.keeps_pixels and spec.dtype == np.uint8
             rows.append(ordered if as_they_are else images.as_type(images.normalised(ordered, fed), spec.dtype))

@@ -36,11 +36,15 @@ def find(sources: Sequence[str], *, pattern: str | None, samples: int, seed: int
 
     A source is a folder (read recursively, hidden files skipped), a text file with one path a line (relative to the
     text file's folder, `#` starts a comment), or one picture. `pattern` is compared with a file's name and with its
-    path inside the source. Raises QconvError for a source or a listed path that does not exist, and if none is left.
+    path inside the source. Of a picture and a sample in one folder whose names differ in the suffix alone, both chosen,
+    the picture counts: they are the same, and how it is fed is known. Raises QconvError for a source or a listed path
+    that does not exist, and if none is left.
     """
     files = sorted((i, inside, path) for i, source in enumerate(sources) for inside, path in _files(source))
     known = [(inside, path) for _, inside, path in files if suffix_of(path) in PICTURE_SUFFIXES | SAMPLE_SUFFIXES]
-    chosen = [path for inside, path in known if pattern is None or _matches(inside, pattern)]
+    matching = [path for inside, path in known if pattern is None or _matches(inside, pattern)]
+    pictures = {os.path.splitext(path)[0] for path in matching if suffix_of(path) in PICTURE_SUFFIXES}
+    chosen = [p for p in matching if suffix_of(p) not in SAMPLE_SUFFIXES or os.path.splitext(p)[0] not in pictures]
     if not chosen:
         raise _nothing_in(sources, len(files), len(known), pattern)
     order = np.random.default_rng(seed).permutation(len(chosen))[:samples]

@@ -15,6 +15,7 @@ from qconv.choices import (
     BLOCK_SIZE,
     CALIBRATORS,
     CANDIDATE_BITS,
+    DEVICES,
     EFFORTS,
     FALLBACKS,
     PERCENTILE,
@@ -86,6 +87,10 @@ output_options = stack(
 
 csv_option = click.option(
     "--csv", metavar="FILE", help="Also write the table as CSV; '-' prints it instead of the summary."
+)
+
+device_option = click.option(
+    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where to compute."
 )
 
 report_option = click.option(

@@ -54,11 +54,16 @@ def png(shapes: Sequence[Shape]) -> bytes:
     return _file(canvas.reduce(SHARPNESS))
 
 
+def picture(pixels: NDArray[np.uint8]) -> bytes:
+    """The file of a picture (H, W, 3) or (H, W, 1), every pixel as it is."""
+    return thumbnail(pixels, max(pixels.shape))
+
+
 def thumbnail(pixels: NDArray[np.uint8], side: int = THUMBNAIL) -> bytes:
     """The file of a picture (H, W, 3) or (H, W, 1), no side longer than `side`."""
-    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    picture.thumbnail((side, side))
-    return _file(picture)
+    small = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    small.thumbnail((side, side))
+    return _file(small)
 
 
 def _file(picture: Image.Image) -> bytes:

@@ -137,9 +137,29 @@
     }), config);
   }
 
+  function drawSynthesis() {
+    const { loss, layers } = data.synthesis;
+    const line = (name, x, y, color, told) => ({
+      x, y, name, type: "scatter", mode: x.length > 80 ? "lines" : "lines+markers", marker: { size: 5, color: style(color) },
+      line: { color: style(color), width: 1.5 }, hovertext: told, hoverinfo: told ? "text" : "x+y",
+    });
+    const logarithmic = (title) => axis(title, { type: "log", fixedrange: true, zeroline: false });
+    const across = (title) => axis(title, { fixedrange: true, zeroline: false });
+    Plotly.react(at("loss-chart"), [line("distance", loss.map((_, i) => i + 1), loss, "--first")], layout({
+      xaxis: across("step"), yaxis: logarithmic("distance"), showlegend: false, hovermode: "closest",
+    }), config);
+    const places = layers.map((_, i) => i + 1);
+    const of = (name, key, color) => line(name, places, layers.map((row) => row[key]), color,
+      layers.map((row) => `${plain(middle(row.name, 48))}<br>${name} ${rounded(row[key])}`));
+    Plotly.react(at("distance-chart"), [of("at first", "before", "--float"), of("now", "after", "--first")], layout({
+      xaxis: across("BatchNormalization"), yaxis: logarithmic("distance"), hovermode: "closest",
+    }), config);
+  }
+
   function draw() {
     if (picked !== null) pick(picked);
     if (data.sweep) drawSweep();
+    if (data.synthesis) drawSynthesis();
   }
 
   function listen() {

@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,48 @@ def write_whole(out: Path, data: bytes) -> None:
         _sync(path)
         os.replace(path, out)
         _sync_folder(out.parent)
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to be filled, which takes the place of `out` and all that is in it at the end, or never."""
+    place = Path(os.path.realpath(out))
+    with _locked_folder(place) as hidden:
+        new, old = hidden / place.name, hidden / f"{place.name}.old"
+        with _explained(out):
+            new.mkdir()
+            yield new
+            for path in new.iterdir():
+                _sync(path)
+            try:
+                if place.is_dir():
+                    os.rename(place, old)
+                os.rename(new, place)
+            except BaseException:
+                if old.exists() and not place.exists():
+                    os.rename(old, place)
+                raise
+            _sync_folder(place.parent)
+
+
+def check_folder(out: Path, is_ours: Callable[[frozenset[str]], bool]) -> None:
+    """Raise QconvError where no folder can be written at `out`; remove what killed runs left there.
+
+    is_ours: whether the names in a folder that is there are those of an earlier result, which may be replaced.
+    """
+    place = Path(os.path.realpath(out))
+    with _explained(out):
+        if place.exists() and not place.is_dir():
+            raise QconvError(f"{out} is a file.", "name a folder as the output.")
+        if not place.parent.is_dir():
+            raise QconvError(f"The folder {out.parent} does not exist.", "create it, or choose another output.")
+        if not os.access(place.parent, os.W_OK | os.X_OK):
+            raise QconvError(f"The folder {place.parent} cannot be written to.", "choose another output.")
+        names = frozenset(os.listdir(place)) if place.is_dir() else frozenset()
+        if names and not is_ours(names):
+            fact = f"{out} holds files that are no earlier result, such as {min(names)}."
+            raise QconvError(fact, "name a new folder: files of two kinds are not mixed.")
+    _remove_stale(place)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Literal
 from qconv.compared import Compared
 from qconv.ladder import Diagnosis, Sweep
 from qconv.report import Audit
+from qconv.synthesized import Synthesized
 
 Tone = Literal["good", "bad", "plain"]
 
@@ -57,3 +58,4 @@ class Page:
     skipped: tuple[tuple[str, str], ...] = ()
     diagnosis: Diagnosis | None = None
     sweep: Sweep | None = None
+    synthesis: Synthesized | None = None

@@ -154,7 +154,7 @@ def _batch_norm(op: Op, given: Given) -> Tensor:
     x, gamma, beta, mean, var = every(given)
     shape = [1, -1] + [1] * (x.ndim - 2)
     gain = gamma / torch.sqrt(var + op.get("epsilon", 1e-5))
-    return (x - mean.reshape(shape)) * gain.reshape(shape) + beta.reshape(shape)
+    return torch.addcmul((beta - mean * gain).reshape(shape), x, gain.reshape(shape))
 
 
 def _instance_norm(op: Op, given: Given) -> Tensor:
@@ -249,6 +249,8 @@ def _clip(op: Op, given: Given) -> Tensor:
     x, low, high = first(given), optional(given, 1), optional(given, 2)
     if low is None and high is None:
         return x
+    if low is not None and high is not None and not low.requires_grad and not high.requires_grad:
+        return F.hardtanh(x, low.item(), high.item())  # one pass back, where clamp takes four
     ends = [None if end is None else end.to(x.dtype) for end in (low, high)]
     return torch.clamp(x, ends[0], ends[1])
 

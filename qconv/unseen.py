@@ -10,27 +10,29 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qconv.calibrate import Tap, observer, watch, watch_apart
 from qconv.choices import NO_PICTURES
-from qconv.edits import Refused, kind, source
+from qconv.edits import Refused, kind
+from qconv.edits import source as read_from
 from qconv.errors import QconvError, counted
 from qconv.feed import Batch
 from qconv.findings import Change
 from qconv.graph import DataType, Model, Value, clip_bounds
-from qconv.imagined import Imagined, pixels, read_by
+from qconv.imagined import COUNT, Imagined, pixels, read_by
 from qconv.layers import INPUTS_FIRST, means_of, note_means, read_layer
 from qconv.normal import Normal
 from qconv.portray import channels_of, sketched
 from qconv.reach import Channels, seen_by_channel
 from qconv.sketch import Sketch
+from qconv.source import Source
 from qconv.told import MOST_GUESSES, told
 
 STEP = "told"
-WATCHED: dict[str, Callable[[Imagined, str], Iterable[Batch]]] = {"random": Imagined.all}
-"""The made-up pictures of every --fallback, batch by batch."""
-WIDER = 2.0
-"""Times as far as on made-up pictures values may go on real ones, in which there are things to be sure of."""
+WIDER = {"random": 2.0, "synthesized": 1.0}
+"""Times as far as on made-up pictures values may go on real ones, by --fallback. In random ones are no things to be
+sure of; synthesized ones bring BatchNormalizations to what they have seen in training."""
 BOUNDED = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 NAMED = 3
 """Tensors that an error names."""
@@ -38,24 +40,37 @@ NAMED = 3
 
 @dataclass(slots=True)
 class Unseen:
-    """model: the name of the user's file. imagined: what stands in for its pictures; fallback: whether it is watched.
+    """source: the user's file. imagined: what stands in for its pictures. fallback: which of them are watched, if any.
 
     findings: where the newest statistics are from.
     """
 
-    model: str
+    source: Source
     imagined: Imagined
     fallback: str | None
     threads: int | None
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
     findings: list[Change] = field(default_factory=list)
+    _synthesized: NDArray[np.uint8] | None = None
 
     def known(self, model: Model) -> dict[Value, Normal | str]:
         """What is told of every tensor of a folded model, or why nothing is."""
         return told(model, {value: _as_read(value, self.imagined) for value in model.graph.inputs})
 
     def pictures(self, stage: str) -> Iterable[Batch]:
-        """What is watched for what nothing tells of, as the network takes it. stage: for whom."""
-        return WATCHED[self.fallback or "random"](self.imagined, stage)
+        """What is watched for what nothing tells of, as the network takes it. stage: for whom.
+
+        Raises QconvError where pictures cannot be synthesized.
+        """
+        if self.fallback != "synthesized":
+            return self.imagined.all(stage)
+        if self._synthesized is None:
+            from qconv.dream import dreamt  # PyTorch is an extra
+
+            fed = self.imagined.fed
+            assert fed is not None
+            self._synthesized = dreamt(self.source, fed, self.imagined.batch, COUNT, self.threads, self.progress)
+        return self.imagined.these(self._synthesized)
 
     def sketches(self, model: Model, taps: Sequence[Tap]) -> dict[str, Sketch]:
         """Of these tensors. Raises QconvError where nothing tells of some, and they are not to be watched."""
@@ -67,7 +82,8 @@ class Unseen:
         if missing:
             seen = watch(observer(model, missing, self.threads), missing, self.pictures("calibrate"))
             ends = {value.name or "": _hard_ends(value) for value in known_of}
-            seen = {name: _wider(sketch, *ends[name]) for name, sketch in seen.items()}
+            wider = WIDER[self.fallback or "random"]
+            seen = {name: _wider(sketch, wider, *ends[name]) for name, sketch in seen.items()}
         self.findings = []
         for tap in taps:
             known = found.get(tap.name, "")
@@ -96,9 +112,9 @@ class Unseen:
             why = found.get(missing[0].name)
             told_of = f"{counted(len(missing), 'tensor')} of {len(taps)} that need a range: {shown}{more}"
             raise QconvError(
-                f"{self.model} says nothing of {told_of} ({why or 'nothing leads there'}).",
+                f"{self.source.name} says nothing of {told_of} ({why or 'nothing leads there'}).",
                 f"--calib {NO_PICTURES} lives on BatchNormalizations: export the model before they are folded, pass "
-                "pictures, or pass --fallback random to watch made-up ones.",
+                "pictures, or pass --fallback random, or synthesized, to watch made-up ones.",
             )
         return missing
 
@@ -124,16 +140,16 @@ def _hard_ends(value: Value) -> tuple[float, float]:
     return bounds or (-inf, inf)
 
 
-def _wider(sketch: Sketch, least: float, most: float) -> Sketch:
+def _wider(sketch: Sketch, times: float, least: float, most: float) -> Sketch:
     """What was seen on made-up pictures, as far as others may go."""
-    lows, highs = (np.clip(WIDER * ends, least, most).astype(np.float32) for ends in (sketch.lows, sketch.highs))
+    lows, highs = (np.clip(times * ends, least, most).astype(np.float32) for ends in (sketch.lows, sketch.highs))
     return replace(sketch, lows=np.minimum(lows, sketch.lows), highs=np.maximum(highs, sketch.highs))
 
 
 def _note_means(model: Model, known: Mapping[Value, Normal | str]) -> None:
     """Tell layers what they read on average, where BatchNormalization alone did not."""
     for node in model.nodes():
-        found = known.get(source(node), "") if kind(node) in INPUTS_FIRST else ""
+        found = known.get(read_from(node), "") if kind(node) in INPUTS_FIRST else ""
         try:
             fits = isinstance(found, Normal) and found.mean.size == read_layer(node).inputs
         except Refused:

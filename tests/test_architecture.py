@@ -20,6 +20,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "errors",
+            "extras",
             "quant",
             "recipe",
             "spoken",
@@ -143,6 +144,10 @@ FLOORS: tuple[frozenset[str], ...] = (
             "album",
             "distance",
             "finetuned",
+            "synthesized",
+            "dream",
+            "torchrun",
+            "remembered",
             "learnable",
             "lesson",
             "resuming",
@@ -167,6 +172,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "diagnose",
             "examine",
             "finetune",
+            "portfolio",
+            "synthesize",
             "inspect_quantized",
             "judge",
             "mixed",
@@ -184,8 +191,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "cli",
-            "extras",
             "finetuning",
+            "synthesizing",
             "inspected",
             "given",
             "laddered",
@@ -286,7 +293,19 @@ NEIGHBOURS: dict[str, set[str]] = {
     "imagined": {"feed", "normal"},
     "portray": {"exact", "normal", "reach", "sketch", "told"},
     "told": {"affine", "channels", "edits", "expected", "layers", "normal"},
-    "unseen": {"calibrate", "edits", "feed", "imagined", "layers", "normal", "portray", "reach", "sketch", "told"},
+    "unseen": {
+        "calibrate",
+        "dream",
+        "edits",
+        "feed",
+        "imagined",
+        "layers",
+        "normal",
+        "portray",
+        "reach",
+        "sketch",
+        "told",
+    },
     "oddities": {"sketch"},
     "readers": {"clipping", "layers", "sketch"},
     "sketch": {"exact"},
@@ -304,9 +323,14 @@ NEIGHBOURS: dict[str, set[str]] = {
     "resuming": {"training"},
     "sites": {"stored"},
     "teacher": {"fileformat", "stats"},
+    "extras": {"errors"},
+    "dream": {"evidence", "imagined", "remembered", "torchgraph", "torchrun"},
+    "remembered": {"evidence", "layers"},
+    "portfolio": {"synthesize"},
     "training": {"finetuned", "lesson"},
     "finetune": {"examine"},
-    "finetuning": {"extras", "given", "leaving", "looking", "options", "printing", "putting_out", "summary"},
+    "synthesizing": {"given", "leaving", "options", "printing", "putting_out", "summary"},
+    "finetuning": {"given", "leaving", "looking", "options", "printing", "putting_out", "summary"},
     "torchmath": {"torchop"},
     "torchplaces": {"torchop"},
     "walk": {"held"},
@@ -314,9 +338,9 @@ NEIGHBOURS: dict[str, set[str]] = {
     "page": {"chart", "curve"},
     "plot": {"chart"},
     "scored": {"feed", "report", "verify"},
-    "shown": {"compared", "ladder", "report"},
+    "shown": {"compared", "ladder", "report", "synthesized"},
     "sheet": {"feed", "plot", "shown"},
-    "html": {"compared", "ladder", "report", "shown"},
+    "html": {"compared", "ladder", "report", "shown", "synthesized"},
     "pages": {"examine"},
     "sensitivity": {
         "assign",
@@ -359,7 +383,18 @@ NEIGHBOURS: dict[str, set[str]] = {
     "planner": {"gates", "groups", "plan", "refusals", "shortcut", "weight_specs"},
     "refusals": {"plan"},
     "weights": {"bias", "channel_bits", "layers", "plan", "saturation", "sketch", "weight_ranges"},
-    "cli": {"finetuning", "given", "layerwise", "leaving", "looking", "options", "putting_out", "summary", "sweeping"},
+    "cli": {
+        "finetuning",
+        "given",
+        "layerwise",
+        "leaving",
+        "looking",
+        "options",
+        "putting_out",
+        "summary",
+        "sweeping",
+        "synthesizing",
+    },
     "inspected": {"printing"},
     "looking": {"given", "inspected", "leaving", "options", "printing", "putting_out", "summary", "values"},
     "layerwise": {"given", "laddered", "leaving", "options", "printing", "putting_out", "summary"},
@@ -375,7 +410,18 @@ FENCES: dict[str, frozenset[str]] = {
     "PIL": frozenset({"images", "plot"}),  # one reads pictures, the other draws charts
     "onnxruntime": frozenset({"runtime"}),
     "click": frozenset(
-        {"cli", "finetuning", "given", "looking", "options", "values", "layerwise", "putting_out", "sweeping"}
+        {
+            "cli",
+            "finetuning",
+            "given",
+            "looking",
+            "options",
+            "values",
+            "layerwise",
+            "putting_out",
+            "sweeping",
+            "synthesizing",
+        }
     ),
     "rich": frozenset({"summary"}),
     "jinja2": frozenset({"html"}),
@@ -384,6 +430,7 @@ FENCES: dict[str, frozenset[str]] = {
     "torch": frozenset(
         {"torchfake", "torchgraph", "torchmath", "torchop", "torchplaces"}
         | {"distance", "finetune", "learnable", "lesson", "training"}
+        | {"dream", "synthesize", "torchrun"}
     ),
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
@@ -433,6 +480,8 @@ def test_only_the_face_and_the_story_read_the_public_names() -> None:
         "finetuned",
         "pages",
         "pipeline",
+        "portfolio",
+        "synthesized",
         "trial",
         "study",
     }

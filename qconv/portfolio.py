@@ -1,0 +1,57 @@
+"""The page of synthesized pictures: a sheet of them, how near their statistics came, and the loss, step by step."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+import qconv
+from qconv.errors import counted, shaped
+from qconv.plot import thumbnail
+from qconv.shown import Page, Picture, Tile
+from qconv.synthesize import Made
+from qconv.synthesized import WELL, Synthesized
+
+PICTURES = 48
+"""On the page, evenly taken from all."""
+
+
+def of_synthesis(made: Made, command: str) -> Page:
+    """The page of a run of `synthesize`. command: that makes it again."""
+    found, count = made.found, len(made.pixels)
+    shown = sorted({index * count // min(PICTURES, count) for index in range(min(PICTURES, count))})
+    digits = max(3, len(str(count - 1)))
+    near = found.after <= WELL
+    size = shaped(found.preprocessing.size)
+    return Page(
+        title=PurePath(found.model).name,
+        subtitle=f"{counted(count, 'picture')}, made from what {_layers(found)} of it remember of training",
+        tiles=(
+            Tile("pictures", str(count), f"{size}, in {counted(found.wishes.steps, 'step')} each"),
+            Tile(
+                "distance of statistics",
+                f"{found.after:.3f}",
+                f"{found.before:.3f} at first; dozens of photographs come to 0.04",
+                "good" if near else "bad",
+            ),
+            Tile("the farthest layer", f"{found.worst_first[0].after:.3f}", found.worst_first[0].name),
+            Tile(
+                "warnings",
+                str(len(found.warnings)),
+                "read them below" if found.warnings else "nothing looked odd",
+                "bad" if found.warnings else "good",
+            ),
+        ),
+        verdict=f"By mean and deviation of what {_layers(found)} read, the network "
+        f"{'hardly tells' if near else 'can tell'} these pictures from those that it was trained on.",
+        version=qconv.__version__,
+        warnings=tuple(found.warnings),
+        fed=found.words,
+        contact=tuple(Picture(f"{index:0{digits}}.png", thumbnail(made.pixels[index])) for index in shown),
+        caption=f"{counted(len(shown), 'picture')} of {count}, made out of discs by gradients through the network.",
+        command=command,
+        synthesis=found,
+    )
+
+
+def _layers(found: Synthesized) -> str:
+    return counted(len(found.layers), "BatchNormalization")

@@ -1,0 +1,183 @@
+"""The story of synthesized pictures: a float model goes in, a folder of pictures comes out that it takes for those that
+it was trained on, by what its BatchNormalizations remember (dream.py).
+
+Each picture is there twice: `000.png` to look at, and `000.npy`, the very numbers that the network gets of it. In a
+folder both have one stem, so that only the picture is read (listing.py): how it is fed is then known to all that is
+made of it.
+SET tells what the set is of, and that it may be replaced by another.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qconv import images, load, plot, save
+from qconv.cpu import peak_rss_mb
+from qconv.detect import Detected, detect_unseen
+from qconv.dream import Dream, batch_of, scores_of
+from qconv.errors import QconvError
+from qconv.graph import Model
+from qconv.imagined import Imagined, leaves_of
+from qconv.pixels import AUTO, Preprocessing
+from qconv.recipe import Recipe
+from qconv.remembered import Remembered
+from qconv.runtime import Session
+from qconv.source import Source, data_files, read, refuse_quantized
+from qconv.spoken import words
+from qconv.stats import digest
+from qconv.synthesized import FAR, WELL, Layer, Synthesized, Wishes
+from qconv.torchgraph import Network
+from qconv.torchrun import determined, device_of
+
+SET = "synthesized.json"
+OURS = re.compile(r"\d{3,}\.(png|npy)")
+NAMED = 3
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(slots=True)
+class Listener:
+    """Who hears about a run while it lasts. progress: (stage, done, in all)."""
+
+    warn: Callable[[str], None] = lambda text: None
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """pixels: (N, H, W, 3) in RGB, or (N, H, W, 1)."""
+
+    found: Synthesized
+    pixels: Pixels
+
+
+def synthesize(source: Source, out: Path, wishes: Wishes, listener: Listener | None = None) -> Made:
+    """Make pictures for the float model `source`, and put them into the folder `out`.
+
+    Raises QconvError for anything the user can mend; then nothing is left behind.
+    """
+    started = time.perf_counter()
+    listener = listener or Listener()
+    warnings: list[str] = []
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        listener.warn(text)
+
+    save.check_folder(out, is_set)
+    with determined(wishes.threads):
+        proto = read(source)
+        refuse_quantized(proto, source.name)
+        hashed = digest(source, data_files(proto, source))
+        model, _ = load.load(proto, source)
+        remembered = Remembered.of(model, source.name)
+        if remembered.doubt:
+            warn(remembered.doubt)
+        fed = _Fed.of(model, source, wishes)
+        prep = fed.detected.preprocessing
+        assert prep is not None
+        for doubt in fed.detected.doubts():
+            warn(doubt)
+        if fed.batch is not None and wishes.batch not in (None, fed.batch):
+            warn(f"--batch {wishes.batch} is not used: the model's own batch is {fed.batch}.")
+        batch = fed.batch or min(wishes.batch or batch_of(prep), wishes.count)
+        device = device_of(wishes.device)
+        pixels = leaves_of(prep, wishes.count, batch, wishes.seed)
+        dream = Dream(Network(model, device), prep, remembered.wanted, pixels, batch, fed.scores)
+        before = dream.look()
+        dream.run(wishes.steps, lambda done, total: listener.progress("synthesize", done, total))
+        after = dream.look()
+    layers = tuple(
+        Layer(node.name or "", reference.name, reference.mean.size, *distances)
+        for node, reference, *distances in zip(remembered.nodes, remembered.wanted, before, after, strict=True)
+    )
+    found = Synthesized(
+        model=source.name,
+        digest=hashed,
+        output=str(out),
+        wishes=wishes,
+        preprocessing=prep,
+        words=fed.detected.in_words(),
+        options=tuple(words("preprocessing", wishes.preprocessing)),
+        batch=batch,
+        layers=layers,
+        loss=tuple(dream.loss),
+        torch=torch.__version__,
+        device=device,
+        warnings=warnings,
+    )
+    _judge(found, warn)
+    pixels = dream.pixels[: wishes.count]
+    with save.whole_folder(out) as folder:
+        _write(folder, pixels, prep, fed.dtype, found)
+    found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
+    return Made(found, pixels)
+
+
+def is_set(names: frozenset[str]) -> bool:
+    """Whether a folder of these names holds a set of pictures made here, and nothing else."""
+    return SET in names and all(name == SET or OURS.fullmatch(name) for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fed:
+    """How the network is fed. dtype: that it takes. batch: None where that is open. scores: its output of them."""
+
+    detected: Detected
+    dtype: np.dtype[Any]
+    batch: int | None
+    scores: str | None
+
+    @classmethod
+    def of(cls, model: Model, source: Source, wishes: Wishes) -> _Fed:
+        """Found out on made-up pictures. Raises QconvError where that cannot be: not all inputs are pictures."""
+        session = Session(source.runnable, name=source.name, threads=wishes.threads)
+        recipe = Recipe(data_free=True, preprocessing=wishes.preprocessing, threads=wishes.threads)
+        try:
+            imagined = Imagined.like(session, recipe)
+        except QconvError as error:
+            asks = "--size" in error.hint or "leave" in error.hint
+            hint = (
+                error.hint if asks else "synthesize makes pictures of 1 or 3 channels: calibrate with samples instead."
+            )
+            raise QconvError(error.message, hint) from None
+        (spec,) = imagined.inputs
+        detected = detect_unseen(model, session, imagined, wishes.preprocessing, threads=wishes.threads)
+        return cls(detected, spec.dtype, spec.shape[0], scores_of(session))
+
+
+def _judge(found: Synthesized, warn: Callable[[str], None]) -> None:
+    """Tell of statistics that were not matched."""
+    more = "more --iterations may help"
+    if found.after > WELL:
+        auto = "" if found.wishes.preprocessing.preset != AUTO else ", as may another --preprocess"
+        warn(
+            f"the pictures are not like those of training: statistics are {found.after:.2f} apart on average, where "
+            f"dozens of photographs come to 0.04; {more}{auto}."
+        )
+    far = [layer for layer in found.worst_first if layer.after > FAR]
+    if far:
+        names = ", ".join(layer.name for layer in far[:NAMED])
+        others = f" and {len(far) - NAMED} more" if len(far) > NAMED else ""
+        warn(f"{names}{others}: statistics were not matched ({far[0].after:.2f} apart); {more}.")
+
+
+def _write(folder: Path, pixels: Pixels, prep: Preprocessing, dtype: np.dtype[Any], found: Synthesized) -> None:
+    digits = max(3, len(str(len(pixels) - 1)))
+    for number, picture in enumerate(pixels):
+        stem = f"{number:0{digits}}"
+        (folder / f"{stem}.png").write_bytes(plot.picture(picture))
+        values = images.as_type(images.normalised(images.arranged(picture, prep), prep), dtype)
+        np.save(folder / f"{stem}.npy", values)
+    (folder / SET).write_text(json.dumps(found.of_the_set(), allow_nan=False, indent=1) + "\n", "utf-8")

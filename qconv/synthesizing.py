@@ -1,0 +1,157 @@
+"""`qconv synthesize`: pictures from what a float model remembers of its training."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qconv.choices import STEPS
+from qconv.errors import counted
+from qconv.extras import require_torch
+from qconv.given import preprocessing_of
+from qconv.leaving import leave_by_exceptions
+from qconv.options import WIDTH, common_options, csv_option, device_option, preprocessing_options, report_option, stack
+from qconv.putting_out import Wanted, check_report, typed
+
+if TYPE_CHECKING:
+    from qconv.synthesized import Layer, Synthesized
+
+SHOWN = 5
+"""Layers in the summary, the farthest first."""
+
+synthesize_options = stack(
+    click.option(
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="Folder for the pictures: a new one, or one with such pictures, which are replaced.",
+    ),
+    click.option(
+        "-n",
+        "--count",
+        default=128,
+        show_default=True,
+        metavar="N",
+        type=click.IntRange(1),
+        help="How many pictures to make.",
+    ),
+    click.option(
+        "--iterations",
+        default=STEPS,
+        show_default=True,
+        metavar="N",
+        type=click.IntRange(1),
+        help="Steps in which each picture is made.",
+    ),
+    click.option(
+        "--batch",
+        metavar="N",
+        type=click.IntRange(1),
+        help="Pictures a run, which take memory.  [default: 16 of 224x224, at most 64]",
+    ),
+    click.option(
+        "--seed", default=0, show_default=True, metavar="N", type=click.IntRange(0), help="Of what pictures begin with."
+    ),
+    device_option,
+    csv_option,
+    report_option,
+    preprocessing_options,
+    common_options,
+)
+
+
+@click.command(context_settings=WIDTH)
+@click.argument("model")
+@synthesize_options
+def synthesize(
+    model: str,
+    output: str,
+    count: int,
+    iterations: int,
+    batch: int | None,
+    seed: int,
+    device: str,
+    threads: int | None,
+    csv: str | None,
+    report: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: object,
+) -> int:
+    """Make pictures for --calib from MODEL alone: its BatchNormalizations take them for those of training.
+
+    Each is a PNG to look at, with what the network gets of it beside it as .npy. Needs qconv[torch].
+    """
+    if "" in (model, output):
+        raise click.UsageError("MODEL and --output need a name.")
+    if output == "-":
+        raise click.UsageError("pictures go into a folder: name it.")
+    wanted = Wanted(as_json, quiet, csv)
+    wanted.check(*(Path(name) for name in (model,) if name != "-"), written={"the folder of pictures": output})
+    require_torch("qconv synthesize")
+    from qconv import summary, synthesized
+    from qconv import synthesize as story
+    from qconv.source import source_of
+
+    source = source_of(model)
+    page = check_report(report, [source], [], {"the folder of pictures": output, "the table": csv})
+    wishes = synthesized.Wishes(preprocessing_of(options), count, batch, iterations, seed, threads, device)
+    console = summary.Console(quiet=quiet)
+    leave_by_exceptions()
+    try:
+        made = story.synthesize(source, Path(output), wishes, story.Listener(console.warn, console.progress))
+    finally:
+        console.close()
+    if page is not None:
+        from qconv import html, portfolio, save
+
+        save.write_whole(page, html.render(portfolio.of_synthesis(made, typed())))
+    found = made.found
+    rows = [layer.as_dict() for layer in found.layers]
+    wanted.put(found.as_dict(), rows, lambda: _text(found, verbose=verbose))
+    return 0
+
+
+def _text(found: Synthesized, *, verbose: bool) -> str:
+    """How near the statistics came, and what to do with the pictures."""
+    from qconv.printing import columns, wrapped
+
+    height, width = found.preprocessing.size
+    rows = found.worst_first if verbose else found.worst_first[:SHOWN]
+    layers = counted(len(found.layers), "BatchNormalization")
+    command = ["qconv", "quantize", found.model, "--calib", found.output, *found.options]
+    lines = [
+        wrapped(f"{found.output}: {counted(found.wishes.count, 'picture')} of {width}x{height}, by {found.model}"),
+        wrapped(found.words),
+        "",
+        columns(
+            [
+                ("distance of statistics", "at first", "now"),
+                (f"{layers}, on average", f"{found.before:.3f}", f"{found.after:.3f}"),
+                *(("  " + _short(row), f"{row.before:.3f}", f"{row.after:.3f}") for row in rows),
+            ],
+            "lrr",
+        ),
+    ]
+    if len(rows) < len(found.layers):
+        lines.append(f"  and {len(found.layers) - len(rows)} nearer ones: -v shows all")
+    lines += [
+        "",
+        wrapped(
+            f"{counted(found.wishes.steps, 'step')} in batches of {found.batch}, {found.seconds:.0f} seconds on "
+            f"{found.device}. 0 is equal; dozens of photographs come to 0.04 or less."
+        ),
+        "",
+        shlex.join(command),
+    ]
+    return "\n".join(lines)
+
+
+def _short(layer: Layer) -> str:
+    """The end of a long name."""
+    return layer.name if len(layer.name) <= 44 else f"...{layer.name[-41:]}"
