@@ -76,6 +76,52 @@ def test_a_network_is_quantized(environment: dict[str, str], tmp_path: Path) -> 
     assert any(node.op_type == "QuantizeLinear" for node in onnx.load(out).graph.node)
 
 
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        (["finetune", "MODEL", "--images", "."], "qconv finetune"),
+        (["synthesize", "MODEL", "-o", "made"], "qconv synthesize"),
+        (
+            [
+                "quantize",
+                "MODEL",
+                "--calib",
+                "none",
+                "--fallback",
+                "synthesized",
+                "--preprocess",
+                "unit",
+                "-o",
+                "o.onnx",
+            ],
+            "--fallback synthesized",
+        ),
+    ],
+)
+def test_one_error_says_what_to_install(
+    environment: dict[str, str], tmp_path: Path, command: list[str], what: str
+) -> None:
+    onnx.save(network("y = Conv(x, w)", ("N", 3, 8, 8), w=(8, 3, 3, 3)), tmp_path / "model.onnx")
+    words = [str(tmp_path / "model.onnx") if word == "MODEL" else word for word in command]
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-m", "qconv", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = [line for line in done.stderr.splitlines() if "PyTorch" in line]
+    assert line.startswith(f"Error: {what} needs PyTorch, which is not installed")
+    assert "pip install 'qconv[torch]'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (
+        sorted(path for path in tmp_path.rglob("*") if path.name != "__pycache__" and path.suffix != ".pyc") == before
+    )
+
+
 def test_tests_of_what_needs_torch_are_skipped(environment: dict[str, str]) -> None:
     modules = [f"tests/test_{name}.py" for name in ("torchgraph", "torchmath", "torchplaces")]
     done = python(environment, "-m", "pytest", "-p", "no:cacheprovider", *modules)
