@@ -26,7 +26,7 @@ class Wishes:
     label_offset: int = 0
     epochs: int = 20
     batch: int = 64
-    rate: float = 3e-3
+    rate: float = 4e-3
     holdout: int | None = None
     augment: bool = True
     device: str = "auto"

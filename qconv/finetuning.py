@@ -61,7 +61,7 @@ finetune_options = stack(
     ),
     click.option(
         "--learning-rate",
-        default=3e-3,
+        default=4e-3,
         show_default=True,
         metavar="R",
         type=click.FloatRange(0, 100, min_open=True),

@@ -92,7 +92,7 @@ def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> F
         )
     names = list(scope.wishes)
     feeds = None
-    if recipe.rounding == "second-order":
+    if recipe.rounding != "nearest":
         feeds = ground.feed.first(EFFORTS[recipe.effort].pictures, "read again")
     layers = _sensitivities(ground, scope.wishes, feeds, progress)
     most = scope.most(1.0 if recipe.target_size is None else recipe.target_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from qconv.cpu import peak_rss_mb
 from qconv.embed import embed
 from qconv.emit import emit
 from qconv.errors import QconvError
+from qconv.extras import require_torch
 from qconv.feed import Feed
 from qconv.fileformat import describe, needed_opset, needed_runtime, set_ir_version
 from qconv.findings import Change, Finding, Skipped
@@ -33,7 +33,7 @@ from qconv.oddities import oddities
 from qconv.params import choose_activations
 from qconv.placement import left_in_float
 from qconv.plan import Plan
-from qconv.planner import WISHED, is_layer, make_plan
+from qconv.planner import make_plan
 from qconv.ranges import LOOKS, tuned_ranges
 from qconv.recipe import Recipe
 from qconv.refine import effort_for
@@ -48,6 +48,7 @@ from qconv.targets import TARGETS, Target
 from qconv.trial import Folded, Settled, nearest, round_anew
 from qconv.tune import tuned
 from qconv.verify import gates, verify
+from qconv.wishes import look_for_means_in_vain, look_for_wishes, look_for_wishes_in_vain, require_layers
 
 EQUALIZED_ON = 64
 """Pictures that channels are watched on, but for the best effort, which watches all."""
@@ -98,6 +99,8 @@ def quantize(
     Raises QconvError for anything the user can mend; then nothing is left behind.
     """
     started = time.perf_counter()
+    if recipe.rounding == "reconstruct":
+        require_torch("--rounding reconstruct")
     run = _Run(listener or Listener())
     source = source if isinstance(source, Source) else Source(str(source), Path(source))
     place = None if out is None else Path(out)
@@ -179,9 +182,14 @@ def quantize(
         settled = _settled(folded, recipe, pictures, run)
     plan, params = settled.plan, settled.params
     run.findings += settled.findings
+    before = model.copy() if recipe.rounding == "reconstruct" else None
     with run.step("emit"):
         rows = tensor_rows(plan, params)
         run.findings += emit(model, plan, params, pack=recipe.pack)
+    if before is not None and pictures.feed is not None:
+        with run.step("reconstruct"):
+            run.findings += _reconstructed(model, before, recipe, pictures.feed, run.listener.progress)
+    with run.step("emit"):
         run.findings += shrink(model)
         describe(model, qconv.__version__, recipe, pictures.fed, plan.placed, made_from)
     with save.staged(model, place) as staged:
@@ -189,7 +197,7 @@ def quantize(
             save.check(staged)
             audited = _audit(staged, model, Known.of(plan), pictures.shown)
             checked = _verified(staged, original(source, recipe), recipe, pictures, target)
-        _look_for_wishes_in_vain(plan, audited, run)
+        look_for_wishes_in_vain(plan, audited, run.warn)
         for output in checked.outputs:
             if output.remark:
                 run.warn(f"output {output.name}: {output.remark}.")
@@ -289,7 +297,7 @@ def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> S
     """All numbers that are written."""
     with run.step("params"):
         settled = nearest(folded, recipe)
-        _look_for_means_in_vain(settled, recipe, run)
+        look_for_means_in_vain(settled, recipe, run.warn)
     if pictures.feed is None and pictures.unseen is None and recipe.effort != "fast":
         why = "statistics do not say how inputs go together; pass pictures, too"
         settled.findings.append(Skipped("round", "all layers", why))
@@ -300,54 +308,12 @@ def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> S
     return settled
 
 
-def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -> None:
-    """Warn of wishes that no node meets: a misspelt name or type keeps nothing float."""
-    names = [node.name or "" for node in model.nodes()]
-    types = {node.op_type for node in model.nodes()}
-    for pattern in recipe.keep_float:
-        if not fnmatch.filter(names, pattern):
-            warn(f"--keep-float {pattern} matches no node of the folded model.")
-    layers = [node.name or "" for node in model.nodes() if is_layer(node)]
-    left = layers
-    for pattern, _ in recipe.layer_bits:
-        matched = [name for name in left if fnmatch.fnmatchcase(name, pattern)]
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
-            warn(f"--layer-bits: {pattern!r} matches no layer of the folded model.")
-        elif not matched:
-            warn(f"--layer-bits: {pattern!r} matches no layer that a line above it does not: exceptions stand first.")
-        left = [name for name in left if name not in matched]
-    for op_type in recipe.keep_float_op:
-        if op_type not in types:
-            warn(f"--keep-float-op {op_type}: the folded model has no such operator.")
+def _reconstructed(
+    model: Model, before: Model, recipe: Recipe, feed: Feed, progress: Callable[[str, int, int], None]
+) -> list[Finding]:
+    from qconv.reconstruct import PICTURES, reconstruct  # PyTorch is an extra
 
-
-def _look_for_wishes_in_vain(plan: Plan, audited: Audit, run: _Run) -> None:
-    """What only moves or cuts values works on whatever its neighbours are."""
-    found = {island.node for island in (*audited.islands, *audited.placed)}
-    # an activation takes over the wish for the layer that it is fused into
-    found |= {name for name, layer in plan.activation_of.items() if layer in plan.kept}
-    vain = [name for name, kept in plan.kept.items() if kept.why.startswith(WISHED) and name not in found]
-    if vain:
-        more = f" and {len(vain) - 1} more" if len(vain) > 1 else ""
-        run.warn(f"--keep-float changes nothing for {vain[0]}{more}: it runs as its neighbours do, or not at all.")
-
-
-def _look_for_means_in_vain(settled: Settled, recipe: Recipe, run: _Run) -> None:
-    """An exporter may have folded all that BatchNormalization could tell of means."""
-    unknown = sum(isinstance(finding, Skipped) and finding.step == "bias" for finding in settled.findings)
-    if recipe.bias_correction == "analytic" and unknown == len(settled.plan.layers):
-        instead = "" if recipe.data_free else "; the pictures do with --bias-correction measured"
-        none = "--bias-correction analytic corrects no layer"
-        run.warn(f"{none}: none reads what a BatchNormalization tells the mean of{instead}.")
-
-
-def require_layers(plan: Plan, source: Source) -> None:
-    """Raise QconvError where nothing would be quantized."""
-    if not plan.layers:
-        raise QconvError(
-            f"{source.name} has nothing to quantize: no Conv, Gemm or MatMul with constant weights is left.",
-            "check --keep-float and --keep-float-op, and that the model is a network with weights.",
-        )
+    return reconstruct(model, before, recipe, feed.first(PICTURES, "read again"), progress)
 
 
 def _audit(staged: save.Staged, model: Model, known: Known, feed: Feed | None) -> Audit:

@@ -212,7 +212,7 @@ class Recipe:
     @property
     def walks(self) -> bool:
         """Whether layers are looked at one after the other, the layers before quantized already."""
-        return self.rounding == "second-order" or self.bias_correction == "sequential"
+        return self.rounding != "nearest" or self.bias_correction == "sequential"
 
     @property
     def searches(self) -> bool:

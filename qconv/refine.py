@@ -148,7 +148,7 @@ class _Refiner:
         chosen = carried_over(replace(self.params, layers=[]), plan)
         nodes = {layer.node.name or "": layer.node for layer in plan.layers}
         fewest = min((found.spec.bits for found in chosen.activations.values()), default=8)
-        if fewest < 8 and recipe.rounding == "second-order":
+        if fewest < 8 and recipe.rounding != "nearest":
             emit(copy, plan, chosen, pack=False)
         return copy, nodes
 

@@ -28,7 +28,7 @@ from qconv.feed import Feed
 from qconv.fileformat import needed_opset
 from qconv.gather import original
 from qconv.graph import Model
-from qconv.pipeline import Listener, check_output, look_for_wishes, require_layers
+from qconv.pipeline import Listener, check_output
 from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import make_plan
@@ -41,6 +41,7 @@ from qconv.sketch import Sketch
 from qconv.source import Source, data_files, own_opset, read, refuse_quantized
 from qconv.targets import TARGETS
 from qconv.trial import carried_out
+from qconv.wishes import look_for_wishes, require_layers
 
 SCORED_BYTES = 48 * 2**20
 """Inputs and float outputs of the pictures to score on, which stay in memory."""

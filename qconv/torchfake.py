@@ -12,6 +12,7 @@ Source: Esser et al. 2020, arXiv 1902.08153 (LSQ), equation 3.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,10 +53,7 @@ def _run(op: Op, given: Given) -> Tensor:
     """x, scale, zero point, then the limits of the Clips, lower and upper in turns."""
     x, scale, zero = first(given), given[1], optional(given, 2)
     assert scale is not None
-    low, high = (float(end) for end in INT_RANGES[op.codes or 0])
-    lows, highs = (given[3::2], given[4::2])
-    low = max([low, *(float(end) for end in lows if end is not None)])
-    high = min([high, *(float(end) for end in highs if end is not None)])
+    low, high = _ends(op, given)
     fixed = zero is None or (zero.numel() == 1 and not zero.requires_grad)
     if scale.numel() == 1 and fixed:
         middle = 0.0 if zero is None else float(zero)
@@ -67,7 +65,44 @@ def _run(op: Op, given: Given) -> Tensor:
     return rounded(torch.clamp(x / step, low - middles, high - middles)) * step
 
 
+def _ends(op: Op, given: Given) -> tuple[float, float]:
+    """The lowest and the highest code."""
+    low, high = (float(end) for end in INT_RANGES[op.codes or 0])
+    low = max([low, *(float(end) for end in given[3::2] if end is not None)])
+    return low, min([high, *(float(end) for end in given[4::2] if end is not None)])
+
+
 FUSED: dict[str, Run] = {FAKE: _run}
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Quantizers that leave a share of numbers, drawn anew each time, unrounded, but within their range: what learns
+    behind them does not lean on the roundings of a few pictures.
+
+    Source: Wei et al. 2022, arXiv 2203.05740 (QDrop).
+    """
+
+    share: float
+    generator: torch.Generator
+
+    def run(self, op: Op, given: Given) -> Tensor:
+        """As `FUSED` does for the rest."""
+        rounded_all = _run(op, given)
+        x, scale, zero = first(given), given[1], optional(given, 2)
+        assert scale is not None
+        step = scale.detach() if scale.numel() == 1 else side_by_side(scale.detach(), x, op.get("axis", 1), 0)
+        middle = torch.zeros_like(step)
+        if zero is not None:
+            middle = zero if zero.numel() == 1 else side_by_side(zero, x, op.get("axis", 1), 0)
+        low, high = _ends(op, given)
+        held = torch.minimum(torch.maximum(x, (low - middle) * step), (high - middle) * step)
+        return self.mixed(rounded_all, held)
+
+    def mixed(self, rounded_all: Tensor, exact: Tensor) -> Tensor:
+        """A share of `exact` in what is rounded, number by number."""
+        drawn = torch.rand(exact.shape, generator=self.generator).to(exact.device)
+        return torch.where(drawn < self.share, exact, rounded_all)
 
 
 def fakes(steps: Sequence[Step], constants: Mapping[str, Tensor]) -> dict[int, tuple[Step, frozenset[str]]]:

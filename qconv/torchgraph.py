@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qconv.errors import QconvError, counted
 from qconv.graph import Model, Node, array, attribute, input_of
-from qconv.torchfake import FUSED, Step, fakes
+from qconv.torchfake import FUSED, Drop, Step, fakes
 from qconv.torchmath import COMPUTING
 from qconv.torchop import Op, Run
 from qconv.torchplaces import MOVING
@@ -55,15 +55,19 @@ class Network:
         self._fakes = fakes(self._steps, self.constants)
         self._orders: dict[tuple[frozenset[str], tuple[str, ...]], list[tuple[Step, list[str]]]] = {}
 
-    def run(self, given: Numbers, wanted: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """The wanted tensors, the outputs by default. given: by names, of inputs or of anything in between."""
+    def run(self, given: Numbers, wanted: Sequence[str] | None = None, drop: Drop | None = None) -> dict[str, Tensor]:
+        """The wanted tensors, the outputs by default. given: by names, of inputs or of anything in between.
+
+        drop: of roundings, where a quantizer and its dequantizer run as one step.
+        """
         wanted = self.outputs if wanted is None else wanted
         known: dict[str, Tensor] = dict(given)
         constants = self.constants
         for (op, read, made), done in self._order(frozenset(given), tuple(wanted)):
             try:
                 values = [None if name is None else known[name] if name in known else constants[name] for name in read]
-                found = _RUN[op.op_type](op, values)
+                run = _RUN[op.op_type] if drop is None or op.op_type not in FUSED else drop.run
+                found = run(op, values)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 fact = f"{op.op_type} {op.name!r} does not run in PyTorch: {str(error).splitlines()[0]}"
                 raise QconvError(
@@ -74,6 +78,11 @@ class Network:
             for name in done:
                 known.pop(name, None)
         return {name: known[name] if name in known else self.constants[name] for name in wanted}
+
+    def read(self, given: Iterable[str], wanted: Sequence[str]) -> frozenset[str]:
+        """The names of all that is read on the way from what is given to what is wanted, constants included."""
+        steps = self._order(frozenset(given), tuple(wanted))
+        return frozenset(name for (_, read, _), _ in steps for name in read if name)
 
     def on_arrays(self, given: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         """Arrays as tensors on the device; whole numbers of 8 and 16 bits become floats."""

@@ -5,9 +5,9 @@ falls along a half cosine. Gradients that are much longer than usual are shorten
 from the seed and the number of the step, so that a run that was stopped goes on as if it never had been.
 
 After each round the network is looked at on pictures that it does not learn from. The best state is kept: the nearest
-of those that are right no less often than the network was at first. Where some rounds bring nothing better, training
-goes back to it with lower rates, since what little a single weight is told by a step is mostly noise; where lower ones
-bring nothing either, it ends early.
+of those that are right no less often than the network was at first. While rates are high codes go to and fro, and the
+network is often worse than it was: what was learned shows as rates fall, so that patience begins in the second half.
+Only where it runs away training goes back to the best state, with lower rates.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ USUAL, LONGEST = 0.95, 3.0
 """Gradients are shortened to LONGEST times their usual length, a running mean that keeps so much of itself."""
 ROUND = 250
 """Most steps between two looks at the pictures held back."""
-PATIENCE, CUT, MOST_CUTS = 3, 1 / 3, 3
-"""Rounds without anything better after which rates are multiplied by CUT, and how often that is done."""
+FIRST_PART, PATIENCE = 1 / 2, 1 / 4
+"""Shares of all steps before which none is given up, and without anything better after which it is."""
+AWAY, CUT, MOST_CUTS = 4.0, 1 / 3, 3
+"""Times the first distance from which on rates are multiplied by CUT, and how often that is done."""
 SHORT_EPOCH = 32
 """Steps below which several epochs make a round."""
 
@@ -64,8 +66,7 @@ class Trainer:
         self.steps = self.each * schedule.epochs
         most = min(ROUND, self.each * -(-SHORT_EPOCH // self.each))
         self.ends = np.linspace(0, self.steps, -(-self.steps // most) + 1).astype(int)[1:].tolist()
-        self.step, self.usual, self.seconds, self.best_step = 0, 0.0, 0.0, 0
-        self.fruitless = self.cuts = 0
+        self.step, self.usual, self.seconds, self.best_step, self.cuts = 0, 0.0, 0.0, 0, 0
         self.history: list[Round] = []
         self.best: State = lesson.learned.state()
         self.first_mark = self.best_mark = lesson.mark()
@@ -73,7 +74,8 @@ class Trainer:
     @property
     def ended_early(self) -> bool:
         """Whether nothing better came for so long that it is given up."""
-        return self.cuts > MOST_CUTS
+        since = max(self.best_step, FIRST_PART * self.steps)
+        return self.cuts > MOST_CUTS or self.step - since >= PATIENCE * self.steps
 
     def run(self, progress: Callable[[int, int], None], keep: Callable[[], None]) -> None:
         """To the end of the schedule, or until it is given up. keep: called after each round."""
@@ -95,13 +97,15 @@ class Trainer:
         """Keep the state of now, or go back to the best one."""
         if mark.is_better(self.best_mark, self.first_mark):
             self.best, self.best_mark, self.best_step = self.lesson.learned.state(), mark, self.step
-            self.fruitless = 0
-            return
-        self.fruitless += 1
-        if self.fruitless >= PATIENCE:
+        elif not mark.distance < self._farthest:
             self.lesson.learned.restore(self.best)
             self.optimizer.state.clear()
-            self.fruitless, self.cuts, self.usual = 0, self.cuts + 1, 0.0
+            self.cuts, self.usual = self.cuts + 1, 0.0
+
+    @property
+    def _farthest(self) -> float:
+        """The distance from which on it runs away; labels may lead far from the float network."""
+        return AWAY * self.first_mark.distance if self.lesson.labels is None else math.inf
 
     def _learn(self) -> float:
         lesson, schedule = self.lesson, self.schedule
@@ -142,7 +146,7 @@ class Trainer:
         for index, tensor in enumerate(self.lesson.learned.tensors):
             for name, value in self.optimizer.state.get(tensor, {}).items():
                 found[f"adam/{index}/{name}"] = value.detach().cpu().numpy().copy()
-        counts = (self.step, self.best_step, self.fruitless, self.cuts)
+        counts = (self.step, self.best_step, self.cuts)
         found["run"] = np.array([*counts, self.usual, self.seconds], np.float64)
         found["history"] = np.array([_numbers(row) for row in self.history], np.float64).reshape(len(self.history), 6)
         found["marks"] = np.array([_mark(self.first_mark), _mark(self.best_mark)], np.float64)
@@ -163,7 +167,7 @@ class Trainer:
                 place = tensor.device if array.ndim else "cpu"
                 self.optimizer.state[tensor][name] = torch.from_numpy(np.array(array)).to(place)
         *counts, self.usual, self.seconds = (float(x) for x in state["run"])
-        self.step, self.best_step, self.fruitless, self.cuts = map(int, counts)
+        self.step, self.best_step, self.cuts = map(int, counts)
         self.history = [_round(row) for row in state["history"]]
         self.first_mark, self.best_mark = (_read_mark(row) for row in state["marks"])
 

@@ -147,6 +147,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "synthesized",
             "dream",
             "torchrun",
+            "blocks",
+            "reconstruct",
             "remembered",
             "learnable",
             "lesson",
@@ -176,6 +178,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "synthesize",
             "inspect_quantized",
             "judge",
+            "wishes",
             "mixed",
             "pages",
             "pipeline",
@@ -324,6 +327,9 @@ NEIGHBOURS: dict[str, set[str]] = {
     "sites": {"stored"},
     "teacher": {"fileformat", "stats"},
     "extras": {"errors"},
+    "reconstruct": {"blocks", "learnable", "sites", "torchfake", "torchgraph", "torchrun"},
+    "wishes": {"trial"},
+    "blocks": {"pairs"},
     "dream": {"evidence", "imagined", "remembered", "torchgraph", "torchrun"},
     "remembered": {"evidence", "layers"},
     "portfolio": {"synthesize"},
@@ -372,10 +378,10 @@ NEIGHBOURS: dict[str, set[str]] = {
         "weights",
     },
     "shelf": {"sketch", "stats"},
-    "study": {"pipeline", "proof", "trial"},
+    "study": {"pipeline", "proof", "trial", "wishes"},
     "judge": {"trial"},
     "mixed": {"judge", "refine", "trial"},
-    "pipeline": {"judge", "mixed", "ranges", "refine", "trial", "tune"},
+    "pipeline": {"judge", "mixed", "ranges", "refine", "trial", "tune", "wishes"},
     "trial": {"refine"},
     "tune": {"trial"},
     "plan": {"calibrate", "gates", "sketch"},
@@ -430,7 +436,7 @@ FENCES: dict[str, frozenset[str]] = {
     "torch": frozenset(
         {"torchfake", "torchgraph", "torchmath", "torchop", "torchplaces"}
         | {"distance", "finetune", "learnable", "lesson", "training"}
-        | {"dream", "synthesize", "torchrun"}
+        | {"dream", "reconstruct", "synthesize", "torchrun"}
     ),
 }
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))

@@ -61,7 +61,7 @@ def jobs(data: Path) -> list[Job]:
     found = [
         Job(name, model, setting, cifar, "cifar", "cifar", epochs, (*FED, "--resize", "exact"))
         for name, model in (("ResNet-20, CIFAR-10", resnet), ("MobileNet, CIFAR-10", own))
-        for setting, epochs in (("W4A4", 6), ("W3A3", 8), ("W2A4", 12))
+        for setting, epochs in (("W4A4", 3), ("W3A3", 4), ("W2A4", 8))
     ]
     mobile, test = data / "models" / "mobilenetv2_imagenet.onnx", str(imagenet / "test")
     few = ("--batch", "16")
