@@ -37,11 +37,11 @@ from qconv.torchrun import determined
 STEP = "reconstruct"
 PICTURES = 512
 """Most that are looked at."""
-STEPS = {"fast": 100, "balanced": 300, "best": 1000}
+STEPS = {"fast": 100, "balanced": 200, "best": 300}
 """Of each block, by effort."""
 BATCH, SMALLEST_BATCH, NUMBERS = 32, 8, 2**22
 """Pictures a step, fewer where a block hands on more than so many numbers of them."""
-RATES = {"weights": 3e-3, "activation_scales": 3e-4, "biases": 1e-3}
+RATES = {"weights": 1e-2, "activation_scales": 1e-3, "biases": 3e-3}
 """See learnable.py for what one means."""
 DROPPED = 0.5
 HELD = 1 / 8

@@ -14,6 +14,7 @@ from models import network
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+WITH_TORCH = ("finetune", "reconstruct", "synthesize", "torchgraph", "torchmath", "torchplaces", "training")
 BLOCKER = """
 import sys
 
@@ -96,6 +97,10 @@ def test_a_network_is_quantized(environment: dict[str, str], tmp_path: Path) -> 
             ],
             "--fallback synthesized",
         ),
+        (
+            ["quantize", "MODEL", "--calib", ".", "--rounding", "reconstruct", "--preprocess", "unit", "-o", "o.onnx"],
+            "--rounding reconstruct",
+        ),
     ],
 )
 def test_one_error_says_what_to_install(
@@ -123,7 +128,7 @@ def test_one_error_says_what_to_install(
 
 
 def test_tests_of_what_needs_torch_are_skipped(environment: dict[str, str]) -> None:
-    modules = [f"tests/test_{name}.py" for name in ("torchgraph", "torchmath", "torchplaces")]
+    modules = [f"tests/test_{name}.py" for name in WITH_TORCH]
     done = python(environment, "-m", "pytest", "-p", "no:cacheprovider", *modules)
     assert done.stdout.count("needs the extra: pip install 'qconv[torch]'") == len(modules)
     assert f"{len(modules)} skipped" in done.stdout
