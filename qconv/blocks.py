@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qconv.graph import Model, Node, Value, array
-from qconv.pairs import Point, points
+from qconv.pairs import points
 
 WIDER, NEAR = 2, 4
 """A cut is inside a bottleneck where cuts so near on both sides carry so many times less."""
@@ -32,18 +32,19 @@ class End:
 def ends(quantized: Model, original: Model, sizes: Mapping[str, int]) -> list[End]:
     """The network's inputs, all places where it can be cut, and its outputs. original: the folded float network.
 
-    sizes: numbers a picture of tensors of the float network, by name.
+    sizes: numbers a picture of tensors of the float network, by name, that hold a row a picture: others are no ends.
     """
     by_codes = {point.codes: point for point in points(quantized, original) if point.codes is not None}
-    found = [by_codes[codes] for codes in _cuts(quantized) if codes in by_codes and by_codes[codes].candidates]
-    kept = _without_middles([(point, sizes.get(point.candidates[0].name or "", 0)) for point in found])
-    inputs = tuple(value.name or "" for value in original.graph.inputs if array(value) is None)
-    outputs = tuple(value.name or "" for value in original.graph.outputs)
-    between = []
-    for point in kept:
+    found = []
+    for point in (by_codes[codes] for codes in _cuts(quantized) if codes in by_codes):
         names = tuple(value.name or "" for value in point.values)
-        between.append(End(names, (tuple(value.name or "" for value in point.candidates),) * len(names)))
-    return [End(inputs, tuple((name,) for name in inputs)), *between, End(outputs, tuple((name,) for name in outputs))]
+        candidates = tuple(value.name or "" for value in point.candidates if value.name in sizes)
+        if candidates:
+            found.append((End(names, (candidates,) * len(names)), sizes[candidates[0]]))
+    inputs = tuple(value.name or "" for value in original.graph.inputs if array(value) is None)
+    outputs = tuple(value.name or "" for value in original.graph.outputs if value.name in sizes)
+    last = [End(outputs, tuple((name,) for name in outputs))] if outputs else []
+    return [End(inputs, tuple((name,) for name in inputs)), *_without_middles(found), *last]
 
 
 def _cuts(model: Model) -> Iterator[Value]:
@@ -69,11 +70,11 @@ def _dequantizes(node: Node) -> bool:
     return node.op_type == "DequantizeLinear"
 
 
-def _without_middles(found: list[tuple[Point, int]]) -> list[Point]:
+def _without_middles(found: list[tuple[End, int]]) -> list[End]:
     sizes = [size for _, size in found]
     kept = []
-    for index, (point, size) in enumerate(found):
+    for index, (end, size) in enumerate(found):
         before, behind = sizes[max(0, index - NEAR) : index], sizes[index + 1 : index + 1 + NEAR]
         if not (min(before, default=size) * WIDER < size and min(behind, default=size) * WIDER < size):
-            kept.append(point)
+            kept.append(end)
     return kept

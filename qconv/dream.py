@@ -38,7 +38,6 @@ from qconv.evidence import Reference
 from qconv.imagined import leaves_of
 from qconv.pixels import Color, Layout, Preprocessing
 from qconv.remembered import Remembered
-from qconv.runtime import Session
 from qconv.source import Source, read
 from qconv.torchgraph import Network
 from qconv.torchrun import determined
@@ -65,8 +64,8 @@ class Dream:
     """A set of pictures on its way.
 
     network: the float network, of one input. wanted: what the tensors that its BatchNormalizations read should look
-    like. pixels: what to begin with, (N, H, W, 3) in RGB or (N, H, W, 1); N in whole batches. scores: the output of
-    class scores (N, classes), None for none. loss: the distance of statistics, step by step.
+    like. pixels: what to begin with, (N, H, W, 3) in RGB or (N, H, W, 1); N in whole batches. loss: the distance of
+    statistics, step by step. Where an output holds a score a class, pictures are drawn to classes.
     """
 
     def __init__(
@@ -76,10 +75,9 @@ class Dream:
         wanted: Sequence[Reference],
         pixels: NDArray[np.uint8],
         batch: int,
-        scores: str | None = None,
     ) -> None:
         self._network, self._prep, self._device = network, prep, network.device
-        self._scores = scores
+        self._scores: str | None = None
         self._names = [reference.name for reference in wanted]
         self._means = [self._of(reference.mean) for reference in wanted]
         variances = [self._of(reference.var) for reference in wanted]
@@ -90,6 +88,7 @@ class Dream:
         self._parts = [slice(start, start + batch) for start in range(0, len(pixels), batch)]
         self._seen: list[list[tuple[Tensor, Tensor]]] = []
         self.loss: list[float] = []
+        self._scores = self._output_of_scores()
 
     def _of(self, numbers: NDArray[np.float64]) -> Tensor:
         return torch.from_numpy(numbers.astype(np.float32)).to(self._device)
@@ -110,7 +109,8 @@ class Dream:
             found = [float(distance) for distance in self._distances(*self._whole())]
         if not all(map(math.isfinite, found)):
             name = next(name for name, number in zip(self._names, found, strict=True) if not math.isfinite(number))
-            raise QconvError(f"'{name}' holds NaN or infinity.", "check the float model, and --preprocess.")
+            fact = f"'{name}', or what its BatchNormalization has stored of it, is NaN, infinite or beyond float32."
+            raise QconvError(fact, "check the float model, and --preprocess.")
         return found
 
     def run(self, steps: int, progress: Callable[[int, int], None]) -> None:
@@ -164,6 +164,14 @@ class Dream:
         found = self._network.run({name: normalised(pixels, self._prep)}, wanted)
         return [found[name] for name in self._names], None if self._scores is None else found[self._scores]
 
+    def _output_of_scores(self) -> str | None:
+        """The first output of one number a class for each picture: floats, which have gradients."""
+        (name,), pixels = self._network.inputs, self._pixels[self._parts[0]].clone().requires_grad_()
+        for output, scores in self._network.run({name: normalised(pixels, self._prep)}).items():
+            if scores.ndim == 2 and scores.shape[0] == len(pixels) and scores.shape[1] > 1 and scores.requires_grad:
+                return output
+        return None
+
     def _doubt(self, scores: Tensor, part: slice) -> Tensor:
         """Mean cross entropy of every picture with a class of its own: all classes in turn."""
         count = scores.shape[1]
@@ -200,22 +208,20 @@ class Dream:
 def dreamt(
     source: Source,
     prep: Preprocessing,
-    batch: int,
+    fixed: int | None,
     count: int,
     threads: int | None,
     progress: Callable[[str, int, int], None],
 ) -> NDArray[np.uint8]:
     """Pictures for the float model `source`, on the CPU, (N, H, W, C) in RGB or grey, in whole batches of its own.
 
-    batch: that the network is fixed to, or 1. Raises QconvError where it remembers nothing of training.
+    fixed: the batch of the network, None where it takes any. Raises QconvError where it remembers nothing of training.
     """
     with determined(threads):
         model, _ = load.load(read(source), source)
         remembered = Remembered.of(model, source.name)
-        size = batch if batch > 1 else min(batch_of(prep), count)
-        scores = scores_of(Session(source.runnable, name=source.name, threads=threads))
-        network = Network(model)
-        dream = Dream(network, prep, remembered.wanted, leaves_of(prep, count, size, 0), size, scores)
+        size = fixed or min(batch_of(prep), count)
+        dream = Dream(Network(model), prep, remembered.wanted, leaves_of(prep, count, size, 0), size)
         dream.look()
         dream.run(STEPS, lambda done, total: progress("synthesize", done, total))
         return dream.pixels
@@ -225,12 +231,6 @@ def batch_of(prep: Preprocessing) -> int:
     """Pictures that a run of the network takes, where it takes any number."""
     height, width = prep.size
     return max(1, min(PIXELS // (height * width), MOST))
-
-
-def scores_of(session: Session) -> str | None:
-    """The output that holds one number a class."""
-    shapes = zip(session.outputs, session.output_shapes, strict=True)
-    return next((name for name, shape in shapes if len(shape) == 2 and (shape[1] or 0) > 1), None)
 
 
 def _stride(classes: int) -> int:

@@ -54,6 +54,8 @@ HELD_SHARE, LEAST_HELD, MOST_HELD = 1 / 10, 32, 2000
 FEWEST = 8
 """Pictures: less is nothing to learn from."""
 METADATA = "qconv.finetune"
+FORMAT = 2
+"""Of what a run leaves behind for a later one."""
 
 
 @dataclass(slots=True)
@@ -249,7 +251,15 @@ def _fingerprint(source: Source, teacher: Source, album: Album, wishes: Wishes, 
     found = hashlib.sha256()
     for part in (source, teacher):
         found.update(digest(part, data_files(read(part), part)).encode())
-    kept = (wishes.as_dict(), wishes.holdout, device, album.prep, album.order, [path.name for path in album.paths])
+    kept = (
+        FORMAT,
+        wishes.as_dict(),
+        wishes.holdout,
+        device,
+        album.prep,
+        album.order,
+        [path.name for path in album.paths],
+    )
     found.update(repr(kept).encode())
     found.update(np.ascontiguousarray(album.numbers).data)
     return found.hexdigest()

@@ -130,6 +130,10 @@ def quantize(
             fed, layout = pictures.take_pixels(recipe.embed_preprocessing), recipe.embed_preprocessing
             run.findings += embed(model, fed, layout, exact=recipe.activation_bits > 8)
     with run.step("plan"):
+        if recipe.rounding == "reconstruct":
+            from qconv.torchgraph import require_operators  # PyTorch is an extra
+
+            require_operators(model)
         look_for_wishes(model, recipe, run.warn)
         target = TARGETS[recipe.target]
         floats = {} if recipe.tune_latency else left_in_float(model, recipe, pictures.fed)
@@ -313,7 +317,8 @@ def _reconstructed(
 ) -> list[Finding]:
     from qconv.reconstruct import PICTURES, reconstruct  # PyTorch is an extra
 
-    return reconstruct(model, before, recipe, feed.first(PICTURES, "read again"), progress)
+    fixed = next((spec.shape[0] for spec in feed.inputs if spec.shape and spec.shape[0]), None)
+    return reconstruct(model, before, recipe, feed.first(PICTURES, "read again"), fixed, progress)
 
 
 def _audit(staged: save.Staged, model: Model, known: Known, feed: Feed | None) -> Audit:

@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from qconv.source import tensors
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 SUFFIX = ".qconv-tmp"
+ASIDE = ".old"
+"""Behind the name of a folder that was moved aside."""
 
 
 @dataclass(slots=True)
@@ -46,11 +48,11 @@ class Staged:
     def commit(self, out: Path) -> None:
         """Put the file in its place: data first, model last."""
         before = _data_files(out)
-        with _explained(out):
+        with explained(out):
             if self.data is not None:
                 os.replace(self.data, out.parent / self.data.name)
             os.replace(self.path, out)
-            _sync_folder(out.parent)
+            sync_folder(out.parent)
             for stale in before - {out.parent / self.data.name if self.data is not None else None}:
                 stale.unlink(missing_ok=True)
 
@@ -61,9 +63,9 @@ def staged(model: Model, out: Path | None) -> Iterator[Staged]:
     if out is not None:
         check_place(out)
     place = out or _temporary()
-    with _locked_folder(place) as folder:
+    with locked_folder(place) as folder:
         path = folder / place.name
-        with _explained(place):
+        with explained(place):
             data = _write(model, path, allow_external=out is not None)
         yield Staged(folder, path, data)
 
@@ -71,62 +73,20 @@ def staged(model: Model, out: Path | None) -> Iterator[Staged]:
 def write_whole(out: Path, data: bytes) -> None:
     """Write a file that is no model; it appears whole or not at all."""
     check_place(out)
-    with _locked_folder(out) as folder, _explained(out):
+    with locked_folder(out) as folder, explained(out):
         path = folder / out.name
         path.write_bytes(data)
-        _sync(path)
+        sync(path)
         os.replace(path, out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to be filled, which takes the place of `out` and all that is in it at the end, or never."""
-    place = Path(os.path.realpath(out))
-    with _locked_folder(place) as hidden:
-        new, old = hidden / place.name, hidden / f"{place.name}.old"
-        with _explained(out):
-            new.mkdir()
-            yield new
-            for path in new.iterdir():
-                _sync(path)
-            try:
-                if place.is_dir():
-                    os.rename(place, old)
-                os.rename(new, place)
-            except BaseException:
-                if old.exists() and not place.exists():
-                    os.rename(old, place)
-                raise
-            _sync_folder(place.parent)
-
-
-def check_folder(out: Path, is_ours: Callable[[frozenset[str]], bool]) -> None:
-    """Raise QconvError where no folder can be written at `out`; remove what killed runs left there.
-
-    is_ours: whether the names in a folder that is there are those of an earlier result, which may be replaced.
-    """
-    place = Path(os.path.realpath(out))
-    with _explained(out):
-        if place.exists() and not place.is_dir():
-            raise QconvError(f"{out} is a file.", "name a folder as the output.")
-        if not place.parent.is_dir():
-            raise QconvError(f"The folder {out.parent} does not exist.", "create it, or choose another output.")
-        if not os.access(place.parent, os.W_OK | os.X_OK):
-            raise QconvError(f"The folder {place.parent} cannot be written to.", "choose another output.")
-        names = frozenset(os.listdir(place)) if place.is_dir() else frozenset()
-        if names and not is_ours(names):
-            fact = f"{out} holds files that are no earlier result, such as {min(names)}."
-            raise QconvError(fact, "name a new folder: files of two kinds are not mixed.")
-    _remove_stale(place)
-
-
-@contextlib.contextmanager
-def _locked_folder(out: Path) -> Iterator[Path]:
+def locked_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out`, of this run alone, removed at the end; those of killed runs go first."""
-    _remove_stale(out)
+    remove_stale(out)
     while True:
-        with _explained(out):
+        with explained(out):
             folder = Path(tempfile.mkdtemp(suffix=SUFFIX, prefix=f".{out.name}.", dir=out.parent))
             try:
                 handle = os.open(folder, os.O_RDONLY)
@@ -156,7 +116,7 @@ def _is_ours(handle: int) -> bool:
 @contextlib.contextmanager
 def scratch(size: int) -> Iterator[Path]:
     """A folder among the system's temporary files with room for `size` bytes. Raises QconvError where there is none."""
-    with _explained(_temporary()), tempfile.TemporaryDirectory(prefix="qconv-", ignore_cleanup_errors=True) as folder:
+    with explained(_temporary()), tempfile.TemporaryDirectory(prefix="qconv-", ignore_cleanup_errors=True) as folder:
         if shutil.disk_usage(folder).free < size:
             place = tempfile.gettempdir()
             raise QconvError(f"No space is left in {place} to check the result.", "free some, or set TMPDIR.")
@@ -165,9 +125,9 @@ def scratch(size: int) -> Iterator[Path]:
 
 def check_place(out: Path) -> None:
     """Raise QconvError where no file can be written at `out`; remove what killed runs left there."""
-    with _explained(out):
+    with explained(out):
         _check_place(out)
-    _remove_stale(out)
+    remove_stale(out)
 
 
 def refuse_what_is_read(out: Path, read: Iterable[str | Path]) -> None:
@@ -187,13 +147,14 @@ def _check_place(out: Path) -> None:
         raise QconvError(f"The folder {out.parent} cannot be written to.", "choose another output.")
 
 
-def _remove_stale(out: Path) -> None:
+def remove_stale(out: Path) -> None:
     """Remove the folders beside `out` that no living process holds a lock on."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*{SUFFIX}"):
         with contextlib.suppress(OSError):
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _bring_back(folder, out)
                 shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(handle)
@@ -268,7 +229,7 @@ def runnable(model: Model, outputs: Iterable[str], poolings: Iterable[Pooling] =
         del proto  # as large as all weights
         yield data
         return
-    with _locked_folder(_temporary()) as folder:
+    with locked_folder(_temporary()) as folder:
         path = folder / "model.onnx"
         ir.save(model.inner, path, external_data="model.data")
         proto = onnx.load(path, load_external_data=False)
@@ -337,13 +298,13 @@ def _write(model: Model, path: Path, *, allow_external: bool) -> Path | None:
         raise QconvError("The result is too large for one file.", "name an output with -o; a data file goes beside it.")
     if not (large or (model.external and allow_external)):
         path.write_bytes(_whole(model).SerializeToString(deterministic=True))
-        _sync(path)
+        sync(path)
         return None
     plain = path.with_name(f"{path.name}.data")
     ir.save(model.inner, path, external_data=plain.name)
     if not plain.stat().st_size:  # nothing was large enough for it
         plain.unlink()
-        _sync(path)
+        sync(path)
         return None
     with plain.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
@@ -355,8 +316,8 @@ def _write(model: Model, path: Path, *, allow_external: bool) -> Path | None:
             if entry.key == "location":
                 entry.value = data.name
     path.write_bytes(proto.SerializeToString(deterministic=True))
-    _sync(data)
-    _sync(path)
+    sync(data)
+    sync(path)
     return data
 
 
@@ -366,12 +327,14 @@ def _data_files(out: Path) -> set[Path]:
     return set(out.parent.glob(pattern)) if out.exists() else set()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
     # not every file system can sync a folder; the rename is atomic all the same
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -382,10 +345,18 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(out: Path) -> Iterator[None]:
+def explained(out: Path) -> Iterator[None]:
+    """What the system refuses becomes a QconvError about the output."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise QconvError(f"No space is left for {out}.", "free some, or choose another output.") from None
         raise QconvError(f"{out} cannot be written: {error.strerror}.", "choose another output.") from None
+
+
+def _bring_back(folder: Path, out: Path) -> None:
+    """A folder that a killed run had moved aside (see folders.py), and put nothing in its place."""
+    old = folder / f"{out.name}{ASIDE}"
+    if old.is_dir() and not out.exists():
+        old.rename(out)

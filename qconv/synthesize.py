@@ -10,10 +10,10 @@ SET tells what the set is of, and that it may be replaced by another.
 from __future__ import annotations
 
 import json
-import re
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qconv import images, load, plot, save
+from qconv import images, load, plot
 from qconv.cpu import peak_rss_mb
 from qconv.detect import Detected, detect_unseen
-from qconv.dream import Dream, batch_of, scores_of
+from qconv.dream import Dream, batch_of
 from qconv.errors import QconvError
+from qconv.folders import check_folder, refuse_inside, whole_folder
 from qconv.graph import Model
 from qconv.imagined import Imagined, leaves_of
-from qconv.pixels import AUTO, Preprocessing
+from qconv.pixels import AUTO, Filter, Preprocessing
 from qconv.recipe import Recipe
 from qconv.remembered import Remembered
 from qconv.runtime import Session
@@ -36,11 +37,11 @@ from qconv.source import Source, data_files, read, refuse_quantized
 from qconv.spoken import words
 from qconv.stats import digest
 from qconv.synthesized import FAR, WELL, Layer, Synthesized, Wishes
-from qconv.torchgraph import Network
+from qconv.torchgraph import Network, require_operators
 from qconv.torchrun import determined, device_of
 
 SET = "synthesized.json"
-OURS = re.compile(r"\d{3,}\.(png|npy)")
+KINDS = ("png", "npy")
 NAMED = 3
 
 Pixels = NDArray[np.uint8]
@@ -75,12 +76,13 @@ def synthesize(source: Source, out: Path, wishes: Wishes, listener: Listener | N
         warnings.append(text)
         listener.warn(text)
 
-    save.check_folder(out, is_set)
+    _check(source, out)
     with determined(wishes.threads):
         proto = read(source)
         refuse_quantized(proto, source.name)
         hashed = digest(source, data_files(proto, source))
         model, _ = load.load(proto, source)
+        require_operators(model)
         remembered = Remembered.of(model, source.name)
         if remembered.doubt:
             warn(remembered.doubt)
@@ -94,7 +96,7 @@ def synthesize(source: Source, out: Path, wishes: Wishes, listener: Listener | N
         batch = fed.batch or min(wishes.batch or batch_of(prep), wishes.count)
         device = device_of(wishes.device)
         pixels = leaves_of(prep, wishes.count, batch, wishes.seed)
-        dream = Dream(Network(model, device), prep, remembered.wanted, pixels, batch, fed.scores)
+        dream = Dream(Network(model, device), prep, remembered.wanted, pixels, batch)
         before = dream.look()
         dream.run(wishes.steps, lambda done, total: listener.progress("synthesize", done, total))
         after = dream.look()
@@ -109,7 +111,9 @@ def synthesize(source: Source, out: Path, wishes: Wishes, listener: Listener | N
         wishes=wishes,
         preprocessing=prep,
         words=fed.detected.in_words(),
-        options=tuple(words("preprocessing", wishes.preprocessing)),
+        # the pictures have the network's size already
+        options=tuple(words("preprocessing", replace(wishes.preprocessing, resize="auto", filter=Filter.BILINEAR))),
+        piped=source.path is None,
         batch=batch,
         layers=layers,
         loss=tuple(dream.loss),
@@ -119,25 +123,43 @@ def synthesize(source: Source, out: Path, wishes: Wishes, listener: Listener | N
     )
     _judge(found, warn)
     pixels = dream.pixels[: wishes.count]
-    with save.whole_folder(out) as folder:
+    with whole_folder(out, foreign_in) as folder:
         _write(folder, pixels, prep, fed.dtype, found)
     found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
     return Made(found, pixels)
 
 
-def is_set(names: frozenset[str]) -> bool:
-    """Whether a folder of these names holds a set of pictures made here, and nothing else."""
-    return SET in names and all(name == SET or OURS.fullmatch(name) for name in names)
+def foreign_in(folder: Path) -> str | None:
+    """A name in a folder that is not of a set that was made here, None where all are, or none is there."""
+    names = set(os.listdir(folder))
+    try:
+        count = int(json.loads((folder / SET).read_text("utf-8"))["pictures"])
+    except (OSError, ValueError, KeyError, TypeError):
+        count = 0
+    ours = {SET, *(f"{stem}.{kind}" for stem in stems(count) for kind in KINDS)} if count else set()
+    return min(names - ours, default=None)
+
+
+def stems(count: int) -> list[str]:
+    """The names of so many pictures, without their ends."""
+    digits = max(3, len(str(count - 1)))
+    return [f"{number:0{digits}}" for number in range(count)]
+
+
+def _check(source: Source, out: Path) -> None:
+    """Said before the work."""
+    check_folder(out, foreign_in)
+    for path in (source.path, *data_files(read(source), source)):
+        refuse_inside(out, path, "The model")
 
 
 @dataclass(frozen=True, slots=True)
 class _Fed:
-    """How the network is fed. dtype: that it takes. batch: None where that is open. scores: its output of them."""
+    """How the network is fed. dtype: that it takes. batch: None where that is open."""
 
     detected: Detected
     dtype: np.dtype[Any]
     batch: int | None
-    scores: str | None
 
     @classmethod
     def of(cls, model: Model, source: Source, wishes: Wishes) -> _Fed:
@@ -148,13 +170,15 @@ class _Fed:
             imagined = Imagined.like(session, recipe)
         except QconvError as error:
             asks = "--size" in error.hint or "leave" in error.hint
-            hint = (
-                error.hint if asks else "synthesize makes pictures of 1 or 3 channels: calibrate with samples instead."
-            )
-            raise QconvError(error.message, hint) from None
+            other = "synthesize is for networks of one input, a picture of 1 or 3 channels: calibrate with samples."
+            raise QconvError(error.message, error.hint if asks else other) from None
         (spec,) = imagined.inputs
         detected = detect_unseen(model, session, imagined, wishes.preprocessing, threads=wishes.threads)
-        return cls(detected, spec.dtype, spec.shape[0], scores_of(session))
+        prep = detected.preprocessing
+        if spec.dtype == np.uint8 and prep is not None and not prep.keeps_pixels:
+            fact = f"{source.name} takes bytes, which cannot hold what the preprocessing makes of pixels."
+            raise QconvError(fact, "pass --preprocess raw.")
+        return cls(detected, spec.dtype, spec.shape[0])
 
 
 def _judge(found: Synthesized, warn: Callable[[str], None]) -> None:
@@ -174,9 +198,7 @@ def _judge(found: Synthesized, warn: Callable[[str], None]) -> None:
 
 
 def _write(folder: Path, pixels: Pixels, prep: Preprocessing, dtype: np.dtype[Any], found: Synthesized) -> None:
-    digits = max(3, len(str(len(pixels) - 1)))
-    for number, picture in enumerate(pixels):
-        stem = f"{number:0{digits}}"
+    for stem, picture in zip(stems(len(pixels)), pixels, strict=True):
         (folder / f"{stem}.png").write_bytes(plot.picture(picture))
         values = images.as_type(images.normalised(images.arranged(picture, prep), prep), dtype)
         np.save(folder / f"{stem}.npy", values)

@@ -57,8 +57,8 @@ class Layer:
 class Synthesized:
     """One set of pictures. words: how they are fed. options: that tell that to other commands.
 
-    layers: in the order of running. loss: the mean distance of all layers, step by step. count, batch: pictures of the
-    set, and of a run of the network.
+    piped: whether the model came from a pipe. layers: in the order of running. loss: the mean distance of all layers,
+    step by step. count, batch: pictures of the set, and of a run of the network.
     """
 
     model: str
@@ -68,6 +68,7 @@ class Synthesized:
     preprocessing: Preprocessing
     words: str
     options: tuple[str, ...]
+    piped: bool
     batch: int
     layers: tuple[Layer, ...]
     loss: tuple[float, ...]

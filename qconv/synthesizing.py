@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qconv.choices import STEPS
-from qconv.errors import counted
+from qconv.errors import counted, shaped
 from qconv.extras import require_torch
 from qconv.given import preprocessing_of
 from qconv.leaving import leave_by_exceptions
@@ -93,6 +93,11 @@ def synthesize(
         raise click.UsageError("pictures go into a folder: name it.")
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*(Path(name) for name in (model,) if name != "-"), written={"the folder of pictures": output})
+    from qconv.folders import refuse_inside
+
+    for path, what in ((report, "The page"), (csv, "The table")):
+        if path not in (None, "-"):
+            refuse_inside(Path(output), Path(path), what)
     require_torch("qconv synthesize")
     from qconv import summary, synthesized
     from qconv import synthesize as story
@@ -121,12 +126,14 @@ def _text(found: Synthesized, *, verbose: bool) -> str:
     """How near the statistics came, and what to do with the pictures."""
     from qconv.printing import columns, wrapped
 
-    height, width = found.preprocessing.size
     rows = found.worst_first if verbose else found.worst_first[:SHOWN]
     layers = counted(len(found.layers), "BatchNormalization")
-    command = ["qconv", "quantize", found.model, "--calib", found.output, *found.options]
+    command = ["qconv", "quantize", "-" if found.piped else found.model, "--calib", found.output, *found.options]
     lines = [
-        wrapped(f"{found.output}: {counted(found.wishes.count, 'picture')} of {width}x{height}, by {found.model}"),
+        wrapped(
+            f"{found.output}: {counted(found.wishes.count, 'picture')} of {shaped(found.preprocessing.size)}, "
+            f"by {found.model}"
+        ),
         wrapped(found.words),
         "",
         columns(

@@ -153,23 +153,33 @@ class Trainer:
         return found
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """What `state` gave."""
+        """What `state` gave. Raises ValueError or KeyError for anything else, and then changes nothing."""
 
         def below(prefix: str) -> State:
             return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
 
-        self.lesson.learned.restore(below("now/"))
-        self.best = below("best/")
+        now, best = below("now/"), below("best/")
+        for name, array in self.lesson.learned.state().items():
+            if now[name].shape != array.shape or best[name].shape != array.shape:
+                raise ValueError(name)
+        step, best_step, cuts, usual, seconds = (float(x) for x in state["run"])
+        history = [_round(row) for row in state["history"]]
+        first_mark, best_mark = (_read_mark(row) for row in state["marks"])
+        self.lesson.learned.restore(now)
+        self.best, self.history, self.first_mark, self.best_mark = best, history, first_mark, best_mark
+        self.step, self.best_step, self.cuts, self.usual, self.seconds = (
+            int(step),
+            int(best_step),
+            int(cuts),
+            usual,
+            seconds,
+        )
         for index, tensor in enumerate(self.lesson.learned.tensors):
             kept = below(f"adam/{index}/")
             for name, array in kept.items():
                 # the number of the step stays where Adam wants it
                 place = tensor.device if array.ndim else "cpu"
                 self.optimizer.state[tensor][name] = torch.from_numpy(np.array(array)).to(place)
-        *counts, self.usual, self.seconds = (float(x) for x in state["run"])
-        self.step, self.best_step, self.cuts = map(int, counts)
-        self.history = [_round(row) for row in state["history"]]
-        self.first_mark, self.best_mark = (_read_mark(row) for row in state["marks"])
 
 
 def _mark(mark: Mark) -> tuple[float, float]:

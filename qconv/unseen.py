@@ -69,7 +69,9 @@ class Unseen:
 
             fed = self.imagined.fed
             assert fed is not None
-            self._synthesized = dreamt(self.source, fed, self.imagined.batch, COUNT, self.threads, self.progress)
+            self._synthesized = dreamt(
+                self.source, fed, self.imagined.inputs[0].shape[0], COUNT, self.threads, self.progress
+            )
         return self.imagined.these(self._synthesized)
 
     def sketches(self, model: Model, taps: Sequence[Tap]) -> dict[str, Sketch]:

@@ -42,7 +42,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "mincut",
         }
     ),  # the vocabulary
-    frozenset({"graph", "load", "save", "parts", "runtime", "images", "source"}),  # the doors
+    frozenset({"graph", "load", "save", "folders", "parts", "runtime", "images", "source"}),  # the doors
     frozenset(  # the work
         {
             "absorb",
@@ -327,6 +327,7 @@ NEIGHBOURS: dict[str, set[str]] = {
     "sites": {"stored"},
     "teacher": {"fileformat", "stats"},
     "extras": {"errors"},
+    "folders": {"save"},
     "reconstruct": {"blocks", "learnable", "sites", "torchfake", "torchgraph", "torchrun"},
     "wishes": {"trial"},
     "blocks": {"pairs"},

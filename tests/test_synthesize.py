@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,18 +19,19 @@ import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from models import network, run, statistics
+from models import ints, network, run, statistics
 from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv import images, pipeline, save, synthesize  # noqa: E402
+from qconv import images, pipeline, synthesize  # noqa: E402
 from qconv.cli import cli  # noqa: E402
 from qconv.dream import EDGE, FLOOR, _stride, faded, normalised  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
 from qconv.findings import Change  # noqa: E402
+from qconv.folders import whole_folder  # noqa: E402
 from qconv.listing import find  # noqa: E402
-from qconv.pixels import Color, Layout, PreprocessingOptions  # noqa: E402
+from qconv.pixels import Color, Filter, Layout, PreprocessingOptions  # noqa: E402
 from qconv.recipe import Recipe  # noqa: E402
 from qconv.source import Source  # noqa: E402
 from qconv.synthesized import Wishes  # noqa: E402
@@ -207,9 +211,12 @@ def test_an_earlier_set_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     made(tmp_path, count=3)
     assert len(samples(tmp_path / "set")) == 3
     (tmp_path / "set" / "mine.txt").write_text("mine")
-    with pytest.raises(QconvError, match="holds files that are no earlier result"):
+    with pytest.raises(QconvError, match=r"holds files that are no earlier result, such as mine\.txt"):
         made(tmp_path)
     assert (tmp_path / "set" / "mine.txt").read_text() == "mine"
+    (tmp_path / "set" / "mine.txt").rename(tmp_path / "set" / "500.png")  # as ours are called, but there were three
+    with pytest.raises(QconvError, match=r"such as 500\.png"):
+        made(tmp_path)
     (tmp_path / "empty").mkdir()
     made(tmp_path, out="empty")
     assert len(samples(tmp_path / "empty")) == 6
@@ -248,10 +255,69 @@ def test_a_folder_that_cannot_take_its_place_brings_the_old_one_back(
         rename(a, b)
 
     monkeypatch.setattr(os, "rename", second_fails)
-    with pytest.raises(QconvError), save.whole_folder(tmp_path / "set") as folder:
+    with pytest.raises(QconvError), whole_folder(tmp_path / "set", lambda folder: None) as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["old"]
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_what_comes_while_pictures_are_made_is_not_lost(tmp_path: Path) -> None:
+    def put(stage: str, done: int, total: int) -> None:
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / "mine.txt").write_text("mine")
+
+    wishes = Wishes(RAW, count=2, steps=2, threads=1, device="cpu")
+    with pytest.raises(QconvError, match=r"such as mine\.txt"):
+        synthesize.synthesize(
+            source(remembering(), tmp_path), tmp_path / "set", wishes, synthesize.Listener(progress=put)
+        )
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine.txt"]
+
+
+def test_the_mode_of_the_folder_stays(tmp_path: Path) -> None:
+    made(tmp_path)
+    (tmp_path / "set").chmod(0o700)
+    made(tmp_path, seed=1)
+    assert (tmp_path / "set").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_set_that_a_killed_run_moved_aside_comes_back(tmp_path: Path) -> None:
+    made(tmp_path)
+    hidden = tmp_path / ".set.x.qconv-tmp"
+    hidden.mkdir()
+    (tmp_path / "set").rename(hidden / "set.old")
+    with pytest.raises(QconvError, match="holds NaN"), patched_look():
+        made(tmp_path)
+    assert len(samples(tmp_path / "set")) == 6
+    assert not hidden.exists()
+
+
+@contextlib.contextmanager
+def patched_look() -> Iterator[None]:
+    """Nothing is made."""
+
+    def look(dream: object) -> list[float]:
+        raise QconvError("It holds NaN.", "mend it.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesize.Dream, "look", look)
+        yield
+
+
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set" / "inner").mkdir(parents=True)
+    for folder in ("set", "set/inner"):
+        monkeypatch.chdir(tmp_path / folder)
+        with pytest.raises(QconvError, match="is the current folder, or holds it"):
+            made(tmp_path)
+
+
+def test_the_model_does_not_lie_in_the_output(tmp_path: Path) -> None:
+    made(tmp_path)
+    shutil.copy(tmp_path / "net.onnx", tmp_path / "set" / "000.png")
+    inside = Source("000.png", tmp_path / "set" / "000.png")
+    with pytest.raises(QconvError, match="lies in the output"):
+        synthesize.synthesize(inside, tmp_path / "set", Wishes(RAW, count=2, steps=1))
 
 
 def test_a_picture_stands_for_the_sample_beside_it(tmp_path: Path) -> None:
@@ -303,6 +369,46 @@ def test_statistics_that_are_not_matched_are_told_of(tmp_path: Path) -> None:
     found = made(tmp_path, proto.SerializeToString(), steps=2).found
     assert [text for text in found.warnings if text.startswith("the pictures are not like those of training")]
     assert [text for text in found.warnings if text.startswith("k: statistics were not matched")]
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "t = Transpose<perm=[0,2,3,1]>(s) q = Reshape(t, rows) y = MatMul(q, g)",
+        "p = GlobalAveragePool(s) f = Flatten(p) h = Gemm(f, g) y = Cast<to=6>(h)",
+        "y = Identity(priors)",
+    ],
+)
+@pytest.mark.parametrize("batch", ["N", 1])
+def test_outputs_that_are_no_scores_are_left_alone(tmp_path: Path, rest: str, batch: int | str) -> None:
+    body = BODY[: BODY.index(" p = ")] + " " + rest
+    stored = {
+        t.name: onnx.numpy_helper.to_array(t) for t in onnx.ModelProto.FromString(remembering()).graph.initializer
+    }
+    constants = {name: array for name, array in stored.items() if name in set(re.findall(r"\w+", body))}
+    more = {"rows": ints(-1, 6), "priors": (1, 20)}
+    constants |= {name: constant for name, constant in more.items() if name in body}
+    proto = network(body, (batch, 3, 12, 12), outputs=("y",), **constants)  # type: ignore[arg-type]
+    found = made(tmp_path, proto.SerializeToString(), count=2, steps=3).found
+    assert found.after < found.before
+
+
+def test_bytes_are_fed_as_they_are(tmp_path: Path) -> None:
+    proto = onnx.ModelProto.FromString(remembering())
+    proto.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
+    proto.graph.node.insert(0, onnx.helper.make_node("Cast", ["x"], ["as_float"], to=onnx.TensorProto.FLOAT))
+    proto.graph.node[1].input[0] = "as_float"
+    data = proto.SerializeToString()
+    with pytest.raises(QconvError, match="takes bytes"):
+        made(tmp_path, data)
+    result = made(tmp_path, data, preprocessing=PreprocessingOptions(preset="raw"), steps=2)
+    assert samples(tmp_path / "set").dtype == np.uint8
+    assert np.array_equal(samples(tmp_path / "set").transpose(0, 2, 3, 1), result.pixels)
+
+
+def test_the_printed_command_does_not_enlarge_what_has_its_size(tmp_path: Path) -> None:
+    found = made(tmp_path, preprocessing=replace(RAW, resize=40, filter=Filter.BICUBIC), steps=1).found
+    assert found.options == ("--preprocess", "unit")
 
 
 def test_inputs_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
@@ -369,9 +475,13 @@ def test_the_page_shows_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "How near the statistics came" in text
 
 
-def test_the_set_and_the_page_do_not_share_a_place(tmp_path: Path) -> None:
-    done = command("synthesize", CIFAR, "-o", tmp_path / "set", "--report", tmp_path / "set")
-    assert done.exception is not None
+@pytest.mark.parametrize("option", ["--report", "--csv"])
+@pytest.mark.parametrize("inside", ["", "page.html", "synthesized.json"])
+def test_nothing_else_goes_into_the_folder(tmp_path: Path, option: str, inside: str) -> None:
+    done = command("synthesize", CIFAR, "-o", tmp_path / "set", option, tmp_path / "set" / inside)
+    assert isinstance(done.exception, Exception)
+    assert "set" in str(done.exception)
+    assert not (tmp_path / "set").exists()
 
 
 # -- as a fallback -----------------------------------------------------------------------------------------------------
