@@ -105,7 +105,7 @@ common_options = stack(
         "--threads",
         type=click.IntRange(1, MOST_THREADS),
         metavar="N",
-        help="Threads of ONNX Runtime.  [default: all cores]",
+        help="Threads of ONNX Runtime, and of PyTorch.  [default: all cores]",
     ),
 )
 
