@@ -19,22 +19,24 @@ import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from models import ints, network, run, statistics
+from models import ints, loaded, network, run, statistics
 from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
 from qconv import images, pipeline, synthesize  # noqa: E402
 from qconv.cli import cli  # noqa: E402
-from qconv.dream import EDGE, FLOOR, _stride, faded, normalised  # noqa: E402
+from qconv.dream import EDGE, FLOOR, Dream, _stride, faded, normalised  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
 from qconv.findings import Change  # noqa: E402
 from qconv.folders import whole_folder  # noqa: E402
 from qconv.listing import find  # noqa: E402
 from qconv.pixels import Color, Filter, Layout, PreprocessingOptions  # noqa: E402
 from qconv.recipe import Recipe  # noqa: E402
+from qconv.remembered import Remembered  # noqa: E402
 from qconv.source import Source  # noqa: E402
 from qconv.synthesized import Wishes  # noqa: E402
+from qconv.torchgraph import Network  # noqa: E402
 
 torch.set_num_threads(1)  # tests run side by side
 HERE = Path(__file__).parent
@@ -196,6 +198,39 @@ def test_small_differences_fade_more_than_edges() -> None:
     step[..., 2:] = flat[..., 2:] + EDGE / 10
     share = float(faded(step)[0, 0, 1, 1]) / (EDGE / 10)
     assert share == pytest.approx(0.25 / 1.01)
+
+
+@pytest.mark.parametrize("batch", [4, 2])
+def test_pixels_move_along_the_gradient_of_the_distance(
+    tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: PyTorch's own derivative of the distance, the other batch standing still."""
+    monkeypatch.setattr("qconv.dream.SURE", 0.0)
+    prep = made(tmp_path, count=1, steps=1).found.preprocessing
+    model = loaded(onnx.ModelProto.FromString(remembering()))
+    wanted = Remembered.of(model, "net").wanted
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3), np.uint8)
+    dream, network = Dream(Network(model), prep, wanted, pixels, batch), Network(model)
+    dream.look()
+    taken: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        dream, "_stepped", lambda part, gradient, step, share: taken.append(gradient) or dream._pixels[part]
+    )
+    dream._move(0, 0, 1.0)
+
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().requires_grad_()
+    still = torch.cat([x[:batch], x[batch:].detach()])
+    read = network.run({"x": normalised(still, prep)}, [reference.name for reference in wanted])
+    losses = []
+    for reference in wanted:
+        values = read[reference.name]
+        floor = FLOOR * reference.var.mean()
+        mean, var = values.mean((0, 2, 3)), values.var((0, 2, 3), correction=0)
+        stored, ref = (torch.from_numpy(numbers).float() for numbers in (reference.mean, reference.var + floor))
+        losses.append((((mean - stored) ** 2 + ((var + floor).sqrt() - ref.sqrt()) ** 2) / ref).mean())
+    (gradient,) = torch.autograd.grad(torch.stack(losses).mean(), x)
+    # what the step takes is of the batch's own moments: those of the whole are their mean
+    torch.testing.assert_close(taken[0] * batch / 4 if batch < 4 else taken[0], gradient[:batch], rtol=1e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 97, 1000, 1001])
