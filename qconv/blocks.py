@@ -56,11 +56,12 @@ def _cuts(model: Model) -> Iterator[Value]:
             if value is not None and array(value) is None:
                 last[value] = index
     last |= dict.fromkeys(model.graph.outputs, len(nodes))
-    live = computed = {value for value in model.graph.inputs if array(value) is None}
+    live = {value for value in model.graph.inputs if array(value) is None}
+    computed = set(live)
     for index, node in enumerate(nodes):
         if computed.isdisjoint(value for value in node.inputs if value is not None):
             continue  # dequantizers of weights
-        computed = computed | set(node.outputs)
+        computed.update(node.outputs)
         live = {value for value in (*live, *node.outputs) if last.get(value, -1) > index}
         if len(live) == 1 and all(map(_dequantizes, model.readers(next(iter(live))))):
             yield next(iter(live))

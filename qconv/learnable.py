@@ -16,7 +16,7 @@ not at the lowest code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -128,10 +128,12 @@ class Learned:
         for tensors in self.kinds.values():
             yield from tensors.values()
 
-    def given(self) -> dict[str, Tensor]:
-        """What stands for the file's constants in `Network.run`, by name."""
-        found = {_name(value): self._scale(value) for value in self._scales}
+    def given(self, used: Container[str] | None = None) -> dict[str, Tensor]:
+        """What stands for the file's constants in `Network.run`, by name. used: names to do without all others."""
+        found = {_name(v): self._scale(v) for v in self._scales if used is None or _name(v) in used}
         for weights in self._weights:
+            if used is not None and _name(weights.site.codes) not in used:
+                continue
             read = self._read_by(weights.site)
             scale, bias = weights.scale(read), weights.bias()
             found[_name(weights.site.scale)] = scale

@@ -108,6 +108,7 @@ class _Rebuilt:
     ) -> None:
         self.pupil, self.teacher, self.learned, self.seed, self.steps = pupil, teacher, learned, seed, steps
         self.fixed, self.at_once = fixed, fixed or AT_ONCE
+        self.used: frozenset[str] = frozenset()  # by the block that is being learned
         for kind, tensors in learned.kinds.items():
             for tensor in tensors.values():
                 tensor.requires_grad_(kind in RATES)
@@ -120,7 +121,8 @@ class _Rebuilt:
         exact = {name: seen[name] for name in here.names}
         now = dict(exact)
         for index, end in enumerate(found[1:], 1):
-            parameters = self._parameters(self.pupil.read(here.names, end.names))
+            self.used = self.pupil.read(here.names, end.names)
+            parameters = self._parameters()
             if parameters["weights"]:
                 options = sorted({name for candidates in end.candidates for name in candidates})
                 values = self._in_pieces(self.teacher, {names[name]: exact[name] for name in here.names}, options)
@@ -132,8 +134,9 @@ class _Rebuilt:
             progress(index, len(found) - 1)
         return findings
 
-    def _parameters(self, used: frozenset[str]) -> dict[str, list[Tensor]]:
-        return {kind: [tensor for name, tensor in self.learned.kinds[kind].items() if name in used] for kind in RATES}
+    def _parameters(self) -> dict[str, list[Tensor]]:
+        kinds = self.learned.kinds
+        return {kind: [tensor for name, tensor in kinds[kind].items() if name in self.used] for kind in RATES}
 
     def _learn(
         self, index: int, end: End, exact: Numbers, now: Numbers, target: Numbers, parameters: dict[str, list[Tensor]]
@@ -156,7 +159,7 @@ class _Rebuilt:
             for part in np.split(drawn, batch // (self.fixed or batch)):
                 chosen = torch.from_numpy(part)
                 given = {name: drop.mixed(now[name][chosen], exact[name][chosen]) for name in exact}
-                said = self.pupil.run({**given, **self.learned.given()}, end.names, drop)
+                said = self.pupil.run({**given, **self.learned.given(self.used)}, end.names, drop)
                 losses = [(said[name] - target[name][chosen]).square().mean() / norms[name] for name in end.names]
                 (torch.stack(losses).sum() * (len(part) / batch)).backward()
             for group in optimizer.param_groups:
@@ -181,7 +184,7 @@ class _Rebuilt:
         return max(1, wanted // unit) * unit
 
     def _said(self, given: Numbers, end: End) -> Numbers:
-        return self._in_pieces(self.pupil, given, end.names, self.learned.given())
+        return self._in_pieces(self.pupil, given, end.names, self.learned.given(self.used))
 
     def _error(self, given: Numbers, target: Numbers, end: End, part: slice) -> float:
         said = self._said({name: x[part] for name, x in given.items()}, end)
