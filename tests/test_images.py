@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import qconv.images
+from qconv import images
 from qconv.ahead import ahead
 from qconv.errors import QconvError
 from qconv.images import UnreadablePicture, batches, load_picture
@@ -846,7 +846,7 @@ def test_reading_ahead_is_bounded_and_goes_on_while_the_caller_works(tmp_path, m
         started.append(path)
         return np.zeros((2, 3, 3), np.float32)
 
-    monkeypatch.setattr(qconv.images, "load_picture", count)
+    monkeypatch.setattr(images, "load_picture", count)
     paths = [Path(f"{i}.png") for i in range(100)]
     workers, batch = 2, 3
     given = batches(listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=batch, workers=workers, warn=print)
@@ -871,7 +871,7 @@ def test_closing_early_drops_what_was_only_waiting(tmp_path, monkeypatch):
         time.sleep(0.02 if len(started) > 100 else 0)
         return np.zeros((2, 3, 3), np.float32)
 
-    monkeypatch.setattr(qconv.images, "load_picture", slow)
+    monkeypatch.setattr(images, "load_picture", slow)
     paths = [Path(f"{i}.png") for i in range(1000)]
     given = batches(listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=100, workers=1, warn=print)
     next(given)
@@ -1014,7 +1014,7 @@ def test_pillow_is_not_imported_until_it_is_needed():
 
 def test_every_way_to_resize_is_known_to_both_sides():
     """What may be asked for, and what is done."""
-    assert set(qconv.images._RESIZED) == set(RESIZED)
+    assert set(images._RESIZED) == set(RESIZED)
 
 
 def test_a_forgotten_generator_may_be_closed_by_one_of_its_own_threads() -> None:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from models import network
 
-import qconv.tune
+from qconv import tune
 from qconv.benchmark import Benchmark, Conditions, Timing
 from qconv.cpu import this_cpu
 from qconv.errors import QconvError
@@ -26,16 +26,14 @@ WEIGHTS = {"w": (8, 3, 3, 3), "d": (8, 1, 3, 3), "p": (8, 8, 1, 1)}
 
 def clock(monkeypatch: pytest.MonkeyPatch, costs: dict[str, tuple[float, float]], whole: dict[int, float]) -> None:
     """Single nodes take (float, integer) us; the file with the given number takes so many ms, others 10."""
-    monkeypatch.setattr(
-        qconv.tune, "_costs", lambda *_: {name: Cost(*pair, measured=True) for name, pair in costs.items()}
-    )
+    monkeypatch.setattr(tune, "_costs", lambda *_: {name: Cost(*pair, measured=True) for name, pair in costs.items()})
 
     def timed(paths: list[str], conditions: Conditions, **_: object) -> Benchmark:
         timings = tuple(Timing(path, {}, [[whole.get(i, 10.0)]]) for i, path in enumerate(paths))
         return Benchmark(this_cpu(), conditions, 1, "", timings)
 
-    monkeypatch.setattr(qconv.tune, "benchmark", timed)
-    monkeypatch.setattr(qconv.tune, "faster_in_float", lambda *_: {})  # the table has nothing to say
+    monkeypatch.setattr(tune, "benchmark", timed)
+    monkeypatch.setattr(tune, "faster_in_float", lambda *_: {})  # the table has nothing to say
 
 
 @pytest.fixture
