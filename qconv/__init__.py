@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qconv.config.pixels import PreprocessingOptions
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.pixels import PreprocessingOptions
-from qconv.recipe import Recipe
 
 if TYPE_CHECKING:
     from qconv.pipeline import quantize

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.config.pixels import Layout, Preprocessing
 from qconv.errors import QconvError, shaped
 from qconv.fed import Fed
-from qconv.pixels import Layout, Preprocessing
 from qconv.preprocess import InputSpec, layout_order
 
 MOST_IN_MEMORY = 2**31

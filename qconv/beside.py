@@ -9,9 +9,9 @@ from typing import Any
 
 from qconv.compare import Progress, Question, compare
 from qconv.compared import Compared
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.fed import Fed, opened, side_by_side
-from qconv.recipe import Recipe
 from qconv.source import Source
 
 

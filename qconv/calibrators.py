@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from qconv import clipping, entropy
-from qconv.choices import PERCENTILE
 from qconv.clipping import Range
+from qconv.config.choices import PERCENTILE
+from qconv.config.recipe import Recipe
 from qconv.layers import Layer
 from qconv.quant import QuantSpec
 from qconv.readers import least_at_outputs
-from qconv.recipe import Recipe
 from qconv.sketch import Histogram, Sketch, Want
 
 AVERAGING = 0.01

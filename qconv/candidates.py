@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from qconv.config.pixels import Color, Preprocessing, PreprocessingOptions
 from qconv.evidence import Fact, Reference
 from qconv.fit import Moments
-from qconv.pixels import Color, Preprocessing, PreprocessingOptions
 from qconv.preprocess import InputSpec, resolve
 
 OTHER_ORDER = -1.5

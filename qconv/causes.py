@@ -26,8 +26,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.choices import WeightGranularity
 from qconv.compared import Compared, LayerRow
+from qconv.config.choices import WeightGranularity
+from qconv.config.recipe import Recipe
 from qconv.edits import kind
 from qconv.errors import counted
 from qconv.findings import Change
@@ -35,7 +36,6 @@ from qconv.graph import Model, Node, Value, array, clip_bounds
 from qconv.ladder import Cause
 from qconv.moved import Moves
 from qconv.plan import Layer, Plan
-from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.rules import RULES, Joining
 from qconv.sketch import Sketch

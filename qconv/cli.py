@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import qconv
-from qconv.checks import spelt
+from qconv.config.checks import spelt
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError, counted
 from qconv.finetuning import finetune
 from qconv.given import recipe_of, require_pictures, without
@@ -26,7 +27,6 @@ from qconv.leaving import leave_at_once, leave_by_exceptions
 from qconv.looking import audit, benchmark, evaluate, inspect
 from qconv.options import WIDTH, output_options, pictures_option, quantize_options, require_output
 from qconv.putting_out import Wanted, check_report, typed
-from qconv.recipe import Recipe
 from qconv.sweeping import Flags, sweep
 from qconv.synthesizing import synthesize
 

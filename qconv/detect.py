@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from qconv.candidates import Candidate, Field
+from qconv.config.pixels import AUTO, Preprocessing, PreprocessingOptions
 from qconv.errors import QconvError
 from qconv.evidence import Fact, fact_of, references
 from qconv.feed import Feed
 from qconv.graph import Model
-from qconv.pixels import AUTO, Preprocessing, PreprocessingOptions
 from qconv.race import Race
 from qconv.runtime import Session
 

@@ -15,12 +15,17 @@ from math import inf, isfinite, log2
 from pathlib import Path
 from typing import Any
 
-from qconv import causes, fold, load, moved, save, spoken
+from qconv import causes, fold, load, moved, save
 from qconv.beside import Looked
 from qconv.causes import FEW, GAP, MANY, Evidence
-from qconv.checks import spelt
 from qconv.compare import Question, compare
 from qconv.compared import Compared
+from qconv.config import spoken
+from qconv.config.checks import spelt
+from qconv.config.pixels import PRESETS, Preprocessing, PreprocessingOptions
+from qconv.config.recipe import Recipe
+from qconv.config.spoken import words
+from qconv.config.targets import TARGETS
 from qconv.cpu import this_cpu
 from qconv.detect import CERTAIN, SHAPE_ONLY, detect, same
 from qconv.errors import counted
@@ -30,11 +35,9 @@ from qconv.fileformat import needed_opset
 from qconv.gather import Memory, open_pictures, original
 from qconv.ladder import Cause, Diagnosis, Trial
 from qconv.pipeline import Listener
-from qconv.pixels import PRESETS, Preprocessing, PreprocessingOptions
 from qconv.placement import left_in_float
 from qconv.planner import make_plan
 from qconv.proof import Held, Made, Proof, held_back
-from qconv.recipe import Recipe
 from qconv.remedies import (
     ADDED,
     ENOUGH_DB,
@@ -50,9 +53,7 @@ from qconv.remedies import (
 )
 from qconv.runtime import Session
 from qconv.source import Source, data_files, file_bytes, metadata, own_opset, read, refuse_quantized
-from qconv.spoken import words
 from qconv.stats import digest
-from qconv.targets import TARGETS
 
 GAINED = 0.5
 """dB from which on a remedy has helped."""

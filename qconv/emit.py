@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.choices import PACKED_BITS
+from qconv.config.choices import PACKED_BITS
 from qconv.findings import Change, Finding
 from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of, rank
 from qconv.params import Params

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import intervals
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.fed import Fed, Outputs, opened
 from qconv.intervals import Interval
 from qconv.labels import Labelling, classes_of, labels_of
 from qconv.predictions import TOP, Predictions, Seen
-from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.source import Source
 from qconv.verify import is_class_score, sqnr_db

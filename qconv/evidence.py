@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.config.pixels import Color, Layout, PreprocessingOptions
 from qconv.graph import Model, Node, Value, array, attribute, dims, input_of, rank
-from qconv.pixels import Color, Layout, PreprocessingOptions
 
 MOST_REFERENCES = 3
 """BatchNorms that are compared: the first ones know most about pixels, and are soon reached."""

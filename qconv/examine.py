@@ -9,6 +9,7 @@ from typing import Any
 
 from qconv import save
 from qconv.audit import Known, audit, profiled
+from qconv.config.targets import TARGETS
 from qconv.cpu import Cpu, this_cpu
 from qconv.fileformat import placed_in, recipe_in
 from qconv.graph import Model
@@ -18,7 +19,6 @@ from qconv.planner import WISHED
 from qconv.report import Audit
 from qconv.runtime import VERSION, Session
 from qconv.source import Source, is_quantized, read
-from qconv.targets import TARGETS
 
 FORMATS = (
     ("QOperator", ("QLinear", "QGemm"), "integer operators in the file itself; qconv writes Q/DQ, which every runtime "

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import images, load
+from qconv.config.pixels import AUTO, PreprocessingOptions
+from qconv.config.recipe import Recipe
 from qconv.detect import detect
 from qconv.errors import QconvError
 from qconv.evidence import fact_of, told_by, told_of_float
 from qconv.feed import DECODERS, Feed
 from qconv.gather import original
-from qconv.pixels import AUTO, PreprocessingOptions
-from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.source import Source, is_quantized, metadata, read
 

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import images
+from qconv.config.pixels import Color, Layout, Preprocessing, PreprocessingOptions
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.listing import SAMPLE_SUFFIXES, Listing, find, suffix_of
-from qconv.pixels import Color, Layout, Preprocessing, PreprocessingOptions
 from qconv.preprocess import InputSpec, layout_order, resolve
-from qconv.recipe import Recipe
 from qconv.runtime import Session
 
 DECODERS = 2

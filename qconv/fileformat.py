@@ -7,12 +7,12 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from qconv.choices import WeightGranularity
+from qconv.config.choices import WeightGranularity
+from qconv.config.pixels import Preprocessing
+from qconv.config.recipe import Recipe
+from qconv.config.targets import IR_VERSIONS, LOWEST_OPSET, RUNTIMES
 from qconv.errors import QconvError
 from qconv.graph import Model
-from qconv.pixels import Preprocessing
-from qconv.recipe import Recipe
-from qconv.targets import IR_VERSIONS, LOWEST_OPSET, RUNTIMES
 
 PLACED = "qconv.placed"
 FLOAT = "qconv.float"

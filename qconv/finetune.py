@@ -23,6 +23,8 @@ import torch
 
 from qconv import load, save
 from qconv.album import Album, read_album
+from qconv.config.spoken import recipe_from
+from qconv.config.targets import TARGETS
 from qconv.cpu import peak_rss_mb
 from qconv.distance import apart
 from qconv.errors import QconvError
@@ -39,9 +41,7 @@ from qconv.resuming import Kept
 from qconv.runtime import Session
 from qconv.sites import find_sites
 from qconv.source import Source, data_files, file_bytes, is_quantized, read
-from qconv.spoken import recipe_from
 from qconv.stats import digest
-from qconv.targets import TARGETS
 from qconv.teacher import teacher_beside
 from qconv.torchgraph import Network, as_arrays
 from qconv.torchrun import determined, device_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import qconv
-from qconv.recipe import Recipe
+from qconv.config.recipe import Recipe
 from qconv.report import Audit, Gate, Verification
 from qconv.source import Source
 

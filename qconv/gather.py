@@ -10,16 +10,16 @@ from pathlib import Path
 from qconv import stats
 from qconv.calibrate import Tap, observer, watch
 from qconv.calibrators import want_of
+from qconv.config.pixels import Layout, Preprocessing, PreprocessingOptions
+from qconv.config.recipe import Recipe
 from qconv.detect import Detected, detect, detect_unseen
 from qconv.errors import QconvError
 from qconv.extras import require_torch
 from qconv.feed import Feed
 from qconv.graph import Model
 from qconv.imagined import Imagined
-from qconv.pixels import Layout, Preprocessing, PreprocessingOptions
 from qconv.plan import Plan
 from qconv.preprocess import InputSpec, resolve
-from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.save import total_bytes
 from qconv.sketch import Sketch, Want

@@ -29,9 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.ahead import ahead
+from qconv.config.pixels import CROP_SHARE, Color, Layout, Preprocessing
 from qconv.errors import QconvError, counted, shaped
 from qconv.listing import SAMPLE_SUFFIXES, Listing, suffix_of
-from qconv.pixels import CROP_SHARE, Color, Layout, Preprocessing
 from qconv.preprocess import InputSpec, agrees
 
 if TYPE_CHECKING:

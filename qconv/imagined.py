@@ -22,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import images
+from qconv.config.pixels import Color, Preprocessing
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.feed import Batch, Feed
 from qconv.listing import Listing
 from qconv.normal import Normal
-from qconv.pixels import Color, Preprocessing
 from qconv.preprocess import InputSpec, resolve
-from qconv.recipe import Recipe
 from qconv.runtime import Session
 
 Pixels = NDArray[np.uint8]

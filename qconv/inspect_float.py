@@ -9,6 +9,8 @@ from math import prod
 from typing import Any
 
 from qconv import fold
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
 from qconv.edits import kind
 from qconv.errors import QconvError
 from qconv.findings import Change, Finding, Skipped
@@ -19,9 +21,7 @@ from qconv.placement import left_in_float
 from qconv.plan import Layer, Plan
 from qconv.planner import is_layer, make_plan
 from qconv.quant import PerBlock, PerChannel
-from qconv.recipe import Recipe
 from qconv.source import Source, file_bytes, metadata, own_opset, read, tensors
-from qconv.targets import TARGETS
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
 """Whose operators ONNX Runtime has itself."""

@@ -11,19 +11,19 @@ from numpy.typing import NDArray
 
 from qconv import save
 from qconv.assign import Assignment
-from qconv.choices import Drop, LayerBits
+from qconv.config.choices import Drop, LayerBits
+from qconv.config.layer_bits import exactly
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 from qconv.evaluate import class_vector
 from qconv.feed import Batch, Feed
 from qconv.labels import classes_of, folder_of
-from qconv.layer_bits import exactly
 from qconv.moments import is_kept
-from qconv.recipe import Recipe
 from qconv.report import Verification
 from qconv.runtime import Session
 from qconv.scored import Outputs, Scored, score_float
 from qconv.sensitivity import FLOAT
-from qconv.targets import TARGETS
 from qconv.trial import Folded, Settled, nearest, round_anew, written
 
 SCORED_BYTES = 128 * 2**20

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from qconv.config.recipe import Recipe
 from qconv.given import fields_of, made, preprocessing_of, require_pictures, without
 from qconv.leaving import leave_by_exceptions
 from qconv.options import (
@@ -19,7 +20,6 @@ from qconv.options import (
     stack,
 )
 from qconv.putting_out import Wanted, check_report, typed
-from qconv.recipe import Recipe
 
 COMPARED = 64
 

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import onnx
 
+from qconv.config.targets import LOWEST_OPSET
 from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.graph import Model, attribute, ir, tensor_proto
 from qconv.source import Source, not_onnx, tensors
-from qconv.targets import LOWEST_OPSET
 
 SMALL_TENSOR = 1024  # bytes; smaller ones may be shapes or axes, which the converter needs to see
 RANDOM_OPS = frozenset(

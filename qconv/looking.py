@@ -9,13 +9,13 @@ from typing import Any
 
 import click
 
+from qconv.config.recipe import MOST_THREADS, Recipe
+from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 from qconv.given import preprocessing_of
 from qconv.leaving import leave_by_exceptions
 from qconv.options import WIDTH, common_options, csv_option, output_options, preprocessing_options, stack
 from qconv.putting_out import Wanted
-from qconv.recipe import MOST_THREADS, Recipe
-from qconv.targets import TARGETS
 from qconv.values import Size
 
 NO_STREAM = "a model from standard input can be read only once: name its file."

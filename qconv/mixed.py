@@ -20,18 +20,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 
 from qconv.assign import Assignment, Layer, assignment, curve, filled
-from qconv.choices import Drop
+from qconv.config.choices import Drop
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 from qconv.feed import Batch
 from qconv.graph import Model, array
 from qconv.judge import Ground, Judge, Measured, Progress
 from qconv.planner import is_layer, make_plan
-from qconv.recipe import Recipe
 from qconv.refine import EFFORTS
 from qconv.report import MixedPrecision, SizePoint
 from qconv.sensitivity import FLOAT, Network, sensitivities
 from qconv.solve import Solver
-from qconv.targets import TARGETS
 from qconv.trial import Settled, nearest
 from qconv.verify import sqnr_db
 

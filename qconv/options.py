@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from qconv.choices import (
+from qconv.config.choices import (
     BIAS_CORRECTIONS,
     BIT_ALLOCATIONS,
     BLOCK_SIZE,
@@ -25,10 +25,10 @@ from qconv.choices import (
     Scheme,
     WeightGranularity,
 )
+from qconv.config.pixels import AUTO, PRESETS, Color, Filter, Layout
+from qconv.config.recipe import MOST_THREADS
+from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
-from qconv.pixels import AUTO, PRESETS, Color, Filter, Layout
-from qconv.recipe import MOST_THREADS
-from qconv.targets import TARGETS
 from qconv.values import Bits, Loss, Numbers, Resize, Size
 
 

@@ -8,13 +8,13 @@ from types import MappingProxyType
 
 from qconv import channel_bits, layers
 from qconv.calibrators import CALIBRATORS, Hints
-from qconv.choices import PERCENTILE
 from qconv.clipping import Range
+from qconv.config.choices import PERCENTILE
+from qconv.config.recipe import Recipe
 from qconv.findings import Change, Finding
 from qconv.graph import Node, Value, array
 from qconv.plan import Layer, Plan, channels_of
 from qconv.quant import QuantParams, QuantSpec
-from qconv.recipe import Recipe
 from qconv.sketch import Sketch, Want
 from qconv.weights import LayerParams, Source, quantize_layer
 

@@ -15,7 +15,10 @@ from qconv import fold, load, save
 from qconv.apart import in_words, round_apart
 from qconv.audit import Known, audit, profiled
 from qconv.balance import balance, balance_unseen
-from qconv.checks import spelt
+from qconv.config.checks import spelt
+from qconv.config.layer_bits import as_toml
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS, Target
 from qconv.cpu import peak_rss_mb
 from qconv.embed import embed
 from qconv.emit import emit
@@ -27,7 +30,6 @@ from qconv.findings import Change, Finding, Skipped
 from qconv.gather import Memory, Pictures, open_pictures, original
 from qconv.graph import Model
 from qconv.judge import Ground
-from qconv.layer_bits import as_toml
 from qconv.mixed import check_size, expected, search
 from qconv.oddities import oddities
 from qconv.params import choose_activations
@@ -35,7 +37,6 @@ from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.ranges import LOOKS, tuned_ranges
-from qconv.recipe import Recipe
 from qconv.refine import effort_for
 from qconv.report import Audit, OutputScore, Report, Verification
 from qconv.rows import tensor_rows
@@ -44,7 +45,6 @@ from qconv.shrink import shrink
 from qconv.sketch import Sketch
 from qconv.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
 from qconv.stats import digest
-from qconv.targets import TARGETS, Target
 from qconv.trial import Folded, Settled, nearest, round_anew
 from qconv.tune import tuned
 from qconv.verify import gates, verify

@@ -10,17 +10,17 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
-from qconv.choices import Scheme
+from qconv.config.choices import Scheme
+from qconv.config.recipe import Recipe
+from qconv.config.targets import Target
 from qconv.gates import gate_behind
 from qconv.graph import DataType, Model, Node, Value, array, clip_bounds, input_of
 from qconv.groups import Groups
 from qconv.plan import Choice, Layer, Plan, channels_of, data_inputs
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
-from qconv.recipe import Recipe
 from qconv.refusals import WIDE_CODES, refusal, why_dequantized
 from qconv.rules import ACTIVATIONS, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
 from qconv.shortcut import shortcut
-from qconv.targets import Target
 from qconv.weight_specs import oriented, weight_spec
 
 WISHED = "kept float by --keep-float"

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from qconv.config.pixels import AUTO, PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset
 from qconv.errors import QconvError, counted, shaped
-from qconv.pixels import AUTO, PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset
 
 PIXEL_TYPES = frozenset(map(np.dtype, ("float16", "float32", "float64", "uint8")))
 AXES = {Layout.NCHW: (1, 2, 3), Layout.NHWC: (3, 1, 2)}  # channel, height, width

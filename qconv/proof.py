@@ -15,6 +15,8 @@ import numpy as np
 
 from qconv import intervals
 from qconv.benchmark import Benchmark, Conditions, benchmark
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 from qconv.evaluate import class_vector
 from qconv.feed import Feed
@@ -22,12 +24,10 @@ from qconv.gather import Memory, original
 from qconv.ladder import Trial
 from qconv.listing import find
 from qconv.pipeline import Listener, quantize
-from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.runtime import VERSION, Session
 from qconv.scored import Outputs, Scored, score_float
 from qconv.source import Source
-from qconv.targets import TARGETS
 
 MOST_HELD_BACK = 64
 HELD_BACK_SHARE = 5

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from qconv import images, save
 from qconv.candidates import Candidate, inverted
+from qconv.config.pixels import Preprocessing
 from qconv.errors import QconvError
 from qconv.evidence import Reference
 from qconv.fit import peaks, sureness
 from qconv.graph import Model
-from qconv.pixels import Preprocessing
 from qconv.preprocess import InputSpec
 from qconv.runtime import Session
 

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qconv.blocks import End, ends
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError, counted
 from qconv.findings import Change, Finding, Skipped
 from qconv.graph import Model
 from qconv.learnable import Learned
-from qconv.recipe import Recipe
 from qconv.sites import find_sites
 from qconv.torchfake import Drop
 from qconv.torchgraph import Network

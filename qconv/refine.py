@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.ahead import ahead
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
 from qconv.emit import emit
 from qconv.findings import Finding, Skipped
 from qconv.graph import Model, Node
@@ -31,11 +33,9 @@ from qconv.params import Params, carried_over
 from qconv.patches import Ints, Patches
 from qconv.plan import Layer, Plan
 from qconv.planner import make_plan
-from qconv.recipe import Recipe
 from qconv.rounder import stored_shape
 from qconv.sight import Sight
 from qconv.solve import Effort, Solver, first_input
-from qconv.targets import TARGETS
 from qconv.walk import Walk
 from qconv.weights import LayerParams
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconv.causes import REMARKABLE, Evidence
-from qconv.choices import CALIBRATOR, WeightGranularity
+from qconv.config.choices import CALIBRATOR, WeightGranularity
+from qconv.config.recipe import Recipe
+from qconv.config.spoken import words
 from qconv.errors import QconvError
 from qconv.graph import Node
 from qconv.ladder import Cause
-from qconv.recipe import Recipe
-from qconv.spoken import words
 
 FEW_NODES, FEW_GATES = 3, 2
 LONG = 20

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from qconv.assign import Layer
 from qconv.behind import Behind, up_to
-from qconv.choices import Scheme
+from qconv.config.choices import Scheme
+from qconv.config.recipe import Recipe
 from qconv.graph import Model, is_tensor
 from qconv.held import Arrays, Store
 from qconv.moments import is_kept, moments
@@ -32,7 +33,6 @@ from qconv.params import Params, sketch_of, source_of
 from qconv.plan import Layer as Planned
 from qconv.plan import Plan
 from qconv.quant import PerChannel
-from qconv.recipe import Recipe
 from qconv.rounder import stored_shape
 from qconv.sight import Sight
 from qconv.sketch import Sketch

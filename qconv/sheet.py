@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.config.pixels import Color, Layout, Preprocessing
 from qconv.errors import QconvError, counted
 from qconv.feed import Batch, Feed
-from qconv.pixels import Color, Layout, Preprocessing
 from qconv.plot import thumbnail
 from qconv.shown import Picture
 

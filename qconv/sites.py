@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.choices import Scheme
+from qconv.config.choices import Scheme
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.graph import DataType, Model, Node, Value, array, attribute, input_of
-from qconv.recipe import Recipe
 from qconv.rules import RULES, Joining, OnCodes, Transparent, Weighted
 from qconv.stored import Stored, bits_of, numbers_of, stored_weights
 

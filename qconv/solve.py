@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import channel_bits, rounding
+from qconv.config.recipe import Recipe
+from qconv.config.targets import Target
 from qconv.findings import Change, Finding, Skipped
 from qconv.graph import Model, Node, Value
 from qconv.held import Arrays
@@ -28,10 +30,8 @@ from qconv.moments import Moments
 from qconv.patches import Ints, Patches
 from qconv.plan import Layer
 from qconv.quant import PerChannel, QuantParams
-from qconv.recipe import Recipe
 from qconv.rounder import Rounder, arranged, real, stored_shape
 from qconv.sight import Sight
-from qconv.targets import Target
 from qconv.weight_ranges import least_squares
 from qconv.weights import (
     LayerParams,

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import save
+from qconv.config.pixels import Color, Filter, Layout, Preprocessing
 from qconv.errors import QconvError, counted
 from qconv.exact import LIMBS, ExactSum
-from qconv.pixels import Color, Filter, Layout, Preprocessing
 from qconv.sketch import Sketch
 from qconv.source import Source
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.config.recipe import Recipe
 from qconv.graph import DataType, Model, Node, Value, attribute
 from qconv.graph import input_of as at
-from qconv.recipe import Recipe
 from qconv.rules import RULES, Weighted
 
 MOVERS = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})

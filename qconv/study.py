@@ -20,6 +20,8 @@ import qconv
 from qconv import fold, load, save
 from qconv.calibrate import Tap, observer, watch_apart
 from qconv.calibrators import want_of
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
 from qconv.cpu import peak_rss_mb
 from qconv.curve import Curve, Point, counts_up_to
 from qconv.detect import detect
@@ -33,13 +35,11 @@ from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.proof import HELD_BACK_SHARE, MOST_HELD_BACK
-from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.scored import Scored, score_float
 from qconv.shelf import Shelf, shelf
 from qconv.sketch import Sketch
 from qconv.source import Source, data_files, own_opset, read, refuse_quantized
-from qconv.targets import TARGETS
 from qconv.trial import carried_out
 from qconv.wishes import look_for_wishes, require_layers
 

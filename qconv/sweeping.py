@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qconv.checks import spelt
+from qconv.config.checks import spelt
+from qconv.config.tomlfile import read_toml
 from qconv.errors import QconvError
 from qconv.given import names_given, recipe_of, require_pictures, without
 from qconv.leaving import leave_by_exceptions
 from qconv.putting_out import Wanted, check_report, typed
-from qconv.tomlfile import read_toml
 
 if TYPE_CHECKING:
-    from qconv.recipe import Recipe
+    from qconv.config.recipe import Recipe
     from qconv.sweep import Entry
 
 SHARED = frozenset(

@@ -22,6 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from qconv import images, load, plot
+from qconv.config.pixels import AUTO, Filter, Preprocessing
+from qconv.config.recipe import Recipe
+from qconv.config.spoken import words
 from qconv.cpu import peak_rss_mb
 from qconv.detect import Detected, detect_unseen
 from qconv.dream import Dream, batch_of
@@ -29,12 +32,9 @@ from qconv.errors import QconvError
 from qconv.folders import check_folder, refuse_inside, whole_folder
 from qconv.graph import Model
 from qconv.imagined import Imagined, leaves_of
-from qconv.pixels import AUTO, Filter, Preprocessing
-from qconv.recipe import Recipe
 from qconv.remembered import Remembered
 from qconv.runtime import Session
 from qconv.source import Source, data_files, read, refuse_quantized
-from qconv.spoken import words
 from qconv.stats import digest
 from qconv.synthesized import FAR, WELL, Layer, Synthesized, Wishes
 from qconv.torchgraph import Network, require_operators

@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import Any
 
 import qconv
-from qconv.choices import STEPS
-from qconv.pixels import Preprocessing, PreprocessingOptions
+from qconv.config.choices import STEPS
+from qconv.config.pixels import Preprocessing, PreprocessingOptions
 
 WELL = 0.1
 """Distance of statistics up to which pictures count as like those of training: dozens of photographs come to 0.04."""

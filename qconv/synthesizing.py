@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qconv.choices import STEPS
+from qconv.config.choices import STEPS
 from qconv.errors import counted, shaped
 from qconv.extras import require_torch
 from qconv.given import preprocessing_of

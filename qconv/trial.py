@@ -9,6 +9,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 import qconv
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
 from qconv.emit import emit
 from qconv.fileformat import describe
 from qconv.findings import Finding
@@ -16,11 +18,9 @@ from qconv.graph import Model
 from qconv.params import NO_FACTORS, Params, carried_over, choose_params
 from qconv.plan import Plan
 from qconv.planner import make_plan
-from qconv.recipe import Recipe
 from qconv.refine import refine
 from qconv.shrink import shrink
 from qconv.sketch import Sketch
-from qconv.targets import TARGETS
 
 Feeds = Sequence[Mapping[str, NDArray[Any]]]
 Progress = Callable[[str, int, int], None]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.calibrate import Tap, observer, watch, watch_apart
-from qconv.choices import NO_PICTURES
+from qconv.config.choices import NO_PICTURES
 from qconv.edits import Refused, kind
 from qconv.edits import source as read_from
 from qconv.errors import QconvError, counted

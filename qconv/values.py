@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qconv.choices import FLOAT_BITS, Drop
+from qconv.config.choices import FLOAT_BITS, Drop
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from qconv.choices import Scheme, WeightGranularity
+from qconv.config.choices import Scheme, WeightGranularity
+from qconv.config.recipe import Recipe
+from qconv.config.targets import Target
 from qconv.graph import Node, array, attribute, input_of
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantSpec
-from qconv.recipe import Recipe
 from qconv.rules import Weighted
-from qconv.targets import Target
 
 
 def oriented(node: Node, rule: Weighted) -> Weighted:

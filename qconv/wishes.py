@@ -5,12 +5,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable
 
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.findings import Skipped
 from qconv.graph import Model
 from qconv.plan import Plan
 from qconv.planner import WISHED, is_layer
-from qconv.recipe import Recipe
 from qconv.report import Audit
 from qconv.source import Source
 from qconv.trial import Settled

@@ -11,12 +11,12 @@ from models import loaded, network, run
 
 from qconv.absorb import absorb, candidates
 from qconv.calibrate import Tap, observer, watch_apart
+from qconv.config.recipe import Recipe
 from qconv.feed import Feed
 from qconv.findings import Change
 from qconv.fold import fold
 from qconv.graph import Model, array
 from qconv.reach import seen_by_channel
-from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.sketch import Want
 

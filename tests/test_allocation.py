@@ -17,13 +17,13 @@ from test_emit import quantized, sqnr
 from test_layer_bits import asked
 from test_plan import Planned
 
-from qconv import channel_bits
+from qconv import channel_bits, weight_ranges
 from qconv.allocation import allocate, closed_form
-from qconv.choices import RECIPES, LayerBits
+from qconv.config.choices import RECIPES, LayerBits
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.planner import CHANNEL_SCALES
 from qconv.quant import PerChannel, PerTensor, QuantParams, QuantSpec
-from qconv.recipe import Recipe
 from qconv.rows import tensor_rows
 from qconv.runtime import Session
 from qconv.saturation import worst_pair
@@ -104,7 +104,7 @@ def test_of_laplace_weights_less_is_lost_than_with_the_same_bits_for_all(calibra
     assert params.bits is not None
     assert params.bits.mean() == 4
     assert np.all(np.diff(params.bits) >= 0)
-    plain = spec.from_range(*channel_bits.WEIGHT_RANGES[calibrator](stored, spec))
+    plain = spec.from_range(*weight_ranges.WEIGHT_RANGES[calibrator](stored, spec))
     own, same = (np.sum((p.fake(stored).astype(np.float64) - stored) ** 2) for p in (params, plain))
     assert own < 0.5 * same
 

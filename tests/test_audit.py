@@ -13,12 +13,12 @@ from models import network
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from qconv.config.pixels import PreprocessingOptions
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.examine import Examined, examine
 from qconv.pipeline import quantize
-from qconv.pixels import PreprocessingOptions
 from qconv.printing import audit as printed
-from qconv.recipe import Recipe
 from qconv.source import Source
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"

@@ -11,10 +11,10 @@ import pytest
 from models import network
 
 from qconv import pipeline
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.pipeline import quantize
-from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.runtime import Session
 from qconv.source import Source

@@ -21,9 +21,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantiz
 from qconv import beside, moved, pipeline
 from qconv.cli import cli
 from qconv.compared import Compared
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.quant import QuantSpec
-from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.source import Source
 

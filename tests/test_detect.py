@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qconv.candidates import COLOURED, GREY
+from qconv.config.pixels import PRESETS, Color, Layout, PreprocessingOptions
+from qconv.config.recipe import Recipe
 from qconv.detect import CERTAIN, Detected, detect
 from qconv.evidence import fact_of, references
 from qconv.feed import Feed
 from qconv.pipeline import Listener, quantize
-from qconv.pixels import PRESETS, Color, Layout, PreprocessingOptions
-from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.source import Source
 

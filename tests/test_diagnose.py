@@ -22,9 +22,9 @@ from test_detect import colourful, fed, folder_of, trained_with
 
 from qconv import gather, pipeline, proof
 from qconv.cli import cli
+from qconv.config.recipe import Recipe
 from qconv.ladder import Trial, undominated
 from qconv.listing import find
-from qconv.recipe import Recipe
 from qconv.remedies import joined, merged
 
 ROOT = Path(__file__).parents[1]

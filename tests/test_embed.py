@@ -20,15 +20,15 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from qconv import fold
-from qconv.choices import Scheme, WeightGranularity
+from qconv.config.choices import Scheme, WeightGranularity
+from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
+from qconv.config.recipe import Recipe
 from qconv.embed import embed
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.findings import Change, Finding, Skipped
 from qconv.graph import Model
 from qconv.pipeline import quantize
-from qconv.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
-from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.runtime import Session
 from qconv.source import Source

@@ -23,19 +23,19 @@ from qconv import fileformat, fold, load
 from qconv.audit import Known, audit
 from qconv.calibrate import tapped, watch
 from qconv.calibrators import want_of
-from qconv.choices import Scheme, WeightGranularity
+from qconv.config.choices import Scheme, WeightGranularity
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
 from qconv.emit import emit
 from qconv.findings import Change, Finding
 from qconv.params import Params, choose_params
 from qconv.pipeline import quantize
 from qconv.plan import Plan
 from qconv.planner import make_plan
-from qconv.recipe import Recipe
 from qconv.report import Audit
 from qconv.runtime import Session
 from qconv.shrink import shrink
 from qconv.source import Source, own_opset
-from qconv.targets import TARGETS
 
 SAME = "pads=[1,1,1,1]"
 BATCHES = 4

@@ -15,12 +15,12 @@ from models import network
 from numpy.typing import NDArray
 from PIL import Image
 
+from qconv.config.pixels import Layout, PreprocessingOptions
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.evaluate import Evaluation, Wishes, evaluate
 from qconv.labels import classes_of
 from qconv.pipeline import quantize
-from qconv.pixels import Layout, PreprocessingOptions
-from qconv.recipe import Recipe
 from qconv.source import Source
 
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")

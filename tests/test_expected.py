@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from qconv.balance import apply
-from qconv.choices import LayerBits
+from qconv.config.choices import LayerBits
+from qconv.config.recipe import Recipe
 from qconv.expected import note_expected
 from qconv.findings import Skipped
 from qconv.fold import fold
 from qconv.graph import Model, Node
 from qconv.layers import means_of
 from qconv.pipeline import quantize
-from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.runtime import Session
 from qconv.source import Source

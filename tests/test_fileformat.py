@@ -7,10 +7,10 @@ import json
 import pytest
 from models import loaded, network
 
-from qconv.choices import Scheme, WeightGranularity
+from qconv.config.choices import Scheme, WeightGranularity
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.fileformat import describe, needed_opset, needed_runtime
-from qconv.recipe import Recipe
 
 
 @pytest.mark.parametrize(

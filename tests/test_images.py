@@ -25,10 +25,10 @@ from PIL import Image
 
 from qconv import images
 from qconv.ahead import ahead
+from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 from qconv.errors import QconvError
 from qconv.images import UnreadablePicture, batches, load_picture
 from qconv.listing import PICTURE_SUFFIXES, Listing, find
-from qconv.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 from qconv.preprocess import RESIZED, InputSpec, resolve
 
 FLOAT = np.dtype(np.float32)

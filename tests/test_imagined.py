@@ -12,11 +12,11 @@ from models import loaded, network, statistics
 from numpy.typing import NDArray
 from PIL import Image
 
+from qconv.config.pixels import Color, Layout, PreprocessingOptions
+from qconv.config.recipe import Recipe
 from qconv.detect import Detected, detect_unseen
 from qconv.errors import QconvError
 from qconv.imagined import COUNT, MEAN, Imagined, leaves, pixels, read_by
-from qconv.pixels import Color, Layout, PreprocessingOptions
-from qconv.recipe import Recipe
 from qconv.runtime import Session
 
 SIDE = 32

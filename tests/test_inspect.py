@@ -20,16 +20,17 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from qconv.cli import quantize as quantize_command
+from qconv.config.choices import Drop, LayerBits
+from qconv.config.pixels import PreprocessingOptions
+from qconv.config.recipe import Recipe
+from qconv.config.spoken import in_words, options_of, recipe_from
 from qconv.errors import QconvError
 from qconv.given import recipe_of
 from qconv.inspect_float import FloatModel, inspect_float
 from qconv.inspect_quantized import QuantizedModel, holds_codes, inspect_quantized
 from qconv.inspected import _short, float_model, quantized_model
 from qconv.pipeline import quantize
-from qconv.pixels import PreprocessingOptions
-from qconv.recipe import Drop, LayerBits, Recipe
 from qconv.source import Source, is_quantized, read
-from qconv.spoken import in_words, options_of, recipe_from
 from qconv.tables import csv_of
 
 ROOT = Path(__file__).resolve().parents[1]

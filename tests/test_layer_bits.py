@@ -15,14 +15,15 @@ from test_pipeline import deep
 from test_pipeline import quantized as whole
 from test_plan import Planned
 
-from qconv.choices import LayerBits
 from qconv.cli import quantize as quantize_command
+from qconv.config.choices import LayerBits
+from qconv.config.layer_bits import as_toml, exactly, read_layer_bits
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.given import recipe_of
-from qconv.layer_bits import as_toml, exactly, read_layer_bits
 from qconv.pipeline import Listener, quantize
-from qconv.planner import FLOAT_BITS, WIDE_CODES
-from qconv.recipe import Recipe
+from qconv.planner import FLOAT_BITS
+from qconv.refusals import WIDE_CODES
 from qconv.source import Source
 
 EXAMPLE = """

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from qconv import load, save
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.graph import Model
 from qconv.pipeline import quantize
-from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.source import Source, file_bytes, read
 

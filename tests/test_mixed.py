@@ -24,16 +24,16 @@ from test_pipeline import quantized
 
 from qconv import summary
 from qconv.assign import Assignment
-from qconv.choices import CANDIDATE_BITS, Drop, LayerBits
+from qconv.config.choices import CANDIDATE_BITS, Drop, LayerBits
+from qconv.config.layer_bits import read_layer_bits
+from qconv.config.pixels import PreprocessingOptions
+from qconv.config.recipe import STEERING, Recipe
 from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.judge import _unseen
-from qconv.layer_bits import read_layer_bits
 from qconv.listing import find
 from qconv.mixed import _best, expected
 from qconv.pipeline import Listener, quantize
-from qconv.pixels import PreprocessingOptions
-from qconv.recipe import STEERING, Recipe
 from qconv.refine import EFFORTS
 from qconv.report import MixedPrecision, Report
 from qconv.runtime import Session

@@ -17,12 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import qconv
-from qconv import pipeline
-from qconv.choices import CALIBRATORS, Scheme, WeightGranularity
+from qconv import pipeline, verify
+from qconv.config.choices import CALIBRATORS, Scheme, WeightGranularity
+from qconv.config.pixels import Color, Layout, PreprocessingOptions
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.pipeline import Listener, folded_float, quantize
-from qconv.pixels import Color, Layout, PreprocessingOptions
-from qconv.recipe import Recipe
 from qconv.report import OutputScore, Report
 from qconv.runtime import Session
 from qconv.source import Source
@@ -509,7 +509,7 @@ def test_a_result_that_is_slower_than_float_is_told(
     pictures: str, monkeypatch: pytest.MonkeyPatch, slowdown: float | None, told: bool
 ) -> None:
     """Times are the machine's; what is said of them is not."""
-    real = pipeline.verify
+    real = verify.verify
     monkeypatch.setattr(pipeline, "verify", lambda *args: replace(real(*args), slowdown=slowdown))
     report, _ = quantized(deep(), Recipe(calib=(pictures,)))
     assert any("times as long as the float one" in text for text in report.warnings) is told
@@ -523,7 +523,7 @@ def test_a_result_that_is_slower_than_float_is_told(
 def test_a_result_of_which_little_is_left_is_told(
     pictures: str, monkeypatch: pytest.MonkeyPatch, sqnr: float | None, agreement: float | None, told: str
 ) -> None:
-    real = pipeline.verify
+    real = verify.verify
     scores = (OutputScore("y", sqnr, agreement),)
     monkeypatch.setattr(pipeline, "verify", lambda *args: replace(real(*args), outputs=scores))
     report, _ = quantized(deep(), Recipe(calib=(pictures,), effort="fast"))

@@ -11,7 +11,9 @@ import onnx
 import pytest
 from models import loaded, network, random_feeds, run
 
-from qconv.choices import WeightGranularity
+from qconv.config.choices import WeightGranularity
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS, Table, Target, averaged
 from qconv.emit import emit
 from qconv.graph import Model
 from qconv.load import shapes_at
@@ -19,9 +21,7 @@ from qconv.params import choose_params
 from qconv.placement import Shapes, _Question, applies, cost_of, faster_in_float, left_in_float
 from qconv.plan import Plan
 from qconv.planner import make_plan
-from qconv.recipe import Recipe
 from qconv.runtime import Session
-from qconv.targets import TARGETS, Table, Target, averaged
 
 PLAIN = Target("plain")
 FREE = {8: (0.0, 0.0, 0.0, 0.0)}

@@ -12,15 +12,15 @@ from models import loaded, network
 from numpy.typing import NDArray
 
 from qconv.behind import Behind
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
 from qconv.held import Store
 from qconv.pipeline import quantize
 from qconv.planner import make_plan
 from qconv.quant import QuantParams, QuantSpec
 from qconv.ranges import LOOKS, Looks, _picked, tuned_ranges
-from qconv.recipe import Recipe
 from qconv.runtime import Session
 from qconv.source import Source
-from qconv.targets import TARGETS
 from qconv.walk import Walk
 
 ONE = np.ones((1, 1, 1, 1), np.float32)

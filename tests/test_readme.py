@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from reference import README, in_readme, reference
 
-from qconv.pixels import PRESETS
+from qconv.config.pixels import PRESETS
 from qconv.values import number
 
 ROOT = README.parent

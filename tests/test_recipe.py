@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from qconv.choices import Scheme, WeightGranularity
+from qconv.config.choices import Scheme, WeightGranularity
+from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions, Preset
+from qconv.config.recipe import STEERING, Recipe
 from qconv.errors import QconvError
-from qconv.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions, Preset
-from qconv.recipe import STEERING, Recipe
 
 NAN, INF = float("nan"), float("inf")
 

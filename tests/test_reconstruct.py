@@ -18,14 +18,14 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv import pipeline, reconstruct  # noqa: E402
+from qconv import learnable, pipeline, reconstruct  # noqa: E402
 from qconv.blocks import _cuts, ends  # noqa: E402
 from qconv.cli import cli  # noqa: E402
+from qconv.config.pixels import Layout, PreprocessingOptions  # noqa: E402
+from qconv.config.recipe import Recipe  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
 from qconv.findings import Change, Skipped  # noqa: E402
 from qconv.graph import Model, ir  # noqa: E402
-from qconv.pixels import Layout, PreprocessingOptions  # noqa: E402
-from qconv.recipe import Recipe  # noqa: E402
 from qconv.report import Report  # noqa: E402
 from qconv.torchfake import Drop  # noqa: E402
 from qconv.torchgraph import Network  # noqa: E402
@@ -233,7 +233,7 @@ def test_scales_are_those_that_the_report_tells(place: Path) -> None:
 
 
 def test_a_block_whose_pairs_of_products_do_not_fit_stays(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct.Learned, "fit_pairs", lambda learned: _widen(learned))
+    monkeypatch.setattr(learnable.Learned, "fit_pairs", lambda learned: _widen(learned))
     report, _ = made(place, "pairs", effort="fast", weight_bits=8, activation_bits=8)
     assert {skipped.why for skipped in of(report, Skipped)} == {
         "pairs of 8-bit products would be beyond 16 bits after it"

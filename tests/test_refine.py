@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from qconv import refine, saturation
+from qconv.config.recipe import Recipe
 from qconv.moments import Moments, moments
 from qconv.pipeline import quantize
-from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.runtime import Session
 from qconv.source import Source

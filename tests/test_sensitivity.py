@@ -14,18 +14,18 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from qconv.calibrate import tapped, watch
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
 from qconv.moments import moments
 from qconv.params import choose_params
 from qconv.patches import Patches
 from qconv.planner import make_plan
 from qconv.quant import extremes
-from qconv.recipe import Recipe
 from qconv.rounder import stored_shape
 from qconv.runtime import Session
 from qconv.sensitivity import FLOAT, WORST, Network, noise_of, sensitivities
 from qconv.sight import Sight
 from qconv.solve import Effort, Solver
-from qconv.targets import TARGETS
 from qconv.weights import quantize_layer
 
 BODY = """

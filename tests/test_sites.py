@@ -11,15 +11,15 @@ from models import network
 from PIL import Image
 
 from qconv import load
+from qconv.config.pixels import PreprocessingOptions
+from qconv.config.recipe import Recipe
+from qconv.config.spoken import recipe_from
 from qconv.errors import QconvError
 from qconv.fileformat import recipe_in
 from qconv.graph import Model
 from qconv.pipeline import quantize
-from qconv.pixels import PreprocessingOptions
-from qconv.recipe import Recipe
 from qconv.sites import Sites, find_sites
 from qconv.source import Source, read
-from qconv.spoken import recipe_from
 from qconv.stored import numbers_of
 
 BODY = (

@@ -14,10 +14,10 @@ from models import network
 
 from qconv import stats
 from qconv.cli import cli
+from qconv.config.pixels import PreprocessingOptions
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
-from qconv.pixels import PreprocessingOptions
-from qconv.recipe import Recipe
 
 BODY = "c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) d = Conv(r, v) p = GlobalAveragePool(d) y = Flatten(p)"
 

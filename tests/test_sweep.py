@@ -16,7 +16,7 @@ from onnxruntime import InferenceSession
 from test_detect import colourful, folder_of, trained_with
 from test_diagnose import plain, saved
 
-from qconv import gather, proof, sweeping
+from qconv import calibrate, gather, given, proof, sweeping
 from qconv.cli import cli
 
 COUNT = 40
@@ -94,7 +94,7 @@ def test_accuracy_is_that_of_the_files_on_pictures_held_back(place: Path) -> Non
 
 def test_pictures_pass_the_network_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = []
-    watch = gather.watch
+    watch = calibrate.watch
 
     def counted(session: Any, taps: Any, batches: Any) -> Any:
         watched.append(len(taps))
@@ -202,7 +202,7 @@ def test_tables_go_over_the_command_line(place: Path) -> None:
         '[several]\npack = false\nmax-drop = "sqnr:10"\ncandidate-bits = [4, 8]\n'
     )
     seen = {}
-    original = sweeping.recipe_of
+    original = given.recipe_of
 
     def kept(options: Any, typed: Any) -> Any:
         seen[len(seen)] = original(options, typed)

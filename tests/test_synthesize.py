@@ -24,15 +24,15 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv import images, pipeline, synthesize  # noqa: E402
+from qconv import dream, images, pipeline, synthesize  # noqa: E402
 from qconv.cli import cli  # noqa: E402
+from qconv.config.pixels import Color, Filter, Layout, PreprocessingOptions  # noqa: E402
+from qconv.config.recipe import Recipe  # noqa: E402
 from qconv.dream import EDGE, FLOOR, Dream, _stride, faded, normalised  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
 from qconv.findings import Change  # noqa: E402
 from qconv.folders import whole_folder  # noqa: E402
 from qconv.listing import find  # noqa: E402
-from qconv.pixels import Color, Filter, Layout, PreprocessingOptions  # noqa: E402
-from qconv.recipe import Recipe  # noqa: E402
 from qconv.remembered import Remembered  # noqa: E402
 from qconv.source import Source  # noqa: E402
 from qconv.synthesized import Wishes  # noqa: E402
@@ -335,7 +335,7 @@ def patched_look() -> Iterator[None]:
         raise QconvError("It holds NaN.", "mend it.")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthesize.Dream, "look", look)
+        patch.setattr(dream.Dream, "look", look)
         yield
 
 

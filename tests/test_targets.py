@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qconv.bias import correction
+from qconv.config.pixels import Layout, PreprocessingOptions
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
-from qconv.pixels import Layout, PreprocessingOptions
-from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.source import Source
-from qconv.targets import TARGETS
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 PHOTOS = Path(__file__).parent.parent / "calib_samples"

@@ -18,12 +18,12 @@ torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv
 
 from torched import as_it_is, outputs  # noqa: E402
 
-from qconv.choices import RECIPES, Scheme, WeightGranularity  # noqa: E402
+from qconv.config.choices import RECIPES, Scheme, WeightGranularity  # noqa: E402
+from qconv.config.pixels import PRESETS, Layout, PreprocessingOptions  # noqa: E402
+from qconv.config.recipe import Recipe  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
 from qconv.load import load  # noqa: E402
 from qconv.pipeline import quantize  # noqa: E402
-from qconv.pixels import PRESETS, Layout, PreprocessingOptions  # noqa: E402
-from qconv.recipe import Recipe  # noqa: E402
 from qconv.runtime import Session  # noqa: E402
 from qconv.source import Source, read  # noqa: E402
 from qconv.torchgraph import Network  # noqa: E402

@@ -11,11 +11,11 @@ from models import network
 
 from qconv import tune
 from qconv.benchmark import Benchmark, Conditions, Timing
+from qconv.config.recipe import Recipe
 from qconv.cpu import this_cpu
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
 from qconv.placement import Cost
-from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.source import Source
 

@@ -13,19 +13,19 @@ import pytest
 from models import network, statistics
 
 from qconv import pipeline
-from qconv.choices import FALLBACKS
+from qconv.config.choices import FALLBACKS
+from qconv.config.pixels import Layout, PreprocessingOptions
+from qconv.config.recipe import Recipe
+from qconv.config.spoken import options_of, recipe_from
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.findings import Change, Skipped
 from qconv.normal import Normal
-from qconv.pixels import Layout, PreprocessingOptions
 from qconv.portray import sketched
-from qconv.recipe import Recipe
 from qconv.report import Report
 from qconv.runtime import Session
 from qconv.sketch import Sketch
 from qconv.source import Source
-from qconv.spoken import options_of, recipe_from
 from qconv.unseen import WIDER
 from qconv.verify import verify
 

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from qconv.choices import WEIGHT_CALIBRATORS
 from qconv.clipping import gauss_factor, laplace_factor
+from qconv.config.choices import WEIGHT_CALIBRATORS
 from qconv.quant import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec
 from qconv.weight_ranges import WEIGHT_RANGES
 

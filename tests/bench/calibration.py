@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qconv.choices import CALIBRATORS
+from qconv.config.choices import CALIBRATORS
 from tests.bench import cost, peer
 from tests.bench.cases import BY_NAME, Case, default_data, linked, pictures
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qconv.choices import CALIBRATORS
+from qconv.config.choices import CALIBRATORS
 from tests.bench import accuracy
 from tests.bench.cases import CASES, REPOSITORY, Array, Case, default_data, linked, pictures
 

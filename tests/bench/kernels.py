@@ -25,7 +25,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qconv.cost_table import BY_CPU, MEASURED
+from qconv.config.cost_table import BY_CPU, MEASURED
 from qconv.cpu import this_cpu
 
 CHANNELS = (8, 16, 32, 64, 128, 256)

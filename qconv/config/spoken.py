@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from qconv.checks import spelt
-from qconv.choices import FLOAT_BITS, NO_PICTURES, Drop, LayerBits, WeightGranularity
+from qconv.config.checks import spelt
+from qconv.config.choices import FLOAT_BITS, NO_PICTURES, Drop, LayerBits, WeightGranularity
+from qconv.config.pixels import PreprocessingOptions
+from qconv.config.recipe import STEERING, Recipe
 from qconv.errors import QconvError
-from qconv.pixels import PreprocessingOptions
-from qconv.recipe import STEERING, Recipe
 
 PICTURES = ("the user's pictures",)
 """Stand in for those a file does not name: without any, other defaults hold."""

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qconv.choices import LayerBits
+from qconv.config.choices import LayerBits
+from qconv.config.tomlfile import read_toml
 from qconv.errors import QconvError
-from qconv.tomlfile import read_toml
 
 TABLE, FLOAT = "layers", "float"
 KEYS = ("weights", "activations")

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from qconv.checks import as_member, as_numbers, as_texts, plain, require, require_whole, spelt
-from qconv.choices import (
+from qconv.config.checks import as_member, as_numbers, as_texts, plain, require, require_whole, spelt
+from qconv.config.choices import (
     ACTIVATION_BITS,
     BLOCK_SIZE,
     CALIBRATOR,
@@ -29,9 +29,9 @@ from qconv.choices import (
     Scheme,
     WeightGranularity,
 )
-from qconv.pixels import Layout, PreprocessingOptions
-from qconv.targets import TARGETS
-from qconv.together import (
+from qconv.config.pixels import Layout, PreprocessingOptions
+from qconv.config.targets import TARGETS
+from qconv.config.together import (
     check_allocation,
     check_bias_correction,
     check_data_free,

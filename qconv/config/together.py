@@ -9,13 +9,13 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from qconv.checks import require, spelt
-from qconv.choices import CHANNEL_CALIBRATORS, NO_PICTURES, LayerBits, Scheme, WeightGranularity
-from qconv.pixels import Layout
-from qconv.targets import TARGETS
+from qconv.config.checks import require, spelt
+from qconv.config.choices import CHANNEL_CALIBRATORS, NO_PICTURES, LayerBits, Scheme, WeightGranularity
+from qconv.config.pixels import Layout
+from qconv.config.targets import TARGETS
 
 if TYPE_CHECKING:
-    from qconv.recipe import Recipe
+    from qconv.config.recipe import Recipe
 
 PICTURES_ONLY = ("samples", "batch", "seed", "glob")
 """Options on how pictures are read."""

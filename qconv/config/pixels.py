@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from qconv.checks import as_member, as_numbers, plain, require, require_finite
+from qconv.config.checks import as_member, as_numbers, plain, require, require_finite
 from qconv.errors import QconvError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from qconv.cost_table import BY_CPU
+from qconv.config.cost_table import BY_CPU
 
 LOWEST_OPSET = 13  # DequantizeLinear with a scale for each channel
 

@@ -1,0 +1,1 @@
+"""What the user asks for: recipe, choices, targets, preprocessing. Standard library alone."""
