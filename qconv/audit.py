@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qconv.explain import dequantizer_of, reason
 from qconv.graph import DataType, Model, Node, array, attribute, input_of
 from qconv.plan import Plan
-from qconv.report import Audit, Island, LayerTime, Saturation
+from qconv.results.report import Audit, Island, LayerTime, Saturation
 from qconv.rules import ACTIVATIONS, RULES, Weighted
 from qconv.runtime import Session
 from qconv.saturation import worst_pair

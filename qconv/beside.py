@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qconv.compare import Progress, Question, compare
-from qconv.compared import Compared
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.fed import Fed, opened, side_by_side
+from qconv.results.compared import Compared
 from qconv.source import Source
 
 

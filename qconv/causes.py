@@ -26,17 +26,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.compared import Compared, LayerRow
 from qconv.config.choices import WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.edits import kind
 from qconv.errors import counted
 from qconv.findings import Change
 from qconv.graph import Model, Node, Value, array, clip_bounds
-from qconv.ladder import Cause
 from qconv.moved import Moves
 from qconv.plan import Layer, Plan
-from qconv.report import Report
+from qconv.results.compared import Compared, LayerRow
+from qconv.results.ladder import Cause
+from qconv.results.report import Report
 from qconv.rules import RULES, Joining
 from qconv.sketch import Sketch
 from qconv.weights import BIAS_FITS

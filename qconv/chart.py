@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from qconv.curve import Curve, Spread
 from qconv.errors import counted
+from qconv.results.curve import Curve, Spread
 
 WIDTH, HEIGHT = 1200, 560
 TOP, BOTTOM = 120, 470

@@ -31,8 +31,8 @@ from qconv.sweeping import Flags, sweep
 from qconv.synthesizing import synthesize
 
 if TYPE_CHECKING:
-    from qconv.curve import Curve
-    from qconv.report import Report
+    from qconv.results.curve import Curve
+    from qconv.results.report import Report
     from qconv.source import Source
 
 GATE_FELL_SHORT = 3

@@ -27,11 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import fold, load, moved, save
-from qconv.compared import Compared, LayerRow, Values
 from qconv.errors import QconvError
 from qconv.feed import Batch
 from qconv.graph import Model, Value, is_tensor
 from qconv.pairs import Pair, Point, points
+from qconv.results.compared import Compared, LayerRow, Values
 from qconv.runtime import Session
 from qconv.shifted import shifted
 from qconv.source import Source, is_quantized, metadata, read

@@ -19,7 +19,6 @@ from qconv import causes, fold, load, moved, save
 from qconv.beside import Looked
 from qconv.causes import FEW, GAP, MANY, Evidence
 from qconv.compare import Question, compare
-from qconv.compared import Compared
 from qconv.config import spoken
 from qconv.config.checks import spelt
 from qconv.config.pixels import PRESETS, Preprocessing, PreprocessingOptions
@@ -33,7 +32,6 @@ from qconv.fed import Fed
 from qconv.feed import Feed
 from qconv.fileformat import needed_opset
 from qconv.gather import Memory, open_pictures, original
-from qconv.ladder import Cause, Diagnosis, Trial
 from qconv.pipeline import Listener
 from qconv.placement import left_in_float
 from qconv.planner import make_plan
@@ -51,6 +49,8 @@ from qconv.remedies import (
     recipe_with,
     remedies,
 )
+from qconv.results.compared import Compared
+from qconv.results.ladder import Cause, Diagnosis, Trial
 from qconv.runtime import Session
 from qconv.source import Source, data_files, file_bytes, metadata, own_opset, read, refuse_quantized
 from qconv.stats import digest

@@ -16,7 +16,7 @@ from qconv.graph import Model
 from qconv.load import as_it_is
 from qconv.madeup import made_up
 from qconv.planner import WISHED
-from qconv.report import Audit
+from qconv.results.report import Audit
 from qconv.runtime import VERSION, Session
 from qconv.source import Source, is_quantized, read
 

@@ -31,12 +31,12 @@ from qconv.errors import QconvError
 from qconv.examine import examine
 from qconv.fed import Fed, opened
 from qconv.fileformat import recipe_in
-from qconv.finetuned import Finetuned, Judged, Mark, Wishes
 from qconv.graph import Model
 from qconv.labels import Labelling, classes_of, labels_of
 from qconv.learnable import Learned
 from qconv.lesson import LOOK_AT, Inputs, Lesson
-from qconv.report import Audit, Verification
+from qconv.results.finetuned import Finetuned, Judged, Mark, Wishes
+from qconv.results.report import Audit, Verification
 from qconv.resuming import Kept
 from qconv.runtime import Session
 from qconv.sites import find_sites

@@ -17,7 +17,7 @@ from qconv.options import WIDTH, common_options, csv_option, device_option, prep
 from qconv.putting_out import Wanted
 
 if TYPE_CHECKING:
-    from qconv.finetuned import Finetuned, Judged, Round
+    from qconv.results.finetuned import Finetuned, Judged, Round
 
 GATE_FELL_SHORT = 3
 
@@ -148,7 +148,8 @@ def finetune(
     wanted.check(*files, written={"the output": str(out)})
     require_torch("qconv finetune")
     from qconv import finetune as training
-    from qconv import finetuned, summary
+    from qconv import summary
+    from qconv.results import finetuned
     from qconv.source import source_of
 
     console = summary.Console(quiet=quiet)

@@ -17,12 +17,12 @@ from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
 
-from qconv.compared import Compared, LayerRow, Values
 from qconv.errors import QconvError, counted, sized
-from qconv.ladder import Sweep, Trial
-from qconv.report import Audit, Island, alike
+from qconv.results.compared import Compared, LayerRow, Values
+from qconv.results.ladder import Sweep, Trial
+from qconv.results.report import Audit, Island, alike
+from qconv.results.synthesized import Synthesized
 from qconv.shown import Page
-from qconv.synthesized import Synthesized
 
 LIBRARIES = ("jinja2", "plotly")
 WORST = 15

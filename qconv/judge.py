@@ -20,7 +20,7 @@ from qconv.evaluate import class_vector
 from qconv.feed import Batch, Feed
 from qconv.labels import classes_of, folder_of
 from qconv.moments import is_kept
-from qconv.report import Verification
+from qconv.results.report import Verification
 from qconv.runtime import Session
 from qconv.scored import Outputs, Scored, score_float
 from qconv.sensitivity import FLOAT

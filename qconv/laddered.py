@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from qconv.errors import counted
-from qconv.ladder import Cause, Diagnosis, Sweep, Trial
 from qconv.printing import COLUMNS, columns, wrapped
+from qconv.results.ladder import Cause, Diagnosis, Sweep, Trial
 
 NAMED = 2
 LEAST_SHARE = 0.01

@@ -17,8 +17,8 @@ from torch import Tensor
 from qconv.album import Album
 from qconv.config.pixels import Layout
 from qconv.distance import agreeing, apart, kind_of, labelled
-from qconv.finetuned import Mark
 from qconv.learnable import Learned
+from qconv.results.finetuned import Mark
 from qconv.torchgraph import Network
 
 Ints = NDArray[np.int64]

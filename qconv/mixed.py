@@ -29,7 +29,7 @@ from qconv.graph import Model, array
 from qconv.judge import Ground, Judge, Measured, Progress
 from qconv.planner import is_layer, make_plan
 from qconv.refine import EFFORTS
-from qconv.report import MixedPrecision, SizePoint
+from qconv.results.report import MixedPrecision, SizePoint
 from qconv.sensitivity import FLOAT, Network, sensitivities
 from qconv.solve import Solver
 from qconv.trial import Settled, nearest

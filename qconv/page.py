@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from qconv.chart import HEIGHT, WIDTH, XY, Area, Dot, Line, Shape, Text, draw
-from qconv.curve import Curve, Spread, shown
+from qconv.results.curve import Curve, Spread, shown
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --text: #1f2328; --quiet: #59636e; --grid: #e4e7eb; --mark: #8c959f;

@@ -11,15 +11,15 @@ from typing import Any
 
 import qconv
 from qconv.beside import Looked, on_pictures
-from qconv.compared import Compared
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError, counted, sized
 from qconv.examine import Examined, examine
 from qconv.findings import Change, Finding, Skipped
 from qconv.intervals import Interval, of_share
-from qconv.ladder import Diagnosis, Sweep, Trial
-from qconv.report import Audit, OutputScore, Report, Verification
+from qconv.results.compared import Compared
+from qconv.results.ladder import Diagnosis, Sweep, Trial
+from qconv.results.report import Audit, OutputScore, Report, Verification
 from qconv.sheet import sheet
 from qconv.shown import Page, Tile, Tone
 from qconv.source import Source, file_bytes, read

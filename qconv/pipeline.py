@@ -38,7 +38,7 @@ from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.ranges import LOOKS, tuned_ranges
 from qconv.refine import effort_for
-from qconv.report import Audit, OutputScore, Report, Verification
+from qconv.results.report import Audit, OutputScore, Report, Verification
 from qconv.rows import tensor_rows
 from qconv.runtime import Session
 from qconv.shrink import shrink

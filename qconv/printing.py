@@ -6,12 +6,12 @@ import textwrap
 from collections.abc import Sequence
 
 from qconv.benchmark import Benchmark
-from qconv.compared import Compared, LayerRow
 from qconv.errors import counted, shaped
 from qconv.evaluate import Evaluation, Output, Share
 from qconv.examine import Examined
 from qconv.intervals import SIGNIFICANT, Interval, of_difference
-from qconv.report import Island, alike
+from qconv.results.compared import Compared, LayerRow
+from qconv.results.report import Island, alike
 
 COLUMNS = 80
 SHOWN = 8

@@ -21,10 +21,10 @@ from qconv.errors import QconvError
 from qconv.evaluate import class_vector
 from qconv.feed import Feed
 from qconv.gather import Memory, original
-from qconv.ladder import Trial
 from qconv.listing import find
 from qconv.pipeline import Listener, quantize
-from qconv.report import Report
+from qconv.results.ladder import Trial
+from qconv.results.report import Report
 from qconv.runtime import VERSION, Session
 from qconv.scored import Outputs, Scored, score_float
 from qconv.source import Source

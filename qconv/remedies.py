@@ -18,7 +18,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.spoken import words
 from qconv.errors import QconvError
 from qconv.graph import Node
-from qconv.ladder import Cause
+from qconv.results.ladder import Cause
 
 FEW_NODES, FEW_GATES = 3, 2
 LONG = 20

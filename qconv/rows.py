@@ -8,7 +8,7 @@ from qconv.graph import Value, input_of
 from qconv.params import Params
 from qconv.plan import Plan
 from qconv.quant import PerBlock, PerChannel, QuantParams
-from qconv.report import TensorRow
+from qconv.results.report import TensorRow
 
 
 def tensor_rows(plan: Plan, params: Params) -> list[TensorRow]:

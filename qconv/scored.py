@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.feed import Batch, Feed
-from qconv.report import Verification
+from qconv.results.report import Verification
 from qconv.runtime import Session
 from qconv.verify import Comparison
 

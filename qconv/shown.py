@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qconv.compared import Compared
-from qconv.ladder import Diagnosis, Sweep
-from qconv.report import Audit
-from qconv.synthesized import Synthesized
+from qconv.results.compared import Compared
+from qconv.results.ladder import Diagnosis, Sweep
+from qconv.results.report import Audit
+from qconv.results.synthesized import Synthesized
 
 Tone = Literal["good", "bad", "plain"]
 

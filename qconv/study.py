@@ -23,7 +23,6 @@ from qconv.calibrators import want_of
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.cpu import peak_rss_mb
-from qconv.curve import Curve, Point, counts_up_to
 from qconv.detect import detect
 from qconv.errors import QconvError, counted
 from qconv.feed import Feed
@@ -35,6 +34,7 @@ from qconv.placement import left_in_float
 from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.proof import HELD_BACK_SHARE, MOST_HELD_BACK
+from qconv.results.curve import Curve, Point, counts_up_to
 from qconv.runtime import Session
 from qconv.scored import Scored, score_float
 from qconv.shelf import Shelf, shelf

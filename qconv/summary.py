@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from qconv.config.targets import TARGETS
-from qconv.curve import Curve, Spread, shown
 from qconv.errors import counted, sized
 from qconv.findings import Change, Finding, Skipped
-from qconv.report import Island, MixedPrecision, OutputScore, Report
+from qconv.results.curve import Curve, Spread, shown
+from qconv.results.report import Island, MixedPrecision, OutputScore, Report
 
 SHOWN = 8
 COLUMNS = 80

@@ -33,10 +33,10 @@ from qconv.folders import check_folder, refuse_inside, whole_folder
 from qconv.graph import Model
 from qconv.imagined import Imagined, leaves_of
 from qconv.remembered import Remembered
+from qconv.results.synthesized import FAR, WELL, Layer, Synthesized, Wishes
 from qconv.runtime import Session
 from qconv.source import Source, data_files, read, refuse_quantized
 from qconv.stats import digest
-from qconv.synthesized import FAR, WELL, Layer, Synthesized, Wishes
 from qconv.torchgraph import Network, require_operators
 from qconv.torchrun import determined, device_of
 

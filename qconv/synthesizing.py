@@ -17,7 +17,7 @@ from qconv.options import WIDTH, common_options, csv_option, device_option, prep
 from qconv.putting_out import Wanted, check_report, typed
 
 if TYPE_CHECKING:
-    from qconv.synthesized import Layer, Synthesized
+    from qconv.results.synthesized import Layer, Synthesized
 
 SHOWN = 5
 """Layers in the summary, the farthest first."""
@@ -99,8 +99,9 @@ def synthesize(
         if path not in (None, "-"):
             refuse_inside(Path(output), Path(path), what)
     require_torch("qconv synthesize")
-    from qconv import summary, synthesized
+    from qconv import summary
     from qconv import synthesize as story
+    from qconv.results import synthesized
     from qconv.source import source_of
 
     source = source_of(model)

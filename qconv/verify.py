@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qconv.errors import QconvError
 from qconv.intervals import Interval, by_bootstrap
-from qconv.report import Gate, OutputScore, Verification
+from qconv.results.report import Gate, OutputScore, Verification
 from qconv.runtime import Session
 
 FEWEST_TIMED = 5

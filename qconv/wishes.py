@@ -11,7 +11,7 @@ from qconv.findings import Skipped
 from qconv.graph import Model
 from qconv.plan import Plan
 from qconv.planner import WISHED, is_layer
-from qconv.report import Audit
+from qconv.results.report import Audit
 from qconv.source import Source
 from qconv.trial import Settled
 

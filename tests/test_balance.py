@@ -15,7 +15,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.pipeline import quantize
-from qconv.report import Report
+from qconv.results.report import Report
 from qconv.runtime import Session
 from qconv.source import Source
 

@@ -20,10 +20,10 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantiz
 
 from qconv import beside, moved, pipeline
 from qconv.cli import cli
-from qconv.compared import Compared
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.quant import QuantSpec
+from qconv.results.compared import Compared
 from qconv.runtime import Session
 from qconv.source import Source
 

@@ -23,9 +23,9 @@ from test_detect import colourful, fed, folder_of, trained_with
 from qconv import gather, pipeline, proof
 from qconv.cli import cli
 from qconv.config.recipe import Recipe
-from qconv.ladder import Trial, undominated
 from qconv.listing import find
 from qconv.remedies import joined, merged
+from qconv.results.ladder import Trial, undominated
 
 ROOT = Path(__file__).parents[1]
 CIFAR = ROOT / "tests" / "models" / "cifar_mobilenet.onnx"

@@ -29,7 +29,7 @@ from qconv.feed import Feed
 from qconv.findings import Change, Finding, Skipped
 from qconv.graph import Model
 from qconv.pipeline import quantize
-from qconv.report import Report
+from qconv.results.report import Report
 from qconv.runtime import Session
 from qconv.source import Source
 

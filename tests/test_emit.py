@@ -32,7 +32,7 @@ from qconv.params import Params, choose_params
 from qconv.pipeline import quantize
 from qconv.plan import Plan
 from qconv.planner import make_plan
-from qconv.report import Audit
+from qconv.results.report import Audit
 from qconv.runtime import Session
 from qconv.shrink import shrink
 from qconv.source import Source, own_opset

@@ -32,9 +32,9 @@ from qconv.config.spoken import recipe_from  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
 from qconv.fileformat import recipe_in  # noqa: E402
 from qconv.finetune import Listener, finetune  # noqa: E402
-from qconv.finetuned import Finetuned, Wishes  # noqa: E402
 from qconv.learnable import Learned, pairs_axis  # noqa: E402
 from qconv.pipeline import quantize  # noqa: E402
+from qconv.results.finetuned import Finetuned, Wishes  # noqa: E402
 from qconv.sites import find_sites  # noqa: E402
 from qconv.source import Source, read  # noqa: E402
 from qconv.torchgraph import Network  # noqa: E402

@@ -22,14 +22,14 @@ from PIL import Image
 
 from qconv import html, images, pages, pipeline
 from qconv.cli import cli
-from qconv.compared import Bars, Compared, LayerRow, Values
 from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.feed import Feed
-from qconv.ladder import Cause, Diagnosis, Sweep, Trial
 from qconv.plot import thumbnail
-from qconv.report import Audit, Island, LayerTime, OutputScore, Verification
+from qconv.results.compared import Bars, Compared, LayerRow, Values
+from qconv.results.ladder import Cause, Diagnosis, Sweep, Trial
+from qconv.results.report import Audit, Island, LayerTime, OutputScore, Verification
 from qconv.runtime import Session
 from qconv.sheet import NO_PICTURES, as_pixels, sheet
 from qconv.shown import Page, Picture, Tile

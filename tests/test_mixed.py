@@ -35,7 +35,7 @@ from qconv.listing import find
 from qconv.mixed import _best, expected
 from qconv.pipeline import Listener, quantize
 from qconv.refine import EFFORTS
-from qconv.report import MixedPrecision, Report
+from qconv.results.report import MixedPrecision, Report
 from qconv.runtime import Session
 from qconv.source import Source
 

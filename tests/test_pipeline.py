@@ -23,7 +23,7 @@ from qconv.config.pixels import Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.pipeline import Listener, folded_float, quantize
-from qconv.report import OutputScore, Report
+from qconv.results.report import OutputScore, Report
 from qconv.runtime import Session
 from qconv.source import Source
 

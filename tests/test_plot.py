@@ -11,9 +11,9 @@ import pytest
 from PIL import Image, ImageColor
 
 from qconv.chart import BOTTOM, HEIGHT, PANELS, TOP, WIDTH, Dot, Line, Text, draw
-from qconv.curve import Curve, Point
 from qconv.page import page, svg
 from qconv.plot import COLORS, png
+from qconv.results.curve import Curve, Point
 
 POINTS = [
     (1, 20.0, 0.5),

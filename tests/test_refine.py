@@ -18,7 +18,7 @@ from qconv import refine, saturation
 from qconv.config.recipe import Recipe
 from qconv.moments import Moments, moments
 from qconv.pipeline import quantize
-from qconv.report import Report
+from qconv.results.report import Report
 from qconv.runtime import Session
 from qconv.source import Source
 

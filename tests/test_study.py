@@ -17,8 +17,8 @@ from qconv import images, pipeline, study
 from qconv.calibrate import Tap, tapped, watch, watch_apart
 from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.curve import Curve, Point, counts_up_to
 from qconv.errors import QconvError
+from qconv.results.curve import Curve, Point, counts_up_to
 from qconv.runtime import Session
 from qconv.shelf import shelf
 from qconv.sketch import Sketch, Want

@@ -22,7 +22,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
-from qconv.report import Report
+from qconv.results.report import Report
 from qconv.source import Source
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv.finetuned import Mark  # noqa: E402
+from qconv.results.finetuned import Mark  # noqa: E402
 from qconv.training import AWAY, CUT, MOST_CUTS, Schedule, Trainer  # noqa: E402
 
 

@@ -16,7 +16,7 @@ from qconv.cpu import this_cpu
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
 from qconv.placement import Cost
-from qconv.report import Report
+from qconv.results.report import Report
 from qconv.source import Source
 
 SAME = "pads=[1,1,1,1]"

@@ -22,7 +22,7 @@ from qconv.feed import Feed
 from qconv.findings import Change, Skipped
 from qconv.normal import Normal
 from qconv.portray import sketched
-from qconv.report import Report
+from qconv.results.report import Report
 from qconv.runtime import Session
 from qconv.sketch import Sketch
 from qconv.source import Source

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from models import network
 
-from qconv.report import OutputScore, Verification
+from qconv.results.report import OutputScore, Verification
 from qconv.runtime import Session
 from qconv.verify import Comparison, gates, is_class_score, sqnr_db, verify
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qconv.report import OutputScore
+from qconv.results.report import OutputScore
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import qconv
 from qconv.config.recipe import Recipe
-from qconv.report import Audit, Gate, Verification
+from qconv.results.report import Audit, Gate, Verification
 from qconv.source import Source
 
 

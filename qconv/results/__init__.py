@@ -1,0 +1,1 @@
+"""What was found, as data: the report of each command. No rendering."""
