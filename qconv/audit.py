@@ -22,7 +22,7 @@ from qconv.graph import DataType, Model, Node, array, attribute, input_of
 from qconv.plan import Plan
 from qconv.results.report import Audit, Island, LayerTime, Saturation
 from qconv.rules import ACTIVATIONS, RULES, Weighted
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.saturation import worst_pair
 
 INTEGER_OPS = frozenset({"QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})

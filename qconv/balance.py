@@ -34,7 +34,7 @@ from qconv.moved import on_grid, tell
 from qconv.noise import Term, least, total
 from qconv.plan import Plan, tap_of
 from qconv.reach import Channels, seen_by_channel
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.sketch import Want
 from qconv.streams import OPEN, Limit, Streams, find_streams
 from qconv.verify import Comparison

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qconv.parts import HIGH, LOW, SCALE, SWITCH, ZERO, open_inputs, raw, round_within
 from qconv.quant import QuantParams, QuantSpec
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.walk import AT_ONCE, Part, each
 
 NOTHING: Mapping[str, NDArray[Any]] = MappingProxyType({})

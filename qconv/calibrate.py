@@ -21,7 +21,7 @@ from qconv import save
 from qconv.ahead import ahead
 from qconv.errors import QconvError
 from qconv.graph import Model
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.sketch import NOTHING, Sketch, Sketcher, View, Want, stride_for, upper_halves
 
 KEY_BYTES = 8

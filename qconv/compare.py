@@ -32,7 +32,7 @@ from qconv.feed import Batch
 from qconv.graph import Model, Value, is_tensor
 from qconv.pairs import Pair, Point, points
 from qconv.results.compared import Compared, LayerRow, Values
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.shifted import shifted
 from qconv.source import Source, is_quantized, metadata, read
 from qconv.verify import Comparison, sqnr_db

@@ -26,7 +26,7 @@ from qconv.evidence import Fact, fact_of, references
 from qconv.feed import Feed
 from qconv.graph import Model
 from qconv.race import Race
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 
 CERTAIN = 0.98
 EVIDENT = 0.9

@@ -25,7 +25,6 @@ from qconv.config.pixels import PRESETS, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import words
 from qconv.config.targets import TARGETS
-from qconv.cpu import this_cpu
 from qconv.detect import CERTAIN, SHAPE_ONLY, detect, same
 from qconv.errors import counted
 from qconv.fed import Fed
@@ -51,7 +50,8 @@ from qconv.remedies import (
 )
 from qconv.results.compared import Compared
 from qconv.results.ladder import Cause, Diagnosis, Trial
-from qconv.runtime import Session
+from qconv.runtime.cpu import this_cpu
+from qconv.runtime.runtime import Session
 from qconv.source import Source, data_files, file_bytes, metadata, own_opset, read, refuse_quantized
 from qconv.stats import digest
 

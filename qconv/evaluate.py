@@ -24,7 +24,7 @@ from qconv.fed import Fed, Outputs, opened
 from qconv.intervals import Interval
 from qconv.labels import Labelling, classes_of, labels_of
 from qconv.predictions import TOP, Predictions, Seen
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source
 from qconv.verify import is_class_score, sqnr_db
 

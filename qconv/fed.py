@@ -21,7 +21,7 @@ from qconv.errors import QconvError
 from qconv.evidence import fact_of, told_by, told_of_float
 from qconv.feed import DECODERS, Feed
 from qconv.gather import original
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source, is_quantized, metadata, read
 
 Outputs = list[NDArray[Any]]

@@ -17,7 +17,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.listing import SAMPLE_SUFFIXES, Listing, find, suffix_of
 from qconv.preprocess import InputSpec, layout_order, resolve
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 
 DECODERS = 2
 KEPT_PICTURES = 32

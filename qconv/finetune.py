@@ -25,7 +25,6 @@ from qconv import load, save
 from qconv.album import Album, read_album
 from qconv.config.spoken import recipe_from
 from qconv.config.targets import TARGETS
-from qconv.cpu import peak_rss_mb
 from qconv.distance import apart
 from qconv.errors import QconvError
 from qconv.examine import examine
@@ -38,7 +37,8 @@ from qconv.lesson import LOOK_AT, Inputs, Lesson
 from qconv.results.finetuned import Finetuned, Judged, Mark, Wishes
 from qconv.results.report import Audit, Verification
 from qconv.resuming import Kept
-from qconv.runtime import Session
+from qconv.runtime.cpu import peak_rss_mb
+from qconv.runtime.runtime import Session
 from qconv.sites import find_sites
 from qconv.source import Source, data_files, file_bytes, is_quantized, read
 from qconv.stats import digest

@@ -20,7 +20,7 @@ from qconv.graph import Model
 from qconv.imagined import Imagined
 from qconv.plan import Plan
 from qconv.preprocess import InputSpec, resolve
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.save import total_bytes
 from qconv.sketch import Sketch, Want
 from qconv.source import Source

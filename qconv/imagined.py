@@ -29,7 +29,7 @@ from qconv.feed import Batch, Feed
 from qconv.listing import Listing
 from qconv.normal import Normal
 from qconv.preprocess import InputSpec, resolve
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 
 Pixels = NDArray[np.uint8]
 COUNT = 32

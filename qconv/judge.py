@@ -21,7 +21,7 @@ from qconv.feed import Batch, Feed
 from qconv.labels import classes_of, folder_of
 from qconv.moments import is_kept
 from qconv.results.report import Verification
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.scored import Outputs, Scored, score_float
 from qconv.sensitivity import FLOAT
 from qconv.trial import Folded, Settled, nearest, round_anew, written

@@ -371,7 +371,7 @@ def _constant_nodes(model: Model) -> list[ir.Node]:
 
 
 def _compute(model: Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[np.ndarray]:
-    from qconv import runtime
+    from qconv.runtime import runtime
 
     read = (value for node in nodes for value in node.inputs if value is not None and value.is_initializer())
     needed = list(dict.fromkeys(read))

@@ -131,8 +131,9 @@ def benchmark(
         raise click.UsageError(NO_STREAM)
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*map(Path, models))
-    from qconv import benchmark as timing
-    from qconv import printing, runtime, summary
+    from qconv import printing, summary
+    from qconv.runtime import benchmark as timing
+    from qconv.runtime import runtime
 
     console = summary.Console(quiet=quiet)
     leave_by_exceptions()

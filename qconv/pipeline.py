@@ -19,7 +19,6 @@ from qconv.config.checks import spelt
 from qconv.config.layer_bits import as_toml
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, Target
-from qconv.cpu import peak_rss_mb
 from qconv.embed import embed
 from qconv.emit import emit
 from qconv.errors import QconvError
@@ -40,7 +39,8 @@ from qconv.ranges import LOOKS, tuned_ranges
 from qconv.refine import effort_for
 from qconv.results.report import Audit, OutputScore, Report, Verification
 from qconv.rows import tensor_rows
-from qconv.runtime import Session
+from qconv.runtime.cpu import peak_rss_mb
+from qconv.runtime.runtime import Session
 from qconv.shrink import shrink
 from qconv.sketch import Sketch
 from qconv.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized

@@ -5,13 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from qconv.benchmark import Benchmark
 from qconv.errors import counted, shaped
 from qconv.evaluate import Evaluation, Output, Share
 from qconv.examine import Examined
 from qconv.intervals import SIGNIFICANT, Interval, of_difference
 from qconv.results.compared import Compared, LayerRow
 from qconv.results.report import Island, alike
+from qconv.runtime.benchmark import Benchmark
 
 COLUMNS = 80
 SHOWN = 8

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from qconv import intervals
-from qconv.benchmark import Benchmark, Conditions, benchmark
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
@@ -25,7 +24,8 @@ from qconv.listing import find
 from qconv.pipeline import Listener, quantize
 from qconv.results.ladder import Trial
 from qconv.results.report import Report
-from qconv.runtime import VERSION, Session
+from qconv.runtime.benchmark import Benchmark, Conditions, benchmark
+from qconv.runtime.runtime import VERSION, Session
 from qconv.scored import Outputs, Scored, score_float
 from qconv.source import Source
 

@@ -27,7 +27,7 @@ from qconv.evidence import Reference
 from qconv.fit import peaks, sureness
 from qconv.graph import Model
 from qconv.preprocess import InputSpec
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 
 SHARPNESS = 5.0
 """A misfit half as large is 2^5 = 32 times as probable."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qconv.feed import Batch, Feed
 from qconv.results.report import Verification
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.verify import Comparison
 
 Outputs = list[NDArray[Any]]

@@ -22,7 +22,6 @@ from qconv.calibrate import Tap, observer, watch_apart
 from qconv.calibrators import want_of
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.cpu import peak_rss_mb
 from qconv.detect import detect
 from qconv.errors import QconvError, counted
 from qconv.feed import Feed
@@ -35,7 +34,8 @@ from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.proof import HELD_BACK_SHARE, MOST_HELD_BACK
 from qconv.results.curve import Curve, Point, counts_up_to
-from qconv.runtime import Session
+from qconv.runtime.cpu import peak_rss_mb
+from qconv.runtime.runtime import Session
 from qconv.scored import Scored, score_float
 from qconv.shelf import Shelf, shelf
 from qconv.sketch import Sketch

@@ -25,7 +25,6 @@ from qconv import images, load, plot
 from qconv.config.pixels import AUTO, Filter, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import words
-from qconv.cpu import peak_rss_mb
 from qconv.detect import Detected, detect_unseen
 from qconv.dream import Dream, batch_of
 from qconv.errors import QconvError
@@ -34,7 +33,8 @@ from qconv.graph import Model
 from qconv.imagined import Imagined, leaves_of
 from qconv.remembered import Remembered
 from qconv.results.synthesized import FAR, WELL, Layer, Synthesized, Wishes
-from qconv.runtime import Session
+from qconv.runtime.cpu import peak_rss_mb
+from qconv.runtime.runtime import Session
 from qconv.source import Source, data_files, read, refuse_quantized
 from qconv.stats import digest
 from qconv.torchgraph import Network, require_operators

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from qconv import save
 from qconv.audit import node_names, profiled
-from qconv.benchmark import Conditions, Timing, benchmark
 from qconv.config.pixels import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.graph import Model
-from qconv.madeup import made_up
 from qconv.placement import Cost, all_in_float, costs_of, division, faster_in_float, shapes_of
 from qconv.planner import make_plan
-from qconv.runtime import VERSION, Session
+from qconv.runtime.benchmark import Conditions, Timing, benchmark
+from qconv.runtime.madeup import made_up
+from qconv.runtime.runtime import VERSION, Session
 from qconv.sketch import Sketch
 from qconv.trial import carried_out
 

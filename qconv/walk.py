@@ -19,7 +19,7 @@ from qconv.graph import Model, Node, Value, array, input_of, reads_of
 from qconv.held import Arrays, Held, Store
 from qconv.parts import Proto, part
 from qconv.quant import QuantParams, QuantSpec
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 
 AT_ONCE = 2
 

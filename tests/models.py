@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qconv.graph import Model
 from qconv.load import load
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source
 
 Constant = NDArray | tuple[int, ...] | float | onnx.TensorProto

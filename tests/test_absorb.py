@@ -17,7 +17,7 @@ from qconv.findings import Change
 from qconv.fold import fold
 from qconv.graph import Model, array
 from qconv.reach import seen_by_channel
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.sketch import Want
 
 BODY = "c = Conv(x, w, b) r = Relu(c) m = MaxPool<kernel_shape=[2,2]>(r) d = Conv<{pads}>(m, v, e) y = Relu(d)"

@@ -25,7 +25,7 @@ from qconv.errors import QconvError
 from qconv.planner import CHANNEL_SCALES
 from qconv.quant import PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.rows import tensor_rows
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.saturation import worst_pair
 from qconv.sketch import Sketcher, View, Want
 

@@ -16,7 +16,7 @@ from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.pipeline import quantize
 from qconv.results.report import Report
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source
 
 SIZES = np.float32(2.0) ** np.linspace(-4, 4, 8, dtype=np.float32)  # of channels, far apart

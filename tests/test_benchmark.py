@@ -13,12 +13,12 @@ import onnx
 import pytest
 from models import network
 
-from qconv.benchmark import Benchmark, Conditions, Timing, Worker, benchmark
-from qconv.cpu import cpu_of
 from qconv.errors import QconvError
-from qconv.madeup import made_up
 from qconv.printing import benchmark as printed
-from qconv.runtime import Session
+from qconv.runtime.benchmark import Benchmark, Conditions, Timing, Worker, benchmark
+from qconv.runtime.cpu import cpu_of
+from qconv.runtime.madeup import made_up
+from qconv.runtime.runtime import Session
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 
@@ -80,7 +80,12 @@ def test_no_worker_is_left_behind() -> None:
 def test_a_worker_ends_with_its_parent() -> None:
     lines = json.dumps({"model": str(CIFAR), "threads": 1, "batch": None, "size": None}) + "\n2\n"
     done = subprocess.run(
-        [sys.executable, "-m", "qconv.worker"], input=lines, capture_output=True, text=True, timeout=50, check=True
+        [sys.executable, "-m", "qconv.runtime.worker"],
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
     )
     ready, times = map(json.loads, done.stdout.splitlines())
     assert "shapes" in ready

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from qconv.calibrate import Tap, tapped, watch
 from qconv.errors import QconvError
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.sketch import Sketch, Sketcher, Want
 
 

@@ -24,7 +24,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.quant import QuantSpec
 from qconv.results.compared import Compared
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qconv.cpu import cpu_of, described, this_cpu
+from qconv.runtime.cpu import cpu_of, described, this_cpu
 
 XEON = """processor\t: 0
 model name\t: Some Xeon

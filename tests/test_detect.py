@@ -22,7 +22,7 @@ from qconv.detect import CERTAIN, Detected, detect
 from qconv.evidence import fact_of, references
 from qconv.feed import Feed
 from qconv.pipeline import Listener, quantize
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,7 @@ from qconv.findings import Change, Finding, Skipped
 from qconv.graph import Model
 from qconv.pipeline import quantize
 from qconv.results.report import Report
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source
 
 RGB = (3, 12, 10)  # channels, height, width

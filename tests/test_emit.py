@@ -33,7 +33,7 @@ from qconv.pipeline import quantize
 from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.results.report import Audit
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.shrink import shrink
 from qconv.source import Source, own_opset
 

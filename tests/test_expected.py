@@ -23,7 +23,7 @@ from qconv.graph import Model, Node
 from qconv.layers import means_of
 from qconv.pipeline import quantize
 from qconv.results.report import Report
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source
 from qconv.streams import find_streams
 

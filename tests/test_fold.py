@@ -17,7 +17,7 @@ from qconv.findings import Change, Finding, Skipped
 from qconv.fold import fold
 from qconv.graph import Model, array
 from qconv.load import load
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source, read
 
 BN = "BatchNormalization"

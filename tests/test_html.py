@@ -30,7 +30,7 @@ from qconv.plot import thumbnail
 from qconv.results.compared import Bars, Compared, LayerRow, Values
 from qconv.results.ladder import Cause, Diagnosis, Sweep, Trial
 from qconv.results.report import Audit, Island, LayerTime, OutputScore, Verification
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.sheet import NO_PICTURES, as_pixels, sheet
 from qconv.shown import Page, Picture, Tile
 

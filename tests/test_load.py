@@ -20,7 +20,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.graph import Model
 from qconv.pipeline import quantize
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source, file_bytes, read
 
 FLOAT, HALF, INT64, BOOL, TEXT = (

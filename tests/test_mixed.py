@@ -36,7 +36,7 @@ from qconv.mixed import _best, expected
 from qconv.pipeline import Listener, quantize
 from qconv.refine import EFFORTS
 from qconv.results.report import MixedPrecision, Report
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source
 
 SAME = "pads=[1,1,1,1]"

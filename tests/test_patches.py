@@ -9,7 +9,7 @@ from models import loaded
 
 from qconv.layers import rows_of
 from qconv.patches import Patches
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 
 LAYERS = [
     ("Conv", {}, (2, 6, 7, 9), (4, 6, 3, 3)),

@@ -24,7 +24,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.pipeline import Listener, folded_float, quantize
 from qconv.results.report import OutputScore, Report
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"

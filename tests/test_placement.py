@@ -21,7 +21,7 @@ from qconv.params import choose_params
 from qconv.placement import Shapes, _Question, applies, cost_of, faster_in_float, left_in_float
 from qconv.plan import Plan
 from qconv.planner import make_plan
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 
 PLAIN = Target("plain")
 FREE = {8: (0.0, 0.0, 0.0, 0.0)}

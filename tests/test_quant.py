@@ -25,7 +25,7 @@ from qconv.quant import (
     bias_params,
     extremes,
 )
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 
 TYPES = {
     "int8": onnx.TensorProto.INT8,

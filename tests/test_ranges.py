@@ -19,7 +19,7 @@ from qconv.pipeline import quantize
 from qconv.planner import make_plan
 from qconv.quant import QuantParams, QuantSpec
 from qconv.ranges import LOOKS, Looks, _picked, tuned_ranges
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source
 from qconv.walk import Walk
 

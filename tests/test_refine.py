@@ -19,7 +19,7 @@ from qconv.config.recipe import Recipe
 from qconv.moments import Moments, moments
 from qconv.pipeline import quantize
 from qconv.results.report import Report
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.source import Source
 
 SAME = "pads=[1,1,1,1]"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from qconv.quant import PerChannel, QuantParams, QuantSpec, extremes
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.saturation import widen
 
 Limits = tuple[NDArray[np.int64], NDArray[np.int64]]

@@ -22,7 +22,7 @@ from qconv.patches import Patches
 from qconv.planner import make_plan
 from qconv.quant import extremes
 from qconv.rounder import stored_shape
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.sensitivity import FLOAT, WORST, Network, noise_of, sensitivities
 from qconv.sight import Sight
 from qconv.solve import Effort, Solver

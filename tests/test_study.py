@@ -19,7 +19,7 @@ from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.results.curve import Curve, Point, counts_up_to
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.shelf import shelf
 from qconv.sketch import Sketch, Want
 from qconv.stats import arrays_of

@@ -10,13 +10,13 @@ import pytest
 from models import network
 
 from qconv import tune
-from qconv.benchmark import Benchmark, Conditions, Timing
 from qconv.config.recipe import Recipe
-from qconv.cpu import this_cpu
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
 from qconv.placement import Cost
 from qconv.results.report import Report
+from qconv.runtime.benchmark import Benchmark, Conditions, Timing
+from qconv.runtime.cpu import this_cpu
 from qconv.source import Source
 
 SAME = "pads=[1,1,1,1]"

@@ -23,7 +23,7 @@ from qconv.findings import Change, Skipped
 from qconv.normal import Normal
 from qconv.portray import sketched
 from qconv.results.report import Report
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.sketch import Sketch
 from qconv.source import Source
 from qconv.unseen import WIDER

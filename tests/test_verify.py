@@ -9,7 +9,7 @@ import pytest
 from models import network
 
 from qconv.results.report import OutputScore, Verification
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.verify import Comparison, gates, is_class_score, sqnr_db, verify
 
 

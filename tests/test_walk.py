@@ -11,7 +11,7 @@ from models import ints, loaded, network
 
 from qconv.behind import Behind
 from qconv.held import Store
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 from qconv.walk import Walk
 
 NETWORKS = {

@@ -27,7 +27,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from qconv.cpu import this_cpu
+from qconv.runtime.cpu import this_cpu
 from tests.bench import accuracy, bits_table, cost, light, peer
 from tests.bench.cases import (
     BY_NAME,

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from qconv.config.cost_table import BY_CPU, MEASURED
-from qconv.cpu import this_cpu
+from qconv.runtime.cpu import this_cpu
 
 CHANNELS = (8, 16, 32, 64, 128, 256)
 SIDES = (14, 56)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from qconv.benchmark import Conditions, benchmark
+from qconv.runtime.benchmark import Conditions, benchmark
 
 PAIRS = (("qconv", "peer"), ("float", "qconv"), ("float", "peer"))
 

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from qconv.cpu import this_cpu
+from qconv.runtime.cpu import this_cpu
 from tests.bench import latency
 from tests.bench.cases import CASES, Case, default_data
 from tests.bench.runner import LATENCY_ROUNDS, Bench, Setup, run

@@ -1,6 +1,6 @@
 """A process that holds one model and times it when it is told to. `benchmark` starts it.
 
-    python -P -m qconv.worker
+    python -P -m qconv.runtime.worker
 
 It reads lines of JSON and answers each with one: first {"model", "threads", "batch", "size"}, then numbers of runs.
 It ends when its input does, so none is left behind when the parent dies.
@@ -18,8 +18,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qconv.errors import QconvError
-from qconv.madeup import made_up
-from qconv.runtime import Session
+from qconv.runtime.madeup import made_up
+from qconv.runtime.runtime import Session
 
 
 def serve() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.errors import QconvError, shaped
-from qconv.runtime import Session
+from qconv.runtime.runtime import Session
 
 SEED = 0
 

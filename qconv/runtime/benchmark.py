@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from qconv.cpu import Cpu, this_cpu
 from qconv.errors import QconvError
+from qconv.runtime.cpu import Cpu, this_cpu
 
 TURN_MS = 60.0  # how long a model is timed before the next one's turn
 MOST_RUNS = 50
@@ -150,7 +150,7 @@ class Worker:
     def __init__(self, path: str, conditions: Conditions, threads: int) -> None:
         self.path = path
         # -P: a folder called numpy where the user stands must not be taken for the library
-        command = [sys.executable, "-P", "-m", "qconv.worker"]
+        command = [sys.executable, "-P", "-m", "qconv.runtime.worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         wishes = {"model": path, "threads": threads, "batch": conditions.batch, "size": conditions.size}
         try:
