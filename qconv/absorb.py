@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qconv.affine import Affine
-from qconv.edits import Refused, kind, title
 from qconv.findings import Change
 from qconv.fold import FLATTENERS, ends, scaled_layer
-from qconv.graph import Model, Node, Value
-from qconv.layers import (
+from qconv.ir.affine import Affine
+from qconv.ir.edits import Refused, kind, title
+from qconv.ir.graph import Model, Node, Value
+from qconv.ir.layers import (
     INPUTS_FIRST,
     Float64,
     Layer,
@@ -35,7 +35,7 @@ from qconv.layers import (
     scale_outputs,
     write_layer,
 )
-from qconv.moved import tell
+from qconv.ir.moved import tell
 from qconv.reach import Channels
 
 STEP = "equalize"

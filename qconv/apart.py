@@ -11,7 +11,7 @@ An Identity carries the second one.
 from __future__ import annotations
 
 from qconv.findings import Change
-from qconv.graph import Model, Node, Value
+from qconv.ir.graph import Model, Node, Value
 from qconv.plan import Plan
 
 STEP = "plan"

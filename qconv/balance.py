@@ -25,12 +25,12 @@ import numpy as np
 from qconv import save
 from qconv.absorb import Candidate, absorb, candidates, gaining
 from qconv.calibrate import Tap, observer, watch_apart
-from qconv.edits import Refused
 from qconv.feed import Feed
 from qconv.findings import Change, Finding, Skipped
-from qconv.graph import Model, Value
-from qconv.layers import Float64, check_finite, move_made, read_layer, scale_inputs, scale_outputs, write_layer
-from qconv.moved import on_grid, tell
+from qconv.ir.edits import Refused
+from qconv.ir.graph import Model, Value
+from qconv.ir.layers import Float64, check_finite, move_made, read_layer, scale_inputs, scale_outputs, write_layer
+from qconv.ir.moved import on_grid, tell
 from qconv.noise import Term, least, total
 from qconv.plan import Plan, tap_of
 from qconv.reach import Channels, seen_by_channel

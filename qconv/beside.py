@@ -11,8 +11,8 @@ from qconv.compare import Progress, Question, compare
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.fed import Fed, opened, side_by_side
+from qconv.ir.source import Source
 from qconv.results.compared import Compared
-from qconv.source import Source
 
 
 @dataclass(frozen=True, slots=True)

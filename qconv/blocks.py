@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from qconv.graph import Model, Node, Value, array
-from qconv.pairs import points
+from qconv.ir.graph import Model, Node, Value, array
+from qconv.ir.pairs import points
 
 WIDER, NEAR = 2, 4
 """A cut is inside a bottleneck where cuts so near on both sides carry so many times less."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qconv import save
 from qconv.ahead import ahead
 from qconv.errors import QconvError
-from qconv.graph import Model
+from qconv.ir.graph import Model
 from qconv.runtime.runtime import Session
 from qconv.sketch import NOTHING, Sketch, Sketcher, View, Want, stride_for, upper_halves
 

@@ -15,7 +15,7 @@ from qconv import clipping, entropy
 from qconv.clipping import Range
 from qconv.config.choices import PERCENTILE
 from qconv.config.recipe import Recipe
-from qconv.layers import Layer
+from qconv.ir.layers import Layer
 from qconv.quant import QuantSpec
 from qconv.readers import least_at_outputs
 from qconv.sketch import Histogram, Sketch, Want

@@ -28,16 +28,16 @@ from numpy.typing import NDArray
 
 from qconv.config.choices import WeightGranularity
 from qconv.config.recipe import Recipe
-from qconv.edits import kind
 from qconv.errors import counted
 from qconv.findings import Change
-from qconv.graph import Model, Node, Value, array, clip_bounds
-from qconv.moved import Moves
+from qconv.ir.edits import kind
+from qconv.ir.graph import Model, Node, Value, array, clip_bounds
+from qconv.ir.moved import Moves
+from qconv.ir.rules import RULES, Joining
 from qconv.plan import Layer, Plan
 from qconv.results.compared import Compared, LayerRow
 from qconv.results.ladder import Cause
 from qconv.results.report import Report
-from qconv.rules import RULES, Joining
 from qconv.sketch import Sketch
 from qconv.weights import BIAS_FITS
 

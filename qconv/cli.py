@@ -31,9 +31,9 @@ from qconv.sweeping import Flags, sweep
 from qconv.synthesizing import synthesize
 
 if TYPE_CHECKING:
+    from qconv.ir.source import Source
     from qconv.results.curve import Curve
     from qconv.results.report import Report
-    from qconv.source import Source
 
 GATE_FELL_SHORT = 3
 
@@ -68,7 +68,7 @@ def quantize(
     if csv == "-" and output == "-":
         raise click.UsageError("'-o -' and '--csv -' both go to standard output: name a file.")
     from qconv import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
-    from qconv.source import source_of
+    from qconv.ir.source import source_of
 
     source = source_of(model)
     if output is None:
@@ -169,7 +169,7 @@ def study_samples(
     wanted.check(*files, written={"the chart": output})
     _require_streams(model, None, as_json)
     from qconv import pipeline, study, summary
-    from qconv.source import source_of
+    from qconv.ir.source import source_of
 
     console = summary.Console(quiet=quiet)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
@@ -272,7 +272,7 @@ def _run(source: Source, output: str, recipe: Recipe, console: Any, page: Path |
         report, data = pipeline.quantize(source, None if output == "-" else output, recipe, listener)
         if page is not None:
             from qconv import html, pages, save
-            from qconv.source import Source
+            from qconv.ir.source import Source
 
             written = Source("the quantized model", None if data is not None else Path(output), data)
             found = pages.of_quantize(report, source, written, recipe, typed(), console.progress)

@@ -26,15 +26,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import fold, load, moved, save
+from qconv import fold, save
 from qconv.errors import QconvError
 from qconv.feed import Batch
-from qconv.graph import Model, Value, is_tensor
-from qconv.pairs import Pair, Point, points
+from qconv.ir import load, moved
+from qconv.ir.graph import Model, Value, is_tensor
+from qconv.ir.pairs import Pair, Point, points
+from qconv.ir.shifted import shifted
+from qconv.ir.source import Source, is_quantized, metadata, read
 from qconv.results.compared import Compared, LayerRow, Values
 from qconv.runtime.runtime import Session
-from qconv.shifted import shifted
-from qconv.source import Source, is_quantized, metadata, read
 from qconv.verify import Comparison, sqnr_db
 from qconv.weighed import bars_of, beside
 

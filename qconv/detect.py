@@ -24,7 +24,7 @@ from qconv.config.pixels import AUTO, Preprocessing, PreprocessingOptions
 from qconv.errors import QconvError
 from qconv.evidence import Fact, fact_of, references
 from qconv.feed import Feed
-from qconv.graph import Model
+from qconv.ir.graph import Model
 from qconv.race import Race
 from qconv.runtime.runtime import Session
 

@@ -15,7 +15,7 @@ from math import inf, isfinite, log2
 from pathlib import Path
 from typing import Any
 
-from qconv import causes, fold, load, moved, save
+from qconv import causes, fold, save
 from qconv.beside import Looked
 from qconv.causes import FEW, GAP, MANY, Evidence
 from qconv.compare import Question, compare
@@ -29,8 +29,10 @@ from qconv.detect import CERTAIN, SHAPE_ONLY, detect, same
 from qconv.errors import counted
 from qconv.fed import Fed
 from qconv.feed import Feed
-from qconv.fileformat import needed_opset
 from qconv.gather import Memory, open_pictures, original
+from qconv.ir import load, moved
+from qconv.ir.fileformat import needed_opset
+from qconv.ir.source import Source, data_files, file_bytes, metadata, own_opset, read, refuse_quantized
 from qconv.pipeline import Listener
 from qconv.placement import left_in_float
 from qconv.planner import make_plan
@@ -52,7 +54,6 @@ from qconv.results.compared import Compared
 from qconv.results.ladder import Cause, Diagnosis, Trial
 from qconv.runtime.cpu import this_cpu
 from qconv.runtime.runtime import Session
-from qconv.source import Source, data_files, file_bytes, metadata, own_opset, read, refuse_quantized
 from qconv.stats import digest
 
 GAINED = 0.5

@@ -31,14 +31,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from qconv import load
 from qconv.config.choices import STEPS
 from qconv.config.pixels import Color, Layout, Preprocessing
 from qconv.errors import QconvError
 from qconv.evidence import Reference
 from qconv.imagined import leaves_of
+from qconv.ir import load
+from qconv.ir.source import Source, read
 from qconv.remembered import Remembered
-from qconv.source import Source, read
 from qconv.torchgraph import Network
 from qconv.torchrun import determined
 

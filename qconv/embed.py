@@ -25,12 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import fold
-from qconv.affine import AFFINE, data_of, read_affine
 from qconv.config.pixels import Layout, Preprocessing
-from qconv.edits import Refused, called, explicit_pads, kind, reads_as_data, title
 from qconv.errors import QconvError
 from qconv.findings import Change, Finding, Skipped
-from qconv.graph import (
+from qconv.ir.affine import AFFINE, data_of, read_affine
+from qconv.ir.edits import Refused, called, explicit_pads, kind, reads_as_data, title
+from qconv.ir.graph import (
     DataType,
     Model,
     Node,
@@ -43,7 +43,7 @@ from qconv.graph import (
     set_attribute,
     set_dims,
 )
-from qconv.layers import Float64, check_finite, read_layer, scale_inputs, write_layer
+from qconv.ir.layers import Float64, check_finite, read_layer, scale_inputs, write_layer
 from qconv.preprocess import AXES, layout_order
 
 FLOATS = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.DOUBLE})

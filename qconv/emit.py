@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from qconv.config.choices import PACKED_BITS
 from qconv.findings import Change, Finding
-from qconv.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of, rank
+from qconv.ir.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of, rank
+from qconv.ir.rules import RULES, Computing, Weighted
 from qconv.params import Params
 from qconv.plan import Plan, data_inputs, data_positions
 from qconv.quant import PerBlock, PerChannel, QuantParams
-from qconv.rules import RULES, Computing, Weighted
 from qconv.weights import LayerParams
 
 FUSIBLE = (Weighted, Computing)

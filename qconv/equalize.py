@@ -16,11 +16,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from qconv.affine import read_affine
-from qconv.edits import Refused, called, each_node, kind, no_extra_outputs, source, title
 from qconv.findings import Change
-from qconv.graph import Model, Node, Value, rank, set_attribute
-from qconv.layers import INPUTS_FIRST, Float64, Layer, check_finite, move_made, read_layer, scale_outputs, write_layer
+from qconv.ir.affine import read_affine
+from qconv.ir.edits import Refused, called, each_node, kind, no_extra_outputs, source, title
+from qconv.ir.graph import Model, Node, Value, rank, set_attribute
+from qconv.ir.layers import (
+    INPUTS_FIRST,
+    Float64,
+    Layer,
+    check_finite,
+    move_made,
+    read_layer,
+    scale_outputs,
+    write_layer,
+)
 
 HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool"})
 

@@ -22,10 +22,10 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.fed import Fed, Outputs, opened
 from qconv.intervals import Interval
+from qconv.ir.source import Source
 from qconv.labels import Labelling, classes_of, labels_of
 from qconv.predictions import TOP, Predictions, Seen
 from qconv.runtime.runtime import Session
-from qconv.source import Source
 from qconv.verify import is_class_score, sqnr_db
 
 LARGEST = float(np.finfo(np.float64).max) / 1e6  # the noise of NaN: what can still be added up

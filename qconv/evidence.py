@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.pixels import Color, Layout, PreprocessingOptions
-from qconv.graph import Model, Node, Value, array, attribute, dims, input_of, rank
+from qconv.ir.graph import Model, Node, Value, array, attribute, dims, input_of, rank
 
 MOST_REFERENCES = 3
 """BatchNorms that are compared: the first ones know most about pixels, and are soon reached."""

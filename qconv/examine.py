@@ -10,15 +10,15 @@ from typing import Any
 from qconv import save
 from qconv.audit import Known, audit, profiled
 from qconv.config.targets import TARGETS
-from qconv.fileformat import placed_in, recipe_in
-from qconv.graph import Model
-from qconv.load import as_it_is
+from qconv.ir.fileformat import placed_in, recipe_in
+from qconv.ir.graph import Model
+from qconv.ir.load import as_it_is
+from qconv.ir.source import Source, is_quantized, read
 from qconv.planner import WISHED
 from qconv.results.report import Audit
 from qconv.runtime.cpu import Cpu, this_cpu
 from qconv.runtime.madeup import made_up
 from qconv.runtime.runtime import VERSION, Session
-from qconv.source import Source, is_quantized, read
 
 FORMATS = (
     ("QOperator", ("QLinear", "QGemm"), "integer operators in the file itself; qconv writes Q/DQ, which every runtime "

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from qconv.affine import data_of, read_affine
-from qconv.channels import check_reduces_places, padded, positions, sliced
-from qconv.edits import Refused, called, kind, source
-from qconv.graph import Model, Node, Value, array, attribute, clip_bounds, rank
-from qconv.layers import INPUTS_FIRST, has_means, note_means, read_layer
-from qconv.normal import Normal
+from qconv.ir.affine import data_of, read_affine
+from qconv.ir.channels import check_reduces_places, padded, positions, sliced
+from qconv.ir.edits import Refused, called, kind, source
+from qconv.ir.graph import Model, Node, Value, array, attribute, clip_bounds, rank
+from qconv.ir.layers import INPUTS_FIRST, has_means, note_means, read_layer
+from qconv.ir.normal import Normal
 
 
 def note_expected(model: Model) -> None:

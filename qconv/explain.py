@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.graph import DataType, Node, Value, array, attribute, clip_bounds, input_of
+from qconv.ir.graph import DataType, Node, Value, array, attribute, clip_bounds, input_of
+from qconv.ir.rules import ACTIVATIONS, RULES, OnCodes, Transparent, Weighted
 from qconv.plan import data_positions
-from qconv.rules import ACTIVATIONS, RULES, OnCodes, Transparent, Weighted
 
 CODES = frozenset({DataType.UINT8, DataType.INT8})
 FLOAT_OUT = frozenset({"Gemm", "MatMul"})

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qconv import load, save
+from qconv import save
 from qconv.album import Album, read_album
 from qconv.config.spoken import recipe_from
 from qconv.config.targets import TARGETS
@@ -29,8 +29,11 @@ from qconv.distance import apart
 from qconv.errors import QconvError
 from qconv.examine import examine
 from qconv.fed import Fed, opened
-from qconv.fileformat import recipe_in
-from qconv.graph import Model
+from qconv.ir import load
+from qconv.ir.fileformat import recipe_in
+from qconv.ir.graph import Model
+from qconv.ir.source import Source, data_files, file_bytes, is_quantized, read
+from qconv.ir.teacher import teacher_beside
 from qconv.labels import Labelling, classes_of, labels_of
 from qconv.learnable import Learned
 from qconv.lesson import LOOK_AT, Inputs, Lesson
@@ -40,9 +43,7 @@ from qconv.resuming import Kept
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
 from qconv.sites import find_sites
-from qconv.source import Source, data_files, file_bytes, is_quantized, read
 from qconv.stats import digest
-from qconv.teacher import teacher_beside
 from qconv.torchgraph import Network, as_arrays
 from qconv.torchrun import determined, device_of
 from qconv.training import Schedule, Trainer

@@ -149,8 +149,8 @@ def finetune(
     require_torch("qconv finetune")
     from qconv import finetune as training
     from qconv import summary
+    from qconv.ir.source import source_of
     from qconv.results import finetuned
-    from qconv.source import source_of
 
     console = summary.Console(quiet=quiet)
     leave_by_exceptions()

@@ -21,8 +21,11 @@ from math import prod
 import numpy as np
 
 from qconv import simplify
-from qconv.affine import Affine, data_of, read_affine
-from qconv.edits import (
+from qconv.equalize import move_gains_back
+from qconv.expected import note_expected
+from qconv.findings import Change, Finding
+from qconv.ir.affine import Affine, data_of, read_affine
+from qconv.ir.edits import (
     Pass,
     Refused,
     called,
@@ -34,11 +37,8 @@ from qconv.edits import (
     source,
     title,
 )
-from qconv.equalize import move_gains_back
-from qconv.expected import note_expected
-from qconv.findings import Change, Finding
-from qconv.graph import Model, Node, Value, array, attribute, dims, input_of, rank
-from qconv.layers import (
+from qconv.ir.graph import Model, Node, Value, array, attribute, dims, input_of, rank
+from qconv.ir.layers import (
     INPUTS_FIRST,
     Float64,
     Layer,

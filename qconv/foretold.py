@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.edits import Refused, kind
 from qconv.errors import counted
-from qconv.graph import Model, Node, array, clip_bounds
-from qconv.layers import INPUTS_FIRST, Float64, Layer, read_layer
-from qconv.rules import ACTIVATIONS
+from qconv.ir.edits import Refused, kind
+from qconv.ir.graph import Model, Node, array, clip_bounds
+from qconv.ir.layers import INPUTS_FIRST, Float64, Layer, read_layer
+from qconv.ir.rules import ACTIVATIONS
 
 LEAST_RATIO = 64.0
 """2^6: of 8 bits the smallest channel keeps 2, so that its weights are -1, 0 and 1 times a step."""

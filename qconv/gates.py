@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qconv.graph import Model, Node, Value, array, attribute, clip_bounds, scalar
-from qconv.rules import ACTIVATIONS
+from qconv.ir.graph import Model, Node, Value, array, attribute, clip_bounds, scalar
+from qconv.ir.rules import ACTIVATIONS
 
 SILU_MINIMUM_AT = -1.2784645
 """Where x / (1 + exp(-x)) is least: the root of 1 + exp(-x) (1 + x) = 0."""

@@ -16,14 +16,14 @@ from qconv.detect import Detected, detect, detect_unseen
 from qconv.errors import QconvError
 from qconv.extras import require_torch
 from qconv.feed import Feed
-from qconv.graph import Model
 from qconv.imagined import Imagined
+from qconv.ir.graph import Model
+from qconv.ir.source import Source
 from qconv.plan import Plan
 from qconv.preprocess import InputSpec, resolve
 from qconv.runtime.runtime import Session
 from qconv.save import total_bytes
 from qconv.sketch import Sketch, Want
-from qconv.source import Source
 from qconv.unseen import Unseen
 
 KEPT_NETWORKS = 4

@@ -26,8 +26,8 @@ from qconv.config.pixels import Color, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.feed import Batch, Feed
+from qconv.ir.normal import Normal
 from qconv.listing import Listing
-from qconv.normal import Normal
 from qconv.preprocess import InputSpec, resolve
 from qconv.runtime.runtime import Session
 

@@ -11,17 +11,17 @@ from typing import Any
 from qconv import fold
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.edits import kind
 from qconv.errors import QconvError
 from qconv.findings import Change, Finding, Skipped
 from qconv.foretold import Handling, Ranges, Statistics, Trouble, foretell, relu6, statistics
-from qconv.graph import DataType, Model, Node, Value, array, dims, input_of
-from qconv.load import load
+from qconv.ir.edits import kind
+from qconv.ir.graph import DataType, Model, Node, Value, array, dims, input_of
+from qconv.ir.load import load
+from qconv.ir.source import Source, file_bytes, metadata, own_opset, read, tensors
 from qconv.placement import left_in_float
 from qconv.plan import Layer, Plan
 from qconv.planner import is_layer, make_plan
 from qconv.quant import PerBlock, PerChannel
-from qconv.source import Source, file_bytes, metadata, own_opset, read, tensors
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
 """Whose operators ONNX Runtime has itself."""

@@ -21,14 +21,14 @@ import numpy as np
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import options_of, recipe_from
 from qconv.examine import FORMATS, format_of
-from qconv.fileformat import placed_in, recipe_in
-from qconv.graph import Model, Node, Value
-from qconv.graph import input_of as at
 from qconv.inspect_float import End, made_by, refuse_custom_operators
-from qconv.load import as_it_is
-from qconv.rules import ACTIVATIONS
-from qconv.source import Source, file_bytes, is_quantized, metadata, own_opset, read
-from qconv.stored import (
+from qconv.ir.fileformat import placed_in, recipe_in
+from qconv.ir.graph import Model, Node, Value
+from qconv.ir.graph import input_of as at
+from qconv.ir.load import as_it_is
+from qconv.ir.rules import ACTIVATIONS
+from qconv.ir.source import Source, file_bytes, is_quantized, metadata, own_opset, read
+from qconv.ir.stored import (
     DYNAMIC,
     FLOAT,
     PLACES,

@@ -15,8 +15,8 @@ from qconv.findings import Skipped
 from qconv.foretold import Trouble
 from qconv.inspect_float import End, FloatModel, FloatRow, Left
 from qconv.inspect_quantized import QuantizedModel, QuantizedRow
+from qconv.ir.stored import Tensor
 from qconv.printing import COLUMNS, columns, wrapped
-from qconv.stored import Tensor
 
 MOST_ROWS = 20
 MOST_GROUPS = 8

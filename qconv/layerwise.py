@@ -82,7 +82,7 @@ def compare(
         preprocessing=preprocessing_of(options),
     )
     from qconv import beside, printing, summary
-    from qconv.source import source_of
+    from qconv.ir.source import source_of
 
     sources = source_of(float_model), source_of(model)
     place = check_report(report, sources, [images], {"the table": csv})
@@ -146,7 +146,7 @@ def diagnose(
     wanted.check(*map(Path, filter(None, (model, *options["calib"], *images, options["layer_bits"]))))
     from qconv import diagnose as clinic
     from qconv import laddered, pipeline, summary
-    from qconv.source import source_of
+    from qconv.ir.source import source_of
 
     source = source_of(model)
     place = check_report(report, [source], [*options["calib"], *images, options["layer_bits"]], {"the table": csv})

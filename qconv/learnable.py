@@ -24,10 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qconv.graph import Model, Value, attribute
+from qconv.ir.graph import Model, Value, attribute
+from qconv.ir.stored import numbers_of
 from qconv.saturation import SMALLEST_STEP, worst_pair
 from qconv.sites import Sites, WeightSite
-from qconv.stored import numbers_of
 from qconv.torchmath import rounded
 from qconv.weights import LARGEST_BIAS_CODE
 

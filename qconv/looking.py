@@ -61,7 +61,7 @@ def audit(
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*_files(model))
     from qconv import examine, printing
-    from qconv.source import source_of
+    from qconv.ir.source import source_of
 
     leave_by_exceptions()
     found = examine.examine(source_of(model), threads=threads, batch=batch, size=size)
@@ -90,7 +90,7 @@ def inspect(model: str, csv: str | None, target: str, as_json: bool, quiet: bool
     if model == "-" and sys.stdin is None:
         raise QconvError("Standard input is closed.", "pipe the model into it, or name its file.")
     from qconv import inspect_float, inspect_quantized, inspected
-    from qconv.source import data_files, read, source_of
+    from qconv.ir.source import data_files, read, source_of
 
     source = source_of(model)
     leave_by_exceptions()
@@ -232,7 +232,7 @@ def evaluate(
     wanted.check(*files, written={"the predictions": save_predictions})
     from qconv import evaluate as measuring
     from qconv import printing, save, summary
-    from qconv.source import source_of
+    from qconv.ir.source import source_of
 
     if out is not None:
         save.check_place(out)

@@ -25,7 +25,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 from qconv.feed import Batch
-from qconv.graph import Model, array
+from qconv.ir.graph import Model, array
 from qconv.judge import Ground, Judge, Measured, Progress
 from qconv.planner import is_layer, make_plan
 from qconv.refine import EFFORTS

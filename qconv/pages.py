@@ -17,12 +17,12 @@ from qconv.errors import QconvError, counted, sized
 from qconv.examine import Examined, examine
 from qconv.findings import Change, Finding, Skipped
 from qconv.intervals import Interval, of_share
+from qconv.ir.source import Source, file_bytes, read
 from qconv.results.compared import Compared
 from qconv.results.ladder import Diagnosis, Sweep, Trial
 from qconv.results.report import Audit, OutputScore, Report, Verification
 from qconv.sheet import sheet
 from qconv.shown import Page, Tile, Tone
-from qconv.source import Source, file_bytes, read
 
 COMPARED = 64
 """Calibration pictures that layers are compared on."""

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from qconv import channel_bits, layers
+from qconv import channel_bits
 from qconv.calibrators import CALIBRATORS, Hints
 from qconv.clipping import Range
 from qconv.config.choices import PERCENTILE
 from qconv.config.recipe import Recipe
 from qconv.findings import Change, Finding
-from qconv.graph import Node, Value, array
+from qconv.ir import layers
+from qconv.ir.graph import Node, Value, array
 from qconv.plan import Layer, Plan, channels_of
 from qconv.quant import QuantParams, QuantSpec
 from qconv.sketch import Sketch, Want

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import qconv
-from qconv import fold, load, save
+from qconv import fold, save
 from qconv.apart import in_words, round_apart
 from qconv.audit import Known, audit, profiled
 from qconv.balance import balance, balance_unseen
@@ -24,10 +24,12 @@ from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.extras import require_torch
 from qconv.feed import Feed
-from qconv.fileformat import describe, needed_opset, needed_runtime, set_ir_version
 from qconv.findings import Change, Finding, Skipped
 from qconv.gather import Memory, Pictures, open_pictures, original
-from qconv.graph import Model
+from qconv.ir import load
+from qconv.ir.fileformat import describe, needed_opset, needed_runtime, set_ir_version
+from qconv.ir.graph import Model
+from qconv.ir.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
 from qconv.judge import Ground
 from qconv.mixed import check_size, expected, search
 from qconv.oddities import oddities
@@ -43,7 +45,6 @@ from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
 from qconv.shrink import shrink
 from qconv.sketch import Sketch
-from qconv.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
 from qconv.stats import digest
 from qconv.trial import Folded, Settled, nearest, round_anew
 from qconv.tune import tuned

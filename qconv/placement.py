@@ -21,12 +21,12 @@ import numpy as np
 from qconv.config.pixels import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, Table, Target
-from qconv.graph import Model, Node, Value, array, attribute, dims, input_of
-from qconv.load import shapes_at
+from qconv.ir.graph import Model, Node, Value, array, attribute, dims, input_of
+from qconv.ir.load import shapes_at
+from qconv.ir.rules import RULES, Weighted
 from qconv.mincut import Network
 from qconv.plan import Plan, data_inputs
 from qconv.planner import make_plan
-from qconv.rules import RULES, Weighted
 
 Shapes = Mapping[str, tuple[int, ...]]
 CAUTION = 1.1

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from qconv.calibrate import Tap
 from qconv.config.targets import Target
 from qconv.gates import Gate
-from qconv.graph import DataType, Node, Value, array, clip_bounds, dims, input_of, rank
+from qconv.ir.graph import DataType, Node, Value, array, clip_bounds, dims, input_of, rank
+from qconv.ir.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, Rule, Transparent, Weighted
 from qconv.quant import PerBlock, PerChannel, QuantParams, QuantSpec
-from qconv.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, Rule, Transparent, Weighted
 from qconv.sketch import SAMPLE, Want
 
 

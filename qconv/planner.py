@@ -14,12 +14,12 @@ from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
 from qconv.gates import gate_behind
-from qconv.graph import DataType, Model, Node, Value, array, clip_bounds, input_of
 from qconv.groups import Groups
+from qconv.ir.graph import DataType, Model, Node, Value, array, clip_bounds, input_of
+from qconv.ir.rules import ACTIVATIONS, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
 from qconv.plan import Choice, Layer, Plan, channels_of, data_inputs
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.refusals import WIDE_CODES, refusal, why_dequantized
-from qconv.rules import ACTIVATIONS, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
 from qconv.shortcut import shortcut
 from qconv.weight_specs import oriented, weight_spec
 

@@ -11,8 +11,8 @@ import zlib
 import numpy as np
 
 from qconv.exact import ExactSum
-from qconv.graph import Value, clip_bounds
-from qconv.normal import Normal, quantiles
+from qconv.ir.graph import Value, clip_bounds
+from qconv.ir.normal import Normal, quantiles
 from qconv.reach import Channels
 from qconv.sketch import MOST_COLUMNS, Sketch, histogram_codes, places
 from qconv.told import reach

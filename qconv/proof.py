@@ -20,6 +20,7 @@ from qconv.errors import QconvError
 from qconv.evaluate import class_vector
 from qconv.feed import Feed
 from qconv.gather import Memory, original
+from qconv.ir.source import Source
 from qconv.listing import find
 from qconv.pipeline import Listener, quantize
 from qconv.results.ladder import Trial
@@ -27,7 +28,6 @@ from qconv.results.report import Report
 from qconv.runtime.benchmark import Benchmark, Conditions, benchmark
 from qconv.runtime.runtime import VERSION, Session
 from qconv.scored import Outputs, Scored, score_float
-from qconv.source import Source
 
 MOST_HELD_BACK = 64
 HELD_BACK_SHARE = 5

@@ -17,7 +17,7 @@ from qconv.errors import QconvError
 from qconv.options import require_output
 
 if TYPE_CHECKING:
-    from qconv.source import Source
+    from qconv.ir.source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,8 @@ def check_report(
         return None
     if report in ("", "-"):
         raise click.UsageError("--report needs the name of a file.")
-    from qconv import html, save, source
+    from qconv import html, save
+    from qconv.ir import source
 
     html.require()
     place = Path(report)

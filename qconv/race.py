@@ -25,7 +25,7 @@ from qconv.config.pixels import Preprocessing
 from qconv.errors import QconvError
 from qconv.evidence import Reference
 from qconv.fit import peaks, sureness
-from qconv.graph import Model
+from qconv.ir.graph import Model
 from qconv.preprocess import InputSpec
 from qconv.runtime.runtime import Session
 

@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.behind import Behind, up_to
 from qconv.feed import spread
 from qconv.findings import Change
-from qconv.graph import Model, Value, is_tensor
 from qconv.held import Store
+from qconv.ir.behind import Behind, up_to
+from qconv.ir.graph import Model, Value, is_tensor
+from qconv.ir.walk import Walk
 from qconv.plan import Plan
 from qconv.quant import QuantParams
 from qconv.sensitivity import noise_of
-from qconv.walk import Walk
 
 STEP = "ranges"
 HELD = 2**27

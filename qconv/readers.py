@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.clipping import INTERVALS, Range, expected_error, search
-from qconv.layers import Layer
+from qconv.ir.layers import Layer
 from qconv.quant import SMALLEST_SCALE, QuantParams, QuantSpec
 from qconv.sketch import Histogram
 

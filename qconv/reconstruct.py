@@ -27,7 +27,7 @@ from qconv.blocks import End, ends
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError, counted
 from qconv.findings import Change, Finding, Skipped
-from qconv.graph import Model
+from qconv.ir.graph import Model
 from qconv.learnable import Learned
 from qconv.sites import find_sites
 from qconv.torchfake import Drop

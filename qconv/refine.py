@@ -26,8 +26,9 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.emit import emit
 from qconv.findings import Finding, Skipped
-from qconv.graph import Model, Node
 from qconv.held import Arrays, Store
+from qconv.ir.graph import Model, Node
+from qconv.ir.walk import Walk
 from qconv.moments import KEPT_SHARE, moments, share_for
 from qconv.params import Params, carried_over
 from qconv.patches import Ints, Patches
@@ -36,7 +37,6 @@ from qconv.planner import make_plan
 from qconv.rounder import stored_shape
 from qconv.sight import Sight
 from qconv.solve import Effort, Solver, first_input
-from qconv.walk import Walk
 from qconv.weights import LayerParams
 
 Float32 = NDArray[np.float32]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from qconv.config.recipe import Recipe
-from qconv.graph import DataType, Node, array, attribute, clip_bounds, input_of, rank, scalar
+from qconv.ir.graph import DataType, Node, array, attribute, clip_bounds, input_of, rank, scalar
+from qconv.ir.rules import ACTIVATIONS, Computing, Joining, OnCodes, Rule, Transparent, Weighted
 from qconv.plan import Layer, Plan
-from qconv.rules import ACTIVATIONS, Computing, Joining, OnCodes, Rule, Transparent, Weighted
 
 WIDE_CODES = "codes of 16 bits have no integer kernel"
 MASK = 1e6

@@ -17,7 +17,7 @@ from qconv.config.choices import CALIBRATOR, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import words
 from qconv.errors import QconvError
-from qconv.graph import Node
+from qconv.ir.graph import Node
 from qconv.results.ladder import Cause
 
 FEW_NODES, FEW_GATES = 3, 2

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from qconv.errors import QconvError, counted
 from qconv.evidence import Reference, is_measured, stored_statistics
-from qconv.graph import Model, Node, input_of
-from qconv.layers import INPUTS_FIRST
+from qconv.ir.graph import Model, Node, input_of
+from qconv.ir.layers import INPUTS_FIRST
 
 HALF = 0.5
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import rounding, saturation
-from qconv.graph import Node, array
-from qconv.layers import rows_of, stored_of
+from qconv.ir.graph import Node, array
+from qconv.ir.layers import rows_of, stored_of
 from qconv.moments import Moments
 from qconv.plan import Layer
 from qconv.quant import PerBlock, PerTensor, QuantParams

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qconv.graph import Value, input_of
+from qconv.ir.graph import Value, input_of
 from qconv.params import Params
 from qconv.plan import Plan
 from qconv.quant import PerBlock, PerChannel, QuantParams

@@ -23,8 +23,8 @@ from typing import Any
 import onnx
 
 from qconv.errors import QconvError
-from qconv.graph import Model, Node, ir, tensor_proto
-from qconv.source import tensors
+from qconv.ir.graph import Model, Node, ir, tensor_proto
+from qconv.ir.source import tensors
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 SUFFIX = ".qconv-tmp"

@@ -23,11 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.assign import Layer
-from qconv.behind import Behind, up_to
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
-from qconv.graph import Model, is_tensor
 from qconv.held import Arrays, Store
+from qconv.ir.behind import Behind, up_to
+from qconv.ir.graph import Model, is_tensor
+from qconv.ir.walk import Walk
 from qconv.moments import is_kept, moments
 from qconv.params import Params, sketch_of, source_of
 from qconv.plan import Layer as Planned
@@ -37,7 +38,6 @@ from qconv.rounder import stored_shape
 from qconv.sight import Sight
 from qconv.sketch import Sketch
 from qconv.solve import Solver, first_input
-from qconv.walk import Walk
 from qconv.weights import LayerParams, Source, quantize_layer
 
 Batch = Mapping[str, NDArray[Any]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from qconv.findings import Change, Finding
-from qconv.graph import DataType, Model, Value, array
+from qconv.ir.graph import DataType, Model, Value, array
 
 WORTHWHILE = 4096  # bytes; below, the two nodes cost as much as they save
 MOST_VALUES = 256

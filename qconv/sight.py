@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.graph import Node, Value, array, clip_bounds, input_of
+from qconv.ir.graph import Node, Value, array, clip_bounds, input_of
 from qconv.moments import Moments
 from qconv.quant import QuantParams
 

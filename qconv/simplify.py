@@ -14,7 +14,8 @@ from math import inf
 
 import numpy as np
 
-from qconv.edits import (
+from qconv.findings import Change
+from qconv.ir.edits import (
     Pass,
     Refused,
     called,
@@ -26,8 +27,7 @@ from qconv.edits import (
     source,
     title,
 )
-from qconv.findings import Change
-from qconv.graph import (
+from qconv.ir.graph import (
     DataType,
     Model,
     Node,

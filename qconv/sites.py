@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.graph import DataType, Model, Node, Value, array, attribute, input_of
-from qconv.rules import RULES, Joining, OnCodes, Transparent, Weighted
-from qconv.stored import Stored, bits_of, numbers_of, stored_weights
+from qconv.ir.graph import DataType, Model, Node, Value, array, attribute, input_of
+from qconv.ir.rules import RULES, Joining, OnCodes, Transparent, Weighted
+from qconv.ir.stored import Stored, bits_of, numbers_of, stored_weights
 
 Ints = NDArray[np.int64]
 

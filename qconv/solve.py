@@ -23,9 +23,9 @@ from qconv import channel_bits, rounding
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
 from qconv.findings import Change, Finding, Skipped
-from qconv.graph import Model, Node, Value
 from qconv.held import Arrays
-from qconv.layers import rows_of, stored_of
+from qconv.ir.graph import Model, Node, Value
+from qconv.ir.layers import rows_of, stored_of
 from qconv.moments import Moments
 from qconv.patches import Ints, Patches
 from qconv.plan import Layer

@@ -24,8 +24,8 @@ from qconv import save
 from qconv.config.pixels import Color, Filter, Layout, Preprocessing
 from qconv.errors import QconvError, counted
 from qconv.exact import LIMBS, ExactSum
+from qconv.ir.source import Source
 from qconv.sketch import Sketch
-from qconv.source import Source
 
 SCHEMA = 1
 NO_DATE = (1980, 1, 1, 0, 0, 0)

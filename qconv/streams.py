@@ -27,10 +27,10 @@ from math import isinf
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.channels import check_reduces_places, padded, positions, sliced, split
-from qconv.edits import Refused, kind, no_extra_outputs
-from qconv.graph import Model, Node, Value, array, attribute, clip_bounds, dims, rank
-from qconv.layers import INPUTS_FIRST, read_layer
+from qconv.ir.channels import check_reduces_places, padded, positions, sliced, split
+from qconv.ir.edits import Refused, kind, no_extra_outputs
+from qconv.ir.graph import Model, Node, Value, array, attribute, clip_bounds, dims, rank
+from qconv.ir.layers import INPUTS_FIRST, read_layer
 
 Classes = NDArray[np.int64]
 OPEN = "the network's own input or output"

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import qconv
-from qconv import fold, load, save
+from qconv import fold, save
 from qconv.calibrate import Tap, observer, watch_apart
 from qconv.calibrators import want_of
 from qconv.config.recipe import Recipe
@@ -25,9 +25,11 @@ from qconv.config.targets import TARGETS
 from qconv.detect import detect
 from qconv.errors import QconvError, counted
 from qconv.feed import Feed
-from qconv.fileformat import needed_opset
 from qconv.gather import original
-from qconv.graph import Model
+from qconv.ir import load
+from qconv.ir.fileformat import needed_opset
+from qconv.ir.graph import Model
+from qconv.ir.source import Source, data_files, own_opset, read, refuse_quantized
 from qconv.pipeline import Listener, check_output
 from qconv.placement import left_in_float
 from qconv.plan import Plan
@@ -39,7 +41,6 @@ from qconv.runtime.runtime import Session
 from qconv.scored import Scored, score_float
 from qconv.shelf import Shelf, shelf
 from qconv.sketch import Sketch
-from qconv.source import Source, data_files, own_opset, read, refuse_quantized
 from qconv.trial import carried_out
 from qconv.wishes import look_for_wishes, require_layers
 

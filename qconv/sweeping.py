@@ -84,7 +84,7 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     read = [*options["calib"], options["layer_bits"], str(file)]
     flags.wanted.check(Path(model), *map(Path, filter(None, read)), written=outputs)
     from qconv import laddered, pipeline, summary
-    from qconv.source import source_of
+    from qconv.ir.source import source_of
     from qconv.sweep import sweep as carried_out
 
     source = source_of(model)

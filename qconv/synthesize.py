@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qconv import images, load, plot
+from qconv import images, plot
 from qconv.config.pixels import AUTO, Filter, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import words
@@ -29,13 +29,14 @@ from qconv.detect import Detected, detect_unseen
 from qconv.dream import Dream, batch_of
 from qconv.errors import QconvError
 from qconv.folders import check_folder, refuse_inside, whole_folder
-from qconv.graph import Model
 from qconv.imagined import Imagined, leaves_of
+from qconv.ir import load
+from qconv.ir.graph import Model
+from qconv.ir.source import Source, data_files, read, refuse_quantized
 from qconv.remembered import Remembered
 from qconv.results.synthesized import FAR, WELL, Layer, Synthesized, Wishes
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
-from qconv.source import Source, data_files, read, refuse_quantized
 from qconv.stats import digest
 from qconv.torchgraph import Network, require_operators
 from qconv.torchrun import determined, device_of

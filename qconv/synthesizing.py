@@ -101,8 +101,8 @@ def synthesize(
     require_torch("qconv synthesize")
     from qconv import summary
     from qconv import synthesize as story
+    from qconv.ir.source import source_of
     from qconv.results import synthesized
-    from qconv.source import source_of
 
     source = source_of(model)
     page = check_report(report, [source], [], {"the folder of pictures": output, "the table": csv})

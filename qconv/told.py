@@ -28,13 +28,13 @@ from math import inf
 
 import numpy as np
 
-from qconv.affine import data_of, read_affine
-from qconv.channels import check_reduces_places, split
-from qconv.edits import Refused, called, kind, source
 from qconv.expected import RULES, Follower, Rule
-from qconv.graph import Model, Node, Value, array, attribute, clip_bounds, dims, input_of, rank, scalar
-from qconv.layers import INPUTS_FIRST, Float64, Layer, made_of, note_made, read_layer
-from qconv.normal import FARTHEST, Normal, before_relu
+from qconv.ir.affine import data_of, read_affine
+from qconv.ir.channels import check_reduces_places, split
+from qconv.ir.edits import Refused, called, kind, source
+from qconv.ir.graph import Model, Node, Value, array, attribute, clip_bounds, dims, input_of, rank, scalar
+from qconv.ir.layers import INPUTS_FIRST, Float64, Layer, made_of, note_made, read_layer
+from qconv.ir.normal import FARTHEST, Normal, before_relu
 
 MOST_GUESSES = 1
 WIDTH_OF_MEANS = 0.5

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qconv.errors import QconvError, counted
-from qconv.graph import Model, Node, array, attribute, input_of
+from qconv.ir.graph import Model, Node, array, attribute, input_of
 from qconv.torchfake import FUSED, Drop, Step, fakes
 from qconv.torchmath import COMPUTING
 from qconv.torchop import Op, Run

@@ -12,9 +12,9 @@ import qconv
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.emit import emit
-from qconv.fileformat import describe
 from qconv.findings import Finding
-from qconv.graph import Model
+from qconv.ir.fileformat import describe
+from qconv.ir.graph import Model
 from qconv.params import NO_FACTORS, Params, carried_over, choose_params
 from qconv.plan import Plan
 from qconv.planner import make_plan

@@ -16,7 +16,7 @@ from qconv.audit import node_names, profiled
 from qconv.config.pixels import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.graph import Model
+from qconv.ir.graph import Model
 from qconv.placement import Cost, all_in_float, costs_of, division, faster_in_float, shapes_of
 from qconv.planner import make_plan
 from qconv.runtime.benchmark import Conditions, Timing, benchmark

@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 
 from qconv.calibrate import Tap, observer, watch, watch_apart
 from qconv.config.choices import NO_PICTURES
-from qconv.edits import Refused, kind
-from qconv.edits import source as read_from
 from qconv.errors import QconvError, counted
 from qconv.feed import Batch
 from qconv.findings import Change
-from qconv.graph import DataType, Model, Value, clip_bounds
 from qconv.imagined import COUNT, Imagined, pixels, read_by
-from qconv.layers import INPUTS_FIRST, means_of, note_means, read_layer
-from qconv.normal import Normal
+from qconv.ir.edits import Refused, kind
+from qconv.ir.edits import source as read_from
+from qconv.ir.graph import DataType, Model, Value, clip_bounds
+from qconv.ir.layers import INPUTS_FIRST, means_of, note_means, read_layer
+from qconv.ir.normal import Normal
+from qconv.ir.source import Source
 from qconv.portray import channels_of, sketched
 from qconv.reach import Channels, seen_by_channel
 from qconv.sketch import Sketch
-from qconv.source import Source
 from qconv.told import MOST_GUESSES, told
 
 STEP = "told"

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.edits import Refused
-from qconv.graph import Node, array, attribute, input_of
-from qconv.layers import Layer, read_layer, scale_inputs, scale_outputs, stored_of
-from qconv.moved import Moves
+from qconv.ir.edits import Refused
+from qconv.ir.graph import Node, array, attribute, input_of
+from qconv.ir.layers import Layer, read_layer, scale_inputs, scale_outputs, stored_of
+from qconv.ir.moved import Moves
 from qconv.results.compared import Bars, Values
 
 BARS = 64

@@ -7,9 +7,9 @@ import numpy as np
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
-from qconv.graph import Node, array, attribute, input_of
+from qconv.ir.graph import Node, array, attribute, input_of
+from qconv.ir.rules import Weighted
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantSpec
-from qconv.rules import Weighted
 
 
 def oriented(node: Node, rule: Weighted) -> Weighted:

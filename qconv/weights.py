@@ -16,8 +16,8 @@ from qconv import channel_bits, saturation
 from qconv.config.targets import Target
 from qconv.errors import QconvError
 from qconv.findings import Change, Finding, Skipped
-from qconv.graph import array, attribute, input_of
-from qconv.layers import means_of
+from qconv.ir.graph import array, attribute, input_of
+from qconv.ir.layers import means_of
 from qconv.plan import Layer
 from qconv.quant import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, extremes
 from qconv.sketch import Sketch

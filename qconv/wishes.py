@@ -8,11 +8,11 @@ from collections.abc import Callable
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.findings import Skipped
-from qconv.graph import Model
+from qconv.ir.graph import Model
+from qconv.ir.source import Source
 from qconv.plan import Plan
 from qconv.planner import WISHED, is_layer
 from qconv.results.report import Audit
-from qconv.source import Source
 from qconv.trial import Settled
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qconv.graph import Model, Value
-from qconv.layers import Float64, read_layer
+from qconv.ir.graph import Model, Value
+from qconv.ir.layers import Float64, read_layer
 from qconv.noise import Codes, Term, Weights
 from qconv.plan import Layer, Plan
 from qconv.quant import PerTensor

@@ -10,10 +10,10 @@ import onnx
 import onnx.parser
 from numpy.typing import NDArray
 
-from qconv.graph import Model
-from qconv.load import load
+from qconv.ir.graph import Model
+from qconv.ir.load import load
+from qconv.ir.source import Source
 from qconv.runtime.runtime import Session
-from qconv.source import Source
 
 Constant = NDArray | tuple[int, ...] | float | onnx.TensorProto
 

@@ -15,7 +15,7 @@ from qconv.config.recipe import Recipe
 from qconv.feed import Feed
 from qconv.findings import Change
 from qconv.fold import fold
-from qconv.graph import Model, array
+from qconv.ir.graph import Model, array
 from qconv.reach import seen_by_channel
 from qconv.runtime.runtime import Session
 from qconv.sketch import Want

@@ -12,9 +12,9 @@ from models import loaded, network, run
 from qconv.apart import round_apart
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
+from qconv.ir.source import Source
 from qconv.pipeline import quantize
 from qconv.planner import make_plan
-from qconv.source import Source
 
 EYE = np.eye(2, dtype=np.float32).reshape(2, 2, 1, 1)
 STREAM = "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Add(b, c) e = Conv(d, w) y = Conv(e, w)"

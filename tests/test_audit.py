@@ -17,9 +17,9 @@ from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.examine import Examined, examine
+from qconv.ir.source import Source
 from qconv.pipeline import quantize
 from qconv.printing import audit as printed
-from qconv.source import Source
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 PHOTOS = Path(__file__).parent.parent / "calib_samples"

@@ -14,10 +14,10 @@ from qconv import pipeline
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.findings import Change
+from qconv.ir.source import Source
 from qconv.pipeline import quantize
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session
-from qconv.source import Source
 
 SIZES = np.float32(2.0) ** np.linspace(-4, 4, 8, dtype=np.float32)  # of channels, far apart
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qconv import clipping, entropy
 from qconv.calibrators import AVERAGING, CALIBRATORS, Hints
 from qconv.config.choices import CALIBRATORS as NAMES
-from qconv.layers import Layer
+from qconv.ir.layers import Layer
 from qconv.quant import QuantSpec
 from qconv.readers import least_at_outputs, powers_of
 from qconv.sketch import Sketch, Sketcher, View, Want, histogram_of

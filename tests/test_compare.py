@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
-from qconv import beside, moved, pipeline
+from qconv import beside, pipeline
 from qconv.cli import cli
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
+from qconv.ir import moved
+from qconv.ir.source import Source
 from qconv.quant import QuantSpec
 from qconv.results.compared import Compared
 from qconv.runtime.runtime import Session
-from qconv.source import Source
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("QCONV_DATA", ROOT.parent / "shared" / "data"))

@@ -21,9 +21,9 @@ from qconv.config.recipe import Recipe
 from qconv.detect import CERTAIN, Detected, detect
 from qconv.evidence import fact_of, references
 from qconv.feed import Feed
+from qconv.ir.source import Source
 from qconv.pipeline import Listener, quantize
 from qconv.runtime.runtime import Session
-from qconv.source import Source
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("QCONV_DATA") or ROOT.parent / "shared" / "data")

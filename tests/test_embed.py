@@ -27,11 +27,11 @@ from qconv.embed import embed
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.findings import Change, Finding, Skipped
-from qconv.graph import Model
+from qconv.ir.graph import Model
+from qconv.ir.source import Source
 from qconv.pipeline import quantize
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session
-from qconv.source import Source
 
 RGB = (3, 12, 10)  # channels, height, width
 WHOLE = {"scale": 1.0, "mean": (120.0, 110.0, 99.0), "std": (58.0, 57.0, 60.0)}  # means that are pixels

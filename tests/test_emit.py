@@ -19,7 +19,7 @@ import pytest
 from models import Constant, ints, loaded, network, run
 from numpy.typing import NDArray
 
-from qconv import fileformat, fold, load
+from qconv import fold
 from qconv.audit import Known, audit
 from qconv.calibrate import tapped, watch
 from qconv.calibrators import want_of
@@ -28,6 +28,8 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.emit import emit
 from qconv.findings import Change, Finding
+from qconv.ir import fileformat, load
+from qconv.ir.source import Source, own_opset
 from qconv.params import Params, choose_params
 from qconv.pipeline import quantize
 from qconv.plan import Plan
@@ -35,7 +37,6 @@ from qconv.planner import make_plan
 from qconv.results.report import Audit
 from qconv.runtime.runtime import Session
 from qconv.shrink import shrink
-from qconv.source import Source, own_opset
 
 SAME = "pads=[1,1,1,1]"
 BATCHES = 4

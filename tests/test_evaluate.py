@@ -19,9 +19,9 @@ from qconv.config.pixels import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.evaluate import Evaluation, Wishes, evaluate
+from qconv.ir.source import Source
 from qconv.labels import classes_of
 from qconv.pipeline import quantize
-from qconv.source import Source
 
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
 BODY = "c = Conv(x, w)  r = Relu(c)  p = GlobalAveragePool(r)  f = Flatten(p)  y = Gemm(f, g)"

@@ -19,12 +19,12 @@ from qconv.config.recipe import Recipe
 from qconv.expected import note_expected
 from qconv.findings import Skipped
 from qconv.fold import fold
-from qconv.graph import Model, Node
-from qconv.layers import means_of
+from qconv.ir.graph import Model, Node
+from qconv.ir.layers import means_of
+from qconv.ir.source import Source
 from qconv.pipeline import quantize
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session
-from qconv.source import Source
 from qconv.streams import find_streams
 
 MEANS = np.array([0.3, -0.5, 1.0, 0.0, -1.0, 2.0])

@@ -10,7 +10,7 @@ from models import loaded, network
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.fileformat import describe, needed_opset, needed_runtime
+from qconv.ir.fileformat import describe, needed_opset, needed_runtime
 
 
 @pytest.mark.parametrize(

@@ -23,20 +23,20 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv import load  # noqa: E402
 from qconv.cli import cli  # noqa: E402
 from qconv.config.choices import RECIPES  # noqa: E402
 from qconv.config.pixels import Layout, PreprocessingOptions  # noqa: E402
 from qconv.config.recipe import Recipe  # noqa: E402
 from qconv.config.spoken import recipe_from  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
-from qconv.fileformat import recipe_in  # noqa: E402
 from qconv.finetune import Listener, finetune  # noqa: E402
+from qconv.ir import load  # noqa: E402
+from qconv.ir.fileformat import recipe_in  # noqa: E402
+from qconv.ir.source import Source, read  # noqa: E402
 from qconv.learnable import Learned, pairs_axis  # noqa: E402
 from qconv.pipeline import quantize  # noqa: E402
 from qconv.results.finetuned import Finetuned, Wishes  # noqa: E402
 from qconv.sites import find_sites  # noqa: E402
-from qconv.source import Source, read  # noqa: E402
 from qconv.torchgraph import Network  # noqa: E402
 
 torch.set_num_threads(1)  # tests run side by side

@@ -15,10 +15,10 @@ from models import ints, loaded, network, op_types, random_feeds, run, statistic
 
 from qconv.findings import Change, Finding, Skipped
 from qconv.fold import fold
-from qconv.graph import Model, array
-from qconv.load import load
+from qconv.ir.graph import Model, array
+from qconv.ir.load import load
+from qconv.ir.source import Source, read
 from qconv.runtime.runtime import Session
-from qconv.source import Source, read
 
 BN = "BatchNormalization"
 NORM = "gamma, beta, mean, var"

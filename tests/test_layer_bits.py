@@ -21,10 +21,10 @@ from qconv.config.layer_bits import as_toml, exactly, read_layer_bits
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.given import recipe_of
+from qconv.ir.source import Source
 from qconv.pipeline import Listener, quantize
 from qconv.planner import FLOAT_BITS
 from qconv.refusals import WIDE_CODES
-from qconv.source import Source
 
 EXAMPLE = """
 [layers]

@@ -15,13 +15,14 @@ from models import network, random_feeds, run, statistics
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qconv import load, save
+from qconv import save
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.graph import Model
+from qconv.ir import load
+from qconv.ir.graph import Model
+from qconv.ir.source import Source, file_bytes, read
 from qconv.pipeline import quantize
 from qconv.runtime.runtime import Session
-from qconv.source import Source, file_bytes, read
 
 FLOAT, HALF, INT64, BOOL, TEXT = (
     TensorProto.FLOAT,

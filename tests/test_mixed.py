@@ -30,6 +30,7 @@ from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import STEERING, Recipe
 from qconv.errors import QconvError
 from qconv.findings import Change
+from qconv.ir.source import Source
 from qconv.judge import _unseen
 from qconv.listing import find
 from qconv.mixed import _best, expected
@@ -37,7 +38,6 @@ from qconv.pipeline import Listener, quantize
 from qconv.refine import EFFORTS
 from qconv.results.report import MixedPrecision, Report
 from qconv.runtime.runtime import Session
-from qconv.source import Source
 
 SAME = "pads=[1,1,1,1]"
 NET = network(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qconv.normal import Normal
+from qconv.ir.normal import Normal
 
 INF = math.inf
 Z = np.linspace(-12, 12, 240_001)

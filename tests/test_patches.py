@@ -7,7 +7,7 @@ import onnx
 import pytest
 from models import loaded
 
-from qconv.layers import rows_of
+from qconv.ir.layers import rows_of
 from qconv.patches import Patches
 from qconv.runtime.runtime import Session
 

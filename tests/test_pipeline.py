@@ -22,10 +22,10 @@ from qconv.config.choices import CALIBRATORS, Scheme, WeightGranularity
 from qconv.config.pixels import Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
+from qconv.ir.source import Source
 from qconv.pipeline import Listener, folded_float, quantize
 from qconv.results.report import OutputScore, Report
 from qconv.runtime.runtime import Session
-from qconv.source import Source
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 PHOTOS = Path(__file__).parent.parent / "calib_samples"

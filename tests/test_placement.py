@@ -15,8 +15,8 @@ from qconv.config.choices import WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, Table, Target, averaged
 from qconv.emit import emit
-from qconv.graph import Model
-from qconv.load import shapes_at
+from qconv.ir.graph import Model
+from qconv.ir.load import shapes_at
 from qconv.params import choose_params
 from qconv.placement import Shapes, _Question, applies, cost_of, faster_in_float, left_in_float
 from qconv.plan import Plan

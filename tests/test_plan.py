@@ -10,11 +10,11 @@ from models import Constant, ints, loaded, network
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, Target
-from qconv.graph import Model, Node, Value, array, attribute
+from qconv.ir.graph import Model, Node, Value, array, attribute
+from qconv.ir.rules import RULES, Computing, Joining, OnCodes, Transparent, Weighted
 from qconv.plan import Layer, Plan
 from qconv.planner import make_plan
 from qconv.quant import PerBlock, PerChannel, PerTensor
-from qconv.rules import RULES, Computing, Joining, OnCodes, Transparent, Weighted
 
 W = (4, 3, 3, 3)  # of a Conv from 3 to 4 channels
 V = (5, 4, 1, 1)  # of a Conv from 4 to 5

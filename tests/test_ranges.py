@@ -11,17 +11,17 @@ import pytest
 from models import loaded, network
 from numpy.typing import NDArray
 
-from qconv.behind import Behind
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.held import Store
+from qconv.ir.behind import Behind
+from qconv.ir.source import Source
+from qconv.ir.walk import Walk
 from qconv.pipeline import quantize
 from qconv.planner import make_plan
 from qconv.quant import QuantParams, QuantSpec
 from qconv.ranges import LOOKS, Looks, _picked, tuned_ranges
 from qconv.runtime.runtime import Session
-from qconv.source import Source
-from qconv.walk import Walk
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
 UINT8 = QuantSpec(8, signed=False, symmetric=False)

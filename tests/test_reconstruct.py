@@ -25,7 +25,7 @@ from qconv.config.pixels import Layout, PreprocessingOptions  # noqa: E402
 from qconv.config.recipe import Recipe  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
 from qconv.findings import Change, Skipped  # noqa: E402
-from qconv.graph import Model, ir  # noqa: E402
+from qconv.ir.graph import Model, ir  # noqa: E402
 from qconv.results.report import Report  # noqa: E402
 from qconv.torchfake import Drop  # noqa: E402
 from qconv.torchgraph import Network  # noqa: E402

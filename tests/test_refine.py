@@ -16,11 +16,11 @@ from onnx import numpy_helper
 
 from qconv import refine, saturation
 from qconv.config.recipe import Recipe
+from qconv.ir.source import Source
 from qconv.moments import Moments, moments
 from qconv.pipeline import quantize
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session
-from qconv.source import Source
 
 SAME = "pads=[1,1,1,1]"
 KINDS = {

@@ -20,7 +20,7 @@ from models import loaded, network, run
 
 from qconv import save
 from qconv.errors import QconvError
-from qconv.graph import Model
+from qconv.ir.graph import Model
 from qconv.save import staged
 
 ROOT = os.geteuid() == 0

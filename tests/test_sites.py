@@ -10,17 +10,17 @@ import pytest
 from models import network
 from PIL import Image
 
-from qconv import load
 from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import recipe_from
 from qconv.errors import QconvError
-from qconv.fileformat import recipe_in
-from qconv.graph import Model
+from qconv.ir import load
+from qconv.ir.fileformat import recipe_in
+from qconv.ir.graph import Model
+from qconv.ir.source import Source, read
+from qconv.ir.stored import numbers_of
 from qconv.pipeline import quantize
 from qconv.sites import Sites, find_sites
-from qconv.source import Source, read
-from qconv.stored import numbers_of
 
 BODY = (
     "a = Conv(x, w)  b = Clip(a, low, high)  c = Conv(b, v)  d = Clip(c, low, high)"

@@ -9,7 +9,7 @@ from models import ints, loaded, network, random_feeds, run
 
 from qconv.balance import apply
 from qconv.fold import fold
-from qconv.graph import Model
+from qconv.ir.graph import Model
 from qconv.streams import Streams, find_streams
 
 FOUR = {"w": (4, 3, 1, 1), "b": (4,), "u": (2, 4, 1, 1)}

@@ -32,10 +32,10 @@ from qconv.dream import EDGE, FLOOR, Dream, _stride, faded, normalised  # noqa: 
 from qconv.errors import QconvError  # noqa: E402
 from qconv.findings import Change  # noqa: E402
 from qconv.folders import whole_folder  # noqa: E402
+from qconv.ir.source import Source  # noqa: E402
 from qconv.listing import find  # noqa: E402
 from qconv.remembered import Remembered  # noqa: E402
 from qconv.results.synthesized import Wishes  # noqa: E402
-from qconv.source import Source  # noqa: E402
 from qconv.torchgraph import Network  # noqa: E402
 
 torch.set_num_threads(1)  # tests run side by side

@@ -21,9 +21,9 @@ from qconv.config.pixels import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
+from qconv.ir.source import Source
 from qconv.pipeline import quantize
 from qconv.results.report import Report
-from qconv.source import Source
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 PHOTOS = Path(__file__).parent.parent / "calib_samples"

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from qconv.balance import apply
 from qconv.fold import fold
-from qconv.graph import Model
-from qconv.layers import read_layer
-from qconv.normal import FARTHEST, Normal, before_relu, quantiles
+from qconv.ir.graph import Model
+from qconv.ir.layers import read_layer
+from qconv.ir.normal import FARTHEST, Normal, before_relu, quantiles
 from qconv.streams import find_streams
 from qconv.told import MOST_GUESSES, by_weights, reach, told
 

@@ -22,10 +22,10 @@ from qconv.config.choices import RECIPES, Scheme, WeightGranularity  # noqa: E40
 from qconv.config.pixels import PRESETS, Layout, PreprocessingOptions  # noqa: E402
 from qconv.config.recipe import Recipe  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
-from qconv.load import load  # noqa: E402
+from qconv.ir.load import load  # noqa: E402
+from qconv.ir.source import Source, read  # noqa: E402
 from qconv.pipeline import quantize  # noqa: E402
 from qconv.runtime.runtime import Session  # noqa: E402
-from qconv.source import Source, read  # noqa: E402
 from qconv.torchgraph import Network  # noqa: E402
 
 ROOT = Path(__file__).parent.parent

@@ -12,12 +12,12 @@ from models import network
 from qconv import tune
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
+from qconv.ir.source import Source
 from qconv.pipeline import quantize
 from qconv.placement import Cost
 from qconv.results.report import Report
 from qconv.runtime.benchmark import Benchmark, Conditions, Timing
 from qconv.runtime.cpu import this_cpu
-from qconv.source import Source
 
 SAME = "pads=[1,1,1,1]"
 BODY = f"a = Conv<{SAME}>(x, w)  b = Relu(a)  c = Conv<group=8, {SAME}>(b, d)  y = Conv(c, p)"

@@ -20,12 +20,12 @@ from qconv.config.spoken import options_of, recipe_from
 from qconv.errors import QconvError
 from qconv.feed import Feed
 from qconv.findings import Change, Skipped
-from qconv.normal import Normal
+from qconv.ir.normal import Normal
+from qconv.ir.source import Source
 from qconv.portray import sketched
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session
 from qconv.sketch import Sketch
-from qconv.source import Source
 from qconv.unseen import WIDER
 from qconv.verify import verify
 

@@ -9,10 +9,10 @@ import onnx
 import pytest
 from models import ints, loaded, network
 
-from qconv.behind import Behind
 from qconv.held import Store
+from qconv.ir.behind import Behind
+from qconv.ir.walk import Walk
 from qconv.runtime.runtime import Session
-from qconv.walk import Walk
 
 NETWORKS = {
     "a residual stream": "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Add(b, c) e = Relu(d) y = Conv(e, u)",
@@ -125,7 +125,7 @@ def test_a_body_reads_what_lies_outside() -> None:
 
 
 def test_large_constants_are_fed(monkeypatch) -> None:
-    monkeypatch.setattr("qconv.walk.LARGE", 1)
+    monkeypatch.setattr("qconv.ir.walk.LARGE", 1)
     proto = network("a = Flatten(x) y = Gemm(a, w)", x=(1, 3, 4, 4), w=(48, 5), p=ints(1))
     model = loaded(proto)
     feeds = [{"x": np.random.default_rng(0).standard_normal((1, 3, 4, 4)).astype(np.float32)}]

@@ -8,8 +8,8 @@ from typing import Any
 
 import qconv
 from qconv.config.recipe import Recipe
+from qconv.ir.source import Source
 from qconv.results.report import Audit, Gate, Verification
-from qconv.source import Source
 
 
 @dataclass(frozen=True, slots=True)

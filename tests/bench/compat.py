@@ -24,8 +24,8 @@ import onnx
 import onnxruntime as ort
 
 from qconv.audit import Known, audit
-from qconv.load import as_it_is
-from qconv.source import Source, read
+from qconv.ir.load import as_it_is
+from qconv.ir.source import Source, read
 from tests.bench.cases import CASES, REPOSITORY, Array, Case, default_data, light_file, pictures
 
 VERSIONS = ("1.17.3", "1.19.2", "1.22.1", "1.26.0", ort.__version__)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.edits import Refused, kind, source
-from qconv.graph import Node, Value, array, attribute
-from qconv.layers import Float64
+from qconv.ir.edits import Refused, kind, source
+from qconv.ir.graph import Node, Value, array, attribute
+from qconv.ir.layers import Float64
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qconv.findings import Change, Finding, Skipped
-from qconv.graph import Model, Node, Value, attribute
+from qconv.ir.graph import Model, Node, Value, attribute
 
 Pass = Callable[[Model], list[Finding]]
 Edit = Callable[[Model, Node], list[Change]]

@@ -17,7 +17,7 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 
 from qconv.errors import QconvError
-from qconv.graph import ir
+from qconv.ir.graph import ir
 
 QUANTIZED_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}

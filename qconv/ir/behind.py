@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.parts import HIGH, LOW, SCALE, SWITCH, ZERO, open_inputs, raw, round_within
+from qconv.ir.parts import HIGH, LOW, SCALE, SWITCH, ZERO, open_inputs, raw, round_within
+from qconv.ir.walk import AT_ONCE, Part, each
 from qconv.quant import QuantParams, QuantSpec
 from qconv.runtime.runtime import Session
-from qconv.walk import AT_ONCE, Part, each
 
 NOTHING: Mapping[str, NDArray[Any]] = MappingProxyType({})
 

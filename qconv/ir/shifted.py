@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qconv.graph import Model, Value
-from qconv.pairs import Pair, Point
+from qconv.ir.graph import Model, Value
+from qconv.ir.pairs import Pair, Point
 
 
 def shifted(

@@ -12,7 +12,7 @@ from qconv.config.pixels import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import IR_VERSIONS, LOWEST_OPSET, RUNTIMES
 from qconv.errors import QconvError
-from qconv.graph import Model
+from qconv.ir.graph import Model
 
 PLACED = "qconv.placed"
 FLOAT = "qconv.float"

@@ -20,8 +20,8 @@ import onnx
 from qconv.config.targets import LOWEST_OPSET
 from qconv.errors import QconvError
 from qconv.findings import Change
-from qconv.graph import Model, attribute, ir, tensor_proto
-from qconv.source import Source, not_onnx, tensors
+from qconv.ir.graph import Model, attribute, ir, tensor_proto
+from qconv.ir.source import Source, not_onnx, tensors
 
 SMALL_TENSOR = 1024  # bytes; smaller ones may be shapes or axes, which the converter needs to see
 RANDOM_OPS = frozenset(

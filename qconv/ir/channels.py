@@ -10,8 +10,8 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.edits import Refused, kind, source
-from qconv.graph import Model, Node, Value, array, attribute, dims, input_of, rank
+from qconv.ir.edits import Refused, kind, source
+from qconv.ir.graph import Model, Node, Value, array, attribute, dims, input_of, rank
 
 
 def sliced(node: Node, count: int) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from qconv.deferred import deferred
+from qconv.ir.deferred import deferred
 
 with deferred("sympy"):
     import onnx_ir as ir

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.ahead import ahead
-from qconv.graph import Model, Node, Value, array, input_of, reads_of
 from qconv.held import Arrays, Held, Store
-from qconv.parts import Proto, part
+from qconv.ir.graph import Model, Node, Value, array, input_of, reads_of
+from qconv.ir.parts import Proto, part
 from qconv.quant import QuantParams, QuantSpec
 from qconv.runtime.runtime import Session
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 
 from qconv.errors import QconvError
-from qconv.fileformat import FLOAT
-from qconv.source import Source, data_files, metadata, read
+from qconv.ir.fileformat import FLOAT
+from qconv.ir.source import Source, data_files, metadata, read
 from qconv.stats import digest
 
 MOST_NEIGHBOURS = 64

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.edits import Refused, called, kind, title
-from qconv.graph import Model, Node, Value, array, attribute, drop_attribute, input_of, note, noted
-from qconv.normal import Normal
+from qconv.ir.edits import Refused, called, kind, title
+from qconv.ir.graph import Model, Node, Value, array, attribute, drop_attribute, input_of, note, noted
+from qconv.ir.normal import Normal
 
 Float64 = NDArray[np.float64]
 FLOAT_MAX = float(np.finfo(np.float32).max)

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.recipe import Recipe
-from qconv.graph import DataType, Model, Node, Value, attribute
-from qconv.graph import input_of as at
-from qconv.rules import RULES, Weighted
+from qconv.ir.graph import DataType, Model, Node, Value, attribute
+from qconv.ir.graph import input_of as at
+from qconv.ir.rules import RULES, Weighted
 
 MOVERS = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
 """What may stand between codes and a layer, and changes none."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qconv.edits import kind
-from qconv.graph import DataType, Model, Node, Value, array, input_of
-from qconv.rules import ACTIVATIONS, RULES, Joining, Transparent, Weighted
+from qconv.ir.edits import kind
+from qconv.ir.graph import DataType, Model, Node, Value, array, input_of
+from qconv.ir.rules import ACTIVATIONS, RULES, Joining, Transparent, Weighted
 
 MOST_CANDIDATES = 6
 ON_CODES = frozenset({"Clip", "Pad", "Min"})

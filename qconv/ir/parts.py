@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from qconv.graph import Model, Node, Value, ir, reads_of, tensor_proto
+from qconv.ir.graph import Model, Node, Value, ir, reads_of, tensor_proto
 
 RAW = "_not_rounded"
 LOW, HIGH, SCALE, ZERO = "rounded_low", "rounded_high", "rounded_scale", "rounded_zero"
