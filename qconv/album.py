@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.pixels import Layout, Preprocessing
+from qconv.data.fed import Fed
+from qconv.data.preprocess import InputSpec, layout_order
 from qconv.errors import QconvError, shaped
-from qconv.fed import Fed
-from qconv.preprocess import InputSpec, layout_order
 
 MOST_IN_MEMORY = 2**31
 """Bytes of pixels; more go to a temporary file."""

@@ -25,7 +25,7 @@ import numpy as np
 from qconv import save
 from qconv.absorb import Candidate, absorb, candidates, gaining
 from qconv.calibrate import Tap, observer, watch_apart
-from qconv.feed import Feed
+from qconv.data.feed import Feed
 from qconv.findings import Change, Finding, Skipped
 from qconv.ir.edits import Refused
 from qconv.ir.graph import Model, Value

@@ -9,8 +9,8 @@ from typing import Any
 
 from qconv.compare import Progress, Question, compare
 from qconv.config.recipe import Recipe
+from qconv.data.fed import Fed, opened, side_by_side
 from qconv.errors import QconvError
-from qconv.fed import Fed, opened, side_by_side
 from qconv.ir.source import Source
 from qconv.results.compared import Compared
 

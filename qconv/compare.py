@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import fold, save
+from qconv.data.feed import Batch
 from qconv.errors import QconvError
-from qconv.feed import Batch
 from qconv.ir import load, moved
 from qconv.ir.graph import Model, Value, is_tensor
 from qconv.ir.pairs import Pair, Point, points

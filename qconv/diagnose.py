@@ -25,10 +25,10 @@ from qconv.config.pixels import PRESETS, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import words
 from qconv.config.targets import TARGETS
-from qconv.detect import CERTAIN, SHAPE_ONLY, detect, same
+from qconv.data.detect import CERTAIN, SHAPE_ONLY, detect, same
+from qconv.data.fed import Fed
+from qconv.data.feed import Feed
 from qconv.errors import counted
-from qconv.fed import Fed
-from qconv.feed import Feed
 from qconv.gather import Memory, open_pictures, original
 from qconv.ir import load, moved
 from qconv.ir.fileformat import needed_opset

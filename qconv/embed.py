@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from qconv import fold
 from qconv.config.pixels import Layout, Preprocessing
+from qconv.data.preprocess import AXES, layout_order
 from qconv.errors import QconvError
 from qconv.findings import Change, Finding, Skipped
 from qconv.ir.affine import AFFINE, data_of, read_affine
@@ -44,7 +45,6 @@ from qconv.ir.graph import (
     set_dims,
 )
 from qconv.ir.layers import Float64, check_finite, read_layer, scale_inputs, write_layer
-from qconv.preprocess import AXES, layout_order
 
 FLOATS = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.DOUBLE})
 FOLDED = "normalisation of the pixels folded into"

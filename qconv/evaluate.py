@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from qconv import intervals
 from qconv.config.recipe import Recipe
+from qconv.data.fed import Fed, Outputs, opened
+from qconv.data.labels import Labelling, classes_of, labels_of
 from qconv.errors import QconvError
-from qconv.fed import Fed, Outputs, opened
 from qconv.intervals import Interval
 from qconv.ir.source import Source
-from qconv.labels import Labelling, classes_of, labels_of
 from qconv.predictions import TOP, Predictions, Seen
 from qconv.runtime.runtime import Session
 from qconv.verify import is_class_score, sqnr_db

@@ -25,16 +25,16 @@ from qconv import save
 from qconv.album import Album, read_album
 from qconv.config.spoken import recipe_from
 from qconv.config.targets import TARGETS
+from qconv.data.fed import Fed, opened
+from qconv.data.labels import Labelling, classes_of, labels_of
 from qconv.distance import apart
 from qconv.errors import QconvError
 from qconv.examine import examine
-from qconv.fed import Fed, opened
 from qconv.ir import load
 from qconv.ir.fileformat import recipe_in
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, file_bytes, is_quantized, read
 from qconv.ir.teacher import teacher_beside
-from qconv.labels import Labelling, classes_of, labels_of
 from qconv.learnable import Learned
 from qconv.lesson import LOOK_AT, Inputs, Lesson
 from qconv.results.finetuned import Finetuned, Judged, Mark, Wishes

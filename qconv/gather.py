@@ -12,15 +12,15 @@ from qconv.calibrate import Tap, observer, watch
 from qconv.calibrators import want_of
 from qconv.config.pixels import Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.detect import Detected, detect, detect_unseen
+from qconv.data.detect import Detected, detect, detect_unseen
+from qconv.data.feed import Feed
+from qconv.data.preprocess import InputSpec, resolve
 from qconv.errors import QconvError
 from qconv.extras import require_torch
-from qconv.feed import Feed
 from qconv.imagined import Imagined
 from qconv.ir.graph import Model
 from qconv.ir.source import Source
 from qconv.plan import Plan
-from qconv.preprocess import InputSpec, resolve
 from qconv.runtime.runtime import Session
 from qconv.save import total_bytes
 from qconv.sketch import Sketch, Want

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import images
 from qconv.config.pixels import Color, Preprocessing
 from qconv.config.recipe import Recipe
+from qconv.data import images
+from qconv.data.feed import Batch, Feed
+from qconv.data.listing import Listing
+from qconv.data.preprocess import InputSpec, resolve
 from qconv.errors import QconvError
-from qconv.feed import Batch, Feed
 from qconv.ir.normal import Normal
-from qconv.listing import Listing
-from qconv.preprocess import InputSpec, resolve
 from qconv.runtime.runtime import Session
 
 Pixels = NDArray[np.uint8]

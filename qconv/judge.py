@@ -15,10 +15,10 @@ from qconv.config.choices import Drop, LayerBits
 from qconv.config.layer_bits import exactly
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
+from qconv.data.feed import Batch, Feed
+from qconv.data.labels import classes_of, folder_of
 from qconv.errors import QconvError
 from qconv.evaluate import class_vector
-from qconv.feed import Batch, Feed
-from qconv.labels import classes_of, folder_of
 from qconv.moments import is_kept
 from qconv.results.report import Verification
 from qconv.runtime.runtime import Session

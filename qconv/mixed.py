@@ -23,8 +23,8 @@ from qconv.assign import Assignment, Layer, assignment, curve, filled
 from qconv.config.choices import Drop
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
+from qconv.data.feed import Batch
 from qconv.errors import QconvError
-from qconv.feed import Batch
 from qconv.ir.graph import Model, array
 from qconv.judge import Ground, Judge, Measured, Progress
 from qconv.planner import is_layer, make_plan

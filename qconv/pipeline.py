@@ -19,11 +19,11 @@ from qconv.config.checks import spelt
 from qconv.config.layer_bits import as_toml
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, Target
+from qconv.data.feed import Feed
 from qconv.embed import embed
 from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.extras import require_torch
-from qconv.feed import Feed
 from qconv.findings import Change, Finding, Skipped
 from qconv.gather import Memory, Pictures, open_pictures, original
 from qconv.ir import load

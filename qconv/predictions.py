@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.data.labels import Classes
 from qconv.errors import QconvError
-from qconv.labels import Classes
 
 TOP = 5
 

@@ -16,12 +16,12 @@ import numpy as np
 from qconv import intervals
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
+from qconv.data.feed import Feed
+from qconv.data.listing import find
 from qconv.errors import QconvError
 from qconv.evaluate import class_vector
-from qconv.feed import Feed
 from qconv.gather import Memory, original
 from qconv.ir.source import Source
-from qconv.listing import find
 from qconv.pipeline import Listener, quantize
 from qconv.results.ladder import Trial
 from qconv.results.report import Report

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.feed import spread
+from qconv.data.feed import spread
 from qconv.findings import Change
 from qconv.held import Store
 from qconv.ir.behind import Behind, up_to

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qconv.data.evidence import Reference, is_measured, stored_statistics
 from qconv.errors import QconvError, counted
-from qconv.evidence import Reference, is_measured, stored_statistics
 from qconv.ir.graph import Model, Node, input_of
 from qconv.ir.layers import INPUTS_FIRST
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.feed import Batch, Feed
+from qconv.data.feed import Batch, Feed
 from qconv.results.report import Verification
 from qconv.runtime.runtime import Session
 from qconv.verify import Comparison

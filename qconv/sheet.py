@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.pixels import Color, Layout, Preprocessing
+from qconv.data.feed import Batch, Feed
 from qconv.errors import QconvError, counted
-from qconv.feed import Batch, Feed
 from qconv.plot import thumbnail
 from qconv.shown import Picture
 

@@ -22,9 +22,9 @@ from qconv.calibrate import Tap, observer, watch_apart
 from qconv.calibrators import want_of
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.detect import detect
+from qconv.data.detect import detect
+from qconv.data.feed import Feed
 from qconv.errors import QconvError, counted
-from qconv.feed import Feed
 from qconv.gather import original
 from qconv.ir import load
 from qconv.ir.fileformat import needed_opset

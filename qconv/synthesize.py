@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qconv import images, plot
+from qconv import plot
 from qconv.config.pixels import AUTO, Filter, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import words
-from qconv.detect import Detected, detect_unseen
+from qconv.data import images
+from qconv.data.detect import Detected, detect_unseen
 from qconv.dream import Dream, batch_of
 from qconv.errors import QconvError
 from qconv.folders import check_folder, refuse_inside, whole_folder

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from qconv.calibrate import Tap, observer, watch, watch_apart
 from qconv.config.choices import NO_PICTURES
+from qconv.data.feed import Batch
 from qconv.errors import QconvError, counted
-from qconv.feed import Batch
 from qconv.findings import Change
 from qconv.imagined import COUNT, Imagined, pixels, read_by
 from qconv.ir.edits import Refused, kind

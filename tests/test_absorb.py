@@ -12,7 +12,7 @@ from models import loaded, network, run
 from qconv.absorb import absorb, candidates
 from qconv.calibrate import Tap, observer, watch_apart
 from qconv.config.recipe import Recipe
-from qconv.feed import Feed
+from qconv.data.feed import Feed
 from qconv.findings import Change
 from qconv.fold import fold
 from qconv.ir.graph import Model, array

@@ -15,12 +15,12 @@ from models import loaded, network, statistics
 from numpy.typing import NDArray
 from PIL import Image
 
-from qconv.candidates import COLOURED, GREY
 from qconv.config.pixels import PRESETS, Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.detect import CERTAIN, Detected, detect
-from qconv.evidence import fact_of, references
-from qconv.feed import Feed
+from qconv.data.candidates import COLOURED, GREY
+from qconv.data.detect import CERTAIN, Detected, detect
+from qconv.data.evidence import fact_of, references
+from qconv.data.feed import Feed
 from qconv.ir.source import Source
 from qconv.pipeline import Listener, quantize
 from qconv.runtime.runtime import Session

@@ -23,7 +23,7 @@ from test_detect import colourful, fed, folder_of, trained_with
 from qconv import gather, pipeline, proof
 from qconv.cli import cli
 from qconv.config.recipe import Recipe
-from qconv.listing import find
+from qconv.data.listing import find
 from qconv.remedies import joined, merged
 from qconv.results.ladder import Trial, undominated
 

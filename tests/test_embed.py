@@ -23,9 +23,9 @@ from qconv import fold
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
+from qconv.data.feed import Feed
 from qconv.embed import embed
 from qconv.errors import QconvError
-from qconv.feed import Feed
 from qconv.findings import Change, Finding, Skipped
 from qconv.ir.graph import Model
 from qconv.ir.source import Source

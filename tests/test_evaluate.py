@@ -17,10 +17,10 @@ from PIL import Image
 
 from qconv.config.pixels import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
+from qconv.data.labels import classes_of
 from qconv.errors import QconvError
 from qconv.evaluate import Evaluation, Wishes, evaluate
 from qconv.ir.source import Source
-from qconv.labels import classes_of
 from qconv.pipeline import quantize
 
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")

@@ -23,13 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qconv import images
 from qconv.ahead import ahead
 from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
+from qconv.data import images
+from qconv.data.images import UnreadablePicture, batches, load_picture
+from qconv.data.listing import PICTURE_SUFFIXES, Listing, find
+from qconv.data.preprocess import RESIZED, InputSpec, resolve
 from qconv.errors import QconvError
-from qconv.images import UnreadablePicture, batches, load_picture
-from qconv.listing import PICTURE_SUFFIXES, Listing, find
-from qconv.preprocess import RESIZED, InputSpec, resolve
 
 FLOAT = np.dtype(np.float32)
 BYTE = np.dtype(np.uint8)
@@ -1008,7 +1008,7 @@ def test_a_broken_sample_is_skipped_and_never_unpickled(tmp_path, build, suffix)
 
 
 def test_pillow_is_not_imported_until_it_is_needed():
-    code = "import sys, qconv.images; sys.exit('PIL' in sys.modules)"
+    code = "import sys, qconv.data.images; sys.exit('PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0
 
 

@@ -28,11 +28,11 @@ from qconv.config.choices import CANDIDATE_BITS, Drop, LayerBits
 from qconv.config.layer_bits import read_layer_bits
 from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import STEERING, Recipe
+from qconv.data.listing import find
 from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.ir.source import Source
 from qconv.judge import _unseen
-from qconv.listing import find
 from qconv.mixed import _best, expected
 from qconv.pipeline import Listener, quantize
 from qconv.refine import EFFORTS

@@ -199,7 +199,7 @@ def test_preprocessing_in_words(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("size", [(224, 224), (224, 448), (448, 224), (100, 30)])
 def test_the_words_for_auto_say_what_is_done(size: tuple[int, int]) -> None:
     """A picture of exactly the covering size named in the words is cropped, never scaled: its centre pixel stays."""
-    from qconv.images import _auto
+    from qconv.data.images import _auto
 
     height, width = (round(side / 0.875) for side in size)
     assert _auto((width, height), replace(IMAGENET, size=size)) == (width, height)

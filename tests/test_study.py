@@ -13,10 +13,11 @@ import pytest
 from models import loaded, network
 from PIL import Image
 
-from qconv import images, pipeline, study
+from qconv import pipeline, study
 from qconv.calibrate import Tap, tapped, watch, watch_apart
 from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import Recipe
+from qconv.data import images
 from qconv.errors import QconvError
 from qconv.results.curve import Curve, Point, counts_up_to
 from qconv.runtime.runtime import Session

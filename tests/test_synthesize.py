@@ -24,16 +24,17 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv import dream, images, pipeline, synthesize  # noqa: E402
+from qconv import dream, pipeline, synthesize
 from qconv.cli import cli  # noqa: E402
 from qconv.config.pixels import Color, Filter, Layout, PreprocessingOptions  # noqa: E402
 from qconv.config.recipe import Recipe  # noqa: E402
+from qconv.data import images  # noqa: E402
+from qconv.data.listing import find  # noqa: E402
 from qconv.dream import EDGE, FLOOR, Dream, _stride, faded, normalised  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
 from qconv.findings import Change  # noqa: E402
 from qconv.folders import whole_folder  # noqa: E402
 from qconv.ir.source import Source  # noqa: E402
-from qconv.listing import find  # noqa: E402
 from qconv.remembered import Remembered  # noqa: E402
 from qconv.results.synthesized import Wishes  # noqa: E402
 from qconv.torchgraph import Network  # noqa: E402

@@ -17,8 +17,8 @@ from qconv.config.choices import FALLBACKS
 from qconv.config.pixels import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import options_of, recipe_from
+from qconv.data.feed import Feed
 from qconv.errors import QconvError
-from qconv.feed import Feed
 from qconv.findings import Change, Skipped
 from qconv.ir.normal import Normal
 from qconv.ir.source import Source

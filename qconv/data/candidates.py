@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from qconv.config.pixels import Color, Preprocessing, PreprocessingOptions
-from qconv.evidence import Fact, Reference
-from qconv.fit import Moments
-from qconv.preprocess import InputSpec, resolve
+from qconv.data.evidence import Fact, Reference
+from qconv.data.fit import Moments
+from qconv.data.preprocess import InputSpec, resolve
 
 OTHER_ORDER = -1.5
 """ln of how much rarer the other colour order is than the preset's own."""

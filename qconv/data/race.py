@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import images, save
-from qconv.candidates import Candidate, inverted
+from qconv import save
 from qconv.config.pixels import Preprocessing
+from qconv.data import images
+from qconv.data.candidates import Candidate, inverted
+from qconv.data.evidence import Reference
+from qconv.data.fit import peaks, sureness
+from qconv.data.preprocess import InputSpec
 from qconv.errors import QconvError
-from qconv.evidence import Reference
-from qconv.fit import peaks, sureness
 from qconv.ir.graph import Model
-from qconv.preprocess import InputSpec
 from qconv.runtime.runtime import Session
 
 SHARPNESS = 5.0

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import images
 from qconv.config.pixels import AUTO, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.detect import detect
+from qconv.data import images
+from qconv.data.detect import detect
+from qconv.data.evidence import fact_of, told_by, told_of_float
+from qconv.data.feed import DECODERS, Feed
 from qconv.errors import QconvError
-from qconv.evidence import fact_of, told_by, told_of_float
-from qconv.feed import DECODERS, Feed
 from qconv.gather import original
 from qconv.ir import load
 from qconv.ir.source import Source, is_quantized, metadata, read

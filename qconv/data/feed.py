@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import images
 from qconv.config.pixels import Color, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
+from qconv.data import images
+from qconv.data.listing import SAMPLE_SUFFIXES, Listing, find, suffix_of
+from qconv.data.preprocess import InputSpec, layout_order, resolve
 from qconv.errors import QconvError
-from qconv.listing import SAMPLE_SUFFIXES, Listing, find, suffix_of
-from qconv.preprocess import InputSpec, layout_order, resolve
 from qconv.runtime.runtime import Session
 
 DECODERS = 2

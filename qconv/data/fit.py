@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.evidence import Reference
+from qconv.data.evidence import Reference
 from qconv.runtime.runtime import Session
 
 Array = NDArray[np.float64]

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 
 from qconv.ahead import ahead
 from qconv.config.pixels import CROP_SHARE, Color, Layout, Preprocessing
+from qconv.data.listing import SAMPLE_SUFFIXES, Listing, suffix_of
+from qconv.data.preprocess import InputSpec, agrees
 from qconv.errors import QconvError, counted, shaped
-from qconv.listing import SAMPLE_SUFFIXES, Listing, suffix_of
-from qconv.preprocess import InputSpec, agrees
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

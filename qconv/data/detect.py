@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from qconv.candidates import Candidate, Field
 from qconv.config.pixels import AUTO, Preprocessing, PreprocessingOptions
+from qconv.data.candidates import Candidate, Field
+from qconv.data.evidence import Fact, fact_of, references
+from qconv.data.feed import Feed
+from qconv.data.race import Race
 from qconv.errors import QconvError
-from qconv.evidence import Fact, fact_of, references
-from qconv.feed import Feed
 from qconv.ir.graph import Model
-from qconv.race import Race
 from qconv.runtime.runtime import Session
 
 CERTAIN = 0.98

@@ -1,0 +1,1 @@
+"""Images in, preprocessing found out. Pillow is imported here."""
