@@ -31,13 +31,13 @@ from qconv.ir.edits import Refused
 from qconv.ir.graph import Model, Value
 from qconv.ir.layers import Float64, check_finite, move_made, read_layer, scale_inputs, scale_outputs, write_layer
 from qconv.ir.moved import on_grid, tell
+from qconv.metrics.verify import Comparison
 from qconv.noise import Term, least, total
 from qconv.plan import Plan, tap_of
 from qconv.reach import Channels, seen_by_channel
 from qconv.runtime.runtime import Session
 from qconv.sketch import Want
 from qconv.streams import OPEN, Limit, Streams, find_streams
-from qconv.verify import Comparison
 from qconv.worth import Seen, noise_terms
 
 STEP = "equalize"

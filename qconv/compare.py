@@ -34,9 +34,9 @@ from qconv.ir.graph import Model, Value, is_tensor
 from qconv.ir.pairs import Pair, Point, points
 from qconv.ir.shifted import shifted
 from qconv.ir.source import Source, is_quantized, metadata, read
+from qconv.metrics.verify import Comparison, sqnr_db
 from qconv.results.compared import Compared, LayerRow, Values
 from qconv.runtime.runtime import Session
-from qconv.verify import Comparison, sqnr_db
 from qconv.weighed import bars_of, beside
 
 Progress = Callable[[str, int, int], None]

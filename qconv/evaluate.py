@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import intervals
 from qconv.config.recipe import Recipe
 from qconv.data.fed import Fed, Outputs, opened
 from qconv.data.labels import Labelling, classes_of, labels_of
 from qconv.errors import QconvError
-from qconv.intervals import Interval
 from qconv.ir.source import Source
-from qconv.predictions import TOP, Predictions, Seen
+from qconv.metrics import intervals
+from qconv.metrics.intervals import Interval
+from qconv.metrics.predictions import TOP, Predictions, Seen
+from qconv.metrics.verify import is_class_score, sqnr_db
 from qconv.runtime.runtime import Session
-from qconv.verify import is_class_score, sqnr_db
 
 LARGEST = float(np.finfo(np.float64).max) / 1e6  # the noise of NaN: what can still be added up
 Progress = Callable[[str, int, int], None]

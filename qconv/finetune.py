@@ -37,6 +37,7 @@ from qconv.ir.source import Source, data_files, file_bytes, is_quantized, read
 from qconv.ir.teacher import teacher_beside
 from qconv.learnable import Learned
 from qconv.lesson import LOOK_AT, Inputs, Lesson
+from qconv.metrics.verify import Comparison, gates
 from qconv.results.finetuned import Finetuned, Judged, Mark, Wishes
 from qconv.results.report import Audit, Verification
 from qconv.resuming import Kept
@@ -47,7 +48,6 @@ from qconv.stats import digest
 from qconv.torchgraph import Network, as_arrays
 from qconv.torchrun import determined, device_of
 from qconv.training import Schedule, Trainer
-from qconv.verify import Comparison, gates
 
 RATES = {"weights": 1.0, "weight_scales": 0.1, "activation_scales": 0.1, "biases": 0.2}
 """Of the learning rate, which is that of weights in codes."""

@@ -19,10 +19,10 @@ from qconv.data.feed import Batch, Feed
 from qconv.data.labels import classes_of, folder_of
 from qconv.errors import QconvError
 from qconv.evaluate import class_vector
+from qconv.metrics.scored import Outputs, Scored, score_float
 from qconv.moments import is_kept
 from qconv.results.report import Verification
 from qconv.runtime.runtime import Session
-from qconv.scored import Outputs, Scored, score_float
 from qconv.sensitivity import FLOAT
 from qconv.trial import Folded, Settled, nearest, round_anew, written
 

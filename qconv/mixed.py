@@ -27,13 +27,13 @@ from qconv.data.feed import Batch
 from qconv.errors import QconvError
 from qconv.ir.graph import Model, array
 from qconv.judge import Ground, Judge, Measured, Progress
+from qconv.metrics.verify import sqnr_db
 from qconv.planner import is_layer, make_plan
 from qconv.refine import EFFORTS
 from qconv.results.report import MixedPrecision, SizePoint
 from qconv.sensitivity import FLOAT, Network, sensitivities
 from qconv.solve import Solver
 from qconv.trial import Settled, nearest
-from qconv.verify import sqnr_db
 
 PICTURES = 16
 """So many are enough to tell layers apart; the result is verified on all."""

@@ -16,8 +16,8 @@ from qconv.config.targets import TARGETS
 from qconv.errors import QconvError, counted, sized
 from qconv.examine import Examined, examine
 from qconv.findings import Change, Finding, Skipped
-from qconv.intervals import Interval, of_share
 from qconv.ir.source import Source, file_bytes, read
+from qconv.metrics.intervals import Interval, of_share
 from qconv.results.compared import Compared
 from qconv.results.ladder import Diagnosis, Sweep, Trial
 from qconv.results.report import Audit, OutputScore, Report, Verification

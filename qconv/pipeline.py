@@ -31,6 +31,7 @@ from qconv.ir.fileformat import describe, needed_opset, needed_runtime, set_ir_v
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
 from qconv.judge import Ground
+from qconv.metrics.verify import gates, verify
 from qconv.mixed import check_size, expected, search
 from qconv.oddities import oddities
 from qconv.params import choose_activations
@@ -48,7 +49,6 @@ from qconv.sketch import Sketch
 from qconv.stats import digest
 from qconv.trial import Folded, Settled, nearest, round_anew
 from qconv.tune import tuned
-from qconv.verify import gates, verify
 from qconv.wishes import look_for_means_in_vain, look_for_wishes, look_for_wishes_in_vain, require_layers
 
 EQUALIZED_ON = 64

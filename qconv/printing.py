@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qconv.errors import counted, shaped
 from qconv.evaluate import Evaluation, Output, Share
 from qconv.examine import Examined
-from qconv.intervals import SIGNIFICANT, Interval, of_difference
+from qconv.metrics.intervals import SIGNIFICANT, Interval, of_difference
 from qconv.results.compared import Compared, LayerRow
 from qconv.results.report import Island, alike
 from qconv.runtime.benchmark import Benchmark

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from qconv import intervals
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.feed import Feed
@@ -22,12 +21,13 @@ from qconv.errors import QconvError
 from qconv.evaluate import class_vector
 from qconv.gather import Memory, original
 from qconv.ir.source import Source
+from qconv.metrics import intervals
+from qconv.metrics.scored import Outputs, Scored, score_float
 from qconv.pipeline import Listener, quantize
 from qconv.results.ladder import Trial
 from qconv.results.report import Report
 from qconv.runtime.benchmark import Benchmark, Conditions, benchmark
 from qconv.runtime.runtime import VERSION, Session
-from qconv.scored import Outputs, Scored, score_float
 
 MOST_HELD_BACK = 64
 HELD_BACK_SHARE = 5

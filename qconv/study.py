@@ -30,6 +30,7 @@ from qconv.ir import load
 from qconv.ir.fileformat import needed_opset
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, own_opset, read, refuse_quantized
+from qconv.metrics.scored import Scored, score_float
 from qconv.pipeline import Listener, check_output
 from qconv.placement import left_in_float
 from qconv.plan import Plan
@@ -38,7 +39,6 @@ from qconv.proof import HELD_BACK_SHARE, MOST_HELD_BACK
 from qconv.results.curve import Curve, Point, counts_up_to
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
-from qconv.scored import Scored, score_float
 from qconv.shelf import Shelf, shelf
 from qconv.sketch import Sketch
 from qconv.trial import carried_out

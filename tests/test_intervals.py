@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from qconv.intervals import by_bootstrap, mcnemar, of_difference, of_share
+from qconv.metrics.intervals import by_bootstrap, mcnemar, of_difference, of_share
 
 
 @pytest.mark.parametrize(

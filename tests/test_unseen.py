@@ -22,12 +22,12 @@ from qconv.errors import QconvError
 from qconv.findings import Change, Skipped
 from qconv.ir.normal import Normal
 from qconv.ir.source import Source
+from qconv.metrics.verify import verify
 from qconv.portray import sketched
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session
 from qconv.sketch import Sketch
 from qconv.unseen import WIDER
-from qconv.verify import verify
 
 HERE = Path(__file__).parent
 CIFAR = HERE / "models" / "cifar_mobilenet.onnx"

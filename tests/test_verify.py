@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from models import network
 
+from qconv.metrics.verify import Comparison, gates, is_class_score, sqnr_db, verify
 from qconv.results.report import OutputScore, Verification
 from qconv.runtime.runtime import Session
-from qconv.verify import Comparison, gates, is_class_score, sqnr_db, verify
 
 
 def session(body: str) -> Session:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from qconv.intervals import mcnemar
+from qconv.metrics.intervals import mcnemar
 from tests.bench.cases import Array, Case
 
 

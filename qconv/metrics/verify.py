@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.errors import QconvError
-from qconv.intervals import Interval, by_bootstrap
+from qconv.metrics.intervals import Interval, by_bootstrap
 from qconv.results.report import Gate, OutputScore, Verification
 from qconv.runtime.runtime import Session
 

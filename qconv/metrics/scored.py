@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.data.feed import Batch, Feed
+from qconv.metrics.verify import Comparison
 from qconv.results.report import Verification
 from qconv.runtime.runtime import Session
-from qconv.verify import Comparison
 
 Outputs = list[NDArray[Any]]
 

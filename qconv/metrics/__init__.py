@@ -1,0 +1,1 @@
+"""How near, how right, how sure: one module a task."""
