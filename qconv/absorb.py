@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qconv.calibration.reach import Channels
 from qconv.findings import Change
 from qconv.fold import FLATTENERS, ends, scaled_layer
 from qconv.ir.affine import Affine
@@ -36,7 +37,6 @@ from qconv.ir.layers import (
     write_layer,
 )
 from qconv.ir.moved import tell
-from qconv.reach import Channels
 
 STEP = "equalize"
 SHARE = 0.9

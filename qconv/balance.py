@@ -24,7 +24,9 @@ import numpy as np
 
 from qconv import save
 from qconv.absorb import Candidate, absorb, candidates, gaining
-from qconv.calibrate import Tap, observer, watch_apart
+from qconv.calibration.calibrate import Tap, observer, watch_apart
+from qconv.calibration.reach import Channels, seen_by_channel
+from qconv.calibration.sketch import Want
 from qconv.data.feed import Feed
 from qconv.findings import Change, Finding, Skipped
 from qconv.ir.edits import Refused
@@ -34,9 +36,7 @@ from qconv.ir.moved import on_grid, tell
 from qconv.metrics.verify import Comparison
 from qconv.noise import Term, least, total
 from qconv.plan import Plan, tap_of
-from qconv.reach import Channels, seen_by_channel
 from qconv.runtime.runtime import Session
-from qconv.sketch import Want
 from qconv.streams import OPEN, Limit, Streams, find_streams
 from qconv.worth import Seen, noise_terms
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.calibration.sketch import Sketch
 from qconv.config.choices import WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.errors import counted
@@ -38,7 +39,6 @@ from qconv.plan import Layer, Plan
 from qconv.results.compared import Compared, LayerRow
 from qconv.results.ladder import Cause
 from qconv.results.report import Report
-from qconv.sketch import Sketch
 from qconv.weights import BIAS_FITS
 
 IMBALANCE = 24.0

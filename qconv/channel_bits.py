@@ -12,11 +12,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import clipping
 from qconv.allocation import allocate
+from qconv.calibration import clipping
+from qconv.calibration.sketch import Sketch
 from qconv.findings import Change
 from qconv.quant import PerChannel, QuantParams, QuantSpec
-from qconv.sketch import Sketch
 from qconv.weight_ranges import WEIGHT_RANGES, Ends, Floats
 
 MOST = 8

@@ -211,7 +211,8 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     """Add up statistics that `quantize --save-stats` wrote of parts of a set of pictures."""
     if "" in (output, *files):
         raise click.UsageError("files and --output need a name.")
-    from qconv import stats, summary
+    from qconv import summary
+    from qconv.calibration import stats
 
     console = summary.Console(quiet=quiet)
     total, twice = stats.merged(files)

@@ -17,6 +17,7 @@ from typing import Any
 
 from qconv import causes, fold, save
 from qconv.beside import Looked
+from qconv.calibration.stats import digest
 from qconv.causes import FEW, GAP, MANY, Evidence
 from qconv.compare import Question, compare
 from qconv.config import spoken
@@ -54,7 +55,6 @@ from qconv.results.compared import Compared
 from qconv.results.ladder import Cause, Diagnosis, Trial
 from qconv.runtime.cpu import this_cpu
 from qconv.runtime.runtime import Session
-from qconv.stats import digest
 
 GAINED = 0.5
 """dB from which on a remedy has helped."""

@@ -23,6 +23,7 @@ import torch
 
 from qconv import save
 from qconv.album import Album, read_album
+from qconv.calibration.stats import digest
 from qconv.config.spoken import recipe_from
 from qconv.config.targets import TARGETS
 from qconv.data.fed import Fed, opened
@@ -44,7 +45,6 @@ from qconv.resuming import Kept
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
 from qconv.sites import find_sites
-from qconv.stats import digest
 from qconv.torchgraph import Network, as_arrays
 from qconv.torchrun import determined, device_of
 from qconv.training import Schedule, Trainer

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qconv import stats
-from qconv.calibrate import Tap, observer, watch
-from qconv.calibrators import want_of
+from qconv.calibration import stats
+from qconv.calibration.calibrate import Tap, observer, watch
+from qconv.calibration.calibrators import want_of
+from qconv.calibration.sketch import Sketch, Want
 from qconv.config.pixels import Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.detect import Detected, detect, detect_unseen
@@ -23,7 +24,6 @@ from qconv.ir.source import Source
 from qconv.plan import Plan
 from qconv.runtime.runtime import Session
 from qconv.save import total_bytes
-from qconv.sketch import Sketch, Want
 from qconv.unseen import Unseen
 
 KEPT_NETWORKS = 4

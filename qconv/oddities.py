@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from qconv.calibration.sketch import Sketch
 from qconv.quant import SMALLEST_SCALE
-from qconv.sketch import Sketch
 
 ROUNDING = 1e-5
 """Relative error of a sum of float32 numbers, about."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from qconv import channel_bits
-from qconv.calibrators import CALIBRATORS, Hints
-from qconv.clipping import Range
+from qconv.calibration.calibrators import CALIBRATORS, Hints
+from qconv.calibration.clipping import Range
+from qconv.calibration.sketch import Sketch, Want
 from qconv.config.choices import PERCENTILE
 from qconv.config.recipe import Recipe
 from qconv.findings import Change, Finding
@@ -16,7 +17,6 @@ from qconv.ir import layers
 from qconv.ir.graph import Node, Value, array
 from qconv.plan import Layer, Plan, channels_of
 from qconv.quant import QuantParams, QuantSpec
-from qconv.sketch import Sketch, Want
 from qconv.weights import LayerParams, Source, quantize_layer
 
 LARGEST_MULTIPLIER = 200.0

@@ -15,6 +15,8 @@ from qconv import fold, save
 from qconv.apart import in_words, round_apart
 from qconv.audit import Known, audit, profiled
 from qconv.balance import balance, balance_unseen
+from qconv.calibration.sketch import Sketch
+from qconv.calibration.stats import digest
 from qconv.config.checks import spelt
 from qconv.config.layer_bits import as_toml
 from qconv.config.recipe import Recipe
@@ -45,8 +47,6 @@ from qconv.rows import tensor_rows
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
 from qconv.shrink import shrink
-from qconv.sketch import Sketch
-from qconv.stats import digest
 from qconv.trial import Folded, Settled, nearest, round_anew
 from qconv.tune import tuned
 from qconv.wishes import look_for_means_in_vain, look_for_wishes, look_for_wishes_in_vain, require_layers

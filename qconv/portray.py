@@ -10,11 +10,11 @@ import zlib
 
 import numpy as np
 
-from qconv.exact import ExactSum
+from qconv.calibration.exact import ExactSum
+from qconv.calibration.reach import Channels
+from qconv.calibration.sketch import MOST_COLUMNS, Sketch, histogram_codes, places
 from qconv.ir.graph import Value, clip_bounds
 from qconv.ir.normal import Normal, quantiles
-from qconv.reach import Channels
-from qconv.sketch import MOST_COLUMNS, Sketch, histogram_codes, places
 from qconv.told import reach
 
 SAMPLES = 2**18

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.assign import Layer
+from qconv.calibration.sketch import Sketch
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
 from qconv.held import Arrays, Store
@@ -36,7 +37,6 @@ from qconv.plan import Plan
 from qconv.quant import PerChannel
 from qconv.rounder import stored_shape
 from qconv.sight import Sight
-from qconv.sketch import Sketch
 from qconv.solve import Solver, first_input
 from qconv.weights import LayerParams, Source, quantize_layer
 

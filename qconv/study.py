@@ -18,8 +18,10 @@ import numpy as np
 
 import qconv
 from qconv import fold, save
-from qconv.calibrate import Tap, observer, watch_apart
-from qconv.calibrators import want_of
+from qconv.calibration.calibrate import Tap, observer, watch_apart
+from qconv.calibration.calibrators import want_of
+from qconv.calibration.shelf import Shelf, shelf
+from qconv.calibration.sketch import Sketch
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.detect import detect
@@ -39,8 +41,6 @@ from qconv.proof import HELD_BACK_SHARE, MOST_HELD_BACK
 from qconv.results.curve import Curve, Point, counts_up_to
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
-from qconv.shelf import Shelf, shelf
-from qconv.sketch import Sketch
 from qconv.trial import carried_out
 from qconv.wishes import look_for_wishes, require_layers
 

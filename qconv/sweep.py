@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from qconv.calibration.stats import digest
 from qconv.config.recipe import Recipe
 from qconv.gather import Memory, open_pictures, original
 from qconv.ir.load import load
@@ -18,7 +19,6 @@ from qconv.ir.source import Source, data_files, file_bytes, read, refuse_quantiz
 from qconv.pipeline import Listener, check_output
 from qconv.proof import Proof, held_back
 from qconv.results.ladder import Sweep
-from qconv.stats import digest
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from qconv import plot
+from qconv.calibration.stats import digest
 from qconv.config.pixels import AUTO, Filter, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import words
@@ -38,7 +39,6 @@ from qconv.remembered import Remembered
 from qconv.results.synthesized import FAR, WELL, Layer, Synthesized, Wishes
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
-from qconv.stats import digest
 from qconv.torchgraph import Network, require_operators
 from qconv.torchrun import determined, device_of
 

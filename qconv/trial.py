@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 import qconv
+from qconv.calibration.sketch import Sketch
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.emit import emit
@@ -20,7 +21,6 @@ from qconv.plan import Plan
 from qconv.planner import make_plan
 from qconv.refine import refine
 from qconv.shrink import shrink
-from qconv.sketch import Sketch
 
 Feeds = Sequence[Mapping[str, NDArray[Any]]]
 Progress = Callable[[str, int, int], None]

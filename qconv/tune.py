@@ -13,6 +13,7 @@ from pathlib import Path
 
 from qconv import save
 from qconv.audit import node_names, profiled
+from qconv.calibration.sketch import Sketch
 from qconv.config.pixels import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
@@ -22,7 +23,6 @@ from qconv.planner import make_plan
 from qconv.runtime.benchmark import Conditions, Timing, benchmark
 from qconv.runtime.madeup import made_up
 from qconv.runtime.runtime import VERSION, Session
-from qconv.sketch import Sketch
 from qconv.trial import carried_out
 
 ROUNDS = 12

@@ -12,7 +12,9 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.calibrate import Tap, observer, watch, watch_apart
+from qconv.calibration.calibrate import Tap, observer, watch, watch_apart
+from qconv.calibration.reach import Channels, seen_by_channel
+from qconv.calibration.sketch import Sketch
 from qconv.config.choices import NO_PICTURES
 from qconv.data.feed import Batch
 from qconv.errors import QconvError, counted
@@ -25,8 +27,6 @@ from qconv.ir.layers import INPUTS_FIRST, means_of, note_means, read_layer
 from qconv.ir.normal import Normal
 from qconv.ir.source import Source
 from qconv.portray import channels_of, sketched
-from qconv.reach import Channels, seen_by_channel
-from qconv.sketch import Sketch
 from qconv.told import MOST_GUESSES, told
 
 STEP = "told"

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import clipping
+from qconv.calibration import clipping
+from qconv.calibration.sketch import histogram_of
 from qconv.quant import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec, extremes
-from qconv.sketch import histogram_of
 
 Floats = NDArray[np.floating[Any]]
 Ends = tuple[Floats, Floats]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qconv import bias as bias_correction
 from qconv import channel_bits, saturation
+from qconv.calibration.sketch import Sketch
 from qconv.config.targets import Target
 from qconv.errors import QconvError
 from qconv.findings import Change, Finding, Skipped
@@ -20,7 +21,6 @@ from qconv.ir.graph import array, attribute, input_of
 from qconv.ir.layers import means_of
 from qconv.plan import Layer
 from qconv.quant import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, extremes
-from qconv.sketch import Sketch
 from qconv.weight_ranges import WEIGHT_RANGES
 
 # Leaves half of int32 to the sum of products: 2^30 / (255 * 127) inputs a channel is more than any layer has.

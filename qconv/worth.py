@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qconv.calibration.reach import Channels
 from qconv.ir.graph import Model, Value
 from qconv.ir.layers import Float64, read_layer
 from qconv.noise import Codes, Term, Weights
 from qconv.plan import Layer, Plan
 from qconv.quant import PerTensor
-from qconv.reach import Channels
 from qconv.streams import Ends, Streams
 
 MEAN_COUNTS = 0.1

@@ -10,15 +10,15 @@ import pytest
 from models import loaded, network, run
 
 from qconv.absorb import absorb, candidates
-from qconv.calibrate import Tap, observer, watch_apart
+from qconv.calibration.calibrate import Tap, observer, watch_apart
+from qconv.calibration.reach import seen_by_channel
+from qconv.calibration.sketch import Want
 from qconv.config.recipe import Recipe
 from qconv.data.feed import Feed
 from qconv.findings import Change
 from qconv.fold import fold
 from qconv.ir.graph import Model, array
-from qconv.reach import seen_by_channel
 from qconv.runtime.runtime import Session
-from qconv.sketch import Want
 
 BODY = "c = Conv(x, w, b) r = Relu(c) m = MaxPool<kernel_shape=[2,2]>(r) d = Conv<{pads}>(m, v, e) y = Relu(d)"
 HIGH = np.float32([0.0, 40.0, 60.0, 0.0])

@@ -19,6 +19,7 @@ from test_plan import Planned
 
 from qconv import channel_bits, weight_ranges
 from qconv.allocation import allocate, closed_form
+from qconv.calibration.sketch import Sketcher, View, Want
 from qconv.config.choices import RECIPES, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
@@ -27,7 +28,6 @@ from qconv.quant import PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.rows import tensor_rows
 from qconv.runtime.runtime import Session
 from qconv.saturation import worst_pair
-from qconv.sketch import Sketcher, View, Want
 
 FOUR = QuantSpec(4, True, True, PerChannel(0))
 

@@ -7,10 +7,10 @@ import pytest
 from models import loaded, network
 from numpy.typing import NDArray
 
-from qconv.calibrate import Tap, tapped, watch
+from qconv.calibration.calibrate import Tap, tapped, watch
+from qconv.calibration.sketch import Sketch, Sketcher, Want
 from qconv.errors import QconvError
 from qconv.runtime.runtime import Session
-from qconv.sketch import Sketch, Sketcher, Want
 
 
 def session(body: str, *outputs: str, **constants: tuple[int, ...] | float) -> Session:

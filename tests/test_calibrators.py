@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qconv import clipping, entropy
-from qconv.calibrators import AVERAGING, CALIBRATORS, Hints
+from qconv.calibration import clipping, entropy
+from qconv.calibration.calibrators import AVERAGING, CALIBRATORS, Hints
+from qconv.calibration.readers import least_at_outputs, powers_of
+from qconv.calibration.sketch import Sketch, Sketcher, View, Want, histogram_of
 from qconv.config.choices import CALIBRATORS as NAMES
 from qconv.ir.layers import Layer
 from qconv.quant import QuantSpec
-from qconv.readers import least_at_outputs, powers_of
-from qconv.sketch import Sketch, Sketcher, View, Want, histogram_of
 
 SPEC = QuantSpec(8, signed=False, symmetric=False)
 NODE: Any = None  # readers look at weights alone

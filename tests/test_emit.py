@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from qconv import fold
 from qconv.audit import Known, audit
-from qconv.calibrate import tapped, watch
-from qconv.calibrators import want_of
+from qconv.calibration.calibrate import tapped, watch
+from qconv.calibration.calibrators import want_of
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS

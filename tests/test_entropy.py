@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from qconv.entropy import BINS, clipped, divergence, even_bins, least_divergence
+from qconv.calibration.entropy import BINS, clipped, divergence, even_bins, least_divergence
+from qconv.calibration.sketch import histogram_of
 from qconv.quant import QuantSpec
-from qconv.sketch import histogram_of
 
 UNSIGNED = QuantSpec(8, signed=False, symmetric=False)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qconv.exact import MOST_AT_ONCE, ExactSum
+from qconv.calibration.exact import MOST_AT_ONCE, ExactSum
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 

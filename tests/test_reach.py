@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qconv.reach import UNSEEN, reach_of
+from qconv.calibration.reach import UNSEEN, reach_of
 
 
 def test_a_tail_by_hand() -> None:

@@ -13,7 +13,7 @@ from models import loaded, network
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from qconv.calibrate import tapped, watch
+from qconv.calibration.calibrate import tapped, watch
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.moments import moments

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from qconv.sketch import (
+from qconv.calibration.sketch import (
     MOST_COLUMNS,
     SAMPLE,
     Histogram,

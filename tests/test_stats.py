@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from models import network
 
-from qconv import stats
+from qconv.calibration import stats
 from qconv.cli import cli
 from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import Recipe

@@ -14,16 +14,16 @@ from models import loaded, network
 from PIL import Image
 
 from qconv import pipeline, study
-from qconv.calibrate import Tap, tapped, watch, watch_apart
+from qconv.calibration.calibrate import Tap, tapped, watch, watch_apart
+from qconv.calibration.shelf import shelf
+from qconv.calibration.sketch import Sketch, Want
+from qconv.calibration.stats import arrays_of
 from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.errors import QconvError
 from qconv.results.curve import Curve, Point, counts_up_to
 from qconv.runtime.runtime import Session
-from qconv.shelf import shelf
-from qconv.sketch import Sketch, Want
-from qconv.stats import arrays_of
 from qconv.study import Question, study_samples
 
 BODY = "c = Conv(x, w)  r = Relu(c)  p = GlobalAveragePool(r)  f = Flatten(p)  y = Gemm(f, g)"

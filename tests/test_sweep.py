@@ -16,7 +16,8 @@ from onnxruntime import InferenceSession
 from test_detect import colourful, folder_of, trained_with
 from test_diagnose import plain, saved
 
-from qconv import calibrate, gather, given, proof, sweeping
+from qconv import gather, given, proof, sweeping
+from qconv.calibration import calibrate
 from qconv.cli import cli
 
 COUNT = 40

@@ -13,6 +13,7 @@ import pytest
 from models import network, statistics
 
 from qconv import pipeline
+from qconv.calibration.sketch import Sketch
 from qconv.config.choices import FALLBACKS
 from qconv.config.pixels import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
@@ -26,7 +27,6 @@ from qconv.metrics.verify import verify
 from qconv.portray import sketched
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session
-from qconv.sketch import Sketch
 from qconv.unseen import WIDER
 
 HERE = Path(__file__).parent

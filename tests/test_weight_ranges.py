@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qconv.clipping import gauss_factor, laplace_factor
+from qconv.calibration.clipping import gauss_factor, laplace_factor
 from qconv.config.choices import WEIGHT_CALIBRATORS
 from qconv.quant import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec
 from qconv.weight_ranges import WEIGHT_RANGES

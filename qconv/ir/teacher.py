@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 
+from qconv.calibration.stats import digest
 from qconv.errors import QconvError
 from qconv.ir.fileformat import FLOAT
 from qconv.ir.source import Source, data_files, metadata, read
-from qconv.stats import digest
 
 MOST_NEIGHBOURS = 64
 """Files beside the quantized one that are looked at."""

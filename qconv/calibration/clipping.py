@@ -21,8 +21,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.calibration.sketch import Histogram
 from qconv.quant import SMALLEST_SCALE, QuantParams, QuantSpec
-from qconv.sketch import Histogram
 
 Float64 = NDArray[np.float64]
 Range = tuple[float, float]

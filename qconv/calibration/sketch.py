@@ -24,7 +24,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.exact import ExactSum
+from qconv.calibration.exact import ExactSum
 
 SAMPLE = 4096
 """Elements of a tensor that one picture gives to the histogram, about."""

@@ -19,9 +19,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.calibration.sketch import Sketch
+from qconv.calibration.stats import FAST, arrays_of, sketch_of
 from qconv.errors import QconvError
-from qconv.sketch import Sketch
-from qconv.stats import FAST, arrays_of, sketch_of
 
 LENGTH_BYTES = 8
 

@@ -19,8 +19,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.calibration.sketch import Histogram
 from qconv.quant import QuantSpec
-from qconv.sketch import Histogram
 
 Float64 = NDArray[np.float64]
 BINS = 2048

@@ -23,10 +23,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.clipping import INTERVALS, Range, expected_error, search
+from qconv.calibration.clipping import INTERVALS, Range, expected_error, search
+from qconv.calibration.sketch import Histogram
 from qconv.ir.layers import Layer
 from qconv.quant import SMALLEST_SCALE, QuantParams, QuantSpec
-from qconv.sketch import Histogram
 
 Float64 = NDArray[np.float64]
 MEAN_COUNTS = 0.1

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.sketch import Sketch
+from qconv.calibration.sketch import Sketch
 
 Float64 = NDArray[np.float64]
 UNSEEN, TAIL, FEWEST_IN_TAIL = 10.0, 0.125, 3

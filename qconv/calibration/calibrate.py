@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from qconv import save
 from qconv.ahead import ahead
+from qconv.calibration.sketch import NOTHING, Sketch, Sketcher, View, Want, stride_for, upper_halves
 from qconv.errors import QconvError
 from qconv.ir.graph import Model
 from qconv.runtime.runtime import Session
-from qconv.sketch import NOTHING, Sketch, Sketcher, View, Want, stride_for, upper_halves
 
 KEY_BYTES = 8
 AT_ONCE = 2

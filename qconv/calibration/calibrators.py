@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qconv import clipping, entropy
-from qconv.clipping import Range
+from qconv.calibration import clipping, entropy
+from qconv.calibration.clipping import Range
+from qconv.calibration.readers import least_at_outputs
+from qconv.calibration.sketch import Histogram, Sketch, Want
 from qconv.config.choices import PERCENTILE
 from qconv.config.recipe import Recipe
 from qconv.ir.layers import Layer
 from qconv.quant import QuantSpec
-from qconv.readers import least_at_outputs
-from qconv.sketch import Histogram, Sketch, Want
 
 AVERAGING = 0.01
 """Share of each new picture in a moving average of extremes, as in PyTorch's MovingAverageMinMaxObserver."""

@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import save
+from qconv.calibration.exact import LIMBS, ExactSum
+from qconv.calibration.sketch import Sketch
 from qconv.config.pixels import Color, Filter, Layout, Preprocessing
 from qconv.errors import QconvError, counted
-from qconv.exact import LIMBS, ExactSum
 from qconv.ir.source import Source
-from qconv.sketch import Sketch
 
 SCHEMA = 1
 NO_DATE = (1980, 1, 1, 0, 0, 0)

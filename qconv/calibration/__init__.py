@@ -1,0 +1,1 @@
+"""From images to ranges: observers, sketches, range estimators."""
