@@ -34,8 +34,8 @@ from torch.nn import functional as F  # noqa: N812
 from qconv.config.choices import STEPS
 from qconv.config.pixels import Color, Layout, Preprocessing
 from qconv.data.evidence import Reference
+from qconv.data_free.imagined import leaves_of
 from qconv.errors import QconvError
-from qconv.imagined import leaves_of
 from qconv.ir import load
 from qconv.ir.source import Source, read
 from qconv.remembered import Remembered

@@ -16,15 +16,15 @@ from qconv.config.recipe import Recipe
 from qconv.data.detect import Detected, detect, detect_unseen
 from qconv.data.feed import Feed
 from qconv.data.preprocess import InputSpec, resolve
+from qconv.data_free.imagined import Imagined
+from qconv.data_free.unseen import Unseen
 from qconv.errors import QconvError
 from qconv.extras import require_torch
-from qconv.imagined import Imagined
 from qconv.ir.graph import Model
 from qconv.ir.source import Source
 from qconv.plan import Plan
 from qconv.runtime.runtime import Session
 from qconv.save import total_bytes
-from qconv.unseen import Unseen
 
 KEPT_NETWORKS = 4
 LARGEST_KNOWN = 2**30

@@ -28,10 +28,10 @@ from qconv.config.recipe import Recipe
 from qconv.config.spoken import words
 from qconv.data import images
 from qconv.data.detect import Detected, detect_unseen
+from qconv.data_free.imagined import Imagined, leaves_of
 from qconv.dream import Dream, batch_of
 from qconv.errors import QconvError
 from qconv.folders import check_folder, refuse_inside, whole_folder
-from qconv.imagined import Imagined, leaves_of
 from qconv.ir import load
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, read, refuse_quantized

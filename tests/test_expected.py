@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from qconv.balance import apply
 from qconv.config.choices import LayerBits
 from qconv.config.recipe import Recipe
-from qconv.expected import note_expected
+from qconv.data_free.expected import note_expected
 from qconv.findings import Skipped
 from qconv.fold import fold
 from qconv.ir.graph import Model, Node

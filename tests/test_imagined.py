@@ -15,8 +15,8 @@ from PIL import Image
 from qconv.config.pixels import Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.detect import Detected, detect_unseen
+from qconv.data_free.imagined import COUNT, MEAN, Imagined, leaves, pixels, read_by
 from qconv.errors import QconvError
-from qconv.imagined import COUNT, MEAN, Imagined, leaves, pixels, read_by
 from qconv.runtime.runtime import Session
 
 SIDE = 32

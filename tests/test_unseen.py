@@ -19,15 +19,15 @@ from qconv.config.pixels import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import options_of, recipe_from
 from qconv.data.feed import Feed
+from qconv.data_free.portray import sketched
+from qconv.data_free.unseen import WIDER
 from qconv.errors import QconvError
 from qconv.findings import Change, Skipped
 from qconv.ir.normal import Normal
 from qconv.ir.source import Source
 from qconv.metrics.verify import verify
-from qconv.portray import sketched
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session
-from qconv.unseen import WIDER
 
 HERE = Path(__file__).parent
 CIFAR = HERE / "models" / "cifar_mobilenet.onnx"

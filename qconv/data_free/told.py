@@ -28,7 +28,7 @@ from math import inf
 
 import numpy as np
 
-from qconv.expected import RULES, Follower, Rule
+from qconv.data_free.expected import RULES, Follower, Rule
 from qconv.ir.affine import data_of, read_affine
 from qconv.ir.channels import check_reduces_places, split
 from qconv.ir.edits import Refused, called, kind, source

@@ -17,17 +17,17 @@ from qconv.calibration.reach import Channels, seen_by_channel
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import NO_PICTURES
 from qconv.data.feed import Batch
+from qconv.data_free.imagined import COUNT, Imagined, pixels, read_by
+from qconv.data_free.portray import channels_of, sketched
+from qconv.data_free.told import MOST_GUESSES, told
 from qconv.errors import QconvError, counted
 from qconv.findings import Change
-from qconv.imagined import COUNT, Imagined, pixels, read_by
 from qconv.ir.edits import Refused, kind
 from qconv.ir.edits import source as read_from
 from qconv.ir.graph import DataType, Model, Value, clip_bounds
 from qconv.ir.layers import INPUTS_FIRST, means_of, note_means, read_layer
 from qconv.ir.normal import Normal
 from qconv.ir.source import Source
-from qconv.portray import channels_of, sketched
-from qconv.told import MOST_GUESSES, told
 
 STEP = "told"
 WIDER = {"random": 2.0, "synthesized": 1.0}

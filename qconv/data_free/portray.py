@@ -13,9 +13,9 @@ import numpy as np
 from qconv.calibration.exact import ExactSum
 from qconv.calibration.reach import Channels
 from qconv.calibration.sketch import MOST_COLUMNS, Sketch, histogram_codes, places
+from qconv.data_free.told import reach
 from qconv.ir.graph import Value, clip_bounds
 from qconv.ir.normal import Normal, quantiles
-from qconv.told import reach
 
 SAMPLES = 2**18
 FEWEST, MOST = 64, 4096

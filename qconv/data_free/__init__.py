@@ -1,0 +1,1 @@
+"""BatchNormalization statistics in place of images."""
