@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from qconv.findings import Change
 from qconv.ir.graph import Model, Node, Value
-from qconv.plan import Plan
+from qconv.planning.plan import Plan
 
 STEP = "plan"
 ENOUGH = 8

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qconv.explain import dequantizer_of, reason
 from qconv.ir.graph import DataType, Model, Node, array, attribute, input_of
 from qconv.ir.rules import ACTIVATIONS, RULES, Weighted
-from qconv.plan import Plan
+from qconv.planning.plan import Plan
 from qconv.results.report import Audit, Island, LayerTime, Saturation
 from qconv.runtime.runtime import Session
 from qconv.saturation import worst_pair

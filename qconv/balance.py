@@ -35,7 +35,7 @@ from qconv.ir.layers import Float64, check_finite, move_made, read_layer, scale_
 from qconv.ir.moved import on_grid, tell
 from qconv.metrics.verify import Comparison
 from qconv.noise import Term, least, total
-from qconv.plan import Plan, tap_of
+from qconv.planning.plan import Plan, tap_of
 from qconv.runtime.runtime import Session
 from qconv.streams import OPEN, Limit, Streams, find_streams
 from qconv.worth import Seen, noise_terms

@@ -35,7 +35,7 @@ from qconv.ir.edits import kind
 from qconv.ir.graph import Model, Node, Value, array, clip_bounds
 from qconv.ir.moved import Moves
 from qconv.ir.rules import RULES, Joining
-from qconv.plan import Layer, Plan
+from qconv.planning.plan import Layer, Plan
 from qconv.results.compared import Compared, LayerRow
 from qconv.results.ladder import Cause
 from qconv.results.report import Report

@@ -35,8 +35,8 @@ from qconv.ir import load, moved
 from qconv.ir.fileformat import needed_opset
 from qconv.ir.source import Source, data_files, file_bytes, metadata, own_opset, read, refuse_quantized
 from qconv.pipeline import Listener
-from qconv.placement import left_in_float
-from qconv.planner import make_plan
+from qconv.planning.placement import left_in_float
+from qconv.planning.planner import make_plan
 from qconv.proof import Held, Made, Proof, held_back
 from qconv.remedies import (
     ADDED,

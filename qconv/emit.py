@@ -19,7 +19,7 @@ from qconv.findings import Change, Finding
 from qconv.ir.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of, rank
 from qconv.ir.rules import RULES, Computing, Weighted
 from qconv.params import Params
-from qconv.plan import Plan, data_inputs, data_positions
+from qconv.planning.plan import Plan, data_inputs, data_positions
 from qconv.quant import PerBlock, PerChannel, QuantParams
 from qconv.weights import LayerParams
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qconv.ir.graph import DataType, Node, Value, array, attribute, clip_bounds, input_of
 from qconv.ir.rules import ACTIVATIONS, RULES, OnCodes, Transparent, Weighted
-from qconv.plan import data_positions
+from qconv.planning.plan import data_positions
 
 CODES = frozenset({DataType.UINT8, DataType.INT8})
 FLOAT_OUT = frozenset({"Gemm", "MatMul"})

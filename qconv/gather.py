@@ -22,7 +22,7 @@ from qconv.errors import QconvError
 from qconv.extras import require_torch
 from qconv.ir.graph import Model
 from qconv.ir.source import Source
-from qconv.plan import Plan
+from qconv.planning.plan import Plan
 from qconv.runtime.runtime import Session
 from qconv.save import total_bytes
 

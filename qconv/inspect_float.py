@@ -18,9 +18,9 @@ from qconv.ir.edits import kind
 from qconv.ir.graph import DataType, Model, Node, Value, array, dims, input_of
 from qconv.ir.load import load
 from qconv.ir.source import Source, file_bytes, metadata, own_opset, read, tensors
-from qconv.placement import left_in_float
-from qconv.plan import Layer, Plan
-from qconv.planner import is_layer, make_plan
+from qconv.planning.placement import left_in_float
+from qconv.planning.plan import Layer, Plan
+from qconv.planning.planner import is_layer, make_plan
 from qconv.quant import PerBlock, PerChannel
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})

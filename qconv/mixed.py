@@ -28,7 +28,7 @@ from qconv.errors import QconvError
 from qconv.ir.graph import Model, array
 from qconv.judge import Ground, Judge, Measured, Progress
 from qconv.metrics.verify import sqnr_db
-from qconv.planner import is_layer, make_plan
+from qconv.planning.planner import is_layer, make_plan
 from qconv.refine import EFFORTS
 from qconv.results.report import MixedPrecision, SizePoint
 from qconv.sensitivity import FLOAT, Network, sensitivities

@@ -15,7 +15,7 @@ from qconv.config.recipe import Recipe
 from qconv.findings import Change, Finding
 from qconv.ir import layers
 from qconv.ir.graph import Node, Value, array
-from qconv.plan import Layer, Plan, channels_of
+from qconv.planning.plan import Layer, Plan, channels_of
 from qconv.quant import QuantParams, QuantSpec
 from qconv.weights import LayerParams, Source, quantize_layer
 

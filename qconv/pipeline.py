@@ -37,9 +37,9 @@ from qconv.metrics.verify import gates, verify
 from qconv.mixed import check_size, expected, search
 from qconv.oddities import oddities
 from qconv.params import choose_activations
-from qconv.placement import left_in_float
-from qconv.plan import Plan
-from qconv.planner import make_plan
+from qconv.planning.placement import left_in_float
+from qconv.planning.plan import Plan
+from qconv.planning.planner import make_plan
 from qconv.ranges import LOOKS, tuned_ranges
 from qconv.refine import effort_for
 from qconv.results.report import Audit, OutputScore, Report, Verification

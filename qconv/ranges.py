@@ -29,7 +29,7 @@ from qconv.held import Store
 from qconv.ir.behind import Behind, up_to
 from qconv.ir.graph import Model, Value, is_tensor
 from qconv.ir.walk import Walk
-from qconv.plan import Plan
+from qconv.planning.plan import Plan
 from qconv.quant import QuantParams
 from qconv.sensitivity import noise_of
 

@@ -32,8 +32,8 @@ from qconv.ir.walk import Walk
 from qconv.moments import KEPT_SHARE, moments, share_for
 from qconv.params import Params, carried_over
 from qconv.patches import Ints, Patches
-from qconv.plan import Layer, Plan
-from qconv.planner import make_plan
+from qconv.planning.plan import Layer, Plan
+from qconv.planning.planner import make_plan
 from qconv.rounder import stored_shape
 from qconv.sight import Sight
 from qconv.solve import Effort, Solver, first_input

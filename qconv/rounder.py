@@ -17,7 +17,7 @@ from qconv import rounding, saturation
 from qconv.ir.graph import Node, array
 from qconv.ir.layers import rows_of, stored_of
 from qconv.moments import Moments
-from qconv.plan import Layer
+from qconv.planning.plan import Layer
 from qconv.quant import PerBlock, PerTensor, QuantParams
 
 Float32 = NDArray[np.float32]

@@ -6,7 +6,7 @@ import numpy as np
 
 from qconv.ir.graph import Value, input_of
 from qconv.params import Params
-from qconv.plan import Plan
+from qconv.planning.plan import Plan
 from qconv.quant import PerBlock, PerChannel, QuantParams
 from qconv.results.report import TensorRow
 

@@ -32,8 +32,8 @@ from qconv.ir.graph import Model, is_tensor
 from qconv.ir.walk import Walk
 from qconv.moments import is_kept, moments
 from qconv.params import Params, sketch_of, source_of
-from qconv.plan import Layer as Planned
-from qconv.plan import Plan
+from qconv.planning.plan import Layer as Planned
+from qconv.planning.plan import Plan
 from qconv.quant import PerChannel
 from qconv.rounder import stored_shape
 from qconv.sight import Sight

@@ -28,7 +28,7 @@ from qconv.ir.graph import Model, Node, Value
 from qconv.ir.layers import rows_of, stored_of
 from qconv.moments import Moments
 from qconv.patches import Ints, Patches
-from qconv.plan import Layer
+from qconv.planning.plan import Layer
 from qconv.quant import PerChannel, QuantParams
 from qconv.rounder import Rounder, arranged, real, stored_shape
 from qconv.sight import Sight

@@ -34,9 +34,9 @@ from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, own_opset, read, refuse_quantized
 from qconv.metrics.scored import Scored, score_float
 from qconv.pipeline import Listener, check_output
-from qconv.placement import left_in_float
-from qconv.plan import Plan
-from qconv.planner import make_plan
+from qconv.planning.placement import left_in_float
+from qconv.planning.plan import Plan
+from qconv.planning.planner import make_plan
 from qconv.proof import HELD_BACK_SHARE, MOST_HELD_BACK
 from qconv.results.curve import Curve, Point, counts_up_to
 from qconv.runtime.cpu import peak_rss_mb

@@ -18,8 +18,8 @@ from qconv.config.pixels import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir.graph import Model
-from qconv.placement import Cost, all_in_float, costs_of, division, faster_in_float, shapes_of
-from qconv.planner import make_plan
+from qconv.planning.placement import Cost, all_in_float, costs_of, division, faster_in_float, shapes_of
+from qconv.planning.planner import make_plan
 from qconv.runtime.benchmark import Conditions, Timing, benchmark
 from qconv.runtime.madeup import made_up
 from qconv.runtime.runtime import VERSION, Session

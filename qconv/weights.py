@@ -19,7 +19,7 @@ from qconv.errors import QconvError
 from qconv.findings import Change, Finding, Skipped
 from qconv.ir.graph import array, attribute, input_of
 from qconv.ir.layers import means_of
-from qconv.plan import Layer
+from qconv.planning.plan import Layer
 from qconv.quant import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, extremes
 from qconv.weight_ranges import WEIGHT_RANGES
 

@@ -10,8 +10,8 @@ from qconv.errors import QconvError
 from qconv.findings import Skipped
 from qconv.ir.graph import Model
 from qconv.ir.source import Source
-from qconv.plan import Plan
-from qconv.planner import WISHED, is_layer
+from qconv.planning.plan import Plan
+from qconv.planning.planner import WISHED, is_layer
 from qconv.results.report import Audit
 from qconv.trial import Settled
 

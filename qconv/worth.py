@@ -20,7 +20,7 @@ from qconv.calibration.reach import Channels
 from qconv.ir.graph import Model, Value
 from qconv.ir.layers import Float64, read_layer
 from qconv.noise import Codes, Term, Weights
-from qconv.plan import Layer, Plan
+from qconv.planning.plan import Layer, Plan
 from qconv.quant import PerTensor
 from qconv.streams import Ends, Streams
 

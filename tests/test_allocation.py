@@ -23,7 +23,7 @@ from qconv.calibration.sketch import Sketcher, View, Want
 from qconv.config.choices import RECIPES, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.planner import CHANNEL_SCALES
+from qconv.planning.planner import CHANNEL_SCALES
 from qconv.quant import PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.rows import tensor_rows
 from qconv.runtime.runtime import Session

@@ -14,7 +14,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir.source import Source
 from qconv.pipeline import quantize
-from qconv.planner import make_plan
+from qconv.planning.planner import make_plan
 
 EYE = np.eye(2, dtype=np.float32).reshape(2, 2, 1, 1)
 STREAM = "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Add(b, c) e = Conv(d, w) y = Conv(e, w)"

@@ -32,8 +32,8 @@ from qconv.ir import fileformat, load
 from qconv.ir.source import Source, own_opset
 from qconv.params import Params, choose_params
 from qconv.pipeline import quantize
-from qconv.plan import Plan
-from qconv.planner import make_plan
+from qconv.planning.plan import Plan
+from qconv.planning.planner import make_plan
 from qconv.results.report import Audit
 from qconv.runtime.runtime import Session
 from qconv.shrink import shrink

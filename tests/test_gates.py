@@ -7,7 +7,7 @@ import onnx
 import pytest
 from models import loaded, network, run
 
-from qconv.gates import Gate, gate_behind
+from qconv.planning.gates import Gate, gate_behind
 
 CONSTANTS = {"three": 3.0, "zero": 0.0, "six": 6.0}
 SILU = {"SiLU": "s = Sigmoid(x) y = Mul(x, s)", "SiLU, other order": "s = Sigmoid(x) y = Mul(s, x)"}

@@ -23,8 +23,8 @@ from qconv.errors import QconvError
 from qconv.given import recipe_of
 from qconv.ir.source import Source
 from qconv.pipeline import Listener, quantize
-from qconv.planner import FLOAT_BITS
-from qconv.refusals import WIDE_CODES
+from qconv.planning.planner import FLOAT_BITS
+from qconv.planning.refusals import WIDE_CODES
 
 EXAMPLE = """
 [layers]

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from qconv.mincut import Network
+from qconv.planning.mincut import Network
 
 
 @pytest.mark.parametrize("seed", range(40))

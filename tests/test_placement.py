@@ -18,9 +18,9 @@ from qconv.emit import emit
 from qconv.ir.graph import Model
 from qconv.ir.load import shapes_at
 from qconv.params import choose_params
-from qconv.placement import Shapes, _Question, applies, cost_of, faster_in_float, left_in_float
-from qconv.plan import Plan
-from qconv.planner import make_plan
+from qconv.planning.placement import Shapes, _Question, applies, cost_of, faster_in_float, left_in_float
+from qconv.planning.plan import Plan
+from qconv.planning.planner import make_plan
 from qconv.runtime.runtime import Session
 
 PLAIN = Target("plain")

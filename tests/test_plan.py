@@ -12,8 +12,8 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, Target
 from qconv.ir.graph import Model, Node, Value, array, attribute
 from qconv.ir.rules import RULES, Computing, Joining, OnCodes, Transparent, Weighted
-from qconv.plan import Layer, Plan
-from qconv.planner import make_plan
+from qconv.planning.plan import Layer, Plan
+from qconv.planning.planner import make_plan
 from qconv.quant import PerBlock, PerChannel, PerTensor
 
 W = (4, 3, 3, 3)  # of a Conv from 3 to 4 channels

@@ -18,7 +18,7 @@ from qconv.ir.behind import Behind
 from qconv.ir.source import Source
 from qconv.ir.walk import Walk
 from qconv.pipeline import quantize
-from qconv.planner import make_plan
+from qconv.planning.planner import make_plan
 from qconv.quant import QuantParams, QuantSpec
 from qconv.ranges import LOOKS, Looks, _picked, tuned_ranges
 from qconv.runtime.runtime import Session

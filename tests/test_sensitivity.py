@@ -19,7 +19,7 @@ from qconv.config.targets import TARGETS
 from qconv.moments import moments
 from qconv.params import choose_params
 from qconv.patches import Patches
-from qconv.planner import make_plan
+from qconv.planning.planner import make_plan
 from qconv.quant import extremes
 from qconv.rounder import stored_shape
 from qconv.runtime.runtime import Session

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from qconv.calibration.calibrate import Tap
 from qconv.calibration.sketch import SAMPLE, Want
 from qconv.config.targets import Target
-from qconv.gates import Gate
 from qconv.ir.graph import DataType, Node, Value, array, clip_bounds, dims, input_of, rank
 from qconv.ir.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, Rule, Transparent, Weighted
+from qconv.planning.gates import Gate
 from qconv.quant import PerBlock, PerChannel, QuantParams, QuantSpec
 
 

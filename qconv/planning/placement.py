@@ -24,9 +24,9 @@ from qconv.config.targets import TARGETS, Table, Target
 from qconv.ir.graph import Model, Node, Value, array, attribute, dims, input_of
 from qconv.ir.load import shapes_at
 from qconv.ir.rules import RULES, Weighted
-from qconv.mincut import Network
-from qconv.plan import Plan, data_inputs
-from qconv.planner import make_plan
+from qconv.planning.mincut import Network
+from qconv.planning.plan import Plan, data_inputs
+from qconv.planning.planner import make_plan
 
 Shapes = Mapping[str, tuple[int, ...]]
 CAUTION = 1.1

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
-from qconv.gates import gate_behind
-from qconv.groups import Groups
 from qconv.ir.graph import DataType, Model, Node, Value, array, clip_bounds, input_of
 from qconv.ir.rules import ACTIVATIONS, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
-from qconv.plan import Choice, Layer, Plan, channels_of, data_inputs
+from qconv.planning.gates import gate_behind
+from qconv.planning.groups import Groups
+from qconv.planning.plan import Choice, Layer, Plan, channels_of, data_inputs
+from qconv.planning.refusals import WIDE_CODES, refusal, why_dequantized
+from qconv.planning.shortcut import shortcut
+from qconv.planning.weight_specs import oriented, weight_spec
 from qconv.quant import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
-from qconv.refusals import WIDE_CODES, refusal, why_dequantized
-from qconv.shortcut import shortcut
-from qconv.weight_specs import oriented, weight_spec
 
 WISHED = "kept float by --keep-float"
 CHANNEL_SCALES = "a scale for each channel of the activations has no integer kernel"

@@ -10,7 +10,7 @@ import numpy as np
 from qconv.config.recipe import Recipe
 from qconv.ir.graph import DataType, Node, array, attribute, clip_bounds, input_of, rank, scalar
 from qconv.ir.rules import ACTIVATIONS, Computing, Joining, OnCodes, Rule, Transparent, Weighted
-from qconv.plan import Layer, Plan
+from qconv.planning.plan import Layer, Plan
 
 WIDE_CODES = "codes of 16 bits have no integer kernel"
 MASK = 1e6

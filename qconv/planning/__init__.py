@@ -1,0 +1,1 @@
+"""Which tensor becomes integer, and why not."""
