@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import fold, save
+from qconv import save
 from qconv.data.feed import Batch
 from qconv.errors import QconvError
 from qconv.ir import load, moved
@@ -35,6 +35,7 @@ from qconv.ir.pairs import Pair, Point, points
 from qconv.ir.shifted import shifted
 from qconv.ir.source import Source, is_quantized, metadata, read
 from qconv.metrics.verify import Comparison, sqnr_db
+from qconv.passes import fold
 from qconv.results.compared import Compared, LayerRow, Values
 from qconv.runtime.runtime import Session
 from qconv.weighed import bars_of, beside

@@ -15,7 +15,7 @@ from math import inf, isfinite, log2
 from pathlib import Path
 from typing import Any
 
-from qconv import causes, fold, save
+from qconv import causes, save
 from qconv.beside import Looked
 from qconv.calibration.stats import digest
 from qconv.causes import FEW, GAP, MANY, Evidence
@@ -34,6 +34,7 @@ from qconv.gather import Memory, open_pictures, original
 from qconv.ir import load, moved
 from qconv.ir.fileformat import needed_opset
 from qconv.ir.source import Source, data_files, file_bytes, metadata, own_opset, read, refuse_quantized
+from qconv.passes import fold
 from qconv.pipeline import Listener
 from qconv.planning.placement import left_in_float
 from qconv.planning.planner import make_plan

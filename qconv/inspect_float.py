@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from qconv import fold
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
@@ -18,6 +17,7 @@ from qconv.ir.edits import kind
 from qconv.ir.graph import DataType, Model, Node, Value, array, dims, input_of
 from qconv.ir.load import load
 from qconv.ir.source import Source, file_bytes, metadata, own_opset, read, tensors
+from qconv.passes import fold
 from qconv.planning.placement import left_in_float
 from qconv.planning.plan import Layer, Plan
 from qconv.planning.planner import is_layer, make_plan

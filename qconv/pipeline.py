@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import qconv
-from qconv import fold, save
-from qconv.apart import in_words, round_apart
+from qconv import save
 from qconv.audit import Known, audit, profiled
-from qconv.balance import balance, balance_unseen
 from qconv.calibration.sketch import Sketch
 from qconv.calibration.stats import digest
 from qconv.config.checks import spelt
@@ -22,7 +20,6 @@ from qconv.config.layer_bits import as_toml
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, Target
 from qconv.data.feed import Feed
-from qconv.embed import embed
 from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.extras import require_torch
@@ -37,6 +34,11 @@ from qconv.metrics.verify import gates, verify
 from qconv.mixed import check_size, expected, search
 from qconv.oddities import oddities
 from qconv.params import choose_activations
+from qconv.passes import fold
+from qconv.passes.apart import in_words, round_apart
+from qconv.passes.balance import balance, balance_unseen
+from qconv.passes.embed import embed
+from qconv.passes.shrink import shrink
 from qconv.planning.placement import left_in_float
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
@@ -46,7 +48,6 @@ from qconv.results.report import Audit, OutputScore, Report, Verification
 from qconv.rows import tensor_rows
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
-from qconv.shrink import shrink
 from qconv.trial import Folded, Settled, nearest, round_anew
 from qconv.tune import tuned
 from qconv.wishes import look_for_means_in_vain, look_for_wishes, look_for_wishes_in_vain, require_layers

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import qconv
-from qconv import fold, save
+from qconv import save
 from qconv.calibration.calibrate import Tap, observer, watch_apart
 from qconv.calibration.calibrators import want_of
 from qconv.calibration.shelf import Shelf, shelf
@@ -33,6 +33,7 @@ from qconv.ir.fileformat import needed_opset
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, own_opset, read, refuse_quantized
 from qconv.metrics.scored import Scored, score_float
+from qconv.passes import fold
 from qconv.pipeline import Listener, check_output
 from qconv.planning.placement import left_in_float
 from qconv.planning.plan import Plan

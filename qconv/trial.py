@@ -17,10 +17,10 @@ from qconv.findings import Finding
 from qconv.ir.fileformat import describe
 from qconv.ir.graph import Model
 from qconv.params import NO_FACTORS, Params, carried_over, choose_params
+from qconv.passes.shrink import shrink
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.refine import refine
-from qconv.shrink import shrink
 
 Feeds = Sequence[Mapping[str, NDArray[Any]]]
 Progress = Callable[[str, int, int], None]

@@ -9,15 +9,15 @@ import onnx
 import pytest
 from models import loaded, network, run
 
-from qconv.absorb import absorb, candidates
 from qconv.calibration.calibrate import Tap, observer, watch_apart
 from qconv.calibration.reach import seen_by_channel
 from qconv.calibration.sketch import Want
 from qconv.config.recipe import Recipe
 from qconv.data.feed import Feed
 from qconv.findings import Change
-from qconv.fold import fold
 from qconv.ir.graph import Model, array
+from qconv.passes.absorb import absorb, candidates
+from qconv.passes.fold import fold
 from qconv.runtime.runtime import Session
 
 BODY = "c = Conv(x, w, b) r = Relu(c) m = MaxPool<kernel_shape=[2,2]>(r) d = Conv<{pads}>(m, v, e) y = Relu(d)"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from models import loaded, network, run
 
-from qconv.apart import round_apart
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir.source import Source
+from qconv.passes.apart import round_apart
 from qconv.pipeline import quantize
 from qconv.planning.planner import make_plan
 

@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from PIL import Image
 
-from qconv import fold
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.feed import Feed
-from qconv.embed import embed
 from qconv.errors import QconvError
 from qconv.findings import Change, Finding, Skipped
 from qconv.ir.graph import Model
 from qconv.ir.source import Source
+from qconv.passes import fold
+from qconv.passes.embed import embed
 from qconv.pipeline import quantize
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session

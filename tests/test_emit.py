@@ -19,7 +19,6 @@ import pytest
 from models import Constant, ints, loaded, network, run
 from numpy.typing import NDArray
 
-from qconv import fold
 from qconv.audit import Known, audit
 from qconv.calibration.calibrate import tapped, watch
 from qconv.calibration.calibrators import want_of
@@ -31,12 +30,13 @@ from qconv.findings import Change, Finding
 from qconv.ir import fileformat, load
 from qconv.ir.source import Source, own_opset
 from qconv.params import Params, choose_params
+from qconv.passes import fold
+from qconv.passes.shrink import shrink
 from qconv.pipeline import quantize
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.results.report import Audit
 from qconv.runtime.runtime import Session
-from qconv.shrink import shrink
 
 SAME = "pads=[1,1,1,1]"
 BATCHES = 4

@@ -13,19 +13,19 @@ from models import ints, loaded, network, run
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from qconv.balance import apply
 from qconv.config.choices import LayerBits
 from qconv.config.recipe import Recipe
 from qconv.data_free.expected import note_expected
 from qconv.findings import Skipped
-from qconv.fold import fold
 from qconv.ir.graph import Model, Node
 from qconv.ir.layers import means_of
 from qconv.ir.source import Source
+from qconv.passes.balance import apply
+from qconv.passes.fold import fold
+from qconv.passes.streams import find_streams
 from qconv.pipeline import quantize
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session
-from qconv.streams import find_streams
 
 MEANS = np.array([0.3, -0.5, 1.0, 0.0, -1.0, 2.0])
 STDS = np.array([1.0, 0.5, 2.0, 1.5, 1.0, 0.7])

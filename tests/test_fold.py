@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from models import ints, loaded, network, op_types, random_feeds, run, statistics
 
 from qconv.findings import Change, Finding, Skipped
-from qconv.fold import fold
 from qconv.ir.graph import Model, array
 from qconv.ir.load import load
 from qconv.ir.source import Source, read
+from qconv.passes.fold import fold
 from qconv.runtime.runtime import Session
 
 BN = "BatchNormalization"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qconv.noise import Codes, Term, Weights, least, total
+from qconv.passes.noise import Codes, Term, Weights, least, total
 
 
 def codes(ranges: list[float], gains: list[float]) -> Codes:

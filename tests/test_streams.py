@@ -7,10 +7,10 @@ import onnx
 import pytest
 from models import ints, loaded, network, random_feeds, run
 
-from qconv.balance import apply
-from qconv.fold import fold
 from qconv.ir.graph import Model
-from qconv.streams import Streams, find_streams
+from qconv.passes.balance import apply
+from qconv.passes.fold import fold
+from qconv.passes.streams import Streams, find_streams
 
 FOUR = {"w": (4, 3, 1, 1), "b": (4,), "u": (2, 4, 1, 1)}
 # name -> the network, and how many classes nothing holds in place

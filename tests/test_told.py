@@ -11,13 +11,13 @@ import pytest
 from models import loaded, network, run
 from numpy.typing import NDArray
 
-from qconv.balance import apply
 from qconv.data_free.told import MOST_GUESSES, by_weights, reach, told
-from qconv.fold import fold
 from qconv.ir.graph import Model
 from qconv.ir.layers import read_layer
 from qconv.ir.normal import FARTHEST, Normal, before_relu, quantiles
-from qconv.streams import find_streams
+from qconv.passes.balance import apply
+from qconv.passes.fold import fold
+from qconv.passes.streams import find_streams
 
 CHANNELS, SIZE, COUNT = 4, 6, 4096
 MEANS, STDS = np.array([0.3, -0.5, 1.0, 0.0]), np.array([1.0, 0.5, 2.0, 1.5])

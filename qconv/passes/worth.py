@@ -19,10 +19,10 @@ import numpy as np
 from qconv.calibration.reach import Channels
 from qconv.ir.graph import Model, Value
 from qconv.ir.layers import Float64, read_layer
-from qconv.noise import Codes, Term, Weights
+from qconv.passes.noise import Codes, Term, Weights
+from qconv.passes.streams import Ends, Streams
 from qconv.planning.plan import Layer, Plan
 from qconv.quant import PerTensor
-from qconv.streams import Ends, Streams
 
 MEAN_COUNTS = 0.1
 MOST_WEIGHTS = 2**22

@@ -23,7 +23,6 @@ from itertools import islice
 import numpy as np
 
 from qconv import save
-from qconv.absorb import Candidate, absorb, candidates, gaining
 from qconv.calibration.calibrate import Tap, observer, watch_apart
 from qconv.calibration.reach import Channels, seen_by_channel
 from qconv.calibration.sketch import Want
@@ -34,11 +33,12 @@ from qconv.ir.graph import Model, Value
 from qconv.ir.layers import Float64, check_finite, move_made, read_layer, scale_inputs, scale_outputs, write_layer
 from qconv.ir.moved import on_grid, tell
 from qconv.metrics.verify import Comparison
-from qconv.noise import Term, least, total
+from qconv.passes.absorb import Candidate, absorb, candidates, gaining
+from qconv.passes.noise import Term, least, total
+from qconv.passes.streams import OPEN, Limit, Streams, find_streams
+from qconv.passes.worth import Seen, noise_terms
 from qconv.planning.plan import Plan, tap_of
 from qconv.runtime.runtime import Session
-from qconv.streams import OPEN, Limit, Streams, find_streams
-from qconv.worth import Seen, noise_terms
 
 STEP = "equalize"
 MARGIN = 1.1

@@ -20,10 +20,8 @@ from math import prod
 
 import numpy as np
 
-from qconv import simplify
 from qconv.data_free.expected import note_expected
 from qconv.data_free.told import note_told
-from qconv.equalize import move_gains_back
 from qconv.findings import Change, Finding
 from qconv.ir.affine import Affine, data_of, read_affine
 from qconv.ir.edits import (
@@ -50,6 +48,8 @@ from qconv.ir.layers import (
     weight_of,
     write_layer,
 )
+from qconv.passes import simplify
+from qconv.passes.equalize import move_gains_back
 
 
 def fold(model: Model) -> list[Finding]:

@@ -21,7 +21,6 @@ import numpy as np
 
 from qconv.calibration.reach import Channels
 from qconv.findings import Change
-from qconv.fold import FLATTENERS, ends, scaled_layer
 from qconv.ir.affine import Affine
 from qconv.ir.edits import Refused, kind, title
 from qconv.ir.graph import Model, Node, Value
@@ -37,6 +36,7 @@ from qconv.ir.layers import (
     write_layer,
 )
 from qconv.ir.moved import tell
+from qconv.passes.fold import FLATTENERS, ends, scaled_layer
 
 STEP = "equalize"
 SHARE = 0.9

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import fold
 from qconv.config.pixels import Layout, Preprocessing
 from qconv.data.preprocess import AXES, layout_order
 from qconv.errors import QconvError
@@ -45,6 +44,7 @@ from qconv.ir.graph import (
     set_dims,
 )
 from qconv.ir.layers import Float64, check_finite, read_layer, scale_inputs, write_layer
+from qconv.passes import fold
 
 FLOATS = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.DOUBLE})
 FOLDED = "normalisation of the pixels folded into"

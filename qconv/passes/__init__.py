@@ -1,0 +1,1 @@
+"""Rewrites of the graph, a pass a module."""
