@@ -21,9 +21,9 @@ from qconv.explain import dequantizer_of, reason
 from qconv.ir.graph import DataType, Model, Node, array, attribute, input_of
 from qconv.ir.rules import ACTIVATIONS, RULES, Weighted
 from qconv.planning.plan import Plan
+from qconv.quantization.saturation import worst_pair
 from qconv.results.report import Audit, Island, LayerTime, Saturation
 from qconv.runtime.runtime import Session
-from qconv.saturation import worst_pair
 
 INTEGER_OPS = frozenset({"QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
 CONVERTING_OPS = frozenset(

@@ -36,10 +36,10 @@ from qconv.ir.graph import Model, Node, Value, array, clip_bounds
 from qconv.ir.moved import Moves
 from qconv.ir.rules import RULES, Joining
 from qconv.planning.plan import Layer, Plan
+from qconv.quantization.weights import BIAS_FITS
 from qconv.results.compared import Compared, LayerRow
 from qconv.results.ladder import Cause
 from qconv.results.report import Report
-from qconv.weights import BIAS_FITS
 
 IMBALANCE = 24.0
 OUTLIER = 10.0

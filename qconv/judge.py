@@ -20,7 +20,7 @@ from qconv.data.labels import classes_of, folder_of
 from qconv.errors import QconvError
 from qconv.evaluate import class_vector
 from qconv.metrics.scored import Outputs, Scored, score_float
-from qconv.moments import is_kept
+from qconv.quantization.moments import is_kept
 from qconv.results.report import Verification
 from qconv.runtime.runtime import Session
 from qconv.sensitivity import FLOAT

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from qconv.ir.graph import Model, Value, attribute
 from qconv.ir.stored import numbers_of
-from qconv.saturation import SMALLEST_STEP, worst_pair
+from qconv.quantization.saturation import SMALLEST_STEP, worst_pair
+from qconv.quantization.weights import LARGEST_BIAS_CODE
 from qconv.sites import Sites, WeightSite
 from qconv.torchmath import rounded
-from qconv.weights import LARGEST_BIAS_CODE
 
 FURTHEST = float(np.log(8.0))
 """So far may a scale move from that in the file."""

@@ -29,10 +29,10 @@ from qconv.ir.graph import Model, array
 from qconv.judge import Ground, Judge, Measured, Progress
 from qconv.metrics.verify import sqnr_db
 from qconv.planning.planner import is_layer, make_plan
-from qconv.refine import EFFORTS
+from qconv.quantization.refine import EFFORTS
+from qconv.quantization.solve import Solver
 from qconv.results.report import MixedPrecision, SizePoint
 from qconv.sensitivity import FLOAT, Network, sensitivities
-from qconv.solve import Solver
 from qconv.trial import Settled, nearest
 
 PICTURES = 16

@@ -20,7 +20,6 @@ from qconv.config.layer_bits import as_toml
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, Target
 from qconv.data.feed import Feed
-from qconv.emit import emit
 from qconv.errors import QconvError
 from qconv.extras import require_torch
 from qconv.findings import Change, Finding, Skipped
@@ -33,7 +32,6 @@ from qconv.judge import Ground
 from qconv.metrics.verify import gates, verify
 from qconv.mixed import check_size, expected, search
 from qconv.oddities import oddities
-from qconv.params import choose_activations
 from qconv.passes import fold
 from qconv.passes.apart import in_words, round_apart
 from qconv.passes.balance import balance, balance_unseen
@@ -42,10 +40,12 @@ from qconv.passes.shrink import shrink
 from qconv.planning.placement import left_in_float
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
+from qconv.quantization.emit import emit
+from qconv.quantization.params import choose_activations
+from qconv.quantization.refine import effort_for
+from qconv.quantization.rows import tensor_rows
 from qconv.ranges import LOOKS, tuned_ranges
-from qconv.refine import effort_for
 from qconv.results.report import Audit, OutputScore, Report, Verification
-from qconv.rows import tensor_rows
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
 from qconv.trial import Folded, Settled, nearest, round_anew

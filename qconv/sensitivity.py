@@ -30,15 +30,15 @@ from qconv.held import Arrays, Store
 from qconv.ir.behind import Behind, up_to
 from qconv.ir.graph import Model, is_tensor
 from qconv.ir.walk import Walk
-from qconv.moments import is_kept, moments
-from qconv.params import Params, sketch_of, source_of
 from qconv.planning.plan import Layer as Planned
 from qconv.planning.plan import Plan
 from qconv.quant import PerChannel
-from qconv.rounder import stored_shape
-from qconv.sight import Sight
-from qconv.solve import Solver, first_input
-from qconv.weights import LayerParams, Source, quantize_layer
+from qconv.quantization.moments import is_kept, moments
+from qconv.quantization.params import Params, sketch_of, source_of
+from qconv.quantization.rounder import stored_shape
+from qconv.quantization.sight import Sight
+from qconv.quantization.solve import Solver, first_input
+from qconv.quantization.weights import LayerParams, Source, quantize_layer
 
 Batch = Mapping[str, NDArray[Any]]
 Outputs = Sequence[NDArray[Any]]

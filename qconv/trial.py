@@ -12,15 +12,15 @@ import qconv
 from qconv.calibration.sketch import Sketch
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.emit import emit
 from qconv.findings import Finding
 from qconv.ir.fileformat import describe
 from qconv.ir.graph import Model
-from qconv.params import NO_FACTORS, Params, carried_over, choose_params
 from qconv.passes.shrink import shrink
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
-from qconv.refine import refine
+from qconv.quantization.emit import emit
+from qconv.quantization.params import NO_FACTORS, Params, carried_over, choose_params
+from qconv.quantization.refine import refine
 
 Feeds = Sequence[Mapping[str, NDArray[Any]]]
 Progress = Callable[[str, int, int], None]

@@ -17,17 +17,17 @@ from test_emit import quantized, sqnr
 from test_layer_bits import asked
 from test_plan import Planned
 
-from qconv import channel_bits, weight_ranges
-from qconv.allocation import allocate, closed_form
 from qconv.calibration.sketch import Sketcher, View, Want
 from qconv.config.choices import RECIPES, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.planning.planner import CHANNEL_SCALES
 from qconv.quant import PerChannel, PerTensor, QuantParams, QuantSpec
-from qconv.rows import tensor_rows
+from qconv.quantization import channel_bits, weight_ranges
+from qconv.quantization.allocation import allocate, closed_form
+from qconv.quantization.rows import tensor_rows
+from qconv.quantization.saturation import worst_pair
 from qconv.runtime.runtime import Session
-from qconv.saturation import worst_pair
 
 FOUR = QuantSpec(4, True, True, PerChannel(0))
 

@@ -25,16 +25,16 @@ from qconv.calibration.calibrators import want_of
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.emit import emit
 from qconv.findings import Change, Finding
 from qconv.ir import fileformat, load
 from qconv.ir.source import Source, own_opset
-from qconv.params import Params, choose_params
 from qconv.passes import fold
 from qconv.passes.shrink import shrink
 from qconv.pipeline import quantize
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
+from qconv.quantization.emit import emit
+from qconv.quantization.params import Params, choose_params
 from qconv.results.report import Audit
 from qconv.runtime.runtime import Session
 

@@ -35,7 +35,7 @@ from qconv.ir.source import Source
 from qconv.judge import _unseen
 from qconv.mixed import _best, expected
 from qconv.pipeline import Listener, quantize
-from qconv.refine import EFFORTS
+from qconv.quantization.refine import EFFORTS
 from qconv.results.report import MixedPrecision, Report
 from qconv.runtime.runtime import Session
 

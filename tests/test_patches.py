@@ -8,7 +8,7 @@ import pytest
 from models import loaded
 
 from qconv.ir.layers import rows_of
-from qconv.patches import Patches
+from qconv.quantization.patches import Patches
 from qconv.runtime.runtime import Session
 
 LAYERS = [

@@ -14,13 +14,13 @@ from models import loaded, network, random_feeds, run
 from qconv.config.choices import WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, Table, Target, averaged
-from qconv.emit import emit
 from qconv.ir.graph import Model
 from qconv.ir.load import shapes_at
-from qconv.params import choose_params
 from qconv.planning.placement import Shapes, _Question, applies, cost_of, faster_in_float, left_in_float
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
+from qconv.quantization.emit import emit
+from qconv.quantization.params import choose_params
 from qconv.runtime.runtime import Session
 
 PLAIN = Target("plain")

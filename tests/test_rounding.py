@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from qconv.moments import moments
-from qconv.rounding import Grid, descended, fit_of, ordered, resolved, second_order, upper_factor
+from qconv.quantization.moments import moments
+from qconv.quantization.rounding import Grid, descended, fit_of, ordered, resolved, second_order, upper_factor
 
 
 def drawn(seed: int, groups: int = 2, outputs: int = 3, inputs: int = 7, rows: int = 200):
@@ -155,7 +155,7 @@ def test_moments_are_covariances_of_what_is_summed() -> None:
 
 
 def test_many_inputs_are_taken_apart(monkeypatch) -> None:
-    monkeypatch.setattr("qconv.moments.LARGEST_BLOCK", 3)
+    monkeypatch.setattr("qconv.quantization.moments.LARGEST_BLOCK", 3)
     rows = np.random.default_rng(0).standard_normal((1, 50, 7)).astype(np.float32)
     found = moments([(rows, rows)])
     assert [block.part for block in found.blocks] == [slice(0, 2), slice(2, 4), slice(4, 7)]

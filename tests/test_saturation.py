@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from qconv.quant import PerChannel, QuantParams, QuantSpec, extremes
+from qconv.quantization.saturation import widen
 from qconv.runtime.runtime import Session
-from qconv.saturation import widen
 
 Limits = tuple[NDArray[np.int64], NDArray[np.int64]]
 

@@ -16,17 +16,17 @@ from onnx import numpy_helper
 from qconv.calibration.calibrate import tapped, watch
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.moments import moments
-from qconv.params import choose_params
-from qconv.patches import Patches
 from qconv.planning.planner import make_plan
 from qconv.quant import extremes
-from qconv.rounder import stored_shape
+from qconv.quantization.moments import moments
+from qconv.quantization.params import choose_params
+from qconv.quantization.patches import Patches
+from qconv.quantization.rounder import stored_shape
+from qconv.quantization.sight import Sight
+from qconv.quantization.solve import Effort, Solver
+from qconv.quantization.weights import quantize_layer
 from qconv.runtime.runtime import Session
 from qconv.sensitivity import FLOAT, WORST, Network, noise_of, sensitivities
-from qconv.sight import Sight
-from qconv.solve import Effort, Solver
-from qconv.weights import quantize_layer
 
 BODY = """
     c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) d = ConvTranspose<strides=[2,2]>(r, v) g = GlobalAveragePool(d)

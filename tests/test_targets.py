@@ -16,13 +16,13 @@ from models import ints, network, run
 from numpy.typing import NDArray
 from PIL import Image
 
-from qconv.bias import correction
 from qconv.config.pixels import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 from qconv.ir.source import Source
 from qconv.pipeline import quantize
+from qconv.quantization.bias import correction
 from qconv.results.report import Report
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"

@@ -19,21 +19,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import channel_bits, rounding
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
 from qconv.findings import Change, Finding, Skipped
 from qconv.held import Arrays
 from qconv.ir.graph import Model, Node, Value
 from qconv.ir.layers import rows_of, stored_of
-from qconv.moments import Moments
-from qconv.patches import Ints, Patches
 from qconv.planning.plan import Layer
 from qconv.quant import PerChannel, QuantParams
-from qconv.rounder import Rounder, arranged, real, stored_shape
-from qconv.sight import Sight
-from qconv.weight_ranges import least_squares
-from qconv.weights import (
+from qconv.quantization import channel_bits, rounding
+from qconv.quantization.moments import Moments
+from qconv.quantization.patches import Ints, Patches
+from qconv.quantization.rounder import Rounder, arranged, real, stored_shape
+from qconv.quantization.sight import Sight
+from qconv.quantization.weight_ranges import least_squares
+from qconv.quantization.weights import (
     LayerParams,
     Source,
     analytic_shift,

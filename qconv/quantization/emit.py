@@ -18,10 +18,10 @@ from qconv.config.choices import PACKED_BITS
 from qconv.findings import Change, Finding
 from qconv.ir.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of, rank
 from qconv.ir.rules import RULES, Computing, Weighted
-from qconv.params import Params
 from qconv.planning.plan import Plan, data_inputs, data_positions
 from qconv.quant import PerBlock, PerChannel, QuantParams
-from qconv.weights import LayerParams
+from qconv.quantization.params import Params
+from qconv.quantization.weights import LayerParams
 
 FUSIBLE = (Weighted, Computing)
 """Rules of the operators that ONNX Runtime computes with in integers, and whose results that changes."""

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import rounding, saturation
 from qconv.ir.graph import Node, array
 from qconv.ir.layers import rows_of, stored_of
-from qconv.moments import Moments
 from qconv.planning.plan import Layer
 from qconv.quant import PerBlock, PerTensor, QuantParams
+from qconv.quantization import rounding, saturation
+from qconv.quantization.moments import Moments
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import bias as bias_correction
-from qconv import channel_bits, saturation
 from qconv.calibration.sketch import Sketch
 from qconv.config.targets import Target
 from qconv.errors import QconvError
@@ -21,7 +19,9 @@ from qconv.ir.graph import array, attribute, input_of
 from qconv.ir.layers import means_of
 from qconv.planning.plan import Layer
 from qconv.quant import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, extremes
-from qconv.weight_ranges import WEIGHT_RANGES
+from qconv.quantization import bias as bias_correction
+from qconv.quantization import channel_bits, saturation
+from qconv.quantization.weight_ranges import WEIGHT_RANGES
 
 # Leaves half of int32 to the sum of products: 2^30 / (255 * 127) inputs a channel is more than any layer has.
 LARGEST_BIAS_CODE = 2.0**30

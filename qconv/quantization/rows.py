@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from qconv.ir.graph import Value, input_of
-from qconv.params import Params
 from qconv.planning.plan import Plan
 from qconv.quant import PerBlock, PerChannel, QuantParams
+from qconv.quantization.params import Params
 from qconv.results.report import TensorRow
 
 

@@ -24,20 +24,20 @@ from numpy.typing import NDArray
 from qconv.ahead import ahead
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.emit import emit
 from qconv.findings import Finding, Skipped
 from qconv.held import Arrays, Store
 from qconv.ir.graph import Model, Node
 from qconv.ir.walk import Walk
-from qconv.moments import KEPT_SHARE, moments, share_for
-from qconv.params import Params, carried_over
-from qconv.patches import Ints, Patches
 from qconv.planning.plan import Layer, Plan
 from qconv.planning.planner import make_plan
-from qconv.rounder import stored_shape
-from qconv.sight import Sight
-from qconv.solve import Effort, Solver, first_input
-from qconv.weights import LayerParams
+from qconv.quantization.emit import emit
+from qconv.quantization.moments import KEPT_SHARE, moments, share_for
+from qconv.quantization.params import Params, carried_over
+from qconv.quantization.patches import Ints, Patches
+from qconv.quantization.rounder import stored_shape
+from qconv.quantization.sight import Sight
+from qconv.quantization.solve import Effort, Solver, first_input
+from qconv.quantization.weights import LayerParams
 
 Float32 = NDArray[np.float32]
 HELD = 2**27

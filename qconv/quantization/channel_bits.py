@@ -12,12 +12,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.allocation import allocate
 from qconv.calibration import clipping
 from qconv.calibration.sketch import Sketch
 from qconv.findings import Change
 from qconv.quant import PerChannel, QuantParams, QuantSpec
-from qconv.weight_ranges import WEIGHT_RANGES, Ends, Floats
+from qconv.quantization.allocation import allocate
+from qconv.quantization.weight_ranges import WEIGHT_RANGES, Ends, Floats
 
 MOST = 8
 Ranges = Callable[[NDArray[np.intp], QuantSpec], Ends]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from qconv import channel_bits
 from qconv.calibration.calibrators import CALIBRATORS, Hints
 from qconv.calibration.clipping import Range
 from qconv.calibration.sketch import Sketch, Want
@@ -17,7 +16,8 @@ from qconv.ir import layers
 from qconv.ir.graph import Node, Value, array
 from qconv.planning.plan import Layer, Plan, channels_of
 from qconv.quant import QuantParams, QuantSpec
-from qconv.weights import LayerParams, Source, quantize_layer
+from qconv.quantization import channel_bits
+from qconv.quantization.weights import LayerParams, Source, quantize_layer
 
 LARGEST_MULTIPLIER = 200.0
 NO_FACTORS: Mapping[str, float] = MappingProxyType({})

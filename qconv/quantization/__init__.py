@@ -1,0 +1,1 @@
+"""From ranges to integers, and into the graph."""
