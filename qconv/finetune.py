@@ -23,6 +23,7 @@ import torch
 
 from qconv import save
 from qconv.album import Album, read_album
+from qconv.audit.examine import examine
 from qconv.calibration.stats import digest
 from qconv.config.spoken import recipe_from
 from qconv.config.targets import TARGETS
@@ -30,7 +31,6 @@ from qconv.data.fed import Fed, opened
 from qconv.data.labels import Labelling, classes_of, labels_of
 from qconv.distance import apart
 from qconv.errors import QconvError
-from qconv.examine import examine
 from qconv.ir import load
 from qconv.ir.fileformat import recipe_in
 from qconv.ir.graph import Model

@@ -60,7 +60,8 @@ def audit(
         raise click.UsageError("MODEL needs a name.")
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*_files(model))
-    from qconv import examine, printing
+    from qconv import printing
+    from qconv.audit import examine
     from qconv.ir.source import source_of
 
     leave_by_exceptions()

@@ -10,11 +10,11 @@ from pathlib import PurePath
 from typing import Any
 
 import qconv
+from qconv.audit.examine import Examined, examine
 from qconv.beside import Looked, on_pictures
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError, counted, sized
-from qconv.examine import Examined, examine
 from qconv.findings import Change, Finding, Skipped
 from qconv.ir.source import Source, file_bytes, read
 from qconv.metrics.intervals import Interval, of_share

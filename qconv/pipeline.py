@@ -12,7 +12,7 @@ from pathlib import Path
 
 import qconv
 from qconv import save
-from qconv.audit import Known, audit, profiled
+from qconv.audit.audit import Known, audit, profiled
 from qconv.calibration.sketch import Sketch
 from qconv.calibration.stats import digest
 from qconv.config.checks import spelt

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qconv import save
-from qconv.audit import node_names, profiled
+from qconv.audit.audit import node_names, profiled
 from qconv.calibration.sketch import Sketch
 from qconv.config.pixels import Preprocessing
 from qconv.config.recipe import Recipe

@@ -13,10 +13,10 @@ from models import network
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from qconv.audit.examine import Examined, examine
 from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.examine import Examined, examine
 from qconv.ir.source import Source
 from qconv.pipeline import quantize
 from qconv.printing import audit as printed

@@ -19,7 +19,7 @@ import pytest
 from models import Constant, ints, loaded, network, run
 from numpy.typing import NDArray
 
-from qconv.audit import Known, audit
+from qconv.audit.audit import Known, audit
 from qconv.calibration.calibrate import tapped, watch
 from qconv.calibration.calibrators import want_of
 from qconv.config.choices import Scheme, WeightGranularity

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from qconv.audit import Known, audit
+from qconv.audit.audit import Known, audit
 from qconv.ir.load import as_it_is
 from qconv.ir.source import Source, read
 from tests.bench.cases import CASES, REPOSITORY, Array, Case, default_data, light_file, pictures

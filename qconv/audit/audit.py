@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from qconv.explain import dequantizer_of, reason
+from qconv.audit.explain import dequantizer_of, reason
 from qconv.ir.graph import DataType, Model, Node, array, attribute, input_of
 from qconv.ir.rules import ACTIVATIONS, RULES, Weighted
 from qconv.planning.plan import Plan

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconv import save
-from qconv.audit import Known, audit, profiled
+from qconv.audit.audit import Known, audit, profiled
 from qconv.config.targets import TARGETS
 from qconv.ir.fileformat import placed_in, recipe_in
 from qconv.ir.graph import Model

@@ -1,0 +1,1 @@
+"""What the runtime makes of a file, and by which rule."""
