@@ -28,9 +28,7 @@ from qconv.ir import load
 from qconv.ir.fileformat import describe, needed_opset, needed_runtime, set_ir_version
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
-from qconv.judge import Ground
 from qconv.metrics.verify import gates, verify
-from qconv.mixed import check_size, expected, search
 from qconv.oddities import oddities
 from qconv.passes import fold
 from qconv.passes.apart import in_words, round_apart
@@ -44,12 +42,14 @@ from qconv.quantization.emit import emit
 from qconv.quantization.params import choose_activations
 from qconv.quantization.refine import effort_for
 from qconv.quantization.rows import tensor_rows
-from qconv.ranges import LOOKS, tuned_ranges
 from qconv.results.report import Audit, OutputScore, Report, Verification
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
-from qconv.trial import Folded, Settled, nearest, round_anew
-from qconv.tune import tuned
+from qconv.search.judge import Ground
+from qconv.search.mixed import check_size, expected, search
+from qconv.search.ranges import LOOKS, tuned_ranges
+from qconv.search.trial import Folded, Settled, nearest, round_anew
+from qconv.search.tune import tuned
 from qconv.wishes import look_for_means_in_vain, look_for_wishes, look_for_wishes_in_vain, require_layers
 
 EQUALIZED_ON = 64

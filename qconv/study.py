@@ -42,7 +42,7 @@ from qconv.proof import HELD_BACK_SHARE, MOST_HELD_BACK
 from qconv.results.curve import Curve, Point, counts_up_to
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
-from qconv.trial import carried_out
+from qconv.search.trial import carried_out
 from qconv.wishes import look_for_wishes, require_layers
 
 SCORED_BYTES = 48 * 2**20

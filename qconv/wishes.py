@@ -13,7 +13,7 @@ from qconv.ir.source import Source
 from qconv.planning.plan import Plan
 from qconv.planning.planner import WISHED, is_layer
 from qconv.results.report import Audit
-from qconv.trial import Settled
+from qconv.search.trial import Settled
 
 
 def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -> None:

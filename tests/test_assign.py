@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qconv.assign import Assignment, Layer, assignment, curve, filled, hull
+from qconv.search.assign import Assignment, Layer, assignment, curve, filled, hull
 
 CHOICES = (2, 3, 4, 8)
 LAYERS = st.lists(

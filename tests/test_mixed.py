@@ -23,7 +23,6 @@ from test_layer_bits import asked
 from test_pipeline import quantized
 
 from qconv import summary
-from qconv.assign import Assignment
 from qconv.config.choices import CANDIDATE_BITS, Drop, LayerBits
 from qconv.config.layer_bits import read_layer_bits
 from qconv.config.pixels import PreprocessingOptions
@@ -32,12 +31,13 @@ from qconv.data.listing import find
 from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.ir.source import Source
-from qconv.judge import _unseen
-from qconv.mixed import _best, expected
 from qconv.pipeline import Listener, quantize
 from qconv.quantization.refine import EFFORTS
 from qconv.results.report import MixedPrecision, Report
 from qconv.runtime.runtime import Session
+from qconv.search.assign import Assignment
+from qconv.search.judge import _unseen
+from qconv.search.mixed import _best, expected
 
 SAME = "pads=[1,1,1,1]"
 NET = network(
@@ -161,7 +161,7 @@ def test_points_are_judged_by_pictures_that_weights_were_not_rounded_on(
 ) -> None:
     """Of 16 pictures 4 are for the weights. The float network is right on all, so that what changes class is wrong."""
     few = {name: replace(effort, pictures=4) for name, effort in EFFORTS.items()}
-    monkeypatch.setattr("qconv.mixed.EFFORTS", few)
+    monkeypatch.setattr("qconv.search.mixed.EFFORTS", few)
     options = {"rounding": "second-order", "batch": batch, "max_drop": Drop("top1", 0.1), "edge_bits": 2}
     _, result, mixed = searched(pictures, **options)
     paths = find((str(pictures),), pattern=None, samples=16, seed=0).paths

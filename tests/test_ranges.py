@@ -20,8 +20,8 @@ from qconv.ir.walk import Walk
 from qconv.pipeline import quantize
 from qconv.planning.planner import make_plan
 from qconv.quant import QuantParams, QuantSpec
-from qconv.ranges import LOOKS, Looks, _picked, tuned_ranges
 from qconv.runtime.runtime import Session
+from qconv.search.ranges import LOOKS, Looks, _picked, tuned_ranges
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
 UINT8 = QuantSpec(8, signed=False, symmetric=False)

@@ -26,7 +26,7 @@ from qconv.quantization.sight import Sight
 from qconv.quantization.solve import Effort, Solver
 from qconv.quantization.weights import quantize_layer
 from qconv.runtime.runtime import Session
-from qconv.sensitivity import FLOAT, WORST, Network, noise_of, sensitivities
+from qconv.search.sensitivity import FLOAT, WORST, Network, noise_of, sensitivities
 
 BODY = """
     c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) d = ConvTranspose<strides=[2,2]>(r, v) g = GlobalAveragePool(d)

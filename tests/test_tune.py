@@ -9,7 +9,6 @@ import onnx
 import pytest
 from models import network
 
-from qconv import tune
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.source import Source
@@ -18,6 +17,7 @@ from qconv.planning.placement import Cost
 from qconv.results.report import Report
 from qconv.runtime.benchmark import Benchmark, Conditions, Timing
 from qconv.runtime.cpu import this_cpu
+from qconv.search import tune
 
 SAME = "pads=[1,1,1,1]"
 BODY = f"a = Conv<{SAME}>(x, w)  b = Relu(a)  c = Conv<group=8, {SAME}>(b, d)  y = Conv(c, p)"

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.assign import Layer
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
@@ -39,6 +38,7 @@ from qconv.quantization.rounder import stored_shape
 from qconv.quantization.sight import Sight
 from qconv.quantization.solve import Solver, first_input
 from qconv.quantization.weights import LayerParams, Source, quantize_layer
+from qconv.search.assign import Layer
 
 Batch = Mapping[str, NDArray[Any]]
 Outputs = Sequence[NDArray[Any]]

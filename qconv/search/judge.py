@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import save
-from qconv.assign import Assignment
 from qconv.config.choices import Drop, LayerBits
 from qconv.config.layer_bits import exactly
 from qconv.config.recipe import Recipe
@@ -23,8 +22,9 @@ from qconv.metrics.scored import Outputs, Scored, score_float
 from qconv.quantization.moments import is_kept
 from qconv.results.report import Verification
 from qconv.runtime.runtime import Session
-from qconv.sensitivity import FLOAT
-from qconv.trial import Folded, Settled, nearest, round_anew, written
+from qconv.search.assign import Assignment
+from qconv.search.sensitivity import FLOAT
+from qconv.search.trial import Folded, Settled, nearest, round_anew, written
 
 SCORED_BYTES = 128 * 2**20
 FEWEST_UNSEEN = 8

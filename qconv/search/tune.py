@@ -23,7 +23,7 @@ from qconv.planning.planner import make_plan
 from qconv.runtime.benchmark import Conditions, Timing, benchmark
 from qconv.runtime.madeup import made_up
 from qconv.runtime.runtime import VERSION, Session
-from qconv.trial import carried_out
+from qconv.search.trial import carried_out
 
 ROUNDS = 12
 FLOAT, WHOLE, NOTHING = "float", "all that can be in integers", "all in float with weights as codes"

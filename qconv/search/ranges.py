@@ -31,7 +31,7 @@ from qconv.ir.graph import Model, Value, is_tensor
 from qconv.ir.walk import Walk
 from qconv.planning.plan import Plan
 from qconv.quant import QuantParams
-from qconv.sensitivity import noise_of
+from qconv.search.sensitivity import noise_of
 
 STEP = "ranges"
 HELD = 2**27

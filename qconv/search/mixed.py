@@ -19,21 +19,21 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qconv.assign import Assignment, Layer, assignment, curve, filled
 from qconv.config.choices import Drop
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.feed import Batch
 from qconv.errors import QconvError
 from qconv.ir.graph import Model, array
-from qconv.judge import Ground, Judge, Measured, Progress
 from qconv.metrics.verify import sqnr_db
 from qconv.planning.planner import is_layer, make_plan
 from qconv.quantization.refine import EFFORTS
 from qconv.quantization.solve import Solver
 from qconv.results.report import MixedPrecision, SizePoint
-from qconv.sensitivity import FLOAT, Network, sensitivities
-from qconv.trial import Settled, nearest
+from qconv.search.assign import Assignment, Layer, assignment, curve, filled
+from qconv.search.judge import Ground, Judge, Measured, Progress
+from qconv.search.sensitivity import FLOAT, Network, sensitivities
+from qconv.search.trial import Settled, nearest
 
 PICTURES = 16
 """So many are enough to tell layers apart; the result is verified on all."""

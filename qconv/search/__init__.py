@@ -1,0 +1,1 @@
+"""Candidates built, scored, chosen: bits, ranges, latency."""
