@@ -147,10 +147,10 @@ def finetune(
     files = [Path(name) for name in (quant, teacher, classes, images) if name is not None]
     wanted.check(*files, written={"the output": str(out)})
     require_torch("qconv finetune")
-    from qconv import finetune as training
     from qconv import summary
     from qconv.ir.source import source_of
     from qconv.results import finetuned
+    from qconv.training import finetune as training
 
     console = summary.Console(quiet=quiet)
     leave_by_exceptions()

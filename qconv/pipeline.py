@@ -133,7 +133,7 @@ def quantize(
             run.findings += embed(model, fed, layout, exact=recipe.activation_bits > 8)
     with run.step("plan"):
         if recipe.rounding == "reconstruct":
-            from qconv.torchgraph import require_operators  # PyTorch is an extra
+            from qconv.training.torchgraph import require_operators  # PyTorch is an extra
 
             require_operators(model)
         look_for_wishes(model, recipe, run.warn)
@@ -317,7 +317,7 @@ def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> S
 def _reconstructed(
     model: Model, before: Model, recipe: Recipe, feed: Feed, progress: Callable[[str, int, int], None]
 ) -> list[Finding]:
-    from qconv.reconstruct import PICTURES, reconstruct  # PyTorch is an extra
+    from qconv.training.reconstruct import PICTURES, reconstruct  # PyTorch is an extra
 
     fixed = next((spec.shape[0] for spec in feed.inputs if spec.shape and spec.shape[0]), None)
     return reconstruct(model, before, recipe, feed.first(PICTURES, "read again"), fixed, progress)

@@ -9,7 +9,7 @@ from qconv.errors import counted, shaped
 from qconv.plot import thumbnail
 from qconv.results.synthesized import WELL, Synthesized
 from qconv.shown import Page, Picture, Tile
-from qconv.synthesize import Made
+from qconv.training.synthesize import Made
 
 PICTURES = 48
 """On the page, evenly taken from all."""

@@ -100,9 +100,9 @@ def synthesize(
             refuse_inside(Path(output), Path(path), what)
     require_torch("qconv synthesize")
     from qconv import summary
-    from qconv import synthesize as story
     from qconv.ir.source import source_of
     from qconv.results import synthesized
+    from qconv.training import synthesize as story
 
     source = source_of(model)
     page = check_report(report, [source], [], {"the folder of pictures": output, "the table": csv})

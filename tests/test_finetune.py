@@ -29,15 +29,15 @@ from qconv.config.pixels import Layout, PreprocessingOptions  # noqa: E402
 from qconv.config.recipe import Recipe  # noqa: E402
 from qconv.config.spoken import recipe_from  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
-from qconv.finetune import Listener, finetune  # noqa: E402
 from qconv.ir import load  # noqa: E402
 from qconv.ir.fileformat import recipe_in  # noqa: E402
 from qconv.ir.source import Source, read  # noqa: E402
-from qconv.learnable import Learned, pairs_axis  # noqa: E402
 from qconv.pipeline import quantize  # noqa: E402
 from qconv.results.finetuned import Finetuned, Wishes  # noqa: E402
-from qconv.sites import find_sites  # noqa: E402
-from qconv.torchgraph import Network  # noqa: E402
+from qconv.training.finetune import Listener, finetune  # noqa: E402
+from qconv.training.learnable import Learned, pairs_axis  # noqa: E402
+from qconv.training.sites import find_sites  # noqa: E402
+from qconv.training.torchgraph import Network  # noqa: E402
 
 torch.set_num_threads(1)  # tests run side by side
 BODY = (
@@ -231,7 +231,7 @@ class Killed(Exception):
 def test_a_killed_run_goes_on_as_if_it_never_had_been(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qconv.resuming.KEPT_EVERY", 0.0)
+    monkeypatch.setattr("qconv.training.resuming.KEPT_EVERY", 0.0)
     wish = wishes(place, epochs=12, augment=True)
     whole = tmp_path / "whole.onnx"
     finetune(source(place / "net.w3a3.onnx"), whole, wish)
@@ -252,7 +252,7 @@ def test_a_killed_run_goes_on_as_if_it_never_had_been(
 
 
 def test_what_another_run_left_is_not_used(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qconv.resuming.KEPT_EVERY", 0.0)
+    monkeypatch.setattr("qconv.training.resuming.KEPT_EVERY", 0.0)
     wish, out = wishes(place, epochs=24), tmp_path / "out.onnx"
     heard: list[str] = []
     for content in (None, b"no state"):
@@ -399,7 +399,7 @@ def test_a_signal_leaves_no_output(place: Path, tmp_path: Path) -> None:
     out, kept = tmp_path / "out.onnx", tmp_path / ".out.onnx.training"
     words = [str(place / "net.w3a3.onnx"), "--images", str(place / "pictures"), "--epochs", "100000", "-o", str(out)]
     code = (
-        "import sys; import qconv.training, qconv.resuming; from qconv import cli;"
+        "import sys; import qconv.training.training, qconv.training.resuming; from qconv import cli;"
         "qconv.training.MOST_CUTS = 10**9; qconv.resuming.KEPT_EVERY = 0.0;"
         f"sys.argv = {['qconv', 'finetune', *words]!r}; cli.run()"
     )

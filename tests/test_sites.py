@@ -20,7 +20,7 @@ from qconv.ir.graph import Model
 from qconv.ir.source import Source, read
 from qconv.ir.stored import numbers_of
 from qconv.pipeline import quantize
-from qconv.sites import Sites, find_sites
+from qconv.training.sites import Sites, find_sites
 
 BODY = (
     "a = Conv(x, w)  b = Clip(a, low, high)  c = Conv(b, v)  d = Clip(c, low, high)"

@@ -24,20 +24,21 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv import dream, pipeline, synthesize
+from qconv import pipeline
 from qconv.cli import cli  # noqa: E402
 from qconv.config.pixels import Color, Filter, Layout, PreprocessingOptions  # noqa: E402
 from qconv.config.recipe import Recipe  # noqa: E402
 from qconv.data import images  # noqa: E402
 from qconv.data.listing import find  # noqa: E402
-from qconv.dream import EDGE, FLOOR, Dream, _stride, faded, normalised  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
 from qconv.findings import Change  # noqa: E402
 from qconv.folders import whole_folder  # noqa: E402
 from qconv.ir.source import Source  # noqa: E402
-from qconv.remembered import Remembered  # noqa: E402
 from qconv.results.synthesized import Wishes  # noqa: E402
-from qconv.torchgraph import Network  # noqa: E402
+from qconv.training import dream, synthesize
+from qconv.training.dream import EDGE, FLOOR, Dream, _stride, faded, normalised  # noqa: E402
+from qconv.training.remembered import Remembered  # noqa: E402
+from qconv.training.torchgraph import Network  # noqa: E402
 
 torch.set_num_threads(1)  # tests run side by side
 HERE = Path(__file__).parent
@@ -206,7 +207,7 @@ def test_pixels_move_along_the_gradient_of_the_distance(
     tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: PyTorch's own derivative of the distance, the other batch standing still."""
-    monkeypatch.setattr("qconv.dream.SURE", 0.0)
+    monkeypatch.setattr("qconv.training.dream.SURE", 0.0)
     prep = made(tmp_path, count=1, steps=1).found.preprocessing
     model = loaded(onnx.ModelProto.FromString(remembering()))
     wanted = Remembered.of(model, "net").wanted

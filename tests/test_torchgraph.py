@@ -26,7 +26,7 @@ from qconv.ir.load import load  # noqa: E402
 from qconv.ir.source import Source, read  # noqa: E402
 from qconv.pipeline import quantize  # noqa: E402
 from qconv.runtime.runtime import Session  # noqa: E402
-from qconv.torchgraph import Network  # noqa: E402
+from qconv.training.torchgraph import Network  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"

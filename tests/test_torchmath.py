@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv
 from torched import check, check_gradient, outputs  # noqa: E402
 
 from qconv.errors import QconvError  # noqa: E402
-from qconv.torchgraph import Network  # noqa: E402
-from qconv.torchmath import COMPUTING  # noqa: E402
+from qconv.training.torchgraph import Network  # noqa: E402
+from qconv.training.torchmath import COMPUTING  # noqa: E402
 
 # fmt: off
 UNARY = (

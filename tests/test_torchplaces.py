@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv
 from torched import check, check_gradient, outputs  # noqa: E402
 
 from qconv.errors import QconvError  # noqa: E402
-from qconv.torchgraph import Network  # noqa: E402
-from qconv.torchplaces import MOVING  # noqa: E402
+from qconv.training.torchgraph import Network  # noqa: E402
+from qconv.training.torchplaces import MOVING  # noqa: E402
 
 FIRST, LAST = -(2**63), 2**63 - 1
 """To the very first, to the very last."""

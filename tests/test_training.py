@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
 from qconv.results.finetuned import Mark  # noqa: E402
-from qconv.training import AWAY, CUT, MOST_CUTS, Schedule, Trainer  # noqa: E402
+from qconv.training.training import AWAY, CUT, MOST_CUTS, Schedule, Trainer  # noqa: E402
 
 
 class Learned:

@@ -65,7 +65,7 @@ class Unseen:
         if self.fallback != "synthesized":
             return self.imagined.all(stage)
         if self._synthesized is None:
-            from qconv.dream import dreamt  # PyTorch is an extra
+            from qconv.training.dream import dreamt  # PyTorch is an extra
 
             fed = self.imagined.fed
             assert fed is not None

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from qconv.errors import QconvError, counted
 from qconv.ir.graph import Model, Node, array, attribute, input_of
-from qconv.torchfake import FUSED, Drop, Step, fakes
-from qconv.torchmath import COMPUTING
-from qconv.torchop import Op, Run
-from qconv.torchplaces import MOVING
+from qconv.training.torchfake import FUSED, Drop, Step, fakes
+from qconv.training.torchmath import COMPUTING
+from qconv.training.torchop import Op, Run
+from qconv.training.torchplaces import MOVING
 
 OPERATORS: dict[str, Run] = {**COMPUTING, **MOVING}
 _RUN = {**OPERATORS, **FUSED}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from qconv.torchop import Given, Op, Run, every, first, numbers, optional, torch_pads
+from qconv.training.torchop import Given, Op, Run, every, first, numbers, optional, torch_pads
 
 INT_RANGES = {2: (0, 255), 3: (-128, 127), 4: (0, 65535), 5: (-32768, 32767), 21: (0, 15), 22: (-8, 7)}
 """Least and largest code of ONNX's element types that QuantizeLinear can write."""

@@ -22,32 +22,32 @@ import numpy as np
 import torch
 
 from qconv import save
-from qconv.album import Album, read_album
 from qconv.audit.examine import examine
 from qconv.calibration.stats import digest
 from qconv.config.spoken import recipe_from
 from qconv.config.targets import TARGETS
 from qconv.data.fed import Fed, opened
 from qconv.data.labels import Labelling, classes_of, labels_of
-from qconv.distance import apart
 from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.fileformat import recipe_in
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, file_bytes, is_quantized, read
 from qconv.ir.teacher import teacher_beside
-from qconv.learnable import Learned
-from qconv.lesson import LOOK_AT, Inputs, Lesson
 from qconv.metrics.verify import Comparison, gates
 from qconv.results.finetuned import Finetuned, Judged, Mark, Wishes
 from qconv.results.report import Audit, Verification
-from qconv.resuming import Kept
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
-from qconv.sites import find_sites
-from qconv.torchgraph import Network, as_arrays
-from qconv.torchrun import determined, device_of
-from qconv.training import Schedule, Trainer
+from qconv.training.album import Album, read_album
+from qconv.training.distance import apart
+from qconv.training.learnable import Learned
+from qconv.training.lesson import LOOK_AT, Inputs, Lesson
+from qconv.training.resuming import Kept
+from qconv.training.sites import find_sites
+from qconv.training.torchgraph import Network, as_arrays
+from qconv.training.torchrun import determined, device_of
+from qconv.training.training import Schedule, Trainer
 
 RATES = {"weights": 1.0, "weight_scales": 0.1, "activation_scales": 0.1, "biases": 0.2}
 """Of the learning rate, which is that of weights in codes."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from qconv.torchop import Given, Op, Run, every, first, numbers, optional, torch_pads
+from qconv.training.torchop import Given, Op, Run, every, first, numbers, optional, torch_pads
 
 Places = NDArray[np.float64]
 Indices = NDArray[np.int64]

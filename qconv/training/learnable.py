@@ -28,8 +28,8 @@ from qconv.ir.graph import Model, Value, attribute
 from qconv.ir.stored import numbers_of
 from qconv.quantization.saturation import SMALLEST_STEP, worst_pair
 from qconv.quantization.weights import LARGEST_BIAS_CODE
-from qconv.sites import Sites, WeightSite
-from qconv.torchmath import rounded
+from qconv.training.sites import Sites, WeightSite
+from qconv.training.torchmath import rounded
 
 FURTHEST = float(np.log(8.0))
 """So far may a scale move from that in the file."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from qconv import save
-from qconv.training import Trainer
+from qconv.training.training import Trainer
 
 KEPT_EVERY = 20.0
 """Seconds between two states that are written, at least."""

@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qconv.album import Album
 from qconv.config.pixels import Layout
-from qconv.distance import agreeing, apart, kind_of, labelled
-from qconv.learnable import Learned
 from qconv.results.finetuned import Mark
-from qconv.torchgraph import Network
+from qconv.training.album import Album
+from qconv.training.distance import agreeing, apart, kind_of, labelled
+from qconv.training.learnable import Learned
+from qconv.training.torchgraph import Network
 
 Ints = NDArray[np.int64]
 SHIFT = 1 / 8

@@ -38,9 +38,9 @@ from qconv.data_free.imagined import leaves_of
 from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.source import Source, read
-from qconv.remembered import Remembered
-from qconv.torchgraph import Network
-from qconv.torchrun import determined
+from qconv.training.remembered import Remembered
+from qconv.training.torchgraph import Network
+from qconv.training.torchrun import determined
 
 RATE = 16.0
 """Levels that a pixel moves by in the first step."""

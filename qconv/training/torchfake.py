@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qconv.torchmath import INT_RANGES, rounded, side_by_side
-from qconv.torchop import Given, Op, Run, first, optional
+from qconv.training.torchmath import INT_RANGES, rounded, side_by_side
+from qconv.training.torchop import Given, Op, Run, first, optional
 
 Step = tuple[Op, list[str | None], list[str]]
 FAKE = "FakeQuantize"

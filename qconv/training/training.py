@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qconv.lesson import Lesson
 from qconv.results.finetuned import Mark, Round
+from qconv.training.lesson import Lesson
 
 State = dict[str, NDArray[Any]]
 BETAS = (0.9, 0.99)

@@ -29,18 +29,18 @@ from qconv.config.spoken import words
 from qconv.data import images
 from qconv.data.detect import Detected, detect_unseen
 from qconv.data_free.imagined import Imagined, leaves_of
-from qconv.dream import Dream, batch_of
 from qconv.errors import QconvError
 from qconv.folders import check_folder, refuse_inside, whole_folder
 from qconv.ir import load
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, read, refuse_quantized
-from qconv.remembered import Remembered
 from qconv.results.synthesized import FAR, WELL, Layer, Synthesized, Wishes
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
-from qconv.torchgraph import Network, require_operators
-from qconv.torchrun import determined, device_of
+from qconv.training.dream import Dream, batch_of
+from qconv.training.remembered import Remembered
+from qconv.training.torchgraph import Network, require_operators
+from qconv.training.torchrun import determined, device_of
 
 SET = "synthesized.json"
 KINDS = ("png", "npy")

@@ -23,16 +23,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qconv.blocks import End, ends
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError, counted
 from qconv.findings import Change, Finding, Skipped
 from qconv.ir.graph import Model
-from qconv.learnable import Learned
-from qconv.sites import find_sites
-from qconv.torchfake import Drop
-from qconv.torchgraph import Network
-from qconv.torchrun import determined
+from qconv.training.blocks import End, ends
+from qconv.training.learnable import Learned
+from qconv.training.sites import find_sites
+from qconv.training.torchfake import Drop
+from qconv.training.torchgraph import Network
+from qconv.training.torchrun import determined
 
 STEP = "reconstruct"
 PICTURES, MOST_BYTES, KEPT = 512, 2**30, 5
