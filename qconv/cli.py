@@ -168,8 +168,9 @@ def study_samples(
     files = [Path(name) for name in (model, *options["calib"], *images) if name != "-"]
     wanted.check(*files, written={"the chart": output})
     _require_streams(model, None, as_json)
-    from qconv import pipeline, study, summary
+    from qconv import study, summary
     from qconv.ir.source import source_of
+    from qconv.pipeline import pipeline
 
     console = summary.Console(quiet=quiet)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
@@ -265,7 +266,7 @@ def _require_apart(read: str | None, *written: str | None) -> None:
 
 def _run(source: Source, output: str, recipe: Recipe, console: Any, page: Path | None) -> tuple[Report, bytes | None]:
     """page: where one is to be written, too."""
-    from qconv import pipeline
+    from qconv.pipeline import pipeline
 
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
     leave_by_exceptions()

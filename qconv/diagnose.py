@@ -30,12 +30,12 @@ from qconv.data.detect import CERTAIN, SHAPE_ONLY, detect, same
 from qconv.data.fed import Fed
 from qconv.data.feed import Feed
 from qconv.errors import counted
-from qconv.gather import Memory, open_pictures, original
 from qconv.ir import load, moved
 from qconv.ir.fileformat import needed_opset
 from qconv.ir.source import Source, data_files, file_bytes, metadata, own_opset, read, refuse_quantized
 from qconv.passes import fold
-from qconv.pipeline import Listener
+from qconv.pipeline.gather import Memory, open_pictures, original
+from qconv.pipeline.pipeline import Listener
 from qconv.planning.placement import left_in_float
 from qconv.planning.planner import make_plan
 from qconv.proof import Held, Made, Proof, held_back

@@ -145,8 +145,9 @@ def diagnose(
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*map(Path, filter(None, (model, *options["calib"], *images, options["layer_bits"]))))
     from qconv import diagnose as clinic
-    from qconv import laddered, pipeline, summary
+    from qconv import laddered, summary
     from qconv.ir.source import source_of
+    from qconv.pipeline import pipeline
 
     source = source_of(model)
     place = check_report(report, [source], [*options["calib"], *images, options["layer_bits"]], {"the table": csv})

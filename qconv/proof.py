@@ -19,11 +19,11 @@ from qconv.data.feed import Feed
 from qconv.data.listing import find
 from qconv.errors import QconvError
 from qconv.evaluate import class_vector
-from qconv.gather import Memory, original
 from qconv.ir.source import Source
 from qconv.metrics import intervals
 from qconv.metrics.scored import Outputs, Scored, score_float
-from qconv.pipeline import Listener, quantize
+from qconv.pipeline.gather import Memory, original
+from qconv.pipeline.pipeline import Listener, quantize
 from qconv.results.ladder import Trial
 from qconv.results.report import Report
 from qconv.runtime.benchmark import Benchmark, Conditions, benchmark

@@ -27,14 +27,15 @@ from qconv.config.targets import TARGETS
 from qconv.data.detect import detect
 from qconv.data.feed import Feed
 from qconv.errors import QconvError, counted
-from qconv.gather import original
 from qconv.ir import load
 from qconv.ir.fileformat import needed_opset
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, own_opset, read, refuse_quantized
 from qconv.metrics.scored import Scored, score_float
 from qconv.passes import fold
-from qconv.pipeline import Listener, check_output
+from qconv.pipeline.gather import original
+from qconv.pipeline.pipeline import Listener, check_output
+from qconv.pipeline.wishes import look_for_wishes, require_layers
 from qconv.planning.placement import left_in_float
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
@@ -43,7 +44,6 @@ from qconv.results.curve import Curve, Point, counts_up_to
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
 from qconv.search.trial import carried_out
-from qconv.wishes import look_for_wishes, require_layers
 
 SCORED_BYTES = 48 * 2**20
 """Inputs and float outputs of the pictures to score on, which stay in memory."""

@@ -83,8 +83,9 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     outputs = {f"the output of {entry.name}": str(entry.out) for entry in entries}
     read = [*options["calib"], options["layer_bits"], str(file)]
     flags.wanted.check(Path(model), *map(Path, filter(None, read)), written=outputs)
-    from qconv import laddered, pipeline, summary
+    from qconv import laddered, summary
     from qconv.ir.source import source_of
+    from qconv.pipeline import pipeline
     from qconv.sweep import sweep as carried_out
 
     source = source_of(model)

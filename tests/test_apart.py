@@ -13,7 +13,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir.source import Source
 from qconv.passes.apart import round_apart
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 from qconv.planning.planner import make_plan
 
 EYE = np.eye(2, dtype=np.float32).reshape(2, 2, 1, 1)

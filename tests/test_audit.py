@@ -18,7 +18,7 @@ from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.source import Source
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 from qconv.printing import audit as printed
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"

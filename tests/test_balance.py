@@ -10,12 +10,12 @@ import onnx
 import pytest
 from models import network
 
-from qconv import pipeline
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.ir.source import Source
-from qconv.pipeline import quantize
+from qconv.pipeline import pipeline
+from qconv.pipeline.pipeline import quantize
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session
 

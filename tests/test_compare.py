@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
-from qconv import beside, pipeline
+from qconv import beside
 from qconv.cli import cli
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir import moved
 from qconv.ir.source import Source
+from qconv.pipeline import pipeline
 from qconv.quant import QuantSpec
 from qconv.results.compared import Compared
 from qconv.runtime.runtime import Session

@@ -15,7 +15,7 @@ def python(code: str) -> str:
 
 
 def test_the_pipeline_does_without_sympy() -> None:
-    assert python("import qconv.pipeline, sys; print('sympy' in sys.modules)") == "False"
+    assert python("import qconv.pipeline.pipeline, sys; print('sympy' in sys.modules)") == "False"
 
 
 def test_onnx_ir_gets_it_when_it_calculates() -> None:

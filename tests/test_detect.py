@@ -22,7 +22,7 @@ from qconv.data.detect import CERTAIN, Detected, detect
 from qconv.data.evidence import fact_of, references
 from qconv.data.feed import Feed
 from qconv.ir.source import Source
-from qconv.pipeline import Listener, quantize
+from qconv.pipeline.pipeline import Listener, quantize
 from qconv.runtime.runtime import Session
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,7 @@ from qconv.ir import fileformat, load
 from qconv.ir.source import Source, own_opset
 from qconv.passes import fold
 from qconv.passes.shrink import shrink
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit

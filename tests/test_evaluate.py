@@ -21,7 +21,7 @@ from qconv.data.labels import classes_of
 from qconv.errors import QconvError
 from qconv.evaluate import Evaluation, Wishes, evaluate
 from qconv.ir.source import Source
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
 BODY = "c = Conv(x, w)  r = Relu(c)  p = GlobalAveragePool(r)  f = Flatten(p)  y = Gemm(f, g)"

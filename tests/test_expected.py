@@ -23,7 +23,7 @@ from qconv.ir.source import Source
 from qconv.passes.balance import apply
 from qconv.passes.fold import fold
 from qconv.passes.streams import find_streams
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session
 

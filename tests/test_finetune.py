@@ -32,7 +32,7 @@ from qconv.errors import QconvError  # noqa: E402
 from qconv.ir import load  # noqa: E402
 from qconv.ir.fileformat import recipe_in  # noqa: E402
 from qconv.ir.source import Source, read  # noqa: E402
-from qconv.pipeline import quantize  # noqa: E402
+from qconv.pipeline.pipeline import quantize  # noqa: E402
 from qconv.results.finetuned import Finetuned, Wishes  # noqa: E402
 from qconv.training.finetune import Listener, finetune  # noqa: E402
 from qconv.training.learnable import Learned, pairs_axis  # noqa: E402

@@ -20,13 +20,14 @@ from browser import MISSING, Browser, browser
 from click.testing import CliRunner
 from PIL import Image
 
-from qconv import html, pages, pipeline
+from qconv import html, pages
 from qconv.cli import cli
 from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.feed import Feed
 from qconv.errors import QconvError
+from qconv.pipeline import pipeline
 from qconv.plot import thumbnail
 from qconv.results.compared import Bars, Compared, LayerRow, Values
 from qconv.results.ladder import Cause, Diagnosis, Sweep, Trial

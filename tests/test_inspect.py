@@ -30,7 +30,7 @@ from qconv.inspect_float import FloatModel, inspect_float
 from qconv.inspect_quantized import QuantizedModel, holds_codes, inspect_quantized
 from qconv.inspected import _short, float_model, quantized_model
 from qconv.ir.source import Source, is_quantized, read
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 from qconv.tables import csv_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.given import recipe_of
 from qconv.ir.source import Source
-from qconv.pipeline import Listener, quantize
+from qconv.pipeline.pipeline import Listener, quantize
 from qconv.planning.planner import FLOAT_BITS
 from qconv.planning.refusals import WIDE_CODES
 

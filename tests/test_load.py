@@ -21,7 +21,7 @@ from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, file_bytes, read
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 from qconv.runtime.runtime import Session
 
 FLOAT, HALF, INT64, BOOL, TEXT = (

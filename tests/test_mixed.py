@@ -31,7 +31,7 @@ from qconv.data.listing import find
 from qconv.errors import QconvError
 from qconv.findings import Change
 from qconv.ir.source import Source
-from qconv.pipeline import Listener, quantize
+from qconv.pipeline.pipeline import Listener, quantize
 from qconv.quantization.refine import EFFORTS
 from qconv.results.report import MixedPrecision, Report
 from qconv.runtime.runtime import Session

@@ -17,14 +17,14 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import qconv
-from qconv import pipeline
 from qconv.config.choices import CALIBRATORS, Scheme, WeightGranularity
 from qconv.config.pixels import Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.source import Source
 from qconv.metrics import verify
-from qconv.pipeline import Listener, folded_float, quantize
+from qconv.pipeline import pipeline
+from qconv.pipeline.pipeline import Listener, folded_float, quantize
 from qconv.results.report import OutputScore, Report
 from qconv.runtime.runtime import Session
 

@@ -17,7 +17,7 @@ from qconv.held import Store
 from qconv.ir.behind import Behind
 from qconv.ir.source import Source
 from qconv.ir.walk import Walk
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 from qconv.planning.planner import make_plan
 from qconv.quant import QuantParams, QuantSpec
 from qconv.runtime.runtime import Session

@@ -18,13 +18,13 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv import pipeline
 from qconv.cli import cli  # noqa: E402
 from qconv.config.pixels import Layout, PreprocessingOptions  # noqa: E402
 from qconv.config.recipe import Recipe  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
 from qconv.findings import Change, Skipped  # noqa: E402
 from qconv.ir.graph import Model, ir  # noqa: E402
+from qconv.pipeline import pipeline
 from qconv.results.report import Report  # noqa: E402
 from qconv.training import learnable, reconstruct  # noqa: E402
 from qconv.training.blocks import _cuts, ends  # noqa: E402

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from qconv.config.recipe import Recipe
 from qconv.ir.source import Source
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 from qconv.quantization import refine, saturation
 from qconv.quantization.moments import Moments, moments
 from qconv.results.report import Report

@@ -19,7 +19,7 @@ from qconv.ir.fileformat import recipe_in
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, read
 from qconv.ir.stored import numbers_of
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 from qconv.training.sites import Sites, find_sites
 
 BODY = (

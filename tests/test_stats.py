@@ -17,7 +17,7 @@ from qconv.cli import cli
 from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 
 BODY = "c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) d = Conv(r, v) p = GlobalAveragePool(d) y = Flatten(p)"
 

@@ -13,7 +13,7 @@ import pytest
 from models import loaded, network
 from PIL import Image
 
-from qconv import pipeline, study
+from qconv import study
 from qconv.calibration.calibrate import Tap, tapped, watch, watch_apart
 from qconv.calibration.shelf import shelf
 from qconv.calibration.sketch import Sketch, Want
@@ -22,6 +22,7 @@ from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.errors import QconvError
+from qconv.pipeline import pipeline
 from qconv.results.curve import Curve, Point, counts_up_to
 from qconv.runtime.runtime import Session
 from qconv.study import Question, study_samples

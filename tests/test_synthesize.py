@@ -24,7 +24,6 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv import pipeline
 from qconv.cli import cli  # noqa: E402
 from qconv.config.pixels import Color, Filter, Layout, PreprocessingOptions  # noqa: E402
 from qconv.config.recipe import Recipe  # noqa: E402
@@ -34,6 +33,7 @@ from qconv.errors import QconvError  # noqa: E402
 from qconv.findings import Change  # noqa: E402
 from qconv.folders import whole_folder  # noqa: E402
 from qconv.ir.source import Source  # noqa: E402
+from qconv.pipeline import pipeline
 from qconv.results.synthesized import Wishes  # noqa: E402
 from qconv.training import dream, synthesize
 from qconv.training.dream import EDGE, FLOOR, Dream, _stride, faded, normalised  # noqa: E402

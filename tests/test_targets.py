@@ -21,7 +21,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 from qconv.ir.source import Source
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 from qconv.quantization.bias import correction
 from qconv.results.report import Report
 

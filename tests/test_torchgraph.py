@@ -24,7 +24,7 @@ from qconv.config.recipe import Recipe  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402
 from qconv.ir.load import load  # noqa: E402
 from qconv.ir.source import Source, read  # noqa: E402
-from qconv.pipeline import quantize  # noqa: E402
+from qconv.pipeline.pipeline import quantize  # noqa: E402
 from qconv.runtime.runtime import Session  # noqa: E402
 from qconv.training.torchgraph import Network  # noqa: E402
 

@@ -12,7 +12,7 @@ from models import network
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.source import Source
-from qconv.pipeline import quantize
+from qconv.pipeline.pipeline import quantize
 from qconv.planning.placement import Cost
 from qconv.results.report import Report
 from qconv.runtime.benchmark import Benchmark, Conditions, Timing

@@ -12,7 +12,6 @@ import onnx
 import pytest
 from models import network, statistics
 
-from qconv import pipeline
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import FALLBACKS
 from qconv.config.pixels import Layout, PreprocessingOptions
@@ -26,6 +25,7 @@ from qconv.findings import Change, Skipped
 from qconv.ir.normal import Normal
 from qconv.ir.source import Source
 from qconv.metrics.verify import verify
+from qconv.pipeline import pipeline
 from qconv.results.report import Report
 from qconv.runtime.runtime import Session
 

@@ -29,7 +29,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from qconv.pipeline import folded_float
+from qconv.pipeline.pipeline import folded_float
 from tests.bench.cases import CASES, REPOSITORY, Case, Prep, default_data, linked, pictures
 
 PICTURES = 128

@@ -23,18 +23,19 @@ from qconv.data.feed import Feed
 from qconv.errors import QconvError
 from qconv.extras import require_torch
 from qconv.findings import Change, Finding, Skipped
-from qconv.gather import Memory, Pictures, open_pictures, original
 from qconv.ir import load
 from qconv.ir.fileformat import describe, needed_opset, needed_runtime, set_ir_version
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
 from qconv.metrics.verify import gates, verify
-from qconv.oddities import oddities
 from qconv.passes import fold
 from qconv.passes.apart import in_words, round_apart
 from qconv.passes.balance import balance, balance_unseen
 from qconv.passes.embed import embed
 from qconv.passes.shrink import shrink
+from qconv.pipeline.gather import Memory, Pictures, open_pictures, original
+from qconv.pipeline.oddities import oddities
+from qconv.pipeline.wishes import look_for_means_in_vain, look_for_wishes, look_for_wishes_in_vain, require_layers
 from qconv.planning.placement import left_in_float
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
@@ -50,7 +51,6 @@ from qconv.search.mixed import check_size, expected, search
 from qconv.search.ranges import LOOKS, tuned_ranges
 from qconv.search.trial import Folded, Settled, nearest, round_anew
 from qconv.search.tune import tuned
-from qconv.wishes import look_for_means_in_vain, look_for_wishes, look_for_wishes_in_vain, require_layers
 
 EQUALIZED_ON = 64
 """Pictures that channels are watched on, but for the best effort, which watches all."""
