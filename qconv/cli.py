@@ -168,7 +168,8 @@ def study_samples(
     files = [Path(name) for name in (model, *options["calib"], *images) if name != "-"]
     wanted.check(*files, written={"the chart": output})
     _require_streams(model, None, as_json)
-    from qconv import study, summary
+    from qconv import summary
+    from qconv.analysis import study
     from qconv.ir.source import source_of
     from qconv.pipeline import pipeline
 

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from qconv.analysis.foretold import Trouble
+from qconv.analysis.inspect_float import End, FloatModel, FloatRow, Left
+from qconv.analysis.inspect_quantized import QuantizedModel, QuantizedRow
 from qconv.config.spoken import in_words
 from qconv.errors import counted, shaped
 from qconv.findings import Skipped
-from qconv.foretold import Trouble
-from qconv.inspect_float import End, FloatModel, FloatRow, Left
-from qconv.inspect_quantized import QuantizedModel, QuantizedRow
 from qconv.ir.stored import Tensor
 from qconv.printing import COLUMNS, columns, wrapped
 

@@ -81,7 +81,8 @@ def compare(
         threads=threads,
         preprocessing=preprocessing_of(options),
     )
-    from qconv import beside, printing, summary
+    from qconv import printing, summary
+    from qconv.analysis import beside
     from qconv.ir.source import source_of
 
     sources = source_of(float_model), source_of(model)
@@ -144,8 +145,8 @@ def diagnose(
     made(asked)
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*map(Path, filter(None, (model, *options["calib"], *images, options["layer_bits"]))))
-    from qconv import diagnose as clinic
     from qconv import laddered, summary
+    from qconv.analysis import diagnose as clinic
     from qconv.ir.source import source_of
     from qconv.pipeline import pipeline
 

@@ -90,7 +90,8 @@ def inspect(model: str, csv: str | None, target: str, as_json: bool, quiet: bool
     wanted.check(*_files(model))
     if model == "-" and sys.stdin is None:
         raise QconvError("Standard input is closed.", "pipe the model into it, or name its file.")
-    from qconv import inspect_float, inspect_quantized, inspected
+    from qconv import inspected
+    from qconv.analysis import inspect_float, inspect_quantized
     from qconv.ir.source import data_files, read, source_of
 
     source = source_of(model)
@@ -231,8 +232,8 @@ def evaluate(
     wanted = Wanted(as_json, quiet, csv)
     files = [Path(name) for name in (model, against, classes, images) if name not in (None, "-")]
     wanted.check(*files, written={"the predictions": save_predictions})
-    from qconv import evaluate as measuring
     from qconv import printing, save, summary
+    from qconv.analysis import evaluate as measuring
     from qconv.ir.source import source_of
 
     if out is not None:

@@ -10,8 +10,8 @@ from pathlib import PurePath
 from typing import Any
 
 import qconv
+from qconv.analysis.beside import Looked, on_pictures
 from qconv.audit.examine import Examined, examine
-from qconv.beside import Looked, on_pictures
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError, counted, sized

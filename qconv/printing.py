@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from qconv.analysis.evaluate import Evaluation, Output, Share
 from qconv.audit.examine import Examined
 from qconv.errors import counted, shaped
-from qconv.evaluate import Evaluation, Output, Share
 from qconv.metrics.intervals import SIGNIFICANT, Interval, of_difference
 from qconv.results.compared import Compared, LayerRow
 from qconv.results.report import Island, alike

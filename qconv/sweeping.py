@@ -31,8 +31,8 @@ from qconv.leaving import leave_by_exceptions
 from qconv.putting_out import Wanted, check_report, typed
 
 if TYPE_CHECKING:
+    from qconv.analysis.sweep import Entry
     from qconv.config.recipe import Recipe
-    from qconv.sweep import Entry
 
 SHARED = frozenset(
     {
@@ -84,9 +84,9 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     read = [*options["calib"], options["layer_bits"], str(file)]
     flags.wanted.check(Path(model), *map(Path, filter(None, read)), written=outputs)
     from qconv import laddered, summary
+    from qconv.analysis.sweep import sweep as carried_out
     from qconv.ir.source import source_of
     from qconv.pipeline import pipeline
-    from qconv.sweep import sweep as carried_out
 
     source = source_of(model)
     page = check_report(flags.report, [source], read, {"the table": flags.wanted.csv, **outputs})
@@ -112,7 +112,7 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
 
 
 def _entries(file: Path, model: str, folder: Path, options: Mapping[str, Any]) -> Iterator[Entry]:
-    from qconv.sweep import Entry
+    from qconv.analysis.sweep import Entry
 
     stem = Path(model).stem if Path(model).suffix.lower() == ".onnx" else Path(model).name
     typed = names_given()

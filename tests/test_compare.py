@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
-from qconv import beside
+from qconv.analysis import beside
 from qconv.cli import cli
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 from test_detect import colourful, fed, folder_of, trained_with
 
-from qconv import proof
+from qconv.analysis import proof
+from qconv.analysis.remedies import joined, merged
 from qconv.cli import cli
 from qconv.config.recipe import Recipe
 from qconv.data.listing import find
 from qconv.pipeline import gather, pipeline
-from qconv.remedies import joined, merged
 from qconv.results.ladder import Trial, undominated
 
 ROOT = Path(__file__).parents[1]

@@ -15,11 +15,11 @@ from models import network
 from numpy.typing import NDArray
 from PIL import Image
 
+from qconv.analysis.evaluate import Evaluation, Wishes, evaluate
 from qconv.config.pixels import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.labels import classes_of
 from qconv.errors import QconvError
-from qconv.evaluate import Evaluation, Wishes, evaluate
 from qconv.ir.source import Source
 from qconv.pipeline.pipeline import quantize
 

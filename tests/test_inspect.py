@@ -19,6 +19,8 @@ from models import network, statistics
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from qconv.analysis.inspect_float import FloatModel, inspect_float
+from qconv.analysis.inspect_quantized import QuantizedModel, holds_codes, inspect_quantized
 from qconv.cli import quantize as quantize_command
 from qconv.config.choices import Drop, LayerBits
 from qconv.config.pixels import PreprocessingOptions
@@ -26,8 +28,6 @@ from qconv.config.recipe import Recipe
 from qconv.config.spoken import in_words, options_of, recipe_from
 from qconv.errors import QconvError
 from qconv.given import recipe_of
-from qconv.inspect_float import FloatModel, inspect_float
-from qconv.inspect_quantized import QuantizedModel, holds_codes, inspect_quantized
 from qconv.inspected import _short, float_model, quantized_model
 from qconv.ir.source import Source, is_quantized, read
 from qconv.pipeline.pipeline import quantize

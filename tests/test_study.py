@@ -13,7 +13,8 @@ import pytest
 from models import loaded, network
 from PIL import Image
 
-from qconv import study
+from qconv.analysis import study
+from qconv.analysis.study import Question, study_samples
 from qconv.calibration.calibrate import Tap, tapped, watch, watch_apart
 from qconv.calibration.shelf import shelf
 from qconv.calibration.sketch import Sketch, Want
@@ -25,7 +26,6 @@ from qconv.errors import QconvError
 from qconv.pipeline import pipeline
 from qconv.results.curve import Curve, Point, counts_up_to
 from qconv.runtime.runtime import Session
-from qconv.study import Question, study_samples
 
 BODY = "c = Conv(x, w)  r = Relu(c)  p = GlobalAveragePool(r)  f = Flatten(p)  y = Gemm(f, g)"
 RAW = PreprocessingOptions(preset="raw")

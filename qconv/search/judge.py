@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import save
+from qconv.analysis.evaluate import class_vector
 from qconv.config.choices import Drop, LayerBits
 from qconv.config.layer_bits import exactly
 from qconv.config.recipe import Recipe
@@ -17,7 +18,6 @@ from qconv.config.targets import TARGETS
 from qconv.data.feed import Batch, Feed
 from qconv.data.labels import classes_of, folder_of
 from qconv.errors import QconvError
-from qconv.evaluate import class_vector
 from qconv.metrics.scored import Outputs, Scored, score_float
 from qconv.quantization.moments import is_kept
 from qconv.results.report import Verification

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from qconv.analysis.inspect_float import End, made_by, refuse_custom_operators
 from qconv.audit.examine import FORMATS, format_of
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import options_of, recipe_from
-from qconv.inspect_float import End, made_by, refuse_custom_operators
 from qconv.ir.fileformat import placed_in, recipe_in
 from qconv.ir.graph import Model, Node, Value
 from qconv.ir.graph import input_of as at

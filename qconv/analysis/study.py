@@ -18,6 +18,7 @@ import numpy as np
 
 import qconv
 from qconv import save
+from qconv.analysis.proof import HELD_BACK_SHARE, MOST_HELD_BACK
 from qconv.calibration.calibrate import Tap, observer, watch_apart
 from qconv.calibration.calibrators import want_of
 from qconv.calibration.shelf import Shelf, shelf
@@ -39,7 +40,6 @@ from qconv.pipeline.wishes import look_for_wishes, require_layers
 from qconv.planning.placement import left_in_float
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
-from qconv.proof import HELD_BACK_SHARE, MOST_HELD_BACK
 from qconv.results.curve import Curve, Point, counts_up_to
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qconv.compare import Progress, Question, compare
+from qconv.analysis.compare import Progress, Question, compare
 from qconv.config.recipe import Recipe
 from qconv.data.fed import Fed, opened, side_by_side
 from qconv.errors import QconvError

@@ -15,11 +15,26 @@ from math import inf, isfinite, log2
 from pathlib import Path
 from typing import Any
 
-from qconv import causes, save
-from qconv.beside import Looked
+from qconv import save
+from qconv.analysis import causes
+from qconv.analysis.beside import Looked
+from qconv.analysis.causes import FEW, GAP, MANY, Evidence
+from qconv.analysis.compare import Question, compare
+from qconv.analysis.proof import Held, Made, Proof, held_back
+from qconv.analysis.remedies import (
+    ADDED,
+    ENOUGH_DB,
+    POOR_DB,
+    Remedy,
+    joined,
+    merged,
+    more_bits,
+    more_effort,
+    options_of,
+    recipe_with,
+    remedies,
+)
 from qconv.calibration.stats import digest
-from qconv.causes import FEW, GAP, MANY, Evidence
-from qconv.compare import Question, compare
 from qconv.config import spoken
 from qconv.config.checks import spelt
 from qconv.config.pixels import PRESETS, Preprocessing, PreprocessingOptions
@@ -38,20 +53,6 @@ from qconv.pipeline.gather import Memory, open_pictures, original
 from qconv.pipeline.pipeline import Listener
 from qconv.planning.placement import left_in_float
 from qconv.planning.planner import make_plan
-from qconv.proof import Held, Made, Proof, held_back
-from qconv.remedies import (
-    ADDED,
-    ENOUGH_DB,
-    POOR_DB,
-    Remedy,
-    joined,
-    merged,
-    more_bits,
-    more_effort,
-    options_of,
-    recipe_with,
-    remedies,
-)
 from qconv.results.compared import Compared
 from qconv.results.ladder import Cause, Diagnosis, Trial
 from qconv.runtime.cpu import this_cpu

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from qconv.analysis.foretold import Handling, Ranges, Statistics, Trouble, foretell, relu6, statistics
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 from qconv.findings import Change, Finding, Skipped
-from qconv.foretold import Handling, Ranges, Statistics, Trouble, foretell, relu6, statistics
 from qconv.ir.edits import kind
 from qconv.ir.graph import DataType, Model, Node, Value, array, dims, input_of
 from qconv.ir.load import load

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qconv.causes import REMARKABLE, Evidence
+from qconv.analysis.causes import REMARKABLE, Evidence
 from qconv.config.choices import CALIBRATOR, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import words

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import save
+from qconv.analysis.weighed import bars_of, beside
 from qconv.data.feed import Batch
 from qconv.errors import QconvError
 from qconv.ir import load, moved
@@ -38,7 +39,6 @@ from qconv.metrics.verify import Comparison, sqnr_db
 from qconv.passes import fold
 from qconv.results.compared import Compared, LayerRow, Values
 from qconv.runtime.runtime import Session
-from qconv.weighed import bars_of, beside
 
 Progress = Callable[[str, int, int], None]
 Arrays = Mapping[str, NDArray[Any]]

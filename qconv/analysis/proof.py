@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from qconv.analysis.evaluate import class_vector
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.feed import Feed
 from qconv.data.listing import find
 from qconv.errors import QconvError
-from qconv.evaluate import class_vector
 from qconv.ir.source import Source
 from qconv.metrics import intervals
 from qconv.metrics.scored import Outputs, Scored, score_float
