@@ -67,8 +67,8 @@ def quantize(
     _require_streams(model, output, as_json)
     if csv == "-" and output == "-":
         raise click.UsageError("'-o -' and '--csv -' both go to standard output: name a file.")
-    from qconv import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
     from qconv.ir.source import source_of
+    from qconv.report import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
 
     source = source_of(model)
     if output is None:
@@ -168,10 +168,10 @@ def study_samples(
     files = [Path(name) for name in (model, *options["calib"], *images) if name != "-"]
     wanted.check(*files, written={"the chart": output})
     _require_streams(model, None, as_json)
-    from qconv import summary
     from qconv.analysis import study
     from qconv.ir.source import source_of
     from qconv.pipeline import pipeline
+    from qconv.report import summary
 
     console = summary.Console(quiet=quiet)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
@@ -196,11 +196,11 @@ def _write_chart(curve: Curve, out: Path) -> None:
     from qconv import save
 
     if out.suffix.lower() == ".html":
-        from qconv import page
+        from qconv.report import page
 
         save.write_whole(out, page.page(curve).encode())
         return
-    from qconv import chart, plot
+    from qconv.report import chart, plot
 
     save.write_whole(out, plot.png(chart.draw(curve)))
 
@@ -213,8 +213,8 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     """Add up statistics that `quantize --save-stats` wrote of parts of a set of pictures."""
     if "" in (output, *files):
         raise click.UsageError("files and --output need a name.")
-    from qconv import summary
     from qconv.calibration import stats
+    from qconv.report import summary
 
     console = summary.Console(quiet=quiet)
     total, twice = stats.merged(files)
@@ -274,8 +274,9 @@ def _run(source: Source, output: str, recipe: Recipe, console: Any, page: Path |
     try:
         report, data = pipeline.quantize(source, None if output == "-" else output, recipe, listener)
         if page is not None:
-            from qconv import html, pages, save
+            from qconv import save
             from qconv.ir.source import Source
+            from qconv.report import html, pages
 
             written = Source("the quantized model", None if data is not None else Path(output), data)
             found = pages.of_quantize(report, source, written, recipe, typed(), console.progress)

@@ -147,8 +147,8 @@ def finetune(
     files = [Path(name) for name in (quant, teacher, classes, images) if name is not None]
     wanted.check(*files, written={"the output": str(out)})
     require_torch("qconv finetune")
-    from qconv import summary
     from qconv.ir.source import source_of
+    from qconv.report import summary
     from qconv.results import finetuned
     from qconv.training import finetune as training
 
@@ -189,7 +189,7 @@ def _default_output(quant: str) -> Path:
 
 def _text(found: Finetuned, *, verbose: bool) -> str:
     """What training brought on the pictures held back."""
-    from qconv.printing import columns, wrapped
+    from qconv.report.printing import columns, wrapped
 
     judged = [found.before] if found.after is None else [found.before, found.after]
     table = [_cells(one, labels=found.wishes.labels) for one in judged]

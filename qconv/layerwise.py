@@ -81,9 +81,9 @@ def compare(
         threads=threads,
         preprocessing=preprocessing_of(options),
     )
-    from qconv import printing, summary
     from qconv.analysis import beside
     from qconv.ir.source import source_of
+    from qconv.report import printing, summary
 
     sources = source_of(float_model), source_of(model)
     place = check_report(report, sources, [images], {"the table": csv})
@@ -100,7 +100,8 @@ def compare(
     finally:
         console.close()
     if place is not None:
-        from qconv import html, pages, save
+        from qconv import save
+        from qconv.report import html, pages
 
         save.write_whole(place, html.render(pages.of_compare(seen, *sources, typed(), told)))
     found = seen.compared
@@ -145,10 +146,10 @@ def diagnose(
     made(asked)
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*map(Path, filter(None, (model, *options["calib"], *images, options["layer_bits"]))))
-    from qconv import laddered, summary
     from qconv.analysis import diagnose as clinic
     from qconv.ir.source import source_of
     from qconv.pipeline import pipeline
+    from qconv.report import laddered, summary
 
     source = source_of(model)
     place = check_report(report, [source], [*options["calib"], *images, options["layer_bits"]], {"the table": csv})
@@ -161,7 +162,8 @@ def diagnose(
         console.close()
     found = seen.diagnosis
     if place is not None:
-        from qconv import html, pages, save
+        from qconv import save
+        from qconv.report import html, pages
 
         save.write_whole(place, html.render(pages.of_diagnosis(found, seen.looked, typed())))
     rows = [trial.as_dict() for trial in found.trials]

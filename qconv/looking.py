@@ -60,9 +60,9 @@ def audit(
         raise click.UsageError("MODEL needs a name.")
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*_files(model))
-    from qconv import printing
     from qconv.audit import examine
     from qconv.ir.source import source_of
+    from qconv.report import printing
 
     leave_by_exceptions()
     found = examine.examine(source_of(model), threads=threads, batch=batch, size=size)
@@ -90,9 +90,9 @@ def inspect(model: str, csv: str | None, target: str, as_json: bool, quiet: bool
     wanted.check(*_files(model))
     if model == "-" and sys.stdin is None:
         raise QconvError("Standard input is closed.", "pipe the model into it, or name its file.")
-    from qconv import inspected
     from qconv.analysis import inspect_float, inspect_quantized
     from qconv.ir.source import data_files, read, source_of
+    from qconv.report import inspected
 
     source = source_of(model)
     leave_by_exceptions()
@@ -133,7 +133,7 @@ def benchmark(
         raise click.UsageError(NO_STREAM)
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*map(Path, models))
-    from qconv import printing, summary
+    from qconv.report import printing, summary
     from qconv.runtime import benchmark as timing
     from qconv.runtime import runtime
 
@@ -232,9 +232,10 @@ def evaluate(
     wanted = Wanted(as_json, quiet, csv)
     files = [Path(name) for name in (model, against, classes, images) if name not in (None, "-")]
     wanted.check(*files, written={"the predictions": save_predictions})
-    from qconv import printing, save, summary
+    from qconv import save
     from qconv.analysis import evaluate as measuring
     from qconv.ir.source import source_of
+    from qconv.report import printing, summary
 
     if out is not None:
         save.check_place(out)

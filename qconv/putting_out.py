@@ -75,8 +75,9 @@ def check_report(
         return None
     if report in ("", "-"):
         raise click.UsageError("--report needs the name of a file.")
-    from qconv import html, save
+    from qconv import save
     from qconv.ir import source
+    from qconv.report import html
 
     html.require()
     place = Path(report)

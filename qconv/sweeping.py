@@ -83,10 +83,10 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     outputs = {f"the output of {entry.name}": str(entry.out) for entry in entries}
     read = [*options["calib"], options["layer_bits"], str(file)]
     flags.wanted.check(Path(model), *map(Path, filter(None, read)), written=outputs)
-    from qconv import laddered, summary
     from qconv.analysis.sweep import sweep as carried_out
     from qconv.ir.source import source_of
     from qconv.pipeline import pipeline
+    from qconv.report import laddered, summary
 
     source = source_of(model)
     page = check_report(flags.report, [source], read, {"the table": flags.wanted.csv, **outputs})
@@ -103,7 +103,8 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     finally:
         console.close()
     if page is not None:
-        from qconv import html, pages, save
+        from qconv import save
+        from qconv.report import html, pages
 
         save.write_whole(page, html.render(pages.of_sweep(found, typed(), told)))
     told_as = found.as_dict()

@@ -99,8 +99,8 @@ def synthesize(
         if path not in (None, "-"):
             refuse_inside(Path(output), Path(path), what)
     require_torch("qconv synthesize")
-    from qconv import summary
     from qconv.ir.source import source_of
+    from qconv.report import summary
     from qconv.results import synthesized
     from qconv.training import synthesize as story
 
@@ -114,7 +114,8 @@ def synthesize(
     finally:
         console.close()
     if page is not None:
-        from qconv import html, portfolio, save
+        from qconv import save
+        from qconv.report import html, portfolio
 
         save.write_whole(page, html.render(portfolio.of_synthesis(made, typed())))
     found = made.found
@@ -125,7 +126,7 @@ def synthesize(
 
 def _text(found: Synthesized, *, verbose: bool) -> str:
     """How near the statistics came, and what to do with the pictures."""
-    from qconv.printing import columns, wrapped
+    from qconv.report.printing import columns, wrapped
 
     rows = found.worst_first if verbose else found.worst_first[:SHOWN]
     layers = counted(len(found.layers), "BatchNormalization")

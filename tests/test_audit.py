@@ -19,7 +19,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.source import Source
 from qconv.pipeline.pipeline import quantize
-from qconv.printing import audit as printed
+from qconv.report.printing import audit as printed
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 PHOTOS = Path(__file__).parent.parent / "calib_samples"

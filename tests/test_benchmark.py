@@ -14,7 +14,7 @@ import pytest
 from models import network
 
 from qconv.errors import QconvError
-from qconv.printing import benchmark as printed
+from qconv.report.printing import benchmark as printed
 from qconv.runtime.benchmark import Benchmark, Conditions, Timing, Worker, benchmark
 from qconv.runtime.cpu import cpu_of
 from qconv.runtime.madeup import made_up

@@ -20,7 +20,6 @@ from browser import MISSING, Browser, browser
 from click.testing import CliRunner
 from PIL import Image
 
-from qconv import html, pages
 from qconv.cli import cli
 from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
@@ -28,13 +27,14 @@ from qconv.data import images
 from qconv.data.feed import Feed
 from qconv.errors import QconvError
 from qconv.pipeline import pipeline
-from qconv.plot import thumbnail
+from qconv.report import html, pages
+from qconv.report.plot import thumbnail
+from qconv.report.sheet import NO_PICTURES, as_pixels, sheet
+from qconv.report.shown import Page, Picture, Tile
 from qconv.results.compared import Bars, Compared, LayerRow, Values
 from qconv.results.ladder import Cause, Diagnosis, Sweep, Trial
 from qconv.results.report import Audit, Island, LayerTime, OutputScore, Verification
 from qconv.runtime.runtime import Session
-from qconv.sheet import NO_PICTURES, as_pixels, sheet
-from qconv.shown import Page, Picture, Tile
 
 ROOT = Path(__file__).parents[1]
 CIFAR = ROOT / "tests" / "models" / "cifar_mobilenet.onnx"

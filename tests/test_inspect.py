@@ -28,9 +28,9 @@ from qconv.config.recipe import Recipe
 from qconv.config.spoken import in_words, options_of, recipe_from
 from qconv.errors import QconvError
 from qconv.given import recipe_of
-from qconv.inspected import _short, float_model, quantized_model
 from qconv.ir.source import Source, is_quantized, read
 from qconv.pipeline.pipeline import quantize
+from qconv.report.inspected import _short, float_model, quantized_model
 from qconv.tables import csv_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,6 @@ from PIL import Image
 from test_layer_bits import asked
 from test_pipeline import quantized
 
-from qconv import summary
 from qconv.config.choices import CANDIDATE_BITS, Drop, LayerBits
 from qconv.config.layer_bits import read_layer_bits
 from qconv.config.pixels import PreprocessingOptions
@@ -33,6 +32,7 @@ from qconv.findings import Change
 from qconv.ir.source import Source
 from qconv.pipeline.pipeline import Listener, quantize
 from qconv.quantization.refine import EFFORTS
+from qconv.report import summary
 from qconv.results.report import MixedPrecision, Report
 from qconv.runtime.runtime import Session
 from qconv.search.assign import Assignment

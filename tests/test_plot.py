@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from qconv.chart import BOTTOM, HEIGHT, PANELS, TOP, WIDTH, Dot, Line, Text, draw
-from qconv.page import page, svg
-from qconv.plot import COLORS, png
+from qconv.report.chart import BOTTOM, HEIGHT, PANELS, TOP, WIDTH, Dot, Line, Text, draw
+from qconv.report.page import page, svg
+from qconv.report.plot import COLORS, png
 from qconv.results.curve import Curve, Point
 
 POINTS = [

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qconv import plot
 from qconv.calibration.stats import digest
 from qconv.config.pixels import AUTO, Filter, Preprocessing
 from qconv.config.recipe import Recipe
@@ -34,6 +33,7 @@ from qconv.folders import check_folder, refuse_inside, whole_folder
 from qconv.ir import load
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, read, refuse_quantized
+from qconv.report import plot
 from qconv.results.synthesized import FAR, WELL, Layer, Synthesized, Wishes
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session

@@ -6,9 +6,9 @@ from pathlib import PurePath
 
 import qconv
 from qconv.errors import counted, shaped
-from qconv.plot import thumbnail
+from qconv.report.plot import thumbnail
+from qconv.report.shown import Page, Picture, Tile
 from qconv.results.synthesized import WELL, Synthesized
-from qconv.shown import Page, Picture, Tile
 from qconv.training.synthesize import Made
 
 PICTURES = 48

@@ -18,11 +18,11 @@ from importlib.util import find_spec
 from typing import Any
 
 from qconv.errors import QconvError, counted, sized
+from qconv.report.shown import Page
 from qconv.results.compared import Compared, LayerRow, Values
 from qconv.results.ladder import Sweep, Trial
 from qconv.results.report import Audit, Island, alike
 from qconv.results.synthesized import Synthesized
-from qconv.shown import Page
 
 LIBRARIES = ("jinja2", "plotly")
 WORST = 15
@@ -86,7 +86,7 @@ def render(page: Page) -> bytes:
 
 
 def _text(name: str) -> str:
-    return files("qconv").joinpath(name).read_text("utf-8")
+    return files("qconv.report").joinpath(name).read_text("utf-8")
 
 
 def _has_charts(page: Page) -> bool:

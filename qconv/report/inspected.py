@@ -16,7 +16,7 @@ from qconv.config.spoken import in_words
 from qconv.errors import counted, shaped
 from qconv.findings import Skipped
 from qconv.ir.stored import Tensor
-from qconv.printing import COLUMNS, columns, wrapped
+from qconv.report.printing import COLUMNS, columns, wrapped
 
 MOST_ROWS = 20
 MOST_GROUPS = 8

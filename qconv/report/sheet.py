@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from qconv.config.pixels import Color, Layout, Preprocessing
 from qconv.data.feed import Batch, Feed
 from qconv.errors import QconvError, counted
-from qconv.plot import thumbnail
-from qconv.shown import Picture
+from qconv.report.plot import thumbnail
+from qconv.report.shown import Picture
 
 PICTURES = 12
 NO_PICTURES = "The samples are ready-made arrays, fed as they are: there is no picture to show."

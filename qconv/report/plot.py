@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from qconv.chart import HEIGHT, WIDTH, XY, Area, Dot, Line, Shape, Text
+from qconv.report.chart import HEIGHT, WIDTH, XY, Area, Dot, Line, Shape, Text
 
 SHARPNESS = 3
 THUMBNAIL = 160

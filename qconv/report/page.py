@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from qconv.chart import HEIGHT, WIDTH, XY, Area, Dot, Line, Shape, Text, draw
+from qconv.report.chart import HEIGHT, WIDTH, XY, Area, Dot, Line, Shape, Text, draw
 from qconv.results.curve import Curve, Spread, shown
 
 STYLE = """

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from qconv.errors import counted
-from qconv.printing import COLUMNS, columns, wrapped
+from qconv.report.printing import COLUMNS, columns, wrapped
 from qconv.results.ladder import Cause, Diagnosis, Sweep, Trial
 
 NAMED = 2

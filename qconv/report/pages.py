@@ -18,11 +18,11 @@ from qconv.errors import QconvError, counted, sized
 from qconv.findings import Change, Finding, Skipped
 from qconv.ir.source import Source, file_bytes, read
 from qconv.metrics.intervals import Interval, of_share
+from qconv.report.sheet import sheet
+from qconv.report.shown import Page, Tile, Tone
 from qconv.results.compared import Compared
 from qconv.results.ladder import Diagnosis, Sweep, Trial
 from qconv.results.report import Audit, OutputScore, Report, Verification
-from qconv.sheet import sheet
-from qconv.shown import Page, Tile, Tone
 
 COMPARED = 64
 """Calibration pictures that layers are compared on."""
