@@ -27,7 +27,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 import qconv
-from qconv import cli
+from qconv.cli import cli
 from qconv.save import SUFFIX
 
 ROOT = os.geteuid() == 0

@@ -22,7 +22,7 @@ from test_detect import colourful, fed, folder_of, trained_with
 
 from qconv.analysis import proof
 from qconv.analysis.remedies import joined, merged
-from qconv.cli import cli
+from qconv.cli.cli import cli
 from qconv.config.recipe import Recipe
 from qconv.data.listing import find
 from qconv.pipeline import gather, pipeline

@@ -21,17 +21,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qconv.analysis.inspect_float import FloatModel, inspect_float
 from qconv.analysis.inspect_quantized import QuantizedModel, holds_codes, inspect_quantized
-from qconv.cli import quantize as quantize_command
+from qconv.cli.cli import quantize as quantize_command
+from qconv.cli.given import recipe_of
+from qconv.cli.tables import csv_of
 from qconv.config.choices import Drop, LayerBits
 from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.spoken import in_words, options_of, recipe_from
 from qconv.errors import QconvError
-from qconv.given import recipe_of
 from qconv.ir.source import Source, is_quantized, read
 from qconv.pipeline.pipeline import quantize
 from qconv.report.inspected import _short, float_model, quantized_model
-from qconv.tables import csv_of
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ROOT / "tests/models/cifar_mobilenet.onnx"

@@ -15,12 +15,12 @@ from test_pipeline import deep
 from test_pipeline import quantized as whole
 from test_plan import Planned
 
-from qconv.cli import quantize as quantize_command
+from qconv.cli.cli import quantize as quantize_command
+from qconv.cli.given import recipe_of
 from qconv.config.choices import LayerBits
 from qconv.config.layer_bits import as_toml, exactly, read_layer_bits
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.given import recipe_of
 from qconv.ir.source import Source
 from qconv.pipeline.pipeline import Listener, quantize
 from qconv.planning.planner import FLOAT_BITS

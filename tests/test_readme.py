@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from reference import README, in_readme, reference
 
+from qconv.cli.values import number
 from qconv.config.pixels import PRESETS
-from qconv.values import number
 
 ROOT = README.parent
 TEXT = README.read_text("utf-8")

@@ -18,7 +18,7 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv.cli import cli  # noqa: E402
+from qconv.cli.cli import cli  # noqa: E402
 from qconv.config.pixels import Layout, PreprocessingOptions  # noqa: E402
 from qconv.config.recipe import Recipe  # noqa: E402
 from qconv.errors import QconvError  # noqa: E402

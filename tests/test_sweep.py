@@ -16,10 +16,10 @@ from onnxruntime import InferenceSession
 from test_detect import colourful, folder_of, trained_with
 from test_diagnose import plain, saved
 
-from qconv import given, sweeping
 from qconv.analysis import proof
 from qconv.calibration import calibrate
-from qconv.cli import cli
+from qconv.cli import given, sweeping
+from qconv.cli.cli import cli
 from qconv.pipeline import gather
 
 COUNT = 40

@@ -24,7 +24,7 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv.cli import cli  # noqa: E402
+from qconv.cli.cli import cli  # noqa: E402
 from qconv.config.pixels import Color, Filter, Layout, PreprocessingOptions  # noqa: E402
 from qconv.config.recipe import Recipe  # noqa: E402
 from qconv.data import images  # noqa: E402

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from qconv.cli import cli
-from qconv.tables import csv_of
+from qconv.cli.cli import cli
+from qconv.cli.tables import csv_of
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 

@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qconv.cli.given import preprocessing_of
+from qconv.cli.leaving import leave_by_exceptions
+from qconv.cli.options import (
+    WIDTH,
+    common_options,
+    csv_option,
+    device_option,
+    preprocessing_options,
+    report_option,
+    stack,
+)
+from qconv.cli.putting_out import Wanted, check_report, typed
 from qconv.config.choices import STEPS
 from qconv.errors import counted, shaped
 from qconv.extras import require_torch
-from qconv.given import preprocessing_of
-from qconv.leaving import leave_by_exceptions
-from qconv.options import WIDTH, common_options, csv_option, device_option, preprocessing_options, report_option, stack
-from qconv.putting_out import Wanted, check_report, typed
 
 if TYPE_CHECKING:
     from qconv.results.synthesized import Layer, Synthesized

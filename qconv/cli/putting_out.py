@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qconv.cli.options import require_output
 from qconv.errors import QconvError
-from qconv.options import require_output
 
 if TYPE_CHECKING:
     from qconv.ir.source import Source
@@ -56,7 +56,7 @@ class Wanted:
     def put_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The table alone, where one is wanted."""
         from qconv import save
-        from qconv.tables import csv_of
+        from qconv.cli.tables import csv_of
 
         if self.csv == "-":
             print(csv_of(rows), end="")

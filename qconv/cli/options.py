@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from qconv.cli.values import Bits, Loss, Numbers, Resize, Size
 from qconv.config.choices import (
     BIAS_CORRECTIONS,
     BIT_ALLOCATIONS,
@@ -29,7 +30,6 @@ from qconv.config.pixels import AUTO, PRESETS, Color, Filter, Layout
 from qconv.config.recipe import MOST_THREADS
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
-from qconv.values import Bits, Loss, Numbers, Resize, Size
 
 
 def _choice(kind: type[StrEnum]) -> click.Choice[str]:

@@ -10,12 +10,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from qconv.cli.options import quantize_options
 from qconv.config.choices import BLOCK_SIZE, NO_PICTURES, RECIPES, WeightGranularity
 from qconv.config.layer_bits import read_layer_bits
 from qconv.config.pixels import Color, Filter, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.options import quantize_options
 
 SAME = (
     ("calib", "fallback", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")

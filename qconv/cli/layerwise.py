@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from qconv.config.recipe import Recipe
-from qconv.given import fields_of, made, preprocessing_of, require_pictures, without
-from qconv.leaving import leave_by_exceptions
-from qconv.options import (
+from qconv.cli.given import fields_of, made, preprocessing_of, require_pictures, without
+from qconv.cli.leaving import leave_by_exceptions
+from qconv.cli.options import (
     WIDTH,
     common_options,
     csv_option,
@@ -19,7 +18,8 @@ from qconv.options import (
     report_option,
     stack,
 )
-from qconv.putting_out import Wanted, check_report, typed
+from qconv.cli.putting_out import Wanted, check_report, typed
+from qconv.config.recipe import Recipe
 
 COMPARED = 64
 

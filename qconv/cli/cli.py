@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import qconv
+from qconv.cli.finetuning import finetune
+from qconv.cli.given import recipe_of, require_pictures, without
+from qconv.cli.layerwise import compare, diagnose
+from qconv.cli.leaving import leave_at_once, leave_by_exceptions
+from qconv.cli.looking import audit, benchmark, evaluate, inspect
+from qconv.cli.options import WIDTH, output_options, pictures_option, quantize_options, require_output
+from qconv.cli.putting_out import Wanted, check_report, typed
+from qconv.cli.sweeping import Flags, sweep
+from qconv.cli.synthesizing import synthesize
 from qconv.config.checks import spelt
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError, counted
-from qconv.finetuning import finetune
-from qconv.given import recipe_of, require_pictures, without
-from qconv.layerwise import compare, diagnose
-from qconv.leaving import leave_at_once, leave_by_exceptions
-from qconv.looking import audit, benchmark, evaluate, inspect
-from qconv.options import WIDTH, output_options, pictures_option, quantize_options, require_output
-from qconv.putting_out import Wanted, check_report, typed
-from qconv.sweeping import Flags, sweep
-from qconv.synthesizing import synthesize
 
 if TYPE_CHECKING:
     from qconv.ir.source import Source

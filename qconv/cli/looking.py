@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
+from qconv.cli.given import preprocessing_of
+from qconv.cli.leaving import leave_by_exceptions
+from qconv.cli.options import WIDTH, common_options, csv_option, output_options, preprocessing_options, stack
+from qconv.cli.putting_out import Wanted
+from qconv.cli.values import Size
 from qconv.config.recipe import MOST_THREADS, Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
-from qconv.given import preprocessing_of
-from qconv.leaving import leave_by_exceptions
-from qconv.options import WIDTH, common_options, csv_option, output_options, preprocessing_options, stack
-from qconv.putting_out import Wanted
-from qconv.values import Size
 
 NO_STREAM = "a model from standard input can be read only once: name its file."
 
