@@ -1,11 +1,34 @@
-"""How a run ends when a signal comes."""
+"""How a run ends when a signal comes.
+
+An exception may come out of a handler between any two steps of the program: also when a library has opened a file and
+not yet handed it to the `with` that closes it. Nobody owns that file then. So the exception waits until no function
+that opens things is on the stack; it does not wait for long, as one may hang (a pipe that nobody writes to).
+"""
 
 from __future__ import annotations
 
 import signal
-from typing import Any, NoReturn
+import time
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any, TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+OPENERS = frozenset({"PIL", "filelock", "onnx", "pathlib", "subprocess", "tempfile", "zipfile"})
+"""Libraries whose functions open files, make folders or start processes, and return soon."""
+PATIENCE = 0.5
+"""Seconds that a signal waits for them at most."""
+AGAIN = 0.001
+"""Seconds until it looks again."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_takers: set[CodeType] = set()
+
+
+def takes(function: _Function) -> _Function:
+    """Decorate a function that takes something and hands it to its caller: no signal comes between the two."""
+    _takers.add(function.__code__)
+    return function
 
 
 def leave_at_once() -> None:
@@ -19,8 +42,25 @@ def leave_by_exceptions() -> None:
     """From here on a signal leaves through the `finally` clauses, which remove what is half-written."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _raise_exit)
+            signal.signal(number, _leave)
 
 
-def _raise_exit(number: int, frame: Any) -> NoReturn:
-    raise SystemExit(128 + number)
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Raise SystemExit now, or as soon as nothing is being opened."""
+    _leave_when_free(128 + number, frame, time.monotonic() + PATIENCE)
+
+
+def _leave_when_free(status: int, frame: FrameType | None, deadline: float) -> None:
+    if not hasattr(signal, "setitimer") or not _opening(frame) or time.monotonic() > deadline:
+        raise SystemExit(status)
+    signal.signal(signal.SIGALRM, lambda _, later: _leave_when_free(status, later, deadline))
+    signal.setitimer(signal.ITIMER_REAL, AGAIN)
+
+
+def _opening(frame: FrameType | None) -> bool:
+    """Whether a function that opens something has not yet returned."""
+    while frame is not None:
+        if frame.f_code in _takers or frame.f_globals.get("__name__", "").partition(".")[0] in OPENERS:
+            return True
+        frame = frame.f_back
+    return False

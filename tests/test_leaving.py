@@ -1,0 +1,75 @@
+"""A signal ends a run through its `finally` clauses, and leaves nothing that nobody owns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# The signal comes when `io.open` has returned, and before the `with` of the caller has the file.
+OPENING = """
+import io, os, signal, sys
+from pathlib import Path
+from qconv.leaving import leave_by_exceptions
+number, path = int(sys.argv[1]), Path(sys.argv[2])
+def send(frame, event, argument):
+    if event == "c_return" and argument is io.open:
+        sys.setprofile(None)
+        os.kill(os.getpid(), number)
+sys.setprofile(send)
+leave_by_exceptions()
+try:
+    for _ in range(3):
+        with path.open("rb"):
+            pass
+        sum(range(10**6))
+finally:
+    print("finally")
+"""
+TAKING = """
+import os, signal, sys
+from qconv.leaving import leave_by_exceptions, takes
+number, taken = int(sys.argv[1]), []
+@takes
+def take():
+    os.kill(os.getpid(), number)
+    taken.append(sum(range(10**5)))
+    return taken
+leave_by_exceptions()
+try:
+    found = take()
+    while True:
+        sum(range(10**5))
+finally:
+    print("finally", *map(str, found))
+"""
+HANGING = """
+import os, signal, sys, threading
+from pathlib import Path
+from qconv.leaving import leave_by_exceptions
+number, path = int(sys.argv[1]), Path(sys.argv[2])
+os.mkfifo(path)
+leave_by_exceptions()
+threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+try:
+    path.open("rb")
+finally:
+    print("finally")
+"""
+
+
+@pytest.mark.parametrize("number", [2, 15])
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [(OPENING, "finally"), (TAKING, "finally 4999950000"), (HANGING, "finally")],
+    ids=["opening", "taking", "hanging"],
+)
+def test_a_signal_while_something_is_being_opened(code: str, says: str, number: int, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    if code != HANGING:
+        path.touch()
+    command = [sys.executable, "-W", "error", "-c", code, str(number), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (128 + number, says, "")
