@@ -73,3 +73,31 @@ def test_a_signal_while_something_is_being_opened(code: str, says: str, number: 
     command = [sys.executable, "-W", "error", "-c", code, str(number), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (128 + number, says, "")
+
+
+WATCHED = """
+import atexit, sys
+import qconv.cli
+atexit.register(print, "seen", flush=True)
+how = sys.argv.pop(1)
+if how == "trace":
+    sys.settrace(lambda frame, event, argument: None)
+elif how == "profile":
+    sys.setprofile(lambda frame, event, argument: None)
+elif how == "monitoring":
+    sys.monitoring.use_tool_id(sys.monitoring.COVERAGE_ID, "coverage")
+qconv.cli.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "seen"), [("trace", True), ("profile", True), ("monitoring", True), ("nothing", False)]
+)
+@pytest.mark.parametrize(("option", "status"), [("--version", 0), ("--nonsense", 2)])
+def test_whoever_watches_a_run_may_write_what_it_saw(how: str, seen: bool, option: str, status: int) -> None:
+    """A debugger, a profiler, a measurement of coverage; else the interpreter is not taken apart."""
+    if how == "monitoring" and not hasattr(sys, "monitoring"):
+        pytest.skip("a Python before 3.12 has no sys.monitoring")
+    done = subprocess.run([sys.executable, "-c", WATCHED, how, option], capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert ("seen" in done.stdout) is seen

@@ -301,7 +301,7 @@ def run() -> NoReturn:
     """Entry point of the console script: `main`, and no more.
 
     Taking a runtime and a dozen libraries apart again would be a tenth of the whole command. Everything is flushed, and
-    temporary files are gone by now.
+    temporary files are gone by now. Only whoever watches the run has something left to write: then it ends as usual.
     """
     status: object = 0
     try:
@@ -311,7 +311,17 @@ def run() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or not there at all
             stream.flush()
-    os._exit(status if isinstance(status, int) else 0 if status is None else 1)
+    number = status if isinstance(status, int) else 0 if status is None else 1
+    if _watched():
+        sys.exit(number)
+    os._exit(number)
+
+
+def _watched() -> bool:
+    """Whether a debugger, a profiler or a measurement of coverage is on, which writes what it saw at the very end."""
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    tools = monitoring is not None and any(monitoring.get_tool(number) is not None for number in range(6))
+    return tools or sys.gettrace() is not None or sys.getprofile() is not None
 
 
 def main() -> None:
