@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import os
@@ -21,15 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from filelock import BaseFileLock, FileLock, Timeout
 
 from qconv.errors import QconvError
 from qconv.ir.graph import Model, Node, ir, tensor_proto
 from qconv.ir.source import tensors
+from qconv.leaving import takes
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 SUFFIX = ".qconv-tmp"
 ASIDE = ".old"
 """Behind the name of a folder that was moved aside."""
+TRIES = 8
+"""Locks that are asked for before it is taken that the file system has none."""
 
 
 @dataclass(slots=True)
@@ -85,32 +88,53 @@ def write_whole(out: Path, data: bytes) -> None:
 def locked_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out`, of this run alone, removed at the end; those of killed runs go first."""
     remove_stale(out)
+    folder, lock = _taken_folder(out)
+    try:
+        yield folder
+    finally:
+        _remove(folder, lock)
+
+
+@takes
+def _taken_folder(out: Path) -> tuple[Path, BaseFileLock]:
+    """A new folder and the lock on it.
+
+    Another run may see the folder in the instant before it is locked, take it for a stale one and remove it: then the
+    next one is tried. Not every file system has locks: without them stale folders stay. A lock that is refused time and
+    again is no other run's work: filelock takes some ways to say that there are none for a lock that is held.
+    """
+    tries = 0
     while True:
+        tries += 1
         with explained(out):
             folder = Path(tempfile.mkdtemp(suffix=SUFFIX, prefix=f".{out.name}.", dir=out.parent))
-            try:
-                handle = os.open(folder, os.O_RDONLY)
-            except FileNotFoundError:  # another run took it for a stale one
-                continue
-        try:
-            if _is_ours(handle) and folder.exists():
-                yield folder
-                return
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(handle)
+        lock = _lock_of(folder, out)
+        if (_is_ours(lock) or tries >= TRIES) and folder.exists():
+            return folder, lock
+        _remove(folder, lock)
 
 
-def _is_ours(handle: int) -> bool:
-    """Lock a new folder. False where another run did before, which takes it for a stale one and is about to remove it.
+def _lock_of(folder: Path, out: Path) -> BaseFileLock:
+    """Its file lies in the folder, under a name that neither the output nor its data file has."""
+    return FileLock(folder / f"{out.name}.lock")
 
-    Not every file system has locks: without them stale folders stay.
-    """
+
+def _is_ours(lock: BaseFileLock) -> bool:
+    """Lock a new folder. False where another run did before, or has removed the folder already."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return not isinstance(error, BlockingIOError)
+        lock.acquire(blocking=False)
+    except (OSError, NotImplementedError) as error:
+        return not isinstance(error, Timeout | FileNotFoundError)
     return True
+
+
+def _remove(folder: Path, lock: BaseFileLock) -> None:
+    """Remove a folder and let its lock go. Where a file that is open cannot be removed, the lock has to go first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        lock.release()
+    if os.name == "nt":
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -150,14 +174,15 @@ def _check_place(out: Path) -> None:
 def remove_stale(out: Path) -> None:
     """Remove the folders beside `out` that no living process holds a lock on."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.*{SUFFIX}"):
-        with contextlib.suppress(OSError):
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        lock = _lock_of(folder, out)
+        with contextlib.suppress(OSError, NotImplementedError):
+            lock.acquire(blocking=False)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _bring_back(folder, out)
-                shutil.rmtree(folder, ignore_errors=True)
             finally:
-                os.close(handle)
+                _remove(folder, lock)
 
 
 def _temporary() -> Path:
@@ -329,8 +354,11 @@ def _data_files(out: Path) -> set[Path]:
 
 def sync(path: Path) -> None:
     """Have a file on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs what may be written to
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from filelock import FileLock, Timeout
 from models import loaded, network, run
 
 from qconv import save
@@ -315,49 +316,72 @@ def test_two_runs_of_one_process_do_not_disturb_each_other(tmp_path: Path) -> No
     assert listing(tmp_path) == ["out.onnx"]
 
 
-def test_a_folder_taken_away_before_its_lock_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another run may see the new folder in the instant before it is locked, and think it stale."""
-    lock: Callable[[int, int], None] = fcntl.flock
-    thefts: list[str] = []
-
-    def lock_after_theft(handle: int, how: int) -> None:
-        if not thefts:
-            (folder,) = tmp_path.iterdir()
-            thefts.append(folder.name)
-            folder.rmdir()
-        lock(handle, how)
-
-    monkeypatch.setattr(fcntl, "flock", lock_after_theft)
-    write(model_of(), tmp_path / "out.onnx")
-    assert thefts
-    assert listing(tmp_path) == ["out.onnx"]
-
-
-@pytest.mark.parametrize("where", ["before it is opened", "while it is locked"])
-def test_a_folder_that_another_run_is_about_to_remove_is_replaced(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("when", ["before the lock's file is there", "before it is locked", "after it is locked"])
+def test_a_folder_that_another_run_removes_is_replaced(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: Callable[..., int] = os.open
-    lock: Callable[[int, int], None] = fcntl.flock
-    thefts: list[str] = []
+    """Another run may see the new folder in the instant before it is locked, and think it stale."""
+    lock: Callable[..., Any] = FileLock.acquire
+    thefts: list[Path] = []
 
-    def open_after_theft(path: Any, flags: int, *more: Any, **named: Any) -> int:
-        if where == "before it is opened" and not thefts and Path(path).parent == tmp_path:
-            thefts.append(str(path))
-            Path(path).rmdir()
-        return opened(path, flags, *more, **named)
+    def lock_with_theft(self: FileLock, **named: Any) -> Any:
+        (folder,) = tmp_path.iterdir()
+        first = not thefts
+        thefts.append(folder)
+        if first and when == "before it is locked":
+            Path(self.lock_file).touch()
+        if first and when != "after it is locked":
+            shutil.rmtree(folder)
+        found = lock(self, **named)
+        if first:
+            shutil.rmtree(folder)
+        return found
 
-    def lock_after_theft(handle: int, how: int) -> None:
-        if where == "while it is locked" and not thefts:
-            thefts.append("")
-            raise BlockingIOError
-        lock(handle, how)
-
-    monkeypatch.setattr(os, "open", open_after_theft)
-    monkeypatch.setattr(fcntl, "flock", lock_after_theft)
-    write(model_of(), tmp_path / "out.onnx")
-    assert thefts
+    monkeypatch.setattr(FileLock, "acquire", lock_with_theft)
+    with staged(model_of(), tmp_path / "out.onnx") as found:
+        assert len(set(thefts)) == 2
+        assert listing(tmp_path) == [thefts[1].name]
+        found.commit(tmp_path / "out.onnx")
     assert listing(tmp_path) == ["out.onnx"]
+
+
+def test_a_folder_that_another_run_is_about_to_remove_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock: Callable[..., Any] = FileLock.acquire
+    others: list[FileLock] = []
+
+    def lock_after_another(self: FileLock, **named: Any) -> Any:
+        if not others:
+            others.append(FileLock(self.lock_file))
+            lock(others[0], blocking=False)
+        return lock(self, **named)
+
+    monkeypatch.setattr(FileLock, "acquire", lock_after_another)
+    with staged(model_of(), tmp_path / "out.onnx") as found:
+        assert found.folder != Path(others[0].lock_file).parent
+        found.commit(tmp_path / "out.onnx")
+    others[0].release()
+    assert listing(tmp_path) == ["out.onnx"]
+
+
+@pytest.mark.parametrize(
+    "refusal", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock"), Timeout("held")]
+)
+def test_without_locks_stale_folders_stay(refusal: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every file system has them: nobody can tell then whether a folder's run is alive.
+
+    filelock tells of some (ENOLCK, by version) as of a lock that another holds.
+    """
+
+    def refuse(self: FileLock, **named: Any) -> None:
+        raise refusal
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    stale = tmp_path / f".out.onnx.x{save.SUFFIX}"
+    stale.mkdir()
+    write(model_of(), tmp_path / "out.onnx")
+    assert listing(tmp_path) == [stale.name, "out.onnx"]
 
 
 def test_links_are_not_followed_when_cleaning(tmp_path: Path) -> None:

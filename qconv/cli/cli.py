@@ -20,7 +20,7 @@ import qconv
 from qconv.cli.finetuning import finetune
 from qconv.cli.given import recipe_of, require_pictures, without
 from qconv.cli.layerwise import compare, diagnose
-from qconv.cli.leaving import leave_at_once, leave_by_exceptions
+from qconv.leaving import leave_at_once, leave_by_exceptions
 from qconv.cli.looking import audit, benchmark, evaluate, inspect
 from qconv.cli.options import WIDTH, output_options, pictures_option, quantize_options, require_output
 from qconv.cli.putting_out import Wanted, check_report, typed

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv.cli.given import made, preprocessing_of
-from qconv.cli.leaving import leave_by_exceptions
+from qconv.leaving import leave_by_exceptions
 from qconv.cli.looking import ALL_PICTURES
 from qconv.cli.options import WIDTH, common_options, csv_option, device_option, preprocessing_options, stack
 from qconv.cli.putting_out import Wanted

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from qconv.cli.given import fields_of, made, preprocessing_of, require_pictures, without
-from qconv.cli.leaving import leave_by_exceptions
+from qconv.leaving import leave_by_exceptions
 from qconv.cli.options import (
     WIDTH,
     common_options,

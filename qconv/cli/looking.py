@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from qconv.cli.given import preprocessing_of
-from qconv.cli.leaving import leave_by_exceptions
+from qconv.leaving import leave_by_exceptions
 from qconv.cli.options import WIDTH, common_options, csv_option, output_options, preprocessing_options, stack
 from qconv.cli.putting_out import Wanted
 from qconv.cli.values import Size

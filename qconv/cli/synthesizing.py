@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qconv.cli.given import preprocessing_of
-from qconv.cli.leaving import leave_by_exceptions
+from qconv.leaving import leave_by_exceptions
 from qconv.cli.options import (
     WIDTH,
     common_options,
