@@ -121,7 +121,8 @@ def _lines(report: Report) -> list[tuple[str, str]]:
     lines += [("left alone", text) for text in _skipped(report)]
     lines.append(("needs", f"{report.needs} (opset {report.opset}, IR {report.ir_version})"))
     lines += [("gate", f"--{g.name} {g.want:g}: {'held' if g.held else '[red]fell short[/]'}") for g in report.gates]
-    lines.append(("took", f"{report.time['total']:.1f} s, peak memory {report.peak_rss_mb:.0f} MB"))
+    memory = "" if report.peak_rss_mb is None else f", peak memory {report.peak_rss_mb:.0f} MB"
+    lines.append(("took", f"{report.time['total']:.1f} s{memory}"))
     return lines
 
 

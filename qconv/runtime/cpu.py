@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import resource
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 X86 = {
     "avx2": ("avx2",),
@@ -120,11 +120,42 @@ def _cores() -> int:
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
-def peak_rss_mb() -> float:
-    """The largest resident memory of this process so far."""
+def peak_rss_mb() -> float | None:
+    """The largest resident memory of this process so far; None where the system does not tell."""
     with contextlib.suppress(OSError, StopIteration):  # what getrusage tells on Linux may be the parent's
         lines = Path("/proc/self/status").read_text().splitlines()
         line = next(line for line in lines if line.startswith("VmHWM:"))
         return round(int(line.split()[1]) / 2**10, 1)
+    if sys.platform == "win32":
+        peak = _peak_working_set()
+        return None if peak is None else round(peak / 2**20, 1)
+    try:
+        import resource  # not every system has it
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _peak_working_set() -> int | None:
+    """What Windows calls it: bytes, from GetProcessMemoryInfo (psapi.h, PROCESS_MEMORY_COUNTERS)."""
+    import ctypes
+
+    class Counters(ctypes.Structure):
+        _fields_ = [
+            ("cb", ctypes.c_uint32),
+            ("PageFaultCount", ctypes.c_uint32),
+            ("PeakWorkingSetSize", ctypes.c_size_t),
+            ("others", ctypes.c_size_t * 7),
+        ]
+
+    counters = Counters()
+    counters.cb = ctypes.sizeof(counters)
+    try:
+        kernel: Any = ctypes.CDLL("kernel32")
+        kernel.GetCurrentProcess.restype = ctypes.c_void_p
+        process = ctypes.c_void_p(kernel.GetCurrentProcess())
+        told = kernel.K32GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb)
+    except (OSError, AttributeError):
+        return None
+    return int(counters.PeakWorkingSetSize) if told else None
