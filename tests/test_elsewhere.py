@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qconv import cpu
+from qconv.runtime import cpu
 
 HERE = Path(__file__).parent
 HIDDEN = """
@@ -33,7 +33,7 @@ for module in pkgutil.walk_packages(qconv.__path__, "qconv."):
     except ModuleNotFoundError as error:
         if error.name.partition(".")[0] not in ("torch", "jinja2", "markupsafe", "plotly", "psutil"):
             raise
-from qconv.cli import main
+from qconv.cli.cli import main
 sys.argv[0] = "qconv"
 main()
 """

@@ -23,21 +23,21 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv.cli.cli import cli  # noqa: E402
-from qconv.config.choices import RECIPES  # noqa: E402
-from qconv.config.pixels import Layout, PreprocessingOptions  # noqa: E402
-from qconv.config.recipe import Recipe  # noqa: E402
-from qconv.config.spoken import recipe_from  # noqa: E402
-from qconv.errors import QconvError  # noqa: E402
-from qconv.ir import load  # noqa: E402
-from qconv.ir.fileformat import recipe_in  # noqa: E402
-from qconv.ir.source import Source, read  # noqa: E402
-from qconv.pipeline.pipeline import quantize  # noqa: E402
-from qconv.results.finetuned import Finetuned, Wishes  # noqa: E402
-from qconv.training.finetune import Listener, finetune  # noqa: E402
-from qconv.training.learnable import Learned, pairs_axis  # noqa: E402
-from qconv.training.sites import find_sites  # noqa: E402
-from qconv.training.torchgraph import Network  # noqa: E402
+from qconv.cli.cli import cli
+from qconv.config.choices import RECIPES
+from qconv.config.pixels import Layout, PreprocessingOptions
+from qconv.config.recipe import Recipe
+from qconv.config.spoken import recipe_from
+from qconv.errors import QconvError
+from qconv.ir import load
+from qconv.ir.fileformat import recipe_in
+from qconv.ir.source import Source, read
+from qconv.pipeline.pipeline import quantize
+from qconv.results.finetuned import Finetuned, Wishes
+from qconv.training.finetune import Listener, finetune
+from qconv.training.learnable import Learned, pairs_axis
+from qconv.training.sites import find_sites
+from qconv.training.torchgraph import Network
 
 torch.set_num_threads(1)  # tests run side by side
 BODY = (

@@ -18,18 +18,18 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv.cli.cli import cli  # noqa: E402
-from qconv.config.pixels import Layout, PreprocessingOptions  # noqa: E402
-from qconv.config.recipe import Recipe  # noqa: E402
-from qconv.errors import QconvError  # noqa: E402
-from qconv.findings import Change, Skipped  # noqa: E402
-from qconv.ir.graph import Model, ir  # noqa: E402
+from qconv.cli.cli import cli
+from qconv.config.pixels import Layout, PreprocessingOptions
+from qconv.config.recipe import Recipe
+from qconv.errors import QconvError
+from qconv.findings import Change, Skipped
+from qconv.ir.graph import Model, ir
 from qconv.pipeline import pipeline
-from qconv.results.report import Report  # noqa: E402
-from qconv.training import learnable, reconstruct  # noqa: E402
-from qconv.training.blocks import _cuts, ends  # noqa: E402
-from qconv.training.torchfake import Drop  # noqa: E402
-from qconv.training.torchgraph import Network  # noqa: E402
+from qconv.results.report import Report
+from qconv.training import learnable, reconstruct
+from qconv.training.blocks import _cuts, ends
+from qconv.training.torchfake import Drop
+from qconv.training.torchgraph import Network
 
 torch.set_num_threads(1)  # tests run side by side
 BODY = (

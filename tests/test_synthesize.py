@@ -24,21 +24,21 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv.cli.cli import cli  # noqa: E402
-from qconv.config.pixels import Color, Filter, Layout, PreprocessingOptions  # noqa: E402
-from qconv.config.recipe import Recipe  # noqa: E402
-from qconv.data import images  # noqa: E402
-from qconv.data.listing import find  # noqa: E402
-from qconv.errors import QconvError  # noqa: E402
-from qconv.findings import Change  # noqa: E402
-from qconv.folders import whole_folder  # noqa: E402
-from qconv.ir.source import Source  # noqa: E402
+from qconv.cli.cli import cli
+from qconv.config.pixels import Color, Filter, Layout, PreprocessingOptions
+from qconv.config.recipe import Recipe
+from qconv.data import images
+from qconv.data.listing import find
+from qconv.errors import QconvError
+from qconv.findings import Change
+from qconv.folders import whole_folder
+from qconv.ir.source import Source
 from qconv.pipeline import pipeline
-from qconv.results.synthesized import Wishes  # noqa: E402
+from qconv.results.synthesized import Wishes
 from qconv.training import dream, synthesize
-from qconv.training.dream import EDGE, FLOOR, Dream, _stride, faded, normalised  # noqa: E402
-from qconv.training.remembered import Remembered  # noqa: E402
-from qconv.training.torchgraph import Network  # noqa: E402
+from qconv.training.dream import EDGE, FLOOR, Dream, _stride, faded, normalised
+from qconv.training.remembered import Remembered
+from qconv.training.torchgraph import Network
 
 torch.set_num_threads(1)  # tests run side by side
 HERE = Path(__file__).parent

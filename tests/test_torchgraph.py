@@ -16,17 +16,17 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from torched import as_it_is, outputs  # noqa: E402
+from torched import as_it_is, outputs
 
-from qconv.config.choices import RECIPES, Scheme, WeightGranularity  # noqa: E402
-from qconv.config.pixels import PRESETS, Layout, PreprocessingOptions  # noqa: E402
-from qconv.config.recipe import Recipe  # noqa: E402
-from qconv.errors import QconvError  # noqa: E402
-from qconv.ir.load import load  # noqa: E402
-from qconv.ir.source import Source, read  # noqa: E402
-from qconv.pipeline.pipeline import quantize  # noqa: E402
-from qconv.runtime.runtime import Session  # noqa: E402
-from qconv.training.torchgraph import Network  # noqa: E402
+from qconv.config.choices import RECIPES, Scheme, WeightGranularity
+from qconv.config.pixels import PRESETS, Layout, PreprocessingOptions
+from qconv.config.recipe import Recipe
+from qconv.errors import QconvError
+from qconv.ir.load import load
+from qconv.ir.source import Source, read
+from qconv.pipeline.pipeline import quantize
+from qconv.runtime.runtime import Session
+from qconv.training.torchgraph import Network
 
 ROOT = Path(__file__).parent.parent
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"

@@ -12,11 +12,11 @@ from onnx import TensorProto, helper
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from torched import check, check_gradient, outputs  # noqa: E402
+from torched import check, check_gradient, outputs
 
-from qconv.errors import QconvError  # noqa: E402
-from qconv.training.torchgraph import Network  # noqa: E402
-from qconv.training.torchmath import COMPUTING  # noqa: E402
+from qconv.errors import QconvError
+from qconv.training.torchgraph import Network
+from qconv.training.torchmath import COMPUTING
 
 # fmt: off
 UNARY = (

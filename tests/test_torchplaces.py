@@ -12,11 +12,11 @@ from models import ints, loaded, network, random_feeds
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from torched import check, check_gradient, outputs  # noqa: E402
+from torched import check, check_gradient, outputs
 
-from qconv.errors import QconvError  # noqa: E402
-from qconv.training.torchgraph import Network  # noqa: E402
-from qconv.training.torchplaces import MOVING  # noqa: E402
+from qconv.errors import QconvError
+from qconv.training.torchgraph import Network
+from qconv.training.torchplaces import MOVING
 
 FIRST, LAST = -(2**63), 2**63 - 1
 """To the very first, to the very last."""

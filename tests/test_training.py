@@ -10,8 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv.results.finetuned import Mark  # noqa: E402
-from qconv.training.training import AWAY, CUT, MOST_CUTS, Schedule, Trainer  # noqa: E402
+from qconv.results.finetuned import Mark
+from qconv.training.training import AWAY, CUT, MOST_CUTS, Schedule, Trainer
 
 
 class Learned:

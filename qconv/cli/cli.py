@@ -20,7 +20,6 @@ import qconv
 from qconv.cli.finetuning import finetune
 from qconv.cli.given import recipe_of, require_pictures, without
 from qconv.cli.layerwise import compare, diagnose
-from qconv.leaving import leave_at_once, leave_by_exceptions
 from qconv.cli.looking import audit, benchmark, evaluate, inspect
 from qconv.cli.options import WIDTH, output_options, pictures_option, quantize_options, require_output
 from qconv.cli.putting_out import Wanted, check_report, typed
@@ -29,6 +28,7 @@ from qconv.cli.synthesizing import synthesize
 from qconv.config.checks import spelt
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError, counted
+from qconv.leaving import leave_at_once, leave_by_exceptions
 
 if TYPE_CHECKING:
     from qconv.ir.source import Source

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv.cli.given import made, preprocessing_of
-from qconv.leaving import leave_by_exceptions
 from qconv.cli.looking import ALL_PICTURES
 from qconv.cli.options import WIDTH, common_options, csv_option, device_option, preprocessing_options, stack
 from qconv.cli.putting_out import Wanted
 from qconv.errors import QconvError, counted
 from qconv.extras import require_torch
+from qconv.leaving import leave_by_exceptions
 
 if TYPE_CHECKING:
     from qconv.results.finetuned import Finetuned, Judged, Round

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from qconv.cli.given import fields_of, made, preprocessing_of, require_pictures, without
-from qconv.leaving import leave_by_exceptions
 from qconv.cli.options import (
     WIDTH,
     common_options,
@@ -20,6 +19,7 @@ from qconv.cli.options import (
 )
 from qconv.cli.putting_out import Wanted, check_report, typed
 from qconv.config.recipe import Recipe
+from qconv.leaving import leave_by_exceptions
 
 COMPARED = 64
 

@@ -10,13 +10,13 @@ from typing import Any
 import click
 
 from qconv.cli.given import preprocessing_of
-from qconv.leaving import leave_by_exceptions
 from qconv.cli.options import WIDTH, common_options, csv_option, output_options, preprocessing_options, stack
 from qconv.cli.putting_out import Wanted
 from qconv.cli.values import Size
 from qconv.config.recipe import MOST_THREADS, Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
+from qconv.leaving import leave_by_exceptions
 
 NO_STREAM = "a model from standard input can be read only once: name its file."
 

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv.cli.given import names_given, recipe_of, require_pictures, without
-from qconv.leaving import leave_by_exceptions
 from qconv.cli.putting_out import Wanted, check_report, typed
 from qconv.config.checks import spelt
 from qconv.config.tomlfile import read_toml
 from qconv.errors import QconvError
+from qconv.leaving import leave_by_exceptions
 
 if TYPE_CHECKING:
     from qconv.analysis.sweep import Entry

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from qconv.cli.given import preprocessing_of
-from qconv.leaving import leave_by_exceptions
 from qconv.cli.options import (
     WIDTH,
     common_options,
@@ -23,6 +22,7 @@ from qconv.cli.putting_out import Wanted, check_report, typed
 from qconv.config.choices import STEPS
 from qconv.errors import counted, shaped
 from qconv.extras import require_torch
+from qconv.leaving import leave_by_exceptions
 
 if TYPE_CHECKING:
     from qconv.results.synthesized import Layer, Synthesized
