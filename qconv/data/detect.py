@@ -15,18 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qconv.config.pixels import AUTO, Preprocessing, PreprocessingOptions
 from qconv.data.candidates import Candidate, Field
 from qconv.data.evidence import Fact, fact_of, references
-from qconv.data.feed import Feed
 from qconv.data.race import Race
 from qconv.errors import QconvError
 from qconv.ir.graph import Model
 from qconv.runtime.runtime import Session
+
+if TYPE_CHECKING:
+    from qconv.data.feed import Feed
 
 CERTAIN = 0.98
 EVIDENT = 0.9

@@ -27,7 +27,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Float64 = NDArray[np.float64]
+from qconv.ir.layers import Float64
+
 Classes = NDArray[np.int64]
 ORDER = 32
 STEPS = 150

@@ -67,6 +67,7 @@ def thumbnail(pixels: NDArray[np.uint8], side: int = THUMBNAIL) -> bytes:
 
 
 def _file(picture: Image.Image) -> bytes:
+    """The PNG file of an image."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
