@@ -197,6 +197,7 @@ def _labels(ground: Ground, outputs: int, batches: Sequence[int]) -> NDArray[np.
 
 
 def _top1(outputs: Sequence[NDArray[np.float32]], labels: NDArray[np.int64]) -> float:
+    """Share of images whose best class, of scores (N, C), is their label, (N,)."""
     best = np.concatenate([np.asarray(scores).reshape(len(scores), -1).argmax(axis=1) for scores in outputs])
     count = min(len(best), len(labels))  # a last batch may have been short of pictures, or pictures short of memory
     return float((best[:count] == labels[:count]).mean())
