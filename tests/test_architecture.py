@@ -31,7 +31,9 @@ def test_help_and_version_import_nothing_heavy() -> None:
         assert heavy_after(run) == ""
 
 
-@pytest.mark.parametrize("names", ["errors", "config.recipe", "findings", "config.targets", "ir.rules", "results.report"])
+@pytest.mark.parametrize(
+    "names", ["errors", "config.recipe", "findings", "config.targets", "ir.rules", "results.report"]
+)
 def test_words_need_no_numbers(names: str) -> None:
     assert heavy_after(f"import qconv.{names}") == ""
 

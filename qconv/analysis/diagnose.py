@@ -47,9 +47,9 @@ from qconv.data.feed import Feed
 from qconv.errors import counted
 from qconv.ir import load, moved
 from qconv.ir.fileformat import needed_opset
-from qconv.ir.source import Source, data_files, file_bytes, metadata, own_opset, read, refuse_quantized
+from qconv.ir.source import Source, data_files, file_bytes, metadata, original, own_opset, read, refuse_quantized
 from qconv.passes import fold
-from qconv.pipeline.gather import Memory, open_pictures, original
+from qconv.pipeline.gather import Memory, open_pictures
 from qconv.pipeline.pipeline import Listener
 from qconv.planning.placement import left_in_float
 from qconv.planning.planner import make_plan

@@ -19,10 +19,10 @@ from qconv.config.targets import TARGETS
 from qconv.data.feed import Feed
 from qconv.data.listing import find
 from qconv.errors import QconvError
-from qconv.ir.source import Source
+from qconv.ir.source import Source, original
 from qconv.metrics import intervals
 from qconv.metrics.scored import Outputs, Scored, score_float
-from qconv.pipeline.gather import Memory, original
+from qconv.pipeline.gather import Memory
 from qconv.pipeline.pipeline import Listener, quantize
 from qconv.results.ladder import Trial
 from qconv.results.report import Report

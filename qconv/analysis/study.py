@@ -31,10 +31,9 @@ from qconv.errors import QconvError, counted
 from qconv.ir import load
 from qconv.ir.fileformat import needed_opset
 from qconv.ir.graph import Model
-from qconv.ir.source import Source, data_files, own_opset, read, refuse_quantized
+from qconv.ir.source import Source, data_files, original, own_opset, read, refuse_quantized
 from qconv.metrics.scored import Scored, score_float
 from qconv.passes import fold
-from qconv.pipeline.gather import original
 from qconv.pipeline.pipeline import Listener, check_output
 from qconv.pipeline.wishes import look_for_wishes, require_layers
 from qconv.planning.placement import left_in_float

@@ -15,8 +15,8 @@ from qconv.analysis.proof import Proof, held_back
 from qconv.calibration.stats import digest
 from qconv.config.recipe import Recipe
 from qconv.ir.load import load
-from qconv.ir.source import Source, data_files, file_bytes, read, refuse_quantized
-from qconv.pipeline.gather import Memory, open_pictures, original
+from qconv.ir.source import Source, data_files, file_bytes, original, read, refuse_quantized
+from qconv.pipeline.gather import Memory, open_pictures
 from qconv.pipeline.pipeline import Listener, check_output
 from qconv.results.ladder import Sweep
 

@@ -21,8 +21,7 @@ from qconv.data.evidence import fact_of, told_by, told_of_float
 from qconv.data.feed import DECODERS, Feed
 from qconv.errors import QconvError
 from qconv.ir import load
-from qconv.ir.source import Source, is_quantized, metadata, read
-from qconv.pipeline.gather import original
+from qconv.ir.source import Source, is_quantized, metadata, original, read
 from qconv.runtime.runtime import Session
 
 Outputs = list[NDArray[Any]]

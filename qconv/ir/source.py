@@ -16,8 +16,10 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError, Message
 
+from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.graph import ir
+from qconv.runtime.runtime import Session
 
 QUANTIZED_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
@@ -226,3 +228,8 @@ def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
             f"{name} is already quantized (it has {found.op_type} nodes).",
             "start from the float model it was made from.",
         )
+
+
+def original(source: Source, recipe: Recipe) -> Session:
+    """The user's own model, as it is."""
+    return Session(source.runnable, name=source.name, threads=recipe.threads)

@@ -21,7 +21,7 @@ from qconv.data_free.unseen import Unseen
 from qconv.errors import QconvError
 from qconv.extras import require_torch
 from qconv.ir.graph import Model
-from qconv.ir.source import Source
+from qconv.ir.source import Source, original
 from qconv.planning.plan import Plan
 from qconv.runtime.runtime import Session
 from qconv.save import total_bytes
@@ -29,11 +29,6 @@ from qconv.save import total_bytes
 KEPT_NETWORKS = 4
 LARGEST_KNOWN = 2**30
 """Bytes of a network's weights."""
-
-
-def original(source: Source, recipe: Recipe) -> Session:
-    """The user's own model, as it is."""
-    return Session(source.runnable, name=source.name, threads=recipe.threads)
 
 
 @dataclass(slots=True)

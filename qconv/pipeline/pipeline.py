@@ -26,14 +26,14 @@ from qconv.findings import Change, Finding, Skipped
 from qconv.ir import load
 from qconv.ir.fileformat import describe, needed_opset, needed_runtime, set_ir_version
 from qconv.ir.graph import Model
-from qconv.ir.source import Source, data_files, file_bytes, own_opset, read, refuse_quantized
+from qconv.ir.source import Source, data_files, file_bytes, original, own_opset, read, refuse_quantized
 from qconv.metrics.verify import gates, verify
 from qconv.passes import fold
 from qconv.passes.apart import in_words, round_apart
 from qconv.passes.balance import balance, balance_unseen
 from qconv.passes.embed import embed
 from qconv.passes.shrink import shrink
-from qconv.pipeline.gather import Memory, Pictures, open_pictures, original
+from qconv.pipeline.gather import Memory, Pictures, open_pictures
 from qconv.pipeline.oddities import oddities
 from qconv.pipeline.wishes import look_for_means_in_vain, look_for_wishes, look_for_wishes_in_vain, require_layers
 from qconv.planning.placement import left_in_float
