@@ -1,8 +1,15 @@
-"""The one exception that reaches the user: the thing, the fact, the fix."""
+"""Defines the error type that users see, the findings that passes return, and the formats of numbers in messages.
+
+A `QconvError` states the thing, the fact and the fix; the command line prints it and exits with status 1. A pass
+returns findings as data: a `Change` for what it did, a `Skipped` with the reason for what it refused to do. The
+report prints both. `require_torch` raises a QconvError where the optional package PyTorch is missing.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 class QconvError(Exception):
@@ -17,16 +24,64 @@ class QconvError(Exception):
         self.hint = hint
 
 
-def counted(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """`1 picture`, `2 pictures`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def shaped(shape: Sequence[int | None]) -> str:
+def format_shape(shape: Sequence[int | None]) -> str:
     """`1x3x?x?` for (1, 3, None, None)."""
     return "x".join("?" if size is None else str(size) for size in shape) or "scalar"
 
 
-def sized(count: int) -> str:
+def format_bytes(count: int) -> str:
     """`3.56 MB`, `12.0 kB`: so many bytes."""
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+# Packages that only some commands need, and what to install where they are missing.
+
+
+def require_torch(what: str) -> None:
+    """Raise QconvError where PyTorch is not installed, or cannot be loaded. what: that needs it, as in a sentence."""
+    try:
+        importlib.import_module("torch")
+    except ModuleNotFoundError as error:
+        why = "is not installed" if error.name == "torch" else f"cannot be loaded: {error}"
+    except (ImportError, OSError) as error:
+        why = f"cannot be loaded: {error}"
+    else:
+        return
+    raise QconvError(
+        f"{what} needs PyTorch, which {why.rstrip('.')}.",
+        "install the extra: pip install 'qconv[torch]' "
+        "(without a GPU: pip install torch --index-url https://download.pytorch.org/whl/cpu first).",
+    )
+
+
+# What a pass did and what it refused to do: a refusal with a reason is data, and the report prints both.
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """`step` changed the node or tensor `where`: `what`.
+
+    kind: the same without names, so that a summary can count equal changes; `what` itself where it has none.
+    """
+
+    step: str
+    where: str
+    what: str
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """`step` left the node or tensor `where` alone, and `why`."""
+
+    step: str
+    where: str
+    why: str
+
+
+Finding = Change | Skipped

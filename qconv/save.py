@@ -25,7 +25,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from qconv.errors import QconvError
 from qconv.ir.graph import Model, Node, ir, tensor_proto
 from qconv.ir.source import tensors
-from qconv.leaving import takes
+from qconv.signals import takes
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 SUFFIX = ".qconv-tmp"

@@ -14,7 +14,7 @@ from qconv.calibration.reach import seen_by_channel
 from qconv.calibration.sketch import Want
 from qconv.config.recipe import Recipe
 from qconv.data.feed import Feed
-from qconv.findings import Change
+from qconv.errors import Change
 from qconv.ir.graph import Model, array
 from qconv.passes.absorb import absorb, candidates
 from qconv.passes.fold import fold

@@ -22,11 +22,11 @@ from qconv.config.choices import RECIPES, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.planning.planner import CHANNEL_SCALES
-from qconv.quant import PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.quantization import channel_bits, weight_ranges
 from qconv.quantization.allocation import allocate, closed_form
 from qconv.quantization.rows import tensor_rows
 from qconv.quantization.saturation import worst_pair
+from qconv.quantizer import PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.runtime.runtime import Session
 
 FOUR = QuantSpec(4, True, True, PerChannel(0))

@@ -11,8 +11,7 @@ import pytest
 from models import network
 
 from qconv.config.recipe import Recipe
-from qconv.errors import QconvError
-from qconv.findings import Change
+from qconv.errors import Change, QconvError
 from qconv.ir.source import Source
 from qconv.pipeline import pipeline
 from qconv.pipeline.pipeline import quantize

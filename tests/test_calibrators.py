@@ -15,7 +15,7 @@ from qconv.calibration.readers import least_at_outputs, powers_of
 from qconv.calibration.sketch import Sketch, Sketcher, View, Want, histogram_of
 from qconv.config.choices import CALIBRATORS as NAMES
 from qconv.ir.layers import Layer
-from qconv.quant import QuantSpec
+from qconv.quantizer import QuantSpec
 
 SPEC = QuantSpec(8, signed=False, symmetric=False)
 NODE: Any = None  # readers look at weights alone

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from qconv.calibration.clipping import aciq, expected_error, fitted, gauss_factor, laplace_factor, least_squares
 from qconv.calibration.sketch import Histogram, histogram_of
-from qconv.quant import QuantSpec
+from qconv.quantizer import QuantSpec
 
 ASYMMETRIC = {bits: QuantSpec(bits, signed=False, symmetric=False) for bits in (2, 3, 4, 8, 16)}
 SYMMETRIC = {bits: QuantSpec(bits, signed=True, symmetric=True) for bits in (2, 3, 4, 8, 16)}

@@ -25,7 +25,7 @@ from qconv.errors import QconvError
 from qconv.ir import moved
 from qconv.ir.source import Source
 from qconv.pipeline import pipeline
-from qconv.quant import QuantSpec
+from qconv.quantizer import QuantSpec
 from qconv.results.compared import Compared
 from qconv.runtime.runtime import Session
 

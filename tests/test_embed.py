@@ -23,8 +23,7 @@ from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.feed import Feed
-from qconv.errors import QconvError
-from qconv.findings import Change, Finding, Skipped
+from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.graph import Model
 from qconv.ir.source import Source
 from qconv.passes import fold

@@ -25,7 +25,7 @@ from qconv.calibration.calibrators import want_of
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.findings import Change, Finding
+from qconv.errors import Change, Finding
 from qconv.ir import fileformat, load
 from qconv.ir.source import Source, own_opset
 from qconv.passes import fold

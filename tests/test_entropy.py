@@ -9,7 +9,7 @@ import pytest
 
 from qconv.calibration.entropy import BINS, clipped, divergence, even_bins, least_divergence
 from qconv.calibration.sketch import histogram_of
-from qconv.quant import QuantSpec
+from qconv.quantizer import QuantSpec
 
 UNSIGNED = QuantSpec(8, signed=False, symmetric=False)
 

@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from qconv.config.choices import LayerBits
 from qconv.config.recipe import Recipe
 from qconv.data_free.expected import note_expected
-from qconv.findings import Skipped
+from qconv.errors import Skipped
 from qconv.ir.graph import Model, Node
 from qconv.ir.layers import means_of
 from qconv.ir.source import Source

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ints, loaded, network, op_types, random_feeds, run, statistics
 
-from qconv.findings import Change, Finding, Skipped
+from qconv.errors import Change, Finding, Skipped
 from qconv.ir.graph import Model, array
 from qconv.ir.load import load
 from qconv.ir.source import Source, read

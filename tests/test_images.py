@@ -23,13 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qconv.ahead import ahead
 from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
 from qconv.data import images
 from qconv.data.images import UnreadablePicture, batches, load_picture
 from qconv.data.listing import PICTURE_SUFFIXES, Listing, find
 from qconv.data.preprocess import RESIZED, InputSpec, resolve
 from qconv.errors import QconvError
+from qconv.storage import prefetch
 
 FLOAT = np.dtype(np.float32)
 BYTE = np.dtype(np.uint8)
@@ -1027,7 +1027,7 @@ def test_a_forgotten_generator_may_be_closed_by_one_of_its_own_threads() -> None
         if item == 0:
             own[0].close()
 
-    own_futures = ahead(close_it, itertools.count(), workers=1, depth=2)
+    own_futures = prefetch(close_it, itertools.count(), workers=1, depth=2)
     first = next(own_futures)
     own.append(own_futures)
     assert first.result(timeout=10) is None

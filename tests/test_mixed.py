@@ -27,8 +27,7 @@ from qconv.config.layer_bits import read_layer_bits
 from qconv.config.pixels import PreprocessingOptions
 from qconv.config.recipe import STEERING, Recipe
 from qconv.data.listing import find
-from qconv.errors import QconvError
-from qconv.findings import Change
+from qconv.errors import Change, QconvError
 from qconv.ir.source import Source
 from qconv.pipeline.pipeline import Listener, quantize
 from qconv.quantization.refine import EFFORTS

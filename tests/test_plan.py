@@ -14,7 +14,7 @@ from qconv.ir.graph import Model, Node, Value, array, attribute
 from qconv.ir.rules import RULES, Computing, Joining, OnCodes, Transparent, Weighted
 from qconv.planning.plan import Layer, Plan
 from qconv.planning.planner import make_plan
-from qconv.quant import PerBlock, PerChannel, PerTensor
+from qconv.quantizer import PerBlock, PerChannel, PerTensor
 
 W = (4, 3, 3, 3)  # of a Conv from 3 to 4 channels
 V = (5, 4, 1, 1)  # of a Conv from 4 to 5

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from qconv.errors import QconvError
-from qconv.quant import (
+from qconv.quantizer import (
     SMALLEST_SCALE,
     Granularity,
     PerBlock,
@@ -23,7 +23,7 @@ from qconv.quant import (
     QuantParams,
     QuantSpec,
     bias_params,
-    extremes,
+    group_extremes,
 )
 from qconv.runtime.runtime import Session
 
@@ -92,7 +92,7 @@ def test_codes_and_numbers_equal_onnx_runtime_bit_for_bit(
     spec = QuantSpec(info.bits, info.min < 0, symmetric, granularity)
     rng = np.random.default_rng(0)
     x = (rng.standard_normal(SHAPE) * 10.0 ** rng.integers(-3, 3, SHAPE)).astype(np.float32)
-    params = spec.from_range(*extremes(x, granularity))
+    params = spec.from_range(*group_extremes(x, granularity))
     assert_like_runtime(params, x)
     assert_like_runtime(params, x * 3)  # out of range
     flat = x.reshape(-1)
@@ -245,7 +245,7 @@ def test_a_short_last_block_by_hand() -> None:
     """Five numbers in blocks of two: the last block is the 100 alone."""
     x = np.float32([[1, -2, 3, 4, 100]])
     granularity = PerBlock(1, 2)
-    low, high = extremes(x, granularity)
+    low, high = group_extremes(x, granularity)
     assert (low.tolist(), high.tolist()) == ([[-2, 3, 100]], [[1, 4, 100]])
     params = QuantSpec(8, signed=True, symmetric=True, granularity=granularity).from_range(low, high)
     np.testing.assert_allclose(params.scale, [[2 / 127, 4 / 127, 100 / 127]], rtol=1e-6)
@@ -255,7 +255,7 @@ def test_a_short_last_block_by_hand() -> None:
 @pytest.mark.parametrize("granularity", [*GRANULARITIES, PerBlock(2, 3), PerBlock(1, 100)], ids=str)
 def test_extremes_equal_the_naive_ones(granularity: Granularity) -> None:
     x = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
-    low, high = extremes(x, granularity)
+    low, high = group_extremes(x, granularity)
     match granularity:
         case PerTensor():
             parts = {(): x}

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.held import Store
 from qconv.ir.behind import Behind
 from qconv.ir.source import Source
 from qconv.ir.walk import Walk
 from qconv.pipeline.pipeline import quantize
 from qconv.planning.planner import make_plan
-from qconv.quant import QuantParams, QuantSpec
+from qconv.quantizer import QuantParams, QuantSpec
 from qconv.runtime.runtime import Session
 from qconv.search.ranges import LOOKS, Looks, _picked, tuned_ranges
+from qconv.storage import ArrayStore
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
 UINT8 = QuantSpec(8, signed=False, symmetric=False)
@@ -100,7 +100,7 @@ def test_what_is_behind_runs_as_rounded_by_hand(body: str, rounded: list[str]) -
     x = np.random.default_rng(1).normal(size=(2, 1, 8, 8)).astype(np.float32)
     params = QuantSpec(4, signed=False, symmetric=False).from_range(0, 1.5)
     first = {value.name: value for node in model.nodes() for value in node.outputs}[(rounded or ["b"])[0]]
-    with contextlib.closing(Store(10**9)) as store:
+    with contextlib.closing(ArrayStore(10**9)) as store:
         walk = Walk(model, [{"x": x}], store, threads=1)
         walk.at(first)
         spec = params.spec if rounded else None
@@ -117,7 +117,7 @@ def test_groups_that_share_a_session_are_rounded_one_at_a_time() -> None:
     params = [UINT8.from_range(0, top) for top in (1.5, 3.0, 2.0)]
     groups = [["b"], ["c", "d"], ["y"]]
     b = next(value for node in model.nodes() for value in node.outputs if value.name == "b")
-    with contextlib.closing(Store(10**9)) as store:
+    with contextlib.closing(ArrayStore(10**9)) as store:
         walk = Walk(model, [{"x": x} for x in xs], store, threads=1)
         walk.at(b)
         outputs = list(model.graph.outputs)

@@ -21,8 +21,7 @@ torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv
 from qconv.cli.cli import cli
 from qconv.config.pixels import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.errors import QconvError
-from qconv.findings import Change, Skipped
+from qconv.errors import Change, QconvError, Skipped
 from qconv.ir.graph import Model, ir
 from qconv.pipeline import pipeline
 from qconv.results.report import Report

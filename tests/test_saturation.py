@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from qconv.quant import PerChannel, QuantParams, QuantSpec, extremes
 from qconv.quantization.saturation import widen
+from qconv.quantizer import PerChannel, QuantParams, QuantSpec, group_extremes
 from qconv.runtime.runtime import Session
 
 Limits = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -22,7 +22,7 @@ Limits = tuple[NDArray[np.int64], NDArray[np.int64]]
 def params_of(weight: NDArray[np.float32], axis: int = 0, symmetric: bool = True) -> QuantParams:
     granularity = PerChannel(axis)
     return QuantSpec(8, signed=True, symmetric=symmetric, granularity=granularity).from_range(
-        *extremes(weight, granularity)
+        *group_extremes(weight, granularity)
     )
 
 

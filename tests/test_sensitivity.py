@@ -17,7 +17,6 @@ from qconv.calibration.calibrate import tapped, watch
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.planning.planner import make_plan
-from qconv.quant import extremes
 from qconv.quantization.moments import moments
 from qconv.quantization.params import choose_params
 from qconv.quantization.patches import Patches
@@ -25,6 +24,7 @@ from qconv.quantization.rounder import stored_shape
 from qconv.quantization.sight import Sight
 from qconv.quantization.solve import Effort, Solver
 from qconv.quantization.weights import quantize_layer
+from qconv.quantizer import group_extremes
 from qconv.runtime.runtime import Session
 from qconv.search.sensitivity import FLOAT, WORST, Network, noise_of, sensitivities
 
@@ -91,7 +91,7 @@ def test_the_noise_is_that_of_rounded_weights(granularity: str) -> None:
         for bits in (3, 8):
             spec = replace(layer.weight, bits=bits)
             arranged = layer.arranged(stored)
-            params = spec.from_range(*extremes(arranged, spec.granularity))
+            params = spec.from_range(*group_extremes(arranged, spec.granularity))
             own = constants.get(BIASES.get(name, ""))
             got = run_on(replaced(name, params.fake(arranged).reshape(stored.shape), own))
             assert found[name].noise[bits] == pytest.approx(noise(reference, got), rel=1e-3)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from models import loaded, network
 
-from qconv.quant import QuantParams, QuantSpec
 from qconv.quantization.moments import moments
 from qconv.quantization.sight import OPEN, Sight
+from qconv.quantizer import QuantParams, QuantSpec
 
 UINT8 = QuantSpec(8, False, symmetric=False)
 CODES = QuantParams(UINT8, np.array(0.1, np.float32), np.array(20, np.uint8))  # -2 to 23.5

@@ -29,12 +29,11 @@ from qconv.config.pixels import Color, Filter, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.listing import find
-from qconv.errors import QconvError
-from qconv.findings import Change
-from qconv.folders import whole_folder
+from qconv.errors import Change, QconvError
 from qconv.ir.source import Source
 from qconv.pipeline import pipeline
 from qconv.results.synthesized import Wishes
+from qconv.storage import replace_folder_atomically
 from qconv.training import dream, synthesize
 from qconv.training.dream import EDGE, FLOOR, Dream, _stride, faded, normalised
 from qconv.training.remembered import Remembered
@@ -292,7 +291,7 @@ def test_a_folder_that_cannot_take_its_place_brings_the_old_one_back(
         rename(a, b)
 
     monkeypatch.setattr(os, "rename", second_fails)
-    with pytest.raises(QconvError), whole_folder(tmp_path / "set", lambda folder: None) as folder:
+    with pytest.raises(QconvError), replace_folder_atomically(tmp_path / "set", lambda folder: None) as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["old"]
     assert [path.name for path in tmp_path.iterdir()] == ["set"]

@@ -20,8 +20,7 @@ from qconv.config.spoken import options_of, recipe_from
 from qconv.data.feed import Feed
 from qconv.data_free.portray import sketched
 from qconv.data_free.unseen import WIDER
-from qconv.errors import QconvError
-from qconv.findings import Change, Skipped
+from qconv.errors import Change, QconvError, Skipped
 from qconv.ir.normal import Normal
 from qconv.ir.source import Source
 from qconv.metrics.verify import verify

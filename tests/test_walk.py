@@ -9,10 +9,10 @@ import onnx
 import pytest
 from models import ints, loaded, network
 
-from qconv.held import Store
 from qconv.ir.behind import Behind
 from qconv.ir.walk import Walk
 from qconv.runtime.runtime import Session
+from qconv.storage import ArrayStore
 
 NETWORKS = {
     "a residual stream": "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Add(b, c) e = Relu(d) y = Conv(e, u)",
@@ -45,7 +45,7 @@ def test_every_tensor_is_that_of_the_whole_network(body, limit) -> None:
                 model.graph.outputs.append(value)
     session = Session(model.proto().SerializeToString(), optimize=False)
     del model.graph.outputs[1:]
-    with contextlib.closing(Store(limit)) as store:
+    with contextlib.closing(ArrayStore(limit)) as store:
         walk = Walk(model, feeds, store, threads=1)
         for value in [*(node.inputs[0] for node in layers[1:]), model.graph.outputs[0]]:
             for feed, found in zip(feeds, walk.at(value), strict=True):
@@ -58,7 +58,7 @@ def test_codes_are_held_instead_of_floats() -> None:
     proto = network(NETWORKS["codes"], x=(1, 3, 6, 6), **WEIGHTS)
     model = loaded(proto)
     feeds = [{"x": np.ones((1, 3, 6, 6), np.float32)}]
-    with contextlib.closing(Store(10**9)) as store:
+    with contextlib.closing(ArrayStore(10**9)) as store:
         walk = Walk(model, feeds, store, threads=1)
         conv = next(node for node in model.nodes() if node.name == "c")
         codes, params = walk.codes_at(conv.inputs[0])
@@ -77,7 +77,7 @@ def test_outputs_that_lie_in_front_are_kept() -> None:
     feeds = [{"x": np.random.default_rng(0).standard_normal((2, 3, 6, 6)).astype(np.float32)}]
     expected = Session(proto.SerializeToString(), optimize=False).run_all(feeds[0])
     layers = [node for node in model.nodes() if node.op_type == "Conv"]
-    with contextlib.closing(Store(10**9)) as store:
+    with contextlib.closing(ArrayStore(10**9)) as store:
         walk = Walk(model, feeds, store, threads=1, kept=model.graph.outputs)
         for node in layers:
             walk.at(node.inputs[0])
@@ -90,7 +90,7 @@ def test_weights_may_change_ahead() -> None:
     proto = network("a = Conv(x, w) y = Conv(a, v)", x=(1, 3, 4, 4), w=(4, 3, 1, 1), v=(4, 4, 1, 1))
     model = loaded(proto)
     feeds = [{"x": np.ones((1, 3, 4, 4), np.float32)}]
-    with contextlib.closing(Store(10**9)) as store:
+    with contextlib.closing(ArrayStore(10**9)) as store:
         walk = Walk(model, feeds, store, threads=1)
         last = model.nodes()[1]
         before = walk.at(last.inputs[0])[0].copy()
@@ -116,7 +116,7 @@ def test_a_body_reads_what_lies_outside() -> None:
     model = loaded(proto)
     feeds = [{"x": np.ones((1, 3, 4, 4), np.float32), "c": np.array(True)}]
     (expected,) = Session(proto.SerializeToString()).run_all(feeds[0])
-    with contextlib.closing(Store(10**9)) as store:
+    with contextlib.closing(ArrayStore(10**9)) as store:
         walk = Walk(model, feeds, store, threads=1)
         for node in model.nodes():
             if node.op_type == "Conv":
@@ -130,6 +130,6 @@ def test_large_constants_are_fed(monkeypatch) -> None:
     model = loaded(proto)
     feeds = [{"x": np.random.default_rng(0).standard_normal((1, 3, 4, 4)).astype(np.float32)}]
     (expected,) = Session(proto.SerializeToString()).run_all(feeds[0])
-    with contextlib.closing(Store(10**9)) as store:
+    with contextlib.closing(ArrayStore(10**9)) as store:
         found = Walk(model, feeds, store, threads=1).at(model.graph.outputs[0])[0]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)

@@ -9,8 +9,8 @@ import pytest
 
 from qconv.calibration.clipping import gauss_factor, laplace_factor
 from qconv.config.choices import WEIGHT_CALIBRATORS
-from qconv.quant import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec
 from qconv.quantization.weight_ranges import WEIGHT_RANGES
+from qconv.quantizer import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec
 
 GRANULARITIES = (PerTensor(), PerChannel(0), PerChannel(1), PerBlock(1, 16), PerBlock(1, 7), PerBlock(0, 4))
 

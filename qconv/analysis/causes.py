@@ -29,8 +29,7 @@ from numpy.typing import NDArray
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import WeightGranularity
 from qconv.config.recipe import Recipe
-from qconv.errors import counted
-from qconv.findings import Change
+from qconv.errors import Change, format_count
 from qconv.ir.edits import kind
 from qconv.ir.graph import Model, Node, Value, array, clip_bounds
 from qconv.ir.moved import Moves
@@ -205,7 +204,7 @@ def dead_channels(evidence: Evidence) -> Iterator[Cause]:
             found[node.outputs[0].name or ""] = dead
     if found:
         names = sorted(found, key=lambda name: -found[name])
-        what = f"{counted(sum(found.values()), 'channel')} of {counted(len(found), 'tensor')} are zero on all pictures"
+        what = f"{format_count(sum(found.values()), 'channel')} of {format_count(len(found), 'tensor')} are zero on all pictures"
         told = (
             "; they cost nothing on these pictures, and what wakes them on others is clipped to the range of the rest"
         )
@@ -248,7 +247,9 @@ def gates(evidence: Evidence) -> Iterator[Cause]:
     tensors = {v.name or "" for node in places for v in (*_gated(node), *node.outputs)}
     products = {r.outputs[0].name or "" for node in places for r in evidence.model.readers(node.outputs[0])}
     ops = sorted({node.op_type for node in places})
-    what = f"{counted(len(places), 'gate')} ({', '.join(ops)}): x and its gate are both rounded before their product"
+    what = (
+        f"{format_count(len(places), 'gate')} ({', '.join(ops)}): x and its gate are both rounded before their product"
+    )
     yield Cause("gate", tuple(node.name or "" for node in places), what, evidence.share(tensors | products))
 
 
@@ -279,9 +280,7 @@ def bias_overflow(evidence: Evidence) -> Iterator[Cause]:
     found = [f for f in evidence.report.findings if isinstance(f, Change) and f.kind == BIAS_FITS]
     if found:
         names = tuple(dict.fromkeys(change.where for change in found))
-        what = (
-            f"biases of {counted(len(names), 'layer')} are too large for int32 codes of scale s_x s_w, as of {names[0]}"
-        )
+        what = f"biases of {format_count(len(names), 'layer')} are too large for int32 codes of scale s_x s_w, as of {names[0]}"
         how = "weight scales of these channels were widened until their biases fit"
         yield Cause("bias-overflow", names, what, evidence.share_of_nodes(names), how)
 
@@ -293,7 +292,7 @@ def saturation(evidence: Evidence) -> Iterator[Cause]:
         return
     names = tuple(layer.node for layer in sorted(layers, key=lambda layer: -layer.worst))
     where = "this CPU" if evidence.saturates else "x86 CPUs without VNNI (this one has it)"
-    what = f"pairs of products in {counted(len(names), 'layer')} can leave the 16 bits in which {where} add them"
+    what = f"pairs of products in {format_count(len(names), 'layer')} can leave the 16 bits in which {where} add them"
     handled = {
         None: "weight scales were widened where the calibration pictures would overflow",
         True: "weight scales were widened for any picture",

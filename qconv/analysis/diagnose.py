@@ -44,7 +44,7 @@ from qconv.config.targets import TARGETS
 from qconv.data.detect import CERTAIN, SHAPE_ONLY, detect, same
 from qconv.data.fed import Fed
 from qconv.data.feed import Feed
-from qconv.errors import counted
+from qconv.errors import format_count
 from qconv.ir import load, moved
 from qconv.ir.fileformat import needed_opset
 from qconv.ir.source import Source, data_files, file_bytes, metadata, original, own_opset, read, refuse_quantized
@@ -207,7 +207,7 @@ class _Clinic:
         gap = seen - unseen if held.unseen and seen is not None and unseen is not None else 0.0
         if used >= FEW and (gap < GAP or used >= MANY):
             return base
-        what = f"{counted(used, 'picture')} to calibrate with"
+        what = f"{format_count(used, 'picture')} to calibrate with"
         if gap >= GAP:
             what += f": SQNR is {seen:.1f} dB on them and {unseen:.1f} dB on others"
         more = min(Recipe().samples, held.most)

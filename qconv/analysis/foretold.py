@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.errors import counted
+from qconv.errors import format_count
 from qconv.ir.edits import Refused, kind
 from qconv.ir.graph import Model, Node, array, clip_bounds
 from qconv.ir.layers import INPUTS_FIRST, Float64, Layer, read_layer
@@ -183,7 +183,7 @@ class _Teller:
         self.numbers["output_ratio"] = value = float(ratios.max())
         channels = np.flatnonzero(living)
         count = int((ratios > LEAST_RATIO).sum())
-        what = f"output channels' ranges differ {_times(value)}: with one scale {counted(count, 'channel')} of "
+        what = f"output channels' ranges differ {_times(value)}: with one scale {format_count(count, 'channel')} of "
         what += f"{self.layer.outputs} would keep 2 bits of 8 or fewer"
         handled = "scales for each channel take care of it" if self.handling.per_channel else ""
         self._add("channel-imbalance", value > LEAST_RATIO, what, channels, ratios, LEAST_RATIO, handled)
@@ -253,7 +253,7 @@ class _Teller:
     def dead_channels(self, bounds: tuple[float, float]) -> None:
         dead = np.flatnonzero(self.outputs <= NIL * self.most)
         silent = int((self.layer.bias[dead] <= 0).sum()) if bounds[0] >= 0 else 0
-        what = f"{counted(dead.size, 'channel')} of {self.layer.outputs} without weights that count"
+        what = f"{format_count(dead.size, 'channel')} of {self.layer.outputs} without weights that count"
         what += f", of which {silent} never active" if silent else ""
         share = dead.size / max(self.layer.outputs, 1)
         self._add("dead-channels", dead.size > 0, what, dead, np.ones(dead.size), 0.0, "", value=share)

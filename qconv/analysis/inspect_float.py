@@ -11,8 +11,7 @@ from typing import Any
 from qconv.analysis.foretold import Handling, Ranges, Statistics, Trouble, foretell, relu6, statistics
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.errors import QconvError
-from qconv.findings import Change, Finding, Skipped
+from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.edits import kind
 from qconv.ir.graph import DataType, Model, Node, Value, array, dims, input_of
 from qconv.ir.load import load
@@ -21,7 +20,7 @@ from qconv.passes import fold
 from qconv.planning.placement import left_in_float
 from qconv.planning.plan import Layer, Plan
 from qconv.planning.planner import is_layer, make_plan
-from qconv.quant import PerBlock, PerChannel
+from qconv.quantizer import PerBlock, PerChannel
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
 """Whose operators ONNX Runtime has itself."""

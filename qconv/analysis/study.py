@@ -27,7 +27,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.detect import detect
 from qconv.data.feed import Feed
-from qconv.errors import QconvError, counted
+from qconv.errors import QconvError, format_count
 from qconv.ir import load
 from qconv.ir.fileformat import needed_opset
 from qconv.ir.graph import Model
@@ -169,7 +169,7 @@ def _feeds(
     found, where = whole.listing.found, " and ".join(recipe.calib)
     if found < 2:
         raise QconvError(
-            f"{where} holds {counted(found, 'picture')}: one to calibrate with and one to score on are the least.",
+            f"{where} holds {format_count(found, 'picture')}: one to calibrate with and one to score on are the least.",
             "add pictures, or pass others to score on with --images.",
         )
     held = max(1, min(wanted, found // HELD_BACK_SHARE)) if question.holdout is None else wanted

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import save
-from qconv.ahead import ahead
 from qconv.calibration.sketch import NOTHING, Sketch, Sketcher, View, Want, stride_for, upper_halves
 from qconv.errors import QconvError
 from qconv.ir.graph import Model
 from qconv.runtime.runtime import Session
+from qconv.storage import prefetch
 
 KEY_BYTES = 8
 AT_ONCE = 2
@@ -145,7 +145,7 @@ def _each(
         seen = {**batch, **dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))}
         return [take(picture) for picture in _apart(seen, len(next(iter(batch.values()))))]
 
-    with contextlib.closing(ahead(run, batches, workers=session.at_once, depth=session.at_once + 1)) as found:
+    with contextlib.closing(prefetch(run, batches, workers=session.at_once, depth=session.at_once + 1)) as found:
         for taken in found:
             yield from taken.result()
 

@@ -18,7 +18,7 @@ from qconv.calibration.sketch import Histogram, Sketch, Want
 from qconv.config.choices import PERCENTILE
 from qconv.config.recipe import Recipe
 from qconv.ir.layers import Layer
-from qconv.quant import QuantSpec
+from qconv.quantizer import QuantSpec
 
 AVERAGING = 0.01
 """Share of each new picture in a moving average of extremes, as in PyTorch's MovingAverageMinMaxObserver."""

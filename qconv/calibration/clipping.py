@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.calibration.sketch import Histogram
-from qconv.quant import SMALLEST_SCALE, QuantParams, QuantSpec
+from qconv.quantizer import SMALLEST_SCALE, QuantParams, QuantSpec
 
 Float64 = NDArray[np.float64]
 Range = tuple[float, float]

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.calibration.sketch import Histogram
-from qconv.quant import QuantSpec
+from qconv.quantizer import QuantSpec
 
 Float64 = NDArray[np.float64]
 BINS = 2048

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from qconv.calibration.clipping import INTERVALS, Range, expected_error, search
 from qconv.calibration.sketch import Histogram
 from qconv.ir.layers import Layer
-from qconv.quant import SMALLEST_SCALE, QuantParams, QuantSpec
+from qconv.quantizer import SMALLEST_SCALE, QuantParams, QuantSpec
 
 Float64 = NDArray[np.float64]
 MEAN_COUNTS = 0.1

@@ -24,7 +24,7 @@ from qconv import save
 from qconv.calibration.exact import LIMBS, ExactSum
 from qconv.calibration.sketch import Sketch
 from qconv.config.pixels import Color, Filter, Layout, Preprocessing
-from qconv.errors import QconvError, counted
+from qconv.errors import QconvError, format_count
 from qconv.ir.source import Source
 
 SCHEMA = 1
@@ -274,6 +274,6 @@ def require_tensors(statistics: Statistics, path: str, names: Iterable[str]) -> 
     missing = [name for name in names if name not in statistics.sketches]
     if missing:
         raise QconvError(
-            f"{path} lacks {counted(len(missing), 'tensor')} that these options need, such as {missing[0]}.",
+            f"{path} lacks {format_count(len(missing), 'tensor')} that these options need, such as {missing[0]}.",
             "write it again with --save-stats and these options.",
         )

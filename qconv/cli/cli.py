@@ -27,8 +27,8 @@ from qconv.cli.sweeping import Flags, sweep
 from qconv.cli.synthesizing import synthesize
 from qconv.config.checks import spelt
 from qconv.config.recipe import Recipe
-from qconv.errors import QconvError, counted
-from qconv.leaving import leave_at_once, leave_by_exceptions
+from qconv.errors import QconvError, format_count
+from qconv.signals import exit_at_once_on_signals, raise_exit_on_signals
 
 if TYPE_CHECKING:
     from qconv.ir.source import Source
@@ -176,7 +176,7 @@ def study_samples(
     console = summary.Console(quiet=quiet)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
     source = source_of(model)
-    leave_by_exceptions()
+    raise_exit_on_signals()
     try:
         curve = study.study_samples(source, recipe, study.Question(seeds, holdout, images), listener, place)
     finally:
@@ -219,8 +219,8 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     console = summary.Console(quiet=quiet)
     total, twice = stats.merged(files)
     if twice:
-        console.warn(f"{counted(twice, 'picture')} came more than once, and count as often.")
-    leave_by_exceptions()
+        console.warn(f"{format_count(twice, 'picture')} came more than once, and count as often.")
+    raise_exit_on_signals()
     stats.write_file(total, Path(output))
     found = {
         "schema": 1,
@@ -234,7 +234,7 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     if as_json:
         print(json.dumps(found))
     elif not quiet:
-        print(f"{output}: {counted(total.pictures, 'picture')}, {counted(len(total.sketches), 'tensor')}")
+        print(f"{output}: {format_count(total.pictures, 'picture')}, {format_count(len(total.sketches), 'tensor')}")
         for name in total.sketches if verbose else ():
             print(f"  {name}")
     return 0
@@ -270,7 +270,7 @@ def _run(source: Source, output: str, recipe: Recipe, console: Any, page: Path |
     from qconv.pipeline import pipeline
 
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
-    leave_by_exceptions()
+    raise_exit_on_signals()
     try:
         report, data = pipeline.quantize(source, None if output == "-" else output, recipe, listener)
         if page is not None:
@@ -326,7 +326,7 @@ def _watched() -> bool:
 
 def main() -> None:
     """Run the command that sys.argv names and exit with its status."""
-    leave_at_once()
+    exit_at_once_on_signals()
     if sys.stderr is None:  # print would take standard output instead, which may be carrying the model
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     # a picture that is too large is told of by name; the libraries' own words on it lead nowhere

@@ -12,9 +12,8 @@ from qconv.cli.given import made, preprocessing_of
 from qconv.cli.looking import ALL_PICTURES
 from qconv.cli.options import WIDTH, common_options, csv_option, device_option, preprocessing_options, stack
 from qconv.cli.putting_out import Wanted
-from qconv.errors import QconvError, counted
-from qconv.extras import require_torch
-from qconv.leaving import leave_by_exceptions
+from qconv.errors import QconvError, format_count, require_torch
+from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
     from qconv.results.finetuned import Finetuned, Judged, Round
@@ -153,7 +152,7 @@ def finetune(
     from qconv.training import finetune as training
 
     console = summary.Console(quiet=quiet)
-    leave_by_exceptions()
+    raise_exit_on_signals()
     wishes = finetuned.Wishes(
         recipe,
         None if teacher is None else source_of(teacher),
@@ -196,12 +195,12 @@ def _text(found: Finetuned, *, verbose: bool) -> str:
     rows = [(name, *(cells[name] for cells in table)) for name in table[0]]
     own = found.audit
     lines = [
-        wrapped(f"{found.model}, taught by {found.teacher} on {counted(found.taught, 'picture')}"),
+        wrapped(f"{found.model}, taught by {found.teacher} on {format_count(found.taught, 'picture')}"),
         "",
         columns([("", "before", "after")[: len(table) + 1], *rows], "lrr"[: len(table) + 1]),
         "",
         wrapped(
-            f"On {counted(found.held, 'picture')} held back, by ONNX Runtime. {_steps(found)}, "
+            f"On {format_count(found.held, 'picture')} held back, by ONNX Runtime. {_steps(found)}, "
             f"{found.seconds:.0f} seconds on {found.device}."
         ),
     ]
@@ -210,7 +209,7 @@ def _text(found: Finetuned, *, verbose: bool) -> str:
             "",
             columns([("step", "epoch", "loss", "right", "distance", "s"), *map(_row, found.history)], "rrrrrr"),
         ]
-    runs = f"{counted(own.integer, 'node')} in integers, {own.float} in float"
+    runs = f"{format_count(own.integer, 'node')} in integers, {own.float} in float"
     lines += ["", wrapped(f"{found.output}: {found.bytes / 1e6:.2f} MB, {runs}.")]
     if not found.trained:
         lines.append(wrapped(f"Training brought nothing better: {found.output} is {found.model} as it was."))
@@ -229,7 +228,7 @@ def _cells(judged: Judged, *, labels: bool) -> dict[str, str]:
 def _steps(found: Finetuned) -> str:
     end = f", given up after {found.done} of {found.steps}" if found.done < found.steps else ""
     resumed = f" (from step {found.resumed} in this run)" if found.resumed else ""
-    return f"{counted(found.done, 'step')}{end}{resumed}"
+    return f"{format_count(found.done, 'step')}{end}{resumed}"
 
 
 def _row(row: Round) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from qconv.cli.options import (
 )
 from qconv.cli.putting_out import Wanted, check_report, typed
 from qconv.config.recipe import Recipe
-from qconv.leaving import leave_by_exceptions
+from qconv.signals import raise_exit_on_signals
 
 COMPARED = 64
 
@@ -94,7 +94,7 @@ def compare(
         told.append(text)
         console.warn(text)
 
-    leave_by_exceptions()
+    raise_exit_on_signals()
     try:
         seen = beside.on_pictures(*sources, recipe, warn, console.progress)
     finally:
@@ -155,7 +155,7 @@ def diagnose(
     place = check_report(report, [source], [*options["calib"], *images, options["layer_bits"]], {"the table": csv})
     console = summary.Console(quiet=quiet)
     listener = pipeline.Listener(warn=console.warn, progress=console.progress)
-    leave_by_exceptions()
+    raise_exit_on_signals()
     try:
         seen = clinic.diagnose(clinic.Case(source, asked, images, options["layer_bits"]), listener)
     finally:

@@ -16,7 +16,7 @@ from qconv.cli.values import Size
 from qconv.config.recipe import MOST_THREADS, Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
-from qconv.leaving import leave_by_exceptions
+from qconv.signals import raise_exit_on_signals
 
 NO_STREAM = "a model from standard input can be read only once: name its file."
 
@@ -64,7 +64,7 @@ def audit(
     from qconv.ir.source import source_of
     from qconv.report import printing
 
-    leave_by_exceptions()
+    raise_exit_on_signals()
     found = examine.examine(source_of(model), threads=threads, batch=batch, size=size)
     told = found.as_dict()
     wanted.put(told, told["layers"], lambda: printing.audit(found, verbose=verbose))
@@ -95,7 +95,7 @@ def inspect(model: str, csv: str | None, target: str, as_json: bool, quiet: bool
     from qconv.report import inspected
 
     source = source_of(model)
-    leave_by_exceptions()
+    raise_exit_on_signals()
     proto = read(source)
     wanted.check(*data_files(proto, source))
     found: Any
@@ -138,7 +138,7 @@ def benchmark(
     from qconv.runtime import runtime
 
     console = summary.Console(quiet=quiet)
-    leave_by_exceptions()
+    raise_exit_on_signals()
     try:
         conditions = timing.Conditions(threads, batch, size, rounds)
         found = timing.benchmark(models, conditions, version=runtime.VERSION, progress=console.progress)
@@ -240,7 +240,7 @@ def evaluate(
     if out is not None:
         save.check_place(out)
     console = summary.Console(quiet=quiet)
-    leave_by_exceptions()
+    raise_exit_on_signals()
     wishes = measuring.Wishes(
         recipe,
         None if against is None else source_of(against),

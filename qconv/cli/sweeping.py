@@ -28,7 +28,7 @@ from qconv.cli.putting_out import Wanted, check_report, typed
 from qconv.config.checks import spelt
 from qconv.config.tomlfile import read_toml
 from qconv.errors import QconvError
-from qconv.leaving import leave_by_exceptions
+from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
     from qconv.analysis.sweep import Entry
@@ -97,7 +97,7 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
         told.append(text)
         console.warn(text)
 
-    leave_by_exceptions()
+    raise_exit_on_signals()
     try:
         found = carried_out(source, entries, pipeline.Listener(warn, console.progress))
     finally:

@@ -20,9 +20,8 @@ from qconv.cli.options import (
 )
 from qconv.cli.putting_out import Wanted, check_report, typed
 from qconv.config.choices import STEPS
-from qconv.errors import counted, shaped
-from qconv.extras import require_torch
-from qconv.leaving import leave_by_exceptions
+from qconv.errors import format_count, format_shape, require_torch
+from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
     from qconv.results.synthesized import Layer, Synthesized
@@ -101,11 +100,11 @@ def synthesize(
         raise click.UsageError("pictures go into a folder: name it.")
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*(Path(name) for name in (model,) if name != "-"), written={"the folder of pictures": output})
-    from qconv.folders import refuse_inside
+    from qconv.storage import refuse_path_inside
 
     for path, what in ((report, "The page"), (csv, "The table")):
         if path not in (None, "-"):
-            refuse_inside(Path(output), Path(path), what)
+            refuse_path_inside(Path(output), Path(path), what)
     require_torch("qconv synthesize")
     from qconv.ir.source import source_of
     from qconv.report import summary
@@ -116,7 +115,7 @@ def synthesize(
     page = check_report(report, [source], [], {"the folder of pictures": output, "the table": csv})
     wishes = synthesized.Wishes(preprocessing_of(options), count, batch, iterations, seed, threads, device)
     console = summary.Console(quiet=quiet)
-    leave_by_exceptions()
+    raise_exit_on_signals()
     try:
         made = story.synthesize(source, Path(output), wishes, story.Listener(console.warn, console.progress))
     finally:
@@ -137,11 +136,11 @@ def _text(found: Synthesized, *, verbose: bool) -> str:
     from qconv.report.printing import columns, wrapped
 
     rows = found.worst_first if verbose else found.worst_first[:SHOWN]
-    layers = counted(len(found.layers), "BatchNormalization")
+    layers = format_count(len(found.layers), "BatchNormalization")
     command = ["qconv", "quantize", "-" if found.piped else found.model, "--calib", found.output, *found.options]
     lines = [
         wrapped(
-            f"{found.output}: {counted(found.wishes.count, 'picture')} of {shaped(found.preprocessing.size)}, "
+            f"{found.output}: {format_count(found.wishes.count, 'picture')} of {format_shape(found.preprocessing.size)}, "
             f"by {found.model}"
         ),
         wrapped(found.words),
@@ -160,7 +159,7 @@ def _text(found: Synthesized, *, verbose: bool) -> str:
     lines += [
         "",
         wrapped(
-            f"{counted(found.wishes.steps, 'step')} in batches of {found.batch}, {found.seconds:.0f} seconds on "
+            f"{format_count(found.wishes.steps, 'step')} in batches of {found.batch}, {found.seconds:.0f} seconds on "
             f"{found.device}. 0 is equal; dozens of photographs come to 0.04 or less."
         ),
         "",

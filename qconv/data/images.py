@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ahead import ahead
 from qconv.config.pixels import CROP_SHARE, Color, Layout, Preprocessing
 from qconv.data.listing import SAMPLE_SUFFIXES, Listing, suffix_of
 from qconv.data.preprocess import InputSpec, agrees
-from qconv.errors import QconvError, counted, shaped
+from qconv.errors import QconvError, format_count, format_shape
+from qconv.storage import prefetch
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -79,7 +79,7 @@ def _decoded(path: Path, prep: Preprocessing) -> Picture:
         with Image.open(path, formats=_FORMATS) as picture:
             # Pillow only warns up to twice its limit. The header is all that was read so far.
             if math.prod(picture.size) > _pixel_limit():
-                raise ValueError(f"{shaped(picture.size)} pixels, refused as a possible decompression bomb")
+                raise ValueError(f"{format_shape(picture.size)} pixels, refused as a possible decompression bomb")
             ImageOps.exif_transpose(picture, in_place=True)
             return _eight_bit(picture).convert("L" if prep.color is Color.GREY else "RGB")
     except UnidentifiedImageError:
@@ -159,7 +159,9 @@ def _fitted(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
     else:
         size = _RESIZED[prep.resize](picture.size, prep)
     if math.prod(size) > max(_pixel_limit(), width * height):  # a few pixels by thousands: small file, huge picture
-        raise UnreadablePicture(path, f"{shaped(picture.size)} pixels are too thin to be resized: {shaped(size)}")
+        raise UnreadablePicture(
+            path, f"{format_shape(picture.size)} pixels are too thin to be resized: {format_shape(size)}"
+        )
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling[prep.filter.name])
     if size == (width, height):
@@ -169,7 +171,7 @@ def _fitted(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
         canvas.paste(picture, ((width - size[0]) // 2, (height - size[1]) // 2))
         return canvas
     if size[0] < width or size[1] < height:
-        fact = f"{path} is {shaped(size)} after --resize {prep.resize}, less than the input's {width}x{height}."
+        fact = f"{path} is {format_shape(size)} after --resize {prep.resize}, less than the input's {width}x{height}."
         raise QconvError(fact, f"pass --resize {max(width, height)} or more, or --resize exact.")
     left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
     return picture.crop((left, top, left + width, top + height))
@@ -240,7 +242,7 @@ def _checked(array: NDArray[Any], spec: InputSpec, path: Path) -> NDArray[Any]:
     batched = array.ndim == len(spec.shape) and array.shape[:1] == (1,)
     sample = array[0] if batched else array
     if not spec.shape or not agrees((1, *sample.shape), (None, *spec.shape[1:])):
-        fact = f"{path} has shape {shaped(array.shape)} for input '{spec.name}', which takes {shaped(spec.shape)}."
+        fact = f"{path} has shape {format_shape(array.shape)} for input '{spec.name}', which takes {format_shape(spec.shape)}."
         raise QconvError(fact, "store one sample a file, with or without the leading batch axis of 1.")
     # Any float may become the wanted float. Integers into a float network are most likely pixels not yet normalised.
     same_kind = array.dtype.kind == spec.dtype.kind
@@ -283,7 +285,7 @@ def batches(
         raise QconvError(f"{first} is a picture but the network takes none.", "pass .npy or .npz samples.")
     load = partial(_load, inputs=inputs, prep=prep)
     _import_decoders()
-    pending = ahead(load, listing.paths, workers=workers, depth=2 * workers + batch)
+    pending = prefetch(load, listing.paths, workers=workers, depth=2 * workers + batch)
     return _stacked(_survivors(pending, max(len(listing.paths), listing.whole), warn, progress, lost), inputs, batch)
 
 
@@ -341,7 +343,7 @@ def _survivors(
 
 def _too_many(bad: Sequence[UnreadablePicture], done: int, total: int) -> QconvError:
     so_far = "" if done == total else f" among the first {done}"
-    fact = f"{len(bad)} of {counted(total, 'picture')} cannot be decoded{so_far}, which is more than a tenth"
+    fact = f"{len(bad)} of {format_count(total, 'picture')} cannot be decoded{so_far}, which is more than a tenth"
     hint = "remove what is broken, or leave it out with --glob."
     return QconvError(f"{fact}; the first is {bad[0].path} ({bad[0].reason}).", hint)
 
@@ -363,7 +365,7 @@ def _joined(rows: list[_Row], inputs: Sequence[InputSpec]) -> _Row:
     for spec in inputs:
         shapes = sorted({row[spec.name].shape for row in rows})
         if len(shapes) > 1:
-            fact = f"samples for input '{spec.name}' differ in shape: {shaped(shapes[0])} and {shaped(shapes[1])}."
+            fact = f"samples for input '{spec.name}' differ in shape: {format_shape(shapes[0])} and {format_shape(shapes[1])}."
             raise QconvError(fact, "pass --batch 1, or bring them to one shape.")
     joined = {spec.name: np.stack([row[spec.name] for row in rows]) for spec in inputs}
     rows.clear()

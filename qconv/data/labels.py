@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.errors import QconvError, counted
+from qconv.errors import QconvError, format_count
 
 LISTED = "classes.txt"
 
@@ -41,7 +41,7 @@ class Classes:
         shifted = f", shifted by {offset}," if offset else ""
         if self.complete and len(self.rank) + offset != outputs:
             raise QconvError(
-                f"{counted(len(self.rank), 'class folder')}{shifted} do not fit {outputs} outputs, so that their order "
+                f"{format_count(len(self.rank), 'class folder')}{shifted} do not fit {outputs} outputs, so that their order "
                 "tells no class.",
                 "list all class folders in output order in a file: --classes FILE (--label-offset shifts them).",
             )

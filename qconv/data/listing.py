@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qconv.errors import QconvError, counted
+from qconv.errors import QconvError, format_count
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 SAMPLE_SUFFIXES = frozenset({".npy", ".npz"})
@@ -123,7 +123,7 @@ def _nothing_in(sources: Sequence[str], files: int, known: int, pattern: str | N
         return QconvError(f"none of the {known} pictures in {where} matches --glob '{pattern}'.", hint)
     if files:
         verb = "holds" if len(sources) == 1 else "hold"
-        return QconvError(f"{where} {verb} {counted(files, 'file')} but none is a picture.", suffixes)
+        return QconvError(f"{where} {verb} {format_count(files, 'file')} but none is a picture.", suffixes)
     if len(sources) == 1 and os.path.isdir(sources[0]):
         return QconvError(f"{where} is an empty folder.", f"{suffixes} Hidden files are not looked at.")
     if sources:

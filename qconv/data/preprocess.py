@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qconv.config.pixels import AUTO, PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset
-from qconv.errors import QconvError, counted, shaped
+from qconv.errors import QconvError, format_count, format_shape
 
 PIXEL_TYPES = frozenset(map(np.dtype, ("float16", "float32", "float64", "uint8")))
 AXES = {Layout.NCHW: (1, 2, 3), Layout.NHWC: (3, 1, 2)}  # channel, height, width
@@ -58,7 +58,7 @@ def _require_picture(options: PreprocessingOptions, spec: InputSpec) -> None:
     if not spec.shape:
         raise QconvError(f"input '{spec.name}' is a scalar, or the model does not state its shape.", samples)
     if len(spec.shape) != 4:
-        raise QconvError(f"input '{spec.name}' has shape {shaped(spec.shape)}, which is no picture's.", samples)
+        raise QconvError(f"input '{spec.name}' has shape {format_shape(spec.shape)}, which is no picture's.", samples)
     if spec.dtype not in PIXEL_TYPES:
         raise QconvError(f"input '{spec.name}' takes {spec.dtype}, which pictures are not.", samples)
     if isinstance(options.resize, str) and options.resize not in RESIZED:
@@ -78,11 +78,11 @@ def _channels(color: Color | None, spec: InputSpec, layout: Layout) -> int:
     if channels is None:
         return said or 3
     if channels not in (1, 3):
-        shape = f"{shaped(spec.shape)}, {layout.upper()}"
+        shape = f"{format_shape(spec.shape)}, {layout.upper()}"
         fact = f"input '{spec.name}' ({shape}) has {channels} channels; pictures have 1 or 3."
         raise QconvError(fact, "pass --layout if the axes are meant otherwise, or .npy samples instead of pictures.")
     if said not in (None, channels):
-        fact = f"--color {color} contradicts input '{spec.name}', which has {counted(channels, 'channel')}."
+        fact = f"--color {color} contradicts input '{spec.name}', which has {format_count(channels, 'channel')}."
         raise QconvError(fact, "leave --color out.")
     return channels
 
@@ -98,7 +98,7 @@ def _chosen_preset(options: PreprocessingOptions, spec: InputSpec, channels: int
     if spec.dtype == np.uint8:
         name, reason = "raw", "uint8 inputs"
     else:
-        name, reason = ("imagenet" if channels == 3 else "unit"), counted(channels, "channel")
+        name, reason = ("imagenet" if channels == 3 else "unit"), format_count(channels, "channel")
     return name, f"the default for {reason}{changed}; name another with --preprocess"
 
 
@@ -114,12 +114,12 @@ def _a_channel(
     values = preset if own is None else own
     if len(values) in (1, channels):
         return values
-    has = f"input '{spec.name}' has {counted(channels, 'channel')}"
+    has = f"input '{spec.name}' has {format_count(channels, 'channel')}"
     if own is None:
         hint = "pass --mean and --std with one value each, or --preprocess unit."
         raise QconvError(f"the preset has {len(values)} values for {option} but {has}.", hint)
     fix = "give one value." if channels == 1 else f"give one value, or {channels}."
-    raise QconvError(f"{option} has {counted(len(values), 'value')} but {has}.", fix)
+    raise QconvError(f"{option} has {format_count(len(values), 'value')} but {has}.", fix)
 
 
 def _size(wanted: tuple[int, int] | None, spec: InputSpec, layout: Layout) -> tuple[int, int]:
@@ -132,9 +132,11 @@ def _size(wanted: tuple[int, int] | None, spec: InputSpec, layout: Layout) -> tu
             raise QconvError(f"input '{spec.name}' has no fixed height and width.", hint)
         return height, width
     if min(wanted) < 1:
-        raise QconvError(f"--size {shaped(wanted)} is not possible.", "use at least 1x1.")
+        raise QconvError(f"--size {format_shape(wanted)} is not possible.", "use at least 1x1.")
     if not agrees(wanted, fixed):
-        fact = f"--size {shaped(wanted)} contradicts input '{spec.name}', which is fixed at {shaped(fixed)}."
+        fact = (
+            f"--size {format_shape(wanted)} contradicts input '{spec.name}', which is fixed at {format_shape(fixed)}."
+        )
         raise QconvError(fact, "leave --size out.")
     return wanted
 

@@ -20,8 +20,7 @@ from qconv.data.feed import Batch
 from qconv.data_free.imagined import COUNT, Imagined, pixels, read_by
 from qconv.data_free.portray import channels_of, sketched
 from qconv.data_free.told import MOST_GUESSES, told
-from qconv.errors import QconvError, counted
-from qconv.findings import Change
+from qconv.errors import Change, QconvError, format_count
 from qconv.ir.edits import Refused, kind
 from qconv.ir.edits import source as read_from
 from qconv.ir.graph import DataType, Model, Value, clip_bounds
@@ -112,7 +111,7 @@ class Unseen:
             shown = ", ".join(repr(tap.name) for tap in missing[:NAMED])
             more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
             why = found.get(missing[0].name)
-            told_of = f"{counted(len(missing), 'tensor')} of {len(taps)} that need a range: {shown}{more}"
+            told_of = f"{format_count(len(missing), 'tensor')} of {len(taps)} that need a range: {shown}{more}"
             raise QconvError(
                 f"{self.source.name} says nothing of {told_of} ({why or 'nothing leads there'}).",
                 f"--calib {NO_PICTURES} lives on BatchNormalizations: export the model before they are folded, pass "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qconv.findings import Change, Finding, Skipped
+from qconv.errors import Change, Finding, Skipped
 from qconv.ir.graph import Model, Node, Value, attribute
 
 Pass = Callable[[Model], list[Finding]]

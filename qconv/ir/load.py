@@ -18,8 +18,7 @@ import numpy as np
 import onnx
 
 from qconv.config.targets import LOWEST_OPSET
-from qconv.errors import QconvError
-from qconv.findings import Change
+from qconv.errors import Change, QconvError
 from qconv.ir.graph import Model, attribute, ir, tensor_proto
 from qconv.ir.source import Source, not_onnx, tensors
 

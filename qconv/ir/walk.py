@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ahead import ahead
-from qconv.held import Arrays, Held, Store
 from qconv.ir.graph import Model, Node, Value, array, input_of, reads_of
 from qconv.ir.parts import Proto, part
-from qconv.quant import QuantParams, QuantSpec
+from qconv.quantizer import QuantParams, QuantSpec
 from qconv.runtime.runtime import Session
+from qconv.storage import ArrayStore, StoredArray, StoredArrays, prefetch
 
 AT_ONCE = 2
 
@@ -32,7 +31,7 @@ class Part:
     """
 
     proto: Proto
-    held: Mapping[str, Arrays]
+    held: Mapping[str, StoredArrays]
     large: Mapping[str, NDArray[Any]]
     count: int
 
@@ -52,28 +51,28 @@ class Walk:
         self,
         model: Model,
         feeds: Sequence[Mapping[str, NDArray[Any]]],
-        store: Store,
+        store: ArrayStore,
         *,
         threads: int | None,
         kept: Iterable[Value] = (),
     ) -> None:
         self._model, self._threads, self._count, self._store = model, threads, len(feeds), store
         self._kept = frozenset(kept)
-        self._held: dict[Value, Arrays] = {
-            value: Arrays([store.put(feed[value.name or ""]) for feed in feeds])
+        self._held: dict[Value, StoredArrays] = {
+            value: StoredArrays([store.put(feed[value.name or ""]) for feed in feeds])
             for value in model.graph.inputs
             if array(value) is None and value.name in feeds[0]
         }
         self._done: set[Node] = set()
 
-    def at(self, value: Value) -> Arrays:
+    def at(self, value: Value) -> StoredArrays:
         """The values of a tensor for every batch; they are there until the next call."""
         self._drop()
         if value not in self._held:
             self._run(self._missing(value), value)
         return self._held[value]
 
-    def codes_at(self, value: Value) -> tuple[Arrays, QuantParams | None]:
+    def codes_at(self, value: Value) -> tuple[StoredArrays, QuantParams | None]:
         """Like `at`, but of a dequantized tensor the codes, and how they are dequantized; None for floats."""
         node = value.producer()
         scale, zero = (array(input_of(node, index)) for index in (1, 2)) if node is not None else (None, None)
@@ -112,11 +111,11 @@ class Walk:
         )
         names = [result.name or "" for result in wanted]
         feeds = (own.feed(index) for index in range(self._count))
-        made_of: dict[Value, list[Held]] = {result: [] for result in wanted}
+        made_of: dict[Value, list[StoredArray]] = {result: [] for result in wanted}
         for found in each(session, names, feeds):
             for result, numbers in zip(wanted, found, strict=True):
                 made_of[result].append(self._store.put(numbers))
-        self._held |= {result: Arrays(held) for result, held in made_of.items()}
+        self._held |= {result: StoredArrays(held) for result, held in made_of.items()}
 
     def behind(self, outputs: Sequence[Value]) -> Part:
         """All that is still to be run for these of the model's outputs."""
@@ -156,7 +155,7 @@ class Walk:
 
 def each(session: Session, names: list[str], feeds: Iterator[dict[str, NDArray[Any]]]) -> Iterator[list[NDArray[Any]]]:
     """What the session says of one feed after the other, some of them at once."""
-    for future in ahead(lambda feed: session.run(names, feed), feeds, workers=session.at_once, depth=AT_ONCE + 1):
+    for future in prefetch(lambda feed: session.run(names, feed), feeds, workers=session.at_once, depth=AT_ONCE + 1):
         yield future.result()
 
 
@@ -178,7 +177,7 @@ def _large(value: Value) -> NDArray[Any] | None:
     return numbers if numbers is not None and numbers.nbytes >= LARGE else None
 
 
-def _common(arrays: Arrays) -> tuple[np.dtype[Any], tuple[int | None, ...]]:
+def _common(arrays: StoredArrays) -> tuple[np.dtype[Any], tuple[int | None, ...]]:
     """Type and shape of all of them, None where they differ."""
     sizes = zip(*(x.shape for x in arrays.held), strict=True)
     return arrays.held[0].dtype, tuple(size[0] if len(set(size)) == 1 else None for size in sizes)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qconv.calibration.reach import Channels
-from qconv.findings import Change
+from qconv.errors import Change
 from qconv.ir.affine import Affine
 from qconv.ir.edits import Refused, kind, title
 from qconv.ir.graph import Model, Node, Value

@@ -10,7 +10,7 @@ An Identity carries the second one.
 
 from __future__ import annotations
 
-from qconv.findings import Change
+from qconv.errors import Change
 from qconv.ir.graph import Model, Node, Value
 from qconv.planning.plan import Plan
 

@@ -27,7 +27,7 @@ from qconv.calibration.calibrate import Tap, observer, watch_apart
 from qconv.calibration.reach import Channels, seen_by_channel
 from qconv.calibration.sketch import Want
 from qconv.data.feed import Feed
-from qconv.findings import Change, Finding, Skipped
+from qconv.errors import Change, Finding, Skipped
 from qconv.ir.edits import Refused
 from qconv.ir.graph import Model, Value
 from qconv.ir.layers import Float64, check_finite, move_made, read_layer, scale_inputs, scale_outputs, write_layer

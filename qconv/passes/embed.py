@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 
 from qconv.config.pixels import Layout, Preprocessing
 from qconv.data.preprocess import AXES, layout_order
-from qconv.errors import QconvError
-from qconv.findings import Change, Finding, Skipped
+from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.affine import AFFINE, data_of, read_affine
 from qconv.ir.edits import Refused, called, explicit_pads, kind, reads_as_data, title
 from qconv.ir.graph import (

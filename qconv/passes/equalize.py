@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qconv.findings import Change
+from qconv.errors import Change
 from qconv.ir.affine import read_affine
 from qconv.ir.edits import Refused, called, each_node, kind, no_extra_outputs, source, title
 from qconv.ir.graph import Model, Node, Value, rank, set_attribute

@@ -22,7 +22,7 @@ import numpy as np
 
 from qconv.data_free.expected import note_expected
 from qconv.data_free.told import note_told
-from qconv.findings import Change, Finding
+from qconv.errors import Change, Finding
 from qconv.ir.affine import Affine, data_of, read_affine
 from qconv.ir.edits import (
     Pass,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qconv.findings import Change, Finding
+from qconv.errors import Change, Finding
 from qconv.ir.graph import DataType, Model, Value, array
 
 WORTHWHILE = 4096  # bytes; below, the two nodes cost as much as they save

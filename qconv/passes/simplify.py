@@ -14,7 +14,7 @@ from math import inf
 
 import numpy as np
 
-from qconv.findings import Change
+from qconv.errors import Change
 from qconv.ir.edits import (
     Pass,
     Refused,

@@ -22,7 +22,7 @@ from qconv.ir.layers import Float64, read_layer
 from qconv.passes.noise import Codes, Term, Weights
 from qconv.passes.streams import Ends, Streams
 from qconv.planning.plan import Layer, Plan
-from qconv.quant import PerTensor
+from qconv.quantizer import PerTensor
 
 MEAN_COUNTS = 0.1
 MOST_WEIGHTS = 2**22

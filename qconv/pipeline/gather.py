@@ -18,8 +18,7 @@ from qconv.data.feed import Feed
 from qconv.data.preprocess import InputSpec, resolve
 from qconv.data_free.imagined import Imagined
 from qconv.data_free.unseen import Unseen
-from qconv.errors import QconvError
-from qconv.extras import require_torch
+from qconv.errors import QconvError, require_torch
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, original
 from qconv.planning.plan import Plan

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from qconv.calibration.sketch import Sketch
-from qconv.quant import SMALLEST_SCALE
+from qconv.quantizer import SMALLEST_SCALE
 
 ROUNDING = 1e-5
 """Relative error of a sum of float32 numbers, about."""

@@ -20,9 +20,7 @@ from qconv.config.layer_bits import as_toml
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, Target
 from qconv.data.feed import Feed
-from qconv.errors import QconvError
-from qconv.extras import require_torch
-from qconv.findings import Change, Finding, Skipped
+from qconv.errors import Change, Finding, QconvError, Skipped, require_torch
 from qconv.ir import load
 from qconv.ir.fileformat import describe, needed_opset, needed_runtime, set_ir_version
 from qconv.ir.graph import Model

@@ -6,8 +6,7 @@ import fnmatch
 from collections.abc import Callable
 
 from qconv.config.recipe import Recipe
-from qconv.errors import QconvError
-from qconv.findings import Skipped
+from qconv.errors import QconvError, Skipped
 from qconv.ir.graph import Model
 from qconv.ir.source import Source
 from qconv.planning.plan import Plan

@@ -14,7 +14,7 @@ from qconv.config.targets import Target
 from qconv.ir.graph import DataType, Node, Value, array, clip_bounds, dims, input_of, rank
 from qconv.ir.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, Rule, Transparent, Weighted
 from qconv.planning.gates import Gate
-from qconv.quant import PerBlock, PerChannel, QuantParams, QuantSpec
+from qconv.quantizer import PerBlock, PerChannel, QuantParams, QuantSpec
 
 
 @dataclass(frozen=True, slots=True)

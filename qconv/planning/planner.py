@@ -21,7 +21,7 @@ from qconv.planning.plan import Choice, Layer, Plan, channels_of, data_inputs
 from qconv.planning.refusals import WIDE_CODES, refusal, why_dequantized
 from qconv.planning.shortcut import shortcut
 from qconv.planning.weight_specs import oriented, weight_spec
-from qconv.quant import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
+from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
 
 WISHED = "kept float by --keep-float"
 CHANNEL_SCALES = "a scale for each channel of the activations has no integer kernel"

@@ -9,7 +9,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
 from qconv.ir.graph import Node, array, attribute, input_of
 from qconv.ir.rules import Weighted
-from qconv.quant import PerBlock, PerChannel, PerTensor, QuantSpec
+from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
 
 
 def oriented(node: Node, rule: Weighted) -> Weighted:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from qconv.calibration import clipping
 from qconv.calibration.sketch import Sketch
-from qconv.findings import Change
-from qconv.quant import PerChannel, QuantParams, QuantSpec
+from qconv.errors import Change
 from qconv.quantization.allocation import allocate
 from qconv.quantization.weight_ranges import WEIGHT_RANGES, Ends, Floats
+from qconv.quantizer import PerChannel, QuantParams, QuantSpec
 
 MOST = 8
 Ranges = Callable[[NDArray[np.intp], QuantSpec], Ends]

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.choices import PACKED_BITS
-from qconv.findings import Change, Finding
+from qconv.errors import Change, Finding
 from qconv.ir.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of, rank
 from qconv.ir.rules import RULES, Computing, Weighted
 from qconv.planning.plan import Plan, data_inputs, data_positions
-from qconv.quant import PerBlock, PerChannel, QuantParams
 from qconv.quantization.params import Params
 from qconv.quantization.weights import LayerParams
+from qconv.quantizer import PerBlock, PerChannel, QuantParams
 
 FUSIBLE = (Weighted, Computing)
 """Rules of the operators that ONNX Runtime computes with in integers, and whose results that changes."""

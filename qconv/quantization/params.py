@@ -11,13 +11,13 @@ from qconv.calibration.clipping import Range
 from qconv.calibration.sketch import Sketch, Want
 from qconv.config.choices import PERCENTILE
 from qconv.config.recipe import Recipe
-from qconv.findings import Change, Finding
+from qconv.errors import Change, Finding
 from qconv.ir import layers
 from qconv.ir.graph import Node, Value, array
 from qconv.planning.plan import Layer, Plan, channels_of
-from qconv.quant import QuantParams, QuantSpec
 from qconv.quantization import channel_bits
 from qconv.quantization.weights import LayerParams, Source, quantize_layer
+from qconv.quantizer import QuantParams, QuantSpec
 
 LARGEST_MULTIPLIER = 200.0
 NO_FACTORS: Mapping[str, float] = MappingProxyType({})

@@ -21,11 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ahead import ahead
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.findings import Finding, Skipped
-from qconv.held import Arrays, Store
+from qconv.errors import Finding, Skipped
 from qconv.ir.graph import Model, Node
 from qconv.ir.walk import Walk
 from qconv.planning.plan import Layer, Plan
@@ -38,6 +36,7 @@ from qconv.quantization.rounder import stored_shape
 from qconv.quantization.sight import Sight
 from qconv.quantization.solve import Effort, Solver, first_input
 from qconv.quantization.weights import LayerParams
+from qconv.storage import ArrayStore, StoredArrays, prefetch
 
 Float32 = NDArray[np.float32]
 HELD = 2**27
@@ -99,7 +98,7 @@ class _Refiner:
         progress: Callable[[str, int, int], None],
     ) -> list[Finding]:
         simulated, nodes = self._with_quantizers(floats)
-        with contextlib.closing(Store(HELD)) as first, contextlib.closing(Store(HELD)) as second:
+        with contextlib.closing(ArrayStore(HELD)) as first, contextlib.closing(ArrayStore(HELD)) as second:
             real = Walk(self.model, feeds, first, threads=self.solver.recipe.threads)
             other = Walk(simulated, feeds, second, threads=self.solver.recipe.threads)
             self._go(real, other, simulated, nodes, progress)
@@ -116,7 +115,7 @@ class _Refiner:
         """While a layer is solved the float network, which does not depend on that, runs on to the next one."""
         refusals = [self.solver.refusal(self.model, chosen) for chosen in self.params.layers]
         solved = [chosen.layer.node for chosen, why in zip(self.params.layers, refusals, strict=True) if why is None]
-        inputs = ahead(real.at, map(first_input, solved), workers=1, depth=1)
+        inputs = prefetch(real.at, map(first_input, solved), workers=1, depth=1)
         with contextlib.closing(inputs):
             upcoming = next(inputs, None)
             for index, (chosen, why) in enumerate(zip(list(self.params.layers), refusals, strict=True)):
@@ -153,7 +152,7 @@ class _Refiner:
         return copy, nodes
 
     def _rows(
-        self, layer: Layer, index: int, floats: Arrays, other: Walk, twin: Node
+        self, layer: Layer, index: int, floats: StoredArrays, other: Walk, twin: Node
     ) -> Iterator[tuple[Float32, Float32]]:
         """The same rows of both networks, piece by piece, cut out ahead of who sums them."""
         codes, grid = other.codes_at(first_input(twin))
@@ -168,7 +167,7 @@ class _Refiner:
                 found *= grid.scale
             return patches.rows(floats[number], places), found
 
-        with contextlib.closing(ahead(cut, drawn, workers=1, depth=4)) as futures:
+        with contextlib.closing(prefetch(cut, drawn, workers=1, depth=4)) as futures:
             for count, future in zip(self.pieces, futures, strict=True):
                 yield from _apart(*future.result(), count)
 

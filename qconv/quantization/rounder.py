@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from qconv.ir.graph import Node, array
 from qconv.ir.layers import rows_of, stored_of
 from qconv.planning.plan import Layer
-from qconv.quant import PerBlock, PerTensor, QuantParams
 from qconv.quantization import rounding, saturation
 from qconv.quantization.moments import Moments
+from qconv.quantizer import PerBlock, PerTensor, QuantParams
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]

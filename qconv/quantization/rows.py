@@ -6,8 +6,8 @@ import numpy as np
 
 from qconv.ir.graph import Value, input_of
 from qconv.planning.plan import Plan
-from qconv.quant import PerBlock, PerChannel, QuantParams
 from qconv.quantization.params import Params
+from qconv.quantizer import PerBlock, PerChannel, QuantParams
 from qconv.results.report import TensorRow
 
 

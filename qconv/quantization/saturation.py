@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.quant import QuantParams
+from qconv.quantizer import QuantParams
 
 PAIR_LIMIT = 32767
 LARGEST_CODE = 255

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.ir.graph import Node, Value, array, clip_bounds, input_of
-from qconv.quant import QuantParams
 from qconv.quantization.moments import Moments
+from qconv.quantizer import QuantParams
 
 Float32 = NDArray[np.float32]
 OPEN = (-math.inf, math.inf)

@@ -21,12 +21,10 @@ from numpy.typing import NDArray
 
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
-from qconv.findings import Change, Finding, Skipped
-from qconv.held import Arrays
+from qconv.errors import Change, Finding, Skipped
 from qconv.ir.graph import Model, Node, Value
 from qconv.ir.layers import rows_of, stored_of
 from qconv.planning.plan import Layer
-from qconv.quant import PerChannel, QuantParams
 from qconv.quantization import channel_bits, rounding
 from qconv.quantization.moments import Moments
 from qconv.quantization.patches import Ints, Patches
@@ -45,6 +43,8 @@ from qconv.quantization.weights import (
     shifted_bias,
     with_bias,
 )
+from qconv.quantizer import PerChannel, QuantParams
+from qconv.storage import StoredArrays
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -120,7 +120,7 @@ class Solver:
             return "with 8 bits a depthwise layer loses little"
         return None
 
-    def drawn(self, layer: Layer, index: int, inputs: Arrays) -> Iterator[tuple[Patches, Ints]]:
+    def drawn(self, layer: Layer, index: int, inputs: StoredArrays) -> Iterator[tuple[Patches, Ints]]:
         """How, and at which positions, rows are cut out of each batch of what a layer reads. index: of the layer."""
         shape = stored_shape(layer.node)
         groups, _, columns = _rows_shape(layer.node)

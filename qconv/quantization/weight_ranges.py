@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qconv.calibration import clipping
 from qconv.calibration.sketch import histogram_of
-from qconv.quant import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec, extremes
+from qconv.quantizer import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec, group_extremes
 
 Floats = NDArray[np.floating[Any]]
 Ends = tuple[Floats, Floats]
@@ -28,7 +28,7 @@ LARGEST_PART = 2**20
 
 def largest(weight: Floats, spec: QuantSpec) -> Ends:
     """The extremes: nothing is clipped."""
-    return extremes(weight, spec.granularity)
+    return group_extremes(weight, spec.granularity)
 
 
 def least_squares(weight: Floats, spec: QuantSpec, importance: Floats | None = None) -> Ends:
@@ -36,7 +36,7 @@ def least_squares(weight: Floats, spec: QuantSpec, importance: Floats | None = N
 
     importance: how much the square of each weight's error counts, of the weight's shape; None: all alike.
     """
-    low, high = extremes(weight, spec.granularity)
+    low, high = group_extremes(weight, spec.granularity)
     if not low.shape and importance is None:
         return _as_arrays(clipping.least_squares(histogram_of(weight), spec, float(low), float(high)))
     rows = _rows(weight, spec.granularity)
@@ -84,7 +84,7 @@ def _error(rows: Floats, spec: QuantSpec, low: Floats, high: Floats, importance:
 
 def aciq(weight: Floats, spec: QuantSpec) -> Ends:
     """The closed-form optimum of Laplace's or Gauss's density, whichever fits a group better."""
-    low, high = extremes(weight, spec.granularity)
+    low, high = group_extremes(weight, spec.granularity)
     if not low.shape:
         return _as_arrays(clipping.aciq(histogram_of(weight), spec, float(low), float(high)))
     rows = _rows(weight, spec.granularity).astype(np.float64)

@@ -13,15 +13,14 @@ from numpy.typing import NDArray
 
 from qconv.calibration.sketch import Sketch
 from qconv.config.targets import Target
-from qconv.errors import QconvError
-from qconv.findings import Change, Finding, Skipped
+from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.graph import array, attribute, input_of
 from qconv.ir.layers import means_of
 from qconv.planning.plan import Layer
-from qconv.quant import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, extremes
 from qconv.quantization import bias as bias_correction
 from qconv.quantization import channel_bits, saturation
 from qconv.quantization.weight_ranges import WEIGHT_RANGES
+from qconv.quantizer import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, group_extremes
 
 # Leaves half of int32 to the sum of products: 2^30 / (255 * 127) inputs a channel is more than any layer has.
 LARGEST_BIAS_CODE = 2.0**30
@@ -246,7 +245,7 @@ def _on_average(layer: Layer, weight: NDArray[np.float32], means: NDArray[np.flo
 
 def _scale_dead_channels(params: QuantParams, weight: NDArray[np.float32]) -> QuantParams:
     """An all-zero channel takes the largest scale of the others: its bias is stored in steps of s_x * s_w."""
-    low, high = extremes(weight, params.spec.granularity)
+    low, high = group_extremes(weight, params.spec.granularity)
     dead = (low == 0) & (high == 0)
     if params.scale.ndim == 0 or not dead.any() or dead.all():
         return params

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from qconv.errors import counted
+from qconv.errors import format_count
 from qconv.results.curve import Curve, Spread
 
 WIDTH, HEIGHT = 1200, 560
@@ -104,7 +104,7 @@ def draw(curve: Curve) -> list[Shape]:
     title = f"How many calibration pictures does {_short(curve.model)} need?"
     shapes: list[Shape] = [Text((WIDTH / 2, 40), title, size=LARGE)]
     draws = "one draw" if curve.draws == 1 else f"{curve.draws} draws of each number"
-    subtitle = f"{curve.recipe['calibrator']}, {draws}, scored on {counted(curve.scored, 'other picture')}"
+    subtitle = f"{curve.recipe['calibrator']}, {draws}, scored on {format_count(curve.scored, 'other picture')}"
     shapes.append(Text((WIDTH / 2, 68), subtitle, role="quiet"))
     for ends, measure in zip(PANELS, _measures(curve), strict=True):
         shapes += _panel(curve, measure, ends)
@@ -144,7 +144,7 @@ def _panel(curve: Curve, measure: Measure, ends: tuple[float, float]) -> Iterato
     yield from _frame(left, right)
     yield Line(tuple((axes.x(c), axes.y(s.median)) for c, s in spreads.items()), measure.role, width=3)
     for count, seed, value in measure.each:
-        title = f"{counted(count, 'picture')}, draw {seed}: {value:.4g} {measure.unit}"
+        title = f"{format_count(count, 'picture')}, draw {seed}: {value:.4g} {measure.unit}"
         yield Dot((axes.x(count), axes.y(value)), 5, measure.role, title)
 
 

@@ -17,7 +17,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
 
-from qconv.errors import QconvError, counted, sized
+from qconv.errors import QconvError, format_bytes, format_count
 from qconv.report.shown import Page
 from qconv.results.compared import Compared, LayerRow, Values
 from qconv.results.ladder import Sweep, Trial
@@ -217,6 +217,6 @@ FILTERS = {
     "data_url": data_url,
     "others": others,
     "spent": spent,
-    "counted": counted,
-    "sized": sized,
+    "counted": format_count,
+    "sized": format_bytes,
 }

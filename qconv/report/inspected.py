@@ -13,8 +13,7 @@ from qconv.analysis.foretold import Trouble
 from qconv.analysis.inspect_float import End, FloatModel, FloatRow, Left
 from qconv.analysis.inspect_quantized import QuantizedModel, QuantizedRow
 from qconv.config.spoken import in_words
-from qconv.errors import counted, shaped
-from qconv.findings import Skipped
+from qconv.errors import Skipped, format_count, format_shape
 from qconv.ir.stored import Tensor
 from qconv.report.printing import COLUMNS, columns, wrapped
 
@@ -62,8 +61,10 @@ def _default_run(found: FloatModel, *, verbose: bool) -> list[str]:
     if not found.layers:
         return [wrapped("A default run has nothing to quantize: no layer has constant weights.")]
     floats = sum(len(left.nodes) for left in found.left)
-    absorbed = f" ({counted(found.absorbed, 'activation')} absorbed)" if found.absorbed else ""
-    what = f"A default run for {found.target} puts {counted(found.integer, 'operator')} into integers{absorbed} and "
+    absorbed = f" ({format_count(found.absorbed, 'activation')} absorbed)" if found.absorbed else ""
+    what = (
+        f"A default run for {found.target} puts {format_count(found.integer, 'operator')} into integers{absorbed} and "
+    )
     lines = [wrapped(f"{what}leaves {floats or 'none'} in float{':' if floats else '.'}")]
     shown = found.left if verbose else found.left[:MOST_GROUPS]
     lines += [_left(left, verbose=verbose) for left in shown]
@@ -97,7 +98,7 @@ def _troubles(troubles: Sequence[Trouble], *, verbose: bool) -> list[str]:
     lines = []
     for (kind, handled), group in sorted(groups.items(), key=lambda item: bool(item[0][1])):
         care = f"; {handled}" if handled else ""
-        lines.append(_hanging(f"  {kind} in {counted(len(group), 'layer')}{care}", 4))
+        lines.append(_hanging(f"  {kind} in {format_count(len(group), 'layer')}{care}", 4))
         ranked = sorted(group, key=lambda trouble: -(trouble.value or 0.0))
         for trouble in ranked if verbose else ranked[: 1 if handled else WORST]:
             channels = ", ".join(map(str, trouble.channels))
@@ -112,7 +113,7 @@ def _float_cells(row: FloatRow) -> tuple[str, ...]:
         codes = "float"
     else:
         codes = f"{row.bits} {row.granularity}" + (", in float" if row.runs == "float" else "")
-    return row.name, row.op, shaped(row.shape), f"{row.share:.1%}", codes, str(len(row.troubles) or "")
+    return row.name, row.op, format_shape(row.shape), f"{row.share:.1%}", codes, str(len(row.troubles) or "")
 
 
 # -- a quantized one ---------------------------------------------------------------------------------------------------
@@ -128,9 +129,11 @@ def quantized_model(found: QuantizedModel, *, verbose: bool) -> str:
         lines.append(_titled("options", shlex.join(found.options) or "the defaults"))
         own = found.recipe.get("layer_bits")
         if isinstance(own, list) and own:
-            lines.append(_titled("", f"and --layer-bits with {counted(len(own), 'line')}: see --json"))
+            lines.append(_titled("", f"and --layer-bits with {format_count(len(own), 'line')}: see --json"))
         if found.placed:
-            lines.append(_titled("placed", f"{counted(found.placed, 'operator')} in float, because that is faster"))
+            lines.append(
+                _titled("placed", f"{format_count(found.placed, 'operator')} in float, because that is faster")
+            )
     if found.preprocessing is not None:
         lines.append(_titled("pictures", _fed(found.preprocessing)))
     parts = {
@@ -180,7 +183,7 @@ def _fed(told: Mapping[str, Any]) -> str:
     scale, size = told.get("scale"), told.get("size")
     factor = in_words(scale) if isinstance(scale, float) else str(scale)
     parts = [str(told.get("color") or "").upper(), f"(pixel x {factor} - {told.get('mean')}) / {told.get('std')}"]
-    parts += [str(told.get("layout") or "").upper(), shaped(size) if isinstance(size, list) else ""]
+    parts += [str(told.get("layout") or "").upper(), format_shape(size) if isinstance(size, list) else ""]
     return " ".join(filter(None, parts))
 
 
@@ -191,7 +194,7 @@ def _ends(inputs: Iterable[End], outputs: Iterable[End]) -> list[str]:
     lines = []
     for title, ends in (("input", inputs), ("output", outputs)):
         for end in ends:
-            shape = "shape unknown" if end.shape is None else shaped(end.shape)
+            shape = "shape unknown" if end.shape is None else format_shape(end.shape)
             lines.append(_titled(title, f"{end.name}, {end.type} {shape}"))
     return lines
 

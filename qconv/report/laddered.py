@@ -6,7 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from qconv.errors import counted
+from qconv.errors import format_count
 from qconv.report.printing import COLUMNS, columns, wrapped
 from qconv.results.ladder import Cause, Diagnosis, Sweep, Trial
 
@@ -53,7 +53,7 @@ def _all_of(written: Sequence[str]) -> str:
 
 def _scored_on(pictures: int, unseen: bool) -> str:
     how = "none of them calibrated with" if unseen else "calibrated with, too"
-    return f"scored on {counted(pictures, 'picture')}, {how}"
+    return f"scored on {format_count(pictures, 'picture')}, {how}"
 
 
 def _cause(cause: Cause, *, verbose: bool) -> Iterator[str]:

@@ -14,8 +14,7 @@ from qconv.analysis.beside import Looked, on_pictures
 from qconv.audit.examine import Examined, examine
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.errors import QconvError, counted, sized
-from qconv.findings import Change, Finding, Skipped
+from qconv.errors import Change, Finding, QconvError, Skipped, format_bytes, format_count
 from qconv.ir.source import Source, file_bytes, read
 from qconv.metrics.intervals import Interval, of_share
 from qconv.report.sheet import sheet
@@ -127,7 +126,7 @@ def of_diagnosis(found: Diagnosis, looked: Looked | None, command: str) -> Page:
     page = _page(found.model, looked, scores, None, found.warnings)
     return replace(
         page,
-        subtitle=f"diagnosed on {counted(found.pictures, 'picture')}",
+        subtitle=f"diagnosed on {format_count(found.pictures, 'picture')}",
         tiles=(
             Tile("as it was asked for", _got(first), _agreeing(first)),
             Tile("at best", _got(found.best), f"{named}{_agreeing(found.best, '; ')}", "good" if mended else "plain"),
@@ -144,17 +143,24 @@ def of_sweep(found: Sweep, command: str, warnings: Sequence[str]) -> Page:
     """The page of several recipes side by side."""
     good = [trial for trial, best in zip(found.trials, found.best, strict=True) if best]
     page = _page(found.model, None, Scores(found.pictures, ()), None, warnings)
-    kept = f"{len(good)} of {counted(len(found.trials), 'recipe')} are beaten by no other"
+    kept = f"{len(good)} of {format_count(len(found.trials), 'recipe')} are beaten by no other"
     near = max(good, key=lambda trial: trial.accuracy_db, default=None)
     least = min(good, key=lambda trial: trial.size, default=None)
     told = "" if near is None or least is None else f": {near.name} is the most accurate, {least.name} the smallest"
     ends = [(label, trial) for label, trial in (("most accurate", near), ("smallest", least)) if trial is not None]
     return replace(
         page,
-        subtitle=f"quantized in {len(found.trials)} ways, measured on {counted(found.pictures, 'picture')}",
+        subtitle=f"quantized in {len(found.trials)} ways, measured on {format_count(found.pictures, 'picture')}",
         tiles=(
-            *(Tile(label, t.name, f"{_got(t)}{_agreeing(t, ', ')}, {sized(t.size)}", "good") for label, t in ends),
-            Tile("float model", sized(found.float_bytes), "" if found.float_ms is None else f"{found.float_ms:.2f} ms"),
+            *(
+                Tile(label, t.name, f"{_got(t)}{_agreeing(t, ', ')}, {format_bytes(t.size)}", "good")
+                for label, t in ends
+            ),
+            Tile(
+                "float model",
+                format_bytes(found.float_bytes),
+                "" if found.float_ms is None else f"{found.float_ms:.2f} ms",
+            ),
             *page.tiles,
         ),
         verdict=f"{kept}{told}.",
@@ -214,7 +220,9 @@ def size_tile(float_bytes: int, quantized_bytes: int) -> Tile:
     """How much smaller the file is."""
     ratio = float_bytes / max(1, quantized_bytes)
     value = f"{ratio:.1f}\u00d7 smaller" if ratio > 1 else f"{1 / ratio:.1f}\u00d7 larger"
-    return Tile("size", value, f"{sized(float_bytes)} to {sized(quantized_bytes)}", "good" if ratio > 1 else "bad")
+    return Tile(
+        "size", value, f"{format_bytes(float_bytes)} to {format_bytes(quantized_bytes)}", "good" if ratio > 1 else "bad"
+    )
 
 
 def accuracy_tile(scores: Scores) -> Tile:
@@ -257,7 +265,7 @@ def integers_tile(audited: Audit) -> Tile:
     """Share of the nodes, and of the time, in integers."""
     nodes = audited.integer + audited.float
     spent = "" if not audited.total_us else f", {(audited.spent('integer') or 0.0) / audited.total_us:.0%} of the time"
-    note = f"{audited.integer} of {counted(nodes, 'node')}{spent}"
+    note = f"{audited.integer} of {format_count(nodes, 'node')}{spent}"
     value = f"{audited.integer / nodes:.0%}" if nodes else "none"
     return Tile("in integers", value, note, "good" if nodes and not audited.float else "plain")
 
@@ -322,6 +330,6 @@ def _blame(compared: Compared | None) -> list[str]:
         if compared is not None and total >= HALF:
             worst = compared.worst_first[0]
             verb = "makes" if count == 1 else "make"
-            what = f"{count} of {counted(len(compared.layers), 'layer')} {verb} half of what error is left"
+            what = f"{count} of {format_count(len(compared.layers), 'layer')} {verb} half of what error is left"
             return [f"{what}; most, {worst.output_share or 0.0:.0%}, comes from {worst.name}."]
     return []

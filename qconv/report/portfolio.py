@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 
 import qconv
-from qconv.errors import counted, shaped
+from qconv.errors import format_count, format_shape
 from qconv.report.plot import thumbnail
 from qconv.report.shown import Page, Picture, Tile
 from qconv.results.synthesized import WELL, Synthesized
@@ -21,12 +21,12 @@ def of_synthesis(made: Made, command: str) -> Page:
     shown = sorted({index * count // min(PICTURES, count) for index in range(min(PICTURES, count))})
     digits = max(3, len(str(count - 1)))
     near = found.after <= WELL
-    size = shaped(found.preprocessing.size)
+    size = format_shape(found.preprocessing.size)
     return Page(
         title=PurePath(found.model).name,
-        subtitle=f"{counted(count, 'picture')}, made from what {_layers(found)} of it remember of training",
+        subtitle=f"{format_count(count, 'picture')}, made from what {_layers(found)} of it remember of training",
         tiles=(
-            Tile("pictures", str(count), f"{size}, in {counted(found.wishes.steps, 'step')} each"),
+            Tile("pictures", str(count), f"{size}, in {format_count(found.wishes.steps, 'step')} each"),
             Tile(
                 "distance of statistics",
                 f"{found.after:.3f}",
@@ -47,11 +47,11 @@ def of_synthesis(made: Made, command: str) -> Page:
         warnings=tuple(found.warnings),
         fed=found.words,
         contact=tuple(Picture(f"{index:0{digits}}.png", thumbnail(made.pixels[index])) for index in shown),
-        caption=f"{counted(len(shown), 'picture')} of {count}, made out of discs by gradients through the network.",
+        caption=f"{format_count(len(shown), 'picture')} of {count}, made out of discs by gradients through the network.",
         command=command,
         synthesis=found,
     )
 
 
 def _layers(found: Synthesized) -> str:
-    return counted(len(found.layers), "BatchNormalization")
+    return format_count(len(found.layers), "BatchNormalization")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qconv.analysis.evaluate import Evaluation, Output, Share
 from qconv.audit.examine import Examined
-from qconv.errors import counted, shaped
+from qconv.errors import format_count, format_shape
 from qconv.metrics.intervals import SIGNIFICANT, Interval, of_difference
 from qconv.results.compared import Compared, LayerRow
 from qconv.results.report import Island, alike
@@ -40,7 +40,10 @@ def audit(found: Examined, *, verbose: bool) -> str:
         lines += ["", "nodes:", columns([("us", "runs in", "operator", "node"), *cells], "rlll")]
     if own.saturating:
         lines += ["", *_saturation(found)]
-    lines += ["", wrapped(f"{counted(found.threads, 'thread')}, ONNX Runtime {found.version}, {found.cpu.in_words()}.")]
+    lines += [
+        "",
+        wrapped(f"{format_count(found.threads, 'thread')}, ONNX Runtime {found.version}, {found.cpu.in_words()}."),
+    ]
     return "\n".join(lines)
 
 
@@ -78,7 +81,7 @@ def _saturation(found: Examined) -> list[str]:
     where = "This CPU" if found.cpu.saturates else "A CPU without VNNI (this one has it)"
     if found.cpu.saturates is False and "vnni" not in found.cpu.features:
         where = "An x86 CPU without VNNI"
-    what = f"{where} adds pairs of products in 16 bits. {counted(len(layers), 'layer')} could saturate there:"
+    what = f"{where} adds pairs of products in 16 bits. {format_count(len(layers), 'layer')} could saturate there:"
     rows = [
         (f"{layer.worst:.2f} x 16 bits", f"{layer.outputs} of {layer.channels} channels", layer.node)
         for layer in layers[:SHOWN]
@@ -109,8 +112,8 @@ def benchmark(found: Benchmark, *, verbose: bool) -> str:
     lines = [columns(rows, "rrll")]
     for other in found.timings[1:]:
         lines.append(f"{other.path}: {_verdict(first.medians, other.medians)}")
-    inputs = ", ".join(f"{name} {shaped(shape)}" for name, shape in first.shapes.items())
-    how = f"{counted(found.threads, 'thread')}, {counted(found.conditions.rounds, 'round')} in turns, input {inputs}, "
+    inputs = ", ".join(f"{name} {format_shape(shape)}" for name, shape in first.shapes.items())
+    how = f"{format_count(found.threads, 'thread')}, {format_count(found.conditions.rounds, 'round')} in turns, input {inputs}, "
     lines += ["", wrapped(f"{how}ONNX Runtime {found.version}."), wrapped(f"{found.cpu.in_words()}.")]
     if found.cpu.advice():
         lines.append(wrapped(f"Note: {found.cpu.advice()}."))
@@ -126,14 +129,14 @@ def _verdict(first: Sequence[float], other: Sequence[float]) -> str:
     faster = sum(its < own for own, its in zip(first, other, strict=True))
     middle = sorted(own / its for own, its in zip(first, other, strict=True))[len(first) // 2]
     words = f"{middle:.2f} times as fast as the first"
-    return f"{words}, faster in {faster} of {counted(len(first), 'round')}"
+    return f"{words}, faster in {faster} of {format_count(len(first), 'round')}"
 
 
 def evaluation(found: Evaluation, *, verbose: bool) -> str:
     """Accuracy of both models, how near they are, and what of it is chance."""
-    lines = [wrapped(f"{found.model}: {counted(found.images, 'picture')}, labels by {found.labels}")]
+    lines = [wrapped(f"{found.model}: {format_count(found.images, 'picture')}, labels by {found.labels}")]
     if not found.labels:
-        lines = [wrapped(f"{found.model}: {counted(found.images, 'picture')} without labels")]
+        lines = [wrapped(f"{found.model}: {format_count(found.images, 'picture')} without labels")]
     if found.words:
         lines.append(wrapped(found.words))
     rows = [("", "top-1 %", "(95 %)", "top-5 %", "(95 %)")]
@@ -148,7 +151,7 @@ def evaluation(found: Evaluation, *, verbose: bool) -> str:
         chance = (
             "more than chance"
             if flips.p_value < SIGNIFICANT
-            else f"no more than chance on {counted(flips.count, 'picture')}"
+            else f"no more than chance on {format_count(flips.count, 'picture')}"
         )
         what = f"difference {100 * flips.difference:+.2f} points {_range(span, 100, '+.2f')}: {flips.won} won, "
         lines.append(wrapped(f"{what}{flips.lost} lost, p = {flips.p_value:.2g} (McNemar), {chance}"))
@@ -184,11 +187,11 @@ def _range(span: Interval | None, factor: float, how: str) -> str:
 
 def comparison(found: Compared, *, verbose: bool) -> str:
     """The layers, those first that cost most at the outputs."""
-    lines = [wrapped(f"{found.model} beside {found.float_model}: {counted(found.images, 'picture')}")]
+    lines = [wrapped(f"{found.model} beside {found.float_model}: {format_count(found.images, 'picture')}")]
     lines += [wrapped(found.words)] if found.words else []
     got, sum_of = (_decibel(value) for value in (found.sqnr_db, found.predicted_db))
     told = f"SQNR of the outputs: {got} dB. The layers' own errors, each by itself and added up: {sum_of} dB, on "
-    lines += ["", wrapped(f"{told}{counted(found.predicted_on, 'picture')}."), ""]
+    lines += ["", wrapped(f"{told}{format_count(found.predicted_on, 'picture')}."), ""]
     rows = found.worst_first if verbose else found.worst_first[:LAYERS]
     cells = [
         ("part of", "own", "as it", "", "codes", "beyond", ""),
@@ -226,7 +229,9 @@ def _most_of(found: Compared) -> str:
         total += row.output_share or 0.0
         if total >= HALF:
             verb = "makes" if count == 1 else "make"
-            return f"{count} of {counted(len(found.layers), 'layer')} {verb} {total:.0%} of the error at the outputs."
+            return (
+                f"{count} of {format_count(len(found.layers), 'layer')} {verb} {total:.0%} of the error at the outputs."
+            )
     return ""
 
 

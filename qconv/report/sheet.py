@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qconv.config.pixels import Color, Layout, Preprocessing
 from qconv.data.feed import Batch, Feed
-from qconv.errors import QconvError, counted
+from qconv.errors import QconvError, format_count
 from qconv.report.plot import thumbnail
 from qconv.report.shown import Picture
 
@@ -67,6 +67,6 @@ def _caption(fed: Sequence[NDArray[Any]], prep: Preprocessing) -> str:
     low, high, mean = numbers.min(), numbers.max(), numbers.mean()
     order = {"grey": "one grey channel", "rgb": "red, green, blue", "bgr": "blue, green, red"}[prep.color]
     return (
-        f"The first {counted(len(fed), 'picture')} as the network got them, with crop and borders, made pictures again "
+        f"The first {format_count(len(fed), 'picture')} as the network got them, with crop and borders, made pictures again "
         f"by undoing this preprocessing. As numbers, {order}: {low:.3g} to {high:.3g}, mean {mean:.3g}."
     )

@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qconv.config.targets import TARGETS
-from qconv.errors import counted, sized
-from qconv.findings import Change, Finding, Skipped
+from qconv.errors import Change, Finding, Skipped, format_bytes, format_count
 from qconv.results.curve import Curve, Spread, shown
 from qconv.results.report import Island, MixedPrecision, OutputScore, Report
 
@@ -86,7 +85,7 @@ def show_curve(curve: Curve, stream: TextIO, *, verbose: bool) -> None:
         print(file=stream)
     for point in curve.points if verbose else ():
         measures = f"{shown(point.sqnr_db)} dB, agreement {shown(point.agreement, 100)} %"
-        print(f"{counted(point.pictures, 'picture')}, draw {point.seed}: {measures}", file=stream)
+        print(f"{format_count(point.pictures, 'picture')}, draw {point.seed}: {measures}", file=stream)
     print(file=stream)
     for text in (curve.in_words(), _upper(curve.how())):
         print(textwrap.fill(text, COLUMNS), file=stream)
@@ -103,7 +102,7 @@ def _upper(text: str) -> str:
 
 
 def _lines(report: Report) -> list[tuple[str, str]]:
-    size = f"{sized(report.float_bytes)} -> {sized(report.quantized_bytes)}, {report.ratio:.2f} of float"
+    size = f"{format_bytes(report.float_bytes)} -> {format_bytes(report.quantized_bytes)}, {report.ratio:.2f} of float"
     lines = [
         ("written", "to standard output" if report.output == "-" else escape(report.output)),
         ("size", size),
@@ -133,7 +132,7 @@ def _mixed(found: MixedPrecision | None) -> list[tuple[str, str]]:
     chosen = found.chosen
     kinds = [f"{'float' if bits == '32' else f'{bits} bits'} x {layers}" for bits, layers in chosen.bits.items()]
     lines = [("bits", f"weights {chosen.size:.3f} of float by {found.demand}; layers: {', '.join(kinds)}")]
-    lines.append(("", f"chosen on {counted(found.pictures, 'picture')}:"))
+    lines.append(("", f"chosen on {format_count(found.pictures, 'picture')}:"))
     for point in found.points:
         if point.verified:
             got = [] if point.agreement is None else [f"agreement {point.agreement:.1%}"]
@@ -147,7 +146,7 @@ def _mixed(found: MixedPrecision | None) -> list[tuple[str, str]]:
 def _runs(report: Report) -> list[tuple[str, str]]:
     """What runs in integers, and why the rest does not."""
     own, target = report.audit, report.recipe["target"]
-    told = f"{counted(own.integer, 'node')} in integers, {own.float} in float"
+    told = f"{format_count(own.integer, 'node')} in integers, {own.float} in float"
     if not TARGETS[target].on_ort:
         return [("runs", f"as {target} decides; ONNX Runtime's CPU provider would run {told}")]
     lines = [("runs", told)]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from qconv.errors import counted
+from qconv.errors import format_count
 
 SCHEMA = 1
 TOLERANCE_DB = 0.5
@@ -163,10 +163,10 @@ class Curve:
 
     def in_words(self) -> str:
         """One or two sentences that read the curve."""
-        everything, enough = counted(self.pictures, "picture"), self.enough
+        everything, enough = format_count(self.pictures, "picture"), self.enough
         if enough is not None:
             return (
-                f"{counted(enough, 'picture')} {'is' if enough == 1 else 'are'} enough here: the worst draw is at most "
+                f"{format_count(enough, 'picture')} {'is' if enough == 1 else 'are'} enough here: the worst draw is at most "
                 f"{self._gap(self.tolerance)} below the level of sets of {self._half} to {self.pictures}.{self._fall()}"
             )
         last = max(self._small, default=None)
@@ -183,7 +183,7 @@ class Curve:
         draws = "one draw" if self.draws == 1 else f"{self.draws} draws"
         others = f"pictures of {' and '.join(self.scored_on)}" if self.scored_on else "others, held back"
         return (
-            f"{draws} of each number out of {counted(self.pictures, 'picture')}, each larger set holding the smaller "
+            f"{draws} of each number out of {format_count(self.pictures, 'picture')}, each larger set holding the smaller "
             f"ones; scored on {self.scored} {others}; calibrator {self.recipe['calibrator']}."
         )
 

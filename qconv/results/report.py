@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from qconv.findings import Change, Finding, Skipped
+from qconv.errors import Change, Finding, Skipped
 
 SCHEMA = 1
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.errors import QconvError, shaped
+from qconv.errors import QconvError, format_shape
 from qconv.runtime.runtime import Session
 
 SEED = 0
@@ -38,7 +38,7 @@ def _shape(
         first = 1 if wanted[3] in (1, 3) and wanted[1] not in (1, 3) else 2
         sides = wanted[first : first + 2]
         if size is not None and any(side not in (None, want) for side, want in zip(sides, size, strict=True)):
-            given, own = shaped(tuple(size)), shaped(tuple(sides))
+            given, own = format_shape(tuple(size)), format_shape(tuple(sides))
             raise QconvError(f"{model} takes pictures of {own}, not {given}.", "leave --size out.")
         if size is not None:
             wanted[first : first + 2] = sides = list(size)
@@ -47,7 +47,7 @@ def _shape(
             wanted[channel] = 3
     if None in wanted:
         raise QconvError(
-            f"Input {name!r} of {model} has the open shape {shaped(shape)}.",
+            f"Input {name!r} of {model} has the open shape {format_shape(shape)}.",
             "pass --size HxW, for example --size 224x224."
             if len(shape) == 4
             else "only batch and size of pictures can be left open.",

@@ -24,14 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.data.feed import spread
-from qconv.findings import Change
-from qconv.held import Store
+from qconv.errors import Change
 from qconv.ir.behind import Behind, up_to
 from qconv.ir.graph import Model, Value, is_tensor
 from qconv.ir.walk import Walk
 from qconv.planning.plan import Plan
-from qconv.quant import QuantParams
+from qconv.quantizer import QuantParams
 from qconv.search.sensitivity import noise_of
+from qconv.storage import ArrayStore
 
 STEP = "ranges"
 HELD = 2**27
@@ -131,7 +131,7 @@ def _groups(model: Model, plan: Plan, activations: Mapping[Value, QuantParams]) 
 def _walked(model: Model, feeds: Sequence[Feed], threads: int | None) -> Iterator[tuple[Walk, list[Value], Outputs]]:
     """A walk, the outputs that count, and what they are for as many pictures as go into memory."""
     outputs = [value for value in model.graph.outputs if is_tensor(value)]
-    with contextlib.closing(Store(HELD)) as store:
+    with contextlib.closing(ArrayStore(HELD)) as store:
         start = Behind(Walk(model, feeds, store, threads=threads).behind(outputs), _names(outputs), threads=threads)
         clean = up_to(HELD, start.run(range(len(feeds))))
         del start

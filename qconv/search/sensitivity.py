@@ -25,20 +25,20 @@ from numpy.typing import NDArray
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
-from qconv.held import Arrays, Store
 from qconv.ir.behind import Behind, up_to
 from qconv.ir.graph import Model, is_tensor
 from qconv.ir.walk import Walk
 from qconv.planning.plan import Layer as Planned
 from qconv.planning.plan import Plan
-from qconv.quant import PerChannel
 from qconv.quantization.moments import is_kept, moments
 from qconv.quantization.params import Params, sketch_of, source_of
 from qconv.quantization.rounder import stored_shape
 from qconv.quantization.sight import Sight
 from qconv.quantization.solve import Solver, first_input
 from qconv.quantization.weights import LayerParams, Source, quantize_layer
+from qconv.quantizer import PerChannel
 from qconv.search.assign import Layer
+from qconv.storage import ArrayStore, StoredArrays
 
 Batch = Mapping[str, NDArray[Any]]
 Outputs = Sequence[NDArray[Any]]
@@ -74,7 +74,7 @@ def sensitivities(
     threads, judged = network.recipe.threads, [value for value in network.model.graph.outputs if is_tensor(value)]
     outputs = [value.name or "" for value in judged]
     found: dict[str, Layer] = {}
-    with contextlib.closing(Store(HELD)) as store:
+    with contextlib.closing(ArrayStore(HELD)) as store:
         walk = Walk(network.model, batches, store, threads=threads, kept=judged)
         looked_at = _looked_at(len(batches), solver)
         expected = up_to(HELD, Behind(walk.behind(judged), outputs, threads=threads).run(looked_at))
@@ -128,7 +128,7 @@ def _choices(
     layer: Planned,
     index: int,
     wishes: Collection[int],
-    inputs: Arrays,
+    inputs: StoredArrays,
     solver: Solver | None,
 ) -> dict[int, LayerParams]:
     """The layer with each of the bits it may have."""

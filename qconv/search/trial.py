@@ -12,7 +12,7 @@ import qconv
 from qconv.calibration.sketch import Sketch
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.findings import Finding
+from qconv.errors import Finding
 from qconv.ir.fileformat import describe
 from qconv.ir.graph import Model
 from qconv.passes.shrink import shrink

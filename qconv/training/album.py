@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qconv.config.pixels import Layout, Preprocessing
 from qconv.data.fed import Fed
 from qconv.data.preprocess import InputSpec, layout_order
-from qconv.errors import QconvError, shaped
+from qconv.errors import QconvError, format_shape
 
 MOST_IN_MEMORY = 2**31
 """Bytes of pixels; more go to a temporary file."""
@@ -68,7 +68,7 @@ def read_album(
         if numbers is None:
             numbers = _room((len(paths), *row.shape[1:]), row.dtype)
         if row.shape[1:] != numbers.shape[1:]:
-            fact = f"samples differ in shape: {shaped(row.shape[1:])} and {shaped(numbers.shape[1:])}."
+            fact = f"samples differ in shape: {format_shape(row.shape[1:])} and {format_shape(numbers.shape[1:])}."
             raise QconvError(fact, "bring them to one shape.")
         numbers[count] = row[0]
         count += 1

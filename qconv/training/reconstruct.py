@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qconv.config.recipe import Recipe
-from qconv.errors import QconvError, counted
-from qconv.findings import Change, Finding, Skipped
+from qconv.errors import Change, Finding, QconvError, Skipped, format_count
 from qconv.ir.graph import Model
 from qconv.training.blocks import End, ends
 from qconv.training.learnable import Learned
@@ -79,7 +78,7 @@ def reconstruct(
         most = max(2 * unit, MOST_BYTES // max(1, 4 * KEPT * widest) // unit * unit)
         seen = {name: x[:most] for name, x in seen.items()}
         if len(next(iter(seen.values()))) < 2 * unit:
-            fact = f"--rounding reconstruct with {counted(unit, 'picture')}: some are kept apart to judge by."
+            fact = f"--rounding reconstruct with {format_count(unit, 'picture')}: some are kept apart to judge by."
             raise QconvError(fact, f"pass {2 * unit} pictures or more with --calib.")
         learned = Learned(find_sites(model, recipe))
         rebuilt = _Rebuilt(Network(model), teacher, learned, recipe.seed, STEPS[recipe.effort], fixed)

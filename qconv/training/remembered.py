@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qconv.data.evidence import Reference, is_measured, stored_statistics
-from qconv.errors import QconvError, counted
+from qconv.errors import QconvError, format_count
 from qconv.ir.graph import Model, Node, input_of
 from qconv.ir.layers import INPUTS_FIRST
 
@@ -43,7 +43,7 @@ class Remembered:
                 "or calibrate with pictures.",
             )
         layers = sum(node.op_type in INPUTS_FIRST for node in model.nodes())
-        told = f"{counted(len(wanted), 'BatchNormalization')} for {counted(layers, 'layer')}"
+        told = f"{format_count(len(wanted), 'BatchNormalization')} for {format_count(layers, 'layer')}"
         few = len(wanted) < HALF * layers
         doubt = f"the network has but {told}: pictures are like those of training only as far as these tell."
         return cls(tuple(nodes.values()), tuple(wanted), doubt if few else "")

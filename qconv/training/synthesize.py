@@ -29,7 +29,6 @@ from qconv.data import images
 from qconv.data.detect import Detected, detect_unseen
 from qconv.data_free.imagined import Imagined, leaves_of
 from qconv.errors import QconvError
-from qconv.folders import check_folder, refuse_inside, whole_folder
 from qconv.ir import load
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, read, refuse_quantized
@@ -37,6 +36,7 @@ from qconv.report import plot
 from qconv.results.synthesized import FAR, WELL, Layer, Synthesized, Wishes
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
+from qconv.storage import check_output_folder, refuse_path_inside, replace_folder_atomically
 from qconv.training.dream import Dream, batch_of
 from qconv.training.remembered import Remembered
 from qconv.training.torchgraph import Network, require_operators
@@ -125,7 +125,7 @@ def synthesize(source: Source, out: Path, wishes: Wishes, listener: Listener | N
     )
     _judge(found, warn)
     pixels = dream.pixels[: wishes.count]
-    with whole_folder(out, foreign_in) as folder:
+    with replace_folder_atomically(out, foreign_in) as folder:
         _write(folder, pixels, prep, fed.dtype, found)
     found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
     return Made(found, pixels)
@@ -150,9 +150,9 @@ def stems(count: int) -> list[str]:
 
 def _check(source: Source, out: Path) -> None:
     """Said before the work."""
-    check_folder(out, foreign_in)
+    check_output_folder(out, foreign_in)
     for path in (source.path, *data_files(read(source), source)):
-        refuse_inside(out, path, "The model")
+        refuse_path_inside(out, path, "The model")
 
 
 @dataclass(frozen=True, slots=True)

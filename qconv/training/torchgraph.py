@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qconv.errors import QconvError, counted
+from qconv.errors import QconvError, format_count
 from qconv.ir.graph import Model, Node, array, attribute, input_of
 from qconv.training.torchfake import FUSED, Drop, Step, fakes
 from qconv.training.torchmath import COMPUTING
@@ -149,7 +149,7 @@ def require_operators(model: Model) -> None:
     unknown = Counter(_called(node) for node in model.nodes() if _called(node) not in OPERATORS)
     if unknown:
         told = ", ".join(f"{kind} ({count})" for kind, count in sorted(unknown.items()))
-        fact = f"qconv cannot run {counted(len(unknown), 'operator')} of this model in PyTorch: {told}."
+        fact = f"qconv cannot run {format_count(len(unknown), 'operator')} of this model in PyTorch: {told}."
         raise QconvError(fact, "training, synthesized pictures and reconstruction are not possible for it.")
 
 

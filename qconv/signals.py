@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 OPENERS = frozenset({"PIL", "filelock", "onnx", "pathlib", "subprocess", "tempfile", "zipfile"})
 """Libraries whose functions open files, make folders or start processes, and return soon."""
 PATIENCE = 0.5
@@ -31,16 +31,16 @@ def takes(function: _Function) -> _Function:
     return function
 
 
-def leave_at_once() -> None:
+def exit_at_once_on_signals() -> None:
     """While libraries are imported nothing is half-written, and an exception inside them would only confuse them."""
-    for number in SIGNALS:
+    for number in EXIT_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
 
 
-def leave_by_exceptions() -> None:
+def raise_exit_on_signals() -> None:
     """From here on a signal leaves through the `finally` clauses, which remove what is half-written."""
-    for number in SIGNALS:
+    for number in EXIT_SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
 

@@ -188,7 +188,7 @@ class QuantParams:
                 return param
 
 
-def extremes(x: NDArray[Any], granularity: Granularity) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def group_extremes(x: NDArray[Any], granularity: Granularity) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Minimum and maximum of x for each group that shares parameters, in the shape `QuantParams` wants."""
     match granularity:
         case PerChannel(axis):

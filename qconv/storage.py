@@ -1,0 +1,201 @@
+"""Writes files and folders atomically, spills arrays to temporary files, and prefetches work in threads.
+
+A file appears whole or not at all: it is written into a hidden folder beside its place, synced, and renamed. A kill
+leaves at most that hidden folder, which the next run for the same output removes: a living run holds a lock on its
+folder, and the system releases the lock when the process ends, however it ends. A result folder replaces an earlier
+result only. `ArrayStore` holds arrays in memory up to a limit and in temporary files beyond it. `prefetch` yields
+results in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.errors import QconvError
+from qconv.save import ASIDE, explained, locked_folder, remove_stale, sync, sync_folder
+
+# Work done ahead of the one who wants it, in threads, and handed over in order.
+
+
+T = TypeVar("T")
+
+R = TypeVar("R")
+
+WORKER_PREFIX = "qconv-ahead"
+"""What the names of the threads begin with."""
+
+
+def prefetch(
+    work: Callable[[T], R], items: Iterable[T], *, workers: int, depth: int
+) -> Generator[Future[R], None, None]:
+    """Yield the futures of work(item) in order, at most `depth` of them submitted and not yet taken.
+
+    items is read in the caller's own thread. Closing the generator stops the threads, and closes items, which may have
+    threads of its own. Where an error has left it to the garbage collector, that can happen in one of these threads,
+    which cannot wait for itself.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix=WORKER_PREFIX)
+    try:
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            if len(pending) == depth:
+                yield pending.popleft()
+            pending.append(pool.submit(work, item))
+        while pending:
+            yield pending.popleft()
+    finally:
+        pool.shutdown(wait=not threading.current_thread().name.startswith(WORKER_PREFIX), cancel_futures=True)
+        if isinstance(items, Generator):
+            items.close()
+
+
+# Folders as results: they appear whole or not at all, as files do (save.py), and none but earlier results give way.
+
+
+ForeignCheck = Callable[[Path], str | None]
+"""Of a folder: a name in it that is not of an earlier result, None where all are."""
+
+
+@contextlib.contextmanager
+def replace_folder_atomically(out: Path, foreign: ForeignCheck) -> Iterator[Path]:
+    """A folder to be filled, which takes the place of `out` and all that is in it at the end, or never.
+
+    Raises QconvError where what is there by then is no earlier result.
+    """
+    place = Path(os.path.realpath(out))
+    with locked_folder(place) as hidden, explained(out):
+        new, old = hidden / place.name, hidden / f"{place.name}{ASIDE}"
+        new.mkdir()
+        yield new
+        for path in new.iterdir():
+            sync(path)
+        _refuse_foreign(out, place, foreign)
+        try:
+            if place.is_dir():
+                new.chmod(place.stat().st_mode & 0o7777)
+                os.rename(place, old)
+            os.rename(new, place)
+        except BaseException:
+            if old.exists() and not place.exists():
+                os.rename(old, place)
+            raise
+        sync_folder(place.parent)
+
+
+def check_output_folder(out: Path, foreign: ForeignCheck) -> None:
+    """Raise QconvError where no folder can be written at `out`; remove what killed runs left there."""
+    place = Path(os.path.realpath(out))
+    with explained(out):
+        if place.exists() and not place.is_dir():
+            raise QconvError(f"{out} is a file.", "name a folder as the output.")
+        if not place.parent.is_dir():
+            raise QconvError(f"The folder {out.parent} does not exist.", "create it, or choose another output.")
+        if not os.access(place.parent, os.W_OK | os.X_OK):
+            raise QconvError(f"The folder {place.parent} cannot be written to.", "choose another output.")
+        if Path.cwd().is_relative_to(place):
+            raise QconvError(f"{out} is the current folder, or holds it, and would be replaced.", "name a new folder.")
+        remove_stale(place)
+        _refuse_foreign(out, place, foreign)
+
+
+def refuse_path_inside(out: Path, path: Path | None, what: str) -> None:
+    """Raise QconvError where a file lies in the folder `out`, which is to hold one result alone."""
+    if path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(out)):
+        raise QconvError(f"{what} {path} lies in the output {out}.", "choose another output.")
+
+
+def _refuse_foreign(out: Path, place: Path, foreign: ForeignCheck) -> None:
+    name = foreign(place) if place.is_dir() else None
+    if name is not None:
+        fact = f"{out} holds files that are no earlier result, such as {name}."
+        raise QconvError(fact, "name a new folder: files of two kinds are not mixed.")
+
+
+# Arrays that are held until they are read again: in memory up to a limit, in temporary files beyond it.
+
+
+class ArrayStore:
+    """Where arrays are put. limit: bytes that stay in memory. The folder goes when the store is closed."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.in_memory, self._files = limit, 0, 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def close(self) -> None:
+        """Drop what lies in files."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def put(self, array: NDArray[Any]) -> StoredArray:
+        """Hold an array, which must not change any more."""
+        if self.in_memory + array.nbytes <= self.limit:
+            self.in_memory += array.nbytes
+            return StoredArray(self, array.shape, array.dtype, array, None)
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="qconv-", ignore_cleanup_errors=True)
+        path = Path(self._folder.name) / f"{self._files}"
+        self._files += 1
+        try:
+            np.ascontiguousarray(array).tofile(path)
+        except OSError:
+            place = tempfile.gettempdir()
+            fact = f"No space is left in {place} for tensors between two layers."
+            raise QconvError(fact, "free some, set TMPDIR, or pass fewer --samples or --effort fast.") from None
+        return StoredArray(self, array.shape, array.dtype, None, path)
+
+
+class StoredArray:
+    """One array that a store holds."""
+
+    def __init__(
+        self,
+        store: ArrayStore,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        array: NDArray[Any] | None,
+        path: Path | None,
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._store, self._array, self._path = store, array, path
+
+    def get(self) -> NDArray[Any]:
+        """Its numbers."""
+        if self._array is not None:
+            return self._array
+        assert self._path is not None
+        return np.fromfile(self._path, self.dtype).reshape(self.shape)
+
+    def drop(self) -> None:
+        """Let go of it."""
+        if self._array is not None:
+            self._store.in_memory -= self._array.nbytes
+            self._array = None
+        elif self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+class StoredArrays(Sequence[NDArray[Any]]):
+    """Held arrays, read one at a time."""
+
+    def __init__(self, held: Sequence[StoredArray]) -> None:
+        self.held = list(held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.held[index].get()
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return (one.get() for one in self.held)
