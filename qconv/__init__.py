@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qconv.config.pixels import PreprocessingOptions
+from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 

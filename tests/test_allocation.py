@@ -18,7 +18,7 @@ from test_layer_bits import asked
 from test_plan import Planned
 
 from qconv.calibration.sketch import Sketcher, View, Want
-from qconv.config.choices import RECIPES, LayerBits
+from qconv.config.choices import NAMED_RECIPES, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.planning.planner import CHANNEL_SCALES
@@ -298,7 +298,7 @@ def test_what_cannot_be(options: dict[str, Any], fact: str, fix: str) -> None:
 
 def test_a_named_recipe_and_what_is_said_beside_it() -> None:
     named = asked("--recipe-name", "aciq-w4a4")
-    fields = RECIPES["aciq-w4a4"]
+    fields = NAMED_RECIPES["aciq-w4a4"]
     assert {name: getattr(named, name) for name in fields} == fields
     other = asked("--recipe-name", "aciq-w4a4", "--weight-bits", "8", "--bit-allocation", "activations")
     assert (other.weight_bits, other.activation_bits, other.calibrator) == (8, 4, "aciq")

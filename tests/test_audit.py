@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from qconv.audit.examine import Examined, examine
-from qconv.config.pixels import PreprocessingOptions
+from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.source import Source

@@ -15,7 +15,7 @@ from models import loaded, network, statistics
 from numpy.typing import NDArray
 from PIL import Image
 
-from qconv.config.pixels import PRESETS, Color, Layout, PreprocessingOptions
+from qconv.config.preprocessing import PRESETS, Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.candidates import COLOURED, GREY
 from qconv.data.detect import CERTAIN, Detected, detect

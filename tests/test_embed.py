@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from qconv.config.choices import Scheme, WeightGranularity
-from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
+from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.data.feed import Feed
 from qconv.errors import Change, Finding, QconvError, Skipped
@@ -44,7 +44,7 @@ SAME = "pads=[1,1,1,1]"
 def prep(norm: dict[str, Any], layout: Layout = Layout.NCHW, *, color: Color = Color.RGB) -> Preprocessing:
     _, height, width = RGB
     base = Preprocessing(
-        "raw", "the test", color, 1.0, (0.0,), (1.0,), layout, "exact", Filter.BILINEAR, (height, width), False
+        "raw", "the test", color, 1.0, (0.0,), (1.0,), layout, "exact", ResizeFilter.BILINEAR, (height, width), False
     )
     return replace(base, **norm)
 

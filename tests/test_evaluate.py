@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qconv.analysis.evaluate import Evaluation, Wishes, evaluate
-from qconv.config.pixels import Layout, PreprocessingOptions
+from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.labels import classes_of
 from qconv.errors import QconvError

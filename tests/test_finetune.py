@@ -24,10 +24,10 @@ from PIL import Image
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
 from qconv.cli.cli import cli
-from qconv.config.choices import RECIPES
-from qconv.config.pixels import Layout, PreprocessingOptions
+from qconv.config.choices import NAMED_RECIPES
+from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.config.spoken import recipe_from
+from qconv.config.serialization import recipe_from_dict
 from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.fileformat import recipe_in
@@ -156,7 +156,7 @@ def test_what_is_trained_is_what_is_written(place: Path, tmp_path: Path) -> None
     """After any step: the network with what is learned says, to a rounding of floats, what the written file says."""
     path = place / "net.w3a3.onnx"
     model = load.as_it_is(read(source(path)), source(path))
-    learned = Learned(find_sites(model, recipe_from(recipe_in(model))))
+    learned = Learned(find_sites(model, recipe_from_dict(recipe_in(model))))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in learned.tensors:
@@ -177,7 +177,7 @@ def test_nothing_learned_writes_the_same_numbers(place: Path) -> None:
     path = place / "net.w3a3.onnx"
     model = load.as_it_is(read(source(path)), source(path))
     before = {name: v.const_value.numpy().copy() for name, v in model.graph.initializers.items()}
-    Learned(find_sites(model, recipe_from(recipe_in(model)))).write(model)
+    Learned(find_sites(model, recipe_from_dict(recipe_in(model)))).write(model)
     after = {name: v.const_value.numpy() for name, v in model.graph.initializers.items()}
     for name, array in before.items():
         np.testing.assert_array_equal(after[name], array, err_msg=name)
@@ -188,7 +188,7 @@ def test_no_pair_of_products_gets_worse(place: Path, tmp_path: Path) -> None:
     path = tmp_path / "w8a8.onnx"
     quantize(str(place / "net.onnx"), path, few(place, weight_bits=8, activation_bits=8, saturation_safe=True))
     model = load.as_it_is(read(source(path)), source(path))
-    sites = find_sites(model, recipe_from(recipe_in(model)))
+    sites = find_sites(model, recipe_from_dict(recipe_in(model)))
     learned = Learned(sites)
     with torch.no_grad():
         for tensor in learned.kinds["weights"].values():
@@ -311,7 +311,7 @@ def test_labels_are_learned_from(place: Path, tmp_path: Path) -> None:
 def test_every_kind_of_file_can_be_trained(place: Path, tmp_path: Path, more: dict[str, object]) -> None:
     """And what is written is what was judged in training: nearer than before, or unchanged."""
     if "recipe_name" in more:
-        more = dict(RECIPES["aciq-w4a4"])
+        more = dict(NAMED_RECIPES["aciq-w4a4"])
     quant, out = tmp_path / "quant.onnx", tmp_path / "out.onnx"
     quantize(str(place / "net.onnx"), quant, few(place, **more))
     found = finetune(source(quant), out, wishes(place, teacher=source(place / "net.onnx"), epochs=6))

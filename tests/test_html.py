@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from qconv.cli.cli import cli
-from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
+from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.feed import Feed
@@ -305,7 +305,7 @@ def prepared(preset: str, layout: Layout, **options: Any) -> Preprocessing:
     known = PRESETS[preset]
     parts: dict[str, Any] = {"color": known.color, "resize": "exact", "size": (24, 32), **options}
     return Preprocessing(
-        preset, "", scale=known.scale, mean=known.mean, std=known.std, layout=layout, filter=Filter.BILINEAR,
+        preset, "", scale=known.scale, mean=known.mean, std=known.std, layout=layout, filter=ResizeFilter.BILINEAR,
         class_vector=True, **parts,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions
+from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
 from qconv.data import images
 from qconv.data.images import UnreadablePicture, batches, load_picture
 from qconv.data.listing import PICTURE_SUFFIXES, Listing, find
@@ -42,7 +42,7 @@ RAW = Preprocessing(
     std=(1.0,),
     layout=Layout.NHWC,
     resize="auto",
-    filter=Filter.BILINEAR,
+    filter=ResizeFilter.BILINEAR,
     size=(2, 3),
     class_vector=False,
 )
@@ -639,7 +639,7 @@ def test_bicubic(tmp_path):
     picture = noise(20, 30)
     path = save(picture, tmp_path / "a.png")
     wanted = np.asarray(picture.resize((12, 16), Image.Resampling.BICUBIC))
-    got = load_picture(path, replace(RAW, size=(16, 12), filter=Filter.BICUBIC))
+    got = load_picture(path, replace(RAW, size=(16, 12), filter=ResizeFilter.BICUBIC))
     np.testing.assert_array_equal(got, wanted)
     assert not np.array_equal(got, resized(picture, (12, 16)))
 

@@ -12,7 +12,7 @@ from models import loaded, network, statistics
 from numpy.typing import NDArray
 from PIL import Image
 
-from qconv.config.pixels import Color, Layout, PreprocessingOptions
+from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.detect import Detected, detect_unseen
 from qconv.data_free.imagined import COUNT, MEAN, Imagined, leaves, pixels, read_by

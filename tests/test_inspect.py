@@ -25,9 +25,9 @@ from qconv.cli.cli import quantize as quantize_command
 from qconv.cli.given import recipe_of
 from qconv.cli.tables import csv_of
 from qconv.config.choices import Drop, LayerBits
-from qconv.config.pixels import PreprocessingOptions
+from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.config.spoken import in_words, options_of, recipe_from
+from qconv.config.serialization import command_line_options, format_number, recipe_from_dict
 from qconv.errors import QconvError
 from qconv.ir.source import Source, is_quantized, read
 from qconv.pipeline.pipeline import quantize
@@ -648,22 +648,22 @@ RECIPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("fields", RECIPES.values(), ids=list(RECIPES))
 def test_options_are_read_back_into_the_recipe(fields: dict[str, Any]) -> None:
     recipe = Recipe(calib=("imgs",), **fields)
-    options = options_of(json.loads(json.dumps(recipe.as_dict())))
+    options = command_line_options(json.loads(json.dumps(recipe.as_dict())))
     context = quantize_command.make_context("quantize", ["model.onnx", "--calib", "imgs", *options])
     with context:
         assert recipe_of(context.params) == recipe
 
 
 def test_nothing_is_said_of_defaults() -> None:
-    assert options_of(Recipe(calib=("imgs",)).as_dict()) == []
-    assert options_of(Recipe(calib=("imgs",), effort="fast").as_dict()) == ["--effort", "fast"]
-    assert options_of(Recipe(calib=("imgs",), block_size=7).as_dict()) == []  # without effect
+    assert command_line_options(Recipe(calib=("imgs",)).as_dict()) == []
+    assert command_line_options(Recipe(calib=("imgs",), effort="fast").as_dict()) == ["--effort", "fast"]
+    assert command_line_options(Recipe(calib=("imgs",), block_size=7).as_dict()) == []  # without effect
 
 
 def test_layer_bits_have_a_file_of_their_own() -> None:
     recipe = Recipe(calib=("imgs",), layer_bits=(("a*", LayerBits(4)),))
-    assert options_of(recipe.as_dict()) == []
-    found = recipe_from(json.loads(json.dumps(recipe.as_dict())))
+    assert command_line_options(recipe.as_dict()) == []
+    found = recipe_from_dict(json.loads(json.dumps(recipe.as_dict())))
     assert found is not None
     assert found.as_dict() == recipe.as_dict()
 
@@ -673,12 +673,18 @@ def test_layer_bits_have_a_file_of_their_own() -> None:
     [{"weight_bits": 99}, {"samples": {}}, {"preprocessing": 3}, {"layer_bits": [1]}, {"max_drop": "x"}, {"new": 1}],
 )
 def test_recipes_of_other_versions(odd: dict[str, Any]) -> None:
-    assert "fast" in options_of({"effort": "fast", **odd})
+    assert "fast" in command_line_options({"effort": "fast", **odd})
 
 
 def test_numbers_in_words() -> None:
-    assert [in_words(v) for v in (1 / 255, 1 / 127.5, 0.485, 1.0, -0.1)] == ["1/255", "1/127.5", "0.485", "1", "-0.1"]
-    assert float(in_words(0.1 + 0.2)) == 0.1 + 0.2
+    assert [format_number(v) for v in (1 / 255, 1 / 127.5, 0.485, 1.0, -0.1)] == [
+        "1/255",
+        "1/127.5",
+        "0.485",
+        "1",
+        "-0.1",
+    ]
+    assert float(format_number(0.1 + 0.2)) == 0.1 + 0.2
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from test_plan import Planned
 from qconv.cli.cli import quantize as quantize_command
 from qconv.cli.given import recipe_of
 from qconv.config.choices import LayerBits
-from qconv.config.layer_bits import as_toml, exactly, read_layer_bits
 from qconv.config.recipe import Recipe
+from qconv.config.serialization import escape_glob, format_layer_bits, read_layer_bits
 from qconv.errors import QconvError
 from qconv.ir.source import Source
 from qconv.pipeline.pipeline import Listener, quantize
@@ -51,13 +51,13 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     wishes = (LayerBits(4), LayerBits(None, 6), LayerBits(3, 5), LayerBits(in_float=True))
-    names = ("a.b", 'say "x"', exactly("odd[0]*"), "été\t")
+    names = ("a.b", 'say "x"', escape_glob("odd[0]*"), "été\t")
     assignment = tuple(zip(names, wishes, strict=True))
-    assert read_layer_bits(written(tmp_path, as_toml(assignment))) == assignment
+    assert read_layer_bits(written(tmp_path, format_layer_bits(assignment))) == assignment
 
 
 def test_a_name_taken_exactly_matches_itself_alone() -> None:
-    recipe = Recipe(layer_bits=((exactly("odd[0]*"), FOUR),))
+    recipe = Recipe(layer_bits=((escape_glob("odd[0]*"), FOUR),))
     assert recipe.bits_of("odd[0]*") == FOUR
     assert recipe.bits_of("odd0") == recipe.bits_of("odd[0]more") == LayerBits()
 
@@ -244,7 +244,7 @@ def asked(*options: object) -> Recipe:
 def test_the_option_reads_the_file(tmp_path: Path) -> None:
     found = asked("--layer-bits", written(tmp_path, EXAMPLE))
     assert found.layer_bits[1] == ("blocks.1.*", LayerBits(4, 8))
-    assert tomllib.loads(as_toml(found.layer_bits)) == tomllib.loads(EXAMPLE)
+    assert tomllib.loads(format_layer_bits(found.layer_bits)) == tomllib.loads(EXAMPLE)
     with pytest.raises(QconvError, match="cannot be read"):
         asked("--layer-bits", tmp_path / "none.toml")
     with pytest.raises(QconvError, match="9 bits"):

@@ -23,9 +23,9 @@ from test_layer_bits import asked
 from test_pipeline import quantized
 
 from qconv.config.choices import CANDIDATE_BITS, Drop, LayerBits
-from qconv.config.layer_bits import read_layer_bits
-from qconv.config.pixels import PreprocessingOptions
-from qconv.config.recipe import STEERING, Recipe
+from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe
+from qconv.config.serialization import read_layer_bits
 from qconv.data.listing import find
 from qconv.errors import Change, QconvError
 from qconv.ir.source import Source
@@ -347,7 +347,7 @@ def test_what_was_found_can_be_saved_and_passed_back(tmp_path: Path, pictures: P
         {t.name: numpy_helper.to_array(t).tobytes() for t in proto.graph.initializer} for proto in (result, same)
     ]
     assert constants[0] == constants[1]
-    assert "save_layer_bits" in STEERING
+    assert "save_layer_bits" in RUN_ONLY_OPTIONS
     assert mixed.as_dict()["points"][0].keys() == {
         "size", "modelled_sqnr_db", "verified", "sqnr_db", "agreement", "top1", "chosen", "bits",
     }  # fmt: skip

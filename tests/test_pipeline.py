@@ -18,7 +18,7 @@ from PIL import Image
 
 import qconv
 from qconv.config.choices import CALIBRATORS, Scheme, WeightGranularity
-from qconv.config.pixels import Color, Layout, PreprocessingOptions
+from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.source import Source

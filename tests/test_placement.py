@@ -13,7 +13,7 @@ from models import loaded, network, random_feeds, run
 
 from qconv.config.choices import WeightGranularity
 from qconv.config.recipe import Recipe
-from qconv.config.targets import TARGETS, Table, Target, averaged
+from qconv.config.targets import TARGETS, CostTable, Target, average_costs
 from qconv.ir.graph import Model
 from qconv.ir.load import shapes_at
 from qconv.planning.placement import Shapes, _Question, applies, cost_of, faster_in_float, left_in_float
@@ -36,7 +36,7 @@ def planned(body: str, x: tuple[int, ...] = (1, 3, 8, 8), **weights: object) -> 
     return model, make_plan(model, Recipe(), PLAIN), shapes_at(model, "x", x)
 
 
-def table(**kinds: tuple[float, float]) -> Table:
+def table(**kinds: tuple[float, float]) -> CostTable:
     """Every kind costs (us in float, us in integers); `switch` us for there and back."""
     return {kind: {8: (own, 0.0, codes, 0.0)} for kind, (own, codes) in kinds.items()}
 
@@ -218,7 +218,7 @@ def test_depthwise_layers_with_zero_points_stay_float() -> None:
 
 def test_costs_are_the_mean_of_those_of_all_cpus() -> None:
     tables = [{"Add": {8: (1.0, 2.0, 3.0, 4.0)}, "Mul": FREE}, {"Add": {8: (3.0, 4.0, 5.0, 6.0), 16: (1.0,) * 4}}]
-    assert averaged(tables) == {"Add": {8: (2.0, 3.0, 4.0, 5.0)}, "Mul": FREE}
+    assert average_costs(tables) == {"Add": {8: (2.0, 3.0, 4.0, 5.0)}, "Mul": FREE}
 
 
 def test_shapes_follow_the_pictures() -> None:

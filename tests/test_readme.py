@@ -13,7 +13,7 @@ import pytest
 from reference import README, in_readme, reference
 
 from qconv.cli.values import number
-from qconv.config.pixels import PRESETS
+from qconv.config.preprocessing import PRESETS
 
 ROOT = README.parent
 TEXT = README.read_text("utf-8")

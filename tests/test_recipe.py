@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from qconv.config.choices import Scheme, WeightGranularity
-from qconv.config.pixels import PRESETS, Color, Filter, Layout, Preprocessing, PreprocessingOptions, Preset
-from qconv.config.recipe import STEERING, Recipe
+from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset, ResizeFilter
+from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe
 from qconv.errors import QconvError
 
 NAN, INF = float("nan"), float("inf")
@@ -113,8 +113,8 @@ def test_every_option_shapes_the_file_or_steers_the_run() -> None:
     """A field added later is written into the file, unless STEERING says that it changes nothing there."""
     names = {field.name for field in fields(Recipe)}
     steering = {"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats", "save_layer_bits"}
-    assert steering == STEERING <= names  # the contract: no path, no machine
-    assert set(FULL.as_dict()) == names - STEERING
+    assert steering == RUN_ONLY_OPTIONS <= names  # the contract: no path, no machine
+    assert set(FULL.as_dict()) == names - RUN_ONLY_OPTIONS
     assert set(FULL.as_dict()["preprocessing"]) == {field.name for field in fields(PreprocessingOptions)}
 
 
@@ -162,7 +162,7 @@ IMAGENET = Preprocessing(
     std=PRESETS["imagenet"].std,
     layout=Layout.NCHW,
     resize="auto",
-    filter=Filter.BILINEAR,
+    filter=ResizeFilter.BILINEAR,
     size=(224, 224),
     class_vector=True,
 )
@@ -247,7 +247,7 @@ def test_plain_texts_are_fine_in_python() -> None:
 
 def test_preprocessing_options_take_plain_python() -> None:
     options = PreprocessingOptions(color="bgr", layout="nhwc", filter="bicubic", mean=0.5, std=[1, 2, 3])  # type: ignore[arg-type]
-    assert (options.color, options.layout, options.filter) == (Color.BGR, Layout.NHWC, Filter.BICUBIC)
+    assert (options.color, options.layout, options.filter) == (Color.BGR, Layout.NHWC, ResizeFilter.BICUBIC)
     assert (options.mean, options.std) == ((0.5,), (1.0, 2.0, 3.0))
 
 

@@ -10,9 +10,9 @@ import pytest
 from models import network
 from PIL import Image
 
-from qconv.config.pixels import PreprocessingOptions
+from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.config.spoken import recipe_from
+from qconv.config.serialization import recipe_from_dict
 from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.fileformat import recipe_in
@@ -46,7 +46,7 @@ def sites(place: Path, **more: object) -> tuple[Model, Sites]:
     quantize(str(place / "net.onnx"), place / "q.onnx", Recipe(**feed, **fast))  # type: ignore[arg-type]
     source = Source(str(place / "q.onnx"), place / "q.onnx")
     model = load.as_it_is(read(source), source)
-    return model, find_sites(model, recipe_from(recipe_in(model)))
+    return model, find_sites(model, recipe_from_dict(recipe_in(model)))
 
 
 def run(data: bytes, x: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from models import network
 
 from qconv.calibration import stats
 from qconv.cli.cli import cli
-from qconv.config.pixels import PreprocessingOptions
+from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.pipeline.pipeline import quantize

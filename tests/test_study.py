@@ -19,7 +19,7 @@ from qconv.calibration.calibrate import Tap, tapped, watch, watch_apart
 from qconv.calibration.shelf import shelf
 from qconv.calibration.sketch import Sketch, Want
 from qconv.calibration.stats import arrays_of
-from qconv.config.pixels import PreprocessingOptions
+from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.errors import QconvError

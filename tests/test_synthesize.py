@@ -25,7 +25,7 @@ from PIL import Image
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
 from qconv.cli.cli import cli
-from qconv.config.pixels import Color, Filter, Layout, PreprocessingOptions
+from qconv.config.preprocessing import Color, Layout, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.listing import find
@@ -443,7 +443,7 @@ def test_bytes_are_fed_as_they_are(tmp_path: Path) -> None:
 
 
 def test_the_printed_command_does_not_enlarge_what_has_its_size(tmp_path: Path) -> None:
-    found = made(tmp_path, preprocessing=replace(RAW, resize=40, filter=Filter.BICUBIC), steps=1).found
+    found = made(tmp_path, preprocessing=replace(RAW, resize=40, filter=ResizeFilter.BICUBIC), steps=1).found
     assert found.options == ("--preprocess", "unit")
 
 

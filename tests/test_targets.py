@@ -16,7 +16,7 @@ from models import ints, network, run
 from numpy.typing import NDArray
 from PIL import Image
 
-from qconv.config.pixels import Layout, PreprocessingOptions
+from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError

@@ -18,8 +18,8 @@ torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv
 
 from torched import as_it_is, outputs
 
-from qconv.config.choices import RECIPES, Scheme, WeightGranularity
-from qconv.config.pixels import PRESETS, Layout, PreprocessingOptions
+from qconv.config.choices import NAMED_RECIPES, Scheme, WeightGranularity
+from qconv.config.preprocessing import PRESETS, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.load import load
@@ -225,7 +225,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "w4a8 packed": {"weight_bits": 4, "pack": True},
     "w3a8 asymmetric": {"weight_bits": 3, "weight_scheme": Scheme.ASYMMETRIC},
     "w8 alone": {"activation_bits": 32},
-    "channels with bits of their own": RECIPES["aciq-w4a4"],
+    "channels with bits of their own": NAMED_RECIPES["aciq-w4a4"],
     "pixels": {"embed_preprocessing": Layout.NCHW},
     "pixels, channels last": {"embed_preprocessing": Layout.NHWC},
     "tensorrt": {"target": "tensorrt"},

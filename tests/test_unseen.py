@@ -14,9 +14,9 @@ from models import network, statistics
 
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import FALLBACKS
-from qconv.config.pixels import Layout, PreprocessingOptions
+from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.config.spoken import options_of, recipe_from
+from qconv.config.serialization import command_line_options, recipe_from_dict
 from qconv.data.feed import Feed
 from qconv.data_free.portray import sketched
 from qconv.data_free.unseen import WIDER
@@ -98,8 +98,8 @@ def test_the_same_bytes_every_time_and_the_recipe_in_them(tmp_path: Path) -> Non
     assert out.read_bytes() == first
     props = {prop.key: prop.value for prop in onnx.load(out).metadata_props}
     told = json.loads(props["qconv.recipe"])
-    assert options_of(told) == ["--preprocess", "imagenet", "--calib", "none"]
-    again = recipe_from(told)
+    assert command_line_options(told) == ["--preprocess", "imagenet", "--calib", "none"]
+    again = recipe_from_dict(told)
     assert again is not None
     assert again.data_free
     assert again.as_dict() == told

@@ -35,11 +35,11 @@ from qconv.analysis.remedies import (
     remedies,
 )
 from qconv.calibration.stats import digest
-from qconv.config import spoken
-from qconv.config.checks import spelt
-from qconv.config.pixels import PRESETS, Preprocessing, PreprocessingOptions
+from qconv.config import serialization
+from qconv.config.choices import option_name
+from qconv.config.preprocessing import PRESETS, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.config.spoken import words
+from qconv.config.serialization import format_option
 from qconv.config.targets import TARGETS
 from qconv.data.detect import CERTAIN, SHAPE_ONLY, detect, same
 from qconv.data.fed import Fed
@@ -194,7 +194,7 @@ class _Clinic:
         found = detect(model, session, calibration, freely, threads=recipe.threads)
         if not found.evident or found.preprocessing is None or same(own.preprocessing, found.preprocessing):
             return None
-        asks = " ".join(words("preprocessing", _as_options(found.preprocessing, said)))
+        asks = " ".join(format_option("preprocessing", _as_options(found.preprocessing, said)))
         sure = own.against or (found.margin or 0.0) >= CERTAIN
         told = "and not for the options given" if sure else "rather than for the options given, without being certain"
         self.found.append(Cause("preprocessing", ("the pictures",), f"the model speaks for {asks}, {told}"))
@@ -320,7 +320,7 @@ class _Clinic:
         if "samples" not in self.changes:
             fields["samples"] = asked.get("samples", Recipe().samples)
         calib = [word for place in asked["calib"] for word in ("--calib", place)]
-        said = spoken.options_of(Recipe(**fields).as_dict())
+        said = serialization.command_line_options(Recipe(**fields).as_dict())
         if self.case.layer_bits is not None:
             said += ["--layer-bits", self.case.layer_bits]
         steering = [word for name in ("batch", "threads") for word in _steered(name, asked)]
@@ -398,4 +398,4 @@ def _as_options(fed: Preprocessing, said: PreprocessingOptions) -> Preprocessing
 
 def _steered(name: str, asked: Mapping[str, Any]) -> tuple[str, ...]:
     value = asked.get(name)
-    return () if value is None or value == getattr(Recipe(), name) else (spelt(name), str(value))
+    return () if value is None or value == getattr(Recipe(), name) else (option_name(name), str(value))

@@ -21,7 +21,7 @@ import numpy as np
 from qconv.analysis.inspect_float import End, made_by, refuse_custom_operators
 from qconv.audit.examine import FORMATS, format_of
 from qconv.config.recipe import Recipe
-from qconv.config.spoken import options_of, recipe_from
+from qconv.config.serialization import command_line_options, recipe_from_dict
 from qconv.ir.fileformat import placed_in, recipe_in
 from qconv.ir.graph import Model, Node, Value
 from qconv.ir.graph import input_of as at
@@ -186,7 +186,7 @@ def inspect_quantized(source: Source) -> QuantizedModel:
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model = as_it_is(proto, source)
     recipe = _without_nan(recipe_in(model))
-    reader = _Reader(model, recipe_from(recipe) if recipe else None, size)
+    reader = _Reader(model, recipe_from_dict(recipe) if recipe else None, size)
     layers = tuple(row for node in model.nodes() if (row := reader.row(node)) is not None)
     owned = sum(layer.bytes for layer in layers)
     return QuantizedModel(
@@ -201,7 +201,7 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         outputs=tuple(map(End.of, model.graph.outputs)),
         operators=dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
         recipe=recipe,
-        options=tuple(options_of(recipe)) if recipe else (),
+        options=tuple(command_line_options(recipe)) if recipe else (),
         preprocessing=_preprocessing(carried),
         placed=len(placed_in(model)),
         layers=layers,

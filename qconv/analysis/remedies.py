@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qconv.analysis.causes import REMARKABLE, Evidence
-from qconv.config.choices import CALIBRATOR, WeightGranularity
+from qconv.config.choices import FEW_BITS_CALIBRATOR, WeightGranularity
 from qconv.config.recipe import Recipe
-from qconv.config.spoken import words
+from qconv.config.serialization import format_option
 from qconv.errors import QconvError
 from qconv.ir.graph import Node
 from qconv.results.ladder import Cause
@@ -32,7 +32,7 @@ ENOUGH_DB, POOR_DB = 30.0, 20.0
 
 def options_of(changes: Mapping[str, Any]) -> tuple[str, ...]:
     """What is to be added to a command line for these changes."""
-    return tuple(word for name, value in changes.items() if value is not None for word in words(name, value))
+    return tuple(word for name, value in changes.items() if value is not None for word in format_option(name, value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def _weights(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
 
 
 def _outlier(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
-    usual = {"calibrator": CALIBRATOR, "percentile": None, "tune_ranges": True}
+    usual = {"calibrator": FEW_BITS_CALIBRATOR, "percentile": None, "tune_ranges": True}
     yield Remedy("ranges by what the outputs lose", usual, ())
     yield Remedy("ranges of least squares", {"calibrator": "mse", "percentile": None}, ())
     for share in SHARES:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from qconv import save
 from qconv.calibration.exact import LIMBS, ExactSum
 from qconv.calibration.sketch import Sketch
-from qconv.config.pixels import Color, Filter, Layout, Preprocessing
+from qconv.config.preprocessing import Color, Layout, Preprocessing, ResizeFilter
 from qconv.errors import QconvError, format_count
 from qconv.ir.source import Source
 
@@ -86,7 +86,7 @@ def as_preprocessing(words: Mapping[str, Any]) -> Preprocessing:
         source="as the statistics were made",
         color=Color(words["color"]),
         layout=Layout(words["layout"]),
-        filter=Filter(words["filter"]),
+        filter=ResizeFilter(words["filter"]),
         scale=float(words["scale"]),
         size=(height, width),
         mean=tuple(map(float, words["mean"])),

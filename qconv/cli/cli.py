@@ -25,7 +25,7 @@ from qconv.cli.options import WIDTH, output_options, pictures_option, quantize_o
 from qconv.cli.putting_out import Wanted, check_report, typed
 from qconv.cli.sweeping import Flags, sweep
 from qconv.cli.synthesizing import synthesize
-from qconv.config.checks import spelt
+from qconv.config.choices import option_name
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError, format_count
 from qconv.signals import exit_at_once_on_signals, raise_exit_on_signals
@@ -57,8 +57,8 @@ def quantize(
         raise click.UsageError("pass the calibration pictures with --calib DIR.")
     named = ("stats", "save_stats", "layer_bits", "save_layer_bits", "sweep")
     if "" in (output, *options["calib"], *(options[name] for name in named)):
-        told = ", ".join(spelt(name) for name in named[:-1])
-        raise click.UsageError(f"--calib, --output, {told} and {spelt(named[-1])} need a name.")
+        told = ", ".join(option_name(name) for name in named[:-1])
+        raise click.UsageError(f"--calib, --output, {told} and {option_name(named[-1])} need a name.")
     wanted = Wanted(as_json, quiet, csv)
     if options["sweep"] is not None:
         return sweep(model, output, options, Flags(wanted, verbose, options["report"]))
@@ -77,7 +77,7 @@ def quantize(
     written = {
         "the output": output,
         "the table": csv,
-        **{spelt(name): options[name] for name in ("save_stats", "save_layer_bits")},
+        **{option_name(name): options[name] for name in ("save_stats", "save_layer_bits")},
     }
     page = check_report(options["report"], [source], read, written)
     files = [Path(name) for name in (model, *read) if name not in (None, "-")]

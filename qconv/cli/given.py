@@ -11,10 +11,10 @@ import click
 from click.core import ParameterSource
 
 from qconv.cli.options import quantize_options
-from qconv.config.choices import BLOCK_SIZE, NO_PICTURES, RECIPES, WeightGranularity
-from qconv.config.layer_bits import read_layer_bits
-from qconv.config.pixels import Color, Filter, Layout, PreprocessingOptions
+from qconv.config.choices import BLOCK_SIZE, NAMED_RECIPES, NO_IMAGES, WeightGranularity
+from qconv.config.preprocessing import Color, Layout, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
+from qconv.config.serialization import read_layer_bits
 from qconv.errors import QconvError
 
 SAME = (
@@ -57,7 +57,9 @@ def fields_of(options: dict[str, Any], typed: Collection[str] | None = None) -> 
     """
     given = names_given() if typed is None else typed
     name = options["recipe_name"]
-    named = {} if name is None else {option: value for option, value in RECIPES[name].items() if option not in given}
+    named = (
+        {} if name is None else {option: value for option, value in NAMED_RECIPES[name].items() if option not in given}
+    )
     options = {**options, **named}
     granularity, block_size = options["weight_granularity"], options["block_size"]
     if block_size is not None and granularity != WeightGranularity.PER_BLOCK:
@@ -82,9 +84,9 @@ def require_pictures(calib: Collection[str], why: str) -> None:
     """Usage errors for a command that needs some. why: what it does with them."""
     if not calib:
         raise click.UsageError("pass the calibration pictures with --calib DIR.")
-    if NO_PICTURES in calib:
-        fix = f"pass some with --calib; a folder of that name is ./{NO_PICTURES}."
-        raise click.UsageError(f"--calib {NO_PICTURES} leaves no pictures, and {why}: {fix}")
+    if NO_IMAGES in calib:
+        fix = f"pass some with --calib; a folder of that name is ./{NO_IMAGES}."
+        raise click.UsageError(f"--calib {NO_IMAGES} leaves no pictures, and {why}: {fix}")
 
 
 def without(names: Collection[str]) -> list[click.Parameter]:
@@ -114,6 +116,6 @@ def preprocessing_of(options: dict[str, Any]) -> PreprocessingOptions:
         color=None if options["color"] is None else Color(options["color"]),
         layout=None if options["layout"] is None else Layout(options["layout"]),
         resize=options["resize"],
-        filter=Filter(options["filter_"]),
+        filter=ResizeFilter(options["filter_"]),
         size=options["size"],
     )

@@ -19,14 +19,14 @@ from qconv.config.choices import (
     DEVICES,
     EFFORTS,
     FALLBACKS,
+    NAMED_RECIPES,
     PERCENTILE,
-    RECIPES,
     ROUNDINGS,
     WEIGHT_CALIBRATORS,
     Scheme,
     WeightGranularity,
 )
-from qconv.config.pixels import AUTO, PRESETS, Color, Filter, Layout
+from qconv.config.preprocessing import AUTO, PRESETS, Color, Layout, ResizeFilter
 from qconv.config.recipe import MOST_THREADS
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
@@ -74,7 +74,7 @@ preprocessing_options = stack(
         "--resize", type=Resize(), default="auto", show_default=True, help="See 'Preprocessing' in the README."
     ),
     click.option(
-        "--filter", "filter_", type=_choice(Filter), default="bilinear", show_default=True, help="For resizing."
+        "--filter", "filter_", type=_choice(ResizeFilter), default="bilinear", show_default=True, help="For resizing."
     ),
     click.option("--size", type=Size(), help="Where the model leaves height and width open."),
 )
@@ -259,7 +259,7 @@ quantize_options = stack(
     ),
     click.option(
         "--recipe-name",
-        type=click.Choice(list(RECIPES)),
+        type=click.Choice(list(NAMED_RECIPES)),
         help="A published recipe: sets several of these options; those that are given as well win.",
     ),
     click.option("--save-stats", metavar="FILE", help="Also write what was seen of the activations into a file."),

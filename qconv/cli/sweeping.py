@@ -25,8 +25,8 @@ import click
 
 from qconv.cli.given import names_given, recipe_of, require_pictures, without
 from qconv.cli.putting_out import Wanted, check_report, typed
-from qconv.config.checks import spelt
-from qconv.config.tomlfile import read_toml
+from qconv.config.choices import option_name
+from qconv.config.serialization import read_toml
 from qconv.errors import QconvError
 from qconv.signals import raise_exit_on_signals
 
@@ -72,7 +72,9 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     file = Path(options["sweep"])
     for name in ALONE:
         if options[name] is not None:
-            raise click.UsageError(f"{spelt(name)} is about one result, and --sweep makes several: leave one out.")
+            raise click.UsageError(
+                f"{option_name(name)} is about one result, and --sweep makes several: leave one out."
+            )
     require_pictures(options["calib"], "a sweep scores recipes on them")
     if model == "-":
         raise click.UsageError("a sweep times the float model beside the others: name its file.")

@@ -19,7 +19,7 @@ from qconv.cli.options import (
     stack,
 )
 from qconv.cli.putting_out import Wanted, check_report, typed
-from qconv.config.choices import STEPS
+from qconv.config.choices import SYNTHESIS_STEPS
 from qconv.errors import format_count, format_shape, require_torch
 from qconv.signals import raise_exit_on_signals
 
@@ -48,7 +48,7 @@ synthesize_options = stack(
     ),
     click.option(
         "--iterations",
-        default=STEPS,
+        default=SYNTHESIS_STEPS,
         show_default=True,
         metavar="N",
         type=click.IntRange(1),

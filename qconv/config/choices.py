@@ -1,10 +1,19 @@
-"""What a recipe chooses from, by the names that users know."""
+"""Lists the values that recipe options accept, by the names that users know, and validates plain values.
+
+Standard library only, so that `qconv --help` imports no numpy. The `require_*` and `as_*` functions check and convert
+what `config/recipe.py` and `config/preprocessing.py` are given, and raise a QconvError with the fix.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from os import PathLike
 from typing import Any
+
+from qconv.errors import QconvError
 
 
 class Scheme(StrEnum):
@@ -23,26 +32,39 @@ class WeightGranularity(StrEnum):
 
 
 BLOCK_SIZE = 32
+
 PACKED_BITS = 4
 """Codes of up to so many bits can be stored two in a byte."""
 
 CALIBRATORS = ("minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "output-mse", "aciq")
+
 PERCENTILE = 99.99
+
 WEIGHT_CALIBRATORS = ("max", "mse", "aciq")
+
 ROUNDINGS = ("nearest", "second-order", "reconstruct")
+
 EFFORTS = ("fast", "balanced", "best")
+
 BIT_ALLOCATIONS = ("none", "weights", "activations", "both")
+
 CHANNEL_CALIBRATORS = ("minmax", "aciq")
 """Calibrators that know a range for each channel of a tensor."""
+
 BIAS_CORRECTIONS = ("measured", "sequential", "analytic", "none")
-NO_PICTURES = "none"
+
+NO_IMAGES = "none"
 """In place of calibration pictures: what BatchNormalization tells must do."""
+
 FALLBACKS = ("random", "synthesized")
 """What is looked at where that does not do."""
-STEPS = 30
+
+SYNTHESIS_STEPS = 30
 """Moves of a synthesized picture: statistics come no nearer in more."""
+
 DEVICES = ("auto", "cpu", "cuda")
-CHOICES = {
+
+OPTION_CHOICES = {
     "calibrator": CALIBRATORS,
     "weight_calibrator": WEIGHT_CALIBRATORS,
     "effort": EFFORTS,
@@ -50,7 +72,8 @@ CHOICES = {
     "bit_allocation": BIT_ALLOCATIONS,
     "bias_correction": BIAS_CORRECTIONS,
 }
-RECIPES: dict[str, dict[str, Any]] = {
+
+NAMED_RECIPES: dict[str, dict[str, Any]] = {
     "aciq-w4a4": {
         "weight_bits": 4,
         "activation_bits": 4,
@@ -66,12 +89,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Published recipes by name: fields of Recipe. `aciq-w4a4`: Banner et al. 2019, arXiv 1810.05723, who clip activations
 and not weights."""
 
+FEW_BITS_CALIBRATOR = "output-mse"
 
-CALIBRATOR = "output-mse"
 FEW_BITS = 6
 """Up to so many, differences of codes are no larger than 63: in eight bits there is room to move zero to code 0, and no
 pair of products overflows 16 bits."""
+
 WEIGHT_BITS = frozenset({*range(2, 9), 16})
+
 ACTIVATION_BITS = WEIGHT_BITS | {32}
 
 
@@ -94,8 +119,10 @@ class LayerBits:
         return next((f"{kind} of {bits} bits" for kind, bits in wishes.items() if bits not in known), None)
 
 
-DROPS = {"agreement": "a share from 0 to 1", "top1": "a share from 0 to 1", "sqnr": "decibels"}
+DROP_MEASURES = {"agreement": "a share from 0 to 1", "top1": "a share from 0 to 1", "sqnr": "decibels"}
+
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)
+
 FLOAT_BITS = 32
 
 
@@ -111,3 +138,64 @@ class Drop:
 
     def __str__(self) -> str:
         return f"{self.measure}:{self.value:g}"
+
+
+def option_name(name: str) -> str:
+    """A field's name as it is spelt on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def require_integer(name: str, value: object) -> None:
+    """Raises QconvError for what is no whole number."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(whole, f"{option_name(name)} {value!r}", "use a whole number.")
+
+
+def as_numbers(value: Any, option: str) -> tuple[float, ...]:
+    """One number or several, as floats."""
+    try:
+        return tuple(
+            float(v) for v in (value if isinstance(value, Iterable) and not isinstance(value, str) else [value])
+        )
+    except (TypeError, ValueError):
+        raise QconvError(f"{option} {value!r} is not possible.", "use numbers.") from None
+
+
+def as_texts(value: Any, option: str) -> tuple[str, ...]:
+    """One text or path, or several."""
+    if isinstance(value, str | PathLike):
+        return (str(value),)
+    require(isinstance(value, Iterable), f"{option} {value!r}", "use a text, or several in a tuple.")
+    return tuple(map(str, value))
+
+
+def as_member(kind: type[StrEnum], value: str, option: str) -> StrEnum:
+    """The member that is spelt like `value`: plain texts are fine for those who write Python."""
+    require(value in list(kind), f"{option} {value}", f"use {' or '.join(kind)}.")
+    return kind(value)
+
+
+def as_json_value(thing: Any) -> Any:
+    """JSON-ready form of what is checked here."""
+    if hasattr(thing, "__dataclass_fields__"):
+        return {f.name: as_json_value(getattr(thing, f.name)) for f in fields(thing)}
+    if isinstance(thing, tuple):
+        return [as_json_value(item) for item in thing]
+    return str(thing) if isinstance(thing, StrEnum) else thing
+
+
+def require(condition: bool, fact: str, fix: str) -> None:
+    """Raises QconvError where the condition does not hold."""
+    if not condition:
+        raise QconvError(f"{fact} is not possible.", fix)
+
+
+def require_finite(option: str, numbers: tuple[float, ...] | None) -> None:
+    """Raises QconvError for an empty list, and for numbers that are not finite; None is no list."""
+    if numbers is None:
+        return
+    if not numbers:
+        raise QconvError(f"{option} is empty.", "give one number, or one a channel.")
+    odd = next((number for number in numbers if not math.isfinite(number)), None)
+    if odd is not None:
+        raise QconvError(f"{option} has a value that is no finite number: {odd}.", "give one number, or one a channel.")

@@ -1,26 +1,30 @@
-"""Recipe: everything the user asked for, as types, frozen and validated once. No stringly option lives past it."""
+"""Defines `Recipe`, the complete and validated request of one quantization, and the checks between its options.
+
+A recipe is frozen, and validated once when it is made: first each option by itself, then which options go together.
+Each check raises a QconvError that names the way out. No string option is interpreted after that.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from qconv.config.checks import as_member, as_numbers, as_texts, plain, require, require_whole, spelt
 from qconv.config.choices import (
     ACTIVATION_BITS,
     BLOCK_SIZE,
-    CALIBRATOR,
     CANDIDATE_BITS,
-    CHOICES,
-    DROPS,
+    CHANNEL_CALIBRATORS,
+    DROP_MEASURES,
     FALLBACKS,
     FEW_BITS,
+    FEW_BITS_CALIBRATOR,
     FLOAT_BITS,
-    NO_PICTURES,
+    NO_IMAGES,
+    OPTION_CHOICES,
     PACKED_BITS,
     PERCENTILE,
     WEIGHT_BITS,
@@ -28,20 +32,148 @@ from qconv.config.choices import (
     LayerBits,
     Scheme,
     WeightGranularity,
+    as_json_value,
+    as_member,
+    as_numbers,
+    as_texts,
+    option_name,
+    require,
+    require_integer,
 )
-from qconv.config.pixels import Layout, PreprocessingOptions
+from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.targets import TARGETS
-from qconv.config.together import (
-    check_allocation,
-    check_bias_correction,
-    check_data_free,
-    check_layer_bits,
-    check_statistics,
-    check_target,
-)
+
+IMAGE_OPTIONS = ("samples", "batch", "seed", "glob")
+"""Options on how pictures are read."""
+
+
+def check_bias_correction(recipe: Recipe) -> None:
+    """Layers that are looked at one after the other."""
+    if recipe.bias_correction != "sequential":
+        return
+    told = "--bias-correction sequential with"
+    hint = "leave it out: weights of second order have such biases."
+    require(recipe.rounding == "nearest", f"{told} --rounding {recipe.rounding}", hint)
+    require(not recipe.searches, f"{told} a search for bits", "search first, then pass what is found.")
+    require(bool(recipe.calib), f"{told} --stats alone", "it looks at pictures again: pass some with --calib.")
+
+
+def check_allocation(recipe: Recipe) -> None:
+    """Channels with bits of their own."""
+    told = f"--bit-allocation {recipe.bit_allocation} with"
+    if recipe.allocates_weights:
+        fix = "use 2 to 7: no channel can have more than 8."
+        require(recipe.weight_bits < 8, f"{told} --weight-bits {recipe.weight_bits}", fix)
+        whole = recipe.weight_granularity is not WeightGranularity.PER_CHANNEL
+        fact = f"{told} --weight-granularity {recipe.weight_granularity}"
+        require(not whole, fact, "use per-channel: bits go with scales.")
+        require(not recipe.pack, f"{told} --pack", "leave one of them out: int4 holds no more than 4 bits.")
+    if recipe.allocates_activations:
+        require(recipe.activation_bits <= 8, f"{told} --activation-bits {recipe.activation_bits}", "use 2 to 8.")
+        fact = f"{told} --calibrator {recipe.calibrator}"
+        known = " or ".join(CHANNEL_CALIBRATORS)
+        require(recipe.calibrator in CHANNEL_CALIBRATORS, fact, f"use {known}, which know a range for each channel.")
+        fact = f"{told} --target {recipe.target}"
+        whole = TARGETS[recipe.target].inputs_only
+        require(not whole, fact, "use ort-cpu or generic: others take one scale a tensor.")
+
+
+def check_layer_bits(recipe: Recipe) -> None:
+    """Bits of single layers."""
+    entries = recipe.layer_bits
+    paired = isinstance(entries, tuple) and all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)
+    fix = "pass pairs of a glob and LayerBits(weights=4)."
+    require(paired and all(isinstance(bits, LayerBits) for _, bits in entries), f"layer_bits {entries!r}", fix)
+    for glob, bits in entries:
+        told = f"--layer-bits: {glob!r} with"
+        require(bits.impossible is None, f"{told} {bits.impossible}", "use 2 to 8, or 16.")
+        fact = f"{told} activations of {bits.activations} bits beside --activation-bits 32"
+        both = bits.activations is not None and recipe.activation_bits == 32
+        require(not both, fact, "leave one of them out: 32 quantizes weights alone.")
+
+
+def check_target(recipe: Recipe) -> None:
+    """What the target would reject is better said before the work."""
+    target = TARGETS[recipe.target]
+    for glob, bits in recipe.layer_bits:
+        for kind, wish, takes in (
+            ("weights", bits.weights, target.weight_bits),
+            ("activations", bits.activations, target.activation_bits),
+        ):
+            fact = f"--layer-bits: {glob!r} with {kind} of {wish} bits and --target {recipe.target}"
+            require(wish is None or wish in takes, fact, f"{target.why}.")
+    demands: tuple[tuple[str, Any, Collection[Any]], ...] = (
+        ("weight-bits", recipe.weight_bits, target.weight_bits),
+        ("edge-bits", recipe.edge_bits, target.weight_bits),
+        ("activation-bits", recipe.activation_bits, target.activation_bits),
+        ("weight-scheme", recipe.weight_scheme or Scheme.SYMMETRIC, target.weight_schemes),
+        ("activation-scheme", recipe.activation_scheme, target.activation_schemes),
+        ("weight-granularity", recipe.weight_granularity, target.granularities),
+        ("pack", recipe.pack, {False, target.packs}),
+        ("embed-preprocessing", recipe.embed_preprocessing, {None, *(Layout if target.takes_pixels else ())}),
+    )
+    for option, value, accepted in demands:
+        given = f"--{option}" if value is True else f"--{option} {value}"
+        require(value in accepted, f"{given} with --target {recipe.target}", f"{target.why}.")
+    tunable = target.costs is not None and recipe.runs_in_integers
+    hint = "it is for target ort-cpu and layers that can run in integers: weights of 2 to 8 bits, activations of 8."
+    require(tunable or not recipe.tune_latency, "--tune-latency with these options", hint)
+    if recipe.saturation_safe is not None:
+        option = "--saturation-safe" if recipe.saturation_safe else "--no-saturation-safe"
+        require(target.pairs, f"{option} with --target {recipe.target}", "leave it out: x86 CPUs are meant.")
+        integers = recipe.activation_bits <= 8 and recipe.weight_bits <= 8  # of most layers
+        require(integers, f"{option} with these bits", "leave it out: products are of float then.")
+
+
+def check_data_free(recipe: Recipe) -> None:
+    """What looks at pictures has no use where there are none; and what replaces them has none where there are."""
+    told = f"with --calib {NO_IMAGES}"
+    if not recipe.data_free:
+        fact = f"--fallback without --calib {NO_IMAGES}"
+        require(recipe.fallback is None, fact, "leave it out: pictures are read.")
+        return
+    fact = f"--calib {NO_IMAGES} beside pictures"
+    require(not recipe.calib, fact, f"leave one of them out; a folder of that name is ./{NO_IMAGES}.")
+    _require_defaults(recipe, IMAGE_OPTIONS, told)
+    for name in ("stats", "save_stats"):
+        require(
+            getattr(recipe, name) is None, f"{option_name(name)} {told}", "leave one of them out: nothing is watched."
+        )
+    gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
+    require(not gated, f"A gate {told}", "leave it out, and measure the result with `qconv evaluate`.")
+    require(not recipe.searches, f"A search for bits {told}", "pass pictures to measure on with --calib.")
+    hint = "it looks at pictures: pass some with --calib, or leave it out."
+    require(recipe.effort != "best", f"--effort best {told}", hint)
+    require(recipe.rounding in (None, "nearest"), f"--rounding {recipe.rounding} {told}", hint)
+    require(not recipe.tune_ranges, f"--tune-ranges {told}", hint)
+    known = recipe.bias_correction in ("", "analytic", "none")
+    require(known, f"--bias-correction {recipe.bias_correction} {told}", "use analytic or none: nothing is watched.")
+
+
+def check_statistics(recipe: Recipe) -> None:
+    """Statistics are no pictures."""
+    alone = recipe.stats is not None and not recipe.calib
+    gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
+    require(not (gated and alone), "A gate with --stats alone", "pass pictures to measure on with --calib.")
+    if alone:
+        _require_defaults(recipe, ("samples", "seed", "glob"), "with --stats alone")
+    require(recipe.stats is None or recipe.save_stats is None, "--stats with --save-stats", "copy the file instead.")
+    for name in ("equalize", "tune_ranges"):
+        fact = f"{option_name(name)} with --stats"
+        hint = "it looks at pictures again, which statistics are not: leave one of them out."
+        require(not getattr(recipe, name) or recipe.stats is None, fact, hint)
+
+
+def _require_defaults(recipe: Recipe, names: Collection[str], told: str) -> None:
+    for part in fields(recipe):
+        if part.name in names:
+            idle = getattr(recipe, part.name) == part.default
+            require(idle, f"{option_name(part.name)} {told}", "leave it out: no picture is read.")
+
 
 MOST_THREADS = 1024
-STEERING = frozenset(
+
+RUN_ONLY_OPTIONS = frozenset(
     {"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats", "save_layer_bits"}
 )
 """Options that change the run, or where its pictures lie, but no byte of the file."""
@@ -127,7 +259,7 @@ class Recipe:
         check_data_free(self)
         if not self.calibrator:
             told = self.data_free and self.activation_bits < 32
-            self._take("calibrator", "minmax" if told else CALIBRATOR)
+            self._take("calibrator", "minmax" if told else FEW_BITS_CALIBRATOR)
         alone = self.stats is not None and not self.calib
         if self.rounding is None:
             near = self.effort == "fast" or alone or self.data_free
@@ -136,7 +268,7 @@ class Recipe:
             self._take("bias_correction", "analytic" if self.data_free else "measured")
         hint = "it looks at pictures again: pass some with --calib."
         require(not alone or self.rounding == "nearest", f"--rounding {self.rounding} with --stats alone", hint)
-        for name, known in CHOICES.items():
+        for name, known in OPTION_CHOICES.items():
             self._require_one_of(name, known, f"use one of {', '.join(known)}.")
         self._require_one_of("fallback", (None, *FALLBACKS), f"use {' or '.join(FALLBACKS)}.")
         idle = self.effort == "best" and self.rounding == "nearest"
@@ -225,13 +357,13 @@ class Recipe:
     def _take_types(self) -> None:
         """Plain texts become what they stand for."""
         for name in ("calib", "keep_float", "keep_float_op"):
-            self._take(name, as_texts(getattr(self, name), spelt(name)))
-        if NO_PICTURES in self.calib:
+            self._take(name, as_texts(getattr(self, name), option_name(name)))
+        if NO_IMAGES in self.calib:
             self._take("data_free", True)
-            self._take("calib", tuple(source for source in self.calib if source != NO_PICTURES))
+            self._take("calib", tuple(source for source in self.calib if source != NO_IMAGES))
         for name in ("min_agreement", "min_sqnr"):
             if getattr(self, name) is not None:
-                self._take(name, as_numbers(getattr(self, name), spelt(name))[0])
+                self._take(name, as_numbers(getattr(self, name), option_name(name))[0])
         for name in ("stats", "save_stats", "save_layer_bits"):
             if getattr(self, name) is not None:
                 self._take(name, str(getattr(self, name)))
@@ -252,14 +384,14 @@ class Recipe:
         }
         for name, kind in kinds.items():
             if getattr(self, name) is not None:
-                self._take(name, as_member(kind, getattr(self, name), spelt(name)))
+                self._take(name, as_member(kind, getattr(self, name), option_name(name)))
 
     def _check_numbers(self) -> None:
         for name in ("samples", "batch", "seed", "weight_bits", "activation_bits", "block_size", "edge_bits"):
-            require_whole(name, getattr(self, name))
+            require_integer(name, getattr(self, name))
         for name in ("opset", "threads"):
             if getattr(self, name) is not None:
-                require_whole(name, getattr(self, name))
+                require_integer(name, getattr(self, name))
         self._require_one_of("weight_bits", WEIGHT_BITS, "use 2 to 8, or 16.")
         self._require_one_of("activation_bits", ACTIVATION_BITS, "use 2 to 8, 16, or 32 for weights only.")
         self._require_one_of("edge_bits", WEIGHT_BITS, "use 2 to 8, or 16.")
@@ -276,7 +408,7 @@ class Recipe:
 
     def _take_looks(self) -> None:
         """What looks at pictures again is chosen here, where it was not asked for."""
-        own = self.calibrator == CALIBRATOR and self.bit_allocation in ("none", "weights")
+        own = self.calibrator == FEW_BITS_CALIBRATOR and self.bit_allocation in ("none", "weights")
         own = own and self.activation_bits < 32 and not self.data_free
         for name, wanted in (("equalize", True), ("tune_ranges", own)):
             if getattr(self, name) is None:
@@ -284,7 +416,7 @@ class Recipe:
 
     def _told(self, name: str) -> str:
         """An option and what is asked of it."""
-        return f"{spelt(name)} {getattr(self, name)}"
+        return f"{option_name(name)} {getattr(self, name)}"
 
     def _require_one_of(self, name: str, known: Collection[Any], fix: str) -> None:
         require(getattr(self, name) in known, self._told(name), fix)
@@ -292,18 +424,18 @@ class Recipe:
     def _check_search(self) -> None:
         if not self.searches:
             for name in ("candidate_bits", "save_layer_bits"):
-                fact = f"{spelt(name)} without a search"
+                fact = f"{option_name(name)} without a search"
                 require(getattr(self, name) is None, fact, "pass --max-drop or --target-size as well.")
             return
         hint = "leave it out: a search chooses from --candidate-bits."
         require(self.weight_bits == 8, f"--weight-bits {self.weight_bits} with a search for bits", hint)
         if self.max_drop is not None:
             drop = self.max_drop
-            known = isinstance(drop, Drop) and drop.measure in DROPS
-            require(known, f"--max-drop {drop}", f"use {', '.join(f'{name}:NUMBER' for name in DROPS)}.")
+            known = isinstance(drop, Drop) and drop.measure in DROP_MEASURES
+            require(known, f"--max-drop {drop}", f"use {', '.join(f'{name}:NUMBER' for name in DROP_MEASURES)}.")
             value = as_numbers(drop.value, "--max-drop")[0]
             possible = math.isfinite(value) and (drop.measure == "sqnr" or 0 <= value <= 1)
-            require(possible, f"--max-drop {drop}", f"use {DROPS[drop.measure]}.")
+            require(possible, f"--max-drop {drop}", f"use {DROP_MEASURES[drop.measure]}.")
             self._take("max_drop", Drop(drop.measure, value))
         if self.target_size is not None:
             size = as_numbers(self.target_size, "--target-size")[0]
@@ -326,7 +458,7 @@ class Recipe:
         if self.activation_bits != 32:
             return
         hint = "leave one of them out: with 32 activations stay float."
-        usual = self.calibrator in ("", CALIBRATOR)
+        usual = self.calibrator in ("", FEW_BITS_CALIBRATOR)
         require(usual, f"{self._told('calibrator')} with --activation-bits 32", hint)
         require(not self.tune_ranges, "--tune-ranges with --activation-bits 32", hint)
 
@@ -342,4 +474,4 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form of all that shapes the file: what only steers the run (threads, gates) stays out."""
-        return {name: value for name, value in plain(self).items() if name not in STEERING}
+        return {name: value for name, value in as_json_value(self).items() if name not in RUN_ONLY_OPTIONS}

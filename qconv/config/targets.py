@@ -26,16 +26,16 @@ IR_VERSIONS: dict[int, int] = {
     25: 12,
 }
 # The oldest ONNX Runtime that loads an opset.
-RUNTIMES: dict[int, str] = {
+OLDEST_RUNTIMES: dict[int, str] = {
     13: "1.8", 14: "1.8", 15: "1.10", 16: "1.11", 17: "1.12", 18: "1.14", 19: "1.15", 20: "1.17", 21: "1.19",
     22: "1.22", 23: "1.26", 24: "1.26", 25: "1.26",
 }  # fmt: skip
 
 
-Table = Mapping[str, Mapping[int, tuple[float, float, float, float]]]
+CostTable = Mapping[str, Mapping[int, tuple[float, float, float, float]]]
 
 
-def averaged(tables: Collection[Table]) -> Table:
+def average_costs(tables: Collection[CostTable]) -> CostTable:
     """The mean of the costs in all tables that know them: nobody tells on which CPU a file will run."""
     found: dict[str, dict[int, tuple[float, float, float, float]]] = {}
     for kind in sorted({kind for table in tables for kind in table}):
@@ -46,8 +46,8 @@ def averaged(tables: Collection[Table]) -> Table:
     return found
 
 
-FULL_BYTES = frozenset(range(2, 9))
-ALL_BITS = FULL_BYTES | {16}
+UP_TO_8_BITS = frozenset(range(2, 9))
+ALL_BITS = UP_TO_8_BITS | {16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Target:
 
     name: str
     float_ops: Mapping[str, str] = field(default_factory=dict)
-    costs: Table | None = None
+    costs: CostTable | None = None
     folds: bool = False
     on_ort: bool = True
     signed: bool = False
@@ -95,7 +95,7 @@ TARGETS: dict[str, Target] = {
     "ort-cpu": Target(
         "ort-cpu",
         float_ops={"ConvTranspose": "ONNX Runtime's CPU provider has no integer ConvTranspose"},
-        costs=averaged(BY_CPU.values()),
+        costs=average_costs(BY_CPU.values()),
         folds=True,
         moves_zero=True,
     ),
@@ -109,7 +109,7 @@ TARGETS: dict[str, Target] = {
         inputs_only=True,
         whole_kernels=frozenset({"ConvTranspose"}),
         pairs=False,
-        weight_bits=FULL_BYTES,
+        weight_bits=UP_TO_8_BITS,
         activation_bits=frozenset({8}),
         activation_schemes=frozenset({"symmetric"}),
         weight_schemes=frozenset({"symmetric"}),
@@ -124,8 +124,8 @@ TARGETS: dict[str, Target] = {
         integer_bias=False,
         keeps_activations=True,
         inputs_only=True,
-        weight_bits=FULL_BYTES,
-        activation_bits=FULL_BYTES | {32},
+        weight_bits=UP_TO_8_BITS,
+        activation_bits=UP_TO_8_BITS | {32},
         granularities=frozenset({"per-tensor", "per-channel"}),
         why="OpenVINO's integer layers have 8 bits and one scale a tensor or, for weights, a channel",
     ),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qconv.config.pixels import Color, Preprocessing, PreprocessingOptions
+from qconv.config.preprocessing import Color, Preprocessing, PreprocessingOptions
 from qconv.data.evidence import Fact, Reference
 from qconv.data.fit import Moments
 from qconv.data.preprocess import InputSpec, resolve

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qconv.config.pixels import AUTO, Preprocessing, PreprocessingOptions
+from qconv.config.preprocessing import AUTO, Preprocessing, PreprocessingOptions
 from qconv.data.candidates import Candidate, Field
 from qconv.data.evidence import Fact, fact_of, references
 from qconv.data.race import Race

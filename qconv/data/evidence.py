@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.pixels import Color, Layout, PreprocessingOptions
+from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
 from qconv.ir.graph import Model, Node, Value, array, attribute, dims, input_of, rank
 
 MOST_REFERENCES = 3

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.pixels import AUTO, PreprocessingOptions
+from qconv.config.preprocessing import AUTO, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.detect import detect

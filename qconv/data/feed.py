@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.pixels import Color, Layout, Preprocessing, PreprocessingOptions
+from qconv.config.preprocessing import Color, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.listing import SAMPLE_SUFFIXES, Listing, find, suffix_of

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.pixels import CROP_SHARE, Color, Layout, Preprocessing
+from qconv.config.preprocessing import CROP_SHARE, Color, Layout, Preprocessing
 from qconv.data.listing import SAMPLE_SUFFIXES, Listing, suffix_of
 from qconv.data.preprocess import InputSpec, agrees
 from qconv.errors import QconvError, format_count, format_shape

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qconv.config.pixels import AUTO, PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset
+from qconv.config.preprocessing import AUTO, PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset
 from qconv.errors import QconvError, format_count, format_shape
 
 PIXEL_TYPES = frozenset(map(np.dtype, ("float16", "float32", "float64", "uint8")))

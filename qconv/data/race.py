@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import save
-from qconv.config.pixels import Preprocessing
+from qconv.config.preprocessing import Preprocessing
 from qconv.data import images
 from qconv.data.candidates import Candidate, inverted
 from qconv.data.evidence import Reference

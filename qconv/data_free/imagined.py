@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.pixels import Color, Preprocessing
+from qconv.config.preprocessing import Color, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.feed import Batch, Feed

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from qconv.calibration.calibrate import Tap, observer, watch, watch_apart
 from qconv.calibration.reach import Channels, seen_by_channel
 from qconv.calibration.sketch import Sketch
-from qconv.config.choices import NO_PICTURES
+from qconv.config.choices import NO_IMAGES
 from qconv.data.feed import Batch
 from qconv.data_free.imagined import COUNT, Imagined, pixels, read_by
 from qconv.data_free.portray import channels_of, sketched
@@ -114,7 +114,7 @@ class Unseen:
             told_of = f"{format_count(len(missing), 'tensor')} of {len(taps)} that need a range: {shown}{more}"
             raise QconvError(
                 f"{self.source.name} says nothing of {told_of} ({why or 'nothing leads there'}).",
-                f"--calib {NO_PICTURES} lives on BatchNormalizations: export the model before they are folded, pass "
+                f"--calib {NO_IMAGES} lives on BatchNormalizations: export the model before they are folded, pass "
                 "pictures, or pass --fallback random, or synthesized, to watch made-up ones.",
             )
         return missing

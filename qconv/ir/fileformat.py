@@ -8,9 +8,9 @@ from collections.abc import Collection
 from typing import Any
 
 from qconv.config.choices import WeightGranularity
-from qconv.config.pixels import Preprocessing
+from qconv.config.preprocessing import Preprocessing
 from qconv.config.recipe import Recipe
-from qconv.config.targets import IR_VERSIONS, LOWEST_OPSET, RUNTIMES
+from qconv.config.targets import IR_VERSIONS, LOWEST_OPSET, OLDEST_RUNTIMES
 from qconv.errors import QconvError
 from qconv.ir.graph import Model
 
@@ -42,7 +42,7 @@ def needed_opset(recipe: Recipe, own: int) -> int:
 
 def needed_runtime(model: Model, recipe: Recipe) -> str:
     """The oldest ONNX Runtime that runs the file right."""
-    version = RUNTIMES.get(model.opset, RUNTIMES[max(RUNTIMES)])
+    version = OLDEST_RUNTIMES.get(model.opset, OLDEST_RUNTIMES[max(OLDEST_RUNTIMES)])
     in_integers = (bits for bits in recipe.bits_of_weights if recipe.activation_bits < 32 and not recipe.packs(bits))
     if any(map(recipe.has_zero_points, in_integers)):
         version = "1.28"  # earlier ones refuse per-channel zero points that differ

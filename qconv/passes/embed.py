@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.pixels import Layout, Preprocessing
+from qconv.config.preprocessing import Layout, Preprocessing
 from qconv.data.preprocess import AXES, layout_order
 from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.affine import AFFINE, data_of, read_affine

@@ -11,7 +11,7 @@ from qconv.calibration import stats
 from qconv.calibration.calibrate import Tap, observer, watch
 from qconv.calibration.calibrators import want_of
 from qconv.calibration.sketch import Sketch, Want
-from qconv.config.pixels import Layout, Preprocessing, PreprocessingOptions
+from qconv.config.preprocessing import Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.detect import Detected, detect, detect_unseen
 from qconv.data.feed import Feed

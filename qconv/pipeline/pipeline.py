@@ -15,9 +15,9 @@ from qconv import save
 from qconv.audit.audit import Known, audit, profiled
 from qconv.calibration.sketch import Sketch
 from qconv.calibration.stats import digest
-from qconv.config.checks import spelt
-from qconv.config.layer_bits import as_toml
+from qconv.config.choices import option_name
 from qconv.config.recipe import Recipe
+from qconv.config.serialization import format_layer_bits
 from qconv.config.targets import TARGETS, Target
 from qconv.data.feed import Feed
 from qconv.errors import Change, Finding, QconvError, Skipped, require_torch
@@ -114,7 +114,7 @@ def quantize(
             if getattr(recipe, option) is not None:
                 path = Path(getattr(recipe, option))
                 check_output(source, path, data_files(proto, source))
-                written[spelt(option)] = path
+                written[option_name(option)] = path
         _check_apart(written, [*recipe.calib, *([] if recipe.stats is None else [recipe.stats])])
         refuse_quantized(proto, source.name)
         float_bytes, made_from = file_bytes(proto, source), digest(source, data_files(proto, source))
@@ -215,7 +215,7 @@ def quantize(
         if recipe.save_stats is not None:
             pictures.save_statistics(as_it_is, source, Path(recipe.save_stats))
         if recipe.save_layer_bits is not None:
-            save.write_whole(Path(recipe.save_layer_bits), as_toml(recipe.layer_bits).encode())
+            save.write_whole(Path(recipe.save_layer_bits), format_layer_bits(recipe.layer_bits).encode())
         if place is not None:
             staged.commit(place)
     run.time["total"] = time.perf_counter() - started

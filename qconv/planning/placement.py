@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qconv.config.pixels import Preprocessing
+from qconv.config.preprocessing import Preprocessing
 from qconv.config.recipe import Recipe
-from qconv.config.targets import TARGETS, Table, Target
+from qconv.config.targets import TARGETS, CostTable, Target
 from qconv.ir.graph import Model, Node, Value, array, attribute, dims, input_of
 from qconv.ir.load import shapes_at
 from qconv.ir.rules import RULES, Weighted
@@ -70,7 +70,7 @@ def left_in_float(model: Model, recipe: Recipe, fed: Preprocessing | None) -> di
     return faster_in_float(model, make_plan(model, recipe, target), shapes_of(model, fed), costs_of(recipe, target))
 
 
-def costs_of(recipe: Recipe, target: Target) -> Table:
+def costs_of(recipe: Recipe, target: Target) -> CostTable:
     """What operators cost with such weights. For zero points of their own depthwise layers have a slow kernel only."""
     known = target.costs or {}
     if not recipe.has_zero_points(recipe.weight_bits):
@@ -91,7 +91,7 @@ def shapes_of(model: Model, fed: Preprocessing | None) -> Shapes:
     return shapes_at(model, first.name or "", [batch or 1, *(side for side in sides if side is not None)])
 
 
-def faster_in_float(model: Model, plan: Plan, shapes: Shapes, table: Table) -> dict[str, str]:
+def faster_in_float(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:
     """The nodes of `plan` that are better left in float, by name, each with the reason.
 
     model: folded; plan: without regard to costs; shapes: of all tensors, for one run.
@@ -104,7 +104,9 @@ def faster_in_float(model: Model, plan: Plan, shapes: Shapes, table: Table) -> d
     return _left(plan, question, integer)
 
 
-def division(model: Model, plan: Plan, shapes: Shapes, table: Table, measured: Mapping[str, Cost]) -> dict[str, str]:
+def division(
+    model: Model, plan: Plan, shapes: Shapes, table: CostTable, measured: Mapping[str, Cost]
+) -> dict[str, str]:
     """The same by costs of single nodes, by name, that were measured; however small the gain.
 
     table: for nodes without such costs, and for changing over.
@@ -113,7 +115,7 @@ def division(model: Model, plan: Plan, shapes: Shapes, table: Table, measured: M
     return _left(plan, question, question.cheapest())
 
 
-def all_in_float(model: Model, plan: Plan, shapes: Shapes, table: Table) -> dict[str, str]:
+def all_in_float(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:
     """Every node that could run in integers, as `faster_in_float` names them."""
     return _left(plan, _Question.of(model, plan, shapes, table), set())
 
@@ -158,7 +160,7 @@ class _Question:
 
     @classmethod
     def of(
-        cls, model: Model, plan: Plan, shapes: Shapes, table: Table, measured: Mapping[str, Cost] | None = None
+        cls, model: Model, plan: Plan, shapes: Shapes, table: CostTable, measured: Mapping[str, Cost] | None = None
     ) -> _Question:
         known = measured or {}
         costs = {node: known.get(node.name or "") or cost_of(node, shapes, table) for node in plan.integer}
@@ -218,7 +220,7 @@ def _reads_data(node: Node, value: Value) -> bool:
     return rule is None or value in data_inputs(node, rule)
 
 
-def cost_of(node: Node, shapes: Shapes, table: Table) -> Cost | None:
+def cost_of(node: Node, shapes: Shapes, table: CostTable) -> Cost | None:
     """What the table says of a node, None where it says nothing."""
     found = _work(node, shapes)
     if found is None or found[0] not in table:
@@ -235,7 +237,7 @@ def _looked_up(lines: Mapping[int, tuple[float, float, float, float]], channels:
     return Cost(f_us + f_ns * work / 1000, i_us + i_ns * work / 1000)
 
 
-def _switch(value: Value, shapes: Shapes, table: Table) -> float:
+def _switch(value: Value, shapes: Shapes, table: CostTable) -> float:
     """Microseconds of one way: half of there and back again."""
     shape = shapes.get(value.name or "")
     if shape is None:

@@ -12,7 +12,7 @@ from typing import Any
 from qconv.analysis.foretold import Trouble
 from qconv.analysis.inspect_float import End, FloatModel, FloatRow, Left
 from qconv.analysis.inspect_quantized import QuantizedModel, QuantizedRow
-from qconv.config.spoken import in_words
+from qconv.config.serialization import format_number
 from qconv.errors import Skipped, format_count, format_shape
 from qconv.ir.stored import Tensor
 from qconv.report.printing import COLUMNS, columns, wrapped
@@ -181,7 +181,7 @@ def _held(tensor: Tensor) -> str:
 def _fed(told: Mapping[str, Any]) -> str:
     """The preprocessing, as the file's metadata has it."""
     scale, size = told.get("scale"), told.get("size")
-    factor = in_words(scale) if isinstance(scale, float) else str(scale)
+    factor = format_number(scale) if isinstance(scale, float) else str(scale)
     parts = [str(told.get("color") or "").upper(), f"(pixel x {factor} - {told.get('mean')}) / {told.get('std')}"]
     parts += [str(told.get("layout") or "").upper(), format_shape(size) if isinstance(size, list) else ""]
     return " ".join(filter(None, parts))

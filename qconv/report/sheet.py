@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.pixels import Color, Layout, Preprocessing
+from qconv.config.preprocessing import Color, Layout, Preprocessing
 from qconv.data.feed import Batch, Feed
 from qconv.errors import QconvError, format_count
 from qconv.report.plot import thumbnail

@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import Any
 
 import qconv
-from qconv.config.choices import STEPS
-from qconv.config.pixels import Preprocessing, PreprocessingOptions
+from qconv.config.choices import SYNTHESIS_STEPS
+from qconv.config.preprocessing import Preprocessing, PreprocessingOptions
 
 WELL = 0.1
 """Distance of statistics up to which pictures count as like those of training: dozens of photographs come to 0.04."""
@@ -23,7 +23,7 @@ class Wishes:
     preprocessing: PreprocessingOptions
     count: int = 128
     batch: int | None = None
-    steps: int = STEPS
+    steps: int = SYNTHESIS_STEPS
     seed: int = 0
     threads: int | None = None
     device: str = "auto"

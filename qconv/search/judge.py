@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from qconv import save
 from qconv.analysis.evaluate import class_vector
 from qconv.config.choices import Drop, LayerBits
-from qconv.config.layer_bits import exactly
 from qconv.config.recipe import Recipe
+from qconv.config.serialization import escape_glob
 from qconv.config.targets import TARGETS
 from qconv.data.feed import Batch, Feed
 from qconv.data.labels import classes_of, folder_of
@@ -102,7 +102,7 @@ class Judge:
         for name, bits in zip(self.names, point.bits, strict=True):
             activations = recipe.bits_of(name).activations
             wish = LayerBits(in_float=True) if bits >= FLOAT else LayerBits(bits, activations)
-            own.append((exactly(name), wish))
+            own.append((escape_glob(name), wish))
         return replace(recipe, layer_bits=(*own, *recipe.layer_bits))
 
     def measure(self, points: Sequence[Assignment], index: int) -> Measured:

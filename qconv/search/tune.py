@@ -14,7 +14,7 @@ from pathlib import Path
 from qconv import save
 from qconv.audit.audit import node_names, profiled
 from qconv.calibration.sketch import Sketch
-from qconv.config.pixels import Preprocessing
+from qconv.config.preprocessing import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir.graph import Model

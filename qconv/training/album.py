@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.pixels import Layout, Preprocessing
+from qconv.config.preprocessing import Layout, Preprocessing
 from qconv.data.fed import Fed
 from qconv.data.preprocess import InputSpec, layout_order
 from qconv.errors import QconvError, format_shape

@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from qconv.config.choices import STEPS
-from qconv.config.pixels import Color, Layout, Preprocessing
+from qconv.config.choices import SYNTHESIS_STEPS
+from qconv.config.preprocessing import Color, Layout, Preprocessing
 from qconv.data.evidence import Reference
 from qconv.data_free.imagined import leaves_of
 from qconv.errors import QconvError
@@ -223,7 +223,7 @@ def dreamt(
         size = fixed or min(batch_of(prep), count)
         dream = Dream(Network(model), prep, remembered.wanted, leaves_of(prep, count, size, 0), size)
         dream.look()
-        dream.run(STEPS, lambda done, total: progress("synthesize", done, total))
+        dream.run(SYNTHESIS_STEPS, lambda done, total: progress("synthesize", done, total))
         return dream.pixels
 
 

@@ -24,7 +24,7 @@ import torch
 from qconv import save
 from qconv.audit.examine import examine
 from qconv.calibration.stats import digest
-from qconv.config.spoken import recipe_from
+from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
 from qconv.data.fed import Fed, opened
 from qconv.data.labels import Labelling, classes_of, labels_of
@@ -149,7 +149,7 @@ class _Desk:
         assert other is not None
         _require_outputs(own, other)
         model, (floats, _) = load.as_it_is(read(source), source), load.load(read(teacher), teacher)
-        recipe = recipe_from(recipe_in(model))
+        recipe = recipe_from_dict(recipe_in(model))
         learned = Learned(find_sites(model, recipe), device)
         networks = Network(model, device), Network(floats, device)
         words, fixed = other.words, other.feed.inputs[0].shape[0]

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qconv.config.pixels import Layout
+from qconv.config.preprocessing import Layout
 from qconv.results.finetuned import Mark
 from qconv.training.album import Album
 from qconv.training.distance import agreeing, apart, kind_of, labelled

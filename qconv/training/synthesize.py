@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from qconv.calibration.stats import digest
-from qconv.config.pixels import AUTO, Filter, Preprocessing
+from qconv.config.preprocessing import AUTO, Preprocessing, ResizeFilter
 from qconv.config.recipe import Recipe
-from qconv.config.spoken import words
+from qconv.config.serialization import format_option
 from qconv.data import images
 from qconv.data.detect import Detected, detect_unseen
 from qconv.data_free.imagined import Imagined, leaves_of
@@ -114,7 +114,9 @@ def synthesize(source: Source, out: Path, wishes: Wishes, listener: Listener | N
         preprocessing=prep,
         words=fed.detected.in_words(),
         # the pictures have the network's size already
-        options=tuple(words("preprocessing", replace(wishes.preprocessing, resize="auto", filter=Filter.BILINEAR))),
+        options=tuple(
+            format_option("preprocessing", replace(wishes.preprocessing, resize="auto", filter=ResizeFilter.BILINEAR))
+        ),
         piped=source.path is None,
         batch=batch,
         layers=layers,

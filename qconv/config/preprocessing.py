@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from qconv.config.checks import as_member, as_numbers, plain, require, require_finite
+from qconv.config.choices import as_json_value, as_member, as_numbers, require, require_finite
 from qconv.errors import QconvError
 
 
@@ -26,7 +26,7 @@ class Layout(StrEnum):
     NHWC = "nhwc"
 
 
-class Filter(StrEnum):
+class ResizeFilter(StrEnum):
     """Interpolation used when a picture is resized."""
 
     BILINEAR = "bilinear"
@@ -52,7 +52,7 @@ PRESETS: dict[str, Preset] = {
 }
 AUTO = "auto"
 """In place of a preset: find out which."""
-LARGEST_INPUT = 1000.0
+LARGEST_PLAUSIBLE_INPUT = 1000.0
 """What no network is trained on; pixels as they are end at 255."""
 CROP_SHARE = 0.875  # 224 of 256: the share of the shorter side that ImageNet evaluation keeps
 
@@ -73,12 +73,12 @@ class PreprocessingOptions:
     color: Color | None = None
     layout: Layout | None = None
     resize: str | int = "auto"
-    filter: Filter = Filter.BILINEAR
+    filter: ResizeFilter = ResizeFilter.BILINEAR
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "preset", self.preset or AUTO)
-        for name, kind in (("color", Color), ("layout", Layout), ("filter", Filter)):
+        for name, kind in (("color", Color), ("layout", Layout), ("filter", ResizeFilter)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_member(kind, getattr(self, name), f"--{name}"))
         for name in ("mean", "std"):
@@ -101,7 +101,7 @@ class PreprocessingOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
+class EmbeddedNormalization:
     """A normalisation that a file does itself: `(pixel * scale - mean) / std`. layout: that of the float network."""
 
     preset: str
@@ -128,10 +128,10 @@ class Preprocessing:
     std: tuple[float, ...]
     layout: Layout
     resize: str | int
-    filter: Filter
+    filter: ResizeFilter
     size: tuple[int, int]
     class_vector: bool
-    embedded: Embedded | None = None
+    embedded: EmbeddedNormalization | None = None
 
     @property
     def channels(self) -> int:
@@ -151,17 +151,17 @@ class Preprocessing:
 
     def as_pixels(self, layout: Layout) -> Preprocessing:
         """What is left to do in front of a file that normalises by itself and takes pixels in `layout`."""
-        inside = Embedded(self.preset, self.scale, self.mean, self.std, self.layout)
+        inside = EmbeddedNormalization(self.preset, self.scale, self.mean, self.std, self.layout)
         return replace(self, preset="raw", scale=1.0, mean=(0.0,), std=(1.0,), layout=layout, embedded=inside)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
-        return dict(plain(self))
+        return dict(as_json_value(self))
 
     def in_words(self) -> str:
         """One sentence for the summary."""
         height, width = self.size
-        done = _formula(self.embedded or self)
+        done = _format_formula(self.embedded or self)
         shape = f"{self.layout.upper()} {height}x{width}, {self._resize_in_words()}"
         if self.embedded is not None:
             return f"{self.color.upper()} pixels as they are, uint8 {shape}; inside the file: {done}; {self.source}"
@@ -169,9 +169,13 @@ class Preprocessing:
 
     def doubt(self) -> str:
         """Why these numbers can hardly be what the network was trained with; empty for most."""
-        ends = [(level * self.scale - m) / s for level in (0.0, 255.0) for m, s in _channels(self.mean, self.std)]
+        ends = [
+            (level * self.scale - m) / s
+            for level in (0.0, 255.0)
+            for m, s in _mean_std_per_channel(self.mean, self.std)
+        ]
         low, high = min(ends), max(ends)
-        if high - low >= 0.1 and max(-low, high) <= LARGEST_INPUT and low <= 0 <= high:
+        if high - low >= 0.1 and max(-low, high) <= LARGEST_PLAUSIBLE_INPUT and low <= 0 <= high:
             return ""
         return (
             f"pixels from 0 to 255 become {low:.4g} to {high:.4g}, which is unusual: --mean and --std speak of pixels "
@@ -191,14 +195,14 @@ class Preprocessing:
         return f"{wish}, centre crop (unless already {height}x{width})"
 
 
-def _formula(done: Preprocessing | Embedded) -> str:
+def _format_formula(done: Preprocessing | EmbeddedNormalization) -> str:
     mean, std = (", ".join(f"{v:.6g}" for v in values) for values in (done.mean, done.std))
     # 1/127.5 reads better than 0.00784314
     scale = f"1/{1 / done.scale:.6g}" if 0 < done.scale < 1 else f"{done.scale:.6g}"
     return f"(pixel x {scale} - [{mean}]) / [{std}]"
 
 
-def _channels(mean: tuple[float, ...], std: tuple[float, ...]) -> Iterator[tuple[float, float]]:
+def _mean_std_per_channel(mean: tuple[float, ...], std: tuple[float, ...]) -> Iterator[tuple[float, float]]:
     """Mean and standard deviation of every channel, where either may be given for all."""
     count = max(len(mean), len(std))
     yield from zip(mean * (count // len(mean)), std * (count // len(std)), strict=True)

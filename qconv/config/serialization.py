@@ -1,0 +1,248 @@
+"""Converts recipes to command lines and back from dictionaries, and reads and writes per-layer bits as TOML.
+
+    [layers]
+    "stem*" = 8                                         # bits of the weights
+    "blocks.1.*" = { weights = 4, activations = 8 }     # and of the tensor that the layer reads
+    "classifier" = "float"
+
+The first glob that matches a layer counts, so exceptions stand above the rule. Names are those of the nodes of the
+folded model; globs are those of `fnmatch`, and case counts. A command line leaves out every option that the recipe
+implies. Three things cannot be written as options: per-layer bits (a file), the user's images, and what only steers a
+run.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from qconv.config.choices import FLOAT_BITS, NO_IMAGES, Drop, LayerBits, WeightGranularity, option_name
+from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe
+from qconv.errors import QconvError
+
+# Files in TOML that users write: read, with errors that say what to do.
+
+
+def read_toml(path: Path, option: str, example: str) -> dict[str, Any]:
+    """The content. option: that named the file. example: what to write, in words, without a full stop.
+
+    Raises QconvError where it cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise QconvError(f"{path} cannot be read: {error.strerror}.", f"check the path of {option}.") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        why = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "it is no text"
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else why
+        raise QconvError(f"{path} is no TOML: {why}.", f"{example}.") from None
+
+
+# Bits layer by layer, as a file that people write: TOML, one table of globs of layers' names.
+#
+#     [layers]
+#     "stem*" = 8                                         # bits of the weights
+#     "blocks.1.*" = { weights = 4, activations = 8 }     # and of the tensor that the layer reads
+#     "classifier" = "float"
+#
+# The first glob that matches a layer counts, so exceptions stand above the rule. Names are those of the nodes of the
+# folded model, as the report has them. Globs are those of `fnmatch`: `*`, `?` and `[...]`; case counts.
+
+
+LAYERS_TABLE, FLOAT_WORD = "layers", "float"
+
+BITS_KEYS = ("weights", "activations")
+
+LAYER_BITS_EXAMPLE = 'write [layers] and below it lines as "stem*" = 8 or "head" = "float"'
+
+LayerBitsAssignment = tuple[tuple[str, LayerBits], ...]
+
+
+def read_layer_bits(path: Path) -> LayerBitsAssignment:
+    """What the file says, in its order. Raises QconvError where it cannot be read or says no such thing."""
+    content = read_toml(path, "--layer-bits", LAYER_BITS_EXAMPLE)
+    table = content.get(LAYERS_TABLE)
+    if not isinstance(table, dict) or not table:
+        raise QconvError(f"{path} has no table of layers.", f"{LAYER_BITS_EXAMPLE}.")
+    other = next((key for key in content if key != LAYERS_TABLE), None)
+    if other is not None:
+        raise QconvError(
+            f"{path} has {other!r} beside its table of layers.", f"{LAYER_BITS_EXAMPLE}; names with a dot need quotes."
+        )
+    return tuple((name, _parse_layer_bits(path, name, value)) for name, value in table.items())
+
+
+def _parse_layer_bits(path: Path, name: str, value: Any) -> LayerBits:
+    if value == FLOAT_WORD:
+        return LayerBits(in_float=True)
+    wishes = value if isinstance(value, dict) else {"weights": value}
+    known = bool(wishes) and set(wishes) <= set(BITS_KEYS)
+    if not known or not all(isinstance(bits, int) and not isinstance(bits, bool) for bits in wishes.values()):
+        fix = 'use a number of bits, { weights = 4, activations = 8 } or "float"; names with a dot need quotes.'
+        raise QconvError(f"{path} gives {name!r} the bits {_quote_value(value)}.", fix)
+    found = LayerBits(**wishes)
+    if found.impossible is not None:
+        raise QconvError(f"{path} gives {name!r} {found.impossible}.", "use 2 to 8, or 16.")
+    return found
+
+
+def _quote_value(value: Any) -> str:
+    return str(value) if isinstance(value, Mapping) else json.dumps(value, default=str)
+
+
+def format_layer_bits(assignment: Iterable[tuple[str, LayerBits]]) -> str:
+    """The text of a file that `read_layer_bits` reads back."""
+    lines = [f"{json.dumps(pattern, ensure_ascii=False)} = {_format_bits(bits)}" for pattern, bits in assignment]
+    return "\n".join([f"[{LAYERS_TABLE}]", *lines]) + "\n"
+
+
+def _format_bits(bits: LayerBits) -> str:
+    if bits.in_float:
+        return f'"{FLOAT_WORD}"'
+    if bits.activations is None and bits.weights is not None:
+        return str(bits.weights)
+    wishes = ((key, getattr(bits, key)) for key in BITS_KEYS)
+    return "{ " + ", ".join(f"{key} = {wish}" for key, wish in wishes if wish is not None) + " }"
+
+
+def escape_glob(name: str) -> str:
+    """The glob that matches this name alone."""
+    return glob.escape(name)
+
+
+# A recipe as a user would have typed it: the options that make it, and no more of them than are needed.
+#
+# An option is left out where the recipe is the same without it, since many defaults follow from others: `--effort fast`
+# says `--rounding nearest` as well. Three things cannot be said: bits of single layers stand in a file of their own
+# (`--layer-bits`), pictures are the user's, and what only steers a run is not kept in files.
+
+
+IMAGES_PLACEHOLDER = ("the user's pictures",)
+"""Stand in for those a file does not name: without any, other defaults hold."""
+
+SHORT_NUMBER_DIGITS, FRACTION_TOLERANCE = 10, 1e-9
+"""Numbers of more characters may be fractions, if they are no smaller."""
+
+NEGATABLE_OPTIONS = frozenset({"equalize", "tune_ranges", "saturation_safe"})
+"""Switches that can be said both ways."""
+
+
+def recipe_from_dict(recipe: Mapping[str, Any]) -> Recipe | None:
+    """The Recipe of what `Recipe.as_dict` gave; None where this version knows no such recipe."""
+    try:
+        return _make_recipe(_as_field_types(recipe))
+    except (QconvError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def command_line_options(recipe: Mapping[str, Any]) -> list[str]:
+    """The options of `quantize` that make `recipe`, what `Recipe.as_dict` gave; the defaults are left out.
+
+    Of a recipe that this version does not know, all that it can say of it.
+    """
+    try:
+        said = _as_field_types(recipe)
+        whole = _make_recipe(said)
+    except (QconvError, TypeError, ValueError, AttributeError):
+        return list(_format_all_options(recipe))
+    if whole.weight_granularity is not WeightGranularity.PER_BLOCK:
+        said.pop("block_size", None)  # without effect, and refused
+        whole = _make_recipe(said)
+    for name in tuple(said):
+        rest = {other: value for other, value in said.items() if other != name}
+        if _makes_same_recipe(rest, whole):
+            said = rest
+    return [word for name, value in said.items() for word in format_option(name, value)]
+
+
+def _make_recipe(said: Mapping[str, Any]) -> Recipe:
+    return Recipe(calib=() if said.get("data_free") else IMAGES_PLACEHOLDER, **said)
+
+
+def _makes_same_recipe(said: Mapping[str, Any], whole: Recipe) -> bool:
+    try:
+        made = _make_recipe(said)
+    except QconvError:
+        return False
+    return made.as_dict() == whole.as_dict()
+
+
+def _as_field_types(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of Recipe as it takes them; what is None is left to it."""
+    known = [part.name for part in fields(Recipe) if part.name not in RUN_ONLY_OPTIONS]
+    found = {name: recipe[name] for name in known if recipe.get(name) is not None}
+    for name in ("keep_float", "keep_float_op", "candidate_bits"):
+        if name in found:
+            found[name] = tuple(found[name])
+    if "layer_bits" in found:
+        found["layer_bits"] = tuple((glob, LayerBits(**bits)) for glob, bits in found["layer_bits"])
+    if "max_drop" in found:
+        found["max_drop"] = Drop(**found["max_drop"])
+    if "preprocessing" in found:
+        parts = found["preprocessing"].items()
+        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in parts}
+        found["preprocessing"] = PreprocessingOptions(**given)
+    return found
+
+
+def format_option(name: str, value: Any) -> Iterator[str]:
+    """One field of a Recipe as it is spelt on the command line."""
+    if name == "data_free":
+        yield from (option_name("calib"), NO_IMAGES) if value else ()
+    elif name == "preprocessing":
+        yield from _format_preprocessing(value)
+    elif name in ("keep_float", "keep_float_op"):
+        for item in value:
+            yield from (option_name(name), str(item))
+    elif name == "candidate_bits":
+        yield from (option_name(name), ",".join("float" if bits == FLOAT_BITS else str(bits) for bits in value))
+    elif isinstance(value, Drop):
+        yield from (option_name(name), f"{value.measure}:{value.value!r}")
+    elif isinstance(value, bool):
+        if value:
+            yield option_name(name)
+        elif name in NEGATABLE_OPTIONS:
+            yield option_name(f"no_{name}")
+    elif name != "layer_bits":
+        yield from (option_name(name), str(value))
+
+
+def _format_preprocessing(options: PreprocessingOptions) -> Iterator[str]:
+    default = PreprocessingOptions()
+    for part in fields(options):
+        value = getattr(options, part.name)
+        if value is None or value == getattr(default, part.name):
+            continue
+        match part.name:
+            case "preset":
+                yield from ("--preprocess", value)
+            case "size":
+                yield from ("--size", "x".join(map(str, value)))
+            case "scale" | "mean" | "std":
+                yield from (
+                    option_name(part.name),
+                    ",".join(map(format_number, value if isinstance(value, tuple) else (value,))),
+                )
+            case _:
+                yield from (option_name(part.name), str(value))
+
+
+def format_number(value: float) -> str:
+    """Exactly this number: 1/255 where that is what was typed."""
+    text = f"{value:.10g}" if float(f"{value:.10g}") == value else repr(value)
+    inverse = round(1 / value, 4) if abs(value) > FRACTION_TOLERANCE else 0.0
+    return f"1/{inverse:.10g}" if len(text) > SHORT_NUMBER_DIGITS and inverse and 1 / inverse == value else text
+
+
+def _format_all_options(recipe: Mapping[str, Any]) -> Iterator[str]:
+    default = Recipe(calib=IMAGES_PLACEHOLDER).as_dict()
+    for name, value in recipe.items():
+        alone = isinstance(default.get(name, ""), str | int | float | None)
+        if alone and value != default.get(name) and isinstance(value, str | int | float):
+            yield from format_option(name, value)
