@@ -15,7 +15,7 @@ from qconv.errors import Change, QconvError
 from qconv.ir.source import Source
 from qconv.pipeline import pipeline
 from qconv.pipeline.pipeline import quantize
-from qconv.results.report import Report
+from qconv.results.quantize import Report
 from qconv.runtime.runtime import Session
 
 SIZES = np.float32(2.0) ** np.linspace(-4, 4, 8, dtype=np.float32)  # of channels, far apart

@@ -26,7 +26,7 @@ from qconv.ir import moved
 from qconv.ir.source import Source
 from qconv.pipeline import pipeline
 from qconv.quantizer import QuantSpec
-from qconv.results.compared import Compared
+from qconv.results.comparison import Comparison
 from qconv.runtime.runtime import Session
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +89,7 @@ def quantized(model: Path, samples: Path, **options: Any) -> Path:
     return out
 
 
-def compared(float_model: Path, model: Path, pictures: Path, **options: Any) -> Compared:
+def compared(float_model: Path, model: Path, pictures: Path, **options: Any) -> Comparison:
     sources = [Source(str(path), path) for path in (float_model, model)]
     recipe = Recipe(calib=(str(pictures),), **options)
     return beside.on_pictures(*sources, recipe, lambda text: None, lambda *args: None).compared

@@ -26,7 +26,7 @@ from qconv.cli.cli import cli
 from qconv.config.recipe import Recipe
 from qconv.data.listing import find
 from qconv.pipeline import gather, pipeline
-from qconv.results.ladder import Trial, undominated
+from qconv.results.comparison import Trial, pareto_mask
 
 ROOT = Path(__file__).parents[1]
 CIFAR = ROOT / "tests" / "models" / "cifar_mobilenet.onnx"
@@ -318,18 +318,18 @@ def test_what_no_other_trial_beats() -> None:
         return Trial("", (), sqnr_db=sqnr, size=size, ms=ms, ratio=(0.9 * ms, ms, 1.1 * ms))
 
     trials = [trial(30, 10, 1), trial(20, 10, 1), trial(40, 20, 1), trial(30, 5, 2), Trial("", (), failed="no")]
-    assert undominated(trials) == (True, False, True, True, False)
+    assert pareto_mask(trials) == (True, False, True, True, False)
 
 
 def test_what_is_timed_counts_only_beside_what_is_timed() -> None:
     ratios = ((0.9, 1.0, 1.1), None, (0.95, 1.05, 1.2))
-    assert undominated([Trial("", (), sqnr_db=30, size=10, ratio=ratio) for ratio in ratios]) == (True, True, True)
-    assert undominated([Trial("", (), size=10, ratio=(r, r, r)) for r in (1.0, 2.0)]) == (True, False)
+    assert pareto_mask([Trial("", (), sqnr_db=30, size=10, ratio=ratio) for ratio in ratios]) == (True, True, True)
+    assert pareto_mask([Trial("", (), size=10, ratio=(r, r, r)) for r in (1.0, 2.0)]) == (True, False)
 
 
 def test_outputs_of_classes_alone_count_by_their_agreement() -> None:
     right, wrong = (Trial("", (), agreement=share, size=10) for share in (1.0, 0.5))
-    assert undominated((right, wrong)) == (True, False)
+    assert pareto_mask((right, wrong)) == (True, False)
     assert right.equal
     assert wrong.accuracy_db == pytest.approx(3.01, abs=0.01)
 

@@ -29,7 +29,7 @@ from qconv.ir.source import Source
 from qconv.passes import fold
 from qconv.passes.embed import embed
 from qconv.pipeline.pipeline import quantize
-from qconv.results.report import Report
+from qconv.results.quantize import Report
 from qconv.runtime.runtime import Session
 
 RGB = (3, 12, 10)  # channels, height, width

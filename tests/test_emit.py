@@ -35,7 +35,7 @@ from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
 from qconv.quantization.params import Params, choose_params
-from qconv.results.report import Audit
+from qconv.results.quantize import Audit
 from qconv.runtime.runtime import Session
 
 SAME = "pads=[1,1,1,1]"

@@ -24,7 +24,7 @@ from qconv.passes.balance import apply
 from qconv.passes.fold import fold
 from qconv.passes.streams import find_streams
 from qconv.pipeline.pipeline import quantize
-from qconv.results.report import Report
+from qconv.results.quantize import Report
 from qconv.runtime.runtime import Session
 
 MEANS = np.array([0.3, -0.5, 1.0, 0.0, -1.0, 2.0])

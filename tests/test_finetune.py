@@ -33,9 +33,10 @@ from qconv.ir import load
 from qconv.ir.fileformat import recipe_in
 from qconv.ir.source import Source, read
 from qconv.pipeline.pipeline import quantize
-from qconv.results.finetuned import Finetuned, Wishes
+from qconv.results.training import FinetuneResult
 from qconv.training.finetune import Listener, finetune
 from qconv.training.learnable import Learned, pairs_axis
+from qconv.training.options import FinetuneOptions
 from qconv.training.sites import find_sites
 from qconv.training.torchgraph import Network
 
@@ -86,10 +87,10 @@ def few(folder: Path, **more: object) -> Recipe:
     return Recipe(**{**made, **more})  # type: ignore[arg-type]
 
 
-def wishes(folder: Path, **more: object) -> Wishes:
+def wishes(folder: Path, **more: object) -> FinetuneOptions:
     recipe = Recipe(calib=(str(folder / "pictures"),), samples=10**9, threads=1)
     made: dict[str, object] = {"epochs": 40, "batch": 12, "rate": 2e-2, "device": "cpu", "augment": False}
-    return Wishes(recipe, **{**made, **more})  # type: ignore[arg-type]
+    return FinetuneOptions(recipe, **{**made, **more})  # type: ignore[arg-type]
 
 
 def source(path: Path) -> Source:
@@ -113,12 +114,12 @@ def all_pictures(folder: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def trained(place: Path) -> tuple[Finetuned, Path]:
+def trained(place: Path) -> tuple[FinetuneResult, Path]:
     out = place / "net.w3a3.qat.onnx"
     return finetune(source(place / "net.w3a3.onnx"), out, wishes(place)), out
 
 
-def test_training_brings_the_file_nearer_to_the_float_model(place: Path, trained: tuple[Finetuned, Path]) -> None:
+def test_training_brings_the_file_nearer_to_the_float_model(place: Path, trained: tuple[FinetuneResult, Path]) -> None:
     """On all pictures, by ONNX Runtime and numpy alone."""
     found, out = trained
     x = all_pictures(place)
@@ -130,7 +131,7 @@ def test_training_brings_the_file_nearer_to_the_float_model(place: Path, trained
     assert found.after.mark.distance < found.before.mark.distance
 
 
-def test_the_structure_stays(place: Path, trained: tuple[Finetuned, Path]) -> None:
+def test_the_structure_stays(place: Path, trained: tuple[FinetuneResult, Path]) -> None:
     """Same nodes, names and types; codes of three bits; scales of biases are the products that kernels want."""
     before, after = onnx.load(place / "net.w3a3.onnx"), onnx.load(trained[1])
     onnx.checker.check_model(after)

@@ -31,9 +31,17 @@ from qconv.report import html, pages
 from qconv.report.plot import thumbnail
 from qconv.report.sheet import NO_PICTURES, as_pixels, sheet
 from qconv.report.shown import Page, Picture, Tile
-from qconv.results.compared import Bars, Compared, LayerRow, Values
-from qconv.results.ladder import Cause, Diagnosis, Sweep, Trial
-from qconv.results.report import Audit, Island, LayerTime, OutputScore, Verification
+from qconv.results.comparison import (
+    Cause,
+    Comparison,
+    Diagnosis,
+    HistogramBars,
+    LayerComparison,
+    Sweep,
+    Trial,
+    ValueStatistics,
+)
+from qconv.results.quantize import Audit, FloatNode, LayerTime, OutputScore, Verification
 from qconv.runtime.runtime import Session
 
 ROOT = Path(__file__).parents[1]
@@ -46,15 +54,15 @@ VOID = {"meta", "img", "br", "input", "link", "hr"}
 # -- pages made up -----------------------------------------------------------------------------------------------------
 
 
-def values(low: float, high: float, end: float) -> Values:
+def values(low: float, high: float, end: float) -> ValueStatistics:
     edges = tuple(float(edge) for edge in np.linspace(low, end, 9))
-    return Values(8, low, high, 0.0123, 0.8, Bars(edges, (1, 5, 90, 400, 90, 5, 0, 2)))
+    return ValueStatistics(8, low, high, 0.0123, 0.8, HistogramBars(edges, (1, 5, 90, 400, 90, 5, 0, 2)))
 
 
-def rows(count: int, name: str) -> tuple[LayerRow, ...]:
+def rows(count: int, name: str) -> tuple[LayerComparison, ...]:
     """The third has no weights, the fourth no codes at all, and differs in nothing."""
     made = [
-        LayerRow(
+        LayerComparison(
             f"{name}{i}", "Conv", f"t{i}", 20.0 + i, 30.0 + i, 0.99, 1 / count, values(-1, 2, 3), values(-127, 127, 127)
         )
         for i in range(count)
@@ -74,7 +82,7 @@ def whole(name: str = "node", layers: int = 20) -> Page:
     )
     trials += (Trial(f"{name} failed", (), failed=name),)
     causes = (Cause("range-outlier", (name,) * 5, name, 0.3, name), Cause("never-heard-of", (name,), name))
-    island = Island(name, name, name, name, us=2.0)
+    island = FloatNode(name, name, name, name, us=2.0)
     output = OutputScore(name, 20.0, 0.95)
     return Page(
         title=name,
@@ -83,7 +91,7 @@ def whole(name: str = "node", layers: int = 20) -> Page:
         verdict=name,
         version="1.2.3",
         warnings=(name, name),
-        compared=Compared(name, name, 8, name, rows(layers, name), (name,) * 5, (output,), 20.0, 8),
+        compared=Comparison(name, name, 8, name, rows(layers, name), (name,) * 5, (output,), 20.0, 8),
         audit=Audit(3, 2, (island, island), (island,), (LayerTime(name, "Conv", "integer", 6.0),), 10.0),
         fed=name,
         contact=(Picture(name, thumbnail(np.zeros((4, 4, 3), np.uint8))),),
@@ -256,8 +264,8 @@ def test_agreement_comes_with_wilsons_interval() -> None:
 
 def test_the_sentence_names_who_is_to_blame() -> None:
     shares = (0.4, 0.35, 0.15, 0.1)
-    layers = tuple(LayerRow(f"n{i}", "Conv", "t", 20.0, 20.0, 1.0, share) for i, share in enumerate(shares))
-    found = Compared("f", "q", 8, "", layers, (), (), 20.0, 8)
+    layers = tuple(LayerComparison(f"n{i}", "Conv", "t", 20.0, 20.0, 1.0, share) for i, share in enumerate(shares))
+    found = Comparison("f", "q", 8, "", layers, (), (), 20.0, 8)
     assert pages._blame(found) == ["2 of 4 layers make half of what error is left; most, 40%, comes from n0."]
     assert pages._blame(None) == []
 

@@ -32,7 +32,7 @@ from qconv.ir.source import Source
 from qconv.pipeline.pipeline import Listener, quantize
 from qconv.quantization.refine import EFFORTS
 from qconv.report import summary
-from qconv.results.report import MixedPrecision, Report
+from qconv.results.quantize import MixedPrecision, Report
 from qconv.runtime.runtime import Session
 from qconv.search.assign import Assignment
 from qconv.search.judge import _unseen

@@ -25,7 +25,7 @@ from qconv.ir.source import Source
 from qconv.metrics import verify
 from qconv.pipeline import pipeline
 from qconv.pipeline.pipeline import Listener, folded_float, quantize
-from qconv.results.report import OutputScore, Report
+from qconv.results.quantize import OutputScore, Report
 from qconv.runtime.runtime import Session
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"

@@ -13,7 +13,7 @@ from PIL import Image, ImageColor
 from qconv.report.chart import BOTTOM, HEIGHT, PANELS, TOP, WIDTH, Dot, Line, Text, draw
 from qconv.report.page import page, svg
 from qconv.report.plot import COLORS, png
-from qconv.results.curve import Curve, Point
+from qconv.results.sample_curve import CurvePoint, SampleCurve
 
 POINTS = [
     (1, 20.0, 0.5),
@@ -26,10 +26,10 @@ POINTS = [
 ]
 
 
-def curve(points: list[tuple[int, float | None, float | None]], name: str = "model.onnx") -> Curve:
-    made = [Point(count, number % 2, sqnr, agreement) for number, (count, sqnr, agreement) in enumerate(points)]
+def curve(points: list[tuple[int, float | None, float | None]], name: str = "model.onnx") -> SampleCurve:
+    made = [CurvePoint(count, number % 2, sqnr, agreement) for number, (count, sqnr, agreement) in enumerate(points)]
     seconds = {point.pictures: 0.5 for point in made}
-    return Curve("0.1", name, {"calibrator": "mse"}, None, made, 2, 4, (), seconds)
+    return SampleCurve("0.1", name, {"calibrator": "mse"}, None, made, 2, 4, (), seconds)
 
 
 CURVE = curve(list(POINTS))
@@ -44,7 +44,7 @@ EDGES = {
 }
 
 
-def dots(found: Curve, role: str) -> list[Dot]:
+def dots(found: SampleCurve, role: str) -> list[Dot]:
     return [shape for shape in draw(found) if isinstance(shape, Dot) and shape.role == role]
 
 
@@ -86,7 +86,7 @@ def test_the_picture() -> None:
 
 
 @pytest.mark.parametrize("found", EDGES.values(), ids=EDGES)
-def test_odd_curves_are_drawn(found: Curve) -> None:
+def test_odd_curves_are_drawn(found: SampleCurve) -> None:
     """Inside the picture, and as many dots as there are numbers."""
     assert png(draw(found))
     root = ElementTree.fromstring(svg(draw(found)))

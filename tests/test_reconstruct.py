@@ -24,7 +24,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import Change, QconvError, Skipped
 from qconv.ir.graph import Model, ir
 from qconv.pipeline import pipeline
-from qconv.results.report import Report
+from qconv.results.quantize import Report
 from qconv.training import learnable, reconstruct
 from qconv.training.blocks import _cuts, ends
 from qconv.training.torchfake import Drop

@@ -19,7 +19,7 @@ from qconv.ir.source import Source
 from qconv.pipeline.pipeline import quantize
 from qconv.quantization import refine, saturation
 from qconv.quantization.moments import Moments, moments
-from qconv.results.report import Report
+from qconv.results.quantize import Report
 from qconv.runtime.runtime import Session
 
 SAME = "pads=[1,1,1,1]"

@@ -24,7 +24,7 @@ from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.errors import QconvError
 from qconv.pipeline import pipeline
-from qconv.results.curve import Curve, Point, counts_up_to
+from qconv.results.sample_curve import CurvePoint, SampleCurve, counts_up_to
 from qconv.runtime.runtime import Session
 
 BODY = "c = Conv(x, w)  r = Relu(c)  p = GlobalAveragePool(r)  f = Flatten(p)  y = Gemm(f, g)"
@@ -249,15 +249,17 @@ def test_what_cannot_be_studied(
 # -- reading the curve -------------------------------------------------------------------------------------------------
 
 
-def curve(*points: tuple[int, float | None, float | None], scored: int = 100) -> Curve:
+def curve(*points: tuple[int, float | None, float | None], scored: int = 100) -> SampleCurve:
     """Of (pictures, dB, agreement); draws are numbered as they come."""
     seen: Counter[int] = Counter()
     found = []
     for count, sqnr, agreement in points:
-        found.append(Point(count, seen[count], sqnr, agreement))
+        found.append(CurvePoint(count, seen[count], sqnr, agreement))
         seen[count] += 1
     seconds = {count: 0.1 * count for count, _, _ in points}
-    return Curve("1", "model.onnx", {"calibrator": "minmax"}, None, found, max(seen.values()), scored, (), seconds)
+    return SampleCurve(
+        "1", "model.onnx", {"calibrator": "minmax"}, None, found, max(seen.values()), scored, (), seconds
+    )
 
 
 def test_counts() -> None:
@@ -267,7 +269,7 @@ def test_counts() -> None:
     assert counts_up_to(1000) == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 
 
-def decibels(*values: tuple[int, float]) -> Curve:
+def decibels(*values: tuple[int, float]) -> SampleCurve:
     return curve(*((count, value, 1.0) for count, value in values))
 
 
@@ -286,7 +288,7 @@ def decibels(*values: tuple[int, float]) -> Curve:
         (curve((1, None, None), (5, None, None)), None),
     ],
 )
-def test_enough(found: Curve, enough: int | None) -> None:
+def test_enough(found: SampleCurve, enough: int | None) -> None:
     assert found.enough == enough
 
 
@@ -302,6 +304,6 @@ def test_enough(found: Curve, enough: int | None) -> None:
         (curve((1, None, 0.5), (3, None, 0.9)), "the worst draw of 1 is 40.0 points of agreement below"),
     ],
 )
-def test_the_curve_in_words(found: Curve, words: str) -> None:
+def test_the_curve_in_words(found: SampleCurve, words: str) -> None:
     assert words in found.in_words()
     assert ("rare extremes" in found.in_words()) is ("rare extremes" in words)

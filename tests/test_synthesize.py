@@ -32,10 +32,10 @@ from qconv.data.listing import find
 from qconv.errors import Change, QconvError
 from qconv.ir.source import Source
 from qconv.pipeline import pipeline
-from qconv.results.synthesized import Wishes
 from qconv.storage import replace_folder_atomically
 from qconv.training import dream, synthesize
 from qconv.training.dream import EDGE, FLOOR, Dream, _stride, faded, normalised
+from qconv.training.options import SynthesisOptions
 from qconv.training.remembered import Remembered
 from qconv.training.torchgraph import Network
 
@@ -75,7 +75,7 @@ def source(data: bytes, tmp_path: Path) -> Source:
 
 def made(tmp_path: Path, data: bytes | None = None, out: str = "set", **more: Any) -> synthesize.Made:
     options: dict[str, Any] = {"count": 6, "steps": 12, "threads": 1, "device": "cpu", **more}
-    wishes = Wishes(options.pop("preprocessing", RAW), **options)
+    wishes = SynthesisOptions(options.pop("preprocessing", RAW), **options)
     return synthesize.synthesize(source(data or remembering(), tmp_path), tmp_path / out, wishes)
 
 
@@ -302,7 +302,7 @@ def test_what_comes_while_pictures_are_made_is_not_lost(tmp_path: Path) -> None:
         (tmp_path / "set").mkdir(exist_ok=True)
         (tmp_path / "set" / "mine.txt").write_text("mine")
 
-    wishes = Wishes(RAW, count=2, steps=2, threads=1, device="cpu")
+    wishes = SynthesisOptions(RAW, count=2, steps=2, threads=1, device="cpu")
     with pytest.raises(QconvError, match=r"such as mine\.txt"):
         synthesize.synthesize(
             source(remembering(), tmp_path), tmp_path / "set", wishes, synthesize.Listener(progress=put)
@@ -353,7 +353,7 @@ def test_the_model_does_not_lie_in_the_output(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "net.onnx", tmp_path / "set" / "000.png")
     inside = Source("000.png", tmp_path / "set" / "000.png")
     with pytest.raises(QconvError, match="lies in the output"):
-        synthesize.synthesize(inside, tmp_path / "set", Wishes(RAW, count=2, steps=1))
+        synthesize.synthesize(inside, tmp_path / "set", SynthesisOptions(RAW, count=2, steps=1))
 
 
 def test_a_picture_stands_for_the_sample_beside_it(tmp_path: Path) -> None:

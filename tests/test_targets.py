@@ -23,7 +23,7 @@ from qconv.errors import QconvError
 from qconv.ir.source import Source
 from qconv.pipeline.pipeline import quantize
 from qconv.quantization.bias import correction
-from qconv.results.report import Report
+from qconv.results.quantize import Report
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 PHOTOS = Path(__file__).parent.parent / "calib_samples"

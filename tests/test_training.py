@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv.results.finetuned import Mark
+from qconv.results.training import ValidationScore
 from qconv.training.training import AWAY, CUT, MOST_CUTS, Schedule, Trainer
 
 
@@ -44,7 +44,9 @@ class Lesson:
 
     def __init__(self, distances: Sequence[float], rights: Sequence[float] | None = None) -> None:
         self.learned, self.taught = Learned(), np.arange(32)
-        self.marks = iter(Mark(right, d) for d, right in zip(distances, rights or [0.5] * len(distances), strict=True))
+        self.marks = iter(
+            ValidationScore(right, d) for d, right in zip(distances, rights or [0.5] * len(distances), strict=True)
+        )
         self.slope = 1.0
         self.labels = None
 
@@ -54,7 +56,7 @@ class Lesson:
     def loss(self, part: np.ndarray, rng: Any) -> torch.Tensor:
         return -self.slope * self.learned.number.sum()
 
-    def mark(self) -> Mark:
+    def mark(self) -> ValidationScore:
         return next(self.marks)
 
 
@@ -101,7 +103,7 @@ def test_it_is_given_up_where_it_runs_away_again_and_again() -> None:
 
 def test_what_is_right_less_often_is_not_better() -> None:
     found = trained([1.0, 0.5, 0.9, 0.6, 0.7, 0.8], [0.5, 0.4, 0.5, 0.4, 0.6, 0.9])
-    assert (found.best_step, found.best_mark) == (4 * 32, Mark(0.6, 0.7))
+    assert (found.best_step, found.best_mark) == (4 * 32, ValidationScore(0.6, 0.7))
 
 
 def test_rates_rise_and_fall() -> None:

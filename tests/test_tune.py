@@ -14,7 +14,7 @@ from qconv.errors import QconvError
 from qconv.ir.source import Source
 from qconv.pipeline.pipeline import quantize
 from qconv.planning.placement import Cost
-from qconv.results.report import Report
+from qconv.results.quantize import Report
 from qconv.runtime.benchmark import Benchmark, Conditions, Timing
 from qconv.runtime.cpu import this_cpu
 from qconv.search import tune

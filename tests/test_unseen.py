@@ -25,7 +25,7 @@ from qconv.ir.normal import Normal
 from qconv.ir.source import Source
 from qconv.metrics.verify import verify
 from qconv.pipeline import pipeline
-from qconv.results.report import Report
+from qconv.results.quantize import Report
 from qconv.runtime.runtime import Session
 
 HERE = Path(__file__).parent

@@ -9,7 +9,7 @@ import pytest
 from models import network
 
 from qconv.metrics.verify import Comparison, gates, is_class_score, sqnr_db, verify
-from qconv.results.report import OutputScore, Verification
+from qconv.results.quantize import OutputScore, Verification
 from qconv.runtime.runtime import Session
 
 

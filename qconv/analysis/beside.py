@@ -12,14 +12,14 @@ from qconv.config.recipe import Recipe
 from qconv.data.fed import Fed, opened, side_by_side
 from qconv.errors import QconvError
 from qconv.ir.source import Source
-from qconv.results.compared import Compared
+from qconv.results.comparison import Comparison
 
 
 @dataclass(frozen=True, slots=True)
 class Looked:
     """What was found, and how the float model was fed."""
 
-    compared: Compared
+    compared: Comparison
     fed: Fed
 
 

@@ -36,9 +36,8 @@ from qconv.ir.moved import Moves
 from qconv.ir.rules import RULES, Joining
 from qconv.planning.plan import Layer, Plan
 from qconv.quantization.weights import BIAS_FITS
-from qconv.results.compared import Compared, LayerRow
-from qconv.results.ladder import Cause
-from qconv.results.report import Report
+from qconv.results.comparison import Cause, Comparison, LayerComparison
+from qconv.results.quantize import Report
 
 IMBALANCE = 24.0
 OUTLIER = 10.0
@@ -68,7 +67,7 @@ class Evidence:
     report: Report
     sketches: Mapping[str, Sketch]
     moves: Moves
-    compared: Compared
+    compared: Comparison
     saturates: bool
 
     def share(self, tensors: Collection[str]) -> float | None:
@@ -79,12 +78,12 @@ class Evidence:
         """The same of nodes by their names."""
         return _sum_of(row for row in self.compared.layers if row.name in names)
 
-    def row(self, tensor: str) -> LayerRow | None:
+    def row(self, tensor: str) -> LayerComparison | None:
         """The row of a tensor; the first where it has several."""
         return next((row for row in self.compared.layers if row.tensor == tensor), None)
 
 
-def _sum_of(rows: Iterable[LayerRow]) -> float | None:
+def _sum_of(rows: Iterable[LayerComparison]) -> float | None:
     shares = [row.output_share for row in rows if row.output_share is not None]
     return sum(shares) if shares else None
 

@@ -37,7 +37,7 @@ from qconv.ir.shifted import shifted
 from qconv.ir.source import Source, is_quantized, metadata, read
 from qconv.metrics.verify import Comparison, sqnr_db
 from qconv.passes import fold
-from qconv.results.compared import Compared, LayerRow, Values
+from qconv.results.comparison import Comparison, LayerComparison, ValueStatistics
 from qconv.runtime.runtime import Session
 
 Progress = Callable[[str, int, int], None]
@@ -66,7 +66,7 @@ class Question:
     threads: int | None = None
 
 
-def compare(question: Question, progress: Progress = lambda stage, done, total: None) -> Compared:
+def compare(question: Question, progress: Progress = lambda stage, done, total: None) -> Comparison:
     """Raises QconvError where the second model is not quantized, or nothing in it can be found in the first."""
     original, quantized = _models(question)
     moves = moved.read(quantized.inner.metadata_props)
@@ -89,7 +89,7 @@ def compare(question: Question, progress: Progress = lambda stage, done, total: 
         rows.append(_row(pair, tallies[pair.point], share, weights))
     unmatched = [point.name for point in found if point not in tallies]
     predicted = None if total <= 0 else -10 * math.log10(total)
-    return Compared(
+    return Comparison(
         question.float_model.name,
         question.model.name,
         question.pictures,
@@ -336,11 +336,11 @@ def _take(
     tally.codes = counted if tally.codes is None else tally.codes + counted
 
 
-def _row(pair: Pair, tally: _Tally, share: float | None, weights: Values | None) -> LayerRow:
+def _row(pair: Pair, tally: _Tally, share: float | None, weights: ValueStatistics | None) -> LayerComparison:
     point, values = pair.point, None
     if point.grid is not None and tally.codes is not None:
         numbers = np.concatenate(tally.sample)
-        values = Values(
+        values = ValueStatistics(
             point.grid.bits,
             point.grid.low,
             point.grid.high,
@@ -349,7 +349,7 @@ def _row(pair: Pair, tally: _Tally, share: float | None, weights: Values | None)
             bars_of(numbers, point.grid.low, point.grid.high),
         )
     known = bool(tally.signal and tally.power) and math.isfinite(tally.product)
-    return LayerRow(
+    return LayerComparison(
         name=point.name,
         op=point.op,
         tensor=pair.tensor.name or "",

@@ -53,8 +53,7 @@ from qconv.pipeline.gather import Memory, open_pictures
 from qconv.pipeline.pipeline import Listener
 from qconv.planning.placement import left_in_float
 from qconv.planning.planner import make_plan
-from qconv.results.compared import Compared
-from qconv.results.ladder import Cause, Diagnosis, Trial
+from qconv.results.comparison import Cause, Comparison, Diagnosis, Trial
 from qconv.runtime.cpu import this_cpu
 from qconv.runtime.runtime import Session
 
@@ -231,7 +230,7 @@ class _Clinic:
 
     # -- the network ---------------------------------------------------------------------------------------------------
 
-    def _remedies(self, proof: Proof, asked: Mapping[str, Any], base: _Attempt) -> Compared:
+    def _remedies(self, proof: Proof, asked: Mapping[str, Any], base: _Attempt) -> Comparison:
         """Find causes in the network and try what mends them. Returns the network layer by layer."""
         evidence = self._evidence(proof, base)
         self.found += causes.find(evidence)

@@ -24,8 +24,8 @@ from qconv.metrics import intervals
 from qconv.metrics.scored import Outputs, Scored, score_float
 from qconv.pipeline.gather import Memory
 from qconv.pipeline.pipeline import Listener, quantize
-from qconv.results.ladder import Trial
-from qconv.results.report import Report
+from qconv.results.comparison import Trial
+from qconv.results.quantize import Report
 from qconv.runtime.benchmark import Benchmark, Conditions, benchmark
 from qconv.runtime.runtime import VERSION, Session
 

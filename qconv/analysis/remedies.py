@@ -18,7 +18,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_option
 from qconv.errors import QconvError
 from qconv.ir.graph import Node
-from qconv.results.ladder import Cause
+from qconv.results.comparison import Cause
 
 FEW_NODES, FEW_GATES = 3, 2
 LONG = 20

@@ -39,7 +39,7 @@ from qconv.pipeline.wishes import look_for_wishes, require_layers
 from qconv.planning.placement import left_in_float
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
-from qconv.results.curve import Curve, Point, counts_up_to
+from qconv.results.sample_curve import CurvePoint, SampleCurve, counts_up_to
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
 from qconv.search.trial import carried_out
@@ -67,7 +67,7 @@ def study_samples(
     question: Question | None = None,
     listener: Listener | None = None,
     out: Path | None = None,
-) -> Curve:
+) -> SampleCurve:
     """The curve of accuracy over the number of calibration pictures.
 
     Weights are rounded to the nearest code, whatever the recipe says: the question is what pictures do for the ranges.
@@ -112,7 +112,7 @@ def study_samples(
         seconds = _put_aside(model, taps, calibration, recipe, kept)
         after = time.perf_counter()
         points = _points(_Job(model, recipe, floats), kept, scored, question.draws, listener.progress)
-    return Curve(
+    return SampleCurve(
         version=qconv.__version__,
         model=source.name,
         recipe=recipe.as_dict(),
@@ -215,7 +215,7 @@ class _Job:
 
 def _points(
     job: _Job, kept: Shelf, scored: Scored, draws: int, progress: Callable[[str, int, int], None]
-) -> list[Point]:
+) -> list[CurvePoint]:
     counts = counts_up_to(len(kept))
     total, points = draws * (len(counts) - 1) + 1, []
     for seed in range(draws):
@@ -224,7 +224,7 @@ def _points(
         for count, sketches in _growing(kept, order, wanted):
             with job.quantized(sketches) as session:
                 found = scored.score(session)
-            points.append(Point(count, seed, found.sqnr_db, found.agreement))
+            points.append(CurvePoint(count, seed, found.sqnr_db, found.agreement))
             progress("points", len(points), total)
     return points
 

@@ -18,7 +18,7 @@ from qconv.ir.load import load
 from qconv.ir.source import Source, data_files, file_bytes, original, read, refuse_quantized
 from qconv.pipeline.gather import Memory, open_pictures
 from qconv.pipeline.pipeline import Listener, check_output
-from qconv.results.ladder import Sweep
+from qconv.results.comparison import Sweep
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from qconv.ir.edits import Refused
 from qconv.ir.graph import Node, array, attribute, input_of
 from qconv.ir.layers import Layer, read_layer, scale_inputs, scale_outputs, stored_of
 from qconv.ir.moved import Moves
-from qconv.results.compared import Bars, Values
+from qconv.results.comparison import HistogramBars, ValueStatistics
 
 BARS = 64
 HALF = 0.5 + 1e-3
@@ -75,7 +75,7 @@ def _computed(node: Node) -> Weights | None:
     return Weights(codes.astype(np.int32), scale, np.asarray(zero, np.float32))
 
 
-def beside(layer: Node, original: Node | None, moves: Moves) -> Values | None:
+def beside(layer: Node, original: Node | None, moves: Moves) -> ValueStatistics | None:
     """The float layer's weights, in codes of the quantized one. None where either has none of the kind."""
     weights = weights_of(layer)
     same = original is not None and original.op_type == layer.op_type  # another tool may have given a name anew
@@ -86,7 +86,7 @@ def beside(layer: Node, original: Node | None, moves: Moves) -> Values | None:
     ideal = numbers / np.where(weights.scale == 0, 1, weights.scale) + weights.zero
     clipped = float(np.mean((ideal < low - HALF) | (ideal > high + HALF)))
     used = np.unique(weights.codes).size / 2**weights.bits
-    return Values(weights.bits, float(low), float(high), clipped, min(1.0, used), bars_of(ideal, low, high))
+    return ValueStatistics(weights.bits, float(low), float(high), clipped, min(1.0, used), bars_of(ideal, low, high))
 
 
 def _as_moved(original: Node, weights: Weights, moves: Moves) -> NDArray[np.floating] | None:
@@ -113,9 +113,9 @@ def _scaled(layer: Layer, moves: Moves) -> Layer:
     return found if out is None else scale_outputs(found, 1 / out, nothing)
 
 
-def bars_of(numbers: NDArray[np.floating], low: float, high: float) -> Bars:
+def bars_of(numbers: NDArray[np.floating], low: float, high: float) -> HistogramBars:
     """A histogram that shows all numbers, but NaN and infinity, and the whole range."""
     numbers = numbers[np.isfinite(numbers)]
     ends = min(low, float(numbers.min(initial=low))), max(high, float(numbers.max(initial=high)))
     counts, edges = np.histogram(numbers, BARS, ends if ends[1] > ends[0] else (ends[0], ends[0] + 1))
-    return Bars(tuple(map(float, edges)), tuple(map(int, counts)))
+    return HistogramBars(tuple(map(float, edges)), tuple(map(int, counts)))

@@ -22,7 +22,7 @@ from qconv.ir.graph import DataType, Model, Node, array, attribute, input_of
 from qconv.ir.rules import ACTIVATIONS, RULES, Weighted
 from qconv.planning.plan import Plan
 from qconv.quantization.saturation import worst_pair
-from qconv.results.report import Audit, Island, LayerTime, Saturation
+from qconv.results.quantize import Audit, FloatNode, LayerTime, Saturation
 from qconv.runtime.runtime import Session
 
 INTEGER_OPS = frozenset({"QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
@@ -106,8 +106,8 @@ def audit(optimized: Path, model: Model, known: Known, times: Mapping[str, float
         [node for node in nodes if node.op_type not in LAYOUT_OPS or names.original(node) in names.nodes]
         for nodes in sort_nodes(graph)
     )
-    islands: list[Island] = []
-    placed: list[Island] = []
+    islands: list[FloatNode] = []
+    placed: list[FloatNode] = []
     layers: list[LayerTime] = []
     for node in others:
         name = names.original(node)
@@ -126,17 +126,17 @@ def audit(optimized: Path, model: Model, known: Known, times: Mapping[str, float
     )
 
 
-def _island(node: onnx.NodeProto, name: str, names: _Names, known: Known, us: float | None) -> Island:
+def _island(node: onnx.NodeProto, name: str, names: _Names, known: Known, us: float | None) -> FloatNode:
     if name in known.kept:
         rule = "placed" if name in known.placed else "kept"
-        return Island(name, node.op_type, known.kept[name], None, rule, us)
+        return FloatNode(name, node.op_type, known.kept[name], None, rule, us)
     if known.whole:
-        return Island(name, node.op_type, known.whole, None, "recipe", us)
+        return FloatNode(name, node.op_type, known.whole, None, "recipe", us)
     found = names.nodes.get(name)
     if found is None:
-        return Island(name, node.op_type, "the runtime made it of others", None, "made", us)
+        return FloatNode(name, node.op_type, "the runtime made it of others", None, "made", us)
     why = reason(found)
-    return Island(name, node.op_type, why.why, why.remedy, why.rule, us)
+    return FloatNode(name, node.op_type, why.why, why.remedy, why.rule, us)
 
 
 def node_names(model: Model) -> Callable[[str], str]:

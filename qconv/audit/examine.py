@@ -15,7 +15,7 @@ from qconv.ir.graph import Model
 from qconv.ir.load import as_it_is
 from qconv.ir.source import Source, is_quantized, read
 from qconv.planning.planner import WISHED
-from qconv.results.report import Audit
+from qconv.results.quantize import Audit
 from qconv.runtime.cpu import Cpu, this_cpu
 from qconv.runtime.madeup import made_up
 from qconv.runtime.runtime import VERSION, Session

@@ -32,8 +32,8 @@ from qconv.signals import exit_at_once_on_signals, raise_exit_on_signals
 
 if TYPE_CHECKING:
     from qconv.ir.source import Source
-    from qconv.results.curve import Curve
-    from qconv.results.report import Report
+    from qconv.results.quantize import Report
+    from qconv.results.sample_curve import SampleCurve
 
 GATE_FELL_SHORT = 3
 
@@ -192,7 +192,7 @@ def study_samples(
     return 0
 
 
-def _write_chart(curve: Curve, out: Path) -> None:
+def _write_chart(curve: SampleCurve, out: Path) -> None:
     from qconv import save
 
     if out.suffix.lower() == ".html":

@@ -16,7 +16,7 @@ from qconv.errors import QconvError, format_count, require_torch
 from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
-    from qconv.results.finetuned import Finetuned, Judged, Round
+    from qconv.results.training import FinetuneResult, HistoryRow, ValidationResult
 
 GATE_FELL_SHORT = 3
 
@@ -148,12 +148,12 @@ def finetune(
     require_torch("qconv finetune")
     from qconv.ir.source import source_of
     from qconv.report import summary
-    from qconv.results import finetuned
     from qconv.training import finetune as training
+    from qconv.training import options as training_options
 
     console = summary.Console(quiet=quiet)
     raise_exit_on_signals()
-    wishes = finetuned.Wishes(
+    wishes = training_options.FinetuneOptions(
         recipe,
         None if teacher is None else source_of(teacher),
         labels,
@@ -186,7 +186,7 @@ def _default_output(quant: str) -> Path:
     return path.with_name(f"{path.stem if path.suffix.lower() == '.onnx' else path.name}.qat.onnx")
 
 
-def _text(found: Finetuned, *, verbose: bool) -> str:
+def _text(found: FinetuneResult, *, verbose: bool) -> str:
     """What training brought on the pictures held back."""
     from qconv.report.printing import columns, wrapped
 
@@ -216,7 +216,7 @@ def _text(found: Finetuned, *, verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _cells(judged: Judged, *, labels: bool) -> dict[str, str]:
+def _cells(judged: ValidationResult, *, labels: bool) -> dict[str, str]:
     found = {}
     if judged.mark.right is not None:
         found["top-1" if labels else "agreement"] = f"{judged.mark.right:.2%}"
@@ -225,13 +225,13 @@ def _cells(judged: Judged, *, labels: bool) -> dict[str, str]:
     return {**found, "distance": f"{judged.mark.distance:.4g}"}
 
 
-def _steps(found: Finetuned) -> str:
+def _steps(found: FinetuneResult) -> str:
     end = f", given up after {found.done} of {found.steps}" if found.done < found.steps else ""
     resumed = f" (from step {found.resumed} in this run)" if found.resumed else ""
     return f"{format_count(found.done, 'step')}{end}{resumed}"
 
 
-def _row(row: Round) -> tuple[str, ...]:
+def _row(row: HistoryRow) -> tuple[str, ...]:
     right = "" if row.mark.right is None else f"{row.mark.right:.2%}"
     return (
         f"{row.step}",

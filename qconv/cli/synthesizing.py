@@ -24,7 +24,7 @@ from qconv.errors import format_count, format_shape, require_torch
 from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
-    from qconv.results.synthesized import Layer, Synthesized
+    from qconv.results.training import BatchNormMatch, SynthesisResult
 
 SHOWN = 5
 """Layers in the summary, the farthest first."""
@@ -108,12 +108,14 @@ def synthesize(
     require_torch("qconv synthesize")
     from qconv.ir.source import source_of
     from qconv.report import summary
-    from qconv.results import synthesized
+    from qconv.training import options as training_options
     from qconv.training import synthesize as story
 
     source = source_of(model)
     page = check_report(report, [source], [], {"the folder of pictures": output, "the table": csv})
-    wishes = synthesized.Wishes(preprocessing_of(options), count, batch, iterations, seed, threads, device)
+    wishes = training_options.SynthesisOptions(
+        preprocessing_of(options), count, batch, iterations, seed, threads, device
+    )
     console = summary.Console(quiet=quiet)
     raise_exit_on_signals()
     try:
@@ -131,7 +133,7 @@ def synthesize(
     return 0
 
 
-def _text(found: Synthesized, *, verbose: bool) -> str:
+def _text(found: SynthesisResult, *, verbose: bool) -> str:
     """How near the statistics came, and what to do with the pictures."""
     from qconv.report.printing import columns, wrapped
 
@@ -168,6 +170,6 @@ def _text(found: Synthesized, *, verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _short(layer: Layer) -> str:
+def _short(layer: BatchNormMatch) -> str:
     """The end of a long name."""
     return layer.name if len(layer.name) <= 44 else f"...{layer.name[-41:]}"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qconv.data.feed import Batch, Feed
 from qconv.metrics.verify import Comparison
-from qconv.results.report import Verification
+from qconv.results.quantize import Verification
 from qconv.runtime.runtime import Session
 
 Outputs = list[NDArray[Any]]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qconv.errors import QconvError
 from qconv.metrics.intervals import Interval, by_bootstrap
-from qconv.results.report import Gate, OutputScore, Verification
+from qconv.results.quantize import Gate, OutputScore, Verification
 from qconv.runtime.runtime import Session
 
 FEWEST_TIMED = 5

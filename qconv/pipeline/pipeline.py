@@ -41,7 +41,7 @@ from qconv.quantization.emit import emit
 from qconv.quantization.params import choose_activations
 from qconv.quantization.refine import effort_for
 from qconv.quantization.rows import tensor_rows
-from qconv.results.report import Audit, OutputScore, Report, Verification
+from qconv.results.quantize import Audit, OutputScore, Report, Verification
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
 from qconv.search.judge import Ground

@@ -11,7 +11,7 @@ from qconv.ir.graph import Model
 from qconv.ir.source import Source
 from qconv.planning.plan import Plan
 from qconv.planning.planner import WISHED, is_layer
-from qconv.results.report import Audit
+from qconv.results.quantize import Audit
 from qconv.search.trial import Settled
 
 

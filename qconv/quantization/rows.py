@@ -8,7 +8,7 @@ from qconv.ir.graph import Value, input_of
 from qconv.planning.plan import Plan
 from qconv.quantization.params import Params
 from qconv.quantizer import PerBlock, PerChannel, QuantParams
-from qconv.results.report import TensorRow
+from qconv.results.quantize import TensorRow
 
 
 def tensor_rows(plan: Plan, params: Params) -> list[TensorRow]:

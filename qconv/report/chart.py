@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qconv.errors import format_count
-from qconv.results.curve import Curve, Spread
+from qconv.results.sample_curve import SampleCurve, Spread
 
 WIDTH, HEIGHT = 1200, 560
 TOP, BOTTOM = 120, 470
@@ -99,7 +99,7 @@ class _Axes:
         return BOTTOM - (value - self.low) / (self.high - self.low) * (BOTTOM - TOP)
 
 
-def draw(curve: Curve) -> list[Shape]:
+def draw(curve: SampleCurve) -> list[Shape]:
     """All shapes, those behind first."""
     title = f"How many calibration pictures does {_short(curve.model)} need?"
     shapes: list[Shape] = [Text((WIDTH / 2, 40), title, size=LARGE)]
@@ -111,7 +111,7 @@ def draw(curve: Curve) -> list[Shape]:
     return shapes
 
 
-def _measures(curve: Curve) -> tuple[Measure, Measure]:
+def _measures(curve: SampleCurve) -> tuple[Measure, Measure]:
     sqnr = [(p.pictures, p.seed, p.sqnr_db) for p in curve.points if p.sqnr_db is not None]
     agreement = [(p.pictures, p.seed, 100 * p.agreement) for p in curve.points if p.agreement is not None]
 
@@ -125,7 +125,7 @@ def _measures(curve: Curve) -> tuple[Measure, Measure]:
     )
 
 
-def _panel(curve: Curve, measure: Measure, ends: tuple[float, float]) -> Iterator[Shape]:
+def _panel(curve: SampleCurve, measure: Measure, ends: tuple[float, float]) -> Iterator[Shape]:
     left, right = ends
     middle = (left + right) / 2
     yield Text((middle, BOTTOM + 62), "calibration pictures (logarithmic)", role="text")
@@ -148,7 +148,7 @@ def _panel(curve: Curve, measure: Measure, ends: tuple[float, float]) -> Iterato
         yield Dot((axes.x(count), axes.y(value)), 5, measure.role, title)
 
 
-def _marks(curve: Curve, measure: Measure, axes: _Axes) -> Iterator[Shape]:
+def _marks(curve: SampleCurve, measure: Measure, axes: _Axes) -> Iterator[Shape]:
     """What all pictures give, and how many are enough."""
     left, right = axes.ends
     full = measure.of(curve.pictures)
@@ -185,7 +185,7 @@ def _grid(axes: _Axes, counts: Sequence[int]) -> Iterator[Shape]:
             free = place - LABEL_ROOM
 
 
-def _axes(ends: tuple[float, float], curve: Curve, values: Sequence[float], most: float) -> _Axes:
+def _axes(ends: tuple[float, float], curve: SampleCurve, values: Sequence[float], most: float) -> _Axes:
     """Round ends and ticks that hold all values; nothing above `most`."""
     low, high = min(values), max(values)
     step = _round_step((high - low) / TICKS or max(abs(high), 1.0) / 50)

@@ -19,10 +19,9 @@ from typing import Any
 
 from qconv.errors import QconvError, format_bytes, format_count
 from qconv.report.shown import Page
-from qconv.results.compared import Compared, LayerRow, Values
-from qconv.results.ladder import Sweep, Trial
-from qconv.results.report import Audit, Island, alike
-from qconv.results.synthesized import Synthesized
+from qconv.results.comparison import Comparison, LayerComparison, Sweep, Trial, ValueStatistics
+from qconv.results.quantize import Audit, FloatNode, group_float_nodes
+from qconv.results.training import SynthesisResult
 
 LIBRARIES = ("jinja2", "plotly")
 WORST = 15
@@ -73,8 +72,8 @@ def render(page: Page) -> bytes:
         shown=WORST,
         causes=CAUSES,
         time=_time(page.audit),
-        islands=[] if page.audit is None else alike(page.audit.islands),
-        placed=[] if page.audit is None else alike(page.audit.placed),
+        islands=[] if page.audit is None else group_float_nodes(page.audit.islands),
+        placed=[] if page.audit is None else group_float_nodes(page.audit.placed),
         named=NAMED,
         style=Markup(_text("report.css")),
         script=Markup(_text("report.js")),
@@ -93,7 +92,7 @@ def _has_charts(page: Page) -> bool:
     return page.compared is not None or page.sweep is not None or page.synthesis is not None
 
 
-def _ranked(compared: Compared) -> list[tuple[int, LayerRow]]:
+def _ranked(compared: Comparison) -> list[tuple[int, LayerComparison]]:
     """Layers, the worst first, with their places in the order of running."""
     places = {id(row): place for place, row in enumerate(compared.layers)}
     return [(places[id(row)], row) for row in compared.worst_first]
@@ -120,7 +119,7 @@ def _data(page: Page) -> dict[str, Any]:
     }
 
 
-def _layer(row: LayerRow) -> dict[str, Any]:
+def _layer(row: LayerComparison) -> dict[str, Any]:
     return {
         "name": row.name,
         "op": row.op,
@@ -135,7 +134,7 @@ def _layer(row: LayerRow) -> dict[str, Any]:
     }
 
 
-def _values(values: Values | None) -> dict[str, Any] | None:
+def _values(values: ValueStatistics | None) -> dict[str, Any] | None:
     if values is None:
         return None
     return {
@@ -166,7 +165,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _synthesis(found: Synthesized) -> dict[str, Any]:
+def _synthesis(found: SynthesisResult) -> dict[str, Any]:
     layers = [{"name": x.name, "before": _short(x.before), "after": _short(x.after)} for x in found.layers]
     return {"loss": [_short(number) for number in found.loss], "layers": layers}
 
@@ -205,7 +204,7 @@ def others(names: Sequence[str], named: int = NAMED) -> str:
     return f"and {len(names) - named} more" if len(names) > named else ""
 
 
-def spent(islands: Sequence[Island], audit: Audit) -> float | None:
+def spent(islands: Sequence[FloatNode], audit: Audit) -> float | None:
     """Their share of the time of a run; None where that was not measured."""
     return sum(island.us or 0.0 for island in islands) / audit.total_us if audit.total_us else None
 

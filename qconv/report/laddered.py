@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from qconv.errors import format_count
 from qconv.report.printing import COLUMNS, columns, wrapped
-from qconv.results.ladder import Cause, Diagnosis, Sweep, Trial
+from qconv.results.comparison import Cause, Diagnosis, Sweep, Trial
 
 NAMED = 2
 LEAST_SHARE = 0.01

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from qconv.report.chart import HEIGHT, WIDTH, XY, Area, Dot, Line, Shape, Text, draw
-from qconv.results.curve import Curve, Spread, shown
+from qconv.results.sample_curve import SampleCurve, Spread, format_score
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --text: #1f2328; --quiet: #59636e; --grid: #e4e7eb; --mark: #8c959f;
@@ -36,7 +36,7 @@ footer { color: var(--quiet); margin-top: 1.5rem; font-size: 0.9rem; }
 DASHES = 'stroke-dasharray="7 5"'
 
 
-def page(curve: Curve) -> str:
+def page(curve: SampleCurve) -> str:
     """The whole page."""
     title = escape(f"Calibration pictures for {curve.model}")
     return f"""<!DOCTYPE html>
@@ -66,7 +66,7 @@ def page(curve: Curve) -> str:
 """
 
 
-def _rows(curve: Curve) -> str:
+def _rows(curve: SampleCurve) -> str:
     rows = []
     for count in curve.counts:
         cells = [str(count), *_cells(curve.sqnr_db(count), 1), *_cells(curve.agreement(count), 100)]
@@ -77,7 +77,7 @@ def _rows(curve: Curve) -> str:
 
 def _cells(spread: Spread | None, factor: float) -> list[str]:
     values = (None, None, None) if spread is None else (spread.least, spread.median, spread.most)
-    return [shown(value, factor) for value in values]
+    return [format_score(value, factor) for value in values]
 
 
 # -- SVG ---------------------------------------------------------------------------------------------------------------

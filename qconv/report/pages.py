@@ -19,9 +19,8 @@ from qconv.ir.source import Source, file_bytes, read
 from qconv.metrics.intervals import Interval, of_share
 from qconv.report.sheet import sheet
 from qconv.report.shown import Page, Tile, Tone
-from qconv.results.compared import Compared
-from qconv.results.ladder import Diagnosis, Sweep, Trial
-from qconv.results.report import Audit, OutputScore, Report, Verification
+from qconv.results.comparison import Comparison, Diagnosis, Sweep, Trial
+from qconv.results.quantize import Audit, OutputScore, Report, Verification
 
 COMPARED = 64
 """Calibration pictures that layers are compared on."""
@@ -322,7 +321,7 @@ def _as_good(scores: Scores) -> str:
     return f"The error in its outputs lies {decibel:.1f} dB below them, on {scores.images} {scores.kind}."
 
 
-def _blame(compared: Compared | None) -> list[str]:
+def _blame(compared: Comparison | None) -> list[str]:
     """How few layers make half of the error, and the first of them."""
     total = 0.0
     for count, row in enumerate(() if compared is None else compared.worst_first, 1):

@@ -8,7 +8,7 @@ import qconv
 from qconv.errors import format_count, format_shape
 from qconv.report.plot import thumbnail
 from qconv.report.shown import Page, Picture, Tile
-from qconv.results.synthesized import WELL, Synthesized
+from qconv.results.training import GOOD_MATCH, SynthesisResult
 from qconv.training.synthesize import Made
 
 PICTURES = 48
@@ -20,7 +20,7 @@ def of_synthesis(made: Made, command: str) -> Page:
     found, count = made.found, len(made.pixels)
     shown = sorted({index * count // min(PICTURES, count) for index in range(min(PICTURES, count))})
     digits = max(3, len(str(count - 1)))
-    near = found.after <= WELL
+    near = found.after <= GOOD_MATCH
     size = format_shape(found.preprocessing.size)
     return Page(
         title=PurePath(found.model).name,
@@ -53,5 +53,5 @@ def of_synthesis(made: Made, command: str) -> Page:
     )
 
 
-def _layers(found: Synthesized) -> str:
+def _layers(found: SynthesisResult) -> str:
     return format_count(len(found.layers), "BatchNormalization")

@@ -9,8 +9,8 @@ from qconv.analysis.evaluate import Evaluation, Output, Share
 from qconv.audit.examine import Examined
 from qconv.errors import format_count, format_shape
 from qconv.metrics.intervals import SIGNIFICANT, Interval, of_difference
-from qconv.results.compared import Compared, LayerRow
-from qconv.results.report import Island, alike
+from qconv.results.comparison import Comparison, LayerComparison
+from qconv.results.quantize import FloatNode, group_float_nodes
 from qconv.runtime.benchmark import Benchmark
 
 COLUMNS = 80
@@ -51,9 +51,9 @@ def _share(us: float | None, total: float) -> str:
     return f"{(us or 0.0) / total:.1%}" if total else ""
 
 
-def _islands(islands: Sequence[Island], total: float, *, verbose: bool) -> list[str]:
+def _islands(islands: Sequence[FloatNode], total: float, *, verbose: bool) -> list[str]:
     """Those of one operator and one reason together, the dearest first."""
-    ranked = alike(islands)
+    ranked = group_float_nodes(islands)
     lines = []
     for group in ranked if verbose else ranked[:SHOWN]:
         first, us = group[0], sum(island.us or 0.0 for island in group)
@@ -185,7 +185,7 @@ def _range(span: Interval | None, factor: float, how: str) -> str:
     return "" if span is None else f"({span[0] * factor:{how}} .. {span[1] * factor:{how}})"
 
 
-def comparison(found: Compared, *, verbose: bool) -> str:
+def comparison(found: Comparison, *, verbose: bool) -> str:
     """The layers, those first that cost most at the outputs."""
     lines = [wrapped(f"{found.model} beside {found.float_model}: {format_count(found.images, 'picture')}")]
     lines += [wrapped(found.words)] if found.words else []
@@ -209,7 +209,7 @@ def comparison(found: Compared, *, verbose: bool) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _layer(row: LayerRow) -> tuple[str, ...]:
+def _layer(row: LayerComparison) -> tuple[str, ...]:
     values = row.values
     used, beyond = ("", "") if values is None else (f"{values.range_use:.0%}", f"{values.clipped:.2%}")
     share, cosine = (
@@ -222,7 +222,7 @@ def _decibel(value: float | None) -> str:
     return "equal" if value is None else f"{value:.1f}"
 
 
-def _most_of(found: Compared) -> str:
+def _most_of(found: Comparison) -> str:
     """How few layers make half of the error."""
     total = 0.0
     for count, row in enumerate(found.worst_first, 1):

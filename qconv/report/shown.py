@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qconv.results.compared import Compared
-from qconv.results.ladder import Diagnosis, Sweep
-from qconv.results.report import Audit
-from qconv.results.synthesized import Synthesized
+from qconv.results.comparison import Comparison, Diagnosis, Sweep
+from qconv.results.quantize import Audit
+from qconv.results.training import SynthesisResult
 
 Tone = Literal["good", "bad", "plain"]
 
@@ -46,7 +45,7 @@ class Page:
     verdict: str
     version: str
     warnings: tuple[str, ...] = ()
-    compared: Compared | None = None
+    compared: Comparison | None = None
     without: str = ""
     audit: Audit | None = None
     fed: str = ""
@@ -58,4 +57,4 @@ class Page:
     skipped: tuple[tuple[str, str], ...] = ()
     diagnosis: Diagnosis | None = None
     sweep: Sweep | None = None
-    synthesis: Synthesized | None = None
+    synthesis: SynthesisResult | None = None

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, Skipped, format_bytes, format_count
-from qconv.results.curve import Curve, Spread, shown
-from qconv.results.report import Island, MixedPrecision, OutputScore, Report
+from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
+from qconv.results.sample_curve import SampleCurve, Spread, format_score
 
 SHOWN = 8
 COLUMNS = 80
@@ -73,7 +73,7 @@ def show(report: Report, stream: TextIO, *, verbose: bool) -> None:
         _details(report, stream)
 
 
-def show_curve(curve: Curve, stream: TextIO, *, verbose: bool) -> None:
+def show_curve(curve: SampleCurve, stream: TextIO, *, verbose: bool) -> None:
     """Print the table of a study and the sentence that reads it, in 80 columns."""
     rows = [("pictures", "SQNR dB", "(worst .. best)", "agreement %", "(worst .. best)", "seconds")]
     for count in curve.counts:
@@ -84,7 +84,7 @@ def show_curve(curve: Curve, stream: TextIO, *, verbose: bool) -> None:
     if verbose:
         print(file=stream)
     for point in curve.points if verbose else ():
-        measures = f"{shown(point.sqnr_db)} dB, agreement {shown(point.agreement, 100)} %"
+        measures = f"{format_score(point.sqnr_db)} dB, agreement {format_score(point.agreement, 100)} %"
         print(f"{format_count(point.pictures, 'picture')}, draw {point.seed}: {measures}", file=stream)
     print(file=stream)
     for text in (curve.in_words(), _upper(curve.how())):
@@ -94,7 +94,9 @@ def show_curve(curve: Curve, stream: TextIO, *, verbose: bool) -> None:
 def _spread(spread: Spread | None, factor: float) -> tuple[str, str]:
     if spread is None:
         return "-", ""
-    return shown(spread.median, factor), f"({shown(spread.least, factor)} .. {shown(spread.most, factor)})"
+    return format_score(
+        spread.median, factor
+    ), f"({format_score(spread.least, factor)} .. {format_score(spread.most, factor)})"
 
 
 def _upper(text: str) -> str:
@@ -137,7 +139,7 @@ def _mixed(found: MixedPrecision | None) -> list[tuple[str, str]]:
         if point.verified:
             got = [] if point.agreement is None else [f"agreement {point.agreement:.1%}"]
             got += [] if point.top1 is None else [f"top-1 {point.top1:.1%}"]
-            sqnr, model = (shown(decibel) for decibel in (point.sqnr_db, point.modelled_sqnr_db))
+            sqnr, model = (format_score(decibel) for decibel in (point.sqnr_db, point.modelled_sqnr_db))
             told = ", ".join([f"SQNR {sqnr} dB (weights alone by the model: {model})", *got])
             lines.append(("", f"size {point.size:.3f}: {told}{'; taken' if point.chosen else ''}"))
     return lines
@@ -196,7 +198,7 @@ def _is_tuning(found: Finding) -> bool:
     return isinstance(found, Change) and found.step == "tune"
 
 
-def _islands(islands: tuple[Island, ...]) -> list[str]:
+def _islands(islands: tuple[FloatNode, ...]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for island in islands:
         reasons.setdefault(island.why, []).append(island.node)

@@ -20,7 +20,7 @@ from qconv.data.labels import classes_of, folder_of
 from qconv.errors import QconvError
 from qconv.metrics.scored import Outputs, Scored, score_float
 from qconv.quantization.moments import is_kept
-from qconv.results.report import Verification
+from qconv.results.quantize import Verification
 from qconv.runtime.runtime import Session
 from qconv.search.assign import Assignment
 from qconv.search.sensitivity import FLOAT

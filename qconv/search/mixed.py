@@ -29,7 +29,7 @@ from qconv.metrics.verify import sqnr_db
 from qconv.planning.planner import is_layer, make_plan
 from qconv.quantization.refine import EFFORTS
 from qconv.quantization.solve import Solver
-from qconv.results.report import MixedPrecision, SizePoint
+from qconv.results.quantize import MixedPrecision, SizePoint
 from qconv.search.assign import Assignment, Layer, assignment, curve, filled
 from qconv.search.judge import Ground, Judge, Measured, Progress
 from qconv.search.sensitivity import FLOAT, Network, sensitivities

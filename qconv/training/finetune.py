@@ -35,14 +35,15 @@ from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, file_bytes, is_quantized, read
 from qconv.ir.teacher import teacher_beside
 from qconv.metrics.verify import Comparison, gates
-from qconv.results.finetuned import Finetuned, Judged, Mark, Wishes
-from qconv.results.report import Audit, Verification
+from qconv.results.quantize import Audit, Verification
+from qconv.results.training import FinetuneResult, ValidationResult, ValidationScore
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
 from qconv.training.album import Album, read_album
 from qconv.training.distance import apart
 from qconv.training.learnable import Learned
 from qconv.training.lesson import LOOK_AT, Inputs, Lesson
+from qconv.training.options import FinetuneOptions
 from qconv.training.resuming import Kept
 from qconv.training.sites import find_sites
 from qconv.training.torchgraph import Network, as_arrays
@@ -67,7 +68,7 @@ class Listener:
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
-def finetune(source: Source, out: Path, wishes: Wishes, listener: Listener | None = None) -> Finetuned:
+def finetune(source: Source, out: Path, wishes: FinetuneOptions, listener: Listener | None = None) -> FinetuneResult:
     """Train the quantized model `source` and write the better of both at `out`.
 
     Raises QconvError for anything the user can mend; then nothing is left behind but what a later run goes on from.
@@ -95,7 +96,7 @@ def finetune(source: Source, out: Path, wishes: Wishes, listener: Listener | Non
         resumed = kept.read_into(trainer, warn)
         _train(trainer, kept, listener, warn)
         desk.lesson.learned.restore(trainer.best)
-        found = Finetuned(
+        found = FinetuneResult(
             model=source.name,
             teacher=teacher.name,
             output=str(out),
@@ -139,7 +140,7 @@ class _Desk:
         cls,
         source: Source,
         teacher: Source,
-        wishes: Wishes,
+        wishes: FinetuneOptions,
         warn: Callable[[str], None],
         progress: Callable[[str, int, int], None],
     ) -> _Desk:
@@ -160,7 +161,7 @@ class _Desk:
         on_ort = recipe is None or TARGETS[recipe.target].on_ort
         return cls(model, lesson, other.session, wishes.recipe.threads, on_ort, device, words)
 
-    def judged(self, model: str | bytes) -> Judged:
+    def judged(self, model: str | bytes) -> ValidationResult:
         """A file on the pictures held back, by ONNX Runtime."""
         session = Session(model, name="the quantized model", threads=self.threads, optimize=self.optimize)
         lesson, names, inputs = self.lesson, session.outputs, self.lesson.inputs
@@ -177,11 +178,11 @@ class _Desk:
             hits, of = lesson.right(part, *told)
             right, places, pictures = right + hits, places + of, pictures + len(part)
             distance += float(apart(lesson.kinds, *told)) * len(part)
-        mark = Mark(right / places if places else None, distance / pictures)
-        return Judged(mark, Verification(len(lesson.held), comparison.scores(spans=True)))
+        mark = ValidationScore(right / places if places else None, distance / pictures)
+        return ValidationResult(mark, Verification(len(lesson.held), comparison.scores(spans=True)))
 
 
-def _write(desk: _Desk, source: Source, out: Path, found: Finetuned, best_step: int) -> None:
+def _write(desk: _Desk, source: Source, out: Path, found: FinetuneResult, best_step: int) -> None:
     """The trained file in its place, if it is better; else the input as it was."""
     desk.lesson.learned.write(desk.model)
     told = {**found.wishes.as_dict(), "pictures": found.taught, "step": best_step}
@@ -207,7 +208,7 @@ def _audit(source: Source) -> Audit:
 # -- before ------------------------------------------------------------------------------------------------------------
 
 
-def _check(source: Source, teacher: Source, out: Path, wishes: Wishes) -> None:
+def _check(source: Source, teacher: Source, out: Path, wishes: FinetuneOptions) -> None:
     """Said before the work."""
     proto = read(teacher)
     if is_quantized(proto):
@@ -228,7 +229,7 @@ def _require_outputs(own: Fed, other: Fed) -> None:
         raise QconvError(fact, "pass the float model that it was made from with --teacher.")
 
 
-def _split(count: int, wishes: Wishes) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _split(count: int, wishes: FinetuneOptions) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Numbers of pictures that are held back, and of those that are learned from; the draw has mixed them."""
     share = min(max(int(HELD_SHARE * count), min(LEAST_HELD, count // 4)), MOST_HELD)
     held = share if wishes.holdout is None else wishes.holdout
@@ -238,7 +239,7 @@ def _split(count: int, wishes: Wishes) -> tuple[np.ndarray[Any, Any], np.ndarray
     return np.arange(held), np.arange(held, count)
 
 
-def _with_labels(lesson: Lesson, album: Album, wishes: Wishes) -> Lesson:
+def _with_labels(lesson: Lesson, album: Album, wishes: FinetuneOptions) -> Lesson:
     if not wishes.labels:
         return lesson
     root = Path(wishes.recipe.calib[0])
@@ -247,7 +248,7 @@ def _with_labels(lesson: Lesson, album: Album, wishes: Wishes) -> Lesson:
     return lesson.with_labels(labels)
 
 
-def _fingerprint(source: Source, teacher: Source, album: Album, wishes: Wishes, device: str) -> str:
+def _fingerprint(source: Source, teacher: Source, album: Album, wishes: FinetuneOptions, device: str) -> str:
     """Of all that a run depends on."""
     found = hashlib.sha256()
     for part in (source, teacher):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qconv.config.preprocessing import Layout
-from qconv.results.finetuned import Mark
+from qconv.results.training import ValidationScore
 from qconv.training.album import Album
 from qconv.training.distance import agreeing, apart, kind_of, labelled
 from qconv.training.learnable import Learned
@@ -167,7 +167,7 @@ class Lesson:
             part = chosen[start : start + size]
             yield part if self.fixed is None else np.resize(part, size)
 
-    def mark(self) -> Mark:
+    def mark(self) -> ValidationScore:
         """On the pictures held back."""
         equal = places = pictures = 0
         total = 0.0
@@ -179,7 +179,7 @@ class Lesson:
                 hits, of = self.right(part, wanted, said)
                 equal, places, pictures = equal + hits, places + of, pictures + len(part)
                 total += float(apart(self.kinds, wanted, said)) * len(part)
-        return Mark(equal / places if places else None, total / pictures)
+        return ValidationScore(equal / places if places else None, total / pictures)
 
     def right(self, part: Ints, wanted: list[Tensor], said: list[Tensor]) -> tuple[int, int]:
         """At how many of how many places the student is right, by labels or by what its teacher says."""

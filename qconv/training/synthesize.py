@@ -33,11 +33,12 @@ from qconv.ir import load
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, read, refuse_quantized
 from qconv.report import plot
-from qconv.results.synthesized import FAR, WELL, Layer, Synthesized, Wishes
+from qconv.results.training import GOOD_MATCH, POOR_MATCH, BatchNormMatch, SynthesisResult
 from qconv.runtime.cpu import peak_rss_mb
 from qconv.runtime.runtime import Session
 from qconv.storage import check_output_folder, refuse_path_inside, replace_folder_atomically
 from qconv.training.dream import Dream, batch_of
+from qconv.training.options import SynthesisOptions
 from qconv.training.remembered import Remembered
 from qconv.training.torchgraph import Network, require_operators
 from qconv.training.torchrun import determined, device_of
@@ -61,11 +62,11 @@ class Listener:
 class Made:
     """pixels: (N, H, W, 3) in RGB, or (N, H, W, 1)."""
 
-    found: Synthesized
+    found: SynthesisResult
     pixels: Pixels
 
 
-def synthesize(source: Source, out: Path, wishes: Wishes, listener: Listener | None = None) -> Made:
+def synthesize(source: Source, out: Path, wishes: SynthesisOptions, listener: Listener | None = None) -> Made:
     """Make pictures for the float model `source`, and put them into the folder `out`.
 
     Raises QconvError for anything the user can mend; then nothing is left behind.
@@ -103,10 +104,10 @@ def synthesize(source: Source, out: Path, wishes: Wishes, listener: Listener | N
         dream.run(wishes.steps, lambda done, total: listener.progress("synthesize", done, total))
         after = dream.look()
     layers = tuple(
-        Layer(node.name or "", reference.name, reference.mean.size, *distances)
+        BatchNormMatch(node.name or "", reference.name, reference.mean.size, *distances)
         for node, reference, *distances in zip(remembered.nodes, remembered.wanted, before, after, strict=True)
     )
-    found = Synthesized(
+    found = SynthesisResult(
         model=source.name,
         digest=hashed,
         output=str(out),
@@ -166,7 +167,7 @@ class _Fed:
     batch: int | None
 
     @classmethod
-    def of(cls, model: Model, source: Source, wishes: Wishes) -> _Fed:
+    def of(cls, model: Model, source: Source, wishes: SynthesisOptions) -> _Fed:
         """Found out on made-up pictures. Raises QconvError where that cannot be: not all inputs are pictures."""
         session = Session(source.runnable, name=source.name, threads=wishes.threads)
         recipe = Recipe(data_free=True, preprocessing=wishes.preprocessing, threads=wishes.threads)
@@ -185,23 +186,23 @@ class _Fed:
         return cls(detected, spec.dtype, spec.shape[0])
 
 
-def _judge(found: Synthesized, warn: Callable[[str], None]) -> None:
+def _judge(found: SynthesisResult, warn: Callable[[str], None]) -> None:
     """Tell of statistics that were not matched."""
     more = "more --iterations may help"
-    if found.after > WELL:
+    if found.after > GOOD_MATCH:
         auto = "" if found.wishes.preprocessing.preset != AUTO else ", as may another --preprocess"
         warn(
             f"the pictures are not like those of training: statistics are {found.after:.2f} apart on average, where "
             f"dozens of photographs come to 0.04; {more}{auto}."
         )
-    far = [layer for layer in found.worst_first if layer.after > FAR]
+    far = [layer for layer in found.worst_first if layer.after > POOR_MATCH]
     if far:
         names = ", ".join(layer.name for layer in far[:NAMED])
         others = f" and {len(far) - NAMED} more" if len(far) > NAMED else ""
         warn(f"{names}{others}: statistics were not matched ({far[0].after:.2f} apart); {more}.")
 
 
-def _write(folder: Path, pixels: Pixels, prep: Preprocessing, dtype: np.dtype[Any], found: Synthesized) -> None:
+def _write(folder: Path, pixels: Pixels, prep: Preprocessing, dtype: np.dtype[Any], found: SynthesisResult) -> None:
     for stem, picture in zip(stems(len(pixels)), pixels, strict=True):
         (folder / f"{stem}.png").write_bytes(plot.picture(picture))
         values = images.as_type(images.normalised(images.arranged(picture, prep), prep), dtype)

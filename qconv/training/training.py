@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qconv.results.finetuned import Mark, Round
+from qconv.results.training import HistoryRow, ValidationScore
 from qconv.training.lesson import Lesson
 
 State = dict[str, NDArray[Any]]
@@ -67,7 +67,7 @@ class Trainer:
         most = min(ROUND, self.each * -(-SHORT_EPOCH // self.each))
         self.ends = np.linspace(0, self.steps, -(-self.steps // most) + 1).astype(int)[1:].tolist()
         self.step, self.usual, self.seconds, self.best_step, self.cuts = 0, 0.0, 0.0, 0, 0
-        self.history: list[Round] = []
+        self.history: list[HistoryRow] = []
         self.best: State = lesson.learned.state()
         self.first_mark = self.best_mark = lesson.mark()
 
@@ -90,10 +90,12 @@ class Trainer:
             mark = self.lesson.mark()
             self._weigh(mark)
             self.seconds += time.perf_counter() - start
-            self.history.append(Round(self.step, self.step / self.each, float(np.mean(losses)), mark, self.seconds))
+            self.history.append(
+                HistoryRow(self.step, self.step / self.each, float(np.mean(losses)), mark, self.seconds)
+            )
             keep()
 
-    def _weigh(self, mark: Mark) -> None:
+    def _weigh(self, mark: ValidationScore) -> None:
         """Keep the state of now, or go back to the best one."""
         if mark.is_better(self.best_mark, self.first_mark):
             self.best, self.best_mark, self.best_step = self.lesson.learned.state(), mark, self.step
@@ -182,17 +184,17 @@ class Trainer:
                 self.optimizer.state[tensor][name] = torch.from_numpy(np.array(array)).to(place)
 
 
-def _mark(mark: Mark) -> tuple[float, float]:
+def _mark(mark: ValidationScore) -> tuple[float, float]:
     return (math.nan if mark.right is None else mark.right, mark.distance)
 
 
-def _read_mark(row: NDArray[np.float64]) -> Mark:
-    return Mark(None if math.isnan(row[0]) else float(row[0]), float(row[1]))
+def _read_mark(row: NDArray[np.float64]) -> ValidationScore:
+    return ValidationScore(None if math.isnan(row[0]) else float(row[0]), float(row[1]))
 
 
-def _numbers(row: Round) -> tuple[float, ...]:
+def _numbers(row: HistoryRow) -> tuple[float, ...]:
     return (row.step, row.epoch, row.loss, *_mark(row.mark), row.seconds)
 
 
-def _round(row: NDArray[np.float64]) -> Round:
-    return Round(int(row[0]), float(row[1]), float(row[2]), _read_mark(row[3:5]), float(row[5]))
+def _round(row: NDArray[np.float64]) -> HistoryRow:
+    return HistoryRow(int(row[0]), float(row[1]), float(row[2]), _read_mark(row[3:5]), float(row[5]))

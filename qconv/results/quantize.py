@@ -69,7 +69,7 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
-class Island:
+class FloatNode:
     """A node that stays float in the quantized model.
 
     rule: a short name of what keeps it there. us: what one run of it took, where that was measured.
@@ -83,9 +83,9 @@ class Island:
     us: float | None = None
 
 
-def alike(islands: Iterable[Island]) -> list[list[Island]]:
+def group_float_nodes(islands: Iterable[FloatNode]) -> list[list[FloatNode]]:
     """Those of one operator and one reason together, the dearest first."""
-    groups: dict[tuple[str, ...], list[Island]] = {}
+    groups: dict[tuple[str, ...], list[FloatNode]] = {}
     for island in islands:
         # reasons that name neighbours are as many as there are nodes: the rule tells them apart
         groups.setdefault((island.op, island.rule, island.remedy or ""), []).append(island)
@@ -128,8 +128,8 @@ class Audit:
 
     integer: int
     float: int
-    islands: tuple[Island, ...]
-    placed: tuple[Island, ...] = ()
+    islands: tuple[FloatNode, ...]
+    placed: tuple[FloatNode, ...] = ()
     layers: tuple[LayerTime, ...] = ()
     total_us: Microseconds | None = None
     saturating: tuple[Saturation, ...] = ()
@@ -147,10 +147,10 @@ class Audit:
         return {
             "integer": self.integer,
             "float": self.float,
-            "islands": [_row(island) for island in self.islands],
-            "placed": [_row(island) for island in self.placed],
+            "islands": [_as_row(island) for island in self.islands],
+            "placed": [_as_row(island) for island in self.placed],
             "us": spent,
-            "saturating": [_row(layer) for layer in self.saturating],
+            "saturating": [_as_row(layer) for layer in self.saturating],
         }
 
 
@@ -208,7 +208,7 @@ class MixedPrecision:
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
-        points = [_row(point) for point in self.points]
+        points = [_as_row(point) for point in self.points]
         return {
             "demand": self.demand,
             "layers": self.layers,
@@ -280,16 +280,16 @@ class Report:
                 "outputs": [{"name": o.name, "sqnr_db": o.sqnr_db, "agreement": o.agreement} for o in verify.outputs],
             },
             "audit": self.audit.as_dict(),
-            "gates": [_row(g) for g in self.gates],
+            "gates": [_as_row(g) for g in self.gates],
             "mixed": None if self.mixed is None else self.mixed.as_dict(),
             "warnings": self.warnings,
             "time": {name: round(seconds, 3) for name, seconds in self.time.items()},
             "peak_rss_mb": self.peak_rss_mb,
             "changes": [{"step": c.step, "where": c.where, "what": c.what} for c in changes],
-            "skipped": [_row(s) for s in skipped],
-            "tensors": [_row(t) for t in self.tensors],
+            "skipped": [_as_row(s) for s in skipped],
+            "tensors": [_as_row(t) for t in self.tensors],
         }
 
 
-def _row(thing: Any) -> dict[str, Any]:
+def _as_row(thing: Any) -> dict[str, Any]:
     return {name: getattr(thing, name) for name in thing.__dataclass_fields__}

@@ -20,13 +20,13 @@ from qconv.errors import format_count
 
 SCHEMA = 1
 TOLERANCE_DB = 0.5
-LUCK_DB = 1.0
+ROUNDING_LUCK_DB = 1.0
 """What one set of pictures may be better than another of its size by rounding alone."""
-STEPS = (1, 2, 5)
+COUNT_STEPS = (1, 2, 5)
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class CurvePoint:
     """The network calibrated with `pictures` pictures of draw `seed`, scored on others.
 
     sqnr_db: in dB, None where outputs are equal or cannot be compared. agreement: None where there are no classes.
@@ -59,11 +59,11 @@ class Spread:
 def counts_up_to(most: int) -> list[int]:
     """1, 2, 5, 10, 20, 50 ... below `most`, and `most` itself."""
     decades = range(len(str(most)))
-    return [*(count for ten in decades for step in STEPS if (count := step * 10**ten) < most), most]
+    return [*(count for ten in decades for step in COUNT_STEPS if (count := step * 10**ten) < most), most]
 
 
 @dataclass(slots=True)
-class Curve:
+class SampleCurve:
     """Everything that one study measured.
 
     points: by pictures, then draw. scored: pictures that the points were scored on; scored_on: the folders that they
@@ -74,7 +74,7 @@ class Curve:
     model: str
     recipe: dict[str, Any]
     preprocessing: dict[str, Any] | None
-    points: list[Point]
+    points: list[CurvePoint]
     draws: int
     scored: int
     scored_on: tuple[str, ...]
@@ -108,7 +108,7 @@ class Curve:
         """Over the draws of `count` pictures, 0 to 1."""
         return Spread.of([p.agreement for p in self._at(count) if p.agreement is not None])
 
-    def _at(self, count: int) -> Iterable[Point]:
+    def _at(self, count: int) -> Iterable[CurvePoint]:
         return [point for point in self.points if point.pictures == count]
 
     @property
@@ -196,7 +196,7 @@ class Curve:
         """Ranges that only grow with every picture can become too wide."""
         medians = {c: spread.median for c in self._small if (spread := self.sqnr_db(c)) is not None}
         best = max(medians, key=lambda count: medians[count], default=None)
-        if best is None or self.level is None or not LUCK_DB < medians[best] - self.level.median < math.inf:
+        if best is None or self.level is None or not ROUNDING_LUCK_DB < medians[best] - self.level.median < math.inf:
             return ""
         lost = self._gap(medians[best] - self.level.median)
         return (
@@ -223,8 +223,8 @@ class Curve:
             "spread": [
                 {
                     "pictures": count,
-                    "sqnr_db": _listed(self.sqnr_db(count)),
-                    "agreement": _listed(self.agreement(count)),
+                    "sqnr_db": _spread_as_list(self.sqnr_db(count)),
+                    "agreement": _spread_as_list(self.agreement(count)),
                     "seconds": round(self.seconds[count], 3),
                 }
                 for count in self.counts
@@ -238,12 +238,12 @@ class Curve:
         }
 
 
-def shown(value: float | None, factor: float = 1) -> str:
+def format_score(value: float | None, factor: float = 1) -> str:
     """A number with one place; "equal" for infinite decibels, "-" for none."""
     if value is None:
         return "-"
     return f"{factor * value:.1f}" if math.isfinite(value) else "equal"
 
 
-def _listed(spread: Spread | None) -> list[float | None] | None:
+def _spread_as_list(spread: Spread | None) -> list[float | None] | None:
     return None if spread is None else spread.as_list()

@@ -1,0 +1,250 @@
+"""Holds the results of quantization-aware training and of image synthesis as data.
+
+`FinetuneResult` has the history of training and the validation scores before and after it. `SynthesisResult` has, for
+each BatchNormalization, how far the statistics of the synthesized images are from the stored ones, before and after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import qconv
+from qconv.config.preprocessing import Preprocessing
+from qconv.results.quantize import Audit, Gate, Verification
+from qconv.training.options import FinetuneOptions, SynthesisOptions
+
+# What quantization-aware training is asked for, and what came of it.
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationScore:
+    """How near the quantized network is on pictures held back.
+
+    right: share of labels that it gets right, or of classes that are the float network's; None where no output tells
+    classes. distance: see distance.py.
+    """
+
+    right: float | None
+    distance: float
+
+    def is_better(self, than: ValidationScore, least: ValidationScore) -> bool:
+        """Whether it is nearer than one mark, and right no less often than another."""
+        return self.distance < than.distance and (self.right or 0.0) >= (least.right or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryRow:
+    """A row of the history. loss: on average over the round's steps."""
+
+    step: int
+    epoch: float
+    loss: float
+    mark: ValidationScore
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationResult:
+    """One file on the pictures held back, run by ONNX Runtime. top1: where labels are learned from."""
+
+    mark: ValidationScore
+    verify: Verification
+
+
+@dataclass(slots=True)
+class FinetuneResult:
+    """What one run did and measured. trained: whether the file is the trained one, or the input as it was."""
+
+    model: str
+    teacher: str
+    output: str
+    wishes: FinetuneOptions
+    device: str
+    torch: str
+    words: str
+    taught: int
+    held: int
+    steps: int
+    resumed: int
+    history: list[HistoryRow]
+    before: ValidationResult
+    float_bytes: int
+    after: ValidationResult | None = None
+    trained: bool = False
+    audit: Audit = field(default_factory=lambda: Audit(0, 0, ()))
+    bytes: int = 0
+    gates: list[Gate] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_rss_mb: float | None = None
+
+    @property
+    def result(self) -> ValidationResult:
+        """Of the file that was written."""
+        return self.after if self.trained and self.after is not None else self.before
+
+    @property
+    def done(self) -> int:
+        """Steps of training."""
+        return self.history[-1].step if self.history else 0
+
+    @property
+    def holds(self) -> bool:
+        """Whether every gate held."""
+        return all(gate.held for gate in self.gates)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The history, as `--csv` writes it."""
+        return [
+            {
+                "step": r.step,
+                "epoch": r.epoch,
+                "loss": r.loss,
+                "held_distance": r.mark.distance,
+                "held_right": r.mark.right,
+                "seconds": round(r.seconds, 3),
+            }
+            for r in self.history
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "schema": 1,
+            "version": qconv.__version__,
+            "model": self.model,
+            "teacher": self.teacher,
+            "output": self.output,
+            "options": self.wishes.as_dict(),
+            "device": self.device,
+            "torch": self.torch,
+            "preprocessing": self.words or None,
+            "pictures": {"taught": self.taught, "held": self.held},
+            "steps": {"done": self.done, "planned": self.steps},
+            "resumed_at": self.resumed or None,
+            "stopped_early": self.done < self.steps,
+            "trained": self.trained,
+            "before": _validation_fields(self.before),
+            "after": None if self.after is None else _validation_fields(self.after),
+            "size": {"float": self.float_bytes, "quantized": self.bytes},
+            "audit": self.audit.as_dict(),
+            "gates": [{"name": g.name, "want": g.want, "got": g.got, "held": g.held} for g in self.gates],
+            "history": self.rows,
+            "warnings": self.warnings,
+            "seconds": round(self.seconds, 3),
+            "peak_rss_mb": self.peak_rss_mb,
+        }
+
+
+def _validation_fields(found: ValidationResult) -> dict[str, Any]:
+    return {
+        "right": found.mark.right,
+        "distance": found.mark.distance,
+        "agreement": found.verify.agreement,
+        "sqnr_db": found.verify.sqnr_db,
+    }
+
+
+# What synthesized pictures are asked for, and what came of it.
+
+
+GOOD_MATCH = 0.1
+"""Distance of statistics up to which pictures count as like those of training: dozens of photographs come to 0.04."""
+
+POOR_MATCH = 0.5
+"""Distance from which on a single layer is told of."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormMatch:
+    """One BatchNormalization: how far the statistics of the tensor that it reads were, and are, from those stored.
+
+    channels: how many. before, after: 0 where they are equal, see dream.py.
+    """
+
+    name: str
+    tensor: str
+    channels: int
+    before: float
+    after: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form, a row of the table."""
+        return {
+            "name": self.name,
+            "tensor": self.tensor,
+            "channels": self.channels,
+            "before": self.before,
+            "after": self.after,
+        }
+
+
+@dataclass(slots=True)
+class SynthesisResult:
+    """One set of pictures. words: how they are fed. options: that tell that to other commands.
+
+    piped: whether the model came from a pipe. layers: in the order of running. loss: the mean distance of all layers,
+    step by step. count, batch: pictures of the set, and of a run of the network.
+    """
+
+    model: str
+    digest: str
+    output: str
+    wishes: SynthesisOptions
+    preprocessing: Preprocessing
+    words: str
+    options: tuple[str, ...]
+    piped: bool
+    batch: int
+    layers: tuple[BatchNormMatch, ...]
+    loss: tuple[float, ...]
+    torch: str
+    device: str
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_rss_mb: float | None = None
+
+    @property
+    def before(self) -> float:
+        """Mean distance of the layers at first."""
+        return fmean(layer.before for layer in self.layers)
+
+    @property
+    def after(self) -> float:
+        """Mean distance of the layers in the end."""
+        return fmean(layer.after for layer in self.layers)
+
+    @property
+    def worst_first(self) -> list[BatchNormMatch]:
+        """The layers, the farthest first."""
+        return sorted(self.layers, key=lambda layer: -layer.after)
+
+    def of_the_set(self) -> dict[str, Any]:
+        """What is kept beside the pictures: nothing that another run of the same would have otherwise."""
+        return {
+            "schema": 1,
+            "version": qconv.__version__,
+            "model": self.digest,
+            "pictures": self.wishes.count,
+            "options": {"batch": self.batch, "iterations": self.wishes.steps, "seed": self.wishes.seed},
+            "preprocessing": self.preprocessing.as_dict(),
+            "distance": {"before": self.before, "after": self.after},
+            "layers": [layer.as_dict() for layer in self.layers],
+            "loss": list(self.loss),
+            "warnings": self.warnings,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            **self.of_the_set(),
+            "model": self.model,
+            "output": self.output,
+            "device": self.device,
+            "torch": self.torch,
+            "seconds": round(self.seconds, 3),
+            "peak_rss_mb": self.peak_rss_mb,
+        }

@@ -1,0 +1,56 @@
+"""These classes hold the options of quantization-aware training and of image synthesis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qconv.config.choices import SYNTHESIS_STEPS
+from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.recipe import Recipe
+from qconv.ir.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneOptions:
+    """What is asked for. recipe: names the pictures (its `calib`), how they are fed, threads and gates.
+
+    teacher: None to look for it beside the quantized file. rate: of learning, codes a step. holdout: None for a tenth.
+    """
+
+    recipe: Recipe
+    teacher: Source | None = None
+    labels: bool = False
+    classes: Path | None = None
+    label_offset: int = 0
+    epochs: int = 20
+    batch: int = 64
+    rate: float = 4e-3
+    holdout: int | None = None
+    augment: bool = True
+    device: str = "auto"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What shapes the result, JSON-ready."""
+        return {
+            "labels": self.labels,
+            "epochs": self.epochs,
+            "batch": self.batch,
+            "learning_rate": self.rate,
+            "augment": self.augment,
+            "seed": self.recipe.seed,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SynthesisOptions:
+    """batch: pictures in one run of the network, None to choose by their size. steps: in which each picture moves."""
+
+    preprocessing: PreprocessingOptions
+    count: int = 128
+    batch: int | None = None
+    steps: int = SYNTHESIS_STEPS
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
