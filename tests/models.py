@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qconv.ir.graph import Model
 from qconv.ir.load import load
 from qconv.ir.source import Source
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 Constant = NDArray | tuple[int, ...] | float | onnx.TensorProto
 

@@ -18,7 +18,7 @@ from qconv.errors import Change
 from qconv.ir.graph import Model, array
 from qconv.passes.absorb import absorb, candidates
 from qconv.passes.fold import fold
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 BODY = "c = Conv(x, w, b) r = Relu(c) m = MaxPool<kernel_shape=[2,2]>(r) d = Conv<{pads}>(m, v, e) y = Relu(d)"
 HIGH = np.float32([0.0, 40.0, 60.0, 0.0])

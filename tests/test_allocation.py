@@ -27,7 +27,7 @@ from qconv.quantization.allocation import allocate, closed_form
 from qconv.quantization.rows import tensor_rows
 from qconv.quantization.saturation import worst_pair
 from qconv.quantizer import PerChannel, PerTensor, QuantParams, QuantSpec
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 FOUR = QuantSpec(4, True, True, PerChannel(0))
 

@@ -16,7 +16,7 @@ from qconv.ir.source import Source
 from qconv.pipeline import pipeline
 from qconv.pipeline.pipeline import quantize
 from qconv.results.quantize import Report
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 SIZES = np.float32(2.0) ** np.linspace(-4, 4, 8, dtype=np.float32)  # of channels, far apart
 

@@ -15,17 +15,17 @@ from models import network
 
 from qconv.errors import QconvError
 from qconv.report.printing import benchmark as printed
-from qconv.runtime.benchmark import Benchmark, Conditions, Timing, Worker, benchmark
-from qconv.runtime.cpu import cpu_of
-from qconv.runtime.madeup import made_up
-from qconv.runtime.runtime import Session
+from qconv.runtime.benchmark import Benchmark, Timing, TimingConditions, Worker, benchmark, parse_cpu_flags
+from qconv.runtime.session import Session, make_random_inputs
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 
 
 def found(*turns: list[list[float]]) -> Benchmark:
     timings = tuple(Timing(f"{i}.onnx", {"x": [1, 3, 8, 8]}, turn) for i, turn in enumerate(turns))
-    return Benchmark(cpu_of("x86_64", "cpu", {"avx2"}), Conditions(rounds=len(turns[0])), 2, "1.0", timings)
+    return Benchmark(
+        parse_cpu_flags("x86_64", "cpu", {"avx2"}), TimingConditions(rounds=len(turns[0])), 2, "1.0", timings
+    )
 
 
 def test_ratios_are_taken_within_a_round() -> None:
@@ -62,7 +62,7 @@ def test_the_text_says_who_is_faster_and_what_the_cpu_lacks() -> None:
 
 
 def test_models_are_timed_in_processes_of_their_own() -> None:
-    result = benchmark([str(CIFAR), str(CIFAR)], Conditions(threads=1, rounds=4), version="1.0")
+    result = benchmark([str(CIFAR), str(CIFAR)], TimingConditions(threads=1, rounds=4), version="1.0")
     assert [len(timing.turns) for timing in result.timings] == [4, 4]
     assert all(ms > 0 for timing in result.timings for turn in timing.turns for ms in turn)
     assert result.timings[0].shapes == {"input": [1, 3, 32, 32]}
@@ -70,7 +70,7 @@ def test_models_are_timed_in_processes_of_their_own() -> None:
 
 
 def test_no_worker_is_left_behind() -> None:
-    worker = Worker(str(CIFAR), Conditions(), 1)
+    worker = Worker(str(CIFAR), TimingConditions(), 1)
     number = worker._process.pid
     worker.close()
     with pytest.raises(ProcessLookupError):
@@ -93,7 +93,7 @@ def test_a_worker_ends_with_its_parent() -> None:
 
 
 def test_a_worker_that_dies_is_told_of() -> None:
-    worker = Worker(str(CIFAR), Conditions(), 1)
+    worker = Worker(str(CIFAR), TimingConditions(), 1)
     worker._process.kill()
     with pytest.raises(QconvError, match="ended with status -9"):
         worker.time(1)
@@ -103,11 +103,11 @@ def test_a_worker_that_dies_is_told_of() -> None:
 @pytest.mark.parametrize(
     ("conditions", "fact"),
     [
-        (Conditions(size=(16, 16)), "takes pictures of 32x32, not 16x16"),
-        (Conditions(batch=2), "takes batches of 1, not 2"),
+        (TimingConditions(size=(16, 16)), "takes pictures of 32x32, not 16x16"),
+        (TimingConditions(batch=2), "takes batches of 1, not 2"),
     ],
 )
-def test_what_the_model_fixes_cannot_be_wished_away(conditions: Conditions, fact: str, tmp_path: Path) -> None:
+def test_what_the_model_fixes_cannot_be_wished_away(conditions: TimingConditions, fact: str, tmp_path: Path) -> None:
     model = tmp_path / "fixed.onnx"
     proto = onnx.load(CIFAR)
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
@@ -121,16 +121,16 @@ def test_open_sizes_are_asked_for(tmp_path: Path) -> None:
     path.write_bytes(network("y = Relu(x)", x=("N", 3, "H", "W")).SerializeToString())
     session = Session(str(path))
     with pytest.raises(QconvError, match=r"open shape \?x3x\?x\?") as error:
-        made_up(session, None, None)
+        make_random_inputs(session, None, None)
     assert "--size" in error.value.hint
-    assert made_up(session, 2, (5, 6))["x"].shape == (2, 3, 5, 6)
+    assert make_random_inputs(session, 2, (5, 6))["x"].shape == (2, 3, 5, 6)
 
 
 def test_a_missing_model_is_an_error() -> None:
     with pytest.raises(QconvError, match="does not exist"):
-        benchmark(["none.onnx"], Conditions(), version="")
+        benchmark(["none.onnx"], TimingConditions(), version="")
 
 
 def test_what_does_not_fit_into_memory_is_an_error() -> None:
     with pytest.raises(QconvError, match="does not fit into memory"):
-        Worker(str(CIFAR), Conditions(batch=10**9), 1)
+        Worker(str(CIFAR), TimingConditions(batch=10**9), 1)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from qconv.calibration.calibrate import Tap, tapped, watch
 from qconv.calibration.sketch import Sketch, Sketcher, Want
 from qconv.errors import QconvError
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 
 def session(body: str, *outputs: str, **constants: tuple[int, ...] | float) -> Session:

@@ -27,7 +27,7 @@ from qconv.ir.source import Source
 from qconv.pipeline import pipeline
 from qconv.quantizer import QuantSpec
 from qconv.results.comparison import Comparison
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("QCONV_DATA", ROOT.parent / "shared" / "data"))

@@ -23,7 +23,7 @@ from qconv.data.evidence import fact_of, references
 from qconv.data.feed import Feed
 from qconv.ir.source import Source
 from qconv.pipeline.pipeline import Listener, quantize
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("QCONV_DATA") or ROOT.parent / "shared" / "data")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qconv.runtime import cpu
+from qconv.runtime import benchmark
 
 HERE = Path(__file__).parent
 HIDDEN = """
@@ -56,8 +56,8 @@ def test_memory_is_not_known_where_the_system_does_not_tell(monkeypatch: pytest.
     def missing(self: Path, *args: object, **named: object) -> str:
         raise FileNotFoundError(self)
 
-    assert cpu.peak_rss_mb()
+    assert benchmark.peak_rss_mb()
     monkeypatch.setattr(Path, "read_text", missing)
-    assert cpu.peak_rss_mb()  # the rusage of this system
+    assert benchmark.peak_rss_mb()  # the rusage of this system
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert cpu.peak_rss_mb() is None
+    assert benchmark.peak_rss_mb() is None

@@ -30,7 +30,7 @@ from qconv.passes import fold
 from qconv.passes.embed import embed
 from qconv.pipeline.pipeline import quantize
 from qconv.results.quantize import Report
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 RGB = (3, 12, 10)  # channels, height, width
 WHOLE = {"scale": 1.0, "mean": (120.0, 110.0, 99.0), "std": (58.0, 57.0, 60.0)}  # means that are pixels

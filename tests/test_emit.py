@@ -36,7 +36,7 @@ from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
 from qconv.quantization.params import Params, choose_params
 from qconv.results.quantize import Audit
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 SAME = "pads=[1,1,1,1]"
 BATCHES = 4

@@ -25,7 +25,7 @@ from qconv.passes.fold import fold
 from qconv.passes.streams import find_streams
 from qconv.pipeline.pipeline import quantize
 from qconv.results.quantize import Report
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 MEANS = np.array([0.3, -0.5, 1.0, 0.0, -1.0, 2.0])
 STDS = np.array([1.0, 0.5, 2.0, 1.5, 1.0, 0.7])

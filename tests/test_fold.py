@@ -18,7 +18,7 @@ from qconv.ir.graph import Model, array
 from qconv.ir.load import load
 from qconv.ir.source import Source, read
 from qconv.passes.fold import fold
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 BN = "BatchNormalization"
 NORM = "gamma, beta, mean, var"

@@ -42,7 +42,7 @@ from qconv.results.comparison import (
     ValueStatistics,
 )
 from qconv.results.quantize import Audit, FloatNode, LayerTime, OutputScore, Verification
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 ROOT = Path(__file__).parents[1]
 CIFAR = ROOT / "tests" / "models" / "cifar_mobilenet.onnx"

@@ -17,7 +17,7 @@ from qconv.config.recipe import Recipe
 from qconv.data.detect import Detected, detect_unseen
 from qconv.data_free.imagined import COUNT, MEAN, Imagined, leaves, pixels, read_by
 from qconv.errors import QconvError
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 SIDE = 32
 PHOTOS = Path(__file__).parents[1] / "calib_samples"

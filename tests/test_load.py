@@ -22,7 +22,7 @@ from qconv.ir import load
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, file_bytes, read
 from qconv.pipeline.pipeline import quantize
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 FLOAT, HALF, INT64, BOOL, TEXT = (
     TensorProto.FLOAT,

@@ -33,7 +33,7 @@ from qconv.pipeline.pipeline import Listener, quantize
 from qconv.quantization.refine import EFFORTS
 from qconv.report import summary
 from qconv.results.quantize import MixedPrecision, Report
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 from qconv.search.assign import Assignment
 from qconv.search.judge import _unseen
 from qconv.search.mixed import _best, expected

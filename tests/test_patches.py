@@ -9,7 +9,7 @@ from models import loaded
 
 from qconv.ir.layers import rows_of
 from qconv.quantization.patches import Patches
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 LAYERS = [
     ("Conv", {}, (2, 6, 7, 9), (4, 6, 3, 3)),

@@ -26,7 +26,7 @@ from qconv.metrics import verify
 from qconv.pipeline import pipeline
 from qconv.pipeline.pipeline import Listener, folded_float, quantize
 from qconv.results.quantize import OutputScore, Report
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 PHOTOS = Path(__file__).parent.parent / "calib_samples"

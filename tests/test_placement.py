@@ -21,7 +21,7 @@ from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
 from qconv.quantization.params import choose_params
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 PLAIN = Target("plain")
 FREE = {8: (0.0, 0.0, 0.0, 0.0)}

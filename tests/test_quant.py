@@ -25,7 +25,7 @@ from qconv.quantizer import (
     bias_params,
     group_extremes,
 )
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 TYPES = {
     "int8": onnx.TensorProto.INT8,

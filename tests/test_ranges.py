@@ -19,7 +19,7 @@ from qconv.ir.walk import Walk
 from qconv.pipeline.pipeline import quantize
 from qconv.planning.planner import make_plan
 from qconv.quantizer import QuantParams, QuantSpec
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 from qconv.search.ranges import LOOKS, Looks, _picked, tuned_ranges
 from qconv.storage import ArrayStore
 

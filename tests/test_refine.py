@@ -20,7 +20,7 @@ from qconv.pipeline.pipeline import quantize
 from qconv.quantization import refine, saturation
 from qconv.quantization.moments import Moments, moments
 from qconv.results.quantize import Report
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 SAME = "pads=[1,1,1,1]"
 KINDS = {

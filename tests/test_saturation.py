@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from qconv.quantization.saturation import widen
 from qconv.quantizer import PerChannel, QuantParams, QuantSpec, group_extremes
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 Limits = tuple[NDArray[np.int64], NDArray[np.int64]]
 

@@ -25,7 +25,7 @@ from qconv.quantization.sight import Sight
 from qconv.quantization.solve import Effort, Solver
 from qconv.quantization.weights import quantize_layer
 from qconv.quantizer import group_extremes
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 from qconv.search.sensitivity import FLOAT, WORST, Network, noise_of, sensitivities
 
 BODY = """

@@ -25,7 +25,7 @@ from qconv.data import images
 from qconv.errors import QconvError
 from qconv.pipeline import pipeline
 from qconv.results.sample_curve import CurvePoint, SampleCurve, counts_up_to
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 BODY = "c = Conv(x, w)  r = Relu(c)  p = GlobalAveragePool(r)  f = Flatten(p)  y = Gemm(f, g)"
 RAW = PreprocessingOptions(preset="raw")

@@ -25,7 +25,7 @@ from qconv.errors import QconvError
 from qconv.ir.load import load
 from qconv.ir.source import Source, read
 from qconv.pipeline.pipeline import quantize
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 from qconv.training.torchgraph import Network
 
 ROOT = Path(__file__).parent.parent

@@ -15,8 +15,7 @@ from qconv.ir.source import Source
 from qconv.pipeline.pipeline import quantize
 from qconv.planning.placement import Cost
 from qconv.results.quantize import Report
-from qconv.runtime.benchmark import Benchmark, Conditions, Timing
-from qconv.runtime.cpu import this_cpu
+from qconv.runtime.benchmark import Benchmark, Timing, TimingConditions, detect_cpu
 from qconv.search import tune
 
 SAME = "pads=[1,1,1,1]"
@@ -28,9 +27,9 @@ def clock(monkeypatch: pytest.MonkeyPatch, costs: dict[str, tuple[float, float]]
     """Single nodes take (float, integer) us; the file with the given number takes so many ms, others 10."""
     monkeypatch.setattr(tune, "_costs", lambda *_: {name: Cost(*pair, measured=True) for name, pair in costs.items()})
 
-    def timed(paths: list[str], conditions: Conditions, **_: object) -> Benchmark:
+    def timed(paths: list[str], conditions: TimingConditions, **_: object) -> Benchmark:
         timings = tuple(Timing(path, {}, [[whole.get(i, 10.0)]]) for i, path in enumerate(paths))
-        return Benchmark(this_cpu(), conditions, 1, "", timings)
+        return Benchmark(detect_cpu(), conditions, 1, "", timings)
 
     monkeypatch.setattr(tune, "benchmark", timed)
     monkeypatch.setattr(tune, "faster_in_float", lambda *_: {})  # the table has nothing to say

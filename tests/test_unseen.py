@@ -26,7 +26,7 @@ from qconv.ir.source import Source
 from qconv.metrics.verify import verify
 from qconv.pipeline import pipeline
 from qconv.results.quantize import Report
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 HERE = Path(__file__).parent
 CIFAR = HERE / "models" / "cifar_mobilenet.onnx"

@@ -10,7 +10,7 @@ from models import network
 
 from qconv.metrics.verify import Comparison, gates, is_class_score, sqnr_db, verify
 from qconv.results.quantize import OutputScore, Verification
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 
 def session(body: str) -> Session:

@@ -11,7 +11,7 @@ from models import ints, loaded, network
 
 from qconv.ir.behind import Behind
 from qconv.ir.walk import Walk
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 from qconv.storage import ArrayStore
 
 NETWORKS = {

@@ -35,10 +35,10 @@ from qconv.ir.graph import Model, Value, is_tensor
 from qconv.ir.pairs import Pair, Point, points
 from qconv.ir.shifted import shifted
 from qconv.ir.source import Source, is_quantized, metadata, read
-from qconv.metrics.verify import Comparison, sqnr_db
+from qconv.metrics.verify import sqnr_db
 from qconv.passes import fold
 from qconv.results.comparison import Comparison, LayerComparison, ValueStatistics
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 Progress = Callable[[str, int, int], None]
 Arrays = Mapping[str, NDArray[Any]]

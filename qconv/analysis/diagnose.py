@@ -54,8 +54,8 @@ from qconv.pipeline.pipeline import Listener
 from qconv.planning.placement import left_in_float
 from qconv.planning.planner import make_plan
 from qconv.results.comparison import Cause, Comparison, Diagnosis, Trial
-from qconv.runtime.cpu import this_cpu
-from qconv.runtime.runtime import Session
+from qconv.runtime.benchmark import detect_cpu
+from qconv.runtime.session import Session
 
 GAINED = 0.5
 """dB from which on a remedy has helped."""
@@ -293,7 +293,7 @@ class _Clinic:
         question = Question(source, quantized, feeds, proof.scored.pictures, pictures.words, recipe.threads)
         compared = compare(question, self.listener.progress)
         moves = moved.read(metadata(read(quantized)))
-        return Evidence(model, plan, recipe, report, sketches, moves, compared, this_cpu().saturates is True)
+        return Evidence(model, plan, recipe, report, sketches, moves, compared, detect_cpu().saturates is True)
 
     # -- what comes of it ----------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from qconv.metrics import intervals
 from qconv.metrics.intervals import Interval
 from qconv.metrics.predictions import TOP, Predictions, Seen
 from qconv.metrics.verify import is_class_score, sqnr_db
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 LARGEST = float(np.finfo(np.float64).max) / 1e6  # the noise of NaN: what can still be added up
 Progress = Callable[[str, int, int], None]

@@ -26,8 +26,8 @@ from qconv.pipeline.gather import Memory
 from qconv.pipeline.pipeline import Listener, quantize
 from qconv.results.comparison import Trial
 from qconv.results.quantize import Report
-from qconv.runtime.benchmark import Benchmark, Conditions, benchmark
-from qconv.runtime.runtime import VERSION, Session
+from qconv.runtime.benchmark import Benchmark, TimingConditions, benchmark
+from qconv.runtime.session import RUNTIME_VERSION, Session
 
 MOST_HELD_BACK = 64
 HELD_BACK_SHARE = 5
@@ -158,8 +158,8 @@ class Proof:
         return float_ms[0]
 
     def _benchmark(self, paths: Sequence[str], threads: int | None, size: tuple[int, int] | None) -> Benchmark:
-        conditions = Conditions(threads, None, size, ROUNDS)
-        return benchmark(paths, conditions, version=VERSION, progress=self.listener.progress)
+        conditions = TimingConditions(threads, None, size, ROUNDS)
+        return benchmark(paths, conditions, version=RUNTIME_VERSION, progress=self.listener.progress)
 
 
 def _one_answer(outputs: Outputs) -> bool:

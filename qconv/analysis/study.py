@@ -40,8 +40,8 @@ from qconv.planning.placement import left_in_float
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.results.sample_curve import CurvePoint, SampleCurve, counts_up_to
-from qconv.runtime.cpu import peak_rss_mb
-from qconv.runtime.runtime import Session
+from qconv.runtime.benchmark import peak_rss_mb
+from qconv.runtime.session import Session
 from qconv.search.trial import carried_out
 
 SCORED_BYTES = 48 * 2**20

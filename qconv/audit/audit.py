@@ -23,7 +23,7 @@ from qconv.ir.rules import ACTIVATIONS, RULES, Weighted
 from qconv.planning.plan import Plan
 from qconv.quantization.saturation import worst_pair
 from qconv.results.quantize import Audit, FloatNode, LayerTime, Saturation
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 INTEGER_OPS = frozenset({"QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
 CONVERTING_OPS = frozenset(

@@ -16,9 +16,8 @@ from qconv.ir.load import as_it_is
 from qconv.ir.source import Source, is_quantized, read
 from qconv.planning.planner import WISHED
 from qconv.results.quantize import Audit
-from qconv.runtime.cpu import Cpu, this_cpu
-from qconv.runtime.madeup import made_up
-from qconv.runtime.runtime import VERSION, Session
+from qconv.runtime.benchmark import Cpu, detect_cpu
+from qconv.runtime.session import RUNTIME_VERSION, Session, make_random_inputs
 
 FORMATS = (
     ("QOperator", ("QLinear", "QGemm"), "integer operators in the file itself; qconv writes Q/DQ, which every runtime "
@@ -45,7 +44,7 @@ class Examined:
     audit: Audit
     cpu: Cpu
     threads: int
-    version: str = VERSION
+    version: str = RUNTIME_VERSION
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -81,12 +80,12 @@ def examine(source: Source, *, threads: int, batch: int | None, size: Sequence[i
         session = Session(
             runnable, name=source.name, threads=threads, save_optimized=optimized, profile=folder / "profile"
         )
-        times = profiled(session, made_up(session, batch, size))
+        times = profiled(session, make_random_inputs(session, batch, size))
         recipe = recipe_in(model)
         audited = audit(optimized, model, _known(model, recipe), times)
     target = TARGETS.get(str(recipe.get("target")))
     widened = target is not None and target.pairs and recipe.get("saturation_safe") is not False
-    return Examined(source.name, name, meaning, widened, recipe, audited, this_cpu(), threads)
+    return Examined(source.name, name, meaning, widened, recipe, audited, detect_cpu(), threads)
 
 
 def _known(model: Model, recipe: Mapping[str, Any]) -> Known:

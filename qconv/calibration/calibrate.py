@@ -21,7 +21,7 @@ from qconv import save
 from qconv.calibration.sketch import NOTHING, Sketch, Sketcher, View, Want, stride_for, upper_halves
 from qconv.errors import QconvError
 from qconv.ir.graph import Model
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 from qconv.storage import prefetch
 
 KEY_BYTES = 8

@@ -135,13 +135,13 @@ def benchmark(
     wanted.check(*map(Path, models))
     from qconv.report import printing, summary
     from qconv.runtime import benchmark as timing
-    from qconv.runtime import runtime
+    from qconv.runtime import session
 
     console = summary.Console(quiet=quiet)
     raise_exit_on_signals()
     try:
-        conditions = timing.Conditions(threads, batch, size, rounds)
-        found = timing.benchmark(models, conditions, version=runtime.VERSION, progress=console.progress)
+        conditions = timing.TimingConditions(threads, batch, size, rounds)
+        found = timing.benchmark(models, conditions, version=session.RUNTIME_VERSION, progress=console.progress)
     finally:
         console.close()
     if found.threads > found.cpu.cores:

@@ -25,7 +25,7 @@ from qconv.data.evidence import Fact, fact_of, references
 from qconv.data.race import Race
 from qconv.errors import QconvError
 from qconv.ir.graph import Model
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 if TYPE_CHECKING:
     from qconv.data.feed import Feed

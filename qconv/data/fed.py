@@ -22,7 +22,7 @@ from qconv.data.feed import DECODERS, Feed
 from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.source import Source, is_quantized, metadata, original, read
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 Outputs = list[NDArray[Any]]
 

@@ -17,7 +17,7 @@ from qconv.data import images
 from qconv.data.listing import SAMPLE_SUFFIXES, Listing, find, suffix_of
 from qconv.data.preprocess import InputSpec, layout_order, resolve
 from qconv.errors import QconvError
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 DECODERS = 2
 KEPT_PICTURES = 32

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.data.evidence import Reference
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 Array = NDArray[np.float64]
 DEAD = 1e-4

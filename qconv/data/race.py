@@ -28,7 +28,7 @@ from qconv.data.fit import peaks, sureness
 from qconv.data.preprocess import InputSpec
 from qconv.errors import QconvError
 from qconv.ir.graph import Model
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 SHARPNESS = 5.0
 """A misfit half as large is 2^5 = 32 times as probable."""

@@ -29,7 +29,7 @@ from qconv.data.listing import Listing
 from qconv.data.preprocess import InputSpec, resolve
 from qconv.errors import QconvError
 from qconv.ir.normal import Normal
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 Pixels = NDArray[np.uint8]
 COUNT = 32

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qconv.ir.parts import HIGH, LOW, SCALE, SWITCH, ZERO, open_inputs, raw, round_within
 from qconv.ir.walk import AT_ONCE, Part, each
 from qconv.quantizer import QuantParams, QuantSpec
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 NOTHING: Mapping[str, NDArray[Any]] = MappingProxyType({})
 

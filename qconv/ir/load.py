@@ -370,7 +370,7 @@ def _constant_nodes(model: Model) -> list[ir.Node]:
 
 
 def _compute(model: Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[np.ndarray]:
-    from qconv.runtime import runtime
+    from qconv.runtime import session
 
     read = (value for node in nodes for value in node.inputs if value is not None and value.is_initializer())
     needed = list(dict.fromkeys(read))
@@ -383,4 +383,4 @@ def _compute(model: Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> list
     )
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
     small = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
-    return runtime.Session(small.SerializeToString(), optimize=False).run_all({})
+    return session.Session(small.SerializeToString(), optimize=False).run_all({})

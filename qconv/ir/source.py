@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.graph import ir
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 QUANTIZED_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qconv.ir.graph import Model, Node, Value, array, input_of, reads_of
 from qconv.ir.parts import Proto, part
 from qconv.quantizer import QuantParams, QuantSpec
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 from qconv.storage import ArrayStore, StoredArray, StoredArrays, prefetch
 
 AT_ONCE = 2

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qconv.data.feed import Batch, Feed
 from qconv.metrics.verify import Comparison
 from qconv.results.quantize import Verification
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 Outputs = list[NDArray[Any]]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qconv.errors import QconvError
 from qconv.metrics.intervals import Interval, by_bootstrap
 from qconv.results.quantize import Gate, OutputScore, Verification
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 FEWEST_TIMED = 5
 SPREAD = (10, 90)

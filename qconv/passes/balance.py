@@ -38,7 +38,7 @@ from qconv.passes.noise import Term, least, total
 from qconv.passes.streams import OPEN, Limit, Streams, find_streams
 from qconv.passes.worth import Seen, noise_terms
 from qconv.planning.plan import Plan, tap_of
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 
 STEP = "equalize"
 MARGIN = 1.1

@@ -22,7 +22,7 @@ from qconv.errors import QconvError, require_torch
 from qconv.ir.graph import Model
 from qconv.ir.source import Source, original
 from qconv.planning.plan import Plan
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 from qconv.save import total_bytes
 
 KEPT_NETWORKS = 4

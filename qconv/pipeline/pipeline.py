@@ -42,8 +42,8 @@ from qconv.quantization.params import choose_activations
 from qconv.quantization.refine import effort_for
 from qconv.quantization.rows import tensor_rows
 from qconv.results.quantize import Audit, OutputScore, Report, Verification
-from qconv.runtime.cpu import peak_rss_mb
-from qconv.runtime.runtime import Session
+from qconv.runtime.benchmark import peak_rss_mb
+from qconv.runtime.session import Session
 from qconv.search.judge import Ground
 from qconv.search.mixed import check_size, expected, search
 from qconv.search.ranges import LOOKS, tuned_ranges

@@ -1,9 +1,13 @@
-"""How long one run takes: models in turns, each in a process of its own, only one at work at any time.
+"""Measures the latency of models in turns, each in a process of its own, and describes the CPU.
 
-Two sessions in one process disturb each other with threads that spin while they wait, and a machine's speed drifts from
-second to second. So every model has a process, the parent gives them turns, and what is compared are the medians within
-one round, which see the same machine. Processes are started anew a few times: where one finds its memory makes it some
-percent faster or slower for its whole life.
+Two sessions in one process disturb each other with spinning threads, and a machine's speed drifts from second to
+second. So every model has a process, the parent gives turns, and only medians within one round are compared.
+Processes restart a few times: the place of a process in memory makes it some percent faster or slower for its whole
+life.
+
+Two kinds of instruction decide whether 8 bits pay: wide vectors (AVX2, AVX512, NEON), and a dot product of bytes that
+accumulates in 32 bits (VNNI on x86, DotProd and I8MM on ARM). An x86 without VNNI adds pairs in 16 bits, which
+saturates.
 """
 
 from __future__ import annotations
@@ -11,26 +15,183 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qconv.errors import QconvError
-from qconv.runtime.cpu import Cpu, this_cpu
 
-TURN_MS = 60.0  # how long a model is timed before the next one's turn
-MOST_RUNS = 50
-WARM_UP_RUNS = 3
-RESTARTS = 3
-SPREAD = (10, 50, 90)  # percentiles over rounds
+X86_FEATURES = {
+    "avx2": ("avx2",),
+    "avx512": ("avx512f",),
+    "vnni": ("avx512_vnni", "avx_vnni"),
+    "amx_int8": ("amx_int8",),
+}
+
+ARM_FEATURES = {
+    "neon": ("asimd", "advsimd", "neon"),
+    "dot_product": ("asimddp", "feat_dotprod"),
+    "i8mm": ("i8mm", "feat_i8mm"),
+}
+
+X86_MACHINES = frozenset({"x86_64", "amd64", "i386", "i686"})
+
+FEATURE_NAMES = {
+    "avx2": "AVX2",
+    "avx512": "AVX512",
+    "vnni": "VNNI",
+    "amx_int8": "AMX",
+    "neon": "NEON",
+    "dot_product": "dot product",
+    "i8mm": "I8MM",
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Conditions:
+class Cpu:
+    """One processor. features: what matters here, each with whether it is there; None where that cannot be found out.
+
+    cores: those that this process may use.
+    """
+
+    name: str
+    machine: str
+    cores: int
+    features: dict[str, bool | None]
+
+    @property
+    def saturates(self) -> bool | None:
+        """Whether products of u8 and s8 are added in 16 bits; None where that is not known."""
+        if self.machine not in X86_MACHINES:
+            return False
+        vnni = self.features["vnni"]
+        return None if vnni is None else not vnni
+
+    def as_dict(self) -> dict[str, object]:
+        """What `--json` prints."""
+        return {"name": self.name, "machine": self.machine, "cores": self.cores, "features": self.features}
+
+    def in_words(self) -> str:
+        """One line: the name, what is there and what is not."""
+        parts = []
+        for there, word in ((True, "has"), (False, "lacks"), (None, "not known:")):
+            found = [FEATURE_NAMES[name] for name, has in self.features.items() if has is there]
+            if found:
+                parts.append(f"{word} {', '.join(found)}")
+        return f"{self.name}, {self.cores} cores; {'; '.join(parts) or 'no feature of it is known'}"
+
+    def advice(self) -> str:
+        """What that means for integer networks; empty where all is well."""
+        if self.saturates:
+            return (
+                "this CPU lacks VNNI: it multiplies 8 bits no faster than AVX2 allows, and adds pairs of products in "
+                "16 bits, which saturates where weights are large"
+            )
+        if self.features.get("dot_product") is False:
+            return "this CPU lacks the dot product instructions: expect little from 8 bits"
+        return ""
+
+
+def detect_cpu() -> Cpu:
+    """Of the machine that this runs on. Sources: /proc/cpuinfo, on macOS sysctl."""
+    machine = platform.machine().lower()
+    name, flags = read_cpuinfo(Path("/proc/cpuinfo")) if platform.system() != "Darwin" else _read_sysctl()
+    return parse_cpu_flags(machine, name, flags)
+
+
+def parse_cpu_flags(machine: str, name: str, flags: set[str]) -> Cpu:
+    """From the kernel's own names of features. An empty set tells nothing."""
+    table = X86_FEATURES if machine in X86_MACHINES else ARM_FEATURES
+    features = {feature: bool(flags.intersection(names)) if flags else None for feature, names in table.items()}
+    return Cpu(name or machine or "unknown", machine, _count_cores(), features)
+
+
+def read_cpuinfo(cpuinfo: Path) -> tuple[str, set[str]]:
+    """Name and flags of the first processor in Linux' own description; empty where there is none."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        return "", set()
+    found = {key.strip().lower(): text.strip() for key, _, text in (line.partition(":") for line in reversed(lines))}
+    return found.get("model name", ""), set((found.get("flags") or found.get("features") or "").lower().split())
+
+
+def _read_sysctl() -> tuple[str, set[str]]:
+    done = subprocess.run(["sysctl", "-a"], capture_output=True, text=True, check=False)
+    found = dict(line.partition(": ")[::2] for line in done.stdout.splitlines())
+    words = f"{found.get('machdep.cpu.features', '')} {found.get('machdep.cpu.leaf7_features', '')}".lower().split()
+    on = {
+        key.rpartition(".")[2].lower() for key, text in found.items() if key.startswith("hw.optional.") and text == "1"
+    }
+    return found.get("machdep.cpu.brand_string", ""), {*words, *on}
+
+
+def _count_cores() -> int:
+    """Those that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def peak_rss_mb() -> float | None:
+    """The largest resident memory of this process so far; None where the system does not tell."""
+    with contextlib.suppress(OSError, StopIteration):  # what getrusage tells on Linux may be the parent's
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("VmHWM:"))
+        return round(int(line.split()[1]) / 2**10, 1)
+    if sys.platform == "win32":
+        peak = _peak_working_set()
+        return None if peak is None else round(peak / 2**20, 1)
+    try:
+        import resource  # not every system has it
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def _peak_working_set() -> int | None:
+    """What Windows calls it: bytes, from GetProcessMemoryInfo (psapi.h, PROCESS_MEMORY_COUNTERS)."""
+    import ctypes
+
+    class Counters(ctypes.Structure):
+        _fields_ = [
+            ("cb", ctypes.c_uint32),
+            ("PageFaultCount", ctypes.c_uint32),
+            ("PeakWorkingSetSize", ctypes.c_size_t),
+            ("others", ctypes.c_size_t * 7),
+        ]
+
+    counters = Counters()
+    counters.cb = ctypes.sizeof(counters)
+    try:
+        kernel: Any = ctypes.CDLL("kernel32")
+        kernel.GetCurrentProcess.restype = ctypes.c_void_p
+        process = ctypes.c_void_p(kernel.GetCurrentProcess())
+        told = kernel.K32GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb)
+    except (OSError, AttributeError):
+        return None
+    return int(counters.PeakWorkingSetSize) if told else None
+
+
+TURN_MS = 60.0  # how long a model is timed before the next one's turn
+
+MOST_RUNS = 50
+
+WARM_UP_RUNS = 3
+
+RESTARTS = 3
+
+TIMING_PERCENTILES = (10, 50, 90)  # percentiles over rounds
+
+
+@dataclass(frozen=True, slots=True)
+class TimingConditions:
     """Under what a model is timed. threads: None for all cores; batch, size (H, W): None for the model's own."""
 
     threads: int | None = None
@@ -65,7 +226,7 @@ class Timing:
     def ratio_to(self, other: Timing) -> tuple[float, float, float]:
         """Times of `other`'s time, round by round: the 10th, 50th and 90th percentile."""
         ratios = [own / its for own, its in zip(self.medians, other.medians, strict=True)]
-        low, middle, high = np.percentile(ratios, SPREAD)
+        low, middle, high = np.percentile(ratios, TIMING_PERCENTILES)
         return float(low), float(middle), float(high)
 
 
@@ -74,7 +235,7 @@ class Benchmark:
     """What was measured. version: of ONNX Runtime."""
 
     cpu: Cpu
-    conditions: Conditions
+    conditions: TimingConditions
     threads: int
     version: str
     timings: tuple[Timing, ...]
@@ -106,7 +267,7 @@ class Benchmark:
 
 def benchmark(
     paths: Sequence[str],
-    conditions: Conditions,
+    conditions: TimingConditions,
     *,
     version: str,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
@@ -115,7 +276,7 @@ def benchmark(
     for path in paths:
         if not os.path.isfile(path):
             raise QconvError(f"{path} does not exist, or is no file.", "check the path of the model.")
-    cpu = this_cpu()
+    cpu = detect_cpu()
     threads = conditions.threads or cpu.cores
     timings = tuple(Timing(path) for path in paths)
     left, done = conditions.rounds, 0
@@ -129,7 +290,7 @@ def benchmark(
                 stack.callback(worker.close)
                 timing.shapes = worker.shapes
                 workers.append(worker)
-            runs = [_runs_a_turn(worker) for worker in workers]
+            runs = [_runs_per_turn(worker) for worker in workers]
             for turn in range(rounds):
                 order = range(len(workers)) if turn % 2 == 0 else reversed(range(len(workers)))
                 for index in order:
@@ -139,7 +300,7 @@ def benchmark(
     return Benchmark(cpu, conditions, threads, version, timings)
 
 
-def _runs_a_turn(worker: Worker) -> int:
+def _runs_per_turn(worker: Worker) -> int:
     worker.time(WARM_UP_RUNS)
     return int(np.clip(TURN_MS / np.median(worker.time(WARM_UP_RUNS)), 1, MOST_RUNS))
 
@@ -147,7 +308,7 @@ def _runs_a_turn(worker: Worker) -> int:
 class Worker:
     """The parent's end of a process that holds one model. Raises QconvError where it cannot be loaded or run."""
 
-    def __init__(self, path: str, conditions: Conditions, threads: int) -> None:
+    def __init__(self, path: str, conditions: TimingConditions, threads: int) -> None:
         self.path = path
         # -P: a folder called numpy where the user stands must not be taken for the library
         command = [sys.executable, "-P", "-m", "qconv.runtime.worker"]

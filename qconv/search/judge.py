@@ -21,7 +21,7 @@ from qconv.errors import QconvError
 from qconv.metrics.scored import Outputs, Scored, score_float
 from qconv.quantization.moments import is_kept
 from qconv.results.quantize import Verification
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session
 from qconv.search.assign import Assignment
 from qconv.search.sensitivity import FLOAT
 from qconv.search.trial import Folded, Settled, nearest, round_anew, written

@@ -20,9 +20,8 @@ from qconv.config.targets import TARGETS
 from qconv.ir.graph import Model
 from qconv.planning.placement import Cost, all_in_float, costs_of, division, faster_in_float, shapes_of
 from qconv.planning.planner import make_plan
-from qconv.runtime.benchmark import Conditions, Timing, benchmark
-from qconv.runtime.madeup import made_up
-from qconv.runtime.runtime import VERSION, Session
+from qconv.runtime.benchmark import Timing, TimingConditions, benchmark
+from qconv.runtime.session import RUNTIME_VERSION, Session, make_random_inputs
 from qconv.search.trial import carried_out
 
 ROUNDS = 12
@@ -72,7 +71,7 @@ def tuned(
         if all(set(floats) != set(other) for other in unlike.values()):
             unlike[name] = floats
     models = {FLOAT: folded, **{n: carried_out(folded, recipe, sketches, floats) for n, floats in unlike.items()}}
-    timings = _timed(models, Conditions(recipe.threads, None, size, ROUNDS), progress)
+    timings = _timed(models, TimingConditions(recipe.threads, None, size, ROUNDS), progress)
     fastest = min(unlike, key=lambda name: timings[name].ratio_to(timings[FLOAT])[1])
     return Tuned(unlike[fastest], fastest, {name: timing.median_ms for name, timing in timings.items()})
 
@@ -87,7 +86,7 @@ def _node_times(model: Model, threads: int | None, size: tuple[int, int] | None)
     """Microseconds of a run, by the node's name in `model`."""
     with save.runnable(model, ()) as runnable, save.scratch(0) as folder:
         session = Session(runnable, threads=threads, profile=folder / "profile")
-        times = profiled(session, made_up(session, None, size))
+        times = profiled(session, make_random_inputs(session, None, size))
     original = node_names(model)
     found: dict[str, float] = {}
     for name, us in times.items():
@@ -96,7 +95,7 @@ def _node_times(model: Model, threads: int | None, size: tuple[int, int] | None)
 
 
 def _timed(
-    models: Mapping[str, Model], conditions: Conditions, progress: Callable[[str, int, int], None]
+    models: Mapping[str, Model], conditions: TimingConditions, progress: Callable[[str, int, int], None]
 ) -> dict[str, Timing]:
     with save.scratch(sum(2 * save.total_bytes(model) for model in models.values())) as folder:
         paths = []
@@ -104,7 +103,7 @@ def _timed(
             path = folder / f"{index}.onnx"
             _write(model, path)
             paths.append(str(path))
-        found = benchmark(paths, conditions, version=VERSION, progress=progress)
+        found = benchmark(paths, conditions, version=RUNTIME_VERSION, progress=progress)
     return dict(zip(models, found.timings, strict=True))
 
 

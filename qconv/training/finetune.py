@@ -37,8 +37,8 @@ from qconv.ir.teacher import teacher_beside
 from qconv.metrics.verify import Comparison, gates
 from qconv.results.quantize import Audit, Verification
 from qconv.results.training import FinetuneResult, ValidationResult, ValidationScore
-from qconv.runtime.cpu import peak_rss_mb
-from qconv.runtime.runtime import Session
+from qconv.runtime.benchmark import peak_rss_mb
+from qconv.runtime.session import Session
 from qconv.training.album import Album, read_album
 from qconv.training.distance import apart
 from qconv.training.learnable import Learned

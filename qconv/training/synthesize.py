@@ -34,8 +34,8 @@ from qconv.ir.graph import Model
 from qconv.ir.source import Source, data_files, read, refuse_quantized
 from qconv.report import plot
 from qconv.results.training import GOOD_MATCH, POOR_MATCH, BatchNormMatch, SynthesisResult
-from qconv.runtime.cpu import peak_rss_mb
-from qconv.runtime.runtime import Session
+from qconv.runtime.benchmark import peak_rss_mb
+from qconv.runtime.session import Session
 from qconv.storage import check_output_folder, refuse_path_inside, replace_folder_atomically
 from qconv.training.dream import Dream, batch_of
 from qconv.training.options import SynthesisOptions

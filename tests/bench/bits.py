@@ -27,7 +27,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from qconv.runtime.cpu import this_cpu
+from qconv.runtime.benchmark import detect_cpu
 from tests.bench import accuracy, bits_table, cost, light, peer
 from tests.bench.cases import (
     BY_NAME,
@@ -283,7 +283,7 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 def environment(nncf: str | None) -> dict[str, Any]:
     found = {name: importlib.metadata.version(name) for name in ("onnx", "numpy")}
-    found |= {"onnxruntime": ort.__version__, "python": platform.python_version(), "cpu": this_cpu().in_words()}
+    found |= {"onnxruntime": ort.__version__, "python": platform.python_version(), "cpu": detect_cpu().in_words()}
     if nncf:
         found["nncf"] = _run([nncf, "-c", VERSIONS]).stdout.strip() or "does not start"
     return found

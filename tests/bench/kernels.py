@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from qconv.config.cost_table import BY_CPU, MEASURED
-from qconv.runtime.cpu import this_cpu
+from qconv.runtime.benchmark import detect_cpu
 
 CHANNELS = (8, 16, 32, 64, 128, 256)
 SIDES = (14, 56)
@@ -371,13 +371,13 @@ BY_CPU: dict[str, dict[str, Lines]] = {{
 
 def cpu_class() -> str:
     """What decides how fast integers are."""
-    features = this_cpu().features
+    features = detect_cpu().features
     return next(name for name in ("vnni", "avx2", "dot_product", "neon") if features.get(name))
 
 
 def written(found: dict[str, Costs]) -> str:
     """The module's text, with what was measured here in the place of an earlier table of such a CPU."""
-    here = f"{this_cpu().in_words()}; ONNX Runtime {ort.__version__}"
+    here = f"{detect_cpu().in_words()}; ONNX Runtime {ort.__version__}"
     machines = MEASURED | {cpu_class(): here}
     text = HEAD.format(machines="".join(f'    "{name}": "{words}",\n' for name, words in sorted(machines.items())))
     for name, table in sorted((BY_CPU | {cpu_class(): found}).items()):

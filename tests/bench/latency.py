@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from qconv.runtime.benchmark import Conditions, benchmark
+from qconv.runtime.benchmark import TimingConditions, benchmark
 
 PAIRS = (("qconv", "peer"), ("float", "qconv"), ("float", "peer"))
 
@@ -19,7 +19,7 @@ def measure(models: Mapping[str, Path], size: tuple[int, int], threads: int, rou
 
     size: height and width of pictures, where models leave them open.
     """
-    conditions = Conditions(threads=threads, size=size, rounds=rounds)
+    conditions = TimingConditions(threads=threads, size=size, rounds=rounds)
     found = benchmark([str(path) for path in models.values()], conditions, version=ort.__version__)
     timings = dict(zip(models, found.timings, strict=True))
     result: dict[str, Any] = {"rounds": rounds, "cpu": found.cpu.in_words()}

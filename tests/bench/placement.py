@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from qconv.runtime.cpu import this_cpu
+from qconv.runtime.benchmark import detect_cpu
 from tests.bench import latency
 from tests.bench.cases import CASES, Case, default_data
 from tests.bench.runner import LATENCY_ROUNDS, Bench, Setup, run
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="take the light models' copies from here")
     parser.add_argument("--threads", type=int, default=1)
     wanted = parser.parse_args()
-    print(this_cpu().in_words())
+    print(detect_cpu().in_words())
     print("| model | integer / float nodes | time | divided: nodes | time |\n|---|---|---|---|---|")
     left: list[str] = []
     with tempfile.TemporaryDirectory(prefix="qconv-placement-") as scratch:

@@ -18,8 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qconv.errors import QconvError
-from qconv.runtime.madeup import made_up
-from qconv.runtime.runtime import Session
+from qconv.runtime.session import Session, make_random_inputs
 
 
 def serve() -> None:
@@ -28,20 +27,22 @@ def serve() -> None:
     wishes = json.loads(sys.stdin.readline())
     try:
         session = Session(wishes["model"], name=wishes["model"], threads=wishes["threads"], alone=True)
-        feeds = made_up(session, wishes["batch"], wishes["size"])
+        feeds = make_random_inputs(session, wishes["batch"], wishes["size"])
         session.run_all(feeds)
     except QconvError as error:
-        _answer({"error": [error.message, error.hint]})
+        _write_answer({"error": [error.message, error.hint]})
         return
     except MemoryError:
-        _answer({"error": [f"{wishes['model']} does not fit into memory with this input.", "try a smaller --batch."]})
+        _write_answer(
+            {"error": [f"{wishes['model']} does not fit into memory with this input.", "try a smaller --batch."]}
+        )
         return
-    _answer({"shapes": {name: list(array.shape) for name, array in feeds.items()}})
+    _write_answer({"shapes": {name: list(array.shape) for name, array in feeds.items()}})
     for line in sys.stdin:
-        _answer(timed(session, feeds, int(line)))
+        _write_answer(time_runs(session, feeds, int(line)))
 
 
-def timed(session: Session, feeds: dict[str, NDArray[Any]], runs: int) -> list[float]:
+def time_runs(session: Session, feeds: dict[str, NDArray[Any]], runs: int) -> list[float]:
     """Milliseconds of each of some runs, behind one that is not counted: caches are another model's by then."""
     times = []
     for _ in range(runs + 1):
@@ -51,7 +52,7 @@ def timed(session: Session, feeds: dict[str, NDArray[Any]], runs: int) -> list[f
     return times[1:]
 
 
-def _answer(thing: Any) -> None:
+def _write_answer(thing: Any) -> None:
     print(json.dumps(thing), flush=True)
 
 

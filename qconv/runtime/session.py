@@ -1,4 +1,8 @@
-"""The door to ONNX Runtime: run a model, quietly, with its complaints turned into errors that say what to do."""
+"""Runs models in ONNX Runtime, and turns its errors into a QconvError that says what to do.
+
+This is the only module that imports onnxruntime. `Session` loads one model and runs it, quietly; `make_random_inputs`
+gives inputs to models that are run for their time and not for their results.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from qconv.errors import QconvError
+from qconv.errors import QconvError, format_shape
+
+# The door to ONNX Runtime: run a model, quietly, with its complaints turned into errors that say what to do.
+
 
 ELEMENT_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -27,13 +34,16 @@ ELEMENT_TYPES: dict[str, type[np.generic]] = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
-VERSION: str = ort.__version__
+
+RUNTIME_VERSION: str = ort.__version__
+
 FATAL_ONLY = 4
-KERNEL_TIME = "_kernel_time"
+
+KERNEL_TIME_SUFFIX = "_kernel_time"
 
 
 @dataclass(slots=True)
-class _Binding:
+class _OutputBuffers:
     """Output buffers for inputs of one shape."""
 
     key: tuple[Any, ...]
@@ -133,7 +143,7 @@ class Session:
             found = self._session.run(list(outputs), dict(feeds))
         except Exception as error:  # as above
             raise QconvError(
-                f"{self.name} cannot be run on these pictures: {_reason(error)}",
+                f"{self.name} cannot be run on these pictures: {_runtime_message(error)}",
                 "check --size, --layout and --batch against the model's input.",
             ) from None
         # a tensor without axes comes as a number
@@ -150,7 +160,7 @@ class Session:
         file.unlink()
         found: dict[str, tuple[str, list[float]]] = {}
         for event in events:
-            name, kernel, _ = event["name"].partition(KERNEL_TIME)
+            name, kernel, _ = event["name"].partition(KERNEL_TIME_SUFFIX)
             if event.get("cat") == "Node" and kernel:
                 found.setdefault(name, (event["args"]["op_name"], []))[1].append(float(event["dur"]))
         return found
@@ -161,10 +171,10 @@ class Session:
         Fresh memory for dozens of large tensors at every run costs as much as a third of the network.
         """
         key = (tuple(outputs), *((name, array.shape, array.dtype) for name, array in feeds.items()))
-        binding: _Binding | None = getattr(self._own, "binding", None)
+        binding: _OutputBuffers | None = getattr(self._own, "binding", None)
         if binding is None or binding.key != key:
             found = self.run(outputs, feeds)
-            self._own.binding = binding = _Binding(key, self._session.io_binding(), found)
+            self._own.binding = binding = _OutputBuffers(key, self._session.io_binding(), found)
             for name, buffer in zip(outputs, found, strict=True):
                 binding.io.bind_output(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             return found
@@ -205,11 +215,67 @@ def _load_error(name: str, error: Exception) -> QconvError:
             f"{name} uses the operator {missing[1]}, which ONNX Runtime does not have.",
             "export the model at another opset.",
         )
-    return QconvError(f"ONNX Runtime cannot load {name}: {_reason(error)}", "check the file, or export it again.")
+    return QconvError(
+        f"ONNX Runtime cannot load {name}: {_runtime_message(error)}", "check the file, or export it again."
+    )
 
 
-def _reason(error: Exception) -> str:
+def _runtime_message(error: Exception) -> str:
     """The runtime's own words without its error codes and source locations."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
     text = re.sub(r"\S*/onnxruntime/\S+\s*", "", text)
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+# Input for networks that are run for the time they take, not for their results.
+
+
+INPUT_SEED = 0
+
+
+def make_random_inputs(session: Session, batch: int | None, size: Sequence[int] | None) -> dict[str, NDArray[Any]]:
+    """Something for every input: normal numbers, or any pixels. Raises QconvError where a shape stays open.
+
+    batch: None for the model's own, or 1. size: height and width, where the model leaves them open.
+    """
+    rng = np.random.default_rng(INPUT_SEED)
+    return {
+        name: _random_array(rng, dtype, _closed_shape(session.name, name, shape, batch, size))
+        for name, dtype, shape in session.inputs
+    }
+
+
+def _closed_shape(
+    model: str, name: str, shape: tuple[int | None, ...], batch: int | None, size: Sequence[int] | None
+) -> tuple[int, ...]:
+    wanted = list(shape)
+    if wanted:
+        if batch is not None and wanted[0] not in (None, batch):
+            raise QconvError(f"{model} takes batches of {wanted[0]}, not {batch}.", "leave --batch out.")
+        wanted[0] = wanted[0] or batch or 1
+    if len(wanted) == 4:
+        first = 1 if wanted[3] in (1, 3) and wanted[1] not in (1, 3) else 2
+        sides = wanted[first : first + 2]
+        if size is not None and any(side not in (None, want) for side, want in zip(sides, size, strict=True)):
+            given, own = format_shape(tuple(size)), format_shape(tuple(sides))
+            raise QconvError(f"{model} takes pictures of {own}, not {given}.", "leave --size out.")
+        if size is not None:
+            wanted[first : first + 2] = sides = list(size)
+        channel = 3 if first == 1 else 1
+        if wanted[channel] is None and None not in sides:
+            wanted[channel] = 3
+    if None in wanted:
+        raise QconvError(
+            f"Input {name!r} of {model} has the open shape {format_shape(shape)}.",
+            "pass --size HxW, for example --size 224x224."
+            if len(shape) == 4
+            else "only batch and size of pictures can be left open.",
+        )
+    return tuple(side for side in wanted if side is not None)
+
+
+def _random_array(rng: np.random.Generator, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    if dtype.kind == "f":
+        return rng.normal(size=shape).astype(dtype)
+    highest = {"uint8": 255, "bool": 1}.get(dtype.name, 1)
+    return rng.integers(0, highest, shape, endpoint=True).astype(dtype)
