@@ -10,7 +10,10 @@ results in order.
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import os
+import shutil
 import tempfile
 import threading
 from collections import deque
@@ -20,10 +23,178 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 
 from qconv.errors import QconvError
-from qconv.save import ASIDE, explained, locked_folder, remove_stale, sync, sync_folder
+from qconv.signals import takes
+
+STAGING_SUFFIX = ".qconv-tmp"
+
+BACKUP_SUFFIX = ".old"
+"""Behind the name of a folder that was moved aside."""
+
+TRIES = 8
+"""Locks that are asked for before it is taken that the file system has none."""
+
+
+def write_atomically(out: Path, data: bytes) -> None:
+    """Write a file that is no model; it appears whole or not at all."""
+    check_output_path(out)
+    with locked_folder(out) as folder, convert_os_errors(out):
+        path = folder / out.name
+        path.write_bytes(data)
+        sync_file(path)
+        os.replace(path, out)
+        sync_folder(out.parent)
+
+
+@contextlib.contextmanager
+def locked_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, of this run alone, removed at the end; those of killed runs go first."""
+    remove_stale_folders(out)
+    folder, lock = _taken_folder(out)
+    try:
+        yield folder
+    finally:
+        _remove(folder, lock)
+
+
+@takes
+def _taken_folder(out: Path) -> tuple[Path, BaseFileLock]:
+    """A new folder and the lock on it.
+
+    Another run may see the folder in the instant before it is locked, take it for a stale one and remove it: then the
+    next one is tried. Not every file system has locks: without them stale folders stay. A lock that is refused time and
+    again is no other run's work: filelock takes some ways to say that there are none for a lock that is held.
+    """
+    tries = 0
+    while True:
+        tries += 1
+        with convert_os_errors(out):
+            folder = Path(tempfile.mkdtemp(suffix=STAGING_SUFFIX, prefix=f".{out.name}.", dir=out.parent))
+        lock = _lock_of(folder, out)
+        if (_acquire_lock(lock) or tries >= TRIES) and folder.exists():
+            return folder, lock
+        _remove(folder, lock)
+
+
+def _lock_of(folder: Path, out: Path) -> BaseFileLock:
+    """Its file lies in the folder, under a name that neither the output nor its data file has."""
+    return FileLock(folder / f"{out.name}.lock")
+
+
+def _acquire_lock(lock: BaseFileLock) -> bool:
+    """Lock a new folder. False where another run did before, or has removed the folder already."""
+    try:
+        lock.acquire(blocking=False)
+    except (OSError, NotImplementedError) as error:
+        return not isinstance(error, Timeout | FileNotFoundError)
+    return True
+
+
+def _remove(folder: Path, lock: BaseFileLock) -> None:
+    """Remove a folder and let its lock go. Where a file that is open cannot be removed, the lock has to go first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        lock.release()
+    if os.name == "nt":
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(size: int) -> Iterator[Path]:
+    """A folder among the system's temporary files with room for `size` bytes. Raises QconvError where there is none."""
+    with (
+        convert_os_errors(temporary_path()),
+        tempfile.TemporaryDirectory(prefix="qconv-", ignore_cleanup_errors=True) as folder,
+    ):
+        if shutil.disk_usage(folder).free < size:
+            place = tempfile.gettempdir()
+            raise QconvError(f"No space is left in {place} to check the result.", "free some, or set TMPDIR.")
+        yield Path(folder)
+
+
+def check_output_path(out: Path) -> None:
+    """Raise QconvError where no file can be written at `out`; remove what killed runs left there."""
+    with convert_os_errors(out):
+        _check_writable(out)
+    remove_stale_folders(out)
+
+
+def refuse_overwriting_inputs(out: Path, read: Iterable[str | Path]) -> None:
+    """Raise QconvError where `out` is one of the files that are read."""
+    if out.is_file() and any(Path(name).is_file() and out.samefile(name) for name in read):
+        raise QconvError(f"{out} is read, and would be written over.", "choose another name.")
+
+
+def _check_writable(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise QconvError(f"The folder {out.parent} does not exist.", "create it, or choose another output.")
+    if out.is_dir():
+        raise QconvError(f"{out} is a folder.", "name a file as the output.")
+    if out.exists() and not out.is_file():
+        raise QconvError(f"{out} is a device or a pipe, which cannot be replaced.", "name a file as the output.")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise QconvError(f"The folder {out.parent} cannot be written to.", "choose another output.")
+
+
+def remove_stale_folders(out: Path) -> None:
+    """Remove the folders beside `out` that no living process holds a lock on."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*{STAGING_SUFFIX}"):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        lock = _lock_of(folder, out)
+        with contextlib.suppress(OSError, NotImplementedError):
+            lock.acquire(blocking=False)
+            try:
+                _restore_backup(folder, out)
+            finally:
+                _remove(folder, lock)
+
+
+def temporary_path() -> Path:
+    """Where a model is written that has no place of its own."""
+    return Path(tempfile.gettempdir()) / "qconv.onnx"
+
+
+def sync_file(path: Path) -> None:
+    """Have a file on the disk."""
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs what may be written to
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    # not every file system can sync a folder; the rename is atomic all the same
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def convert_os_errors(out: Path) -> Iterator[None]:
+    """What the system refuses becomes a QconvError about the output."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise QconvError(f"No space is left for {out}.", "free some, or choose another output.") from None
+        raise QconvError(f"{out} cannot be written: {error.strerror}.", "choose another output.") from None
+
+
+def _restore_backup(folder: Path, out: Path) -> None:
+    """A folder that a killed run had moved aside (see folders.py), and put nothing in its place."""
+    old = folder / f"{out.name}{BACKUP_SUFFIX}"
+    if old.is_dir() and not out.exists():
+        old.rename(out)
+
 
 # Work done ahead of the one who wants it, in threads, and handed over in order.
 
@@ -74,12 +245,12 @@ def replace_folder_atomically(out: Path, foreign: ForeignCheck) -> Iterator[Path
     Raises QconvError where what is there by then is no earlier result.
     """
     place = Path(os.path.realpath(out))
-    with locked_folder(place) as hidden, explained(out):
-        new, old = hidden / place.name, hidden / f"{place.name}{ASIDE}"
+    with locked_folder(place) as hidden, convert_os_errors(out):
+        new, old = hidden / place.name, hidden / f"{place.name}{BACKUP_SUFFIX}"
         new.mkdir()
         yield new
         for path in new.iterdir():
-            sync(path)
+            sync_file(path)
         _refuse_foreign(out, place, foreign)
         try:
             if place.is_dir():
@@ -96,7 +267,7 @@ def replace_folder_atomically(out: Path, foreign: ForeignCheck) -> Iterator[Path
 def check_output_folder(out: Path, foreign: ForeignCheck) -> None:
     """Raise QconvError where no folder can be written at `out`; remove what killed runs left there."""
     place = Path(os.path.realpath(out))
-    with explained(out):
+    with convert_os_errors(out):
         if place.exists() and not place.is_dir():
             raise QconvError(f"{out} is a file.", "name a folder as the output.")
         if not place.parent.is_dir():
@@ -105,7 +276,7 @@ def check_output_folder(out: Path, foreign: ForeignCheck) -> None:
             raise QconvError(f"The folder {place.parent} cannot be written to.", "choose another output.")
         if Path.cwd().is_relative_to(place):
             raise QconvError(f"{out} is the current folder, or holds it, and would be replaced.", "name a new folder.")
-        remove_stale(place)
+        remove_stale_folders(place)
         _refuse_foreign(out, place, foreign)
 
 

@@ -10,9 +10,9 @@ import onnx
 import onnx.parser
 from numpy.typing import NDArray
 
-from qconv.ir.graph import Model
+from qconv.ir.files import Source
 from qconv.ir.load import load
-from qconv.ir.source import Source
+from qconv.ir.model import Model
 from qconv.runtime.session import Session
 
 Constant = NDArray | tuple[int, ...] | float | onnx.TensorProto

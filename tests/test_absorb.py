@@ -15,7 +15,7 @@ from qconv.calibration.sketch import Want
 from qconv.config.recipe import Recipe
 from qconv.data.feed import Feed
 from qconv.errors import Change
-from qconv.ir.graph import Model, array
+from qconv.ir.model import Model, constant_array
 from qconv.passes.absorb import absorb, candidates
 from qconv.passes.fold import fold
 from qconv.runtime.session import Session
@@ -51,7 +51,7 @@ def test_high_channels_are_lowered_exactly(feed: Feed) -> None:
     fold(model)
     (change,) = lowered(model, feed)
     assert change.where == "c"
-    bias = array(model.nodes()[0].inputs[2])
+    bias = constant_array(model.nodes()[0].inputs[2])
     assert bias is not None
     assert bias[[0, 3]].tolist() == HIGH[[0, 3]].tolist()
     assert np.all(bias[[1, 2]] < HIGH[[1, 2]] / 2)

@@ -11,7 +11,7 @@ from models import loaded, network, run
 
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.passes.apart import round_apart
 from qconv.pipeline.pipeline import quantize
 from qconv.planning.planner import make_plan

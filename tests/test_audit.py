@@ -17,7 +17,7 @@ from qconv.audit.examine import Examined, examine
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.pipeline.pipeline import quantize
 from qconv.report.printing import audit as printed
 

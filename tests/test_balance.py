@@ -12,7 +12,7 @@ from models import network
 
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, QconvError
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.pipeline import pipeline
 from qconv.pipeline.pipeline import quantize
 from qconv.results.quantize import Report

@@ -28,7 +28,7 @@ from PIL import Image
 
 import qconv
 from qconv.cli import cli
-from qconv.save import SUFFIX
+from qconv.storage import STAGING_SUFFIX
 
 ROOT = os.geteuid() == 0
 HERE = Path(__file__).parent
@@ -834,7 +834,7 @@ def test_a_signal_while_the_result_is_being_checked(call: Qconv, tmp_path: Path,
         return
     (hidden,) = left
     assert hidden.startswith(".out.onnx.")
-    assert hidden.endswith(SUFFIX)
+    assert hidden.endswith(STAGING_SUFFIX)
     assert call("quantize", CIFAR, "--calib", PHOTOS, *QUICK, "-o", out).status == 0
     assert listing(out.parent) == ["out.onnx"]
     assert whole(out)

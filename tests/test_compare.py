@@ -22,8 +22,8 @@ from qconv.analysis import beside
 from qconv.cli.cli import cli
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.ir import moved
-from qconv.ir.source import Source
+from qconv.ir import metadata
+from qconv.ir.files import Source
 from qconv.pipeline import pipeline
 from qconv.quantizer import QuantSpec
 from qconv.results.comparison import Comparison
@@ -112,11 +112,11 @@ def decibel(reference: NDArray[Any], got: NDArray[Any]) -> float:
 
 def test_what_is_told_is_read_again() -> None:
     rng = np.random.default_rng(0)
-    u, shift = moved.on_grid(rng.normal(size=5)), rng.uniform(size=5).astype(np.float32)
+    u, shift = metadata.round_log_scale(rng.normal(size=5)), rng.uniform(size=5).astype(np.float32)
     props: dict[str, str] = {}
-    moved.tell(props, {}, {"a": shift})
-    moved.tell(props, {"a": u, "b": u}, {})
-    found = moved.read(props)
+    metadata.write_equalization(props, {}, {"a": shift})
+    metadata.write_equalization(props, {"a": u, "b": u}, {})
+    found = metadata.read_equalization(props)
     x = rng.normal(size=(2, 5, 3, 3)).astype(np.float32)
     wanted = (x - shift.reshape(1, -1, 1, 1)) / np.exp(u).reshape(1, -1, 1, 1)
     np.testing.assert_allclose(found.moved("a", x), wanted, rtol=1e-5, atol=1e-6)
@@ -127,13 +127,13 @@ def test_what_is_told_is_read_again() -> None:
 
 @pytest.mark.parametrize("text", ["", "no base64 !", "AAAA"])
 def test_what_is_illegible_tells_nothing(text: str) -> None:
-    assert not moved.read({moved.KEY: text})
+    assert not metadata.read_equalization({metadata.EQUALIZATION_KEY: text})
 
 
 def test_scales_that_are_told_are_near_those_wanted_and_no_larger() -> None:
     u = np.linspace(-4, 4, 101)
-    told = moved.on_grid(u)
-    assert np.abs(told - u).max() < np.log(2) / moved.STEPS
+    told = metadata.round_log_scale(u)
+    assert np.abs(told - u).max() < np.log(2) / metadata.SCALE_STEPS
     assert (np.abs(told) <= np.abs(u) + 1e-12).all()
 
 
@@ -143,12 +143,12 @@ def test_scales_that_are_told_are_near_those_wanted_and_no_larger() -> None:
 def test_scaled_channels_are_compared_as_the_float_model_has_them(samples: Path) -> None:
     model = saved(unequal(), samples)
     out = quantized(model, samples, equalize=True)
-    assert moved.read({p.key: p.value for p in onnx.load(out).metadata_props})
+    assert metadata.read_equalization({p.key: p.value for p in onnx.load(out).metadata_props})
     found = compared(model, out, samples)
     assert all(row.sqnr_db is None or row.sqnr_db > 25 for row in found.layers)
     # without what the file tells, the tensors are not each other's
     proto = onnx.load(out)
-    kept = [p for p in proto.metadata_props if p.key != moved.KEY]
+    kept = [p for p in proto.metadata_props if p.key != metadata.EQUALIZATION_KEY]
     del proto.metadata_props[:]
     proto.metadata_props.extend(kept)
     untold = compared(model, saved(proto, samples, "untold.onnx"), samples)

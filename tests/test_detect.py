@@ -21,7 +21,7 @@ from qconv.data.candidates import COLOURED, GREY
 from qconv.data.detect import CERTAIN, Detected, detect
 from qconv.data.evidence import fact_of, references
 from qconv.data.feed import Feed
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.pipeline.pipeline import Listener, quantize
 from qconv.runtime.session import Session
 

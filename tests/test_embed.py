@@ -24,8 +24,8 @@ from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, Pr
 from qconv.config.recipe import Recipe
 from qconv.data.feed import Feed
 from qconv.errors import Change, Finding, QconvError, Skipped
-from qconv.ir.graph import Model
-from qconv.ir.source import Source
+from qconv.ir.files import Source
+from qconv.ir.model import Model
 from qconv.passes import fold
 from qconv.passes.embed import embed
 from qconv.pipeline.pipeline import quantize

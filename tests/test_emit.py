@@ -26,8 +26,8 @@ from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding
-from qconv.ir import fileformat, load
-from qconv.ir.source import Source, own_opset
+from qconv.ir import load, metadata
+from qconv.ir.files import Source, declared_opset
 from qconv.passes import fold
 from qconv.passes.shrink import shrink
 from qconv.pipeline.pipeline import quantize
@@ -101,7 +101,7 @@ class Quantized:
     def __init__(self, proto: onnx.ModelProto, recipe: Recipe, samples: Sequence[Feeds]) -> None:
         self.float, self.recipe, self.samples = proto, recipe, samples
         copy = onnx.ModelProto.FromString(proto.SerializeToString())
-        opset = fileformat.needed_opset(recipe, own_opset(copy))
+        opset = metadata.needed_opset(recipe, declared_opset(copy))
         model, _ = load.load(copy, Source("the test's model", None, b""), opset=opset)
         fold.fold(model)
         self.plan: Plan = make_plan(model, recipe, TARGETS[recipe.target])
@@ -115,7 +115,7 @@ class Quantized:
         self.params, self.findings = choose_params(self.plan, sketches, recipe)
         self.findings += emit(model, self.plan, self.params, pack=recipe.pack)
         self.findings += shrink(model)
-        fileformat.describe(model, "0", recipe, None)
+        metadata.write_metadata(model, "0", recipe, None)
         self.model = model
         self.proto: onnx.ModelProto = model.proto()
         onnx.checker.check_model(self.proto, full_check=True)

@@ -20,7 +20,7 @@ from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.labels import classes_of
 from qconv.errors import QconvError
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.pipeline.pipeline import quantize
 
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")

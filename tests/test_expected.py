@@ -17,9 +17,9 @@ from qconv.config.choices import LayerBits
 from qconv.config.recipe import Recipe
 from qconv.data_free.expected import note_expected
 from qconv.errors import Skipped
-from qconv.ir.graph import Model, Node
-from qconv.ir.layers import means_of
-from qconv.ir.source import Source
+from qconv.ir.files import Source
+from qconv.ir.layers import input_means_of
+from qconv.ir.model import Model, Node
 from qconv.passes.balance import apply
 from qconv.passes.fold import fold
 from qconv.passes.streams import find_streams
@@ -152,7 +152,7 @@ def really_read(model: Model, node: Node) -> tuple[NDArray[np.float64], NDArray[
 
 
 def check(model: Model) -> None:
-    found = means_of(layer(model))
+    found = input_means_of(layer(model))
     assert not isinstance(found, str), found
     expected, margin = really_read(model, layer(model))
     assert found.shape == expected.shape
@@ -180,10 +180,10 @@ def test_scaled_channels_have_scaled_means(name: str) -> None:
     model = loaded(net(KNOWN[name]))
     fold(model)
     streams = find_streams(model)
-    before = means_of(layer(model))
+    before = input_means_of(layer(model))
     scales = np.where(streams.fixed, 1.0, np.random.default_rng(0).uniform(2, 4, streams.fixed.size))
     apply(model, streams, scales)
-    assert not np.allclose(before, means_of(layer(model)), rtol=0.3)
+    assert not np.allclose(before, input_means_of(layer(model)), rtol=0.3)
     check(model)
 
 
@@ -192,7 +192,7 @@ def test_a_gain_of_zero_leaves_nothing_to_correct() -> None:
     gamma = CONSTANTS["ag"] * (np.arange(6) > 0)
     model = loaded(net(KNOWN["nothing"], ag=gamma))
     fold(model)
-    found, (expected, margin) = means_of(layer(model)), really_read(model, layer(model))
+    found, (expected, margin) = input_means_of(layer(model)), really_read(model, layer(model))
     assert found[0] == 0
     assert np.all(np.abs(found - expected)[1:] < margin[1:])
 
@@ -200,10 +200,10 @@ def test_a_gain_of_zero_leaves_nothing_to_correct() -> None:
 def test_a_copy_keeps_them_and_a_second_fold_too() -> None:
     model = loaded(net(KNOWN["relu"]))
     fold(model)
-    found = means_of(layer(model))
+    found = input_means_of(layer(model))
     fold(model)
-    assert np.array_equal(means_of(layer(model)), found)
-    assert np.array_equal(means_of(layer(model.copy())), found)
+    assert np.array_equal(input_means_of(layer(model)), found)
+    assert np.array_equal(input_means_of(layer(model.copy())), found)
 
 
 UNKNOWN = {
@@ -239,7 +239,7 @@ def test_why_means_are_not_known(name: str) -> None:
     body, why = UNKNOWN[name]
     model = loaded(net(body))
     note_expected(model)
-    assert means_of(layer(model)) == why
+    assert input_means_of(layer(model)) == why
 
 
 # -- what comes of it --------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import recipe_from_dict
 from qconv.errors import QconvError
 from qconv.ir import load
-from qconv.ir.fileformat import recipe_in
-from qconv.ir.source import Source, read
+from qconv.ir.files import Source, read_proto
+from qconv.ir.metadata import read_recipe
 from qconv.pipeline.pipeline import quantize
 from qconv.results.training import FinetuneResult
 from qconv.training.finetune import Listener, finetune
@@ -156,8 +156,8 @@ def test_the_structure_stays(place: Path, trained: tuple[FinetuneResult, Path]) 
 def test_what_is_trained_is_what_is_written(place: Path, tmp_path: Path) -> None:
     """After any step: the network with what is learned says, to a rounding of floats, what the written file says."""
     path = place / "net.w3a3.onnx"
-    model = load.as_it_is(read(source(path)), source(path))
-    learned = Learned(find_sites(model, recipe_from_dict(recipe_in(model))))
+    model = load.load_unchanged(read_proto(source(path)), source(path))
+    learned = Learned(find_sites(model, recipe_from_dict(read_recipe(model))))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in learned.tensors:
@@ -176,9 +176,9 @@ def test_what_is_trained_is_what_is_written(place: Path, tmp_path: Path) -> None
 
 def test_nothing_learned_writes_the_same_numbers(place: Path) -> None:
     path = place / "net.w3a3.onnx"
-    model = load.as_it_is(read(source(path)), source(path))
+    model = load.load_unchanged(read_proto(source(path)), source(path))
     before = {name: v.const_value.numpy().copy() for name, v in model.graph.initializers.items()}
-    Learned(find_sites(model, recipe_from_dict(recipe_in(model)))).write(model)
+    Learned(find_sites(model, recipe_from_dict(read_recipe(model)))).write(model)
     after = {name: v.const_value.numpy() for name, v in model.graph.initializers.items()}
     for name, array in before.items():
         np.testing.assert_array_equal(after[name], array, err_msg=name)
@@ -188,8 +188,8 @@ def test_no_pair_of_products_gets_worse(place: Path, tmp_path: Path) -> None:
     """Of 8-bit weights that grow in training: two products still fit into 16 bits wherever they did."""
     path = tmp_path / "w8a8.onnx"
     quantize(str(place / "net.onnx"), path, few(place, weight_bits=8, activation_bits=8, saturation_safe=True))
-    model = load.as_it_is(read(source(path)), source(path))
-    sites = find_sites(model, recipe_from_dict(recipe_in(model)))
+    model = load.load_unchanged(read_proto(source(path)), source(path))
+    sites = find_sites(model, recipe_from_dict(read_recipe(model)))
     learned = Learned(sites)
     with torch.no_grad():
         for tensor in learned.kinds["weights"].values():

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from models import ints, loaded, network, op_types, random_feeds, run, statistics
 
 from qconv.errors import Change, Finding, Skipped
-from qconv.ir.graph import Model, array
+from qconv.ir.files import Source, read_proto
 from qconv.ir.load import load
-from qconv.ir.source import Source, read
+from qconv.ir.model import Model, constant_array
 from qconv.passes.fold import fold
 from qconv.runtime.session import Session
 
@@ -121,7 +121,7 @@ def test_gemm_is_normalised(case):
     model, _ = folded(GEMMS[case])
     (gemm,) = model.nodes()
     assert not {"alpha", "beta"} & set(gemm.attributes)
-    bias = array(gemm.inputs[2]) if len(gemm.inputs) > 2 else None
+    bias = constant_array(gemm.inputs[2]) if len(gemm.inputs) > 2 else None
     assert (bias is None) if case == "no C" else bias.shape == (1 if "one" in case else 4,)
 
 
@@ -270,7 +270,7 @@ def test_what_is_left_becomes_a_depthwise_conv(case):
     assert op_types(model) == "Relu Conv"
     conv = model.nodes()[1]
     assert conv.attributes["group"].value == 3
-    assert array(conv.inputs[1]).shape == (3, 1, 1, 1)
+    assert constant_array(conv.inputs[1]).shape == (3, 1, 1, 1)
 
 
 MOVERS = {
@@ -612,7 +612,7 @@ def test_real_models_keep_their_outputs_and_no_norm(name):
     if not path.is_file():
         pytest.skip(f"no {path.name}: set QCONV_DATA to the folder that has models/")
     source = Source(path.name, path)
-    model, _ = load(read(source), source)
+    model, _ = load(read_proto(source), source)
     fold(model)
     assert BN not in op_types(model)
     before = Session(str(path), optimize=False)

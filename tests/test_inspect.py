@@ -29,7 +29,7 @@ from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, format_number, recipe_from_dict
 from qconv.errors import QconvError
-from qconv.ir.source import Source, is_quantized, read
+from qconv.ir.files import Source, is_quantized, read_proto
 from qconv.pipeline.pipeline import quantize
 from qconv.report.inspected import _short, float_model, quantized_model
 
@@ -733,7 +733,7 @@ def test_errors(folder: Path, words: list[str], status: int, told: bytes) -> Non
     assert (done.returncode, done.stdout) == (status, b"")
     assert told in done.stderr
     assert b"Traceback" not in done.stderr
-    assert not is_quantized(read(Source("model", folder / "model.onnx")))
+    assert not is_quantized(read_proto(Source("model", folder / "model.onnx")))
 
 
 def test_lines_fit(folder: Path) -> None:

@@ -21,7 +21,7 @@ from qconv.config.choices import LayerBits
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob, format_layer_bits, read_layer_bits
 from qconv.errors import QconvError
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.pipeline.pipeline import Listener, quantize
 from qconv.planning.planner import FLOAT_BITS
 from qconv.planning.refusals import WIDE_CODES

@@ -15,12 +15,11 @@ from models import network, random_feeds, run, statistics
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qconv import save
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.ir import load
-from qconv.ir.graph import Model
-from qconv.ir.source import Source, file_bytes, read
+from qconv.ir import files, load, subgraph
+from qconv.ir.files import Source, file_bytes, read_proto
+from qconv.ir.model import Model
 from qconv.pipeline.pipeline import quantize
 from qconv.runtime.session import Session
 
@@ -62,7 +61,7 @@ def reload(proto: onnx.ModelProto, tmp_path: Path, opset: int = 13) -> Model:
     path = tmp_path / "model.onnx"
     path.write_bytes(proto.SerializeToString())
     source = Source(str(path), path)
-    return load.load(read(source), source, opset=opset)[0]
+    return load.load(read_proto(source), source, opset=opset)[0]
 
 
 def same(proto: onnx.ModelProto, tmp_path: Path, feeds: dict[str, NDArray] | None = None) -> Model:
@@ -444,22 +443,22 @@ def test_external_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     relative = path.relative_to(tmp_path)
     source = Source(str(relative), relative)
-    proto = read(source)
+    proto = read_proto(source)
     assert file_bytes(proto, source) == path.stat().st_size + (1440 + 108) * 4
     model, _ = load.load(proto, source)
     assert model.external
     assert ops(model) == ["Conv", "Flatten", "Gemm"]
     feeds = random_feeds(plain)
-    with save.runnable(model, ["c"]) as runnable:
+    with subgraph.runnable_with_outputs(model, ["c"]) as runnable:
         got, inner = Session(runnable, threads=1).run(["y", "c"], feeds)
     np.testing.assert_allclose(got, run(plain, feeds)["y"], rtol=1e-4, atol=1e-4)
     assert inner.shape == OUT_SHAPE
 
 
-@pytest.mark.parametrize("limit", [save.PROTOBUF_LIMIT, 500], ids=["small", "too large for one protobuf"])
+@pytest.mark.parametrize("limit", [files.PROTOBUF_LIMIT, 500], ids=["small", "too large for one protobuf"])
 def test_external_data_goes_into_a_data_file_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     path, _ = with_data(tmp_path / "there")
-    monkeypatch.setattr(save, "PROTOBUF_LIMIT", limit)
+    monkeypatch.setattr(files, "PROTOBUF_LIMIT", limit)
     out = tmp_path / "out.onnx"
     quantize(path, out, Recipe(calib=(samples(tmp_path / "calib"),), threads=1))
     model, data = sorted(p.name for p in tmp_path.iterdir() if p.is_file())
@@ -485,7 +484,7 @@ def test_models_too_large_for_one_protobuf(tmp_path: Path, monkeypatch: pytest.M
 
     usual, expected = result(1.0)
     assert usual == {"out.onnx"}
-    monkeypatch.setattr(save, "PROTOBUF_LIMIT", 100)
+    monkeypatch.setattr(files, "PROTOBUF_LIMIT", 100)
     monkeypatch.setattr("onnx_ir.save", with_low_threshold())
     first, got = result(1.0)
     np.testing.assert_array_equal(got, expected)
@@ -511,7 +510,7 @@ def with_low_threshold() -> Callable[..., None]:
 def test_a_result_too_large_for_standard_output_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(model_of([CONV], tensor("w", WEIGHT)).SerializeToString())
-    monkeypatch.setattr(save, "PROTOBUF_LIMIT", 100)
+    monkeypatch.setattr(files, "PROTOBUF_LIMIT", 100)
     with pytest.raises(QconvError, match="too large for one file"):
         quantize(path, None, Recipe(calib=(samples(tmp_path / "calib"),), threads=1))
 
@@ -533,13 +532,13 @@ def test_external_data_outside_the_models_folder_is_refused(tmp_path: Path, loca
     (tmp_path / "there" / "a").mkdir()
     (tmp_path / "there" / "link").symlink_to(tmp_path)
     with pytest.raises(QconvError, match="outside its own folder"):
-        read(Source(str(path), path))
+        read_proto(Source(str(path), path))
 
 
 def test_a_link_inside_the_folder_is_fine(tmp_path: Path) -> None:
     path, _ = with_data(tmp_path / "there", "link.bin")
     (tmp_path / "there" / "link.bin").symlink_to("weights.bin")
-    read(Source(str(path), path))
+    read_proto(Source(str(path), path))
 
 
 def test_missing_and_short_external_data(tmp_path: Path) -> None:
@@ -547,10 +546,10 @@ def test_missing_and_short_external_data(tmp_path: Path) -> None:
     data = tmp_path / "weights.bin"
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(QconvError, match=r"weights.bin is shorter than .*model.onnx says"):
-        read(Source(str(path), path))
+        read_proto(Source(str(path), path))
     data.unlink()
     with pytest.raises(QconvError, match=r"needs the external data file weights.bin, which is missing"):
-        read(Source(str(path), path))
+        read_proto(Source(str(path), path))
 
 
 @pytest.mark.parametrize(
@@ -563,13 +562,13 @@ def test_absurd_external_data_is_damage(tmp_path: Path, key: str, value: str) ->
     next(entry for entry in proto.graph.initializer[0].external_data if entry.key == key).value = value
     path.write_bytes(proto.SerializeToString())
     with pytest.raises(QconvError):
-        read(Source(str(path), path))
+        read_proto(Source(str(path), path))
 
 
 def test_external_data_of_a_model_on_standard_input(tmp_path: Path) -> None:
     path, _ = with_data(tmp_path)
     with pytest.raises(QconvError, match=r"keeps weights in another file \(weights.bin\)"):
-        read(Source("-", None, path.read_bytes()))
+        read_proto(Source("-", None, path.read_bytes()))
 
 
 # -- no model, or a broken one -----------------------------------------------------------------------------------------

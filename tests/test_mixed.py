@@ -28,7 +28,7 @@ from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe
 from qconv.config.serialization import read_layer_bits
 from qconv.data.listing import find
 from qconv.errors import Change, QconvError
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.pipeline.pipeline import Listener, quantize
 from qconv.quantization.refine import EFFORTS
 from qconv.report import summary

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qconv.ir.normal import Normal
+from qconv.ir.channel_stats import ChannelDistribution
 
 INF = math.inf
 Z = np.linspace(-12, 12, 240_001)
@@ -23,8 +23,8 @@ def integrated(mean: float, std: float, low: float, high: float) -> tuple[float,
     return first, math.sqrt(float(np.trapezoid((y - first) ** 2 * DENSITY, Z)))
 
 
-def one(mean: float, std: float) -> Normal:
-    return Normal(np.array([mean]), np.array([std]))
+def one(mean: float, std: float) -> ChannelDistribution:
+    return ChannelDistribution(np.array([mean]), np.array([std]))
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, INF), (0, 6), (-INF, 1), (-1, 1), (-INF, INF), (2, 2)])
@@ -72,7 +72,7 @@ def test_sums_and_scales_against_a_large_sample() -> None:
     x, z = (rng.normal(means, stds, (1_000_000, 2)) for _ in range(2))
     gain, shift = np.array([-2.0, 0.5]), np.array([1.0, 3.0])
     y = gain * np.maximum(x, 0) + shift + z
-    found = Normal(means, stds).clipped(0, INF).scaled(gain, shift).plus(Normal(means, stds))
+    found = ChannelDistribution(means, stds).clipped(0, INF).scaled(gain, shift).plus(ChannelDistribution(means, stds))
     assert found.std is not None
     np.testing.assert_allclose(found.mean, y.mean(axis=0), atol=0.01)
     np.testing.assert_allclose(found.std, y.std(axis=0), atol=0.01)
@@ -86,7 +86,7 @@ def test_what_is_no_longer_normal() -> None:
     assert cut.scaled(np.ones(1), np.ones(1)).cut
     assert cut.plus(cut).cut
     assert not cut.plus(whole).cut
-    assert Normal.joined([whole, cut]).cut
+    assert ChannelDistribution.joined([whole, cut]).cut
     assert whole.averaged().cut
     assert whole.averaged().plus(whole).std is None
-    assert Normal.joined([whole, whole.averaged()]).std is None
+    assert ChannelDistribution.joined([whole, whole.averaged()]).std is None

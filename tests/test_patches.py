@@ -7,7 +7,7 @@ import onnx
 import pytest
 from models import loaded
 
-from qconv.ir.layers import rows_of
+from qconv.ir.layers import weight_rows_of
 from qconv.quantization.patches import Patches
 from qconv.runtime.session import Session
 
@@ -57,7 +57,7 @@ def test_rows_times_weights_are_the_outputs(op_type, attributes, shape, weight) 
     (node,) = loaded(proto).nodes()
     patches = Patches.of(node, w.shape, x.shape)
     at = np.arange(patches.positions(x.shape))
-    by_group = np.einsum("gnj,goj->gon", patches.rows(x, patches.places(at)), rows_of(node, w))
+    by_group = np.einsum("gnj,goj->gon", patches.rows(x, patches.places(at)), weight_rows_of(node, w))
     if patches.axes:
         channels = expected.reshape(len(x), by_group.shape[0], by_group.shape[1], -1).transpose(1, 2, 0, 3)
         want = channels.reshape(by_group.shape)

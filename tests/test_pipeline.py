@@ -21,7 +21,7 @@ from qconv.config.choices import CALIBRATORS, Scheme, WeightGranularity
 from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.metrics import verify
 from qconv.pipeline import pipeline
 from qconv.pipeline.pipeline import Listener, folded_float, quantize

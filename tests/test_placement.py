@@ -14,8 +14,8 @@ from models import loaded, network, random_feeds, run
 from qconv.config.choices import WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, CostTable, Target, average_costs
-from qconv.ir.graph import Model
-from qconv.ir.load import shapes_at
+from qconv.ir.load import infer_shapes_at
+from qconv.ir.model import Model
 from qconv.planning.placement import Shapes, _Question, applies, cost_of, faster_in_float, left_in_float
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
@@ -33,7 +33,7 @@ WEIGHTS = {"w": (4, 3, 3, 3), "d": (4, 1, 3, 3), "p": (4, 4, 1, 1)}
 
 def planned(body: str, x: tuple[int, ...] = (1, 3, 8, 8), **weights: object) -> tuple[Model, Plan, Shapes]:
     model = loaded(network(body, x=x, **weights))  # type: ignore[arg-type]
-    return model, make_plan(model, Recipe(), PLAIN), shapes_at(model, "x", x)
+    return model, make_plan(model, Recipe(), PLAIN), infer_shapes_at(model, "x", x)
 
 
 def table(**kinds: tuple[float, float]) -> CostTable:
@@ -223,4 +223,4 @@ def test_costs_are_the_mean_of_those_of_all_cpus() -> None:
 
 def test_shapes_follow_the_pictures() -> None:
     model = loaded(network("a = Relu(x)  y = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a)", x=("N", 3, "H", "W")))
-    assert shapes_at(model, "x", (1, 3, 10, 20)) == {"x": (1, 3, 10, 20), "a": (1, 3, 10, 20), "y": (1, 3, 5, 10)}
+    assert infer_shapes_at(model, "x", (1, 3, 10, 20)) == {"x": (1, 3, 10, 20), "a": (1, 3, 10, 20), "y": (1, 3, 5, 10)}

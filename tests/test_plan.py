@@ -10,8 +10,15 @@ from models import Constant, ints, loaded, network
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, Target
-from qconv.ir.graph import Model, Node, Value, array, attribute
-from qconv.ir.rules import RULES, Computing, Joining, OnCodes, Transparent, Weighted
+from qconv.ir.model import Model, Node, Value, attribute, constant_array
+from qconv.ir.operators import (
+    QUANTIZATION_RULES,
+    ComputingRule,
+    ConcatRule,
+    IntegerDomainRule,
+    TransparentRule,
+    WeightedRule,
+)
 from qconv.planning.plan import Layer, Plan
 from qconv.planning.planner import make_plan
 from qconv.quantizer import PerBlock, PerChannel, PerTensor
@@ -133,14 +140,14 @@ def around(op_type: str) -> onnx.ModelProto:
 
 
 def of_kind(kind: type) -> list[str]:
-    return [op_type for op_type, rule in RULES.items() if isinstance(rule, kind)]
+    return [op_type for op_type, rule in QUANTIZATION_RULES.items() if isinstance(rule, kind)]
 
 
 def test_every_rule_has_a_network_here() -> None:
-    assert set(BETWEEN) == set(RULES)
+    assert set(BETWEEN) == set(QUANTIZATION_RULES)
 
 
-@pytest.mark.parametrize("op_type", RULES)
+@pytest.mark.parametrize("op_type", QUANTIZATION_RULES)
 def test_codes_flow_through_every_operator(op_type: str) -> None:
     """With a kernel for it, nothing is left float between the layers, and every tensor says why it is quantized."""
     planned = Planned(around(op_type), target=ANYTHING)
@@ -148,11 +155,11 @@ def test_codes_flow_through_every_operator(op_type: str) -> None:
     assert planned.node("a") in planned.plan.integer
     assert {"x", "c", "a"} <= set(planned.quantized.split())
     assert all("read or written by" in choice.why for choice in planned.plan.activations.values())
-    assert (planned.node("a") in planned.plan.on_codes) == isinstance(RULES[op_type], OnCodes)
+    assert (planned.node("a") in planned.plan.on_codes) == isinstance(QUANTIZATION_RULES[op_type], IntegerDomainRule)
     assert planned.absorbed == {}
 
 
-@pytest.mark.parametrize("op_type", of_kind(Weighted))
+@pytest.mark.parametrize("op_type", of_kind(WeightedRule))
 def test_layers_have_scales_along_their_outputs(op_type: str) -> None:
     planned = Planned(around(op_type), target=ANYTHING)
     layer = planned.layer("a")
@@ -161,12 +168,12 @@ def test_layers_have_scales_along_their_outputs(op_type: str) -> None:
     assert (layer.weight.bits, layer.weight.signed, layer.weight.symmetric) == (8, True, True)
 
 
-@pytest.mark.parametrize("op_type", of_kind(Computing))
+@pytest.mark.parametrize("op_type", of_kind(ComputingRule))
 def test_computing_operators_tie_nothing(op_type: str) -> None:
     assert Planned(around(op_type), target=ANYTHING).ties == set()
 
 
-TIES = {op_type: {"c a"} for op_type in of_kind(Transparent | OnCodes)} | {
+TIES = {op_type: {"c a"} for op_type in of_kind(TransparentRule | IntegerDomainRule)} | {
     "Squeeze": {"c d a"},
     "Unsqueeze": {"c a d"},
     "Split": {"c a"},  # nobody reads its second output
@@ -183,7 +190,7 @@ def test_operators_that_hand_codes_on_share_parameters(op_type: str) -> None:
     assert planned.plan.group_of()[planned.value("a")] == planned.plan.group_of()[planned.value("c")]
 
 
-@pytest.mark.parametrize("op_type", of_kind(Joining))
+@pytest.mark.parametrize("op_type", of_kind(ConcatRule))
 def test_joined_tensors_share_parameters(op_type: str) -> None:
     assert Planned(around(op_type)).ties == {"c d a"}
 
@@ -486,7 +493,7 @@ def test_gemm_turns_with_trans_b(trans: int) -> None:
 # -- weights only ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op_type", RULES)
+@pytest.mark.parametrize("op_type", QUANTIZATION_RULES)
 def test_weights_only_quantizes_no_activation(op_type: str) -> None:
     planned = Planned(around(op_type), Recipe(activation_bits=32))
     assert planned.plan.activations == {}
@@ -497,7 +504,7 @@ def test_weights_only_quantizes_no_activation(op_type: str) -> None:
     assert "c" in planned.layers
     assert "y" in planned.layers
     assert all(layer.data is None for layer in planned.plan.layers)
-    if not isinstance(RULES[op_type], Weighted):
+    if not isinstance(QUANTIZATION_RULES[op_type], WeightedRule):
         assert planned.kept("a") == "only weights are quantized"
 
 
@@ -510,7 +517,7 @@ def test_blocks_are_no_longer_than_the_channels() -> None:
     """A block of a million would be stored, and repeated, as a million."""
     planned = Planned(CHAIN, Recipe(weight_granularity=WeightGranularity.PER_BLOCK, block_size=10**6))
     for layer in planned.plan.layers:
-        weight = array(layer.node.inputs[1])
+        weight = constant_array(layer.node.inputs[1])
         assert weight is not None
         assert isinstance(layer.weight.granularity, PerBlock)
         assert layer.weight.granularity.size == np.prod(weight.shape[1:])

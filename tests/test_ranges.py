@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.ir.behind import Behind
-from qconv.ir.source import Source
-from qconv.ir.walk import Walk
+from qconv.ir.files import Source
+from qconv.ir.stepwise import NetworkTail, StepwiseRun
 from qconv.pipeline.pipeline import quantize
 from qconv.planning.planner import make_plan
 from qconv.quantizer import QuantParams, QuantSpec
@@ -101,10 +100,12 @@ def test_what_is_behind_runs_as_rounded_by_hand(body: str, rounded: list[str]) -
     params = QuantSpec(4, signed=False, symmetric=False).from_range(0, 1.5)
     first = {value.name: value for node in model.nodes() for value in node.outputs}[(rounded or ["b"])[0]]
     with contextlib.closing(ArrayStore(10**9)) as store:
-        walk = Walk(model, [{"x": x}], store, threads=1)
+        walk = StepwiseRun(model, [{"x": x}], store, threads=1)
         walk.at(first)
         spec = params.spec if rounded else None
-        behind = Behind(walk.behind(list(model.graph.outputs)), ["y"], [rounded] if rounded else [], spec, threads=1)
+        behind = NetworkTail(
+            walk.behind(list(model.graph.outputs)), ["y"], [rounded] if rounded else [], spec, threads=1
+        )
         ((found,),) = behind.run([0], params if rounded else None)
     np.testing.assert_allclose(found, by_hand(body, x, rounded, params), atol=1e-5)
 
@@ -118,13 +119,13 @@ def test_groups_that_share_a_session_are_rounded_one_at_a_time() -> None:
     groups = [["b"], ["c", "d"], ["y"]]
     b = next(value for node in model.nodes() for value in node.outputs if value.name == "b")
     with contextlib.closing(ArrayStore(10**9)) as store:
-        walk = Walk(model, [{"x": x} for x in xs], store, threads=1)
+        walk = StepwiseRun(model, [{"x": x} for x in xs], store, threads=1)
         walk.at(b)
         outputs = list(model.graph.outputs)
-        together = Behind(walk.behind(outputs), ["y"], groups, UINT8, threads=1)
+        together = NetworkTail(walk.behind(outputs), ["y"], groups, UINT8, threads=1)
         seen = []
         for index, group in enumerate(groups):
-            alone = Behind(walk.behind(outputs), ["y"], [group], UINT8, threads=1)
+            alone = NetworkTail(walk.behind(outputs), ["y"], [group], UINT8, threads=1)
             for (one,), (other,) in zip(
                 alone.run(range(3), params[index]), together.run(range(3), params[index], index), strict=True
             ):

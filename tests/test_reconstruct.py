@@ -22,7 +22,7 @@ from qconv.cli.cli import cli
 from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, QconvError, Skipped
-from qconv.ir.graph import Model, ir
+from qconv.ir.model import Model, ir
 from qconv.pipeline import pipeline
 from qconv.results.quantize import Report
 from qconv.training import learnable, reconstruct

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from qconv.config.recipe import Recipe
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.pipeline.pipeline import quantize
 from qconv.quantization import refine, saturation
 from qconv.quantization.moments import Moments, moments

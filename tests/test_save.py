@@ -19,10 +19,10 @@ import pytest
 from filelock import FileLock, Timeout
 from models import loaded, network, run
 
-from qconv import save
+from qconv import storage
 from qconv.errors import QconvError
-from qconv.ir.graph import Model
-from qconv.save import staged
+from qconv.ir.files import stage_model
+from qconv.ir.model import Model
 
 ROOT = os.geteuid() == 0
 
@@ -32,7 +32,7 @@ def model_of(bias: float = 1.0) -> Model:
 
 
 def write(model: Model, out: Path) -> None:
-    with staged(model, out) as found:
+    with stage_model(model, out) as found:
         found.commit(out)
 
 
@@ -42,7 +42,7 @@ def listing(folder: Path) -> list[str]:
 
 def test_the_file_is_there_and_nothing_else(tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
-    with staged(model_of(), out) as found:
+    with stage_model(model_of(), out) as found:
         assert not out.exists()
         assert found.path.parent.parent == tmp_path  # one file system: the rename is atomic
         assert found.size == found.path.stat().st_size
@@ -54,13 +54,13 @@ def test_the_file_is_there_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_without_a_commit_nothing_stays(tmp_path: Path) -> None:
-    with staged(model_of(), tmp_path / "out.onnx") as found:
+    with stage_model(model_of(), tmp_path / "out.onnx") as found:
         assert found.path.exists()
     assert listing(tmp_path) == []
 
 
 def _fail_between(out: Path) -> None:
-    with staged(model_of(), out):
+    with stage_model(model_of(), out):
         raise KeyboardInterrupt
 
 
@@ -90,7 +90,7 @@ def test_equal_models_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_names_that_look_like_patterns(tmp_path: Path) -> None:
     out = tmp_path / "a[1]*.onnx"
-    stale = tmp_path / f".{out.name}.x{save.SUFFIX}"
+    stale = tmp_path / f".{out.name}.x{storage.STAGING_SUFFIX}"
     stale.mkdir()
     write(model_of(), out)
     assert listing(tmp_path) == ["a[1]*.onnx"]
@@ -101,11 +101,11 @@ def test_without_a_place_the_file_lies_among_the_temporary_ones(
 ) -> None:
     """Where what a killed run left behind is removed, too."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with staged(model_of(), None) as found:
+    with stage_model(model_of(), None) as found:
         (living,) = listing(tmp_path)
         onnx.checker.check_model(str(found.path))
-        (tmp_path / f".qconv.onnx.dead{save.SUFFIX}").mkdir()
-        with staged(model_of(), None):
+        (tmp_path / f".qconv.onnx.dead{storage.STAGING_SUFFIX}").mkdir()
+        with stage_model(model_of(), None):
             assert len(listing(tmp_path)) == 2
             assert living in listing(tmp_path)
     assert listing(tmp_path) == []
@@ -309,7 +309,7 @@ def test_the_folder_of_a_living_run_stays(tmp_path: Path, hanging: subprocess.Po
 
 def test_two_runs_of_one_process_do_not_disturb_each_other(tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
-    with staged(model_of(1.0), out) as first, staged(model_of(2.0), out) as second:
+    with stage_model(model_of(1.0), out) as first, stage_model(model_of(2.0), out) as second:
         second.commit(out)
         assert first.path.exists()
         first.commit(out)
@@ -338,7 +338,7 @@ def test_a_folder_that_another_run_removes_is_replaced(
         return found
 
     monkeypatch.setattr(FileLock, "acquire", lock_with_theft)
-    with staged(model_of(), tmp_path / "out.onnx") as found:
+    with stage_model(model_of(), tmp_path / "out.onnx") as found:
         assert len(set(thefts)) == 2
         assert listing(tmp_path) == [thefts[1].name]
         found.commit(tmp_path / "out.onnx")
@@ -358,7 +358,7 @@ def test_a_folder_that_another_run_is_about_to_remove_is_replaced(
         return lock(self, **named)
 
     monkeypatch.setattr(FileLock, "acquire", lock_after_another)
-    with staged(model_of(), tmp_path / "out.onnx") as found:
+    with stage_model(model_of(), tmp_path / "out.onnx") as found:
         assert found.folder != Path(others[0].lock_file).parent
         found.commit(tmp_path / "out.onnx")
     others[0].release()
@@ -378,7 +378,7 @@ def test_without_locks_stale_folders_stay(refusal: Exception, tmp_path: Path, mo
         raise refusal
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    stale = tmp_path / f".out.onnx.x{save.SUFFIX}"
+    stale = tmp_path / f".out.onnx.x{storage.STAGING_SUFFIX}"
     stale.mkdir()
     write(model_of(), tmp_path / "out.onnx")
     assert listing(tmp_path) == [stale.name, "out.onnx"]
@@ -389,6 +389,6 @@ def test_links_are_not_followed_when_cleaning(tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     (pictures / "cat.jpg").write_bytes(b"")
-    (tmp_path / f".out.onnx.x{save.SUFFIX}").symlink_to(pictures)
+    (tmp_path / f".out.onnx.x{storage.STAGING_SUFFIX}").symlink_to(pictures)
     write(model_of(), tmp_path / "out.onnx")
     assert listing(pictures) == ["cat.jpg"]

@@ -15,10 +15,10 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import recipe_from_dict
 from qconv.errors import QconvError
 from qconv.ir import load
-from qconv.ir.fileformat import recipe_in
-from qconv.ir.graph import Model
-from qconv.ir.source import Source, read
-from qconv.ir.stored import numbers_of
+from qconv.ir.files import Source, read_proto
+from qconv.ir.metadata import read_recipe
+from qconv.ir.model import Model
+from qconv.ir.stored_weights import constant_numbers
 from qconv.pipeline.pipeline import quantize
 from qconv.training.sites import Sites, find_sites
 
@@ -45,8 +45,8 @@ def sites(place: Path, **more: object) -> tuple[Model, Sites]:
     feed = {"calib": (str(place / "pictures"),), "preprocessing": PreprocessingOptions(preset="raw"), "threads": 1}
     quantize(str(place / "net.onnx"), place / "q.onnx", Recipe(**feed, **fast))  # type: ignore[arg-type]
     source = Source(str(place / "q.onnx"), place / "q.onnx")
-    model = load.as_it_is(read(source), source)
-    return model, find_sites(model, recipe_from_dict(recipe_in(model)))
+    model = load.load_unchanged(read_proto(source), source)
+    return model, find_sites(model, recipe_from_dict(read_recipe(model)))
 
 
 def run(data: bytes, x: np.ndarray) -> np.ndarray:
@@ -57,7 +57,7 @@ def run(data: bytes, x: np.ndarray) -> np.ndarray:
 def test_scales_that_are_equal_by_chance_are_parted(place: Path) -> None:
     """Both Clips reach 0 to 6, so that the file stores one scale; they learn apart. MaxPool ties its two sides."""
     model, found = sites(place)
-    stored = [float(numbers_of(site.scale)) for site in found.activations]  # type: ignore[arg-type]
+    stored = [float(constant_numbers(site.scale)) for site in found.activations]  # type: ignore[arg-type]
     assert len({site.scale for site in found.activations}) == len(found.activations)
     assert stored.count(np.float32(6 / 255)) == 2
     tied = next(site for site in found.activations if any("m" in (n.name or "").split("_") for n in site.nodes))
@@ -88,7 +88,7 @@ def test_codes_end_with_their_bits(place: Path, more: dict[str, object], low: in
     _, found = sites(place, **more)
     (middle,) = (site for site in found.weights if (site.codes.name or "").startswith("v"))
     assert (int(middle.low.min()), int(middle.high.max())) == (low, high)
-    codes = numbers_of(middle.codes)
+    codes = constant_numbers(middle.codes)
     assert codes is not None
     assert (codes >= middle.low).all()
     assert (codes <= middle.high).all()
@@ -98,7 +98,7 @@ def test_windows_of_moved_zeros_have_all_their_codes(place: Path) -> None:
     """Asymmetric weights of 2 bits, with zero at code 0: four codes each, zero and all that there are among them."""
     _, found = sites(place, weight_bits=2, weight_scheme="asymmetric")
     (middle,) = (site for site in found.weights if (site.codes.name or "").startswith("v"))
-    codes = numbers_of(middle.codes)
+    codes = constant_numbers(middle.codes)
     assert codes is not None
     np.testing.assert_array_equal(middle.high - middle.low, 3)
     assert (middle.low <= np.minimum(codes, 0)).all()
@@ -108,4 +108,4 @@ def test_windows_of_moved_zeros_have_all_their_codes(place: Path) -> None:
 def test_a_file_without_stored_codes_is_refused(place: Path) -> None:
     source = Source(str(place / "net.onnx"), place / "net.onnx")
     with pytest.raises(QconvError, match="no layer with stored codes"):
-        find_sites(load.as_it_is(read(source), source), None)
+        find_sites(load.load_unchanged(read_proto(source), source), None)

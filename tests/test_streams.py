@@ -7,7 +7,7 @@ import onnx
 import pytest
 from models import ints, loaded, network, random_feeds, run
 
-from qconv.ir.graph import Model
+from qconv.ir.model import Model
 from qconv.passes.balance import apply
 from qconv.passes.fold import fold
 from qconv.passes.streams import Streams, find_streams

@@ -30,7 +30,7 @@ from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.listing import find
 from qconv.errors import Change, QconvError
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.pipeline import pipeline
 from qconv.storage import replace_folder_atomically
 from qconv.training import dream, synthesize

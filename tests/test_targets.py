@@ -20,7 +20,7 @@ from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.pipeline.pipeline import quantize
 from qconv.quantization.bias import correction
 from qconv.results.quantize import Report

@@ -12,9 +12,9 @@ from models import loaded, network, run
 from numpy.typing import NDArray
 
 from qconv.data_free.told import MOST_GUESSES, by_weights, reach, told
-from qconv.ir.graph import Model
+from qconv.ir.channel_stats import REACH_DEVIATIONS, ChannelDistribution, infer_before_relu, normal_quantiles
 from qconv.ir.layers import read_layer
-from qconv.ir.normal import FARTHEST, Normal, before_relu, quantiles
+from qconv.ir.model import Model
 from qconv.passes.balance import apply
 from qconv.passes.fold import fold
 from qconv.passes.streams import find_streams
@@ -73,14 +73,14 @@ def _words(body: str) -> set[str]:
     return set("".join(letter if letter.isalnum() else " " for letter in body).split())
 
 
-def known_of(model: Model, name: str) -> Normal | str:
+def known_of(model: Model, name: str) -> ChannelDistribution | str:
     found = told(model, {model.graph.inputs[0]: pictures()})
     (value,) = (value for value in found if value.name == name)
     return found[value]
 
 
-def pictures() -> Normal:
-    return Normal(MEANS, STDS, guesses=MOST_GUESSES)
+def pictures() -> ChannelDistribution:
+    return ChannelDistribution(MEANS, STDS, guesses=MOST_GUESSES)
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
@@ -88,7 +88,7 @@ def test_moments_and_reach_are_those_of_a_large_sample(body: str) -> None:
     proto, model = folded(f"{FRONT} {body}", scales=np.float32([1, 1, 2, 2]))
     seen = run(proto, {"x": SAMPLE})["y"].astype(np.float64)
     found = known_of(model, "y")
-    assert isinstance(found, Normal)
+    assert isinstance(found, ChannelDistribution)
     assert found.std is not None
     size = 0.01 * np.abs(seen).max()
     np.testing.assert_allclose(found.mean, seen.mean(axis=(0, 2, 3)), atol=size)
@@ -101,7 +101,7 @@ def test_moments_and_reach_are_those_of_a_large_sample(body: str) -> None:
 def of(model: Model, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and deviation."""
     found = known_of(model, name)
-    assert isinstance(found, Normal)
+    assert isinstance(found, ChannelDistribution)
     assert found.std is not None
     return found.mean, found.std
 
@@ -126,16 +126,16 @@ def test_means_over_a_map_keep_their_mean() -> None:
 def test_the_largest_of_some_reaches_no_further(pool: str) -> None:
     _, model = folded(f"{FRONT} r = Relu(n) y = {pool}")
     before, behind = known_of(model, "r"), known_of(model, "y")
-    assert isinstance(before, Normal)
-    assert isinstance(behind, Normal)
+    assert isinstance(before, ChannelDistribution)
+    assert isinstance(behind, ChannelDistribution)
     np.testing.assert_array_equal(reach(behind), reach(before))
 
 
 def test_borders_of_another_number() -> None:
     _, model = folded(f"{FRONT} r = Relu(n) s = Sigmoid(r) y = Pad(s, pads, grey)")
     before, behind = known_of(model, "s"), known_of(model, "y")
-    assert isinstance(before, Normal)
-    assert isinstance(behind, Normal)
+    assert isinstance(before, ChannelDistribution)
+    assert isinstance(behind, ChannelDistribution)
     assert reach(before)[0].min() >= 0.25
     assert reach(behind)[0].tolist() == [0.25] * CHANNELS
 
@@ -151,7 +151,7 @@ def test_what_saturates_needs_no_more_of_its_input(gate: str) -> None:
         for ends in ((low[0], high[0]), (-1e3, 1e3))
     )
     np.testing.assert_allclose(near, far, atol=0.001)
-    assert isinstance(known_of(model, "y"), Normal)
+    assert isinstance(known_of(model, "y"), ChannelDistribution)
 
 
 def test_not_where_others_read_that_input() -> None:
@@ -162,7 +162,7 @@ def test_not_where_others_read_that_input() -> None:
 
 def test_layers_are_guessed_once_and_never_of_pictures() -> None:
     _, model = folded(f"{FRONT} c0 = Conv(n, small) y = Conv(c0, small)")
-    assert isinstance(known_of(model, "c0"), Normal)
+    assert isinstance(known_of(model, "c0"), ChannelDistribution)
     assert known_of(model, "y") == "no BatchNormalization follows Conv y, nor those in front of it"
     _, model = folded("y = Conv(x, small)")
     assert "no BatchNormalization follows Conv y" in str(known_of(model, "y"))
@@ -173,7 +173,7 @@ def test_weights_of_neighbouring_places_add_up_or_cancel() -> None:
     for kernel, factor in (([1.0, 1.0], 2.0), ([1.0, -1.0], math.sqrt(2))):
         proto = network("y = Conv(x, w)", (1, 1, 1, 4), w=np.float32(kernel).reshape(1, 1, 1, 2))
         layer = read_layer(loaded(proto).nodes()[0])
-        found = by_weights(layer, Normal(np.array([3.0]), np.array([0.5])))
+        found = by_weights(layer, ChannelDistribution(np.array([3.0]), np.array([0.5])))
         assert found.std is not None
         assert found.mean.tolist() == [3.0 * sum(kernel)]
         assert found.std == pytest.approx(factor * 0.5)
@@ -182,7 +182,7 @@ def test_weights_of_neighbouring_places_add_up_or_cancel() -> None:
 def test_a_relu_that_a_batchnormalization_reads() -> None:
     """What stands in front of the Relu follows from the mean and the deviation behind it."""
     body = "c = Conv(x, p) r = Relu(c) n = BatchNormalization(r, g, b, rm, rv) y = Conv(n, w)"
-    cut = Normal(CONSTANTS["m"].astype(float), np.sqrt(CONSTANTS["v"].astype(float))).clipped(0, math.inf)
+    cut = ChannelDistribution(CONSTANTS["m"].astype(float), np.sqrt(CONSTANTS["v"].astype(float))).clipped(0, math.inf)
     assert cut.std is not None
     _proto, model = folded(body, outputs=("y",), rm=np.float32(cut.mean), rv=np.float32(cut.std**2))
     mean, std = of(model, "c")
@@ -203,15 +203,15 @@ def model_with(model: Model, name: str) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("ratio", [-2.0, -0.5, 0.0, 1.0, 5.0])
 def test_before_a_relu_is_the_inverse_of_a_relu(ratio: float) -> None:
-    cut = Normal(np.array([3 * ratio]), np.array([3.0])).clipped(0, math.inf)
+    cut = ChannelDistribution(np.array([3 * ratio]), np.array([3.0])).clipped(0, math.inf)
     assert cut.std is not None
-    found = before_relu(cut.mean, cut.std)
+    found = infer_before_relu(cut.mean, cut.std)
     assert found.std is not None
     assert (found.mean[0], found.std[0]) == pytest.approx((3 * ratio, 3.0), rel=1e-6, abs=1e-6)
 
 
 def test_what_was_never_above_zero_stays_there() -> None:
-    found = before_relu(np.zeros(1), np.zeros(1))
+    found = infer_before_relu(np.zeros(1), np.zeros(1))
     assert found.std is not None
     assert (found.mean[0], found.std[0]) == (0, 0)
 
@@ -242,7 +242,7 @@ def test_notes_follow_channels_that_are_scaled() -> None:
 
 
 def test_quantiles_are_those_of_a_normal_variable() -> None:
-    z = quantiles(4001)
+    z = normal_quantiles(4001)
     assert (z.mean(), z.std()) == pytest.approx((0, 1), abs=2e-3)
     assert [float(np.mean(z < at)) for at in (-1, 0, 1)] == pytest.approx([0.1587, 0.5, 0.8413], abs=5e-4)
-    assert z.max() < FARTHEST
+    assert z.max() < REACH_DEVIATIONS

@@ -22,8 +22,8 @@ from qconv.config.choices import NAMED_RECIPES, Scheme, WeightGranularity
 from qconv.config.preprocessing import PRESETS, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
+from qconv.ir.files import Source, read_proto
 from qconv.ir.load import load
-from qconv.ir.source import Source, read
 from qconv.pipeline.pipeline import quantize
 from qconv.runtime.session import Session
 from qconv.training.torchgraph import Network
@@ -200,7 +200,7 @@ def test_float_networks_give_what_onnx_runtime_gives(name: str) -> None:
         label: rng.standard_normal([1, *(d or 48 for d in shape[1:])]).astype(np.float32)
         for label, _, shape in session.inputs
     }
-    found = outputs(Network(load(read(source), source)[0]), feeds)
+    found = outputs(Network(load(read_proto(source), source)[0]), feeds)
     for label, expected in zip(session.outputs, session.run_all(feeds), strict=True):
         np.testing.assert_allclose(found[label], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
@@ -208,7 +208,7 @@ def test_float_networks_give_what_onnx_runtime_gives(name: str) -> None:
 def test_a_network_with_operators_of_its_own_is_refused_by_their_names() -> None:
     path = shared("superres_ppp_op18")
     source = Source(path.name, path)
-    model, _ = load(read(source), source)
+    model, _ = load(read_proto(source), source)
     told = r"cannot run 2 operators .*: com\.microsoft\.extensions\.DecodeImage \(1\), .*\.EncodeImage \(1\)\.$"
     with pytest.raises(QconvError, match=told):
         Network(model)

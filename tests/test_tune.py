@@ -11,7 +11,7 @@ from models import network
 
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.pipeline.pipeline import quantize
 from qconv.planning.placement import Cost
 from qconv.results.quantize import Report

@@ -21,8 +21,8 @@ from qconv.data.feed import Feed
 from qconv.data_free.portray import sketched
 from qconv.data_free.unseen import WIDER
 from qconv.errors import Change, QconvError, Skipped
-from qconv.ir.normal import Normal
-from qconv.ir.source import Source
+from qconv.ir.channel_stats import ChannelDistribution
+from qconv.ir.files import Source
 from qconv.metrics.verify import verify
 from qconv.pipeline import pipeline
 from qconv.results.quantize import Report
@@ -220,7 +220,7 @@ def test_defaults_without_pictures() -> None:
 def test_a_sketch_is_what_a_large_sample_leaves() -> None:
     """Extremes six deviations away, cut off; means; and the same quantiles in histogram and columns."""
     mean, std = np.array([0.5, -1.0, 4.0]), np.array([1.0, 2.0, 1.5])
-    told = Normal(mean, std).clipped(0.0, 6.0)
+    told = ChannelDistribution(mean, std).clipped(0.0, 6.0)
     found: Sketch = sketched("t", told)
     assert found.lows.tolist() == [0, 0, 0]
     assert found.highs.tolist() == [6, 6, 6]

@@ -9,8 +9,7 @@ import onnx
 import pytest
 from models import ints, loaded, network
 
-from qconv.ir.behind import Behind
-from qconv.ir.walk import Walk
+from qconv.ir.stepwise import NetworkTail, StepwiseRun
 from qconv.runtime.session import Session
 from qconv.storage import ArrayStore
 
@@ -46,7 +45,7 @@ def test_every_tensor_is_that_of_the_whole_network(body, limit) -> None:
     session = Session(model.proto().SerializeToString(), optimize=False)
     del model.graph.outputs[1:]
     with contextlib.closing(ArrayStore(limit)) as store:
-        walk = Walk(model, feeds, store, threads=1)
+        walk = StepwiseRun(model, feeds, store, threads=1)
         for value in [*(node.inputs[0] for node in layers[1:]), model.graph.outputs[0]]:
             for feed, found in zip(feeds, walk.at(value), strict=True):
                 (expected,) = session.run([value.name], feed)
@@ -59,7 +58,7 @@ def test_codes_are_held_instead_of_floats() -> None:
     model = loaded(proto)
     feeds = [{"x": np.ones((1, 3, 6, 6), np.float32)}]
     with contextlib.closing(ArrayStore(10**9)) as store:
-        walk = Walk(model, feeds, store, threads=1)
+        walk = StepwiseRun(model, feeds, store, threads=1)
         conv = next(node for node in model.nodes() if node.name == "c")
         codes, params = walk.codes_at(conv.inputs[0])
         assert params is not None
@@ -78,10 +77,10 @@ def test_outputs_that_lie_in_front_are_kept() -> None:
     expected = Session(proto.SerializeToString(), optimize=False).run_all(feeds[0])
     layers = [node for node in model.nodes() if node.op_type == "Conv"]
     with contextlib.closing(ArrayStore(10**9)) as store:
-        walk = Walk(model, feeds, store, threads=1, kept=model.graph.outputs)
+        walk = StepwiseRun(model, feeds, store, threads=1, kept=model.graph.outputs)
         for node in layers:
             walk.at(node.inputs[0])
-            behind = Behind(walk.behind(model.graph.outputs), ["b", "h", "y"], threads=1)
+            behind = NetworkTail(walk.behind(model.graph.outputs), ["b", "h", "y"], threads=1)
             for found, want in zip(next(behind.run([0])), expected, strict=True):
                 np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-4)
 
@@ -91,7 +90,7 @@ def test_weights_may_change_ahead() -> None:
     model = loaded(proto)
     feeds = [{"x": np.ones((1, 3, 4, 4), np.float32)}]
     with contextlib.closing(ArrayStore(10**9)) as store:
-        walk = Walk(model, feeds, store, threads=1)
+        walk = StepwiseRun(model, feeds, store, threads=1)
         last = model.nodes()[1]
         before = walk.at(last.inputs[0])[0].copy()
         model.set_input(last, 1, model.constant("doubled", 2 * np.eye(4, dtype=np.float32).reshape(4, 4, 1, 1)))
@@ -117,7 +116,7 @@ def test_a_body_reads_what_lies_outside() -> None:
     feeds = [{"x": np.ones((1, 3, 4, 4), np.float32), "c": np.array(True)}]
     (expected,) = Session(proto.SerializeToString()).run_all(feeds[0])
     with contextlib.closing(ArrayStore(10**9)) as store:
-        walk = Walk(model, feeds, store, threads=1)
+        walk = StepwiseRun(model, feeds, store, threads=1)
         for node in model.nodes():
             if node.op_type == "Conv":
                 walk.at(node.inputs[0])
@@ -125,11 +124,11 @@ def test_a_body_reads_what_lies_outside() -> None:
 
 
 def test_large_constants_are_fed(monkeypatch) -> None:
-    monkeypatch.setattr("qconv.ir.walk.LARGE", 1)
+    monkeypatch.setattr("qconv.ir.stepwise.LARGE_CONSTANT_BYTES", 1)
     proto = network("a = Flatten(x) y = Gemm(a, w)", x=(1, 3, 4, 4), w=(48, 5), p=ints(1))
     model = loaded(proto)
     feeds = [{"x": np.random.default_rng(0).standard_normal((1, 3, 4, 4)).astype(np.float32)}]
     (expected,) = Session(proto.SerializeToString()).run_all(feeds[0])
     with contextlib.closing(ArrayStore(10**9)) as store:
-        found = Walk(model, feeds, store, threads=1).at(model.graph.outputs[0])[0]
+        found = StepwiseRun(model, feeds, store, threads=1).at(model.graph.outputs[0])[0]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)

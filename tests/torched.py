@@ -8,7 +8,7 @@ import torch
 from models import loaded, op_types, random_feeds, run
 from numpy.typing import NDArray
 
-from qconv.ir.graph import Model, ir
+from qconv.ir.model import Model, ir
 from qconv.training.torchgraph import Network, as_arrays
 
 torch.set_num_threads(1)  # tests run side by side

@@ -11,7 +11,7 @@ from qconv.analysis.compare import Progress, Question, compare
 from qconv.config.recipe import Recipe
 from qconv.data.fed import Fed, opened, side_by_side
 from qconv.errors import QconvError
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.results.comparison import Comparison
 
 

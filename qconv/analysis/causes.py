@@ -30,10 +30,10 @@ from qconv.calibration.sketch import Sketch
 from qconv.config.choices import WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, format_count
-from qconv.ir.edits import kind
-from qconv.ir.graph import Model, Node, Value, array, clip_bounds
-from qconv.ir.moved import Moves
-from qconv.ir.rules import RULES, Joining
+from qconv.ir.metadata import EqualizationRecord
+from qconv.ir.model import Model, Node, Value, clip_bounds, constant_array
+from qconv.ir.operators import QUANTIZATION_RULES, ConcatRule
+from qconv.ir.rewriting import standard_op_type
 from qconv.planning.plan import Layer, Plan
 from qconv.quantization.weights import BIAS_FITS
 from qconv.results.comparison import Cause, Comparison, LayerComparison
@@ -66,7 +66,7 @@ class Evidence:
     recipe: Recipe
     report: Report
     sketches: Mapping[str, Sketch]
-    moves: Moves
+    moves: EqualizationRecord
     compared: Comparison
     saturates: bool
 
@@ -213,7 +213,10 @@ def dead_channels(evidence: Evidence) -> Iterator[Cause]:
 def wide_concat(evidence: Evidence) -> Iterator[Cause]:
     """Joined tensors that share one scale, which the widest sets."""
     for node in evidence.model.nodes():
-        if not isinstance(RULES.get(kind(node)), Joining) or node not in evidence.plan.integer:
+        if (
+            not isinstance(QUANTIZATION_RULES.get(standard_op_type(node)), ConcatRule)
+            or node not in evidence.plan.integer
+        ):
             continue
         known = ((value, _reach(evidence, value)) for value in node.inputs if value is not None)
         ends = {value.name or "": reach for value, reach in known if reach is not None}
@@ -231,7 +234,7 @@ def _reach(evidence: Evidence, value: Value | None) -> float | None:
         if sketch is not None:
             return max(abs(sketch.low), abs(sketch.high))
         node = value.producer()
-        value = None if node is None or array(value) is not None or not node.inputs else node.inputs[0]
+        value = None if node is None or constant_array(value) is not None or not node.inputs else node.inputs[0]
     return None
 
 
@@ -334,7 +337,7 @@ def weight_imbalance(evidence: Evidence) -> Iterator[Cause]:
 
 def _spread_of(layer: Layer) -> float:
     """The largest output channel's weights over the smallest one's that are not zero."""
-    weight = array(layer.node.inputs[1])
+    weight = constant_array(layer.node.inputs[1])
     if weight is None:
         return 1.0
     rows = np.moveaxis(weight, layer.rule.output_axis, 0).reshape(weight.shape[layer.rule.output_axis], -1)

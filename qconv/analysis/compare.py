@@ -26,15 +26,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import save
 from qconv.analysis.weighed import bars_of, beside
 from qconv.data.feed import Batch
 from qconv.errors import QconvError
-from qconv.ir import load, moved
-from qconv.ir.graph import Model, Value, is_tensor
-from qconv.ir.pairs import Pair, Point, points
-from qconv.ir.shifted import shifted
-from qconv.ir.source import Source, is_quantized, metadata, read
+from qconv.ir import load, subgraph
+from qconv.ir import metadata as ir_metadata
+from qconv.ir.files import Source, is_quantized, metadata_of, read_proto
+from qconv.ir.model import Model, Value, is_tensor
+from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
 from qconv.metrics.verify import sqnr_db
 from qconv.passes import fold
 from qconv.results.comparison import Comparison, LayerComparison, ValueStatistics
@@ -69,8 +68,8 @@ class Question:
 def compare(question: Question, progress: Progress = lambda stage, done, total: None) -> Comparison:
     """Raises QconvError where the second model is not quantized, or nothing in it can be found in the first."""
     original, quantized = _models(question)
-    moves = moved.read(quantized.inner.metadata_props)
-    found = points(quantized, original)
+    moves = ir_metadata.read_equalization(quantized.inner.metadata_props)
+    found = find_comparison_points(quantized, original)
     outputs = [value for value in original.graph.outputs if is_tensor(value)]
     with contextlib.ExitStack() as stack:
         bench = _Bench.of(question, original, quantized, found, moves, stack)
@@ -104,16 +103,16 @@ def compare(question: Question, progress: Progress = lambda stage, done, total: 
 
 def _models(question: Question) -> tuple[Model, Model]:
     """Both as they are compared: a file by qconv beside what folding makes of the float model, others as they are."""
-    proto = read(question.model)
+    proto = read_proto(question.model)
     if not is_quantized(proto):
         fact = f"{question.model.name} is not quantized."
         raise QconvError(fact, "pass the float model first, and the quantized one behind it.")
     if any(node.op_type.startswith("QLinear") or node.op_type == "ConvInteger" for node in proto.graph.node):
         fact = f"{question.model.name} holds integer operators, between which there is nothing to compare."
         raise QconvError(fact, "write it with quantizers and dequantizers (Q/DQ), which all tools can.")
-    ours = "qconv.version" in metadata(proto)
-    quantized = load.as_it_is(proto, question.model)
-    original, _ = load.load(read(question.float_model), question.float_model)
+    ours = "qconv.version" in metadata_of(proto)
+    quantized = load.load_unchanged(proto, question.model)
+    original, _ = load.load(read_proto(question.float_model), question.float_model)
     if ours:
         fold.fold(original)
     return original, quantized
@@ -140,12 +139,12 @@ class _Bench:
 
     original: Model
     quantized: Model
-    moves: moved.Moves
-    pairs: list[Pair]
+    moves: ir_metadata.EqualizationRecord
+    pairs: list[TensorPair]
     watched: Session
     real: Session
     cut: Session
-    inputs: dict[Point, str]
+    inputs: dict[ComparisonPoint, str]
     threads: int | None
 
     @classmethod
@@ -154,15 +153,15 @@ class _Bench:
         question: Question,
         original: Model,
         quantized: Model,
-        found: Sequence[Point],
-        moves: moved.Moves,
+        found: Sequence[ComparisonPoint],
+        moves: ir_metadata.EqualizationRecord,
         stack: contextlib.ExitStack,
     ) -> _Bench:
         candidates = list(dict.fromkeys(value for point in found for value in point.candidates))
 
         def session(model: Model, tensors: Sequence[Value], name: str) -> Session:
             wanted = [value.name or "" for value in tensors]
-            runnable = stack.enter_context(save.runnable(model, wanted))
+            runnable = stack.enter_context(subgraph.runnable_with_outputs(model, wanted))
             return Session(runnable, name=name, threads=question.threads, integer_kernels=False)
 
         watched = session(original, [v for v in candidates if not v.is_graph_input()], question.float_model.name)
@@ -177,7 +176,7 @@ class _Bench:
         )
         cut = quantized.copy()
         own = {value.name: value for node in cut.nodes() for value in node.outputs}
-        inputs: dict[Point, str] = {}
+        inputs: dict[ComparisonPoint, str] = {}
         for pair in pairs:
             values = [own[value.name] for value in pair.point.values]
             opened = cut.feed_readers(values[0], f"{values[0].name}_float")
@@ -189,7 +188,7 @@ class _Bench:
         watched = session(original, [v for v in candidates if v.name in taken and not v.is_graph_input()], watched.name)
         return cls(original, quantized, moves, pairs, watched, real, fed, inputs, question.threads)
 
-    def look(self, question: Question, progress: Progress) -> dict[Point, _Tally]:
+    def look(self, question: Question, progress: Progress) -> dict[ComparisonPoint, _Tally]:
         """All pictures through all three networks."""
         tallies = {pair.point: _Tally() for pair in self.pairs}
         each = max(64, SAMPLES // max(1, question.pictures))
@@ -217,14 +216,14 @@ class _Bench:
 
     def effects(
         self, question: Question, outputs: Sequence[Value], progress: Progress
-    ) -> tuple[dict[Point, float], int]:
+    ) -> tuple[dict[ComparisonPoint, float], int]:
         """What the error that each layer adds does at the outputs, over their power, and on how many pictures."""
-        model, names, results = shifted(self.original, self.quantized, self.pairs, outputs)
-        with save.runnable(model, ()) as runnable:
+        model, names, results = add_error_inputs(self.original, self.quantized, self.pairs, outputs)
+        with subgraph.runnable_with_outputs(model, ()) as runnable:
             session = Session(runnable, name=question.float_model.name, threads=self.threads)
         wanted = min(MOST, max(FEWEST, RUNS // len(self.pairs)))
         nothing = {name: np.zeros((), np.float32) for name in names.values()}
-        noise: dict[Point, dict[int, float]] = {pair.point: {} for pair in self.pairs}
+        noise: dict[ComparisonPoint, dict[int, float]] = {pair.point: {} for pair in self.pairs}
         power: dict[int, float] = {}
         seen = 0
         for plain, feeds in question.feeds():
@@ -275,14 +274,19 @@ def _run(session: Session, values: Sequence[Value], feeds: Batch) -> dict[str, N
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def _run_values(session: Session, found: Sequence[Point], feeds: Batch) -> dict[Point, NDArray[Any]]:
+def _run_values(
+    session: Session, found: Sequence[ComparisonPoint], feeds: Batch
+) -> dict[ComparisonPoint, NDArray[Any]]:
     names = [point.value.name or "" for point in found]
     return dict(zip(found, session.run(names, feeds), strict=True))
 
 
 def _paired(
-    found: Sequence[Point], floats: Arrays, got: Mapping[Point, NDArray[Any]], moves: moved.Moves
-) -> Iterator[Pair]:
+    found: Sequence[ComparisonPoint],
+    floats: Arrays,
+    got: Mapping[ComparisonPoint, NDArray[Any]],
+    moves: ir_metadata.EqualizationRecord,
+) -> Iterator[TensorPair]:
     """Every point with the candidate that it is nearest to; without those where no shape fits."""
     for point in found:
         q = got[point]
@@ -293,7 +297,7 @@ def _paired(
             if x is not None and x.shape == q.shape and x.dtype.kind == q.dtype.kind == "f":
                 away[value] = _power(moves.moved(name, x) - q) / max(_power(q), SMALL)
         if away:
-            yield Pair(point, min(away, key=lambda value: away[value]))
+            yield TensorPair(point, min(away, key=lambda value: away[value]))
 
 
 def _power(x: NDArray[Any]) -> float:
@@ -308,11 +312,11 @@ def _power(x: NDArray[Any]) -> float:
 
 def _take(
     tally: _Tally,
-    pair: Pair,
+    pair: TensorPair,
     reference: NDArray[Any],
     got: Arrays,
     alone: NDArray[Any],
-    moves: moved.Moves,
+    moves: ir_metadata.EqualizationRecord,
     each: int,
 ) -> None:
     name, point = pair.tensor.name or "", pair.point
@@ -336,7 +340,7 @@ def _take(
     tally.codes = counted if tally.codes is None else tally.codes + counted
 
 
-def _row(pair: Pair, tally: _Tally, share: float | None, weights: ValueStatistics | None) -> LayerComparison:
+def _row(pair: TensorPair, tally: _Tally, share: float | None, weights: ValueStatistics | None) -> LayerComparison:
     point, values = pair.point, None
     if point.grid is not None and tally.codes is not None:
         numbers = np.concatenate(tally.sample)

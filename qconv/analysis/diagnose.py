@@ -15,7 +15,7 @@ from math import inf, isfinite, log2
 from pathlib import Path
 from typing import Any
 
-from qconv import save
+from qconv import storage
 from qconv.analysis import causes
 from qconv.analysis.beside import Looked
 from qconv.analysis.causes import FEW, GAP, MANY, Evidence
@@ -45,9 +45,19 @@ from qconv.data.detect import CERTAIN, SHAPE_ONLY, detect, same
 from qconv.data.fed import Fed
 from qconv.data.feed import Feed
 from qconv.errors import format_count
-from qconv.ir import load, moved
-from qconv.ir.fileformat import needed_opset
-from qconv.ir.source import Source, data_files, file_bytes, metadata, original, own_opset, read, refuse_quantized
+from qconv.ir import load
+from qconv.ir import metadata as ir_metadata
+from qconv.ir.files import (
+    Source,
+    declared_opset,
+    external_data_files,
+    file_bytes,
+    metadata_of,
+    open_original,
+    read_proto,
+    refuse_quantized,
+)
+from qconv.ir.metadata import needed_opset
 from qconv.passes import fold
 from qconv.pipeline.gather import Memory, open_pictures
 from qconv.pipeline.pipeline import Listener
@@ -100,11 +110,11 @@ def diagnose(case: Case, listener: Listener | None = None) -> Diagnosed:
             told.append(text)
             listener.warn(text)
 
-    proto = read(case.source)
+    proto = read_proto(case.source)
     refuse_quantized(proto, case.source.name)
     size = file_bytes(proto, case.source)
     del proto
-    with save.scratch(8 * size) as folder:
+    with storage.scratch_folder(8 * size) as folder:
         return _Clinic(case, Listener(warn, listener.progress), folder).diagnosis(told)
 
 
@@ -139,7 +149,7 @@ class _Clinic:
     def diagnosis(self, warnings: list[str]) -> Diagnosed:
         asked = {**self.case.asked, "min_agreement": None, "min_sqnr": None}
         recipe = Recipe(**asked)
-        session = original(self.case.source, recipe)
+        session = open_original(self.case.source, recipe)
         held = held_back(session, recipe, self.case.images, self.listener)
         asked["samples"] = min(recipe.samples, held.most)
         recipe = Recipe(**asked)
@@ -181,7 +191,7 @@ class _Clinic:
 
     def _feed(self, session: Session, feed: Feed, recipe: Recipe) -> Preprocessing | None:
         """`feed` as the options say. Returns what the evidence says instead, where it is sure of that."""
-        model, _ = load.load(read(self.case.source), self.case.source)
+        model, _ = load.load(read_proto(self.case.source), self.case.source)
         said = recipe.preprocessing
         calibration = Feed.of(session, recipe, SILENT.warn, SILENT.progress)
         own = detect(model, session, calibration, said, threads=recipe.threads)
@@ -276,9 +286,9 @@ class _Clinic:
         """All that causes are read from, of the run that remedies are measured against."""
         source, recipe, report = self.case.source, base.made.recipe, base.made.report
         assert report is not None
-        proto = read(source)
-        model, _ = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
-        made_from = digest(source, data_files(proto, source))
+        proto = read_proto(source)
+        model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
+        made_from = digest(source, external_data_files(proto, source))
         pictures = open_pictures(source, made_from, recipe, SILENT.warn, self.listener.progress)
         pictures.memory = self.memory
         pictures.settle(model, recipe)
@@ -292,7 +302,7 @@ class _Clinic:
 
         question = Question(source, quantized, feeds, proof.scored.pictures, pictures.words, recipe.threads)
         compared = compare(question, self.listener.progress)
-        moves = moved.read(metadata(read(quantized)))
+        moves = ir_metadata.read_equalization(metadata_of(read_proto(quantized)))
         return Evidence(model, plan, recipe, report, sketches, moves, compared, detect_cpu().saturates is True)
 
     # -- what comes of it ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from qconv.config.recipe import Recipe
 from qconv.data.fed import Fed, Outputs, opened
 from qconv.data.labels import Labelling, classes_of, labels_of
 from qconv.errors import QconvError
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 from qconv.metrics import intervals
 from qconv.metrics.intervals import Interval
 from qconv.metrics.predictions import TOP, Predictions, Seen

@@ -31,10 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.errors import format_count
-from qconv.ir.edits import Refused, kind
-from qconv.ir.graph import Model, Node, array, clip_bounds
 from qconv.ir.layers import INPUTS_FIRST, Float64, Layer, read_layer
-from qconv.ir.rules import ACTIVATIONS
+from qconv.ir.model import Model, Node, clip_bounds, constant_array
+from qconv.ir.operators import CLIPPING_ACTIVATIONS
+from qconv.ir.rewriting import EditRefused, standard_op_type
 
 LEAST_RATIO = 64.0
 """2^6: of 8 bits the smallest channel keeps 2, so that its weights are -1, 0 and 1 times a step."""
@@ -114,9 +114,13 @@ def statistics(model: Model) -> dict[str, Statistics]:
     found: dict[str, Statistics] = {}
     for node in model.nodes():
         before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-        if kind(node) != "BatchNormalization" or before is None or kind(before) not in INPUTS_FIRST:
+        if (
+            standard_op_type(node) != "BatchNormalization"
+            or before is None
+            or standard_op_type(before) not in INPUTS_FIRST
+        ):
             continue
-        numbers = [array(value) for value in node.inputs[1:5]]
+        numbers = [constant_array(value) for value in node.inputs[1:5]]
         if model.sole_reader(before.outputs[0]) is node and all(part is not None for part in numbers):
             gamma, beta = (np.asarray(part, np.float64).reshape(-1) for part in numbers[:2])
             found[before.name or ""] = (beta, np.abs(gamma))
@@ -129,7 +133,7 @@ def foretell(
     """The numbers of a layer and its troubles. model: folded; known: by `statistics`."""
     try:
         layer = read_layer(node)
-    except Refused:
+    except EditRefused:
         return Ranges(), []
     name = node.name or ""
     if not (np.isfinite(layer.weight).all() and np.isfinite(layer.bias).all()):
@@ -151,14 +155,14 @@ def relu6(model: Model) -> int:
 
 def _bounds_behind(model: Model, node: Node) -> tuple[float, float]:
     reader = model.sole_reader(node.outputs[0])
-    bounds = clip_bounds(reader) if reader is not None and reader.op_type in ACTIVATIONS else None
+    bounds = clip_bounds(reader) if reader is not None and reader.op_type in CLIPPING_ACTIVATIONS else None
     return (-np.inf, np.inf) if bounds is None else bounds
 
 
 def _bounds_in_front(node: Node) -> tuple[float, float]:
     """Those of what a layer reads, where the operator that writes it has any."""
     before = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if before is not None and kind(before) in UNIT:
+    if before is not None and standard_op_type(before) in UNIT:
         return 0.0, 1.0
     bounds = None if before is None else clip_bounds(before)
     return (-np.inf, np.inf) if bounds is None else bounds

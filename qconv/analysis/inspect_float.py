@@ -12,10 +12,10 @@ from qconv.analysis.foretold import Handling, Ranges, Statistics, Trouble, foret
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, QconvError, Skipped
-from qconv.ir.edits import kind
-from qconv.ir.graph import DataType, Model, Node, Value, array, dims, input_of
+from qconv.ir.files import Source, declared_opset, file_bytes, iter_tensors, metadata_of, read_proto
 from qconv.ir.load import load
-from qconv.ir.source import Source, file_bytes, metadata, own_opset, read, tensors
+from qconv.ir.model import DataType, Model, Node, Value, constant_array, dims, input_of
+from qconv.ir.rewriting import standard_op_type
 from qconv.passes import fold
 from qconv.planning.placement import left_in_float
 from qconv.planning.plan import Layer, Plan
@@ -182,10 +182,17 @@ class FloatModel:
 
 def inspect_float(source: Source, target: str) -> FloatModel:
     """Read, fold and plan as `quantize` would without any option. Raises QconvError for what is no such model."""
-    proto = read(source)
+    proto = read_proto(source)
     refuse_custom_operators(proto, source)
-    stored = sum(int(prod(t.dims) * width // 8) for t in tensors(proto.graph) if (width := _float_width(t.data_type)))
-    size, opset, ir_version, producer = file_bytes(proto, source), own_opset(proto), proto.ir_version, made_by(proto)
+    stored = sum(
+        int(prod(t.dims) * width // 8) for t in iter_tensors(proto.graph) if (width := _float_width(t.data_type))
+    )
+    size, opset, ir_version, producer = (
+        file_bytes(proto, source),
+        declared_opset(proto),
+        proto.ir_version,
+        made_by(proto),
+    )
     operators = _ranked(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model, _ = load(proto, source)
     inputs, outputs = (tuple(map(End.of, ends)) for ends in (model.graph.inputs, model.graph.outputs))
@@ -235,7 +242,7 @@ def refuse_custom_operators(proto: Any, source: Source) -> None:
 
 def made_by(proto: Any) -> str:
     """What wrote the file, by its own words."""
-    version = metadata(proto).get("qconv.version")
+    version = metadata_of(proto).get("qconv.version")
     return f"qconv {version}" if version else f"{proto.producer_name} {proto.producer_version}".strip()
 
 
@@ -245,7 +252,7 @@ def _float_width(kind: int) -> int:
 
 
 def _norms(model: Model) -> int:
-    return sum(kind(node) == "BatchNormalization" for node in model.nodes())
+    return sum(standard_op_type(node) == "BatchNormalization" for node in model.nodes())
 
 
 def _constants(model: Model) -> list[Value]:
@@ -260,7 +267,7 @@ def _layers(
     model: Model, plan: Plan, recipe: Recipe, known: Mapping[str, Statistics]
 ) -> tuple[list[FloatRow], list[Trouble]]:
     planned = {layer.node: layer for layer in plan.layers}
-    nodes = [node for node in model.nodes() if is_layer(node) and kind(node)]
+    nodes = [node for node in model.nodes() if is_layer(node) and standard_op_type(node)]
     sizes = {node: _parameters(node) for node in nodes}
     total = sum(sizes.values())
     rows, troubles = [], []
@@ -276,7 +283,7 @@ def _layers(
 def _row(
     node: Node, layer: Layer | None, plan: Plan, size: tuple[int, float], ranges: Ranges, found: list[Trouble]
 ) -> FloatRow:
-    weight = array(input_of(node, 1))
+    weight = constant_array(input_of(node, 1))
     assert weight is not None
     kept = plan.kept.get(node.name or "")
     spec = None if layer is None else layer.weight
@@ -302,7 +309,7 @@ def granularity_of(layer: Layer) -> str:
 
 
 def _parameters(node: Node) -> int:
-    found = (array(input_of(node, index)) for index in (1, 2))
+    found = (constant_array(input_of(node, index)) for index in (1, 2))
     return sum(numbers.size for numbers in found if numbers is not None)
 
 

@@ -22,29 +22,29 @@ from qconv.analysis.inspect_float import End, made_by, refuse_custom_operators
 from qconv.audit.examine import FORMATS, format_of
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, recipe_from_dict
-from qconv.ir.fileformat import placed_in, recipe_in
-from qconv.ir.graph import Model, Node, Value
-from qconv.ir.graph import input_of as at
-from qconv.ir.load import as_it_is
-from qconv.ir.rules import ACTIVATIONS
-from qconv.ir.source import Source, file_bytes, is_quantized, metadata, own_opset, read
-from qconv.ir.stored import (
-    DYNAMIC,
-    FLOAT,
-    PLACES,
-    STEPS,
-    Places,
-    Stored,
-    Tensor,
-    bits_of,
-    bytes_of,
+from qconv.ir.files import Source, declared_opset, file_bytes, is_quantized, metadata_of, read_proto
+from qconv.ir.load import load_unchanged
+from qconv.ir.metadata import read_placed_nodes, read_recipe
+from qconv.ir.model import Model, Node, Value
+from qconv.ir.model import input_of as at
+from qconv.ir.operators import CLIPPING_ACTIVATIONS
+from qconv.ir.stored_weights import (
+    DYNAMIC_OPS,
+    FLOAT_FORMAT,
+    MOST_STEPS_BACK,
+    OPERAND_INDICES,
+    OperandIndices,
+    StoredWeights,
+    TensorFormat,
     clip_bits,
-    constant,
-    constants,
-    held,
-    numbers_of,
-    stored_weights,
-    type_of,
+    constant_bytes,
+    constant_numbers,
+    constant_value,
+    element_type,
+    find_stored_weights,
+    integer_format,
+    iter_constants,
+    weight_bits_of,
 )
 
 PREPROCESSING = "qconv.preprocessing"
@@ -67,8 +67,8 @@ class QuantizedRow:
     scheme: str | None
     granularity: str | None
     block_size: int | None
-    input: Tensor
-    output: Tensor
+    input: TensorFormat
+    output: TensorFormat
     bias: str | None
     runs: str
     codes_bytes: int
@@ -172,20 +172,25 @@ class QuantizedModel:
 
 def holds_codes(proto: Any) -> bool:
     """Whether a file is quantized, in whatever way."""
-    return is_quantized(proto) or any(node.op_type in PLACES for node in proto.graph.node)
+    return is_quantized(proto) or any(node.op_type in OPERAND_INDICES for node in proto.graph.node)
 
 
 def inspect_quantized(source: Source) -> QuantizedModel:
     """Read a file that holds codes. Raises QconvError for what is no ONNX file."""
-    proto = read(source)
+    proto = read_proto(source)
     refuse_custom_operators(proto, source)
-    size, opset, ir_version, producer = file_bytes(proto, source), own_opset(proto), proto.ir_version, made_by(proto)
-    (name, meaning), carried = format_of(proto), metadata(proto)
+    size, opset, ir_version, producer = (
+        file_bytes(proto, source),
+        declared_opset(proto),
+        proto.ir_version,
+        made_by(proto),
+    )
+    (name, meaning), carried = format_of(proto), metadata_of(proto)
     if name == "float":  # MatMulNBits and its kind
         name, _, meaning = FORMATS[-1]
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
-    model = as_it_is(proto, source)
-    recipe = _without_nan(recipe_in(model))
+    model = load_unchanged(proto, source)
+    recipe = _without_nan(read_recipe(model))
     reader = _Reader(model, recipe_from_dict(recipe) if recipe else None, size)
     layers = tuple(row for node in model.nodes() if (row := reader.row(node)) is not None)
     owned = sum(layer.bytes for layer in layers)
@@ -203,9 +208,9 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         recipe=recipe,
         options=tuple(command_line_options(recipe)) if recipe else (),
         preprocessing=_preprocessing(carried),
-        placed=len(placed_in(model)),
+        placed=len(read_placed_nodes(model)),
         layers=layers,
-        other_constants=sum(bytes_of(value) for value in constants(model)) - owned,
+        other_constants=sum(constant_bytes(value) for value in iter_constants(model)) - owned,
     )
 
 
@@ -230,8 +235,8 @@ class _Reader:
 
     def row(self, node: Node) -> QuantizedRow | None:
         """The node as a layer; None where it has no weights."""
-        places = PLACES.get(node.op_type)
-        weights = stored_weights(self.model, node)
+        places = OPERAND_INDICES.get(node.op_type)
+        weights = find_stored_weights(self.model, node)
         if weights is None:
             return None
         bias, bias_parts = self._bias(node, places)
@@ -239,7 +244,7 @@ class _Reader:
         scales = self._take(weights.others)
         biases = self._take(bias_parts)
         read = self._read(node, places)
-        bits, scheme = bits_of(node, weights, self.recipe), self._scheme(weights)
+        bits, scheme = weight_bits_of(node, weights, self.recipe), self._scheme(weights)
         granularity, block = self._granularity(node, weights)
         if self.recipe is not None and scheme == "symmetric" and self.recipe.moves_zero(bits):
             scheme = str(self.recipe.scheme_of_weights(bits))
@@ -268,11 +273,11 @@ class _Reader:
         """Bytes of those that no layer has yet."""
         new = [value for value in dict.fromkeys(values) if value not in self.owned]
         self.owned.update(new)
-        return sum(map(bytes_of, new))
+        return sum(map(constant_bytes, new))
 
     # -- what it means -------------------------------------------------------------------------------------------------
 
-    def _scheme(self, weights: Stored) -> str:
+    def _scheme(self, weights: StoredWeights) -> str:
         zero = weights.zero
         if zero is None:
             return "asymmetric" if weights.computed and weights.scale is None else "symmetric"
@@ -280,7 +285,7 @@ class _Reader:
         middle = 1 << (int(whole) - 1) if whole else 0
         return "symmetric" if np.all(zero.astype(np.int64) == middle) else "asymmetric"
 
-    def _granularity(self, node: Node, weights: Stored) -> tuple[str | None, int | None]:
+    def _granularity(self, node: Node, weights: StoredWeights) -> tuple[str | None, int | None]:
         if weights.in_float:
             return None, None
         if weights.block:
@@ -288,7 +293,7 @@ class _Reader:
         sizes = [numbers.size for numbers in (weights.scale, weights.zero) if numbers is not None]
         return ("per-channel" if max(sizes, default=1) > 1 else "per-tensor"), None
 
-    def _bias(self, node: Node, places: Places | None) -> tuple[str | None, list[Value]]:
+    def _bias(self, node: Node, places: OperandIndices | None) -> tuple[str | None, list[Value]]:
         value = at(node, 2) if places is None else None if places.bias is None else at(node, places.bias)
         if places is None and node.op_type == "MatMul":
             value = None
@@ -297,63 +302,63 @@ class _Reader:
         before = value.producer()
         if before is not None and before.op_type == "DequantizeLinear":
             parts = [part for part in before.inputs if part is not None]
-            return type_of(parts[0]), parts
-        return (type_of(value) or "float32"), [value]
+            return element_type(parts[0]), parts
+        return (element_type(value) or "float32"), [value]
 
     # -- tensors between layers ----------------------------------------------------------------------------------------
 
-    def _read(self, node: Node, places: Places | None) -> Tensor:
+    def _read(self, node: Node, places: OperandIndices | None) -> TensorFormat:
         if places is not None:
             zero = None if places.data_zero is None else at(node, places.data_zero)
-            if node.op_type in DYNAMIC:
-                return Tensor("uint8", 8, "asymmetric")
-            return FLOAT if zero is None else held(type_of(zero), numbers_of(zero), None)
+            if node.op_type in DYNAMIC_OPS:
+                return TensorFormat("uint8", 8, "asymmetric")
+            return FLOAT_FORMAT if zero is None else integer_format(element_type(zero), constant_numbers(zero), None)
         before = _producer(node, 0)
         if before is not None and before.op_type == "Sum" and len(before.inputs) == 1:
             before = _producer(before, 0)  # qconv's copy, which keeps a layer in float
         if before is None or before.op_type != "DequantizeLinear":
-            return FLOAT
+            return FLOAT_FORMAT
         return self._of_codes(at(before, 0), before)
 
     def _reads_codes(self, node: Node) -> bool:
         before = _producer(node, 0)
         return before is not None and before.op_type == "DequantizeLinear"
 
-    def _written(self, node: Node, places: Places | None) -> Tensor:
+    def _written(self, node: Node, places: OperandIndices | None) -> TensorFormat:
         if places is not None and places.out_zero is not None:
             zero = at(node, places.out_zero)
-            return FLOAT if zero is None else held(type_of(zero), numbers_of(zero), None)
+            return FLOAT_FORMAT if zero is None else integer_format(element_type(zero), constant_numbers(zero), None)
         if places is not None or not node.outputs:
-            return FLOAT
+            return FLOAT_FORMAT
         value = node.outputs[0]
-        for _ in range(STEPS):
+        for _ in range(MOST_STEPS_BACK):
             follower = self.model.sole_reader(value)
-            copies = follower is not None and follower.op_type in {*ACTIVATIONS, "Min", "Sum"}
-            if follower is None or not copies or sum(constant(part) is None for part in follower.inputs) != 1:
+            copies = follower is not None and follower.op_type in {*CLIPPING_ACTIVATIONS, "Min", "Sum"}
+            if follower is None or not copies or sum(constant_value(part) is None for part in follower.inputs) != 1:
                 break
             value = follower.outputs[0]
         quantizer = next((r for r in self.model.readers(value) if r.op_type == "QuantizeLinear"), None)
         if quantizer is None:
-            return FLOAT
+            return FLOAT_FORMAT
         codes = quantizer.outputs[0]
         clip = self.model.sole_reader(codes)
         return self._of_codes(clip.outputs[0] if clip is not None and clip.op_type == "Clip" else codes, quantizer)
 
-    def _of_codes(self, codes: Value | None, node: Node) -> Tensor:
+    def _of_codes(self, codes: Value | None, node: Node) -> TensorFormat:
         """node: the quantizer or dequantizer, which knows scale and zero point."""
-        zero, scale = at(node, 2), numbers_of(at(node, 1))
-        kind = type_of(zero) or type_of(codes) or "uint8"
+        zero, scale = at(node, 2), constant_numbers(at(node, 1))
+        kind = element_type(zero) or element_type(codes) or "uint8"
         bits = None
         if scale is not None and scale.size > 1 and self.recipe is not None:
             bits = self.recipe.activation_bits  # each channel has its own, those on average
-        for _ in range(STEPS):
+        for _ in range(MOST_STEPS_BACK):
             before = None if codes is None else codes.producer()
             if before is None or before.op_type not in ("Clip", "Pad"):
                 break
             if bits is None and before.op_type == "Clip":
                 bits = clip_bits(before)
             codes = at(before, 0)
-        found = held(kind, numbers_of(zero), bits)
+        found = integer_format(kind, constant_numbers(zero), bits)
         return found if self.recipe is None else replace(found, scheme=str(self.recipe.activation_scheme))
 
 

@@ -19,7 +19,7 @@ from qconv.config.targets import TARGETS
 from qconv.data.feed import Feed
 from qconv.data.listing import find
 from qconv.errors import QconvError
-from qconv.ir.source import Source, original
+from qconv.ir.files import Source, open_original
 from qconv.metrics import intervals
 from qconv.metrics.scored import Outputs, Scored, score_float
 from qconv.pipeline.gather import Memory
@@ -92,7 +92,7 @@ class Proof:
     @classmethod
     def of(cls, source: Source, feed: Feed, recipe: Recipe, listener: Listener, memory: Memory) -> Proof:
         """feed: the pictures to score on, fed as they should be."""
-        session = original(source, recipe)
+        session = open_original(source, recipe)
         scored = score_float(session, feed, "float", most_bytes=SCORED_BYTES, warn=listener.warn)
         return cls(source, scored, listener, memory)
 

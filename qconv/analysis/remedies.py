@@ -17,7 +17,7 @@ from qconv.config.choices import FEW_BITS_CALIBRATOR, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_option
 from qconv.errors import QconvError
-from qconv.ir.graph import Node
+from qconv.ir.model import Node
 from qconv.results.comparison import Cause
 
 FEW_NODES, FEW_GATES = 3, 2

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 import qconv
-from qconv import save
 from qconv.analysis.proof import HELD_BACK_SHARE, MOST_HELD_BACK
 from qconv.calibration.calibrate import Tap, observer, watch_apart
 from qconv.calibration.calibrators import want_of
@@ -28,10 +27,10 @@ from qconv.config.targets import TARGETS
 from qconv.data.detect import detect
 from qconv.data.feed import Feed
 from qconv.errors import QconvError, format_count
-from qconv.ir import load
-from qconv.ir.fileformat import needed_opset
-from qconv.ir.graph import Model
-from qconv.ir.source import Source, data_files, original, own_opset, read, refuse_quantized
+from qconv.ir import load, subgraph
+from qconv.ir.files import Source, declared_opset, external_data_files, open_original, read_proto, refuse_quantized
+from qconv.ir.metadata import needed_opset
+from qconv.ir.model import Model
 from qconv.metrics.scored import Scored, score_float
 from qconv.passes import fold
 from qconv.pipeline.pipeline import Listener, check_output
@@ -87,13 +86,13 @@ def study_samples(
         warnings.append(text)
         listener.warn(text)
 
-    proto = read(source)
+    proto = read_proto(source)
     refuse_quantized(proto, source.name)
     if out is not None:
-        check_output(source, out, data_files(proto, source))
-    model, _ = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
+        check_output(source, out, external_data_files(proto, source))
+    model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
     del proto
-    session = original(source, recipe)
+    session = open_original(source, recipe)
     calibration, scoring = _feeds(session, recipe, question, warn, listener.progress)
     detected = detect(model, session, calibration, recipe.preprocessing, threads=recipe.threads)
     calibration.preprocessing = scoring.preprocessing = detected.preprocessing
@@ -209,7 +208,7 @@ class _Job:
     def quantized(self, sketches: dict[str, Sketch]) -> Iterator[Session]:
         """The model that `pipeline.quantize` makes of these sketches, loaded."""
         model = carried_out(self.folded, self.recipe, sketches, self.floats)
-        with save.runnable(model, ()) as runnable:
+        with subgraph.runnable_with_outputs(model, ()) as runnable:
             yield Session(runnable, name="the quantized model", threads=self.recipe.threads)
 
 

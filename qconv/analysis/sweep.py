@@ -14,8 +14,8 @@ from pathlib import Path
 from qconv.analysis.proof import Proof, held_back
 from qconv.calibration.stats import digest
 from qconv.config.recipe import Recipe
+from qconv.ir.files import Source, external_data_files, file_bytes, open_original, read_proto, refuse_quantized
 from qconv.ir.load import load
-from qconv.ir.source import Source, data_files, file_bytes, original, read, refuse_quantized
 from qconv.pipeline.gather import Memory, open_pictures
 from qconv.pipeline.pipeline import Listener, check_output
 from qconv.results.comparison import Sweep
@@ -45,17 +45,17 @@ def sweep(source: Source, entries: Sequence[Entry], listener: Listener | None = 
             listener.warn(text)
 
     heard = Listener(warn, listener.progress)
-    proto = read(source)
+    proto = read_proto(source)
     refuse_quantized(proto, source.name)
     for entry in entries:
-        check_output(source, entry.out, data_files(proto, source))
+        check_output(source, entry.out, external_data_files(proto, source))
     shared = entries[0].recipe
-    session = original(source, shared)
+    session = open_original(source, shared)
     held = held_back(session, shared, (), heard)
     del session
     shared = replace(shared, samples=min(shared.samples, held.most))
     memory = Memory()
-    made_from = digest(source, data_files(proto, source))
+    made_from = digest(source, external_data_files(proto, source))
     pictures = open_pictures(source, made_from, shared, Listener().warn, listener.progress)
     pictures.memory = memory
     pictures.settle(load(proto, source)[0], shared)
@@ -75,7 +75,13 @@ def sweep(source: Source, entries: Sequence[Entry], listener: Listener | None = 
     float_ms = proof.timed(shared.threads, held.feed.size)
     trials, outputs = tuple(made.trial for made in proof.made), tuple(str(entry.out) for entry in entries)
     return Sweep(
-        source.name, file_bytes(read(source), source), float_ms, proof.scored.pictures, held.unseen, trials, outputs
+        source.name,
+        file_bytes(read_proto(source), source),
+        float_ms,
+        proof.scored.pictures,
+        held.unseen,
+        trials,
+        outputs,
     )
 
 

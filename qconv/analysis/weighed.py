@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ir.edits import Refused
-from qconv.ir.graph import Node, array, attribute, input_of
-from qconv.ir.layers import Layer, read_layer, scale_inputs, scale_outputs, stored_of
-from qconv.ir.moved import Moves
+from qconv.ir.layers import Layer, read_layer, scale_inputs, scale_outputs, weights_from_rows
+from qconv.ir.metadata import EqualizationRecord
+from qconv.ir.model import Node, attribute, constant_array, input_of
+from qconv.ir.rewriting import EditRefused
 from qconv.results.comparison import HistogramBars, ValueStatistics
 
 BARS = 64
@@ -44,7 +44,7 @@ def weights_of(layer: Node) -> Weights | None:
 
 
 def _behind_dequantizer(node: Node) -> Weights | None:
-    codes, scale, zero = (array(input_of(node, index)) for index in (0, 1, 2))
+    codes, scale, zero = (constant_array(input_of(node, index)) for index in (0, 1, 2))
     if codes is None or scale is None:
         return None
     least = np.zeros_like(scale) if zero is None else zero.astype(np.float32)
@@ -63,19 +63,19 @@ def _behind_dequantizer(node: Node) -> Weights | None:
 
 def _computed(node: Node) -> Weights | None:
     """Cast [-> Sub] -> Mul, as qconv writes weights of layers that run in float."""
-    scale = array(input_of(node, 1)) if node.op_type == "Mul" else None
+    scale = constant_array(input_of(node, 1)) if node.op_type == "Mul" else None
     before = None if scale is None or node.inputs[0] is None else node.inputs[0].producer()
     zero: NDArray[np.float32] | None = np.zeros(1, np.float32)
     if before is not None and before.op_type == "Sub" and before.inputs[0] is not None:
-        zero = array(input_of(before, 1))
+        zero = constant_array(input_of(before, 1))
         before = before.inputs[0].producer()
-    codes = array(before.inputs[0]) if before is not None and before.op_type == "Cast" else None
+    codes = constant_array(before.inputs[0]) if before is not None and before.op_type == "Cast" else None
     if codes is None or zero is None or scale is None:
         return None
     return Weights(codes.astype(np.int32), scale, np.asarray(zero, np.float32))
 
 
-def beside(layer: Node, original: Node | None, moves: Moves) -> ValueStatistics | None:
+def beside(layer: Node, original: Node | None, moves: EqualizationRecord) -> ValueStatistics | None:
     """The float layer's weights, in codes of the quantized one. None where either has none of the kind."""
     weights = weights_of(layer)
     same = original is not None and original.op_type == layer.op_type  # another tool may have given a name anew
@@ -89,21 +89,21 @@ def beside(layer: Node, original: Node | None, moves: Moves) -> ValueStatistics 
     return ValueStatistics(weights.bits, float(low), float(high), clipped, min(1.0, used), bars_of(ideal, low, high))
 
 
-def _as_moved(original: Node, weights: Weights, moves: Moves) -> NDArray[np.floating] | None:
+def _as_moved(original: Node, weights: Weights, moves: EqualizationRecord) -> NDArray[np.floating] | None:
     """The float weights with the scales of their channels, in the shape of the codes."""
     try:
         layer = read_layer(original)
-    except Refused:
+    except EditRefused:
         return None
     layer = _scaled(layer, moves)
-    stored = array(original.inputs[1])
+    stored = constant_array(original.inputs[1])
     if stored is None or stored.size != weights.codes.size:
         return None
     rows = layer.weight.reshape(*layer.weight.shape[:2], -1)
-    return stored_of(original, rows, stored.shape).reshape(weights.codes.shape)
+    return weights_from_rows(original, rows, stored.shape).reshape(weights.codes.shape)
 
 
-def _scaled(layer: Layer, moves: Moves) -> Layer:
+def _scaled(layer: Layer, moves: EqualizationRecord) -> Layer:
     data, nothing = layer.node.inputs[0], np.zeros(1)
     into = None if data is None else moves.scale_of(data.name or "", layer.inputs)
     out = moves.scale_of(layer.node.outputs[0].name or "", layer.outputs)

@@ -18,8 +18,8 @@ import onnx
 from numpy.typing import NDArray
 
 from qconv.audit.explain import dequantizer_of, reason
-from qconv.ir.graph import DataType, Model, Node, array, attribute, input_of
-from qconv.ir.rules import ACTIVATIONS, RULES, Weighted
+from qconv.ir.model import DataType, Model, Node, attribute, constant_array, input_of
+from qconv.ir.operators import CLIPPING_ACTIVATIONS, QUANTIZATION_RULES, WeightedRule
 from qconv.planning.plan import Plan
 from qconv.quantization.saturation import worst_pair
 from qconv.results.quantize import Audit, FloatNode, LayerTime, Saturation
@@ -35,7 +35,7 @@ FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.Tenso
 SHAPE_OPS = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "NonZero"})
 SUFFIX = re.compile(r"(_token_\d+|_nchwc|_nhwc|_pre_q)+$")
 LAYOUT_OPS = frozenset({"Transpose", "Reshape"})
-FUSED_ACTIVATIONS = ACTIVATIONS | {"HardSigmoid", "LeakyRelu", "Sigmoid", "Tanh"}
+FUSED_ACTIVATIONS = CLIPPING_ACTIVATIONS | {"HardSigmoid", "LeakyRelu", "Sigmoid", "Tanh"}
 """What ONNX Runtime makes one node of with the float layer in front of it."""
 PROFILED_RUNS = 5
 
@@ -73,7 +73,7 @@ class _Names:
         for node in nodes:
             before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
             fused = node.op_type in FUSED_ACTIVATIONS
-            if before is not None and fused and isinstance(RULES.get(before.op_type), Weighted):
+            if before is not None and fused and isinstance(QUANTIZATION_RULES.get(before.op_type), WeightedRule):
                 activation_of[node.name or ""] = before.name or ""
         return cls(writers, activation_of, {node.name or "": node for node in nodes})
 
@@ -221,19 +221,22 @@ def saturating(model: Model) -> Iterator[Saturation]:
 
 def _product(node: Node) -> tuple[NDArray[np.int8], int] | None:
     """Weights and their axis of outputs, where uint8 is multiplied with constant int8; None for other nodes."""
-    rule = RULES.get(node.op_type)
-    if isinstance(rule, Weighted) and node.op_type != "ConvTranspose":
+    rule = QUANTIZATION_RULES.get(node.op_type)
+    if isinstance(rule, WeightedRule) and node.op_type != "ConvTranspose":
         data, weight = dequantizer_of(input_of(node, 0)), dequantizer_of(input_of(node, 1))
         kind = None if data is None or data.inputs[0] is None else data.inputs[0].dtype
-        codes = None if weight is None else array(weight.inputs[0])
+        codes = None if weight is None else constant_array(weight.inputs[0])
         axis = 0 if node.op_type == "Gemm" and attribute(node, "transB", 0) else rule.output_axis
     elif node.op_type in WEIGHTS_AT:
         zero, place = WEIGHTS_AT[node.op_type]
-        stored, codes = input_of(node, zero), array(input_of(node, place))
+        stored, codes = input_of(node, zero), constant_array(input_of(node, place))
         kind = None if stored is None else stored.dtype
         axis = 0 if node.op_type == "QLinearConv" or attribute(node, "transB", 0) else 1
     elif node.op_type in SUMS:
-        kind, codes = DataType.UINT8, array(input_of(node, 1))  # behind a DynamicQuantizeLinear there is nothing else
+        kind, codes = (
+            DataType.UINT8,
+            constant_array(input_of(node, 1)),
+        )  # behind a DynamicQuantizeLinear there is nothing else
         axis = 0 if node.op_type == "ConvInteger" else 1
     else:
         return None

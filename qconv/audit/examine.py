@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qconv import save
+from qconv import storage
 from qconv.audit.audit import Known, audit, profiled
 from qconv.config.targets import TARGETS
-from qconv.ir.fileformat import placed_in, recipe_in
-from qconv.ir.graph import Model
-from qconv.ir.load import as_it_is
-from qconv.ir.source import Source, is_quantized, read
+from qconv.ir import files, subgraph
+from qconv.ir.files import Source, is_quantized, read_proto
+from qconv.ir.load import load_unchanged
+from qconv.ir.metadata import read_placed_nodes, read_recipe
+from qconv.ir.model import Model
 from qconv.planning.planner import WISHED
 from qconv.results.quantize import Audit
 from qconv.runtime.benchmark import Cpu, detect_cpu
@@ -72,16 +73,19 @@ def format_of(proto: Any) -> tuple[str, str]:
 
 def examine(source: Source, *, threads: int, batch: int | None, size: Sequence[int] | None) -> Examined:
     """Load, optimize, run and take apart. Raises QconvError for what does not load or run."""
-    proto = read(source)
+    proto = read_proto(source)
     name, meaning = format_of(proto)
-    model = as_it_is(proto, source)
-    with save.runnable(model, ()) as runnable, save.scratch(2 * save.total_bytes(model)) as folder:
+    model = load_unchanged(proto, source)
+    with (
+        subgraph.runnable_with_outputs(model, ()) as runnable,
+        storage.scratch_folder(2 * files.total_weight_bytes(model)) as folder,
+    ):
         optimized = folder / "optimized.onnx"
         session = Session(
             runnable, name=source.name, threads=threads, save_optimized=optimized, profile=folder / "profile"
         )
         times = profiled(session, make_random_inputs(session, batch, size))
-        recipe = recipe_in(model)
+        recipe = read_recipe(model)
         audited = audit(optimized, model, _known(model, recipe), times)
     target = TARGETS.get(str(recipe.get("target")))
     widened = target is not None and target.pairs and recipe.get("saturation_safe") is not False
@@ -90,7 +94,7 @@ def examine(source: Source, *, threads: int, batch: int | None, size: Sequence[i
 
 def _known(model: Model, recipe: Mapping[str, Any]) -> Known:
     """What qconv had decided when it wrote the file; nothing for others."""
-    placed = placed_in(model)
+    placed = read_placed_nodes(model)
     how = "as measured by --tune-latency" if recipe.get("tune_latency") else "by qconv's cost table"
     kept = dict.fromkeys(placed, f"faster in float, {how}")
     for node in model.nodes():

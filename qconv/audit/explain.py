@@ -13,8 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ir.graph import DataType, Node, Value, array, attribute, clip_bounds, input_of
-from qconv.ir.rules import ACTIVATIONS, RULES, OnCodes, Transparent, Weighted
+from qconv.ir.model import DataType, Node, Value, attribute, clip_bounds, constant_array, input_of
+from qconv.ir.operators import (
+    CLIPPING_ACTIVATIONS,
+    QUANTIZATION_RULES,
+    IntegerDomainRule,
+    TransparentRule,
+    WeightedRule,
+)
 from qconv.planning.plan import data_positions
 
 CODES = frozenset({DataType.UINT8, DataType.INT8})
@@ -47,7 +53,7 @@ def reason(node: Node) -> Reason:
 
 
 def _no_kernel(node: Node) -> Reason | None:
-    if node.op_type in RULES and node.op_type != "ConvTranspose" and node.domain in ("", "ai.onnx"):
+    if node.op_type in QUANTIZATION_RULES and node.op_type != "ConvTranspose" and node.domain in ("", "ai.onnx"):
         return None
     if node.op_type in KERNELS_OF_THEIR_OWN:
         return None
@@ -55,16 +61,16 @@ def _no_kernel(node: Node) -> Reason | None:
 
 
 def _float_inputs(node: Node) -> Reason | None:
-    rule = RULES.get(node.op_type)
+    rule = QUANTIZATION_RULES.get(node.op_type)
     positions = list(data_positions(node, rule)) if rule is not None else list(range(len(node.inputs)))
-    if isinstance(rule, Weighted):
+    if isinstance(rule, WeightedRule):
         positions = [0, 1]
     for index in positions:
         value = input_of(node, index)
         if value is None or dequantizer_of(value) is not None or (index == 1 and _weight_dequantizer(node) is not None):
             continue
-        if array(value) is not None:
-            what = "weights are" if isinstance(rule, Weighted) else f"constant {value.name} is"
+        if constant_array(value) is not None:
+            what = "weights are" if isinstance(rule, WeightedRule) else f"constant {value.name} is"
             return Reason("float-constant", f"its {what} float", "store them as codes behind a DequantizeLinear")
         writer = value.producer()
         source = f"written in float by {writer.name}" if writer is not None else "an input of the model that is float"
@@ -85,8 +91,8 @@ def _types(node: Node) -> Reason | None:
 def _channel_scales(node: Node) -> Reason | None:
     """A scale for each channel, of what it reads or of what becomes of its result; through a copy or a limit."""
     made = [_before_copy(value) for value in node.inputs if value is not None and value.producer() is not node]
-    rule = RULES.get(node.op_type)
-    read = made[:1] if isinstance(rule, Weighted) else made
+    rule = QUANTIZATION_RULES.get(node.op_type)
+    read = made[:1] if isinstance(rule, WeightedRule) else made
     behind = [use.node for use in node.outputs[0].uses()] if node.outputs else []
     behind += [use.node for limit in behind if limit.op_type == "Min" for use in limit.outputs[0].uses()]
     ends = [*read, *(end for end in behind if end.op_type == "QuantizeLinear")]
@@ -105,7 +111,7 @@ def _before_copy(value: Value) -> Node | None:
 
 
 def _weights(node: Node) -> Reason | None:
-    if not isinstance(RULES.get(node.op_type), Weighted):
+    if not isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule):
         return None
     made = _weight_dequantizer(node)
     if made is None:
@@ -141,7 +147,7 @@ def _output(node: Node) -> Reason | None:
     (reader,) = readers or (None,)
     if reader is None or reader.op_type == "QuantizeLinear":
         return None
-    if reader.op_type in ACTIVATIONS:
+    if reader.op_type in CLIPPING_ACTIVATIONS:
         return _activation(reader)
     return Reason("no-quantizer", f"its output goes to {reader.name} without a quantizer", "quantize it")
 
@@ -152,7 +158,7 @@ def _activation(node: Node) -> Reason | None:
     bounds = clip_bounds(node)
     if quantizer is None or bounds is None:
         return Reason("no-quantizer", f"its output goes through {node.name} without a quantizer behind", "quantize it")
-    scale, zero = _scale(quantizer), array(input_of(quantizer, 2))
+    scale, zero = _scale(quantizer), constant_array(input_of(quantizer, 2))
     if scale.size != 1 or zero is None or zero.size != 1:
         return None
     least, most = np.iinfo(zero.dtype).min, np.iinfo(zero.dtype).max
@@ -168,17 +174,17 @@ def _activation(node: Node) -> Reason | None:
 
 
 def _same_parameters(node: Node) -> Reason | None:
-    rule = RULES.get(node.op_type)
+    rule = QUANTIZATION_RULES.get(node.op_type)
     before = dequantizer_of(input_of(node, 0))
     after = next((use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"), None)
     if before is None or after is None:
         return None
-    kinds = [array(input_of(end, 2)) for end in (before, after)]
+    kinds = [constant_array(input_of(end, 2)) for end in (before, after)]
     if any(kind is None for kind in kinds):
         return Reason("no-zero-point", "a quantizer beside it has no zero point", "write the zero point, 0 as well")
     if kinds[0] is not None and kinds[1] is not None and kinds[0].dtype != kinds[1].dtype:
         return Reason("types", f"it reads {kinds[0].dtype} and writes {kinds[1].dtype}", "use one type for both")
-    if isinstance(rule, Transparent | OnCodes):
+    if isinstance(rule, TransparentRule | IntegerDomainRule):
         pairs = [(_number(input_of(before, i)), _number(input_of(after, i))) for i in (1, 2)]
         if not all(np.array_equal(one, other) for one, other in pairs):
             why = "scale or zero point differ before and behind it"
@@ -240,5 +246,5 @@ def _scale(node: Node) -> NDArray[np.float32]:
 
 
 def _number(value: Value | None) -> NDArray[np.float32]:
-    found = array(value)
+    found = constant_array(value)
     return np.zeros(0, np.float32) if found is None else np.asarray(found, np.float32)

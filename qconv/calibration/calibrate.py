@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import save
 from qconv.calibration.sketch import NOTHING, Sketch, Sketcher, View, Want, stride_for, upper_halves
 from qconv.errors import QconvError
-from qconv.ir.graph import Model
+from qconv.ir import subgraph
+from qconv.ir.model import Model
 from qconv.runtime.session import Session
 from qconv.storage import prefetch
 
@@ -51,7 +51,7 @@ class Tap:
         """What the network returns for it."""
         if not self.pooled:
             return (self.name,)
-        return save.pooled_names(self.name)[: 3 if self._samples else 2]
+        return subgraph.pooled_output_names(self.name)[: 3 if self._samples else 2]
 
     @cached_property
     def _samples(self) -> bool:
@@ -66,9 +66,9 @@ class Tap:
         return bool(self.want & (Want.CHANNELS | Want.COLUMNS))
 
     @property
-    def pooling(self) -> save.Pooling | None:
+    def pooling(self) -> subgraph.ChannelPooling | None:
         """What the network is to compute for it."""
-        return save.Pooling(self.name, self.stride if self._samples else None) if self.pooled else None
+        return subgraph.ChannelPooling(self.name, self.stride if self._samples else None) if self.pooled else None
 
     def view(self, seen: list[NDArray[Any]]) -> View:
         """What a sketch needs of one picture's outputs, (1, ...) each."""
@@ -222,7 +222,7 @@ def tapped(model: Model, taps: Iterable[Tap]) -> Iterator[str | bytes]:
     """The model as ONNX Runtime takes it, which returns what `watch` wants to see."""
     taps = list(taps)
     pools = [tap.pooling for tap in taps if tap.pooling is not None]
-    with save.runnable(model, [tap.name for tap in taps if not tap.pooled], pools) as runnable:
+    with subgraph.runnable_with_outputs(model, [tap.name for tap in taps if not tap.pooled], pools) as runnable:
         yield runnable
 
 

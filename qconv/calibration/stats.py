@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import save
+from qconv import storage
 from qconv.calibration.exact import LIMBS, ExactSum
 from qconv.calibration.sketch import Sketch
 from qconv.config.preprocessing import Color, Layout, Preprocessing, ResizeFilter
 from qconv.errors import QconvError, format_count
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 
 SCHEMA = 1
 NO_DATE = (1980, 1, 1, 0, 0, 0)
@@ -207,7 +207,7 @@ def read_file(path: str | Path) -> Statistics:
 
 def write_file(statistics: Statistics, out: Path) -> None:
     """Write the whole file, or nothing. Raises QconvError."""
-    save.write_whole(out, to_bytes(statistics))
+    storage.write_atomically(out, to_bytes(statistics))
 
 
 def merged(paths: Sequence[str]) -> tuple[Statistics, int]:

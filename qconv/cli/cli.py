@@ -31,7 +31,7 @@ from qconv.errors import QconvError, format_count
 from qconv.signals import exit_at_once_on_signals, raise_exit_on_signals
 
 if TYPE_CHECKING:
-    from qconv.ir.source import Source
+    from qconv.ir.files import Source
     from qconv.results.quantize import Report
     from qconv.results.sample_curve import SampleCurve
 
@@ -67,7 +67,7 @@ def quantize(
     _require_streams(model, output, as_json)
     if csv == "-" and output == "-":
         raise click.UsageError("'-o -' and '--csv -' both go to standard output: name a file.")
-    from qconv.ir.source import source_of
+    from qconv.ir.files import source_of
     from qconv.report import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
 
     source = source_of(model)
@@ -169,7 +169,7 @@ def study_samples(
     wanted.check(*files, written={"the chart": output})
     _require_streams(model, None, as_json)
     from qconv.analysis import study
-    from qconv.ir.source import source_of
+    from qconv.ir.files import source_of
     from qconv.pipeline import pipeline
     from qconv.report import summary
 
@@ -193,16 +193,16 @@ def study_samples(
 
 
 def _write_chart(curve: SampleCurve, out: Path) -> None:
-    from qconv import save
+    from qconv import storage
 
     if out.suffix.lower() == ".html":
         from qconv.report import page
 
-        save.write_whole(out, page.page(curve).encode())
+        storage.write_atomically(out, page.page(curve).encode())
         return
     from qconv.report import chart, plot
 
-    save.write_whole(out, plot.png(chart.draw(curve)))
+    storage.write_atomically(out, plot.png(chart.draw(curve)))
 
 
 @cli.command("merge-stats", context_settings=WIDTH)
@@ -258,11 +258,11 @@ def _require_streams(model: str, output: str | None, as_json: bool) -> None:
 def _require_apart(read: str | None, *written: str | None) -> None:
     """The pipeline knows what a file of bits says, but not where it lies."""
     if read is not None:
-        from qconv.save import refuse_what_is_read
+        from qconv.storage import refuse_overwriting_inputs
 
         for name in written:
             if name is not None:
-                refuse_what_is_read(Path(name), [read])
+                refuse_overwriting_inputs(Path(name), [read])
 
 
 def _run(source: Source, output: str, recipe: Recipe, console: Any, page: Path | None) -> tuple[Report, bytes | None]:
@@ -274,13 +274,13 @@ def _run(source: Source, output: str, recipe: Recipe, console: Any, page: Path |
     try:
         report, data = pipeline.quantize(source, None if output == "-" else output, recipe, listener)
         if page is not None:
-            from qconv import save
-            from qconv.ir.source import Source
+            from qconv import storage
+            from qconv.ir.files import Source
             from qconv.report import html, pages
 
             written = Source("the quantized model", None if data is not None else Path(output), data)
             found = pages.of_quantize(report, source, written, recipe, typed(), console.progress)
-            save.write_whole(page, html.render(found))
+            storage.write_atomically(page, html.render(found))
         return report, data
     finally:
         console.close()

@@ -146,7 +146,7 @@ def finetune(
     files = [Path(name) for name in (quant, teacher, classes, images) if name is not None]
     wanted.check(*files, written={"the output": str(out)})
     require_torch("qconv finetune")
-    from qconv.ir.source import source_of
+    from qconv.ir.files import source_of
     from qconv.report import summary
     from qconv.training import finetune as training
     from qconv.training import options as training_options

@@ -82,7 +82,7 @@ def compare(
         preprocessing=preprocessing_of(options),
     )
     from qconv.analysis import beside
-    from qconv.ir.source import source_of
+    from qconv.ir.files import source_of
     from qconv.report import printing, summary
 
     sources = source_of(float_model), source_of(model)
@@ -100,10 +100,10 @@ def compare(
     finally:
         console.close()
     if place is not None:
-        from qconv import save
+        from qconv import storage
         from qconv.report import html, pages
 
-        save.write_whole(place, html.render(pages.of_compare(seen, *sources, typed(), told)))
+        storage.write_atomically(place, html.render(pages.of_compare(seen, *sources, typed(), told)))
     found = seen.compared
     rows = [row.as_dict() for row in found.worst_first]
     wanted.put(found.as_dict(), rows, lambda: printing.comparison(found, verbose=verbose))
@@ -147,7 +147,7 @@ def diagnose(
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*map(Path, filter(None, (model, *options["calib"], *images, options["layer_bits"]))))
     from qconv.analysis import diagnose as clinic
-    from qconv.ir.source import source_of
+    from qconv.ir.files import source_of
     from qconv.pipeline import pipeline
     from qconv.report import laddered, summary
 
@@ -162,10 +162,10 @@ def diagnose(
         console.close()
     found = seen.diagnosis
     if place is not None:
-        from qconv import save
+        from qconv import storage
         from qconv.report import html, pages
 
-        save.write_whole(place, html.render(pages.of_diagnosis(found, seen.looked, typed())))
+        storage.write_atomically(place, html.render(pages.of_diagnosis(found, seen.looked, typed())))
     rows = [trial.as_dict() for trial in found.trials]
     wanted.put(found.as_dict(), rows, lambda: laddered.diagnosis(found, verbose=verbose))
     return 0

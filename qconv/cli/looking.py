@@ -61,7 +61,7 @@ def audit(
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*_files(model))
     from qconv.audit import examine
-    from qconv.ir.source import source_of
+    from qconv.ir.files import source_of
     from qconv.report import printing
 
     raise_exit_on_signals()
@@ -91,13 +91,13 @@ def inspect(model: str, csv: str | None, target: str, as_json: bool, quiet: bool
     if model == "-" and sys.stdin is None:
         raise QconvError("Standard input is closed.", "pipe the model into it, or name its file.")
     from qconv.analysis import inspect_float, inspect_quantized
-    from qconv.ir.source import data_files, read, source_of
+    from qconv.ir.files import external_data_files, read_proto, source_of
     from qconv.report import inspected
 
     source = source_of(model)
     raise_exit_on_signals()
-    proto = read(source)
-    wanted.check(*data_files(proto, source))
+    proto = read_proto(source)
+    wanted.check(*external_data_files(proto, source))
     found: Any
     text: Callable[..., str]
     if inspect_quantized.holds_codes(proto):
@@ -232,13 +232,13 @@ def evaluate(
     wanted = Wanted(as_json, quiet, csv)
     files = [Path(name) for name in (model, against, classes, images) if name not in (None, "-")]
     wanted.check(*files, written={"the predictions": save_predictions})
-    from qconv import save
+    from qconv import storage
     from qconv.analysis import evaluate as measuring
-    from qconv.ir.source import source_of
+    from qconv.ir.files import source_of
     from qconv.report import printing, summary
 
     if out is not None:
-        save.check_place(out)
+        storage.check_output_path(out)
     console = summary.Console(quiet=quiet)
     raise_exit_on_signals()
     wishes = measuring.Wishes(
@@ -254,6 +254,8 @@ def evaluate(
         console.close()
     if out is not None:
         assert found.predictions is not None
-        save.write_whole(out, found.predictions.as_npz() if wishes.table == ".npz" else found.predictions.as_csv())
+        storage.write_atomically(
+            out, found.predictions.as_npz() if wishes.table == ".npz" else found.predictions.as_csv()
+        )
     wanted.put(found.as_dict(), found.rows(), lambda: printing.evaluation(found, verbose=verbose))
     return 0

@@ -17,7 +17,7 @@ from qconv.cli.options import require_output
 from qconv.errors import QconvError
 
 if TYPE_CHECKING:
-    from qconv.ir.source import Source
+    from qconv.ir.files import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ class Wanted:
             raise click.UsageError("--json and '--csv -' both go to standard output: name a file.")
         require_output(self.as_json or self.csv == "-")
         if self.csv not in (None, "-"):
-            from qconv import save
+            from qconv import storage
 
-            save.check_place(Path(self.csv))
-            save.refuse_what_is_read(Path(self.csv), read)
+            storage.check_output_path(Path(self.csv))
+            storage.refuse_overwriting_inputs(Path(self.csv), read)
             _require_apart(Path(self.csv), "the table", written or {})
 
     def put(self, found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], text: Callable[[], str]) -> None:
@@ -55,13 +55,13 @@ class Wanted:
 
     def put_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The table alone, where one is wanted."""
-        from qconv import save
+        from qconv import storage
         from qconv.cli.tables import csv_of
 
         if self.csv == "-":
             print(csv_of(rows), end="")
         elif self.csv is not None:
-            save.write_whole(Path(self.csv), csv_of(rows).encode())
+            storage.write_atomically(Path(self.csv), csv_of(rows).encode())
 
 
 def check_report(
@@ -75,18 +75,23 @@ def check_report(
         return None
     if report in ("", "-"):
         raise click.UsageError("--report needs the name of a file.")
-    from qconv import save
-    from qconv.ir import source
+    from qconv import storage
+    from qconv.ir import files as ir_files
     from qconv.report import html
 
     html.require()
     place = Path(report)
-    save.check_place(place)
+    storage.check_output_path(place)
     _require_apart(place, "the report", written)
     if place.is_file():
         own = [model for model in models if model.path is not None]
-        files = [file for model in own for file in (model.path, *source.data_files(source.read(model), model)) if file]
-        save.refuse_what_is_read(place, [*files, *(name for name in read if name)])
+        files = [
+            file
+            for model in own
+            for file in (model.path, *ir_files.external_data_files(ir_files.read_proto(model), model))
+            if file
+        ]
+        storage.refuse_overwriting_inputs(place, [*files, *(name for name in read if name)])
     return place
 
 

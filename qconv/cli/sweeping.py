@@ -86,7 +86,7 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     read = [*options["calib"], options["layer_bits"], str(file)]
     flags.wanted.check(Path(model), *map(Path, filter(None, read)), written=outputs)
     from qconv.analysis.sweep import sweep as carried_out
-    from qconv.ir.source import source_of
+    from qconv.ir.files import source_of
     from qconv.pipeline import pipeline
     from qconv.report import laddered, summary
 
@@ -105,10 +105,10 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     finally:
         console.close()
     if page is not None:
-        from qconv import save
+        from qconv import storage
         from qconv.report import html, pages
 
-        save.write_whole(page, html.render(pages.of_sweep(found, typed(), told)))
+        storage.write_atomically(page, html.render(pages.of_sweep(found, typed(), told)))
     told_as = found.as_dict()
     flags.wanted.put(told_as, told_as["recipes"], lambda: laddered.sweep(found, verbose=flags.verbose))
     return 1 if any(trial.failed for trial in found.trials) else 0

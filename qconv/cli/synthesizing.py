@@ -106,7 +106,7 @@ def synthesize(
         if path not in (None, "-"):
             refuse_path_inside(Path(output), Path(path), what)
     require_torch("qconv synthesize")
-    from qconv.ir.source import source_of
+    from qconv.ir.files import source_of
     from qconv.report import summary
     from qconv.training import options as training_options
     from qconv.training import synthesize as story
@@ -123,10 +123,10 @@ def synthesize(
     finally:
         console.close()
     if page is not None:
-        from qconv import save
+        from qconv import storage
         from qconv.report import html, portfolio
 
-        save.write_whole(page, html.render(portfolio.of_synthesis(made, typed())))
+        storage.write_atomically(page, html.render(portfolio.of_synthesis(made, typed())))
     found = made.found
     rows = [layer.as_dict() for layer in found.layers]
     wanted.put(found.as_dict(), rows, lambda: _text(found, verbose=verbose))

@@ -24,7 +24,7 @@ from qconv.data.candidates import Candidate, Field
 from qconv.data.evidence import Fact, fact_of, references
 from qconv.data.race import Race
 from qconv.errors import QconvError
-from qconv.ir.graph import Model
+from qconv.ir.model import Model
 from qconv.runtime.session import Session
 
 if TYPE_CHECKING:

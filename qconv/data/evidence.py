@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
-from qconv.ir.graph import Model, Node, Value, array, attribute, dims, input_of, rank
+from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of, rank
 
 MOST_REFERENCES = 3
 """BatchNorms that are compared: the first ones know most about pixels, and are soon reached."""
@@ -225,7 +225,7 @@ def _step(node: Node, value: Value, axis: int) -> tuple[NDArray[np.float64], NDA
 
 def _a_channel(value: Value | None, axis: int, axes: int) -> NDArray[np.float64] | None:
     """A constant as (1,) or (C,) if it has no more than one number a channel."""
-    numbers = array(value)
+    numbers = constant_array(value)
     if numbers is None or numbers.dtype.kind not in "fiu":
         return None
     shape = (1,) * (axes - numbers.ndim) + numbers.shape
@@ -264,7 +264,7 @@ def _stored(model: Model) -> Iterator[Reference]:
 
 def stored_statistics(node: Node) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """Running mean and variance of a BatchNormalization, (C,) both; None where they are no finite constants."""
-    mean, var = (array(input_of(node, index)) for index in (3, 4))
+    mean, var = (constant_array(input_of(node, index)) for index in (3, 4))
     if mean is None or var is None or not np.isfinite(mean).all() or not np.isfinite(var).all() or var.min() < 0:
         return None
     return mean.reshape(-1).astype(np.float64), var.reshape(-1).astype(np.float64)
@@ -278,7 +278,7 @@ def is_measured(mean: NDArray[np.float64], var: NDArray[np.float64]) -> bool:
 def _guessed(model: Model) -> Iterator[Reference]:
     """Folding has left a BatchNorm's gain and shift in the layer: on average near 1 and 0."""
     for node in model.nodes():
-        weight = array(input_of(node, 1))
+        weight = constant_array(input_of(node, 1))
         if node.op_type not in WEIGHTED or weight is None or not node.outputs[0].name:
             continue
         sizes = dims(node.outputs[0])

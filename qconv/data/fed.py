@@ -21,7 +21,7 @@ from qconv.data.evidence import fact_of, told_by, told_of_float
 from qconv.data.feed import DECODERS, Feed
 from qconv.errors import QconvError
 from qconv.ir import load
-from qconv.ir.source import Source, is_quantized, metadata, original, read
+from qconv.ir.files import Source, is_quantized, metadata_of, open_original, read_proto
 from qconv.runtime.session import Session
 
 Outputs = list[NDArray[Any]]
@@ -92,9 +92,9 @@ def _opened(
 
     hint: how the other model is fed, where this one should be fed alike.
     """
-    proto = read(source)
-    session = original(source, recipe)
-    carried, said = metadata(proto), recipe.preprocessing
+    proto = read_proto(source)
+    session = open_original(source, recipe)
+    carried, said = metadata_of(proto), recipe.preprocessing
     told, why = told_by(carried), "the file's metadata"
     if told is not None and told != told_of_float(carried):  # it takes pixels: all else is for the float model
         said = replace(said, preset=None, scale=None, mean=None, std=None, color=None, layout=None)
@@ -111,7 +111,7 @@ def _opened(
     if feed.preprocessing is None or said.preset != AUTO:
         return Fed(session, _checked(feed), _words(feed))
     if is_quantized(proto):
-        if fact_of(load.as_it_is(proto, source), feed.inputs[0].dtype, feed.preprocessing.layout) is None:
+        if fact_of(load.load_unchanged(proto, source), feed.inputs[0].dtype, feed.preprocessing.layout) is None:
             warn(
                 f"how {source.name} was fed in training is not known, as a quantized file does not tell; it gets "
                 f"{feed.preprocessing.preset}: --preprocess settles it, or --against with the float model."
@@ -144,8 +144,8 @@ def _opened_both(
 ) -> tuple[Fed, Fed | None]:
     if against is None:
         return _opened(source, recipe, warn), None
-    proto = read(source)
-    carried = told_of_float(metadata(proto))
+    proto = read_proto(source)
+    carried = told_of_float(metadata_of(proto))
     other = _opened(against, recipe, warn, carried)
     hint = None
     if carried is None and is_quantized(proto) and other.feed.preprocessing is not None:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import save
 from qconv.config.preprocessing import Preprocessing
 from qconv.data import images
 from qconv.data.candidates import Candidate, inverted
@@ -27,7 +26,8 @@ from qconv.data.evidence import Reference
 from qconv.data.fit import peaks, sureness
 from qconv.data.preprocess import InputSpec
 from qconv.errors import QconvError
-from qconv.ir.graph import Model
+from qconv.ir import subgraph
+from qconv.ir.model import Model
 from qconv.runtime.session import Session
 
 SHARPNESS = 5.0
@@ -138,7 +138,7 @@ class Race:
         self.other = self._something_else(session, best, pixels) if self.stored else best.fit
 
     def _first_layers(self) -> Session | None:
-        part = save.moments_of(self.model, [reference.name for reference in self.known])
+        part = subgraph.build_moments_model(self.model, [reference.name for reference in self.known])
         return None if part is None else Session(part, name="the first layers", threads=self.threads)
 
     def _something_else(self, session: Session, best: Candidate, pixels: list[NDArray[np.uint8]]) -> float:

@@ -21,22 +21,29 @@ from typing import Any
 
 import numpy as np
 
-from qconv.ir.affine import data_of, read_affine
-from qconv.ir.channels import check_reduces_places, padded, positions, sliced
-from qconv.ir.edits import Refused, called, kind, source
-from qconv.ir.graph import Model, Node, Value, array, attribute, clip_bounds, rank
-from qconv.ir.layers import INPUTS_FIRST, has_means, note_means, read_layer
-from qconv.ir.normal import Normal
+from qconv.ir.channel_stats import ChannelDistribution
+from qconv.ir.layers import INPUTS_FIRST, affine_data_input, has_input_means, read_affine, read_layer, set_input_means
+from qconv.ir.model import Model, Node, Value, attribute, clip_bounds, constant_array, rank
+from qconv.ir.rewriting import (
+    EditRefused,
+    check_reduces_spatial_axes,
+    data_input,
+    describe_node,
+    features_per_channel,
+    padded_channels,
+    sliced_channels,
+    standard_op_type,
+)
 
 
 def note_expected(model: Model) -> None:
     """Give every layer of a model that is not folded yet its note. Layers that have one keep it."""
     walk = Follower(model)
     for node in model.nodes():
-        if kind(node) in INPUTS_FIRST:
-            if not has_means(node):
+        if standard_op_type(node) in INPUTS_FIRST:
+            if not has_input_means(node):
                 walk.note(node)
-            walk.forget(node, f"no BatchNormalization follows {called(node)}")
+            walk.forget(node, f"no BatchNormalization follows {describe_node(node)}")
         else:
             walk.visit(node)
 
@@ -46,31 +53,31 @@ class Follower:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.known: dict[Value, Normal | str] = {}
+        self.known: dict[Value, ChannelDistribution | str] = {}
         self.rules: Mapping[str, Rule] = RULES
 
     def note(self, node: Node) -> None:
         """Tell a layer what it reads."""
         try:
-            found, layer = self.read(source(node)), read_layer(node)
-            if kind(node) == "MatMul" and rank(source(node)) != 2:
-                raise Refused(f"{called(node)} has its channels along another axis")
+            found, layer = self.read(data_input(node)), read_layer(node)
+            if standard_op_type(node) == "MatMul" and rank(data_input(node)) != 2:
+                raise EditRefused(f"{describe_node(node)} has its channels along another axis")
             if found.mean.size != layer.inputs:
-                raise Refused(f"{called(node)} has another number of inputs than its data has channels")
-        except Refused as reason:
-            note_means(node, str(reason))
+                raise EditRefused(f"{describe_node(node)} has another number of inputs than its data has channels")
+        except EditRefused as reason:
+            set_input_means(node, str(reason))
         else:
-            note_means(node, found.mean)
+            set_input_means(node, found.mean)
 
     def visit(self, node: Node) -> None:
         """Find out about the output of anything but a layer."""
-        rule = self.rules.get(kind(node))
+        rule = self.rules.get(standard_op_type(node))
         if rule is None:
-            self.forget(node, f"the mean behind {called(node)} does not follow from BatchNormalization")
+            self.forget(node, f"the mean behind {describe_node(node)} does not follow from BatchNormalization")
             return
         try:
             found = rule(self, node)
-        except Refused as reason:
+        except EditRefused as reason:
             self.forget(node, str(reason))
         else:
             self.known[node.outputs[0]] = found
@@ -79,99 +86,99 @@ class Follower:
         """Nothing is known of what a node writes."""
         self.known.update(dict.fromkeys(node.outputs, why))
 
-    def read(self, value: Value) -> Normal:
+    def read(self, value: Value) -> ChannelDistribution:
         """What is known of a tensor. Raises Refused."""
         found = self.known.get(value, "no BatchNormalization follows the network's input")
         if isinstance(found, str):
-            raise Refused(found)
+            raise EditRefused(found)
         return found
 
     # -- what operators do -----------------------------------------------------------------------------------------
 
-    def same(self, node: Node) -> Normal:
+    def same(self, node: Node) -> ChannelDistribution:
         """Nothing."""
-        return self.read(source(node))
+        return self.read(data_input(node))
 
-    def normalised(self, node: Node) -> Normal:
+    def normalised(self, node: Node) -> ChannelDistribution:
         """Whatever comes in."""
-        affine = read_affine(node, rank(source(node)))
-        mean, var = (array(node.inputs[index]) for index in (3, 4))
+        affine = read_affine(node, rank(data_input(node)))
+        mean, var = (constant_array(node.inputs[index]) for index in (3, 4))
         assert mean is not None
         assert var is not None
-        seen = Normal(mean.astype(np.float64), np.sqrt(np.maximum(var.astype(np.float64), 0.0)))
+        seen = ChannelDistribution(mean.astype(np.float64), np.sqrt(np.maximum(var.astype(np.float64), 0.0)))
         return seen.scaled(affine.gain, affine.shift)
 
-    def clip(self, node: Node) -> Normal:
+    def clip(self, node: Node) -> ChannelDistribution:
         """Of a normal variable alone."""
-        found, bounds = self.read(source(node)), clip_bounds(node)
+        found, bounds = self.read(data_input(node)), clip_bounds(node)
         if bounds is None:
-            raise Refused(f"the bounds of {called(node)} are computed or crossed")
+            raise EditRefused(f"the bounds of {describe_node(node)} are computed or crossed")
         if found.cut:
-            raise Refused(f"{called(node)} cuts off what is not normal")
+            raise EditRefused(f"{describe_node(node)} cuts off what is not normal")
         return found.clipped(*bounds)
 
-    def scale(self, node: Node) -> Normal:
+    def scale(self, node: Node) -> ChannelDistribution:
         """A constant scale or shift by channel; of two tensors only the sum or the difference."""
-        data = data_of(node)
+        data = affine_data_input(node)
         if data is None:
             return self.sum(node)
         affine, found = read_affine(node, rank(data)), self.read(data)
         if not {affine.gain.size, affine.shift.size} <= {1, found.mean.size}:
-            raise Refused(f"{called(node)} makes more channels")
+            raise EditRefused(f"{describe_node(node)} makes more channels")
         return found.scaled(affine.gain, affine.shift)
 
-    def sum(self, node: Node) -> Normal:
+    def sum(self, node: Node) -> ChannelDistribution:
         """Of several tensors."""
-        if kind(node) not in ("Add", "Sub", "Sum"):
-            raise Refused(f"the mean behind {called(node)} of two tensors does not follow from theirs")
+        if standard_op_type(node) not in ("Add", "Sub", "Sum"):
+            raise EditRefused(f"the mean behind {describe_node(node)} of two tensors does not follow from theirs")
         total, *others = self._side_by_side(node)
-        sign = np.full(1, -1.0 if kind(node) == "Sub" else 1.0)
+        sign = np.full(1, -1.0 if standard_op_type(node) == "Sub" else 1.0)
         for other in others:
             if other.mean.size != total.mean.size:
-                raise Refused(f"{called(node)} takes tensors of different channels")
+                raise EditRefused(f"{describe_node(node)} takes tensors of different channels")
             total = total.plus(other.scaled(sign, np.zeros(1)))
         return total
 
-    def concat(self, node: Node) -> Normal:
+    def concat(self, node: Node) -> ChannelDistribution:
         """Along channels."""
         parts = self._side_by_side(node)
-        if attribute(node, "axis") % (rank(source(node)) or 1) != 1:
-            raise Refused(f"{called(node)} joins places")
-        return Normal.joined(parts)
+        if attribute(node, "axis") % (rank(data_input(node)) or 1) != 1:
+            raise EditRefused(f"{describe_node(node)} joins places")
+        return ChannelDistribution.joined(parts)
 
-    def mean_of_places(self, node: Node) -> Normal:
+    def mean_of_places(self, node: Node) -> ChannelDistribution:
         """Pools, unless they count padding in."""
-        if kind(node) == "ReduceMean":
-            check_reduces_places(node)
+        if standard_op_type(node) == "ReduceMean":
+            check_reduces_spatial_axes(node)
         padding = any(attribute(node, "pads", [])) or attribute(node, "auto_pad", "NOTSET").startswith("SAME")
         if padding and attribute(node, "count_include_pad", 0):
-            raise Refused(f"{called(node)} counts padding in")
-        return self.read(source(node)).averaged()
+            raise EditRefused(f"{describe_node(node)} counts padding in")
+        return self.read(data_input(node)).averaged()
 
-    def slice(self, node: Node) -> Normal:
+    def slice(self, node: Node) -> ChannelDistribution:
         """Some channels, or some places."""
-        found = self.read(source(node))
-        return found.of(sliced(node, found.mean.size))
+        found = self.read(data_input(node))
+        return found.of(sliced_channels(node, found.mean.size))
 
-    def pad(self, node: Node) -> Normal:
+    def pad(self, node: Node) -> ChannelDistribution:
         """Channels of zeros are known to be zero."""
-        sides = [Normal(np.zeros(count), np.zeros(count)) for count in padded(node)]
-        return Normal.joined([sides[0], self.read(source(node)), sides[1]])
+        sides = [ChannelDistribution(np.zeros(count), np.zeros(count)) for count in padded_channels(node)]
+        return ChannelDistribution.joined([sides[0], self.read(data_input(node)), sides[1]])
 
-    def flatten(self, node: Node) -> Normal:
+    def flatten(self, node: Node) -> ChannelDistribution:
         """(N, C, H, W) to (N, C * H * W)."""
-        found = self.read(source(node))
-        return found.of(np.repeat(np.arange(found.mean.size), positions(self.model, node)))
+        found = self.read(data_input(node))
+        return found.of(np.repeat(np.arange(found.mean.size), features_per_channel(self.model, node)))
 
-    def _side_by_side(self, node: Node) -> list[Normal]:
+    def _side_by_side(self, node: Node) -> list[ChannelDistribution]:
         """What is known of all inputs, channels along axis 1 of each."""
         values = [value for value in node.inputs if value is not None]
         if len({rank(value) for value in values}) > 1 or (rank(values[0]) or 0) < 2:
-            raise Refused(f"{called(node)} takes tensors of different rank")
+            raise EditRefused(f"{describe_node(node)} takes tensors of different rank")
         return [self.read(value) for value in values]
 
 
-Rule = Callable[[Any, Node], Normal]
+Rule = Callable[[Any, Node], ChannelDistribution]
 RULES: dict[str, Rule] = {
     "BatchNormalization": Follower.normalised,
     **dict.fromkeys(("Identity", "Dropout"), Follower.same),

@@ -28,7 +28,7 @@ from qconv.data.feed import Batch, Feed
 from qconv.data.listing import Listing
 from qconv.data.preprocess import InputSpec, resolve
 from qconv.errors import QconvError
-from qconv.ir.normal import Normal
+from qconv.ir.channel_stats import ChannelDistribution
 from qconv.runtime.session import Session
 
 Pixels = NDArray[np.uint8]
@@ -104,14 +104,14 @@ def _noise(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float6
     return np.asarray(found / max(float(found.std()), TINY))
 
 
-def pixels(channels: int) -> Normal:
+def pixels(channels: int) -> ChannelDistribution:
     """What is known of the pixels of any picture, by channel in RGB, or in grey."""
     mean = MEAN if channels == 3 else np.full(channels, MEAN.mean())
     std = np.sqrt((DIRECTIONS**2) @ (DEVIATIONS**2)) if channels == 3 else np.full(channels, DEVIATIONS[0] / np.sqrt(3))
-    return Normal(mean, std, True, np.zeros(channels), np.full(channels, 255.0))
+    return ChannelDistribution(mean, std, True, np.zeros(channels), np.full(channels, 255.0))
 
 
-def read_by(prep: Preprocessing) -> Normal:
+def read_by(prep: Preprocessing) -> ChannelDistribution:
     """What a network reads that is fed like that, channel by channel in its own order."""
     found = pixels(prep.channels)
     if prep.color is Color.BGR:

@@ -14,8 +14,8 @@ from qconv.calibration.exact import ExactSum
 from qconv.calibration.reach import Channels
 from qconv.calibration.sketch import MOST_COLUMNS, Sketch, histogram_codes, places
 from qconv.data_free.told import reach
-from qconv.ir.graph import Value, clip_bounds
-from qconv.ir.normal import Normal, quantiles
+from qconv.ir.channel_stats import ChannelDistribution, normal_quantiles
+from qconv.ir.model import Value, clip_bounds
 
 SAMPLES = 2**18
 FEWEST, MOST = 64, 4096
@@ -26,16 +26,16 @@ ABSORBED = 3.0
 """Deviations below the mean that values are taken never to reach where a channel is lowered, as in DFQ."""
 
 
-def sketched(name: str, found: Normal) -> Sketch:
+def sketched(name: str, found: ChannelDistribution) -> Sketch:
     """The sketch of a tensor of this name."""
     channels = found.mean.size
     low, high = (end.astype(np.float32) for end in reach(found))
     sums = ExactSum.zeros(channels)
     sums.add(found.mean.astype(np.float32)[None])
-    values = found.at(quantiles(min(max(FEWEST, SAMPLES // channels), MOST))).astype(np.float32)
+    values = found.at(normal_quantiles(min(max(FEWEST, SAMPLES // channels), MOST))).astype(np.float32)
     count = MOST_COLUMNS * places(channels)
     order = np.random.default_rng(zlib.crc32(name.encode())).permuted(
-        np.broadcast_to(quantiles(count)[:, None], (count, channels)), axis=0
+        np.broadcast_to(normal_quantiles(count)[:, None], (count, channels)), axis=0
     )
     columns = found.at(order).astype(np.float32).reshape(MOST_COLUMNS, places(channels), channels)
     keys = np.arange(MOST_COLUMNS, dtype=np.uint64)
@@ -43,7 +43,7 @@ def sketched(name: str, found: Normal) -> Sketch:
     return Sketch(low, high, sums, 1, *histogram_codes(values), keys[:1], ends, keys, columns)
 
 
-def channels_of(found: Normal, value: Value) -> Channels:
+def channels_of(found: ChannelDistribution, value: Value) -> Channels:
     """The same for whoever scales channels. Behind a Clip low and high are those that it leaves next to nothing of."""
     assert found.std is not None
     low, high = reach(found)

@@ -21,12 +21,12 @@ from qconv.data_free.imagined import COUNT, Imagined, pixels, read_by
 from qconv.data_free.portray import channels_of, sketched
 from qconv.data_free.told import MOST_GUESSES, told
 from qconv.errors import Change, QconvError, format_count
-from qconv.ir.edits import Refused, kind
-from qconv.ir.edits import source as read_from
-from qconv.ir.graph import DataType, Model, Value, clip_bounds
-from qconv.ir.layers import INPUTS_FIRST, means_of, note_means, read_layer
-from qconv.ir.normal import Normal
-from qconv.ir.source import Source
+from qconv.ir.channel_stats import ChannelDistribution
+from qconv.ir.files import Source
+from qconv.ir.layers import INPUTS_FIRST, input_means_of, read_layer, set_input_means
+from qconv.ir.model import DataType, Model, Value, clip_bounds
+from qconv.ir.rewriting import EditRefused, standard_op_type
+from qconv.ir.rewriting import data_input as read_from
 
 STEP = "told"
 WIDER = {"random": 2.0, "synthesized": 1.0}
@@ -52,7 +52,7 @@ class Unseen:
     findings: list[Change] = field(default_factory=list)
     _synthesized: NDArray[np.uint8] | None = None
 
-    def known(self, model: Model) -> dict[Value, Normal | str]:
+    def known(self, model: Model) -> dict[Value, ChannelDistribution | str]:
         """What is told of every tensor of a folded model, or why nothing is."""
         return told(model, {value: _as_read(value, self.imagined) for value in model.graph.inputs})
 
@@ -88,7 +88,7 @@ class Unseen:
         self.findings = []
         for tap in taps:
             known = found.get(tap.name, "")
-            if isinstance(known, Normal):
+            if isinstance(known, ChannelDistribution):
                 seen[tap.name] = sketched(tap.name, known)
             self._tell(tap.name, known)
         return seen
@@ -97,16 +97,20 @@ class Unseen:
         """The same, channel by channel; nothing of what is neither told nor watched."""
         known = self.known(model)
         by_name = {value.name or "": found for value, found in known.items()}
-        told_of = {value.name or "": channels_of(f, value) for value, f in known.items() if isinstance(f, Normal)}
-        missing = [tap for tap in taps if not isinstance(by_name.get(tap.name), Normal)] if self.fallback else []
+        told_of = {
+            value.name or "": channels_of(f, value) for value, f in known.items() if isinstance(f, ChannelDistribution)
+        }
+        missing = (
+            [tap for tap in taps if not isinstance(by_name.get(tap.name), ChannelDistribution)] if self.fallback else []
+        )
         if missing:
             seen = watch_apart(observer(model, missing, self.threads), missing, self.pictures("equalize"))
             told_of |= seen_by_channel(seen)
         wanted = {tap.name for tap in taps}
         return {name: found for name, found in told_of.items() if name in wanted}
 
-    def _missing(self, taps: Sequence[Tap], found: dict[str, Normal | str]) -> list[Tap]:
-        missing = [tap for tap in taps if not isinstance(found.get(tap.name), Normal)]
+    def _missing(self, taps: Sequence[Tap], found: dict[str, ChannelDistribution | str]) -> list[Tap]:
+        missing = [tap for tap in taps if not isinstance(found.get(tap.name), ChannelDistribution)]
         if missing and self.fallback is None:
             shown = ", ".join(repr(tap.name) for tap in missing[:NAMED])
             more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
@@ -119,9 +123,9 @@ class Unseen:
             )
         return missing
 
-    def _tell(self, tensor: str, known: Normal | str | None) -> None:
+    def _tell(self, tensor: str, known: ChannelDistribution | str | None) -> None:
         why = ""
-        if not isinstance(known, Normal):
+        if not isinstance(known, ChannelDistribution):
             kind_of, why = f"ranges by {self.fallback} pictures", f": {known or 'nothing tells of it'}"
         elif known.guesses > MOST_GUESSES:
             kind_of = "range by what pixels can be"
@@ -136,8 +140,8 @@ def _hard_ends(value: Value) -> tuple[float, float]:
     """What no value of a tensor is beyond, whatever the picture."""
     node = value.producer()
     bounds = None if node is None else clip_bounds(node)
-    if node is not None and kind(node) in BOUNDED:
-        bounds = BOUNDED[kind(node)]
+    if node is not None and standard_op_type(node) in BOUNDED:
+        bounds = BOUNDED[standard_op_type(node)]
     return bounds or (-inf, inf)
 
 
@@ -147,20 +151,26 @@ def _wider(sketch: Sketch, times: float, least: float, most: float) -> Sketch:
     return replace(sketch, lows=np.minimum(lows, sketch.lows), highs=np.maximum(highs, sketch.highs))
 
 
-def _note_means(model: Model, known: Mapping[Value, Normal | str]) -> None:
+def _note_means(model: Model, known: Mapping[Value, ChannelDistribution | str]) -> None:
     """Tell layers what they read on average, where BatchNormalization alone did not."""
     for node in model.nodes():
-        found = known.get(read_from(node), "") if kind(node) in INPUTS_FIRST else ""
+        found = known.get(read_from(node), "") if standard_op_type(node) in INPUTS_FIRST else ""
         try:
-            fits = isinstance(found, Normal) and found.mean.size == read_layer(node).inputs
-        except Refused:
+            fits = isinstance(found, ChannelDistribution) and found.mean.size == read_layer(node).inputs
+        except EditRefused:
             continue
-        sure = isinstance(found, Normal) and not found.guesses  # pixels may be of anything
-        if isinstance(found, Normal) and fits and sure and kind(node) != "MatMul" and isinstance(means_of(node), str):
-            note_means(node, found.mean)
+        sure = isinstance(found, ChannelDistribution) and not found.guesses  # pixels may be of anything
+        if (
+            isinstance(found, ChannelDistribution)
+            and fits
+            and sure
+            and standard_op_type(node) != "MatMul"
+            and isinstance(input_means_of(node), str)
+        ):
+            set_input_means(node, found.mean)
 
 
-def _as_read(value: Value, imagined: Imagined) -> Normal:
+def _as_read(value: Value, imagined: Imagined) -> ChannelDistribution:
     """What one input of the network holds."""
     prep = imagined.preprocessing
     assert prep is not None

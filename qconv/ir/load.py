@@ -19,8 +19,8 @@ import onnx
 
 from qconv.config.targets import LOWEST_OPSET
 from qconv.errors import Change, QconvError
-from qconv.ir.graph import Model, attribute, ir, tensor_proto
-from qconv.ir.source import Source, not_onnx, tensors
+from qconv.ir.files import Source, iter_tensors, not_onnx_error
+from qconv.ir.model import Model, attribute, ir, tensor_proto
 
 SMALL_TENSOR = 1024  # bytes; smaller ones may be shapes or axes, which the converter needs to see
 RANDOM_OPS = frozenset(
@@ -34,7 +34,7 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     """The model ready for folding, at `opset` or its own if that is higher. `proto` is used up."""
     changes: list[Change] = []
     # ONNX Runtime's optimizer leaves dozens of unused imports; the converter stops at any it does not know.
-    used = {node.domain for node in _nodes(proto.graph)} | {f.domain for f in proto.functions}
+    used = {node.domain for node in _iter_nodes(proto.graph)} | {f.domain for f in proto.functions}
     for index in reversed(range(len(proto.opset_import))):
         if proto.opset_import[index].domain not in used | {"", "ai.onnx"}:
             del proto.opset_import[index]
@@ -46,21 +46,21 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     sparse = _make_dense(proto.graph)
     if sparse:
         changes.append(Change("load", source.name, f"{sparse} sparse weights made dense"))
-    external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in tensors(proto.graph))
-    weights = _set_aside(proto)
+    external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in iter_tensors(proto.graph))
+    weights = _detach_weights(proto)
     current = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     if current < opset:
-        proto = _convert(proto, source, current, opset)
+        proto = _convert_opset(proto, source, current, opset)
         changes.append(Change("load", source.name, f"opset {current} raised to {opset}"))
     _infer_shapes(proto, source)
-    listed = _put_back(proto, weights)
+    listed = _reattach_weights(proto, weights)
     if listed:
         changes.append(Change("load", source.name, f"{listed} weights listed as inputs made constants"))
 
     try:
         model_ir = ir.from_proto(proto)
     except Exception:  # whatever a damaged file trips over
-        raise not_onnx(source) from None
+        raise not_onnx_error(source) from None
     if external and source.path is not None:
         ir.external_data.set_base_dir(model_ir.graph, source.path.resolve().parent)
     model_ir.graph.name = model_ir.graph.name or "graph"
@@ -68,32 +68,32 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     model = Model(model_ir, external)
     changes += _lift_constants(model)
     changes += _widen_float16(model)
-    changes += _evaluate_constant_nodes(model)
+    changes += _fold_constant_nodes(model)
     return model, changes
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def _iter_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     for node in graph.node:
         yield node
         for attr in node.attribute:
             for body in (*([attr.g] if attr.HasField("g") else []), *attr.graphs):
-                yield from _nodes(body)
+                yield from _iter_nodes(body)
 
 
 def _make_dense(graph: onnx.GraphProto) -> int:
     """Sparse initializers and Constant nodes become plain ones, which onnx-ir can hold. Returns how many there were."""
-    graph.initializer.extend(map(_dense, graph.sparse_initializer))
+    graph.initializer.extend(map(_to_dense, graph.sparse_initializer))
     count = len(graph.sparse_initializer)
     del graph.sparse_initializer[:]
-    for node in _nodes(graph):
+    for node in _iter_nodes(graph):
         for attr in node.attribute:
             if attr.HasField("sparse_tensor"):
-                attr.CopyFrom(onnx.helper.make_attribute("value", _dense(attr.sparse_tensor)))
+                attr.CopyFrom(onnx.helper.make_attribute("value", _to_dense(attr.sparse_tensor)))
                 count += 1
     return count
 
 
-def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
+def _to_dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
     """Indices are of shape (N,), or (N, rank)."""
     values, indices = onnx.numpy_helper.to_array(sparse.values), onnx.numpy_helper.to_array(sparse.indices)
     dense = np.zeros(tuple(sparse.dims), values.dtype)
@@ -104,7 +104,7 @@ def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
     return onnx.numpy_helper.from_array(dense, sparse.values.name)
 
 
-def _set_aside(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+def _detach_weights(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """Turn large initializers into inputs, so that what follows handles a few kilobytes only."""
     graph = proto.graph
     weights: dict[str, onnx.TensorProto] = {}
@@ -124,7 +124,7 @@ def _set_aside(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     return weights
 
 
-def _put_back(proto: onnx.ModelProto, weights: dict[str, onnx.TensorProto]) -> int:
+def _reattach_weights(proto: onnx.ModelProto, weights: dict[str, onnx.TensorProto]) -> int:
     """Undo `_set_aside`; no initializer stays listed as an input. Returns how many the file itself had listed."""
     graph = proto.graph
     graph.initializer.extend(weights.values())
@@ -137,7 +137,7 @@ def _put_back(proto: onnx.ModelProto, weights: dict[str, onnx.TensorProto]) -> i
     return max(listed, 0)
 
 
-def _convert(proto: onnx.ModelProto, source: Source, current: int, opset: int) -> onnx.ModelProto:
+def _convert_opset(proto: onnx.ModelProto, source: Source, current: int, opset: int) -> onnx.ModelProto:
     from onnx import version_converter
 
     metadata, functions = list(proto.metadata_props), proto.functions
@@ -179,16 +179,16 @@ def _infer_shapes(proto: onnx.ModelProto, source: Source) -> None:
             output.type.CopyFrom(found.type)
 
 
-def as_it_is(proto: onnx.ModelProto, source: Source) -> Model:
+def load_unchanged(proto: onnx.ModelProto, source: Source) -> Model:
     """The model unchanged but for names: every node has one. Types are inferred as far as onnx can. Uses up `proto`."""
-    weights = _set_aside(proto)
+    weights = _detach_weights(proto)
     with contextlib.suppress(QconvError):
         _infer_shapes(proto, source)
-    _put_back(proto, weights)
+    _reattach_weights(proto, weights)
     try:
         model_ir = ir.from_proto(proto)
     except Exception:  # whatever a damaged file trips over
-        raise not_onnx(source) from None
+        raise not_onnx_error(source) from None
     external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in weights.values())
     if external and source.path is not None:
         ir.external_data.set_base_dir(model_ir.graph, source.path.resolve().parent)
@@ -196,12 +196,12 @@ def as_it_is(proto: onnx.ModelProto, source: Source) -> Model:
     return Model(model_ir, external)
 
 
-def shapes_at(model: Model, name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+def infer_shapes_at(model: Model, name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors when the input `name` has `shape`, as far as onnx can infer them."""
     from onnx import shape_inference
 
     proto = model.proto()
-    _set_aside(proto)
+    _detach_weights(proto)
     for value in proto.graph.input:
         if value.name == name:
             sides = value.type.tensor_type.shape
@@ -278,7 +278,7 @@ def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
 def _widen_float16(model: Model) -> list[Change]:
     """A float16 network becomes float32 between casts at its inputs and outputs, whose types stay."""
     graph = model.graph
-    values = [value for part in (graph, *graph.subgraphs()) for value in _values(part)]
+    values = [value for part in (graph, *graph.subgraphs()) for value in _graph_values(part)]
     if not any(value.dtype == ir.DataType.FLOAT16 for value in values):
         return []
     edge_in = [v for v in graph.inputs if v.dtype == ir.DataType.FLOAT16]
@@ -314,7 +314,7 @@ def _widen_float16(model: Model) -> list[Change]:
     return [Change("load", "float16", "the network runs in float32 from here on; inputs and outputs keep their type")]
 
 
-def _values(graph: ir.Graph) -> list[ir.Value]:
+def _graph_values(graph: ir.Graph) -> list[ir.Value]:
     """What a graph or a body brings in and computes, parts of bodies inside it left out."""
     return [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
 
@@ -328,7 +328,7 @@ def _widen_attributes(node: ir.Node) -> None:
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().astype(np.float32)))
 
 
-def _evaluate_constant_nodes(model: Model) -> list[Change]:
+def _fold_constant_nodes(model: Model) -> list[Change]:
     """Subgraphs that depend on no input are computed once, by ONNX Runtime, and become initializers."""
     constant = _constant_nodes(model)
     chosen = set(constant)
@@ -340,7 +340,7 @@ def _evaluate_constant_nodes(model: Model) -> list[Change]:
     ]
     if not wanted:
         return []
-    results = _compute(model, constant, wanted)
+    results = _evaluate_nodes(model, constant, wanted)
     for value, numbers in zip(wanted, results, strict=True):
         name = value.name or ""
         value.name = model.fresh(f"{name}_computed")
@@ -369,7 +369,7 @@ def _constant_nodes(model: Model) -> list[ir.Node]:
     return nodes
 
 
-def _compute(model: Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[np.ndarray]:
+def _evaluate_nodes(model: Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[np.ndarray]:
     from qconv.runtime import session
 
     read = (value for node in nodes for value in node.inputs if value is not None and value.is_initializer())

@@ -21,21 +21,21 @@ import numpy as np
 
 from qconv.calibration.reach import Channels
 from qconv.errors import Change
-from qconv.ir.affine import Affine
-from qconv.ir.edits import Refused, kind, title
-from qconv.ir.graph import Model, Node, Value
 from qconv.ir.layers import (
     INPUTS_FIRST,
+    Affine,
     Float64,
     Layer,
+    channel_stats_of,
     check_finite,
-    made_of,
-    move_made,
     read_layer,
     scale_outputs,
+    transform_channel_stats,
     write_layer,
 )
-from qconv.ir.moved import tell
+from qconv.ir.metadata import write_equalization
+from qconv.ir.model import Model, Node, Value
+from qconv.ir.rewriting import EditRefused, standard_op_type, title
 from qconv.passes.fold import FLATTENERS, ends, scaled_layer
 
 STEP = "equalize"
@@ -61,13 +61,13 @@ def candidates(model: Model) -> list[Candidate]:
 def _layer_of(model: Model, node: Node) -> Node | None:
     data = node.inputs[0] if node.inputs else None
     layer = None if data is None else data.producer()
-    if kind(node) != "Relu" or data is None or layer is None or kind(layer) not in INPUTS_FIRST:
+    if standard_op_type(node) != "Relu" or data is None or layer is None or standard_op_type(layer) not in INPUTS_FIRST:
         return None
-    if kind(layer) == "MatMul" or model.sole_reader(data) is not node:
+    if standard_op_type(layer) == "MatMul" or model.sole_reader(data) is not node:
         return None
     try:
         _readers(model, node.outputs[0], np.ones(read_layer(layer).outputs))
-    except Refused:
+    except EditRefused:
         return None
     return layer
 
@@ -118,7 +118,7 @@ def _lowered(model: Model, candidate: Candidate, shift: Float64) -> bool:
     try:
         for one in layers:
             check_finite(one)
-    except Refused:
+    except EditRefused:
         return False
     for one in layers:
         write_layer(model, one)
@@ -126,18 +126,22 @@ def _lowered(model: Model, candidate: Candidate, shift: Float64) -> bool:
     for value in dict.fromkeys([candidate.result, *along]):
         _lower_note(value, shift)
     lowered = shift.astype(np.float32)
-    tell(model.inner.metadata_props, {}, {value.name or "": lowered for value in _copies(model, candidate)})
+    write_equalization(
+        model.inner.metadata_props, {}, {value.name or "": lowered for value in _copies(model, candidate)}
+    )
     return True
 
 
 def _lower_note(value: Value, shift: Float64) -> None:
     """Of a channel, or of all the features that it has become."""
-    found = made_of(value)
+    found = channel_stats_of(value)
     if found is not None:
-        move_made(value, np.ones(1), -np.repeat(shift, found.mean.size // shift.size))
+        transform_channel_stats(value, np.ones(1), -np.repeat(shift, found.mean.size // shift.size))
 
 
 def _copies(model: Model, candidate: Candidate) -> list[Value]:
     """All tensors that are lower now, up to what makes features of channels."""
-    along = (node for end in ends(model, candidate.result) for node in end.path if kind(node) not in FLATTENERS)
+    along = (
+        node for end in ends(model, candidate.result) for node in end.path if standard_op_type(node) not in FLATTENERS
+    )
     return list(dict.fromkeys([candidate.layer.outputs[0], candidate.result, *(node.outputs[0] for node in along)]))

@@ -11,7 +11,7 @@ An Identity carries the second one.
 from __future__ import annotations
 
 from qconv.errors import Change
-from qconv.ir.graph import Model, Node, Value
+from qconv.ir.model import Model, Node, Value
 from qconv.planning.plan import Plan
 
 STEP = "plan"

@@ -22,16 +22,24 @@ from itertools import islice
 
 import numpy as np
 
-from qconv import save
 from qconv.calibration.calibrate import Tap, observer, watch_apart
 from qconv.calibration.reach import Channels, seen_by_channel
 from qconv.calibration.sketch import Want
 from qconv.data.feed import Feed
 from qconv.errors import Change, Finding, Skipped
-from qconv.ir.edits import Refused
-from qconv.ir.graph import Model, Value
-from qconv.ir.layers import Float64, check_finite, move_made, read_layer, scale_inputs, scale_outputs, write_layer
-from qconv.ir.moved import on_grid, tell
+from qconv.ir import subgraph
+from qconv.ir.layers import (
+    Float64,
+    check_finite,
+    read_layer,
+    scale_inputs,
+    scale_outputs,
+    transform_channel_stats,
+    write_layer,
+)
+from qconv.ir.metadata import round_log_scale, write_equalization
+from qconv.ir.model import Model, Value
+from qconv.ir.rewriting import EditRefused
 from qconv.metrics.verify import Comparison
 from qconv.passes.absorb import Candidate, absorb, candidates, gaining
 from qconv.passes.noise import Term, least, total
@@ -115,20 +123,20 @@ def _scaled(model: Model, plan: Plan, seen: Seen, feed: Feed, threads: int | Non
     streams = seen.streams
     terms = noise_terms(model, plan, seen)
     found = chosen(streams, terms, *_bounds(seen))
-    found = replace(found, u=on_grid(found.u))
+    found = replace(found, u=round_log_scale(found.u))
     if not found.u.any():
         return []
     try:
         tried = model.copy()
         apply(tried, find_streams(tried), found.scales)
-    except Refused as reason:
+    except EditRefused as reason:
         return [Skipped(STEP, "the network", str(reason))]
     moved = _sqnr(model, tried, feed, threads)
     if moved < least_db:
         return [Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")]
     apply(model, streams, found.scales)
     scales = {value.name or "": found.u[classes] for value, classes in streams.of.items()}
-    tell(model.inner.metadata_props, scales, {})
+    write_equalization(model.inner.metadata_props, scales, {})
     return _told(found)
 
 
@@ -263,12 +271,12 @@ def apply(model: Model, streams: Streams, scales: Float64) -> None:
     written = {ends.node.outputs[0] for ends in streams.layers}
     for value, classes in streams.of.items():
         if value not in written:
-            move_made(value, 1 / scales[classes], np.zeros(1))
+            transform_channel_stats(value, 1 / scales[classes], np.zeros(1))
 
 
 def _sqnr(before: Model, after: Model, feed: Feed, threads: int | None) -> float:
     """The worst output of both float networks on some pictures, in dB."""
-    with save.runnable(before, ()) as first, save.runnable(after, ()) as second:
+    with subgraph.runnable_with_outputs(before, ()) as first, subgraph.runnable_with_outputs(after, ()) as second:
         sessions = [Session(m, name="the folded float model", threads=threads) for m in (first, second)]
     comparison = Comparison.of(sessions[0].outputs)
     for feeds in islice(feed.few(STEP), CHECKED_PICTURES):

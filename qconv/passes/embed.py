@@ -27,22 +27,30 @@ from numpy.typing import NDArray
 from qconv.config.preprocessing import Layout, Preprocessing
 from qconv.data.preprocess import AXES, layout_order
 from qconv.errors import Change, Finding, QconvError, Skipped
-from qconv.ir.affine import AFFINE, data_of, read_affine
-from qconv.ir.edits import Refused, called, explicit_pads, kind, reads_as_data, title
-from qconv.ir.graph import (
+from qconv.ir.layers import (
+    AFFINE_OPS,
+    Float64,
+    affine_data_input,
+    check_finite,
+    read_affine,
+    read_layer,
+    scale_inputs,
+    write_layer,
+)
+from qconv.ir.model import (
     DataType,
     Model,
     Node,
     Value,
-    array,
     attribute,
+    constant_array,
     dims,
     drop_attribute,
     permute_dims,
     set_attribute,
     set_dims,
 )
-from qconv.ir.layers import Float64, check_finite, read_layer, scale_inputs, write_layer
+from qconv.ir.rewriting import EditRefused, describe_node, explicit_pads, reads_as_data, standard_op_type, title
 from qconv.passes import fold
 
 FLOATS = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.DOUBLE})
@@ -127,12 +135,12 @@ def _follow(model: Model, pixels: Value, preprocessing: Preprocessing) -> _Trace
         looks = [node for node in readers if _takes_shape(model, node)]
         trace = replace(trace, shapes=(*trace.shapes, *((node, trace.order) for node in looks)))
         others = [node for node in readers if node not in looks]
-        if len(others) != 1 or others[0].graph is not model.graph or kind(others[0]) not in _STEPS:
+        if len(others) != 1 or others[0].graph is not model.graph or standard_op_type(others[0]) not in _STEPS:
             return trace
         (node,) = others
         try:
-            after = _STEPS[kind(node)](node, trace)
-        except Refused:
+            after = _STEPS[standard_op_type(node)](node, trace)
+        except EditRefused:
             return trace
         if node.outputs[0].is_graph_output() or not np.all(after.gain):
             return trace
@@ -140,12 +148,12 @@ def _follow(model: Model, pixels: Value, preprocessing: Preprocessing) -> _Trace
 
 
 def _takes_shape(model: Model, node: Node) -> bool:
-    return kind(node) == "Shape" and node.graph is model.graph
+    return standard_op_type(node) == "Shape" and node.graph is model.graph
 
 
 def _step_type(node: Node, trace: _Trace) -> _Trace:
-    if kind(node) == "Cast" and attribute(node, "to") not in FLOATS:
-        raise Refused("it makes other numbers")
+    if standard_op_type(node) == "Cast" and attribute(node, "to") not in FLOATS:
+        raise EditRefused("it makes other numbers")
     return trace
 
 
@@ -158,24 +166,26 @@ def _step_reshape(node: Node, trace: _Trace) -> _Trace:
     """(N, H, W, 1) to (N, 1, H, W) or back, which exporters write for a Transpose."""
     before, after = dims(trace.value), dims(node.outputs[0])
     if before is None or after is None or len(after) != 4 or before[trace.channel] != 1 or before.count(None) > 1:
-        raise Refused("it does not only move the channel")
+        raise EditRefused("it does not only move the channel")
     rest = [axis for axis in range(4) if axis != trace.channel]
     lengths = [before[axis] for axis in rest]
     channel = next(
         (axis for axis in range(4) if after[axis] == 1 and after[:axis] + after[axis + 1 :] == lengths), None
     )
     if channel is None:
-        raise Refused("it does not only move the channel")
+        raise EditRefused("it does not only move the channel")
     rest.insert(channel, trace.channel)
     return replace(trace, order=tuple(trace.order[axis] for axis in rest), channel=channel)
 
 
 def _step_affine(node: Node, trace: _Trace) -> _Trace:
-    if data_of(node) is not trace.value or (kind(node) == "BatchNormalization" and trace.channel != 1):
-        raise Refused("it works on something else")
+    if affine_data_input(node) is not trace.value or (
+        standard_op_type(node) == "BatchNormalization" and trace.channel != 1
+    ):
+        raise EditRefused("it works on something else")
     own = read_affine(node, 4, trace.channel)
     if not {own.gain.size, own.shift.size} <= {1, trace.gain.size}:
-        raise Refused("it makes more channels")
+        raise EditRefused("it makes more channels")
     return replace(trace, gain=trace.gain * own.gain, shift=trace.shift * own.gain + own.shift)
 
 
@@ -185,7 +195,7 @@ _STEPS: dict[str, Callable[[Node, _Trace], _Trace]] = {
     "Transpose": _step_axes,
     "Reshape": _step_reshape,
     "BatchNormalization": _step_affine,
-    **{op_type: _step_affine for op_type, _ in AFFINE},
+    **{op_type: _step_affine for op_type, _ in AFFINE_OPS},
 }
 
 
@@ -233,7 +243,7 @@ def _normalise(head: _Head, trace: _Trace, readers: list[Node], dtype: DataType)
     for node in readers:
         try:
             found.append(_fold_into(head, node, trace, dtype))
-        except Refused as reason:
+        except EditRefused as reason:
             left.append(node)
             reasons.append(str(reason))
     if left:
@@ -255,18 +265,18 @@ def _grid(model: Model, scale: float, zero: float) -> tuple[Value, Value]:
 
 def _fold_into(head: _Head, conv: Node, trace: _Trace, dtype: DataType) -> Change:
     """Let a Conv work on pixels. Raises Refused before anything is changed."""
-    if kind(conv) != "Conv" or dtype != DataType.FLOAT or not reads_as_data(conv, trace.value, head.model):
-        raise Refused(f"{called(conv)} reads the pixels")
+    if standard_op_type(conv) != "Conv" or dtype != DataType.FLOAT or not reads_as_data(conv, trace.value, head.model):
+        raise EditRefused(f"{describe_node(conv)} reads the pixels")
     if trace.channel != 1:
-        raise Refused(f"{called(conv)} has its inputs along another axis")
+        raise EditRefused(f"{describe_node(conv)} has its inputs along another axis")
     layer = read_layer(conv)
     zero = np.rint(trace.zero)
     pads = explicit_pads(conv, 2)
     padded = pads is None or any(pads)
     if padded and not (zero.min() >= 0 and zero.max() <= WHITE):
-        raise Refused(f"{called(conv)} pads with zeros, which no pixel stands for")
+        raise EditRefused(f"{describe_node(conv)} pads with zeros, which no pixel stands for")
     if padded and head.exact and np.any(np.abs(trace.zero - zero) > WHOLE):
-        raise Refused(f"{called(conv)} pads with zeros, between two pixels, and runs in float all the same")
+        raise EditRefused(f"{describe_node(conv)} pads with zeros, between two pixels, and runs in float all the same")
     widths = _widths(conv, head.codes) if padded and np.ptp(zero) else None
     # Where the layer itself pads, all channels have this code. Elsewhere any would do: in the middle, what rounding
     # does to the weights is not multiplied by the mean of all pixels.
@@ -289,14 +299,14 @@ def _widths(conv: Node, data: Value) -> list[int]:
     pads = explicit_pads(conv, 2)
     if pads is not None:
         return pads
-    weight = array(conv.inputs[1])
+    weight = constant_array(conv.inputs[1])
     assert weight is not None
     strides, dilations = attribute(conv, "strides", [1, 1]), attribute(conv, "dilations", [1, 1])
     sizes = (dims(data) or [None] * 4)[2:]
     before, after = [], []
     for size, length, stride, dilation in zip(sizes, weight.shape[2:], strides, dilations, strict=True):
         if size is None and stride != 1:
-            raise Refused(f"{called(conv)} pads as its input's size asks for (auto_pad), which is open")
+            raise EditRefused(f"{describe_node(conv)} pads as its input's size asks for (auto_pad), which is open")
         reach = (length - 1) * dilation
         over = 1 if stride == 1 or size is None else size - (-(-size // stride) - 1) * stride
         total = max(reach + 1 - over, 0)

@@ -17,18 +17,26 @@ from __future__ import annotations
 import numpy as np
 
 from qconv.errors import Change
-from qconv.ir.affine import read_affine
-from qconv.ir.edits import Refused, called, each_node, kind, no_extra_outputs, source, title
-from qconv.ir.graph import Model, Node, Value, rank, set_attribute
 from qconv.ir.layers import (
     INPUTS_FIRST,
     Float64,
     Layer,
     check_finite,
-    move_made,
+    read_affine,
     read_layer,
     scale_outputs,
+    transform_channel_stats,
     write_layer,
+)
+from qconv.ir.model import Model, Node, Value, rank, set_attribute
+from qconv.ir.rewriting import (
+    EditRefused,
+    data_input,
+    describe_node,
+    each_node,
+    standard_op_type,
+    title,
+    uses_only_first_output,
 )
 
 HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool"})
@@ -37,13 +45,18 @@ HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalA
 def layer_before(model: Model, value: Value) -> Layer | None:
     """The layer whose output channels `value` carries, seen through homogeneous operators that nothing else reads."""
     node, seen_activation = value.producer(), False
-    while node is not None and kind(node) in HOMOGENEOUS and no_extra_outputs(node):
+    while node is not None and standard_op_type(node) in HOMOGENEOUS and uses_only_first_output(node):
         seen_activation = True
         below = node.inputs[0]
         if below is None or model.sole_reader(below) is not node:
             return None
         node = below.producer()
-    if not seen_activation or node is None or kind(node) not in INPUTS_FIRST or kind(node) == "MatMul":
+    if (
+        not seen_activation
+        or node is None
+        or standard_op_type(node) not in INPUTS_FIRST
+        or standard_op_type(node) == "MatMul"
+    ):
         return None
     return read_layer(node)
 
@@ -68,19 +81,21 @@ def move_gains_back(model: Model, node: Node) -> list[Change]:
     if np.all(magnitude == 1):
         return []
     if magnitude.size != layer.outputs:
-        raise Refused(f"{called(layer.node)} has another number of channels")
+        raise EditRefused(f"{describe_node(layer.node)} has another number of channels")
     layer = scale_outputs(layer, magnitude, np.zeros(1))
     check_finite(layer)
     write_layer(model, layer)
     between = data.producer()
     while between is not None and between is not layer.node:  # writing the layer has moved the note of its output
-        move_made(between.outputs[0], magnitude, np.zeros(1))
-        between = source(between).producer()
+        transform_channel_stats(between.outputs[0], magnitude, np.zeros(1))
+        between = data_input(between).producer()
     numbers = {1: rest, 2: affine.shift, 3: np.zeros_like(rest), 4: np.ones_like(rest)}
     for index, values in numbers.items():
         model.set_input(node, index, model.constant(f"{title(node)}_{index}", values.astype(np.float32)))
     set_attribute(node, "epsilon", 0.0)
     moved = "moved in front of the activation"
     return [
-        Change("equalize", title(layer.node), f"scale of {called(node)} {moved}", f"scale of {node.op_type} {moved}")
+        Change(
+            "equalize", title(layer.node), f"scale of {describe_node(node)} {moved}", f"scale of {node.op_type} {moved}"
+        )
     ]

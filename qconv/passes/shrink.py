@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from qconv.errors import Change, Finding
-from qconv.ir.graph import DataType, Model, Value, array
+from qconv.ir.model import DataType, Model, Value, constant_array
 
 WORTHWHILE = 4096  # bytes; below, the two nodes cost as much as they save
 MOST_VALUES = 256
@@ -24,7 +24,7 @@ def _float_constants(model: Model) -> list[tuple[Value, np.ndarray]]:
     found = []
     for value in list(model.graph.initializers.values()):
         if value.dtype == DataType.FLOAT and value.const_value is not None and value.const_value.nbytes >= WORTHWHILE:
-            numbers = array(value)
+            numbers = constant_array(value)
             if numbers is not None and not value.is_graph_output():
                 found.append((value, numbers))
     return found

@@ -15,39 +15,39 @@ from math import inf
 import numpy as np
 
 from qconv.errors import Change
-from qconv.ir.edits import (
-    Pass,
-    Refused,
-    called,
-    each_node,
-    explicit_pads,
-    kind,
-    no_extra_outputs,
-    reads_as_data,
-    source,
-    title,
-)
-from qconv.ir.graph import (
+from qconv.ir.model import (
     DataType,
     Model,
     Node,
     Value,
-    array,
     attribute,
     clip_bounds,
+    constant_array,
+    constant_scalar,
     dims,
     drop_attribute,
     input_of,
     rank,
-    scalar,
     set_attribute,
     set_dims,
+)
+from qconv.ir.rewriting import (
+    EditRefused,
+    Pass,
+    data_input,
+    describe_node,
+    each_node,
+    explicit_pads,
+    reads_as_data,
+    standard_op_type,
+    title,
+    uses_only_first_output,
 )
 
 
 def _bypass(model: Model, node: Node) -> None:
     if not model.bypass(node):
-        raise Refused("the model returns its output under a name that must stay")
+        raise EditRefused("the model returns its output under a name that must stay")
 
 
 # -- no-ops and spellings ----------------------------------------------------------------------------------------------
@@ -56,12 +56,12 @@ def _bypass(model: Model, node: Node) -> None:
 @each_node("simplify", "Identity", "Dropout")
 def drop_identities(model: Model, node: Node) -> list[Change]:
     """Identity, and Dropout as it is after training."""
-    if kind(node) == "Dropout":
+    if standard_op_type(node) == "Dropout":
         training = input_of(node, 2)
-        if not no_extra_outputs(node):
-            raise Refused("its mask is used")
-        if training is not None and scalar(training) != 0:
-            raise Refused("it runs in training mode")
+        if not uses_only_first_output(node):
+            raise EditRefused("its mask is used")
+        if training is not None and constant_scalar(training) != 0:
+            raise EditRefused("it runs in training mode")
     _bypass(model, node)
     return [Change("simplify", title(node), f"{node.op_type} removed")]
 
@@ -82,14 +82,14 @@ def sum_to_add(model: Model, node: Node) -> list[Change]:
 def pad_every_axis(model: Model, node: Node) -> list[Change]:
     """A Pad that lists its axes is written without: ONNX Runtime transposes it wrongly between integer layers."""
     given = input_of(node, 3)
-    widths, axes, axis_count = array(input_of(node, 1)), array(given), rank(source(node))
+    widths, axes, axis_count = constant_array(input_of(node, 1)), constant_array(given), rank(data_input(node))
     if given is None or widths is None or axes is None or axis_count is None:
         return []
     full = np.zeros((2, axis_count), np.int64)  # (begin and end, axes)
     full[:, axes] = widths.reshape(2, -1)
     fill = input_of(node, 2)
     widths_of_all = model.constant(f"{title(node)}_widths", full.reshape(-1))
-    inputs = [source(node), widths_of_all, *([] if fill is None else [fill])]
+    inputs = [data_input(node), widths_of_all, *([] if fill is None else [fill])]
     model.become(node, "Pad", inputs, {"mode": attribute(node, "mode", "constant")})
     return [Change("simplify", title(node), "axes of Pad written out")]
 
@@ -99,56 +99,56 @@ def merge_pads(model: Model, node: Node) -> list[Change]:
     """Zero padding of height and width becomes the padding of the Convs that read it."""
     output = node.outputs[0]
     convs = model.readers(output)
-    if not any(kind(conv) == "Conv" for conv in convs):
+    if not any(standard_op_type(conv) == "Conv" for conv in convs):
         return []
     widths = _spatial_widths(node)
     if output.is_graph_output():
-        raise Refused("the model returns its output")
+        raise EditRefused("the model returns its output")
     own = []
     for conv in convs:
-        if kind(conv) != "Conv" or not reads_as_data(conv, output, model):
-            raise Refused(f"{called(conv)} reads it too")
+        if standard_op_type(conv) != "Conv" or not reads_as_data(conv, output, model):
+            raise EditRefused(f"{describe_node(conv)} reads it too")
         pads = explicit_pads(conv, len(widths) // 2)
         if pads is None:
-            raise Refused(f"{called(conv)} computes its own padding (auto_pad)")
+            raise EditRefused(f"{describe_node(conv)} computes its own padding (auto_pad)")
         own.append(pads)
     for conv, pads in zip(convs, own, strict=True):
         drop_attribute(conv, "auto_pad")
         set_attribute(conv, "pads", [a + b for a, b in zip(pads, widths, strict=True)])
-        model.set_input(conv, 0, source(node))
+        model.set_input(conv, 0, data_input(node))
     model.remove(node)
     summed_up = "Pad became the padding of what reads it"
-    return [Change("simplify", title(conv), f"{called(node)} became its padding", summed_up) for conv in convs]
+    return [Change("simplify", title(conv), f"{describe_node(node)} became its padding", summed_up) for conv in convs]
 
 
 def _spatial_widths(node: Node) -> list[int]:
     """What a Pad adds around height and width, all beginnings first."""
-    value, widths = input_of(node, 2), array(input_of(node, 1))
-    if attribute(node, "mode", "constant") != "constant" or (value is not None and scalar(value) != 0):
-        raise Refused("it does not pad with zeros")
+    value, widths = input_of(node, 2), constant_array(input_of(node, 1))
+    if attribute(node, "mode", "constant") != "constant" or (value is not None and constant_scalar(value) != 0):
+        raise EditRefused("it does not pad with zeros")
     if widths is None:
-        raise Refused("its widths are computed")
+        raise EditRefused("its widths are computed")
     if input_of(node, 3) is not None:
-        raise Refused("its axes are computed, or the rank of its data is not known")
+        raise EditRefused("its axes are computed, or the rank of its data is not known")
     full = widths.reshape(2, -1)  # (begin and end, axes)
     if full[:, :2].any():
-        raise Refused("it pads more than height and width")
+        raise EditRefused("it pads more than height and width")
     if (full < 0).any():
-        raise Refused("it crops")
+        raise EditRefused("it crops")
     return [int(width) for width in full[:, 2:].reshape(-1)]
 
 
 @each_node("simplify", "ReduceMean")
 def mean_to_pool(model: Model, node: Node) -> list[Change]:
     """The mean over H and W of (N, C, H, W) is GlobalAveragePool, with a Flatten behind it for a result (N, C)."""
-    data, given = source(node), input_of(node, 1)
-    axes = attribute(node, "axes") if given is None else array(given)
+    data, given = data_input(node), input_of(node, 1)
+    axes = attribute(node, "axes") if given is None else constant_array(given)
     if axes is None or data.dtype != DataType.FLOAT or rank(data) not in (4, None):
         return []
     if sorted(int(axis) % 4 for axis in axes) != [2, 3]:
         return []
     if rank(data) is None:
-        raise Refused("the rank of its data is not known")
+        raise EditRefused("the rank of its data is not known")
     if attribute(node, "keepdims", 1):
         model.become(node, "GlobalAveragePool", [data])
     else:
@@ -173,21 +173,21 @@ def count_no_pads(model: Model, node: Node) -> list[Change]:
 @each_node("simplify", "AveragePool")
 def whole_average_to_pool(model: Model, node: Node) -> list[Change]:
     """An AveragePool whose one window is the whole map."""
-    kernel, sizes = attribute(node, "kernel_shape"), dims(source(node))
+    kernel, sizes = attribute(node, "kernel_shape"), dims(data_input(node))
     pads = explicit_pads(node, len(kernel))
     if sizes is None or sizes[2:] != kernel or pads is None or any(pads):
         return []
     if any(step != 1 for step in attribute(node, "dilations", [])):
         return []
-    model.become(node, "GlobalAveragePool", [source(node)])
+    model.become(node, "GlobalAveragePool", [data_input(node)])
     return [Change("simplify", title(node), "AveragePool over the whole map became GlobalAveragePool")]
 
 
 @each_node("simplify", "MatMul")
 def matmul_to_gemm(model: Model, node: Node) -> list[Change]:
     """A (N, K) times a constant (K, M) is a Gemm, which can have a bias."""
-    data, weight = source(node), node.inputs[1]
-    numbers = array(weight)
+    data, weight = data_input(node), node.inputs[1]
+    numbers = constant_array(weight)
     if numbers is None or numbers.ndim != 2 or numbers.dtype != np.float32 or rank(data) != 2:
         return []
     model.become(node, "Gemm", [data, weight])
@@ -197,17 +197,17 @@ def matmul_to_gemm(model: Model, node: Node) -> list[Change]:
 @each_node("simplify", "Div", "Sub")
 def divide_by_multiplying(model: Model, node: Node) -> list[Change]:
     """x / c becomes x * (1 / c) and x - c becomes x + (-c): there is an integer Mul and Add, but no Div and Sub."""
-    data, numbers = source(node), array(node.inputs[1])
+    data, numbers = data_input(node), constant_array(node.inputs[1])
     # Tensors with fewer than two axes may be sizes on their way to a Floor, where the last bit of a quotient counts.
     if numbers is None or numbers.dtype != np.float32 or (rank(data) or 0) < 2:
         return []
-    if kind(node) == "Sub":
+    if standard_op_type(node) == "Sub":
         model.become(node, "Add", [data, model.constant(f"{title(node)}_negated", -numbers)])
         return [Change("simplify", title(node), "Sub of a constant became Add")]
     with np.errstate(divide="ignore", over="ignore"):
         factor = (1 / numbers.astype(np.float64)).astype(np.float32)
     if not np.isfinite(factor).all():
-        raise Refused("it divides by zero, or by a number too small to invert")
+        raise EditRefused("it divides by zero, or by a number too small to invert")
     model.become(node, "Mul", [data, model.constant(f"{title(node)}_factor", factor)])
     return [Change("simplify", title(node), "Div by a constant became Mul")]
 
@@ -218,19 +218,28 @@ def divide_by_multiplying(model: Model, node: Node) -> list[Change]:
 @each_node("simplify", "Relu", "Clip")
 def merge_activations(model: Model, node: Node) -> list[Change]:
     """Of two in a row the wider one does nothing; Clip(0, infinity) is Relu."""
-    span, before = clip_bounds(node), source(node).producer()
+    span, before = clip_bounds(node), data_input(node).producer()
     if span is None:
         return []
     inner = None if before is None else clip_bounds(before)
     if span == (-inf, inf) or (inner is not None and _within(inner, span)):
         _bypass(model, node)
         return [Change("simplify", title(node), f"{node.op_type} removed: it cuts nothing off")]
-    if before is not None and inner is not None and _within(span, inner) and model.sole_reader(source(node)) is node:
+    if (
+        before is not None
+        and inner is not None
+        and _within(span, inner)
+        and model.sole_reader(data_input(node)) is node
+    ):
         _bypass(model, before)
         summed_up = f"{before.op_type} removed: the next cuts off more"
-        return [Change("simplify", title(before), f"{before.op_type} removed: {called(node)} cuts off more", summed_up)]
-    if kind(node) == "Clip" and span == (0.0, inf):
-        model.become(node, "Relu", [source(node)])
+        return [
+            Change(
+                "simplify", title(before), f"{before.op_type} removed: {describe_node(node)} cuts off more", summed_up
+            )
+        ]
+    if standard_op_type(node) == "Clip" and span == (0.0, inf):
+        model.become(node, "Relu", [data_input(node)])
         return [Change("simplify", title(node), "Clip at zero became Relu")]
     return []
 
@@ -271,24 +280,24 @@ ABSORBERS = MOVERS | {
 @each_node("hoist", "Relu", "Clip")
 def hoist_activations(model: Model, node: Node) -> list[Change]:
     """A Relu or Clip behind a mover goes before it, next to the layer that absorbs it; before Concat one copy each."""
-    mover = source(node).producer()
+    mover = data_input(node).producer()
     if clip_bounds(node) is None or mover is None or not _only_moves(mover):
         return []
-    if model.sole_reader(mover.outputs[0]) is not node or not no_extra_outputs(mover):
-        raise Refused(f"something else reads {called(mover)}")
-    moved = [v for v in mover.inputs if v is not None] if kind(mover) == "Concat" else [source(mover)]
+    if model.sole_reader(mover.outputs[0]) is not node or not uses_only_first_output(mover):
+        raise EditRefused(f"something else reads {describe_node(mover)}")
+    moved = [v for v in mover.inputs if v is not None] if standard_op_type(mover) == "Concat" else [data_input(mover)]
     for value in moved:
         producer = value.producer()
-        if producer is None or kind(producer) not in ABSORBERS:
-            raise Refused(f"no layer before {called(mover)} could absorb it")
+        if producer is None or standard_op_type(producer) not in ABSORBERS:
+            raise EditRefused(f"no layer before {describe_node(mover)} could absorb it")
         if model.sole_reader(value) is not mover:
-            raise Refused(f"something else reads {called(producer)}")
+            raise EditRefused(f"something else reads {describe_node(producer)}")
     if not model.take_over(node.outputs[0], mover.outputs[0]):
-        raise Refused("the model returns its output under a name that must stay")
+        raise EditRefused("the model returns its output under a name that must stay")
     for index, copy in enumerate(_copies(model, node, moved)):
         model.set_input(mover, index, copy.outputs[0])
         model.insert_before(mover, copy)
-    return [Change("hoist", title(node), f"moved before {called(mover)}")]
+    return [Change("hoist", title(node), f"moved before {describe_node(mover)}")]
 
 
 def _copies(model: Model, node: Node, values: Iterable[Value]) -> Iterator[Node]:
@@ -304,8 +313,8 @@ def _copies(model: Model, node: Node, values: Iterable[Value]) -> Iterator[Node]
 
 def _only_moves(node: Node) -> bool:
     """Whether each number of the output is one of the input's, or the greatest of some."""
-    if kind(node) != "Resize":
-        return kind(node) in MOVERS
+    if standard_op_type(node) != "Resize":
+        return standard_op_type(node) in MOVERS
     frame = attribute(node, "coordinate_transformation_mode", "half_pixel")
     return bool(attribute(node, "mode", "nearest") == "nearest" and frame != "tf_crop_and_resize")
 

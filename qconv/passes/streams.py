@@ -27,10 +27,18 @@ from math import isinf
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ir.channels import check_reduces_places, padded, positions, sliced, split
-from qconv.ir.edits import Refused, kind, no_extra_outputs
-from qconv.ir.graph import Model, Node, Value, array, attribute, clip_bounds, dims, rank
 from qconv.ir.layers import INPUTS_FIRST, read_layer
+from qconv.ir.model import Model, Node, Value, attribute, clip_bounds, constant_array, dims, rank
+from qconv.ir.rewriting import (
+    EditRefused,
+    check_reduces_spatial_axes,
+    features_per_channel,
+    padded_channels,
+    sliced_channels,
+    split_channels,
+    standard_op_type,
+    uses_only_first_output,
+)
 
 Classes = NDArray[np.int64]
 OPEN = "the network's own input or output"
@@ -126,14 +134,14 @@ class _Walk:
 
     def visit(self, node: Node) -> None:
         """Give the outputs their classes, or fix what the node reads."""
-        if kind(node) == "Shape":  # sizes do not change
+        if standard_op_type(node) == "Shape":  # sizes do not change
             return
-        rule = _LAYER if kind(node) in INPUTS_FIRST else HANDED_ON.get(kind(node))
+        rule = _LAYER if standard_op_type(node) in INPUTS_FIRST else HANDED_ON.get(standard_op_type(node))
         known = [self.of[value] for value in node.inputs if value is not None and value in self.of]
         if rule is not None and (known or rule is _LAYER):
             try:
                 rule(self, node)
-            except Refused as reason:
+            except EditRefused as reason:
                 self._stop(node, str(reason))
         else:
             self._stop(node, f"{node.op_type} hands no factor on")
@@ -166,13 +174,13 @@ class _Walk:
         """New classes behind it; those in front of it end here."""
         data = node.inputs[0]
         layer = read_layer(node)
-        if kind(node) in ("Gemm", "MatMul") and (data is None or rank(data) not in (None, 2)):
-            raise Refused(f"{node.op_type} has its channels along another axis")
+        if standard_op_type(node) in ("Gemm", "MatMul") and (data is None or rank(data) not in (None, 2)):
+            raise EditRefused(f"{node.op_type} has its channels along another axis")
         for value in node.inputs[1:]:
             if value is not None and value in self.of:
-                raise Refused("weights are computed")
+                raise EditRefused("weights are computed")
         if data in self.of and self.of[data].size != layer.inputs:
-            raise Refused(f"{node.op_type} has another number of channels")
+            raise EditRefused(f"{node.op_type} has another number of channels")
         inputs = self.of.get(data) if data is not None else None
         if inputs is None:
             inputs = self.ties.fresh(layer.inputs)
@@ -184,20 +192,20 @@ class _Walk:
     def same(self, node: Node) -> None:
         """Channel c of the output is made of channel c of the input."""
         self.of[node.outputs[0]] = self._data(node)
-        if not no_extra_outputs(node):
-            raise Refused(f"{node.op_type} has more outputs")
+        if not uses_only_first_output(node):
+            raise EditRefused(f"{node.op_type} has more outputs")
 
     def slope(self, node: Node) -> None:
         """PRelu, with constant slopes."""
-        if array(node.inputs[1]) is None:
-            raise Refused("its slopes are computed")
+        if constant_array(node.inputs[1]) is None:
+            raise EditRefused("its slopes are computed")
         self.same(node)
 
     def clip(self, node: Node) -> None:
         """While its bounds are out of reach."""
         bounds = clip_bounds(node)
         if bounds is None:
-            raise Refused("the bounds of a Clip are computed or crossed")
+            raise EditRefused("the bounds of a Clip are computed or crossed")
         self.same(node)
         if not all(bound == 0 or isinf(bound) for bound in bounds):
             self.limits.append(Limit(node.outputs[0], *bounds))
@@ -206,12 +214,12 @@ class _Walk:
         """Sums, differences and extremes tie what they are taken of."""
         values = [value for value in node.inputs if value is not None]
         if any(value not in self.of for value in values):
-            raise Refused(f"{node.op_type} takes something that nothing scales")
+            raise EditRefused(f"{node.op_type} takes something that nothing scales")
         self._check_ranks(values)
         first, *others = (self.of[value] for value in values)
         widest = max((first, *others), key=len)
         if any(classes.size not in (1, widest.size) for classes in (first, *others)):
-            raise Refused(f"{node.op_type} takes tensors of different channels")
+            raise EditRefused(f"{node.op_type} takes tensors of different channels")
         for classes in (first, *others):
             self.ties.tie(widest, classes)
         self.of[node.outputs[0]] = widest
@@ -221,24 +229,24 @@ class _Walk:
         values = [value for value in node.inputs if value is not None]
         open_ones = [v for v in values if v in self.of and not self.ties.are_fixed(self.of[v])]
         scaled = open_ones or [v for v in values if v in self.of]
-        if len(open_ones) > 1 or (kind(node) == "Div" and scaled[0] is not node.inputs[0]):
-            raise Refused(f"{node.op_type} takes two scaled tensors, or divides by one")
+        if len(open_ones) > 1 or (standard_op_type(node) == "Div" and scaled[0] is not node.inputs[0]):
+            raise EditRefused(f"{node.op_type} takes two scaled tensors, or divides by one")
         others = [value for value in values if value is not scaled[0]]
-        self._check_ranks([scaled[0], *(v for v in others if array(v) is None)])
-        numbers = [array(value) for value in others]
+        self._check_ranks([scaled[0], *(v for v in others if constant_array(v) is None)])
+        numbers = [constant_array(value) for value in others]
         axes = rank(scaled[0])
         if axes is None or any(n is not None and n.ndim > axes for n in numbers):
-            raise Refused(f"{node.op_type} makes more axes")
+            raise EditRefused(f"{node.op_type} makes more axes")
         classes, sizes = self.of[scaled[0]], dims(node.outputs[0])
         if classes.size == 1 and (sizes is None or sizes[1] != 1):
-            raise Refused(f"{node.op_type} makes more channels out of one")
+            raise EditRefused(f"{node.op_type} makes more channels out of one")
         self.of[node.outputs[0]] = classes
 
     def concat(self, node: Node) -> None:
         """Along channels: side by side. Along another axis it ties."""
         values = [value for value in node.inputs if value is not None]
         if any(value not in self.of for value in values):
-            raise Refused("Concat takes something that nothing scales")
+            raise EditRefused("Concat takes something that nothing scales")
         self._check_ranks(values)
         axis = attribute(node, "axis") % (rank(values[0]) or 1)
         if axis == 1:
@@ -249,18 +257,18 @@ class _Walk:
     def split(self, node: Node) -> None:
         """Along channels: their parts, whose sizes the outputs tell."""
         classes = self._data(node)
-        for value, part in zip(node.outputs, split(node, classes.size), strict=True):
+        for value, part in zip(node.outputs, split_channels(node, classes.size), strict=True):
             self.of[value] = classes[part]
 
     def slice(self, node: Node) -> None:
         """Some of the channels, or some of the places."""
         classes = self._data(node)
-        self.of[node.outputs[0]] = classes[sliced(node, classes.size)]
+        self.of[node.outputs[0]] = classes[sliced_channels(node, classes.size)]
 
     def pad(self, node: Node) -> None:
         """Zeros, or copies of places. Channels of zeros have any scale."""
         classes = self._data(node)
-        before, behind = padded(node)
+        before, behind = padded_channels(node)
         if before or behind:
             classes = np.concatenate([self.ties.fresh(before), classes, self.ties.fresh(behind)])
         self.of[node.outputs[0]] = classes
@@ -268,11 +276,11 @@ class _Walk:
     def flatten(self, node: Node) -> None:
         """(N, C, H, W) to (N, C * H * W): every channel becomes as many features side by side."""
         classes = self._data(node)
-        self.of[node.outputs[0]] = np.repeat(classes, positions(self.model, node))
+        self.of[node.outputs[0]] = np.repeat(classes, features_per_channel(self.model, node))
 
     def reduce(self, node: Node) -> None:
         """Over places."""
-        check_reduces_places(node)
+        check_reduces_spatial_axes(node)
         self.same(node)
 
     def resize(self, node: Node) -> None:
@@ -280,7 +288,7 @@ class _Walk:
         sizes = dims(node.outputs[0])
         cropped = attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize"
         if cropped or sizes is None or len(sizes) < 2 or sizes[1] != self._data(node).size:
-            raise Refused("a Resize may fill in numbers or mix channels")
+            raise EditRefused("a Resize may fill in numbers or mix channels")
         self.same(node)
 
     def to_space(self, node: Node) -> None:
@@ -297,17 +305,17 @@ class _Walk:
     def _data(self, node: Node) -> Classes:
         value = _first(node)
         if value not in self.of:
-            raise Refused(f"{node.op_type} reads a scaled tensor where none belongs")
+            raise EditRefused(f"{node.op_type} reads a scaled tensor where none belongs")
         others = [other for other in node.inputs[1:] if other is not None]
         if any(other in self.of for other in others):
-            raise Refused(f"{node.op_type} reads a scaled tensor where none belongs")
+            raise EditRefused(f"{node.op_type} reads a scaled tensor where none belongs")
         return self.of[value]
 
     def _check_ranks(self, values: list[Value]) -> None:
         """Channels are along axis 1 of each only if all have as many axes, two or more."""
         ranks = {rank(value) for value in values}
         if len(ranks) > 1 or None in ranks or min(r or 0 for r in ranks) < 2:
-            raise Refused("tensors of different rank are joined")
+            raise EditRefused("tensors of different rank are joined")
 
 
 def _first(node: Node) -> Value:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from qconv.calibration.reach import Channels
-from qconv.ir.graph import Model, Value
 from qconv.ir.layers import Float64, read_layer
+from qconv.ir.model import Model, Value
 from qconv.passes.noise import Codes, Term, Weights
 from qconv.passes.streams import Ends, Streams
 from qconv.planning.plan import Layer, Plan

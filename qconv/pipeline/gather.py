@@ -19,11 +19,10 @@ from qconv.data.preprocess import InputSpec, resolve
 from qconv.data_free.imagined import Imagined
 from qconv.data_free.unseen import Unseen
 from qconv.errors import QconvError, require_torch
-from qconv.ir.graph import Model
-from qconv.ir.source import Source, original
+from qconv.ir.files import Source, open_original, total_weight_bytes
+from qconv.ir.model import Model
 from qconv.planning.plan import Plan
 from qconv.runtime.session import Session
-from qconv.save import total_bytes
 
 KEPT_NETWORKS = 4
 LARGEST_KNOWN = 2**30
@@ -44,7 +43,7 @@ class Memory:
 
     def known_as(self, model: Model, taps: Sequence[Tap], recipe: Recipe, feed: Feed) -> str | None:
         """The name of what such a pass sees; None for a network too large to be told from others."""
-        if total_bytes(model) > LARGEST_KNOWN:
+        if total_weight_bytes(model) > LARGEST_KNOWN:
             return None
         network = hashlib.sha256(model.proto().SerializeToString()).hexdigest()
         return f"{network} {feed.fed} {feed.batch} {_drawn(recipe)} {taps}"
@@ -186,7 +185,7 @@ def open_pictures(
 
     Raises QconvError where they are not for this model.
     """
-    session = original(source, recipe)
+    session = open_original(source, recipe)
     if recipe.data_free:
         if recipe.fallback == "synthesized":
             require_torch("--fallback synthesized")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import qconv
-from qconv import save
+from qconv import storage
 from qconv.audit.audit import Known, audit, profiled
 from qconv.calibration.sketch import Sketch
 from qconv.calibration.stats import digest
@@ -21,10 +21,18 @@ from qconv.config.serialization import format_layer_bits
 from qconv.config.targets import TARGETS, Target
 from qconv.data.feed import Feed
 from qconv.errors import Change, Finding, QconvError, Skipped, require_torch
-from qconv.ir import load
-from qconv.ir.fileformat import describe, needed_opset, needed_runtime, set_ir_version
-from qconv.ir.graph import Model
-from qconv.ir.source import Source, data_files, file_bytes, original, own_opset, read, refuse_quantized
+from qconv.ir import files, load
+from qconv.ir.files import (
+    Source,
+    declared_opset,
+    external_data_files,
+    file_bytes,
+    open_original,
+    read_proto,
+    refuse_quantized,
+)
+from qconv.ir.metadata import needed_opset, needed_runtime, set_ir_version, write_metadata
+from qconv.ir.model import Model
 from qconv.metrics.verify import gates, verify
 from qconv.passes import fold
 from qconv.passes.apart import in_words, round_apart
@@ -106,21 +114,21 @@ def quantize(
     place = None if out is None else Path(out)
 
     with run.step("load"):
-        proto = read(source)
+        proto = read_proto(source)
         if place is not None:
-            check_output(source, place, data_files(proto, source))
+            check_output(source, place, external_data_files(proto, source))
         written = {} if place is None else {"the output": place}
         for option in ("save_stats", "save_layer_bits"):
             if getattr(recipe, option) is not None:
                 path = Path(getattr(recipe, option))
-                check_output(source, path, data_files(proto, source))
+                check_output(source, path, external_data_files(proto, source))
                 written[option_name(option)] = path
         _check_apart(written, [*recipe.calib, *([] if recipe.stats is None else [recipe.stats])])
         refuse_quantized(proto, source.name)
-        float_bytes, made_from = file_bytes(proto, source), digest(source, data_files(proto, source))
+        float_bytes, made_from = file_bytes(proto, source), digest(source, external_data_files(proto, source))
         pictures = open_pictures(source, made_from, recipe, run.warn, run.listener.progress)
         pictures.memory = memory
-        model, changes = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
+        model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
         run.findings += changes
     with run.step("detect"):
         pictures.settle(model, recipe)
@@ -179,7 +187,7 @@ def quantize(
     folded = Folded(model, floats, sketches, factors)
     if recipe.searches and pictures.feed is not None:
         with run.step("search"):
-            ground = Ground(folded, recipe, pictures.feed, original(source, recipe))
+            ground = Ground(folded, recipe, pictures.feed, open_original(source, recipe))
             searched = search(ground, run.warn, run.listener.progress)
             recipe, mixed, settled = searched.recipe, searched.report, searched.settled
     else:
@@ -195,12 +203,12 @@ def quantize(
             run.findings += _reconstructed(model, before, recipe, pictures.feed, run.listener.progress)
     with run.step("emit"):
         run.findings += shrink(model)
-        describe(model, qconv.__version__, recipe, pictures.fed, plan.placed, made_from)
-    with save.staged(model, place) as staged:
+        write_metadata(model, qconv.__version__, recipe, pictures.fed, plan.placed, made_from)
+    with files.stage_model(model, place) as staged:
         with run.step("verify"):
-            save.check(staged)
+            files.check_staged_model(staged)
             audited = _audit(staged, model, Known.of(plan), pictures.shown)
-            checked = _verified(staged, original(source, recipe), recipe, pictures, target)
+            checked = _verified(staged, open_original(source, recipe), recipe, pictures, target)
         look_for_wishes_in_vain(plan, audited, run.warn)
         for output in checked.outputs:
             if output.remark:
@@ -215,7 +223,7 @@ def quantize(
         if recipe.save_stats is not None:
             pictures.save_statistics(as_it_is, source, Path(recipe.save_stats))
         if recipe.save_layer_bits is not None:
-            save.write_whole(Path(recipe.save_layer_bits), format_layer_bits(recipe.layer_bits).encode())
+            storage.write_atomically(Path(recipe.save_layer_bits), format_layer_bits(recipe.layer_bits).encode())
         if place is not None:
             staged.commit(place)
     run.time["total"] = time.perf_counter() - started
@@ -261,7 +269,7 @@ def _balanced(model: Model, plan: Plan, recipe: Recipe, pictures: Pictures) -> l
 
 def check_output(source: Source, out: Path, data: set[Path]) -> None:
     """Refuse to write over what is read. data: the model's own data files."""
-    save.check_place(out)
+    storage.check_output_path(out)
     for path in (source.path, *data):
         if path is not None and out.exists() and path.exists() and out.samefile(path):
             what = "the model itself" if path == source.path else "a data file of the model"
@@ -274,7 +282,7 @@ def _check_apart(written: Mapping[str, Path], read: Sequence[str]) -> None:
         if path.resolve() == same.resolve():
             raise QconvError(f"{path} is both {one} and {other}.", "choose two names.")
     for path in written.values():
-        save.refuse_what_is_read(path, read)
+        storage.refuse_overwriting_inputs(path, read)
 
 
 def _is_lost(checked: Verification) -> bool:
@@ -321,9 +329,9 @@ def _reconstructed(
     return reconstruct(model, before, recipe, feed.first(PICTURES, "read again"), fixed, progress)
 
 
-def _audit(staged: save.Staged, model: Model, known: Known, feed: Feed | None) -> Audit:
+def _audit(staged: files.StagedModel, model: Model, known: Known, feed: Feed | None) -> Audit:
     """What the runtime makes of the written file, and what that costs on one picture, with one thread."""
-    with save.scratch(2 * staged.size) as folder:
+    with storage.scratch_folder(2 * staged.size) as folder:
         optimized = folder / "optimized.onnx"
         session = Session(
             str(staged.path),
@@ -337,7 +345,7 @@ def _audit(staged: save.Staged, model: Model, known: Known, feed: Feed | None) -
 
 
 def _verified(
-    staged: save.Staged, original: Session, recipe: Recipe, pictures: Pictures, target: Target
+    staged: files.StagedModel, original: Session, recipe: Recipe, pictures: Pictures, target: Target
 ) -> Verification:
     """The written file, before it gets its name, against the float model's outputs.
 
@@ -362,9 +370,9 @@ def folded_float(path: str | Path, out: str | Path) -> None:
     """Write the upgraded and folded float model, as it is before anything is quantized."""
     source = Source(str(path), Path(path))
     recipe = Recipe()
-    proto = read(source)
-    model, _ = load.load(proto, source, opset=needed_opset(recipe, own_opset(proto)))
+    proto = read_proto(source)
+    model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
     fold.fold(model)
     set_ir_version(model)  # and no more: whoever quantizes the file, it is not by this recipe
-    with save.staged(model, Path(out)) as staged:
+    with files.stage_model(model, Path(out)) as staged:
         staged.commit(Path(out))

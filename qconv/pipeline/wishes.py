@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError, Skipped
-from qconv.ir.graph import Model
-from qconv.ir.source import Source
+from qconv.ir.files import Source
+from qconv.ir.model import Model
 from qconv.planning.plan import Plan
 from qconv.planning.planner import WISHED, is_layer
 from qconv.results.quantize import Audit

@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qconv.ir.graph import Model, Node, Value, array, attribute, clip_bounds, scalar
-from qconv.ir.rules import ACTIVATIONS
+from qconv.ir.model import Model, Node, Value, attribute, clip_bounds, constant_array, constant_scalar
+from qconv.ir.operators import CLIPPING_ACTIVATIONS
 
 SILU_MINIMUM_AT = -1.2784645
 """Where x / (1 + exp(-x)) is least: the root of 1 + exp(-x) (1 + x) = 0."""
@@ -80,9 +80,9 @@ def _closes(model: Model, gate: Node) -> _Closing | None:
         alpha, beta = float(attribute(gate, "alpha", 0.2)), float(attribute(gate, "beta", 0.5))
         return _Closing(gate.outputs[0], -beta / alpha) if alpha > 0 else None
     clip = model.sole_reader(gate.outputs[0])
-    if gate.op_type != "Add" or clip is None or clip.op_type not in ACTIVATIONS:
+    if gate.op_type != "Add" or clip is None or clip.op_type not in CLIPPING_ACTIVATIONS:
         return None
-    shift = next((scalar(v) for v in gate.inputs if v is not None and array(v) is not None), None)
+    shift = next((constant_scalar(v) for v in gate.inputs if v is not None and constant_array(v) is not None), None)
     bounds = clip_bounds(clip)
     if shift is None or bounds is None or bounds[0] != 0:
         return None

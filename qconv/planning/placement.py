@@ -21,9 +21,9 @@ import numpy as np
 from qconv.config.preprocessing import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, CostTable, Target
-from qconv.ir.graph import Model, Node, Value, array, attribute, dims, input_of
-from qconv.ir.load import shapes_at
-from qconv.ir.rules import RULES, Weighted
+from qconv.ir.load import infer_shapes_at
+from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of
+from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
 from qconv.planning.mincut import Network
 from qconv.planning.plan import Plan, data_inputs
 from qconv.planning.planner import make_plan
@@ -88,7 +88,7 @@ def shapes_of(model: Model, fed: Preprocessing | None) -> Shapes:
     first = model.graph.inputs[0]
     batch, *own = dims(first) or [None]
     sides = own if fed is None else fed.shape[1:]
-    return shapes_at(model, first.name or "", [batch or 1, *(side for side in sides if side is not None)])
+    return infer_shapes_at(model, first.name or "", [batch or 1, *(side for side in sides if side is not None)])
 
 
 def faster_in_float(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:
@@ -193,7 +193,9 @@ class _Question:
             if cost is not None:
                 network.edge(network.first, node, cost.integer_us)
                 network.edge(node, network.second, CAUTION * cost.float_us)
-            elif isinstance(RULES[node.op_type], Weighted):  # nothing is known of it: integers are the rule
+            elif isinstance(
+                QUANTIZATION_RULES[node.op_type], WeightedRule
+            ):  # nothing is known of it: integers are the rule
                 network.edge(node, network.second, math.inf)
         for tensor in self.tensors:
             self._tie(network, tensor)
@@ -216,7 +218,7 @@ class _Question:
 
 
 def _reads_data(node: Node, value: Value) -> bool:
-    rule = RULES.get(node.op_type)
+    rule = QUANTIZATION_RULES.get(node.op_type)
     return rule is None or value in data_inputs(node, rule)
 
 
@@ -249,7 +251,7 @@ def _switch(value: Value, shapes: Shapes, table: CostTable) -> float:
 def _work(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
     """The kind in the table, its number of channels, and the units of work; None for what it does not know."""
     out = shapes.get(node.outputs[0].name or "")
-    weight = array(input_of(node, 1))
+    weight = constant_array(input_of(node, 1))
     if node.op_type in ("Gemm", "MatMul") and out is not None and weight is not None and weight.ndim == 2:
         return "Gemm", math.sqrt(weight.size), math.prod(out[:-1]) * weight.size
     if out is None or len(out) < 3:
@@ -259,7 +261,7 @@ def _work(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
         return _conv_work(node, out)
     if node.op_type in ("Add", "Mul"):
         sides = [value for value in node.inputs if value is not None]
-        if any(array(value) is not None for value in sides):
+        if any(constant_array(value) is not None for value in sides):
             return "scaled", out[1], elements
         sizes = [math.prod(shapes.get(value.name or "", ())) for value in sides]
         return ("excited" if min(sizes) < elements else node.op_type), out[1], elements
@@ -269,7 +271,7 @@ def _work(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
 
 
 def _conv_work(node: Node, out: tuple[int, ...]) -> tuple[str, float, float] | None:
-    weight = array(input_of(node, 1))
+    weight = constant_array(input_of(node, 1))
     if weight is None:
         return None
     outputs, per_group, *kernel = weight.shape

@@ -11,8 +11,17 @@ from numpy.typing import NDArray
 from qconv.calibration.calibrate import Tap
 from qconv.calibration.sketch import SAMPLE, Want
 from qconv.config.targets import Target
-from qconv.ir.graph import DataType, Node, Value, array, clip_bounds, dims, input_of, rank
-from qconv.ir.rules import ACTIVATIONS, NEVER_NEGATIVE, RULES, Computing, Joining, Rule, Transparent, Weighted
+from qconv.ir.model import DataType, Node, Value, clip_bounds, constant_array, dims, input_of, rank
+from qconv.ir.operators import (
+    CLIPPING_ACTIVATIONS,
+    NON_NEGATIVE_OPS,
+    QUANTIZATION_RULES,
+    ComputingRule,
+    ConcatRule,
+    Rule,
+    TransparentRule,
+    WeightedRule,
+)
 from qconv.planning.gates import Gate
 from qconv.quantizer import PerBlock, PerChannel, QuantParams, QuantSpec
 
@@ -36,7 +45,7 @@ class Layer:
     """
 
     node: Node
-    rule: Weighted
+    rule: WeightedRule
     weight: QuantSpec
     data: Value | None
     at_load: bool = False
@@ -116,10 +125,10 @@ class Plan:
         node = value.producer()
         if node is None or node not in self.integer or node in self.absorbed:
             return False
-        rule = RULES[node.op_type]
-        if isinstance(rule, Transparent):
+        rule = QUANTIZATION_RULES[node.op_type]
+        if isinstance(rule, TransparentRule):
             return True
-        return isinstance(rule, Joining) and set(self.group_of()[value]).issuperset(node.inputs)
+        return isinstance(rule, ConcatRule) and set(self.group_of()[value]).issuperset(node.inputs)
 
     def group_of(self) -> dict[Value, tuple[Value, ...]]:
         """Every quantized tensor with those it shares parameters with, itself included."""
@@ -141,11 +150,11 @@ def data_inputs(node: Node, rule: Rule) -> list[Value]:
 def data_positions(node: Node, rule: Rule) -> range:
     """Where those inputs are."""
     count: int | None = 1
-    if isinstance(rule, Computing):
+    if isinstance(rule, ComputingRule):
         count = rule.data
-    elif isinstance(rule, Joining):
+    elif isinstance(rule, ConcatRule):
         count = None
-    elif isinstance(rule, Weighted) and node.op_type == "MatMul" and array(input_of(node, 1)) is None:
+    elif isinstance(rule, WeightedRule) and node.op_type == "MatMul" and constant_array(input_of(node, 1)) is None:
         count = 2
     return range(len(node.inputs))[:count]
 
@@ -172,7 +181,7 @@ def _never_negative(value: Value) -> bool:
     node = value.producer()
     if node is None:
         return False
-    if node.op_type in ACTIVATIONS:
+    if node.op_type in CLIPPING_ACTIVATIONS:
         bounds = clip_bounds(node)
         return bounds is not None and bounds[0] >= 0
-    return node.op_type in NEVER_NEGATIVE
+    return node.op_type in NON_NEGATIVE_OPS

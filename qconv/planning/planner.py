@@ -13,8 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
-from qconv.ir.graph import DataType, Model, Node, Value, array, clip_bounds, input_of
-from qconv.ir.rules import ACTIVATIONS, RULES, Computing, Joining, OnCodes, Rule, Transparent, Weighted
+from qconv.ir.model import DataType, Model, Node, Value, clip_bounds, constant_array, input_of
+from qconv.ir.operators import (
+    CLIPPING_ACTIVATIONS,
+    QUANTIZATION_RULES,
+    ComputingRule,
+    ConcatRule,
+    IntegerDomainRule,
+    Rule,
+    TransparentRule,
+    WeightedRule,
+)
 from qconv.planning.gates import gate_behind
 from qconv.planning.groups import Groups
 from qconv.planning.plan import Choice, Layer, Plan, channels_of, data_inputs
@@ -54,13 +63,13 @@ class _Planner:
         self.quantized: dict[Value, str] = {}
         self.eligible: dict[Node, Rule] = {}
         for node in self.nodes:
-            rule = RULES.get(node.op_type)
+            rule = QUANTIZATION_RULES.get(node.op_type)
             why = self._refusal(node, rule)
             if why is None and rule is not None:
                 self.eligible[node] = rule
             elif why is not None and _carries_float(node):
                 self.plan.kept[node.name or ""] = Choice(None, why)
-        self.weighted = {n for n, rule in self.eligible.items() if isinstance(rule, Weighted)}
+        self.weighted = {n for n, rule in self.eligible.items() if isinstance(rule, WeightedRule)}
         self.reaches_weights = self._closure(reversed(self.nodes), _next_nodes, self.weighted)
         self.after_weights = self._closure(self.nodes, _previous_nodes, self.weighted)
         # the first and the last layer are the network's own, whatever runs in float
@@ -72,7 +81,7 @@ class _Planner:
         """Whether it is a layer that would run in integers, were it not faster in float."""
         if node.name not in self.floats or self.recipe.bits_of(node.name or "").in_float:
             return False
-        return node not in self.eligible and isinstance(RULES.get(node.op_type), Weighted)
+        return node not in self.eligible and isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule)
 
     def _closure(self, order: Iterable[Node], neighbours: _Neighbours, layers: Set[Node]) -> set[Node]:
         """Nodes from which one of `layers` is reached through `neighbours`, themselves not counted."""
@@ -99,7 +108,7 @@ class _Planner:
         weights_only = recipe.activation_bits == 32
         if node.op_type in self.target.float_ops and not weights_only:
             return self.target.float_ops[node.op_type]
-        if weights_only and not isinstance(rule, Weighted):
+        if weights_only and not isinstance(rule, WeightedRule):
             return "only weights are quantized"
         return refusal(node, rule)
 
@@ -108,8 +117,8 @@ class _Planner:
     def choose_layers(self) -> None:
         for node in self.nodes:
             placed = self._is_placed_layer(node)
-            rule = RULES.get(node.op_type) if placed else self.eligible.get(node)
-            if not isinstance(rule, Weighted) or array(input_of(node, 1)) is None:
+            rule = QUANTIZATION_RULES.get(node.op_type) if placed else self.eligible.get(node)
+            if not isinstance(rule, WeightedRule) or constant_array(input_of(node, 1)) is None:
                 continue
             rule = oriented(node, rule)
             spec = weight_spec(node, rule, self.recipe, self.target, self._least_bits(node))
@@ -153,7 +162,7 @@ class _Planner:
     def _tie_moved(self) -> None:
         groups: Groups[Value] = Groups()
         for node in self.nodes:
-            if isinstance(RULES.get(node.op_type), Transparent | Joining) and node in self.eligible:
+            if isinstance(QUANTIZATION_RULES.get(node.op_type), TransparentRule | ConcatRule) and node in self.eligible:
                 ends = [*self._data(node), *node.outputs]
                 groups.join(value for value in ends if value in self.quantized)
         self.plan.ties = groups.in_order(self._in_graph_order())
@@ -184,30 +193,34 @@ class _Planner:
     def _why_left(self, node: Node) -> str:
         """ONNX Runtime merges a float layer and its activation: then it is the layer's reason that counts."""
         before = next(_previous_nodes(node), None)
-        if before is not None and node.op_type in ACTIVATIONS and isinstance(RULES.get(before.op_type), Weighted):
+        if (
+            before is not None
+            and node.op_type in CLIPPING_ACTIVATIONS
+            and isinstance(QUANTIZATION_RULES.get(before.op_type), WeightedRule)
+        ):
             reason = self.plan.kept.get(before.name or "")
             if reason is not None:
                 return reason.why
         rule = self.eligible.get(node)
-        if isinstance(rule, Computing) and rule.float_in_tail and node in self.after_weights:
+        if isinstance(rule, ComputingRule) and rule.float_in_tail and node in self.after_weights:
             return "behind the last layer with weights, where float keeps precision and costs little"
         return "no quantized tensor reaches it, so codes would only cost"
 
     def _worthwhile(self, node: Node) -> bool:
         rule = self.eligible[node]
         data = self._data(node)
-        if isinstance(rule, Weighted):
+        if isinstance(rule, WeightedRule):
             # two activations multiplied: an operator like any other
             return bool(data) and all(value in self.quantized for value in data)
         tail = node not in self.reaches_weights
-        if tail and isinstance(rule, Computing) and rule.float_in_tail:
+        if tail and isinstance(rule, ComputingRule) and rule.float_in_tail:
             return False
         known = [value in self.quantized for value in data]
         return bool(known) and (all(known) if tail else any(known))
 
     def _data(self, node: Node) -> list[Value]:
         """Inputs that are data and no constants."""
-        return [value for value in data_inputs(node, self.eligible[node]) if array(value) is None]
+        return [value for value in data_inputs(node, self.eligible[node]) if constant_array(value) is None]
 
     def _make_integer(self, node: Node) -> None:
         rule = self.eligible[node]
@@ -216,24 +229,24 @@ class _Planner:
         for value in self._data(node):
             self.quantized.setdefault(value, reason)
         follower = None
-        if isinstance(rule, Weighted | Computing):
+        if isinstance(rule, WeightedRule | ComputingRule):
             follower = self._absorbable(node)
         if follower is not None:
             self.plan.absorbed[follower] = node
             self.quantized.setdefault(follower.outputs[0], reason)
-        elif not isinstance(rule, Weighted) or self._needs_output(node, rule):
+        elif not isinstance(rule, WeightedRule) or self._needs_output(node, rule):
             for value in node.outputs:
                 if value.uses() or value.is_graph_output():
                     self.quantized.setdefault(value, reason)
-        if isinstance(rule, OnCodes):
+        if isinstance(rule, IntegerDomainRule):
             self.plan.on_codes.add(node)
 
-    def _needs_output(self, node: Node, rule: Weighted) -> bool:
+    def _needs_output(self, node: Node, rule: WeightedRule) -> bool:
         """Whether the layer's result must become codes, for the layer itself or for what reads it to run on codes.
 
         Without codes in between ONNX Runtime makes one float Gemm out of a MatMul and the Add behind it.
         """
-        if rule.needs_output or array(input_of(node, 1)) is None:
+        if rule.needs_output or constant_array(input_of(node, 1)) is None:
             return True
         readers = self.model.readers(node.outputs[0])
         if node in self.reaches_weights and any(reader in self.eligible for reader in readers):
@@ -243,7 +256,7 @@ class _Planner:
     def _absorbable(self, node: Node) -> Node | None:
         """The Relu or Clip that alone reads this node's output and that a saturating quantizer can replace."""
         reader = self.model.sole_reader(node.outputs[0])
-        if reader is None or reader.op_type not in ACTIVATIONS or reader not in self.eligible:
+        if reader is None or reader.op_type not in CLIPPING_ACTIVATIONS or reader not in self.eligible:
             return None
         bounds = clip_bounds(reader)
         return reader if bounds is not None and bounds[0] <= 0 <= bounds[1] else None
@@ -257,9 +270,9 @@ class _Planner:
                 continue
             rule = self.eligible[node]
             outputs = [value for value in node.outputs if value in self.quantized]
-            if isinstance(rule, Transparent | OnCodes):
+            if isinstance(rule, TransparentRule | IntegerDomainRule):
                 groups.join([*self._data(node), *outputs])
-            elif isinstance(rule, Joining):
+            elif isinstance(rule, ConcatRule):
                 groups.join([*(v for v in self._data(node) if self.model.sole_reader(v) is node), *outputs])
         self.plan.ties = groups.in_order(self._in_graph_order())
 
@@ -283,9 +296,9 @@ class _Planner:
             if gate is not None:
                 self.plan.gates[value] = gate
         for node in self.nodes if self.plan.reads is None else ():
-            if node in self.plan.integer and not isinstance(self.eligible[node], Weighted):
+            if node in self.plan.integer and not isinstance(self.eligible[node], WeightedRule):
                 for value in data_inputs(node, self.eligible[node]):
-                    if array(value) is not None:
+                    if constant_array(value) is not None:
                         self.plan.constants[value] = QuantSpec(
                             16 if recipe.activation_bits == 16 else 8, False, symmetric
                         )
@@ -350,7 +363,11 @@ class _Planner:
                 plan.kept.setdefault(node.name or "", plan.kept[layer_node.name])
         for node in self.nodes:  # fused into the layer before, an activation gives the layer its own name
             before = next(_previous_nodes(node), None)
-            if before is not None and node.op_type in ACTIVATIONS and isinstance(RULES.get(before.op_type), Weighted):
+            if (
+                before is not None
+                and node.op_type in CLIPPING_ACTIVATIONS
+                and isinstance(QUANTIZATION_RULES.get(before.op_type), WeightedRule)
+            ):
                 plan.activation_of[node.name or ""] = before.name or ""
 
 
@@ -371,12 +388,14 @@ def _previous_nodes(node: Node) -> Iterator[Node]:
 
 def is_layer(node: Node) -> bool:
     """Whether it has constant weights that could become codes."""
-    return isinstance(RULES.get(node.op_type), Weighted) and array(input_of(node, 1)) is not None
+    return (
+        isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule) and constant_array(input_of(node, 1)) is not None
+    )
 
 
 def _params_of(dequantizer: Node) -> QuantParams:
     """The parameters that a dequantizer of uint8 has."""
-    scale, zero = (array(value) for value in dequantizer.inputs[1:3])
+    scale, zero = (constant_array(value) for value in dequantizer.inputs[1:3])
     assert scale is not None
     assert zero is not None
     return QuantParams(QuantSpec(8, signed=False, symmetric=False), scale, zero)

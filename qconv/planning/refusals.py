@@ -8,8 +8,16 @@ from __future__ import annotations
 import numpy as np
 
 from qconv.config.recipe import Recipe
-from qconv.ir.graph import DataType, Node, array, attribute, clip_bounds, input_of, rank, scalar
-from qconv.ir.rules import ACTIVATIONS, Computing, Joining, OnCodes, Rule, Transparent, Weighted
+from qconv.ir.model import DataType, Node, attribute, clip_bounds, constant_array, constant_scalar, input_of, rank
+from qconv.ir.operators import (
+    CLIPPING_ACTIVATIONS,
+    ComputingRule,
+    ConcatRule,
+    IntegerDomainRule,
+    Rule,
+    TransparentRule,
+    WeightedRule,
+)
 from qconv.planning.plan import Layer, Plan
 
 WIDE_CODES = "codes of 16 bits have no integer kernel"
@@ -24,11 +32,11 @@ def refusal(node: Node, rule: Rule) -> str | None:
 
 def _refuse_weighted(node: Node) -> str | None:
     weight, bias = input_of(node, 1), input_of(node, 2)
-    if array(weight) is None:
+    if constant_array(weight) is None:
         if node.op_type == "MatMul":
             return None
         return "its weights are computed, not constant"
-    if bias is not None and array(bias) is None:
+    if bias is not None and constant_array(bias) is None:
         return "its bias is computed, not constant"
     if any(value is not None and value.dtype not in (DataType.FLOAT, None) for value in node.inputs[:3]):
         return "its data is not float32"
@@ -46,7 +54,7 @@ def _refuse_computing(node: Node) -> str | None:
     for value in node.inputs[:2]:
         if value is not None and value.dtype not in (DataType.FLOAT, None):
             return "its data is not float"
-        numbers = array(value)
+        numbers = constant_array(value)
         if numbers is not None and np.abs(numbers).max(initial=0) >= MASK:
             return "its constant is a mask that 8 bits cannot hold beside data"
     if node.op_type == "Identity" and node.outputs[0].is_graph_output():
@@ -61,7 +69,7 @@ def _refuse_computing(node: Node) -> str | None:
 
 def _refuse_transparent(node: Node) -> str | None:
     data = node.inputs[0]
-    if data is None or data.dtype not in (DataType.FLOAT, None) or array(data) is not None:
+    if data is None or data.dtype not in (DataType.FLOAT, None) or constant_array(data) is not None:
         return "its data is not float"
     if node.op_type == "MaxPool" and len(node.outputs) > 1 and node.outputs[1].uses():
         return "its indices are read"
@@ -78,21 +86,21 @@ def _refuse_on_codes(node: Node) -> str | None:
     data = node.inputs[0]
     if data is None or data.dtype not in (DataType.FLOAT, None):
         return "its data is not float"
-    if node.op_type in ACTIVATIONS and clip_bounds(node) is None:
+    if node.op_type in CLIPPING_ACTIVATIONS and clip_bounds(node) is None:
         return "its bounds are computed, not constant"
     if node.op_type == "Pad":
         fill = input_of(node, 2)
-        if attribute(node, "mode", "constant") == "constant" and fill is not None and scalar(fill) != 0:
+        if attribute(node, "mode", "constant") == "constant" and fill is not None and constant_scalar(fill) != 0:
             return "it pads with something else than zero"
     return None
 
 
 _BY_RULE = {
-    Weighted: _refuse_weighted,
-    Computing: _refuse_computing,
-    Transparent: _refuse_transparent,
-    Joining: _refuse_joining,
-    OnCodes: _refuse_on_codes,
+    WeightedRule: _refuse_weighted,
+    ComputingRule: _refuse_computing,
+    TransparentRule: _refuse_transparent,
+    ConcatRule: _refuse_joining,
+    IntegerDomainRule: _refuse_on_codes,
 }
 
 

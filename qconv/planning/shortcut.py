@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from qconv.ir.graph import Model, Node, Value
+from qconv.ir.model import Model, Node, Value
 
 
 def shortcut(model: Model, add: Node, sides: Sequence[Value], layers: Collection[Node]) -> Value | None:

@@ -7,19 +7,19 @@ import numpy as np
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
-from qconv.ir.graph import Node, array, attribute, input_of
-from qconv.ir.rules import Weighted
+from qconv.ir.model import Node, attribute, constant_array, input_of
+from qconv.ir.operators import WeightedRule
 from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
 
 
-def oriented(node: Node, rule: Weighted) -> Weighted:
+def oriented(node: Node, rule: WeightedRule) -> WeightedRule:
     """The rule with the axes of this very node: Gemm's transB swaps them."""
     if node.op_type == "Gemm" and attribute(node, "transB", 0):
-        return Weighted(rule.input_axis, rule.output_axis, rule.needs_output)
+        return WeightedRule(rule.input_axis, rule.output_axis, rule.needs_output)
     return rule
 
 
-def weight_spec(node: Node, rule: Weighted, recipe: Recipe, target: Target, least: int) -> QuantSpec:
+def weight_spec(node: Node, rule: WeightedRule, recipe: Recipe, target: Target, least: int) -> QuantSpec:
     """Of a layer's weights. rule: as `oriented`. least: bits that it has where none are asked for by its name."""
     bits = recipe.bits_of(node.name or "").weights or max(recipe.weight_bits, least)
     symmetric = recipe.scheme_of_weights(bits) is Scheme.SYMMETRIC
@@ -31,7 +31,7 @@ def weight_spec(node: Node, rule: Weighted, recipe: Recipe, target: Target, leas
         case WeightGranularity.PER_CHANNEL:
             return QuantSpec(bits, True, symmetric, PerChannel(rule.output_axis))
         case WeightGranularity.PER_BLOCK:
-            weight = array(node.inputs[1])
+            weight = constant_array(node.inputs[1])
             channels = recipe.block_size if weight is None else weight.shape[rule.input_axis]
             size = min(recipe.block_size, channels) * _kernel_area(node)
             return QuantSpec(bits, True, symmetric, PerBlock(rule.input_axis, size))
@@ -44,5 +44,5 @@ def _repeats(node: Node) -> bool:
 
 def _kernel_area(node: Node) -> int:
     """Elements that one input channel takes along the flattened axis 1 of a Conv's weights: kH * kW, else 1."""
-    weight = array(input_of(node, 1))
+    weight = constant_array(input_of(node, 1))
     return int(np.prod(weight.shape[2:])) if node.op_type == "Conv" and weight is not None else 1

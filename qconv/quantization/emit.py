@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from qconv.config.choices import PACKED_BITS
 from qconv.errors import Change, Finding
-from qconv.ir.graph import DataType, Model, Node, Value, array, attribute, clip_bounds, input_of, rank
-from qconv.ir.rules import RULES, Computing, Weighted
+from qconv.ir.model import DataType, Model, Node, Value, attribute, clip_bounds, constant_array, input_of, rank
+from qconv.ir.operators import QUANTIZATION_RULES, ComputingRule, WeightedRule
 from qconv.planning.plan import Plan, data_inputs, data_positions
 from qconv.quantization.params import Params
 from qconv.quantization.weights import LayerParams
 from qconv.quantizer import PerBlock, PerChannel, QuantParams
 
-FUSIBLE = (Weighted, Computing)
+FUSIBLE = (WeightedRule, ComputingRule)
 """Rules of the operators that ONNX Runtime computes with in integers, and whose results that changes."""
 
 
@@ -86,7 +86,7 @@ class _Writer:
         """
         if producer in self.plan.integer or not self.plan.target.on_ort:
             return False
-        rule = RULES.get(producer.op_type)
+        rule = QUANTIZATION_RULES.get(producer.op_type)
         if isinstance(rule, FUSIBLE):
             return any(v is not None and _is_dequantized(v) for v in producer.inputs)
         if rule is None:
@@ -250,13 +250,13 @@ class _Writer:
 
     def constant(self, value: Value, chosen: QuantParams) -> None:
         """A constant operand of an integer operator."""
-        numbers = array(value)
+        numbers = constant_array(value)
         assert numbers is not None
         uses = [
             (node, index)
             for node in self.model.readers(value)
             if node in self.plan.integer
-            for index in data_positions(node, RULES[node.op_type])
+            for index in data_positions(node, QUANTIZATION_RULES[node.op_type])
             if node.inputs[index] is value  # a bound or a shape may be the same constant
         ]
         codes = chosen.quantize(numbers)
@@ -275,7 +275,7 @@ class _Writer:
         weight, bias = node.inputs[1], input_of(node, 2)
         assert weight is not None
         self.model.set_input(node, 1, self._weight(chosen, weight, pack=pack))
-        if chosen.bias is None or (bias is not None and chosen.bias is array(bias)):
+        if chosen.bias is None or (bias is not None and chosen.bias is constant_array(bias)):
             return  # nothing to add, or the float model's own bias
         name = (bias.name or "") if bias is not None and len(bias.uses()) == 1 else f"{node.name}_bias"
         if chosen.bias_params is None:
@@ -300,7 +300,7 @@ class _Writer:
         dequantizer = self._dequantizer(codes, params, name, weight, kind)
         self.model.insert_first(dequantizer)
         result = dequantizer.outputs[0]
-        stored = array(weight)
+        stored = constant_array(weight)
         if stored is not None and chosen.layer.blocked and chosen.layer.node.op_type != "Gemm":
             # kernels of blocks were flattened; in between, Reshape keeps the optimizer from taking blocks for channels
             shape = self._fixed("shape", np.asarray(stored.shape, np.int64))

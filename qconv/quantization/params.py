@@ -13,7 +13,7 @@ from qconv.config.choices import PERCENTILE
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, Finding
 from qconv.ir import layers
-from qconv.ir.graph import Node, Value, array
+from qconv.ir.model import Node, Value, constant_array
 from qconv.planning.plan import Layer, Plan, channels_of
 from qconv.quantization import channel_bits
 from qconv.quantization.weights import LayerParams, Source, quantize_layer
@@ -62,7 +62,7 @@ def choose_activations(
         params.activations[value] = chosen
         findings.append(channel_bits.in_words(name, "activations", chosen))
     for value, spec in plan.constants.items():
-        numbers = array(value)
+        numbers = constant_array(value)
         assert numbers is not None
         params.constants[value] = spec.from_range(numbers.min(initial=0), numbers.max(initial=0))
     return params, findings

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ir.graph import Node, attribute
+from qconv.ir.model import Node, attribute
 
 Float32 = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Finding, Skipped
-from qconv.ir.graph import Model, Node
-from qconv.ir.walk import Walk
+from qconv.ir.model import Model, Node
+from qconv.ir.stepwise import StepwiseRun
 from qconv.planning.plan import Layer, Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
@@ -99,15 +99,15 @@ class _Refiner:
     ) -> list[Finding]:
         simulated, nodes = self._with_quantizers(floats)
         with contextlib.closing(ArrayStore(HELD)) as first, contextlib.closing(ArrayStore(HELD)) as second:
-            real = Walk(self.model, feeds, first, threads=self.solver.recipe.threads)
-            other = Walk(simulated, feeds, second, threads=self.solver.recipe.threads)
+            real = StepwiseRun(self.model, feeds, first, threads=self.solver.recipe.threads)
+            other = StepwiseRun(simulated, feeds, second, threads=self.solver.recipe.threads)
             self._go(real, other, simulated, nodes, progress)
         return self.findings
 
     def _go(
         self,
-        real: Walk,
-        other: Walk,
+        real: StepwiseRun,
+        other: StepwiseRun,
         simulated: Model,
         nodes: Mapping[str, Node],
         progress: Callable[[str, int, int], None],
@@ -152,7 +152,7 @@ class _Refiner:
         return copy, nodes
 
     def _rows(
-        self, layer: Layer, index: int, floats: StoredArrays, other: Walk, twin: Node
+        self, layer: Layer, index: int, floats: StoredArrays, other: StepwiseRun, twin: Node
     ) -> Iterator[tuple[Float32, Float32]]:
         """The same rows of both networks, piece by piece, cut out ahead of who sums them."""
         codes, grid = other.codes_at(first_input(twin))

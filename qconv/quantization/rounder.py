@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ir.graph import Node, array
-from qconv.ir.layers import rows_of, stored_of
+from qconv.ir.layers import weight_rows_of, weights_from_rows
+from qconv.ir.model import Node, constant_array
 from qconv.planning.plan import Layer
 from qconv.quantization import rounding, saturation
 from qconv.quantization.moments import Moments
@@ -132,16 +132,16 @@ class Rounder:
 
     def _rows(self, codes: Codes) -> Float64:
         """(G, O, K)"""
-        return np.asarray(rows_of(self.layer.node, codes.reshape(stored_shape(self.layer.node))), np.float64)
+        return np.asarray(weight_rows_of(self.layer.node, codes.reshape(stored_shape(self.layer.node))), np.float64)
 
     def _stored(self, rows: NDArray[Any]) -> NDArray[Any]:
         node = self.layer.node
-        return arranged(self.layer, stored_of(node, rows, stored_shape(node)))
+        return arranged(self.layer, weights_from_rows(node, rows, stored_shape(node)))
 
 
 def real(layer: Layer, params: QuantParams, codes: Codes) -> Float32:
     """What codes stand for, as rows (G, O, K)."""
-    found: Float32 = rows_of(layer.node, params.dequantize(codes).reshape(stored_shape(layer.node)))
+    found: Float32 = weight_rows_of(layer.node, params.dequantize(codes).reshape(stored_shape(layer.node)))
     return found
 
 
@@ -158,10 +158,10 @@ def grid_of(layer: Layer, params: QuantParams) -> rounding.Grid:
     found = []
     for numbers in params.spread(arranged):
         if isinstance(params.spec.granularity, PerBlock):
-            rows = rows_of(layer.node, np.broadcast_to(numbers, arranged).reshape(shape))
+            rows = weight_rows_of(layer.node, np.broadcast_to(numbers, arranged).reshape(shape))
         else:
             whole = np.broadcast_to(numbers, shape)
-            rows = rows_of(layer.node, whole)[:, :, :1]
+            rows = weight_rows_of(layer.node, whole)[:, :, :1]
         found.append(np.asarray(rows, np.float64))
     low, high = (
         np.asarray(limit, np.float64).reshape(found[0].shape[:2]) if limit.ndim else float(limit)
@@ -172,6 +172,6 @@ def grid_of(layer: Layer, params: QuantParams) -> rounding.Grid:
 
 def stored_shape(node: Node) -> tuple[int, ...]:
     """Of the layer's weights."""
-    stored = array(node.inputs[1])
+    stored = constant_array(node.inputs[1])
     assert stored is not None
     return stored.shape

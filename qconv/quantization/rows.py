@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qconv.ir.graph import Value, input_of
+from qconv.ir.model import Value, input_of
 from qconv.planning.plan import Plan
 from qconv.quantization.params import Params
 from qconv.quantizer import PerBlock, PerChannel, QuantParams

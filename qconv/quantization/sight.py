@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ir.graph import Node, Value, array, clip_bounds, input_of
+from qconv.ir.model import Node, Value, clip_bounds, constant_array, input_of
 from qconv.quantization.moments import Moments
 from qconv.quantizer import QuantParams
 
@@ -55,7 +55,7 @@ class Sight:
     def around(self, node: Node, rows: Float32, seen: Moments) -> Sight:
         """For outputs of rows whose mean was removed. rows: the float weights (G, O, K)."""
         centre = np.einsum("gok,gk->go", rows, seen.float_mean)
-        bias = array(input_of(node, 2)) if node.op_type != "MatMul" else None
+        bias = constant_array(input_of(node, 2)) if node.op_type != "MatMul" else None
         if bias is not None:
             centre = centre + np.broadcast_to(bias.reshape(-1), (centre.size,)).reshape(centre.shape)
         return replace(self, centre=centre[:, None].astype(np.float32))

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
 from qconv.errors import Change, Finding, Skipped
-from qconv.ir.graph import Model, Node, Value
-from qconv.ir.layers import rows_of, stored_of
+from qconv.ir.layers import weight_rows_of, weights_from_rows
+from qconv.ir.model import Model, Node, Value
 from qconv.planning.plan import Layer
 from qconv.quantization import channel_bits, rounding
 from qconv.quantization.moments import Moments
@@ -145,7 +145,7 @@ class Solver:
             return nearest, Skipped("round", node.name or "", "what it reads is too large for squares in float32")
         if self.recipe.rounding == "nearest":
             return self._corrected(nearest, source, seen)
-        rows = rows_of(node, float_weight(layer).reshape(stored_shape(node)))
+        rows = weight_rows_of(node, float_weight(layer).reshape(stored_shape(node)))
         sight = sight.around(node, rows, seen)
         wanted = self._resolved(rows, seen, sight, layer.weight.bits) if anew else rows
         params, codes = self._rounded(layer, self._ranged(layer, wanted, source, seen), wanted, seen, source)
@@ -172,20 +172,20 @@ class Solver:
         if self.recipe.bias_correction == "none" or layer.node.op_type == "MatMul":  # which adds nothing
             return None
         shape = stored_shape(layer.node)
-        rows, real = (rows_of(layer.node, numbers.reshape(shape)) for numbers in (weight, rounded))
+        rows, real = (weight_rows_of(layer.node, numbers.reshape(shape)) for numbers in (weight, rounded))
         shift = np.einsum("gok,gk->go", rows, seen.float_mean) - np.einsum("gok,gk->go", real, seen.mean)
         return np.asarray(shift.reshape(-1), np.float64)
 
     def _ranged(self, layer: Layer, wanted: Float32, source: Source | None, seen: Moments) -> QuantParams:
         """Scales for weights (G, O, K): those with the least error, inputs taken to be independent."""
         node, shape = layer.node, stored_shape(layer.node)
-        weight = arranged(layer, stored_of(node, wanted, shape))
+        weight = arranged(layer, weights_from_rows(node, wanted, shape))
         if layer.own_bits:
             params = channel_bits.of_weights(weight, layer.weight, self.recipe.weight_calibrator)
         else:
             importance = np.concatenate([np.diagonal(b.hessian, axis1=1, axis2=2) for b in seen.blocks], axis=1)
             spread = np.broadcast_to(importance[:, None].astype(np.float32), wanted.shape)
-            counts = arranged(layer, stored_of(node, spread, shape))
+            counts = arranged(layer, weights_from_rows(node, spread, shape))
             params = layer.weight.from_range(*least_squares(weight, layer.weight, counts))
         return fitted(layer, params, weight, source, self.target, saturation_safe=self.recipe.saturation_safe)[0]
 
@@ -281,7 +281,7 @@ def _lost(weight: Float32, rounded: Float32, seen: Moments, sight: Sight) -> flo
 
 def _rows_shape(node: Node) -> tuple[int, int, int]:
     """Of the layer's weights as rows, (G, O, K)."""
-    groups, outputs, inputs = rows_of(node, np.empty(stored_shape(node), bool)).shape
+    groups, outputs, inputs = weight_rows_of(node, np.empty(stored_shape(node), bool)).shape
     return groups, outputs, inputs
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from qconv.calibration.sketch import Sketch
 from qconv.config.targets import Target
 from qconv.errors import Change, Finding, QconvError, Skipped
-from qconv.ir.graph import array, attribute, input_of
-from qconv.ir.layers import means_of
+from qconv.ir.layers import input_means_of
+from qconv.ir.model import attribute, constant_array, input_of
 from qconv.planning.plan import Layer
 from qconv.quantization import bias as bias_correction
 from qconv.quantization import channel_bits, saturation
@@ -126,7 +126,7 @@ def quantize_layer(
 
 def float_weight(layer: Layer) -> NDArray[np.float32]:
     """The layer's weights as its spec sees them. Raises QconvError where they are no numbers."""
-    stored = array(layer.node.inputs[1])
+    stored = constant_array(layer.node.inputs[1])
     assert stored is not None
     weight = layer.arranged(stored.astype(np.float32, copy=False))
     if not np.isfinite(weight).all():
@@ -202,7 +202,7 @@ def _has_integer_bias(layer: Layer, source: Source, target: Target) -> bool:
 
 def shifted_bias(layer: Layer, shift: NDArray[np.float64] | None) -> NDArray[np.floating] | None:
     """The layer's bias with a shift (O,), if there is any."""
-    bias = array(input_of(layer.node, 2))
+    bias = constant_array(input_of(layer.node, 2))
     if shift is None:
         return bias
     return (shift if bias is None else bias + shift).astype(np.float32)
@@ -215,7 +215,7 @@ def analytic_shift(
 
     Why it is not known, where that is so.
     """
-    means = means_of(layer.node)
+    means = input_means_of(layer.node)
     if layer.node.op_type == "MatMul":
         return "a MatMul has no bias"
     return means if isinstance(means, str) else _on_average(layer, weight - rounded, means)
@@ -235,7 +235,7 @@ def _measured_shift(
 
 def _on_average(layer: Layer, weight: NDArray[np.float32], means: NDArray[np.float64]) -> NDArray[np.float64]:
     """What such weights make of such means, (O,). weight: in the layer's own shape; means: of its inputs, (I,)."""
-    stored = array(layer.node.inputs[1])
+    stored = constant_array(layer.node.inputs[1])
     assert stored is not None
     groups, axis = attribute(layer.node, "group", 1), layer.rule.output_axis
     seen = 1 / np.prod(attribute(layer.node, "strides", [1])) if layer.node.op_type == "ConvTranspose" else 1.0
@@ -254,7 +254,7 @@ def _scale_dead_channels(params: QuantParams, weight: NDArray[np.float32]) -> Qu
 
 def input_channels(layer: Layer) -> int:
     """How many channels the layer reads."""
-    weight = array(layer.node.inputs[1])
+    weight = constant_array(layer.node.inputs[1])
     assert weight is not None
     if layer.node.op_type == "ConvTranspose":  # its weights have all input channels, but only a group's outputs
         return int(weight.shape[0])
@@ -263,7 +263,7 @@ def input_channels(layer: Layer) -> int:
 
 def is_depthwise(layer: Layer) -> bool:
     """Whether it is, to ONNX Runtime: a Conv of one channel in and one channel out in each group."""
-    stored = array(layer.node.inputs[1])
+    stored = constant_array(layer.node.inputs[1])
     groups = attribute(layer.node, "group", 1)
     return layer.node.op_type == "Conv" and groups > 1 and stored is not None and stored.shape[:2] == (groups, 1)
 
@@ -278,7 +278,7 @@ def least_scale(layer: Layer, source: Source | None, target: Target, params: Qua
 
     One number, or one a channel; zero where no bias is stored like that.
     """
-    bias = array(input_of(layer.node, 2))
+    bias = constant_array(input_of(layer.node, 2))
     if source is None or bias is None or not _has_integer_bias(layer, source, target):
         return np.zeros((), np.float32)
     reach = np.abs(bias.astype(np.float64))

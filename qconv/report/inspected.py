@@ -14,7 +14,7 @@ from qconv.analysis.inspect_float import End, FloatModel, FloatRow, Left
 from qconv.analysis.inspect_quantized import QuantizedModel, QuantizedRow
 from qconv.config.serialization import format_number
 from qconv.errors import Skipped, format_count, format_shape
-from qconv.ir.stored import Tensor
+from qconv.ir.stored_weights import TensorFormat
 from qconv.report.printing import COLUMNS, columns, wrapped
 
 MOST_ROWS = 20
@@ -174,7 +174,7 @@ def _quantized_cells(row: QuantizedRow) -> tuple[str, ...]:
     return row.name, row.op, weights, _held(row.input), _held(row.output), _bytes(row.bytes), f"{row.share:.1%}"
 
 
-def _held(tensor: Tensor) -> str:
+def _held(tensor: TensorFormat) -> str:
     return "float" if tensor.bits == 32 else str(tensor)
 
 

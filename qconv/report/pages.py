@@ -15,7 +15,7 @@ from qconv.audit.examine import Examined, examine
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, QconvError, Skipped, format_bytes, format_count
-from qconv.ir.source import Source, file_bytes, read
+from qconv.ir.files import Source, file_bytes, read_proto
 from qconv.metrics.intervals import Interval, of_share
 from qconv.report.sheet import sheet
 from qconv.report.shown import Page, Tile, Tone
@@ -105,7 +105,7 @@ def of_compare(looked: Looked, source: Source, quantized: Source, command: str, 
     recipe = {} if examined is None else examined.recipe
     audited = None if examined is None else _by_target(examined.audit, recipe)
     page = _page(quantized.name, looked, scores, audited, warnings)
-    sizes = [file_bytes(read(model), model) for model in (source, quantized)]
+    sizes = [file_bytes(read_proto(model), model) for model in (source, quantized)]
     return replace(
         page,
         subtitle=f"compared layer by layer with {source.name}",

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv import save
 from qconv.analysis.evaluate import class_vector
 from qconv.config.choices import Drop, LayerBits
 from qconv.config.recipe import Recipe
@@ -18,6 +17,7 @@ from qconv.config.targets import TARGETS
 from qconv.data.feed import Batch, Feed
 from qconv.data.labels import classes_of, folder_of
 from qconv.errors import QconvError
+from qconv.ir import subgraph
 from qconv.metrics.scored import Outputs, Scored, score_float
 from qconv.quantization.moments import is_kept
 from qconv.results.quantize import Verification
@@ -120,7 +120,7 @@ class Judge:
                 if vector is not None:
                     heard.append(outputs[vector])
 
-            with save.runnable(model, ()) as runnable:
+            with subgraph.runnable_with_outputs(model, ()) as runnable:
                 on_ort = TARGETS[recipe.target].on_ort
                 session = Session(runnable, name="the quantized model", threads=recipe.threads, optimize=on_ort)
                 verified = self.scored.score(session, hear)

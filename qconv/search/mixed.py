@@ -24,7 +24,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.feed import Batch
 from qconv.errors import QconvError
-from qconv.ir.graph import Model, array
+from qconv.ir.model import Model, constant_array
 from qconv.metrics.verify import sqnr_db
 from qconv.planning.planner import is_layer, make_plan
 from qconv.quantization.refine import EFFORTS
@@ -171,7 +171,7 @@ class _Scope:
         counts: dict[str, int] = {}
         fixed = 0
         for node in model.nodes():
-            weight = array(node.inputs[1]) if is_layer(node) else None
+            weight = constant_array(node.inputs[1]) if is_layer(node) else None
             if weight is None:
                 continue
             name, wish = node.name or "", recipe.bits_of(node.name or "").weights

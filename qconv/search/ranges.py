@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 
 from qconv.data.feed import spread
 from qconv.errors import Change
-from qconv.ir.behind import Behind, up_to
-from qconv.ir.graph import Model, Value, is_tensor
-from qconv.ir.walk import Walk
+from qconv.ir.model import Model, Value, is_tensor
+from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
 from qconv.planning.plan import Plan
 from qconv.quantizer import QuantParams
 from qconv.search.sensitivity import noise_of
@@ -128,14 +127,18 @@ def _groups(model: Model, plan: Plan, activations: Mapping[Value, QuantParams]) 
 
 
 @contextlib.contextmanager
-def _walked(model: Model, feeds: Sequence[Feed], threads: int | None) -> Iterator[tuple[Walk, list[Value], Outputs]]:
+def _walked(
+    model: Model, feeds: Sequence[Feed], threads: int | None
+) -> Iterator[tuple[StepwiseRun, list[Value], Outputs]]:
     """A walk, the outputs that count, and what they are for as many pictures as go into memory."""
     outputs = [value for value in model.graph.outputs if is_tensor(value)]
     with contextlib.closing(ArrayStore(HELD)) as store:
-        start = Behind(Walk(model, feeds, store, threads=threads).behind(outputs), _names(outputs), threads=threads)
-        clean = up_to(HELD, start.run(range(len(feeds))))
+        start = NetworkTail(
+            StepwiseRun(model, feeds, store, threads=threads).behind(outputs), _names(outputs), threads=threads
+        )
+        clean = collect_up_to(HELD, start.run(range(len(feeds))))
         del start
-        yield Walk(model, feeds[: len(clean)], store, threads=threads, kept=outputs), outputs, clean
+        yield StepwiseRun(model, feeds[: len(clean)], store, threads=threads, kept=outputs), outputs, clean
 
 
 def _noises(model: Model, groups: Sequence[Group], feeds: Sequence[Feed], threads: int | None) -> Iterator[float]:
@@ -147,7 +150,7 @@ def _noises(model: Model, groups: Sequence[Group], feeds: Sequence[Feed], thread
         for together in _with_one_session(groups):
             walk.at(together[0].first)
             names, spec = [_names(group.members) for group in together], together[0].params.spec
-            behind = Behind(walk.behind(outputs), _names(outputs), names, spec, threads=threads)
+            behind = NetworkTail(walk.behind(outputs), _names(outputs), names, spec, threads=threads)
             for index, group in enumerate(together):
                 yield _noise(clean, behind, picked, group.params, index)
 
@@ -170,7 +173,7 @@ def _rounded_alone(
             reach = _reach(walk.at(group.first), group.params)
             picked = _picked(reach, *looks)
             names, spec = [_names(group.members)], group.params.spec
-            behind = Behind(walk.behind(outputs), _names(outputs), names, spec, threads=threads)
+            behind = NetworkTail(walk.behind(outputs), _names(outputs), names, spec, threads=threads)
             yield group, partial(_noise, clean, behind, picked), float(reach.max())
 
 
@@ -192,7 +195,9 @@ def _picked(reach: Float64, far: int, near: int) -> dict[int, float]:
     return dict.fromkeys(order[:far].tolist(), 1.0) | dict.fromkeys(some.tolist(), len(rest) / max(1, len(some)))
 
 
-def _noise(clean: Outputs, behind: Behind, picked: Mapping[int, float], params: QuantParams, group: int = 0) -> float:
+def _noise(
+    clean: Outputs, behind: NetworkTail, picked: Mapping[int, float], params: QuantParams, group: int = 0
+) -> float:
     """Mean over the pictures for which those that are picked stand."""
     found = zip(picked.items(), behind.run(picked, params, group), strict=True)
     return sum(weight * noise_of([clean[index]], [got]) for (index, weight), got in found) / sum(picked.values())

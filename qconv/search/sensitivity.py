@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
-from qconv.ir.behind import Behind, up_to
-from qconv.ir.graph import Model, is_tensor
-from qconv.ir.walk import Walk
+from qconv.ir.model import Model, is_tensor
+from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
 from qconv.planning.plan import Layer as Planned
 from qconv.planning.plan import Plan
 from qconv.quantization.moments import is_kept, moments
@@ -75,9 +74,9 @@ def sensitivities(
     outputs = [value.name or "" for value in judged]
     found: dict[str, Layer] = {}
     with contextlib.closing(ArrayStore(HELD)) as store:
-        walk = Walk(network.model, batches, store, threads=threads, kept=judged)
+        walk = StepwiseRun(network.model, batches, store, threads=threads, kept=judged)
         looked_at = _looked_at(len(batches), solver)
-        expected = up_to(HELD, Behind(walk.behind(judged), outputs, threads=threads).run(looked_at))
+        expected = collect_up_to(HELD, NetworkTail(walk.behind(judged), outputs, threads=threads).run(looked_at))
         looked_at = looked_at[: len(expected)]
         for index, layer in enumerate(network.plan.layers):
             name = layer.node.name or ""
@@ -87,7 +86,7 @@ def sensitivities(
             inputs = walk.at(first_input(layer.node))
             choices = _choices(network, layer, index, wishes[name], inputs, solver)
             opened = _opened(name, choices.values())
-            behind = Behind(walk.behind(judged), outputs, opened=(name, opened), threads=threads)
+            behind = NetworkTail(walk.behind(judged), outputs, opened=(name, opened), threads=threads)
             noise = {bits: 0.0 for bits in wishes[name] if bits >= FLOAT}
             for bits, chosen in choices.items():
                 fed = {opened[place]: numbers for place, numbers in _real(chosen).items()}

@@ -13,8 +13,8 @@ from qconv.calibration.sketch import Sketch
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Finding
-from qconv.ir.fileformat import describe
-from qconv.ir.graph import Model
+from qconv.ir.metadata import write_metadata
+from qconv.ir.model import Model
 from qconv.passes.shrink import shrink
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
@@ -64,7 +64,7 @@ def written(folded: Folded, recipe: Recipe, params: Params) -> Model:
     plan = make_plan(model, recipe, TARGETS[recipe.target], folded.floats)
     emit(model, plan, carried_over(params, plan), pack=recipe.pack)
     shrink(model)
-    describe(model, qconv.__version__, recipe, None)
+    write_metadata(model, qconv.__version__, recipe, None)
     return model
 
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qconv import save
+from qconv import storage
 from qconv.audit.audit import node_names, profiled
 from qconv.calibration.sketch import Sketch
 from qconv.config.preprocessing import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.ir.graph import Model
+from qconv.ir import files, subgraph
+from qconv.ir.model import Model
 from qconv.planning.placement import Cost, all_in_float, costs_of, division, faster_in_float, shapes_of
 from qconv.planning.planner import make_plan
 from qconv.runtime.benchmark import Timing, TimingConditions, benchmark
@@ -84,7 +85,7 @@ def _costs(folded: Model, whole: Model, threads: int | None, size: tuple[int, in
 
 def _node_times(model: Model, threads: int | None, size: tuple[int, int] | None) -> dict[str, float]:
     """Microseconds of a run, by the node's name in `model`."""
-    with save.runnable(model, ()) as runnable, save.scratch(0) as folder:
+    with subgraph.runnable_with_outputs(model, ()) as runnable, storage.scratch_folder(0) as folder:
         session = Session(runnable, threads=threads, profile=folder / "profile")
         times = profiled(session, make_random_inputs(session, None, size))
     original = node_names(model)
@@ -97,7 +98,7 @@ def _node_times(model: Model, threads: int | None, size: tuple[int, int] | None)
 def _timed(
     models: Mapping[str, Model], conditions: TimingConditions, progress: Callable[[str, int, int], None]
 ) -> dict[str, Timing]:
-    with save.scratch(sum(2 * save.total_bytes(model) for model in models.values())) as folder:
+    with storage.scratch_folder(sum(2 * files.total_weight_bytes(model) for model in models.values())) as folder:
         paths = []
         for index, model in enumerate(models.values()):
             path = folder / f"{index}.onnx"
@@ -108,5 +109,5 @@ def _timed(
 
 
 def _write(model: Model, path: Path) -> None:
-    with save.staged(model, path) as staged:
+    with files.stage_model(model, path) as staged:
         staged.commit(path)

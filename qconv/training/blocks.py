@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from qconv.ir.graph import Model, Node, Value, array
-from qconv.ir.pairs import points
+from qconv.ir.model import Model, Node, Value, constant_array
+from qconv.ir.tensor_matching import find_comparison_points
 
 WIDER, NEAR = 2, 4
 """A cut is inside a bottleneck where cuts so near on both sides carry so many times less."""
@@ -34,14 +34,14 @@ def ends(quantized: Model, original: Model, sizes: Mapping[str, int]) -> list[En
 
     sizes: numbers a picture of tensors of the float network, by name, that hold a row a picture: others are no ends.
     """
-    by_codes = {point.codes: point for point in points(quantized, original) if point.codes is not None}
+    by_codes = {point.codes: point for point in find_comparison_points(quantized, original) if point.codes is not None}
     found = []
     for point in (by_codes[codes] for codes in _cuts(quantized) if codes in by_codes):
         names = tuple(value.name or "" for value in point.values)
         candidates = tuple(value.name or "" for value in point.candidates if value.name in sizes)
         if candidates:
             found.append((End(names, (candidates,) * len(names)), sizes[candidates[0]]))
-    inputs = tuple(value.name or "" for value in original.graph.inputs if array(value) is None)
+    inputs = tuple(value.name or "" for value in original.graph.inputs if constant_array(value) is None)
     outputs = tuple(value.name or "" for value in original.graph.outputs if value.name in sizes)
     last = [End(outputs, tuple((name,) for name in outputs))] if outputs else []
     return [End(inputs, tuple((name,) for name in inputs)), *_without_middles(found), *last]
@@ -53,10 +53,10 @@ def _cuts(model: Model) -> Iterator[Value]:
     last: dict[Value, int] = {}
     for index, node in enumerate(nodes):
         for value in node.inputs:
-            if value is not None and array(value) is None:
+            if value is not None and constant_array(value) is None:
                 last[value] = index
     last |= dict.fromkeys(model.graph.outputs, len(nodes))
-    live = {value for value in model.graph.inputs if array(value) is None}
+    live = {value for value in model.graph.inputs if constant_array(value) is None}
     computed = set(live)
     for index, node in enumerate(nodes):
         if computed.isdisjoint(value for value in node.inputs if value is not None):

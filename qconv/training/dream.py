@@ -37,7 +37,7 @@ from qconv.data.evidence import Reference
 from qconv.data_free.imagined import leaves_of
 from qconv.errors import QconvError
 from qconv.ir import load
-from qconv.ir.source import Source, read
+from qconv.ir.files import Source, read_proto
 from qconv.training.remembered import Remembered
 from qconv.training.torchgraph import Network
 from qconv.training.torchrun import determined
@@ -218,7 +218,7 @@ def dreamt(
     fixed: the batch of the network, None where it takes any. Raises QconvError where it remembers nothing of training.
     """
     with determined(threads):
-        model, _ = load.load(read(source), source)
+        model, _ = load.load(read_proto(source), source)
         remembered = Remembered.of(model, source.name)
         size = fixed or min(batch_of(prep), count)
         dream = Dream(Network(model), prep, remembered.wanted, leaves_of(prep, count, size, 0), size)

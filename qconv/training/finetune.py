@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qconv import save
+from qconv import storage
 from qconv.audit.examine import examine
 from qconv.calibration.stats import digest
 from qconv.config.serialization import recipe_from_dict
@@ -29,11 +29,10 @@ from qconv.config.targets import TARGETS
 from qconv.data.fed import Fed, opened
 from qconv.data.labels import Labelling, classes_of, labels_of
 from qconv.errors import QconvError
-from qconv.ir import load
-from qconv.ir.fileformat import recipe_in
-from qconv.ir.graph import Model
-from qconv.ir.source import Source, data_files, file_bytes, is_quantized, read
-from qconv.ir.teacher import teacher_beside
+from qconv.ir import files, load
+from qconv.ir.files import Source, external_data_files, file_bytes, is_quantized, read_proto
+from qconv.ir.metadata import find_teacher, read_recipe
+from qconv.ir.model import Model
 from qconv.metrics.verify import Comparison, gates
 from qconv.results.quantize import Audit, Verification
 from qconv.results.training import FinetuneResult, ValidationResult, ValidationScore
@@ -83,9 +82,9 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, listener: Liste
             listener.warn(text)
 
     with determined(wishes.recipe.threads):
-        if not is_quantized(read(source)):
+        if not is_quantized(read_proto(source)):
             raise QconvError(f"{source.name} is not quantized.", "quantize it with `qconv quantize` first.")
-        teacher = wishes.teacher or teacher_beside(source)
+        teacher = wishes.teacher or find_teacher(source)
         _check(source, teacher, out, wishes)
         desk = _Desk.of(source, teacher, wishes, warn, listener.progress)
         before = desk.judged(source.runnable)
@@ -110,7 +109,7 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, listener: Liste
             resumed=resumed,
             history=trainer.history,
             before=before,
-            float_bytes=file_bytes(read(teacher), teacher),
+            float_bytes=file_bytes(read_proto(teacher), teacher),
             warnings=warnings,
         )
         _write(desk, source, out, found, trainer.best_step)
@@ -149,8 +148,8 @@ class _Desk:
         own, other = opened(source, teacher, wishes.recipe, warn)
         assert other is not None
         _require_outputs(own, other)
-        model, (floats, _) = load.as_it_is(read(source), source), load.load(read(teacher), teacher)
-        recipe = recipe_from_dict(recipe_in(model))
+        model, (floats, _) = load.load_unchanged(read_proto(source), source), load.load(read_proto(teacher), teacher)
+        recipe = recipe_from_dict(read_recipe(model))
         learned = Learned(find_sites(model, recipe), device)
         networks = Network(model, device), Network(floats, device)
         words, fixed = other.words, other.feed.inputs[0].shape[0]
@@ -187,9 +186,9 @@ def _write(desk: _Desk, source: Source, out: Path, found: FinetuneResult, best_s
     desk.lesson.learned.write(desk.model)
     told = {**found.wishes.as_dict(), "pictures": found.taught, "step": best_step}
     desk.model.inner.metadata_props[METADATA] = json.dumps(told, sort_keys=True)
-    with save.staged(desk.model, out) as staged:
+    with files.stage_model(desk.model, out) as staged:
         if best_step:
-            save.check(staged)
+            files.check_staged_model(staged)
             found.after = desk.judged(str(staged.path))
             found.trained = found.after.mark.is_better(found.before.mark, found.before.mark)
         if found.trained:
@@ -197,8 +196,8 @@ def _write(desk: _Desk, source: Source, out: Path, found: FinetuneResult, best_s
             staged.commit(out)
             return
     assert source.path is not None
-    found.audit, found.bytes = _audit(source), file_bytes(read(source), source)
-    save.write_whole(out, source.path.read_bytes())
+    found.audit, found.bytes = _audit(source), file_bytes(read_proto(source), source)
+    storage.write_atomically(out, source.path.read_bytes())
 
 
 def _audit(source: Source) -> Audit:
@@ -210,13 +209,13 @@ def _audit(source: Source) -> Audit:
 
 def _check(source: Source, teacher: Source, out: Path, wishes: FinetuneOptions) -> None:
     """Said before the work."""
-    proto = read(teacher)
+    proto = read_proto(teacher)
     if is_quantized(proto):
         raise QconvError(f"{teacher.name} is quantized itself.", "pass the float model with --teacher.")
-    save.check_place(out)
-    files = [path for path in (source.path, teacher.path, *data_files(proto, teacher)) if path is not None]
-    save.refuse_what_is_read(out, [*files, *wishes.recipe.calib])
-    if data_files(read(source), source):
+    storage.check_output_path(out)
+    files = [path for path in (source.path, teacher.path, *external_data_files(proto, teacher)) if path is not None]
+    storage.refuse_overwriting_inputs(out, [*files, *wishes.recipe.calib])
+    if external_data_files(read_proto(source), source):
         fact = f"{source.name} keeps weights in another file."
         raise QconvError(fact, "training is for models of less than 2 GB in one file.")
 
@@ -252,7 +251,7 @@ def _fingerprint(source: Source, teacher: Source, album: Album, wishes: Finetune
     """Of all that a run depends on."""
     found = hashlib.sha256()
     for part in (source, teacher):
-        found.update(digest(part, data_files(read(part), part)).encode())
+        found.update(digest(part, external_data_files(read_proto(part), part)).encode())
     kept = (
         FORMAT,
         wishes.as_dict(),

@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qconv.ir.graph import Model, Value, attribute
-from qconv.ir.stored import numbers_of
+from qconv.ir.model import Model, Value, attribute
+from qconv.ir.stored_weights import constant_numbers
 from qconv.quantization.saturation import SMALLEST_STEP, worst_pair
 from qconv.quantization.weights import LARGEST_BIAS_CODE
 from qconv.training.sites import Sites, WeightSite
@@ -228,7 +228,7 @@ def bias_of(value: Value) -> NDArray[np.float32]:
 
 
 def _numbers(value: Value | None) -> NDArray[Any]:
-    found = numbers_of(value)
+    found = constant_numbers(value)
     assert found is not None
     return found
 

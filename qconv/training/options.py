@@ -9,7 +9,7 @@ from typing import Any
 from qconv.config.choices import SYNTHESIS_STEPS
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.ir.source import Source
+from qconv.ir.files import Source
 
 
 @dataclass(frozen=True, slots=True)

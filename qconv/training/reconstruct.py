@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, Finding, QconvError, Skipped, format_count
-from qconv.ir.graph import Model
+from qconv.ir.model import Model
 from qconv.training.blocks import End, ends
 from qconv.training.learnable import Learned
 from qconv.training.sites import find_sites

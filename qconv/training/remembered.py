@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from qconv.data.evidence import Reference, is_measured, stored_statistics
 from qconv.errors import QconvError, format_count
-from qconv.ir.graph import Model, Node, input_of
 from qconv.ir.layers import INPUTS_FIRST
+from qconv.ir.model import Model, Node, input_of
 
 HALF = 0.5
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qconv import save
+from qconv import storage
 from qconv.training.training import Trainer
 
 KEPT_EVERY = 20.0
@@ -45,7 +45,7 @@ class Kept:
         if now or time.perf_counter() - self._last >= KEPT_EVERY:
             content = io.BytesIO()
             np.savez(content, fingerprint=np.array(self.fingerprint), **trainer.state())  # type: ignore[arg-type]
-            save.write_whole(self.path, content.getvalue())
+            storage.write_atomically(self.path, content.getvalue())
             self._last = time.perf_counter()
 
     def forget(self) -> None:

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.ir.graph import DataType, Model, Node, Value, array, attribute, input_of
-from qconv.ir.rules import RULES, Joining, OnCodes, Transparent, Weighted
-from qconv.ir.stored import Stored, bits_of, numbers_of, stored_weights
+from qconv.ir.model import DataType, Model, Node, Value, attribute, constant_array, input_of
+from qconv.ir.operators import QUANTIZATION_RULES, ConcatRule, IntegerDomainRule, TransparentRule, WeightedRule
+from qconv.ir.stored_weights import StoredWeights, constant_numbers, find_stored_weights, weight_bits_of
 
 Ints = NDArray[np.int64]
 
@@ -103,7 +103,7 @@ def _separated(model: Model) -> Iterator[ActivationSite]:
 
 
 def _is_computed(value: Value | None) -> bool:
-    return value is not None and numbers_of(value) is None
+    return value is not None and constant_numbers(value) is None
 
 
 def _bound(model: Model, node: Node) -> Iterator[Node]:
@@ -114,13 +114,15 @@ def _bound(model: Model, node: Node) -> Iterator[Node]:
         for reader in model.readers(queue.pop()):
             if reader.op_type in ("QuantizeLinear", "DequantizeLinear"):
                 yield reader
-            elif on_codes or isinstance(RULES.get(reader.op_type), Transparent | Joining | OnCodes):
+            elif on_codes or isinstance(
+                QUANTIZATION_RULES.get(reader.op_type), TransparentRule | ConcatRule | IntegerDomainRule
+            ):
                 queue += reader.outputs
 
 
 def _alike(one: Node, other: Node) -> bool:
     for index in (1, 2):
-        a, b = (numbers_of(input_of(node, index)) for node in (one, other))
+        a, b = (constant_numbers(input_of(node, index)) for node in (one, other))
         if (a is None) != (b is None) or (a is not None and b is not None and not np.array_equal(a, b)):
             return False
     return True
@@ -133,7 +135,7 @@ def _own(model: Model, nodes: tuple[Node, ...], index: int) -> Value:
     readers = {reader for node in nodes if (v := node.inputs[index]) is not None for reader in model.readers(v)}
     if len({node.inputs[index] for node in nodes}) == 1 and readers <= set(nodes):
         return value
-    numbers = numbers_of(value)
+    numbers = constant_numbers(value)
     if numbers is None:
         raise QconvError(f"The scale of {nodes[0].name} is computed.", "pass a file that `qconv quantize` wrote.")
     own = model.constant(f"{nodes[0].outputs[0].name}_scale", numbers)
@@ -146,16 +148,16 @@ def _own(model: Model, nodes: tuple[Node, ...], index: int) -> Value:
 
 
 def _weights(model: Model, recipe: Recipe | None) -> Iterator[WeightSite]:
-    found: dict[Value, list[tuple[Node, Stored]]] = {}
+    found: dict[Value, list[tuple[Node, StoredWeights]]] = {}
     for node in model.nodes():
-        if isinstance(RULES.get(node.op_type), Weighted):
-            stored = stored_weights(model, node)
+        if isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule):
+            stored = find_stored_weights(model, node)
             if stored is not None and not stored.in_float and not stored.computed and stored.scale is not None:
                 found.setdefault(stored.codes, []).append((node, stored))
     for codes, layers in found.items():
         nodes = tuple(node for node, _ in layers)
         node, stored = layers[0]
-        numbers = numbers_of(codes)
+        numbers = constant_numbers(codes)
         assert numbers is not None
         reader = next(r for r in model.readers(codes))  # the DequantizeLinear, or the Cast of weights in float
         place = reader if reader.op_type == "DequantizeLinear" else _scaling(model, reader)
@@ -164,7 +166,7 @@ def _weights(model: Model, recipe: Recipe | None) -> Iterator[WeightSite]:
         axis, block = _spread(stored, reader, numbers)
         whole = numbers.astype(np.int64)
         zero = spread_of(np.zeros(()) if stored.zero is None else stored.zero, whole.shape, axis, block)
-        bits = bits_of(node, stored, recipe)
+        bits = weight_bits_of(node, stored, recipe)
         low, high = _limits(whole, zero.astype(np.int64), stored, bits, recipe)
         yield WeightSite(
             nodes, codes, scale, axis, block, zero.astype(np.int64), low, high, bits,
@@ -181,7 +183,7 @@ def _scaling(model: Model, cast: Node) -> Node:
     return node
 
 
-def _spread(stored: Stored, reader: Node, codes: NDArray[Any]) -> tuple[int, int]:
+def _spread(stored: StoredWeights, reader: Node, codes: NDArray[Any]) -> tuple[int, int]:
     if reader.op_type == "DequantizeLinear":
         return attribute(reader, "axis", 1) % max(codes.ndim, 1), attribute(reader, "block_size", 0)
     return stored.axis, 0
@@ -196,7 +198,7 @@ def spread_of(numbers: NDArray[Any], shape: tuple[int, ...], axis: int, block: i
     return numbers.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
 
 
-def _limits(codes: Ints, zero: Ints, stored: Stored, bits: int, recipe: Recipe | None) -> tuple[Ints, Ints]:
+def _limits(codes: Ints, zero: Ints, stored: StoredWeights, bits: int, recipe: Recipe | None) -> tuple[Ints, Ints]:
     """The least and the largest code that each weight may take, to be broadcast to the codes."""
     signed = not stored.type.startswith("u")
     whole = int(DataType.__members__[stored.type.upper()].bitwidth)
@@ -226,7 +228,7 @@ def _whole_reach(rows: Ints) -> Ints:
     return np.array([(1 << int(reach).bit_length()) - 1 for reach in most])
 
 
-def _grouped(codes: Ints, stored: Stored, what: Callable[[Ints], Ints]) -> Ints:
+def _grouped(codes: Ints, stored: StoredWeights, what: Callable[[Ints], Ints]) -> Ints:
     """What is found of the codes of each scale, to be broadcast to the codes; blocks count together."""
     if stored.scale is None or stored.scale.size == 1 or stored.block:
         return what(codes.reshape(1, -1)).reshape((1,) * codes.ndim)
@@ -241,7 +243,7 @@ def _bias(model: Model, nodes: tuple[Node, ...]) -> Value | None:
         return None
     node = value.producer()
     if node is None:
-        return value if array(value) is not None else None
+        return value if constant_array(value) is not None else None
     if node.op_type != "DequantizeLinear" or _is_computed(node.inputs[0]):
         return None
     _own(model, (node,), 1)

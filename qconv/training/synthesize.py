@@ -30,8 +30,8 @@ from qconv.data.detect import Detected, detect_unseen
 from qconv.data_free.imagined import Imagined, leaves_of
 from qconv.errors import QconvError
 from qconv.ir import load
-from qconv.ir.graph import Model
-from qconv.ir.source import Source, data_files, read, refuse_quantized
+from qconv.ir.files import Source, external_data_files, read_proto, refuse_quantized
+from qconv.ir.model import Model
 from qconv.report import plot
 from qconv.results.training import GOOD_MATCH, POOR_MATCH, BatchNormMatch, SynthesisResult
 from qconv.runtime.benchmark import peak_rss_mb
@@ -81,9 +81,9 @@ def synthesize(source: Source, out: Path, wishes: SynthesisOptions, listener: Li
 
     _check(source, out)
     with determined(wishes.threads):
-        proto = read(source)
+        proto = read_proto(source)
         refuse_quantized(proto, source.name)
-        hashed = digest(source, data_files(proto, source))
+        hashed = digest(source, external_data_files(proto, source))
         model, _ = load.load(proto, source)
         require_operators(model)
         remembered = Remembered.of(model, source.name)
@@ -154,7 +154,7 @@ def stems(count: int) -> list[str]:
 def _check(source: Source, out: Path) -> None:
     """Said before the work."""
     check_output_folder(out, foreign_in)
-    for path in (source.path, *data_files(read(source), source)):
+    for path in (source.path, *external_data_files(read_proto(source), source)):
         refuse_path_inside(out, path, "The model")
 
 

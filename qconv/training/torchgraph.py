@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qconv.errors import QconvError, format_count
-from qconv.ir.graph import Model, Node, array, attribute, input_of
+from qconv.ir.model import Model, Node, attribute, constant_array, input_of
 from qconv.training.torchfake import FUSED, Drop, Step, fakes
 from qconv.training.torchmath import COMPUTING
 from qconv.training.torchop import Op, Run
@@ -49,7 +49,7 @@ class Network:
         self.device = torch.device(device)
         self.inputs = [v.name or "" for v in model.graph.inputs if v.name not in model.graph.initializers]
         self.outputs = [value.name or "" for value in model.graph.outputs]
-        self.constants = {name: self._constant(array(v)) for name, v in model.graph.initializers.items()}
+        self.constants = {name: self._constant(constant_array(v)) for name, v in model.graph.initializers.items()}
         self._steps = [self._step(node, model.opset) for node in model.nodes()]
         self._makers = {name: index for index, step in enumerate(self._steps) for name in step[2] if name}
         self._fakes = fakes(self._steps, self.constants)

@@ -24,8 +24,8 @@ import onnx
 import onnxruntime as ort
 
 from qconv.audit.audit import Known, audit
-from qconv.ir.load import as_it_is
-from qconv.ir.source import Source, read
+from qconv.ir.files import Source, read_proto
+from qconv.ir.load import load_unchanged
 from tests.bench.cases import CASES, REPOSITORY, Array, Case, default_data, light_file, pictures
 
 VERSIONS = ("1.17.3", "1.19.2", "1.22.1", "1.26.0", ort.__version__)
@@ -156,7 +156,7 @@ def tried(python: Path, version: str, rows: list[Row], work: Path) -> None:
             row.cells[version], row.failed = f"FAILS: {error}", True
             continue
         source = Source(str(row.model), row.model)
-        audited = audit(Path(job["optimized"]), as_it_is(read(source), source), Known())
+        audited = audit(Path(job["optimized"]), load_unchanged(read_proto(source), source), Known())
         got = dict(np.load(job["out"]))
         row.cells[version] = f"{audited.integer}/{audited.float} {compared(row, got)}"
         os.unlink(job["optimized"])

@@ -25,18 +25,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
-FAR = 40.0
+INFINITE_DEVIATIONS = 40.0
 """Standard deviations beyond which float64 has no probability left; so infinite bounds need no case of their own."""
 
-LEAST_RATIO = -6.0
+LEAST_MEAN_RATIO = -6.0
 """Mean over deviation of a variable that is hardly ever above zero."""
-HALVINGS = 50
+BISECTION_STEPS = 50
 
 _erfc = np.vectorize(math.erfc, otypes=[np.float64])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Normal:
+class ChannelDistribution:
     """Channels of a tensor. mean, std: (C,) both; std is None where it is not known.
 
     cut: values were cut off, so that the channels are no longer normal. low, high: (C,) that no value is beyond, None
@@ -53,7 +53,7 @@ class Normal:
     table: Float64 | None = None
     guesses: int = 0
 
-    def scaled(self, gain: Float64, shift: Float64) -> Normal:
+    def scaled(self, gain: Float64, shift: Float64) -> ChannelDistribution:
         """gain * x + shift, both (C,) or (1,)."""
         std = None if self.std is None else self.std * np.abs(gain)
         low, high = self._bounds(gain, shift)
@@ -64,18 +64,18 @@ class Normal:
     def _bounds(self, gain: Float64, shift: Float64) -> tuple[Float64 | None, Float64 | None]:
         if self.low is None and self.high is None:
             return None, None
-        low, high = (_times(end, gain) + shift for end in self.ends)
+        low, high = (_scale_bound(end, gain) + shift for end in self.ends)
         return np.minimum(low, high), np.maximum(low, high)
 
-    def plus(self, other: Normal) -> Normal:
+    def plus(self, other: ChannelDistribution) -> ChannelDistribution:
         """The sum with another tensor, as if independent of it."""
         known = self.std is not None and other.std is not None
         std = np.hypot(self.std, other.std) if known else None  # type: ignore[arg-type]
         low, high = (one + more for one, more in zip(self.ends, other.ends, strict=True))
         guesses = max(self.guesses, other.guesses)
-        return Normal(self.mean + other.mean, std, self.cut and other.cut, low, high, guesses=guesses)
+        return ChannelDistribution(self.mean + other.mean, std, self.cut and other.cut, low, high, guesses=guesses)
 
-    def of(self, channels: NDArray[np.int64]) -> Normal:
+    def of(self, channels: NDArray[np.int64]) -> ChannelDistribution:
         """Some of the channels, or some several times."""
 
         def some(numbers: Float64 | None) -> Float64 | None:
@@ -84,10 +84,10 @@ class Normal:
         base = None if self.base is None else (self.base[0][channels], self.base[1][channels])
         ends = some(self.low), some(self.high)
         table = None if self.table is None else self.table[:, channels]
-        return Normal(self.mean[channels], some(self.std), self.cut, *ends, base, table, self.guesses)
+        return ChannelDistribution(self.mean[channels], some(self.std), self.cut, *ends, base, table, self.guesses)
 
     @classmethod
-    def joined(cls, parts: Sequence[Normal]) -> Normal:
+    def joined(cls, parts: Sequence[ChannelDistribution]) -> ChannelDistribution:
         """Channels side by side."""
         stds = [part.std for part in parts if part.std is not None]
         known = len(stds) == len(parts)
@@ -96,15 +96,15 @@ class Normal:
         bases = [part.origin for part in parts] if known else []
         base = (np.concatenate([m for m, _ in bases]), np.concatenate([s for _, s in bases])) if known else None
         tabled = known and any(part.table is not None for part in parts)
-        table = np.concatenate([part.at(GRID) for part in parts], axis=1) if tabled else None
+        table = np.concatenate([part.at(DEVIATION_GRID) for part in parts], axis=1) if tabled else None
         mean, guesses = np.concatenate([part.mean for part in parts]), max(part.guesses for part in parts)
         return cls(mean, std, any(part.cut for part in parts), low, high, base, table, guesses)
 
-    def averaged(self) -> Normal:
+    def averaged(self) -> ChannelDistribution:
         """Means over places: how far these vary depends on how alike neighbours are."""
-        return Normal(self.mean, None, True, self.low, self.high, guesses=self.guesses)
+        return ChannelDistribution(self.mean, None, True, self.low, self.high, guesses=self.guesses)
 
-    def clipped(self, low: float, high: float) -> Normal:
+    def clipped(self, low: float, high: float) -> ChannelDistribution:
         """Cut off at two bounds, which may be infinite. What this needs: std, and not cut off before."""
         assert self.std is not None
         assert not self.cut
@@ -112,15 +112,15 @@ class Normal:
         certain = deviation == 0
         scale = np.where(certain, 1.0, deviation)
         with np.errstate(over="ignore"):
-            a, b = (np.clip((bound - mean) / scale, -FAR, FAR) for bound in (low, high))
-        below, above = _tail(-a), _tail(b)  # P(A), 1 - P(B)
-        rises = a * below + b * above + _density(a) - _density(b)
-        squares = a * a * below + b * b * above + (1 - below - above) + a * _density(a) - b * _density(b)
+            a, b = (np.clip((bound - mean) / scale, -INFINITE_DEVIATIONS, INFINITE_DEVIATIONS) for bound in (low, high))
+        below, above = _normal_tail(-a), _normal_tail(b)  # P(A), 1 - P(B)
+        rises = a * below + b * above + _normal_density(a) - _normal_density(b)
+        squares = a * a * below + b * b * above + (1 - below - above) + a * _normal_density(a) - b * _normal_density(b)
         spread = scale * np.sqrt(np.maximum(squares - rises * rises, 0))
         moved = np.clip(np.where(certain, mean, mean + scale * rises), low, high)
         least, most = (np.clip(end, low, high) for end in self.ends)
         spread = np.where(certain, 0.0, spread)
-        return Normal(moved, spread, True, least, most, (mean, deviation), guesses=self.guesses)
+        return ChannelDistribution(moved, spread, True, least, most, (mean, deviation), guesses=self.guesses)
 
     # -- what values there are -------------------------------------------------------------------------------------
 
@@ -143,61 +143,63 @@ class Normal:
         if self.table is None:
             mean, std = self.origin
             return np.asarray(np.clip(mean + std * z, *self.ends))
-        right = np.clip(np.searchsorted(GRID, z), 1, len(GRID) - 1)  # (n, 1) or (n, C)
-        share = np.clip((z - GRID[right - 1]) / (GRID[right] - GRID[right - 1]), 0.0, 1.0)
+        right = np.clip(np.searchsorted(DEVIATION_GRID, z), 1, len(DEVIATION_GRID) - 1)  # (n, 1) or (n, C)
+        share = np.clip((z - DEVIATION_GRID[right - 1]) / (DEVIATION_GRID[right] - DEVIATION_GRID[right - 1]), 0.0, 1.0)
         columns = np.arange(self.mean.size)
         return np.asarray((1 - share) * self.table[right - 1, columns] + share * self.table[right, columns])
 
-    def through(self, function: Callable[[Float64], Float64]) -> Normal:
+    def through(self, function: Callable[[Float64], Float64]) -> ChannelDistribution:
         """function(x) of every number, which keeps the shape (n, C). Values further than GRID count as not there."""
-        table = function(self.at(GRID))
-        inner = function(self.at(QUANTILES))
+        table = function(self.at(DEVIATION_GRID))
+        inner = function(self.at(NORMAL_QUANTILES))
         ends = table.min(axis=0), table.max(axis=0)
-        return Normal(inner.mean(axis=0), inner.std(axis=0), True, *ends, table=table, guesses=self.guesses)
+        return ChannelDistribution(
+            inner.mean(axis=0), inner.std(axis=0), True, *ends, table=table, guesses=self.guesses
+        )
 
 
-def quantiles(count: int) -> Float64:
+def normal_quantiles(count: int) -> Float64:
     """Values of a standard normal variable that are equally probable, ascending, (count,)."""
     normal = NormalDist()
     return np.array([normal.inv_cdf((index + 0.5) / count) for index in range(count)])
 
 
-FARTHEST = 6.0
+REACH_DEVIATIONS = 6.0
 """Deviations away from the mean that values are taken to reach, as in DFQ."""
-QUANTILES = quantiles(511)
-GRID = np.linspace(-FARTHEST, FARTHEST, 241)
+NORMAL_QUANTILES = normal_quantiles(511)
+DEVIATION_GRID = np.linspace(-REACH_DEVIATIONS, REACH_DEVIATIONS, 241)
 
 
-def before_relu(mean: Float64, std: Float64) -> Normal:
+def infer_before_relu(mean: Float64, std: Float64) -> ChannelDistribution:
     """The normal variable that has this mean and deviation once it is cut off at zero, (C,) both.
 
     The ratio of both grows with that of the variable itself; so it is found by halving. A channel that was never above
     zero in training has lost what it was: it counts as one that is zero.
     """
-    low, high = np.full(mean.shape, LEAST_RATIO), np.full(mean.shape, FAR)
+    low, high = np.full(mean.shape, LEAST_MEAN_RATIO), np.full(mean.shape, INFINITE_DEVIATIONS)
     live = (mean > 0) & (std > 0)
     wanted = np.where(live, mean / np.where(live, std, 1.0), 1.0)
-    for _ in range(HALVINGS):
+    for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
-        cut = Normal(middle, np.ones_like(middle)).clipped(0.0, math.inf)
+        cut = ChannelDistribution(middle, np.ones_like(middle)).clipped(0.0, math.inf)
         assert cut.std is not None
         less = cut.mean < wanted * cut.std
         low, high = np.where(less, middle, low), np.where(less, high, middle)
-    cut = Normal(high, np.ones_like(high)).clipped(0.0, math.inf)
+    cut = ChannelDistribution(high, np.ones_like(high)).clipped(0.0, math.inf)
     deviation = np.where(live, mean / np.maximum(cut.mean, np.finfo(np.float64).tiny), 0.0)
-    return Normal(np.where(live, high * deviation, np.maximum(mean, 0.0)), deviation)
+    return ChannelDistribution(np.where(live, high * deviation, np.maximum(mean, 0.0)), deviation)
 
 
-def _times(end: Float64, gain: Float64) -> Float64:
+def _scale_bound(end: Float64, gain: Float64) -> Float64:
     """An end that may be infinite; times zero it is zero."""
     with np.errstate(invalid="ignore"):
         return np.where(gain == 0, 0.0, end * gain)
 
 
-def _density(z: Float64) -> Float64:
+def _normal_density(z: Float64) -> Float64:
     return np.asarray(np.exp(-z * z / 2) / math.sqrt(2 * math.pi))
 
 
-def _tail(z: Float64) -> Float64:
+def _normal_tail(z: Float64) -> Float64:
     """The probability of more than z."""
     return np.asarray(_erfc(z / math.sqrt(2)) / 2)

@@ -1,11 +1,17 @@
-"""The file as it comes: read and looked at with suspicion, before anything is made of it.
+"""Reads ONNX files with suspicion, and writes finished models, checked, with their external data.
 
-A file that is cut, damaged or no ONNX at all, that points outside its own folder, or that is already quantized ends
-here, each in an error of its own. Nothing is changed yet.
+A file that is cut, damaged or no ONNX at all, that points outside its own folder, or that is already quantized is
+refused with an error of its own before anything is changed. A written model is staged beside its place and checked by
+onnx before it is moved there. Its data file is named by its content, so that model and data of two runs never mix.
+`hash_model` covers the model's bytes and its data files.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +24,16 @@ from google.protobuf.message import DecodeError, Message
 
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.ir.graph import ir
+from qconv.ir.model import Model, ir
 from qconv.runtime.session import Session
+from qconv.storage import (
+    check_output_path,
+    convert_os_errors,
+    locked_folder,
+    sync_file,
+    sync_folder,
+    temporary_path,
+)
 
 QUANTIZED_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}
@@ -50,7 +64,7 @@ def source_of(model: str) -> Source:
     return Source(model, Path(model))
 
 
-def read(source: Source) -> onnx.ModelProto:
+def read_proto(source: Source) -> onnx.ModelProto:
     """The file as protobuf, external data left where it is. Raises QconvError if it is no ONNX file."""
     try:
         data = source.path.read_bytes() if source.path is not None else (source.data or b"")
@@ -64,20 +78,20 @@ def read(source: Source) -> onnx.ModelProto:
     try:
         proto.ParseFromString(data)
         del data
-        legible = all(isinstance(text, str) for text in _texts(proto))
+        legible = all(isinstance(text, str) for text in _iter_texts(proto))
     except (DecodeError, UnicodeDecodeError):
-        raise not_onnx(source) from None
+        raise not_onnx_error(source) from None
     standard = any(opset.domain in ("", "ai.onnx") for opset in proto.opset_import)
     # a file cut between two fields still parses
     if not (legible and proto.graph.node and proto.graph.output and standard):
-        raise not_onnx(source)
+        raise not_onnx_error(source)
     _check_external(proto, source)
-    if not all(_is_whole(tensor) for tensor in tensors(proto.graph)):
-        raise not_onnx(source)
+    if not all(_is_complete(tensor) for tensor in iter_tensors(proto.graph)):
+        raise not_onnx_error(source)
     return proto
 
 
-def _texts(message: Message) -> Iterator[str | bytes]:
+def _iter_texts(message: Message) -> Iterator[str | bytes]:
     """Every text but those in tensors. One that is no UTF-8 comes as bytes or raises: protobuf decodes them lazily."""
     if isinstance(message, onnx.TensorProto):
         yield message.name
@@ -86,37 +100,38 @@ def _texts(message: Message) -> Iterator[str | bytes]:
         parts = [found] if isinstance(found, Message | str | bytes) else found
         if field.message_type is not None:
             for part in parts:
-                yield from _texts(part)
+                yield from _iter_texts(part)
         elif field.type == field.TYPE_STRING:
             yield from parts
 
 
 # Width of every element type; texts have none.
-_BITS = {int(t): t.bitwidth for t in ir.DataType if t not in (ir.DataType.UNDEFINED, ir.DataType.STRING)}
-_NUMBERS = ("float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data")
+_BITS_OF_TYPE = {int(t): t.bitwidth for t in ir.DataType if t not in (ir.DataType.UNDEFINED, ir.DataType.STRING)}
+
+_NUMBER_FIELDS = ("float_data", "double_data", "int32_data", "int64_data", "uint64_data", "string_data")
 
 
-def _bytes_said(tensor: onnx.TensorProto) -> int:
-    return int(-(-prod(tensor.dims) * _BITS[tensor.data_type] // 8))
+def _expected_bytes(tensor: onnx.TensorProto) -> int:
+    return int(-(-prod(tensor.dims) * _BITS_OF_TYPE[tensor.data_type] // 8))
 
 
-def _is_whole(tensor: onnx.TensorProto) -> bool:
+def _is_complete(tensor: onnx.TensorProto) -> bool:
     """Whether the tensor holds as many numbers as its shape says. Nothing is said of external ones."""
-    if min(tensor.dims, default=0) < 0 or tensor.data_type not in {*_BITS, onnx.TensorProto.STRING}:
+    if min(tensor.dims, default=0) < 0 or tensor.data_type not in {*_BITS_OF_TYPE, onnx.TensorProto.STRING}:
         return False
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return True
-    stored = sum(len(getattr(tensor, numbers)) for numbers in _NUMBERS)
+    stored = sum(len(getattr(tensor, numbers)) for numbers in _NUMBER_FIELDS)
     if tensor.data_type == onnx.TensorProto.STRING:
         return bool(stored == prod(tensor.dims))
     if tensor.HasField("raw_data"):
-        return len(tensor.raw_data) == _bytes_said(tensor)
+        return len(tensor.raw_data) == _expected_bytes(tensor)
     if tensor.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128):
         return bool(stored == 2 * prod(tensor.dims))
-    return bool(stored == (_bytes_said(tensor) if _BITS[tensor.data_type] < 8 else prod(tensor.dims)))
+    return bool(stored == (_expected_bytes(tensor) if _BITS_OF_TYPE[tensor.data_type] < 8 else prod(tensor.dims)))
 
 
-def not_onnx(source: Source) -> QconvError:
+def not_onnx_error(source: Source) -> QconvError:
     """The error for a file that is something else, or broken."""
     return QconvError(
         f"{source.name} is not an ONNX model, or it is damaged.",
@@ -126,18 +141,18 @@ def not_onnx(source: Source) -> QconvError:
 
 def _check_external(proto: onnx.ModelProto, source: Source) -> None:
     """External data paths come from a stranger: refuse any that leave the model's folder, or that is not there."""
-    for tensor in tensors(proto.graph):
+    for tensor in iter_tensors(proto.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             try:
                 entries = {entry.key: entry.value for entry in tensor.external_data}
                 _check_data_file(tensor, entries, source)
             except (ValueError, KeyError, OSError):  # no number, no element type, no path that any system could have
-                raise not_onnx(source) from None
+                raise not_onnx_error(source) from None
 
 
-def data_files(proto: onnx.ModelProto, source: Source) -> set[Path]:
+def external_data_files(proto: onnx.ModelProto, source: Source) -> set[Path]:
     """The files beside the model that hold its weights."""
-    external = [t for t in tensors(proto.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
+    external = [t for t in iter_tensors(proto.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
     found = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
     return set() if source.path is None else {source.path.resolve().parent / location for location in found}
 
@@ -160,9 +175,9 @@ def _check_data_file(tensor: onnx.TensorProto, entries: dict[str, str], source: 
         raise QconvError(
             f"{source.name} needs the external data file {location}, which is missing.", "put it beside the model."
         )
-    offset, length = int(entries.get("offset", 0)), int(entries.get("length", _bytes_said(tensor)))
-    if offset < 0 or length != _bytes_said(tensor):
-        raise not_onnx(source)
+    offset, length = int(entries.get("offset", 0)), int(entries.get("length", _expected_bytes(tensor)))
+    if offset < 0 or length != _expected_bytes(tensor):
+        raise not_onnx_error(source)
     if offset + length > target.stat().st_size:
         raise QconvError(
             f"The external data file {location} is shorter than {source.name} says.",
@@ -170,7 +185,7 @@ def _check_data_file(tensor: onnx.TensorProto, entries: dict[str, str], source: 
         )
 
 
-def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def iter_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """All tensors of a graph: initializers and attributes, those of its bodies included."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
@@ -181,10 +196,10 @@ def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield attr.t
             yield from attr.tensors
             for body in (*([attr.g] if attr.HasField("g") else []), *attr.graphs):
-                yield from tensors(body)
+                yield from iter_tensors(body)
 
 
-def own_opset(proto: onnx.ModelProto) -> int:
+def declared_opset(proto: onnx.ModelProto) -> int:
     """The version of the standard operators that the file asks for."""
     return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
 
@@ -194,13 +209,13 @@ def file_bytes(proto: onnx.ModelProto, source: Source) -> int:
     if source.path is None:
         return len(source.data or b"")
     folder = source.path.resolve().parent
-    locations = {entry.value for t in tensors(proto.graph) for entry in t.external_data if entry.key == "location"}
+    locations = {entry.value for t in iter_tensors(proto.graph) for entry in t.external_data if entry.key == "location"}
     return sum(path.stat().st_size for path in (source.path, *(folder / location for location in locations)))
 
 
-def _quantized_node(proto: onnx.ModelProto) -> Any:
+def _find_quantized_node(proto: onnx.ModelProto) -> Any:
     """The first node that tells, or None. qconv's own Cast of weights, codes of one or two bytes, does."""
-    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT16) if "qconv.version" in metadata(proto) else ()
+    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT16) if "qconv.version" in metadata_of(proto) else ()
     codes = {tensor.name for tensor in proto.graph.initializer if tensor.data_type in kinds}
     for node in proto.graph.node:
         if node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear"):
@@ -210,19 +225,19 @@ def _quantized_node(proto: onnx.ModelProto) -> Any:
     return None
 
 
-def metadata(proto: onnx.ModelProto) -> dict[str, str]:
+def metadata_of(proto: onnx.ModelProto) -> dict[str, str]:
     """What the file says about itself."""
     return {entry.key: entry.value for entry in proto.metadata_props}
 
 
 def is_quantized(proto: onnx.ModelProto) -> bool:
     """Whether it holds quantized operators."""
-    return _quantized_node(proto) is not None
+    return _find_quantized_node(proto) is not None
 
 
 def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
     """Raise if the model already holds quantized operators."""
-    found = _quantized_node(proto)
+    found = _find_quantized_node(proto)
     if found is not None:
         raise QconvError(
             f"{name} is already quantized (it has {found.op_type} nodes).",
@@ -230,6 +245,107 @@ def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
         )
 
 
-def original(source: Source, recipe: Recipe) -> Session:
+def open_original(source: Source, recipe: Recipe) -> Session:
     """The user's own model, as it is."""
     return Session(source.runnable, name=source.name, threads=recipe.threads)
+
+
+PROTOBUF_LIMIT = 2**31 - 2**20
+
+
+@dataclass(slots=True)
+class StagedModel:
+    """A finished file that is not yet in its place. data: its data file, None where it has none."""
+
+    folder: Path
+    path: Path
+    data: Path | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of model and data together."""
+        return sum(p.stat().st_size for p in (self.path, self.data) if p is not None)
+
+    def commit(self, out: Path) -> None:
+        """Put the file in its place: data first, model last."""
+        before = _existing_data_files(out)
+        with convert_os_errors(out):
+            if self.data is not None:
+                os.replace(self.data, out.parent / self.data.name)
+            os.replace(self.path, out)
+            sync_folder(out.parent)
+            for stale in before - {out.parent / self.data.name if self.data is not None else None}:
+                stale.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def stage_model(model: Model, out: Path | None) -> Iterator[StagedModel]:
+    """Write `model` into a hidden folder beside `out` (None: among the system's temporary files); gone at the end."""
+    if out is not None:
+        check_output_path(out)
+    place = out or temporary_path()
+    with locked_folder(place) as folder:
+        path = folder / place.name
+        with convert_os_errors(place):
+            data = _write(model, path, allow_external=out is not None)
+        yield StagedModel(folder, path, data)
+
+
+def check_staged_model(staged: StagedModel) -> None:
+    """onnx's own checker on the written file. Raises QconvError where it does not accept it."""
+    try:
+        onnx.checker.check_model(staged.path)
+    except (UnicodeEncodeError, TypeError):  # a place whose name is not UTF-8
+        onnx.checker.check_model(onnx.load(staged.path))
+    except onnx.checker.ValidationError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise QconvError(
+            f"onnx's checker does not accept the result: {reason}", "check the float model with onnx.checker first."
+        ) from None
+
+
+def total_weight_bytes(model: Model) -> int:
+    """Size of all weights."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def full_proto(model: Model) -> onnx.ModelProto:
+    """The model as protobuf, external tensors read into it."""
+    if model.external:
+        ir.external_data.load_to_model(model.inner)
+    return model.proto()
+
+
+def _write(model: Model, path: Path, *, allow_external: bool) -> Path | None:
+    large = total_weight_bytes(model) >= PROTOBUF_LIMIT
+    if large and not allow_external:
+        raise QconvError("The result is too large for one file.", "name an output with -o; a data file goes beside it.")
+    if not (large or (model.external and allow_external)):
+        path.write_bytes(full_proto(model).SerializeToString(deterministic=True))
+        sync_file(path)
+        return None
+    plain = path.with_name(f"{path.name}.data")
+    ir.save(model.inner, path, external_data=plain.name)
+    if not plain.stat().st_size:  # nothing was large enough for it
+        plain.unlink()
+        sync_file(path)
+        return None
+    with plain.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    data = path.with_name(f"{path.name}.{digest}.data")
+    plain.rename(data)
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in iter_tensors(proto.graph):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = data.name
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    sync_file(data)
+    sync_file(path)
+    return data
+
+
+def _existing_data_files(out: Path) -> set[Path]:
+    """Data files of our naming that the model now at `out` has."""
+    pattern = f"{glob.escape(out.name)}.{'[0-9a-f]' * 8}.data"
+    return set(out.parent.glob(pattern)) if out.exists() else set()

@@ -18,18 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.recipe import Recipe
-from qconv.ir.graph import DataType, Model, Node, Value, attribute
-from qconv.ir.graph import input_of as at
-from qconv.ir.rules import RULES, Weighted
+from qconv.ir.model import DataType, Model, Node, Value, attribute
+from qconv.ir.model import input_of as at
+from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
 
-MOVERS = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
+RESHAPING_OPS = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
 """What may stand between codes and a layer, and changes none."""
-STEPS = 8
+MOST_STEPS_BACK = 8
 """So far back is looked for what is stored."""
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class OperandIndices:
     """Where an operator that works on codes has what: input numbers, None where it has no such input."""
 
     weight: int
@@ -40,20 +40,20 @@ class Places:
     out_zero: int | None = None
 
 
-PLACES: dict[str, Places] = {
-    "QLinearConv": Places(3, 4, 5, 2, 8, 7),
-    "QLinearMatMul": Places(3, 4, 5, 2, None, 7),
-    "QGemm": Places(3, 4, 5, 2, 6, 8),
-    "ConvInteger": Places(1, None, 3, 2),
-    "MatMulInteger": Places(1, None, 3, 2),
-    "MatMulIntegerToFloat": Places(1, 3, 5, 4, 6),
-    "DynamicQuantizeMatMul": Places(1, 2, 3, None, 4),
-    "MatMulNBits": Places(1, 2, 3, None, 5),
+OPERAND_INDICES: dict[str, OperandIndices] = {
+    "QLinearConv": OperandIndices(3, 4, 5, 2, 8, 7),
+    "QLinearMatMul": OperandIndices(3, 4, 5, 2, None, 7),
+    "QGemm": OperandIndices(3, 4, 5, 2, 6, 8),
+    "ConvInteger": OperandIndices(1, None, 3, 2),
+    "MatMulInteger": OperandIndices(1, None, 3, 2),
+    "MatMulIntegerToFloat": OperandIndices(1, 3, 5, 4, 6),
+    "DynamicQuantizeMatMul": OperandIndices(1, 2, 3, None, 4),
+    "MatMulNBits": OperandIndices(1, 2, 3, None, 5),
 }
-DYNAMIC = frozenset({"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
+DYNAMIC_OPS = frozenset({"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
 
 
-def constant(value: Value | None) -> Any:
+def constant_value(value: Value | None) -> Any:
     """The constant that a value is: an initializer, or what a Constant node writes."""
     if value is None:
         return None
@@ -64,38 +64,38 @@ def constant(value: Value | None) -> Any:
     return found if hasattr(found, "nbytes") else None
 
 
-def numbers_of(value: Value | None) -> NDArray[Any] | None:
+def constant_numbers(value: Value | None) -> NDArray[Any] | None:
     """The numbers of a constant; None for everything else."""
-    found = constant(value)
+    found = constant_value(value)
     return None if found is None else np.asarray(found.numpy())
 
 
-def bytes_of(value: Value | None) -> int:
+def constant_bytes(value: Value | None) -> int:
     """What a constant takes in the file, 0 for everything else."""
-    found = constant(value)
+    found = constant_value(value)
     return 0 if found is None else int(found.nbytes)
 
 
-def constants(model: Model) -> Iterator[Value]:
+def iter_constants(model: Model) -> Iterator[Value]:
     """All that the file stores, Constant nodes included."""
     yield from model.graph.initializers.values()
     yield from (node.outputs[0] for node in model.nodes() if node.op_type == "Constant")
 
 
-def type_of(value: Value | None) -> str:
+def element_type(value: Value | None) -> str:
     """The type of its elements, as `int8` or `float32`; empty where it is not known."""
-    found = constant(value)
+    found = constant_value(value)
     dtype = value.dtype if found is None and value is not None else getattr(found, "dtype", None)
-    return "" if dtype is None else _named(dtype)
+    return "" if dtype is None else _type_name(dtype)
 
 
-def _named(dtype: DataType) -> str:
+def _type_name(dtype: DataType) -> str:
     name = str(dtype.name).lower()
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 @dataclass(slots=True)
-class Stored:
+class StoredWeights:
     """What was found behind a layer's weights. codes: the stored value, which holds numbers where it is `computed`.
 
     others: scales and zero points, as far as they are stored. axis: along which scales differ.
@@ -114,20 +114,20 @@ class Stored:
     others: list[Value] = field(default_factory=list)
 
 
-def stored_weights(model: Model, node: Node) -> Stored | None:
+def find_stored_weights(model: Model, node: Node) -> StoredWeights | None:
     """Those of a layer; None for a node that has none."""
-    places = PLACES.get(node.op_type)
-    return _of_layer(node) if places is None else _of_places(model, node, places)
+    places = OPERAND_INDICES.get(node.op_type)
+    return _weights_of_layer(node) if places is None else _weights_at_operands(model, node, places)
 
 
-def _of_places(model: Model, node: Node, places: Places) -> Stored | None:
+def _weights_at_operands(model: Model, node: Node, places: OperandIndices) -> StoredWeights | None:
     stored = at(node, places.weight)
-    found = None if stored is None else _stored(stored)
+    found = None if stored is None else _weights_as_operand(stored)
     if found is None:
         return None
-    scale = at(node, places.scale) if places.scale is not None else _scale_behind(model, node)
+    scale = at(node, places.scale) if places.scale is not None else _find_scale_after(model, node)
     zero = at(node, places.zero) if places.zero is not None else None
-    found.scale, found.zero = numbers_of(scale), numbers_of(zero)
+    found.scale, found.zero = constant_numbers(scale), constant_numbers(zero)
     found.others = [value for value in (scale, zero) if value is not None]
     found.axis = 0 if node.op_type in ("QLinearConv", "ConvInteger") or attribute(node, "transB", 0) else 1
     if node.op_type == "MatMulNBits":
@@ -136,62 +136,67 @@ def _of_places(model: Model, node: Node, places: Places) -> Stored | None:
     return found
 
 
-def _stored(value: Value) -> Stored | None:
+def _weights_as_operand(value: Value) -> StoredWeights | None:
     """Codes that are an input of the layer: a constant, or made of one at every run."""
-    if constant(value) is not None:
-        return Stored(value, type_of(value), tuple(constant(value).shape.numpy()))
+    if constant_value(value) is not None:
+        return StoredWeights(value, element_type(value), tuple(constant_value(value).shape.numpy()))
     node = value.producer()
     numbers = None if node is None else at(node, 0)
-    if node is None or numbers is None or not node.op_type.endswith("QuantizeLinear") or constant(numbers) is None:
+    if (
+        node is None
+        or numbers is None
+        or not node.op_type.endswith("QuantizeLinear")
+        or constant_value(numbers) is None
+    ):
         return None
-    kind = type_of(node.outputs[0]) or type_of(at(node, 2)) or "uint8"
-    return Stored(numbers, kind, tuple(constant(numbers).shape.numpy()), computed=True)
+    kind = element_type(node.outputs[0]) or element_type(at(node, 2)) or "uint8"
+    return StoredWeights(numbers, kind, tuple(constant_value(numbers).shape.numpy()), computed=True)
 
 
-def _scale_behind(model: Model, node: Node) -> Value | None:
+def _find_scale_after(model: Model, node: Node) -> Value | None:
     """Of ConvInteger and MatMulInteger: layer -> Cast -> Mul (Mul of both scales)."""
     cast = model.sole_reader(node.outputs[0])
     product = None if cast is None else model.sole_reader(cast.outputs[0])
     for value in product.inputs if product is not None and product.op_type == "Mul" else ():
         scales = None if value is None else value.producer()
         if scales is not None and scales.op_type == "Mul":
-            return next((part for part in scales.inputs if constant(part) is not None), None)
+            return next((part for part in scales.inputs if constant_value(part) is not None), None)
     return None
 
 
-def _of_layer(node: Node) -> Stored | None:
-    rule = RULES.get(node.op_type)
-    if not isinstance(rule, Weighted) or node.domain not in ("", "ai.onnx"):
+def _weights_of_layer(node: Node) -> StoredWeights | None:
+    rule = QUANTIZATION_RULES.get(node.op_type)
+    if not isinstance(rule, WeightedRule) or node.domain not in ("", "ai.onnx"):
         return None
     value, reshaped = at(node, 1), None
     axis = 0 if node.op_type == "Gemm" and attribute(node, "transB", 0) else rule.output_axis
-    for _ in range(STEPS):
-        stored = constant(value)
+    for _ in range(MOST_STEPS_BACK):
+        stored = constant_value(value)
         if stored is not None and value is not None:
             floats = value.dtype in (DataType.FLOAT, DataType.FLOAT16, DataType.DOUBLE, DataType.BFLOAT16)
-            found = Stored(value, type_of(value), tuple(stored.shape.numpy()), axis=axis, in_float=floats)
+            found = StoredWeights(value, element_type(value), tuple(stored.shape.numpy()), axis=axis, in_float=floats)
             return found if floats and found.shape else None
         before = None if value is None else value.producer()
         if before is None:
             return None
         if before.op_type == "DequantizeLinear":
-            return _dequantized(before, reshaped)
+            return _dequantized_weights(before, reshaped)
         if before.op_type == "Mul":
-            return _computed(before, axis)
-        if before.op_type not in MOVERS:
+            return _computed_weights(before, axis)
+        if before.op_type not in RESHAPING_OPS:
             return None
-        reshaped = numbers_of(at(before, 1)) if before.op_type == "Reshape" else reshaped
+        reshaped = constant_numbers(at(before, 1)) if before.op_type == "Reshape" else reshaped
         value = at(before, 0)
     return None
 
 
-def _dequantized(node: Node, reshaped: NDArray[Any] | None) -> Stored | None:
+def _dequantized_weights(node: Node, reshaped: NDArray[Any] | None) -> StoredWeights | None:
     codes = at(node, 0)
-    found = None if codes is None else _stored(codes)
+    found = None if codes is None else _weights_as_operand(codes)
     if found is None:
         return None
     scale, zero = at(node, 1), at(node, 2)
-    found.scale, found.zero = numbers_of(scale), numbers_of(zero)
+    found.scale, found.zero = constant_numbers(scale), constant_numbers(zero)
     found.others = [value for value in (scale, zero) if value is not None]
     found.axis, found.block = attribute(node, "axis", 1), attribute(node, "block_size", 0)
     if reshaped is not None:
@@ -201,9 +206,9 @@ def _dequantized(node: Node, reshaped: NDArray[Any] | None) -> Stored | None:
     return found
 
 
-def _computed(node: Node, axis: int) -> Stored | None:
+def _computed_weights(node: Node, axis: int) -> StoredWeights | None:
     """(codes - zero) * scale, as qconv writes weights of layers in float."""
-    scale = next((value for value in node.inputs if constant(value) is not None), None)
+    scale = next((value for value in node.inputs if constant_value(value) is not None), None)
     value = next((value for value in node.inputs if value is not scale), None)
     before = None if value is None else value.producer()
     zero = None
@@ -211,16 +216,18 @@ def _computed(node: Node, axis: int) -> Stored | None:
         zero, value = at(before, 1), at(before, 0)
         before = None if value is None else value.producer()
     codes = at(before, 0) if before is not None and before.op_type == "Cast" else None
-    if codes is None or scale is None or constant(codes) is None:
+    if codes is None or scale is None or constant_value(codes) is None:
         return None
-    shape = tuple(constant(codes).shape.numpy())
+    shape = tuple(constant_value(codes).shape.numpy())
     others = [scale] if zero is None else [scale, zero]
-    found = Stored(codes, type_of(codes), shape, numbers_of(scale), numbers_of(zero), axis, at_load=True)
+    found = StoredWeights(
+        codes, element_type(codes), shape, constant_numbers(scale), constant_numbers(zero), axis, at_load=True
+    )
     found.others = others
     return found
 
 
-def bits_of(node: Node, weights: Stored, recipe: Recipe | None) -> int:
+def weight_bits_of(node: Node, weights: StoredWeights, recipe: Recipe | None) -> int:
     """Of a layer's codes: those of the container, or what qconv's recipe had in mind for codes that need no more."""
     kind = DataType.__members__.get(weights.type.upper().replace("FLOAT32", "FLOAT"))
     whole = 0 if kind is None else int(kind.bitwidth)
@@ -231,15 +238,15 @@ def bits_of(node: Node, weights: Stored, recipe: Recipe | None) -> int:
     named = recipe.bits_of(node.name or "").weights
     if named is not None:
         return named
-    codes = numbers_of(weights.codes)
-    spans = None if codes is None else spans_of(codes, weights)
+    codes = constant_numbers(weights.codes)
+    spans = None if codes is None else code_bits_used(codes, weights)
     needed = 0.0
     if spans is not None:
         needed = float(np.mean(spans) if recipe.allocates_weights else spans.max(initial=0))
     return min((bits for bits in recipe.bits_of_weights if needed <= bits <= whole), default=whole)
 
 
-def spans_of(codes: NDArray[Any], weights: Stored) -> NDArray[np.int64]:
+def code_bits_used(codes: NDArray[Any], weights: StoredWeights) -> NDArray[np.int64]:
     """Bits that the codes of each scale take, (C,), or (1,) where there is one scale, or one for each block."""
     if codes.size == 0:
         return np.zeros(1, np.int64)
@@ -254,7 +261,7 @@ def spans_of(codes: NDArray[Any], weights: Stored) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class TensorFormat:
     """How a tensor between layers is held. bits: those that its codes have; 32 for float."""
 
     type: str
@@ -265,22 +272,24 @@ class Tensor:
         return self.type if self.type.endswith(f"t{self.bits}") else f"{self.type} ({self.bits})"
 
 
-FLOAT = Tensor("float32", 32)
+FLOAT_FORMAT = TensorFormat("float32", 32)
 
 
-def held(kind: str, zero: NDArray[Any] | None, bits: int | None) -> Tensor:
+def integer_format(kind: str, zero: NDArray[Any] | None, bits: int | None) -> TensorFormat:
     """A tensor of codes of this type with these zero points. bits: None for those of the type."""
     signed = not kind.startswith("u")
     whole = int(kind.lstrip("uint") or 8) if "int" in kind else 8
     bits = bits or whole
     middle = 0 if signed else 1 << (bits - 1)
     symmetric = zero is None or bool(np.all(zero == middle) or np.all(zero == 0))
-    return Tensor(kind, bits, "symmetric" if symmetric else "asymmetric")
+    return TensorFormat(kind, bits, "symmetric" if symmetric else "asymmetric")
 
 
 def clip_bits(node: Node) -> int | None:
     """The bits that a Clip holds codes to; None for another Clip."""
-    low, high = (None if numbers_of(at(node, index)) is None else numbers_of(at(node, index)) for index in (1, 2))
+    low, high = (
+        None if constant_numbers(at(node, index)) is None else constant_numbers(at(node, index)) for index in (1, 2)
+    )
     if low is None or high is None or low.size != 1 or high.size != 1:
         return None
     least, most = int(low.reshape(-1)[0]), int(high.reshape(-1)[0])

@@ -1,27 +1,40 @@
-"""Which tensor of a quantized network stands for which of the float network, whoever wrote the quantized file.
+"""Matches tensors of a quantized network with those of the float network, whoever wrote the quantized file.
 
-A *point* of the quantized network is a tensor behind a dequantizer, the result of a layer that runs in float, or an
-output. Its maker is found in the float network by the node's name or that of the tensor. From there the way leads on
-past nodes that the quantized network does not have: BatchNormalizations that were folded, a Relu that its quantizer has
-absorbed. All tensors on that way are candidates, and numbers decide between them (compare.py).
+A *comparison point* of the quantized network is a tensor behind a dequantizer, the result of a layer that runs in
+float, or an output. Its producer is found in the float network by the node's name or that of the tensor. From there
+the search goes on past nodes that the quantized network does not have: BatchNormalizations that were folded, a Relu
+that its quantizer has absorbed. All tensors on that way are candidates, and measured numbers decide between them
+(`analysis/compare.py`). `add_error_inputs` gives the float network an input for every point, which is added to its
+tensor (error injection).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from qconv.ir.edits import kind
-from qconv.ir.graph import DataType, Model, Node, Value, array, input_of
-from qconv.ir.rules import ACTIVATIONS, RULES, Joining, Transparent, Weighted
+from qconv.ir.model import DataType, Model, Node, Value, constant_array, input_of
+from qconv.ir.operators import CLIPPING_ACTIVATIONS, QUANTIZATION_RULES, ConcatRule, TransparentRule, WeightedRule
+from qconv.ir.rewriting import standard_op_type
+
+# Which tensor of a quantized network stands for which of the float network, whoever wrote the quantized file.
+#
+# A *point* of the quantized network is a tensor behind a dequantizer, the result of a layer that runs in float, or an
+# output. Its maker is found in the float network by the node's name or that of the tensor. From there the way leads on
+# past nodes that the quantized network does not have: BatchNormalizations that were folded, a Relu that its quantizer
+# has absorbed. All tensors on that way are candidates, and numbers decide between them (compare.py).
+
 
 MOST_CANDIDATES = 6
-ON_CODES = frozenset({"Clip", "Pad", "Min"})
-COPIES = frozenset({"Identity", "Sum"})
+
+INTEGER_OPS = frozenset({"Clip", "Pad", "Min"})
+
+COPY_OPS = frozenset({"Identity", "Sum"})
 """What hands a tensor on as it is, a Sum of one: both are put in to keep roundings apart."""
-FLOATS = (DataType.FLOAT, None)
+
+FLOAT_TYPES = (DataType.FLOAT, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +59,7 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Point:
+class ComparisonPoint:
     """name, op: of the node that makes it. values: the tensor, once for each of its dequantizers.
 
     codes: what these read, None where it is float. grid: None also where channels have grids of their own. candidates:
@@ -71,33 +84,33 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pair:
+class TensorPair:
     """A point, and the tensor of the float network that it stands for."""
 
-    point: Point
+    point: ComparisonPoint
     tensor: Value
 
 
-def points(quantized: Model, original: Model) -> list[Point]:
+def find_comparison_points(quantized: Model, original: Model) -> list[ComparisonPoint]:
     """All of them, in the order in which they are made."""
-    return _Pairing(quantized, original).points()
+    return _PointFinder(quantized, original).points()
 
 
-class _Pairing:
+class _PointFinder:
     def __init__(self, quantized: Model, original: Model) -> None:
         self.quantized = quantized
         # a folded layer may bear the name of what was folded into it: types tell them apart
         self.there = {(name, node.op_type) for node in quantized.nodes() for name in _names(node)}
         self.nodes = {node.name or "": node for node in original.nodes()}
-        self.values = {value.name or "": value for value in original.graph.inputs if array(value) is None}
+        self.values = {value.name or "": value for value in original.graph.inputs if constant_array(value) is None}
         self.values |= {value.name or "": value for node in original.nodes() for value in node.outputs}
 
-    def points(self) -> list[Point]:
-        found: list[Point] = []
+    def points(self) -> list[ComparisonPoint]:
+        found: list[ComparisonPoint] = []
         dequantized: dict[Value, list[Value]] = {}
         for node in self.quantized.nodes():
             codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-            if codes is not None and array(codes) is None and _quantizer_of(codes) is not None:
+            if codes is not None and constant_array(codes) is None and _quantizer_of(codes) is not None:
                 dequantized.setdefault(codes, []).append(node.outputs[0])
         for codes, values in dequantized.items():
             quantizer = _quantizer_of(codes)
@@ -106,7 +119,7 @@ class _Pairing:
         known = {value for point in found for value in point.values}
         floats = [*self._float_layers(), *self.quantized.graph.outputs]
         for value in dict.fromkeys(floats):
-            if value not in known and value.dtype in FLOATS and value.producer() is not None:
+            if value not in known and value.dtype in FLOAT_TYPES and value.producer() is not None:
                 found.append(self._point(value, (value,), None, None))
         order = {value: index for index, value in enumerate(v for n in self.quantized.nodes() for v in n.outputs)}
         return sorted(found, key=lambda point: order.get(point.value, -1))
@@ -114,31 +127,37 @@ class _Pairing:
     def _float_layers(self) -> Iterator[Value]:
         """What layers make in float, behind their activations, where others than a quantizer read it."""
         for node in self.quantized.nodes():
-            if not isinstance(RULES.get(kind(node)), Weighted):
+            if not isinstance(QUANTIZATION_RULES.get(standard_op_type(node)), WeightedRule):
                 continue
             value = node.outputs[0]
-            while (reader := self.quantized.sole_reader(value)) is not None and kind(reader) in ACTIVATIONS:
+            while (reader := self.quantized.sole_reader(value)) is not None and standard_op_type(
+                reader
+            ) in CLIPPING_ACTIVATIONS:
                 value = reader.outputs[0]
-            if not all(_only_quantizes(self.quantized, reader) for reader in self.quantized.readers(value)):
+            if not all(_is_only_quantized(self.quantized, reader) for reader in self.quantized.readers(value)):
                 yield value
 
-    def _behind_codes(self, codes: Value, values: tuple[Value, ...], quantizer: Node) -> Point:
+    def _behind_codes(self, codes: Value, values: tuple[Value, ...], quantizer: Node) -> ComparisonPoint:
         source = quantizer.inputs[0]
         assert source is not None
         dequantizer = values[0].producer()
         assert dequantizer is not None
         return self._point(source, values, codes, grid_of(dequantizer, codes))
 
-    def _point(self, source: Value, values: tuple[Value, ...], codes: Value | None, grid: Grid | None) -> Point:
-        source = _copied_from(source)
+    def _point(
+        self, source: Value, values: tuple[Value, ...], codes: Value | None, grid: Grid | None
+    ) -> ComparisonPoint:
+        source = _copy_source(source)
         maker = source.producer()
         if maker is None:
             own = self.values.get(source.name or "")
-            return Point(source.name or "", "input", values, codes, grid, () if own is None else (own,), True, None)
+            return ComparisonPoint(
+                source.name or "", "input", values, codes, grid, () if own is None else (own,), True, None
+            )
         layer = _layer_in_front(maker)
         named = layer or maker
-        candidates, copy = self._candidates(maker, source), grid is not None and _hands_on(maker, grid)
-        return Point(named.name or "", named.op_type, values, codes, grid, candidates, False, layer, copy)
+        candidates, copy = self._candidates(maker, source), grid is not None and _passes_grid_on(maker, grid)
+        return ComparisonPoint(named.name or "", named.op_type, values, codes, grid, candidates, False, layer, copy)
 
     def _candidates(self, maker: Node, source: Value) -> tuple[Value, ...]:
         node = self.nodes.get(maker.name or "")
@@ -165,11 +184,11 @@ def _names(node: Node) -> list[str]:
     return [name for name in (node.name, node.outputs[0].name) if name]
 
 
-def _hands_on(node: Node, grid: Grid) -> bool:
+def _passes_grid_on(node: Node, grid: Grid) -> bool:
     """Whether all that it reads is on the same grid, and it only moves, cuts or joins that."""
-    if not isinstance(RULES.get(kind(node)), Transparent | Joining):
+    if not isinstance(QUANTIZATION_RULES.get(standard_op_type(node)), TransparentRule | ConcatRule):
         return False
-    joins = isinstance(RULES[node.op_type], Joining)
+    joins = isinstance(QUANTIZATION_RULES[node.op_type], ConcatRule)
     read = (value for value in (node.inputs if joins else node.inputs[:1]) if value is not None)
     return all(_grid_behind(value) == grid for value in read)
 
@@ -183,12 +202,12 @@ def _grid_behind(value: Value) -> Grid | None:
 def _quantizer_of(codes: Value) -> Node | None:
     """The quantizer that codes come from, through what works on them."""
     node = codes.producer()
-    while node is not None and kind(node) in ON_CODES and node.inputs[0] is not None:
+    while node is not None and standard_op_type(node) in INTEGER_OPS and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     return node if node is not None and node.op_type == "QuantizeLinear" else None
 
 
-def _copied_from(value: Value) -> Value:
+def _copy_source(value: Value) -> Value:
     """Where the numbers of a tensor come from, past copies and limits of codes."""
     node = value.producer()
     while node is not None and node.inputs[0] is not None and _is_copy(node):
@@ -198,41 +217,90 @@ def _copied_from(value: Value) -> Value:
 
 
 def _is_copy(node: Node) -> bool:
-    alone = kind(node) in COPIES and len(node.inputs) == 1
-    return alone or (kind(node) == "Min" and (node.name or "").endswith("_limited"))
+    alone = standard_op_type(node) in COPY_OPS and len(node.inputs) == 1
+    return alone or (standard_op_type(node) == "Min" and (node.name or "").endswith("_limited"))
 
 
-def _only_quantizes(model: Model, node: Node) -> bool:
+def _is_only_quantized(model: Model, node: Node) -> bool:
     if node.op_type == "QuantizeLinear":
         return True
-    return _is_copy(node) and all(_only_quantizes(model, reader) for reader in model.readers(node.outputs[0]))
+    return _is_copy(node) and all(_is_only_quantized(model, reader) for reader in model.readers(node.outputs[0]))
 
 
 def _layer_in_front(maker: Node) -> Node | None:
     """The node itself where it has weights, or that in front of an activation."""
     node: Node | None = maker
-    while node is not None and kind(node) in ACTIVATIONS and node.inputs[0] is not None:
+    while node is not None and standard_op_type(node) in CLIPPING_ACTIVATIONS and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    return node if node is not None and isinstance(RULES.get(kind(node)), Weighted) else None
+    return (
+        node if node is not None and isinstance(QUANTIZATION_RULES.get(standard_op_type(node)), WeightedRule) else None
+    )
 
 
 def grid_of(dequantizer: Node, codes: Value) -> Grid | None:
     """What a dequantizer of one scale does; None where scales differ. A Clip of codes leaves fewer of them."""
-    scale, zero = (array(input_of(dequantizer, index)) for index in (1, 2))
+    scale, zero = (constant_array(input_of(dequantizer, index)) for index in (1, 2))
     if scale is None or scale.size != 1 or not np.isfinite(scale).all():
         return None
     kept = np.iinfo(np.uint8 if zero is None else zero.dtype)
-    limits = _clipped_to(codes) or (int(kept.min), int(kept.max))
+    limits = _clip_limits(codes) or (int(kept.min), int(kept.max))
     bits = min(int(kept.bits), max(2, (limits[1] - limits[0]).bit_length()))
     return Grid(bits, float(scale.reshape(())), 0 if zero is None else int(zero.reshape(())), *limits)
 
 
-def _clipped_to(codes: Value) -> tuple[int, int] | None:
+def _clip_limits(codes: Value) -> tuple[int, int] | None:
     """Where the first Clip behind the quantizer holds codes."""
     limits, node = None, codes.producer()
-    while node is not None and kind(node) in ON_CODES:
-        ends = [array(input_of(node, index)) for index in (1, 2)]
-        if kind(node) == "Clip" and ends[0] is not None and ends[1] is not None:
+    while node is not None and standard_op_type(node) in INTEGER_OPS:
+        ends = [constant_array(input_of(node, index)) for index in (1, 2)]
+        if standard_op_type(node) == "Clip" and ends[0] is not None and ends[1] is not None:
             limits = int(ends[0]), int(ends[1])
         node = None if node.inputs[0] is None else node.inputs[0].producer()
     return limits
+
+
+# The float network with an input for every point of the quantized one (pairs.py), which is added to its tensor.
+
+
+def add_error_inputs(
+    original: Model, quantized: Model, pairs: Sequence[TensorPair], outputs: Sequence[Value]
+) -> tuple[Model, dict[ComparisonPoint, str], list[str]]:
+    """A copy of `original` with these inputs; who reads the point reads the sum.
+
+    Returns the names of the inputs as well, and those of the outputs, errors at these included.
+    """
+    model = original.copy()
+    values = {v.name: v for v in (*model.graph.inputs, *(v for n in model.nodes() for v in n.outputs))}
+    names: dict[ComparisonPoint, str] = {}
+    results = [value.name or "" for value in outputs]
+    for pair in pairs:
+        value = values[pair.tensor.name]
+        there = [node for node in model.readers(value) if node.op_type != "Add" or node.name not in names.values()]
+        readers = _names_of_readers(quantized, pair.point)
+        chosen = [node for node in there if node.name in readers] or there
+        delta = model.feed_readers(value, f"{value.name}_error", ())
+        total = model.build("Add", [value, delta], name=delta.name or "", like=value)
+        producer = value.producer()
+        if producer is None:
+            model.insert_first(total)
+        else:
+            model.insert_after(producer, total)
+        model.redirect(value, total.outputs[0], readers=chosen)
+        names[pair.point] = delta.name or ""
+        if value.is_graph_output():
+            result = total.outputs[0].name or ""
+            results = [result if name == value.name else name for name in results]
+            model.graph.outputs.append(total.outputs[0])
+    return model, names, results
+
+
+def _names_of_readers(model: Model, point: ComparisonPoint) -> set[str]:
+    """Names of the nodes that read a point, through copies."""
+    found: set[str] = set()
+    queue = list(point.values)
+    while queue:
+        for node in model.readers(queue.pop()):
+            found.add(node.name or "")
+            if node.op_type in ("Sum", "Identity") and len(node.inputs) == 1:
+                queue += node.outputs
+    return found

@@ -1,0 +1,173 @@
+"""Builds graph passes out of edits of single nodes, and tells which channels operators hand on.
+
+An edit takes the model and a node. It returns what it changed, nothing where there was nothing to do, or raises
+`EditRefused` before it has changed anything. `each_node` makes a pass of it, and a `Skipped` of every refusal. The
+channel functions (Slice, Split, Pad, flatten; channels along axis 1) raise EditRefused where the graph does not tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.errors import Change, Finding, Skipped
+from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of, rank
+
+# What the float passes are written with: an edit of one node, and the pass that tries it on every node.
+#
+# An edit takes the model and a node. It returns what it changed, nothing where there was nothing to do, or raises
+# `Refused` before it has changed anything. `each_node` makes a pass of it, and a `Skipped` of every refusal.
+
+
+Pass = Callable[[Model], list[Finding]]
+
+Edit = Callable[[Model, Node], list[Change]]
+
+
+class EditRefused(Exception):
+    """Raised by an edit, before it has changed anything, with the reason why it cannot be done."""
+
+
+def each_node(step: str, *op_types: str) -> Callable[[Edit], Pass]:
+    """Make a pass out of an edit: try it on every node of these types, and record what it did or why it refused."""
+
+    def as_pass(edit: Edit) -> Pass:
+        def run(model: Model) -> list[Finding]:
+            found: list[Finding] = []
+            for node in model.nodes():
+                if node.graph is None or standard_op_type(node) not in op_types:  # an earlier edit may have removed it
+                    continue
+                try:
+                    found += edit(model, node)
+                except EditRefused as reason:
+                    found.append(Skipped(step, title(node), str(reason)))
+            return found
+
+        run.__name__, run.__doc__ = edit.__name__, edit.__doc__
+        return run
+
+    return as_pass
+
+
+def standard_op_type(node: Node) -> str:
+    """The type of a standard operator, nothing for those of other domains."""
+    return node.op_type if node.domain == "" else ""
+
+
+def title(node: Node) -> str:
+    """The name, which loading gives to every node but those in bodies of If and Loop."""
+    return node.name or node.outputs[0].name or ""
+
+
+def describe_node(node: Node) -> str:
+    """A node as messages speak of it: `Conv conv1`."""
+    return f"{node.op_type} {title(node)}"
+
+
+def data_input(node: Node) -> Value:
+    """The first input, which every operator here has."""
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+def reads_as_data(node: Node, value: Value, model: Model) -> bool:
+    """Whether `node` reads `value` as its first input and nowhere else. Nodes in bodies of If and Loop do not count."""
+    return node.graph is model.graph and [i for i, v in enumerate(node.inputs) if v is value] == [0]
+
+
+def uses_only_first_output(node: Node) -> bool:
+    """Whether only the first output is used."""
+    return not any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
+
+
+def explicit_pads(node: Node, axes: int) -> list[int] | None:
+    """Padding of a Conv or pool over `axes` spatial axes, all beginnings first; None for auto_pad=SAME."""
+    auto = attribute(node, "auto_pad", "NOTSET")
+    if auto.startswith("SAME"):
+        return None
+    return [0] * (2 * axes) if auto == "VALID" else attribute(node, "pads") or [0] * (2 * axes)
+
+
+# Which channels of what they read operators hand on, where they drop, add or flatten some. Channels lie along axis 1.
+#
+# All raise Refused where the graph does not tell.
+
+
+def sliced_channels(node: Node, count: int) -> NDArray[np.int64]:
+    """The channels, of so many, that a Slice leaves."""
+    kept = np.arange(count)
+    given = [constant_array(input_of(node, index)) for index in range(1, 5)]
+    starts, ends, axes, steps = given
+    if starts is None or ends is None or any(n is None and input_of(node, i + 1) for i, n in enumerate(given)):
+        raise EditRefused("a Slice's places are computed")
+    along = list(range(len(starts))) if axes is None else axes.tolist()
+    if any(axis < 0 for axis in along) and rank(data_input(node)) is None:
+        raise EditRefused("the rank of a Slice's data is not known")
+    for place, axis in enumerate(along):
+        if axis % (rank(data_input(node)) or 1 + max(along)) == 1:
+            step = 1 if steps is None else int(steps[place])
+            end = int(ends[place])
+            stop = None if step < 0 and end < -kept.size else end
+            kept = kept[int(starts[place]) : stop : step]
+    return kept
+
+
+def split_channels(node: Node, count: int) -> list[NDArray[np.int64]]:
+    """The channels, of so many, that each output of a Split has: some of them, or all at some of the places."""
+    kept = np.arange(count)
+    axis = attribute(node, "axis", 0) % (rank(data_input(node)) or 1)
+    if axis != 1:
+        return [kept for _ in node.outputs]
+    sizes = [(dims(value) or [None, None])[1] for value in node.outputs]
+    if any(size is None for size in sizes) or sum(size or 0 for size in sizes) != count:
+        raise EditRefused("it is not known how a Split parts the channels")
+    return np.split(kept, np.cumsum([size or 0 for size in sizes])[:-1])
+
+
+def padded_channels(node: Node) -> tuple[int, int]:
+    """How many channels of zeros a Pad puts before and behind those that it reads.
+
+    Places are padded with zeros, or with copies of others.
+    """
+    pads, fill = constant_array(input_of(node, 1)), input_of(node, 2)
+    filled = constant_array(fill)
+    if pads is None or input_of(node, 3) is not None or (fill is not None and filled is None):
+        raise EditRefused("a Pad's sizes are computed")
+    constant = attribute(node, "mode", "constant") == "constant"
+    if constant and filled is not None and filled.any():
+        raise EditRefused("a Pad fills with other numbers than zero")
+    before, behind = int(pads[1]), int(pads[len(pads) // 2 + 1])
+    if (before or behind) and (not constant or min(before, behind) < 0):
+        raise EditRefused("a Pad copies or drops channels")
+    return before, behind
+
+
+def features_per_channel(model: Model, node: Node) -> int:
+    """How many features side by side every channel becomes where (N, C, H, W) becomes (N, C * H * W)."""
+    sizes = dims(data_input(node))
+    features = _count_features(model, node.outputs[0])
+    if sizes is None or None in sizes[1:] or features != prod(size or 0 for size in sizes[1:]):
+        raise EditRefused(f"{node.op_type} may mix channels")
+    return prod(size or 0 for size in sizes[2:])
+
+
+def _count_features(model: Model, value: Value) -> int:
+    """The second of two axes, which a Gemm that reads it knows best; 0 where that is not its shape."""
+    for reader in model.readers(value):
+        if standard_op_type(reader) == "Gemm" and reader.inputs[0] is value:
+            sizes = dims(reader.inputs[1]) or [None, None]  # type: ignore[arg-type]
+            return sizes[1 if attribute(reader, "transB", 0) else 0] or 0
+    sizes = dims(value) or []
+    return (sizes[1] or 0) if len(sizes) == 2 else 0
+
+
+def check_reduces_spatial_axes(node: Node) -> None:
+    """Refuse a ReduceMean or the like that takes channels or pictures together."""
+    given, numbers, own = attribute(node, "axes"), constant_array(input_of(node, 1)), rank(data_input(node))
+    axes = given if given is not None else None if numbers is None else numbers.tolist()
+    if own is None or axes is None or any(axis % own < 2 for axis in axes):
+        raise EditRefused(f"{node.op_type} may mix channels")

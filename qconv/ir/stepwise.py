@@ -1,0 +1,290 @@
+"""Runs a network layer after layer on the same images, every node once, and reruns its tail with trial parameters.
+
+Between two stops the tensors that are still to be read are held for all images: a stop costs what lies since the last
+one, not the whole network. What a stop needs runs as a small model of its own. Dequantizers are rerun by whoever
+reads them, so that integers are held instead of floats four times as large. `NetworkTail` is the rest of the network
+behind some tensors, where these alone are quantized, or where one layer is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.ir.model import Model, Node, Value, constant_array, input_of, values_read_by
+from qconv.ir.subgraph import (
+    HIGH_INPUT,
+    LOW_INPUT,
+    SCALE_INPUT,
+    SWITCH_INPUT,
+    ZERO_POINT_INPUT,
+    SubgraphProto,
+    expose_inputs,
+    extract_subgraph,
+    insert_fake_quantize,
+    unrounded_name,
+)
+from qconv.quantizer import QuantParams, QuantSpec
+from qconv.runtime.session import Session
+from qconv.storage import ArrayStore, StoredArray, StoredArrays, prefetch
+
+# A network run layer after layer on the same pictures, every node once.
+#
+# Between two stops the tensors that are still to be read are held, for all pictures: a stop costs what lies since the
+# last one, not the whole network. What a stop needs is run as a small model of its own. Dequantizers are run anew by
+# whoever reads them, so that codes are held instead of floats four times as large.
+
+
+CONCURRENT_RUNS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class SubModel:
+    """Some nodes as a model of their own.
+
+    held: what it is fed, batch by batch. large: constants that it is fed as well. count: of batches.
+    """
+
+    proto: SubgraphProto
+    held: Mapping[str, StoredArrays]
+    large: Mapping[str, NDArray[Any]]
+    count: int
+
+    def feed(self, index: int) -> dict[str, NDArray[Any]]:
+        """What to run it on, of one batch."""
+        return {name: arrays[index] for name, arrays in self.held.items()} | dict(self.large)
+
+
+class StepwiseRun:
+    """Where a network stands. The model's weights may change in front of it, never behind.
+
+    feeds: what each batch of pictures feeds to the model's inputs. store: where tensors are held in between. kept:
+    tensors that are held to the end once they are there, such as outputs that `behind` will be asked for.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        feeds: Sequence[Mapping[str, NDArray[Any]]],
+        store: ArrayStore,
+        *,
+        threads: int | None,
+        kept: Iterable[Value] = (),
+    ) -> None:
+        self._model, self._threads, self._count, self._store = model, threads, len(feeds), store
+        self._kept = frozenset(kept)
+        self._held: dict[Value, StoredArrays] = {
+            value: StoredArrays([store.put(feed[value.name or ""]) for feed in feeds])
+            for value in model.graph.inputs
+            if constant_array(value) is None and value.name in feeds[0]
+        }
+        self._done: set[Node] = set()
+
+    def at(self, value: Value) -> StoredArrays:
+        """The values of a tensor for every batch; they are there until the next call."""
+        self._drop()
+        if value not in self._held:
+            self._run(self._missing(value), value)
+        return self._held[value]
+
+    def codes_at(self, value: Value) -> tuple[StoredArrays, QuantParams | None]:
+        """Like `at`, but of a dequantized tensor the codes, and how they are dequantized; None for floats."""
+        node = value.producer()
+        scale, zero = (constant_array(input_of(node, index)) for index in (1, 2)) if node is not None else (None, None)
+        if (
+            node is None
+            or not _is_dequantizer(node)
+            or scale is None
+            or zero is None
+            or scale.ndim
+            or node.inputs[0] is None
+        ):
+            return self.at(value), None
+        spec = QuantSpec(8 * zero.dtype.itemsize, zero.dtype.kind == "i", symmetric=False)
+        return self.at(node.inputs[0]), QuantParams(spec, scale, zero)
+
+    def _missing(self, *values: Value) -> list[Node]:
+        """The nodes that must run for `values`, in order."""
+        needed: set[Node] = set()
+        queue = [*values]
+        while queue:
+            tensor = queue.pop()
+            node = tensor.producer()
+            if tensor in self._held or node is None or node in needed:
+                continue
+            needed.add(node)
+            queue += values_read_by(node)
+        return [node for node in self._model.nodes() if node in needed]
+
+    def _run(self, nodes: list[Node], value: Value) -> None:
+        self._done |= {node for node in nodes if not _is_dequantizer(node)}
+        made = {result for node in nodes for result in node.outputs}
+        wanted = [
+            result for result in made if result is value or (not _is_dequantized(result) and self._is_read(result))
+        ]
+        wanted.sort(key=lambda result: result.name or "")
+        own = self._part(nodes, wanted)
+        session = Session(
+            own.proto.SerializeToString(),
+            name="a part of the model",
+            threads=self._threads,
+            at_once=CONCURRENT_RUNS,
+            integer_kernels=False,
+        )
+        names = [result.name or "" for result in wanted]
+        feeds = (own.feed(index) for index in range(self._count))
+        made_of: dict[Value, list[StoredArray]] = {result: [] for result in wanted}
+        for found in run_each(session, names, feeds):
+            for result, numbers in zip(wanted, found, strict=True):
+                made_of[result].append(self._store.put(numbers))
+        self._held |= {result: StoredArrays(held) for result, held in made_of.items()}
+
+    def behind(self, outputs: Sequence[Value]) -> SubModel:
+        """All that is still to be run for these of the model's outputs."""
+        return self._part(self._missing(*outputs), outputs)
+
+    def _part(self, nodes: Sequence[Node], outputs: Sequence[Value]) -> SubModel:
+        made = {result for node in nodes for result in node.outputs}
+        read = {tensor for node in nodes for tensor in values_read_by(node)}.union(outputs) - made
+        inputs = sorted((tensor for tensor in read if tensor in self._held), key=lambda tensor: tensor.name or "")
+        large = {t.name or "": numbers for t in read - set(inputs) if (numbers := _large_constant(t)) is not None}
+        held = {tensor.name or "": self._held[tensor] for tensor in inputs}
+        shapes = {name: _common_type_and_shape(arrays) for name, arrays in held.items()} | {
+            name: (numbers.dtype, numbers.shape) for name, numbers in large.items()
+        }
+        return SubModel(extract_subgraph(self._model, nodes, shapes, outputs), held, large, self._count)
+
+    def _is_read(self, value: Value) -> bool:
+        """Whether it is kept, or a node that has not run yet reads it, through dequantizers or itself."""
+        if value in self._kept:
+            return True
+        for node in self._model.readers(value):
+            if node.graph is not self._model.graph:
+                return True
+            if _is_dequantizer(node):
+                if any(self._is_read(result) for result in node.outputs):
+                    return True
+            elif node not in self._done:
+                return True
+        return False
+
+    def _drop(self) -> None:
+        """Let go of what nobody will read any more."""
+        for value in [value for value in self._held if not self._is_read(value)]:
+            for held in self._held.pop(value).held:
+                held.drop()
+
+
+def run_each(
+    session: Session, names: list[str], feeds: Iterator[dict[str, NDArray[Any]]]
+) -> Iterator[list[NDArray[Any]]]:
+    """What the session says of one feed after the other, some of them at once."""
+    for future in prefetch(
+        lambda feed: session.run(names, feed), feeds, workers=session.at_once, depth=CONCURRENT_RUNS + 1
+    ):
+        yield future.result()
+
+
+def _is_dequantizer(node: Node) -> bool:
+    return node.op_type == "DequantizeLinear"
+
+
+def _is_dequantized(value: Value) -> bool:
+    node = value.producer()
+    return node is not None and _is_dequantizer(node)
+
+
+LARGE_CONSTANT_BYTES = 2**25
+"""Bytes from which on a constant is fed to a part instead of copied into it, and into the runtime's session again."""
+
+
+def _large_constant(value: Value) -> NDArray[Any] | None:
+    numbers = constant_array(value)
+    return numbers if numbers is not None and numbers.nbytes >= LARGE_CONSTANT_BYTES else None
+
+
+def _common_type_and_shape(arrays: StoredArrays) -> tuple[np.dtype[Any], tuple[int | None, ...]]:
+    """Type and shape of all of them, None where they differ."""
+    sizes = zip(*(x.shape for x in arrays.held), strict=True)
+    return arrays.held[0].dtype, tuple(size[0] if len(set(size)) == 1 else None for size in sizes)
+
+
+# The rest of a network behind some tensors, as it runs where these alone are rounded, or one layer is replaced.
+
+
+NO_INPUTS: Mapping[str, NDArray[Any]] = MappingProxyType({})
+
+
+class NetworkTail:
+    """part: what is run. outputs: of it. groups: tensors that are fed to it or made in it, and are rounded together.
+    spec: of their codes.
+
+    opened: a node, and names for those of its inputs that `run` is handed, by their places.
+    Scale and zero point are inputs of the model: one session serves for all that is tried out. Codes of fewer bits than
+    their container are clipped in float before.
+    """
+
+    def __init__(
+        self,
+        part: SubModel,
+        outputs: Sequence[str],
+        groups: Sequence[Sequence[str]] = (),
+        spec: QuantSpec | None = None,
+        opened: tuple[str, Mapping[int, str]] = ("", MappingProxyType({})),
+        *,
+        threads: int | None,
+    ) -> None:
+        self._part, self._outputs = part, list(outputs)
+        rounded = {name for group in groups for name in group}
+        passed = [name for name in outputs if name in part.held and name not in rounded]
+        insert_fake_quantize(part.proto, groups, passed, None if spec is None else spec.dtype)
+        self._groups = len(groups)
+        expose_inputs(part.proto, *opened)
+        self._raw = rounded.union(passed)
+        self._session = Session(
+            part.proto.SerializeToString(),
+            name="a part of the model",
+            threads=threads,
+            at_once=CONCURRENT_RUNS,
+            integer_kernels=False,
+        )
+
+    def run(
+        self,
+        batches: Iterable[int],
+        params: QuantParams | None = None,
+        group: int = 0,
+        fed: Mapping[str, NDArray[Any]] = NO_INPUTS,
+    ) -> Iterator[list[NDArray[Any]]]:
+        """The outputs of these batches, one after the other, with the tensors of a group rounded like this.
+
+        fed: numbers for what was opened.
+        """
+        own = dict(fed)
+        if self._groups > 1:
+            own |= {SWITCH_INPUT.format(index): np.asarray(index == group) for index in range(self._groups)}
+        if params is not None:
+            low, high = params.code_range()
+            numbers = {LOW_INPUT: low, HIGH_INPUT: high, SCALE_INPUT: params.scale, ZERO_POINT_INPUT: params.zero_point}
+            own |= {name: np.asarray(number) for name, number in numbers.items()}
+        return run_each(self._session, self._outputs, (self._feed(index) | own for index in batches))
+
+    def _feed(self, index: int) -> dict[str, NDArray[Any]]:
+        return {unrounded_name(name, self._raw): x for name, x in self._part.feed(index).items()}
+
+
+def collect_up_to(most: int, outputs: Iterator[list[NDArray[Any]]]) -> list[list[NDArray[Any]]]:
+    """The first of them, one at least, that go into so many bytes."""
+    found: list[list[NDArray[Any]]] = []
+    size = 0
+    for arrays in outputs:
+        found.append(arrays)
+        size += sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
+        if size >= most:
+            break
+    return found
