@@ -13,7 +13,7 @@ from qconv.calibration.calibrate import Tap, observer, watch_apart
 from qconv.calibration.reach import seen_by_channel
 from qconv.calibration.sketch import Want
 from qconv.config.recipe import Recipe
-from qconv.data.feed import Feed
+from qconv.data.loader import DataLoader
 from qconv.errors import Change
 from qconv.ir.model import Model, constant_array
 from qconv.passes.absorb import absorb, candidates
@@ -30,22 +30,22 @@ def high(pads: str = "pads=[0,0,0,0]") -> onnx.ModelProto:
 
 
 @pytest.fixture
-def feed(tmp_path: Path) -> Feed:
+def feed(tmp_path: Path) -> DataLoader:
     rng = np.random.default_rng(0)
     for index in range(12):
         np.save(tmp_path / f"{index}.npy", rng.standard_normal((1, 3, 8, 8)).astype(np.float32))
     session = Session(high().SerializeToString(), threads=1)
-    return Feed.of(session, Recipe(calib=(str(tmp_path),)), lambda _: None, lambda *_: None)
+    return DataLoader.of(session, Recipe(calib=(str(tmp_path),)), lambda _: None, lambda *_: None)
 
 
-def lowered(model: Model, feed: Feed) -> list[Change]:
+def lowered(model: Model, feed: DataLoader) -> list[Change]:
     found = candidates(model)
     taps = [Tap(candidate.result.name or "", Want.CHANNELS) for candidate in found]
     channels = seen_by_channel(watch_apart(observer(model, taps, 1), taps, feed.all("test"))) if taps else {}
     return absorb(model, found, channels)
 
 
-def test_high_channels_are_lowered_exactly(feed: Feed) -> None:
+def test_high_channels_are_lowered_exactly(feed: DataLoader) -> None:
     proto = high()
     model = loaded(proto)
     fold(model)
@@ -60,7 +60,7 @@ def test_high_channels_are_lowered_exactly(feed: Feed) -> None:
         np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
 
 
-def test_zero_padding_between_is_refused(feed: Feed) -> None:
+def test_zero_padding_between_is_refused(feed: DataLoader) -> None:
     model = loaded(high("pads=[1,1,1,1]"))
     fold(model)
     before = model.proto().SerializeToString()
@@ -68,7 +68,7 @@ def test_zero_padding_between_is_refused(feed: Feed) -> None:
     assert model.proto().SerializeToString() == before
 
 
-def test_nothing_high_nothing_done(feed: Feed) -> None:
+def test_nothing_high_nothing_done(feed: DataLoader) -> None:
     body = BODY.format(pads="pads=[0,0,0,0]")
     proto = network(body, x=(1, 3, 8, 8), w=(4, 3, 3, 3), b=np.zeros(4, np.float32), v=(5, 4, 3, 3), e=(5,))
     model = loaded(proto)

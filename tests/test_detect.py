@@ -17,10 +17,10 @@ from PIL import Image
 
 from qconv.config.preprocessing import PRESETS, Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.data.candidates import COLOURED, GREY
-from qconv.data.detect import CERTAIN, Detected, detect
-from qconv.data.evidence import fact_of, references
-from qconv.data.feed import Feed
+from qconv.data.autodetect import CERTAIN_MARGIN, DetectedPreprocessing, detect_preprocessing
+from qconv.data.evidence import find_fact, find_references
+from qconv.data.hypotheses import COLOR_FAMILIES, GREY_FAMILIES
+from qconv.data.loader import DataLoader
 from qconv.ir.files import Source
 from qconv.pipeline.pipeline import Listener, quantize
 from qconv.runtime.session import Session
@@ -82,13 +82,13 @@ def trained_with(name: str, color: str | None = None, pictures: NDArray[np.uint8
     return trained(fed(colourful() if pictures is None else pictures, preset.scale, mean, std, wanted))
 
 
-def found(proto: onnx.ModelProto, folder: Path, samples: int = 128, **options: Any) -> Detected:
+def found(proto: onnx.ModelProto, folder: Path, samples: int = 128, **options: Any) -> DetectedPreprocessing:
     data = proto.SerializeToString()
     session = Session(data, threads=1)
     said = PreprocessingOptions(**options)
     recipe = Recipe(calib=(str(folder),), samples=samples, threads=1, preprocessing=said)
-    feed = Feed.of(session, recipe, print, lambda *_: None)
-    return detect(loaded(proto), session, feed, said, threads=1)
+    feed = DataLoader.of(session, recipe, print, lambda *_: None)
+    return detect_preprocessing(loaded(proto), session, feed, said, threads=1)
 
 
 # ---- statistics
@@ -102,11 +102,11 @@ def test_each_preset_in_each_colour_order_is_found(calib: Path, name: str, color
     assert (got.preprocessing.preset, got.preprocessing.color) == (name, color)
     assert got.runner_up
     assert got.margin is not None
-    assert got.margin >= (CERTAIN if color == PRESETS[name].color else 0.9)
-    assert (got.doubt == "") == (got.margin >= CERTAIN)
+    assert got.margin >= (CERTAIN_MARGIN if color == PRESETS[name].color else 0.9)
+    assert (got.doubt == "") == (got.margin >= CERTAIN_MARGIN)
 
 
-@pytest.mark.parametrize("family", [f for f in COLOURED if f.name not in PRESETS], ids=lambda f: f.name)
+@pytest.mark.parametrize("family", [f for f in COLOR_FAMILIES if f.name not in PRESETS], ids=lambda f: f.name)
 def test_families_that_are_no_preset_are_found(calib: Path, family: Any) -> None:
     preset = PRESETS[family.options.preset]
     mean, std = family.options.mean or preset.mean, family.options.std or preset.std
@@ -151,7 +151,7 @@ UNHEARD_OF = {
 def test_what_fits_nothing_is_told(calib: Path, scale: float, mean: float, std: float) -> None:
     got = found(trained(fed(colourful(), scale, (mean,), (std,), "rgb")), calib)
     assert got.margin is not None
-    assert got.margin < CERTAIN
+    assert got.margin < CERTAIN_MARGIN
     assert "--preprocess" in got.doubt
 
 
@@ -240,7 +240,7 @@ def test_the_output_tells_the_order_where_statistics_cannot(tmp_path: Path) -> N
 def test_without_statistics_it_is_a_guess(calib: Path) -> None:
     got = found(network("c = Conv(x, w)  y = Relu(c)", x=("N", 3, SIDE, SIDE), w=(8, 3, 3, 3)), calib)
     assert got.margin is not None
-    assert got.margin < CERTAIN
+    assert got.margin < CERTAIN_MARGIN
     assert "is not certain" in got.doubt
     assert got.preprocessing is not None
     assert got.preprocessing.source == "guessed by the size of its first layers' outputs"
@@ -256,8 +256,8 @@ def test_without_any_evidence_the_default_stays(calib: Path) -> None:
 def test_statistics_that_were_never_measured_are_no_evidence() -> None:
     x = fed(colourful(), 1.0, 0, 1, "rgb")
     untrained = trained(x, mean=np.zeros(8, np.float32), var=np.ones(8, np.float32))
-    assert [reference.stored for reference in references(loaded(untrained))] == [False, False]
-    assert [reference.stored for reference in references(loaded(trained(x)))] == [True]
+    assert [reference.stored for reference in find_references(loaded(untrained))] == [False, False]
+    assert [reference.stored for reference in find_references(loaded(trained(x)))] == [True]
 
 
 def test_statistics_far_from_the_pixels_are_no_evidence() -> None:
@@ -270,7 +270,7 @@ def test_statistics_far_from_the_pixels_are_no_evidence() -> None:
     deep.graph.node.extend(nodes)
     same = np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1)
     deep.graph.initializer.append(onnx.numpy_helper.from_array(same, "same"))
-    assert not any(reference.stored for reference in references(loaded(deep)))
+    assert not any(reference.stored for reference in find_references(loaded(deep)))
 
 
 # ---- facts
@@ -312,7 +312,7 @@ INSIDE: dict[str, tuple[str, dict[str, Any], str, Color | None]] = {
 @pytest.mark.parametrize(("body", "constants", "preset", "color"), INSIDE.values(), ids=INSIDE)
 def test_a_normalisation_inside_is_a_fact(body: str, constants: Any, preset: str, color: Color | None) -> None:
     proto = network(f"{body}  y = Conv(n, w)", x=("N", 3, SIDE, SIDE), w=(8, 3, 3, 3), **constants)
-    fact = fact_of(loaded(proto), FLOAT, Layout.NCHW)
+    fact = find_fact(loaded(proto), FLOAT, Layout.NCHW)
     assert fact is not None
     assert (fact.options.preset, fact.options.color) == (preset, color)
     assert fact.why == "the graph normalises its input itself"
@@ -342,7 +342,7 @@ NO_FACT = {
 @pytest.mark.parametrize(("body", "constants"), NO_FACT.values(), ids=NO_FACT)
 def test_other_nodes_are_no_fact(body: str, constants: Any) -> None:
     proto = network(f"{body}  y = Conv(n, w)", x=("N", 3, SIDE, SIDE), w=(8, 3, 3, 3), **constants)
-    assert fact_of(loaded(proto), FLOAT, Layout.NCHW) is None
+    assert find_fact(loaded(proto), FLOAT, Layout.NCHW) is None
 
 
 METADATA: dict[str, tuple[dict[str, str], PreprocessingOptions]] = {
@@ -366,7 +366,7 @@ METADATA: dict[str, tuple[dict[str, str], PreprocessingOptions]] = {
 def test_metadata_is_a_fact(calib: Path, carried: dict[str, str], options: PreprocessingOptions) -> None:
     proto = trained_with("caffe")
     onnx.helper.set_model_props(proto, carried)
-    fact = fact_of(loaded(proto), FLOAT, Layout.NCHW)
+    fact = find_fact(loaded(proto), FLOAT, Layout.NCHW)
     assert fact is not None
     assert fact.options == options
     got = found(proto, calib)
@@ -389,7 +389,7 @@ def test_what_qconv_wrote_is_read_again(calib: Path) -> None:
 def test_damaged_metadata_is_no_fact(text: str) -> None:
     proto = trained_with("caffe")
     onnx.helper.set_model_props(proto, {"qconv.preprocessing": text})
-    assert fact_of(loaded(proto), FLOAT, Layout.NCHW) is None
+    assert find_fact(loaded(proto), FLOAT, Layout.NCHW) is None
 
 
 def bytes_in(name: str) -> onnx.ModelProto:
@@ -478,7 +478,7 @@ def test_options_of_shape_are_kept(calib: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("family", [*COLOURED, *GREY], ids=lambda f: f.settled_by)
+@pytest.mark.parametrize("family", [*COLOR_FAMILIES, *GREY_FAMILIES], ids=lambda f: f.settled_by)
 def test_the_options_named_are_those_that_settle_it(family: Any) -> None:
     """What the doubt advises is what the command line takes."""
     from click.testing import CliRunner
@@ -498,7 +498,7 @@ def test_the_report_tells_choice_runner_up_and_margin(calib: Path) -> None:
     report, _ = quantize(source, None, Recipe(calib=(str(calib),), threads=1), Listener(warn=heard.append))
     told = report.as_dict()
     assert (told["preprocessing"]["preset"], told["recipe"]["preprocessing"]["preset"]) == ("tf", "auto")
-    assert told["preprocessing"]["margin"] >= CERTAIN
+    assert told["preprocessing"]["margin"] >= CERTAIN_MARGIN
     assert told["preprocessing"]["runner_up"] in report.preprocessing_words
     assert "margin 1.00" in report.preprocessing_words
     assert told["time"]["detect"] > 0
@@ -519,7 +519,7 @@ def test_doubt_is_a_warning(calib: Path) -> None:
 def test_samples_need_no_detection(tmp_path: Path) -> None:
     for index in range(3):
         np.save(tmp_path / f"{index}.npy", np.full((3, SIDE, SIDE), index, np.float32))
-    assert found(trained_with("tf"), tmp_path) == Detected(None)
+    assert found(trained_with("tf"), tmp_path) == DetectedPreprocessing(None)
 
 
 def test_a_broken_picture_is_left_to_the_run(calib: Path, tmp_path: Path) -> None:

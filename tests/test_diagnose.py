@@ -24,7 +24,7 @@ from qconv.analysis import proof
 from qconv.analysis.remedies import joined, merged
 from qconv.cli.cli import cli
 from qconv.config.recipe import Recipe
-from qconv.data.listing import find
+from qconv.data.dataset import find_files
 from qconv.pipeline import gather, pipeline
 from qconv.results.comparison import Trial, pareto_mask
 
@@ -183,7 +183,7 @@ def test_what_equalization_mends_already_is_shown_by_leaving_it_out(tmp_path: Pa
 
 
 def test_one_extreme_activation_is_named_and_cut_off(tmp_path: Path, samples: Path) -> None:
-    first = find([str(samples)], pattern=None, samples=1, seed=0).paths[0]
+    first = find_files([str(samples)], pattern=None, samples=1, seed=0).paths[0]
     x = np.load(first)
     x[0, 0, 2, 2] = 100
     np.save(first, x)
@@ -380,7 +380,7 @@ def test_pictures_calibrated_with_are_not_called_unseen(tmp_path: Path, samples:
 
 def test_a_broken_picture_among_those_held_back(tmp_path: Path) -> None:
     folder = folder_of(colourful(25), tmp_path / "pictures")
-    last = find([str(folder)], pattern=None, samples=25, seed=0).paths[-1]
+    last = find_files([str(folder)], pattern=None, samples=25, seed=0).paths[-1]
     last.write_bytes(b"no picture")
     asked = ("--calib", folder, "--resize", "exact", "--preprocess", "imagenet", "--effort", "fast")
     assert diagnosed(saved(trained_with("imagenet"), tmp_path), *asked)["pictures"] == 4

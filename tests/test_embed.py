@@ -22,7 +22,7 @@ from PIL import Image
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
-from qconv.data.feed import Feed
+from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.files import Source
 from qconv.ir.model import Model
@@ -669,7 +669,7 @@ def test_the_float_model_is_fed_the_same_bits(folder: str, own: Layout, preset: 
     session = Session(proto.SerializeToString(), threads=1)
     recipe = Recipe(calib=(folder,), batch=5, preprocessing=PreprocessingOptions(preset=preset))
     for layout in Layout:
-        plain, raw = (Feed.of(session, recipe, pytest.fail, lambda *args: None) for _ in range(2))
+        plain, raw = (DataLoader.of(session, recipe, pytest.fail, lambda *args: None) for _ in range(2))
         raw.take_pixels(layout)
         for want, given in zip(plain.all(""), raw.all(""), strict=True):
             assert given["x"].dtype == np.uint8

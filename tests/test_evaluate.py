@@ -18,7 +18,7 @@ from PIL import Image
 from qconv.analysis.evaluate import Evaluation, Wishes, evaluate
 from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.data.labels import classes_of
+from qconv.data.dataset import find_classes
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.pipeline import quantize
@@ -292,7 +292,7 @@ def test_numbers_as_names_are_labels(tmp_path: Path) -> None:
     root = tmp_path / "imgs"
     for name in ("0", "2", "10"):
         (root / name).mkdir(parents=True)
-    classes = classes_of(root, None)
+    classes = find_classes(root, None)
     assert classes is not None
     assert classes.labels(["10", "2", "0"], offset=0, outputs=11) == [10, 2, 0]
     with pytest.raises(QconvError, match="label 10, but the model has 10 outputs"):

@@ -24,7 +24,7 @@ from qconv.cli.cli import cli
 from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.data import images
-from qconv.data.feed import Feed
+from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
 from qconv.pipeline import pipeline
 from qconv.report import html, pages
@@ -330,23 +330,23 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_sheet_shows_the_pixels_that_were_fed(preset: str, layout: Layout, photo: Path) -> None:
     prep = prepared(preset, layout)
     original = np.asarray(Image.open(photo)).astype(int)
-    assert np.abs(as_pixels(images.load_picture(photo, prep), prep) - original).max() <= 1
+    assert np.abs(as_pixels(images.load_image(photo, prep), prep) - original).max() <= 1
 
 
 def test_the_sheet_shows_grey_and_borders(photo: Path) -> None:
     grey = replace(prepared("unit", Layout.NCHW, color=Color.GREY), mean=(0.5,), std=(0.25,))
-    shown = as_pixels(images.load_picture(photo, grey), grey)
+    shown = as_pixels(images.load_image(photo, grey), grey)
     assert np.abs(shown[:, :, 0] - np.asarray(Image.open(photo).convert("L")).astype(int)).max() <= 1
     boxed = prepared("imagenet", Layout.NCHW, resize="letterbox", size=(32, 32))
-    shown = as_pixels(images.load_picture(photo, boxed), boxed)
+    shown = as_pixels(images.load_image(photo, boxed), boxed)
     assert (shown[:4] == 114).all()
     assert (shown[-4:] == 114).all()
 
 
-def feed_of(calib: Path, **options: Any) -> Feed:
+def feed_of(calib: Path, **options: Any) -> DataLoader:
     recipe = Recipe(calib=(str(calib),), preprocessing=PreprocessingOptions(**options))
     session = Session(str(CIFAR), name="cifar", threads=1)
-    return Feed.of(session, recipe, lambda text: None, lambda stage, done, total: None)
+    return DataLoader.of(session, recipe, lambda text: None, lambda stage, done, total: None)
 
 
 def test_the_sheet_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:

@@ -25,9 +25,8 @@ from PIL import Image
 
 from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
 from qconv.data import images
-from qconv.data.images import UnreadablePicture, batches, load_picture
-from qconv.data.listing import PICTURE_SUFFIXES, Listing, find
-from qconv.data.preprocess import RESIZED, InputSpec, resolve
+from qconv.data.dataset import PICTURE_SUFFIXES, Listing, find_files
+from qconv.data.images import RESIZE_MODES, InputSpec, UnreadableImage, iter_batches, load_image, resolve_preprocessing
 from qconv.errors import QconvError
 from qconv.storage import prefetch
 
@@ -84,7 +83,7 @@ def folder_of(folder: Path, *names: str) -> Path:
 
 
 def found(*sources: Path, pattern: str | None = None, samples: int = 1000, seed: int = 0) -> Listing:
-    return find([str(s) for s in sources], pattern=pattern, samples=samples, seed=seed)
+    return find_files([str(s) for s in sources], pattern=pattern, samples=samples, seed=seed)
 
 
 def listing(*paths: Path) -> Listing:
@@ -95,7 +94,7 @@ def run(
     paths: Listing, *inputs: InputSpec, prep: Preprocessing | None = RAW, batch: int = 2, workers: int = 2
 ) -> tuple[list[dict[str, np.ndarray]], list[str]]:
     warnings: list[str] = []
-    given = batches(paths, inputs, prep, batch=batch, workers=workers, warn=warnings.append)
+    given = iter_batches(paths, inputs, prep, batch=batch, workers=workers, warn=warnings.append)
     return list(given), warnings
 
 
@@ -271,7 +270,7 @@ def test_find_names_all_sources_that_hold_nothing(tmp_path):
     with pytest.raises(QconvError, match=r"a and .*b hold 3 files but none"):
         found(folder_of(tmp_path / "a", "1.txt"), folder_of(tmp_path / "b", "1.txt", "2.txt"))
     with pytest.raises(QconvError, match="no pictures were given"):
-        find([], pattern=None, samples=1, seed=0)
+        find_files([], pattern=None, samples=1, seed=0)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may read everything")
@@ -298,7 +297,7 @@ PUBLISHED = {  # the table in the documentation
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_resolve_takes_a_preset_as_published(name):
-    prep = resolve(PreprocessingOptions(preset=name), spec(None, 3, 224, 224), class_vector=True)
+    prep = resolve_preprocessing(PreprocessingOptions(preset=name), spec(None, 3, 224, 224), class_vector=True)
     assert (prep.color, prep.scale, prep.mean, prep.std) == PUBLISHED[name]
     assert (prep.preset, prep.source, prep.class_vector) == (name, f"--preprocess {name}", True)
 
@@ -316,7 +315,7 @@ def test_resolve_takes_a_preset_as_published(name):
     ],
 )
 def test_resolve_deduces_the_layout(shape, layout, size):
-    prep = resolve(PreprocessingOptions(), spec(*shape), class_vector=False)
+    prep = resolve_preprocessing(PreprocessingOptions(), spec(*shape), class_vector=False)
     assert (prep.layout, prep.size) == (layout, size)
 
 
@@ -330,7 +329,7 @@ def test_resolve_deduces_the_layout(shape, layout, size):
     ],
 )
 def test_resolve_has_a_default_for_every_kind_of_input(shape, dtype, preset, color, source):
-    prep = resolve(PreprocessingOptions(), spec(*shape, dtype=dtype), class_vector=False)
+    prep = resolve_preprocessing(PreprocessingOptions(), spec(*shape, dtype=dtype), class_vector=False)
     assert (prep.preset, prep.color, prep.source) == (preset, color, source)
 
 
@@ -338,7 +337,7 @@ def test_resolve_lets_single_options_replace_the_presets():
     options = PreprocessingOptions(
         preset="caffe", scale=0.5, mean=(1.0, 2.0, 3.0), std=(4.0,), color=Color.RGB, layout=Layout.NHWC, size=(8, 9)
     )
-    prep = resolve(options, spec(None, None, None, 3), class_vector=False)
+    prep = resolve_preprocessing(options, spec(None, None, None, 3), class_vector=False)
     assert (prep.scale, prep.mean, prep.std, prep.color) == (0.5, (1.0, 2.0, 3.0), (4.0,), Color.RGB)
     assert (prep.layout, prep.size) == (Layout.NHWC, (8, 9))
     assert prep.source == "--preprocess caffe, with --scale and --mean and --std and --color"
@@ -346,19 +345,24 @@ def test_resolve_lets_single_options_replace_the_presets():
 
 def test_resolve_moves_a_presets_numbers_with_their_colours():
     """0.485 is the mean of red, wherever red stands."""
-    prep = resolve(PreprocessingOptions(preset="imagenet", color=Color.BGR), spec(1, 3, 8, 8), class_vector=False)
+    prep = resolve_preprocessing(
+        PreprocessingOptions(preset="imagenet", color=Color.BGR), spec(1, 3, 8, 8), class_vector=False
+    )
     assert (prep.mean, prep.std) == ((0.406, 0.456, 0.485), (0.225, 0.224, 0.229))
 
 
 def test_resolve_lets_colour_decide_open_channels():
     options = PreprocessingOptions(color=Color.GREY, size=(8, 8))
-    assert resolve(options, spec(None, None, None, None), class_vector=False).channels == 1
-    assert resolve(replace(options, color=None), spec(None, None, None, None), class_vector=False).channels == 3
+    assert resolve_preprocessing(options, spec(None, None, None, None), class_vector=False).channels == 1
+    assert (
+        resolve_preprocessing(replace(options, color=None), spec(None, None, None, None), class_vector=False).channels
+        == 3
+    )
 
 
 def test_resolve_takes_a_preset_for_three_channels_on_grey_with_own_numbers():
     options = PreprocessingOptions(preset="imagenet", mean=(0.5,), std=(0.25,))
-    prep = resolve(options, spec(1, 1, 8, 8), class_vector=False)
+    prep = resolve_preprocessing(options, spec(1, 1, 8, 8), class_vector=False)
     assert (prep.mean, prep.std, prep.color) == ((0.5,), (0.25,), Color.GREY)
 
 
@@ -387,7 +391,7 @@ O = PreprocessingOptions  # noqa: E741
 )
 def test_resolve_refuses_what_does_not_go_together(options, given, fact, fix):
     with pytest.raises(QconvError) as caught:
-        resolve(options, given, class_vector=False)
+        resolve_preprocessing(options, given, class_vector=False)
     assert fact in caught.value.message
     assert fix in caught.value.hint
 
@@ -403,7 +407,7 @@ def test_a_picture_is_normalised_by_the_formula(tmp_path, name, layout):
     prep = replace(RAW, color=color, scale=scale, mean=mean, std=std, layout=layout)
     pixels = PIXELS[..., ::-1] if color is Color.BGR else PIXELS
     wanted = (pixels.astype(np.float32) * np.float32(scale) - np.float32(mean)) / np.float32(std)
-    got = load_picture(path, prep)
+    got = load_image(path, prep)
     assert got.dtype == np.float32
     assert got.flags.c_contiguous
     np.testing.assert_array_equal(got, wanted if layout is Layout.NHWC else wanted.transpose(2, 0, 1))
@@ -412,8 +416,8 @@ def test_a_picture_is_normalised_by_the_formula(tmp_path, name, layout):
 def test_imagenet_by_hand(tmp_path):
     """White is (1 - 0.485) / 0.229 = 2.2489 in red, (1 - 0.406) / 0.225 = 2.64 in blue."""
     path = save(Image.new("RGB", (3, 2), "white"), tmp_path / "a.png")
-    prep = resolve(PreprocessingOptions(), spec(1, 3, 2, 3), class_vector=True)
-    got = load_picture(path, prep)
+    prep = resolve_preprocessing(PreprocessingOptions(), spec(1, 3, 2, 3), class_vector=True)
+    got = load_image(path, prep)
     assert got.shape == (3, 2, 3)
     np.testing.assert_allclose(got[[0, 2], 0, 0], [2.248908, 2.64], rtol=1e-6)
 
@@ -422,7 +426,7 @@ def test_imagenet_by_hand(tmp_path):
 def test_a_grey_input_has_one_channel_of_luma(tmp_path, layout):
     """ITU-R 601: 0.299 * 100 + 0.587 * 150 + 0.114 * 200 = 140.75, which Pillow rounds to 141."""
     path = save(Image.new("RGB", (3, 2), (100, 150, 200)), tmp_path / "a.png")
-    got = load_picture(path, replace(RAW, color=Color.GREY, layout=layout))
+    got = load_image(path, replace(RAW, color=Color.GREY, layout=layout))
     assert got.shape == ((1, 2, 3) if layout is Layout.NCHW else (2, 3, 1))
     assert (got == 141).all()
 
@@ -482,14 +486,14 @@ def test_every_kind_of_file_becomes_rgb(tmp_path, kind):
     built = build()
     picture, how = built if isinstance(built, tuple) else (built, {})
     path = save(picture, tmp_path / f"a.{suffix}", **how)
-    got = load_picture(path, RAW)
+    got = load_image(path, RAW)
     assert got.shape == (2, 3, 3)
     np.testing.assert_allclose(got[0, 0], rgb, atol=tolerance)
 
 
 def test_alpha_is_dropped_for_grey_inputs_too(tmp_path):
     path = save(Image.new("RGBA", (3, 2), (80, 80, 80, 0)), tmp_path / "a.png")
-    assert (load_picture(path, replace(RAW, color=Color.GREY)) == 80).all()
+    assert (load_image(path, replace(RAW, color=Color.GREY)) == 80).all()
 
 
 def test_big_endian_16_bit_grey(tmp_path):
@@ -513,7 +517,7 @@ def test_big_endian_16_bit_grey(tmp_path):
     assert len(head) == 122
     path = tmp_path / "a.tif"
     path.write_bytes(head + b"\x80\x00" * 6)
-    assert (load_picture(path, RAW) == 128).all()
+    assert (load_image(path, RAW) == 128).all()
 
 
 ORIENTED: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF 2.3: which way the stored rows must be turned
@@ -534,7 +538,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     exif[0x0112] = orientation
     path = save(Image.fromarray(PIXELS), tmp_path / "a.png", exif=exif)
     wanted = ORIENTED[orientation](PIXELS)
-    np.testing.assert_array_equal(load_picture(path, replace(RAW, size=wanted.shape[:2])), wanted)
+    np.testing.assert_array_equal(load_image(path, replace(RAW, size=wanted.shape[:2])), wanted)
 
 
 def test_a_rotated_jpeg_is_turned_upright(tmp_path):
@@ -544,7 +548,7 @@ def test_a_rotated_jpeg_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(Image.fromarray(stored), tmp_path / "a.jpg", exif=exif)
-    got = load_picture(path, replace(RAW, size=(32, 16)))
+    got = load_image(path, replace(RAW, size=(32, 16)))
     assert got[:12].min() > 240
     assert got[20:].max() < 15
 
@@ -560,7 +564,7 @@ def resized(picture: Image.Image, size: tuple[int, int], box: tuple[int, int, in
 @pytest.mark.parametrize("class_vector", [True, False])
 def test_a_picture_of_the_inputs_size_is_left_alone(tmp_path, resize, class_vector):
     path = save(Image.fromarray(PIXELS), tmp_path / "a.png")
-    got = load_picture(path, replace(RAW, resize=resize, class_vector=class_vector))
+    got = load_image(path, replace(RAW, resize=resize, class_vector=class_vector))
     np.testing.assert_array_equal(got, PIXELS)
 
 
@@ -587,7 +591,7 @@ def test_auto_for_classifiers_crops_as_torchvision(tmp_path, width, height, size
     path = save(picture, tmp_path / "a.png", compress_level=1)
     left, top = corner
     wanted = resized(picture, scaled, (left, top, left + size[1], top + size[0]))
-    np.testing.assert_array_equal(load_picture(path, replace(RAW, size=size, class_vector=True)), wanted)
+    np.testing.assert_array_equal(load_image(path, replace(RAW, size=size, class_vector=True)), wanted)
 
 
 @pytest.mark.parametrize(("resize", "class_vector"), [("auto", False), ("exact", False), ("exact", True)])
@@ -595,7 +599,7 @@ def test_stretching(tmp_path, resize, class_vector):
     picture = noise(20, 30)
     path = save(picture, tmp_path / "a.png")
     prep = replace(RAW, size=(16, 12), resize=resize, class_vector=class_vector)
-    np.testing.assert_array_equal(load_picture(path, prep), resized(picture, (12, 16)))
+    np.testing.assert_array_equal(load_image(path, prep), resized(picture, (12, 16)))
 
 
 @pytest.mark.parametrize("class_vector", [True, False])
@@ -604,22 +608,22 @@ def test_shorter_side_in_pixels(tmp_path, class_vector):
     picture = noise(20, 30)
     path = save(picture, tmp_path / "a.png")
     prep = replace(RAW, size=(10, 12), resize=16, class_vector=class_vector)
-    np.testing.assert_array_equal(load_picture(path, prep), resized(picture, (24, 16), (6, 3, 18, 13)))
+    np.testing.assert_array_equal(load_image(path, prep), resized(picture, (24, 16), (6, 3, 18, 13)))
 
 
 def test_a_crop_larger_than_the_resized_picture_is_refused(tmp_path):
     path = save(noise(20, 30), tmp_path / "a.png")
     with pytest.raises(QconvError, match=r"24x16 after --resize 16, less than the input's 20x20") as caught:
-        load_picture(path, replace(RAW, size=(20, 20), resize=16))
+        load_image(path, replace(RAW, size=(20, 20), resize=16))
     assert "--resize 20" in caught.value.hint
-    assert not isinstance(caught.value, UnreadablePicture)
+    assert not isinstance(caught.value, UnreadableImage)
 
 
 @pytest.mark.parametrize("color", [Color.RGB, Color.GREY])
 def test_letterbox_by_hand(tmp_path, color):
     """4x2 white in 4x5: rows of padding (5 - 2) // 2 = 1 above and 2 below, grey 114."""
     path = save(Image.new("RGB", (4, 2), "white"), tmp_path / "a.png")
-    got = load_picture(path, replace(RAW, size=(5, 4), resize="letterbox", color=color))
+    got = load_image(path, replace(RAW, size=(5, 4), resize="letterbox", color=color))
     assert got[:, 0, 0].tolist() == [114, 255, 255, 114, 114]
     assert (got == got[:, :1, :1]).all()
 
@@ -629,7 +633,7 @@ def test_letterbox_scales_both_ways(tmp_path):
     path = save(picture, tmp_path / "a.png")
     for width in (12, 60):  # 30x20 -> 12x8 or 60x40, between equal borders
         height = width * 2 // 3
-        got = load_picture(path, replace(RAW, size=(width, width), resize="letterbox"))
+        got = load_image(path, replace(RAW, size=(width, width), resize="letterbox"))
         top = (width - height) // 2
         np.testing.assert_array_equal(got[top : top + height], resized(picture, (width, height)))
         assert (got[:top] == 114).all()
@@ -639,7 +643,7 @@ def test_bicubic(tmp_path):
     picture = noise(20, 30)
     path = save(picture, tmp_path / "a.png")
     wanted = np.asarray(picture.resize((12, 16), Image.Resampling.BICUBIC))
-    got = load_picture(path, replace(RAW, size=(16, 12), filter=ResizeFilter.BICUBIC))
+    got = load_image(path, replace(RAW, size=(16, 12), filter=ResizeFilter.BICUBIC))
     np.testing.assert_array_equal(got, wanted)
     assert not np.array_equal(got, resized(picture, (12, 16)))
 
@@ -654,7 +658,7 @@ def test_the_result_has_the_inputs_size_and_no_new_values(width, height, to_widt
     prep = replace(RAW, size=(to_height, to_width), resize=resize, class_vector=class_vector)
     with tempfile.TemporaryDirectory() as folder:
         path = save(Image.new("RGB", (width, height), (9, 9, 9)), Path(folder) / "a.bmp")
-        got = load_picture(path, prep)
+        got = load_image(path, prep)
     assert got.shape == (to_height, to_width, 3)
     assert set(np.unique(got)) <= ({9, 114} if resize == "letterbox" else {9})
 
@@ -687,8 +691,8 @@ def test_an_undecodable_picture_is_told_with_its_reason(tmp_path, kind):
     build, reason = BROKEN[kind]
     path = tmp_path / "cats.jpg"
     build(path)
-    with pytest.raises(UnreadablePicture) as caught:
-        load_picture(path, RAW)
+    with pytest.raises(UnreadableImage) as caught:
+        load_image(path, RAW)
     assert caught.value.message.startswith(f"{path} cannot be decoded (")
     assert reason in caught.value.reason
     assert caught.value.path == path
@@ -699,22 +703,22 @@ def test_what_pillow_only_warns_about_is_refused(tmp_path):
     """144 million pixels lie between Pillow's limit, where it warns, and twice that, where it raises."""
     path = tmp_path / "a.png"
     path.write_bytes(png_header(12000, 12000))
-    with pytest.raises(UnreadablePicture, match="12000x12000 pixels, refused as a possible decompression bomb"):
-        load_picture(path, RAW)
+    with pytest.raises(UnreadableImage, match="12000x12000 pixels, refused as a possible decompression bomb"):
+        load_image(path, RAW)
 
 
 def test_a_thin_picture_does_not_grow_without_bounds(tmp_path):
     """1x60000 with the shorter side 256 would be 256x15360000: 3.9 thousand million pixels."""
     path = save(Image.new("L", (1, 60000)), tmp_path / "a.png")
-    with pytest.raises(UnreadablePicture, match="1x60000 pixels are too thin to be resized: 256x15360000"):
-        load_picture(path, replace(RAW, size=(224, 224), class_vector=True))
-    assert load_picture(path, replace(RAW, resize="exact")).shape == (2, 3, 3)
+    with pytest.raises(UnreadableImage, match="1x60000 pixels are too thin to be resized: 256x15360000"):
+        load_image(path, replace(RAW, size=(224, 224), class_vector=True))
+    assert load_image(path, replace(RAW, resize="exact")).shape == (2, 3, 3)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_named_pipe_does_not_block(tmp_path):
     for name, read in (
-        ("a.jpg", lambda p: load_picture(p, RAW)),
+        ("a.jpg", lambda p: load_image(p, RAW)),
         ("a.npy", lambda p: run(listing(p), spec(None, 3), prep=None)),
     ):
         os.mkfifo(tmp_path / name)
@@ -776,7 +780,7 @@ def test_a_corrupt_picture_among_good_ones_is_skipped_with_a_warning(tmp_path):
     paths[3].write_text("hello")
     done: list[int] = []
     warnings: list[str] = []
-    given = batches(
+    given = iter_batches(
         listing(*paths),
         [spec(None, 2, 3, 3)],
         RAW,
@@ -834,7 +838,7 @@ def images_threads() -> list[threading.Thread]:
 
 
 def test_nothing_is_read_before_the_first_batch_is_asked_for(tmp_path):
-    given = batches(listing(tmp_path / "gone.png"), [spec(None, 2, 3, 3)], RAW, batch=1, workers=1, warn=print)
+    given = iter_batches(listing(tmp_path / "gone.png"), [spec(None, 2, 3, 3)], RAW, batch=1, workers=1, warn=print)
     given.close()
     assert images_threads() == []
 
@@ -846,10 +850,10 @@ def test_reading_ahead_is_bounded_and_goes_on_while_the_caller_works(tmp_path, m
         started.append(path)
         return np.zeros((2, 3, 3), np.float32)
 
-    monkeypatch.setattr(images, "load_picture", count)
+    monkeypatch.setattr(images, "load_image", count)
     paths = [Path(f"{i}.png") for i in range(100)]
     workers, batch = 2, 3
-    given = batches(listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=batch, workers=workers, warn=print)
+    given = iter_batches(listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=batch, workers=workers, warn=print)
     most = 2 * workers + batch
     for taken in range(batch, 30, batch):
         next(given)
@@ -871,9 +875,9 @@ def test_closing_early_drops_what_was_only_waiting(tmp_path, monkeypatch):
         time.sleep(0.02 if len(started) > 100 else 0)
         return np.zeros((2, 3, 3), np.float32)
 
-    monkeypatch.setattr(images, "load_picture", slow)
+    monkeypatch.setattr(images, "load_image", slow)
     paths = [Path(f"{i}.png") for i in range(1000)]
-    given = batches(listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=100, workers=1, warn=print)
+    given = iter_batches(listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=100, workers=1, warn=print)
     next(given)
     before = len(started)
     given.close()
@@ -944,7 +948,7 @@ def test_a_sample_that_does_not_fit_is_an_error_at_once(tmp_path, array, given, 
         run(listing(*sorted(tmp_path.iterdir())), given, prep=None)
     assert fact in caught.value.message
     assert caught.value.hint
-    assert not isinstance(caught.value, UnreadablePicture)
+    assert not isinstance(caught.value, UnreadableImage)
 
 
 @pytest.mark.parametrize(
@@ -1014,7 +1018,7 @@ def test_pillow_is_not_imported_until_it_is_needed():
 
 def test_every_way_to_resize_is_known_to_both_sides():
     """What may be asked for, and what is done."""
-    assert set(images._RESIZED) == set(RESIZED)
+    assert set(images._SIZE_OF_MODE) == set(RESIZE_MODES)
 
 
 def test_a_forgotten_generator_may_be_closed_by_one_of_its_own_threads() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.data.detect import Detected, detect_unseen
+from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
 from qconv.data_free.imagined import COUNT, MEAN, Imagined, leaves, pixels, read_by
 from qconv.errors import QconvError
 from qconv.runtime.session import Session
@@ -100,9 +100,9 @@ def made(data: bytes, **options: str) -> Imagined:
     return Imagined.like(Session(data), recipe)
 
 
-def detected(data: bytes, **options: str) -> Detected:
+def detected(data: bytes, **options: str) -> DetectedPreprocessing:
     session, said = Session(data), PreprocessingOptions(**options)  # type: ignore[arg-type]
-    return detect_unseen(loaded(onnx.ModelProto.FromString(data)), session, made(data, **options), said)
+    return detect_without_images(loaded(onnx.ModelProto.FromString(data)), session, made(data, **options), said)
 
 
 @pytest.mark.parametrize("preset", ["imagenet", "raw", "unit", "tf"])

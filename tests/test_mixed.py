@@ -26,7 +26,7 @@ from qconv.config.choices import CANDIDATE_BITS, Drop, LayerBits
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe
 from qconv.config.serialization import read_layer_bits
-from qconv.data.listing import find
+from qconv.data.dataset import find_files
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.pipeline import Listener, quantize
@@ -163,7 +163,7 @@ def test_points_are_judged_by_pictures_that_weights_were_not_rounded_on(
     monkeypatch.setattr("qconv.search.mixed.EFFORTS", few)
     options = {"rounding": "second-order", "batch": batch, "max_drop": Drop("top1", 0.1), "edge_bits": 2}
     _, result, mixed = searched(pictures, **options)
-    paths = find((str(pictures),), pattern=None, samples=16, seed=0).paths
+    paths = find_files((str(pictures),), pattern=None, samples=16, seed=0).paths
     sqnr, agreement = measured(result, paths[4:])
     assert mixed.chosen.sqnr_db == pytest.approx(sqnr, abs=1e-4)
     assert mixed.chosen.agreement == mixed.chosen.top1 == agreement

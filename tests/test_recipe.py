@@ -199,10 +199,10 @@ def test_preprocessing_in_words(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("size", [(224, 224), (224, 448), (448, 224), (100, 30)])
 def test_the_words_for_auto_say_what_is_done(size: tuple[int, int]) -> None:
     """A picture of exactly the covering size named in the words is cropped, never scaled: its centre pixel stays."""
-    from qconv.data.images import _auto
+    from qconv.data.images import _auto_size
 
     height, width = (round(side / 0.875) for side in size)
-    assert _auto((width, height), replace(IMAGENET, size=size)) == (width, height)
+    assert _auto_size((width, height), replace(IMAGENET, size=size)) == (width, height)
     words = replace(IMAGENET, size=size).in_words()
     assert f"to {height}, " in words if size[0] == size[1] else f"cover {height}x{width}" in words
 

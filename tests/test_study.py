@@ -165,13 +165,13 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_picture_is_decoded_once(model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To calibrate with, or to score on; never both, whatever the number of points."""
     seen: Counter[str] = Counter()
-    decode = images.load_picture
+    decode = images.load_image
 
     def counting(path: Path, *rest: object) -> object:
         seen[path.name] += 1
         return decode(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(images, "load_picture", counting)
+    monkeypatch.setattr(images, "load_image", counting)
     study_samples(model, recipe(pictures), Question(draws=3))
     assert dict(seen) == {f"{number:02}.png": 1 for number in range(15)}
 

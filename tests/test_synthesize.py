@@ -28,7 +28,7 @@ from qconv.cli.cli import cli
 from qconv.config.preprocessing import Color, Layout, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.data import images
-from qconv.data.listing import find
+from qconv.data.dataset import find_files
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
 from qconv.pipeline import pipeline
@@ -184,7 +184,7 @@ def test_pixels_become_what_they_become_elsewhere(tmp_path: Path) -> None:
             values = {"scale": 1 / 255, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "size": (5, 4)}
             prep = replace(plain, color=color, layout=layout, **values)
             pixels = rng.integers(0, 256, (2, 5, 4, 3), np.uint8)
-            wanted = np.stack([images.normalised(images.arranged(one, prep), prep) for one in pixels])
+            wanted = np.stack([images.normalize_pixels(images.arrange_pixels(one, prep), prep) for one in pixels])
             found = normalised(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), prep)
             np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5)
 
@@ -358,12 +358,12 @@ def test_the_model_does_not_lie_in_the_output(tmp_path: Path) -> None:
 
 def test_a_picture_stands_for_the_sample_beside_it(tmp_path: Path) -> None:
     made(tmp_path)
-    listed = find([str(tmp_path / "set")], pattern=None, samples=10**9, seed=0)
+    listed = find_files([str(tmp_path / "set")], pattern=None, samples=10**9, seed=0)
     assert sorted(path.name for path in listed.paths) == [f"{i:03}.png" for i in range(6)]
-    listed = find([str(tmp_path / "set")], pattern="*.npy", samples=10**9, seed=0)
+    listed = find_files([str(tmp_path / "set")], pattern="*.npy", samples=10**9, seed=0)
     assert sorted(path.name for path in listed.paths) == [f"{i:03}.npy" for i in range(6)]
     (tmp_path / "set" / "000.png").unlink()
-    listed = find([str(tmp_path / "set")], pattern=None, samples=10**9, seed=0)
+    listed = find_files([str(tmp_path / "set")], pattern=None, samples=10**9, seed=0)
     assert sorted(path.suffix for path in listed.paths) == [".npy", *[".png"] * 5]
 
 

@@ -17,7 +17,7 @@ from qconv.config.choices import FALLBACKS
 from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, recipe_from_dict
-from qconv.data.feed import Feed
+from qconv.data.loader import DataLoader
 from qconv.data_free.portray import sketched
 from qconv.data_free.unseen import WIDER
 from qconv.errors import Change, QconvError, Skipped
@@ -52,7 +52,7 @@ def sqnr(out: Path, model: Path = CIFAR, samples: int = 24) -> float:
     """Of the written file on photographs, in dB."""
     sessions = [Session(str(path)) for path in (model, out)]
     looked = Recipe(calib=(str(PHOTOS),), samples=samples, preprocessing=PreprocessingOptions("imagenet"))
-    feed = Feed.of(sessions[0], looked, print, lambda stage, done, total: None)
+    feed = DataLoader.of(sessions[0], looked, print, lambda stage, done, total: None)
     found = verify(*sessions, feed.all("test")).sqnr_db
     assert found is not None
     return found
@@ -243,7 +243,7 @@ def test_resnet20_by_its_own_statistics(tmp_path: Path) -> None:
     looked = Recipe(
         calib=(str(DATA / "images/cifar10/test"),), samples=200, preprocessing=PreprocessingOptions("imagenet")
     )
-    feed = Feed.of(sessions[0], looked, print, lambda stage, done, total: None)
+    feed = DataLoader.of(sessions[0], looked, print, lambda stage, done, total: None)
     found = verify(*sessions, feed.all("test"))
     assert found.sqnr_db is not None
     assert found.sqnr_db > 25

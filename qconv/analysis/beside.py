@@ -9,7 +9,7 @@ from typing import Any
 
 from qconv.analysis.compare import Progress, Question, compare
 from qconv.config.recipe import Recipe
-from qconv.data.fed import Fed, opened, side_by_side
+from qconv.data.loader import ModelWithData, iter_paired_batches, open_models
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.results.comparison import Comparison
@@ -20,7 +20,7 @@ class Looked:
     """What was found, and how the float model was fed."""
 
     compared: Comparison
-    fed: Fed
+    fed: ModelWithData
 
 
 def on_pictures(
@@ -30,7 +30,7 @@ def on_pictures(
 
     Raises QconvError for what cannot be compared, or fed.
     """
-    own, other = opened(model, float_model, recipe, warn)
+    own, other = open_models(model, float_model, recipe, warn)
     assert other is not None
     missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
     if missing is not None:
@@ -45,7 +45,7 @@ def on_pictures(
             warn(text)
 
     def feeds() -> Any:
-        return ((its, mine) for mine, its in side_by_side(own, other, once, lost.add))
+        return ((its, mine) for mine, its in iter_paired_batches(own, other, once, lost.add))
 
     total = len(own.feed.listing.paths)
     question = Question(float_model, model, feeds, total, own.words, recipe.threads)

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.analysis.weighed import bars_of, beside
-from qconv.data.feed import Batch
+from qconv.data.loader import Batch
 from qconv.errors import QconvError
 from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata

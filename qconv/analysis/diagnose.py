@@ -41,9 +41,8 @@ from qconv.config.preprocessing import PRESETS, Preprocessing, PreprocessingOpti
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_option
 from qconv.config.targets import TARGETS
-from qconv.data.detect import CERTAIN, SHAPE_ONLY, detect, same
-from qconv.data.fed import Fed
-from qconv.data.feed import Feed
+from qconv.data.autodetect import CERTAIN_MARGIN, SHAPE_OPTIONS, detect_preprocessing, is_same_preprocessing
+from qconv.data.loader import DataLoader, ModelWithData
 from qconv.errors import format_count
 from qconv.ir import load
 from qconv.ir import metadata as ir_metadata
@@ -185,26 +184,30 @@ class _Clinic:
             float_ms=float_ms,
             warnings=warnings,
         )
-        return Diagnosed(found, Looked(compared, Fed(session, held.feed, compared.words)))
+        return Diagnosed(found, Looked(compared, ModelWithData(session, held.feed, compared.words)))
 
     # -- pictures ------------------------------------------------------------------------------------------------------
 
-    def _feed(self, session: Session, feed: Feed, recipe: Recipe) -> Preprocessing | None:
+    def _feed(self, session: Session, feed: DataLoader, recipe: Recipe) -> Preprocessing | None:
         """`feed` as the options say. Returns what the evidence says instead, where it is sure of that."""
         model, _ = load.load(read_proto(self.case.source), self.case.source)
         said = recipe.preprocessing
-        calibration = Feed.of(session, recipe, SILENT.warn, SILENT.progress)
-        own = detect(model, session, calibration, said, threads=recipe.threads)
+        calibration = DataLoader.of(session, recipe, SILENT.warn, SILENT.progress)
+        own = detect_preprocessing(model, session, calibration, said, threads=recipe.threads)
         feed.preprocessing = calibration.preprocessing = own.preprocessing
-        freely = PreprocessingOptions(**{name: getattr(said, name) for name in SHAPE_ONLY})
+        freely = PreprocessingOptions(**{name: getattr(said, name) for name in SHAPE_OPTIONS})
         if own.preprocessing is None or freely == said:
             return None
-        calibration = Feed.of(session, replace(recipe, preprocessing=freely), SILENT.warn, SILENT.progress)
-        found = detect(model, session, calibration, freely, threads=recipe.threads)
-        if not found.evident or found.preprocessing is None or same(own.preprocessing, found.preprocessing):
+        calibration = DataLoader.of(session, replace(recipe, preprocessing=freely), SILENT.warn, SILENT.progress)
+        found = detect_preprocessing(model, session, calibration, freely, threads=recipe.threads)
+        if (
+            not found.evident
+            or found.preprocessing is None
+            or is_same_preprocessing(own.preprocessing, found.preprocessing)
+        ):
             return None
         asks = " ".join(format_option("preprocessing", _as_options(found.preprocessing, said)))
-        sure = own.against or (found.margin or 0.0) >= CERTAIN
+        sure = own.against or (found.margin or 0.0) >= CERTAIN_MARGIN
         told = "and not for the options given" if sure else "rather than for the options given, without being certain"
         self.found.append(Cause("preprocessing", ("the pictures",), f"the model speaks for {asks}, {told}"))
         return found.preprocessing if sure else None

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.recipe import Recipe
-from qconv.data.fed import Fed, Outputs, opened
-from qconv.data.labels import Labelling, classes_of, labels_of
+from qconv.data.dataset import LabelOptions, find_classes, labels_of
+from qconv.data.loader import ModelWithData, Outputs, open_models
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.metrics import intervals
@@ -47,9 +47,9 @@ class Wishes:
     table: str | None = None
 
     @property
-    def labelling(self) -> Labelling:
+    def labelling(self) -> LabelOptions:
         """What the user says of labels."""
-        return Labelling(self.label_offset, self.classes is not None or self.label_offset != 0)
+        return LabelOptions(self.label_offset, self.classes is not None or self.label_offset != 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +252,8 @@ def evaluate(
     """Run the model, and the other one, on every picture. Raises QconvError where there is nothing to measure."""
     recipe = wishes.recipe
     root = Path(recipe.calib[0])
-    classes = classes_of(root, wishes.classes)
-    own, other = opened(source, wishes.against, recipe, warn)
+    classes = find_classes(root, wishes.classes)
+    own, other = open_models(source, wishes.against, recipe, warn)
     if other is not None:
         missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
         if missing is not None:
@@ -306,7 +306,7 @@ def evaluate(
 
 
 def _side_by_side(
-    own: Fed, other: Fed | None, warn: Callable[[str], None], lost: set[Path]
+    own: ModelWithData, other: ModelWithData | None, warn: Callable[[str], None], lost: set[Path]
 ) -> Iterator[tuple[Outputs, Outputs]]:
     """Outputs of both models for one picture after the other; of the first alone where there is no other."""
     batches = own.batches(warn, lost.add)

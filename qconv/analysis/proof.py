@@ -16,8 +16,8 @@ import numpy as np
 from qconv.analysis.evaluate import class_vector
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.data.feed import Feed
-from qconv.data.listing import find
+from qconv.data.dataset import find_files
+from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
 from qconv.ir.files import Source, open_original
 from qconv.metrics import intervals
@@ -43,7 +43,7 @@ TIMED_AT_ONCE = 6
 class Held:
     """Pictures to score on. most: that are left to calibrate with. unseen: whether none of the former is among them."""
 
-    feed: Feed
+    feed: DataLoader
     most: int
     unseen: bool
 
@@ -56,11 +56,11 @@ def held_back(session: Session, recipe: Recipe, images: Sequence[str], listener:
     """
     if images:
         chosen = replace(recipe, calib=tuple(images), samples=MOST_HELD_BACK, glob=None)
-        feed = Feed.of(session, chosen, listener.warn, listener.progress)
-        listing = find(recipe.calib, pattern=recipe.glob, samples=recipe.samples, seed=recipe.seed)
+        feed = DataLoader.of(session, chosen, listener.warn, listener.progress)
+        listing = find_files(recipe.calib, pattern=recipe.glob, samples=recipe.samples, seed=recipe.seed)
         seen = {path.resolve() for path in listing.paths}
         return Held(feed, listing.found, unseen=seen.isdisjoint(path.resolve() for path in feed.listing.paths))
-    whole = Feed.of(session, replace(recipe, samples=10**9), listener.warn, listener.progress)
+    whole = DataLoader.of(session, replace(recipe, samples=10**9), listener.warn, listener.progress)
     paths = whole.listing.paths
     held = min(MOST_HELD_BACK, max(1, len(paths) // HELD_BACK_SHARE))
     if len(paths) == held:
@@ -90,13 +90,13 @@ class Proof:
     made: list[Made] = field(default_factory=list)
 
     @classmethod
-    def of(cls, source: Source, feed: Feed, recipe: Recipe, listener: Listener, memory: Memory) -> Proof:
+    def of(cls, source: Source, feed: DataLoader, recipe: Recipe, listener: Listener, memory: Memory) -> Proof:
         """feed: the pictures to score on, fed as they should be."""
         session = open_original(source, recipe)
         scored = score_float(session, feed, "float", most_bytes=SCORED_BYTES, warn=listener.warn)
         return cls(source, scored, listener, memory)
 
-    def feed_otherwise(self, feed: Feed) -> None:
+    def feed_otherwise(self, feed: DataLoader) -> None:
         """Quantized models get the pictures as `feed` has them from now on; what the float model says stays."""
         pairs = zip(feed.all("float"), self.scored.batches, strict=False)  # of which there may be fewer, for memory
         self.scored = replace(self.scored, batches=[(feeds, expected) for feeds, (_, expected) in pairs])

@@ -24,8 +24,8 @@ from qconv.calibration.shelf import Shelf, shelf
 from qconv.calibration.sketch import Sketch
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.data.detect import detect
-from qconv.data.feed import Feed
+from qconv.data.autodetect import detect_preprocessing
+from qconv.data.loader import DataLoader
 from qconv.errors import QconvError, format_count
 from qconv.ir import load, subgraph
 from qconv.ir.files import Source, declared_opset, external_data_files, open_original, read_proto, refuse_quantized
@@ -94,7 +94,7 @@ def study_samples(
     del proto
     session = open_original(source, recipe)
     calibration, scoring = _feeds(session, recipe, question, warn, listener.progress)
-    detected = detect(model, session, calibration, recipe.preprocessing, threads=recipe.threads)
+    detected = detect_preprocessing(model, session, calibration, recipe.preprocessing, threads=recipe.threads)
     calibration.preprocessing = scoring.preprocessing = detected.preprocessing
     fold.fold(model)
     look_for_wishes(model, recipe, warn)
@@ -156,15 +156,17 @@ def _feeds(
     question: Question,
     warn: Callable[[str], None],
     progress: Callable[[str, int, int], None],
-) -> tuple[Feed, Feed]:
+) -> tuple[DataLoader, DataLoader]:
     """The pictures to calibrate with and those to score on: no picture is in both."""
     wanted = MOST_HELD_BACK if question.holdout is None else question.holdout
     if question.images:
-        scoring = Feed.of(session, replace(recipe, calib=question.images, samples=wanted, glob=None), warn, progress)
+        scoring = DataLoader.of(
+            session, replace(recipe, calib=question.images, samples=wanted, glob=None), warn, progress
+        )
         if question.holdout is not None and len(scoring.listing.paths) < wanted:
             warn(f"--holdout {wanted}: {' and '.join(question.images)} holds {len(scoring.listing.paths)}.")
-        return Feed.of(session, recipe, warn, progress), scoring
-    whole = Feed.of(session, replace(recipe, samples=recipe.samples + wanted), warn, progress)
+        return DataLoader.of(session, recipe, warn, progress), scoring
+    whole = DataLoader.of(session, replace(recipe, samples=recipe.samples + wanted), warn, progress)
     found, where = whole.listing.found, " and ".join(recipe.calib)
     if found < 2:
         raise QconvError(
@@ -181,7 +183,7 @@ def _feeds(
     return whole.over(paths[:most]), whole.over(paths[most : most + held])
 
 
-def _put_aside(model: Model, taps: list[Tap], feed: Feed, recipe: Recipe, kept: Shelf) -> list[float]:
+def _put_aside(model: Model, taps: list[Tap], feed: DataLoader, recipe: Recipe, kept: Shelf) -> list[float]:
     """Sketch every picture by itself. Returns how many seconds the pass took until each of them was seen."""
     session = observer(model, taps, recipe.threads)
     seconds, spent, start = [], 0.0, time.perf_counter()

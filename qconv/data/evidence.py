@@ -26,13 +26,13 @@ from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, 
 
 MOST_REFERENCES = 3
 """BatchNorms that are compared: the first ones know most about pixels, and are soon reached."""
-WEIGHTED = frozenset({"Conv", "ConvTranspose"})
-DEEPEST = 12
+WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose"})
+MOST_LEADING_LAYERS = 12
 """Weighted layers before a BatchNorm from which on it is too far from the pixels, and too much to run."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fact:
+class PreprocessingFact:
     """What is certain: options that no evidence may change (None where it is silent), and in words why."""
 
     options: PreprocessingOptions
@@ -40,7 +40,7 @@ class Fact:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class ReferenceStatistics:
     """What a tensor (N, C, H, W) should look like: mean and variance of each channel, (C,) both.
 
     stored: read off a BatchNormalization; else the guess that a layer's outputs are neither huge nor tiny.
@@ -52,16 +52,16 @@ class Reference:
     stored: bool
 
 
-def fact_of(model: Model, dtype: np.dtype[Any], layout: Layout) -> Fact | None:
+def find_fact(model: Model, dtype: np.dtype[Any], layout: Layout) -> PreprocessingFact | None:
     """The strongest fact about the pictures that the file holds. dtype, layout: of the network's input."""
     carried = dict(model.inner.metadata_props)
-    for read in (_own_metadata, _ultralytics, _windows_ml):
+    for read in (_fact_in_own_metadata, _fact_in_ultralytics_metadata, _fact_in_windows_ml_metadata):
         found = read(carried)
         if found is not None:
             return found
     if dtype == np.uint8:
-        return Fact(PreprocessingOptions(preset="raw"), "the input takes bytes")
-    return _normalised_inside(model, layout)
+        return PreprocessingFact(PreprocessingOptions(preset="raw"), "the input takes bytes")
+    return _fact_in_leading_nodes(model, layout)
 
 
 # -- metadata ----------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ PIXEL_FORMATS = {"rgb8": Color.RGB, "rgba8": Color.RGB, "bgr8": Color.BGR, "bgra
 """Of Windows ML (Image.BitmapPixelFormat), in lower case."""
 
 
-def told_by(carried: Mapping[str, str]) -> PreprocessingOptions | None:
+def preprocessing_in_metadata(carried: Mapping[str, str]) -> PreprocessingOptions | None:
     """How pictures are fed by what another run of qconv wrote into the file; None where it wrote nothing."""
     try:
         return _options_of(json.loads(carried[OWN_METADATA]))
@@ -81,7 +81,7 @@ def told_by(carried: Mapping[str, str]) -> PreprocessingOptions | None:
         return None
 
 
-def told_of_float(carried: Mapping[str, str]) -> PreprocessingOptions | None:
+def float_preprocessing_in_metadata(carried: Mapping[str, str]) -> PreprocessingOptions | None:
     """The same for the float network that the file was made of, which normalised pictures may be fed to instead."""
     try:
         told = json.loads(carried[OWN_METADATA])
@@ -104,36 +104,40 @@ def _options_of(told: Mapping[str, Any]) -> PreprocessingOptions:
     )
 
 
-def _own_metadata(carried: Mapping[str, str]) -> Fact | None:
-    options = told_by(carried)
-    return None if options is None else Fact(options, f"the file's metadata {OWN_METADATA}")
+def _fact_in_own_metadata(carried: Mapping[str, str]) -> PreprocessingFact | None:
+    options = preprocessing_in_metadata(carried)
+    return None if options is None else PreprocessingFact(options, f"the file's metadata {OWN_METADATA}")
 
 
-def _ultralytics(carried: Mapping[str, str]) -> Fact | None:
+def _fact_in_ultralytics_metadata(carried: Mapping[str, str]) -> PreprocessingFact | None:
     """YOLO exports: `stride`, `task` and `names`, and who made them. They classify what was cropped, not padded."""
     if not {"stride", "task", "names"} <= carried.keys() or "ultralytics" not in carried.get("author", "").lower():
         return None
     resize = "auto" if carried["task"] == "classify" else "letterbox"
-    return Fact(PreprocessingOptions("unit", color=Color.RGB, resize=resize), "the file's metadata by Ultralytics")
+    return PreprocessingFact(
+        PreprocessingOptions("unit", color=Color.RGB, resize=resize), "the file's metadata by Ultralytics"
+    )
 
 
-def _windows_ml(carried: Mapping[str, str]) -> Fact | None:
+def _fact_in_windows_ml_metadata(carried: Mapping[str, str]) -> PreprocessingFact | None:
     preset = PIXEL_RANGES.get(carried.get("Image.NominalPixelRange", "").lower())
     if preset is None:
         return None
     color = PIXEL_FORMATS.get(carried.get("Image.BitmapPixelFormat", "").lower())
-    return Fact(PreprocessingOptions(preset=preset, color=color), "the file's metadata Image.NominalPixelRange")
+    return PreprocessingFact(
+        PreprocessingOptions(preset=preset, color=color), "the file's metadata Image.NominalPixelRange"
+    )
 
 
 # -- a normalisation at the head of the graph --------------------------------------------------------------------------
 
-HANDING_ON = frozenset({"Cast", "Identity", "Dropout"})
-ARITHMETIC = frozenset({"Sub", "Div", "Mul", "Add", "BatchNormalization"})
-LARGEST_MEAN = 256.0
+PASSING_OPS = frozenset({"Cast", "Identity", "Dropout"})
+ARITHMETIC_OPS = frozenset({"Sub", "Div", "Mul", "Add", "BatchNormalization"})
+LARGEST_PIXEL_MEAN = 256.0
 SMALL_GAIN = 1 / 50
 """Gains up to here divide pixels from 0 to 255; those that divide by a standard deviation of 0.2 multiply by 5."""
 LARGE_GAIN = 50.0
-ORDERED = 0.03
+LEAST_MEAN_GAP = 0.03
 """Mean colours that fall, or rise, by this share from channel to channel tell their order; those published do by
 more."""
 
@@ -149,37 +153,39 @@ class _Affine:
         return _Affine(self.gain * gain, self.shift * gain + shift)
 
 
-def _normalised_inside(model: Model, layout: Layout) -> Fact | None:
-    found = _leading(model, 1 if layout is Layout.NCHW else 3)
+def _fact_in_leading_nodes(model: Model, layout: Layout) -> PreprocessingFact | None:
+    found = _compose_leading_nodes(model, 1 if layout is Layout.NCHW else 3)
     if found is None or not np.isfinite(found.gain).all() or not found.gain.all():
         return None
     mean = -found.shift / found.gain  # the pixel value that becomes zero
-    preset = _range_of(float(np.mean(mean)), float(np.abs(found.gain).mean()))
+    preset = _preset_by_range(float(np.mean(mean)), float(np.abs(found.gain).mean()))
     if preset is None:
         return None
-    return Fact(PreprocessingOptions(preset=preset, color=_order_of(mean)), "the graph normalises its input itself")
+    return PreprocessingFact(
+        PreprocessingOptions(preset=preset, color=_color_by_mean(mean)), "the graph normalises its input itself"
+    )
 
 
-def _range_of(mean: float, gain: float) -> str | None:
+def _preset_by_range(mean: float, gain: float) -> str | None:
     """The preset that suits a mean and a gain. Pixels either reach 255 or 1."""
-    if 2 <= mean <= LARGEST_MEAN or (-1 <= mean < 2 and gain <= SMALL_GAIN):
+    if 2 <= mean <= LARGEST_PIXEL_MEAN or (-1 <= mean < 2 and gain <= SMALL_GAIN):
         return "raw"
     if 0.05 <= mean <= 1 or (abs(mean) < 0.05 and gain >= LARGE_GAIN):
         return "unit"
     return None
 
 
-def _order_of(mean: NDArray[np.float64]) -> Color | None:
+def _color_by_mean(mean: NDArray[np.float64]) -> Color | None:
     """Photographs are warm: red is the brightest channel on average, blue the darkest."""
     if mean.size != 3:
         return None
     for color, falling in ((Color.RGB, mean), (Color.BGR, mean[::-1])):
-        if falling[0] > falling[1] * (1 + ORDERED) and falling[1] > falling[2] * (1 + ORDERED):
+        if falling[0] > falling[1] * (1 + LEAST_MEAN_GAP) and falling[1] > falling[2] * (1 + LEAST_MEAN_GAP):
             return color
     return None
 
 
-def _leading(model: Model, axis: int) -> _Affine | None:
+def _compose_leading_nodes(model: Model, axis: int) -> _Affine | None:
     """What the nodes that follow the input do to each channel; None where they do no arithmetic of this kind."""
     value: Value = model.graph.inputs[0]
     seen: _Affine | None = None
@@ -189,28 +195,28 @@ def _leading(model: Model, axis: int) -> _Affine | None:
             if order is None or axis not in order:
                 break
             axis = order.index(axis)
-        elif node.op_type in ARITHMETIC:
-            step = _step(node, value, axis)
+        elif node.op_type in ARITHMETIC_OPS:
+            step = _affine_of_node(node, value, axis)
             if step is None:
                 break
             seen = (seen or _Affine(np.ones(1), np.zeros(1))).then(*step)
-        elif node.op_type not in HANDING_ON:
+        elif node.op_type not in PASSING_OPS:
             break
         value = node.outputs[0]
     return seen
 
 
-def _step(node: Node, value: Value, axis: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+def _affine_of_node(node: Node, value: Value, axis: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """gain and shift of one node on the path of pictures (N, C, H, W) or (N, H, W, C)."""
     if node.op_type == "BatchNormalization":
-        stored = stored_statistics(node)
+        stored = batchnorm_statistics(node)
         # its own gain and shift come after the normalisation, and only blur what the input was
         if stored is None or axis != 1 or not stored[1].all():
             return None
         return stored[1] ** -0.5, -stored[0] * stored[1] ** -0.5
     first, second = node.inputs[0], input_of(node, 1)
     other = second if first is value else first
-    numbers = _a_channel(other, axis, rank(value) or 4)
+    numbers = _constant_per_channel(other, axis, rank(value) or 4)
     if numbers is None or (node.op_type in ("Sub", "Div") and first is not value):
         return None
     one, zero = np.ones(1), np.zeros(1)
@@ -223,7 +229,7 @@ def _step(node: Node, value: Value, axis: int) -> tuple[NDArray[np.float64], NDA
         }[node.op_type]
 
 
-def _a_channel(value: Value | None, axis: int, axes: int) -> NDArray[np.float64] | None:
+def _constant_per_channel(value: Value | None, axis: int, axes: int) -> NDArray[np.float64] | None:
     """A constant as (1,) or (C,) if it has no more than one number a channel."""
     numbers = constant_array(value)
     if numbers is None or numbers.dtype.kind not in "fiu":
@@ -237,32 +243,32 @@ def _a_channel(value: Value | None, axis: int, axes: int) -> NDArray[np.float64]
 # -- what training left behind -----------------------------------------------------------------------------------------
 
 
-def references(model: Model) -> list[Reference]:
+def find_references(model: Model) -> list[ReferenceStatistics]:
     """What the first layers should see: stored statistics, or guesses at the first weighted layers where none are."""
-    return _first(_stored(model)) or _first(_guessed(model))
+    return _take_first(_stored_references(model)) or _take_first(_guessed_references(model))
 
 
-def _first(found: Iterator[Reference]) -> list[Reference]:
+def _take_first(found: Iterator[ReferenceStatistics]) -> list[ReferenceStatistics]:
     return [reference for reference, _ in zip(found, range(MOST_REFERENCES), strict=False)]
 
 
-def _stored(model: Model) -> Iterator[Reference]:
+def _stored_references(model: Model) -> Iterator[ReferenceStatistics]:
     seen: set[str] = set()
     layers = 0
     for node in model.nodes():
-        layers += node.op_type in WEIGHTED
-        if layers > DEEPEST:
+        layers += node.op_type in WEIGHTED_OPS
+        if layers > MOST_LEADING_LAYERS:
             return
         read = input_of(node, 0)
         if node.op_type != "BatchNormalization" or read is None or not read.name or read.name in seen:
             continue
-        statistics = stored_statistics(node)
+        statistics = batchnorm_statistics(node)
         if statistics is not None and rank(read) in (None, 4) and is_measured(*statistics):
             seen.add(read.name)
-            yield Reference(read.name, *statistics, stored=True)
+            yield ReferenceStatistics(read.name, *statistics, stored=True)
 
 
-def stored_statistics(node: Node) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+def batchnorm_statistics(node: Node) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """Running mean and variance of a BatchNormalization, (C,) both; None where they are no finite constants."""
     mean, var = (constant_array(input_of(node, index)) for index in (3, 4))
     if mean is None or var is None or not np.isfinite(mean).all() or not np.isfinite(var).all() or var.min() < 0:
@@ -275,13 +281,13 @@ def is_measured(mean: NDArray[np.float64], var: NDArray[np.float64]) -> bool:
     return bool(np.ptp(mean) or np.ptp(var))
 
 
-def _guessed(model: Model) -> Iterator[Reference]:
+def _guessed_references(model: Model) -> Iterator[ReferenceStatistics]:
     """Folding has left a BatchNorm's gain and shift in the layer: on average near 1 and 0."""
     for node in model.nodes():
         weight = constant_array(input_of(node, 1))
-        if node.op_type not in WEIGHTED or weight is None or not node.outputs[0].name:
+        if node.op_type not in WEIGHTED_OPS or weight is None or not node.outputs[0].name:
             continue
         sizes = dims(node.outputs[0])
         channels = sizes[1] if sizes is not None and len(sizes) == 4 else None
         if channels is not None:
-            yield Reference(node.outputs[0].name, np.zeros(channels), np.ones(channels), stored=False)
+            yield ReferenceStatistics(node.outputs[0].name, np.zeros(channels), np.ones(channels), stored=False)

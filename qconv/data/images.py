@@ -1,16 +1,15 @@
-"""The door to Pillow: folders of pictures, or of ready-made .npy/.npz samples, become batches for the network.
+"""Decodes and preprocesses images, or reads .npy/.npz samples, into batches: the only module that reads with Pillow.
 
     value = (pixel * scale - mean) / std          in float32, pixels 0 to 255, after resizing
 
-A picture is decoded, turned upright as its EXIF says, brought to 8-bit RGB or grey, resized, cropped or padded, and
-normalised. Resizing follows torchvision on PIL pictures (Resize, then CenterCrop) and, for letterboxes, YOLO.
-
-Decisions a reader may trip over:
-- transparency is dropped, not composited: the colours under it count, as with `Image.convert("RGB")` in torchvision.
+An image is decoded, turned upright as its EXIF says, brought to 8-bit RGB or grey, resized, cropped or padded, and
+normalized. Resizing follows torchvision on PIL images (Resize, then CenterCrop) and, for letterboxes, YOLO.
+- Transparency is dropped, not composited: the colours under it count, as with `Image.convert("RGB")` in torchvision.
 - 16-bit grey is divided by 257, so that 65535 is white. `convert` alone would clip all above 255 to white.
-- the first frame of an animation and the first page of a document stand for the file. Colour profiles are not applied.
+- The first frame of an animation and the first page of a document count. Colour profiles are not applied.
 
 It will not mend truncated files, nor open anything larger than Pillow's limit against decompression bombs.
+`resolve_preprocessing` joins the user's options, the model's input and the preset into a complete `Preprocessing`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -28,24 +28,183 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.preprocessing import CROP_SHARE, Color, Layout, Preprocessing
-from qconv.data.listing import SAMPLE_SUFFIXES, Listing, suffix_of
-from qconv.data.preprocess import InputSpec, agrees
+from qconv.config.preprocessing import (
+    AUTO,
+    CROP_SHARE,
+    PRESETS,
+    Color,
+    Layout,
+    Preprocessing,
+    PreprocessingOptions,
+    Preset,
+)
+from qconv.data.dataset import SAMPLE_SUFFIXES, Listing, suffix_of
 from qconv.errors import QconvError, format_count, format_shape
 from qconv.storage import prefetch
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+
+PIXEL_TYPES = frozenset(map(np.dtype, ("float16", "float32", "float64", "uint8")))
+
+LAYOUT_AXES = {Layout.NCHW: (1, 2, 3), Layout.NHWC: (3, 1, 2)}  # channel, height, width
+
+RESIZE_MODES = ("auto", "exact", "letterbox")
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One graph input of the network; axis 0 is the batch. A dimension is None where the model leaves it open."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+
+def resolve_preprocessing(options: PreprocessingOptions, spec: InputSpec, *, class_vector: bool) -> Preprocessing:
+    """Join what the user said, what the model's input fixes and the preset's own numbers.
+
+    Where --color swaps red and blue, the preset's mean and std move with their colours; --mean and --std are taken in
+    the final channel order. Raises QconvError where options and input contradict each other, where the size stays
+    open, and where the input is not a picture (rank other than 4, neither 1 nor 3 channels, an odd type).
+    """
+    _require_image_input(options, spec)
+    layout = options.layout or _deduce_layout(spec.shape)
+    channels = _count_channels(options.color, spec, layout)
+    name, source = _choose_preset(options, spec, channels)
+    color = Color.GREY if channels == 1 else options.color or PRESETS[name].color
+    preset = _swap_preset_colors(PRESETS[name], color)
+    return Preprocessing(
+        preset=name,
+        source=source,
+        color=color,
+        scale=preset.scale if options.scale is None else options.scale,
+        mean=_check_per_channel("--mean", options.mean, preset.mean, spec, channels),
+        std=_check_per_channel("--std", options.std, preset.std, spec, channels),
+        layout=layout,
+        resize=options.resize,
+        filter=options.filter,
+        size=_resolve_size(options.size, spec, layout),
+        class_vector=class_vector,
+    )
+
+
+def _require_image_input(options: PreprocessingOptions, spec: InputSpec) -> None:
+    samples = "pass one .npy or .npz sample a file instead of pictures."
+    if not spec.shape:
+        raise QconvError(f"input '{spec.name}' is a scalar, or the model does not state its shape.", samples)
+    if len(spec.shape) != 4:
+        raise QconvError(f"input '{spec.name}' has shape {format_shape(spec.shape)}, which is no picture's.", samples)
+    if spec.dtype not in PIXEL_TYPES:
+        raise QconvError(f"input '{spec.name}' takes {spec.dtype}, which pictures are not.", samples)
+    if isinstance(options.resize, str) and options.resize not in RESIZE_MODES:
+        raise QconvError(
+            f"--resize {options.resize} is unknown.", f"use {', '.join(RESIZE_MODES)} or a number of pixels."
+        )
+
+
+def _deduce_layout(shape: tuple[int | None, ...]) -> Layout:
+    if shape[1] in (1, 3):
+        return Layout.NCHW
+    # (N, 224, 224, open): 224 are no channels, so that only the last axis can be theirs
+    return Layout.NHWC if shape[3] in (1, 3) or (shape[1] is not None and shape[3] is None) else Layout.NCHW
+
+
+def _count_channels(color: Color | None, spec: InputSpec, layout: Layout) -> int:
+    said = None if color is None else 1 if color is Color.GREY else 3
+    channels = spec.shape[LAYOUT_AXES[layout][0]]
+    if channels is None:
+        return said or 3
+    if channels not in (1, 3):
+        shape = f"{format_shape(spec.shape)}, {layout.upper()}"
+        fact = f"input '{spec.name}' ({shape}) has {channels} channels; pictures have 1 or 3."
+        raise QconvError(fact, "pass --layout if the axes are meant otherwise, or .npy samples instead of pictures.")
+    if said not in (None, channels):
+        fact = f"--color {color} contradicts input '{spec.name}', which has {format_count(channels, 'channel')}."
+        raise QconvError(fact, "leave --color out.")
+    return channels
+
+
+def _choose_preset(options: PreprocessingOptions, spec: InputSpec, channels: int) -> tuple[str, str]:
+    """Return the preset's name, and in words where it came from and what replaces parts of it."""
+    own = [f"--{part}" for part in ("scale", "mean", "std", "color") if getattr(options, part) is not None]
+    changed = f", with {' and '.join(own)}" if own else ""
+    if options.preset not in (None, AUTO):
+        if options.preset not in PRESETS:
+            raise QconvError(f"--preprocess {options.preset} is unknown.", f"use one of {', '.join((AUTO, *PRESETS))}.")
+        return options.preset, f"--preprocess {options.preset}{changed}"
+    if spec.dtype == np.uint8:
+        name, reason = "raw", "uint8 inputs"
+    else:
+        name, reason = ("imagenet" if channels == 3 else "unit"), format_count(channels, "channel")
+    return name, f"the default for {reason}{changed}; name another with --preprocess"
+
+
+def _swap_preset_colors(preset: Preset, color: Color) -> Preset:
+    if color in (preset.color, Color.GREY):
+        return preset
+    return replace(preset, color=color, mean=preset.mean[::-1], std=preset.std[::-1])
+
+
+def _check_per_channel(
+    option: str, own: tuple[float, ...] | None, preset: tuple[float, ...], spec: InputSpec, channels: int
+) -> tuple[float, ...]:
+    values = preset if own is None else own
+    if len(values) in (1, channels):
+        return values
+    has = f"input '{spec.name}' has {format_count(channels, 'channel')}"
+    if own is None:
+        hint = "pass --mean and --std with one value each, or --preprocess unit."
+        raise QconvError(f"the preset has {len(values)} values for {option} but {has}.", hint)
+    fix = "give one value." if channels == 1 else f"give one value, or {channels}."
+    raise QconvError(f"{option} has {format_count(len(values), 'value')} but {has}.", fix)
+
+
+def _resolve_size(wanted: tuple[int, int] | None, spec: InputSpec, layout: Layout) -> tuple[int, int]:
+    _, *axes = LAYOUT_AXES[layout]
+    fixed = tuple(spec.shape[axis] for axis in axes)
+    if wanted is None:
+        height, width = fixed
+        if height is None or width is None:
+            hint = "pass --size HxW, for example --size 224x224."
+            raise QconvError(f"input '{spec.name}' has no fixed height and width.", hint)
+        return height, width
+    if min(wanted) < 1:
+        raise QconvError(f"--size {format_shape(wanted)} is not possible.", "use at least 1x1.")
+    if not shape_matches(wanted, fixed):
+        fact = (
+            f"--size {format_shape(wanted)} contradicts input '{spec.name}', which is fixed at {format_shape(fixed)}."
+        )
+        raise QconvError(fact, "leave --size out.")
+    return wanted
+
+
+def layout_order(source: Layout, target: Layout) -> tuple[int, ...]:
+    """The axes of a batch in `source`, in the order in which `target` has them."""
+    order = [0, 0, 0, 0]
+    for here, there in zip(LAYOUT_AXES[source], LAYOUT_AXES[target], strict=True):
+        order[there] = here
+    return tuple(order)
+
+
+def shape_matches(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    """Whether a shape has the dimensions that are not left open."""
+    return len(shape) == len(wanted) and all(w in (None, s) for s, w in zip(shape, wanted, strict=True))
+
+
 # Naming them keeps the rest of Pillow out of reach: an EPS file called x.jpg would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+
 # Modes that convert() reads wrongly unless they pass through another one first, and the value of white in wide modes.
-_BY_WAY_OF = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
-_WHITE = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
+_INTERMEDIATE_MODES = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
+
+_WHITE_LEVELS = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
+
 _LETTERBOX_GREY = 114  # the padding of YOLO
 
 
-class UnreadablePicture(QconvError):
+class UnreadableImage(QconvError):
     """A file with a picture's or a sample's suffix that cannot be decoded."""
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -57,38 +216,38 @@ class UnreadablePicture(QconvError):
 # ---- one picture
 
 
-def load_picture(path: Path, prep: Preprocessing) -> NDArray[np.float32]:
+def load_image(path: Path, prep: Preprocessing) -> NDArray[np.float32]:
     """Decode and preprocess one picture: (C, H, W) for NCHW, (H, W, C) for NHWC, contiguous.
 
     Raises UnreadablePicture, and QconvError where --resize N leaves less than the crop needs.
     """
-    return normalised(_pixels(path, prep), prep)
+    return normalize_pixels(_load_and_fit(path, prep), prep)
 
 
 def load_pixels(path: Path, prep: Preprocessing) -> NDArray[np.uint8]:
     """The same without normalisation, in uint8."""
-    return np.ascontiguousarray(_pixels(path, prep))
+    return np.ascontiguousarray(_load_and_fit(path, prep))
 
 
-def _decoded(path: Path, prep: Preprocessing) -> Picture:
+def _decode_image(path: Path, prep: Preprocessing) -> Picture:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not path.is_file():  # also keeps a named pipe from blocking for ever
-        raise UnreadablePicture(path, "no such file")
+        raise UnreadableImage(path, "no such file")
     try:
         with Image.open(path, formats=_FORMATS) as picture:
             # Pillow only warns up to twice its limit. The header is all that was read so far.
             if math.prod(picture.size) > _pixel_limit():
                 raise ValueError(f"{format_shape(picture.size)} pixels, refused as a possible decompression bomb")
             ImageOps.exif_transpose(picture, in_place=True)
-            return _eight_bit(picture).convert("L" if prep.color is Color.GREY else "RGB")
+            return _to_eight_bits(picture).convert("L" if prep.color is Color.GREY else "RGB")
     except UnidentifiedImageError:
-        raise UnreadablePicture(path, "not an image") from None
+        raise UnreadableImage(path, "not an image") from None
     except Exception as error:  # decoders fed with a stranger's bytes raise nearly every type, SyntaxError included
-        raise UnreadablePicture(path, _reason(error)) from error
+        raise UnreadableImage(path, _error_reason(error)) from error
 
 
-def _reason(error: Exception) -> str:
+def _error_reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
@@ -98,13 +257,13 @@ def _pixel_limit() -> float:
     return Image.MAX_IMAGE_PIXELS or math.inf
 
 
-def _eight_bit(picture: Picture) -> Picture:
+def _to_eight_bits(picture: Picture) -> Picture:
     """Bring wide grey pixels to 0..255 and palettes to colours; the rest is left for convert()."""
     from PIL import Image
 
-    white = _WHITE.get(picture.mode)
+    white = _WHITE_LEVELS.get(picture.mode)
     if white is None:
-        through = _BY_WAY_OF.get(picture.mode)
+        through = _INTERMEDIATE_MODES.get(picture.mode)
         return picture.convert(through) if through else picture
     values = np.asarray(picture).astype(np.float32)  # (H, W)
     low, high = float(values.min()), float(values.max())
@@ -116,25 +275,25 @@ def _eight_bit(picture: Picture) -> Picture:
 # The size (width, height) to resize a picture to, before it is cropped or padded to the input's.
 
 
-def _stretched(_: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
+def _exact_size(_: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
     height, width = prep.size
     return width, height
 
 
-def _letterboxed(size: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
+def _letterbox_size(size: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
     height, width = prep.size
     ratio = min(width / size[0], height / size[1])
     return max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio))
 
 
-def _auto(size: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
+def _auto_size(size: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
     height, width = prep.size
     if not prep.class_vector or size == (width, height):
         return width, height
-    return _covering(size, (round(width / CROP_SHARE), round(height / CROP_SHARE)))
+    return _covering_size(size, (round(width / CROP_SHARE), round(height / CROP_SHARE)))
 
 
-def _covering(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
+def _covering_size(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
     """Scale `size` so that both sides reach `least`; the free side is rounded down, as torchvision does."""
     (width, height), (least_width, least_height) = size, least
     if least_width * height >= least_height * width:  # the width binds
@@ -142,24 +301,24 @@ def _covering(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
     return width * least_height // height, least_height
 
 
-_RESIZED: Mapping[str, Callable[[tuple[int, int], Preprocessing], tuple[int, int]]] = {
-    "auto": _auto,
-    "exact": _stretched,
-    "letterbox": _letterboxed,
+_SIZE_OF_MODE: Mapping[str, Callable[[tuple[int, int], Preprocessing], tuple[int, int]]] = {
+    "auto": _auto_size,
+    "exact": _exact_size,
+    "letterbox": _letterbox_size,
 }
 
 
-def _fitted(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
+def _fit_image(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
     """Resize, then crop or pad the centre to prep.size."""
     from PIL import Image
 
     height, width = prep.size
     if isinstance(prep.resize, int):
-        size = _covering(picture.size, (prep.resize, prep.resize))
+        size = _covering_size(picture.size, (prep.resize, prep.resize))
     else:
-        size = _RESIZED[prep.resize](picture.size, prep)
+        size = _SIZE_OF_MODE[prep.resize](picture.size, prep)
     if math.prod(size) > max(_pixel_limit(), width * height):  # a few pixels by thousands: small file, huge picture
-        raise UnreadablePicture(
+        raise UnreadableImage(
             path, f"{format_shape(picture.size)} pixels are too thin to be resized: {format_shape(size)}"
         )
     if size != picture.size:
@@ -177,19 +336,19 @@ def _fitted(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
     return picture.crop((left, top, left + width, top + height))
 
 
-def _pixels(path: Path, prep: Preprocessing) -> NDArray[np.uint8]:
-    picture = _fitted(_decoded(path, prep), path, prep)
-    return arranged(np.atleast_3d(np.asarray(picture)), prep)
+def _load_and_fit(path: Path, prep: Preprocessing) -> NDArray[np.uint8]:
+    picture = _fit_image(_decode_image(path, prep), path, prep)
+    return arrange_pixels(np.atleast_3d(np.asarray(picture)), prep)
 
 
-def arranged(pixels: NDArray[np.uint8], prep: Preprocessing) -> NDArray[np.uint8]:
+def arrange_pixels(pixels: NDArray[np.uint8], prep: Preprocessing) -> NDArray[np.uint8]:
     """Pixels (H, W, C), RGB or grey, in the axes and the channel order of the network: (C, H, W) or (H, W, C)."""
     if prep.color is Color.BGR:
         pixels = pixels[:, :, ::-1]
     return pixels.transpose(2, 0, 1) if prep.layout is Layout.NCHW else pixels
 
 
-def normalised(pixels: NDArray[np.uint8], prep: Preprocessing) -> NDArray[np.float32]:
+def normalize_pixels(pixels: NDArray[np.uint8], prep: Preprocessing) -> NDArray[np.float32]:
     """(pixel * scale - mean) / std of one picture or of a batch, in the axes of prep.layout, contiguous."""
     along = (-1, 1, 1) if prep.layout is Layout.NCHW else (-1,)
     values = pixels.astype(np.float32, order="C")
@@ -204,44 +363,44 @@ def normalised(pixels: NDArray[np.uint8], prep: Preprocessing) -> NDArray[np.flo
 
 def _load_sample(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[Any]]:
     """Read one .npy or .npz file: {input name: array without the batch axis, of the wanted type}."""
-    arrays = _arrays(path, inputs)
+    arrays = _read_arrays(path, inputs)
     names = {spec.name for spec in inputs}
     for fact, wrong in (("lacks", names - arrays.keys()), ("holds unknown", arrays.keys() - names)):
         if wrong:
             hint = f"name its arrays after the network's inputs: {', '.join(sorted(names))}."
             raise QconvError(f"{path} {fact} {', '.join(sorted(wrong))}.", hint)
-    return {spec.name: _checked(arrays[spec.name], spec, path) for spec in inputs}
+    return {spec.name: _check_array(arrays[spec.name], spec, path) for spec in inputs}
 
 
-_ONE_HEADER = threading.Lock()
+_HEADER_LOCK = threading.Lock()
 """Headers are Python literals, and parsing two of them at the same time may fail (CPython issue 106905)."""
 
 
-def _arrays(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[Any]]:
+def _read_arrays(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[Any]]:
     if not path.is_file():
-        raise UnreadablePicture(path, "no such file")
+        raise UnreadableImage(path, "no such file")
     try:
         # np.load leaves a file that it opened itself open when the zip is broken
-        with _ONE_HEADER, path.open("rb") as file:
+        with _HEADER_LOCK, path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
             if isinstance(loaded, np.lib.npyio.NpzFile):
                 return {name: loaded[name] for name in loaded.files}
     except Exception as error:  # a stranger's bytes again: ValueError, EOFError, BadZipFile, zlib.error, MemoryError
-        raise UnreadablePicture(path, _reason(error)) from error
+        raise UnreadableImage(path, _error_reason(error)) from error
     if len(inputs) != 1:
-        raise QconvError(f"{path} holds one array but the network has {len(inputs)} inputs.", _npz_hint(inputs))
+        raise QconvError(f"{path} holds one array but the network has {len(inputs)} inputs.", _describe_npz(inputs))
     return {inputs[0].name: loaded}
 
 
-def _npz_hint(inputs: Sequence[InputSpec]) -> str:
+def _describe_npz(inputs: Sequence[InputSpec]) -> str:
     keywords = ", ".join(f"'{spec.name}': ..." for spec in inputs)
     return f"write one .npz file a sample: np.savez('0.npz', **{{{keywords}}})."
 
 
-def _checked(array: NDArray[Any], spec: InputSpec, path: Path) -> NDArray[Any]:
+def _check_array(array: NDArray[Any], spec: InputSpec, path: Path) -> NDArray[Any]:
     batched = array.ndim == len(spec.shape) and array.shape[:1] == (1,)
     sample = array[0] if batched else array
-    if not spec.shape or not agrees((1, *sample.shape), (None, *spec.shape[1:])):
+    if not spec.shape or not shape_matches((1, *sample.shape), (None, *spec.shape[1:])):
         fact = f"{path} has shape {format_shape(array.shape)} for input '{spec.name}', which takes {format_shape(spec.shape)}."
         raise QconvError(fact, "store one sample a file, with or without the leading batch axis of 1.")
     # Any float may become the wanted float. Integers into a float network are most likely pixels not yet normalised.
@@ -260,7 +419,7 @@ def _checked(array: NDArray[Any], spec: InputSpec, path: Path) -> NDArray[Any]:
 # ---- all of them
 
 
-def batches(
+def iter_batches(
     listing: Listing,
     inputs: Sequence[InputSpec],
     prep: Preprocessing | None,
@@ -280,33 +439,37 @@ def batches(
     """
     first = next((path for path in listing.paths if suffix_of(path) not in SAMPLE_SUFFIXES), None)
     if first is not None and len(inputs) != 1:
-        raise QconvError(f"{first} is one picture but the network has {len(inputs)} inputs.", _npz_hint(inputs))
+        raise QconvError(f"{first} is one picture but the network has {len(inputs)} inputs.", _describe_npz(inputs))
     if first is not None and prep is None:
         raise QconvError(f"{first} is a picture but the network takes none.", "pass .npy or .npz samples.")
-    load = partial(_load, inputs=inputs, prep=prep)
+    load = partial(_load_inputs, inputs=inputs, prep=prep)
     _import_decoders()
     pending = prefetch(load, listing.paths, workers=workers, depth=2 * workers + batch)
-    return _stacked(_survivors(pending, max(len(listing.paths), listing.whole), warn, progress, lost), inputs, batch)
+    return _batch_inputs(
+        _skip_unreadable(pending, max(len(listing.paths), listing.whole), warn, progress, lost), inputs, batch
+    )
 
 
-def _load(path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | None) -> dict[str, NDArray[Any]]:
+def _load_inputs(path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | None) -> dict[str, NDArray[Any]]:
     if prep is None or suffix_of(path) in SAMPLE_SUFFIXES:
         return _load_sample(path, inputs)
     if prep.keeps_pixels and inputs[0].dtype == np.uint8:
         return {inputs[0].name: load_pixels(path, prep)}
-    return {inputs[0].name: as_type(load_picture(path, prep), inputs[0].dtype)}
+    return {inputs[0].name: cast_pixels(load_image(path, prep), inputs[0].dtype)}
 
 
-def as_type(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+def cast_pixels(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Normalised pixels in the type that an input takes."""
     if dtype == np.uint8:
         values = np.clip(np.rint(values), 0, 255)
     return values.astype(dtype, copy=False)
 
 
-_Row = dict[str, NDArray[Any]]
-_Rows = Generator[_Row, None, None]
-_Futures = Generator[Future[_Row], None, None]
+_Sample = dict[str, NDArray[Any]]
+
+_SampleIterator = Generator[_Sample, None, None]
+
+_SampleFutures = Generator[Future[_Sample], None, None]
 
 
 def _import_decoders() -> None:
@@ -315,52 +478,52 @@ def _import_decoders() -> None:
         import_module(f"PIL.{name}ImagePlugin")
 
 
-def _survivors(
-    pending: _Futures,
+def _skip_unreadable(
+    pending: _SampleFutures,
     total: int,
     warn: Callable[[str], None],
     progress: Callable[[int], None] | None,
     lost: Callable[[Path], None],
-) -> _Rows:
+) -> _SampleIterator:
     """Yield what could be decoded; raise QconvError as soon as more than a tenth of all files could not."""
-    bad: list[UnreadablePicture] = []
+    bad: list[UnreadableImage] = []
     with closing(pending):
         for done, future in enumerate(pending, 1):
             row = None
             try:
                 row = future.result()
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 bad.append(error)
                 lost(error.path)
                 warn(f"skipped {error.path}: cannot be decoded ({error.reason})")
                 if 10 * len(bad) > total:
-                    raise _too_many(bad, done, total) from error
+                    raise _too_many_unreadable_error(bad, done, total) from error
             if progress is not None:
                 progress(done)
             if row is not None:
                 yield row
 
 
-def _too_many(bad: Sequence[UnreadablePicture], done: int, total: int) -> QconvError:
+def _too_many_unreadable_error(bad: Sequence[UnreadableImage], done: int, total: int) -> QconvError:
     so_far = "" if done == total else f" among the first {done}"
     fact = f"{len(bad)} of {format_count(total, 'picture')} cannot be decoded{so_far}, which is more than a tenth"
     hint = "remove what is broken, or leave it out with --glob."
     return QconvError(f"{fact}; the first is {bad[0].path} ({bad[0].reason}).", hint)
 
 
-def _stacked(rows: _Rows, inputs: Sequence[InputSpec], batch: int) -> _Rows:
+def _batch_inputs(rows: _SampleIterator, inputs: Sequence[InputSpec], batch: int) -> _SampleIterator:
     """Join rows into batches along a new axis 0."""
-    waiting: list[_Row] = []
+    waiting: list[_Sample] = []
     with closing(rows):
         for row in rows:
             waiting.append(row)
             if len(waiting) == batch:
-                yield _joined(waiting, inputs)
+                yield _stack_inputs(waiting, inputs)
     if waiting:
-        yield _joined(waiting, inputs)
+        yield _stack_inputs(waiting, inputs)
 
 
-def _joined(rows: list[_Row], inputs: Sequence[InputSpec]) -> _Row:
+def _stack_inputs(rows: list[_Sample], inputs: Sequence[InputSpec]) -> _Sample:
     """Stack the rows and empty the list, so that they are not held while the caller works on the batch."""
     for spec in inputs:
         shapes = sorted({row[spec.name].shape for row in rows})

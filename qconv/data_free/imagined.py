@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from qconv.config.preprocessing import Color, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.data import images
-from qconv.data.feed import Batch, Feed
-from qconv.data.listing import Listing
-from qconv.data.preprocess import InputSpec, resolve
+from qconv.data.dataset import Listing
+from qconv.data.images import InputSpec, resolve_preprocessing
+from qconv.data.loader import Batch, DataLoader
 from qconv.errors import QconvError
 from qconv.ir.channel_stats import ChannelDistribution
 from qconv.runtime.session import Session
@@ -121,7 +121,7 @@ def read_by(prep: Preprocessing) -> ChannelDistribution:
 
 
 @dataclass(slots=True)
-class Imagined(Feed):
+class Imagined(DataLoader):
     """Made-up pictures as a network wants them, like any others: the same ones in every run."""
 
     @classmethod
@@ -133,7 +133,7 @@ class Imagined(Feed):
             fact = f"{session.name} has {len(inputs)} inputs ({names}), and no picture tells what they hold."
             raise QconvError(fact, "pass a folder of .npz samples with --calib instead of none.")
         try:
-            prep = resolve(recipe.preprocessing, inputs[0], class_vector=session.gives_class_vector)
+            prep = resolve_preprocessing(recipe.preprocessing, inputs[0], class_vector=session.gives_class_vector)
         except QconvError as error:
             raise QconvError(error.message, error.hint.replace("instead of pictures", "to --calib, not none")) from None
         batch = (inputs[0].shape[0] if inputs[0].shape else None) or 1
@@ -157,9 +157,11 @@ class Imagined(Feed):
         assert fed is not None
         rows = []
         for found in pictures:
-            ordered = images.arranged(found, fed)
+            ordered = images.arrange_pixels(found, fed)
             as_they_are = fed.keeps_pixels and spec.dtype == np.uint8
-            rows.append(ordered if as_they_are else images.as_type(images.normalised(ordered, fed), spec.dtype))
+            rows.append(
+                ordered if as_they_are else images.cast_pixels(images.normalize_pixels(ordered, fed), spec.dtype)
+            )
             if len(rows) == self.batch:
                 self.pictures += len(rows)
                 feeds = {spec.name: np.stack(rows)}

@@ -16,7 +16,7 @@ from qconv.calibration.calibrate import Tap, observer, watch, watch_apart
 from qconv.calibration.reach import Channels, seen_by_channel
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import NO_IMAGES
-from qconv.data.feed import Batch
+from qconv.data.loader import Batch
 from qconv.data_free.imagined import COUNT, Imagined, pixels, read_by
 from qconv.data_free.portray import channels_of, sketched
 from qconv.data_free.told import MOST_GUESSES, told

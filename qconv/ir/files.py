@@ -26,14 +26,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.model import Model, ir
 from qconv.runtime.session import Session
-from qconv.storage import (
-    check_output_path,
-    convert_os_errors,
-    locked_folder,
-    sync_file,
-    sync_folder,
-    temporary_path,
-)
+from qconv.storage import check_output_path, convert_os_errors, locked_folder, sync_file, sync_folder, temporary_path
 
 QUANTIZED_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"}

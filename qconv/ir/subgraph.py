@@ -15,16 +15,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from qconv.ir.files import (
-    PROTOBUF_LIMIT,
-    full_proto,
-    total_weight_bytes,
-)
+from qconv.ir.files import PROTOBUF_LIMIT, full_proto, total_weight_bytes
 from qconv.ir.model import Model, Node, Value, ir, tensor_proto, values_read_by
-from qconv.storage import (
-    locked_folder,
-    temporary_path,
-)
+from qconv.storage import locked_folder, temporary_path
 
 UNROUNDED_SUFFIX = "_not_rounded"
 

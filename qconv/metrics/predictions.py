@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.data.labels import Classes
+from qconv.data.dataset import Classes
 from qconv.errors import QconvError
 
 TOP = 5

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.data.feed import Batch, Feed
+from qconv.data.loader import Batch, DataLoader
 from qconv.metrics.verify import Comparison
 from qconv.results.quantize import Verification
 from qconv.runtime.session import Session
@@ -37,7 +37,7 @@ class Scored:
 
 def score_float(
     session: Session,
-    feed: Feed,
+    feed: DataLoader,
     stage: str,
     *,
     most_bytes: int,

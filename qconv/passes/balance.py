@@ -25,7 +25,7 @@ import numpy as np
 from qconv.calibration.calibrate import Tap, observer, watch_apart
 from qconv.calibration.reach import Channels, seen_by_channel
 from qconv.calibration.sketch import Want
-from qconv.data.feed import Feed
+from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, Skipped
 from qconv.ir import subgraph
 from qconv.ir.layers import (
@@ -58,7 +58,7 @@ EXACT_DB, NEAR_DB = 60.0, 20.0
 CHECKED_PICTURES = 8
 
 
-def balance(model: Model, plan: Plan, feed: Feed, most: int | None, threads: int | None) -> list[Finding]:
+def balance(model: Model, plan: Plan, feed: DataLoader, most: int | None, threads: int | None) -> list[Finding]:
     """Scale the channels of a folded model's tensors as its quantization by `plan` gains most.
 
     most: batches that are looked at; None for all.
@@ -82,7 +82,11 @@ def balance(model: Model, plan: Plan, feed: Feed, most: int | None, threads: int
 
 
 def balance_unseen(
-    model: Model, plan: Plan, watched: Callable[[Sequence[Tap]], dict[str, Channels]], feed: Feed, threads: int | None
+    model: Model,
+    plan: Plan,
+    watched: Callable[[Sequence[Tap]], dict[str, Channels]],
+    feed: DataLoader,
+    threads: int | None,
 ) -> list[Finding]:
     """The same without pictures.
 
@@ -104,7 +108,7 @@ def _lowered(
     model: Model,
     high: Sequence[Candidate],
     channels: dict[str, Channels],
-    feed: Feed,
+    feed: DataLoader,
     threads: int | None,
     least_db: float,
 ) -> list[Finding]:
@@ -119,7 +123,9 @@ def _lowered(
     return list(absorb(model, high, channels))
 
 
-def _scaled(model: Model, plan: Plan, seen: Seen, feed: Feed, threads: int | None, least_db: float) -> list[Finding]:
+def _scaled(
+    model: Model, plan: Plan, seen: Seen, feed: DataLoader, threads: int | None, least_db: float
+) -> list[Finding]:
     streams = seen.streams
     terms = noise_terms(model, plan, seen)
     found = chosen(streams, terms, *_bounds(seen))
@@ -274,7 +280,7 @@ def apply(model: Model, streams: Streams, scales: Float64) -> None:
             transform_channel_stats(value, 1 / scales[classes], np.zeros(1))
 
 
-def _sqnr(before: Model, after: Model, feed: Feed, threads: int | None) -> float:
+def _sqnr(before: Model, after: Model, feed: DataLoader, threads: int | None) -> float:
     """The worst output of both float networks on some pictures, in dB."""
     with subgraph.runnable_with_outputs(before, ()) as first, subgraph.runnable_with_outputs(after, ()) as second:
         sessions = [Session(m, name="the folded float model", threads=threads) for m in (first, second)]

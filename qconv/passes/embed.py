@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.preprocessing import Layout, Preprocessing
-from qconv.data.preprocess import AXES, layout_order
+from qconv.data.images import LAYOUT_AXES, layout_order
 from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.layers import (
     AFFINE_OPS,
@@ -129,7 +129,7 @@ def _follow(model: Model, pixels: Value, preprocessing: Preprocessing) -> _Trace
     ones = np.ones(preprocessing.channels)
     std = np.asarray(preprocessing.std) * ones
     gain, shift = preprocessing.scale / std, -np.asarray(preprocessing.mean) / std
-    trace = _Trace(pixels, (0, 1, 2, 3), gain, shift, AXES[preprocessing.layout][0])
+    trace = _Trace(pixels, (0, 1, 2, 3), gain, shift, LAYOUT_AXES[preprocessing.layout][0])
     while True:
         readers = model.readers(trace.value)
         looks = [node for node in readers if _takes_shape(model, node)]

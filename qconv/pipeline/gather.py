@@ -13,9 +13,9 @@ from qconv.calibration.calibrators import want_of
 from qconv.calibration.sketch import Sketch, Want
 from qconv.config.preprocessing import Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.data.detect import Detected, detect, detect_unseen
-from qconv.data.feed import Feed
-from qconv.data.preprocess import InputSpec, resolve
+from qconv.data.autodetect import DetectedPreprocessing, detect_preprocessing, detect_without_images
+from qconv.data.images import InputSpec, resolve_preprocessing
+from qconv.data.loader import DataLoader
 from qconv.data_free.imagined import Imagined
 from qconv.data_free.unseen import Unseen
 from qconv.errors import QconvError, require_torch
@@ -38,10 +38,10 @@ class Memory:
     which parts of a picture are kept depends on all of them. The newest KEPT_NETWORKS stay.
     """
 
-    detected: dict[str, Detected] = field(default_factory=dict)
+    detected: dict[str, DetectedPreprocessing] = field(default_factory=dict)
     sketches: dict[str, dict[str, Sketch]] = field(default_factory=dict)
 
-    def known_as(self, model: Model, taps: Sequence[Tap], recipe: Recipe, feed: Feed) -> str | None:
+    def known_as(self, model: Model, taps: Sequence[Tap], recipe: Recipe, feed: DataLoader) -> str | None:
         """The name of what such a pass sees; None for a network too large to be told from others."""
         if total_weight_bytes(model) > LARGEST_KNOWN:
             return None
@@ -72,9 +72,9 @@ class Pictures:
     place of pictures, None where they or statistics are given.
     """
 
-    feed: Feed | None
+    feed: DataLoader | None
     known: stats.Statistics | None
-    detected: Detected
+    detected: DetectedPreprocessing
     model: str
     session: Session | None
     pixels: Layout | None = None
@@ -92,14 +92,14 @@ class Pictures:
         if self.unseen is not None:
             assert session is not None
             made_up = self.unseen.imagined
-            self.detected = detect_unseen(model, session, made_up, recipe.preprocessing, threads=recipe.threads)
+            self.detected = detect_without_images(model, session, made_up, recipe.preprocessing, threads=recipe.threads)
             made_up.preprocessing = self.detected.preprocessing
         if self.feed is None or self.known is not None:
             return
         assert session is not None
         remembered = {} if self.memory is None else self.memory.detected
         if _drawn(recipe) not in remembered:
-            found = detect(model, session, self.feed, recipe.preprocessing, threads=recipe.threads)
+            found = detect_preprocessing(model, session, self.feed, recipe.preprocessing, threads=recipe.threads)
             remembered[_drawn(recipe)] = found
         self.detected = remembered[_drawn(recipe)]
         self.feed.preprocessing = self.detected.preprocessing
@@ -116,7 +116,7 @@ class Pictures:
         return self.preprocessing
 
     @property
-    def shown(self) -> Feed | None:
+    def shown(self) -> DataLoader | None:
         """What the result can be run on: pictures, or made-up ones; None where there are but statistics."""
         return self.feed if self.unseen is None else self.unseen.imagined
 
@@ -190,17 +190,19 @@ def open_pictures(
         if recipe.fallback == "synthesized":
             require_torch("--fallback synthesized")
         unseen = Unseen(source, Imagined.like(session, recipe), recipe.fallback, recipe.threads, progress)
-        return Pictures(None, None, Detected(unseen.imagined.preprocessing), "", session, unseen=unseen)
+        return Pictures(None, None, DetectedPreprocessing(unseen.imagined.preprocessing), "", session, unseen=unseen)
     if recipe.stats is None:
-        seen = Feed.of(session, recipe, warn, progress)
-        return Pictures(seen, None, Detected(seen.preprocessing), model, session)
+        seen = DataLoader.of(session, recipe, warn, progress)
+        return Pictures(seen, None, DetectedPreprocessing(seen.preprocessing), model, session)
     found, path = stats.read_file(recipe.stats), recipe.stats
     stats.require_model(found, path, model=model, name=source.name)
     known = None if found.preprocessing is None else stats.as_preprocessing(found.preprocessing)
     if recipe.preprocessing != PreprocessingOptions():
-        wanted = resolve(recipe.preprocessing, InputSpec(*session.inputs[0]), class_vector=session.gives_class_vector)
+        wanted = resolve_preprocessing(
+            recipe.preprocessing, InputSpec(*session.inputs[0]), class_vector=session.gives_class_vector
+        )
         stats.require_preprocessing(found, path, stats.done_to_pictures(wanted))
-    feed = Feed.of(session, recipe, warn, progress, known) if recipe.calib else None
+    feed = DataLoader.of(session, recipe, warn, progress, known) if recipe.calib else None
     if feed is not None:
         stats.require_preprocessing(found, path, stats.done_to_pictures(feed.preprocessing))
-    return Pictures(feed, found, Detected(known), model, None)
+    return Pictures(feed, found, DetectedPreprocessing(known), model, None)

@@ -19,7 +19,7 @@ from qconv.config.choices import option_name
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_layer_bits
 from qconv.config.targets import TARGETS, Target
-from qconv.data.feed import Feed
+from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, QconvError, Skipped, require_torch
 from qconv.ir import files, load
 from qconv.ir.files import (
@@ -296,7 +296,7 @@ def _how_much(checked: Verification) -> str:
 
 
 def _tuned(
-    model: Model, plan: Plan, sketches: Mapping[str, Sketch], feed: Feed, recipe: Recipe, run: _Run
+    model: Model, plan: Plan, sketches: Mapping[str, Sketch], feed: DataLoader, recipe: Recipe, run: _Run
 ) -> tuple[dict[str, float], list[Change]]:
     """Factors on the ranges of activations, as the outputs gain from them."""
     params, _ = choose_activations(plan, sketches, recipe)
@@ -321,7 +321,7 @@ def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> S
 
 
 def _reconstructed(
-    model: Model, before: Model, recipe: Recipe, feed: Feed, progress: Callable[[str, int, int], None]
+    model: Model, before: Model, recipe: Recipe, feed: DataLoader, progress: Callable[[str, int, int], None]
 ) -> list[Finding]:
     from qconv.training.reconstruct import PICTURES, reconstruct  # PyTorch is an extra
 
@@ -329,7 +329,7 @@ def _reconstructed(
     return reconstruct(model, before, recipe, feed.first(PICTURES, "read again"), fixed, progress)
 
 
-def _audit(staged: files.StagedModel, model: Model, known: Known, feed: Feed | None) -> Audit:
+def _audit(staged: files.StagedModel, model: Model, known: Known, feed: DataLoader | None) -> Audit:
     """What the runtime makes of the written file, and what that costs on one picture, with one thread."""
     with storage.scratch_folder(2 * staged.size) as folder:
         optimized = folder / "optimized.onnx"

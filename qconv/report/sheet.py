@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.preprocessing import Color, Layout, Preprocessing
-from qconv.data.feed import Batch, Feed
+from qconv.data.loader import Batch, DataLoader
 from qconv.errors import QconvError, format_count
 from qconv.report.plot import thumbnail
 from qconv.report.shown import Picture
@@ -42,7 +42,7 @@ def as_pixels(values: NDArray[Any], prep: Preprocessing) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels[:, :, ::-1] if prep.color is Color.BGR else pixels)
 
 
-def sheet(feed: Feed, count: int = PICTURES) -> tuple[tuple[Picture, ...], str]:
+def sheet(feed: DataLoader, count: int = PICTURES) -> tuple[tuple[Picture, ...], str]:
     """The first `count` pictures, small, and what is to be said of them. Those that cannot be read are left out."""
     prep = feed.preprocessing
     if prep is None:
@@ -53,7 +53,7 @@ def sheet(feed: Feed, count: int = PICTURES) -> tuple[tuple[Picture, ...], str]:
     return pictures, _caption([values for _, values in fed], prep)
 
 
-def _read(feed: Feed, path: Path) -> Sequence[Batch]:
+def _read(feed: DataLoader, path: Path) -> Sequence[Batch]:
     one = replace(feed.over([path]), warn=lambda text: None, progress=lambda stage, done, total: None)
     with contextlib.suppress(QconvError):  # told already, when all were read
         return one.first(1, "report")

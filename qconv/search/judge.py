@@ -14,8 +14,8 @@ from qconv.config.choices import Drop, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob
 from qconv.config.targets import TARGETS
-from qconv.data.feed import Batch, Feed
-from qconv.data.labels import classes_of, folder_of
+from qconv.data.dataset import class_folder_of, find_classes
+from qconv.data.loader import Batch, DataLoader
 from qconv.errors import QconvError
 from qconv.ir import subgraph
 from qconv.metrics.scored import Outputs, Scored, score_float
@@ -40,7 +40,7 @@ class Ground:
 
     folded: Folded
     recipe: Recipe
-    feed: Feed
+    feed: DataLoader
     original: Session
 
 
@@ -167,7 +167,7 @@ class Judge:
         return f"{(before or 0.0) - (got or 0.0):.4g}"
 
 
-def _unseen(feed: Feed, rounded_on: int) -> tuple[list[int], bool]:
+def _unseen(feed: DataLoader, rounded_on: int) -> tuple[list[int], bool]:
     """The batches to judge by: on those that weights are rounded on, codes look better than they are.
 
     rounded_on: so many of the first, less those that are kept apart. All where hardly any others are left, and whether
@@ -186,8 +186,8 @@ def _labels(ground: Ground, outputs: int, batches: Sequence[int]) -> NDArray[np.
         return None
     root, feed = Path(recipe.calib[0]), ground.feed
     paths = [path for path in feed.listing.paths if path not in feed.lost]
-    classes = classes_of(root, None) if len(recipe.calib) == 1 else None
-    folders = [folder_of(path, root) for path in paths] if classes is not None else []
+    classes = find_classes(root, None) if len(recipe.calib) == 1 else None
+    folders = [class_folder_of(path, root) for path in paths] if classes is not None else []
     if classes is None or not outputs or None in folders:
         why = "the calibration pictures lie in one folder with a folder for each class" if outputs else "an output is"
         fact = f"--max-drop top1 is possible only where {why}{'' if outputs else ' one score a class'}."

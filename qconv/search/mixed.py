@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from qconv.config.choices import Drop
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.data.feed import Batch
+from qconv.data.loader import Batch
 from qconv.errors import QconvError
 from qconv.ir.model import Model, constant_array
 from qconv.metrics.verify import sqnr_db

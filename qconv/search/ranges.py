@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.data.feed import spread
+from qconv.data.loader import pick_evenly
 from qconv.errors import Change
 from qconv.ir.model import Model, Value, is_tensor
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
@@ -92,7 +92,7 @@ def tuned_ranges(
     """
     judged = any(is_tensor(value) for value in model.graph.outputs)
     groups = _groups(model, plan, activations) if judged else []
-    few, many = (spread(feeds, count) for count in (looks.few, looks.many))
+    few, many = (pick_evenly(feeds, count) for count in (looks.few, looks.many))
     noises = []
     for done, found in enumerate(_noises(model, groups, few, threads)):
         progress(STEP, done, 2 * len(groups))

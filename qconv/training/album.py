@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.preprocessing import Layout, Preprocessing
-from qconv.data.fed import Fed
-from qconv.data.preprocess import InputSpec, layout_order
+from qconv.data.images import InputSpec, layout_order
+from qconv.data.loader import ModelWithData
 from qconv.errors import QconvError, format_shape
 
 MOST_IN_MEMORY = 2**31
@@ -41,8 +41,8 @@ class Album:
 
 
 def read_album(
-    own: Fed,
-    teacher: Fed,
+    own: ModelWithData,
+    teacher: ModelWithData,
     warn: Callable[[str], None],
     progress: Callable[[str, int, int], None],
 ) -> Album:
@@ -77,7 +77,7 @@ def read_album(
     return Album(numbers[:count], prep, order, left)
 
 
-def _order(own: Fed, teacher: Fed) -> tuple[int, ...] | None:
+def _order(own: ModelWithData, teacher: ModelWithData) -> tuple[int, ...] | None:
     mine, its = own.feed.preprocessing, teacher.feed.preprocessing
     if own.takes_the_same_as(teacher):
         return None

@@ -33,7 +33,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from qconv.config.choices import SYNTHESIS_STEPS
 from qconv.config.preprocessing import Color, Layout, Preprocessing
-from qconv.data.evidence import Reference
+from qconv.data.evidence import ReferenceStatistics
 from qconv.data_free.imagined import leaves_of
 from qconv.errors import QconvError
 from qconv.ir import load
@@ -72,7 +72,7 @@ class Dream:
         self,
         network: Network,
         prep: Preprocessing,
-        wanted: Sequence[Reference],
+        wanted: Sequence[ReferenceStatistics],
         pixels: NDArray[np.uint8],
         batch: int,
     ) -> None:

@@ -26,8 +26,8 @@ from qconv.audit.examine import examine
 from qconv.calibration.stats import digest
 from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
-from qconv.data.fed import Fed, opened
-from qconv.data.labels import Labelling, classes_of, labels_of
+from qconv.data.dataset import LabelOptions, find_classes, labels_of
+from qconv.data.loader import ModelWithData, open_models
 from qconv.errors import QconvError
 from qconv.ir import files, load
 from qconv.ir.files import Source, external_data_files, file_bytes, is_quantized, read_proto
@@ -145,7 +145,7 @@ class _Desk:
     ) -> _Desk:
         """Both models opened, and all pictures read."""
         device = device_of(wishes.device)
-        own, other = opened(source, teacher, wishes.recipe, warn)
+        own, other = open_models(source, teacher, wishes.recipe, warn)
         assert other is not None
         _require_outputs(own, other)
         model, (floats, _) = load.load_unchanged(read_proto(source), source), load.load(read_proto(teacher), teacher)
@@ -220,7 +220,7 @@ def _check(source: Source, teacher: Source, out: Path, wishes: FinetuneOptions) 
         raise QconvError(fact, "training is for models of less than 2 GB in one file.")
 
 
-def _require_outputs(own: Fed, other: Fed) -> None:
+def _require_outputs(own: ModelWithData, other: ModelWithData) -> None:
     missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
     if missing is not None:
         names = ", ".join(other.session.outputs)
@@ -242,8 +242,8 @@ def _with_labels(lesson: Lesson, album: Album, wishes: FinetuneOptions) -> Lesso
     if not wishes.labels:
         return lesson
     root = Path(wishes.recipe.calib[0])
-    classes = classes_of(root, wishes.classes)
-    labels = labels_of(album.paths, root, classes, Labelling(wishes.label_offset, asked=True), lesson.classes)
+    classes = find_classes(root, wishes.classes)
+    labels = labels_of(album.paths, root, classes, LabelOptions(wishes.label_offset, asked=True), lesson.classes)
     return lesson.with_labels(labels)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qconv.data.evidence import Reference, is_measured, stored_statistics
+from qconv.data.evidence import ReferenceStatistics, batchnorm_statistics, is_measured
 from qconv.errors import QconvError, format_count
 from qconv.ir.layers import INPUTS_FIRST
 from qconv.ir.model import Model, Node, input_of
@@ -20,7 +20,7 @@ class Remembered:
     """
 
     nodes: tuple[Node, ...]
-    wanted: tuple[Reference, ...]
+    wanted: tuple[ReferenceStatistics, ...]
     doubt: str
 
     @classmethod
@@ -32,10 +32,10 @@ class Remembered:
             read = input_of(node, 0)
             if node.op_type != "BatchNormalization" or read is None or not read.name or read.name in nodes:
                 continue
-            statistics = stored_statistics(node)
+            statistics = batchnorm_statistics(node)
             if statistics is not None and is_measured(*statistics) and statistics[1].any():
                 nodes[read.name] = node
-                wanted.append(Reference(read.name, *statistics, stored=True))
+                wanted.append(ReferenceStatistics(read.name, *statistics, stored=True))
         if not wanted:
             raise QconvError(
                 f"{name} has no BatchNormalization that remembers what training showed it: there is nothing to match.",

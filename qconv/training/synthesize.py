@@ -26,7 +26,7 @@ from qconv.config.preprocessing import AUTO, Preprocessing, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_option
 from qconv.data import images
-from qconv.data.detect import Detected, detect_unseen
+from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
 from qconv.data_free.imagined import Imagined, leaves_of
 from qconv.errors import QconvError
 from qconv.ir import load
@@ -162,7 +162,7 @@ def _check(source: Source, out: Path) -> None:
 class _Fed:
     """How the network is fed. dtype: that it takes. batch: None where that is open."""
 
-    detected: Detected
+    detected: DetectedPreprocessing
     dtype: np.dtype[Any]
     batch: int | None
 
@@ -178,7 +178,7 @@ class _Fed:
             other = "synthesize is for networks of one input, a picture of 1 or 3 channels: calibrate with samples."
             raise QconvError(error.message, error.hint if asks else other) from None
         (spec,) = imagined.inputs
-        detected = detect_unseen(model, session, imagined, wishes.preprocessing, threads=wishes.threads)
+        detected = detect_without_images(model, session, imagined, wishes.preprocessing, threads=wishes.threads)
         prep = detected.preprocessing
         if spec.dtype == np.uint8 and prep is not None and not prep.keeps_pixels:
             fact = f"{source.name} takes bytes, which cannot hold what the preprocessing makes of pixels."
@@ -205,6 +205,6 @@ def _judge(found: SynthesisResult, warn: Callable[[str], None]) -> None:
 def _write(folder: Path, pixels: Pixels, prep: Preprocessing, dtype: np.dtype[Any], found: SynthesisResult) -> None:
     for stem, picture in zip(stems(len(pixels)), pixels, strict=True):
         (folder / f"{stem}.png").write_bytes(plot.picture(picture))
-        values = images.as_type(images.normalised(images.arranged(picture, prep), prep), dtype)
+        values = images.cast_pixels(images.normalize_pixels(images.arrange_pixels(picture, prep), prep), dtype)
         np.save(folder / f"{stem}.npy", values)
     (folder / SET).write_text(json.dumps(found.of_the_set(), allow_nan=False, indent=1) + "\n", "utf-8")

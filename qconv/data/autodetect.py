@@ -1,0 +1,463 @@
+"""Detects the preprocessing that a network was trained with: the decision behind `--preprocess auto`.
+
+A fact (`data/evidence.py`) leaves one preset. Otherwise a sequential test scores every hypothesis on a few images:
+
+    fit = prior - FIT_SHARPNESS ln(misfit + _misfit_by_chance(images))        lead = t |t| / 2
+
+misfit is that of the first layers' statistics; t compares the peaks of the class scores with those of the best
+candidate (paired Student's t). Candidates that fall behind are not run again. The softmax of the scores, with a share
+for an unknown preprocessing (an inverted image, or a misfit that no candidate is believed from), gives probabilities.
+A margin of CERTAIN_MARGIN or more over the runner-up is no guess. What the user says always wins; evidence against it
+is reported.
+
+Nothing depends on the order of files, the batch size or the clock. It will not guess how images were resized: a crop
+hardly moves a mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.config.preprocessing import AUTO, Preprocessing, PreprocessingOptions
+from qconv.data import images
+from qconv.data.evidence import PreprocessingFact, ReferenceStatistics, find_fact, find_references
+from qconv.data.hypotheses import (
+    CandidateSpace,
+    PreprocessingCandidate,
+    invert_candidate,
+    score_peaks,
+    shrunken_paired_t,
+)
+from qconv.data.images import InputSpec
+from qconv.errors import QconvError
+from qconv.ir import subgraph
+from qconv.ir.model import Model
+from qconv.runtime.session import Session
+
+if TYPE_CHECKING:
+    from qconv.data.loader import DataLoader
+
+
+# Candidates on the user's pictures, until one has won or the pictures are used up.
+#
+#     fit = prior - SHARPNESS ln(misfit + floor(pictures))
+#     lead = t |t| / 2
+#
+# misfit is that of the first layers' statistics, and t compares the peaks of the class scores with those of the
+# candidate that fits best (fit.py; Student's, paired). A candidate that falls behind is not run again, so that most of
+# them see two pictures. What nobody thought of takes part as well: the best candidate with black for white, and a
+# misfit from which on no candidate is believed.
+
+
+FIT_SHARPNESS = 5.0
+"""A misfit half as large is 2^5 = 32 times as probable."""
+
+GUESSED_FIT_SHARPNESS = 2.0
+
+UNKNOWN_MISFIT = 0.12
+"""Misfit at which a preprocessing that is none of the candidates is as probable as the one that fits best."""
+
+INVERTED_PRIOR = -3.0
+"""ln of how much rarer than a published normalisation one with black for white is."""
+
+DROP_MARGIN = 6.0
+"""Candidates that lie this far behind the best are not looked at again."""
+
+SETTLED_MARGIN = 6.0
+
+DECISIVE_LOG_ODDS = 3.9
+"""ln of the odds from which on one candidate speaks against another: 98 % of the probability."""
+
+RIVAL_MARGIN = 5.0
+"""Candidates that lie no further behind the best are compared by the confidence of the output, too."""
+
+MOST_RIVALS = 4
+
+MOST_GAIN_RATIO = 3.0
+"""Ratio of gains up to which confidence may be compared."""
+
+PIXEL_BUDGET = 820_000
+
+FEWEST_IMAGES, MOST_IMAGES = 8, 64
+"""Pictures to look at: as many as have PIXELS in all, within these limits."""
+
+ROUND_SIZES = (2, 8, 16, 32, 64)
+
+
+@dataclass(slots=True)
+class SequentialTest:
+    """model: as loaded, not yet folded. session: the user's own model. drawn: up to so many pictures as pixels, as
+    `Feed.drawn` gives them. known: what the first layers should see.
+
+    other: after the race, ln of the probability that it was something else, on the scale of the candidates' fit.
+    """
+
+    model: Model
+    session: Session
+    spec: InputSpec
+    drawn: Callable[[Preprocessing, int], Iterator[NDArray[np.uint8]]]
+    known: Sequence[ReferenceStatistics]
+    threads: int | None
+    other: float = -math.inf
+    _seen: list[NDArray[np.uint8]] = field(default_factory=list)
+    _unseen: Iterator[NDArray[np.uint8]] = field(default_factory=lambda: iter(()))
+    _most: int = 0
+
+    @property
+    def stored(self) -> bool:
+        """Whether training has left statistics, or there are guesses only."""
+        return bool(self.known) and self.known[0].stored
+
+    def fits(self, candidate: PreprocessingCandidate) -> bool:
+        """Whether a few pictures suffice to see that no other candidate can fit much better, DECISIVE or more."""
+        if not self.stored:
+            return False
+        self._open(candidate.preprocessing)
+        try:
+            session = self._first_layers()
+            if session is None:
+                return False
+            self._measure(session, candidate, self._first(FEWEST_IMAGES))
+        except QconvError:
+            return False  # the run itself will say why
+        moments = candidate.moments
+        floor = _misfit_by_chance(max(moments.pictures, 1))
+        return moments.pictures > 0 and FIT_SHARPNESS * math.log((moments.misfit + floor) / floor) < DECISIVE_LOG_ODDS
+
+    def run(self, candidates: Sequence[PreprocessingCandidate], *, confidence: bool) -> None:
+        """Score all candidates; those with the same numbers are run once. confidence: whether it may take the time
+        that the whole network takes."""
+        alike: dict[tuple[Any, ...], list[PreprocessingCandidate]] = {}
+        for candidate in candidates:
+            alike.setdefault(candidate.numbers, []).append(candidate)
+        runners = [first for first, *_ in alike.values()]
+        prep = runners[0].preprocessing
+        self._open(prep)
+        try:
+            if self.known and len(runners) > 1:
+                self._compare_statistics(runners)
+            if confidence and prep.class_vector:
+                self._compare_confidence(runners)
+        except QconvError:
+            pass  # the network or the pictures cannot be used: the run itself will say why
+        for first, *others in alike.values():
+            for other in others:
+                other.fit, other.lead = first.fit - first.prior + other.prior, first.lead
+
+    def _open(self, prep: Preprocessing) -> None:
+        if not self._most:
+            self._most = min(max(FEWEST_IMAGES, PIXEL_BUDGET // math.prod(prep.size)), MOST_IMAGES)
+            self._unseen = self.drawn(prep, self._most)
+
+    # -- statistics of the first layers --------------------------------------------------------------------------------
+
+    def _compare_statistics(self, runners: list[PreprocessingCandidate]) -> None:
+        session = self._first_layers()
+        if session is None:
+            return
+        for upto in ROUND_SIZES:
+            pixels = self._first(upto)
+            for runner in runners:
+                self._measure(session, runner, pixels)
+            ranked = sorted((runner.fit for runner in runners), reverse=True)
+            ahead = ranked[0] - ranked[1] if len(ranked) > 1 else math.inf
+            runners = [runner for runner in runners if runner.fit > ranked[0] - DROP_MARGIN]
+            enough = upto >= (self._most if self.stored else FEWEST_IMAGES)
+            if len(pixels) < upto or enough or (upto > ROUND_SIZES[0] and ahead > SETTLED_MARGIN):
+                break
+        best = max(runners, key=lambda runner: runner.fit)
+        self.other = self._something_else(session, best, pixels) if self.stored else best.fit
+
+    def _first_layers(self) -> Session | None:
+        part = subgraph.build_moments_model(self.model, [reference.name for reference in self.known])
+        return None if part is None else Session(part, name="the first layers", threads=self.threads)
+
+    def _something_else(self, session: Session, best: PreprocessingCandidate, pixels: list[NDArray[np.uint8]]) -> float:
+        negative = invert_candidate(best, self.known)
+        if self.spec.dtype != np.uint8:
+            self._measure(session, negative, pixels)
+        unknown = -FIT_SHARPNESS * math.log(UNKNOWN_MISFIT + _misfit_by_chance(FEWEST_IMAGES))
+        return max(unknown, negative.fit + INVERTED_PRIOR) if negative.moments.pictures else unknown
+
+    def _measure(self, session: Session, candidate: PreprocessingCandidate, pixels: list[NDArray[np.uint8]]) -> None:
+        """Add the pictures that the candidate has not seen yet."""
+        moments = candidate.moments
+        for batch, count in self._batches(pixels[moments.pictures :], candidate.preprocessing):
+            moments.add(session.run_all(batch), count)
+        if moments.pictures:
+            sharpness = FIT_SHARPNESS if self.stored else GUESSED_FIT_SHARPNESS
+            candidate.fit = candidate.prior - sharpness * math.log(moments.misfit + _misfit_by_chance(moments.pictures))
+
+    # -- confidence of the output --------------------------------------------------------------------------------------
+
+    def _compare_confidence(self, runners: list[PreprocessingCandidate]) -> None:
+        best, *rest = sorted(runners, key=lambda runner: runner.fit, reverse=True)
+        near = [r for r in rest if r.fit > best.fit - RIVAL_MARGIN and self._comparable(r, best)][: MOST_RIVALS - 1]
+        for upto in ROUND_SIZES[1:] if near else ():
+            pixels = self._first(upto)
+            for runner in (best, *near):
+                for batch, count in self._batches(pixels[len(runner.peaks) :], runner.preprocessing):
+                    runner.peaks += score_peaks(self.session, batch, count).tolist()
+            for runner in near:
+                t = shrunken_paired_t(np.subtract(runner.peaks, best.peaks))
+                runner.lead = t * abs(t) / 2
+            gaps = [abs(best.score - runner.score) for runner in near]
+            # a guess stays one, however many pictures the whole network sees
+            if len(pixels) < upto or upto >= self._most or min(gaps) >= SETTLED_MARGIN or not self.stored:
+                break
+
+    def _comparable(self, one: PreprocessingCandidate, other: PreprocessingCandidate) -> bool:
+        """Where statistics tell the range, confidence tells the order alone; else what spreads pixels about as wide."""
+        if self.stored:
+            return one.is_twin_of(other)
+        gains = [abs(c.preprocessing.scale) / float(np.mean(c.preprocessing.std)) for c in (one, other)]
+        return max(gains) <= MOST_GAIN_RATIO * min(gains)
+
+    # -- pictures ------------------------------------------------------------------------------------------------------
+
+    def _first(self, count: int) -> list[NDArray[np.uint8]]:
+        """The first pictures, (H, W, C) each; fewer if there are no more."""
+        while len(self._seen) < min(count, self._most) and (one := next(self._unseen, None)) is not None:
+            self._seen.append(one)
+        return self._seen[:count]
+
+    def _batches(
+        self, pixels: Sequence[NDArray[np.uint8]], prep: Preprocessing
+    ) -> Iterator[tuple[dict[str, NDArray[Any]], int]]:
+        """Pictures as the network takes them, one by one or in its own batch, and how many of them count."""
+        size = self.spec.shape[0] or 1
+        for start in range(0, len(pixels), size):
+            arrays = [
+                images.cast_pixels(images.normalize_pixels(images.arrange_pixels(p, prep), prep), self.spec.dtype)
+                for p in pixels[start : start + size]
+            ]
+            yield {self.spec.name: np.stack((arrays * size)[:size])}, len(arrays)
+
+
+def _misfit_by_chance(pictures: int) -> float:
+    """Misfit that a draw of so many pictures has by chance."""
+    return 0.004 + 0.08 / pictures
+
+
+# Which preprocessing a network was trained with, found out: the decision behind `--preprocess auto`.
+#
+# A fact (evidence.py) leaves one preset. Otherwise every published normalisation (candidates.py) is tried on a few of
+# the user's pictures and scored by how well the first layers' statistics fit what training has stored, and by how sure
+# the output is (race.py). The softmax of the scores, with a share for what nobody thought of, gives each candidate a
+# probability. The margin is the winner's less the runner-up's, and only a margin of CERTAIN or more is no guess.
+#
+# What the user says always wins. It then limits the candidates, and evidence that speaks clearly against it is told.
+# Nothing depends on the order of files, the batch size or the clock: pictures are taken from the sorted listing in a
+# fixed draw, and how many follows from the input's size and from the scores. It will not guess how pictures were
+# resized: a crop hardly moves a mean.
+
+
+CERTAIN_MARGIN = 0.98
+
+EVIDENT_SHARE = 0.9
+"""Probability from which on made-up pictures tell a normalisation, in either order of colours."""
+
+SHAPE_OPTIONS = ("layout", "resize", "filter", "size")
+"""Options that say nothing about the pixels' values."""
+
+UNKNOWN_PREPROCESSING = "something else"
+
+
+@dataclass(frozen=True, slots=True)
+class DetectedPreprocessing:
+    """What was decided. runner_up, margin: None where nothing had to be found out. doubt: what the user should know.
+
+    evident: whether the model itself tells, by a fact or by what training has stored. against: whether what it tells
+    speaks clearly against what the user said.
+    """
+
+    preprocessing: Preprocessing | None
+    runner_up: str | None = None
+    margin: float | None = None
+    doubt: str = ""
+    evident: bool = False
+    against: bool = False
+
+    def doubts(self) -> list[str]:
+        """What the user is warned of, if anything."""
+        odd = self.preprocessing.doubt() if self.preprocessing is not None else ""
+        return [text for text in (odd and f"{odd}.", self.doubt) if text]
+
+    def in_words(self) -> str:
+        """One sentence for the summary; empty where no pictures are read."""
+        if self.preprocessing is None:
+            return ""
+        against = "" if self.runner_up is None else f", runner-up {self.runner_up}"
+        margin = "" if self.margin is None else f", margin {self.margin:.2f}"
+        return f"{self.preprocessing.in_words()}{against}{margin}"
+
+
+def detect_preprocessing(
+    model: Model, session: Session, feed: DataLoader, options: PreprocessingOptions, *, threads: int | None = None
+) -> DetectedPreprocessing:
+    """Decide how pictures are fed.
+
+    model: as loaded, not yet folded. session: the user's own model. feed: with the default preprocessing. options: what
+    the user said. Never raises for want of evidence: then the default stays, and the doubt says so.
+    """
+    default = feed.preprocessing
+    if default is None:
+        return DetectedPreprocessing(None)
+    spec = feed.inputs[0]
+    fact = find_fact(model, spec.dtype, default.layout)
+    known = find_references(model)
+    field, said = CandidateSpace(spec, default, known), _pixel_options(options)
+    own, free = field.candidates(fact, said), field.candidates(fact, {})
+    race = SequentialTest(model, session, spec, feed.drawn, known, threads)
+    if "preset" in said or (said and len(own) == 1):
+        if fact is None and race.fits(own[0]):
+            return DetectedPreprocessing(default)
+        race.run([*own, *free], confidence=False)
+        told = _describe_contradiction(own[0], free, race, fact)
+        return DetectedPreprocessing(default, doubt=told, against=bool(told))
+    race.run([*own, *free] if said else own, confidence=True)
+    chosen, found = _decide(own, race, fact)
+    told = _describe_contradiction(chosen, free, race, fact) if said else ""
+    return replace(found, doubt=told or found.doubt, against=bool(told))
+
+
+def detect_without_images(
+    model: Model, session: Session, feed: DataLoader, options: PreprocessingOptions, *, threads: int | None = None
+) -> DetectedPreprocessing:
+    """The same with made-up pictures, in which the order of colours hardly shows: then the usual one is taken.
+
+    Raises QconvError where the network does not tell and the user has not.
+    """
+    default, said = feed.preprocessing, _pixel_options(options)
+    if default is None or "preset" in said:
+        return DetectedPreprocessing(default)
+    known = find_references(model)
+    fact, field = find_fact(model, feed.inputs[0].dtype, default.layout), CandidateSpace(feed.inputs[0], default, known)
+    own = field.candidates(fact, said)
+    race = SequentialTest(model, session, feed.inputs[0], feed.drawn, known, threads)
+    race.run(own, confidence=False)
+    best, *others = sorted(own, key=lambda candidate: candidate.score, reverse=True)
+    shares, _ = _candidate_probabilities([best, *others], race, fact)
+    alike = [i for i, one in enumerate([best, *others]) if one.family == best.family]
+    share = sum(shares[i] for i in alike)
+    if fact is None and not (race.stored and share >= EVIDENT_SHARE):
+        guess = f": {best.settled_by} is the best guess" if race.stored else ""
+        tells = f"its BatchNorms do not make it evident{guess}" if race.stored else "no BatchNorm in it tells"
+        fact_told = f"How {session.name} wants to be fed is not known without pictures: {tells}."
+        raise QconvError(fact_told, "pass --preprocess NAME, or --scale, --mean and --std, as it was trained.")
+    chosen = replace(best.preprocessing, source=_describe_source(race, fact, certain=True))
+    doubt = ""
+    if len(alike) > 1 and shares[0] < CERTAIN_MARGIN * share:
+        color = chosen.color
+        doubt = (
+            f"whether the network wants RGB or BGR does not show without pictures; the file says {color.upper()}, "
+            f"which changes no weight: --color {color} settles it."
+        )
+    return DetectedPreprocessing(chosen, None, round(share, 4), doubt, evident=True)
+
+
+def _pixel_options(options: PreprocessingOptions) -> dict[str, Any]:
+    """What the user said of the pixels' values."""
+    said = {part.name: getattr(options, part.name) for part in fields(options) if part.name not in SHAPE_OPTIONS}
+    return {name: value for name, value in said.items() if value not in (None, AUTO)}
+
+
+def _decide(
+    own: Sequence[PreprocessingCandidate], race: SequentialTest, fact: PreprocessingFact | None
+) -> tuple[PreprocessingCandidate, DetectedPreprocessing]:
+    best, *others = sorted(own, key=lambda candidate: candidate.score, reverse=True)
+    shares, other = _candidate_probabilities([best, *others], race, fact)
+    # a guess leaves half of the probability to something else, which is not worth a name
+    margin = shares[0] - max([*shares[1:], other if race.stored else 0.0], default=0.0)
+    certain = margin >= CERTAIN_MARGIN
+    strange = race.stored and other > max(shares[1:], default=0.0)
+    second = others[0] if others and not strange else None
+    runner_up = UNKNOWN_PREPROCESSING if strange else second.name if second else None
+    chosen = replace(best.preprocessing, source=_describe_source(race, fact, certain))
+    doubt = "" if certain else _describe_doubt(best, second, others, margin)
+    evident = race.stored or fact is not None
+    return best, DetectedPreprocessing(chosen, runner_up, round(max(margin, 0.0), 4), doubt, evident)
+
+
+def _candidate_probabilities(
+    ranked: Sequence[PreprocessingCandidate], race: SequentialTest, fact: PreprocessingFact | None
+) -> tuple[list[float], float]:
+    """Probability of each candidate, best first, and that of something else, which a fact rules out."""
+    scores = [candidate.score - ranked[0].score for candidate in ranked]
+    if fact is None:
+        # confidence moves probability between candidates, not away from what is none of them
+        scores.append((race.other if race.known else ranked[0].fit) - ranked[0].fit)
+    weights = np.exp(np.array(scores) - max(scores))
+    shares = [float(share) for share in weights / weights.sum()]
+    return (shares, 0.0) if fact is not None else (shares[:-1], shares[-1])
+
+
+def _describe_source(race: SequentialTest, fact: PreprocessingFact | None, certain: bool) -> str:
+    if fact is not None:
+        return fact.why
+    if not race.known:
+        return "the default, as nothing in the model tells"
+    by = "the statistics in its BatchNorms" if race.stored else "the size of its first layers' outputs"
+    return f"{'detected' if certain else 'guessed'} by {by}"
+
+
+def _describe_doubt(
+    best: PreprocessingCandidate,
+    second: PreprocessingCandidate | None,
+    others: Sequence[PreprocessingCandidate],
+    margin: float,
+) -> str:
+    says = f"(margin {max(margin, 0.0):.2f})"
+    if second is not None and second.is_twin_of(best):
+        colors = [candidate.preprocessing.color for candidate in (best, second)]
+        return (
+            f"whether the network wants RGB or BGR is not certain {says}; it gets {colors[0].upper()}: "
+            f"--color {colors[0]} or --color {colors[1]} settles it."
+        )
+    what = (
+        "no known preprocessing fits well" if second is None else "how the network was fed in training is not certain"
+    )
+    rival = next((candidate for candidate in others if not candidate.is_twin_of(best)), None)
+    instead = "" if rival is None else f", {rival.settled_by} is the next best guess"
+    return f"{what} {says}; it gets {best.name}: {best.settled_by} settles it{instead}."
+
+
+def _describe_contradiction(
+    mine: PreprocessingCandidate,
+    free: Sequence[PreprocessingCandidate],
+    race: SequentialTest,
+    fact: PreprocessingFact | None,
+) -> str:
+    """What speaks clearly against the user's word; empty where nothing does."""
+    if (
+        any(is_same_preprocessing(mine.preprocessing, candidate.preprocessing) for candidate in free)
+        and fact is not None
+    ):
+        return ""
+    best = max(free, key=lambda candidate: candidate.score)
+    if is_same_preprocessing(mine.preprocessing, best.preprocessing):
+        return ""
+    if fact is not None:
+        return f"{fact.why}, which speaks for {best.settled_by} and against the options given."
+    told = replace(mine, fit=mine.fit - mine.prior)  # what was said is no rarity
+    (share, mine_share), other = _candidate_probabilities([best, told], race, None)
+    if not race.stored or share - max(mine_share, other) < CERTAIN_MARGIN:
+        return ""
+    return f"the statistics in the model's BatchNorms speak for {best.settled_by} and against the options given."
+
+
+def is_same_preprocessing(one: Preprocessing, other: Preprocessing) -> bool:
+    """Whether both feed pixels alike: black and white end up within a tenth of the range of each other, in every
+    channel of the input."""
+    ends = [
+        np.array([(level * p.scale - np.array(p.mean)) / np.array(p.std) * np.ones(p.channels) for level in (0, 255)])
+        for p in (one, other)
+    ]
+    spread = np.abs(ends[0][1] - ends[0][0])
+    return one.color == other.color and bool((np.abs(ends[0] - ends[1]) <= 0.1 * spread).all())

@@ -1,0 +1,274 @@
+"""Lists the images and samples of a dataset as a seeded draw, and finds the class labels of images.
+
+The draw does not depend on the order in which the file system lists files.
+
+    label = rank of the class folder + offset
+
+The rank is the folder's place in a list of classes (`--classes`, or classes.txt beside the folders); without a list
+it is the folder's name where all names are whole numbers, and else its place in alphabetical order, which is right
+only if every class has a folder.
+"""
+
+from __future__ import annotations
+
+import codecs
+import fnmatch
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.errors import QconvError, format_count
+
+# Which files are read: folders and lists of paths become a seeded draw that no file system's order can change.
+
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+
+SAMPLE_SUFFIXES = frozenset({".npy", ".npz"})
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files to read: `paths` in reading order, already shuffled and cut to the wanted number of samples.
+
+    found: how many candidates there were. ignored: files without a picture's or a sample's suffix, not looked at.
+    whole: how many were drawn, where these are a part of them.
+    """
+
+    paths: tuple[Path, ...]
+    found: int
+    ignored: int
+    whole: int = 0
+
+
+def find_files(sources: Sequence[str], *, pattern: str | None, samples: int, seed: int) -> Listing:
+    """Choose the files to read: a seeded draw of `samples` that does not depend on the file system's order.
+
+    A source is a folder (read recursively, hidden files skipped), a text file with one path a line (relative to the
+    text file's folder, `#` starts a comment), or one picture. `pattern` is compared with a file's name and with its
+    path inside the source. Of a picture and a sample in one folder whose names differ in the suffix alone, both chosen,
+    the picture counts: they are the same, and how it is fed is known. Raises QconvError for a source or a listed path
+    that does not exist, and if none is left.
+    """
+    files = sorted((i, inside, path) for i, source in enumerate(sources) for inside, path in _iter_source_files(source))
+    known = [(inside, path) for _, inside, path in files if suffix_of(path) in PICTURE_SUFFIXES | SAMPLE_SUFFIXES]
+    matching = [path for inside, path in known if pattern is None or _matches_pattern(inside, pattern)]
+    pictures = {os.path.splitext(path)[0] for path in matching if suffix_of(path) in PICTURE_SUFFIXES}
+    chosen = [p for p in matching if suffix_of(p) not in SAMPLE_SUFFIXES or os.path.splitext(p)[0] not in pictures]
+    if not chosen:
+        raise _no_files_error(sources, len(files), len(known), pattern)
+    order = np.random.default_rng(seed).permutation(len(chosen))[:samples]
+    return Listing(tuple(Path(chosen[i]) for i in order), len(chosen), len(files) - len(known))
+
+
+def suffix_of(path: str | Path) -> str:
+    """`.jpg` of `CAT.JPG`."""
+    return os.path.splitext(path)[1].lower()
+
+
+def _matches_pattern(inside: str, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(text, pattern) for text in (inside, inside.rpartition("/")[2]))
+
+
+def _iter_source_files(source: str) -> Iterator[tuple[str, str]]:
+    """Yield (posix path inside the source, path to open) of each file."""
+    if os.path.isdir(source):
+        yield from _walk_folder(source)
+    elif not os.path.exists(source):
+        raise QconvError(f"{source} does not exist.", "pass a folder of pictures, or a text file with one path a line.")
+    elif suffix_of(source) in PICTURE_SUFFIXES | SAMPLE_SUFFIXES:
+        yield os.path.basename(source), source
+    else:
+        yield from _iter_listed_files(Path(source))
+
+
+def _walk_folder(folder: str) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=_raise_unreadable_folder):
+        real = os.path.realpath(here)
+        if real in seen:  # a link to a folder further up would go round for ever
+            folders.clear()
+            continue
+        seen.add(real)
+        # sorted, so that of two ways to a linked folder the same one counts everywhere
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = os.path.relpath(here, folder).replace(os.sep, "/")
+        prefix = "" if inside == "." else f"{inside}/"
+        yield from ((prefix + name, os.path.join(here, name)) for name in names if not name.startswith("."))
+
+
+def _iter_listed_files(text: Path) -> Iterator[tuple[str, str]]:
+    try:
+        data = text.read_bytes().removeprefix(codecs.BOM_UTF8)
+        if b"\0" in data:
+            raise ValueError
+        lines = os.fsdecode(data).split("\n")  # names of files may be any bytes
+    except ValueError:
+        hint = "pass a folder of pictures, or a text file with one path a line."
+        raise QconvError(f"{text} is neither a folder, nor a picture, nor a text file of paths.", hint) from None
+    except OSError as error:
+        _raise_unreadable_folder(error)
+        raise
+    for number, line in enumerate(lines, 1):
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        path = os.path.join(text.parent, entry)
+        if not os.path.isfile(path):
+            fact = "is a folder" if os.path.isdir(path) else "does not exist"
+            hint = f"give the path of one file a line, relative to {text.parent}/ or absolute."
+            raise QconvError(f"line {number} of {text}: {entry} {fact}.", hint)
+        yield Path(entry).as_posix(), path
+
+
+def _raise_unreadable_folder(error: OSError) -> None:
+    raise QconvError(f"{error.filename} cannot be read ({error.strerror}).", "check its permissions.") from error
+
+
+def _no_files_error(sources: Sequence[str], files: int, known: int, pattern: str | None) -> QconvError:
+    where = " and ".join(sources)
+    suffixes = f"put pictures there: {' '.join(sorted(PICTURE_SUFFIXES))}, or .npy and .npz samples."
+    if known:
+        hint = "the pattern is compared with the file's name and with its path inside the folder, capitals count."
+        return QconvError(f"none of the {known} pictures in {where} matches --glob '{pattern}'.", hint)
+    if files:
+        verb = "holds" if len(sources) == 1 else "hold"
+        return QconvError(f"{where} {verb} {format_count(files, 'file')} but none is a picture.", suffixes)
+    if len(sources) == 1 and os.path.isdir(sources[0]):
+        return QconvError(f"{where} is an empty folder.", f"{suffixes} Hidden files are not looked at.")
+    if sources:
+        return QconvError(f"no file was found in {where}.", suffixes)
+    return QconvError("no pictures were given.", "pass a folder of pictures.")
+
+
+# Which class a picture belongs to: the folder that it lies in, and the place of that folder among the outputs.
+#
+#     label = rank of the class folder + offset
+#
+# The rank is the folder's place in a list of classes (`--classes`, or classes.txt beside the folders); without a list
+# it is the folder's name where all names are whole numbers, and else its place in alphabetical order, which is right
+# only if every class has a folder.
+
+
+CLASS_LIST_NAME = "classes.txt"
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """rank: of every class folder, by its name. names: by rank. source: where that is from, in words."""
+
+    rank: dict[str, int]
+    names: dict[int, str]
+    source: str
+    complete: bool
+    """Whether every output has a folder, if the ranks are right."""
+
+    def labels(self, folders: Sequence[str], *, offset: int, outputs: int) -> list[int]:
+        """One a picture. folders: the class folders' names. Raises QconvError where they cannot be the outputs'."""
+        unknown = next((name for name in folders if name not in self.rank), None)
+        if unknown is not None:
+            raise QconvError(
+                f"The class folder {unknown} is not in {self.source}.", "add it, or leave it out (--glob)."
+            )
+        shifted = f", shifted by {offset}," if offset else ""
+        if self.complete and len(self.rank) + offset != outputs:
+            raise QconvError(
+                f"{format_count(len(self.rank), 'class folder')}{shifted} do not fit {outputs} outputs, so that their order "
+                "tells no class.",
+                "list all class folders in output order in a file: --classes FILE (--label-offset shifts them).",
+            )
+        found = [self.rank[name] + offset for name in folders]
+        odd = next((label for label in found if not 0 <= label < outputs), None)
+        if odd is not None:
+            raise QconvError(
+                f"A picture has the label {odd}, but the model has {outputs} outputs.",
+                "check --classes and --label-offset.",
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class LabelOptions:
+    """What the user says of labels. offset: added to the rank. asked: whether it is an error if there are none."""
+
+    offset: int = 0
+    asked: bool = False
+
+
+def labels_of(
+    paths: Sequence[Path], root: Path, classes: Classes | None, labelling: LabelOptions, outputs: int
+) -> NDArray[np.int64] | None:
+    """One a picture, (N,); None where they lie in no class folders. outputs: how many classes the model knows, 0 where
+    no output is one score a class. Raises QconvError where folders do not tell, or labels that are asked for cannot be.
+    """
+    if not outputs:
+        if labelling.asked:
+            fact = "No output of the model is one score a class, so labels say nothing of it."
+            raise QconvError(fact, "leave the options for labels out.")
+        return None
+    folders = [class_folder_of(path, root) for path in paths]
+    if classes is None or not any(folders):
+        if labelling.asked:
+            raise QconvError(f"The pictures in {root} lie in no class folders.", "put each into a folder of its class.")
+        return None
+    loose = next((path for path, name in zip(paths, folders, strict=True) if name is None), None)
+    if loose is not None:
+        raise QconvError(f"{loose} lies in no class folder, others do.", "move it into one, or leave it out (--glob).")
+    known = classes.labels([name or "" for name in folders], offset=labelling.offset, outputs=outputs)
+    return np.array(known, np.int64)
+
+
+def class_folder_of(path: Path, root: Path) -> str | None:
+    """The class folder's name: the first below `root`, or what holds the picture where it came from a list of paths."""
+    if not root.is_dir():
+        return path.parent.name
+    inside = path.relative_to(root).parts
+    return inside[0] if len(inside) > 1 else None
+
+
+def find_classes(root: Path, listing: Path | None) -> Classes | None:
+    """The classes of the folders below `root`. listing: the user's file, None for classes.txt beside them.
+
+    None where there are no class folders. Raises QconvError for a file that is no list of classes.
+    """
+    beside = root / CLASS_LIST_NAME
+    if listing is not None or beside.is_file():
+        return _read_class_list(listing or beside)
+    if not root.is_dir():
+        return None
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        return None
+    if all(name.isdecimal() for name in names) and len({int(name) for name in names}) == len(names):
+        rank = {name: int(name) for name in names}
+        return Classes(rank, {n: name for name, n in rank.items()}, "the folders' numbers", complete=False)
+    rank = {name: index for index, name in enumerate(names)}
+    return Classes(rank, dict(enumerate(names)), "the folders in alphabetical order", complete=True)
+
+
+def _read_class_list(file: Path) -> Classes:
+    """A line a class; the folder's name is the whole line or its first word (`n01440764 tench, Tinca tinca`)."""
+    try:
+        lines = file.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise QconvError(
+            f"{file} cannot be read: {reason}.", "name a text file with one class folder a line."
+        ) from None
+    while lines and not lines[-1].strip():
+        lines.pop()
+    names = [line.strip() for line in lines]
+    if not names or not all(names):
+        fact = "is empty" if not names else f"has an empty line {names.index('') + 1}"
+        raise QconvError(f"{file} {fact}.", "write one class folder a line, in the order of the outputs.")
+    words = [name.split()[0] for name in names]
+    rank = {word: index for index, word in enumerate(words)} if len(set(words)) == len(words) else {}
+    rank |= {name: index for index, name in enumerate(names)}
+    if len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise QconvError(f"{file} lists {twice} twice.", "write one class folder a line, in the order of the outputs.")
+    return Classes(rank, dict(enumerate(names)), str(file), complete=False)

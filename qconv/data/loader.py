@@ -1,0 +1,416 @@
+"""Loads calibration images batch by batch as a network takes them, and opens a model together with its input pipeline.
+
+The first few images stay in memory, so that checking a result need not decode them again. For `ModelWithData` the
+preprocessing is taken from what the user says, then from the file's metadata, then from a model beside it, then from
+evidence (`data/autodetect.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.config.preprocessing import AUTO, Color, Layout, Preprocessing, PreprocessingOptions
+from qconv.config.recipe import Recipe
+from qconv.data import images
+from qconv.data.autodetect import detect_preprocessing
+from qconv.data.dataset import SAMPLE_SUFFIXES, Listing, find_files, suffix_of
+from qconv.data.evidence import find_fact, float_preprocessing_in_metadata, preprocessing_in_metadata
+from qconv.data.images import InputSpec, layout_order, resolve_preprocessing
+from qconv.errors import QconvError
+from qconv.ir import load
+from qconv.ir.files import Source, is_quantized, metadata_of, open_original, read_proto
+from qconv.runtime.session import Session
+
+# The calibration pictures as one network wants them, batch by batch, as often as they are needed.
+
+
+LEAST_DECODERS = 2
+
+KEPT_IMAGES = 32
+
+KEPT_BYTES = 32 * 2**20
+
+Batch = dict[str, NDArray[Any]]
+
+
+@dataclass(slots=True)
+class DataLoader:
+    """Pictures, preprocessed. The first few stay in memory, so that checking the result need not decode them again.
+
+    warn hears of each unreadable picture once; progress of (stage, pictures done, pictures in all). pictures: how many
+    the first pass has decoded; lost: those that no pass could. raw: the layout of the uint8 pixels that are handed out
+    instead of what the float network takes; None for the latter.
+    """
+
+    listing: Listing
+    inputs: list[InputSpec]
+    preprocessing: Preprocessing | None
+    batch: int
+    warn: Callable[[str], None]
+    progress: Callable[[str, int, int], None]
+    _kept: list[Batch] = field(default_factory=list)
+    _passes: int = 0
+    pictures: int = 0
+    lost: set[Path] = field(default_factory=set)
+    raw: Layout | None = None
+
+    @classmethod
+    def of(
+        cls,
+        session: Session,
+        recipe: Recipe,
+        warn: Callable[[str], None],
+        progress: Callable[[str, int, int], None],
+        known: Preprocessing | None = None,
+    ) -> DataLoader:
+        """The pictures of `recipe` for the network in `session`. Raises QconvError where they cannot feed it.
+
+        known: the preprocessing where it needs no finding out.
+        """
+        listing = find_files(recipe.calib, pattern=recipe.glob, samples=recipe.samples, seed=recipe.seed)
+        inputs = [InputSpec(*found) for found in session.inputs]
+        if not inputs:
+            raise QconvError(f"{session.name} has no input, so no picture can be fed to it.", "export the model again.")
+        preprocessing = None
+        if any(path.suffix.lower() not in SAMPLE_SUFFIXES for path in listing.paths):
+            if len(inputs) > 1:
+                raise _several_inputs_error(session.name, inputs)
+            preprocessing = known or resolve_preprocessing(
+                recipe.preprocessing, inputs[0], class_vector=session.gives_class_vector
+            )
+        elif recipe.preprocessing != PreprocessingOptions():
+            warn("preprocessing options are not used: .npy and .npz samples are taken as they are.")
+        fixed = inputs[0].shape[0] if inputs[0].shape else None
+        if fixed is not None and recipe.batch not in (1, fixed):
+            warn(f"--batch {recipe.batch} is not used: the model's own batch is {fixed}.")
+        return cls(listing, inputs, preprocessing, fixed or recipe.batch, warn, progress)
+
+    def take_pixels(self, layout: Layout) -> Preprocessing:
+        """Hand out uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""
+        samples = [path for path in self.listing.paths if path.suffix.lower() in SAMPLE_SUFFIXES]
+        if samples or self.preprocessing is None:
+            fact = f"{samples[0]} is preprocessed already, so it is not known what --embed-preprocessing should embed."
+            raise QconvError(fact, "pass pictures, or leave --embed-preprocessing out.")
+        if self.inputs[0].dtype == np.uint8 and not self.preprocessing.keeps_pixels:
+            fact = f"input '{self.inputs[0].name}' takes uint8, in which pixels cannot be normalised."
+            raise QconvError(fact, "pass --preprocess raw: the network does the rest itself.")
+        self.raw = layout
+        return self.preprocessing
+
+    @property
+    def fed(self) -> Preprocessing | None:
+        """What is done to a picture before it is handed out."""
+        if self.preprocessing is None or self.raw is None:
+            return self.preprocessing
+        return self.preprocessing.as_pixels(self.raw)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of what is handed out; None where that is no picture."""
+        if self.fed is not None:
+            return self.fed.size
+        batch = next(iter(self.few("calibrate")), None)
+        shape = () if batch is None else next(iter(batch.values())).shape
+        if len(shape) != 4:
+            return None
+        return shape[1:3] if shape[3] in (1, 3) and shape[1] not in (1, 3) else shape[2:]
+
+    def as_float(self, feeds: Batch) -> Batch:
+        """What was handed out, as the float network takes it."""
+        if self.preprocessing is None or self.raw is None:
+            return feeds
+        (spec,) = self.inputs
+        pixels = feeds[spec.name].transpose(layout_order(self.raw, self.preprocessing.layout))
+        return {spec.name: images.cast_pixels(images.normalize_pixels(pixels, self.preprocessing), spec.dtype)}
+
+    def _specs(self) -> list[InputSpec]:
+        """The inputs as they are fed."""
+        if self.preprocessing is None or self.raw is None:
+            return self.inputs
+        (spec,) = self.inputs
+        shape = tuple(spec.shape[axis] for axis in layout_order(self.preprocessing.layout, self.raw))
+        return [InputSpec(spec.name, np.dtype(np.uint8), shape)]
+
+    def over(self, paths: Sequence[Path]) -> DataLoader:
+        """The same preprocessing for other files, of which nothing has been read yet."""
+        whole = max(self.listing.whole, len(self.listing.paths))
+        listing = replace(self.listing, paths=tuple(paths), whole=whole)
+        return DataLoader(listing, self.inputs, self.preprocessing, self.batch, self.warn, self.progress)
+
+    @property
+    def _batch_is_fixed(self) -> bool:
+        return bool(self.inputs[0].shape) and self.inputs[0].shape[0] is not None
+
+    def all(self, stage: str) -> Generator[Batch, None, None]:
+        """Every picture, in batches; a last short one only where the network takes it."""
+        first_pass, self._passes = self._passes == 0, self._passes + 1
+        total, done = len(self.listing.paths), 0
+        found = images.iter_batches(
+            self.listing,
+            self._specs(),
+            self.fed,
+            batch=self.batch,
+            workers=LEAST_DECODERS,
+            warn=self.warn if first_pass else _discard_text,
+            lost=self.lost.add,
+        )
+        for feeds in found:
+            count = _count_images(feeds)
+            if count < self.batch and self._batch_is_fixed:
+                if done:
+                    break  # pictures short of a batch: the others speak for them
+                feeds = {name: np.resize(array, (self.batch, *array.shape[1:])) for name, array in feeds.items()}
+            if first_pass:
+                self.pictures += count
+                self._keep(feeds)
+            yield feeds
+            done += count
+            self.progress(stage, min(done, total), total)
+
+    def drawn(self, prep: Preprocessing, most: int) -> Iterator[NDArray[np.uint8]]:
+        """Up to `most` pictures as pixels (H, W, C), RGB or grey, in the size that prep asks for: a fixed draw."""
+        paths = sorted(path for path in self.listing.paths if suffix_of(path) not in SAMPLE_SUFFIXES)
+        chosen = tuple(paths[i] for i in np.random.default_rng(0).permutation(len(paths))[:most])
+        color = Color.GREY if prep.color is Color.GREY else Color.RGB
+        plain = replace(prep, color=color, scale=1.0, mean=(0.0,), std=(1.0,), layout=Layout.NHWC)
+        as_bytes = InputSpec("x", np.dtype(np.uint8), (None, None, None, None))
+        listing = Listing(chosen, len(chosen), 0)
+        for batch in images.iter_batches(
+            listing, [as_bytes], plain, batch=1, workers=LEAST_DECODERS, warn=_discard_text
+        ):
+            yield batch["x"][0]
+
+    def few(self, stage: str) -> Iterator[Batch]:
+        """The first pictures, at most KEPT_PICTURES and about KEPT_BYTES."""
+        if not self._kept:
+            for _ in self.all(stage):
+                if self._is_full:
+                    break
+        yield from self._kept
+
+    def first(self, count: int, stage: str) -> list[Batch]:
+        """The first `count` pictures, and what fills up their last batch."""
+        found: list[Batch] = []
+        with contextlib.closing(self.all(stage)) as batches:
+            for feeds in batches:
+                found.append(feeds)
+                if sum(map(_count_images, found)) >= count:
+                    break
+        return found
+
+    @property
+    def _is_full(self) -> bool:
+        kept = sum(array.nbytes for feeds in self._kept for array in feeds.values())
+        return sum(map(_count_images, self._kept)) >= KEPT_IMAGES or kept >= KEPT_BYTES
+
+    def _keep(self, feeds: Batch) -> None:
+        if not self._is_full:
+            self._kept.append(feeds)
+
+
+def pick_evenly(batches: Sequence[Batch], pictures: int) -> list[Batch]:
+    """Some of the batches, evenly spread, that hold about so many pictures."""
+    wanted = max(1, min(len(batches), round(pictures * len(batches) / max(1, sum(map(_count_images, batches))))))
+    return [batches[index * len(batches) // wanted] for index in range(wanted)]
+
+
+def _count_images(feeds: Batch) -> int:
+    return len(next(iter(feeds.values())))
+
+
+def _discard_text(text: str) -> None:
+    pass
+
+
+def _several_inputs_error(name: str, inputs: list[InputSpec]) -> QconvError:
+    names = ", ".join(spec.name for spec in inputs)
+    return QconvError(
+        f"{name} has {len(inputs)} inputs ({names}), which pictures alone cannot feed.",
+        f"pass a folder of .npz files, each one sample with the arrays {names}.",
+    )
+
+
+# A model with its pictures, for those who only look: how it is fed, and its outputs picture by picture.
+#
+# What the user says counts first, then what the file's metadata tells, then how a model beside it is fed, then
+# evidence.
+
+
+Outputs = list[NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWithData:
+    """A model and its pictures."""
+
+    session: Session
+    feed: DataLoader
+    words: str
+
+    def batches(self, warn: Callable[[str], None], lost: Callable[[Path], None]) -> Iterator[tuple[Any, int]]:
+        """What the model takes, with the number of pictures in it: a last short batch is filled up where it must be."""
+        feed = self.feed
+        fixed = bool(feed.inputs[0].shape) and feed.inputs[0].shape[0] is not None
+        found = images.iter_batches(
+            feed.listing,
+            feed.inputs,
+            feed.preprocessing,
+            batch=feed.batch,
+            workers=LEAST_DECODERS,
+            warn=warn,
+            lost=lost,
+        )
+        for feeds in found:
+            count = len(next(iter(feeds.values())))
+            if fixed and count < feed.batch:
+                feeds = {name: np.resize(array, (feed.batch, *array.shape[1:])) for name, array in feeds.items()}
+            yield feeds, count
+
+    def outputs(self, batches: Iterator[tuple[Any, int]]) -> Iterator[Outputs]:
+        """All outputs of one picture after the other."""
+        for feeds, count in batches:
+            found = self.session.run_all(feeds)
+            size = len(next(iter(feeds.values())))
+            if size == 1:
+                yield found
+                continue
+            for name, array in zip(self.session.outputs, found, strict=True):
+                if not isinstance(array, np.ndarray) or not array.shape or len(array) != size:
+                    fact = f"output {name} of {self.session.name} has no part for each picture of a batch."
+                    fixed = self.feed.inputs[0].shape[0] is not None
+                    raise QconvError(fact, "export the model with a batch of 1." if fixed else "pass --batch 1.")
+            for index in range(count):
+                yield [array[index : index + 1] for array in found]
+
+    def takes_the_same_as(self, other: ModelWithData) -> bool:
+        """Whether both can be given the same arrays."""
+        mine, its = self.feed, other.feed
+        plain = [
+            None if f.preprocessing is None else replace(f.preprocessing, source="", preset="") for f in (mine, its)
+        ]
+        names = [[(spec.name, spec.dtype, spec.shape) for spec in f.inputs] for f in (mine, its)]
+        return plain[0] == plain[1] and names[0] == names[1] and mine.batch == its.batch
+
+
+def iter_paired_batches(
+    own: ModelWithData, other: ModelWithData, warn: Callable[[str], None], lost: Callable[[Path], None]
+) -> Iterator[tuple[Any, Any]]:
+    """What both take, batch by batch; a last short one is filled up where it must be."""
+    if own.takes_the_same_as(other):
+        yield from ((feeds, feeds) for feeds, _ in own.batches(warn, lost))
+        return
+    its = other.batches(_ignore_warning, lambda path: None)
+    yield from ((mine, theirs) for (mine, _), (theirs, _) in zip(own.batches(warn, lost), its, strict=True))
+
+
+def _open_model(
+    source: Source, recipe: Recipe, warn: Callable[[str], None], hint: PreprocessingOptions | None = None
+) -> ModelWithData:
+    """A model with its preprocessing: said by the user, told by the file, as `hint` has it, or found out.
+
+    hint: how the other model is fed, where this one should be fed alike.
+    """
+    proto = read_proto(source)
+    session = open_original(source, recipe)
+    carried, said = metadata_of(proto), recipe.preprocessing
+    told, why = preprocessing_in_metadata(carried), "the file's metadata"
+    if told is not None and told != float_preprocessing_in_metadata(
+        carried
+    ):  # it takes pixels: all else is for the float model
+        said = replace(said, preset=None, scale=None, mean=None, std=None, color=None, layout=None)
+    if told is None:
+        told, why = hint, "as the other model"
+    if told is not None:
+        # samples need none of it, which is no news where the user has said nothing
+        quietly = _ignore_warning if recipe.preprocessing == PreprocessingOptions() else warn
+        feed = DataLoader.of(
+            session, replace(recipe, preprocessing=_merge_options(said, told)), quietly, _ignore_progress
+        )
+        if feed.preprocessing is not None and said == PreprocessingOptions():
+            feed.preprocessing = replace(feed.preprocessing, source=why)
+        return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
+    feed = DataLoader.of(session, recipe, warn, _ignore_progress)
+    if feed.preprocessing is None or said.preset != AUTO:
+        return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
+    if is_quantized(proto):
+        if find_fact(load.load_unchanged(proto, source), feed.inputs[0].dtype, feed.preprocessing.layout) is None:
+            warn(
+                f"how {source.name} was fed in training is not known, as a quantized file does not tell; it gets "
+                f"{feed.preprocessing.preset}: --preprocess settles it, or --against with the float model."
+            )
+        return ModelWithData(session, feed, _describe_loader(feed))
+    model, _ = load.load(proto, source)
+    detected = detect_preprocessing(model, session, feed, recipe.preprocessing, threads=recipe.threads)
+    feed.preprocessing = detected.preprocessing
+    for doubt in detected.doubts():
+        warn(doubt)
+    return ModelWithData(session, feed, detected.in_words())
+
+
+def open_models(
+    source: Source, against: Source | None, recipe: Recipe, warn: Callable[[str], None]
+) -> tuple[ModelWithData, ModelWithData | None]:
+    """The model and the other one. A quantized file is fed as the float model is, and either as its metadata says."""
+    heard: set[str] = set()
+
+    def once(text: str) -> None:
+        if text not in heard:
+            heard.add(text)
+            warn(text)
+
+    return _open_both(source, against, recipe, once)
+
+
+def _open_both(
+    source: Source, against: Source | None, recipe: Recipe, warn: Callable[[str], None]
+) -> tuple[ModelWithData, ModelWithData | None]:
+    if against is None:
+        return _open_model(source, recipe, warn), None
+    proto = read_proto(source)
+    carried = float_preprocessing_in_metadata(metadata_of(proto))
+    other = _open_model(against, recipe, warn, carried)
+    hint = None
+    if carried is None and is_quantized(proto) and other.feed.preprocessing is not None:
+        fed = other.feed.preprocessing
+        hint = PreprocessingOptions(
+            fed.preset, fed.scale, fed.mean, fed.std, fed.color, None, fed.resize, fed.filter, fed.size
+        )
+    return _open_model(source, recipe, warn, hint), other
+
+
+def _merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> PreprocessingOptions:
+    """What the user says wins; another preset also takes the place of the numbers that belong to the old one."""
+    own = {part: getattr(said, part) for part in PreprocessingOptions.__dataclass_fields__}
+    default = {part: getattr(PreprocessingOptions(), part) for part in own}
+    changed = {part: wish for part, wish in own.items() if wish != default[part]}
+    if "preset" in changed:
+        told = replace(told, preset=None, scale=None, mean=None, std=None, color=None)
+    return replace(told, **changed)
+
+
+def _check_loader(feed: DataLoader) -> DataLoader:
+    """Raise QconvError where bytes would have to hold normalised numbers."""
+    (spec, *_), fed = feed.inputs, feed.preprocessing
+    if fed is not None and spec.dtype == np.uint8 and not fed.keeps_pixels:
+        fact = f"input '{spec.name}' takes uint8, in which pixels cannot be normalised."
+        raise QconvError(fact, "leave the preprocessing options out, or pass --preprocess raw.")
+    return feed
+
+
+def _ignore_warning(text: str) -> None:
+    pass
+
+
+def _describe_loader(feed: DataLoader) -> str:
+    return "" if feed.preprocessing is None else feed.preprocessing.in_words()
+
+
+def _ignore_progress(stage: str, done: int, total: int) -> None:
+    pass
