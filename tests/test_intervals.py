@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from qconv.metrics.intervals import by_bootstrap, mcnemar, of_difference, of_share
+from qconv.metrics.comparison import bootstrap_interval, difference_interval, mcnemar_p_value, share_interval
 
 
 @pytest.mark.parametrize(
@@ -16,32 +16,32 @@ from qconv.metrics.intervals import by_bootstrap, mcnemar, of_difference, of_sha
 )
 def test_wilson(hits: int, count: int, low: float, high: float) -> None:
     """R's binom.wilson prints these."""
-    assert of_share(hits, count) == pytest.approx((low, high), abs=1e-4)
+    assert share_interval(hits, count) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_a_share_of_nothing_has_no_interval() -> None:
-    assert of_share(0, 0) is None
-    assert of_difference(0, 0, 0) is None
+    assert share_interval(0, 0) is None
+    assert difference_interval(0, 0, 0) is None
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
 def test_the_interval_holds_the_truth_95_times_of_100(share: float) -> None:
     hits = np.random.default_rng(1).binomial(200, share, 4000)
-    held = [low <= share <= high for low, high in (of_share(int(n), 200) or (0, 0) for n in hits)]
+    held = [low <= share <= high for low, high in (share_interval(int(n), 200) or (0, 0) for n in hits)]
     assert 0.93 <= np.mean(held) <= 0.975
 
 
 def test_the_difference_holds_the_truth_95_times_of_100() -> None:
     """Of 300 pictures 6 % are won and 3 % are lost on average: the truth is 3 points."""
     counts = np.random.default_rng(2).multinomial(300, [0.06, 0.03, 0.91], 4000)
-    spans = (of_difference(int(won), int(lost), 300) or (0, 0) for won, lost, _ in counts)
+    spans = (difference_interval(int(won), int(lost), 300) or (0, 0) for won, lost, _ in counts)
     assert 0.93 <= np.mean([low <= 0.03 <= high for low, high in spans]) <= 0.975
 
 
 def test_the_difference_by_hand() -> None:
     """10 won, 5 lost of 100, half a picture more in each cell: 5 / 102 +- z sqrt(16 - 25 / 102) / 102."""
     half = 1.959964 * math.sqrt(16 - 25 / 102) / 102
-    assert of_difference(10, 5, 100) == pytest.approx((5 / 102 - half, 5 / 102 + half), abs=1e-6)
+    assert difference_interval(10, 5, 100) == pytest.approx((5 / 102 - half, 5 / 102 + half), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -49,24 +49,24 @@ def test_the_difference_by_hand() -> None:
 )
 def test_mcnemar(won: int, lost: int, p: float) -> None:
     """1 of 10: twice (1 + 10) / 2^10."""
-    assert mcnemar(won, lost) == pytest.approx(p)
+    assert mcnemar_p_value(won, lost) == pytest.approx(p)
 
 
 def test_mcnemar_of_thousands() -> None:
-    assert mcnemar(3000, 3000) == 1.0
-    assert 0 <= mcnemar(5000, 4000) < 1e-20
+    assert mcnemar_p_value(3000, 3000) == 1.0
+    assert 0 <= mcnemar_p_value(5000, 4000) < 1e-20
 
 
 def test_the_bootstrap_of_a_mean_is_that_of_the_normal_distribution() -> None:
     """+- 1.96 sigma / sqrt(n)."""
     x = np.random.default_rng(3).normal(5, 2, 400)
-    span = by_bootstrap(np.stack([x, np.ones(400)], axis=1), lambda sums: sums[:, 0] / sums[:, 1])
+    span = bootstrap_interval(np.stack([x, np.ones(400)], axis=1), lambda sums: sums[:, 0] / sums[:, 1])
     assert span is not None
     assert span == pytest.approx((x.mean() - 0.196, x.mean() + 0.196), abs=0.03)
 
 
 def test_the_bootstrap_of_what_never_varies_has_no_width() -> None:
-    span = by_bootstrap(np.full((20, 2), 3.0), lambda sums: sums[:, 0] / sums[:, 1])
+    span = bootstrap_interval(np.full((20, 2), 3.0), lambda sums: sums[:, 0] / sums[:, 1])
     assert span == (1.0, 1.0)
-    assert by_bootstrap(np.ones((1, 2)), lambda sums: sums[:, 0]) is None
-    assert by_bootstrap(np.zeros((5, 2)), lambda sums: sums[:, 0] / sums[:, 1]) is None
+    assert bootstrap_interval(np.ones((1, 2)), lambda sums: sums[:, 0]) is None
+    assert bootstrap_interval(np.zeros((5, 2)), lambda sums: sums[:, 0] / sums[:, 1]) is None

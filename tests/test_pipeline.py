@@ -22,7 +22,7 @@ from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source
-from qconv.metrics import verify
+from qconv.metrics import comparison
 from qconv.pipeline import pipeline
 from qconv.pipeline.pipeline import Listener, folded_float, quantize
 from qconv.results.quantize import OutputScore, Report
@@ -510,7 +510,7 @@ def test_a_result_that_is_slower_than_float_is_told(
     pictures: str, monkeypatch: pytest.MonkeyPatch, slowdown: float | None, told: bool
 ) -> None:
     """Times are the machine's; what is said of them is not."""
-    real = verify.verify
+    real = comparison.verify
     monkeypatch.setattr(pipeline, "verify", lambda *args: replace(real(*args), slowdown=slowdown))
     report, _ = quantized(deep(), Recipe(calib=(pictures,)))
     assert any("times as long as the float one" in text for text in report.warnings) is told
@@ -524,7 +524,7 @@ def test_a_result_that_is_slower_than_float_is_told(
 def test_a_result_of_which_little_is_left_is_told(
     pictures: str, monkeypatch: pytest.MonkeyPatch, sqnr: float | None, agreement: float | None, told: str
 ) -> None:
-    real = verify.verify
+    real = comparison.verify
     scores = (OutputScore("y", sqnr, agreement),)
     monkeypatch.setattr(pipeline, "verify", lambda *args: replace(real(*args), outputs=scores))
     report, _ = quantized(deep(), Recipe(calib=(pictures,), effort="fast"))

@@ -23,7 +23,7 @@ from qconv.data_free.unseen import WIDER
 from qconv.errors import Change, QconvError, Skipped
 from qconv.ir.channel_stats import ChannelDistribution
 from qconv.ir.files import Source
-from qconv.metrics.verify import verify
+from qconv.metrics.comparison import verify
 from qconv.pipeline import pipeline
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from models import network
 
-from qconv.metrics.verify import Comparison, gates, is_class_score, sqnr_db, verify
+from qconv.metrics.comparison import ComparisonAccumulator, check_gates, compute_sqnr_db, is_class_score, verify
 from qconv.results.quantize import OutputScore, Verification
 from qconv.runtime.session import Session
 
@@ -23,14 +23,14 @@ def batch(*rows: list[float]) -> dict[str, np.ndarray]:
 
 def test_signal_over_noise_in_decibel() -> None:
     """Powers of 100 to 1 are 20 dB, equal powers 0 dB, and no noise has no number."""
-    assert sqnr_db(100, 1) == pytest.approx(20)
-    assert sqnr_db(1, 1) == 0
-    assert sqnr_db(1, 0) is None
+    assert compute_sqnr_db(100, 1) == pytest.approx(20)
+    assert compute_sqnr_db(1, 1) == 0
+    assert compute_sqnr_db(1, 0) is None
 
 
 @pytest.mark.parametrize(("signal", "noise"), [(0.0, 1.0), (1.0, math.inf), (1e-320, 1e300)])
 def test_no_signal_or_endless_noise_is_a_very_low_number(signal: float, noise: float) -> None:
-    found = sqnr_db(signal, noise)
+    found = compute_sqnr_db(signal, noise)
     assert found is not None
     assert -7000 < found < -2500
 
@@ -95,7 +95,7 @@ def test_what_cannot_be_compared_passes_no_gate() -> None:
     (score,) = found.outputs
     assert (score.sqnr_db, score.agreement) == (None, None)
     assert "shape" in score.remark
-    assert [gate.held for gate in gates(found, None, 1.0)] == [False]
+    assert [gate.held for gate in check_gates(found, None, 1.0)] == [False]
 
 
 def verification(sqnr: float | None, agreement: float | None) -> Verification:
@@ -108,12 +108,12 @@ def verification(sqnr: float | None, agreement: float | None) -> Verification:
 )
 def test_gates_hold_at_their_own_value(measured: tuple[float | None, float | None], held: list[bool]) -> None:
     """A gate on agreement where there is none falls short; equal outputs pass any SQNR."""
-    assert [gate.held for gate in gates(verification(*measured), 0.99, 30.0)] == held
+    assert [gate.held for gate in check_gates(verification(*measured), 0.99, 30.0)] == held
 
 
 def test_the_interval_of_sqnr_is_that_of_the_bootstrap_over_pictures() -> None:
     rng = np.random.default_rng(0)
-    comparison, rows = Comparison.of(["y"]), []
+    comparison, rows = ComparisonAccumulator.of(["y"]), []
     for spread in np.exp(rng.normal(0, 1, 40)):
         ref = rng.standard_normal((1, 10)).astype(np.float32)
         got = ref + spread * rng.standard_normal((1, 10)).astype(np.float32)

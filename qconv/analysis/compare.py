@@ -34,7 +34,7 @@ from qconv.ir import metadata as ir_metadata
 from qconv.ir.files import Source, is_quantized, metadata_of, read_proto
 from qconv.ir.model import Model, Value, is_tensor
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
-from qconv.metrics.verify import sqnr_db
+from qconv.metrics.comparison import compute_sqnr_db
 from qconv.passes import fold
 from qconv.results.comparison import Comparison, LayerComparison, ValueStatistics
 from qconv.runtime.session import Session
@@ -368,4 +368,4 @@ def _row(pair: TensorPair, tally: _Tally, share: float | None, weights: ValueSta
 
 
 def _decibel(signal: float, noise: float) -> float | None:
-    return None if noise <= SMALL * signal else sqnr_db(signal, noise)
+    return None if noise <= SMALL * signal else compute_sqnr_db(signal, noise)

@@ -22,10 +22,9 @@ from qconv.data.dataset import LabelOptions, find_classes, labels_of
 from qconv.data.loader import ModelWithData, Outputs, open_models
 from qconv.errors import QconvError
 from qconv.ir.files import Source
-from qconv.metrics import intervals
-from qconv.metrics.intervals import Interval
-from qconv.metrics.predictions import TOP, Predictions, Seen
-from qconv.metrics.verify import is_class_score, sqnr_db
+from qconv.metrics import comparison
+from qconv.metrics.classification import TOP_K, PredictionRecorder, Predictions
+from qconv.metrics.comparison import Interval, compute_sqnr_db, is_class_score
 from qconv.runtime.session import Session
 
 LARGEST = float(np.finfo(np.float64).max) / 1e6  # the noise of NaN: what can still be added up
@@ -82,7 +81,7 @@ class Flips:
     @property
     def p_value(self) -> float:
         """Of McNemar's exact test."""
-        return intervals.mcnemar(self.won, self.lost)
+        return comparison.mcnemar_p_value(self.won, self.lost)
 
     @property
     def difference(self) -> float:
@@ -163,7 +162,9 @@ class Evaluation:
             "agreement": _span(self.agreement),
             "sqnr_db": _listed(self.worst.sqnr_interval if self.worst else None),
             "top1_difference": _listed(
-                intervals.of_difference(self.flips.won, self.flips.lost, self.flips.count) if self.flips else None
+                comparison.difference_interval(self.flips.won, self.flips.lost, self.flips.count)
+                if self.flips
+                else None
             ),
         }
         return {
@@ -220,16 +221,16 @@ def _compared(name: str, rows: list[list[float]]) -> Output:
     if positions:
         whole = (table[:, 5] == 1).all()
         span = (
-            intervals.of_share(int(equal), int(positions))
+            comparison.share_interval(int(equal), int(positions))
             if whole
-            else intervals.by_bootstrap(table[:, 4:], lambda sums: sums[:, 0] / sums[:, 1])
+            else comparison.bootstrap_interval(table[:, 4:], lambda sums: sums[:, 0] / sums[:, 1])
         )
         agreement = Share(float(equal / positions), span)
     cosine = float(dot / np.sqrt(signal * own)) if signal * own > 0 else None
-    decibel = sqnr_db(float(signal), float(noise))
+    decibel = compute_sqnr_db(float(signal), float(noise))
     span = None
     if decibel is not None:
-        span = intervals.by_bootstrap(table[:, :2], lambda sums: 10 * np.log10(sums[:, 0] / sums[:, 1]))
+        span = comparison.bootstrap_interval(table[:, :2], lambda sums: 10 * np.log10(sums[:, 0] / sums[:, 1]))
     return Output(name, decibel, cosine, agreement, span)
 
 
@@ -261,7 +262,7 @@ def evaluate(
             raise QconvError(f"{other.session.name} has no output {missing!r}, but {names}.", "compare like with like.")
     paths = own.feed.listing.paths
     lost: set[Path] = set()
-    seen, its = Seen(), Seen()
+    seen, its = PredictionRecorder(), PredictionRecorder()
     rows: list[list[list[float]]] = [[] for _ in own.session.outputs]
     kept: list[Outputs] = []
     vector: int | None = None
@@ -356,9 +357,9 @@ def _nothing_to_measure(root: Path, vector: int | None) -> QconvError:
     return QconvError(fact, f"pass --against FLOAT, or {fix}")
 
 
-def _accuracy(seen: Seen, labels: NDArray[np.int64]) -> tuple[Share, Share | None]:
+def _accuracy(seen: PredictionRecorder, labels: NDArray[np.int64]) -> tuple[Share, Share | None]:
     shares = []
-    for most in (1, TOP):
+    for most in (1, TOP_K):
         hits = int(seen.hits(labels, most).sum())
-        shares.append(Share(hits / len(labels), intervals.of_share(hits, len(labels))))
-    return shares[0], shares[1] if seen.classes > TOP else None
+        shares.append(Share(hits / len(labels), comparison.share_interval(hits, len(labels))))
+    return shares[0], shares[1] if seen.classes > TOP_K else None

@@ -20,8 +20,8 @@ from qconv.data.dataset import find_files
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
 from qconv.ir.files import Source, open_original
-from qconv.metrics import intervals
-from qconv.metrics.scored import Outputs, Scored, score_float
+from qconv.metrics import comparison
+from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
 from qconv.pipeline.gather import Memory
 from qconv.pipeline.pipeline import Listener, quantize
 from qconv.results.comparison import Trial
@@ -84,7 +84,7 @@ class Proof:
     """What recipes are carried out on, and all that were."""
 
     source: Source
-    scored: Scored
+    scored: ReferenceOutputs
     listener: Listener
     memory: Memory
     made: list[Made] = field(default_factory=list)
@@ -93,7 +93,7 @@ class Proof:
     def of(cls, source: Source, feed: DataLoader, recipe: Recipe, listener: Listener, memory: Memory) -> Proof:
         """feed: the pictures to score on, fed as they should be."""
         session = open_original(source, recipe)
-        scored = score_float(session, feed, "float", most_bytes=SCORED_BYTES, warn=listener.warn)
+        scored = collect_reference_outputs(session, feed, "float", most_bytes=SCORED_BYTES, warn=listener.warn)
         return cls(source, scored, listener, memory)
 
     def feed_otherwise(self, feed: DataLoader) -> None:
@@ -121,7 +121,7 @@ class Proof:
             return made
         span = None
         if found.agreement is not None and all(kinds):
-            span = intervals.of_share(round(found.agreement * found.images), found.images)
+            span = comparison.share_interval(round(found.agreement * found.images), found.images)
         made.trial = replace(
             trial,
             sqnr_db=found.sqnr_db,
@@ -162,6 +162,6 @@ class Proof:
         return benchmark(paths, conditions, version=RUNTIME_VERSION, progress=self.listener.progress)
 
 
-def _one_answer(outputs: Outputs) -> bool:
+def _one_answer(outputs: OutputArrays) -> bool:
     """Whether a picture gets one class, so that pictures can be counted."""
     return class_vector([output[:1] if np.ndim(output) else output for output in outputs]) is not None

@@ -31,7 +31,7 @@ from qconv.ir import load, subgraph
 from qconv.ir.files import Source, declared_opset, external_data_files, open_original, read_proto, refuse_quantized
 from qconv.ir.metadata import needed_opset
 from qconv.ir.model import Model
-from qconv.metrics.scored import Scored, score_float
+from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
 from qconv.passes import fold
 from qconv.pipeline.pipeline import Listener, check_output
 from qconv.pipeline.wishes import look_for_wishes, require_layers
@@ -104,7 +104,7 @@ def study_samples(
     for doubt in detected.doubts():
         warn(doubt)
     taps = _taps(plan, recipe)
-    scored = score_float(session, scoring, "float", most_bytes=SCORED_BYTES, warn=warn)
+    scored = collect_reference_outputs(session, scoring, "float", most_bytes=SCORED_BYTES, warn=warn)
     del session
     with shelf() as kept:
         before = time.perf_counter()
@@ -215,7 +215,7 @@ class _Job:
 
 
 def _points(
-    job: _Job, kept: Shelf, scored: Scored, draws: int, progress: Callable[[str, int, int], None]
+    job: _Job, kept: Shelf, scored: ReferenceOutputs, draws: int, progress: Callable[[str, int, int], None]
 ) -> list[CurvePoint]:
     counts = counts_up_to(len(kept))
     total, points = draws * (len(counts) - 1) + 1, []

@@ -40,7 +40,7 @@ from qconv.ir.layers import (
 from qconv.ir.metadata import round_log_scale, write_equalization
 from qconv.ir.model import Model, Value
 from qconv.ir.rewriting import EditRefused
-from qconv.metrics.verify import Comparison
+from qconv.metrics.comparison import ComparisonAccumulator
 from qconv.passes.absorb import Candidate, absorb, candidates, gaining
 from qconv.passes.noise import Term, least, total
 from qconv.passes.streams import OPEN, Limit, Streams, find_streams
@@ -284,7 +284,7 @@ def _sqnr(before: Model, after: Model, feed: DataLoader, threads: int | None) ->
     """The worst output of both float networks on some pictures, in dB."""
     with subgraph.runnable_with_outputs(before, ()) as first, subgraph.runnable_with_outputs(after, ()) as second:
         sessions = [Session(m, name="the folded float model", threads=threads) for m in (first, second)]
-    comparison = Comparison.of(sessions[0].outputs)
+    comparison = ComparisonAccumulator.of(sessions[0].outputs)
     for feeds in islice(feed.few(STEP), CHECKED_PICTURES):
         comparison.add(sessions[0].run_all(feeds), sessions[1].run_all(feeds))
     return min((math.inf if s.sqnr_db is None else s.sqnr_db for s in comparison.scores()), default=math.inf)

@@ -33,7 +33,7 @@ from qconv.ir.files import (
 )
 from qconv.ir.metadata import needed_opset, needed_runtime, set_ir_version, write_metadata
 from qconv.ir.model import Model
-from qconv.metrics.verify import gates, verify
+from qconv.metrics.comparison import check_gates, verify
 from qconv.passes import fold
 from qconv.passes.apart import in_words, round_apart
 from qconv.passes.balance import balance, balance_unseen
@@ -241,7 +241,7 @@ def quantize(
         needs=needed_runtime(model, recipe),
         verify=checked,
         audit=audited,
-        gates=gates(checked, recipe.min_agreement, recipe.min_sqnr),
+        gates=check_gates(checked, recipe.min_agreement, recipe.min_sqnr),
         warnings=run.warnings,
         time=run.time,
         peak_rss_mb=peak_rss_mb(),

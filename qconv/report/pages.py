@@ -16,7 +16,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, QconvError, Skipped, format_bytes, format_count
 from qconv.ir.files import Source, file_bytes, read_proto
-from qconv.metrics.intervals import Interval, of_share
+from qconv.metrics.comparison import Interval, share_interval
 from qconv.report.sheet import sheet
 from qconv.report.shown import Page, Tile, Tone
 from qconv.results.comparison import Comparison, Diagnosis, Sweep, Trial
@@ -55,7 +55,7 @@ class Scores:
     @property
     def interval(self) -> Interval | None:
         """Of the agreement, at 95 %, with each picture taken for one draw."""
-        return None if self.agreement is None else of_share(round(self.agreement * self.images), self.images)
+        return None if self.agreement is None else share_interval(round(self.agreement * self.images), self.images)
 
 
 # -- a page of each command --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qconv.analysis.evaluate import Evaluation, Output, Share
 from qconv.audit.examine import Examined
 from qconv.errors import format_count, format_shape
-from qconv.metrics.intervals import SIGNIFICANT, Interval, of_difference
+from qconv.metrics.comparison import SIGNIFICANT, Interval, difference_interval
 from qconv.results.comparison import Comparison, LayerComparison
 from qconv.results.quantize import FloatNode, group_float_nodes
 from qconv.runtime.benchmark import Benchmark
@@ -147,7 +147,7 @@ def evaluation(found: Evaluation, *, verbose: bool) -> str:
         lines += ["", columns(rows, "lrlrl")]
     if found.flips is not None:
         flips = found.flips
-        span = of_difference(flips.won, flips.lost, flips.count)
+        span = difference_interval(flips.won, flips.lost, flips.count)
         chance = (
             "more than chance"
             if flips.p_value < SIGNIFICANT

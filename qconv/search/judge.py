@@ -18,7 +18,7 @@ from qconv.data.dataset import class_folder_of, find_classes
 from qconv.data.loader import Batch, DataLoader
 from qconv.errors import QconvError
 from qconv.ir import subgraph
-from qconv.metrics.scored import Outputs, Scored, score_float
+from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
 from qconv.quantization.moments import is_kept
 from qconv.results.quantize import Verification
 from qconv.runtime.session import Session
@@ -62,7 +62,7 @@ class Judge:
     names: list[str]
     feeds: list[Batch] | None
     progress: Progress
-    scored: Scored
+    scored: ReferenceOutputs
     labels: NDArray[np.int64] | None
     vector: int | None
     float_top1: float | None
@@ -82,7 +82,9 @@ class Judge:
     ) -> Judge:
         """warn: told what cannot be compared. progress: told how far the search has come."""
         unseen, flattered = _unseen(ground.feed, 0 if feeds is None else len(feeds))
-        scored = score_float(ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, warn=warn, batches=unseen)
+        scored = collect_reference_outputs(
+            ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, warn=warn, batches=unseen
+        )
         vector = class_vector(scored.batches[0][1]) if scored.batches else None
         labels = _labels(ground, 0 if vector is None else scored.batches[0][1][vector].shape[1], unseen)
         top1 = None
@@ -116,7 +118,7 @@ class Judge:
             heard: list[NDArray[np.float32]] = []
             vector = self.vector
 
-            def hear(outputs: Outputs) -> None:
+            def hear(outputs: OutputArrays) -> None:
                 if vector is not None:
                     heard.append(outputs[vector])
 

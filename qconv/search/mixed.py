@@ -25,7 +25,7 @@ from qconv.config.targets import TARGETS
 from qconv.data.loader import Batch
 from qconv.errors import QconvError
 from qconv.ir.model import Model, constant_array
-from qconv.metrics.verify import sqnr_db
+from qconv.metrics.comparison import compute_sqnr_db
 from qconv.planning.planner import is_layer, make_plan
 from qconv.quantization.refine import EFFORTS
 from qconv.quantization.solve import Solver
@@ -255,7 +255,7 @@ def _row(point: Assignment, seen: Measured | None, size: float, *, chosen: bool)
     checked = None if seen is None else seen.verified
     return SizePoint(
         size=size,
-        modelled_sqnr_db=sqnr_db(1.0, point.noise),
+        modelled_sqnr_db=compute_sqnr_db(1.0, point.noise),
         verified=seen is not None,
         sqnr_db=None if checked is None else checked.sqnr_db,
         agreement=None if checked is None else checked.agreement,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from qconv.metrics.verify import is_class_score
+from qconv.metrics.comparison import is_class_score
 
 SMALLEST = 1e-8
 """Probability, and share of the variance, below which nothing is told apart."""

@@ -33,7 +33,7 @@ from qconv.ir import files, load
 from qconv.ir.files import Source, external_data_files, file_bytes, is_quantized, read_proto
 from qconv.ir.metadata import find_teacher, read_recipe
 from qconv.ir.model import Model
-from qconv.metrics.verify import Comparison, gates
+from qconv.metrics.comparison import ComparisonAccumulator, check_gates
 from qconv.results.quantize import Audit, Verification
 from qconv.results.training import FinetuneResult, ValidationResult, ValidationScore
 from qconv.runtime.benchmark import peak_rss_mb
@@ -114,7 +114,7 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, listener: Liste
         )
         _write(desk, source, out, found, trainer.best_step)
         kept.forget()
-    found.gates = gates(found.result.verify, wishes.recipe.min_agreement, wishes.recipe.min_sqnr)
+    found.gates = check_gates(found.result.verify, wishes.recipe.min_agreement, wishes.recipe.min_sqnr)
     found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
     return found
 
@@ -164,7 +164,7 @@ class _Desk:
         """A file on the pictures held back, by ONNX Runtime."""
         session = Session(model, name="the quantized model", threads=self.threads, optimize=self.optimize)
         lesson, names, inputs = self.lesson, session.outputs, self.lesson.inputs
-        comparison = Comparison.of(names)
+        comparison = ComparisonAccumulator.of(names)
         right = places = pictures = 0
         distance = 0.0
         ((own, dtype, _),), ((its, _, _),) = session.inputs, self.teacher.inputs

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from qconv.metrics.intervals import mcnemar
+from qconv.metrics.comparison import mcnemar_p_value
 from tests.bench.cases import Array, Case
 
 
@@ -103,5 +103,5 @@ def _top1(right: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
         return {"top1": None, "flips": None}
     before, after = (100 * float(np.mean(column)) for column in zip(*right, strict=True))
     won, lost = sum(b > a for a, b in right), sum(a > b for a, b in right)
-    flips = {"won": won, "lost": lost, "p_value": mcnemar(won, lost)}
+    flips = {"won": won, "lost": lost, "p_value": mcnemar_p_value(won, lost)}
     return {"top1": {"float": before, "quantized": after}, "flips": flips}

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from qconv.data.dataset import Classes
 from qconv.errors import QconvError
 
-TOP = 5
+TOP_K = 5
 
 
 @dataclass(slots=True)
-class Seen:
+class PredictionRecorder:
     """What is remembered of the pictures, in their order.
 
     best: the classes with the highest scores, (pictures, 5), and their scores. rows: of each output a row a picture:
@@ -34,7 +34,7 @@ class Seen:
     def add(self, output: NDArray[Any]) -> None:
         """Take in one picture's class scores, (1, C) or (1, C, 1, 1)."""
         scores = output.reshape(-1).astype(np.float64)
-        order = np.argsort(-scores, kind="stable")[:TOP]
+        order = np.argsort(-scores, kind="stable")[:TOP_K]
         self.classes = scores.size
         self.best.append(order)
         self.scores.append(scores[order])
@@ -53,8 +53,8 @@ class Predictions:
     labels: NDArray[np.int64] | None
     classes: Classes | None
     offset: int
-    seen: Seen | None
-    other: Seen
+    seen: PredictionRecorder | None
+    other: PredictionRecorder
     names: Sequence[str]
     outputs: Sequence[list[NDArray[Any]]]
 
@@ -65,7 +65,7 @@ class Predictions:
         """
         if self.seen is None:
             raise QconvError("No output of the model is one score a class.", "save all outputs in a .npz file.")
-        count = min(TOP, self.seen.classes)
+        count = min(TOP_K, self.seen.classes)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         head = ["path", "label", "label_name", "correct", "top1_name"]
