@@ -9,9 +9,8 @@ import onnx
 import pytest
 from models import loaded, network, run
 
-from qconv.calibration.calibrate import Tap, observer, watch_apart
-from qconv.calibration.reach import seen_by_channel
-from qconv.calibration.sketch import Want
+from qconv.calibration.observer import Observer, estimate_channel_ranges, observe_each_image, open_observed_session
+from qconv.calibration.sketch import SketchContents
 from qconv.config.recipe import Recipe
 from qconv.data.loader import DataLoader
 from qconv.errors import Change
@@ -40,8 +39,12 @@ def feed(tmp_path: Path) -> DataLoader:
 
 def lowered(model: Model, feed: DataLoader) -> list[Change]:
     found = candidates(model)
-    taps = [Tap(candidate.result.name or "", Want.CHANNELS) for candidate in found]
-    channels = seen_by_channel(watch_apart(observer(model, taps, 1), taps, feed.all("test"))) if taps else {}
+    taps = [Observer(candidate.result.name or "", SketchContents.CHANNELS) for candidate in found]
+    channels = (
+        estimate_channel_ranges(observe_each_image(open_observed_session(model, taps, 1), taps, feed.all("test")))
+        if taps
+        else {}
+    )
     return absorb(model, found, channels)
 
 

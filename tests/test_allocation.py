@@ -17,7 +17,7 @@ from test_emit import quantized, sqnr
 from test_layer_bits import asked
 from test_plan import Planned
 
-from qconv.calibration.sketch import Sketcher, View, Want
+from qconv.calibration.sketch import SketchBuilder, SketchContents, TensorView
 from qconv.config.choices import NAMED_RECIPES, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
@@ -137,9 +137,9 @@ def test_every_channel_is_quantized_as_alone() -> None:
 
 def sketch_of(x: NDArray[np.float32]) -> Any:
     """Of pictures (P, C, X)."""
-    sketcher = Sketcher(Want.ALL)
+    sketcher = SketchBuilder(SketchContents.ALL)
     for key, rows in enumerate(x):
-        sketcher.add(View(rows.min(axis=1), rows.max(axis=1), rows.sum(axis=1), rows.shape[1], rows), key)
+        sketcher.add(TensorView(rows.min(axis=1), rows.max(axis=1), rows.sum(axis=1), rows.shape[1], rows), key)
     return sketcher.sketch()
 
 

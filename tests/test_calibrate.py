@@ -7,8 +7,8 @@ import pytest
 from models import loaded, network
 from numpy.typing import NDArray
 
-from qconv.calibration.calibrate import Tap, tapped, watch
-from qconv.calibration.sketch import Sketch, Sketcher, Want
+from qconv.calibration.observer import Observer, export_observed_model, observe
+from qconv.calibration.sketch import Sketch, SketchBuilder, SketchContents
 from qconv.errors import QconvError
 from qconv.runtime.session import Session
 
@@ -29,15 +29,15 @@ def same(one: Sketch, other: Sketch) -> bool:
     return equal and np.array_equal(one.sums.limbs, other.sums.limbs)
 
 
-def taps(*names: str) -> list[Tap]:
-    return [Tap(name) for name in names]
+def taps(*names: str) -> list[Observer]:
+    return [Observer(name) for name in names]
 
 
 def test_extremes_of_every_channel_over_all_batches() -> None:
     """Of the input, which is no output of the network, and of an inner tensor."""
     found = batches(2, 1, 4)
     runner = session("c = Conv(x, w)", "c", w=(5, 3, 3, 3))
-    sketches = watch(runner, taps("x", "c"), found)
+    sketches = observe(runner, taps("x", "c"), found)
     x = np.concatenate([batch["x"] for batch in found])
     (c,) = runner.run(["c"], {"x": x})
     for name, numbers in (("x", x), ("c", c)):
@@ -52,8 +52,8 @@ def test_only_what_a_tap_asks_for_is_kept() -> None:
     found = batches(2, 1)
     x = np.concatenate([batch["x"] for batch in found])
     runner = session("y = Relu(x)", "y")
-    overall, relu = Tap("x", Want.EXTREMES), Tap("y", never_negative=True)
-    sketches = watch(runner, [overall, relu], found)
+    overall, relu = Observer("x", SketchContents.EXTREMES), Observer("y", never_negative=True)
+    sketches = observe(runner, [overall, relu], found)
     assert (sketches["x"].low, sketches["x"].high) == (x.min(), x.max())
     assert sketches["x"].lows.shape == (1,)
     assert sketches["x"].count == 0
@@ -64,7 +64,7 @@ def test_only_what_a_tap_asks_for_is_kept() -> None:
 def test_every_picture_has_its_own_extremes() -> None:
     found = batches(2, 1, 3)
     x = np.concatenate([batch["x"] for batch in found]).reshape(6, -1)
-    seen = watch(session("y = Relu(x)", "y"), [Tap("x")], found)["x"].pictures
+    seen = observe(session("y = Relu(x)", "y"), [Observer("x")], found)["x"].pictures
     assert sorted(seen.tolist()) == sorted(np.stack([x.min(axis=1), x.max(axis=1)], axis=1).tolist())
 
 
@@ -73,12 +73,16 @@ def test_batches_and_order_do_not_matter() -> None:
     proto = network("c = Conv(x, w) r = Relu(c) y = MaxPool<kernel_shape=[2,2]>(r)", x=("N", 3, 6, 6), w=(5, 3, 3, 3))
     model = loaded(proto)
     pictures = [batch["x"] for batch in batches(*[1] * 16)]
-    wanted = [Tap("x", Want.ALL), Tap("c", Want.ALL), Tap("r", Want.ALL, never_negative=True, pooled=True, stride=2)]
+    wanted = [
+        Observer("x", SketchContents.ALL),
+        Observer("c", SketchContents.ALL),
+        Observer("r", SketchContents.ALL, never_negative=True, pooled=True, stride=2),
+    ]
 
     def seen(size: int, order: NDArray[np.integer]) -> dict[str, Sketch]:
         feeds = [{"x": np.concatenate([pictures[i] for i in part])} for part in np.split(order, 16 // size)]
-        with tapped(model, wanted) as runnable:
-            return watch(Session(runnable, threads=1), wanted, feeds)
+        with export_observed_model(model, wanted) as runnable:
+            return observe(Session(runnable, threads=1), wanted, feeds)
 
     one = seen(1, np.arange(16))
     for size, order in ((8, np.arange(16)), (1, np.arange(16)[::-1]), (4, np.random.default_rng(1).permutation(16))):
@@ -90,9 +94,12 @@ def test_the_sample_is_a_part_of_the_elements() -> None:
     """All of a small tensor; every other pixel of one that the network samples."""
     found = batches(3)
     model = loaded(network("y = Relu(x)", x=("N", 3, 6, 6)))
-    wanted = [Tap("x", Want.BINS), Tap("y", Want.BINS, never_negative=True, pooled=True, stride=2)]
-    with tapped(model, wanted) as runnable:
-        sketches = watch(Session(runnable, threads=1), wanted, found)
+    wanted = [
+        Observer("x", SketchContents.BINS),
+        Observer("y", SketchContents.BINS, never_negative=True, pooled=True, stride=2),
+    ]
+    with export_observed_model(model, wanted) as runnable:
+        sketches = observe(Session(runnable, threads=1), wanted, found)
     assert sketches["x"].counts.sum() == 3 * 3 * 36
     assert sketches["y"].counts.sum() == 3 * 3 * 9
     kept = np.maximum(found[0]["x"], 0)[:, :, ::2, ::2]
@@ -114,9 +121,9 @@ def test_the_sample_is_a_part_of_the_elements() -> None:
 def test_tensors_of_all_shapes(shapes: list[tuple[int, ...]], lows: list[float]) -> None:
     """Counting up from 0 along each tensor, one a picture."""
     arrays = [np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for shape in shapes]
-    sketcher = Sketcher(Want.ALL)
+    sketcher = SketchBuilder(SketchContents.ALL)
     for key, x in enumerate(arrays):
-        sketcher.add(Tap("x", Want.ALL).view([x]), key)
+        sketcher.add(Observer("x", SketchContents.ALL).view([x]), key)
     assert sketcher.sketch().lows.tolist() == lows
     assert sketcher.sketch().high == max((float(a.max()) for a in arrays if a.size), default=0.0)
 
@@ -126,7 +133,7 @@ def test_means_of_every_channel() -> None:
     found = batches(2, 3)
     runner = session("y = Relu(x)", "y")
     expected = np.maximum(np.concatenate([batch["x"] for batch in found]), 0).mean(axis=(0, 2, 3))
-    np.testing.assert_allclose(watch(runner, taps("y"), found)["y"].means, expected, rtol=1e-5)
+    np.testing.assert_allclose(observe(runner, taps("y"), found)["y"].means, expected, rtol=1e-5)
 
 
 def test_pools_in_the_network_give_the_same_statistics() -> None:
@@ -135,11 +142,11 @@ def test_pools_in_the_network_give_the_same_statistics() -> None:
     model, found = loaded(proto), batches(2, 1, 4)
     results = []
     for pooled in (True, False):
-        wanted = [Tap("r", never_negative=True, pooled=pooled)]
-        with tapped(model, wanted) as runnable:
+        wanted = [Observer("r", never_negative=True, pooled=pooled)]
+        with export_observed_model(model, wanted) as runnable:
             runner = Session(runnable, threads=1)
             assert ("r" in runner.outputs) is not pooled
-            results.append(watch(runner, wanted, found)["r"])
+            results.append(observe(runner, wanted, found)["r"])
     pools, whole = results
     assert pools.highs.tolist() == whole.highs.tolist()
     assert pools.lows.tolist() == [0.0] * 5
@@ -148,11 +155,11 @@ def test_pools_in_the_network_give_the_same_statistics() -> None:
 
 def test_a_pool_lets_no_nan_through() -> None:
     """The maximum of NaN and a number may be the number."""
-    model, wanted = loaded(network("y = Relu(x)", x=("N", 3, 6, 6))), [Tap("y", never_negative=True, pooled=True)]
+    model, wanted = loaded(network("y = Relu(x)", x=("N", 3, 6, 6))), [Observer("y", never_negative=True, pooled=True)]
     found = batches(2)
     found[0]["x"][0, 1, 2, 3] = np.nan
-    with tapped(model, wanted) as runnable, pytest.raises(QconvError, match="NaN or infinite"):
-        watch(Session(runnable, threads=1), wanted, found)
+    with export_observed_model(model, wanted) as runnable, pytest.raises(QconvError, match="NaN or infinite"):
+        observe(Session(runnable, threads=1), wanted, found)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -160,4 +167,4 @@ def test_numbers_that_have_no_range_are_named(bad: float) -> None:
     found = batches(1, 1)
     found[0]["x"][0, 1, 2, 3] = bad
     with pytest.raises(QconvError, match="Tensor 'y' holds NaN or infinite values"):
-        watch(session("y = Mul(x, k)", "y", k=2.0), taps("y"), found)
+        observe(session("y = Mul(x, k)", "y", k=2.0), taps("y"), found)

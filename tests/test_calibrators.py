@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qconv.calibration import clipping, entropy
-from qconv.calibration.calibrators import AVERAGING, CALIBRATORS, Hints
-from qconv.calibration.readers import least_at_outputs, powers_of
-from qconv.calibration.sketch import Sketch, Sketcher, View, Want, histogram_of
+from qconv.calibration import range_estimators
+from qconv.calibration.range_estimators import (
+    CALIBRATORS,
+    EMA_MOMENTUM,
+    CalibrationHints,
+    input_channel_powers,
+    search_least_output_error,
+)
+from qconv.calibration.sketch import Sketch, SketchBuilder, SketchContents, TensorView, make_histogram
 from qconv.config.choices import CALIBRATORS as NAMES
 from qconv.ir.layers import Layer
 from qconv.quantizer import QuantSpec
@@ -23,9 +28,9 @@ NODE: Any = None  # readers look at weights alone
 
 def sketch(*pictures: NDArray[np.float32]) -> Sketch:
     """Pictures (C, X); their keys fall, so that the last comes first."""
-    gathered = Sketcher(Want.ALL)
+    gathered = SketchBuilder(SketchContents.ALL)
     for index, x in enumerate(pictures):
-        gathered.add(View(x.min(axis=1), x.max(axis=1), x.sum(axis=1), x.shape[1], x), len(pictures) - index)
+        gathered.add(TensorView(x.min(axis=1), x.max(axis=1), x.sum(axis=1), x.shape[1], x), len(pictures) - index)
     return gathered.sketch()
 
 
@@ -35,7 +40,7 @@ def drawn(count: int = 6, channels: int = 4, size: int = 2000, low: float = -mat
 
 
 def chosen(name: str, found: Sketch, spec: QuantSpec = SPEC, **hints: Any) -> tuple[float, float]:
-    return CALIBRATORS[name].choose(found, spec, Hints(**hints))
+    return CALIBRATORS[name].choose(found, spec, CalibrationHints(**hints))
 
 
 def test_the_recipe_knows_them_all() -> None:
@@ -79,7 +84,7 @@ def test_the_moving_average_takes_pictures_in_the_order_of_their_keys() -> None:
     pictures = drawn()
     high = float(pictures[-1].max())
     for x in pictures[-2::-1]:
-        high += AVERAGING * (float(x.max()) - high)
+        high += EMA_MOMENTUM * (float(x.max()) - high)
     assert chosen("ema", sketch(*pictures))[1] == pytest.approx(high, rel=1e-12)
 
 
@@ -102,9 +107,9 @@ def test_percentiles_of_what_is_never_negative_cut_the_top() -> None:
 def test_names_lead_to_their_methods() -> None:
     found = sketch(*drawn())
     ends = found.histogram(), SPEC, found.low, found.high
-    assert chosen("mse", found) == clipping.least_squares(*ends)
-    assert chosen("aciq", found) == clipping.aciq(*ends)
-    assert chosen("entropy", found) == entropy.least_divergence(*ends)
+    assert chosen("mse", found) == range_estimators.search_least_squares(*ends)
+    assert chosen("aciq", found) == range_estimators.aciq_closed_form(*ends)
+    assert chosen("entropy", found) == range_estimators.search_least_divergence(*ends)
 
 
 # -- the error at the layers that read ---------------------------------------------------------------------------------
@@ -120,7 +125,7 @@ def test_every_weight_that_a_channel_meets_counts() -> None:
     """Of grouped layers, too: each channel meets only its own group."""
     for reader in (layer(1, 6, 5, 9), layer(3, 2, 4, 9)):
         expected = np.square(reader.weight).sum(axis=(1, 3)).reshape(-1)
-        assert powers_of(reader).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+        assert input_channel_powers(reader).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -141,7 +146,7 @@ def test_the_range_is_best_at_the_outputs(bits: int, shape: tuple[int, ...]) -> 
             out = np.einsum("ck,nc->nck", reader.weight[:, 0, 0], error)
         return float(out.var(axis=0).sum())
 
-    low, high = least_at_outputs(columns, histogram_of(columns), [reader], spec, (0.0, float(columns.max())))
+    low, high = search_least_output_error(columns, make_histogram(columns), [reader], spec, (0.0, float(columns.max())))
     best = min(lost(h) for h in np.linspace(columns.max() / 200, columns.max(), 200))
     assert low == 0
     assert lost(high) <= best * 1.05

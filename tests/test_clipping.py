@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qconv.calibration.clipping import aciq, expected_error, fitted, gauss_factor, laplace_factor, least_squares
-from qconv.calibration.sketch import Histogram, histogram_of
+from qconv.calibration.range_estimators import (
+    aciq_closed_form,
+    expected_squared_error,
+    fit_density,
+    gauss_clipping_factor,
+    laplace_clipping_factor,
+    search_least_squares,
+)
+from qconv.calibration.sketch import Histogram, make_histogram
 from qconv.quantizer import QuantSpec
 
 ASYMMETRIC = {bits: QuantSpec(bits, signed=False, symmetric=False) for bits in (2, 3, 4, 8, 16)}
@@ -42,7 +49,7 @@ def test_the_expected_error_is_the_mean_of_the_numbers_own(kind: str, spec: Quan
     x = numbers(kind)
     for share in (1.0, 0.7, 0.3):
         low, high = float(x.min()) * share, float(x.max()) * share
-        expected = expected_error(histogram_of(x), spec.from_range(np.float64([low]), np.float64([high])))[0]
+        expected = expected_squared_error(make_histogram(x), spec.from_range(np.float64([low]), np.float64([high])))[0]
         assert expected == pytest.approx(mean_square(x, spec, low, high), rel=0.03)
 
 
@@ -52,7 +59,7 @@ def test_mse_is_as_good_as_brute_force(kind: str, bits: int) -> None:
     """On 60 shares of the upper end, and 30 of the lower one where both are free."""
     x, spec = numbers(kind), ASYMMETRIC[bits]
     low, high = float(x.min()), float(x.max())
-    found = mean_square(x, spec, *least_squares(histogram_of(x), spec, low, high))
+    found = mean_square(x, spec, *search_least_squares(make_histogram(x), spec, low, high))
     lows = np.linspace(low, 0, 30, endpoint=False) if low < 0 else [0.0]
     highs = np.linspace(high, 0, 60, endpoint=False) if high > 0 else [0.0]
     best = min(mean_square(x, spec, a, b) for a in lows for b in highs)
@@ -63,7 +70,7 @@ def test_mse_is_as_good_as_brute_force(kind: str, bits: int) -> None:
 def test_mse_of_a_symmetric_quantizer(bits: int) -> None:
     x, spec = numbers("gauss"), SYMMETRIC[bits]
     low, high = float(x.min()), float(x.max())
-    found = mean_square(x, spec, *least_squares(histogram_of(x), spec, low, high))
+    found = mean_square(x, spec, *search_least_squares(make_histogram(x), spec, low, high))
     reach = max(-low, high)
     best = min(mean_square(x, spec, -reach * share, reach * share) for share in np.linspace(0.05, 1, 200))
     assert found <= best * 1.01
@@ -74,7 +81,7 @@ def test_a_far_outlier_is_found_to_be_worth_clipping() -> None:
     counts = np.array([10**6 // 100] * 100 + [1])
     grid = np.linspace(0, 100, 101)
     edges = np.append(grid[:-1], 1000.0), np.append(grid[1:], 1000.0)
-    low, high = least_squares(Histogram(np.stack(edges), counts), ASYMMETRIC[8], 0.0, 1000.0)
+    low, high = search_least_squares(Histogram(np.stack(edges), counts), ASYMMETRIC[8], 0.0, 1000.0)
     assert low == 0
     # clip at a: (1000 - a)^2 / n + a^2 / (12 * 255^2), least where a = 1000 / (1 + n / (12 * 255^2))
     assert high == pytest.approx(1000 / (1 + (10**6 + 1) / (12 * 255**2)), rel=0.02)
@@ -82,9 +89,9 @@ def test_a_far_outlier_is_found_to_be_worth_clipping() -> None:
 
 def test_constants_and_zeros_have_a_range() -> None:
     for x in (np.zeros(5, np.float32), np.full(5, 3, np.float32), np.full(5, -3, np.float32), np.float32([1e-42] * 5)):
-        low, high = least_squares(histogram_of(x), ASYMMETRIC[8], float(x.min()), float(x.max()))
+        low, high = search_least_squares(make_histogram(x), ASYMMETRIC[8], float(x.min()), float(x.max()))
         assert (low, high) == (min(0.0, float(x.min())), max(0.0, float(x.max())))
-        low, high = aciq(histogram_of(x), ASYMMETRIC[8], float(x.min()), float(x.max()))
+        low, high = aciq_closed_form(make_histogram(x), ASYMMETRIC[8], float(x.min()), float(x.max()))
         assert low <= high
 
 
@@ -93,12 +100,16 @@ def test_constants_and_zeros_have_a_range() -> None:
 
 def test_laplace_constants_of_the_paper() -> None:
     """Banner et al. 2019, section 4.1: 2.83, 3.89 and 5.03 b for 2, 3 and 4 bits."""
-    assert [laplace_factor(bits, one_sided=False) for bits in (2, 3, 4)] == pytest.approx([2.83, 3.89, 5.03], abs=0.01)
+    assert [laplace_clipping_factor(bits, one_sided=False) for bits in (2, 3, 4)] == pytest.approx(
+        [2.83, 3.89, 5.03], abs=0.01
+    )
 
 
 def test_gauss_constants_of_the_paper() -> None:
     """Banner et al. 2019, section 4.2: 1.71, 2.15 and 2.55 sigma for 2, 3 and 4 bits."""
-    assert [gauss_factor(bits, one_sided=False) for bits in (2, 3, 4)] == pytest.approx([1.71, 2.15, 2.55], abs=0.01)
+    assert [gauss_clipping_factor(bits, one_sided=False) for bits in (2, 3, 4)] == pytest.approx(
+        [1.71, 2.15, 2.55], abs=0.01
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
@@ -112,16 +123,16 @@ def test_factors_minimise_the_integral(bits: int, laplace: bool, one_sided: bool
     lost = [np.trapezoid(np.where(x > a, (x - a) ** 2, 0) * density, x) for a in alphas]
     width = alphas if one_sided else 2 * alphas
     best = alphas[int(np.argmin(lost + (width / 2**bits) ** 2 / 12))]
-    factor = (laplace_factor if laplace else gauss_factor)(bits, one_sided=one_sided)
+    factor = (laplace_clipping_factor if laplace else gauss_clipping_factor)(bits, one_sided=one_sided)
     assert factor == pytest.approx(best, abs=0.03)
 
 
 def test_the_density_that_was_drawn_is_found() -> None:
     rng = np.random.default_rng(0)
-    bell = fitted(histogram_of((rng.normal(2, 3, 50000)).astype(np.float32)), one_sided=False)
+    bell = fit_density(make_histogram((rng.normal(2, 3, 50000)).astype(np.float32)), one_sided=False)
     assert not bell.laplace
     assert (bell.centre, bell.scale) == pytest.approx((2, 3), rel=0.05)
-    peak = fitted(histogram_of((rng.laplace(0, 3, 50000)).astype(np.float32)), one_sided=False)
+    peak = fit_density(make_histogram((rng.laplace(0, 3, 50000)).astype(np.float32)), one_sided=False)
     assert peak.laplace
     assert peak.scale == pytest.approx(3, rel=0.05)
 
@@ -130,11 +141,11 @@ def test_behind_a_relu_the_right_half_counts() -> None:
     """Zeros say nothing of the scale; one bit more, as the codes cover half the width."""
     rng = np.random.default_rng(0)
     x = np.maximum(rng.laplace(0, 2, 100000), 0).astype(np.float32)
-    low, high = aciq(histogram_of(x), ASYMMETRIC[4], 0.0, float(x.max()))
+    low, high = aciq_closed_form(make_histogram(x), ASYMMETRIC[4], 0.0, float(x.max()))
     assert low == 0
-    assert high == pytest.approx(2 * laplace_factor(5, one_sided=False), rel=0.03)
+    assert high == pytest.approx(2 * laplace_clipping_factor(5, one_sided=False), rel=0.03)
 
 
 def test_aciq_goes_no_further_than_the_numbers() -> None:
     x = np.float32([-1, 0, 1, 1, -1])
-    assert aciq(histogram_of(x), ASYMMETRIC[8], -1.0, 1.0) == (-1.0, 1.0)
+    assert aciq_closed_form(make_histogram(x), ASYMMETRIC[8], -1.0, 1.0) == (-1.0, 1.0)

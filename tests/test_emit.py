@@ -20,8 +20,8 @@ from models import Constant, ints, loaded, network, run
 from numpy.typing import NDArray
 
 from qconv.audit.audit import Known, audit
-from qconv.calibration.calibrate import tapped, watch
-from qconv.calibration.calibrators import want_of
+from qconv.calibration.observer import export_observed_model, observe
+from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
@@ -105,11 +105,11 @@ class Quantized:
         model, _ = load.load(copy, Source("the test's model", None, b""), opset=opset)
         fold.fold(model)
         self.plan: Plan = make_plan(model, recipe, TARGETS[recipe.target])
-        taps = self.plan.taps(want_of(recipe))
+        taps = self.plan.taps(sketch_contents_for(recipe))
         sketches = {}
         if taps:
-            with tapped(model, taps) as runnable:
-                sketches = watch(Session(runnable, threads=1), taps, samples)
+            with export_observed_model(model, taps) as runnable:
+                sketches = observe(Session(runnable, threads=1), taps, samples)
         self.params: Params
         self.findings: list[Finding]
         self.params, self.findings = choose_params(self.plan, sketches, recipe)

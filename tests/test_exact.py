@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qconv.calibration.exact import MOST_AT_ONCE, ExactSum
+from qconv.calibration.sketch import MOST_ADDED_AT_ONCE, ExactSum
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -54,7 +54,7 @@ def test_series_are_kept_apart_and_can_be_joined() -> None:
 
 def test_many_large_numbers_do_not_overflow() -> None:
     largest = float(np.finfo(np.float32).max)
-    count = 3 * MOST_AT_ONCE + 1
+    count = 3 * MOST_ADDED_AT_ONCE + 1
     assert added(*[[largest]] * count).values[0] == count * largest
 
 

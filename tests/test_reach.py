@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qconv.calibration.reach import UNSEEN, reach_of
+from qconv.calibration.observer import UNSEEN_FACTOR, extrapolate_tail
 
 
 def test_a_tail_by_hand() -> None:
     """Of 24 pictures the three largest count, 4, 2 and 2: xi = (log 2 + log 1) / 2."""
     channel = np.array([4.0, 2.0, 2.0] + [1.0] * 21)
     far = np.array([100.0] + [90.0] * 23)
-    assert reach_of(np.stack([channel, far], axis=1))[0] == pytest.approx(4 * UNSEEN ** (np.log(2) / 2))
+    assert extrapolate_tail(np.stack([channel, far], axis=1))[0] == pytest.approx(4 * UNSEEN_FACTOR ** (np.log(2) / 2))
 
 
 def test_a_pareto_tail_is_found() -> None:
@@ -21,8 +21,8 @@ def test_a_pareto_tail_is_found() -> None:
     xi = 0.4
     seen = rng.uniform(size=(400, 300)) ** -xi
     seen[0, 0] = 1e4  # no bound in reach
-    ratio = reach_of(seen)[1:] / seen.max(axis=0)[1:]
-    assert np.log(ratio.mean()) == pytest.approx(xi * np.log(UNSEEN), rel=0.1)
+    ratio = extrapolate_tail(seen)[1:] / seen.max(axis=0)[1:]
+    assert np.log(ratio.mean()) == pytest.approx(xi * np.log(UNSEEN_FACTOR), rel=0.1)
 
 
 def test_channels_that_seldom_wake_may_go_as_far_as_any() -> None:
@@ -30,18 +30,18 @@ def test_channels_that_seldom_wake_may_go_as_far_as_any() -> None:
     once = np.zeros(40)
     once[7] = 0.1
     never = np.zeros(40)
-    assert reach_of(np.stack([awake, once, never], axis=1)).tolist() == [6.0, 6.0, 6.0]
+    assert extrapolate_tail(np.stack([awake, once, never], axis=1)).tolist() == [6.0, 6.0, 6.0]
 
 
 def test_few_pictures_tell_nothing_of_tails() -> None:
-    assert reach_of(np.float64([[1.0, 3.0], [2.0, 4.0]])).tolist() == [4.0, 4.0]
+    assert extrapolate_tail(np.float64([[1.0, 3.0], [2.0, 4.0]])).tolist() == [4.0, 4.0]
 
 
 def test_what_is_never_positive_reaches_nowhere() -> None:
-    assert reach_of(-np.ones((40, 2))).tolist() == [0.0, 0.0]
+    assert extrapolate_tail(-np.ones((40, 2))).tolist() == [0.0, 0.0]
 
 
 def test_of_too_few_pictures_the_tail_is_taken_for_the_heaviest() -> None:
     """Ten times what was seen, but no further than the largest channel, and as far where nothing was seen."""
     extremes = np.array([[1.0, 50.0, 1000.0, 0.0], [2.0, 200.0, 900.0, 0.0]])
-    assert reach_of(extremes).tolist() == [20.0, 1000.0, 1000.0, 1000.0]
+    assert extrapolate_tail(extremes).tolist() == [20.0, 1000.0, 1000.0, 1000.0]

@@ -13,7 +13,7 @@ from models import loaded, network
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from qconv.calibration.calibrate import tapped, watch
+from qconv.calibration.observer import export_observed_model, observe
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.planning.planner import make_plan
@@ -47,8 +47,8 @@ def grounds(**options: object) -> Network:
     model = loaded(NET)
     plan = make_plan(model, recipe, TARGETS[recipe.target])
     taps = plan.taps()
-    with tapped(model, taps) as runnable:
-        sketches = watch(Session(runnable, threads=1), taps, batches())
+    with export_observed_model(model, taps) as runnable:
+        sketches = observe(Session(runnable, threads=1), taps, batches())
     params, _ = choose_params(plan, sketches, recipe)
     return Network(model, plan, params, sketches, recipe)
 

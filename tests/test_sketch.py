@@ -10,25 +10,27 @@ from numpy.typing import NDArray
 
 from qconv.calibration.sketch import (
     MOST_COLUMNS,
-    SAMPLE,
+    SAMPLED_ELEMENTS,
     Histogram,
     Sketch,
-    Sketcher,
-    View,
-    Want,
-    bin_ends,
-    histogram_of,
-    places,
-    stride_for,
+    SketchBuilder,
+    SketchContents,
+    TensorView,
+    bin_edges,
+    columns_per_image,
+    make_histogram,
+    sampling_stride,
 )
 
 
-def sketch(*pictures: NDArray[np.float32], want: Want = Want.ALL, keys: list[int] | None = None) -> Sketch:
+def sketch(
+    *pictures: NDArray[np.float32], want: SketchContents = SketchContents.ALL, keys: list[int] | None = None
+) -> Sketch:
     """Pictures (C, X), each sampled whole."""
-    gathered = Sketcher(want)
+    gathered = SketchBuilder(want)
     for index, x in enumerate(pictures):
         key = index if keys is None else keys[index]
-        gathered.add(View(x.min(axis=1), x.max(axis=1), x.sum(axis=1), x.shape[1], x), key)
+        gathered.add(TensorView(x.min(axis=1), x.max(axis=1), x.sum(axis=1), x.shape[1], x), key)
     return gathered.sketch()
 
 
@@ -59,7 +61,7 @@ def test_extremes_means_and_pictures() -> None:
 @given(st.floats(min_value=-(2.0**120), max_value=2.0**120, width=32))
 def test_a_number_lies_in_its_bin(number: float) -> None:
     x = np.float32([number])
-    low, high = bin_ends(sketch(x.reshape(1, 1)).codes)[:, 0]
+    low, high = bin_edges(sketch(x.reshape(1, 1)).codes)[:, 0]
     assert low <= x[0] <= high
     assert high - low <= max(abs(float(x[0])) / 128, 2.0**-133)
 
@@ -67,7 +69,7 @@ def test_a_number_lies_in_its_bin(number: float) -> None:
 def test_bins_count_as_numpy_does() -> None:
     """What lies below the end of each bin."""
     x = np.concatenate([drawn(1, 1)[0].reshape(-1), np.float32([0, 0, 6, 6])])
-    found = histogram_of(x)
+    found = make_histogram(x)
     assert (np.diff(found.edges[0]) >= 0).all()
     assert (found.edges[0][1:] >= found.edges[1][:-1]).all()
     for right, below in zip(found.edges[1], np.cumsum(found.counts), strict=True):
@@ -75,7 +77,7 @@ def test_bins_count_as_numpy_does() -> None:
 
 
 def test_joined_bins_hold_as_much() -> None:
-    found = histogram_of(np.random.default_rng(0).laplace(size=5000).astype(np.float32))
+    found = make_histogram(np.random.default_rng(0).laplace(size=5000).astype(np.float32))
     coarse = found.coarse(found.edges.max() / 64)
     assert coarse.counts.sum() == found.counts.sum()
     assert len(coarse.counts) < len(found.counts) / 3
@@ -111,7 +113,7 @@ def test_columns_are_those_of_the_least_keys() -> None:
     found = sketch(*pictures, keys=keys)
     assert found.column_keys.tolist() == list(range(MOST_COLUMNS))
     last = pictures[-1]  # of key 0; every column is one of its places, all channels side by side
-    assert found.columns.shape == (MOST_COLUMNS, places(3), 3)
+    assert found.columns.shape == (MOST_COLUMNS, columns_per_image(3), 3)
     assert all(any(np.array_equal(column, last[:, at]) for at in range(20)) for column in found.columns[0])
 
 
@@ -123,7 +125,7 @@ def test_channels_that_change_with_the_picture_are_one() -> None:
 
 
 def test_what_nobody_wants_is_not_kept() -> None:
-    found = sketch(*drawn(3), want=Want.EXTREMES)
+    found = sketch(*drawn(3), want=SketchContents.EXTREMES)
     assert (found.count, found.counts.size, found.columns.size) == (0, 0, 0)
     with pytest.raises(ValueError, match="no histogram"):
         found.histogram()
@@ -144,7 +146,7 @@ def test_memory_does_not_grow_with_the_pictures() -> None:
     ("elements", "among"), [(100, 100), (96 * 112 * 112, 112 * 112), (10**6, 1), (3 * 224 * 224, 224)]
 )
 def test_strides_keep_about_the_sample_and_out_of_step(elements: int, among: int) -> None:
-    stride = stride_for(elements, among)
+    stride = sampling_stride(elements, among)
     kept = -(-among // stride) * (elements // among)
-    assert kept <= max(SAMPLE * 1.2, elements // among)
+    assert kept <= max(SAMPLED_ELEMENTS * 1.2, elements // among)
     assert stride == 1 or np.gcd(stride, among) == 1

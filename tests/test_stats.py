@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from models import network
 
-from qconv.calibration import stats
+from qconv.calibration import statistics_file
 from qconv.cli.cli import cli
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
@@ -60,9 +60,9 @@ def test_four_shards_give_the_bytes_of_one_run(place: Path) -> None:
     """In whatever order they are added, and whatever batch each was run with."""
     run(place, save_stats=str(place / "all.npz"), batch=3)
     parts = shards(place)
-    total, twice = stats.merged(parts[::-1])
+    total, twice = statistics_file.merge_statistics(parts[::-1])
     assert twice == 0
-    assert stats.to_bytes(total) == (place / "all.npz").read_bytes()
+    assert statistics_file.serialize_statistics(total) == (place / "all.npz").read_bytes()
 
 
 @pytest.mark.parametrize("calibrator", ["minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "output-mse"])
@@ -96,8 +96,8 @@ def test_batch_and_order_change_no_byte(place: Path) -> None:
 def test_the_file_comes_back(place: Path) -> None:
     run(place, save_stats=str(place / "s.npz"))
     data = (place / "s.npz").read_bytes()
-    assert stats.to_bytes(stats.from_bytes(data, "s.npz")) == data
-    found = stats.read_file(place / "s.npz")
+    assert statistics_file.serialize_statistics(statistics_file.parse_statistics(data, "s.npz")) == data
+    found = statistics_file.read_statistics(place / "s.npz")
     assert (found.pictures, found.name, found.preprocessing) == (12, "m.onnx", None)
     assert np.load(place / "s.npz")["0/keys"].shape == (12,)
 
@@ -158,7 +158,7 @@ def test_shards_of_different_kinds_do_not_add_up(place: Path) -> None:
     parts = shards(place, 2)
     run(place, save_stats=str(place / "less.npz"), keep_float=("c",))
     with pytest.raises(QconvError, match="do not add up: they watched different tensors"):
-        stats.merged([parts[0], str(place / "less.npz")])
+        statistics_file.merge_statistics([parts[0], str(place / "less.npz")])
 
 
 def damaged(data: bytes) -> list[bytes]:
@@ -169,9 +169,9 @@ def test_what_is_no_statistics_is_refused(place: Path) -> None:
     run(place, save_stats=str(place / "s.npz"))
     for data in damaged((place / "s.npz").read_bytes()):
         with pytest.raises(QconvError, match="holds no statistics of qconv"):
-            stats.from_bytes(data, "s.npz")
+            statistics_file.parse_statistics(data, "s.npz")
     with pytest.raises(QconvError, match="cannot be read"):
-        stats.read_file(place / "nowhere.npz")
+        statistics_file.read_statistics(place / "nowhere.npz")
 
 
 @pytest.mark.parametrize("part", ["lows", "keys", "pictures", "columns", "sums"])
@@ -184,7 +184,7 @@ def test_parts_of_another_shape_are_refused(place: Path, part: str) -> None:
         with new.open(f"0/{part}.npy", "w") as file:
             np.lib.format.write_array(file, np.zeros((5, 5, 5), np.float32))
     with pytest.raises(QconvError, match="holds no statistics"):
-        stats.read_file(place / "t.npz")
+        statistics_file.read_statistics(place / "t.npz")
 
 
 def test_another_schema_is_told(place: Path) -> None:
@@ -194,7 +194,7 @@ def test_another_schema_is_told(place: Path) -> None:
             data = old.read(name)
             new.writestr(name, data.replace(b'"schema": 1', b'"schema": 9') if name == "header.json" else data)
     with pytest.raises(QconvError, match="another version"):
-        stats.read_file(place / "t.npz")
+        statistics_file.read_statistics(place / "t.npz")
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_merge_stats_says_what_it_did(place: Path) -> None:
     assert status == 0
     found = json.loads(text)
     assert (found["pictures"], found["repeated"], found["tensors"]) == (12, 0, 4)
-    assert stats.read_file(place / "sum.npz").pictures == 12
+    assert statistics_file.read_statistics(place / "sum.npz").pictures == 12
 
 
 def test_pictures_that_come_twice_are_told(place: Path) -> None:
@@ -255,7 +255,7 @@ def test_statistics_are_not_written_where_the_model_is(place: Path) -> None:
 def test_all_that_can_be_wanted_is_saved(place: Path) -> None:
     """Of what layers read; a histogram of everything."""
     run(place, save_stats=str(place / "s.npz"))
-    sketches = stats.read_file(place / "s.npz").sketches
+    sketches = statistics_file.read_statistics(place / "s.npz").sketches
     assert all(sketch.counts.any() for sketch in sketches.values())
     for name in ("x", "r"):
         assert sketches[name].columns.size

@@ -15,10 +15,9 @@ from PIL import Image
 
 from qconv.analysis import study
 from qconv.analysis.study import Question, study_samples
-from qconv.calibration.calibrate import Tap, tapped, watch, watch_apart
-from qconv.calibration.shelf import shelf
-from qconv.calibration.sketch import Sketch, Want
-from qconv.calibration.stats import arrays_of
+from qconv.calibration.observer import Observer, export_observed_model, observe, observe_each_image
+from qconv.calibration.sketch import Sketch, SketchContents
+from qconv.calibration.statistics_file import open_sketch_spool, sketch_to_arrays
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data import images
@@ -115,13 +114,13 @@ def test_sketches_grow_by_the_new_pictures_only() -> None:
 def apart(count: int) -> list[dict[str, Sketch]]:
     """Sketches of as many random pictures, each by itself, of the input and of a tensor that the network pools."""
     proto = network("c = Conv(x, w) r = Relu(c) y = MaxPool<kernel_shape=[2,2]>(r)", ("N", 3, 6, 6), w=(5, 3, 3, 3))
-    taps = [Tap("x", Want.ALL), Tap("r", Want.ALL, never_negative=True, pooled=True)]
+    taps = [Observer("x", SketchContents.ALL), Observer("r", SketchContents.ALL, never_negative=True, pooled=True)]
     rng = np.random.default_rng(0)
     batches = [{"x": rng.standard_normal((1, 3, 6, 6)).astype(np.float32)} for _ in range(count)]
-    with tapped(loaded(proto), taps) as runnable:
+    with export_observed_model(loaded(proto), taps) as runnable:
         session = Session(runnable, threads=1)
-    found = list(watch_apart(session, taps, batches))
-    together = watch(session, taps, batches)
+    found = list(observe_each_image(session, taps, batches))
+    together = observe(session, taps, batches)
     for name, whole in together.items():
         total = found[0][name]
         for other in found[1:]:
@@ -131,7 +130,7 @@ def apart(count: int) -> list[dict[str, Sketch]]:
 
 
 def require_equal(one: Sketch, other: Sketch) -> None:
-    for left, right in zip(arrays_of(one).values(), arrays_of(other).values(), strict=True):
+    for left, right in zip(sketch_to_arrays(one).values(), sketch_to_arrays(other).values(), strict=True):
         np.testing.assert_array_equal(left, right)
 
 
@@ -142,7 +141,7 @@ def test_sketches_of_single_pictures_add_up_to_those_of_all() -> None:
 def test_the_shelf_gives_back_what_was_put() -> None:
     """In any order, bit for bit."""
     found = apart(4)
-    with shelf() as kept:
+    with open_sketch_spool() as kept:
         for sketches in found:
             kept.put(sketches)
         assert len(kept) == 4
@@ -158,7 +157,7 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tempfile.TemporaryFile", full)
-    with pytest.raises(QconvError, match=r"temporary files, .* is full"), shelf():
+    with pytest.raises(QconvError, match=r"temporary files, .* is full"), open_sketch_spool():
         pass
 
 

@@ -17,7 +17,7 @@ from test_detect import colourful, folder_of, trained_with
 from test_diagnose import plain, saved
 
 from qconv.analysis import proof
-from qconv.calibration import calibrate
+from qconv.calibration import observer
 from qconv.cli import given, sweeping
 from qconv.cli.cli import cli
 from qconv.pipeline import gather
@@ -97,7 +97,7 @@ def test_accuracy_is_that_of_the_files_on_pictures_held_back(place: Path) -> Non
 
 def test_pictures_pass_the_network_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = []
-    watch = calibrate.watch
+    watch = observer.observe
 
     def counted(session: Any, taps: Any, batches: Any) -> Any:
         watched.append(len(taps))

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qconv.calibration.clipping import gauss_factor, laplace_factor
+from qconv.calibration.range_estimators import gauss_clipping_factor, laplace_clipping_factor
 from qconv.config.choices import WEIGHT_CALIBRATORS
 from qconv.quantization.weight_ranges import WEIGHT_RANGES
 from qconv.quantizer import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec
@@ -88,7 +88,7 @@ def test_blocks_are_channels_of_their_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
-@pytest.mark.parametrize(("draw", "factor"), [("normal", gauss_factor), ("laplace", laplace_factor)])
+@pytest.mark.parametrize(("draw", "factor"), [("normal", gauss_clipping_factor), ("laplace", laplace_clipping_factor)])
 def test_aciq_is_the_closed_form(granularity: Granularity, draw: str, factor: object) -> None:
     weight = getattr(np.random.default_rng(0), draw)(size=(4, 20000)).astype(np.float32)
     spec = QuantSpec(4, signed=True, symmetric=True, granularity=granularity)

@@ -34,7 +34,6 @@ from qconv.analysis.remedies import (
     recipe_with,
     remedies,
 )
-from qconv.calibration.stats import digest
 from qconv.config import serialization
 from qconv.config.choices import option_name
 from qconv.config.preprocessing import PRESETS, Preprocessing, PreprocessingOptions
@@ -51,6 +50,7 @@ from qconv.ir.files import (
     declared_opset,
     external_data_files,
     file_bytes,
+    hash_model,
     metadata_of,
     open_original,
     read_proto,
@@ -291,7 +291,7 @@ class _Clinic:
         assert report is not None
         proto = read_proto(source)
         model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
-        made_from = digest(source, external_data_files(proto, source))
+        made_from = hash_model(source, external_data_files(proto, source))
         pictures = open_pictures(source, made_from, recipe, SILENT.warn, self.listener.progress)
         pictures.memory = self.memory
         pictures.settle(model, recipe)

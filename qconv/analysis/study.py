@@ -18,10 +18,10 @@ import numpy as np
 
 import qconv
 from qconv.analysis.proof import HELD_BACK_SHARE, MOST_HELD_BACK
-from qconv.calibration.calibrate import Tap, observer, watch_apart
-from qconv.calibration.calibrators import want_of
-from qconv.calibration.shelf import Shelf, shelf
+from qconv.calibration.observer import Observer, observe_each_image, open_observed_session
+from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.calibration.sketch import Sketch
+from qconv.calibration.statistics_file import SketchSpool, open_sketch_spool
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.autodetect import detect_preprocessing
@@ -106,7 +106,7 @@ def study_samples(
     taps = _taps(plan, recipe)
     scored = collect_reference_outputs(session, scoring, "float", most_bytes=SCORED_BYTES, warn=warn)
     del session
-    with shelf() as kept:
+    with open_sketch_spool() as kept:
         before = time.perf_counter()
         seconds = _put_aside(model, taps, calibration, recipe, kept)
         after = time.perf_counter()
@@ -132,13 +132,13 @@ def study_samples(
     )
 
 
-def _taps(plan: Plan, recipe: Recipe) -> list[Tap]:
+def _taps(plan: Plan, recipe: Recipe) -> list[Observer]:
     if recipe.bias_correction == "sequential":
         raise QconvError(
             "--bias-correction sequential is not possible in a study: it walks the network for every point.",
             "leave it out: means hardly depend on the number of pictures.",
         )
-    taps = plan.taps(want_of(recipe))
+    taps = plan.taps(sketch_contents_for(recipe))
     if not taps:
         raise QconvError(
             "Nothing depends on the number of pictures: these options quantize no activation.",
@@ -183,11 +183,11 @@ def _feeds(
     return whole.over(paths[:most]), whole.over(paths[most : most + held])
 
 
-def _put_aside(model: Model, taps: list[Tap], feed: DataLoader, recipe: Recipe, kept: Shelf) -> list[float]:
+def _put_aside(model: Model, taps: list[Observer], feed: DataLoader, recipe: Recipe, kept: SketchSpool) -> list[float]:
     """Sketch every picture by itself. Returns how many seconds the pass took until each of them was seen."""
-    session = observer(model, taps, recipe.threads)
+    session = open_observed_session(model, taps, recipe.threads)
     seconds, spent, start = [], 0.0, time.perf_counter()
-    for sketches in watch_apart(session, taps, feed.all("calibrate")):
+    for sketches in observe_each_image(session, taps, feed.all("calibrate")):
         spent += time.perf_counter() - start
         seconds.append(spent)
         kept.put(sketches)
@@ -215,7 +215,7 @@ class _Job:
 
 
 def _points(
-    job: _Job, kept: Shelf, scored: ReferenceOutputs, draws: int, progress: Callable[[str, int, int], None]
+    job: _Job, kept: SketchSpool, scored: ReferenceOutputs, draws: int, progress: Callable[[str, int, int], None]
 ) -> list[CurvePoint]:
     counts = counts_up_to(len(kept))
     total, points = draws * (len(counts) - 1) + 1, []
@@ -237,7 +237,7 @@ def _order(pictures: int, recipe_seed: int, draw: int) -> list[int]:
     return [int(index) for index in np.random.default_rng([recipe_seed, draw]).permutation(pictures)]
 
 
-def _growing(kept: Shelf, order: list[int], counts: list[int]) -> Iterator[tuple[int, dict[str, Sketch]]]:
+def _growing(kept: SketchSpool, order: list[int], counts: list[int]) -> Iterator[tuple[int, dict[str, Sketch]]]:
     """The sketches of the first so many pictures, for each of the ascending `counts`."""
     total: dict[str, Sketch] = {}
     done = 0

@@ -12,9 +12,16 @@ from functools import partial
 from pathlib import Path
 
 from qconv.analysis.proof import Proof, held_back
-from qconv.calibration.stats import digest
 from qconv.config.recipe import Recipe
-from qconv.ir.files import Source, external_data_files, file_bytes, open_original, read_proto, refuse_quantized
+from qconv.ir.files import (
+    Source,
+    external_data_files,
+    file_bytes,
+    hash_model,
+    open_original,
+    read_proto,
+    refuse_quantized,
+)
 from qconv.ir.load import load
 from qconv.pipeline.gather import Memory, open_pictures
 from qconv.pipeline.pipeline import Listener, check_output
@@ -55,7 +62,7 @@ def sweep(source: Source, entries: Sequence[Entry], listener: Listener | None = 
     del session
     shared = replace(shared, samples=min(shared.samples, held.most))
     memory = Memory()
-    made_from = digest(source, external_data_files(proto, source))
+    made_from = hash_model(source, external_data_files(proto, source))
     pictures = open_pictures(source, made_from, shared, Listener().warn, listener.progress)
     pictures.memory = memory
     pictures.settle(load(proto, source)[0], shared)

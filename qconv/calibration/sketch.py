@@ -1,16 +1,17 @@
-"""What is remembered of one tensor: a few hundred kilobytes, however many pictures pass, no range needed beforehand.
+"""Summarizes a tensor over any number of images in a few hundred kilobytes, with no range needed beforehand.
 
-    exactly     extremes of every channel, extremes of every picture, sum of every channel
-    histogram   of the upper 16 bits of float32 numbers: sign, exponent and 7 binary digits, so that the width of a bin
-                is 1/128 to 1/256 of its place; one `bincount`. Of about SAMPLE elements of a picture, on a fixed grid.
-    columns     of the MOST_COLUMNS pictures whose keys are least: all channels at a few places, side by side
+    exactly     extremes of every channel, extremes of every image, sum of every channel
+    histogram   of the upper 16 bits of float32 numbers: sign, exponent and 7 binary digits, so that a bin's width is
+                1/128 to 1/256 of its place. Of about SAMPLED_ELEMENTS elements of an image, on a fixed grid.
+    columns     of the MOST_COLUMNS images whose keys are least: all channels at a few places, side by side
 
-Sketches add up: the sketch of two sets of pictures is the sum of their sketches, bit for bit, whatever the batches, the
-order or the shards. Sums are exact (see exact.py), and wherever an order is needed, pictures are put in that of their
-keys, which are drawn from what the pictures did in the network and say nothing of where they lay.
+Sketches add up bit for bit, whatever the batches, the order or the shards: images are ordered by keys, and sums are
+exact:
 
-The idea of merging summaries of any data in any order: Agarwal et al. 2012, Mergeable Summaries. A sample of fixed size
-by least hash: Cohen 1997.
+    x = integer * 2^(32 k - 149 + offset),  offset in 0..31;  limb k collects integer * 2^offset
+
+Sources: Agarwal et al. 2012, Mergeable Summaries; Cohen 1997 (a sample of fixed size by least hash); Kulisch and
+Miranker 1981, Computer Arithmetic in Theory and Practice (the long accumulator).
 """
 
 from __future__ import annotations
@@ -22,23 +23,93 @@ from enum import Flag, auto
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from qconv.calibration.exact import ExactSum
+LIMBS, LIMB_BITS = 10, 32
 
-SAMPLE = 4096
+LEAST_EXPONENT = -149
+
+MANTISSA_BITS = 24
+
+MOST_ADDED_AT_ONCE = 128
+"""Numbers of 55 bits that one int64 adds up before it must carry."""
+
+
+@dataclass(slots=True)
+class ExactSum:
+    """Sums of C series of numbers. limbs: (LIMBS, C) int64, all but the last in 0 .. 2^32 - 1."""
+
+    limbs: NDArray[np.int64]
+
+    @classmethod
+    def zeros(cls, count: int) -> ExactSum:
+        """Nothing added yet to `count` series."""
+        return cls(np.zeros((LIMBS, count), np.int64))
+
+    def add(self, rows: ArrayLike) -> None:
+        """Add float32 numbers (n, C), row by row. Raises ValueError where one is not finite."""
+        numbers = np.asarray(rows, np.float32)
+        if not np.isfinite(numbers).all():
+            raise ValueError("only finite numbers have an exact sum")
+        for start in range(0, len(numbers), MOST_ADDED_AT_ONCE):
+            self._add(numbers[start : start + MOST_ADDED_AT_ONCE])
+            self._carry()
+
+    def _add(self, numbers: NDArray[np.float32]) -> None:
+        _, exponents = np.frexp(numbers)
+        places = np.maximum(exponents - MANTISSA_BITS, LEAST_EXPONENT) - LEAST_EXPONENT  # (n, C), of the last digit
+        limb, offset = places >> 5, places & 31
+        # float64, in which neither the digits nor the shift lose anything
+        shifted = np.ldexp(numbers.astype(np.float64), offset - places - LEAST_EXPONENT).astype(np.int64)
+        for k in range(int(limb.min(initial=LIMBS)), int(limb.max(initial=-1)) + 1):
+            self.limbs[k] += np.where(limb == k, shifted, 0).sum(axis=0)
+
+    def _carry(self) -> None:
+        for k in range(LIMBS - 1):
+            over = self.limbs[k] >> LIMB_BITS
+            self.limbs[k] -= over << LIMB_BITS
+            self.limbs[k + 1] += over
+
+    def merge(self, other: ExactSum) -> ExactSum:
+        """The sums of both together."""
+        both = ExactSum(self.limbs + other.limbs)
+        both._carry()
+        return both
+
+    def overall(self) -> ExactSum:
+        """One sum of all series."""
+        total = ExactSum(np.zeros((LIMBS, 1), np.int64))
+        for column in range(self.limbs.shape[1]):
+            total = total.merge(ExactSum(self.limbs[:, column : column + 1]))
+        return total
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """The sums, (C,)."""
+        weights = np.ldexp(1.0, LIMB_BITS * np.arange(LIMBS) + LEAST_EXPONENT)  # (LIMBS,)
+        total = np.zeros(self.limbs.shape[1])
+        # from the top, where a negative sum has its sign: the rest only adds to it
+        for weight, limb in zip(weights[::-1], self.limbs[::-1], strict=True):
+            total += weight * limb
+        return total
+
+
+SAMPLED_ELEMENTS = 4096
 """Elements of a tensor that one picture gives to the histogram, about."""
+
 MOST_COLUMNS = 32
+
 COLUMN_ELEMENTS = 2**14
 """Elements that the columns of all pictures together have, about."""
+
 PENDING_PICTURES = 16
-Counts = tuple[NDArray[np.uint16], NDArray[np.int64]]
+
+BinCounts = tuple[NDArray[np.uint16], NDArray[np.int64]]
+
+NO_COLUMNS = np.zeros((0, 0), np.float32)
 
 
-NOTHING = np.zeros((0, 0), np.float32)
-
-
-class Want(Flag):
+class SketchContents(Flag):
     """What a sketch is to remember beyond the extremes. What nobody asks for is not computed."""
 
     EXTREMES = 0
@@ -49,7 +120,7 @@ class Want(Flag):
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class TensorView:
     """One picture's tensor as a sketch takes it.
 
     lows, highs: extremes of every channel (C,), or of all (1,). sums: (C,) float32, each of `count` numbers; empty
@@ -140,7 +211,7 @@ class Sketch:
         """The counts with the ends of their bins. Raises ValueError where no bins were wanted."""
         if not self.codes.size:
             raise ValueError("this sketch has no histogram")
-        return _histogram(self.codes, self.counts, self.low, self.high)
+        return _decode_histogram(self.codes, self.counts, self.low, self.high)
 
     def merge(self, other: Sketch) -> Sketch:
         """The sketch of both sets of pictures."""
@@ -152,9 +223,9 @@ class Sketch:
             np.maximum(self.highs, other.highs),
             self.sums.merge(other.sums),
             self.count + other.count,
-            *_added(self.codes, self.counts, other.codes, other.counts),
-            *_by_key(np.concatenate([self.keys, other.keys]), np.concatenate([self.pictures, other.pictures])),
-            *_least(
+            *_add_counts(self.codes, self.counts, other.codes, other.counts),
+            *_sort_by_key(np.concatenate([self.keys, other.keys]), np.concatenate([self.pictures, other.pictures])),
+            *_keep_least_keys(
                 np.concatenate([self.column_keys, other.column_keys]), np.concatenate([self.columns, other.columns])
             ),
         )
@@ -162,25 +233,25 @@ class Sketch:
     def _overall(self) -> Sketch:
         channels = len(self.lows)
         low, high = self.lows.min(keepdims=True), self.highs.max(keepdims=True)
-        columns = np.zeros((0, places(1), 1), np.float32)
+        columns = np.zeros((0, columns_per_image(1), 1), np.float32)
         none = np.zeros(0, np.uint64)
         sums, count = self.sums.overall(), self.count * channels
         return Sketch(low, high, sums, count, self.codes, self.counts, self.keys, self.pictures, none, columns)
 
 
 @dataclass
-class Sketcher:
+class SketchBuilder:
     """Gathers the views of one tensor, and works them into a sketch some at a time: much faster than one by one."""
 
-    want: Want
+    want: SketchContents
     _done: Sketch | None = None
-    _views: list[View] = field(default_factory=list)
+    _views: list[TensorView] = field(default_factory=list)
     _halves: list[NDArray[np.uint16]] = field(default_factory=list)
     _columns: list[NDArray[np.float32]] = field(default_factory=list)
     _column_keys: list[int] = field(default_factory=list)
     _keys: list[int] = field(default_factory=list)
 
-    def add(self, view: View, key: int, halves: NDArray[np.uint16] | None = None) -> None:
+    def add(self, view: TensorView, key: int, halves: NDArray[np.uint16] | None = None) -> None:
         """Take one picture's view, whose sample may be overwritten afterwards. halves: of the sample, if known."""
         if self._views and self._views[-1].lows.shape != view.lows.shape:
             self._flush()
@@ -188,9 +259,9 @@ class Sketcher:
         if self._bins:
             self._halves.append(upper_halves(view.sample) if halves is None else halves)
         if self._wants_columns and self._is_among_the_least(key):
-            self._columns.append(_columns_of(view.sample))
+            self._columns.append(_pick_columns(view.sample))
             self._column_keys.append(key)
-        self._views.append(View(view.lows, view.highs, view.sums, view.count, NOTHING))
+        self._views.append(TensorView(view.lows, view.highs, view.sums, view.count, NO_COLUMNS))
         if len(self._views) >= PENDING_PICTURES:
             self._flush()
 
@@ -202,11 +273,11 @@ class Sketcher:
 
     @cached_property
     def _bins(self) -> bool:
-        return Want.BINS in self.want
+        return SketchContents.BINS in self.want
 
     @cached_property
     def _wants_columns(self) -> bool:
-        return Want.COLUMNS in self.want
+        return SketchContents.COLUMNS in self.want
 
     def _is_among_the_least(self, key: int) -> bool:
         if self._done is None or len(self._done.column_keys) < MOST_COLUMNS:
@@ -224,19 +295,23 @@ class Sketcher:
         lows, highs = (np.stack(ends) for ends in zip(*((v.lows, v.highs) for v in self._views), strict=True))
         channels = lows.shape[1]
         sums, count = ExactSum.zeros(channels), 0
-        if Want.CHANNELS in self.want:
+        if SketchContents.CHANNELS in self.want:
             sums.add(np.stack([view.sums for view in self._views]))
             count = sum(view.count for view in self._views)
-        columns = np.stack(self._columns) if self._columns else np.zeros((0, places(channels), channels), np.float32)
+        columns = (
+            np.stack(self._columns)
+            if self._columns
+            else np.zeros((0, columns_per_image(channels), channels), np.float32)
+        )
         keys = np.array(self._keys, np.uint64)
         return Sketch(
             lows.min(axis=0),
             highs.max(axis=0),
             sums,
             count,
-            *_counted(np.concatenate(self._halves or [np.zeros(0, np.uint16)])),
-            *_by_key(keys, np.stack([lows.min(axis=1), highs.max(axis=1)], axis=1)),
-            *_least(np.array(self._column_keys, np.uint64), columns),
+            *_count_codes(np.concatenate(self._halves or [np.zeros(0, np.uint16)])),
+            *_sort_by_key(keys, np.stack([lows.min(axis=1), highs.max(axis=1)], axis=1)),
+            *_keep_least_keys(np.array(self._column_keys, np.uint64), columns),
         )
 
 
@@ -249,7 +324,7 @@ def upper_halves(x: NDArray[np.float32]) -> NDArray[np.uint16]:
     return both[sys.byteorder == "little" :: 2].copy()
 
 
-def bin_ends(codes: NDArray[np.integer]) -> NDArray[np.float64]:
+def bin_edges(codes: NDArray[np.integer]) -> NDArray[np.float64]:
     """Lower and upper end of each bin, (2, B)."""
     magnitude, negative = np.asarray(codes, np.uint32) >> 1, np.asarray(codes & 1, bool)
     near, far = (
@@ -258,17 +333,19 @@ def bin_ends(codes: NDArray[np.integer]) -> NDArray[np.float64]:
     return np.stack([np.where(negative, -far, near), np.where(negative, -near, far)])
 
 
-def histogram_codes(x: NDArray[np.float32]) -> Counts:
+def count_bins(x: NDArray[np.float32]) -> BinCounts:
     """The bins of all numbers of x, and how often each is met."""
-    return _counted(upper_halves(x))
+    return _count_codes(upper_halves(x))
 
 
-def histogram_of(x: NDArray[np.floating]) -> Histogram:
+def make_histogram(x: NDArray[np.floating]) -> Histogram:
     """The histogram of all numbers of x."""
-    return _histogram(*_counted(upper_halves(x.astype(np.float32, copy=False))), float(x.min()), float(x.max()))
+    return _decode_histogram(
+        *_count_codes(upper_halves(x.astype(np.float32, copy=False))), float(x.min()), float(x.max())
+    )
 
 
-def _counted(halves: NDArray[np.uint16]) -> Counts:
+def _count_codes(halves: NDArray[np.uint16]) -> BinCounts:
     """What codes there are, ascending, and how often."""
     bins = np.bincount(halves)
     found = np.flatnonzero(bins)
@@ -277,9 +354,9 @@ def _counted(halves: NDArray[np.uint16]) -> Counts:
     return codes[order], bins[found[order]]
 
 
-def _added(
+def _add_counts(
     codes: NDArray[np.uint16], counts: NDArray[np.int64], more: NDArray[np.uint16], of: NDArray[np.int64]
-) -> Counts:
+) -> BinCounts:
     both = np.concatenate([codes, more])
     order = np.argsort(both, kind="stable")
     both = both[order]
@@ -287,15 +364,15 @@ def _added(
     return both[starts], np.add.reduceat(np.concatenate([counts, of])[order], starts) if both.size else counts
 
 
-def _histogram(codes: NDArray[np.uint16], counts: NDArray[np.int64], low: float, high: float) -> Histogram:
-    ends = bin_ends(codes)
+def _decode_histogram(codes: NDArray[np.uint16], counts: NDArray[np.int64], low: float, high: float) -> Histogram:
+    ends = bin_edges(codes)
     order = np.argsort(ends[0], kind="stable")
     return Histogram(np.clip(ends[:, order], low, high), counts[order])
 
 
-def stride_for(elements: int, among: int) -> int:
+def sampling_stride(elements: int, among: int) -> int:
     """Step along `among` places that leaves about SAMPLE of `elements`; it falls into no rhythm with rows of pixels."""
-    step = max(1, min(among, -(-elements // SAMPLE)))
+    step = max(1, min(among, -(-elements // SAMPLED_ELEMENTS)))
     while step > 1 and math.gcd(step, among) > 1:
         step += 1
     return step
@@ -304,27 +381,31 @@ def stride_for(elements: int, among: int) -> int:
 # -- columns -----------------------------------------------------------------------------------------------------------
 
 
-def places(channels: int) -> int:
+def columns_per_image(channels: int) -> int:
     """How many columns a picture gives."""
     return max(1, COLUMN_ELEMENTS // (MOST_COLUMNS * channels))
 
 
-def _columns_of(sample: NDArray[np.float32]) -> NDArray[np.float32]:
+def _pick_columns(sample: NDArray[np.float32]) -> NDArray[np.float32]:
     """(C, X) -> (places, C), spread over the sample, repeated where it has fewer."""
     channels, length = sample.shape
-    count = places(channels)
+    count = columns_per_image(channels)
     return sample[:, (np.arange(count) * 2 + 1) * length // (2 * count)].T.copy()
 
 
 # -- pictures in the order of their keys -------------------------------------------------------------------------------
 
 
-def _by_key(keys: NDArray[np.uint64], pictures: NDArray[np.float32]) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+def _sort_by_key(
+    keys: NDArray[np.uint64], pictures: NDArray[np.float32]
+) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
     # equal keys are equal pictures, but for a freak of hashing
     order = np.lexsort((pictures[:, 1], pictures[:, 0], keys))
     return keys[order], pictures[order]
 
 
-def _least(keys: NDArray[np.uint64], columns: NDArray[np.float32]) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
+def _keep_least_keys(
+    keys: NDArray[np.uint64], columns: NDArray[np.float32]
+) -> tuple[NDArray[np.uint64], NDArray[np.float32]]:
     order = np.argsort(keys, kind="stable")[:MOST_COLUMNS]
     return keys[order], columns[order]

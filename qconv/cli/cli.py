@@ -213,15 +213,15 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     """Add up statistics that `quantize --save-stats` wrote of parts of a set of pictures."""
     if "" in (output, *files):
         raise click.UsageError("files and --output need a name.")
-    from qconv.calibration import stats
+    from qconv.calibration import statistics_file
     from qconv.report import summary
 
     console = summary.Console(quiet=quiet)
-    total, twice = stats.merged(files)
+    total, twice = statistics_file.merge_statistics(files)
     if twice:
         console.warn(f"{format_count(twice, 'picture')} came more than once, and count as often.")
     raise_exit_on_signals()
-    stats.write_file(total, Path(output))
+    statistics_file.write_statistics(total, Path(output))
     found = {
         "schema": 1,
         "version": qconv.__version__,

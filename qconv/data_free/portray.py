@@ -10,9 +10,8 @@ import zlib
 
 import numpy as np
 
-from qconv.calibration.exact import ExactSum
-from qconv.calibration.reach import Channels
-from qconv.calibration.sketch import MOST_COLUMNS, Sketch, histogram_codes, places
+from qconv.calibration.observer import ChannelRanges
+from qconv.calibration.sketch import MOST_COLUMNS, ExactSum, Sketch, columns_per_image, count_bins
 from qconv.data_free.told import reach
 from qconv.ir.channel_stats import ChannelDistribution, normal_quantiles
 from qconv.ir.model import Value, clip_bounds
@@ -33,17 +32,17 @@ def sketched(name: str, found: ChannelDistribution) -> Sketch:
     sums = ExactSum.zeros(channels)
     sums.add(found.mean.astype(np.float32)[None])
     values = found.at(normal_quantiles(min(max(FEWEST, SAMPLES // channels), MOST))).astype(np.float32)
-    count = MOST_COLUMNS * places(channels)
+    count = MOST_COLUMNS * columns_per_image(channels)
     order = np.random.default_rng(zlib.crc32(name.encode())).permuted(
         np.broadcast_to(normal_quantiles(count)[:, None], (count, channels)), axis=0
     )
-    columns = found.at(order).astype(np.float32).reshape(MOST_COLUMNS, places(channels), channels)
+    columns = found.at(order).astype(np.float32).reshape(MOST_COLUMNS, columns_per_image(channels), channels)
     keys = np.arange(MOST_COLUMNS, dtype=np.uint64)
     ends = np.array([[low.min(), high.max()]], np.float32)
-    return Sketch(low, high, sums, 1, *histogram_codes(values), keys[:1], ends, keys, columns)
+    return Sketch(low, high, sums, 1, *count_bins(values), keys[:1], ends, keys, columns)
 
 
-def channels_of(found: ChannelDistribution, value: Value) -> Channels:
+def channels_of(found: ChannelDistribution, value: Value) -> ChannelRanges:
     """The same for whoever scales channels. Behind a Clip low and high are those that it leaves next to nothing of."""
     assert found.std is not None
     low, high = reach(found)
@@ -52,4 +51,4 @@ def channels_of(found: ChannelDistribution, value: Value) -> Channels:
     if node is not None and clip_bounds(node) is not None:
         mean, std = found.origin
         low, high = mean - BINDING * std, mean + BINDING * std
-    return Channels(low, high, lowest, highest, floor, found.mean, found.std**2)
+    return ChannelRanges(low, high, lowest, highest, floor, found.mean, found.std**2)

@@ -12,8 +12,14 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.calibration.calibrate import Tap, observer, watch, watch_apart
-from qconv.calibration.reach import Channels, seen_by_channel
+from qconv.calibration.observer import (
+    ChannelRanges,
+    Observer,
+    estimate_channel_ranges,
+    observe,
+    observe_each_image,
+    open_observed_session,
+)
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import NO_IMAGES
 from qconv.data.loader import Batch
@@ -73,7 +79,7 @@ class Unseen:
             )
         return self.imagined.these(self._synthesized)
 
-    def sketches(self, model: Model, taps: Sequence[Tap]) -> dict[str, Sketch]:
+    def sketches(self, model: Model, taps: Sequence[Observer]) -> dict[str, Sketch]:
         """Of these tensors. Raises QconvError where nothing tells of some, and they are not to be watched."""
         known_of = self.known(model)
         _note_means(model, known_of)
@@ -81,7 +87,7 @@ class Unseen:
         missing = self._missing(taps, found)
         seen = {}
         if missing:
-            seen = watch(observer(model, missing, self.threads), missing, self.pictures("calibrate"))
+            seen = observe(open_observed_session(model, missing, self.threads), missing, self.pictures("calibrate"))
             ends = {value.name or "": _hard_ends(value) for value in known_of}
             wider = WIDER[self.fallback or "random"]
             seen = {name: _wider(sketch, wider, *ends[name]) for name, sketch in seen.items()}
@@ -93,7 +99,7 @@ class Unseen:
             self._tell(tap.name, known)
         return seen
 
-    def channels(self, model: Model, taps: Sequence[Tap]) -> dict[str, Channels]:
+    def channels(self, model: Model, taps: Sequence[Observer]) -> dict[str, ChannelRanges]:
         """The same, channel by channel; nothing of what is neither told nor watched."""
         known = self.known(model)
         by_name = {value.name or "": found for value, found in known.items()}
@@ -104,12 +110,14 @@ class Unseen:
             [tap for tap in taps if not isinstance(by_name.get(tap.name), ChannelDistribution)] if self.fallback else []
         )
         if missing:
-            seen = watch_apart(observer(model, missing, self.threads), missing, self.pictures("equalize"))
-            told_of |= seen_by_channel(seen)
+            seen = observe_each_image(
+                open_observed_session(model, missing, self.threads), missing, self.pictures("equalize")
+            )
+            told_of |= estimate_channel_ranges(seen)
         wanted = {tap.name for tap in taps}
         return {name: found for name, found in told_of.items() if name in wanted}
 
-    def _missing(self, taps: Sequence[Tap], found: dict[str, ChannelDistribution | str]) -> list[Tap]:
+    def _missing(self, taps: Sequence[Observer], found: dict[str, ChannelDistribution | str]) -> list[Observer]:
         missing = [tap for tap in taps if not isinstance(found.get(tap.name), ChannelDistribution)]
         if missing and self.fallback is None:
             shown = ", ".join(repr(tap.name) for tap in missing[:NAMED])

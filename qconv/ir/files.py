@@ -13,7 +13,7 @@ import glob
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -342,3 +342,12 @@ def _existing_data_files(out: Path) -> set[Path]:
     """Data files of our naming that the model now at `out` has."""
     pattern = f"{glob.escape(out.name)}.{'[0-9a-f]' * 8}.data"
     return set(out.parent.glob(pattern)) if out.exists() else set()
+
+
+def hash_model(source: Source, data: Iterable[Path]) -> str:
+    """The hash of a model's bytes, those of its data files included."""
+    found = hashlib.sha256((source.data or b"") if source.path is None else source.path.read_bytes())
+    for path in sorted(data):
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()

@@ -25,13 +25,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.calibration.stats import digest
 from qconv.config.choices import WeightGranularity
 from qconv.config.preprocessing import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import IR_VERSIONS, LOWEST_OPSET, OLDEST_RUNTIMES
 from qconv.errors import QconvError
-from qconv.ir.files import Source, external_data_files, metadata_of, read_proto
+from qconv.ir.files import Source, external_data_files, hash_model, metadata_of, read_proto
 from qconv.ir.model import Model
 
 # Which opset and IR version a result needs, what runs it, and what it carries about itself.
@@ -249,6 +248,6 @@ def find_teacher(source: Source) -> Source:
     for path in beside[:MOST_FILES_TRIED]:
         own = Source(str(source.path.parent / path.name), source.path.parent / path.name)
         with contextlib.suppress(QconvError):
-            if digest(own, external_data_files(read_proto(own), own)) == wanted:
+            if hash_model(own, external_data_files(read_proto(own), own)) == wanted:
                 return own
     raise QconvError(f"The float model that {source.name} was made from is not beside it.", hint)

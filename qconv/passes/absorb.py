@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qconv.calibration.reach import Channels
+from qconv.calibration.observer import ChannelRanges
 from qconv.errors import Change
 from qconv.ir.layers import (
     INPUTS_FIRST,
@@ -77,12 +77,12 @@ def _readers(model: Model, value: Value, shift: Float64) -> list[Layer]:
     return [scaled_layer(model, end, Affine(np.ones_like(shift), shift)) for end in ends(model, value)]
 
 
-def gaining(found: Iterable[Candidate], channels: Mapping[str, Channels]) -> list[Candidate]:
+def gaining(found: Iterable[Candidate], channels: Mapping[str, ChannelRanges]) -> list[Candidate]:
     """Those with channels that are high on all pictures. channels: as for `absorb`."""
     return [c for c in found if (seen := channels.get(c.result.name or "")) is not None and _shift(seen) is not None]
 
 
-def _shift(seen: Channels) -> Float64 | None:
+def _shift(seen: ChannelRanges) -> Float64 | None:
     """c of every channel, (C,); None where nothing is to be gained."""
     # a channel that never changes is all bias, of which nothing is to be gained
     shift = np.where(seen.high > seen.low, SHARE * np.maximum(seen.floor, 0.0), 0.0)
@@ -90,7 +90,7 @@ def _shift(seen: Channels) -> Float64 | None:
     return shift if after < before and after <= before * (1 - LEAST_GAIN) else None
 
 
-def absorb(model: Model, found: Iterable[Candidate], channels: dict[str, Channels]) -> list[Change]:
+def absorb(model: Model, found: Iterable[Candidate], channels: dict[str, ChannelRanges]) -> list[Change]:
     """Lower the channels that are high on all pictures; the model computes the same on them.
 
     channels: by the names of the candidates' results, with true minima; brought up to date.

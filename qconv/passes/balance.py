@@ -22,9 +22,14 @@ from itertools import islice
 
 import numpy as np
 
-from qconv.calibration.calibrate import Tap, observer, watch_apart
-from qconv.calibration.reach import Channels, seen_by_channel
-from qconv.calibration.sketch import Want
+from qconv.calibration.observer import (
+    ChannelRanges,
+    Observer,
+    estimate_channel_ranges,
+    observe_each_image,
+    open_observed_session,
+)
+from qconv.calibration.sketch import SketchContents
 from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, Skipped
 from qconv.ir import subgraph
@@ -70,12 +75,16 @@ def balance(model: Model, plan: Plan, feed: DataLoader, most: int | None, thread
     taps = _taps(plan, streams, {candidate.result for candidate in could})
     if not taps or (bool(streams.fixed.all()) and not could):
         return list(left)
-    channels = seen_by_channel(watch_apart(observer(model, taps, threads), taps, islice(feed.all(STEP), most)))
+    channels = estimate_channel_ranges(
+        observe_each_image(open_observed_session(model, taps, threads), taps, islice(feed.all(STEP), most))
+    )
     high = gaining(could, channels)
     if high and most is not None:
         names = {candidate.result.name for candidate in high}
         again = [tap for tap in taps if tap.name in names]
-        on_all = seen_by_channel(watch_apart(observer(model, again, threads), again, feed.all(STEP)))
+        on_all = estimate_channel_ranges(
+            observe_each_image(open_observed_session(model, again, threads), again, feed.all(STEP))
+        )
         channels |= {name: replace(channels[name], floor=found.floor) for name, found in on_all.items()}
     lowered = _lowered(model, high, channels, feed, threads, EXACT_DB)
     return [*lowered, *_scaled(model, plan, Seen(streams, channels), feed, threads, EXACT_DB), *left]
@@ -84,7 +93,7 @@ def balance(model: Model, plan: Plan, feed: DataLoader, most: int | None, thread
 def balance_unseen(
     model: Model,
     plan: Plan,
-    watched: Callable[[Sequence[Tap]], dict[str, Channels]],
+    watched: Callable[[Sequence[Observer]], dict[str, ChannelRanges]],
     feed: DataLoader,
     threads: int | None,
 ) -> list[Finding]:
@@ -99,7 +108,7 @@ def balance_unseen(
     taps = _taps(plan, streams, set())
     if not taps or (bool(streams.fixed.all()) and not could):
         return list(left)
-    channels = watched([*taps, *(Tap(candidate.result.name or "") for candidate in could)])
+    channels = watched([*taps, *(Observer(candidate.result.name or "") for candidate in could)])
     lowered = _lowered(model, gaining(could, channels), channels, feed, threads, NEAR_DB)
     return [*lowered, *_scaled(model, plan, Seen(streams, channels), feed, threads, NEAR_DB), *left]
 
@@ -107,7 +116,7 @@ def balance_unseen(
 def _lowered(
     model: Model,
     high: Sequence[Candidate],
-    channels: dict[str, Channels],
+    channels: dict[str, ChannelRanges],
     feed: DataLoader,
     threads: int | None,
     least_db: float,
@@ -146,13 +155,13 @@ def _scaled(
     return _told(found)
 
 
-def _taps(plan: Plan, streams: Streams, low: Set[Value]) -> list[Tap]:
+def _taps(plan: Plan, streams: Streams, low: Set[Value]) -> list[Observer]:
     """All that is quantized, and what the layers read whose weights are. low: tensors whose minima count as well."""
     read = dict.fromkeys(value for layer in plan.layers if (value := layer.node.inputs[0]) is not None)
     seen = dict.fromkeys(value for value in plan.activations if value in streams.of and not plan.copies(value))
     seen |= dict.fromkeys(limit.value for limit in streams.limits)
-    taps = {value: tap_of(value, Want.CHANNELS | Want.COLUMNS) for value in {**seen, **read}}
-    return [Tap(tap.name, tap.want) if value in low else tap for value, tap in taps.items()]
+    taps = {value: tap_of(value, SketchContents.CHANNELS | SketchContents.COLUMNS) for value in {**seen, **read}}
+    return [Observer(tap.name, tap.want) if value in low else tap for value, tap in taps.items()]
 
 
 def _bounds(seen: Seen) -> tuple[Float64, Float64]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qconv.calibration.reach import Channels
+from qconv.calibration.observer import ChannelRanges
 from qconv.ir.layers import Float64, read_layer
 from qconv.ir.model import Model, Value
 from qconv.passes.noise import Codes, Term, Weights
@@ -36,9 +36,9 @@ class Seen:
     """The tensors with one number a channel."""
 
     streams: Streams
-    channels: Mapping[str, Channels]
+    channels: Mapping[str, ChannelRanges]
 
-    def of(self, value: Value | None) -> Channels | None:
+    def of(self, value: Value | None) -> ChannelRanges | None:
         """What is known of a tensor that has classes; None where nothing is."""
         classes = None if value is None else self.streams.of.get(value)
         found = None if value is None else self.channels.get(value.name or "")

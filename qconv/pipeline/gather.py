@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qconv.calibration import stats
-from qconv.calibration.calibrate import Tap, observer, watch
-from qconv.calibration.calibrators import want_of
-from qconv.calibration.sketch import Sketch, Want
+from qconv.calibration import statistics_file
+from qconv.calibration.observer import Observer, observe, open_observed_session
+from qconv.calibration.range_estimators import sketch_contents_for
+from qconv.calibration.sketch import Sketch, SketchContents
 from qconv.config.preprocessing import Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.autodetect import DetectedPreprocessing, detect_preprocessing, detect_without_images
@@ -41,7 +41,7 @@ class Memory:
     detected: dict[str, DetectedPreprocessing] = field(default_factory=dict)
     sketches: dict[str, dict[str, Sketch]] = field(default_factory=dict)
 
-    def known_as(self, model: Model, taps: Sequence[Tap], recipe: Recipe, feed: DataLoader) -> str | None:
+    def known_as(self, model: Model, taps: Sequence[Observer], recipe: Recipe, feed: DataLoader) -> str | None:
         """The name of what such a pass sees; None for a network too large to be told from others."""
         if total_weight_bytes(model) > LARGEST_KNOWN:
             return None
@@ -73,7 +73,7 @@ class Pictures:
     """
 
     feed: DataLoader | None
-    known: stats.Statistics | None
+    known: statistics_file.Statistics | None
     detected: DetectedPreprocessing
     model: str
     session: Session | None
@@ -142,16 +142,16 @@ class Pictures:
     def sketches(self, model: Model, plans: Sequence[Plan], recipe: Recipe) -> Mapping[str, Sketch]:
         """Of every tensor that must be seen for any of the plans. Raises QconvError where the file lacks some."""
         every = recipe.save_stats is not None or self.memory is not None
-        want = Want.ALL if every else want_of(recipe)
-        found: dict[str, Tap] = {}
+        want = SketchContents.ALL if every else sketch_contents_for(recipe)
+        found: dict[str, Observer] = {}
         means = recipe.measures_means and self.unseen is None and self.known is None and recipe.save_stats is None
         for tap in (t for plan in plans for t in (*plan.taps(want), *(plan.taps_of_float() if means else ()))):
             known = found.get(tap.name, tap)
             found[tap.name] = replace(tap, want=tap.want | known.want)
         taps = list(found.values())
         if self.known is not None:
-            stats.require_pixels(self.known, recipe.stats or "", self.pixels)
-            stats.require_tensors(self.known, recipe.stats or "", [tap.name for tap in taps])
+            statistics_file.require_same_pixels(self.known, recipe.stats or "", self.pixels)
+            statistics_file.require_observed_tensors(self.known, recipe.stats or "", [tap.name for tap in taps])
             return self.known.sketches
         if self.unseen is not None:
             return self.unseen.sketches(model, taps)
@@ -162,7 +162,7 @@ class Pictures:
         name = None if self.memory is None else self.memory.known_as(model, taps, recipe, self.feed)
         if self.memory is not None and name in self.memory.sketches:
             return self.memory.sketches[name]
-        seen = watch(observer(model, taps, recipe.threads), taps, self.feed.all("calibrate"))
+        seen = observe(open_observed_session(model, taps, recipe.threads), taps, self.feed.all("calibrate"))
         if self.memory is not None and name is not None:
             self.memory.keep(name, seen)
         return seen
@@ -170,8 +170,10 @@ class Pictures:
     def save_statistics(self, sketches: Mapping[str, Sketch], source: Source, out: Path) -> None:
         """Write what was seen. Raises QconvError where that is impossible."""
         name = "" if source.path is None else source.path.name
-        found = stats.Statistics(self.model, name, stats.done_to_pictures(self.preprocessing), self.pixels, sketches)
-        stats.write_file(found, out)
+        found = statistics_file.Statistics(
+            self.model, name, statistics_file.preprocessing_to_dict(self.preprocessing), self.pixels, sketches
+        )
+        statistics_file.write_statistics(found, out)
 
 
 def open_pictures(
@@ -194,15 +196,17 @@ def open_pictures(
     if recipe.stats is None:
         seen = DataLoader.of(session, recipe, warn, progress)
         return Pictures(seen, None, DetectedPreprocessing(seen.preprocessing), model, session)
-    found, path = stats.read_file(recipe.stats), recipe.stats
-    stats.require_model(found, path, model=model, name=source.name)
-    known = None if found.preprocessing is None else stats.as_preprocessing(found.preprocessing)
+    found, path = statistics_file.read_statistics(recipe.stats), recipe.stats
+    statistics_file.require_same_model(found, path, model=model, name=source.name)
+    known = None if found.preprocessing is None else statistics_file.preprocessing_from_dict(found.preprocessing)
     if recipe.preprocessing != PreprocessingOptions():
         wanted = resolve_preprocessing(
             recipe.preprocessing, InputSpec(*session.inputs[0]), class_vector=session.gives_class_vector
         )
-        stats.require_preprocessing(found, path, stats.done_to_pictures(wanted))
+        statistics_file.require_same_preprocessing(found, path, statistics_file.preprocessing_to_dict(wanted))
     feed = DataLoader.of(session, recipe, warn, progress, known) if recipe.calib else None
     if feed is not None:
-        stats.require_preprocessing(found, path, stats.done_to_pictures(feed.preprocessing))
+        statistics_file.require_same_preprocessing(
+            found, path, statistics_file.preprocessing_to_dict(feed.preprocessing)
+        )
     return Pictures(feed, found, DetectedPreprocessing(known), model, None)

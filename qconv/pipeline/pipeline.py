@@ -14,7 +14,6 @@ import qconv
 from qconv import storage
 from qconv.audit.audit import Known, audit, profiled
 from qconv.calibration.sketch import Sketch
-from qconv.calibration.stats import digest
 from qconv.config.choices import option_name
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_layer_bits
@@ -27,6 +26,7 @@ from qconv.ir.files import (
     declared_opset,
     external_data_files,
     file_bytes,
+    hash_model,
     open_original,
     read_proto,
     refuse_quantized,
@@ -125,7 +125,7 @@ def quantize(
                 written[option_name(option)] = path
         _check_apart(written, [*recipe.calib, *([] if recipe.stats is None else [recipe.stats])])
         refuse_quantized(proto, source.name)
-        float_bytes, made_from = file_bytes(proto, source), digest(source, external_data_files(proto, source))
+        float_bytes, made_from = file_bytes(proto, source), hash_model(source, external_data_files(proto, source))
         pictures = open_pictures(source, made_from, recipe, run.warn, run.listener.progress)
         pictures.memory = memory
         model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.calibration.calibrate import Tap
-from qconv.calibration.sketch import SAMPLE, Want
+from qconv.calibration.observer import Observer
+from qconv.calibration.sketch import SAMPLED_ELEMENTS, SketchContents
 from qconv.config.targets import Target
 from qconv.ir.model import DataType, Node, Value, clip_bounds, constant_array, dims, input_of, rank
 from qconv.ir.operators import (
@@ -105,20 +105,23 @@ class Plan:
         choice = None if value is None else self.activations.get(value)
         return choice is not None and choice.spec is not None and isinstance(choice.spec.granularity, PerChannel)
 
-    def taps(self, want: Want = Want.EXTREMES) -> list[Tap]:
+    def taps(self, want: SketchContents = SketchContents.EXTREMES) -> list[Observer]:
         """The tensors whose values must be seen: what layers read, and in each group all that others do not copy.
 
         want: what is to be remembered of all of them; channels are of what layers read in any case.
         """
         read = {layer.data for layer in self.layers}
         seen = (value for value in self.activations if value in read or not self.copies(value))
-        return [tap_of(value, want | Want.CHANNELS if value in read else want & Want.BINS) for value in seen]
+        return [
+            tap_of(value, want | SketchContents.CHANNELS if value in read else want & SketchContents.BINS)
+            for value in seen
+        ]
 
-    def taps_of_float(self) -> list[Tap]:
+    def taps_of_float(self) -> list[Observer]:
         """What layers read that stays float: its means tell what rounding their weights does to those of outputs."""
         read = (layer.node.inputs[0] for layer in self.layers if layer.data is None and layer.node.op_type != "MatMul")
         floats = (value for value in dict.fromkeys(read) if value is not None and value not in self.activations)
-        return [tap_of(value, Want.CHANNELS) for value in floats]
+        return [tap_of(value, SketchContents.CHANNELS) for value in floats]
 
     def copies(self, value: Value) -> bool:
         """Whether `value` holds nothing but values of tensors that it shares parameters with."""
@@ -159,12 +162,12 @@ def data_positions(node: Node, rule: Rule) -> range:
     return range(len(node.inputs))[:count]
 
 
-def tap_of(value: Value, wanted: Want) -> Tap:
+def tap_of(value: Value, wanted: SketchContents) -> Observer:
     """How a tensor is watched. wanted: what is to be remembered beyond its extremes."""
     positive, stride = _never_negative(value), _sampling(value)
     maps = rank(value) == 4 and value.dtype == DataType.FLOAT and value.producer() is not None
-    pooled = positive and maps and (stride is not None or wanted in (Want.EXTREMES, Want.CHANNELS))
-    return Tap(value.name or "", wanted, never_negative=positive, pooled=pooled, stride=stride or 1)
+    pooled = positive and maps and (stride is not None or wanted in (SketchContents.EXTREMES, SketchContents.CHANNELS))
+    return Observer(value.name or "", wanted, never_negative=positive, pooled=pooled, stride=stride or 1)
 
 
 def _sampling(value: Value) -> int | None:
@@ -173,7 +176,7 @@ def _sampling(value: Value) -> int | None:
     if len(sizes) != 3 or None in sizes:
         return None
     channels, height, width = (size or 1 for size in sizes)
-    return max(1, min(math.isqrt(channels * height * width // SAMPLE), height, width))
+    return max(1, min(math.isqrt(channels * height * width // SAMPLED_ELEMENTS), height, width))
 
 
 def _never_negative(value: Value) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.calibration import clipping
+from qconv.calibration import range_estimators
 from qconv.calibration.sketch import Sketch
 from qconv.errors import Change
 from qconv.quantization.allocation import allocate
@@ -72,10 +72,10 @@ class _Densities:
         away = np.abs(x - self.centre) * counted
         self.spread = away.sum(axis=0) / count
         self.deviation = np.sqrt((away**2).sum(axis=0) / count)
-        self.laplace = clipping.fits_laplace(self.spread, self.deviation)
+        self.laplace = range_estimators.is_laplace_likelier(self.spread, self.deviation)
 
     def ranges(self, channels: NDArray[np.intp], spec: QuantSpec) -> Ends:
-        known = (clipping.gauss_factor, clipping.laplace_factor)
+        known = (range_estimators.gauss_clipping_factor, range_estimators.laplace_clipping_factor)
         factors = np.array([[factor(spec.bits, one_sided=half) for half in (False, True)] for factor in known])
         laplace, one_sided = self.laplace[channels], self.one_sided[channels]
         scale = np.where(laplace, self.spread[channels], self.deviation[channels])

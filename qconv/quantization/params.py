@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from qconv.calibration.calibrators import CALIBRATORS, Hints
-from qconv.calibration.clipping import Range
-from qconv.calibration.sketch import Sketch, Want
+from qconv.calibration.range_estimators import CALIBRATORS, CalibrationHints, Range
+from qconv.calibration.sketch import Sketch, SketchContents
 from qconv.config.choices import PERCENTILE
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, Finding
@@ -118,12 +117,14 @@ def sketch_of(layer: Layer, sketches: Mapping[str, Sketch]) -> Sketch | None:
 def _ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[Value, Range]:
     """The range of every quantized tensor; tied ones share the union of theirs."""
     calibrator = CALIBRATORS[recipe.calibrator]
-    readers = _readers(plan) if Want.COLUMNS in calibrator.want else {}
+    readers = _readers(plan) if SketchContents.COLUMNS in calibrator.want else {}
     own: dict[Value, Range] = {}
     for value in plan.activations:
         sketch = sketches.get(value.name or "")
         if sketch is not None:
-            hints = Hints(recipe.percentile or PERCENTILE, readers.get(value, ()), is_input=value.is_graph_input())
+            hints = CalibrationHints(
+                recipe.percentile or PERCENTILE, readers.get(value, ()), is_input=value.is_graph_input()
+            )
             own[value] = calibrator.choose(sketch, _spec(plan, value), hints)
     ranges = {}
     for value, group in plan.group_of().items():

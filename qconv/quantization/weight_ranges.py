@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.calibration import clipping
-from qconv.calibration.sketch import histogram_of
+from qconv.calibration import range_estimators
+from qconv.calibration.sketch import make_histogram
 from qconv.quantizer import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec, group_extremes
 
 Floats = NDArray[np.floating[Any]]
@@ -38,7 +38,7 @@ def least_squares(weight: Floats, spec: QuantSpec, importance: Floats | None = N
     """
     low, high = group_extremes(weight, spec.granularity)
     if not low.shape and importance is None:
-        return _as_arrays(clipping.least_squares(histogram_of(weight), spec, float(low), float(high)))
+        return _as_arrays(range_estimators.search_least_squares(make_histogram(weight), spec, float(low), float(high)))
     rows = _rows(weight, spec.granularity)
     counts = None if importance is None else _rows(importance, spec.granularity)
     low_rows, high_rows = (_by_row(ends, spec.granularity).reshape(-1) for ends in (low, high))
@@ -86,7 +86,7 @@ def aciq(weight: Floats, spec: QuantSpec) -> Ends:
     """The closed-form optimum of Laplace's or Gauss's density, whichever fits a group better."""
     low, high = group_extremes(weight, spec.granularity)
     if not low.shape:
-        return _as_arrays(clipping.aciq(histogram_of(weight), spec, float(low), float(high)))
+        return _as_arrays(range_estimators.aciq_closed_form(make_histogram(weight), spec, float(low), float(high)))
     rows = _rows(weight, spec.granularity).astype(np.float64)
     counts = _by_row(_counts(weight, spec.granularity), spec.granularity)
     padding = rows.shape[1] - counts  # zeros behind a short last block
@@ -95,9 +95,9 @@ def aciq(weight: Floats, spec: QuantSpec) -> Ends:
     spread = (away.sum(axis=1) - padding * np.abs(centre)) / counts
     deviation = np.sqrt(np.maximum((away**2).sum(axis=1) - padding * centre**2, 0.0) / counts)
     alpha = np.where(
-        clipping.fits_laplace(spread, deviation),
-        clipping.laplace_factor(spec.bits, one_sided=False) * spread,
-        clipping.gauss_factor(spec.bits, one_sided=False) * deviation,
+        range_estimators.is_laplace_likelier(spread, deviation),
+        range_estimators.laplace_clipping_factor(spec.bits, one_sided=False) * spread,
+        range_estimators.gauss_clipping_factor(spec.bits, one_sided=False) * deviation,
     )
     lows, highs = (_back(ends, low, spec.granularity) for ends in (centre - alpha, centre + alpha))
     return np.maximum(low, lows), np.minimum(high, highs)
@@ -150,5 +150,5 @@ def _counts(weight: Floats, granularity: Granularity) -> NDArray[np.float64]:
     return np.full(channels, weight.size / max(channels, 1))
 
 
-def _as_arrays(ends: clipping.Range) -> Ends:
+def _as_arrays(ends: range_estimators.Range) -> Ends:
     return np.asarray(ends[0]), np.asarray(ends[1])

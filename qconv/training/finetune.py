@@ -23,14 +23,13 @@ import torch
 
 from qconv import storage
 from qconv.audit.examine import examine
-from qconv.calibration.stats import digest
 from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
 from qconv.data.dataset import LabelOptions, find_classes, labels_of
 from qconv.data.loader import ModelWithData, open_models
 from qconv.errors import QconvError
 from qconv.ir import files, load
-from qconv.ir.files import Source, external_data_files, file_bytes, is_quantized, read_proto
+from qconv.ir.files import Source, external_data_files, file_bytes, hash_model, is_quantized, read_proto
 from qconv.ir.metadata import find_teacher, read_recipe
 from qconv.ir.model import Model
 from qconv.metrics.comparison import ComparisonAccumulator, check_gates
@@ -251,7 +250,7 @@ def _fingerprint(source: Source, teacher: Source, album: Album, wishes: Finetune
     """Of all that a run depends on."""
     found = hashlib.sha256()
     for part in (source, teacher):
-        found.update(digest(part, external_data_files(read_proto(part), part)).encode())
+        found.update(hash_model(part, external_data_files(read_proto(part), part)).encode())
     kept = (
         FORMAT,
         wishes.as_dict(),

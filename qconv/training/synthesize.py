@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qconv.calibration.stats import digest
 from qconv.config.preprocessing import AUTO, Preprocessing, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_option
@@ -30,7 +29,7 @@ from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
 from qconv.data_free.imagined import Imagined, leaves_of
 from qconv.errors import QconvError
 from qconv.ir import load
-from qconv.ir.files import Source, external_data_files, read_proto, refuse_quantized
+from qconv.ir.files import Source, external_data_files, hash_model, read_proto, refuse_quantized
 from qconv.ir.model import Model
 from qconv.report import plot
 from qconv.results.training import GOOD_MATCH, POOR_MATCH, BatchNormMatch, SynthesisResult
@@ -83,7 +82,7 @@ def synthesize(source: Source, out: Path, wishes: SynthesisOptions, listener: Li
     with determined(wishes.threads):
         proto = read_proto(source)
         refuse_quantized(proto, source.name)
-        hashed = digest(source, external_data_files(proto, source))
+        hashed = hash_model(source, external_data_files(proto, source))
         model, _ = load.load(proto, source)
         require_operators(model)
         remembered = Remembered.of(model, source.name)

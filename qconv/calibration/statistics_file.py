@@ -1,38 +1,54 @@
-"""Statistics in a file: another recipe needs no picture then, and shards of a large set of pictures add up.
+"""Saves, loads and merges calibration statistics, and spools the sketches of single images to a temporary file.
 
-The file is a .npz (a zip of .npy arrays, which `numpy.load` opens): `header.json`, and for each tensor what its sketch
-holds. It names the model, by the hash of its bytes, and how pictures became inputs, and is refused for others. It has
-no date and no path: the same pictures give the same bytes, in one run or in shards.
+A statistics file is a .npz (a zip of .npy arrays): `header.json`, and for each tensor what its sketch holds. It names
+the model, by the hash of its bytes, and the preprocessing, and is refused for others. It has no date and no path: the
+same images give the same bytes, in one run or in shards. With it another recipe needs no image, and shards add up.
+
+`SketchSpool` keeps memory flat: the arrays of one image lie in one compressed block of a nameless file, so that even
+a kill leaves nothing behind.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import errno
 import io
 import json
+import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconv import storage
-from qconv.calibration.exact import LIMBS, ExactSum
-from qconv.calibration.sketch import Sketch
+from qconv.calibration.sketch import LIMBS, ExactSum, Sketch
 from qconv.config.preprocessing import Color, Layout, Preprocessing, ResizeFilter
 from qconv.errors import QconvError, format_count
-from qconv.ir.files import Source
+
+# Statistics in a file: another recipe needs no picture then, and shards of a large set of pictures add up.
+#
+# The file is a .npz (a zip of .npy arrays, which `numpy.load` opens): `header.json`, and for each tensor what its
+# sketch holds. It names the model, by the hash of its bytes, and how pictures became inputs, and is refused for others.
+# It has no date and no path: the same pictures give the same bytes, in one run or in shards.
+
 
 SCHEMA = 1
-NO_DATE = (1980, 1, 1, 0, 0, 0)
-WHOLE = ("lows", "highs", "codes", "counts", "keys", "pictures", "column_keys", "columns")
+
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+
+PLAIN_ARRAYS = ("lows", "highs", "codes", "counts", "keys", "pictures", "column_keys", "columns")
 """Arrays of a sketch that are stored as they are."""
-PARTS = (*WHOLE, "sums", "count")
-FAST = 1
+
+SKETCH_ARRAYS = (*PLAIN_ARRAYS, "sums", "count")
+
+COMPRESSION_LEVEL = 1
 """Of zlib's levels: columns hardly get smaller, and the rest is small."""
 
 
@@ -62,23 +78,14 @@ class Statistics:
         return Statistics(self.model, min(self.name, other.name), self.preprocessing, self.pixels, sketches)
 
 
-def digest(source: Source, data: Iterable[Path]) -> str:
-    """The hash of a model's bytes, those of its data files included."""
-    found = hashlib.sha256((source.data or b"") if source.path is None else source.path.read_bytes())
-    for path in sorted(data):
-        with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()
-
-
-def done_to_pictures(preprocessing: Preprocessing | None) -> dict[str, Any] | None:
+def preprocessing_to_dict(preprocessing: Preprocessing | None) -> dict[str, Any] | None:
     """The preprocessing as the file names it."""
     if preprocessing is None:
         return None
     return {name: value for name, value in preprocessing.as_dict().items() if name not in ("source", "embedded")}
 
 
-def as_preprocessing(words: Mapping[str, Any]) -> Preprocessing:
+def preprocessing_from_dict(words: Mapping[str, Any]) -> Preprocessing:
     """What `done_to_pictures` made its dictionary of."""
     height, width = map(int, words["size"])
     return Preprocessing(
@@ -99,7 +106,7 @@ def as_preprocessing(words: Mapping[str, Any]) -> Preprocessing:
 # -- to bytes and back -------------------------------------------------------------------------------------------------
 
 
-def to_bytes(statistics: Statistics) -> bytes:
+def serialize_statistics(statistics: Statistics) -> bytes:
     """The file's content."""
     header = {
         "schema": SCHEMA,
@@ -110,33 +117,33 @@ def to_bytes(statistics: Statistics) -> bytes:
         "tensors": list(statistics.sketches),
     }
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=FAST) as archive:
-        _put(archive, "header.json", json.dumps(header, sort_keys=True, indent=1).encode())
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=COMPRESSION_LEVEL) as archive:
+        _write_entry(archive, "header.json", json.dumps(header, sort_keys=True, indent=1).encode())
         for index, sketch in enumerate(statistics.sketches.values()):
-            for part, array in arrays_of(sketch).items():
+            for part, array in sketch_to_arrays(sketch).items():
                 content = io.BytesIO()
                 np.lib.format.write_array(content, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-                _put(archive, f"{index}/{part}.npy", content.getvalue())
+                _write_entry(archive, f"{index}/{part}.npy", content.getvalue())
     return buffer.getvalue()
 
 
-def _put(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
-    entry = zipfile.ZipInfo(name, NO_DATE)
+def _write_entry(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    entry = zipfile.ZipInfo(name, ZIP_DATE)
     entry.compress_type = zipfile.ZIP_DEFLATED
     entry.external_attr = 0o644 << 16
-    archive.writestr(entry, content, compresslevel=FAST)
+    archive.writestr(entry, content, compresslevel=COMPRESSION_LEVEL)
 
 
-def arrays_of(sketch: Sketch) -> dict[str, NDArray[Any]]:
+def sketch_to_arrays(sketch: Sketch) -> dict[str, NDArray[Any]]:
     """All that a sketch holds, by names."""
     return {
-        **{name: getattr(sketch, name) for name in WHOLE},
+        **{name: getattr(sketch, name) for name in PLAIN_ARRAYS},
         "sums": sketch.sums.limbs,
         "count": np.array([sketch.count], np.int64),
     }
 
 
-def from_bytes(data: bytes, name: str) -> Statistics:
+def parse_statistics(data: bytes, name: str) -> Statistics:
     """What `to_bytes` wrote. Raises QconvError for everything else; name: of the file, for the error."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -146,9 +153,9 @@ def from_bytes(data: bytes, name: str) -> Statistics:
                     f"{name} was written by another version of qconv (schema {header['schema']}).",
                     "write it again with --save-stats.",
                 )
-            sketches = {tensor: _read(archive, index) for index, tensor in enumerate(header["tensors"])}
+            sketches = {tensor: _read_sketch(archive, index) for index, tensor in enumerate(header["tensors"])}
         if header["preprocessing"] is not None:
-            as_preprocessing(header["preprocessing"])
+            preprocessing_from_dict(header["preprocessing"])
         names = str(header["model"]), str(header["name"])
         return Statistics(*names, header["preprocessing"], header["pixels"], sketches)
     except QconvError:
@@ -159,23 +166,23 @@ def from_bytes(data: bytes, name: str) -> Statistics:
         ) from None
 
 
-def _read(archive: zipfile.ZipFile, index: int) -> Sketch:
+def _read_sketch(archive: zipfile.ZipFile, index: int) -> Sketch:
     def array(part: str) -> NDArray[Any]:
         with archive.open(f"{index}/{part}.npy") as file:
             return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
 
-    sketch = sketch_of({part: array(part) for part in PARTS})
-    _require_whole(sketch)
+    sketch = sketch_from_arrays({part: array(part) for part in SKETCH_ARRAYS})
+    _check_sketch(sketch)
     return sketch
 
 
-def sketch_of(arrays: Mapping[str, NDArray[Any]]) -> Sketch:
+def sketch_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Sketch:
     """What `arrays_of` took apart."""
     sums, count = ExactSum(arrays["sums"]), int(arrays["count"][0])
-    return Sketch(sums=sums, count=count, **{name: arrays[name] for name in WHOLE})
+    return Sketch(sums=sums, count=count, **{name: arrays[name] for name in PLAIN_ARRAYS})
 
 
-def _require_whole(sketch: Sketch) -> None:
+def _check_sketch(sketch: Sketch) -> None:
     """Raise ValueError where types or shapes do not go together."""
     channels = sketch.lows.shape
     floats = (sketch.lows, sketch.highs, sketch.pictures, sketch.columns)
@@ -196,28 +203,28 @@ def _require_whole(sketch: Sketch) -> None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: str | Path) -> Statistics:
+def read_statistics(path: str | Path) -> Statistics:
     """The statistics in a file. Raises QconvError."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise QconvError(f"{path} cannot be read: {error.strerror}.", "check the path of the statistics.") from None
-    return from_bytes(data, str(path))
+    return parse_statistics(data, str(path))
 
 
-def write_file(statistics: Statistics, out: Path) -> None:
+def write_statistics(statistics: Statistics, out: Path) -> None:
     """Write the whole file, or nothing. Raises QconvError."""
-    storage.write_atomically(out, to_bytes(statistics))
+    storage.write_atomically(out, serialize_statistics(statistics))
 
 
-def merged(paths: Sequence[str]) -> tuple[Statistics, int]:
+def merge_statistics(paths: Sequence[str]) -> tuple[Statistics, int]:
     """The sum of several files, and how many pictures are in more than one of them.
 
     Raises QconvError where they are not of one model, one preprocessing and the same tensors.
     """
-    parts = [read_file(path) for path in paths]
+    parts = [read_statistics(path) for path in paths]
     for part, path in zip(parts[1:], paths[1:], strict=True):
-        why = _difference(parts[0], part)
+        why = _describe_difference(parts[0], part)
         if why:
             raise QconvError(f"{path} and {paths[0]} do not add up: {why}.", "merge shards of one run's options only.")
     total = reduce(Statistics.merge, parts)
@@ -225,11 +232,11 @@ def merged(paths: Sequence[str]) -> tuple[Statistics, int]:
     return total, len(keys) - len(np.unique(keys))
 
 
-def _difference(one: Statistics, other: Statistics) -> str:
+def _describe_difference(one: Statistics, other: Statistics) -> str:
     if one.model != other.model:
         return f"they are of different models ({one.name} and {other.name})"
-    if _changed(one.preprocessing, other.preprocessing):
-        return f"the preprocessing differs ({_changed(one.preprocessing, other.preprocessing)})"
+    if _describe_changed_fields(one.preprocessing, other.preprocessing):
+        return f"the preprocessing differs ({_describe_changed_fields(one.preprocessing, other.preprocessing)})"
     if one.pixels != other.pixels:
         return "--embed-preprocessing differs"
     if one.sketches.keys() != other.sketches.keys():
@@ -237,7 +244,7 @@ def _difference(one: Statistics, other: Statistics) -> str:
     return ""
 
 
-def _changed(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str:
+def _describe_changed_fields(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str:
     """What differs, in words; a preset's name does not count, its numbers do."""
     if one is None or other is None:
         return "" if one is other else "one is of ready-made samples"
@@ -245,7 +252,7 @@ def _changed(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> 
     return ", ".join(f"{name} {one.get(name)} and {other.get(name)}" for name in names)
 
 
-def require_model(statistics: Statistics, path: str, *, model: str, name: str) -> None:
+def require_same_model(statistics: Statistics, path: str, *, model: str, name: str) -> None:
     """Raise QconvError unless the statistics are of this model. model: its `digest`."""
     if statistics.model != model:
         raise QconvError(
@@ -253,23 +260,23 @@ def require_model(statistics: Statistics, path: str, *, model: str, name: str) -
         )
 
 
-def require_preprocessing(statistics: Statistics, path: str, wanted: Mapping[str, Any] | None) -> None:
+def require_same_preprocessing(statistics: Statistics, path: str, wanted: Mapping[str, Any] | None) -> None:
     """Raise QconvError unless pictures became inputs in this way, which is as `done_to_pictures` gives it."""
-    if _changed(statistics.preprocessing, wanted):
+    if _describe_changed_fields(statistics.preprocessing, wanted):
         raise QconvError(
-            f"{path} was made with another preprocessing ({_changed(statistics.preprocessing, wanted)}).",
+            f"{path} was made with another preprocessing ({_describe_changed_fields(statistics.preprocessing, wanted)}).",
             "leave the preprocessing options out, or write it again with --save-stats.",
         )
 
 
-def require_pixels(statistics: Statistics, path: str, pixels: str | None) -> None:
+def require_same_pixels(statistics: Statistics, path: str, pixels: str | None) -> None:
     """Raise QconvError unless the network took what it takes now: pixels of this layout, or its own float input."""
     if statistics.pixels != pixels:
         was = "without --embed-preprocessing" if statistics.pixels is None else f"of {statistics.pixels} pixels"
         raise QconvError(f"{path} was made {was}.", "write it again with --save-stats and these options.")
 
 
-def require_tensors(statistics: Statistics, path: str, names: Iterable[str]) -> None:
+def require_observed_tensors(statistics: Statistics, path: str, names: Iterable[str]) -> None:
     """Raise QconvError unless all these tensors were watched."""
     missing = [name for name in names if name not in statistics.sketches]
     if missing:
@@ -277,3 +284,76 @@ def require_tensors(statistics: Statistics, path: str, names: Iterable[str]) -> 
             f"{path} lacks {format_count(len(missing), 'tensor')} that these options need, such as {missing[0]}.",
             "write it again with --save-stats and these options.",
         )
+
+
+# Sketches of single pictures, put aside in a nameless file, so that memory stays flat however many pictures come.
+#
+# A picture's arrays, those of all tensors, lie in one compressed block: opening hundreds of small ones would take
+# longer than the network takes for the picture. The file has no name from its start on, so that even a kill leaves
+# nothing.
+
+
+LENGTH_BYTES = 8
+
+
+@dataclass(slots=True)
+class SketchSpool:
+    """Sketches by tensor for each of several pictures, in the order in which they were put."""
+
+    file: IO[bytes]
+    _places: list[tuple[int, int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def put(self, sketches: Mapping[str, Sketch]) -> None:
+        """Put one picture's sketches at the end. Raises QconvError where the disk is full."""
+        block = zlib.compress(_pack_sketches(sketches), COMPRESSION_LEVEL)
+        with _convert_os_errors():
+            self._places.append((self.file.seek(0, 2), len(block)))
+            self.file.write(block)
+
+    def get(self, index: int) -> dict[str, Sketch]:
+        """The sketches of picture `index`."""
+        place, length = self._places[index]
+        with _convert_os_errors():
+            self.file.seek(place)
+            return _unpack_sketches(zlib.decompress(self.file.read(length)))
+
+
+@contextlib.contextmanager
+def open_sketch_spool() -> Iterator[SketchSpool]:
+    """An empty shelf among the system's temporary files, gone at the end."""
+    with contextlib.ExitStack() as stack:
+        with _convert_os_errors():
+            file = stack.enter_context(tempfile.TemporaryFile(prefix="qconv-"))
+        yield SketchSpool(file)
+
+
+def _pack_sketches(sketches: Mapping[str, Sketch]) -> bytes:
+    """A list of names, types and shapes as JSON, and all numbers behind it."""
+    parts = [(name, part, a) for name, sketch in sketches.items() for part, a in sketch_to_arrays(sketch).items()]
+    content = json.dumps([(name, part, a.dtype.str, a.shape) for name, part, a in parts]).encode()
+    return b"".join([len(content).to_bytes(LENGTH_BYTES), content, *(a.tobytes() for _, _, a in parts)])
+
+
+def _unpack_sketches(data: bytes) -> dict[str, Sketch]:
+    start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES])
+    found: dict[str, dict[str, NDArray[Any]]] = {}
+    for name, part, kind, shape in json.loads(data[LENGTH_BYTES:start]):
+        array = np.frombuffer(data, kind, prod(shape), start).reshape(shape)
+        found.setdefault(name, {})[part] = array
+        start += array.nbytes
+    return {name: sketch_from_arrays(arrays) for name, arrays in found.items()}
+
+
+@contextlib.contextmanager
+def _convert_os_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = "is full" if full else f"cannot be written to: {error.strerror}"
+        raise QconvError(
+            f"The folder for temporary files, {tempfile.gettempdir()}, {why}.", "free some space, or set TMPDIR."
+        ) from None

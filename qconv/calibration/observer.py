@@ -1,0 +1,348 @@
+"""Observes the tensors of the float network on calibration images, and estimates the ranges of their channels.
+
+The network runs once; every observed tensor gets a sketch. An image's key, by which sketches order images, is a hash
+of the extremes of all tensors on it: it does not depend on the file's name, its place or its batch.
+
+Channels that are scaled to fill a range have no headroom for other images. The largest values of single images give
+it, by Hill's estimate of a Pareto tail, for UNSEEN_FACTOR times as many images, and never beyond the largest
+channel's:
+
+    reach = x_1 * UNSEEN_FACTOR^xi   xi = mean over i < k of log(x_i / x_k),  x_1 >= x_2 >= ... the k largest of P
+
+Where too few images are there to tell, xi is 1, the tail of what has no mean.
+Source: Hill 1975, A Simple General Approach to Inference About the Tail of a Distribution; Weissman 1978.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.calibration.sketch import (
+    NO_COLUMNS,
+    Sketch,
+    SketchBuilder,
+    SketchContents,
+    TensorView,
+    sampling_stride,
+    upper_halves,
+)
+from qconv.errors import QconvError
+from qconv.ir import subgraph
+from qconv.ir.model import Model
+from qconv.runtime.session import Session
+from qconv.storage import prefetch
+
+# From pictures to sketches: the float network runs once, its tensors are watched picture by picture.
+#
+# A picture's key, by which sketches put pictures in order, is a hash of the extremes of all tensors on it: it depends
+# on what the picture does in the network, not on its name, its place or the batch that it came in.
+
+
+KEY_BYTES = 8
+
+CONCURRENT_BATCHES = 2
+"""Batches that the network looks at at the same time. More would take more memory and hardly less time."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Observer:
+    """A tensor to watch. What nobody asks for is not computed: reductions cost as much as the network itself.
+
+    want: what is to be remembered beyond the extremes. never_negative: whether the graph says so; then its low counts
+    as zero unseen, as every range holds zero. pooled: whether the network itself takes maximum and mean of each
+    channel, and every stride-th pixel as a sample; for (N, C, H, W) that are never negative.
+    """
+
+    name: str
+    want: SketchContents = SketchContents.CHANNELS
+    never_negative: bool = False
+    pooled: bool = False
+    stride: int = 1
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """What the network returns for it."""
+        if not self.pooled:
+            return (self.name,)
+        return subgraph.pooled_output_names(self.name)[: 3 if self._samples else 2]
+
+    @cached_property
+    def _samples(self) -> bool:
+        return bool(self.want & (SketchContents.BINS | SketchContents.COLUMNS))
+
+    @cached_property
+    def _sums(self) -> bool:
+        return SketchContents.CHANNELS in self.want
+
+    @cached_property
+    def _by_channel(self) -> bool:
+        return bool(self.want & (SketchContents.CHANNELS | SketchContents.COLUMNS))
+
+    @property
+    def pooling(self) -> subgraph.ChannelPooling | None:
+        """What the network is to compute for it."""
+        return subgraph.ChannelPooling(self.name, self.stride if self._samples else None) if self.pooled else None
+
+    def view(self, seen: list[NDArray[Any]]) -> TensorView:
+        """What a sketch needs of one picture's outputs, (1, ...) each."""
+        if self.pooled:
+            highs, means, *sample = (array.reshape(array.shape[1], -1) for array in seen)
+            return TensorView(
+                np.zeros_like(highs[:, 0]), highs[:, 0].copy(), means[:, 0].copy(), 1, *(sample or [NO_COLUMNS])
+            )
+        return self._view_of_all(seen[0])
+
+    def _view_of_all(self, x: NDArray[Any]) -> TensorView:
+        """Of the whole tensor. One without elements counts as one zero; one of rank 0 or 1 as one channel."""
+        if not x.size:
+            x = np.zeros((1, 1), np.float32)
+        by_channel = x.ndim > 1 and self._by_channel
+        rows = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1) if by_channel else x.reshape(1, -1)
+        highs = rows.max(axis=1)
+        lows = np.zeros_like(highs) if self.never_negative else rows.min(axis=1)
+        # einsum adds up twice as fast as sum, at 1e-5 of relative error
+        sums = np.einsum("cx->c", rows) if self._sums else NO_COLUMNS.reshape(-1)
+        sample = rows[:, :: sampling_stride(rows.size, rows.shape[1])] if self._samples else NO_COLUMNS
+        return TensorView(_as_float32(lows), _as_float32(highs), _as_float32(sums), rows.shape[1], sample)
+
+
+def _as_float32(x: NDArray[Any]) -> NDArray[np.float32]:
+    return x.astype(np.float32, copy=False)
+
+
+def observe(
+    session: Session, taps: Iterable[Observer], batches: Iterable[Mapping[str, NDArray[Any]]]
+) -> dict[str, Sketch]:
+    """Run every batch once and sketch the tapped tensors, by their names.
+
+    Raises QconvError where a tensor holds NaN or infinity: no range would be right.
+    """
+    taps = list(taps)
+    sketchers, turn = _make_builders(taps), threading.Lock()
+
+    def take(picture: Mapping[str, NDArray[Any]]) -> None:
+        seen = _view_image(taps, picture)
+        with turn:
+            seen.work_into(sketchers)
+
+    for _ in _map_images(take, session, taps, batches):
+        pass
+    return _build_sketches(sketchers)
+
+
+def observe_each_image(
+    session: Session, taps: Iterable[Observer], batches: Iterable[Mapping[str, NDArray[Any]]]
+) -> Iterator[dict[str, Sketch]]:
+    """Like `watch`, but every picture has sketches of its own. Added up they are those that `watch` gives."""
+    taps = list(taps)
+
+    def take(picture: Mapping[str, NDArray[Any]]) -> dict[str, Sketch]:
+        sketchers = _make_builders(taps)
+        _view_image(taps, picture).work_into(sketchers)
+        return _build_sketches(sketchers)
+
+    yield from _map_images(take, session, taps, batches)
+
+
+def _map_images(
+    take: Callable[[Mapping[str, NDArray[Any]]], T],
+    session: Session,
+    taps: list[Observer],
+    batches: Iterable[Mapping[str, NDArray[Any]]],
+) -> Iterator[T]:
+    """take(what the network returns, by name) for every picture, in order.
+
+    As many batches at once as the session is for, each in a thread of its own: a runtime whose threads wait for each
+    other at every node, and then for Python to take what they found, takes half as long again.
+    """
+    inputs = {name for name, _, _ in session.inputs}
+    outputs = [name for tap in taps if tap.name not in inputs for name in tap.outputs]
+
+    def run(batch: Mapping[str, NDArray[Any]]) -> list[T]:
+        seen = {**batch, **dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))}
+        return [take(picture) for picture in _split_batch(seen, len(next(iter(batch.values()))))]
+
+    with contextlib.closing(prefetch(run, batches, workers=session.at_once, depth=session.at_once + 1)) as found:
+        for taken in found:
+            yield from taken.result()
+
+
+def _make_builders(taps: list[Observer]) -> dict[str, SketchBuilder]:
+    return {tap.name: SketchBuilder(tap.want) for tap in taps}
+
+
+def _build_sketches(sketchers: Mapping[str, SketchBuilder]) -> dict[str, Sketch]:
+    return {name: _build_sketch(sketcher, name) for name, sketcher in sketchers.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _ImageViews:
+    """All tensors on one picture."""
+
+    key: int
+    views: dict[str, TensorView]
+    halves: dict[str, NDArray[np.uint16]]
+
+    def work_into(self, sketchers: Mapping[str, SketchBuilder]) -> None:
+        for name, view in self.views.items():
+            sketchers[name].add(view, self.key, self.halves[name])
+
+
+@np.errstate(over="ignore", invalid="ignore")  # infinite values are refused
+def _view_image(taps: list[Observer], picture: Mapping[str, NDArray[Any]]) -> _ImageViews:
+    views = {tap.name: tap.view([picture[name] for name in tap.outputs]) for tap in taps}
+    # all tensors at once: a call for each of them would take longer than what it computes
+    lows, highs = (np.concatenate(e) for e in zip(*((v.lows, v.highs) for v in views.values()), strict=True))
+    starts = np.cumsum([0, *(len(view.lows) for view in views.values())])[:-1]
+    extremes = np.stack([np.minimum.reduceat(lows, starts), np.maximum.reduceat(highs, starts)], axis=1)
+    finite = np.isfinite(extremes)
+    if not finite.all():
+        raise _not_finite_error(taps[int(np.argmin(finite)) // 2].name)
+    key = int.from_bytes(hashlib.blake2b(extremes.tobytes(), digest_size=KEY_BYTES).digest())
+    halves = upper_halves(np.concatenate([view.sample.reshape(-1) for view in views.values()]))
+    ends = np.cumsum([view.sample.size for view in views.values()])[:-1]
+    return _ImageViews(key, views, dict(zip(views, np.split(halves, ends), strict=True)))
+
+
+def _split_batch(seen: Mapping[str, NDArray[Any]], count: int) -> Iterator[Mapping[str, NDArray[Any]]]:
+    """One picture after the other. What does not have one part for each picture counts whole with each."""
+    if count == 1:
+        yield seen
+        return
+    parts = {name: _split_array(array, count) for name, array in seen.items()}
+    for index in range(count):
+        yield {name: found[index] for name, found in parts.items()}
+
+
+def _split_array(array: NDArray[Any], count: int) -> list[NDArray[Any]]:
+    if not array.ndim or len(array) % count:
+        return [array] * count
+    return np.split(array, count)
+
+
+def _build_sketch(sketcher: SketchBuilder, name: str) -> Sketch:
+    try:
+        return sketcher.sketch()
+    except ValueError:  # a maximum pool may swallow NaN, a mean cannot
+        raise _not_finite_error(name) from None
+
+
+def _not_finite_error(name: str) -> QconvError:
+    return QconvError(
+        f"Tensor {name!r} holds NaN or infinite values on these pictures.",
+        "check the preprocessing options, the float model on one picture, and its weights.",
+    )
+
+
+@contextlib.contextmanager
+def export_observed_model(model: Model, taps: Iterable[Observer]) -> Iterator[str | bytes]:
+    """The model as ONNX Runtime takes it, which returns what `watch` wants to see."""
+    taps = list(taps)
+    pools = [tap.pooling for tap in taps if tap.pooling is not None]
+    with subgraph.runnable_with_outputs(model, [tap.name for tap in taps if not tap.pooled], pools) as runnable:
+        yield runnable
+
+
+def open_observed_session(model: Model, taps: Iterable[Observer], threads: int | None) -> Session:
+    """The network in a session for `watch`. The model may be dropped: the session has its own copy of all weights."""
+    with export_observed_model(model, taps) as runnable:
+        return Session(runnable, name="the folded float model", threads=threads, at_once=CONCURRENT_BATCHES)
+
+
+# What every channel of a tensor did on the pictures, and how far it may go on others.
+#
+# Channels that are scaled to fill a range have no room left above what the pictures showed, and there are those that
+# wake on one picture in a hundred. The largest values of single pictures tell, by Hill's estimate of a Pareto tail:
+#
+#     reach = x_1 * UNSEEN^xi      xi = mean over i < k of log(x_i / x_k),  x_1 >= x_2 >= ... the k largest of P
+# pictures
+#
+# for UNSEEN times as many pictures; it is never beyond the largest channel's, and as far where fewer than k pictures
+# wake the channel. Where too few pictures are there to tell, xi is 1, the tail of what has no mean.
+#
+# Source: Hill 1975, A Simple General Approach to Inference About the Tail of a Distribution; Weissman 1978.
+
+
+Float64 = NDArray[np.float64]
+
+UNSEEN_FACTOR, TAIL_SHARE, FEWEST_IN_TAIL = 10.0, 0.125, 3
+
+LEAST_RANGE_SHARE = 0.1
+"""Share of a tensor's mean range that a channel counts at least."""
+
+PRIOR_SAMPLES = 8
+"""As many samples of a channel's variance weigh as much as what its range tells of it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelRanges:
+    """What every channel of a tensor did, (C,) each.
+
+    low, high: its extremes on all pictures. lowest, highest: what they may become on others, zero inside. floor: how
+    low it may go where it always keeps away from zero.
+    mean, spread: mean and variance, None where no columns were asked for.
+    """
+
+    low: Float64
+    high: Float64
+    lowest: Float64
+    highest: Float64
+    floor: Float64
+    mean: Float64 | None
+    spread: Float64 | None
+
+    def lowered(self, shift: Float64) -> ChannelRanges:
+        """The same, had the channels been lower by `shift`, (C,)."""
+        highest = np.maximum(self.highest - shift, 0.0)
+        mean = None if self.mean is None else self.mean - shift
+        low, high, floor = self.low - shift, self.high - shift, self.floor - shift
+        return replace(self, low=low, high=high, highest=highest, floor=floor, mean=mean)
+
+
+def estimate_channel_ranges(pictures: Iterable[Mapping[str, Sketch]]) -> dict[str, ChannelRanges]:
+    """Sketches of single pictures, as one a tensor; tensors whose channels grow with the picture are left out."""
+    kept: dict[str, list[Sketch]] = {}
+    for sketches in pictures:
+        for name, sketch in sketches.items():
+            kept.setdefault(name, []).append(sketch)
+    return {name: _ranges_of_sketches(found) for name, found in kept.items() if len({s.lows.size for s in found}) == 1}
+
+
+def _ranges_of_sketches(found: Sequence[Sketch]) -> ChannelRanges:
+    lows, highs = (np.stack(ends).astype(np.float64) for ends in zip(*((s.lows, s.highs) for s in found), strict=True))
+    low, high = lows.min(axis=0), highs.max(axis=0)
+    lowest, highest, floor = -extrapolate_tail(-lows), extrapolate_tail(highs), high - extrapolate_tail(high - lows)
+    if not found[0].columns.size:
+        return ChannelRanges(low, high, lowest, highest, floor, None, None)
+    columns = np.concatenate([s.columns.reshape(-1, low.size) for s in found]).astype(np.float64)
+    reach, spread = (highest - lowest) ** 2, columns.var(axis=0)
+    by_range = reach * (spread.mean() / max(reach.mean(), np.finfo(np.float64).tiny))
+    count = len(columns)
+    spread = (count * spread + PRIOR_SAMPLES * by_range) / (count + PRIOR_SAMPLES)
+    return ChannelRanges(low, high, lowest, highest, floor, np.mean([s.means for s in found], axis=0), spread)
+
+
+def extrapolate_tail(extremes: Float64) -> Float64:
+    """How far up each channel may go, (C,), zero or more. extremes: (P, C), the largest value of each picture."""
+    ordered = np.sort(np.maximum(extremes, 0.0), axis=0)[::-1]
+    most = ordered[0].max(initial=0.0)
+    top = ordered[: max(2, int(TAIL_SHARE * len(ordered)))]
+    if len(top) < FEWEST_IN_TAIL:
+        return np.asarray(np.where(ordered[0] > 0, np.minimum(ordered[0] * UNSEEN_FACTOR, most), most))
+    if most == 0:
+        return np.full(ordered.shape[1], most)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        index = np.log(top[:-1] / top[-1]).mean(axis=0)
+        found = np.where(top[-1] > 0, ordered[0] * UNSEEN_FACTOR**index, most)
+    return np.asarray(np.minimum(np.maximum(found, LEAST_RANGE_SHARE * ordered[0].mean()), most))
