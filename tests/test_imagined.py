@@ -15,7 +15,14 @@ from PIL import Image
 from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
-from qconv.data_free.imagined import COUNT, MEAN, Imagined, leaves, pixels, read_by
+from qconv.data_free.dead_leaves import (
+    IMAGE_COUNT,
+    PIXEL_MEAN,
+    GeneratedImageLoader,
+    draw_dead_leaves,
+    network_input_distribution,
+    pixel_distribution,
+)
 from qconv.errors import QconvError
 from qconv.runtime.session import Session
 
@@ -26,14 +33,14 @@ BODY = "c = Conv(x, w)  b = BatchNormalization(c, gamma, beta, mean, var)  r = R
 
 def many(count: int = 200, channels: int = 3) -> NDArray[np.float64]:
     rng = np.random.default_rng(1)
-    return np.stack([leaves(rng, (SIDE, SIDE), channels) for _ in range(count)]).astype(np.float64)
+    return np.stack([draw_dead_leaves(rng, (SIDE, SIDE), channels) for _ in range(count)]).astype(np.float64)
 
 
 def test_colours_are_those_that_are_told_of() -> None:
     """Cutting off at black and white takes some of the deviation."""
-    found, told = many(), pixels(3)
+    found, told = many(), pixel_distribution(3)
     assert told.std is not None
-    np.testing.assert_allclose(found.mean(axis=(0, 1, 2)), MEAN, atol=8)
+    np.testing.assert_allclose(found.mean(axis=(0, 1, 2)), PIXEL_MEAN, atol=8)
     np.testing.assert_allclose(found.std(axis=(0, 1, 2)), told.std, rtol=0.15)
     together = np.corrcoef(found.reshape(-1, 3).T)
     assert together.min() > 0.6
@@ -49,16 +56,16 @@ def test_power_falls_with_the_square_of_the_frequency() -> None:
 
 def test_pictures_are_the_same_in_every_run() -> None:
     one, other = (list(made(trained("imagenet")).all("verify")) for _ in range(2))
-    assert sum(len(feeds["x"]) for feeds in one) == COUNT
+    assert sum(len(feeds["x"]) for feeds in one) == IMAGE_COUNT
     for mine, yours in zip(one, other, strict=True):
         np.testing.assert_array_equal(mine["x"], yours["x"])
 
 
 def test_a_batch_of_the_network_s_own_is_whole() -> None:
     session = Session(network("y = Conv(x, w)", (5, 1, 8, 8), w=(2, 1, 3, 3)).SerializeToString())
-    batches = list(Imagined.like(session, Recipe(calib="none")).all("verify"))
+    batches = list(GeneratedImageLoader.like(session, Recipe(calib="none")).all("verify"))
     assert {feeds["x"].shape for feeds in batches} == {(5, 1, 8, 8)}
-    assert len(batches) == -(-COUNT // 5)
+    assert len(batches) == -(-IMAGE_COUNT // 5)
 
 
 @pytest.mark.parametrize("color", list(Color))
@@ -67,13 +74,13 @@ def test_ends_are_black_and_white(color: Color) -> None:
     channels = 1 if color is Color.GREY else 3
     session = Session(network("y = Conv(x, w)", (1, channels, 8, 8), w=(2, channels, 3, 3)).SerializeToString())
     options = PreprocessingOptions("unit", mean=(0.1, 0.2, 0.3)[:channels], std=(0.5,), color=color)
-    feed = Imagined.like(session, Recipe(calib="none", preprocessing=options))
+    feed = GeneratedImageLoader.like(session, Recipe(calib="none", preprocessing=options))
     assert feed.preprocessing is not None
-    found = read_by(feed.preprocessing)
+    found = network_input_distribution(feed.preprocessing)
     np.testing.assert_allclose(found.ends[0], (0 - np.array([0.1, 0.2, 0.3])[:channels]) / 0.5)
     np.testing.assert_allclose(found.ends[1], (1 - np.array([0.1, 0.2, 0.3])[:channels]) / 0.5)
     if color is Color.BGR:
-        other = read_by(replace(feed.preprocessing, color=Color.RGB, mean=(0.3, 0.2, 0.1)))
+        other = network_input_distribution(replace(feed.preprocessing, color=Color.RGB, mean=(0.3, 0.2, 0.1)))
         np.testing.assert_allclose(found.mean, other.mean[::-1])
 
 
@@ -83,7 +90,7 @@ def trained(preset: str) -> bytes:
     seen = np.stack([np.asarray(photo, np.float64) for photo in with_colours])
     options = PreprocessingOptions(preset)
     session = Session(network("y = Conv(x, w)", (1, 3, SIDE, SIDE), w=(2, 3, 3, 3)).SerializeToString())
-    prep = Imagined.like(session, Recipe(calib="none", preprocessing=options)).preprocessing
+    prep = GeneratedImageLoader.like(session, Recipe(calib="none", preprocessing=options)).preprocessing
     assert prep is not None
     assert prep.layout is Layout.NCHW
     ordered = seen[..., ::-1] if prep.color is Color.BGR else seen
@@ -95,9 +102,9 @@ def trained(preset: str) -> bytes:
     return network(BODY, x=("N", 3, SIDE, SIDE), w=w, v=(4, 8, 3, 3), **stored).SerializeToString()
 
 
-def made(data: bytes, **options: str) -> Imagined:
+def made(data: bytes, **options: str) -> GeneratedImageLoader:
     recipe = Recipe(calib="none", preprocessing=PreprocessingOptions(**options))  # type: ignore[arg-type]
-    return Imagined.like(Session(data), recipe)
+    return GeneratedImageLoader.like(Session(data), recipe)
 
 
 def detected(data: bytes, **options: str) -> DetectedPreprocessing:
@@ -131,5 +138,5 @@ def test_what_is_no_picture_cannot_be_made_up(shape: tuple[int, ...]) -> None:
     body = "y = Relu(x)"
     session = Session(network(body, shape).SerializeToString())
     with pytest.raises(QconvError, match=r"has 12 channels|is no picture's") as error:
-        Imagined.like(session, Recipe(calib="none"))
+        GeneratedImageLoader.like(session, Recipe(calib="none"))
     assert ".npy" in error.value.hint

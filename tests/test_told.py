@@ -11,7 +11,7 @@ import pytest
 from models import loaded, network, run
 from numpy.typing import NDArray
 
-from qconv.data_free.told import MOST_GUESSES, by_weights, reach, told
+from qconv.data_free.propagation import MOST_GUESSED_IN_A_ROW, channel_bounds, propagate_stats, propagate_through_layer
 from qconv.ir.channel_stats import REACH_DEVIATIONS, ChannelDistribution, infer_before_relu, normal_quantiles
 from qconv.ir.layers import read_layer
 from qconv.ir.model import Model
@@ -74,13 +74,13 @@ def _words(body: str) -> set[str]:
 
 
 def known_of(model: Model, name: str) -> ChannelDistribution | str:
-    found = told(model, {model.graph.inputs[0]: pictures()})
+    found = propagate_stats(model, {model.graph.inputs[0]: pictures()})
     (value,) = (value for value in found if value.name == name)
     return found[value]
 
 
 def pictures() -> ChannelDistribution:
-    return ChannelDistribution(MEANS, STDS, guesses=MOST_GUESSES)
+    return ChannelDistribution(MEANS, STDS, guesses=MOST_GUESSED_IN_A_ROW)
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
@@ -93,7 +93,7 @@ def test_moments_and_reach_are_those_of_a_large_sample(body: str) -> None:
     size = 0.01 * np.abs(seen).max()
     np.testing.assert_allclose(found.mean, seen.mean(axis=(0, 2, 3)), atol=size)
     np.testing.assert_allclose(found.std, seen.std(axis=(0, 2, 3)), atol=size)
-    low, high = reach(found)
+    low, high = channel_bounds(found)
     assert np.all(low <= seen.min(axis=(0, 2, 3)) + 1e-3)
     assert np.all(high >= seen.max(axis=(0, 2, 3)) - 1e-3)
 
@@ -128,7 +128,7 @@ def test_the_largest_of_some_reaches_no_further(pool: str) -> None:
     before, behind = known_of(model, "r"), known_of(model, "y")
     assert isinstance(before, ChannelDistribution)
     assert isinstance(behind, ChannelDistribution)
-    np.testing.assert_array_equal(reach(behind), reach(before))
+    np.testing.assert_array_equal(channel_bounds(behind), channel_bounds(before))
 
 
 def test_borders_of_another_number() -> None:
@@ -136,15 +136,15 @@ def test_borders_of_another_number() -> None:
     before, behind = known_of(model, "s"), known_of(model, "y")
     assert isinstance(before, ChannelDistribution)
     assert isinstance(behind, ChannelDistribution)
-    assert reach(before)[0].min() >= 0.25
-    assert reach(behind)[0].tolist() == [0.25] * CHANNELS
+    assert channel_bounds(before)[0].min() >= 0.25
+    assert channel_bounds(behind)[0].tolist() == [0.25] * CHANNELS
 
 
 @pytest.mark.parametrize("gate", ["Sigmoid(c2)", "HardSigmoid(c2)", "Tanh(c2)"])
 def test_what_saturates_needs_no_more_of_its_input(gate: str) -> None:
     """Further out its result is the same to 0.001, whatever the layers in front may do."""
     _proto, model = folded(f"{FRONT} c0 = Conv(n, small) c1 = Conv(c0, small) c2 = Conv(c1, small) y = {gate}")
-    low, high = reach(known_of(model, "c2"))  # type: ignore[arg-type]
+    low, high = channel_bounds(known_of(model, "c2"))  # type: ignore[arg-type]
     probe = network(f"y = {gate.replace('c2', 'x')}", (1, 1))
     near, far = (
         [float(run(probe, {"x": np.float32([[at]])})["y"][0, 0]) for at in ends]
@@ -173,7 +173,7 @@ def test_weights_of_neighbouring_places_add_up_or_cancel() -> None:
     for kernel, factor in (([1.0, 1.0], 2.0), ([1.0, -1.0], math.sqrt(2))):
         proto = network("y = Conv(x, w)", (1, 1, 1, 4), w=np.float32(kernel).reshape(1, 1, 1, 2))
         layer = read_layer(loaded(proto).nodes()[0])
-        found = by_weights(layer, ChannelDistribution(np.array([3.0]), np.array([0.5])))
+        found = propagate_through_layer(layer, ChannelDistribution(np.array([3.0]), np.array([0.5])))
         assert found.std is not None
         assert found.mean.tolist() == [3.0 * sum(kernel)]
         assert found.std == pytest.approx(factor * 0.5)

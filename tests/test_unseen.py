@@ -18,8 +18,7 @@ from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, recipe_from_dict
 from qconv.data.loader import DataLoader
-from qconv.data_free.portray import sketched
-from qconv.data_free.unseen import WIDER
+from qconv.data_free.statistics import WIDENING_FACTORS, sketch_distribution
 from qconv.errors import Change, QconvError, Skipped
 from qconv.ir.channel_stats import ChannelDistribution
 from qconv.ir.files import Source
@@ -179,8 +178,8 @@ def test_a_network_folded_before_tells_nothing(tmp_path: Path) -> None:
 
 
 def test_every_fallback_has_its_pictures() -> None:
-    assert tuple(WIDER) == FALLBACKS
-    assert min(WIDER.values()) >= 1
+    assert tuple(WIDENING_FACTORS) == FALLBACKS
+    assert min(WIDENING_FACTORS.values()) >= 1
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,7 @@ def test_a_sketch_is_what_a_large_sample_leaves() -> None:
     """Extremes six deviations away, cut off; means; and the same quantiles in histogram and columns."""
     mean, std = np.array([0.5, -1.0, 4.0]), np.array([1.0, 2.0, 1.5])
     told = ChannelDistribution(mean, std).clipped(0.0, 6.0)
-    found: Sketch = sketched("t", told)
+    found: Sketch = sketch_distribution("t", told)
     assert found.lows.tolist() == [0, 0, 0]
     assert found.highs.tolist() == [6, 6, 6]
     np.testing.assert_allclose(found.means, told.mean, rtol=1e-6)

@@ -20,8 +20,7 @@ from math import prod
 
 import numpy as np
 
-from qconv.data_free.expected import note_expected
-from qconv.data_free.told import note_told
+from qconv.data_free.propagation import set_batchnorm_means, set_batchnorm_stats
 from qconv.errors import Change, Finding
 from qconv.ir.layers import (
     INPUTS_FIRST,
@@ -57,8 +56,8 @@ from qconv.passes.equalize import move_gains_back
 def fold(model: Model) -> list[Finding]:
     """All float passes, again and again until none finds anything to do. Only refusals that still hold are returned."""
     model.sweep()
-    note_expected(model)
-    note_told(model)
+    set_batchnorm_means(model)
+    set_batchnorm_stats(model)
     found = _settle(model)
     made = make_depthwise(model)
     found += made

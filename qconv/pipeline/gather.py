@@ -16,8 +16,8 @@ from qconv.config.recipe import Recipe
 from qconv.data.autodetect import DetectedPreprocessing, detect_preprocessing, detect_without_images
 from qconv.data.images import InputSpec, resolve_preprocessing
 from qconv.data.loader import DataLoader
-from qconv.data_free.imagined import Imagined
-from qconv.data_free.unseen import Unseen
+from qconv.data_free.dead_leaves import GeneratedImageLoader
+from qconv.data_free.statistics import DataFreeStatistics
 from qconv.errors import QconvError, require_torch
 from qconv.ir.files import Source, open_original, total_weight_bytes
 from qconv.ir.model import Model
@@ -79,7 +79,7 @@ class Pictures:
     session: Session | None
     pixels: Layout | None = None
     memory: Memory | None = None
-    unseen: Unseen | None = None
+    unseen: DataFreeStatistics | None = None
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -191,7 +191,9 @@ def open_pictures(
     if recipe.data_free:
         if recipe.fallback == "synthesized":
             require_torch("--fallback synthesized")
-        unseen = Unseen(source, Imagined.like(session, recipe), recipe.fallback, recipe.threads, progress)
+        unseen = DataFreeStatistics(
+            source, GeneratedImageLoader.like(session, recipe), recipe.fallback, recipe.threads, progress
+        )
         return Pictures(None, None, DetectedPreprocessing(unseen.imagined.preprocessing), "", session, unseen=unseen)
     if recipe.stats is None:
         seen = DataLoader.of(session, recipe, warn, progress)

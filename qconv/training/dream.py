@@ -34,7 +34,7 @@ from torch.nn import functional as F  # noqa: N812
 from qconv.config.choices import SYNTHESIS_STEPS
 from qconv.config.preprocessing import Color, Layout, Preprocessing
 from qconv.data.evidence import ReferenceStatistics
-from qconv.data_free.imagined import leaves_of
+from qconv.data_free.dead_leaves import draw_dead_leaves_set
 from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.files import Source, read_proto
@@ -221,7 +221,7 @@ def dreamt(
         model, _ = load.load(read_proto(source), source)
         remembered = Remembered.of(model, source.name)
         size = fixed or min(batch_of(prep), count)
-        dream = Dream(Network(model), prep, remembered.wanted, leaves_of(prep, count, size, 0), size)
+        dream = Dream(Network(model), prep, remembered.wanted, draw_dead_leaves_set(prep, count, size, 0), size)
         dream.look()
         dream.run(SYNTHESIS_STEPS, lambda done, total: progress("synthesize", done, total))
         return dream.pixels

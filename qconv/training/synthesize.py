@@ -26,7 +26,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_option
 from qconv.data import images
 from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
-from qconv.data_free.imagined import Imagined, leaves_of
+from qconv.data_free.dead_leaves import GeneratedImageLoader, draw_dead_leaves_set
 from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.files import Source, external_data_files, hash_model, read_proto, refuse_quantized
@@ -97,7 +97,7 @@ def synthesize(source: Source, out: Path, wishes: SynthesisOptions, listener: Li
             warn(f"--batch {wishes.batch} is not used: the model's own batch is {fed.batch}.")
         batch = fed.batch or min(wishes.batch or batch_of(prep), wishes.count)
         device = device_of(wishes.device)
-        pixels = leaves_of(prep, wishes.count, batch, wishes.seed)
+        pixels = draw_dead_leaves_set(prep, wishes.count, batch, wishes.seed)
         dream = Dream(Network(model, device), prep, remembered.wanted, pixels, batch)
         before = dream.look()
         dream.run(wishes.steps, lambda done, total: listener.progress("synthesize", done, total))
@@ -171,7 +171,7 @@ class _Fed:
         session = Session(source.runnable, name=source.name, threads=wishes.threads)
         recipe = Recipe(data_free=True, preprocessing=wishes.preprocessing, threads=wishes.threads)
         try:
-            imagined = Imagined.like(session, recipe)
+            imagined = GeneratedImageLoader.like(session, recipe)
         except QconvError as error:
             asks = "--size" in error.hint or "leave" in error.hint
             other = "synthesize is for networks of one input, a picture of 1 or 3 channels: calibrate with samples."

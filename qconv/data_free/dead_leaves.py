@@ -32,70 +32,72 @@ from qconv.ir.channel_stats import ChannelDistribution
 from qconv.runtime.session import Session
 
 Pixels = NDArray[np.uint8]
-COUNT = 32
-MEAN = np.array([123.675, 116.28, 103.53])
+IMAGE_COUNT = 32
+PIXEL_MEAN = np.array([123.675, 116.28, 103.53])
 """Of red, green and blue."""
-DIRECTIONS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+COLOR_DIRECTIONS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 """Of colours in photographs, one a column."""
-DEVIATIONS = 255 * np.array([0.4663, 0.1371, 0.0671])
+COLOR_DEVIATIONS = 255 * np.array([0.4663, 0.1371, 0.0671])
 """Along each: the square roots of 0.2175, 0.0188 and 0.0045."""
-BETWEEN = 0.5
+BETWEEN_IMAGES_SHARE = 0.5
 """Share of a pixel's deviation, a quarter of its variance, by which whole pictures differ."""
-TEXTURE = 0.1
+NOISE_SHARE = 0.1
 """Share of the noise in the variance of a picture."""
-SHADE, SHADE_OF_COLOURS = 0.5, np.array([1.0, 0.3, 0.1])
+SHADING_STRENGTH, SHADING_BY_DIRECTION = 0.5, np.array([1.0, 0.3, 0.1])
 """How far a leaf's shade goes, and what of it each direction of colours gets."""
-MOST_LEAVES, BARE = 4000, 0.002
+MOST_LEAVES, BARE_SHARE = 4000, 0.002
 TINY = float(np.finfo(np.float64).tiny)
-CONTRAST = 0.35
+CONTRAST_DEVIATION = 0.35
 """Deviation of the logarithm of pictures' contrasts."""
 
 
-def leaves(rng: np.random.Generator, size: tuple[int, int], channels: int) -> Pixels:
+def draw_dead_leaves(rng: np.random.Generator, size: tuple[int, int], channels: int) -> Pixels:
     """One picture of fallen leaves, (H, W, 3) in RGB or (H, W, 1) in grey."""
-    fallen = _fallen(rng, size)
+    fallen = _draw_leaves(rng, size)
     fallen = (fallen - fallen.mean(axis=(0, 1))) / np.maximum(fallen.std(axis=(0, 1)), TINY)
-    noise = np.stack([_noise(rng, size) for _ in DEVIATIONS], axis=-1)  # (H, W, 3)
-    contrast = np.exp(rng.normal(-(CONTRAST**2), CONTRAST))
-    own = contrast * (np.sqrt(1 - TEXTURE) * fallen + np.sqrt(TEXTURE) * noise)
-    along = DEVIATIONS * (BETWEEN * rng.normal(size=len(DEVIATIONS)) + np.sqrt(1 - BETWEEN**2) * own)
-    colours = MEAN + along @ DIRECTIONS.T
+    noise = np.stack([_draw_pink_noise(rng, size) for _ in COLOR_DEVIATIONS], axis=-1)  # (H, W, 3)
+    contrast = np.exp(rng.normal(-(CONTRAST_DEVIATION**2), CONTRAST_DEVIATION))
+    own = contrast * (np.sqrt(1 - NOISE_SHARE) * fallen + np.sqrt(NOISE_SHARE) * noise)
+    along = COLOR_DEVIATIONS * (
+        BETWEEN_IMAGES_SHARE * rng.normal(size=len(COLOR_DEVIATIONS)) + np.sqrt(1 - BETWEEN_IMAGES_SHARE**2) * own
+    )
+    colours = PIXEL_MEAN + along @ COLOR_DIRECTIONS.T
     if channels == 1:
         colours = colours.mean(axis=-1, keepdims=True)
     found: Pixels = np.clip(np.rint(colours), 0, 255).astype(np.uint8)
     return found
 
 
-def leaves_of(prep: Preprocessing, count: int, batch: int, seed: int) -> Pixels:
+def draw_dead_leaves_set(prep: Preprocessing, count: int, batch: int, seed: int) -> Pixels:
     """So many of them and as many more as make whole batches, (N, H, W, 3) in RGB or (N, H, W, 1) in grey."""
     rng = np.random.default_rng(seed)
-    return np.stack([leaves(rng, prep.size, prep.channels) for _ in range(-(-count // batch) * batch)])
+    return np.stack([draw_dead_leaves(rng, prep.size, prep.channels) for _ in range(-(-count // batch) * batch)])
 
 
-def _fallen(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
+def _draw_leaves(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
     """Leaves from the top one down, (H, W, 3); what shows between the last ones stays zero."""
     height, width = size
     least, most = max(1.0, max(size) / 64), max(size) / 1.5
     found, bare = np.zeros((height, width, 3)), np.ones(size, bool)
     for _ in range(MOST_LEAVES):
-        if bare.mean() < BARE:
+        if bare.mean() < BARE_SHARE:
             break
         share = rng.random()
         radius = 1 / np.sqrt(share / most**2 + (1 - share) / least**2)
         y, x = rng.random(2) * size
-        colour, slope = rng.normal(size=3), rng.normal(size=2) * SHADE / (2 * radius)
+        colour, slope = rng.normal(size=3), rng.normal(size=2) * SHADING_STRENGTH / (2 * radius)
         rows, columns = (
             slice(max(0, int(at - radius)), min(side, int(at + radius) + 2)) for at, side in ((y, height), (x, width))
         )
         dy, dx = np.arange(rows.start, rows.stop)[:, None] - y, np.arange(columns.start, columns.stop)[None] - x
         shown = (dy * dy + dx * dx < radius * radius) & bare[rows, columns]
         shade = (dy * slope[0] + dx * slope[1])[shown]
-        found[rows, columns][shown] = colour + shade[:, None] * SHADE_OF_COLOURS
+        found[rows, columns][shown] = colour + shade[:, None] * SHADING_BY_DIRECTION
         bare[rows, columns][shown] = False
     return found
 
 
-def _noise(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
+def _draw_pink_noise(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
     """Mean 0, deviation 1, amplitudes falling with the frequency, (H, W)."""
     height, width = size
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
@@ -104,16 +106,20 @@ def _noise(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float6
     return np.asarray(found / max(float(found.std()), TINY))
 
 
-def pixels(channels: int) -> ChannelDistribution:
+def pixel_distribution(channels: int) -> ChannelDistribution:
     """What is known of the pixels of any picture, by channel in RGB, or in grey."""
-    mean = MEAN if channels == 3 else np.full(channels, MEAN.mean())
-    std = np.sqrt((DIRECTIONS**2) @ (DEVIATIONS**2)) if channels == 3 else np.full(channels, DEVIATIONS[0] / np.sqrt(3))
+    mean = PIXEL_MEAN if channels == 3 else np.full(channels, PIXEL_MEAN.mean())
+    std = (
+        np.sqrt((COLOR_DIRECTIONS**2) @ (COLOR_DEVIATIONS**2))
+        if channels == 3
+        else np.full(channels, COLOR_DEVIATIONS[0] / np.sqrt(3))
+    )
     return ChannelDistribution(mean, std, True, np.zeros(channels), np.full(channels, 255.0))
 
 
-def read_by(prep: Preprocessing) -> ChannelDistribution:
+def network_input_distribution(prep: Preprocessing) -> ChannelDistribution:
     """What a network reads that is fed like that, channel by channel in its own order."""
-    found = pixels(prep.channels)
+    found = pixel_distribution(prep.channels)
     if prep.color is Color.BGR:
         found = found.of(np.arange(prep.channels)[::-1])
     mean, std = (np.broadcast_to(np.array(numbers), prep.channels) for numbers in (prep.mean, prep.std))
@@ -121,11 +127,11 @@ def read_by(prep: Preprocessing) -> ChannelDistribution:
 
 
 @dataclass(slots=True)
-class Imagined(DataLoader):
+class GeneratedImageLoader(DataLoader):
     """Made-up pictures as a network wants them, like any others: the same ones in every run."""
 
     @classmethod
-    def like(cls, session: Session, recipe: Recipe) -> Imagined:
+    def like(cls, session: Session, recipe: Recipe) -> GeneratedImageLoader:
         """For the network in `session`. Raises QconvError where it takes no pictures."""
         inputs = [InputSpec(*found) for found in session.inputs]
         if len(inputs) != 1:
@@ -143,13 +149,13 @@ class Imagined(DataLoader):
         """See Feed."""
         rng = np.random.default_rng(0)
         for _ in range(most):
-            yield leaves(rng, prep.size, prep.channels)
+            yield draw_dead_leaves(rng, prep.size, prep.channels)
 
     def all(self, stage: str) -> Generator[Batch, None, None]:
         """COUNT leaves, in whole batches."""
         fed = self.fed
         assert fed is not None
-        yield from self.these(self.drawn(fed, -(-COUNT // self.batch) * self.batch))
+        yield from self.these(self.drawn(fed, -(-IMAGE_COUNT // self.batch) * self.batch))
 
     def these(self, pictures: Iterable[Pixels]) -> Generator[Batch, None, None]:
         """Pictures (H, W, 3) in RGB or (H, W, 1) as the network takes them, in whole batches."""

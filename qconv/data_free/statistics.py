@@ -1,10 +1,14 @@
-"""Statistics without pictures, as those who ask for them know them: sketches and channels by what is told (told.py).
+"""Makes calibration statistics without images: sketches and channel ranges from propagated BatchNorm statistics.
 
-Tensors that nothing tells of are watched on made-up pictures where the user has asked for that; else they are an error.
+Every channel takes the values of a clipped normal variable at equally probable places, in an order of its own, and
+reaches REACH_DEVIATIONS deviations away from its mean. Nothing is random but the orders, which follow from the
+tensor's name. Tensors without such statistics are observed on generated images where the user asked for that; else
+they are an error.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -20,38 +24,101 @@ from qconv.calibration.observer import (
     observe_each_image,
     open_observed_session,
 )
-from qconv.calibration.sketch import Sketch
+from qconv.calibration.sketch import MOST_COLUMNS, ExactSum, Sketch, columns_per_image, count_bins
 from qconv.config.choices import NO_IMAGES
 from qconv.data.loader import Batch
-from qconv.data_free.imagined import COUNT, Imagined, pixels, read_by
-from qconv.data_free.portray import channels_of, sketched
-from qconv.data_free.told import MOST_GUESSES, told
+from qconv.data_free.dead_leaves import (
+    IMAGE_COUNT,
+    GeneratedImageLoader,
+    network_input_distribution,
+    pixel_distribution,
+)
+from qconv.data_free.propagation import MOST_GUESSED_IN_A_ROW, channel_bounds, propagate_stats
 from qconv.errors import Change, QconvError, format_count
-from qconv.ir.channel_stats import ChannelDistribution
+from qconv.ir.channel_stats import ChannelDistribution, normal_quantiles
 from qconv.ir.files import Source
 from qconv.ir.layers import INPUTS_FIRST, input_means_of, read_layer, set_input_means
 from qconv.ir.model import DataType, Model, Value, clip_bounds
 from qconv.ir.rewriting import EditRefused, standard_op_type
 from qconv.ir.rewriting import data_input as read_from
 
-STEP = "told"
-WIDER = {"random": 2.0, "synthesized": 1.0}
+# From what is told of a tensor (told.py) to what a sketch would have remembered of it, so that all calibrators work.
+#
+# Every channel takes the values of a cut-off normal variable at as many equally probable places, in an order of its
+# own, and reaches FARTHEST deviations away from its mean. Nothing is drawn by chance but the orders, by the tensor's
+# name.
+
+
+SAMPLES_PER_TENSOR = 2**18
+
+FEWEST_PER_CHANNEL, MOST_PER_CHANNEL = 64, 4096
+"""Values of each channel in the histogram."""
+
+BINDING_DEVIATIONS = 3.0
+"""Deviations that a bound must be away to be out of a channel's reach."""
+
+ABSORBED_DEVIATIONS = 3.0
+"""Deviations below the mean that values are taken never to reach where a channel is lowered, as in DFQ."""
+
+
+def sketch_distribution(name: str, found: ChannelDistribution) -> Sketch:
+    """The sketch of a tensor of this name."""
+    channels = found.mean.size
+    low, high = (end.astype(np.float32) for end in channel_bounds(found))
+    sums = ExactSum.zeros(channels)
+    sums.add(found.mean.astype(np.float32)[None])
+    values = found.at(
+        normal_quantiles(min(max(FEWEST_PER_CHANNEL, SAMPLES_PER_TENSOR // channels), MOST_PER_CHANNEL))
+    ).astype(np.float32)
+    count = MOST_COLUMNS * columns_per_image(channels)
+    order = np.random.default_rng(zlib.crc32(name.encode())).permuted(
+        np.broadcast_to(normal_quantiles(count)[:, None], (count, channels)), axis=0
+    )
+    columns = found.at(order).astype(np.float32).reshape(MOST_COLUMNS, columns_per_image(channels), channels)
+    keys = np.arange(MOST_COLUMNS, dtype=np.uint64)
+    ends = np.array([[low.min(), high.max()]], np.float32)
+    return Sketch(low, high, sums, 1, *count_bins(values), keys[:1], ends, keys, columns)
+
+
+def ranges_of_distribution(found: ChannelDistribution, value: Value) -> ChannelRanges:
+    """The same for whoever scales channels. Behind a Clip low and high are those that it leaves next to nothing of."""
+    assert found.std is not None
+    low, high = channel_bounds(found)
+    lowest, highest, floor = np.minimum(low, 0.0), np.maximum(high, 0.0), found.at(np.array([-ABSORBED_DEVIATIONS]))[0]
+    node = value.producer()
+    if node is not None and clip_bounds(node) is not None:
+        mean, std = found.origin
+        low, high = mean - BINDING_DEVIATIONS * std, mean + BINDING_DEVIATIONS * std
+    return ChannelRanges(low, high, lowest, highest, floor, found.mean, found.std**2)
+
+
+# Statistics without pictures, as those who ask for them know them: sketches and channels by what is told (told.py).
+#
+# Tensors that nothing tells of are watched on made-up pictures where the user has asked for that; else they are an
+# error.
+
+
+FINDING_STEP = "told"
+
+WIDENING_FACTORS = {"random": 2.0, "synthesized": 1.0}
 """Times as far as on made-up pictures values may go on real ones, by --fallback. In random ones are no things to be
 sure of; synthesized ones bring BatchNormalizations to what they have seen in training."""
-BOUNDED = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
-NAMED = 3
+
+OUTPUT_BOUNDS = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+
+MOST_NAMED = 3
 """Tensors that an error names."""
 
 
 @dataclass(slots=True)
-class Unseen:
+class DataFreeStatistics:
     """source: the user's file. imagined: what stands in for its pictures. fallback: which of them are watched, if any.
 
     findings: where the newest statistics are from.
     """
 
     source: Source
-    imagined: Imagined
+    imagined: GeneratedImageLoader
     fallback: str | None
     threads: int | None
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
@@ -60,7 +127,9 @@ class Unseen:
 
     def known(self, model: Model) -> dict[Value, ChannelDistribution | str]:
         """What is told of every tensor of a folded model, or why nothing is."""
-        return told(model, {value: _as_read(value, self.imagined) for value in model.graph.inputs})
+        return propagate_stats(
+            model, {value: _distribution_of_input(value, self.imagined) for value in model.graph.inputs}
+        )
 
     def pictures(self, stage: str) -> Iterable[Batch]:
         """What is watched for what nothing tells of, as the network takes it. stage: for whom.
@@ -75,27 +144,27 @@ class Unseen:
             fed = self.imagined.fed
             assert fed is not None
             self._synthesized = dreamt(
-                self.source, fed, self.imagined.inputs[0].shape[0], COUNT, self.threads, self.progress
+                self.source, fed, self.imagined.inputs[0].shape[0], IMAGE_COUNT, self.threads, self.progress
             )
         return self.imagined.these(self._synthesized)
 
     def sketches(self, model: Model, taps: Sequence[Observer]) -> dict[str, Sketch]:
         """Of these tensors. Raises QconvError where nothing tells of some, and they are not to be watched."""
         known_of = self.known(model)
-        _note_means(model, known_of)
+        _set_missing_means(model, known_of)
         found = {value.name or "": known for value, known in known_of.items()}
         missing = self._missing(taps, found)
         seen = {}
         if missing:
             seen = observe(open_observed_session(model, missing, self.threads), missing, self.pictures("calibrate"))
-            ends = {value.name or "": _hard_ends(value) for value in known_of}
-            wider = WIDER[self.fallback or "random"]
-            seen = {name: _wider(sketch, wider, *ends[name]) for name, sketch in seen.items()}
+            ends = {value.name or "": _hard_bounds(value) for value in known_of}
+            wider = WIDENING_FACTORS[self.fallback or "random"]
+            seen = {name: _widen_sketch(sketch, wider, *ends[name]) for name, sketch in seen.items()}
         self.findings = []
         for tap in taps:
             known = found.get(tap.name, "")
             if isinstance(known, ChannelDistribution):
-                seen[tap.name] = sketched(tap.name, known)
+                seen[tap.name] = sketch_distribution(tap.name, known)
             self._tell(tap.name, known)
         return seen
 
@@ -104,7 +173,9 @@ class Unseen:
         known = self.known(model)
         by_name = {value.name or "": found for value, found in known.items()}
         told_of = {
-            value.name or "": channels_of(f, value) for value, f in known.items() if isinstance(f, ChannelDistribution)
+            value.name or "": ranges_of_distribution(f, value)
+            for value, f in known.items()
+            if isinstance(f, ChannelDistribution)
         }
         missing = (
             [tap for tap in taps if not isinstance(by_name.get(tap.name), ChannelDistribution)] if self.fallback else []
@@ -120,8 +191,8 @@ class Unseen:
     def _missing(self, taps: Sequence[Observer], found: dict[str, ChannelDistribution | str]) -> list[Observer]:
         missing = [tap for tap in taps if not isinstance(found.get(tap.name), ChannelDistribution)]
         if missing and self.fallback is None:
-            shown = ", ".join(repr(tap.name) for tap in missing[:NAMED])
-            more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+            shown = ", ".join(repr(tap.name) for tap in missing[:MOST_NAMED])
+            more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
             why = found.get(missing[0].name)
             told_of = f"{format_count(len(missing), 'tensor')} of {len(taps)} that need a range: {shown}{more}"
             raise QconvError(
@@ -135,31 +206,31 @@ class Unseen:
         why = ""
         if not isinstance(known, ChannelDistribution):
             kind_of, why = f"ranges by {self.fallback} pictures", f": {known or 'nothing tells of it'}"
-        elif known.guesses > MOST_GUESSES:
+        elif known.guesses > MOST_GUESSED_IN_A_ROW:
             kind_of = "range by what pixels can be"
         elif known.guesses:
             kind_of, why = "ranges guessed by weights", ": no BatchNormalization follows the layer in front"
         else:
             kind_of = "ranges by what BatchNormalization says"
-        self.findings.append(Change(STEP, tensor, f"{kind_of.replace('ranges', 'range')}{why}", kind_of))
+        self.findings.append(Change(FINDING_STEP, tensor, f"{kind_of.replace('ranges', 'range')}{why}", kind_of))
 
 
-def _hard_ends(value: Value) -> tuple[float, float]:
+def _hard_bounds(value: Value) -> tuple[float, float]:
     """What no value of a tensor is beyond, whatever the picture."""
     node = value.producer()
     bounds = None if node is None else clip_bounds(node)
-    if node is not None and standard_op_type(node) in BOUNDED:
-        bounds = BOUNDED[standard_op_type(node)]
+    if node is not None and standard_op_type(node) in OUTPUT_BOUNDS:
+        bounds = OUTPUT_BOUNDS[standard_op_type(node)]
     return bounds or (-inf, inf)
 
 
-def _wider(sketch: Sketch, times: float, least: float, most: float) -> Sketch:
+def _widen_sketch(sketch: Sketch, times: float, least: float, most: float) -> Sketch:
     """What was seen on made-up pictures, as far as others may go."""
     lows, highs = (np.clip(times * ends, least, most).astype(np.float32) for ends in (sketch.lows, sketch.highs))
     return replace(sketch, lows=np.minimum(lows, sketch.lows), highs=np.maximum(highs, sketch.highs))
 
 
-def _note_means(model: Model, known: Mapping[Value, ChannelDistribution | str]) -> None:
+def _set_missing_means(model: Model, known: Mapping[Value, ChannelDistribution | str]) -> None:
     """Tell layers what they read on average, where BatchNormalization alone did not."""
     for node in model.nodes():
         found = known.get(read_from(node), "") if standard_op_type(node) in INPUTS_FIRST else ""
@@ -178,10 +249,10 @@ def _note_means(model: Model, known: Mapping[Value, ChannelDistribution | str]) 
             set_input_means(node, found.mean)
 
 
-def _as_read(value: Value, imagined: Imagined) -> ChannelDistribution:
+def _distribution_of_input(value: Value, imagined: GeneratedImageLoader) -> ChannelDistribution:
     """What one input of the network holds."""
     prep = imagined.preprocessing
     assert prep is not None
     as_bytes = value.dtype == DataType.UINT8 and not prep.keeps_pixels
-    found = pixels(prep.channels) if as_bytes else read_by(prep)
-    return replace(found, guesses=MOST_GUESSES + 1)
+    found = pixel_distribution(prep.channels) if as_bytes else network_input_distribution(prep)
+    return replace(found, guesses=MOST_GUESSED_IN_A_ROW + 1)

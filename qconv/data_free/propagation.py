@@ -1,0 +1,522 @@
+"""Propagates BatchNorm statistics through the network: means and deviations of tensors without any image.
+
+A BatchNormalization whose input has the mean mu and the variance var writes, by channel,
+
+    mean = beta        std = |gamma| sqrt(var / (var + eps))
+
+Before anything is folded, `set_batchnorm_means` and `set_batchnorm_stats` leave notes (`ir/layers.py`), which folding
+and equalization keep true. The folded network is walked from them: Relu and Clip in closed form
+(`ir/channel_stats.py`), other activations by quantiles, Add and Mul as if independent. A layer without a
+BatchNormalization behind it is estimated by
+
+    E[y] = W E[x] + b       Var[y] = sum over inputs of max(sum_k W_k^2, (sum_k W_k)^2) Var[x]
+
+MOST_GUESSED_IN_A_ROW times in a row and no more, and never where it reads images, whose pixels are not independent.
+Source: Nagel et al. 2019, arXiv 1906.04721, sections 4.1.3 and 4.2 and appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from math import inf
+from typing import Any
+
+import numpy as np
+
+from qconv.ir.channel_stats import REACH_DEVIATIONS, ChannelDistribution, infer_before_relu
+from qconv.ir.layers import (
+    INPUTS_FIRST,
+    Float64,
+    Layer,
+    affine_data_input,
+    channel_stats_of,
+    has_input_means,
+    read_affine,
+    read_layer,
+    set_channel_stats,
+    set_input_means,
+)
+from qconv.ir.model import (
+    Model,
+    Node,
+    Value,
+    attribute,
+    clip_bounds,
+    constant_array,
+    constant_scalar,
+    dims,
+    input_of,
+    rank,
+)
+from qconv.ir.rewriting import (
+    EditRefused,
+    check_reduces_spatial_axes,
+    data_input,
+    describe_node,
+    features_per_channel,
+    padded_channels,
+    sliced_channels,
+    split_channels,
+    standard_op_type,
+)
+
+# What layers read on average, by what BatchNormalization says of itself: no picture is looked at.
+#
+# A BatchNormalization whose input has the mean mu and the variance var writes, by channel,
+#
+#     mean = beta        std = |gamma| sqrt(var / (var + eps))
+#
+# From there means are followed through the operators of RULES. Relu and Clip need a normal variable (normal.py), or a
+# sum with one. A mean of places has the same mean, but a spread that is not known. Padding with zeros counts as if it
+# were more of the same, as in bias.py. Where another operator lies between, as MaxPool, nothing is said.
+#
+# This is done before anything is folded, since folded numbers no longer tell. Every layer is given a note, the means or
+# why they are not known; whoever scales or shifts what it reads does so with the note, too (layers.py).
+#
+# Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
+
+
+def set_batchnorm_means(model: Model) -> None:
+    """Give every layer of a model that is not folded yet its note. Layers that have one keep it."""
+    walk = MeanPropagation(model)
+    for node in model.nodes():
+        if standard_op_type(node) in INPUTS_FIRST:
+            if not has_input_means(node):
+                walk.note(node)
+            walk.forget(node, f"no BatchNormalization follows {describe_node(node)}")
+        else:
+            walk.visit(node)
+
+
+class MeanPropagation:
+    """One way through the graph. known: what is known of a tensor's channels, or why nothing is."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.known: dict[Value, ChannelDistribution | str] = {}
+        self.rules: Mapping[str, PropagationRule] = MEAN_RULES
+
+    def note(self, node: Node) -> None:
+        """Tell a layer what it reads."""
+        try:
+            found, layer = self.read(data_input(node)), read_layer(node)
+            if standard_op_type(node) == "MatMul" and rank(data_input(node)) != 2:
+                raise EditRefused(f"{describe_node(node)} has its channels along another axis")
+            if found.mean.size != layer.inputs:
+                raise EditRefused(f"{describe_node(node)} has another number of inputs than its data has channels")
+        except EditRefused as reason:
+            set_input_means(node, str(reason))
+        else:
+            set_input_means(node, found.mean)
+
+    def visit(self, node: Node) -> None:
+        """Find out about the output of anything but a layer."""
+        rule = self.rules.get(standard_op_type(node))
+        if rule is None:
+            self.forget(node, f"the mean behind {describe_node(node)} does not follow from BatchNormalization")
+            return
+        try:
+            found = rule(self, node)
+        except EditRefused as reason:
+            self.forget(node, str(reason))
+        else:
+            self.known[node.outputs[0]] = found
+
+    def forget(self, node: Node, why: str) -> None:
+        """Nothing is known of what a node writes."""
+        self.known.update(dict.fromkeys(node.outputs, why))
+
+    def read(self, value: Value) -> ChannelDistribution:
+        """What is known of a tensor. Raises Refused."""
+        found = self.known.get(value, "no BatchNormalization follows the network's input")
+        if isinstance(found, str):
+            raise EditRefused(found)
+        return found
+
+    # -- what operators do -----------------------------------------------------------------------------------------
+
+    def same(self, node: Node) -> ChannelDistribution:
+        """Nothing."""
+        return self.read(data_input(node))
+
+    def normalised(self, node: Node) -> ChannelDistribution:
+        """Whatever comes in."""
+        affine = read_affine(node, rank(data_input(node)))
+        mean, var = (constant_array(node.inputs[index]) for index in (3, 4))
+        assert mean is not None
+        assert var is not None
+        seen = ChannelDistribution(mean.astype(np.float64), np.sqrt(np.maximum(var.astype(np.float64), 0.0)))
+        return seen.scaled(affine.gain, affine.shift)
+
+    def clip(self, node: Node) -> ChannelDistribution:
+        """Of a normal variable alone."""
+        found, bounds = self.read(data_input(node)), clip_bounds(node)
+        if bounds is None:
+            raise EditRefused(f"the bounds of {describe_node(node)} are computed or crossed")
+        if found.cut:
+            raise EditRefused(f"{describe_node(node)} cuts off what is not normal")
+        return found.clipped(*bounds)
+
+    def scale(self, node: Node) -> ChannelDistribution:
+        """A constant scale or shift by channel; of two tensors only the sum or the difference."""
+        data = affine_data_input(node)
+        if data is None:
+            return self.sum(node)
+        affine, found = read_affine(node, rank(data)), self.read(data)
+        if not {affine.gain.size, affine.shift.size} <= {1, found.mean.size}:
+            raise EditRefused(f"{describe_node(node)} makes more channels")
+        return found.scaled(affine.gain, affine.shift)
+
+    def sum(self, node: Node) -> ChannelDistribution:
+        """Of several tensors."""
+        if standard_op_type(node) not in ("Add", "Sub", "Sum"):
+            raise EditRefused(f"the mean behind {describe_node(node)} of two tensors does not follow from theirs")
+        total, *others = self._side_by_side(node)
+        sign = np.full(1, -1.0 if standard_op_type(node) == "Sub" else 1.0)
+        for other in others:
+            if other.mean.size != total.mean.size:
+                raise EditRefused(f"{describe_node(node)} takes tensors of different channels")
+            total = total.plus(other.scaled(sign, np.zeros(1)))
+        return total
+
+    def concat(self, node: Node) -> ChannelDistribution:
+        """Along channels."""
+        parts = self._side_by_side(node)
+        if attribute(node, "axis") % (rank(data_input(node)) or 1) != 1:
+            raise EditRefused(f"{describe_node(node)} joins places")
+        return ChannelDistribution.joined(parts)
+
+    def mean_of_places(self, node: Node) -> ChannelDistribution:
+        """Pools, unless they count padding in."""
+        if standard_op_type(node) == "ReduceMean":
+            check_reduces_spatial_axes(node)
+        padding = any(attribute(node, "pads", [])) or attribute(node, "auto_pad", "NOTSET").startswith("SAME")
+        if padding and attribute(node, "count_include_pad", 0):
+            raise EditRefused(f"{describe_node(node)} counts padding in")
+        return self.read(data_input(node)).averaged()
+
+    def slice(self, node: Node) -> ChannelDistribution:
+        """Some channels, or some places."""
+        found = self.read(data_input(node))
+        return found.of(sliced_channels(node, found.mean.size))
+
+    def pad(self, node: Node) -> ChannelDistribution:
+        """Channels of zeros are known to be zero."""
+        sides = [ChannelDistribution(np.zeros(count), np.zeros(count)) for count in padded_channels(node)]
+        return ChannelDistribution.joined([sides[0], self.read(data_input(node)), sides[1]])
+
+    def flatten(self, node: Node) -> ChannelDistribution:
+        """(N, C, H, W) to (N, C * H * W)."""
+        found = self.read(data_input(node))
+        return found.of(np.repeat(np.arange(found.mean.size), features_per_channel(self.model, node)))
+
+    def _side_by_side(self, node: Node) -> list[ChannelDistribution]:
+        """What is known of all inputs, channels along axis 1 of each."""
+        values = [value for value in node.inputs if value is not None]
+        if len({rank(value) for value in values}) > 1 or (rank(values[0]) or 0) < 2:
+            raise EditRefused(f"{describe_node(node)} takes tensors of different rank")
+        return [self.read(value) for value in values]
+
+
+PropagationRule = Callable[[Any, Node], ChannelDistribution]
+
+MEAN_RULES: dict[str, PropagationRule] = {
+    "BatchNormalization": MeanPropagation.normalised,
+    **dict.fromkeys(("Identity", "Dropout"), MeanPropagation.same),
+    **dict.fromkeys(("Relu", "Clip"), MeanPropagation.clip),
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), MeanPropagation.scale),
+    "Sum": MeanPropagation.sum,
+    "Concat": MeanPropagation.concat,
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), MeanPropagation.mean_of_places),
+    "Slice": MeanPropagation.slice,
+    "Pad": MeanPropagation.pad,
+    **dict.fromkeys(("Flatten", "Reshape", "Squeeze"), MeanPropagation.flatten),
+}
+"""Operators behind which a mean is known."""
+
+
+# What tensors are like, channel by channel, by what BatchNormalization says: statistics without a picture.
+#
+# A BatchNormalization knows its input (running mean and variance) and so its output (beta and gamma). Before anything
+# is folded, both tensors get a note (layers.py), which folding and equalization keep true. Afterwards the folded
+# network is walked from these notes through the operators of RULES:
+#
+#     Relu, Clip                  in closed form (normal.py)         Add, Mul        as if independent
+#     Sigmoid, HardSwish, ...     by quantiles                       Concat, Slice   channel by channel
+#     MaxPool, Resize             values that were there before      mean of places  WIDTH_OF_MEANS of the deviation
+#
+# What stands before a Relu whose output a BatchNormalization reads follows from that: two moments, two unknowns. Layers
+# without a BatchNormalization behind them are guessed by their weights,
+#
+#     E[y] = W E[x] + b       Var[y] = sum over inputs of max(sum_k W_k^2, (sum_k W_k)^2) Var[x]
+#
+# MOST_GUESSES of them in a row and no more, and none that reads pictures, whose neighbours are anything but
+# independent: behind a second one deviations were a ninth of what they should be.
+#
+# Source: Nagel et al. 2019, arXiv 1906.04721, sections 4.1.3 and 4.2 and appendix C.
+
+
+MOST_GUESSED_IN_A_ROW = 1
+
+POOLED_STD_SHARE = 0.5
+"""Deviation of means over a map beside that of its places, which are far from independent. 0.35 to 0.47 were seen in
+ResNet-20, MobileNetV2 and EfficientNet-Lite0."""
+
+
+def set_batchnorm_stats(model: Model) -> None:
+    """Give the tensors around every BatchNormalization of a model that is not folded yet their notes."""
+    for node in model.nodes():
+        if standard_op_type(node) != "BatchNormalization":
+            continue
+        try:
+            affine = read_affine(node, rank(data_input(node)))
+        except EditRefused:
+            continue
+        mean, var = (constant_array(node.inputs[index]) for index in (3, 4))
+        assert mean is not None
+        assert var is not None
+        if not mean.any() and (var == 1).all():
+            continue  # where training starts: never measured
+        seen = ChannelDistribution(mean.astype(np.float64), np.sqrt(np.maximum(var.astype(np.float64), 0.0)))
+        set_channel_stats(node.outputs[0], seen.scaled(affine.gain, affine.shift))
+        _set_input_stats(data_input(node), seen)
+
+
+def _set_input_stats(value: Value, seen: ChannelDistribution) -> None:
+    node = value.producer()
+    if channel_stats_of(value) is None:
+        set_channel_stats(value, seen)
+    if node is None or standard_op_type(node) != "Relu" or channel_stats_of(data_input(node)) is not None:
+        return
+    before = data_input(node).producer()
+    if before is not None and standard_op_type(before) in INPUTS_FIRST:
+        assert seen.std is not None
+        set_channel_stats(data_input(node), infer_before_relu(seen.mean, seen.std))
+
+
+def propagate_stats(
+    model: Model, inputs: Mapping[Value, ChannelDistribution]
+) -> dict[Value, ChannelDistribution | str]:
+    """What is known of every tensor of a folded model, or why nothing is. inputs: of the network's own inputs.
+
+    Deviations are known of all that is.
+    """
+    walk = _StatsPropagation(model, inputs)
+    for node in model.nodes():
+        walk.visit(node)
+    return walk.known
+
+
+def channel_bounds(found: ChannelDistribution) -> tuple[Float64, Float64]:
+    """The least and the largest value of each channel, (C,) both: FARTHEST deviations away, or cut off before."""
+    if found.table is not None:
+        return found.ends
+    low, high = found.at(np.array([-REACH_DEVIATIONS, REACH_DEVIATIONS]))
+    return low, high
+
+
+class _StatsPropagation(MeanPropagation):
+    """The walk. Unlike `Follower`, it begins at notes and goes through layers."""
+
+    def __init__(self, model: Model, inputs: Mapping[Value, ChannelDistribution]) -> None:
+        super().__init__(model)
+        self.known.update(inputs)
+        self.rules = STATS_RULES
+
+    def visit(self, node: Node) -> None:
+        """As `Follower` does; a note on the output counts more than what follows from the inputs."""
+        if standard_op_type(node) == "Split":
+            self._split(node)
+            return
+        super().visit(node)
+        noted, follows = channel_stats_of(node.outputs[0]), self.known[node.outputs[0]]
+        if noted is None or standard_op_type(node) in INPUTS_FIRST:
+            return
+        if isinstance(follows, ChannelDistribution) and follows.mean.shape == noted.mean.shape:
+            self.known[node.outputs[0]] = replace(follows, mean=noted.mean, std=noted.std, guesses=0)
+        else:
+            bounds = clip_bounds(node) or (-inf, inf)
+            low, high = (np.full(noted.mean.shape, end) for end in bounds)
+            self.known[node.outputs[0]] = replace(noted, cut=bounds != (-inf, inf), low=low, high=high)
+
+    def _split(self, node: Node) -> None:
+        try:
+            found = self.read(data_input(node))
+            parts = split_channels(node, found.mean.size)
+        except EditRefused as reason:
+            self.forget(node, str(reason))
+        else:
+            self.known.update({value: found.of(part) for value, part in zip(node.outputs, parts, strict=True)})
+
+    def layer(self, node: Node) -> ChannelDistribution:
+        """By its note, or guessed by its weights."""
+        return channel_stats_of(node.outputs[0]) or self._guessed(node)
+
+    def _guessed(self, node: Node) -> ChannelDistribution:
+        found, layer = self.read(data_input(node)), read_layer(node)
+        if found.guesses >= MOST_GUESSED_IN_A_ROW:
+            raise EditRefused(f"no BatchNormalization follows {describe_node(node)}, nor those in front of it")
+        if (standard_op_type(node) == "MatMul" and rank(data_input(node)) != 2) or found.mean.size != layer.inputs:
+            raise EditRefused(f"{describe_node(node)} has its channels along another axis")
+        return propagate_through_layer(layer, found)
+
+    def clip(self, node: Node) -> ChannelDistribution:
+        """What was cut off before counts as normal again, within its ends."""
+        bounds = clip_bounds(node)
+        if bounds is None:
+            raise EditRefused(f"the bounds of {describe_node(node)} are computed or crossed")
+        found = self.read(data_input(node))
+        return replace(found, cut=False).clipped(*bounds)
+
+    def mean_of_places(self, node: Node) -> ChannelDistribution:
+        """Pools."""
+        if standard_op_type(node) == "ReduceMean":
+            check_reduces_spatial_axes(node)
+        found = self.read(data_input(node))
+        assert found.std is not None
+        return replace(found.averaged(), std=POOLED_STD_SHARE * found.std)
+
+    def places(self, node: Node) -> ChannelDistribution:
+        """Some of the places, or values between them."""
+        found, sizes = self.read(data_input(node)), dims(node.outputs[0])
+        kept = sizes is None or len(sizes) < 2 or sizes[1] in (None, found.mean.size)
+        if not kept or attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
+            raise EditRefused(f"{describe_node(node)} may mix channels")
+        return found
+
+    def pad(self, node: Node) -> ChannelDistribution:
+        """Places may be filled with any number."""
+        widths, fill = constant_array(input_of(node, 1)), constant_scalar(input_of(node, 2))
+        if fill is None or widths is None or input_of(node, 3) is not None or widths.reshape(2, -1)[:, :2].any():
+            return super().pad(node)
+        found = self.read(data_input(node))
+        low, high = found.ends
+        return replace(found, low=np.minimum(low, fill), high=np.maximum(high, fill))
+
+    def pixels(self, node: Node) -> ChannelDistribution:
+        """The network's input in other axes: what is told of it is by channel, wherever these lie."""
+        if not data_input(node).is_graph_input():
+            raise EditRefused(f"{describe_node(node)} moves channels")
+        return self.read(data_input(node))
+
+    def dequantized(self, node: Node) -> ChannelDistribution:
+        """Codes that come from outside, as pixels do."""
+        found, scale, zero = (
+            self.read(data_input(node)),
+            constant_array(node.inputs[1]),
+            constant_array(input_of(node, 2)),
+        )
+        if scale is None or scale.size not in (1, found.mean.size):
+            raise EditRefused(f"the scales of {describe_node(node)} are computed, or not of its channels")
+        gain = scale.reshape(-1).astype(np.float64)
+        shift = np.zeros(1) if zero is None else -gain * zero.reshape(-1).astype(np.float64)
+        return found.scaled(gain, shift)
+
+    def function(self, node: Node) -> ChannelDistribution:
+        """Of each number alone. What saturates needs its input no further than that, whatever it is."""
+        value = data_input(node)
+        if isinstance(self.known.get(value, ""), str) and standard_op_type(node) in SATURATION_POINTS:
+            self.known[value] = self._up_to_saturation(node)
+        return self.read(value).through(ELEMENTWISE_FUNCTIONS[standard_op_type(node)](node))
+
+    def _up_to_saturation(self, node: Node) -> ChannelDistribution:
+        value, sizes = data_input(node), dims(data_input(node)) or []
+        if (
+            len(sizes) < 2
+            or not sizes[1]
+            or any(standard_op_type(reader) not in SATURATION_POINTS for reader in self.model.readers(value))
+        ):
+            return self.read(value)
+        low, high = (np.full(sizes[1], end) for end in SATURATION_POINTS[standard_op_type(node)](node))
+        return ChannelDistribution((low + high) / 2, (high - low) / (2 * REACH_DEVIATIONS), True, low, high)
+
+    def scale(self, node: Node) -> ChannelDistribution:
+        """By constants, or the product of two tensors: a gate, which may be made of the other."""
+        values = [value for value in node.inputs if value is not None]
+        if standard_op_type(node) != "Mul" or affine_data_input(node) is not None or len(values) != 2:
+            return super().scale(node)
+        for one, other in (values, values[::-1]):
+            gate = other.producer()
+            if gate is not None and standard_op_type(gate) in ELEMENTWISE_FUNCTIONS and data_input(gate) is one:
+                return self.read(one).through(partial(_apply_gate, ELEMENTWISE_FUNCTIONS[standard_op_type(gate)](gate)))
+        return multiply_distributions(*self._side_by_side(node))
+
+
+def propagate_through_layer(layer: Layer, found: ChannelDistribution) -> ChannelDistribution:
+    """What a layer makes of independent inputs."""
+    assert found.std is not None
+    groups = layer.weight.shape[0]
+    strides = attribute(layer.node, "strides", [1]) if standard_op_type(layer.node) == "ConvTranspose" else [1]
+    weight = layer.weight.astype(np.float64)
+    sums = weight.sum(axis=3)  # (G, O/G, I/G)
+    met = np.maximum(np.einsum("goik,goik->goi", weight, weight), sums * sums)
+    mean = np.einsum("goi,gi->go", sums, found.mean.reshape(groups, -1)).reshape(-1)
+    var = np.einsum("goi,gi->go", met, (found.std**2).reshape(groups, -1)).reshape(-1)
+    seen = 1 / float(np.prod(strides))  # positions of the kernel that an output of a ConvTranspose meets
+    return ChannelDistribution(seen * mean + layer.bias, np.sqrt(seen * var), guesses=found.guesses + 1)
+
+
+def multiply_distributions(one: ChannelDistribution, other: ChannelDistribution) -> ChannelDistribution:
+    """Of two independent tensors with as many channels."""
+    if one.mean.size != other.mean.size:
+        raise EditRefused("two tensors of different channels are multiplied")
+    assert one.std is not None
+    assert other.std is not None
+    squares = (one.std**2 + one.mean**2) * (other.std**2 + other.mean**2)
+    mean = one.mean * other.mean
+    corners = np.stack([a * b for a in channel_bounds(one) for b in channel_bounds(other)])
+    std = np.sqrt(np.maximum(squares - mean**2, 0.0))
+    guesses = max(one.guesses, other.guesses)
+    return ChannelDistribution(mean, std, True, corners.min(axis=0), corners.max(axis=0), guesses=guesses)
+
+
+def _apply_gate(gate: Callable[[Float64], Float64], x: Float64) -> Float64:
+    return x * gate(x)
+
+
+def _sigmoid(x: Float64) -> Float64:
+    return np.asarray((1 + np.tanh(x / 2)) / 2)
+
+
+def _hard_sigmoid(x: Float64, alpha: float, beta: float) -> Float64:
+    return np.asarray(np.clip(alpha * x + beta, 0.0, 1.0))
+
+
+def _ramp_ends(alpha: float, beta: float) -> tuple[float, float]:
+    if not alpha > 0:
+        raise EditRefused("a HardSigmoid falls")
+    return min(-beta / alpha, 0.0), max((1 - beta) / alpha, 0.0)
+
+
+ELEMENTWISE_FUNCTIONS: dict[str, Callable[[Node], Callable[[Float64], Float64]]] = {
+    "Sigmoid": lambda node: _sigmoid,
+    "Tanh": lambda node: np.tanh,
+    "HardSigmoid": lambda node: lambda x: _hard_sigmoid(x, attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)),
+    "HardSwish": lambda node: lambda x: x * _hard_sigmoid(x, 1 / 6, 0.5),
+    "LeakyRelu": lambda node: lambda x: np.where(x < 0, attribute(node, "alpha", 0.01) * x, x),
+}
+"""What they do to a number."""
+
+SATURATION_POINTS: dict[str, Callable[[Node], tuple[float, float]]] = {
+    "Sigmoid": lambda node: (-8.0, 8.0),
+    "Tanh": lambda node: (-4.0, 4.0),
+    "HardSigmoid": lambda node: _ramp_ends(attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)),
+}
+"""Where they end: within 0.001 of what they are further out."""
+
+STATS_RULES: dict[str, PropagationRule] = {
+    **MEAN_RULES,
+    **dict.fromkeys(INPUTS_FIRST, _StatsPropagation.layer),
+    **dict.fromkeys(("Relu", "Clip"), _StatsPropagation.clip),
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _StatsPropagation.scale),
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), _StatsPropagation.mean_of_places),
+    **dict.fromkeys(("MaxPool", "GlobalMaxPool", "Resize"), _StatsPropagation.places),
+    **dict.fromkeys(ELEMENTWISE_FUNCTIONS, _StatsPropagation.function),
+    "Pad": _StatsPropagation.pad,
+    "Cast": _StatsPropagation.same,
+    "Transpose": _StatsPropagation.pixels,
+    "DequantizeLinear": _StatsPropagation.dequantized,
+}
+"""Operators that statistics go through."""
