@@ -21,7 +21,7 @@ from qconv.calibration.sketch import SketchBuilder, SketchContents, TensorView
 from qconv.config.choices import NAMED_RECIPES, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.planning.planner import CHANNEL_SCALES
+from qconv.planning.planner import NO_CHANNEL_SCALE_KERNEL
 from qconv.quantization import channel_bits, weight_ranges
 from qconv.quantization.allocation import allocate, closed_form
 from qconv.quantization.rows import tensor_rows
@@ -223,10 +223,10 @@ def test_the_runtime_computes_what_numpy_does(target: str, scheme: str, calibrat
 def test_channels_of_their_own_run_in_float_and_say_why() -> None:
     result = quantized(CHAIN, **BOTH)
     told = {island.node: island.why for island in result.audit.islands}
-    assert {told[name] for name in ("c", "d", "s", "r_limited")} == {CHANNEL_SCALES}
+    assert {told[name] for name in ("c", "d", "s", "r_limited")} == {NO_CHANNEL_SCALE_KERNEL}
     plain = quantized(CHAIN, **{**BOTH, "bit_allocation": "weights"})
     assert plain.audit.islands == ()
-    assert CHANNEL_SCALES not in {choice.why for choice in plain.plan.kept.values()}
+    assert NO_CHANNEL_SCALE_KERNEL not in {choice.why for choice in plain.plan.kept.values()}
 
 
 def test_it_is_worth_it() -> None:

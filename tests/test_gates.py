@@ -7,7 +7,7 @@ import onnx
 import pytest
 from models import loaded, network, run
 
-from qconv.planning.gates import Gate, gate_behind
+from qconv.planning.plan import ActivationGate, find_activation_gate
 
 CONSTANTS = {"three": 3.0, "zero": 0.0, "six": 6.0}
 SILU = {"SiLU": "s = Sigmoid(x) y = Mul(x, s)", "SiLU, other order": "s = Sigmoid(x) y = Mul(s, x)"}
@@ -24,9 +24,9 @@ def activation(body: str) -> onnx.ModelProto:
     return network(body, x=("N", 8), opset=17, **used)
 
 
-def gate_in(proto: onnx.ModelProto) -> Gate | None:
+def gate_in(proto: onnx.ModelProto) -> ActivationGate | None:
     model = loaded(proto)
-    return gate_behind(model, model.graph.inputs[0])
+    return find_activation_gate(model, model.graph.inputs[0])
 
 
 @pytest.mark.parametrize("body", [*SILU.values(), *HARD.values()], ids=[*SILU, *HARD])

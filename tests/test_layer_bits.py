@@ -23,8 +23,8 @@ from qconv.config.serialization import escape_glob, format_layer_bits, read_laye
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.pipeline import Listener, quantize
-from qconv.planning.planner import FLOAT_BITS
-from qconv.planning.refusals import WIDE_CODES
+from qconv.planning.eligibility import NO_16_BIT_KERNEL
+from qconv.planning.planner import KEPT_FLOAT_BY_LAYER_BITS
 
 EXAMPLE = """
 [layers]
@@ -163,7 +163,7 @@ def test_tensors_that_are_tied_take_the_most_of_all() -> None:
 def test_float_is_float_and_says_who_wanted_it() -> None:
     planned = Planned(CHAIN, Recipe(layer_bits=(("[de]", LayerBits(in_float=True)),)))
     assert planned.layers == "c f y"
-    assert planned.kept("d") == planned.kept("e") == FLOAT_BITS
+    assert planned.kept("d") == planned.kept("e") == KEPT_FLOAT_BY_LAYER_BITS
 
 
 def test_float_is_for_layers_alone() -> None:
@@ -175,7 +175,7 @@ def test_float_is_for_layers_alone() -> None:
 
 def test_codes_of_16_bits_say_why_they_run_in_float() -> None:
     planned = Planned(CHAIN, Recipe(layer_bits=(("e", LayerBits(None, 16)),)))
-    assert planned.kept("e") == WIDE_CODES
+    assert planned.kept("e") == NO_16_BIT_KERNEL
 
 
 # -- the file that comes of it -----------------------------------------------------------------------------------------

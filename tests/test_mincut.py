@@ -8,14 +8,14 @@ import math
 import numpy as np
 import pytest
 
-from qconv.planning.mincut import Network
+from qconv.planning.placement import FlowNetwork
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_no_division_is_cheaper(seed: int) -> None:
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 8))
-    network = Network()
+    network = FlowNetwork()
     ends = [network.first, network.second, *range(count)]
     edges = []
     for start, end in itertools.permutations(range(count + 2), 2):
@@ -34,21 +34,21 @@ def test_no_division_is_cheaper(seed: int) -> None:
 
 def test_ford_and_fulkersons_bottleneck() -> None:
     """A chain is cut at its narrowest edge."""
-    network = Network()
+    network = FlowNetwork()
     for start, end, room in ((network.first, "a", 5.0), ("a", "b", 2.0), ("b", network.second, 4.0)):
         network.edge(start, end, room)
     assert network.first_side() == {"a"}
 
 
 def test_what_may_not_be_cut_holds_together() -> None:
-    network = Network()
+    network = FlowNetwork()
     for start, end, room in ((network.first, "a", 3.0), ("a", "b", math.inf), ("b", network.second, 1.0)):
         network.edge(start, end, room)
     assert network.first_side() == {"a", "b"}
 
 
 def test_no_finite_cut_is_an_error() -> None:
-    network = Network()
+    network = FlowNetwork()
     network.edge(network.first, "a", math.inf)
     network.edge("a", network.second, math.inf)
     with pytest.raises(ValueError, match="infinitely"):

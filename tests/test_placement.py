@@ -16,7 +16,14 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, CostTable, Target, average_costs
 from qconv.ir.load import infer_shapes_at
 from qconv.ir.model import Model
-from qconv.planning.placement import Shapes, _Question, applies, cost_of, faster_in_float, left_in_float
+from qconv.planning.placement import (
+    Shapes,
+    _PlacementProblem,
+    choose_float_nodes,
+    is_placement_supported,
+    look_up_cost,
+    place_by_cost_table,
+)
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
@@ -50,9 +57,9 @@ def test_no_other_division_is_cheaper(seed: int) -> None:
     rng = np.random.default_rng(seed)
     model, plan, shapes = planned(CHAIN, **WEIGHTS)
     costs = {kind: tuple(rng.uniform(0, 9, 2)) for kind in ("stem3", "depthwise3", "Add")}
-    question = _Question.of(model, plan, shapes, table(**costs, switch=(0.0, float(rng.uniform(0, 9)))))
+    question = _PlacementProblem.of(model, plan, shapes, table(**costs, switch=(0.0, float(rng.uniform(0, 9)))))
     cautious = {n: c and type(c)(1.1 * c.float_us, c.integer_us) for n, c in question.costs.items()}
-    judged = _Question(cautious, question.tensors)
+    judged = _PlacementProblem(cautious, question.tensors)
     chosen = question.cheapest()
     nodes = list(plan.integer)
     every = (set(s) for n in range(len(nodes) + 1) for s in itertools.combinations(nodes, n))
@@ -62,7 +69,7 @@ def test_no_other_division_is_cheaper(seed: int) -> None:
 def test_a_layer_that_loses_much_stays_float() -> None:
     model, plan, shapes = planned(CHAIN, **WEIGHTS)
     costs = table(stem3=(50, 5), depthwise3=(5, 90), Add=(1, 1), switch=(0, 4))
-    found = faster_in_float(model, plan, shapes, costs)
+    found = place_by_cost_table(model, plan, shapes, costs)
     assert set(found) == {"c"}
     assert found["c"] == "faster in float: 5 us against 90 by the cost table"
 
@@ -76,7 +83,7 @@ def test_what_stands_between_float_layers_follows() -> None:
         **{**WEIGHTS, "d": (4, 1, 3, 3)},
     )
     costs = table(depthwise3=(5, 90), Add=(2, 1), conv1=(200, 5), switch=(0, 4))
-    found = faster_in_float(model, plan, shapes, costs)
+    found = place_by_cost_table(model, plan, shapes, costs)
     assert set(found) == {"a", "b", "y"}
     assert "changing over" in found["b"]
 
@@ -84,20 +91,20 @@ def test_what_stands_between_float_layers_follows() -> None:
 def test_changing_over_must_pay() -> None:
     model, plan, shapes = planned(CHAIN, **WEIGHTS)
     costs = table(stem3=(500, 5), depthwise3=(5, 90), Add=(1, 1), switch=(0, 200))
-    assert faster_in_float(model, plan, shapes, costs) == {}
+    assert place_by_cost_table(model, plan, shapes, costs) == {}
 
 
 def test_a_small_gain_is_left_alone() -> None:
     model, plan, shapes = planned(CHAIN, **WEIGHTS)
     costs = table(stem3=(500, 45), depthwise3=(5, 18), Add=(1, 1), switch=(0, 0))
-    assert faster_in_float(model, plan, shapes, costs) == {}
+    assert place_by_cost_table(model, plan, shapes, costs) == {}
 
 
 def test_where_integers_always_lose_all_is_float() -> None:
     """Activations of whole floats, weights still in 8 bits; a Relu goes with its layer."""
     model, plan, shapes = planned(CHAIN, **WEIGHTS)
     kinds = ("stem3", "depthwise3", "Add")
-    found = faster_in_float(model, plan, shapes, table(switch=(0, 1), **dict.fromkeys(kinds, (1, 99))))
+    found = place_by_cost_table(model, plan, shapes, table(switch=(0, 1), **dict.fromkeys(kinds, (1, 99))))
     assert set(found) == set("abcefy")
     placed = make_plan(model, Recipe(), Target("plain", folds=True), found)
     assert not placed.integer
@@ -146,7 +153,7 @@ def test_weights_alone_are_computed_when_the_file_is_loaded(recipe: Recipe) -> N
 
 def test_layers_that_the_table_does_not_know_run_in_integers() -> None:
     model, plan, shapes = planned(CHAIN, **WEIGHTS)
-    found = faster_in_float(model, plan, shapes, table(depthwise3=(1, 900), switch=(0, 1)))
+    found = place_by_cost_table(model, plan, shapes, table(depthwise3=(1, 900), switch=(0, 1)))
     assert set(found) == {"c"}
 
 
@@ -165,7 +172,7 @@ def test_work_is_counted_in_multiplications(
     body: str, weights: dict[str, tuple[int, ...]], kind: str, work: int
 ) -> None:
     model, _, shapes = planned(body, x=(1, 8, 8, 8), **weights)
-    cost = cost_of(model.nodes()[0], shapes, {kind: {8: (1.0, 2000.0, 3.0, 1000.0)}})
+    cost = look_up_cost(model.nodes()[0], shapes, {kind: {8: (1.0, 2000.0, 3.0, 1000.0)}})
     assert cost is not None
     assert (cost.float_us, cost.integer_us) == (1 + 2 * work, 3 + work)
 
@@ -173,7 +180,7 @@ def test_work_is_counted_in_multiplications(
 def test_between_channels_the_table_is_interpolated() -> None:
     model, _, shapes = planned("y = Conv(x, k)", x=(1, 16, 1, 1), k=(16, 16, 1, 1))
     lines = {8: (1.0, 0.0, 10.0, 0.0), 32: (3.0, 0.0, 20.0, 0.0)}
-    cost = cost_of(model.nodes()[0], shapes, {"conv1": lines})
+    cost = look_up_cost(model.nodes()[0], shapes, {"conv1": lines})
     assert cost is not None
     assert (cost.float_us, cost.integer_us) == (2.0, 15.0)
 
@@ -190,8 +197,8 @@ def test_between_channels_the_table_is_interpolated() -> None:
     ],
 )
 def test_layers_are_placed_where_integer_kernels_run(recipe: Recipe, held: bool) -> None:
-    assert applies(recipe, TARGETS["ort-cpu"]) is held
-    assert not applies(recipe, PLAIN)
+    assert is_placement_supported(recipe, TARGETS["ort-cpu"]) is held
+    assert not is_placement_supported(recipe, PLAIN)
 
 
 def test_the_committed_table_has_what_placement_asks_for() -> None:
@@ -213,7 +220,7 @@ def test_depthwise_layers_with_zero_points_stay_float() -> None:
     shapes = {"w": (64, 64, 3, 3), "d": (64, 1, 3, 3), "p": (64, 64, 3, 3)}
     model = loaded(network(body, x=(1, 64, 28, 28), **shapes))
     for scheme, floats in (("symmetric", set()), ("asymmetric", {"b"})):
-        assert set(left_in_float(model, Recipe(weight_scheme=scheme), None)) == floats  # type: ignore[arg-type]
+        assert set(choose_float_nodes(model, Recipe(weight_scheme=scheme), None)) == floats  # type: ignore[arg-type]
 
 
 def test_costs_are_the_mean_of_those_of_all_cpus() -> None:

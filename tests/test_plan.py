@@ -19,7 +19,7 @@ from qconv.ir.operators import (
     TransparentRule,
     WeightedRule,
 )
-from qconv.planning.plan import Layer, Plan
+from qconv.planning.plan import LayerPlan, Plan
 from qconv.planning.planner import make_plan
 from qconv.quantizer import PerBlock, PerChannel, PerTensor
 
@@ -43,7 +43,7 @@ class Planned:
         produced = [value for node in self.model.nodes() for value in node.outputs]
         return next(value for value in [*self.model.graph.inputs, *produced] if value.name == name)
 
-    def layer(self, output: str) -> Layer:
+    def layer(self, output: str) -> LayerPlan:
         return next(layer for layer in self.plan.layers if layer.node is self.node(output))
 
     @property

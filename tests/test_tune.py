@@ -13,7 +13,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.pipeline import quantize
-from qconv.planning.placement import Cost
+from qconv.planning.placement import NodeCost
 from qconv.results.quantize import Report
 from qconv.runtime.benchmark import Benchmark, Timing, TimingConditions, detect_cpu
 from qconv.search import tune
@@ -25,7 +25,9 @@ WEIGHTS = {"w": (8, 3, 3, 3), "d": (8, 1, 3, 3), "p": (8, 8, 1, 1)}
 
 def clock(monkeypatch: pytest.MonkeyPatch, costs: dict[str, tuple[float, float]], whole: dict[int, float]) -> None:
     """Single nodes take (float, integer) us; the file with the given number takes so many ms, others 10."""
-    monkeypatch.setattr(tune, "_costs", lambda *_: {name: Cost(*pair, measured=True) for name, pair in costs.items()})
+    monkeypatch.setattr(
+        tune, "_costs", lambda *_: {name: NodeCost(*pair, measured=True) for name, pair in costs.items()}
+    )
 
     def timed(paths: list[str], conditions: TimingConditions, **_: object) -> Benchmark:
         timings = tuple(Timing(path, {}, [[whole.get(i, 10.0)]]) for i, path in enumerate(paths))

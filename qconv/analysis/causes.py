@@ -34,7 +34,7 @@ from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, clip_bounds, constant_array
 from qconv.ir.operators import QUANTIZATION_RULES, ConcatRule
 from qconv.ir.rewriting import standard_op_type
-from qconv.planning.plan import Layer, Plan
+from qconv.planning.plan import LayerPlan, Plan
 from qconv.quantization.weights import BIAS_FITS
 from qconv.results.comparison import Cause, Comparison, LayerComparison
 from qconv.results.quantize import Report
@@ -335,7 +335,7 @@ def weight_imbalance(evidence: Evidence) -> Iterator[Cause]:
         yield Cause("weight-imbalance", tuple(names), what + more, evidence.share_of_nodes(names))
 
 
-def _spread_of(layer: Layer) -> float:
+def _spread_of(layer: LayerPlan) -> float:
     """The largest output channel's weights over the smallest one's that are not zero."""
     weight = constant_array(layer.node.inputs[1])
     if weight is None:

@@ -60,7 +60,7 @@ from qconv.ir.metadata import needed_opset
 from qconv.passes import fold
 from qconv.pipeline.gather import Memory, open_pictures
 from qconv.pipeline.pipeline import Listener
-from qconv.planning.placement import left_in_float
+from qconv.planning.placement import choose_float_nodes
 from qconv.planning.planner import make_plan
 from qconv.results.comparison import Cause, Comparison, Diagnosis, Trial
 from qconv.runtime.benchmark import detect_cpu
@@ -296,7 +296,7 @@ class _Clinic:
         pictures.memory = self.memory
         pictures.settle(model, recipe)
         fold.fold(model)
-        plan = make_plan(model, recipe, TARGETS[recipe.target], left_in_float(model, recipe, pictures.fed))
+        plan = make_plan(model, recipe, TARGETS[recipe.target], choose_float_nodes(model, recipe, pictures.fed))
         sketches = pictures.sketches(model, [plan], recipe)
         quantized = Source(str(base.made.path), base.made.path)
 

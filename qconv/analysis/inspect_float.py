@@ -17,9 +17,9 @@ from qconv.ir.load import load
 from qconv.ir.model import DataType, Model, Node, Value, constant_array, dims, input_of
 from qconv.ir.rewriting import standard_op_type
 from qconv.passes import fold
-from qconv.planning.placement import left_in_float
-from qconv.planning.plan import Layer, Plan
-from qconv.planning.planner import is_layer, make_plan
+from qconv.planning.placement import choose_float_nodes
+from qconv.planning.plan import LayerPlan, Plan
+from qconv.planning.planner import is_quantizable_layer, make_plan
 from qconv.quantizer import PerBlock, PerChannel
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
@@ -201,7 +201,7 @@ def inspect_float(source: Source, target: str) -> FloatModel:
     findings = fold.fold(model)
     folded = sum(isinstance(f, Change) and f.kind.startswith("BatchNormalization folded") for f in findings)
     recipe = Recipe(target=target)
-    plan = make_plan(model, recipe, TARGETS[target], left_in_float(model, recipe, None))
+    plan = make_plan(model, recipe, TARGETS[target], choose_float_nodes(model, recipe, None))
     layers, troubles = _layers(model, plan, recipe, known)
     return FloatModel(
         name=source.name,
@@ -267,7 +267,7 @@ def _layers(
     model: Model, plan: Plan, recipe: Recipe, known: Mapping[str, Statistics]
 ) -> tuple[list[FloatRow], list[Trouble]]:
     planned = {layer.node: layer for layer in plan.layers}
-    nodes = [node for node in model.nodes() if is_layer(node) and standard_op_type(node)]
+    nodes = [node for node in model.nodes() if is_quantizable_layer(node) and standard_op_type(node)]
     sizes = {node: _parameters(node) for node in nodes}
     total = sum(sizes.values())
     rows, troubles = [], []
@@ -281,7 +281,7 @@ def _layers(
 
 
 def _row(
-    node: Node, layer: Layer | None, plan: Plan, size: tuple[int, float], ranges: Ranges, found: list[Trouble]
+    node: Node, layer: LayerPlan | None, plan: Plan, size: tuple[int, float], ranges: Ranges, found: list[Trouble]
 ) -> FloatRow:
     weight = constant_array(input_of(node, 1))
     assert weight is not None
@@ -303,7 +303,7 @@ def _row(
     )
 
 
-def granularity_of(layer: Layer) -> str:
+def granularity_of(layer: LayerPlan) -> str:
     """Of a layer's weights, in the words of the options."""
     return {PerChannel: "per-channel", PerBlock: "per-block"}.get(type(layer.weight.granularity), "per-tensor")
 

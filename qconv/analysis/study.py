@@ -35,7 +35,7 @@ from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
 from qconv.passes import fold
 from qconv.pipeline.pipeline import Listener, check_output
 from qconv.pipeline.wishes import look_for_wishes, require_layers
-from qconv.planning.placement import left_in_float
+from qconv.planning.placement import choose_float_nodes
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.results.sample_curve import CurvePoint, SampleCurve, counts_up_to
@@ -98,7 +98,7 @@ def study_samples(
     calibration.preprocessing = scoring.preprocessing = detected.preprocessing
     fold.fold(model)
     look_for_wishes(model, recipe, warn)
-    floats = left_in_float(model, recipe, calibration.preprocessing)
+    floats = choose_float_nodes(model, recipe, calibration.preprocessing)
     plan = make_plan(model, recipe, TARGETS[recipe.target], floats)
     require_layers(plan, source)
     for doubt in detected.doubts():

@@ -15,7 +15,7 @@ from qconv.ir.files import Source, is_quantized, read_proto
 from qconv.ir.load import load_unchanged
 from qconv.ir.metadata import read_placed_nodes, read_recipe
 from qconv.ir.model import Model
-from qconv.planning.planner import WISHED
+from qconv.planning.planner import KEPT_FLOAT_BY_OPTION
 from qconv.results.quantize import Audit
 from qconv.runtime.benchmark import Cpu, detect_cpu
 from qconv.runtime.session import RUNTIME_VERSION, Session, make_random_inputs
@@ -99,9 +99,9 @@ def _known(model: Model, recipe: Mapping[str, Any]) -> Known:
     kept = dict.fromkeys(placed, f"faster in float, {how}")
     for node in model.nodes():
         if any(fnmatch.fnmatchcase(node.name or "", glob) for glob in recipe.get("keep_float", ())):
-            kept[node.name or ""] = WISHED
+            kept[node.name or ""] = KEPT_FLOAT_BY_OPTION
         elif node.op_type in recipe.get("keep_float_op", ()):
-            kept[node.name or ""] = f"{WISHED}-op"
+            kept[node.name or ""] = f"{KEPT_FLOAT_BY_OPTION}-op"
     target = TARGETS.get(str(recipe.get("target")))
     whole = ""
     if target is not None and not target.on_ort:

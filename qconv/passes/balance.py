@@ -50,7 +50,7 @@ from qconv.passes.absorb import Candidate, absorb, candidates, gaining
 from qconv.passes.noise import Term, least, total
 from qconv.passes.streams import OPEN, Limit, Streams, find_streams
 from qconv.passes.worth import Seen, noise_terms
-from qconv.planning.plan import Plan, tap_of
+from qconv.planning.plan import Plan, plan_observer
 from qconv.runtime.session import Session
 
 STEP = "equalize"
@@ -160,7 +160,7 @@ def _taps(plan: Plan, streams: Streams, low: Set[Value]) -> list[Observer]:
     read = dict.fromkeys(value for layer in plan.layers if (value := layer.node.inputs[0]) is not None)
     seen = dict.fromkeys(value for value in plan.activations if value in streams.of and not plan.copies(value))
     seen |= dict.fromkeys(limit.value for limit in streams.limits)
-    taps = {value: tap_of(value, SketchContents.CHANNELS | SketchContents.COLUMNS) for value in {**seen, **read}}
+    taps = {value: plan_observer(value, SketchContents.CHANNELS | SketchContents.COLUMNS) for value in {**seen, **read}}
     return [Observer(tap.name, tap.want) if value in low else tap for value, tap in taps.items()]
 
 

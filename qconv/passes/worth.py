@@ -21,7 +21,7 @@ from qconv.ir.layers import Float64, read_layer
 from qconv.ir.model import Model, Value
 from qconv.passes.noise import Codes, Term, Weights
 from qconv.passes.streams import Ends, Streams
-from qconv.planning.plan import Layer, Plan
+from qconv.planning.plan import LayerPlan, Plan
 from qconv.quantizer import PerTensor
 
 MEAN_COUNTS = 0.1
@@ -106,7 +106,7 @@ def noise_terms(model: Model, plan: Plan, seen: Seen) -> list[Term]:
     return terms
 
 
-def _through(ends: Ends, layer: Layer | None, seen: Seen, worth: _Worth) -> list[Term]:
+def _through(ends: Ends, layer: LayerPlan | None, seen: Seen, worth: _Worth) -> list[Term]:
     """The noise of a layer's weights; `worth` of its inputs is brought up to date."""
     own = read_layer(ends.node)
     powers = seen.powers(ends.node.inputs[0], own.inputs)

@@ -42,7 +42,7 @@ from qconv.passes.shrink import shrink
 from qconv.pipeline.gather import Memory, Pictures, open_pictures
 from qconv.pipeline.oddities import oddities
 from qconv.pipeline.wishes import look_for_means_in_vain, look_for_wishes, look_for_wishes_in_vain, require_layers
-from qconv.planning.placement import left_in_float
+from qconv.planning.placement import choose_float_nodes
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
@@ -144,7 +144,7 @@ def quantize(
             require_operators(model)
         look_for_wishes(model, recipe, run.warn)
         target = TARGETS[recipe.target]
-        floats = {} if recipe.tune_latency else left_in_float(model, recipe, pictures.fed)
+        floats = {} if recipe.tune_latency else choose_float_nodes(model, recipe, pictures.fed)
         plan = make_plan(model, recipe, target, floats)
         require_layers(plan, source)
         check_size(model, recipe, floats)

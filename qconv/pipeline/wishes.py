@@ -10,7 +10,7 @@ from qconv.errors import QconvError, Skipped
 from qconv.ir.files import Source
 from qconv.ir.model import Model
 from qconv.planning.plan import Plan
-from qconv.planning.planner import WISHED, is_layer
+from qconv.planning.planner import KEPT_FLOAT_BY_OPTION, is_quantizable_layer
 from qconv.results.quantize import Audit
 from qconv.search.trial import Settled
 
@@ -22,7 +22,7 @@ def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -
     for pattern in recipe.keep_float:
         if not fnmatch.filter(names, pattern):
             warn(f"--keep-float {pattern} matches no node of the folded model.")
-    layers = [node.name or "" for node in model.nodes() if is_layer(node)]
+    layers = [node.name or "" for node in model.nodes() if is_quantizable_layer(node)]
     left = layers
     for pattern, _ in recipe.layer_bits:
         matched = [name for name in left if fnmatch.fnmatchcase(name, pattern)]
@@ -41,7 +41,7 @@ def look_for_wishes_in_vain(plan: Plan, audited: Audit, warn: Callable[[str], No
     found = {island.node for island in (*audited.islands, *audited.placed)}
     # an activation takes over the wish for the layer that it is fused into
     found |= {name for name, layer in plan.activation_of.items() if layer in plan.kept}
-    vain = [name for name, kept in plan.kept.items() if kept.why.startswith(WISHED) and name not in found]
+    vain = [name for name, kept in plan.kept.items() if kept.why.startswith(KEPT_FLOAT_BY_OPTION) and name not in found]
     if vain:
         more = f" and {len(vain) - 1} more" if len(vain) > 1 else ""
         warn(f"--keep-float changes nothing for {vain[0]}{more}: it runs as its neighbours do, or not at all.")

@@ -1,19 +1,21 @@
-"""Which layers are faster in float, by a table of costs that was measured once.
+"""Placement chooses the layers that are faster in float, by a measured table of operator costs.
 
-Integer kernels lose where a layer does little with much: a depthwise convolution with a large kernel, groups of few
-channels, a channel shuffle. But a float layer between integer ones pays for two changes of type and layout. With costs
-c_i(n) and c_f(n) of node n in integers and in float, and h(v) of changing over at tensor v, the cheapest division is
+With costs c_i(n) and c_f(n) of node n in integers and in float, and h(v) of converting tensor v, the cheapest
+placement F of float nodes is
 
     min over F   sum_{n not in F} c_i(n) + sum_{n in F} c_f(n) + sum over v between both of h(v)
 
-which is a minimum cut. h(v) is paid once, however many read v. A Relu or Clip goes with the layer that it is fused
-into. The division is taken only where it gains enough to trust the table with it.
+This is a minimum cut, found as a maximum flow (Ford and Fulkerson 1956; Dinic 1970). h(v) is paid once, however many
+read v; a Relu or Clip goes with the layer that it is fused into. The result is used only where it gains enough to
+trust the table with it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Set
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,23 +26,97 @@ from qconv.config.targets import TARGETS, CostTable, Target
 from qconv.ir.load import infer_shapes_at
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
-from qconv.planning.mincut import Network
 from qconv.planning.plan import Plan, data_inputs
 from qconv.planning.planner import make_plan
 
+Vertex = Hashable
+
+LEAST_CAPACITY = 1e-9
+"""Capacities are real numbers: what is left of one below this is rounding."""
+
+
+class FlowNetwork:
+    """Edges with capacities, between things of any kind. `first` and `second` are the two ends."""
+
+    def __init__(self) -> None:
+        self.first, self.second = object(), object()
+        self._room: dict[Vertex, dict[Vertex, float]] = {self.first: {}, self.second: {}}
+
+    def edge(self, start: Vertex, end: Vertex, capacity: float) -> None:
+        """Make it cost `capacity` (0 to infinity) to have `start` on the first side and `end` on the second."""
+        out = self._room.setdefault(start, {})
+        out[end] = out.get(end, 0.0) + capacity
+        self._room.setdefault(end, {}).setdefault(start, 0.0)
+
+    def first_side(self) -> set[Vertex]:
+        """What is on the first side of the cheapest cut; the smallest such set. Uses the network up.
+
+        Raises ValueError where every cut costs infinitely much.
+        """
+        while True:
+            level = self._levels()
+            if self.second not in level:
+                return set(level) - {self.first}
+            edges = {thing: iter(list(room)) for thing, room in self._room.items()}
+            while (pushed := self._push(level, edges)) > 0:
+                if math.isinf(pushed):
+                    raise ValueError("every cut costs infinitely much")
+
+    def _levels(self) -> dict[Vertex, int]:
+        """Steps from the first end along edges with room left."""
+        level: dict[Vertex, int] = {self.first: 0}
+        waiting = deque([self.first])
+        while waiting:
+            thing = waiting.popleft()
+            for other, room in self._room[thing].items():
+                if room > LEAST_CAPACITY and other not in level:
+                    level[other] = level[thing] + 1
+                    waiting.append(other)
+        return level
+
+    def _push(self, level: dict[Vertex, int], edges: dict[Vertex, Iterator[Vertex]]) -> float:
+        """Send as much as fits along one path of rising levels. Returns how much; 0 where none is left."""
+        path = [self.first]
+        while path[-1] is not self.second:
+            here = path[-1]
+            for other in edges[here]:
+                if self._room[here][other] > LEAST_CAPACITY and level.get(other) == level[here] + 1:
+                    path.append(other)
+                    break
+            else:  # a dead end: nobody need come here again
+                level.pop(here, None)
+                path.pop()
+                if not path:
+                    return 0.0
+        steps = list(itertools.pairwise(path))
+        amount = min(self._room[start][end] for start, end in steps)
+        for start, end in steps:
+            if not math.isinf(self._room[start][end]):
+                self._room[start][end] -= amount
+            self._room[end][start] += amount
+        for thing in path[:-1]:  # edges that still have room must be seen again
+            edges[thing] = iter(list(self._room[thing]))
+        return amount
+
+
 Shapes = Mapping[str, tuple[int, ...]]
-CAUTION = 1.1
+
+FLOAT_MARGIN = 1.1
 """By how much float must be cheaper than the table says: a layer that is as fast either way is better small."""
-WORTHWHILE = 0.15
+
+LEAST_GAIN_SHARE = 0.15
 """The least share of the network's time that a division must gain. Predictions of a tenth have come to nothing."""
+
 LEAST_GAIN_US = 20.0
-SLOW_DEPTHWISE = 30.0
+
+SLOW_DEPTHWISE_FACTOR = 30.0
 """Times of the usual kernel's work, measured on ONNX Runtime 1.32 with AVX2."""
+
 STEM_CHANNELS = 4  # up to so many input channels a convolution is the first one
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class NodeCost:
     """Microseconds of one node in float and in integers."""
 
     float_us: float
@@ -54,36 +130,38 @@ class Cost:
         return f"faster in float: {self.float_us:.0f} us against {self.integer_us:.0f} {where}"
 
 
-def applies(recipe: Recipe, target: Target) -> bool:
+def is_placement_supported(recipe: Recipe, target: Target) -> bool:
     """Whether layers may be placed: where integer kernels run, and nobody wants to see activations of fewer bits."""
     return bool(target.costs) and recipe.runs_in_integers
 
 
-def left_in_float(model: Model, recipe: Recipe, fed: Preprocessing | None) -> dict[str, str]:
+def choose_float_nodes(model: Model, recipe: Recipe, fed: Preprocessing | None) -> dict[str, str]:
     """Names of the nodes of a folded model that `recipe`'s target runs faster in float, each with the reason.
 
     fed: what the model takes, which settles sizes that it leaves open; None for ready-made samples.
     """
     target = TARGETS[recipe.target]
-    if target.costs is None or not applies(recipe, target):
+    if target.costs is None or not is_placement_supported(recipe, target):
         return {}
-    return faster_in_float(model, make_plan(model, recipe, target), shapes_of(model, fed), costs_of(recipe, target))
+    return place_by_cost_table(
+        model, make_plan(model, recipe, target), infer_run_shapes(model, fed), select_cost_table(recipe, target)
+    )
 
 
-def costs_of(recipe: Recipe, target: Target) -> CostTable:
+def select_cost_table(recipe: Recipe, target: Target) -> CostTable:
     """What operators cost with such weights. For zero points of their own depthwise layers have a slow kernel only."""
     known = target.costs or {}
     if not recipe.has_zero_points(recipe.weight_bits):
         return known
     return {
-        kind: {c: (f_us, f_ns, i_us, i_ns * SLOW_DEPTHWISE) for c, (f_us, f_ns, i_us, i_ns) in lines.items()}
+        kind: {c: (f_us, f_ns, i_us, i_ns * SLOW_DEPTHWISE_FACTOR) for c, (f_us, f_ns, i_us, i_ns) in lines.items()}
         if kind.startswith("depthwise")
         else lines
         for kind, lines in known.items()
     }
 
 
-def shapes_of(model: Model, fed: Preprocessing | None) -> Shapes:
+def infer_run_shapes(model: Model, fed: Preprocessing | None) -> Shapes:
     """Of the tensors in one run, as far as they are known. fed: as above."""
     first = model.graph.inputs[0]
     batch, *own = dims(first) or [None]
@@ -91,42 +169,42 @@ def shapes_of(model: Model, fed: Preprocessing | None) -> Shapes:
     return infer_shapes_at(model, first.name or "", [batch or 1, *(side for side in sides if side is not None)])
 
 
-def faster_in_float(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:
+def place_by_cost_table(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:
     """The nodes of `plan` that are better left in float, by name, each with the reason.
 
     model: folded; plan: without regard to costs; shapes: of all tensors, for one run.
     """
-    question = _Question.of(model, plan, shapes, table)
+    question = _PlacementProblem.of(model, plan, shapes, table)
     integer = question.cheapest()
     gain, whole = question.time(plan.integer) - question.time(integer), question.time(plan.integer)
-    if gain < max(WORTHWHILE * whole, LEAST_GAIN_US):
+    if gain < max(LEAST_GAIN_SHARE * whole, LEAST_GAIN_US):
         return {}
-    return _left(plan, question, integer)
+    return _explain_placement(plan, question, integer)
 
 
-def division(
-    model: Model, plan: Plan, shapes: Shapes, table: CostTable, measured: Mapping[str, Cost]
+def place_by_measured_costs(
+    model: Model, plan: Plan, shapes: Shapes, table: CostTable, measured: Mapping[str, NodeCost]
 ) -> dict[str, str]:
     """The same by costs of single nodes, by name, that were measured; however small the gain.
 
     table: for nodes without such costs, and for changing over.
     """
-    question = _Question.of(model, plan, shapes, table, measured)
-    return _left(plan, question, question.cheapest())
+    question = _PlacementProblem.of(model, plan, shapes, table, measured)
+    return _explain_placement(plan, question, question.cheapest())
 
 
-def all_in_float(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:
+def place_all_in_float(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:
     """Every node that could run in integers, as `faster_in_float` names them."""
-    return _left(plan, _Question.of(model, plan, shapes, table), set())
+    return _explain_placement(plan, _PlacementProblem.of(model, plan, shapes, table), set())
 
 
-def _left(plan: Plan, question: _Question, integer: Set[Node]) -> dict[str, str]:
-    found = {node.name or "": _why(question.costs[node]) for node in plan.integer - integer}
+def _explain_placement(plan: Plan, question: _PlacementProblem, integer: Set[Node]) -> dict[str, str]:
+    found = {node.name or "": _describe_cost(question.costs[node]) for node in plan.integer - integer}
     fused = {activation: found.get(layer.name or "") for activation, layer in plan.absorbed.items()}
     return found | {activation.name or "": why for activation, why in fused.items() if why is not None}
 
 
-def _why(cost: Cost | None) -> str:
+def _describe_cost(cost: NodeCost | None) -> str:
     if cost is not None and cost.float_us < cost.integer_us:
         return cost.in_words()
     return "its neighbours are faster in float, and changing over would cost more than it gains"
@@ -152,18 +230,18 @@ class _Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
+class _PlacementProblem:
     """Costs of the nodes that could run on codes, None where nothing is known; of all others nothing can be changed."""
 
-    costs: dict[Node, Cost | None]
+    costs: dict[Node, NodeCost | None]
     tensors: list[_Tensor]
 
     @classmethod
     def of(
-        cls, model: Model, plan: Plan, shapes: Shapes, table: CostTable, measured: Mapping[str, Cost] | None = None
-    ) -> _Question:
+        cls, model: Model, plan: Plan, shapes: Shapes, table: CostTable, measured: Mapping[str, NodeCost] | None = None
+    ) -> _PlacementProblem:
         known = measured or {}
-        costs = {node: known.get(node.name or "") or cost_of(node, shapes, table) for node in plan.integer}
+        costs = {node: known.get(node.name or "") or look_up_cost(node, shapes, table) for node in plan.integer}
         fused = set(plan.absorbed.values())
         made: list[tuple[Value, Node | None]] = [(value, None) for value in model.graph.inputs]
         made += [(value, node) for node in model.nodes() for value in node.outputs]
@@ -175,7 +253,7 @@ class _Question:
             readers = [node for node in model.readers(value) if _reads_data(node, value)]
             outside = (None,) if value.is_graph_output() else ()
             codes = value in plan.given and maker not in costs
-            tensors.append(_Tensor(value, maker, (*readers, *outside), _switch(value, shapes, table), codes))
+            tensors.append(_Tensor(value, maker, (*readers, *outside), _switch_cost(value, shapes, table), codes))
         return cls(costs, tensors)
 
     def time(self, integer: Set[Node]) -> float:
@@ -188,11 +266,11 @@ class _Question:
 
     def cheapest(self) -> set[Node]:
         """The nodes that should run in integers: all but the first side of the least cut, which is the smallest."""
-        network = Network()
+        network = FlowNetwork()
         for node, cost in self.costs.items():
             if cost is not None:
                 network.edge(network.first, node, cost.integer_us)
-                network.edge(node, network.second, CAUTION * cost.float_us)
+                network.edge(node, network.second, FLOAT_MARGIN * cost.float_us)
             elif isinstance(
                 QUANTIZATION_RULES[node.op_type], WeightedRule
             ):  # nothing is known of it: integers are the rule
@@ -202,7 +280,7 @@ class _Question:
         floats = network.first_side()
         return {node for node in self.costs if node not in floats}
 
-    def _tie(self, network: Network, tensor: _Tensor) -> None:
+    def _tie(self, network: FlowNetwork, tensor: _Tensor) -> None:
         """A tensor is quantized once where any reader wants codes, dequantized once where any wants numbers."""
         outside = network.second if tensor.codes else network.first
         maker: object = tensor.maker if tensor.maker in self.costs else outside
@@ -222,33 +300,33 @@ def _reads_data(node: Node, value: Value) -> bool:
     return rule is None or value in data_inputs(node, rule)
 
 
-def cost_of(node: Node, shapes: Shapes, table: CostTable) -> Cost | None:
+def look_up_cost(node: Node, shapes: Shapes, table: CostTable) -> NodeCost | None:
     """What the table says of a node, None where it says nothing."""
-    found = _work(node, shapes)
+    found = _work_units(node, shapes)
     if found is None or found[0] not in table:
         return None
     kind, channels, work = found
-    return _looked_up(table[kind], channels, work)
+    return _interpolate_cost(table[kind], channels, work)
 
 
-def _looked_up(lines: Mapping[int, tuple[float, float, float, float]], channels: float, work: float) -> Cost:
+def _interpolate_cost(lines: Mapping[int, tuple[float, float, float, float]], channels: float, work: float) -> NodeCost:
     """Between the table's channels in proportion to their logarithm."""
     known = np.log2(sorted(lines))
     columns = np.array([lines[key] for key in sorted(lines)])
     f_us, f_ns, i_us, i_ns = (float(np.interp(math.log2(max(channels, 1)), known, column)) for column in columns.T)
-    return Cost(f_us + f_ns * work / 1000, i_us + i_ns * work / 1000)
+    return NodeCost(f_us + f_ns * work / 1000, i_us + i_ns * work / 1000)
 
 
-def _switch(value: Value, shapes: Shapes, table: CostTable) -> float:
+def _switch_cost(value: Value, shapes: Shapes, table: CostTable) -> float:
     """Microseconds of one way: half of there and back again."""
     shape = shapes.get(value.name or "")
     if shape is None:
         return 0.0
     channels = shape[1] if len(shape) > 1 else 1
-    return _looked_up(table["switch"], channels, math.prod(shape)).integer_us / 2
+    return _interpolate_cost(table["switch"], channels, math.prod(shape)).integer_us / 2
 
 
-def _work(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
+def _work_units(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
     """The kind in the table, its number of channels, and the units of work; None for what it does not know."""
     out = shapes.get(node.outputs[0].name or "")
     weight = constant_array(input_of(node, 1))

@@ -1,4 +1,13 @@
-"""What was decided of every tensor and node, and what follows from it for calibration. planner.py decides."""
+"""The plan records which tensors and nodes are quantized, with which spec, and what has to be observed in calibration.
+
+`planner` makes the decisions; here they are data. A range in front of SiLU or HardSwish need not reach further down
+than where the activation's result is within a quarter of a quantization step s of zero:
+
+    SiLU        x * Sigmoid(x) = -s / 4, the root left of the minimum
+    HardSwish   alpha * x + beta = 0, for x * HardSigmoid(x); x + c = 0, for x * Clip(x + c, 0, ...)
+
+SiLU: Elfwing et al. 2017, arXiv 1702.03118. HardSwish: Howard et al. 2019, arXiv 1905.02244.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +20,19 @@ from numpy.typing import NDArray
 from qconv.calibration.observer import Observer
 from qconv.calibration.sketch import SAMPLED_ELEMENTS, SketchContents
 from qconv.config.targets import Target
-from qconv.ir.model import DataType, Node, Value, clip_bounds, constant_array, dims, input_of, rank
+from qconv.ir.model import (
+    DataType,
+    Model,
+    Node,
+    Value,
+    attribute,
+    clip_bounds,
+    constant_array,
+    constant_scalar,
+    dims,
+    input_of,
+    rank,
+)
 from qconv.ir.operators import (
     CLIPPING_ACTIVATIONS,
     NON_NEGATIVE_OPS,
@@ -22,12 +43,83 @@ from qconv.ir.operators import (
     TransparentRule,
     WeightedRule,
 )
-from qconv.planning.gates import Gate
 from qconv.quantizer import PerBlock, PerChannel, QuantParams, QuantSpec
+
+SILU_MINIMUM_AT = -1.2784645
+"""Where x / (1 + exp(-x)) is least: the root of 1 + exp(-x) (1 + x) = 0."""
+
+SHARE_OF_STEP = 0.25
+
+LOWEST_GATE_INPUT = -100.0
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ActivationGate:
+    """An activation that goes to zero on the left. product: its output. closed_at: from where on, None for SiLU."""
+
+    product: Value
+    closed_at: float | None
+
+    def floor(self, step: float) -> float:
+        """The least input that matters, where the product is quantized in steps of `step`."""
+        if self.closed_at is not None:
+            return self.closed_at
+        inside, outside = SILU_MINIMUM_AT, LOWEST_GATE_INPUT
+        while inside - outside > 1e-6:
+            middle = (inside + outside) / 2
+            if -middle / (1 + math.exp(-middle)) > SHARE_OF_STEP * step:
+                inside = middle
+            else:
+                outside = middle
+        return outside
+
+
+def find_activation_gate(model: Model, value: Value) -> ActivationGate | None:
+    """The activation that alone reads `value`: HardSwish, or a Mul of `value` with a gate computed from it."""
+    readers = model.readers(value)
+    if value.is_graph_output():
+        return None
+    if [node.op_type for node in readers] == ["HardSwish"]:
+        return ActivationGate(readers[0].outputs[0], -3.0)
+    products = [node for node in readers if node.op_type == "Mul"]
+    if len(readers) != 2 or len(products) != 1:
+        return None
+    (product,), (gate,) = products, [node for node in readers if node is not products[0]]
+    closes = _find_gate_cutoff(model, gate)
+    if closes is None or set(product.inputs) != {value, closes.output}:
+        return None
+    return ActivationGate(product.outputs[0], closes.at)
+
+
+@dataclass(frozen=True, slots=True)
+class _GateCutoff:
+    """The output of a gate, and up to which input it is zero; None where it only comes near."""
+
+    output: Value
+    at: float | None
+
+
+def _find_gate_cutoff(model: Model, gate: Node) -> _GateCutoff | None:
+    """Sigmoid, HardSigmoid, or Add of a constant and a Clip from zero on."""
+    if gate.op_type == "Sigmoid":
+        # it only comes near zero: others who read it see the difference
+        alone = model.sole_reader(gate.outputs[0]) is not None
+        return _GateCutoff(gate.outputs[0], None) if alone else None
+    if gate.op_type == "HardSigmoid":
+        alpha, beta = float(attribute(gate, "alpha", 0.2)), float(attribute(gate, "beta", 0.5))
+        return _GateCutoff(gate.outputs[0], -beta / alpha) if alpha > 0 else None
+    clip = model.sole_reader(gate.outputs[0])
+    if gate.op_type != "Add" or clip is None or clip.op_type not in CLIPPING_ACTIVATIONS:
+        return None
+    shift = next((constant_scalar(v) for v in gate.inputs if v is not None and constant_array(v) is not None), None)
+    bounds = clip_bounds(clip)
+    if shift is None or bounds is None or bounds[0] != 0:
+        return None
+    return _GateCutoff(clip.outputs[0], -shift)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
     """What was decided for one tensor, or one node: a spec, or None for float, and the reason."""
 
     spec: QuantSpec | None
@@ -35,7 +127,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layer:
+class LayerPlan:
     """A node with weights that runs on quantized weights.
 
     weight: the spec of its weights, seen as `arranged` gives them. data: the input that is quantized, None where only
@@ -81,16 +173,16 @@ class Plan:
     codes, where that is not everyone who can; None where it is. target: for which all that was decided.
     """
 
-    activations: dict[Value, Choice] = field(default_factory=dict)
-    layers: list[Layer] = field(default_factory=list)
+    activations: dict[Value, Decision] = field(default_factory=dict)
+    layers: list[LayerPlan] = field(default_factory=list)
     constants: dict[Value, QuantSpec] = field(default_factory=dict)
     integer: set[Node] = field(default_factory=set)
     absorbed: dict[Node, Node] = field(default_factory=dict)
     on_codes: set[Node] = field(default_factory=set)
     ties: list[tuple[Value, ...]] = field(default_factory=list)
     given: dict[Value, QuantParams] = field(default_factory=dict)
-    gates: dict[Value, Gate] = field(default_factory=dict)
-    kept: dict[str, Choice] = field(default_factory=dict)
+    gates: dict[Value, ActivationGate] = field(default_factory=dict)
+    kept: dict[str, Decision] = field(default_factory=dict)
     placed: frozenset[str] = frozenset()
     activation_of: dict[str, str] = field(default_factory=dict)
     reads: dict[Value, list[Node]] | None = None
@@ -113,7 +205,7 @@ class Plan:
         read = {layer.data for layer in self.layers}
         seen = (value for value in self.activations if value in read or not self.copies(value))
         return [
-            tap_of(value, want | SketchContents.CHANNELS if value in read else want & SketchContents.BINS)
+            plan_observer(value, want | SketchContents.CHANNELS if value in read else want & SketchContents.BINS)
             for value in seen
         ]
 
@@ -121,7 +213,7 @@ class Plan:
         """What layers read that stays float: its means tell what rounding their weights does to those of outputs."""
         read = (layer.node.inputs[0] for layer in self.layers if layer.data is None and layer.node.op_type != "MatMul")
         floats = (value for value in dict.fromkeys(read) if value is not None and value not in self.activations)
-        return [tap_of(value, SketchContents.CHANNELS) for value in floats]
+        return [plan_observer(value, SketchContents.CHANNELS) for value in floats]
 
     def copies(self, value: Value) -> bool:
         """Whether `value` holds nothing but values of tensors that it shares parameters with."""
@@ -139,7 +231,7 @@ class Plan:
         return {value: groups.get(value, (value,)) for value in self.activations}
 
 
-def channels_of(value: Value) -> int:
+def count_channels(value: Value) -> int:
     """How many there are along axis 1; 0 where that is not known before a run."""
     sizes = dims(value) or []
     return (sizes[1] if len(sizes) > 1 else 0) or 0
@@ -162,15 +254,15 @@ def data_positions(node: Node, rule: Rule) -> range:
     return range(len(node.inputs))[:count]
 
 
-def tap_of(value: Value, wanted: SketchContents) -> Observer:
+def plan_observer(value: Value, wanted: SketchContents) -> Observer:
     """How a tensor is watched. wanted: what is to be remembered beyond its extremes."""
-    positive, stride = _never_negative(value), _sampling(value)
+    positive, stride = _is_never_negative(value), _sampling_stride(value)
     maps = rank(value) == 4 and value.dtype == DataType.FLOAT and value.producer() is not None
     pooled = positive and maps and (stride is not None or wanted in (SketchContents.EXTREMES, SketchContents.CHANNELS))
     return Observer(value.name or "", wanted, never_negative=positive, pooled=pooled, stride=stride or 1)
 
 
-def _sampling(value: Value) -> int | None:
+def _sampling_stride(value: Value) -> int | None:
     """Which pixels of a map are looked at: each so-many-th in both directions. None where its size is not known."""
     _, *sizes = dims(value) or [None]
     if len(sizes) != 3 or None in sizes:
@@ -179,7 +271,7 @@ def _sampling(value: Value) -> int | None:
     return max(1, min(math.isqrt(channels * height * width // SAMPLED_ELEMENTS), height, width))
 
 
-def _never_negative(value: Value) -> bool:
+def _is_never_negative(value: Value) -> bool:
     """Whether the operator that writes it leaves nothing below zero."""
     node = value.producer()
     if node is None:

@@ -1,14 +1,15 @@
-"""Which tensors are quantized, how, and why not the others: decided from the graph alone, before any picture is seen.
+"""The planner decides from the graph alone which tensors are quantized, how, and why the others stay float.
 
-Layers with weights run in integers; what stands between them follows where that keeps codes flowing. A Relu or Clip
-that is the only reader of a layer is absorbed: the quantizer behind the layer saturates at the same bounds. Every
-tensor carries the reason for what became of it.
+Layers with weights run in integers; operators between them follow where that avoids conversions. A Relu or Clip that
+is the only reader of a layer is absorbed: the quantizer behind the layer saturates at the same bounds. Every tensor
+carries the reason for the decision. No calibration data is needed.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Set
+from typing import Generic, TypeVar
 
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
@@ -24,19 +25,50 @@ from qconv.ir.operators import (
     TransparentRule,
     WeightedRule,
 )
-from qconv.planning.gates import gate_behind
-from qconv.planning.groups import Groups
-from qconv.planning.plan import Choice, Layer, Plan, channels_of, data_inputs
-from qconv.planning.refusals import WIDE_CODES, refusal, why_dequantized
-from qconv.planning.shortcut import shortcut
-from qconv.planning.weight_specs import oriented, weight_spec
+from qconv.planning.eligibility import (
+    NO_16_BIT_KERNEL,
+    explain_dequantized_layer,
+    explain_refusal,
+    find_shortcut_input,
+    make_weight_spec,
+    orient_rule,
+)
+from qconv.planning.plan import Decision, LayerPlan, Plan, count_channels, data_inputs, find_activation_gate
 from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
 
-WISHED = "kept float by --keep-float"
-CHANNEL_SCALES = "a scale for each channel of the activations has no integer kernel"
-FLOAT_BITS = "kept float by --layer-bits"
-GIVEN = "its codes are the input's pixels"
-AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
+T = TypeVar("T", bound=Hashable)
+
+
+class DisjointSets(Generic[T]):
+    """A division of things into groups, at first each for itself."""
+
+    def __init__(self) -> None:
+        self._of: dict[T, set[T]] = {}
+
+    def join(self, things: Iterable[T]) -> None:
+        """Make one group of these and of the groups that they are in."""
+        together: set[T] = set()
+        for thing in things:
+            together |= self._of.get(thing, {thing})
+        for thing in together:
+            self._of[thing] = together
+
+    def in_order(self, order: Iterable[T]) -> list[tuple[T, ...]]:
+        """The groups of more than one, each in this order."""
+        place = {thing: index for index, thing in enumerate(order)}
+        unique = {id(group): group for group in self._of.values() if len(group) > 1}
+        return [tuple(sorted(group, key=place.__getitem__)) for group in unique.values()]
+
+
+KEPT_FLOAT_BY_OPTION = "kept float by --keep-float"
+
+NO_CHANNEL_SCALE_KERNEL = "a scale for each channel of the activations has no integer kernel"
+
+KEPT_FLOAT_BY_LAYER_BITS = "kept float by --layer-bits"
+
+INTEGERS_ARE_PIXELS = "its codes are the input's pixels"
+
+AVERAGE_POOLS = frozenset({"AveragePool", "GlobalAveragePool"})
 
 
 def make_plan(model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str] | None = None) -> Plan:
@@ -67,8 +99,8 @@ class _Planner:
             why = self._refusal(node, rule)
             if why is None and rule is not None:
                 self.eligible[node] = rule
-            elif why is not None and _carries_float(node):
-                self.plan.kept[node.name or ""] = Choice(None, why)
+            elif why is not None and _is_float_node(node):
+                self.plan.kept[node.name or ""] = Decision(None, why)
         self.weighted = {n for n, rule in self.eligible.items() if isinstance(rule, WeightedRule)}
         self.reaches_weights = self._closure(reversed(self.nodes), _next_nodes, self.weighted)
         self.after_weights = self._closure(self.nodes, _previous_nodes, self.weighted)
@@ -96,11 +128,11 @@ class _Planner:
     def _refusal(self, node: Node, rule: Rule | None) -> str | None:
         recipe, name = self.recipe, node.name or ""
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.keep_float):
-            return WISHED
+            return KEPT_FLOAT_BY_OPTION
         if node.op_type in recipe.keep_float_op:
-            return f"{WISHED}-op"
-        if is_layer(node) and recipe.bits_of(name).in_float:
-            return FLOAT_BITS
+            return f"{KEPT_FLOAT_BY_OPTION}-op"
+        if is_quantizable_layer(node) and recipe.bits_of(name).in_float:
+            return KEPT_FLOAT_BY_LAYER_BITS
         if name in self.floats:
             return self.floats[name]
         if rule is None or node.domain not in ("", "ai.onnx"):
@@ -110,7 +142,7 @@ class _Planner:
             return self.target.float_ops[node.op_type]
         if weights_only and not isinstance(rule, WeightedRule):
             return "only weights are quantized"
-        return refusal(node, rule)
+        return explain_refusal(node, rule)
 
     # -- layers with weights ---------------------------------------------------------------------------------------
 
@@ -120,14 +152,14 @@ class _Planner:
             rule = QUANTIZATION_RULES.get(node.op_type) if placed else self.eligible.get(node)
             if not isinstance(rule, WeightedRule) or constant_array(input_of(node, 1)) is None:
                 continue
-            rule = oriented(node, rule)
-            spec = weight_spec(node, rule, self.recipe, self.target, self._least_bits(node))
+            rule = orient_rule(node, rule)
+            spec = make_weight_spec(node, rule, self.recipe, self.target, self._least_bits(node))
             data = None if placed or self.recipe.activation_bits == 32 else node.inputs[0]
             whole = not self.recipe.packs(spec.bits) and not isinstance(spec.granularity, PerBlock)
             at_load = data is None and whole and self.target.folds
             own_bits = self.recipe.allocates_weights and spec.bits < 8 and isinstance(spec.granularity, PerChannel)
             moves_zero = not spec.symmetric and self.recipe.moves_zero(spec.bits)
-            self.plan.layers.append(Layer(node, rule, spec, data, at_load, own_bits, moves_zero))
+            self.plan.layers.append(LayerPlan(node, rule, spec, data, at_load, own_bits, moves_zero))
 
     def _least_bits(self, node: Node) -> int:
         """What the first and the last layer have, whatever the others do."""
@@ -147,11 +179,11 @@ class _Planner:
         wanted += [
             (node, node.inputs[0])
             for node in self.nodes
-            if node in self.eligible and node.op_type in AVERAGES and node in self.after_weights and node.inputs[0]
+            if node in self.eligible and node.op_type in AVERAGE_POOLS and node in self.after_weights and node.inputs[0]
         ]
         for node in self.nodes:
             if node.op_type == "Add" and node in self.eligible and node in self.after_weights:
-                side = shortcut(self.model, node, self._data(node), self.weighted)
+                side = find_shortcut_input(self.model, node, self._data(node), self.weighted)
                 wanted += [] if side is None else [(node, side)]
         for node, value in wanted:
             self.plan.integer.add(node)
@@ -160,7 +192,7 @@ class _Planner:
         self._tie_moved()
 
     def _tie_moved(self) -> None:
-        groups: Groups[Value] = Groups()
+        groups: DisjointSets[Value] = DisjointSets()
         for node in self.nodes:
             if isinstance(QUANTIZATION_RULES.get(node.op_type), TransparentRule | ConcatRule) and node in self.eligible:
                 ends = [*self._data(node), *node.outputs]
@@ -170,7 +202,7 @@ class _Planner:
     def _take_pixels(self) -> None:
         for node in self.nodes:
             if node.op_type == "DequantizeLinear":
-                self.quantized[node.outputs[0]] = GIVEN
+                self.quantized[node.outputs[0]] = INTEGERS_ARE_PIXELS
 
     def spread(self) -> None:
         """Grow the set of integer nodes and quantized tensors from the layers with weights until it stays the same."""
@@ -187,8 +219,8 @@ class _Planner:
                     self._make_integer(node)
             grown = len(self.plan.integer) > before
         for node in self.eligible:
-            if node not in self.plan.integer and node not in self.plan.absorbed and _carries_float(node):
-                self.plan.kept[node.name or ""] = Choice(None, self._why_left(node))
+            if node not in self.plan.integer and node not in self.plan.absorbed and _is_float_node(node):
+                self.plan.kept[node.name or ""] = Decision(None, self._why_left(node))
 
     def _why_left(self, node: Node) -> str:
         """ONNX Runtime merges a float layer and its activation: then it is the layer's reason that counts."""
@@ -264,7 +296,7 @@ class _Planner:
     # -- parameters shared -------------------------------------------------------------------------------------------
 
     def tie(self) -> None:
-        groups: Groups[Value] = Groups()
+        groups: DisjointSets[Value] = DisjointSets()
         for node in self.nodes:
             if node not in self.plan.integer:
                 continue
@@ -291,8 +323,8 @@ class _Planner:
             bits = max((wishes[m] for m in group if m in wishes), default=max(recipe.activation_bits, 8))
             whole = PerTensor() if value not in apart or len(group) > 1 or bits >= 8 else PerChannel(1)
             spec = QuantSpec(bits, self.target.signed, symmetric, whole)
-            self.plan.activations[value] = Choice(spec, self.quantized[value])
-            gate = gate_behind(self.model, value) if group == (value,) else None
+            self.plan.activations[value] = Decision(spec, self.quantized[value])
+            gate = find_activation_gate(self.model, value) if group == (value,) else None
             if gate is not None:
                 self.plan.gates[value] = gate
         for node in self.nodes if self.plan.reads is None else ():
@@ -318,7 +350,7 @@ class _Planner:
         """The tensors whose channels layers sum over, and are known to be several."""
         read = {layer.data for layer in self.plan.layers if layer.data is not None}
         moved = {layer.data for layer in self.plan.layers if layer.node.op_type == "MatMul"}
-        return {value for value in read - moved if channels_of(value) > 1}
+        return {value for value in read - moved if count_channels(value) > 1}
 
     def take_given(self) -> None:
         """Tensors that are codes already stay so, and so does what is copied from them or cut off.
@@ -332,9 +364,9 @@ class _Planner:
             others = [member for member in group if member is not value]
             if node.op_type == "DequantizeLinear" and group and all(map(self._fits, others)):
                 for member in group:
-                    plan.given[member] = _params_of(node)
+                    plan.given[member] = _read_dequantizer_params(node)
                     plan.gates.pop(member, None)
-                    plan.activations[member] = Choice(plan.given[member].spec, GIVEN)
+                    plan.activations[member] = Decision(plan.given[member].spec, INTEGERS_ARE_PIXELS)
 
     def _fits(self, value: Value) -> bool:
         """Whether a tensor holds nothing that the codes of its group do not."""
@@ -346,18 +378,18 @@ class _Planner:
         """Types and shapes of codes that ONNX Runtime only dequantizes."""
         recipe, plan = self.recipe, self.plan
         for layer in plan.layers:
-            why = why_dequantized(layer, plan, recipe)
+            why = explain_dequantized_layer(layer, plan, recipe)
             if why is not None:
-                plan.kept.setdefault(layer.node.name or "", Choice(None, why))
+                plan.kept.setdefault(layer.node.name or "", Decision(None, why))
         for node in self.nodes:
             follower = next((reader for reader, layer in plan.absorbed.items() if layer is node), node)
             touched = [*node.inputs, *node.outputs, *follower.outputs]
             if node in plan.integer and any(plan.has_channel_scales(value) for value in touched):
-                plan.kept.setdefault(node.name or "", Choice(None, CHANNEL_SCALES))
+                plan.kept.setdefault(node.name or "", Decision(None, NO_CHANNEL_SCALE_KERNEL))
         if recipe.activation_bits == 16:
             for node in self.nodes:
                 if node in plan.integer or node in plan.absorbed:
-                    plan.kept.setdefault(node.name or "", Choice(None, WIDE_CODES))
+                    plan.kept.setdefault(node.name or "", Decision(None, NO_16_BIT_KERNEL))
         for node, layer_node in plan.absorbed.items():
             if layer_node.name in plan.kept:
                 plan.kept.setdefault(node.name or "", plan.kept[layer_node.name])
@@ -386,14 +418,14 @@ def _previous_nodes(node: Node) -> Iterator[Node]:
             yield producer
 
 
-def is_layer(node: Node) -> bool:
+def is_quantizable_layer(node: Node) -> bool:
     """Whether it has constant weights that could become codes."""
     return (
         isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule) and constant_array(input_of(node, 1)) is not None
     )
 
 
-def _params_of(dequantizer: Node) -> QuantParams:
+def _read_dequantizer_params(dequantizer: Node) -> QuantParams:
     """The parameters that a dequantizer of uint8 has."""
     scale, zero = (constant_array(value) for value in dequantizer.inputs[1:3])
     assert scale is not None
@@ -401,5 +433,5 @@ def _params_of(dequantizer: Node) -> QuantParams:
     return QuantParams(QuantSpec(8, signed=False, symmetric=False), scale, zero)
 
 
-def _carries_float(node: Node) -> bool:
+def _is_float_node(node: Node) -> bool:
     return any(value.dtype in (DataType.FLOAT, None) for value in node.outputs)

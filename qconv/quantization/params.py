@@ -13,7 +13,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import Change, Finding
 from qconv.ir import layers
 from qconv.ir.model import Node, Value, constant_array
-from qconv.planning.plan import Layer, Plan, channels_of
+from qconv.planning.plan import LayerPlan, Plan, count_channels
 from qconv.quantization import channel_bits
 from qconv.quantization.weights import LayerParams, Source, quantize_layer
 from qconv.quantizer import QuantParams, QuantSpec
@@ -57,7 +57,7 @@ def choose_activations(
     for value in plan.by_channel():
         name = value.name or ""
         clips = recipe.calibrator == "aciq"
-        chosen = channel_bits.of_activations(sketches[name], _spec(plan, value), channels_of(value), clips=clips)
+        chosen = channel_bits.of_activations(sketches[name], _spec(plan, value), count_channels(value), clips=clips)
         params.activations[value] = chosen
         findings.append(channel_bits.in_words(name, "activations", chosen))
     for value, spec in plan.constants.items():
@@ -101,14 +101,14 @@ def _choose_layers(plan: Plan, params: Params, sketches: Mapping[str, Sketch], r
     return findings
 
 
-def source_of(layer: Layer, params: Params, sketches: Mapping[str, Sketch]) -> Source | None:
+def source_of(layer: LayerPlan, params: Params, sketches: Mapping[str, Sketch]) -> Source | None:
     """What a layer reads; None where that stays float."""
     if layer.data is None:
         return None
     return Source(params.activations[layer.data], sketch_of(layer, sketches))
 
 
-def sketch_of(layer: Layer, sketches: Mapping[str, Sketch]) -> Sketch | None:
+def sketch_of(layer: LayerPlan, sketches: Mapping[str, Sketch]) -> Sketch | None:
     """Of what a layer reads, channels along axis 1, which a MatMul does not sum over."""
     value = layer.node.inputs[0]
     return None if value is None or layer.node.op_type == "MatMul" else sketches.get(value.name or "")

@@ -26,7 +26,7 @@ from qconv.config.targets import TARGETS
 from qconv.errors import Finding, Skipped
 from qconv.ir.model import Model, Node
 from qconv.ir.stepwise import StepwiseRun
-from qconv.planning.plan import Layer, Plan
+from qconv.planning.plan import LayerPlan, Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
 from qconv.quantization.moments import KEPT_SHARE, moments, share_for
@@ -152,7 +152,7 @@ class _Refiner:
         return copy, nodes
 
     def _rows(
-        self, layer: Layer, index: int, floats: StoredArrays, other: StepwiseRun, twin: Node
+        self, layer: LayerPlan, index: int, floats: StoredArrays, other: StepwiseRun, twin: Node
     ) -> Iterator[tuple[Float32, Float32]]:
         """The same rows of both networks, piece by piece, cut out ahead of who sums them."""
         codes, grid = other.codes_at(first_input(twin))

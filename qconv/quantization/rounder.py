@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from qconv.ir.layers import weight_rows_of, weights_from_rows
 from qconv.ir.model import Node, constant_array
-from qconv.planning.plan import Layer
+from qconv.planning.plan import LayerPlan
 from qconv.quantization import rounding, saturation
 from qconv.quantization.moments import Moments
 from qconv.quantizer import PerBlock, PerTensor, QuantParams
@@ -31,14 +31,14 @@ NO_LEAST = np.zeros((), np.float32)
 class Rounder:
     """A layer whose weights shall be `wanted`, (G, O, K). ready: H of each block of inputs. least: of scales."""
 
-    layer: Layer
+    layer: LayerPlan
     wanted: Float32
     seen: Moments
     ready: tuple[rounding.Ordered, ...]
     least: NDArray[np.float32]
 
     @classmethod
-    def of(cls, layer: Layer, wanted: Float32, seen: Moments, least: NDArray[np.float32] = NO_LEAST) -> Rounder:
+    def of(cls, layer: LayerPlan, wanted: Float32, seen: Moments, least: NDArray[np.float32] = NO_LEAST) -> Rounder:
         """With what is computed once."""
         blocks = ((b, rounding.damping_of(b.hessian.shape[1], seen.count)) for b in seen.blocks)
         ready = tuple(rounding.ordered(b.hessian, damping=damping) for b, damping in blocks)
@@ -139,19 +139,19 @@ class Rounder:
         return arranged(self.layer, weights_from_rows(node, rows, stored_shape(node)))
 
 
-def real(layer: Layer, params: QuantParams, codes: Codes) -> Float32:
+def real(layer: LayerPlan, params: QuantParams, codes: Codes) -> Float32:
     """What codes stand for, as rows (G, O, K)."""
     found: Float32 = weight_rows_of(layer.node, params.dequantize(codes).reshape(stored_shape(layer.node)))
     return found
 
 
-def arranged(layer: Layer, stored: NDArray[Any]) -> NDArray[Any]:
+def arranged(layer: LayerPlan, stored: NDArray[Any]) -> NDArray[Any]:
     """What is stored in the shape of the weights, as the layer's spec sees them."""
     whole = np.ascontiguousarray(stored)
     return whole.reshape(len(whole), -1) if layer.blocked else whole
 
 
-def grid_of(layer: Layer, params: QuantParams) -> rounding.Grid:
+def grid_of(layer: LayerPlan, params: QuantParams) -> rounding.Grid:
     """The codes that the weights may take, for each row."""
     shape = stored_shape(layer.node)
     arranged = (shape[0], int(np.prod(shape[1:]))) if layer.blocked else shape

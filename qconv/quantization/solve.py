@@ -24,7 +24,7 @@ from qconv.config.targets import Target
 from qconv.errors import Change, Finding, Skipped
 from qconv.ir.layers import weight_rows_of, weights_from_rows
 from qconv.ir.model import Model, Node, Value
-from qconv.planning.plan import Layer
+from qconv.planning.plan import LayerPlan
 from qconv.quantization import channel_bits, rounding
 from qconv.quantization.moments import Moments
 from qconv.quantization.patches import Ints, Patches
@@ -120,7 +120,7 @@ class Solver:
             return "with 8 bits a depthwise layer loses little"
         return None
 
-    def drawn(self, layer: Layer, index: int, inputs: StoredArrays) -> Iterator[tuple[Patches, Ints]]:
+    def drawn(self, layer: LayerPlan, index: int, inputs: StoredArrays) -> Iterator[tuple[Patches, Ints]]:
         """How, and at which positions, rows are cut out of each batch of what a layer reads. index: of the layer."""
         shape = stored_shape(layer.node)
         groups, _, columns = _rows_shape(layer.node)
@@ -163,7 +163,7 @@ class Solver:
         what = "bias keeps the means of its outputs, whatever the layers before do to them"
         return chosen, Change("bias", name, what, what)
 
-    def _shift(self, layer: Layer, rounded: Float32, seen: Moments) -> Float64 | None:
+    def _shift(self, layer: LayerPlan, rounded: Float32, seen: Moments) -> Float64 | None:
         """What the bias takes back, (O,)."""
         weight = float_weight(layer)
         if self.recipe.bias_correction == "analytic":
@@ -176,7 +176,7 @@ class Solver:
         shift = np.einsum("gok,gk->go", rows, seen.float_mean) - np.einsum("gok,gk->go", real, seen.mean)
         return np.asarray(shift.reshape(-1), np.float64)
 
-    def _ranged(self, layer: Layer, wanted: Float32, source: Source | None, seen: Moments) -> QuantParams:
+    def _ranged(self, layer: LayerPlan, wanted: Float32, source: Source | None, seen: Moments) -> QuantParams:
         """Scales for weights (G, O, K): those with the least error, inputs taken to be independent."""
         node, shape = layer.node, stored_shape(layer.node)
         weight = arranged(layer, weights_from_rows(node, wanted, shape))
@@ -227,7 +227,7 @@ class Solver:
         return found
 
     def _rounded(
-        self, layer: Layer, params: QuantParams, wanted: Float32, seen: Moments, source: Source | None
+        self, layer: LayerPlan, params: QuantParams, wanted: Float32, seen: Moments, source: Source | None
     ) -> tuple[QuantParams, NDArray[np.integer]]:
         least = least_scale(layer, source, self.target, params)
         rounder = Rounder.of(layer, wanted, seen, least)

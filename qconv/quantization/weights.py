@@ -16,7 +16,7 @@ from qconv.config.targets import Target
 from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.layers import input_means_of
 from qconv.ir.model import attribute, constant_array, input_of
-from qconv.planning.plan import Layer
+from qconv.planning.plan import LayerPlan
 from qconv.quantization import bias as bias_correction
 from qconv.quantization import channel_bits, saturation
 from qconv.quantization.weight_ranges import WEIGHT_RANGES
@@ -37,7 +37,7 @@ class LayerParams:
     bias_params: how the bias is quantized; None where it stays float.
     """
 
-    layer: Layer
+    layer: LayerPlan
     weight: QuantParams
     codes: NDArray[np.integer]
     bias: NDArray[np.floating] | None = None
@@ -85,7 +85,7 @@ def _is_of(sketch: Sketch, channels: int) -> bool:
 
 
 def quantize_layer(
-    layer: Layer,
+    layer: LayerPlan,
     source: Source | None,
     calibrator: str,
     target: Target,
@@ -124,7 +124,7 @@ def quantize_layer(
     return with_bias(layer, params, codes, shifted_bias(layer, shift), source, target), notes + found
 
 
-def float_weight(layer: Layer) -> NDArray[np.float32]:
+def float_weight(layer: LayerPlan) -> NDArray[np.float32]:
     """The layer's weights as its spec sees them. Raises QconvError where they are no numbers."""
     stored = constant_array(layer.node.inputs[1])
     assert stored is not None
@@ -136,7 +136,7 @@ def float_weight(layer: Layer) -> NDArray[np.float32]:
 
 
 def fitted(
-    layer: Layer,
+    layer: LayerPlan,
     params: QuantParams,
     weight: NDArray[np.float32],
     source: Source | None,
@@ -162,7 +162,7 @@ def fitted(
 
 
 def pair_limits(
-    layer: Layer, source: Source, target: Target, *, widest: int, saturation_safe: bool | None
+    layer: LayerPlan, source: Source, target: Target, *, widest: int, saturation_safe: bool | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
     """The least and the largest code of each input channel, where pairs of products must fit into 16 bits.
 
@@ -176,7 +176,7 @@ def pair_limits(
 
 
 def with_bias(
-    layer: Layer,
+    layer: LayerPlan,
     params: QuantParams,
     codes: NDArray[np.integer],
     bias: NDArray[np.floating] | None,
@@ -191,7 +191,7 @@ def with_bias(
     return LayerParams(layer, params, codes, bias, bias_params(product))
 
 
-def _has_integer_bias(layer: Layer, source: Source, target: Target) -> bool:
+def _has_integer_bias(layer: LayerPlan, source: Source, target: Target) -> bool:
     """A blocked layer has no one s_w for its bias, and one whose data has a scale for each channel no one s_x.
 
     Layers of 16 bits run in float as well, but there ONNX Runtime would quantize a float bias by itself, and let it
@@ -200,7 +200,7 @@ def _has_integer_bias(layer: Layer, source: Source, target: Target) -> bool:
     return target.integer_bias and not layer.blocked and source.params.scale.ndim == 0
 
 
-def shifted_bias(layer: Layer, shift: NDArray[np.float64] | None) -> NDArray[np.floating] | None:
+def shifted_bias(layer: LayerPlan, shift: NDArray[np.float64] | None) -> NDArray[np.floating] | None:
     """The layer's bias with a shift (O,), if there is any."""
     bias = constant_array(input_of(layer.node, 2))
     if shift is None:
@@ -209,7 +209,7 @@ def shifted_bias(layer: Layer, shift: NDArray[np.float64] | None) -> NDArray[np.
 
 
 def analytic_shift(
-    layer: Layer, weight: NDArray[np.float32], rounded: NDArray[np.float32]
+    layer: LayerPlan, weight: NDArray[np.float32], rounded: NDArray[np.float32]
 ) -> NDArray[np.float64] | str:
     """What takes back what rounding does to the means of the outputs, (O,), by BatchNormalization's own numbers.
 
@@ -222,7 +222,7 @@ def analytic_shift(
 
 
 def _measured_shift(
-    layer: Layer, weight: NDArray[np.float32], rounded: NDArray[np.float32], seen: Sketch
+    layer: LayerPlan, weight: NDArray[np.float32], rounded: NDArray[np.float32], seen: Sketch
 ) -> NDArray[np.float64] | None:
     """What takes back what rounding does to the means of the outputs, (O,); None where the channels were not watched.
 
@@ -233,7 +233,7 @@ def _measured_shift(
     return _on_average(layer, weight - rounded, seen.means) if watched else None
 
 
-def _on_average(layer: Layer, weight: NDArray[np.float32], means: NDArray[np.float64]) -> NDArray[np.float64]:
+def _on_average(layer: LayerPlan, weight: NDArray[np.float32], means: NDArray[np.float64]) -> NDArray[np.float64]:
     """What such weights make of such means, (O,). weight: in the layer's own shape; means: of its inputs, (I,)."""
     stored = constant_array(layer.node.inputs[1])
     assert stored is not None
@@ -252,7 +252,7 @@ def _scale_dead_channels(params: QuantParams, weight: NDArray[np.float32]) -> Qu
     return params.with_scale(np.where(dead, params.scale[~dead].max(), params.scale))
 
 
-def input_channels(layer: Layer) -> int:
+def input_channels(layer: LayerPlan) -> int:
     """How many channels the layer reads."""
     weight = constant_array(layer.node.inputs[1])
     assert weight is not None
@@ -261,19 +261,19 @@ def input_channels(layer: Layer) -> int:
     return int(weight.shape[layer.rule.input_axis] * attribute(layer.node, "group", 1))
 
 
-def is_depthwise(layer: Layer) -> bool:
+def is_depthwise(layer: LayerPlan) -> bool:
     """Whether it is, to ONNX Runtime: a Conv of one channel in and one channel out in each group."""
     stored = constant_array(layer.node.inputs[1])
     groups = attribute(layer.node, "group", 1)
     return layer.node.op_type == "Conv" and groups > 1 and stored is not None and stored.shape[:2] == (groups, 1)
 
 
-def _adds_pairs(layer: Layer) -> bool:
+def _adds_pairs(layer: LayerPlan) -> bool:
     """Whether a kernel that adds products in pairs of 16 bits may run it: any but depthwise and transposed layers."""
     return not layer.blocked and not is_depthwise(layer) and layer.node.op_type != "ConvTranspose"
 
 
-def least_scale(layer: Layer, source: Source | None, target: Target, params: QuantParams) -> NDArray[np.float32]:
+def least_scale(layer: LayerPlan, source: Source | None, target: Target, params: QuantParams) -> NDArray[np.float32]:
     """Of weights with such parameters, so that |bias| / (s_x * s_w) fits and the product is a normal float32.
 
     One number, or one a channel; zero where no bias is stored like that.

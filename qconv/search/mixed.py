@@ -26,7 +26,7 @@ from qconv.data.loader import Batch
 from qconv.errors import QconvError
 from qconv.ir.model import Model, constant_array
 from qconv.metrics.comparison import compute_sqnr_db
-from qconv.planning.planner import is_layer, make_plan
+from qconv.planning.planner import is_quantizable_layer, make_plan
 from qconv.quantization.refine import EFFORTS
 from qconv.quantization.solve import Solver
 from qconv.results.quantize import MixedPrecision, SizePoint
@@ -171,7 +171,7 @@ class _Scope:
         counts: dict[str, int] = {}
         fixed = 0
         for node in model.nodes():
-            weight = constant_array(node.inputs[1]) if is_layer(node) else None
+            weight = constant_array(node.inputs[1]) if is_quantizable_layer(node) else None
             if weight is None:
                 continue
             name, wish = node.name or "", recipe.bits_of(node.name or "").weights

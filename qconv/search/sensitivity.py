@@ -27,7 +27,7 @@ from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
 from qconv.ir.model import Model, is_tensor
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
-from qconv.planning.plan import Layer as Planned
+from qconv.planning.plan import LayerPlan as Planned
 from qconv.planning.plan import Plan
 from qconv.quantization.moments import is_kept, moments
 from qconv.quantization.params import Params, sketch_of, source_of

@@ -19,7 +19,14 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir import files, subgraph
 from qconv.ir.model import Model
-from qconv.planning.placement import Cost, all_in_float, costs_of, division, faster_in_float, shapes_of
+from qconv.planning.placement import (
+    NodeCost,
+    infer_run_shapes,
+    place_all_in_float,
+    place_by_cost_table,
+    place_by_measured_costs,
+    select_cost_table,
+)
 from qconv.planning.planner import make_plan
 from qconv.runtime.benchmark import Timing, TimingConditions, benchmark
 from qconv.runtime.session import RUNTIME_VERSION, Session, make_random_inputs
@@ -56,16 +63,16 @@ def tuned(
 
     size: height and width of what is fed, where the model may leave them open.
     """
-    shapes = shapes_of(folded, fed)
+    shapes = infer_run_shapes(folded, fed)
     target = TARGETS[recipe.target]
     whole = carried_out(folded, recipe, sketches)
     measured = _costs(folded, whole, recipe.threads, size)
-    plan, table = make_plan(folded, recipe, target), costs_of(recipe, target)
+    plan, table = make_plan(folded, recipe, target), select_cost_table(recipe, target)
     divisions: dict[str, dict[str, str]] = {
         WHOLE: {},
-        NOTHING: all_in_float(folded, plan, shapes, table),
-        TABLE: faster_in_float(folded, plan, shapes, table),
-        MEASURED: division(folded, plan, shapes, table, measured),
+        NOTHING: place_all_in_float(folded, plan, shapes, table),
+        TABLE: place_by_cost_table(folded, plan, shapes, table),
+        MEASURED: place_by_measured_costs(folded, plan, shapes, table, measured),
     }
     unlike: dict[str, dict[str, str]] = {}
     for name, floats in divisions.items():
@@ -77,10 +84,10 @@ def tuned(
     return Tuned(unlike[fastest], fastest, {name: timing.median_ms for name, timing in timings.items()})
 
 
-def _costs(folded: Model, whole: Model, threads: int | None, size: tuple[int, int] | None) -> dict[str, Cost]:
+def _costs(folded: Model, whole: Model, threads: int | None, size: tuple[int, int] | None) -> dict[str, NodeCost]:
     """Of every node that ran under its own name in both."""
     floats, codes = (_node_times(model, threads, size) for model in (folded, whole))
-    return {name: Cost(floats[name], codes[name], measured=True) for name in floats.keys() & codes.keys()}
+    return {name: NodeCost(floats[name], codes[name], measured=True) for name in floats.keys() & codes.keys()}
 
 
 def _node_times(model: Model, threads: int | None, size: tuple[int, int] | None) -> dict[str, float]:

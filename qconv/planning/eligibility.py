@@ -1,0 +1,216 @@
+"""Eligibility checks say why a node stays float, and how the weights of a quantized layer are specified.
+
+There is one refusal function for each kind of operator rule. A weight spec has the bits, the granularity and the axes
+of the scales. Of a residual Add, `find_shortcut_input` finds the shortcut: runtimes that fuse a layer with the Add
+behind it keep the layer's own result in the accumulator and want a quantized tensor on the other side only. Where both
+sides are layers, the projection is the one with fewer layers in front of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from qconv.config.choices import Scheme, WeightGranularity
+from qconv.config.recipe import Recipe
+from qconv.config.targets import Target
+from qconv.ir.model import (
+    DataType,
+    Model,
+    Node,
+    Value,
+    attribute,
+    clip_bounds,
+    constant_array,
+    constant_scalar,
+    input_of,
+    rank,
+)
+from qconv.ir.operators import (
+    CLIPPING_ACTIVATIONS,
+    ComputingRule,
+    ConcatRule,
+    IntegerDomainRule,
+    Rule,
+    TransparentRule,
+    WeightedRule,
+)
+from qconv.planning.plan import LayerPlan, Plan
+from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
+
+# Why a node that has a rule stays float all the same, read off the node itself: one function a kind of rule.
+#
+# And why a layer that has codes runs in float.
+
+
+NO_16_BIT_KERNEL = "codes of 16 bits have no integer kernel"
+
+MASK_MAGNITUDE = 1e6
+"""Constants from here on stand for infinity, as those that are added in front of a Softmax."""
+
+
+def explain_refusal(node: Node, rule: Rule) -> str | None:
+    """The reason, or None for a node that can run on codes."""
+    return _BY_RULE[type(rule)](node)
+
+
+def _refuse_weighted(node: Node) -> str | None:
+    weight, bias = input_of(node, 1), input_of(node, 2)
+    if constant_array(weight) is None:
+        if node.op_type == "MatMul":
+            return None
+        return "its weights are computed, not constant"
+    if bias is not None and constant_array(bias) is None:
+        return "its bias is computed, not constant"
+    if any(value is not None and value.dtype not in (DataType.FLOAT, None) for value in node.inputs[:3]):
+        return "its data is not float32"
+    if node.op_type == "MatMul" and weight is not None and rank(weight) != 2:
+        return "its weight is no matrix"
+    if node.op_type == "Gemm":
+        if attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1 or attribute(node, "beta", 1.0) != 1:
+            return "a Gemm with transA, alpha or beta has no integer kernel"
+        if bias is not None and rank(bias) != 1:
+            return "its third input is no bias vector"
+    return None
+
+
+def _refuse_computing(node: Node) -> str | None:
+    for value in node.inputs[:2]:
+        if value is not None and value.dtype not in (DataType.FLOAT, None):
+            return "its data is not float"
+        numbers = constant_array(value)
+        if numbers is not None and np.abs(numbers).max(initial=0) >= MASK_MAGNITUDE:
+            return "its constant is a mask that 8 bits cannot hold beside data"
+    if node.op_type == "Identity" and node.outputs[0].is_graph_output():
+        return "it returns what it reads"
+    if node.op_type == "AveragePool":
+        if any(step != 1 for step in attribute(node, "dilations", [])):
+            return "a dilated AveragePool has no integer kernel"
+        if attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0):
+            return "with ceil_mode and count_include_pad the integer AveragePool divides by other numbers"
+    return None
+
+
+def _refuse_transparent(node: Node) -> str | None:
+    data = node.inputs[0]
+    if data is None or data.dtype not in (DataType.FLOAT, None) or constant_array(data) is not None:
+        return "its data is not float"
+    if node.op_type == "MaxPool" and len(node.outputs) > 1 and node.outputs[1].uses():
+        return "its indices are read"
+    if node.op_type == "Resize" and attribute(node, "mode", "nearest") != "nearest":
+        return "ONNX Runtime resizes codes only by nearest neighbour"
+    return None
+
+
+def _refuse_joining(node: Node) -> str | None:
+    return None if all(v is None or v.dtype in (DataType.FLOAT, None) for v in node.inputs) else "its data is not float"
+
+
+def _refuse_on_codes(node: Node) -> str | None:
+    data = node.inputs[0]
+    if data is None or data.dtype not in (DataType.FLOAT, None):
+        return "its data is not float"
+    if node.op_type in CLIPPING_ACTIVATIONS and clip_bounds(node) is None:
+        return "its bounds are computed, not constant"
+    if node.op_type == "Pad":
+        fill = input_of(node, 2)
+        if attribute(node, "mode", "constant") == "constant" and fill is not None and constant_scalar(fill) != 0:
+            return "it pads with something else than zero"
+    return None
+
+
+_BY_RULE = {
+    WeightedRule: _refuse_weighted,
+    ComputingRule: _refuse_computing,
+    TransparentRule: _refuse_transparent,
+    ConcatRule: _refuse_joining,
+    IntegerDomainRule: _refuse_on_codes,
+}
+
+
+def explain_dequantized_layer(layer: LayerPlan, plan: Plan, recipe: Recipe) -> str | None:
+    """Why a layer that has codes runs in float all the same; None where it does not."""
+    if layer.data is None:
+        return "only weights are quantized"
+    read = plan.activations.get(layer.data)
+    if read is not None and read.spec is not None and read.spec.bits == 16:
+        return NO_16_BIT_KERNEL
+    if layer.weight.bits == 16:
+        return "weights of 16 bits have no integer kernel"
+    if layer.blocked:
+        return "weights with a scale for each block have no integer kernel"
+    if recipe.packs(layer.weight.bits):
+        return "packed weights are unpacked to float"
+    return None
+
+
+# How the weights of a layer become codes: bits, granularity and the axes along which scales go.
+
+
+def orient_rule(node: Node, rule: WeightedRule) -> WeightedRule:
+    """The rule with the axes of this very node: Gemm's transB swaps them."""
+    if node.op_type == "Gemm" and attribute(node, "transB", 0):
+        return WeightedRule(rule.input_axis, rule.output_axis, rule.needs_output)
+    return rule
+
+
+def make_weight_spec(node: Node, rule: WeightedRule, recipe: Recipe, target: Target, least: int) -> QuantSpec:
+    """Of a layer's weights. rule: as `oriented`. least: bits that it has where none are asked for by its name."""
+    bits = recipe.bits_of(node.name or "").weights or max(recipe.weight_bits, least)
+    symmetric = recipe.scheme_of_weights(bits) is Scheme.SYMMETRIC
+    match recipe.weight_granularity:
+        case WeightGranularity.PER_TENSOR:
+            return QuantSpec(bits, True, symmetric, PerTensor())
+        case WeightGranularity.PER_CHANNEL if node.op_type in target.whole_kernels or _has_grouped_outputs(node):
+            return QuantSpec(bits, True, symmetric, PerTensor())
+        case WeightGranularity.PER_CHANNEL:
+            return QuantSpec(bits, True, symmetric, PerChannel(rule.output_axis))
+        case WeightGranularity.PER_BLOCK:
+            weight = constant_array(node.inputs[1])
+            channels = recipe.block_size if weight is None else weight.shape[rule.input_axis]
+            size = min(recipe.block_size, channels) * _kernel_area(node)
+            return QuantSpec(bits, True, symmetric, PerBlock(rule.input_axis, size))
+
+
+def _has_grouped_outputs(node: Node) -> bool:
+    """Whether the weights' axis of outputs holds those of one group alone: then no output has a scale of its own."""
+    return node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1
+
+
+def _kernel_area(node: Node) -> int:
+    """Elements that one input channel takes along the flattened axis 1 of a Conv's weights: kH * kW, else 1."""
+    weight = constant_array(input_of(node, 1))
+    return int(np.prod(weight.shape[2:])) if node.op_type == "Conv" and weight is not None else 1
+
+
+# Which input of a residual Add is the shortcut.
+#
+# Runtimes that fuse a layer with the Add behind it want codes on the other side alone: the layer's own result stays in
+# its accumulator. Where both sides are layers, the projection is the one with fewer layers behind it.
+
+
+def find_shortcut_input(model: Model, add: Node, sides: Sequence[Value], layers: Collection[Node]) -> Value | None:
+    """The input of `add` that is not the output of the layer that it can be fused into; None where there is none.
+
+    sides: its inputs that are no constants. layers: all nodes with weights.
+    """
+    if len(sides) != 2 or sides[0] is sides[1]:
+        return None
+    fusible = [side.producer() in layers and model.sole_reader(side) is add for side in sides]
+    if not any(fusible):
+        return None
+    if all(fusible):
+        return min(sides, key=lambda side: _layer_depth(model, side, layers))
+    return sides[fusible.index(False)]
+
+
+def _layer_depth(model: Model, value: Value, layers: Collection[Node]) -> int:
+    """Layers with weights on the longest way to a tensor."""
+    found: dict[Node, int] = {}
+    for node in model.nodes():
+        before = (source.producer() for source in node.inputs if source is not None)
+        found[node] = (node in layers) + max((found[n] for n in before if n in found), default=0)
+        if node is value.producer():
+            return found[node]
+    return 0
