@@ -15,8 +15,8 @@ from qconv.config.recipe import Recipe
 from qconv.data.loader import DataLoader
 from qconv.errors import Change
 from qconv.ir.model import Model, constant_array
-from qconv.passes.absorb import absorb, candidates
-from qconv.passes.fold import fold
+from qconv.passes.equalize import absorb_biases, find_absorption_candidates
+from qconv.passes.fold import run_float_passes
 from qconv.runtime.session import Session
 
 BODY = "c = Conv(x, w, b) r = Relu(c) m = MaxPool<kernel_shape=[2,2]>(r) d = Conv<{pads}>(m, v, e) y = Relu(d)"
@@ -38,20 +38,20 @@ def feed(tmp_path: Path) -> DataLoader:
 
 
 def lowered(model: Model, feed: DataLoader) -> list[Change]:
-    found = candidates(model)
+    found = find_absorption_candidates(model)
     taps = [Observer(candidate.result.name or "", SketchContents.CHANNELS) for candidate in found]
     channels = (
         estimate_channel_ranges(observe_each_image(open_observed_session(model, taps, 1), taps, feed.all("test")))
         if taps
         else {}
     )
-    return absorb(model, found, channels)
+    return absorb_biases(model, found, channels)
 
 
 def test_high_channels_are_lowered_exactly(feed: DataLoader) -> None:
     proto = high()
     model = loaded(proto)
-    fold(model)
+    run_float_passes(model)
     (change,) = lowered(model, feed)
     assert change.where == "c"
     bias = constant_array(model.nodes()[0].inputs[2])
@@ -65,7 +65,7 @@ def test_high_channels_are_lowered_exactly(feed: DataLoader) -> None:
 
 def test_zero_padding_between_is_refused(feed: DataLoader) -> None:
     model = loaded(high("pads=[1,1,1,1]"))
-    fold(model)
+    run_float_passes(model)
     before = model.proto().SerializeToString()
     assert lowered(model, feed) == []
     assert model.proto().SerializeToString() == before
@@ -75,5 +75,5 @@ def test_nothing_high_nothing_done(feed: DataLoader) -> None:
     body = BODY.format(pads="pads=[0,0,0,0]")
     proto = network(body, x=(1, 3, 8, 8), w=(4, 3, 3, 3), b=np.zeros(4, np.float32), v=(5, 4, 3, 3), e=(5,))
     model = loaded(proto)
-    fold(model)
+    run_float_passes(model)
     assert lowered(model, feed) == []

@@ -12,7 +12,7 @@ from models import loaded, network, run
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir.files import Source
-from qconv.passes.apart import round_apart
+from qconv.passes.requantize import requantize_for_layers
 from qconv.pipeline.pipeline import quantize
 from qconv.planning.planner import make_plan
 
@@ -26,7 +26,7 @@ def split(body: str, **options: object) -> tuple[dict[str, str], dict[str, int]]
     model = loaded(network(body, (1, 2, 4, 4), **{name: x for name, x in used.items() if f", {name})" in body}))
     before = run(model, {"x": np.ones((1, 2, 4, 4), np.float32)})
     recipe = Recipe(**{"activation_bits": 4, **options})  # type: ignore[arg-type]
-    found = round_apart(model, make_plan(model, recipe, TARGETS["ort-cpu"]))
+    found = requantize_for_layers(model, make_plan(model, recipe, TARGETS["ort-cpu"]))
     np.testing.assert_array_equal(run(model, {"x": np.ones((1, 2, 4, 4), np.float32)})["y"], before["y"])
     plan = make_plan(model, recipe, TARGETS["ort-cpu"])
     return found, {value.name or "": choice.spec.bits for value, choice in plan.activations.items() if choice.spec}
@@ -52,7 +52,7 @@ def test_what_only_layers_read_is_rounded_once(body: str, options: dict[str, obj
 
 def test_what_the_model_returns_keeps_its_bits() -> None:
     model = loaded(network("a = Conv(x, w) b = Relu(a) c = Conv(b, w) y = Conv(c, w)", (1, 2, 4, 4), ("y", "b"), w=EYE))
-    assert set(round_apart(model, make_plan(model, Recipe(activation_bits=4), TARGETS["ort-cpu"]))) == {"b"}
+    assert set(requantize_for_layers(model, make_plan(model, Recipe(activation_bits=4), TARGETS["ort-cpu"]))) == {"b"}
 
 
 def test_noise_of_few_bits_stays_out_of_the_stream(tmp_path: Path) -> None:

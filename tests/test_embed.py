@@ -27,7 +27,7 @@ from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.files import Source
 from qconv.ir.model import Model
 from qconv.passes import fold
-from qconv.passes.embed import embed
+from qconv.passes.embed_preprocessing import embed_preprocessing
 from qconv.pipeline.pipeline import quantize
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
@@ -72,8 +72,8 @@ class Embedded:
         self, proto: onnx.ModelProto, norm: dict[str, Any], layout: Layout, own: Layout = Layout.NCHW, **more: Any
     ) -> None:
         self.model: Model = loaded(proto)
-        fold.fold(self.model)
-        self.findings: list[Finding] = embed(self.model, prep(norm, own, **more), layout)
+        fold.run_float_passes(self.model)
+        self.findings: list[Finding] = embed_preprocessing(self.model, prep(norm, own, **more), layout)
         self.proto = self.model.proto()
         onnx.checker.check_model(self.proto, full_check=True)
         shape = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim]
@@ -377,7 +377,7 @@ def test_pixels_that_are_not_made_numbers_of_at_once() -> None:
 def test_the_name_of_an_open_batch_stays() -> None:
     proto = network(f"y = Conv<{SAME}>(x, w)", ("batch", 3, "high", "wide"), **W)
     model = loaded(proto)
-    embed(model, prep(WHOLE), Layout.NHWC)
+    embed_preprocessing(model, prep(WHOLE), Layout.NHWC)
     (value,) = model.proto().graph.input
     found = value.type.tensor_type
     assert [d.dim_param or d.dim_value for d in found.shape.dim] == ["batch", "high", "wide", 3]
@@ -396,7 +396,7 @@ def test_a_model_that_returns_its_input() -> None:
     proto = network("y = Conv(x, w)", ("N", *RGB), **W)
     proto.graph.output.append(proto.graph.input[0])
     with pytest.raises(QconvError, match="returns its input"):
-        embed(loaded(proto), prep(WHOLE), Layout.NCHW)
+        embed_preprocessing(loaded(proto), prep(WHOLE), Layout.NCHW)
 
 
 # -- the whole story ---------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from qconv.errors import Change, Finding
 from qconv.ir import load, metadata
 from qconv.ir.files import Source, declared_opset
 from qconv.passes import fold
-from qconv.passes.shrink import shrink
+from qconv.passes.compress_constants import compress_constants
 from qconv.pipeline.pipeline import quantize
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
@@ -103,7 +103,7 @@ class Quantized:
         copy = onnx.ModelProto.FromString(proto.SerializeToString())
         opset = metadata.needed_opset(recipe, declared_opset(copy))
         model, _ = load.load(copy, Source("the test's model", None, b""), opset=opset)
-        fold.fold(model)
+        fold.run_float_passes(model)
         self.plan: Plan = make_plan(model, recipe, TARGETS[recipe.target])
         taps = self.plan.taps(sketch_contents_for(recipe))
         sketches = {}
@@ -114,7 +114,7 @@ class Quantized:
         self.findings: list[Finding]
         self.params, self.findings = choose_params(self.plan, sketches, recipe)
         self.findings += emit(model, self.plan, self.params, pack=recipe.pack)
-        self.findings += shrink(model)
+        self.findings += compress_constants(model)
         metadata.write_metadata(model, "0", recipe, None)
         self.model = model
         self.proto: onnx.ModelProto = model.proto()
@@ -999,7 +999,7 @@ def test_the_mean_stays_where_weights_are_coarse() -> None:
 def shrunk(proto: onnx.ModelProto) -> tuple[Wiring, list[Finding]]:
     """Shrink, and check that no bit of the outputs changes."""
     model = loaded(proto)
-    findings = shrink(model)
+    findings = compress_constants(model)
     feeds = {
         value.name: pictures([d.dim_value for d in value.type.tensor_type.shape.dim])[0]["x"]
         for value in proto.graph.input

@@ -20,9 +20,9 @@ from qconv.errors import Skipped
 from qconv.ir.files import Source
 from qconv.ir.layers import input_means_of
 from qconv.ir.model import Model, Node
-from qconv.passes.balance import apply
-from qconv.passes.fold import fold
-from qconv.passes.streams import find_streams
+from qconv.passes.equalize import apply_scales
+from qconv.passes.fold import run_float_passes
+from qconv.passes.scale_groups import find_scale_groups
 from qconv.pipeline.pipeline import quantize
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
@@ -170,7 +170,7 @@ def test_the_means_are_those_of_a_large_sample(name: str) -> None:
 def test_they_are_those_of_what_is_left_after_folding(body: str) -> None:
     """A Pad becomes padding, which counts as if it were more of the same."""
     model = loaded(net(body))
-    fold(model)
+    run_float_passes(model)
     assert not any(node.op_type == "BatchNormalization" for node in model.nodes())
     check(model)
 
@@ -178,11 +178,11 @@ def test_they_are_those_of_what_is_left_after_folding(body: str) -> None:
 @pytest.mark.parametrize("name", ["relu", "depthwise", "flattened", "global average pool"])
 def test_scaled_channels_have_scaled_means(name: str) -> None:
     model = loaded(net(KNOWN[name]))
-    fold(model)
-    streams = find_streams(model)
+    run_float_passes(model)
+    streams = find_scale_groups(model)
     before = input_means_of(layer(model))
     scales = np.where(streams.fixed, 1.0, np.random.default_rng(0).uniform(2, 4, streams.fixed.size))
-    apply(model, streams, scales)
+    apply_scales(model, streams, scales)
     assert not np.allclose(before, input_means_of(layer(model)), rtol=0.3)
     check(model)
 
@@ -191,7 +191,7 @@ def test_a_gain_of_zero_leaves_nothing_to_correct() -> None:
     """The weights of that channel are zero after folding, and stay zero when they are rounded."""
     gamma = CONSTANTS["ag"] * (np.arange(6) > 0)
     model = loaded(net(KNOWN["nothing"], ag=gamma))
-    fold(model)
+    run_float_passes(model)
     found, (expected, margin) = input_means_of(layer(model)), really_read(model, layer(model))
     assert found[0] == 0
     assert np.all(np.abs(found - expected)[1:] < margin[1:])
@@ -199,9 +199,9 @@ def test_a_gain_of_zero_leaves_nothing_to_correct() -> None:
 
 def test_a_copy_keeps_them_and_a_second_fold_too() -> None:
     model = loaded(net(KNOWN["relu"]))
-    fold(model)
+    run_float_passes(model)
     found = input_means_of(layer(model))
-    fold(model)
+    run_float_passes(model)
     assert np.array_equal(input_means_of(layer(model)), found)
     assert np.array_equal(input_means_of(layer(model.copy())), found)
 

@@ -17,7 +17,7 @@ from qconv.errors import Change, Finding, Skipped
 from qconv.ir.files import Source, read_proto
 from qconv.ir.load import load
 from qconv.ir.model import Model, constant_array
-from qconv.passes.fold import fold
+from qconv.passes.fold import run_float_passes
 from qconv.runtime.session import Session
 
 BN = "BatchNormalization"
@@ -27,14 +27,14 @@ NORM = "gamma, beta, mean, var"
 def folded(proto: onnx.ModelProto, tolerance: float = 1e-5) -> tuple[Model, list[Finding]]:
     """Fold, and check that names, shapes and numbers of the outputs stay, and that a second fold changes nothing."""
     model = loaded(proto)
-    findings = fold(model)
+    findings = run_float_passes(model)
     feeds = random_feeds(proto)
     before, after = run(proto, feeds), run(model, feeds)
     assert list(before) == list(after)
     for name, numbers in before.items():
         assert after[name].shape == numbers.shape
         np.testing.assert_allclose(after[name], numbers, rtol=0, atol=tolerance * max(np.abs(numbers).max(), 1e-3))
-    assert not [finding for finding in fold(model) if isinstance(finding, Change)]
+    assert not [finding for finding in run_float_passes(model) if isinstance(finding, Change)]
     onnx.checker.check_model(model.proto(), full_check=True)
     return model, findings
 
@@ -477,9 +477,11 @@ def test_refused_with_the_reason(case):
 def test_training_mode_is_refused():
     """ONNX Runtime draws its mask at random here, so only the graph is looked at."""
     model = loaded(network("a = Dropout(x, half, yes) y = Relu(a)", half=0.5, yes=np.array(True)))
-    assert fold(model) == [Skipped("simplify", "a", "it runs in training mode")]
+    assert run_float_passes(model) == [Skipped("simplify", "a", "it runs in training mode")]
     body = f"c = Conv(x, w) y, m, v = {BN}<training_mode=1>(c, {NORM})"
-    assert fold(loaded(network(body, **statistics(4), w=W))) == [Skipped("fold", "y", "it runs in training mode")]
+    assert run_float_passes(loaded(network(body, **statistics(4), w=W))) == [
+        Skipped("fold", "y", "it runs in training mode")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -613,7 +615,7 @@ def test_real_models_keep_their_outputs_and_no_norm(name):
         pytest.skip(f"no {path.name}: set QCONV_DATA to the folder that has models/")
     source = Source(path.name, path)
     model, _ = load(read_proto(source), source)
-    fold(model)
+    run_float_passes(model)
     assert BN not in op_types(model)
     before = Session(str(path), optimize=False)
     after = Session(model.proto().SerializeToString(), optimize=False)

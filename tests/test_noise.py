@@ -7,21 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qconv.passes.noise import Codes, Term, Weights, least, total
+from qconv.passes.noise_model import ActivationNoise, NoiseTerm, WeightNoise, minimize_noise, total_noise
 
 
-def codes(ranges: list[float], gains: list[float]) -> Codes:
+def codes(ranges: list[float], gains: list[float]) -> ActivationNoise:
     classes = np.arange(len(ranges))
-    return Codes(classes, np.zeros(len(ranges)), np.float64(ranges), np.float64(gains), 255.0)
+    return ActivationNoise(classes, np.zeros(len(ranges)), np.float64(ranges), np.float64(gains), 255.0)
 
 
 def weights(
     largest: list[list[float]], powers: list[float], *, whole: bool = False, gains: list[float] | None = None
-) -> Weights:
+) -> WeightNoise:
     """A layer from classes 0 .. I-1 to classes I .. I+O-1."""
     matrix = np.float64([largest])
     outputs, inputs = matrix.shape[1:]
-    return Weights.of(
+    return WeightNoise.of(
         np.arange(inputs), np.arange(inputs, inputs + outputs), matrix, np.float64(powers),
         np.float64(gains or [1.0] * outputs), levels=127.0, whole=whole,
     )  # fmt: skip
@@ -54,13 +54,13 @@ def test_one_scale_for_all_weights_by_hand() -> None:
     assert term.noise(u) == pytest.approx((2 / 127) ** 2 / 12 * (1 + 16) * (4 + 1))
 
 
-TERMS: dict[str, Term] = {
+TERMS: dict[str, NoiseTerm] = {
     "codes": codes([4.0, 1.0, 2.0], [1.0, 3.0, 0.5]),
-    "signed codes": Codes(np.arange(3), np.float64([-1, -3, 0]), np.float64([2, 0, 1]), np.float64([1, 2, 3]), 15.0),
-    "a class twice": Codes(np.array([0, 1, 0]), np.zeros(3), np.float64([4, 1, 3]), np.float64([1, 2, 3]), 15.0),
+    "signed codes": ActivationNoise(np.arange(3), np.float64([-1, -3, 0]), np.float64([2, 0, 1]), np.float64([1, 2, 3]), 15.0),
+    "a class twice": ActivationNoise(np.array([0, 1, 0]), np.zeros(3), np.float64([4, 1, 3]), np.float64([1, 2, 3]), 15.0),
     "weights": weights([[2.0, 1.0, 0.3], [1.0, 0.1, 3.0]], [1.0, 4.0, 0.5]),
     "one scale": weights([[2.0, 1.0, 0.3], [1.0, 0.1, 3.0]], [1.0, 4.0, 0.5], whole=True, gains=[1.0, 5.0]),
-    "groups": Weights.of(
+    "groups": WeightNoise.of(
         np.arange(4), np.arange(4, 8), np.random.default_rng(0).uniform(0.1, 1, (2, 2, 2)), np.ones(4),
         np.arange(1.0, 5.0), levels=7.0, whole=True,
     ),
@@ -85,7 +85,7 @@ def test_two_channels_in_closed_form() -> None:
     that kink the smoothed maximum is 2^(1/32) too large.
     """
     term = codes([1.0, 0.1], [1.0, 50.0])
-    u = least([term], *free(2, held=(1,)))
+    u = minimize_noise([term], *free(2, held=(1,)))
     # s_1 = 10 fills both: noise 0.1^2 (100 + 50); s_1 smaller: (1/s)^2 (s^2 + 50) = 1 + 50 / s^2, larger
     grid = min(term.noise(np.array([one, 0.0])) for one in np.linspace(-4, 4, 8001))
     assert grid == pytest.approx((0.1 / 255) ** 2 / 12 * 150, rel=1e-2)
@@ -96,17 +96,17 @@ def test_two_channels_in_closed_form() -> None:
 def test_two_channels_by_brute_force(ratio: float) -> None:
     """Codes against the weights that read them: the optimum is between no scaling and ranges that are full."""
     terms = [codes([1.0, ratio], [1.0, 1.0]), weights([[1.0, 0.7], [0.2, 1.0]], [0.1, 0.1 * ratio**2])]
-    u = least(terms, *free(4, held=(0, 2, 3)))
-    grid = [total(terms, np.array([0.0, one, 0.0, 0.0])) for one in np.linspace(-4, 4, 4001)]
-    assert total(terms, u) <= min(grid) * 1.02
-    assert total(terms, u) <= total(terms, np.zeros(4))
+    u = minimize_noise(terms, *free(4, held=(0, 2, 3)))
+    grid = [total_noise(terms, np.array([0.0, one, 0.0, 0.0])) for one in np.linspace(-4, 4, 4001)]
+    assert total_noise(terms, u) <= min(grid) * 1.02
+    assert total_noise(terms, u) <= total_noise(terms, np.zeros(4))
 
 
 def test_ranges_of_many_sizes_are_evened_out() -> None:
     """Channels as small as they matter: with all ranges full each adds the same."""
     ranges = np.exp(-np.linspace(0, 3.5, 7))
     chain = [
-        Codes(
+        ActivationNoise(
             np.arange(7) + 7 * step,
             np.zeros(7),
             ranges[:: 1 - 2 * (step % 2)],
@@ -115,9 +115,9 @@ def test_ranges_of_many_sizes_are_evened_out() -> None:
         )
         for step in range(3)
     ]
-    u = least(chain, *free(21, held=(0, 13, 14)))
-    assert total(chain, np.zeros(21)) > 1e2 * total(chain, u)
-    assert total(chain, u) <= 1.2 * 3 * 7 / (12 * 255**2)
+    u = minimize_noise(chain, *free(21, held=(0, 13, 14)))
+    assert total_noise(chain, np.zeros(21)) > 1e2 * total_noise(chain, u)
+    assert total_noise(chain, u) <= 1.2 * 3 * 7 / (12 * 255**2)
 
 
 @settings(max_examples=30, deadline=None)
@@ -126,24 +126,24 @@ def test_never_worse_than_no_scaling_and_inside_the_bounds(seed: int, whole: boo
     rng = np.random.default_rng(seed)
     inputs, outputs = rng.integers(1, 6, 2)
     classes = inputs + outputs
-    first = Codes(
+    first = ActivationNoise(
         np.arange(inputs), -rng.uniform(0, 1, inputs), 10 ** rng.normal(size=inputs), rng.uniform(0, 1, inputs), 255.0
     )
-    second = Weights.of(
+    second = WeightNoise.of(
         np.arange(inputs), np.arange(inputs, classes), 10 ** rng.normal(size=(1, outputs, inputs)),
         10 ** rng.normal(size=inputs), rng.uniform(0, 1, outputs), levels=127.0, whole=whole,
     )  # fmt: skip
     lowest, highest = -rng.uniform(0, 2, classes), rng.uniform(0, 2, classes)
     held = rng.uniform(size=classes) < 0.3
     lowest[held] = highest[held] = 0.0
-    u = least([first, second], lowest, highest, steps=60)
+    u = minimize_noise([first, second], lowest, highest, steps=60)
     assert np.all((lowest <= u) & (u <= highest))
-    assert total([first, second], u) <= total([first, second], np.zeros(classes))
+    assert total_noise([first, second], u) <= total_noise([first, second], np.zeros(classes))
 
 
 def test_nothing_to_gain_moves_nothing() -> None:
     """Depthwise weights with a scale a channel lose the same, whatever the scales."""
-    term = Weights.of(
+    term = WeightNoise.of(
         np.arange(3), np.arange(3, 6), np.ones((3, 1, 1)), np.ones(3), np.ones(3), levels=127.0, whole=False
     )
-    assert not least([term], *free(6)).any()
+    assert not minimize_noise([term], *free(6)).any()

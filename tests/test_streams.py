@@ -8,9 +8,9 @@ import pytest
 from models import ints, loaded, network, random_feeds, run
 
 from qconv.ir.model import Model
-from qconv.passes.balance import apply
-from qconv.passes.fold import fold
-from qconv.passes.streams import Streams, find_streams
+from qconv.passes.equalize import apply_scales
+from qconv.passes.fold import run_float_passes
+from qconv.passes.scale_groups import ScaleGroups, find_scale_groups
 
 FOUR = {"w": (4, 3, 1, 1), "b": (4,), "u": (2, 4, 1, 1)}
 # name -> the network, and how many classes nothing holds in place
@@ -140,7 +140,7 @@ KINDS: dict[str, tuple[onnx.ModelProto, int]] = {
 }  # fmt: skip
 
 
-def drawn(streams: Streams) -> np.ndarray:
+def drawn(streams: ScaleGroups) -> np.ndarray:
     """Scales from 1/4 to 4 for all classes that are free, Clips aside."""
     rng = np.random.default_rng(0)
     s = np.where(streams.fixed, 1.0, 4.0 ** rng.uniform(-1, 1, streams.fixed.size))
@@ -149,11 +149,11 @@ def drawn(streams: Streams) -> np.ndarray:
     return s
 
 
-def scaled(proto: onnx.ModelProto) -> tuple[Model, Streams]:
+def scaled(proto: onnx.ModelProto) -> tuple[Model, ScaleGroups]:
     model = loaded(proto)
-    fold(model)
-    streams = find_streams(model)
-    apply(model, streams, drawn(streams))
+    run_float_passes(model)
+    streams = find_scale_groups(model)
+    apply_scales(model, streams, drawn(streams))
     return model, streams
 
 
@@ -173,7 +173,7 @@ def test_scaling_changes_weights() -> None:
     proto, _ = KINDS["residual"]
     model, _ = scaled(proto)
     untouched = loaded(proto)
-    fold(untouched)
+    run_float_passes(untouched)
     for now, then in zip(model.nodes(), untouched.nodes(), strict=True):
         if now.op_type == "Conv":
             a, b = (node.inputs[1].const_value.numpy() for node in (now, then))  # type: ignore[union-attr]
@@ -183,8 +183,8 @@ def test_scaling_changes_weights() -> None:
 def test_a_stream_is_one_group_over_its_blocks() -> None:
     """By hand: c, r, f, a, p, g and h carry the stream; d and q are inside the branch; the input and y are outside."""
     model = loaded(KINDS["residual"][0])
-    fold(model)
-    streams = find_streams(model)
+    run_float_passes(model)
+    streams = find_scale_groups(model)
     of = {value.name: classes.tolist() for value, classes in streams.of.items()}
     assert of["c"] == of["r"] == of["f"] == of["a"] == of["p"] == of["g"] == of["h"]
     assert of["d"] == of["q"]
@@ -195,14 +195,14 @@ def test_a_stream_is_one_group_over_its_blocks() -> None:
 
 def test_a_depthwise_layer_parts_its_input_from_its_output() -> None:
     model = loaded(KINDS["depthwise"][0])
-    streams = find_streams(model)
+    streams = find_scale_groups(model)
     of = {value.name: set(classes.tolist()) for value, classes in streams.of.items()}
     assert of["r"].isdisjoint(of["d"])
 
 
 def test_what_holds_a_group_is_told() -> None:
     model = loaded(KINDS["HardSwish"][0])
-    streams = find_streams(model)
+    streams = find_scale_groups(model)
     assert "HardSwish hands no factor on" in streams.reasons.values()
 
 
@@ -211,7 +211,7 @@ def test_the_bounds_of_a_clip_are_limits() -> None:
         "c = Conv(x, w, b) r = Clip(c, low, high) y = Conv(r, u)",
         w=(4, 3, 1, 1), b=(4,), low=0.0, high=6.0, u=(2, 4, 1, 1),
     )  # fmt: skip
-    streams = find_streams(loaded(proto))
+    streams = find_scale_groups(loaded(proto))
     (limit,) = streams.limits
     assert (limit.value.name, limit.low, limit.high) == ("r", 0.0, 6.0)
 
@@ -224,5 +224,5 @@ def test_a_tensor_that_a_body_reads_stays() -> None:
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "yes"))
     proto.graph.node.append(onnx.helper.make_node("If", ["yes"], ["z"], name="z", then_branch=body, else_branch=body))
     proto.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [2, 4, 6, 6]))
-    streams = find_streams(loaded(proto))
+    streams = find_scale_groups(loaded(proto))
     assert all(streams.fixed[classes].all() for value, classes in streams.of.items() if value.name == "r")

@@ -15,9 +15,9 @@ from qconv.data_free.propagation import MOST_GUESSED_IN_A_ROW, channel_bounds, p
 from qconv.ir.channel_stats import REACH_DEVIATIONS, ChannelDistribution, infer_before_relu, normal_quantiles
 from qconv.ir.layers import read_layer
 from qconv.ir.model import Model
-from qconv.passes.balance import apply
-from qconv.passes.fold import fold
-from qconv.passes.streams import find_streams
+from qconv.passes.equalize import apply_scales
+from qconv.passes.fold import run_float_passes
+from qconv.passes.scale_groups import find_scale_groups
 
 CHANNELS, SIZE, COUNT = 4, 6, 4096
 MEANS, STDS = np.array([0.3, -0.5, 1.0, 0.0]), np.array([1.0, 0.5, 2.0, 1.5])
@@ -65,7 +65,7 @@ def folded(body: str, outputs: tuple[str, ...] = ("y",), **more: NDArray[Any]) -
     used = {name: numbers for name, numbers in constants.items() if name in _words(body)}
     proto = network(body, ("N", CHANNELS, SIZE, SIZE), outputs, opset=17, **used)
     model = loaded(proto)
-    fold(model)
+    run_float_passes(model)
     return proto, model
 
 
@@ -230,11 +230,11 @@ def test_notes_follow_channels_that_are_scaled() -> None:
     more = {"om": np.float32([1, 2, 3, 4]), "ov": np.float32([1, 4, 9, 16])}
     _, model = folded(body, **more)
     before = {name: of(model, name) for name in ("c", "r", "q")}
-    streams = find_streams(model)
+    streams = find_scale_groups(model)
     scales = np.ones(streams.fixed.size)
     (channels,) = (classes for value, classes in streams.of.items() if value.name == "r")
     scales[channels] = [2.0, 4.0, 0.5, 1.0]
-    apply(model, streams, scales)
+    apply_scales(model, streams, scales)
     for name, (mean, std) in before.items():
         now = of(model, name)
         np.testing.assert_allclose(now[0], mean / scales[channels], rtol=1e-6)

@@ -114,7 +114,7 @@ def _models(question: Question) -> tuple[Model, Model]:
     quantized = load.load_unchanged(proto, question.model)
     original, _ = load.load(read_proto(question.float_model), question.float_model)
     if ours:
-        fold.fold(original)
+        fold.run_float_passes(original)
     return original, quantized
 
 

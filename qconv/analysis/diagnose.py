@@ -295,7 +295,7 @@ class _Clinic:
         pictures = open_pictures(source, made_from, recipe, SILENT.warn, self.listener.progress)
         pictures.memory = self.memory
         pictures.settle(model, recipe)
-        fold.fold(model)
+        fold.run_float_passes(model)
         plan = make_plan(model, recipe, TARGETS[recipe.target], choose_float_nodes(model, recipe, pictures.fed))
         sketches = pictures.sketches(model, [plan], recipe)
         quantized = Source(str(base.made.path), base.made.path)

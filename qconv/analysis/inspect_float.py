@@ -198,7 +198,7 @@ def inspect_float(source: Source, target: str) -> FloatModel:
     inputs, outputs = (tuple(map(End.of, ends)) for ends in (model.graph.inputs, model.graph.outputs))
     parameters = sum(prod(value.shape.numpy()) for value in _constants(model) if value.shape is not None)
     norms, known = _norms(model), statistics(model)
-    findings = fold.fold(model)
+    findings = fold.run_float_passes(model)
     folded = sum(isinstance(f, Change) and f.kind.startswith("BatchNormalization folded") for f in findings)
     recipe = Recipe(target=target)
     plan = make_plan(model, recipe, TARGETS[target], choose_float_nodes(model, recipe, None))

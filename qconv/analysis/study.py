@@ -96,7 +96,7 @@ def study_samples(
     calibration, scoring = _feeds(session, recipe, question, warn, listener.progress)
     detected = detect_preprocessing(model, session, calibration, recipe.preprocessing, threads=recipe.threads)
     calibration.preprocessing = scoring.preprocessing = detected.preprocessing
-    fold.fold(model)
+    fold.run_float_passes(model)
     look_for_wishes(model, recipe, warn)
     floats = choose_float_nodes(model, recipe, calibration.preprocessing)
     plan = make_plan(model, recipe, TARGETS[recipe.target], floats)

@@ -1,101 +1,475 @@
-"""Scales move between layers, so that the channels of the tensor in between fill one quantization range evenly.
+"""This pass equalizes channel ranges across layers: it scales channels and absorbs high biases.
 
-A BatchNormalization behind an activation, Conv -> ReLU -> BatchNormalization -> Conv, folds into the second Conv.
-Folded as a whole it leaves the tensor in between as it was, where some channels may be a thousand times smaller than
-others: one scale for all of them loses the small ones, whose weights then blow the loss up. Its gain is split:
+Scaling (cross-layer equalization): `scale_groups` finds what can be scaled, `noise_model` the scales with the least
+quantization noise; they go into the weights. A channel of a Clip is scaled only while it keeps away from the bounds by
+CLIP_MARGIN on all images. Bias absorption, for layer -> Relu -> layers and c below every value of a channel:
 
-    gain * relu(x) = sign(gain) * relu(|gain| x)
+    b1' = b1 - c        x' = Relu(W1 u + b1 - c) = x - c        b2' = b2 + sum over inputs and kernel positions of W2 c
 
-|gain| goes into the layer before the activation, which is exact wherever the operators in between are positively
-homogeneous, f(s x) = s f(x) for s > 0; only sign and shift are left to the layer behind.
+It is refused where a reader pads with zeros, and done where the range shrinks by LEAST_RANGE_GAIN. The float networks
+before and after are compared; where their outputs differ, nothing is changed.
 
-Source: the homogeneity argument of Nagel et al. 2019, arXiv 1906.04721, section 4.1.
+Source: Nagel et al. 2019, arXiv 1906.04721, 4.1 and 4.1.3, with activation noise counted and measured extremes instead
+of beta - 3 gamma.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from itertools import islice
+
 import numpy as np
 
-from qconv.errors import Change
+from qconv.calibration.observer import (
+    ChannelRanges,
+    Observer,
+    estimate_channel_ranges,
+    observe_each_image,
+    open_observed_session,
+)
+from qconv.calibration.sketch import SketchContents
+from qconv.data.loader import DataLoader
+from qconv.errors import Change, Finding, Skipped
+from qconv.ir import subgraph
 from qconv.ir.layers import (
     INPUTS_FIRST,
+    Affine,
     Float64,
     Layer,
+    channel_stats_of,
     check_finite,
-    read_affine,
     read_layer,
+    scale_inputs,
     scale_outputs,
     transform_channel_stats,
     write_layer,
 )
-from qconv.ir.model import Model, Node, Value, rank, set_attribute
-from qconv.ir.rewriting import (
-    EditRefused,
-    data_input,
-    describe_node,
-    each_node,
-    standard_op_type,
-    title,
-    uses_only_first_output,
-)
+from qconv.ir.metadata import round_log_scale, write_equalization
+from qconv.ir.model import Model, Node, Value
+from qconv.ir.rewriting import EditRefused, standard_op_type, title
+from qconv.metrics.comparison import ComparisonAccumulator
+from qconv.passes.fold import FLATTENERS, find_affine_readers, make_scaled_layer
+from qconv.passes.noise_model import ChannelObservations, NoiseTerm, collect_noise_terms, minimize_noise, total_noise
+from qconv.passes.scale_groups import NETWORK_BOUNDARY, ClipLimit, ScaleGroups, find_scale_groups
+from qconv.planning.plan import Plan, plan_observer
+from qconv.runtime.session import Session
 
-HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool"})
-
-
-def layer_before(model: Model, value: Value) -> Layer | None:
-    """The layer whose output channels `value` carries, seen through homogeneous operators that nothing else reads."""
-    node, seen_activation = value.producer(), False
-    while node is not None and standard_op_type(node) in HOMOGENEOUS and uses_only_first_output(node):
-        seen_activation = True
-        below = node.inputs[0]
-        if below is None or model.sole_reader(below) is not node:
-            return None
-        node = below.producer()
-    if (
-        not seen_activation
-        or node is None
-        or standard_op_type(node) not in INPUTS_FIRST
-        or standard_op_type(node) == "MatMul"
-    ):
-        return None
-    return read_layer(node)
+# A channel that never comes near zero gives up what all of its values have in common, so that its range gets smaller.
+#
+# For layer -> Relu -> layers, with c >= 0 by channel below every value that the channel took on the pictures:
+#
+#     b1' = b1 - c        x' = Relu(W1 u + b1 - c) = x - c        b2' = b2 + sum over inputs and kernel positions of W2
+# c
+#
+# This is exact while x >= c, on the pictures by measure; c is SHARE of the least value that others are expected to
+# have, by how far apart the lowest pictures are (reach.py). Where a reader pads with zeros, c would not reach its
+# border: that is refused. It is done where the range of the tensor, which is that of its largest channel, shrinks by at
+# least LEAST_GAIN.
+#
+# Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1.3, with measured extremes instead of beta - 3 gamma.
 
 
-def split_gain(gain: Float64) -> tuple[Float64, Float64]:
-    """(magnitude, rest) with magnitude > 0 and magnitude * rest == gain; a gain of zero has magnitude 1."""
-    magnitude = np.where(gain == 0, 1.0, np.abs(gain))
-    return magnitude, np.sign(gain)
+STEP = "equalize"
+
+ABSORBED_SHARE = 0.9
+
+LEAST_RANGE_GAIN = 0.05
 
 
-@each_node("equalize", "BatchNormalization")
-def move_gains_back(model: Model, node: Node) -> list[Change]:
-    """The magnitude of a BatchNormalization's gain goes into the layer in front of the activation before it."""
-    data = node.inputs[0]
-    if data is None or model.sole_reader(data) is not node:
-        return []
-    layer = layer_before(model, data)
-    if layer is None:
-        return []
-    affine = read_affine(node, rank(data))
-    magnitude, rest = split_gain(affine.gain)
-    if np.all(magnitude == 1):
-        return []
-    if magnitude.size != layer.outputs:
-        raise EditRefused(f"{describe_node(layer.node)} has another number of channels")
-    layer = scale_outputs(layer, magnitude, np.zeros(1))
-    check_finite(layer)
-    write_layer(model, layer)
-    between = data.producer()
-    while between is not None and between is not layer.node:  # writing the layer has moved the note of its output
-        transform_channel_stats(between.outputs[0], magnitude, np.zeros(1))
-        between = data_input(between).producer()
-    numbers = {1: rest, 2: affine.shift, 3: np.zeros_like(rest), 4: np.ones_like(rest)}
-    for index, values in numbers.items():
-        model.set_input(node, index, model.constant(f"{title(node)}_{index}", values.astype(np.float32)))
-    set_attribute(node, "epsilon", 0.0)
-    moved = "moved in front of the activation"
+@dataclass(frozen=True, slots=True, eq=False)
+class AbsorptionCandidate:
+    """A layer with the Relu that alone reads it. All that reads the Relu could take a shift."""
+
+    layer: Node
+    result: Value
+
+
+def find_absorption_candidates(model: Model) -> list[AbsorptionCandidate]:
+    """The places of a folded model where channels could be lowered, were they high."""
     return [
-        Change(
-            "equalize", title(layer.node), f"scale of {describe_node(node)} {moved}", f"scale of {node.op_type} {moved}"
-        )
+        AbsorptionCandidate(layer, node.outputs[0])
+        for node in model.nodes()
+        if (layer := _layer_before_relu(model, node)) is not None
     ]
+
+
+def _layer_before_relu(model: Model, node: Node) -> Node | None:
+    data = node.inputs[0] if node.inputs else None
+    layer = None if data is None else data.producer()
+    if standard_op_type(node) != "Relu" or data is None or layer is None or standard_op_type(layer) not in INPUTS_FIRST:
+        return None
+    if standard_op_type(layer) == "MatMul" or model.sole_reader(data) is not node:
+        return None
+    try:
+        _shift_readers(model, node.outputs[0], np.ones(read_layer(layer).outputs))
+    except EditRefused:
+        return None
+    return layer
+
+
+def _shift_readers(model: Model, value: Value, shift: Float64) -> list[Layer]:
+    """The layers that read `value`, with `shift` added to what they read, (C,). Raises Refused."""
+    return [
+        make_scaled_layer(model, end, Affine(np.ones_like(shift), shift)) for end in find_affine_readers(model, value)
+    ]
+
+
+def select_gaining(
+    found: Iterable[AbsorptionCandidate], channels: Mapping[str, ChannelRanges]
+) -> list[AbsorptionCandidate]:
+    """Those with channels that are high on all pictures. channels: as for `absorb`."""
+    return [
+        c for c in found if (seen := channels.get(c.result.name or "")) is not None and _choose_shift(seen) is not None
+    ]
+
+
+def _choose_shift(seen: ChannelRanges) -> Float64 | None:
+    """c of every channel, (C,); None where nothing is to be gained."""
+    # a channel that never changes is all bias, of which nothing is to be gained
+    shift = np.where(seen.high > seen.low, ABSORBED_SHARE * np.maximum(seen.floor, 0.0), 0.0)
+    before, after = float(seen.high.max(initial=0.0)), float((seen.high - shift).max(initial=0.0))
+    return shift if after < before and after <= before * (1 - LEAST_RANGE_GAIN) else None
+
+
+def absorb_biases(
+    model: Model, found: Iterable[AbsorptionCandidate], channels: dict[str, ChannelRanges]
+) -> list[Change]:
+    """Lower the channels that are high on all pictures; the model computes the same on them.
+
+    channels: by the names of the candidates' results, with true minima; brought up to date.
+    """
+    changes: list[Change] = []
+    for candidate in select_gaining(found, channels):
+        name = candidate.result.name or ""
+        seen = channels[name]
+        shift = _choose_shift(seen)
+        if shift is not None and _absorb_bias(model, candidate, shift):
+            before, after = float(seen.high.max(initial=0.0)), float((seen.high - shift).max(initial=0.0))
+            channels[name] = seen.lowered(shift)
+            count = int(np.count_nonzero(shift))
+            what = f"{count} high channels lowered: the range ends at {after:.3g} instead of {before:.3g}"
+            changes.append(Change(STEP, title(candidate.layer), what, "high channels lowered into the bias behind"))
+    return changes
+
+
+def _absorb_bias(model: Model, candidate: AbsorptionCandidate, shift: Float64) -> bool:
+    """False, and nothing done, where that is impossible."""
+    layer = read_layer(candidate.layer)
+    if shift.size != layer.outputs:
+        return False
+    layers = [scale_outputs(layer, np.ones(1), -shift), *_shift_readers(model, candidate.result, shift)]
+    try:
+        for one in layers:
+            check_finite(one)
+    except EditRefused:
+        return False
+    for one in layers:
+        write_layer(model, one)
+    along = [node.outputs[0] for end in find_affine_readers(model, candidate.result) for node in end.path]
+    for value in dict.fromkeys([candidate.result, *along]):
+        _shift_channel_stats(value, shift)
+    lowered = shift.astype(np.float32)
+    write_equalization(
+        model.inner.metadata_props, {}, {value.name or "": lowered for value in _shifted_tensors(model, candidate)}
+    )
+    return True
+
+
+def _shift_channel_stats(value: Value, shift: Float64) -> None:
+    """Of a channel, or of all the features that it has become."""
+    found = channel_stats_of(value)
+    if found is not None:
+        transform_channel_stats(value, np.ones(1), -np.repeat(shift, found.mean.size // shift.size))
+
+
+def _shifted_tensors(model: Model, candidate: AbsorptionCandidate) -> list[Value]:
+    """All tensors that are lower now, up to what makes features of channels."""
+    along = (
+        node
+        for end in find_affine_readers(model, candidate.result)
+        for node in end.path
+        if standard_op_type(node) not in FLATTENERS
+    )
+    return list(dict.fromkeys([candidate.layer.outputs[0], candidate.result, *(node.outputs[0] for node in along)]))
+
+
+# Scales of channels are moved between layers where quantization gains from it: over pairs of layers and whole streams.
+#
+# streams.py finds what can be scaled, reach.py how large channels are, worth.py and noise.py what rounding them costs;
+# here the scales are chosen and go into the weights.
+#
+# A channel of a Clip is scaled only if its values keep away from the bounds on all pictures by the factor MARGIN, and
+# it is not scaled up further than it may reach on others: a picture beyond that would be cut off earlier than before.
+#
+# The networks before and after are run on some pictures: where their outputs differ, nothing is done. Channels that are
+# to give up what all their values have in common (absorb.py) are watched on all pictures.
+#
+# Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1, which makes the ranges of both weights equal; here the noise
+# of activations counts as well, and streams have one scale a channel however many layers write and read them.
+
+
+CLIP_MARGIN = 1.1
+
+LARGEST_LOG_SCALE = math.log(100.0)
+
+LEAST_NOISE_GAIN = 0.02
+"""Share of the noise that a group's scales must take away: the model of the noise is no better than that."""
+
+EXACT_DB, NEAR_DB = 60.0, 20.0
+"""How near the float outputs must stay: where pictures tell what is out of reach, and where statistics do."""
+
+CHECKED_IMAGES = 8
+
+
+def equalize_channels(
+    model: Model, plan: Plan, feed: DataLoader, most: int | None, threads: int | None
+) -> list[Finding]:
+    """Scale the channels of a folded model's tensors as its quantization by `plan` gains most.
+
+    most: batches that are looked at; None for all.
+    The model computes what it did, up to rounding. Where its outputs would move more, nothing is done.
+    """
+    streams = find_scale_groups(model)
+    left = [Skipped(STEP, where, why) for where, why in _explain_fixed_groups(streams).items()]
+    could = find_absorption_candidates(model)
+    taps = _plan_observers(plan, streams, {candidate.result for candidate in could})
+    if not taps or (bool(streams.fixed.all()) and not could):
+        return list(left)
+    channels = estimate_channel_ranges(
+        observe_each_image(open_observed_session(model, taps, threads), taps, islice(feed.all(STEP), most))
+    )
+    high = select_gaining(could, channels)
+    if high and most is not None:
+        names = {candidate.result.name for candidate in high}
+        again = [tap for tap in taps if tap.name in names]
+        on_all = estimate_channel_ranges(
+            observe_each_image(open_observed_session(model, again, threads), again, feed.all(STEP))
+        )
+        channels |= {name: replace(channels[name], floor=found.floor) for name, found in on_all.items()}
+    lowered = _absorb_and_verify(model, high, channels, feed, threads, EXACT_DB)
+    return [
+        *lowered,
+        *_scale_and_verify(model, plan, ChannelObservations(streams, channels), feed, threads, EXACT_DB),
+        *left,
+    ]
+
+
+def equalize_without_data(
+    model: Model,
+    plan: Plan,
+    watched: Callable[[Sequence[Observer]], dict[str, ChannelRanges]],
+    feed: DataLoader,
+    threads: int | None,
+) -> list[Finding]:
+    """The same without pictures.
+
+    watched: what is known of tensors, by their names. feed: made-up pictures, on which the outputs may move a little:
+    what hardly any value reaches counts as never reached.
+    """
+    streams = find_scale_groups(model)
+    left = [Skipped(STEP, where, why) for where, why in _explain_fixed_groups(streams).items()]
+    could = find_absorption_candidates(model)
+    taps = _plan_observers(plan, streams, set())
+    if not taps or (bool(streams.fixed.all()) and not could):
+        return list(left)
+    channels = watched([*taps, *(Observer(candidate.result.name or "") for candidate in could)])
+    lowered = _absorb_and_verify(model, select_gaining(could, channels), channels, feed, threads, NEAR_DB)
+    return [
+        *lowered,
+        *_scale_and_verify(model, plan, ChannelObservations(streams, channels), feed, threads, NEAR_DB),
+        *left,
+    ]
+
+
+def _absorb_and_verify(
+    model: Model,
+    high: Sequence[AbsorptionCandidate],
+    channels: dict[str, ChannelRanges],
+    feed: DataLoader,
+    threads: int | None,
+    least_db: float,
+) -> list[Finding]:
+    """High channels lowered; `channels` are brought up to date."""
+    if not select_gaining(high, channels):
+        return []
+    tried, names = model.copy(), {candidate.result.name for candidate in high}
+    absorb_biases(
+        tried,
+        [candidate for candidate in find_absorption_candidates(tried) if candidate.result.name in names],
+        dict(channels),
+    )
+    moved = _output_sqnr(model, tried, feed, threads)
+    if moved < least_db:
+        return [Skipped(STEP, "the network", f"lowered channels moved the float outputs to {moved:.1f} dB")]
+    return list(absorb_biases(model, high, channels))
+
+
+def _scale_and_verify(
+    model: Model, plan: Plan, seen: ChannelObservations, feed: DataLoader, threads: int | None, least_db: float
+) -> list[Finding]:
+    streams = seen.streams
+    terms = collect_noise_terms(model, plan, seen)
+    found = choose_scales(streams, terms, *_log_scale_bounds(seen))
+    found = replace(found, u=round_log_scale(found.u))
+    if not found.u.any():
+        return []
+    try:
+        tried = model.copy()
+        apply_scales(tried, find_scale_groups(tried), found.scales)
+    except EditRefused as reason:
+        return [Skipped(STEP, "the network", str(reason))]
+    moved = _output_sqnr(model, tried, feed, threads)
+    if moved < least_db:
+        return [Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")]
+    apply_scales(model, streams, found.scales)
+    scales = {value.name or "": found.u[classes] for value, classes in streams.of.items()}
+    write_equalization(model.inner.metadata_props, scales, {})
+    return _report_scaling(found)
+
+
+def _plan_observers(plan: Plan, streams: ScaleGroups, low: Set[Value]) -> list[Observer]:
+    """All that is quantized, and what the layers read whose weights are. low: tensors whose minima count as well."""
+    read = dict.fromkeys(value for layer in plan.layers if (value := layer.node.inputs[0]) is not None)
+    seen = dict.fromkeys(value for value in plan.activations if value in streams.of and not plan.copies(value))
+    seen |= dict.fromkeys(limit.value for limit in streams.limits)
+    taps = {value: plan_observer(value, SketchContents.CHANNELS | SketchContents.COLUMNS) for value in {**seen, **read}}
+    return [Observer(tap.name, tap.want) if value in low else tap for value, tap in taps.items()]
+
+
+def _log_scale_bounds(seen: ChannelObservations) -> tuple[Float64, Float64]:
+    """Least and largest log s of every class; both zero where it is fixed or a Clip binds."""
+    streams = seen.streams
+    lowest = np.where(streams.fixed, 0.0, -LARGEST_LOG_SCALE)
+    highest = np.where(streams.fixed, 0.0, LARGEST_LOG_SCALE)
+    for limit in streams.limits:
+        classes, found = streams.of[limit.value], seen.of(limit.value)
+        share = expected = np.full(classes.size, np.inf)
+        if found is not None:
+            share = _share_of_bounds(found.low, found.high, limit)
+            expected = np.maximum(CLIP_MARGIN * share, _share_of_bounds(found.lowest, found.highest, limit))
+        binds = share * CLIP_MARGIN >= 1
+        lowest[classes[binds]] = highest[classes[binds]] = 0.0
+        with np.errstate(divide="ignore"):
+            np.maximum.at(lowest, classes, np.where(binds, 0.0, np.log(expected)))
+    return np.minimum(lowest, 0.0), highest
+
+
+def _share_of_bounds(lows: Float64, highs: Float64, limit: ClipLimit) -> Float64:
+    """How far each channel goes of the way to a bound that is neither zero nor infinite, (C,)."""
+    ends = np.zeros(lows.size)
+    for bound, reached, sign in ((limit.low, -lows, -1), (limit.high, highs, 1)):
+        if bound != 0 and not math.isinf(bound):
+            # a bound on the wrong side of zero always binds
+            way = max(sign * bound, 0.0)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ends = np.maximum(ends, np.where(way > 0, reached / way, np.inf))
+    return ends
+
+
+# -- which scales ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChosenScales:
+    """u: log s of every class. gains: group -> noise after over noise before, of the terms that it has a part in.
+
+    whole: the same of all terms.
+    """
+
+    streams: ScaleGroups
+    u: Float64
+    gains: dict[int, float]
+    whole: float
+
+    @property
+    def scales(self) -> Float64:
+        """What channels are divided by, (classes,)."""
+        return np.asarray(np.exp(self.u))
+
+
+def choose_scales(streams: ScaleGroups, terms: Sequence[NoiseTerm], lowest: Float64, highest: Float64) -> ChosenScales:
+    """The scales with the least noise; groups of classes that gain too little from theirs keep what they have."""
+    u = minimize_noise(terms, lowest, highest)
+    touching: dict[int, list[NoiseTerm]] = {}
+    for term in terms:
+        for group in np.unique(streams.group[term.classes()]).tolist():
+            touching.setdefault(group, []).append(term)
+    gains: dict[int, float] = {}
+    for group, own in touching.items():
+        without = np.where(streams.group == group, 0.0, u)
+        before, after = total_noise(own, without), total_noise(own, u)
+        if after < before * (1 - LEAST_NOISE_GAIN):
+            gains[group] = after / before
+        else:
+            u = without
+    return ChosenScales(
+        streams, u, gains, total_noise(terms, u) / max(total_noise(terms, np.zeros_like(u)), np.finfo(np.float64).tiny)
+    )
+
+
+def _report_scaling(found: ChosenScales) -> list[Finding]:
+    tensors: dict[int, list[Value]] = {}
+    for value, classes in found.streams.of.items():
+        tensors.setdefault(int(found.streams.group[classes[0]]), []).append(value)
+    told: list[Finding] = []
+    for group, ratio in found.gains.items():
+        own = found.u[found.streams.group == group]
+        s = np.exp(own[own != 0])
+        if not s.size:
+            continue
+        what = (
+            f"{s.size} of {own.size} channels of {len(tensors[group])} tensors scaled by {1 / s.max():.3g} to "
+            f"{1 / s.min():.3g}, modelled noise {10 * math.log10(ratio):+.1f} dB"
+        )
+        kind = "channels of tensors scaled alike, into the weights around them"
+        told.append(Change(STEP, tensors[group][0].name or "", what, kind))
+    return told
+
+
+def _explain_fixed_groups(streams: ScaleGroups) -> dict[str, str]:
+    """Groups that an operator holds in place: the name of a tensor, and why."""
+    held: dict[str, str] = {}
+    seen: set[int] = set()
+    for value, classes in streams.of.items():
+        group = int(streams.group[classes[0]])
+        reason = streams.reasons.get(group, NETWORK_BOUNDARY)
+        if group in seen or reason == NETWORK_BOUNDARY or not streams.fixed[classes].all():
+            continue
+        seen.add(group)
+        held[value.name or ""] = reason
+    return held
+
+
+# -- into the weights --------------------------------------------------------------------------------------------------
+
+
+def apply_scales(model: Model, streams: ScaleGroups, scales: Float64) -> None:
+    """Divide every channel by its class's scale, (classes,).
+
+    Raises Refused, and does nothing, where float32 has no such numbers.
+    """
+    layers = []
+    for ends in streams.layers:
+        into, out = scales[ends.inputs], 1 / scales[ends.outputs]
+        if np.any(into != 1) or np.any(out != 1):
+            layer = scale_outputs(scale_inputs(read_layer(ends.node), into, np.zeros(1)), out, np.zeros(1))
+            check_finite(layer)
+            layers.append(layer)
+    for layer in layers:
+        write_layer(model, layer)
+    written = {ends.node.outputs[0] for ends in streams.layers}
+    for value, classes in streams.of.items():
+        if value not in written:
+            transform_channel_stats(value, 1 / scales[classes], np.zeros(1))
+
+
+def _output_sqnr(before: Model, after: Model, feed: DataLoader, threads: int | None) -> float:
+    """The worst output of both float networks on some pictures, in dB."""
+    with subgraph.runnable_with_outputs(before, ()) as first, subgraph.runnable_with_outputs(after, ()) as second:
+        sessions = [Session(m, name="the folded float model", threads=threads) for m in (first, second)]
+    comparison = ComparisonAccumulator.of(sessions[0].outputs)
+    for feeds in islice(feed.few(STEP), CHECKED_IMAGES):
+        comparison.add(sessions[0].run_all(feeds), sessions[1].run_all(feeds))
+    return min((math.inf if s.sqnr_db is None else s.sqnr_db for s in comparison.scores()), default=math.inf)

@@ -1,15 +1,16 @@
-"""Scales and shifts with constant numbers disappear into the weights of the layer before or behind them.
+"""This pass folds constant scales and shifts, BatchNormalization among them, into the weights of neighbouring layers.
 
     y = gain * x + shift    gain = gamma / sqrt(var + eps), shift = beta - mean * gain for BatchNormalization
 
     behind a layer:  W' = gain W,  b' = gain b + shift                        (gain, shift by output channel)
     before a layer:  W' = W gain,  b' = b + sum of W * shift over its inputs  (by input channel; no zero padding)
+    across a homogeneous activation:  gain * relu(x) = sign(gain) * relu(|gain| x); |gain| moves into the layer before
 
-What cannot be folded becomes a depthwise 1x1 Conv, which runs in integers where BatchNormalization does not. The output
-stays what it was up to the rounding of float32. Nothing is approximated: where a rewrite would change the output, it is
-refused with the reason. Weights that others read too are copied. What BatchNormalizations tell of means is noted first.
+What cannot be folded becomes a depthwise 1x1 Conv. Nothing is approximated: a rewrite that would change the output is
+refused with the reason. Shared weights are copied. Statistics of BatchNormalizations are noted first.
 
-Source: Jacob et al. 2017, arXiv 1712.05877, section 3.2; Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.2.
+Sources: Jacob et al. 2017, arXiv 1712.05877, 3.2; Krishnamoorthi 2018, arXiv 1806.08342, 3.2.2; Nagel et al. 2019,
+arXiv 1906.04721, 4.1.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from qconv.ir.layers import (
     read_layer,
     scale_inputs,
     scale_outputs,
+    transform_channel_stats,
     weight_of,
     write_layer,
 )
-from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of, rank
+from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of, rank, set_attribute
 from qconv.ir.rewriting import (
     EditRefused,
     Pass,
@@ -50,27 +52,87 @@ from qconv.ir.rewriting import (
     uses_only_first_output,
 )
 from qconv.passes import simplify
-from qconv.passes.equalize import move_gains_back
+
+POSITIVELY_HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool"})
 
 
-def fold(model: Model) -> list[Finding]:
+def find_layer_before(model: Model, value: Value) -> Layer | None:
+    """The layer whose output channels `value` carries, seen through homogeneous operators that nothing else reads."""
+    node, seen_activation = value.producer(), False
+    while node is not None and standard_op_type(node) in POSITIVELY_HOMOGENEOUS and uses_only_first_output(node):
+        seen_activation = True
+        below = node.inputs[0]
+        if below is None or model.sole_reader(below) is not node:
+            return None
+        node = below.producer()
+    if (
+        not seen_activation
+        or node is None
+        or standard_op_type(node) not in INPUTS_FIRST
+        or standard_op_type(node) == "MatMul"
+    ):
+        return None
+    return read_layer(node)
+
+
+def split_gain(gain: Float64) -> tuple[Float64, Float64]:
+    """(magnitude, rest) with magnitude > 0 and magnitude * rest == gain; a gain of zero has magnitude 1."""
+    magnitude = np.where(gain == 0, 1.0, np.abs(gain))
+    return magnitude, np.sign(gain)
+
+
+@each_node("equalize", "BatchNormalization")
+def move_gains_back(model: Model, node: Node) -> list[Change]:
+    """The magnitude of a BatchNormalization's gain goes into the layer in front of the activation before it."""
+    data = node.inputs[0]
+    if data is None or model.sole_reader(data) is not node:
+        return []
+    layer = find_layer_before(model, data)
+    if layer is None:
+        return []
+    affine = read_affine(node, rank(data))
+    magnitude, rest = split_gain(affine.gain)
+    if np.all(magnitude == 1):
+        return []
+    if magnitude.size != layer.outputs:
+        raise EditRefused(f"{describe_node(layer.node)} has another number of channels")
+    layer = scale_outputs(layer, magnitude, np.zeros(1))
+    check_finite(layer)
+    write_layer(model, layer)
+    between = data.producer()
+    while between is not None and between is not layer.node:  # writing the layer has moved the note of its output
+        transform_channel_stats(between.outputs[0], magnitude, np.zeros(1))
+        between = data_input(between).producer()
+    numbers = {1: rest, 2: affine.shift, 3: np.zeros_like(rest), 4: np.ones_like(rest)}
+    for index, values in numbers.items():
+        model.set_input(node, index, model.constant(f"{title(node)}_{index}", values.astype(np.float32)))
+    set_attribute(node, "epsilon", 0.0)
+    moved = "moved in front of the activation"
+    return [
+        Change(
+            "equalize", title(layer.node), f"scale of {describe_node(node)} {moved}", f"scale of {node.op_type} {moved}"
+        )
+    ]
+
+
+def run_float_passes(model: Model) -> list[Finding]:
     """All float passes, again and again until none finds anything to do. Only refusals that still hold are returned."""
     model.sweep()
     set_batchnorm_means(model)
     set_batchnorm_stats(model)
-    found = _settle(model)
+    found = _run_to_fixpoint(model)
     made = make_depthwise(model)
     found += made
     if any(isinstance(finding, Change) for finding in made):
-        found += _settle(model)
+        found += _run_to_fixpoint(model)
     model.sweep()
     return list(dict.fromkeys(found))
 
 
-def _settle(model: Model) -> list[Finding]:
+def _run_to_fixpoint(model: Model) -> list[Finding]:
     changes: list[Finding] = []
     while True:
-        found = [finding for run in PASSES for finding in run(model)]
+        found = [finding for run in FLOAT_PASSES for finding in run(model)]
         done = [finding for finding in found if isinstance(finding, Change)]
         changes += done
         if not done:
@@ -103,7 +165,7 @@ def fold_affine(model: Model, node: Node) -> list[Change]:
     if data is None:
         return []
     reasons: list[str] = []
-    for edit in (_fold_back, _fold_ahead):
+    for edit in (_fold_into_previous_layer, _fold_into_readers):
         try:
             changes = edit(model, node, data)
         except EditRefused as reason:
@@ -116,7 +178,7 @@ def fold_affine(model: Model, node: Node) -> list[Change]:
     return []
 
 
-def _fold_back(model: Model, node: Node, data: Value) -> list[Change]:
+def _fold_into_previous_layer(model: Model, node: Node, data: Value) -> list[Change]:
     before = data.producer()
     if before is None or standard_op_type(before) not in INPUTS_FIRST or before.graph is not model.graph:
         return []
@@ -156,7 +218,7 @@ FLATTENERS = frozenset({"Flatten", "Reshape", "Squeeze"})
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class AffineReader:
     """Where a tensor ends up: a reader (None: the model returns it) of `value`, and what lies on the way."""
 
     reader: Node | None
@@ -169,30 +231,30 @@ class End:
         return next((node for node in self.path if standard_op_type(node) in FLATTENERS), None)
 
 
-def ends(model: Model, value: Value, path: tuple[Node, ...] = ()) -> Iterator[End]:
+def find_affine_readers(model: Model, value: Value, path: tuple[Node, ...] = ()) -> Iterator[AffineReader]:
     """Who reads `value`, seen through the operators that commute with a scale and shift by channel."""
-    end = End(None, value, path)
+    end = AffineReader(None, value, path)
     if value.is_graph_output():
         yield end
     for reader in model.readers(value):
         if standard_op_type(reader) == "Shape":  # a scale and shift do not change it
             continue
-        if end.flattener is None and _commutes(reader) and reads_as_data(reader, value, model):
-            yield from ends(model, reader.outputs[0], (*path, reader))
+        if end.flattener is None and _is_affine_commuting(reader) and reads_as_data(reader, value, model):
+            yield from find_affine_readers(model, reader.outputs[0], (*path, reader))
         else:
-            yield End(reader, value, path)
+            yield AffineReader(reader, value, path)
 
 
-def _commutes(node: Node) -> bool:
+def _is_affine_commuting(node: Node) -> bool:
     """Whether it does with every scale and shift, or (MaxPool) with those that do not turn the order round."""
     return (
         standard_op_type(node) in FLATTENERS
         or (standard_op_type(node) == "MaxPool" and uses_only_first_output(node))
-        or _averages(node)
+        or _is_averaging(node)
     )
 
 
-def _averages(node: Node) -> bool:
+def _is_averaging(node: Node) -> bool:
     """Whether every output is the mean of as many inputs."""
     if standard_op_type(node) == "GlobalAveragePool":
         return True
@@ -202,16 +264,16 @@ def _averages(node: Node) -> bool:
     return pads is not None and not any(pads)
 
 
-def _fold_ahead(model: Model, node: Node, data: Value) -> list[Change]:
+def _fold_into_readers(model: Model, node: Node, data: Value) -> list[Change]:
     output = node.outputs[0]
-    found = list(ends(model, output))
+    found = list(find_affine_readers(model, output))
     if not any(end.reader is not None and standard_op_type(end.reader) in INPUTS_FIRST for end in found):
         return []
     affine = read_affine(node, rank(data))
     channels = max(affine.gain.size, affine.shift.size)
     if standard_op_type(node) != "BatchNormalization" and channels > 1 and (dims(data) or [None, None])[1] != channels:
         raise EditRefused("its data do not have as many channels as its constant, or it is not known how many")
-    layers = [scaled_layer(model, end, affine) for end in found]
+    layers = [make_scaled_layer(model, end, affine) for end in found]
     for layer in layers:
         check_finite(layer)
     for layer in layers:
@@ -225,7 +287,7 @@ def _fold_ahead(model: Model, node: Node, data: Value) -> list[Change]:
     ]
 
 
-def scaled_layer(model: Model, end: End, affine: Affine) -> Layer:
+def make_scaled_layer(model: Model, end: AffineReader, affine: Affine) -> Layer:
     """The layer at `end` with the scale and shift of its data inside. Raises Refused."""
     reader = end.reader
     if reader is None:
@@ -238,12 +300,12 @@ def scaled_layer(model: Model, end: End, affine: Affine) -> Layer:
     if (affine.gain < 0).any() and any(standard_op_type(node) == "MaxPool" for node in end.path):
         raise EditRefused("some of its scales are negative, and there is a MaxPool before the next layer")
     if affine.shift.any():
-        _check_shift(reader)
-    gain = _by_feature(affine.gain, layer, end.flattener)
-    return scale_inputs(layer, gain, _by_feature(affine.shift, layer, end.flattener))
+        _require_constant_shift(reader)
+    gain = _repeat_by_feature(affine.gain, layer, end.flattener)
+    return scale_inputs(layer, gain, _repeat_by_feature(affine.shift, layer, end.flattener))
 
 
-def _check_shift(reader: Node) -> None:
+def _require_constant_shift(reader: Node) -> None:
     """Raise unless every output of the layer sees every shifted input, so that the shift adds a constant."""
     if standard_op_type(reader) == "MatMul":
         raise EditRefused(f"{describe_node(reader)} has no bias to take its shift")
@@ -255,7 +317,7 @@ def _check_shift(reader: Node) -> None:
             raise EditRefused(f"{describe_node(reader)} pads its data with zeros, which its shift would not reach")
 
 
-def _by_feature(numbers: Float64, layer: Layer, flattener: Node | None) -> Float64:
+def _repeat_by_feature(numbers: Float64, layer: Layer, flattener: Node | None) -> Float64:
     """Numbers by channel (C,) as numbers by input of the layer, where a channel's H*W positions lie side by side."""
     if numbers.size == 1:
         return numbers
@@ -263,13 +325,13 @@ def _by_feature(numbers: Float64, layer: Layer, flattener: Node | None) -> Float
     if rest or (flattener is None and positions != 1):
         raise EditRefused(f"{describe_node(layer.node)} has another number of inputs than its data has channels")
     if flattener is not None and not (
-        standard_op_type(layer.node) == "Gemm" and _keeps_channels(flattener, layer.inputs)
+        standard_op_type(layer.node) == "Gemm" and _is_channel_flattening(flattener, layer.inputs)
     ):
         raise EditRefused(f"{describe_node(flattener)} may mix channels")
     return np.repeat(numbers, positions)
 
 
-def _keeps_channels(flattener: Node, features: int) -> bool:
+def _is_channel_flattening(flattener: Node, features: int) -> bool:
     """Whether (N, C, H, W) becomes (N, C * H * W). A result of two axes is given: a Gemm reads it."""
     if standard_op_type(flattener) == "Flatten" and attribute(flattener, "axis", 1) == 1:
         return True
@@ -308,8 +370,8 @@ def make_depthwise(model: Model, node: Node) -> list[Change]:
     return [Change("fold", title(node), f"{was} became a depthwise 1x1 Conv")]
 
 
-PASSES: tuple[Pass, ...] = (
-    *simplify.PASSES,
+FLOAT_PASSES: tuple[Pass, ...] = (
+    *simplify.SIMPLIFY_PASSES,
     normalise_gemms,
     move_gains_back,
     fold_affine,

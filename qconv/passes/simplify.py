@@ -101,7 +101,7 @@ def merge_pads(model: Model, node: Node) -> list[Change]:
     convs = model.readers(output)
     if not any(standard_op_type(conv) == "Conv" for conv in convs):
         return []
-    widths = _spatial_widths(node)
+    widths = _spatial_padding(node)
     if output.is_graph_output():
         raise EditRefused("the model returns its output")
     own = []
@@ -121,7 +121,7 @@ def merge_pads(model: Model, node: Node) -> list[Change]:
     return [Change("simplify", title(conv), f"{describe_node(node)} became its padding", summed_up) for conv in convs]
 
 
-def _spatial_widths(node: Node) -> list[int]:
+def _spatial_padding(node: Node) -> list[int]:
     """What a Pad adds around height and width, all beginnings first."""
     value, widths = input_of(node, 2), constant_array(input_of(node, 1))
     if attribute(node, "mode", "constant") != "constant" or (value is not None and constant_scalar(value) != 0):
@@ -160,7 +160,7 @@ def mean_to_pool(model: Model, node: Node) -> list[Change]:
 
 
 @each_node("simplify", "AveragePool")
-def count_no_pads(model: Model, node: Node) -> list[Change]:
+def unify_pad_counting(model: Model, node: Node) -> list[Change]:
     """Where nothing is padded it makes no difference whether padding counts, except to the integer kernel."""
     if not attribute(node, "count_include_pad", 0) or any(attribute(node, "pads", [])):
         return []
@@ -222,13 +222,13 @@ def merge_activations(model: Model, node: Node) -> list[Change]:
     if span is None:
         return []
     inner = None if before is None else clip_bounds(before)
-    if span == (-inf, inf) or (inner is not None and _within(inner, span)):
+    if span == (-inf, inf) or (inner is not None and _is_within(inner, span)):
         _bypass(model, node)
         return [Change("simplify", title(node), f"{node.op_type} removed: it cuts nothing off")]
     if (
         before is not None
         and inner is not None
-        and _within(span, inner)
+        and _is_within(span, inner)
         and model.sole_reader(data_input(node)) is node
     ):
         _bypass(model, before)
@@ -244,12 +244,12 @@ def merge_activations(model: Model, node: Node) -> list[Change]:
     return []
 
 
-def _within(inner: tuple[float, float], outer: tuple[float, float]) -> bool:
+def _is_within(inner: tuple[float, float], outer: tuple[float, float]) -> bool:
     return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
 # Operators that only move or select numbers, so that a monotone function may as well be applied before them.
-MOVERS = frozenset(
+VALUE_MOVERS = frozenset(
     {
         "MaxPool",
         "Reshape",
@@ -264,7 +264,7 @@ MOVERS = frozenset(
     }
 )
 # Behind these a Relu or Clip is absorbed by the quantizer of their output, or can move on.
-ABSORBERS = MOVERS | {
+ACTIVATION_ABSORBERS = VALUE_MOVERS | {
     "Conv",
     "ConvTranspose",
     "Gemm",
@@ -281,26 +281,26 @@ ABSORBERS = MOVERS | {
 def hoist_activations(model: Model, node: Node) -> list[Change]:
     """A Relu or Clip behind a mover goes before it, next to the layer that absorbs it; before Concat one copy each."""
     mover = data_input(node).producer()
-    if clip_bounds(node) is None or mover is None or not _only_moves(mover):
+    if clip_bounds(node) is None or mover is None or not _is_value_moving(mover):
         return []
     if model.sole_reader(mover.outputs[0]) is not node or not uses_only_first_output(mover):
         raise EditRefused(f"something else reads {describe_node(mover)}")
     moved = [v for v in mover.inputs if v is not None] if standard_op_type(mover) == "Concat" else [data_input(mover)]
     for value in moved:
         producer = value.producer()
-        if producer is None or standard_op_type(producer) not in ABSORBERS:
+        if producer is None or standard_op_type(producer) not in ACTIVATION_ABSORBERS:
             raise EditRefused(f"no layer before {describe_node(mover)} could absorb it")
         if model.sole_reader(value) is not mover:
             raise EditRefused(f"something else reads {describe_node(producer)}")
     if not model.take_over(node.outputs[0], mover.outputs[0]):
         raise EditRefused("the model returns its output under a name that must stay")
-    for index, copy in enumerate(_copies(model, node, moved)):
+    for index, copy in enumerate(_copy_activation(model, node, moved)):
         model.set_input(mover, index, copy.outputs[0])
         model.insert_before(mover, copy)
     return [Change("hoist", title(node), f"moved before {describe_node(mover)}")]
 
 
-def _copies(model: Model, node: Node, values: Iterable[Value]) -> Iterator[Node]:
+def _copy_activation(model: Model, node: Node, values: Iterable[Value]) -> Iterator[Node]:
     """The activation itself for the first value, copies of it for the others."""
     for index, value in enumerate(values):
         if index == 0:
@@ -311,22 +311,22 @@ def _copies(model: Model, node: Node, values: Iterable[Value]) -> Iterator[Node]
             yield model.build(node.op_type, [value, *node.inputs[1:]], name=title(node), like=value)
 
 
-def _only_moves(node: Node) -> bool:
+def _is_value_moving(node: Node) -> bool:
     """Whether each number of the output is one of the input's, or the greatest of some."""
     if standard_op_type(node) != "Resize":
-        return standard_op_type(node) in MOVERS
+        return standard_op_type(node) in VALUE_MOVERS
     frame = attribute(node, "coordinate_transformation_mode", "half_pixel")
     return bool(attribute(node, "mode", "nearest") == "nearest" and frame != "tf_crop_and_resize")
 
 
-PASSES: tuple[Pass, ...] = (
+SIMPLIFY_PASSES: tuple[Pass, ...] = (
     drop_identities,
     sum_to_add,
     pad_every_axis,
     merge_pads,
     mean_to_pool,
     whole_average_to_pool,
-    count_no_pads,
+    unify_pad_counting,
     matmul_to_gemm,
     merge_activations,
     hoist_activations,

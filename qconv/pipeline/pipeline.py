@@ -35,10 +35,10 @@ from qconv.ir.metadata import needed_opset, needed_runtime, set_ir_version, writ
 from qconv.ir.model import Model
 from qconv.metrics.comparison import check_gates, verify
 from qconv.passes import fold
-from qconv.passes.apart import in_words, round_apart
-from qconv.passes.balance import balance, balance_unseen
-from qconv.passes.embed import embed
-from qconv.passes.shrink import shrink
+from qconv.passes.compress_constants import compress_constants
+from qconv.passes.embed_preprocessing import embed_preprocessing
+from qconv.passes.equalize import equalize_channels, equalize_without_data
+from qconv.passes.requantize import describe_requantization, requantize_for_layers
 from qconv.pipeline.gather import Memory, Pictures, open_pictures
 from qconv.pipeline.oddities import oddities
 from qconv.pipeline.wishes import look_for_means_in_vain, look_for_wishes, look_for_wishes_in_vain, require_layers
@@ -133,10 +133,10 @@ def quantize(
     with run.step("detect"):
         pictures.settle(model, recipe)
     with run.step("fold"):
-        run.findings += fold.fold(model)
+        run.findings += fold.run_float_passes(model)
         if recipe.embed_preprocessing is not None:
             fed, layout = pictures.take_pixels(recipe.embed_preprocessing), recipe.embed_preprocessing
-            run.findings += embed(model, fed, layout, exact=recipe.activation_bits > 8)
+            run.findings += embed_preprocessing(model, fed, layout, exact=recipe.activation_bits > 8)
     with run.step("plan"):
         if recipe.rounding == "reconstruct":
             from qconv.training.torchgraph import require_operators  # PyTorch is an extra
@@ -167,9 +167,9 @@ def quantize(
         for oddity in oddities(sketches):
             run.warn(oddity)
     with run.step("plan"):
-        apart = round_apart(model, plan)
+        apart = requantize_for_layers(model, plan)
         if apart:
-            run.findings += in_words(apart)
+            run.findings += describe_requantization(apart)
             sketches = {**sketches, **{copy: sketches[name] for name, copy in apart.items()}}
             plan = make_plan(model, recipe, target, floats)
     if recipe.tune_latency:
@@ -202,7 +202,7 @@ def quantize(
         with run.step("reconstruct"):
             run.findings += _reconstructed(model, before, recipe, pictures.feed, run.listener.progress)
     with run.step("emit"):
-        run.findings += shrink(model)
+        run.findings += compress_constants(model)
         write_metadata(model, qconv.__version__, recipe, pictures.fed, plan.placed, made_from)
     with files.stage_model(model, place) as staged:
         with run.step("verify"):
@@ -260,11 +260,11 @@ def _balanced(model: Model, plan: Plan, recipe: Recipe, pictures: Pictures) -> l
         return []
     if pictures.unseen is not None:
         watched = partial(pictures.unseen.channels, model)
-        return balance_unseen(model, plan, watched, pictures.unseen.imagined, recipe.threads)
+        return equalize_without_data(model, plan, watched, pictures.unseen.imagined, recipe.threads)
     if pictures.feed is None:
         return []
     most = None if recipe.effort == "best" else -(-EQUALIZED_ON // pictures.feed.batch)
-    return balance(model, plan, pictures.feed, most, recipe.threads)
+    return equalize_channels(model, plan, pictures.feed, most, recipe.threads)
 
 
 def check_output(source: Source, out: Path, data: set[Path]) -> None:
@@ -372,7 +372,7 @@ def folded_float(path: str | Path, out: str | Path) -> None:
     recipe = Recipe()
     proto = read_proto(source)
     model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
-    fold.fold(model)
+    fold.run_float_passes(model)
     set_ir_version(model)  # and no more: whoever quantizes the file, it is not by this recipe
     with files.stage_model(model, Path(out)) as staged:
         staged.commit(Path(out))

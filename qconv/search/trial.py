@@ -15,7 +15,7 @@ from qconv.config.targets import TARGETS
 from qconv.errors import Finding
 from qconv.ir.metadata import write_metadata
 from qconv.ir.model import Model
-from qconv.passes.shrink import shrink
+from qconv.passes.compress_constants import compress_constants
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
@@ -63,7 +63,7 @@ def written(folded: Folded, recipe: Recipe, params: Params) -> Model:
     model = folded.model.copy()
     plan = make_plan(model, recipe, TARGETS[recipe.target], folded.floats)
     emit(model, plan, carried_over(params, plan), pack=recipe.pack)
-    shrink(model)
+    compress_constants(model)
     write_metadata(model, qconv.__version__, recipe, None)
     return model
 

@@ -41,12 +41,12 @@ from qconv.ir.rewriting import (
 )
 
 Classes = NDArray[np.int64]
-OPEN = "the network's own input or output"
+NETWORK_BOUNDARY = "the network's own input or output"
 Axes = Iterable[int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ends:
+class LayerScaleGroups:
     """A layer with the classes of its input channels (I,) and of its output channels (O,)."""
 
     node: Node
@@ -55,7 +55,7 @@ class Ends:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Limit:
+class ClipLimit:
     """A Clip's output: its classes can be scaled while its values stay inside the bounds. 0 and infinity bind never."""
 
     value: Value
@@ -64,7 +64,7 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Streams:
+class ScaleGroups:
     """What is tied. of: the classes of every tensor's channels, (C,), for tensors that layers write, near or far.
 
     fixed: (classes,), whether a class keeps its scale. group: (classes,), the number of the group that it belongs to:
@@ -75,19 +75,19 @@ class Streams:
     fixed: NDArray[np.bool_]
     group: NDArray[np.int64]
     reasons: dict[int, str]
-    layers: list[Ends]
-    limits: list[Limit]
+    layers: list[LayerScaleGroups]
+    limits: list[ClipLimit]
 
 
-def find_streams(model: Model) -> Streams:
+def find_scale_groups(model: Model) -> ScaleGroups:
     """The streams of a folded model."""
-    walk = _Walk(model)
+    walk = _ScaleGroupFinder(model)
     for node in model.nodes():
         walk.visit(node)
     return walk.streams()
 
 
-class _Ties:
+class _DisjointClasses:
     """A division of numbers into classes (union-find), some of which are fixed."""
 
     def __init__(self) -> None:
@@ -122,23 +122,23 @@ class _Ties:
         return all(self.root(one) in self.why for one in these.tolist())
 
 
-class _Walk:
+class _ScaleGroupFinder:
     """One way through the graph. A tensor without classes is one that nothing scales."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.ties = _Ties()
+        self.ties = _DisjointClasses()
         self.of: dict[Value, Classes] = {}
-        self.layers: list[Ends] = []
-        self.limits: list[Limit] = []
+        self.layers: list[LayerScaleGroups] = []
+        self.limits: list[ClipLimit] = []
 
     def visit(self, node: Node) -> None:
         """Give the outputs their classes, or fix what the node reads."""
         if standard_op_type(node) == "Shape":  # sizes do not change
             return
-        rule = _LAYER if standard_op_type(node) in INPUTS_FIRST else HANDED_ON.get(standard_op_type(node))
+        rule = _VISIT_LAYER if standard_op_type(node) in INPUTS_FIRST else VISITORS.get(standard_op_type(node))
         known = [self.of[value] for value in node.inputs if value is not None and value in self.of]
-        if rule is not None and (known or rule is _LAYER):
+        if rule is not None and (known or rule is _VISIT_LAYER):
             try:
                 rule(self, node)
             except EditRefused as reason:
@@ -151,22 +151,22 @@ class _Walk:
             if value is not None and value in self.of:
                 self.ties.fix(self.of[value], why)
 
-    def streams(self) -> Streams:
+    def streams(self) -> ScaleGroups:
         for value, classes in self.of.items():
             outside = any(use.node.graph is not self.model.graph for use in value.uses())
             if value.is_graph_output() or outside:
-                self.ties.fix(classes, OPEN)
+                self.ties.fix(classes, NETWORK_BOUNDARY)
         roots = np.array([self.ties.root(one) for one in range(len(self.ties.above))], np.int64)
         unique, number = np.unique(roots, return_inverse=True)
         fixed = np.array([int(root) in self.ties.why for root in unique], bool)
         of = {value: number[classes] for value, classes in self.of.items()}
-        layers = [Ends(ends.node, number[ends.inputs], number[ends.outputs]) for ends in self.layers]
-        group = _groups(of, len(unique))
+        layers = [LayerScaleGroups(ends.node, number[ends.inputs], number[ends.outputs]) for ends in self.layers]
+        group = _number_joined_classes(of, len(unique))
         reasons: dict[int, str] = {}
         for one, root in enumerate(unique.tolist()):
             if fixed[one]:
                 reasons.setdefault(int(group[one]), self.ties.why[root])
-        return Streams(of, fixed, group, reasons, layers, self.limits)
+        return ScaleGroups(of, fixed, group, reasons, layers, self.limits)
 
     # -- what operators do -----------------------------------------------------------------------------------------
 
@@ -184,9 +184,9 @@ class _Walk:
         inputs = self.of.get(data) if data is not None else None
         if inputs is None:
             inputs = self.ties.fresh(layer.inputs)
-            self.ties.fix(inputs, OPEN)
+            self.ties.fix(inputs, NETWORK_BOUNDARY)
         outputs = self.ties.fresh(layer.outputs)
-        self.layers.append(Ends(node, inputs, outputs))
+        self.layers.append(LayerScaleGroups(node, inputs, outputs))
         self.of[node.outputs[0]] = outputs
 
     def same(self, node: Node) -> None:
@@ -208,7 +208,7 @@ class _Walk:
             raise EditRefused("the bounds of a Clip are computed or crossed")
         self.same(node)
         if not all(bound == 0 or isinf(bound) for bound in bounds):
-            self.limits.append(Limit(node.outputs[0], *bounds))
+            self.limits.append(ClipLimit(node.outputs[0], *bounds))
 
     def add(self, node: Node) -> None:
         """Sums, differences and extremes tie what they are taken of."""
@@ -303,7 +303,7 @@ class _Walk:
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def _data(self, node: Node) -> Classes:
-        value = _first(node)
+        value = _first_input(node)
         if value not in self.of:
             raise EditRefused(f"{node.op_type} reads a scaled tensor where none belongs")
         others = [other for other in node.inputs[1:] if other is not None]
@@ -318,37 +318,37 @@ class _Walk:
             raise EditRefused("tensors of different rank are joined")
 
 
-def _first(node: Node) -> Value:
+def _first_input(node: Node) -> Value:
     value = node.inputs[0]
     assert value is not None
     return value
 
 
-def _groups(of: dict[Value, Classes], count: int) -> NDArray[np.int64]:
+def _number_joined_classes(of: dict[Value, Classes], count: int) -> NDArray[np.int64]:
     """Classes that meet in a tensor get one number."""
-    ties = _Ties()
+    ties = _DisjointClasses()
     ties.fresh(count)
     for classes in of.values():
         ties.tie(classes[:1], classes)
     return np.unique([ties.root(one) for one in range(count)], return_inverse=True)[1].astype(np.int64)
 
 
-_Visit = Callable[[_Walk, Node], None]
-_LAYER: _Visit = _Walk.layer
-HANDED_ON: dict[str, _Visit] = {
-    **dict.fromkeys(("Relu", "LeakyRelu", "Identity", "Neg", "Abs", "MaxPool", "AveragePool"), _Walk.same),
-    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _Walk.same),
-    "PRelu": _Walk.slope,
-    "Clip": _Walk.clip,
-    **dict.fromkeys(("Add", "Sub", "Sum", "Max", "Min"), _Walk.add),
-    **dict.fromkeys(("Mul", "Div"), _Walk.scale),
-    "Concat": _Walk.concat,
-    "Split": _Walk.split,
-    "Slice": _Walk.slice,
-    "Pad": _Walk.pad,
-    **dict.fromkeys(("Flatten", "Reshape", "Squeeze"), _Walk.flatten),
-    **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceSum"), _Walk.reduce),
-    "Resize": _Walk.resize,
-    "DepthToSpace": _Walk.to_space,
+_Visitor = Callable[[_ScaleGroupFinder, Node], None]
+_VISIT_LAYER: _Visitor = _ScaleGroupFinder.layer
+VISITORS: dict[str, _Visitor] = {
+    **dict.fromkeys(("Relu", "LeakyRelu", "Identity", "Neg", "Abs", "MaxPool", "AveragePool"), _ScaleGroupFinder.same),
+    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _ScaleGroupFinder.same),
+    "PRelu": _ScaleGroupFinder.slope,
+    "Clip": _ScaleGroupFinder.clip,
+    **dict.fromkeys(("Add", "Sub", "Sum", "Max", "Min"), _ScaleGroupFinder.add),
+    **dict.fromkeys(("Mul", "Div"), _ScaleGroupFinder.scale),
+    "Concat": _ScaleGroupFinder.concat,
+    "Split": _ScaleGroupFinder.split,
+    "Slice": _ScaleGroupFinder.slice,
+    "Pad": _ScaleGroupFinder.pad,
+    **dict.fromkeys(("Flatten", "Reshape", "Squeeze"), _ScaleGroupFinder.flatten),
+    **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceSum"), _ScaleGroupFinder.reduce),
+    "Resize": _ScaleGroupFinder.resize,
+    "DepthToSpace": _ScaleGroupFinder.to_space,
 }
 """Operators that hand a factor on, and how their channels go over."""

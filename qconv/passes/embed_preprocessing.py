@@ -53,14 +53,14 @@ from qconv.ir.model import (
 from qconv.ir.rewriting import EditRefused, describe_node, explicit_pads, reads_as_data, standard_op_type, title
 from qconv.passes import fold
 
-FLOATS = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.DOUBLE})
-FOLDED = "normalisation of the pixels folded into"
-WHITE = 255
-WHOLE = 1e-4  # pixels; how far from a whole number the rounding of means and scales may leave z
+FLOAT_TYPES = frozenset({DataType.FLOAT, DataType.FLOAT16, DataType.DOUBLE})
+FOLDED_NORMALISATION = "normalisation of the pixels folded into"
+LARGEST_PIXEL = 255
+WHOLE_NUMBER_TOLERANCE = 1e-4  # pixels; how far from a whole number the rounding of means and scales may leave z
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Trace:
+class _InputTrace:
     """How far the input can be followed: `value` is gain * p + shift, both (C,), with the input's axes in `order`."""
 
     value: Value
@@ -77,7 +77,7 @@ class _Trace:
 
 
 @dataclass(slots=True)
-class _Head:
+class _ModelHead:
     """The new nodes in front of the network. codes: the pixels in the axes that the network works in."""
 
     model: Model
@@ -95,7 +95,9 @@ class _Head:
         self.nodes.clear()
 
 
-def embed(model: Model, preprocessing: Preprocessing, layout: Layout, *, exact: bool = False) -> list[Finding]:
+def embed_preprocessing(
+    model: Model, preprocessing: Preprocessing, layout: Layout, *, exact: bool = False
+) -> list[Finding]:
     """Rewrite a folded model in place so that its input takes uint8 pixels (N, C, H, W) or (N, H, W, C).
 
     preprocessing: how the model's input is fed so far. exact: no padding is rounded, for networks that are not going to
@@ -106,11 +108,11 @@ def embed(model: Model, preprocessing: Preprocessing, layout: Layout, *, exact: 
     if pixels.is_graph_output():
         fact = f"The model returns its input '{name}', which cannot be pixels and normalised at once."
         raise QconvError(fact, "leave --embed-preprocessing out.")
-    trace = _follow(model, pixels, preprocessing)
-    readers = [node for node in model.readers(trace.value) if not _takes_shape(model, node)]
+    trace = _trace_input(model, pixels, preprocessing)
+    readers = [node for node in model.readers(trace.value) if not _is_shape_node(model, node)]
     kind_of_data = trace.value.dtype
-    head = _Head(model, name, pixels, exact)
-    _turn(head, trace, layout_order(preprocessing.layout, layout))
+    head = _ModelHead(model, name, pixels, exact)
+    _turn_input_to_pixels(head, trace, layout_order(preprocessing.layout, layout))
     if kind_of_data == DataType.UINT8:
         model.redirect(trace.value, head.codes, readers=readers)
         found: list[Finding] = [Skipped("embed", name, "the network takes uint8 pixels and normalises them itself")]
@@ -124,15 +126,15 @@ def embed(model: Model, preprocessing: Preprocessing, layout: Layout, *, exact: 
 # -- what the network does to its input --------------------------------------------------------------------------------
 
 
-def _follow(model: Model, pixels: Value, preprocessing: Preprocessing) -> _Trace:
+def _trace_input(model: Model, pixels: Value, preprocessing: Preprocessing) -> _InputTrace:
     """Walk from the input over nodes that only change its type, its axes, or scale and shift its channels."""
     ones = np.ones(preprocessing.channels)
     std = np.asarray(preprocessing.std) * ones
     gain, shift = preprocessing.scale / std, -np.asarray(preprocessing.mean) / std
-    trace = _Trace(pixels, (0, 1, 2, 3), gain, shift, LAYOUT_AXES[preprocessing.layout][0])
+    trace = _InputTrace(pixels, (0, 1, 2, 3), gain, shift, LAYOUT_AXES[preprocessing.layout][0])
     while True:
         readers = model.readers(trace.value)
-        looks = [node for node in readers if _takes_shape(model, node)]
+        looks = [node for node in readers if _is_shape_node(model, node)]
         trace = replace(trace, shapes=(*trace.shapes, *((node, trace.order) for node in looks)))
         others = [node for node in readers if node not in looks]
         if len(others) != 1 or others[0].graph is not model.graph or standard_op_type(others[0]) not in _STEPS:
@@ -147,22 +149,22 @@ def _follow(model: Model, pixels: Value, preprocessing: Preprocessing) -> _Trace
         trace = replace(after, value=node.outputs[0])
 
 
-def _takes_shape(model: Model, node: Node) -> bool:
+def _is_shape_node(model: Model, node: Node) -> bool:
     return standard_op_type(node) == "Shape" and node.graph is model.graph
 
 
-def _step_type(node: Node, trace: _Trace) -> _Trace:
-    if standard_op_type(node) == "Cast" and attribute(node, "to") not in FLOATS:
+def _step_type(node: Node, trace: _InputTrace) -> _InputTrace:
+    if standard_op_type(node) == "Cast" and attribute(node, "to") not in FLOAT_TYPES:
         raise EditRefused("it makes other numbers")
     return trace
 
 
-def _step_axes(node: Node, trace: _Trace) -> _Trace:
+def _step_axes(node: Node, trace: _InputTrace) -> _InputTrace:
     perm = attribute(node, "perm", [3, 2, 1, 0])
     return replace(trace, order=tuple(trace.order[axis] for axis in perm), channel=perm.index(trace.channel))
 
 
-def _step_reshape(node: Node, trace: _Trace) -> _Trace:
+def _step_reshape(node: Node, trace: _InputTrace) -> _InputTrace:
     """(N, H, W, 1) to (N, 1, H, W) or back, which exporters write for a Transpose."""
     before, after = dims(trace.value), dims(node.outputs[0])
     if before is None or after is None or len(after) != 4 or before[trace.channel] != 1 or before.count(None) > 1:
@@ -178,7 +180,7 @@ def _step_reshape(node: Node, trace: _Trace) -> _Trace:
     return replace(trace, order=tuple(trace.order[axis] for axis in rest), channel=channel)
 
 
-def _step_affine(node: Node, trace: _Trace) -> _Trace:
+def _step_affine(node: Node, trace: _InputTrace) -> _InputTrace:
     if affine_data_input(node) is not trace.value or (
         standard_op_type(node) == "BatchNormalization" and trace.channel != 1
     ):
@@ -189,7 +191,7 @@ def _step_affine(node: Node, trace: _Trace) -> _Trace:
     return replace(trace, gain=trace.gain * own.gain, shift=trace.shift * own.gain + own.shift)
 
 
-_STEPS: dict[str, Callable[[Node, _Trace], _Trace]] = {
+_STEPS: dict[str, Callable[[Node, _InputTrace], _InputTrace]] = {
     "Identity": _step_type,
     "Cast": _step_type,
     "Transpose": _step_axes,
@@ -202,13 +204,13 @@ _STEPS: dict[str, Callable[[Node, _Trace], _Trace]] = {
 # -- the input becomes pixels ------------------------------------------------------------------------------------------
 
 
-def _turn(head: _Head, trace: _Trace, order: tuple[int, ...]) -> None:
+def _turn_input_to_pixels(head: _ModelHead, trace: _InputTrace, order: tuple[int, ...]) -> None:
     """The input becomes uint8, its old axes in `order`; `head.codes` has the axes of the traced value."""
     model, pixels = head.model, head.codes
     permute_dims(pixels, pixels, order)
     pixels.dtype = DataType.UINT8
     for node, seen in trace.shapes:
-        _keep_shape(head, node, pixels, [order.index(axis) for axis in seen])
+        _preserve_shape(head, node, pixels, [order.index(axis) for axis in seen])
     perm = [order.index(axis) for axis in trace.order]
     if perm != sorted(perm):
         turn = model.build("Transpose", [pixels], name=f"{head.name}_turned", attributes={"perm": perm}, like=pixels)
@@ -216,7 +218,7 @@ def _turn(head: _Head, trace: _Trace, order: tuple[int, ...]) -> None:
         head.codes = head.add(turn)
 
 
-def _keep_shape(head: _Head, node: Node, pixels: Value, perm: list[int]) -> None:
+def _preserve_shape(head: _ModelHead, node: Node, pixels: Value, perm: list[int]) -> None:
     """A Shape node goes on to give what it gave: the lengths of axes `perm` of the pixels, or the part it asks for."""
     wanted = perm[slice(attribute(node, "start", 0), attribute(node, "end"))]
     if perm == sorted(perm):
@@ -230,40 +232,40 @@ def _keep_shape(head: _Head, node: Node, pixels: Value, perm: list[int]) -> None
 # -- the normalisation -------------------------------------------------------------------------------------------------
 
 
-def _normalise(head: _Head, trace: _Trace, readers: list[Node], dtype: DataType) -> list[Finding]:
+def _normalise(head: _ModelHead, trace: _InputTrace, readers: list[Node], dtype: DataType) -> list[Finding]:
     """Give every reader of the traced value what it read before, made of pixels."""
-    zero = np.clip(np.rint(trace.zero), 0, WHITE)
+    zero = np.clip(np.rint(trace.zero), 0, LARGEST_PIXEL)
     gain = trace.gain[0]
-    alike = np.all(trace.gain == gain) and np.all(np.abs(trace.zero - zero[0]) < WHOLE)
+    alike = np.all(trace.gain == gain) and np.all(np.abs(trace.zero - zero[0]) < WHOLE_NUMBER_TOLERANCE)
     if dtype == DataType.FLOAT and alike and gain > 0:
-        head.model.redirect(trace.value, _dequantized(head, head.codes, gain, zero[0]), readers=readers)
+        head.model.redirect(trace.value, _add_dequantizer(head, head.codes, gain, zero[0]), readers=readers)
         return [Change("embed", head.name, "its normalisation became scale and zero point of the pixels")]
     found: list[Finding] = []
     left, reasons = [], []
     for node in readers:
         try:
-            found.append(_fold_into(head, node, trace, dtype))
+            found.append(_fold_into_conv(head, node, trace, dtype))
         except EditRefused as reason:
             left.append(node)
             reasons.append(str(reason))
     if left:
-        found += _normalise_in_front(head, trace, left, dtype, "; ".join(dict.fromkeys(reasons)))
+        found += _normalise_pixels(head, trace, left, dtype, "; ".join(dict.fromkeys(reasons)))
     return found
 
 
-def _dequantized(head: _Head, codes: Value, scale: float, zero: float) -> Value:
-    inputs, name = [codes, *_grid(head.model, scale, zero)], f"{head.name}_pixels"
+def _add_dequantizer(head: _ModelHead, codes: Value, scale: float, zero: float) -> Value:
+    inputs, name = [codes, *_make_quantization_constants(head.model, scale, zero)], f"{head.name}_pixels"
     return head.add(head.model.build("DequantizeLinear", inputs, name=name, like=codes, dtype=DataType.FLOAT))
 
 
-def _grid(model: Model, scale: float, zero: float) -> tuple[Value, Value]:
+def _make_quantization_constants(model: Model, scale: float, zero: float) -> tuple[Value, Value]:
     return (
         model.constant("scale", np.asarray(scale, np.float32)),
         model.constant("zero_point", np.asarray(zero, np.uint8)),
     )
 
 
-def _fold_into(head: _Head, conv: Node, trace: _Trace, dtype: DataType) -> Change:
+def _fold_into_conv(head: _ModelHead, conv: Node, trace: _InputTrace, dtype: DataType) -> Change:
     """Let a Conv work on pixels. Raises Refused before anything is changed."""
     if standard_op_type(conv) != "Conv" or dtype != DataType.FLOAT or not reads_as_data(conv, trace.value, head.model):
         raise EditRefused(f"{describe_node(conv)} reads the pixels")
@@ -273,28 +275,30 @@ def _fold_into(head: _Head, conv: Node, trace: _Trace, dtype: DataType) -> Chang
     zero = np.rint(trace.zero)
     pads = explicit_pads(conv, 2)
     padded = pads is None or any(pads)
-    if padded and not (zero.min() >= 0 and zero.max() <= WHITE):
+    if padded and not (zero.min() >= 0 and zero.max() <= LARGEST_PIXEL):
         raise EditRefused(f"{describe_node(conv)} pads with zeros, which no pixel stands for")
-    if padded and head.exact and np.any(np.abs(trace.zero - zero) > WHOLE):
+    if padded and head.exact and np.any(np.abs(trace.zero - zero) > WHOLE_NUMBER_TOLERANCE):
         raise EditRefused(f"{describe_node(conv)} pads with zeros, between two pixels, and runs in float all the same")
-    widths = _widths(conv, head.codes) if padded and np.ptp(zero) else None
+    widths = _padding_widths(conv, head.codes) if padded and np.ptp(zero) else None
     # Where the layer itself pads, all channels have this code. Elsewhere any would do: in the middle, what rounding
     # does to the weights is not multiplied by the mean of all pixels.
-    middle = float(np.clip(np.rint(zero.mean()), 0, WHITE))
+    middle = float(np.clip(np.rint(zero.mean()), 0, LARGEST_PIXEL))
     layer = scale_inputs(layer, trace.gain, trace.shift + trace.gain * middle)
     check_finite(layer)
     write_layer(head.model, layer)
     codes = head.codes
     if widths is not None:
-        codes = _padded(head, zero.astype(np.uint8), widths)
+        codes = _pad_with_border(head, zero.astype(np.uint8), widths)
         drop_attribute(conv, "auto_pad")
         set_attribute(conv, "pads", [0, 0, 0, 0])
-    head.model.set_input(conv, 0, _dequantized(head, codes, 1.0, middle))
+    head.model.set_input(conv, 0, _add_dequantizer(head, codes, 1.0, middle))
     border = f", which pads with pixels [{', '.join(f'{code:g}' for code in zero)}]" if padded else ""
-    return Change("embed", title(conv), f"{FOLDED} it{border}", f"{FOLDED} the first Conv{border}")
+    return Change(
+        "embed", title(conv), f"{FOLDED_NORMALISATION} it{border}", f"{FOLDED_NORMALISATION} the first Conv{border}"
+    )
 
 
-def _widths(conv: Node, data: Value) -> list[int]:
+def _padding_widths(conv: Node, data: Value) -> list[int]:
     """How many rows and columns a Conv pads: top, left, bottom, right. Raises Refused where the size decides."""
     pads = explicit_pads(conv, 2)
     if pads is not None:
@@ -316,7 +320,7 @@ def _widths(conv: Node, data: Value) -> list[int]:
     return before + after
 
 
-def _padded(head: _Head, zero: NDArray[np.uint8], widths: list[int]) -> Value:
+def _pad_with_border(head: _ModelHead, zero: NDArray[np.uint8], widths: list[int]) -> Value:
     """The pixels with a border of one code a channel."""
     model, count = head.model, len(zero)
     top, left, bottom, right = widths
@@ -342,7 +346,9 @@ def _padded(head: _Head, zero: NDArray[np.uint8], widths: list[int]) -> Value:
     return head.add(joined)
 
 
-def _normalise_in_front(head: _Head, trace: _Trace, readers: list[Node], dtype: DataType, why: str) -> list[Finding]:
+def _normalise_pixels(
+    head: _ModelHead, trace: _InputTrace, readers: list[Node], dtype: DataType, why: str
+) -> list[Finding]:
     """Scale and shift the pixels in front of some readers, and let `fold` have what it can."""
     model, name = head.model, head.name
     cast = model.build("Cast", [head.codes], name=f"{name}_float", attributes={"to": int(dtype)}, like=head.codes)
@@ -359,12 +365,15 @@ def _normalise_in_front(head: _Head, trace: _Trace, readers: list[Node], dtype: 
     )
     model.redirect(trace.value, head.add(shifted), readers=readers)
     head.insert()
-    layers = _fold_ahead(model)
+    layers = _fold_into_next_layers(model)
     rest = [node for node in (scaled, shifted) if node.graph is not None]
     if not rest and dtype == DataType.FLOAT:
-        model.become(cast, "DequantizeLinear", [head.codes, *_grid(model, 1.0, 0.0)])
+        model.become(cast, "DequantizeLinear", [head.codes, *_make_quantization_constants(model, 1.0, 0.0)])
     if not rest:
-        return [Change("embed", layer, f"{FOLDED} it", f"{FOLDED} the first layer") for layer in layers]
+        return [
+            Change("embed", layer, f"{FOLDED_NORMALISATION} it", f"{FOLDED_NORMALISATION} the first layer")
+            for layer in layers
+        ]
     # Sub and Div: unlike Mul and Add they are not taken for work that is worth quantizing its data first
     if shifted in rest:
         model.become(scaled, "Sub", [data, numbers("mean", trace.zero)])
@@ -374,7 +383,7 @@ def _normalise_in_front(head: _Head, trace: _Trace, readers: list[Node], dtype: 
     return [Skipped("embed", name, f"normalised in float: {why}")]
 
 
-def _fold_ahead(model: Model) -> list[str]:
+def _fold_into_next_layers(model: Model) -> list[str]:
     """Move scales and shifts into the layers behind. Returns the names of these layers."""
     layers: dict[str, None] = {}
     while True:

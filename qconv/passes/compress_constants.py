@@ -11,26 +11,26 @@ import numpy as np
 from qconv.errors import Change, Finding
 from qconv.ir.model import DataType, Model, Value, constant_array
 
-WORTHWHILE = 4096  # bytes; below, the two nodes cost as much as they save
-MOST_VALUES = 256
+LEAST_BYTES = 4096  # bytes; below, the two nodes cost as much as they save
+MOST_TABLE_VALUES = 256
 
 
-def shrink(model: Model) -> list[Finding]:
+def compress_constants(model: Model) -> list[Finding]:
     """Rewrite the float constants of a quantized model in place."""
-    return [*_share_equal(model), *_tabulate(model)]
+    return [*_deduplicate_constants(model), *_replace_by_tables(model)]
 
 
 def _float_constants(model: Model) -> list[tuple[Value, np.ndarray]]:
     found = []
     for value in list(model.graph.initializers.values()):
-        if value.dtype == DataType.FLOAT and value.const_value is not None and value.const_value.nbytes >= WORTHWHILE:
+        if value.dtype == DataType.FLOAT and value.const_value is not None and value.const_value.nbytes >= LEAST_BYTES:
             numbers = constant_array(value)
             if numbers is not None and not value.is_graph_output():
                 found.append((value, numbers))
     return found
 
 
-def _share_equal(model: Model) -> list[Finding]:
+def _deduplicate_constants(model: Model) -> list[Finding]:
     first: dict[tuple[tuple[int, ...], bytes], Value] = {}
     findings: list[Finding] = []
     for value, numbers in _float_constants(model):
@@ -44,12 +44,12 @@ def _share_equal(model: Model) -> list[Finding]:
     return findings
 
 
-def _tabulate(model: Model) -> list[Finding]:
+def _replace_by_tables(model: Model) -> list[Finding]:
     findings: list[Finding] = []
     for value, numbers in _float_constants(model):
         # compared as bits: -0.0 is not 0.0, and NaN keeps its payload
         table, codes = np.unique(numbers.view(np.uint32), return_inverse=True)
-        if len(table) > MOST_VALUES:
+        if len(table) > MOST_TABLE_VALUES:
             continue
         name = value.name or ""
         readers = model.readers(value)

@@ -14,11 +14,11 @@ from qconv.errors import Change
 from qconv.ir.model import Model, Node, Value
 from qconv.planning.plan import Plan
 
-STEP = "plan"
-ENOUGH = 8
+REPORT_STEP = "plan"
+FULL_PRECISION_BITS = 8
 
 
-def round_apart(model: Model, plan: Plan) -> dict[str, str]:
+def requantize_for_layers(model: Model, plan: Plan) -> dict[str, str]:
     """Give layers an Identity of their own where others read the same tensor of fewer than 8 bits.
 
     Returns the names of the tensors, each with that of what its layers read now. The plan is for the model before.
@@ -31,7 +31,7 @@ def round_apart(model: Model, plan: Plan) -> dict[str, str]:
     found: dict[str, str] = {}
     for value, readers in layers.items():
         spec, maker = plan.activations[value].spec, value.producer()
-        if spec is None or spec.bits >= ENOUGH or maker is None or len(groups[value]) > 1:
+        if spec is None or spec.bits >= FULL_PRECISION_BITS or maker is None or len(groups[value]) > 1:
             continue
         if set(model.readers(value)) == set(readers) and not value.is_graph_output():
             continue
@@ -42,7 +42,7 @@ def round_apart(model: Model, plan: Plan) -> dict[str, str]:
     return found
 
 
-def in_words(found: dict[str, str]) -> list[Change]:
+def describe_requantization(found: dict[str, str]) -> list[Change]:
     """What was done, for the report."""
     what = "rounded to 8 bits, and once more for the layers that read it"
-    return [Change(STEP, name, what, "tensors rounded to 8 bits, and once more for layers") for name in found]
+    return [Change(REPORT_STEP, name, what, "tensors rounded to 8 bits, and once more for layers") for name in found]

@@ -1,0 +1,386 @@
+"""The noise model predicts quantization noise as a function of channel scales s, and finds the scales that minimize it.
+
+    activations step_x^2 * sum over c of g_c s_c^2                              step_x = max of range_c / s_c, in codes
+    weights     sum over o of g_o step_o^2 * sum over i of v_i / s_i^2          step_o = max over i of |W_oi| s_i
+                step^2 * sum over o of g_o s_o^2 * sum over i of v_i / s_i^2    step = max over o, i of |W_oi| s_i / s_o
+    g_c = sum over layers that read channel c, over o, k of W[o, c, k]^2 * share * g_o / (sum over o of g_o Var[y_o])
+
+g is what a unit of noise in a channel is worth at the outputs, v_i the power of a weight's input. All terms are
+posynomials, convex in log s (Boyd et al. 2007, geometric programming); maxima are smoothed to norms of order
+NORM_ORDER and descended with projected Adam (Kingma and Ba 2014, arXiv 1412.6980). The result is judged with the
+maxima. Next to layers rounded singly in real networks g is right to a factor of a few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.calibration.observer import ChannelRanges
+from qconv.ir.layers import Float64, read_layer
+from qconv.ir.model import Model, Value
+from qconv.passes.scale_groups import LayerScaleGroups, ScaleGroups
+from qconv.planning.plan import LayerPlan, Plan
+from qconv.quantizer import PerTensor
+
+# What rounding costs as a function of channel scales, and the scales that make it least.
+#
+# Scales s divide tensors and multiply what reads them (streams.py). A rounding error of a tensor's codes counts s_c
+# times as much in the units of the unscaled network, and one of a weight meets a value that is 1/s_c as large; steps
+# follow ranges, and step^2 / 12 is the square of an error:
+#
+#     codes      step_x^2 * sum over c of g_c s_c^2                              step_x = max of range_c / s_c, in codes
+#     weights    sum over o of g_o step_o^2 * sum over i of v_i / s_i^2          step_o = max over i of |W_oi| s_i
+#                step^2 * sum over o of g_o s_o^2 * sum over i of v_i / s_i^2    step = max over o, i of |W_oi| s_i /
+# s_o
+#
+# (the last where a layer has one scale for all its weights). g is what a unit of noise in a channel is worth, v_i the
+# power of what a weight is multiplied with.
+#
+# Filling the ranges of a tensor takes precision from the weights that read it: there is an optimum between. All terms
+# are posynomials, whose logarithms are convex in log s, so that there is only one: Boyd et al. 2007, A Tutorial on
+# Geometric Programming. The maxima are smoothed to norms of order ORDER for the descent of the logarithm of their sum
+# (Adam, Kingma and Ba 2014, arXiv 1412.6980, projected on the bounds), whose slopes are as large where the noise has
+# become small; what comes of it is judged with the maxima themselves.
+
+
+Classes = NDArray[np.int64]
+
+NORM_ORDER = 32
+
+DESCENT_STEPS = 150
+
+FIRST_RATE, LAST_RATE = 0.15, 0.003
+
+DECAY, DECAY_OF_SQUARES = 0.9, 0.97
+
+TINY = 1e-300
+
+FLAT_SLOPE = 1e-4
+"""Slopes below this share of a term's mean part, which Adam would take for directions, tell of channels that hardly
+count: the model of the noise is no better than that, and these stay where they are."""
+
+
+class NoiseTerm(Protocol):
+    """One source of noise. u: log s of every class."""
+
+    def noise(self, u: Float64) -> float:
+        """With the maxima as they are."""
+
+    def slope(self, u: Float64, into: Float64) -> float:
+        """The noise with smoothed maxima; its derivative is added to `into`, (classes,)."""
+
+    def classes(self) -> Classes:
+        """On whose scales it depends."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActivationNoise:
+    """Tensors that share a step. channels: their classes, (n,); lows, highs: their ranges, lows <= 0 <= highs; gains:
+    (n,). levels: steps in the range."""
+
+    channels: Classes
+    lows: Float64
+    highs: Float64
+    gains: Float64
+    levels: float
+
+    def classes(self) -> Classes:
+        """See Term."""
+        return self.channels
+
+    def noise(self, u: Float64) -> float:
+        """See Term."""
+        s = np.exp(u[self.channels])
+        width = float((self.highs / s).max(initial=0.0) - (self.lows / s).min(initial=0.0))
+        return float(width**2 / (12 * self.levels**2) * (self.gains @ s**2))
+
+    def slope(self, u: Float64, into: Float64) -> float:
+        """See Term."""
+        s = np.exp(u[self.channels])
+        high, of_high = _smooth_maximum(self.highs / s)
+        low, of_low = _smooth_maximum(-self.lows / s)
+        worth = self.gains * s**2
+        width = high + low
+        found = 2 * width**2 * worth - 2 * width * worth.sum() * (high * of_high + low * of_low)
+        scale = 1 / (12 * self.levels**2)
+        np.add.at(into, self.channels, found * scale)
+        return float(width**2 * worth.sum() * scale)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightNoise:
+    """The weights of a layer of G groups.
+
+    inputs, outputs: classes (I,), (O,). largest: (G, O/G, I/G), of each output and input the largest magnitude over
+    kernel positions. powers: (I,), of what meets the weights, summed over kernel positions. gains: (O,). levels: codes
+    above zero. whole: whether all weights share one scale, else those of each output do.
+    """
+
+    inputs: Classes
+    outputs: Classes
+    largest: Float64
+    powers: Float64
+    gains: Float64
+    levels: float
+    whole: bool
+    _rows: Float64  # (G, O/G), the largest of each output
+    _raised: Float64  # (largest / its output's)^ORDER
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Classes,
+        outputs: Classes,
+        largest: Float64,
+        powers: Float64,
+        gains: Float64,
+        *,
+        levels: float,
+        whole: bool,
+    ) -> WeightNoise:
+        """With what is computed once."""
+        rows = largest.max(axis=2)
+        raised = largest / np.maximum(rows, TINY)[:, :, None]
+        for _ in range(NORM_ORDER.bit_length() - 1):
+            np.square(raised, out=raised)
+        return cls(inputs, outputs, largest, powers, gains, levels, whole, rows, raised)
+
+    def classes(self) -> Classes:
+        """See Term: the outputs count only where one scale is for all of them."""
+        return np.concatenate([self.inputs, self.outputs]) if self.whole else self.inputs
+
+    def noise(self, u: Float64) -> float:
+        """See Term."""
+        groups, gains, powers = self._at(u)
+        s = np.exp(u[self.inputs]).reshape(groups, 1, -1)
+        rows = (self.largest * s).max(axis=2)  # (G, O/G)
+        if self.whole:
+            out = np.exp(u[self.outputs]).reshape(groups, -1)
+            found = float((rows / out).max()) ** 2 * float((gains * out**2).sum(axis=1) @ powers.sum(axis=1))
+        else:
+            found = float((gains * rows**2).sum(axis=1) @ powers.sum(axis=1))
+        return found / (12 * self.levels**2)
+
+    def slope(self, u: Float64, into: Float64) -> float:
+        """See Term."""
+        groups, gains, powers = self._at(u)
+        top = u[self.inputs].reshape(groups, -1)
+        most = top.max(axis=1, keepdims=True)
+        high = np.exp(NORM_ORDER * (top - most))  # (G, I/G), at most 1
+        sums = np.matmul(self._raised, high[:, :, None])[:, :, 0]  # (G, O/G)
+        np.maximum(sums, TINY, out=sums)
+        rows = self._rows * np.exp(most) * sums ** (1 / NORM_ORDER)
+        power = powers.sum(axis=1, keepdims=True)  # (G, 1)
+        scale = 1 / (12 * self.levels**2)
+        if self.whole:
+            out = np.exp(u[self.outputs]).reshape(groups, -1)
+            worth = gains * out**2
+            step, shares = _smooth_maximum(rows / out)
+            total = step**2 * float(worth.sum(axis=1) @ power[:, 0])
+            of_rows = total * shares  # d(total) / d(log rows), halved
+            meet = step**2 * worth.sum(axis=1, keepdims=True)
+            np.add.at(into, self.outputs, 2 * scale * (step**2 * worth * power - of_rows).reshape(-1))
+        else:
+            of_rows = gains * rows**2 * power
+            meet = (gains * rows**2).sum(axis=1, keepdims=True)
+        pulled = np.matmul((of_rows / sums)[:, None, :], self._raised)[:, 0] * high
+        np.add.at(into, self.inputs, 2 * scale * (pulled - meet * powers).reshape(-1))
+        return float((meet * powers).sum() * scale)
+
+    def _at(self, u: Float64) -> tuple[int, Float64, Float64]:
+        groups = len(self.largest)
+        powers = (self.powers * np.exp(-2 * u[self.inputs])).reshape(groups, -1)
+        return groups, self.gains.reshape(groups, -1), powers
+
+
+def _smooth_maximum(x: Float64) -> tuple[float, Float64]:
+    """The norm of order ORDER of numbers that are not negative, and how much of it each is: d log(norm) / d log(x)."""
+    most = float(x.max(initial=0.0))
+    if most == 0:
+        return 0.0, np.zeros_like(x)
+    raised = (x / most) ** NORM_ORDER
+    total = float(raised.sum())
+    return most * total ** (1 / NORM_ORDER), raised / total
+
+
+def total_noise(terms: Sequence[NoiseTerm], u: Float64) -> float:
+    """The noise of all terms."""
+    return sum(term.noise(u) for term in terms)
+
+
+def minimize_noise(
+    terms: Sequence[NoiseTerm], lowest: Float64, highest: Float64, steps: int = DESCENT_STEPS
+) -> Float64:
+    """log s (classes,) between the bounds with about the least noise; zeros where nothing gains.
+
+    lowest <= 0 <= highest: equal where a class is fixed.
+    """
+    u = np.zeros_like(lowest)
+    floor = FLAT_SLOPE / max(1, len(terms))
+    mean, squares = np.zeros_like(u), np.zeros_like(u)
+    for step in range(steps):
+        slope = np.zeros_like(u)
+        noise = sum(term.slope(u, slope) for term in terms)
+        slope /= noise + TINY
+        mean += (1 - DECAY) * (slope - mean)
+        squares += (1 - DECAY_OF_SQUARES) * (slope**2 - squares)
+        rate = FIRST_RATE * (LAST_RATE / FIRST_RATE) ** (step / max(1, steps - 1))
+        moved = mean / (1 - DECAY ** (step + 1)) / (np.sqrt(squares / (1 - DECAY_OF_SQUARES ** (step + 1))) + floor)
+        u = np.clip(u - rate * moved, lowest, highest)
+    return u if total_noise(terms, u) < total_noise(terms, np.zeros_like(u)) else np.zeros_like(u)
+
+
+# What noise in a channel is worth, layer by layer from the last to the first, and with it all sources of noise.
+#
+#     g_c = sum over layers that read channel c, over o, k of W[o, c, k]^2 * share * g_o / (sum over o of g_o Var[y_o])
+#
+# Noise counts as a share of the signal in what the next layer makes of it, weighed by those behind. y is the signal
+# that the layer adds to: its own output, or the stream behind the Add that alone reads it. Inside a residual branch
+# noise counts by the branch's share in the stream. A channel's mean counts little in what meets a weight, as bias
+# correction takes back what comes of it (MEAN_COUNTS). Beside single layers rounded in real networks this is right to a
+# factor of a few.
+
+
+MEAN_WEIGHT = 0.1
+
+MOST_WEIGHTS = 2**22
+
+LEAST_SIGNAL = 1e-30
+"""Variance below which a layer is taken to say the same of all pictures: no noise counts against that."""
+
+PASS_THROUGH_OPS = frozenset({"Add", "Relu", "Clip", "LeakyRelu", "PRelu"})
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelObservations:
+    """The tensors with one number a channel."""
+
+    streams: ScaleGroups
+    channels: Mapping[str, ChannelRanges]
+
+    def of(self, value: Value | None) -> ChannelRanges | None:
+        """What is known of a tensor that has classes; None where nothing is."""
+        classes = None if value is None else self.streams.of.get(value)
+        found = None if value is None else self.channels.get(value.name or "")
+        return found if found is not None and classes is not None and found.low.size == classes.size else None
+
+    def powers(self, value: Value | None, channels: int) -> tuple[Float64, Float64] | None:
+        """E[x^2] and what of it bias correction cannot take back, of every channel, (C,) each."""
+        found = None if value is None else self.channels.get(value.name or "")
+        if found is None or found.mean is None or found.spread is None or found.low.size != channels:
+            return None
+        return found.spread + found.mean**2, found.spread + MEAN_WEIGHT * found.mean**2
+
+    def made(self, value: Value) -> tuple[Float64, Float64] | None:
+        """The variance of what a layer makes, and of the signal that it adds to, behind activations and
+        Adds, (C,) each.
+
+        None where nobody watched.
+        """
+        found: list[Float64] = []
+        while (classes := self.streams.of.get(value)) is not None:
+            seen = self.of(value)
+            if seen is not None and seen.spread is not None:
+                found.append(seen.spread)
+            readers = {use.node for use in value.uses()}
+            if len(readers) != 1 or value.is_graph_output():
+                break
+            (reader,) = readers
+            behind = self.streams.of.get(reader.outputs[0])
+            if reader.op_type not in PASS_THROUGH_OPS or behind is None or behind.size != classes.size:
+                break
+            value = reader.outputs[0]
+        return (found[0], found[-1]) if found else None
+
+
+@dataclass(slots=True, eq=False)
+class _NoiseGains:
+    """Of every class, by the layers seen so far, from the last to the first.
+
+    noise: what a unit of noise in it is worth, (classes,). share: the largest part that a layer which reads it has in
+    the signal, (classes,): what is added to a large stream counts little.
+    """
+
+    noise: Float64
+    share: Float64
+
+
+def collect_noise_terms(model: Model, plan: Plan, seen: ChannelObservations) -> list[NoiseTerm]:
+    """Every source of noise of the quantized network, as a function of the scales of classes."""
+    streams = seen.streams
+    worth = _NoiseGains(np.zeros(streams.fixed.size), np.zeros(streams.fixed.size))
+    at = {ends.node: ends for ends in streams.layers}
+    quantized = {layer.node: layer for layer in plan.layers}
+    gains: dict[Value, Float64] = {}
+    terms: list[NoiseTerm] = []
+    for node in reversed(model.nodes()):
+        for value in node.outputs:
+            if value in streams.of:
+                gains[value] = worth.noise[streams.of[value]]
+        if node in at:
+            terms += _add_weight_noise(at[node], quantized.get(node), seen, worth)
+    for group in dict.fromkeys(plan.group_of().values()):
+        codes = _make_activation_noise(plan, group, seen, gains)
+        if codes is not None:
+            terms.append(codes)
+    return terms
+
+
+def _add_weight_noise(
+    ends: LayerScaleGroups, layer: LayerPlan | None, seen: ChannelObservations, worth: _NoiseGains
+) -> list[NoiseTerm]:
+    """The noise of a layer's weights; `worth` of its inputs is brought up to date."""
+    own = read_layer(ends.node)
+    powers = seen.powers(ends.node.inputs[0], own.inputs)
+    groups, kernel = own.weight.shape[0], own.weight.shape[3]
+    squares = np.einsum("goik,goik->goi", own.weight, own.weight, dtype=np.float64)
+    gains, share = worth.noise[ends.outputs], float(worth.share[ends.outputs].max(initial=0.0))
+    if not gains.any():  # the network's output, or an operator reads it that says nothing
+        gains, share = np.ones_like(gains), 1.0
+    made = seen.made(ends.node.outputs[0])
+    if made is None:
+        signal = np.ones(own.inputs) if powers is None else powers[0]
+        made = (np.einsum("goi,gi->go", squares, signal.reshape(groups, -1)).reshape(-1),) * 2
+    alone, joined = (float(gains @ power) for power in made)
+    if joined < LEAST_SIGNAL:
+        return []
+    gains = (share * gains / joined).reshape(groups, -1)
+    np.add.at(worth.noise, ends.inputs, np.einsum("go,goi->gi", gains, squares).reshape(-1))
+    np.maximum.at(worth.share, ends.inputs, share * min(1.0, alone / joined))
+    if layer is None or powers is None:
+        return []
+    whole = isinstance(layer.weight.granularity, PerTensor)
+    if not whole and own.weight.shape[2] == 1:
+        return []  # a depthwise layer's rounding is relative to each channel, whatever its scale
+    largest = np.abs(own.weight).max(axis=3).astype(np.float64)
+    outputs = ends.outputs.reshape(groups, -1)
+    every = -(-largest.size // MOST_WEIGHTS)
+    if every > 1:  # some of the outputs stand for all
+        largest, outputs, gains = largest[:, ::every], outputs[:, ::every], gains[:, ::every] * every
+    levels = max((layer.weight.qmax - layer.weight.qmin) / 2, 1.0)
+    classes = ends.inputs, np.ascontiguousarray(outputs).reshape(-1)
+    powers_met = kernel * powers[1]
+    return [WeightNoise.of(*classes, largest, powers_met, gains.reshape(-1).copy(), levels=levels, whole=whole)]
+
+
+def _make_activation_noise(
+    plan: Plan, group: tuple[Value, ...], seen: ChannelObservations, gains: Mapping[Value, Float64]
+) -> ActivationNoise | None:
+    spec = plan.activations[group[0]].spec
+    known = [(value, found) for value in group if (found := seen.of(value)) is not None and value in gains]
+    if spec is None or group[0] in plan.given or not known:
+        return None
+    lows = np.concatenate([found.lowest for _, found in known])
+    highs = np.concatenate([found.highest for _, found in known])
+    if spec.symmetric and lows.any():
+        highs = np.maximum(highs, -lows)
+        lows = -highs
+    channels = np.concatenate([seen.streams.of[value] for value, _ in known])
+    return ActivationNoise(
+        channels, lows, highs, np.concatenate([gains[value] for value, _ in known]), 2.0**spec.bits - 1
+    )
