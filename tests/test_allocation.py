@@ -22,10 +22,10 @@ from qconv.config.choices import NAMED_RECIPES, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.planning.planner import NO_CHANNEL_SCALE_KERNEL
-from qconv.quantization import channel_bits, weight_ranges
-from qconv.quantization.allocation import allocate, closed_form
-from qconv.quantization.rows import tensor_rows
-from qconv.quantization.saturation import worst_pair
+from qconv.quantization import weight_ranges
+from qconv.quantization.overflow import worst_pair_ratio
+from qconv.quantization.parameters import make_tensor_rows
+from qconv.quantization.weight_ranges import allocate_bits, optimal_bits
 from qconv.quantizer import PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.runtime.session import Session
 
@@ -41,25 +41,25 @@ def cost(alpha: NDArray[np.float64], bits: NDArray[Any]) -> float:
 
 def test_the_closed_form_by_hand() -> None:
     """8^(2/3) = 4 and 1^(2/3) = 1: of 2 * 2^2 = 8 levels 6.4 and 1.6. 27, 8, 1: of 48 levels 9/14, 4/14 and 1/14."""
-    assert closed_form(np.array([8.0, 1.0]), 2) == pytest.approx(np.log2([6.4, 1.6]))
-    assert closed_form(np.array([27.0, 8.0, 1.0]), 4) == pytest.approx(np.log2(np.array([9, 4, 1]) * 48 / 14))
+    assert optimal_bits(np.array([8.0, 1.0]), 2) == pytest.approx(np.log2([6.4, 1.6]))
+    assert optimal_bits(np.array([27.0, 8.0, 1.0]), 4) == pytest.approx(np.log2(np.array([9, 4, 1]) * 48 / 14))
 
 
 def test_whole_bits_by_hand() -> None:
     """log2 of 6.4 and 1.6 round to 3 and 1. 4.95, 3.78, 1.78 round to 11 bits of 12: the widest has most to gain."""
-    assert allocate(np.array([8.0, 1.0]), 2, least=1, most=8).tolist() == [3, 1]
-    assert allocate(np.array([27.0, 8.0, 1.0]), 4, least=1, most=8).tolist() == [6, 4, 2]
+    assert allocate_bits(np.array([8.0, 1.0]), 2, least=1, most=8).tolist() == [3, 1]
+    assert allocate_bits(np.array([27.0, 8.0, 1.0]), 4, least=1, most=8).tolist() == [6, 4, 2]
 
 
 def test_bounds_hold_and_what_they_take_goes_to_others() -> None:
     """1000^(2/3) = 100: 33.2 of 34 levels, 5 bits, and the rest of 8 * 3 bits is out of the reach of bounds."""
-    assert allocate(np.array([1000.0, 1.0]), 4, least=2, most=5).tolist() == [5, 3]
-    assert allocate(np.array([1000.0, 1.0, 1.0]), 2, least=2, most=8).tolist() == [2, 2, 2]
+    assert allocate_bits(np.array([1000.0, 1.0]), 4, least=2, most=5).tolist() == [5, 3]
+    assert allocate_bits(np.array([1000.0, 1.0, 1.0]), 2, least=2, most=8).tolist() == [2, 2, 2]
 
 
 def test_channels_without_a_range() -> None:
-    assert allocate(np.zeros(3), 4, least=2, most=8).tolist() == [4, 4, 4]
-    assert allocate(np.array([0.0, 1.0, 1.0]), 4, least=2, most=8).tolist() == [2, 5, 5]
+    assert allocate_bits(np.zeros(3), 4, least=2, most=8).tolist() == [4, 4, 4]
+    assert allocate_bits(np.array([0.0, 1.0, 1.0]), 4, least=2, most=8).tolist() == [2, 5, 5]
 
 
 ALPHAS = st.lists(st.floats(0, 1e6) | st.floats(0.1, 10), min_size=1, max_size=6)
@@ -68,12 +68,12 @@ ALPHAS = st.lists(st.floats(0, 1e6) | st.floats(0.1, 10), min_size=1, max_size=6
 @given(ALPHAS, st.integers(2, 8), st.sampled_from([1, 2]))
 def test_the_mean_is_kept_and_nothing_is_lost(alphas: list[float], mean: int, least: int) -> None:
     alpha = np.array(alphas)
-    bits = allocate(alpha, mean, least=least, most=8)
+    bits = allocate_bits(alpha, mean, least=least, most=8)
     assert bits.sum() == len(alpha) * mean
     assert bits.min() >= least
     assert bits.max() <= 8
     assert cost(alpha, bits) <= cost(alpha, np.full(len(alpha), mean)) * (1 + 1e-9)
-    levels = closed_form(alpha, mean)
+    levels = optimal_bits(alpha, mean)
     assert np.sum(2.0**levels) == pytest.approx(len(alpha) * 2**mean)
 
 
@@ -83,7 +83,7 @@ def test_it_is_near_the_best_of_all_divisions(alphas: list[float]) -> None:
     alpha = np.array(alphas)
     tried = itertools.product(range(1, 9), repeat=len(alpha))
     best = min(cost(alpha, np.array(bits)) for bits in tried if sum(bits) == 4 * len(alpha))
-    assert cost(alpha, allocate(alpha, 4, least=1, most=8)) <= 3 * best
+    assert cost(alpha, allocate_bits(alpha, 4, least=1, most=8)) <= 3 * best
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -100,18 +100,18 @@ def test_of_laplace_weights_less_is_lost_than_with_the_same_bits_for_all(calibra
     weight = laplace([0.1, 0.2, 0.5, 1.0, 4.0, 8.0])
     spec = QuantSpec(4, True, True, PerChannel(axis))
     stored = weight if axis == 0 else weight.T
-    params = channel_bits.of_weights(stored, spec, calibrator)
+    params = weight_ranges.make_weight_channel_params(stored, spec, calibrator)
     assert params.bits is not None
     assert params.bits.mean() == 4
     assert np.all(np.diff(params.bits) >= 0)
-    plain = spec.from_range(*weight_ranges.WEIGHT_RANGES[calibrator](stored, spec))
+    plain = spec.from_range(*weight_ranges.WEIGHT_RANGE_ESTIMATORS[calibrator](stored, spec))
     own, same = (np.sum((p.fake(stored).astype(np.float64) - stored) ** 2) for p in (params, plain))
     assert own < 0.5 * same
 
 
 def test_codes_keep_to_the_bits_of_their_channel() -> None:
     weight = laplace([0.1, 1.0, 10.0])
-    params = channel_bits.of_weights(weight, FOUR, "max")
+    params = weight_ranges.make_weight_channel_params(weight, FOUR, "max")
     assert params.bits is not None
     codes = params.quantize(weight)
     assert np.abs(codes).max(axis=1).tolist() == [2 ** (bits - 1) - 1 for bits in params.bits]
@@ -124,7 +124,7 @@ def test_codes_keep_to_the_bits_of_their_channel() -> None:
 
 def test_every_channel_is_quantized_as_alone() -> None:
     weight = laplace([0.1, 1.0, 10.0])
-    params = channel_bits.of_weights(weight, FOUR, "aciq")
+    params = weight_ranges.make_weight_channel_params(weight, FOUR, "aciq")
     assert params.bits is not None
     for index, bits in enumerate(params.bits):
         alone = QuantSpec(int(bits), True, True, PerTensor())
@@ -150,7 +150,7 @@ def test_of_laplace_tensors_less_is_lost_than_with_the_same_bits_for_all(clips: 
     x = np.stack([laplace(scales, 4000)[:, start::8] for start in range(8)])  # (8, 6, 500)
     x = np.maximum(x, 0) if half else x
     spec = QuantSpec(4, False, False, PerChannel(1))
-    params = channel_bits.of_activations(sketch_of(x), spec, 6, clips=clips)
+    params = weight_ranges.make_activation_channel_params(sketch_of(x), spec, 6, clips=clips)
     assert params.bits is not None
     assert params.bits.mean() == 4
     whole = QuantSpec(4, False, False).from_range(x.min(), x.max())
@@ -166,7 +166,7 @@ def test_the_density_of_each_channel_gives_the_papers_ends() -> None:
     x = np.stack([rng.laplace(0, 2, count), rng.normal(0, 2, count), np.maximum(rng.laplace(0, 2, count), 0)])
     spec = QuantSpec(4, False, False, PerChannel(1))
     columns, ends = x.T.astype(np.float32), (x.min(axis=1), x.max(axis=1))
-    density = channel_bits._Densities(columns, *ends, signed=False)
+    density = weight_ranges._ChannelDensities(columns, *ends, signed=False)
     low, high = density.ranges(np.arange(3), spec)
     assert high == pytest.approx([5.03 * 2, 2.55 * 2, 6.2 * 2], rel=0.03)
     assert low == pytest.approx([-5.03 * 2, -2.55 * 2, 0], rel=0.03)
@@ -174,7 +174,7 @@ def test_the_density_of_each_channel_gives_the_papers_ends() -> None:
 
 def test_a_channel_that_was_zero_in_the_columns_keeps_its_extremes() -> None:
     columns = np.zeros((10, 2), np.float32)
-    density = channel_bits._Densities(columns, np.zeros(2), np.array([3.0, 0.0]), signed=False)
+    density = weight_ranges._ChannelDensities(columns, np.zeros(2), np.array([3.0, 0.0]), signed=False)
     assert [ends.tolist() for ends in density.ranges(np.arange(2), FOUR)] == [[0, 0], [3, 0]]
 
 
@@ -254,15 +254,15 @@ def test_channels_of_8_bits_in_integers_fit_into_16_bits() -> None:
     result = quantized(CHAIN, **options)
     (layer,) = (found for found in result.params.layers if found.layer.node.name == "d")
     assert layer.weight.widest == 8
-    assert worst_pair(layer.codes, 0).max() <= 1
+    assert worst_pair_ratio(layer.codes, 0).max() <= 1
 
 
 def test_the_report_lists_the_bits() -> None:
     result = quantized(CHAIN, **BOTH)
-    rows = {row.why: row.bits for row in tensor_rows(result.plan, result.params) if row.kind == "weight"}
+    rows = {row.why: row.bits for row in make_tensor_rows(result.plan, result.params) if row.kind == "weight"}
     assert rows["weights of c"] == 8  # an edge
     assert np.mean(rows["weights of d"]) == 4  # type: ignore[arg-type]
-    (row,) = (row for row in tensor_rows(result.plan, result.params) if row.name == "r")
+    (row,) = (row for row in make_tensor_rows(result.plan, result.params) if row.name == "r")
     assert len(row.bits) == len(row.scale) == 8  # type: ignore[arg-type]
     kinds = {finding.kind for finding in result.findings if hasattr(finding, "kind")}
     assert {f"{what}: bits given out channel by channel" for what in ("weights", "activations")} <= kinds

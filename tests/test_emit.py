@@ -34,7 +34,7 @@ from qconv.pipeline.pipeline import quantize
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
-from qconv.quantization.params import Params, choose_params
+from qconv.quantization.parameters import Params, choose_params
 from qconv.results.quantize import Audit
 from qconv.runtime.session import Session
 

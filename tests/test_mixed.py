@@ -30,7 +30,7 @@ from qconv.data.dataset import find_files
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.pipeline import Listener, quantize
-from qconv.quantization.refine import EFFORTS
+from qconv.quantization.second_order import ROUNDING_EFFORTS
 from qconv.report import summary
 from qconv.results.quantize import MixedPrecision, Report
 from qconv.runtime.session import Session
@@ -159,7 +159,7 @@ def test_points_are_judged_by_pictures_that_weights_were_not_rounded_on(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     """Of 16 pictures 4 are for the weights. The float network is right on all, so that what changes class is wrong."""
-    few = {name: replace(effort, pictures=4) for name, effort in EFFORTS.items()}
+    few = {name: replace(effort, pictures=4) for name, effort in ROUNDING_EFFORTS.items()}
     monkeypatch.setattr("qconv.search.mixed.EFFORTS", few)
     options = {"rounding": "second-order", "batch": batch, "max_drop": Drop("top1", 0.1), "edge_bits": 2}
     _, result, mixed = searched(pictures, **options)

@@ -8,7 +8,7 @@ import pytest
 from models import loaded
 
 from qconv.ir.layers import weight_rows_of
-from qconv.quantization.patches import Patches
+from qconv.quantization.input_moments import PatchExtractor
 from qconv.runtime.session import Session
 
 LAYERS = [
@@ -55,7 +55,7 @@ def test_rows_times_weights_are_the_outputs(op_type, attributes, shape, weight) 
     )
     (expected,) = Session(proto.SerializeToString()).run_all({"x": x})
     (node,) = loaded(proto).nodes()
-    patches = Patches.of(node, w.shape, x.shape)
+    patches = PatchExtractor.of(node, w.shape, x.shape)
     at = np.arange(patches.positions(x.shape))
     by_group = np.einsum("gnj,goj->gon", patches.rows(x, patches.places(at)), weight_rows_of(node, w))
     if patches.axes:

@@ -27,7 +27,7 @@ from qconv.planning.placement import (
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
-from qconv.quantization.params import choose_params
+from qconv.quantization.parameters import choose_params
 from qconv.runtime.session import Session
 
 PLAIN = Target("plain")

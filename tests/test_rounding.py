@@ -8,8 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from qconv.quantization.moments import moments
-from qconv.quantization.rounding import Grid, descended, fit_of, ordered, resolved, second_order, upper_factor
+from qconv.quantization.gptq import (
+    WeightGrid,
+    descend_coordinates,
+    factor_upper,
+    fit_scale_factors,
+    order_hessian,
+    round_second_order,
+    solve_weights,
+)
+from qconv.quantization.input_moments import accumulate_moments
 
 
 def drawn(seed: int, groups: int = 2, outputs: int = 3, inputs: int = 7, rows: int = 200):
@@ -21,13 +29,13 @@ def drawn(seed: int, groups: int = 2, outputs: int = 3, inputs: int = 7, rows: i
     return weight, hessian, x
 
 
-def grid_for(weight, bits: int = 3) -> Grid:
+def grid_for(weight, bits: int = 3) -> WeightGrid:
     most = 2 ** (bits - 1) - 1
     scale = np.abs(weight).max(axis=2, keepdims=True) / most
-    return Grid(scale, np.zeros_like(scale), -most, most)
+    return WeightGrid(scale, np.zeros_like(scale), -most, most)
 
 
-def by_inverse_updates(weight, hessian, grid: Grid):
+def by_inverse_updates(weight, hessian, grid: WeightGrid):
     """OBQ's own words for one group: round a column, spread its error by the inverse of H, strike the column out."""
     order = np.argsort(-np.diag(hessian), kind="stable")
     left, codes = weight.copy(), np.empty_like(weight)
@@ -53,14 +61,14 @@ def error_of(real: NDArray, weight: NDArray, hessian: NDArray) -> NDArray:
 def test_the_recursion_is_that_of_explicit_inverse_updates(seed) -> None:
     weight, hessian, _ = drawn(seed, groups=1, inputs=150)
     grid = grid_for(weight)
-    found, error = second_order(weight, ordered(hessian, damping=0.0), grid)
+    found, error = round_second_order(weight, order_hessian(hessian, damping=0.0), grid)
     np.testing.assert_allclose(error, error_of(grid.real(found), weight, hessian))
     np.testing.assert_array_equal(found[0], by_inverse_updates(weight[0], hessian[0], grid))
 
 
 def test_the_factor_is_upper_and_a_root() -> None:
     _, hessian, _ = drawn(0)
-    factor = upper_factor(hessian)
+    factor = factor_upper(hessian)
     np.testing.assert_allclose(factor @ np.swapaxes(factor, 1, 2), hessian, atol=1e-9)
     np.testing.assert_array_equal(np.tril(factor[0], -1), 0)
 
@@ -69,7 +77,7 @@ def test_without_a_ridge_the_weights_are_those_of_least_squares() -> None:
     weight, _, x_f = drawn(1)
     x_q = x_f + 0.1 * np.random.default_rng(5).standard_normal(x_f.shape)
     hessian, cross = (np.swapaxes(x, 1, 2) @ x_q / x_q.shape[1] for x in (x_q, x_f))
-    found = resolved(weight, hessian, cross, ridge=0.0)
+    found = solve_weights(weight, hessian, cross, ridge=0.0)
     for g in range(2):
         wanted = x_f[g] @ weight[g].T
         expected, *_ = np.linalg.lstsq(x_q[g], wanted, rcond=None)
@@ -78,7 +86,7 @@ def test_without_a_ridge_the_weights_are_those_of_least_squares() -> None:
 
 def test_a_large_ridge_leaves_the_weights() -> None:
     weight, hessian, _ = drawn(2)
-    np.testing.assert_allclose(resolved(weight, hessian, 0.5 * hessian, ridge=1e9), weight, atol=1e-6)
+    np.testing.assert_allclose(solve_weights(weight, hessian, 0.5 * hessian, ridge=1e9), weight, atol=1e-6)
 
 
 @given(st.integers(0, 10**6), st.integers(2, 6))
@@ -86,7 +94,7 @@ def test_descent_never_errs_more_than_where_it_began(seed, bits) -> None:
     weight, hessian, _ = drawn(seed, inputs=9)
     grid = grid_for(weight, bits)
     start = grid.codes(weight)
-    found = descended(start, weight, hessian, grid, sweeps=3)
+    found = descend_coordinates(start, weight, hessian, grid, sweeps=3)
     before, after = (error_of(grid.real(codes), weight, hessian) for codes in (start, found))
     assert np.all(after <= before * (1 + 1e-9))
     assert np.all(np.abs(found) <= grid.high)
@@ -96,10 +104,10 @@ def test_descent_finds_the_best_codes_of_two_columns() -> None:
     """H = [[1, .9], [.9, 1]], w = (.4, .4) on whole numbers: (0, 1) and (1, 0) err .088, nearest (0, 0) .608."""
     hessian = np.array([[[1.0, 0.9], [0.9, 1.0]]])
     weight = np.array([[[0.4, 0.4]]])
-    grid = Grid(np.ones((1, 1, 1)), np.zeros((1, 1, 1)), -4, 4)
+    grid = WeightGrid(np.ones((1, 1, 1)), np.zeros((1, 1, 1)), -4, 4)
     nearest = grid.codes(weight)
     assert error_of(nearest, weight, hessian) == pytest.approx(0.608)
-    found = descended(nearest, weight, hessian, grid, sweeps=2)
+    found = descend_coordinates(nearest, weight, hessian, grid, sweeps=2)
     assert error_of(found, weight, hessian) == pytest.approx(0.36 + 0.16 - 2 * 0.9 * 0.6 * 0.4)
 
 
@@ -110,7 +118,7 @@ def test_correlated_inputs_gain_by_second_order() -> None:
         grid = grid_for(weight)
         second, first = (
             error_of(grid.real(codes), weight, hessian).sum()
-            for codes in (second_order(weight, ordered(hessian), grid)[0], grid.codes(weight))
+            for codes in (round_second_order(weight, order_hessian(hessian), grid)[0], grid.codes(weight))
         )
         gains.append(second / first)
     assert max(gains) < 1
@@ -120,8 +128,8 @@ def test_correlated_inputs_gain_by_second_order() -> None:
 def test_the_fitted_factor_has_the_least_error() -> None:
     weight, hessian, _ = drawn(3)
     grid = grid_for(weight)
-    codes = second_order(weight, ordered(hessian), grid)[0]
-    numerator, denominator = fit_of(codes, weight, hessian, grid)
+    codes = round_second_order(weight, order_hessian(hessian), grid)[0]
+    numerator, denominator = fit_scale_factors(codes, weight, hessian, grid)
     factor = (numerator / denominator)[:, :, None]
     least = error_of(grid.real(codes) * factor, weight, hessian)
     for other in (0.98, 1.02):
@@ -132,16 +140,16 @@ def test_a_grid_of_its_own_for_each_column() -> None:
     """Zero points and scales by column, as blocks have them: one column after the other, H diagonal, is nearest."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((1, 2, 5))
-    grid = Grid(rng.uniform(0.1, 0.3, (1, 2, 5)), rng.integers(-2, 3, (1, 2, 5)).astype(float), -8, 7)
+    grid = WeightGrid(rng.uniform(0.1, 0.3, (1, 2, 5)), rng.integers(-2, 3, (1, 2, 5)).astype(float), -8, 7)
     hessian = np.diag(rng.uniform(1, 2, 5))[None]
-    np.testing.assert_array_equal(second_order(weight, ordered(hessian), grid)[0], grid.codes(weight))
+    np.testing.assert_array_equal(round_second_order(weight, order_hessian(hessian), grid)[0], grid.codes(weight))
 
 
 def test_moments_are_covariances_of_what_is_summed() -> None:
     """Every eighth batch is kept apart; the means are far from zero, where float32 would lose the rest."""
     rng = np.random.default_rng(0)
     pairs = [tuple((1000 + rng.standard_normal((2, 30, 4))).astype(np.float32) for _ in range(2)) for _ in range(16)]
-    found = moments(iter(pairs))
+    found = accumulate_moments(iter(pairs))
     summed = [pair for index, pair in enumerate(pairs) if index % 8 != 7]
     x_f, x_q = (np.concatenate([pair[side] for pair in summed], axis=1).astype(np.float64) for side in (0, 1))
     for g in range(2):
@@ -155,8 +163,8 @@ def test_moments_are_covariances_of_what_is_summed() -> None:
 
 
 def test_many_inputs_are_taken_apart(monkeypatch) -> None:
-    monkeypatch.setattr("qconv.quantization.moments.LARGEST_BLOCK", 3)
+    monkeypatch.setattr("qconv.quantization.input_moments.LARGEST_BLOCK", 3)
     rows = np.random.default_rng(0).standard_normal((1, 50, 7)).astype(np.float32)
-    found = moments([(rows, rows)])
+    found = accumulate_moments([(rows, rows)])
     assert [block.part for block in found.blocks] == [slice(0, 2), slice(2, 4), slice(4, 7)]
     np.testing.assert_allclose(found.blocks[2].hessian[0], np.cov(rows[0, :, 4:].T, bias=True), atol=1e-5)

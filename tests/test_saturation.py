@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from qconv.quantization.saturation import widen
+from qconv.quantization.overflow import widen_scales
 from qconv.quantizer import PerChannel, QuantParams, QuantSpec, group_extremes
 from qconv.runtime.session import Session
 
@@ -70,7 +70,7 @@ def test_no_pair_exceeds_16_bits(weight: NDArray[np.float32], groups: int, seed:
     ends = np.sort(np.random.default_rng(seed).integers(0, 256, (2, weight.shape[1] * groups)), axis=0)
     limits = ends[0], ends[1]
     before = params_of(weight, symmetric=symmetric)
-    after = widen(before, weight, *limits, output_axis=0)
+    after = widen_scales(before, weight, *limits, output_axis=0)
     rows_before = kernel_rows(before.quantize(weight), groups, limits)
     rows_after = kernel_rows(after.quantize(weight), groups, limits)
     for index, (row_before, row_after) in enumerate(zip(rows_before, rows_after, strict=True)):
@@ -84,7 +84,7 @@ def test_no_pair_exceeds_16_bits(weight: NDArray[np.float32], groups: int, seed:
 def test_two_full_products_by_hand() -> None:
     """2 * 255 * 127 = 64770 is 1.98 times too much: 64 * 255 * 2 = 32640 is the most that fits."""
     weight = np.full((1, 2, 1, 1), 1.27, np.float32)
-    after = widen(params_of(weight), weight, *full(2), output_axis=0)
+    after = widen_scales(params_of(weight), weight, *full(2), output_axis=0)
     assert after.quantize(weight).ravel().tolist() == [64, 64]
     assert after.spec == params_of(weight).spec
 
@@ -93,30 +93,32 @@ def test_no_more_is_given_up_than_needed() -> None:
     """Half a code in 127 for each pair that rounding left over: never below 63 of the 64 that fit."""
     rng = np.random.default_rng(0)
     weight = rng.uniform(0.9, 1.0, (500, 16, 1, 1)).astype(np.float32)
-    codes = widen(params_of(weight), weight, *full(16), output_axis=0).quantize(weight)
+    codes = widen_scales(params_of(weight), weight, *full(16), output_axis=0).quantize(weight)
     assert codes.max(axis=(1, 2, 3)).min() >= 63
 
 
 def test_nothing_changes_where_nothing_saturates() -> None:
     weight = np.random.default_rng(0).standard_normal((4, 3, 3, 3)).astype(np.float32)
     params = params_of(weight)
-    assert widen(params, weight, np.zeros(3, np.int64), np.full(3, 128), output_axis=0) is params  # 2 * 128 * 127
+    assert (
+        widen_scales(params, weight, np.zeros(3, np.int64), np.full(3, 128), output_axis=0) is params
+    )  # 2 * 128 * 127
 
 
 def test_neighbours_of_opposite_sign_do_not_add_up() -> None:
     """255 * 127 - 0 is the most that [127, -127] reaches."""
     weight = np.float32([1, -1, -1, 1]).reshape(1, 4, 1, 1)
     params = params_of(weight)
-    assert widen(params, weight, *full(4), output_axis=0) is params
+    assert widen_scales(params, weight, *full(4), output_axis=0) is params
 
 
 def test_the_odd_one_at_the_end_has_no_neighbour() -> None:
     """Three channels: (c0, c1), (c2, nothing)."""
     weight = np.float32([0, 1, 1]).reshape(1, 3, 1, 1)
     params = params_of(weight)
-    assert widen(params, weight, *full(3), output_axis=0) is params
+    assert widen_scales(params, weight, *full(3), output_axis=0) is params
     crossed = np.float32([1, 1, 0]).reshape(1, 3, 1, 1)
-    assert widen(params, crossed, *full(3), output_axis=0) is not params
+    assert widen_scales(params, crossed, *full(3), output_axis=0) is not params
 
 
 def test_neighbours_follow_the_kernels_order() -> None:
@@ -124,16 +126,16 @@ def test_neighbours_follow_the_kernels_order() -> None:
     by_channel = np.zeros((1, 2, 1, 2), np.float32)
     by_channel[0, 0] = 1  # channel 0 at both places
     params = params_of(by_channel)
-    assert widen(params, by_channel, *full(2), output_axis=0) is params
+    assert widen_scales(params, by_channel, *full(2), output_axis=0) is params
     by_place = by_channel.transpose(0, 3, 2, 1)  # both channels at place 0
-    assert widen(params, by_place, *full(2), output_axis=0) is not params
+    assert widen_scales(params, by_place, *full(2), output_axis=0) is not params
 
 
 def test_limits_go_with_the_channels_of_the_group() -> None:
     """The second group's channels never exceed 10: only the first group is widened."""
     weight = np.ones((2, 2, 1, 1), np.float32)
     params = params_of(weight)
-    after = widen(params, weight, np.zeros(4, np.int64), np.array([255, 255, 10, 10]), output_axis=0)
+    after = widen_scales(params, weight, np.zeros(4, np.int64), np.array([255, 255, 10, 10]), output_axis=0)
     assert (after.scale > params.scale).tolist() == [True, False]
 
 
@@ -143,11 +145,11 @@ def test_matrices_of_either_orientation(output_axis: int) -> None:
     weight = rng.standard_normal((5, 7)).astype(np.float32)
     weight = weight if output_axis == 0 else np.ascontiguousarray(weight.T)
     params = params_of(weight, axis=output_axis)
-    after = widen(params, weight, *full(7), output_axis=output_axis)
+    after = widen_scales(params, weight, *full(7), output_axis=output_axis)
     rows = np.moveaxis(after.quantize(weight), output_axis, 0)
     assert all(worst([(int(code), 0, 255) for code in row]) <= 32767 for row in rows)
     straight = weight if output_axis == 0 else weight.T
-    expected = widen(params_of(straight), straight, *full(7), output_axis=0)
+    expected = widen_scales(params_of(straight), straight, *full(7), output_axis=0)
     np.testing.assert_array_equal(after.scale, expected.scale)
 
 
@@ -155,7 +157,7 @@ def test_asymmetric_weights_keep_their_precision() -> None:
     """All-positive weights have their zero point at -128, the code of 0: widening alone could not make that smaller."""
     weight = np.random.default_rng(2).uniform(0, 1, (3, 8, 3, 3)).astype(np.float32)
     params = params_of(weight, symmetric=False)
-    after = widen(params, weight, *full(8), output_axis=0)
+    after = widen_scales(params, weight, *full(8), output_axis=0)
     assert np.all(after.scale <= params.scale * 2.1)
     assert np.abs(after.fake(weight) - weight).max() <= after.scale.max() / 2 * 1.001
 
@@ -209,7 +211,7 @@ def test_onnx_runtime_is_exact_after_widening(kernel: int, group: int) -> None:
     rng = np.random.default_rng(kernel)
     weight = np.abs(rng.standard_normal((16, 16, kernel, kernel))).astype(np.float32)
     weight[::2] *= -1
-    params = widen(params_of(weight), weight, *full(16 * group), output_axis=0)
+    params = widen_scales(params_of(weight), weight, *full(16 * group), output_axis=0)
     codes = params.quantize(weight)
     session = Session(integer_conv(weight, params, group).SerializeToString(), threads=1)
     shape = (1, 16 * group, 6, 6)

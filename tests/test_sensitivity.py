@@ -17,13 +17,11 @@ from qconv.calibration.observer import export_observed_model, observe
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.planning.planner import make_plan
-from qconv.quantization.moments import moments
-from qconv.quantization.params import choose_params
-from qconv.quantization.patches import Patches
-from qconv.quantization.rounder import stored_shape
-from qconv.quantization.sight import Sight
-from qconv.quantization.solve import Effort, Solver
-from qconv.quantization.weights import quantize_layer
+from qconv.quantization.gptq import read_weight_shape
+from qconv.quantization.input_moments import PatchExtractor, accumulate_moments
+from qconv.quantization.layer import quantize_layer
+from qconv.quantization.parameters import choose_params
+from qconv.quantization.second_order import EffectiveRange, LayerSolver, RoundingEffort
 from qconv.quantizer import group_extremes
 from qconv.runtime.session import Session
 from qconv.search.sensitivity import FLOAT, WORST, Network, noise_of, sensitivities
@@ -100,10 +98,10 @@ def test_the_noise_is_that_of_rounded_weights(granularity: str) -> None:
 def test_the_noise_of_second_order_codes_is_that_on_batches_that_they_were_not_made_for() -> None:
     """All rows of the float network's own tensors are cut out by hand, and the solved layer is put into the network."""
     network, fed = grounds(calibrator="minmax"), batches(24)
-    solver = Solver(
+    solver = LayerSolver(
         network.recipe,
         network.plan.target,
-        Effort(24, rows=2**20, most_rows=2**20, most_weights=2**20, most_inputs=2**15),
+        RoundingEffort(24, rows=2**20, most_rows=2**20, most_weights=2**20, most_inputs=2**15),
     )
     found = sensitivities(network, dict.fromkeys(WEIGHTS, (3,)), fed, solver)
     apart = [fed[index] for index in (7, 15, 23)]
@@ -111,13 +109,15 @@ def test_the_noise_of_second_order_codes_is_that_on_batches_that_they_were_not_m
     reference = run_on(NET, apart)
     for layer in network.plan.layers:
         name, source = layer.node.name or "", network.params.sources[layer.node]
-        shape = stored_shape(layer.node)
+        shape = read_weight_shape(layer.node)
         read = tapped_outputs(layer.node.inputs[0].name or "", fed)  # type: ignore[union-attr]
-        patches = Patches.of(layer.node, shape, read[0].shape)
+        patches = PatchExtractor.of(layer.node, shape, read[0].shape)
         rows = [patches.rows(x, patches.places(np.arange(patches.positions(x.shape)))) for x in read]
         narrow = replace(layer, weight=replace(layer.weight, bits=3))
         start, _ = quantize_layer(narrow, source, "max", network.plan.target)
-        solved, _ = solver.solved(start, source, moments(zip(rows, rows, strict=True)), Sight(), anew=False)
+        solved, _ = solver.solved(
+            start, source, accumulate_moments(zip(rows, rows, strict=True)), EffectiveRange(), anew=False
+        )
         weight = solved.weight.dequantize(solved.codes).reshape(shape)
         got = run_on(replaced(name, weight, solved.bias), apart)
         assert found[name].noise[3] == pytest.approx(noise(reference, got), rel=1e-3)
@@ -137,14 +137,16 @@ def tapped_outputs(name: str, fed: Sequence[dict[str, NDArray[np.float32]]]) -> 
 def test_inputs_of_the_float_network_need_no_weights_solved_anew() -> None:
     """C = H: W' = (W H + r W) (H + r I)^-1 = W, whatever the ridge."""
     network = grounds(calibrator="minmax")
-    solver = Solver(
-        network.recipe, network.plan.target, Effort(24, rows=4, most_rows=4096, most_weights=2**20, most_inputs=2**15)
+    solver = LayerSolver(
+        network.recipe,
+        network.plan.target,
+        RoundingEffort(24, rows=4, most_rows=4096, most_weights=2**20, most_inputs=2**15),
     )
     rng = np.random.default_rng(0)
     rows = [rng.standard_normal((1, 40, 27)).astype(np.float32) for _ in range(16)]
     (start,) = (chosen for chosen in network.params.layers if chosen.layer.node.name == "c")
-    seen, source = moments(zip(rows, rows, strict=True)), network.params.sources[start.layer.node]
-    anew, same = (solver.solved(start, source, seen, Sight(), anew=anew)[0] for anew in (True, False))
+    seen, source = accumulate_moments(zip(rows, rows, strict=True)), network.params.sources[start.layer.node]
+    anew, same = (solver.solved(start, source, seen, EffectiveRange(), anew=anew)[0] for anew in (True, False))
     assert (anew.codes == same.codes).mean() > 0.99  # ties and the last digit apart
     np.testing.assert_allclose(anew.weight.scale, same.weight.scale, rtol=1e-3)
 

@@ -22,7 +22,7 @@ from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.pipeline import quantize
-from qconv.quantization.bias import correction
+from qconv.quantization.layer import compute_bias_correction
 from qconv.results.quantize import Report
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
@@ -189,7 +189,7 @@ def test_the_mean_of_a_transposed_convolution(groups: int, stride: int) -> None:
     x = np.broadcast_to(mean.astype(np.float32).reshape(1, 4, 1, 1), (1, 4, 12, 12))
     (y,) = run(proto, {"x": np.ascontiguousarray(x)}).values()
     inside = y[0, :, 6 : 6 + 4 * stride, 6 : 6 + 4 * stride].mean(axis=(1, 2))
-    found = correction(error, mean, groups=groups, output_axis=1) / stride**2
+    found = compute_bias_correction(error, mean, groups=groups, output_axis=1) / stride**2
     np.testing.assert_allclose(found, inside, rtol=1e-4, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from qconv.calibration.range_estimators import gauss_clipping_factor, laplace_clipping_factor
 from qconv.config.choices import WEIGHT_CALIBRATORS
-from qconv.quantization.weight_ranges import WEIGHT_RANGES
+from qconv.quantization.weight_ranges import WEIGHT_RANGE_ESTIMATORS
 from qconv.quantizer import Granularity, PerBlock, PerChannel, PerTensor, QuantSpec
 
 GRANULARITIES = (PerTensor(), PerChannel(0), PerChannel(1), PerBlock(1, 16), PerBlock(1, 7), PerBlock(0, 4))
@@ -24,11 +24,11 @@ def weights(*shape: int) -> np.ndarray:
 
 
 def squares(weight: np.ndarray, spec: QuantSpec, name: str) -> float:
-    return float(np.square(spec.from_range(*WEIGHT_RANGES[name](weight, spec)).fake(weight) - weight).sum())
+    return float(np.square(spec.from_range(*WEIGHT_RANGE_ESTIMATORS[name](weight, spec)).fake(weight) - weight).sum())
 
 
 def test_the_recipe_knows_them_all() -> None:
-    assert tuple(WEIGHT_RANGES) == WEIGHT_CALIBRATORS
+    assert tuple(WEIGHT_RANGE_ESTIMATORS) == WEIGHT_CALIBRATORS
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
@@ -47,7 +47,7 @@ def test_mse_is_never_worse_than_the_maximum(granularity: Granularity, bits: int
 def test_mse_of_each_channel_is_as_good_as_brute_force(bits: int) -> None:
     spec = QuantSpec(bits, signed=True, symmetric=True, granularity=PerChannel(0))
     weight = weights(6, 3, 5, 5)
-    low, high = WEIGHT_RANGES["mse"](weight, spec)
+    low, high = WEIGHT_RANGE_ESTIMATORS["mse"](weight, spec)
     alone = QuantSpec(bits, signed=True, symmetric=True)
     for channel, a, b in zip(weight, low, high, strict=True):
         found = np.square(alone.from_range(a, b).fake(channel) - channel).sum()
@@ -63,7 +63,7 @@ def test_both_ends_of_asymmetric_weights_move_alone() -> None:
     """A long tail on one side."""
     spec = QuantSpec(3, signed=True, symmetric=False, granularity=PerChannel(0))
     weight = np.random.default_rng(0).gamma(1.5, size=(3, 400)).astype(np.float32) - 0.5
-    low, high = WEIGHT_RANGES["mse"](weight, spec)
+    low, high = WEIGHT_RANGE_ESTIMATORS["mse"](weight, spec)
     assert (np.abs(low / weight.min(axis=1) - high / weight.max(axis=1)) > 0.005).all()
     for row, a, b in zip(weight, low, high, strict=True):
         alone = QuantSpec(3, signed=True, symmetric=False)
@@ -78,11 +78,11 @@ def test_blocks_are_channels_of_their_own(name: str) -> None:
     """A short last block, too: the zeros that fill it up do not count."""
     spec = QuantSpec(4, signed=True, symmetric=True, granularity=PerBlock(1, 16))
     weight = weights(3, 40) + np.float32(0.3)
-    low, high = WEIGHT_RANGES[name](weight, spec)
+    low, high = WEIGHT_RANGE_ESTIMATORS[name](weight, spec)
     assert low.shape == (3, 3)
     for block, part in enumerate((slice(0, 16), slice(16, 32), slice(32, 40))):
         by_channel = QuantSpec(4, signed=True, symmetric=True, granularity=PerChannel(0))
-        alone = WEIGHT_RANGES[name](weight[:, part], by_channel)
+        alone = WEIGHT_RANGE_ESTIMATORS[name](weight[:, part], by_channel)
         np.testing.assert_allclose(low[:, block], alone[0], rtol=1e-5)
         np.testing.assert_allclose(high[:, block], alone[1], rtol=1e-5)
 
@@ -92,19 +92,19 @@ def test_blocks_are_channels_of_their_own(name: str) -> None:
 def test_aciq_is_the_closed_form(granularity: Granularity, draw: str, factor: object) -> None:
     weight = getattr(np.random.default_rng(0), draw)(size=(4, 20000)).astype(np.float32)
     spec = QuantSpec(4, signed=True, symmetric=True, granularity=granularity)
-    low, high = WEIGHT_RANGES["aciq"](weight, spec)
+    low, high = WEIGHT_RANGE_ESTIMATORS["aciq"](weight, spec)
     expected = factor(4, one_sided=False)  # type: ignore[operator]
     np.testing.assert_allclose(high, expected, rtol=0.05)
     np.testing.assert_allclose(low, -expected, rtol=0.05)
 
 
-@pytest.mark.parametrize("name", WEIGHT_RANGES)
+@pytest.mark.parametrize("name", WEIGHT_RANGE_ESTIMATORS)
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def test_zeros_and_constants_have_ranges(name: str, granularity: Granularity) -> None:
     weight = np.zeros((10, 30), np.float32)
     weight[3] = 2.0
     spec = QuantSpec(4, signed=True, symmetric=True, granularity=granularity)
-    params = spec.from_range(*WEIGHT_RANGES[name](weight, spec))
+    params = spec.from_range(*WEIGHT_RANGE_ESTIMATORS[name](weight, spec))
     assert np.isfinite(params.scale).all()
     if isinstance(granularity, PerChannel) and granularity.axis == 0:
         np.testing.assert_allclose(params.fake(weight), weight, rtol=1e-5)

@@ -35,7 +35,7 @@ from qconv.ir.model import Model, Node, Value, clip_bounds, constant_array
 from qconv.ir.operators import QUANTIZATION_RULES, ConcatRule
 from qconv.ir.rewriting import standard_op_type
 from qconv.planning.plan import LayerPlan, Plan
-from qconv.quantization.weights import BIAS_FITS
+from qconv.quantization.layer import WIDENED_FOR_BIAS
 from qconv.results.comparison import Cause, Comparison, LayerComparison
 from qconv.results.quantize import Report
 
@@ -279,7 +279,7 @@ def _gated(node: Node) -> list[Value]:
 
 def bias_overflow(evidence: Evidence) -> Iterator[Cause]:
     """As the run found it: weight scales were widened."""
-    found = [f for f in evidence.report.findings if isinstance(f, Change) and f.kind == BIAS_FITS]
+    found = [f for f in evidence.report.findings if isinstance(f, Change) and f.kind == WIDENED_FOR_BIAS]
     if found:
         names = tuple(dict.fromkeys(change.where for change in found))
         what = f"biases of {format_count(len(names), 'layer')} are too large for int32 codes of scale s_x s_w, as of {names[0]}"

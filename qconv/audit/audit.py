@@ -21,7 +21,7 @@ from qconv.audit.explain import dequantizer_of, reason
 from qconv.ir.model import DataType, Model, Node, attribute, constant_array, input_of
 from qconv.ir.operators import CLIPPING_ACTIVATIONS, QUANTIZATION_RULES, WeightedRule
 from qconv.planning.plan import Plan
-from qconv.quantization.saturation import worst_pair
+from qconv.quantization.overflow import worst_pair_ratio
 from qconv.results.quantize import Audit, FloatNode, LayerTime, Saturation
 from qconv.runtime.session import Session
 
@@ -214,7 +214,7 @@ def saturating(model: Model) -> Iterator[Saturation]:
         groups = attribute(node, "group", 1)
         if codes.ndim > 2 and groups > 1 and codes.shape[:2] == (groups, 1):
             continue  # depthwise kernels widen first
-        excess = worst_pair(codes, axis)
+        excess = worst_pair_ratio(codes, axis)
         if excess.max() > 1:
             yield Saturation(node.name or "", float(excess.max()), int((excess > 1).sum()), codes.shape[axis])
 

@@ -46,9 +46,8 @@ from qconv.planning.placement import choose_float_nodes
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
-from qconv.quantization.params import choose_activations
-from qconv.quantization.refine import effort_for
-from qconv.quantization.rows import tensor_rows
+from qconv.quantization.parameters import choose_activation_params, make_tensor_rows
+from qconv.quantization.second_order import choose_rounding_effort
 from qconv.results.quantize import Audit, OutputScore, Report, Verification
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
@@ -196,7 +195,7 @@ def quantize(
     run.findings += settled.findings
     before = model.copy() if recipe.rounding == "reconstruct" else None
     with run.step("emit"):
-        rows = tensor_rows(plan, params)
+        rows = make_tensor_rows(plan, params)
         run.findings += emit(model, plan, params, pack=recipe.pack)
     if before is not None and pictures.feed is not None:
         with run.step("reconstruct"):
@@ -299,7 +298,7 @@ def _tuned(
     model: Model, plan: Plan, sketches: Mapping[str, Sketch], feed: DataLoader, recipe: Recipe, run: _Run
 ) -> tuple[dict[str, float], list[Change]]:
     """Factors on the ranges of activations, as the outputs gain from them."""
-    params, _ = choose_activations(plan, sketches, recipe)
+    params, _ = choose_activation_params(plan, sketches, recipe)
     looks = LOOKS[recipe.effort]
     feeds = feed.first(looks.many, "read again")
     return tuned_ranges(model, plan, params.activations, feeds, looks, recipe.threads, run.listener.progress)
@@ -315,7 +314,7 @@ def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> S
         settled.findings.append(Skipped("round", "all layers", why))
     elif pictures.feed is not None and recipe.walks:
         with run.step("round"):
-            feeds = pictures.feed.first(effort_for(settled.plan, recipe).pictures, "read again")
+            feeds = pictures.feed.first(choose_rounding_effort(settled.plan, recipe).pictures, "read again")
             round_anew(settled, folded, recipe, feeds, run.listener.progress)
     return settled
 

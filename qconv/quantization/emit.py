@@ -19,17 +19,17 @@ from qconv.errors import Change, Finding
 from qconv.ir.model import DataType, Model, Node, Value, attribute, clip_bounds, constant_array, input_of, rank
 from qconv.ir.operators import QUANTIZATION_RULES, ComputingRule, WeightedRule
 from qconv.planning.plan import Plan, data_inputs, data_positions
-from qconv.quantization.params import Params
-from qconv.quantization.weights import LayerParams
+from qconv.quantization.layer import LayerParams
+from qconv.quantization.parameters import Params
 from qconv.quantizer import PerBlock, PerChannel, QuantParams
 
-FUSIBLE = (WeightedRule, ComputingRule)
+FUSIBLE_RULES = (WeightedRule, ComputingRule)
 """Rules of the operators that ONNX Runtime computes with in integers, and whose results that changes."""
 
 
 def emit(model: Model, plan: Plan, params: Params, *, pack: bool) -> list[Finding]:
     """Rewrite `model` in place into its quantized form. pack: weight codes of 4 bits or fewer are stored as int4."""
-    writer = _Writer(model, plan, params)
+    writer = _QdqWriter(model, plan, params)
     for layer in params.layers:
         writer.layer(layer, pack=pack and layer.weight.spec.bits <= PACKED_BITS)
     for value, chosen in params.constants.items():
@@ -43,7 +43,7 @@ def emit(model: Model, plan: Plan, params: Params, *, pack: bool) -> list[Findin
     return writer.findings
 
 
-class _Writer:
+class _QdqWriter:
     def __init__(self, model: Model, plan: Plan, params: Params) -> None:
         self.model, self.plan, self.params = model, plan, params
         self.codes: dict[Value, Value] = {}
@@ -61,7 +61,7 @@ class _Writer:
         else:
             for value in node.outputs:
                 if value in self.plan.given and node.op_type == "DequantizeLinear":
-                    self.codes[value] = _read(node)
+                    self.codes[value] = _first_input(node)
                 elif value in self.params.activations:
                     self.tensor(value, node)
 
@@ -87,7 +87,7 @@ class _Writer:
         if producer in self.plan.integer or not self.plan.target.on_ort:
             return False
         rule = QUANTIZATION_RULES.get(producer.op_type)
-        if isinstance(rule, FUSIBLE):
+        if isinstance(rule, FUSIBLE_RULES):
             return any(v is not None and _is_dequantized(v) for v in producer.inputs)
         if rule is None:
             return False
@@ -100,7 +100,7 @@ class _Writer:
         before = activation.inputs[0]
         assert before is not None
         chosen = self.params.activations[result]
-        cannot = not self._saturates(chosen, activation) and not _works_on_codes(chosen)
+        cannot = not self._saturates(chosen, activation) and not _has_integer_clip_kernel(chosen)
         if self.plan.target.keeps_activations or cannot:
             self.tensor(result, activation)
             return
@@ -122,7 +122,7 @@ class _Writer:
         result, source = node.outputs[0], node.inputs[0]
         assert source is not None
         chosen = self.params.activations[result]
-        if not _works_on_codes(chosen):
+        if not _has_integer_clip_kernel(chosen):
             self.tensor(result, node)
             return
         readers = self._readers(result, node)
@@ -163,7 +163,7 @@ class _Writer:
             behind = self._end_at_codes(value, chosen, behind, wish)
             value = behind.outputs[0]
         scale, zero = self._grid(chosen)
-        name, attributes = f"{wish}_q", _axis(chosen)
+        name, attributes = f"{wish}_q", _axis_attribute(chosen)
         node = self.model.build(
             "QuantizeLinear", [value, scale, zero], name=name, output=name, attributes=attributes, like=value
         )
@@ -200,10 +200,10 @@ class _Writer:
 
     def _saturates(self, chosen: QuantParams, activation: Node) -> bool:
         """Whether the codes end where the Relu or Clip would cut, so that it has nothing left to do."""
-        return all(map(np.array_equal, _code_bounds(chosen, activation), chosen.limits))
+        return all(map(np.array_equal, _integer_clip_bounds(chosen, activation), chosen.limits))
 
     def _clip_codes(self, codes: Value, chosen: QuantParams, activation: Node) -> Value:
-        low, high = _code_bounds(chosen, activation)
+        low, high = _integer_clip_bounds(chosen, activation)
         return self._clip(codes, chosen, int(low), int(high))
 
     def _clip(self, codes: Value, chosen: QuantParams, low: int, high: int) -> Value:
@@ -331,7 +331,7 @@ class _Writer:
         self, codes: Value, params: QuantParams, name: str, like: Value, kind: DataType | None = None
     ) -> Node:
         """A DequantizeLinear that is not in the graph yet; `kind` is the type of the codes where numpy has none."""
-        attributes = _axis(params)
+        attributes = _axis_attribute(params)
         inputs = [codes, *self._grid(params, kind)]
         wish = f"{name}_dq"
         node = self.model.build("DequantizeLinear", inputs, name=wish, output=wish, attributes=attributes, like=like)
@@ -341,7 +341,7 @@ class _Writer:
         return node
 
 
-def _read(node: Node) -> Value:
+def _first_input(node: Node) -> Value:
     """The first input, which is there."""
     value = node.inputs[0]
     assert value is not None
@@ -353,7 +353,7 @@ def _is_dequantized(value: Value) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def _axis(params: QuantParams) -> dict[str, int]:
+def _axis_attribute(params: QuantParams) -> dict[str, int]:
     """What a quantizer's or dequantizer's attributes say of where scales differ."""
     match params.spec.granularity:
         case PerChannel(axis):
@@ -364,7 +364,7 @@ def _axis(params: QuantParams) -> dict[str, int]:
             return {}
 
 
-def _code_bounds(chosen: QuantParams, activation: Node) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+def _integer_clip_bounds(chosen: QuantParams, activation: Node) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
     """The codes of a Relu's or Clip's bounds, () or (C,)."""
     bounds = clip_bounds(activation)
     assert bounds is not None
@@ -373,6 +373,6 @@ def _code_bounds(chosen: QuantParams, activation: Node) -> tuple[NDArray[np.inte
     return low, high
 
 
-def _works_on_codes(chosen: QuantParams) -> bool:
+def _has_integer_clip_kernel(chosen: QuantParams) -> bool:
     """ONNX Runtime has Clip and Pad for 8-bit integers, not for 16; they know one limit and one zero for all."""
     return chosen.spec.dtype.itemsize == 1 and not chosen.scale.ndim

@@ -19,7 +19,7 @@ from qconv.data.loader import Batch, DataLoader
 from qconv.errors import QconvError
 from qconv.ir import subgraph
 from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
-from qconv.quantization.moments import is_kept
+from qconv.quantization.input_moments import is_held_out
 from qconv.results.quantize import Verification
 from qconv.runtime.session import Session
 from qconv.search.assign import Assignment
@@ -176,7 +176,7 @@ def _unseen(feed: DataLoader, rounded_on: int) -> tuple[list[int], bool]:
     that is so.
     """
     count = -(-len(feed.listing.paths) // feed.batch)
-    found = [index for index in range(count) if index >= rounded_on or is_kept(index)]
+    found = [index for index in range(count) if index >= rounded_on or is_held_out(index)]
     flattered = len(found) * feed.batch < FEWEST_UNSEEN and rounded_on > 0
     return (list(range(count)), True) if flattered else (found, False)
 

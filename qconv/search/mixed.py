@@ -27,8 +27,7 @@ from qconv.errors import QconvError
 from qconv.ir.model import Model, constant_array
 from qconv.metrics.comparison import compute_sqnr_db
 from qconv.planning.planner import is_quantizable_layer, make_plan
-from qconv.quantization.refine import EFFORTS
-from qconv.quantization.solve import Solver
+from qconv.quantization.second_order import ROUNDING_EFFORTS, LayerSolver
 from qconv.results.quantize import MixedPrecision, SizePoint
 from qconv.search.assign import Assignment, Layer, assignment, curve, filled
 from qconv.search.judge import Ground, Judge, Measured, Progress
@@ -93,7 +92,7 @@ def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> F
     names = list(scope.wishes)
     feeds = None
     if recipe.rounding != "nearest":
-        feeds = ground.feed.first(EFFORTS[recipe.effort].pictures, "read again")
+        feeds = ground.feed.first(ROUNDING_EFFORTS[recipe.effort].pictures, "read again")
     layers = _sensitivities(ground, scope.wishes, feeds, progress)
     most = scope.most(1.0 if recipe.target_size is None else recipe.target_size)
     points = _within(layers, most)
@@ -134,7 +133,9 @@ def _sensitivities(
     network = Network(folded.model, settled.plan, settled.params, folded.sketches, recipe)
     solver = None
     if feeds is not None:
-        solver = Solver(recipe, settled.plan.target, replace(EFFORTS[recipe.effort], factors=(), sweeps=0))
+        solver = LayerSolver(
+            recipe, settled.plan.target, replace(ROUNDING_EFFORTS[recipe.effort], factors=(), sweeps=0)
+        )
     batches = list(_first(ground.feed.few("pictures"), PICTURES)) if feeds is None else feeds
     known = sensitivities(network, wishes, batches, solver, lambda done, total: progress("layers", done, total))
     return [known[name] for name in wishes]

@@ -29,12 +29,11 @@ from qconv.ir.model import Model, is_tensor
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
 from qconv.planning.plan import LayerPlan as Planned
 from qconv.planning.plan import Plan
-from qconv.quantization.moments import is_kept, moments
-from qconv.quantization.params import Params, sketch_of, source_of
-from qconv.quantization.rounder import stored_shape
-from qconv.quantization.sight import Sight
-from qconv.quantization.solve import Solver, first_input
-from qconv.quantization.weights import LayerParams, Source, quantize_layer
+from qconv.quantization.gptq import read_weight_shape
+from qconv.quantization.input_moments import accumulate_moments, is_held_out
+from qconv.quantization.layer import LayerInput, LayerParams, quantize_layer
+from qconv.quantization.parameters import Params, find_layer_input, find_layer_sketch
+from qconv.quantization.second_order import EffectiveRange, LayerSolver, first_input
 from qconv.quantizer import PerChannel
 from qconv.search.assign import Layer
 from qconv.storage import ArrayStore, StoredArrays
@@ -63,7 +62,7 @@ def sensitivities(
     network: Network,
     wishes: Mapping[str, Collection[int]],
     batches: Sequence[Batch],
-    solver: Solver | None = None,
+    solver: LayerSolver | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Layer]:
     """Count and noise of the layers named in `wishes`, for the bits listed there; FLOAT bits have no noise.
@@ -91,14 +90,14 @@ def sensitivities(
             for bits, chosen in choices.items():
                 fed = {opened[place]: numbers for place, numbers in _real(chosen).items()}
                 noise[bits] = noise_of(expected, behind.run(looked_at, fed=fed))
-            found[name] = Layer(prod(stored_shape(layer.node)), noise)
+            found[name] = Layer(prod(read_weight_shape(layer.node)), noise)
     progress(len(found), len(wishes))
     return found
 
 
-def _looked_at(count: int, solver: Solver | None) -> list[int]:
+def _looked_at(count: int, solver: LayerSolver | None) -> list[int]:
     """The batches that noise is measured on: those kept apart, where weights are made for what the others hold."""
-    apart = [index for index in range(count) if solver is not None and is_kept(index)]
+    apart = [index for index in range(count) if solver is not None and is_held_out(index)]
     return apart or list(range(count))
 
 
@@ -128,7 +127,7 @@ def _choices(
     index: int,
     wishes: Collection[int],
     inputs: StoredArrays,
-    solver: Solver | None,
+    solver: LayerSolver | None,
 ) -> dict[int, LayerParams]:
     """The layer with each of the bits it may have."""
     found = {bits: _nearest(network, layer, bits) for bits in sorted(wishes) if bits < FLOAT}
@@ -137,8 +136,8 @@ def _choices(
         return found
     drawn = zip(inputs, solver.drawn(layer, index, inputs), strict=True)
     rows = (patches.rows(x, patches.places(at)) for x, (patches, at) in drawn)
-    seen, source = moments((x, x) for x in rows), _source(network, layer)
-    sight = Sight.behind(layer.node, network.params.activations)
+    seen, source = accumulate_moments((x, x) for x in rows), _source(network, layer)
+    sight = EffectiveRange.behind(layer.node, network.params.activations)
     return {
         bits: nearest
         if solver.refusal(network.model, nearest)
@@ -158,15 +157,15 @@ def _nearest(network: Network, layer: Planned, bits: int) -> LayerParams:
         _source(network, layer),
         recipe.weight_calibrator,
         network.plan.target,
-        seen=sketch_of(layer, network.sketches),
+        seen=find_layer_sketch(layer, network.sketches),
         saturation_safe=recipe.saturation_safe,
         correction=recipe.bias_correction,
     )
     return found
 
 
-def _source(network: Network, layer: Planned) -> Source | None:
-    return source_of(layer, network.params, network.sketches)
+def _source(network: Network, layer: Planned) -> LayerInput | None:
+    return find_layer_input(layer, network.params, network.sketches)
 
 
 def _opened(name: str, choices: Iterable[LayerParams]) -> dict[int, str]:
@@ -177,5 +176,5 @@ def _opened(name: str, choices: Iterable[LayerParams]) -> dict[int, str]:
 
 def _real(chosen: LayerParams) -> dict[int, NDArray[np.float32]]:
     """Weights and bias as they will be computed with, by their places."""
-    weight = chosen.weight.dequantize(chosen.codes).reshape(stored_shape(chosen.layer.node))
+    weight = chosen.weight.dequantize(chosen.codes).reshape(read_weight_shape(chosen.layer.node))
     return {1: weight} | ({} if chosen.bias is None else {2: chosen.bias.astype(np.float32)})

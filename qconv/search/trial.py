@@ -19,8 +19,8 @@ from qconv.passes.compress_constants import compress_constants
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
-from qconv.quantization.params import NO_FACTORS, Params, carried_over, choose_params
-from qconv.quantization.refine import refine
+from qconv.quantization.parameters import NO_RANGE_FACTORS, Params, carry_over_params, choose_params
+from qconv.quantization.second_order import round_layers_sequentially
 
 Feeds = Sequence[Mapping[str, NDArray[Any]]]
 Progress = Callable[[str, int, int], None]
@@ -55,14 +55,14 @@ def nearest(folded: Folded, recipe: Recipe) -> Settled:
 def round_anew(settled: Settled, folded: Folded, recipe: Recipe, feeds: Feeds, progress: Progress) -> None:
     """Weights rounded for what the layers before hand on."""
     plan, params = settled.plan, settled.params
-    settled.findings += refine(folded.model, plan, params, feeds, recipe, folded.floats, progress)
+    settled.findings += round_layers_sequentially(folded.model, plan, params, feeds, recipe, folded.floats, progress)
 
 
 def written(folded: Folded, recipe: Recipe, params: Params) -> Model:
     """The quantized model with these numbers."""
     model = folded.model.copy()
     plan = make_plan(model, recipe, TARGETS[recipe.target], folded.floats)
-    emit(model, plan, carried_over(params, plan), pack=recipe.pack)
+    emit(model, plan, carry_over_params(params, plan), pack=recipe.pack)
     compress_constants(model)
     write_metadata(model, qconv.__version__, recipe, None)
     return model
@@ -72,5 +72,5 @@ def carried_out(
     model: Model, recipe: Recipe, sketches: Mapping[str, Sketch], floats: Mapping[str, str] | None = None
 ) -> Model:
     """The quantized model that `pipeline.quantize` makes of these sketches, weights rounded to the nearest code."""
-    folded = Folded(model, floats or {}, sketches, NO_FACTORS)
+    folded = Folded(model, floats or {}, sketches, NO_RANGE_FACTORS)
     return written(folded, recipe, nearest(folded, recipe).params)

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from qconv.ir.model import Model, Value, attribute
 from qconv.ir.stored_weights import constant_numbers
-from qconv.quantization.saturation import SMALLEST_STEP, worst_pair
-from qconv.quantization.weights import LARGEST_BIAS_CODE
+from qconv.quantization.layer import LARGEST_BIAS_CODE
+from qconv.quantization.overflow import SMALLEST_WIDENING, worst_pair_ratio
 from qconv.training.sites import Sites, WeightSite
 from qconv.training.torchmath import rounded
 
@@ -83,11 +83,11 @@ class _Weights:
         axis = pairs_axis(self.site)
         if axis is None:
             return
-        before = worst_pair(_numbers(self.site.codes), axis)
+        before = worst_pair_ratio(_numbers(self.site.codes), axis)
         limit = np.maximum(before if self.u.numel() == before.size else before.max(), 1.0)
         while True:
-            worst = worst_pair(self.codes().cpu().numpy().astype(np.int8), axis)
-            gain = np.where(worst > limit, np.maximum(worst / limit, SMALLEST_STEP), 1.0)
+            worst = worst_pair_ratio(self.codes().cpu().numpy().astype(np.int8), axis)
+            gain = np.where(worst > limit, np.maximum(worst / limit, SMALLEST_WIDENING), 1.0)
             if gain.max() == 1:
                 return
             step = gain.reshape(self.u.shape) if gain.size == self.u.numel() else gain.max()

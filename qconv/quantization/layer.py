@@ -1,7 +1,15 @@
-"""One layer's weights and bias become codes, with what the integer kernels demand of them.
+"""This module quantizes the weights and the bias of one layer, and corrects the bias.
 
-The bias is stored as int32 with the exact scale s_x * s_w, and the accumulator starts from it. Where it would not fit,
-the weight scale of that channel is widened until it does: weights lose precision there, the bias keeps its value.
+The bias is stored as int32 with the exact scale s_x * s_w; where it would not fit, the weight scale of that channel is
+widened. Rounding the weights W to Q moves the mean of each output; bias correction takes that back:
+
+    b' = b + sum over inputs i and kernel positions k of (W - Q)[o, i, k] * E[x_i]
+
+E[x_i] is the input mean in the float network, measured on calibration data or derived from BatchNormalization
+(analytic). It is exact inside and a little too large at padded borders. An output of a ConvTranspose sees one of
+sH * sW kernel positions.
+
+Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
 """
 
 from __future__ import annotations
@@ -17,17 +25,60 @@ from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.layers import input_means_of
 from qconv.ir.model import attribute, constant_array, input_of
 from qconv.planning.plan import LayerPlan
-from qconv.quantization import bias as bias_correction
-from qconv.quantization import channel_bits, saturation
-from qconv.quantization.weight_ranges import WEIGHT_RANGES
+from qconv.quantization import overflow, weight_ranges
+from qconv.quantization.weight_ranges import WEIGHT_RANGE_ESTIMATORS
 from qconv.quantizer import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, group_extremes
+
+# Bias correction: rounding the weights moves the mean of every output channel, and the bias takes the move back.
+#
+#     b' = b + sum over inputs i and kernel positions k of (W - Q)[o, i, k] * E[x_i]
+#
+# E[x_i] is the mean of the layer's input channel in the float network: over the calibration pictures (measured), or as
+# it follows from a BatchNormalization in front (analytic, see expected.py). Positions that only see padding are counted
+# as if they saw the mean: the correction is exact inside and a little too large at borders. An output of a
+# ConvTranspose sees one of sH * sW kernel positions (strides), so that its share of the sum is as small.
+#
+# Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
+
+
+def compute_bias_correction(
+    error: NDArray[np.float32], mean: NDArray[np.float64], *, groups: int, output_axis: int
+) -> NDArray[np.float64]:
+    """What to add to the bias, shape (O,).
+
+    error: W - Q as the layer stores it: (O, I/g, kH, kW), (I, O/g, kH, kW) where `output_axis` is 1, or a matrix with
+    its outputs along `output_axis`.
+    mean: of each input channel, shape (I,).
+    """
+    if error.ndim == 2:
+        by_output = error if output_axis == 0 else error.T
+        moved: NDArray[np.float64] = np.einsum("oi,i->o", by_output, mean)
+        return moved
+    if output_axis == 1:
+        inputs, per_group = error.shape[:2]
+        by_group = error.reshape(groups, inputs // groups, per_group, -1).sum(axis=3, dtype=np.float64)  # (G, I/G, O/G)
+        summed: NDArray[np.float64] = np.einsum("gio,gi->go", by_group, mean.reshape(groups, -1)).reshape(-1)
+        return summed
+    outputs, per_group = error.shape[:2]
+    by_input = error.reshape(groups, outputs // groups, per_group, -1).sum(axis=3, dtype=np.float64)  # (G, O/G, I/G)
+    shift: NDArray[np.float64] = np.einsum("goi,gi->go", by_input, mean.reshape(groups, per_group)).reshape(-1)
+    return shift
+
+
+# One layer's weights and bias become codes, with what the integer kernels demand of them.
+#
+# The bias is stored as int32 with the exact scale s_x * s_w, and the accumulator starts from it. Where it would not
+# fit, the weight scale of that channel is widened until it does: weights lose precision there, the bias keeps its
+# value.
+
 
 # Leaves half of int32 to the sum of products: 2^30 / (255 * 127) inputs a channel is more than any layer has.
 LARGEST_BIAS_CODE = 2.0**30
 
-BIAS_FITS = "weight scales widened, so that the bias fits into int32"
+WIDENED_FOR_BIAS = "weight scales widened, so that the bias fits into int32"
 """Kind of what was done to a layer whose bias is too large for its scales."""
-CORRECTED = "bias corrected by the means that BatchNormalization says"
+
+CORRECTED_BY_BATCH_NORM = "bias corrected by the means that BatchNormalization says"
 
 
 @dataclass(slots=True)
@@ -55,7 +106,7 @@ class LayerParams:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class LayerInput:
     """What a layer reads: its parameters, and its sketch where it was watched itself."""
 
     params: QuantParams
@@ -77,16 +128,16 @@ class Source:
 
     def of(self, channels: int) -> Sketch | None:
         """The sketch, if it is of each of this many channels."""
-        return self.sketch if self.sketch is not None and _is_of(self.sketch, channels) else None
+        return self.sketch if self.sketch is not None and _has_channels(self.sketch, channels) else None
 
 
-def _is_of(sketch: Sketch, channels: int) -> bool:
+def _has_channels(sketch: Sketch, channels: int) -> bool:
     return bool(sketch.count) and sketch.lows.size == channels
 
 
 def quantize_layer(
     layer: LayerPlan,
-    source: Source | None,
+    source: LayerInput | None,
     calibrator: str,
     target: Target,
     *,
@@ -101,30 +152,30 @@ def quantize_layer(
     saturation_safe: no pair of products overflows 16 bits, whatever the picture (True), or on the calibration pictures
     (None); False: that is no matter. correction: how the bias takes back what rounding does to means, see Recipe.
     """
-    weight = float_weight(layer)
+    weight = read_float_weight(layer)
     notes: list[Finding] = []
     if layer.own_bits:
-        params = channel_bits.of_weights(weight, layer.weight, calibrator)
-        notes.append(channel_bits.in_words(layer.node.name or "", "weights", params))
+        params = weight_ranges.make_weight_channel_params(weight, layer.weight, calibrator)
+        notes.append(weight_ranges.describe_channel_bits(layer.node.name or "", "weights", params))
     else:
-        params = layer.weight.from_range(*WEIGHT_RANGES[calibrator](weight, layer.weight))
-    params, found = fitted(layer, params, weight, source, target, saturation_safe=saturation_safe)
+        params = layer.weight.from_range(*WEIGHT_RANGE_ESTIMATORS[calibrator](weight, layer.weight))
+    params, found = fit_scales(layer, params, weight, source, target, saturation_safe=saturation_safe)
     codes = params.quantize(weight)
     rounded = params.dequantize(codes)
     shift = None
     if correction in ("measured", "sequential") and seen is not None:
-        shift = _measured_shift(layer, weight, rounded, seen)
+        shift = _measured_bias_shift(layer, weight, rounded, seen)
     elif correction == "analytic":
-        known = analytic_shift(layer, weight, rounded)
+        known = analytic_bias_shift(layer, weight, rounded)
         if isinstance(known, str):
             found.append(Skipped("bias", layer.node.name or "", known))
         else:
             shift = known
-            found.append(Change("bias", layer.node.name or "", CORRECTED, CORRECTED))
-    return with_bias(layer, params, codes, shifted_bias(layer, shift), source, target), notes + found
+            found.append(Change("bias", layer.node.name or "", CORRECTED_BY_BATCH_NORM, CORRECTED_BY_BATCH_NORM))
+    return attach_bias(layer, params, codes, shift_bias(layer, shift), source, target), notes + found
 
 
-def float_weight(layer: LayerPlan) -> NDArray[np.float32]:
+def read_float_weight(layer: LayerPlan) -> NDArray[np.float32]:
     """The layer's weights as its spec sees them. Raises QconvError where they are no numbers."""
     stored = constant_array(layer.node.inputs[1])
     assert stored is not None
@@ -135,11 +186,11 @@ def float_weight(layer: LayerPlan) -> NDArray[np.float32]:
     return weight
 
 
-def fitted(
+def fit_scales(
     layer: LayerPlan,
     params: QuantParams,
     weight: NDArray[np.float32],
-    source: Source | None,
+    source: LayerInput | None,
     target: Target,
     *,
     saturation_safe: bool | None = None,
@@ -149,38 +200,38 @@ def fitted(
     if source is None:
         return params, []
     findings: list[Finding] = []
-    widened = params.with_scale(np.maximum(params.scale, least_scale(layer, source, target, params)))
+    widened = params.with_scale(np.maximum(params.scale, find_least_scale(layer, source, target, params)))
     count = int(np.count_nonzero(widened.scale > params.scale))
     if count:
         what = f"weight scale of {count} channels widened, so that the bias fits into int32"
-        findings.append(Change("params", layer.node.name or "", what, BIAS_FITS))
+        findings.append(Change("params", layer.node.name or "", what, WIDENED_FOR_BIAS))
         params = widened
-    limits = pair_limits(layer, source, target, widest=params.widest, saturation_safe=saturation_safe)
+    limits = find_pair_limits(layer, source, target, widest=params.widest, saturation_safe=saturation_safe)
     if limits is not None:
-        params = saturation.widen(params, weight, *limits, output_axis=layer.rule.output_axis)
+        params = overflow.widen_scales(params, weight, *limits, output_axis=layer.rule.output_axis)
     return params, findings
 
 
-def pair_limits(
-    layer: LayerPlan, source: Source, target: Target, *, widest: int, saturation_safe: bool | None
+def find_pair_limits(
+    layer: LayerPlan, source: LayerInput, target: Target, *, widest: int, saturation_safe: bool | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
     """The least and the largest code of each input channel, where pairs of products must fit into 16 bits.
 
     widest: the most bits that a weight has.
     """
     bits = (source.params.spec.bits, widest)
-    if saturation_safe is False or bits != (8, 8) or not target.pairs or not _adds_pairs(layer):
+    if saturation_safe is False or bits != (8, 8) or not target.pairs or not _is_accumulated_in_pairs(layer):
         return None
-    channels = input_channels(layer)
+    channels = count_input_channels(layer)
     return source.channel_codes(channels) if saturation_safe is None else source.all_codes(channels)
 
 
-def with_bias(
+def attach_bias(
     layer: LayerPlan,
     params: QuantParams,
     codes: NDArray[np.integer],
     bias: NDArray[np.floating] | None,
-    source: Source | None,
+    source: LayerInput | None,
     target: Target,
 ) -> LayerParams:
     """The layer's numbers with a bias (O,) that is stored as the target wants it."""
@@ -191,7 +242,7 @@ def with_bias(
     return LayerParams(layer, params, codes, bias, bias_params(product))
 
 
-def _has_integer_bias(layer: LayerPlan, source: Source, target: Target) -> bool:
+def _has_integer_bias(layer: LayerPlan, source: LayerInput, target: Target) -> bool:
     """A blocked layer has no one s_w for its bias, and one whose data has a scale for each channel no one s_x.
 
     Layers of 16 bits run in float as well, but there ONNX Runtime would quantize a float bias by itself, and let it
@@ -200,7 +251,7 @@ def _has_integer_bias(layer: LayerPlan, source: Source, target: Target) -> bool:
     return target.integer_bias and not layer.blocked and source.params.scale.ndim == 0
 
 
-def shifted_bias(layer: LayerPlan, shift: NDArray[np.float64] | None) -> NDArray[np.floating] | None:
+def shift_bias(layer: LayerPlan, shift: NDArray[np.float64] | None) -> NDArray[np.floating] | None:
     """The layer's bias with a shift (O,), if there is any."""
     bias = constant_array(input_of(layer.node, 2))
     if shift is None:
@@ -208,7 +259,7 @@ def shifted_bias(layer: LayerPlan, shift: NDArray[np.float64] | None) -> NDArray
     return (shift if bias is None else bias + shift).astype(np.float32)
 
 
-def analytic_shift(
+def analytic_bias_shift(
     layer: LayerPlan, weight: NDArray[np.float32], rounded: NDArray[np.float32]
 ) -> NDArray[np.float64] | str:
     """What takes back what rounding does to the means of the outputs, (O,), by BatchNormalization's own numbers.
@@ -218,10 +269,10 @@ def analytic_shift(
     means = input_means_of(layer.node)
     if layer.node.op_type == "MatMul":
         return "a MatMul has no bias"
-    return means if isinstance(means, str) else _on_average(layer, weight - rounded, means)
+    return means if isinstance(means, str) else _mean_output(layer, weight - rounded, means)
 
 
-def _measured_shift(
+def _measured_bias_shift(
     layer: LayerPlan, weight: NDArray[np.float32], rounded: NDArray[np.float32], seen: Sketch
 ) -> NDArray[np.float64] | None:
     """What takes back what rounding does to the means of the outputs, (O,); None where the channels were not watched.
@@ -229,17 +280,17 @@ def _measured_shift(
     What clipping does to the inputs' means is left alone: few places are clipped, where the network behind makes little
     of the rest, and to lift all others for them only loses.
     """
-    watched = _is_of(seen, input_channels(layer))
-    return _on_average(layer, weight - rounded, seen.means) if watched else None
+    watched = _has_channels(seen, count_input_channels(layer))
+    return _mean_output(layer, weight - rounded, seen.means) if watched else None
 
 
-def _on_average(layer: LayerPlan, weight: NDArray[np.float32], means: NDArray[np.float64]) -> NDArray[np.float64]:
+def _mean_output(layer: LayerPlan, weight: NDArray[np.float32], means: NDArray[np.float64]) -> NDArray[np.float64]:
     """What such weights make of such means, (O,). weight: in the layer's own shape; means: of its inputs, (I,)."""
     stored = constant_array(layer.node.inputs[1])
     assert stored is not None
     groups, axis = attribute(layer.node, "group", 1), layer.rule.output_axis
     seen = 1 / np.prod(attribute(layer.node, "strides", [1])) if layer.node.op_type == "ConvTranspose" else 1.0
-    found = bias_correction.correction(weight.reshape(stored.shape), means, groups=groups, output_axis=axis)
+    found = compute_bias_correction(weight.reshape(stored.shape), means, groups=groups, output_axis=axis)
     return np.asarray(seen * found)
 
 
@@ -252,7 +303,7 @@ def _scale_dead_channels(params: QuantParams, weight: NDArray[np.float32]) -> Qu
     return params.with_scale(np.where(dead, params.scale[~dead].max(), params.scale))
 
 
-def input_channels(layer: LayerPlan) -> int:
+def count_input_channels(layer: LayerPlan) -> int:
     """How many channels the layer reads."""
     weight = constant_array(layer.node.inputs[1])
     assert weight is not None
@@ -268,12 +319,14 @@ def is_depthwise(layer: LayerPlan) -> bool:
     return layer.node.op_type == "Conv" and groups > 1 and stored is not None and stored.shape[:2] == (groups, 1)
 
 
-def _adds_pairs(layer: LayerPlan) -> bool:
+def _is_accumulated_in_pairs(layer: LayerPlan) -> bool:
     """Whether a kernel that adds products in pairs of 16 bits may run it: any but depthwise and transposed layers."""
     return not layer.blocked and not is_depthwise(layer) and layer.node.op_type != "ConvTranspose"
 
 
-def least_scale(layer: LayerPlan, source: Source | None, target: Target, params: QuantParams) -> NDArray[np.float32]:
+def find_least_scale(
+    layer: LayerPlan, source: LayerInput | None, target: Target, params: QuantParams
+) -> NDArray[np.float32]:
     """Of weights with such parameters, so that |bias| / (s_x * s_w) fits and the product is a normal float32.
 
     One number, or one a channel; zero where no bias is stored like that.

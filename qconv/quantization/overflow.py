@@ -30,11 +30,11 @@ from qconv.quantizer import QuantParams
 PAIR_LIMIT = 32767
 LARGEST_CODE = 255
 # Rounding can leave a pair a little over: steps of less than half a code in 127 would take forever.
-SMALLEST_STEP = 1 + 1 / 256
-LARGEST_PART = 2**20
+SMALLEST_WIDENING = 1 + 1 / 256
+LARGEST_CHUNK = 2**20
 
 
-def widen(
+def widen_scales(
     params: QuantParams,
     weight: NDArray[np.float32],
     low: NDArray[np.int64],
@@ -47,12 +47,12 @@ def widen(
     weight: (O, I/g, kH, kW), or a matrix with outputs along `output_axis`. low, high: least and largest code of every
     input channel, shape (I,).
     """
-    excess = partial(_excess, weight, _spread(low, high, weight, output_axis), output_axis)
+    excess = partial(_excess_of_outputs, weight, _broadcast_limits(low, high, weight, output_axis), output_axis)
     count = weight.shape[output_axis]
     # a part at a time: products of all weights at once would be eight times their size
-    parts = np.array_split(np.arange(count), -(-weight.size // LARGEST_PART))
+    parts = np.array_split(np.arange(count), -(-weight.size // LARGEST_CHUNK))
     if params.scale.ndim == 0:
-        return _widen_all(params, parts, excess)
+        return _widen_per_tensor(params, parts, excess)
     scale, zero = params.scale.copy(), params.zero_point.copy()
     gain = np.ones(count)  # (O,)
     for over in parts:
@@ -60,50 +60,50 @@ def widen(
             bits = None if params.bits is None else params.bits[over]
             found = excess(QuantParams(params.spec, scale[over], zero[over], bits), over)
             over, found = over[found > 1], found[found > 1]
-            gain[over] *= np.maximum(found, SMALLEST_STEP)
+            gain[over] *= np.maximum(found, SMALLEST_WIDENING)
             scale[over] = params.scale[over] * gain[over]
             zero[over] = np.rint(params.zero_point[over] / gain[over])
     return QuantParams(params.spec, scale, zero, params.bits) if np.any(gain > 1) else params
 
 
-def worst_pair(codes: NDArray[np.int8], output_axis: int) -> NDArray[np.float64]:
+def worst_pair_ratio(codes: NDArray[np.int8], output_axis: int) -> NDArray[np.float64]:
     """The largest sum of two neighbouring products, over what 16 bits hold, for each output: (O,).
 
     codes: (O, I/g, kH, kW), or a matrix with outputs along `output_axis`. Activations may be any codes, 0 to 255.
     """
-    rows = _rows(codes, output_axis)
+    rows = _kernel_rows(codes, output_axis)
     low, high = np.zeros((1, rows.shape[1]), np.int32), np.full((1, rows.shape[1]), LARGEST_CODE, np.int32)
-    found: NDArray[np.float64] = _worst_pair(rows, low, high) / PAIR_LIMIT
+    found: NDArray[np.float64] = _worst_pair_sum(rows, low, high) / PAIR_LIMIT
     return found
 
 
-def excess(
+def pair_excess(
     codes: NDArray[np.integer], low: NDArray[np.int64], high: NDArray[np.int64], *, output_axis: int
 ) -> NDArray[np.float64]:
     """The worst pair of each output, over what 16 bits hold, (O,); codes of weights, low and high as `widen` has them.
 
     More than 1 saturates.
     """
-    rows = _rows(codes, output_axis)
-    limits = _spread(low, high, codes, output_axis)
-    found: NDArray[np.float64] = _worst_pair(rows, *limits) / PAIR_LIMIT
+    rows = _kernel_rows(codes, output_axis)
+    limits = _broadcast_limits(low, high, codes, output_axis)
+    found: NDArray[np.float64] = _worst_pair_sum(rows, *limits) / PAIR_LIMIT
     return found
 
 
-_Excess = Callable[[QuantParams, NDArray[np.int64]], NDArray[np.float64]]
+_ExcessFunction = Callable[[QuantParams, NDArray[np.int64]], NDArray[np.float64]]
 
 
-def _widen_all(params: QuantParams, parts: list[NDArray[np.int64]], excess: _Excess) -> QuantParams:
+def _widen_per_tensor(params: QuantParams, parts: list[NDArray[np.int64]], excess: _ExcessFunction) -> QuantParams:
     """One scale for the whole tensor."""
     chosen, gain = params, 1.0
     while (found := max(float(excess(chosen, part).max()) for part in parts)) > 1:
-        gain *= max(found, SMALLEST_STEP)
+        gain *= max(found, SMALLEST_WIDENING)
         zero = np.rint(params.zero_point / gain).astype(params.zero_point.dtype)
         chosen = QuantParams(params.spec, (params.scale * gain).astype(np.float32), zero)
     return chosen
 
 
-def _excess(
+def _excess_of_outputs(
     weight: NDArray[np.float32],
     limits: tuple[NDArray[np.int32], NDArray[np.int32]],
     output_axis: int,
@@ -111,13 +111,13 @@ def _excess(
     outputs: NDArray[np.int64],
 ) -> NDArray[np.float64]:
     """The worst pair of each of some outputs, over what 16 bits hold; params: of these outputs, or of all."""
-    rows = _rows(params.quantize(weight.take(outputs, axis=output_axis)), output_axis)
+    rows = _kernel_rows(params.quantize(weight.take(outputs, axis=output_axis)), output_axis)
     low, high = (limit[outputs] if len(limit) > 1 else limit for limit in limits)
-    found: NDArray[np.float64] = _worst_pair(rows, low, high) / PAIR_LIMIT
+    found: NDArray[np.float64] = _worst_pair_sum(rows, low, high) / PAIR_LIMIT
     return found
 
 
-def _rows(codes: NDArray[np.integer], output_axis: int) -> NDArray[np.int32]:
+def _kernel_rows(codes: NDArray[np.integer], output_axis: int) -> NDArray[np.int32]:
     """Weights as (O, K) in the kernels' order."""
     wide = codes.astype(np.int32)
     if wide.ndim == 2:
@@ -125,7 +125,7 @@ def _rows(codes: NDArray[np.integer], output_axis: int) -> NDArray[np.int32]:
     return np.moveaxis(wide, 1, -1).reshape(len(wide), -1)
 
 
-def _spread(
+def _broadcast_limits(
     low: NDArray[np.int64], high: NDArray[np.int64], weight: NDArray[Any], output_axis: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """The codes' limits for every element of `_rows`: (O, K), or (1, K) where all outputs read the same channels."""
@@ -140,15 +140,15 @@ def _spread(
     return least, largest
 
 
-def _worst_pair(rows: NDArray[np.int32], low: NDArray[np.int32], high: NDArray[np.int32]) -> NDArray[np.int32]:
+def _worst_pair_sum(rows: NDArray[np.int32], low: NDArray[np.int32], high: NDArray[np.int32]) -> NDArray[np.int32]:
     """The largest magnitude that the sum of two neighbouring products can reach, for each output: (O,)."""
     at_low, at_high = rows * low, rows * high
-    top, bottom = (_neighbours(ends(at_low, at_high)) for ends in (np.maximum, np.minimum))
+    top, bottom = (_sum_neighbours(ends(at_low, at_high)) for ends in (np.maximum, np.minimum))
     worst: NDArray[np.int32] = np.maximum(top.max(axis=1), -bottom.min(axis=1))
     return worst
 
 
-def _neighbours(products: NDArray[np.int32]) -> NDArray[np.int32]:
+def _sum_neighbours(products: NDArray[np.int32]) -> NDArray[np.int32]:
     """Sums of neighbours, (O, K) -> (O, (K + 1) / 2); an odd last one stays alone."""
     sums = products[:, 0::2].copy()
     sums[:, : products.shape[1] // 2] += products[:, 1::2]

@@ -1,4 +1,7 @@
-"""From sketches to scales and zero points for every decision of a plan."""
+"""This module chooses scales and zero points for every tensor of a plan from calibration sketches.
+
+It also lists the quantized tensors as rows of the report: activations in graph order, then weights and biases.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+import numpy as np
+
 from qconv.calibration.range_estimators import CALIBRATORS, CalibrationHints, Range
 from qconv.calibration.sketch import Sketch, SketchContents
 from qconv.config.choices import PERCENTILE
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, Finding
 from qconv.ir import layers
-from qconv.ir.model import Node, Value, constant_array
+from qconv.ir.model import Node, Value, constant_array, input_of
 from qconv.planning.plan import LayerPlan, Plan, count_channels
-from qconv.quantization import channel_bits
-from qconv.quantization.weights import LayerParams, Source, quantize_layer
-from qconv.quantizer import QuantParams, QuantSpec
+from qconv.quantization import weight_ranges
+from qconv.quantization.layer import LayerInput, LayerParams, quantize_layer
+from qconv.quantizer import PerBlock, PerChannel, QuantParams, QuantSpec
+from qconv.results.quantize import TensorRow
+
+# From sketches to scales and zero points for every decision of a plan.
+
 
 LARGEST_MULTIPLIER = 200.0
-NO_FACTORS: Mapping[str, float] = MappingProxyType({})
+
+NO_RANGE_FACTORS: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -29,37 +39,39 @@ class Params:
     activations: dict[Value, QuantParams] = field(default_factory=dict)
     constants: dict[Value, QuantParams] = field(default_factory=dict)
     layers: list[LayerParams] = field(default_factory=list)
-    sources: dict[Node, Source] = field(default_factory=dict)
+    sources: dict[Node, LayerInput] = field(default_factory=dict)
 
 
 def choose_params(
-    plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, factors: Mapping[str, float] = NO_FACTORS
+    plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, factors: Mapping[str, float] = NO_RANGE_FACTORS
 ) -> tuple[Params, list[Finding]]:
     """Parameters for all tensors of the plan. sketches: of every watched tensor, factors: on ranges, by their names."""
-    params, findings = choose_activations(plan, sketches, recipe, factors)
-    findings += _choose_layers(plan, params, sketches, recipe)
+    params, findings = choose_activation_params(plan, sketches, recipe, factors)
+    findings += _choose_layer_params(plan, params, sketches, recipe)
     return params, findings
 
 
-def choose_activations(
-    plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, factors: Mapping[str, float] = NO_FACTORS
+def choose_activation_params(
+    plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, factors: Mapping[str, float] = NO_RANGE_FACTORS
 ) -> tuple[Params, list[Finding]]:
     """The same without the layers."""
     params = Params()
-    ranges = _ranges(plan, sketches, recipe)
+    ranges = _choose_ranges(plan, sketches, recipe)
     for value, (low, high) in ranges.items():
         factor = factors.get(value.name or "", 1.0)
         ranges[value] = low * factor, high * factor
-    findings = _end_at_gates(plan, ranges)
-    _widen_means(plan, ranges)
+    findings = _clip_at_gates(plan, ranges)
+    _widen_average_ranges(plan, ranges)
     for value, (low, high) in ranges.items():
-        params.activations[value] = plan.given.get(value) or _spec(plan, value).from_range(low, high)
+        params.activations[value] = plan.given.get(value) or _activation_spec(plan, value).from_range(low, high)
     for value in plan.by_channel():
         name = value.name or ""
         clips = recipe.calibrator == "aciq"
-        chosen = channel_bits.of_activations(sketches[name], _spec(plan, value), count_channels(value), clips=clips)
+        chosen = weight_ranges.make_activation_channel_params(
+            sketches[name], _activation_spec(plan, value), count_channels(value), clips=clips
+        )
         params.activations[value] = chosen
-        findings.append(channel_bits.in_words(name, "activations", chosen))
+        findings.append(weight_ranges.describe_channel_bits(name, "activations", chosen))
     for value, spec in plan.constants.items():
         numbers = constant_array(value)
         assert numbers is not None
@@ -67,7 +79,7 @@ def choose_activations(
     return params, findings
 
 
-def carried_over(params: Params, plan: Plan) -> Params:
+def carry_over_params(params: Params, plan: Plan) -> Params:
     """The same numbers for the plan of a copy of the model: tensors and layers are known by their names."""
     activations, constants = (
         {value.name: found for value, found in known.items()} for known in (params.activations, params.constants)
@@ -81,10 +93,10 @@ def carried_over(params: Params, plan: Plan) -> Params:
     )
 
 
-def _choose_layers(plan: Plan, params: Params, sketches: Mapping[str, Sketch], recipe: Recipe) -> list[Finding]:
+def _choose_layer_params(plan: Plan, params: Params, sketches: Mapping[str, Sketch], recipe: Recipe) -> list[Finding]:
     findings: list[Finding] = []
     for layer in plan.layers:
-        source = source_of(layer, params, sketches)
+        source = find_layer_input(layer, params, sketches)
         if source is not None:
             params.sources[layer.node] = source
         quantized, notes = quantize_layer(
@@ -92,7 +104,7 @@ def _choose_layers(plan: Plan, params: Params, sketches: Mapping[str, Sketch], r
             source,
             recipe.weight_calibrator,
             plan.target,
-            seen=sketch_of(layer, sketches),
+            seen=find_layer_sketch(layer, sketches),
             saturation_safe=recipe.saturation_safe,
             correction=recipe.bias_correction,
         )
@@ -101,23 +113,23 @@ def _choose_layers(plan: Plan, params: Params, sketches: Mapping[str, Sketch], r
     return findings
 
 
-def source_of(layer: LayerPlan, params: Params, sketches: Mapping[str, Sketch]) -> Source | None:
+def find_layer_input(layer: LayerPlan, params: Params, sketches: Mapping[str, Sketch]) -> LayerInput | None:
     """What a layer reads; None where that stays float."""
     if layer.data is None:
         return None
-    return Source(params.activations[layer.data], sketch_of(layer, sketches))
+    return LayerInput(params.activations[layer.data], find_layer_sketch(layer, sketches))
 
 
-def sketch_of(layer: LayerPlan, sketches: Mapping[str, Sketch]) -> Sketch | None:
+def find_layer_sketch(layer: LayerPlan, sketches: Mapping[str, Sketch]) -> Sketch | None:
     """Of what a layer reads, channels along axis 1, which a MatMul does not sum over."""
     value = layer.node.inputs[0]
     return None if value is None or layer.node.op_type == "MatMul" else sketches.get(value.name or "")
 
 
-def _ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[Value, Range]:
+def _choose_ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[Value, Range]:
     """The range of every quantized tensor; tied ones share the union of theirs."""
     calibrator = CALIBRATORS[recipe.calibrator]
-    readers = _readers(plan) if SketchContents.COLUMNS in calibrator.want else {}
+    readers = _find_channel_summing_layers(plan) if SketchContents.COLUMNS in calibrator.want else {}
     own: dict[Value, Range] = {}
     for value in plan.activations:
         sketch = sketches.get(value.name or "")
@@ -125,7 +137,7 @@ def _ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[
             hints = CalibrationHints(
                 recipe.percentile or PERCENTILE, readers.get(value, ()), is_input=value.is_graph_input()
             )
-            own[value] = calibrator.choose(sketch, _spec(plan, value), hints)
+            own[value] = calibrator.choose(sketch, _activation_spec(plan, value), hints)
     ranges = {}
     for value, group in plan.group_of().items():
         if value in plan.given:
@@ -137,7 +149,7 @@ def _ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[
     return ranges
 
 
-def _readers(plan: Plan) -> dict[Value, list[layers.Layer]]:
+def _find_channel_summing_layers(plan: Plan) -> dict[Value, list[layers.Layer]]:
     """The layers that sum over the channels of each tensor."""
     found: dict[Value, list[layers.Layer]] = {}
     for layer in plan.layers:
@@ -146,13 +158,13 @@ def _readers(plan: Plan) -> dict[Value, list[layers.Layer]]:
     return found
 
 
-def _end_at_gates(plan: Plan, ranges: dict[Value, Range]) -> list[Finding]:
+def _clip_at_gates(plan: Plan, ranges: dict[Value, Range]) -> list[Finding]:
     """Give no codes to what the activation behind a tensor makes zero."""
     findings: list[Finding] = []
     for value, gate in plan.gates.items():
         if gate.product not in ranges:
             continue
-        step = float(_spec(plan, gate.product).from_range(*ranges[gate.product]).scale)
+        step = float(_activation_spec(plan, gate.product).from_range(*ranges[gate.product]).scale)
         (low, high), floor = ranges[value], gate.floor(step)
         if low < floor:
             ranges[value] = floor, high
@@ -161,7 +173,7 @@ def _end_at_gates(plan: Plan, ranges: dict[Value, Range]) -> list[Finding]:
     return findings
 
 
-def _widen_means(plan: Plan, ranges: dict[Value, Range]) -> None:
+def _widen_average_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
     """Where positive and negative cancel, a mean can be tiny beside what it is taken of.
 
     ONNX Runtime multiplies by s_x / (s_y * count) and refuses to run from 256 on.
@@ -172,7 +184,7 @@ def _widen_means(plan: Plan, ranges: dict[Value, Range]) -> None:
         source, result = node.inputs[0], absorbed.get(node, node).outputs[0]
         if node.op_type not in ("GlobalAveragePool", "AveragePool") or source not in ranges or result not in ranges:
             continue
-        steps = [float(_spec(plan, value).from_range(*ranges[value]).scale) for value in (source, result)]
+        steps = [float(_activation_spec(plan, value).from_range(*ranges[value]).scale) for value in (source, result)]
         factor = steps[0] / (LARGEST_MULTIPLIER * steps[1])
         if factor > 1:
             for value in groups[result]:
@@ -180,7 +192,36 @@ def _widen_means(plan: Plan, ranges: dict[Value, Range]) -> None:
                 ranges[value] = low * factor, high * factor
 
 
-def _spec(plan: Plan, value: Value) -> QuantSpec:
+def _activation_spec(plan: Plan, value: Value) -> QuantSpec:
     spec = plan.activations[value].spec
     assert spec is not None
     return spec
+
+
+# What became of every quantized tensor, as rows of the report.
+
+
+def make_tensor_rows(plan: Plan, params: Params) -> list[TensorRow]:
+    """A row for every quantized tensor: activations in graph order, then weights and biases layer by layer."""
+    rows = []
+    for value, chosen in params.activations.items():
+        rows.append(_make_row(_name_of(value), "activation", chosen, plan.activations[value].why))
+    for layer in params.layers:
+        node = layer.layer.node
+        rows.append(_make_row(_name_of(node.inputs[1]), "weight", layer.stored[0], f"weights of {node.name}"))
+        if layer.bias_params is not None:
+            name = _name_of(input_of(node, 2)) or f"{node.name}_bias"
+            rows.append(_make_row(name, "bias", layer.bias_params, f"bias of {node.name}, scale s_x * s_w"))
+    return rows
+
+
+def _name_of(value: Value | None) -> str:
+    return "" if value is None else value.name or ""
+
+
+def _make_row(name: str, kind: str, chosen: QuantParams, why: str) -> TensorRow:
+    spec = chosen.spec
+    granularity = {PerChannel: "per-channel", PerBlock: "per-block"}.get(type(spec.granularity), "per-tensor")
+    scale, zero = (np.asarray(numbers).tolist() for numbers in (chosen.scale, chosen.zero_point))
+    bits = spec.bits if chosen.bits is None else chosen.bits.tolist()
+    return TensorRow(name, kind, bits, spec.symmetric, granularity, scale, zero, why)

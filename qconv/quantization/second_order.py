@@ -1,0 +1,565 @@
+"""This module rounds weights layer after layer for the inputs that the quantized layers before will hand on.
+
+The float network and a copy with all quantizers run side by side; at each layer the moments of both are accumulated,
+weights are solved anew, rounded (`gptq`), and the bias keeps the mean of every output:
+
+    b' = b + W m_f - Q m_q                      b' = b + (W - Q) m with means m that BatchNormalization tells
+    seen(y) = min(max(y, low), high)            the effective output range: Relu or Clip bounds, ends of the codes
+
+A layer keeps its nearest codes where the new ones do not err less on held-out rows, as far as that range shows it.
+Activations of 8 bits and more are not rounded on the way: their noise is no function of the layer's input, and weights
+solved for it could only shrink.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS, Target
+from qconv.errors import Change, Finding, Skipped
+from qconv.ir.layers import weight_rows_of, weights_from_rows
+from qconv.ir.model import Model, Node, Value, clip_bounds, constant_array, input_of
+from qconv.ir.stepwise import StepwiseRun
+from qconv.planning.plan import LayerPlan, Plan
+from qconv.planning.planner import make_plan
+from qconv.quantization import gptq, weight_ranges
+from qconv.quantization.emit import emit
+from qconv.quantization.gptq import LayerRounder, arrange_stored, dequantize_rows, read_weight_shape
+from qconv.quantization.input_moments import (
+    HELD_OUT_INTERVAL,
+    InputMoments,
+    Ints,
+    PatchExtractor,
+    accumulate_moments,
+    choose_held_out_interval,
+)
+from qconv.quantization.layer import (
+    LayerInput,
+    LayerParams,
+    analytic_bias_shift,
+    attach_bias,
+    find_least_scale,
+    find_pair_limits,
+    fit_scales,
+    is_depthwise,
+    read_float_weight,
+    shift_bias,
+)
+from qconv.quantization.parameters import Params, carry_over_params
+from qconv.quantization.weight_ranges import estimate_mse_range
+from qconv.quantizer import PerChannel, QuantParams
+from qconv.storage import ArrayStore, StoredArrays, prefetch
+
+# What of a layer's outputs reaches whoever reads them: what the activation behind lets through, and what has codes.
+#
+#     seen(y) = min(max(y, low), high)        low, high: the bounds of a Relu or Clip, or the ends of the codes
+#
+# Two networks may differ a lot below a Relu, where that is nothing to the network behind it: whatever is clipped before
+# a layer is far from where it should be behind it, and least squares see nothing else.
+
+
+Float32 = NDArray[np.float32]
+
+UNBOUNDED = (-math.inf, math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveRange:
+    """bounds: of the activation behind the layer; codes: of what is written of it.
+
+    centre: what outputs of rows less their means lack, (G, 1, O).
+    """
+
+    bounds: tuple[float, float] = UNBOUNDED
+    codes: tuple[float, float] = UNBOUNDED
+    centre: NDArray[np.floating[Any]] | float = 0.0
+
+    @classmethod
+    def behind(cls, node: Node, activations: Mapping[Value, QuantParams]) -> EffectiveRange:
+        """Of a layer in a network whose tensors have these parameters."""
+        value = node.outputs[0]
+        bounds = UNBOUNDED
+        readers = {use.node for use in value.uses()}
+        if value not in activations and len(readers) == 1 and not value.is_graph_output():
+            (reader,) = readers
+            found = clip_bounds(reader)
+            if found is not None:
+                bounds, value = found, reader.outputs[0]
+        params = activations.get(value)
+        if params is None or params.scale.ndim:
+            return cls(bounds)
+        low, high = (float(end) for end in params.code_range())
+        return cls(bounds, (low, high))
+
+    def around(self, node: Node, rows: Float32, seen: InputMoments) -> EffectiveRange:
+        """For outputs of rows whose mean was removed. rows: the float weights (G, O, K)."""
+        centre = np.einsum("gok,gk->go", rows, seen.float_mean)
+        bias = constant_array(input_of(node, 2)) if node.op_type != "MatMul" else None
+        if bias is not None:
+            centre = centre + np.broadcast_to(bias.reshape(-1), (centre.size,)).reshape(centre.shape)
+        return replace(self, centre=centre[:, None].astype(np.float32))
+
+    def of_float(self, outputs: Float32) -> Float32:
+        """What reaches the readers in the float network, (G, n, O)."""
+        return np.clip(outputs + self.centre, *self.bounds)
+
+    def of_rounded(self, outputs: Float32) -> Float32:
+        """The same in the quantized one."""
+        low, high = (end(pair) for end, pair in zip((max, min), zip(self.bounds, self.codes, strict=True), strict=True))
+        return np.clip(outputs + self.centre, low, high)
+
+
+# The weights of one layer, solved and rounded for what is known of its inputs, and its bias.
+#
+# The float weights are solved anew for the inputs that the layer really gets, a range is found for them, every weight
+# takes the code that rounding.py gives it, scales are fitted to the codes, and the bias keeps the mean of every output:
+#
+#     b' = b + W m_f - Q m_q
+#
+# With means m that BatchNormalization tells (see expected.py) it is b' = b + (W - Q) m, and b where it tells none.
+#
+# A layer keeps its nearest codes where the new ones do not err less on rows that were kept apart, as far as whoever
+# reads its outputs can see that (sight.py). Nor are weights of an output solved anew where that is worse by the same
+# measure.
+
+
+Float64 = NDArray[np.float64]
+
+RIDGES = (64.0, 16.0, 4.0, 1.0, 0.3)
+
+RIDGES_AT_8 = (16.0, 1.0)
+
+ENOUGH_HELD_OUT_ROWS = 64
+"""Rows kept apart from which on they choose for each output alone; fewer for all of a layer together."""
+
+LEAST_ROWS = 2048
+"""Rows that are drawn for a layer, where there are so many."""
+
+FEWEST_HELD_OUT_ROWS = 4
+"""Rows kept apart from which on they decide anything."""
+
+MOST_NUMBERS = 2**27
+"""In all rows of a layer: one in eight is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingEffort:
+    """How much is spent on it.
+
+    pictures: at most. rows: for each input of a layer; most_rows: of any.
+    most_weights, most_inputs: of layers of 8 bits; larger ones keep their nearest codes. depthwise: whether depthwise
+    layers of 8 bits with a scale for each channel are solved: with that few weights to a scale they lose little.
+    factors: on scales, tried out for each output. refits: how often scales are fitted to the codes and these rounded
+    anew; neither is for 8 bits, where ranges are as good. sweeps: of `rounding.descended`.
+    """
+
+    pictures: int
+    rows: int
+    most_rows: int
+    most_weights: int
+    most_inputs: int
+    factors: tuple[float, ...] = (0.85, 1.15)
+    refits: int = 1
+    sweeps: int = 0
+    depthwise: bool = False
+
+    def for_bits(self, bits: Iterable[int]) -> RoundingEffort:
+        """That for weights of these bits: a third of the pictures and half the rows where none has fewer than 8."""
+        if min(bits, default=8) < 8:
+            return self
+        return replace(self, pictures=self.pictures // 3, rows=self.rows // 2, most_rows=self.most_rows // 2)
+
+    def rows_for(self, inputs: int) -> int:
+        """Rows that are drawn for a layer whose outputs read so many inputs each."""
+        return min(max(self.rows * inputs, LEAST_ROWS), self.most_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSolver:
+    """What all layers are solved with."""
+
+    recipe: Recipe
+    target: Target
+    effort: RoundingEffort
+
+    def refusal(self, model: Model, nearest: LayerParams) -> str | None:
+        """Why a layer keeps its nearest codes; None where it need not."""
+        weight = nearest.layer.node.inputs[1]
+        assert weight is not None
+        if nearest.layer.weight.bits > 8:
+            return "weights of 16 bits lose nothing by rounding to the nearest code"
+        if self.recipe.rounding == "nearest":  # the bias alone is looked for
+            return None
+        if len(model.readers(weight)) > 1:
+            return "several layers share its weights"
+        if nearest.layer.weight.bits < 8:
+            return None
+        too_many = nearest.codes.size > self.effort.most_weights
+        if too_many or _rows_shape(nearest.layer.node)[2] > self.effort.most_inputs:
+            return "with 8 bits it loses little, and is too large for this effort"
+        apart = isinstance(nearest.layer.weight.granularity, PerChannel)
+        if apart and not self.effort.depthwise and is_depthwise(nearest.layer):
+            return "with 8 bits a depthwise layer loses little"
+        return None
+
+    def drawn(self, layer: LayerPlan, index: int, inputs: StoredArrays) -> Iterator[tuple[PatchExtractor, Ints]]:
+        """How, and at which positions, rows are cut out of each batch of what a layer reads. index: of the layer."""
+        shape = read_weight_shape(layer.node)
+        groups, _, columns = _rows_shape(layer.node)
+        wanted = min(self.effort.rows_for(columns), max(1, MOST_NUMBERS // (groups * columns)))
+        cuts = [(PatchExtractor.of(layer.node, shape, x.shape), x.shape) for x in inputs.held]
+        most = -(-wanted // sum(patches.entries(size) for patches, size in cuts))
+        rng = np.random.default_rng([self.recipe.seed, index])
+        for patches, size in cuts:
+            count = patches.positions(size)
+            yield patches, np.arange(count) if count <= most else np.sort(rng.choice(count, most, replace=False))
+
+    def solved(
+        self,
+        nearest: LayerParams,
+        source: LayerInput | None,
+        seen: InputMoments,
+        sight: EffectiveRange,
+        *,
+        anew: bool = True,
+    ) -> tuple[LayerParams, Finding]:
+        """The layer with codes of second order, or the nearest ones where these err less or are asked for.
+
+        source: what the layer reads, None where that stays float. sight: of its outputs. anew: whether the network
+        before it is quantized; else C = H, and W' is W.
+        """
+        layer, node = nearest.layer, nearest.layer.node
+        if not seen.is_finite:
+            return nearest, Skipped("round", node.name or "", "what it reads is too large for squares in float32")
+        if self.recipe.rounding == "nearest":
+            return self._corrected(nearest, source, seen)
+        rows = weight_rows_of(node, read_float_weight(layer).reshape(read_weight_shape(node)))
+        sight = sight.around(node, rows, seen)
+        wanted = self._resolved(rows, seen, sight, layer.weight.bits) if anew else rows
+        params, codes = self._rounded(layer, self._ranged(layer, wanted, source, seen), wanted, seen, source)
+        params, codes, finding = _choose_better(nearest, params, codes, rows, seen, sight)
+        bias = shift_bias(layer, self._shift(layer, params.dequantize(codes), seen))
+        return attach_bias(layer, params, codes, bias, source, self.target), finding
+
+    def _corrected(
+        self, nearest: LayerParams, source: LayerInput | None, seen: InputMoments
+    ) -> tuple[LayerParams, Finding]:
+        """Nearest codes, with a bias for what the layers before hand on."""
+        layer, name = nearest.layer, nearest.layer.node.name or ""
+        shift = self._shift(layer, nearest.weight.dequantize(nearest.codes), seen)
+        if shift is None:
+            return nearest, Skipped("bias", name, "a MatMul has no bias")
+        chosen = attach_bias(layer, nearest.weight, nearest.codes, shift_bias(layer, shift), source, self.target)
+        what = "bias keeps the means of its outputs, whatever the layers before do to them"
+        return chosen, Change("bias", name, what, what)
+
+    def _shift(self, layer: LayerPlan, rounded: Float32, seen: InputMoments) -> Float64 | None:
+        """What the bias takes back, (O,)."""
+        weight = read_float_weight(layer)
+        if self.recipe.bias_correction == "analytic":
+            known = analytic_bias_shift(layer, weight, rounded)
+            return None if isinstance(known, str) else known
+        if self.recipe.bias_correction == "none" or layer.node.op_type == "MatMul":  # which adds nothing
+            return None
+        shape = read_weight_shape(layer.node)
+        rows, real = (weight_rows_of(layer.node, numbers.reshape(shape)) for numbers in (weight, rounded))
+        shift = np.einsum("gok,gk->go", rows, seen.float_mean) - np.einsum("gok,gk->go", real, seen.mean)
+        return np.asarray(shift.reshape(-1), np.float64)
+
+    def _ranged(self, layer: LayerPlan, wanted: Float32, source: LayerInput | None, seen: InputMoments) -> QuantParams:
+        """Scales for weights (G, O, K): those with the least error, inputs taken to be independent."""
+        node, shape = layer.node, read_weight_shape(layer.node)
+        weight = arrange_stored(layer, weights_from_rows(node, wanted, shape))
+        if layer.own_bits:
+            params = weight_ranges.make_weight_channel_params(weight, layer.weight, self.recipe.weight_calibrator)
+        else:
+            importance = np.concatenate([np.diagonal(b.hessian, axis1=1, axis2=2) for b in seen.blocks], axis=1)
+            spread = np.broadcast_to(importance[:, None].astype(np.float32), wanted.shape)
+            counts = arrange_stored(layer, weights_from_rows(node, spread, shape))
+            params = layer.weight.from_range(*estimate_mse_range(weight, layer.weight, counts))
+        return fit_scales(layer, params, weight, source, self.target, saturation_safe=self.recipe.saturation_safe)[0]
+
+    def _resolved(self, rows: Float32, seen: InputMoments, sight: EffectiveRange, bits: int) -> Float32:
+        """W' of each output with the ridge that errs least on rows kept apart; W itself is one of the candidates, and
+        stays where what is seen of the output errs more with another."""
+        float_rows, kept = seen.kept
+        best, before = rows, np.inf
+        if kept.shape[1] < FEWEST_HELD_OUT_ROWS:
+            return best
+        wanted = float_rows @ np.swapaxes(rows, 1, 2)  # (G, n, O)
+        in_sight = sight.of_float(wanted)
+
+        def errors(weight: Float32) -> tuple[Float32, Float32]:
+            """All, and that in sight, (G, O) both."""
+            outputs = kept @ np.swapaxes(weight, 1, 2)
+            lost = np.square(wanted - outputs).mean(axis=1)
+            return lost, np.square(in_sight - sight.of_rounded(outputs)).mean(axis=1)
+
+        least, most_seen = errors(rows)
+        for ridge in RIDGES if bits < 8 else RIDGES_AT_8:
+            tried = self._ridged(rows, seen, ridge)
+            lost, lost_seen = errors(tried)
+            if not lost.sum() < before:
+                break
+            before = float(lost.sum())
+            better = (lost < least) & (lost_seen <= most_seen)
+            if kept.shape[1] < ENOUGH_HELD_OUT_ROWS:
+                better = np.full_like(better, lost.sum() < least.sum() and lost_seen.sum() <= most_seen.sum())
+            least = np.where(better, lost, least)
+            best = np.where(better[:, :, None], tried, best)
+        return best
+
+    def _ridged(self, rows: Float32, seen: InputMoments, ridge: float) -> Float32:
+        found = np.empty_like(rows)
+        for block in seen.blocks:
+            part = rows[:, :, block.part].astype(np.float64)
+            found[:, :, block.part] = gptq.solve_weights(part, block.hessian, block.cross, ridge)
+        return found
+
+    def _rounded(
+        self, layer: LayerPlan, params: QuantParams, wanted: Float32, seen: InputMoments, source: LayerInput | None
+    ) -> tuple[QuantParams, NDArray[np.integer]]:
+        least = find_least_scale(layer, source, self.target, params)
+        rounder = LayerRounder.of(layer, wanted, seen, least)
+        narrow = layer.weight.bits < 8
+        free = narrow and not layer.blocked
+        params, codes = rounder.scaled(params, self.effort.factors if free else ())
+        for _ in range(self.effort.refits if free else 0):
+            params, codes = rounder.refitted(params, codes)
+        if self.effort.sweeps and narrow:
+            codes = rounder.descended(params, codes, self.effort.sweeps)
+        safe = self.recipe.saturation_safe
+        limits = None
+        if source is not None:
+            limits = find_pair_limits(layer, source, self.target, widest=params.widest, saturation_safe=safe)
+        return (params, codes) if limits is None else rounder.unsaturated(params, codes, limits)
+
+
+def _choose_better(
+    nearest: LayerParams,
+    params: QuantParams,
+    codes: NDArray[np.integer],
+    rows: Float32,
+    seen: InputMoments,
+    sight: EffectiveRange,
+) -> tuple[QuantParams, NDArray[np.integer], Finding]:
+    """The new codes or the nearest ones, whichever err less, and what is to be told of it."""
+    name = nearest.layer.node.name or ""
+    before, after = (
+        _output_loss(rows, dequantize_rows(nearest.layer, p, c), seen, sight)
+        for p, c in ((nearest.weight, nearest.codes), (params, codes))
+    )
+    if not after <= before:
+        return nearest.weight, nearest.codes, Skipped("round", name, "its nearest codes err less")
+    apart = f", in {len(seen.blocks)} blocks of inputs, as if independent" if len(seen.blocks) > 1 else ""
+    what = f"rounded by second order{apart}"
+    gained = f": {10 * np.log10(before / after):.1f} dB less error than nearest codes" if after > 0 else ""
+    return params, codes, Change("round", name, what + gained, what)
+
+
+def _output_loss(weight: Float32, rounded: Float32, seen: InputMoments, sight: EffectiveRange) -> float:
+    """Mean square of what is seen of W x_f - Q x_q over the rows kept apart, means removed.
+
+    Where these are few, what depends on Q of it by the moments, which can be below zero.
+    """
+    float_rows, rows = seen.kept
+    if rows.shape[1] >= FEWEST_HELD_OUT_ROWS:
+        wanted = sight.of_float(float_rows @ np.swapaxes(weight, 1, 2))
+        lost = wanted - sight.of_rounded(rows @ np.swapaxes(rounded, 1, 2))
+        return float(np.square(lost, dtype=np.float64).mean())
+    total = 0.0
+    for block in seen.blocks:
+        w, q = (x[:, :, block.part].astype(np.float64) for x in (weight, rounded))
+        total += float(np.einsum("gok,gok->", q @ block.hessian, q) - 2 * np.einsum("gok,gok->", w @ block.cross, q))
+    return total
+
+
+def _rows_shape(node: Node) -> tuple[int, int, int]:
+    """Of the layer's weights as rows, (G, O, K)."""
+    groups, outputs, inputs = weight_rows_of(node, np.empty(read_weight_shape(node), bool)).shape
+    return groups, outputs, inputs
+
+
+def first_input(node: Node) -> Value:
+    """What the layer reads."""
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+# Layer after layer, weights are rounded for the inputs that the layers before, quantized already, will really hand on.
+#
+# Two networks are walked side by side over the same pictures: the folded float one, and a copy with all quantizers in
+# place, whose weights are replaced as they are found. At each layer rows of both are drawn (patches.py), their moments
+# summed (moments.py), and weights and bias are found by these (solve.py). Nearest codes stay what they are, and their
+# biases alone are found like that.
+#
+# Activations of 8 bits and more are not rounded on the way. Their noise is no function of what a layer reads: weights
+# that were solved anew for it could only shrink, layer after layer, and outputs with them. Fewer bits lose so much that
+# to shrink is right.
+
+
+BYTES_IN_MEMORY = 2**27
+"""Bytes of tensors between two layers that each of both networks holds in memory; more go to temporary files."""
+
+ROUNDING_EFFORTS = {
+    # chosen with --rounding second-order
+    "fast": RoundingEffort(pictures=32, rows=4, most_rows=2048, most_weights=2**20, most_inputs=1280),
+    "balanced": RoundingEffort(pictures=96, rows=16, most_rows=8192, most_weights=2**20, most_inputs=1280),
+    "best": RoundingEffort(
+        pictures=512,
+        rows=32,
+        most_rows=30000,
+        most_weights=2**27,
+        most_inputs=2**15,
+        factors=(0.7, 0.8, 0.9, 1.1, 1.2),
+        refits=3,
+        sweeps=4,
+        depthwise=True,
+    ),
+}
+
+
+def choose_rounding_effort(plan: Plan, recipe: Recipe) -> RoundingEffort:
+    """What is spent on the layers of a plan."""
+    return ROUNDING_EFFORTS[recipe.effort].for_bits(layer.weight.bits for layer in plan.layers)
+
+
+def round_layers_sequentially(
+    model: Model,
+    plan: Plan,
+    params: Params,
+    feeds: Sequence[Mapping[str, NDArray[Any]]],
+    recipe: Recipe,
+    floats: Mapping[str, str],
+    progress: Callable[[str, int, int], None],
+) -> list[Finding]:
+    """Replace the layers of `params` by rounded ones. model: the folded float network, which stays as it is.
+
+    feeds: the pictures, batch by batch.
+    """
+    solver = LayerSolver(recipe, plan.target, choose_rounding_effort(plan, recipe))
+    # whoever judges by batches that weights were not rounded on (judge.py) counts on these being kept apart whole
+    pieces = [1 if len(feeds) >= HELD_OUT_INTERVAL else _count_images(feed) for feed in feeds]
+    return _SequentialRounder(model, params, solver, pieces).run(feeds, floats, progress)
+
+
+@dataclass(slots=True)
+class _SequentialRounder:
+    model: Model
+    params: Params
+    solver: LayerSolver
+    pieces: list[int]  # of each batch, one of so many is kept apart
+    findings: list[Finding] = field(default_factory=list)
+
+    def run(
+        self,
+        feeds: Sequence[Mapping[str, NDArray[Any]]],
+        floats: Mapping[str, str],
+        progress: Callable[[str, int, int], None],
+    ) -> list[Finding]:
+        simulated, nodes = self._with_quantizers(floats)
+        with (
+            contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as first,
+            contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as second,
+        ):
+            real = StepwiseRun(self.model, feeds, first, threads=self.solver.recipe.threads)
+            other = StepwiseRun(simulated, feeds, second, threads=self.solver.recipe.threads)
+            self._go(real, other, simulated, nodes, progress)
+        return self.findings
+
+    def _go(
+        self,
+        real: StepwiseRun,
+        other: StepwiseRun,
+        simulated: Model,
+        nodes: Mapping[str, Node],
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        """While a layer is solved the float network, which does not depend on that, runs on to the next one."""
+        refusals = [self.solver.refusal(self.model, chosen) for chosen in self.params.layers]
+        solved = [chosen.layer.node for chosen, why in zip(self.params.layers, refusals, strict=True) if why is None]
+        inputs = prefetch(real.at, map(first_input, solved), workers=1, depth=1)
+        with contextlib.closing(inputs):
+            upcoming = next(inputs, None)
+            for index, (chosen, why) in enumerate(zip(list(self.params.layers), refusals, strict=True)):
+                progress("round", index, len(refusals))
+                node = chosen.layer.node
+                twin = nodes[node.name or ""]
+                if why is None:
+                    assert upcoming is not None
+                    rows = self._rows(chosen.layer, index, upcoming.result(), other, twin)
+                    seen = accumulate_moments(rows, choose_held_out_interval(sum(self.pieces)))
+                    upcoming = next(inputs, None)
+                    sight = EffectiveRange.behind(node, self.params.activations)
+                    chosen, finding = self.solver.solved(chosen, self.params.sources.get(node), seen, sight)
+                    self.params.layers[index] = chosen
+                    self.findings.append(finding)
+                else:
+                    self.findings.append(Skipped("round", node.name or "", why))
+                _replace_weights(simulated, twin, chosen)
+        progress("round", len(refusals), len(refusals))
+
+    def _with_quantizers(self, floats: Mapping[str, str]) -> tuple[Model, dict[str, Node]]:
+        """A copy with float weights, and its nodes by name.
+
+        Where activations have fewer than 8 bits, with all their quantizers, if weights are to be solved for that.
+        """
+        copy = self.model.copy()
+        recipe = self.solver.recipe
+        plan = make_plan(copy, recipe, TARGETS[recipe.target], floats)
+        chosen = carry_over_params(replace(self.params, layers=[]), plan)
+        nodes = {layer.node.name or "": layer.node for layer in plan.layers}
+        fewest = min((found.spec.bits for found in chosen.activations.values()), default=8)
+        if fewest < 8 and recipe.rounding != "nearest":
+            emit(copy, plan, chosen, pack=False)
+        return copy, nodes
+
+    def _rows(
+        self, layer: LayerPlan, index: int, floats: StoredArrays, other: StepwiseRun, twin: Node
+    ) -> Iterator[tuple[Float32, Float32]]:
+        """The same rows of both networks, piece by piece, cut out ahead of who sums them."""
+        codes, grid = other.codes_at(first_input(twin))
+        drawn = enumerate(self.solver.drawn(layer, index, floats))
+
+        def cut(item: tuple[int, tuple[PatchExtractor, Ints]]) -> tuple[Float32, Float32]:
+            number, (patches, at) = item
+            places = patches.places(at)
+            found = patches.rows(codes[number], places, zero=0 if grid is None else int(grid.zero_point))
+            if grid is not None:
+                found -= np.float32(grid.zero_point)
+                found *= grid.scale
+            return patches.rows(floats[number], places), found
+
+        with contextlib.closing(prefetch(cut, drawn, workers=1, depth=4)) as futures:
+            for count, future in zip(self.pieces, futures, strict=True):
+                yield from _split_by_image(*future.result(), count)
+
+
+def _count_images(feed: Mapping[str, NDArray[Any]]) -> int:
+    return max(1, min((len(x) for x in feed.values() if x.ndim), default=1))
+
+
+def _split_by_image(floats: Float32, rows: Float32, pieces: int) -> Iterator[tuple[Float32, Float32]]:
+    """Rows (G, n, K) of a batch, which lie picture after picture."""
+    ends = np.linspace(0, rows.shape[1], pieces + 1).astype(int)
+    for start, end in itertools.pairwise(ends.tolist()):
+        if end > start:
+            yield floats[:, start:end], rows[:, start:end]
+
+
+def _replace_weights(model: Model, node: Node, chosen: LayerParams) -> None:
+    """Give the layer the weights and the bias that its codes stand for."""
+    weight = chosen.weight.dequantize(chosen.codes).reshape(read_weight_shape(node))
+    model.set_input(node, 1, model.constant(f"{node.name}_rounded", weight))
+    if chosen.bias is not None:
+        model.set_input(node, 2, model.constant(f"{node.name}_corrected", chosen.bias.astype(np.float32)))
