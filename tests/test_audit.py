@@ -13,7 +13,7 @@ from models import network
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qconv.audit.examine import Examined, examine
+from qconv.audit.audit import FileAudit, audit_file
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
@@ -59,7 +59,7 @@ class QDQ:
     def conv(self, x: str, *more: str, name: str = "conv") -> str:
         return self.node("Conv", x, *more, name=name, pads=[1, 1, 1, 1])
 
-    def examined(self, y: str, tmp_path: Path) -> Examined:
+    def examined(self, y: str, tmp_path: Path) -> FileAudit:
         ends = [
             helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in (("x", [1, 4, 8, 8]), (y, None))
         ]
@@ -67,10 +67,10 @@ class QDQ:
         proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         path = tmp_path / "made.onnx"
         onnx.save(onnx.shape_inference.infer_shapes(proto), path)
-        return examine(Source(str(path), path), threads=1, batch=None, size=None)
+        return audit_file(Source(str(path), path), threads=1, batch=None, size=None)
 
 
-def island(found: Examined, node: str) -> tuple[str, str | None]:
+def island(found: FileAudit, node: str) -> tuple[str, str | None]:
     one = next(island for island in found.audit.islands if island.node == node)
     return one.rule, one.remedy
 
@@ -146,7 +146,7 @@ def test_codes_of_16_bits(tmp_path: Path) -> None:
         Source("m", None, proto.SerializeToString()), None, Recipe(calib=(str(tmp_path),), activation_bits=16)
     )
     assert data is not None
-    found = examine(Source("m", None, data), threads=1, batch=None, size=None)
+    found = audit_file(Source("m", None, data), threads=1, batch=None, size=None)
     assert {i.rule for i in found.audit.islands if i.op == "Conv"} == {"types"}
 
 
@@ -208,7 +208,7 @@ def test_blocked_weights_are_the_reason(tmp_path: Path) -> None:
     assert {i.rule for i in net.audit.islands if i.op == "Conv"} == {"blocked-weights"}
 
 
-def own_file(tmp_path: Path, **options: Any) -> Examined:
+def own_file(tmp_path: Path, **options: Any) -> FileAudit:
     """A small network quantized by qconv."""
     proto = network("c = Conv(x, w)  r = Relu(c)  y = Conv(r, k)", (1, 3, 8, 8), w=(16, 3, 3, 3), k=(16, 16, 3, 3))
     samples = tmp_path / "samples"
@@ -216,7 +216,7 @@ def own_file(tmp_path: Path, **options: Any) -> Examined:
     np.save(samples / "0.npy", np.random.default_rng(0).random((3, 8, 8), np.float32))
     _, data = quantize(Source("m", None, proto.SerializeToString()), None, Recipe(calib=(str(samples),), **options))
     assert data is not None
-    return examine(Source("m", None, data), threads=1, batch=None, size=None)
+    return audit_file(Source("m", None, data), threads=1, batch=None, size=None)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_node_of_the_file_is_found_again(demo: Path) -> None:
-    found = examine(Source(str(demo), demo), threads=1, batch=None, size=None)
+    found = audit_file(Source(str(demo), demo), threads=1, batch=None, size=None)
     names = {node.name for node in onnx.load(demo).graph.node} | {n.name for n in onnx.load(CIFAR).graph.node}
     assert {layer.node for layer in found.audit.layers} <= names
     assert [island.node for island in found.audit.placed] == ["stem.conv", "blocks.0.depthwise.conv", "classifier"]
@@ -264,7 +264,7 @@ def test_every_node_of_the_file_is_found_again(demo: Path) -> None:
 
 
 def test_times_add_up(demo: Path) -> None:
-    audited = examine(Source(str(demo), demo), threads=1, batch=None, size=None).audit
+    audited = audit_file(Source(str(demo), demo), threads=1, batch=None, size=None).audit
     told = audited.as_dict()["us"]
     assert told["total"] == pytest.approx(told["integer"] + told["float"] + told["converting"])
     assert all(us >= 0 for us in told.values())
@@ -272,7 +272,7 @@ def test_times_add_up(demo: Path) -> None:
 
 
 def test_the_json_is_one_object(demo: Path) -> None:
-    found = examine(Source(str(demo), demo), threads=1, batch=4, size=None).as_dict()
+    found = audit_file(Source(str(demo), demo), threads=1, batch=4, size=None).as_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert {"format", "integer", "float", "islands", "placed", "us", "saturating", "layers", "cpu"} <= set(found)
 
@@ -288,7 +288,7 @@ def test_saturation_safe_leaves_no_layer_that_could(tmp_path: Path) -> None:
         )
         report, data = quantize(CIFAR, None, recipe)
         assert data is not None
-        found = examine(Source("m", None, data), threads=1, batch=None, size=None).audit.saturating
+        found = audit_file(Source("m", None, data), threads=1, batch=None, size=None).audit.saturating
         assert [layer.node for layer in found] == [layer.node for layer in report.audit.saturating]
         counts[safe] = sum(layer.outputs for layer in found)
     assert counts[True] == 0
@@ -296,7 +296,7 @@ def test_saturation_safe_leaves_no_layer_that_could(tmp_path: Path) -> None:
 
 
 def test_a_float_model_is_told_to_be_one() -> None:
-    found = examine(Source(str(CIFAR), CIFAR), threads=1, batch=None, size=None)
+    found = audit_file(Source(str(CIFAR), CIFAR), threads=1, batch=None, size=None)
     assert found.format == "float"
     assert found.audit.integer == 0
     assert "nothing is quantized" in printed(found, verbose=False)
@@ -316,7 +316,7 @@ def test_integer_operators_in_the_file_are_told(tmp_path: Path) -> None:
     options.log_severity_level = 4
     ort.InferenceSession(str(tmp_path / "made.onnx"), options, providers=["CPUExecutionProvider"])
     path = tmp_path / "qoperator.onnx"
-    found = examine(Source(str(path), path), threads=1, batch=None, size=None)
+    found = audit_file(Source(str(path), path), threads=1, batch=None, size=None)
     assert found.format == "QOperator"
     assert [layer.outputs for layer in found.audit.saturating] == [4]
     assert "qconv writes Q/DQ" in " ".join(printed(found, verbose=False).split())
@@ -327,9 +327,9 @@ def test_what_does_not_load_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "no.onnx"
     path.write_bytes(b"not a model")
     with pytest.raises(QconvError):
-        examine(Source(str(path), path), threads=1, batch=None, size=None)
+        audit_file(Source(str(path), path), threads=1, batch=None, size=None)
 
 
 def test_lines_have_80_columns(demo: Path) -> None:
-    text = printed(examine(Source("demo.onnx", demo), threads=1, batch=None, size=None), verbose=False)
+    text = printed(audit_file(Source("demo.onnx", demo), threads=1, batch=None, size=None), verbose=False)
     assert max(map(len, text.splitlines())) <= 80

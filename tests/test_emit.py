@@ -19,7 +19,7 @@ import pytest
 from models import Constant, ints, loaded, network, run
 from numpy.typing import NDArray
 
-from qconv.audit.audit import Known, audit
+from qconv.audit.audit import PlannedReasons, audit
 from qconv.calibration.observer import export_observed_model, observe
 from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.config.choices import Scheme, WeightGranularity
@@ -144,7 +144,7 @@ class Quantized:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
             Session(self.proto.SerializeToString(), threads=1, save_optimized=path)
-            audited = audit(path, self.model, Known.of(self.plan))
+            audited = audit(path, self.model, PlannedReasons.of(self.plan))
             return audited, onnx.load(str(path), load_external_data=False)
 
     @property

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from qconv.analysis.inspect_float import End, made_by, refuse_custom_operators
-from qconv.audit.examine import FORMATS, format_of
+from qconv.audit.audit import FILE_FORMATS, detect_format
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, recipe_from_dict
 from qconv.ir.files import Source, declared_opset, file_bytes, is_quantized, metadata_of, read_proto
@@ -185,9 +185,9 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         proto.ir_version,
         made_by(proto),
     )
-    (name, meaning), carried = format_of(proto), metadata_of(proto)
+    (name, meaning), carried = detect_format(proto), metadata_of(proto)
     if name == "float":  # MatMulNBits and its kind
-        name, _, meaning = FORMATS[-1]
+        name, _, meaning = FILE_FORMATS[-1]
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model = load_unchanged(proto, source)
     recipe = _without_nan(read_recipe(model))

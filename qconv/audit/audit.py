@@ -1,14 +1,15 @@
-"""What the runtime really runs: its own optimized graph, counted, and every node that stayed float with the reason.
+"""The audit counts what ONNX Runtime runs in integers and in float, and gives the reason for every float node.
 
-ONNX Runtime turns DequantizeLinear -> operator -> QuantizeLinear into one integer operator where its rules allow it.
-The graph that it will run is the only proof that they did. Fused nodes keep a name of one of those that they were made
-of, with the runtime's own suffixes, so that each can be found again in the file.
+It reads the runtime's own optimized graph, the only proof that DequantizeLinear -> operator -> QuantizeLinear was
+fused. Fused nodes are found again in the file by their names less the runtime's suffixes. `audit_file` does this for a
+file of any tool, with the cost of each node.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,31 +18,47 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from qconv.audit.explain import dequantizer_of, reason
+from qconv import storage
+from qconv.audit.fusion_rules import find_dequantizer, find_float_reason
+from qconv.config.targets import TARGETS
+from qconv.ir import files, subgraph
+from qconv.ir.files import Source, is_quantized, read_proto
+from qconv.ir.load import load_unchanged
+from qconv.ir.metadata import read_placed_nodes, read_recipe
 from qconv.ir.model import DataType, Model, Node, attribute, constant_array, input_of
 from qconv.ir.operators import CLIPPING_ACTIVATIONS, QUANTIZATION_RULES, WeightedRule
 from qconv.planning.plan import Plan
+from qconv.planning.planner import KEPT_FLOAT_BY_OPTION
 from qconv.quantization.overflow import worst_pair_ratio
 from qconv.results.quantize import Audit, FloatNode, LayerTime, Saturation
-from qconv.runtime.session import Session
+from qconv.runtime.benchmark import Cpu, detect_cpu
+from qconv.runtime.session import RUNTIME_VERSION, Session, make_random_inputs
 
 INTEGER_OPS = frozenset({"QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
+
 CONVERTING_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant", "ReorderInput", "ReorderOutput"}
 )
-SUMS = frozenset({"ConvInteger", "MatMulInteger"})
+
+INT32_SUM_OPS = frozenset({"ConvInteger", "MatMulInteger"})
 """They write the sums of products, which a Cast and a Mul by the scale make numbers of."""
-FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
+
+FLOAT_TYPES = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
+
 SHAPE_OPS = frozenset({"Shape", "Size", "ConstantOfShape", "Range", "NonZero"})
-SUFFIX = re.compile(r"(_token_\d+|_nchwc|_nhwc|_pre_q)+$")
+
+FUSED_NAME_SUFFIX = re.compile(r"(_token_\d+|_nchwc|_nhwc|_pre_q)+$")
+
 LAYOUT_OPS = frozenset({"Transpose", "Reshape"})
+
 FUSED_ACTIVATIONS = CLIPPING_ACTIVATIONS | {"HardSigmoid", "LeakyRelu", "Sigmoid", "Tanh"}
 """What ONNX Runtime makes one node of with the float layer in front of it."""
+
 PROFILED_RUNS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class PlannedReasons:
     """What was decided before the runtime saw the file. kept: node -> why it stays float; placed: those by cost.
 
     whole: why all of it is float, or runs as it does here; empty for most files.
@@ -52,13 +69,13 @@ class Known:
     whole: str = ""
 
     @classmethod
-    def of(cls, plan: Plan) -> Known:
+    def of(cls, plan: Plan) -> PlannedReasons:
         """From the plan that the file was made by."""
         return cls({name: choice.why for name, choice in plan.kept.items()}, plan.placed)
 
 
 @dataclass(frozen=True, slots=True)
-class _Names:
+class _NodeNames:
     """How to find a node of the file again. writers: tensor -> node; activation_of: activation -> layer in front."""
 
     writers: dict[str, str]
@@ -66,7 +83,7 @@ class _Names:
     nodes: dict[str, Node]
 
     @classmethod
-    def of(cls, model: Model) -> _Names:
+    def of(cls, model: Model) -> _NodeNames:
         nodes = model.nodes()
         writers = {value.name or "": node.name or "" for node in nodes for value in node.outputs}
         activation_of = {}
@@ -79,14 +96,14 @@ class _Names:
 
     def original(self, node: onnx.NodeProto) -> str:
         """The name in the file of a node of the optimized graph."""
-        name = self.of_name(node.name or _first(node.output))
+        name = self.of_name(node.name or _first_name(node.output))
         if name not in self.nodes and node.op_type not in LAYOUT_OPS:  # QuickGelu, of Sigmoid and Mul, has its own
-            name = self.writers.get(SUFFIX.sub("", _first(node.output)), name)
+            name = self.writers.get(FUSED_NAME_SUFFIX.sub("", _first_name(node.output)), name)
         return name if node.op_type in FUSED_ACTIVATIONS else self.activation_of.get(name, name)
 
     def of_name(self, name: str) -> str:
         """The same by the name alone, as profiles have it."""
-        name = SUFFIX.sub("", name)
+        name = FUSED_NAME_SUFFIX.sub("", name)
         if name not in self.nodes:  # some fused nodes, and those in a layout of the runtime's own, bear their output's
             name = self.writers.get(name, name)
         if name not in self.nodes and "/" in name:  # MatMul and Add made one Gemm: `NAME/MatMulAddFusion`
@@ -94,17 +111,17 @@ class _Names:
         return name
 
 
-def audit(optimized: Path, model: Model, known: Known, times: Mapping[str, float] | None = None) -> Audit:
+def audit(optimized: Path, model: Model, known: PlannedReasons, times: Mapping[str, float] | None = None) -> Audit:
     """Count the nodes of the graph that ONNX Runtime saved as `optimized`, and explain those in float.
 
     model: the file that it was made of. times: microseconds of one run of every node of the optimized graph.
     """
     graph = onnx.load(str(optimized), load_external_data=False).graph
-    names, times = _Names.of(model), times or {}
+    names, times = _NodeNames.of(model), times or {}
     integer, others = (
         # those that the runtime puts between its layouts are neither here nor there
         [node for node in nodes if node.op_type not in LAYOUT_OPS or names.original(node) in names.nodes]
-        for nodes in sort_nodes(graph)
+        for nodes in split_nodes(graph)
     )
     islands: list[FloatNode] = []
     placed: list[FloatNode] = []
@@ -112,7 +129,7 @@ def audit(optimized: Path, model: Model, known: Known, times: Mapping[str, float
     for node in others:
         name = names.original(node)
         chosen = name in known.placed
-        (placed if chosen else islands).append(_island(node, name, names, known, times.get(node.name)))
+        (placed if chosen else islands).append(_describe_float_node(node, name, names, known, times.get(node.name)))
         layers.append(LayerTime(name, node.op_type, "float", times.get(node.name)))
     layers += [LayerTime(names.original(node), node.op_type, "integer", times.get(node.name)) for node in integer]
     return Audit(
@@ -122,11 +139,13 @@ def audit(optimized: Path, model: Model, known: Known, times: Mapping[str, float
         placed=tuple(placed),
         layers=tuple(layers),
         total_us=sum(times.values()) if times else None,
-        saturating=tuple(saturating(model)),
+        saturating=tuple(find_saturating_layers(model)),
     )
 
 
-def _island(node: onnx.NodeProto, name: str, names: _Names, known: Known, us: float | None) -> FloatNode:
+def _describe_float_node(
+    node: onnx.NodeProto, name: str, names: _NodeNames, known: PlannedReasons, us: float | None
+) -> FloatNode:
     if name in known.kept:
         rule = "placed" if name in known.placed else "kept"
         return FloatNode(name, node.op_type, known.kept[name], None, rule, us)
@@ -135,16 +154,16 @@ def _island(node: onnx.NodeProto, name: str, names: _Names, known: Known, us: fl
     found = names.nodes.get(name)
     if found is None:
         return FloatNode(name, node.op_type, "the runtime made it of others", None, "made", us)
-    why = reason(found)
+    why = find_float_reason(found)
     return FloatNode(name, node.op_type, why.why, why.remedy, why.rule, us)
 
 
-def node_names(model: Model) -> Callable[[str], str]:
+def make_node_namer(model: Model) -> Callable[[str], str]:
     """What turns a name of the optimized graph into that of a node of `model`."""
-    return _Names.of(model).of_name
+    return _NodeNames.of(model).of_name
 
 
-def profiled(session: Session, feeds: Mapping[str, NDArray[Any]], runs: int = PROFILED_RUNS) -> dict[str, float]:
+def profile_nodes(session: Session, feeds: Mapping[str, NDArray[Any]], runs: int = PROFILED_RUNS) -> dict[str, float]:
     """Microseconds of one run of each node by the runtime's own clock, median over runs; the first is not counted."""
     for _ in range(runs + 1):
         session.run_all(feeds)
@@ -155,14 +174,14 @@ def profiled(session: Session, feeds: Mapping[str, NDArray[Any]], runs: int = PR
     return found
 
 
-def sort_nodes(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+def split_nodes(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
     """The nodes that work on codes, and those that work on float data; Q, DQ and work on shapes belong to neither."""
     codes = {value.name for value in graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8}
     aside: set[str] = {tensor.name for tensor in graph.initializer}
     integer, others = [], []
     sums: set[str] = set()
     for node in graph.node:
-        if node.op_type in SUMS:
+        if node.op_type in INT32_SUM_OPS:
             sums.update(node.output)
         elif node.op_type in ("Cast", "Mul") and any(name in sums for name in node.input):
             sums.update(node.output if node.op_type == "Cast" else ())
@@ -171,43 +190,43 @@ def sort_nodes(graph: onnx.GraphProto) -> tuple[list[onnx.NodeProto], list[onnx.
             continue
         if node.op_type in CONVERTING_OPS:
             if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
-                codes.add(_first(node.output))
-            elif _first(node.input) in aside:
+                codes.add(_first_name(node.output))
+            elif _first_name(node.input) in aside:
                 aside.update(node.output)
             continue
         if node.op_type in SHAPE_OPS or all(name in aside or not name for name in node.input):
             aside.update(node.output)
-        elif node.op_type.startswith("QLinear") or node.op_type in INTEGER_OPS or _works_on(codes, node):
+        elif node.op_type.startswith("QLinear") or node.op_type in INTEGER_OPS or _has_integer_input(codes, node):
             integer.append(node)
-            if not _writes_float(node):
+            if not _has_float_output(node):
                 codes.update(node.output)
         else:
             others.append(node)
     return integer, others
 
 
-def _works_on(codes: set[str], node: onnx.NodeProto) -> bool:
+def _has_integer_input(codes: set[str], node: onnx.NodeProto) -> bool:
     """Whether a node reads codes and, unlike a Cast of pixels, does not make numbers of them."""
-    return _first(node.input) in codes and not any(a.name == "to" and a.i in FLOATS for a in node.attribute)
+    return _first_name(node.input) in codes and not any(a.name == "to" and a.i in FLOAT_TYPES for a in node.attribute)
 
 
-def _writes_float(node: onnx.NodeProto) -> bool:
+def _has_float_output(node: onnx.NodeProto) -> bool:
     """Whether an integer kernel gives its result in float: QGemm without the scale of an output, input 7."""
     return node.op_type == "MatMulIntegerToFloat" or (node.op_type == "QGemm" and not "".join(node.input[7:8]))
 
 
-def _first(names: Iterable[str]) -> str:
+def _first_name(names: Iterable[str]) -> str:
     return next(iter(names), "")
 
 
-WEIGHTS_AT = {"QLinearConv": (2, 3), "QLinearMatMul": (2, 3), "QGemm": (2, 3)}
+WEIGHT_INPUTS = {"QLinearConv": (2, 3), "QLinearMatMul": (2, 3), "QGemm": (2, 3)}
 """Where integer operators have the zero point of their data, and their weights."""
 
 
-def saturating(model: Model) -> Iterator[Saturation]:
+def find_saturating_layers(model: Model) -> Iterator[Saturation]:
     """The layers in which two products of 8 bits can be more than 16 hold, whatever the codes: see `saturation`."""
     for node in model.nodes():
-        found = _product(node)
+        found = _read_int8_weights(node)
         if found is None:
             continue
         codes, axis = found
@@ -219,20 +238,20 @@ def saturating(model: Model) -> Iterator[Saturation]:
             yield Saturation(node.name or "", float(excess.max()), int((excess > 1).sum()), codes.shape[axis])
 
 
-def _product(node: Node) -> tuple[NDArray[np.int8], int] | None:
+def _read_int8_weights(node: Node) -> tuple[NDArray[np.int8], int] | None:
     """Weights and their axis of outputs, where uint8 is multiplied with constant int8; None for other nodes."""
     rule = QUANTIZATION_RULES.get(node.op_type)
     if isinstance(rule, WeightedRule) and node.op_type != "ConvTranspose":
-        data, weight = dequantizer_of(input_of(node, 0)), dequantizer_of(input_of(node, 1))
+        data, weight = find_dequantizer(input_of(node, 0)), find_dequantizer(input_of(node, 1))
         kind = None if data is None or data.inputs[0] is None else data.inputs[0].dtype
         codes = None if weight is None else constant_array(weight.inputs[0])
         axis = 0 if node.op_type == "Gemm" and attribute(node, "transB", 0) else rule.output_axis
-    elif node.op_type in WEIGHTS_AT:
-        zero, place = WEIGHTS_AT[node.op_type]
+    elif node.op_type in WEIGHT_INPUTS:
+        zero, place = WEIGHT_INPUTS[node.op_type]
         stored, codes = input_of(node, zero), constant_array(input_of(node, place))
         kind = None if stored is None else stored.dtype
         axis = 0 if node.op_type == "QLinearConv" or attribute(node, "transB", 0) else 1
-    elif node.op_type in SUMS:
+    elif node.op_type in INT32_SUM_OPS:
         kind, codes = (
             DataType.UINT8,
             constant_array(input_of(node, 1)),
@@ -243,3 +262,96 @@ def _product(node: Node) -> tuple[NDArray[np.int8], int] | None:
     if kind != DataType.UINT8 or codes is None or codes.dtype != np.int8 or codes.ndim < 2:
         return None
     return codes, axis
+
+
+FILE_FORMATS = (
+    ("QOperator", ("QLinear", "QGemm"), "integer operators in the file itself; qconv writes Q/DQ, which every runtime "
+     "can take apart again, and ONNX Runtime fuses into these same operators"),
+    ("dynamic", ("DynamicQuantizeLinear", "ConvInteger", "MatMulInteger"), "ranges are found anew at every run"),
+    ("Q/DQ", ("QuantizeLinear",), "operators between quantizers and dequantizers"),
+    ("weights only", ("DequantizeLinear",), "codes for weights, arithmetic in float"),
+)  # fmt: skip
+"""Name, what its operators begin with, and what it means; the first that is found counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileAudit:
+    """What was found of one file. recipe: of a file by qconv, empty for others.
+
+    widened: whether qconv has widened weight scales until no pair of products overflowed on its pictures.
+    """
+
+    name: str
+    format: str
+    meaning: str
+    widened: bool
+    recipe: dict[str, Any]
+    audit: Audit
+    cpu: Cpu
+    threads: int
+    version: str = RUNTIME_VERSION
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        layers = [{"node": n.node, "op": n.op, "runs": n.runs, "us": n.us} for n in self.audit.layers]
+        return {
+            "schema": 1,
+            "model": self.name,
+            "format": self.format,
+            "by_qconv": bool(self.recipe),
+            "onnxruntime": self.version,
+            "threads": self.threads,
+            "cpu": self.cpu.as_dict(),
+            **self.audit.as_dict(),
+            "layers": layers,
+        }
+
+
+def detect_format(proto: Any) -> tuple[str, str]:
+    """What a file is, by FORMATS, and what that means."""
+    kinds = {node.op_type for node in proto.graph.node}
+    found = (
+        (name, meaning) for name, begins, meaning in FILE_FORMATS if any(kind.startswith(begins) for kind in kinds)
+    )
+    plain = ("weights only", FILE_FORMATS[-1][2]) if is_quantized(proto) else ("float", "nothing is quantized")
+    return next(found, plain)
+
+
+def audit_file(source: Source, *, threads: int, batch: int | None, size: Sequence[int] | None) -> FileAudit:
+    """Load, optimize, run and take apart. Raises QconvError for what does not load or run."""
+    proto = read_proto(source)
+    name, meaning = detect_format(proto)
+    model = load_unchanged(proto, source)
+    with (
+        subgraph.runnable_with_outputs(model, ()) as runnable,
+        storage.scratch_folder(2 * files.total_weight_bytes(model)) as folder,
+    ):
+        optimized = folder / "optimized.onnx"
+        session = Session(
+            runnable, name=source.name, threads=threads, save_optimized=optimized, profile=folder / "profile"
+        )
+        times = profile_nodes(session, make_random_inputs(session, batch, size))
+        recipe = read_recipe(model)
+        audited = audit(optimized, model, _read_planned_reasons(model, recipe), times)
+    target = TARGETS.get(str(recipe.get("target")))
+    widened = target is not None and target.pairs and recipe.get("saturation_safe") is not False
+    return FileAudit(source.name, name, meaning, widened, recipe, audited, detect_cpu(), threads)
+
+
+def _read_planned_reasons(model: Model, recipe: Mapping[str, Any]) -> PlannedReasons:
+    """What qconv had decided when it wrote the file; nothing for others."""
+    placed = read_placed_nodes(model)
+    how = "as measured by --tune-latency" if recipe.get("tune_latency") else "by qconv's cost table"
+    kept = dict.fromkeys(placed, f"faster in float, {how}")
+    for node in model.nodes():
+        if any(fnmatch.fnmatchcase(node.name or "", glob) for glob in recipe.get("keep_float", ())):
+            kept[node.name or ""] = KEPT_FLOAT_BY_OPTION
+        elif node.op_type in recipe.get("keep_float_op", ()):
+            kept[node.name or ""] = f"{KEPT_FLOAT_BY_OPTION}-op"
+    target = TARGETS.get(str(recipe.get("target")))
+    whole = ""
+    if target is not None and not target.on_ort:
+        whole = f"written for {target.name}: ONNX Runtime's CPU provider wants quantizers elsewhere"
+    elif recipe.get("activation_bits") == 32:
+        whole = "only weights are quantized"
+    return PlannedReasons(kept, placed, whole)

@@ -60,12 +60,12 @@ def audit(
         raise click.UsageError("MODEL needs a name.")
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*_files(model))
-    from qconv.audit import examine
+    from qconv.audit import audit as audit_audit
     from qconv.ir.files import source_of
     from qconv.report import printing
 
     raise_exit_on_signals()
-    found = examine.examine(source_of(model), threads=threads, batch=batch, size=size)
+    found = audit_audit.audit_file(source_of(model), threads=threads, batch=batch, size=size)
     told = found.as_dict()
     wanted.put(told, told["layers"], lambda: printing.audit(found, verbose=verbose))
     return 0

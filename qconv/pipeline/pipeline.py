@@ -12,7 +12,7 @@ from pathlib import Path
 
 import qconv
 from qconv import storage
-from qconv.audit.audit import Known, audit, profiled
+from qconv.audit.audit import PlannedReasons, audit, profile_nodes
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import option_name
 from qconv.config.recipe import Recipe
@@ -206,7 +206,7 @@ def quantize(
     with files.stage_model(model, place) as staged:
         with run.step("verify"):
             files.check_staged_model(staged)
-            audited = _audit(staged, model, Known.of(plan), pictures.shown)
+            audited = _audit(staged, model, PlannedReasons.of(plan), pictures.shown)
             checked = _verified(staged, open_original(source, recipe), recipe, pictures, target)
         look_for_wishes_in_vain(plan, audited, run.warn)
         for output in checked.outputs:
@@ -328,7 +328,7 @@ def _reconstructed(
     return reconstruct(model, before, recipe, feed.first(PICTURES, "read again"), fixed, progress)
 
 
-def _audit(staged: files.StagedModel, model: Model, known: Known, feed: DataLoader | None) -> Audit:
+def _audit(staged: files.StagedModel, model: Model, known: PlannedReasons, feed: DataLoader | None) -> Audit:
     """What the runtime makes of the written file, and what that costs on one picture, with one thread."""
     with storage.scratch_folder(2 * staged.size) as folder:
         optimized = folder / "optimized.onnx"
@@ -340,7 +340,7 @@ def _audit(staged: files.StagedModel, model: Model, known: Known, feed: DataLoad
             profile=folder / "profile",
         )
         feeds = None if feed is None else next(iter(feed.few("verify")), None)
-        return audit(optimized, model, known, None if feeds is None else profiled(session, feeds))
+        return audit(optimized, model, known, None if feeds is None else profile_nodes(session, feeds))
 
 
 def _verified(

@@ -11,7 +11,7 @@ from typing import Any
 
 import qconv
 from qconv.analysis.beside import Looked, on_pictures
-from qconv.audit.examine import Examined, examine
+from qconv.audit.audit import FileAudit, audit_file
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, QconvError, Skipped, format_bytes, format_count
@@ -205,9 +205,9 @@ def _page(name: str, looked: Looked | None, scores: Scores, audited: Audit | Non
     )
 
 
-def _examined(quantized: Source) -> Examined | None:
+def _examined(quantized: Source) -> FileAudit | None:
     try:
-        return examine(quantized, threads=1, batch=None, size=None)
+        return audit_file(quantized, threads=1, batch=None, size=None)
     except QconvError:  # made-up input need not suit it, as pictures do
         return None
 

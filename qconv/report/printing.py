@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from qconv.analysis.evaluate import Evaluation, Output, Share
-from qconv.audit.examine import Examined
+from qconv.audit.audit import FileAudit
 from qconv.errors import format_count, format_shape
 from qconv.metrics.comparison import SIGNIFICANT, Interval, difference_interval
 from qconv.results.comparison import Comparison, LayerComparison
@@ -20,7 +20,7 @@ NAMED = 3
 HALF = 0.5
 
 
-def audit(found: Examined, *, verbose: bool) -> str:
+def audit(found: FileAudit, *, verbose: bool) -> str:
     """Counts and costs, then every float node with its rule, the dearest first."""
     own = found.audit
     lines = [wrapped(f"{found.name}: {found.format} ({found.meaning})"), ""]
@@ -76,7 +76,7 @@ def _hanging(text: str) -> str:
     )
 
 
-def _saturation(found: Examined) -> list[str]:
+def _saturation(found: FileAudit) -> list[str]:
     layers = sorted(found.audit.saturating, key=lambda layer: -layer.worst)
     where = "This CPU" if found.cpu.saturates else "A CPU without VNNI (this one has it)"
     if found.cpu.saturates is False and "vnni" not in found.cpu.features:

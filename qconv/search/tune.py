@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qconv import storage
-from qconv.audit.audit import node_names, profiled
+from qconv.audit.audit import make_node_namer, profile_nodes
 from qconv.calibration.sketch import Sketch
 from qconv.config.preprocessing import Preprocessing
 from qconv.config.recipe import Recipe
@@ -94,8 +94,8 @@ def _node_times(model: Model, threads: int | None, size: tuple[int, int] | None)
     """Microseconds of a run, by the node's name in `model`."""
     with subgraph.runnable_with_outputs(model, ()) as runnable, storage.scratch_folder(0) as folder:
         session = Session(runnable, threads=threads, profile=folder / "profile")
-        times = profiled(session, make_random_inputs(session, None, size))
-    original = node_names(model)
+        times = profile_nodes(session, make_random_inputs(session, None, size))
+    original = make_node_namer(model)
     found: dict[str, float] = {}
     for name, us in times.items():
         found[original(name)] = found.get(original(name), 0.0) + us

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from qconv import storage
-from qconv.audit.examine import examine
+from qconv.audit.audit import audit_file
 from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
 from qconv.data.dataset import LabelOptions, find_classes, labels_of
@@ -200,7 +200,7 @@ def _write(desk: _Desk, source: Source, out: Path, found: FinetuneResult, best_s
 
 
 def _audit(source: Source) -> Audit:
-    return examine(source, threads=1, batch=None, size=None).audit
+    return audit_file(source, threads=1, batch=None, size=None).audit
 
 
 # -- before ------------------------------------------------------------------------------------------------------------

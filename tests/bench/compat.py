@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from qconv.audit.audit import Known, audit
+from qconv.audit.audit import PlannedReasons, audit
 from qconv.ir.files import Source, read_proto
 from qconv.ir.load import load_unchanged
 from tests.bench.cases import CASES, REPOSITORY, Array, Case, default_data, light_file, pictures
@@ -156,7 +156,7 @@ def tried(python: Path, version: str, rows: list[Row], work: Path) -> None:
             row.cells[version], row.failed = f"FAILS: {error}", True
             continue
         source = Source(str(row.model), row.model)
-        audited = audit(Path(job["optimized"]), load_unchanged(read_proto(source), source), Known())
+        audited = audit(Path(job["optimized"]), load_unchanged(read_proto(source), source), PlannedReasons())
         got = dict(np.load(job["out"]))
         row.cells[version] = f"{audited.integer}/{audited.float} {compared(row, got)}"
         os.unlink(job["optimized"])

@@ -23,20 +23,20 @@ from qconv.ir.operators import (
 )
 from qconv.planning.plan import data_positions
 
-CODES = frozenset({DataType.UINT8, DataType.INT8})
-FLOAT_OUT = frozenset({"Gemm", "MatMul"})
+INTEGER_TYPES = frozenset({DataType.UINT8, DataType.INT8})
+FLOAT_OUTPUT_OPS = frozenset({"Gemm", "MatMul"})
 """Their integer kernels can write float."""
-REMEDIES = {
+NO_KERNEL_REMEDIES = {
     "ReduceMean": "over height and width it is a GlobalAveragePool, which has one: qconv quantize rewrites it",
     "BatchNormalization": "fold it into the layer before: qconv quantize does",
     "Sub": "of a constant it is an Add, which has one",
     "Div": "by a constant it is a Mul, which has one: qconv quantize rewrites it",
 }
-KERNELS_OF_THEIR_OWN = frozenset({"Where", "Softmax"})
+OWN_KERNEL_OPS = frozenset({"Where", "Softmax"})
 
 
 @dataclass(frozen=True, slots=True)
-class Reason:
+class FloatReason:
     """rule: a short name that stays the same; why: in words; remedy: what would change it, None where nothing does."""
 
     rule: str
@@ -44,207 +44,219 @@ class Reason:
     remedy: str | None = None
 
 
-UNKNOWN = Reason("unknown", "ONNX Runtime found no integer kernel for it")
+UNKNOWN_REASON = FloatReason("unknown", "ONNX Runtime found no integer kernel for it")
 
 
-def reason(node: Node) -> Reason:
+def find_float_reason(node: Node) -> FloatReason:
     """The first rule that keeps a node of a Q/DQ graph in float."""
-    return next((found for rule in _RULES_OF_FUSION if (found := rule(node)) is not None), UNKNOWN)
+    return next((found for rule in _FUSION_RULES if (found := rule(node)) is not None), UNKNOWN_REASON)
 
 
-def _no_kernel(node: Node) -> Reason | None:
+def _check_kernel(node: Node) -> FloatReason | None:
     if node.op_type in QUANTIZATION_RULES and node.op_type != "ConvTranspose" and node.domain in ("", "ai.onnx"):
         return None
-    if node.op_type in KERNELS_OF_THEIR_OWN:
+    if node.op_type in OWN_KERNEL_OPS:
         return None
-    return Reason("no-kernel", f"{node.op_type} has no integer kernel", REMEDIES.get(node.op_type))
+    return FloatReason("no-kernel", f"{node.op_type} has no integer kernel", NO_KERNEL_REMEDIES.get(node.op_type))
 
 
-def _float_inputs(node: Node) -> Reason | None:
+def _check_inputs(node: Node) -> FloatReason | None:
     rule = QUANTIZATION_RULES.get(node.op_type)
     positions = list(data_positions(node, rule)) if rule is not None else list(range(len(node.inputs)))
     if isinstance(rule, WeightedRule):
         positions = [0, 1]
     for index in positions:
         value = input_of(node, index)
-        if value is None or dequantizer_of(value) is not None or (index == 1 and _weight_dequantizer(node) is not None):
+        if (
+            value is None
+            or find_dequantizer(value) is not None
+            or (index == 1 and _find_weight_dequantizer(node) is not None)
+        ):
             continue
         if constant_array(value) is not None:
             what = "weights are" if isinstance(rule, WeightedRule) else f"constant {value.name} is"
-            return Reason("float-constant", f"its {what} float", "store them as codes behind a DequantizeLinear")
+            return FloatReason("float-constant", f"its {what} float", "store them as codes behind a DequantizeLinear")
         writer = value.producer()
         source = f"written in float by {writer.name}" if writer is not None else "an input of the model that is float"
-        return Reason("float-input", f"its input {value.name} is {source}")
+        return FloatReason("float-input", f"its input {value.name} is {source}")
     return None
 
 
-def _types(node: Node) -> Reason | None:
+def _check_types(node: Node) -> FloatReason | None:
     for value in node.inputs[:2]:
-        made = dequantizer_of(value)
+        made = find_dequantizer(value)
         kind = None if made is None else made.inputs[0].dtype if made.inputs[0] is not None else None
-        if kind is not None and kind not in CODES:
+        if kind is not None and kind not in INTEGER_TYPES:
             name = kind.name.lower()
-            return Reason("types", f"{name} codes have no integer kernel", "use 8 bits, or hold fewer bits in 8")
+            return FloatReason("types", f"{name} codes have no integer kernel", "use 8 bits, or hold fewer bits in 8")
     return None
 
 
-def _channel_scales(node: Node) -> Reason | None:
+def _check_channel_scales(node: Node) -> FloatReason | None:
     """A scale for each channel, of what it reads or of what becomes of its result; through a copy or a limit."""
-    made = [_before_copy(value) for value in node.inputs if value is not None and value.producer() is not node]
+    made = [
+        _dequantizer_before_copy(value) for value in node.inputs if value is not None and value.producer() is not node
+    ]
     rule = QUANTIZATION_RULES.get(node.op_type)
     read = made[:1] if isinstance(rule, WeightedRule) else made
     behind = [use.node for use in node.outputs[0].uses()] if node.outputs else []
     behind += [use.node for limit in behind if limit.op_type == "Min" for use in limit.outputs[0].uses()]
     ends = [*read, *(end for end in behind if end.op_type == "QuantizeLinear")]
-    if all(end is None or _scale(end).size <= 1 for end in ends):
+    if all(end is None or _read_scale(end).size <= 1 for end in ends):
         return None
     why = "a scale for each channel of the activations has no integer kernel"
-    return Reason("channel-scales", why, "use one scale for all channels")
+    return FloatReason("channel-scales", why, "use one scale for all channels")
 
 
-def _before_copy(value: Value) -> Node | None:
+def _dequantizer_before_copy(value: Value) -> Node | None:
     """The dequantizer that writes a tensor, through a Sum of one."""
     producer = value.producer()
     if producer is not None and producer.op_type == "Sum" and len(producer.inputs) == 1:
-        return dequantizer_of(producer.inputs[0])
-    return dequantizer_of(value)
+        return find_dequantizer(producer.inputs[0])
+    return find_dequantizer(value)
 
 
-def _weights(node: Node) -> Reason | None:
+def _check_weights(node: Node) -> FloatReason | None:
     if not isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule):
         return None
-    made = _weight_dequantizer(node)
+    made = _find_weight_dequantizer(node)
     if made is None:
         return None
     if attribute(made, "block_size", 0):
-        return Reason(
+        return FloatReason(
             "blocked-weights", "weights with a scale for each block have no integer kernel", "use per-channel"
         )
-    bias = dequantizer_of(input_of(node, 2))
-    data = dequantizer_of(input_of(node, 0))
+    bias = find_dequantizer(input_of(node, 2))
+    data = find_dequantizer(input_of(node, 0))
     if bias is None or data is None:
         return None
-    product = _scale(data) * _scale(made)
-    found = _scale(bias)
+    product = _read_scale(data) * _read_scale(made)
+    found = _read_scale(bias)
     if product.size and found.size and np.any(product.ravel() != found.ravel()):
         why = "the scale of its bias is not s_x * s_w, which versions before 1.28 do not notice"
-        return Reason("bias-scale", why, "make it so")
+        return FloatReason("bias-scale", why, "make it so")
     return None
 
 
-def _output(node: Node) -> Reason | None:
-    if node.op_type in FLOAT_OUT:
+def _check_output(node: Node) -> FloatReason | None:
+    if node.op_type in FLOAT_OUTPUT_OPS:
         return None
     value = node.outputs[0]
     if value.is_graph_output():
-        return Reason("graph-output", "its output is an output of the model", "quantize and dequantize it there")
+        return FloatReason("graph-output", "its output is an output of the model", "quantize and dequantize it there")
     readers = [use.node for use in value.uses()]
     if len(readers) > 1:
         names = ", ".join(sorted({reader.name or reader.op_type for reader in readers})[:3])
-        return Reason(
+        return FloatReason(
             "several-readers", f"its output has several readers ({names}), not one quantizer", "quantize it once"
         )
     (reader,) = readers or (None,)
     if reader is None or reader.op_type == "QuantizeLinear":
         return None
     if reader.op_type in CLIPPING_ACTIVATIONS:
-        return _activation(reader)
-    return Reason("no-quantizer", f"its output goes to {reader.name} without a quantizer", "quantize it")
+        return _check_activation(reader)
+    return FloatReason("no-quantizer", f"its output goes to {reader.name} without a quantizer", "quantize it")
 
 
-def _activation(node: Node) -> Reason | None:
+def _check_activation(node: Node) -> FloatReason | None:
     """A Relu or Clip goes away where the quantizer behind it saturates at the same bounds."""
     quantizer = next((use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"), None)
     bounds = clip_bounds(node)
     if quantizer is None or bounds is None:
-        return Reason("no-quantizer", f"its output goes through {node.name} without a quantizer behind", "quantize it")
-    scale, zero = _scale(quantizer), constant_array(input_of(quantizer, 2))
+        return FloatReason(
+            "no-quantizer", f"its output goes through {node.name} without a quantizer behind", "quantize it"
+        )
+    scale, zero = _read_scale(quantizer), constant_array(input_of(quantizer, 2))
     if scale.size != 1 or zero is None or zero.size != 1:
         return None
     least, most = np.iinfo(zero.dtype).min, np.iinfo(zero.dtype).max
     low, high = ((int(end) - int(zero.reshape(-1)[0])) * float(scale.reshape(-1)[0]) for end in (least, most))
     if low < bounds[0]:
-        return Reason(
+        return FloatReason(
             "relu-zero-point", f"{node.name} cuts below what the codes reach ({low:.4g})", "put the zero point lowest"
         )
     if high > bounds[1]:
         why = f"{node.name} cuts at {bounds[1]:.4g}, the codes reach {high:.4g}"
-        return Reason("clip-range", why, "end the range at the bound")
+        return FloatReason("clip-range", why, "end the range at the bound")
     return None
 
 
-def _same_parameters(node: Node) -> Reason | None:
+def _check_same_parameters(node: Node) -> FloatReason | None:
     rule = QUANTIZATION_RULES.get(node.op_type)
-    before = dequantizer_of(input_of(node, 0))
+    before = find_dequantizer(input_of(node, 0))
     after = next((use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"), None)
     if before is None or after is None:
         return None
     kinds = [constant_array(input_of(end, 2)) for end in (before, after)]
     if any(kind is None for kind in kinds):
-        return Reason("no-zero-point", "a quantizer beside it has no zero point", "write the zero point, 0 as well")
+        return FloatReason(
+            "no-zero-point", "a quantizer beside it has no zero point", "write the zero point, 0 as well"
+        )
     if kinds[0] is not None and kinds[1] is not None and kinds[0].dtype != kinds[1].dtype:
-        return Reason("types", f"it reads {kinds[0].dtype} and writes {kinds[1].dtype}", "use one type for both")
+        return FloatReason("types", f"it reads {kinds[0].dtype} and writes {kinds[1].dtype}", "use one type for both")
     if isinstance(rule, TransparentRule | IntegerDomainRule):
-        pairs = [(_number(input_of(before, i)), _number(input_of(after, i))) for i in (1, 2)]
+        pairs = [(_read_numbers(input_of(before, i)), _read_numbers(input_of(after, i))) for i in (1, 2)]
         if not all(np.array_equal(one, other) for one, other in pairs):
             why = "scale or zero point differ before and behind it"
-            return Reason("parameters-differ", why, "use the same for both")
+            return FloatReason("parameters-differ", why, "use the same for both")
     return None
 
 
-def _special(node: Node) -> Reason | None:
+def _check_special_cases(node: Node) -> FloatReason | None:
     mode = attribute(node, "mode", "nearest")
     if node.op_type == "Resize" and mode != "nearest":
-        return Reason("resize-mode", f"codes are resized by nearest neighbour, not {mode}")
+        return FloatReason("resize-mode", f"codes are resized by nearest neighbour, not {mode}")
     if node.op_type == "Pad":
-        return Reason("pad", "Pad alone has no integer kernel", "pad with zero inside the layer behind it, or on codes")
+        return FloatReason(
+            "pad", "Pad alone has no integer kernel", "pad with zero inside the layer behind it, or on codes"
+        )
     if node.op_type == "Gemm" and (attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1):
-        return Reason("gemm-attributes", "a Gemm with transA or alpha has no integer kernel")
+        return FloatReason("gemm-attributes", "a Gemm with transA or alpha has no integer kernel")
     return None
 
 
-def _signed(node: Node) -> Reason | None:
+def _check_signed(node: Node) -> FloatReason | None:
     """The last resort: x86 kernels want uint8, and the runtime changes int8 over only where one operator reads it."""
-    kinds = [made.inputs[0].dtype for value in node.inputs if (made := dequantizer_of(value)) and made.inputs[0]]
+    kinds = [made.inputs[0].dtype for value in node.inputs if (made := find_dequantizer(value)) and made.inputs[0]]
     if kinds[:1] != [DataType.INT8]:
         return None
     why = "int8 activations run in integers on x86 only where ONNX Runtime can turn all around them into uint8"
-    return Reason("int8-activations", why, "use uint8 activations")
+    return FloatReason("int8-activations", why, "use uint8 activations")
 
 
-def _weight_dequantizer(node: Node) -> Node | None:
+def _find_weight_dequantizer(node: Node) -> Node | None:
     """The dequantizer of a layer's weights, through the Reshape that blocked ones have behind it."""
     weight = input_of(node, 1)
-    made = dequantizer_of(weight)
+    made = find_dequantizer(weight)
     before = None if weight is None else weight.producer()
     if made is None and before is not None and before.op_type == "Reshape":
-        return dequantizer_of(input_of(before, 0))
+        return find_dequantizer(input_of(before, 0))
     return made
 
 
-_RULES_OF_FUSION: tuple[Callable[[Node], Reason | None], ...] = (
-    _channel_scales,
-    _no_kernel,
-    _special,
-    _weights,
-    _float_inputs,
-    _types,
-    _output,
-    _same_parameters,
-    _signed,
+_FUSION_RULES: tuple[Callable[[Node], FloatReason | None], ...] = (
+    _check_channel_scales,
+    _check_kernel,
+    _check_special_cases,
+    _check_weights,
+    _check_inputs,
+    _check_types,
+    _check_output,
+    _check_same_parameters,
+    _check_signed,
 )
 
 
-def dequantizer_of(value: Value | None) -> Node | None:
+def find_dequantizer(value: Value | None) -> Node | None:
     """The DequantizeLinear that writes a tensor."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
-def _scale(node: Node) -> NDArray[np.float32]:
-    return _number(input_of(node, 1))
+def _read_scale(node: Node) -> NDArray[np.float32]:
+    return _read_numbers(input_of(node, 1))
 
 
-def _number(value: Value | None) -> NDArray[np.float32]:
+def _read_numbers(value: Value | None) -> NDArray[np.float32]:
     found = constant_array(value)
     return np.zeros(0, np.float32) if found is None else np.asarray(found, np.float32)
