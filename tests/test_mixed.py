@@ -34,9 +34,9 @@ from qconv.quantization.second_order import ROUNDING_EFFORTS
 from qconv.report import summary
 from qconv.results.quantize import MixedPrecision, Report
 from qconv.runtime.session import Session
-from qconv.search.assign import Assignment
-from qconv.search.judge import _unseen
-from qconv.search.mixed import _best, expected
+from qconv.search.candidate import _choose_scoring_batches
+from qconv.search.mixed_precision import _choose_best, predict_recipe
+from qconv.search.sensitivity import BitAssignment
 
 SAME = "pads=[1,1,1,1]"
 NET = network(
@@ -160,7 +160,7 @@ def test_points_are_judged_by_pictures_that_weights_were_not_rounded_on(
 ) -> None:
     """Of 16 pictures 4 are for the weights. The float network is right on all, so that what changes class is wrong."""
     few = {name: replace(effort, pictures=4) for name, effort in ROUNDING_EFFORTS.items()}
-    monkeypatch.setattr("qconv.search.mixed.EFFORTS", few)
+    monkeypatch.setattr("qconv.search.mixed_precision.EFFORTS", few)
     options = {"rounding": "second-order", "batch": batch, "max_drop": Drop("top1", 0.1), "edge_bits": 2}
     _, result, mixed = searched(pictures, **options)
     paths = find_files((str(pictures),), pattern=None, samples=16, seed=0).paths
@@ -186,7 +186,7 @@ def test_unseen_pictures(pictures_and_batch: tuple[int, int], rounded_on: int, e
     count, batch = pictures_and_batch
     feed = SimpleNamespace(listing=SimpleNamespace(paths=[Path()] * count), batch=batch)
     flattered = rounded_on > 0 and len(expected_batches) == -(-count // batch)
-    assert _unseen(feed, rounded_on) == (list(expected_batches), flattered)  # type: ignore[arg-type]
+    assert _choose_scoring_batches(feed, rounded_on) == (list(expected_batches), flattered)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("asked_for", [{"target_size": 0.13}, {"max_drop": Drop("sqnr", 20.0)}])
@@ -214,10 +214,10 @@ def test_second_order_codes_need_fewer_bits(pictures: Path) -> None:
 
 def test_what_the_model_finds_much_worse_is_not_measured() -> None:
     """The last two points, and the same bits for all unless they have more than twice the noise."""
-    steps = [Assignment((bits,), size, noise) for bits, size, noise in ((2, 10, 9.0), (3, 20, 3.0), (4, 30, 2.0))]
+    steps = [BitAssignment((bits,), size, noise) for bits, size, noise in ((2, 10, 9.0), (3, 20, 3.0), (4, 30, 2.0))]
     for noise, tried in ((3.9, [1, 2, 3]), (4.1, [2, 3])):
-        same, judge = Assignment((3,), 15, noise), FakeJudge([0, 5, 7, 6])
-        points, chosen = _best(judge, same, list(steps))  # type: ignore[arg-type]
+        same, judge = BitAssignment((3,), 15, noise), FakeJudge([0, 5, 7, 6])
+        points, chosen = _choose_best(judge, same, list(steps))  # type: ignore[arg-type]
         assert points.index(same) == 1
         assert judge.measured == tried
         assert (chosen, judge.kept) == (2, 2)
@@ -232,7 +232,7 @@ class FakeJudge:
     kept: int = -1
     expected: int = 0
 
-    def measure(self, points: list[Assignment], index: int) -> SimpleNamespace:
+    def measure(self, points: list[BitAssignment], index: int) -> SimpleNamespace:
         self.measured.append(index)
         return SimpleNamespace(verified=SimpleNamespace(sqnr_db=self.decibels[index]))
 
@@ -256,7 +256,7 @@ class FakeJudge:
 def test_what_comes_before_a_search_reckons_with_the_bits_that_will_be_found(
     options: dict[str, Any], bits: int
 ) -> None:
-    assert expected(loaded(NET), Recipe(calib=("x",), **options), {}).weight_bits == bits
+    assert predict_recipe(loaded(NET), Recipe(calib=("x",), **options), {}).weight_bits == bits
 
 
 def test_the_curve_rises_and_the_model_is_near_what_is_measured(pictures: Path) -> None:

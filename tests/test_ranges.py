@@ -19,19 +19,19 @@ from qconv.pipeline.pipeline import quantize
 from qconv.planning.planner import make_plan
 from qconv.quantizer import QuantParams, QuantSpec
 from qconv.runtime.session import Session
-from qconv.search.ranges import LOOKS, Looks, _picked, tuned_ranges
+from qconv.search.activation_ranges import SEARCH_BUDGETS, SearchBudget, _pick_batches, search_activation_ranges
 from qconv.storage import ArrayStore
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
 UINT8 = QuantSpec(8, signed=False, symmetric=False)
-ALL = Looks(few=2, many=64, far=64, near=0)
+ALL = SearchBudget(few=2, many=64, far=64, near=0)
 
 
 def hear(stage: str, done: int, total: int) -> None:
     """Nobody listens."""
 
 
-def factor(body: str, pictures: list[NDArray], top: float, looks: Looks = ALL, **weights: NDArray) -> float:
+def factor(body: str, pictures: list[NDArray], top: float, looks: SearchBudget = ALL, **weights: NDArray) -> float:
     """What becomes of the range [0, top] of tensor b."""
     model = loaded(network(body, ("N", 1, 8, 8), **weights))
     plan = make_plan(model, Recipe(), TARGETS["ort-cpu"])
@@ -39,7 +39,7 @@ def factor(body: str, pictures: list[NDArray], top: float, looks: Looks = ALL, *
     for value in chosen:
         if value.name == "b":
             chosen[value] = UINT8.from_range(0, top)
-    factors, _ = tuned_ranges(model, plan, chosen, [{"x": x} for x in pictures], looks, 1, hear)
+    factors, _ = search_activation_ranges(model, plan, chosen, [{"x": x} for x in pictures], looks, 1, hear)
     return factors.get("b", 1.0)
 
 
@@ -70,18 +70,18 @@ def test_one_picture_in_many_counts_as_one_of_them() -> None:
     pictures = [spread(n, 1.0) for n in range(63)] + [spread(63, 4.0)]
     blind = factor(body, pictures[:63], 4.0, w=ONE, v=ONE)
     assert blind < 0.32
-    seen = factor(body, pictures, 4.0, Looks(2, 64, 2, 4), w=ONE, v=ONE)
+    seen = factor(body, pictures, 4.0, SearchBudget(2, 64, 2, 4), w=ONE, v=ONE)
     assert seen == factor(body, pictures, 4.0, ALL, w=ONE, v=ONE) > blind
 
 
 def test_those_that_are_tried_stand_for_all() -> None:
-    picked = _picked(np.array([0.1, 0.9, 0.2, 0.3, 0.8, 0.4, 0.5]), far=2, near=2)
+    picked = _pick_batches(np.array([0.1, 0.9, 0.2, 0.3, 0.8, 0.4, 0.5]), far=2, near=2)
     assert set(picked) >= {1, 4}
     assert picked[1] == picked[4] == 1
     assert sum(picked.values()) == 7
     assert len(picked) == 4
-    assert _picked(np.array([0.5, 0.1]), far=4, near=4) == {0: 1.0, 1: 1.0}
-    assert sum(_picked(np.arange(9.0), far=0, near=3).values()) == 9
+    assert _pick_batches(np.array([0.5, 0.1]), far=4, near=4) == {0: 1.0, 1: 1.0}
+    assert sum(_pick_batches(np.arange(9.0), far=0, near=3).values()) == 9
 
 
 @pytest.mark.parametrize(
@@ -171,5 +171,5 @@ def test_files_gain_from_it_and_say_so(tmp_path: Path) -> None:
 
 
 def test_the_table_has_all_efforts() -> None:
-    assert set(LOOKS) == {"fast", "balanced", "best"}
-    assert all(looks.far + looks.near <= looks.many for looks in LOOKS.values())
+    assert set(SEARCH_BUDGETS) == {"fast", "balanced", "best"}
+    assert all(looks.far + looks.near <= looks.many for looks in SEARCH_BUDGETS.values())

@@ -24,7 +24,13 @@ from qconv.quantization.parameters import choose_params
 from qconv.quantization.second_order import EffectiveRange, LayerSolver, RoundingEffort
 from qconv.quantizer import group_extremes
 from qconv.runtime.session import Session
-from qconv.search.sensitivity import FLOAT, WORST, Network, noise_of, sensitivities
+from qconv.search.sensitivity import (
+    FLOAT_BITS,
+    WORST_NOISE,
+    SensitivityContext,
+    measure_output_noise,
+    measure_sensitivities,
+)
 
 BODY = """
     c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) d = ConvTranspose<strides=[2,2]>(r, v) g = GlobalAveragePool(d)
@@ -40,7 +46,7 @@ def batches(count: int = 3) -> list[dict[str, NDArray[np.float32]]]:
     return [{"x": rng.standard_normal((2, 3, 8, 8)).astype(np.float32)} for _ in range(count)]
 
 
-def grounds(**options: object) -> Network:
+def grounds(**options: object) -> SensitivityContext:
     recipe = Recipe(target="generic", saturation_safe=False, **options)  # type: ignore[arg-type]
     model = loaded(NET)
     plan = make_plan(model, recipe, TARGETS[recipe.target])
@@ -48,7 +54,7 @@ def grounds(**options: object) -> Network:
     with export_observed_model(model, taps) as runnable:
         sketches = observe(Session(runnable, threads=1), taps, batches())
     params, _ = choose_params(plan, sketches, recipe)
-    return Network(model, plan, params, sketches, recipe)
+    return SensitivityContext(model, plan, params, sketches, recipe)
 
 
 def replaced(node: str, weight: NDArray[np.float32], bias: NDArray[np.floating] | None = None) -> onnx.ModelProto:
@@ -77,15 +83,15 @@ def noise(reference: NDArray[np.float32], got: NDArray[np.float32]) -> float:
 def test_the_noise_is_that_of_rounded_weights(granularity: str) -> None:
     """Without bias correction, what was measured is what the network gives with these weights in its file."""
     network = grounds(calibrator="minmax", bias_correction="none", weight_granularity=granularity)
-    wishes = dict.fromkeys(WEIGHTS, (3, 8, FLOAT))
-    found = sensitivities(network, wishes, batches())
+    wishes = dict.fromkeys(WEIGHTS, (3, 8, FLOAT_BITS))
+    found = measure_sensitivities(network, wishes, batches())
     reference = run_on(NET)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in NET.graph.initializer}
     for layer in network.plan.layers:
         name = layer.node.name or ""
         stored = constants[WEIGHTS[name]]
         assert found[name].count == stored.size
-        assert found[name].noise[FLOAT] == 0
+        assert found[name].noise[FLOAT_BITS] == 0
         for bits in (3, 8):
             spec = replace(layer.weight, bits=bits)
             arranged = layer.arranged(stored)
@@ -103,9 +109,9 @@ def test_the_noise_of_second_order_codes_is_that_on_batches_that_they_were_not_m
         network.plan.target,
         RoundingEffort(24, rows=2**20, most_rows=2**20, most_weights=2**20, most_inputs=2**15),
     )
-    found = sensitivities(network, dict.fromkeys(WEIGHTS, (3,)), fed, solver)
+    found = measure_sensitivities(network, dict.fromkeys(WEIGHTS, (3,)), fed, solver)
     apart = [fed[index] for index in (7, 15, 23)]
-    plain = sensitivities(network, dict.fromkeys(WEIGHTS, (3,)), apart)
+    plain = measure_sensitivities(network, dict.fromkeys(WEIGHTS, (3,)), apart)
     reference = run_on(NET, apart)
     for layer in network.plan.layers:
         name, source = layer.node.name or "", network.params.sources[layer.node]
@@ -154,7 +160,7 @@ def test_inputs_of_the_float_network_need_no_weights_solved_anew() -> None:
 def test_fewer_bits_cost_more_and_bias_correction_less() -> None:
     wishes = dict.fromkeys(WEIGHTS, (2, 4, 8))
     plain, corrected = (
-        sensitivities(grounds(calibrator="minmax", bias_correction=kind), wishes, batches())
+        measure_sensitivities(grounds(calibrator="minmax", bias_correction=kind), wishes, batches())
         for kind in ("none", "measured")
     )
     for name in WEIGHTS:
@@ -167,7 +173,7 @@ def test_the_network_stays_as_it_is() -> None:
     network = grounds(calibrator="minmax")
     before = network.model.proto().SerializeToString()
     heard: list[tuple[int, int]] = []
-    sensitivities(network, {"c": (4,), "y": (4,)}, batches(), progress=lambda *done: heard.append(done))
+    measure_sensitivities(network, {"c": (4,), "y": (4,)}, batches(), progress=lambda *done: heard.append(done))
     assert network.model.proto().SerializeToString() == before
     assert heard == [(0, 2), (1, 2), (2, 2)]
 
@@ -175,9 +181,9 @@ def test_the_network_stays_as_it_is() -> None:
 def test_noise_by_hand() -> None:
     """(1 - 2)^2 / (1 + 4) and, of whole numbers, one of two: the sum over outputs. No number counts as worst."""
     ref = [[np.float32([[1, 2]]), np.array([3, 4])]]
-    assert noise_of(ref, [[np.float32([[2, 2]]), np.array([3, 5])]]) == pytest.approx(1 / 5 + 1 / 2)
-    assert noise_of(ref, ref) == 0
-    assert noise_of(ref, [[np.float32([[np.nan, 2]]), np.array([3, 4])]]) == WORST
+    assert measure_output_noise(ref, [[np.float32([[2, 2]]), np.array([3, 5])]]) == pytest.approx(1 / 5 + 1 / 2)
+    assert measure_output_noise(ref, ref) == 0
+    assert measure_output_noise(ref, [[np.float32([[np.nan, 2]]), np.array([3, 4])]]) == WORST_NOISE
     unknown = [[np.float32([[np.inf, 2]])]]
-    assert noise_of(unknown, [[np.float32([[5, 1]])]]) == pytest.approx(1 / 4)
-    assert noise_of([[np.zeros(2, np.float32)]], [[np.ones(2, np.float32)]]) == 0  # nothing to compare with
+    assert measure_output_noise(unknown, [[np.float32([[5, 1]])]]) == pytest.approx(1 / 4)
+    assert measure_output_noise([[np.zeros(2, np.float32)]], [[np.ones(2, np.float32)]]) == 0  # nothing to compare with

@@ -16,7 +16,7 @@ from qconv.pipeline.pipeline import quantize
 from qconv.planning.placement import NodeCost
 from qconv.results.quantize import Report
 from qconv.runtime.benchmark import Benchmark, Timing, TimingConditions, detect_cpu
-from qconv.search import tune
+from qconv.search import latency
 
 SAME = "pads=[1,1,1,1]"
 BODY = f"a = Conv<{SAME}>(x, w)  b = Relu(a)  c = Conv<group=8, {SAME}>(b, d)  y = Conv(c, p)"
@@ -26,15 +26,15 @@ WEIGHTS = {"w": (8, 3, 3, 3), "d": (8, 1, 3, 3), "p": (8, 8, 1, 1)}
 def clock(monkeypatch: pytest.MonkeyPatch, costs: dict[str, tuple[float, float]], whole: dict[int, float]) -> None:
     """Single nodes take (float, integer) us; the file with the given number takes so many ms, others 10."""
     monkeypatch.setattr(
-        tune, "_costs", lambda *_: {name: NodeCost(*pair, measured=True) for name, pair in costs.items()}
+        latency, "_measure_costs", lambda *_: {name: NodeCost(*pair, measured=True) for name, pair in costs.items()}
     )
 
     def timed(paths: list[str], conditions: TimingConditions, **_: object) -> Benchmark:
         timings = tuple(Timing(path, {}, [[whole.get(i, 10.0)]]) for i, path in enumerate(paths))
         return Benchmark(detect_cpu(), conditions, 1, "", timings)
 
-    monkeypatch.setattr(tune, "benchmark", timed)
-    monkeypatch.setattr(tune, "faster_in_float", lambda *_: {})  # the table has nothing to say
+    monkeypatch.setattr(latency, "benchmark", timed)
+    monkeypatch.setattr(latency, "faster_in_float", lambda *_: {})  # the table has nothing to say
 
 
 @pytest.fixture

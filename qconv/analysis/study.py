@@ -41,7 +41,7 @@ from qconv.planning.planner import make_plan
 from qconv.results.sample_curve import CurvePoint, SampleCurve, counts_up_to
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
-from qconv.search.trial import carried_out
+from qconv.search.candidate import quantize_to_nearest
 
 SCORED_BYTES = 48 * 2**20
 """Inputs and float outputs of the pictures to score on, which stay in memory."""
@@ -209,7 +209,7 @@ class _Job:
     @contextlib.contextmanager
     def quantized(self, sketches: dict[str, Sketch]) -> Iterator[Session]:
         """The model that `pipeline.quantize` makes of these sketches, loaded."""
-        model = carried_out(self.folded, self.recipe, sketches, self.floats)
+        model = quantize_to_nearest(self.folded, self.recipe, sketches, self.floats)
         with subgraph.runnable_with_outputs(model, ()) as runnable:
             yield Session(runnable, name="the quantized model", threads=self.recipe.threads)
 

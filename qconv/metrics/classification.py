@@ -1,4 +1,7 @@
-"""What a model said of every picture, and tables of it."""
+"""Records a classifier's predictions for every image, and writes them as CSV or NPZ.
+
+It also finds which output holds class scores, and computes top-1 accuracy.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,14 @@ from numpy.typing import NDArray
 
 from qconv.data.dataset import Classes
 from qconv.errors import QconvError
+
+
+def top1_accuracy(outputs: Sequence[NDArray[np.float32]], labels: NDArray[np.int64]) -> float:
+    """Share of images whose best class, of scores (N, C), is their label, (N,)."""
+    best = np.concatenate([np.asarray(scores).reshape(len(scores), -1).argmax(axis=1) for scores in outputs])
+    count = min(len(best), len(labels))  # a last batch may have been short of pictures, or pictures short of memory
+    return float((best[:count] == labels[:count]).mean())
+
 
 TOP_K = 5
 

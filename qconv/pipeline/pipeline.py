@@ -51,11 +51,16 @@ from qconv.quantization.second_order import choose_rounding_effort
 from qconv.results.quantize import Audit, OutputScore, Report, Verification
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
-from qconv.search.judge import Ground
-from qconv.search.mixed import check_size, expected, search
-from qconv.search.ranges import LOOKS, tuned_ranges
-from qconv.search.trial import Folded, Settled, nearest, round_anew
-from qconv.search.tune import tuned
+from qconv.search.activation_ranges import SEARCH_BUDGETS, search_activation_ranges
+from qconv.search.candidate import (
+    FoldedNetwork,
+    QuantizationSolution,
+    SearchContext,
+    round_second_order_in_place,
+    round_to_nearest,
+)
+from qconv.search.latency import tune_latency
+from qconv.search.mixed_precision import check_target_size, predict_recipe, search_bits
 
 EQUALIZED_ON = 64
 """Pictures that channels are watched on, but for the best effort, which watches all."""
@@ -146,7 +151,7 @@ def quantize(
         floats = {} if recipe.tune_latency else choose_float_nodes(model, recipe, pictures.fed)
         plan = make_plan(model, recipe, target, floats)
         require_layers(plan, source)
-        check_size(model, recipe, floats)
+        check_target_size(model, recipe, floats)
         for doubt in pictures.detected.doubts():
             run.warn(doubt)
     with run.step("calibrate"):
@@ -155,7 +160,9 @@ def quantize(
         if recipe.save_stats is not None:
             as_it_is = pictures.sketches(model, [plan, make_plan(model, recipe, target)], recipe)
     with run.step("equalize"):
-        balanced = _balanced(model, make_plan(model, expected(model, recipe, floats), target, floats), recipe, pictures)
+        balanced = _balanced(
+            model, make_plan(model, predict_recipe(model, recipe, floats), target, floats), recipe, pictures
+        )
         run.findings += balanced
     with run.step("calibrate"):
         moved = any(isinstance(finding, Change) for finding in balanced)
@@ -173,7 +180,7 @@ def quantize(
             plan = make_plan(model, recipe, target, floats)
     if recipe.tune_latency:
         with run.step("tune"):
-            found_fastest = tuned(model, recipe, sketches, pictures.fed, pictures.size, run.listener.progress)
+            found_fastest = tune_latency(model, recipe, sketches, pictures.fed, pictures.size, run.listener.progress)
             floats = found_fastest.floats
             plan = make_plan(model, recipe, target, floats)
             run.findings.append(Change("tune", source.name, found_fastest.in_words()))
@@ -183,11 +190,11 @@ def quantize(
             factors, told = _tuned(model, plan, sketches, pictures.feed, recipe, run)
             run.findings += told
     mixed = None
-    folded = Folded(model, floats, sketches, factors)
+    folded = FoldedNetwork(model, floats, sketches, factors)
     if recipe.searches and pictures.feed is not None:
         with run.step("search"):
-            ground = Ground(folded, recipe, pictures.feed, open_original(source, recipe))
-            searched = search(ground, run.warn, run.listener.progress)
+            ground = SearchContext(folded, recipe, pictures.feed, open_original(source, recipe))
+            searched = search_bits(ground, run.warn, run.listener.progress)
             recipe, mixed, settled = searched.recipe, searched.report, searched.settled
     else:
         settled = _settled(folded, recipe, pictures, run)
@@ -299,15 +306,17 @@ def _tuned(
 ) -> tuple[dict[str, float], list[Change]]:
     """Factors on the ranges of activations, as the outputs gain from them."""
     params, _ = choose_activation_params(plan, sketches, recipe)
-    looks = LOOKS[recipe.effort]
+    looks = SEARCH_BUDGETS[recipe.effort]
     feeds = feed.first(looks.many, "read again")
-    return tuned_ranges(model, plan, params.activations, feeds, looks, recipe.threads, run.listener.progress)
+    return search_activation_ranges(
+        model, plan, params.activations, feeds, looks, recipe.threads, run.listener.progress
+    )
 
 
-def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> Settled:
+def _settled(folded: FoldedNetwork, recipe: Recipe, pictures: Pictures, run: _Run) -> QuantizationSolution:
     """All numbers that are written."""
     with run.step("params"):
-        settled = nearest(folded, recipe)
+        settled = round_to_nearest(folded, recipe)
         look_for_means_in_vain(settled, recipe, run.warn)
     if pictures.feed is None and pictures.unseen is None and recipe.effort != "fast":
         why = "statistics do not say how inputs go together; pass pictures, too"
@@ -315,7 +324,7 @@ def _settled(folded: Folded, recipe: Recipe, pictures: Pictures, run: _Run) -> S
     elif pictures.feed is not None and recipe.walks:
         with run.step("round"):
             feeds = pictures.feed.first(choose_rounding_effort(settled.plan, recipe).pictures, "read again")
-            round_anew(settled, folded, recipe, feeds, run.listener.progress)
+            round_second_order_in_place(settled, folded, recipe, feeds, run.listener.progress)
     return settled
 
 

@@ -12,7 +12,7 @@ from qconv.ir.model import Model
 from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION, is_quantizable_layer
 from qconv.results.quantize import Audit
-from qconv.search.trial import Settled
+from qconv.search.candidate import QuantizationSolution
 
 
 def look_for_wishes(model: Model, recipe: Recipe, warn: Callable[[str], None]) -> None:
@@ -47,7 +47,7 @@ def look_for_wishes_in_vain(plan: Plan, audited: Audit, warn: Callable[[str], No
         warn(f"--keep-float changes nothing for {vain[0]}{more}: it runs as its neighbours do, or not at all.")
 
 
-def look_for_means_in_vain(settled: Settled, recipe: Recipe, warn: Callable[[str], None]) -> None:
+def look_for_means_in_vain(settled: QuantizationSolution, recipe: Recipe, warn: Callable[[str], None]) -> None:
     """Warn where no bias is corrected: an exporter may have folded all that BatchNormalization could tell of means."""
     unknown = sum(isinstance(finding, Skipped) and finding.step == "bias" for finding in settled.findings)
     if recipe.bias_correction == "analytic" and unknown == len(settled.plan.layers):

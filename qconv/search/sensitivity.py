@@ -1,19 +1,20 @@
-"""What a layer's weights cost at the outputs when they alone have few bits, measured layer by layer.
+"""This module measures what each layer costs at the outputs at few bits, and assigns bits along the Pareto front.
 
-    N_l(b) = sum over outputs of sum (ref - got)^2 / sum ref^2
+    N_l(b) = sum over outputs of sum (ref - got)^2 / sum ref^2         layer l alone at b bits, bias corrected
+    min over b   sum over layers l of N_l(b_l)      such that   sum over l of b_l * count_l <= size
 
-got: of the folded float network with the weights of layer l in b bits, its bias corrected, as they would be written.
-ref: of the network itself. Weights round to the nearest code or, where a solver is given, by second order, as if this
-layer were the first: what it reads is the float network's. Then noise is measured on pictures that the weights were not
-made for. The network is walked once, and at each layer what lies behind it is run with weights and bias as inputs.
+The float network runs once; at each layer what lies behind it is run with weights and bias as inputs. Noises are taken
+to add up; activation noise is left out. For a price of a bit each layer takes the b least in
+N_l(b) + price * b * count_l, a corner of its lower convex hull. `fill_to_size` spends the rest greedily, which is not
+exact.
 
-Noises of several layers, which are small and hardly correlated, are taken to add up; what quantized activations add is
-left out, and is the same for all.
+Sources: Shoham and Gersho 1988 (Lagrangian allocation); Yao et al. 2021, arXiv 2011.10680 (HAWQ-V3).
 """
 
 from __future__ import annotations
 
 import contextlib
+import heapq
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -35,20 +36,104 @@ from qconv.quantization.layer import LayerInput, LayerParams, quantize_layer
 from qconv.quantization.parameters import Params, find_layer_input, find_layer_sketch
 from qconv.quantization.second_order import EffectiveRange, LayerSolver, first_input
 from qconv.quantizer import PerChannel
-from qconv.search.assign import Layer
 from qconv.storage import ArrayStore, StoredArrays
 
+Bits = int
+
+NoiseByBits = Mapping[Bits, float]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSensitivity:
+    """count: of its weights. noise: by the bits that it can have, one entry at least."""
+
+    count: int
+    noise: NoiseByBits
+
+
+@dataclass(frozen=True, slots=True)
+class BitAssignment:
+    """bits: of every layer. size: bits of all weights together. noise: by the model, the sum of all layers'."""
+
+    bits: tuple[Bits, ...]
+    size: int
+    noise: float
+
+
+def make_assignment(layers: Sequence[LayerSensitivity], bits: Sequence[Bits]) -> BitAssignment:
+    """These bits, with what they cost."""
+    size = sum(layer.count * b for layer, b in zip(layers, bits, strict=True))
+    return BitAssignment(tuple(bits), size, sum(layer.noise[b] for layer, b in zip(layers, bits, strict=True)))
+
+
+def find_convex_hull(layer: LayerSensitivity) -> list[Bits]:
+    """The bits at the corners of the lower convex hull, ascending; noise falls along it, ever more slowly."""
+    corners: list[Bits] = []
+    for bits in sorted(layer.noise):
+        if corners and not layer.noise[bits] < layer.noise[corners[-1]]:
+            continue
+        while len(corners) > 1 and _noise_slope(layer, corners[-1], bits) >= _noise_slope(
+            layer, corners[-2], corners[-1]
+        ):
+            corners.pop()
+        corners.append(bits)
+    return corners
+
+
+def find_pareto_curve(layers: Sequence[LayerSensitivity]) -> list[BitAssignment]:
+    """From the smallest assignment to the one with the least noise, ascending in size."""
+    hulls = [find_convex_hull(layer) for layer in layers]
+    at = [0] * len(layers)
+    found = [make_assignment(layers, [corners[0] for corners in hulls])]
+    # the step of each layer that saves the most noise a bit, which is its next one
+    steps = [(-_noise_slope(layers[index], *h[:2]), index) for index, h in enumerate(hulls) if len(h) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, index = heapq.heappop(steps)
+        at[index] += 1
+        found.append(make_assignment(layers, [corners[place] for corners, place in zip(hulls, at, strict=True)]))
+        after = hulls[index][at[index] : at[index] + 2]
+        if len(after) == 2:
+            heapq.heappush(steps, (-_noise_slope(layers[index], *after), index))
+    return found
+
+
+def fill_to_size(layers: Sequence[LayerSensitivity], start: BitAssignment, size: int) -> BitAssignment:
+    """`start` with more bits for some layers, as far as `size` allows: again and again the step that saves most."""
+    best = start
+    while True:
+        steps = [
+            make_assignment(layers, [*best.bits[:index], bits, *best.bits[index + 1 :]])
+            for index, layer in enumerate(layers)
+            for bits in layer.noise
+            if bits > best.bits[index]
+        ]
+        better = [step for step in steps if step.size <= size and step.noise < best.noise]
+        if not better:
+            return best
+        best = min(better, key=lambda step: step.noise)
+
+
+def _noise_slope(layer: LayerSensitivity, low: Bits, high: Bits) -> float:
+    """Noise that is saved by each bit of storage between two choices."""
+    return (layer.noise[low] - layer.noise[high]) / ((high - low) * max(layer.count, 1))
+
+
 Batch = Mapping[str, NDArray[Any]]
+
 Outputs = Sequence[NDArray[Any]]
-FLOAT = 32
-WORST = 1e6
+
+FLOAT_BITS = 32
+
+WORST_NOISE = 1e6
 """Noise of what gives NaN or infinity."""
-HELD = 2**27
+
+BYTES_IN_MEMORY = 2**27
 """Bytes of tensors, and of outputs, that are held in memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Network:
+class SensitivityContext:
     """The folded float network, its plan, and what is known of its tensors. params: of the activations."""
 
     model: Model
@@ -58,24 +143,26 @@ class Network:
     recipe: Recipe
 
 
-def sensitivities(
-    network: Network,
+def measure_sensitivities(
+    network: SensitivityContext,
     wishes: Mapping[str, Collection[int]],
     batches: Sequence[Batch],
     solver: LayerSolver | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Layer]:
+) -> dict[str, LayerSensitivity]:
     """Count and noise of the layers named in `wishes`, for the bits listed there; FLOAT bits have no noise.
 
     solver: rounds the weights; None for nearest codes.
     """
     threads, judged = network.recipe.threads, [value for value in network.model.graph.outputs if is_tensor(value)]
     outputs = [value.name or "" for value in judged]
-    found: dict[str, Layer] = {}
-    with contextlib.closing(ArrayStore(HELD)) as store:
+    found: dict[str, LayerSensitivity] = {}
+    with contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as store:
         walk = StepwiseRun(network.model, batches, store, threads=threads, kept=judged)
-        looked_at = _looked_at(len(batches), solver)
-        expected = collect_up_to(HELD, NetworkTail(walk.behind(judged), outputs, threads=threads).run(looked_at))
+        looked_at = _choose_noise_batches(len(batches), solver)
+        expected = collect_up_to(
+            BYTES_IN_MEMORY, NetworkTail(walk.behind(judged), outputs, threads=threads).run(looked_at)
+        )
         looked_at = looked_at[: len(expected)]
         for index, layer in enumerate(network.plan.layers):
             name = layer.node.name or ""
@@ -83,25 +170,25 @@ def sensitivities(
                 continue
             progress(len(found), len(wishes))
             inputs = walk.at(first_input(layer.node))
-            choices = _choices(network, layer, index, wishes[name], inputs, solver)
-            opened = _opened(name, choices.values())
+            choices = _quantize_at_each_bits(network, layer, index, wishes[name], inputs, solver)
+            opened = _name_weight_inputs(name, choices.values())
             behind = NetworkTail(walk.behind(judged), outputs, opened=(name, opened), threads=threads)
-            noise = {bits: 0.0 for bits in wishes[name] if bits >= FLOAT}
+            noise = {bits: 0.0 for bits in wishes[name] if bits >= FLOAT_BITS}
             for bits, chosen in choices.items():
-                fed = {opened[place]: numbers for place, numbers in _real(chosen).items()}
-                noise[bits] = noise_of(expected, behind.run(looked_at, fed=fed))
-            found[name] = Layer(prod(read_weight_shape(layer.node)), noise)
+                fed = {opened[place]: numbers for place, numbers in _dequantize_layer(chosen).items()}
+                noise[bits] = measure_output_noise(expected, behind.run(looked_at, fed=fed))
+            found[name] = LayerSensitivity(prod(read_weight_shape(layer.node)), noise)
     progress(len(found), len(wishes))
     return found
 
 
-def _looked_at(count: int, solver: LayerSolver | None) -> list[int]:
+def _choose_noise_batches(count: int, solver: LayerSolver | None) -> list[int]:
     """The batches that noise is measured on: those kept apart, where weights are made for what the others hold."""
     apart = [index for index in range(count) if solver is not None and is_held_out(index)]
     return apart or list(range(count))
 
 
-def noise_of(expected: Sequence[Outputs], got: Iterable[Outputs]) -> float:
+def measure_output_noise(expected: Sequence[Outputs], got: Iterable[Outputs]) -> float:
     """See the module. expected, got: outputs of batch after batch. Outputs of whole numbers: the share that differs."""
     signal: dict[int, float] = {}
     noise: dict[int, float] = {}
@@ -118,11 +205,11 @@ def noise_of(expected: Sequence[Outputs], got: Iterable[Outputs]) -> float:
             signal[index] = signal.get(index, 0.0) + power
             noise[index] = noise.get(index, 0.0) + away
     total = sum(noise[index] / power for index, power in signal.items() if power > 0)
-    return total if np.isfinite(total) else WORST
+    return total if np.isfinite(total) else WORST_NOISE
 
 
-def _choices(
-    network: Network,
+def _quantize_at_each_bits(
+    network: SensitivityContext,
     layer: Planned,
     index: int,
     wishes: Collection[int],
@@ -130,13 +217,13 @@ def _choices(
     solver: LayerSolver | None,
 ) -> dict[int, LayerParams]:
     """The layer with each of the bits it may have."""
-    found = {bits: _nearest(network, layer, bits) for bits in sorted(wishes) if bits < FLOAT}
+    found = {bits: _quantize_to_nearest(network, layer, bits) for bits in sorted(wishes) if bits < FLOAT_BITS}
     refused = solver is None or all(solver.refusal(network.model, nearest) for nearest in found.values())
     if solver is None or refused:
         return found
     drawn = zip(inputs, solver.drawn(layer, index, inputs), strict=True)
     rows = (patches.rows(x, patches.places(at)) for x, (patches, at) in drawn)
-    seen, source = accumulate_moments((x, x) for x in rows), _source(network, layer)
+    seen, source = accumulate_moments((x, x) for x in rows), _find_source(network, layer)
     sight = EffectiveRange.behind(layer.node, network.params.activations)
     return {
         bits: nearest
@@ -146,7 +233,7 @@ def _choices(
     }
 
 
-def _nearest(network: Network, layer: Planned, bits: int) -> LayerParams:
+def _quantize_to_nearest(network: SensitivityContext, layer: Planned, bits: int) -> LayerParams:
     """The layer as `params.choose_params` makes it, with other bits."""
     recipe = network.recipe
     apart = recipe.allocates_weights and isinstance(layer.weight.granularity, PerChannel) and bits < 8
@@ -154,7 +241,7 @@ def _nearest(network: Network, layer: Planned, bits: int) -> LayerParams:
     narrow = replace(layer, weight=replace(layer.weight, bits=bits, symmetric=symmetric), own_bits=apart)
     found, _ = quantize_layer(
         narrow,
-        _source(network, layer),
+        _find_source(network, layer),
         recipe.weight_calibrator,
         network.plan.target,
         seen=find_layer_sketch(layer, network.sketches),
@@ -164,17 +251,17 @@ def _nearest(network: Network, layer: Planned, bits: int) -> LayerParams:
     return found
 
 
-def _source(network: Network, layer: Planned) -> LayerInput | None:
+def _find_source(network: SensitivityContext, layer: Planned) -> LayerInput | None:
     return find_layer_input(layer, network.params, network.sketches)
 
 
-def _opened(name: str, choices: Iterable[LayerParams]) -> dict[int, str]:
+def _name_weight_inputs(name: str, choices: Iterable[LayerParams]) -> dict[int, str]:
     """Names for what is fed instead of the weights, and of the bias where there may be one, by their places."""
     biased = any(chosen.bias is not None for chosen in choices)
     return {1: f"{name}_weights"} | ({2: f"{name}_bias"} if biased else {})
 
 
-def _real(chosen: LayerParams) -> dict[int, NDArray[np.float32]]:
+def _dequantize_layer(chosen: LayerParams) -> dict[int, NDArray[np.float32]]:
     """Weights and bias as they will be computed with, by their places."""
     weight = chosen.weight.dequantize(chosen.codes).reshape(read_weight_shape(chosen.layer.node))
     return {1: weight} | ({} if chosen.bias is None else {2: chosen.bias.astype(np.float32)})

@@ -30,15 +30,15 @@ from qconv.planning.placement import (
 from qconv.planning.planner import make_plan
 from qconv.runtime.benchmark import Timing, TimingConditions, benchmark
 from qconv.runtime.session import RUNTIME_VERSION, Session, make_random_inputs
-from qconv.search.trial import carried_out
+from qconv.search.candidate import quantize_to_nearest
 
-ROUNDS = 12
-FLOAT, WHOLE, NOTHING = "float", "all that can be in integers", "all in float with weights as codes"
-TABLE, MEASURED = "by the cost table", "by times of single nodes"
+TIMING_ROUNDS = 12
+FLOAT_MODEL, ALL_INTEGER, WEIGHTS_ONLY = "float", "all that can be in integers", "all in float with weights as codes"
+BY_COST_TABLE, BY_NODE_TIMES = "by the cost table", "by times of single nodes"
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class LatencyTuning:
     """floats: names of nodes that stay float, each with the reason. times: median ms of every division tried."""
 
     floats: dict[str, str]
@@ -51,46 +51,51 @@ class Tuned:
         return f"placed {self.choice}, the fastest here: {others}"
 
 
-def tuned(
+def tune_latency(
     folded: Model,
     recipe: Recipe,
     sketches: Mapping[str, Sketch],
     fed: Preprocessing | None,
     size: tuple[int, int] | None,
     progress: Callable[[str, int, int], None],
-) -> Tuned:
+) -> LatencyTuning:
     """Find out what is fastest here. folded: stays as it is; fed: what the model takes, None for ready-made samples.
 
     size: height and width of what is fed, where the model may leave them open.
     """
     shapes = infer_run_shapes(folded, fed)
     target = TARGETS[recipe.target]
-    whole = carried_out(folded, recipe, sketches)
-    measured = _costs(folded, whole, recipe.threads, size)
+    whole = quantize_to_nearest(folded, recipe, sketches)
+    measured = _measure_costs(folded, whole, recipe.threads, size)
     plan, table = make_plan(folded, recipe, target), select_cost_table(recipe, target)
     divisions: dict[str, dict[str, str]] = {
-        WHOLE: {},
-        NOTHING: place_all_in_float(folded, plan, shapes, table),
-        TABLE: place_by_cost_table(folded, plan, shapes, table),
-        MEASURED: place_by_measured_costs(folded, plan, shapes, table, measured),
+        ALL_INTEGER: {},
+        WEIGHTS_ONLY: place_all_in_float(folded, plan, shapes, table),
+        BY_COST_TABLE: place_by_cost_table(folded, plan, shapes, table),
+        BY_NODE_TIMES: place_by_measured_costs(folded, plan, shapes, table, measured),
     }
     unlike: dict[str, dict[str, str]] = {}
     for name, floats in divisions.items():
         if all(set(floats) != set(other) for other in unlike.values()):
             unlike[name] = floats
-    models = {FLOAT: folded, **{n: carried_out(folded, recipe, sketches, floats) for n, floats in unlike.items()}}
-    timings = _timed(models, TimingConditions(recipe.threads, None, size, ROUNDS), progress)
-    fastest = min(unlike, key=lambda name: timings[name].ratio_to(timings[FLOAT])[1])
-    return Tuned(unlike[fastest], fastest, {name: timing.median_ms for name, timing in timings.items()})
+    models = {
+        FLOAT_MODEL: folded,
+        **{n: quantize_to_nearest(folded, recipe, sketches, floats) for n, floats in unlike.items()},
+    }
+    timings = _time_models(models, TimingConditions(recipe.threads, None, size, TIMING_ROUNDS), progress)
+    fastest = min(unlike, key=lambda name: timings[name].ratio_to(timings[FLOAT_MODEL])[1])
+    return LatencyTuning(unlike[fastest], fastest, {name: timing.median_ms for name, timing in timings.items()})
 
 
-def _costs(folded: Model, whole: Model, threads: int | None, size: tuple[int, int] | None) -> dict[str, NodeCost]:
+def _measure_costs(
+    folded: Model, whole: Model, threads: int | None, size: tuple[int, int] | None
+) -> dict[str, NodeCost]:
     """Of every node that ran under its own name in both."""
-    floats, codes = (_node_times(model, threads, size) for model in (folded, whole))
+    floats, codes = (_measure_node_times(model, threads, size) for model in (folded, whole))
     return {name: NodeCost(floats[name], codes[name], measured=True) for name in floats.keys() & codes.keys()}
 
 
-def _node_times(model: Model, threads: int | None, size: tuple[int, int] | None) -> dict[str, float]:
+def _measure_node_times(model: Model, threads: int | None, size: tuple[int, int] | None) -> dict[str, float]:
     """Microseconds of a run, by the node's name in `model`."""
     with subgraph.runnable_with_outputs(model, ()) as runnable, storage.scratch_folder(0) as folder:
         session = Session(runnable, threads=threads, profile=folder / "profile")
@@ -102,19 +107,19 @@ def _node_times(model: Model, threads: int | None, size: tuple[int, int] | None)
     return found
 
 
-def _timed(
+def _time_models(
     models: Mapping[str, Model], conditions: TimingConditions, progress: Callable[[str, int, int], None]
 ) -> dict[str, Timing]:
     with storage.scratch_folder(sum(2 * files.total_weight_bytes(model) for model in models.values())) as folder:
         paths = []
         for index, model in enumerate(models.values()):
             path = folder / f"{index}.onnx"
-            _write(model, path)
+            _write_model(model, path)
             paths.append(str(path))
         found = benchmark(paths, conditions, version=RUNTIME_VERSION, progress=progress)
     return dict(zip(models, found.timings, strict=True))
 
 
-def _write(model: Model, path: Path) -> None:
+def _write_model(model: Model, path: Path) -> None:
     with files.stage_model(model, path) as staged:
         staged.commit(path)

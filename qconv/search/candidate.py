@@ -1,51 +1,129 @@
-"""What a point of a search comes to: carried out, run, and compared with the float model on pictures."""
+"""This module builds the quantized model of a candidate recipe, and scores it against the float model on images.
+
+Candidates are scored on images that their weights were not rounded on, where there are enough of them: on the others
+low bits look better than they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+import qconv
 from qconv.analysis.evaluate import class_vector
+from qconv.calibration.sketch import Sketch
 from qconv.config.choices import Drop, LayerBits
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob
 from qconv.config.targets import TARGETS
 from qconv.data.dataset import class_folder_of, find_classes
 from qconv.data.loader import Batch, DataLoader
-from qconv.errors import QconvError
+from qconv.errors import Finding, QconvError
 from qconv.ir import subgraph
+from qconv.ir.metadata import write_metadata
+from qconv.ir.model import Model
+from qconv.metrics.classification import top1_accuracy
 from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
+from qconv.passes.compress_constants import compress_constants
+from qconv.planning.plan import Plan
+from qconv.planning.planner import make_plan
+from qconv.quantization.emit import emit
 from qconv.quantization.input_moments import is_held_out
+from qconv.quantization.parameters import NO_RANGE_FACTORS, Params, carry_over_params, choose_params
+from qconv.quantization.second_order import round_layers_sequentially
 from qconv.results.quantize import Verification
 from qconv.runtime.session import Session
-from qconv.search.assign import Assignment
-from qconv.search.sensitivity import FLOAT
-from qconv.search.trial import Folded, Settled, nearest, round_anew, written
+from qconv.search.sensitivity import FLOAT_BITS, BitAssignment
 
-SCORED_BYTES = 128 * 2**20
-FEWEST_UNSEEN = 8
-"""Pictures that weights were not rounded on, from which on these alone are judged by."""
-STEPS = 100
-"""Of progress, a point."""
+# A recipe carried out: the numbers of every tensor, and the model that they make of a copy of the folded network.
+
+
+Feeds = Sequence[Mapping[str, NDArray[Any]]]
+
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
+class FoldedNetwork:
+    """What recipes are carried out on. model: the float network, which stays as it is. floats: nodes to leave in float,
+    as `make_plan` takes them. sketches: of its tensors; factors: on their ranges."""
+
+    model: Model
+    floats: Mapping[str, str]
+    sketches: Mapping[str, Sketch]
+    factors: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class QuantizationSolution:
+    """All that is written, for the folded network itself. findings: what was done on the way."""
+
+    plan: Plan
+    params: Params
+    findings: list[Finding]
+
+
+def round_to_nearest(folded: FoldedNetwork, recipe: Recipe) -> QuantizationSolution:
+    """The numbers of a recipe, weights rounded to the nearest code."""
+    plan = make_plan(folded.model, recipe, TARGETS[recipe.target], folded.floats)
+    return QuantizationSolution(plan, *choose_params(plan, folded.sketches, recipe, folded.factors))
+
+
+def round_second_order_in_place(
+    settled: QuantizationSolution, folded: FoldedNetwork, recipe: Recipe, feeds: Feeds, progress: Progress
+) -> None:
+    """Weights rounded for what the layers before hand on."""
+    plan, params = settled.plan, settled.params
+    settled.findings += round_layers_sequentially(folded.model, plan, params, feeds, recipe, folded.floats, progress)
+
+
+def build_quantized_model(folded: FoldedNetwork, recipe: Recipe, params: Params) -> Model:
+    """The quantized model with these numbers."""
+    model = folded.model.copy()
+    plan = make_plan(model, recipe, TARGETS[recipe.target], folded.floats)
+    emit(model, plan, carry_over_params(params, plan), pack=recipe.pack)
+    compress_constants(model)
+    write_metadata(model, qconv.__version__, recipe, None)
+    return model
+
+
+def quantize_to_nearest(
+    model: Model, recipe: Recipe, sketches: Mapping[str, Sketch], floats: Mapping[str, str] | None = None
+) -> Model:
+    """The quantized model that `pipeline.quantize` makes of these sketches, weights rounded to the nearest code."""
+    folded = FoldedNetwork(model, floats or {}, sketches, NO_RANGE_FACTORS)
+    return build_quantized_model(folded, recipe, round_to_nearest(folded, recipe).params)
+
+
+# What a point of a search comes to: carried out, run, and compared with the float model on pictures.
+
+
+SCORED_BYTES = 128 * 2**20
+
+FEWEST_HELD_OUT = 8
+"""Pictures that weights were not rounded on, from which on these alone are judged by."""
+
+PROGRESS_STEPS = 100
+"""Of progress, a point."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchContext:
     """What is searched on. original: the user's own model."""
 
-    folded: Folded
+    folded: FoldedNetwork
     recipe: Recipe
     feed: DataLoader
     original: Session
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measurement:
     """A point carried out. top1: None without labels."""
 
     verified: Verification
@@ -53,12 +131,12 @@ class Measured:
 
 
 @dataclass(slots=True)
-class Judge:
+class CandidateScorer:
     """Carries points out and compares them with the float model. seen: what was measured, by the index of the point;
     settled: the numbers of those that may be chosen. feeds: pictures to round weights on. flattered: whether these are
     judged by. expected: points to come."""
 
-    ground: Ground
+    ground: SearchContext
     names: list[str]
     feeds: list[Batch] | None
     progress: Progress
@@ -67,29 +145,29 @@ class Judge:
     vector: int | None
     float_top1: float | None
     flattered: bool
-    seen: dict[int, Measured] = field(default_factory=dict)
-    settled: dict[int, Settled] = field(default_factory=dict)
+    seen: dict[int, Measurement] = field(default_factory=dict)
+    settled: dict[int, QuantizationSolution] = field(default_factory=dict)
     expected: int = 1
 
     @classmethod
     def of(
         cls,
-        ground: Ground,
+        ground: SearchContext,
         names: list[str],
         feeds: list[Batch] | None,
         warn: Callable[[str], None],
         progress: Progress,
-    ) -> Judge:
+    ) -> CandidateScorer:
         """warn: told what cannot be compared. progress: told how far the search has come."""
-        unseen, flattered = _unseen(ground.feed, 0 if feeds is None else len(feeds))
+        unseen, flattered = _choose_scoring_batches(ground.feed, 0 if feeds is None else len(feeds))
         scored = collect_reference_outputs(
             ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, warn=warn, batches=unseen
         )
         vector = class_vector(scored.batches[0][1]) if scored.batches else None
-        labels = _labels(ground, 0 if vector is None else scored.batches[0][1][vector].shape[1], unseen)
+        labels = _read_labels(ground, 0 if vector is None else scored.batches[0][1][vector].shape[1], unseen)
         top1 = None
         if labels is not None and vector is not None:
-            top1 = _top1([expected[vector] for _, expected in scored.batches], labels)
+            top1 = top1_accuracy([expected[vector] for _, expected in scored.batches], labels)
         return cls(ground, names, feeds, progress, scored, labels, vector, top1, flattered)
 
     @property
@@ -97,24 +175,24 @@ class Judge:
         """That points are judged by."""
         return sum(len(next(iter(feeds.values()))) for feeds, _ in self.scored.batches)
 
-    def recipe_of(self, point: Assignment) -> Recipe:
+    def recipe_of(self, point: BitAssignment) -> Recipe:
         """The recipe with the bits of a point; those of activations, where the user gave some, stay."""
         recipe = self.ground.recipe
         own = []
         for name, bits in zip(self.names, point.bits, strict=True):
             activations = recipe.bits_of(name).activations
-            wish = LayerBits(in_float=True) if bits >= FLOAT else LayerBits(bits, activations)
+            wish = LayerBits(in_float=True) if bits >= FLOAT_BITS else LayerBits(bits, activations)
             own.append((escape_glob(name), wish))
         return replace(recipe, layer_bits=(*own, *recipe.layer_bits))
 
-    def measure(self, points: Sequence[Assignment], index: int) -> Measured:
+    def measure(self, points: Sequence[BitAssignment], index: int) -> Measurement:
         """Run the quantized model of a point on the pictures: just what would be written."""
         if index not in self.seen:
             folded, recipe = self.ground.folded, self.recipe_of(points[index])
-            settled = nearest(folded, recipe)
+            settled = round_to_nearest(folded, recipe)
             if self.feeds is not None:
-                round_anew(settled, folded, recipe, self.feeds, self._within_a_point)
-            model = written(folded, recipe, settled.params)
+                round_second_order_in_place(settled, folded, recipe, self.feeds, self._within_a_point)
+            model = build_quantized_model(folded, recipe, settled.params)
             heard: list[NDArray[np.float32]] = []
             vector = self.vector
 
@@ -126,8 +204,8 @@ class Judge:
                 on_ort = TARGETS[recipe.target].on_ort
                 session = Session(runnable, name="the quantized model", threads=recipe.threads, optimize=on_ort)
                 verified = self.scored.score(session, hear)
-            top1 = None if self.labels is None else _top1(heard, self.labels)
-            self.seen[index], self.settled[index] = Measured(verified, top1), settled
+            top1 = None if self.labels is None else top1_accuracy(heard, self.labels)
+            self.seen[index], self.settled[index] = Measurement(verified, top1), settled
             self.tell()
         return self.seen[index]
 
@@ -137,12 +215,14 @@ class Judge:
 
     def tell(self, part: float = 0.0) -> None:
         """How far the search has come. part: of the point at hand."""
-        self.progress("search", round(STEPS * min(len(self.seen) + part, self.expected)), STEPS * self.expected)
+        self.progress(
+            "search", round(PROGRESS_STEPS * min(len(self.seen) + part, self.expected)), PROGRESS_STEPS * self.expected
+        )
 
     def _within_a_point(self, stage: str, done: int, total: int) -> None:
         self.tell(done / max(1, total))
 
-    def holds(self, points: Sequence[Assignment], index: int, drop: Drop) -> bool:
+    def holds(self, points: Sequence[BitAssignment], index: int, drop: Drop) -> bool:
         """Whether a point keeps the drop. Raises QconvError where there is no such measure."""
         found = self.measure(points, index)
         if drop.measure == "sqnr":
@@ -169,7 +249,7 @@ class Judge:
         return f"{(before or 0.0) - (got or 0.0):.4g}"
 
 
-def _unseen(feed: DataLoader, rounded_on: int) -> tuple[list[int], bool]:
+def _choose_scoring_batches(feed: DataLoader, rounded_on: int) -> tuple[list[int], bool]:
     """The batches to judge by: on those that weights are rounded on, codes look better than they are.
 
     rounded_on: so many of the first, less those that are kept apart. All where hardly any others are left, and whether
@@ -177,11 +257,11 @@ def _unseen(feed: DataLoader, rounded_on: int) -> tuple[list[int], bool]:
     """
     count = -(-len(feed.listing.paths) // feed.batch)
     found = [index for index in range(count) if index >= rounded_on or is_held_out(index)]
-    flattered = len(found) * feed.batch < FEWEST_UNSEEN and rounded_on > 0
+    flattered = len(found) * feed.batch < FEWEST_HELD_OUT and rounded_on > 0
     return (list(range(count)), True) if flattered else (found, False)
 
 
-def _labels(ground: Ground, outputs: int, batches: Sequence[int]) -> NDArray[np.int64] | None:
+def _read_labels(ground: SearchContext, outputs: int, batches: Sequence[int]) -> NDArray[np.int64] | None:
     """Of each picture that was scored; None where top-1 is not asked for. Raises QconvError where there are none."""
     drop, recipe = ground.recipe.max_drop, ground.recipe
     if drop is None or drop.measure != "top1":
@@ -196,10 +276,3 @@ def _labels(ground: Ground, outputs: int, batches: Sequence[int]) -> NDArray[np.
         raise QconvError(fact, "pass --max-drop agreement:SHARE, which needs no labels.")
     labels = np.array(classes.labels([name or "" for name in folders], offset=0, outputs=outputs), np.int64)
     return np.concatenate([labels[index * feed.batch : (index + 1) * feed.batch] for index in batches])
-
-
-def _top1(outputs: Sequence[NDArray[np.float32]], labels: NDArray[np.int64]) -> float:
-    """Share of images whose best class, of scores (N, C), is their label, (N,)."""
-    best = np.concatenate([np.asarray(scores).reshape(len(scores), -1).argmax(axis=1) for scores in outputs])
-    count = min(len(best), len(labels))  # a last batch may have been short of pictures, or pictures short of memory
-    return float((best[:count] == labels[:count]).mean())

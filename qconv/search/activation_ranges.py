@@ -29,24 +29,24 @@ from qconv.ir.model import Model, Value, is_tensor
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
 from qconv.planning.plan import Plan
 from qconv.quantizer import QuantParams
-from qconv.search.sensitivity import noise_of
+from qconv.search.sensitivity import measure_output_noise
 from qconv.storage import ArrayStore
 
 STEP = "ranges"
-HELD = 2**27
+BYTES_IN_MEMORY = 2**27
 """Bytes of tensors, and of outputs, that are held in memory."""
-SHARE = 0.04
+LEAST_NOISE_SHARE = 0.04
 """Part of all noise from which on a range matters."""
-TOGETHER = 8
+GROUPS_PER_SESSION = 8
 """Groups that are looked at with one session: to make one takes as long as to run it on a few pictures."""
 NARROWER, WIDER = 0.75, 1.25
 """Steps of the search."""
-WORTHWHILE = 0.98
+LARGEST_STEP_RATIO = 0.98
 """Noise after a step over noise before, at most, for another to be tried."""
 
 
 @dataclass(frozen=True, slots=True)
-class Looks:
+class SearchBudget:
     """How many pictures show which ranges matter (few) and are walked to choose these (many), and on how many of those
     each factor is tried: on so many where the tensor reaches farthest (far), and so many of the others (near)."""
 
@@ -56,20 +56,20 @@ class Looks:
     near: int
 
 
-LOOKS = {
-    "fast": Looks(1, 32, 2, 2),  # chosen with --tune-ranges
-    "balanced": Looks(1, 32, 2, 2),
-    "best": Looks(4, 128, 16, 16),
+SEARCH_BUDGETS = {
+    "fast": SearchBudget(1, 32, 2, 2),  # chosen with --tune-ranges
+    "balanced": SearchBudget(1, 32, 2, 2),
+    "best": SearchBudget(4, 128, 16, 16),
 }
 
 TINY = 1e-300
 Float64 = NDArray[np.float64]
-Feed = dict[str, NDArray[Any]]
+InputBatch = dict[str, NDArray[Any]]
 Outputs = list[list[NDArray[Any]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RangeGroup:
     """Tensors with one range. first: the one that is there first."""
 
     first: Value
@@ -77,12 +77,12 @@ class Group:
     params: QuantParams
 
 
-def tuned_ranges(
+def search_activation_ranges(
     model: Model,
     plan: Plan,
     activations: Mapping[Value, QuantParams],
-    feeds: Sequence[Feed],
-    looks: Looks,
+    feeds: Sequence[InputBatch],
+    looks: SearchBudget,
     threads: int | None,
     progress: Callable[[str, int, int], None],
 ) -> tuple[dict[str, float], list[Change]]:
@@ -91,20 +91,24 @@ def tuned_ranges(
     model: the folded float network. activations: what is known so far. feeds: pictures, batch by batch.
     """
     judged = any(is_tensor(value) for value in model.graph.outputs)
-    groups = _groups(model, plan, activations) if judged else []
+    groups = _find_range_groups(model, plan, activations) if judged else []
     few, many = (pick_evenly(feeds, count) for count in (looks.few, looks.many))
     noises = []
-    for done, found in enumerate(_noises(model, groups, few, threads)):
+    for done, found in enumerate(_measure_noises(model, groups, few, threads)):
         progress(STEP, done, 2 * len(groups))
         noises.append(found)
     whole = sum(noises)
-    weighty = {group.first: noise for group, noise in zip(groups, noises, strict=True) if noise > SHARE * whole}
+    weighty = {
+        group.first: noise for group, noise in zip(groups, noises, strict=True) if noise > LEAST_NOISE_SHARE * whole
+    }
     chosen = [group for group in groups if group.first in weighty]
     factors: dict[str, float] = {}
     told: list[Change] = []
-    for done, (group, noise, reach) in enumerate(_rounded_alone(model, chosen, many, (looks.far, looks.near), threads)):
+    for done, (group, noise, reach) in enumerate(
+        _make_noise_functions(model, chosen, many, (looks.far, looks.near), threads)
+    ):
         progress(STEP, len(groups) + done * len(groups) // len(chosen), 2 * len(groups))
-        factor, change = _best(noise, group.params, reach)
+        factor, change = _search_factor(noise, group.params, reach)
         if factor != 1:
             factors |= dict.fromkeys((value.name or "" for value in group.members), factor)
             what = f"range times {factor:.2f}: its noise at the outputs, {weighty[group.first] / whole:.1%} of all"
@@ -113,81 +117,83 @@ def tuned_ranges(
     return factors, told
 
 
-def _groups(model: Model, plan: Plan, activations: Mapping[Value, QuantParams]) -> list[Group]:
+def _find_range_groups(model: Model, plan: Plan, activations: Mapping[Value, QuantParams]) -> list[RangeGroup]:
     """Those with one scale and up to 8 bits, in graph order: 16 bits have room for everything."""
     made = [*model.graph.inputs, *(value for node in model.nodes() for value in node.outputs)]
     order = {value: index for index, value in enumerate(made)}
-    found: dict[Value, Group] = {}
+    found: dict[Value, RangeGroup] = {}
     for value, members in plan.group_of().items():
         params = activations[value]
         known = tuple(sorted((member for member in members if member in order), key=order.__getitem__))
         if known and value not in plan.given and not params.scale.ndim and params.spec.bits <= 8:
-            found[known[0]] = Group(known[0], known, params)
+            found[known[0]] = RangeGroup(known[0], known, params)
     return sorted(found.values(), key=lambda group: order[group.first])
 
 
 @contextlib.contextmanager
-def _walked(
-    model: Model, feeds: Sequence[Feed], threads: int | None
+def _walk_in_pieces(
+    model: Model, feeds: Sequence[InputBatch], threads: int | None
 ) -> Iterator[tuple[StepwiseRun, list[Value], Outputs]]:
     """A walk, the outputs that count, and what they are for as many pictures as go into memory."""
     outputs = [value for value in model.graph.outputs if is_tensor(value)]
-    with contextlib.closing(ArrayStore(HELD)) as store:
+    with contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as store:
         start = NetworkTail(
-            StepwiseRun(model, feeds, store, threads=threads).behind(outputs), _names(outputs), threads=threads
+            StepwiseRun(model, feeds, store, threads=threads).behind(outputs), _names_of(outputs), threads=threads
         )
-        clean = collect_up_to(HELD, start.run(range(len(feeds))))
+        clean = collect_up_to(BYTES_IN_MEMORY, start.run(range(len(feeds))))
         del start
         yield StepwiseRun(model, feeds[: len(clean)], store, threads=threads, kept=outputs), outputs, clean
 
 
-def _noises(model: Model, groups: Sequence[Group], feeds: Sequence[Feed], threads: int | None) -> Iterator[float]:
+def _measure_noises(
+    model: Model, groups: Sequence[RangeGroup], feeds: Sequence[InputBatch], threads: int | None
+) -> Iterator[float]:
     """The noise at the outputs where each group alone is rounded."""
     if not groups:
         return
-    with _walked(model, feeds, threads) as (walk, outputs, clean):
+    with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
         picked = dict.fromkeys(range(len(clean)), 1.0)
-        for together in _with_one_session(groups):
+        for together in _split_by_type(groups):
             walk.at(together[0].first)
-            names, spec = [_names(group.members) for group in together], together[0].params.spec
-            behind = NetworkTail(walk.behind(outputs), _names(outputs), names, spec, threads=threads)
+            names, spec = [_names_of(group.members) for group in together], together[0].params.spec
+            behind = NetworkTail(walk.behind(outputs), _names_of(outputs), names, spec, threads=threads)
             for index, group in enumerate(together):
-                yield _noise(clean, behind, picked, group.params, index)
+                yield _mean_noise(clean, behind, picked, group.params, index)
 
 
-def _with_one_session(groups: Sequence[Group]) -> Iterator[list[Group]]:
+def _split_by_type(groups: Sequence[RangeGroup]) -> Iterator[list[RangeGroup]]:
     """Runs of groups that have codes of one type."""
     for _, alike in itertools.groupby(groups, key=lambda group: group.params.spec.dtype):
         left = list(alike)
-        yield from (left[start : start + TOGETHER] for start in range(0, len(left), TOGETHER))
+        yield from (left[start : start + GROUPS_PER_SESSION] for start in range(0, len(left), GROUPS_PER_SESSION))
 
 
-def _rounded_alone(
-    model: Model, groups: Sequence[Group], feeds: Sequence[Feed], looks: tuple[int, int], threads: int | None
-) -> Iterator[tuple[Group, Callable[[QuantParams], float], float]]:
+def _make_noise_functions(
+    model: Model, groups: Sequence[RangeGroup], feeds: Sequence[InputBatch], looks: tuple[int, int], threads: int | None
+) -> Iterator[tuple[RangeGroup, Callable[[QuantParams], float], float]]:
     """Each group, what tells the noise at the outputs where it alone is rounded, and how far it reaches."""
     if not groups:
         return
-    with _walked(model, feeds, threads) as (walk, outputs, clean):
+    with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
         for group in groups:
-            reach = _reach(walk.at(group.first), group.params)
-            picked = _picked(reach, *looks)
-            names, spec = [_names(group.members)], group.params.spec
-            behind = NetworkTail(walk.behind(outputs), _names(outputs), names, spec, threads=threads)
-            yield group, partial(_noise, clean, behind, picked), float(reach.max())
+            reach = _measure_reach(walk.at(group.first), group.params)
+            picked = _pick_batches(reach, *looks)
+            names, spec = [_names_of(group.members)], group.params.spec
+            behind = NetworkTail(walk.behind(outputs), _names_of(outputs), names, spec, threads=threads)
+            yield group, partial(_mean_noise, clean, behind, picked), float(reach.max())
 
 
-def _names(values: Iterable[Value]) -> list[str]:
+def _names_of(values: Iterable[Value]) -> list[str]:
     return [value.name or "" for value in values]
 
 
-def _reach(arrays: Iterable[NDArray[Any]], params: QuantParams) -> Float64:
+def _measure_reach(arrays: Iterable[NDArray[Any]], params: QuantParams) -> Float64:
     """How far each batch goes, as a share of what has codes, (batches,)."""
     low, high = (max(abs(float(end)), TINY) for end in params.code_range())
     return np.array([max(float(x.max(initial=0)) / high, -float(x.min(initial=0)) / low) for x in arrays])
 
 
-def _picked(reach: Float64, far: int, near: int) -> dict[int, float]:
+def _pick_batches(reach: Float64, far: int, near: int) -> dict[int, float]:
     """Batches with how many each stands for: those that reach farthest for themselves, some others for the rest."""
     order = np.argsort(-reach, kind="stable")
     rest = np.sort(order[far:])
@@ -195,23 +201,25 @@ def _picked(reach: Float64, far: int, near: int) -> dict[int, float]:
     return dict.fromkeys(order[:far].tolist(), 1.0) | dict.fromkeys(some.tolist(), len(rest) / max(1, len(some)))
 
 
-def _noise(
+def _mean_noise(
     clean: Outputs, behind: NetworkTail, picked: Mapping[int, float], params: QuantParams, group: int = 0
 ) -> float:
     """Mean over the pictures for which those that are picked stand."""
     found = zip(picked.items(), behind.run(picked, params, group), strict=True)
-    return sum(weight * noise_of([clean[index]], [got]) for (index, weight), got in found) / sum(picked.values())
+    return sum(weight * measure_output_noise([clean[index]], [got]) for (index, weight), got in found) / sum(
+        picked.values()
+    )
 
 
-def _best(noise: Callable[[QuantParams], float], params: QuantParams, reach: float) -> tuple[float, float]:
+def _search_factor(noise: Callable[[QuantParams], float], params: QuantParams, reach: float) -> tuple[float, float]:
     """The factor with the least noise, and what it makes of it, in dB. reach: where the tensor ends, as a factor."""
     tried = {1.0: noise(params)}
     for step in (NARROWER, WIDER):
         factor, before = 1.0, tried[1.0]
-        while before > 0 and (step < 1 or factor < WORTHWHILE * reach):
+        while before > 0 and (step < 1 or factor < LARGEST_STEP_RATIO * reach):
             factor = factor * step if step < 1 else min(factor * step, reach)
             tried[factor] = noise(params.with_scale(np.asarray(params.scale * factor, np.float32)))
-            if tried[factor] > WORTHWHILE * before:
+            if tried[factor] > LARGEST_STEP_RATIO * before:
                 break
             before = tried[factor]
         if factor < NARROWER:  # narrower is better: wider is not

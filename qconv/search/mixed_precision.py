@@ -29,62 +29,76 @@ from qconv.metrics.comparison import compute_sqnr_db
 from qconv.planning.planner import is_quantizable_layer, make_plan
 from qconv.quantization.second_order import ROUNDING_EFFORTS, LayerSolver
 from qconv.results.quantize import MixedPrecision, SizePoint
-from qconv.search.assign import Assignment, Layer, assignment, curve, filled
-from qconv.search.judge import Ground, Judge, Measured, Progress
-from qconv.search.sensitivity import FLOAT, Network, sensitivities
-from qconv.search.trial import Settled, nearest
+from qconv.search.candidate import (
+    CandidateScorer,
+    Measurement,
+    Progress,
+    QuantizationSolution,
+    SearchContext,
+    round_to_nearest,
+)
+from qconv.search.sensitivity import (
+    FLOAT_BITS,
+    BitAssignment,
+    LayerSensitivity,
+    SensitivityContext,
+    fill_to_size,
+    find_pareto_curve,
+    make_assignment,
+    measure_sensitivities,
+)
 
-PICTURES = 16
+SENSITIVITY_IMAGES = 16
 """So many are enough to tell layers apart; the result is verified on all."""
-MUCH_WORSE = 2.0
+MUCH_WORSE_FACTOR = 2.0
 """Noise by the model over that of the best point, from which on a point is not measured: it is not so wrong."""
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class MixedPrecisionResult:
     """recipe: the one that was searched with, and `layer_bits` as they were found. settled: what was measured of it."""
 
     recipe: Recipe
     report: MixedPrecision
-    settled: Settled
+    settled: QuantizationSolution
 
 
-def expected(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> Recipe:
+def predict_recipe(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> Recipe:
     """The recipe with the bits that most layers will have, as far as that is known before a search.
 
     model, floats: as `make_plan` takes them.
     """
-    possible = [bits for bits in recipe.candidate_bits or () if bits < FLOAT]
+    possible = [bits for bits in recipe.candidate_bits or () if bits < FLOAT_BITS]
     if not recipe.searches or not possible:
         return recipe
     bits = possible[len(possible) // 2]
     if recipe.target_size is not None:
-        scope = _Scope.of(model, recipe, floats)
+        scope = _SearchSpace.of(model, recipe, floats)
         bits = max((b for b in possible if scope.alike(b) <= scope.most(recipe.target_size)), default=possible[0])
-    return _alike(recipe, bits)
+    return _make_uniform_recipe(recipe, bits)
 
 
-def _alike(recipe: Recipe, bits: int) -> Recipe:
+def _make_uniform_recipe(recipe: Recipe, bits: int) -> Recipe:
     """The recipe with these bits for all layers, and no search."""
     return replace(recipe, weight_bits=bits, max_drop=None, target_size=None, candidate_bits=None, save_layer_bits=None)
 
 
-def check_size(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> None:
+def check_target_size(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> None:
     """Raise QconvError where `--target-size` is below what the candidate bits can give; before any work."""
     if recipe.target_size is None:
         return
-    scope = _Scope.of(model, recipe, floats)
-    least = scope.alike(min(recipe.candidate_bits or (FLOAT,)))
+    scope = _SearchSpace.of(model, recipe, floats)
+    least = scope.alike(min(recipe.candidate_bits or (FLOAT_BITS,)))
     if least > scope.most(recipe.target_size):
         told = f"which is {scope.share(least):.4g}"
         fact = f"--target-size {recipe.target_size:g} is below what these bits can give, {told}."
         raise QconvError(fact, "add smaller --candidate-bits, lower --edge-bits, or allow a larger size.")
 
 
-def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> Found:
+def search_bits(ground: SearchContext, warn: Callable[[str], None], progress: Progress) -> MixedPrecisionResult:
     """Find the bits of every layer that `--layer-bits` gives none. Raises QconvError where no assignment will do."""
     recipe = ground.recipe
-    scope = _Scope.of(ground.folded.model, recipe, ground.folded.floats)
+    scope = _SearchSpace.of(ground.folded.model, recipe, ground.folded.floats)
     if not scope.wishes:
         raise QconvError(
             "There is no layer to choose bits for: --layer-bits names them all.", "leave some of them out."
@@ -93,29 +107,29 @@ def search(ground: Ground, warn: Callable[[str], None], progress: Progress) -> F
     feeds = None
     if recipe.rounding != "nearest":
         feeds = ground.feed.first(ROUNDING_EFFORTS[recipe.effort].pictures, "read again")
-    layers = _sensitivities(ground, scope.wishes, feeds, progress)
+    layers = _measure_sensitivities(ground, scope.wishes, feeds, progress)
     most = scope.most(1.0 if recipe.target_size is None else recipe.target_size)
-    points = _within(layers, most)
-    judge = Judge.of(ground, names, feeds, warn, progress)
-    _warn_of_few(judge, recipe.max_drop, warn)
+    points = _assignments_within(layers, most)
+    judge = CandidateScorer.of(ground, names, feeds, warn, progress)
+    _warn_of_few_images(judge, recipe.max_drop, warn)
     if recipe.max_drop is None:
-        points, chosen = _best(judge, _uniform(layers, most), points)
+        points, chosen = _choose_best(judge, _find_uniform_assignment(layers, most), points)
     else:
-        chosen = _cheapest(judge, points, recipe.max_drop)
+        chosen = _find_smallest_within_drop(judge, points, recipe.max_drop)
     report = MixedPrecision(
-        _in_words(recipe),
+        _describe_bits(recipe),
         len(names),
         judge.pictures,
         judge.float_top1,
         tuple(
-            _row(point, judge.seen.get(index), scope.share(point.size), chosen=index == chosen)
+            _make_size_point(point, judge.seen.get(index), scope.share(point.size), chosen=index == chosen)
             for index, point in enumerate(points)
         ),
     )
-    return Found(judge.recipe_of(points[chosen]), report, judge.settled[chosen])
+    return MixedPrecisionResult(judge.recipe_of(points[chosen]), report, judge.settled[chosen])
 
 
-def _warn_of_few(judge: Judge, drop: Drop | None, warn: Callable[[str], None]) -> None:
+def _warn_of_few_images(judge: CandidateScorer, drop: Drop | None, warn: Callable[[str], None]) -> None:
     """What so few pictures cannot tell."""
     told = f"the {judge.pictures} pictures that bits are judged by"
     if judge.flattered:
@@ -124,24 +138,24 @@ def _warn_of_few(judge: Judge, drop: Drop | None, warn: Callable[[str], None]) -
         warn(f"--max-drop {drop} is less than one of {told}: pass more pictures.")
 
 
-def _sensitivities(
-    ground: Ground, wishes: Mapping[str, Collection[int]], feeds: list[Batch] | None, progress: Progress
-) -> list[Layer]:
+def _measure_sensitivities(
+    ground: SearchContext, wishes: Mapping[str, Collection[int]], feeds: list[Batch] | None, progress: Progress
+) -> list[LayerSensitivity]:
     """Of the layers in `wishes`, in their order. feeds: pictures to round weights on; None for nearest codes."""
     folded, recipe = ground.folded, ground.recipe
-    settled = nearest(folded, recipe)
-    network = Network(folded.model, settled.plan, settled.params, folded.sketches, recipe)
+    settled = round_to_nearest(folded, recipe)
+    network = SensitivityContext(folded.model, settled.plan, settled.params, folded.sketches, recipe)
     solver = None
     if feeds is not None:
         solver = LayerSolver(
             recipe, settled.plan.target, replace(ROUNDING_EFFORTS[recipe.effort], factors=(), sweeps=0)
         )
-    batches = list(_first(ground.feed.few("pictures"), PICTURES)) if feeds is None else feeds
-    known = sensitivities(network, wishes, batches, solver, lambda done, total: progress("layers", done, total))
+    batches = list(_first_batches(ground.feed.few("pictures"), SENSITIVITY_IMAGES)) if feeds is None else feeds
+    known = measure_sensitivities(network, wishes, batches, solver, lambda done, total: progress("layers", done, total))
     return [known[name] for name in wishes]
 
 
-def _first(batches: Iterable[Batch], pictures: int) -> Iterator[Batch]:
+def _first_batches(batches: Iterable[Batch], pictures: int) -> Iterator[Batch]:
     """Batches until they hold so many pictures."""
     seen = 0
     for feeds in batches:
@@ -152,7 +166,7 @@ def _first(batches: Iterable[Batch], pictures: int) -> Iterator[Batch]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scope:
+class _SearchSpace:
     """What there is to choose. wishes: the bits that each layer may have, by its name; counts: of its weights.
 
     fixed: bits that all other weights take. count: of all weights.
@@ -164,9 +178,9 @@ class _Scope:
     count: int
 
     @classmethod
-    def of(cls, model: Model, recipe: Recipe, floats: Mapping[str, str]) -> _Scope:
+    def of(cls, model: Model, recipe: Recipe, floats: Mapping[str, str]) -> _SearchSpace:
         """The first and the last layer keep `edge_bits`."""
-        least = make_plan(model, _alike(recipe, 2), TARGETS[recipe.target], floats)
+        least = make_plan(model, _make_uniform_recipe(recipe, 2), TARGETS[recipe.target], floats)
         fewest = {layer.node.name or "": layer.weight.bits for layer in least.layers}
         wishes: dict[str, set[int]] = {}
         counts: dict[str, int] = {}
@@ -180,34 +194,36 @@ class _Scope:
             if name in fewest and wish is None:
                 wishes[name] = {max(bits, fewest[name]) for bits in recipe.candidate_bits or ()}
             else:
-                fixed += weight.size * fewest.get(name, FLOAT)
+                fixed += weight.size * fewest.get(name, FLOAT_BITS)
         return cls(wishes, counts, fixed, sum(counts.values()))
 
     def most(self, share: float) -> int:
         """Bits that there are for the layers to be chosen for, of a share of float's size."""
-        return int(share * FLOAT * self.count) - self.fixed
+        return int(share * FLOAT_BITS * self.count) - self.fixed
 
     def share(self, size: int) -> float:
         """The share of float's size when these layers take so many bits."""
-        return (size + self.fixed) / (FLOAT * self.count)
+        return (size + self.fixed) / (FLOAT_BITS * self.count)
 
     def alike(self, bits: int) -> int:
         """What they take with the same bits for all, or as nearly so as each can."""
-        return sum(self.counts[name] * _near(wish, bits) for name, wish in self.wishes.items())
+        return sum(self.counts[name] * _nearest_bits(wish, bits) for name, wish in self.wishes.items())
 
 
-def _near(possible: Collection[int], bits: int) -> int:
+def _nearest_bits(possible: Collection[int], bits: int) -> int:
     return min((b for b in possible if b >= bits), default=max(possible))
 
 
-def _within(layers: Sequence[Layer], most: int) -> list[Assignment]:
+def _assignments_within(layers: Sequence[LayerSensitivity], most: int) -> list[BitAssignment]:
     """The points of the curve of at most so many bits, and one that fills them up; none where none is so small."""
-    found = [point for point in curve(layers) if point.size <= most]
-    best = filled(layers, found[-1], most) if found else None
+    found = [point for point in find_pareto_curve(layers) if point.size <= most]
+    best = fill_to_size(layers, found[-1], most) if found else None
     return found if best is None or best == found[-1] else [*found, best]
 
 
-def _best(judge: Judge, same: Assignment | None, points: list[Assignment]) -> tuple[list[Assignment], int]:
+def _choose_best(
+    judge: CandidateScorer, same: BitAssignment | None, points: list[BitAssignment]
+) -> tuple[list[BitAssignment], int]:
     """The points, `same` among them, and which of the last two and of `same` is the best as measured.
 
     What the model finds much worse is not measured.
@@ -216,7 +232,7 @@ def _best(judge: Judge, same: Assignment | None, points: list[Assignment]) -> tu
         points = sorted([*points, same], key=lambda point: point.size)
     tried = {len(points) - 1, max(0, len(points) - 2)} | ({points.index(same)} if same is not None else set())
     least = min(points[index].noise for index in tried)
-    tried = {index for index in tried if points[index].noise <= MUCH_WORSE * least}
+    tried = {index for index in tried if points[index].noise <= MUCH_WORSE_FACTOR * least}
     decibels: dict[int, float] = {}
     judge.expected = len(tried)
     for index in sorted(tried):
@@ -226,17 +242,17 @@ def _best(judge: Judge, same: Assignment | None, points: list[Assignment]) -> tu
     return points, max(decibels, key=lambda index: (decibels[index], -index))
 
 
-def _uniform(layers: Sequence[Layer], size: int) -> Assignment | None:
+def _find_uniform_assignment(layers: Sequence[LayerSensitivity], size: int) -> BitAssignment | None:
     """The most bits that all layers can have alike, or as nearly so as each can, within a size."""
     every = sorted({bits for layer in layers for bits in layer.noise})
     found = None
     for bits in every:
-        alike = assignment(layers, [_near(layer.noise, bits) for layer in layers])
+        alike = make_assignment(layers, [_nearest_bits(layer.noise, bits) for layer in layers])
         found = alike if alike.size <= size else found
     return found
 
 
-def _cheapest(judge: Judge, points: Sequence[Assignment], drop: Drop) -> int:
+def _find_smallest_within_drop(judge: CandidateScorer, points: Sequence[BitAssignment], drop: Drop) -> int:
     """The first point that keeps the drop, by bisection; every point that is said to keep it was measured."""
     judge.expected = 1 + len(points).bit_length()
     low, high = -1, len(points) - 1
@@ -252,7 +268,7 @@ def _cheapest(judge: Judge, points: Sequence[Assignment], drop: Drop) -> int:
     return high
 
 
-def _row(point: Assignment, seen: Measured | None, size: float, *, chosen: bool) -> SizePoint:
+def _make_size_point(point: BitAssignment, seen: Measurement | None, size: float, *, chosen: bool) -> SizePoint:
     checked = None if seen is None else seen.verified
     return SizePoint(
         size=size,
@@ -266,7 +282,7 @@ def _row(point: Assignment, seen: Measured | None, size: float, *, chosen: bool)
     )
 
 
-def _in_words(recipe: Recipe) -> str:
+def _describe_bits(recipe: Recipe) -> str:
     parts = [] if recipe.max_drop is None else [f"--max-drop {recipe.max_drop}"]
     parts += [] if recipe.target_size is None else [f"--target-size {recipe.target_size:g}"]
     return " ".join(parts)
