@@ -34,11 +34,10 @@ from qconv.ir.files import Source, read_proto
 from qconv.ir.metadata import read_recipe
 from qconv.pipeline.pipeline import quantize
 from qconv.results.training import FinetuneResult
-from qconv.training.finetune import Listener, finetune
-from qconv.training.learnable import Learned, pairs_axis
+from qconv.training.finetune import TrainingListener, finetune
+from qconv.training.network import TorchNetwork
 from qconv.training.options import FinetuneOptions
-from qconv.training.sites import find_sites
-from qconv.training.torchgraph import Network
+from qconv.training.trainable import LearnedParameters, find_pairs_axis, find_sites
 
 torch.set_num_threads(1)  # tests run side by side
 BODY = (
@@ -157,14 +156,14 @@ def test_what_is_trained_is_what_is_written(place: Path, tmp_path: Path) -> None
     """After any step: the network with what is learned says, to a rounding of floats, what the written file says."""
     path = place / "net.w3a3.onnx"
     model = load.load_unchanged(read_proto(source(path)), source(path))
-    learned = Learned(find_sites(model, recipe_from_dict(read_recipe(model))))
+    learned = LearnedParameters(find_sites(model, recipe_from_dict(read_recipe(model))))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in learned.tensors:
             tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
         learned.fit_pairs()
         x = all_pictures(place)
-        expected = Network(model).run({"x": torch.from_numpy(x), **learned.given()})["y"].numpy()
+        expected = TorchNetwork(model).run({"x": torch.from_numpy(x), **learned.given()})["y"].numpy()
     learned.write(model)
     (tmp_path / "out.onnx").write_bytes(model.proto().SerializeToString())
     options = ort.SessionOptions()
@@ -178,7 +177,7 @@ def test_nothing_learned_writes_the_same_numbers(place: Path) -> None:
     path = place / "net.w3a3.onnx"
     model = load.load_unchanged(read_proto(source(path)), source(path))
     before = {name: v.const_value.numpy().copy() for name, v in model.graph.initializers.items()}
-    Learned(find_sites(model, recipe_from_dict(read_recipe(model)))).write(model)
+    LearnedParameters(find_sites(model, recipe_from_dict(read_recipe(model)))).write(model)
     after = {name: v.const_value.numpy() for name, v in model.graph.initializers.items()}
     for name, array in before.items():
         np.testing.assert_array_equal(after[name], array, err_msg=name)
@@ -190,14 +189,14 @@ def test_no_pair_of_products_gets_worse(place: Path, tmp_path: Path) -> None:
     quantize(str(place / "net.onnx"), path, few(place, weight_bits=8, activation_bits=8, saturation_safe=True))
     model = load.load_unchanged(read_proto(source(path)), source(path))
     sites = find_sites(model, recipe_from_dict(read_recipe(model)))
-    learned = Learned(sites)
+    learned = LearnedParameters(sites)
     with torch.no_grad():
         for tensor in learned.kinds["weights"].values():
             tensor *= 1.7
     learned.fit_pairs()
     learned.write(model)
     for site in sites.weights:
-        axis = pairs_axis(site)
+        axis = find_pairs_axis(site)
         assert axis is not None
         rows = np.moveaxis(site.codes.const_value.numpy().astype(np.int64), axis, 0)
         assert np.abs(rows).max() > 40
@@ -232,7 +231,7 @@ class Killed(Exception):
 def test_a_killed_run_goes_on_as_if_it_never_had_been(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qconv.training.resuming.KEPT_EVERY", 0.0)
+    monkeypatch.setattr("qconv.training.trainer.SAVE_EVERY_SECONDS", 0.0)
     wish = wishes(place, epochs=12, augment=True)
     whole = tmp_path / "whole.onnx"
     finetune(source(place / "net.w3a3.onnx"), whole, wish)
@@ -243,7 +242,7 @@ def test_a_killed_run_goes_on_as_if_it_never_had_been(
 
     out = tmp_path / "out.onnx"
     with pytest.raises(Killed):
-        finetune(source(place / "net.w3a3.onnx"), out, wish, Listener(progress=kill))
+        finetune(source(place / "net.w3a3.onnx"), out, wish, TrainingListener(progress=kill))
     assert not out.exists()
     (kept,) = (path for path in tmp_path.iterdir() if path.name.startswith("."))
     found = finetune(source(place / "net.w3a3.onnx"), out, wish)
@@ -253,17 +252,19 @@ def test_a_killed_run_goes_on_as_if_it_never_had_been(
 
 
 def test_what_another_run_left_is_not_used(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qconv.training.resuming.KEPT_EVERY", 0.0)
+    monkeypatch.setattr("qconv.training.trainer.SAVE_EVERY_SECONDS", 0.0)
     wish, out = wishes(place, epochs=24), tmp_path / "out.onnx"
     heard: list[str] = []
     for content in (None, b"no state"):
         if content is None:
-            stop = Listener(progress=lambda stage, done, total: _raise_at(stage, done, total))
+            stop = TrainingListener(progress=lambda stage, done, total: _raise_at(stage, done, total))
             with pytest.raises(Killed):
                 finetune(source(place / "net.w3a3.onnx"), out, wish, stop)
         else:
             (tmp_path / ".out.onnx.training").write_bytes(content)
-        found = finetune(source(place / "net.w3a3.onnx"), out, replace(wish, rate=1e-2), Listener(warn=heard.append))
+        found = finetune(
+            source(place / "net.w3a3.onnx"), out, replace(wish, rate=1e-2), TrainingListener(warn=heard.append)
+        )
         assert found.resumed == 0
     assert any("other options" in text for text in heard)
     assert any("damaged" in text for text in heard)

@@ -25,10 +25,9 @@ from qconv.errors import Change, QconvError, Skipped
 from qconv.ir.model import Model, ir
 from qconv.pipeline import pipeline
 from qconv.results.quantize import Report
-from qconv.training import learnable, reconstruct
-from qconv.training.blocks import _cuts, ends
-from qconv.training.torchfake import Drop
-from qconv.training.torchgraph import Network
+from qconv.training import reconstruct, trainable
+from qconv.training.network import QuantDrop, TorchNetwork
+from qconv.training.reconstruct import _find_cut_points, find_block_boundaries
 
 torch.set_num_threads(1)  # tests run side by side
 BODY = (
@@ -120,7 +119,7 @@ def test_every_block_is_told_of_and_none_gets_worse(place: Path) -> None:
 
 
 def test_what_brings_nothing_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconstruct, "RATES", dict.fromkeys(reconstruct.RATES, 0.0))
+    monkeypatch.setattr(reconstruct, "LEARNING_RATES", dict.fromkeys(reconstruct.LEARNING_RATES, 0.0))
     report, same = made(place, "same", effort="fast")
     assert of(report, Skipped)
     assert not of(report, Change)
@@ -233,7 +232,7 @@ def test_scales_are_those_that_the_report_tells(place: Path) -> None:
 
 
 def test_a_block_whose_pairs_of_products_do_not_fit_stays(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learnable.Learned, "fit_pairs", lambda learned: _widen(learned))
+    monkeypatch.setattr(trainable.LearnedParameters, "fit_pairs", lambda learned: _widen(learned))
     report, _ = made(place, "pairs", effort="fast", weight_bits=8, activation_bits=8)
     assert {skipped.why for skipped in of(report, Skipped)} == {
         "pairs of 8-bit products would be beyond 16 bits after it"
@@ -258,7 +257,9 @@ def quantized(folder: Path, name: str = "cut", **more: Any) -> Model:
 
 
 def test_a_residual_block_is_one_block(place: Path) -> None:
-    found = ends(quantized(place), loaded(onnx.ModelProto.FromString(float_bytes())), dict.fromkeys("abmcdesrpfy", 1))
+    found = find_block_boundaries(
+        quantized(place), loaded(onnx.ModelProto.FromString(float_bytes())), dict.fromkeys("abmcdesrpfy", 1)
+    )
     assert found[0].names == ("x",)
     assert found[-1].names == ("y",)
     # behind the first layer, behind the block, and what goes into the last layer; never inside the block
@@ -271,10 +272,10 @@ def test_a_residual_block_is_one_block(place: Path) -> None:
 def test_cuts_are_all_that_goes_on(place: Path) -> None:
     """Given a cut alone, the network comes to the same outputs."""
     model = quantized(place)
-    net = Network(model)
+    net = TorchNetwork(model)
     x = torch.rand(2, 3, 12, 12)
     wanted = net.run({"x": x})["y"]
-    names = [codes.name or "" for codes in _cuts(model)]
+    names = [codes.name or "" for codes in _find_cut_points(model)]
     assert len(names) >= 3
     for name in names:
         assert torch.equal(net.run({name: net.run({"x": x}, [name])[name]})["y"], wanted)
@@ -292,7 +293,7 @@ def test_wide_middles_stay_inside(tmp_path: Path) -> None:
     for number in range(8):
         Image.fromarray(pixels(number)).save(tmp_path / "pictures" / f"{number}.png")
     sizes = {**dict.fromkeys("abhpqy", 4), **dict.fromkeys("cdef", 24)}
-    found = ends(quantized(tmp_path), loaded(proto), sizes)
+    found = find_block_boundaries(quantized(tmp_path), loaded(proto), sizes)
     reached = {name for end in found for options in end.candidates for name in options}
     assert {"b", "h"} <= reached
     assert not {"d", "f"} & reached
@@ -303,18 +304,18 @@ def test_wide_middles_stay_inside(tmp_path: Path) -> None:
 
 def test_a_share_is_not_rounded_but_stays_in_range(place: Path) -> None:
     model = quantized(place, "drop")
-    net = Network(model)
+    net = TorchNetwork(model)
     x = torch.rand(8, 3, 12, 12)
     names = [node.outputs[0].name or "" for node in model.nodes() if node.op_type == "DequantizeLinear"]
     behind = net.run({"x": x}, names)
     name = next(n for n in names if behind[n].ndim == 4 and behind[n].shape[0] == 8 and behind[n].min() == 0)
     plain = behind[name]
     generator = torch.Generator().manual_seed(0)
-    none = net.run({"x": x}, [name], Drop(0.0, generator))[name]
+    none = net.run({"x": x}, [name], QuantDrop(0.0, generator))[name]
     assert torch.equal(none, plain)
-    whole = net.run({"x": x}, [name], Drop(1.0, generator))[name]
+    whole = net.run({"x": x}, [name], QuantDrop(1.0, generator))[name]
     step = float(plain[plain > 0].min())
     assert float(whole.min()) >= 0  # the Relu that the quantizer has absorbed
     assert 0 < float((whole - plain).abs().max()) < 2 * step
-    half = net.run({"x": x}, [name], Drop(0.5, generator))[name]
+    half = net.run({"x": x}, [name], QuantDrop(0.5, generator))[name]
     assert not torch.equal(half, plain)

@@ -20,7 +20,7 @@ from qconv.ir.metadata import read_recipe
 from qconv.ir.model import Model
 from qconv.ir.stored_weights import constant_numbers
 from qconv.pipeline.pipeline import quantize
-from qconv.training.sites import Sites, find_sites
+from qconv.training.trainable import LearnableSites, find_sites
 
 BODY = (
     "a = Conv(x, w)  b = Clip(a, low, high)  c = Conv(b, v)  d = Clip(c, low, high)"
@@ -40,7 +40,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def sites(place: Path, **more: object) -> tuple[Model, Sites]:
+def sites(place: Path, **more: object) -> tuple[Model, LearnableSites]:
     fast = {"effort": "fast", "calibrator": "minmax", **more}
     feed = {"calib": (str(place / "pictures"),), "preprocessing": PreprocessingOptions(preset="raw"), "threads": 1}
     quantize(str(place / "net.onnx"), place / "q.onnx", Recipe(**feed, **fast))  # type: ignore[arg-type]

@@ -33,11 +33,18 @@ from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
 from qconv.pipeline import pipeline
 from qconv.storage import replace_folder_atomically
-from qconv.training import dream, synthesize
-from qconv.training.dream import EDGE, FLOOR, Dream, _stride, faded, normalised
+from qconv.training import synthesize
+from qconv.training.network import TorchNetwork
 from qconv.training.options import SynthesisOptions
-from qconv.training.remembered import Remembered
-from qconv.training.torchgraph import Network
+from qconv.training.synthesize import (
+    EDGE_LEVELS,
+    VARIANCE_FLOOR,
+    BatchNormTargets,
+    ImageOptimizer,
+    _class_stride,
+    normalise_pixels,
+    smoothing_step,
+)
 
 torch.set_num_threads(1)  # tests run side by side
 HERE = Path(__file__).parent
@@ -73,7 +80,7 @@ def source(data: bytes, tmp_path: Path) -> Source:
     return Source("net.onnx", tmp_path / "net.onnx")
 
 
-def made(tmp_path: Path, data: bytes | None = None, out: str = "set", **more: Any) -> synthesize.Made:
+def made(tmp_path: Path, data: bytes | None = None, out: str = "set", **more: Any) -> synthesize.SynthesizedImages:
     options: dict[str, Any] = {"count": 6, "steps": 12, "threads": 1, "device": "cpu", **more}
     wishes = SynthesisOptions(options.pop("preprocessing", RAW), **options)
     return synthesize.synthesize(source(data or remembering(), tmp_path), tmp_path / out, wishes)
@@ -88,8 +95,8 @@ def distances(data: bytes, x: np.ndarray) -> list[float]:
     found = []
     for i, values in enumerate(session.run(["c", "d"], {"x": x}), 1):
         values = np.asarray(values, np.float64)
-        var = stored[f"v{i}"] + FLOOR * stored[f"v{i}"].mean()
-        std = np.sqrt(values.var((0, 2, 3)) + FLOOR * stored[f"v{i}"].mean())
+        var = stored[f"v{i}"] + VARIANCE_FLOOR * stored[f"v{i}"].mean()
+        std = np.sqrt(values.var((0, 2, 3)) + VARIANCE_FLOOR * stored[f"v{i}"].mean())
         found.append(
             float((((values.mean((0, 2, 3)) - stored[f"m{i}"]) ** 2 + (std - np.sqrt(var)) ** 2) / var).mean())
         )
@@ -185,19 +192,21 @@ def test_pixels_become_what_they_become_elsewhere(tmp_path: Path) -> None:
             prep = replace(plain, color=color, layout=layout, **values)
             pixels = rng.integers(0, 256, (2, 5, 4, 3), np.uint8)
             wanted = np.stack([images.normalize_pixels(images.arrange_pixels(one, prep), prep) for one in pixels])
-            found = normalised(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), prep)
+            found = normalise_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), prep)
             np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5)
 
 
 def test_small_differences_fade_more_than_edges() -> None:
     flat = torch.full((1, 1, 3, 4), 7.0)
-    assert not faded(flat).any()
+    assert not smoothing_step(flat).any()
     step = flat.clone()
-    step[..., 2:] += EDGE
+    step[..., 2:] += EDGE_LEVELS
     # one neighbour of four is EDGE away, and counts half
-    np.testing.assert_allclose(faded(step)[0, 0, 1].numpy(), [0, EDGE / 8, -EDGE / 8, 0], rtol=1e-6)
-    step[..., 2:] = flat[..., 2:] + EDGE / 10
-    share = float(faded(step)[0, 0, 1, 1]) / (EDGE / 10)
+    np.testing.assert_allclose(
+        smoothing_step(step)[0, 0, 1].numpy(), [0, EDGE_LEVELS / 8, -EDGE_LEVELS / 8, 0], rtol=1e-6
+    )
+    step[..., 2:] = flat[..., 2:] + EDGE_LEVELS / 10
+    share = float(smoothing_step(step)[0, 0, 1, 1]) / (EDGE_LEVELS / 10)
     assert share == pytest.approx(0.25 / 1.01)
 
 
@@ -206,12 +215,12 @@ def test_pixels_move_along_the_gradient_of_the_distance(
     tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: PyTorch's own derivative of the distance, the other batch standing still."""
-    monkeypatch.setattr("qconv.training.dream.SURE", 0.0)
+    monkeypatch.setattr("qconv.training.synthesize.CLASS_LOSS_WEIGHT", 0.0)
     prep = made(tmp_path, count=1, steps=1).found.preprocessing
     model = loaded(onnx.ModelProto.FromString(remembering()))
-    wanted = Remembered.of(model, "net").wanted
+    wanted = BatchNormTargets.of(model, "net").wanted
     pixels = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3), np.uint8)
-    dream, network = Dream(Network(model), prep, wanted, pixels, batch), Network(model)
+    dream, network = ImageOptimizer(TorchNetwork(model), prep, wanted, pixels, batch), TorchNetwork(model)
     dream.look()
     taken: list[torch.Tensor] = []
     monkeypatch.setattr(
@@ -221,11 +230,11 @@ def test_pixels_move_along_the_gradient_of_the_distance(
 
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().requires_grad_()
     still = torch.cat([x[:batch], x[batch:].detach()])
-    read = network.run({"x": normalised(still, prep)}, [reference.name for reference in wanted])
+    read = network.run({"x": normalise_pixels(still, prep)}, [reference.name for reference in wanted])
     losses = []
     for reference in wanted:
         values = read[reference.name]
-        floor = FLOOR * reference.var.mean()
+        floor = VARIANCE_FLOOR * reference.var.mean()
         mean, var = values.mean((0, 2, 3)), values.var((0, 2, 3), correction=0)
         stored, ref = (torch.from_numpy(numbers).float() for numbers in (reference.mean, reference.var + floor))
         losses.append((((mean - stored) ** 2 + ((var + floor).sqrt() - ref.sqrt()) ** 2) / ref).mean())
@@ -236,7 +245,7 @@ def test_pixels_move_along_the_gradient_of_the_distance(
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 97, 1000, 1001])
 def test_every_class_has_its_turn(classes: int) -> None:
-    assert len({i * _stride(classes) % classes for i in range(classes)}) == classes
+    assert len({i * _class_stride(classes) % classes for i in range(classes)}) == classes
 
 
 # -- into a folder, whole or not at all --------------------------------------------------------------------------------
@@ -305,7 +314,7 @@ def test_what_comes_while_pictures_are_made_is_not_lost(tmp_path: Path) -> None:
     wishes = SynthesisOptions(RAW, count=2, steps=2, threads=1, device="cpu")
     with pytest.raises(QconvError, match=r"such as mine\.txt"):
         synthesize.synthesize(
-            source(remembering(), tmp_path), tmp_path / "set", wishes, synthesize.Listener(progress=put)
+            source(remembering(), tmp_path), tmp_path / "set", wishes, synthesize.SynthesisListener(progress=put)
         )
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine.txt"]
 
@@ -336,7 +345,7 @@ def patched_look() -> Iterator[None]:
         raise QconvError("It holds NaN.", "mend it.")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dream.Dream, "look", look)
+        patch.setattr(synthesize.ImageOptimizer, "look", look)
         yield
 
 

@@ -26,7 +26,7 @@ from qconv.ir.files import Source, read_proto
 from qconv.ir.load import load
 from qconv.pipeline.pipeline import quantize
 from qconv.runtime.session import Session
-from qconv.training.torchgraph import Network
+from qconv.training.network import TorchNetwork
 
 ROOT = Path(__file__).parent.parent
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
@@ -48,7 +48,7 @@ CHAIN = network("a = Conv(x, w) b = Relu(a) c = Conv(b, v) y = Sigmoid(c)", w=(4
 
 
 def test_a_tensor_in_the_middle_stands_for_all_that_it_is_made_of() -> None:
-    runner = Network(loaded(CHAIN))
+    runner = TorchNetwork(loaded(CHAIN))
     x = torch.randn(2, 3, 6, 6)
     found = runner.run({"x": x}, ["b", "y"])
     again = runner.run({"b": found["b"]}, ["y", "b"])
@@ -59,12 +59,12 @@ def test_a_tensor_in_the_middle_stands_for_all_that_it_is_made_of() -> None:
 
 def test_what_is_not_needed_is_not_run() -> None:
     """The second convolution would refuse 4 channels of another number."""
-    runner = Network(loaded(CHAIN))
+    runner = TorchNetwork(loaded(CHAIN))
     assert set(runner.run({"x": torch.randn(1, 3, 4, 4), "b": torch.randn(1, 9, 2, 2)}, ["a"])) == {"a"}
 
 
 def test_weights_can_be_given_or_replaced() -> None:
-    runner = Network(loaded(CHAIN))
+    runner = TorchNetwork(loaded(CHAIN))
     x, weight = torch.randn(1, 3, 4, 4), torch.randn(4, 3, 3, 3, requires_grad=True)
     expected = torch.nn.functional.conv2d(x, weight)
     found = runner.run({"x": x, "w": weight}, ["a"])["a"]
@@ -76,7 +76,7 @@ def test_weights_can_be_given_or_replaced() -> None:
 
 
 def test_given_tensors_and_constants_can_be_wanted() -> None:
-    runner = Network(loaded(CHAIN))
+    runner = TorchNetwork(loaded(CHAIN))
     x = torch.randn(1, 3, 4, 4)
     found = runner.run({"x": x}, ["x", "w"])
     assert found["x"] is x
@@ -86,7 +86,7 @@ def test_given_tensors_and_constants_can_be_wanted() -> None:
 def test_nothing_of_the_model_changes() -> None:
     model = loaded(CHAIN)
     before = model.proto().SerializeToString()
-    runner = Network(model)
+    runner = TorchNetwork(model)
     runner.constants["w"].mul_(2)
     assert model.proto().SerializeToString() == before
 
@@ -94,7 +94,7 @@ def test_nothing_of_the_model_changes() -> None:
 def test_operators_that_are_not_built_are_named_and_counted() -> None:
     model = loaded(network("a = Sin(x) b = Det(a) y = Sin(b)"))
     with pytest.raises(QconvError, match=r"cannot run 2 operators of this model in PyTorch: Det \(1\), Sin \(2\)\."):
-        Network(model)
+        TorchNetwork(model)
 
 
 def test_an_operator_of_another_domain_is_named_with_it() -> None:
@@ -102,17 +102,17 @@ def test_an_operator_of_another_domain_is_named_with_it() -> None:
     proto.graph.node[0].domain = "com.example"
     proto.opset_import.add(domain="com.example", version=1)
     with pytest.raises(QconvError, match=r"cannot run 1 operator of .*: com\.example\.Relu \(1\)"):
-        Network(as_it_is(proto))
+        TorchNetwork(as_it_is(proto))
 
 
 def test_an_old_model_is_refused() -> None:
     with pytest.raises(QconvError, match="opset 12"):
-        Network(as_it_is(network("y = Relu(x)", opset=12)))
+        TorchNetwork(as_it_is(network("y = Relu(x)", opset=12)))
 
 
 def test_an_operator_that_fails_is_named() -> None:
     with pytest.raises(QconvError, match=r"^Conv 'a' does not run in PyTorch: "):
-        Network(loaded(CHAIN)).run({"x": torch.randn(1, 5, 6, 6)})
+        TorchNetwork(loaded(CHAIN)).run({"x": torch.randn(1, 5, 6, 6)})
 
 
 # -- how quantizers learn ----------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_a_scale_learns_by_the_equation_of_lsq(kind: str, zero: int) -> None:
     steps = np.concatenate([end + np.arange(-11, 11) / 8 + 1 / 16 for end in (low, high)] + [np.linspace(-3, 9, 20)])
     x = torch.tensor(steps * scale, dtype=torch.float32, requires_grad=True)
     s = torch.tensor(scale, requires_grad=True)
-    y = Network(as_it_is(proto)).run({"x": x, "s": s})["y"]
+    y = TorchNetwork(as_it_is(proto)).run({"x": x, "s": s})["y"]
     by_x, by_scale = lsq(x.detach().double().numpy(), s.item(), low, high)
     assert 0 < by_x.sum() < len(steps)
     (found,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
@@ -150,7 +150,7 @@ def test_a_channel_learns_its_own_scale() -> None:
     proto = network(body, (3, 50), s=(3,), z=np.int8([0, 3, -5]))
     x = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     s = torch.tensor([0.01, 0.02, 0.5], requires_grad=True)
-    Network(as_it_is(proto)).run({"x": x, "s": s})["y"].sum().backward()
+    TorchNetwork(as_it_is(proto)).run({"x": x, "s": s})["y"].sum().backward()
     assert s.grad is not None
     for channel, zero in enumerate((0, 3, -5)):
         _, slopes = lsq(x[channel].double().numpy(), s[channel].item(), -128 - zero, 127 - zero)
@@ -161,7 +161,7 @@ def test_a_zero_point_learns_from_what_is_cut_off() -> None:
     """Inside it cancels out; outside the value is the last code less z, times s: its slope is -s."""
     proto = network("q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z)", (5,), s=0.5, z=np.array(10, np.uint8))
     z = torch.tensor(10.0, requires_grad=True)
-    y = Network(as_it_is(proto)).run({"x": torch.tensor([-50.0, -3.0, 0.0, 7.7, 900.0]), "z": z})["y"]
+    y = TorchNetwork(as_it_is(proto)).run({"x": torch.tensor([-50.0, -3.0, 0.0, 7.7, 900.0]), "z": z})["y"]
     slopes = [torch.autograd.grad(value, z, retain_graph=True)[0].item() for value in y]
     assert slopes == [-0.5, 0.0, 0.0, 0.0, -0.5]
 
@@ -170,7 +170,7 @@ def test_codes_of_weights_learn_as_numbers() -> None:
     """A code moves its weight by the scale."""
     proto = network("w = DequantizeLinear(c, s) y = MatMul(x, w)", (1, 3), c=np.int8([[4], [-5], [6]]), s=0.5)
     codes = torch.tensor([[4.0], [-5.0], [6.0]], requires_grad=True)
-    Network(as_it_is(proto)).run({"x": torch.tensor([[1.0, 2.0, 3.0]]), "c": codes})["y"].sum().backward()
+    TorchNetwork(as_it_is(proto)).run({"x": torch.tensor([[1.0, 2.0, 3.0]]), "c": codes})["y"].sum().backward()
     assert codes.grad is not None
     assert codes.grad.flatten().tolist() == [0.5, 1.0, 1.5]
 
@@ -200,7 +200,7 @@ def test_float_networks_give_what_onnx_runtime_gives(name: str) -> None:
         label: rng.standard_normal([1, *(d or 48 for d in shape[1:])]).astype(np.float32)
         for label, _, shape in session.inputs
     }
-    found = outputs(Network(load(read_proto(source), source)[0]), feeds)
+    found = outputs(TorchNetwork(load(read_proto(source), source)[0]), feeds)
     for label, expected in zip(session.outputs, session.run_all(feeds), strict=True):
         np.testing.assert_allclose(found[label], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
@@ -211,7 +211,7 @@ def test_a_network_with_operators_of_its_own_is_refused_by_their_names() -> None
     model, _ = load(read_proto(source), source)
     told = r"cannot run 2 operators .*: com\.microsoft\.extensions\.DecodeImage \(1\), .*\.EncodeImage \(1\)\.$"
     with pytest.raises(QconvError, match=told):
-        Network(model)
+        TorchNetwork(model)
 
 
 # -- quantized networks ------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def every_tensor(proto: onnx.ModelProto, feeds: Arrays) -> Arrays:
 def check_nodes(proto: onnx.ModelProto) -> None:
     """Each node alone, fed with what ONNX Runtime computed: codes are the same, all else is within rounding errors."""
     known = every_tensor(proto, feeds_of(proto))
-    runner = Network(as_it_is(proto))
+    runner = TorchNetwork(as_it_is(proto))
     given = runner.on_arrays(known)
     quantizers = 0
     for node in proto.graph.node:
@@ -306,7 +306,7 @@ def check_nodes(proto: onnx.ModelProto) -> None:
 def check_quantizers(proto: onnx.ModelProto) -> None:
     """From quantizer to quantizer: what is computed in between moves few codes, and those by one."""
     known = every_tensor(proto, feeds_of(proto))
-    runner = Network(as_it_is(proto))
+    runner = TorchNetwork(as_it_is(proto))
     constants = {tensor.name for tensor in proto.graph.initializer}
     read = [n.output[0] for n in proto.graph.node if n.op_type == "DequantizeLinear" and n.input[0] not in constants]
     written = [node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
@@ -325,7 +325,7 @@ def check_outputs(proto: onnx.ModelProto) -> None:
     """
     feeds = feeds_of(proto)
     session = Session(proto.SerializeToString(), threads=1)
-    found, plain = outputs(Network(as_it_is(proto)), feeds), run(proto, feeds)
+    found, plain = outputs(TorchNetwork(as_it_is(proto)), feeds), run(proto, feeds)
     for name, expected in zip(session.outputs, session.run_all(feeds), strict=True):
         room = np.abs(plain[name] - expected).max() + np.ptp(expected) / 255
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=room)

@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv
 from torched import check, check_gradient, outputs
 
 from qconv.errors import QconvError
-from qconv.training.torchgraph import Network
-from qconv.training.torchmath import COMPUTING
+from qconv.training.network import TorchNetwork
+from qconv.training.onnx_ops import COMPUTE_OPERATORS
 
 # fmt: off
 UNARY = (
@@ -215,7 +215,7 @@ SMOOTH = [name for name in SMOOTH if "int" not in name]
 
 
 def test_every_operator_has_a_case() -> None:
-    assert {name.split(":")[0] for name in CASES} == set(COMPUTING)
+    assert {name.split(":")[0] for name in CASES} == set(COMPUTE_OPERATORS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -247,7 +247,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_built_is_refused_by_name(name: str) -> None:
-    network = Network(loaded(REFUSED[name]))
+    network = TorchNetwork(loaded(REFUSED[name]))
     (node,) = REFUSED[name].graph.node
     with pytest.raises(QconvError, match=f"^{node.op_type} 'y' .*does not run in PyTorch"):
         outputs(network, random_feeds(REFUSED[name]))

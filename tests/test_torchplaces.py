@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv
 from torched import check, check_gradient, outputs
 
 from qconv.errors import QconvError
-from qconv.training.torchgraph import Network
-from qconv.training.torchplaces import MOVING
+from qconv.training.network import TorchNetwork
+from qconv.training.onnx_ops import SHAPE_OPERATORS
 
 FIRST, LAST = -(2**63), 2**63 - 1
 """To the very first, to the very last."""
@@ -144,7 +144,7 @@ SMOOTH = [name for name in SMOOTH if name not in ("Reshape: zeros", "Gather: a s
 
 
 def test_every_operator_has_a_case() -> None:
-    assert {name.split(":")[0] for name in CASES} == set(MOVING)
+    assert {name.split(":")[0] for name in CASES} == set(SHAPE_OPERATORS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -181,7 +181,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_built_is_refused_by_name(name: str) -> None:
-    network = Network(loaded(REFUSED[name]))
+    network = TorchNetwork(loaded(REFUSED[name]))
     (node,) = REFUSED[name].graph.node
     with pytest.raises(QconvError, match=f"^{node.op_type} 'y' .*does not run in PyTorch"):
         outputs(network, random_feeds(REFUSED[name]))

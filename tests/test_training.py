@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
 from qconv.results.training import ValidationScore
-from qconv.training.training import AWAY, CUT, MOST_CUTS, Schedule, Trainer
+from qconv.training.trainer import DIVERGED_FACTOR, MOST_RATE_CUTS, RATE_CUT, Trainer, TrainingSchedule
 
 
 class Learned:
@@ -64,7 +64,7 @@ def trained(distances: Sequence[float], rights: Sequence[float] | None = None, *
     """A run of a round of 32 steps for each mark but the first."""
     lesson: Any = Lesson(distances, rights)
     schedule = {"epochs": 32 * (len(distances) - 1), "batch": 32, "rates": {"weights": 0.1}, "augment": False, **more}
-    trainer = Trainer(lesson, Schedule(**schedule))  # type: ignore[arg-type]
+    trainer = Trainer(lesson, TrainingSchedule(**schedule))  # type: ignore[arg-type]
     trainer.run(lambda done, total: None, lambda: None)
     return trainer
 
@@ -85,7 +85,7 @@ def test_it_ends_where_the_second_half_brings_nothing() -> None:
 
 
 def test_it_goes_back_where_it_runs_away() -> None:
-    found = trained([1.0, 0.9, AWAY, 0.8, *[1.5] * 4])
+    found = trained([1.0, 0.9, DIVERGED_FACTOR, 0.8, *[1.5] * 4])
     assert found.cuts == 1
     assert found.best_step == 3 * 32
     # all steps but those of the lost round count, and behind it at a third of the rate
@@ -94,11 +94,11 @@ def test_it_goes_back_where_it_runs_away() -> None:
 
 
 def test_it_is_given_up_where_it_runs_away_again_and_again() -> None:
-    found = trained([1.0, *[AWAY] * 20])
-    assert found.cuts == MOST_CUTS + 1
-    assert found.step == (MOST_CUTS + 1) * 32
+    found = trained([1.0, *[DIVERGED_FACTOR] * 20])
+    assert found.cuts == MOST_RATE_CUTS + 1
+    assert found.step == (MOST_RATE_CUTS + 1) * 32
     assert found.lesson.learned.number.item() == 0
-    assert 0 < CUT < 1
+    assert 0 < RATE_CUT < 1
 
 
 def test_what_is_right_less_often_is_not_better() -> None:
@@ -116,6 +116,6 @@ def test_rates_rise_and_fall() -> None:
 def test_gradients_that_are_no_numbers_are_left_out() -> None:
     lesson: Any = Lesson([1.0, 1.0])
     lesson.slope = float("nan")
-    trainer = Trainer(lesson, Schedule(32, 32, {"weights": 0.1}, augment=False))
+    trainer = Trainer(lesson, TrainingSchedule(32, 32, {"weights": 0.1}, augment=False))
     trainer.run(lambda done, total: None, lambda: None)
     assert lesson.learned.number.item() == 0

@@ -9,7 +9,7 @@ from models import loaded, op_types, random_feeds, run
 from numpy.typing import NDArray
 
 from qconv.ir.model import Model, ir
-from qconv.training.torchgraph import Network, as_arrays
+from qconv.training.network import TorchNetwork, to_arrays
 
 torch.set_num_threads(1)  # tests run side by side
 
@@ -19,9 +19,9 @@ def as_it_is(proto: onnx.ModelProto) -> Model:
     return Model(ir.from_proto(proto))
 
 
-def outputs(network: Network, feeds: dict[str, NDArray]) -> dict[str, NDArray]:
+def outputs(network: TorchNetwork, feeds: dict[str, NDArray]) -> dict[str, NDArray]:
     """All outputs of the model by name."""
-    return dict(zip(network.outputs, as_arrays(network.run(network.on_arrays(feeds)).values()), strict=True))
+    return dict(zip(network.outputs, to_arrays(network.run(network.on_arrays(feeds)).values()), strict=True))
 
 
 def check(kind: str, proto: onnx.ModelProto, tolerance: float = 1e-5) -> None:
@@ -29,7 +29,7 @@ def check(kind: str, proto: onnx.ModelProto, tolerance: float = 1e-5) -> None:
     model = as_it_is(proto)
     assert kind in op_types(model).split()
     feeds = random_feeds(proto)
-    expected, found = run(proto, feeds), outputs(Network(model), feeds)
+    expected, found = run(proto, feeds), outputs(TorchNetwork(model), feeds)
     assert list(found) == list(expected)
     for name, reference in expected.items():
         assert found[name].shape == reference.shape, name
@@ -38,7 +38,7 @@ def check(kind: str, proto: onnx.ModelProto, tolerance: float = 1e-5) -> None:
 
 def check_gradient(proto: onnx.ModelProto) -> None:
     """The gradient of all outputs is what small steps tell, in double precision along random directions."""
-    network = Network(loaded(proto))
+    network = TorchNetwork(loaded(proto))
     network.constants = {name: x.double() if x.dtype == torch.float32 else x for name, x in network.constants.items()}
     feeds = [torch.from_numpy(x).double().requires_grad_() for x in random_feeds(proto).values()]
 

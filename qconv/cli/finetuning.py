@@ -167,7 +167,9 @@ def finetune(
         device,
     )
     try:
-        found = training.finetune(source_of(quant), out, wishes, training.Listener(console.warn, console.progress))
+        found = training.finetune(
+            source_of(quant), out, wishes, training.TrainingListener(console.warn, console.progress)
+        )
     finally:
         console.close()
     wanted.put(found.as_dict(), found.rows, lambda: _text(found, verbose=verbose))

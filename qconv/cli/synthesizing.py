@@ -119,7 +119,7 @@ def synthesize(
     console = summary.Console(quiet=quiet)
     raise_exit_on_signals()
     try:
-        made = story.synthesize(source, Path(output), wishes, story.Listener(console.warn, console.progress))
+        made = story.synthesize(source, Path(output), wishes, story.SynthesisListener(console.warn, console.progress))
     finally:
         console.close()
     if page is not None:

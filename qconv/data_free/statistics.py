@@ -139,11 +139,11 @@ class DataFreeStatistics:
         if self.fallback != "synthesized":
             return self.imagined.all(stage)
         if self._synthesized is None:
-            from qconv.training.dream import dreamt  # PyTorch is an extra
+            from qconv.training.synthesize import optimize_images  # PyTorch is an extra
 
             fed = self.imagined.fed
             assert fed is not None
-            self._synthesized = dreamt(
+            self._synthesized = optimize_images(
                 self.source, fed, self.imagined.inputs[0].shape[0], IMAGE_COUNT, self.threads, self.progress
             )
         return self.imagined.these(self._synthesized)

@@ -143,7 +143,7 @@ def quantize(
             run.findings += embed_preprocessing(model, fed, layout, exact=recipe.activation_bits > 8)
     with run.step("plan"):
         if recipe.rounding == "reconstruct":
-            from qconv.training.torchgraph import require_operators  # PyTorch is an extra
+            from qconv.training.network import require_operators  # PyTorch is an extra
 
             require_operators(model)
         look_for_wishes(model, recipe, run.warn)
@@ -331,10 +331,10 @@ def _settled(folded: FoldedNetwork, recipe: Recipe, pictures: Pictures, run: _Ru
 def _reconstructed(
     model: Model, before: Model, recipe: Recipe, feed: DataLoader, progress: Callable[[str, int, int], None]
 ) -> list[Finding]:
-    from qconv.training.reconstruct import PICTURES, reconstruct  # PyTorch is an extra
+    from qconv.training.reconstruct import MOST_IMAGES, reconstruct_blocks  # PyTorch is an extra
 
     fixed = next((spec.shape[0] for spec in feed.inputs if spec.shape and spec.shape[0]), None)
-    return reconstruct(model, before, recipe, feed.first(PICTURES, "read again"), fixed, progress)
+    return reconstruct_blocks(model, before, recipe, feed.first(MOST_IMAGES, "read again"), fixed, progress)
 
 
 def _audit(staged: files.StagedModel, model: Model, known: PlannedReasons, feed: DataLoader | None) -> Audit:

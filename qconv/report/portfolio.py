@@ -9,13 +9,13 @@ from qconv.errors import format_count, format_shape
 from qconv.report.plot import thumbnail
 from qconv.report.shown import Page, Picture, Tile
 from qconv.results.training import GOOD_MATCH, SynthesisResult
-from qconv.training.synthesize import Made
+from qconv.training.synthesize import SynthesizedImages
 
 PICTURES = 48
 """On the page, evenly taken from all."""
 
 
-def of_synthesis(made: Made, command: str) -> Page:
+def of_synthesis(made: SynthesizedImages, command: str) -> Page:
     """The page of a run of `synthesize`. command: that makes it again."""
     found, count = made.found, len(made.pixels)
     shown = sorted({index * count // min(PICTURES, count) for index in range(min(PICTURES, count))})

@@ -37,42 +37,46 @@ from qconv.results.quantize import Audit, Verification
 from qconv.results.training import FinetuneResult, ValidationResult, ValidationScore
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
-from qconv.training.album import Album, read_album
-from qconv.training.distance import apart
-from qconv.training.learnable import Learned
-from qconv.training.lesson import LOOK_AT, Inputs, Lesson
+from qconv.training.distillation import (
+    VALIDATION_BATCH,
+    Distillation,
+    InMemoryDataset,
+    TrainingInputs,
+    distillation_loss,
+    read_into_memory,
+)
+from qconv.training.network import TorchNetwork, resolve_device, run_deterministically, to_arrays
 from qconv.training.options import FinetuneOptions
-from qconv.training.resuming import Kept
-from qconv.training.sites import find_sites
-from qconv.training.torchgraph import Network, as_arrays
-from qconv.training.torchrun import determined, device_of
-from qconv.training.training import Schedule, Trainer
+from qconv.training.trainable import LearnedParameters, find_sites
+from qconv.training.trainer import Trainer, TrainingCheckpoint, TrainingSchedule
 
-RATES = {"weights": 1.0, "weight_scales": 0.1, "activation_scales": 0.1, "biases": 0.2}
+RATE_FACTORS = {"weights": 1.0, "weight_scales": 0.1, "activation_scales": 0.1, "biases": 0.2}
 """Of the learning rate, which is that of weights in codes."""
-HELD_SHARE, LEAST_HELD, MOST_HELD = 1 / 10, 32, 2000
-FEWEST = 8
+HELD_OUT_SHARE, LEAST_HELD_OUT, MOST_HELD_OUT = 1 / 10, 32, 2000
+FEWEST_IMAGES = 8
 """Pictures: less is nothing to learn from."""
-METADATA = "qconv.finetune"
-FORMAT = 2
+METADATA_KEY = "qconv.finetune"
+CHECKPOINT_FORMAT = 2
 """Of what a run leaves behind for a later one."""
 
 
 @dataclass(slots=True)
-class Listener:
+class TrainingListener:
     """Who hears about a run while it lasts. progress: (stage, done, in all)."""
 
     warn: Callable[[str], None] = lambda text: None
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 
 
-def finetune(source: Source, out: Path, wishes: FinetuneOptions, listener: Listener | None = None) -> FinetuneResult:
+def finetune(
+    source: Source, out: Path, wishes: FinetuneOptions, listener: TrainingListener | None = None
+) -> FinetuneResult:
     """Train the quantized model `source` and write the better of both at `out`.
 
     Raises QconvError for anything the user can mend; then nothing is left behind but what a later run goes on from.
     """
     started = time.perf_counter()
-    listener = listener or Listener()
+    listener = listener or TrainingListener()
     warnings: list[str] = []
 
     def warn(text: str) -> None:
@@ -80,19 +84,21 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, listener: Liste
             warnings.append(text)
             listener.warn(text)
 
-    with determined(wishes.recipe.threads):
+    with run_deterministically(wishes.recipe.threads):
         if not is_quantized(read_proto(source)):
             raise QconvError(f"{source.name} is not quantized.", "quantize it with `qconv quantize` first.")
         teacher = wishes.teacher or find_teacher(source)
-        _check(source, teacher, out, wishes)
-        desk = _Desk.of(source, teacher, wishes, warn, listener.progress)
+        _check_request(source, teacher, out, wishes)
+        desk = _TrainingSetup.of(source, teacher, wishes, warn, listener.progress)
         before = desk.judged(source.runnable)
-        rates = {kind: wishes.rate * factor for kind, factor in RATES.items()}
+        rates = {kind: wishes.rate * factor for kind, factor in RATE_FACTORS.items()}
         batch = min(wishes.batch, len(desk.lesson.taught))
-        trainer = Trainer(desk.lesson, Schedule(wishes.epochs, batch, rates, wishes.augment, wishes.recipe.seed))
-        kept = Kept(out, _fingerprint(source, teacher, desk.lesson.inputs.album, wishes, desk.device))
+        trainer = Trainer(
+            desk.lesson, TrainingSchedule(wishes.epochs, batch, rates, wishes.augment, wishes.recipe.seed)
+        )
+        kept = TrainingCheckpoint(out, _fingerprint(source, teacher, desk.lesson.inputs.album, wishes, desk.device))
         resumed = kept.read_into(trainer, warn)
-        _train(trainer, kept, listener, warn)
+        _run_training(trainer, kept, listener, warn)
         desk.lesson.learned.restore(trainer.best)
         found = FinetuneResult(
             model=source.name,
@@ -111,7 +117,7 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, listener: Liste
             float_bytes=file_bytes(read_proto(teacher), teacher),
             warnings=warnings,
         )
-        _write(desk, source, out, found, trainer.best_step)
+        _write_better(desk, source, out, found, trainer.best_step)
         kept.forget()
     found.gates = check_gates(found.result.verify, wishes.recipe.min_agreement, wishes.recipe.min_sqnr)
     found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
@@ -119,14 +125,14 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, listener: Liste
 
 
 @dataclass(frozen=True, slots=True)
-class _Desk:
+class _TrainingSetup:
     """What is worked on. model: the quantized one, which is trained in place. teacher: the float one in ONNX Runtime.
 
     optimize: whether the quantized file is for that. words: how both are fed.
     """
 
     model: Model
-    lesson: Lesson
+    lesson: Distillation
     teacher: Session
     threads: int | None
     optimize: bool
@@ -141,21 +147,21 @@ class _Desk:
         wishes: FinetuneOptions,
         warn: Callable[[str], None],
         progress: Callable[[str, int, int], None],
-    ) -> _Desk:
+    ) -> _TrainingSetup:
         """Both models opened, and all pictures read."""
-        device = device_of(wishes.device)
+        device = resolve_device(wishes.device)
         own, other = open_models(source, teacher, wishes.recipe, warn)
         assert other is not None
-        _require_outputs(own, other)
+        _require_same_outputs(own, other)
         model, (floats, _) = load.load_unchanged(read_proto(source), source), load.load(read_proto(teacher), teacher)
         recipe = recipe_from_dict(read_recipe(model))
-        learned = Learned(find_sites(model, recipe), device)
-        networks = Network(model, device), Network(floats, device)
+        learned = LearnedParameters(find_sites(model, recipe), device)
+        networks = TorchNetwork(model, device), TorchNetwork(floats, device)
         words, fixed = other.words, other.feed.inputs[0].shape[0]
-        album = read_album(own, other, warn, progress)
-        held, taught = _split(len(album), wishes)
-        lesson = Lesson.of(*networks, learned, Inputs(album, torch.device(device)), taught, held, fixed)
-        lesson = _with_labels(lesson, album, wishes)
+        album = read_into_memory(own, other, warn, progress)
+        held, taught = _split_held_out(len(album), wishes)
+        lesson = Distillation.of(*networks, learned, TrainingInputs(album, torch.device(device)), taught, held, fixed)
+        lesson = _add_labels(lesson, album, wishes)
         on_ort = recipe is None or TARGETS[recipe.target].on_ort
         return cls(model, lesson, other.session, wishes.recipe.threads, on_ort, device, words)
 
@@ -167,46 +173,46 @@ class _Desk:
         right = places = pictures = 0
         distance = 0.0
         ((own, dtype, _),), ((its, _, _),) = session.inputs, self.teacher.inputs
-        for part in lesson.parts(lesson.held, LOOK_AT):
+        for part in lesson.parts(lesson.held, VALIDATION_BATCH):
             x = inputs.of(part)
-            mine, theirs = as_arrays([inputs.for_student(x), inputs.for_teacher(x)])
+            mine, theirs = to_arrays([inputs.for_student(x), inputs.for_teacher(x)])
             wanted, said = self.teacher.run(names, {its: theirs}), session.run(names, {own: mine.astype(dtype)})
             comparison.add(wanted, said)
             told = [[torch.from_numpy(np.asarray(array, np.float32)) for array in found] for found in (wanted, said)]
             hits, of = lesson.right(part, *told)
             right, places, pictures = right + hits, places + of, pictures + len(part)
-            distance += float(apart(lesson.kinds, *told)) * len(part)
+            distance += float(distillation_loss(lesson.kinds, *told)) * len(part)
         mark = ValidationScore(right / places if places else None, distance / pictures)
         return ValidationResult(mark, Verification(len(lesson.held), comparison.scores(spans=True)))
 
 
-def _write(desk: _Desk, source: Source, out: Path, found: FinetuneResult, best_step: int) -> None:
+def _write_better(desk: _TrainingSetup, source: Source, out: Path, found: FinetuneResult, best_step: int) -> None:
     """The trained file in its place, if it is better; else the input as it was."""
     desk.lesson.learned.write(desk.model)
     told = {**found.wishes.as_dict(), "pictures": found.taught, "step": best_step}
-    desk.model.inner.metadata_props[METADATA] = json.dumps(told, sort_keys=True)
+    desk.model.inner.metadata_props[METADATA_KEY] = json.dumps(told, sort_keys=True)
     with files.stage_model(desk.model, out) as staged:
         if best_step:
             files.check_staged_model(staged)
             found.after = desk.judged(str(staged.path))
             found.trained = found.after.mark.is_better(found.before.mark, found.before.mark)
         if found.trained:
-            found.audit, found.bytes = _audit(Source(source.name, staged.path)), staged.size
+            found.audit, found.bytes = _audit_file(Source(source.name, staged.path)), staged.size
             staged.commit(out)
             return
     assert source.path is not None
-    found.audit, found.bytes = _audit(source), file_bytes(read_proto(source), source)
+    found.audit, found.bytes = _audit_file(source), file_bytes(read_proto(source), source)
     storage.write_atomically(out, source.path.read_bytes())
 
 
-def _audit(source: Source) -> Audit:
+def _audit_file(source: Source) -> Audit:
     return audit_file(source, threads=1, batch=None, size=None).audit
 
 
 # -- before ------------------------------------------------------------------------------------------------------------
 
 
-def _check(source: Source, teacher: Source, out: Path, wishes: FinetuneOptions) -> None:
+def _check_request(source: Source, teacher: Source, out: Path, wishes: FinetuneOptions) -> None:
     """Said before the work."""
     proto = read_proto(teacher)
     if is_quantized(proto):
@@ -219,7 +225,7 @@ def _check(source: Source, teacher: Source, out: Path, wishes: FinetuneOptions) 
         raise QconvError(fact, "training is for models of less than 2 GB in one file.")
 
 
-def _require_outputs(own: ModelWithData, other: ModelWithData) -> None:
+def _require_same_outputs(own: ModelWithData, other: ModelWithData) -> None:
     missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
     if missing is not None:
         names = ", ".join(other.session.outputs)
@@ -227,17 +233,17 @@ def _require_outputs(own: ModelWithData, other: ModelWithData) -> None:
         raise QconvError(fact, "pass the float model that it was made from with --teacher.")
 
 
-def _split(count: int, wishes: FinetuneOptions) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _split_held_out(count: int, wishes: FinetuneOptions) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Numbers of pictures that are held back, and of those that are learned from; the draw has mixed them."""
-    share = min(max(int(HELD_SHARE * count), min(LEAST_HELD, count // 4)), MOST_HELD)
+    share = min(max(int(HELD_OUT_SHARE * count), min(LEAST_HELD_OUT, count // 4)), MOST_HELD_OUT)
     held = share if wishes.holdout is None else wishes.holdout
-    if count < FEWEST or count - held < 1 or held < 1:
+    if count < FEWEST_IMAGES or count - held < 1 or held < 1:
         fact = f"{count} pictures are too few to train on and to hold {held} back."
-        raise QconvError(fact, f"pass {FEWEST} or more, or fewer to --holdout.")
+        raise QconvError(fact, f"pass {FEWEST_IMAGES} or more, or fewer to --holdout.")
     return np.arange(held), np.arange(held, count)
 
 
-def _with_labels(lesson: Lesson, album: Album, wishes: FinetuneOptions) -> Lesson:
+def _add_labels(lesson: Distillation, album: InMemoryDataset, wishes: FinetuneOptions) -> Distillation:
     if not wishes.labels:
         return lesson
     root = Path(wishes.recipe.calib[0])
@@ -246,13 +252,13 @@ def _with_labels(lesson: Lesson, album: Album, wishes: FinetuneOptions) -> Lesso
     return lesson.with_labels(labels)
 
 
-def _fingerprint(source: Source, teacher: Source, album: Album, wishes: FinetuneOptions, device: str) -> str:
+def _fingerprint(source: Source, teacher: Source, album: InMemoryDataset, wishes: FinetuneOptions, device: str) -> str:
     """Of all that a run depends on."""
     found = hashlib.sha256()
     for part in (source, teacher):
         found.update(hash_model(part, external_data_files(read_proto(part), part)).encode())
     kept = (
-        FORMAT,
+        CHECKPOINT_FORMAT,
         wishes.as_dict(),
         wishes.holdout,
         device,
@@ -268,7 +274,9 @@ def _fingerprint(source: Source, teacher: Source, album: Album, wishes: Finetune
 # -- while it lasts ----------------------------------------------------------------------------------------------------
 
 
-def _train(trainer: Trainer, kept: Kept, listener: Listener, warn: Callable[[str], None]) -> None:
+def _run_training(
+    trainer: Trainer, kept: TrainingCheckpoint, listener: TrainingListener, warn: Callable[[str], None]
+) -> None:
     try:
         trainer.run(lambda done, total: listener.progress("train", done, total), lambda: kept.write(trainer))
     except SystemExit:

@@ -1,21 +1,20 @@
-"""Block reconstruction: codes of weights and biases learned block by block on a few pictures.
+"""This module reconstructs blocks: it learns integer weights and biases block by block on a few images.
 
-    min ||y - y_q||^2 / ||y||^2        y, y_q: what the float and the quantized network hand on behind a block
+    min ||y - y_q||^2 / ||y||^2        y, y_q: outputs of a block in the float and in the quantized network
 
-A block reads what the quantized blocks before it hand on, as it will. Half of all roundings of activations are left
-out, drawn anew at each step (QDrop): of what it reads, number by number, and inside. Codes begin as second-order
-rounding left them, and move through straight-through gradients; some pictures are held back, and a block that is no
-nearer on them stays as it was.
+A block lies between two places where one quantized tensor is all that goes on; wide middles of bottlenecks stay
+inside. It reads what the quantized blocks before it hand on. Half of all activation roundings are dropped at each step
+(QDrop). Learning starts from second-order rounding with straight-through gradients, not from AdaRound; a block that is
+no better on held-out images stays as it was.
 
-Sources: Li et al. 2021, arXiv 2102.05426 (BRECQ); Wei et al. 2022, arXiv 2203.05740 (QDrop). Theirs begin at weights
-rounded to the nearest code and learn to which side each goes (AdaRound), in 20000 steps of each block; what
-second-order rounding has found is a better place to begin, and takes hundreds.
+Sources: Li et al. 2021, arXiv 2102.05426 (BRECQ); Wei et al. 2022, arXiv 2203.05740 (QDrop).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,34 +24,108 @@ from torch import Tensor
 
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, Finding, QconvError, Skipped, format_count
-from qconv.ir.model import Model
-from qconv.training.blocks import End, ends
-from qconv.training.learnable import Learned
-from qconv.training.sites import find_sites
-from qconv.training.torchfake import Drop
-from qconv.training.torchgraph import Network
-from qconv.training.torchrun import determined
+from qconv.ir.model import Model, Node, Value, constant_array
+from qconv.ir.tensor_matching import find_comparison_points
+from qconv.training.network import QuantDrop, TorchNetwork, run_deterministically
+from qconv.training.trainable import LearnedParameters, find_sites
+
+WIDER_FACTOR, NEAR_CUTS = 2, 4
+"""A cut is inside a bottleneck where cuts so near on both sides carry so many times less."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBoundary:
+    """Where a block begins or ends. names: of the quantized network, which all hold the same but at its own ends.
+
+    candidates: for each, names of the float network's tensors that it may stand for.
+    """
+
+    names: tuple[str, ...]
+    candidates: tuple[tuple[str, ...], ...]
+
+
+def find_block_boundaries(quantized: Model, original: Model, sizes: Mapping[str, int]) -> list[BlockBoundary]:
+    """The network's inputs, all places where it can be cut, and its outputs. original: the folded float network.
+
+    sizes: numbers a picture of tensors of the float network, by name, that hold a row a picture: others are no ends.
+    """
+    by_codes = {point.codes: point for point in find_comparison_points(quantized, original) if point.codes is not None}
+    found = []
+    for point in (by_codes[codes] for codes in _find_cut_points(quantized) if codes in by_codes):
+        names = tuple(value.name or "" for value in point.values)
+        candidates = tuple(value.name or "" for value in point.candidates if value.name in sizes)
+        if candidates:
+            found.append((BlockBoundary(names, (candidates,) * len(names)), sizes[candidates[0]]))
+    inputs = tuple(value.name or "" for value in original.graph.inputs if constant_array(value) is None)
+    outputs = tuple(value.name or "" for value in original.graph.outputs if value.name in sizes)
+    last = [BlockBoundary(outputs, tuple((name,) for name in outputs))] if outputs else []
+    return [BlockBoundary(inputs, tuple((name,) for name in inputs)), *_drop_bottleneck_middles(found), *last]
+
+
+def _find_cut_points(model: Model) -> Iterator[Value]:
+    """Codes that are all that later nodes read of earlier ones, the network's inputs included."""
+    nodes = model.nodes()
+    last: dict[Value, int] = {}
+    for index, node in enumerate(nodes):
+        for value in node.inputs:
+            if value is not None and constant_array(value) is None:
+                last[value] = index
+    last |= dict.fromkeys(model.graph.outputs, len(nodes))
+    live = {value for value in model.graph.inputs if constant_array(value) is None}
+    computed = set(live)
+    for index, node in enumerate(nodes):
+        if computed.isdisjoint(value for value in node.inputs if value is not None):
+            continue  # dequantizers of weights
+        computed.update(node.outputs)
+        live = {value for value in (*live, *node.outputs) if last.get(value, -1) > index}
+        if len(live) == 1 and all(map(_is_dequantizer, model.readers(next(iter(live))))):
+            yield next(iter(live))
+
+
+def _is_dequantizer(node: Node) -> bool:
+    return node.op_type == "DequantizeLinear"
+
+
+def _drop_bottleneck_middles(found: list[tuple[BlockBoundary, int]]) -> list[BlockBoundary]:
+    sizes = [size for _, size in found]
+    kept = []
+    for index, (end, size) in enumerate(found):
+        before, behind = sizes[max(0, index - NEAR_CUTS) : index], sizes[index + 1 : index + 1 + NEAR_CUTS]
+        if not (min(before, default=size) * WIDER_FACTOR < size and min(behind, default=size) * WIDER_FACTOR < size):
+            kept.append(end)
+    return kept
+
 
 STEP = "reconstruct"
-PICTURES, MOST_BYTES, KEPT = 512, 2**30, 5
+
+MOST_IMAGES, MOST_BYTES, KEPT_TENSORS = 512, 2**30, 5
 """Most pictures that are looked at: fewer where KEPT tensors of all of them, at the widest cut, take more than that."""
-STEPS = {"fast": 100, "balanced": 200, "best": 300}
+
+STEPS_BY_EFFORT = {"fast": 100, "balanced": 200, "best": 300}
 """Of each block, by effort."""
-BATCH, SMALLEST_BATCH, NUMBERS = 32, 8, 2**22
+
+LARGEST_BATCH, SMALLEST_BATCH, NUMBERS_PER_BATCH = 32, 8, 2**22
 """Pictures a step, fewer where a block hands on more than so many numbers of them."""
-RATES = {"weights": 1e-2, "biases": 3e-3}
+
+LEARNING_RATES = {"weights": 1e-2, "biases": 3e-3}
 """See learnable.py for what one means. Scales stay: ranges were chosen by the outputs already."""
-DROPPED = 0.5
-HELD = 1 / 8
+
+DROP_PROBABILITY = 0.5
+
+HELD_OUT_SHARE = 1 / 8
 """Share of the pictures that a block is judged by."""
-AT_ONCE = 32
+
+INFERENCE_BATCH = 32
 """Pictures of a run without gradients, where the network takes any number."""
-NOTHING = 1e-30
+
+LEAST_NORM = 1e-30
+
 Feeds = Sequence[Mapping[str, NDArray[Any]]]
-Numbers = dict[str, Tensor]
+
+TensorsByName = dict[str, Tensor]
 
 
-def reconstruct(
+def reconstruct_blocks(
     model: Model,
     original: Model,
     recipe: Recipe,
@@ -65,29 +138,31 @@ def reconstruct(
     feeds: pictures as both networks take them. fixed: the batch that these are fixed to, None where they take any.
     Raises QconvError for operators that PyTorch is not given, and for too few pictures.
     """
-    with determined(recipe.threads):
-        teacher = Network(original)
+    with run_deterministically(recipe.threads):
+        teacher = TorchNetwork(original)
         batches = [teacher.on_arrays(batch) for batch in feeds]
         seen = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         unit = fixed or 1
-        sizes = _sizes(teacher, original, seen, fixed)
-        found = ends(model, original, sizes)
+        sizes = _measure_sizes(teacher, original, seen, fixed)
+        found = find_block_boundaries(model, original, sizes)
         if len(found) == 1:
             return [Skipped(STEP, "all blocks", "no output holds a row of numbers for each picture")]
         widest = max(sum(sizes.get(name, 0) for name, *_ in end.candidates) for end in found)
-        most = max(2 * unit, MOST_BYTES // max(1, 4 * KEPT * widest) // unit * unit)
+        most = max(2 * unit, MOST_BYTES // max(1, 4 * KEPT_TENSORS * widest) // unit * unit)
         seen = {name: x[:most] for name, x in seen.items()}
         if len(next(iter(seen.values()))) < 2 * unit:
             fact = f"--rounding reconstruct with {format_count(unit, 'picture')}: some are kept apart to judge by."
             raise QconvError(fact, f"pass {2 * unit} pictures or more with --calib.")
-        learned = Learned(find_sites(model, recipe))
-        rebuilt = _Rebuilt(Network(model), teacher, learned, recipe.seed, STEPS[recipe.effort], fixed)
+        learned = LearnedParameters(find_sites(model, recipe))
+        rebuilt = _BlockReconstruction(
+            TorchNetwork(model), teacher, learned, recipe.seed, STEPS_BY_EFFORT[recipe.effort], fixed
+        )
         findings = rebuilt.run(found, seen, lambda done, total: progress(STEP, done, total))
         learned.write(model)
         return findings
 
 
-def _sizes(teacher: Network, original: Model, seen: Numbers, fixed: int | None) -> dict[str, int]:
+def _measure_sizes(teacher: TorchNetwork, original: Model, seen: TensorsByName, fixed: int | None) -> dict[str, int]:
     """Numbers a picture of those tensors of the float network that hold as many rows as there are pictures."""
     names = [value.name or "" for node in original.nodes() for value in node.outputs if value.name]
     rows = fixed or 2
@@ -99,20 +174,28 @@ def _sizes(teacher: Network, original: Model, seen: Numbers, fixed: int | None) 
     }
 
 
-class _Rebuilt:
+class _BlockReconstruction:
     """Both networks on their way from block to block."""
 
     def __init__(
-        self, pupil: Network, teacher: Network, learned: Learned, seed: int, steps: int, fixed: int | None
+        self,
+        pupil: TorchNetwork,
+        teacher: TorchNetwork,
+        learned: LearnedParameters,
+        seed: int,
+        steps: int,
+        fixed: int | None,
     ) -> None:
         self.pupil, self.teacher, self.learned, self.seed, self.steps = pupil, teacher, learned, seed, steps
-        self.fixed, self.at_once = fixed, fixed or AT_ONCE
+        self.fixed, self.at_once = fixed, fixed or INFERENCE_BATCH
         self.used: frozenset[str] = frozenset()  # by the block that is being learned
         for kind, tensors in learned.kinds.items():
             for tensor in tensors.values():
-                tensor.requires_grad_(kind in RATES)
+                tensor.requires_grad_(kind in LEARNING_RATES)
 
-    def run(self, found: Sequence[End], seen: Numbers, progress: Callable[[int, int], None]) -> list[Finding]:
+    def run(
+        self, found: Sequence[BlockBoundary], seen: TensorsByName, progress: Callable[[int, int], None]
+    ) -> list[Finding]:
         """All blocks, in order."""
         findings: list[Finding] = []
         here = found[0]
@@ -126,7 +209,7 @@ class _Rebuilt:
                 options = sorted({name for candidates in end.candidates for name in candidates})
                 values = self._in_pieces(self.teacher, {names[name]: exact[name] for name in here.names}, options)
                 said = self._said(now, end)
-                names = {n: _nearest(values, c, said[n]) for n, c in zip(end.names, end.candidates, strict=True)}
+                names = {n: _nearest_tensor(values, c, said[n]) for n, c in zip(end.names, end.candidates, strict=True)}
                 target = {name: values[names[name]] for name in end.names}
                 findings.append(self._learn(index, end, exact, now, target, parameters))
                 here, exact, now = end, target, self._said(now, end)
@@ -135,22 +218,32 @@ class _Rebuilt:
 
     def _parameters(self) -> dict[str, list[Tensor]]:
         kinds = self.learned.kinds
-        return {kind: [tensor for name, tensor in kinds[kind].items() if name in self.used] for kind in RATES}
+        return {kind: [tensor for name, tensor in kinds[kind].items() if name in self.used] for kind in LEARNING_RATES}
 
     def _learn(
-        self, index: int, end: End, exact: Numbers, now: Numbers, target: Numbers, parameters: dict[str, list[Tensor]]
+        self,
+        index: int,
+        end: BlockBoundary,
+        exact: TensorsByName,
+        now: TensorsByName,
+        target: TensorsByName,
+        parameters: dict[str, list[Tensor]],
     ) -> Finding:
         """Learn one block, and say what came of it."""
         unit, count = self.fixed or 1, len(next(iter(exact.values())))
-        held = max(1, int(HELD * count) // unit) * unit
+        held = max(1, int(HELD_OUT_SHARE * count) // unit) * unit
         judged, taught = slice(0, held), np.arange(held, count)
         rng = np.random.default_rng([self.seed, index])
-        drop = Drop(DROPPED, torch.Generator().manual_seed(self.seed * 1009 + index))
+        drop = QuantDrop(DROP_PROBABILITY, torch.Generator().manual_seed(self.seed * 1009 + index))
         before, error = self.learned.state(), self._error(now, target, end, judged)
         batch = self._batch(sum(target[name][0].numel() for name in end.names), len(taught))
-        norms = {name: target[name].square().mean().clamp_min(NOTHING) for name in end.names}
+        norms = {name: target[name].square().mean().clamp_min(LEAST_NORM) for name in end.names}
         optimizer = torch.optim.Adam(
-            [{"params": parameters[kind], "lr": 0.0, "rate": RATES[kind]} for kind in parameters if parameters[kind]]
+            [
+                {"params": parameters[kind], "lr": 0.0, "rate": LEARNING_RATES[kind]}
+                for kind in parameters
+                if parameters[kind]
+            ]
         )
         for step in range(self.steps):
             optimizer.zero_grad()
@@ -179,23 +272,23 @@ class _Rebuilt:
     def _batch(self, numbers: int, taught: int) -> int:
         """Pictures a step, in whole batches of the network's own. numbers: that the block hands on of each."""
         unit = self.fixed or 1
-        wanted = min(max(SMALLEST_BATCH, min(BATCH, NUMBERS // max(1, numbers))), taught)
+        wanted = min(max(SMALLEST_BATCH, min(LARGEST_BATCH, NUMBERS_PER_BATCH // max(1, numbers))), taught)
         return max(1, wanted // unit) * unit
 
-    def _said(self, given: Numbers, end: End) -> Numbers:
+    def _said(self, given: TensorsByName, end: BlockBoundary) -> TensorsByName:
         return self._in_pieces(self.pupil, given, end.names, self.learned.given(self.used))
 
-    def _error(self, given: Numbers, target: Numbers, end: End, part: slice) -> float:
+    def _error(self, given: TensorsByName, target: TensorsByName, end: BlockBoundary, part: slice) -> float:
         said = self._said({name: x[part] for name, x in given.items()}, end)
-        return sum(_apart(target[name][part], said[name]) for name in end.names)
+        return sum(_relative_error(target[name][part], said[name]) for name in end.names)
 
     def _in_pieces(
         self,
-        network: Network,
+        network: TorchNetwork,
         given: Mapping[str, Tensor],
         wanted: Sequence[str],
         more: Mapping[str, Tensor] | None = None,
-    ) -> Numbers:
+    ) -> TensorsByName:
         """What a network makes of many pictures. more: given whole with each piece."""
         found: dict[str, list[Tensor]] = {name: [] for name in wanted}
         with torch.no_grad():
@@ -206,12 +299,12 @@ class _Rebuilt:
         return {name: torch.cat(values) for name, values in found.items()}
 
 
-def _nearest(values: Numbers, options: Sequence[str], to: Tensor) -> str:
+def _nearest_tensor(values: TensorsByName, options: Sequence[str], to: Tensor) -> str:
     """Which of some tensors of the float network a tensor of the quantized one stands for."""
-    return min(options, key=lambda option: _apart(values[option], to))
+    return min(options, key=lambda option: _relative_error(values[option], to))
 
 
-def _apart(wanted: Tensor, said: Tensor) -> float:
+def _relative_error(wanted: Tensor, said: Tensor) -> float:
     if wanted.shape != said.shape:
         return math.inf
-    return float((wanted - said).square().sum() / wanted.square().sum().clamp_min(NOTHING))
+    return float((wanted - said).square().sum() / wanted.square().sum().clamp_min(LEAST_NORM))

@@ -1,18 +1,24 @@
-"""The story of synthesized pictures: a float model goes in, a folder of pictures comes out that it takes for those that
-it was trained on, by what its BatchNormalizations remember (dream.py).
+"""This module synthesizes calibration images from the BatchNormalization statistics of a float model.
 
-Each picture is there twice: `000.png` to look at, and `000.npy`, the very numbers that the network gets of it. In a
-folder both have one stem, so that only the picture is read (listing.py): how it is fed is then known to all that is
-made of it.
-SET tells what the set is of, and that it may be replaced by another.
+    loss = mean over layers and channels of ((m - mean)^2 + (s - std)^2) / std^2  +  CLASS_LOSS_WEIGHT * cross entropy
+
+m and s are mean and deviation of a BatchNormalization's input over the whole set, mean and std its stored ones
+(ZeroQ, Cai et al. 2020, arXiv 2001.00281). With class scores each image is drawn to a class of its own (DeepInversion,
+Yin et al. 2020, arXiv 1912.08795). Adam moves the pixels; after each step edge-preserving smoothing (Perona and Malik
+1990) and clamping to 0..255 follow. Random shifts, mirrors and a penalty on outliers are left out, as they brought
+nothing.
+
+Each image is written as PNG, and as .npy with what the network gets of it; `synthesized.json` marks the folder as one
+that may be replaced.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,37 +26,343 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
-from qconv.config.preprocessing import AUTO, Preprocessing, ResizeFilter
+from qconv.config.choices import SYNTHESIS_STEPS
+from qconv.config.preprocessing import AUTO, Color, Layout, Preprocessing, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_option
 from qconv.data import images
 from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
+from qconv.data.evidence import ReferenceStatistics, batchnorm_statistics, is_measured
 from qconv.data_free.dead_leaves import GeneratedImageLoader, draw_dead_leaves_set
-from qconv.errors import QconvError
+from qconv.errors import QconvError, format_count
 from qconv.ir import load
 from qconv.ir.files import Source, external_data_files, hash_model, read_proto, refuse_quantized
-from qconv.ir.model import Model
+from qconv.ir.layers import INPUTS_FIRST
+from qconv.ir.model import Model, Node, input_of
 from qconv.report import plot
 from qconv.results.training import GOOD_MATCH, POOR_MATCH, BatchNormMatch, SynthesisResult
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
 from qconv.storage import check_output_folder, refuse_path_inside, replace_folder_atomically
-from qconv.training.dream import Dream, batch_of
+from qconv.training.network import TorchNetwork, require_operators, resolve_device, run_deterministically
 from qconv.training.options import SynthesisOptions
-from qconv.training.remembered import Remembered
-from qconv.training.torchgraph import Network, require_operators
-from qconv.training.torchrun import determined, device_of
 
-SET = "synthesized.json"
-KINDS = ("png", "npy")
-NAMED = 3
+# What the BatchNormalizations of a network remember of training: all that synthesized pictures are made from.
+
+
+FEW_LAYERS_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormTargets:
+    """nodes: BatchNormalizations that have seen training, in running order, one a tensor. wanted: what each read.
+
+    doubt: why these tell less than they should, in a sentence, or nothing.
+    """
+
+    nodes: tuple[Node, ...]
+    wanted: tuple[ReferenceStatistics, ...]
+    doubt: str
+
+    @classmethod
+    def of(cls, model: Model, name: str) -> BatchNormTargets:
+        """Of a float model as it is loaded. name: of the user's file. Raises QconvError where nothing is left."""
+        nodes: dict[str, Node] = {}
+        wanted = []
+        for node in model.nodes():
+            read = input_of(node, 0)
+            if node.op_type != "BatchNormalization" or read is None or not read.name or read.name in nodes:
+                continue
+            statistics = batchnorm_statistics(node)
+            if statistics is not None and is_measured(*statistics) and statistics[1].any():
+                nodes[read.name] = node
+                wanted.append(ReferenceStatistics(read.name, *statistics, stored=True))
+        if not wanted:
+            raise QconvError(
+                f"{name} has no BatchNormalization that remembers what training showed it: there is nothing to match.",
+                "export the model before they are folded (torch.onnx.export with training=TrainingMode.PRESERVE), "
+                "or calibrate with pictures.",
+            )
+        layers = sum(node.op_type in INPUTS_FIRST for node in model.nodes())
+        told = f"{format_count(len(wanted), 'BatchNormalization')} for {format_count(layers, 'layer')}"
+        few = len(wanted) < FEW_LAYERS_SHARE * layers
+        doubt = f"the network has but {told}: pictures are like those of training only as far as these tell."
+        return cls(tuple(nodes.values()), tuple(wanted), doubt if few else "")
+
+
+# Pictures that a network's BatchNormalizations take for those of training: pixels, moved along gradients.
+#
+#     loss = mean over layers and channels of ((m - mean)^2 + (s - std)^2) / std^2  +  SURE * cross entropy of classes
+#
+# m and s are mean and deviation of what a BatchNormalization reads, mean and std those that it has stored (ZeroQ, Cai
+# et al. 2020, arXiv 2001.00281); FLOOR of a layer's mean variance is added to every std^2. They are taken over the
+# whole set: each batch is moved while what was last seen of the others stands still. So they do not depend on the
+# batch, pictures may differ from each other as photographs do, and a network that takes one picture at a time is served
+# as well.
+#
+# No BatchNormalization knows how far the last features of a picture go that shows one thing alone. Where the network
+# gives class scores each picture is drawn to a class of its own (Yin et al. 2020, DeepInversion, arXiv 1912.08795), so
+# weakly that statistics hardly notice; no label and no name of a class is needed.
+#
+# Adam (Kingma and Ba 2015) moves the pixels themselves, 0 to 255, by rates that fall along a half cosine. The priors of
+# DeepInversion are in the step, not in the loss, so that no gradient is too strong for them: after each, differences
+# between neighbours fade, small ones more than edges (Perona and Malik 1990), and what leaves the range comes back to
+# its end.
+#
+# Left out, as pictures became no better to calibrate with: random shifts and mirrors (a few dozen steps do not suffice
+# for them), and a penalty on values far from the mean, which real networks have.
+
+
+LEARNING_RATE = 16.0
+"""Levels that a pixel moves by in the first step."""
+
+LEAST_RATE_SHARE = 0.02
+"""Share of it in the last one."""
+
+BETAS = (0.9, 0.99)
+
+TINY = 1e-16
+
+SMOOTHING_SHARE = 0.4
+"""Share of the difference from its neighbours that a pixel loses in the first step, less as rates fall."""
+
+EDGE_LEVELS = 60.0
+"""Levels of difference that fade half as much as small ones do."""
+
+CLASS_LOSS_WEIGHT = 0.005
+
+VARIANCE_FLOOR = 1e-3
+"""Share of the mean variance that counts for channels with next to none."""
+
+PIXELS_PER_BATCH, MOST_PER_BATCH = 16 * 224 * 224, 64
+"""Of a batch, and the most pictures of it."""
+
+
+class ImageOptimizer:
+    """A set of pictures on its way.
+
+    network: the float network, of one input. wanted: what the tensors that its BatchNormalizations read should look
+    like. pixels: what to begin with, (N, H, W, 3) in RGB or (N, H, W, 1); N in whole batches. loss: the distance of
+    statistics, step by step. Where an output holds a score a class, pictures are drawn to classes.
+    """
+
+    def __init__(
+        self,
+        network: TorchNetwork,
+        prep: Preprocessing,
+        wanted: Sequence[ReferenceStatistics],
+        pixels: NDArray[np.uint8],
+        batch: int,
+    ) -> None:
+        self._network, self._prep, self._device = network, prep, network.device
+        self._scores: str | None = None
+        self._names = [reference.name for reference in wanted]
+        self._means = [self._of(reference.mean) for reference in wanted]
+        variances = [self._of(reference.var) for reference in wanted]
+        self._floors = [VARIANCE_FLOOR * variance.mean() for variance in variances]
+        self._refs = [variance + floor for variance, floor in zip(variances, self._floors, strict=True)]
+        self._pixels = torch.from_numpy(pixels).to(self._device, torch.float32).permute(0, 3, 1, 2).contiguous()
+        self._first, self._second = torch.zeros_like(self._pixels), torch.zeros_like(self._pixels)
+        self._parts = [slice(start, start + batch) for start in range(0, len(pixels), batch)]
+        self._seen: list[list[tuple[Tensor, Tensor]]] = []
+        self.loss: list[float] = []
+        self._scores = self._output_of_scores()
+
+    def _of(self, numbers: NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.float32)).to(self._device)
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """The pictures as they are now, (N, H, W, C)."""
+        found: NDArray[np.uint8] = self._pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+        return found
+
+    def look(self) -> list[float]:
+        """The distance of every layer, over the whole set; 0 where statistics are those stored.
+
+        Raises QconvError where what the network computes is no number.
+        """
+        with torch.no_grad():
+            self._seen = [self._moments(self._read(self._pixels[part])[0]) for part in self._parts]
+            found = [float(distance) for distance in self._distances(*self._whole())]
+        if not all(map(math.isfinite, found)):
+            name = next(name for name, number in zip(self._names, found, strict=True) if not math.isfinite(number))
+            fact = f"'{name}', or what its BatchNormalization has stored of it, is NaN, infinite or beyond float32."
+            raise QconvError(fact, "check the float model, and --preprocess.")
+        return found
+
+    def run(self, steps: int, progress: Callable[[int, int], None]) -> None:
+        """Move all pictures so many times, and round them to whole levels. `look` comes first."""
+        for step in range(steps):
+            share = LEAST_RATE_SHARE + (1 - LEAST_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            losses = [self._move(index, step, share) for index in range(len(self._parts))]
+            self.loss.append(float(np.mean(losses)))
+            progress(step + 1, steps)
+        self._pixels = self._pixels.round()
+
+    def _move(self, index: int, step: int, share: float) -> float:
+        """One step of one batch, at this share of the first one's rate. Returns the loss before it."""
+        part = self._parts[index]
+        pixels = self._pixels[part].clone().requires_grad_()
+        read, scores = self._read(pixels)
+        with torch.no_grad():
+            self._seen[index] = self._moments(read)
+        means, squares = ([tensor.requires_grad_() for tensor in moments] for moments in self._whole())
+        loss = torch.stack(self._distances(means, squares)).mean()
+        slopes = torch.autograd.grad(loss, [*means, *squares])
+        with torch.no_grad():
+            pulls = [
+                torch.addcmul(
+                    _broadcast_channels(slopes[place], tensor),
+                    tensor,
+                    _broadcast_channels(2 * slopes[place + len(read)], tensor),
+                )
+                for place, tensor in enumerate(read)
+            ]
+        if scores is not None:
+            read, pulls = (
+                [*read, CLASS_LOSS_WEIGHT * self._doubt(scores, part)],
+                [*pulls, torch.ones((), device=self._device)],
+            )
+        # tensors that no pixel reaches have nothing to say
+        reached = [(tensor, pull) for tensor, pull in zip(read, pulls, strict=True) if tensor.requires_grad]
+        (gradient,) = torch.autograd.grad([t for t, _ in reached], pixels, [pull for _, pull in reached])
+        with torch.no_grad():
+            self._pixels[part] = self._stepped(part, gradient, step, share)
+        return float(loss.detach())
+
+    def _stepped(self, part: slice, gradient: Tensor, step: int, share: float) -> Tensor:
+        """Adam's step, then the priors."""
+        first, second = self._first[part], self._second[part]
+        first.lerp_(gradient, 1 - BETAS[0])
+        second.lerp_(gradient * gradient, 1 - BETAS[1])
+        mean, square = first / (1 - BETAS[0] ** (step + 1)), second / (1 - BETAS[1] ** (step + 1))
+        moved = self._pixels[part] - share * LEARNING_RATE * mean / (square.sqrt() + TINY)
+        return (moved + share * SMOOTHING_SHARE * smoothing_step(moved)).clamp(0, 255)
+
+    # -- statistics ----------------------------------------------------------------------------------------------------
+
+    def _read(self, pixels: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """What the BatchNormalizations read of pixels (N, C, H, W), RGB or grey, and the class scores."""
+        (name,) = self._network.inputs
+        wanted = self._names if self._scores is None else [*self._names, self._scores]
+        found = self._network.run({name: normalise_pixels(pixels, self._prep)}, wanted)
+        return [found[name] for name in self._names], None if self._scores is None else found[self._scores]
+
+    def _output_of_scores(self) -> str | None:
+        """The first output of one number a class for each picture: floats, which have gradients."""
+        (name,), pixels = self._network.inputs, self._pixels[self._parts[0]].clone().requires_grad_()
+        for output, scores in self._network.run({name: normalise_pixels(pixels, self._prep)}).items():
+            if scores.ndim == 2 and scores.shape[0] == len(pixels) and scores.shape[1] > 1 and scores.requires_grad:
+                return output
+        return None
+
+    def _doubt(self, scores: Tensor, part: slice) -> Tensor:
+        """Mean cross entropy of every picture with a class of its own: all classes in turn."""
+        count = scores.shape[1]
+        own = torch.arange(part.start, part.stop, device=self._device) * _class_stride(count) % count
+        sums = scores.detach().sum(1)
+        if bool((scores.detach() >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
+            return F.nll_loss(scores.clamp_min(TINY).log(), own)  # probabilities already
+        return F.cross_entropy(scores, own)
+
+    @staticmethod
+    def _moments(read: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Mean and mean square of every channel, (C,) both, tensor by tensor."""
+        found = []
+        for tensor in read:
+            axes = [axis for axis in range(tensor.ndim) if axis != 1]
+            count = tensor.numel() / tensor.shape[1]
+            # the norm needs no tensor of squares
+            found.append((tensor.mean(axes), torch.linalg.vector_norm(tensor, dim=axes).square() / count))
+        return found
+
+    def _whole(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The same of the whole set: batches are of one size."""
+        layers = list(zip(*self._seen, strict=True))
+        return tuple([torch.stack([part[which] for part in layer]).mean(0) for layer in layers] for which in (0, 1))  # type: ignore[return-value]
+
+    def _distances(self, means: Sequence[Tensor], squares: Sequence[Tensor]) -> list[Tensor]:
+        found = []
+        for mean, square, stored, ref, floor in zip(means, squares, self._means, self._refs, self._floors, strict=True):
+            std = ((square - mean * mean).clamp_min(0) + floor).sqrt()
+            found.append((((mean - stored) ** 2 + (std - ref.sqrt()) ** 2) / ref).mean())
+        return found
+
+
+def optimize_images(
+    source: Source,
+    prep: Preprocessing,
+    fixed: int | None,
+    count: int,
+    threads: int | None,
+    progress: Callable[[str, int, int], None],
+) -> NDArray[np.uint8]:
+    """Pictures for the float model `source`, on the CPU, (N, H, W, C) in RGB or grey, in whole batches of its own.
+
+    fixed: the batch of the network, None where it takes any. Raises QconvError where it remembers nothing of training.
+    """
+    with run_deterministically(threads):
+        model, _ = load.load(read_proto(source), source)
+        remembered = BatchNormTargets.of(model, source.name)
+        size = fixed or min(choose_batch_size(prep), count)
+        dream = ImageOptimizer(
+            TorchNetwork(model), prep, remembered.wanted, draw_dead_leaves_set(prep, count, size, 0), size
+        )
+        dream.look()
+        dream.run(SYNTHESIS_STEPS, lambda done, total: progress("synthesize", done, total))
+        return dream.pixels
+
+
+def choose_batch_size(prep: Preprocessing) -> int:
+    """Pictures that a run of the network takes, where it takes any number."""
+    height, width = prep.size
+    return max(1, min(PIXELS_PER_BATCH // (height * width), MOST_PER_BATCH))
+
+
+def _class_stride(classes: int) -> int:
+    """A step that comes to all classes in turn, far apart: neighbours are often alike."""
+    return next(step for step in range(round(0.618 * classes), classes + 1) if math.gcd(step, classes) == 1)
+
+
+def _broadcast_channels(channels: Tensor, tensor: Tensor) -> Tensor:
+    """Numbers (C,), spread over what they are the mean of, with the axes of `tensor` (N, C, ...)."""
+    count = tensor.numel() / tensor.shape[1]
+    return (channels / count).reshape([1, -1] + [1] * (tensor.ndim - 2))
+
+
+def normalise_pixels(pixels: Tensor, prep: Preprocessing) -> Tensor:
+    """Pixels (N, C, H, W), RGB or grey, as images.py makes them the network's input, with gradients."""
+    mean, std = (torch.tensor(numbers, device=pixels.device).reshape(1, -1, 1, 1) for numbers in (prep.mean, prep.std))
+    ordered = pixels.flip(1) if prep.color is Color.BGR else pixels
+    values = (ordered * prep.scale - mean) / std
+    return values if prep.layout is Layout.NCHW else values.permute(0, 2, 3, 1)
+
+
+def smoothing_step(pixels: Tensor) -> Tensor:
+    """The mean difference of every pixel (N, C, H, W) from its four neighbours, less of those that make an edge."""
+    wide = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
+    total = torch.zeros_like(pixels)
+    for down, right in ((0, 1), (2, 1), (1, 0), (1, 2)):
+        apart = wide[:, :, down : down + pixels.shape[2], right : right + pixels.shape[3]] - pixels
+        total += apart / (1 + (apart / EDGE_LEVELS) ** 2)
+    return total / 4
+
+
+SET_FILE = "synthesized.json"
+
+FILE_SUFFIXES = ("png", "npy")
+
+MOST_NAMED = 3
 
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(slots=True)
-class Listener:
+class SynthesisListener:
     """Who hears about a run while it lasts. progress: (stage, done, in all)."""
 
     warn: Callable[[str], None] = lambda text: None
@@ -58,47 +370,49 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class SynthesizedImages:
     """pixels: (N, H, W, 3) in RGB, or (N, H, W, 1)."""
 
     found: SynthesisResult
     pixels: Pixels
 
 
-def synthesize(source: Source, out: Path, wishes: SynthesisOptions, listener: Listener | None = None) -> Made:
+def synthesize(
+    source: Source, out: Path, wishes: SynthesisOptions, listener: SynthesisListener | None = None
+) -> SynthesizedImages:
     """Make pictures for the float model `source`, and put them into the folder `out`.
 
     Raises QconvError for anything the user can mend; then nothing is left behind.
     """
     started = time.perf_counter()
-    listener = listener or Listener()
+    listener = listener or SynthesisListener()
     warnings: list[str] = []
 
     def warn(text: str) -> None:
         warnings.append(text)
         listener.warn(text)
 
-    _check(source, out)
-    with determined(wishes.threads):
+    _check_request(source, out)
+    with run_deterministically(wishes.threads):
         proto = read_proto(source)
         refuse_quantized(proto, source.name)
         hashed = hash_model(source, external_data_files(proto, source))
         model, _ = load.load(proto, source)
         require_operators(model)
-        remembered = Remembered.of(model, source.name)
+        remembered = BatchNormTargets.of(model, source.name)
         if remembered.doubt:
             warn(remembered.doubt)
-        fed = _Fed.of(model, source, wishes)
+        fed = _InputFormat.of(model, source, wishes)
         prep = fed.detected.preprocessing
         assert prep is not None
         for doubt in fed.detected.doubts():
             warn(doubt)
         if fed.batch is not None and wishes.batch not in (None, fed.batch):
             warn(f"--batch {wishes.batch} is not used: the model's own batch is {fed.batch}.")
-        batch = fed.batch or min(wishes.batch or batch_of(prep), wishes.count)
-        device = device_of(wishes.device)
+        batch = fed.batch or min(wishes.batch or choose_batch_size(prep), wishes.count)
+        device = resolve_device(wishes.device)
         pixels = draw_dead_leaves_set(prep, wishes.count, batch, wishes.seed)
-        dream = Dream(Network(model, device), prep, remembered.wanted, pixels, batch)
+        dream = ImageOptimizer(TorchNetwork(model, device), prep, remembered.wanted, pixels, batch)
         before = dream.look()
         dream.run(wishes.steps, lambda done, total: listener.progress("synthesize", done, total))
         after = dream.look()
@@ -125,40 +439,40 @@ def synthesize(source: Source, out: Path, wishes: SynthesisOptions, listener: Li
         device=device,
         warnings=warnings,
     )
-    _judge(found, warn)
+    _warn_of_unmatched(found, warn)
     pixels = dream.pixels[: wishes.count]
-    with replace_folder_atomically(out, foreign_in) as folder:
-        _write(folder, pixels, prep, fed.dtype, found)
+    with replace_folder_atomically(out, find_foreign_file) as folder:
+        _write_images(folder, pixels, prep, fed.dtype, found)
     found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
-    return Made(found, pixels)
+    return SynthesizedImages(found, pixels)
 
 
-def foreign_in(folder: Path) -> str | None:
+def find_foreign_file(folder: Path) -> str | None:
     """A name in a folder that is not of a set that was made here, None where all are, or none is there."""
     names = set(os.listdir(folder))
     try:
-        count = int(json.loads((folder / SET).read_text("utf-8"))["pictures"])
+        count = int(json.loads((folder / SET_FILE).read_text("utf-8"))["pictures"])
     except (OSError, ValueError, KeyError, TypeError):
         count = 0
-    ours = {SET, *(f"{stem}.{kind}" for stem in stems(count) for kind in KINDS)} if count else set()
+    ours = {SET_FILE, *(f"{stem}.{kind}" for stem in make_stems(count) for kind in FILE_SUFFIXES)} if count else set()
     return min(names - ours, default=None)
 
 
-def stems(count: int) -> list[str]:
+def make_stems(count: int) -> list[str]:
     """The names of so many pictures, without their ends."""
     digits = max(3, len(str(count - 1)))
     return [f"{number:0{digits}}" for number in range(count)]
 
 
-def _check(source: Source, out: Path) -> None:
+def _check_request(source: Source, out: Path) -> None:
     """Said before the work."""
-    check_output_folder(out, foreign_in)
+    check_output_folder(out, find_foreign_file)
     for path in (source.path, *external_data_files(read_proto(source), source)):
         refuse_path_inside(out, path, "The model")
 
 
 @dataclass(frozen=True, slots=True)
-class _Fed:
+class _InputFormat:
     """How the network is fed. dtype: that it takes. batch: None where that is open."""
 
     detected: DetectedPreprocessing
@@ -166,7 +480,7 @@ class _Fed:
     batch: int | None
 
     @classmethod
-    def of(cls, model: Model, source: Source, wishes: SynthesisOptions) -> _Fed:
+    def of(cls, model: Model, source: Source, wishes: SynthesisOptions) -> _InputFormat:
         """Found out on made-up pictures. Raises QconvError where that cannot be: not all inputs are pictures."""
         session = Session(source.runnable, name=source.name, threads=wishes.threads)
         recipe = Recipe(data_free=True, preprocessing=wishes.preprocessing, threads=wishes.threads)
@@ -185,7 +499,7 @@ class _Fed:
         return cls(detected, spec.dtype, spec.shape[0])
 
 
-def _judge(found: SynthesisResult, warn: Callable[[str], None]) -> None:
+def _warn_of_unmatched(found: SynthesisResult, warn: Callable[[str], None]) -> None:
     """Tell of statistics that were not matched."""
     more = "more --iterations may help"
     if found.after > GOOD_MATCH:
@@ -196,14 +510,16 @@ def _judge(found: SynthesisResult, warn: Callable[[str], None]) -> None:
         )
     far = [layer for layer in found.worst_first if layer.after > POOR_MATCH]
     if far:
-        names = ", ".join(layer.name for layer in far[:NAMED])
-        others = f" and {len(far) - NAMED} more" if len(far) > NAMED else ""
+        names = ", ".join(layer.name for layer in far[:MOST_NAMED])
+        others = f" and {len(far) - MOST_NAMED} more" if len(far) > MOST_NAMED else ""
         warn(f"{names}{others}: statistics were not matched ({far[0].after:.2f} apart); {more}.")
 
 
-def _write(folder: Path, pixels: Pixels, prep: Preprocessing, dtype: np.dtype[Any], found: SynthesisResult) -> None:
-    for stem, picture in zip(stems(len(pixels)), pixels, strict=True):
+def _write_images(
+    folder: Path, pixels: Pixels, prep: Preprocessing, dtype: np.dtype[Any], found: SynthesisResult
+) -> None:
+    for stem, picture in zip(make_stems(len(pixels)), pixels, strict=True):
         (folder / f"{stem}.png").write_bytes(plot.picture(picture))
         values = images.cast_pixels(images.normalize_pixels(images.arrange_pixels(picture, prep), prep), dtype)
         np.save(folder / f"{stem}.npy", values)
-    (folder / SET).write_text(json.dumps(found.of_the_set(), allow_nan=False, indent=1) + "\n", "utf-8")
+    (folder / SET_FILE).write_text(json.dumps(found.of_the_set(), allow_nan=False, indent=1) + "\n", "utf-8")

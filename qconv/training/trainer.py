@@ -1,48 +1,68 @@
-"""Quantization-aware training: the quantized network itself is run, and its weights, scales and biases are learned.
+"""The trainer learns the weights, scales and biases of a quantized network, and can be resumed from a checkpoint.
 
-Adam (Kingma and Ba 2015) with a rate of its own for each kind of what is learned, which rises over the first steps and
-falls along a half cosine. Gradients that are much longer than usual are shortened. Everything that is drawn follows
-from the seed and the number of the step, so that a run that was stopped goes on as if it never had been.
-
-After each round the network is looked at on pictures that it does not learn from. The best state is kept: the nearest
-of those that are right no less often than the network was at first. While rates are high codes go to and fro, and the
-network is often worse than it was: what was learned shows as rates fall, so that patience begins in the second half.
-Only where it runs away training goes back to the best state, with lower rates.
+Adam (Kingma and Ba 2015) has a learning rate for each kind of parameter, with a warm-up and a half cosine. Long
+gradients are shortened. All randomness follows from the seed and the step, so that a resumed run is the same run.
+After each round the network is validated on held-out images, and the best state is kept: the nearest of those right
+no less often than at first. Patience begins in the second half. A run that diverges goes back to the best state with
+lower rates.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qconv import storage
 from qconv.results.training import HistoryRow, ValidationScore
-from qconv.training.lesson import Lesson
+from qconv.training.distillation import Distillation
+
+# Quantization-aware training: the quantized network itself is run, and its weights, scales and biases are learned.
+#
+# Adam (Kingma and Ba 2015) with a rate of its own for each kind of what is learned, which rises over the first steps
+# and falls along a half cosine. Gradients that are much longer than usual are shortened. Everything that is drawn
+# follows from the seed and the number of the step, so that a run that was stopped goes on as if it never had been.
+#
+# After each round the network is looked at on pictures that it does not learn from. The best state is kept: the nearest
+# of those that are right no less often than the network was at first. While rates are high codes go to and fro, and the
+# network is often worse than it was: what was learned shows as rates fall, so that patience begins in the second half.
+# Only where it runs away training goes back to the best state, with lower rates.
+
 
 State = dict[str, NDArray[Any]]
+
 BETAS = (0.9, 0.99)
+
 WARM_UP = 0.05
 """Share of all steps in which rates rise."""
-USUAL, LONGEST = 0.95, 3.0
+
+USUAL_LENGTH_DECAY, LONGEST_GRADIENT = 0.95, 3.0
 """Gradients are shortened to LONGEST times their usual length, a running mean that keeps so much of itself."""
-ROUND = 250
+
+MOST_ROUND_STEPS = 250
 """Most steps between two looks at the pictures held back."""
-FIRST_PART, PATIENCE = 1 / 2, 1 / 4
+
+FIRST_SHARE, PATIENCE_SHARE = 1 / 2, 1 / 4
 """Shares of all steps before which none is given up, and without anything better after which it is."""
-AWAY, CUT, MOST_CUTS = 4.0, 1 / 3, 3
+
+DIVERGED_FACTOR, RATE_CUT, MOST_RATE_CUTS = 4.0, 1 / 3, 3
 """Times the first distance from which on rates are multiplied by CUT, and how often that is done."""
+
 SHORT_EPOCH = 32
 """Steps below which several epochs make a round."""
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class TrainingSchedule:
     """rates: of the kinds in `Learned.kinds`. batch: pictures a step. augment: mirrored and moved at random."""
 
     epochs: int
@@ -55,7 +75,7 @@ class Schedule:
 class Trainer:
     """One run of training, which can be taken up where it was left."""
 
-    def __init__(self, lesson: Lesson, schedule: Schedule) -> None:
+    def __init__(self, lesson: Distillation, schedule: TrainingSchedule) -> None:
         self.lesson, self.schedule = lesson, schedule
         kinds = lesson.learned.kinds
         self.optimizer = torch.optim.Adam(
@@ -64,7 +84,7 @@ class Trainer:
         )
         self.each = max(1, len(lesson.taught) // schedule.batch)  # steps an epoch
         self.steps = self.each * schedule.epochs
-        most = min(ROUND, self.each * -(-SHORT_EPOCH // self.each))
+        most = min(MOST_ROUND_STEPS, self.each * -(-SHORT_EPOCH // self.each))
         self.ends = np.linspace(0, self.steps, -(-self.steps // most) + 1).astype(int)[1:].tolist()
         self.step, self.usual, self.seconds, self.best_step, self.cuts = 0, 0.0, 0.0, 0, 0
         self.history: list[HistoryRow] = []
@@ -74,8 +94,8 @@ class Trainer:
     @property
     def ended_early(self) -> bool:
         """Whether nothing better came for so long that it is given up."""
-        since = max(self.best_step, FIRST_PART * self.steps)
-        return self.cuts > MOST_CUTS or self.step - since >= PATIENCE * self.steps
+        since = max(self.best_step, FIRST_SHARE * self.steps)
+        return self.cuts > MOST_RATE_CUTS or self.step - since >= PATIENCE_SHARE * self.steps
 
     def run(self, progress: Callable[[int, int], None], keep: Callable[[], None]) -> None:
         """To the end of the schedule, or until it is given up. keep: called after each round."""
@@ -107,7 +127,7 @@ class Trainer:
     @property
     def _farthest(self) -> float:
         """The distance from which on it runs away; labels may lead far from the float network."""
-        return AWAY * self.first_mark.distance if self.lesson.labels is None else math.inf
+        return DIVERGED_FACTOR * self.first_mark.distance if self.lesson.labels is None else math.inf
 
     def _learn(self) -> float:
         lesson, schedule = self.lesson, self.schedule
@@ -125,15 +145,19 @@ class Trainer:
         length = float(torch.nn.utils.clip_grad_norm_(list(lesson.learned.tensors), self._longest()))
         if not math.isfinite(length) or not math.isfinite(total):
             return total  # nothing is learned from that
-        self.usual = length if not self.usual else USUAL * self.usual + (1 - USUAL) * min(length, self._longest())
+        self.usual = (
+            length
+            if not self.usual
+            else USUAL_LENGTH_DECAY * self.usual + (1 - USUAL_LENGTH_DECAY) * min(length, self._longest())
+        )
         for group in self.optimizer.param_groups:
-            group["lr"] = schedule.rates[group["kind"]] * CUT**self.cuts * self._rate()
+            group["lr"] = schedule.rates[group["kind"]] * RATE_CUT**self.cuts * self._rate()
         self.optimizer.step()
         lesson.learned.hold()
         return total
 
     def _longest(self) -> float:
-        return LONGEST * self.usual if self.usual else math.inf
+        return LONGEST_GRADIENT * self.usual if self.usual else math.inf
 
     def _rate(self) -> float:
         warm = max(1.0, WARM_UP * self.steps)
@@ -150,8 +174,10 @@ class Trainer:
                 found[f"adam/{index}/{name}"] = value.detach().cpu().numpy().copy()
         counts = (self.step, self.best_step, self.cuts)
         found["run"] = np.array([*counts, self.usual, self.seconds], np.float64)
-        found["history"] = np.array([_numbers(row) for row in self.history], np.float64).reshape(len(self.history), 6)
-        found["marks"] = np.array([_mark(self.first_mark), _mark(self.best_mark)], np.float64)
+        found["history"] = np.array([_decode_numbers(row) for row in self.history], np.float64).reshape(
+            len(self.history), 6
+        )
+        found["marks"] = np.array([_encode_score(self.first_mark), _encode_score(self.best_mark)], np.float64)
         return found
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -165,8 +191,8 @@ class Trainer:
             if now[name].shape != array.shape or best[name].shape != array.shape:
                 raise ValueError(name)
         step, best_step, cuts, usual, seconds = (float(x) for x in state["run"])
-        history = [_round(row) for row in state["history"]]
-        first_mark, best_mark = (_read_mark(row) for row in state["marks"])
+        history = [_decode_round(row) for row in state["history"]]
+        first_mark, best_mark = (_decode_score(row) for row in state["marks"])
         self.lesson.learned.restore(now)
         self.best, self.history, self.first_mark, self.best_mark = best, history, first_mark, best_mark
         self.step, self.best_step, self.cuts, self.usual, self.seconds = (
@@ -184,17 +210,60 @@ class Trainer:
                 self.optimizer.state[tensor][name] = torch.from_numpy(np.array(array)).to(place)
 
 
-def _mark(mark: ValidationScore) -> tuple[float, float]:
+def _encode_score(mark: ValidationScore) -> tuple[float, float]:
     return (math.nan if mark.right is None else mark.right, mark.distance)
 
 
-def _read_mark(row: NDArray[np.float64]) -> ValidationScore:
+def _decode_score(row: NDArray[np.float64]) -> ValidationScore:
     return ValidationScore(None if math.isnan(row[0]) else float(row[0]), float(row[1]))
 
 
-def _numbers(row: HistoryRow) -> tuple[float, ...]:
-    return (row.step, row.epoch, row.loss, *_mark(row.mark), row.seconds)
+def _decode_numbers(row: HistoryRow) -> tuple[float, ...]:
+    return (row.step, row.epoch, row.loss, *_encode_score(row.mark), row.seconds)
 
 
-def _round(row: NDArray[np.float64]) -> HistoryRow:
-    return HistoryRow(int(row[0]), float(row[1]), float(row[2]), _read_mark(row[3:5]), float(row[5]))
+def _decode_round(row: NDArray[np.float64]) -> HistoryRow:
+    return HistoryRow(int(row[0]), float(row[1]), float(row[2]), _decode_score(row[3:5]), float(row[5]))
+
+
+# The state of a training run in a file beside its output, from which the same command goes on.
+
+
+SAVE_EVERY_SECONDS = 20.0
+"""Seconds between two states that are written, at least."""
+
+
+class TrainingCheckpoint:
+    """The state of a run in a file beside the output."""
+
+    def __init__(self, out: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = out.with_name(f".{out.name}.training"), fingerprint
+        self._last = time.perf_counter()
+
+    def read_into(self, trainer: Trainer, warn: Callable[[str], None]) -> int:
+        """Go on where a run of the same options was left. Returns its step, 0 where there is none."""
+        if not self.path.exists():
+            return 0
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                state = {name: file[name] for name in file.files}
+            if str(state["fingerprint"]) != self.fingerprint:
+                warn(f"{self.path} is of a run with other options or pictures: it is not used.")
+                return 0
+            trainer.restore(state)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            warn(f"{self.path} is damaged, and not used.")
+            return 0
+        return trainer.step
+
+    def write(self, trainer: Trainer, *, now: bool = False) -> None:
+        """Unless the last one is young."""
+        if now or time.perf_counter() - self._last >= SAVE_EVERY_SECONDS:
+            content = io.BytesIO()
+            np.savez(content, fingerprint=np.array(self.fingerprint), **trainer.state())  # type: ignore[arg-type]
+            storage.write_atomically(self.path, content.getvalue())
+            self._last = time.perf_counter()
+
+    def forget(self) -> None:
+        """The result is written."""
+        self.path.unlink(missing_ok=True)

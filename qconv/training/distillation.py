@@ -1,0 +1,375 @@
+"""This module lets the quantized network learn from the float one: dataset in memory, augmentation and losses.
+
+    class scores     KL(p || q) = sum over classes of p log(p / q), p = softmax of the float network's scores
+    probabilities    the same, p and q as they are
+    numbers          sum (y - x)^2 / sum (y - mean y)^2
+
+each on average over images and positions, summed over outputs. Images are mirrored, shifted and mixed alike for both;
+a model that normalises by itself gets the same pixels.
+
+Sources: Hinton et al. 2015, arXiv 1503.02531, at temperature 1; Beyer et al. 2022, arXiv 2106.05237; mixing: Zhang et
+al. 2018, arXiv 1710.09412.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from qconv.config.preprocessing import Layout, Preprocessing
+from qconv.data.images import InputSpec, layout_order
+from qconv.data.loader import ModelWithData
+from qconv.errors import QconvError, format_shape
+from qconv.metrics.comparison import is_class_score
+from qconv.results.training import ValidationScore
+from qconv.training.network import TorchNetwork
+from qconv.training.trainable import LearnedParameters
+
+# How far what the quantized network says is from what the float one says: what training makes small.
+#
+#     class scores     KL(p || q) = sum over classes of p log(p / q), p = softmax of the float network's scores
+#     probabilities    the same, p and q as they are
+#     numbers          sum (y - x)^2 / sum (y - mean y)^2
+#
+# each on average over pictures and places. A network with several outputs is as far off as all of them together.
+#
+# Source: Hinton et al. 2015, arXiv 1503.02531, at temperature 1.
+
+
+SMALLEST_PROBABILITY = 1e-8
+"""Probability, and share of the variance, below which nothing is told apart."""
+
+
+def classify_output(said: Tensor) -> str:
+    """What an output holds, by what the float network says on some pictures: "scores", "probabilities", "numbers"."""
+    if not said.dtype.is_floating_point or not is_class_score(tuple(said.shape)):
+        return "numbers"
+    sums = said.sum(dim=1)
+    whole = bool((said >= 0).all()) and bool((sums - 1).abs().max() < 1e-3)
+    return "probabilities" if whole else "scores"
+
+
+def distillation_loss(kinds: Sequence[str], wanted: Sequence[Tensor], said: Sequence[Tensor]) -> Tensor:
+    """A number. wanted, said: all outputs of the float and of the quantized network, (N, ...) each."""
+    total = torch.zeros((), device=said[0].device)
+    for kind, y, x in zip(kinds, wanted, said, strict=True):
+        total = total + _LOSSES[kind](y.float(), x.float())
+    return total
+
+
+def label_loss(kind: str, said: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy. said: (N, C)."""
+    logs = torch.log_softmax(said, dim=1) if kind == "scores" else torch.log(said.clamp_min(SMALLEST_PROBABILITY))
+    return F.nll_loss(logs, labels)
+
+
+def count_agreeing(kinds: Sequence[str], wanted: Sequence[Tensor], said: Sequence[Tensor]) -> tuple[int, int]:
+    """At how many of how many places both say the same class; (0, 0) where no output tells classes."""
+    equal = places = 0
+    for kind, y, x in zip(kinds, wanted, said, strict=True):
+        if kind != "numbers":
+            same = y.argmax(dim=1) == x.argmax(dim=1)
+            equal, places = equal + int(same.sum()), places + same.numel()
+    return equal, places
+
+
+def _divergence_of_scores(y: Tensor, x: Tensor) -> Tensor:
+    p, q = torch.log_softmax(y, dim=1), torch.log_softmax(x, dim=1)
+    return (p.exp() * (p - q)).sum(dim=1).mean()
+
+
+def _divergence_of_probabilities(y: Tensor, x: Tensor) -> Tensor:
+    p, q = torch.log(y.clamp_min(SMALLEST_PROBABILITY)), torch.log(x.clamp_min(SMALLEST_PROBABILITY))
+    return (y * (p - q)).sum(dim=1).mean()
+
+
+def _relative_squared_error(y: Tensor, x: Tensor) -> Tensor:
+    spread = (y - y.mean()).square().sum() if y.numel() > 1 else y.square().sum()
+    return (y - x).square().sum() / (spread + SMALLEST_PROBABILITY * y.numel())
+
+
+_LOSSES = {
+    "scores": _divergence_of_scores,
+    "probabilities": _divergence_of_probabilities,
+    "numbers": _relative_squared_error,
+}
+
+
+# Pictures to learn from: all of them in memory, as the pixels that they are.
+#
+# A network that normalises by itself takes pixels, its float model takes what they become; both are made of the same
+# pixels here, and mirrored and moved alike.
+
+
+MOST_BYTES_IN_MEMORY = 2**31
+"""Bytes of pixels; more go to a temporary file."""
+
+
+@dataclass(frozen=True, slots=True)
+class InMemoryDataset:
+    """numbers: (N, ...), uint8 pixels in the float model's layout, or samples as they are. prep: how pixels become the
+    float model's input; None for samples. order: the axes of a batch of pixels as the quantized model takes them; None
+    where it takes what the float model does. paths: (N,), where each came from.
+    """
+
+    numbers: NDArray[Any]
+    prep: Preprocessing | None
+    order: tuple[int, ...] | None
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+def read_into_memory(
+    own: ModelWithData,
+    teacher: ModelWithData,
+    warn: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+) -> InMemoryDataset:
+    """All pictures of two models that are fed with the same. Raises QconvError where they are fed otherwise."""
+    feed = teacher.feed
+    if len(feed.inputs) != 1:
+        raise QconvError(
+            f"{teacher.session.name} has {len(feed.inputs)} inputs, and training feeds one.",
+            "quantization-aware training is for networks that read one picture.",
+        )
+    order = _axis_order(own, teacher)
+    feed.warn, feed.progress, feed.batch = warn, progress, 1
+    # rows come one by one, whatever batch the model is fixed to
+    (spec,) = feed.inputs
+    feed.inputs = [InputSpec(spec.name, spec.dtype, (None, *spec.shape[1:]))]
+    prep, paths = feed.preprocessing, feed.listing.paths
+    if prep is not None:
+        feed.take_pixels(prep.layout)
+    numbers = None
+    count = 0
+    for batch in feed.all("read"):
+        row = batch[spec.name]
+        if numbers is None:
+            numbers = _allocate((len(paths), *row.shape[1:]), row.dtype)
+        if row.shape[1:] != numbers.shape[1:]:
+            fact = f"samples differ in shape: {format_shape(row.shape[1:])} and {format_shape(numbers.shape[1:])}."
+            raise QconvError(fact, "bring them to one shape.")
+        numbers[count] = row[0]
+        count += 1
+    assert numbers is not None
+    left = tuple(path for path in paths if path not in feed.lost)
+    return InMemoryDataset(numbers[:count], prep, order, left)
+
+
+def _axis_order(own: ModelWithData, teacher: ModelWithData) -> tuple[int, ...] | None:
+    mine, its = own.feed.preprocessing, teacher.feed.preprocessing
+    if own.takes_the_same_as(teacher):
+        return None
+    pixels = mine is not None and mine.keeps_pixels and own.feed.inputs[0].dtype == np.uint8
+    if pixels and mine is not None and its is not None:
+        plain = replace(its.as_pixels(mine.layout), preset="", source="", embedded=None)
+        if plain == replace(mine, preset="", source="", embedded=None):
+            return layout_order(its.layout, Layout(mine.layout))
+    raise QconvError(
+        f"{own.session.name} and {teacher.session.name} are fed with different inputs: {own.words}, and "
+        f"{teacher.words}.",
+        "pass the float model that it was made from with --teacher, and no preprocessing options.",
+    )
+
+
+def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size <= MOST_BYTES_IN_MEMORY:
+        return np.empty(shape, dtype)
+    try:
+        file = tempfile.TemporaryFile(prefix="qconv-")  # noqa: SIM115  # gone with the array
+        file.truncate(size)
+        return np.memmap(file, dtype, "r+", shape=shape)
+    except OSError:
+        raise QconvError(
+            f"No space is left in {tempfile.gettempdir()} for {size / 2**30:.1f} GiB of pictures.",
+            "set TMPDIR to a larger disk, or use fewer pictures with --samples.",
+        ) from None
+
+
+# One network learns from another: what both are fed with, and how near the first has come on pictures held back.
+#
+# Pictures are mirrored, moved and mixed, for both alike: a teacher that answers to what it has not learned by heart
+# tells more of itself. Source: Beyer et al. 2022, arXiv 2106.05237; mixing: Zhang et al. 2018, arXiv 1710.09412.
+
+
+Ints = NDArray[np.int64]
+
+MOST_SHIFTED = 1 / 8
+"""Share of a side by which pictures are moved at most."""
+
+MOST_MIXED = 1 / 2
+"""Share of another picture that one gets at most."""
+
+VALIDATION_BATCH = 64
+"""Pictures of a look that run at once."""
+
+
+class TrainingInputs:
+    """Pictures of an album, as tensors that both networks take."""
+
+    def __init__(self, album: InMemoryDataset, device: torch.device) -> None:
+        self.album, self.device = album, device
+        prep = album.prep
+        if prep is not None:
+            shape = (1, -1, 1, 1) if prep.layout is Layout.NCHW else (1, 1, 1, -1)
+            self._mean, self._std = (
+                torch.tensor(numbers, dtype=torch.float32, device=device).reshape(shape)
+                for numbers in (prep.mean, prep.std)
+            )
+
+    def of(self, chosen: NDArray[np.int64], rng: np.random.Generator | None = None, *, mix: bool = True) -> Tensor:
+        """(n, ...), pixels or samples. rng: to mirror, move and mix them with; None leaves them as they are."""
+        x = torch.from_numpy(np.ascontiguousarray(self.album.numbers[chosen])).to(self.device)
+        if rng is None:
+            return x
+        x = self._shaken(x, rng)
+        return self._mixed(x, rng) if mix else x
+
+    def _shaken(self, x: Tensor, rng: np.random.Generator) -> Tensor:
+        """Pictures mirrored and moved; samples may be anything, and stay."""
+        prep, count = self.album.prep, len(x)
+        if prep is None:
+            return x
+        rows, columns = (2, 3) if prep.layout is Layout.NCHW else (1, 2)
+        mirrored = torch.from_numpy(rng.random(count) < 1 / 2).to(self.device)
+        x = torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(columns), x)
+        for axis in (rows, columns):
+            most = int(MOST_SHIFTED * x.shape[axis])
+            x = _shift_images(x, axis, rng.integers(-most, most + 1, count))
+        return x
+
+    def _mixed(self, x: Tensor, rng: np.random.Generator) -> Tensor:
+        """Half of them with a part of another: the teacher is less sure of these than of what it knows by heart."""
+        drawn = rng.uniform(0, MOST_MIXED, len(x)) * (rng.random(len(x)) < 1 / 2)
+        share = torch.from_numpy(drawn.astype(np.float32)).to(self.device)
+        share = share.reshape([-1] + [1] * (x.ndim - 1))
+        other = torch.from_numpy(rng.permutation(len(x))).to(self.device)
+        mixed = (1 - share) * x + share * x[other]
+        return mixed if self.album.prep is None else torch.round(mixed)
+
+    def for_teacher(self, x: Tensor) -> Tensor:
+        """What the float network takes."""
+        prep = self.album.prep
+        return x if prep is None else (x.float() * prep.scale - self._mean) / self._std
+
+    def for_student(self, x: Tensor) -> Tensor:
+        """What the quantized one takes."""
+        return self.for_teacher(x) if self.album.order is None else x.permute(*self.album.order).float()
+
+
+def _shift_images(x: Tensor, axis: int, by: NDArray[np.int64]) -> Tensor:
+    """Each picture moved along an axis, its border repeated."""
+    places = np.clip(np.arange(x.shape[axis]) + by[:, None], 0, x.shape[axis] - 1)
+    index = torch.from_numpy(places).to(x.device)
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = index.shape
+    return torch.gather(
+        x, axis, index.reshape(shape).expand(*[len(by) if i == 0 else s for i, s in enumerate(x.shape)])
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """Who learns from whom, and what from.
+
+    taught, held: numbers of pictures. kinds: what each output holds (distance.py). vector: the output that is one score
+    a class, None where none is; classes: how many it tells apart. labels: (N,), or None. fixed: the batch that the
+    networks are fixed to, None where they take any.
+    """
+
+    student: TorchNetwork
+    teacher: TorchNetwork
+    learned: LearnedParameters
+    inputs: TrainingInputs
+    taught: Ints
+    held: Ints
+    fixed: int | None
+    kinds: tuple[str, ...]
+    vector: int | None
+    classes: int
+    labels: Ints | None = None
+
+    @classmethod
+    def of(
+        cls,
+        student: TorchNetwork,
+        teacher: TorchNetwork,
+        learned: LearnedParameters,
+        inputs: TrainingInputs,
+        taught: Ints,
+        held: Ints,
+        fixed: int | None,
+    ) -> Distillation:
+        """What the outputs hold is what the teacher says on some pictures."""
+        first = np.resize(held, fixed or min(len(held), VALIDATION_BATCH))
+        found = cls(student, teacher, learned, inputs, taught, held, fixed, (), None, 0)
+        told = found.told(inputs.of(first))
+        kinds = tuple(map(classify_output, told))
+        vectors = [i for i, y in enumerate(told) if kinds[i] != "numbers" and y.ndim == 2]
+        vector = vectors[0] if vectors else None
+        classes = 0 if vector is None else int(told[vector].shape[1])
+        return cls(student, teacher, learned, inputs, taught, held, fixed, kinds, vector, classes)
+
+    def with_labels(self, labels: Ints | None) -> Distillation:
+        """The same, with labels to learn from."""
+        return replace(self, labels=labels)
+
+    def told(self, x: Tensor) -> list[Tensor]:
+        """What the teacher says of pictures, in the student's order of outputs."""
+        with torch.no_grad():
+            found = self.teacher.run({self.teacher.inputs[0]: self.inputs.for_teacher(x)}, self.student.outputs)
+        return list(found.values())
+
+    def said(self, x: Tensor, given: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the student says. given: what it has learned."""
+        return list(self.student.run({self.student.inputs[0]: self.inputs.for_student(x), **given}).values())
+
+    def loss(self, part: Ints, rng: np.random.Generator | None) -> Tensor:
+        """Of some pictures."""
+        x = self.inputs.of(part, rng, mix=self.labels is None)
+        said = self.said(x, self.learned.given())
+        loss = distillation_loss(self.kinds, self.told(x), said)
+        if self.labels is None or self.vector is None:
+            return loss
+        scores = said[self.vector]
+        return loss + label_loss(self.kinds[self.vector], scores, torch.from_numpy(self.labels[part]).to(scores.device))
+
+    def parts(self, chosen: Ints, most: int) -> Iterator[Ints]:
+        """Pieces that run at once; those of networks with a batch of their own are filled up."""
+        size = self.fixed or most
+        for start in range(0, len(chosen), size):
+            part = chosen[start : start + size]
+            yield part if self.fixed is None else np.resize(part, size)
+
+    def mark(self) -> ValidationScore:
+        """On the pictures held back."""
+        equal = places = pictures = 0
+        total = 0.0
+        with torch.no_grad():
+            given = self.learned.given()
+            for part in self.parts(self.held, VALIDATION_BATCH):
+                x = self.inputs.of(part)
+                wanted, said = self.told(x), self.said(x, given)
+                hits, of = self.right(part, wanted, said)
+                equal, places, pictures = equal + hits, places + of, pictures + len(part)
+                total += float(distillation_loss(self.kinds, wanted, said)) * len(part)
+        return ValidationScore(equal / places if places else None, total / pictures)
+
+    def right(self, part: Ints, wanted: list[Tensor], said: list[Tensor]) -> tuple[int, int]:
+        """At how many of how many places the student is right, by labels or by what its teacher says."""
+        if self.labels is None or self.vector is None:
+            return count_agreeing(self.kinds, wanted, said)
+        hits = said[self.vector].argmax(dim=1).cpu().numpy() == self.labels[part]
+        return int(hits.sum()), len(part)

@@ -1,0 +1,506 @@
+"""This module makes the weights, scales and biases of a Q/DQ file trainable in PyTorch, and writes them back.
+
+    weights q = clamp(round(w / s) + z, q_min, q_max)       w = s_0 v        s = s_0 exp(u)
+    bias    b = b_0 + t
+
+s_0 is the scale in the file, so that one learning rate fits all layers. Quantizers get a scale of their own, shared
+only where integers pass from one to the other. Bits are those of the recipe in the file, else of the type. Scales stay
+so large that an int32 bias fits; `fit_pairs` lets no pair of products overflow more than in the file.
+
+Sources: Esser et al. 2020, arXiv 1902.08153 (LSQ); Bhalgat et al. 2020, arXiv 2004.09576, for a zero that is not at
+the lowest code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qconv.config.choices import Scheme
+from qconv.config.recipe import Recipe
+from qconv.errors import QconvError
+from qconv.ir.model import DataType, Model, Node, Value, attribute, constant_array, input_of
+from qconv.ir.operators import QUANTIZATION_RULES, ConcatRule, IntegerDomainRule, TransparentRule, WeightedRule
+from qconv.ir.stored_weights import StoredWeights, constant_numbers, find_stored_weights, weight_bits_of
+from qconv.quantization.layer import LARGEST_BIAS_CODE
+from qconv.quantization.overflow import SMALLEST_WIDENING, worst_pair_ratio
+from qconv.training.onnx_ops import round_straight_through
+
+# What of a Q/DQ file can be learned: scales of activations, and weights with their scales and biases.
+#
+# One scale often stands for several quantizers by chance: equal numbers are stored once. Before anything is learned,
+# each group of quantizers that must agree gets a scale of its own. They must agree where codes go from one to the
+# other: behind a quantizer up to its dequantizers, and across an operator that hands codes on (MaxPool, Reshape, Concat
+# ...) where both sides have the same parameters now, since the runtime runs it on codes only then.
+#
+# The codes that a weight may take are those of its bits: as the recipe of a file by qconv says, else those of its type.
+# Of codes whose zero was moved to 0 (see params.LayerParams) the file does not say where they end: a window of 2^b
+# codes around those that there are.
+
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActivationSite:
+    """Quantizers and dequantizers with one scale. scale: () or (C,)."""
+
+    scale: Value
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightSite:
+    """The weights of a layer, or of several that share them.
+
+    codes: (O, I/g, ...) as stored; scale: as stored. spread: the axes along which scale and codes go together, as
+    `spread_of` takes them. zero, low, high: of the codes, to be broadcast to them. bias: what the layers add, (O,): a
+    float constant, or what a dequantizer makes of codes; None where they add nothing that can be learned.
+    """
+
+    nodes: tuple[Node, ...]
+    codes: Value
+    scale: Value
+    axis: int
+    block: int
+    zero: Ints
+    low: Ints
+    high: Ints
+    bits: int
+    bias: Value | None
+    input_scale: Value | None
+
+
+@dataclass(frozen=True, slots=True)
+class LearnableSites:
+    """All that can be learned of a model."""
+
+    activations: tuple[ActivationSite, ...]
+    weights: tuple[WeightSite, ...]
+
+
+def find_sites(model: Model, recipe: Recipe | None) -> LearnableSites:
+    """Prepare a quantized model for learning, and say what can be learned. recipe: of a file by qconv.
+
+    The model computes what it did. Raises QconvError where there are no quantizers.
+    """
+    activations = tuple(_separate_scales(model))
+    weights = tuple(_find_weight_sites(model, recipe))
+    if not weights:
+        raise QconvError(
+            "The model has no layer with stored codes between quantizers and dequantizers.",
+            "pass a file that `qconv quantize` wrote; operators on codes (QOperator format) cannot be trained.",
+        )
+    return LearnableSites(activations, weights)
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+
+
+def _separate_scales(model: Model) -> Iterator[ActivationSite]:
+    groups: dict[Node, set[Node]] = {}
+    for node in model.nodes():
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and _is_computed(node.inputs[0]):
+            groups[node] = {node}
+    for node in groups:
+        for other in _find_bound_quantizers(model, node):
+            if other in groups and groups[other] is not groups[node] and _is_same_quantization(node, other):
+                groups[node] |= groups[other]
+                for member in groups[other]:
+                    groups[member] = groups[node]
+    order = {node: index for index, node in enumerate(model.nodes())}
+    for group in dict.fromkeys(map(frozenset, groups.values())):
+        nodes = tuple(sorted(group, key=order.__getitem__))
+        yield ActivationSite(_make_own_scale(model, nodes, 1), nodes)
+
+
+def _is_computed(value: Value | None) -> bool:
+    return value is not None and constant_numbers(value) is None
+
+
+def _find_bound_quantizers(model: Model, node: Node) -> Iterator[Node]:
+    """Quantizers and dequantizers that what a node writes reaches without being computed with."""
+    queue = list(node.outputs)
+    on_codes = node.op_type == "QuantizeLinear"
+    while queue:
+        for reader in model.readers(queue.pop()):
+            if reader.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                yield reader
+            elif on_codes or isinstance(
+                QUANTIZATION_RULES.get(reader.op_type), TransparentRule | ConcatRule | IntegerDomainRule
+            ):
+                queue += reader.outputs
+
+
+def _is_same_quantization(one: Node, other: Node) -> bool:
+    for index in (1, 2):
+        a, b = (constant_numbers(input_of(node, index)) for node in (one, other))
+        if (a is None) != (b is None) or (a is not None and b is not None and not np.array_equal(a, b)):
+            return False
+    return True
+
+
+def _make_own_scale(model: Model, nodes: tuple[Node, ...], index: int) -> Value:
+    """The scale (input `index`) that these nodes alone read; a copy where others read it as well."""
+    value = nodes[0].inputs[index]
+    assert value is not None
+    readers = {reader for node in nodes if (v := node.inputs[index]) is not None for reader in model.readers(v)}
+    if len({node.inputs[index] for node in nodes}) == 1 and readers <= set(nodes):
+        return value
+    numbers = constant_numbers(value)
+    if numbers is None:
+        raise QconvError(f"The scale of {nodes[0].name} is computed.", "pass a file that `qconv quantize` wrote.")
+    own = model.constant(f"{nodes[0].outputs[0].name}_scale", numbers)
+    for node in nodes:
+        model.set_input(node, index, own)
+    return own
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def _find_weight_sites(model: Model, recipe: Recipe | None) -> Iterator[WeightSite]:
+    found: dict[Value, list[tuple[Node, StoredWeights]]] = {}
+    for node in model.nodes():
+        if isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule):
+            stored = find_stored_weights(model, node)
+            if stored is not None and not stored.in_float and not stored.computed and stored.scale is not None:
+                found.setdefault(stored.codes, []).append((node, stored))
+    for codes, layers in found.items():
+        nodes = tuple(node for node, _ in layers)
+        node, stored = layers[0]
+        numbers = constant_numbers(codes)
+        assert numbers is not None
+        reader = next(r for r in model.readers(codes))  # the DequantizeLinear, or the Cast of weights in float
+        place = reader if reader.op_type == "DequantizeLinear" else _find_scaling_node(model, reader)
+        index = next(i for i, v in enumerate(place.inputs) if v is stored.others[0])
+        scale = _make_own_scale(model, (place,), index)
+        axis, block = _find_scale_axes(stored, reader, numbers)
+        whole = numbers.astype(np.int64)
+        zero = broadcast_to_weights(np.zeros(()) if stored.zero is None else stored.zero, whole.shape, axis, block)
+        bits = weight_bits_of(node, stored, recipe)
+        low, high = _find_code_limits(whole, zero.astype(np.int64), stored, bits, recipe)
+        yield WeightSite(
+            nodes, codes, scale, axis, block, zero.astype(np.int64), low, high, bits,
+            _find_bias(model, nodes), _find_input_scale(node),
+        )  # fmt: skip
+
+
+def _find_scaling_node(model: Model, cast: Node) -> Node:
+    """Cast [-> Sub zero] -> Mul scale."""
+    node: Node | None = cast
+    while node is not None and node.op_type != "Mul":
+        node = model.sole_reader(node.outputs[0])
+    assert node is not None
+    return node
+
+
+def _find_scale_axes(stored: StoredWeights, reader: Node, codes: NDArray[Any]) -> tuple[int, int]:
+    if reader.op_type == "DequantizeLinear":
+        return attribute(reader, "axis", 1) % max(codes.ndim, 1), attribute(reader, "block_size", 0)
+    return stored.axis, 0
+
+
+def broadcast_to_weights(numbers: NDArray[Any], shape: tuple[int, ...], axis: int, block: int) -> NDArray[Any]:
+    """A scale or zero point with an axis for every axis of codes of this shape, to be broadcast to them."""
+    if numbers.size == 1:
+        return numbers.reshape((1,) * len(shape))
+    if block:
+        return np.repeat(numbers, block, axis=axis).take(np.arange(shape[axis]), axis=axis)
+    return numbers.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
+
+
+def _find_code_limits(
+    codes: Ints, zero: Ints, stored: StoredWeights, bits: int, recipe: Recipe | None
+) -> tuple[Ints, Ints]:
+    """The least and the largest code that each weight may take, to be broadcast to the codes."""
+    signed = not stored.type.startswith("u")
+    whole = int(DataType.__members__[stored.type.upper()].bitwidth)
+    container = (-(1 << (whole - 1)), (1 << (whole - 1)) - 1) if signed else (0, (1 << whole) - 1)
+    if recipe is not None and recipe.allocates_weights:
+        own = _reduce_by_scale(np.abs(codes - zero), stored, _largest_code_of_bits)
+        return zero - own, zero + own
+    middle = 0 if signed else 1 << (whole - 1)
+    moved = recipe is not None and recipe.moves_zero(bits) and recipe.scheme_of_weights(bits) is Scheme.ASYMMETRIC
+    if moved:
+        least = _reduce_by_scale(codes, stored, lambda rows: rows.min(axis=1))
+        most = _reduce_by_scale(codes, stored, lambda rows: rows.max(axis=1))
+        low = np.minimum(least - ((1 << bits) - 1 - (most - least)) // 2, 0)
+        low = np.maximum(low, np.maximum(1 - (1 << bits), container[0]))
+        return low, np.minimum(low + (1 << bits) - 1, container[1])
+    if np.all(zero == middle):
+        half = (1 << (bits - 1)) - 1
+        deeper = int(codes.min(initial=0) - middle < -half)
+        return np.maximum(zero - half - deeper, container[0]), np.minimum(zero + half, container[1])
+    ends = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+    return np.full(zero.shape, ends[0]), np.full(zero.shape, ends[1])
+
+
+def _largest_code_of_bits(rows: Ints) -> Ints:
+    """The largest code of the bits that each row takes. rows: distances from zero."""
+    most = np.maximum(rows.max(axis=1), 1)
+    return np.array([(1 << int(reach).bit_length()) - 1 for reach in most])
+
+
+def _reduce_by_scale(codes: Ints, stored: StoredWeights, what: Callable[[Ints], Ints]) -> Ints:
+    """What is found of the codes of each scale, to be broadcast to the codes; blocks count together."""
+    if stored.scale is None or stored.scale.size == 1 or stored.block:
+        return what(codes.reshape(1, -1)).reshape((1,) * codes.ndim)
+    rows = np.moveaxis(codes, stored.axis, 0).reshape(codes.shape[stored.axis], -1)
+    return broadcast_to_weights(what(rows), codes.shape, stored.axis, 0)
+
+
+def _find_bias(model: Model, nodes: tuple[Node, ...]) -> Value | None:
+    """What one layer adds, if it can be learned."""
+    value = input_of(nodes[0], 2)
+    if len(nodes) > 1 or value is None or nodes[0].op_type == "MatMul" or len(value.uses()) > 1:
+        return None
+    node = value.producer()
+    if node is None:
+        return value if constant_array(value) is not None else None
+    if node.op_type != "DequantizeLinear" or _is_computed(node.inputs[0]):
+        return None
+    _make_own_scale(model, (node,), 1)
+    return value
+
+
+def _find_input_scale(node: Node) -> Value | None:
+    """The scale of the codes that a layer reads; None where it reads floats."""
+    value = node.inputs[0]
+    before = None if value is None else value.producer()
+    return before.inputs[1] if before is not None and before.op_type == "DequantizeLinear" else None
+
+
+# Weights, scales and biases of a Q/DQ file as PyTorch learns them, and back into the file.
+#
+#     codes   q = clamp(round(w / s) + z, q_min, q_max)       w = s_0 v        s = s_0 exp(u)
+#     bias    b = b_0 + t
+#
+# v is a weight in codes of the file, u the logarithm of how far a scale has moved, s_0 the scale in the file: one
+# learning rate means the same to layers whose weights differ a thousandfold, as those do that BatchNormalization was
+# folded into, and to layers of other bits. Gradients of v and u are those of LSQ (see torchmath.py).
+#
+# Where the file stores a bias in steps of s_x s_w, scales stay so large that it fits (see weights.py). Pairs of
+# products may overflow 16 bits on some CPUs (see saturation.py): `fit_pairs` lets none be worse than in the file,
+# unless it fits.
+#
+# Sources: Esser et al. 2020, arXiv 1902.08153 (LSQ); Bhalgat et al. 2020, arXiv 2004.09576, for activations whose zero
+# is not at the lowest code.
+
+
+LARGEST_LOG_SCALE = float(np.log(8.0))
+"""So far may a scale move from that in the file."""
+
+TYPICAL_CODE = 16
+"""Of what a layer reads: a bias is learned in steps of what the largest weight makes of it."""
+
+
+class _LearnedWeights:
+    """Those of one site. v: (O, I/g, ...); u: as the scale; t: (O,), None where no bias is learned."""
+
+    def __init__(self, site: WeightSite, device: torch.device) -> None:
+        codes, scale = _read_numbers(site.codes), _read_numbers(site.scale).astype(np.float32)
+        self.site = site
+        self.scale_in_file = _to_tensor(scale, device)
+        self.zero, self.low, self.high = (_to_tensor(numbers, device) for numbers in (site.zero, site.low, site.high))
+        self.v = _to_tensor(codes.astype(np.int64) - site.zero, device)
+        self.u = torch.zeros_like(self.scale_in_file)
+        self.t: Tensor | None = None
+        if site.bias is not None:
+            own = read_bias(site.bias)
+            step = scale.reshape(-1) if scale.size == own.size else np.full(own.size, scale.max())
+            typical = 1.0 if site.input_scale is None else TYPICAL_CODE * float(_read_numbers(site.input_scale).mean())
+            self.bias_in_file = _to_tensor(own, device)
+            reach = max(1, int(np.maximum(site.high - site.zero, site.zero - site.low).max()))
+            self.unit = _to_tensor((step * reach * typical).reshape(own.shape), device)
+            self.t = torch.zeros_like(self.bias_in_file)
+
+    def bias(self) -> Tensor | None:
+        """(O,)"""
+        return None if self.t is None else self.bias_in_file + self.t * self.unit
+
+    def scale(self, read: Tensor | None) -> Tensor:
+        """As it is stored. read: the scale of what the layer reads, None where no bias is stored in steps of both."""
+        scale, bias = self.scale_in_file * torch.exp(self.u), self.bias()
+        if bias is None or read is None or find_stored_bias(self.site) is None:
+            return scale
+        least = bias.detach().abs() / (LARGEST_BIAS_CODE * read.detach())
+        return torch.maximum(scale, least.reshape(scale.shape) if scale.numel() == least.numel() else least.max())
+
+    def stored_bias(self, bias: Tensor, scale: Tensor, read: Tensor | None) -> dict[str, Tensor]:
+        """A bias as the file has it, by the names of its parts: a float constant, or codes and their steps."""
+        parts = find_stored_bias(self.site)
+        if parts is None:
+            return {_name_of(self.site.bias): bias}
+        step = _read_numbers(parts[1])
+        steps = (scale * read).reshape(step.shape) if read is not None else _to_tensor(step, bias.device)
+        return {_name_of(parts[0]): round_straight_through(bias / steps), _name_of(parts[1]): steps}
+
+    def fit_pairs(self) -> None:
+        """Widen scales until no output has a pair of products that is worse than its worst one in the file, or fits."""
+        axis = find_pairs_axis(self.site)
+        if axis is None:
+            return
+        before = worst_pair_ratio(_read_numbers(self.site.codes), axis)
+        limit = np.maximum(before if self.u.numel() == before.size else before.max(), 1.0)
+        while True:
+            worst = worst_pair_ratio(self.codes().cpu().numpy().astype(np.int8), axis)
+            gain = np.where(worst > limit, np.maximum(worst / limit, SMALLEST_WIDENING), 1.0)
+            if gain.max() == 1:
+                return
+            step = gain.reshape(self.u.shape) if gain.size == self.u.numel() else gain.max()
+            self.u += torch.from_numpy(np.log(np.asarray(step, np.float32))).to(self.u.device)
+
+    def codes(self) -> Tensor:
+        """As they are stored, but floats."""
+        site, move, axes = self.site, torch.exp(-self.u), self.v.ndim
+        if move.numel() == 1:
+            move = move.reshape([1] * axes)
+        elif site.block:
+            move = move.repeat_interleave(site.block, dim=site.axis).narrow(site.axis, 0, self.v.shape[site.axis])
+        elif move.ndim < axes:
+            move = move.reshape([-1 if i == site.axis else 1 for i in range(axes)])
+        return torch.clamp(round_straight_through(self.v * move) + self.zero, self.low, self.high)
+
+
+class LearnedParameters:
+    """All that is learned of a model. kinds: what has a learning rate of its own, and its tensors by name."""
+
+    def __init__(self, sites: LearnableSites, device: str = "cpu") -> None:
+        place = torch.device(device)
+        self._scales = {site.scale: _to_tensor(_read_numbers(site.scale), place) for site in sites.activations}
+        self._moves = {value: torch.zeros_like(scale) for value, scale in self._scales.items()}
+        self._weights = [_LearnedWeights(site, place) for site in sites.weights]
+        self.kinds: dict[str, dict[str, Tensor]] = {
+            "weights": {_name_of(w.site.codes): w.v for w in self._weights},
+            "weight_scales": {_name_of(w.site.scale): w.u for w in self._weights},
+            "activation_scales": {_name_of(value): u for value, u in self._moves.items()},
+            "biases": {_name_of(w.site.bias): w.t for w in self._weights if w.t is not None},
+        }
+        for tensor in self.tensors:
+            tensor.requires_grad_()
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is learned."""
+        for tensors in self.kinds.values():
+            yield from tensors.values()
+
+    def given(self, used: Container[str] | None = None) -> dict[str, Tensor]:
+        """What stands for the file's constants in `Network.run`, by name. used: names to do without all others."""
+        found = {_name_of(v): self._scale(v) for v in self._scales if used is None or _name_of(v) in used}
+        for weights in self._weights:
+            if used is not None and _name_of(weights.site.codes) not in used:
+                continue
+            read = self._read_by(weights.site)
+            scale, bias = weights.scale(read), weights.bias()
+            found[_name_of(weights.site.scale)] = scale
+            found[_name_of(weights.site.codes)] = weights.codes()
+            if bias is not None:
+                found |= weights.stored_bias(bias, scale, read)
+        return found
+
+    def hold(self) -> None:
+        """Bring scales back that have moved too far."""
+        with torch.no_grad():
+            for tensor in (*self._moves.values(), *(weights.u for weights in self._weights)):
+                tensor.clamp_(-LARGEST_LOG_SCALE, LARGEST_LOG_SCALE)
+
+    def fit_pairs(self) -> None:
+        """Widen scales until no layer has a worse pair of products than in the file; for each state that is kept."""
+        with torch.no_grad():
+            for weights in self._weights:
+                weights.fit_pairs()
+
+    def _scale(self, value: Value) -> Tensor:
+        return self._scales[value] * torch.exp(self._moves[value])
+
+    def _read_by(self, site: WeightSite) -> Tensor | None:
+        return self._scale(site.input_scale) if site.input_scale in self._scales else None
+
+    # -- back into the file ----------------------------------------------------------------------------------------
+
+    def write(self, model: Model) -> None:
+        """Put the numbers of now into the model, which is the one that `sites` are of."""
+        with torch.no_grad():
+            given = {name: tensor.cpu().numpy() for name, tensor in self.given().items()}
+        for value in self._scales:
+            model.set_constant(value, given[_name_of(value)])
+        for weights in self._weights:
+            site, parts = weights.site, find_stored_bias(weights.site)
+            bias = [] if site.bias is None else [*(parts or [site.bias])]
+            for value in (site.scale, site.codes, *bias):
+                numbers = given[_name_of(value)]
+                whole = numbers if _read_numbers(value).dtype == np.float32 else np.rint(numbers.astype(np.float64))
+                model.set_constant(value, whole.astype(_read_numbers(value).dtype))
+
+    # -- what is kept --------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """All that was learned, by kinds and names."""
+        return {
+            f"{kind}/{name}": tensor.detach().cpu().numpy().copy()
+            for kind, tensors in self.kinds.items()
+            for name, tensor in tensors.items()
+        }
+
+    def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
+        """What `state` gave."""
+        with torch.no_grad():
+            for kind, tensors in self.kinds.items():
+                for name, tensor in tensors.items():
+                    tensor.copy_(torch.from_numpy(np.array(state[f"{kind}/{name}"])))
+
+
+def find_stored_bias(site: WeightSite) -> tuple[Value, Value] | None:
+    """Codes and steps of a bias that is stored so."""
+    node = None if site.bias is None else site.bias.producer()
+    if node is None:
+        return None
+    codes, step = node.inputs[:2]
+    assert codes is not None
+    assert step is not None
+    return codes, step
+
+
+def find_pairs_axis(site: WeightSite) -> int | None:
+    """Where the outputs lie, for 8-bit weights whose products a kernel may add in pairs; None for others."""
+    node, codes = site.nodes[0], _read_numbers(site.codes)
+    if site.bits != 8 or codes.dtype != np.int8 or site.block or site.input_scale is None or site.zero.any():
+        return None
+    if node.op_type == "Conv":
+        groups = attribute(node, "group", 1)
+        return None if groups > 1 and codes.shape[:2] == (groups, 1) else 0
+    if node.op_type in ("Gemm", "MatMul") and codes.ndim == 2:
+        return 0 if attribute(node, "transB", 0) else 1
+    return None
+
+
+def read_bias(value: Value) -> NDArray[np.float32]:
+    """What a layer adds, as it is stored."""
+    node = value.producer()
+    if node is None:
+        return _read_numbers(value).astype(np.float32)
+    codes, scale = (_read_numbers(part) for part in node.inputs[:2])
+    return np.asarray(codes.astype(np.float32) * scale, np.float32)
+
+
+def _read_numbers(value: Value | None) -> NDArray[Any]:
+    found = constant_numbers(value)
+    assert found is not None
+    return found
+
+
+def _to_tensor(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.array(numbers, np.float32)).to(device)
+
+
+def _name_of(value: Value | None) -> str:
+    assert value is not None
+    return value.name or ""
