@@ -9,7 +9,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 
 if TYPE_CHECKING:
-    from qconv.pipeline.pipeline import quantize
+    from qconv.pipeline.quantize import quantize
 
 __version__ = "0.1.0"
 __all__ = ["PreprocessingOptions", "QconvError", "Recipe", "__version__", "quantize"]
@@ -18,7 +18,7 @@ __all__ = ["PreprocessingOptions", "QconvError", "Recipe", "__version__", "quant
 def __getattr__(name: str) -> Any:
     # onnx and onnxruntime take a second to import; `qconv --help` needs neither
     if name == "quantize":
-        from qconv.pipeline.pipeline import quantize
+        from qconv.pipeline.quantize import quantize
 
         return quantize
     raise AttributeError(f"module 'qconv' has no attribute {name!r}")

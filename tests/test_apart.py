@@ -13,7 +13,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir.files import Source
 from qconv.passes.requantize import requantize_for_layers
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.planning.planner import make_plan
 
 EYE = np.eye(2, dtype=np.float32).reshape(2, 2, 1, 1)

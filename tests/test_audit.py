@@ -18,7 +18,7 @@ from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.report.printing import audit as printed
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"

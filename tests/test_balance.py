@@ -13,8 +13,8 @@ from models import network
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
-from qconv.pipeline import pipeline
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline import quantize as pipeline_quantize
+from qconv.pipeline.quantize import quantize
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
 
@@ -51,7 +51,7 @@ def samples(tmp_path: Path) -> str:
 def quantized(proto: onnx.ModelProto, samples: str, **options: Any) -> Report:
     path = Path(samples).parent / "model.onnx"
     onnx.save(proto, path)
-    report, _ = pipeline.quantize(
+    report, _ = pipeline_quantize.quantize(
         path,
         path.with_suffix(".out.onnx"),
         Recipe(**({"calib": (samples,), "equalize": True, "rounding": "nearest"} | options)),
@@ -109,7 +109,7 @@ def test_the_same_bytes_again(samples: str) -> None:
     onnx.save(unequal("Relu(c)"), path)
     made = []
     for name in ("one.onnx", "two.onnx"):
-        pipeline.quantize(
+        pipeline_quantize.quantize(
             path, path.with_name(name), Recipe(calib=(samples,), equalize=True, weight_granularity="per-tensor")
         )
         made.append(path.with_name(name).read_bytes())

@@ -24,7 +24,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir import metadata
 from qconv.ir.files import Source
-from qconv.pipeline import pipeline
+from qconv.pipeline import quantize
 from qconv.quantizer import QuantSpec
 from qconv.results.comparison import Comparison
 from qconv.runtime.session import Session
@@ -85,7 +85,7 @@ def saved(proto: onnx.ModelProto, samples: Path, name: str = "model.onnx") -> Pa
 
 def quantized(model: Path, samples: Path, **options: Any) -> Path:
     out = model.with_suffix(".q.onnx")
-    pipeline.quantize(model, out, Recipe(**({"calib": (str(samples),)} | options)))
+    quantize.quantize(model, out, Recipe(**({"calib": (str(samples),)} | options)))
     return out
 
 
@@ -273,7 +273,7 @@ def test_a_file_by_another_tool_is_matched_through_its_folding(samples: Path) ->
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's own network, every weight to its nearest code."""
     out = tmp_path_factory.mktemp("cifar") / "out.onnx"
-    pipeline.quantize(CIFAR, out, Recipe(calib=(str(ROOT / "calib_samples"),), samples=32, effort="fast"))
+    quantize.quantize(CIFAR, out, Recipe(calib=(str(ROOT / "calib_samples"),), samples=32, effort="fast"))
     return out
 
 
@@ -292,7 +292,7 @@ def test_errors_of_layers_add_up_on_resnet20(tmp_path: Path) -> None:
     if not model.is_file():
         pytest.skip(f"no {model.name}: set QCONV_DATA to the folder that has models/")
     out = tmp_path / "out.onnx"
-    pipeline.quantize(model, out, Recipe(calib=(str(calib),)))
+    quantize.quantize(model, out, Recipe(calib=(str(calib),)))
     found = compared(model, out, test, samples=64)
     assert found.predicted_db == pytest.approx(found.sqnr_db, abs=3.0)
     assert not found.unmatched

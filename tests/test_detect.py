@@ -22,7 +22,7 @@ from qconv.data.evidence import find_fact, find_references
 from qconv.data.hypotheses import COLOR_FAMILIES, GREY_FAMILIES
 from qconv.data.loader import DataLoader
 from qconv.ir.files import Source
-from qconv.pipeline.pipeline import Listener, quantize
+from qconv.pipeline.quantize import Listener, quantize
 from qconv.runtime.session import Session
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,7 @@ from qconv.analysis.remedies import joined, merged
 from qconv.cli.cli import cli
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import find_files
-from qconv.pipeline import gather, pipeline
+from qconv.pipeline import collect, quantize
 from qconv.results.comparison import Trial, pareto_mask
 
 ROOT = Path(__file__).parents[1]
@@ -388,12 +388,12 @@ def test_a_broken_picture_among_those_held_back(tmp_path: Path) -> None:
 
 def test_a_file_is_the_same_whatever_ran_before(tmp_path: Path, samples: Path) -> None:
     """What runs share changes no byte."""
-    model, memory = saved(gated(), tmp_path), gather.Memory()
+    model, memory = saved(gated(), tmp_path), collect.CalibrationCache()
     pictures = {"calib": (str(samples),), "equalize": False}
     recipes = [Recipe(**pictures, keep_float=("d",)), Recipe(**pictures, effort="fast"), Recipe(**pictures)]
     for recipe in [*recipes, *recipes[::-1]]:
-        _, shared = pipeline.quantize(model, None, recipe, None, memory)
-        _, alone = pipeline.quantize(model, None, recipe)
+        _, shared = quantize.quantize(model, None, recipe, None, memory)
+        _, alone = quantize.quantize(model, None, recipe)
         assert shared == alone
 
 

@@ -28,7 +28,7 @@ from qconv.ir.files import Source
 from qconv.ir.model import Model
 from qconv.passes import fold
 from qconv.passes.embed_preprocessing import embed_preprocessing
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
 

@@ -30,7 +30,7 @@ from qconv.ir import load, metadata
 from qconv.ir.files import Source, declared_opset
 from qconv.passes import fold
 from qconv.passes.compress_constants import compress_constants
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit

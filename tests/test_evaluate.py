@@ -21,7 +21,7 @@ from qconv.config.recipe import Recipe
 from qconv.data.dataset import find_classes
 from qconv.errors import QconvError
 from qconv.ir.files import Source
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
 BODY = "c = Conv(x, w)  r = Relu(c)  p = GlobalAveragePool(r)  f = Flatten(p)  y = Gemm(f, g)"

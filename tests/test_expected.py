@@ -23,7 +23,7 @@ from qconv.ir.model import Model, Node
 from qconv.passes.equalize import apply_scales
 from qconv.passes.fold import run_float_passes
 from qconv.passes.scale_groups import find_scale_groups
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
 

@@ -32,7 +32,7 @@ from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.files import Source, read_proto
 from qconv.ir.metadata import read_recipe
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.results.training import FinetuneResult
 from qconv.training.finetune import TrainingListener, finetune
 from qconv.training.network import TorchNetwork

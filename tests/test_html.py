@@ -26,7 +26,7 @@ from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
-from qconv.pipeline import pipeline
+from qconv.pipeline import quantize
 from qconv.report import html, pages
 from qconv.report.plot import thumbnail
 from qconv.report.sheet import NO_PICTURES, as_pixels, sheet
@@ -383,7 +383,7 @@ QUICK = ("--calib", PHOTOS, "--samples", 8, "--effort", "fast", "--preprocess", 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cifar") / "out.onnx"
-    pipeline.quantize(CIFAR, out, Recipe(calib=(str(PHOTOS),), samples=8, effort="fast"))
+    quantize.quantize(CIFAR, out, Recipe(calib=(str(PHOTOS),), samples=8, effort="fast"))
     return out
 
 

@@ -30,7 +30,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, format_number, recipe_from_dict
 from qconv.errors import QconvError
 from qconv.ir.files import Source, is_quantized, read_proto
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.report.inspected import _short, float_model, quantized_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob, format_layer_bits, read_layer_bits
 from qconv.errors import QconvError
 from qconv.ir.files import Source
-from qconv.pipeline.pipeline import Listener, quantize
+from qconv.pipeline.quantize import Listener, quantize
 from qconv.planning.eligibility import NO_16_BIT_KERNEL
 from qconv.planning.planner import KEPT_FLOAT_BY_LAYER_BITS
 

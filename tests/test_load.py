@@ -20,7 +20,7 @@ from qconv.errors import QconvError
 from qconv.ir import files, load, subgraph
 from qconv.ir.files import Source, file_bytes, read_proto
 from qconv.ir.model import Model
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.runtime.session import Session
 
 FLOAT, HALF, INT64, BOOL, TEXT = (

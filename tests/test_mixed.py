@@ -29,7 +29,7 @@ from qconv.config.serialization import read_layer_bits
 from qconv.data.dataset import find_files
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
-from qconv.pipeline.pipeline import Listener, quantize
+from qconv.pipeline.quantize import Listener, quantize
 from qconv.quantization.second_order import ROUNDING_EFFORTS
 from qconv.report import summary
 from qconv.results.quantize import MixedPrecision, Report

@@ -23,8 +23,8 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.metrics import comparison
-from qconv.pipeline import pipeline
-from qconv.pipeline.pipeline import Listener, folded_float, quantize
+from qconv.pipeline import quantize as pipeline_quantize
+from qconv.pipeline.quantize import Listener, quantize, write_folded_float
 from qconv.results.quantize import OutputScore, Report
 from qconv.runtime.session import Session
 
@@ -159,7 +159,7 @@ def test_only_what_shapes_the_file_changes_it(pictures: str) -> None:
 
 
 def test_the_folded_model_computes_the_same(tmp_path: Path) -> None:
-    folded_float(CIFAR, tmp_path / "folded.onnx")
+    write_folded_float(CIFAR, tmp_path / "folded.onnx")
     x = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     (want,), (got,) = (
         Session(str(path), optimize=False, threads=1).run_all({"input": x})
@@ -511,7 +511,7 @@ def test_a_result_that_is_slower_than_float_is_told(
 ) -> None:
     """Times are the machine's; what is said of them is not."""
     real = comparison.verify
-    monkeypatch.setattr(pipeline, "verify", lambda *args: replace(real(*args), slowdown=slowdown))
+    monkeypatch.setattr(pipeline_quantize, "verify", lambda *args: replace(real(*args), slowdown=slowdown))
     report, _ = quantized(deep(), Recipe(calib=(pictures,)))
     assert any("times as long as the float one" in text for text in report.warnings) is told
 
@@ -526,7 +526,7 @@ def test_a_result_of_which_little_is_left_is_told(
 ) -> None:
     real = comparison.verify
     scores = (OutputScore("y", sqnr, agreement),)
-    monkeypatch.setattr(pipeline, "verify", lambda *args: replace(real(*args), outputs=scores))
+    monkeypatch.setattr(pipeline_quantize, "verify", lambda *args: replace(real(*args), outputs=scores))
     report, _ = quantized(deep(), Recipe(calib=(pictures,), effort="fast"))
     warned = [text for text in report.warnings if "little is left of the float model" in text]
     assert len(warned) == bool(told)

@@ -15,7 +15,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir.files import Source
 from qconv.ir.stepwise import NetworkTail, StepwiseRun
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.planning.planner import make_plan
 from qconv.quantizer import QuantParams, QuantSpec
 from qconv.runtime.session import Session

@@ -23,7 +23,7 @@ from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, QconvError, Skipped
 from qconv.ir.model import Model, ir
-from qconv.pipeline import pipeline
+from qconv.pipeline import quantize
 from qconv.results.quantize import Report
 from qconv.training import reconstruct, trainable
 from qconv.training.network import QuantDrop, TorchNetwork
@@ -75,7 +75,7 @@ def made(folder: Path, name: str, **more: Any) -> tuple[Report, Path]:
         "threads": 1, "rounding": "reconstruct",
     }  # fmt: skip
     out = folder / f"{name}.onnx"
-    report, _ = pipeline.quantize(str(folder / "net.onnx"), out, Recipe(**{**options, **more}))
+    report, _ = quantize.quantize(str(folder / "net.onnx"), out, Recipe(**{**options, **more}))
     return report, out
 
 
@@ -217,9 +217,9 @@ def test_operators_that_cannot_be_run_are_told_of_before_the_work(place: Path, t
     (tmp_path / "net.onnx").write_bytes(proto.SerializeToString())
     recipe = Recipe(calib=(str(place / "pictures"),), preprocessing=RAW, rounding="reconstruct", threads=1)
     heard: list[str] = []
-    listener = pipeline.Listener(progress=lambda stage, done, total: heard.append(stage))
+    listener = quantize.Listener(progress=lambda stage, done, total: heard.append(stage))
     with pytest.raises(QconvError, match="cannot run 1 operator of this model in PyTorch: Mish"):
-        pipeline.quantize(str(tmp_path / "net.onnx"), tmp_path / "out.onnx", recipe, listener)
+        quantize.quantize(str(tmp_path / "net.onnx"), tmp_path / "out.onnx", recipe, listener)
     assert "round" not in heard
 
 

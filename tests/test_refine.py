@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from qconv.config.recipe import Recipe
 from qconv.ir.files import Source
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.quantization import overflow, second_order
 from qconv.quantization.input_moments import InputMoments, accumulate_moments
 from qconv.results.quantize import Report

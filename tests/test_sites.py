@@ -19,7 +19,7 @@ from qconv.ir.files import Source, read_proto
 from qconv.ir.metadata import read_recipe
 from qconv.ir.model import Model
 from qconv.ir.stored_weights import constant_numbers
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.training.trainable import LearnableSites, find_sites
 
 BODY = (

@@ -17,7 +17,7 @@ from qconv.cli.cli import cli
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 
 BODY = "c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) d = Conv(r, v) p = GlobalAveragePool(d) y = Flatten(p)"
 

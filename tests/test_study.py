@@ -22,7 +22,7 @@ from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.errors import QconvError
-from qconv.pipeline import pipeline
+from qconv.pipeline import quantize
 from qconv.results.sample_curve import CurvePoint, SampleCurve, counts_up_to
 from qconv.runtime.session import Session
 
@@ -73,7 +73,7 @@ def test_points_of_the_first_draw_are_what_quantize_makes(
         as_it_is = replace(
             recipe(pictures, calibrator=calibrator, samples=point.pictures), equalize=False, tune_ranges=False
         )
-        pipeline.quantize(str(model), out, as_it_is)
+        quantize.quantize(str(model), out, as_it_is)
         got = ort.InferenceSession(str(out)).run(None, {"x": x})[0].astype(np.float64)
         sqnr = 10 * math.log10((expected**2).sum() / ((expected - got) ** 2).sum())
         assert point.sqnr_db == pytest.approx(sqnr, rel=1e-9)

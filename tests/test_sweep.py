@@ -20,7 +20,7 @@ from qconv.analysis import proof
 from qconv.calibration import observer
 from qconv.cli import given, sweeping
 from qconv.cli.cli import cli
-from qconv.pipeline import gather
+from qconv.pipeline import collect
 
 COUNT = 40
 RECIPES = """
@@ -103,7 +103,7 @@ def test_pictures_pass_the_network_once(place: Path, monkeypatch: pytest.MonkeyP
         watched.append(len(taps))
         return watch(session, taps, batches)
 
-    monkeypatch.setattr(gather, "watch", counted)
+    monkeypatch.setattr(collect, "watch", counted)
     text = '[one]\n[two]\ncalibrator = "minmax"\n[three]\nweight-bits = 4\n'
     (place / "recipes.toml").write_text(text)
     assert run(place, "--effort", "fast").exit_code == 0

@@ -31,7 +31,7 @@ from qconv.data import images
 from qconv.data.dataset import find_files
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
-from qconv.pipeline import pipeline
+from qconv.pipeline import quantize
 from qconv.storage import replace_folder_atomically
 from qconv.training import synthesize
 from qconv.training.network import TorchNetwork
@@ -380,7 +380,7 @@ def test_a_picture_stands_for_the_sample_beside_it(tmp_path: Path) -> None:
 
 
 def test_a_network_that_remembers_nothing_is_refused(tmp_path: Path) -> None:
-    pipeline.folded_float(CIFAR, tmp_path / "folded.onnx")
+    quantize.write_folded_float(CIFAR, tmp_path / "folded.onnx")
     with pytest.raises(QconvError, match="has no BatchNormalization that remembers"):
         made(tmp_path, (tmp_path / "folded.onnx").read_bytes())
     assert not (tmp_path / "set").exists()
@@ -543,20 +543,20 @@ def test_what_nothing_tells_of_is_watched_on_synthesized_pictures(tmp_path: Path
     constants = {name: stored[name] for name in ("w", "g1", "b1", "m1", "v1", "u", "g")} | {"o": (6, 6, 1, 1)}
     where = source(network(body, ("N", 3, 12, 12), **constants).SerializeToString(), tmp_path)
     recipe = Recipe(calib="none", preprocessing=RAW, fallback="synthesized", threads=1)
-    report, _ = pipeline.quantize(where, tmp_path / "out.onnx", recipe)
+    report, _ = quantize.quantize(where, tmp_path / "out.onnx", recipe)
     watched = {c.where for c in report.findings if isinstance(c, Change) and c.kind == "ranges by synthesized pictures"}
     assert "s" in watched
-    pipeline.quantize(where, tmp_path / "random.onnx", replace(recipe, fallback="random"))
+    quantize.quantize(where, tmp_path / "random.onnx", replace(recipe, fallback="random"))
     by_random, by_synthesized = (constants_in(tmp_path / f"{name}.onnx") for name in ("random", "out"))
     assert by_random.keys() == by_synthesized.keys()
     assert any(by_random[name] > 1.2 * scale for name, scale in by_synthesized.items() if scale > 0)
 
 
 def test_a_network_that_remembers_nothing_has_no_synthesized_pictures(tmp_path: Path) -> None:
-    pipeline.folded_float(CIFAR, tmp_path / "folded.onnx")
+    quantize.write_folded_float(CIFAR, tmp_path / "folded.onnx")
     recipe = Recipe(calib="none", preprocessing=PreprocessingOptions("imagenet"), fallback="synthesized", threads=1)
     with pytest.raises(QconvError, match="has no BatchNormalization that remembers"):
-        pipeline.quantize(tmp_path / "folded.onnx", tmp_path / "out.onnx", recipe)
+        quantize.quantize(tmp_path / "folded.onnx", tmp_path / "out.onnx", recipe)
     assert not (tmp_path / "out.onnx").exists()
 
 

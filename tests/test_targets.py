@@ -21,7 +21,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 from qconv.ir.files import Source
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.quantization.layer import compute_bias_correction
 from qconv.results.quantize import Report
 

@@ -24,7 +24,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source, read_proto
 from qconv.ir.load import load
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.runtime.session import Session
 from qconv.training.network import TorchNetwork
 

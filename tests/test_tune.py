@@ -12,7 +12,7 @@ from models import network
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source
-from qconv.pipeline.pipeline import quantize
+from qconv.pipeline.quantize import quantize
 from qconv.planning.placement import NodeCost
 from qconv.results.quantize import Report
 from qconv.runtime.benchmark import Benchmark, Timing, TimingConditions, detect_cpu

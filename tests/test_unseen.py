@@ -23,7 +23,7 @@ from qconv.errors import Change, QconvError, Skipped
 from qconv.ir.channel_stats import ChannelDistribution
 from qconv.ir.files import Source
 from qconv.metrics.comparison import verify
-from qconv.pipeline import pipeline
+from qconv.pipeline import quantize
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
 
@@ -43,7 +43,7 @@ def made(tmp_path: Path, model: Path | onnx.ModelProto = CIFAR, **options: Any) 
         onnx.save(model, tmp_path / "model.onnx")
         model = tmp_path / "model.onnx"
     out = tmp_path / "out.onnx"
-    report, _ = pipeline.quantize(Source(str(model), model), out, recipe(**options))
+    report, _ = quantize.quantize(Source(str(model), model), out, recipe(**options))
     return report, out
 
 
@@ -68,7 +68,7 @@ def test_a_real_network_keeps_its_outputs(tmp_path: Path) -> None:
     looked = Recipe(
         calib=(str(PHOTOS),), samples=32, effort="fast", preprocessing=PreprocessingOptions("imagenet"), equalize=False
     )
-    pipeline.quantize(Source(str(CIFAR), CIFAR), out, looked)
+    quantize.quantize(Source(str(CIFAR), CIFAR), out, looked)
     assert without > 25
     assert without > sqnr(out) - 6
     assert whats(report, "ranges by what BatchNormalization says")
@@ -167,7 +167,7 @@ def test_it_is_watched_on_made_up_pictures_where_that_is_asked_for(tmp_path: Pat
 
 
 def test_a_network_folded_before_tells_nothing(tmp_path: Path) -> None:
-    pipeline.folded_float(CIFAR, tmp_path / "folded.onnx")
+    quantize.write_folded_float(CIFAR, tmp_path / "folded.onnx")
     with pytest.raises(QconvError, match="says nothing of"):
         made(tmp_path, tmp_path / "folded.onnx")
     report, out = made(tmp_path, tmp_path / "folded.onnx", fallback="random")

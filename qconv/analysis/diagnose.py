@@ -58,8 +58,8 @@ from qconv.ir.files import (
 )
 from qconv.ir.metadata import needed_opset
 from qconv.passes import fold
-from qconv.pipeline.gather import Memory, open_pictures
-from qconv.pipeline.pipeline import Listener
+from qconv.pipeline.collect import CalibrationCache, open_calibration_data
+from qconv.pipeline.quantize import Listener
 from qconv.planning.placement import choose_float_nodes
 from qconv.planning.planner import make_plan
 from qconv.results.comparison import Cause, Comparison, Diagnosis, Trial
@@ -140,7 +140,7 @@ class _Clinic:
     case: Case
     listener: Listener
     folder: Path
-    memory: Memory = field(default_factory=Memory)
+    memory: CalibrationCache = field(default_factory=CalibrationCache)
     found: list[Cause] = field(default_factory=list)
     attempts: list[_Attempt] = field(default_factory=list)
     changes: dict[str, Any] = field(default_factory=dict)
@@ -292,7 +292,7 @@ class _Clinic:
         proto = read_proto(source)
         model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
         made_from = hash_model(source, external_data_files(proto, source))
-        pictures = open_pictures(source, made_from, recipe, SILENT.warn, self.listener.progress)
+        pictures = open_calibration_data(source, made_from, recipe, SILENT.warn, self.listener.progress)
         pictures.memory = self.memory
         pictures.settle(model, recipe)
         fold.run_float_passes(model)

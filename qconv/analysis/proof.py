@@ -22,8 +22,8 @@ from qconv.errors import QconvError
 from qconv.ir.files import Source, open_original
 from qconv.metrics import comparison
 from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
-from qconv.pipeline.gather import Memory
-from qconv.pipeline.pipeline import Listener, quantize
+from qconv.pipeline.collect import CalibrationCache
+from qconv.pipeline.quantize import Listener, quantize
 from qconv.results.comparison import Trial
 from qconv.results.quantize import Report
 from qconv.runtime.benchmark import Benchmark, TimingConditions, benchmark
@@ -86,11 +86,13 @@ class Proof:
     source: Source
     scored: ReferenceOutputs
     listener: Listener
-    memory: Memory
+    memory: CalibrationCache
     made: list[Made] = field(default_factory=list)
 
     @classmethod
-    def of(cls, source: Source, feed: DataLoader, recipe: Recipe, listener: Listener, memory: Memory) -> Proof:
+    def of(
+        cls, source: Source, feed: DataLoader, recipe: Recipe, listener: Listener, memory: CalibrationCache
+    ) -> Proof:
         """feed: the pictures to score on, fed as they should be."""
         session = open_original(source, recipe)
         scored = collect_reference_outputs(session, feed, "float", most_bytes=SCORED_BYTES, warn=listener.warn)

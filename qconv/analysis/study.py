@@ -33,8 +33,8 @@ from qconv.ir.metadata import needed_opset
 from qconv.ir.model import Model
 from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
 from qconv.passes import fold
-from qconv.pipeline.pipeline import Listener, check_output
-from qconv.pipeline.wishes import look_for_wishes, require_layers
+from qconv.pipeline.checks import check_output, require_layers, warn_of_unmatched_options
+from qconv.pipeline.quantize import Listener
 from qconv.planning.placement import choose_float_nodes
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
@@ -97,7 +97,7 @@ def study_samples(
     detected = detect_preprocessing(model, session, calibration, recipe.preprocessing, threads=recipe.threads)
     calibration.preprocessing = scoring.preprocessing = detected.preprocessing
     fold.run_float_passes(model)
-    look_for_wishes(model, recipe, warn)
+    warn_of_unmatched_options(model, recipe, warn)
     floats = choose_float_nodes(model, recipe, calibration.preprocessing)
     plan = make_plan(model, recipe, TARGETS[recipe.target], floats)
     require_layers(plan, source)

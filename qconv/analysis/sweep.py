@@ -23,8 +23,9 @@ from qconv.ir.files import (
     refuse_quantized,
 )
 from qconv.ir.load import load
-from qconv.pipeline.gather import Memory, open_pictures
-from qconv.pipeline.pipeline import Listener, check_output
+from qconv.pipeline.checks import check_output
+from qconv.pipeline.collect import CalibrationCache, open_calibration_data
+from qconv.pipeline.quantize import Listener
 from qconv.results.comparison import Sweep
 
 
@@ -61,9 +62,9 @@ def sweep(source: Source, entries: Sequence[Entry], listener: Listener | None = 
     held = held_back(session, shared, (), heard)
     del session
     shared = replace(shared, samples=min(shared.samples, held.most))
-    memory = Memory()
+    memory = CalibrationCache()
     made_from = hash_model(source, external_data_files(proto, source))
-    pictures = open_pictures(source, made_from, shared, Listener().warn, listener.progress)
+    pictures = open_calibration_data(source, made_from, shared, Listener().warn, listener.progress)
     pictures.memory = memory
     pictures.settle(load(proto, source)[0], shared)
     held.feed.preprocessing = pictures.preprocessing

@@ -170,11 +170,11 @@ def study_samples(
     _require_streams(model, None, as_json)
     from qconv.analysis import study
     from qconv.ir.files import source_of
-    from qconv.pipeline import pipeline
+    from qconv.pipeline import quantize as pipeline_quantize
     from qconv.report import summary
 
     console = summary.Console(quiet=quiet)
-    listener = pipeline.Listener(warn=console.warn, progress=console.progress)
+    listener = pipeline_quantize.Listener(warn=console.warn, progress=console.progress)
     source = source_of(model)
     raise_exit_on_signals()
     try:
@@ -267,12 +267,12 @@ def _require_apart(read: str | None, *written: str | None) -> None:
 
 def _run(source: Source, output: str, recipe: Recipe, console: Any, page: Path | None) -> tuple[Report, bytes | None]:
     """page: where one is to be written, too."""
-    from qconv.pipeline import pipeline
+    from qconv.pipeline import quantize as pipeline_quantize
 
-    listener = pipeline.Listener(warn=console.warn, progress=console.progress)
+    listener = pipeline_quantize.Listener(warn=console.warn, progress=console.progress)
     raise_exit_on_signals()
     try:
-        report, data = pipeline.quantize(source, None if output == "-" else output, recipe, listener)
+        report, data = pipeline_quantize.quantize(source, None if output == "-" else output, recipe, listener)
         if page is not None:
             from qconv import storage
             from qconv.ir.files import Source

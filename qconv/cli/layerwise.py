@@ -148,13 +148,13 @@ def diagnose(
     wanted.check(*map(Path, filter(None, (model, *options["calib"], *images, options["layer_bits"]))))
     from qconv.analysis import diagnose as clinic
     from qconv.ir.files import source_of
-    from qconv.pipeline import pipeline
+    from qconv.pipeline import quantize
     from qconv.report import laddered, summary
 
     source = source_of(model)
     place = check_report(report, [source], [*options["calib"], *images, options["layer_bits"]], {"the table": csv})
     console = summary.Console(quiet=quiet)
-    listener = pipeline.Listener(warn=console.warn, progress=console.progress)
+    listener = quantize.Listener(warn=console.warn, progress=console.progress)
     raise_exit_on_signals()
     try:
         seen = clinic.diagnose(clinic.Case(source, asked, images, options["layer_bits"]), listener)

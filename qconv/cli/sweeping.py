@@ -87,7 +87,7 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     flags.wanted.check(Path(model), *map(Path, filter(None, read)), written=outputs)
     from qconv.analysis.sweep import sweep as carried_out
     from qconv.ir.files import source_of
-    from qconv.pipeline import pipeline
+    from qconv.pipeline import quantize
     from qconv.report import laddered, summary
 
     source = source_of(model)
@@ -101,7 +101,7 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
 
     raise_exit_on_signals()
     try:
-        found = carried_out(source, entries, pipeline.Listener(warn, console.progress))
+        found = carried_out(source, entries, quantize.Listener(warn, console.progress))
     finally:
         console.close()
     if page is not None:

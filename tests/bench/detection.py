@@ -29,7 +29,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from qconv.pipeline.pipeline import folded_float
+from qconv.pipeline.quantize import write_folded_float
 from tests.bench.cases import CASES, REPOSITORY, Case, Prep, default_data, linked, pictures
 
 PICTURES = 128
@@ -118,7 +118,7 @@ def halved(model: Path, out: Path, prep: Prep) -> None:
 def folded(model: Path, out: Path, prep: Prep) -> None:
     if not any(node.op_type == "BatchNormalization" for node in onnx.load(model).graph.node):
         raise NotPossible
-    folded_float(model, out)
+    write_folded_float(model, out)
 
 
 def in_graph(model: Path, out: Path, prep: Prep) -> None:

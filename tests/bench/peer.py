@@ -39,9 +39,9 @@ def convert(case: Case, model: Path, folder: Path, out: Path, sample: Path) -> d
     if error is None:
         return {"error": None, "input": "as is", "how": "full", "failed": []}
     folded = out.with_suffix(".folded.onnx")
-    from qconv.pipeline.pipeline import folded_float
+    from qconv.pipeline.quantize import write_folded_float
 
-    folded_float(model, folded)
+    write_folded_float(model, folded)
     failed: list[str] = []
     for how in PREPARATIONS:
         again = attempt(case, folded, folder, out, sample, how)

@@ -24,13 +24,13 @@ from qconv.ir.model import Model
 from qconv.planning.plan import Plan
 from qconv.runtime.session import Session
 
-KEPT_NETWORKS = 4
-LARGEST_KNOWN = 2**30
+MOST_CACHED_NETWORKS = 4
+LARGEST_CACHED_BYTES = 2**30
 """Bytes of a network's weights."""
 
 
 @dataclass(slots=True)
-class Memory:
+class CalibrationCache:
     """What several runs on one float model need to find out only once, where they read the same pictures.
 
     detected: how it is fed, by what the user says and the pictures. sketches: all that any calibrator could want, by
@@ -43,25 +43,25 @@ class Memory:
 
     def known_as(self, model: Model, taps: Sequence[Observer], recipe: Recipe, feed: DataLoader) -> str | None:
         """The name of what such a pass sees; None for a network too large to be told from others."""
-        if total_weight_bytes(model) > LARGEST_KNOWN:
+        if total_weight_bytes(model) > LARGEST_CACHED_BYTES:
             return None
         network = hashlib.sha256(model.proto().SerializeToString()).hexdigest()
-        return f"{network} {feed.fed} {feed.batch} {_drawn(recipe)} {taps}"
+        return f"{network} {feed.fed} {feed.batch} {_describe_draw(recipe)} {taps}"
 
     def keep(self, name: str, sketches: dict[str, Sketch]) -> None:
         """Remember what a pass has seen, and forget the oldest."""
         self.sketches[name] = sketches
-        while len(self.sketches) > KEPT_NETWORKS:
+        while len(self.sketches) > MOST_CACHED_NETWORKS:
             del self.sketches[next(iter(self.sketches))]
 
 
-def _drawn(recipe: Recipe) -> str:
+def _describe_draw(recipe: Recipe) -> str:
     """Which pictures are read, and how the user says they are fed."""
     return repr((recipe.calib, recipe.glob, recipe.samples, recipe.seed, recipe.preprocessing))
 
 
 @dataclass(slots=True)
-class Pictures:
+class CalibrationData:
     """What is known of the pictures, and through which door more of it comes.
 
     feed: None where no pictures are given. known: the statistics in a file, None where none is given.
@@ -78,7 +78,7 @@ class Pictures:
     model: str
     session: Session | None
     pixels: Layout | None = None
-    memory: Memory | None = None
+    memory: CalibrationCache | None = None
     unseen: DataFreeStatistics | None = None
 
     @property
@@ -98,10 +98,10 @@ class Pictures:
             return
         assert session is not None
         remembered = {} if self.memory is None else self.memory.detected
-        if _drawn(recipe) not in remembered:
+        if _describe_draw(recipe) not in remembered:
             found = detect_preprocessing(model, session, self.feed, recipe.preprocessing, threads=recipe.threads)
-            remembered[_drawn(recipe)] = found
-        self.detected = remembered[_drawn(recipe)]
+            remembered[_describe_draw(recipe)] = found
+        self.detected = remembered[_describe_draw(recipe)]
         self.feed.preprocessing = self.detected.preprocessing
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
@@ -176,13 +176,13 @@ class Pictures:
         statistics_file.write_statistics(found, out)
 
 
-def open_pictures(
+def open_calibration_data(
     source: Source,
     model: str,
     recipe: Recipe,
     warn: Callable[[str], None],
     progress: Callable[[str, int, int], None],
-) -> Pictures:
+) -> CalibrationData:
     """The pictures and statistics that `recipe` names. model: the hash of the float model's bytes.
 
     Raises QconvError where they are not for this model.
@@ -194,10 +194,12 @@ def open_pictures(
         unseen = DataFreeStatistics(
             source, GeneratedImageLoader.like(session, recipe), recipe.fallback, recipe.threads, progress
         )
-        return Pictures(None, None, DetectedPreprocessing(unseen.imagined.preprocessing), "", session, unseen=unseen)
+        return CalibrationData(
+            None, None, DetectedPreprocessing(unseen.imagined.preprocessing), "", session, unseen=unseen
+        )
     if recipe.stats is None:
         seen = DataLoader.of(session, recipe, warn, progress)
-        return Pictures(seen, None, DetectedPreprocessing(seen.preprocessing), model, session)
+        return CalibrationData(seen, None, DetectedPreprocessing(seen.preprocessing), model, session)
     found, path = statistics_file.read_statistics(recipe.stats), recipe.stats
     statistics_file.require_same_model(found, path, model=model, name=source.name)
     known = None if found.preprocessing is None else statistics_file.preprocessing_from_dict(found.preprocessing)
@@ -211,4 +213,4 @@ def open_pictures(
         statistics_file.require_same_preprocessing(
             found, path, statistics_file.preprocessing_to_dict(feed.preprocessing)
         )
-    return Pictures(feed, found, DetectedPreprocessing(known), model, None)
+    return CalibrationData(feed, found, DetectedPreprocessing(known), model, None)

@@ -1,11 +1,10 @@
-"""The story: a float model, a recipe and pictures go in, a checked quantized file and a report come out."""
+"""This module quantizes a float model as a recipe says: it writes a verified file and returns a report."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_layer_bits
 from qconv.config.targets import TARGETS, Target
 from qconv.data.loader import DataLoader
-from qconv.errors import Change, Finding, QconvError, Skipped, require_torch
+from qconv.errors import Change, Finding, Skipped, require_torch
 from qconv.ir import files, load
 from qconv.ir.files import (
     Source,
@@ -39,9 +38,18 @@ from qconv.passes.compress_constants import compress_constants
 from qconv.passes.embed_preprocessing import embed_preprocessing
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import describe_requantization, requantize_for_layers
-from qconv.pipeline.gather import Memory, Pictures, open_pictures
-from qconv.pipeline.oddities import oddities
-from qconv.pipeline.wishes import look_for_means_in_vain, look_for_wishes, look_for_wishes_in_vain, require_layers
+from qconv.pipeline.checks import (
+    _check_distinct_places,
+    _describe_accuracy,
+    _is_useless,
+    check_output,
+    find_odd_tensors,
+    require_layers,
+    warn_of_uncorrected_biases,
+    warn_of_unmatched_options,
+    warn_of_vain_keep_float,
+)
+from qconv.pipeline.collect import CalibrationCache, CalibrationData, open_calibration_data
 from qconv.planning.placement import choose_float_nodes
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
@@ -62,11 +70,10 @@ from qconv.search.candidate import (
 from qconv.search.latency import tune_latency
 from qconv.search.mixed_precision import check_target_size, predict_recipe, search_bits
 
-EQUALIZED_ON = 64
+EQUALIZATION_IMAGES = 64
 """Pictures that channels are watched on, but for the best effort, which watches all."""
-LOST, LOST_DB = 0.5, 3.0
-"""Agreement and SQNR below which a result is of no use."""
-SLOWER = 1.05
+
+SLOWER_FACTOR = 1.05
 """Times of the float model from which on a result is called slower: less is noise."""
 
 
@@ -79,7 +86,7 @@ class Listener:
 
 
 @dataclass(slots=True)
-class _Run:
+class _RunRecord:
     """What one run gathers on its way."""
 
     listener: Listener
@@ -103,7 +110,7 @@ def quantize(
     out: str | Path | None,
     recipe: Recipe,
     listener: Listener | None = None,
-    memory: Memory | None = None,
+    memory: CalibrationCache | None = None,
 ) -> tuple[Report, bytes | None]:
     """Quantize `source` as `recipe` says and save the result at `out`.
 
@@ -113,7 +120,7 @@ def quantize(
     started = time.perf_counter()
     if recipe.rounding == "reconstruct":
         require_torch("--rounding reconstruct")
-    run = _Run(listener or Listener())
+    run = _RunRecord(listener or Listener())
     source = source if isinstance(source, Source) else Source(str(source), Path(source))
     place = None if out is None else Path(out)
 
@@ -127,10 +134,10 @@ def quantize(
                 path = Path(getattr(recipe, option))
                 check_output(source, path, external_data_files(proto, source))
                 written[option_name(option)] = path
-        _check_apart(written, [*recipe.calib, *([] if recipe.stats is None else [recipe.stats])])
+        _check_distinct_places(written, [*recipe.calib, *([] if recipe.stats is None else [recipe.stats])])
         refuse_quantized(proto, source.name)
         float_bytes, made_from = file_bytes(proto, source), hash_model(source, external_data_files(proto, source))
-        pictures = open_pictures(source, made_from, recipe, run.warn, run.listener.progress)
+        pictures = open_calibration_data(source, made_from, recipe, run.warn, run.listener.progress)
         pictures.memory = memory
         model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
         run.findings += changes
@@ -146,7 +153,7 @@ def quantize(
             from qconv.training.network import require_operators  # PyTorch is an extra
 
             require_operators(model)
-        look_for_wishes(model, recipe, run.warn)
+        warn_of_unmatched_options(model, recipe, run.warn)
         target = TARGETS[recipe.target]
         floats = {} if recipe.tune_latency else choose_float_nodes(model, recipe, pictures.fed)
         plan = make_plan(model, recipe, target, floats)
@@ -160,7 +167,7 @@ def quantize(
         if recipe.save_stats is not None:
             as_it_is = pictures.sketches(model, [plan, make_plan(model, recipe, target)], recipe)
     with run.step("equalize"):
-        balanced = _balanced(
+        balanced = _equalize(
             model, make_plan(model, predict_recipe(model, recipe, floats), target, floats), recipe, pictures
         )
         run.findings += balanced
@@ -170,7 +177,7 @@ def quantize(
         sketches = as_it_is if as_it_is and not moved else pictures.sketches(model, plans, recipe)
         if pictures.unseen is not None:
             run.findings += pictures.unseen.findings
-        for oddity in oddities(sketches):
+        for oddity in find_odd_tensors(sketches):
             run.warn(oddity)
     with run.step("plan"):
         apart = requantize_for_layers(model, plan)
@@ -187,7 +194,7 @@ def quantize(
     factors: Mapping[str, float] = {}
     if recipe.tune_ranges and pictures.feed is not None:
         with run.step("ranges"):
-            factors, told = _tuned(model, plan, sketches, pictures.feed, recipe, run)
+            factors, told = _tune_ranges(model, plan, sketches, pictures.feed, recipe, run)
             run.findings += told
     mixed = None
     folded = FoldedNetwork(model, floats, sketches, factors)
@@ -197,7 +204,7 @@ def quantize(
             searched = search_bits(ground, run.warn, run.listener.progress)
             recipe, mixed, settled = searched.recipe, searched.report, searched.settled
     else:
-        settled = _settled(folded, recipe, pictures, run)
+        settled = _choose_and_round(folded, recipe, pictures, run)
     plan, params = settled.plan, settled.params
     run.findings += settled.findings
     before = model.copy() if recipe.rounding == "reconstruct" else None
@@ -206,23 +213,23 @@ def quantize(
         run.findings += emit(model, plan, params, pack=recipe.pack)
     if before is not None and pictures.feed is not None:
         with run.step("reconstruct"):
-            run.findings += _reconstructed(model, before, recipe, pictures.feed, run.listener.progress)
+            run.findings += _reconstruct(model, before, recipe, pictures.feed, run.listener.progress)
     with run.step("emit"):
         run.findings += compress_constants(model)
         write_metadata(model, qconv.__version__, recipe, pictures.fed, plan.placed, made_from)
     with files.stage_model(model, place) as staged:
         with run.step("verify"):
             files.check_staged_model(staged)
-            audited = _audit(staged, model, PlannedReasons.of(plan), pictures.shown)
-            checked = _verified(staged, open_original(source, recipe), recipe, pictures, target)
-        look_for_wishes_in_vain(plan, audited, run.warn)
+            audited = _audit_staged(staged, model, PlannedReasons.of(plan), pictures.shown)
+            checked = _verify_staged(staged, open_original(source, recipe), recipe, pictures, target)
+        warn_of_vain_keep_float(plan, audited, run.warn)
         for output in checked.outputs:
             if output.remark:
                 run.warn(f"output {output.name}: {output.remark}.")
-        if _is_lost(checked):
-            what = f"little is left of the float model: {_how_much(checked)}"
+        if _is_useless(checked):
+            what = f"little is left of the float model: {_describe_accuracy(checked)}"
             run.warn(f"{what}; `qconv diagnose` with the same options tells why.")
-        if checked.slowdown is not None and checked.slowdown > SLOWER:
+        if checked.slowdown is not None and checked.slowdown > SLOWER_FACTOR:
             run.warn(f"the quantized model ran {checked.slowdown:.2f} times as long as the float one on this machine.")
         size = staged.size
         result = staged.path.read_bytes() if place is None else None
@@ -260,7 +267,7 @@ def quantize(
     return report, result
 
 
-def _balanced(model: Model, plan: Plan, recipe: Recipe, pictures: Pictures) -> list[Finding]:
+def _equalize(model: Model, plan: Plan, recipe: Recipe, pictures: CalibrationData) -> list[Finding]:
     """Channels are scaled where that is wanted and can be watched."""
     if not recipe.equalize:
         return []
@@ -269,40 +276,12 @@ def _balanced(model: Model, plan: Plan, recipe: Recipe, pictures: Pictures) -> l
         return equalize_without_data(model, plan, watched, pictures.unseen.imagined, recipe.threads)
     if pictures.feed is None:
         return []
-    most = None if recipe.effort == "best" else -(-EQUALIZED_ON // pictures.feed.batch)
+    most = None if recipe.effort == "best" else -(-EQUALIZATION_IMAGES // pictures.feed.batch)
     return equalize_channels(model, plan, pictures.feed, most, recipe.threads)
 
 
-def check_output(source: Source, out: Path, data: set[Path]) -> None:
-    """Refuse to write over what is read. data: the model's own data files."""
-    storage.check_output_path(out)
-    for path in (source.path, *data):
-        if path is not None and out.exists() and path.exists() and out.samefile(path):
-            what = "the model itself" if path == source.path else "a data file of the model"
-            raise QconvError(f"The output {out} is {what}.", "choose another output with -o.")
-
-
-def _check_apart(written: Mapping[str, Path], read: Sequence[str]) -> None:
-    """Refuse to write two files at one place, or over a list of pictures, a picture or statistics that are read."""
-    for (one, path), (other, same) in itertools.combinations(written.items(), 2):
-        if path.resolve() == same.resolve():
-            raise QconvError(f"{path} is both {one} and {other}.", "choose two names.")
-    for path in written.values():
-        storage.refuse_overwriting_inputs(path, read)
-
-
-def _is_lost(checked: Verification) -> bool:
-    agreement, decibel = checked.agreement, checked.sqnr_db
-    return (agreement is not None and agreement < LOST) or (decibel is not None and decibel < LOST_DB)
-
-
-def _how_much(checked: Verification) -> str:
-    told = [] if checked.agreement is None else [f"it says the same of {checked.agreement:.1%} of the pictures"]
-    return ", ".join([*told, *([] if checked.sqnr_db is None else [f"SQNR is {checked.sqnr_db:.1f} dB"])])
-
-
-def _tuned(
-    model: Model, plan: Plan, sketches: Mapping[str, Sketch], feed: DataLoader, recipe: Recipe, run: _Run
+def _tune_ranges(
+    model: Model, plan: Plan, sketches: Mapping[str, Sketch], feed: DataLoader, recipe: Recipe, run: _RunRecord
 ) -> tuple[dict[str, float], list[Change]]:
     """Factors on the ranges of activations, as the outputs gain from them."""
     params, _ = choose_activation_params(plan, sketches, recipe)
@@ -313,11 +292,13 @@ def _tuned(
     )
 
 
-def _settled(folded: FoldedNetwork, recipe: Recipe, pictures: Pictures, run: _Run) -> QuantizationSolution:
+def _choose_and_round(
+    folded: FoldedNetwork, recipe: Recipe, pictures: CalibrationData, run: _RunRecord
+) -> QuantizationSolution:
     """All numbers that are written."""
     with run.step("params"):
         settled = round_to_nearest(folded, recipe)
-        look_for_means_in_vain(settled, recipe, run.warn)
+        warn_of_uncorrected_biases(settled, recipe, run.warn)
     if pictures.feed is None and pictures.unseen is None and recipe.effort != "fast":
         why = "statistics do not say how inputs go together; pass pictures, too"
         settled.findings.append(Skipped("round", "all layers", why))
@@ -328,7 +309,7 @@ def _settled(folded: FoldedNetwork, recipe: Recipe, pictures: Pictures, run: _Ru
     return settled
 
 
-def _reconstructed(
+def _reconstruct(
     model: Model, before: Model, recipe: Recipe, feed: DataLoader, progress: Callable[[str, int, int], None]
 ) -> list[Finding]:
     from qconv.training.reconstruct import MOST_IMAGES, reconstruct_blocks  # PyTorch is an extra
@@ -337,7 +318,7 @@ def _reconstructed(
     return reconstruct_blocks(model, before, recipe, feed.first(MOST_IMAGES, "read again"), fixed, progress)
 
 
-def _audit(staged: files.StagedModel, model: Model, known: PlannedReasons, feed: DataLoader | None) -> Audit:
+def _audit_staged(staged: files.StagedModel, model: Model, known: PlannedReasons, feed: DataLoader | None) -> Audit:
     """What the runtime makes of the written file, and what that costs on one picture, with one thread."""
     with storage.scratch_folder(2 * staged.size) as folder:
         optimized = folder / "optimized.onnx"
@@ -352,8 +333,8 @@ def _audit(staged: files.StagedModel, model: Model, known: PlannedReasons, feed:
         return audit(optimized, model, known, None if feeds is None else profile_nodes(session, feeds))
 
 
-def _verified(
-    staged: files.StagedModel, original: Session, recipe: Recipe, pictures: Pictures, target: Target
+def _verify_staged(
+    staged: files.StagedModel, original: Session, recipe: Recipe, pictures: CalibrationData, target: Target
 ) -> Verification:
     """The written file, before it gets its name, against the float model's outputs.
 
@@ -374,7 +355,7 @@ def _verified(
     return found if target.on_ort else replace(found, slowdown=None, slowdown_range=None)
 
 
-def folded_float(path: str | Path, out: str | Path) -> None:
+def write_folded_float(path: str | Path, out: str | Path) -> None:
     """Write the upgraded and folded float model, as it is before anything is quantized."""
     source = Source(str(path), Path(path))
     recipe = Recipe()

@@ -1,0 +1,160 @@
+"""These checks warn of options without effect and of odd tensors, and refuse unsafe places and models without layers.
+
+An odd tensor is all zero, constant or vanishingly small on the calibration data: it may differ on other images, and
+then its range is a matter of luck.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qconv import storage
+from qconv.calibration.sketch import Sketch
+from qconv.config.recipe import Recipe
+from qconv.errors import QconvError, Skipped
+from qconv.ir.files import (
+    Source,
+)
+from qconv.ir.model import Model
+from qconv.planning.plan import Plan
+from qconv.planning.planner import KEPT_FLOAT_BY_OPTION, is_quantizable_layer
+from qconv.quantizer import SMALLEST_SCALE
+from qconv.results.quantize import Audit, Verification
+from qconv.search.candidate import (
+    QuantizationSolution,
+)
+
+# Wishes that a model cannot meet: said, where they change nothing, and refused where nothing would be left to do.
+
+
+def warn_of_unmatched_options(model: Model, recipe: Recipe, warn: Callable[[str], None]) -> None:
+    """Warn of wishes that no node meets: a misspelt name or type keeps nothing float."""
+    names = [node.name or "" for node in model.nodes()]
+    types = {node.op_type for node in model.nodes()}
+    for pattern in recipe.keep_float:
+        if not fnmatch.filter(names, pattern):
+            warn(f"--keep-float {pattern} matches no node of the folded model.")
+    layers = [node.name or "" for node in model.nodes() if is_quantizable_layer(node)]
+    left = layers
+    for pattern, _ in recipe.layer_bits:
+        matched = [name for name in left if fnmatch.fnmatchcase(name, pattern)]
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
+            warn(f"--layer-bits: {pattern!r} matches no layer of the folded model.")
+        elif not matched:
+            warn(f"--layer-bits: {pattern!r} matches no layer that a line above it does not: exceptions stand first.")
+        left = [name for name in left if name not in matched]
+    for op_type in recipe.keep_float_op:
+        if op_type not in types:
+            warn(f"--keep-float-op {op_type}: the folded model has no such operator.")
+
+
+def warn_of_vain_keep_float(plan: Plan, audited: Audit, warn: Callable[[str], None]) -> None:
+    """Warn of --keep-float in vain: what only moves or cuts values works on whatever its neighbours are."""
+    found = {island.node for island in (*audited.islands, *audited.placed)}
+    # an activation takes over the wish for the layer that it is fused into
+    found |= {name for name, layer in plan.activation_of.items() if layer in plan.kept}
+    vain = [name for name, kept in plan.kept.items() if kept.why.startswith(KEPT_FLOAT_BY_OPTION) and name not in found]
+    if vain:
+        more = f" and {len(vain) - 1} more" if len(vain) > 1 else ""
+        warn(f"--keep-float changes nothing for {vain[0]}{more}: it runs as its neighbours do, or not at all.")
+
+
+def warn_of_uncorrected_biases(settled: QuantizationSolution, recipe: Recipe, warn: Callable[[str], None]) -> None:
+    """Warn where no bias is corrected: an exporter may have folded all that BatchNormalization could tell of means."""
+    unknown = sum(isinstance(finding, Skipped) and finding.step == "bias" for finding in settled.findings)
+    if recipe.bias_correction == "analytic" and unknown == len(settled.plan.layers):
+        instead = "" if recipe.data_free else "; the pictures do with --bias-correction measured"
+        none = "--bias-correction analytic corrects no layer"
+        warn(f"{none}: none reads what a BatchNormalization tells the mean of{instead}.")
+
+
+def require_layers(plan: Plan, source: Source) -> None:
+    """Raise QconvError where nothing would be quantized."""
+    if not plan.layers:
+        raise QconvError(
+            f"{source.name} has nothing to quantize: no Conv, Gemm or MatMul with constant weights is left.",
+            "check --keep-float and --keep-float-op, and that the model is a network with weights.",
+        )
+
+
+# Tensors that look as if something were wrong, though they can be quantized: all zero, constant, vanishingly small.
+#
+# A layer that is dead on the calibration pictures may wake up on others, and then its range is a matter of luck.
+
+
+ROUNDING_TOLERANCE = 1e-5
+"""Relative error of a sum of float32 numbers, about."""
+
+
+def find_odd_tensors(sketches: Mapping[str, Sketch]) -> list[str]:
+    """A warning for each kind of oddity, naming the first tensor that shows it. sketches: by the tensors' names."""
+    found: dict[str, list[str]] = {}
+    for name, sketch in sketches.items():
+        what = _describe_oddity(sketch)
+        if what:
+            found.setdefault(what, []).append(name)
+    return [
+        f"tensor {names[0]!r}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''} {what}: "
+        "check that they and the preprocessing are what the network was made for."
+        for what, names in found.items()
+    ]
+
+
+def _describe_oddity(sketch: Sketch) -> str:
+    largest = max(abs(sketch.low), abs(sketch.high))
+    if largest == 0:
+        return "is zero everywhere on these pictures"
+    if largest < SMALLEST_SCALE:
+        return "holds numbers too small for float32 on these pictures, and becomes zero"
+    if sketch.low == sketch.high or _is_constant(sketch):
+        return "is one and the same number everywhere on these pictures"
+    return ""
+
+
+def _is_constant(sketch: Sketch) -> bool:
+    """Whether the mean of each channel is its largest value, and that is the same in all. The low may be unseen."""
+    high = sketch.high
+    return bool(
+        sketch.count
+        and (sketch.highs == high).all()
+        and (np.abs(sketch.means - high) <= ROUNDING_TOLERANCE * abs(high)).all()
+    )
+
+
+USELESS_AGREEMENT, USELESS_SQNR_DB = 0.5, 3.0
+"""Agreement and SQNR below which a result is of no use."""
+
+
+def check_output(source: Source, out: Path, data: set[Path]) -> None:
+    """Refuse to write over what is read. data: the model's own data files."""
+    storage.check_output_path(out)
+    for path in (source.path, *data):
+        if path is not None and out.exists() and path.exists() and out.samefile(path):
+            what = "the model itself" if path == source.path else "a data file of the model"
+            raise QconvError(f"The output {out} is {what}.", "choose another output with -o.")
+
+
+def _check_distinct_places(written: Mapping[str, Path], read: Sequence[str]) -> None:
+    """Refuse to write two files at one place, or over a list of pictures, a picture or statistics that are read."""
+    for (one, path), (other, same) in itertools.combinations(written.items(), 2):
+        if path.resolve() == same.resolve():
+            raise QconvError(f"{path} is both {one} and {other}.", "choose two names.")
+    for path in written.values():
+        storage.refuse_overwriting_inputs(path, read)
+
+
+def _is_useless(checked: Verification) -> bool:
+    agreement, decibel = checked.agreement, checked.sqnr_db
+    return (agreement is not None and agreement < USELESS_AGREEMENT) or (
+        decibel is not None and decibel < USELESS_SQNR_DB
+    )
+
+
+def _describe_accuracy(checked: Verification) -> str:
+    told = [] if checked.agreement is None else [f"it says the same of {checked.agreement:.1%} of the pictures"]
+    return ", ".join([*told, *([] if checked.sqnr_db is None else [f"SQNR is {checked.sqnr_db:.1f} dB"])])
