@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
-from qconv.analysis import beside
+from qconv.analysis import compare
 from qconv.cli.cli import cli
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
@@ -92,7 +92,7 @@ def quantized(model: Path, samples: Path, **options: Any) -> Path:
 def compared(float_model: Path, model: Path, pictures: Path, **options: Any) -> Comparison:
     sources = [Source(str(path), path) for path in (float_model, model)]
     recipe = Recipe(calib=(str(pictures),), **options)
-    return beside.on_pictures(*sources, recipe, lambda text: None, lambda *args: None).compared
+    return compare.compare_on_images(*sources, recipe, lambda text: None, lambda *args: None).compared
 
 
 def run(model: Path, x: NDArray[np.float32], *tensors: str) -> list[NDArray[Any]]:

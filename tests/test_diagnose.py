@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 from test_detect import colourful, fed, folder_of, trained_with
 
-from qconv.analysis import proof
-from qconv.analysis.remedies import joined, merged
+from qconv.analysis import trials
+from qconv.analysis.remedies import join_changes, merge_changes
 from qconv.cli.cli import cli
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import find_files
@@ -37,7 +37,7 @@ PICTURE = ("N", 3, 8, 8)
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """One turn is enough to have times; no test says anything on them."""
-    monkeypatch.setattr(proof, "ROUNDS", 1)
+    monkeypatch.setattr(trials, "TIMING_ROUNDS", 1)
 
 
 def drawn(seed: int, *shape: int) -> NDArray[np.float32]:
@@ -337,9 +337,9 @@ def test_outputs_of_classes_alone_count_by_their_agreement() -> None:
 def test_defaults_come_back_with_a_remedy(tmp_path: Path, samples: Path) -> None:
     """What goes with no other calibrator, or with no better effort, is left out with the remedy."""
     asked = {"effort": "balanced", "rounding": "nearest", "keep_float": ("a",)}
-    changes = joined({"keep_float": ("b",)}, {"effort": "best", "rounding": None})
-    assert merged(asked, changes) == {"effort": "best", "keep_float": ("a", "b")}
-    assert joined(changes, {"keep_float": ("c", "b")})["keep_float"] == ("b", "c")
+    changes = join_changes({"keep_float": ("b",)}, {"effort": "best", "rounding": None})
+    assert merge_changes(asked, changes) == {"effort": "best", "keep_float": ("a", "b")}
+    assert join_changes(changes, {"keep_float": ("c", "b")})["keep_float"] == ("b", "c")
     x = np.load(samples / "00.npy")
     x[0, 0, 2, 2] = 300
     np.save(samples / "00.npy", x)

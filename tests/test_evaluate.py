@@ -15,7 +15,7 @@ from models import network
 from numpy.typing import NDArray
 from PIL import Image
 
-from qconv.analysis.evaluate import Evaluation, Wishes, evaluate
+from qconv.analysis.evaluate import Evaluation, EvaluationOptions, evaluate
 from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import find_classes
@@ -66,7 +66,7 @@ def scored(
     **recipe: object,
 ) -> Evaluation:
     options = {"preprocessing": PreprocessingOptions("unit"), "samples": 10**6, "threads": 1} | recipe
-    return evaluate(source, Wishes(Recipe(calib=(str(images),), **options), against, classes, offset, table))  # type: ignore[arg-type]
+    return evaluate(source, EvaluationOptions(Recipe(calib=(str(images),), **options), against, classes, offset, table))  # type: ignore[arg-type]
 
 
 def by_hand(source: Source, root: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -224,7 +224,9 @@ def test_what_cannot_be_is_said_before_the_pictures_are_run(folder: Path, tmp_pa
     source, done = saved(classifier(), tmp_path), []
     listing = tmp_path / "few.txt"
     listing.write_text("ant\n")
-    wishes = Wishes(Recipe(calib=(str(folder),), preprocessing=PreprocessingOptions("unit")), classes=listing)
+    wishes = EvaluationOptions(
+        Recipe(calib=(str(folder),), preprocessing=PreprocessingOptions("unit")), classes=listing
+    )
     with pytest.raises(QconvError, match="is not in"):
         evaluate(source, wishes, progress=lambda stage, count, total: done.append(count))
     assert done == []
@@ -233,7 +235,7 @@ def test_what_cannot_be_is_said_before_the_pictures_are_run(folder: Path, tmp_pa
     with pytest.raises(QconvError, match="nothing to measure"):
         evaluate(
             source,
-            Wishes(Recipe(calib=(str(loose),), preprocessing=PreprocessingOptions("unit"))),
+            EvaluationOptions(Recipe(calib=(str(loose),), preprocessing=PreprocessingOptions("unit"))),
             progress=lambda stage, count, total: done.append(count),
         )
     assert done == []
@@ -256,7 +258,7 @@ def test_samples_need_no_word_about_preprocessing(folder: Path, tmp_path: Path) 
     samples.mkdir()
     for number in range(3):
         np.save(samples / f"{number}.npy", np.random.default_rng(number).random((3, 8, 8), np.float32))
-    wishes = Wishes(Recipe(calib=(str(samples),), threads=1), against=source)
+    wishes = EvaluationOptions(Recipe(calib=(str(samples),), threads=1), against=source)
     found = evaluate(Source(str(out), out), wishes, warn=heard.append)
     assert (found.images, heard) == (3, [])
 

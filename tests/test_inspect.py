@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from qconv.analysis.inspect_float import FloatModel, inspect_float
-from qconv.analysis.inspect_quantized import QuantizedModel, holds_codes, inspect_quantized
+from qconv.analysis.inspect_quantized import QuantizedModel, inspect_quantized, is_quantized_file
 from qconv.cli.cli import quantize as quantize_command
 from qconv.cli.given import recipe_of
 from qconv.cli.tables import csv_of
@@ -369,7 +369,7 @@ def by_hand(nodes: list[onnx.NodeProto], tensors: list[TensorProto], x: list[int
     graph = helper.make_graph(nodes, "g", *ends, tensors)
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    assert holds_codes(proto)
+    assert is_quantized_file(proto)
     return inspect_quantized(source_of(proto))
 
 

@@ -13,8 +13,8 @@ import pytest
 from models import loaded, network
 from PIL import Image
 
-from qconv.analysis import study
-from qconv.analysis.study import Question, study_samples
+from qconv.analysis import sample_study
+from qconv.analysis.sample_study import StudyRequest, study_samples
 from qconv.calibration.observer import Observer, export_observed_model, observe, observe_each_image
 from qconv.calibration.sketch import Sketch, SketchContents
 from qconv.calibration.statistics_file import open_sketch_spool, sketch_to_arrays
@@ -62,7 +62,7 @@ def test_points_of_the_first_draw_are_what_quantize_makes(
     model: Path, pictures: Path, tmp_path: Path, calibrator: str
 ) -> None:
     """Scored anew with ONNX Runtime and numpy, on the pictures that come after all others in the draw."""
-    curve = study_samples(model, recipe(pictures, calibrator=calibrator), Question(draws=2, holdout=4))
+    curve = study_samples(model, recipe(pictures, calibrator=calibrator), StudyRequest(draws=2, holdout=4))
     draw = np.random.default_rng(0).permutation(15)
     files = sorted(pictures.iterdir())
     x = rows([files[index] for index in draw[11:]])
@@ -81,7 +81,7 @@ def test_points_of_the_first_draw_are_what_quantize_makes(
 
 
 def test_every_draw_but_of_all_pictures(model: Path, pictures: Path) -> None:
-    curve = study_samples(model, recipe(pictures), Question(draws=3, holdout=4))
+    curve = study_samples(model, recipe(pictures), StudyRequest(draws=3, holdout=4))
     assert Counter(point.pictures for point in curve.points) == {1: 3, 2: 3, 5: 3, 10: 3, 11: 1}
     assert (curve.pictures, curve.scored, curve.draws) == (11, 4, 3)
     assert sorted(curve.seconds.values()) == list(curve.seconds.values())
@@ -89,7 +89,7 @@ def test_every_draw_but_of_all_pictures(model: Path, pictures: Path) -> None:
 
 def test_a_larger_set_holds_the_smaller_ones() -> None:
     """Draws differ, and each is a permutation; the first is the order of reading."""
-    orders = [study._order(20, 7, draw) for draw in range(4)]
+    orders = [sample_study._order_images(20, 7, draw) for draw in range(4)]
     assert orders[0] == list(range(20))
     assert all(sorted(order) == list(range(20)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
@@ -105,7 +105,7 @@ def test_sketches_grow_by_the_new_pictures_only() -> None:
             return {"x": sketches[index]}
 
     sketches = [found["x"] for found in apart(6)]
-    grown = dict(study._growing(Counting(), [3, 1, 5, 0, 2, 4], [1, 2, 5]))  # type: ignore[arg-type]
+    grown = dict(sample_study._accumulate_sketches(Counting(), [3, 1, 5, 0, 2, 4], [1, 2, 5]))  # type: ignore[arg-type]
     assert taken == [3, 1, 5, 0, 2]
     for count, found in grown.items():
         assert sorted(found["x"].keys) == sorted(sketches[index].keys[0] for index in taken[:count])
@@ -171,7 +171,7 @@ def test_every_picture_is_decoded_once(model: Path, pictures: Path, monkeypatch:
         return decode(path, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(images, "load_image", counting)
-    study_samples(model, recipe(pictures), Question(draws=3))
+    study_samples(model, recipe(pictures), StudyRequest(draws=3))
     assert dict(seen) == {f"{number:02}.png": 1 for number in range(15)}
 
 
@@ -185,14 +185,14 @@ def test_the_float_network_runs_once_a_picture(model: Path, pictures: Path, monk
             return real(self, outputs, feeds)  # type: ignore[operator]
 
         monkeypatch.setattr(Session, name, counting)
-    curve = study_samples(model, recipe(pictures), Question(draws=2, holdout=3))
+    curve = study_samples(model, recipe(pictures), StudyRequest(draws=2, holdout=3))
     assert runs[str(model)] == 3
     assert runs["the folded float model"] - 1 == 12  # the first finds out the sizes of the buffers through `run`
     assert runs["the quantized model"] == 3 * len(curve.points)
 
 
 def test_samples_bound_the_pictures_to_calibrate_with(model: Path, pictures: Path) -> None:
-    curve = study_samples(model, recipe(pictures, samples=6), Question(draws=1))
+    curve = study_samples(model, recipe(pictures, samples=6), StudyRequest(draws=1))
     assert (curve.counts, curve.scored) == ([1, 2, 5, 6], 3)
 
 
@@ -204,14 +204,14 @@ def test_pictures_to_score_on_from_another_folder(model: Path, pictures: Path, t
     for index in draw[11:]:
         files[index].rename(other / files[index].name)
     (other / "list.txt").write_text("\n".join(files[index].name for index in draw[:11]))
-    curve = study_samples(model, recipe(pictures), Question(draws=1, images=(str(other),)))
+    curve = study_samples(model, recipe(pictures), StudyRequest(draws=1, images=(str(other),)))
     assert (curve.pictures, curve.scored, curve.scored_on) == (11, 4, (str(other),))
 
 
 def test_few_large_pictures_are_kept(model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture takes 808 bytes: 8x8x3 pixels and ten scores as float32. Two reach the bound."""
-    monkeypatch.setattr(study, "SCORED_BYTES", 1600)
-    curve = study_samples(model, recipe(pictures), Question(draws=1, holdout=5))
+    monkeypatch.setattr(sample_study, "SCORED_BYTES", 1600)
+    curve = study_samples(model, recipe(pictures), StudyRequest(draws=1, holdout=5))
     assert curve.scored == 2
     assert any("scored on 2 of 5 pictures" in text for text in curve.warnings)
 
@@ -221,7 +221,7 @@ def test_ready_made_samples(model: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for number in range(6):
         np.save(folder / f"{number}.npy", np.random.default_rng(number).standard_normal((3, 8, 8)).astype(np.float32))
-    curve = study_samples(model, Recipe(calib=(str(folder),)), Question(draws=1))
+    curve = study_samples(model, Recipe(calib=(str(folder),)), StudyRequest(draws=1))
     assert curve.preprocessing is None
     assert curve.counts == [1, 2, 5]
 
@@ -229,15 +229,15 @@ def test_ready_made_samples(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("question", "keep", "options", "message"),
     [
-        (Question(), 1, {}, "holds 1 picture: one to calibrate with and one to score on"),
-        (Question(holdout=15), 15, {}, "--holdout 15 leaves none of the 15 pictures"),
-        (Question(), 15, {"activation_bits": 32}, "Nothing depends on the number of pictures"),
-        (Question(), 15, {"keep_float_op": ("Conv", "Gemm")}, "nothing to quantize"),
-        (Question(), 15, {"bias_correction": "sequential"}, "is not possible in a study"),
+        (StudyRequest(), 1, {}, "holds 1 picture: one to calibrate with and one to score on"),
+        (StudyRequest(holdout=15), 15, {}, "--holdout 15 leaves none of the 15 pictures"),
+        (StudyRequest(), 15, {"activation_bits": 32}, "Nothing depends on the number of pictures"),
+        (StudyRequest(), 15, {"keep_float_op": ("Conv", "Gemm")}, "nothing to quantize"),
+        (StudyRequest(), 15, {"bias_correction": "sequential"}, "is not possible in a study"),
     ],
 )
 def test_what_cannot_be_studied(
-    model: Path, pictures: Path, question: Question, keep: int, options: dict[str, object], message: str
+    model: Path, pictures: Path, question: StudyRequest, keep: int, options: dict[str, object], message: str
 ) -> None:
     for path in sorted(pictures.iterdir())[keep:]:
         path.unlink()

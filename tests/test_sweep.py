@@ -16,7 +16,7 @@ from onnxruntime import InferenceSession
 from test_detect import colourful, folder_of, trained_with
 from test_diagnose import plain, saved
 
-from qconv.analysis import proof
+from qconv.analysis import trials
 from qconv.calibration import observer
 from qconv.cli import given, sweeping
 from qconv.cli.cli import cli
@@ -38,7 +38,7 @@ equalize = false
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "ROUNDS", 1)
+    monkeypatch.setattr(trials, "TIMING_ROUNDS", 1)
 
 
 @pytest.fixture

@@ -39,23 +39,23 @@ from qconv.quantization.layer import WIDENED_FOR_BIAS
 from qconv.results.comparison import Cause, Comparison, LayerComparison
 from qconv.results.quantize import Report
 
-IMBALANCE = 24.0
-OUTLIER = 10.0
-CONCAT = 8.0
-FEW, GAP = 8, 3.0
-MANY = 64
+LARGE_IMBALANCE = 24.0
+LARGE_OUTLIER = 10.0
+WIDE_CONCAT_RATIO = 8.0
+FEW_IMAGES, GENERALIZATION_GAP_DB = 8, 3.0
+MANY_IMAGES = 64
 """Pictures from which on a gap between them and others is not for want of them."""
 LARGE_SHARE = 0.2
-REMARKABLE = 0.02
+REMARKABLE_SHARE = 0.02
 """Share of the error from which on a tensor is worth a word, where something takes care of it."""
-NAMED = 3
-GATES = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
-WHOLE_GATES = frozenset({"HardSwish", "Swish", "Mish", "Gelu"})
+MOST_NAMED = 3
+GATE_OPS = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
+GATED_ACTIVATION_OPS = frozenset({"HardSwish", "Swish", "Mish", "Gelu"})
 """Those that multiply by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class DiagnosisEvidence:
     """What is known of a run. model: folded, in float; plan, recipe, report: of the run; sketches: of its tensors.
 
     moves: what equalization did to them; saturates: whether this machine's CPU adds in 16 bits.
@@ -72,35 +72,35 @@ class Evidence:
 
     def share(self, tensors: Collection[str]) -> float | None:
         """Part of these tensors' layers in the error at the outputs; None where it was not measured."""
-        return _sum_of(row for row in self.compared.layers if row.tensor in tensors)
+        return _sum_known_shares(row for row in self.compared.layers if row.tensor in tensors)
 
     def share_of_nodes(self, names: Collection[str]) -> float | None:
         """The same of nodes by their names."""
-        return _sum_of(row for row in self.compared.layers if row.name in names)
+        return _sum_known_shares(row for row in self.compared.layers if row.name in names)
 
     def row(self, tensor: str) -> LayerComparison | None:
         """The row of a tensor; the first where it has several."""
         return next((row for row in self.compared.layers if row.tensor == tensor), None)
 
 
-def _sum_of(rows: Iterable[LayerComparison]) -> float | None:
+def _sum_known_shares(rows: Iterable[LayerComparison]) -> float | None:
     shares = [row.output_share for row in rows if row.output_share is not None]
     return sum(shares) if shares else None
 
 
-Finder = Callable[[Evidence], Iterator[Cause]]
+CauseFinder = Callable[[DiagnosisEvidence], Iterator[Cause]]
 
 
-def find(evidence: Evidence) -> list[Cause]:
+def find_causes(evidence: DiagnosisEvidence) -> list[Cause]:
     """All causes that the network and the run show, those first that nothing takes care of and that cost most."""
-    found = [cause for finder in FINDERS for cause in finder(evidence)]
+    found = [cause for finder in CAUSE_FINDERS for cause in finder(evidence)]
     return sorted(found, key=lambda cause: (bool(cause.handled), -(cause.share or 0.0)))
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 
-def typical(sketch: Sketch) -> NDArray[np.float64] | None:
+def channel_rms(sketch: Sketch) -> NDArray[np.float64] | None:
     """Root of the mean square of every channel, (C,); None where no columns were kept."""
     channels = sketch.lows.size
     if not sketch.columns.size or sketch.columns.shape[-1] != channels or channels < 2:
@@ -110,25 +110,25 @@ def typical(sketch: Sketch) -> NDArray[np.float64] | None:
     return found
 
 
-def imbalance(sizes: NDArray[np.float64]) -> float:
+def imbalance_ratio(sizes: NDArray[np.float64]) -> float:
     """The largest over the median of those that are not zero."""
     alive = sizes[sizes > 0]
     return float(alive.max() / np.median(alive)) if alive.size > 1 else 1.0
 
 
-def channel_imbalance(evidence: Evidence) -> Iterator[Cause]:
+def find_channel_imbalance(evidence: DiagnosisEvidence) -> Iterator[Cause]:
     """Of the tensors that have codes, in float and as equalization left them."""
     found: dict[str, tuple[float, float]] = {}
     for value in evidence.plan.activations:
         sketch = evidence.sketches.get(value.name or "")
-        sizes = None if sketch is None else typical(sketch)
+        sizes = None if sketch is None else channel_rms(sketch)
         if sizes is None or evidence.plan.has_channel_scales(value):
             continue
-        before = imbalance(sizes)
-        if before >= IMBALANCE:
+        before = imbalance_ratio(sizes)
+        if before >= LARGE_IMBALANCE:
             scale = evidence.moves.scale_of(value.name or "", sizes.size)
-            found[value.name or ""] = before, before if scale is None else imbalance(sizes / scale)
-    for handled, names in _split(found, lambda pair: pair[1] < IMBALANCE).items():
+            found[value.name or ""] = before, before if scale is None else imbalance_ratio(sizes / scale)
+    for handled, names in _split_by_handled(found, lambda pair: pair[1] < LARGE_IMBALANCE).items():
         if names:
             first = found[names[0]]
             told = f"the largest channel of {names[0]!r} is {first[0]:.3g} times the median one"
@@ -139,7 +139,7 @@ def channel_imbalance(evidence: Evidence) -> Iterator[Cause]:
             yield Cause("channel-imbalance", tuple(names), told + left + lost + more, evidence.share(names), how)
 
 
-def _split(
+def _split_by_handled(
     found: Mapping[str, tuple[float, float]], handled: Callable[[tuple[float, float]], bool]
 ) -> dict[bool, list[str]]:
     """Names, the worst first: of what is left to do, and of what is taken care of."""
@@ -149,7 +149,7 @@ def _split(
     }
 
 
-def outlier(sketch: Sketch) -> float:
+def outlier_ratio(sketch: Sketch) -> float:
     """The largest magnitude over what 99.9 % of the numbers stay below; 1 where most are zero."""
     if not sketch.codes.size:
         return 1.0
@@ -160,19 +160,19 @@ def outlier(sketch: Sketch) -> float:
     return max(abs(sketch.low), abs(sketch.high)) / usual if usual > 0 else 1.0
 
 
-def range_outlier(evidence: Evidence) -> Iterator[Cause]:
+def find_range_outliers(evidence: DiagnosisEvidence) -> Iterator[Cause]:
     """Where the range follows a few numbers, or does not."""
     found: dict[str, tuple[float, float]] = {}
     for value in evidence.plan.activations:
         name = value.name or ""
         sketch, row = evidence.sketches.get(name), evidence.row(name)
-        size = 1.0 if sketch is None else outlier(sketch)
-        if sketch is None or size < OUTLIER or row is None or row.values is None:
+        size = 1.0 if sketch is None else outlier_ratio(sketch)
+        if sketch is None or size < LARGE_OUTLIER or row is None or row.values is None:
             continue
         largest = max(abs(sketch.low), abs(sketch.high))
-        reached = max(abs(row.values.low), abs(row.values.high)) * _undone(evidence, name, sketch)
+        reached = max(abs(row.values.low), abs(row.values.high)) * _undo_equalization(evidence, name, sketch)
         found[name] = size, size * min(1.0, reached / largest)
-    for handled, names in _split(found, lambda pair: pair[1] < OUTLIER / 2).items():
+    for handled, names in _split_by_handled(found, lambda pair: pair[1] < LARGE_OUTLIER / 2).items():
         if names:
             first = found[names[0]]
             told = f"the largest number in {names[0]!r} is {first[0]:.3g} times what 99.9 % of the others stay below"
@@ -182,7 +182,7 @@ def range_outlier(evidence: Evidence) -> Iterator[Cause]:
             yield Cause("range-outlier", tuple(names), told + lost + more, evidence.share(names), how)
 
 
-def _undone(evidence: Evidence, name: str, sketch: Sketch) -> float:
+def _undo_equalization(evidence: DiagnosisEvidence, name: str, sketch: Sketch) -> float:
     """From the quantized network's units to the float one's, for the channel that goes furthest."""
     scale = evidence.moves.scale_of(name, sketch.lows.size)
     if scale is None:
@@ -190,7 +190,7 @@ def _undone(evidence: Evidence, name: str, sketch: Sketch) -> float:
     return float(scale[np.argmax(np.maximum(np.abs(sketch.lows), np.abs(sketch.highs)))])
 
 
-def dead_channels(evidence: Evidence) -> Iterator[Cause]:
+def find_dead_channels(evidence: DiagnosisEvidence) -> Iterator[Cause]:
     """Channels behind a Relu or Clip that no picture wakes."""
     found: dict[str, int] = {}
     for node in evidence.model.nodes():
@@ -210,7 +210,7 @@ def dead_channels(evidence: Evidence) -> Iterator[Cause]:
         yield Cause("dead-channels", tuple(names), what + told, harmless=True)
 
 
-def wide_concat(evidence: Evidence) -> Iterator[Cause]:
+def find_wide_concats(evidence: DiagnosisEvidence) -> Iterator[Cause]:
     """Joined tensors that share one scale, which the widest sets."""
     for node in evidence.model.nodes():
         if (
@@ -218,16 +218,16 @@ def wide_concat(evidence: Evidence) -> Iterator[Cause]:
             or node not in evidence.plan.integer
         ):
             continue
-        known = ((value, _reach(evidence, value)) for value in node.inputs if value is not None)
+        known = ((value, _largest_magnitude(evidence, value)) for value in node.inputs if value is not None)
         ends = {value.name or "": reach for value, reach in known if reach is not None}
         sizes = [size for size in ends.values() if size > 0]
-        if len(sizes) > 1 and max(sizes) >= CONCAT * min(sizes):
+        if len(sizes) > 1 and max(sizes) >= WIDE_CONCAT_RATIO * min(sizes):
             reach = f"{min(sizes):.3g} and {max(sizes):.3g}"
             told = f"{node.op_type} {node.name} joins tensors that reach {reach} on one scale"
             yield Cause("wide-concat", (node.name or "",), told, evidence.share([*ends, node.outputs[0].name or ""]))
 
 
-def _reach(evidence: Evidence, value: Value | None) -> float | None:
+def _largest_magnitude(evidence: DiagnosisEvidence, value: Value | None) -> float | None:
     """The largest magnitude of a tensor, looked for further up where it was not watched."""
     while value is not None:
         sketch = evidence.sketches.get(value.name or "")
@@ -241,12 +241,12 @@ def _reach(evidence: Evidence, value: Value | None) -> float | None:
 # -- nodes -------------------------------------------------------------------------------------------------------------
 
 
-def gates(evidence: Evidence) -> Iterator[Cause]:
+def find_costly_gates(evidence: DiagnosisEvidence) -> Iterator[Cause]:
     """Gates whose tensors are codes, by the part of the error that these, and what they gate, make."""
     places = [node for node in evidence.model.nodes() if _is_gate(evidence, node)]
     if not places:
         return
-    tensors = {v.name or "" for node in places for v in (*_gated(node), *node.outputs)}
+    tensors = {v.name or "" for node in places for v in (*_gated_values(node), *node.outputs)}
     products = {r.outputs[0].name or "" for node in places for r in evidence.model.readers(node.outputs[0])}
     ops = sorted({node.op_type for node in places})
     what = (
@@ -255,14 +255,14 @@ def gates(evidence: Evidence) -> Iterator[Cause]:
     yield Cause("gate", tuple(node.name or "" for node in places), what, evidence.share(tensors | products))
 
 
-def _is_gate(evidence: Evidence, node: Node) -> bool:
+def _is_gate(evidence: DiagnosisEvidence, node: Node) -> bool:
     """Whether it squashes what it is multiplied with, beside tensors that are codes."""
-    beside = [*_gated(node), *node.outputs]
+    beside = [*_gated_values(node), *node.outputs]
     if not any(value in evidence.plan.activations for value in beside):
         return False
-    if node.op_type in WHOLE_GATES:
+    if node.op_type in GATED_ACTIVATION_OPS:
         return True
-    if node.op_type not in GATES:
+    if node.op_type not in GATE_OPS:
         return False
     source = node.inputs[0]
     before = None if source is None else source.producer()
@@ -273,11 +273,11 @@ def _is_gate(evidence: Evidence, node: Node) -> bool:
     return any(squashed.intersection(product.inputs) for product in products)
 
 
-def _gated(node: Node) -> list[Value]:
+def _gated_values(node: Node) -> list[Value]:
     return [value for value in node.inputs[:1] if value is not None]
 
 
-def bias_overflow(evidence: Evidence) -> Iterator[Cause]:
+def find_bias_overflow(evidence: DiagnosisEvidence) -> Iterator[Cause]:
     """As the run found it: weight scales were widened."""
     found = [f for f in evidence.report.findings if isinstance(f, Change) and f.kind == WIDENED_FOR_BIAS]
     if found:
@@ -287,7 +287,7 @@ def bias_overflow(evidence: Evidence) -> Iterator[Cause]:
         yield Cause("bias-overflow", names, what, evidence.share_of_nodes(names), how)
 
 
-def saturation(evidence: Evidence) -> Iterator[Cause]:
+def find_saturation(evidence: DiagnosisEvidence) -> Iterator[Cause]:
     """Layers that overflow on a CPU that adds in 16 bits."""
     layers = evidence.report.audit.saturating
     if not layers or not evidence.recipe.runs_in_integers:
@@ -303,16 +303,16 @@ def saturation(evidence: Evidence) -> Iterator[Cause]:
     yield Cause("saturation", names, what, None, handled)
 
 
-def low_bits(evidence: Evidence) -> Iterator[Cause]:
+def find_low_bits(evidence: DiagnosisEvidence) -> Iterator[Cause]:
     """Fewer than 8 bits, by what they are fewer of."""
     kinds = {"weights": evidence.recipe.bits_of_weights, "activations": evidence.recipe.bits_of_activations}
     told = [f"{kind} of {min(bits)} bits" for kind, bits in kinds.items() if min(bits) < 8]
     if told:
-        rows = [row.name for row in evidence.compared.worst_first if row.output_share and not row.input][:NAMED]
+        rows = [row.name for row in evidence.compared.worst_first if row.output_share and not row.input][:MOST_NAMED]
         yield Cause("low-bits", tuple(rows), f"{' and '.join(told)}: most is lost in these layers", None)
 
 
-def large_layers(evidence: Evidence) -> Iterator[Cause]:
+def find_costly_layers(evidence: DiagnosisEvidence) -> Iterator[Cause]:
     """Single layers that make much of the error."""
     for row in evidence.compared.worst_first:
         share = row.output_share or 0.0
@@ -323,19 +323,19 @@ def large_layers(evidence: Evidence) -> Iterator[Cause]:
             yield Cause("layer", (row.name,), what, share)
 
 
-def weight_imbalance(evidence: Evidence) -> Iterator[Cause]:
+def find_weight_imbalance(evidence: DiagnosisEvidence) -> Iterator[Cause]:
     """Layers whose output channels share a scale and differ too much for that."""
     if evidence.recipe.weight_granularity is not WeightGranularity.PER_TENSOR:
         return
-    found = {layer.node.name or "": _spread_of(layer) for layer in evidence.plan.layers}
-    names = sorted((name for name, ratio in found.items() if ratio >= IMBALANCE), key=lambda name: -found[name])
+    found = {layer.node.name or "": _weight_imbalance_ratio(layer) for layer in evidence.plan.layers}
+    names = sorted((name for name, ratio in found.items() if ratio >= LARGE_IMBALANCE), key=lambda name: -found[name])
     if names:
         what = f"output channels of {names[0]} differ {found[names[0]]:.3g} times and have one scale"
         more = f"; so do those of {len(names) - 1} more layers" if len(names) > 1 else ""
         yield Cause("weight-imbalance", tuple(names), what + more, evidence.share_of_nodes(names))
 
 
-def _spread_of(layer: LayerPlan) -> float:
+def _weight_imbalance_ratio(layer: LayerPlan) -> float:
     """The largest output channel's weights over the smallest one's that are not zero."""
     weight = constant_array(layer.node.inputs[1])
     if weight is None:
@@ -346,15 +346,15 @@ def _spread_of(layer: LayerPlan) -> float:
     return float(alive.max() / alive.min()) if alive.size else 1.0
 
 
-FINDERS: Sequence[Finder] = (
-    channel_imbalance,
-    weight_imbalance,
-    range_outlier,
-    gates,
-    wide_concat,
-    bias_overflow,
-    saturation,
-    low_bits,
-    large_layers,
-    dead_channels,
+CAUSE_FINDERS: Sequence[CauseFinder] = (
+    find_channel_imbalance,
+    find_weight_imbalance,
+    find_range_outliers,
+    find_costly_gates,
+    find_wide_concats,
+    find_bias_overflow,
+    find_saturation,
+    find_low_bits,
+    find_costly_layers,
+    find_dead_channels,
 )

@@ -1,18 +1,15 @@
-"""A quantized network beside the float one, layer by layer, on the same pictures.
+"""This module compares a quantized network with its float model layer by layer on the same images.
 
-Three networks see every picture: the float one, the quantized one, and the quantized one cut at every point (pairs.py),
-where it is fed with the float network's tensors. What the last one makes of them is the error that each layer adds by
-itself, with its weights, its bias and the codes of its result.
+Besides both networks, the quantized one is run cut at every point and fed with float tensors: the error that a layer
+adds by itself.
 
     received SQNR = 10 log10(sum f^2 / sum (f - q)^2)         q: in the quantized network
     added SQNR    = the same with q made of float tensors
     output share  = N_l / sum of all N                        N_l = sum over outputs of sum (y - y_l)^2 / sum y^2
 
-y_l: outputs of the float network where the result of layer l alone has the error that it adds. Were these errors
-independent and small, the outputs' SQNR would be -10 log10(sum of N_l): Lin et al. 2016, arXiv 1511.06393, equation 7,
-measured at the outputs instead of added up over layers, as a residual stream thins out what a branch adds.
-
-Channels that equalization scaled are compared in the float model's units, as the file tells them (moved.py).
+y_l: outputs of the float network with the error of layer l alone. Were these independent and small, the outputs' SQNR
+would be -10 log10(sum of N_l): Lin et al. 2016, arXiv 1511.06393, equation 7. Equalized channels are compared in the
+float model's units. Weights are compared in units of the quantized ones.
 """
 
 from __future__ import annotations
@@ -20,40 +17,115 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.analysis.weighed import bars_of, beside
-from qconv.data.loader import Batch
+from qconv.config.recipe import Recipe
+from qconv.data.loader import Batch, ModelWithData, iter_paired_batches, open_models
 from qconv.errors import QconvError
 from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
 from qconv.ir.files import Source, is_quantized, metadata_of, read_proto
-from qconv.ir.model import Model, Value, is_tensor
+from qconv.ir.layers import Layer, read_layer, scale_inputs, scale_outputs, weights_from_rows
+from qconv.ir.metadata import EqualizationRecord
+from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
+from qconv.ir.rewriting import EditRefused
+from qconv.ir.stored_weights import (
+    QuantizedWeights,
+    read_quantized_weights,
+)
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
 from qconv.metrics.comparison import compute_sqnr_db
 from qconv.passes import fold
-from qconv.results.comparison import Comparison, LayerComparison, ValueStatistics
+from qconv.results.comparison import Comparison, HistogramBars, LayerComparison, ValueStatistics
 from qconv.runtime.session import Session
 
+# The weights of a layer in a quantized file, whoever wrote it: their codes, and the float weights in units of them.
+
+
+HISTOGRAM_BARS = 64
+
+CLIPPED_BEYOND = 0.5 + 1e-3
+"""Of a step: a weight this far beyond the last code is cut off by more than rounding."""
+
+
+def compare_weights(layer: Node, original: Node | None, moves: EqualizationRecord) -> ValueStatistics | None:
+    """The float layer's weights, in codes of the quantized one. None where either has none of the kind."""
+    weights = read_quantized_weights(layer)
+    same = original is not None and original.op_type == layer.op_type  # another tool may have given a name anew
+    numbers = (
+        _apply_equalization(original, weights, moves) if weights is not None and original is not None and same else None
+    )
+    if weights is None or numbers is None:
+        return None
+    low, high = int(weights.codes.min(initial=0)), int(weights.codes.max(initial=0))
+    ideal = numbers / np.where(weights.scale == 0, 1, weights.scale) + weights.zero
+    clipped = float(np.mean((ideal < low - CLIPPED_BEYOND) | (ideal > high + CLIPPED_BEYOND)))
+    used = np.unique(weights.codes).size / 2**weights.bits
+    return ValueStatistics(
+        weights.bits, float(low), float(high), clipped, min(1.0, used), make_histogram(ideal, low, high)
+    )
+
+
+def _apply_equalization(
+    original: Node, weights: QuantizedWeights, moves: EqualizationRecord
+) -> NDArray[np.floating] | None:
+    """The float weights with the scales of their channels, in the shape of the codes."""
+    try:
+        layer = read_layer(original)
+    except EditRefused:
+        return None
+    layer = _scale_layer(layer, moves)
+    stored = constant_array(original.inputs[1])
+    if stored is None or stored.size != weights.codes.size:
+        return None
+    rows = layer.weight.reshape(*layer.weight.shape[:2], -1)
+    return weights_from_rows(original, rows, stored.shape).reshape(weights.codes.shape)
+
+
+def _scale_layer(layer: Layer, moves: EqualizationRecord) -> Layer:
+    data, nothing = layer.node.inputs[0], np.zeros(1)
+    into = None if data is None else moves.scale_of(data.name or "", layer.inputs)
+    out = moves.scale_of(layer.node.outputs[0].name or "", layer.outputs)
+    found = replace(layer, means=None)
+    if into is not None:
+        found = scale_inputs(found, into, nothing)
+    return found if out is None else scale_outputs(found, 1 / out, nothing)
+
+
+def make_histogram(numbers: NDArray[np.floating], low: float, high: float) -> HistogramBars:
+    """A histogram that shows all numbers, but NaN and infinity, and the whole range."""
+    numbers = numbers[np.isfinite(numbers)]
+    ends = min(low, float(numbers.min(initial=low))), max(high, float(numbers.max(initial=high)))
+    counts, edges = np.histogram(numbers, HISTOGRAM_BARS, ends if ends[1] > ends[0] else (ends[0], ends[0] + 1))
+    return HistogramBars(tuple(map(float, edges)), tuple(map(int, counts)))
+
+
 Progress = Callable[[str, int, int], None]
+
 Arrays = Mapping[str, NDArray[Any]]
-SAMPLES = 2**15
+
+HISTOGRAM_SAMPLES = 2**15
 """Numbers of a tensor that its histogram is made of, about."""
-RUNS = 1000
+
+MOST_EFFECT_RUNS = 1000
 """Of the float network to find out what single errors do at the outputs, at most, but for FEWEST pictures."""
-FEWEST, MOST = 2, 16
-LARGEST = 1e200
+
+FEWEST_EFFECT_IMAGES, MOST_EFFECT_IMAGES = 2, 16
+
+LARGEST_POWER = 1e200
 """Power of what holds NaN or infinity: what can still be added up."""
-SMALL = 1e-12
+
+ARITHMETIC_NOISE_SHARE = 1e-12
 """Share of the signal's power that a difference of float arithmetic alone may have."""
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ComparisonRequest:
     """What is compared. feeds: what the float model and the quantized one take, batch by batch, as often as it is
     asked for. pictures: how many these are. words: how they are fed."""
 
@@ -65,14 +137,14 @@ class Question:
     threads: int | None = None
 
 
-def compare(question: Question, progress: Progress = lambda stage, done, total: None) -> Comparison:
+def compare(question: ComparisonRequest, progress: Progress = lambda stage, done, total: None) -> Comparison:
     """Raises QconvError where the second model is not quantized, or nothing in it can be found in the first."""
-    original, quantized = _models(question)
+    original, quantized = _load_models(question)
     moves = ir_metadata.read_equalization(quantized.inner.metadata_props)
     found = find_comparison_points(quantized, original)
     outputs = [value for value in original.graph.outputs if is_tensor(value)]
     with contextlib.ExitStack() as stack:
-        bench = _Bench.of(question, original, quantized, found, moves, stack)
+        bench = _LoadedNetworks.of(question, original, quantized, found, moves, stack)
         if all(pair.point.input for pair in bench.pairs):
             fact = f"No layer of {question.model.name} is found in {question.float_model.name}."
             raise QconvError(fact, "pass the float model that it was made from, first.")
@@ -84,8 +156,8 @@ def compare(question: Question, progress: Progress = lambda stage, done, total: 
     rows = []
     for pair in bench.pairs:
         layer, share = pair.point.layer, None if not total else noise.get(pair.point, 0.0) / total
-        weights = None if layer is None else beside(layer, nodes.get(layer.name), moves)
-        rows.append(_row(pair, tallies[pair.point], share, weights))
+        weights = None if layer is None else compare_weights(layer, nodes.get(layer.name), moves)
+        rows.append(_make_layer_row(pair, tallies[pair.point], share, weights))
     unmatched = [point.name for point in found if point not in tallies]
     predicted = None if total <= 0 else -10 * math.log10(total)
     return Comparison(
@@ -101,7 +173,7 @@ def compare(question: Question, progress: Progress = lambda stage, done, total: 
     )
 
 
-def _models(question: Question) -> tuple[Model, Model]:
+def _load_models(question: ComparisonRequest) -> tuple[Model, Model]:
     """Both as they are compared: a file by qconv beside what folding makes of the float model, others as they are."""
     proto = read_proto(question.model)
     if not is_quantized(proto):
@@ -119,7 +191,7 @@ def _models(question: Question) -> tuple[Model, Model]:
 
 
 @dataclass(slots=True)
-class _Tally:
+class _PointTally:
     """What was seen of a point."""
 
     signal: float = 0.0
@@ -134,7 +206,7 @@ class _Tally:
 
 
 @dataclass(slots=True)
-class _Bench:
+class _LoadedNetworks:
     """The networks, loaded. inputs: of the cut network, by the point that they stand for."""
 
     original: Model
@@ -150,13 +222,13 @@ class _Bench:
     @classmethod
     def of(
         cls,
-        question: Question,
+        question: ComparisonRequest,
         original: Model,
         quantized: Model,
         found: Sequence[ComparisonPoint],
         moves: ir_metadata.EqualizationRecord,
         stack: contextlib.ExitStack,
-    ) -> _Bench:
+    ) -> _LoadedNetworks:
         candidates = list(dict.fromkeys(value for point in found for value in point.candidates))
 
         def session(model: Model, tensors: Sequence[Value], name: str) -> Session:
@@ -172,7 +244,9 @@ class _Bench:
             raise QconvError("There is no picture to compare on.", "check --images.")
         floats, feeds = first
         pairs = list(
-            _paired(found, {**floats, **_run(watched, candidates, floats)}, _run_values(real, found, feeds), moves)
+            _match_points(
+                found, {**floats, **_run_outputs(watched, candidates, floats)}, _run_points(real, found, feeds), moves
+            )
         )
         cut = quantized.copy()
         own = {value.name: value for node in cut.nodes() for value in node.outputs}
@@ -188,10 +262,10 @@ class _Bench:
         watched = session(original, [v for v in candidates if v.name in taken and not v.is_graph_input()], watched.name)
         return cls(original, quantized, moves, pairs, watched, real, fed, inputs, question.threads)
 
-    def look(self, question: Question, progress: Progress) -> dict[ComparisonPoint, _Tally]:
+    def look(self, question: ComparisonRequest, progress: Progress) -> dict[ComparisonPoint, _PointTally]:
         """All pictures through all three networks."""
-        tallies = {pair.point: _Tally() for pair in self.pairs}
-        each = max(64, SAMPLES // max(1, question.pictures))
+        tallies = {pair.point: _PointTally() for pair in self.pairs}
+        each = max(64, HISTOGRAM_SAMPLES // max(1, question.pictures))
         done = 0
         for plain, feeds in question.feeds():
             floats = self._floats(plain)
@@ -201,12 +275,14 @@ class _Bench:
             alone = dict(zip(names, self._alone(feeds, floats), strict=True))
             for pair in self.pairs:
                 name = pair.point.value.name or ""
-                _take(tallies[pair.point], pair, floats[pair.tensor.name or ""], got, alone[name], self.moves, each)
+                _accumulate(
+                    tallies[pair.point], pair, floats[pair.tensor.name or ""], got, alone[name], self.moves, each
+                )
             done += len(next(iter(feeds.values())))
             progress("compare", min(done, question.pictures), question.pictures)
         return tallies
 
-    def whole(self, question: Question) -> Comparison:
+    def whole(self, question: ComparisonRequest) -> Comparison:
         """The outputs of both files as they are, in the runtime's own way."""
         both = [Session(s.runnable, name=s.name, threads=self.threads) for s in (question.float_model, question.model)]
         comparison = Comparison.of(both[0].outputs)
@@ -215,13 +291,13 @@ class _Bench:
         return comparison
 
     def effects(
-        self, question: Question, outputs: Sequence[Value], progress: Progress
+        self, question: ComparisonRequest, outputs: Sequence[Value], progress: Progress
     ) -> tuple[dict[ComparisonPoint, float], int]:
         """What the error that each layer adds does at the outputs, over their power, and on how many pictures."""
         model, names, results = add_error_inputs(self.original, self.quantized, self.pairs, outputs)
         with subgraph.runnable_with_outputs(model, ()) as runnable:
             session = Session(runnable, name=question.float_model.name, threads=self.threads)
-        wanted = min(MOST, max(FEWEST, RUNS // len(self.pairs)))
+        wanted = min(MOST_EFFECT_IMAGES, max(FEWEST_EFFECT_IMAGES, MOST_EFFECT_RUNS // len(self.pairs)))
         nothing = {name: np.zeros((), np.float32) for name in names.values()}
         noise: dict[ComparisonPoint, dict[int, float]] = {pair.point: {} for pair in self.pairs}
         power: dict[int, float] = {}
@@ -231,7 +307,7 @@ class _Bench:
             straight = session.run(results, {**plain, **nothing})
             for index, y in enumerate(straight):
                 if y.dtype.kind == "f":
-                    power[index] = power.get(index, 0.0) + _power(y)
+                    power[index] = power.get(index, 0.0) + _signal_power(y)
             alone = self._alone(feeds, floats)
             for place, (pair, got) in enumerate(zip(self.pairs, alone, strict=True)):
                 if pair.point.copy:
@@ -244,7 +320,7 @@ class _Bench:
                 for index, (y, other) in enumerate(zip(straight, moved_to, strict=True)):
                     if index in power:
                         known = noise[pair.point]
-                        known[index] = known.get(index, 0.0) + _power(other - y)
+                        known[index] = known.get(index, 0.0) + _signal_power(other - y)
                 progress("effects", seen * len(self.pairs) + place + 1, wanted * len(self.pairs))
             seen += len(next(iter(feeds.values())))
             if seen >= wanted:
@@ -269,19 +345,19 @@ class _Bench:
         return self.cut.run(names, {name: x for name, x in {**feeds, **fed}.items() if name in needed})
 
 
-def _run(session: Session, values: Sequence[Value], feeds: Batch) -> dict[str, NDArray[Any]]:
+def _run_outputs(session: Session, values: Sequence[Value], feeds: Batch) -> dict[str, NDArray[Any]]:
     names = [value.name or "" for value in values if not value.is_graph_input()]
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def _run_values(
+def _run_points(
     session: Session, found: Sequence[ComparisonPoint], feeds: Batch
 ) -> dict[ComparisonPoint, NDArray[Any]]:
     names = [point.value.name or "" for point in found]
     return dict(zip(found, session.run(names, feeds), strict=True))
 
 
-def _paired(
+def _match_points(
     found: Sequence[ComparisonPoint],
     floats: Arrays,
     got: Mapping[ComparisonPoint, NDArray[Any]],
@@ -295,23 +371,23 @@ def _paired(
             name = value.name or ""
             x = floats.get(name)
             if x is not None and x.shape == q.shape and x.dtype.kind == q.dtype.kind == "f":
-                away[value] = _power(moves.moved(name, x) - q) / max(_power(q), SMALL)
+                away[value] = _signal_power(moves.moved(name, x) - q) / max(_signal_power(q), ARITHMETIC_NOISE_SHARE)
         if away:
             yield TensorPair(point, min(away, key=lambda value: away[value]))
 
 
-def _power(x: NDArray[Any]) -> float:
+def _signal_power(x: NDArray[Any]) -> float:
     """Sum of squares; LARGEST where that is no number."""
     flat = x.reshape(-1).astype(np.float32, copy=False)
     with np.errstate(over="ignore", invalid="ignore"):
         found = float(np.dot(flat, flat))
         if not math.isfinite(found):
             found = float(np.sum(flat.astype(np.float64) ** 2))
-    return found if math.isfinite(found) else LARGEST
+    return found if math.isfinite(found) else LARGEST_POWER
 
 
-def _take(
-    tally: _Tally,
+def _accumulate(
+    tally: _PointTally,
     pair: TensorPair,
     reference: NDArray[Any],
     got: Arrays,
@@ -321,12 +397,12 @@ def _take(
 ) -> None:
     name, point = pair.tensor.name or "", pair.point
     q = moves.back(name, got[point.value.name or ""])
-    tally.signal += _power(reference)
-    tally.received += _power(q - reference)
-    tally.added += _power(moves.back(name, alone) - reference)
+    tally.signal += _signal_power(reference)
+    tally.received += _signal_power(q - reference)
+    tally.added += _signal_power(moves.back(name, alone) - reference)
     with np.errstate(over="ignore", invalid="ignore"):
         tally.product += float(np.dot(q.reshape(-1), reference.reshape(-1)))
-    tally.power += _power(q)
+    tally.power += _signal_power(q)
     if point.grid is None or point.codes is None:
         return
     own = moves.moved(name, reference).reshape(-1)
@@ -340,7 +416,9 @@ def _take(
     tally.codes = counted if tally.codes is None else tally.codes + counted
 
 
-def _row(pair: TensorPair, tally: _Tally, share: float | None, weights: ValueStatistics | None) -> LayerComparison:
+def _make_layer_row(
+    pair: TensorPair, tally: _PointTally, share: float | None, weights: ValueStatistics | None
+) -> LayerComparison:
     point, values = pair.point, None
     if point.grid is not None and tally.codes is not None:
         numbers = np.concatenate(tally.sample)
@@ -350,15 +428,15 @@ def _row(pair: TensorPair, tally: _Tally, share: float | None, weights: ValueSta
             point.grid.high,
             tally.clipped / max(1, tally.count),
             float(np.count_nonzero(tally.codes)) / tally.codes.size,
-            bars_of(numbers, point.grid.low, point.grid.high),
+            make_histogram(numbers, point.grid.low, point.grid.high),
         )
     known = bool(tally.signal and tally.power) and math.isfinite(tally.product)
     return LayerComparison(
         name=point.name,
         op=point.op,
         tensor=pair.tensor.name or "",
-        sqnr_db=_decibel(tally.signal, tally.received),
-        added_sqnr_db=None if point.copy else _decibel(tally.signal, tally.added),
+        sqnr_db=_to_decibel(tally.signal, tally.received),
+        added_sqnr_db=None if point.copy else _to_decibel(tally.signal, tally.added),
         cosine=tally.product / math.sqrt(tally.signal) / math.sqrt(tally.power) if known else None,
         output_share=share,
         values=values,
@@ -367,5 +445,46 @@ def _row(pair: TensorPair, tally: _Tally, share: float | None, weights: ValueSta
     )
 
 
-def _decibel(signal: float, noise: float) -> float | None:
-    return None if noise <= SMALL * signal else compute_sqnr_db(signal, noise)
+def _to_decibel(signal: float, noise: float) -> float | None:
+    return None if noise <= ARITHMETIC_NOISE_SHARE * signal else compute_sqnr_db(signal, noise)
+
+
+# Two files and a folder of pictures: how both are fed, and what a comparison layer by layer finds.
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonRun:
+    """What was found, and how the float model was fed."""
+
+    compared: Comparison
+    fed: ModelWithData
+
+
+def compare_on_images(
+    float_model: Source, model: Source, recipe: Recipe, warn: Callable[[str], None], progress: Progress
+) -> ComparisonRun:
+    """recipe: names the pictures (its `calib`), and how they are fed.
+
+    Raises QconvError for what cannot be compared, or fed.
+    """
+    own, other = open_models(model, float_model, recipe, warn)
+    assert other is not None
+    missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
+    if missing is not None:
+        names = ", ".join(other.session.outputs)
+        raise QconvError(f"{other.session.name} has no output {missing!r}, but {names}.", "compare like with like.")
+    lost: set[Path] = set()
+    told: set[str] = set()
+
+    def once(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            warn(text)
+
+    def feeds() -> Any:
+        return ((its, mine) for mine, its in iter_paired_batches(own, other, once, lost.add))
+
+    total = len(own.feed.listing.paths)
+    question = ComparisonRequest(float_model, model, feeds, total, own.words, recipe.threads)
+    found = compare(question, progress)
+    return ComparisonRun(replace(found, images=total - len(lost)), other)

@@ -17,23 +17,22 @@ from typing import Any
 
 from qconv import storage
 from qconv.analysis import causes
-from qconv.analysis.beside import Looked
-from qconv.analysis.causes import FEW, GAP, MANY, Evidence
-from qconv.analysis.compare import Question, compare
-from qconv.analysis.proof import Held, Made, Proof, held_back
+from qconv.analysis.causes import FEW_IMAGES, GENERALIZATION_GAP_DB, MANY_IMAGES, DiagnosisEvidence
+from qconv.analysis.compare import ComparisonRequest, ComparisonRun, compare
 from qconv.analysis.remedies import (
-    ADDED,
     ENOUGH_DB,
     POOR_DB,
+    REPEATABLE_FIELDS,
     Remedy,
-    joined,
-    merged,
-    more_bits,
-    more_effort,
-    options_of,
-    recipe_with,
-    remedies,
+    find_remedies,
+    format_options,
+    join_changes,
+    make_recipe,
+    merge_changes,
+    suggest_more_bits,
+    suggest_more_effort,
 )
+from qconv.analysis.trials import HeldOutImages, TrialRun, TrialRunner, hold_out_images
 from qconv.config import serialization
 from qconv.config.choices import option_name
 from qconv.config.preprocessing import PRESETS, Preprocessing, PreprocessingOptions
@@ -66,19 +65,19 @@ from qconv.results.comparison import Cause, Comparison, Diagnosis, Trial
 from qconv.runtime.benchmark import detect_cpu
 from qconv.runtime.session import Session
 
-GAINED = 0.5
+LEAST_GAIN_DB = 0.5
 """dB from which on a remedy has helped."""
-BIT_DB = 6.02
+DB_PER_BIT = 6.02
 """What one more bit gains: a doubling of time or size has to gain as much."""
-MORE_DB = 3.0
+LEAST_GAIN_OF_BITS_DB = 3.0
 """What more bits than were asked for must gain to be worth a word."""
 PLENTY_DB = 40.0
 """From here on more counts nothing."""
-SILENT = Listener()
+SILENT_LISTENER = Listener()
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class DiagnosisRequest:
     """What is to be diagnosed. asked: fields of the Recipe as they were given, before any of them follows from others.
 
     images: pictures to score on; empty: held back from those to calibrate with. layer_bits: the file that
@@ -92,14 +91,14 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Diagnosed:
+class DiagnosisRun:
     """What was found. looked: the network layer by layer, quantized as remedies were measured against."""
 
     diagnosis: Diagnosis
-    looked: Looked
+    looked: ComparisonRun
 
 
-def diagnose(case: Case, listener: Listener | None = None) -> Diagnosed:
+def diagnose(case: DiagnosisRequest, listener: Listener | None = None) -> DiagnosisRun:
     """Raises QconvError for anything the user can mend."""
     listener = listener or Listener()
     told: list[str] = []
@@ -114,14 +113,14 @@ def diagnose(case: Case, listener: Listener | None = None) -> Diagnosed:
     size = file_bytes(proto, case.source)
     del proto
     with storage.scratch_folder(8 * size) as folder:
-        return _Clinic(case, Listener(warn, listener.progress), folder).diagnosis(told)
+        return _DiagnosisRunner(case, Listener(warn, listener.progress), folder).diagnosis(told)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Attempt:
+class _RemedyAttempt:
     """A trial, the fields of its recipe, and how they differ from what was asked for."""
 
-    made: Made
+    made: TrialRun
     fields: Mapping[str, Any]
     remedy: Remedy
 
@@ -131,31 +130,31 @@ class _Attempt:
 
 
 @dataclass(slots=True)
-class _Clinic:
+class _DiagnosisRunner:
     """One diagnosis. found: causes so far; attempts: trials so far, the first of what was asked for.
 
     changes: what mends the pictures, which is the ground for the rest.
     """
 
-    case: Case
+    case: DiagnosisRequest
     listener: Listener
     folder: Path
     memory: CalibrationCache = field(default_factory=CalibrationCache)
     found: list[Cause] = field(default_factory=list)
-    attempts: list[_Attempt] = field(default_factory=list)
+    attempts: list[_RemedyAttempt] = field(default_factory=list)
     changes: dict[str, Any] = field(default_factory=dict)
 
-    def diagnosis(self, warnings: list[str]) -> Diagnosed:
+    def diagnosis(self, warnings: list[str]) -> DiagnosisRun:
         asked = {**self.case.asked, "min_agreement": None, "min_sqnr": None}
         recipe = Recipe(**asked)
         session = open_original(self.case.source, recipe)
-        held = held_back(session, recipe, self.case.images, self.listener)
+        held = hold_out_images(session, recipe, self.case.images, self.listener)
         asked["samples"] = min(recipe.samples, held.most)
         recipe = Recipe(**asked)
         rather = self._feed(session, held.feed, recipe)
         said = held.feed.over(held.feed.listing.paths)
         held.feed.preprocessing = rather or said.preprocessing
-        proof = Proof.of(self.case.source, held.feed, recipe, self.listener, self.memory)
+        proof = TrialRunner.of(self.case.source, held.feed, recipe, self.listener, self.memory)
         if rather is not None:
             proof.feed_otherwise(said)
         base = self._try(proof, asked, Remedy("as asked", {}, ()))
@@ -164,7 +163,7 @@ class _Clinic:
         proof.listener = Listener(progress=self.listener.progress)  # the others would warn of the same
         if rather is not None:
             proof.feed_otherwise(held.feed)
-            changes = {"preprocessing": _as_options(rather, recipe.preprocessing)}
+            changes = {"preprocessing": _to_preprocessing_options(rather, recipe.preprocessing)}
             mend = Remedy("fed as in training", changes, ("preprocessing",))
             base = self._mended(proof, asked, base, mend, always=True)
         base = self._enough_pictures(proof, asked, base, held)
@@ -184,7 +183,7 @@ class _Clinic:
             float_ms=float_ms,
             warnings=warnings,
         )
-        return Diagnosed(found, Looked(compared, ModelWithData(session, held.feed, compared.words)))
+        return DiagnosisRun(found, ComparisonRun(compared, ModelWithData(session, held.feed, compared.words)))
 
     # -- pictures ------------------------------------------------------------------------------------------------------
 
@@ -192,13 +191,15 @@ class _Clinic:
         """`feed` as the options say. Returns what the evidence says instead, where it is sure of that."""
         model, _ = load.load(read_proto(self.case.source), self.case.source)
         said = recipe.preprocessing
-        calibration = DataLoader.of(session, recipe, SILENT.warn, SILENT.progress)
+        calibration = DataLoader.of(session, recipe, SILENT_LISTENER.warn, SILENT_LISTENER.progress)
         own = detect_preprocessing(model, session, calibration, said, threads=recipe.threads)
         feed.preprocessing = calibration.preprocessing = own.preprocessing
         freely = PreprocessingOptions(**{name: getattr(said, name) for name in SHAPE_OPTIONS})
         if own.preprocessing is None or freely == said:
             return None
-        calibration = DataLoader.of(session, replace(recipe, preprocessing=freely), SILENT.warn, SILENT.progress)
+        calibration = DataLoader.of(
+            session, replace(recipe, preprocessing=freely), SILENT_LISTENER.warn, SILENT_LISTENER.progress
+        )
         found = detect_preprocessing(model, session, calibration, freely, threads=recipe.threads)
         if (
             not found.evident
@@ -206,21 +207,23 @@ class _Clinic:
             or is_same_preprocessing(own.preprocessing, found.preprocessing)
         ):
             return None
-        asks = " ".join(format_option("preprocessing", _as_options(found.preprocessing, said)))
+        asks = " ".join(format_option("preprocessing", _to_preprocessing_options(found.preprocessing, said)))
         sure = own.against or (found.margin or 0.0) >= CERTAIN_MARGIN
         told = "and not for the options given" if sure else "rather than for the options given, without being certain"
         self.found.append(Cause("preprocessing", ("the pictures",), f"the model speaks for {asks}, {told}"))
         return found.preprocessing if sure else None
 
-    def _enough_pictures(self, proof: Proof, asked: Mapping[str, Any], base: _Attempt, held: Held) -> _Attempt:
+    def _enough_pictures(
+        self, proof: TrialRunner, asked: Mapping[str, Any], base: _RemedyAttempt, held: HeldOutImages
+    ) -> _RemedyAttempt:
         """Whether there are few, or others lose much more than those of the calibration."""
         used, report = asked["samples"], base.made.report
         seen, unseen = None if report is None else report.verify.sqnr_db, base.trial.sqnr_db
         gap = seen - unseen if held.unseen and seen is not None and unseen is not None else 0.0
-        if used >= FEW and (gap < GAP or used >= MANY):
+        if used >= FEW_IMAGES and (gap < GENERALIZATION_GAP_DB or used >= MANY_IMAGES):
             return base
         what = f"{format_count(used, 'picture')} to calibrate with"
-        if gap >= GAP:
+        if gap >= GENERALIZATION_GAP_DB:
             what += f": SQNR is {seen:.1f} dB on them and {unseen:.1f} dB on others"
         more = min(Recipe().samples, held.most)
         if more <= used:
@@ -231,44 +234,50 @@ class _Clinic:
         return self._mended(proof, asked, base, Remedy("more pictures", {"samples": more}, ("few-pictures",)))
 
     def _mended(
-        self, proof: Proof, asked: Mapping[str, Any], base: _Attempt, remedy: Remedy, *, always: bool = False
-    ) -> _Attempt:
+        self,
+        proof: TrialRunner,
+        asked: Mapping[str, Any],
+        base: _RemedyAttempt,
+        remedy: Remedy,
+        *,
+        always: bool = False,
+    ) -> _RemedyAttempt:
         """The ground for what follows: with the remedy, where it helps or is right in any case."""
         attempt = self._try(proof, asked, remedy)
         failed = attempt.made.failure is not None
-        if failed or not (always or attempt.trial.accuracy_db >= base.trial.accuracy_db + GAINED):
+        if failed or not (always or attempt.trial.accuracy_db >= base.trial.accuracy_db + LEAST_GAIN_DB):
             return base
         self.changes |= remedy.changes
         return attempt
 
     # -- the network ---------------------------------------------------------------------------------------------------
 
-    def _remedies(self, proof: Proof, asked: Mapping[str, Any], base: _Attempt) -> Comparison:
+    def _remedies(self, proof: TrialRunner, asked: Mapping[str, Any], base: _RemedyAttempt) -> Comparison:
         """Find causes in the network and try what mends them. Returns the network layer by layer."""
         evidence = self._evidence(proof, base)
-        self.found += causes.find(evidence)
+        self.found += causes.find_causes(evidence)
         gaining: list[tuple[float, Remedy]] = []
 
         def attempt(tried: Iterable[Remedy]) -> None:
             for remedy in tried:
-                recipe = recipe_with(base.fields, remedy.changes)
+                recipe = make_recipe(base.fields, remedy.changes)
                 if recipe is not None and all(recipe != known.made.recipe for known in self.attempts):
                     gain = self._try(proof, asked, remedy).trial.accuracy_db - base.trial.accuracy_db
-                    if gain >= GAINED and not remedy.undoes:
+                    if gain >= LEAST_GAIN_DB and not remedy.undoes:
                         gaining.append((gain, remedy))
 
         worth_it = [cause for cause in self.found if cause.kind != "layer" or self._so_far < ENOUGH_DB]
-        attempt(remedies(worth_it, evidence))
+        attempt(find_remedies(worth_it, evidence))
         if self._so_far < ENOUGH_DB:
-            attempt(more_effort(evidence.recipe))
+            attempt(suggest_more_effort(evidence.recipe))
         ranked = [remedy for _, remedy in sorted(gaining, key=lambda pair: -pair[0])]
         if len(ranked) > 1:
-            attempt([_together(ranked)])
+            attempt([_combine_remedies(ranked)])
         if self._so_far < POOR_DB:
             best = max(self.attempts, key=lambda known: -inf if known.remedy.undoes else known.trial.accuracy_db)
             so_far = {} if best is base else best.remedy.changes
-            more = more_bits(best.made.recipe)
-            attempt(Remedy(remedy.name, joined(so_far, remedy.changes), remedy.causes) for remedy in more)
+            more = suggest_more_bits(best.made.recipe)
+            attempt(Remedy(remedy.name, join_changes(so_far, remedy.changes), remedy.causes) for remedy in more)
         return evidence.compared
 
     @property
@@ -276,23 +285,23 @@ class _Clinic:
         able = [known for known in self.attempts if not self._gives_up_bits(known)]
         return max(attempt.trial.accuracy_db for attempt in able)
 
-    def _try(self, proof: Proof, asked: Mapping[str, Any], remedy: Remedy) -> _Attempt:
+    def _try(self, proof: TrialRunner, asked: Mapping[str, Any], remedy: Remedy) -> _RemedyAttempt:
         """Carry a remedy out, on the ground of what mends the pictures. Its options are those to add to the given."""
-        changes = joined(self.changes, remedy.changes)
-        fields = merged(asked, changes)
+        changes = join_changes(self.changes, remedy.changes)
+        fields = merge_changes(asked, changes)
         out = self.folder / f"{len(self.attempts)}.onnx"
-        made = proof.carry_out(remedy.name, Recipe(**fields), out, options_of(changes), remedy.causes)
-        self.attempts.append(_Attempt(made, fields, remedy))
+        made = proof.carry_out(remedy.name, Recipe(**fields), out, format_options(changes), remedy.causes)
+        self.attempts.append(_RemedyAttempt(made, fields, remedy))
         return self.attempts[-1]
 
-    def _evidence(self, proof: Proof, base: _Attempt) -> Evidence:
+    def _evidence(self, proof: TrialRunner, base: _RemedyAttempt) -> DiagnosisEvidence:
         """All that causes are read from, of the run that remedies are measured against."""
         source, recipe, report = self.case.source, base.made.recipe, base.made.report
         assert report is not None
         proto = read_proto(source)
         model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
         made_from = hash_model(source, external_data_files(proto, source))
-        pictures = open_calibration_data(source, made_from, recipe, SILENT.warn, self.listener.progress)
+        pictures = open_calibration_data(source, made_from, recipe, SILENT_LISTENER.warn, self.listener.progress)
         pictures.memory = self.memory
         pictures.settle(model, recipe)
         fold.run_float_passes(model)
@@ -303,30 +312,30 @@ class _Clinic:
         def feeds() -> Iterator[Any]:
             return ((batch, batch) for batch, _ in proof.scored.batches)
 
-        question = Question(source, quantized, feeds, proof.scored.pictures, pictures.words, recipe.threads)
+        question = ComparisonRequest(source, quantized, feeds, proof.scored.pictures, pictures.words, recipe.threads)
         compared = compare(question, self.listener.progress)
         moves = ir_metadata.read_equalization(metadata_of(read_proto(quantized)))
-        return Evidence(model, plan, recipe, report, sketches, moves, compared, detect_cpu().saturates is True)
+        return DiagnosisEvidence(model, plan, recipe, report, sketches, moves, compared, detect_cpu().saturates is True)
 
     # -- what comes of it ----------------------------------------------------------------------------------------------
 
-    def _best(self, base: _Attempt) -> _Attempt:
+    def _best(self, base: _RemedyAttempt) -> _RemedyAttempt:
         """The most accurate one, where a doubling of time or size has to gain a bit's worth."""
-        best, most = base, _worth(base.trial, base.trial) + GAINED
+        best, most = base, _score_trial(base.trial, base.trial) + LEAST_GAIN_DB
         for attempt in self.attempts[self.attempts.index(base) + 1 :]:
-            worth = _worth(attempt.trial, base.trial)
+            worth = _score_trial(attempt.trial, base.trial)
             wanted = not (attempt.remedy.undoes or self._gives_up_bits(attempt))
             if worth > most and wanted:
                 best, most = attempt, worth
         return best
 
-    def _gives_up_bits(self, attempt: _Attempt) -> bool:
+    def _gives_up_bits(self, attempt: _RemedyAttempt) -> bool:
         """Whether it takes 8 bits or more where fewer were asked for, which a user has reasons for."""
         asked, got = self.attempts[0].made.recipe, attempt.made.recipe
         pairs = ((asked.weight_bits, got.weight_bits), (asked.activation_bits, got.activation_bits))
         return any(wish < min(8, bits) for wish, bits in pairs)
 
-    def _command(self, best: _Attempt) -> str:
+    def _command(self, best: _RemedyAttempt) -> str:
         """What to type, with the pictures and places that the user has."""
         asked, fields = self.case.asked, dict(best.fields)
         if "samples" not in self.changes:
@@ -335,12 +344,12 @@ class _Clinic:
         said = serialization.command_line_options(Recipe(**fields).as_dict())
         if self.case.layer_bits is not None:
             said += ["--layer-bits", self.case.layer_bits]
-        steering = [word for name in ("batch", "threads") for word in _steered(name, asked)]
+        steering = [word for name in ("batch", "threads") for word in _format_given_option(name, asked)]
         return shlex.join(["qconv", "quantize", self.case.source.name, *calib, *said, *steering])
 
-    def _conclusion(self, best: _Attempt) -> str:
+    def _conclusion(self, best: _RemedyAttempt) -> str:
         first, trial = self.attempts[0].trial, best.trial
-        got = in_words(trial)
+        got = describe_trial(trial)
         if best is self.attempts[0]:
             if trial.accuracy_db >= ENOUGH_DB:
                 return f"Nothing needs mending: {got}.{self._but()}"
@@ -363,37 +372,37 @@ class _Clinic:
             told += " More pictures would tell more."
         richer = [attempt.trial for attempt in self.attempts if self._gives_up_bits(attempt)]
         most = max(richer, key=lambda trial: trial.accuracy_db, default=None)
-        if most is not None and most.accuracy_db >= min(self._so_far, PLENTY_DB) + MORE_DB:
-            told += f" With more bits than were asked for: {in_words(most)} ({most.typed})."
+        if most is not None and most.accuracy_db >= min(self._so_far, PLENTY_DB) + LEAST_GAIN_OF_BITS_DB:
+            told += f" With more bits than were asked for: {describe_trial(most)} ({most.typed})."
         return told
 
 
-def in_words(trial: Trial) -> str:
+def describe_trial(trial: Trial) -> str:
     """What was measured of a trial."""
     told = ["outputs are equal"] if trial.equal else []
     told += [] if trial.sqnr_db is None else [f"SQNR {trial.sqnr_db:.1f} dB"]
     return ", ".join(told + ([] if trial.agreement is None else [f"agreement {trial.agreement:.1%}"]))
 
 
-def _worth(trial: Trial, base: Trial) -> float:
+def _score_trial(trial: Trial, base: Trial) -> float:
     cost = max(0.0, log2(trial.size / base.size)) if trial.size and base.size else 0.0
     if trial.ms and base.ms:
         cost += max(0.0, log2(trial.ms / base.ms))
-    return min(trial.accuracy_db, PLENTY_DB) - BIT_DB * cost
+    return min(trial.accuracy_db, PLENTY_DB) - DB_PER_BIT * cost
 
 
-def _together(ranked: Sequence[Remedy]) -> Remedy:
+def _combine_remedies(ranked: Sequence[Remedy]) -> Remedy:
     """As many of them as do not contradict each other, the best ones first."""
     changes: dict[str, Any] = {}
     kinds: list[str] = []
     for remedy in ranked:
-        if not (changes.keys() & remedy.changes.keys()) - ADDED:
-            changes = joined(changes, remedy.changes)
+        if not (changes.keys() & remedy.changes.keys()) - REPEATABLE_FIELDS:
+            changes = join_changes(changes, remedy.changes)
             kinds += remedy.causes
     return Remedy("these together", changes, tuple(dict.fromkeys(kinds)))
 
 
-def _as_options(fed: Preprocessing, said: PreprocessingOptions) -> PreprocessingOptions:
+def _to_preprocessing_options(fed: Preprocessing, said: PreprocessingOptions) -> PreprocessingOptions:
     """Options that say how `fed` feeds the pixels' values; the rest as it was said."""
     preset = PRESETS[fed.preset]
     swapped = fed.color is not preset.color and fed.channels == 3
@@ -408,6 +417,6 @@ def _as_options(fed: Preprocessing, said: PreprocessingOptions) -> Preprocessing
     )
 
 
-def _steered(name: str, asked: Mapping[str, Any]) -> tuple[str, ...]:
+def _format_given_option(name: str, asked: Mapping[str, Any]) -> tuple[str, ...]:
     value = asked.get(name)
     return () if value is None or value == getattr(Recipe(), name) else (option_name(name), str(value))

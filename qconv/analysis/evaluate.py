@@ -1,9 +1,9 @@
-"""How right a model is on labelled pictures, and how near to another one, each number with how far to trust it.
+"""This module evaluates a model on labelled images and against another model, with confidence intervals.
 
-top-1, top-5      share of pictures whose label is the highest score, or among the five highest
+top-1, top-5      share of images whose label is the highest score, or among the five highest
 agreement         share of argmax positions (axis 1) equal to the other model's
 SQNR              10 log10(sum ref^2 / sum (ref - got)^2), cosine: sum ref got / sqrt(sum ref^2 sum got^2), per output
-flips             pictures that only one of the two gets right, with McNemar's test on whether that is chance
+flips             images that only one of the two gets right, with McNemar's test on whether that is chance
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from qconv.data.loader import ModelWithData, Outputs, open_models
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.metrics import comparison
-from qconv.metrics.classification import TOP_K, PredictionRecorder, Predictions
+from qconv.metrics.classification import TOP_K, PredictionRecorder, Predictions, find_class_output
 from qconv.metrics.comparison import Interval, compute_sqnr_db, is_class_score
 from qconv.runtime.session import Session
 
-LARGEST = float(np.finfo(np.float64).max) / 1e6  # the noise of NaN: what can still be added up
+LARGEST_NOISE = float(np.finfo(np.float64).max) / 1e6  # the noise of NaN: what can still be added up
+
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class EvaluationOptions:
     """What is to be measured. recipe: names the pictures (its `calib`), and how they are fed.
 
     classes, label_offset: see `labels`. table: what will be made of the predictions, ".csv", ".npz" (then all outputs
@@ -52,7 +53,7 @@ class Wishes:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class MeasuredShare:
     """hits of count pictures (or positions, in a map of classes), with its interval."""
 
     value: float
@@ -60,13 +61,13 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class OutputComparison:
     """How near one output is to the other model's. sqnr_db: None where nothing differs."""
 
     name: str
     sqnr_db: float | None
     cosine: float | None
-    agreement: Share | None
+    agreement: MeasuredShare | None
     sqnr_interval: Interval | None
 
 
@@ -97,22 +98,22 @@ class Evaluation:
     images: int
     words: str
     labels: str
-    top1: Share | None = None
-    top5: Share | None = None
+    top1: MeasuredShare | None = None
+    top5: MeasuredShare | None = None
     other: str | None = None
-    other_top1: Share | None = None
-    other_top5: Share | None = None
+    other_top1: MeasuredShare | None = None
+    other_top5: MeasuredShare | None = None
     flips: Flips | None = None
-    outputs: tuple[Output, ...] = ()
+    outputs: tuple[OutputComparison, ...] = ()
     predictions: Predictions | None = None
 
     @property
-    def agreement(self) -> Share | None:
+    def agreement(self) -> MeasuredShare | None:
         """The lowest output's."""
         return min((o.agreement for o in self.outputs if o.agreement), key=lambda share: share.value, default=None)
 
     @property
-    def worst(self) -> Output | None:
+    def worst(self) -> OutputComparison | None:
         """The output with the lowest SQNR; None where nothing differs."""
         found = [output for output in self.outputs if output.sqnr_db is not None]
         return min(found, key=lambda output: output.sqnr_db or 0.0, default=None)
@@ -144,24 +145,24 @@ class Evaluation:
             flips = self.flips
             against = {
                 "model": self.other,
-                "top1": _value(self.other_top1),
-                "top5": _value(self.other_top5),
-                "agreement": _value(self.agreement),
+                "top1": _value_of(self.other_top1),
+                "top5": _value_of(self.other_top5),
+                "agreement": _value_of(self.agreement),
                 "sqnr_db": self.worst.sqnr_db if self.worst else None,
                 "flips": flips and {"won": flips.won, "lost": flips.lost, "p_value": flips.p_value},
                 "outputs": [
-                    {"name": o.name, "sqnr_db": o.sqnr_db, "cosine": o.cosine, "agreement": _value(o.agreement)}
+                    {"name": o.name, "sqnr_db": o.sqnr_db, "cosine": o.cosine, "agreement": _value_of(o.agreement)}
                     for o in self.outputs
                 ],
             }
         spans = {
-            "top1": _span(self.top1),
-            "top5": _span(self.top5),
-            "against_top1": _span(self.other_top1),
-            "against_top5": _span(self.other_top5),
-            "agreement": _span(self.agreement),
-            "sqnr_db": _listed(self.worst.sqnr_interval if self.worst else None),
-            "top1_difference": _listed(
+            "top1": _interval_of(self.top1),
+            "top5": _interval_of(self.top5),
+            "against_top1": _interval_of(self.other_top1),
+            "against_top5": _interval_of(self.other_top5),
+            "agreement": _interval_of(self.agreement),
+            "sqnr_db": _interval_as_list(self.worst.sqnr_interval if self.worst else None),
+            "top1_difference": _interval_as_list(
                 comparison.difference_interval(self.flips.won, self.flips.lost, self.flips.count)
                 if self.flips
                 else None
@@ -171,8 +172,8 @@ class Evaluation:
             "schema": 1,
             "model": self.model,
             "images": self.images,
-            "top1": _value(self.top1),
-            "top5": _value(self.top5),
+            "top1": _value_of(self.top1),
+            "top5": _value_of(self.top5),
             "against": against,
             "intervals": spans,
             "labels": self.labels or None,
@@ -180,22 +181,22 @@ class Evaluation:
         }
 
 
-def _value(share: Share | None) -> float | None:
+def _value_of(share: MeasuredShare | None) -> float | None:
     return None if share is None else share.value
 
 
-def _span(share: Share | None) -> list[float] | None:
-    return None if share is None else _listed(share.interval)
+def _interval_of(share: MeasuredShare | None) -> list[float] | None:
+    return None if share is None else _interval_as_list(share.interval)
 
 
-def _listed(interval: Interval | None) -> list[float] | None:
+def _interval_as_list(interval: Interval | None) -> list[float] | None:
     return None if interval is None else list(interval)
 
 
 # -- counting ----------------------------------------------------------------------------------------------------------
 
 
-def _row(ref: NDArray[Any], got: NDArray[Any]) -> list[float]:
+def _sum_output(ref: NDArray[Any], got: NDArray[Any]) -> list[float]:
     finite = np.isfinite(ref)  # where the other model itself has no number there is nothing to be near to
     wide, other = np.where(finite, ref, 0).astype(np.float64), np.where(finite, got, 0).astype(np.float64)
     broken = not np.isfinite(other).all()
@@ -210,11 +211,11 @@ def _row(ref: NDArray[Any], got: NDArray[Any]) -> list[float]:
         float(np.sum(a * b)) for a, b in ((wide, wide), (wide - other, wide - other), (wide, other), (other, other))
     ]
     if broken:
-        sums[1] = LARGEST
+        sums[1] = LARGEST_NOISE
     return [*sums, equal, positions]
 
 
-def _compared(name: str, rows: list[list[float]]) -> Output:
+def _compare_output(name: str, rows: list[list[float]]) -> OutputComparison:
     table = np.array(rows)
     signal, noise, dot, own, equal, positions = table.sum(axis=0)
     agreement = None
@@ -225,27 +226,18 @@ def _compared(name: str, rows: list[list[float]]) -> Output:
             if whole
             else comparison.bootstrap_interval(table[:, 4:], lambda sums: sums[:, 0] / sums[:, 1])
         )
-        agreement = Share(float(equal / positions), span)
+        agreement = MeasuredShare(float(equal / positions), span)
     cosine = float(dot / np.sqrt(signal * own)) if signal * own > 0 else None
     decibel = compute_sqnr_db(float(signal), float(noise))
     span = None
     if decibel is not None:
         span = comparison.bootstrap_interval(table[:, :2], lambda sums: 10 * np.log10(sums[:, 0] / sums[:, 1]))
-    return Output(name, decibel, cosine, agreement, span)
-
-
-def class_vector(outputs: Outputs) -> int | None:
-    """Which output is one score a class: the first of shape (1, C), or (1, C, 1, 1)."""
-    for index, output in enumerate(outputs):
-        numbers = isinstance(output, np.ndarray) and output.dtype.kind == "f" and output.ndim >= 2
-        if numbers and output.shape[1] > 1 and output[0].size == output.shape[1]:
-            return index
-    return None
+    return OutputComparison(name, decibel, cosine, agreement, span)
 
 
 def evaluate(
     source: Source,
-    wishes: Wishes,
+    wishes: EvaluationOptions,
     *,
     warn: Callable[[str], None] = lambda text: None,
     progress: Progress = lambda stage, done, total: None,
@@ -266,23 +258,23 @@ def evaluate(
     rows: list[list[list[float]]] = [[] for _ in own.session.outputs]
     kept: list[Outputs] = []
     vector: int | None = None
-    for done, (mine, theirs) in enumerate(_side_by_side(own, other, warn, lost), 1):
+    for done, (mine, theirs) in enumerate(_run_side_by_side(own, other, warn, lost), 1):
         if done == 1:  # what cannot be is better said before thousands of pictures
-            vector = class_vector(mine)
+            vector = find_class_output(mine)
             outputs = 0 if vector is None else mine[vector].shape[1]
             if labels_of(paths, root, classes, wishes.labelling, outputs) is None and other is None:
-                raise _nothing_to_measure(root, vector)
+                raise _make_no_measure_error(root, vector)
             if wishes.table == ".csv" and vector is None:
                 raise QconvError("No output of the model is one score a class.", "save all outputs in a .npz file.")
         if vector is not None:
-            _require_numbers(mine[vector], own.session, vector)
+            _require_finite(mine[vector], own.session, vector)
             seen.add(mine[vector])
         if other is not None:
             chosen = [theirs[other.session.outputs.index(name)] for name in own.session.outputs]
             if vector is not None:
-                _require_numbers(chosen[vector], other.session, vector)
+                _require_finite(chosen[vector], other.session, vector)
                 its.add(chosen[vector])
-            _add(rows, own.session.outputs, chosen, mine)
+            _add_output_rows(rows, own.session.outputs, chosen, mine)
         if wishes.table == ".npz":
             kept.append(mine)
         progress("evaluate", done + len(lost), len(paths))
@@ -292,12 +284,12 @@ def evaluate(
     if labels is not None:
         assert classes is not None
         result.labels = classes.source + (f", {wishes.label_offset:+d}" if wishes.label_offset else "")
-        result.top1, result.top5 = _accuracy(seen, labels)
+        result.top1, result.top5 = _measure_accuracy(seen, labels)
     if other is not None:
         result.other = other.session.name
-        result.outputs = tuple(map(_compared, own.session.outputs, rows))
+        result.outputs = tuple(map(_compare_output, own.session.outputs, rows))
         if labels is not None:
-            result.other_top1, result.other_top5 = _accuracy(its, labels)
+            result.other_top1, result.other_top5 = _measure_accuracy(its, labels)
             right, wrong = seen.hits(labels, 1), its.hits(labels, 1)
             result.flips = Flips(int((right & ~wrong).sum()), int((wrong & ~right).sum()), len(labels))
     result.predictions = Predictions(
@@ -306,7 +298,7 @@ def evaluate(
     return result
 
 
-def _side_by_side(
+def _run_side_by_side(
     own: ModelWithData, other: ModelWithData | None, warn: Callable[[str], None], lost: set[Path]
 ) -> Iterator[tuple[Outputs, Outputs]]:
     """Outputs of both models for one picture after the other; of the first alone where there is no other."""
@@ -317,15 +309,15 @@ def _side_by_side(
     if own.takes_the_same_as(other):
         mine, its = itertools.tee(batches)
     else:
-        mine, its = batches, other.batches(_silent, lambda path: None)
+        mine, its = batches, other.batches(_ignore_warning, lambda path: None)
     yield from zip(own.outputs(mine), other.outputs(its), strict=True)
 
 
-def _silent(text: str) -> None:
+def _ignore_warning(text: str) -> None:
     pass
 
 
-def _require_numbers(scores: NDArray[Any], session: Session, index: int) -> None:
+def _require_finite(scores: NDArray[Any], session: Session, index: int) -> None:
     if not np.isfinite(scores).all():
         fact = (
             f"Output {session.outputs[index]} of {session.name} holds NaN or infinity, so that no class is the highest."
@@ -333,7 +325,7 @@ def _require_numbers(scores: NDArray[Any], session: Session, index: int) -> None
         raise QconvError(fact, "check the preprocessing options, and the model on one picture.")
 
 
-def _add(rows: list[list[list[float]]], names: Sequence[str], refs: Outputs, gots: Outputs) -> None:
+def _add_output_rows(rows: list[list[list[float]]], names: Sequence[str], refs: Outputs, gots: Outputs) -> None:
     for table, name, ref, got in zip(rows, names, refs, gots, strict=True):
         if not isinstance(ref, np.ndarray) or ref.dtype.kind not in "fiub":
             raise QconvError(f"Output {name} is no tensor of numbers.", "compare models that give tensors.")
@@ -342,10 +334,10 @@ def _add(rows: list[list[list[float]]], names: Sequence[str], refs: Outputs, got
                 f"Output {name} has another shape in the two models: {ref.shape} and {got.shape}.",
                 "compare models before their outputs are selected by the data.",
             )
-        table.append(_row(ref, got))
+        table.append(_sum_output(ref, got))
 
 
-def _nothing_to_measure(root: Path, vector: int | None) -> QconvError:
+def _make_no_measure_error(root: Path, vector: int | None) -> QconvError:
     """Neither labels nor another model. vector: which output is one score a class, None where none is."""
     why, fix = f"the pictures in {root} lie in no class folders", "a folder with one folder of pictures a class."
     if not root.is_dir():
@@ -357,9 +349,11 @@ def _nothing_to_measure(root: Path, vector: int | None) -> QconvError:
     return QconvError(fact, f"pass --against FLOAT, or {fix}")
 
 
-def _accuracy(seen: PredictionRecorder, labels: NDArray[np.int64]) -> tuple[Share, Share | None]:
+def _measure_accuracy(
+    seen: PredictionRecorder, labels: NDArray[np.int64]
+) -> tuple[MeasuredShare, MeasuredShare | None]:
     shares = []
     for most in (1, TOP_K):
         hits = int(seen.hits(labels, most).sum())
-        shares.append(Share(hits / len(labels), comparison.share_interval(hits, len(labels))))
+        shares.append(MeasuredShare(hits / len(labels), comparison.share_interval(hits, len(labels))))
     return shares[0], shares[1] if seen.classes > TOP_K else None

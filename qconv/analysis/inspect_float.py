@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from qconv.analysis.foretold import Handling, Ranges, Statistics, Trouble, foretell, relu6, statistics
+from qconv.analysis.weight_checks import (
+    DefaultHandling,
+    MeanAndDeviation,
+    WeightProblem,
+    WeightStatistics,
+    check_weights,
+    collect_batch_norm_statistics,
+    count_relu6,
+)
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, QconvError, Skipped
@@ -27,7 +35,7 @@ KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.mi
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class TensorSignature:
     """An input or an output of the model."""
 
     name: str
@@ -35,7 +43,7 @@ class End:
     shape: tuple[int | None, ...] | None
 
     @classmethod
-    def of(cls, value: Value) -> End:
+    def of(cls, value: Value) -> TensorSignature:
         """As the model declares it."""
         sizes = dims(value)
         type_ = "" if value.dtype is None else value.dtype.name.lower()
@@ -47,7 +55,7 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
-class FloatRow:
+class FloatLayerRow:
     """A layer of the folded model. parameters: weights and biases; share: of all that layers have.
 
     bits, scheme, granularity: of its weights' codes; None where it has none. runs: "integer" or "float", and then why.
@@ -63,7 +71,7 @@ class FloatRow:
     granularity: str | None
     runs: str
     why: str
-    ranges: Ranges
+    ranges: WeightStatistics
     troubles: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,7 +96,7 @@ class FloatRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
+class FloatOperatorGroup:
     """Operators that a default run leaves in float, for one reason. by_choice: because that is faster."""
 
     op: str
@@ -116,8 +124,8 @@ class FloatModel:
     opset: int
     ir_version: int
     producer: str
-    inputs: tuple[End, ...]
-    outputs: tuple[End, ...]
+    inputs: tuple[TensorSignature, ...]
+    outputs: tuple[TensorSignature, ...]
     operators: Mapping[str, int]
     parameters: int
     stored: int
@@ -128,10 +136,10 @@ class FloatModel:
     target: str
     integer: int
     absorbed: int
-    left: tuple[Left, ...]
+    left: tuple[FloatOperatorGroup, ...]
     relu6: int
-    layers: tuple[FloatRow, ...]
-    troubles: tuple[Trouble, ...]
+    layers: tuple[FloatLayerRow, ...]
+    troubles: tuple[WeightProblem, ...]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -191,18 +199,18 @@ def inspect_float(source: Source, target: str) -> FloatModel:
         file_bytes(proto, source),
         declared_opset(proto),
         proto.ir_version,
-        made_by(proto),
+        read_producer(proto),
     )
-    operators = _ranked(node.op_type for node in proto.graph.node if node.op_type != "Constant")
+    operators = _count_ranked(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model, _ = load(proto, source)
-    inputs, outputs = (tuple(map(End.of, ends)) for ends in (model.graph.inputs, model.graph.outputs))
-    parameters = sum(prod(value.shape.numpy()) for value in _constants(model) if value.shape is not None)
-    norms, known = _norms(model), statistics(model)
+    inputs, outputs = (tuple(map(TensorSignature.of, ends)) for ends in (model.graph.inputs, model.graph.outputs))
+    parameters = sum(prod(value.shape.numpy()) for value in _find_float_constants(model) if value.shape is not None)
+    norms, known = _count_batch_norms(model), collect_batch_norm_statistics(model)
     findings = fold.run_float_passes(model)
     folded = sum(isinstance(f, Change) and f.kind.startswith("BatchNormalization folded") for f in findings)
     recipe = Recipe(target=target)
     plan = make_plan(model, recipe, TARGETS[target], choose_float_nodes(model, recipe, None))
-    layers, troubles = _layers(model, plan, recipe, known)
+    layers, troubles = _make_layer_rows(model, plan, recipe, known)
     return FloatModel(
         name=source.name,
         bytes=size,
@@ -216,13 +224,13 @@ def inspect_float(source: Source, target: str) -> FloatModel:
         stored=stored,
         norms=norms,
         folded=folded,
-        converted=norms - folded - _norms(model),
+        converted=norms - folded - _count_batch_norms(model),
         findings=tuple(findings),
         target=target,
         integer=len(plan.integer),
         absorbed=len(plan.absorbed),
-        left=_left(model, plan),
-        relu6=relu6(model),
+        left=_group_float_operators(model, plan),
+        relu6=count_relu6(model),
         layers=tuple(layers),
         troubles=tuple(troubles),
     )
@@ -240,7 +248,7 @@ def refuse_custom_operators(proto: Any, source: Source) -> None:
         )
 
 
-def made_by(proto: Any) -> str:
+def read_producer(proto: Any) -> str:
     """What wrote the file, by its own words."""
     version = metadata_of(proto).get("qconv.version")
     return f"qconv {version}" if version else f"{proto.producer_name} {proto.producer_version}".strip()
@@ -251,43 +259,52 @@ def _float_width(kind: int) -> int:
     return int(dtype.bitwidth) if dtype.is_floating_point() else 0
 
 
-def _norms(model: Model) -> int:
+def _count_batch_norms(model: Model) -> int:
     return sum(standard_op_type(node) == "BatchNormalization" for node in model.nodes())
 
 
-def _constants(model: Model) -> list[Value]:
+def _find_float_constants(model: Model) -> list[Value]:
     return [value for value in model.graph.initializers.values() if value.dtype in (DataType.FLOAT, DataType.DOUBLE)]
 
 
-def _ranked(names: Iterable[str]) -> dict[str, int]:
+def _count_ranked(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
-def _layers(
-    model: Model, plan: Plan, recipe: Recipe, known: Mapping[str, Statistics]
-) -> tuple[list[FloatRow], list[Trouble]]:
+def _make_layer_rows(
+    model: Model, plan: Plan, recipe: Recipe, known: Mapping[str, MeanAndDeviation]
+) -> tuple[list[FloatLayerRow], list[WeightProblem]]:
     planned = {layer.node: layer for layer in plan.layers}
     nodes = [node for node in model.nodes() if is_quantizable_layer(node) and standard_op_type(node)]
-    sizes = {node: _parameters(node) for node in nodes}
+    sizes = {node: _count_parameters(node) for node in nodes}
     total = sum(sizes.values())
     rows, troubles = [], []
     for node in nodes:
         layer = planned.get(node)
-        granularity = None if layer is None else granularity_of(layer)
-        ranges, found = foretell(model, node, known, Handling(granularity == "per-channel", bool(recipe.equalize)))
+        granularity = None if layer is None else describe_granularity(layer)
+        ranges, found = check_weights(
+            model, node, known, DefaultHandling(granularity == "per-channel", bool(recipe.equalize))
+        )
         troubles += found
-        rows.append(_row(node, layer, plan, (sizes[node], sizes[node] / total if total else 0.0), ranges, found))
+        rows.append(
+            _make_layer_row(node, layer, plan, (sizes[node], sizes[node] / total if total else 0.0), ranges, found)
+        )
     return rows, troubles
 
 
-def _row(
-    node: Node, layer: LayerPlan | None, plan: Plan, size: tuple[int, float], ranges: Ranges, found: list[Trouble]
-) -> FloatRow:
+def _make_layer_row(
+    node: Node,
+    layer: LayerPlan | None,
+    plan: Plan,
+    size: tuple[int, float],
+    ranges: WeightStatistics,
+    found: list[WeightProblem],
+) -> FloatLayerRow:
     weight = constant_array(input_of(node, 1))
     assert weight is not None
     kept = plan.kept.get(node.name or "")
     spec = None if layer is None else layer.weight
-    return FloatRow(
+    return FloatLayerRow(
         name=node.name or "",
         op=node.op_type,
         shape=weight.shape,
@@ -295,7 +312,7 @@ def _row(
         share=size[1],
         bits=None if spec is None else spec.bits,
         scheme=None if spec is None else "symmetric" if spec.symmetric else "asymmetric",
-        granularity=None if layer is None else granularity_of(layer),
+        granularity=None if layer is None else describe_granularity(layer),
         runs="integer" if kept is None and node in plan.integer else "float",
         why="" if kept is None else kept.why,
         ranges=ranges,
@@ -303,17 +320,17 @@ def _row(
     )
 
 
-def granularity_of(layer: LayerPlan) -> str:
+def describe_granularity(layer: LayerPlan) -> str:
     """Of a layer's weights, in the words of the options."""
     return {PerChannel: "per-channel", PerBlock: "per-block"}.get(type(layer.weight.granularity), "per-tensor")
 
 
-def _parameters(node: Node) -> int:
+def _count_parameters(node: Node) -> int:
     found = (constant_array(input_of(node, index)) for index in (1, 2))
     return sum(numbers.size for numbers in found if numbers is not None)
 
 
-def _left(model: Model, plan: Plan) -> tuple[Left, ...]:
+def _group_float_operators(model: Model, plan: Plan) -> tuple[FloatOperatorGroup, ...]:
     """Those of one operator and one reason together, most first."""
     groups: dict[tuple[str, str], list[str]] = {}
     for node in model.nodes():
@@ -324,4 +341,6 @@ def _left(model: Model, plan: Plan) -> tuple[Left, ...]:
             )  # microseconds are each one's own
             groups.setdefault((node.op_type, why), []).append(node.name or "")
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
-    return tuple(Left(op, why, tuple(names), plan.placed.issuperset(names)) for (op, why), names in ranked)
+    return tuple(
+        FloatOperatorGroup(op, why, tuple(names), plan.placed.issuperset(names)) for (op, why), names in ranked
+    )

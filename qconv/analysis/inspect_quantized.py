@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qconv.analysis.inspect_float import End, made_by, refuse_custom_operators
+from qconv.analysis.inspect_float import TensorSignature, read_producer, refuse_custom_operators
 from qconv.audit.audit import FILE_FORMATS, detect_format
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, recipe_from_dict
@@ -47,11 +47,11 @@ from qconv.ir.stored_weights import (
     weight_bits_of,
 )
 
-PREPROCESSING = "qconv.preprocessing"
+PREPROCESSING_KEY = "qconv.preprocessing"
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedRow:
+class QuantizedLayerRow:
     """A layer. type: of what is stored; bits: of its codes, of float 32; scheme, granularity: None in float.
 
     size: elements that share a scale, for per-block. runs: "integer" or "float", as the file is written; the runtime
@@ -122,14 +122,14 @@ class QuantizedModel:
     opset: int
     ir_version: int
     producer: str
-    inputs: tuple[End, ...]
-    outputs: tuple[End, ...]
+    inputs: tuple[TensorSignature, ...]
+    outputs: tuple[TensorSignature, ...]
     operators: Mapping[str, int]
     recipe: Mapping[str, Any]
     options: tuple[str, ...]
     preprocessing: Mapping[str, Any] | None
     placed: int
-    layers: tuple[QuantizedRow, ...]
+    layers: tuple[QuantizedLayerRow, ...]
     other_constants: int
 
     @property
@@ -170,7 +170,7 @@ class QuantizedModel:
         }
 
 
-def holds_codes(proto: Any) -> bool:
+def is_quantized_file(proto: Any) -> bool:
     """Whether a file is quantized, in whatever way."""
     return is_quantized(proto) or any(node.op_type in OPERAND_INDICES for node in proto.graph.node)
 
@@ -183,15 +183,15 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         file_bytes(proto, source),
         declared_opset(proto),
         proto.ir_version,
-        made_by(proto),
+        read_producer(proto),
     )
     (name, meaning), carried = detect_format(proto), metadata_of(proto)
     if name == "float":  # MatMulNBits and its kind
         name, _, meaning = FILE_FORMATS[-1]
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model = load_unchanged(proto, source)
-    recipe = _without_nan(read_recipe(model))
-    reader = _Reader(model, recipe_from_dict(recipe) if recipe else None, size)
+    recipe = _drop_nan(read_recipe(model))
+    reader = _LayerReader(model, recipe_from_dict(recipe) if recipe else None, size)
     layers = tuple(row for node in model.nodes() if (row := reader.row(node)) is not None)
     owned = sum(layer.bytes for layer in layers)
     return QuantizedModel(
@@ -202,38 +202,38 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         opset=opset,
         ir_version=ir_version,
         producer=producer,
-        inputs=tuple(map(End.of, model.graph.inputs)),
-        outputs=tuple(map(End.of, model.graph.outputs)),
+        inputs=tuple(map(TensorSignature.of, model.graph.inputs)),
+        outputs=tuple(map(TensorSignature.of, model.graph.outputs)),
         operators=dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
         recipe=recipe,
         options=tuple(command_line_options(recipe)) if recipe else (),
-        preprocessing=_preprocessing(carried),
+        preprocessing=_read_preprocessing(carried),
         placed=len(read_placed_nodes(model)),
         layers=layers,
         other_constants=sum(constant_bytes(value) for value in iter_constants(model)) - owned,
     )
 
 
-def _preprocessing(carried: Mapping[str, str]) -> dict[str, Any] | None:
+def _read_preprocessing(carried: Mapping[str, str]) -> dict[str, Any] | None:
     with contextlib.suppress(KeyError, ValueError):
-        found = json.loads(carried[PREPROCESSING])
-        return _without_nan(found) if isinstance(found, dict) else None
+        found = json.loads(carried[PREPROCESSING_KEY])
+        return _drop_nan(found) if isinstance(found, dict) else None
     return None
 
 
-def _without_nan(told: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_nan(told: Mapping[str, Any]) -> dict[str, Any]:
     """What a stranger wrote into a file, without the numbers that JSON does not have."""
     return dict(json.loads(json.dumps(told), parse_constant=lambda name: None))
 
 
-class _Reader:
+class _LayerReader:
     """One way through the file. recipe: of a file by qconv. owned: constants that a layer has already."""
 
     def __init__(self, model: Model, recipe: Recipe | None, size: int) -> None:
         self.model, self.recipe, self.size = model, recipe, size
         self.owned: set[Value] = set()
 
-    def row(self, node: Node) -> QuantizedRow | None:
+    def row(self, node: Node) -> QuantizedLayerRow | None:
         """The node as a layer; None where it has no weights."""
         places = OPERAND_INDICES.get(node.op_type)
         weights = find_stored_weights(self.model, node)
@@ -250,7 +250,7 @@ class _Reader:
             scheme = str(self.recipe.scheme_of_weights(bits))
         small = weights.type in ("int8", "uint8") and read.type in ("int8", "uint8") and not weights.block
         on_codes = small and not weights.at_load and self._reads_codes(node) if places is None else not weights.block
-        return QuantizedRow(
+        return QuantizedLayerRow(
             name=node.name or "",
             op=node.op_type,
             shape=weights.shape,
@@ -313,15 +313,15 @@ class _Reader:
             if node.op_type in DYNAMIC_OPS:
                 return TensorFormat("uint8", 8, "asymmetric")
             return FLOAT_FORMAT if zero is None else integer_format(element_type(zero), constant_numbers(zero), None)
-        before = _producer(node, 0)
+        before = _find_producer(node, 0)
         if before is not None and before.op_type == "Sum" and len(before.inputs) == 1:
-            before = _producer(before, 0)  # qconv's copy, which keeps a layer in float
+            before = _find_producer(before, 0)  # qconv's copy, which keeps a layer in float
         if before is None or before.op_type != "DequantizeLinear":
             return FLOAT_FORMAT
         return self._of_codes(at(before, 0), before)
 
     def _reads_codes(self, node: Node) -> bool:
-        before = _producer(node, 0)
+        before = _find_producer(node, 0)
         return before is not None and before.op_type == "DequantizeLinear"
 
     def _written(self, node: Node, places: OperandIndices | None) -> TensorFormat:
@@ -362,6 +362,6 @@ class _Reader:
         return found if self.recipe is None else replace(found, scheme=str(self.recipe.activation_scheme))
 
 
-def _producer(node: Node, index: int) -> Node | None:
+def _find_producer(node: Node, index: int) -> Node | None:
     value = at(node, index)
     return None if value is None else value.producer()

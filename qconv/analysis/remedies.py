@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qconv.analysis.causes import REMARKABLE, Evidence
+from qconv.analysis.causes import REMARKABLE_SHARE, DiagnosisEvidence
 from qconv.config.choices import FEW_BITS_CALIBRATOR, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_option
@@ -20,17 +20,17 @@ from qconv.errors import QconvError
 from qconv.ir.model import Node
 from qconv.results.comparison import Cause
 
-FEW_NODES, FEW_GATES = 3, 2
-LONG = 20
-SHARES = (99.99, 99.9)
+FEW_FLOAT_NODES, FEW_FLOAT_GATES = 3, 2
+LONG_NAME = 20
+PERCENTILES = (99.99, 99.9)
 """Of the numbers that a range reaches, in percent."""
-ADDED = frozenset({"keep_float", "keep_float_op"})
+REPEATABLE_FIELDS = frozenset({"keep_float", "keep_float_op"})
 """Options that are repeated instead of replaced."""
 ENOUGH_DB, POOR_DB = 30.0, 20.0
 """SQNR from which on no more effort is tried; below which more bits are, whatever they cost."""
 
 
-def options_of(changes: Mapping[str, Any]) -> tuple[str, ...]:
+def format_options(changes: Mapping[str, Any]) -> tuple[str, ...]:
     """What is to be added to a command line for these changes."""
     return tuple(word for name, value in changes.items() if value is not None for word in format_option(name, value))
 
@@ -46,11 +46,11 @@ class Remedy:
     undoes: bool = False
 
 
-def merged(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge_changes(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a Recipe with these changes."""
     found = dict(asked)
     for name, value in changes.items():
-        if name in ADDED:
+        if name in REPEATABLE_FIELDS:
             found[name] = tuple(dict.fromkeys((*found.get(name, ()), *value)))
         elif value is None:
             found.pop(name, None)
@@ -59,27 +59,27 @@ def merged(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return found
 
 
-def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def join_changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Both changes as one: what the second says of a field counts."""
     found = {**first, **second}
-    for name in ADDED & first.keys() & second.keys():
+    for name in REPEATABLE_FIELDS & first.keys() & second.keys():
         found[name] = tuple(dict.fromkeys((*first[name], *second[name])))
     return found
 
 
-def recipe_with(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> Recipe | None:
+def make_recipe(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> Recipe | None:
     """The Recipe of the fields with these changes; None where they do not go together."""
     try:
-        return Recipe(**merged(asked, changes))
+        return Recipe(**merge_changes(asked, changes))
     except QconvError:
         return None
 
 
-def remedies(causes: Sequence[Cause], evidence: Evidence) -> list[Remedy]:
+def find_remedies(causes: Sequence[Cause], evidence: DiagnosisEvidence) -> list[Remedy]:
     """All that are worth a try, each once, in the order of their causes."""
     found: dict[str, Remedy] = {}
     for cause in causes:
-        makers = UNDOING if cause.handled else MAKERS
+        makers = UNDOING_MAKERS if cause.handled else REMEDY_MAKERS
         for remedy in makers[cause.kind](cause, evidence) if cause.kind in makers else ():
             known = found.get(repr(remedy.changes))
             kinds = (*known.causes, cause.kind) if known else (cause.kind,)
@@ -87,7 +87,7 @@ def remedies(causes: Sequence[Cause], evidence: Evidence) -> list[Remedy]:
     return list(found.values())
 
 
-def more_effort(recipe: Recipe) -> Iterator[Remedy]:
+def suggest_more_effort(recipe: Recipe) -> Iterator[Remedy]:
     """The next effort, for whatever costs accuracy."""
     efforts = {"fast": "balanced", "balanced": "best"}
     if recipe.effort in efforts:
@@ -95,7 +95,7 @@ def more_effort(recipe: Recipe) -> Iterator[Remedy]:
         yield Remedy(f"more effort: {effort}", {"effort": effort, "rounding": None}, ())
 
 
-def more_bits(recipe: Recipe) -> Iterator[Remedy]:
+def suggest_more_bits(recipe: Recipe) -> Iterator[Remedy]:
     """What costs time and size and helps nearly always."""
     if recipe.activation_bits < 16:
         yield Remedy("activations of 16 bits", {"activation_bits": 16}, ())
@@ -105,48 +105,52 @@ def more_bits(recipe: Recipe) -> Iterator[Remedy]:
 
 # -- by cause ----------------------------------------------------------------------------------------------------------
 
-Maker = Callable[[Cause, Evidence], Iterator[Remedy]]
+RemedyMaker = Callable[[Cause, DiagnosisEvidence], Iterator[Remedy]]
 
 
-def _imbalance(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+def _mend_imbalance(cause: Cause, evidence: DiagnosisEvidence) -> Iterator[Remedy]:
     yield Remedy("scale channels", {"equalize": True}, ())
-    yield from _in_float("their readers in float", _readers(cause, evidence))
+    yield from _keep_in_float("their readers in float", _find_costly_readers(cause, evidence))
 
 
-def _weights(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+def _mend_weight_imbalance(cause: Cause, evidence: DiagnosisEvidence) -> Iterator[Remedy]:
     yield Remedy("a scale a channel", {"weight_granularity": WeightGranularity.PER_CHANNEL}, ())
     yield Remedy("scale channels", {"equalize": True}, ())
 
 
-def _outlier(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+def _mend_outlier(cause: Cause, evidence: DiagnosisEvidence) -> Iterator[Remedy]:
     usual = {"calibrator": FEW_BITS_CALIBRATOR, "percentile": None, "tune_ranges": True}
     yield Remedy("ranges by what the outputs lose", usual, ())
     yield Remedy("ranges of least squares", {"calibrator": "mse", "percentile": None}, ())
-    for share in SHARES:
+    for share in PERCENTILES:
         yield Remedy(f"ranges of {share:g} % of numbers", {"calibrator": "percentile", "percentile": share}, ())
-    yield from _in_float("their readers in float", _readers(cause, evidence))
+    yield from _keep_in_float("their readers in float", _find_costly_readers(cause, evidence))
 
 
-def _gate(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+def _mend_gate(cause: Cause, evidence: DiagnosisEvidence) -> Iterator[Remedy]:
     nodes = {node.name: node for node in evidence.model.nodes()}
     kinds = sorted({nodes[name].op_type for name in cause.where if name in nodes})
     if kinds:
         yield Remedy("gates in float", {"keep_float_op": tuple(kinds)}, ())
     gated = [nodes[name] for name in cause.where if name in nodes]
-    worst = sorted(gated, key=lambda gate: -(evidence.share(_around(gate, evidence)) or 0.0))
-    costly = [gate for gate in worst[:FEW_GATES] if (evidence.share(_around(gate, evidence)) or 0.0) >= REMARKABLE]
-    both = [node for gate in costly for node in _beside(gate, evidence)]
-    yield from _in_float("layers beside gates in float", both, len(both))
+    worst = sorted(gated, key=lambda gate: -(evidence.share(_gate_tensors(gate, evidence)) or 0.0))
+    costly = [
+        gate
+        for gate in worst[:FEW_FLOAT_GATES]
+        if (evidence.share(_gate_tensors(gate, evidence)) or 0.0) >= REMARKABLE_SHARE
+    ]
+    both = [node for gate in costly for node in _layers_around_gate(gate, evidence)]
+    yield from _keep_in_float("layers beside gates in float", both, len(both))
 
 
-def _around(gate: Node, evidence: Evidence) -> list[str]:
+def _gate_tensors(gate: Node, evidence: DiagnosisEvidence) -> list[str]:
     """The tensors that a gate has to do with: what it squashes, what it makes of it, and the product."""
     products = [reader.outputs[0] for reader in evidence.model.readers(gate.outputs[0])]
     values = [gate.inputs[0], gate.outputs[0], *products]
     return [value.name or "" for value in values if value is not None]
 
 
-def _beside(gate: Node, evidence: Evidence) -> Iterator[Node]:
+def _layers_around_gate(gate: Node, evidence: DiagnosisEvidence) -> Iterator[Node]:
     """The layer before a gate, and those behind its products: no scale of a channel can pass between them."""
     before = None if gate.inputs[0] is None else gate.inputs[0].producer()
     if before is not None:
@@ -155,26 +159,28 @@ def _beside(gate: Node, evidence: Evidence) -> Iterator[Node]:
         yield from evidence.model.readers(product.outputs[0])
 
 
-def _wide(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+def _mend_wide_concat(cause: Cause, evidence: DiagnosisEvidence) -> Iterator[Remedy]:
     nodes = {node.name: node for node in evidence.model.nodes()}
     joined = [nodes[name] for name in cause.where if name in nodes]
     readers = [reader for node in joined for reader in evidence.model.readers(node.outputs[0])]
-    yield from _in_float("it and its readers in float", [*joined, *readers])
+    yield from _keep_in_float("it and its readers in float", [*joined, *readers])
 
 
-def _layers(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+def _mend_costly_layers(cause: Cause, evidence: DiagnosisEvidence) -> Iterator[Remedy]:
     named = [node for node in evidence.model.nodes() if node.name in cause.where]
     readers = [reader for node in named for reader in evidence.model.readers(node.outputs[0])]
-    yield from _in_float(f"{_short(named[0].name or '')} in float" if len(named) == 1 else "these in float", named)
+    yield from _keep_in_float(
+        f"{_shorten_name(named[0].name or '')} in float" if len(named) == 1 else "these in float", named
+    )
     # the codes of its result may be the error, which its readers ask for
-    yield from _in_float("with readers in float", [*named, *readers], len(named) + FEW_NODES)
+    yield from _keep_in_float("with readers in float", [*named, *readers], len(named) + FEW_FLOAT_NODES)
 
 
-def _saturation(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+def _mend_saturation(cause: Cause, evidence: DiagnosisEvidence) -> Iterator[Remedy]:
     yield Remedy("7-bit weights where sums may overflow", {"saturation_safe": True}, ())
 
 
-def _low_bits(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+def _mend_low_bits(cause: Cause, evidence: DiagnosisEvidence) -> Iterator[Remedy]:
     recipe = evidence.recipe
     if recipe.weight_bits < 8:
         # channels of 8 bits have none to give to others
@@ -185,45 +191,45 @@ def _low_bits(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
         yield Remedy("activations of 8 bits", {"activation_bits": 8}, ())
 
 
-def _unequalized(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+def _without_equalization(cause: Cause, evidence: DiagnosisEvidence) -> Iterator[Remedy]:
     yield Remedy("channels as they are", {"equalize": False}, (), undoes=True)
 
 
-def _uncut(cause: Cause, evidence: Evidence) -> Iterator[Remedy]:
+def _without_clipping(cause: Cause, evidence: DiagnosisEvidence) -> Iterator[Remedy]:
     whole = {"calibrator": "minmax", "percentile": None, "tune_ranges": False}
     yield Remedy("ranges of all numbers", whole, (), undoes=True)
 
 
-MAKERS: Mapping[str, Maker] = {
-    "channel-imbalance": _imbalance,
-    "weight-imbalance": _weights,
-    "range-outlier": _outlier,
-    "gate": _gate,
-    "wide-concat": _wide,
-    "bias-overflow": _layers,
-    "saturation": _saturation,
-    "low-bits": _low_bits,
-    "layer": _layers,
+REMEDY_MAKERS: Mapping[str, RemedyMaker] = {
+    "channel-imbalance": _mend_imbalance,
+    "weight-imbalance": _mend_weight_imbalance,
+    "range-outlier": _mend_outlier,
+    "gate": _mend_gate,
+    "wide-concat": _mend_wide_concat,
+    "bias-overflow": _mend_costly_layers,
+    "saturation": _mend_saturation,
+    "low-bits": _mend_low_bits,
+    "layer": _mend_costly_layers,
 }
-UNDOING: Mapping[str, Maker] = {
-    "channel-imbalance": _unequalized,
-    "range-outlier": _uncut,
-    "bias-overflow": _layers,
+UNDOING_MAKERS: Mapping[str, RemedyMaker] = {
+    "channel-imbalance": _without_equalization,
+    "range-outlier": _without_clipping,
+    "bias-overflow": _mend_costly_layers,
 }
 
 
-def _in_float(name: str, nodes: Sequence[Node], most: int = FEW_NODES) -> Iterator[Remedy]:
+def _keep_in_float(name: str, nodes: Sequence[Node], most: int = FEW_FLOAT_NODES) -> Iterator[Remedy]:
     names = tuple(dict.fromkeys(glob.escape(node.name) for node in nodes if node.name))[:most]
     if names:
         yield Remedy(name, {"keep_float": names}, ())
 
 
-def _short(name: str) -> str:
+def _shorten_name(name: str) -> str:
     """The end of a long name."""
-    return name if len(name) <= LONG else f"...{name[3 - LONG :].lstrip('.')}"
+    return name if len(name) <= LONG_NAME else f"...{name[3 - LONG_NAME :].lstrip('.')}"
 
 
-def _readers(cause: Cause, evidence: Evidence) -> list[Node]:
+def _find_costly_readers(cause: Cause, evidence: DiagnosisEvidence) -> list[Node]:
     """Of the tensors that cost most at the outputs."""
     values = {value.name: value for value in evidence.plan.activations}
     worst = sorted(cause.where, key=lambda name: -(evidence.share([name]) or 0.0))

@@ -168,7 +168,7 @@ def study_samples(
     files = [Path(name) for name in (model, *options["calib"], *images) if name != "-"]
     wanted.check(*files, written={"the chart": output})
     _require_streams(model, None, as_json)
-    from qconv.analysis import study
+    from qconv.analysis import sample_study
     from qconv.ir.files import source_of
     from qconv.pipeline import quantize as pipeline_quantize
     from qconv.report import summary
@@ -178,7 +178,9 @@ def study_samples(
     source = source_of(model)
     raise_exit_on_signals()
     try:
-        curve = study.study_samples(source, recipe, study.Question(seeds, holdout, images), listener, place)
+        curve = sample_study.study_samples(
+            source, recipe, sample_study.StudyRequest(seeds, holdout, images), listener, place
+        )
     finally:
         console.close()
     if place is not None:

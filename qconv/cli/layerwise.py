@@ -81,7 +81,7 @@ def compare(
         threads=threads,
         preprocessing=preprocessing_of(options),
     )
-    from qconv.analysis import beside
+    from qconv.analysis import compare as analysis_compare
     from qconv.ir.files import source_of
     from qconv.report import printing, summary
 
@@ -96,7 +96,7 @@ def compare(
 
     raise_exit_on_signals()
     try:
-        seen = beside.on_pictures(*sources, recipe, warn, console.progress)
+        seen = analysis_compare.compare_on_images(*sources, recipe, warn, console.progress)
     finally:
         console.close()
     if place is not None:
@@ -157,7 +157,7 @@ def diagnose(
     listener = quantize.Listener(warn=console.warn, progress=console.progress)
     raise_exit_on_signals()
     try:
-        seen = clinic.diagnose(clinic.Case(source, asked, images, options["layer_bits"]), listener)
+        seen = clinic.diagnose(clinic.DiagnosisRequest(source, asked, images, options["layer_bits"]), listener)
     finally:
         console.close()
     found = seen.diagnosis

@@ -100,7 +100,7 @@ def inspect(model: str, csv: str | None, target: str, as_json: bool, quiet: bool
     wanted.check(*external_data_files(proto, source))
     found: Any
     text: Callable[..., str]
-    if inspect_quantized.holds_codes(proto):
+    if inspect_quantized.is_quantized_file(proto):
         found, text = inspect_quantized.inspect_quantized(source), inspected.quantized_model
     else:
         found, text = inspect_float.inspect_float(source, target), inspected.float_model
@@ -241,7 +241,7 @@ def evaluate(
         storage.check_output_path(out)
     console = summary.Console(quiet=quiet)
     raise_exit_on_signals()
-    wishes = measuring.Wishes(
+    wishes = measuring.EvaluationOptions(
         recipe,
         None if against is None else source_of(against),
         None if classes is None else Path(classes),

@@ -31,7 +31,7 @@ from qconv.errors import QconvError
 from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
-    from qconv.analysis.sweep import Entry
+    from qconv.analysis.trials import SweepEntry
     from qconv.config.recipe import Recipe
 
 SHARED = frozenset(
@@ -85,7 +85,7 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     outputs = {f"the output of {entry.name}": str(entry.out) for entry in entries}
     read = [*options["calib"], options["layer_bits"], str(file)]
     flags.wanted.check(Path(model), *map(Path, filter(None, read)), written=outputs)
-    from qconv.analysis.sweep import sweep as carried_out
+    from qconv.analysis.trials import run_sweep as carried_out
     from qconv.ir.files import source_of
     from qconv.pipeline import quantize
     from qconv.report import laddered, summary
@@ -114,8 +114,8 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     return 1 if any(trial.failed for trial in found.trials) else 0
 
 
-def _entries(file: Path, model: str, folder: Path, options: Mapping[str, Any]) -> Iterator[Entry]:
-    from qconv.analysis.sweep import Entry
+def _entries(file: Path, model: str, folder: Path, options: Mapping[str, Any]) -> Iterator[SweepEntry]:
+    from qconv.analysis.trials import SweepEntry
 
     stem = Path(model).stem if Path(model).suffix.lower() == ".onnx" else Path(model).name
     typed = names_given()
@@ -129,7 +129,7 @@ def _entries(file: Path, model: str, folder: Path, options: Mapping[str, Any]) -
             fact = f"{file}: {name} says {shlex.join(lines.words) or 'nothing'}, which cannot be: "
             fix = "use options of quantize that go together, but none on pictures or on where things go."
             raise QconvError(f"{fact}{error.format_message()}", fix) from None
-        yield Entry(name, recipe, folder / f"{stem}.{name}.onnx", tuple(lines.words))
+        yield SweepEntry(name, recipe, folder / f"{stem}.{name}.onnx", tuple(lines.words))
 
 
 @dataclass(slots=True)

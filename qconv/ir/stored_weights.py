@@ -1,11 +1,9 @@
-"""Where a layer's weights are stored in a quantized file, by whatever tool it was made.
+"""Finds where a layer's weights are stored in a quantized file, by whatever tool it was made.
 
-Weights are followed back from the layer to what is stored:
-
-    Q/DQ         codes -> DequantizeLinear [-> Reshape, Transpose ...] -> layer
-    by qconv     codes -> Cast [-> Sub zero] -> Mul scale -> layer      (runs in float; the runtime computes it at load)
-    not folded   numbers -> QuantizeLinear -> DequantizeLinear -> layer (the file holds float weights)
-    QOperator, dynamic     codes, scale and zero point are inputs of the layer itself
+Q/DQ         integers -> DequantizeLinear [-> Reshape, Transpose ...] -> layer
+by qconv     integers -> Cast [-> Sub zero] -> Mul scale -> layer   (runs in float; the runtime computes it at load)
+not folded   floats -> QuantizeLinear -> DequantizeLinear -> layer  (the file holds float weights)
+QOperator, dynamic     integers, scale and zero point are inputs of the layer itself
 """
 
 from __future__ import annotations
@@ -18,12 +16,71 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.recipe import Recipe
-from qconv.ir.model import DataType, Model, Node, Value, attribute
+from qconv.ir.model import DataType, Model, Node, Value, attribute, constant_array, input_of
 from qconv.ir.model import input_of as at
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
 
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedWeights:
+    """Codes as they are stored. scale, zero: to be broadcast to them."""
+
+    codes: NDArray[np.int32]
+    scale: NDArray[np.float32]
+    zero: NDArray[np.float32]
+
+    @property
+    def bits(self) -> int:
+        """That the codes take, which may be fewer than their container has."""
+        return max(2, int(self.codes.max(initial=0) - self.codes.min(initial=0)).bit_length())
+
+
+def read_quantized_weights(layer: Node) -> QuantizedWeights | None:
+    """The codes that a layer's weights come from; None where they are float."""
+    weight = input_of(layer, 1)
+    node = None if weight is None else weight.producer()
+    if node is not None and node.op_type == "Reshape" and node.inputs[0] is not None:  # blocks
+        node = node.inputs[0].producer()
+    if node is None:
+        return None
+    return _weights_behind_dequantizer(node) if node.op_type == "DequantizeLinear" else _weights_of_cast_sub_mul(node)
+
+
+def _weights_behind_dequantizer(node: Node) -> QuantizedWeights | None:
+    codes, scale, zero = (constant_array(input_of(node, index)) for index in (0, 1, 2))
+    if codes is None or scale is None:
+        return None
+    least = np.zeros_like(scale) if zero is None else zero.astype(np.float32)
+    axis, size = attribute(node, "axis", 1), attribute(node, "block_size", 0)
+
+    def spread(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+        if size and numbers.ndim == codes.ndim:
+            return np.repeat(numbers, size, axis=axis).take(np.arange(codes.shape[axis]), axis=axis)
+        axes = [1] * codes.ndim
+        if numbers.size > 1:
+            axes[axis] = -1
+        return numbers.reshape(axes)
+
+    return QuantizedWeights(codes.astype(np.int32), spread(scale), spread(least))
+
+
+def _weights_of_cast_sub_mul(node: Node) -> QuantizedWeights | None:
+    """Cast [-> Sub] -> Mul, as qconv writes weights of layers that run in float."""
+    scale = constant_array(input_of(node, 1)) if node.op_type == "Mul" else None
+    before = None if scale is None or node.inputs[0] is None else node.inputs[0].producer()
+    zero: NDArray[np.float32] | None = np.zeros(1, np.float32)
+    if before is not None and before.op_type == "Sub" and before.inputs[0] is not None:
+        zero = constant_array(input_of(before, 1))
+        before = before.inputs[0].producer()
+    codes = constant_array(before.inputs[0]) if before is not None and before.op_type == "Cast" else None
+    if codes is None or zero is None or scale is None:
+        return None
+    return QuantizedWeights(codes.astype(np.int32), scale, np.asarray(zero, np.float32))
+
+
 RESHAPING_OPS = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
 """What may stand between codes and a layer, and changes none."""
+
 MOST_STEPS_BACK = 8
 """So far back is looked for what is stored."""
 
@@ -50,6 +107,7 @@ OPERAND_INDICES: dict[str, OperandIndices] = {
     "DynamicQuantizeMatMul": OperandIndices(1, 2, 3, None, 4),
     "MatMulNBits": OperandIndices(1, 2, 3, None, 5),
 }
+
 DYNAMIC_OPS = frozenset({"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
 
 

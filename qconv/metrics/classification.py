@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.data.dataset import Classes
+from qconv.data.loader import Outputs
 from qconv.errors import QconvError
 
 
@@ -122,3 +123,12 @@ class Predictions:
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)
         return stream.getvalue()
+
+
+def find_class_output(outputs: Outputs) -> int | None:
+    """Which output is one score a class: the first of shape (1, C), or (1, C, 1, 1)."""
+    for index, output in enumerate(outputs):
+        numbers = isinstance(output, np.ndarray) and output.dtype.kind == "f" and output.ndim >= 2
+        if numbers and output.shape[1] > 1 and output[0].size == output.shape[1]:
+            return index
+    return None

@@ -17,17 +17,13 @@ from qconv import storage
 from qconv.calibration.sketch import Sketch
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError, Skipped
-from qconv.ir.files import (
-    Source,
-)
+from qconv.ir.files import Source
 from qconv.ir.model import Model
 from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION, is_quantizable_layer
 from qconv.quantizer import SMALLEST_SCALE
 from qconv.results.quantize import Audit, Verification
-from qconv.search.candidate import (
-    QuantizationSolution,
-)
+from qconv.search.candidate import QuantizationSolution
 
 # Wishes that a model cannot meet: said, where they change nothing, and refused where nothing would be left to do.
 

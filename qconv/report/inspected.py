@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from qconv.analysis.foretold import Trouble
-from qconv.analysis.inspect_float import End, FloatModel, FloatRow, Left
-from qconv.analysis.inspect_quantized import QuantizedModel, QuantizedRow
+from qconv.analysis.inspect_float import FloatLayerRow, FloatModel, FloatOperatorGroup, TensorSignature
+from qconv.analysis.inspect_quantized import QuantizedLayerRow, QuantizedModel
+from qconv.analysis.weight_checks import WeightProblem
 from qconv.config.serialization import format_number
 from qconv.errors import Skipped, format_count, format_shape
 from qconv.ir.stored_weights import TensorFormat
@@ -75,7 +75,7 @@ def _default_run(found: FloatModel, *, verbose: bool) -> list[str]:
     return lines
 
 
-def _left(left: Left, *, verbose: bool) -> str:
+def _left(left: FloatOperatorGroup, *, verbose: bool) -> str:
     return _hanging(f"  {len(left.nodes)} {left.op}: {left.why} ({_some(left.nodes, verbose=verbose)})", 4)
 
 
@@ -90,9 +90,9 @@ def _skipped(refused: Sequence[Skipped], *, verbose: bool) -> list[str]:
     return lines
 
 
-def _troubles(troubles: Sequence[Trouble], *, verbose: bool) -> list[str]:
+def _troubles(troubles: Sequence[WeightProblem], *, verbose: bool) -> list[str]:
     """Kind by kind, those that nothing takes care of first; of each the worst layers."""
-    groups: dict[tuple[str, str], list[Trouble]] = {}
+    groups: dict[tuple[str, str], list[WeightProblem]] = {}
     for trouble in troubles:
         groups.setdefault((trouble.kind, trouble.handled), []).append(trouble)
     lines = []
@@ -108,7 +108,7 @@ def _troubles(troubles: Sequence[Trouble], *, verbose: bool) -> list[str]:
     return lines
 
 
-def _float_cells(row: FloatRow) -> tuple[str, ...]:
+def _float_cells(row: FloatLayerRow) -> tuple[str, ...]:
     if row.bits is None:
         codes = "float"
     else:
@@ -156,7 +156,7 @@ def quantized_model(found: QuantizedModel, *, verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _kind(row: QuantizedRow) -> str:
+def _kind(row: QuantizedLayerRow) -> str:
     bias = f"bias {row.bias}" if row.bias else "no bias"
     if row.scheme is None:
         return f"{row.op} in {row.type}, {bias}"
@@ -166,7 +166,7 @@ def _kind(row: QuantizedRow) -> str:
     return f"{row.op}: {row.bits} bits{held}, {row.scheme}, {row.granularity}{size}, {bias}{runs}"
 
 
-def _quantized_cells(row: QuantizedRow) -> tuple[str, ...]:
+def _quantized_cells(row: QuantizedLayerRow) -> tuple[str, ...]:
     weights = "float"
     if row.scheme is not None:
         size = f" {row.block_size}" if row.block_size else ""
@@ -190,7 +190,7 @@ def _fed(told: Mapping[str, Any]) -> str:
 # -- for both ----------------------------------------------------------------------------------------------------------
 
 
-def _ends(inputs: Iterable[End], outputs: Iterable[End]) -> list[str]:
+def _ends(inputs: Iterable[TensorSignature], outputs: Iterable[TensorSignature]) -> list[str]:
     lines = []
     for title, ends in (("input", inputs), ("output", outputs)):
         for end in ends:

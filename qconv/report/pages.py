@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 import qconv
-from qconv.analysis.beside import Looked, on_pictures
+from qconv.analysis.compare import ComparisonRun, compare_on_images
 from qconv.audit.audit import FileAudit, audit_file
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
@@ -75,7 +75,7 @@ def of_quantize(
         few = replace(recipe, samples=min(recipe.samples, COMPARED))
         try:
             # what there is to warn of was told while quantizing
-            looked = on_pictures(source, quantized, few, lambda text: None, progress)
+            looked = compare_on_images(source, quantized, few, lambda text: None, progress)
         except QconvError as error:
             without = f"The layers could not be compared: {error.message}"
     scores = Scores(report.verify.images, report.verify.outputs, "calibration pictures")
@@ -97,7 +97,7 @@ def of_quantize(
     )
 
 
-def of_compare(looked: Looked, source: Source, quantized: Source, command: str, warnings: Sequence[str]) -> Page:
+def of_compare(looked: ComparisonRun, source: Source, quantized: Source, command: str, warnings: Sequence[str]) -> Page:
     """The page of a run of `compare`. command: that makes the page again."""
     found = looked.compared
     scores = Scores(found.images, found.outputs)
@@ -116,7 +116,7 @@ def of_compare(looked: Looked, source: Source, quantized: Source, command: str, 
     )
 
 
-def of_diagnosis(found: Diagnosis, looked: Looked | None, command: str) -> Page:
+def of_diagnosis(found: Diagnosis, looked: ComparisonRun | None, command: str) -> Page:
     """The page of a diagnosis. looked: the recipe as it was asked for, layer by layer; None where it was not."""
     scores = Scores(found.pictures, () if looked is None else looked.compared.outputs)
     first = found.trials[0]
@@ -186,7 +186,9 @@ def _by_target(audited: Audit, recipe: Mapping[str, Any]) -> Audit | None:
     return audited if target is None or target.on_ort else None
 
 
-def _page(name: str, looked: Looked | None, scores: Scores, audited: Audit | None, warnings: Sequence[str]) -> Page:
+def _page(
+    name: str, looked: ComparisonRun | None, scores: Scores, audited: Audit | None, warnings: Sequence[str]
+) -> Page:
     """What pages have in common."""
     tiles = [] if audited is None else [integers_tile(audited)]
     pictures, caption = ((), "") if looked is None else sheet(looked.fed.feed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from qconv.analysis.evaluate import Evaluation, Output, Share
+from qconv.analysis.evaluate import Evaluation, MeasuredShare, OutputComparison
 from qconv.audit.audit import FileAudit
 from qconv.errors import format_count, format_shape
 from qconv.metrics.comparison import SIGNIFICANT, Interval, difference_interval
@@ -171,13 +171,13 @@ def evaluation(found: Evaluation, *, verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _output(found: Output) -> tuple[str, ...]:
+def _output(found: OutputComparison) -> tuple[str, ...]:
     decibel = "equal" if found.sqnr_db is None else f"{found.sqnr_db:.2f}"
     cosine = "" if found.cosine is None else f"{found.cosine:.5f}"
     return found.name, decibel, _range(found.sqnr_interval, 1, ".1f"), *_percent(found.agreement), cosine
 
 
-def _percent(share: Share | None) -> tuple[str, str]:
+def _percent(share: MeasuredShare | None) -> tuple[str, str]:
     return ("-", "") if share is None else (f"{100 * share.value:.2f}", _range(share.interval, 100, ".1f"))
 
 

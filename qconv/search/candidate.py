@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import qconv
-from qconv.analysis.evaluate import class_vector
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import Drop, LayerBits
 from qconv.config.recipe import Recipe
@@ -27,7 +26,7 @@ from qconv.errors import Finding, QconvError
 from qconv.ir import subgraph
 from qconv.ir.metadata import write_metadata
 from qconv.ir.model import Model
-from qconv.metrics.classification import top1_accuracy
+from qconv.metrics.classification import find_class_output, top1_accuracy
 from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
 from qconv.passes.compress_constants import compress_constants
 from qconv.planning.plan import Plan
@@ -163,7 +162,7 @@ class CandidateScorer:
         scored = collect_reference_outputs(
             ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, warn=warn, batches=unseen
         )
-        vector = class_vector(scored.batches[0][1]) if scored.batches else None
+        vector = find_class_output(scored.batches[0][1]) if scored.batches else None
         labels = _read_labels(ground, 0 if vector is None else scored.batches[0][1][vector].shape[1], unseen)
         top1 = None
         if labels is not None and vector is not None:

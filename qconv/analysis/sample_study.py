@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import qconv
-from qconv.analysis.proof import HELD_BACK_SHARE, MOST_HELD_BACK
+from qconv.analysis.trials import HELD_OUT_DIVISOR, MOST_HELD_OUT
 from qconv.calibration.observer import Observer, observe_each_image, open_observed_session
 from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.calibration.sketch import Sketch
@@ -48,7 +48,7 @@ SCORED_BYTES = 48 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class StudyRequest:
     """What is asked beyond the recipe.
 
     draws: how many sets of pictures of each size. holdout: pictures to score on, None for a fifth, MOST_HELD_BACK at
@@ -63,7 +63,7 @@ class Question:
 def study_samples(
     source: Source | str | Path,
     recipe: Recipe,
-    question: Question | None = None,
+    question: StudyRequest | None = None,
     listener: Listener | None = None,
     out: Path | None = None,
 ) -> SampleCurve:
@@ -77,7 +77,7 @@ def study_samples(
     recipe = replace(
         recipe, equalize=False, tune_ranges=False
     )  # scales differ from draw to draw, and would need all pictures again
-    question, listener = question or Question(), listener or Listener()
+    question, listener = question or StudyRequest(), listener or Listener()
     recipe = replace(recipe, effort="fast", rounding="nearest")
     source = source if isinstance(source, Source) else Source(str(source), Path(source))
     warnings: list[str] = []
@@ -93,7 +93,7 @@ def study_samples(
     model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
     del proto
     session = open_original(source, recipe)
-    calibration, scoring = _feeds(session, recipe, question, warn, listener.progress)
+    calibration, scoring = _open_feeds(session, recipe, question, warn, listener.progress)
     detected = detect_preprocessing(model, session, calibration, recipe.preprocessing, threads=recipe.threads)
     calibration.preprocessing = scoring.preprocessing = detected.preprocessing
     fold.run_float_passes(model)
@@ -103,14 +103,14 @@ def study_samples(
     require_layers(plan, source)
     for doubt in detected.doubts():
         warn(doubt)
-    taps = _taps(plan, recipe)
+    taps = _plan_observers(plan, recipe)
     scored = collect_reference_outputs(session, scoring, "float", most_bytes=SCORED_BYTES, warn=warn)
     del session
     with open_sketch_spool() as kept:
         before = time.perf_counter()
-        seconds = _put_aside(model, taps, calibration, recipe, kept)
+        seconds = _sketch_each_image(model, taps, calibration, recipe, kept)
         after = time.perf_counter()
-        points = _points(_Job(model, recipe, floats), kept, scored, question.draws, listener.progress)
+        points = _measure_points(_StudyJob(model, recipe, floats), kept, scored, question.draws, listener.progress)
     return SampleCurve(
         version=qconv.__version__,
         model=source.name,
@@ -132,7 +132,7 @@ def study_samples(
     )
 
 
-def _taps(plan: Plan, recipe: Recipe) -> list[Observer]:
+def _plan_observers(plan: Plan, recipe: Recipe) -> list[Observer]:
     if recipe.bias_correction == "sequential":
         raise QconvError(
             "--bias-correction sequential is not possible in a study: it walks the network for every point.",
@@ -150,15 +150,15 @@ def _taps(plan: Plan, recipe: Recipe) -> list[Observer]:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def _feeds(
+def _open_feeds(
     session: Session,
     recipe: Recipe,
-    question: Question,
+    question: StudyRequest,
     warn: Callable[[str], None],
     progress: Callable[[str, int, int], None],
 ) -> tuple[DataLoader, DataLoader]:
     """The pictures to calibrate with and those to score on: no picture is in both."""
-    wanted = MOST_HELD_BACK if question.holdout is None else question.holdout
+    wanted = MOST_HELD_OUT if question.holdout is None else question.holdout
     if question.images:
         scoring = DataLoader.of(
             session, replace(recipe, calib=question.images, samples=wanted, glob=None), warn, progress
@@ -173,7 +173,7 @@ def _feeds(
             f"{where} holds {format_count(found, 'picture')}: one to calibrate with and one to score on are the least.",
             "add pictures, or pass others to score on with --images.",
         )
-    held = max(1, min(wanted, found // HELD_BACK_SHARE)) if question.holdout is None else wanted
+    held = max(1, min(wanted, found // HELD_OUT_DIVISOR)) if question.holdout is None else wanted
     if held >= found:
         raise QconvError(
             f"--holdout {held} leaves none of the {found} pictures in {where} to calibrate with.",
@@ -183,7 +183,9 @@ def _feeds(
     return whole.over(paths[:most]), whole.over(paths[most : most + held])
 
 
-def _put_aside(model: Model, taps: list[Observer], feed: DataLoader, recipe: Recipe, kept: SketchSpool) -> list[float]:
+def _sketch_each_image(
+    model: Model, taps: list[Observer], feed: DataLoader, recipe: Recipe, kept: SketchSpool
+) -> list[float]:
     """Sketch every picture by itself. Returns how many seconds the pass took until each of them was seen."""
     session = open_observed_session(model, taps, recipe.threads)
     seconds, spent, start = [], 0.0, time.perf_counter()
@@ -199,7 +201,7 @@ def _put_aside(model: Model, taps: list[Observer], feed: DataLoader, recipe: Rec
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _StudyJob:
     """What is done with every draw. folded: the network, which stays as it is; floats: nodes to leave in float."""
 
     folded: Model
@@ -214,15 +216,15 @@ class _Job:
             yield Session(runnable, name="the quantized model", threads=self.recipe.threads)
 
 
-def _points(
-    job: _Job, kept: SketchSpool, scored: ReferenceOutputs, draws: int, progress: Callable[[str, int, int], None]
+def _measure_points(
+    job: _StudyJob, kept: SketchSpool, scored: ReferenceOutputs, draws: int, progress: Callable[[str, int, int], None]
 ) -> list[CurvePoint]:
     counts = counts_up_to(len(kept))
     total, points = draws * (len(counts) - 1) + 1, []
     for seed in range(draws):
-        order = _order(len(kept), job.recipe.seed, seed)
+        order = _order_images(len(kept), job.recipe.seed, seed)
         wanted = counts[:-1] if seed else counts  # all are the same set
-        for count, sketches in _growing(kept, order, wanted):
+        for count, sketches in _accumulate_sketches(kept, order, wanted):
             with job.quantized(sketches) as session:
                 found = scored.score(session)
             points.append(CurvePoint(count, seed, found.sqnr_db, found.agreement))
@@ -230,14 +232,16 @@ def _points(
     return points
 
 
-def _order(pictures: int, recipe_seed: int, draw: int) -> list[int]:
+def _order_images(pictures: int, recipe_seed: int, draw: int) -> list[int]:
     """The order in which a draw takes the pictures; the first one's is that in which they were read."""
     if not draw:
         return list(range(pictures))
     return [int(index) for index in np.random.default_rng([recipe_seed, draw]).permutation(pictures)]
 
 
-def _growing(kept: SketchSpool, order: list[int], counts: list[int]) -> Iterator[tuple[int, dict[str, Sketch]]]:
+def _accumulate_sketches(
+    kept: SketchSpool, order: list[int], counts: list[int]
+) -> Iterator[tuple[int, dict[str, Sketch]]]:
     """The sketches of the first so many pictures, for each of the ascending `counts`."""
     total: dict[str, Sketch] = {}
     done = 0

@@ -44,23 +44,23 @@ LEAST_WEIGHTS = 32
 """With fewer in a channel, one that stands out is no exception but a quarter of them."""
 LEAST_OFFSET = 0.5
 """Half of the range, one of its bits."""
-SPREAD = 3.0
+DEVIATIONS = 3.0
 """Standard deviations; 99.7 % of a normal variable. Nagel et al. absorb what lies beyond them."""
-LARGE_INPUTS = 6.0
+ASSUMED_INPUT_RMS = 6.0
 """Root mean square that layers read at most, where nothing tells: a normalised network's values hardly reach that, and
 behind ReLU6 none is larger."""
-NIL = 2.0**-16
+DEAD_SHARE = 2.0**-16
 """Ranges below this share of the layer's largest are as good as zero: with one scale even 16 bits have no step left."""
-UNIT = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
+UNIT_RANGE_OPS = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
 """Their results lie between 0 and 1."""
-EXAMPLES = 8
+MOST_EXAMPLES = 8
 """So many channels are named."""
 
-Statistics = tuple[Float64, Float64]
+MeanAndDeviation = tuple[Float64, Float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class WeightProblem:
     """One kind of trouble in one layer.
 
     kind: a short name that stays the same. value: the number that triggered it. channels: the worst first, at most
@@ -89,7 +89,7 @@ class Trouble:
 
 
 @dataclass(frozen=True, slots=True)
-class Ranges:
+class WeightStatistics:
     """The numbers of one layer; None where they say nothing: one channel, few weights, weights that are all zero.
 
     output_ratio, input_ratio: largest over smallest range. outlier: see above, of the worst channel. offset: c / R.
@@ -102,16 +102,16 @@ class Ranges:
 
 
 @dataclass(frozen=True, slots=True)
-class Handling:
+class DefaultHandling:
     """What a default run does about it. per_channel: weights of this layer get a scale for each output channel."""
 
     per_channel: bool
     equalizes: bool
 
 
-def statistics(model: Model) -> dict[str, Statistics]:
+def collect_batch_norm_statistics(model: Model) -> dict[str, MeanAndDeviation]:
     """Mean and deviation of what layers write, by the BatchNormalization behind them. model: not folded yet."""
-    found: dict[str, Statistics] = {}
+    found: dict[str, MeanAndDeviation] = {}
     for node in model.nodes():
         before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
         if (
@@ -127,67 +127,67 @@ def statistics(model: Model) -> dict[str, Statistics]:
     return found
 
 
-def foretell(
-    model: Model, node: Node, known: Mapping[str, Statistics], handling: Handling
-) -> tuple[Ranges, list[Trouble]]:
+def check_weights(
+    model: Model, node: Node, known: Mapping[str, MeanAndDeviation], handling: DefaultHandling
+) -> tuple[WeightStatistics, list[WeightProblem]]:
     """The numbers of a layer and its troubles. model: folded; known: by `statistics`."""
     try:
         layer = read_layer(node)
     except EditRefused:
-        return Ranges(), []
+        return WeightStatistics(), []
     name = node.name or ""
     if not (np.isfinite(layer.weight).all() and np.isfinite(layer.bias).all()):
         what = "weights or biases that are NaN or infinite: quantize refuses them"
-        return Ranges(), [Trouble("not-finite", name, what, None)]
-    told = _Teller(name, layer, handling)
+        return WeightStatistics(), [WeightProblem("not-finite", name, what, None)]
+    told = _WeightChecker(name, layer, handling)
     told.channel_imbalance()
-    told.input_imbalance(_bounds_in_front(node)[1])
+    told.input_imbalance(_input_bounds(node)[1])
     told.outliers()
-    told.high_bias(known.get(name), _bounds_in_front(node), _bounds_behind(model, node))
-    told.dead_channels(_bounds_behind(model, node))
-    return Ranges(**told.numbers), told.troubles
+    told.high_bias(known.get(name), _input_bounds(node), _output_bounds(model, node))
+    told.dead_channels(_output_bounds(model, node))
+    return WeightStatistics(**told.numbers), told.troubles
 
 
-def relu6(model: Model) -> int:
+def count_relu6(model: Model) -> int:
     """How many Clip operators hold their data between 0 and 6."""
     return sum(clip_bounds(node) == (0.0, 6.0) for node in model.nodes())
 
 
-def _bounds_behind(model: Model, node: Node) -> tuple[float, float]:
+def _output_bounds(model: Model, node: Node) -> tuple[float, float]:
     reader = model.sole_reader(node.outputs[0])
     bounds = clip_bounds(reader) if reader is not None and reader.op_type in CLIPPING_ACTIVATIONS else None
     return (-np.inf, np.inf) if bounds is None else bounds
 
 
-def _bounds_in_front(node: Node) -> tuple[float, float]:
+def _input_bounds(node: Node) -> tuple[float, float]:
     """Those of what a layer reads, where the operator that writes it has any."""
     before = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if before is not None and standard_op_type(before) in UNIT:
+    if before is not None and standard_op_type(before) in UNIT_RANGE_OPS:
         return 0.0, 1.0
     bounds = None if before is None else clip_bounds(before)
     return (-np.inf, np.inf) if bounds is None else bounds
 
 
-class _Teller:
+class _WeightChecker:
     """One layer. magnitude: |w|, (G, O/G, I/G, K)."""
 
-    def __init__(self, name: str, layer: Layer, handling: Handling) -> None:
+    def __init__(self, name: str, layer: Layer, handling: DefaultHandling) -> None:
         self.name, self.layer, self.handling = name, layer, handling
         self.magnitude = np.abs(layer.weight)
         self.outputs: NDArray[Any] = self.magnitude.max(axis=(2, 3), initial=0.0).reshape(-1)
         self.most = float(self.outputs.max(initial=0.0))
         self.numbers: dict[str, float] = {}
-        self.troubles: list[Trouble] = []
+        self.troubles: list[WeightProblem] = []
 
     def channel_imbalance(self) -> None:
-        living = self.outputs > NIL * self.most
+        living = self.outputs > DEAD_SHARE * self.most
         if living.sum() < 2:
             return
         ratios = self.most / self.outputs[living].astype(np.float64)
         self.numbers["output_ratio"] = value = float(ratios.max())
         channels = np.flatnonzero(living)
         count = int((ratios > LEAST_RATIO).sum())
-        what = f"output channels' ranges differ {_times(value)}: with one scale {format_count(count, 'channel')} of "
+        what = f"output channels' ranges differ {_format_ratio(value)}: with one scale {format_count(count, 'channel')} of "
         what += f"{self.layer.outputs} would keep 2 bits of 8 or fewer"
         handled = "scales for each channel take care of it" if self.handling.per_channel else ""
         self._add("channel-imbalance", value > LEAST_RATIO, what, channels, ratios, LEAST_RATIO, handled)
@@ -195,7 +195,7 @@ class _Teller:
     def input_imbalance(self, bound: float) -> None:
         ranges = self.magnitude.max(axis=(1, 3), initial=0.0).astype(np.float64)  # (G, I/G)
         largest = ranges.max(axis=1, keepdims=True, initial=0.0)
-        living = (ranges > NIL * self.most) & (largest > 0)
+        living = (ranges > DEAD_SHARE * self.most) & (largest > 0)
         if self.layer.means is not None:
             brought = ranges * np.abs(self.layer.means).reshape(ranges.shape)
             living &= brought >= brought.max(axis=1, keepdims=True, initial=0.0) / LEAST_RATIO
@@ -203,7 +203,7 @@ class _Teller:
             return
         ratios = np.divide(largest, ranges, out=np.ones_like(ranges), where=living).reshape(-1)
         self.numbers["input_ratio"] = value = float(ratios.max())
-        what = f"input channels' ranges differ {_times(value)}, which no scale of outputs helps"
+        what = f"input channels' ranges differ {_format_ratio(value)}, which no scale of outputs helps"
         handled = "equalization mends it where channels can be scaled" if self.handling.equalizes else ""
         if np.isfinite(bound):
             what += f"; the Clip or Sigmoid in front, at {bound:g}, limits how far they can be scaled"
@@ -213,7 +213,7 @@ class _Teller:
     def outliers(self) -> None:
         rows = self.magnitude.reshape(self.layer.outputs, -1).astype(np.float64)
         size = rows.shape[1]
-        living = self.outputs > NIL * self.most
+        living = self.outputs > DEAD_SHARE * self.most
         if size < LEAST_WEIGHTS or not living.any():
             return
         rows = rows[living] / self.outputs[living].astype(np.float64)[:, None]  # the largest is 1
@@ -222,18 +222,20 @@ class _Teller:
         ratios = np.where(alone, 1.0, 1.0 / np.sqrt(np.where(alone, 1.0, others)))
         self.numbers["outlier"] = value = float(ratios.max())
         decibel = 20 * np.log10(np.sqrt(12) * 127 / value)
-        what = f"one weight of a channel is {_times(value, 'as large')} as the root mean square of the others, which "
+        what = f"one weight of a channel is {_format_ratio(value, 'as large')} as the root mean square of the others, which "
         what += f"keep {decibel:.0f} dB with 8 bits"
         self._add("outlier", value > LEAST_OUTLIER, what, np.flatnonzero(living), ratios, LEAST_OUTLIER, "")
 
-    def high_bias(self, known: Statistics | None, inputs: tuple[float, float], bounds: tuple[float, float]) -> None:
+    def high_bias(
+        self, known: MeanAndDeviation | None, inputs: tuple[float, float], bounds: tuple[float, float]
+    ) -> None:
         by, low, high = self._written(known, inputs)
         low, high = np.clip(low, *bounds), np.clip(high, *bounds)
         reach = float(max(high.max(initial=0.0), 0.0) - min(low.min(initial=0.0), 0.0))
         if reach == 0:
             return
         offsets = np.maximum(np.maximum(low, -high), 0.0) / reach
-        living = self.outputs > NIL * self.most  # a dead channel has a name of its own
+        living = self.outputs > DEAD_SHARE * self.most  # a dead channel has a name of its own
         offsets = offsets[living]
         self.numbers["offset"] = value = float(offsets.max(initial=0.0))
         what = f"a channel stays {100 * value:.0f}% of its tensor's range away from zero, {by}"
@@ -241,21 +243,25 @@ class _Teller:
         handled = "what is constant goes into the layers behind, where that is exact" if relu else ""
         self._add("high-bias", value > LEAST_OFFSET, what, np.flatnonzero(living), offsets, LEAST_OFFSET, handled)
 
-    def _written(self, known: Statistics | None, inputs: tuple[float, float]) -> tuple[str, Float64, Float64]:
+    def _written(self, known: MeanAndDeviation | None, inputs: tuple[float, float]) -> tuple[str, Float64, Float64]:
         """By what it is known, and the least and the largest values of each output channel, (O,)."""
         if known is not None and known[0].size == self.layer.outputs:
             mean, deviation = known
-            return "by BatchNormalization", mean - SPREAD * deviation, mean + SPREAD * deviation
+            return "by BatchNormalization", mean - DEVIATIONS * deviation, mean + DEVIATIONS * deviation
         bias, weight = self.layer.bias, self.layer.weight.astype(np.float64)
         if np.isfinite(inputs).all():
             up, down = (np.maximum(sign * weight, 0.0).sum(axis=(2, 3)).reshape(-1) for sign in (1, -1))
             least, most = min(inputs[0], 0.0), inputs[1]  # padding brings zeros
             return "whatever it reads", bias + up * least - down * most, bias + up * most - down * least
-        deviation = LARGE_INPUTS * np.sqrt((weight**2).sum(axis=(2, 3))).reshape(-1)
-        return f"even for inputs of {LARGE_INPUTS:g} on average", bias - SPREAD * deviation, bias + SPREAD * deviation
+        deviation = ASSUMED_INPUT_RMS * np.sqrt((weight**2).sum(axis=(2, 3))).reshape(-1)
+        return (
+            f"even for inputs of {ASSUMED_INPUT_RMS:g} on average",
+            bias - DEVIATIONS * deviation,
+            bias + DEVIATIONS * deviation,
+        )
 
     def dead_channels(self, bounds: tuple[float, float]) -> None:
-        dead = np.flatnonzero(self.outputs <= NIL * self.most)
+        dead = np.flatnonzero(self.outputs <= DEAD_SHARE * self.most)
         silent = int((self.layer.bias[dead] <= 0).sum()) if bounds[0] >= 0 else 0
         what = f"{format_count(dead.size, 'channel')} of {self.layer.outputs} without weights that count"
         what += f", of which {silent} never active" if silent else ""
@@ -278,12 +284,12 @@ class _Teller:
             return
         worst = np.argsort(-numbers, kind="stable")
         worst = worst[numbers[worst] > least]
-        named = tuple(int(channels[index]) for index in worst[:EXAMPLES])
+        named = tuple(int(channels[index]) for index in worst[:MOST_EXAMPLES])
         number = float(numbers.max()) if value is None else value
-        self.troubles.append(Trouble(kind, self.name, what, number, named, worst.size, handled))
+        self.troubles.append(WeightProblem(kind, self.name, what, number, named, worst.size, handled))
 
 
-def _times(ratio: float, suffix: str = "") -> str:
+def _format_ratio(ratio: float, suffix: str = "") -> str:
     """`83 times`, `1.2e+06 times`."""
     shown = f"{ratio:.0f}" if ratio < 1e5 else f"{ratio:.1e}"
     return f"{shown} times {suffix}".rstrip()

@@ -1,46 +1,67 @@
-"""Recipes carried out by the whole pipeline, one after the other, and measured on the same pictures and machine.
+"""This module runs several recipes through the whole pipeline, and measures them on the same images and machine.
 
-What is scored is the written file, on pictures that no recipe was calibrated with where there are enough of them, and
-all files are timed against each other in turns. Runs share what they find out of the float network (gather.Memory).
+The written files are scored on held-out images where there are enough of them, and timed against each other in turns.
+Runs share what they find out of the float network (`CalibrationCache`). A sweep is the same for recipes of a file.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from qconv.analysis.evaluate import class_vector
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.dataset import find_files
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
-from qconv.ir.files import Source, open_original
+from qconv.ir.files import (
+    Source,
+    external_data_files,
+    file_bytes,
+    hash_model,
+    open_original,
+    read_proto,
+    refuse_quantized,
+)
+from qconv.ir.load import load
 from qconv.metrics import comparison
+from qconv.metrics.classification import find_class_output
 from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
-from qconv.pipeline.collect import CalibrationCache
+from qconv.pipeline.checks import check_output
+from qconv.pipeline.collect import CalibrationCache, open_calibration_data
 from qconv.pipeline.quantize import Listener, quantize
-from qconv.results.comparison import Trial
+from qconv.results.comparison import Sweep, Trial
 from qconv.results.quantize import Report
 from qconv.runtime.benchmark import Benchmark, TimingConditions, benchmark
 from qconv.runtime.session import RUNTIME_VERSION, Session
 
-MOST_HELD_BACK = 64
-HELD_BACK_SHARE = 5
+# Recipes carried out by the whole pipeline, one after the other, and measured on the same pictures and machine.
+#
+# What is scored is the written file, on pictures that no recipe was calibrated with where there are enough of them, and
+# all files are timed against each other in turns. Runs share what they find out of the float network (gather.Memory).
+
+
+MOST_HELD_OUT = 64
+
+HELD_OUT_DIVISOR = 5
+
 SCORED_BYTES = 64 * 2**20
 """Inputs and float outputs of the pictures to score on, which stay in memory."""
-ROUNDS = 9
+
+TIMING_ROUNDS = 9
 """Turns that each file gets when it is timed."""
+
 TIMED_AT_ONCE = 6
 """Files beside the float model that are in memory at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldOutImages:
     """Pictures to score on. most: that are left to calibrate with. unseen: whether none of the former is among them."""
 
     feed: DataLoader
@@ -48,28 +69,28 @@ class Held:
     unseen: bool
 
 
-def held_back(session: Session, recipe: Recipe, images: Sequence[str], listener: Listener) -> Held:
+def hold_out_images(session: Session, recipe: Recipe, images: Sequence[str], listener: Listener) -> HeldOutImages:
     """Pictures from `images`, or else the last ones of the draw that `recipe` reads from its beginning.
 
     A fifth of all are held back, MOST_HELD_BACK at most. Of a single picture none can be: it is then scored on itself.
     Raises QconvError where pictures cannot feed the network.
     """
     if images:
-        chosen = replace(recipe, calib=tuple(images), samples=MOST_HELD_BACK, glob=None)
+        chosen = replace(recipe, calib=tuple(images), samples=MOST_HELD_OUT, glob=None)
         feed = DataLoader.of(session, chosen, listener.warn, listener.progress)
         listing = find_files(recipe.calib, pattern=recipe.glob, samples=recipe.samples, seed=recipe.seed)
         seen = {path.resolve() for path in listing.paths}
-        return Held(feed, listing.found, unseen=seen.isdisjoint(path.resolve() for path in feed.listing.paths))
+        return HeldOutImages(feed, listing.found, unseen=seen.isdisjoint(path.resolve() for path in feed.listing.paths))
     whole = DataLoader.of(session, replace(recipe, samples=10**9), listener.warn, listener.progress)
     paths = whole.listing.paths
-    held = min(MOST_HELD_BACK, max(1, len(paths) // HELD_BACK_SHARE))
+    held = min(MOST_HELD_OUT, max(1, len(paths) // HELD_OUT_DIVISOR))
     if len(paths) == held:
         listener.warn("there is one picture alone: it is calibrated with and scored on, which tells little.")
-    return Held(whole.over(paths[-held:]), max(1, len(paths) - held), unseen=len(paths) > held)
+    return HeldOutImages(whole.over(paths[-held:]), max(1, len(paths) - held), unseen=len(paths) > held)
 
 
 @dataclass(slots=True)
-class Made:
+class TrialRun:
     """A trial with what came of it: the file and the pipeline's report, or why there is none."""
 
     trial: Trial
@@ -80,19 +101,19 @@ class Made:
 
 
 @dataclass(slots=True)
-class Proof:
+class TrialRunner:
     """What recipes are carried out on, and all that were."""
 
     source: Source
     scored: ReferenceOutputs
     listener: Listener
     memory: CalibrationCache
-    made: list[Made] = field(default_factory=list)
+    made: list[TrialRun] = field(default_factory=list)
 
     @classmethod
     def of(
         cls, source: Source, feed: DataLoader, recipe: Recipe, listener: Listener, memory: CalibrationCache
-    ) -> Proof:
+    ) -> TrialRunner:
         """feed: the pictures to score on, fed as they should be."""
         session = open_original(source, recipe)
         scored = collect_reference_outputs(session, feed, "float", most_bytes=SCORED_BYTES, warn=listener.warn)
@@ -105,18 +126,18 @@ class Proof:
 
     def carry_out(
         self, name: str, recipe: Recipe, out: Path, options: Sequence[str] = (), causes: Sequence[str] = ()
-    ) -> Made:
+    ) -> TrialRun:
         """Quantize by `recipe`, write `out` and score it. What cannot be done is a trial that failed, and says why."""
         start = time.perf_counter()
         trial = Trial(name, tuple(options), tuple(causes))
-        made = Made(trial, recipe, out)
+        made = TrialRun(trial, recipe, out)
         self.made.append(made)
         kinds: list[bool] = []
         try:
             made.report, _ = quantize(self.source, out, recipe, self.listener, self.memory)
             on_ort = TARGETS[recipe.target].on_ort
             session = Session(str(out), name=str(out), threads=recipe.threads, optimize=on_ort)
-            found = self.scored.score(session, lambda outputs: kinds.append(_one_answer(outputs)))
+            found = self.scored.score(session, lambda outputs: kinds.append(_is_single_class(outputs)))
         except QconvError as error:
             made.report, made.failure = None, error
             made.trial = replace(trial, failed=f"{error.message} {error.hint}", seconds=time.perf_counter() - start)
@@ -160,10 +181,84 @@ class Proof:
         return float_ms[0]
 
     def _benchmark(self, paths: Sequence[str], threads: int | None, size: tuple[int, int] | None) -> Benchmark:
-        conditions = TimingConditions(threads, None, size, ROUNDS)
+        conditions = TimingConditions(threads, None, size, TIMING_ROUNDS)
         return benchmark(paths, conditions, version=RUNTIME_VERSION, progress=self.listener.progress)
 
 
-def _one_answer(outputs: OutputArrays) -> bool:
+def _is_single_class(outputs: OutputArrays) -> bool:
     """Whether a picture gets one class, so that pictures can be counted."""
-    return class_vector([output[:1] if np.ndim(output) else output for output in outputs]) is not None
+    return find_class_output([output[:1] if np.ndim(output) else output for output in outputs]) is not None
+
+
+# Several recipes on the same pictures: each goes through the whole pipeline, all are scored and timed alike.
+#
+# Pictures to score on are held back, as in a diagnosis. How pictures are fed is found out once, and what is seen of a
+# float network once for all recipes that quantize it; equalization may make a network of its own for a recipe.
+
+
+@dataclass(frozen=True, slots=True)
+class SweepEntry:
+    """A recipe with its name, where its file goes, and the options that make it, beyond those that all share."""
+
+    name: str
+    recipe: Recipe
+    out: Path
+    options: tuple[str, ...] = ()
+
+
+def run_sweep(source: Source, entries: Sequence[SweepEntry], listener: Listener | None = None) -> Sweep:
+    """Carry all recipes out, in their order. They must read the same pictures.
+
+    A recipe that fails is a trial that says why; the others go on. Raises QconvError where none can be carried out.
+    """
+    listener = listener or Listener()
+    told: set[str] = set()
+
+    def warn(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            listener.warn(text)
+
+    heard = Listener(warn, listener.progress)
+    proto = read_proto(source)
+    refuse_quantized(proto, source.name)
+    for entry in entries:
+        check_output(source, entry.out, external_data_files(proto, source))
+    shared = entries[0].recipe
+    session = open_original(source, shared)
+    held = hold_out_images(session, shared, (), heard)
+    del session
+    shared = replace(shared, samples=min(shared.samples, held.most))
+    memory = CalibrationCache()
+    made_from = hash_model(source, external_data_files(proto, source))
+    pictures = open_calibration_data(source, made_from, shared, Listener().warn, listener.progress)
+    pictures.memory = memory
+    pictures.settle(load(proto, source)[0], shared)
+    held.feed.preprocessing = pictures.preprocessing
+    if shared.embed_preprocessing is not None:
+        held.feed.take_pixels(shared.embed_preprocessing)
+    proof = TrialRunner.of(source, held.feed, shared, heard, memory)
+    for done, entry in enumerate(entries):
+        listener.progress("recipes", done, len(entries))
+        recipe = replace(entry.recipe, samples=shared.samples)
+        proof.listener = Listener(partial(_warn_of_recipe, entry.name, warn), listener.progress)
+        proof.carry_out(entry.name, recipe, entry.out, entry.options)
+    failures = [made.failure for made in proof.made if made.failure is not None]
+    if len(failures) == len(entries):
+        raise failures[0]
+    proof.listener = heard
+    float_ms = proof.timed(shared.threads, held.feed.size)
+    trials, outputs = tuple(made.trial for made in proof.made), tuple(str(entry.out) for entry in entries)
+    return Sweep(
+        source.name,
+        file_bytes(read_proto(source), source),
+        float_ms,
+        proof.scored.pictures,
+        held.unseen,
+        trials,
+        outputs,
+    )
+
+
+def _warn_of_recipe(recipe: str, warn: Callable[[str], None], text: str) -> None:
+    warn(f"{recipe}: {text}")
