@@ -19,7 +19,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
-from qconv.report.printing import audit as printed
+from qconv.report.text import format_audit as printed
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 PHOTOS = Path(__file__).parent.parent / "calib_samples"

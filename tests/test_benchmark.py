@@ -14,7 +14,7 @@ import pytest
 from models import network
 
 from qconv.errors import QconvError
-from qconv.report.printing import benchmark as printed
+from qconv.report.text import format_benchmark as printed
 from qconv.runtime.benchmark import Benchmark, Timing, TimingConditions, Worker, benchmark, parse_cpu_flags
 from qconv.runtime.session import Session, make_random_inputs
 

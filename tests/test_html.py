@@ -24,13 +24,13 @@ from qconv.cli.cli import cli
 from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.data import images
+from qconv.data.images import encode_thumbnail
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
 from qconv.report import html, pages
-from qconv.report.plot import thumbnail
-from qconv.report.sheet import NO_PICTURES, as_pixels, sheet
-from qconv.report.shown import Page, Picture, Tile
+from qconv.report.html import Page, PagePicture, Tile
+from qconv.report.pages import NO_PICTURES, make_contact_sheet, undo_preprocessing
 from qconv.results.comparison import (
     Cause,
     Comparison,
@@ -94,7 +94,7 @@ def whole(name: str = "node", layers: int = 20) -> Page:
         compared=Comparison(name, name, 8, name, rows(layers, name), (name,) * 5, (output,), 20.0, 8),
         audit=Audit(3, 2, (island, island), (island,), (LayerTime(name, "Conv", "integer", 6.0),), 10.0),
         fed=name,
-        contact=(Picture(name, thumbnail(np.zeros((4, 4, 3), np.uint8))),),
+        contact=(PagePicture(name, encode_thumbnail(np.zeros((4, 4, 3), np.uint8))),),
         caption=name,
         command=f"qconv quantize {name}",
         recipe=json.dumps({"keep_float": [name]}),
@@ -146,7 +146,7 @@ class Tree(HTMLParser):
 
 @pytest.fixture(scope="module")
 def hostile() -> Tree:
-    return Tree(html.render(whole(HOSTILE)).decode())
+    return Tree(html.render_page(whole(HOSTILE)).decode())
 
 
 def test_a_name_stays_a_name(hostile: Tree) -> None:
@@ -160,11 +160,11 @@ def test_a_name_stays_a_name(hostile: Tree) -> None:
 
 
 def test_a_name_that_is_not_utf8_can_be_shown() -> None:
-    assert "caf\\udce9.onnx" in html.render(replace(whole(), title="caf\udce9.onnx", sweep=None)).decode()
+    assert "caf\\udce9.onnx" in html.render_page(replace(whole(), title="caf\udce9.onnx", sweep=None)).decode()
 
 
 def test_the_same_page_gives_the_same_bytes() -> None:
-    assert html.render(whole(HOSTILE)) == html.render(whole(HOSTILE))
+    assert html.render_page(whole(HOSTILE)) == html.render_page(whole(HOSTILE))
 
 
 def test_nothing_is_fetched(hostile: Tree) -> None:
@@ -177,13 +177,13 @@ def test_nothing_is_fetched(hostile: Tree) -> None:
     assert policy.startswith("default-src 'none';")
     assert "http" not in policy
     for name in ("report.css", "report.js", "report.html.j2"):
-        assert not re.search(r"https?:|//\w|@import|url\(", html._text(name).replace("// ", ""))
+        assert not re.search(r"https?:|//\w|@import|url\(", html._read_asset(name).replace("// ", ""))
 
 
 def test_long_names_lose_their_middle(hostile: Tree) -> None:
     name = f"{HOSTILE}5"
-    assert html.middle("short") == "short"
-    cut = html.middle(name)
+    assert html.shorten_middle("short") == "short"
+    cut = html.shorten_middle(name)
     assert len(cut) == 46
     front, back = cut.split("\u2026")
     assert name.startswith(front)
@@ -193,12 +193,12 @@ def test_long_names_lose_their_middle(hostile: Tree) -> None:
 
 
 def test_a_page_has_only_the_parts_that_it_is_given() -> None:
-    tree = Tree(html.render(Page("m.onnx", "", (), "Fine.", "1", without="There is nothing to compare.")).decode())
+    tree = Tree(html.render_page(Page("m.onnx", "", (), "Fine.", "1", without="There is nothing to compare.")).decode())
     ids = [attrs["id"] for tag, attrs in tree.tags if tag == "section"]
     assert ids == ["layers"]
     assert "There is nothing to compare." in tree.visible
-    assert len(html.render(Page("m.onnx", "", (), "Fine.", "1"))) < 50_000  # it has no chart, and no plotly.js
-    full = Tree(html.render(whole()).decode())
+    assert len(html.render_page(Page("m.onnx", "", (), "Fine.", "1"))) < 50_000  # it has no chart, and no plotly.js
+    full = Tree(html.render_page(whole()).decode())
     assert [attrs["id"] for tag, attrs in full.tags if tag == "section"] == [
         *("warnings", "diagnosis", "sweep", "layers", "integers", "pictures", "changes", "again")
     ]
@@ -211,7 +211,7 @@ def test_numbers_that_json_lacks_leave_gaps() -> None:
         replace(page.compared.layers[0], sqnr_db=float("nan"), added_sqnr_db=float("-inf")),
         *page.compared.layers[1:],
     )
-    tree = Tree(html.render(replace(page, compared=replace(page.compared, layers=odd))).decode())
+    tree = Tree(html.render_page(replace(page, compared=replace(page.compared, layers=odd))).decode())
     assert (tree.data["layers"][0]["runs"], tree.data["layers"][0]["own"]) == (None, None)
 
 
@@ -221,7 +221,7 @@ def test_the_worst_layer_is_shown_first() -> None:
     assert page.compared is not None
     layers = list(page.compared.layers)
     layers[7] = replace(layers[7], output_share=0.1)
-    tree = Tree(html.render(replace(page, compared=replace(page.compared, layers=tuple(layers)))).decode())
+    tree = Tree(html.render_page(replace(page, compared=replace(page.compared, layers=tuple(layers)))).decode())
     assert tree.data["worst"] == 7
 
 
@@ -239,35 +239,37 @@ def timed(slowdown: float | None) -> Verification:
 
 
 def test_tiles_by_hand() -> None:
-    assert "8 of 10 runs 1.00 to 4.00\u00d7" in pages.speed_tile(timed(0.5))[0].note
-    assert pages.size_tile(4_000_000, 1_000_000) == Tile("size", "4.0\u00d7 smaller", "4.00 MB to 1.00 MB", "good")
-    assert pages.size_tile(1000, 2000).tone == "bad"
-    assert pages.speed_tile(timed(None)) == ()
-    assert [tile.value for tile in pages.speed_tile(timed(0.5))] == ["2.00\u00d7 as fast"]
-    assert [tile.tone for slowdown in (0.5, 1.0, 1.5) for tile in pages.speed_tile(timed(slowdown))] == [
+    assert "8 of 10 runs 1.00 to 4.00\u00d7" in pages.make_speed_tiles(timed(0.5))[0].note
+    assert pages.make_size_tile(4_000_000, 1_000_000) == Tile("size", "4.0\u00d7 smaller", "4.00 MB to 1.00 MB", "good")
+    assert pages.make_size_tile(1000, 2000).tone == "bad"
+    assert pages.make_speed_tiles(timed(None)) == ()
+    assert [tile.value for tile in pages.make_speed_tiles(timed(0.5))] == ["2.00\u00d7 as fast"]
+    assert [tile.tone for slowdown in (0.5, 1.0, 1.5) for tile in pages.make_speed_tiles(timed(slowdown))] == [
         "good",
         "plain",
         "bad",
     ]
-    found = pages.integers_tile(Audit(3, 1, (), (), (LayerTime("a", "Conv", "integer", 6.0),), 10.0))
+    found = pages.make_integers_tile(Audit(3, 1, (), (), (LayerTime("a", "Conv", "integer", 6.0),), 10.0))
     assert (found.value, found.note, found.tone) == ("75%", "3 of 4 nodes, 60% of the time", "plain")
 
 
 def test_agreement_comes_with_wilsons_interval() -> None:
     """9 of 10: 0.596 to 0.982, as textbooks have it."""
-    tile = pages.accuracy_tile(pages.Scores(10, (OutputScore("y", 20.0, 0.9),)))
+    tile = pages.make_accuracy_tile(pages.AccuracyScores(10, (OutputScore("y", 20.0, 0.9),)))
     assert tile.value == "90.0%"
     assert "95%: 60 to 98%" in tile.note
-    assert pages.accuracy_tile(pages.Scores(0, ())).value == "not measured"
-    assert pages.accuracy_tile(pages.Scores(4, (OutputScore("y", None, None),))).value == "equal"
+    assert pages.make_accuracy_tile(pages.AccuracyScores(0, ())).value == "not measured"
+    assert pages.make_accuracy_tile(pages.AccuracyScores(4, (OutputScore("y", None, None),))).value == "equal"
 
 
 def test_the_sentence_names_who_is_to_blame() -> None:
     shares = (0.4, 0.35, 0.15, 0.1)
     layers = tuple(LayerComparison(f"n{i}", "Conv", "t", 20.0, 20.0, 1.0, share) for i, share in enumerate(shares))
     found = Comparison("f", "q", 8, "", layers, (), (), 20.0, 8)
-    assert pages._blame(found) == ["2 of 4 layers make half of what error is left; most, 40%, comes from n0."]
-    assert pages._blame(None) == []
+    assert pages._describe_worst_layers(found) == [
+        "2 of 4 layers make half of what error is left; most, 40%, comes from n0."
+    ]
+    assert pages._describe_worst_layers(None) == []
 
 
 def trial(name: str, decibel: float, size: int, ms: float = 1.0) -> Trial:
@@ -279,9 +281,9 @@ def test_a_diagnosis_has_a_page() -> None:
     found = Diagnosis(
         "dir/m.onnx", 64, True, (Cause("gate", ("n",), "told"),), (first, better), better, "cmd", "Mended."
     )
-    page = pages.of_diagnosis(found, None, "qconv diagnose m.onnx")
+    page = pages.make_diagnosis_page(found, None, "qconv diagnose m.onnx")
     assert [tile.value for tile in page.tiles] == ["20.0 dB", "25.5 dB", "1", "0"]
-    tree = Tree(html.render(page).decode())
+    tree = Tree(html.render_page(page).decode())
     assert [attrs["id"] for tag, attrs in tree.tags if tag == "section"] == ["diagnosis", "again"]
     assert tree.visible.count("Mended.") == 1
     assert "+5.5" in tree.visible
@@ -292,18 +294,18 @@ def test_a_sweep_has_a_page() -> None:
     """The third is larger than the second and no better."""
     trials = (trial("small", 10.0, 500), trial("near", 30.0, 1000), trial("beaten", 29.0, 1200))
     found = Sweep("m.onnx", 4000, 2.0, 64, False, trials, ("a", "b", "c"))
-    page = pages.of_sweep(found, "qconv quantize m.onnx", ())
+    page = pages.make_sweep_page(found, "qconv quantize m.onnx", ())
     assert page.verdict == "2 of 3 recipes are beaten by no other: near is the most accurate, small the smallest."
-    tree = Tree(html.render(page).decode())
+    tree = Tree(html.render_page(page).decode())
     assert [row["best"] for row in tree.data["sweep"]["trials"]] == [True, True, False]
     assert tree.visible.count("unbeaten") == 2
 
 
 def test_what_another_runtime_decides_is_not_told() -> None:
     audited = Audit(0, 3, ())
-    assert pages._by_target(audited, {"target": "tensorrt"}) is None
-    assert pages._by_target(audited, {"target": "ort-cpu"}) is audited
-    assert pages._by_target(audited, {}) is audited
+    assert pages._audit_for_target(audited, {"target": "tensorrt"}) is None
+    assert pages._audit_for_target(audited, {"target": "ort-cpu"}) is audited
+    assert pages._audit_for_target(audited, {}) is audited
 
 
 # -- contact sheet -----------------------------------------------------------------------------------------------------
@@ -330,15 +332,15 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_sheet_shows_the_pixels_that_were_fed(preset: str, layout: Layout, photo: Path) -> None:
     prep = prepared(preset, layout)
     original = np.asarray(Image.open(photo)).astype(int)
-    assert np.abs(as_pixels(images.load_image(photo, prep), prep) - original).max() <= 1
+    assert np.abs(undo_preprocessing(images.load_image(photo, prep), prep) - original).max() <= 1
 
 
 def test_the_sheet_shows_grey_and_borders(photo: Path) -> None:
     grey = replace(prepared("unit", Layout.NCHW, color=Color.GREY), mean=(0.5,), std=(0.25,))
-    shown = as_pixels(images.load_image(photo, grey), grey)
+    shown = undo_preprocessing(images.load_image(photo, grey), grey)
     assert np.abs(shown[:, :, 0] - np.asarray(Image.open(photo).convert("L")).astype(int)).max() <= 1
     boxed = prepared("imagenet", Layout.NCHW, resize="letterbox", size=(32, 32))
-    shown = as_pixels(images.load_image(photo, boxed), boxed)
+    shown = undo_preprocessing(images.load_image(photo, boxed), boxed)
     assert (shown[:4] == 114).all()
     assert (shown[-4:] == 114).all()
 
@@ -353,7 +355,7 @@ def test_the_sheet_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
     for index in range(3):
         Image.fromarray(np.full((32, 32, 3), 50 * index, np.uint8)).save(tmp_path / f"{index}.png")
     (tmp_path / "1.png").write_bytes(b"no picture")
-    pictures, caption = sheet(feed_of(tmp_path, preset="raw"))
+    pictures, caption = make_contact_sheet(feed_of(tmp_path, preset="raw"))
     assert sorted(picture.name for picture in pictures) == ["0.png", "2.png"]
     assert all(picture.png.startswith(b"\x89PNG") for picture in pictures)
     assert "first 2 pictures" in caption
@@ -362,11 +364,11 @@ def test_the_sheet_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
 
 def test_samples_have_no_sheet(tmp_path: Path) -> None:
     np.save(tmp_path / "0.npy", np.zeros((3, 32, 32), np.float32))
-    assert sheet(feed_of(tmp_path)) == ((), NO_PICTURES)
+    assert make_contact_sheet(feed_of(tmp_path)) == ((), NO_PICTURES)
 
 
 def test_thumbnails_are_small() -> None:
-    with Image.open(io.BytesIO(thumbnail(np.zeros((500, 250, 1), np.uint8)))) as picture:
+    with Image.open(io.BytesIO(encode_thumbnail(np.zeros((500, 250, 1), np.uint8)))) as picture:
         assert (picture.mode, picture.size) == ("L", (80, 160))
 
 
@@ -464,7 +466,7 @@ def test_compare_writes_a_page(tmp_path: Path, cifar: Path) -> None:
 def test_without_the_extra_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(QconvError, match="--report needs jinja2 and plotly") as caught:
-        html.render(whole())
+        html.render_page(whole())
     assert caught.value.hint == "pip install 'qconv[report]'"
     done = command("quantize", CIFAR, *QUICK, "-o", tmp_path / "a.onnx", "--report", tmp_path / "report.html")
     assert isinstance(done.exception, QconvError)
@@ -516,7 +518,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("drawn") / "page.html"
-    path.write_bytes(html.render(whole(HOSTILE)))
+    path.write_bytes(html.render_page(whole(HOSTILE)))
     return path
 
 

@@ -31,7 +31,7 @@ from qconv.config.serialization import command_line_options, format_number, reci
 from qconv.errors import QconvError
 from qconv.ir.files import Source, is_quantized, read_proto
 from qconv.pipeline.quantize import quantize
-from qconv.report.inspected import _short, float_model, quantized_model
+from qconv.report.text_inspect import _shorten_name, format_float_model, format_quantized_model
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ROOT / "tests/models/cifar_mobilenet.onnx"
@@ -110,20 +110,22 @@ def test_a_batch_norm_that_does_not_fold() -> None:
     found = seen(network(body, w=(4, 3, 3, 3), **statistics(4)))
     assert (found.norms, found.folded, found.converted) == (1, 0, 1)
     assert [row.shape for row in found.layers] == [(4, 3, 3, 3), (4, 1, 1, 1)]
-    assert "0 of 1 fold into the layers beside them, 1 become depthwise layers" in float_model(found, verbose=False)
+    assert "0 of 1 fold into the layers beside them, 1 become depthwise layers" in format_float_model(
+        found, verbose=False
+    )
 
 
 def test_an_open_size_is_said() -> None:
     """Costs depend on it, so that nothing can be left in float for their sake."""
     open_, fixed = (network("y = Conv(x, w)", (1, 3, *size), w=signs(4, 3, 3, 3)) for size in (("h", "w"), (9, 9)))
-    assert "Its input size is open" in float_model(seen(open_), verbose=False)
-    assert "Its input size is open" not in float_model(seen(fixed), verbose=False)
+    assert "Its input size is open" in format_float_model(seen(open_), verbose=False)
+    assert "Its input size is open" not in format_float_model(seen(fixed), verbose=False)
 
 
 def test_long_names_keep_their_end() -> None:
-    assert _short("conv1", 5) == "conv1"
-    assert _short("/features/features.8/conv/conv.0/Conv", 28) == "...features.8/conv.0/Conv"
-    assert _short("a" * 30 + "b", 10) == "...aaaaaab"
+    assert _shorten_name("conv1", 5) == "conv1"
+    assert _shorten_name("/features/features.8/conv/conv.0/Conv", 28) == "...features.8/conv.0/Conv"
+    assert _shorten_name("a" * 30 + "b", 10) == "...aaaaaab"
 
 
 def test_reasons_for_float() -> None:
@@ -144,7 +146,7 @@ def test_without_layers() -> None:
     assert found.layers == ()
     assert found.as_dict()["layers"] == []
     assert csv_of(found.rows) == "\n"
-    assert "nothing to quantize" in float_model(found, verbose=True)
+    assert "nothing to quantize" in format_float_model(found, verbose=True)
 
 
 def test_weights_as_constant_nodes() -> None:
@@ -330,7 +332,7 @@ def test_weights_that_are_not_finite() -> None:
     found = seen(net(w=weight))
     assert kinds(found) == ["not-finite"]
     json.dumps(found.as_dict(), allow_nan=False)
-    assert "NaN" in float_model(found, verbose=True)
+    assert "NaN" in format_float_model(found, verbose=True)
 
 
 def test_depthwise_layers_have_no_input_ratio() -> None:
@@ -353,7 +355,7 @@ def test_real_models(path: Path) -> None:
     json.dumps(found.as_dict(), allow_nan=False)
     for kind in set(kinds(found)) - {"dead-channels"}:  # a network can be as dead as it likes
         assert kinds(found).count(kind) <= 0.55 * len(found.layers), kind
-    lines = float_model(found, verbose=False).splitlines()
+    lines = format_float_model(found, verbose=False).splitlines()
     assert all(len(line) <= 80 for line in lines if str(path) not in line)
 
 
@@ -494,7 +496,7 @@ def test_metadata_of_a_stranger() -> None:
         proto.metadata_props.append(onnx.StringStringEntryProto(key=key, value=odd))
     found = inspect_quantized(source_of(proto))
     json.dumps(found.as_dict(), allow_nan=False)
-    assert "1 x Conv: 8 bits" in quantized_model(found, verbose=True)
+    assert "1 x Conv: 8 bits" in format_quantized_model(found, verbose=True)
 
 
 # -- quantized: by tools -----------------------------------------------------------------------------------------------
@@ -556,7 +558,7 @@ def test_files_by_onnxruntime(
     assert sum(row.bytes for row in found.layers) + found.other_constants == stored
     assert found.recipe == {}
     json.dumps(found.as_dict(), allow_nan=False)
-    assert "int8" in quantized_model(found, verbose=False)
+    assert "int8" in format_quantized_model(found, verbose=False)
 
 
 def made(recipe: Recipe, proto: onnx.ModelProto | None = None) -> QuantizedModel:
@@ -580,7 +582,7 @@ def test_a_file_by_qconv() -> None:
     assert 4 in {row.bits for row in found.layers}
     assert found.options == ("--samples", "2", "--weight-bits", "4", "--effort", "fast", "--keep-float-op", "Gemm")
     assert found.preprocessing is not None
-    text = quantized_model(found, verbose=False)
+    text = format_quantized_model(found, verbose=False)
     assert "--weight-bits 4" in text
     assert "4 bits in int8" in text
 
@@ -739,8 +741,8 @@ def test_errors(folder: Path, words: list[str], status: int, told: bytes) -> Non
 def test_lines_fit(folder: Path) -> None:
     found = inspect_float(Source("own", OWN), "ort-cpu")
     for verbose in (False, True):
-        text = float_model(found, verbose=verbose)
+        text = format_float_model(found, verbose=verbose)
         assert text.isascii()
         assert verbose or max(map(len, text.splitlines())) <= 80
-    text = quantized_model(made(Recipe(calib=CALIB, samples=1, effort="fast")), verbose=False)
+    text = format_quantized_model(made(Recipe(calib=CALIB, samples=1, effort="fast")), verbose=False)
     assert max(map(len, text.splitlines())) <= 80

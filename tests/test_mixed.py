@@ -31,7 +31,7 @@ from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import Listener, quantize
 from qconv.quantization.second_order import ROUNDING_EFFORTS
-from qconv.report import summary
+from qconv.report import console
 from qconv.results.quantize import MixedPrecision, Report
 from qconv.runtime.session import Session
 from qconv.search.candidate import _choose_scoring_batches
@@ -451,7 +451,7 @@ def test_options() -> None:
 def test_the_summary_shows_what_was_tried(pictures: Path) -> None:
     report, _, mixed = searched(pictures, max_drop=Drop("sqnr", 20), edge_bits=2)
     stream = io.StringIO()
-    summary.show(report, stream, verbose=False)
+    console.show_report(report, stream, verbose=False)
     lines = stream.getvalue().splitlines()
     assert any(line.startswith("bits ") and "by --max-drop sqnr:20" in line for line in lines)
     assert sum("weights alone by the model" in line for line in lines) == sum(point.verified for point in mixed.points)

@@ -10,9 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from qconv.report.chart import BOTTOM, HEIGHT, PANELS, TOP, WIDTH, Dot, Line, Text, draw
-from qconv.report.page import page, svg
-from qconv.report.plot import COLORS, png
+from qconv.report.study_chart import (
+    BOTTOM,
+    COLORS,
+    HEIGHT,
+    PANELS,
+    TOP,
+    WIDTH,
+    ChartDot,
+    ChartLine,
+    ChartText,
+    draw_chart,
+    render_png,
+    render_study_page,
+    render_svg,
+)
 from qconv.results.sample_curve import CurvePoint, SampleCurve
 
 POINTS = [
@@ -44,8 +56,8 @@ EDGES = {
 }
 
 
-def dots(found: SampleCurve, role: str) -> list[Dot]:
-    return [shape for shape in draw(found) if isinstance(shape, Dot) and shape.role == role]
+def dots(found: SampleCurve, role: str) -> list[ChartDot]:
+    return [shape for shape in draw_chart(found) if isinstance(shape, ChartDot) and shape.role == role]
 
 
 def test_a_dot_for_every_draw_in_either_panel() -> None:
@@ -61,7 +73,7 @@ def test_a_dot_for_every_draw_in_either_panel() -> None:
 
 
 def test_axes_have_labels_with_units() -> None:
-    texts = [shape.text for shape in draw(CURVE) if isinstance(shape, Text)]
+    texts = [shape.text for shape in draw_chart(CURVE) if isinstance(shape, ChartText)]
     assert {"SQNR (dB)", "agreement with the float model (%)", "2 are enough", "all 7: 30 dB"} <= set(texts)
     assert any("model.onnx" in text for text in texts)
     assert "105" not in texts  # no share is above 100 %
@@ -69,14 +81,14 @@ def test_axes_have_labels_with_units() -> None:
 
 def test_the_median_is_the_line() -> None:
     """22 dB of 20 and 24: in the middle between their dots."""
-    (line,) = (shape for shape in draw(CURVE) if isinstance(shape, Line) and shape.role == "sqnr")
+    (line,) = (shape for shape in draw_chart(CURVE) if isinstance(shape, ChartLine) and shape.role == "sqnr")
     first, second = dots(CURVE, "sqnr")[:2]
     assert line.points[0][1] == pytest.approx((first.at[1] + second.at[1]) / 2)
 
 
 def test_the_picture() -> None:
     """It has the stated size, and the dots their colours where they are said to be."""
-    with Image.open(io.BytesIO(png(draw(CURVE)))) as picture:
+    with Image.open(io.BytesIO(render_png(draw_chart(CURVE)))) as picture:
         assert (picture.format, picture.size, picture.mode) == ("PNG", (WIDTH, HEIGHT), "RGB")
         for role in ("sqnr", "agreement"):
             for dot in dots(CURVE, role):
@@ -88,8 +100,8 @@ def test_the_picture() -> None:
 @pytest.mark.parametrize("found", EDGES.values(), ids=EDGES)
 def test_odd_curves_are_drawn(found: SampleCurve) -> None:
     """Inside the picture, and as many dots as there are numbers."""
-    assert png(draw(found))
-    root = ElementTree.fromstring(svg(draw(found)))
+    assert render_png(draw_chart(found))
+    root = ElementTree.fromstring(render_svg(draw_chart(found)))
     circles = list(root.iter("{http://www.w3.org/2000/svg}circle"))
     assert len(circles) == sum((p.sqnr_db is not None) + (p.agreement is not None) for p in found.points)
     for circle in circles:
@@ -99,7 +111,7 @@ def test_odd_curves_are_drawn(found: SampleCurve) -> None:
 
 def test_the_page_stands_alone() -> None:
     """Nothing is fetched, nothing runs, and what comes from outside is text."""
-    text = page(EDGES["markup in the name"])
+    text = render_study_page(EDGES["markup in the name"])
     assert not re.search(r"<script|src=|href=|url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text)
     assert "<b>" not in text
     assert "prefers-color-scheme: dark" in text

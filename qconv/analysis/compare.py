@@ -34,10 +34,7 @@ from qconv.ir.layers import Layer, read_layer, scale_inputs, scale_outputs, weig
 from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
 from qconv.ir.rewriting import EditRefused
-from qconv.ir.stored_weights import (
-    QuantizedWeights,
-    read_quantized_weights,
-)
+from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
 from qconv.metrics.comparison import compute_sqnr_db
 from qconv.passes import fold

@@ -68,7 +68,9 @@ def quantize(
     if csv == "-" and output == "-":
         raise click.UsageError("'-o -' and '--csv -' both go to standard output: name a file.")
     from qconv.ir.files import source_of
-    from qconv.report import summary  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
+    from qconv.report import (
+        console as report_console,  # rich, onnx and onnxruntime are slow to import: --help must not wait for them
+    )
 
     source = source_of(model)
     if output is None:
@@ -82,7 +84,7 @@ def quantize(
     page = check_report(options["report"], [source], read, written)
     files = [Path(name) for name in (model, *read) if name not in (None, "-")]
     wanted.check(*files, written={**written, "the table": None})
-    console = summary.Console(quiet=quiet)
+    console = report_console.Console(quiet=quiet)
     report, data = _run(source, output, recipe, console, page)
     if data is not None:
         sys.stdout.buffer.write(data)
@@ -92,7 +94,7 @@ def quantize(
     if as_json:
         print(json.dumps(report.as_dict(), allow_nan=False), file=stream)
     elif not quiet and csv != "-" and stream is not None:
-        summary.show(report, stream, verbose=verbose)
+        report_console.show_report(report, stream, verbose=verbose)
     for gate in report.gates:
         if not gate.held and not quiet:
             got = "no such measure" if gate.got is None else f"{gate.got:.4g}"
@@ -171,9 +173,9 @@ def study_samples(
     from qconv.analysis import sample_study
     from qconv.ir.files import source_of
     from qconv.pipeline import quantize as pipeline_quantize
-    from qconv.report import summary
+    from qconv.report import console as report_console
 
-    console = summary.Console(quiet=quiet)
+    console = report_console.Console(quiet=quiet)
     listener = pipeline_quantize.Listener(warn=console.warn, progress=console.progress)
     source = source_of(model)
     raise_exit_on_signals()
@@ -190,7 +192,7 @@ def study_samples(
     if as_json:
         print(json.dumps(told, allow_nan=False))
     elif not quiet and csv != "-" and sys.stdout is not None:
-        summary.show_curve(curve, sys.stdout, verbose=verbose)
+        report_console.show_curve(curve, sys.stdout, verbose=verbose)
     return 0
 
 
@@ -198,13 +200,13 @@ def _write_chart(curve: SampleCurve, out: Path) -> None:
     from qconv import storage
 
     if out.suffix.lower() == ".html":
-        from qconv.report import page
+        from qconv.report import study_chart
 
-        storage.write_atomically(out, page.page(curve).encode())
+        storage.write_atomically(out, study_chart.render_study_page(curve).encode())
         return
-    from qconv.report import chart, plot
+    from qconv.report import study_chart
 
-    storage.write_atomically(out, plot.png(chart.draw(curve)))
+    storage.write_atomically(out, study_chart.render_png(study_chart.draw_chart(curve)))
 
 
 @cli.command("merge-stats", context_settings=WIDTH)
@@ -216,9 +218,9 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     if "" in (output, *files):
         raise click.UsageError("files and --output need a name.")
     from qconv.calibration import statistics_file
-    from qconv.report import summary
+    from qconv.report import console as report_console
 
-    console = summary.Console(quiet=quiet)
+    console = report_console.Console(quiet=quiet)
     total, twice = statistics_file.merge_statistics(files)
     if twice:
         console.warn(f"{format_count(twice, 'picture')} came more than once, and count as often.")
@@ -281,8 +283,8 @@ def _run(source: Source, output: str, recipe: Recipe, console: Any, page: Path |
             from qconv.report import html, pages
 
             written = Source("the quantized model", None if data is not None else Path(output), data)
-            found = pages.of_quantize(report, source, written, recipe, typed(), console.progress)
-            storage.write_atomically(page, html.render(found))
+            found = pages.make_quantize_page(report, source, written, recipe, typed(), console.progress)
+            storage.write_atomically(page, html.render_page(found))
         return report, data
     finally:
         console.close()

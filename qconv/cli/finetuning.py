@@ -147,11 +147,11 @@ def finetune(
     wanted.check(*files, written={"the output": str(out)})
     require_torch("qconv finetune")
     from qconv.ir.files import source_of
-    from qconv.report import summary
+    from qconv.report import console as report_console
     from qconv.training import finetune as training
     from qconv.training import options as training_options
 
-    console = summary.Console(quiet=quiet)
+    console = report_console.Console(quiet=quiet)
     raise_exit_on_signals()
     wishes = training_options.FinetuneOptions(
         recipe,
@@ -190,18 +190,18 @@ def _default_output(quant: str) -> Path:
 
 def _text(found: FinetuneResult, *, verbose: bool) -> str:
     """What training brought on the pictures held back."""
-    from qconv.report.printing import columns, wrapped
+    from qconv.report.text import format_columns, wrap_text
 
     judged = [found.before] if found.after is None else [found.before, found.after]
     table = [_cells(one, labels=found.wishes.labels) for one in judged]
     rows = [(name, *(cells[name] for cells in table)) for name in table[0]]
     own = found.audit
     lines = [
-        wrapped(f"{found.model}, taught by {found.teacher} on {format_count(found.taught, 'picture')}"),
+        wrap_text(f"{found.model}, taught by {found.teacher} on {format_count(found.taught, 'picture')}"),
         "",
-        columns([("", "before", "after")[: len(table) + 1], *rows], "lrr"[: len(table) + 1]),
+        format_columns([("", "before", "after")[: len(table) + 1], *rows], "lrr"[: len(table) + 1]),
         "",
-        wrapped(
+        wrap_text(
             f"On {format_count(found.held, 'picture')} held back, by ONNX Runtime. {_steps(found)}, "
             f"{found.seconds:.0f} seconds on {found.device}."
         ),
@@ -209,12 +209,12 @@ def _text(found: FinetuneResult, *, verbose: bool) -> str:
     if verbose and found.history:
         lines += [
             "",
-            columns([("step", "epoch", "loss", "right", "distance", "s"), *map(_row, found.history)], "rrrrrr"),
+            format_columns([("step", "epoch", "loss", "right", "distance", "s"), *map(_row, found.history)], "rrrrrr"),
         ]
     runs = f"{format_count(own.integer, 'node')} in integers, {own.float} in float"
-    lines += ["", wrapped(f"{found.output}: {found.bytes / 1e6:.2f} MB, {runs}.")]
+    lines += ["", wrap_text(f"{found.output}: {found.bytes / 1e6:.2f} MB, {runs}.")]
     if not found.trained:
-        lines.append(wrapped(f"Training brought nothing better: {found.output} is {found.model} as it was."))
+        lines.append(wrap_text(f"Training brought nothing better: {found.output} is {found.model} as it was."))
     return "\n".join(lines)
 
 

@@ -83,11 +83,12 @@ def compare(
     )
     from qconv.analysis import compare as analysis_compare
     from qconv.ir.files import source_of
-    from qconv.report import printing, summary
+    from qconv.report import console as report_console
+    from qconv.report import text
 
     sources = source_of(float_model), source_of(model)
     place = check_report(report, sources, [images], {"the table": csv})
-    console = summary.Console(quiet=quiet)
+    console = report_console.Console(quiet=quiet)
     told: list[str] = []
 
     def warn(text: str) -> None:
@@ -103,10 +104,10 @@ def compare(
         from qconv import storage
         from qconv.report import html, pages
 
-        storage.write_atomically(place, html.render(pages.of_compare(seen, *sources, typed(), told)))
+        storage.write_atomically(place, html.render_page(pages.make_compare_page(seen, *sources, typed(), told)))
     found = seen.compared
     rows = [row.as_dict() for row in found.worst_first]
-    wanted.put(found.as_dict(), rows, lambda: printing.comparison(found, verbose=verbose))
+    wanted.put(found.as_dict(), rows, lambda: text.format_comparison(found, verbose=verbose))
     return 0
 
 
@@ -149,11 +150,12 @@ def diagnose(
     from qconv.analysis import diagnose as clinic
     from qconv.ir.files import source_of
     from qconv.pipeline import quantize
-    from qconv.report import laddered, summary
+    from qconv.report import console as report_console
+    from qconv.report import text
 
     source = source_of(model)
     place = check_report(report, [source], [*options["calib"], *images, options["layer_bits"]], {"the table": csv})
-    console = summary.Console(quiet=quiet)
+    console = report_console.Console(quiet=quiet)
     listener = quantize.Listener(warn=console.warn, progress=console.progress)
     raise_exit_on_signals()
     try:
@@ -165,7 +167,7 @@ def diagnose(
         from qconv import storage
         from qconv.report import html, pages
 
-        storage.write_atomically(place, html.render(pages.of_diagnosis(found, seen.looked, typed())))
+        storage.write_atomically(place, html.render_page(pages.make_diagnosis_page(found, seen.looked, typed())))
     rows = [trial.as_dict() for trial in found.trials]
-    wanted.put(found.as_dict(), rows, lambda: laddered.diagnosis(found, verbose=verbose))
+    wanted.put(found.as_dict(), rows, lambda: text.format_diagnosis(found, verbose=verbose))
     return 0

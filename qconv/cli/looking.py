@@ -62,12 +62,12 @@ def audit(
     wanted.check(*_files(model))
     from qconv.audit import audit as audit_audit
     from qconv.ir.files import source_of
-    from qconv.report import printing
+    from qconv.report import text
 
     raise_exit_on_signals()
     found = audit_audit.audit_file(source_of(model), threads=threads, batch=batch, size=size)
     told = found.as_dict()
-    wanted.put(told, told["layers"], lambda: printing.audit(found, verbose=verbose))
+    wanted.put(told, told["layers"], lambda: text.format_audit(found, verbose=verbose))
     return 0
 
 
@@ -92,7 +92,7 @@ def inspect(model: str, csv: str | None, target: str, as_json: bool, quiet: bool
         raise QconvError("Standard input is closed.", "pipe the model into it, or name its file.")
     from qconv.analysis import inspect_float, inspect_quantized
     from qconv.ir.files import external_data_files, read_proto, source_of
-    from qconv.report import inspected
+    from qconv.report import text_inspect
 
     source = source_of(model)
     raise_exit_on_signals()
@@ -101,9 +101,9 @@ def inspect(model: str, csv: str | None, target: str, as_json: bool, quiet: bool
     found: Any
     text: Callable[..., str]
     if inspect_quantized.is_quantized_file(proto):
-        found, text = inspect_quantized.inspect_quantized(source), inspected.quantized_model
+        found, text = inspect_quantized.inspect_quantized(source), text_inspect.format_quantized_model
     else:
-        found, text = inspect_float.inspect_float(source, target), inspected.float_model
+        found, text = inspect_float.inspect_float(source, target), text_inspect.format_float_model
     wanted.put(found.as_dict(), found.rows, lambda: text(found, verbose=verbose))
     return 0
 
@@ -133,11 +133,12 @@ def benchmark(
         raise click.UsageError(NO_STREAM)
     wanted = Wanted(as_json, quiet, csv)
     wanted.check(*map(Path, models))
-    from qconv.report import printing, summary
+    from qconv.report import console as report_console
+    from qconv.report import text
     from qconv.runtime import benchmark as timing
     from qconv.runtime import session
 
-    console = summary.Console(quiet=quiet)
+    console = report_console.Console(quiet=quiet)
     raise_exit_on_signals()
     try:
         conditions = timing.TimingConditions(threads, batch, size, rounds)
@@ -147,7 +148,7 @@ def benchmark(
     if found.threads > found.cpu.cores:
         console.warn(f"{found.threads} threads share {found.cpu.cores} cores, so they wait for each other.")
     told = found.as_dict()
-    wanted.put(told, told["models"], lambda: printing.benchmark(found, verbose=verbose))
+    wanted.put(told, told["models"], lambda: text.format_benchmark(found, verbose=verbose))
     return 0
 
 
@@ -235,11 +236,12 @@ def evaluate(
     from qconv import storage
     from qconv.analysis import evaluate as measuring
     from qconv.ir.files import source_of
-    from qconv.report import printing, summary
+    from qconv.report import console as report_console
+    from qconv.report import text
 
     if out is not None:
         storage.check_output_path(out)
-    console = summary.Console(quiet=quiet)
+    console = report_console.Console(quiet=quiet)
     raise_exit_on_signals()
     wishes = measuring.EvaluationOptions(
         recipe,
@@ -257,5 +259,5 @@ def evaluate(
         storage.write_atomically(
             out, found.predictions.as_npz() if wishes.table == ".npz" else found.predictions.as_csv()
         )
-    wanted.put(found.as_dict(), found.rows(), lambda: printing.evaluation(found, verbose=verbose))
+    wanted.put(found.as_dict(), found.rows(), lambda: text.format_evaluation(found, verbose=verbose))
     return 0

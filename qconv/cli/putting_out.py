@@ -79,7 +79,7 @@ def check_report(
     from qconv.ir import files as ir_files
     from qconv.report import html
 
-    html.require()
+    html.require_report_extra()
     place = Path(report)
     storage.check_output_path(place)
     _require_apart(place, "the report", written)

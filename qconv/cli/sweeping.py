@@ -88,11 +88,12 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
     from qconv.analysis.trials import run_sweep as carried_out
     from qconv.ir.files import source_of
     from qconv.pipeline import quantize
-    from qconv.report import laddered, summary
+    from qconv.report import console as report_console
+    from qconv.report import text
 
     source = source_of(model)
     page = check_report(flags.report, [source], read, {"the table": flags.wanted.csv, **outputs})
-    console = summary.Console(quiet=flags.wanted.quiet)
+    console = report_console.Console(quiet=flags.wanted.quiet)
     told: list[str] = []
 
     def warn(text: str) -> None:
@@ -108,9 +109,9 @@ def sweep(model: str, output: str | None, options: Mapping[str, Any], flags: Fla
         from qconv import storage
         from qconv.report import html, pages
 
-        storage.write_atomically(page, html.render(pages.of_sweep(found, typed(), told)))
+        storage.write_atomically(page, html.render_page(pages.make_sweep_page(found, typed(), told)))
     told_as = found.as_dict()
-    flags.wanted.put(told_as, told_as["recipes"], lambda: laddered.sweep(found, verbose=flags.verbose))
+    flags.wanted.put(told_as, told_as["recipes"], lambda: text.format_sweep(found, verbose=flags.verbose))
     return 1 if any(trial.failed for trial in found.trials) else 0
 
 

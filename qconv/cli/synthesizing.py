@@ -107,7 +107,7 @@ def synthesize(
             refuse_path_inside(Path(output), Path(path), what)
     require_torch("qconv synthesize")
     from qconv.ir.files import source_of
-    from qconv.report import summary
+    from qconv.report import console as report_console
     from qconv.training import options as training_options
     from qconv.training import synthesize as story
 
@@ -116,7 +116,7 @@ def synthesize(
     wishes = training_options.SynthesisOptions(
         preprocessing_of(options), count, batch, iterations, seed, threads, device
     )
-    console = summary.Console(quiet=quiet)
+    console = report_console.Console(quiet=quiet)
     raise_exit_on_signals()
     try:
         made = story.synthesize(source, Path(output), wishes, story.SynthesisListener(console.warn, console.progress))
@@ -124,9 +124,9 @@ def synthesize(
         console.close()
     if page is not None:
         from qconv import storage
-        from qconv.report import html, portfolio
+        from qconv.report import html, pages
 
-        storage.write_atomically(page, html.render(portfolio.of_synthesis(made, typed())))
+        storage.write_atomically(page, html.render_page(pages.make_synthesis_page(made, typed())))
     found = made.found
     rows = [layer.as_dict() for layer in found.layers]
     wanted.put(found.as_dict(), rows, lambda: _text(found, verbose=verbose))
@@ -135,19 +135,19 @@ def synthesize(
 
 def _text(found: SynthesisResult, *, verbose: bool) -> str:
     """How near the statistics came, and what to do with the pictures."""
-    from qconv.report.printing import columns, wrapped
+    from qconv.report.text import format_columns, wrap_text
 
     rows = found.worst_first if verbose else found.worst_first[:SHOWN]
     layers = format_count(len(found.layers), "BatchNormalization")
     command = ["qconv", "quantize", "-" if found.piped else found.model, "--calib", found.output, *found.options]
     lines = [
-        wrapped(
+        wrap_text(
             f"{found.output}: {format_count(found.wishes.count, 'picture')} of {format_shape(found.preprocessing.size)}, "
             f"by {found.model}"
         ),
-        wrapped(found.words),
+        wrap_text(found.words),
         "",
-        columns(
+        format_columns(
             [
                 ("distance of statistics", "at first", "now"),
                 (f"{layers}, on average", f"{found.before:.3f}", f"{found.after:.3f}"),
@@ -160,7 +160,7 @@ def _text(found: SynthesisResult, *, verbose: bool) -> str:
         lines.append(f"  and {len(found.layers) - len(rows)} nearer ones: -v shows all")
     lines += [
         "",
-        wrapped(
+        wrap_text(
             f"{format_count(found.wishes.steps, 'step')} in batches of {found.batch}, {found.seconds:.0f} seconds on "
             f"{found.device}. 0 is equal; dozens of photographs come to 0.04 or less."
         ),

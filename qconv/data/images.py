@@ -14,6 +14,7 @@ It will not mend truncated files, nor open anything larger than Pillow's limit a
 
 from __future__ import annotations
 
+import io
 import math
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from qconv.config.preprocessing import (
     AUTO,
@@ -533,3 +535,25 @@ def _stack_inputs(rows: list[_Sample], inputs: Sequence[InputSpec]) -> _Sample:
     joined = {spec.name: np.stack([row[spec.name] for row in rows]) for spec in inputs}
     rows.clear()
     return joined
+
+
+THUMBNAIL = 160
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """The file of a picture (H, W, 3) or (H, W, 1), every pixel as it is."""
+    return encode_thumbnail(pixels, max(pixels.shape))
+
+
+def encode_thumbnail(pixels: NDArray[np.uint8], side: int = THUMBNAIL) -> bytes:
+    """The file of a picture (H, W, 3) or (H, W, 1), no side longer than `side`."""
+    small = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    small.thumbnail((side, side))
+    return png_bytes(small)
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """The PNG file of an image."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

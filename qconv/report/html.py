@@ -1,10 +1,8 @@
-"""A page as one HTML file that opens offline: the door to jinja2 and plotly, which are an extra.
+"""This module renders a report page as one HTML file that opens offline; it is the only user of jinja2 and plotly.
 
-The template brings everything along: style, script, plotly.js, data as JSON, pictures as data URLs. A policy in its
-head forbids the browser every request. The same page gives the same bytes: there is no clock and no random name in it.
-Charts are drawn by report.js from the numbers that `_data` hands over, so that they can follow light and dark.
-
-It will not trust a name: nodes and files may be called anything, `</script>` included.
+Style, script, plotly.js, data as JSON and images as data URLs are inside. A content security policy forbids every
+request. The same page gives the same bytes. Charts are drawn by report.js from the numbers of `_chart_data`. No name is
+trusted: nodes and files may be called anything, `</script>` included.
 """
 
 from __future__ import annotations
@@ -13,22 +11,77 @@ import json
 import math
 from base64 import b64encode
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 from qconv.errors import QconvError, format_bytes, format_count
-from qconv.report.shown import Page
-from qconv.results.comparison import Comparison, LayerComparison, Sweep, Trial, ValueStatistics
+from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, Trial, ValueStatistics
 from qconv.results.quantize import Audit, FloatNode, group_float_nodes
 from qconv.results.training import SynthesisResult
 
+Tone = Literal["good", "bad", "plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A number to see first. label: what it is of; value: with its unit; note: how it came about."""
+
+    label: str
+    value: str
+    note: str = ""
+    tone: Tone = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class PagePicture:
+    """A small picture. name: of the file that it is of; png: the bytes of another."""
+
+    name: str
+    png: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One report. Whatever is None or empty has no place on the page.
+
+    verdict: one or two sentences. without: why `compared` is None. fed: the preprocessing in words. contact: pictures
+    as the network got them; caption: what is to be said of those, or why there are none. command: makes the page
+    again; recipe: as JSON. changes: (step, what, how often); skipped: (where, why).
+    """
+
+    title: str
+    subtitle: str
+    tiles: tuple[Tile, ...]
+    verdict: str
+    version: str
+    warnings: tuple[str, ...] = ()
+    compared: Comparison | None = None
+    without: str = ""
+    audit: Audit | None = None
+    fed: str = ""
+    contact: tuple[PagePicture, ...] = ()
+    caption: str = ""
+    command: str = ""
+    recipe: str = ""
+    changes: tuple[tuple[str, str, int], ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    diagnosis: Diagnosis | None = None
+    sweep: Sweep | None = None
+    synthesis: SynthesisResult | None = None
+
+
 LIBRARIES = ("jinja2", "plotly")
-WORST = 15
-NAMED = 3
+
+MOST_LAYERS = 15
+
+MOST_NAMED = 3
+
 DIGITS = 6
 """Of a number in a chart, which is more than the eye has."""
-CAUSES = {
+
+CAUSE_TITLES = {
     "channel-imbalance": "Channels of very different size",
     "weight-imbalance": "Layers of very different channels",
     "range-outlier": "Few values far from the rest",
@@ -45,21 +98,21 @@ CAUSES = {
 """Kinds of causes in words."""
 
 
-def require() -> None:
+def require_report_extra() -> None:
     """Raise QconvError where the extra is not installed."""
     if any(find_spec(name) is None for name in LIBRARIES):
         raise QconvError(f"--report needs {' and '.join(LIBRARIES)}.", "pip install 'qconv[report]'")
 
 
-def render(page: Page) -> bytes:
+def render_page(page: Page) -> bytes:
     """The whole file, in UTF-8. Raises QconvError without the extra."""
-    require()
+    require_report_extra()
     import jinja2
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_text),
+        loader=jinja2.FunctionLoader(_read_asset),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -68,23 +121,23 @@ def render(page: Page) -> bytes:
     environment.filters.update(FILTERS)
     text = environment.get_template("report.html.j2").render(
         page=page,
-        worst=[] if page.compared is None else _ranked(page.compared),
-        shown=WORST,
-        causes=CAUSES,
-        time=_time(page.audit),
+        worst=[] if page.compared is None else _rank_layers(page.compared),
+        shown=MOST_LAYERS,
+        causes=CAUSE_TITLES,
+        time=_time_by_kind(page.audit),
         islands=[] if page.audit is None else group_float_nodes(page.audit.islands),
         placed=[] if page.audit is None else group_float_nodes(page.audit.placed),
-        named=NAMED,
-        style=Markup(_text("report.css")),
-        script=Markup(_text("report.js")),
+        named=MOST_NAMED,
+        style=Markup(_read_asset("report.css")),
+        script=Markup(_read_asset("report.js")),
         # in a script element nothing but `<` can end it, and in JSON an escape is as good
-        data=Markup(json.dumps(_data(page), allow_nan=False).replace("<", "\\u003c")),
+        data=Markup(json.dumps(_chart_data(page), allow_nan=False).replace("<", "\\u003c")),
         plotly=Markup(get_plotlyjs()) if _has_charts(page) else "",
     )
     return text.encode("utf-8", "backslashreplace")  # a file's name need not be UTF-8
 
 
-def _text(name: str) -> str:
+def _read_asset(name: str) -> str:
     return files("qconv.report").joinpath(name).read_text("utf-8")
 
 
@@ -92,13 +145,13 @@ def _has_charts(page: Page) -> bool:
     return page.compared is not None or page.sweep is not None or page.synthesis is not None
 
 
-def _ranked(compared: Comparison) -> list[tuple[int, LayerComparison]]:
+def _rank_layers(compared: Comparison) -> list[tuple[int, LayerComparison]]:
     """Layers, the worst first, with their places in the order of running."""
     places = {id(row): place for place, row in enumerate(compared.layers)}
     return [(places[id(row)], row) for row in compared.worst_first]
 
 
-def _time(audit: Audit | None) -> list[tuple[str, float, float]]:
+def _time_by_kind(audit: Audit | None) -> list[tuple[str, float, float]]:
     """(how it ran, microseconds, share), where that was measured."""
     spent = None if audit is None else audit.as_dict()["us"]
     if not spent or not spent["total"]:
@@ -109,68 +162,70 @@ def _time(audit: Audit | None) -> list[tuple[str, float, float]]:
 # -- what report.js draws ----------------------------------------------------------------------------------------------
 
 
-def _data(page: Page) -> dict[str, Any]:
+def _chart_data(page: Page) -> dict[str, Any]:
     compared, sweep = page.compared, page.sweep
     return {
-        "layers": [] if compared is None else [_layer(row) for row in compared.layers],
-        "worst": _ranked(compared)[0][0] if compared is not None and compared.layers else None,
-        "sweep": None if sweep is None else _sweep(sweep),
-        "synthesis": None if page.synthesis is None else _synthesis(page.synthesis),
+        "layers": [] if compared is None else [_layer_data(row) for row in compared.layers],
+        "worst": _rank_layers(compared)[0][0] if compared is not None and compared.layers else None,
+        "sweep": None if sweep is None else _sweep_data(sweep),
+        "synthesis": None if page.synthesis is None else _synthesis_data(page.synthesis),
     }
 
 
-def _layer(row: LayerComparison) -> dict[str, Any]:
+def _layer_data(row: LayerComparison) -> dict[str, Any]:
     return {
         "name": row.name,
         "op": row.op,
         "tensor": row.tensor,
         "input": row.input,
-        "own": _short(row.added_sqnr_db),
-        "runs": _short(row.sqnr_db),
-        "cosine": _short(row.cosine),
-        "share": _short(row.output_share),
-        "values": _values(row.values),
-        "weights": _values(row.weights),
+        "own": _round_number(row.added_sqnr_db),
+        "runs": _round_number(row.sqnr_db),
+        "cosine": _round_number(row.cosine),
+        "share": _round_number(row.output_share),
+        "values": _values_data(row.values),
+        "weights": _values_data(row.weights),
     }
 
 
-def _values(values: ValueStatistics | None) -> dict[str, Any] | None:
+def _values_data(values: ValueStatistics | None) -> dict[str, Any] | None:
     if values is None:
         return None
     return {
         "bits": values.bits,
-        "low": _short(values.low),
-        "high": _short(values.high),
-        "clipped": _short(values.clipped),
-        "use": _short(values.range_use),
-        "edges": [_short(edge) for edge in values.bars.edges],
+        "low": _round_number(values.low),
+        "high": _round_number(values.high),
+        "clipped": _round_number(values.clipped),
+        "use": _round_number(values.range_use),
+        "edges": [_round_number(edge) for edge in values.bars.edges],
         "counts": list(values.bars.counts),
     }
 
 
-def _sweep(sweep: Sweep) -> dict[str, Any]:
+def _sweep_data(sweep: Sweep) -> dict[str, Any]:
     rows = zip(sweep.trials, sweep.best, strict=True)
-    trials = [{**_trial(trial), "best": best} for trial, best in rows if not trial.failed]
-    return {"float": {"size": sweep.float_bytes, "ms": _short(sweep.float_ms)}, "trials": trials}
+    trials = [{**_trial_data(trial), "best": best} for trial, best in rows if not trial.failed]
+    return {"float": {"size": sweep.float_bytes, "ms": _round_number(sweep.float_ms)}, "trials": trials}
 
 
-def _trial(trial: Trial) -> dict[str, Any]:
+def _trial_data(trial: Trial) -> dict[str, Any]:
     return {
         "name": trial.name,
-        "sqnr": _short(trial.sqnr_db),
-        "agreement": _short(trial.agreement),
-        "interval": None if trial.agreement_interval is None else list(map(_short, trial.agreement_interval)),
+        "sqnr": _round_number(trial.sqnr_db),
+        "agreement": _round_number(trial.agreement),
+        "interval": None if trial.agreement_interval is None else list(map(_round_number, trial.agreement_interval)),
         "size": trial.size,
-        "ms": _short(trial.ms),
+        "ms": _round_number(trial.ms),
     }
 
 
-def _synthesis(found: SynthesisResult) -> dict[str, Any]:
-    layers = [{"name": x.name, "before": _short(x.before), "after": _short(x.after)} for x in found.layers]
-    return {"loss": [_short(number) for number in found.loss], "layers": layers}
+def _synthesis_data(found: SynthesisResult) -> dict[str, Any]:
+    layers = [
+        {"name": x.name, "before": _round_number(x.before), "after": _round_number(x.after)} for x in found.layers
+    ]
+    return {"loss": [_round_number(number) for number in found.loss], "layers": layers}
 
 
-def _short(number: float | None) -> float | None:
+def _round_number(number: float | None) -> float | None:
     """JSON has no infinity, and no chart a place for it."""
     return None if number is None or not math.isfinite(number) else float(f"{number:.{DIGITS}g}")
 
@@ -178,44 +233,44 @@ def _short(number: float | None) -> float | None:
 # -- filters -----------------------------------------------------------------------------------------------------------
 
 
-def middle(text: str, most: int = 46) -> str:
+def shorten_middle(text: str, most: int = 46) -> str:
     """A long name without its middle: both of its ends tell layers apart."""
     front = (most - 1) // 3
     return text if len(text) <= most else f"{text[:front]}\u2026{text[front + 1 - most :]}"
 
 
-def decibel(value: float | None, empty: str = "equal") -> str:
+def format_decibel(value: float | None, empty: str = "equal") -> str:
     """One digit, and a word where nothing differs."""
     return empty if value is None else f"{value:.1f}"
 
 
-def percent(share: float | None, digits: int = 1) -> str:
+def format_percent(share: float | None, digits: int = 1) -> str:
     """`12.3%`; nothing where it was not measured."""
     return "" if share is None else f"{share:.{digits}%}"
 
 
-def data_url(png: bytes) -> str:
+def make_data_url(png: bytes) -> str:
     """A picture inside the page."""
     return f"data:image/png;base64,{b64encode(png).decode()}"
 
 
-def others(names: Sequence[str], named: int = NAMED) -> str:
+def count_others(names: Sequence[str], named: int = MOST_NAMED) -> str:
     """`and 3 more`, of names of which the first are said."""
     return f"and {len(names) - named} more" if len(names) > named else ""
 
 
-def spent(islands: Sequence[FloatNode], audit: Audit) -> float | None:
+def time_share(islands: Sequence[FloatNode], audit: Audit) -> float | None:
     """Their share of the time of a run; None where that was not measured."""
     return sum(island.us or 0.0 for island in islands) / audit.total_us if audit.total_us else None
 
 
 FILTERS = {
-    "middle": middle,
-    "decibel": decibel,
-    "percent": percent,
-    "data_url": data_url,
-    "others": others,
-    "spent": spent,
+    "middle": shorten_middle,
+    "decibel": format_decibel,
+    "percent": format_percent,
+    "data_url": make_data_url,
+    "others": count_others,
+    "spent": time_share,
     "counted": format_count,
     "sized": format_bytes,
 }

@@ -1,41 +1,120 @@
-"""What a run has found, as a page: numbers are put into tiles, and what they come to into one or two sentences."""
+"""This module builds report pages: results become tiles, sentences and contact sheets.
+
+A contact sheet shows the network's input arrays as images again, by undoing the preprocessing:
+
+    pixel = (value * std + mean) / scale      rounded, 0 to 255
+
+Crops and borders are those that the network sees. It cannot show whether training used the same preprocessing.
+Ready-made samples have no sheet.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 import qconv
 from qconv.analysis.compare import ComparisonRun, compare_on_images
 from qconv.audit.audit import FileAudit, audit_file
+from qconv.config.preprocessing import Color, Layout, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.errors import Change, Finding, QconvError, Skipped, format_bytes, format_count
+from qconv.data.images import encode_thumbnail
+from qconv.data.loader import Batch, DataLoader
+from qconv.errors import Change, Finding, QconvError, Skipped, format_bytes, format_count, format_shape
 from qconv.ir.files import Source, file_bytes, read_proto
 from qconv.metrics.comparison import Interval, share_interval
-from qconv.report.sheet import sheet
-from qconv.report.shown import Page, Tile, Tone
+from qconv.report.html import Page, PagePicture, Tile, Tone
 from qconv.results.comparison import Comparison, Diagnosis, Sweep, Trial
 from qconv.results.quantize import Audit, OutputScore, Report, Verification
+from qconv.results.training import GOOD_MATCH, SynthesisResult
+from qconv.training.synthesize import SynthesizedImages
 
-COMPARED = 64
+# A contact sheet of what a network is fed with: its own arrays, made pictures again by undoing its preprocessing.
+#
+#     pixel = (value * std + mean) / scale      rounded, 0 to 255
+#
+# Crops and borders are those that the network sees. Colours come out right whenever preprocessing does what it says;
+# that the network was trained on the same is not to be seen here. Ready-made samples are no pictures, and have no
+# sheet.
+
+
+SHEET_PICTURES = 12
+
+NO_PICTURES = "The samples are ready-made arrays, fed as they are: there is no picture to show."
+
+
+def undo_preprocessing(values: NDArray[Any], prep: Preprocessing) -> NDArray[np.uint8]:
+    """What `values`, one picture as it is fed, was made of: (H, W, C), RGB or grey.
+
+    values: (C, H, W) or (H, W, C), as prep.layout says.
+    """
+    along = (-1, 1, 1) if prep.layout is Layout.NCHW else (-1,)
+    mean, std = (np.reshape(numbers, along) for numbers in (prep.mean, prep.std))
+    with np.errstate(invalid="ignore"):
+        pixels = np.clip(np.rint((values.astype(np.float64) * std + mean) / prep.scale), 0, 255)
+    pixels = np.nan_to_num(pixels).astype(np.uint8)
+    if prep.layout is Layout.NCHW:
+        pixels = pixels.transpose(1, 2, 0)
+    return np.ascontiguousarray(pixels[:, :, ::-1] if prep.color is Color.BGR else pixels)
+
+
+def make_contact_sheet(feed: DataLoader, count: int = SHEET_PICTURES) -> tuple[tuple[PagePicture, ...], str]:
+    """The first `count` pictures, small, and what is to be said of them. Those that cannot be read are left out."""
+    prep = feed.preprocessing
+    if prep is None:
+        return (), NO_PICTURES
+    names = [spec.name for spec in feed.inputs]
+    fed = [(path, values[names[0]][0]) for path in feed.listing.paths[:count] for values in _read_batches(feed, path)]
+    pictures = tuple(PagePicture(path.name, encode_thumbnail(undo_preprocessing(values, prep))) for path, values in fed)
+    return pictures, _make_caption([values for _, values in fed], prep)
+
+
+def _read_batches(feed: DataLoader, path: Path) -> Sequence[Batch]:
+    one = replace(feed.over([path]), warn=lambda text: None, progress=lambda stage, done, total: None)
+    with contextlib.suppress(QconvError):  # told already, when all were read
+        return one.first(1, "report")
+    return ()
+
+
+def _make_caption(fed: Sequence[NDArray[Any]], prep: Preprocessing) -> str:
+    if not fed:
+        return "None of the first pictures could be read."
+    numbers = np.concatenate([values.astype(np.float64).ravel() for values in fed])
+    low, high, mean = numbers.min(), numbers.max(), numbers.mean()
+    order = {"grey": "one grey channel", "rgb": "red, green, blue", "bgr": "blue, green, red"}[prep.color]
+    return (
+        f"The first {format_count(len(fed), 'picture')} as the network got them, with crop and borders, made pictures again "
+        f"by undoing this preprocessing. As numbers, {order}: {low:.3g} to {high:.3g}, mean {mean:.3g}."
+    )
+
+
+COMPARED_IMAGES = 64
 """Calibration pictures that layers are compared on."""
-AGREES, DIFFERS = 0.97, 0.9
-NEAR_DB, FAR_DB = 20.0, 10.0
+
+GOOD_AGREEMENT, POOR_AGREEMENT = 0.97, 0.9
+
+GOOD_SQNR_DB, POOR_SQNR_DB = 20.0, 10.0
 """From the first on a result is good, below the second it is bad."""
-NOISE = 0.05
+
+TIMING_NOISE = 0.05
 """Of a time: less is not called faster or slower."""
-HALF = 0.5
+
+HALF_OF_ERROR = 0.5
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class AccuracyScores:
     """How near two models are. images: that it was measured on; kind: what pictures they are."""
 
     images: int
@@ -61,7 +140,7 @@ class Scores:
 # -- a page of each command --------------------------------------------------------------------------------------------
 
 
-def of_quantize(
+def make_quantize_page(
     report: Report, source: Source, quantized: Source, recipe: Recipe, command: str, progress: Progress
 ) -> Page:
     """The page of a run of `quantize`, its layers compared on some of the calibration pictures.
@@ -72,63 +151,70 @@ def of_quantize(
     how = "no picture was looked at" if recipe.data_free else "--stats came alone"
     looked, without = None, f"There were no pictures to compare the layers on: {how}."
     if recipe.calib:
-        few = replace(recipe, samples=min(recipe.samples, COMPARED))
+        few = replace(recipe, samples=min(recipe.samples, COMPARED_IMAGES))
         try:
             # what there is to warn of was told while quantizing
             looked = compare_on_images(source, quantized, few, lambda text: None, progress)
         except QconvError as error:
             without = f"The layers could not be compared: {error.message}"
-    scores = Scores(report.verify.images, report.verify.outputs, "calibration pictures")
-    page = _page(source.name, looked, scores, _by_target(report.audit, report.recipe), report.warnings)
-    tiles = (size_tile(report.float_bytes, report.quantized_bytes), accuracy_tile(scores))
+    scores = AccuracyScores(report.verify.images, report.verify.outputs, "calibration pictures")
+    page = _make_page(source.name, looked, scores, _audit_for_target(report.audit, report.recipe), report.warnings)
+    tiles = (make_size_tile(report.float_bytes, report.quantized_bytes), make_accuracy_tile(scores))
     fell = [gate for gate in report.gates if not gate.held]
     missed = [f"The gate --{gate.name} {gate.want:g} fell short." for gate in fell]
     return replace(
         page,
-        subtitle=f"quantized for {report.recipe['target']}, by a recipe of {bits_of(recipe)}",
-        tiles=(*tiles, *speed_tile(report.verify), *page.tiles),
-        verdict=" ".join([*missed, _gains(report, scores), *_blame(page.compared)]),
+        subtitle=f"quantized for {report.recipe['target']}, by a recipe of {describe_bits(recipe)}",
+        tiles=(*tiles, *make_speed_tiles(report.verify), *page.tiles),
+        verdict=" ".join([*missed, _describe_gains(report, scores), *_describe_worst_layers(page.compared)]),
         without=without,
         fed=report.preprocessing_words,
         command=command,
         recipe=json.dumps(report.recipe, indent=1),
-        changes=changes_in(report.findings),
+        changes=count_changes(report.findings),
         skipped=tuple((f.where, f.why) for f in report.findings if isinstance(f, Skipped)),
     )
 
 
-def of_compare(looked: ComparisonRun, source: Source, quantized: Source, command: str, warnings: Sequence[str]) -> Page:
+def make_compare_page(
+    looked: ComparisonRun, source: Source, quantized: Source, command: str, warnings: Sequence[str]
+) -> Page:
     """The page of a run of `compare`. command: that makes the page again."""
     found = looked.compared
-    scores = Scores(found.images, found.outputs)
-    examined = _examined(quantized)
+    scores = AccuracyScores(found.images, found.outputs)
+    examined = _audit_if_possible(quantized)
     recipe = {} if examined is None else examined.recipe
-    audited = None if examined is None else _by_target(examined.audit, recipe)
-    page = _page(quantized.name, looked, scores, audited, warnings)
+    audited = None if examined is None else _audit_for_target(examined.audit, recipe)
+    page = _make_page(quantized.name, looked, scores, audited, warnings)
     sizes = [file_bytes(read_proto(model), model) for model in (source, quantized)]
     return replace(
         page,
         subtitle=f"compared layer by layer with {source.name}",
-        tiles=(size_tile(*sizes), accuracy_tile(scores), *page.tiles),
-        verdict=" ".join([_as_good(scores), *_blame(found)]),
+        tiles=(make_size_tile(*sizes), make_accuracy_tile(scores), *page.tiles),
+        verdict=" ".join([_describe_accuracy(scores), *_describe_worst_layers(found)]),
         command=command,
         recipe=json.dumps(recipe, indent=1) if recipe else "",
     )
 
 
-def of_diagnosis(found: Diagnosis, looked: ComparisonRun | None, command: str) -> Page:
+def make_diagnosis_page(found: Diagnosis, looked: ComparisonRun | None, command: str) -> Page:
     """The page of a diagnosis. looked: the recipe as it was asked for, layer by layer; None where it was not."""
-    scores = Scores(found.pictures, () if looked is None else looked.compared.outputs)
+    scores = AccuracyScores(found.pictures, () if looked is None else looked.compared.outputs)
     first = found.trials[0]
     mended = found.best.accuracy_db > first.accuracy_db
     named = f"with {found.best.name}" if found.best != first else "no remedy is better"
-    page = _page(found.model, looked, scores, None, found.warnings)
+    page = _make_page(found.model, looked, scores, None, found.warnings)
     return replace(
         page,
         subtitle=f"diagnosed on {format_count(found.pictures, 'picture')}",
         tiles=(
-            Tile("as it was asked for", _got(first), _agreeing(first)),
-            Tile("at best", _got(found.best), f"{named}{_agreeing(found.best, '; ')}", "good" if mended else "plain"),
+            Tile("as it was asked for", _format_trial(first), _format_agreement(first)),
+            Tile(
+                "at best",
+                _format_trial(found.best),
+                f"{named}{_format_agreement(found.best, '; ')}",
+                "good" if mended else "plain",
+            ),
             Tile("causes", str(len(found.causes)), "by evidence in the numbers"),
             *page.tiles,
         ),
@@ -138,10 +224,10 @@ def of_diagnosis(found: Diagnosis, looked: ComparisonRun | None, command: str) -
     )
 
 
-def of_sweep(found: Sweep, command: str, warnings: Sequence[str]) -> Page:
+def make_sweep_page(found: Sweep, command: str, warnings: Sequence[str]) -> Page:
     """The page of several recipes side by side."""
     good = [trial for trial, best in zip(found.trials, found.best, strict=True) if best]
-    page = _page(found.model, None, Scores(found.pictures, ()), None, warnings)
+    page = _make_page(found.model, None, AccuracyScores(found.pictures, ()), None, warnings)
     kept = f"{len(good)} of {format_count(len(found.trials), 'recipe')} are beaten by no other"
     near = max(good, key=lambda trial: trial.accuracy_db, default=None)
     least = min(good, key=lambda trial: trial.size, default=None)
@@ -152,7 +238,7 @@ def of_sweep(found: Sweep, command: str, warnings: Sequence[str]) -> Page:
         subtitle=f"quantized in {len(found.trials)} ways, measured on {format_count(found.pictures, 'picture')}",
         tiles=(
             *(
-                Tile(label, t.name, f"{_got(t)}{_agreeing(t, ', ')}, {format_bytes(t.size)}", "good")
+                Tile(label, t.name, f"{_format_trial(t)}{_format_agreement(t, ', ')}, {format_bytes(t.size)}", "good")
                 for label, t in ends
             ),
             Tile(
@@ -168,7 +254,7 @@ def of_sweep(found: Sweep, command: str, warnings: Sequence[str]) -> Page:
     )
 
 
-def _got(trial: Trial) -> str:
+def _format_trial(trial: Trial) -> str:
     if trial.failed:
         return "failed"
     if trial.sqnr_db is not None:
@@ -176,27 +262,27 @@ def _got(trial: Trial) -> str:
     return "equal" if trial.equal or trial.agreement is None else f"{trial.agreement:.1%} equal"
 
 
-def _agreeing(trial: Trial, before: str = "") -> str:
+def _format_agreement(trial: Trial, before: str = "") -> str:
     return "" if trial.agreement is None else f"{before}agrees on {trial.agreement:.1%}"
 
 
-def _by_target(audited: Audit, recipe: Mapping[str, Any]) -> Audit | None:
+def _audit_for_target(audited: Audit, recipe: Mapping[str, Any]) -> Audit | None:
     """None where another runtime decides what runs in integers."""
     target = TARGETS.get(str(recipe.get("target")))
     return audited if target is None or target.on_ort else None
 
 
-def _page(
-    name: str, looked: ComparisonRun | None, scores: Scores, audited: Audit | None, warnings: Sequence[str]
+def _make_page(
+    name: str, looked: ComparisonRun | None, scores: AccuracyScores, audited: Audit | None, warnings: Sequence[str]
 ) -> Page:
     """What pages have in common."""
-    tiles = [] if audited is None else [integers_tile(audited)]
-    pictures, caption = ((), "") if looked is None else sheet(looked.fed.feed)
+    tiles = [] if audited is None else [make_integers_tile(audited)]
+    pictures, caption = ((), "") if looked is None else make_contact_sheet(looked.fed.feed)
     return Page(
         title=PurePath(name).name,
         subtitle="",
-        tiles=(*tiles, warnings_tile(warnings)),
-        verdict=_as_good(scores),
+        tiles=(*tiles, make_warnings_tile(warnings)),
+        verdict=_describe_accuracy(scores),
         version=qconv.__version__,
         warnings=tuple(warnings),
         compared=None if looked is None else looked.compared,
@@ -207,7 +293,7 @@ def _page(
     )
 
 
-def _examined(quantized: Source) -> FileAudit | None:
+def _audit_if_possible(quantized: Source) -> FileAudit | None:
     try:
         return audit_file(quantized, threads=1, batch=None, size=None)
     except QconvError:  # made-up input need not suit it, as pictures do
@@ -217,7 +303,7 @@ def _examined(quantized: Source) -> FileAudit | None:
 # -- tiles -------------------------------------------------------------------------------------------------------------
 
 
-def size_tile(float_bytes: int, quantized_bytes: int) -> Tile:
+def make_size_tile(float_bytes: int, quantized_bytes: int) -> Tile:
     """How much smaller the file is."""
     ratio = float_bytes / max(1, quantized_bytes)
     value = f"{ratio:.1f}\u00d7 smaller" if ratio > 1 else f"{1 / ratio:.1f}\u00d7 larger"
@@ -226,32 +312,37 @@ def size_tile(float_bytes: int, quantized_bytes: int) -> Tile:
     )
 
 
-def accuracy_tile(scores: Scores) -> Tile:
+def make_accuracy_tile(scores: AccuracyScores) -> Tile:
     """Agreement with its interval, and SQNR; the latter alone where no output is a class score."""
     agreement, decibel, span = scores.agreement, scores.sqnr_db, scores.interval
     if not scores.images:
         return Tile("accuracy", "not measured", "no pictures were given")
-    told = "outputs are equal" if decibel is None else f"SQNR {decibel:.1f} dB{_span_of(scores)}"
+    told = "outputs are equal" if decibel is None else f"SQNR {decibel:.1f} dB{_format_sqnr_interval(scores)}"
     on = f"on {scores.images} {scores.kind}"
     if agreement is None or span is None:
-        tone = _tone(decibel, NEAR_DB, FAR_DB)
+        tone = _choose_tone(decibel, GOOD_SQNR_DB, POOR_SQNR_DB)
         return Tile(
             "accuracy",
             "equal" if decibel is None else f"{decibel:.1f} dB",
-            f"SQNR of the outputs{_span_of(scores)}, {on}",
+            f"SQNR of the outputs{_format_sqnr_interval(scores)}, {on}",
             tone,
         )
     chance = f"95%: {100 * span[0]:.0f} to {100 * span[1]:.0f}%"
-    return Tile("agreement", f"{agreement:.1%}", f"{on} ({chance}); {told}", _tone(agreement, AGREES, DIFFERS))
+    return Tile(
+        "agreement",
+        f"{agreement:.1%}",
+        f"{on} ({chance}); {told}",
+        _choose_tone(agreement, GOOD_AGREEMENT, POOR_AGREEMENT),
+    )
 
 
-def _span_of(scores: Scores) -> str:
+def _format_sqnr_interval(scores: AccuracyScores) -> str:
     worst = [output for output in scores.outputs if output.sqnr_db == scores.sqnr_db]
     span = worst[0].sqnr_interval if worst else None
     return "" if span is None else f" (95%: {span[0]:.1f} to {span[1]:.1f})"
 
 
-def speed_tile(checked: Verification) -> tuple[Tile, ...]:
+def make_speed_tiles(checked: Verification) -> tuple[Tile, ...]:
     """Time of a run over the float model's, where it was measured."""
     slowdown, spread = checked.slowdown, checked.slowdown_range
     if not slowdown:
@@ -259,10 +350,10 @@ def speed_tile(checked: Verification) -> tuple[Tile, ...]:
     value = f"{1 / slowdown:.2f}\u00d7 as fast"
     most = "" if spread is None else f"; 8 of 10 runs {1 / spread[1]:.2f} to {1 / spread[0]:.2f}\u00d7"
     note = f"as the float model, timed while checking{most}"
-    return (Tile("speed here", value, note, _tone(-slowdown, NOISE - 1, -1 - NOISE)),)
+    return (Tile("speed here", value, note, _choose_tone(-slowdown, TIMING_NOISE - 1, -1 - TIMING_NOISE)),)
 
 
-def integers_tile(audited: Audit) -> Tile:
+def make_integers_tile(audited: Audit) -> Tile:
     """Share of the nodes, and of the time, in integers."""
     nodes = audited.integer + audited.float
     spent = "" if not audited.total_us else f", {(audited.spent('integer') or 0.0) / audited.total_us:.0%} of the time"
@@ -271,13 +362,13 @@ def integers_tile(audited: Audit) -> Tile:
     return Tile("in integers", value, note, "good" if nodes and not audited.float else "plain")
 
 
-def warnings_tile(warnings: Sequence[str]) -> Tile:
+def make_warnings_tile(warnings: Sequence[str]) -> Tile:
     """How many there are."""
     note = "read them below" if warnings else "nothing looked odd"
     return Tile("warnings", str(len(warnings)), note, "bad" if warnings else "good")
 
 
-def _tone(value: float | None, good: float, bad: float) -> Tone:
+def _choose_tone(value: float | None, good: float, bad: float) -> Tone:
     if value is None or value >= good:
         return "good"
     return "bad" if value < bad else "plain"
@@ -286,7 +377,7 @@ def _tone(value: float | None, good: float, bad: float) -> Tone:
 # -- sentences ---------------------------------------------------------------------------------------------------------
 
 
-def bits_of(recipe: Recipe) -> str:
+def describe_bits(recipe: Recipe) -> str:
     """`8-bit weights and activations`."""
     if recipe.searches or recipe.layer_bits:
         return "bits layer by layer"
@@ -296,23 +387,25 @@ def bits_of(recipe: Recipe) -> str:
     return f"{recipe.weight_bits}-bit weights and {values} activations"
 
 
-def changes_in(findings: Iterable[Finding]) -> tuple[tuple[str, str, int], ...]:
+def count_changes(findings: Iterable[Finding]) -> tuple[tuple[str, str, int], ...]:
     """(step, what, how often), as a summary counts them, the most frequent first."""
     kinds = Counter((f.step, f.kind or f.what) for f in findings if isinstance(f, Change))
     return tuple((step, what, count) for (step, what), count in kinds.most_common())
 
 
-def _gains(report: Report, scores: Scores) -> str:
+def _describe_gains(report: Report, scores: AccuracyScores) -> str:
     slowdown = report.verify.slowdown
     parts = [f"takes {report.ratio:.0%} of the float model's space"]
-    if slowdown is not None and slowdown < 1 - NOISE:
+    if slowdown is not None and slowdown < 1 - TIMING_NOISE:
         parts.append(f"ran {1 / slowdown:.2f} times as fast here")
     elif slowdown is not None:
-        parts.append("ran no faster here" if slowdown <= 1 + NOISE else f"took {slowdown:.2f} times as long here")
-    return f"It {' and '.join(parts)}. {_as_good(scores)}"
+        parts.append(
+            "ran no faster here" if slowdown <= 1 + TIMING_NOISE else f"took {slowdown:.2f} times as long here"
+        )
+    return f"It {' and '.join(parts)}. {_describe_accuracy(scores)}"
 
 
-def _as_good(scores: Scores) -> str:
+def _describe_accuracy(scores: AccuracyScores) -> str:
     if not scores.images:
         return "How accurate it is was not measured."
     agreement, decibel = scores.agreement, scores.sqnr_db
@@ -323,14 +416,63 @@ def _as_good(scores: Scores) -> str:
     return f"The error in its outputs lies {decibel:.1f} dB below them, on {scores.images} {scores.kind}."
 
 
-def _blame(compared: Comparison | None) -> list[str]:
+def _describe_worst_layers(compared: Comparison | None) -> list[str]:
     """How few layers make half of the error, and the first of them."""
     total = 0.0
     for count, row in enumerate(() if compared is None else compared.worst_first, 1):
         total += row.output_share or 0.0
-        if compared is not None and total >= HALF:
+        if compared is not None and total >= HALF_OF_ERROR:
             worst = compared.worst_first[0]
             verb = "makes" if count == 1 else "make"
             what = f"{count} of {format_count(len(compared.layers), 'layer')} {verb} half of what error is left"
             return [f"{what}; most, {worst.output_share or 0.0:.0%}, comes from {worst.name}."]
     return []
+
+
+# The page of synthesized pictures: a sheet of them, how near their statistics came, and the loss, step by step.
+
+
+SYNTHESIS_PICTURES = 48
+"""On the page, evenly taken from all."""
+
+
+def make_synthesis_page(made: SynthesizedImages, command: str) -> Page:
+    """The page of a run of `synthesize`. command: that makes it again."""
+    found, count = made.found, len(made.pixels)
+    shown = sorted({index * count // min(SYNTHESIS_PICTURES, count) for index in range(min(SYNTHESIS_PICTURES, count))})
+    digits = max(3, len(str(count - 1)))
+    near = found.after <= GOOD_MATCH
+    size = format_shape(found.preprocessing.size)
+    return Page(
+        title=PurePath(found.model).name,
+        subtitle=f"{format_count(count, 'picture')}, made from what {_describe_layers(found)} of it remember of training",
+        tiles=(
+            Tile("pictures", str(count), f"{size}, in {format_count(found.wishes.steps, 'step')} each"),
+            Tile(
+                "distance of statistics",
+                f"{found.after:.3f}",
+                f"{found.before:.3f} at first; dozens of photographs come to 0.04",
+                "good" if near else "bad",
+            ),
+            Tile("the farthest layer", f"{found.worst_first[0].after:.3f}", found.worst_first[0].name),
+            Tile(
+                "warnings",
+                str(len(found.warnings)),
+                "read them below" if found.warnings else "nothing looked odd",
+                "bad" if found.warnings else "good",
+            ),
+        ),
+        verdict=f"By mean and deviation of what {_describe_layers(found)} read, the network "
+        f"{'hardly tells' if near else 'can tell'} these pictures from those that it was trained on.",
+        version=qconv.__version__,
+        warnings=tuple(found.warnings),
+        fed=found.words,
+        contact=tuple(PagePicture(f"{index:0{digits}}.png", encode_thumbnail(made.pixels[index])) for index in shown),
+        caption=f"{format_count(len(shown), 'picture')} of {count}, made out of discs by gradients through the network.",
+        command=command,
+        synthesis=found,
+    )
+
+
+def _describe_layers(found: SynthesisResult) -> str:
+    return format_count(len(found.layers), "BatchNormalization")

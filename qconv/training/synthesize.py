@@ -42,7 +42,6 @@ from qconv.ir import load
 from qconv.ir.files import Source, external_data_files, hash_model, read_proto, refuse_quantized
 from qconv.ir.layers import INPUTS_FIRST
 from qconv.ir.model import Model, Node, input_of
-from qconv.report import plot
 from qconv.results.training import GOOD_MATCH, POOR_MATCH, BatchNormMatch, SynthesisResult
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
@@ -519,7 +518,7 @@ def _write_images(
     folder: Path, pixels: Pixels, prep: Preprocessing, dtype: np.dtype[Any], found: SynthesisResult
 ) -> None:
     for stem, picture in zip(make_stems(len(pixels)), pixels, strict=True):
-        (folder / f"{stem}.png").write_bytes(plot.picture(picture))
+        (folder / f"{stem}.png").write_bytes(images.encode_png(picture))
         values = images.cast_pixels(images.normalize_pixels(images.arrange_pixels(picture, prep), prep), dtype)
         np.save(folder / f"{stem}.npy", values)
     (folder / SET_FILE).write_text(json.dumps(found.of_the_set(), allow_nan=False, indent=1) + "\n", "utf-8")

@@ -17,7 +17,7 @@ from qconv.errors import Change, Finding, Skipped, format_bytes, format_count
 from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
 from qconv.results.sample_curve import SampleCurve, Spread, format_score
 
-SHOWN = 8
+MOST_LINES = 8
 COLUMNS = 80
 
 
@@ -56,28 +56,28 @@ class Console:
             self._bar = None
 
 
-def show(report: Report, stream: TextIO, *, verbose: bool) -> None:
+def show_report(report: Report, stream: TextIO, *, verbose: bool) -> None:
     """Print the summary."""
     console = rich.console.Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, text in _lines(report):
+    for name, text in _summary_lines(report):
         table.add_row(name, text)
     if stream.isatty():
         console.print(table)
     else:
-        for name, text in _lines(report):
+        for name, text in _summary_lines(report):
             print(f"{name:<12}  {rich.markup.render(text).plain}", file=stream)
     if verbose:
-        _details(report, stream)
+        _print_details(report, stream)
 
 
 def show_curve(curve: SampleCurve, stream: TextIO, *, verbose: bool) -> None:
     """Print the table of a study and the sentence that reads it, in 80 columns."""
     rows = [("pictures", "SQNR dB", "(worst .. best)", "agreement %", "(worst .. best)", "seconds")]
     for count in curve.counts:
-        sqnr, agreement = _spread(curve.sqnr_db(count), 1), _spread(curve.agreement(count), 100)
+        sqnr, agreement = _format_spread(curve.sqnr_db(count), 1), _format_spread(curve.agreement(count), 100)
         rows.append((str(count), *sqnr, *agreement, f"{curve.seconds[count]:.1f}"))
     for row in rows:
         print("{:>8}  {:>9}  {:<16}  {:>11}  {:<16}  {:>7}".format(*row), file=stream)
@@ -87,11 +87,11 @@ def show_curve(curve: SampleCurve, stream: TextIO, *, verbose: bool) -> None:
         measures = f"{format_score(point.sqnr_db)} dB, agreement {format_score(point.agreement, 100)} %"
         print(f"{format_count(point.pictures, 'picture')}, draw {point.seed}: {measures}", file=stream)
     print(file=stream)
-    for text in (curve.in_words(), _upper(curve.how())):
+    for text in (curve.in_words(), _capitalize(curve.how())):
         print(textwrap.fill(text, COLUMNS), file=stream)
 
 
-def _spread(spread: Spread | None, factor: float) -> tuple[str, str]:
+def _format_spread(spread: Spread | None, factor: float) -> tuple[str, str]:
     if spread is None:
         return "-", ""
     return format_score(
@@ -99,27 +99,27 @@ def _spread(spread: Spread | None, factor: float) -> tuple[str, str]:
     ), f"({format_score(spread.least, factor)} .. {format_score(spread.most, factor)})"
 
 
-def _upper(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _lines(report: Report) -> list[tuple[str, str]]:
+def _summary_lines(report: Report) -> list[tuple[str, str]]:
     size = f"{format_bytes(report.float_bytes)} -> {format_bytes(report.quantized_bytes)}, {report.ratio:.2f} of float"
     lines = [
         ("written", "to standard output" if report.output == "-" else escape(report.output)),
         ("size", size),
-        ("accuracy", _accuracy(report)),
+        ("accuracy", _format_accuracy(report)),
     ]
-    lines += [("", _score(o)) for o in report.verify.outputs if len(report.verify.outputs) > 1]
+    lines += [("", _format_score(o)) for o in report.verify.outputs if len(report.verify.outputs) > 1]
     if report.verify.slowdown:
         lines.append(("speed here", f"{1 / report.verify.slowdown:.2f} times the float model's, timed while checking"))
     if report.preprocessing_words:
         lines.append(("pictures", escape(report.preprocessing_words)))
-    lines += [("changed", text) for text in _changes(report)][:SHOWN]
-    lines += [("tuned", escape(c.what)) for c in report.findings if isinstance(c, Change) and _is_tuning(c)]
-    lines += _mixed(report.mixed)
-    lines += _runs(report)
-    lines += [("left alone", text) for text in _skipped(report)]
+    lines += [("changed", text) for text in _change_lines(report)][:MOST_LINES]
+    lines += [("tuned", escape(c.what)) for c in report.findings if isinstance(c, Change) and _is_tuning_finding(c)]
+    lines += _mixed_precision_lines(report.mixed)
+    lines += _execution_lines(report)
+    lines += [("left alone", text) for text in _skipped_lines(report)]
     lines.append(("needs", f"{report.needs} (opset {report.opset}, IR {report.ir_version})"))
     lines += [("gate", f"--{g.name} {g.want:g}: {'held' if g.held else '[red]fell short[/]'}") for g in report.gates]
     memory = "" if report.peak_rss_mb is None else f", peak memory {report.peak_rss_mb:.0f} MB"
@@ -127,7 +127,7 @@ def _lines(report: Report) -> list[tuple[str, str]]:
     return lines
 
 
-def _mixed(found: MixedPrecision | None) -> list[tuple[str, str]]:
+def _mixed_precision_lines(found: MixedPrecision | None) -> list[tuple[str, str]]:
     """What a search for bits chose, and the points of the curve that were tried."""
     if found is None:
         return []
@@ -145,7 +145,7 @@ def _mixed(found: MixedPrecision | None) -> list[tuple[str, str]]:
     return lines
 
 
-def _runs(report: Report) -> list[tuple[str, str]]:
+def _execution_lines(report: Report) -> list[tuple[str, str]]:
     """What runs in integers, and why the rest does not."""
     own, target = report.audit, report.recipe["target"]
     told = f"{format_count(own.integer, 'node')} in integers, {own.float} in float"
@@ -153,12 +153,12 @@ def _runs(report: Report) -> list[tuple[str, str]]:
         return [("runs", f"as {target} decides; ONNX Runtime's CPU provider would run {told}")]
     lines = [("runs", told)]
     if own.placed:
-        where = _some([island.node for island in own.placed])
+        where = _join_some([island.node for island in own.placed])
         lines.append(("float", f"{where}: faster in float, their weights are codes all the same"))
-    return lines + [("float", text) for text in _islands(own.islands)]
+    return lines + [("float", text) for text in _float_node_lines(own.islands)]
 
 
-def _accuracy(report: Report) -> str:
+def _format_accuracy(report: Report) -> str:
     checked = report.verify
     if report.recipe.get("data_free"):
         return "not measured: no picture was looked at (`qconv evaluate` measures on some)"
@@ -174,7 +174,7 @@ def _accuracy(report: Report) -> str:
     return f"{', '.join(parts)} ({checked.images} calibration pictures)"
 
 
-def _score(output: OutputScore) -> str:
+def _format_score(output: OutputScore) -> str:
     if output.remark and output.sqnr_db is None:
         return f"{escape(output.name)}: {output.remark}"
     if output.sqnr_db is None and output.agreement in (None, 1.0):
@@ -184,50 +184,52 @@ def _score(output: OutputScore) -> str:
     return f"{escape(output.name)}: {', '.join(measures)}"
 
 
-def _changes(report: Report) -> list[str]:
+def _change_lines(report: Report) -> list[str]:
     """One line a kind of change: what was done how often."""
     kinds: Counter[str] = Counter()
     for found in report.findings:
-        if isinstance(found, Change) and not _is_tuning(found):
+        if isinstance(found, Change) and not _is_tuning_finding(found):
             kinds[found.kind or found.what] += 1
     return [f"{count} x {escape(kind)}" if count > 1 else escape(kind) for kind, count in kinds.most_common()]
 
 
-def _is_tuning(found: Finding) -> bool:
+def _is_tuning_finding(found: Finding) -> bool:
     """It has a line of its own, which no number of other changes may hide."""
     return isinstance(found, Change) and found.step == "tune"
 
 
-def _islands(islands: tuple[FloatNode, ...]) -> list[str]:
+def _float_node_lines(islands: tuple[FloatNode, ...]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for island in islands:
         reasons.setdefault(island.why, []).append(island.node)
-    return [f"{_some(nodes)}: {escape(why)}" for why, nodes in reasons.items()]
+    return [f"{_join_some(nodes)}: {escape(why)}" for why, nodes in reasons.items()]
 
 
-def _skipped(report: Report) -> list[str]:
+def _skipped_lines(report: Report) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for found in report.findings:
         if isinstance(found, Skipped):
             reasons.setdefault(found.why, []).append(found.where)
-    return [f"{_some(places)}: {escape(why)}" for why, places in list(reasons.items())[:SHOWN]]
+    return [f"{_join_some(places)}: {escape(why)}" for why, places in list(reasons.items())[:MOST_LINES]]
 
 
-def _some(names: list[str]) -> str:
+def _join_some(names: list[str]) -> str:
     shown = ", ".join(escape(name) for name in names[:2])
     return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
 
 
-def _details(report: Report, stream: TextIO) -> None:
+def _print_details(report: Report, stream: TextIO) -> None:
     for found in report.findings:
         text = f"{found.what}" if isinstance(found, Change) else f"left alone: {found.why}"
         print(f"{found.step:<12}  {found.where}: {text}", file=stream)
     for tensor in report.tensors:
         bits = f"{min(tensor.bits)} to {max(tensor.bits)}" if isinstance(tensor.bits, list) else tensor.bits
-        print(f"{tensor.kind:<12}  {tensor.name}: {bits} bits, {tensor.granularity}, {_range(tensor)}", file=stream)
+        print(
+            f"{tensor.kind:<12}  {tensor.name}: {bits} bits, {tensor.granularity}, {_format_range(tensor)}", file=stream
+        )
 
 
-def _range(tensor: Any) -> str:
+def _format_range(tensor: Any) -> str:
     scale = tensor.scale
     if isinstance(scale, list):
         return f"scales of shape {len(scale)}"

@@ -1,0 +1,419 @@
+"""This module formats results of the other commands as text in 80 columns: audit, benchmark, evaluation, trials."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from qconv.analysis.evaluate import Evaluation, MeasuredShare, OutputComparison
+from qconv.audit.audit import FileAudit
+from qconv.errors import format_count, format_shape
+from qconv.metrics.comparison import SIGNIFICANT, Interval, difference_interval
+from qconv.results.comparison import Cause, Comparison, Diagnosis, LayerComparison, Sweep, Trial
+from qconv.results.quantize import FloatNode, group_float_nodes
+from qconv.runtime.benchmark import Benchmark
+
+# What the commands that look at models print for people to read, in 80 columns where names are short.
+
+
+COLUMNS = 80
+
+MOST_GROUPS = 8
+
+MOST_LAYERS = 20
+
+MOST_NAMED = 3
+
+HALF_OF_ERROR = 0.5
+
+
+def format_audit(found: FileAudit, *, verbose: bool) -> str:
+    """Counts and costs, then every float node with its rule, the dearest first."""
+    own = found.audit
+    lines = [wrap_text(f"{found.name}: {found.format} ({found.meaning})"), ""]
+    rows = [("", "nodes", "us a run", "share")]
+    total, codes, floats = own.total_us or 0.0, own.spent("integer") or 0.0, own.spent("float") or 0.0
+    rows.append(("integers", str(own.integer), f"{codes:.0f}", _format_time_share(codes, total)))
+    rows.append(("float", str(own.float), f"{floats:.0f}", _format_time_share(floats, total)))
+    rows.append(("converting", "", f"{total - codes - floats:.0f}", _format_time_share(total - codes - floats, total)))
+    lines.append(format_columns(rows, "lrrr"))
+    quantized = found.format != "float"  # of a float model it is no news
+    for title, islands in (("float islands", own.islands if quantized else ()), ("in float by choice", own.placed)):
+        if islands:
+            lines += ["", f"{title}:", *_format_float_nodes(islands, total, verbose=verbose)]
+    if verbose:
+        layers = sorted(own.layers, key=lambda layer: -(layer.us or 0.0))
+        cells = [(f"{layer.us or 0.0:.1f}", layer.runs, layer.op, layer.node) for layer in layers]
+        lines += ["", "nodes:", format_columns([("us", "runs in", "operator", "node"), *cells], "rlll")]
+    if own.saturating:
+        lines += ["", *_format_saturation(found)]
+    lines += [
+        "",
+        wrap_text(f"{format_count(found.threads, 'thread')}, ONNX Runtime {found.version}, {found.cpu.in_words()}."),
+    ]
+    return "\n".join(lines)
+
+
+def _format_time_share(us: float | None, total: float) -> str:
+    return f"{(us or 0.0) / total:.1%}" if total else ""
+
+
+def _format_float_nodes(islands: Sequence[FloatNode], total: float, *, verbose: bool) -> list[str]:
+    """Those of one operator and one reason together, the dearest first."""
+    ranked = group_float_nodes(islands)
+    lines = []
+    for group in ranked if verbose else ranked[:MOST_GROUPS]:
+        first, us = group[0], sum(island.us or 0.0 for island in group)
+        names = [island.node for island in group]
+        more = "" if verbose or len(names) <= MOST_NAMED else f" and {len(names) - MOST_NAMED} more"
+        where = ", ".join(names if verbose else names[:MOST_NAMED]) + more
+        lines.append(_wrap_entry(f"{_format_time_share(us, total):>6}  {len(group)} {first.op}: {where}"))
+        others = "; others alike" if len({island.why for island in group}) > 1 else ""
+        lines.append(_wrap_entry(f"        [{first.rule}] {first.why}{others}"))
+        if first.remedy is not None:
+            lines.append(_wrap_entry(f"        remedy: {first.remedy}"))
+    if not verbose and len(ranked) > MOST_GROUPS:
+        lines.append(f"        and {len(ranked) - MOST_GROUPS} more kinds: -v shows all")
+    return lines
+
+
+def _wrap_entry(text: str) -> str:
+    return textwrap.fill(
+        text, COLUMNS, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
+
+
+def _format_saturation(found: FileAudit) -> list[str]:
+    layers = sorted(found.audit.saturating, key=lambda layer: -layer.worst)
+    where = "This CPU" if found.cpu.saturates else "A CPU without VNNI (this one has it)"
+    if found.cpu.saturates is False and "vnni" not in found.cpu.features:
+        where = "An x86 CPU without VNNI"
+    what = f"{where} adds pairs of products in 16 bits. {format_count(len(layers), 'layer')} could saturate there:"
+    rows = [
+        (f"{layer.worst:.2f} x 16 bits", f"{layer.outputs} of {layer.channels} channels", layer.node)
+        for layer in layers[:MOST_GROUPS]
+    ]
+    lines = [wrap_text(what), format_columns(rows, "rrl")]
+    if len(layers) > MOST_GROUPS:
+        lines.append(f"  and {len(layers) - MOST_GROUPS} more")
+    if found.widened:
+        lines.append(
+            wrap_text(
+                "qconv has widened weight scales until none did on the calibration pictures; --saturation-safe "
+                "rules it out on any picture."
+            )
+        )
+    return lines
+
+
+def format_benchmark(found: Benchmark, *, verbose: bool) -> str:
+    """A line a model, and what there is to know of the machine."""
+    first = found.timings[0]
+    rows = [("median ms", "p90 ms", "times the first (10..90 %)", "model")]
+    for timing in found.timings:
+        low, middle, high = timing.ratio_to(first)
+        ratio = "" if timing is first else f"{middle:.3f} ({low:.3f} .. {high:.3f})"
+        rows.append((f"{timing.median_ms:.3f}", f"{timing.p90_ms:.3f}", ratio, timing.path))
+    if len(rows) == 2:
+        rows = [(median, p90, "", path) for median, p90, _, path in rows]
+    lines = [format_columns(rows, "rrll")]
+    for other in found.timings[1:]:
+        lines.append(f"{other.path}: {_compare_times(first.medians, other.medians)}")
+    inputs = ", ".join(f"{name} {format_shape(shape)}" for name, shape in first.shapes.items())
+    how = f"{format_count(found.threads, 'thread')}, {format_count(found.conditions.rounds, 'round')} in turns, input {inputs}, "
+    lines += ["", wrap_text(f"{how}ONNX Runtime {found.version}."), wrap_text(f"{found.cpu.in_words()}.")]
+    if found.cpu.advice():
+        lines.append(wrap_text(f"Note: {found.cpu.advice()}."))
+    if verbose:
+        for timing in found.timings:
+            medians = " ".join(f"{median:.3f}" for median in timing.medians)
+            lines.append(f"{timing.path}, ms a round: {medians}")
+    return "\n".join(lines)
+
+
+def _compare_times(first: Sequence[float], other: Sequence[float]) -> str:
+    """The ratio in words, and whether the rounds are of one mind about it."""
+    faster = sum(its < own for own, its in zip(first, other, strict=True))
+    middle = sorted(own / its for own, its in zip(first, other, strict=True))[len(first) // 2]
+    words = f"{middle:.2f} times as fast as the first"
+    return f"{words}, faster in {faster} of {format_count(len(first), 'round')}"
+
+
+def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
+    """Accuracy of both models, how near they are, and what of it is chance."""
+    lines = [wrap_text(f"{found.model}: {format_count(found.images, 'picture')}, labels by {found.labels}")]
+    if not found.labels:
+        lines = [wrap_text(f"{found.model}: {format_count(found.images, 'picture')} without labels")]
+    if found.words:
+        lines.append(wrap_text(found.words))
+    rows = [("", "top-1 %", "(95 %)", "top-5 %", "(95 %)")]
+    if found.other_top1 is not None:
+        rows.append(
+            (_shorten_path(found.other or ""), *_percent_cells(found.other_top1), *_percent_cells(found.other_top5))
+        )
+    if found.top1 is not None:
+        rows.append((_shorten_path(found.model), *_percent_cells(found.top1), *_percent_cells(found.top5)))
+        lines += ["", format_columns(rows, "lrlrl")]
+    if found.flips is not None:
+        flips = found.flips
+        span = difference_interval(flips.won, flips.lost, flips.count)
+        chance = (
+            "more than chance"
+            if flips.p_value < SIGNIFICANT
+            else f"no more than chance on {format_count(flips.count, 'picture')}"
+        )
+        what = (
+            f"difference {100 * flips.difference:+.2f} points {_format_interval(span, 100, '+.2f')}: {flips.won} won, "
+        )
+        lines.append(wrap_text(f"{what}{flips.lost} lost, p = {flips.p_value:.2g} (McNemar), {chance}"))
+    if found.outputs:
+        lines += [
+            "",
+            format_columns(
+                [
+                    ("output", "SQNR dB", "(95 %)", "agreement %", "(95 %)", "cosine"),
+                    *map(_output_cells, found.outputs),
+                ],
+                "lrlrlr",
+            ),
+        ]
+    if verbose:
+        lines += [
+            "",
+            wrap_text(
+                "Intervals: Wilson for shares, Agresti-Min for the difference, bootstrap over pictures for SQNR."
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def _output_cells(found: OutputComparison) -> tuple[str, ...]:
+    decibel = "equal" if found.sqnr_db is None else f"{found.sqnr_db:.2f}"
+    cosine = "" if found.cosine is None else f"{found.cosine:.5f}"
+    return (
+        found.name,
+        decibel,
+        _format_interval(found.sqnr_interval, 1, ".1f"),
+        *_percent_cells(found.agreement),
+        cosine,
+    )
+
+
+def _percent_cells(share: MeasuredShare | None) -> tuple[str, str]:
+    return ("-", "") if share is None else (f"{100 * share.value:.2f}", _format_interval(share.interval, 100, ".1f"))
+
+
+def _format_interval(span: Interval | None, factor: float, how: str) -> str:
+    return "" if span is None else f"({span[0] * factor:{how}} .. {span[1] * factor:{how}})"
+
+
+def format_comparison(found: Comparison, *, verbose: bool) -> str:
+    """The layers, those first that cost most at the outputs."""
+    lines = [wrap_text(f"{found.model} beside {found.float_model}: {format_count(found.images, 'picture')}")]
+    lines += [wrap_text(found.words)] if found.words else []
+    got, sum_of = (_format_decibel(value) for value in (found.sqnr_db, found.predicted_db))
+    told = f"SQNR of the outputs: {got} dB. The layers' own errors, each by itself and added up: {sum_of} dB, on "
+    lines += ["", wrap_text(f"{told}{format_count(found.predicted_on, 'picture')}."), ""]
+    rows = found.worst_first if verbose else found.worst_first[:MOST_LAYERS]
+    cells = [
+        ("part of", "own", "as it", "", "codes", "beyond", ""),
+        ("error", "dB", "runs dB", "cosine", "used", "range", "layer"),
+    ]
+    lines.append(format_columns([*cells, *map(_layer_cells, rows)], "rrrrrrl"))
+    if len(rows) < len(found.layers):
+        lines.append(f"and {len(found.layers) - len(rows)} more: -v shows all")
+    most = _describe_worst_layers(found)
+    lines += [""] + ([wrap_text(most)] if most else [])
+    if found.unmatched:
+        names = ", ".join(found.unmatched[:MOST_NAMED])
+        more = "" if len(found.unmatched) <= MOST_NAMED else f" and {len(found.unmatched) - MOST_NAMED} more"
+        lines.append(wrap_text(f"The float model has no tensor for {names}{more}: not compared."))
+    return "\n".join(lines).rstrip()
+
+
+def _layer_cells(row: LayerComparison) -> tuple[str, ...]:
+    values = row.values
+    used, beyond = ("", "") if values is None else (f"{values.range_use:.0%}", f"{values.clipped:.2%}")
+    share, cosine = (
+        "" if number is None else f"{number:{how}}" for number, how in ((row.output_share, ".1%"), (row.cosine, ".4f"))
+    )
+    return (
+        share,
+        _format_decibel(row.added_sqnr_db),
+        _format_decibel(row.sqnr_db),
+        cosine,
+        used,
+        beyond,
+        _shorten_path(row.name),
+    )
+
+
+def _format_decibel(value: float | None) -> str:
+    return "equal" if value is None else f"{value:.1f}"
+
+
+def _describe_worst_layers(found: Comparison) -> str:
+    """How few layers make half of the error."""
+    total = 0.0
+    for count, row in enumerate(found.worst_first, 1):
+        total += row.output_share or 0.0
+        if total >= HALF_OF_ERROR:
+            verb = "makes" if count == 1 else "make"
+            return (
+                f"{count} of {format_count(len(found.layers), 'layer')} {verb} {total:.0%} of the error at the outputs."
+            )
+    return ""
+
+
+def _shorten_path(path: str) -> str:
+    """The end of a long path."""
+    return path if len(path) <= 28 else f"...{path[-25:]}"
+
+
+def format_columns(rows: Sequence[Sequence[str]], sides: str, gap: str = "  ") -> str:
+    """A table. sides: `l` or `r` for each column."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(sides))]
+    kept = [index for index, width in enumerate(widths) if width]
+    lines = []
+    for row in rows:
+        cells = [row[i].ljust(widths[i]) if sides[i] == "l" else row[i].rjust(widths[i]) for i in kept]
+        lines.append(gap.join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def wrap_text(text: str) -> str:
+    """In lines of 80 columns."""
+    return textwrap.fill(text, COLUMNS, break_long_words=False, break_on_hyphens=False)
+
+
+# What `diagnose` and `quantize --sweep` print for people to read, in 80 columns: causes, and tables of trials.
+
+
+MOST_CAUSE_NODES = 2
+
+LEAST_ERROR_SHARE = 0.01
+
+INDENT = "  "
+
+
+def format_diagnosis(found: Diagnosis, *, verbose: bool) -> str:
+    """The causes, the ladder, and what to type."""
+    lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen)}"), ""]
+    open_ones = [cause for cause in found.causes if not (cause.handled or cause.harmless)]
+    handled = [cause for cause in found.causes if cause.handled]
+    harmless = [cause for cause in found.causes if cause.harmless]
+    groups = (("causes:", open_ones), ("taken care of already:", handled), ("also seen:", harmless))
+    for title, causes in groups:
+        if causes:
+            lines += [title, *(line for cause in causes for line in _format_cause(cause, verbose=verbose)), ""]
+    if not open_ones:
+        lines += ["causes: none that nothing takes care of", ""]
+    lines.append(format_trials(found.trials, found.float_ms, found.trials[0]))
+    lines += ["", wrap_text(found.conclusion), "", "recommended:", _format_command(found.recommended)]
+    return "\n".join(lines)
+
+
+def format_sweep(found: Sweep, *, verbose: bool) -> str:
+    """The recipes with what each costs; those that no other one beats are marked."""
+    lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen)}"), ""]
+    marks = ["*" if best else "" for best in found.best]
+    lines.append(format_trials(found.trials, found.float_ms, None, marks))
+    lines += [
+        "",
+        wrap_text("* no other recipe is as good in accuracy, size and time, and better in one of them."),
+    ]
+    written = [out for trial, out in zip(found.trials, found.outputs, strict=True) if not trial.failed]
+    lines += ["", *(written if verbose else [_describe_written(written)])]
+    return "\n".join(lines)
+
+
+def _describe_written(written: Sequence[str]) -> str:
+    more = f" and {len(written) - 1} more beside it" if len(written) > 1 else ""
+    return f"written: {written[0]}{more}"
+
+
+def _describe_scoring(pictures: int, unseen: bool) -> str:
+    how = "none of them calibrated with" if unseen else "calibrated with, too"
+    return f"scored on {format_count(pictures, 'picture')}, {how}"
+
+
+def _format_cause(cause: Cause, *, verbose: bool) -> Iterator[str]:
+    share = "" if cause.share is None else f", {_format_error_share(cause.share)} of the error at the outputs"
+    yield _wrap_hanging(f"{INDENT}{cause.kind}{share}", 4)
+    yield _wrap_hanging(f"    {cause.what}", 4)
+    names = cause.where if verbose else cause.where[:MOST_CAUSE_NODES]
+    more = "" if len(names) == len(cause.where) else f" and {len(cause.where) - len(names)} more"
+    yield _wrap_hanging(f"    where: {', '.join(names)}{more}", 6)
+    if cause.handled:
+        yield _wrap_hanging(f"    {cause.handled}", 4)
+
+
+def _format_error_share(share: float) -> str:
+    return "under 1%" if share < LEAST_ERROR_SHARE else f"{share:.0%}"
+
+
+def format_trials(
+    trials: Sequence[Trial], float_ms: float | None, first: Trial | None, marks: Sequence[str] | None = None
+) -> str:
+    """A row a trial. first: what gains are told against, None for no such column; marks: in front of each row."""
+    timed = float_ms is not None
+    head = [
+        ("", "SQNR", "" if first is None else "gain", "agree-", "", "size", "time of" if timed else "", ""),
+        ("", "dB", "" if first is None else "dB", "ment %", "(95 %)", "kB", "float's" if timed else "", "recipe"),
+    ]
+    rows = []
+    failures = []
+    for trial, mark in zip(trials, marks or [""] * len(trials), strict=True):
+        if trial.failed:
+            failures.append(_wrap_hanging(f"{trial.name} failed: {trial.failed}", 2))
+            continue
+        rows.append(
+            (
+                mark,
+                _format_trial_sqnr(trial),
+                _format_gain(trial, first),
+                "" if trial.agreement is None else f"{100 * trial.agreement:.1f}",
+                ""
+                if trial.agreement_interval is None
+                else "({:.0f}..{:.0f})".format(*_trial_agreement_interval(trial)),
+                f"{trial.size / 1e3:.0f}",
+                "" if trial.ratio is None or not timed else f"{trial.ratio[1]:.2f}",
+                trial.name,
+            )
+        )
+    lines = [format_columns([*head, *rows], "rrrrlrrl")]
+    told = [_wrap_hanging(f"{trial.name}: {trial.typed}", 2) for trial in trials if trial.options]
+    if told and first is not None:
+        lines += ["", "options:", *told]
+    return "\n".join([*lines, *failures])
+
+
+def _format_trial_sqnr(trial: Trial) -> str:
+    return "equal" if trial.equal else "" if trial.sqnr_db is None else f"{trial.sqnr_db:.1f}"
+
+
+def _trial_agreement_interval(trial: Trial) -> tuple[float, float]:
+    low, high = trial.agreement_interval or (0.0, 0.0)
+    return 100 * low, 100 * high
+
+
+def _format_gain(trial: Trial, first: Trial | None) -> str:
+    if first is None or first is trial or first.sqnr_db is None or trial.sqnr_db is None:
+        return ""
+    gain = round(trial.sqnr_db - first.sqnr_db, 1)
+    return f"{gain + 0.0:+.1f}"  # no -0.0
+
+
+def _wrap_hanging(text: str, indent: int) -> str:
+    return textwrap.fill(text, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _format_command(text: str) -> str:
+    """To be pasted: words stay whole, and a line that is not the last ends in a backslash."""
+    lines = [""]
+    for word in map(shlex.quote, shlex.split(text)):
+        if lines[-1] and len(lines[-1]) + len(word) > COLUMNS - 3:
+            lines.append(" " * 4)
+        lines[-1] += f" {word}" if lines[-1].strip() else word
+    return " \\\n".join(lines)
