@@ -1,6 +1,6 @@
 """`python -m qconv`."""
 
-from qconv.cli.cli import run
+from qconv.cli.main import run
 
 if __name__ == "__main__":
     run()

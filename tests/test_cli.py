@@ -27,7 +27,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 import qconv
-from qconv.cli import cli
+from qconv.cli import main, quantize, study_samples
 from qconv.storage import STAGING_SUFFIX
 
 ROOT = os.geteuid() == 0
@@ -67,7 +67,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[byt
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         capfdbinary.readouterr()
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main.main()
         out, err = capfdbinary.readouterr()
         status = caught.value.code
         assert isinstance(status, int)
@@ -457,7 +457,7 @@ def test_no_command_and_no_model(call: Qconv, calib: Path) -> None:
 def test_help_and_version(call: Qconv) -> None:
     assert call("--version").out.decode().split()[-1] == qconv.__version__
     text = call("quantize", "--help").out.decode()
-    for param in cli.cli.commands["quantize"].params:
+    for param in main.cli.commands["quantize"].params:
         assert all(opt in text for opt in param.opts if opt.startswith("--"))
 
 
@@ -1162,8 +1162,8 @@ def test_what_study_samples_refuses(
 def test_a_study_takes_the_options_of_quantize() -> None:
     """A new one of `quantize` is one here, too, unless it is about the file that is written."""
     own = {"calib", "output", "seeds", "holdout", "images", "verbose"}
-    names = {option.name for option in cli.quantize.params} - cli.NOT_STUDIED
-    assert {option.name for option in cli.study_samples.params} == names | own
+    names = {option.name for option in quantize.quantize.params} - study_samples.OPTIONS_NOT_STUDIED
+    assert {option.name for option in study_samples.study_samples.params} == names | own
 
 
 # -- without pictures --------------------------------------------------------------------------------------------------

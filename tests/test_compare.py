@@ -19,7 +19,7 @@ from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
 from qconv.analysis import compare
-from qconv.cli.cli import cli
+from qconv.cli.main import cli
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir import metadata

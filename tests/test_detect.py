@@ -483,7 +483,7 @@ def test_the_options_named_are_those_that_settle_it(family: Any) -> None:
     """What the doubt advises is what the command line takes."""
     from click.testing import CliRunner
 
-    from qconv.cli.cli import cli
+    from qconv.cli.main import cli
 
     done = CliRunner().invoke(cli, ["quantize", "no.onnx", "--calib", "no", *family.settled_by.split()])
     assert done.exit_code == 1, done.output  # not 2, which is for usage

@@ -22,7 +22,7 @@ from test_detect import colourful, fed, folder_of, trained_with
 
 from qconv.analysis import trials
 from qconv.analysis.remedies import join_changes, merge_changes
-from qconv.cli.cli import cli
+from qconv.cli.main import cli
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import find_files
 from qconv.pipeline import collect, quantize

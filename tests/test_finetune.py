@@ -23,7 +23,7 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv.cli.cli import cli
+from qconv.cli.main import cli
 from qconv.config.choices import NAMED_RECIPES
 from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe

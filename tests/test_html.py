@@ -20,7 +20,7 @@ from browser import MISSING, Browser, browser
 from click.testing import CliRunner
 from PIL import Image
 
-from qconv.cli.cli import cli
+from qconv.cli.main import cli
 from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.data import images

@@ -21,9 +21,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qconv.analysis.inspect_float import FloatModel, inspect_float
 from qconv.analysis.inspect_quantized import QuantizedModel, inspect_quantized, is_quantized_file
-from qconv.cli.cli import quantize as quantize_command
-from qconv.cli.given import recipe_of
-from qconv.cli.tables import csv_of
+from qconv.cli.output import format_csv
+from qconv.cli.quantize import quantize as quantize_command
+from qconv.cli.recipe_options import make_recipe_of_options
 from qconv.config.choices import Drop, LayerBits
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
@@ -145,7 +145,7 @@ def test_without_layers() -> None:
     found = seen(network("y = Relu(x)"))
     assert found.layers == ()
     assert found.as_dict()["layers"] == []
-    assert csv_of(found.rows) == "\n"
+    assert format_csv(found.rows) == "\n"
     assert "nothing to quantize" in format_float_model(found, verbose=True)
 
 
@@ -653,7 +653,7 @@ def test_options_are_read_back_into_the_recipe(fields: dict[str, Any]) -> None:
     options = command_line_options(json.loads(json.dumps(recipe.as_dict())))
     context = quantize_command.make_context("quantize", ["model.onnx", "--calib", "imgs", *options])
     with context:
-        assert recipe_of(context.params) == recipe
+        assert make_recipe_of_options(context.params) == recipe
 
 
 def test_nothing_is_said_of_defaults() -> None:

@@ -15,8 +15,8 @@ from test_pipeline import deep
 from test_pipeline import quantized as whole
 from test_plan import Planned
 
-from qconv.cli.cli import quantize as quantize_command
-from qconv.cli.given import recipe_of
+from qconv.cli.quantize import quantize as quantize_command
+from qconv.cli.recipe_options import make_recipe_of_options
 from qconv.config.choices import LayerBits
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob, format_layer_bits, read_layer_bits
@@ -238,7 +238,7 @@ def test_globs_that_match_no_layer_are_told(tmp_path: Path) -> None:
 def asked(*options: object) -> Recipe:
     """The recipe of `qconv quantize m --calib x OPTIONS`."""
     with quantize_command.make_context("quantize", ["m", "--calib", "x", *map(str, options)]) as context:
-        return recipe_of(context.params)
+        return make_recipe_of_options(context.params)
 
 
 def test_the_option_reads_the_file(tmp_path: Path) -> None:

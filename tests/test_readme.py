@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from reference import README, in_readme, reference
 
-from qconv.cli.values import number
+from qconv.cli.options import parse_number
 from qconv.config.preprocessing import PRESETS
 
 ROOT = README.parent
@@ -115,7 +115,7 @@ def test_the_presets() -> None:
     for name, preset in PRESETS.items():
         color, scale, mean, std = (cell.strip() for cell in rows[name][2:6])
         assert color.lower() == preset.color
-        assert number(scale) == preset.scale
+        assert parse_number(scale) == preset.scale
         assert tuple(map(float, mean.split(","))) == preset.mean
         assert tuple(map(float, std.split(","))) == preset.std
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from models import network
 
 from qconv.calibration import statistics_file
-from qconv.cli.cli import cli
+from qconv.cli.main import cli
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError

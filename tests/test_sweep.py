@@ -18,8 +18,8 @@ from test_diagnose import plain, saved
 
 from qconv.analysis import trials
 from qconv.calibration import observer
-from qconv.cli import given, sweeping
-from qconv.cli.cli import cli
+from qconv.cli import quantize, recipe_options
+from qconv.cli.main import cli
 from qconv.pipeline import collect
 
 COUNT = 40
@@ -205,14 +205,14 @@ def test_tables_go_over_the_command_line(place: Path) -> None:
         '[several]\npack = false\nmax-drop = "sqnr:10"\ncandidate-bits = [4, 8]\n'
     )
     seen = {}
-    original = given.recipe_of
+    original = recipe_options.make_recipe_of_options
 
     def kept(options: Any, typed: Any) -> Any:
         seen[len(seen)] = original(options, typed)
         return seen[len(seen) - 1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeping, "recipe_of", kept)
+        patch.setattr(quantize, "recipe_of", kept)
         run(place, "--recipe-name", "aciq-w4a4", "--activation-bits", "6", "--pack", "-o", place / "nowhere")
         (place / "out").mkdir()
         run(place, "--recipe-name", "aciq-w4a4", "--activation-bits", "6", "--pack", "-o", place / "out", "--csv", "")

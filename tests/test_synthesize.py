@@ -24,7 +24,7 @@ from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv.cli.cli import cli
+from qconv.cli.main import cli
 from qconv.config.preprocessing import Color, Layout, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.data import images

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from qconv.cli.cli import cli
-from qconv.cli.tables import csv_of
+from qconv.cli.main import cli
+from qconv.cli.output import format_csv
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 
 
 def test_cells() -> None:
     rows = [{"name": 'a,"b"', "shape": [8, 3, 3], "ends": [1, 2.5], "none": None, "yes": True}, {"more": {"a": 1}}]
-    first, second = csv.DictReader(io.StringIO(csv_of(rows)))
+    first, second = csv.DictReader(io.StringIO(format_csv(rows)))
     assert first == {"name": 'a,"b"', "shape": "8x3x3", "ends": "1 2.5", "none": "", "yes": "true", "more": ""}
     assert second["more"] == "a=1"
 

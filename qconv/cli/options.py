@@ -1,15 +1,15 @@
-"""The options that commands share, and the Recipe that comes of them."""
+"""This module defines the options that commands share, and the types of their values."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import click
 
-from qconv.cli.values import Bits, Loss, Numbers, Resize, Size
 from qconv.config.choices import (
     BIAS_CORRECTIONS,
     BIT_ALLOCATIONS,
@@ -19,10 +19,12 @@ from qconv.config.choices import (
     DEVICES,
     EFFORTS,
     FALLBACKS,
+    FLOAT_BITS,
     NAMED_RECIPES,
     PERCENTILE,
     ROUNDINGS,
     WEIGHT_CALIBRATORS,
+    Drop,
     Scheme,
     WeightGranularity,
 )
@@ -32,15 +34,116 @@ from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 
 
+class NumbersType(click.ParamType[tuple[float, ...]]):
+    """Comma-separated numbers; fractions such as 1/255 are accepted."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """The numbers, or a usage error."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(parse_number(part) for part in str(value).split(","))
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"{value!r} is no number, fraction or comma-separated list of them.", param, ctx)
+
+
+def parse_number(text: str) -> float:
+    """A number or a fraction, such as 0.485, 1/255 or 1/127.5. Raises ValueError or ZeroDivisionError."""
+    top, slash, bottom = text.partition("/")
+    return float(top) / float(bottom) if slash else float(top)
+
+
+class SizeType(click.ParamType[tuple[int, int]]):
+    """HxW in pixels, or one number for a square."""
+
+    name = "HxW"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """What --help shows for the value."""
+        return "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Height and width, or a usage error."""
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).lower().split("x")
+        if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is no size; write for example 224x224.", param, ctx)
+        return int(parts[0]), int(parts[-1])
+
+
+class ResizeType(click.ParamType[str | int]):
+    """auto, exact, letterbox, or the shorter side in pixels."""
+
+    name = "resize"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """What --help shows for the value."""
+        return "[auto|exact|letterbox|N]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        """The word or the number, or a usage error."""
+        text = str(value)
+        if text in ("auto", "exact", "letterbox"):
+            return text
+        if not text.isdigit() or int(text) < 1:
+            self.fail(f"{text!r} is none of auto, exact, letterbox or a number of pixels.", param, ctx)
+        return int(text)
+
+
+class DropType(click.ParamType[Drop]):
+    """MEASURE:NUMBER, such as agreement:0.01 or sqnr:25."""
+
+    name = "drop"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """What --help shows for the value."""
+        return "MEASURE:NUMBER"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Drop:
+        """The measure and the number, or a usage error."""
+        if isinstance(value, Drop):
+            return value
+        measure, _, text = str(value).partition(":")
+        try:
+            return Drop(measure, parse_number(text.lower().removesuffix("db")))
+        except (ValueError, ZeroDivisionError):
+            self.fail(
+                f"{value!r} is no measure with a number; write for example agreement:0.01 or sqnr:25.", param, ctx
+            )
+
+
+class BitsType(click.ParamType[tuple[int, ...]]):
+    """Comma-separated numbers of bits, and float."""
+
+    name = "bits"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """What --help shows for the value."""
+        return "N,N,...[,float]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The numbers, 32 for float, or a usage error."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part == "float" or (part.isdigit() and part.isascii()) for part in parts):
+            self.fail(f"{value!r} is no list of bits; write for example 4,8,float.", param, ctx)
+        return tuple(FLOAT_BITS if part == "float" else int(part) for part in parts)
+
+
 def _choice(kind: type[StrEnum]) -> click.Choice[str]:
     return click.Choice([str(member) for member in kind])
 
 
-WIDTH = {"max_content_width": 100}
+HELP_WIDTH = {"max_content_width": 100}
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def stack(*options: Decorator) -> Decorator:
+def combine_options(*options: Decorator) -> Decorator:
     """Several options as one decorator, in the order in which --help shows them."""
 
     def apply(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,7 +154,7 @@ def stack(*options: Decorator) -> Decorator:
     return apply
 
 
-preprocessing_options = stack(
+preprocessing_options = combine_options(
     click.option(
         "--preprocess",
         type=click.Choice([AUTO, *PRESETS]),
@@ -60,26 +163,28 @@ preprocessing_options = stack(
         help="How the network was fed in training; auto finds out.",
     ),
     click.option(
-        "--scale", type=Numbers(), help="Replaces the preset's: pixels are multiplied by it, for example 1/255."
+        "--scale", type=NumbersType(), help="Replaces the preset's: pixels are multiplied by it, for example 1/255."
     ),
     click.option(
-        "--mean", type=Numbers(), help="Replaces the preset's: subtracted after scaling; one number or one a channel."
+        "--mean",
+        type=NumbersType(),
+        help="Replaces the preset's: subtracted after scaling; one number or one a channel.",
     ),
-    click.option("--std", type=Numbers(), help="Replaces the preset's: divided by at the end."),
+    click.option("--std", type=NumbersType(), help="Replaces the preset's: divided by at the end."),
     click.option("--color", type=_choice(Color), help="Channel order."),
     click.option(
         "--layout", type=_choice(Layout), help="Axis order of the model's input; read off its shape by default."
     ),
     click.option(
-        "--resize", type=Resize(), default="auto", show_default=True, help="See 'Preprocessing' in the README."
+        "--resize", type=ResizeType(), default="auto", show_default=True, help="See 'Preprocessing' in the README."
     ),
     click.option(
         "--filter", "filter_", type=_choice(ResizeFilter), default="bilinear", show_default=True, help="For resizing."
     ),
-    click.option("--size", type=Size(), help="Where the model leaves height and width open."),
+    click.option("--size", type=SizeType(), help="Where the model leaves height and width open."),
 )
 
-output_options = stack(
+output_options = combine_options(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary."),
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and what --json prints)."),
     click.option("-v", "--verbose", is_flag=True, help="Also print every change, every refusal and every tensor."),
@@ -99,7 +204,7 @@ report_option = click.option(
     help="Also write a page to look at, which opens offline; needs the extra qconv[report].",
 )
 
-common_options = stack(
+common_options = combine_options(
     output_options,
     click.option(
         "--threads",
@@ -109,14 +214,14 @@ common_options = stack(
     ),
 )
 
-pictures_option = click.option(
+images_option = click.option(
     "--calib",
     multiple=True,
     metavar="DIR|FILE",
     help="Calibration pictures: a folder, or a file with one path a line.",
 )
 
-quantize_options = stack(
+quantize_options = combine_options(
     click.option(
         "--calib",
         multiple=True,
@@ -196,7 +301,7 @@ quantize_options = stack(
     ),
     click.option(
         "--max-drop",
-        type=Loss(),
+        type=DropType(),
         help="Search for the fewest bits of each layer that lose no more: agreement:0.01, top1:0.005 or sqnr:25.",
     ),
     click.option(
@@ -207,7 +312,7 @@ quantize_options = stack(
     ),
     click.option(
         "--candidate-bits",
-        type=Bits(),
+        type=BitsType(),
         help=f"What such a search may choose from.  [default: {','.join(map(str, CANDIDATE_BITS))}]",
     ),
     click.option("--save-layer-bits", metavar="FILE.toml", help="Also write what it found, for --layer-bits."),
@@ -321,3 +426,17 @@ def require_output(wanted: bool) -> None:
     """A shell can close standard output (`>&-`): better said before the work than after it."""
     if wanted and sys.stdout is None:
         raise QconvError("Standard output is closed.", "redirect it to a file.")
+
+
+NO_STREAM = "a model from standard input can be read only once: name its file."
+
+
+def _model_files(model: str) -> tuple[Path, ...]:
+    return () if model == "-" else (Path(model),)
+
+
+batch_option = click.option(
+    "--batch", metavar="N", type=click.IntRange(1), help="Pictures a run.  [default: the model's own, or 1]"
+)
+
+size_option = click.option("--size", type=SizeType(), help="Of pictures, where a model leaves height and width open.")

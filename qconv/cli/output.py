@@ -1,8 +1,9 @@
-"""Where a command's result goes: text or JSON to standard output, its main table as CSV into a file or there, a page
-into a file."""
+"""This module writes a command's result: text, JSON or CSV to standard output or a file, and ends a run on signals."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import shlex
 import sys
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
     from qconv.ir.files import Source
 
 
+# Where a command's result goes: text or JSON to standard output, its main table as CSV into a file or there, a page
+# into a file.
+
+
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class OutputOptions:
     """What the user asked for. csv: a file, or `-`."""
 
     as_json: bool
@@ -43,7 +48,7 @@ class Wanted:
 
             storage.check_output_path(Path(self.csv))
             storage.refuse_overwriting_inputs(Path(self.csv), read)
-            _require_apart(Path(self.csv), "the table", written or {})
+            _require_distinct_place(Path(self.csv), "the table", written or {})
 
     def put(self, found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], text: Callable[[], str]) -> None:
         """found: what --json prints; rows: of the table; text: for people."""
@@ -56,15 +61,14 @@ class Wanted:
     def put_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The table alone, where one is wanted."""
         from qconv import storage
-        from qconv.cli.tables import csv_of
 
         if self.csv == "-":
-            print(csv_of(rows), end="")
+            print(format_csv(rows), end="")
         elif self.csv is not None:
-            storage.write_atomically(Path(self.csv), csv_of(rows).encode())
+            storage.write_atomically(Path(self.csv), format_csv(rows).encode())
 
 
-def check_report(
+def check_report_path(
     report: str | None, models: Iterable[Source], read: Iterable[str | None], written: Mapping[str, str | None]
 ) -> Path | None:
     """Where the page goes; said before any work where it cannot. None where none is wanted.
@@ -82,7 +86,7 @@ def check_report(
     html.require_report_extra()
     place = Path(report)
     storage.check_output_path(place)
-    _require_apart(place, "the report", written)
+    _require_distinct_place(place, "the report", written)
     if place.is_file():
         own = [model for model in models if model.path is not None]
         files = [
@@ -95,12 +99,39 @@ def check_report(
     return place
 
 
-def _require_apart(place: Path, own: str, written: Mapping[str, str | None]) -> None:
+def _require_distinct_place(place: Path, own: str, written: Mapping[str, str | None]) -> None:
     for what, name in written.items():
         if name not in (None, "", "-") and Path(name).resolve() == place.resolve():
             raise QconvError(f"{place} is both {own} and {what}.", "choose two names.")
 
 
-def typed() -> str:
+def format_command_line() -> str:
     """The command line, to be pasted into a shell."""
     return shlex.join(["qconv", *sys.argv[1:]])
+
+
+# Tables as CSV: what `--csv` writes.
+
+
+def format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line a row, below the names of the columns. None is an empty cell; several values are parted by blanks, those
+    of a shape by x.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([_format_cell(name, row.get(name)) for name in names] for row in rows)
+    return out.getvalue()
+
+
+def _format_cell(name: str, value: Any) -> Any:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={_format_cell(key, part)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return ("x" if name == "shape" else " ").join(str(_format_cell("", part)) for part in value)
+    return value

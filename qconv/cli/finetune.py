@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qconv.cli.given import made, preprocessing_of
-from qconv.cli.looking import ALL_PICTURES
-from qconv.cli.options import WIDTH, common_options, csv_option, device_option, preprocessing_options, stack
-from qconv.cli.putting_out import Wanted
+from qconv.cli.evaluate import ALL_IMAGES
+from qconv.cli.options import (
+    HELP_WIDTH,
+    combine_options,
+    common_options,
+    csv_option,
+    device_option,
+    preprocessing_options,
+)
+from qconv.cli.output import OutputOptions
+from qconv.cli.recipe_options import make_preprocessing_options, make_recipe_of_fields
 from qconv.errors import QconvError, format_count, require_torch
 from qconv.signals import raise_exit_on_signals
 
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
 
 GATE_FELL_SHORT = 3
 
-finetune_options = stack(
+finetune_options = combine_options(
     click.option(
         "--images",
         required=True,
@@ -89,7 +96,7 @@ finetune_options = stack(
 )
 
 
-@click.command(context_settings=WIDTH)
+@click.command(context_settings=HELP_WIDTH)
 @click.argument("quant")
 @finetune_options
 def finetune(
@@ -129,20 +136,20 @@ def finetune(
         raise click.UsageError("training reads its files several times: name them.")
     if not labels and (classes is not None or label_offset):
         raise click.UsageError("--classes and --label-offset are for --labels.")
-    recipe = made(
+    recipe = make_recipe_of_fields(
         {
             "calib": (images,),
-            "samples": samples or ALL_PICTURES,
+            "samples": samples or ALL_IMAGES,
             "seed": seed,
             "glob": pattern,
             "threads": threads,
-            "preprocessing": preprocessing_of(options),
+            "preprocessing": make_preprocessing_options(options),
             "min_agreement": min_agreement,
             "min_sqnr": min_sqnr,
         }
     )
     out = _default_output(quant) if output is None else Path(output)
-    wanted = Wanted(as_json, quiet, csv)
+    wanted = OutputOptions(as_json, quiet, csv)
     files = [Path(name) for name in (quant, teacher, classes, images) if name is not None]
     wanted.check(*files, written={"the output": str(out)})
     require_torch("qconv finetune")
@@ -172,7 +179,7 @@ def finetune(
         )
     finally:
         console.close()
-    wanted.put(found.as_dict(), found.rows, lambda: _text(found, verbose=verbose))
+    wanted.put(found.as_dict(), found.rows, lambda: _format_result(found, verbose=verbose))
     for gate in found.gates:
         if not gate.held and not quiet:
             got = "no such measure" if gate.got is None else f"{gate.got:.4g}"
@@ -188,12 +195,12 @@ def _default_output(quant: str) -> Path:
     return path.with_name(f"{path.stem if path.suffix.lower() == '.onnx' else path.name}.qat.onnx")
 
 
-def _text(found: FinetuneResult, *, verbose: bool) -> str:
+def _format_result(found: FinetuneResult, *, verbose: bool) -> str:
     """What training brought on the pictures held back."""
     from qconv.report.text import format_columns, wrap_text
 
     judged = [found.before] if found.after is None else [found.before, found.after]
-    table = [_cells(one, labels=found.wishes.labels) for one in judged]
+    table = [_result_cells(one, labels=found.wishes.labels) for one in judged]
     rows = [(name, *(cells[name] for cells in table)) for name in table[0]]
     own = found.audit
     lines = [
@@ -202,14 +209,16 @@ def _text(found: FinetuneResult, *, verbose: bool) -> str:
         format_columns([("", "before", "after")[: len(table) + 1], *rows], "lrr"[: len(table) + 1]),
         "",
         wrap_text(
-            f"On {format_count(found.held, 'picture')} held back, by ONNX Runtime. {_steps(found)}, "
+            f"On {format_count(found.held, 'picture')} held back, by ONNX Runtime. {_describe_steps(found)}, "
             f"{found.seconds:.0f} seconds on {found.device}."
         ),
     ]
     if verbose and found.history:
         lines += [
             "",
-            format_columns([("step", "epoch", "loss", "right", "distance", "s"), *map(_row, found.history)], "rrrrrr"),
+            format_columns(
+                [("step", "epoch", "loss", "right", "distance", "s"), *map(_history_row, found.history)], "rrrrrr"
+            ),
         ]
     runs = f"{format_count(own.integer, 'node')} in integers, {own.float} in float"
     lines += ["", wrap_text(f"{found.output}: {found.bytes / 1e6:.2f} MB, {runs}.")]
@@ -218,7 +227,7 @@ def _text(found: FinetuneResult, *, verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _cells(judged: ValidationResult, *, labels: bool) -> dict[str, str]:
+def _result_cells(judged: ValidationResult, *, labels: bool) -> dict[str, str]:
     found = {}
     if judged.mark.right is not None:
         found["top-1" if labels else "agreement"] = f"{judged.mark.right:.2%}"
@@ -227,13 +236,13 @@ def _cells(judged: ValidationResult, *, labels: bool) -> dict[str, str]:
     return {**found, "distance": f"{judged.mark.distance:.4g}"}
 
 
-def _steps(found: FinetuneResult) -> str:
+def _describe_steps(found: FinetuneResult) -> str:
     end = f", given up after {found.done} of {found.steps}" if found.done < found.steps else ""
     resumed = f" (from step {found.resumed} in this run)" if found.resumed else ""
     return f"{format_count(found.done, 'step')}{end}{resumed}"
 
 
-def _row(row: HistoryRow) -> tuple[str, ...]:
+def _history_row(row: HistoryRow) -> tuple[str, ...]:
     right = "" if row.mark.right is None else f"{row.mark.right:.2%}"
     return (
         f"{row.step}",

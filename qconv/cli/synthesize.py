@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qconv.cli.given import preprocessing_of
 from qconv.cli.options import (
-    WIDTH,
+    HELP_WIDTH,
+    combine_options,
     common_options,
     csv_option,
     device_option,
     preprocessing_options,
     report_option,
-    stack,
 )
-from qconv.cli.putting_out import Wanted, check_report, typed
+from qconv.cli.output import OutputOptions, check_report_path, format_command_line
+from qconv.cli.recipe_options import make_preprocessing_options
 from qconv.config.choices import SYNTHESIS_STEPS
 from qconv.errors import format_count, format_shape, require_torch
 from qconv.signals import raise_exit_on_signals
@@ -26,10 +26,10 @@ from qconv.signals import raise_exit_on_signals
 if TYPE_CHECKING:
     from qconv.results.training import BatchNormMatch, SynthesisResult
 
-SHOWN = 5
+MOST_LAYERS = 5
 """Layers in the summary, the farthest first."""
 
-synthesize_options = stack(
+synthesize_options = combine_options(
     click.option(
         "-o",
         "--output",
@@ -71,7 +71,7 @@ synthesize_options = stack(
 )
 
 
-@click.command(context_settings=WIDTH)
+@click.command(context_settings=HELP_WIDTH)
 @click.argument("model")
 @synthesize_options
 def synthesize(
@@ -98,7 +98,7 @@ def synthesize(
         raise click.UsageError("MODEL and --output need a name.")
     if output == "-":
         raise click.UsageError("pictures go into a folder: name it.")
-    wanted = Wanted(as_json, quiet, csv)
+    wanted = OutputOptions(as_json, quiet, csv)
     wanted.check(*(Path(name) for name in (model,) if name != "-"), written={"the folder of pictures": output})
     from qconv.storage import refuse_path_inside
 
@@ -112,9 +112,9 @@ def synthesize(
     from qconv.training import synthesize as story
 
     source = source_of(model)
-    page = check_report(report, [source], [], {"the folder of pictures": output, "the table": csv})
+    page = check_report_path(report, [source], [], {"the folder of pictures": output, "the table": csv})
     wishes = training_options.SynthesisOptions(
-        preprocessing_of(options), count, batch, iterations, seed, threads, device
+        make_preprocessing_options(options), count, batch, iterations, seed, threads, device
     )
     console = report_console.Console(quiet=quiet)
     raise_exit_on_signals()
@@ -126,18 +126,18 @@ def synthesize(
         from qconv import storage
         from qconv.report import html, pages
 
-        storage.write_atomically(page, html.render_page(pages.make_synthesis_page(made, typed())))
+        storage.write_atomically(page, html.render_page(pages.make_synthesis_page(made, format_command_line())))
     found = made.found
     rows = [layer.as_dict() for layer in found.layers]
-    wanted.put(found.as_dict(), rows, lambda: _text(found, verbose=verbose))
+    wanted.put(found.as_dict(), rows, lambda: _format_result(found, verbose=verbose))
     return 0
 
 
-def _text(found: SynthesisResult, *, verbose: bool) -> str:
+def _format_result(found: SynthesisResult, *, verbose: bool) -> str:
     """How near the statistics came, and what to do with the pictures."""
     from qconv.report.text import format_columns, wrap_text
 
-    rows = found.worst_first if verbose else found.worst_first[:SHOWN]
+    rows = found.worst_first if verbose else found.worst_first[:MOST_LAYERS]
     layers = format_count(len(found.layers), "BatchNormalization")
     command = ["qconv", "quantize", "-" if found.piped else found.model, "--calib", found.output, *found.options]
     lines = [
@@ -151,7 +151,7 @@ def _text(found: SynthesisResult, *, verbose: bool) -> str:
             [
                 ("distance of statistics", "at first", "now"),
                 (f"{layers}, on average", f"{found.before:.3f}", f"{found.after:.3f}"),
-                *(("  " + _short(row), f"{row.before:.3f}", f"{row.after:.3f}") for row in rows),
+                *(("  " + _shorten_name(row), f"{row.before:.3f}", f"{row.after:.3f}") for row in rows),
             ],
             "lrr",
         ),
@@ -170,6 +170,6 @@ def _text(found: SynthesisResult, *, verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _short(layer: BatchNormMatch) -> str:
+def _shorten_name(layer: BatchNormMatch) -> str:
     """The end of a long name."""
     return layer.name if len(layer.name) <= 44 else f"...{layer.name[-41:]}"

@@ -17,7 +17,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import read_layer_bits
 from qconv.errors import QconvError
 
-SAME = (
+SAME_NAMED_FIELDS = (
     ("calib", "fallback", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
     + ("max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding")
     + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
@@ -27,35 +27,35 @@ SAME = (
 """Options that a Recipe calls the same."""
 
 
-def recipe_of(options: dict[str, Any], typed: Collection[str] | None = None) -> Recipe:
+def make_recipe_of_options(options: dict[str, Any], typed: Collection[str] | None = None) -> Recipe:
     """Values that do not go together are usage errors, as those are that click finds itself.
 
     options: what click calls them, with their values; typed: as `fields_of` takes it. Raises QconvError for a file of
     bits that cannot be used.
     """
-    return made(fields_of(options, typed))
+    return make_recipe_of_fields(collect_fields(options, typed))
 
 
-def made(fields: Mapping[str, Any]) -> Recipe:
+def make_recipe_of_fields(fields: Mapping[str, Any]) -> Recipe:
     """The Recipe of these fields; what does not go together is a usage error."""
-    with _usage():
+    with _raise_usage_errors():
         return Recipe(**fields)
 
 
 @contextlib.contextmanager
-def _usage() -> Iterator[None]:
+def _raise_usage_errors() -> Iterator[None]:
     try:
         yield
     except QconvError as error:
         raise click.UsageError(f"{error.message} {error.hint[:1].upper()}{error.hint[1:]}") from None
 
 
-def fields_of(options: dict[str, Any], typed: Collection[str] | None = None) -> dict[str, Any]:
+def collect_fields(options: dict[str, Any], typed: Collection[str] | None = None) -> dict[str, Any]:
     """What options say of the fields of a Recipe, before any of them follows from others.
 
     typed: those that a named recipe does not replace; None for those of the running command.
     """
-    given = names_given() if typed is None else typed
+    given = find_typed_options() if typed is None else typed
     name = options["recipe_name"]
     named = (
         {} if name is None else {option: value for option, value in NAMED_RECIPES[name].items() if option not in given}
@@ -65,8 +65,8 @@ def fields_of(options: dict[str, Any], typed: Collection[str] | None = None) -> 
     if block_size is not None and granularity != WeightGranularity.PER_BLOCK:
         raise click.UsageError(f"--block-size is for --weight-granularity per-block, not {granularity}.")
     file = options["layer_bits"]
-    with _usage():
-        preprocessing = preprocessing_of(options)
+    with _raise_usage_errors():
+        preprocessing = make_preprocessing_options(options)
     return {
         "layer_bits": () if file is None else read_layer_bits(Path(file)),
         "block_size": block_size or BLOCK_SIZE,
@@ -75,12 +75,12 @@ def fields_of(options: dict[str, Any], typed: Collection[str] | None = None) -> 
         "activation_scheme": options["activation_scheme"],
         "weight_granularity": WeightGranularity(options["weight_granularity"]),
         "preprocessing": preprocessing,
-        **{name: options[name] for name in SAME},
+        **{name: options[name] for name in SAME_NAMED_FIELDS},
         **{name: options[name] or "" for name in ("calibrator", "bias_correction")},  # what follows from the others
     }
 
 
-def require_pictures(calib: Collection[str], why: str) -> None:
+def require_images(calib: Collection[str], why: str) -> None:
     """Usage errors for a command that needs some. why: what it does with them."""
     if not calib:
         raise click.UsageError("pass the calibration pictures with --calib DIR.")
@@ -89,13 +89,13 @@ def require_pictures(calib: Collection[str], why: str) -> None:
         raise click.UsageError(f"--calib {NO_IMAGES} leaves no pictures, and {why}: {fix}")
 
 
-def without(names: Collection[str]) -> list[click.Parameter]:
+def select_options_without(names: Collection[str]) -> list[click.Parameter]:
     """The options of `quantize`, but for those of these names."""
     command = click.command()(quantize_options(lambda: None))
     return [option for option in command.params if option.name not in names]
 
 
-def names_given() -> frozenset[str]:
+def find_typed_options() -> frozenset[str]:
     """The options of the running command that were typed."""
     context = click.get_current_context(silent=True)
     if context is None:
@@ -103,7 +103,7 @@ def names_given() -> frozenset[str]:
     return frozenset(n for n in context.params if context.get_parameter_source(n) is not ParameterSource.DEFAULT)
 
 
-def preprocessing_of(options: dict[str, Any]) -> PreprocessingOptions:
+def make_preprocessing_options(options: dict[str, Any]) -> PreprocessingOptions:
     """What the options of `preprocessing_options` say. Values that do not go together are usage errors."""
     scale = options["scale"]
     if scale is not None and len(scale) != 1:
