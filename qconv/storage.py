@@ -155,7 +155,7 @@ def remove_stale_folders(out: Path) -> None:
 
 def temporary_path() -> Path:
     """Where a model is written that has no place of its own."""
-    return Path(tempfile.gettempdir()) / "qconv.onnx"
+    return Path(tempfile.gettempdir()) / "qconv-model.onnx"
 
 
 def sync_file(path: Path) -> None:

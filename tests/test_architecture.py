@@ -27,12 +27,12 @@ def heavy_after(statement: str) -> str:
 def test_help_and_version_import_nothing_heavy() -> None:
     """They answer in the time that Python takes to start."""
     for option in ("--help", "--version"):
-        run = f"sys.argv = ['qconv', '{option}']\nfrom qconv.cli import cli\ntry: cli.main()\nexcept SystemExit: pass"
+        run = f"sys.argv = ['qconv', '{option}']\nfrom qconv.cli.main import main\ntry: main()\nexcept SystemExit: pass"
         assert heavy_after(run) == ""
 
 
 @pytest.mark.parametrize(
-    "names", ["errors", "config.recipe", "findings", "config.targets", "ir.rules", "results.report"]
+    "names", ["errors", "config.recipe", "findings", "config.targets", "ir.operators", "results.quantize"]
 )
 def test_words_need_no_numbers(names: str) -> None:
     assert heavy_after(f"import qconv.{names}") == ""

@@ -468,7 +468,7 @@ def test_what_needs_no_model_imports_no_library(args: list[str]) -> None:
 import sys, time
 start = time.perf_counter()
 sys.argv = ["qconv", *{args!r}]
-from qconv.cli.cli import main
+from qconv.cli.main import main
 try:
     main()
 except SystemExit:
@@ -893,7 +893,7 @@ def watching(name, *args, **kwargs):
 sys.meta_path.insert(0, Watch())
 builtins.__import__ = watching
 sys.argv = ["qconv", "quantize", {model!r}, "--calib", {calib!r}, "-o", "out.onnx"]
-from qconv.cli.cli import main
+from qconv.cli.main import main
 main()
 """
 

@@ -33,7 +33,7 @@ for module in pkgutil.walk_packages(qconv.__path__, "qconv."):
     except ModuleNotFoundError as error:
         if error.name.partition(".")[0] not in ("torch", "jinja2", "markupsafe", "plotly", "psutil"):
             raise
-from qconv.cli.cli import main
+from qconv.cli.main import main
 sys.argv[0] = "qconv"
 main()
 """

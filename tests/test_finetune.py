@@ -401,9 +401,9 @@ def test_a_signal_leaves_no_output(place: Path, tmp_path: Path) -> None:
     out, kept = tmp_path / "out.onnx", tmp_path / ".out.onnx.training"
     words = [str(place / "net.w3a3.onnx"), "--images", str(place / "pictures"), "--epochs", "100000", "-o", str(out)]
     code = (
-        "import sys; import qconv.training.training, qconv.training.resuming; from qconv import cli;"
-        "qconv.training.MOST_CUTS = 10**9; qconv.resuming.KEPT_EVERY = 0.0;"
-        f"sys.argv = {['qconv', 'finetune', *words]!r}; cli.run()"
+        "import sys; import qconv.training.trainer as trainer; from qconv.cli.main import run;"
+        "trainer.MOST_RATE_CUTS = 10**9; trainer.SAVE_EVERY_SECONDS = 0.0;"
+        f"sys.argv = {['qconv', 'finetune', *words]!r}; run()"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(

@@ -7,7 +7,6 @@ import json
 import re
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -223,12 +222,6 @@ def test_the_worst_layer_is_shown_first() -> None:
     layers[7] = replace(layers[7], output_share=0.1)
     tree = Tree(html.render_page(replace(page, compared=replace(page.compared, layers=tuple(layers)))).decode())
     assert tree.data["worst"] == 7
-
-
-def test_all_that_the_page_is_made_of_is_shipped() -> None:
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["qconv"]
-    package = Path(html.__file__).parent
-    assert sorted(told) == sorted(path.name for path in package.iterdir() if path.suffix not in ("", ".py"))
 
 
 # -- tiles and sentences -----------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_a_signal_while_something_is_being_opened(code: str, says: str, number: 
 
 WATCHED = """
 import atexit, sys
-import qconv.cli
+import qconv.cli.main
 atexit.register(print, "seen", flush=True)
 how = sys.argv.pop(1)
 if how == "trace":
@@ -86,7 +86,7 @@ elif how == "profile":
     sys.setprofile(lambda frame, event, argument: None)
 elif how == "monitoring":
     sys.monitoring.use_tool_id(sys.monitoring.COVERAGE_ID, "coverage")
-qconv.cli.run()
+qconv.cli.main.run()
 """
 
 

@@ -160,7 +160,7 @@ def test_points_are_judged_by_pictures_that_weights_were_not_rounded_on(
 ) -> None:
     """Of 16 pictures 4 are for the weights. The float network is right on all, so that what changes class is wrong."""
     few = {name: replace(effort, pictures=4) for name, effort in ROUNDING_EFFORTS.items()}
-    monkeypatch.setattr("qconv.search.mixed_precision.EFFORTS", few)
+    monkeypatch.setattr("qconv.search.mixed_precision.ROUNDING_EFFORTS", few)
     options = {"rounding": "second-order", "batch": batch, "max_drop": Drop("top1", 0.1), "edge_bits": 2}
     _, result, mixed = searched(pictures, **options)
     paths = find_files((str(pictures),), pattern=None, samples=16, seed=0).paths

@@ -56,8 +56,12 @@ def test_one_scale_for_all_weights_by_hand() -> None:
 
 TERMS: dict[str, NoiseTerm] = {
     "codes": codes([4.0, 1.0, 2.0], [1.0, 3.0, 0.5]),
-    "signed codes": ActivationNoise(np.arange(3), np.float64([-1, -3, 0]), np.float64([2, 0, 1]), np.float64([1, 2, 3]), 15.0),
-    "a class twice": ActivationNoise(np.array([0, 1, 0]), np.zeros(3), np.float64([4, 1, 3]), np.float64([1, 2, 3]), 15.0),
+    "signed codes": ActivationNoise(
+        np.arange(3), np.float64([-1, -3, 0]), np.float64([2, 0, 1]), np.float64([1, 2, 3]), 15.0
+    ),
+    "a class twice": ActivationNoise(
+        np.array([0, 1, 0]), np.zeros(3), np.float64([4, 1, 3]), np.float64([1, 2, 3]), 15.0
+    ),
     "weights": weights([[2.0, 1.0, 0.3], [1.0, 0.1, 3.0]], [1.0, 4.0, 0.5]),
     "one scale": weights([[2.0, 1.0, 0.3], [1.0, 0.1, 3.0]], [1.0, 4.0, 0.5], whole=True, gains=[1.0, 5.0]),
     "groups": WeightNoise.of(

@@ -141,7 +141,7 @@ def test_a_product_whose_rows_are_places_is_sampled(samples: str, monkeypatch: p
         seen.append(sum(rows.shape[1] for _, rows in kept))
         return accumulate_moments(kept)
 
-    monkeypatch.setattr("qconv.quantization.second_order.moments", counted)
+    monkeypatch.setattr("qconv.quantization.second_order.accumulate_moments", counted)
     body = f"a = Conv<{SAME}>(x, w) b = Relu(a) t = Transpose<perm=[0,2,3,1]>(b) r = Reshape(t, s) y = MatMul(r, m)"
     proto = network(body, ("N", 3, 8, 8), w=(8, 3, 3, 3), s=np.array([-1, 8], np.int64), m=(8, 5))
     made(proto, samples, weight_bits=4)

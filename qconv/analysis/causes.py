@@ -203,7 +203,10 @@ def find_dead_channels(evidence: DiagnosisEvidence) -> Iterator[Cause]:
             found[node.outputs[0].name or ""] = dead
     if found:
         names = sorted(found, key=lambda name: -found[name])
-        what = f"{format_count(sum(found.values()), 'channel')} of {format_count(len(found), 'tensor')} are zero on all pictures"
+        what = (
+            f"{format_count(sum(found.values()), 'channel')} of {format_count(len(found), 'tensor')} "
+            "are zero on all pictures"
+        )
         told = (
             "; they cost nothing on these pictures, and what wakes them on others is clipped to the range of the rest"
         )
@@ -282,7 +285,10 @@ def find_bias_overflow(evidence: DiagnosisEvidence) -> Iterator[Cause]:
     found = [f for f in evidence.report.findings if isinstance(f, Change) and f.kind == WIDENED_FOR_BIAS]
     if found:
         names = tuple(dict.fromkeys(change.where for change in found))
-        what = f"biases of {format_count(len(names), 'layer')} are too large for int32 codes of scale s_x s_w, as of {names[0]}"
+        what = (
+            f"biases of {format_count(len(names), 'layer')} are too large for int32 codes of scale s_x "
+            f"s_w, as of {names[0]}"
+        )
         how = "weight scales of these channels were widened until their biases fit"
         yield Cause("bias-overflow", names, what, evidence.share_of_nodes(names), how)
 

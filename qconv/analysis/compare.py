@@ -36,7 +36,7 @@ from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
 from qconv.ir.rewriting import EditRefused
 from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
-from qconv.metrics.comparison import compute_sqnr_db
+from qconv.metrics.comparison import ComparisonAccumulator, compute_sqnr_db
 from qconv.passes import fold
 from qconv.results.comparison import Comparison, HistogramBars, LayerComparison, ValueStatistics
 from qconv.runtime.session import Session
@@ -279,10 +279,10 @@ class _LoadedNetworks:
             progress("compare", min(done, question.pictures), question.pictures)
         return tallies
 
-    def whole(self, question: ComparisonRequest) -> Comparison:
+    def whole(self, question: ComparisonRequest) -> ComparisonAccumulator:
         """The outputs of both files as they are, in the runtime's own way."""
         both = [Session(s.runnable, name=s.name, threads=self.threads) for s in (question.float_model, question.model)]
-        comparison = Comparison.of(both[0].outputs)
+        comparison = ComparisonAccumulator.of(both[0].outputs)
         for floats, feeds in question.feeds():
             comparison.add(both[0].run_all(floats), both[1].run(both[0].outputs, feeds))
         return comparison

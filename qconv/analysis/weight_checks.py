@@ -187,7 +187,10 @@ class _WeightChecker:
         self.numbers["output_ratio"] = value = float(ratios.max())
         channels = np.flatnonzero(living)
         count = int((ratios > LEAST_RATIO).sum())
-        what = f"output channels' ranges differ {_format_ratio(value)}: with one scale {format_count(count, 'channel')} of "
+        what = (
+            f"output channels' ranges differ {_format_ratio(value)}: with one scale "
+            f"{format_count(count, 'channel')} of "
+        )
         what += f"{self.layer.outputs} would keep 2 bits of 8 or fewer"
         handled = "scales for each channel take care of it" if self.handling.per_channel else ""
         self._add("channel-imbalance", value > LEAST_RATIO, what, channels, ratios, LEAST_RATIO, handled)
@@ -222,7 +225,10 @@ class _WeightChecker:
         ratios = np.where(alone, 1.0, 1.0 / np.sqrt(np.where(alone, 1.0, others)))
         self.numbers["outlier"] = value = float(ratios.max())
         decibel = 20 * np.log10(np.sqrt(12) * 127 / value)
-        what = f"one weight of a channel is {_format_ratio(value, 'as large')} as the root mean square of the others, which "
+        what = (
+            f"one weight of a channel is {_format_ratio(value, 'as large')} as the root mean square of "
+            "the others, which "
+        )
         what += f"keep {decibel:.0f} dB with 8 bits"
         self._add("outlier", value > LEAST_OUTLIER, what, np.flatnonzero(living), ratios, LEAST_OUTLIER, "")
 

@@ -264,7 +264,8 @@ def require_same_preprocessing(statistics: Statistics, path: str, wanted: Mappin
     """Raise QconvError unless pictures became inputs in this way, which is as `done_to_pictures` gives it."""
     if _describe_changed_fields(statistics.preprocessing, wanted):
         raise QconvError(
-            f"{path} was made with another preprocessing ({_describe_changed_fields(statistics.preprocessing, wanted)}).",
+            f"{path} was made with another preprocessing "
+            f"({_describe_changed_fields(statistics.preprocessing, wanted)}).",
             "leave the preprocessing options out, or write it again with --save-stats.",
         )
 

@@ -10,7 +10,7 @@ import io
 import os
 import sys
 import warnings
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import click
 
@@ -22,13 +22,13 @@ from qconv.cli.diagnose import diagnose
 from qconv.cli.evaluate import evaluate
 from qconv.cli.finetune import finetune
 from qconv.cli.inspect import inspect
+from qconv.cli.merge_stats import merge_stats
 from qconv.cli.options import HELP_WIDTH
+from qconv.cli.quantize import quantize
+from qconv.cli.study_samples import study_samples
 from qconv.cli.synthesize import synthesize
 from qconv.errors import QconvError
 from qconv.signals import exit_at_once_on_signals
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.group(context_settings=HELP_WIDTH)
@@ -37,7 +37,20 @@ def cli() -> None:
     """Turn a float ONNX convolutional network into a quantized one, checked and explained."""
 
 
-for command in (inspect, evaluate, compare, diagnose, audit, benchmark, finetune, synthesize):
+COMMANDS = (
+    quantize,
+    inspect,
+    evaluate,
+    compare,
+    diagnose,
+    audit,
+    benchmark,
+    study_samples,
+    merge_stats,
+    finetune,
+    synthesize,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 import qconv
-from qconv.cli.main import cli
 from qconv.cli.options import HELP_WIDTH, output_options
 from qconv.errors import format_count
 from qconv.signals import raise_exit_on_signals
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     pass
 
 
-@cli.command("merge-stats", context_settings=HELP_WIDTH)
+@click.command("merge-stats", context_settings=HELP_WIDTH)
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("-o", "--output", required=True, metavar="OUT", help="Where to write the sum.")
 @output_options

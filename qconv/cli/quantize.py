@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qconv.cli.main import cli
 from qconv.cli.options import HELP_WIDTH, quantize_options, require_output
 from qconv.cli.output import OutputOptions, check_report_path, format_command_line
 from qconv.cli.recipe_options import find_typed_options, make_recipe_of_options, require_images, select_options_without
@@ -214,7 +213,7 @@ def _read_tables(file: Path) -> dict[str, dict[str, Any]]:
 GATE_FELL_SHORT = 3
 
 
-@cli.command(context_settings=HELP_WIDTH)
+@click.command(context_settings=HELP_WIDTH)
 @click.argument("model")
 @quantize_options
 def quantize(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qconv.cli.main import cli
 from qconv.cli.options import HELP_WIDTH, images_option
 from qconv.cli.output import OutputOptions
 from qconv.cli.quantize import (
@@ -41,7 +40,7 @@ OPTIONS_NOT_STUDIED = frozenset(
 CHART_SUFFIXES = (".png", ".html")
 
 
-@cli.command(
+@click.command(
     "study-samples",
     context_settings=HELP_WIDTH,
     params=select_options_without(OPTIONS_NOT_STUDIED),

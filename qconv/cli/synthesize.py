@@ -142,7 +142,8 @@ def _format_result(found: SynthesisResult, *, verbose: bool) -> str:
     command = ["qconv", "quantize", "-" if found.piped else found.model, "--calib", found.output, *found.options]
     lines = [
         wrap_text(
-            f"{found.output}: {format_count(found.wishes.count, 'picture')} of {format_shape(found.preprocessing.size)}, "
+            f"{found.output}: {format_count(found.wishes.count, 'picture')} of "
+            f"{format_shape(found.preprocessing.size)}, "
             f"by {found.model}"
         ),
         wrap_text(found.words),

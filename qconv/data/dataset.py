@@ -177,7 +177,8 @@ class Classes:
         shifted = f", shifted by {offset}," if offset else ""
         if self.complete and len(self.rank) + offset != outputs:
             raise QconvError(
-                f"{format_count(len(self.rank), 'class folder')}{shifted} do not fit {outputs} outputs, so that their order "
+                f"{format_count(len(self.rank), 'class folder')}{shifted} do not fit {outputs} outputs, so "
+                "that their order "
                 "tells no class.",
                 "list all class folders in output order in a file: --classes FILE (--label-offset shifts them).",
             )

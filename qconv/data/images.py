@@ -403,7 +403,10 @@ def _check_array(array: NDArray[Any], spec: InputSpec, path: Path) -> NDArray[An
     batched = array.ndim == len(spec.shape) and array.shape[:1] == (1,)
     sample = array[0] if batched else array
     if not spec.shape or not shape_matches((1, *sample.shape), (None, *spec.shape[1:])):
-        fact = f"{path} has shape {format_shape(array.shape)} for input '{spec.name}', which takes {format_shape(spec.shape)}."
+        fact = (
+            f"{path} has shape {format_shape(array.shape)} for input '{spec.name}', which takes "
+            f"{format_shape(spec.shape)}."
+        )
         raise QconvError(fact, "store one sample a file, with or without the leading batch axis of 1.")
     # Any float may become the wanted float. Integers into a float network are most likely pixels not yet normalised.
     same_kind = array.dtype.kind == spec.dtype.kind
@@ -530,7 +533,10 @@ def _stack_inputs(rows: list[_Sample], inputs: Sequence[InputSpec]) -> _Sample:
     for spec in inputs:
         shapes = sorted({row[spec.name].shape for row in rows})
         if len(shapes) > 1:
-            fact = f"samples for input '{spec.name}' differ in shape: {format_shape(shapes[0])} and {format_shape(shapes[1])}."
+            fact = (
+                f"samples for input '{spec.name}' differ in shape: {format_shape(shapes[0])} and "
+                f"{format_shape(shapes[1])}."
+            )
             raise QconvError(fact, "pass --batch 1, or bring them to one shape.")
     joined = {spec.name: np.stack([row[spec.name] for row in rows]) for spec in inputs}
     rows.clear()

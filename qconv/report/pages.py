@@ -92,7 +92,8 @@ def _make_caption(fed: Sequence[NDArray[Any]], prep: Preprocessing) -> str:
     low, high, mean = numbers.min(), numbers.max(), numbers.mean()
     order = {"grey": "one grey channel", "rgb": "red, green, blue", "bgr": "blue, green, red"}[prep.color]
     return (
-        f"The first {format_count(len(fed), 'picture')} as the network got them, with crop and borders, made pictures again "
+        f"The first {format_count(len(fed), 'picture')} as the network got them, with crop and borders, "
+        "made pictures again "
         f"by undoing this preprocessing. As numbers, {order}: {low:.3g} to {high:.3g}, mean {mean:.3g}."
     )
 
@@ -445,7 +446,8 @@ def make_synthesis_page(made: SynthesizedImages, command: str) -> Page:
     size = format_shape(found.preprocessing.size)
     return Page(
         title=PurePath(found.model).name,
-        subtitle=f"{format_count(count, 'picture')}, made from what {_describe_layers(found)} of it remember of training",
+        subtitle=f"{format_count(count, 'picture')}, made from what {_describe_layers(found)} of it "
+        "remember of training",
         tiles=(
             Tile("pictures", str(count), f"{size}, in {format_count(found.wishes.steps, 'step')} each"),
             Tile(
@@ -468,7 +470,8 @@ def make_synthesis_page(made: SynthesizedImages, command: str) -> Page:
         warnings=tuple(found.warnings),
         fed=found.words,
         contact=tuple(PagePicture(f"{index:0{digits}}.png", encode_thumbnail(made.pixels[index])) for index in shown),
-        caption=f"{format_count(len(shown), 'picture')} of {count}, made out of discs by gradients through the network.",
+        caption=f"{format_count(len(shown), 'picture')} of {count}, made out of discs by gradients "
+        "through the network.",
         command=command,
         synthesis=found,
     )

@@ -121,7 +121,10 @@ def format_benchmark(found: Benchmark, *, verbose: bool) -> str:
     for other in found.timings[1:]:
         lines.append(f"{other.path}: {_compare_times(first.medians, other.medians)}")
     inputs = ", ".join(f"{name} {format_shape(shape)}" for name, shape in first.shapes.items())
-    how = f"{format_count(found.threads, 'thread')}, {format_count(found.conditions.rounds, 'round')} in turns, input {inputs}, "
+    how = (
+        f"{format_count(found.threads, 'thread')}, {format_count(found.conditions.rounds, 'round')} in "
+        f"turns, input {inputs}, "
+    )
     lines += ["", wrap_text(f"{how}ONNX Runtime {found.version}."), wrap_text(f"{found.cpu.in_words()}.")]
     if found.cpu.advice():
         lines.append(wrap_text(f"Note: {found.cpu.advice()}."))

@@ -166,7 +166,8 @@ class SampleCurve:
         everything, enough = format_count(self.pictures, "picture"), self.enough
         if enough is not None:
             return (
-                f"{format_count(enough, 'picture')} {'is' if enough == 1 else 'are'} enough here: the worst draw is at most "
+                f"{format_count(enough, 'picture')} {'is' if enough == 1 else 'are'} enough here: the "
+                "worst draw is at most "
                 f"{self._gap(self.tolerance)} below the level of sets of {self._half} to {self.pictures}.{self._fall()}"
             )
         last = max(self._small, default=None)
@@ -183,7 +184,8 @@ class SampleCurve:
         draws = "one draw" if self.draws == 1 else f"{self.draws} draws"
         others = f"pictures of {' and '.join(self.scored_on)}" if self.scored_on else "others, held back"
         return (
-            f"{draws} of each number out of {format_count(self.pictures, 'picture')}, each larger set holding the smaller "
+            f"{draws} of each number out of {format_count(self.pictures, 'picture')}, each larger set "
+            "holding the smaller "
             f"ones; scored on {self.scored} {others}; calibrator {self.recipe['calibrator']}."
         )
 

@@ -311,7 +311,7 @@ class Worker:
     def __init__(self, path: str, conditions: TimingConditions, threads: int) -> None:
         self.path = path
         # -P: a folder called numpy where the user stands must not be taken for the library
-        command = [sys.executable, "-P", "-m", "qconv.runtime.worker"]
+        command = [sys.executable, "-P", "-m", "qconv.runtime.benchmark_worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         wishes = {"model": path, "threads": threads, "batch": conditions.batch, "size": conditions.size}
         try:

@@ -1,6 +1,6 @@
 """A process that holds one model and times it when it is told to. `benchmark` starts it.
 
-    python -P -m qconv.runtime.worker
+    python -P -m qconv.runtime.benchmark_worker
 
 It reads lines of JSON and answers each with one: first {"model", "threads", "batch", "size"}, then numbers of runs.
 It ends when its input does, so none is left behind when the parent dies.

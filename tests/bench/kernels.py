@@ -1,7 +1,7 @@
 """What operators cost in float and in integers: the table that placement goes by, measured once for a target.
 
     python -m tests.bench.kernels            print the table
-    python -m tests.bench.kernels --write    and write it into qconv/cost_table.py
+    python -m tests.bench.kernels --write    and write it into qconv/config/cost_table.py
 
 An operator's cost is what a chain of layers gains in time with each further one, in place: between convolutions in the
 layout that the runtime gives them, conversions of layout included. Chains with and without it take turns, and the
@@ -35,7 +35,7 @@ ROUNDS = 15
 TURN_S = 0.012
 MOST_MACS = 3e8
 SCALE, ZERO = 0.05, 128
-TABLE = Path(__file__).resolve().parents[2] / "qconv" / "cost_table.py"
+TABLE = Path(__file__).resolve().parents[2] / "qconv" / "config" / "cost_table.py"
 
 
 @dataclass
