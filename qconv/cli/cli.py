@@ -21,6 +21,7 @@ from qconv.cli.finetuning import finetune
 from qconv.cli.given import recipe_of, require_pictures, without
 from qconv.cli.layerwise import compare, diagnose
 from qconv.cli.looking import audit, benchmark, evaluate, inspect
+from qconv.cli.manual import manual
 from qconv.cli.options import WIDTH, output_options, pictures_option, quantize_options, require_output
 from qconv.cli.putting_out import Wanted, check_report, typed
 from qconv.cli.sweeping import Flags, sweep
@@ -240,7 +241,7 @@ def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool,
     return 0
 
 
-for command in (inspect, evaluate, compare, diagnose, audit, benchmark, finetune, synthesize):
+for command in (inspect, evaluate, compare, diagnose, audit, benchmark, finetune, synthesize, manual):
     cli.add_command(command)
 
 

@@ -71,7 +71,7 @@ preprocessing_options = stack(
         "--layout", type=_choice(Layout), help="Axis order of the model's input; read off its shape by default."
     ),
     click.option(
-        "--resize", type=Resize(), default="auto", show_default=True, help="See 'Preprocessing' in the README."
+        "--resize", type=Resize(), default="auto", show_default=True, help="See `qconv manual preprocessing`."
     ),
     click.option(
         "--filter", "filter_", type=_choice(Filter), default="bilinear", show_default=True, help="For resizing."
@@ -121,8 +121,7 @@ quantize_options = stack(
         "--calib",
         multiple=True,
         metavar="DIR|FILE|none",
-        help="Calibration pictures: a folder, or a file with one path a line; or none: see 'Without pictures' in the "
-        "README.",
+        help="Calibration pictures: a folder, or a file with one path a line; or none: see `qconv manual data-free`.",
     ),
     click.option(
         "--fallback",
@@ -137,7 +136,7 @@ quantize_options = stack(
     click.option(
         "--sweep",
         metavar="RECIPES.toml",
-        help="Make one result of each recipe in the file, beside each other: see 'Several recipes' in the README.",
+        help="Make one result of each recipe in the file, beside each other: see `qconv manual sweep`.",
     ),
     click.option(
         "--samples",
@@ -192,7 +191,7 @@ quantize_options = stack(
     click.option(
         "--layer-bits",
         metavar="FILE.toml",
-        help="Bits of single layers, by globs of their names: see 'Bits layer by layer' in the README.",
+        help="Bits of single layers, by globs of their names: see `qconv manual bits`.",
     ),
     click.option(
         "--max-drop",
@@ -237,7 +236,7 @@ quantize_options = stack(
         type=click.Choice(EFFORTS),
         default="balanced",
         show_default=True,
-        help="How much time goes into accuracy: see 'Effort' in the README.",
+        help="How much time goes into accuracy: see `qconv manual effort`.",
     ),
     click.option(
         "--rounding",
@@ -271,7 +270,7 @@ quantize_options = stack(
         default="ort-cpu",
         show_default=True,
         type=click.Choice(list(TARGETS)),
-        help="What will run the result: see 'Targets' in the README.",
+        help="What will run the result: see `qconv manual targets`.",
     ),
     click.option(
         "--equalize/--no-equalize",
