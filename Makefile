@@ -30,7 +30,7 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fix: $(STAMP) ## mend what the linters can mend, write the README's option reference
+fix: $(STAMP) ## mend what the linters can mend, write the generated pages of the manual
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python -m tests.reference

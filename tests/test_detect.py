@@ -55,7 +55,7 @@ def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fed(pictures: NDArray[np.uint8], scale: float, mean: Any, std: Any, color: str) -> NDArray[np.float64]:
-    """(n, C, H, W) by the formula in the README."""
+    """(n, C, H, W) by the formula of `qconv manual preprocessing`."""
     ordered = pictures[..., ::-1] if color == "bgr" else pictures
     return ((ordered * scale - np.array(mean)) / np.array(std)).transpose(0, 3, 1, 2)
 

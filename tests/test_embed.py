@@ -1,6 +1,6 @@
 """The normalisation inside the model.
 
-Oracle: ONNX Runtime on the original model, fed with pixels that numpy normalised as the README's formula says.
+Oracle: ONNX Runtime on the original model, fed with pixels that numpy normalised as `qconv manual preprocessing` says.
 """
 
 from __future__ import annotations

@@ -12,14 +12,14 @@ import pytest
 OPENING = """
 import io, os, signal, sys
 from pathlib import Path
-from qconv.leaving import leave_by_exceptions
+from qconv.signals import raise_exit_on_signals
 number, path = int(sys.argv[1]), Path(sys.argv[2])
 def send(frame, event, argument):
     if event == "c_return" and argument is io.open:
         sys.setprofile(None)
         os.kill(os.getpid(), number)
 sys.setprofile(send)
-leave_by_exceptions()
+raise_exit_on_signals()
 try:
     for _ in range(3):
         with path.open("rb"):
@@ -30,14 +30,14 @@ finally:
 """
 TAKING = """
 import os, signal, sys
-from qconv.leaving import leave_by_exceptions, takes
+from qconv.signals import raise_exit_on_signals, takes
 number, taken = int(sys.argv[1]), []
 @takes
 def take():
     os.kill(os.getpid(), number)
     taken.append(sum(range(10**5)))
     return taken
-leave_by_exceptions()
+raise_exit_on_signals()
 try:
     found = take()
     while True:
@@ -48,10 +48,10 @@ finally:
 HANGING = """
 import os, signal, sys, threading
 from pathlib import Path
-from qconv.leaving import leave_by_exceptions
+from qconv.signals import raise_exit_on_signals
 number, path = int(sys.argv[1]), Path(sys.argv[2])
 os.mkfifo(path)
-leave_by_exceptions()
+raise_exit_on_signals()
 threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
 try:
     path.open("rb")

@@ -104,7 +104,7 @@ def test_without_a_place_the_file_lies_among_the_temporary_ones(
     with stage_model(model_of(), None) as found:
         (living,) = listing(tmp_path)
         onnx.checker.check_model(str(found.path))
-        (tmp_path / f".qconv.onnx.dead{storage.STAGING_SUFFIX}").mkdir()
+        (tmp_path / f".qconv-model.onnx.dead{storage.STAGING_SUFFIX}").mkdir()
         with stage_model(model_of(), None):
             assert len(listing(tmp_path)) == 2
             assert living in listing(tmp_path)
@@ -205,12 +205,12 @@ sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from models import loaded, network
 from qconv.errors import QconvError
-from qconv.save import staged
+from qconv.ir.files import stage_model
 model = loaded(network("y = Conv(x, w)", w=(40, 3, 5, 5)))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-    with staged(model, Path("out.onnx")) as found:
+    with stage_model(model, Path("out.onnx")) as found:
         found.commit(Path("out.onnx"))
 except QconvError as error:
     print(error.message)
@@ -261,9 +261,9 @@ import sys, time
 sys.path[:0] = {path!r}
 from pathlib import Path
 from models import loaded, network
-from qconv.save import staged
+from qconv.ir.files import stage_model
 model = loaded(network("y = Conv(x, w)", w=(4, 3, 3, 3)))
-with staged(model, Path("out.onnx")):
+with stage_model(model, Path("out.onnx")):
     print("written", flush=True)
     time.sleep(60)
 """

@@ -48,7 +48,7 @@ def test_torch_is_really_missing(environment: dict[str, str]) -> None:
     done = python(environment, "-c", "import torch")
     assert done.returncode == 1
     assert "No module named 'torch'" in done.stderr
-    done = python(environment, "-c", "import qconv.training.torchgraph")
+    done = python(environment, "-c", "import qconv.training.network")
     assert "No module named 'torch'" in done.stderr
 
 

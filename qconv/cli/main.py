@@ -22,6 +22,7 @@ from qconv.cli.diagnose import diagnose
 from qconv.cli.evaluate import evaluate
 from qconv.cli.finetune import finetune
 from qconv.cli.inspect import inspect
+from qconv.cli.manual import manual
 from qconv.cli.merge_stats import merge_stats
 from qconv.cli.options import HELP_WIDTH
 from qconv.cli.quantize import quantize
@@ -49,6 +50,7 @@ COMMANDS = (
     merge_stats,
     finetune,
     synthesize,
+    manual,
 )
 for command in COMMANDS:
     cli.add_command(command)

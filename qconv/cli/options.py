@@ -176,7 +176,7 @@ preprocessing_options = combine_options(
         "--layout", type=_choice(Layout), help="Axis order of the model's input; read off its shape by default."
     ),
     click.option(
-        "--resize", type=ResizeType(), default="auto", show_default=True, help="See 'Preprocessing' in the README."
+        "--resize", type=ResizeType(), default="auto", show_default=True, help="See `qconv manual preprocessing`."
     ),
     click.option(
         "--filter", "filter_", type=_choice(ResizeFilter), default="bilinear", show_default=True, help="For resizing."
@@ -226,8 +226,7 @@ quantize_options = combine_options(
         "--calib",
         multiple=True,
         metavar="DIR|FILE|none",
-        help="Calibration pictures: a folder, or a file with one path a line; or none: see 'Without pictures' in the "
-        "README.",
+        help="Calibration pictures: a folder, or a file with one path a line; or none: see `qconv manual data-free`.",
     ),
     click.option(
         "--fallback",
@@ -242,7 +241,7 @@ quantize_options = combine_options(
     click.option(
         "--sweep",
         metavar="RECIPES.toml",
-        help="Make one result of each recipe in the file, beside each other: see 'Several recipes' in the README.",
+        help="Make one result of each recipe in the file, beside each other: see `qconv manual sweep`.",
     ),
     click.option(
         "--samples",
@@ -297,7 +296,7 @@ quantize_options = combine_options(
     click.option(
         "--layer-bits",
         metavar="FILE.toml",
-        help="Bits of single layers, by globs of their names: see 'Bits layer by layer' in the README.",
+        help="Bits of single layers, by globs of their names: see `qconv manual bits`.",
     ),
     click.option(
         "--max-drop",
@@ -342,7 +341,7 @@ quantize_options = combine_options(
         type=click.Choice(EFFORTS),
         default="balanced",
         show_default=True,
-        help="How much time goes into accuracy: see 'Effort' in the README.",
+        help="How much time goes into accuracy: see `qconv manual effort`.",
     ),
     click.option(
         "--rounding",
@@ -376,7 +375,7 @@ quantize_options = combine_options(
         default="ort-cpu",
         show_default=True,
         type=click.Choice(list(TARGETS)),
-        help="What will run the result: see 'Targets' in the README.",
+        help="What will run the result: see `qconv manual targets`.",
     ),
     click.option(
         "--equalize/--no-equalize",

@@ -177,7 +177,7 @@ def sqnr(want: Array, got: Array) -> float:
 
 
 def matrix(rows: list[Row], versions: Sequence[str]) -> str:
-    """As Markdown, which the README takes."""
+    """As Markdown, which `qconv manual targets` takes."""
     lines = [f"| file | {' | '.join(versions)} |", f"|---{'|---' * len(versions)}|"]
     lines += [f"| {row.name} | {' | '.join(row.cells.get(v, '') for v in versions)} |" for row in rows]
     return "\n".join(lines)
