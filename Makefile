@@ -33,7 +33,7 @@ lint: $(STAMP) ## check style and types
 fix: $(STAMP) ## mend what the linters can mend, write the generated pages of the manual
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/python -m tests.reference
+	$(BIN)/python -m tests.support.reference
 
 bench: $(STAMP) ## measure against ONNX Runtime's own quantizer; needs models and pictures, see tests/bench
 	$(BIN)/python -m tests.bench $(ARGS)

@@ -14,12 +14,12 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from reference import GENERATED, MANUAL, README, ROOT, between
 
 from qconv.cli import manual as command_module
 from qconv.cli.main import cli
 from qconv.cli.options import parse_number
 from qconv.config.preprocessing import PRESETS
+from tests.support.reference import GENERATED, MANUAL, README, ROOT, between
 
 INDEX = MANUAL / "README.md"
 PAGES = {path: path.read_text("utf-8") for path in (README, *sorted(MANUAL.glob("*.md")))}

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from models import ints, network
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
@@ -27,6 +26,7 @@ from qconv.pipeline import quantize as pipeline_quantize
 from qconv.pipeline.quantize import Listener, quantize, write_folded_float
 from qconv.results.quantize import OutputScore, Report
 from qconv.runtime.session import Session
+from tests.support.models import ints, network
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 PHOTOS = Path(__file__).parent.parent / "calib_samples"

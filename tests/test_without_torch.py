@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from models import network
 from PIL import Image
+
+from tests.support.models import network
 
 ROOT = Path(__file__).parent.parent
 WITH_TORCH = ("finetune", "reconstruct", "synthesize", "torchgraph", "torchmath", "torchplaces", "training")

@@ -1,0 +1,228 @@
+"""The oracle is ONNX Runtime: whatever scales the free classes get, the outputs stay the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from qconv.ir.model import Model
+from qconv.passes.equalize import apply_scales
+from qconv.passes.fold import run_float_passes
+from qconv.passes.scale_groups import ScaleGroups, find_scale_groups
+from tests.support.models import ints, loaded, network, random_feeds, run
+
+FOUR = {"w": (4, 3, 1, 1), "b": (4,), "u": (2, 4, 1, 1)}
+# name -> the network, and how many classes nothing holds in place
+KINDS: dict[str, tuple[onnx.ModelProto, int]] = {
+    "chain": (
+        network("c = Conv(x, w, b) r = Relu(c) y = Conv(r, v)", w=(5, 3, 3, 3), b=(5,), v=(2, 5, 1, 1)),
+        5,
+    ),
+    "residual": (
+        network(
+            "c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) d = Conv<pads=[1,1,1,1]>(r, v, e) q = Relu(d)"
+            " f = Conv(q, u) a = Add(r, f) p = Relu(a) g = GlobalAveragePool(p) h = Flatten(g) y = Gemm(h, z)",
+            **{"w": (4, 3, 3, 3), "b": (4,), "v": (6, 4, 3, 3), "e": (6,), "u": (4, 6, 1, 1), "z": (4, 2)},
+        ),
+        10,  # the stream of 4 and the 6 inside the branch
+    ),
+    "depthwise": (
+        network(
+            "c = Conv(x, w, b) r = Relu(c) d = Conv<group=4>(r, v, e) q = Relu(d) y = Conv(q, u)",
+            w=(4, 3, 1, 1), b=(4,), v=(4, 1, 3, 3), e=(4,), u=(2, 4, 1, 1),
+        ),
+        8,
+    ),
+    "grouped": (
+        network(
+            "c = Conv(x, w, b) r = Relu(c) d = Conv<group=2>(r, v, e) q = Relu(d) y = Conv<group=2>(q, u)",
+            w=(4, 3, 1, 1), b=(4,), v=(6, 2, 3, 3), e=(6,), u=(2, 3, 1, 1),
+        ),
+        10,
+    ),
+    "concat": (
+        network(
+            "c = Conv(x, w) d = Conv(x, v) r = Relu(c) k = Concat<axis=1>(r, d) m = MaxPool<kernel_shape=[2,2]>(k)"
+            " y = Conv(m, u)",
+            w=(2, 3, 1, 1), v=(3, 3, 1, 1), u=(2, 5, 1, 1),
+        ),
+        5,
+    ),
+    "split and slice": (
+        network(
+            "c = Conv(x, w) s, t = Split<axis=1>(c, parts) a = Add(s, t) k = Slice(a, begin, end, one)"
+            " y = Conv(k, u)",
+            opset=17, w=(6, 3, 1, 1), parts=ints(3, 3), begin=ints(1), end=ints(3), one=ints(1), u=(2, 2, 1, 1),
+        ),
+        3,  # three pairs of channels, one of which nobody reads
+    ),
+    "channels padded": (
+        network(
+            "c = Conv(x, w) p = Pad(c, pads) d = Conv(x, v) a = Add(p, d) y = Conv(a, u)",
+            w=(2, 3, 1, 1), pads=ints(0, 1, 0, 0, 0, 1, 0, 0), v=(4, 3, 1, 1), u=(2, 4, 1, 1),
+        ),
+        4,
+    ),
+    "leaky": (
+        network(
+            "c = Conv(x, w, b) r = LeakyRelu<alpha=0.1>(c) d = Conv(r, v, e) q = PRelu(d, slope) y = Conv(q, u)",
+            w=(4, 3, 1, 1), b=(4,), v=(5, 4, 1, 1), e=(5,), slope=(5, 1, 1), u=(2, 5, 1, 1),
+        ),
+        9,
+    ),
+    "Gemm": (
+        network(
+            "f = Flatten(x) c = Gemm(f, w, b) r = Relu(c) d = Gemm<transB=1>(r, v, e) q = Relu(d) y = MatMul(q, u)",
+            w=(108, 7), b=(7,), v=(5, 7), e=(5,), u=(5, 2),
+        ),
+        12,
+    ),
+    "flattened maps": (
+        network("c = Conv(x, w, b) r = Relu(c) f = Flatten(r) y = Gemm(f, v)", w=(4, 3, 3, 3), b=(4,), v=(64, 2)),
+        4,
+    ),
+    "transposed": (
+        network(
+            "c = Conv(x, w, b) r = Relu(c) d = ConvTranspose<strides=[2,2], group=2>(r, v, e) q = Relu(d)"
+            " y = Conv(q, u)",
+            w=(4, 3, 1, 1), b=(4,), v=(4, 3, 2, 2), e=(6,), u=(2, 6, 1, 1),
+        ),
+        10,
+    ),
+    "gate": (
+        network(
+            "c = Conv(x, w, b) r = Relu(c) g = GlobalAveragePool(r) s = Conv(g, v, e) t = Sigmoid(s) m = Mul(r, t)"
+            " y = Conv(m, u)",
+            w=(4, 3, 1, 1), b=(4,), v=(4, 4, 1, 1), e=(4,), u=(2, 4, 1, 1),
+        ),
+        4,
+    ),
+    "resized": (
+        network(
+            'c = Conv(x, w, b) r = Resize<mode="linear">(c, , scales) k = ReduceMean<axes=[2,3], keepdims=1>(r)'
+            " y = Conv(k, u)",
+            w=(4, 3, 1, 1), b=(4,), scales=np.float32([1, 1, 2, 2]), u=(2, 4, 1, 1),
+        ),
+        4,
+    ),
+    "depth to space": (
+        network(
+            "c = Conv(x, w, b) d = DepthToSpace<blocksize=2>(c) y = Conv(d, u)",
+            w=(8, 3, 1, 1), b=(8,), u=(2, 2, 1, 1),
+        ),
+        2,
+    ),
+    # what no factor goes through
+    "SiLU": (network("c = Conv(x, w, b) s = Sigmoid(c) m = Mul(c, s) y = Conv(m, u)", **FOUR), 0),
+    "HardSwish": (network("c = Conv(x, w, b) m = HardSwish(c) y = Conv(m, u)", **FOUR), 0),
+    "square": (network("c = Conv(x, w, b) m = Mul(c, c) y = Conv(m, u)", **FOUR), 0),
+    "returned": (network("c = Conv(x, w, b) r = Relu(c) y = Conv(r, u)", outputs=("y", "r"), **FOUR), 0),
+    "input added": (
+        network("c = Conv(x, w, b) a = Add(c, x) y = Conv(a, u)", w=(3, 3, 1, 1), b=(3,), u=(2, 3, 1, 1)),
+        0,
+    ),
+    "padded with ones": (
+        network(
+            "c = Conv(x, w, b) p = Pad(c, pads, one) y = Conv(p, u)",
+            pads=ints(0, 0, 1, 1, 0, 0, 1, 1), one=1.0, **FOUR,
+        ),
+        0,
+    ),
+    "shuffled": (
+        network(
+            "c = Conv(x, w, b) k = Reshape(c, apart) t = Transpose<perm=[0,2,1,3,4]>(k) m = Reshape(t, back)"
+            " y = Conv(m, u)",
+            apart=ints(2, 2, 2, 6, 6), back=ints(2, 4, 6, 6), **FOUR,
+        ),
+        0,
+    ),
+}  # fmt: skip
+
+
+def drawn(streams: ScaleGroups) -> np.ndarray:
+    """Scales from 1/4 to 4 for all classes that are free, Clips aside."""
+    rng = np.random.default_rng(0)
+    s = np.where(streams.fixed, 1.0, 4.0 ** rng.uniform(-1, 1, streams.fixed.size))
+    for limit in streams.limits:
+        s[streams.of[limit.value]] = 1.0
+    return s
+
+
+def scaled(proto: onnx.ModelProto) -> tuple[Model, ScaleGroups]:
+    model = loaded(proto)
+    run_float_passes(model)
+    streams = find_scale_groups(model)
+    apply_scales(model, streams, drawn(streams))
+    return model, streams
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scaling_changes_no_output(kind: str) -> None:
+    proto, free = KINDS[kind]
+    model, streams = scaled(proto)
+    assert int((~streams.fixed).sum()) == free
+    feeds = random_feeds(proto)
+    before, after = run(proto, feeds), run(model, feeds)
+    for name, expected in before.items():
+        np.testing.assert_allclose(after[name], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_scaling_changes_weights() -> None:
+    """Else the test above would prove nothing."""
+    proto, _ = KINDS["residual"]
+    model, _ = scaled(proto)
+    untouched = loaded(proto)
+    run_float_passes(untouched)
+    for now, then in zip(model.nodes(), untouched.nodes(), strict=True):
+        if now.op_type == "Conv":
+            a, b = (node.inputs[1].const_value.numpy() for node in (now, then))  # type: ignore[union-attr]
+            assert not np.allclose(a, b)
+
+
+def test_a_stream_is_one_group_over_its_blocks() -> None:
+    """By hand: c, r, f, a, p, g and h carry the stream; d and q are inside the branch; the input and y are outside."""
+    model = loaded(KINDS["residual"][0])
+    run_float_passes(model)
+    streams = find_scale_groups(model)
+    of = {value.name: classes.tolist() for value, classes in streams.of.items()}
+    assert of["c"] == of["r"] == of["f"] == of["a"] == of["p"] == of["g"] == of["h"]
+    assert of["d"] == of["q"]
+    assert set(of["c"]).isdisjoint(of["d"])
+    assert len(set(streams.group[of["c"]])) == 1
+    assert streams.fixed[of["y"]].all()
+
+
+def test_a_depthwise_layer_parts_its_input_from_its_output() -> None:
+    model = loaded(KINDS["depthwise"][0])
+    streams = find_scale_groups(model)
+    of = {value.name: set(classes.tolist()) for value, classes in streams.of.items()}
+    assert of["r"].isdisjoint(of["d"])
+
+
+def test_what_holds_a_group_is_told() -> None:
+    model = loaded(KINDS["HardSwish"][0])
+    streams = find_scale_groups(model)
+    assert "HardSwish hands no factor on" in streams.reasons.values()
+
+
+def test_the_bounds_of_a_clip_are_limits() -> None:
+    proto = network(
+        "c = Conv(x, w, b) r = Clip(c, low, high) y = Conv(r, u)",
+        w=(4, 3, 1, 1), b=(4,), low=0.0, high=6.0, u=(2, 4, 1, 1),
+    )  # fmt: skip
+    streams = find_scale_groups(loaded(proto))
+    (limit,) = streams.limits
+    assert (limit.value.name, limit.low, limit.high) == ("r", 0.0, 6.0)
+
+
+def test_a_tensor_that_a_body_reads_stays() -> None:
+    proto = network("c = Conv(x, w, b) r = Relu(c) y = Conv(r, u)", w=(4, 3, 1, 1), b=(4,), u=(2, 4, 1, 1))
+    body = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["r"], ["i"])], "body", [], [onnx.ValueInfoProto(name="i")]
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "yes"))
+    proto.graph.node.append(onnx.helper.make_node("If", ["yes"], ["z"], name="z", then_branch=body, else_branch=body))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [2, 4, 6, 6]))
+    streams = find_scale_groups(loaded(proto))
+    assert all(streams.fixed[classes].all() for value, classes in streams.of.items() if value.name == "r")

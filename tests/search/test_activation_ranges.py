@@ -1,0 +1,175 @@
+"""Ranges set by what outputs lose: against closed forms, brute force and ONNX Runtime."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
+from qconv.ir.files import Source
+from qconv.ir.stepwise import NetworkTail, StepwiseRun
+from qconv.pipeline.quantize import quantize
+from qconv.planning.planner import make_plan
+from qconv.quantizer import QuantParams, QuantSpec
+from qconv.runtime.session import Session
+from qconv.search.activation_ranges import SEARCH_BUDGETS, SearchBudget, _pick_batches, search_activation_ranges
+from qconv.storage import ArrayStore
+from tests.support.models import loaded, network
+
+ONE = np.ones((1, 1, 1, 1), np.float32)
+UINT8 = QuantSpec(8, signed=False, symmetric=False)
+ALL = SearchBudget(few=2, many=64, far=64, near=0)
+
+
+def hear(stage: str, done: int, total: int) -> None:
+    """Nobody listens."""
+
+
+def factor(body: str, pictures: list[NDArray], top: float, looks: SearchBudget = ALL, **weights: NDArray) -> float:
+    """What becomes of the range [0, top] of tensor b."""
+    model = loaded(network(body, ("N", 1, 8, 8), **weights))
+    plan = make_plan(model, Recipe(), TARGETS["ort-cpu"])
+    chosen = {value: UINT8.from_range(-top, top) for value in plan.activations}
+    for value in chosen:
+        if value.name == "b":
+            chosen[value] = UINT8.from_range(0, top)
+    factors, _ = search_activation_ranges(model, plan, chosen, [{"x": x} for x in pictures], looks, 1, hear)
+    return factors.get("b", 1.0)
+
+
+def spread(number: int, top: float) -> NDArray[np.float32]:
+    x = np.random.default_rng(number).uniform(0, 1, (1, 1, 8, 8)).astype(np.float32)
+    x[0, 0, 0, number % 8] = top
+    return x
+
+
+def test_what_the_network_makes_nothing_of_gets_no_codes() -> None:
+    """Behind the Clip nothing is left above 2: the noise is least where the range of b ends there."""
+    body = "a = Conv(x, w) b = Relu(a) c = Conv(b, v) y = Clip(c, low, high)"
+    bounds = {"low": np.float32(0), "high": np.float32(2)}
+    found = factor(body, [spread(n, 16.0) for n in range(8)], 16.0, w=ONE, v=ONE, **bounds)
+    assert 2 <= 16 * found <= 2 / 0.75
+
+
+def test_what_it_does_use_keeps_its_codes() -> None:
+    body = "a = Conv(x, w) b = Relu(a) y = Conv(b, v)"
+    pictures = [spread(n, 1.0) for n in range(8)]
+    assert factor(body, pictures, 1.0, w=ONE, v=ONE) == 1
+    assert factor(body, pictures, 0.4, w=ONE, v=ONE) == pytest.approx(2.5)  # where it ends
+
+
+def test_one_picture_in_many_counts_as_one_of_them() -> None:
+    """The picture that reaches far is tried, whatever the others say; all tried give the same."""
+    body = "a = Conv(x, w) b = Relu(a) y = Conv(b, v)"
+    pictures = [spread(n, 1.0) for n in range(63)] + [spread(63, 4.0)]
+    blind = factor(body, pictures[:63], 4.0, w=ONE, v=ONE)
+    assert blind < 0.32
+    seen = factor(body, pictures, 4.0, SearchBudget(2, 64, 2, 4), w=ONE, v=ONE)
+    assert seen == factor(body, pictures, 4.0, ALL, w=ONE, v=ONE) > blind
+
+
+def test_those_that_are_tried_stand_for_all() -> None:
+    picked = _pick_batches(np.array([0.1, 0.9, 0.2, 0.3, 0.8, 0.4, 0.5]), far=2, near=2)
+    assert set(picked) >= {1, 4}
+    assert picked[1] == picked[4] == 1
+    assert sum(picked.values()) == 7
+    assert len(picked) == 4
+    assert _pick_batches(np.array([0.5, 0.1]), far=4, near=4) == {0: 1.0, 1: 1.0}
+    assert sum(_pick_batches(np.arange(9.0), far=0, near=3).values()) == 9
+
+
+@pytest.mark.parametrize(
+    ("body", "rounded"),
+    [
+        ("a = Conv(x, w) b = Relu(a) y = Conv(b, v)", ["b"]),  # fed
+        ("a = Conv(x, w) b = Relu(a) c = MaxPool<kernel_shape=[2,2]>(b) d = Conv(c, v) y = Add(d, c)", ["b", "c"]),
+        ("a = Conv(x, w) b = Relu(a) d = Conv(b, v) y = Relu(d)", ["y"]),  # what the model returns
+        ("a = Conv(x, w) b = Relu(a) d = Conv(b, v) y = Relu(d)", []),
+    ],
+)
+def test_what_is_behind_runs_as_rounded_by_hand(body: str, rounded: list[str]) -> None:
+    """Oracle: the network itself, with the tensors rounded in numpy and handed on."""
+    model = loaded(network(body, ("N", 1, 8, 8), w=ONE, v=2 * ONE))
+    x = np.random.default_rng(1).normal(size=(2, 1, 8, 8)).astype(np.float32)
+    params = QuantSpec(4, signed=False, symmetric=False).from_range(0, 1.5)
+    first = {value.name: value for node in model.nodes() for value in node.outputs}[(rounded or ["b"])[0]]
+    with contextlib.closing(ArrayStore(10**9)) as store:
+        walk = StepwiseRun(model, [{"x": x}], store, threads=1)
+        walk.at(first)
+        spec = params.spec if rounded else None
+        behind = NetworkTail(
+            walk.behind(list(model.graph.outputs)), ["y"], [rounded] if rounded else [], spec, threads=1
+        )
+        ((found,),) = behind.run([0], params if rounded else None)
+    np.testing.assert_allclose(found, by_hand(body, x, rounded, params), atol=1e-5)
+
+
+def test_groups_that_share_a_session_are_rounded_one_at_a_time() -> None:
+    """Oracle: sessions with one group each. b is fed, y is what the model returns."""
+    body = "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Relu(c) y = Add(d, b)"
+    model = loaded(network(body, ("N", 1, 8, 8), w=ONE, v=2 * ONE))
+    xs = np.random.default_rng(1).normal(size=(3, 1, 1, 8, 8)).astype(np.float32)
+    params = [UINT8.from_range(0, top) for top in (1.5, 3.0, 2.0)]
+    groups = [["b"], ["c", "d"], ["y"]]
+    b = next(value for node in model.nodes() for value in node.outputs if value.name == "b")
+    with contextlib.closing(ArrayStore(10**9)) as store:
+        walk = StepwiseRun(model, [{"x": x} for x in xs], store, threads=1)
+        walk.at(b)
+        outputs = list(model.graph.outputs)
+        together = NetworkTail(walk.behind(outputs), ["y"], groups, UINT8, threads=1)
+        seen = []
+        for index, group in enumerate(groups):
+            alone = NetworkTail(walk.behind(outputs), ["y"], [group], UINT8, threads=1)
+            for (one,), (other,) in zip(
+                alone.run(range(3), params[index]), together.run(range(3), params[index], index), strict=True
+            ):
+                np.testing.assert_array_equal(one, other)
+                seen.append(one.tobytes())
+    assert len(set(seen)) == 9
+
+
+def by_hand(body: str, x: NDArray, rounded: list[str], params: QuantParams) -> NDArray:
+    """Node after node by ONNX Runtime, each as a model of its own."""
+    tensors = {"x": x, "w": ONE, "v": 2 * ONE}
+    for step in [part.strip() for part in body.replace(") ", ")\n").split("\n")]:
+        name, call = (side.strip() for side in step.split(" = "))
+        operands = call[call.index("(") + 1 : -1].split(", ")
+        inputs = {operand: tensors[operand] for operand in operands}
+        fed = operands[0]
+        proto = network(
+            f"out = {call.replace(f'({fed}', '(x', 1)}",
+            inputs[fed].shape,
+            outputs=("out",),
+            **{n: t for n, t in inputs.items() if n != fed},
+        )
+        (tensors[name],) = Session(proto.SerializeToString(), optimize=False).run_all({"x": inputs[fed]})
+        if name in rounded:
+            tensors[name] = params.fake(tensors[name])
+    return tensors["y"]
+
+
+def test_files_gain_from_it_and_say_so(tmp_path: Path) -> None:
+    """From end to end: the outliers of b are nothing to y."""
+    body = "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Clip(c, low, high) y = Conv(d, v)"
+    proto = network(body, (1, 1, 8, 8), w=ONE, v=ONE, low=np.float32(0), high=np.float32(2))
+    for number in range(24):
+        np.save(tmp_path / f"{number:02}.npy", spread(number, 40.0)[0])
+    recipe = Recipe(calib=(str(tmp_path),), threads=1, equalize=False)
+    found = {}
+    for wanted in (True, False):
+        report, _ = quantize(Source("m", None, proto.SerializeToString()), None, replace(recipe, tune_ranges=wanted))
+        found[wanted] = report.verify.outputs[0].sqnr_db
+        told = [finding for finding in report.findings if finding.step == "ranges"]
+        assert bool(told) is wanted
+    assert found[True] > found[False] + 6
+
+
+def test_the_table_has_all_efforts() -> None:
+    assert set(SEARCH_BUDGETS) == {"fast", "balanced", "best"}
+    assert all(looks.far + looks.near <= looks.many for looks in SEARCH_BUDGETS.values())
