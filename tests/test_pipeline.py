@@ -23,7 +23,8 @@ from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.metrics import comparison
 from qconv.pipeline import quantize as pipeline_quantize
-from qconv.pipeline.quantize import Listener, quantize, write_folded_float
+from qconv.pipeline.quantize import quantize, write_folded_float
+from qconv.reporter import Reporter
 from qconv.results.quantize import OutputScore, Report
 from qconv.runtime.session import Session
 from tests.support.models import ints, network
@@ -179,9 +180,9 @@ def test_a_listener_hears_progress_and_warnings(tmp_path: Path, pictures: str) -
     for path in Path(pictures).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "bad.png").write_bytes(b"")
-    listener = Listener(warn=said.append, progress=lambda *args: heard.append(args))
+    reporter = Reporter(said.append, lambda *args: heard.append(args))
     recipe = Recipe(calib=(str(tmp_path),), min_sqnr=1.0, batch=5, threads=1)
-    report, _ = quantize(Source("m", None, deep().SerializeToString()), None, recipe, listener)
+    report, _ = quantize(Source("m", None, deep().SerializeToString()), None, recipe, reporter)
     solves = ("ranges", "round")
     assert {total for stage, _, total in heard if stage not in solves} == {13}
     assert [done for stage, done, _ in heard if stage == "round"] == [0, 1, 2, 3]

@@ -38,6 +38,7 @@ from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
 from qconv.metrics.comparison import ComparisonAccumulator, compute_sqnr_db
 from qconv.passes import fold
+from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, HistogramBars, LayerComparison, ValueStatistics
 from qconv.runtime.session import Session
 
@@ -102,8 +103,6 @@ def make_histogram(numbers: NDArray[np.floating], low: float, high: float) -> Hi
     return HistogramBars(tuple(map(float, edges)), tuple(map(int, counts)))
 
 
-Progress = Callable[[str, int, int], None]
-
 Arrays = Mapping[str, NDArray[Any]]
 
 HISTOGRAM_SAMPLES = 2**15
@@ -134,9 +133,10 @@ class ComparisonRequest:
     threads: int | None = None
 
 
-def compare(question: ComparisonRequest, progress: Progress = lambda stage, done, total: None) -> Comparison:
+def compare(question: ComparisonRequest, reporter: Reporter | None = None) -> Comparison:
     """Raises QconvError where the second model is not quantized, or nothing in it can be found in the first."""
     original, quantized = _load_models(question)
+    reporter = reporter or Reporter()
     moves = ir_metadata.read_equalization(quantized.inner.metadata_props)
     found = find_comparison_points(quantized, original)
     outputs = [value for value in original.graph.outputs if is_tensor(value)]
@@ -145,9 +145,9 @@ def compare(question: ComparisonRequest, progress: Progress = lambda stage, done
         if all(pair.point.input for pair in bench.pairs):
             fact = f"No layer of {question.model.name} is found in {question.float_model.name}."
             raise QconvError(fact, "pass the float model that it was made from, first.")
-        tallies = bench.look(question, progress)
+        tallies = bench.look(question, reporter)
         straight = bench.whole(question)
-        noise, seen = bench.effects(question, outputs, progress)
+        noise, seen = bench.effects(question, outputs, reporter)
     total = sum(noise.values())
     nodes = {node.name: node for node in original.nodes()}
     rows = []
@@ -259,7 +259,7 @@ class _LoadedNetworks:
         watched = session(original, [v for v in candidates if v.name in taken and not v.is_graph_input()], watched.name)
         return cls(original, quantized, moves, pairs, watched, real, fed, inputs, question.threads)
 
-    def look(self, question: ComparisonRequest, progress: Progress) -> dict[ComparisonPoint, _PointTally]:
+    def look(self, question: ComparisonRequest, reporter: Reporter) -> dict[ComparisonPoint, _PointTally]:
         """All pictures through all three networks."""
         tallies = {pair.point: _PointTally() for pair in self.pairs}
         each = max(64, HISTOGRAM_SAMPLES // max(1, question.pictures))
@@ -276,7 +276,7 @@ class _LoadedNetworks:
                     tallies[pair.point], pair, floats[pair.tensor.name or ""], got, alone[name], self.moves, each
                 )
             done += len(next(iter(feeds.values())))
-            progress("compare", min(done, question.pictures), question.pictures)
+            reporter.progress("compare", min(done, question.pictures), question.pictures)
         return tallies
 
     def whole(self, question: ComparisonRequest) -> ComparisonAccumulator:
@@ -288,7 +288,7 @@ class _LoadedNetworks:
         return comparison
 
     def effects(
-        self, question: ComparisonRequest, outputs: Sequence[Value], progress: Progress
+        self, question: ComparisonRequest, outputs: Sequence[Value], reporter: Reporter
     ) -> tuple[dict[ComparisonPoint, float], int]:
         """What the error that each layer adds does at the outputs, over their power, and on how many pictures."""
         model, names, results = add_error_inputs(self.original, self.quantized, self.pairs, outputs)
@@ -318,11 +318,11 @@ class _LoadedNetworks:
                     if index in power:
                         known = noise[pair.point]
                         known[index] = known.get(index, 0.0) + _signal_power(other - y)
-                progress("effects", seen * len(self.pairs) + place + 1, wanted * len(self.pairs))
+                reporter.progress("effects", seen * len(self.pairs) + place + 1, wanted * len(self.pairs))
             seen += len(next(iter(feeds.values())))
             if seen >= wanted:
                 break
-        progress("effects", wanted * len(self.pairs), wanted * len(self.pairs))
+        reporter.progress("effects", wanted * len(self.pairs), wanted * len(self.pairs))
         return {
             point: sum(n / power[index] for index, n in found.items() if power[index] > 0)
             for point, found in noise.items()
@@ -457,31 +457,23 @@ class ComparisonRun:
     fed: ModelWithData
 
 
-def compare_on_images(
-    float_model: Source, model: Source, recipe: Recipe, warn: Callable[[str], None], progress: Progress
-) -> ComparisonRun:
+def compare_on_images(float_model: Source, model: Source, recipe: Recipe, reporter: Reporter) -> ComparisonRun:
     """recipe: names the pictures (its `calib`), and how they are fed.
 
     Raises QconvError for what cannot be compared, or fed.
     """
-    own, other = open_models(model, float_model, recipe, warn)
+    own, other = open_models(model, float_model, recipe, reporter)
     assert other is not None
     missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
     if missing is not None:
         names = ", ".join(other.session.outputs)
         raise QconvError(f"{other.session.name} has no output {missing!r}, but {names}.", "compare like with like.")
     lost: set[Path] = set()
-    told: set[str] = set()
-
-    def once(text: str) -> None:
-        if text not in told:
-            told.add(text)
-            warn(text)
 
     def feeds() -> Any:
-        return ((its, mine) for mine, its in iter_paired_batches(own, other, once, lost.add))
+        return ((its, mine) for mine, its in iter_paired_batches(own, other, reporter, lost.add))
 
     total = len(own.feed.listing.paths)
     question = ComparisonRequest(float_model, model, feeds, total, own.words, recipe.threads)
-    found = compare(question, progress)
+    found = compare(question, reporter)
     return ComparisonRun(replace(found, images=total - len(lost)), other)

@@ -58,9 +58,9 @@ from qconv.ir.files import (
 from qconv.ir.metadata import needed_opset
 from qconv.passes import fold
 from qconv.pipeline.collect import CalibrationCache, open_calibration_data
-from qconv.pipeline.quantize import Listener
 from qconv.planning.placement import choose_float_nodes
 from qconv.planning.planner import make_plan
+from qconv.reporter import Reporter
 from qconv.results.comparison import Cause, Comparison, Diagnosis, Trial
 from qconv.runtime.benchmark import detect_cpu
 from qconv.runtime.session import Session
@@ -73,7 +73,6 @@ LEAST_GAIN_OF_BITS_DB = 3.0
 """What more bits than were asked for must gain to be worth a word."""
 PLENTY_DB = 40.0
 """From here on more counts nothing."""
-SILENT_LISTENER = Listener()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +97,15 @@ class DiagnosisRun:
     looked: ComparisonRun
 
 
-def diagnose(case: DiagnosisRequest, listener: Listener | None = None) -> DiagnosisRun:
+def diagnose(case: DiagnosisRequest, reporter: Reporter | None = None) -> DiagnosisRun:
     """Raises QconvError for anything the user can mend."""
-    listener = listener or Listener()
-    told: list[str] = []
-
-    def warn(text: str) -> None:
-        if text not in told:
-            told.append(text)
-            listener.warn(text)
-
+    reporter = reporter or Reporter()
     proto = read_proto(case.source)
     refuse_quantized(proto, case.source.name)
     size = file_bytes(proto, case.source)
     del proto
     with storage.scratch_folder(8 * size) as folder:
-        return _DiagnosisRunner(case, Listener(warn, listener.progress), folder).diagnosis(told)
+        return _DiagnosisRunner(case, reporter, folder).diagnosis()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,30 +129,30 @@ class _DiagnosisRunner:
     """
 
     case: DiagnosisRequest
-    listener: Listener
+    reporter: Reporter
     folder: Path
     memory: CalibrationCache = field(default_factory=CalibrationCache)
     found: list[Cause] = field(default_factory=list)
     attempts: list[_RemedyAttempt] = field(default_factory=list)
     changes: dict[str, Any] = field(default_factory=dict)
 
-    def diagnosis(self, warnings: list[str]) -> DiagnosisRun:
+    def diagnosis(self) -> DiagnosisRun:
         asked = {**self.case.asked, "min_agreement": None, "min_sqnr": None}
         recipe = Recipe(**asked)
         session = open_original(self.case.source, recipe)
-        held = hold_out_images(session, recipe, self.case.images, self.listener)
+        held = hold_out_images(session, recipe, self.case.images, self.reporter)
         asked["samples"] = min(recipe.samples, held.most)
         recipe = Recipe(**asked)
         rather = self._feed(session, held.feed, recipe)
         said = held.feed.over(held.feed.listing.paths)
         held.feed.preprocessing = rather or said.preprocessing
-        proof = TrialRunner.of(self.case.source, held.feed, recipe, self.listener, self.memory)
+        proof = TrialRunner.of(self.case.source, held.feed, recipe, self.reporter, self.memory)
         if rather is not None:
             proof.feed_otherwise(said)
         base = self._try(proof, asked, Remedy("as asked", {}, ()))
         if base.made.failure is not None:
             raise base.made.failure
-        proof.listener = Listener(progress=self.listener.progress)  # the others would warn of the same
+        proof.reporter = self.reporter.without_warnings()  # the others would warn of the same
         if rather is not None:
             proof.feed_otherwise(held.feed)
             changes = {"preprocessing": _to_preprocessing_options(rather, recipe.preprocessing)}
@@ -168,7 +160,7 @@ class _DiagnosisRunner:
             base = self._mended(proof, asked, base, mend, always=True)
         base = self._enough_pictures(proof, asked, base, held)
         compared = self._remedies(proof, asked, base)
-        proof.listener = self.listener
+        proof.reporter = self.reporter
         float_ms = proof.timed(recipe.threads, held.feed.size)
         best = self._best(base)
         found = Diagnosis(
@@ -181,7 +173,7 @@ class _DiagnosisRunner:
             recommended=self._command(best),
             conclusion=self._conclusion(best),
             float_ms=float_ms,
-            warnings=warnings,
+            warnings=self.reporter.warnings,
         )
         return DiagnosisRun(found, ComparisonRun(compared, ModelWithData(session, held.feed, compared.words)))
 
@@ -191,15 +183,13 @@ class _DiagnosisRunner:
         """`feed` as the options say. Returns what the evidence says instead, where it is sure of that."""
         model, _ = load.load(read_proto(self.case.source), self.case.source)
         said = recipe.preprocessing
-        calibration = DataLoader.of(session, recipe, SILENT_LISTENER.warn, SILENT_LISTENER.progress)
+        calibration = DataLoader.of(session, recipe, Reporter())
         own = detect_preprocessing(model, session, calibration, said, threads=recipe.threads)
         feed.preprocessing = calibration.preprocessing = own.preprocessing
         freely = PreprocessingOptions(**{name: getattr(said, name) for name in SHAPE_OPTIONS})
         if own.preprocessing is None or freely == said:
             return None
-        calibration = DataLoader.of(
-            session, replace(recipe, preprocessing=freely), SILENT_LISTENER.warn, SILENT_LISTENER.progress
-        )
+        calibration = DataLoader.of(session, replace(recipe, preprocessing=freely), Reporter())
         found = detect_preprocessing(model, session, calibration, freely, threads=recipe.threads)
         if (
             not found.evident
@@ -301,7 +291,7 @@ class _DiagnosisRunner:
         proto = read_proto(source)
         model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
         made_from = hash_model(source, external_data_files(proto, source))
-        pictures = open_calibration_data(source, made_from, recipe, SILENT_LISTENER.warn, self.listener.progress)
+        pictures = open_calibration_data(source, made_from, recipe, self.reporter.without_warnings())
         pictures.memory = self.memory
         pictures.settle(model, recipe)
         fold.run_float_passes(model)
@@ -313,7 +303,7 @@ class _DiagnosisRunner:
             return ((batch, batch) for batch, _ in proof.scored.batches)
 
         question = ComparisonRequest(source, quantized, feeds, proof.scored.pictures, pictures.words, recipe.threads)
-        compared = compare(question, self.listener.progress)
+        compared = compare(question, self.reporter)
         moves = ir_metadata.read_equalization(metadata_of(read_proto(quantized)))
         return DiagnosisEvidence(model, plan, recipe, report, sketches, moves, compared, detect_cpu().saturates is True)
 

@@ -9,7 +9,7 @@ flips             images that only one of the two gets right, with McNemar's tes
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,10 @@ from qconv.ir.files import Source
 from qconv.metrics import comparison
 from qconv.metrics.classification import TOP_K, PredictionRecorder, Predictions, find_class_output
 from qconv.metrics.comparison import Interval, compute_sqnr_db, is_class_score
+from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 
 LARGEST_NOISE = float(np.finfo(np.float64).max) / 1e6  # the noise of NaN: what can still be added up
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,15 +237,13 @@ def _compare_output(name: str, rows: list[list[float]]) -> OutputComparison:
 def evaluate(
     source: Source,
     wishes: EvaluationOptions,
-    *,
-    warn: Callable[[str], None] = lambda text: None,
-    progress: Progress = lambda stage, done, total: None,
+    reporter: Reporter | None = None,
 ) -> Evaluation:
     """Run the model, and the other one, on every picture. Raises QconvError where there is nothing to measure."""
-    recipe = wishes.recipe
+    recipe, reporter = wishes.recipe, reporter or Reporter()
     root = Path(recipe.calib[0])
     classes = find_classes(root, wishes.classes)
-    own, other = open_models(source, wishes.against, recipe, warn)
+    own, other = open_models(source, wishes.against, recipe, reporter)
     if other is not None:
         missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
         if missing is not None:
@@ -258,7 +255,7 @@ def evaluate(
     rows: list[list[list[float]]] = [[] for _ in own.session.outputs]
     kept: list[Outputs] = []
     vector: int | None = None
-    for done, (mine, theirs) in enumerate(_run_side_by_side(own, other, warn, lost), 1):
+    for done, (mine, theirs) in enumerate(_run_side_by_side(own, other, reporter, lost), 1):
         if done == 1:  # what cannot be is better said before thousands of pictures
             vector = find_class_output(mine)
             outputs = 0 if vector is None else mine[vector].shape[1]
@@ -277,7 +274,7 @@ def evaluate(
             _add_output_rows(rows, own.session.outputs, chosen, mine)
         if wishes.table == ".npz":
             kept.append(mine)
-        progress("evaluate", done + len(lost), len(paths))
+        reporter.progress("evaluate", done + len(lost), len(paths))
     left = [path for path in paths if path not in lost]
     result = Evaluation(source.name, len(left), own.words, "")
     labels = labels_of(left, root, classes, wishes.labelling, seen.classes if vector is not None else 0)
@@ -299,22 +296,18 @@ def evaluate(
 
 
 def _run_side_by_side(
-    own: ModelWithData, other: ModelWithData | None, warn: Callable[[str], None], lost: set[Path]
+    own: ModelWithData, other: ModelWithData | None, reporter: Reporter, lost: set[Path]
 ) -> Iterator[tuple[Outputs, Outputs]]:
     """Outputs of both models for one picture after the other; of the first alone where there is no other."""
-    batches = own.batches(warn, lost.add)
+    batches = own.batches(reporter, lost.add)
     if other is None:
         yield from ((found, []) for found in own.outputs(batches))
         return
     if own.takes_the_same_as(other):
         mine, its = itertools.tee(batches)
     else:
-        mine, its = batches, other.batches(_ignore_warning, lambda path: None)
+        mine, its = batches, other.batches(Reporter(), lambda path: None)
     yield from zip(own.outputs(mine), other.outputs(its), strict=True)
-
-
-def _ignore_warning(text: str) -> None:
-    pass
 
 
 def _require_finite(scores: NDArray[Any], session: Session, index: int) -> None:

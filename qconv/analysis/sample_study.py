@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,10 +34,10 @@ from qconv.ir.model import Model
 from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
 from qconv.passes import fold
 from qconv.pipeline.checks import check_output, require_layers, warn_of_unmatched_options
-from qconv.pipeline.quantize import Listener
 from qconv.planning.placement import choose_float_nodes
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
+from qconv.reporter import Reporter
 from qconv.results.sample_curve import CurvePoint, SampleCurve, counts_up_to
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
@@ -64,7 +64,7 @@ def study_samples(
     source: Source | str | Path,
     recipe: Recipe,
     question: StudyRequest | None = None,
-    listener: Listener | None = None,
+    reporter: Reporter | None = None,
     out: Path | None = None,
 ) -> SampleCurve:
     """The curve of accuracy over the number of calibration pictures.
@@ -77,15 +77,9 @@ def study_samples(
     recipe = replace(
         recipe, equalize=False, tune_ranges=False
     )  # scales differ from draw to draw, and would need all pictures again
-    question, listener = question or StudyRequest(), listener or Listener()
+    question, reporter = question or StudyRequest(), reporter or Reporter()
     recipe = replace(recipe, effort="fast", rounding="nearest")
     source = source if isinstance(source, Source) else Source(str(source), Path(source))
-    warnings: list[str] = []
-
-    def warn(text: str) -> None:
-        warnings.append(text)
-        listener.warn(text)
-
     proto = read_proto(source)
     refuse_quantized(proto, source.name)
     if out is not None:
@@ -93,24 +87,24 @@ def study_samples(
     model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
     del proto
     session = open_original(source, recipe)
-    calibration, scoring = _open_feeds(session, recipe, question, warn, listener.progress)
+    calibration, scoring = _open_feeds(session, recipe, question, reporter)
     detected = detect_preprocessing(model, session, calibration, recipe.preprocessing, threads=recipe.threads)
     calibration.preprocessing = scoring.preprocessing = detected.preprocessing
     fold.run_float_passes(model)
-    warn_of_unmatched_options(model, recipe, warn)
+    warn_of_unmatched_options(model, recipe, reporter)
     floats = choose_float_nodes(model, recipe, calibration.preprocessing)
     plan = make_plan(model, recipe, TARGETS[recipe.target], floats)
     require_layers(plan, source)
     for doubt in detected.doubts():
-        warn(doubt)
+        reporter.warn(doubt)
     taps = _plan_observers(plan, recipe)
-    scored = collect_reference_outputs(session, scoring, "float", most_bytes=SCORED_BYTES, warn=warn)
+    scored = collect_reference_outputs(session, scoring, "float", most_bytes=SCORED_BYTES, reporter=reporter)
     del session
     with open_sketch_spool() as kept:
         before = time.perf_counter()
         seconds = _sketch_each_image(model, taps, calibration, recipe, kept)
         after = time.perf_counter()
-        points = _measure_points(_StudyJob(model, recipe, floats), kept, scored, question.draws, listener.progress)
+        points = _measure_points(_StudyJob(model, recipe, floats), kept, scored, question.draws, reporter)
     return SampleCurve(
         version=qconv.__version__,
         model=source.name,
@@ -121,7 +115,7 @@ def study_samples(
         scored=scored.pictures,
         scored_on=question.images,
         seconds={count: seconds[count - 1] for count in counts_up_to(len(seconds))},
-        warnings=warnings,
+        warnings=reporter.warnings,
         time={
             "load": before - started,
             "calibrate": after - before,
@@ -154,19 +148,16 @@ def _open_feeds(
     session: Session,
     recipe: Recipe,
     question: StudyRequest,
-    warn: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
+    reporter: Reporter,
 ) -> tuple[DataLoader, DataLoader]:
     """The pictures to calibrate with and those to score on: no picture is in both."""
     wanted = MOST_HELD_OUT if question.holdout is None else question.holdout
     if question.images:
-        scoring = DataLoader.of(
-            session, replace(recipe, calib=question.images, samples=wanted, glob=None), warn, progress
-        )
+        scoring = DataLoader.of(session, replace(recipe, calib=question.images, samples=wanted, glob=None), reporter)
         if question.holdout is not None and len(scoring.listing.paths) < wanted:
-            warn(f"--holdout {wanted}: {' and '.join(question.images)} holds {len(scoring.listing.paths)}.")
-        return DataLoader.of(session, recipe, warn, progress), scoring
-    whole = DataLoader.of(session, replace(recipe, samples=recipe.samples + wanted), warn, progress)
+            reporter.warn(f"--holdout {wanted}: {' and '.join(question.images)} holds {len(scoring.listing.paths)}.")
+        return DataLoader.of(session, recipe, reporter), scoring
+    whole = DataLoader.of(session, replace(recipe, samples=recipe.samples + wanted), reporter)
     found, where = whole.listing.found, " and ".join(recipe.calib)
     if found < 2:
         raise QconvError(
@@ -217,7 +208,7 @@ class _StudyJob:
 
 
 def _measure_points(
-    job: _StudyJob, kept: SketchSpool, scored: ReferenceOutputs, draws: int, progress: Callable[[str, int, int], None]
+    job: _StudyJob, kept: SketchSpool, scored: ReferenceOutputs, draws: int, reporter: Reporter
 ) -> list[CurvePoint]:
     counts = counts_up_to(len(kept))
     total, points = draws * (len(counts) - 1) + 1, []
@@ -228,7 +219,7 @@ def _measure_points(
             with job.quantized(sketches) as session:
                 found = scored.score(session)
             points.append(CurvePoint(count, seed, found.sqnr_db, found.agreement))
-            progress("points", len(points), total)
+            reporter.progress("points", len(points), total)
     return points
 
 

@@ -7,9 +7,8 @@ Runs share what they find out of the float network (`CalibrationCache`). A sweep
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,8 @@ from qconv.metrics.classification import find_class_output
 from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
 from qconv.pipeline.checks import check_output
 from qconv.pipeline.collect import CalibrationCache, open_calibration_data
-from qconv.pipeline.quantize import Listener, quantize
+from qconv.pipeline.quantize import quantize
+from qconv.reporter import Reporter
 from qconv.results.comparison import Sweep, Trial
 from qconv.results.quantize import Report
 from qconv.runtime.benchmark import Benchmark, TimingConditions, benchmark
@@ -69,7 +69,7 @@ class HeldOutImages:
     unseen: bool
 
 
-def hold_out_images(session: Session, recipe: Recipe, images: Sequence[str], listener: Listener) -> HeldOutImages:
+def hold_out_images(session: Session, recipe: Recipe, images: Sequence[str], reporter: Reporter) -> HeldOutImages:
     """Pictures from `images`, or else the last ones of the draw that `recipe` reads from its beginning.
 
     A fifth of all are held back, MOST_HELD_BACK at most. Of a single picture none can be: it is then scored on itself.
@@ -77,15 +77,15 @@ def hold_out_images(session: Session, recipe: Recipe, images: Sequence[str], lis
     """
     if images:
         chosen = replace(recipe, calib=tuple(images), samples=MOST_HELD_OUT, glob=None)
-        feed = DataLoader.of(session, chosen, listener.warn, listener.progress)
+        feed = DataLoader.of(session, chosen, reporter)
         listing = find_files(recipe.calib, pattern=recipe.glob, samples=recipe.samples, seed=recipe.seed)
         seen = {path.resolve() for path in listing.paths}
         return HeldOutImages(feed, listing.found, unseen=seen.isdisjoint(path.resolve() for path in feed.listing.paths))
-    whole = DataLoader.of(session, replace(recipe, samples=10**9), listener.warn, listener.progress)
+    whole = DataLoader.of(session, replace(recipe, samples=10**9), reporter)
     paths = whole.listing.paths
     held = min(MOST_HELD_OUT, max(1, len(paths) // HELD_OUT_DIVISOR))
     if len(paths) == held:
-        listener.warn("there is one picture alone: it is calibrated with and scored on, which tells little.")
+        reporter.warn("there is one picture alone: it is calibrated with and scored on, which tells little.")
     return HeldOutImages(whole.over(paths[-held:]), max(1, len(paths) - held), unseen=len(paths) > held)
 
 
@@ -106,18 +106,18 @@ class TrialRunner:
 
     source: Source
     scored: ReferenceOutputs
-    listener: Listener
+    reporter: Reporter
     memory: CalibrationCache
     made: list[TrialRun] = field(default_factory=list)
 
     @classmethod
     def of(
-        cls, source: Source, feed: DataLoader, recipe: Recipe, listener: Listener, memory: CalibrationCache
+        cls, source: Source, feed: DataLoader, recipe: Recipe, reporter: Reporter, memory: CalibrationCache
     ) -> TrialRunner:
         """feed: the pictures to score on, fed as they should be."""
         session = open_original(source, recipe)
-        scored = collect_reference_outputs(session, feed, "float", most_bytes=SCORED_BYTES, warn=listener.warn)
-        return cls(source, scored, listener, memory)
+        scored = collect_reference_outputs(session, feed, "float", most_bytes=SCORED_BYTES, reporter=reporter)
+        return cls(source, scored, reporter, memory)
 
     def feed_otherwise(self, feed: DataLoader) -> None:
         """Quantized models get the pictures as `feed` has them from now on; what the float model says stays."""
@@ -134,7 +134,7 @@ class TrialRunner:
         self.made.append(made)
         kinds: list[bool] = []
         try:
-            made.report, _ = quantize(self.source, out, recipe, self.listener, self.memory)
+            made.report, _ = quantize(self.source, out, recipe, self.reporter, self.memory)
             on_ort = TARGETS[recipe.target].on_ort
             session = Session(str(out), name=str(out), threads=recipe.threads, optimize=on_ort)
             found = self.scored.score(session, lambda outputs: kinds.append(_is_single_class(outputs)))
@@ -170,7 +170,7 @@ class TrialRunner:
             try:
                 found = self._benchmark([str(self.source.path), *(str(made.path) for made in some)], threads, size)
             except QconvError as error:
-                self.listener.warn(f"nothing was timed: {error.message}")
+                self.reporter.warn(f"nothing was timed: {error.message}")
                 return None
             first, *others = found.timings
             float_ms.append(first.median_ms)
@@ -182,7 +182,7 @@ class TrialRunner:
 
     def _benchmark(self, paths: Sequence[str], threads: int | None, size: tuple[int, int] | None) -> Benchmark:
         conditions = TimingConditions(threads, None, size, TIMING_ROUNDS)
-        return benchmark(paths, conditions, version=RUNTIME_VERSION, progress=self.listener.progress)
+        return benchmark(paths, conditions, version=RUNTIME_VERSION, reporter=self.reporter)
 
 
 def _is_single_class(outputs: OutputArrays) -> bool:
@@ -206,47 +206,39 @@ class SweepEntry:
     options: tuple[str, ...] = ()
 
 
-def run_sweep(source: Source, entries: Sequence[SweepEntry], listener: Listener | None = None) -> Sweep:
+def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter | None = None) -> Sweep:
     """Carry all recipes out, in their order. They must read the same pictures.
 
     A recipe that fails is a trial that says why; the others go on. Raises QconvError where none can be carried out.
     """
-    listener = listener or Listener()
-    told: set[str] = set()
-
-    def warn(text: str) -> None:
-        if text not in told:
-            told.add(text)
-            listener.warn(text)
-
-    heard = Listener(warn, listener.progress)
+    reporter = reporter or Reporter()
     proto = read_proto(source)
     refuse_quantized(proto, source.name)
     for entry in entries:
         check_output(source, entry.out, external_data_files(proto, source))
     shared = entries[0].recipe
     session = open_original(source, shared)
-    held = hold_out_images(session, shared, (), heard)
+    held = hold_out_images(session, shared, (), reporter)
     del session
     shared = replace(shared, samples=min(shared.samples, held.most))
     memory = CalibrationCache()
     made_from = hash_model(source, external_data_files(proto, source))
-    pictures = open_calibration_data(source, made_from, shared, Listener().warn, listener.progress)
+    pictures = open_calibration_data(source, made_from, shared, reporter.without_warnings())
     pictures.memory = memory
     pictures.settle(load(proto, source)[0], shared)
     held.feed.preprocessing = pictures.preprocessing
     if shared.embed_preprocessing is not None:
         held.feed.take_pixels(shared.embed_preprocessing)
-    proof = TrialRunner.of(source, held.feed, shared, heard, memory)
+    proof = TrialRunner.of(source, held.feed, shared, reporter, memory)
     for done, entry in enumerate(entries):
-        listener.progress("recipes", done, len(entries))
+        reporter.progress("recipes", done, len(entries))
         recipe = replace(entry.recipe, samples=shared.samples)
-        proof.listener = Listener(partial(_warn_of_recipe, entry.name, warn), listener.progress)
+        proof.reporter = reporter.of_part(entry.name)
         proof.carry_out(entry.name, recipe, entry.out, entry.options)
     failures = [made.failure for made in proof.made if made.failure is not None]
     if len(failures) == len(entries):
         raise failures[0]
-    proof.listener = heard
+    proof.reporter = reporter
     float_ms = proof.timed(shared.threads, held.feed.size)
     trials, outputs = tuple(made.trial for made in proof.made), tuple(str(entry.out) for entry in entries)
     return Sweep(
@@ -258,7 +250,3 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], listener: Listener 
         trials,
         outputs,
     )
-
-
-def _warn_of_recipe(recipe: str, warn: Callable[[str], None], text: str) -> None:
-    warn(f"{recipe}: {text}")

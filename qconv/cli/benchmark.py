@@ -15,6 +15,7 @@ from qconv.cli.options import (
     size_option,
 )
 from qconv.cli.output import OutputOptions
+from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
 
 
@@ -52,7 +53,9 @@ def benchmark(
     raise_exit_on_signals()
     try:
         conditions = timing.TimingConditions(threads, batch, size, rounds)
-        found = timing.benchmark(models, conditions, version=session.RUNTIME_VERSION, progress=console.progress)
+        found = timing.benchmark(
+            models, conditions, version=session.RUNTIME_VERSION, reporter=Reporter(console.warn, console.progress)
+        )
     finally:
         console.close()
     if found.threads > found.cpu.cores:

@@ -20,6 +20,7 @@ from qconv.cli.recipe_options import (
     make_preprocessing_options,
 )
 from qconv.config.recipe import Recipe
+from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
 
 COMPARED_IMAGES = 64
@@ -90,15 +91,10 @@ def compare(
     sources = source_of(float_model), source_of(model)
     place = check_report_path(report, sources, [images], {"the table": csv})
     console = report_console.Console(quiet=quiet)
-    told: list[str] = []
-
-    def warn(text: str) -> None:
-        told.append(text)
-        console.warn(text)
-
+    reporter = Reporter(console.warn, console.progress)
     raise_exit_on_signals()
     try:
-        seen = analysis_compare.compare_on_images(*sources, recipe, warn, console.progress)
+        seen = analysis_compare.compare_on_images(*sources, recipe, reporter)
     finally:
         console.close()
     if place is not None:
@@ -106,7 +102,7 @@ def compare(
         from qconv.report import html, pages
 
         storage.write_atomically(
-            place, html.render_page(pages.make_compare_page(seen, *sources, format_command_line(), told))
+            place, html.render_page(pages.make_compare_page(seen, *sources, format_command_line(), reporter.warnings))
         )
     found = seen.compared
     rows = [row.as_dict() for row in found.worst_first]

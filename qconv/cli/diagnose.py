@@ -18,6 +18,7 @@ from qconv.cli.recipe_options import (
     require_images,
     select_options_without,
 )
+from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
 
 OPTIONS_NOT_DIAGNOSED = frozenset(
@@ -58,17 +59,16 @@ def diagnose(
     wanted.check(*map(Path, filter(None, (model, *options["calib"], *images, options["layer_bits"]))))
     from qconv.analysis import diagnose as clinic
     from qconv.ir.files import source_of
-    from qconv.pipeline import quantize
     from qconv.report import console as report_console
     from qconv.report import text
 
     source = source_of(model)
     place = check_report_path(report, [source], [*options["calib"], *images, options["layer_bits"]], {"the table": csv})
     console = report_console.Console(quiet=quiet)
-    listener = quantize.Listener(warn=console.warn, progress=console.progress)
+    reporter = Reporter(console.warn, console.progress)
     raise_exit_on_signals()
     try:
-        seen = clinic.diagnose(clinic.DiagnosisRequest(source, asked, images, options["layer_bits"]), listener)
+        seen = clinic.diagnose(clinic.DiagnosisRequest(source, asked, images, options["layer_bits"]), reporter)
     finally:
         console.close()
     found = seen.diagnosis

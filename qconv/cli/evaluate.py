@@ -17,6 +17,7 @@ from qconv.cli.options import (
 from qconv.cli.output import OutputOptions
 from qconv.cli.recipe_options import make_preprocessing_options
 from qconv.config.recipe import Recipe
+from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
 
 ALL_IMAGES = 10**9
@@ -119,7 +120,7 @@ def evaluate(
         table=None if out is None else out.suffix.lower(),
     )
     try:
-        found = measuring.evaluate(source_of(model), wishes, warn=console.warn, progress=console.progress)
+        found = measuring.evaluate(source_of(model), wishes, Reporter(console.warn, console.progress))
     finally:
         console.close()
     if out is not None:

@@ -20,6 +20,7 @@ from qconv.cli.options import (
 from qconv.cli.output import OutputOptions
 from qconv.cli.recipe_options import make_preprocessing_options, make_recipe_of_fields
 from qconv.errors import QconvError, format_count, require_torch
+from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
@@ -174,9 +175,7 @@ def finetune(
         device,
     )
     try:
-        found = training.finetune(
-            source_of(quant), out, wishes, training.TrainingListener(console.warn, console.progress)
-        )
+        found = training.finetune(source_of(quant), out, wishes, Reporter(console.warn, console.progress))
     finally:
         console.close()
     wanted.put(found.as_dict(), found.rows, lambda: _format_result(found, verbose=verbose))

@@ -32,6 +32,7 @@ from qconv.config.choices import option_name
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import read_toml
 from qconv.errors import QconvError
+from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
@@ -97,29 +98,25 @@ def quantize_sweep(model: str, output: str | None, options: Mapping[str, Any], f
     flags.wanted.check(Path(model), *map(Path, filter(None, read)), written=outputs)
     from qconv.analysis.trials import run_sweep as carried_out
     from qconv.ir.files import source_of
-    from qconv.pipeline import quantize as pipeline_quantize
     from qconv.report import console as report_console
     from qconv.report import text
 
     source = source_of(model)
     page = check_report_path(flags.report, [source], read, {"the table": flags.wanted.csv, **outputs})
     console = report_console.Console(quiet=flags.wanted.quiet)
-    told: list[str] = []
-
-    def warn(text: str) -> None:
-        told.append(text)
-        console.warn(text)
-
+    reporter = Reporter(console.warn, console.progress)
     raise_exit_on_signals()
     try:
-        found = carried_out(source, entries, pipeline_quantize.Listener(warn, console.progress))
+        found = carried_out(source, entries, reporter)
     finally:
         console.close()
     if page is not None:
         from qconv import storage
         from qconv.report import html, pages
 
-        storage.write_atomically(page, html.render_page(pages.make_sweep_page(found, format_command_line(), told)))
+        storage.write_atomically(
+            page, html.render_page(pages.make_sweep_page(found, format_command_line(), reporter.warnings))
+        )
     told_as = found.as_dict()
     flags.wanted.put(told_as, told_as["recipes"], lambda: text.format_sweep(found, verbose=flags.verbose))
     return 1 if any(trial.failed for trial in found.trials) else 0
@@ -296,17 +293,17 @@ def _run_quantize(
     """page: where one is to be written, too."""
     from qconv.pipeline import quantize as pipeline_quantize
 
-    listener = pipeline_quantize.Listener(warn=console.warn, progress=console.progress)
+    reporter = Reporter(console.warn, console.progress)
     raise_exit_on_signals()
     try:
-        report, data = pipeline_quantize.quantize(source, None if output == "-" else output, recipe, listener)
+        report, data = pipeline_quantize.quantize(source, None if output == "-" else output, recipe, reporter)
         if page is not None:
             from qconv import storage
             from qconv.ir.files import Source
             from qconv.report import html, pages
 
             written = Source("the quantized model", None if data is not None else Path(output), data)
-            found = pages.make_quantize_page(report, source, written, recipe, format_command_line(), console.progress)
+            found = pages.make_quantize_page(report, source, written, recipe, format_command_line(), reporter)
             storage.write_atomically(page, html.render_page(found))
         return report, data
     finally:

@@ -15,6 +15,7 @@ from qconv.cli.quantize import (
     _require_streams,
 )
 from qconv.cli.recipe_options import make_recipe_of_options, require_images, select_options_without
+from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
@@ -92,16 +93,15 @@ def study_samples(
     _require_streams(model, None, as_json)
     from qconv.analysis import sample_study
     from qconv.ir.files import source_of
-    from qconv.pipeline import quantize as pipeline_quantize
     from qconv.report import console as report_console
 
     console = report_console.Console(quiet=quiet)
-    listener = pipeline_quantize.Listener(warn=console.warn, progress=console.progress)
+    reporter = Reporter(console.warn, console.progress)
     source = source_of(model)
     raise_exit_on_signals()
     try:
         curve = sample_study.study_samples(
-            source, recipe, sample_study.StudyRequest(seeds, holdout, images), listener, place
+            source, recipe, sample_study.StudyRequest(seeds, holdout, images), reporter, place
         )
     finally:
         console.close()

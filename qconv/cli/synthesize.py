@@ -21,6 +21,7 @@ from qconv.cli.output import OutputOptions, check_report_path, format_command_li
 from qconv.cli.recipe_options import make_preprocessing_options
 from qconv.config.choices import SYNTHESIS_STEPS
 from qconv.errors import format_count, format_shape, require_torch
+from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def synthesize(
     console = report_console.Console(quiet=quiet)
     raise_exit_on_signals()
     try:
-        made = story.synthesize(source, Path(output), wishes, story.SynthesisListener(console.warn, console.progress))
+        made = story.synthesize(source, Path(output), wishes, Reporter(console.warn, console.progress))
     finally:
         console.close()
     if page is not None:

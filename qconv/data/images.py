@@ -42,6 +42,7 @@ from qconv.config.preprocessing import (
 )
 from qconv.data.dataset import SAMPLE_SUFFIXES, Listing, suffix_of
 from qconv.errors import QconvError, format_count, format_shape
+from qconv.reporter import Reporter
 from qconv.storage import prefetch
 
 if TYPE_CHECKING:
@@ -431,16 +432,16 @@ def iter_batches(
     *,
     batch: int,
     workers: int,
-    warn: Callable[[str], None],
+    reporter: Reporter,
     progress: Callable[[int], None] | None = None,
     lost: Callable[[Path], None] = lambda path: None,
 ) -> Generator[dict[str, NDArray[Any]], None, None]:
     """Yield {input name: (n, ...) array of the wanted type} in the listing's order; n is `batch`, the last may be less.
 
     Up to 2 * workers + batch files are decoded ahead, so that reading overlaps the caller's work. progress receives
-    how many files are done so far. An undecodable file is told to `warn` and `lost`, and left out; more than a tenth of
-    them, and a sample of the wrong shape, raise QconvError. prep may be None where all files are .npy or .npz. Closing
-    the generator stops the threads.
+    how many files are done so far. `reporter` and `lost` hear of an undecodable file, which is left out; more than a
+    tenth of them, and a sample of the wrong shape, raise QconvError. prep may be None where all files are .npy or .npz.
+    Closing the generator stops the threads.
     """
     first = next((path for path in listing.paths if suffix_of(path) not in SAMPLE_SUFFIXES), None)
     if first is not None and len(inputs) != 1:
@@ -451,7 +452,7 @@ def iter_batches(
     _import_decoders()
     pending = prefetch(load, listing.paths, workers=workers, depth=2 * workers + batch)
     return _batch_inputs(
-        _skip_unreadable(pending, max(len(listing.paths), listing.whole), warn, progress, lost), inputs, batch
+        _skip_unreadable(pending, max(len(listing.paths), listing.whole), reporter, progress, lost), inputs, batch
     )
 
 
@@ -486,7 +487,7 @@ def _import_decoders() -> None:
 def _skip_unreadable(
     pending: _SampleFutures,
     total: int,
-    warn: Callable[[str], None],
+    reporter: Reporter,
     progress: Callable[[int], None] | None,
     lost: Callable[[Path], None],
 ) -> _SampleIterator:
@@ -500,7 +501,7 @@ def _skip_unreadable(
             except UnreadableImage as error:
                 bad.append(error)
                 lost(error.path)
-                warn(f"skipped {error.path}: cannot be decoded ({error.reason})")
+                reporter.warn(f"skipped {error.path}: cannot be decoded ({error.reason})")
                 if 10 * len(bad) > total:
                     raise _too_many_unreadable_error(bad, done, total) from error
             if progress is not None:

@@ -26,6 +26,7 @@ from qconv.data.images import InputSpec, layout_order, resolve_preprocessing
 from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.files import Source, is_quantized, metadata_of, open_original, read_proto
+from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 
 # The calibration pictures as one network wants them, batch by batch, as often as they are needed.
@@ -44,17 +45,16 @@ Batch = dict[str, NDArray[Any]]
 class DataLoader:
     """Pictures, preprocessed. The first few stay in memory, so that checking the result need not decode them again.
 
-    warn hears of each unreadable picture once; progress of (stage, pictures done, pictures in all). pictures: how many
-    the first pass has decoded; lost: those that no pass could. raw: the layout of the uint8 pixels that are handed out
-    instead of what the float network takes; None for the latter.
+    reporter: is told of each unreadable picture, and how many are done. pictures: how many the first pass has decoded;
+    lost: those that no pass could. raw: the layout of the uint8 pixels that are handed out instead of what the float
+    network takes; None for the latter.
     """
 
     listing: Listing
     inputs: list[InputSpec]
     preprocessing: Preprocessing | None
     batch: int
-    warn: Callable[[str], None]
-    progress: Callable[[str, int, int], None]
+    reporter: Reporter
     _kept: list[Batch] = field(default_factory=list)
     _passes: int = 0
     pictures: int = 0
@@ -66,8 +66,7 @@ class DataLoader:
         cls,
         session: Session,
         recipe: Recipe,
-        warn: Callable[[str], None],
-        progress: Callable[[str, int, int], None],
+        reporter: Reporter,
         known: Preprocessing | None = None,
     ) -> DataLoader:
         """The pictures of `recipe` for the network in `session`. Raises QconvError where they cannot feed it.
@@ -86,11 +85,11 @@ class DataLoader:
                 recipe.preprocessing, inputs[0], class_vector=session.gives_class_vector
             )
         elif recipe.preprocessing != PreprocessingOptions():
-            warn("preprocessing options are not used: .npy and .npz samples are taken as they are.")
+            reporter.warn("preprocessing options are not used: .npy and .npz samples are taken as they are.")
         fixed = inputs[0].shape[0] if inputs[0].shape else None
         if fixed is not None and recipe.batch not in (1, fixed):
-            warn(f"--batch {recipe.batch} is not used: the model's own batch is {fixed}.")
-        return cls(listing, inputs, preprocessing, fixed or recipe.batch, warn, progress)
+            reporter.warn(f"--batch {recipe.batch} is not used: the model's own batch is {fixed}.")
+        return cls(listing, inputs, preprocessing, fixed or recipe.batch, reporter)
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Hand out uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""
@@ -142,7 +141,7 @@ class DataLoader:
         """The same preprocessing for other files, of which nothing has been read yet."""
         whole = max(self.listing.whole, len(self.listing.paths))
         listing = replace(self.listing, paths=tuple(paths), whole=whole)
-        return DataLoader(listing, self.inputs, self.preprocessing, self.batch, self.warn, self.progress)
+        return DataLoader(listing, self.inputs, self.preprocessing, self.batch, self.reporter)
 
     @property
     def _batch_is_fixed(self) -> bool:
@@ -158,7 +157,7 @@ class DataLoader:
             self.fed,
             batch=self.batch,
             workers=LEAST_DECODERS,
-            warn=self.warn if first_pass else _discard_text,
+            reporter=self.reporter,
             lost=self.lost.add,
         )
         for feeds in found:
@@ -172,7 +171,7 @@ class DataLoader:
                 self._keep(feeds)
             yield feeds
             done += count
-            self.progress(stage, min(done, total), total)
+            self.reporter.progress(stage, min(done, total), total)
 
     def drawn(self, prep: Preprocessing, most: int) -> Iterator[NDArray[np.uint8]]:
         """Up to `most` pictures as pixels (H, W, C), RGB or grey, in the size that prep asks for: a fixed draw."""
@@ -183,7 +182,7 @@ class DataLoader:
         as_bytes = InputSpec("x", np.dtype(np.uint8), (None, None, None, None))
         listing = Listing(chosen, len(chosen), 0)
         for batch in images.iter_batches(
-            listing, [as_bytes], plain, batch=1, workers=LEAST_DECODERS, warn=_discard_text
+            listing, [as_bytes], plain, batch=1, workers=LEAST_DECODERS, reporter=Reporter()
         ):
             yield batch["x"][0]
 
@@ -225,10 +224,6 @@ def _count_images(feeds: Batch) -> int:
     return len(next(iter(feeds.values())))
 
 
-def _discard_text(text: str) -> None:
-    pass
-
-
 def _several_inputs_error(name: str, inputs: list[InputSpec]) -> QconvError:
     names = ", ".join(spec.name for spec in inputs)
     return QconvError(
@@ -254,7 +249,7 @@ class ModelWithData:
     feed: DataLoader
     words: str
 
-    def batches(self, warn: Callable[[str], None], lost: Callable[[Path], None]) -> Iterator[tuple[Any, int]]:
+    def batches(self, reporter: Reporter, lost: Callable[[Path], None]) -> Iterator[tuple[Any, int]]:
         """What the model takes, with the number of pictures in it: a last short batch is filled up where it must be."""
         feed = self.feed
         fixed = bool(feed.inputs[0].shape) and feed.inputs[0].shape[0] is not None
@@ -264,7 +259,7 @@ class ModelWithData:
             feed.preprocessing,
             batch=feed.batch,
             workers=LEAST_DECODERS,
-            warn=warn,
+            reporter=reporter,
             lost=lost,
         )
         for feeds in found:
@@ -300,18 +295,18 @@ class ModelWithData:
 
 
 def iter_paired_batches(
-    own: ModelWithData, other: ModelWithData, warn: Callable[[str], None], lost: Callable[[Path], None]
+    own: ModelWithData, other: ModelWithData, reporter: Reporter, lost: Callable[[Path], None]
 ) -> Iterator[tuple[Any, Any]]:
     """What both take, batch by batch; a last short one is filled up where it must be."""
     if own.takes_the_same_as(other):
-        yield from ((feeds, feeds) for feeds, _ in own.batches(warn, lost))
+        yield from ((feeds, feeds) for feeds, _ in own.batches(reporter, lost))
         return
-    its = other.batches(_ignore_warning, lambda path: None)
-    yield from ((mine, theirs) for (mine, _), (theirs, _) in zip(own.batches(warn, lost), its, strict=True))
+    its = other.batches(Reporter(), lambda path: None)
+    yield from ((mine, theirs) for (mine, _), (theirs, _) in zip(own.batches(reporter, lost), its, strict=True))
 
 
 def _open_model(
-    source: Source, recipe: Recipe, warn: Callable[[str], None], hint: PreprocessingOptions | None = None
+    source: Source, recipe: Recipe, reporter: Reporter, hint: PreprocessingOptions | None = None
 ) -> ModelWithData:
     """A model with its preprocessing: said by the user, told by the file, as `hint` has it, or found out.
 
@@ -329,19 +324,17 @@ def _open_model(
         told, why = hint, "as the other model"
     if told is not None:
         # samples need none of it, which is no news where the user has said nothing
-        quietly = _ignore_warning if recipe.preprocessing == PreprocessingOptions() else warn
-        feed = DataLoader.of(
-            session, replace(recipe, preprocessing=_merge_options(said, told)), quietly, _ignore_progress
-        )
+        quietly = Reporter() if recipe.preprocessing == PreprocessingOptions() else reporter.without_progress()
+        feed = DataLoader.of(session, replace(recipe, preprocessing=_merge_options(said, told)), quietly)
         if feed.preprocessing is not None and said == PreprocessingOptions():
             feed.preprocessing = replace(feed.preprocessing, source=why)
         return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
-    feed = DataLoader.of(session, recipe, warn, _ignore_progress)
+    feed = DataLoader.of(session, recipe, reporter.without_progress())
     if feed.preprocessing is None or said.preset != AUTO:
         return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
     if is_quantized(proto):
         if find_fact(load.load_unchanged(proto, source), feed.inputs[0].dtype, feed.preprocessing.layout) is None:
-            warn(
+            reporter.warn(
                 f"how {source.name} was fed in training is not known, as a quantized file does not tell; it gets "
                 f"{feed.preprocessing.preset}: --preprocess settles it, or --against with the float model."
             )
@@ -350,39 +343,26 @@ def _open_model(
     detected = detect_preprocessing(model, session, feed, recipe.preprocessing, threads=recipe.threads)
     feed.preprocessing = detected.preprocessing
     for doubt in detected.doubts():
-        warn(doubt)
+        reporter.warn(doubt)
     return ModelWithData(session, feed, detected.in_words())
 
 
 def open_models(
-    source: Source, against: Source | None, recipe: Recipe, warn: Callable[[str], None]
+    source: Source, against: Source | None, recipe: Recipe, reporter: Reporter
 ) -> tuple[ModelWithData, ModelWithData | None]:
     """The model and the other one. A quantized file is fed as the float model is, and either as its metadata says."""
-    heard: set[str] = set()
-
-    def once(text: str) -> None:
-        if text not in heard:
-            heard.add(text)
-            warn(text)
-
-    return _open_both(source, against, recipe, once)
-
-
-def _open_both(
-    source: Source, against: Source | None, recipe: Recipe, warn: Callable[[str], None]
-) -> tuple[ModelWithData, ModelWithData | None]:
     if against is None:
-        return _open_model(source, recipe, warn), None
+        return _open_model(source, recipe, reporter), None
     proto = read_proto(source)
     carried = float_preprocessing_in_metadata(metadata_of(proto))
-    other = _open_model(against, recipe, warn, carried)
+    other = _open_model(against, recipe, reporter, carried)
     hint = None
     if carried is None and is_quantized(proto) and other.feed.preprocessing is not None:
         fed = other.feed.preprocessing
         hint = PreprocessingOptions(
             fed.preset, fed.scale, fed.mean, fed.std, fed.color, None, fed.resize, fed.filter, fed.size
         )
-    return _open_model(source, recipe, warn, hint), other
+    return _open_model(source, recipe, reporter, hint), other
 
 
 def _merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> PreprocessingOptions:
@@ -404,13 +384,5 @@ def _check_loader(feed: DataLoader) -> DataLoader:
     return feed
 
 
-def _ignore_warning(text: str) -> None:
-    pass
-
-
 def _describe_loader(feed: DataLoader) -> str:
     return "" if feed.preprocessing is None else feed.preprocessing.in_words()
-
-
-def _ignore_progress(stage: str, done: int, total: int) -> None:
-    pass

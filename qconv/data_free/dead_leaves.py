@@ -29,6 +29,7 @@ from qconv.data.images import InputSpec, resolve_preprocessing
 from qconv.data.loader import Batch, DataLoader
 from qconv.errors import QconvError
 from qconv.ir.channel_stats import ChannelDistribution
+from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 
 Pixels = NDArray[np.uint8]
@@ -143,7 +144,7 @@ class GeneratedImageLoader(DataLoader):
         except QconvError as error:
             raise QconvError(error.message, error.hint.replace("instead of pictures", "to --calib, not none")) from None
         batch = (inputs[0].shape[0] if inputs[0].shape else None) or 1
-        return cls(Listing((), 0, 0), inputs, prep, batch, lambda text: None, lambda stage, done, total: None)
+        return cls(Listing((), 0, 0), inputs, prep, batch, Reporter())
 
     def drawn(self, prep: Preprocessing, most: int) -> Iterator[Pixels]:
         """See Feed."""

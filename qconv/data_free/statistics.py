@@ -9,7 +9,7 @@ they are an error.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -41,6 +41,7 @@ from qconv.ir.layers import INPUTS_FIRST, input_means_of, read_layer, set_input_
 from qconv.ir.model import DataType, Model, Value, clip_bounds
 from qconv.ir.rewriting import EditRefused, standard_op_type
 from qconv.ir.rewriting import data_input as read_from
+from qconv.reporter import Reporter
 
 # From what is told of a tensor (told.py) to what a sketch would have remembered of it, so that all calibrators work.
 #
@@ -121,7 +122,7 @@ class DataFreeStatistics:
     imagined: GeneratedImageLoader
     fallback: str | None
     threads: int | None
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    reporter: Reporter = field(default_factory=Reporter)
     findings: list[Change] = field(default_factory=list)
     _synthesized: NDArray[np.uint8] | None = None
 
@@ -144,7 +145,7 @@ class DataFreeStatistics:
             fed = self.imagined.fed
             assert fed is not None
             self._synthesized = optimize_images(
-                self.source, fed, self.imagined.inputs[0].shape[0], IMAGE_COUNT, self.threads, self.progress
+                self.source, fed, self.imagined.inputs[0].shape[0], IMAGE_COUNT, self.threads, self.reporter
             )
         return self.imagined.these(self._synthesized)
 

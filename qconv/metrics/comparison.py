@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from qconv.data.loader import Batch, DataLoader
 from qconv.errors import QconvError
+from qconv.reporter import Reporter
 from qconv.results.quantize import Gate, OutputScore, Verification
 from qconv.runtime.session import Session
 
@@ -280,7 +281,7 @@ def collect_reference_outputs(
     stage: str,
     *,
     most_bytes: int,
-    warn: Callable[[str], None],
+    reporter: Reporter,
     batches: Collection[int] | None = None,
 ) -> ReferenceOutputs:
     """Run the float model on the pictures of `feed`, as many as there is room for with their outputs.
@@ -299,5 +300,7 @@ def collect_reference_outputs(
     seen = sum(len(next(iter(feeds.values()))) for feeds, _ in kept)
     pictures = min(seen, total)
     if size >= most_bytes and pictures < total:
-        warn(f"scored on {pictures} of {total} pictures: inputs and outputs of more would not fit into memory kept.")
+        reporter.warn(
+            f"scored on {pictures} of {total} pictures: inputs and outputs of more would not fit into memory kept."
+        )
     return ReferenceOutputs(session.outputs, kept, pictures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from qconv.errors import QconvError, require_torch
 from qconv.ir.files import Source, open_original, total_weight_bytes
 from qconv.ir.model import Model
 from qconv.planning.plan import Plan
+from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 
 MOST_CACHED_NETWORKS = 4
@@ -180,8 +181,7 @@ def open_calibration_data(
     source: Source,
     model: str,
     recipe: Recipe,
-    warn: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
+    reporter: Reporter,
 ) -> CalibrationData:
     """The pictures and statistics that `recipe` names. model: the hash of the float model's bytes.
 
@@ -192,13 +192,13 @@ def open_calibration_data(
         if recipe.fallback == "synthesized":
             require_torch("--fallback synthesized")
         unseen = DataFreeStatistics(
-            source, GeneratedImageLoader.like(session, recipe), recipe.fallback, recipe.threads, progress
+            source, GeneratedImageLoader.like(session, recipe), recipe.fallback, recipe.threads, reporter
         )
         return CalibrationData(
             None, None, DetectedPreprocessing(unseen.imagined.preprocessing), "", session, unseen=unseen
         )
     if recipe.stats is None:
-        seen = DataLoader.of(session, recipe, warn, progress)
+        seen = DataLoader.of(session, recipe, reporter)
         return CalibrationData(seen, None, DetectedPreprocessing(seen.preprocessing), model, session)
     found, path = statistics_file.read_statistics(recipe.stats), recipe.stats
     statistics_file.require_same_model(found, path, model=model, name=source.name)
@@ -208,7 +208,7 @@ def open_calibration_data(
             recipe.preprocessing, InputSpec(*session.inputs[0]), class_vector=session.gives_class_vector
         )
         statistics_file.require_same_preprocessing(found, path, statistics_file.preprocessing_to_dict(wanted))
-    feed = DataLoader.of(session, recipe, warn, progress, known) if recipe.calib else None
+    feed = DataLoader.of(session, recipe, reporter, known) if recipe.calib else None
     if feed is not None:
         statistics_file.require_same_preprocessing(
             found, path, statistics_file.preprocessing_to_dict(feed.preprocessing)

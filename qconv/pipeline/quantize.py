@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
 from qconv.quantization.parameters import choose_activation_params, make_tensor_rows
 from qconv.quantization.second_order import choose_rounding_effort
+from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, OutputScore, Report, Verification
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
@@ -78,25 +79,12 @@ SLOWER_FACTOR = 1.05
 
 
 @dataclass(slots=True)
-class Listener:
-    """Who hears about a run while it lasts. progress: (stage, pictures done, pictures in all)."""
-
-    warn: Callable[[str], None] = lambda text: None
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
-
-
-@dataclass(slots=True)
 class _RunRecord:
     """What one run gathers on its way."""
 
-    listener: Listener
-    warnings: list[str] = field(default_factory=list)
+    reporter: Reporter
     findings: list[Finding] = field(default_factory=list)
     time: dict[str, float] = field(default_factory=dict)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-        self.listener.warn(text)
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -109,7 +97,7 @@ def quantize(
     source: Source | str | Path,
     out: str | Path | None,
     recipe: Recipe,
-    listener: Listener | None = None,
+    reporter: Reporter | None = None,
     memory: CalibrationCache | None = None,
 ) -> tuple[Report, bytes | None]:
     """Quantize `source` as `recipe` says and save the result at `out`.
@@ -120,7 +108,7 @@ def quantize(
     started = time.perf_counter()
     if recipe.rounding == "reconstruct":
         require_torch("--rounding reconstruct")
-    run = _RunRecord(listener or Listener())
+    run = _RunRecord((reporter or Reporter()).of_part())
     source = source if isinstance(source, Source) else Source(str(source), Path(source))
     place = None if out is None else Path(out)
 
@@ -137,7 +125,7 @@ def quantize(
         _check_distinct_places(written, [*recipe.calib, *([] if recipe.stats is None else [recipe.stats])])
         refuse_quantized(proto, source.name)
         float_bytes, made_from = file_bytes(proto, source), hash_model(source, external_data_files(proto, source))
-        pictures = open_calibration_data(source, made_from, recipe, run.warn, run.listener.progress)
+        pictures = open_calibration_data(source, made_from, recipe, run.reporter)
         pictures.memory = memory
         model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
         run.findings += changes
@@ -153,14 +141,14 @@ def quantize(
             from qconv.training.network import require_operators  # PyTorch is an extra
 
             require_operators(model)
-        warn_of_unmatched_options(model, recipe, run.warn)
+        warn_of_unmatched_options(model, recipe, run.reporter)
         target = TARGETS[recipe.target]
         floats = {} if recipe.tune_latency else choose_float_nodes(model, recipe, pictures.fed)
         plan = make_plan(model, recipe, target, floats)
         require_layers(plan, source)
         check_target_size(model, recipe, floats)
         for doubt in pictures.detected.doubts():
-            run.warn(doubt)
+            run.reporter.warn(doubt)
     with run.step("calibrate"):
         # what is saved is of the network as it is, and serves other options, too, which may leave nothing in float
         as_it_is: Mapping[str, Sketch] = {}
@@ -178,7 +166,7 @@ def quantize(
         if pictures.unseen is not None:
             run.findings += pictures.unseen.findings
         for oddity in find_odd_tensors(sketches):
-            run.warn(oddity)
+            run.reporter.warn(oddity)
     with run.step("plan"):
         apart = requantize_for_layers(model, plan)
         if apart:
@@ -187,7 +175,7 @@ def quantize(
             plan = make_plan(model, recipe, target, floats)
     if recipe.tune_latency:
         with run.step("tune"):
-            found_fastest = tune_latency(model, recipe, sketches, pictures.fed, pictures.size, run.listener.progress)
+            found_fastest = tune_latency(model, recipe, sketches, pictures.fed, pictures.size, run.reporter)
             floats = found_fastest.floats
             plan = make_plan(model, recipe, target, floats)
             run.findings.append(Change("tune", source.name, found_fastest.in_words()))
@@ -201,7 +189,7 @@ def quantize(
     if recipe.searches and pictures.feed is not None:
         with run.step("search"):
             ground = SearchContext(folded, recipe, pictures.feed, open_original(source, recipe))
-            searched = search_bits(ground, run.warn, run.listener.progress)
+            searched = search_bits(ground, run.reporter)
             recipe, mixed, settled = searched.recipe, searched.report, searched.settled
     else:
         settled = _choose_and_round(folded, recipe, pictures, run)
@@ -213,7 +201,7 @@ def quantize(
         run.findings += emit(model, plan, params, pack=recipe.pack)
     if before is not None and pictures.feed is not None:
         with run.step("reconstruct"):
-            run.findings += _reconstruct(model, before, recipe, pictures.feed, run.listener.progress)
+            run.findings += _reconstruct(model, before, recipe, pictures.feed, run.reporter)
     with run.step("emit"):
         run.findings += compress_constants(model)
         write_metadata(model, qconv.__version__, recipe, pictures.fed, plan.placed, made_from)
@@ -222,15 +210,17 @@ def quantize(
             files.check_staged_model(staged)
             audited = _audit_staged(staged, model, PlannedReasons.of(plan), pictures.shown)
             checked = _verify_staged(staged, open_original(source, recipe), recipe, pictures, target)
-        warn_of_vain_keep_float(plan, audited, run.warn)
+        warn_of_vain_keep_float(plan, audited, run.reporter)
         for output in checked.outputs:
             if output.remark:
-                run.warn(f"output {output.name}: {output.remark}.")
+                run.reporter.warn(f"output {output.name}: {output.remark}.")
         if _is_useless(checked):
             what = f"little is left of the float model: {_describe_accuracy(checked)}"
-            run.warn(f"{what}; `qconv diagnose` with the same options tells why.")
+            run.reporter.warn(f"{what}; `qconv diagnose` with the same options tells why.")
         if checked.slowdown is not None and checked.slowdown > SLOWER_FACTOR:
-            run.warn(f"the quantized model ran {checked.slowdown:.2f} times as long as the float one on this machine.")
+            run.reporter.warn(
+                f"the quantized model ran {checked.slowdown:.2f} times as long as the float one on this machine."
+            )
         size = staged.size
         result = staged.path.read_bytes() if place is None else None
         if recipe.save_stats is not None:
@@ -255,7 +245,7 @@ def quantize(
         verify=checked,
         audit=audited,
         gates=check_gates(checked, recipe.min_agreement, recipe.min_sqnr),
-        warnings=run.warnings,
+        warnings=run.reporter.warnings,
         time=run.time,
         peak_rss_mb=peak_rss_mb(),
         findings=run.findings,
@@ -287,9 +277,7 @@ def _tune_ranges(
     params, _ = choose_activation_params(plan, sketches, recipe)
     looks = SEARCH_BUDGETS[recipe.effort]
     feeds = feed.first(looks.many, "read again")
-    return search_activation_ranges(
-        model, plan, params.activations, feeds, looks, recipe.threads, run.listener.progress
-    )
+    return search_activation_ranges(model, plan, params.activations, feeds, looks, recipe.threads, run.reporter)
 
 
 def _choose_and_round(
@@ -298,24 +286,22 @@ def _choose_and_round(
     """All numbers that are written."""
     with run.step("params"):
         settled = round_to_nearest(folded, recipe)
-        warn_of_uncorrected_biases(settled, recipe, run.warn)
+        warn_of_uncorrected_biases(settled, recipe, run.reporter)
     if pictures.feed is None and pictures.unseen is None and recipe.effort != "fast":
         why = "statistics do not say how inputs go together; pass pictures, too"
         settled.findings.append(Skipped("round", "all layers", why))
     elif pictures.feed is not None and recipe.walks:
         with run.step("round"):
             feeds = pictures.feed.first(choose_rounding_effort(settled.plan, recipe).pictures, "read again")
-            round_second_order_in_place(settled, folded, recipe, feeds, run.listener.progress)
+            round_second_order_in_place(settled, folded, recipe, feeds, run.reporter)
     return settled
 
 
-def _reconstruct(
-    model: Model, before: Model, recipe: Recipe, feed: DataLoader, progress: Callable[[str, int, int], None]
-) -> list[Finding]:
+def _reconstruct(model: Model, before: Model, recipe: Recipe, feed: DataLoader, reporter: Reporter) -> list[Finding]:
     from qconv.training.reconstruct import MOST_IMAGES, reconstruct_blocks  # PyTorch is an extra
 
     fixed = next((spec.shape[0] for spec in feed.inputs if spec.shape and spec.shape[0]), None)
-    return reconstruct_blocks(model, before, recipe, feed.first(MOST_IMAGES, "read again"), fixed, progress)
+    return reconstruct_blocks(model, before, recipe, feed.first(MOST_IMAGES, "read again"), fixed, reporter)
 
 
 def _audit_staged(staged: files.StagedModel, model: Model, known: PlannedReasons, feed: DataLoader | None) -> Audit:

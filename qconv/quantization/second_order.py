@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,6 +57,7 @@ from qconv.quantization.layer import (
 from qconv.quantization.parameters import Params, carry_over_params
 from qconv.quantization.weight_ranges import estimate_mse_range
 from qconv.quantizer import PerChannel, QuantParams
+from qconv.reporter import Reporter
 from qconv.storage import ArrayStore, StoredArrays, prefetch
 
 # What of a layer's outputs reaches whoever reads them: what the activation behind lets through, and what has codes.
@@ -441,7 +442,7 @@ def round_layers_sequentially(
     feeds: Sequence[Mapping[str, NDArray[Any]]],
     recipe: Recipe,
     floats: Mapping[str, str],
-    progress: Callable[[str, int, int], None],
+    reporter: Reporter,
 ) -> list[Finding]:
     """Replace the layers of `params` by rounded ones. model: the folded float network, which stays as it is.
 
@@ -450,7 +451,7 @@ def round_layers_sequentially(
     solver = LayerSolver(recipe, plan.target, choose_rounding_effort(plan, recipe))
     # whoever judges by batches that weights were not rounded on (judge.py) counts on these being kept apart whole
     pieces = [1 if len(feeds) >= HELD_OUT_INTERVAL else _count_images(feed) for feed in feeds]
-    return _SequentialRounder(model, params, solver, pieces).run(feeds, floats, progress)
+    return _SequentialRounder(model, params, solver, pieces).run(feeds, floats, reporter)
 
 
 @dataclass(slots=True)
@@ -465,7 +466,7 @@ class _SequentialRounder:
         self,
         feeds: Sequence[Mapping[str, NDArray[Any]]],
         floats: Mapping[str, str],
-        progress: Callable[[str, int, int], None],
+        reporter: Reporter,
     ) -> list[Finding]:
         simulated, nodes = self._with_quantizers(floats)
         with (
@@ -474,7 +475,7 @@ class _SequentialRounder:
         ):
             real = StepwiseRun(self.model, feeds, first, threads=self.solver.recipe.threads)
             other = StepwiseRun(simulated, feeds, second, threads=self.solver.recipe.threads)
-            self._go(real, other, simulated, nodes, progress)
+            self._go(real, other, simulated, nodes, reporter)
         return self.findings
 
     def _go(
@@ -483,7 +484,7 @@ class _SequentialRounder:
         other: StepwiseRun,
         simulated: Model,
         nodes: Mapping[str, Node],
-        progress: Callable[[str, int, int], None],
+        reporter: Reporter,
     ) -> None:
         """While a layer is solved the float network, which does not depend on that, runs on to the next one."""
         refusals = [self.solver.refusal(self.model, chosen) for chosen in self.params.layers]
@@ -492,7 +493,7 @@ class _SequentialRounder:
         with contextlib.closing(inputs):
             upcoming = next(inputs, None)
             for index, (chosen, why) in enumerate(zip(list(self.params.layers), refusals, strict=True)):
-                progress("round", index, len(refusals))
+                reporter.progress("round", index, len(refusals))
                 node = chosen.layer.node
                 twin = nodes[node.name or ""]
                 if why is None:
@@ -507,7 +508,7 @@ class _SequentialRounder:
                 else:
                     self.findings.append(Skipped("round", node.name or "", why))
                 _replace_weights(simulated, twin, chosen)
-        progress("round", len(refusals), len(refusals))
+        reporter.progress("round", len(refusals), len(refusals))
 
     def _with_quantizers(self, floats: Mapping[str, str]) -> tuple[Model, dict[str, Node]]:
         """A copy with float weights, and its nodes by name.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -33,6 +33,7 @@ from qconv.errors import Change, Finding, QconvError, Skipped, format_bytes, for
 from qconv.ir.files import Source, file_bytes, read_proto
 from qconv.metrics.comparison import Interval, share_interval
 from qconv.report.html import Page, PagePicture, Tile, Tone
+from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, Diagnosis, Sweep, Trial
 from qconv.results.quantize import Audit, OutputScore, Report, Verification
 from qconv.results.training import GOOD_MATCH, SynthesisResult
@@ -79,7 +80,7 @@ def make_contact_sheet(feed: DataLoader, count: int = SHEET_PICTURES) -> tuple[t
 
 
 def _read_batches(feed: DataLoader, path: Path) -> Sequence[Batch]:
-    one = replace(feed.over([path]), warn=lambda text: None, progress=lambda stage, done, total: None)
+    one = replace(feed.over([path]), reporter=Reporter())
     with contextlib.suppress(QconvError):  # told already, when all were read
         return one.first(1, "report")
     return ()
@@ -111,8 +112,6 @@ TIMING_NOISE = 0.05
 
 HALF_OF_ERROR = 0.5
 
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True, slots=True)
 class AccuracyScores:
@@ -142,7 +141,7 @@ class AccuracyScores:
 
 
 def make_quantize_page(
-    report: Report, source: Source, quantized: Source, recipe: Recipe, command: str, progress: Progress
+    report: Report, source: Source, quantized: Source, recipe: Recipe, command: str, reporter: Reporter
 ) -> Page:
     """The page of a run of `quantize`, its layers compared on some of the calibration pictures.
 
@@ -155,7 +154,7 @@ def make_quantize_page(
         few = replace(recipe, samples=min(recipe.samples, COMPARED_IMAGES))
         try:
             # what there is to warn of was told while quantizing
-            looked = compare_on_images(source, quantized, few, lambda text: None, progress)
+            looked = compare_on_images(source, quantized, few, reporter.without_warnings())
         except QconvError as error:
             without = f"The layers could not be compared: {error.message}"
     scores = AccuracyScores(report.verify.images, report.verify.outputs, "calibration pictures")

@@ -18,7 +18,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from qconv.errors import QconvError
+from qconv.reporter import Reporter
 
 X86_FEATURES = {
     "avx2": ("avx2",),
@@ -270,7 +271,7 @@ def benchmark(
     conditions: TimingConditions,
     *,
     version: str,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    reporter: Reporter | None = None,
 ) -> Benchmark:
     """Time `paths` under the same conditions. Raises QconvError for a model that does not load or run."""
     for path in paths:
@@ -296,7 +297,8 @@ def benchmark(
                 for index in order:
                     timings[index].turns.append(workers[index].time(runs[index]))
                 done += 1
-                progress("benchmark", done, conditions.rounds)
+                if reporter is not None:
+                    reporter.progress("benchmark", done, conditions.rounds)
     return Benchmark(cpu, conditions, threads, version, timings)
 
 

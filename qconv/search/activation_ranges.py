@@ -29,6 +29,7 @@ from qconv.ir.model import Model, Value, is_tensor
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
 from qconv.planning.plan import Plan
 from qconv.quantizer import QuantParams
+from qconv.reporter import Reporter
 from qconv.search.sensitivity import measure_output_noise
 from qconv.storage import ArrayStore
 
@@ -84,7 +85,7 @@ def search_activation_ranges(
     feeds: Sequence[InputBatch],
     looks: SearchBudget,
     threads: int | None,
-    progress: Callable[[str, int, int], None],
+    reporter: Reporter,
 ) -> tuple[dict[str, float], list[Change]]:
     """The factor of every range that gains from one, by the names of the tensors that share it.
 
@@ -95,7 +96,7 @@ def search_activation_ranges(
     few, many = (pick_evenly(feeds, count) for count in (looks.few, looks.many))
     noises = []
     for done, found in enumerate(_measure_noises(model, groups, few, threads)):
-        progress(STEP, done, 2 * len(groups))
+        reporter.progress(STEP, done, 2 * len(groups))
         noises.append(found)
     whole = sum(noises)
     weighty = {
@@ -107,13 +108,13 @@ def search_activation_ranges(
     for done, (group, noise, reach) in enumerate(
         _make_noise_functions(model, chosen, many, (looks.far, looks.near), threads)
     ):
-        progress(STEP, len(groups) + done * len(groups) // len(chosen), 2 * len(groups))
+        reporter.progress(STEP, len(groups) + done * len(groups) // len(chosen), 2 * len(groups))
         factor, change = _search_factor(noise, group.params, reach)
         if factor != 1:
             factors |= dict.fromkeys((value.name or "" for value in group.members), factor)
             what = f"range times {factor:.2f}: its noise at the outputs, {weighty[group.first] / whole:.1%} of all"
             told.append(Change(STEP, group.first.name or "", f"{what}, {change:+.1f} dB", "range set by the outputs"))
-    progress(STEP, 2 * len(groups), 2 * len(groups))
+    reporter.progress(STEP, 2 * len(groups), 2 * len(groups))
     return factors, told
 
 

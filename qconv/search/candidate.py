@@ -6,7 +6,7 @@ low bits look better than they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from qconv.quantization.emit import emit
 from qconv.quantization.input_moments import is_held_out
 from qconv.quantization.parameters import NO_RANGE_FACTORS, Params, carry_over_params, choose_params
 from qconv.quantization.second_order import round_layers_sequentially
+from qconv.reporter import Reporter
 from qconv.results.quantize import Verification
 from qconv.runtime.session import Session
 from qconv.search.sensitivity import FLOAT_BITS, BitAssignment
@@ -43,8 +44,6 @@ from qconv.search.sensitivity import FLOAT_BITS, BitAssignment
 
 
 Feeds = Sequence[Mapping[str, NDArray[Any]]]
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +73,11 @@ def round_to_nearest(folded: FoldedNetwork, recipe: Recipe) -> QuantizationSolut
 
 
 def round_second_order_in_place(
-    settled: QuantizationSolution, folded: FoldedNetwork, recipe: Recipe, feeds: Feeds, progress: Progress
+    settled: QuantizationSolution, folded: FoldedNetwork, recipe: Recipe, feeds: Feeds, reporter: Reporter
 ) -> None:
     """Weights rounded for what the layers before hand on."""
     plan, params = settled.plan, settled.params
-    settled.findings += round_layers_sequentially(folded.model, plan, params, feeds, recipe, folded.floats, progress)
+    settled.findings += round_layers_sequentially(folded.model, plan, params, feeds, recipe, folded.floats, reporter)
 
 
 def build_quantized_model(folded: FoldedNetwork, recipe: Recipe, params: Params) -> Model:
@@ -138,7 +137,7 @@ class CandidateScorer:
     ground: SearchContext
     names: list[str]
     feeds: list[Batch] | None
-    progress: Progress
+    reporter: Reporter
     scored: ReferenceOutputs
     labels: NDArray[np.int64] | None
     vector: int | None
@@ -154,20 +153,19 @@ class CandidateScorer:
         ground: SearchContext,
         names: list[str],
         feeds: list[Batch] | None,
-        warn: Callable[[str], None],
-        progress: Progress,
+        reporter: Reporter,
     ) -> CandidateScorer:
-        """warn: told what cannot be compared. progress: told how far the search has come."""
+        """Run the float model. reporter: is told what cannot be compared, and how far the search has come."""
         unseen, flattered = _choose_scoring_batches(ground.feed, 0 if feeds is None else len(feeds))
         scored = collect_reference_outputs(
-            ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, warn=warn, batches=unseen
+            ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, reporter=reporter, batches=unseen
         )
         vector = find_class_output(scored.batches[0][1]) if scored.batches else None
         labels = _read_labels(ground, 0 if vector is None else scored.batches[0][1][vector].shape[1], unseen)
         top1 = None
         if labels is not None and vector is not None:
             top1 = top1_accuracy([expected[vector] for _, expected in scored.batches], labels)
-        return cls(ground, names, feeds, progress, scored, labels, vector, top1, flattered)
+        return cls(ground, names, feeds, reporter, scored, labels, vector, top1, flattered)
 
     @property
     def pictures(self) -> int:
@@ -190,7 +188,9 @@ class CandidateScorer:
             folded, recipe = self.ground.folded, self.recipe_of(points[index])
             settled = round_to_nearest(folded, recipe)
             if self.feeds is not None:
-                round_second_order_in_place(settled, folded, recipe, self.feeds, self._within_a_point)
+                round_second_order_in_place(
+                    settled, folded, recipe, self.feeds, Reporter(on_progress=self._within_a_point)
+                )
             model = build_quantized_model(folded, recipe, settled.params)
             heard: list[NDArray[np.float32]] = []
             vector = self.vector
@@ -214,7 +214,7 @@ class CandidateScorer:
 
     def tell(self, part: float = 0.0) -> None:
         """How far the search has come. part: of the point at hand."""
-        self.progress(
+        self.reporter.progress(
             "search", round(PROGRESS_STEPS * min(len(self.seen) + part, self.expected)), PROGRESS_STEPS * self.expected
         )
 

@@ -7,7 +7,7 @@ integers and the one with nothing in integers are then timed in turns as whole f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from qconv.planning.placement import (
     select_cost_table,
 )
 from qconv.planning.planner import make_plan
+from qconv.reporter import Reporter
 from qconv.runtime.benchmark import Timing, TimingConditions, benchmark
 from qconv.runtime.session import RUNTIME_VERSION, Session, make_random_inputs
 from qconv.search.candidate import quantize_to_nearest
@@ -57,7 +58,7 @@ def tune_latency(
     sketches: Mapping[str, Sketch],
     fed: Preprocessing | None,
     size: tuple[int, int] | None,
-    progress: Callable[[str, int, int], None],
+    reporter: Reporter,
 ) -> LatencyTuning:
     """Find out what is fastest here. folded: stays as it is; fed: what the model takes, None for ready-made samples.
 
@@ -82,7 +83,7 @@ def tune_latency(
         FLOAT_MODEL: folded,
         **{n: quantize_to_nearest(folded, recipe, sketches, floats) for n, floats in unlike.items()},
     }
-    timings = _time_models(models, TimingConditions(recipe.threads, None, size, TIMING_ROUNDS), progress)
+    timings = _time_models(models, TimingConditions(recipe.threads, None, size, TIMING_ROUNDS), reporter)
     fastest = min(unlike, key=lambda name: timings[name].ratio_to(timings[FLOAT_MODEL])[1])
     return LatencyTuning(unlike[fastest], fastest, {name: timing.median_ms for name, timing in timings.items()})
 
@@ -107,16 +108,14 @@ def _measure_node_times(model: Model, threads: int | None, size: tuple[int, int]
     return found
 
 
-def _time_models(
-    models: Mapping[str, Model], conditions: TimingConditions, progress: Callable[[str, int, int], None]
-) -> dict[str, Timing]:
+def _time_models(models: Mapping[str, Model], conditions: TimingConditions, reporter: Reporter) -> dict[str, Timing]:
     with storage.scratch_folder(sum(2 * files.total_weight_bytes(model) for model in models.values())) as folder:
         paths = []
         for index, model in enumerate(models.values()):
             path = folder / f"{index}.onnx"
             _write_model(model, path)
             paths.append(str(path))
-        found = benchmark(paths, conditions, version=RUNTIME_VERSION, progress=progress)
+        found = benchmark(paths, conditions, version=RUNTIME_VERSION, reporter=reporter)
     return dict(zip(models, found.timings, strict=True))
 
 

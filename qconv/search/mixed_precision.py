@@ -16,7 +16,7 @@ counts codes as if they were packed bit by bit. Biases, and bits of activations,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qconv.config.choices import Drop
@@ -28,11 +28,11 @@ from qconv.ir.model import Model, constant_array
 from qconv.metrics.comparison import compute_sqnr_db
 from qconv.planning.planner import is_quantizable_layer, make_plan
 from qconv.quantization.second_order import ROUNDING_EFFORTS, LayerSolver
+from qconv.reporter import Reporter
 from qconv.results.quantize import MixedPrecision, SizePoint
 from qconv.search.candidate import (
     CandidateScorer,
     Measurement,
-    Progress,
     QuantizationSolution,
     SearchContext,
     round_to_nearest,
@@ -95,7 +95,7 @@ def check_target_size(model: Model, recipe: Recipe, floats: Mapping[str, str]) -
         raise QconvError(fact, "add smaller --candidate-bits, lower --edge-bits, or allow a larger size.")
 
 
-def search_bits(ground: SearchContext, warn: Callable[[str], None], progress: Progress) -> MixedPrecisionResult:
+def search_bits(ground: SearchContext, reporter: Reporter) -> MixedPrecisionResult:
     """Find the bits of every layer that `--layer-bits` gives none. Raises QconvError where no assignment will do."""
     recipe = ground.recipe
     scope = _SearchSpace.of(ground.folded.model, recipe, ground.folded.floats)
@@ -107,11 +107,11 @@ def search_bits(ground: SearchContext, warn: Callable[[str], None], progress: Pr
     feeds = None
     if recipe.rounding != "nearest":
         feeds = ground.feed.first(ROUNDING_EFFORTS[recipe.effort].pictures, "read again")
-    layers = _measure_sensitivities(ground, scope.wishes, feeds, progress)
+    layers = _measure_sensitivities(ground, scope.wishes, feeds, reporter)
     most = scope.most(1.0 if recipe.target_size is None else recipe.target_size)
     points = _assignments_within(layers, most)
-    judge = CandidateScorer.of(ground, names, feeds, warn, progress)
-    _warn_of_few_images(judge, recipe.max_drop, warn)
+    judge = CandidateScorer.of(ground, names, feeds, reporter)
+    _warn_of_few_images(judge, recipe.max_drop, reporter)
     if recipe.max_drop is None:
         points, chosen = _choose_best(judge, _find_uniform_assignment(layers, most), points)
     else:
@@ -129,17 +129,17 @@ def search_bits(ground: SearchContext, warn: Callable[[str], None], progress: Pr
     return MixedPrecisionResult(judge.recipe_of(points[chosen]), report, judge.settled[chosen])
 
 
-def _warn_of_few_images(judge: CandidateScorer, drop: Drop | None, warn: Callable[[str], None]) -> None:
+def _warn_of_few_images(judge: CandidateScorer, drop: Drop | None, reporter: Reporter) -> None:
     """What so few pictures cannot tell."""
     told = f"the {judge.pictures} pictures that bits are judged by"
     if judge.flattered:
-        warn(f"weights are rounded on {told}, which flatters: pass more pictures.")
+        reporter.warn(f"weights are rounded on {told}, which flatters: pass more pictures.")
     if drop is not None and drop.measure != "sqnr" and 0 < drop.value * judge.pictures < 1:
-        warn(f"--max-drop {drop} is less than one of {told}: pass more pictures.")
+        reporter.warn(f"--max-drop {drop} is less than one of {told}: pass more pictures.")
 
 
 def _measure_sensitivities(
-    ground: SearchContext, wishes: Mapping[str, Collection[int]], feeds: list[Batch] | None, progress: Progress
+    ground: SearchContext, wishes: Mapping[str, Collection[int]], feeds: list[Batch] | None, reporter: Reporter
 ) -> list[LayerSensitivity]:
     """Of the layers in `wishes`, in their order. feeds: pictures to round weights on; None for nearest codes."""
     folded, recipe = ground.folded, ground.recipe
@@ -151,7 +151,9 @@ def _measure_sensitivities(
             recipe, settled.plan.target, replace(ROUNDING_EFFORTS[recipe.effort], factors=(), sweeps=0)
         )
     batches = list(_first_batches(ground.feed.few("pictures"), SENSITIVITY_IMAGES)) if feeds is None else feeds
-    known = measure_sensitivities(network, wishes, batches, solver, lambda done, total: progress("layers", done, total))
+    known = measure_sensitivities(
+        network, wishes, batches, solver, lambda done, total: reporter.progress("layers", done, total)
+    )
     return [known[name] for name in wishes]
 
 

@@ -14,7 +14,7 @@ al. 2018, arXiv 1710.09412.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from qconv.data.images import InputSpec, layout_order
 from qconv.data.loader import ModelWithData
 from qconv.errors import QconvError, format_shape
 from qconv.metrics.comparison import is_class_score
+from qconv.reporter import Reporter
 from qconv.results.training import ValidationScore
 from qconv.training.network import TorchNetwork
 from qconv.training.trainable import LearnedParameters
@@ -133,8 +134,7 @@ class InMemoryDataset:
 def read_into_memory(
     own: ModelWithData,
     teacher: ModelWithData,
-    warn: Callable[[str], None],
-    progress: Callable[[str, int, int], None],
+    reporter: Reporter,
 ) -> InMemoryDataset:
     """All pictures of two models that are fed with the same. Raises QconvError where they are fed otherwise."""
     feed = teacher.feed
@@ -144,7 +144,7 @@ def read_into_memory(
             "quantization-aware training is for networks that read one picture.",
         )
     order = _axis_order(own, teacher)
-    feed.warn, feed.progress, feed.batch = warn, progress, 1
+    feed.reporter, feed.batch = reporter, 1
     # rows come one by one, whatever batch the model is fixed to
     (spec,) = feed.inputs
     feed.inputs = [InputSpec(spec.name, spec.dtype, (None, *spec.shape[1:]))]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from qconv.ir.files import Source, external_data_files, file_bytes, hash_model, 
 from qconv.ir.metadata import find_teacher, read_recipe
 from qconv.ir.model import Model
 from qconv.metrics.comparison import ComparisonAccumulator, check_gates
+from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, Verification
 from qconv.results.training import FinetuneResult, ValidationResult, ValidationScore
 from qconv.runtime.benchmark import peak_rss_mb
@@ -60,36 +60,19 @@ CHECKPOINT_FORMAT = 2
 """Of what a run leaves behind for a later one."""
 
 
-@dataclass(slots=True)
-class TrainingListener:
-    """Who hears about a run while it lasts. progress: (stage, done, in all)."""
-
-    warn: Callable[[str], None] = lambda text: None
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
-
-
-def finetune(
-    source: Source, out: Path, wishes: FinetuneOptions, listener: TrainingListener | None = None
-) -> FinetuneResult:
+def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Reporter | None = None) -> FinetuneResult:
     """Train the quantized model `source` and write the better of both at `out`.
 
     Raises QconvError for anything the user can mend; then nothing is left behind but what a later run goes on from.
     """
     started = time.perf_counter()
-    listener = listener or TrainingListener()
-    warnings: list[str] = []
-
-    def warn(text: str) -> None:
-        if text not in warnings:
-            warnings.append(text)
-            listener.warn(text)
-
+    reporter = reporter or Reporter()
     with run_deterministically(wishes.recipe.threads):
         if not is_quantized(read_proto(source)):
             raise QconvError(f"{source.name} is not quantized.", "quantize it with `qconv quantize` first.")
         teacher = wishes.teacher or find_teacher(source)
         _check_request(source, teacher, out, wishes)
-        desk = _TrainingSetup.of(source, teacher, wishes, warn, listener.progress)
+        desk = _TrainingSetup.of(source, teacher, wishes, reporter)
         before = desk.judged(source.runnable)
         rates = {kind: wishes.rate * factor for kind, factor in RATE_FACTORS.items()}
         batch = min(wishes.batch, len(desk.lesson.taught))
@@ -97,8 +80,8 @@ def finetune(
             desk.lesson, TrainingSchedule(wishes.epochs, batch, rates, wishes.augment, wishes.recipe.seed)
         )
         kept = TrainingCheckpoint(out, _fingerprint(source, teacher, desk.lesson.inputs.album, wishes, desk.device))
-        resumed = kept.read_into(trainer, warn)
-        _run_training(trainer, kept, listener, warn)
+        resumed = kept.read_into(trainer, reporter)
+        _run_training(trainer, kept, reporter)
         desk.lesson.learned.restore(trainer.best)
         found = FinetuneResult(
             model=source.name,
@@ -115,7 +98,7 @@ def finetune(
             history=trainer.history,
             before=before,
             float_bytes=file_bytes(read_proto(teacher), teacher),
-            warnings=warnings,
+            warnings=reporter.warnings,
         )
         _write_better(desk, source, out, found, trainer.best_step)
         kept.forget()
@@ -145,12 +128,11 @@ class _TrainingSetup:
         source: Source,
         teacher: Source,
         wishes: FinetuneOptions,
-        warn: Callable[[str], None],
-        progress: Callable[[str, int, int], None],
+        reporter: Reporter,
     ) -> _TrainingSetup:
         """Both models opened, and all pictures read."""
         device = resolve_device(wishes.device)
-        own, other = open_models(source, teacher, wishes.recipe, warn)
+        own, other = open_models(source, teacher, wishes.recipe, reporter)
         assert other is not None
         _require_same_outputs(own, other)
         model, (floats, _) = load.load_unchanged(read_proto(source), source), load.load(read_proto(teacher), teacher)
@@ -158,7 +140,7 @@ class _TrainingSetup:
         learned = LearnedParameters(find_sites(model, recipe), device)
         networks = TorchNetwork(model, device), TorchNetwork(floats, device)
         words, fixed = other.words, other.feed.inputs[0].shape[0]
-        album = read_into_memory(own, other, warn, progress)
+        album = read_into_memory(own, other, reporter)
         held, taught = _split_held_out(len(album), wishes)
         lesson = Distillation.of(*networks, learned, TrainingInputs(album, torch.device(device)), taught, held, fixed)
         lesson = _add_labels(lesson, album, wishes)
@@ -274,12 +256,10 @@ def _fingerprint(source: Source, teacher: Source, album: InMemoryDataset, wishes
 # -- while it lasts ----------------------------------------------------------------------------------------------------
 
 
-def _run_training(
-    trainer: Trainer, kept: TrainingCheckpoint, listener: TrainingListener, warn: Callable[[str], None]
-) -> None:
+def _run_training(trainer: Trainer, kept: TrainingCheckpoint, reporter: Reporter) -> None:
     try:
-        trainer.run(lambda done, total: listener.progress("train", done, total), lambda: kept.write(trainer))
+        trainer.run(lambda done, total: reporter.progress("train", done, total), lambda: kept.write(trainer))
     except SystemExit:
         if kept.path.exists():
-            listener.warn("stopped: the same command goes on from the last round that was kept.")
+            reporter.warn("stopped: the same command goes on from the last round that was kept.")
         raise

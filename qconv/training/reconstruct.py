@@ -26,6 +26,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import Change, Finding, QconvError, Skipped, format_count
 from qconv.ir.model import Model, Node, Value, constant_array
 from qconv.ir.tensor_matching import find_comparison_points
+from qconv.reporter import Reporter
 from qconv.training.network import QuantDrop, TorchNetwork, run_deterministically
 from qconv.training.trainable import LearnedParameters, find_sites
 
@@ -131,7 +132,7 @@ def reconstruct_blocks(
     recipe: Recipe,
     feeds: Feeds,
     fixed: int | None,
-    progress: Callable[[str, int, int], None],
+    reporter: Reporter,
 ) -> list[Finding]:
     """Learn codes and biases of the quantized `model`, in place. original: the folded float network it was made of.
 
@@ -157,7 +158,7 @@ def reconstruct_blocks(
         rebuilt = _BlockReconstruction(
             TorchNetwork(model), teacher, learned, recipe.seed, STEPS_BY_EFFORT[recipe.effort], fixed
         )
-        findings = rebuilt.run(found, seen, lambda done, total: progress(STEP, done, total))
+        findings = rebuilt.run(found, seen, lambda done, total: reporter.progress(STEP, done, total))
         learned.write(model)
         return findings
 

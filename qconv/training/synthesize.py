@@ -42,6 +42,7 @@ from qconv.ir import load
 from qconv.ir.files import Source, external_data_files, hash_model, read_proto, refuse_quantized
 from qconv.ir.layers import INPUTS_FIRST
 from qconv.ir.model import Model, Node, input_of
+from qconv.reporter import Reporter
 from qconv.results.training import GOOD_MATCH, POOR_MATCH, BatchNormMatch, SynthesisResult
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
@@ -298,7 +299,7 @@ def optimize_images(
     fixed: int | None,
     count: int,
     threads: int | None,
-    progress: Callable[[str, int, int], None],
+    reporter: Reporter,
 ) -> NDArray[np.uint8]:
     """Pictures for the float model `source`, on the CPU, (N, H, W, C) in RGB or grey, in whole batches of its own.
 
@@ -312,7 +313,7 @@ def optimize_images(
             TorchNetwork(model), prep, remembered.wanted, draw_dead_leaves_set(prep, count, size, 0), size
         )
         dream.look()
-        dream.run(SYNTHESIS_STEPS, lambda done, total: progress("synthesize", done, total))
+        dream.run(SYNTHESIS_STEPS, lambda done, total: reporter.progress("synthesize", done, total))
         return dream.pixels
 
 
@@ -360,14 +361,6 @@ MOST_NAMED = 3
 Pixels = NDArray[np.uint8]
 
 
-@dataclass(slots=True)
-class SynthesisListener:
-    """Who hears about a run while it lasts. progress: (stage, done, in all)."""
-
-    warn: Callable[[str], None] = lambda text: None
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
-
-
 @dataclass(frozen=True, slots=True)
 class SynthesizedImages:
     """pixels: (N, H, W, 3) in RGB, or (N, H, W, 1)."""
@@ -377,20 +370,14 @@ class SynthesizedImages:
 
 
 def synthesize(
-    source: Source, out: Path, wishes: SynthesisOptions, listener: SynthesisListener | None = None
+    source: Source, out: Path, wishes: SynthesisOptions, reporter: Reporter | None = None
 ) -> SynthesizedImages:
     """Make pictures for the float model `source`, and put them into the folder `out`.
 
     Raises QconvError for anything the user can mend; then nothing is left behind.
     """
     started = time.perf_counter()
-    listener = listener or SynthesisListener()
-    warnings: list[str] = []
-
-    def warn(text: str) -> None:
-        warnings.append(text)
-        listener.warn(text)
-
+    reporter = reporter or Reporter()
     _check_request(source, out)
     with run_deterministically(wishes.threads):
         proto = read_proto(source)
@@ -400,20 +387,20 @@ def synthesize(
         require_operators(model)
         remembered = BatchNormTargets.of(model, source.name)
         if remembered.doubt:
-            warn(remembered.doubt)
+            reporter.warn(remembered.doubt)
         fed = _InputFormat.of(model, source, wishes)
         prep = fed.detected.preprocessing
         assert prep is not None
         for doubt in fed.detected.doubts():
-            warn(doubt)
+            reporter.warn(doubt)
         if fed.batch is not None and wishes.batch not in (None, fed.batch):
-            warn(f"--batch {wishes.batch} is not used: the model's own batch is {fed.batch}.")
+            reporter.warn(f"--batch {wishes.batch} is not used: the model's own batch is {fed.batch}.")
         batch = fed.batch or min(wishes.batch or choose_batch_size(prep), wishes.count)
         device = resolve_device(wishes.device)
         pixels = draw_dead_leaves_set(prep, wishes.count, batch, wishes.seed)
         dream = ImageOptimizer(TorchNetwork(model, device), prep, remembered.wanted, pixels, batch)
         before = dream.look()
-        dream.run(wishes.steps, lambda done, total: listener.progress("synthesize", done, total))
+        dream.run(wishes.steps, lambda done, total: reporter.progress("synthesize", done, total))
         after = dream.look()
     layers = tuple(
         BatchNormMatch(node.name or "", reference.name, reference.mean.size, *distances)
@@ -436,9 +423,9 @@ def synthesize(
         loss=tuple(dream.loss),
         torch=torch.__version__,
         device=device,
-        warnings=warnings,
+        warnings=reporter.warnings,
     )
-    _warn_of_unmatched(found, warn)
+    _warn_of_unmatched(found, reporter)
     pixels = dream.pixels[: wishes.count]
     with replace_folder_atomically(out, find_foreign_file) as folder:
         _write_images(folder, pixels, prep, fed.dtype, found)
@@ -498,12 +485,12 @@ class _InputFormat:
         return cls(detected, spec.dtype, spec.shape[0])
 
 
-def _warn_of_unmatched(found: SynthesisResult, warn: Callable[[str], None]) -> None:
+def _warn_of_unmatched(found: SynthesisResult, reporter: Reporter) -> None:
     """Tell of statistics that were not matched."""
     more = "more --iterations may help"
     if found.after > GOOD_MATCH:
         auto = "" if found.wishes.preprocessing.preset != AUTO else ", as may another --preprocess"
-        warn(
+        reporter.warn(
             f"the pictures are not like those of training: statistics are {found.after:.2f} apart on average, where "
             f"dozens of photographs come to 0.04; {more}{auto}."
         )
@@ -511,7 +498,7 @@ def _warn_of_unmatched(found: SynthesisResult, warn: Callable[[str], None]) -> N
     if far:
         names = ", ".join(layer.name for layer in far[:MOST_NAMED])
         others = f" and {len(far) - MOST_NAMED} more" if len(far) > MOST_NAMED else ""
-        warn(f"{names}{others}: statistics were not matched ({far[0].after:.2f} apart); {more}.")
+        reporter.warn(f"{names}{others}: statistics were not matched ({far[0].after:.2f} apart); {more}.")
 
 
 def _write_images(

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from qconv import storage
+from qconv.reporter import Reporter
 from qconv.results.training import HistoryRow, ValidationScore
 from qconv.training.distillation import Distillation
 
@@ -240,7 +241,7 @@ class TrainingCheckpoint:
         self.path, self.fingerprint = out.with_name(f".{out.name}.training"), fingerprint
         self._last = time.perf_counter()
 
-    def read_into(self, trainer: Trainer, warn: Callable[[str], None]) -> int:
+    def read_into(self, trainer: Trainer, reporter: Reporter) -> int:
         """Go on where a run of the same options was left. Returns its step, 0 where there is none."""
         if not self.path.exists():
             return 0
@@ -248,11 +249,11 @@ class TrainingCheckpoint:
             with np.load(self.path, allow_pickle=False) as file:
                 state = {name: file[name] for name in file.files}
             if str(state["fingerprint"]) != self.fingerprint:
-                warn(f"{self.path} is of a run with other options or pictures: it is not used.")
+                reporter.warn(f"{self.path} is of a run with other options or pictures: it is not used.")
                 return 0
             trainer.restore(state)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            warn(f"{self.path} is damaged, and not used.")
+            reporter.warn(f"{self.path} is damaged, and not used.")
             return 0
         return trainer.step
 

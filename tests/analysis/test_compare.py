@@ -25,6 +25,7 @@ from qconv.ir import metadata
 from qconv.ir.files import Source
 from qconv.pipeline import quantize
 from qconv.quantizer import QuantSpec
+from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison
 from qconv.runtime.session import Session
 from tests.support.models import network
@@ -92,7 +93,7 @@ def quantized(model: Path, samples: Path, **options: Any) -> Path:
 def compared(float_model: Path, model: Path, pictures: Path, **options: Any) -> Comparison:
     sources = [Source(str(path), path) for path in (float_model, model)]
     recipe = Recipe(calib=(str(pictures),), **options)
-    return compare.compare_on_images(*sources, recipe, lambda text: None, lambda *args: None).compared
+    return compare.compare_on_images(*sources, recipe, Reporter()).compared
 
 
 def run(model: Path, x: NDArray[np.float32], *tensors: str) -> list[NDArray[Any]]:

@@ -21,6 +21,7 @@ from qconv.data.dataset import find_classes
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
+from qconv.reporter import Reporter
 from tests.support.models import network
 
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
@@ -228,7 +229,7 @@ def test_what_cannot_be_is_said_before_the_pictures_are_run(folder: Path, tmp_pa
         Recipe(calib=(str(folder),), preprocessing=PreprocessingOptions("unit")), classes=listing
     )
     with pytest.raises(QconvError, match="is not in"):
-        evaluate(source, wishes, progress=lambda stage, count, total: done.append(count))
+        evaluate(source, wishes, Reporter(on_progress=lambda stage, count, total: done.append(count)))
     assert done == []
     loose = tmp_path / "loose"
     picture(loose / "0.png", 1)
@@ -236,7 +237,7 @@ def test_what_cannot_be_is_said_before_the_pictures_are_run(folder: Path, tmp_pa
         evaluate(
             source,
             EvaluationOptions(Recipe(calib=(str(loose),), preprocessing=PreprocessingOptions("unit"))),
-            progress=lambda stage, count, total: done.append(count),
+            Reporter(on_progress=lambda stage, count, total: done.append(count)),
         )
     assert done == []
 
@@ -259,7 +260,7 @@ def test_samples_need_no_word_about_preprocessing(folder: Path, tmp_path: Path) 
     for number in range(3):
         np.save(samples / f"{number}.npy", np.random.default_rng(number).random((3, 8, 8), np.float32))
     wishes = EvaluationOptions(Recipe(calib=(str(samples),), threads=1), against=source)
-    found = evaluate(Source(str(out), out), wishes, warn=heard.append)
+    found = evaluate(Source(str(out), out), wishes, Reporter(heard.append))
     assert (found.images, heard) == (3, [])
 
 

@@ -17,9 +17,10 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob, format_layer_bits, read_layer_bits
 from qconv.errors import QconvError
 from qconv.ir.files import Source
-from qconv.pipeline.quantize import Listener, quantize
+from qconv.pipeline.quantize import quantize
 from qconv.planning.eligibility import NO_16_BIT_KERNEL
 from qconv.planning.planner import KEPT_FLOAT_BY_LAYER_BITS
+from qconv.reporter import Reporter
 from tests.planning.test_plan import Planned
 from tests.quantization.test_emit import NET, quantized
 from tests.support.models import network
@@ -227,7 +228,7 @@ def test_globs_that_match_no_layer_are_told(tmp_path: Path) -> None:
     np.save(folder / "0.npy", np.ones((1, 3, 8, 8), np.float32))
     heard: list[str] = []
     recipe = Recipe(calib=(str(folder),), layer_bits=(("d", FOUR), ("conv9", FOUR), ("r", FOUR)), threads=1)
-    quantize(Source("m", None, deep().SerializeToString()), None, recipe, Listener(warn=heard.append))
+    quantize(Source("m", None, deep().SerializeToString()), None, recipe, Reporter(heard.append))
     told = [text for text in heard if "--layer-bits" in text]
     assert told == [f"--layer-bits: {name!r} matches no layer of the folded model." for name in ("conv9", "r")]
 

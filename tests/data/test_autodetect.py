@@ -21,7 +21,8 @@ from qconv.data.evidence import find_fact, find_references
 from qconv.data.hypotheses import COLOR_FAMILIES, GREY_FAMILIES
 from qconv.data.loader import DataLoader
 from qconv.ir.files import Source
-from qconv.pipeline.quantize import Listener, quantize
+from qconv.pipeline.quantize import quantize
+from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 from tests.support.models import loaded, network, statistics
 
@@ -87,7 +88,7 @@ def found(proto: onnx.ModelProto, folder: Path, samples: int = 128, **options: A
     session = Session(data, threads=1)
     said = PreprocessingOptions(**options)
     recipe = Recipe(calib=(str(folder),), samples=samples, threads=1, preprocessing=said)
-    feed = DataLoader.of(session, recipe, print, lambda *_: None)
+    feed = DataLoader.of(session, recipe, Reporter(print))
     return detect_preprocessing(loaded(proto), session, feed, said, threads=1)
 
 
@@ -495,7 +496,7 @@ def test_the_options_named_are_those_that_settle_it(family: Any) -> None:
 def test_the_report_tells_choice_runner_up_and_margin(calib: Path) -> None:
     heard: list[str] = []
     source = Source("m", None, trained_with("tf").SerializeToString())
-    report, _ = quantize(source, None, Recipe(calib=(str(calib),), threads=1), Listener(warn=heard.append))
+    report, _ = quantize(source, None, Recipe(calib=(str(calib),), threads=1), Reporter(heard.append))
     told = report.as_dict()
     assert (told["preprocessing"]["preset"], told["recipe"]["preprocessing"]["preset"]) == ("tf", "auto")
     assert told["preprocessing"]["margin"] >= CERTAIN_MARGIN
@@ -509,7 +510,7 @@ def test_doubt_is_a_warning(calib: Path) -> None:
     heard: list[str] = []
     proto = network("c = Conv(x, w)  y = Relu(c)", x=("N", 3, SIDE, SIDE), w=(8, 3, 3, 3))
     recipe = Recipe(calib=(str(calib),), threads=1)
-    report, _ = quantize(Source("m", None, proto.SerializeToString()), None, recipe, Listener(warn=heard.append))
+    report, _ = quantize(Source("m", None, proto.SerializeToString()), None, recipe, Reporter(heard.append))
     assert [text for text in report.warnings if "settles it" in text] == [
         text for text in heard if "settles it" in text
     ]

@@ -28,6 +28,7 @@ from qconv.data import images
 from qconv.data.dataset import PICTURE_SUFFIXES, Listing, find_files
 from qconv.data.images import RESIZE_MODES, InputSpec, UnreadableImage, iter_batches, load_image, resolve_preprocessing
 from qconv.errors import QconvError
+from qconv.reporter import Reporter
 from qconv.storage import prefetch
 
 FLOAT = np.dtype(np.float32)
@@ -94,7 +95,7 @@ def run(
     paths: Listing, *inputs: InputSpec, prep: Preprocessing | None = RAW, batch: int = 2, workers: int = 2
 ) -> tuple[list[dict[str, np.ndarray]], list[str]]:
     warnings: list[str] = []
-    given = iter_batches(paths, inputs, prep, batch=batch, workers=workers, warn=warnings.append)
+    given = iter_batches(paths, inputs, prep, batch=batch, workers=workers, reporter=Reporter(warnings.append))
     return list(given), warnings
 
 
@@ -786,7 +787,7 @@ def test_a_corrupt_picture_among_good_ones_is_skipped_with_a_warning(tmp_path):
         RAW,
         batch=4,
         workers=2,
-        warn=warnings.append,
+        reporter=Reporter(warnings.append),
         progress=done.append,
     )
     got = np.concatenate([b["x"] for b in given])
@@ -838,7 +839,9 @@ def images_threads() -> list[threading.Thread]:
 
 
 def test_nothing_is_read_before_the_first_batch_is_asked_for(tmp_path):
-    given = iter_batches(listing(tmp_path / "gone.png"), [spec(None, 2, 3, 3)], RAW, batch=1, workers=1, warn=print)
+    given = iter_batches(
+        listing(tmp_path / "gone.png"), [spec(None, 2, 3, 3)], RAW, batch=1, workers=1, reporter=Reporter(print)
+    )
     given.close()
     assert images_threads() == []
 
@@ -853,7 +856,9 @@ def test_reading_ahead_is_bounded_and_goes_on_while_the_caller_works(tmp_path, m
     monkeypatch.setattr(images, "load_image", count)
     paths = [Path(f"{i}.png") for i in range(100)]
     workers, batch = 2, 3
-    given = iter_batches(listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=batch, workers=workers, warn=print)
+    given = iter_batches(
+        listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=batch, workers=workers, reporter=Reporter(print)
+    )
     most = 2 * workers + batch
     for taken in range(batch, 30, batch):
         next(given)
@@ -877,7 +882,7 @@ def test_closing_early_drops_what_was_only_waiting(tmp_path, monkeypatch):
 
     monkeypatch.setattr(images, "load_image", slow)
     paths = [Path(f"{i}.png") for i in range(1000)]
-    given = iter_batches(listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=100, workers=1, warn=print)
+    given = iter_batches(listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=100, workers=1, reporter=Reporter(print))
     next(given)
     before = len(started)
     given.close()

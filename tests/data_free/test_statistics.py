@@ -23,6 +23,7 @@ from qconv.ir.channel_stats import ChannelDistribution
 from qconv.ir.files import Source
 from qconv.metrics.comparison import verify
 from qconv.pipeline import quantize
+from qconv.reporter import Reporter
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
 from tests.support.models import network, statistics
@@ -51,7 +52,7 @@ def sqnr(out: Path, model: Path = CIFAR, samples: int = 24) -> float:
     """Of the written file on photographs, in dB."""
     sessions = [Session(str(path)) for path in (model, out)]
     looked = Recipe(calib=(str(PHOTOS),), samples=samples, preprocessing=PreprocessingOptions("imagenet"))
-    feed = DataLoader.of(sessions[0], looked, print, lambda stage, done, total: None)
+    feed = DataLoader.of(sessions[0], looked, Reporter(print))
     found = verify(*sessions, feed.all("test")).sqnr_db
     assert found is not None
     return found
@@ -242,7 +243,7 @@ def test_resnet20_by_its_own_statistics(tmp_path: Path) -> None:
     looked = Recipe(
         calib=(str(DATA / "images/cifar10/test"),), samples=200, preprocessing=PreprocessingOptions("imagenet")
     )
-    feed = DataLoader.of(sessions[0], looked, print, lambda stage, done, total: None)
+    feed = DataLoader.of(sessions[0], looked, Reporter(print))
     found = verify(*sessions, feed.all("test"))
     assert found.sqnr_db is not None
     assert found.sqnr_db > 25

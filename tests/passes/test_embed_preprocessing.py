@@ -28,6 +28,7 @@ from qconv.ir.model import Model
 from qconv.passes import fold
 from qconv.passes.embed_preprocessing import embed_preprocessing
 from qconv.pipeline.quantize import quantize
+from qconv.reporter import Reporter
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
 from tests.support.models import Constant, ints, loaded, network, statistics
@@ -669,7 +670,7 @@ def test_the_float_model_is_fed_the_same_bits(folder: str, own: Layout, preset: 
     session = Session(proto.SerializeToString(), threads=1)
     recipe = Recipe(calib=(folder,), batch=5, preprocessing=PreprocessingOptions(preset=preset))
     for layout in Layout:
-        plain, raw = (DataLoader.of(session, recipe, pytest.fail, lambda *args: None) for _ in range(2))
+        plain, raw = (DataLoader.of(session, recipe, Reporter(pytest.fail)) for _ in range(2))
         raw.take_pixels(layout)
         for want, given in zip(plain.all(""), raw.all(""), strict=True):
             assert given["x"].dtype == np.uint8

@@ -16,6 +16,7 @@ from qconv.errors import Change
 from qconv.ir.model import Model, constant_array
 from qconv.passes.equalize import absorb_biases, find_absorption_candidates
 from qconv.passes.fold import run_float_passes
+from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 from tests.support.models import loaded, network, run
 
@@ -34,7 +35,7 @@ def feed(tmp_path: Path) -> DataLoader:
     for index in range(12):
         np.save(tmp_path / f"{index}.npy", rng.standard_normal((1, 3, 8, 8)).astype(np.float32))
     session = Session(high().SerializeToString(), threads=1)
-    return DataLoader.of(session, Recipe(calib=(str(tmp_path),)), lambda _: None, lambda *_: None)
+    return DataLoader.of(session, Recipe(calib=(str(tmp_path),)), Reporter())
 
 
 def lowered(model: Model, feed: DataLoader) -> list[Change]:

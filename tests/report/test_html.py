@@ -29,6 +29,7 @@ from qconv.pipeline import quantize
 from qconv.report import html, pages
 from qconv.report.html import Page, PagePicture, Tile
 from qconv.report.pages import NO_PICTURES, make_contact_sheet, undo_preprocessing
+from qconv.reporter import Reporter
 from qconv.results.comparison import (
     Cause,
     Comparison,
@@ -341,7 +342,7 @@ def test_the_sheet_shows_grey_and_borders(photo: Path) -> None:
 def feed_of(calib: Path, **options: Any) -> DataLoader:
     recipe = Recipe(calib=(str(calib),), preprocessing=PreprocessingOptions(**options))
     session = Session(str(CIFAR), name="cifar", threads=1)
-    return DataLoader.of(session, recipe, lambda text: None, lambda stage, done, total: None)
+    return DataLoader.of(session, recipe, Reporter())
 
 
 def test_the_sheet_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:

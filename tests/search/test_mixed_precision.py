@@ -26,9 +26,10 @@ from qconv.config.serialization import read_layer_bits
 from qconv.data.dataset import find_files
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
-from qconv.pipeline.quantize import Listener, quantize
+from qconv.pipeline.quantize import quantize
 from qconv.quantization.second_order import ROUNDING_EFFORTS
 from qconv.report import console
+from qconv.reporter import Reporter
 from qconv.results.quantize import MixedPrecision, Report
 from qconv.runtime.session import Session
 from qconv.search.candidate import _choose_scoring_batches
@@ -194,7 +195,7 @@ def test_progress_rises_to_its_end(pictures: Path, asked_for: dict[str, Any]) ->
     heard: list[tuple[str, int, int]] = []
     found = recipe(pictures, rounding="second-order", **asked_for)
     quantize(
-        Source("m", None, NET.SerializeToString()), None, found, Listener(progress=lambda *step: heard.append(step))
+        Source("m", None, NET.SerializeToString()), None, found, Reporter(on_progress=lambda *step: heard.append(step))
     )
     for stage in ("layers", "search"):
         steps = [(done, total) for name, done, total in heard if name == stage]

@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from qconv.reporter import Reporter
 from tests.support.models import network
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
@@ -35,7 +36,7 @@ from qconv.ir.files import Source, read_proto
 from qconv.ir.metadata import read_recipe
 from qconv.pipeline.quantize import quantize
 from qconv.results.training import FinetuneResult
-from qconv.training.finetune import TrainingListener, finetune
+from qconv.training.finetune import finetune
 from qconv.training.network import TorchNetwork
 from qconv.training.options import FinetuneOptions
 from qconv.training.trainable import LearnedParameters, find_pairs_axis, find_sites
@@ -243,7 +244,7 @@ def test_a_killed_run_goes_on_as_if_it_never_had_been(
 
     out = tmp_path / "out.onnx"
     with pytest.raises(Killed):
-        finetune(source(place / "net.w3a3.onnx"), out, wish, TrainingListener(progress=kill))
+        finetune(source(place / "net.w3a3.onnx"), out, wish, Reporter(on_progress=kill))
     assert not out.exists()
     (kept,) = (path for path in tmp_path.iterdir() if path.name.startswith("."))
     found = finetune(source(place / "net.w3a3.onnx"), out, wish)
@@ -258,14 +259,12 @@ def test_what_another_run_left_is_not_used(place: Path, tmp_path: Path, monkeypa
     heard: list[str] = []
     for content in (None, b"no state"):
         if content is None:
-            stop = TrainingListener(progress=lambda stage, done, total: _raise_at(stage, done, total))
+            stop = Reporter(on_progress=lambda stage, done, total: _raise_at(stage, done, total))
             with pytest.raises(Killed):
                 finetune(source(place / "net.w3a3.onnx"), out, wish, stop)
         else:
             (tmp_path / ".out.onnx.training").write_bytes(content)
-        found = finetune(
-            source(place / "net.w3a3.onnx"), out, replace(wish, rate=1e-2), TrainingListener(warn=heard.append)
-        )
+        found = finetune(source(place / "net.w3a3.onnx"), out, replace(wish, rate=1e-2), Reporter(heard.append))
         assert found.resumed == 0
     assert any("other options" in text for text in heard)
     assert any("damaged" in text for text in heard)

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from qconv.reporter import Reporter
 from tests.support.models import ints, loaded, network
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
@@ -218,9 +219,9 @@ def test_operators_that_cannot_be_run_are_told_of_before_the_work(place: Path, t
     (tmp_path / "net.onnx").write_bytes(proto.SerializeToString())
     recipe = Recipe(calib=(str(place / "pictures"),), preprocessing=RAW, rounding="reconstruct", threads=1)
     heard: list[str] = []
-    listener = quantize.Listener(progress=lambda stage, done, total: heard.append(stage))
+    reporter = Reporter(on_progress=lambda stage, done, total: heard.append(stage))
     with pytest.raises(QconvError, match="cannot run 1 operator of this model in PyTorch: Mish"):
-        quantize.quantize(str(tmp_path / "net.onnx"), tmp_path / "out.onnx", recipe, listener)
+        quantize.quantize(str(tmp_path / "net.onnx"), tmp_path / "out.onnx", recipe, reporter)
     assert "round" not in heard
 
 

@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from qconv.reporter import Reporter
 from tests.support.models import ints, loaded, network, run, statistics
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
@@ -314,9 +315,7 @@ def test_what_comes_while_pictures_are_made_is_not_lost(tmp_path: Path) -> None:
 
     wishes = SynthesisOptions(RAW, count=2, steps=2, threads=1, device="cpu")
     with pytest.raises(QconvError, match=r"such as mine\.txt"):
-        synthesize.synthesize(
-            source(remembering(), tmp_path), tmp_path / "set", wishes, synthesize.SynthesisListener(progress=put)
-        )
+        synthesize.synthesize(source(remembering(), tmp_path), tmp_path / "set", wishes, Reporter(on_progress=put))
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine.txt"]
 
 
