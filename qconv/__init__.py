@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from qconv.pipeline.quantize import quantize
 
 __version__ = "0.1.0"
-__all__ = ["PreprocessingOptions", "QconvError", "Recipe", "__version__", "quantize"]
+__all__ = ["DataOptions", "PreprocessingOptions", "QconvError", "Recipe", "__version__", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

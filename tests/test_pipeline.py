@@ -17,6 +17,7 @@ from PIL import Image
 
 import qconv
 from qconv.config.choices import CALIBRATORS, Scheme, WeightGranularity
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
@@ -60,11 +61,12 @@ def samples(folder: Path, arrays: Sequence[NDArray[Any]]) -> str:
     return str(folder)
 
 
-def quantized(proto: onnx.ModelProto, recipe: Recipe) -> tuple[Report, onnx.ModelProto]:
+def quantized(proto: onnx.ModelProto, recipe: Recipe, data: DataOptions) -> tuple[Report, onnx.ModelProto]:
     """Report and result, checked as a whole."""
-    report, data = quantize(Source("the model", None, proto.SerializeToString()), None, replace(recipe, threads=1))
-    assert data is not None
-    result = onnx.load_from_string(data)
+    source = Source("the model", None, proto.SerializeToString())
+    report, made = quantize(source, None, replace(recipe, threads=1), data)
+    assert made is not None
+    result = onnx.load_from_string(made)
     onnx.checker.check_model(result, full_check=True)
     return report, result
 
@@ -94,9 +96,9 @@ def test_the_report_agrees_with_a_measurement_of_ones_own(tmp_path: Path) -> Non
     """SQNR and agreement by their definitions, from the two files, on the pictures that were used."""
     rng = np.random.default_rng(0)
     arrays = rng.standard_normal((10, 3, 32, 32)).astype(np.float32)
-    recipe = Recipe(calib=(samples(tmp_path / "s", arrays),), min_sqnr=1.0, threads=1)
+    recipe, data = Recipe(min_sqnr=1.0, threads=1), DataOptions((samples(tmp_path / "s", arrays),))
     out = tmp_path / "out.onnx"
-    report, data = quantize(CIFAR, out, recipe)
+    report, data = quantize(CIFAR, out, recipe, data)
     assert data is None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "s"]
     (want,) = Session(str(CIFAR), threads=1).run_all({"input": arrays})
@@ -113,8 +115,8 @@ def test_the_report_agrees_with_a_measurement_of_ones_own(tmp_path: Path) -> Non
 
 def test_the_demo_runs_in_integers_and_agrees() -> None:
     """Every Conv, Add, pool and Gemm, 22 + 4 + 1 + 1, but for three that are faster in float; what leads in and out."""
-    recipe = Recipe(calib=(str(PHOTOS),), preprocessing=PreprocessingOptions(resize="exact"), threads=1)
-    report, data = quantize(CIFAR, None, recipe)
+    recipe, data = Recipe(threads=1), DataOptions((str(PHOTOS),), preprocessing=PreprocessingOptions(resize="exact"))
+    report, data = quantize(CIFAR, None, recipe, data)
     assert data is not None
     assert [island.node for island in report.audit.placed] == ["stem.conv", "blocks.0.depthwise.conv", "classifier"]
     assert report.audit.islands == ()
@@ -134,7 +136,7 @@ def test_the_demo_runs_in_integers_and_agrees() -> None:
 def test_metadata_of_the_model_stays(pictures: str) -> None:
     proto = deep()
     helper.set_model_props(proto, {"labels": "cat,dog"})
-    _, result = quantized(proto, Recipe(calib=(pictures,)))
+    _, result = quantized(proto, Recipe(), DataOptions((pictures,)))
     carried = {entry.key: entry.value for entry in result.metadata_props}
     assert carried["labels"] == "cat,dog"
     assert {"qconv.version", "qconv.recipe", "qconv.preprocessing"} <= carried.keys()
@@ -142,9 +144,9 @@ def test_metadata_of_the_model_stays(pictures: str) -> None:
 
 def test_the_public_name_does_the_same(tmp_path: Path, pictures: str) -> None:
     (tmp_path / "m.onnx").write_bytes(deep().SerializeToString())
-    recipe = Recipe(calib=(pictures,), threads=1)
-    _, first = qconv.quantize(tmp_path / "m.onnx", None, recipe)
-    qconv.quantize(str(tmp_path / "m.onnx"), str(tmp_path / "out.onnx"), recipe)
+    recipe, data = Recipe(threads=1), DataOptions((pictures,))
+    _, first = qconv.quantize(tmp_path / "m.onnx", None, recipe, data)
+    qconv.quantize(str(tmp_path / "m.onnx"), str(tmp_path / "out.onnx"), recipe, data)
     assert (tmp_path / "out.onnx").read_bytes() == first
     with pytest.raises(AttributeError, match="nonsense"):
         qconv.nonsense  # noqa: B018
@@ -152,11 +154,11 @@ def test_the_public_name_does_the_same(tmp_path: Path, pictures: str) -> None:
 
 def test_only_what_shapes_the_file_changes_it(pictures: str) -> None:
     proto = deep()
-    recipe = Recipe(calib=(pictures,))
-    _, first = quantized(proto, recipe)
+    recipe, data = Recipe(), DataOptions((pictures,))
+    _, first = quantized(proto, recipe, data)
     for steering in ({"min_sqnr": -100.0}, {"min_agreement": 0.0}):
-        assert quantized(proto, replace(recipe, **steering))[1] == first
-    assert quantized(proto, replace(recipe, seed=1))[1] != first
+        assert quantized(proto, replace(recipe, **steering), data)[1] == first
+    assert quantized(proto, recipe, replace(data, seed=1))[1] != first
 
 
 def test_the_folded_model_computes_the_same(tmp_path: Path) -> None:
@@ -181,8 +183,8 @@ def test_a_listener_hears_progress_and_warnings(tmp_path: Path, pictures: str) -
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "bad.png").write_bytes(b"")
     reporter = Reporter(said.append, lambda *args: heard.append(args))
-    recipe = Recipe(calib=(str(tmp_path),), min_sqnr=1.0, batch=5, threads=1)
-    report, _ = quantize(Source("m", None, deep().SerializeToString()), None, recipe, reporter)
+    recipe, data = Recipe(min_sqnr=1.0, threads=1), DataOptions((str(tmp_path),), batch=5)
+    report, _ = quantize(Source("m", None, deep().SerializeToString()), None, recipe, data, reporter)
     solves = ("ranges", "round")
     assert {total for stage, _, total in heard if stage not in solves} == {13}
     assert [done for stage, done, _ in heard if stage == "round"] == [0, 1, 2, 3]
@@ -199,9 +201,9 @@ def test_a_listener_hears_progress_and_warnings(tmp_path: Path, pictures: str) -
 def test_errors_before_any_work_leave_no_file(tmp_path: Path, pictures: str) -> None:
     out = tmp_path / "out.onnx"
     out.write_bytes(b"before")
-    recipe = Recipe(calib=(pictures,), opset=11)
+    recipe, data = Recipe(opset=11), DataOptions((pictures,))
     with pytest.raises(QconvError, match="--opset 11 is below"):
-        quantize(Source("m", None, deep().SerializeToString()), out, recipe)
+        quantize(Source("m", None, deep().SerializeToString()), out, recipe, data)
     assert out.read_bytes() == b"before"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -212,7 +214,7 @@ def test_errors_before_any_work_leave_no_file(tmp_path: Path, pictures: str) -> 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])
 def test_weight_bits(pictures: str, bits: int) -> None:
     """Narrow range in the middle; at the edges as asked by default, at least 8 bits."""
-    report, result = quantized(deep(), Recipe(calib=(pictures,), weight_bits=bits))
+    report, result = quantized(deep(), Recipe(weight_bits=bits), DataOptions((pictures,)))
     weights = codes(result)
     assert set(weights) == {(8, 3, 3, 3), (12, 8, 3, 3)}
     for shape, width in (((8, 3, 3, 3), max(bits, 8)), ((12, 8, 3, 3), bits)):
@@ -228,7 +230,7 @@ def test_weight_bits(pictures: str, bits: int) -> None:
 
 @pytest.mark.parametrize("edge", [2, 4, 8, 16])
 def test_edge_bits(pictures: str, edge: int) -> None:
-    report, _ = quantized(deep(), Recipe(calib=(pictures,), weight_bits=4, edge_bits=edge))
+    report, _ = quantized(deep(), Recipe(weight_bits=4, edge_bits=edge), DataOptions((pictures,)))
     weights = [row.bits for row in report.tensors if row.kind == "weight"]
     assert weights == [max(4, edge), 4, max(4, edge)]
 
@@ -236,19 +238,19 @@ def test_edge_bits(pictures: str, edge: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])
 def test_activation_bits(pictures: str, bits: int) -> None:
     """The range of an inner tensor is cut into 2^b - 1 steps; the input is an edge."""
-    recipe = Recipe(calib=(pictures,), calibrator="minmax", equalize=False)  # which depends on the bits
-    report, result = quantized(deep(), replace(recipe, activation_bits=bits))
+    recipe, data = Recipe(calibrator="minmax", equalize=False), DataOptions((pictures,))  # which depends on the bits
+    report, result = quantized(deep(), replace(recipe, activation_bits=bits), data)
     inner = {row.name: row for row in report.tensors if row.kind == "activation"}
     assert inner["r"].bits == bits
     assert inner["x"].bits == max(bits, 8)
-    wide = {r.name: r for r in quantized(deep(), recipe)[0].tensors}
+    wide = {r.name: r for r in quantized(deep(), recipe, data)[0].tensors}
     assert inner["r"].scale * (2**bits - 1) == pytest.approx(wide["r"].scale * 255, rel=0.01)
     kinds = {t.data_type for t in result.graph.initializer if t.data_type in (TensorProto.UINT8, TensorProto.UINT16)}
     assert (TensorProto.UINT16 in kinds) == (bits == 16)
 
 
 def test_weights_only(pictures: str) -> None:
-    report, result = quantized(deep(), Recipe(calib=(pictures,), activation_bits=32))
+    report, result = quantized(deep(), Recipe(activation_bits=32), DataOptions((pictures,)))
     assert "QuantizeLinear" not in [node.op_type for node in result.graph.node]
     assert len(codes(result)) == 2
     assert all(row.bits is None or row.bits == 32 for row in report.tensors if row.kind == "activation")
@@ -259,7 +261,7 @@ def test_weight_schemes(pictures: str, scheme: Scheme) -> None:
     """All weights positive: codes that must hold zero in the middle reach half as many values."""
     v = np.abs(np.random.default_rng(0).standard_normal((12, 8, 3, 3))).astype(np.float32)
     proto = network(BODY, ("N", 3, 8, 8), **(WEIGHTS | {"v": v}))
-    report, result = quantized(proto, Recipe(calib=(pictures,), weight_scheme=scheme, weight_bits=6))
+    report, result = quantized(proto, Recipe(weight_scheme=scheme, weight_bits=6), DataOptions((pictures,)))
     (row,) = [row for row in report.tensors if row.kind == "weight" and row.bits == 6]
     assert row.symmetric is (scheme is Scheme.SYMMETRIC)
     values = numpy_helper.to_array(codes(result)[12, 8, 3, 3]).astype(int)
@@ -270,7 +272,7 @@ def test_weight_schemes(pictures: str, scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", Scheme)
 def test_activation_schemes(pictures: str, scheme: Scheme) -> None:
     """Symmetric: zero point 0 where nothing is negative, else the middle code."""
-    report, _ = quantized(deep(), Recipe(calib=(pictures,), activation_scheme=scheme))
+    report, _ = quantized(deep(), Recipe(activation_scheme=scheme), DataOptions((pictures,)))
     rows = {row.name: row for row in report.tensors if row.kind == "activation"}
     assert rows["r"].zero_point == 0
     if scheme is Scheme.SYMMETRIC:
@@ -284,8 +286,8 @@ def test_activation_schemes(pictures: str, scheme: Scheme) -> None:
 @pytest.mark.parametrize("granularity", WeightGranularity)
 def test_weight_granularity(pictures: str, granularity: WeightGranularity) -> None:
     """How many scales the middle layer of 12 x 8 x 3 x 3 has; blocks of 4 of its 8 input channels."""
-    recipe = Recipe(calib=(pictures,), weight_granularity=granularity, block_size=4)
-    report, _ = quantized(deep(), recipe)
+    recipe, data = Recipe(weight_granularity=granularity, block_size=4), DataOptions((pictures,))
+    report, _ = quantized(deep(), recipe, data)
     row = [row for row in report.tensors if row.kind == "weight"][1]
     assert (row.granularity or "").startswith(granularity)
     scales = {WeightGranularity.PER_TENSOR: 1, WeightGranularity.PER_CHANNEL: 12, WeightGranularity.PER_BLOCK: 24}
@@ -305,7 +307,7 @@ def test_weight_granularity(pictures: str, granularity: WeightGranularity) -> No
 def test_kept_layers_are_reported_with_the_wish_as_the_reason(
     pictures: str, change: dict[str, Any], kept: list[str]
 ) -> None:
-    report, result = quantized(deep(), Recipe(calib=(pictures,), **change))
+    report, result = quantized(deep(), Recipe(**change), DataOptions((pictures,)))
     wished = [island for island in report.audit.islands if "--keep-float" in island.why]
     assert len(wished) == len(kept)
     layers = [row for row in report.tensors if row.kind == "weight" and row.bits is not None]
@@ -320,7 +322,7 @@ def test_channels_last(tmp_path: Path) -> None:
     """Pictures come as (N, H, W, C); the file's own Transpose turns them."""
     proto = network("t = Transpose<perm=[0, 3, 1, 2]>(x)  c = Conv(t, w)  y = Relu(c)", ("N", 8, 8, 3), w=(4, 3, 3, 3))
     Image.fromarray(pixels(1, (8, 8, 3))[0]).save(tmp_path / "0.png")
-    report, result = quantized(proto, Recipe(calib=(str(tmp_path),), preprocessing=RAW))
+    report, result = quantized(proto, Recipe(), DataOptions((str(tmp_path),), preprocessing=RAW))
     assert report.preprocessing is not None
     assert report.preprocessing["layout"] == Layout.NHWC
     x = pixels(1, (8, 8, 3)).astype(np.float32)
@@ -334,7 +336,7 @@ def test_bytes_as_input(tmp_path: Path) -> None:
     proto.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
     for number, picture in enumerate(pixels(4, (6, 6, 3))):
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
-    report, result = quantized(proto, Recipe(calib=(str(tmp_path),)))
+    report, result = quantized(proto, Recipe(), DataOptions((str(tmp_path),)))
     assert report.preprocessing is not None
     assert report.preprocessing["preset"] == "raw"
     assert result.graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
@@ -346,7 +348,7 @@ def test_bytes_as_input(tmp_path: Path) -> None:
 def test_grey_networks(pictures: str) -> None:
     """Colour pictures become grey."""
     proto = network("c = Conv(x, w)  y = Relu(c)", ("N", 1, 8, 8), w=(4, 1, 3, 3))
-    report, _ = quantized(proto, Recipe(calib=(pictures,), preprocessing=PreprocessingOptions(preset="unit")))
+    report, _ = quantized(proto, Recipe(), DataOptions((pictures,), preprocessing=PreprocessingOptions(preset="unit")))
     assert report.preprocessing is not None
     assert (report.preprocessing["preset"], report.preprocessing["color"]) == ("unit", Color.GREY)
     (row,) = [row for row in report.tensors if row.name == "x"]
@@ -359,8 +361,8 @@ def test_a_fixed_batch(tmp_path: Path, count: int, seen: int) -> None:
     """Four at a time: what is left over is not used, and fewer than four are repeated but not counted twice."""
     proto = deep((4, 3, 8, 8))
     arrays = pixels(count, (3, 8, 8)).astype(np.float32)
-    recipe = Recipe(calib=(samples(tmp_path / "s", arrays),), min_sqnr=1.0, batch=3)
-    report, result = quantized(proto, recipe)
+    recipe, data = Recipe(min_sqnr=1.0), DataOptions((samples(tmp_path / "s", arrays),), batch=3)
+    report, result = quantized(proto, recipe, data)
     assert result.graph.input == proto.graph.input
     assert report.held
     assert report.verify.images == seen
@@ -370,7 +372,7 @@ def test_several_outputs(pictures: str) -> None:
     """Each has its score; gates take the lowest. One is not quantized at all."""
     body = "c = Conv(x, w)  a = Relu(c)  d = Conv(a, v)  p = GlobalAveragePool(d)  b = Flatten(p)  s = Shape(x)"
     proto = network(body, ("N", 3, 8, 8), outputs=("a", "b", "s"), **WEIGHTS)
-    report, result = quantized(proto, Recipe(calib=(pictures,)))
+    report, result = quantized(proto, Recipe(), DataOptions((pictures,)))
     assert [o.name for o in result.graph.output] == ["a", "b", "s"]
     scores = {o.name: o for o in report.verify.outputs}
     assert list(scores) == ["a", "b", "s"]
@@ -385,7 +387,7 @@ def test_several_inputs_as_npz(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(4):
         np.savez(tmp_path / f"{number}.npz", x=rng.random((3, 6, 6), np.float32), z=rng.random((3, 6, 6), np.float32))
-    report, result = quantized(proto, Recipe(calib=(str(tmp_path),)))
+    report, result = quantized(proto, Recipe(), DataOptions((str(tmp_path),)))
     assert report.preprocessing is None
     assert [i.name for i in result.graph.input] == ["x", "z"]
     assert "qconv.preprocessing" not in {entry.key for entry in result.metadata_props}
@@ -396,7 +398,7 @@ def test_inputs_that_are_no_pictures(tmp_path: Path) -> None:
     """A plain vector, by .npy."""
     proto = network("h = Gemm(x, a)  r = Relu(h)  y = Gemm(r, b)", ("N", 16), a=(16, 8), b=(8, 4))
     arrays = np.random.default_rng(0).standard_normal((20, 16)).astype(np.float32)
-    report, _ = quantized(proto, Recipe(calib=(samples(tmp_path / "s", arrays),)))
+    report, _ = quantized(proto, Recipe(), DataOptions((samples(tmp_path / "s", arrays),)))
     assert report.verify.images == 20
     assert report.verify.sqnr_db is not None
     assert report.verify.sqnr_db > 25
@@ -405,7 +407,7 @@ def test_inputs_that_are_no_pictures(tmp_path: Path) -> None:
 def test_outputs_whose_shape_depends_on_the_data(pictures: str) -> None:
     """Detection ends in NonMaxSuppression or NonZero: the quantized model may find one more or one less."""
     proto = network("c = Conv(x, w)  r = Relu(c)  y = NonZero(r)", ("N", 3, 8, 8), w=(4, 3, 3, 3))
-    report, _ = quantized(proto, Recipe(calib=(pictures,), weight_bits=4, edge_bits=4))
+    report, _ = quantized(proto, Recipe(weight_bits=4, edge_bits=4), DataOptions((pictures,)))
     (score,) = report.verify.outputs
     assert score.agreement is None
 
@@ -420,7 +422,7 @@ def test_outputs_that_are_texts(pictures: str) -> None:
     proto.graph.node.append(names)
     proto.graph.output.append(helper.make_tensor_value_info("s", TensorProto.STRING, ["N"]))
     proto.opset_import.append(helper.make_opsetid("ai.onnx.ml", 2))
-    report, _ = quantized(proto, Recipe(calib=(pictures,)))
+    report, _ = quantized(proto, Recipe(), DataOptions((pictures,)))
     assert report.verify.outputs[0].name == "c"
     assert report.verify.sqnr_db is not None
 
@@ -428,13 +430,13 @@ def test_outputs_that_are_texts(pictures: str) -> None:
 def test_outputs_that_are_sequences(pictures: str) -> None:
     proto = network("c = Conv(x, w)  s = SequenceConstruct(c, c)", ("N", 3, 8, 8), ("c",), **WEIGHTS)
     proto.graph.output.append(helper.make_tensor_sequence_value_info("s", TensorProto.FLOAT, None))
-    report, _ = quantized(proto, Recipe(calib=(pictures,)))
+    report, _ = quantized(proto, Recipe(), DataOptions((pictures,)))
     assert report.verify.sqnr_db is not None
 
 
 def test_outputs_that_pass_the_input_through(pictures: str) -> None:
     proto = network("c = Conv(x, w)  y = Relu(c)  z = Identity(x)", ("N", 3, 8, 8), ("y", "z"), w=(4, 3, 3, 3))
-    report, result = quantized(proto, Recipe(calib=(pictures,)))
+    report, result = quantized(proto, Recipe(), DataOptions((pictures,)))
     assert [o.name for o in result.graph.output] == ["y", "z"]
     assert report.verify.outputs[1].sqnr_db is None  # what nobody asked to be rounded is equal
 
@@ -442,7 +444,9 @@ def test_outputs_that_pass_the_input_through(pictures: str) -> None:
 def test_a_constant_picture_is_no_reason_to_divide_by_zero(tmp_path: Path) -> None:
     """All activations are zero: no range, no scale."""
     proto = network("c = Conv(x, w)  r = Relu(c)  y = Conv(r, v)", ("N", 3, 8, 8), w=(8, 3, 3, 3), v=(4, 8, 3, 3))
-    report, result = quantized(proto, Recipe(calib=(samples(tmp_path / "s", np.zeros((3, 3, 8, 8), np.float32)),)))
+    report, result = quantized(
+        proto, Recipe(), DataOptions((samples(tmp_path / "s", np.zeros((3, 3, 8, 8), np.float32)),))
+    )
     assert report.verify.sqnr_db is None
     assert all(np.all(np.asarray(row.scale) > 0) for row in report.tensors if row.scale is not None)
     (got,) = Session(result.SerializeToString(), threads=1).run_all({"x": np.ones((1, 3, 8, 8), np.float32)})
@@ -468,8 +472,8 @@ def scaled_between(factor: float, offset: float = 0.0) -> onnx.ModelProto:
 )
 def test_odd_activations_find_a_range(calibrator: str, factor: float, offset: float, word: str, pictures: str) -> None:
     """All zero, constant, and so small that float32 runs out: told, and nothing is divided by what is not there."""
-    recipe = Recipe(calib=(pictures,), calibrator=calibrator, preprocessing=RAW)
-    report, result = quantized(scaled_between(factor, offset), recipe)
+    recipe, data = Recipe(calibrator=calibrator), DataOptions((pictures,), preprocessing=RAW)
+    report, result = quantized(scaled_between(factor, offset), recipe, data)
     assert any(text.startswith(word) for text in report.warnings)
     scales = [np.asarray(row.scale) for row in report.tensors if row.kind == "activation"]
     assert all((scale >= np.finfo(np.float32).tiny).all() and np.isfinite(scale).all() for scale in scales)
@@ -482,9 +486,9 @@ def test_odd_activations_find_a_range(calibrator: str, factor: float, offset: fl
 @pytest.mark.parametrize("calibrator", CALIBRATORS)
 @pytest.mark.parametrize("factor", [1e38, -1e38])
 def test_an_activation_that_overflows_is_told_by_name(calibrator: str, factor: float, pictures: str) -> None:
-    recipe = Recipe(calib=(pictures,), calibrator=calibrator, preprocessing=RAW)
+    recipe, data = Recipe(calibrator=calibrator), DataOptions((pictures,), preprocessing=RAW)
     with pytest.raises(QconvError, match=r"Tensor '.*' holds NaN or infinite values on these pictures") as caught:
-        quantized(scaled_between(factor), recipe)
+        quantized(scaled_between(factor), recipe, data)
     assert "preprocessing" in caught.value.hint
 
 
@@ -493,16 +497,16 @@ def test_reshapes_to_a_fixed_batch_are_fine(pictures: str) -> None:
     proto = network(
         "c = Conv(x, w)  f = Reshape(c, s)  y = Gemm(f, g)", ("N", 3, 8, 8), w=(4, 3, 3, 3), s=ints(1, 144), g=(144, 10)
     )
-    report, _ = quantized(proto, Recipe(calib=(pictures,)))
+    report, _ = quantized(proto, Recipe(), DataOptions((pictures,)))
     assert report.verify.images == 12
     with pytest.raises(QconvError, match="cannot be run") as caught:
-        quantized(proto, Recipe(calib=(pictures,), batch=4))
+        quantized(proto, Recipe(), DataOptions((pictures,), batch=4))
     assert "--batch" in caught.value.hint
 
 
 def test_preprocessing_of_samples_is_told_to_be_in_vain(tmp_path: Path) -> None:
     folder = samples(tmp_path / "s", np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32))
-    report, _ = quantized(deep(), Recipe(calib=(folder,), preprocessing=PreprocessingOptions(preset="tf")))
+    report, _ = quantized(deep(), Recipe(), DataOptions((folder,), preprocessing=PreprocessingOptions(preset="tf")))
     assert any("preprocessing options are not used" in text for text in report.warnings)
 
 
@@ -513,7 +517,7 @@ def test_a_result_that_is_slower_than_float_is_told(
     """Times are the machine's; what is said of them is not."""
     real = comparison.verify
     monkeypatch.setattr(pipeline_quantize, "verify", lambda *args: replace(real(*args), slowdown=slowdown))
-    report, _ = quantized(deep(), Recipe(calib=(pictures,)))
+    report, _ = quantized(deep(), Recipe(), DataOptions((pictures,)))
     assert any("times as long as the float one" in text for text in report.warnings) is told
 
 
@@ -528,7 +532,7 @@ def test_a_result_of_which_little_is_left_is_told(
     real = comparison.verify
     scores = (OutputScore("y", sqnr, agreement),)
     monkeypatch.setattr(pipeline_quantize, "verify", lambda *args: replace(real(*args), outputs=scores))
-    report, _ = quantized(deep(), Recipe(calib=(pictures,), effort="fast"))
+    report, _ = quantized(deep(), Recipe(effort="fast"), DataOptions((pictures,)))
     warned = [text for text in report.warnings if "little is left of the float model" in text]
     assert len(warned) == bool(told)
     assert all(told in text for text in warned)
@@ -538,7 +542,7 @@ def test_outputs_without_a_number_are_an_error(pictures: str) -> None:
     """Weights alone: no calibration meets what they make."""
     proto = network("c = Conv(x, w, b)  y = Relu(c)", ("N", 3, 8, 8), w=(4, 3, 3, 3), b=np.full(4, np.nan, np.float32))
     with pytest.raises(QconvError, match="Output y of the float model holds NaN"):
-        quantized(proto, Recipe(calib=(pictures,), activation_bits=32, effort="fast", bias_correction="none"))
+        quantized(proto, Recipe(activation_bits=32, effort="fast", bias_correction="none"), DataOptions((pictures,)))
 
 
 @pytest.mark.parametrize("option", ["save_stats", "save_layer_bits"])
@@ -549,20 +553,23 @@ def test_what_is_read_is_not_written_over(option: str, tmp_path: Path, pictures:
     model = tmp_path / "m.onnx"
     model.write_bytes(deep().SerializeToString())
     more = {"target_size": 0.3} if option == "save_layer_bits" else {}
-    recipe = Recipe(calib=(str(listed),), effort="fast", **{option: str(listed)}, **more)
+    recipe, data = Recipe(effort="fast", **{option: str(listed)}, **more), DataOptions((str(listed),))
     with pytest.raises(QconvError, match="is read, and would be written over"):
-        quantize(model, tmp_path / "out.onnx", recipe)
+        quantize(model, tmp_path / "out.onnx", recipe, data)
     with pytest.raises(QconvError, match="is read, and would be written over"):
-        quantize(model, listed, Recipe(calib=(str(listed),), effort="fast"))
+        quantize(model, listed, Recipe(effort="fast"), DataOptions((str(listed),)))
     assert listed.read_bytes() == before
 
 
 def test_two_outputs_have_two_names(tmp_path: Path, pictures: str) -> None:
     model, both = tmp_path / "m.onnx", str(tmp_path / "both")
     model.write_bytes(deep().SerializeToString())
-    recipe = Recipe(calib=(pictures,), effort="fast", target_size=0.3, save_layer_bits=both, save_stats=both)
+    recipe, data = (
+        Recipe(effort="fast", target_size=0.3, save_layer_bits=both, save_stats=both),
+        DataOptions((pictures,)),
+    )
     with pytest.raises(QconvError, match="both --save-stats and --save-layer-bits"):
-        quantize(model, tmp_path / "out.onnx", recipe)
+        quantize(model, tmp_path / "out.onnx", recipe, data)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx"]
 
 
@@ -574,22 +581,23 @@ def test_means_are_kept_where_weights_alone_are_rounded(pictures: str) -> None:
     options: dict[str, Any] = {"weight_bits": 3, "edge_bits": 3, "activation_bits": 32, "effort": "fast"}
     moved = {}
     for correction in ("none", "measured"):
-        recipe = Recipe(
-            calib=(pictures,), bias_correction=correction, preprocessing=PreprocessingOptions(preset="unit"), **options
+        recipe, data = (
+            Recipe(bias_correction=correction, **options),
+            DataOptions((pictures,), preprocessing=PreprocessingOptions(preset="unit")),
         )
-        (got,) = Session(quantized(deep(), recipe)[1].SerializeToString()).run_all({"x": fed})
+        (got,) = Session(quantized(deep(), recipe, data)[1].SerializeToString()).run_all({"x": fed})
         moved[correction] = float(np.abs((got - ref).mean(axis=0)).mean())
     assert moved["measured"] < 0.5 * moved["none"]
 
 
 def test_wishes_that_change_nothing_are_told(pictures: str) -> None:
     """A Relu between codes only cuts: it runs on them."""
-    report, _ = quantized(deep(), Recipe(calib=(pictures,), keep_float_op=("Relu",)))
+    report, _ = quantized(deep(), Recipe(keep_float_op=("Relu",)), DataOptions((pictures,)))
     assert "r" not in {island.node for island in report.audit.islands}
     assert any("changes nothing for r:" in text for text in report.warnings)
 
 
 def test_wishes_that_come_true_are_not_warned_of(pictures: str) -> None:
     """Nor is the Relu that went into the kept layer."""
-    report, _ = quantized(deep(), Recipe(calib=(pictures,), keep_float=("d",)))
+    report, _ = quantized(deep(), Recipe(keep_float=("d",)), DataOptions((pictures,)))
     assert not any("changes nothing" in text for text in report.warnings)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.recipe import Recipe
+from qconv.config.data_options import DataOptions
 from qconv.data.loader import Batch, ModelWithData, iter_paired_batches, open_models
 from qconv.errors import QconvError
 from qconv.ir import load, subgraph
@@ -457,12 +457,14 @@ class ComparisonRun:
     fed: ModelWithData
 
 
-def compare_on_images(float_model: Source, model: Source, recipe: Recipe, reporter: Reporter) -> ComparisonRun:
-    """recipe: names the pictures (its `calib`), and how they are fed.
+def compare_on_images(
+    float_model: Source, model: Source, data: DataOptions, reporter: Reporter, threads: int | None = None
+) -> ComparisonRun:
+    """data: the pictures, and how they are fed.
 
     Raises QconvError for what cannot be compared, or fed.
     """
-    own, other = open_models(model, float_model, recipe, reporter)
+    own, other = open_models(model, float_model, data, threads, reporter)
     assert other is not None
     missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
     if missing is not None:
@@ -474,6 +476,6 @@ def compare_on_images(float_model: Source, model: Source, recipe: Recipe, report
         return ((its, mine) for mine, its in iter_paired_batches(own, other, reporter, lost.add))
 
     total = len(own.feed.listing.paths)
-    question = ComparisonRequest(float_model, model, feeds, total, own.words, recipe.threads)
+    question = ComparisonRequest(float_model, model, feeds, total, own.words, threads)
     found = compare(question, reporter)
     return ComparisonRun(replace(found, images=total - len(lost)), other)

@@ -27,16 +27,17 @@ from qconv.analysis.remedies import (
     find_remedies,
     format_options,
     join_changes,
-    make_recipe,
     merge_changes,
     suggest_more_bits,
     suggest_more_effort,
+    try_request,
 )
 from qconv.analysis.trials import HeldOutImages, TrialRun, TrialRunner, hold_out_images
 from qconv.config import serialization
 from qconv.config.choices import option_name
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PRESETS, Preprocessing, PreprocessingOptions
-from qconv.config.recipe import Recipe
+from qconv.config.recipe import make_request
 from qconv.config.serialization import format_option
 from qconv.config.targets import TARGETS
 from qconv.data.autodetect import CERTAIN_MARGIN, SHAPE_OPTIONS, detect_preprocessing, is_same_preprocessing
@@ -77,7 +78,8 @@ PLENTY_DB = 40.0
 
 @dataclass(frozen=True, slots=True)
 class DiagnosisRequest:
-    """What is to be diagnosed. asked: fields of the Recipe as they were given, before any of them follows from others.
+    """What is to be diagnosed. asked: options as `make_request` takes them, before any follows from
+    others.
 
     images: pictures to score on; empty: held back from those to calibrate with. layer_bits: the file that
     asked["layer_bits"] was read from, for the command that is recommended.
@@ -138,15 +140,15 @@ class _DiagnosisRunner:
 
     def diagnosis(self) -> DiagnosisRun:
         asked = {**self.case.asked, "min_agreement": None, "min_sqnr": None}
-        recipe = Recipe(**asked)
-        session = open_original(self.case.source, recipe)
-        held = hold_out_images(session, recipe, self.case.images, self.reporter)
-        asked["samples"] = min(recipe.samples, held.most)
-        recipe = Recipe(**asked)
-        rather = self._feed(session, held.feed, recipe)
+        recipe, data = make_request(asked)
+        session = open_original(self.case.source, recipe.threads)
+        held = hold_out_images(session, data, self.case.images, self.reporter)
+        asked["samples"] = min(data.samples or held.most, held.most)
+        recipe, data = make_request(asked)
+        rather = self._feed(session, held.feed, data, recipe.threads)
         said = held.feed.over(held.feed.listing.paths)
         held.feed.preprocessing = rather or said.preprocessing
-        proof = TrialRunner.of(self.case.source, held.feed, recipe, self.reporter, self.memory)
+        proof = TrialRunner.of(self.case.source, held.feed, recipe.threads, self.reporter, self.memory)
         if rather is not None:
             proof.feed_otherwise(said)
         base = self._try(proof, asked, Remedy("as asked", {}, ()))
@@ -155,7 +157,7 @@ class _DiagnosisRunner:
         proof.reporter = self.reporter.without_warnings()  # the others would warn of the same
         if rather is not None:
             proof.feed_otherwise(held.feed)
-            changes = {"preprocessing": _to_preprocessing_options(rather, recipe.preprocessing)}
+            changes = {"preprocessing": _to_preprocessing_options(rather, data.preprocessing)}
             mend = Remedy("fed as in training", changes, ("preprocessing",))
             base = self._mended(proof, asked, base, mend, always=True)
         base = self._enough_pictures(proof, asked, base, held)
@@ -179,18 +181,18 @@ class _DiagnosisRunner:
 
     # -- pictures ------------------------------------------------------------------------------------------------------
 
-    def _feed(self, session: Session, feed: DataLoader, recipe: Recipe) -> Preprocessing | None:
+    def _feed(self, session: Session, feed: DataLoader, data: DataOptions, threads: int | None) -> Preprocessing | None:
         """`feed` as the options say. Returns what the evidence says instead, where it is sure of that."""
         model, _ = load.load(read_proto(self.case.source), self.case.source)
-        said = recipe.preprocessing
-        calibration = DataLoader.of(session, recipe, Reporter())
-        own = detect_preprocessing(model, session, calibration, said, threads=recipe.threads)
+        said = data.preprocessing
+        calibration = DataLoader.of(session, data, Reporter())
+        own = detect_preprocessing(model, session, calibration, said, threads=threads)
         feed.preprocessing = calibration.preprocessing = own.preprocessing
         freely = PreprocessingOptions(**{name: getattr(said, name) for name in SHAPE_OPTIONS})
         if own.preprocessing is None or freely == said:
             return None
-        calibration = DataLoader.of(session, replace(recipe, preprocessing=freely), Reporter())
-        found = detect_preprocessing(model, session, calibration, freely, threads=recipe.threads)
+        calibration = DataLoader.of(session, replace(data, preprocessing=freely), Reporter())
+        found = detect_preprocessing(model, session, calibration, freely, threads=threads)
         if (
             not found.evident
             or found.preprocessing is None
@@ -215,7 +217,7 @@ class _DiagnosisRunner:
         what = f"{format_count(used, 'picture')} to calibrate with"
         if gap >= GENERALIZATION_GAP_DB:
             what += f": SQNR is {seen:.1f} dB on them and {unseen:.1f} dB on others"
-        more = min(Recipe().samples, held.most)
+        more = min((DataOptions().samples or 0), held.most)
         if more <= used:
             what += "; there are no more here, so add some of the kind that the network will see"
         self.found.append(Cause("few-pictures", ("the pictures",), what))
@@ -250,8 +252,9 @@ class _DiagnosisRunner:
 
         def attempt(tried: Iterable[Remedy]) -> None:
             for remedy in tried:
-                recipe = make_recipe(base.fields, remedy.changes)
-                if recipe is not None and all(recipe != known.made.recipe for known in self.attempts):
+                request = try_request(base.fields, remedy.changes)
+                known = [(attempt.made.recipe, attempt.made.data) for attempt in self.attempts]
+                if request is not None and request not in known:
                     gain = self._try(proof, asked, remedy).trial.accuracy_db - base.trial.accuracy_db
                     if gain >= LEAST_GAIN_DB and not remedy.undoes:
                         gaining.append((gain, remedy))
@@ -280,7 +283,7 @@ class _DiagnosisRunner:
         changes = join_changes(self.changes, remedy.changes)
         fields = merge_changes(asked, changes)
         out = self.folder / f"{len(self.attempts)}.onnx"
-        made = proof.carry_out(remedy.name, Recipe(**fields), out, format_options(changes), remedy.causes)
+        made = proof.carry_out(remedy.name, *make_request(fields), out, format_options(changes), remedy.causes)
         self.attempts.append(_RemedyAttempt(made, fields, remedy))
         return self.attempts[-1]
 
@@ -291,9 +294,9 @@ class _DiagnosisRunner:
         proto = read_proto(source)
         model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
         made_from = hash_model(source, external_data_files(proto, source))
-        pictures = open_calibration_data(source, made_from, recipe, self.reporter.without_warnings())
+        pictures = open_calibration_data(source, made_from, recipe, base.made.data, self.reporter.without_warnings())
         pictures.memory = self.memory
-        pictures.settle(model, recipe)
+        pictures.settle(model, recipe.threads)
         fold.run_float_passes(model)
         plan = make_plan(model, recipe, TARGETS[recipe.target], choose_float_nodes(model, recipe, pictures.fed))
         sketches = pictures.sketches(model, [plan], recipe)
@@ -329,9 +332,10 @@ class _DiagnosisRunner:
         """What to type, with the pictures and places that the user has."""
         asked, fields = self.case.asked, dict(best.fields)
         if "samples" not in self.changes:
-            fields["samples"] = asked.get("samples", Recipe().samples)
+            fields["samples"] = asked.get("samples", (DataOptions().samples or 0))
         calib = [word for place in asked["calib"] for word in ("--calib", place)]
-        said = serialization.command_line_options(Recipe(**fields).as_dict())
+        recipe, data = make_request(fields)
+        said = serialization.command_line_options(recipe.as_dict(data))
         if self.case.layer_bits is not None:
             said += ["--layer-bits", self.case.layer_bits]
         steering = [word for name in ("batch", "threads") for word in _format_given_option(name, asked)]
@@ -409,4 +413,8 @@ def _to_preprocessing_options(fed: Preprocessing, said: PreprocessingOptions) ->
 
 def _format_given_option(name: str, asked: Mapping[str, Any]) -> tuple[str, ...]:
     value = asked.get(name)
-    return () if value is None or value == getattr(Recipe(), name) else (option_name(name), str(value))
+    return (
+        ()
+        if value is None or value == (DataOptions().batch if name == "batch" else None)
+        else (option_name(name), str(value))
+    )

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.recipe import Recipe
+from qconv.config.data_options import DataOptions
 from qconv.data.dataset import LabelOptions, find_classes, labels_of
 from qconv.data.loader import ModelWithData, Outputs, open_models
 from qconv.errors import QconvError
@@ -33,17 +33,18 @@ LARGEST_NOISE = float(np.finfo(np.float64).max) / 1e6  # the noise of NaN: what 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
-    """What is to be measured. recipe: names the pictures (its `calib`), and how they are fed.
+    """What is to be measured. data: the pictures, and how they are fed.
 
     classes, label_offset: see `labels`. table: what will be made of the predictions, ".csv", ".npz" (then all outputs
     are remembered) or None.
     """
 
-    recipe: Recipe
+    data: DataOptions
     against: Source | None = None
     classes: Path | None = None
     label_offset: int = 0
     table: str | None = None
+    threads: int | None = None
 
     @property
     def labelling(self) -> LabelOptions:
@@ -240,10 +241,10 @@ def evaluate(
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Run the model, and the other one, on every picture. Raises QconvError where there is nothing to measure."""
-    recipe, reporter = wishes.recipe, reporter or Reporter()
-    root = Path(recipe.calib[0])
+    reporter = reporter or Reporter()
+    root = wishes.data.root
     classes = find_classes(root, wishes.classes)
-    own, other = open_models(source, wishes.against, recipe, reporter)
+    own, other = open_models(source, wishes.against, wishes.data, wishes.threads, reporter)
     if other is not None:
         missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
         if missing is not None:

@@ -14,7 +14,8 @@ from typing import Any
 
 from qconv.analysis.causes import REMARKABLE_SHARE, DiagnosisEvidence
 from qconv.config.choices import FEW_BITS_CALIBRATOR, WeightGranularity
-from qconv.config.recipe import Recipe
+from qconv.config.data_options import DataOptions
+from qconv.config.recipe import Recipe, make_request
 from qconv.config.serialization import format_option
 from qconv.errors import QconvError
 from qconv.ir.model import Node
@@ -47,7 +48,7 @@ class Remedy:
 
 
 def merge_changes(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a Recipe with these changes."""
+    """The fields of a request with these changes."""
     found = dict(asked)
     for name, value in changes.items():
         if name in REPEATABLE_FIELDS:
@@ -67,10 +68,10 @@ def join_changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
     return found
 
 
-def make_recipe(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> Recipe | None:
-    """The Recipe of the fields with these changes; None where they do not go together."""
+def try_request(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Recipe, DataOptions] | None:
+    """The recipe and the images of the fields with these changes; None where they do not go together."""
     try:
-        return Recipe(**merge_changes(asked, changes))
+        return make_request(merge_changes(asked, changes))
     except QconvError:
         return None
 

@@ -22,6 +22,7 @@ from qconv.calibration.observer import Observer, observe_each_image, open_observ
 from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.calibration.sketch import Sketch
 from qconv.calibration.statistics_file import SketchSpool, open_sketch_spool
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.autodetect import detect_preprocessing
@@ -63,6 +64,7 @@ class StudyRequest:
 def study_samples(
     source: Source | str | Path,
     recipe: Recipe,
+    data: DataOptions,
     question: StudyRequest | None = None,
     reporter: Reporter | None = None,
     out: Path | None = None,
@@ -70,7 +72,7 @@ def study_samples(
     """The curve of accuracy over the number of calibration pictures.
 
     Weights are rounded to the nearest code, whatever the recipe says: the question is what pictures do for the ranges.
-    recipe.samples bounds them. out: where the caller will write a chart; checked, not written. Raises QconvError for
+    data.samples bounds them. out: where the caller will write a chart; checked, not written. Raises QconvError for
     anything the user can mend.
     """
     started = time.perf_counter()
@@ -86,9 +88,9 @@ def study_samples(
         check_output(source, out, external_data_files(proto, source))
     model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
     del proto
-    session = open_original(source, recipe)
-    calibration, scoring = _open_feeds(session, recipe, question, reporter)
-    detected = detect_preprocessing(model, session, calibration, recipe.preprocessing, threads=recipe.threads)
+    session = open_original(source, recipe.threads)
+    calibration, scoring = _open_feeds(session, data, question, reporter)
+    detected = detect_preprocessing(model, session, calibration, data.preprocessing, threads=recipe.threads)
     calibration.preprocessing = scoring.preprocessing = detected.preprocessing
     fold.run_float_passes(model)
     warn_of_unmatched_options(model, recipe, reporter)
@@ -104,11 +106,11 @@ def study_samples(
         before = time.perf_counter()
         seconds = _sketch_each_image(model, taps, calibration, recipe, kept)
         after = time.perf_counter()
-        points = _measure_points(_StudyJob(model, recipe, floats), kept, scored, question.draws, reporter)
+        points = _measure_points(_StudyJob(model, recipe, data.seed, floats), kept, scored, question.draws, reporter)
     return SampleCurve(
         version=qconv.__version__,
         model=source.name,
-        recipe=recipe.as_dict(),
+        recipe=recipe.as_dict(data),
         preprocessing=None if calibration.preprocessing is None else calibration.preprocessing.as_dict(),
         points=sorted(points, key=lambda point: (point.pictures, point.seed)),
         draws=question.draws,
@@ -146,19 +148,20 @@ def _plan_observers(plan: Plan, recipe: Recipe) -> list[Observer]:
 
 def _open_feeds(
     session: Session,
-    recipe: Recipe,
+    data: DataOptions,
     question: StudyRequest,
     reporter: Reporter,
 ) -> tuple[DataLoader, DataLoader]:
     """The pictures to calibrate with and those to score on: no picture is in both."""
     wanted = MOST_HELD_OUT if question.holdout is None else question.holdout
     if question.images:
-        scoring = DataLoader.of(session, replace(recipe, calib=question.images, samples=wanted, glob=None), reporter)
+        scoring = DataLoader.of(session, replace(data, paths=question.images, samples=wanted, glob=None), reporter)
         if question.holdout is not None and len(scoring.listing.paths) < wanted:
             reporter.warn(f"--holdout {wanted}: {' and '.join(question.images)} holds {len(scoring.listing.paths)}.")
-        return DataLoader.of(session, recipe, reporter), scoring
-    whole = DataLoader.of(session, replace(recipe, samples=recipe.samples + wanted), reporter)
-    found, where = whole.listing.found, " and ".join(recipe.calib)
+        return DataLoader.of(session, data, reporter), scoring
+    most = None if data.samples is None else data.samples + wanted
+    whole = DataLoader.of(session, replace(data, samples=most), reporter)
+    found, where = whole.listing.found, " and ".join(data.paths)
     if found < 2:
         raise QconvError(
             f"{where} holds {format_count(found, 'picture')}: one to calibrate with and one to score on are the least.",
@@ -170,7 +173,7 @@ def _open_feeds(
             f"--holdout {held} leaves none of the {found} pictures in {where} to calibrate with.",
             "hold fewer back, or pass others to score on with --images.",
         )
-    paths, most = whole.listing.paths, min(recipe.samples, found - held)
+    paths, most = whole.listing.paths, min(data.samples or found, found - held)
     return whole.over(paths[:most]), whole.over(paths[most : most + held])
 
 
@@ -197,6 +200,7 @@ class _StudyJob:
 
     folded: Model
     recipe: Recipe
+    seed: int
     floats: Mapping[str, str]
 
     @contextlib.contextmanager
@@ -213,7 +217,7 @@ def _measure_points(
     counts = counts_up_to(len(kept))
     total, points = draws * (len(counts) - 1) + 1, []
     for seed in range(draws):
-        order = _order_images(len(kept), job.recipe.seed, seed)
+        order = _order_images(len(kept), job.seed, seed)
         wanted = counts[:-1] if seed else counts  # all are the same set
         for count, sketches in _accumulate_sketches(kept, order, wanted):
             with job.quantized(sketches) as session:

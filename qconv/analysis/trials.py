@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.dataset import find_files
@@ -69,19 +70,19 @@ class HeldOutImages:
     unseen: bool
 
 
-def hold_out_images(session: Session, recipe: Recipe, images: Sequence[str], reporter: Reporter) -> HeldOutImages:
-    """Pictures from `images`, or else the last ones of the draw that `recipe` reads from its beginning.
+def hold_out_images(session: Session, data: DataOptions, images: Sequence[str], reporter: Reporter) -> HeldOutImages:
+    """Pictures from `images`, or else the last ones of the draw that `data` reads from its beginning.
 
     A fifth of all are held back, MOST_HELD_BACK at most. Of a single picture none can be: it is then scored on itself.
     Raises QconvError where pictures cannot feed the network.
     """
     if images:
-        chosen = replace(recipe, calib=tuple(images), samples=MOST_HELD_OUT, glob=None)
+        chosen = replace(data, paths=tuple(images), samples=MOST_HELD_OUT, glob=None)
         feed = DataLoader.of(session, chosen, reporter)
-        listing = find_files(recipe.calib, pattern=recipe.glob, samples=recipe.samples, seed=recipe.seed)
+        listing = find_files(data.paths, pattern=data.glob, samples=data.samples, seed=data.seed)
         seen = {path.resolve() for path in listing.paths}
         return HeldOutImages(feed, listing.found, unseen=seen.isdisjoint(path.resolve() for path in feed.listing.paths))
-    whole = DataLoader.of(session, replace(recipe, samples=10**9), reporter)
+    whole = DataLoader.of(session, replace(data, samples=None), reporter)
     paths = whole.listing.paths
     held = min(MOST_HELD_OUT, max(1, len(paths) // HELD_OUT_DIVISOR))
     if len(paths) == held:
@@ -95,6 +96,7 @@ class TrialRun:
 
     trial: Trial
     recipe: Recipe
+    data: DataOptions
     path: Path
     report: Report | None = None
     failure: QconvError | None = None
@@ -112,10 +114,10 @@ class TrialRunner:
 
     @classmethod
     def of(
-        cls, source: Source, feed: DataLoader, recipe: Recipe, reporter: Reporter, memory: CalibrationCache
+        cls, source: Source, feed: DataLoader, threads: int | None, reporter: Reporter, memory: CalibrationCache
     ) -> TrialRunner:
         """feed: the pictures to score on, fed as they should be."""
-        session = open_original(source, recipe)
+        session = open_original(source, threads)
         scored = collect_reference_outputs(session, feed, "float", most_bytes=SCORED_BYTES, reporter=reporter)
         return cls(source, scored, reporter, memory)
 
@@ -125,16 +127,22 @@ class TrialRunner:
         self.scored = replace(self.scored, batches=[(feeds, expected) for feeds, (_, expected) in pairs])
 
     def carry_out(
-        self, name: str, recipe: Recipe, out: Path, options: Sequence[str] = (), causes: Sequence[str] = ()
+        self,
+        name: str,
+        recipe: Recipe,
+        data: DataOptions,
+        out: Path,
+        options: Sequence[str] = (),
+        causes: Sequence[str] = (),
     ) -> TrialRun:
         """Quantize by `recipe`, write `out` and score it. What cannot be done is a trial that failed, and says why."""
         start = time.perf_counter()
         trial = Trial(name, tuple(options), tuple(causes))
-        made = TrialRun(trial, recipe, out)
+        made = TrialRun(trial, recipe, data, out)
         self.made.append(made)
         kinds: list[bool] = []
         try:
-            made.report, _ = quantize(self.source, out, recipe, self.reporter, self.memory)
+            made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.memory)
             on_ort = TARGETS[recipe.target].on_ort
             session = Session(str(out), name=str(out), threads=recipe.threads, optimize=on_ort)
             found = self.scored.score(session, lambda outputs: kinds.append(_is_single_class(outputs)))
@@ -202,6 +210,7 @@ class SweepEntry:
 
     name: str
     recipe: Recipe
+    data: DataOptions
     out: Path
     options: tuple[str, ...] = ()
 
@@ -216,25 +225,24 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter 
     refuse_quantized(proto, source.name)
     for entry in entries:
         check_output(source, entry.out, external_data_files(proto, source))
-    shared = entries[0].recipe
-    session = open_original(source, shared)
-    held = hold_out_images(session, shared, (), reporter)
+    shared, data = entries[0].recipe, entries[0].data
+    session = open_original(source, shared.threads)
+    held = hold_out_images(session, data, (), reporter)
     del session
-    shared = replace(shared, samples=min(shared.samples, held.most))
+    data = replace(data, samples=min(data.samples or held.most, held.most))
     memory = CalibrationCache()
     made_from = hash_model(source, external_data_files(proto, source))
-    pictures = open_calibration_data(source, made_from, shared, reporter.without_warnings())
+    pictures = open_calibration_data(source, made_from, shared, data, reporter.without_warnings())
     pictures.memory = memory
-    pictures.settle(load(proto, source)[0], shared)
+    pictures.settle(load(proto, source)[0], shared.threads)
     held.feed.preprocessing = pictures.preprocessing
     if shared.embed_preprocessing is not None:
         held.feed.take_pixels(shared.embed_preprocessing)
-    proof = TrialRunner.of(source, held.feed, shared, reporter, memory)
+    proof = TrialRunner.of(source, held.feed, shared.threads, reporter, memory)
     for done, entry in enumerate(entries):
         reporter.progress("recipes", done, len(entries))
-        recipe = replace(entry.recipe, samples=shared.samples)
         proof.reporter = reporter.of_part(entry.name)
-        proof.carry_out(entry.name, recipe, entry.out, entry.options)
+        proof.carry_out(entry.name, entry.recipe, data, entry.out, entry.options)
     failures = [made.failure for made in proof.made if made.failure is not None]
     if len(failures) == len(entries):
         raise failures[0]

@@ -13,7 +13,7 @@ from qconv.cli.options import (
     size_option,
 )
 from qconv.cli.output import OutputOptions
-from qconv.config.recipe import MOST_THREADS
+from qconv.config.choices import MOST_THREADS
 from qconv.signals import raise_exit_on_signals
 
 

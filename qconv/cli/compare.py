@@ -19,7 +19,8 @@ from qconv.cli.output import OutputOptions, check_report_path, format_command_li
 from qconv.cli.recipe_options import (
     make_preprocessing_options,
 )
-from qconv.config.recipe import Recipe
+from qconv.config.choices import check_run_options
+from qconv.config.data_options import DataOptions
 from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
 
@@ -74,15 +75,8 @@ def compare(
         raise click.UsageError("FLOAT, QUANT and --images need a name.")
     wanted = OutputOptions(as_json, quiet, csv)
     wanted.check(*map(Path, (float_model, model, images)))
-    recipe = Recipe(
-        calib=(images,),
-        samples=samples,
-        seed=seed,
-        glob=pattern,
-        batch=batch,
-        threads=threads,
-        preprocessing=make_preprocessing_options(options),
-    )
+    check_run_options(threads)
+    data = DataOptions((images,), samples, batch, seed, pattern, make_preprocessing_options(options))
     from qconv.analysis import compare as analysis_compare
     from qconv.ir.files import source_of
     from qconv.report import console as report_console
@@ -94,7 +88,7 @@ def compare(
     reporter = Reporter(console.warn, console.progress)
     raise_exit_on_signals()
     try:
-        seen = analysis_compare.compare_on_images(*sources, recipe, reporter)
+        seen = analysis_compare.compare_on_images(*sources, data, reporter, threads)
     finally:
         console.close()
     if place is not None:

@@ -14,7 +14,7 @@ from qconv.cli.options import (
 from qconv.cli.output import OutputOptions, check_report_path, format_command_line
 from qconv.cli.recipe_options import (
     collect_fields,
-    make_recipe_of_fields,
+    make_request_of_fields,
     require_images,
     select_options_without,
 )
@@ -54,7 +54,7 @@ def diagnose(
     if model == "-":
         raise click.UsageError("a model from standard input can be read only once: name its file.")
     asked = collect_fields({**dict.fromkeys(OPTIONS_NOT_DIAGNOSED), "tune_latency": False, **options})
-    make_recipe_of_fields(asked)
+    make_request_of_fields(asked)
     wanted = OutputOptions(as_json, quiet, csv)
     wanted.check(*map(Path, filter(None, (model, *options["calib"], *images, options["layer_bits"]))))
     from qconv.analysis import diagnose as clinic

@@ -16,11 +16,10 @@ from qconv.cli.options import (
 )
 from qconv.cli.output import OutputOptions
 from qconv.cli.recipe_options import make_preprocessing_options
-from qconv.config.recipe import Recipe
+from qconv.config.choices import check_run_options
+from qconv.config.data_options import DataOptions
 from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
-
-ALL_IMAGES = 10**9
 
 TABLE_SUFFIXES = (".csv", ".npz")
 
@@ -90,15 +89,8 @@ def evaluate(
     out = None if save_predictions is None else Path(save_predictions)
     if out is not None and out.suffix.lower() not in TABLE_SUFFIXES:
         raise click.UsageError(f"{out} is no table: name a file that ends in {' or '.join(TABLE_SUFFIXES)}.")
-    recipe = Recipe(
-        calib=(images,),
-        samples=samples or ALL_IMAGES,
-        seed=seed or 0,
-        glob=pattern,
-        batch=batch,
-        threads=threads,
-        preprocessing=make_preprocessing_options(options),
-    )
+    check_run_options(threads)
+    data = DataOptions((images,), samples, batch, seed or 0, pattern, make_preprocessing_options(options))
     wanted = OutputOptions(as_json, quiet, csv)
     files = [Path(name) for name in (model, against, classes, images) if name not in (None, "-")]
     wanted.check(*files, written={"the predictions": save_predictions})
@@ -113,11 +105,12 @@ def evaluate(
     console = report_console.Console(quiet=quiet)
     raise_exit_on_signals()
     wishes = measuring.EvaluationOptions(
-        recipe,
+        data,
         None if against is None else source_of(against),
         None if classes is None else Path(classes),
         label_offset,
         table=None if out is None else out.suffix.lower(),
+        threads=threads,
     )
     try:
         found = measuring.evaluate(source_of(model), wishes, Reporter(console.warn, console.progress))

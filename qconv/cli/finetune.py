@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qconv.cli.evaluate import ALL_IMAGES
 from qconv.cli.options import (
     HELP_WIDTH,
     combine_options,
@@ -18,7 +17,9 @@ from qconv.cli.options import (
     preprocessing_options,
 )
 from qconv.cli.output import OutputOptions
-from qconv.cli.recipe_options import make_preprocessing_options, make_recipe_of_fields
+from qconv.cli.recipe_options import make_preprocessing_options, raise_usage_errors
+from qconv.config.choices import check_run_options
+from qconv.config.data_options import DataOptions
 from qconv.errors import QconvError, format_count, require_torch
 from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
@@ -137,18 +138,9 @@ def finetune(
         raise click.UsageError("training reads its files several times: name them.")
     if not labels and (classes is not None or label_offset):
         raise click.UsageError("--classes and --label-offset are for --labels.")
-    recipe = make_recipe_of_fields(
-        {
-            "calib": (images,),
-            "samples": samples or ALL_IMAGES,
-            "seed": seed,
-            "glob": pattern,
-            "threads": threads,
-            "preprocessing": make_preprocessing_options(options),
-            "min_agreement": min_agreement,
-            "min_sqnr": min_sqnr,
-        }
-    )
+    with raise_usage_errors():
+        data = DataOptions((images,), samples, 1, seed, pattern, make_preprocessing_options(options))
+        check_run_options(threads, min_agreement, min_sqnr)
     out = _default_output(quant) if output is None else Path(output)
     wanted = OutputOptions(as_json, quiet, csv)
     files = [Path(name) for name in (quant, teacher, classes, images) if name is not None]
@@ -162,7 +154,7 @@ def finetune(
     console = report_console.Console(quiet=quiet)
     raise_exit_on_signals()
     wishes = training_options.FinetuneOptions(
-        recipe,
+        data,
         None if teacher is None else source_of(teacher),
         labels,
         None if classes is None else Path(classes),
@@ -173,6 +165,9 @@ def finetune(
         holdout,
         augment,
         device,
+        threads,
+        min_agreement,
+        min_sqnr,
     )
     try:
         found = training.finetune(source_of(quant), out, wishes, Reporter(console.warn, console.progress))

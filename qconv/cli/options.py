@@ -20,6 +20,7 @@ from qconv.config.choices import (
     EFFORTS,
     FALLBACKS,
     FLOAT_BITS,
+    MOST_THREADS,
     NAMED_RECIPES,
     PERCENTILE,
     ROUNDINGS,
@@ -29,7 +30,6 @@ from qconv.config.choices import (
     WeightGranularity,
 )
 from qconv.config.preprocessing import AUTO, PRESETS, Color, Layout, ResizeFilter
-from qconv.config.recipe import MOST_THREADS
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 

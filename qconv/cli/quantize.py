@@ -27,8 +27,9 @@ import click
 
 from qconv.cli.options import HELP_WIDTH, quantize_options, require_output
 from qconv.cli.output import OutputOptions, check_report_path, format_command_line
-from qconv.cli.recipe_options import find_typed_options, make_recipe_of_options, require_images, select_options_without
+from qconv.cli.recipe_options import find_typed_options, make_request_of_options, require_images, select_options_without
 from qconv.config.choices import option_name
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import read_toml
 from qconv.errors import QconvError
@@ -132,12 +133,12 @@ def _read_entries(file: Path, model: str, folder: Path, options: Mapping[str, An
         for key, value in table.items():
             lines.add(key, value)
         try:
-            recipe = lines.recipe(options, typed)
+            recipe, data = lines.request(options, typed)
         except click.UsageError as error:
             fact = f"{file}: {name} says {shlex.join(lines.words) or 'nothing'}, which cannot be: "
             fix = "use options of quantize that go together, but none on pictures or on where things go."
             raise QconvError(f"{fact}{error.format_message()}", fix) from None
-        yield SweepEntry(name, recipe, folder / f"{stem}.{name}.onnx", tuple(lines.words))
+        yield SweepEntry(name, recipe, data, folder / f"{stem}.{name}.onnx", tuple(lines.words))
 
 
 @dataclass(slots=True)
@@ -176,7 +177,7 @@ class _RecipeTable:
         else:
             raise QconvError(f"{self.file}: {key!r} of {self.name} is no value of an option.", f"{EXAMPLE_HINT}.")
 
-    def recipe(self, options: Mapping[str, Any], typed: Collection[str]) -> Recipe:
+    def request(self, options: Mapping[str, Any], typed: Collection[str]) -> tuple[Recipe, DataOptions]:
         """What the command line says, and over it these lines; what can be repeated is added to it."""
         command = click.Command("recipe", params=self.known, add_help_option=False)
         found = {**options, **dict.fromkeys(self.undone, False)}
@@ -187,7 +188,7 @@ class _RecipeTable:
                 if name in find_typed_options():
                     found[name] = (*options[name], *own.params[name]) if option.multiple else own.params[name]
         # a recipe that is named here replaces what was typed outside
-        return make_recipe_of_options(found, said if "recipe_name" in said else said | set(typed))
+        return make_request_of_options(found, said if "recipe_name" in said else said | set(typed))
 
 
 def _read_tables(file: Path) -> dict[str, dict[str, Any]]:
@@ -228,7 +229,7 @@ def quantize(
     wanted = OutputOptions(as_json, quiet, csv)
     if options["sweep"] is not None:
         return quantize_sweep(model, output, options, OutputFlags(wanted, verbose, options["report"]))
-    recipe = make_recipe_of_options(options)
+    recipe, data = make_request_of_options(options)
     _require_distinct_places(options["layer_bits"], output, options["save_stats"], options["save_layer_bits"])
     _require_streams(model, output, as_json)
     if csv == "-" and output == "-":
@@ -239,7 +240,7 @@ def quantize(
     source = source_of(model)
     if output is None:
         output = default_output(model, recipe)
-    read = (*recipe.calib, options["stats"], options["layer_bits"])
+    read = (*data.paths, options["stats"], options["layer_bits"])
     written = {
         "the output": output,
         "the table": csv,
@@ -249,12 +250,12 @@ def quantize(
     files = [Path(name) for name in (model, *read) if name not in (None, "-")]
     wanted.check(*files, written={**written, "the table": None})
     console = report_console.Console(quiet=quiet)
-    report, data = _run_quantize(source, output, recipe, console, page)
-    if data is not None:
-        sys.stdout.buffer.write(data)
+    report, result = _run_quantize(source, output, (recipe, data), console, page)
+    if result is not None:
+        sys.stdout.buffer.write(result)
         sys.stdout.buffer.flush()
     wanted.put_table(report.as_dict()["tensors"])
-    stream = sys.stderr if data is not None else sys.stdout
+    stream = sys.stderr if result is not None else sys.stdout
     if as_json:
         print(json.dumps(report.as_dict(), allow_nan=False), file=stream)
     elif not quiet and csv != "-" and stream is not None:
@@ -288,7 +289,7 @@ def _require_distinct_places(read: str | None, *written: str | None) -> None:
 
 
 def _run_quantize(
-    source: Source, output: str, recipe: Recipe, console: Any, page: Path | None
+    source: Source, output: str, request: tuple[Recipe, DataOptions], console: Any, page: Path | None
 ) -> tuple[Report, bytes | None]:
     """page: where one is to be written, too."""
     from qconv.pipeline import quantize as pipeline_quantize
@@ -296,16 +297,16 @@ def _run_quantize(
     reporter = Reporter(console.warn, console.progress)
     raise_exit_on_signals()
     try:
-        report, data = pipeline_quantize.quantize(source, None if output == "-" else output, recipe, reporter)
+        report, result = pipeline_quantize.quantize(source, None if output == "-" else output, *request, reporter)
         if page is not None:
             from qconv import storage
             from qconv.ir.files import Source
             from qconv.report import html, pages
 
-            written = Source("the quantized model", None if data is not None else Path(output), data)
-            found = pages.make_quantize_page(report, source, written, recipe, format_command_line(), reporter)
+            written = Source("the quantized model", None if result is not None else Path(output), result)
+            found = pages.make_quantize_page(report, source, written, *request, format_command_line(), reporter)
             storage.write_atomically(page, html.render_page(found))
-        return report, data
+        return report, result
     finally:
         console.close()
 

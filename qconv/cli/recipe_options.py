@@ -12,8 +12,9 @@ from click.core import ParameterSource
 
 from qconv.cli.options import quantize_options
 from qconv.config.choices import BLOCK_SIZE, NAMED_RECIPES, NO_IMAGES, WeightGranularity
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import Color, Layout, PreprocessingOptions, ResizeFilter
-from qconv.config.recipe import Recipe
+from qconv.config.recipe import Recipe, make_request
 from qconv.config.serialization import read_layer_bits
 from qconv.errors import QconvError
 
@@ -24,26 +25,29 @@ SAME_NAMED_FIELDS = (
     + ("target", "equalize", "tune_ranges", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
     + ("opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads")
 )  # fmt: skip
-"""Options that a Recipe calls the same."""
+"""Options that `make_request` calls the same."""
 
 
-def make_recipe_of_options(options: dict[str, Any], typed: Collection[str] | None = None) -> Recipe:
+def make_request_of_options(
+    options: dict[str, Any], typed: Collection[str] | None = None
+) -> tuple[Recipe, DataOptions]:
     """Values that do not go together are usage errors, as those are that click finds itself.
 
     options: what click calls them, with their values; typed: as `fields_of` takes it. Raises QconvError for a file of
     bits that cannot be used.
     """
-    return make_recipe_of_fields(collect_fields(options, typed))
+    return make_request_of_fields(collect_fields(options, typed))
 
 
-def make_recipe_of_fields(fields: Mapping[str, Any]) -> Recipe:
-    """The Recipe of these fields; what does not go together is a usage error."""
-    with _raise_usage_errors():
-        return Recipe(**fields)
+def make_request_of_fields(fields: Mapping[str, Any]) -> tuple[Recipe, DataOptions]:
+    """The recipe and the images of these options; what does not go together is a usage error."""
+    with raise_usage_errors():
+        return make_request(fields)
 
 
 @contextlib.contextmanager
-def _raise_usage_errors() -> Iterator[None]:
+def raise_usage_errors() -> Iterator[None]:
+    """Make usage errors of values that are not possible, or do not go together."""
     try:
         yield
     except QconvError as error:
@@ -51,7 +55,7 @@ def _raise_usage_errors() -> Iterator[None]:
 
 
 def collect_fields(options: dict[str, Any], typed: Collection[str] | None = None) -> dict[str, Any]:
-    """What options say of the fields of a Recipe, before any of them follows from others.
+    """What options say of the recipe and the images, as `make_request` takes it, before any follows from others.
 
     typed: those that a named recipe does not replace; None for those of the running command.
     """
@@ -65,7 +69,7 @@ def collect_fields(options: dict[str, Any], typed: Collection[str] | None = None
     if block_size is not None and granularity != WeightGranularity.PER_BLOCK:
         raise click.UsageError(f"--block-size is for --weight-granularity per-block, not {granularity}.")
     file = options["layer_bits"]
-    with _raise_usage_errors():
+    with raise_usage_errors():
         preprocessing = make_preprocessing_options(options)
     return {
         "layer_bits": () if file is None else read_layer_bits(Path(file)),

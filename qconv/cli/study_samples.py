@@ -14,7 +14,7 @@ from qconv.cli.output import OutputOptions
 from qconv.cli.quantize import (
     _require_streams,
 )
-from qconv.cli.recipe_options import make_recipe_of_options, require_images, select_options_without
+from qconv.cli.recipe_options import make_request_of_options, require_images, select_options_without
 from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
 
@@ -86,7 +86,7 @@ def study_samples(
     place = None if output is None else Path(output)
     if place is not None and place.suffix.lower() not in CHART_SUFFIXES:
         raise click.UsageError(f"{output} is no chart: name a file that ends in {' or '.join(CHART_SUFFIXES)}.")
-    recipe = make_recipe_of_options({**dict.fromkeys(OPTIONS_NOT_STUDIED), **options, "effort": "fast"})
+    recipe, data = make_request_of_options({**dict.fromkeys(OPTIONS_NOT_STUDIED), **options, "effort": "fast"})
     wanted = OutputOptions(as_json, quiet, csv)
     files = [Path(name) for name in (model, *options["calib"], *images) if name != "-"]
     wanted.check(*files, written={"the chart": output})
@@ -101,7 +101,7 @@ def study_samples(
     raise_exit_on_signals()
     try:
         curve = sample_study.study_samples(
-            source, recipe, sample_study.StudyRequest(seeds, holdout, images), reporter, place
+            source, recipe, data, sample_study.StudyRequest(seeds, holdout, images), reporter, place
         )
     finally:
         console.close()

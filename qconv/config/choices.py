@@ -190,6 +190,21 @@ def require(condition: bool, fact: str, fix: str) -> None:
         raise QconvError(f"{fact} is not possible.", fix)
 
 
+MOST_THREADS = 1024
+
+
+def check_run_options(threads: int | None, min_agreement: float | None = None, min_sqnr: float | None = None) -> None:
+    """Raises QconvError for a number of threads, and for gates (a share, and in dB), that cannot be."""
+    if threads is not None:
+        require_integer("threads", threads)
+    few = threads is None or 1 <= threads <= MOST_THREADS
+    require(few, f"--threads {threads}", f"use 1 to {MOST_THREADS}.")
+    share = min_agreement is None or 0 <= min_agreement <= 1
+    require(share, f"--min-agreement {min_agreement}", "use a share from 0 to 1.")
+    finite = min_sqnr is None or math.isfinite(min_sqnr)
+    require(finite, f"--min-sqnr {min_sqnr}", "use a number of dB.")
+
+
 def require_finite(option: str, numbers: tuple[float, ...] | None) -> None:
     """Raises QconvError for an empty list, and for numbers that are not finite; None is no list."""
     if numbers is None:

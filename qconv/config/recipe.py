@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from enum import StrEnum
 from typing import Any
 
@@ -36,15 +37,14 @@ from qconv.config.choices import (
     as_member,
     as_numbers,
     as_texts,
+    check_run_options,
     option_name,
     require,
     require_integer,
 )
-from qconv.config.preprocessing import Layout, PreprocessingOptions
+from qconv.config.data_options import DataOptions
+from qconv.config.preprocessing import Layout
 from qconv.config.targets import TARGETS
-
-IMAGE_OPTIONS = ("samples", "batch", "seed", "glob")
-"""Options on how pictures are read."""
 
 
 def check_bias_correction(recipe: Recipe) -> None:
@@ -55,7 +55,6 @@ def check_bias_correction(recipe: Recipe) -> None:
     hint = "leave it out: weights of second order have such biases."
     require(recipe.rounding == "nearest", f"{told} --rounding {recipe.rounding}", hint)
     require(not recipe.searches, f"{told} a search for bits", "search first, then pass what is found.")
-    require(bool(recipe.calib), f"{told} --stats alone", "it looks at pictures again: pass some with --calib.")
 
 
 def check_allocation(recipe: Recipe) -> None:
@@ -132,16 +131,13 @@ def check_data_free(recipe: Recipe) -> None:
         fact = f"--fallback without --calib {NO_IMAGES}"
         require(recipe.fallback is None, fact, "leave it out: pictures are read.")
         return
-    fact = f"--calib {NO_IMAGES} beside pictures"
-    require(not recipe.calib, fact, f"leave one of them out; a folder of that name is ./{NO_IMAGES}.")
-    _require_defaults(recipe, IMAGE_OPTIONS, told)
     for name in ("stats", "save_stats"):
         require(
             getattr(recipe, name) is None, f"{option_name(name)} {told}", "leave one of them out: nothing is watched."
         )
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
     require(not gated, f"A gate {told}", "leave it out, and measure the result with `qconv evaluate`.")
-    require(not recipe.searches, f"A search for bits {told}", "pass pictures to measure on with --calib.")
+    require(not recipe.searches, "A search for bits without pictures", "pass pictures to measure on with --calib.")
     hint = "it looks at pictures: pass some with --calib, or leave it out."
     require(recipe.effort != "best", f"--effort best {told}", hint)
     require(recipe.rounding in (None, "nearest"), f"--rounding {recipe.rounding} {told}", hint)
@@ -152,11 +148,6 @@ def check_data_free(recipe: Recipe) -> None:
 
 def check_statistics(recipe: Recipe) -> None:
     """Statistics are no pictures."""
-    alone = recipe.stats is not None and not recipe.calib
-    gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
-    require(not (gated and alone), "A gate with --stats alone", "pass pictures to measure on with --calib.")
-    if alone:
-        _require_defaults(recipe, ("samples", "seed", "glob"), "with --stats alone")
     require(recipe.stats is None or recipe.save_stats is None, "--stats with --save-stats", "copy the file instead.")
     for name in ("equalize", "tune_ranges"):
         fact = f"{option_name(name)} with --stats"
@@ -164,27 +155,37 @@ def check_statistics(recipe: Recipe) -> None:
         require(not getattr(recipe, name) or recipe.stats is None, fact, hint)
 
 
-def _require_defaults(recipe: Recipe, names: Collection[str], told: str) -> None:
-    for part in fields(recipe):
-        if part.name in names:
-            idle = getattr(recipe, part.name) == part.default
-            require(idle, f"{option_name(part.name)} {told}", "leave it out: no picture is read.")
+def check_data(recipe: Recipe, data: DataOptions) -> None:
+    """What the recipe needs of the images, and what none of them can be told."""
+    if recipe.data_free:
+        fact = f"--calib {NO_IMAGES} beside pictures"
+        require(not data.paths, fact, f"leave one of them out; a folder of that name is ./{NO_IMAGES}.")
+        data.require_defaults(("samples", "batch", "seed", "glob"), f"with --calib {NO_IMAGES}")
+        return
+    require(
+        bool(data.paths) or not recipe.searches,
+        "A search for bits without pictures",
+        "pass pictures to measure on with --calib.",
+    )
+    if recipe.stats is None or data.paths:
+        return
+    hint = "it looks at pictures again: pass some with --calib."
+    require(recipe.rounding == "nearest", f"--rounding {recipe.rounding} with --stats alone", hint)
+    require(recipe.bias_correction != "sequential", "--bias-correction sequential with --stats alone", hint)
+    gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
+    require(not gated, "A gate with --stats alone", "pass pictures to measure on with --calib.")
+    data.require_defaults(("samples", "seed", "glob"), "with --stats alone")
 
 
-MOST_THREADS = 1024
-
-RUN_ONLY_OPTIONS = frozenset(
-    {"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats", "save_layer_bits"}
-)
-"""Options that change the run, or where its pictures lie, but no byte of the file."""
+RUN_ONLY_OPTIONS = frozenset({"threads", "min_agreement", "min_sqnr", "stats", "save_stats", "save_layer_bits"})
+"""Options that change the run, but no byte of the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What `quantize` is asked to do. The defaults are those of target `ort-cpu`.
+    """How a network is quantized; `DataOptions` says with which images. The defaults are those of target `ort-cpu`.
 
-    calib: folders, or text files with one path a line; may be empty where `stats` is given, else an error at the door,
-    not here. stats, save_stats: files of statistics to read instead of pictures, and to write. layer_bits: globs of
+    stats, save_stats: files of statistics to read instead of pictures, and to write. layer_bits: globs of
     layers' names, each with the bits of those that it matches; the first match counts. max_drop, target_size: search
     for the bits of each layer's weights, see `mixed`: the cheapest that keep the drop, the best of so large a share of
     float's size. candidate_bits: those to choose from, 32 for float; None without a search. save_layer_bits: file to
@@ -199,19 +200,16 @@ class Recipe:
     saturation_safe: see `quantize_layer`. equalize: scale channels of the float network where its quantization gains;
     takes a second pass over the pictures. None: where there are pictures, unless effort is fast; it is never None
     afterwards. tune_ranges: choose ranges of activations by what the outputs lose, see `ranges`; None: where there are
-    pictures, unless effort is fast or a calibrator is given; it is never None afterwards. tune_latency: place layers by
+    pictures, unless effort is fast or a calibrator is given; it is never None afterwards. rounding: None for
+    second-order, or nearest where no pictures are looked at again; it is never None after `with_data`, and before that
+    only with `stats`. tune_latency: place layers by
     times that are measured on this machine, see `tune`. embed_preprocessing: the layout of the uint8 pixels that the
     result takes and normalises by itself; None: it takes what the float network takes. data_free: no picture is looked
-    at, BatchNormalization tells what tensors are like, see `told`; the same as a `calib` of "none". fallback: made-up
+    at, BatchNormalization tells what tensors are like, see `told`. fallback: made-up
     pictures that are watched for what it does not tell, "random" ones; None: that is an error.
     Raises QconvError for values that do not go together.
     """
 
-    calib: tuple[str, ...] = ()
-    samples: int = 128
-    batch: int = 1
-    seed: int = 0
-    glob: str | None = None
     weight_bits: int = 8
     activation_bits: int = 8
     weight_scheme: Scheme | None = None
@@ -239,7 +237,6 @@ class Recipe:
     keep_float: tuple[str, ...] = ()
     keep_float_op: tuple[str, ...] = ()
     opset: int | None = None
-    preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     embed_preprocessing: Layout | None = None
     min_agreement: float | None = None
     min_sqnr: float | None = None
@@ -260,21 +257,20 @@ class Recipe:
         if not self.calibrator:
             told = self.data_free and self.activation_bits < 32
             self._take("calibrator", "minmax" if told else FEW_BITS_CALIBRATOR)
-        alone = self.stats is not None and not self.calib
-        if self.rounding is None:
-            near = self.effort == "fast" or alone or self.data_free
+        near = self.effort == "fast" or self.data_free
+        if self.rounding is None and (near or self.stats is None):  # with statistics it depends on the images
             self._take("rounding", "nearest" if near else "second-order")
         if not self.bias_correction:
             self._take("bias_correction", "analytic" if self.data_free else "measured")
-        hint = "it looks at pictures again: pass some with --calib."
-        require(not alone or self.rounding == "nearest", f"--rounding {self.rounding} with --stats alone", hint)
         for name, known in OPTION_CHOICES.items():
-            self._require_one_of(name, known, f"use one of {', '.join(known)}.")
+            if name != "rounding" or self.rounding is not None:
+                self._require_one_of(name, known, f"use one of {', '.join(known)}.")
         self._require_one_of("fallback", (None, *FALLBACKS), f"use {' or '.join(FALLBACKS)}.")
         idle = self.effort == "best" and self.rounding == "nearest"
         hint = "pass --rounding second-order, or leave --effort out; named recipes take nearest codes."
         require(not idle, "--effort best with nearest codes", hint)
-        check_bias_correction(self)
+        if self.rounding is not None:
+            check_bias_correction(self)
         check_allocation(self)
         self._check_percentile()
         self._take_looks()
@@ -356,11 +352,8 @@ class Recipe:
 
     def _take_types(self) -> None:
         """Plain texts become what they stand for."""
-        for name in ("calib", "keep_float", "keep_float_op"):
+        for name in ("keep_float", "keep_float_op"):
             self._take(name, as_texts(getattr(self, name), option_name(name)))
-        if NO_IMAGES in self.calib:
-            self._take("data_free", True)
-            self._take("calib", tuple(source for source in self.calib if source != NO_IMAGES))
         for name in ("min_agreement", "min_sqnr"):
             if getattr(self, name) is not None:
                 self._take(name, as_numbers(getattr(self, name), option_name(name))[0])
@@ -368,8 +361,6 @@ class Recipe:
             if getattr(self, name) is not None:
                 self._take(name, str(getattr(self, name)))
                 require(getattr(self, name) != "-", self._told(name), "name a file.")
-        whole = isinstance(self.preprocessing, PreprocessingOptions)
-        require(whole, f"preprocessing {self.preprocessing!r}", "pass PreprocessingOptions(preset=...).")
         require(self.target in TARGETS, f"--target {self.target}", f"use {' or '.join(TARGETS)}.")
         few = self.effort == "best" and Scheme.ASYMMETRIC in TARGETS[self.target].weight_schemes
         if self.weight_scheme is None and (not few or self.allocates_weights):
@@ -387,24 +378,15 @@ class Recipe:
                 self._take(name, as_member(kind, getattr(self, name), option_name(name)))
 
     def _check_numbers(self) -> None:
-        for name in ("samples", "batch", "seed", "weight_bits", "activation_bits", "block_size", "edge_bits"):
+        for name in ("weight_bits", "activation_bits", "block_size", "edge_bits"):
             require_integer(name, getattr(self, name))
-        for name in ("opset", "threads"):
-            if getattr(self, name) is not None:
-                require_integer(name, getattr(self, name))
+        if self.opset is not None:
+            require_integer("opset", self.opset)
         self._require_one_of("weight_bits", WEIGHT_BITS, "use 2 to 8, or 16.")
         self._require_one_of("activation_bits", ACTIVATION_BITS, "use 2 to 8, 16, or 32 for weights only.")
         self._require_one_of("edge_bits", WEIGHT_BITS, "use 2 to 8, or 16.")
-        require(self.samples >= 1, self._told("samples"), "use at least 1 picture.")
-        require(self.batch >= 1, self._told("batch"), "use at least 1.")
         require(self.block_size >= 1, self._told("block_size"), "use at least 1.")
-        require(self.seed >= 0, self._told("seed"), "use 0 or more.")
-        few = self.threads is None or 1 <= self.threads <= MOST_THREADS
-        require(few, self._told("threads"), f"use 1 to {MOST_THREADS}.")
-        share = self.min_agreement is None or 0 <= self.min_agreement <= 1
-        require(share, self._told("min_agreement"), "use a share from 0 to 1.")
-        finite = self.min_sqnr is None or math.isfinite(self.min_sqnr)
-        require(finite, self._told("min_sqnr"), "use a number of dB.")
+        check_run_options(self.threads, self.min_agreement, self.min_sqnr)
 
     def _take_looks(self) -> None:
         """What looks at pictures again is chosen here, where it was not asked for."""
@@ -448,7 +430,6 @@ class Recipe:
         shown = ",".join("float" if bits == FLOAT_BITS else str(bits) for bits in chosen)
         require(possible, f"--candidate-bits {shown}", "use several of 2 to 8, 16 and float, as the target takes them.")
         self._take("candidate_bits", tuple(sorted(set(chosen))))
-        require(bool(self.calib), "A search for bits without pictures", "pass pictures to measure on with --calib.")
         require(
             not self.tune_latency, "--tune-latency with a search for bits", "search first, then pass what is found."
         )
@@ -472,6 +453,38 @@ class Recipe:
         require(50 < share <= 100, f"--percentile {share:g}", "use more than 50, up to 100.")
         self._take("percentile", share)
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form of all that shapes the file: what only steers the run (threads, gates) stays out."""
-        return {name: value for name, value in as_json_value(self).items() if name not in RUN_ONLY_OPTIONS}
+    def with_data(self, data: DataOptions) -> Recipe:
+        """The recipe with what follows from these images. Raises QconvError where they do not go together."""
+        recipe = self
+        if self.rounding is None:
+            recipe = replace(self, rounding="second-order" if data.paths else "nearest")
+        check_data(recipe, data)
+        return recipe
+
+    def as_dict(self, data: DataOptions) -> dict[str, Any]:
+        """JSON-ready form of all that shapes the file: what only steers the run (threads, gates) stays out.
+
+        data: the images that it is made with.
+        """
+        found = data.as_dict()
+        preprocessing = found.pop("preprocessing")
+        for name, value in as_json_value(self).items():
+            if name == "embed_preprocessing":
+                found["preprocessing"] = preprocessing
+            if name not in RUN_ONLY_OPTIONS:
+                found[name] = value
+        return found
+
+
+def make_request(fields: Mapping[str, Any]) -> tuple[Recipe, DataOptions]:
+    """The recipe and the images of options by their names on the command line; NO_IMAGES among those in `calib` is one.
+
+    Raises QconvError for options that do not go together.
+    """
+    said = dict(fields)
+    paths = as_texts(said.pop("calib", ()), "--calib")
+    images = {part.name: said.pop(part.name) for part in dataclass_fields(DataOptions) if part.name in said}
+    if NO_IMAGES in paths:
+        said["data_free"] = True
+    data = DataOptions(tuple(path for path in paths if path != NO_IMAGES), **images)
+    return Recipe(**said).with_data(data), data

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from qconv.config.choices import FLOAT_BITS, NO_IMAGES, Drop, LayerBits, WeightGranularity, option_name
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PreprocessingOptions
-from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe
+from qconv.config.recipe import Recipe, make_request
 from qconv.errors import QconvError
 
 # Files in TOML that users write: read, with errors that say what to do.
@@ -136,7 +137,7 @@ NEGATABLE_OPTIONS = frozenset({"equalize", "tune_ranges", "saturation_safe"})
 def recipe_from_dict(recipe: Mapping[str, Any]) -> Recipe | None:
     """The Recipe of what `Recipe.as_dict` gave; None where this version knows no such recipe."""
     try:
-        return _make_recipe(_as_field_types(recipe))
+        return _make_request(_as_field_types(recipe))[0]
     except (QconvError, TypeError, ValueError, AttributeError):
         return None
 
@@ -148,34 +149,34 @@ def command_line_options(recipe: Mapping[str, Any]) -> list[str]:
     """
     try:
         said = _as_field_types(recipe)
-        whole = _make_recipe(said)
+        whole, data = _make_request(said)
     except (QconvError, TypeError, ValueError, AttributeError):
         return list(_format_all_options(recipe))
     if whole.weight_granularity is not WeightGranularity.PER_BLOCK:
         said.pop("block_size", None)  # without effect, and refused
-        whole = _make_recipe(said)
+        whole, data = _make_request(said)
     for name in tuple(said):
         rest = {other: value for other, value in said.items() if other != name}
-        if _makes_same_recipe(rest, whole):
+        if _makes_same_recipe(rest, whole.as_dict(data)):
             said = rest
     return [word for name, value in said.items() for word in format_option(name, value)]
 
 
-def _make_recipe(said: Mapping[str, Any]) -> Recipe:
-    return Recipe(calib=() if said.get("data_free") else IMAGES_PLACEHOLDER, **said)
+def _make_request(said: Mapping[str, Any]) -> tuple[Recipe, DataOptions]:
+    return make_request({"calib": () if said.get("data_free") else IMAGES_PLACEHOLDER, **said})
 
 
-def _makes_same_recipe(said: Mapping[str, Any], whole: Recipe) -> bool:
+def _makes_same_recipe(said: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
     try:
-        made = _make_recipe(said)
+        recipe, data = _make_request(said)
     except QconvError:
         return False
-    return made.as_dict() == whole.as_dict()
+    return recipe.as_dict(data) == whole
 
 
 def _as_field_types(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of Recipe as it takes them; what is None is left to it."""
-    known = [part.name for part in fields(Recipe) if part.name not in RUN_ONLY_OPTIONS]
+    """Fields of Recipe and DataOptions as these take them; what is None is left to them."""
+    known = list(Recipe().as_dict(DataOptions()))
     found = {name: recipe[name] for name in known if recipe.get(name) is not None}
     for name in ("keep_float", "keep_float_op", "candidate_bits"):
         if name in found:
@@ -192,7 +193,7 @@ def _as_field_types(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def format_option(name: str, value: Any) -> Iterator[str]:
-    """One field of a Recipe as it is spelt on the command line."""
+    """One field of a Recipe or of DataOptions as it is spelt on the command line."""
     if name == "data_free":
         yield from (option_name("calib"), NO_IMAGES) if value else ()
     elif name == "preprocessing":
@@ -241,7 +242,7 @@ def format_number(value: float) -> str:
 
 
 def _format_all_options(recipe: Mapping[str, Any]) -> Iterator[str]:
-    default = Recipe(calib=IMAGES_PLACEHOLDER).as_dict()
+    default = Recipe().as_dict(DataOptions())
     for name, value in recipe.items():
         alone = isinstance(default.get(name, ""), str | int | float | None)
         if alone and value != default.get(name) and isinstance(value, str | int | float):

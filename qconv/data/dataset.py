@@ -45,14 +45,14 @@ class Listing:
     whole: int = 0
 
 
-def find_files(sources: Sequence[str], *, pattern: str | None, samples: int, seed: int) -> Listing:
+def find_files(sources: Sequence[str], *, pattern: str | None, samples: int | None, seed: int) -> Listing:
     """Choose the files to read: a seeded draw of `samples` that does not depend on the file system's order.
 
     A source is a folder (read recursively, hidden files skipped), a text file with one path a line (relative to the
     text file's folder, `#` starts a comment), or one picture. `pattern` is compared with a file's name and with its
     path inside the source. Of a picture and a sample in one folder whose names differ in the suffix alone, both chosen,
-    the picture counts: they are the same, and how it is fed is known. Raises QconvError for a source or a listed path
-    that does not exist, and if none is left.
+    the picture counts: they are the same, and how it is fed is known. samples: None for all. Raises
+    QconvError for a source or a listed path that does not exist, and if none is left.
     """
     files = sorted((i, inside, path) for i, source in enumerate(sources) for inside, path in _iter_source_files(source))
     known = [(inside, path) for _, inside, path in files if suffix_of(path) in PICTURE_SUFFIXES | SAMPLE_SUFFIXES]

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import AUTO, Color, Layout, Preprocessing, PreprocessingOptions
-from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.autodetect import detect_preprocessing
 from qconv.data.dataset import SAMPLE_SUFFIXES, Listing, find_files, suffix_of
@@ -65,15 +65,15 @@ class DataLoader:
     def of(
         cls,
         session: Session,
-        recipe: Recipe,
+        data: DataOptions,
         reporter: Reporter,
         known: Preprocessing | None = None,
     ) -> DataLoader:
-        """The pictures of `recipe` for the network in `session`. Raises QconvError where they cannot feed it.
+        """The pictures of `data` for the network in `session`. Raises QconvError where they cannot feed it.
 
         known: the preprocessing where it needs no finding out.
         """
-        listing = find_files(recipe.calib, pattern=recipe.glob, samples=recipe.samples, seed=recipe.seed)
+        listing = find_files(data.paths, pattern=data.glob, samples=data.samples, seed=data.seed)
         inputs = [InputSpec(*found) for found in session.inputs]
         if not inputs:
             raise QconvError(f"{session.name} has no input, so no picture can be fed to it.", "export the model again.")
@@ -82,14 +82,14 @@ class DataLoader:
             if len(inputs) > 1:
                 raise _several_inputs_error(session.name, inputs)
             preprocessing = known or resolve_preprocessing(
-                recipe.preprocessing, inputs[0], class_vector=session.gives_class_vector
+                data.preprocessing, inputs[0], class_vector=session.gives_class_vector
             )
-        elif recipe.preprocessing != PreprocessingOptions():
+        elif data.preprocessing != PreprocessingOptions():
             reporter.warn("preprocessing options are not used: .npy and .npz samples are taken as they are.")
         fixed = inputs[0].shape[0] if inputs[0].shape else None
-        if fixed is not None and recipe.batch not in (1, fixed):
-            reporter.warn(f"--batch {recipe.batch} is not used: the model's own batch is {fixed}.")
-        return cls(listing, inputs, preprocessing, fixed or recipe.batch, reporter)
+        if fixed is not None and data.batch not in (1, fixed):
+            reporter.warn(f"--batch {data.batch} is not used: the model's own batch is {fixed}.")
+        return cls(listing, inputs, preprocessing, fixed or data.batch, reporter)
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Hand out uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""
@@ -306,15 +306,19 @@ def iter_paired_batches(
 
 
 def _open_model(
-    source: Source, recipe: Recipe, reporter: Reporter, hint: PreprocessingOptions | None = None
+    source: Source,
+    data: DataOptions,
+    threads: int | None,
+    reporter: Reporter,
+    hint: PreprocessingOptions | None = None,
 ) -> ModelWithData:
     """A model with its preprocessing: said by the user, told by the file, as `hint` has it, or found out.
 
     hint: how the other model is fed, where this one should be fed alike.
     """
     proto = read_proto(source)
-    session = open_original(source, recipe)
-    carried, said = metadata_of(proto), recipe.preprocessing
+    session = open_original(source, threads)
+    carried, said = metadata_of(proto), data.preprocessing
     told, why = preprocessing_in_metadata(carried), "the file's metadata"
     if told is not None and told != float_preprocessing_in_metadata(
         carried
@@ -324,12 +328,12 @@ def _open_model(
         told, why = hint, "as the other model"
     if told is not None:
         # samples need none of it, which is no news where the user has said nothing
-        quietly = Reporter() if recipe.preprocessing == PreprocessingOptions() else reporter.without_progress()
-        feed = DataLoader.of(session, replace(recipe, preprocessing=_merge_options(said, told)), quietly)
+        quietly = Reporter() if data.preprocessing == PreprocessingOptions() else reporter.without_progress()
+        feed = DataLoader.of(session, replace(data, preprocessing=_merge_options(said, told)), quietly)
         if feed.preprocessing is not None and said == PreprocessingOptions():
             feed.preprocessing = replace(feed.preprocessing, source=why)
         return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
-    feed = DataLoader.of(session, recipe, reporter.without_progress())
+    feed = DataLoader.of(session, data, reporter.without_progress())
     if feed.preprocessing is None or said.preset != AUTO:
         return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
     if is_quantized(proto):
@@ -340,7 +344,7 @@ def _open_model(
             )
         return ModelWithData(session, feed, _describe_loader(feed))
     model, _ = load.load(proto, source)
-    detected = detect_preprocessing(model, session, feed, recipe.preprocessing, threads=recipe.threads)
+    detected = detect_preprocessing(model, session, feed, data.preprocessing, threads=threads)
     feed.preprocessing = detected.preprocessing
     for doubt in detected.doubts():
         reporter.warn(doubt)
@@ -348,21 +352,21 @@ def _open_model(
 
 
 def open_models(
-    source: Source, against: Source | None, recipe: Recipe, reporter: Reporter
+    source: Source, against: Source | None, data: DataOptions, threads: int | None, reporter: Reporter
 ) -> tuple[ModelWithData, ModelWithData | None]:
     """The model and the other one. A quantized file is fed as the float model is, and either as its metadata says."""
     if against is None:
-        return _open_model(source, recipe, reporter), None
+        return _open_model(source, data, threads, reporter), None
     proto = read_proto(source)
     carried = float_preprocessing_in_metadata(metadata_of(proto))
-    other = _open_model(against, recipe, reporter, carried)
+    other = _open_model(against, data, threads, reporter, carried)
     hint = None
     if carried is None and is_quantized(proto) and other.feed.preprocessing is not None:
         fed = other.feed.preprocessing
         hint = PreprocessingOptions(
             fed.preset, fed.scale, fed.mean, fed.std, fed.color, None, fed.resize, fed.filter, fed.size
         )
-    return _open_model(source, recipe, reporter, hint), other
+    return _open_model(source, data, threads, reporter, hint), other
 
 
 def _merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> PreprocessingOptions:

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.preprocessing import Color, Preprocessing
-from qconv.config.recipe import Recipe
+from qconv.config.preprocessing import Color, Preprocessing, PreprocessingOptions
 from qconv.data import images
 from qconv.data.dataset import Listing
 from qconv.data.images import InputSpec, resolve_preprocessing
@@ -132,15 +131,15 @@ class GeneratedImageLoader(DataLoader):
     """Made-up pictures as a network wants them, like any others: the same ones in every run."""
 
     @classmethod
-    def like(cls, session: Session, recipe: Recipe) -> GeneratedImageLoader:
-        """For the network in `session`. Raises QconvError where it takes no pictures."""
+    def like(cls, session: Session, said: PreprocessingOptions) -> GeneratedImageLoader:
+        """For the network in `session`. said: of how it is fed. Raises QconvError where it takes no pictures."""
         inputs = [InputSpec(*found) for found in session.inputs]
         if len(inputs) != 1:
             names = ", ".join(spec.name for spec in inputs) or "none"
             fact = f"{session.name} has {len(inputs)} inputs ({names}), and no picture tells what they hold."
             raise QconvError(fact, "pass a folder of .npz samples with --calib instead of none.")
         try:
-            prep = resolve_preprocessing(recipe.preprocessing, inputs[0], class_vector=session.gives_class_vector)
+            prep = resolve_preprocessing(said, inputs[0], class_vector=session.gives_class_vector)
         except QconvError as error:
             raise QconvError(error.message, error.hint.replace("instead of pictures", "to --calib, not none")) from None
         batch = (inputs[0].shape[0] if inputs[0].shape else None) or 1

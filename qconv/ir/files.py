@@ -22,7 +22,6 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError, Message
 
-from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.model import Model, ir
 from qconv.runtime.session import Session
@@ -238,9 +237,9 @@ def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
         )
 
 
-def open_original(source: Source, recipe: Recipe) -> Session:
+def open_original(source: Source, threads: int | None) -> Session:
     """The user's own model, as it is."""
-    return Session(source.runnable, name=source.name, threads=recipe.threads)
+    return Session(source.runnable, name=source.name, threads=threads)
 
 
 PROTOBUF_LIMIT = 2**31 - 2**20

@@ -81,17 +81,18 @@ def set_ir_version(model: Model) -> None:
 def write_metadata(
     model: Model,
     version: str,
-    recipe: Recipe,
+    recipe: Mapping[str, Any],
     preprocessing: Preprocessing | None,
     placed: Collection[str] = (),
     made_from: str = "",
 ) -> None:
     """Recipe, preprocessing and version travel in the file; nothing that differs from run to run does.
 
-    placed: names of nodes that are in float because that is faster. made_from: hash of the float model.
+    recipe: as its `as_dict` gives it. placed: names of nodes that are in float because that is faster. made_from: hash
+    of the float model.
     """
     set_ir_version(model)
-    carried = {"qconv.version": version, "qconv.recipe": json.dumps(recipe.as_dict(), sort_keys=True)}
+    carried = {"qconv.version": version, "qconv.recipe": json.dumps(recipe, sort_keys=True)}
     if preprocessing is not None:
         carried["qconv.preprocessing"] = json.dumps(preprocessing.as_dict(), sort_keys=True)
     if made_from:

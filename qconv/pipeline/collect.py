@@ -11,6 +11,7 @@ from qconv.calibration import statistics_file
 from qconv.calibration.observer import Observer, observe, open_observed_session
 from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.calibration.sketch import Sketch, SketchContents
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.autodetect import DetectedPreprocessing, detect_preprocessing, detect_without_images
@@ -42,12 +43,12 @@ class CalibrationCache:
     detected: dict[str, DetectedPreprocessing] = field(default_factory=dict)
     sketches: dict[str, dict[str, Sketch]] = field(default_factory=dict)
 
-    def known_as(self, model: Model, taps: Sequence[Observer], recipe: Recipe, feed: DataLoader) -> str | None:
+    def known_as(self, model: Model, taps: Sequence[Observer], data: DataOptions, feed: DataLoader) -> str | None:
         """The name of what such a pass sees; None for a network too large to be told from others."""
         if total_weight_bytes(model) > LARGEST_CACHED_BYTES:
             return None
         network = hashlib.sha256(model.proto().SerializeToString()).hexdigest()
-        return f"{network} {feed.fed} {feed.batch} {_describe_draw(recipe)} {taps}"
+        return f"{network} {feed.fed} {feed.batch} {_describe_draw(data)} {taps}"
 
     def keep(self, name: str, sketches: dict[str, Sketch]) -> None:
         """Remember what a pass has seen, and forget the oldest."""
@@ -56,23 +57,23 @@ class CalibrationCache:
             del self.sketches[next(iter(self.sketches))]
 
 
-def _describe_draw(recipe: Recipe) -> str:
+def _describe_draw(data: DataOptions) -> str:
     """Which pictures are read, and how the user says they are fed."""
-    return repr((recipe.calib, recipe.glob, recipe.samples, recipe.seed, recipe.preprocessing))
+    return repr((data.paths, data.glob, data.samples, data.seed, data.preprocessing))
 
 
 @dataclass(slots=True)
 class CalibrationData:
     """What is known of the pictures, and through which door more of it comes.
 
-    feed: None where no pictures are given. known: the statistics in a file, None where none is given.
-
-    detected: how the float network is fed. model: the hash of its bytes, where statistics are read or written. session:
-    the user's own model, until it is known how to feed it. pixels: the layout of the pixels that the model takes
-    instead, None where it takes what the float network does. memory: of runs before this one. unseen: what there is in
-    place of pictures, None where they or statistics are given.
+    data: what the user says of the pictures. feed: None where none are given. known: the statistics in a file, None
+    where none is given. detected: how the float network is fed. model: the hash of its bytes, where statistics are read
+    or written. session: the user's own model, until it is known how to feed it. pixels: the layout of
+    the pixels that the model takes instead, None where it takes what the float network does. memory: of runs before
+    this one. unseen: what there is in place of pictures, None where they or statistics are given.
     """
 
+    data: DataOptions
     feed: DataLoader | None
     known: statistics_file.Statistics | None
     detected: DetectedPreprocessing
@@ -87,22 +88,24 @@ class CalibrationData:
         """How the float network is fed."""
         return self.detected.preprocessing
 
-    def settle(self, model: Model, recipe: Recipe) -> None:
+    def settle(self, model: Model, threads: int | None) -> None:
         """Find out how the network is fed, where that is not known. model: as loaded, not yet folded."""
         session, self.session = self.session, None  # it runs again when the result is checked, and is large
         if self.unseen is not None:
             assert session is not None
             made_up = self.unseen.imagined
-            self.detected = detect_without_images(model, session, made_up, recipe.preprocessing, threads=recipe.threads)
+            said = self.data.preprocessing
+            self.detected = detect_without_images(model, session, made_up, said, threads=threads)
             made_up.preprocessing = self.detected.preprocessing
         if self.feed is None or self.known is not None:
             return
         assert session is not None
         remembered = {} if self.memory is None else self.memory.detected
-        if _describe_draw(recipe) not in remembered:
-            found = detect_preprocessing(model, session, self.feed, recipe.preprocessing, threads=recipe.threads)
-            remembered[_describe_draw(recipe)] = found
-        self.detected = remembered[_describe_draw(recipe)]
+        draw = _describe_draw(self.data)
+        if draw not in remembered:
+            said = self.data.preprocessing
+            remembered[draw] = detect_preprocessing(model, session, self.feed, said, threads=threads)
+        self.detected = remembered[draw]
         self.feed.preprocessing = self.detected.preprocessing
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
@@ -160,7 +163,7 @@ class CalibrationData:
             raise QconvError("There is nothing for --save-stats to save: no activation is quantized.", "leave it out.")
         if not taps or self.feed is None:
             return {}
-        name = None if self.memory is None else self.memory.known_as(model, taps, recipe, self.feed)
+        name = None if self.memory is None else self.memory.known_as(model, taps, self.data, self.feed)
         if self.memory is not None and name in self.memory.sketches:
             return self.memory.sketches[name]
         seen = observe(open_observed_session(model, taps, recipe.threads), taps, self.feed.all("calibrate"))
@@ -181,36 +184,37 @@ def open_calibration_data(
     source: Source,
     model: str,
     recipe: Recipe,
+    data: DataOptions,
     reporter: Reporter,
 ) -> CalibrationData:
-    """The pictures and statistics that `recipe` names. model: the hash of the float model's bytes.
+    """The pictures of `data` and the statistics that `recipe` names. model: the hash of the float model's bytes.
 
     Raises QconvError where they are not for this model.
     """
-    session = open_original(source, recipe)
+    session = open_original(source, recipe.threads)
     if recipe.data_free:
         if recipe.fallback == "synthesized":
             require_torch("--fallback synthesized")
         unseen = DataFreeStatistics(
-            source, GeneratedImageLoader.like(session, recipe), recipe.fallback, recipe.threads, reporter
+            source, GeneratedImageLoader.like(session, data.preprocessing), recipe.fallback, recipe.threads, reporter
         )
         return CalibrationData(
-            None, None, DetectedPreprocessing(unseen.imagined.preprocessing), "", session, unseen=unseen
+            data, None, None, DetectedPreprocessing(unseen.imagined.preprocessing), "", session, unseen=unseen
         )
     if recipe.stats is None:
-        seen = DataLoader.of(session, recipe, reporter)
-        return CalibrationData(seen, None, DetectedPreprocessing(seen.preprocessing), model, session)
+        seen = DataLoader.of(session, data, reporter)
+        return CalibrationData(data, seen, None, DetectedPreprocessing(seen.preprocessing), model, session)
     found, path = statistics_file.read_statistics(recipe.stats), recipe.stats
     statistics_file.require_same_model(found, path, model=model, name=source.name)
     known = None if found.preprocessing is None else statistics_file.preprocessing_from_dict(found.preprocessing)
-    if recipe.preprocessing != PreprocessingOptions():
+    if data.preprocessing != PreprocessingOptions():
         wanted = resolve_preprocessing(
-            recipe.preprocessing, InputSpec(*session.inputs[0]), class_vector=session.gives_class_vector
+            data.preprocessing, InputSpec(*session.inputs[0]), class_vector=session.gives_class_vector
         )
         statistics_file.require_same_preprocessing(found, path, statistics_file.preprocessing_to_dict(wanted))
-    feed = DataLoader.of(session, recipe, reporter, known) if recipe.calib else None
+    feed = DataLoader.of(session, data, reporter, known) if data.paths else None
     if feed is not None:
         statistics_file.require_same_preprocessing(
             found, path, statistics_file.preprocessing_to_dict(feed.preprocessing)
         )
-    return CalibrationData(feed, found, DetectedPreprocessing(known), model, None)
+    return CalibrationData(data, feed, found, DetectedPreprocessing(known), model, None)

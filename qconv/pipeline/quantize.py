@@ -14,6 +14,7 @@ from qconv import storage
 from qconv.audit.audit import PlannedReasons, audit, profile_nodes
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import option_name
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_layer_bits
 from qconv.config.targets import TARGETS, Target
@@ -97,15 +98,29 @@ def quantize(
     source: Source | str | Path,
     out: str | Path | None,
     recipe: Recipe,
+    data: DataOptions | None = None,
     reporter: Reporter | None = None,
     memory: CalibrationCache | None = None,
 ) -> tuple[Report, bytes | None]:
-    """Quantize `source` as `recipe` says and save the result at `out`.
+    """Quantize `source` as `recipe` says, with the images of `data`, and save the result at `out`.
 
-    out: None keeps the result in memory and returns its bytes. memory: of runs before this one on the same model.
-    Raises QconvError for anything the user can mend; then nothing is left behind.
+    Args:
+        source: The float model, or its path.
+        out: Where the result goes; None keeps it in memory and returns its bytes.
+        recipe: How to quantize.
+        data: The images; None where the recipe needs none.
+        reporter: Hears of warnings and of progress.
+        memory: Of runs before this one on the same model.
+
+    Returns:
+        The report, and the bytes of the result where `out` is None.
+
+    Raises:
+        QconvError: For anything the user can mend; then nothing is left behind.
     """
     started = time.perf_counter()
+    data = data or DataOptions()
+    recipe = recipe.with_data(data)
     if recipe.rounding == "reconstruct":
         require_torch("--rounding reconstruct")
     run = _RunRecord((reporter or Reporter()).of_part())
@@ -122,15 +137,15 @@ def quantize(
                 path = Path(getattr(recipe, option))
                 check_output(source, path, external_data_files(proto, source))
                 written[option_name(option)] = path
-        _check_distinct_places(written, [*recipe.calib, *([] if recipe.stats is None else [recipe.stats])])
+        _check_distinct_places(written, [*data.paths, *([] if recipe.stats is None else [recipe.stats])])
         refuse_quantized(proto, source.name)
         float_bytes, made_from = file_bytes(proto, source), hash_model(source, external_data_files(proto, source))
-        pictures = open_calibration_data(source, made_from, recipe, run.reporter)
+        pictures = open_calibration_data(source, made_from, recipe, data, run.reporter)
         pictures.memory = memory
         model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
         run.findings += changes
     with run.step("detect"):
-        pictures.settle(model, recipe)
+        pictures.settle(model, recipe.threads)
     with run.step("fold"):
         run.findings += fold.run_float_passes(model)
         if recipe.embed_preprocessing is not None:
@@ -188,7 +203,7 @@ def quantize(
     folded = FoldedNetwork(model, floats, sketches, factors)
     if recipe.searches and pictures.feed is not None:
         with run.step("search"):
-            ground = SearchContext(folded, recipe, pictures.feed, open_original(source, recipe))
+            ground = SearchContext(folded, recipe, data, pictures.feed, open_original(source, recipe.threads))
             searched = search_bits(ground, run.reporter)
             recipe, mixed, settled = searched.recipe, searched.report, searched.settled
     else:
@@ -201,15 +216,15 @@ def quantize(
         run.findings += emit(model, plan, params, pack=recipe.pack)
     if before is not None and pictures.feed is not None:
         with run.step("reconstruct"):
-            run.findings += _reconstruct(model, before, recipe, pictures.feed, run.reporter)
+            run.findings += _reconstruct(model, before, recipe, pictures, run.reporter)
     with run.step("emit"):
         run.findings += compress_constants(model)
-        write_metadata(model, qconv.__version__, recipe, pictures.fed, plan.placed, made_from)
+        write_metadata(model, qconv.__version__, recipe.as_dict(data), pictures.fed, plan.placed, made_from)
     with files.stage_model(model, place) as staged:
         with run.step("verify"):
             files.check_staged_model(staged)
             audited = _audit_staged(staged, model, PlannedReasons.of(plan), pictures.shown)
-            checked = _verify_staged(staged, open_original(source, recipe), recipe, pictures, target)
+            checked = _verify_staged(staged, open_original(source, recipe.threads), recipe, pictures, target)
         warn_of_vain_keep_float(plan, audited, run.reporter)
         for output in checked.outputs:
             if output.remark:
@@ -234,7 +249,7 @@ def quantize(
         version=qconv.__version__,
         output="-" if place is None else str(place),
         float_model=source.name,
-        recipe=recipe.as_dict(),
+        recipe=recipe.as_dict(data),
         preprocessing=None if pictures.fed is None else pictures.fed.as_dict(),
         preprocessing_words=pictures.words,
         float_bytes=float_bytes,
@@ -293,15 +308,21 @@ def _choose_and_round(
     elif pictures.feed is not None and recipe.walks:
         with run.step("round"):
             feeds = pictures.feed.first(choose_rounding_effort(settled.plan, recipe).pictures, "read again")
-            round_second_order_in_place(settled, folded, recipe, feeds, run.reporter)
+            round_second_order_in_place(settled, folded, recipe, feeds, pictures.data.seed, run.reporter)
     return settled
 
 
-def _reconstruct(model: Model, before: Model, recipe: Recipe, feed: DataLoader, reporter: Reporter) -> list[Finding]:
+def _reconstruct(
+    model: Model, before: Model, recipe: Recipe, pictures: CalibrationData, reporter: Reporter
+) -> list[Finding]:
     from qconv.training.reconstruct import MOST_IMAGES, reconstruct_blocks  # PyTorch is an extra
 
+    feed = pictures.feed
+    assert feed is not None
     fixed = next((spec.shape[0] for spec in feed.inputs if spec.shape and spec.shape[0]), None)
-    return reconstruct_blocks(model, before, recipe, feed.first(MOST_IMAGES, "read again"), fixed, reporter)
+    return reconstruct_blocks(
+        model, before, recipe, feed.first(MOST_IMAGES, "read again"), fixed, pictures.data.seed, reporter
+    )
 
 
 def _audit_staged(staged: files.StagedModel, model: Model, known: PlannedReasons, feed: DataLoader | None) -> Audit:

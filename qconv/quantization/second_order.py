@@ -186,11 +186,12 @@ class RoundingEffort:
 
 @dataclass(frozen=True, slots=True)
 class LayerSolver:
-    """What all layers are solved with."""
+    """What all layers are solved with. seed: of the rows that are drawn."""
 
     recipe: Recipe
     target: Target
     effort: RoundingEffort
+    seed: int = 0
 
     def refusal(self, model: Model, nearest: LayerParams) -> str | None:
         """Why a layer keeps its nearest codes; None where it need not."""
@@ -219,7 +220,7 @@ class LayerSolver:
         wanted = min(self.effort.rows_for(columns), max(1, MOST_NUMBERS // (groups * columns)))
         cuts = [(PatchExtractor.of(layer.node, shape, x.shape), x.shape) for x in inputs.held]
         most = -(-wanted // sum(patches.entries(size) for patches, size in cuts))
-        rng = np.random.default_rng([self.recipe.seed, index])
+        rng = np.random.default_rng([self.seed, index])
         for patches, size in cuts:
             count = patches.positions(size)
             yield patches, np.arange(count) if count <= most else np.sort(rng.choice(count, most, replace=False))
@@ -443,12 +444,13 @@ def round_layers_sequentially(
     recipe: Recipe,
     floats: Mapping[str, str],
     reporter: Reporter,
+    seed: int = 0,
 ) -> list[Finding]:
     """Replace the layers of `params` by rounded ones. model: the folded float network, which stays as it is.
 
-    feeds: the pictures, batch by batch.
+    feeds: the pictures, batch by batch. seed: of the rows that are drawn from them.
     """
-    solver = LayerSolver(recipe, plan.target, choose_rounding_effort(plan, recipe))
+    solver = LayerSolver(recipe, plan.target, choose_rounding_effort(plan, recipe), seed)
     # whoever judges by batches that weights were not rounded on (judge.py) counts on these being kept apart whole
     pieces = [1 if len(feeds) >= HELD_OUT_INTERVAL else _count_images(feed) for feed in feeds]
     return _SequentialRounder(model, params, solver, pieces).run(feeds, floats, reporter)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 import qconv
 from qconv.analysis.compare import ComparisonRun, compare_on_images
 from qconv.audit.audit import FileAudit, audit_file
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import Color, Layout, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
@@ -141,7 +142,13 @@ class AccuracyScores:
 
 
 def make_quantize_page(
-    report: Report, source: Source, quantized: Source, recipe: Recipe, command: str, reporter: Reporter
+    report: Report,
+    source: Source,
+    quantized: Source,
+    recipe: Recipe,
+    data: DataOptions,
+    command: str,
+    reporter: Reporter,
 ) -> Page:
     """The page of a run of `quantize`, its layers compared on some of the calibration pictures.
 
@@ -150,11 +157,11 @@ def make_quantize_page(
     """
     how = "no picture was looked at" if recipe.data_free else "--stats came alone"
     looked, without = None, f"There were no pictures to compare the layers on: {how}."
-    if recipe.calib:
-        few = replace(recipe, samples=min(recipe.samples, COMPARED_IMAGES))
+    if data.paths:
+        few = replace(data, samples=min(data.samples or COMPARED_IMAGES, COMPARED_IMAGES))
         try:
             # what there is to warn of was told while quantizing
-            looked = compare_on_images(source, quantized, few, reporter.without_warnings())
+            looked = compare_on_images(source, quantized, few, reporter.without_warnings(), recipe.threads)
         except QconvError as error:
             without = f"The layers could not be compared: {error.message}"
     scores = AccuracyScores(report.verify.images, report.verify.outputs, "calibration pictures")

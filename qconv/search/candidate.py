@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-import qconv
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import Drop, LayerBits
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob
 from qconv.config.targets import TARGETS
@@ -24,7 +23,7 @@ from qconv.data.dataset import class_folder_of, find_classes
 from qconv.data.loader import Batch, DataLoader
 from qconv.errors import Finding, QconvError
 from qconv.ir import subgraph
-from qconv.ir.metadata import write_metadata
+from qconv.ir.metadata import set_ir_version
 from qconv.ir.model import Model
 from qconv.metrics.classification import find_class_output, top1_accuracy
 from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
@@ -73,11 +72,13 @@ def round_to_nearest(folded: FoldedNetwork, recipe: Recipe) -> QuantizationSolut
 
 
 def round_second_order_in_place(
-    settled: QuantizationSolution, folded: FoldedNetwork, recipe: Recipe, feeds: Feeds, reporter: Reporter
+    settled: QuantizationSolution, folded: FoldedNetwork, recipe: Recipe, feeds: Feeds, seed: int, reporter: Reporter
 ) -> None:
     """Weights rounded for what the layers before hand on."""
     plan, params = settled.plan, settled.params
-    settled.findings += round_layers_sequentially(folded.model, plan, params, feeds, recipe, folded.floats, reporter)
+    settled.findings += round_layers_sequentially(
+        folded.model, plan, params, feeds, recipe, folded.floats, reporter, seed
+    )
 
 
 def build_quantized_model(folded: FoldedNetwork, recipe: Recipe, params: Params) -> Model:
@@ -86,7 +87,7 @@ def build_quantized_model(folded: FoldedNetwork, recipe: Recipe, params: Params)
     plan = make_plan(model, recipe, TARGETS[recipe.target], folded.floats)
     emit(model, plan, carry_over_params(params, plan), pack=recipe.pack)
     compress_constants(model)
-    write_metadata(model, qconv.__version__, recipe, None)
+    set_ir_version(model)
     return model
 
 
@@ -116,6 +117,7 @@ class SearchContext:
 
     folded: FoldedNetwork
     recipe: Recipe
+    data: DataOptions
     feed: DataLoader
     original: Session
 
@@ -189,7 +191,12 @@ class CandidateScorer:
             settled = round_to_nearest(folded, recipe)
             if self.feeds is not None:
                 round_second_order_in_place(
-                    settled, folded, recipe, self.feeds, Reporter(on_progress=self._within_a_point)
+                    settled,
+                    folded,
+                    recipe,
+                    self.feeds,
+                    self.ground.data.seed,
+                    Reporter(on_progress=self._within_a_point),
                 )
             model = build_quantized_model(folded, recipe, settled.params)
             heard: list[NDArray[np.float32]] = []
@@ -262,12 +269,12 @@ def _choose_scoring_batches(feed: DataLoader, rounded_on: int) -> tuple[list[int
 
 def _read_labels(ground: SearchContext, outputs: int, batches: Sequence[int]) -> NDArray[np.int64] | None:
     """Of each picture that was scored; None where top-1 is not asked for. Raises QconvError where there are none."""
-    drop, recipe = ground.recipe.max_drop, ground.recipe
+    drop, data = ground.recipe.max_drop, ground.data
     if drop is None or drop.measure != "top1":
         return None
-    root, feed = Path(recipe.calib[0]), ground.feed
+    root, feed = data.root, ground.feed
     paths = [path for path in feed.listing.paths if path not in feed.lost]
-    classes = find_classes(root, None) if len(recipe.calib) == 1 else None
+    classes = find_classes(root, None) if len(data.paths) == 1 else None
     folders = [class_folder_of(path, root) for path in paths] if classes is not None else []
     if classes is None or not outputs or None in folders:
         why = "the calibration pictures lie in one folder with a folder for each class" if outputs else "an output is"

@@ -148,7 +148,10 @@ def _measure_sensitivities(
     solver = None
     if feeds is not None:
         solver = LayerSolver(
-            recipe, settled.plan.target, replace(ROUNDING_EFFORTS[recipe.effort], factors=(), sweeps=0)
+            recipe,
+            settled.plan.target,
+            replace(ROUNDING_EFFORTS[recipe.effort], factors=(), sweeps=0),
+            ground.data.seed,
         )
     batches = list(_first_batches(ground.feed.few("pictures"), SENSITIVITY_IMAGES)) if feeds is None else feeds
     known = measure_sensitivities(

@@ -67,7 +67,7 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Repor
     """
     started = time.perf_counter()
     reporter = reporter or Reporter()
-    with run_deterministically(wishes.recipe.threads):
+    with run_deterministically(wishes.threads):
         if not is_quantized(read_proto(source)):
             raise QconvError(f"{source.name} is not quantized.", "quantize it with `qconv quantize` first.")
         teacher = wishes.teacher or find_teacher(source)
@@ -76,9 +76,7 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Repor
         before = desk.judged(source.runnable)
         rates = {kind: wishes.rate * factor for kind, factor in RATE_FACTORS.items()}
         batch = min(wishes.batch, len(desk.lesson.taught))
-        trainer = Trainer(
-            desk.lesson, TrainingSchedule(wishes.epochs, batch, rates, wishes.augment, wishes.recipe.seed)
-        )
+        trainer = Trainer(desk.lesson, TrainingSchedule(wishes.epochs, batch, rates, wishes.augment, wishes.data.seed))
         kept = TrainingCheckpoint(out, _fingerprint(source, teacher, desk.lesson.inputs.album, wishes, desk.device))
         resumed = kept.read_into(trainer, reporter)
         _run_training(trainer, kept, reporter)
@@ -102,7 +100,7 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Repor
         )
         _write_better(desk, source, out, found, trainer.best_step)
         kept.forget()
-    found.gates = check_gates(found.result.verify, wishes.recipe.min_agreement, wishes.recipe.min_sqnr)
+    found.gates = check_gates(found.result.verify, wishes.min_agreement, wishes.min_sqnr)
     found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
     return found
 
@@ -132,7 +130,7 @@ class _TrainingSetup:
     ) -> _TrainingSetup:
         """Both models opened, and all pictures read."""
         device = resolve_device(wishes.device)
-        own, other = open_models(source, teacher, wishes.recipe, reporter)
+        own, other = open_models(source, teacher, wishes.data, wishes.threads, reporter)
         assert other is not None
         _require_same_outputs(own, other)
         model, (floats, _) = load.load_unchanged(read_proto(source), source), load.load(read_proto(teacher), teacher)
@@ -145,7 +143,7 @@ class _TrainingSetup:
         lesson = Distillation.of(*networks, learned, TrainingInputs(album, torch.device(device)), taught, held, fixed)
         lesson = _add_labels(lesson, album, wishes)
         on_ort = recipe is None or TARGETS[recipe.target].on_ort
-        return cls(model, lesson, other.session, wishes.recipe.threads, on_ort, device, words)
+        return cls(model, lesson, other.session, wishes.threads, on_ort, device, words)
 
     def judged(self, model: str | bytes) -> ValidationResult:
         """A file on the pictures held back, by ONNX Runtime."""
@@ -201,7 +199,7 @@ def _check_request(source: Source, teacher: Source, out: Path, wishes: FinetuneO
         raise QconvError(f"{teacher.name} is quantized itself.", "pass the float model with --teacher.")
     storage.check_output_path(out)
     files = [path for path in (source.path, teacher.path, *external_data_files(proto, teacher)) if path is not None]
-    storage.refuse_overwriting_inputs(out, [*files, *wishes.recipe.calib])
+    storage.refuse_overwriting_inputs(out, [*files, *wishes.data.paths])
     if external_data_files(read_proto(source), source):
         fact = f"{source.name} keeps weights in another file."
         raise QconvError(fact, "training is for models of less than 2 GB in one file.")
@@ -228,7 +226,7 @@ def _split_held_out(count: int, wishes: FinetuneOptions) -> tuple[np.ndarray[Any
 def _add_labels(lesson: Distillation, album: InMemoryDataset, wishes: FinetuneOptions) -> Distillation:
     if not wishes.labels:
         return lesson
-    root = Path(wishes.recipe.calib[0])
+    root = wishes.data.root
     classes = find_classes(root, wishes.classes)
     labels = labels_of(album.paths, root, classes, LabelOptions(wishes.label_offset, asked=True), lesson.classes)
     return lesson.with_labels(labels)

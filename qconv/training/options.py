@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from qconv.config.choices import SYNTHESIS_STEPS
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PreprocessingOptions
-from qconv.config.recipe import Recipe
 from qconv.ir.files import Source
 
 
 @dataclass(frozen=True, slots=True)
 class FinetuneOptions:
-    """What is asked for. recipe: names the pictures (its `calib`), how they are fed, threads and gates.
+    """What is asked for. data: the pictures, and how they are fed; their `batch` has no effect.
 
     teacher: None to look for it beside the quantized file. rate: of learning, codes a step. holdout: None for a tenth.
+    min_agreement, min_sqnr: gates, in dB the second.
     """
 
-    recipe: Recipe
+    data: DataOptions
     teacher: Source | None = None
     labels: bool = False
     classes: Path | None = None
@@ -30,6 +31,9 @@ class FinetuneOptions:
     holdout: int | None = None
     augment: bool = True
     device: str = "auto"
+    threads: int | None = None
+    min_agreement: float | None = None
+    min_sqnr: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What shapes the result, JSON-ready."""
@@ -39,7 +43,7 @@ class FinetuneOptions:
             "batch": self.batch,
             "learning_rate": self.rate,
             "augment": self.augment,
-            "seed": self.recipe.seed,
+            "seed": self.data.seed,
         }
 
 

@@ -132,6 +132,7 @@ def reconstruct_blocks(
     recipe: Recipe,
     feeds: Feeds,
     fixed: int | None,
+    seed: int,
     reporter: Reporter,
 ) -> list[Finding]:
     """Learn codes and biases of the quantized `model`, in place. original: the folded float network it was made of.
@@ -156,7 +157,7 @@ def reconstruct_blocks(
             raise QconvError(fact, f"pass {2 * unit} pictures or more with --calib.")
         learned = LearnedParameters(find_sites(model, recipe))
         rebuilt = _BlockReconstruction(
-            TorchNetwork(model), teacher, learned, recipe.seed, STEPS_BY_EFFORT[recipe.effort], fixed
+            TorchNetwork(model), teacher, learned, seed, STEPS_BY_EFFORT[recipe.effort], fixed
         )
         findings = rebuilt.run(found, seen, lambda done, total: reporter.progress(STEP, done, total))
         learned.write(model)

@@ -31,7 +31,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from qconv.config.choices import SYNTHESIS_STEPS
 from qconv.config.preprocessing import AUTO, Color, Layout, Preprocessing, ResizeFilter
-from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_option
 from qconv.data import images
 from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
@@ -469,9 +468,8 @@ class _InputFormat:
     def of(cls, model: Model, source: Source, wishes: SynthesisOptions) -> _InputFormat:
         """Found out on made-up pictures. Raises QconvError where that cannot be: not all inputs are pictures."""
         session = Session(source.runnable, name=source.name, threads=wishes.threads)
-        recipe = Recipe(data_free=True, preprocessing=wishes.preprocessing, threads=wishes.threads)
         try:
-            imagined = GeneratedImageLoader.like(session, recipe)
+            imagined = GeneratedImageLoader.like(session, wishes.preprocessing)
         except QconvError as error:
             asks = "--size" in error.hint or "leave" in error.hint
             other = "synthesize is for networks of one input, a picture of 1 or 3 channels: calibrate with samples."

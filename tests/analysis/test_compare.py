@@ -19,7 +19,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantiz
 
 from qconv.analysis import compare
 from qconv.cli.main import cli
-from qconv.config.recipe import Recipe
+from qconv.config.data_options import DataOptions
+from qconv.config.recipe import Recipe, make_request
 from qconv.errors import QconvError
 from qconv.ir import metadata
 from qconv.ir.files import Source
@@ -86,14 +87,13 @@ def saved(proto: onnx.ModelProto, samples: Path, name: str = "model.onnx") -> Pa
 
 def quantized(model: Path, samples: Path, **options: Any) -> Path:
     out = model.with_suffix(".q.onnx")
-    quantize.quantize(model, out, Recipe(**({"calib": (str(samples),)} | options)))
+    quantize.quantize(model, out, *make_request({"calib": (str(samples),)} | options))
     return out
 
 
 def compared(float_model: Path, model: Path, pictures: Path, **options: Any) -> Comparison:
     sources = [Source(str(path), path) for path in (float_model, model)]
-    recipe = Recipe(calib=(str(pictures),), **options)
-    return compare.compare_on_images(*sources, recipe, Reporter()).compared
+    return compare.compare_on_images(*sources, DataOptions((str(pictures),), **options), Reporter()).compared
 
 
 def run(model: Path, x: NDArray[np.float32], *tensors: str) -> list[NDArray[Any]]:
@@ -274,7 +274,7 @@ def test_a_file_by_another_tool_is_matched_through_its_folding(samples: Path) ->
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository's own network, every weight to its nearest code."""
     out = tmp_path_factory.mktemp("cifar") / "out.onnx"
-    quantize.quantize(CIFAR, out, Recipe(calib=(str(ROOT / "calib_samples"),), samples=32, effort="fast"))
+    quantize.quantize(CIFAR, out, Recipe(effort="fast"), DataOptions((str(ROOT / "calib_samples"),), samples=32))
     return out
 
 
@@ -293,7 +293,7 @@ def test_errors_of_layers_add_up_on_resnet20(tmp_path: Path) -> None:
     if not model.is_file():
         pytest.skip(f"no {model.name}: set QCONV_DATA to the folder that has models/")
     out = tmp_path / "out.onnx"
-    quantize.quantize(model, out, Recipe(calib=(str(calib),)))
+    quantize.quantize(model, out, Recipe(), DataOptions((str(calib),)))
     found = compared(model, out, test, samples=64)
     assert found.predicted_db == pytest.approx(found.sqnr_db, abs=3.0)
     assert not found.unmatched

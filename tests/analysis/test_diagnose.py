@@ -21,6 +21,7 @@ from onnxruntime import InferenceSession
 from qconv.analysis import trials
 from qconv.analysis.remedies import join_changes, merge_changes
 from qconv.cli.main import cli
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import find_files
 from qconv.pipeline import collect, quantize
@@ -389,11 +390,11 @@ def test_a_broken_picture_among_those_held_back(tmp_path: Path) -> None:
 def test_a_file_is_the_same_whatever_ran_before(tmp_path: Path, samples: Path) -> None:
     """What runs share changes no byte."""
     model, memory = saved(gated(), tmp_path), collect.CalibrationCache()
-    pictures = {"calib": (str(samples),), "equalize": False}
-    recipes = [Recipe(**pictures, keep_float=("d",)), Recipe(**pictures, effort="fast"), Recipe(**pictures)]
+    data, known = DataOptions((str(samples),)), {"equalize": False}
+    recipes = [Recipe(**known, keep_float=("d",)), Recipe(**known, effort="fast"), Recipe(**known)]
     for recipe in [*recipes, *recipes[::-1]]:
-        _, shared = quantize.quantize(model, None, recipe, None, memory)
-        _, alone = quantize.quantize(model, None, recipe)
+        _, shared = quantize.quantize(model, None, recipe, data, memory=memory)
+        _, alone = quantize.quantize(model, None, recipe, data)
         assert shared == alone
 
 

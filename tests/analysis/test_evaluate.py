@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qconv.analysis.evaluate import Evaluation, EvaluationOptions, evaluate
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import find_classes
@@ -64,10 +65,11 @@ def scored(
     classes: Path | None = None,
     offset: int = 0,
     table: str | None = None,
-    **recipe: object,
+    **more: object,
 ) -> Evaluation:
-    options = {"preprocessing": PreprocessingOptions("unit"), "samples": 10**6, "threads": 1} | recipe
-    return evaluate(source, EvaluationOptions(Recipe(calib=(str(images),), **options), against, classes, offset, table))  # type: ignore[arg-type]
+    options = {"preprocessing": PreprocessingOptions("unit"), "samples": None} | more
+    data = DataOptions((str(images),), **options)  # type: ignore[arg-type]
+    return evaluate(source, EvaluationOptions(data, against, classes, offset, table, threads=1))
 
 
 def by_hand(source: Source, root: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -143,13 +145,11 @@ def test_a_quantized_file_is_fed_as_its_metadata_says(folder: Path, tmp_path: Pa
     source = saved(classifier(), tmp_path)
     for layout in (None, Layout.NHWC):
         out = tmp_path / f"quantized{layout}.onnx"
-        recipe = Recipe(
-            calib=(str(folder),),
-            preprocessing=PreprocessingOptions("caffe"),
-            embed_preprocessing=layout,
-            keep_float=("y",),
+        recipe, data = (
+            Recipe(embed_preprocessing=layout, keep_float=("y",)),
+            DataOptions((str(folder),), preprocessing=PreprocessingOptions("caffe")),
         )
-        quantize(source, out, recipe)
+        quantize(source, out, recipe, data)
         found = scored(Source(str(out), out), folder, against=source, preprocessing=PreprocessingOptions())
         assert found.outputs[0].sqnr_db is not None
         assert found.outputs[0].sqnr_db > 30
@@ -205,7 +205,7 @@ def test_pixels_are_not_normalised_twice(folder: Path, tmp_path: Path) -> None:
     """Options are for the float model where the file does it itself; what takes bytes takes no other numbers."""
     source, out = saved(classifier(), tmp_path), tmp_path / "pixels.onnx"
     caffe = PreprocessingOptions("caffe")
-    quantize(source, out, Recipe(calib=(str(folder),), preprocessing=caffe, embed_preprocessing=Layout.NHWC))
+    quantize(source, out, Recipe(embed_preprocessing=Layout.NHWC), DataOptions((str(folder),), preprocessing=caffe))
     found = scored(Source(str(out), out), folder, against=source, preprocessing=caffe)
     assert found.outputs[0].sqnr_db is not None
     assert found.outputs[0].sqnr_db > 25
@@ -225,9 +225,7 @@ def test_what_cannot_be_is_said_before_the_pictures_are_run(folder: Path, tmp_pa
     source, done = saved(classifier(), tmp_path), []
     listing = tmp_path / "few.txt"
     listing.write_text("ant\n")
-    wishes = EvaluationOptions(
-        Recipe(calib=(str(folder),), preprocessing=PreprocessingOptions("unit")), classes=listing
-    )
+    wishes = EvaluationOptions(DataOptions((str(folder),), preprocessing=PreprocessingOptions("unit")), classes=listing)
     with pytest.raises(QconvError, match="is not in"):
         evaluate(source, wishes, Reporter(on_progress=lambda stage, count, total: done.append(count)))
     assert done == []
@@ -236,7 +234,7 @@ def test_what_cannot_be_is_said_before_the_pictures_are_run(folder: Path, tmp_pa
     with pytest.raises(QconvError, match="nothing to measure"):
         evaluate(
             source,
-            EvaluationOptions(Recipe(calib=(str(loose),), preprocessing=PreprocessingOptions("unit"))),
+            EvaluationOptions(DataOptions((str(loose),), preprocessing=PreprocessingOptions("unit"))),
             Reporter(on_progress=lambda stage, count, total: done.append(count)),
         )
     assert done == []
@@ -254,12 +252,12 @@ def test_a_list_of_paths_needs_the_order_of_classes(folder: Path, tmp_path: Path
 
 def test_samples_need_no_word_about_preprocessing(folder: Path, tmp_path: Path) -> None:
     source, out, heard = saved(classifier(), tmp_path), tmp_path / "q.onnx", []
-    quantize(source, out, Recipe(calib=(str(folder),), preprocessing=PreprocessingOptions("unit")))
+    quantize(source, out, Recipe(), DataOptions((str(folder),), preprocessing=PreprocessingOptions("unit")))
     samples = tmp_path / "samples"
     samples.mkdir()
     for number in range(3):
         np.save(samples / f"{number}.npy", np.random.default_rng(number).random((3, 8, 8), np.float32))
-    wishes = EvaluationOptions(Recipe(calib=(str(samples),), threads=1), against=source)
+    wishes = EvaluationOptions(DataOptions((str(samples),)), against=source, threads=1)
     found = evaluate(Source(str(out), out), wishes, Reporter(heard.append))
     assert (found.images, heard) == (3, [])
 

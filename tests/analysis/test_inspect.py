@@ -22,10 +22,11 @@ from qconv.analysis.inspect_float import FloatModel, inspect_float
 from qconv.analysis.inspect_quantized import QuantizedModel, inspect_quantized, is_quantized_file
 from qconv.cli.output import format_csv
 from qconv.cli.quantize import quantize as quantize_command
-from qconv.cli.recipe_options import make_recipe_of_options
+from qconv.cli.recipe_options import make_request_of_options
 from qconv.config.choices import Drop, LayerBits
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PreprocessingOptions
-from qconv.config.recipe import Recipe
+from qconv.config.recipe import Recipe, make_request
 from qconv.config.serialization import command_line_options, format_number, recipe_from_dict
 from qconv.errors import QconvError
 from qconv.ir.files import Source, is_quantized, read_proto
@@ -93,7 +94,7 @@ def test_parameters_operators_and_ends() -> None:
 def test_the_plan_is_that_of_a_default_run(tmp_path: Path) -> None:
     """The report of a real run has the same bits, granularity, and layers in float."""
     found = inspect_float(Source(str(OWN), OWN), "ort-cpu")
-    report, _ = quantize(OWN, None, Recipe(calib=(str(ROOT / "calib_samples"),), samples=2))
+    report, _ = quantize(OWN, None, Recipe(), DataOptions((str(ROOT / "calib_samples"),), samples=2))
     rows = {row.why.removeprefix("weights of "): row for row in report.tensors if row.kind == "weight"}
     assert {row.name: (row.bits, row.granularity) for row in found.layers} == {
         name: (row.bits, row.granularity) for name, row in rows.items()
@@ -561,19 +562,19 @@ def test_files_by_onnxruntime(
     assert "int8" in format_quantized_model(found, verbose=False)
 
 
-def made(recipe: Recipe, proto: onnx.ModelProto | None = None) -> QuantizedModel:
+def made(recipe: Recipe, data: DataOptions, proto: onnx.ModelProto | None = None) -> QuantizedModel:
     source = Source(str(OWN), OWN) if proto is None else source_of(proto)
-    _, data = quantize(source, None, recipe)
-    return inspect_quantized(Source("made", None, data))
+    _, file = quantize(source, None, recipe, data)
+    return inspect_quantized(Source("made", None, file))
 
 
 CALIB = (str(ROOT / "calib_samples"),)
 
 
 def test_a_file_by_qconv() -> None:
-    found = made(Recipe(calib=CALIB, samples=2, effort="fast", weight_bits=4, keep_float_op=("Gemm",)))
+    found = made(Recipe(effort="fast", weight_bits=4, keep_float_op=("Gemm",)), DataOptions(CALIB, samples=2))
     report, _ = quantize(
-        OWN, None, Recipe(calib=CALIB, samples=2, effort="fast", weight_bits=4, keep_float_op=("Gemm",))
+        OWN, None, Recipe(effort="fast", weight_bits=4, keep_float_op=("Gemm",)), DataOptions(CALIB, samples=2)
     )
     rows = {row.why.removeprefix("weights of "): row for row in report.tensors if row.kind == "weight"}
     assert {row.name: row.bits for row in found.layers if row.scheme} == {name: row.bits for name, row in rows.items()}
@@ -590,8 +591,8 @@ def test_a_file_by_qconv() -> None:
 def test_layers_in_float_whose_weights_are_codes() -> None:
     """Weights alone, of 8 bits: Cast and Mul, with a Sub where zero is not 0."""
     for scheme in ("symmetric", "asymmetric"):
-        recipe = Recipe(calib=CALIB, samples=1, effort="fast", activation_bits=32, weight_scheme=scheme)  # type: ignore[arg-type]
-        found = made(recipe)
+        recipe, data = Recipe(effort="fast", activation_bits=32, weight_scheme=scheme), DataOptions(CALIB, samples=1)  # type: ignore[arg-type]
+        found = made(recipe, data)
         assert {(row.type, row.bits, row.scheme, row.granularity) for row in found.layers} == {
             ("int8", 8, scheme, "per-channel")
         }
@@ -600,17 +601,17 @@ def test_layers_in_float_whose_weights_are_codes() -> None:
 
 
 def test_bits_of_activations_and_blocks_by_qconv() -> None:
-    few = made(Recipe(calib=CALIB, samples=1, effort="fast", weight_bits=3, activation_bits=5, edge_bits=2))
+    few = made(Recipe(effort="fast", weight_bits=3, activation_bits=5, edge_bits=2), DataOptions(CALIB, samples=1))
     assert {row.bits for row in few.layers} == {3}
     assert {row.input.bits for row in few.layers if row.input.type == "uint8"} == {5}
-    blocks = made(Recipe(calib=CALIB, samples=1, effort="fast", weight_granularity="per-block", block_size=8))  # type: ignore[arg-type]
+    blocks = made(Recipe(effort="fast", weight_granularity="per-block", block_size=8), DataOptions(CALIB, samples=1))  # type: ignore[arg-type]
     assert {row.block_size for row in blocks.layers} <= {1, 3, 8}
     assert {row.granularity for row in blocks.layers} == {"per-block"}
 
 
 def test_zeros_of_few_bits_that_moved() -> None:
     """With effort best weights of 4 bits are asymmetric, and their zeros are stored as code 0."""
-    found = made(Recipe(calib=CALIB, samples=2, effort="best", weight_bits=4, equalize=False, tune_ranges=False))
+    found = made(Recipe(effort="best", weight_bits=4, equalize=False, tune_ranges=False), DataOptions(CALIB, samples=2))
     assert {row.scheme for row in found.layers if row.bits == 4} == {"asymmetric"}
 
 
@@ -649,25 +650,25 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("fields", RECIPES.values(), ids=list(RECIPES))
 def test_options_are_read_back_into_the_recipe(fields: dict[str, Any]) -> None:
-    recipe = Recipe(calib=("imgs",), **fields)
-    options = command_line_options(json.loads(json.dumps(recipe.as_dict())))
+    request = make_request({"calib": ("imgs",), **fields})
+    options = command_line_options(json.loads(json.dumps(request[0].as_dict(request[1]))))
     context = quantize_command.make_context("quantize", ["model.onnx", "--calib", "imgs", *options])
     with context:
-        assert make_recipe_of_options(context.params) == recipe
+        assert make_request_of_options(context.params) == request
 
 
 def test_nothing_is_said_of_defaults() -> None:
-    assert command_line_options(Recipe(calib=("imgs",)).as_dict()) == []
-    assert command_line_options(Recipe(calib=("imgs",), effort="fast").as_dict()) == ["--effort", "fast"]
-    assert command_line_options(Recipe(calib=("imgs",), block_size=7).as_dict()) == []  # without effect
+    assert command_line_options(Recipe().as_dict(DataOptions())) == []
+    assert command_line_options(Recipe(effort="fast").as_dict(DataOptions())) == ["--effort", "fast"]
+    assert command_line_options(Recipe(block_size=7).as_dict(DataOptions())) == []  # without effect
 
 
 def test_layer_bits_have_a_file_of_their_own() -> None:
-    recipe = Recipe(calib=("imgs",), layer_bits=(("a*", LayerBits(4)),))
-    assert command_line_options(recipe.as_dict()) == []
-    found = recipe_from_dict(json.loads(json.dumps(recipe.as_dict())))
+    recipe, data = Recipe(layer_bits=(("a*", LayerBits(4)),)), DataOptions()
+    assert command_line_options(recipe.as_dict(data)) == []
+    found = recipe_from_dict(json.loads(json.dumps(recipe.as_dict(data))))
     assert found is not None
-    assert found.as_dict() == recipe.as_dict()
+    assert found.as_dict(data) == recipe.as_dict(data)
 
 
 @pytest.mark.parametrize(
@@ -744,5 +745,5 @@ def test_lines_fit(folder: Path) -> None:
         text = format_float_model(found, verbose=verbose)
         assert text.isascii()
         assert verbose or max(map(len, text.splitlines())) <= 80
-    text = format_quantized_model(made(Recipe(calib=CALIB, samples=1, effort="fast")), verbose=False)
+    text = format_quantized_model(made(Recipe(effort="fast"), DataOptions(CALIB, samples=1)), verbose=False)
     assert max(map(len, text.splitlines())) <= 80

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,9 @@ from qconv.analysis.sample_study import StudyRequest, study_samples
 from qconv.calibration.observer import Observer, export_observed_model, observe, observe_each_image
 from qconv.calibration.sketch import Sketch, SketchContents
 from qconv.calibration.statistics_file import open_sketch_spool, sketch_to_arrays
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PreprocessingOptions
-from qconv.config.recipe import Recipe
+from qconv.config.recipe import Recipe, make_request
 from qconv.data import images
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
@@ -48,8 +48,9 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def recipe(pictures: Path, **more: object) -> Recipe:
-    return Recipe(calib=(str(pictures),), preprocessing=RAW, threads=1, rounding="nearest", **more)  # type: ignore[arg-type]
+def request(pictures: Path, **more: object) -> tuple[Recipe, DataOptions]:
+    known = {"calib": (str(pictures),), "preprocessing": RAW, "threads": 1, "rounding": "nearest"}
+    return make_request({**known, **more})
 
 
 def rows(paths: list[Path]) -> np.ndarray:
@@ -62,7 +63,7 @@ def test_points_of_the_first_draw_are_what_quantize_makes(
     model: Path, pictures: Path, tmp_path: Path, calibrator: str
 ) -> None:
     """Scored anew with ONNX Runtime and numpy, on the pictures that come after all others in the draw."""
-    curve = study_samples(model, recipe(pictures, calibrator=calibrator), StudyRequest(draws=2, holdout=4))
+    curve = study_samples(model, *request(pictures, calibrator=calibrator), StudyRequest(draws=2, holdout=4))
     draw = np.random.default_rng(0).permutation(15)
     files = sorted(pictures.iterdir())
     x = rows([files[index] for index in draw[11:]])
@@ -70,10 +71,8 @@ def test_points_of_the_first_draw_are_what_quantize_makes(
     assert curve.counts == [1, 2, 5, 10, 11]
     for point in (point for point in curve.points if point.seed == 0):
         out = tmp_path / "q.onnx"
-        as_it_is = replace(
-            recipe(pictures, calibrator=calibrator, samples=point.pictures), equalize=False, tune_ranges=False
-        )
-        quantize.quantize(str(model), out, as_it_is)
+        plain = {"calibrator": calibrator, "equalize": False, "tune_ranges": False}
+        quantize.quantize(str(model), out, *request(pictures, samples=point.pictures, **plain))
         got = ort.InferenceSession(str(out)).run(None, {"x": x})[0].astype(np.float64)
         sqnr = 10 * math.log10((expected**2).sum() / ((expected - got) ** 2).sum())
         assert point.sqnr_db == pytest.approx(sqnr, rel=1e-9)
@@ -81,7 +80,7 @@ def test_points_of_the_first_draw_are_what_quantize_makes(
 
 
 def test_every_draw_but_of_all_pictures(model: Path, pictures: Path) -> None:
-    curve = study_samples(model, recipe(pictures), StudyRequest(draws=3, holdout=4))
+    curve = study_samples(model, *request(pictures), StudyRequest(draws=3, holdout=4))
     assert Counter(point.pictures for point in curve.points) == {1: 3, 2: 3, 5: 3, 10: 3, 11: 1}
     assert (curve.pictures, curve.scored, curve.draws) == (11, 4, 3)
     assert sorted(curve.seconds.values()) == list(curve.seconds.values())
@@ -171,7 +170,7 @@ def test_every_picture_is_decoded_once(model: Path, pictures: Path, monkeypatch:
         return decode(path, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(images, "load_image", counting)
-    study_samples(model, recipe(pictures), StudyRequest(draws=3))
+    study_samples(model, *request(pictures), StudyRequest(draws=3))
     assert dict(seen) == {f"{number:02}.png": 1 for number in range(15)}
 
 
@@ -185,14 +184,14 @@ def test_the_float_network_runs_once_a_picture(model: Path, pictures: Path, monk
             return real(self, outputs, feeds)  # type: ignore[operator]
 
         monkeypatch.setattr(Session, name, counting)
-    curve = study_samples(model, recipe(pictures), StudyRequest(draws=2, holdout=3))
+    curve = study_samples(model, *request(pictures), StudyRequest(draws=2, holdout=3))
     assert runs[str(model)] == 3
     assert runs["the folded float model"] - 1 == 12  # the first finds out the sizes of the buffers through `run`
     assert runs["the quantized model"] == 3 * len(curve.points)
 
 
 def test_samples_bound_the_pictures_to_calibrate_with(model: Path, pictures: Path) -> None:
-    curve = study_samples(model, recipe(pictures, samples=6), StudyRequest(draws=1))
+    curve = study_samples(model, *request(pictures, samples=6), StudyRequest(draws=1))
     assert (curve.counts, curve.scored) == ([1, 2, 5, 6], 3)
 
 
@@ -204,14 +203,14 @@ def test_pictures_to_score_on_from_another_folder(model: Path, pictures: Path, t
     for index in draw[11:]:
         files[index].rename(other / files[index].name)
     (other / "list.txt").write_text("\n".join(files[index].name for index in draw[:11]))
-    curve = study_samples(model, recipe(pictures), StudyRequest(draws=1, images=(str(other),)))
+    curve = study_samples(model, *request(pictures), StudyRequest(draws=1, images=(str(other),)))
     assert (curve.pictures, curve.scored, curve.scored_on) == (11, 4, (str(other),))
 
 
 def test_few_large_pictures_are_kept(model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture takes 808 bytes: 8x8x3 pixels and ten scores as float32. Two reach the bound."""
     monkeypatch.setattr(sample_study, "SCORED_BYTES", 1600)
-    curve = study_samples(model, recipe(pictures), StudyRequest(draws=1, holdout=5))
+    curve = study_samples(model, *request(pictures), StudyRequest(draws=1, holdout=5))
     assert curve.scored == 2
     assert any("scored on 2 of 5 pictures" in text for text in curve.warnings)
 
@@ -221,7 +220,7 @@ def test_ready_made_samples(model: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for number in range(6):
         np.save(folder / f"{number}.npy", np.random.default_rng(number).standard_normal((3, 8, 8)).astype(np.float32))
-    curve = study_samples(model, Recipe(calib=(str(folder),)), StudyRequest(draws=1))
+    curve = study_samples(model, Recipe(), DataOptions((str(folder),)), StudyRequest(draws=1))
     assert curve.preprocessing is None
     assert curve.counts == [1, 2, 5]
 
@@ -242,7 +241,7 @@ def test_what_cannot_be_studied(
     for path in sorted(pictures.iterdir())[keep:]:
         path.unlink()
     with pytest.raises(QconvError, match=message):
-        study_samples(model, recipe(pictures, **options), question)
+        study_samples(model, *request(pictures, **options), question)
 
 
 # -- reading the curve -------------------------------------------------------------------------------------------------

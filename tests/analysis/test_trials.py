@@ -103,7 +103,7 @@ def test_pictures_pass_the_network_once(place: Path, monkeypatch: pytest.MonkeyP
         watched.append(len(taps))
         return watch(session, taps, batches)
 
-    monkeypatch.setattr(collect, "watch", counted)
+    monkeypatch.setattr(collect, "observe", counted)
     text = '[one]\n[two]\ncalibrator = "minmax"\n[three]\nweight-bits = 4\n'
     (place / "recipes.toml").write_text(text)
     assert run(place, "--effort", "fast").exit_code == 0
@@ -205,18 +205,18 @@ def test_tables_go_over_the_command_line(place: Path) -> None:
         '[several]\npack = false\nmax-drop = "sqnr:10"\ncandidate-bits = [4, 8]\n'
     )
     seen = {}
-    original = recipe_options.make_recipe_of_options
+    original = recipe_options.make_request_of_options
 
     def kept(options: Any, typed: Any) -> Any:
         seen[len(seen)] = original(options, typed)
         return seen[len(seen) - 1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "recipe_of", kept)
+        patch.setattr(quantize, "make_request_of_options", kept)
         run(place, "--recipe-name", "aciq-w4a4", "--activation-bits", "6", "--pack", "-o", place / "nowhere")
         (place / "out").mkdir()
         run(place, "--recipe-name", "aciq-w4a4", "--activation-bits", "6", "--pack", "-o", place / "out", "--csv", "")
-    inner, named = seen[0], seen[1]
+    inner, named = seen[0][0], seen[1][0]
     assert (inner.weight_bits, inner.activation_bits, inner.pack) == (4, 6, False)
     assert (named.weight_bits, named.activation_bits) == (4, 4)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from qconv.audit.audit import FileAudit, audit_file
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
@@ -143,7 +144,7 @@ def test_codes_of_16_bits(tmp_path: Path) -> None:
     proto = network("c = Conv(x, w)  y = Relu(c)", (1, 3, 8, 8), w=(4, 3, 3, 3))
     np.save(tmp_path / "0.npy", np.random.default_rng(0).random((3, 8, 8), np.float32))
     _, data = quantize(
-        Source("m", None, proto.SerializeToString()), None, Recipe(calib=(str(tmp_path),), activation_bits=16)
+        Source("m", None, proto.SerializeToString()), None, Recipe(activation_bits=16), DataOptions((str(tmp_path),))
     )
     assert data is not None
     found = audit_file(Source("m", None, data), threads=1, batch=None, size=None)
@@ -214,7 +215,9 @@ def own_file(tmp_path: Path, **options: Any) -> FileAudit:
     samples = tmp_path / "samples"
     samples.mkdir(exist_ok=True)
     np.save(samples / "0.npy", np.random.default_rng(0).random((3, 8, 8), np.float32))
-    _, data = quantize(Source("m", None, proto.SerializeToString()), None, Recipe(calib=(str(samples),), **options))
+    _, data = quantize(
+        Source("m", None, proto.SerializeToString()), None, Recipe(**options), DataOptions((str(samples),))
+    )
     assert data is not None
     return audit_file(Source("m", None, data), threads=1, batch=None, size=None)
 
@@ -250,7 +253,12 @@ def test_widened_scales_are_claimed_only_where_they_are(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "demo.onnx"
-    quantize(CIFAR, out, Recipe(calib=(str(PHOTOS),), preprocessing=PreprocessingOptions("imagenet", resize="exact")))
+    quantize(
+        CIFAR,
+        out,
+        Recipe(),
+        DataOptions((str(PHOTOS),), preprocessing=PreprocessingOptions("imagenet", resize="exact")),
+    )
     return out
 
 
@@ -280,13 +288,11 @@ def test_the_json_is_one_object(demo: Path) -> None:
 def test_saturation_safe_leaves_no_layer_that_could(tmp_path: Path) -> None:
     counts = {}
     for safe in (None, True, False):
-        recipe = Recipe(
-            calib=(str(PHOTOS),),
-            samples=8,
-            preprocessing=PreprocessingOptions("imagenet", resize="exact"),
-            saturation_safe=safe,
+        recipe, data = (
+            Recipe(saturation_safe=safe),
+            DataOptions((str(PHOTOS),), samples=8, preprocessing=PreprocessingOptions("imagenet", resize="exact")),
         )
-        report, data = quantize(CIFAR, None, recipe)
+        report, data = quantize(CIFAR, None, recipe, data)
         assert data is not None
         found = audit_file(Source("m", None, data), threads=1, batch=None, size=None).audit.saturating
         assert [layer.node for layer in found] == [layer.node for layer in report.audit.saturating]

@@ -13,8 +13,9 @@ from click.testing import CliRunner
 
 from qconv.calibration import statistics_file
 from qconv.cli.main import cli
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PreprocessingOptions
-from qconv.config.recipe import Recipe
+from qconv.config.recipe import Recipe, make_request
 from qconv.errors import QconvError
 from qconv.pipeline.quantize import quantize
 from tests.support.models import network
@@ -37,7 +38,7 @@ def place(tmp_path: Path) -> Path:
 def run(place: Path, **options: object) -> onnx.ModelProto:
     out = place / "out.onnx"
     options.setdefault("calib", (str(place / "imgs"),))
-    quantize(place / "m.onnx", out, Recipe(**{"rounding": "nearest", **options}))  # type: ignore[arg-type]
+    quantize(place / "m.onnx", out, *make_request({"rounding": "nearest", **options}))
     return onnx.load(out)
 
 
@@ -109,7 +110,7 @@ def test_without_pictures_nothing_is_measured(place: Path) -> None:
     assert report.verify.sqnr_db is None
     assert report.audit.integer
     checked, _ = quantize(
-        place / "m.onnx", place / "out.onnx", Recipe(stats=str(place / "s.npz"), calib=(str(place / "imgs"),))
+        place / "m.onnx", place / "out.onnx", Recipe(stats=str(place / "s.npz")), DataOptions((str(place / "imgs"),))
     )
     assert checked.verify.images == 12
 
@@ -141,7 +142,9 @@ def test_another_preprocessing_is_refused(place: Path) -> None:
         with pytest.raises(QconvError, match=r"another preprocessing .mean .* and .*, std"):
             run(place, calib=calib, preprocessing=PreprocessingOptions(preset="imagenet"), **known)
         run(place, calib=calib, preprocessing=unit, **known)
-        report, _ = quantize(place / "m.onnx", place / "out.onnx", Recipe(calib=calib, rounding="nearest", **known))  # type: ignore[arg-type]
+        report, _ = quantize(
+            place / "m.onnx", place / "out.onnx", Recipe(rounding="nearest", **known), DataOptions(calib)
+        )  # type: ignore[arg-type]
         assert report.preprocessing is not None
         assert report.preprocessing["preset"] == "unit"
     with pytest.raises(QconvError, match="ready-made samples"):
@@ -225,8 +228,8 @@ def test_pictures_that_come_twice_are_told(place: Path) -> None:
 @pytest.mark.parametrize("option", [{"samples": 5}, {"seed": 1}, {"glob": "*.png"}])
 def test_options_of_pictures_need_pictures(option: dict[str, object]) -> None:
     with pytest.raises(QconvError, match="with --stats alone"):
-        Recipe(stats="s.npz", **option)  # type: ignore[arg-type]
-    Recipe(stats="s.npz", calib=("imgs",), **option)  # type: ignore[arg-type]
+        make_request({"stats": "s.npz", **option})
+    make_request({"stats": "s.npz", "calib": ("imgs",), **option})
 
 
 def test_where_nothing_is_seen_nothing_is_saved(place: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from qconv.config.choices import Scheme, WeightGranularity
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset, ResizeFilter
-from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe
+from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
 from qconv.errors import QconvError
 
 NAN, INF = float("nan"), float("inf")
@@ -43,7 +44,7 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_impossible_wishes_are_refused(wrong: dict[str, Any], names: str, fix: str) -> None:
     with pytest.raises(QconvError) as caught:
-        Recipe(**wrong)
+        make_request(wrong)
     assert names in caught.value.message
     assert fix in caught.value.hint
 
@@ -55,7 +56,8 @@ def test_all_widths_of_the_contract_are_accepted(bits: int) -> None:
 
 
 def test_the_ends_of_ranges_are_accepted() -> None:
-    recipe = Recipe(activation_bits=32, samples=1, batch=1, block_size=1, threads=1, min_agreement=0, min_sqnr=-3.0)
+    recipe = Recipe(activation_bits=32, block_size=1, threads=1, min_agreement=0, min_sqnr=-3.0)
+    assert recipe.with_data(DataOptions(samples=1, batch=1)) == recipe
     assert replace(recipe, min_agreement=1).min_agreement == 1
 
 
@@ -90,37 +92,42 @@ def test_negative_scale_mean_and_std_are_accepted() -> None:
 
 # -- as data -----------------------------------------------------------------------------------------------------------
 
-FULL = Recipe(
-    calib=("a", "b"),
-    glob="*.jpg",
-    weight_bits=4,
-    weight_scheme=Scheme.ASYMMETRIC,
-    weight_granularity=WeightGranularity.PER_BLOCK,
-    pack=True,
-    keep_float=("conv*",),
-    keep_float_op=("Gemm", "Add"),
-    opset=21,
-    preprocessing=PreprocessingOptions(
-        preset="caffe", mean=(1.0, 2.0, 3.0), std=(4.0,), color=Color.BGR, layout=Layout.NHWC, resize=9, size=(7, 8)
+FULL, IMAGES = (
+    Recipe(
+        weight_bits=4,
+        weight_scheme=Scheme.ASYMMETRIC,
+        weight_granularity=WeightGranularity.PER_BLOCK,
+        pack=True,
+        keep_float=("conv*",),
+        keep_float_op=("Gemm", "Add"),
+        opset=21,
+        min_agreement=0.9,
+        min_sqnr=20.0,
+        threads=2,
     ),
-    min_agreement=0.9,
-    min_sqnr=20.0,
-    threads=2,
+    DataOptions(
+        ("a", "b"),
+        glob="*.jpg",
+        preprocessing=PreprocessingOptions(
+            preset="caffe", mean=(1.0, 2.0, 3.0), std=(4.0,), color=Color.BGR, layout=Layout.NHWC, resize=9, size=(7, 8)
+        ),
+    ),
 )
 
 
 def test_every_option_shapes_the_file_or_steers_the_run() -> None:
     """A field added later is written into the file, unless STEERING says that it changes nothing there."""
     names = {field.name for field in fields(Recipe)}
-    steering = {"threads", "min_agreement", "min_sqnr", "calib", "batch", "stats", "save_stats", "save_layer_bits"}
+    steering = {"threads", "min_agreement", "min_sqnr", "stats", "save_stats", "save_layer_bits"}
     assert steering == RUN_ONLY_OPTIONS <= names  # the contract: no path, no machine
-    assert set(FULL.as_dict()) == names - RUN_ONLY_OPTIONS
-    assert set(FULL.as_dict()["preprocessing"]) == {field.name for field in fields(PreprocessingOptions)}
+    images = {field.name for field in fields(DataOptions)} - {"paths", "batch"}
+    assert set(FULL.as_dict(IMAGES)) == (names - RUN_ONLY_OPTIONS) | images
+    assert set(FULL.as_dict(IMAGES)["preprocessing"]) == {field.name for field in fields(PreprocessingOptions)}
 
 
 def test_a_recipe_survives_json_unchanged() -> None:
     """Tuples are lists and enumerations plain strings already: what is reported is what is read back."""
-    plain = FULL.as_dict()
+    plain = FULL.as_dict(IMAGES)
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert plain["weight_granularity"] == "per-block"
     assert type(plain["weight_granularity"]) is str
@@ -131,7 +138,7 @@ def test_a_recipe_survives_json_unchanged() -> None:
 
 def test_defaults_are_those_of_the_contract() -> None:
     """W8A8, weights symmetric per channel, activations asymmetric, 128 pictures: see the option reference."""
-    plain = Recipe().as_dict()
+    plain = Recipe().as_dict(DataOptions())
     expected = {
         "samples": 128,
         "seed": 0,
@@ -238,8 +245,8 @@ def test_preprocessing_is_written_in_full_and_survives_json() -> None:
 
 def test_plain_texts_are_fine_in_python() -> None:
     """One folder is no list of letters, and a word is as good as the member of that name."""
-    recipe = Recipe(calib="imgs", keep_float_op="Gemm", weight_granularity="per-block")  # type: ignore[arg-type]
-    assert (recipe.calib, recipe.keep_float_op) == (("imgs",), ("Gemm",))
+    recipe, data = Recipe(keep_float_op="Gemm", weight_granularity="per-block"), DataOptions("imgs")  # type: ignore[arg-type]
+    assert (data.paths, recipe.keep_float_op) == (("imgs",), ("Gemm",))
     assert recipe.weight_granularity is WeightGranularity.PER_BLOCK
     with pytest.raises(QconvError, match="--weight-scheme odd is not possible"):
         Recipe(weight_scheme="odd")  # type: ignore[arg-type]
@@ -288,11 +295,11 @@ def test_preprocessing_of_wrong_types_is_refused(wrong: dict[str, Any]) -> None:
 )
 def test_recipes_of_wrong_types_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(QconvError, match=next(iter(wrong)).replace("_", "-")):
-        Recipe(**wrong)
+        make_request(wrong)
 
 
 def test_a_path_is_as_good_as_its_text() -> None:
-    assert Recipe(calib=Path("imgs")).calib == ("imgs",)  # type: ignore[arg-type]
+    assert DataOptions(Path("imgs")).paths == ("imgs",)  # type: ignore[arg-type]
 
 
 def test_a_percentile_belongs_to_its_calibrator() -> None:
@@ -307,15 +314,39 @@ def test_a_percentile_belongs_to_its_calibrator() -> None:
 
 def test_an_effort_that_would_change_nothing_is_refused() -> None:
     with pytest.raises(QconvError, match="--effort best with nearest codes"):
-        Recipe(calib=("x",), effort="best", rounding="nearest")
+        Recipe(effort="best", rounding="nearest")
     assert Recipe(effort="best").rounding == "second-order"
 
 
 def test_a_search_rounds_as_its_result_would_be_rounded_without_it() -> None:
-    search = {"calib": ("x",), "target_size": 0.2}
+    search = {"target_size": 0.2}
     assert {effort: Recipe(effort=effort, **search).rounding for effort in ("fast", "balanced", "best")} == {  # type: ignore[arg-type]
         "fast": "nearest",
         "balanced": "second-order",
         "best": "second-order",
     }
     assert Recipe(rounding="nearest", **search).rounding == "nearest"  # type: ignore[arg-type]
+
+
+def test_statistics_alone_round_to_the_nearest_and_images_beside_them_do_not() -> None:
+    """What the recipe leaves open with statistics follows from the images, once these are known."""
+    recipe = Recipe(stats="s.npz")
+    assert recipe.rounding is None
+    assert recipe.with_data(DataOptions()).rounding == "nearest"
+    assert recipe.with_data(DataOptions(("imgs",))).rounding == "second-order"
+    with pytest.raises(QconvError, match="--rounding second-order with --stats alone"):
+        Recipe(stats="s.npz", rounding="second-order").with_data(DataOptions())
+
+
+def test_the_recipe_of_a_file_has_its_keys_in_the_order_of_the_contract() -> None:
+    """Images that shape the file stand first, how they are fed in front of what is embedded of that."""
+    keys = list(Recipe().as_dict(DataOptions(("imgs",))))
+    assert keys[:4] == ["samples", "seed", "glob", "weight_bits"]
+    assert keys[keys.index("preprocessing") + 1] == "embed_preprocessing"
+    assert not {"paths", "batch"} & set(keys)
+
+
+def test_all_images_are_no_number() -> None:
+    assert DataOptions(samples=None).samples is None
+    with pytest.raises(QconvError, match="--samples 0 is not possible"):
+        DataOptions(samples=0)

@@ -11,8 +11,9 @@ import onnx
 import pytest
 
 from qconv.cli.quantize import quantize as quantize_command
-from qconv.cli.recipe_options import make_recipe_of_options
+from qconv.cli.recipe_options import make_request_of_options
 from qconv.config.choices import LayerBits
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob, format_layer_bits, read_layer_bits
 from qconv.errors import QconvError
@@ -213,8 +214,8 @@ def test_the_file_carries_the_assignment(tmp_path: Path) -> None:
     folder.mkdir()
     for index in range(3):
         np.save(folder / f"{index}.npy", np.random.default_rng(index).random((1, 3, 8, 8), np.float32))
-    recipe = Recipe(calib=(str(folder),), layer_bits=(("d", LayerBits(4, 6)),), equalize=False)
-    report, result = whole(deep(), recipe)
+    recipe, data = Recipe(layer_bits=(("d", LayerBits(4, 6)),), equalize=False), DataOptions((str(folder),))
+    report, result = whole(deep(), recipe, data)
     carried = json.loads({entry.key: entry.value for entry in result.metadata_props}["qconv.recipe"])
     wanted = [["d", {"weights": 4, "activations": 6, "in_float": False}]]
     assert carried["layer_bits"] == report.recipe["layer_bits"] == wanted
@@ -227,8 +228,11 @@ def test_globs_that_match_no_layer_are_told(tmp_path: Path) -> None:
     folder.mkdir()
     np.save(folder / "0.npy", np.ones((1, 3, 8, 8), np.float32))
     heard: list[str] = []
-    recipe = Recipe(calib=(str(folder),), layer_bits=(("d", FOUR), ("conv9", FOUR), ("r", FOUR)), threads=1)
-    quantize(Source("m", None, deep().SerializeToString()), None, recipe, Reporter(heard.append))
+    recipe, data = (
+        Recipe(layer_bits=(("d", FOUR), ("conv9", FOUR), ("r", FOUR)), threads=1),
+        DataOptions((str(folder),)),
+    )
+    quantize(Source("m", None, deep().SerializeToString()), None, recipe, data, Reporter(heard.append))
     told = [text for text in heard if "--layer-bits" in text]
     assert told == [f"--layer-bits: {name!r} matches no layer of the folded model." for name in ("conv9", "r")]
 
@@ -239,7 +243,7 @@ def test_globs_that_match_no_layer_are_told(tmp_path: Path) -> None:
 def asked(*options: object) -> Recipe:
     """The recipe of `qconv quantize m --calib x OPTIONS`."""
     with quantize_command.make_context("quantize", ["m", "--calib", "x", *map(str, options)]) as context:
-        return make_recipe_of_options(context.params)
+        return make_request_of_options(context.params)[0]
 
 
 def test_the_option_reads_the_file(tmp_path: Path) -> None:
@@ -270,6 +274,6 @@ def test_a_line_that_comes_too_late_is_told(tmp_path: Path) -> None:
     for number in range(4):
         np.save(samples / f"{number}.npy", np.random.default_rng(number).random((3, 8, 8)).astype(np.float32))
     lines = (("*", LayerBits(4)), ("d", LayerBits(8)), ("nowhere", LayerBits(8)))
-    report, _ = whole(proto, Recipe(calib=(str(samples),), layer_bits=lines, effort="fast"))
+    report, _ = whole(proto, Recipe(layer_bits=lines, effort="fast"), DataOptions((str(samples),)))
     assert any("'d' matches no layer that a line above it does not" in text for text in report.warnings)
     assert any("'nowhere' matches no layer of the folded model" in text for text in report.warnings)

@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
@@ -52,10 +53,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def made(proto: onnx.ModelProto, folder: str, target: str, **options: Any) -> tuple[Report, File]:
-    recipe = Recipe(
-        calib=(folder,), preprocessing=PreprocessingOptions("unit"), target=target, **{"threads": 1, **options}
+    recipe, data = (
+        Recipe(target=target, **{"threads": 1, **options}),
+        DataOptions((folder,), preprocessing=PreprocessingOptions("unit")),
     )
-    report, data = quantize(Source("the model", None, proto.SerializeToString()), None, recipe)
+    report, data = quantize(Source("the model", None, proto.SerializeToString()), None, recipe, data)
     assert data is not None
     return report, File(onnx.load_from_string(data))
 
@@ -176,7 +178,7 @@ def test_transposed_convolutions_are_quantized(body: str, target: str, folder: s
 )
 def test_what_tensorrt_would_reject_is_refused_first(options: dict[str, Any], fact: str) -> None:
     with pytest.raises(QconvError, match=fact):
-        Recipe(calib=("x",), target="tensorrt", **options)
+        Recipe(target="tensorrt", **options)
 
 
 @pytest.mark.parametrize(("groups", "stride"), [(1, 2), (2, 2), (1, 1), (2, 3)])
@@ -259,8 +261,11 @@ def photos() -> NDArray[np.float32]:
 @pytest.mark.parametrize("target", ["openvino", "generic"])
 def test_openvino_runs_the_file_in_integers_and_agrees(target: str) -> None:
     """As near to what the file means as ONNX Runtime's own integer kernels are, give or take."""
-    recipe = Recipe(calib=(str(PHOTOS),), preprocessing=PreprocessingOptions("imagenet", resize="exact"), target=target)
-    _, data = quantize(CIFAR, None, recipe)
+    recipe, data = (
+        Recipe(target=target),
+        DataOptions((str(PHOTOS),), preprocessing=PreprocessingOptions("imagenet", resize="exact")),
+    )
+    _, data = quantize(CIFAR, None, recipe, data)
     assert data is not None
     proto, x = onnx.load_from_string(data), photos()
     got, kinds = by_openvino(proto, x)

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PRESETS, Color, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.autodetect import CERTAIN_MARGIN, DetectedPreprocessing, detect_preprocessing
@@ -87,8 +88,8 @@ def found(proto: onnx.ModelProto, folder: Path, samples: int = 128, **options: A
     data = proto.SerializeToString()
     session = Session(data, threads=1)
     said = PreprocessingOptions(**options)
-    recipe = Recipe(calib=(str(folder),), samples=samples, threads=1, preprocessing=said)
-    feed = DataLoader.of(session, recipe, Reporter(print))
+    pictures = DataOptions((str(folder),), samples=samples, preprocessing=said)
+    feed = DataLoader.of(session, pictures, Reporter(print))
     return detect_preprocessing(loaded(proto), session, feed, said, threads=1)
 
 
@@ -496,7 +497,7 @@ def test_the_options_named_are_those_that_settle_it(family: Any) -> None:
 def test_the_report_tells_choice_runner_up_and_margin(calib: Path) -> None:
     heard: list[str] = []
     source = Source("m", None, trained_with("tf").SerializeToString())
-    report, _ = quantize(source, None, Recipe(calib=(str(calib),), threads=1), Reporter(heard.append))
+    report, _ = quantize(source, None, Recipe(threads=1), DataOptions((str(calib),)), Reporter(heard.append))
     told = report.as_dict()
     assert (told["preprocessing"]["preset"], told["recipe"]["preprocessing"]["preset"]) == ("tf", "auto")
     assert told["preprocessing"]["margin"] >= CERTAIN_MARGIN
@@ -509,8 +510,8 @@ def test_the_report_tells_choice_runner_up_and_margin(calib: Path) -> None:
 def test_doubt_is_a_warning(calib: Path) -> None:
     heard: list[str] = []
     proto = network("c = Conv(x, w)  y = Relu(c)", x=("N", 3, SIDE, SIDE), w=(8, 3, 3, 3))
-    recipe = Recipe(calib=(str(calib),), threads=1)
-    report, _ = quantize(Source("m", None, proto.SerializeToString()), None, recipe, Reporter(heard.append))
+    recipe, data = Recipe(threads=1), DataOptions((str(calib),))
+    report, _ = quantize(Source("m", None, proto.SerializeToString()), None, recipe, data, Reporter(heard.append))
     assert [text for text in report.warnings if "settles it" in text] == [
         text for text in heard if "settles it" in text
     ]

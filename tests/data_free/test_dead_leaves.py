@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
-from qconv.config.recipe import Recipe
 from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
 from qconv.data_free.dead_leaves import (
     IMAGE_COUNT,
@@ -63,7 +62,7 @@ def test_pictures_are_the_same_in_every_run() -> None:
 
 def test_a_batch_of_the_network_s_own_is_whole() -> None:
     session = Session(network("y = Conv(x, w)", (5, 1, 8, 8), w=(2, 1, 3, 3)).SerializeToString())
-    batches = list(GeneratedImageLoader.like(session, Recipe(calib="none")).all("verify"))
+    batches = list(GeneratedImageLoader.like(session, PreprocessingOptions()).all("verify"))
     assert {feeds["x"].shape for feeds in batches} == {(5, 1, 8, 8)}
     assert len(batches) == -(-IMAGE_COUNT // 5)
 
@@ -74,7 +73,7 @@ def test_ends_are_black_and_white(color: Color) -> None:
     channels = 1 if color is Color.GREY else 3
     session = Session(network("y = Conv(x, w)", (1, channels, 8, 8), w=(2, channels, 3, 3)).SerializeToString())
     options = PreprocessingOptions("unit", mean=(0.1, 0.2, 0.3)[:channels], std=(0.5,), color=color)
-    feed = GeneratedImageLoader.like(session, Recipe(calib="none", preprocessing=options))
+    feed = GeneratedImageLoader.like(session, options)
     assert feed.preprocessing is not None
     found = network_input_distribution(feed.preprocessing)
     np.testing.assert_allclose(found.ends[0], (0 - np.array([0.1, 0.2, 0.3])[:channels]) / 0.5)
@@ -90,7 +89,7 @@ def trained(preset: str) -> bytes:
     seen = np.stack([np.asarray(photo, np.float64) for photo in with_colours])
     options = PreprocessingOptions(preset)
     session = Session(network("y = Conv(x, w)", (1, 3, SIDE, SIDE), w=(2, 3, 3, 3)).SerializeToString())
-    prep = GeneratedImageLoader.like(session, Recipe(calib="none", preprocessing=options)).preprocessing
+    prep = GeneratedImageLoader.like(session, options).preprocessing
     assert prep is not None
     assert prep.layout is Layout.NCHW
     ordered = seen[..., ::-1] if prep.color is Color.BGR else seen
@@ -103,8 +102,7 @@ def trained(preset: str) -> bytes:
 
 
 def made(data: bytes, **options: str) -> GeneratedImageLoader:
-    recipe = Recipe(calib="none", preprocessing=PreprocessingOptions(**options))  # type: ignore[arg-type]
-    return GeneratedImageLoader.like(Session(data), recipe)
+    return GeneratedImageLoader.like(Session(data), PreprocessingOptions(**options))  # type: ignore[arg-type]
 
 
 def detected(data: bytes, **options: str) -> DetectedPreprocessing:
@@ -138,5 +136,5 @@ def test_what_is_no_picture_cannot_be_made_up(shape: tuple[int, ...]) -> None:
     body = "y = Relu(x)"
     session = Session(network(body, shape).SerializeToString())
     with pytest.raises(QconvError, match=r"has 12 channels|is no picture's") as error:
-        GeneratedImageLoader.like(session, Recipe(calib="none"))
+        GeneratedImageLoader.like(session, PreprocessingOptions())
     assert ".npy" in error.value.hint

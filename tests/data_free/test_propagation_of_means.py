@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from qconv.config.choices import LayerBits
-from qconv.config.recipe import Recipe
+from qconv.config.recipe import make_request
 from qconv.data_free.propagation import set_batchnorm_means
 from qconv.errors import Skipped
 from qconv.ir.files import Source
@@ -255,10 +255,10 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def made(proto: onnx.ModelProto, folder: str, **options: object) -> tuple[Report, bytes]:
-    recipe = Recipe(calib=(folder,), threads=1, **options)  # type: ignore[arg-type]
-    report, data = quantize(Source("m", None, proto.SerializeToString()), None, recipe)
-    assert data is not None
-    return report, data
+    request = make_request({"calib": (folder,), "threads": 1, **options})
+    report, made = quantize(Source("m", None, proto.SerializeToString()), None, *request)
+    assert made is not None
+    return report, made
 
 
 def moved(proto: onnx.ModelProto, data: bytes) -> float:

@@ -13,8 +13,9 @@ import pytest
 
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import FALLBACKS
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import Layout, PreprocessingOptions
-from qconv.config.recipe import Recipe
+from qconv.config.recipe import Recipe, make_request
 from qconv.config.serialization import command_line_options, recipe_from_dict
 from qconv.data.loader import DataLoader
 from qconv.data_free.statistics import WIDENING_FACTORS, sketch_distribution
@@ -34,9 +35,9 @@ PHOTOS = HERE.parent / "calib_samples"
 DATA = Path(os.environ.get("QCONV_DATA") or HERE.parents[1] / "shared" / "data")
 
 
-def recipe(**options: Any) -> Recipe:
+def request(**options: Any) -> tuple[Recipe, DataOptions]:
     preset = options.pop("preset", "imagenet")
-    return Recipe(calib="none", preprocessing=PreprocessingOptions(preset), **options)
+    return make_request({"calib": "none", "preprocessing": PreprocessingOptions(preset), **options})
 
 
 def made(tmp_path: Path, model: Path | onnx.ModelProto = CIFAR, **options: Any) -> tuple[Report, Path]:
@@ -44,15 +45,15 @@ def made(tmp_path: Path, model: Path | onnx.ModelProto = CIFAR, **options: Any) 
         onnx.save(model, tmp_path / "model.onnx")
         model = tmp_path / "model.onnx"
     out = tmp_path / "out.onnx"
-    report, _ = quantize.quantize(Source(str(model), model), out, recipe(**options))
+    report, _ = quantize.quantize(Source(str(model), model), out, *request(**options))
     return report, out
 
 
 def sqnr(out: Path, model: Path = CIFAR, samples: int = 24) -> float:
     """Of the written file on photographs, in dB."""
     sessions = [Session(str(path)) for path in (model, out)]
-    looked = Recipe(calib=(str(PHOTOS),), samples=samples, preprocessing=PreprocessingOptions("imagenet"))
-    feed = DataLoader.of(sessions[0], looked, Reporter(print))
+    data = DataOptions((str(PHOTOS),), samples=samples, preprocessing=PreprocessingOptions("imagenet"))
+    feed = DataLoader.of(sessions[0], data, Reporter(print))
     found = verify(*sessions, feed.all("test")).sqnr_db
     assert found is not None
     return found
@@ -66,10 +67,11 @@ def test_a_real_network_keeps_its_outputs(tmp_path: Path) -> None:
     """As near as with pictures that are watched, and nearest codes."""
     report, out = made(tmp_path)
     without = sqnr(out)
-    looked = Recipe(
-        calib=(str(PHOTOS),), samples=32, effort="fast", preprocessing=PreprocessingOptions("imagenet"), equalize=False
+    looked, data = (
+        Recipe(effort="fast", equalize=False),
+        DataOptions((str(PHOTOS),), samples=32, preprocessing=PreprocessingOptions("imagenet")),
     )
-    quantize.quantize(Source(str(CIFAR), CIFAR), out, looked)
+    quantize.quantize(Source(str(CIFAR), CIFAR), out, looked, data)
     assert without > 25
     assert without > sqnr(out) - 6
     assert whats(report, "ranges by what BatchNormalization says")
@@ -102,7 +104,7 @@ def test_the_same_bytes_every_time_and_the_recipe_in_them(tmp_path: Path) -> Non
     again = recipe_from_dict(told)
     assert again is not None
     assert again.data_free
-    assert again.as_dict() == told
+    assert again.as_dict(DataOptions(preprocessing=PreprocessingOptions("imagenet"))) == told
 
 
 @pytest.mark.parametrize("layout", list(Layout))
@@ -205,16 +207,18 @@ def test_every_fallback_has_its_pictures() -> None:
 )
 def test_what_needs_pictures_is_refused(options: dict[str, Any], what: str) -> None:
     with pytest.raises(QconvError, match=f"^{what}"):
-        Recipe(**({"calib": "none"} | options))
+        make_request({"calib": "none"} | options)
 
 
 def test_defaults_without_pictures() -> None:
-    found = Recipe(calib="none")
-    assert (found.calib, found.data_free, found.rounding) == ((), True, "nearest")
+    found = Recipe(data_free=True)
+    assert (found.data_free, found.rounding) == (True, "nearest")
     assert (found.bias_correction, found.calibrator) == ("analytic", "minmax")
     assert (found.equalize, found.tune_ranges) == (True, False)
-    assert Recipe(data_free=True) == found
-    assert Recipe(calib="./none").calib == ("./none",)
+    assert make_request({"calib": "none"}) == (found, DataOptions())
+    assert DataOptions("./none").paths == ("./none",)  # type: ignore[arg-type]
+    with pytest.raises(QconvError, match="paths with 'none'"):
+        DataOptions(("none",))
 
 
 def test_a_sketch_is_what_a_large_sample_leaves() -> None:
@@ -240,10 +244,9 @@ def test_resnet20_by_its_own_statistics(tmp_path: Path) -> None:
     model = DATA / "models" / "resnet20_cifar10.onnx"
     _, out = made(tmp_path, model, preset="auto")
     sessions = [Session(str(path)) for path in (model, out)]
-    looked = Recipe(
-        calib=(str(DATA / "images/cifar10/test"),), samples=200, preprocessing=PreprocessingOptions("imagenet")
-    )
-    feed = DataLoader.of(sessions[0], looked, Reporter(print))
+    pictures = (str(DATA / "images/cifar10/test"),)
+    data = DataOptions(pictures, samples=200, preprocessing=PreprocessingOptions("imagenet"))
+    feed = DataLoader.of(sessions[0], data, Reporter(print))
     found = verify(*sessions, feed.all("test"))
     assert found.sqnr_db is not None
     assert found.sqnr_db > 25

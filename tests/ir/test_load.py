@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir import files, load, subgraph
@@ -460,7 +461,7 @@ def test_external_data_goes_into_a_data_file_again(tmp_path: Path, monkeypatch: 
     path, _ = with_data(tmp_path / "there")
     monkeypatch.setattr(files, "PROTOBUF_LIMIT", limit)
     out = tmp_path / "out.onnx"
-    quantize(path, out, Recipe(calib=(samples(tmp_path / "calib"),), threads=1))
+    quantize(path, out, Recipe(threads=1), DataOptions((samples(tmp_path / "calib"),)))
     model, data = sorted(p.name for p in tmp_path.iterdir() if p.is_file())
     assert model == "out.onnx"
     assert re.fullmatch(r"out\.onnx\.[0-9a-f]{8}\.data", data)
@@ -471,14 +472,14 @@ def test_external_data_goes_into_a_data_file_again(tmp_path: Path, monkeypatch: 
 def test_models_too_large_for_one_protobuf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit lowered to 500 bytes: calibration and result use data files, and the numbers are the usual ones."""
     path, calib = tmp_path / "model.onnx", samples(tmp_path / "calib")
-    recipe = Recipe(calib=(calib,), threads=1)
+    recipe, data = Recipe(threads=1), DataOptions((calib,))
     x = np.random.default_rng(9).standard_normal(SHAPE).astype(np.float32)
 
     def result(scale: float) -> tuple[set[str], NDArray]:
         path.write_bytes(model_of([CONV, helper.make_node("Relu", ["y"], ["z"])], tensor("w", WEIGHT * scale),
                                   tensor("unused", np.ones(200, np.float32)),
                                   outputs=[info("z", FLOAT, OUT_SHAPE)]).SerializeToString())  # fmt: skip
-        quantize(path, tmp_path / "out.onnx", recipe)
+        quantize(path, tmp_path / "out.onnx", recipe, data)
         files = {p.name for p in tmp_path.iterdir() if p.is_file()} - {"model.onnx"}
         return files, Session(str(tmp_path / "out.onnx"), threads=1).run_all({"x": x})[0]
 
@@ -512,14 +513,14 @@ def test_a_result_too_large_for_standard_output_is_an_error(tmp_path: Path, monk
     path.write_bytes(model_of([CONV], tensor("w", WEIGHT)).SerializeToString())
     monkeypatch.setattr(files, "PROTOBUF_LIMIT", 100)
     with pytest.raises(QconvError, match="too large for one file"):
-        quantize(path, None, Recipe(calib=(samples(tmp_path / "calib"),), threads=1))
+        quantize(path, None, Recipe(threads=1), DataOptions((samples(tmp_path / "calib"),)))
 
 
 def test_external_data_comes_along_to_standard_output(tmp_path: Path) -> None:
     """Even weights that stay float are then part of the file."""
     path, _ = with_data(tmp_path / "there")
-    recipe = Recipe(calib=(samples(tmp_path / "calib"),), threads=1, keep_float_op=("Gemm",))
-    _, result = quantize(path, None, recipe)
+    recipe, data = Recipe(threads=1, keep_float_op=("Gemm",)), DataOptions((samples(tmp_path / "calib"),))
+    _, result = quantize(path, None, recipe, data)
     assert result is not None
     (got,) = Session(result, threads=1).run_all({"x": np.ones(SHAPE, np.float32)})
     assert got.shape == (1, 10)
@@ -579,7 +580,7 @@ def refusal(tmp_path: Path, content: bytes) -> str:
     path, out, calib = tmp_path / "bad.onnx", tmp_path / "out.onnx", samples(tmp_path / "calib")
     path.write_bytes(content)
     with pytest.raises(QconvError) as caught:
-        quantize(path, out, Recipe(calib=(calib,), threads=1))
+        quantize(path, out, Recipe(threads=1), DataOptions((calib,)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.onnx", "calib"]
     assert caught.value.hint
     return caught.value.message
@@ -603,7 +604,7 @@ def test_no_model_at_all(tmp_path: Path) -> None:
 def test_no_file_at_all(tmp_path: Path) -> None:
     for path, fact in ((tmp_path / "none.onnx", "does not exist"), (tmp_path, "cannot be read")):
         with pytest.raises(QconvError, match=fact):
-            quantize(path, tmp_path / "out.onnx", Recipe(calib=(samples(tmp_path / "calib"),), threads=1))
+            quantize(path, tmp_path / "out.onnx", Recipe(threads=1), DataOptions((samples(tmp_path / "calib"),)))
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
@@ -626,7 +627,7 @@ def test_flipped_bits_end_in_an_error_or_in_a_result(tmp_path: Path) -> None:
         path.write_bytes(flipped.tobytes())
         out.unlink(missing_ok=True)
         try:
-            quantize(path, out, Recipe(calib=(calib,), threads=1, samples=2))
+            quantize(path, out, Recipe(threads=1), DataOptions((calib,), samples=2))
         except QconvError:
             refused += 1
             assert not out.exists()
@@ -711,10 +712,10 @@ def test_an_already_quantized_model(tmp_path: Path, op: str) -> None:
 
 def test_the_result_of_qconv_is_already_quantized(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(chain().SerializeToString())
-    recipe = Recipe(calib=(samples(tmp_path / "calib"),), threads=1)
-    quantize(tmp_path / "model.onnx", tmp_path / "once.onnx", recipe)
+    recipe, data = Recipe(threads=1), DataOptions((samples(tmp_path / "calib"),))
+    quantize(tmp_path / "model.onnx", tmp_path / "once.onnx", recipe, data)
     with pytest.raises(QconvError, match="already quantized"):
-        quantize(tmp_path / "once.onnx", tmp_path / "twice.onnx", recipe)
+        quantize(tmp_path / "once.onnx", tmp_path / "twice.onnx", recipe, data)
 
 
 def test_errors_say_nothing_on_standard_output(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -736,7 +737,7 @@ def test_float16_networks_are_quantized_and_keep_their_edges(tmp_path: Path) -> 
     )
     (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
     calib = samples(tmp_path / "calib", dtype=np.float16)
-    report, result = quantize(tmp_path / "model.onnx", None, Recipe(calib=(calib,), threads=1))
+    report, result = quantize(tmp_path / "model.onnx", None, Recipe(threads=1), DataOptions((calib,)))
     x = np.load(os.path.join(calib, "0.npy"))[None]
     (got,) = Session(result or b"", threads=1).run_all({"x": x})
     want = run(proto, {"x": x})["y"]

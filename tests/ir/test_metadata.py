@@ -7,6 +7,7 @@ import json
 import pytest
 
 from qconv.config.choices import Scheme, WeightGranularity
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.metadata import needed_opset, needed_runtime, write_metadata
@@ -64,7 +65,7 @@ def test_the_oldest_runtime(options: dict[str, object], opset: int, oldest: str)
 def test_the_ir_version_is_the_opsets_own(opset: int, ir: int) -> None:
     """By the table of releases in onnx's documentation."""
     model = loaded(network("y = Relu(x)", opset=opset))
-    write_metadata(model, "1.2.3", Recipe(weight_bits=4, threads=3), None)
+    write_metadata(model, "1.2.3", Recipe(weight_bits=4, threads=3).as_dict(DataOptions()), None)
     proto = model.proto()
     assert proto.ir_version == ir
     carried = {entry.key: entry.value for entry in proto.metadata_props}

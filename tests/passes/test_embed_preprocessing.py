@@ -19,8 +19,9 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from qconv.config.choices import Scheme, WeightGranularity
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
-from qconv.config.recipe import Recipe
+from qconv.config.recipe import Recipe, make_request
 from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.files import Source
@@ -423,9 +424,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def quantized(proto: onnx.ModelProto, folder: str, **options: Any) -> tuple[Report, onnx.ModelProto]:
     defaults = {"calib": (folder,), "embed_preprocessing": Layout.NHWC, "threads": 1, "rounding": "nearest"}
     settings = defaults | options
-    report, data = quantize(
-        Source("the model", None, proto.SerializeToString()), None, Recipe(**{"rounding": "nearest", **settings})
-    )
+    report, data = quantize(Source("the model", None, proto.SerializeToString()), None, *make_request(settings))
     assert data is not None
     result = onnx.load_from_string(data)
     onnx.checker.check_model(result, full_check=True)
@@ -668,9 +667,9 @@ def test_the_float_model_is_fed_the_same_bits(folder: str, own: Layout, preset: 
     for value in (proto.graph.input[0], proto.graph.output[0]):
         value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
     session = Session(proto.SerializeToString(), threads=1)
-    recipe = Recipe(calib=(folder,), batch=5, preprocessing=PreprocessingOptions(preset=preset))
+    data = DataOptions((folder,), batch=5, preprocessing=PreprocessingOptions(preset=preset))
     for layout in Layout:
-        plain, raw = (DataLoader.of(session, recipe, Reporter(pytest.fail)) for _ in range(2))
+        plain, raw = (DataLoader.of(session, data, Reporter(pytest.fail)) for _ in range(2))
         raw.take_pixels(layout)
         for want, given in zip(plain.all(""), raw.all(""), strict=True):
             assert given["x"].dtype == np.uint8

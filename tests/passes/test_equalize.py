@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
-from qconv.config.recipe import Recipe
+from qconv.config.data_options import DataOptions
+from qconv.config.recipe import Recipe, make_request
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
 from qconv.pipeline import quantize as pipeline_quantize
@@ -54,7 +55,7 @@ def quantized(proto: onnx.ModelProto, samples: str, **options: Any) -> Report:
     report, _ = pipeline_quantize.quantize(
         path,
         path.with_suffix(".out.onnx"),
-        Recipe(**({"calib": (samples,), "equalize": True, "rounding": "nearest"} | options)),
+        *make_request({"calib": (samples,), "equalize": True, "rounding": "nearest"} | options),
     )
     return report
 
@@ -92,7 +93,7 @@ def test_channels_of_a_clip_that_binds_keep_their_scale(samples: str) -> None:
 
 def test_statistics_cannot_be_watched_again() -> None:
     with pytest.raises(QconvError, match="--equalize with --stats"):
-        Recipe(calib=("imgs",), stats="s.npz", equalize=True)
+        Recipe(stats="s.npz", equalize=True)
 
 
 def test_saved_statistics_are_of_the_network_as_it_is(samples: str, tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_the_same_bytes_again(samples: str) -> None:
     made = []
     for name in ("one.onnx", "two.onnx"):
         pipeline_quantize.quantize(
-            path, path.with_name(name), Recipe(calib=(samples,), equalize=True, weight_granularity="per-tensor")
+            path, path.with_name(name), Recipe(equalize=True, weight_granularity="per-tensor"), DataOptions((samples,))
         )
         made.append(path.with_name(name).read_bytes())
     assert made[0] == made[1]
@@ -129,7 +130,9 @@ def test_channels_are_lowered_by_what_all_pictures_show(tmp_path: Path) -> None:
 
     def made() -> tuple[bool, float]:
         """Whether channels are lowered, and how well a dark picture does, in dB."""
-        report, data = quantize(Source("m", None, proto.SerializeToString()), None, Recipe(calib=(str(tmp_path),)))
+        report, data = quantize(
+            Source("m", None, proto.SerializeToString()), None, Recipe(), DataOptions((str(tmp_path),))
+        )
         (got,) = Session(data or b"").run_all({"x": dark})
         lowered = [f for f in report.findings if f.step == "equalize" and "high channels" in getattr(f, "what", "")]
         return bool(lowered), 10 * np.log10(np.square(ref).sum() / np.square(ref - got).sum())

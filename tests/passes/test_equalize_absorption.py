@@ -10,7 +10,7 @@ import pytest
 
 from qconv.calibration.observer import Observer, estimate_channel_ranges, observe_each_image, open_observed_session
 from qconv.calibration.sketch import SketchContents
-from qconv.config.recipe import Recipe
+from qconv.config.data_options import DataOptions
 from qconv.data.loader import DataLoader
 from qconv.errors import Change
 from qconv.ir.model import Model, constant_array
@@ -35,7 +35,7 @@ def feed(tmp_path: Path) -> DataLoader:
     for index in range(12):
         np.save(tmp_path / f"{index}.npy", rng.standard_normal((1, 3, 8, 8)).astype(np.float32))
     session = Session(high().SerializeToString(), threads=1)
-    return DataLoader.of(session, Recipe(calib=(str(tmp_path),)), Reporter())
+    return DataLoader.of(session, DataOptions((str(tmp_path),)), Reporter())
 
 
 def lowered(model: Model, feed: DataLoader) -> list[Change]:

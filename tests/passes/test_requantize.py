@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir.files import Source
@@ -62,14 +63,13 @@ def test_noise_of_few_bits_stays_out_of_the_stream(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(16):
         np.save(tmp_path / f"{number:02}.npy", rng.uniform(0, 1, (2, 4, 4)).astype(np.float32))
-    recipe = Recipe(calib=(str(tmp_path),), threads=1, activation_bits=3)
-    report, data = quantize(Source("m", None, proto.SerializeToString()), None, recipe)
-    assert data is not None
+    recipe, data = Recipe(threads=1, activation_bits=3), DataOptions((str(tmp_path),))
+    report, _ = quantize(Source("m", None, proto.SerializeToString()), None, recipe, data)
     sqnr = report.verify.outputs[0].sqnr_db
     assert sqnr is not None
     assert sqnr > 40
     assert any(finding.where == "b" for finding in report.findings if finding.step == "plan")
-    report, _ = quantize(Source("m", None, proto.SerializeToString()), None, replace(recipe, edge_bits=3))
+    report, _ = quantize(Source("m", None, proto.SerializeToString()), None, replace(recipe, edge_bits=3), data)
     few = report.verify.outputs[0].sqnr_db
     assert few is not None
     assert few < 25  # the last layer reads 3 bits

@@ -22,6 +22,7 @@ from qconv.audit.audit import PlannedReasons, audit
 from qconv.calibration.observer import export_observed_model, observe
 from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.config.choices import Scheme, WeightGranularity
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding
@@ -115,7 +116,7 @@ class Quantized:
         self.params, self.findings = choose_params(self.plan, sketches, recipe)
         self.findings += emit(model, self.plan, self.params, pack=recipe.pack)
         self.findings += compress_constants(model)
-        metadata.write_metadata(model, "0", recipe, None)
+        metadata.write_metadata(model, "0", recipe.as_dict(DataOptions()), None)
         self.model = model
         self.proto: onnx.ModelProto = model.proto()
         onnx.checker.check_model(self.proto, full_check=True)
@@ -1091,8 +1092,8 @@ def test_the_whole_story_agrees_with_its_parts(tmp_path: Path) -> None:
     for index, feeds in enumerate(samples):
         np.save(tmp_path / "calib" / f"{index}.npy", feeds["x"][0])
     onnx.save(NET, tmp_path / "net.onnx")
-    recipe = Recipe(calib=(str(tmp_path / "calib"),), threads=1, effort="fast")
-    report, _ = quantize(tmp_path / "net.onnx", tmp_path / "out.onnx", recipe)
+    recipe, data = Recipe(threads=1, effort="fast"), DataOptions((str(tmp_path / "calib"),))
+    report, _ = quantize(tmp_path / "net.onnx", tmp_path / "out.onnx", recipe, data)
     assert (report.audit.float, report.opset) == (0, 17)
     written = joined(Session(str(tmp_path / "out.onnx"), optimize=False, threads=1), samples)
     parts = quantized(NET, samples)

@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from qconv.config.recipe import Recipe
+from qconv.config.data_options import DataOptions
+from qconv.config.recipe import Recipe, make_request
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
 from qconv.quantization import overflow, second_order
@@ -64,8 +65,8 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def made(proto: onnx.ModelProto, samples: str, **options: object) -> tuple[Report, bytes]:
-    recipe = Recipe(calib=(samples,), threads=1, **{"edge_bits": 3, **options})  # type: ignore[arg-type]
-    report, data = quantize(Source("m", None, proto.SerializeToString()), None, recipe)
+    request = make_request({"calib": (samples,), "threads": 1, "edge_bits": 3, **options})
+    report, data = quantize(Source("m", None, proto.SerializeToString()), None, *request)
     assert data is not None
     return report, data
 
@@ -277,7 +278,7 @@ def test_statistics_alone_leave_codes_nearest(samples: str, tmp_path: Path) -> N
     file = tmp_path / "model.onnx"
     file.write_bytes(net("conv").SerializeToString())
     stats = tmp_path / "s.npz"
-    quantize(file, None, Recipe(calib=(samples,), save_stats=str(stats), rounding="nearest"))
+    quantize(file, None, Recipe(save_stats=str(stats), rounding="nearest"), DataOptions((samples,)))
     report, alone = quantize(file, None, Recipe(stats=str(stats)))
     assert [f for f in report.findings if f.step == "round" and "pass pictures" in f.why]  # type: ignore[union-attr]
     _, nearest = quantize(file, None, Recipe(stats=str(stats), rounding="nearest"))

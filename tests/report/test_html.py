@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from qconv.cli.main import cli
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.data import images
@@ -340,9 +341,9 @@ def test_the_sheet_shows_grey_and_borders(photo: Path) -> None:
 
 
 def feed_of(calib: Path, **options: Any) -> DataLoader:
-    recipe = Recipe(calib=(str(calib),), preprocessing=PreprocessingOptions(**options))
+    data = DataOptions((str(calib),), preprocessing=PreprocessingOptions(**options))
     session = Session(str(CIFAR), name="cifar", threads=1)
-    return DataLoader.of(session, recipe, Reporter())
+    return DataLoader.of(session, data, Reporter())
 
 
 def test_the_sheet_leaves_out_what_cannot_be_read(tmp_path: Path) -> None:
@@ -379,7 +380,7 @@ QUICK = ("--calib", PHOTOS, "--samples", 8, "--effort", "fast", "--preprocess", 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cifar") / "out.onnx"
-    quantize.quantize(CIFAR, out, Recipe(calib=(str(PHOTOS),), samples=8, effort="fast"))
+    quantize.quantize(CIFAR, out, Recipe(effort="fast"), DataOptions((str(PHOTOS),), samples=8))
     return out
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir.files import Source
@@ -17,6 +18,7 @@ from qconv.ir.stepwise import NetworkTail, StepwiseRun
 from qconv.pipeline.quantize import quantize
 from qconv.planning.planner import make_plan
 from qconv.quantizer import QuantParams, QuantSpec
+from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 from qconv.search.activation_ranges import SEARCH_BUDGETS, SearchBudget, _pick_batches, search_activation_ranges
 from qconv.storage import ArrayStore
@@ -27,10 +29,6 @@ UINT8 = QuantSpec(8, signed=False, symmetric=False)
 ALL = SearchBudget(few=2, many=64, far=64, near=0)
 
 
-def hear(stage: str, done: int, total: int) -> None:
-    """Nobody listens."""
-
-
 def factor(body: str, pictures: list[NDArray], top: float, looks: SearchBudget = ALL, **weights: NDArray) -> float:
     """What becomes of the range [0, top] of tensor b."""
     model = loaded(network(body, ("N", 1, 8, 8), **weights))
@@ -39,7 +37,7 @@ def factor(body: str, pictures: list[NDArray], top: float, looks: SearchBudget =
     for value in chosen:
         if value.name == "b":
             chosen[value] = UINT8.from_range(0, top)
-    factors, _ = search_activation_ranges(model, plan, chosen, [{"x": x} for x in pictures], looks, 1, hear)
+    factors, _ = search_activation_ranges(model, plan, chosen, [{"x": x} for x in pictures], looks, 1, Reporter())
     return factors.get("b", 1.0)
 
 
@@ -160,10 +158,12 @@ def test_files_gain_from_it_and_say_so(tmp_path: Path) -> None:
     proto = network(body, (1, 1, 8, 8), w=ONE, v=ONE, low=np.float32(0), high=np.float32(2))
     for number in range(24):
         np.save(tmp_path / f"{number:02}.npy", spread(number, 40.0)[0])
-    recipe = Recipe(calib=(str(tmp_path),), threads=1, equalize=False)
+    recipe, data = Recipe(threads=1, equalize=False), DataOptions((str(tmp_path),))
     found = {}
     for wanted in (True, False):
-        report, _ = quantize(Source("m", None, proto.SerializeToString()), None, replace(recipe, tune_ranges=wanted))
+        report, _ = quantize(
+            Source("m", None, proto.SerializeToString()), None, replace(recipe, tune_ranges=wanted), data
+        )
         found[wanted] = report.verify.outputs[0].sqnr_db
         told = [finding for finding in report.findings if finding.step == "ranges"]
         assert bool(told) is wanted

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source
@@ -34,7 +35,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, costs: dict[str, tuple[float, float]]
         return Benchmark(detect_cpu(), conditions, 1, "", timings)
 
     monkeypatch.setattr(latency, "benchmark", timed)
-    monkeypatch.setattr(latency, "faster_in_float", lambda *_: {})  # the table has nothing to say
+    monkeypatch.setattr(latency, "place_by_cost_table", lambda *_: {})  # the table has nothing to say
 
 
 @pytest.fixture
@@ -48,10 +49,10 @@ def samples(tmp_path: Path) -> str:
 
 def tuned(samples: str) -> tuple[Report, onnx.ModelProto]:
     proto = network(BODY, (1, 3, 16, 16), **WEIGHTS)
-    recipe = Recipe(calib=(samples,), threads=1, tune_latency=True)
-    report, data = quantize(Source("m", None, proto.SerializeToString()), None, recipe)
-    assert data is not None
-    return report, onnx.load_from_string(data)
+    recipe, data = Recipe(threads=1, tune_latency=True), DataOptions((samples,))
+    report, made = quantize(Source("m", None, proto.SerializeToString()), None, recipe, data)
+    assert made is not None
+    return report, onnx.load_from_string(made)
 
 
 COSTS = {"a": (500.0, 100.0), "c": (10.0, 900.0), "y": (500.0, 100.0)}
@@ -99,4 +100,4 @@ def test_it_really_measures(samples: str) -> None:
 def test_it_is_refused_where_nothing_can_be_placed() -> None:
     for options in ({"activation_bits": 4}, {"weight_bits": 16}, {"target": "generic"}):
         with pytest.raises(QconvError, match="--tune-latency"):
-            Recipe(calib=("x",), tune_latency=True, **options)  # type: ignore[arg-type]
+            Recipe(tune_latency=True, **options)  # type: ignore[arg-type]

@@ -20,8 +20,9 @@ from onnx import numpy_helper
 from PIL import Image
 
 from qconv.config.choices import CANDIDATE_BITS, Drop, LayerBits
+from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PreprocessingOptions
-from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe
+from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
 from qconv.config.serialization import read_layer_bits
 from qconv.data.dataset import find_files
 from qconv.errors import Change, QconvError
@@ -73,17 +74,14 @@ def fed(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], np.float32) / np.float32(255)
 
 
-def recipe(pictures: Path, **options: Any) -> Recipe:
-    return Recipe(
-        calib=(str(pictures),),
-        preprocessing=PreprocessingOptions(preset="unit"),
-        threads=1,
-        **{"rounding": "nearest", **options},
-    )
+def request(pictures: Path, **options: Any) -> tuple[Recipe, DataOptions]:
+    unit = PreprocessingOptions(preset="unit")
+    fed = {"calib": (str(pictures),), "preprocessing": unit, "threads": 1, "rounding": "nearest"}
+    return make_request({**fed, **options})
 
 
 def searched(pictures: Path, **options: Any) -> tuple[Report, onnx.ModelProto, MixedPrecision]:
-    report, result = quantized(NET, recipe(pictures, **options))
+    report, result = quantized(NET, *request(pictures, **options))
     assert report.mixed is not None
     return report, result, report.mixed
 
@@ -145,7 +143,7 @@ RESIDUAL = network(
 def test_what_is_written_is_what_was_measured(pictures: Path, asked_for: dict[str, Any], rounding: str) -> None:
     """Tensors of 4 bits that are rounded apart for layers, ranges set by the outputs, and channels scaled before."""
     wide = {"activation_bits": 4, "calibrator": "minmax", "tune_ranges": True}  # so that ranges gain from being cut
-    report, result = quantized(RESIDUAL, recipe(pictures, rounding=rounding, **wide, **asked_for))
+    report, result = quantized(RESIDUAL, *request(pictures, rounding=rounding, **wide, **asked_for))
     assert report.mixed is not None
     assert {"ranges", "plan"} <= {found.step for found in report.findings}
     sqnr, agreement = measured(result, pictures, RESIDUAL)
@@ -193,9 +191,9 @@ def test_unseen_pictures(pictures_and_batch: tuple[int, int], rounded_on: int, e
 @pytest.mark.parametrize("asked_for", [{"target_size": 0.13}, {"max_drop": Drop("sqnr", 20.0)}])
 def test_progress_rises_to_its_end(pictures: Path, asked_for: dict[str, Any]) -> None:
     heard: list[tuple[str, int, int]] = []
-    found = recipe(pictures, rounding="second-order", **asked_for)
+    found = request(pictures, rounding="second-order", **asked_for)
     quantize(
-        Source("m", None, NET.SerializeToString()), None, found, Reporter(on_progress=lambda *step: heard.append(step))
+        Source("m", None, NET.SerializeToString()), None, *found, Reporter(on_progress=lambda *step: heard.append(step))
     )
     for stage in ("layers", "search"):
         steps = [(done, total) for name, done, total in heard if name == stage]
@@ -257,7 +255,7 @@ class FakeJudge:
 def test_what_comes_before_a_search_reckons_with_the_bits_that_will_be_found(
     options: dict[str, Any], bits: int
 ) -> None:
-    assert predict_recipe(loaded(NET), Recipe(calib=("x",), **options), {}).weight_bits == bits
+    assert predict_recipe(loaded(NET), Recipe(**options), {}).weight_bits == bits
 
 
 def test_the_curve_rises_and_the_model_is_near_what_is_measured(pictures: Path) -> None:
@@ -295,7 +293,7 @@ def test_a_size_is_kept_and_used(pictures: Path, size: float) -> None:
     assert mixed.chosen.verified
     # better than the same bits for all that fit
     (fewest,) = {bits for bits in CANDIDATE_BITS if bits / 32 <= size < (bits + 1) / 32} or {5}
-    _, uniform = quantized(NET, recipe(pictures, weight_bits=fewest, edge_bits=2))
+    _, uniform = quantized(NET, *request(pictures, weight_bits=fewest, edge_bits=2))
     assert measured(result, pictures)[0] >= measured(uniform, pictures)[0] - 0.1
 
 
@@ -342,7 +340,7 @@ def test_what_was_found_can_be_saved_and_passed_back(tmp_path: Path, pictures: P
     assert report.recipe["layer_bits"] == [
         [name, {"weights": bits.weights, "activations": None, "in_float": False}] for name, bits in found
     ]
-    again, same = quantized(NET, recipe(pictures, layer_bits=found, **options))
+    again, same = quantized(NET, *request(pictures, layer_bits=found, **options))
     assert again.mixed is None
     constants = [
         {t.name: numpy_helper.to_array(t).tobytes() for t in proto.graph.initializer} for proto in (result, same)
@@ -382,12 +380,12 @@ def test_measures_that_do_not_exist(tmp_path: Path, pictures: Path) -> None:
     )
     for measure in ("top1", "agreement"):
         with pytest.raises(QconvError, match="one score a class"):
-            quantized(scalar, recipe(pictures, max_drop=Drop(measure, 0.1)))
+            quantized(scalar, *request(pictures, max_drop=Drop(measure, 0.1)))
 
 
 def test_the_result_does_not_depend_on_the_run(pictures: Path) -> None:
     source = Source("m", None, NET.SerializeToString())
-    first, second = (quantize(source, None, recipe(pictures, target_size=0.13))[1] for _ in range(2))
+    first, second = (quantize(source, None, *request(pictures, target_size=0.13))[1] for _ in range(2))
     assert first == second
 
 
@@ -418,7 +416,7 @@ def test_the_result_does_not_depend_on_the_run(pictures: Path) -> None:
 )
 def test_what_cannot_be_asked_for(options: dict[str, Any], fact: str) -> None:
     with pytest.raises(QconvError) as caught:
-        Recipe(**{"calib": ("x",), **options})
+        make_request({"calib": ("x",), **options})
     assert caught.value.message.startswith(fact) or fact in caught.value.message
 
 
@@ -426,14 +424,14 @@ def test_what_so_few_pictures_cannot_tell_is_warned_of(pictures: Path) -> None:
     """16 pictures: one is 0.0625 of them."""
     heard: list[str] = []
     for share in (0.05, 0.0, 0.07):
-        found = recipe(pictures, max_drop=Drop("agreement", share), candidate_bits=(8, 32), edge_bits=8)
-        report, _ = quantize(Source("m", None, NET.SerializeToString()), None, found)
+        found = request(pictures, max_drop=Drop("agreement", share), candidate_bits=(8, 32), edge_bits=8)
+        report, _ = quantize(Source("m", None, NET.SerializeToString()), None, *found)
         assert report.mixed is not None
         assert report.mixed.pictures == report.mixed.as_dict()["pictures"] == 16
         heard.append(" ".join(report.warnings))
     assert ["less than one of the 16 pictures" in text for text in heard] == [True, False, False]
-    found = recipe(pictures, target_size=0.2, rounding="second-order", samples=6)
-    report, _ = quantize(Source("m", None, NET.SerializeToString()), None, found)
+    found = request(pictures, target_size=0.2, rounding="second-order", samples=6)
+    report, _ = quantize(Source("m", None, NET.SerializeToString()), None, *found)
     assert any("which flatters" in text for text in report.warnings)
 
 
@@ -460,8 +458,8 @@ def test_the_summary_shows_what_was_tried(pictures: Path) -> None:
 
 
 def test_packing_goes_with_a_search(pictures: Path) -> None:
-    found = recipe(pictures, target_size=0.13, pack=True, edge_bits=2)
-    report, result = quantized(NET, found)
+    found, data = request(pictures, target_size=0.13, pack=True, edge_bits=2)
+    report, result = quantized(NET, found, data)
     kinds = {tensor.name: tensor.data_type for tensor in result.graph.initializer if tensor.name.endswith("_codes")}
     narrow = [name for name, bits in bits_in(report).items() if bits <= 4]
     assert list(kinds.values()).count(onnx.TensorProto.INT4) == len(narrow) > 0

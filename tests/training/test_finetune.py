@@ -20,6 +20,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from qconv.config.data_options import DataOptions
+from qconv.config.recipe import make_request
 from qconv.reporter import Reporter
 from tests.support.models import network
 
@@ -76,22 +78,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         where = folder / "pictures" / f"class{number % 5}"
         where.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(where / f"{number:02}.png")
-    quantize(str(folder / "net.onnx"), folder / "net.w3a3.onnx", few(folder))
+    quantize(str(folder / "net.onnx"), folder / "net.w3a3.onnx", *few(folder))
     return folder
 
 
-def few(folder: Path, **more: object) -> Recipe:
+def few(folder: Path, **more: object) -> tuple[Recipe, DataOptions]:
     made: dict[str, object] = {
         "calib": (str(folder / "pictures"),), "weight_bits": 3, "activation_bits": 3, "effort": "fast",
         "preprocessing": RAW, "threads": 1,
     }  # fmt: skip
-    return Recipe(**{**made, **more})  # type: ignore[arg-type]
+    return make_request({**made, **more})
 
 
 def wishes(folder: Path, **more: object) -> FinetuneOptions:
-    recipe = Recipe(calib=(str(folder / "pictures"),), samples=10**9, threads=1)
+    data = DataOptions((str(folder / "pictures"),), samples=None)
     made: dict[str, object] = {"epochs": 40, "batch": 12, "rate": 2e-2, "device": "cpu", "augment": False}
-    return FinetuneOptions(recipe, **{**made, **more})  # type: ignore[arg-type]
+    made["threads"] = 1
+    return FinetuneOptions(data, **{**made, **more})  # type: ignore[arg-type]
 
 
 def source(path: Path) -> Source:
@@ -188,7 +191,7 @@ def test_nothing_learned_writes_the_same_numbers(place: Path) -> None:
 def test_no_pair_of_products_gets_worse(place: Path, tmp_path: Path) -> None:
     """Of 8-bit weights that grow in training: two products still fit into 16 bits wherever they did."""
     path = tmp_path / "w8a8.onnx"
-    quantize(str(place / "net.onnx"), path, few(place, weight_bits=8, activation_bits=8, saturation_safe=True))
+    quantize(str(place / "net.onnx"), path, *few(place, weight_bits=8, activation_bits=8, saturation_safe=True))
     model = load.load_unchanged(read_proto(source(path)), source(path))
     sites = find_sites(model, recipe_from_dict(read_recipe(model)))
     learned = LearnedParameters(sites)
@@ -215,11 +218,11 @@ def test_runs_are_alike(place: Path, tmp_path: Path) -> None:
     """The same options and pictures give the same bytes; another seed others."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         wish = wishes(place, epochs=4, augment=True)
-        recipe = replace(wish.recipe, seed=seed)
+        data = replace(wish.data, seed=seed)
         finetune(
             source(place / "net.w3a3.onnx"),
             tmp_path / f"{name}.onnx",
-            replace(wish, recipe=recipe, teacher=source(place / "net.onnx")),
+            replace(wish, data=data, teacher=source(place / "net.onnx")),
         )
     a, b, c = ((tmp_path / f"{name}.onnx").read_bytes() for name in "abc")
     assert a == b
@@ -315,7 +318,7 @@ def test_every_kind_of_file_can_be_trained(place: Path, tmp_path: Path, more: di
     if "recipe_name" in more:
         more = dict(NAMED_RECIPES["aciq-w4a4"])
     quant, out = tmp_path / "quant.onnx", tmp_path / "out.onnx"
-    quantize(str(place / "net.onnx"), quant, few(place, **more))
+    quantize(str(place / "net.onnx"), quant, *few(place, **more))
     found = finetune(source(quant), out, wishes(place, teacher=source(place / "net.onnx"), epochs=6))
     assert found.history
     if found.trained:

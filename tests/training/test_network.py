@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from qconv.config.data_options import DataOptions
 from tests.support.models import loaded, network, run
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
@@ -250,17 +251,13 @@ def pixels() -> NDArray[np.uint8]:
 
 @cache
 def quantized(path: Path, name: str) -> onnx.ModelProto:
-    recipe = Recipe(
-        calib=(str(ROOT / "calib_samples"),),
-        samples=8,
-        effort="fast",
-        threads=1,
-        preprocessing=PreprocessingOptions(preset="imagenet"),
-        **OPTIONS[name],
+    recipe, data = (
+        Recipe(effort="fast", threads=1, **OPTIONS[name]),
+        DataOptions((str(ROOT / "calib_samples"),), samples=8, preprocessing=PreprocessingOptions(preset="imagenet")),
     )
-    _, data = quantize(str(path), None, recipe)
-    assert data is not None
-    return onnx.load_from_string(data)
+    _, made = quantize(str(path), None, recipe, data)
+    assert made is not None
+    return onnx.load_from_string(made)
 
 
 def feeds_of(proto: onnx.ModelProto) -> Arrays:

@@ -15,6 +15,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from qconv.config.data_options import DataOptions
+from qconv.config.recipe import make_request
 from qconv.reporter import Reporter
 from tests.support.models import ints, loaded, network
 
@@ -77,7 +79,7 @@ def made(folder: Path, name: str, **more: Any) -> tuple[Report, Path]:
         "threads": 1, "rounding": "reconstruct",
     }  # fmt: skip
     out = folder / f"{name}.onnx"
-    report, _ = quantize.quantize(str(folder / "net.onnx"), out, Recipe(**{**options, **more}))
+    report, _ = quantize.quantize(str(folder / "net.onnx"), out, *make_request({**options, **more}))
     return report, out
 
 
@@ -217,11 +219,11 @@ def test_operators_that_cannot_be_run_are_told_of_before_the_work(place: Path, t
     body = "a = Conv(x, w) b = Relu(a) y = Mish(b)"
     proto = network(body, ("N", 3, 12, 12), opset=18, w=(8, 3, 3, 3))
     (tmp_path / "net.onnx").write_bytes(proto.SerializeToString())
-    recipe = Recipe(calib=(str(place / "pictures"),), preprocessing=RAW, rounding="reconstruct", threads=1)
+    recipe, data = Recipe(rounding="reconstruct", threads=1), DataOptions((str(place / "pictures"),), preprocessing=RAW)
     heard: list[str] = []
     reporter = Reporter(on_progress=lambda stage, done, total: heard.append(stage))
     with pytest.raises(QconvError, match="cannot run 1 operator of this model in PyTorch: Mish"):
-        quantize.quantize(str(tmp_path / "net.onnx"), tmp_path / "out.onnx", recipe, reporter)
+        quantize.quantize(str(tmp_path / "net.onnx"), tmp_path / "out.onnx", recipe, data, reporter)
     assert "round" not in heard
 
 

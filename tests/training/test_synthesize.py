@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from qconv.config.data_options import DataOptions
 from qconv.reporter import Reporter
 from tests.support.models import ints, loaded, network, run, statistics
 
@@ -542,11 +543,11 @@ def test_what_nothing_tells_of_is_watched_on_synthesized_pictures(tmp_path: Path
     }
     constants = {name: stored[name] for name in ("w", "g1", "b1", "m1", "v1", "u", "g")} | {"o": (6, 6, 1, 1)}
     where = source(network(body, ("N", 3, 12, 12), **constants).SerializeToString(), tmp_path)
-    recipe = Recipe(calib="none", preprocessing=RAW, fallback="synthesized", threads=1)
-    report, _ = quantize.quantize(where, tmp_path / "out.onnx", recipe)
+    recipe, data = Recipe(data_free=True, fallback="synthesized", threads=1), DataOptions(preprocessing=RAW)
+    report, _ = quantize.quantize(where, tmp_path / "out.onnx", recipe, data)
     watched = {c.where for c in report.findings if isinstance(c, Change) and c.kind == "ranges by synthesized pictures"}
     assert "s" in watched
-    quantize.quantize(where, tmp_path / "random.onnx", replace(recipe, fallback="random"))
+    quantize.quantize(where, tmp_path / "random.onnx", replace(recipe, fallback="random"), data)
     by_random, by_synthesized = (constants_in(tmp_path / f"{name}.onnx") for name in ("random", "out"))
     assert by_random.keys() == by_synthesized.keys()
     assert any(by_random[name] > 1.2 * scale for name, scale in by_synthesized.items() if scale > 0)
@@ -554,9 +555,12 @@ def test_what_nothing_tells_of_is_watched_on_synthesized_pictures(tmp_path: Path
 
 def test_a_network_that_remembers_nothing_has_no_synthesized_pictures(tmp_path: Path) -> None:
     quantize.write_folded_float(CIFAR, tmp_path / "folded.onnx")
-    recipe = Recipe(calib="none", preprocessing=PreprocessingOptions("imagenet"), fallback="synthesized", threads=1)
+    recipe, data = (
+        Recipe(data_free=True, fallback="synthesized", threads=1),
+        DataOptions(preprocessing=PreprocessingOptions("imagenet")),
+    )
     with pytest.raises(QconvError, match="has no BatchNormalization that remembers"):
-        quantize.quantize(tmp_path / "folded.onnx", tmp_path / "out.onnx", recipe)
+        quantize.quantize(tmp_path / "folded.onnx", tmp_path / "out.onnx", recipe, data)
     assert not (tmp_path / "out.onnx").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from qconv.config.preprocessing import PreprocessingOptions
-from qconv.config.recipe import Recipe
+from qconv.config.recipe import make_request
 from qconv.config.serialization import recipe_from_dict
 from qconv.errors import QconvError
 from qconv.ir import load
@@ -43,7 +43,7 @@ def place(tmp_path: Path) -> Path:
 def sites(place: Path, **more: object) -> tuple[Model, LearnableSites]:
     fast = {"effort": "fast", "calibrator": "minmax", **more}
     feed = {"calib": (str(place / "pictures"),), "preprocessing": PreprocessingOptions(preset="raw"), "threads": 1}
-    quantize(str(place / "net.onnx"), place / "q.onnx", Recipe(**feed, **fast))  # type: ignore[arg-type]
+    quantize(str(place / "net.onnx"), place / "q.onnx", *make_request({**feed, **fast}))
     source = Source(str(place / "q.onnx"), place / "q.onnx")
     model = load.load_unchanged(read_proto(source), source)
     return model, find_sites(model, recipe_from_dict(read_recipe(model)))
