@@ -39,7 +39,6 @@ from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PRESETS, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import make_request
 from qconv.config.serialization import format_option
-from qconv.config.targets import TARGETS
 from qconv.data.autodetect import CERTAIN_MARGIN, SHAPE_OPTIONS, detect_preprocessing, is_same_preprocessing
 from qconv.data.loader import DataLoader, ModelWithData
 from qconv.errors import format_count
@@ -47,20 +46,14 @@ from qconv.ir import load
 from qconv.ir import metadata as ir_metadata
 from qconv.ir.files import (
     Source,
-    declared_opset,
-    external_data_files,
     file_bytes,
-    hash_model,
     metadata_of,
     open_original,
     read_proto,
     refuse_quantized,
 )
-from qconv.ir.metadata import needed_opset
-from qconv.passes import fold
-from qconv.pipeline.collect import CalibrationCache, open_calibration_data
-from qconv.planning.placement import choose_float_nodes
-from qconv.planning.planner import make_plan
+from qconv.pipeline.collect import CalibrationCache
+from qconv.pipeline.prepare import prepare
 from qconv.reporter import Reporter
 from qconv.results.comparison import Cause, Comparison, Diagnosis, Trial
 from qconv.runtime.benchmark import detect_cpu
@@ -101,7 +94,7 @@ class DiagnosisRun:
 
 def diagnose(case: DiagnosisRequest, reporter: Reporter | None = None) -> DiagnosisRun:
     """Raises QconvError for anything the user can mend."""
-    reporter = reporter or Reporter()
+    reporter = (reporter or Reporter()).of_part()
     proto = read_proto(case.source)
     refuse_quantized(proto, case.source.name)
     size = file_bytes(proto, case.source)
@@ -291,24 +284,19 @@ class _DiagnosisRunner:
         """All that causes are read from, of the run that remedies are measured against."""
         source, recipe, report = self.case.source, base.made.recipe, base.made.report
         assert report is not None
-        proto = read_proto(source)
-        model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
-        made_from = hash_model(source, external_data_files(proto, source))
-        pictures = open_calibration_data(source, made_from, recipe, base.made.data, self.reporter.without_warnings())
-        pictures.memory = self.memory
-        pictures.settle(model, recipe.threads)
-        fold.run_float_passes(model)
-        plan = make_plan(model, recipe, TARGETS[recipe.target], choose_float_nodes(model, recipe, pictures.fed))
-        sketches = pictures.sketches(model, [plan], recipe)
+        quiet = self.reporter.without_warnings()
+        found = prepare(source, recipe, base.made.data, quiet, memory=self.memory)
+        sketches = found.data.sketches(found.model, [found.plan], recipe)
         quantized = Source(str(base.made.path), base.made.path)
 
         def feeds() -> Iterator[Any]:
             return ((batch, batch) for batch, _ in proof.scored.batches)
 
-        question = ComparisonRequest(source, quantized, feeds, proof.scored.pictures, pictures.words, recipe.threads)
+        question = ComparisonRequest(source, quantized, feeds, proof.scored.pictures, found.data.words, recipe.threads)
         compared = compare(question, self.reporter)
         moves = ir_metadata.read_equalization(metadata_of(read_proto(quantized)))
-        return DiagnosisEvidence(model, plan, recipe, report, sketches, moves, compared, detect_cpu().saturates is True)
+        saturates = detect_cpu().saturates is True
+        return DiagnosisEvidence(found.model, found.plan, recipe, report, sketches, moves, compared, saturates)
 
     # -- what comes of it ----------------------------------------------------------------------------------------------
 

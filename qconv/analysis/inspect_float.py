@@ -18,16 +18,15 @@ from qconv.analysis.weight_checks import (
     count_relu6,
 )
 from qconv.config.recipe import Recipe
-from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.files import Source, declared_opset, file_bytes, iter_tensors, metadata_of, read_proto
 from qconv.ir.load import load
 from qconv.ir.model import DataType, Model, Node, Value, constant_array, dims, input_of
 from qconv.ir.rewriting import standard_op_type
 from qconv.passes import fold
-from qconv.planning.placement import choose_float_nodes
+from qconv.pipeline.prepare import plan_folded
 from qconv.planning.plan import LayerPlan, Plan
-from qconv.planning.planner import is_quantizable_layer, make_plan
+from qconv.planning.planner import is_quantizable_layer
 from qconv.quantizer import PerBlock, PerChannel
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
@@ -209,7 +208,7 @@ def inspect_float(source: Source, target: str) -> FloatModel:
     findings = fold.run_float_passes(model)
     folded = sum(isinstance(f, Change) and f.kind.startswith("BatchNormalization folded") for f in findings)
     recipe = Recipe(target=target)
-    plan = make_plan(model, recipe, TARGETS[target], choose_float_nodes(model, recipe, None))
+    _, plan = plan_folded(model, recipe, None)
     layers, troubles = _make_layer_rows(model, plan, recipe, known)
     return FloatModel(
         name=source.name,

@@ -24,20 +24,15 @@ from qconv.calibration.sketch import Sketch
 from qconv.calibration.statistics_file import SketchSpool, open_sketch_spool
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
-from qconv.config.targets import TARGETS
-from qconv.data.autodetect import detect_preprocessing
+from qconv.data.dataset import find_files
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError, format_count
-from qconv.ir import load, subgraph
-from qconv.ir.files import Source, declared_opset, external_data_files, open_original, read_proto, refuse_quantized
-from qconv.ir.metadata import needed_opset
+from qconv.ir import subgraph
+from qconv.ir.files import Source, open_original
 from qconv.ir.model import Model
 from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
-from qconv.passes import fold
-from qconv.pipeline.checks import check_output, require_layers, warn_of_unmatched_options
-from qconv.planning.placement import choose_float_nodes
+from qconv.pipeline.prepare import Prepared, prepare
 from qconv.planning.plan import Plan
-from qconv.planning.planner import make_plan
 from qconv.reporter import Reporter
 from qconv.results.sample_curve import CurvePoint, SampleCurve, counts_up_to
 from qconv.runtime.benchmark import peak_rss_mb
@@ -76,42 +71,28 @@ def study_samples(
     anything the user can mend.
     """
     started = time.perf_counter()
-    recipe = replace(
-        recipe, equalize=False, tune_ranges=False
-    )  # scales differ from draw to draw, and would need all pictures again
-    question, reporter = question or StudyRequest(), reporter or Reporter()
-    recipe = replace(recipe, effort="fast", rounding="nearest")
+    question, reporter = question or StudyRequest(), (reporter or Reporter()).of_part()
+    # scales of equalization and ranges of outputs differ from draw to draw, and would need all pictures again
+    recipe = replace(recipe, equalize=False, tune_ranges=False, effort="fast", rounding="nearest")
     source = source if isinstance(source, Source) else Source(str(source), Path(source))
-    proto = read_proto(source)
-    refuse_quantized(proto, source.name)
-    if out is not None:
-        check_output(source, out, external_data_files(proto, source))
-    model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
-    del proto
-    session = open_original(source, recipe.threads)
-    calibration, scoring = _open_feeds(session, data, question, reporter)
-    detected = detect_preprocessing(model, session, calibration, data.preprocessing, threads=recipe.threads)
-    calibration.preprocessing = scoring.preprocessing = detected.preprocessing
-    fold.run_float_passes(model)
-    warn_of_unmatched_options(model, recipe, reporter)
-    floats = choose_float_nodes(model, recipe, calibration.preprocessing)
-    plan = make_plan(model, recipe, TARGETS[recipe.target], floats)
-    require_layers(plan, source)
-    for doubt in detected.doubts():
-        reporter.warn(doubt)
-    taps = _plan_observers(plan, recipe)
-    scored = collect_reference_outputs(session, scoring, "float", most_bytes=SCORED_BYTES, reporter=reporter)
-    del session
+    written = {} if out is None else {"the chart": out}
+    taken, held = _split_images(data, question)
+    found = prepare(source, recipe, replace(data, samples=taken), reporter, written=written)
+    feed = found.data.feed
+    assert feed is not None  # there are images, or `_split_images` would have found none
+    taps = _plan_observers(found.plan, recipe)
+    scored = _run_float_model(source, found, replace(data, samples=held), question, reporter, recipe.threads)
     with open_sketch_spool() as kept:
         before = time.perf_counter()
-        seconds = _sketch_each_image(model, taps, calibration, recipe, kept)
+        seconds = _sketch_each_image(found.model, taps, feed, recipe, kept)
         after = time.perf_counter()
-        points = _measure_points(_StudyJob(model, recipe, data.seed, floats), kept, scored, question.draws, reporter)
+        job = _StudyJob(found.model, recipe, data.seed, found.floats)
+        points = _measure_points(job, kept, scored, question.draws, reporter)
     return SampleCurve(
         version=qconv.__version__,
         model=source.name,
         recipe=recipe.as_dict(data),
-        preprocessing=None if calibration.preprocessing is None else calibration.preprocessing.as_dict(),
+        preprocessing=None if found.data.fed is None else found.data.fed.as_dict(),
         points=sorted(points, key=lambda point: (point.pictures, point.seed)),
         draws=question.draws,
         scored=scored.pictures,
@@ -146,22 +127,16 @@ def _plan_observers(plan: Plan, recipe: Recipe) -> list[Observer]:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def _open_feeds(
-    session: Session,
-    data: DataOptions,
-    question: StudyRequest,
-    reporter: Reporter,
-) -> tuple[DataLoader, DataLoader]:
-    """The pictures to calibrate with and those to score on: no picture is in both."""
+def _split_images(data: DataOptions, question: StudyRequest) -> tuple[int, int]:
+    """How many pictures to calibrate with, the first of the draw, and how many of those behind them to score on.
+
+    Where other pictures are scored on, the second number is of these, at most.
+    """
     wanted = MOST_HELD_OUT if question.holdout is None else question.holdout
+    found = find_files(data.paths, pattern=data.glob, samples=data.samples, seed=data.seed).found
     if question.images:
-        scoring = DataLoader.of(session, replace(data, paths=question.images, samples=wanted, glob=None), reporter)
-        if question.holdout is not None and len(scoring.listing.paths) < wanted:
-            reporter.warn(f"--holdout {wanted}: {' and '.join(question.images)} holds {len(scoring.listing.paths)}.")
-        return DataLoader.of(session, data, reporter), scoring
-    most = None if data.samples is None else data.samples + wanted
-    whole = DataLoader.of(session, replace(data, samples=most), reporter)
-    found, where = whole.listing.found, " and ".join(data.paths)
+        return min(data.samples or found, found), wanted
+    where = " and ".join(data.paths)
     if found < 2:
         raise QconvError(
             f"{where} holds {format_count(found, 'picture')}: one to calibrate with and one to score on are the least.",
@@ -173,8 +148,31 @@ def _open_feeds(
             f"--holdout {held} leaves none of the {found} pictures in {where} to calibrate with.",
             "hold fewer back, or pass others to score on with --images.",
         )
-    paths, most = whole.listing.paths, min(data.samples or found, found - held)
-    return whole.over(paths[:most]), whole.over(paths[most : most + held])
+    return min(data.samples or found, found - held), held
+
+
+def _run_float_model(
+    source: Source, found: Prepared, data: DataOptions, question: StudyRequest, reporter: Reporter, threads: int | None
+) -> ReferenceOutputs:
+    """What the float model says of the pictures to score on, none of which is calibrated with.
+
+    data: its `samples` says how many there are.
+    """
+    feed, session = found.data.feed, open_original(source, threads)
+    assert feed is not None
+    if question.images:
+        scoring = DataLoader.of(session, replace(data, paths=question.images, glob=None), reporter)
+        count = len(scoring.listing.paths)
+        if question.holdout is not None and count < question.holdout:
+            reporter.warn(f"--holdout {question.holdout}: {' and '.join(question.images)} holds {count}.")
+    else:
+        taken, held = len(feed.listing.paths), data.samples or 0
+        drawn = find_files(data.paths, pattern=data.glob, samples=taken + held, seed=data.seed).paths
+        scoring = feed.over(drawn[taken:])
+    scoring.preprocessing = feed.preprocessing
+    if found.data.pixels is not None:
+        scoring.take_pixels(found.data.pixels)
+    return collect_reference_outputs(session, scoring, "float", most_bytes=SCORED_BYTES, reporter=reporter)
 
 
 def _sketch_each_image(

@@ -23,17 +23,16 @@ from qconv.ir.files import (
     Source,
     external_data_files,
     file_bytes,
-    hash_model,
     open_original,
     read_proto,
     refuse_quantized,
 )
-from qconv.ir.load import load
 from qconv.metrics import comparison
 from qconv.metrics.classification import find_class_output
 from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
-from qconv.pipeline.checks import check_output
-from qconv.pipeline.collect import CalibrationCache, open_calibration_data
+from qconv.pipeline.checks import check_places
+from qconv.pipeline.collect import CalibrationCache
+from qconv.pipeline.prepare import load_float
 from qconv.pipeline.quantize import quantize
 from qconv.reporter import Reporter
 from qconv.results.comparison import Sweep, Trial
@@ -223,19 +222,17 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter 
     reporter = reporter or Reporter()
     proto = read_proto(source)
     refuse_quantized(proto, source.name)
-    for entry in entries:
-        check_output(source, entry.out, external_data_files(proto, source))
     shared, data = entries[0].recipe, entries[0].data
+    written = {f"the output of {entry.name}": entry.out for entry in entries}
+    check_places(source, external_data_files(proto, source), written, data.paths)
     session = open_original(source, shared.threads)
     held = hold_out_images(session, data, (), reporter)
     del session
     data = replace(data, samples=min(data.samples or held.most, held.most))
     memory = CalibrationCache()
-    made_from = hash_model(source, external_data_files(proto, source))
-    pictures = open_calibration_data(source, made_from, shared, data, reporter.without_warnings())
-    pictures.memory = memory
-    pictures.settle(load(proto, source)[0], shared.threads)
-    held.feed.preprocessing = pictures.preprocessing
+    loaded = load_float(source, shared, data, reporter.without_warnings(), memory=memory)
+    held.feed.preprocessing = loaded.data.preprocessing
+    del loaded
     if shared.embed_preprocessing is not None:
         held.feed.take_pixels(shared.embed_preprocessing)
     proof = TrialRunner.of(source, held.feed, shared.threads, reporter, memory)

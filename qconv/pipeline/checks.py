@@ -125,8 +125,18 @@ def _is_constant(sketch: Sketch) -> bool:
     )
 
 
-USELESS_AGREEMENT, USELESS_SQNR_DB = 0.5, 3.0
-"""Agreement and SQNR below which a result is of no use."""
+def check_places(source: Source, data: set[Path], written: Mapping[str, Path], read: Sequence[str]) -> None:
+    """Refuse to write two files at one place, or over anything that is read.
+
+    data: the model's own data files. written: places, by what they are for. read: images, lists of them, statistics.
+    """
+    for path in written.values():
+        check_output(source, path, data)
+    for (one, path), (other, same) in itertools.combinations(written.items(), 2):
+        if path.resolve() == same.resolve():
+            raise QconvError(f"{path} is both {one} and {other}.", "choose two names.")
+    for path in written.values():
+        storage.refuse_overwriting_inputs(path, read)
 
 
 def check_output(source: Source, out: Path, data: set[Path]) -> None:
@@ -138,13 +148,24 @@ def check_output(source: Source, out: Path, data: set[Path]) -> None:
             raise QconvError(f"The output {out} is {what}.", "choose another output with -o.")
 
 
-def _check_distinct_places(written: Mapping[str, Path], read: Sequence[str]) -> None:
-    """Refuse to write two files at one place, or over a list of pictures, a picture or statistics that are read."""
-    for (one, path), (other, same) in itertools.combinations(written.items(), 2):
-        if path.resolve() == same.resolve():
-            raise QconvError(f"{path} is both {one} and {other}.", "choose two names.")
-    for path in written.values():
-        storage.refuse_overwriting_inputs(path, read)
+USELESS_AGREEMENT, USELESS_SQNR_DB = 0.5, 3.0
+"""Agreement and SQNR below which a result is of no use."""
+
+SLOWER_FACTOR = 1.05
+"""Times of the float model from which on a result is called slower: less is noise."""
+
+
+def warn_of_result(checked: Verification, reporter: Reporter) -> None:
+    """Warn of odd outputs, of a result that is of no use, and of one that is slower than the float model."""
+    for output in checked.outputs:
+        if output.remark:
+            reporter.warn(f"output {output.name}: {output.remark}.")
+    if _is_useless(checked):
+        what = f"little is left of the float model: {_describe_accuracy(checked)}"
+        reporter.warn(f"{what}; `qconv diagnose` with the same options tells why.")
+    if checked.slowdown is not None and checked.slowdown > SLOWER_FACTOR:
+        times = f"{checked.slowdown:.2f} times as long as the float one"
+        reporter.warn(f"the quantized model ran {times} on this machine.")
 
 
 def _is_useless(checked: Verification) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,41 +23,31 @@ from qconv.ir import files, load
 from qconv.ir.files import (
     Source,
     declared_opset,
-    external_data_files,
-    file_bytes,
-    hash_model,
     open_original,
     read_proto,
-    refuse_quantized,
 )
 from qconv.ir.metadata import needed_opset, needed_runtime, set_ir_version, write_metadata
 from qconv.ir.model import Model
 from qconv.metrics.comparison import check_gates, verify
 from qconv.passes import fold
 from qconv.passes.compress_constants import compress_constants
-from qconv.passes.embed_preprocessing import embed_preprocessing
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import describe_requantization, requantize_for_layers
 from qconv.pipeline.checks import (
-    _check_distinct_places,
-    _describe_accuracy,
-    _is_useless,
-    check_output,
     find_odd_tensors,
-    require_layers,
+    warn_of_result,
     warn_of_uncorrected_biases,
-    warn_of_unmatched_options,
     warn_of_vain_keep_float,
 )
-from qconv.pipeline.collect import CalibrationCache, CalibrationData, open_calibration_data
-from qconv.planning.placement import choose_float_nodes
+from qconv.pipeline.collect import CalibrationCache, CalibrationData
+from qconv.pipeline.prepare import Prepared, Stopwatch, prepare
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
 from qconv.quantization.parameters import choose_activation_params, make_tensor_rows
 from qconv.quantization.second_order import choose_rounding_effort
 from qconv.reporter import Reporter
-from qconv.results.quantize import Audit, OutputScore, Report, Verification
+from qconv.results.quantize import Audit, MixedPrecision, OutputScore, Report, TensorRow, Verification
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
 from qconv.search.activation_ranges import SEARCH_BUDGETS, search_activation_ranges
@@ -74,24 +63,6 @@ from qconv.search.mixed_precision import check_target_size, predict_recipe, sear
 
 EQUALIZATION_IMAGES = 64
 """Pictures that channels are watched on, but for the best effort, which watches all."""
-
-SLOWER_FACTOR = 1.05
-"""Times of the float model from which on a result is called slower: less is noise."""
-
-
-@dataclass(slots=True)
-class _RunRecord:
-    """What one run gathers on its way."""
-
-    reporter: Reporter
-    findings: list[Finding] = field(default_factory=list)
-    time: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.time[name] = self.time.get(name, 0.0) + time.perf_counter() - start
 
 
 def quantize(
@@ -119,210 +90,272 @@ def quantize(
         QconvError: For anything the user can mend; then nothing is left behind.
     """
     started = time.perf_counter()
-    data = data or DataOptions()
-    recipe = recipe.with_data(data)
-    if recipe.rounding == "reconstruct":
-        require_torch("--rounding reconstruct")
-    run = _RunRecord((reporter or Reporter()).of_part())
     source = source if isinstance(source, Source) else Source(str(source), Path(source))
-    place = None if out is None else Path(out)
-
-    with run.step("load"):
-        proto = read_proto(source)
-        if place is not None:
-            check_output(source, place, external_data_files(proto, source))
-        written = {} if place is None else {"the output": place}
-        for option in ("save_stats", "save_layer_bits"):
-            if getattr(recipe, option) is not None:
-                path = Path(getattr(recipe, option))
-                check_output(source, path, external_data_files(proto, source))
-                written[option_name(option)] = path
-        _check_distinct_places(written, [*data.paths, *([] if recipe.stats is None else [recipe.stats])])
-        refuse_quantized(proto, source.name)
-        float_bytes, made_from = file_bytes(proto, source), hash_model(source, external_data_files(proto, source))
-        pictures = open_calibration_data(source, made_from, recipe, data, run.reporter)
-        pictures.memory = memory
-        model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
-        run.findings += changes
-    with run.step("detect"):
-        pictures.settle(model, recipe.threads)
-    with run.step("fold"):
-        run.findings += fold.run_float_passes(model)
-        if recipe.embed_preprocessing is not None:
-            fed, layout = pictures.take_pixels(recipe.embed_preprocessing), recipe.embed_preprocessing
-            run.findings += embed_preprocessing(model, fed, layout, exact=recipe.activation_bits > 8)
-    with run.step("plan"):
-        if recipe.rounding == "reconstruct":
-            from qconv.training.network import require_operators  # PyTorch is an extra
-
-            require_operators(model)
-        warn_of_unmatched_options(model, recipe, run.reporter)
-        target = TARGETS[recipe.target]
-        floats = {} if recipe.tune_latency else choose_float_nodes(model, recipe, pictures.fed)
-        plan = make_plan(model, recipe, target, floats)
-        require_layers(plan, source)
-        check_target_size(model, recipe, floats)
-        for doubt in pictures.detected.doubts():
-            run.reporter.warn(doubt)
-    with run.step("calibrate"):
-        # what is saved is of the network as it is, and serves other options, too, which may leave nothing in float
-        as_it_is: Mapping[str, Sketch] = {}
-        if recipe.save_stats is not None:
-            as_it_is = pictures.sketches(model, [plan, make_plan(model, recipe, target)], recipe)
-    with run.step("equalize"):
-        balanced = _equalize(
-            model, make_plan(model, predict_recipe(model, recipe, floats), target, floats), recipe, pictures
-        )
-        run.findings += balanced
-    with run.step("calibrate"):
-        moved = any(isinstance(finding, Change) for finding in balanced)
-        plans = [plan, make_plan(model, recipe, target)] if recipe.searches else [plan]
-        sketches = as_it_is if as_it_is and not moved else pictures.sketches(model, plans, recipe)
-        if pictures.unseen is not None:
-            run.findings += pictures.unseen.findings
-        for oddity in find_odd_tensors(sketches):
-            run.reporter.warn(oddity)
-    with run.step("plan"):
-        apart = requantize_for_layers(model, plan)
-        if apart:
-            run.findings += describe_requantization(apart)
-            sketches = {**sketches, **{copy: sketches[name] for name, copy in apart.items()}}
-            plan = make_plan(model, recipe, target, floats)
-    if recipe.tune_latency:
-        with run.step("tune"):
-            found_fastest = tune_latency(model, recipe, sketches, pictures.fed, pictures.size, run.reporter)
-            floats = found_fastest.floats
-            plan = make_plan(model, recipe, target, floats)
-            run.findings.append(Change("tune", source.name, found_fastest.in_words()))
-    factors: Mapping[str, float] = {}
-    if recipe.tune_ranges and pictures.feed is not None:
-        with run.step("ranges"):
-            factors, told = _tune_ranges(model, plan, sketches, pictures.feed, recipe, run)
-            run.findings += told
-    mixed = None
-    folded = FoldedNetwork(model, floats, sketches, factors)
-    if recipe.searches and pictures.feed is not None:
-        with run.step("search"):
-            ground = SearchContext(folded, recipe, data, pictures.feed, open_original(source, recipe.threads))
-            searched = search_bits(ground, run.reporter)
-            recipe, mixed, settled = searched.recipe, searched.report, searched.settled
-    else:
-        settled = _choose_and_round(folded, recipe, pictures, run)
-    plan, params = settled.plan, settled.params
-    run.findings += settled.findings
-    before = model.copy() if recipe.rounding == "reconstruct" else None
-    with run.step("emit"):
-        rows = make_tensor_rows(plan, params)
-        run.findings += emit(model, plan, params, pack=recipe.pack)
-    if before is not None and pictures.feed is not None:
-        with run.step("reconstruct"):
-            run.findings += _reconstruct(model, before, recipe, pictures, run.reporter)
-    with run.step("emit"):
-        run.findings += compress_constants(model)
-        write_metadata(model, qconv.__version__, recipe.as_dict(data), pictures.fed, plan.placed, made_from)
-    with files.stage_model(model, place) as staged:
-        with run.step("verify"):
-            files.check_staged_model(staged)
-            audited = _audit_staged(staged, model, PlannedReasons.of(plan), pictures.shown)
-            checked = _verify_staged(staged, open_original(source, recipe.threads), recipe, pictures, target)
-        warn_of_vain_keep_float(plan, audited, run.reporter)
-        for output in checked.outputs:
-            if output.remark:
-                run.reporter.warn(f"output {output.name}: {output.remark}.")
-        if _is_useless(checked):
-            what = f"little is left of the float model: {_describe_accuracy(checked)}"
-            run.reporter.warn(f"{what}; `qconv diagnose` with the same options tells why.")
-        if checked.slowdown is not None and checked.slowdown > SLOWER_FACTOR:
-            run.reporter.warn(
-                f"the quantized model ran {checked.slowdown:.2f} times as long as the float one on this machine."
-            )
-        size = staged.size
-        result = staged.path.read_bytes() if place is None else None
-        if recipe.save_stats is not None:
-            pictures.save_statistics(as_it_is, source, Path(recipe.save_stats))
-        if recipe.save_layer_bits is not None:
-            storage.write_atomically(Path(recipe.save_layer_bits), format_layer_bits(recipe.layer_bits).encode())
+    data, place = data or DataOptions(), None if out is None else Path(out)
+    recipe = recipe.with_data(data)
+    run = _QuantizationRun.of(source, recipe, data, (reporter or Reporter()).of_part(), memory, place)
+    run.calibrate()
+    run.give_layers_their_own_inputs()
+    run.place_by_measured_times()
+    run.tune_ranges()
+    settled, mixed = run.choose_numbers()
+    rows = run.emit(settled)
+    with files.stage_model(run.model, place) as staged:
+        checked, audited = run.check(staged, settled.plan)
+        size, result = staged.size, staged.path.read_bytes() if place is None else None
+        run.save_side_files()
         if place is not None:
             staged.commit(place)
-    run.time["total"] = time.perf_counter() - started
-    report = Report(
-        version=qconv.__version__,
-        output="-" if place is None else str(place),
-        float_model=source.name,
-        recipe=recipe.as_dict(data),
-        preprocessing=None if pictures.fed is None else pictures.fed.as_dict(),
-        preprocessing_words=pictures.words,
-        float_bytes=float_bytes,
-        quantized_bytes=size,
-        opset=model.opset,
-        ir_version=model.inner.ir_version,
-        needs=needed_runtime(model, recipe),
-        verify=checked,
-        audit=audited,
-        gates=check_gates(checked, recipe.min_agreement, recipe.min_sqnr),
-        warnings=run.reporter.warnings,
-        time=run.time,
-        peak_rss_mb=peak_rss_mb(),
-        findings=run.findings,
-        tensors=rows,
-        mixed=mixed,
-        runner_up=pictures.detected.runner_up,
-        margin=pictures.detected.margin,
-    )
-    return report, result
+    run.clock.seconds["total"] = time.perf_counter() - started
+    return run.report(place, size, checked, audited, rows, mixed), result
 
 
-def _equalize(model: Model, plan: Plan, recipe: Recipe, pictures: CalibrationData) -> list[Finding]:
-    """Channels are scaled where that is wanted and can be watched."""
-    if not recipe.equalize:
-        return []
-    if pictures.unseen is not None:
-        watched = partial(pictures.unseen.channels, model)
-        return equalize_without_data(model, plan, watched, pictures.unseen.imagined, recipe.threads)
-    if pictures.feed is None:
-        return []
-    most = None if recipe.effort == "best" else -(-EQUALIZATION_IMAGES // pictures.feed.batch)
-    return equalize_channels(model, plan, pictures.feed, most, recipe.threads)
+@dataclass(slots=True)
+class _QuantizationRun:
+    """One run: what it is about, and what its steps have come to.
+
+    Attributes:
+        source: The float model.
+        recipe: How to quantize; with the bits that were found, once they have been searched for.
+        pictures: The images.
+        model: The folded network, which becomes the quantized one.
+        floats: Names of nodes to leave in float, with the reason.
+        plan: What is quantized, and how.
+        prepared: What the network and the images were found to be.
+        sketches: What was seen of each tensor that is quantized.
+        saved: The same of the network before it was equalized, where it is to be saved.
+        factors: On the ranges of activations, as the outputs gain from them.
+    """
+
+    source: Source
+    recipe: Recipe
+    reporter: Reporter
+    clock: Stopwatch
+    prepared: Prepared
+    model: Model
+    pictures: CalibrationData
+    floats: Mapping[str, str]
+    plan: Plan
+    findings: list[Finding]
+    sketches: Mapping[str, Sketch] = field(default_factory=dict)
+    saved: Mapping[str, Sketch] = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        recipe: Recipe,
+        data: DataOptions,
+        reporter: Reporter,
+        memory: CalibrationCache | None,
+        place: Path | None,
+    ) -> _QuantizationRun:
+        """Prepare the network; what cannot be is said before the work. place: of the result, None for none."""
+        if recipe.rounding == "reconstruct":
+            require_torch("--rounding reconstruct")
+        clock, written = Stopwatch(), _places_of(recipe, place)
+        found = prepare(source, recipe, data, reporter, memory=memory, written=written, clock=clock)
+        with clock.step("plan"):
+            if recipe.rounding == "reconstruct":
+                from qconv.training.network import require_operators  # PyTorch is an extra
+
+                require_operators(found.model)
+            check_target_size(found.model, recipe, found.floats)
+        run = cls(source, recipe, reporter, clock, found, found.model, found.data, found.floats, found.plan, [])
+        run.findings += found.findings
+        return run
+
+    @property
+    def target(self) -> Target:
+        return TARGETS[self.recipe.target]
+
+    def calibrate(self) -> None:
+        """Watch every tensor that a range is needed of, and equalize the network where that gains."""
+        model, recipe, pictures = self.model, self.recipe, self.pictures
+        with self.clock.step("calibrate"):
+            # what is saved is of the network as it is, and serves other options, too, which may leave nothing in float
+            if recipe.save_stats is not None:
+                self.saved = pictures.sketches(model, [self.plan, self._plan_without_floats()], recipe)
+        with self.clock.step("equalize"):
+            balanced = self._equalize()
+            self.findings += balanced
+        with self.clock.step("calibrate"):
+            moved = any(isinstance(finding, Change) for finding in balanced)
+            plans = [self.plan, self._plan_without_floats()] if recipe.searches else [self.plan]
+            self.sketches = self.saved if self.saved and not moved else pictures.sketches(model, plans, recipe)
+            if pictures.unseen is not None:
+                self.findings += pictures.unseen.findings
+            for oddity in find_odd_tensors(self.sketches):
+                self.reporter.warn(oddity)
+
+    def _plan_without_floats(self) -> Plan:
+        return make_plan(self.model, self.recipe, self.target)
+
+    def _equalize(self) -> list[Finding]:
+        """Channels are scaled where that is wanted and can be watched."""
+        model, recipe, pictures = self.model, self.recipe, self.pictures
+        if not recipe.equalize or (pictures.unseen is None and pictures.feed is None):
+            return []
+        likely = predict_recipe(model, recipe, self.floats)
+        plan = self.plan if likely == recipe else make_plan(model, likely, self.target, self.floats)
+        if pictures.unseen is not None:
+            watched = partial(pictures.unseen.channels, model)
+            return equalize_without_data(model, plan, watched, pictures.unseen.imagined, recipe.threads)
+        assert pictures.feed is not None
+        most = None if recipe.effort == "best" else -(-EQUALIZATION_IMAGES // pictures.feed.batch)
+        return equalize_channels(model, plan, pictures.feed, most, recipe.threads)
+
+    def give_layers_their_own_inputs(self) -> None:
+        """Layers that read few bits get a tensor of their own where others read the same one with more."""
+        with self.clock.step("plan"):
+            apart = requantize_for_layers(self.model, self.plan)
+            if apart:
+                self.findings += describe_requantization(apart)
+                self.sketches = {**self.sketches, **{copy: self.sketches[name] for name, copy in apart.items()}}
+                self.plan = make_plan(self.model, self.recipe, self.target, self.floats)
+
+    def place_by_measured_times(self) -> None:
+        """Leave in float what runs faster there by the times of this machine, where that is asked for."""
+        if not self.recipe.tune_latency:
+            return
+        model, recipe, pictures = self.model, self.recipe, self.pictures
+        with self.clock.step("tune"):
+            fastest = tune_latency(model, recipe, self.sketches, pictures.fed, pictures.size, self.reporter)
+            self.floats = fastest.floats
+            self.plan = make_plan(model, recipe, self.target, self.floats)
+            self.findings.append(Change("tune", self.source.name, fastest.in_words()))
+
+    def tune_ranges(self) -> None:
+        """Choose factors on the ranges of activations by what the outputs lose, where that is asked for."""
+        recipe, feed = self.recipe, self.pictures.feed
+        if not recipe.tune_ranges or feed is None:
+            return
+        with self.clock.step("ranges"):
+            params, _ = choose_activation_params(self.plan, self.sketches, recipe)
+            looks = SEARCH_BUDGETS[recipe.effort]
+            feeds = feed.first(looks.many, "read again")
+            self.factors, changes = search_activation_ranges(
+                self.model, self.plan, params.activations, feeds, looks, recipe.threads, self.reporter
+            )
+            self.findings += changes
+
+    def choose_numbers(self) -> tuple[QuantizationSolution, MixedPrecision | None]:
+        """Find all numbers that are written, and the bits of layers before that, where they are searched for."""
+        folded = FoldedNetwork(self.model, self.floats, self.sketches, self.factors)
+        mixed = None
+        if self.recipe.searches and self.pictures.feed is not None:
+            with self.clock.step("search"):
+                original = open_original(self.source, self.recipe.threads)
+                ground = SearchContext(folded, self.recipe, self.pictures.data, self.pictures.feed, original)
+                searched = search_bits(ground, self.reporter)
+                self.recipe, mixed, settled = searched.recipe, searched.report, searched.settled
+        else:
+            settled = self._round(folded)
+        self.findings += settled.findings
+        return settled, mixed
+
+    def _round(self, folded: FoldedNetwork) -> QuantizationSolution:
+        recipe, pictures = self.recipe, self.pictures
+        with self.clock.step("params"):
+            settled = round_to_nearest(folded, recipe)
+            warn_of_uncorrected_biases(settled, recipe, self.reporter)
+        if pictures.feed is None and pictures.unseen is None and recipe.effort != "fast":
+            why = "statistics do not say how inputs go together; pass pictures, too"
+            settled.findings.append(Skipped("round", "all layers", why))
+        elif pictures.feed is not None and recipe.walks:
+            with self.clock.step("round"):
+                feeds = pictures.feed.first(choose_rounding_effort(settled.plan, recipe).pictures, "read again")
+                round_second_order_in_place(settled, folded, recipe, feeds, pictures.data.seed, self.reporter)
+        return settled
+
+    def emit(self, settled: QuantizationSolution) -> list[TensorRow]:
+        """Make the quantized network of the folded one. Returns the rows of its tensors in the report."""
+        model, recipe, pictures, plan = self.model, self.recipe, self.pictures, settled.plan
+        before = model.copy() if recipe.rounding == "reconstruct" else None
+        with self.clock.step("emit"):
+            rows = make_tensor_rows(plan, settled.params)
+            self.findings += emit(model, plan, settled.params, pack=recipe.pack)
+        if before is not None and pictures.feed is not None:
+            with self.clock.step("reconstruct"):
+                self.findings += self._reconstruct(before, pictures.feed)
+        with self.clock.step("emit"):
+            self.findings += compress_constants(model)
+            said = recipe.as_dict(pictures.data)
+            write_metadata(model, qconv.__version__, said, pictures.fed, plan.placed, self.prepared.digest)
+        return rows
+
+    def _reconstruct(self, before: Model, feed: DataLoader) -> list[Finding]:
+        """Learn codes block by block. before: the folded float network."""
+        from qconv.training.reconstruct import MOST_IMAGES, reconstruct_blocks  # PyTorch is an extra
+
+        fixed = next((spec.shape[0] for spec in feed.inputs if spec.shape and spec.shape[0]), None)
+        feeds, seed = feed.first(MOST_IMAGES, "read again"), self.pictures.data.seed
+        return reconstruct_blocks(self.model, before, self.recipe, feeds, fixed, seed, self.reporter)
+
+    def check(self, staged: files.StagedModel, plan: Plan) -> tuple[Verification, Audit]:
+        """Run the written file and read what the runtime makes of it, before it gets its name. Warn of what is odd."""
+        original, pictures = partial(open_original, self.source, self.recipe.threads), self.pictures
+        with self.clock.step("verify"):
+            files.check_staged_model(staged)
+            audited = _audit_staged(staged, self.model, PlannedReasons.of(plan), pictures.shown)
+            checked = _verify_staged(staged, original(), self.recipe, pictures, self.target)
+        warn_of_vain_keep_float(plan, audited, self.reporter)
+        warn_of_result(checked, self.reporter)
+        return checked, audited
+
+    def save_side_files(self) -> None:
+        """Write the statistics and the bits of layers, where they are asked for."""
+        recipe = self.recipe
+        if recipe.save_stats is not None:
+            self.pictures.save_statistics(self.saved, self.source, Path(recipe.save_stats))
+        if recipe.save_layer_bits is not None:
+            storage.write_atomically(Path(recipe.save_layer_bits), format_layer_bits(recipe.layer_bits).encode())
+
+    def report(
+        self,
+        place: Path | None,
+        size: int,
+        checked: Verification,
+        audited: Audit,
+        rows: list[TensorRow],
+        mixed: MixedPrecision | None,
+    ) -> Report:
+        """Put together what is told of the run. size: of the result, in bytes."""
+        recipe, pictures, model = self.recipe, self.pictures, self.model
+        return Report(
+            version=qconv.__version__,
+            output="-" if place is None else str(place),
+            float_model=self.source.name,
+            recipe=recipe.as_dict(pictures.data),
+            preprocessing=None if pictures.fed is None else pictures.fed.as_dict(),
+            preprocessing_words=pictures.words,
+            float_bytes=self.prepared.size,
+            quantized_bytes=size,
+            opset=model.opset,
+            ir_version=model.inner.ir_version,
+            needs=needed_runtime(model, recipe),
+            verify=checked,
+            audit=audited,
+            gates=check_gates(checked, recipe.min_agreement, recipe.min_sqnr),
+            warnings=self.reporter.warnings,
+            time=self.clock.seconds,
+            peak_rss_mb=peak_rss_mb(),
+            findings=self.findings,
+            tensors=rows,
+            mixed=mixed,
+            runner_up=pictures.detected.runner_up,
+            margin=pictures.detected.margin,
+        )
 
 
-def _tune_ranges(
-    model: Model, plan: Plan, sketches: Mapping[str, Sketch], feed: DataLoader, recipe: Recipe, run: _RunRecord
-) -> tuple[dict[str, float], list[Change]]:
-    """Factors on the ranges of activations, as the outputs gain from them."""
-    params, _ = choose_activation_params(plan, sketches, recipe)
-    looks = SEARCH_BUDGETS[recipe.effort]
-    feeds = feed.first(looks.many, "read again")
-    return search_activation_ranges(model, plan, params.activations, feeds, looks, recipe.threads, run.reporter)
-
-
-def _choose_and_round(
-    folded: FoldedNetwork, recipe: Recipe, pictures: CalibrationData, run: _RunRecord
-) -> QuantizationSolution:
-    """All numbers that are written."""
-    with run.step("params"):
-        settled = round_to_nearest(folded, recipe)
-        warn_of_uncorrected_biases(settled, recipe, run.reporter)
-    if pictures.feed is None and pictures.unseen is None and recipe.effort != "fast":
-        why = "statistics do not say how inputs go together; pass pictures, too"
-        settled.findings.append(Skipped("round", "all layers", why))
-    elif pictures.feed is not None and recipe.walks:
-        with run.step("round"):
-            feeds = pictures.feed.first(choose_rounding_effort(settled.plan, recipe).pictures, "read again")
-            round_second_order_in_place(settled, folded, recipe, feeds, pictures.data.seed, run.reporter)
-    return settled
-
-
-def _reconstruct(
-    model: Model, before: Model, recipe: Recipe, pictures: CalibrationData, reporter: Reporter
-) -> list[Finding]:
-    from qconv.training.reconstruct import MOST_IMAGES, reconstruct_blocks  # PyTorch is an extra
-
-    feed = pictures.feed
-    assert feed is not None
-    fixed = next((spec.shape[0] for spec in feed.inputs if spec.shape and spec.shape[0]), None)
-    return reconstruct_blocks(
-        model, before, recipe, feed.first(MOST_IMAGES, "read again"), fixed, pictures.data.seed, reporter
-    )
+def _places_of(recipe: Recipe, place: Path | None) -> dict[str, Path]:
+    """All places that a run writes, by what they are for."""
+    written = {} if place is None else {"the output": place}
+    for option in ("save_stats", "save_layer_bits"):
+        if getattr(recipe, option) is not None:
+            written[option_name(option)] = Path(getattr(recipe, option))
+    return written
 
 
 def _audit_staged(staged: files.StagedModel, model: Model, known: PlannedReasons, feed: DataLoader | None) -> Audit:

@@ -27,7 +27,6 @@ from qconv.ir.load import infer_shapes_at
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
 from qconv.planning.plan import Plan, data_inputs
-from qconv.planning.planner import make_plan
 
 Vertex = Hashable
 
@@ -135,17 +134,16 @@ def is_placement_supported(recipe: Recipe, target: Target) -> bool:
     return bool(target.costs) and recipe.runs_in_integers
 
 
-def choose_float_nodes(model: Model, recipe: Recipe, fed: Preprocessing | None) -> dict[str, str]:
+def choose_float_nodes(model: Model, recipe: Recipe, fed: Preprocessing | None, whole: Plan) -> dict[str, str]:
     """Names of the nodes of a folded model that `recipe`'s target runs faster in float, each with the reason.
 
-    fed: what the model takes, which settles sizes that it leaves open; None for ready-made samples.
+    fed: what the model takes, which settles sizes that it leaves open; None for ready-made samples. whole: the plan
+    without regard to costs.
     """
     target = TARGETS[recipe.target]
     if target.costs is None or not is_placement_supported(recipe, target):
         return {}
-    return place_by_cost_table(
-        model, make_plan(model, recipe, target), infer_run_shapes(model, fed), select_cost_table(recipe, target)
-    )
+    return place_by_cost_table(model, whole, infer_run_shapes(model, fed), select_cost_table(recipe, target))
 
 
 def select_cost_table(recipe: Recipe, target: Target) -> CostTable:

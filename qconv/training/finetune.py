@@ -66,7 +66,7 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Repor
     Raises QconvError for anything the user can mend; then nothing is left behind but what a later run goes on from.
     """
     started = time.perf_counter()
-    reporter = reporter or Reporter()
+    reporter = (reporter or Reporter()).of_part()
     with run_deterministically(wishes.threads):
         if not is_quantized(read_proto(source)):
             raise QconvError(f"{source.name} is not quantized.", "quantize it with `qconv quantize` first.")

@@ -376,7 +376,7 @@ def synthesize(
     Raises QconvError for anything the user can mend; then nothing is left behind.
     """
     started = time.perf_counter()
-    reporter = reporter or Reporter()
+    reporter = (reporter or Reporter()).of_part()
     _check_request(source, out)
     with run_deterministically(wishes.threads):
         proto = read_proto(source)
@@ -385,12 +385,10 @@ def synthesize(
         model, _ = load.load(proto, source)
         require_operators(model)
         remembered = BatchNormTargets.of(model, source.name)
-        if remembered.doubt:
-            reporter.warn(remembered.doubt)
         fed = _InputFormat.of(model, source, wishes)
         prep = fed.detected.preprocessing
         assert prep is not None
-        for doubt in fed.detected.doubts():
+        for doubt in filter(None, (remembered.doubt, *fed.detected.doubts())):
             reporter.warn(doubt)
         if fed.batch is not None and wishes.batch not in (None, fed.batch):
             reporter.warn(f"--batch {wishes.batch} is not used: the model's own batch is {fed.batch}.")

@@ -220,7 +220,9 @@ def test_depthwise_layers_with_zero_points_stay_float() -> None:
     shapes = {"w": (64, 64, 3, 3), "d": (64, 1, 3, 3), "p": (64, 64, 3, 3)}
     model = loaded(network(body, x=(1, 64, 28, 28), **shapes))
     for scheme, floats in (("symmetric", set()), ("asymmetric", {"b"})):
-        assert set(choose_float_nodes(model, Recipe(weight_scheme=scheme), None)) == floats  # type: ignore[arg-type]
+        recipe = Recipe(weight_scheme=scheme)  # type: ignore[arg-type]
+        whole = make_plan(model, recipe, TARGETS[recipe.target])
+        assert set(choose_float_nodes(model, recipe, None, whole)) == floats
 
 
 def test_costs_are_the_mean_of_those_of_all_cpus() -> None:

@@ -1,0 +1,177 @@
+"""Prepares a float network for its quantization: read, load, find out how it is fed, fold, and plan.
+
+Every command that quantizes, or tells what quantizing would do, starts here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qconv.config.data_options import DataOptions
+from qconv.config.preprocessing import Preprocessing
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
+from qconv.errors import Finding
+from qconv.ir import load
+from qconv.ir.files import (
+    Source,
+    declared_opset,
+    external_data_files,
+    file_bytes,
+    hash_model,
+    read_proto,
+    refuse_quantized,
+)
+from qconv.ir.metadata import needed_opset
+from qconv.ir.model import Model
+from qconv.passes import fold
+from qconv.passes.embed_preprocessing import embed_preprocessing
+from qconv.pipeline.checks import check_places, require_layers, warn_of_unmatched_options
+from qconv.pipeline.collect import CalibrationCache, CalibrationData, open_calibration_data
+from qconv.planning.placement import choose_float_nodes
+from qconv.planning.plan import Plan
+from qconv.planning.planner import make_plan
+from qconv.reporter import Reporter
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Seconds that each step of a run took, by its name; what is done in several parts adds up."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Add the time of what is done inside to that of a step."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(slots=True)
+class LoadedFloat:
+    """A float network as it is loaded, and the images that it is fed with.
+
+    Attributes:
+        model: Upgraded to the opset that the recipe needs; not folded.
+        data: The images, with the preprocessing that was said, or found out.
+        size: Of its files, in bytes.
+        digest: The hash of its files.
+        findings: What was changed in loading.
+    """
+
+    model: Model
+    data: CalibrationData
+    size: int
+    digest: str
+    findings: list[Finding]
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A float network, ready to be quantized.
+
+    Attributes:
+        model: The folded network; it takes pixels where preprocessing is embedded.
+        data: The images, as the network takes them.
+        floats: Names of the nodes that are faster in float, with the reason.
+        plan: What is quantized, and how.
+        size: Of the float model's files, in bytes.
+        digest: The hash of the float model's files.
+        findings: What was changed, and what could not be.
+    """
+
+    model: Model
+    data: CalibrationData
+    floats: dict[str, str]
+    plan: Plan
+    size: int
+    digest: str
+    findings: list[Finding]
+
+
+def load_float(
+    source: Source,
+    recipe: Recipe,
+    data: DataOptions,
+    reporter: Reporter,
+    *,
+    memory: CalibrationCache | None = None,
+    written: Mapping[str, Path] | None = None,
+    clock: Stopwatch | None = None,
+) -> LoadedFloat:
+    """Load a float model and find out how it is fed.
+
+    Args:
+        source: The model.
+        recipe: Says for which target and types it is loaded, and may name statistics.
+        data: The images, and what is said of how the network is fed.
+        reporter: Hears of images that cannot be read, and of options that have no effect.
+        memory: Of runs before this one on the same model.
+        written: Places that will be written, by what they are for.
+        clock: Takes the time of the steps "load" and "detect".
+
+    Raises:
+        QconvError: Where the model is quantized already, images cannot feed it, or a place cannot be written.
+    """
+    clock = clock or Stopwatch()
+    with clock.step("load"):
+        proto = read_proto(source)
+        files = external_data_files(proto, source)
+        check_places(source, files, written or {}, [*data.paths, *([] if recipe.stats is None else [recipe.stats])])
+        refuse_quantized(proto, source.name)
+        size, digest = file_bytes(proto, source), hash_model(source, files)
+        pictures = open_calibration_data(source, digest, recipe, data, reporter)
+        pictures.memory = memory
+        model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
+    with clock.step("detect"):
+        pictures.settle(model, recipe.threads)
+    return LoadedFloat(model, pictures, size, digest, list(changes))
+
+
+def prepare(
+    source: Source,
+    recipe: Recipe,
+    data: DataOptions,
+    reporter: Reporter,
+    *,
+    memory: CalibrationCache | None = None,
+    written: Mapping[str, Path] | None = None,
+    clock: Stopwatch | None = None,
+) -> Prepared:
+    """Load, fold and plan a float model. Arguments and errors are those of `load_float`.
+
+    Raises:
+        QconvError: Also where nothing would be quantized.
+    """
+    clock = clock or Stopwatch()
+    loaded = load_float(source, recipe, data, reporter, memory=memory, written=written, clock=clock)
+    model, pictures = loaded.model, loaded.data
+    with clock.step("fold"):
+        findings = loaded.findings + fold.run_float_passes(model)
+        if recipe.embed_preprocessing is not None:
+            fed, layout = pictures.take_pixels(recipe.embed_preprocessing), recipe.embed_preprocessing
+            findings += embed_preprocessing(model, fed, layout, exact=recipe.activation_bits > 8)
+    with clock.step("plan"):
+        warn_of_unmatched_options(model, recipe, reporter)
+        floats, plan = plan_folded(model, recipe, pictures.fed)
+        require_layers(plan, source)
+        for doubt in pictures.detected.doubts():
+            reporter.warn(doubt)
+    return Prepared(model, pictures, floats, plan, loaded.size, loaded.digest, findings)
+
+
+def plan_folded(model: Model, recipe: Recipe, fed: Preprocessing | None) -> tuple[dict[str, str], Plan]:
+    """Plan a folded network. fed: what it takes, None where that is not known.
+
+    Returns the names of nodes that are faster in float, with the reason, and the plan that leaves them there. Where
+    times will be measured (`tune_latency`), no table is asked.
+    """
+    target = TARGETS[recipe.target]
+    whole = make_plan(model, recipe, target)
+    floats = {} if recipe.tune_latency else choose_float_nodes(model, recipe, fed, whole)
+    return floats, make_plan(model, recipe, target, floats) if floats else whole
