@@ -208,7 +208,7 @@ def inspect_float(source: Source, target: str) -> FloatModel:
     findings = fold.run_float_passes(model)
     folded = sum(isinstance(f, Change) and f.kind.startswith("BatchNormalization folded") for f in findings)
     recipe = Recipe(target=target)
-    _, plan = plan_folded(model, recipe, None)
+    plan = plan_folded(model, recipe, None)
     layers, troubles = _make_layer_rows(model, plan, recipe, known)
     return FloatModel(
         name=source.name,

@@ -86,7 +86,7 @@ def study_samples(
         before = time.perf_counter()
         seconds = _sketch_each_image(found.model, taps, feed, recipe, kept)
         after = time.perf_counter()
-        job = _StudyJob(found.model, recipe, data.seed, found.floats)
+        job = _StudyJob(found.model, recipe, data.seed, found.plan.floats)
         points = _measure_points(job, kept, scored, question.draws, reporter)
     return SampleCurve(
         version=qconv.__version__,

@@ -34,7 +34,7 @@ from qconv.pipeline.checks import check_places, require_layers, warn_of_unmatche
 from qconv.pipeline.collect import CalibrationCache, CalibrationData, open_calibration_data
 from qconv.planning.placement import choose_float_nodes
 from qconv.planning.plan import Plan
-from qconv.planning.planner import make_plan
+from qconv.planning.planner import make_plan, replan
 from qconv.reporter import Reporter
 
 
@@ -78,7 +78,6 @@ class Prepared:
     Attributes:
         model: The folded network; it takes pixels where preprocessing is embedded.
         data: The images, as the network takes them.
-        floats: Names of the nodes that are faster in float, with the reason.
         plan: What is quantized, and how.
         size: Of the float model's files, in bytes.
         digest: The hash of the float model's files.
@@ -87,7 +86,6 @@ class Prepared:
 
     model: Model
     data: CalibrationData
-    floats: dict[str, str]
     plan: Plan
     size: int
     digest: str
@@ -158,20 +156,18 @@ def prepare(
             findings += embed_preprocessing(model, fed, layout, exact=recipe.activation_bits > 8)
     with clock.step("plan"):
         warn_of_unmatched_options(model, recipe, reporter)
-        floats, plan = plan_folded(model, recipe, pictures.fed)
+        plan = plan_folded(model, recipe, pictures.fed)
         require_layers(plan, source)
         for doubt in pictures.detected.doubts():
             reporter.warn(doubt)
-    return Prepared(model, pictures, floats, plan, loaded.size, loaded.digest, findings)
+    return Prepared(model, pictures, plan, loaded.size, loaded.digest, findings)
 
 
-def plan_folded(model: Model, recipe: Recipe, fed: Preprocessing | None) -> tuple[dict[str, str], Plan]:
-    """Plan a folded network. fed: what it takes, None where that is not known.
+def plan_folded(model: Model, recipe: Recipe, fed: Preprocessing | None) -> Plan:
+    """Plan a folded network, with what is faster in float left there. fed: what it takes, None where that is not known.
 
-    Returns the names of nodes that are faster in float, with the reason, and the plan that leaves them there. Where
-    times will be measured (`tune_latency`), no table is asked.
+    Where times will be measured (`tune_latency`), no table of costs is asked.
     """
-    target = TARGETS[recipe.target]
-    whole = make_plan(model, recipe, target)
+    whole = make_plan(model, recipe, TARGETS[recipe.target])
     floats = {} if recipe.tune_latency else choose_float_nodes(model, recipe, fed, whole)
-    return floats, make_plan(model, recipe, target, floats) if floats else whole
+    return replan(whole, model, floats=floats) if floats else whole

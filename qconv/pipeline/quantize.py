@@ -42,7 +42,7 @@ from qconv.pipeline.checks import (
 from qconv.pipeline.collect import CalibrationCache, CalibrationData
 from qconv.pipeline.prepare import Prepared, Stopwatch, prepare
 from qconv.planning.plan import Plan
-from qconv.planning.planner import make_plan
+from qconv.planning.planner import replan
 from qconv.quantization.emit import emit
 from qconv.quantization.parameters import choose_activation_params, make_tensor_rows
 from qconv.quantization.second_order import choose_rounding_effort
@@ -119,7 +119,6 @@ class _QuantizationRun:
         recipe: How to quantize; with the bits that were found, once they have been searched for.
         pictures: The images.
         model: The folded network, which becomes the quantized one.
-        floats: Names of nodes to leave in float, with the reason.
         plan: What is quantized, and how.
         prepared: What the network and the images were found to be.
         sketches: What was seen of each tensor that is quantized.
@@ -134,7 +133,6 @@ class _QuantizationRun:
     prepared: Prepared
     model: Model
     pictures: CalibrationData
-    floats: Mapping[str, str]
     plan: Plan
     findings: list[Finding]
     sketches: Mapping[str, Sketch] = field(default_factory=dict)
@@ -161,8 +159,8 @@ class _QuantizationRun:
                 from qconv.training.network import require_operators  # PyTorch is an extra
 
                 require_operators(found.model)
-            check_target_size(found.model, recipe, found.floats)
-        run = cls(source, recipe, reporter, clock, found, found.model, found.data, found.floats, found.plan, [])
+            check_target_size(found.model, recipe, found.plan.floats)
+        run = cls(source, recipe, reporter, clock, found, found.model, found.data, found.plan, [])
         run.findings += found.findings
         return run
 
@@ -182,6 +180,8 @@ class _QuantizationRun:
             self.findings += balanced
         with self.clock.step("calibrate"):
             moved = any(isinstance(finding, Change) for finding in balanced)
+            if moved:  # constants are others now
+                self.plan = replan(self.plan, model)
             plans = [self.plan, self._plan_without_floats()] if recipe.searches else [self.plan]
             self.sketches = self.saved if self.saved and not moved else pictures.sketches(model, plans, recipe)
             if pictures.unseen is not None:
@@ -190,15 +190,15 @@ class _QuantizationRun:
                 self.reporter.warn(oddity)
 
     def _plan_without_floats(self) -> Plan:
-        return make_plan(self.model, self.recipe, self.target)
+        return replan(self.plan, self.model, floats={}) if self.plan.floats else self.plan
 
     def _equalize(self) -> list[Finding]:
         """Channels are scaled where that is wanted and can be watched."""
         model, recipe, pictures = self.model, self.recipe, self.pictures
         if not recipe.equalize or (pictures.unseen is None and pictures.feed is None):
             return []
-        likely = predict_recipe(model, recipe, self.floats)
-        plan = self.plan if likely == recipe else make_plan(model, likely, self.target, self.floats)
+        likely = predict_recipe(model, recipe, self.plan.floats)
+        plan = self.plan if likely == recipe else replan(self.plan, model, recipe=likely)
         if pictures.unseen is not None:
             watched = partial(pictures.unseen.channels, model)
             return equalize_without_data(model, plan, watched, pictures.unseen.imagined, recipe.threads)
@@ -213,7 +213,7 @@ class _QuantizationRun:
             if apart:
                 self.findings += describe_requantization(apart)
                 self.sketches = {**self.sketches, **{copy: self.sketches[name] for name, copy in apart.items()}}
-                self.plan = make_plan(self.model, self.recipe, self.target, self.floats)
+                self.plan = replan(self.plan, self.model)
 
     def place_by_measured_times(self) -> None:
         """Leave in float what runs faster there by the times of this machine, where that is asked for."""
@@ -222,8 +222,7 @@ class _QuantizationRun:
         model, recipe, pictures = self.model, self.recipe, self.pictures
         with self.clock.step("tune"):
             fastest = tune_latency(model, recipe, self.sketches, pictures.fed, pictures.size, self.reporter)
-            self.floats = fastest.floats
-            self.plan = make_plan(model, recipe, self.target, self.floats)
+            self.plan = replan(self.plan, model, floats=fastest.floats)
             self.findings.append(Change("tune", self.source.name, fastest.in_words()))
 
     def tune_ranges(self) -> None:
@@ -242,7 +241,7 @@ class _QuantizationRun:
 
     def choose_numbers(self) -> tuple[QuantizationSolution, MixedPrecision | None]:
         """Find all numbers that are written, and the bits of layers before that, where they are searched for."""
-        folded = FoldedNetwork(self.model, self.floats, self.sketches, self.factors)
+        folded = FoldedNetwork(self.model, self.plan, self.sketches, self.factors)
         mixed = None
         if self.recipe.searches and self.pictures.feed is not None:
             with self.clock.step("search"):

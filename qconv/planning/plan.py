@@ -12,6 +12,7 @@ SiLU: Elfwing et al. 2017, arXiv 1702.03118. HardSwish: Howard et al. 2019, arXi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from qconv.calibration.observer import Observer
 from qconv.calibration.sketch import SAMPLED_ELEMENTS, SketchContents
+from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
 from qconv.ir.model import (
     DataType,
@@ -168,11 +170,15 @@ class Plan:
     on_codes: nodes that work between quantizer and dequantizer. ties: groups of tensors that share parameters.
     given: quantized tensors whose codes are those of a dequantizer in the model, the input's pixels, and need no range.
     gates: tensors that are read by an activation alone that is zero far below zero. kept: node name -> why it stays
-    float, or runs in float although its tensors are codes. placed: those among them that are faster there.
+    float, or runs in float although its tensors are codes. floats: those among them that are faster there, with why.
     activation_of: name of a Relu or Clip -> name of the layer in front of it. reads: who reads a quantized tensor as
-    codes, where that is not everyone who can; None where it is. target: for which all that was decided.
+    codes, where that is not everyone who can; None where it is. recipe, target: by and for which all that was decided;
+    `planner.replan` makes a plan again for another model, recipe, or nodes in float.
     """
 
+    recipe: Recipe
+    target: Target
+    floats: Mapping[str, str] = field(default_factory=dict)
     activations: dict[Value, Decision] = field(default_factory=dict)
     layers: list[LayerPlan] = field(default_factory=list)
     constants: dict[Value, QuantSpec] = field(default_factory=dict)
@@ -183,10 +189,13 @@ class Plan:
     given: dict[Value, QuantParams] = field(default_factory=dict)
     gates: dict[Value, ActivationGate] = field(default_factory=dict)
     kept: dict[str, Decision] = field(default_factory=dict)
-    placed: frozenset[str] = frozenset()
     activation_of: dict[str, str] = field(default_factory=dict)
     reads: dict[Value, list[Node]] | None = None
-    target: Target = Target("ort-cpu")  # noqa: RUF009 - frozen
+
+    @property
+    def placed(self) -> frozenset[str]:
+        """The names of nodes that are in float because they are faster there."""
+        return frozenset(self.floats)
 
     def by_channel(self) -> list[Value]:
         """The tensors whose channels have scales and bits of their own."""

@@ -87,10 +87,19 @@ def make_plan(model: Model, recipe: Recipe, target: Target, floats: Mapping[str,
     return planner.plan
 
 
+def replan(plan: Plan, model: Model, *, recipe: Recipe | None = None, floats: Mapping[str, str] | None = None) -> Plan:
+    """Make a plan again of this model: a copy of the one that it is of, or the same, as it was changed since.
+
+    recipe: another one of the same target; None for the plan's own. floats: other nodes to leave in float, with the
+    reason; None for the plan's own.
+    """
+    return make_plan(model, recipe or plan.recipe, plan.target, plan.floats if floats is None else floats)
+
+
 class _Planner:
     def __init__(self, model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str]) -> None:
         self.model, self.recipe, self.target, self.floats = model, recipe, target, floats
-        self.plan = Plan(placed=frozenset(floats), target=target)
+        self.plan = Plan(recipe, target, dict(floats))
         self.nodes = model.nodes()
         self.quantized: dict[Value, str] = {}
         self.eligible: dict[Node, Rule] = {}

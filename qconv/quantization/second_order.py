@@ -24,13 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.recipe import Recipe
-from qconv.config.targets import TARGETS, Target
+from qconv.config.targets import Target
 from qconv.errors import Change, Finding, Skipped
 from qconv.ir.layers import weight_rows_of, weights_from_rows
 from qconv.ir.model import Model, Node, Value, clip_bounds, constant_array, input_of
 from qconv.ir.stepwise import StepwiseRun
 from qconv.planning.plan import LayerPlan, Plan
-from qconv.planning.planner import make_plan
+from qconv.planning.planner import replan
 from qconv.quantization import gptq, weight_ranges
 from qconv.quantization.emit import emit
 from qconv.quantization.gptq import LayerRounder, arrange_stored, dequantize_rows, read_weight_shape
@@ -442,7 +442,6 @@ def round_layers_sequentially(
     params: Params,
     feeds: Sequence[Mapping[str, NDArray[Any]]],
     recipe: Recipe,
-    floats: Mapping[str, str],
     reporter: Reporter,
     seed: int = 0,
 ) -> list[Finding]:
@@ -453,12 +452,13 @@ def round_layers_sequentially(
     solver = LayerSolver(recipe, plan.target, choose_rounding_effort(plan, recipe), seed)
     # whoever judges by batches that weights were not rounded on (judge.py) counts on these being kept apart whole
     pieces = [1 if len(feeds) >= HELD_OUT_INTERVAL else _count_images(feed) for feed in feeds]
-    return _SequentialRounder(model, params, solver, pieces).run(feeds, floats, reporter)
+    return _SequentialRounder(model, plan, params, solver, pieces).run(feeds, reporter)
 
 
 @dataclass(slots=True)
 class _SequentialRounder:
     model: Model
+    plan: Plan
     params: Params
     solver: LayerSolver
     pieces: list[int]  # of each batch, one of so many is kept apart
@@ -467,10 +467,9 @@ class _SequentialRounder:
     def run(
         self,
         feeds: Sequence[Mapping[str, NDArray[Any]]],
-        floats: Mapping[str, str],
         reporter: Reporter,
     ) -> list[Finding]:
-        simulated, nodes = self._with_quantizers(floats)
+        simulated, nodes = self._with_quantizers()
         with (
             contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as first,
             contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as second,
@@ -512,18 +511,17 @@ class _SequentialRounder:
                 _replace_weights(simulated, twin, chosen)
         reporter.progress("round", len(refusals), len(refusals))
 
-    def _with_quantizers(self, floats: Mapping[str, str]) -> tuple[Model, dict[str, Node]]:
+    def _with_quantizers(self) -> tuple[Model, dict[str, Node]]:
         """A copy with float weights, and its nodes by name.
 
         Where activations have fewer than 8 bits, with all their quantizers, if weights are to be solved for that.
         """
         copy = self.model.copy()
-        recipe = self.solver.recipe
-        plan = make_plan(copy, recipe, TARGETS[recipe.target], floats)
+        plan = replan(self.plan, copy)
         chosen = carry_over_params(replace(self.params, layers=[]), plan)
         nodes = {layer.node.name or "": layer.node for layer in plan.layers}
         fewest = min((found.spec.bits for found in chosen.activations.values()), default=8)
-        if fewest < 8 and recipe.rounding != "nearest":
+        if fewest < 8 and self.solver.recipe.rounding != "nearest":
             emit(copy, plan, chosen, pack=False)
         return copy, nodes
 

@@ -29,7 +29,7 @@ from qconv.metrics.classification import find_class_output, top1_accuracy
 from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
 from qconv.passes.compress_constants import compress_constants
 from qconv.planning.plan import Plan
-from qconv.planning.planner import make_plan
+from qconv.planning.planner import make_plan, replan
 from qconv.quantization.emit import emit
 from qconv.quantization.input_moments import is_held_out
 from qconv.quantization.parameters import NO_RANGE_FACTORS, Params, carry_over_params, choose_params
@@ -47,11 +47,12 @@ Feeds = Sequence[Mapping[str, NDArray[Any]]]
 
 @dataclass(frozen=True, slots=True)
 class FoldedNetwork:
-    """What recipes are carried out on. model: the float network, which stays as it is. floats: nodes to leave in float,
-    as `make_plan` takes them. sketches: of its tensors; factors: on their ranges."""
+    """What recipes are carried out on. model: the float network, which stays as it is. plan: by the recipe that was
+    asked for; those of other recipes leave the same nodes in float. sketches: of its tensors; factors: on their ranges.
+    """
 
     model: Model
-    floats: Mapping[str, str]
+    plan: Plan
     sketches: Mapping[str, Sketch]
     factors: Mapping[str, float]
 
@@ -67,7 +68,8 @@ class QuantizationSolution:
 
 def round_to_nearest(folded: FoldedNetwork, recipe: Recipe) -> QuantizationSolution:
     """The numbers of a recipe, weights rounded to the nearest code."""
-    plan = make_plan(folded.model, recipe, TARGETS[recipe.target], folded.floats)
+    known = folded.plan
+    plan = known if recipe == known.recipe else replan(known, folded.model, recipe=recipe)
     return QuantizationSolution(plan, *choose_params(plan, folded.sketches, recipe, folded.factors))
 
 
@@ -76,15 +78,13 @@ def round_second_order_in_place(
 ) -> None:
     """Weights rounded for what the layers before hand on."""
     plan, params = settled.plan, settled.params
-    settled.findings += round_layers_sequentially(
-        folded.model, plan, params, feeds, recipe, folded.floats, reporter, seed
-    )
+    settled.findings += round_layers_sequentially(folded.model, plan, params, feeds, recipe, reporter, seed)
 
 
 def build_quantized_model(folded: FoldedNetwork, recipe: Recipe, params: Params) -> Model:
     """The quantized model with these numbers."""
     model = folded.model.copy()
-    plan = make_plan(model, recipe, TARGETS[recipe.target], folded.floats)
+    plan = replan(folded.plan, model, recipe=recipe)
     emit(model, plan, carry_over_params(params, plan), pack=recipe.pack)
     compress_constants(model)
     set_ir_version(model)
@@ -95,7 +95,8 @@ def quantize_to_nearest(
     model: Model, recipe: Recipe, sketches: Mapping[str, Sketch], floats: Mapping[str, str] | None = None
 ) -> Model:
     """The quantized model that `pipeline.quantize` makes of these sketches, weights rounded to the nearest code."""
-    folded = FoldedNetwork(model, floats or {}, sketches, NO_RANGE_FACTORS)
+    plan = make_plan(model, recipe, TARGETS[recipe.target], floats)
+    folded = FoldedNetwork(model, plan, sketches, NO_RANGE_FACTORS)
     return build_quantized_model(folded, recipe, round_to_nearest(folded, recipe).params)
 
 

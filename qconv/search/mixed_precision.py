@@ -98,7 +98,7 @@ def check_target_size(model: Model, recipe: Recipe, floats: Mapping[str, str]) -
 def search_bits(ground: SearchContext, reporter: Reporter) -> MixedPrecisionResult:
     """Find the bits of every layer that `--layer-bits` gives none. Raises QconvError where no assignment will do."""
     recipe = ground.recipe
-    scope = _SearchSpace.of(ground.folded.model, recipe, ground.folded.floats)
+    scope = _SearchSpace.of(ground.folded.model, recipe, ground.folded.plan.floats)
     if not scope.wishes:
         raise QconvError(
             "There is no layer to choose bits for: --layer-bits names them all.", "leave some of them out."

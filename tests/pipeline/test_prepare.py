@@ -19,6 +19,7 @@ from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.prepare import Stopwatch, load_float, prepare
 from qconv.pipeline.quantize import quantize
+from qconv.planning import planner
 from qconv.reporter import Reporter
 from tests.support.models import network
 
@@ -109,3 +110,19 @@ def test_a_study_scores_the_network_that_takes_pixels(source: Source, images: Da
     sqnr = 10 * math.log10((expected.astype(np.float64) ** 2).sum() / ((expected - got).astype(np.float64) ** 2).sum())
     assert last.pictures == 7
     assert last.sqnr_db == pytest.approx(sqnr, rel=1e-3)
+
+
+def test_the_plan_is_made_once_and_again_only_where_the_network_has_changed(
+    source: Source, images: DataOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is placed in float, equalized, walked or searched here: the first plan serves to the end."""
+    made: list[Recipe] = []
+    real = planner._Planner.choose_layers
+
+    def counted(self: planner._Planner) -> None:
+        made.append(self.recipe)
+        real(self)
+
+    monkeypatch.setattr(planner._Planner, "choose_layers", counted)
+    quantize(source, None, Recipe(target="generic", effort="fast", threads=1), images)
+    assert len(made) == 1

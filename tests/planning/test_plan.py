@@ -19,7 +19,7 @@ from qconv.ir.operators import (
     WeightedRule,
 )
 from qconv.planning.plan import LayerPlan, Plan
-from qconv.planning.planner import make_plan
+from qconv.planning.planner import make_plan, replan
 from qconv.quantizer import PerBlock, PerChannel, PerTensor
 from tests.support.models import Constant, ints, loaded, network
 
@@ -521,3 +521,24 @@ def test_blocks_are_no_longer_than_the_channels() -> None:
         assert weight is not None
         assert isinstance(layer.weight.granularity, PerBlock)
         assert layer.weight.granularity.size == np.prod(weight.shape[1:])
+
+
+def test_a_plan_is_made_again_for_a_copy_another_recipe_and_other_nodes_in_float() -> None:
+    """By names it is the plan that is made from the start."""
+    proto = network("c = Conv(x, w) a = Relu(c) y = Conv(a, v)", w=W, v=V)
+    planned = Planned(proto)
+    copy = planned.model.copy()
+    for changes in ({}, {"floats": {"c": "faster"}}, {"recipe": Recipe(weight_bits=4, edge_bits=4)}):
+        again = replan(planned.plan, copy, **changes)
+        recipe, floats = changes.get("recipe", planned.plan.recipe), changes.get("floats", {})
+        fresh = make_plan(planned.model, recipe, TARGETS["ort-cpu"], floats)
+        assert _decisions(again) == _decisions(fresh)
+        assert all(layer.node in copy.nodes() for layer in again.layers)
+    assert replan(planned.plan, copy, floats={"c": "faster"}).placed == {"c"}
+    with pytest.raises(TypeError):
+        Plan()  # type: ignore[call-arg]  # a target that nobody named would decide
+
+
+def _decisions(plan: Plan) -> tuple[object, ...]:
+    layers = [(layer.node.name, layer.weight, layer.data and layer.data.name) for layer in plan.layers]
+    return {value.name: found for value, found in plan.activations.items()}, layers, plan.kept, plan.floats
