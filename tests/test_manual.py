@@ -19,6 +19,7 @@ from qconv.cli import manual as command_module
 from qconv.cli.main import cli
 from qconv.cli.options import parse_number
 from qconv.config.preprocessing import PRESETS
+from qconv.report.manual_page import name_topics, render
 from tests.support.reference import GENERATED, MANUAL, README, ROOT, between
 
 INDEX = MANUAL / "README.md"
@@ -307,7 +308,7 @@ def test_a_terminal_gets_pages_rendered(topic: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     monkeypatch.setenv("NO_COLOR", "1")
     stream = Terminal()
-    command_module._render([PAGES[MANUAL / f"{topic}.md"]], stream)
+    render([PAGES[MANUAL / f"{topic}.md"]], command_module.INDEX, stream)
     text = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
     assert "](" not in text
     assert "|--" not in text
@@ -317,7 +318,7 @@ def test_a_terminal_gets_pages_rendered(topic: str, monkeypatch: pytest.MonkeyPa
 
 def test_links_become_topics() -> None:
     page = "<!-- a note -->\nSee [speed](speed.md#x), [below](#y), [all](README.md)."
-    assert command_module.for_terminal(page) == "See speed (`qconv manual speed`), below, all (`qconv manual`)."
+    assert name_topics(page, "README") == "See speed (`qconv manual speed`), below, all (`qconv manual`)."
 
 
 def test_the_shell_completes_topics(place: Path) -> None:

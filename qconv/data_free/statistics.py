@@ -26,6 +26,7 @@ from qconv.calibration.observer import (
 )
 from qconv.calibration.sketch import MOST_COLUMNS, ExactSum, Sketch, columns_per_image, count_bins
 from qconv.config.choices import NO_IMAGES
+from qconv.config.preprocessing import Preprocessing
 from qconv.data.loader import Batch
 from qconv.data_free.dead_leaves import (
     IMAGE_COUNT,
@@ -41,7 +42,6 @@ from qconv.ir.layers import INPUTS_FIRST, input_means_of, read_layer, set_input_
 from qconv.ir.model import DataType, Model, Value, clip_bounds
 from qconv.ir.rewriting import EditRefused, standard_op_type
 from qconv.ir.rewriting import data_input as read_from
-from qconv.reporter import Reporter
 
 # From what is told of a tensor (told.py) to what a sketch would have remembered of it, so that all calibrators work.
 #
@@ -111,10 +111,18 @@ MOST_NAMED = 3
 """Tensors that an error names."""
 
 
+Synthesizer = Callable[[Preprocessing, int | None, int], NDArray[np.uint8]]
+"""Makes at least so many images (N, H, W, C) for a network with this preprocessing and, where it is fixed, batch size.
+
+It is passed in, as it needs PyTorch, which only `qconv.training` imports.
+"""
+
+
 @dataclass(slots=True)
 class DataFreeStatistics:
     """source: the user's file. imagined: what stands in for its pictures. fallback: which of them are watched, if any.
 
+    synthesize: called where `fallback` is "synthesized" and a tensor has no propagated statistics.
     findings: where the newest statistics are from.
     """
 
@@ -122,7 +130,7 @@ class DataFreeStatistics:
     imagined: GeneratedImageLoader
     fallback: str | None
     threads: int | None
-    reporter: Reporter = field(default_factory=Reporter)
+    synthesize: Synthesizer
     findings: list[Change] = field(default_factory=list)
     _synthesized: NDArray[np.uint8] | None = None
 
@@ -140,13 +148,9 @@ class DataFreeStatistics:
         if self.fallback != "synthesized":
             return self.imagined.all(stage)
         if self._synthesized is None:
-            from qconv.training.synthesize import optimize_images  # PyTorch is an extra
-
             fed = self.imagined.fed
             assert fed is not None
-            self._synthesized = optimize_images(
-                self.source, fed, self.imagined.inputs[0].shape[0], IMAGE_COUNT, self.threads, self.reporter
-            )
+            self._synthesized = self.synthesize(fed, self.imagined.inputs[0].shape[0], IMAGE_COUNT)
         return self.imagined.these(self._synthesized)
 
     def sketches(self, model: Model, taps: Sequence[Observer]) -> dict[str, Sketch]:

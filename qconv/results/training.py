@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import qconv
 from qconv.config.preprocessing import Preprocessing
 from qconv.results.quantize import Audit, Gate, Verification
-from qconv.training.options import FinetuneOptions, SynthesisOptions
+
+if TYPE_CHECKING:
+    from qconv.training.options import FinetuneOptions, SynthesisOptions
 
 # What quantization-aware training is asked for, and what came of it.
 

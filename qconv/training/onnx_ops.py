@@ -25,9 +25,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from qconv.errors import QconvError
 
-# An ONNX node as the operators in PyTorch take it, and what several of them need.
-
-
 OperatorInputs = Sequence[Tensor | None]
 
 
