@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from qconv.cli import quantize, study_samples
-from tests.support.cli import Qconv, listing
+from tests.support.cli import Qconv, assert_error, listing
 
 
 def test_a_study_on_the_terminal(call: Qconv, tiny: Path, calib: Path) -> None:
@@ -79,3 +80,15 @@ def test_a_study_takes_the_options_of_quantize() -> None:
     own = {"calib", "output", "seeds", "holdout", "images", "verbose"}
     names = {option.name for option in quantize.quantize.params} - study_samples.OPTIONS_NOT_STUDIED
     assert {option.name for option in study_samples.study_samples.params} == names | own
+
+
+def test_a_page_needs_the_extra_and_a_picture_does_not(
+    call: Qconv, tiny: Path, calib: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before any work."""
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    options = ("study-samples", tiny, "--calib", calib, "--seeds", 1, "-q", "-o")
+    done = call(*options, tiny.with_name("study.html"))
+    assert_error(done, r"study\.html needs jinja2 and plotly(?s:.*)pip install 'qconv\[report\]'")
+    assert call(*options, tiny.with_name("study.png")).status == 0
+    assert listing(tiny.parent) == ["model.onnx", "study.png"]
