@@ -1,9 +1,8 @@
-"""The report on a terminal: 80 columns, colour and progress only where a person is looking. The one user of rich."""
+"""This module prints the summary of a run in 80 columns, with colour and progress only where a person is looking."""
 
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections import Counter
 from typing import Any, TextIO
 
@@ -14,11 +13,12 @@ from rich.table import Table
 
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, Skipped, format_bytes, format_count
+from qconv.report.text import format_columns, wrap_text
 from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
 from qconv.results.sample_curve import SampleCurve, Spread, format_score
 
 MOST_LINES = 8
-COLUMNS = 80
+TITLE_WIDTH = 12
 
 
 class Console:
@@ -58,17 +58,17 @@ class Console:
 
 def show_report(report: Report, stream: TextIO, *, verbose: bool) -> None:
     """Print the summary."""
-    console = rich.console.Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, text in _summary_lines(report):
-        table.add_row(name, text)
+    lines = _summary_lines(report)
     if stream.isatty():
-        console.print(table)
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, text in lines:
+            table.add_row(name, text)
+        rich.console.Console(file=stream, highlight=False).print(table)
     else:
-        for name, text in _summary_lines(report):
-            print(f"{name:<12}  {rich.markup.render(text).plain}", file=stream)
+        rows = [(name.ljust(TITLE_WIDTH), rich.markup.render(text).plain) for name, text in lines]
+        print(format_columns(rows, "ll"), file=stream)
     if verbose:
         _print_details(report, stream)
 
@@ -79,8 +79,7 @@ def show_curve(curve: SampleCurve, stream: TextIO, *, verbose: bool) -> None:
     for count in curve.counts:
         sqnr, agreement = _format_spread(curve.sqnr_db(count), 1), _format_spread(curve.agreement(count), 100)
         rows.append((str(count), *sqnr, *agreement, f"{curve.seconds[count]:.1f}"))
-    for row in rows:
-        print("{:>8}  {:>9}  {:<16}  {:>11}  {:<16}  {:>7}".format(*row), file=stream)
+    print(format_columns(rows, "rrlrlr"), file=stream)
     if verbose:
         print(file=stream)
     for point in curve.points if verbose else ():
@@ -88,7 +87,7 @@ def show_curve(curve: SampleCurve, stream: TextIO, *, verbose: bool) -> None:
         print(f"{format_count(point.pictures, 'picture')}, draw {point.seed}: {measures}", file=stream)
     print(file=stream)
     for text in (curve.in_words(), _capitalize(curve.how())):
-        print(textwrap.fill(text, COLUMNS), file=stream)
+        print(wrap_text(text), file=stream)
 
 
 def _format_spread(spread: Spread | None, factor: float) -> tuple[str, str]:

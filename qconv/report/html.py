@@ -19,6 +19,7 @@ from typing import Any, Literal
 from qconv.errors import QconvError, format_bytes, format_count
 from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, Trial, ValueStatistics
 from qconv.results.quantize import Audit, FloatNode, group_float_nodes
+from qconv.results.sample_curve import SampleCurve, Spread, format_score
 from qconv.results.training import SynthesisResult
 
 Tone = Literal["good", "bad", "plain"]
@@ -70,6 +71,7 @@ class Page:
     diagnosis: Diagnosis | None = None
     sweep: Sweep | None = None
     synthesis: SynthesisResult | None = None
+    study: SampleCurve | None = None
 
 
 LIBRARIES = ("jinja2", "plotly")
@@ -98,10 +100,10 @@ CAUSE_TITLES = {
 """Kinds of causes in words."""
 
 
-def require_report_extra() -> None:
-    """Raise QconvError where the extra is not installed."""
+def require_report_extra(what: str = "--report") -> None:
+    """Raise QconvError where the extra is not installed. what: the option that asks for a page."""
     if any(find_spec(name) is None for name in LIBRARIES):
-        raise QconvError(f"--report needs {' and '.join(LIBRARIES)}.", "pip install 'qconv[report]'")
+        raise QconvError(f"{what} needs {' and '.join(LIBRARIES)}.", "pip install 'qconv[report]'")
 
 
 def render_page(page: Page) -> bytes:
@@ -142,7 +144,7 @@ def _read_asset(name: str) -> str:
 
 
 def _has_charts(page: Page) -> bool:
-    return page.compared is not None or page.sweep is not None or page.synthesis is not None
+    return any(part is not None for part in (page.compared, page.sweep, page.synthesis, page.study))
 
 
 def _rank_layers(compared: Comparison) -> list[tuple[int, LayerComparison]]:
@@ -169,6 +171,7 @@ def _chart_data(page: Page) -> dict[str, Any]:
         "worst": _rank_layers(compared)[0][0] if compared is not None and compared.layers else None,
         "sweep": None if sweep is None else _sweep_data(sweep),
         "synthesis": None if page.synthesis is None else _synthesis_data(page.synthesis),
+        "study": None if page.study is None else _study_data(page.study),
     }
 
 
@@ -225,6 +228,28 @@ def _synthesis_data(found: SynthesisResult) -> dict[str, Any]:
     return {"loss": [_round_number(number) for number in found.loss], "layers": layers}
 
 
+def _study_data(curve: SampleCurve) -> dict[str, Any]:
+    """Draws and spreads of both measures: SQNR in dB, agreement as a share. Equal outputs, of infinite dB, are null."""
+    return {
+        "pictures": curve.pictures,
+        "enough": curve.enough,
+        "draws": [
+            {"pictures": p.pictures, "seed": p.seed, "sqnr": _round_number(p.sqnr_db), "agreement": p.agreement}
+            for p in curve.points
+        ],
+        "spread": [
+            {"pictures": n, "sqnr": _spread_data(curve.sqnr_db(n)), "agreement": _spread_data(curve.agreement(n))}
+            for n in curve.counts
+        ],
+    }
+
+
+def _spread_data(spread: Spread | None) -> list[float] | None:
+    """The worst draw, the median, the best; None where one of them is no number."""
+    ends = () if spread is None else (spread.least, spread.median, spread.most)
+    return [float(f"{value:.{DIGITS}g}") for value in ends] if ends and all(map(math.isfinite, ends)) else None
+
+
 def _round_number(number: float | None) -> float | None:
     """JSON has no infinity, and no chart a place for it."""
     return None if number is None or not math.isfinite(number) else float(f"{number:.{DIGITS}g}")
@@ -264,7 +289,16 @@ def time_share(islands: Sequence[FloatNode], audit: Audit) -> float | None:
     return sum(island.us or 0.0 for island in islands) / audit.total_us if audit.total_us else None
 
 
+def spread_cells(spread: Spread | None, factor: float = 1) -> list[str]:
+    """The worst draw, the median and the best in words."""
+    return [
+        format_score(value, factor)
+        for value in ((None,) * 3 if spread is None else (spread.least, spread.median, spread.most))
+    ]
+
+
 FILTERS = {
+    "spread": spread_cells,
     "middle": shorten_middle,
     "decibel": format_decibel,
     "percent": format_percent,

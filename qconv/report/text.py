@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
+
+import rich.console
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
 
 from qconv.analysis.evaluate import Evaluation, MeasuredShare, OutputComparison
 from qconv.audit.audit import FileAudit
@@ -68,20 +74,14 @@ def _format_float_nodes(islands: Sequence[FloatNode], total: float, *, verbose: 
         names = [island.node for island in group]
         more = "" if verbose or len(names) <= MOST_NAMED else f" and {len(names) - MOST_NAMED} more"
         where = ", ".join(names if verbose else names[:MOST_NAMED]) + more
-        lines.append(_wrap_entry(f"{_format_time_share(us, total):>6}  {len(group)} {first.op}: {where}"))
+        lines.append(wrap_text(f"{_format_time_share(us, total):>6}  {len(group)} {first.op}: {where}", 8))
         others = "; others alike" if len({island.why for island in group}) > 1 else ""
-        lines.append(_wrap_entry(f"        [{first.rule}] {first.why}{others}"))
+        lines.append(wrap_text(f"        [{first.rule}] {first.why}{others}", 8))
         if first.remedy is not None:
-            lines.append(_wrap_entry(f"        remedy: {first.remedy}"))
+            lines.append(wrap_text(f"        remedy: {first.remedy}", 8))
     if not verbose and len(ranked) > MOST_GROUPS:
         lines.append(f"        and {len(ranked) - MOST_GROUPS} more kinds: -v shows all")
     return lines
-
-
-def _wrap_entry(text: str) -> str:
-    return textwrap.fill(
-        text, COLUMNS, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
-    )
 
 
 def _format_saturation(found: FileAudit) -> list[str]:
@@ -274,20 +274,30 @@ def _shorten_path(path: str) -> str:
     return path if len(path) <= 28 else f"...{path[-25:]}"
 
 
-def format_columns(rows: Sequence[Sequence[str]], sides: str, gap: str = "  ") -> str:
-    """A table. sides: `l` or `r` for each column."""
-    widths = [max(len(row[index]) for row in rows) for index in range(len(sides))]
-    kept = [index for index, width in enumerate(widths) if width]
-    lines = []
-    for row in rows:
-        cells = [row[i].ljust(widths[i]) if sides[i] == "l" else row[i].rjust(widths[i]) for i in kept]
-        lines.append(gap.join(cells).rstrip())
-    return "\n".join(lines)
+def format_columns(rows: Sequence[Sequence[str]], sides: str) -> str:
+    """A table without lines, two blanks between columns, as wide as its cells: the same in a pipe and on a terminal.
+
+    Args:
+        rows: Cells, the header's first. A column without any text is left out.
+        sides: `l` or `r` for each column, where its cells are flush.
+    """
+    kept = [index for index in range(len(sides)) if any(row[index] for row in rows)]
+    cells = [[row[index].expandtabs() for index in kept] for row in rows]
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for index in kept:
+        table.add_column(justify="right" if sides[index] == "r" else "left", no_wrap=True)
+    for line in cells:
+        table.add_row(*map(Text, line))  # Text: brackets in names are no markup
+    width = sum(2 + max(map(cell_len, column)) for column in zip(*cells, strict=True))
+    console = rich.console.Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def wrap_text(text: str) -> str:
-    """In lines of 80 columns."""
-    return textwrap.fill(text, COLUMNS, break_long_words=False, break_on_hyphens=False)
+def wrap_text(text: str, indent: int = 0) -> str:
+    """The text in lines of 80 columns, all but the first indented. Words are never broken: they may be paths."""
+    return textwrap.fill(text, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 # What `diagnose` and `quantize --sweep` print for people to read, in 80 columns: causes, and tables of trials.
@@ -343,13 +353,13 @@ def _describe_scoring(pictures: int, unseen: bool) -> str:
 
 def _format_cause(cause: Cause, *, verbose: bool) -> Iterator[str]:
     share = "" if cause.share is None else f", {_format_error_share(cause.share)} of the error at the outputs"
-    yield _wrap_hanging(f"{INDENT}{cause.kind}{share}", 4)
-    yield _wrap_hanging(f"    {cause.what}", 4)
+    yield wrap_text(f"{INDENT}{cause.kind}{share}", 4)
+    yield wrap_text(f"    {cause.what}", 4)
     names = cause.where if verbose else cause.where[:MOST_CAUSE_NODES]
     more = "" if len(names) == len(cause.where) else f" and {len(cause.where) - len(names)} more"
-    yield _wrap_hanging(f"    where: {', '.join(names)}{more}", 6)
+    yield wrap_text(f"    where: {', '.join(names)}{more}", 6)
     if cause.handled:
-        yield _wrap_hanging(f"    {cause.handled}", 4)
+        yield wrap_text(f"    {cause.handled}", 4)
 
 
 def _format_error_share(share: float) -> str:
@@ -369,7 +379,7 @@ def format_trials(
     failures = []
     for trial, mark in zip(trials, marks or [""] * len(trials), strict=True):
         if trial.failed:
-            failures.append(_wrap_hanging(f"{trial.name} failed: {trial.failed}", 2))
+            failures.append(wrap_text(f"{trial.name} failed: {trial.failed}", 2))
             continue
         rows.append(
             (
@@ -386,7 +396,7 @@ def format_trials(
             )
         )
     lines = [format_columns([*head, *rows], "rrrrlrrl")]
-    told = [_wrap_hanging(f"{trial.name}: {trial.typed}", 2) for trial in trials if trial.options]
+    told = [wrap_text(f"{trial.name}: {trial.typed}", 2) for trial in trials if trial.options]
     if told and first is not None:
         lines += ["", "options:", *told]
     return "\n".join([*lines, *failures])
@@ -406,10 +416,6 @@ def _format_gain(trial: Trial, first: Trial | None) -> str:
         return ""
     gain = round(trial.sqnr_db - first.sqnr_db, 1)
     return f"{gain + 0.0:+.1f}"  # no -0.0
-
-
-def _wrap_hanging(text: str, indent: int) -> str:
-    return textwrap.fill(text, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _format_command(text: str) -> str:

@@ -83,7 +83,7 @@ def _format_default_run(found: FloatModel, *, verbose: bool) -> list[str]:
 
 
 def _format_float_group(left: FloatOperatorGroup, *, verbose: bool) -> str:
-    return _wrap_hanging(f"  {len(left.nodes)} {left.op}: {left.why} ({_join_some(left.nodes, verbose=verbose)})", 4)
+    return wrap_text(f"  {len(left.nodes)} {left.op}: {left.why} ({_join_some(left.nodes, verbose=verbose)})", 4)
 
 
 def _format_skipped(refused: Sequence[Skipped], *, verbose: bool) -> list[str]:
@@ -105,13 +105,13 @@ def _format_problems(troubles: Sequence[WeightProblem], *, verbose: bool) -> lis
     lines = []
     for (kind, handled), group in sorted(groups.items(), key=lambda item: bool(item[0][1])):
         care = f"; {handled}" if handled else ""
-        lines.append(_wrap_hanging(f"  {kind} in {format_count(len(group), 'layer')}{care}", 4))
+        lines.append(wrap_text(f"  {kind} in {format_count(len(group), 'layer')}{care}", 4))
         ranked = sorted(group, key=lambda trouble: -(trouble.value or 0.0))
         for trouble in ranked if verbose else ranked[: 1 if handled else MOST_PROBLEMS]:
             channels = ", ".join(map(str, trouble.channels))
             more = ", ..." if trouble.count > len(trouble.channels) else ""
             which = f" (channel{'s' if trouble.count > 1 else ''} {channels}{more})" if channels and verbose else ""
-            lines.append(_wrap_hanging(f"    {_shorten_name(trouble.where, 60)}: {trouble.what}{which}", 6))
+            lines.append(wrap_text(f"    {_shorten_name(trouble.where, 60)}: {trouble.what}{which}", 6))
     return lines
 
 
@@ -248,10 +248,6 @@ def _wrap_titled(title: str, text: str) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def _wrap_hanging(text: str, indent: int) -> str:
-    return textwrap.fill(text, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _join_some(names: Sequence[str], *, verbose: bool) -> str:

@@ -9,6 +9,10 @@ import onnxruntime as ort
 import pytest
 from PIL import Image
 
+from tests.support.models import network
+
+pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
+
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import recipe_from_dict
@@ -20,7 +24,6 @@ from qconv.ir.model import Model
 from qconv.ir.stored_weights import constant_numbers
 from qconv.pipeline.quantize import quantize
 from qconv.training.trainable import LearnableSites, find_sites
-from tests.support.models import network
 
 BODY = (
     "a = Conv(x, w)  b = Clip(a, low, high)  c = Conv(b, v)  d = Clip(c, low, high)"
