@@ -12,21 +12,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import math
 import os
 import shutil
 import tempfile
 import threading
+import zipfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 
-from qconv.errors import QconvError
+from qconv.errors import QconvError, format_bytes
 from qconv.signals import takes
 
 STAGING_SUFFIX = ".qconv-tmp"
@@ -370,3 +372,41 @@ class StoredArrays(Sequence[NDArray[Any]]):
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         return (one.get() for one in self.held)
+
+
+# Archives of arrays (.npz), which anybody may have written: nothing is unpacked before it is known how much it will be.
+
+
+ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")
+
+
+class UnpackedTooLargeError(ValueError):
+    """An archive that unpacks to more than what is read of it can need."""
+
+    def __init__(self, size: int, most: int) -> None:
+        super().__init__(f"unpacks to {format_bytes(size)}, more than the {format_bytes(most)} that are read")
+
+
+def check_unpacked_size(archive: zipfile.ZipFile, most: int) -> None:
+    """Raise UnpackedTooLargeError where all members together hold more than `most` bytes."""
+    size = sum(member.file_size for member in archive.infolist())
+    if size > most:
+        raise UnpackedTooLargeError(size, most)
+
+
+def read_member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """The array of a member in NumPy's .npy format. Raises ValueError, KeyError and what zipfile raises."""
+    size = archive.getinfo(name).file_size
+    with archive.open(name) as file:
+        return read_npy(file, size)
+
+
+def read_npy(file: IO[bytes], size: int) -> NDArray[Any]:
+    """The array of an open .npy file of `size` bytes, which its header must not claim to exceed. Raises ValueError."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"its header speaks of {format_bytes(math.prod(shape) * dtype.itemsize)}, which are not there")
+    file.seek(0)
+    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))

@@ -179,7 +179,7 @@ def _load_models(question: ComparisonRequest) -> tuple[Model, Model]:
     if any(node.op_type.startswith("QLinear") or node.op_type == "ConvInteger" for node in proto.graph.node):
         fact = f"{question.model.name} holds integer operators, between which there is nothing to compare."
         raise QconvError(fact, "write it with quantizers and dequantizers (Q/DQ), which all tools can.")
-    ours = "qconv.version" in metadata_of(proto)
+    ours = ir_metadata.VERSION_KEY in metadata_of(proto)
     quantized = load.load_unchanged(proto, question.model)
     original, _ = load.load(read_proto(question.float_model), question.float_model)
     if ours:

@@ -22,6 +22,7 @@ from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.files import Source, declared_opset, file_bytes, iter_tensors, metadata_of, read_proto
 from qconv.ir.load import load
+from qconv.ir.metadata import read_version
 from qconv.ir.model import DataType, Model, Node, Value, constant_array, dims, input_of
 from qconv.ir.rewriting import standard_op_type
 from qconv.passes import fold
@@ -250,7 +251,7 @@ def refuse_custom_operators(proto: Any, source: Source) -> None:
 
 def read_producer(proto: Any) -> str:
     """What wrote the file, by its own words."""
-    version = metadata_of(proto).get("qconv.version")
+    version = read_version(metadata_of(proto))
     return f"qconv {version}" if version else f"{proto.producer_name} {proto.producer_version}".strip()
 
 

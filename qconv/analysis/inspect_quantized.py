@@ -9,7 +9,6 @@ Scales, zero points and biases that several layers share count for the first one
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, recipe_from_dict
 from qconv.ir.files import Source, declared_opset, file_bytes, is_quantized, metadata_of, read_proto
 from qconv.ir.load import load_unchanged
-from qconv.ir.metadata import read_placed_nodes, read_recipe
+from qconv.ir.metadata import read_placed_nodes, read_preprocessing_dict, read_recipe
 from qconv.ir.model import Model, Node, Value
 from qconv.ir.model import input_of as at
 from qconv.ir.operators import CLIPPING_ACTIVATIONS
@@ -46,8 +45,6 @@ from qconv.ir.stored_weights import (
     iter_constants,
     weight_bits_of,
 )
-
-PREPROCESSING_KEY = "qconv.preprocessing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +187,7 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         name, _, meaning = FILE_FORMATS[-1]
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model = load_unchanged(proto, source)
-    recipe = _drop_nan(read_recipe(model))
+    recipe = _drop_nan(read_recipe(carried))
     reader = _LayerReader(model, recipe_from_dict(recipe) if recipe else None, size)
     layers = tuple(row for node in model.nodes() if (row := reader.row(node)) is not None)
     owned = sum(layer.bytes for layer in layers)
@@ -208,17 +205,15 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         recipe=recipe,
         options=tuple(command_line_options(recipe)) if recipe else (),
         preprocessing=_read_preprocessing(carried),
-        placed=len(read_placed_nodes(model)),
+        placed=len(read_placed_nodes(carried)),
         layers=layers,
         other_constants=sum(constant_bytes(value) for value in iter_constants(model)) - owned,
     )
 
 
 def _read_preprocessing(carried: Mapping[str, str]) -> dict[str, Any] | None:
-    with contextlib.suppress(KeyError, ValueError):
-        found = json.loads(carried[PREPROCESSING_KEY])
-        return _drop_nan(found) if isinstance(found, dict) else None
-    return None
+    found = read_preprocessing_dict(carried)
+    return None if found is None else _drop_nan(found)
 
 
 def _drop_nan(told: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,9 @@ PLAIN_ARRAYS = ("lows", "highs", "codes", "counts", "keys", "pictures", "column_
 
 SKETCH_ARRAYS = (*PLAIN_ARRAYS, "sums", "count")
 
+MOST_UNPACKED_BYTES = 1 << 31
+"""Of a file: a megabyte can unpack to a gigabyte. Those of 10,000 pictures and a large network are a tenth of it."""
+
 COMPRESSION_LEVEL = 1
 """Of zlib's levels: columns hardly get smaller, and the rest is small."""
 
@@ -147,6 +150,7 @@ def parse_statistics(data: bytes, name: str) -> Statistics:
     """What `to_bytes` wrote. Raises QconvError for everything else; name: of the file, for the error."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            storage.check_unpacked_size(archive, MOST_UNPACKED_BYTES)
             header = json.loads(archive.read("header.json"))
             if header["schema"] != SCHEMA:
                 raise QconvError(
@@ -160,6 +164,10 @@ def parse_statistics(data: bytes, name: str) -> Statistics:
         return Statistics(*names, header["preprocessing"], header["pixels"], sketches)
     except QconvError:
         raise
+    except storage.UnpackedTooLargeError as error:
+        raise QconvError(f"{name} {error}.", "pass a file that --save-stats wrote.") from None
+    except MemoryError:
+        raise QconvError(f"{name} needs more memory than there is.", "free some memory.") from None
     except Exception:  # a stranger's bytes: BadZipFile, KeyError, ValueError, zlib.error and more
         raise QconvError(
             f"{name} holds no statistics of qconv, or it is damaged.", "pass a file that --save-stats wrote."
@@ -167,11 +175,8 @@ def parse_statistics(data: bytes, name: str) -> Statistics:
 
 
 def _read_sketch(archive: zipfile.ZipFile, index: int) -> Sketch:
-    def array(part: str) -> NDArray[Any]:
-        with archive.open(f"{index}/{part}.npy") as file:
-            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
-
-    sketch = sketch_from_arrays({part: array(part) for part in SKETCH_ARRAYS})
+    arrays = {part: storage.read_member(archive, f"{index}/{part}.npy") for part in SKETCH_ARRAYS}
+    sketch = sketch_from_arrays(arrays)
     _check_sketch(sketch)
     return sketch
 

@@ -133,11 +133,15 @@ NEGATABLE_OPTIONS = frozenset({"equalize", "tune_ranges", "saturation_safe"})
 """Switches that can be said both ways."""
 
 
+ODD_TYPE_ERRORS = (QconvError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+"""What a recipe of other types than ours trips over."""
+
+
 def recipe_from_dict(recipe: Mapping[str, Any]) -> Recipe | None:
     """The Recipe of what `Recipe.as_dict` gave; None where this version knows no such recipe."""
     try:
         return _make_recipe(_as_field_types(recipe))
-    except (QconvError, TypeError, ValueError, AttributeError):
+    except ODD_TYPE_ERRORS:
         return None
 
 
@@ -149,7 +153,7 @@ def command_line_options(recipe: Mapping[str, Any]) -> list[str]:
     try:
         said = _as_field_types(recipe)
         whole = _make_recipe(said)
-    except (QconvError, TypeError, ValueError, AttributeError):
+    except ODD_TYPE_ERRORS:
         return list(_format_all_options(recipe))
     if whole.weight_granularity is not WeightGranularity.PER_BLOCK:
         said.pop("block_size", None)  # without effect, and refused
@@ -243,6 +247,6 @@ def format_number(value: float) -> str:
 def _format_all_options(recipe: Mapping[str, Any]) -> Iterator[str]:
     default = Recipe(calib=IMAGES_PLACEHOLDER).as_dict()
     for name, value in recipe.items():
-        alone = isinstance(default.get(name, ""), str | int | float | None)
+        alone = isinstance(default.get(name, ""), str | int | float | None) and name != "candidate_bits"
         if alone and value != default.get(name) and isinstance(value, str | int | float):
             yield from format_option(name, value)

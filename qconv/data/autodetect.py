@@ -37,6 +37,7 @@ from qconv.data.hypotheses import (
 from qconv.data.images import InputSpec
 from qconv.errors import QconvError
 from qconv.ir import subgraph
+from qconv.ir.metadata import describe_odd_metadata
 from qconv.ir.model import Model
 from qconv.runtime.session import Session
 
@@ -274,7 +275,7 @@ class DetectedPreprocessing:
     """What was decided. runner_up, margin: None where nothing had to be found out. doubt: what the user should know.
 
     evident: whether the model itself tells, by a fact or by what training has stored. against: whether what it tells
-    speaks clearly against what the user said.
+    speaks clearly against what the user said. ignored: what in the file's metadata is odd, a sentence each.
     """
 
     preprocessing: Preprocessing | None
@@ -283,11 +284,12 @@ class DetectedPreprocessing:
     doubt: str = ""
     evident: bool = False
     against: bool = False
+    ignored: tuple[str, ...] = ()
 
     def doubts(self) -> list[str]:
         """What the user is warned of, if anything."""
         odd = self.preprocessing.doubt() if self.preprocessing is not None else ""
-        return [text for text in (odd and f"{odd}.", self.doubt) if text]
+        return [text for text in (*self.ignored, odd and f"{odd}.", self.doubt) if text]
 
     def in_words(self) -> str:
         """One sentence for the summary; empty where no pictures are read."""
@@ -310,21 +312,33 @@ def detect_preprocessing(
     if default is None:
         return DetectedPreprocessing(None)
     spec = feed.inputs[0]
-    fact = find_fact(model, spec.dtype, default.layout)
     known = find_references(model)
     field, said = CandidateSpace(spec, default, known), _pixel_options(options)
+    fact, ignored = _find_usable_fact(model, field)
     own, free = field.candidates(fact, said), field.candidates(fact, {})
     race = SequentialTest(model, session, spec, feed.drawn, known, threads)
     if "preset" in said or (said and len(own) == 1):
         if fact is None and race.fits(own[0]):
-            return DetectedPreprocessing(default)
+            return DetectedPreprocessing(default, ignored=ignored)
         race.run([*own, *free], confidence=False)
         told = _describe_contradiction(own[0], free, race, fact)
-        return DetectedPreprocessing(default, doubt=told, against=bool(told))
+        return DetectedPreprocessing(default, doubt=told, against=bool(told), ignored=ignored)
     race.run([*own, *free] if said else own, confidence=True)
     chosen, found = _decide(own, race, fact)
     told = _describe_contradiction(chosen, free, race, fact) if said else ""
-    return replace(found, doubt=told or found.doubt, against=bool(told))
+    return replace(found, doubt=told or found.doubt, against=bool(told), ignored=ignored)
+
+
+def _find_usable_fact(model: Model, field: CandidateSpace) -> tuple[PreprocessingFact | None, tuple[str, ...]]:
+    """The strongest fact that suits the network's input, and what is ignored of the file's metadata, in sentences."""
+    ignored = tuple(describe_odd_metadata(model.inner.metadata_props))
+    fact = find_fact(model, field.spec.dtype, field.default.layout)
+    try:
+        field.candidates(fact, {})
+    except QconvError as error:
+        assert fact is not None
+        return None, (*ignored, f"{fact.why} does not suit its input, and is ignored: {error.message}")
+    return fact, ignored
 
 
 def detect_without_images(
@@ -338,7 +352,8 @@ def detect_without_images(
     if default is None or "preset" in said:
         return DetectedPreprocessing(default)
     known = find_references(model)
-    fact, field = find_fact(model, feed.inputs[0].dtype, default.layout), CandidateSpace(feed.inputs[0], default, known)
+    field = CandidateSpace(feed.inputs[0], default, known)
+    fact, ignored = _find_usable_fact(model, field)
     own = field.candidates(fact, said)
     race = SequentialTest(model, session, feed.inputs[0], feed.drawn, known, threads)
     race.run(own, confidence=False)
@@ -359,7 +374,7 @@ def detect_without_images(
             f"whether the network wants RGB or BGR does not show without pictures; the file says {color.upper()}, "
             f"which changes no weight: --color {color} settles it."
         )
-    return DetectedPreprocessing(chosen, None, round(share, 4), doubt, evident=True)
+    return DetectedPreprocessing(chosen, None, round(share, 4), doubt, evident=True, ignored=ignored)
 
 
 def _pixel_options(options: PreprocessingOptions) -> dict[str, Any]:

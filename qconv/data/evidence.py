@@ -13,7 +13,6 @@ Nothing is run here, and no picture is looked at. A normalisation that is comput
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
+from qconv.ir.metadata import PREPROCESSING_KEY, read_preprocessing
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of, rank
 
 MOST_REFERENCES = 3
@@ -66,47 +66,15 @@ def find_fact(model: Model, dtype: np.dtype[Any], layout: Layout) -> Preprocessi
 
 # -- metadata ----------------------------------------------------------------------------------------------------------
 
-OWN_METADATA = "qconv.preprocessing"
 PIXEL_RANGES = {"nominalrange_0_255": "raw", "normalized_0_1": "unit", "normalized_1_1": "tf"}
 """Of Windows ML (Image.NominalPixelRange), in lower case."""
 PIXEL_FORMATS = {"rgb8": Color.RGB, "rgba8": Color.RGB, "bgr8": Color.BGR, "bgra8": Color.BGR}
 """Of Windows ML (Image.BitmapPixelFormat), in lower case."""
 
 
-def preprocessing_in_metadata(carried: Mapping[str, str]) -> PreprocessingOptions | None:
-    """How pictures are fed by what another run of qconv wrote into the file; None where it wrote nothing."""
-    try:
-        return _options_of(json.loads(carried[OWN_METADATA]))
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def float_preprocessing_in_metadata(carried: Mapping[str, str]) -> PreprocessingOptions | None:
-    """The same for the float network that the file was made of, which normalised pictures may be fed to instead."""
-    try:
-        told = json.loads(carried[OWN_METADATA])
-        return _options_of({**told, **(told["embedded"] or {})})
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _options_of(told: Mapping[str, Any]) -> PreprocessingOptions:
-    return PreprocessingOptions(
-        preset=told["preset"],
-        scale=told["scale"],
-        mean=tuple(told["mean"]),
-        std=tuple(told["std"]),
-        color=told["color"],
-        layout=told["layout"],
-        resize=told["resize"],
-        filter=told["filter"],
-        size=tuple(told["size"]),
-    )
-
-
 def _fact_in_own_metadata(carried: Mapping[str, str]) -> PreprocessingFact | None:
-    options = preprocessing_in_metadata(carried)
-    return None if options is None else PreprocessingFact(options, f"the file's metadata {OWN_METADATA}")
+    options = read_preprocessing(carried)
+    return None if options is None else PreprocessingFact(options, f"the file's metadata {PREPROCESSING_KEY}")
 
 
 def _fact_in_ultralytics_metadata(carried: Mapping[str, str]) -> PreprocessingFact | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import math
 import threading
+import zipfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -30,10 +31,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from qconv import storage
 from qconv.config.preprocessing import (
     AUTO,
     CROP_SHARE,
     PRESETS,
+    RESIZE_MODES,
     Color,
     Layout,
     Preprocessing,
@@ -52,8 +55,6 @@ if TYPE_CHECKING:
 PIXEL_TYPES = frozenset(map(np.dtype, ("float16", "float32", "float64", "uint8")))
 
 LAYOUT_AXES = {Layout.NCHW: (1, 2, 3), Layout.NHWC: (3, 1, 2)}  # channel, height, width
-
-RESIZE_MODES = ("auto", "exact", "letterbox")
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +376,9 @@ def _load_sample(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[A
     return {spec.name: _check_array(arrays[spec.name], spec, path) for spec in inputs}
 
 
+MOST_SAMPLE_BYTES = 1 << 30
+"""Of one .npz sample, unpacked: a picture of 8,000 by 8,000 pixels in float32 takes less."""
+
 _HEADER_LOCK = threading.Lock()
 """Headers are Python literals, and parsing two of them at the same time may fail (CPython issue 106905)."""
 
@@ -383,12 +387,18 @@ def _read_arrays(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[A
     if not path.is_file():
         raise UnreadableImage(path, "no such file")
     try:
-        # np.load leaves a file that it opened itself open when the zip is broken
         with _HEADER_LOCK, path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.lib.npyio.NpzFile):
-                return {name: loaded[name] for name in loaded.files}
-    except Exception as error:  # a stranger's bytes again: ValueError, EOFError, BadZipFile, zlib.error, MemoryError
+            magic = file.read(len(storage.ZIP_MAGICS[0]))
+            file.seek(0)
+            if magic in storage.ZIP_MAGICS:
+                with zipfile.ZipFile(file) as archive:
+                    storage.check_unpacked_size(archive, MOST_SAMPLE_BYTES)
+                    names = archive.namelist()
+                    return {name.removesuffix(".npy"): storage.read_member(archive, name) for name in names}
+            loaded = storage.read_npy(file, path.stat().st_size)
+    except MemoryError:
+        raise QconvError(f"{path} needs more memory than there is.", "free some memory.") from None
+    except Exception as error:  # a stranger's bytes again: ValueError, EOFError, BadZipFile, zlib.error
         raise UnreadableImage(path, _error_reason(error)) from error
     if len(inputs) != 1:
         raise QconvError(f"{path} holds one array but the network has {len(inputs)} inputs.", _describe_npz(inputs))

@@ -21,11 +21,12 @@ from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.autodetect import detect_preprocessing
 from qconv.data.dataset import SAMPLE_SUFFIXES, Listing, find_files, suffix_of
-from qconv.data.evidence import find_fact, float_preprocessing_in_metadata, preprocessing_in_metadata
+from qconv.data.evidence import find_fact
 from qconv.data.images import InputSpec, layout_order, resolve_preprocessing
 from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.files import Source, is_quantized, metadata_of, open_original, read_proto
+from qconv.ir.metadata import describe_odd_metadata, read_float_preprocessing, read_preprocessing
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 
@@ -315,8 +316,10 @@ def _open_model(
     proto = read_proto(source)
     session = open_original(source, recipe)
     carried, said = metadata_of(proto), recipe.preprocessing
-    told, why = preprocessing_in_metadata(carried), "the file's metadata"
-    if told is not None and told != float_preprocessing_in_metadata(
+    for odd in describe_odd_metadata(carried):
+        warn(f"{source.name}: {odd}")
+    told, why = read_preprocessing(carried), "the file's metadata"
+    if told is not None and told != read_float_preprocessing(
         carried
     ):  # it takes pixels: all else is for the float model
         said = replace(said, preset=None, scale=None, mean=None, std=None, color=None, layout=None)
@@ -325,10 +328,16 @@ def _open_model(
     if told is not None:
         # samples need none of it, which is no news where the user has said nothing
         quietly = Reporter() if recipe.preprocessing == PreprocessingOptions() else reporter.without_progress()
-        feed = DataLoader.of(session, replace(recipe, preprocessing=_merge_options(said, told)), quietly)
-        if feed.preprocessing is not None and said == PreprocessingOptions():
-            feed.preprocessing = replace(feed.preprocessing, source=why)
-        return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
+        merged = replace(recipe, preprocessing=_merge_options(said, told))
+        try:
+            feed = DataLoader.of(session, merged, quietly)
+        except QconvError as error:
+            DataLoader.of(session, recipe, Reporter())  # raises where the user is mistaken
+            reporter.warn(f"{source.name} cannot be fed as {why} says, which is ignored: {error.message}")
+        else:
+            if feed.preprocessing is not None and said == PreprocessingOptions():
+                feed.preprocessing = replace(feed.preprocessing, source=why)
+            return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
     feed = DataLoader.of(session, recipe, reporter.without_progress())
     if feed.preprocessing is None or said.preset != AUTO:
         return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
@@ -354,7 +363,7 @@ def open_models(
     if against is None:
         return _open_model(source, recipe, reporter), None
     proto = read_proto(source)
-    carried = float_preprocessing_in_metadata(metadata_of(proto))
+    carried = read_float_preprocessing(metadata_of(proto))
     other = _open_model(against, recipe, reporter, carried)
     hint = None
     if carried is None and is_quantized(proto) and other.feed.preprocessing is not None:

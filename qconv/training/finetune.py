@@ -11,7 +11,6 @@ Every round leaves a file beside the output, from which the same command goes on
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,8 @@ from qconv.data.dataset import LabelOptions, find_classes, labels_of
 from qconv.data.loader import ModelWithData, open_models
 from qconv.errors import QconvError
 from qconv.ir import files, load
-from qconv.ir.files import Source, external_data_files, file_bytes, hash_model, is_quantized, read_proto
-from qconv.ir.metadata import find_teacher, read_recipe
+from qconv.ir.files import Source, external_data_files, file_bytes, find_teacher, hash_model, is_quantized, read_proto
+from qconv.ir.metadata import read_recipe, write_finetuning
 from qconv.ir.model import Model
 from qconv.metrics.comparison import ComparisonAccumulator, check_gates
 from qconv.reporter import Reporter
@@ -55,7 +54,6 @@ RATE_FACTORS = {"weights": 1.0, "weight_scales": 0.1, "activation_scales": 0.1, 
 HELD_OUT_SHARE, LEAST_HELD_OUT, MOST_HELD_OUT = 1 / 10, 32, 2000
 FEWEST_IMAGES = 8
 """Pictures: less is nothing to learn from."""
-METADATA_KEY = "qconv.finetune"
 CHECKPOINT_FORMAT = 2
 """Of what a run leaves behind for a later one."""
 
@@ -136,7 +134,7 @@ class _TrainingSetup:
         assert other is not None
         _require_same_outputs(own, other)
         model, (floats, _) = load.load_unchanged(read_proto(source), source), load.load(read_proto(teacher), teacher)
-        recipe = recipe_from_dict(read_recipe(model))
+        recipe = recipe_from_dict(read_recipe(model.inner.metadata_props))
         learned = LearnedParameters(find_sites(model, recipe), device)
         networks = TorchNetwork(model, device), TorchNetwork(floats, device)
         words, fixed = other.words, other.feed.inputs[0].shape[0]
@@ -172,7 +170,7 @@ def _write_better(desk: _TrainingSetup, source: Source, out: Path, found: Finetu
     """The trained file in its place, if it is better; else the input as it was."""
     desk.lesson.learned.write(desk.model)
     told = {**found.wishes.as_dict(), "pictures": found.taught, "step": best_step}
-    desk.model.inner.metadata_props[METADATA_KEY] = json.dumps(told, sort_keys=True)
+    write_finetuning(desk.model, told)
     with files.stage_model(desk.model, out) as staged:
         if best_step:
             files.check_staged_model(staged)

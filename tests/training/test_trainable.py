@@ -49,7 +49,7 @@ def sites(place: Path, **more: object) -> tuple[Model, LearnableSites]:
     quantize(str(place / "net.onnx"), place / "q.onnx", Recipe(**feed, **fast))  # type: ignore[arg-type]
     source = Source(str(place / "q.onnx"), place / "q.onnx")
     model = load.load_unchanged(read_proto(source), source)
-    return model, find_sites(model, recipe_from_dict(read_recipe(model)))
+    return model, find_sites(model, recipe_from_dict(read_recipe(model.inner.metadata_props)))
 
 
 def run(data: bytes, x: np.ndarray) -> np.ndarray:
