@@ -33,7 +33,6 @@ LONG_MODULES = {
     "data_free/propagation.py": "a table of rules by operator, for means and for distributions",
     "passes/equalize.py": "one pass: scales, absorption of biases, and their record",
     "quantization/second_order.py": "one pass and the solver it is made of",
-    "report/pages.py": "the pages of all commands",
     "training/onnx_ops.py": "a table of ONNX operators in PyTorch",
     "training/synthesize.py": "one command and its optimizer",
     "training/trainable.py": "a table of what can be trained in a Q/DQ file",

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from qconv import storage
 from qconv.config.preprocessing import (
@@ -564,12 +563,14 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 def encode_thumbnail(pixels: NDArray[np.uint8], side: int = THUMBNAIL) -> bytes:
     """The file of a picture (H, W, 3) or (H, W, 1), no side longer than `side`."""
+    from PIL import Image  # slow to import, and not needed by samples
+
     small = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     small.thumbnail((side, side))
     return png_bytes(small)
 
 
-def png_bytes(picture: Image.Image) -> bytes:
+def png_bytes(picture: Picture) -> bytes:
     """The PNG file of an image."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)

@@ -317,7 +317,7 @@ def _open_model(
     session = open_original(source, recipe)
     carried, said = metadata_of(proto), recipe.preprocessing
     for odd in describe_odd_metadata(carried):
-        warn(f"{source.name}: {odd}")
+        reporter.warn(f"{source.name}: {odd}")
     told, why = read_preprocessing(carried), "the file's metadata"
     if told is not None and told != read_float_preprocessing(
         carried

@@ -103,7 +103,7 @@ def test_pictures_pass_the_network_once(place: Path, monkeypatch: pytest.MonkeyP
         watched.append(len(taps))
         return watch(session, taps, batches)
 
-    monkeypatch.setattr(collect, "watch", counted)
+    monkeypatch.setattr(collect, "observe", counted)
     text = '[one]\n[two]\ncalibrator = "minmax"\n[three]\nweight-bits = 4\n'
     (place / "recipes.toml").write_text(text)
     assert run(place, "--effort", "fast").exit_code == 0
@@ -212,7 +212,7 @@ def test_tables_go_over_the_command_line(place: Path) -> None:
         return seen[len(seen) - 1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "recipe_of", kept)
+        patch.setattr(quantize, "make_recipe_of_options", kept)
         run(place, "--recipe-name", "aciq-w4a4", "--activation-bits", "6", "--pack", "-o", place / "nowhere")
         (place / "out").mkdir()
         run(place, "--recipe-name", "aciq-w4a4", "--activation-bits", "6", "--pack", "-o", place / "out", "--csv", "")

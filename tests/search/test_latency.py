@@ -34,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, costs: dict[str, tuple[float, float]]
         return Benchmark(detect_cpu(), conditions, 1, "", timings)
 
     monkeypatch.setattr(latency, "benchmark", timed)
-    monkeypatch.setattr(latency, "faster_in_float", lambda *_: {})  # the table has nothing to say
+    monkeypatch.setattr(latency, "place_by_cost_table", lambda *_: {})  # the table has nothing to say
 
 
 @pytest.fixture
