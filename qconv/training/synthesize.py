@@ -163,9 +163,9 @@ class ImageOptimizer:
         variances = [self._of(reference.var) for reference in wanted]
         self._floors = [VARIANCE_FLOOR * variance.mean() for variance in variances]
         self._refs = [variance + floor for variance, floor in zip(variances, self._floors, strict=True)]
-        self._pixels = torch.from_numpy(pixels).to(self._device, torch.float32).permute(0, 3, 1, 2).contiguous()
-        self._first, self._second = torch.zeros_like(self._pixels), torch.zeros_like(self._pixels)
-        self._parts = [slice(start, start + batch) for start in range(0, len(pixels), batch)]
+        start = torch.from_numpy(pixels).to(self._device, torch.float32).permute(0, 3, 1, 2)
+        self._batches = [part.contiguous().requires_grad_() for part in start.split(batch)]
+        self._adam = torch.optim.Adam(self._batches, lr=LEARNING_RATE, betas=BETAS, eps=TINY, foreach=False)
         self._seen: list[list[tuple[Tensor, Tensor]]] = []
         self.loss: list[float] = []
         self._scores = self._output_of_scores()
@@ -176,7 +176,8 @@ class ImageOptimizer:
     @property
     def pixels(self) -> NDArray[np.uint8]:
         """The pictures as they are now, (N, H, W, C)."""
-        found: NDArray[np.uint8] = self._pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+        pixels = torch.cat([batch.detach() for batch in self._batches])
+        found: NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
         return found
 
     def look(self) -> list[float]:
@@ -185,7 +186,7 @@ class ImageOptimizer:
         Raises QconvError where what the network computes is no number.
         """
         with torch.no_grad():
-            self._seen = [self._moments(self._read(self._pixels[part])[0]) for part in self._parts]
+            self._seen = [self._moments(self._read(batch)[0]) for batch in self._batches]
             found = [float(distance) for distance in self._distances(*self._whole())]
         if not all(map(math.isfinite, found)):
             name = next(name for name, number in zip(self._names, found, strict=True) if not math.isfinite(number))
@@ -197,15 +198,16 @@ class ImageOptimizer:
         """Move all pictures so many times, and round them to whole levels. `look` comes first."""
         for step in range(steps):
             share = LEAST_RATE_SHARE + (1 - LEAST_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            losses = [self._move(index, step, share) for index in range(len(self._parts))]
+            losses = [self._move(index, share) for index in range(len(self._batches))]
             self.loss.append(float(np.mean(losses)))
             progress(step + 1, steps)
-        self._pixels = self._pixels.round()
+        with torch.no_grad():
+            for batch in self._batches:
+                batch.round_()
 
-    def _move(self, index: int, step: int, share: float) -> float:
+    def _move(self, index: int, share: float) -> float:
         """One step of one batch, at this share of the first one's rate. Returns the loss before it."""
-        part = self._parts[index]
-        pixels = self._pixels[part].clone().requires_grad_()
+        pixels = self._batches[index]
         read, scores = self._read(pixels)
         with torch.no_grad():
             self._seen[index] = self._moments(read)
@@ -223,24 +225,24 @@ class ImageOptimizer:
             ]
         if scores is not None:
             read, pulls = (
-                [*read, CLASS_LOSS_WEIGHT * self._doubt(scores, part)],
+                [*read, CLASS_LOSS_WEIGHT * self._doubt(scores, index)],
                 [*pulls, torch.ones((), device=self._device)],
             )
         # tensors that no pixel reaches have nothing to say
         reached = [(tensor, pull) for tensor, pull in zip(read, pulls, strict=True) if tensor.requires_grad]
         (gradient,) = torch.autograd.grad([t for t, _ in reached], pixels, [pull for _, pull in reached])
-        with torch.no_grad():
-            self._pixels[part] = self._stepped(part, gradient, step, share)
+        self._step(pixels, gradient, share)
         return float(loss.detach())
 
-    def _stepped(self, part: slice, gradient: Tensor, step: int, share: float) -> Tensor:
-        """Adam's step, then the priors."""
-        first, second = self._first[part], self._second[part]
-        first.lerp_(gradient, 1 - BETAS[0])
-        second.lerp_(gradient * gradient, 1 - BETAS[1])
-        mean, square = first / (1 - BETAS[0] ** (step + 1)), second / (1 - BETAS[1] ** (step + 1))
-        moved = self._pixels[part] - share * LEARNING_RATE * mean / (square.sqrt() + TINY)
-        return (moved + share * SMOOTHING_SHARE * smoothing_step(moved)).clamp(0, 255)
+    def _step(self, pixels: Tensor, gradient: Tensor, share: float) -> None:
+        """Move one batch: Adam's step, then the priors. Adam leaves alone what has no gradient: the other batches."""
+        for group in self._adam.param_groups:
+            group["lr"] = share * LEARNING_RATE
+        pixels.grad = gradient
+        self._adam.step()
+        pixels.grad = None
+        with torch.no_grad():
+            pixels.add_(share * SMOOTHING_SHARE * smoothing_step(pixels)).clamp_(0, 255)
 
     # -- statistics ----------------------------------------------------------------------------------------------------
 
@@ -253,16 +255,17 @@ class ImageOptimizer:
 
     def _output_of_scores(self) -> str | None:
         """The first output of one number a class for each picture: floats, which have gradients."""
-        (name,), pixels = self._network.inputs, self._pixels[self._parts[0]].clone().requires_grad_()
+        (name,), pixels = self._network.inputs, self._batches[0]
         for output, scores in self._network.run({name: normalise_pixels(pixels, self._prep)}).items():
             if scores.ndim == 2 and scores.shape[0] == len(pixels) and scores.shape[1] > 1 and scores.requires_grad:
                 return output
         return None
 
-    def _doubt(self, scores: Tensor, part: slice) -> Tensor:
+    def _doubt(self, scores: Tensor, index: int) -> Tensor:
         """Mean cross entropy of every picture with a class of its own: all classes in turn."""
         count = scores.shape[1]
-        own = torch.arange(part.start, part.stop, device=self._device) * _class_stride(count) % count
+        first = index * len(self._batches[0])
+        own = torch.arange(first, first + len(scores), device=self._device) * _class_stride(count) % count
         sums = scores.detach().sum(1)
         if bool((scores.detach() >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
             return F.nll_loss(scores.clamp_min(TINY).log(), own)  # probabilities already
