@@ -44,14 +44,14 @@ LARGE_OUTLIER = 10.0
 WIDE_CONCAT_RATIO = 8.0
 FEW_IMAGES, GENERALIZATION_GAP_DB = 8, 3.0
 MANY_IMAGES = 64
-"""Pictures from which on a gap between them and others is not for want of them."""
+"""Images from which on a gap to other images is not for want of images."""
 LARGE_SHARE = 0.2
 REMARKABLE_SHARE = 0.02
 """Share of the error from which on a tensor is worth a word, where something takes care of it."""
 MOST_NAMED = 3
 GATE_OPS = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
 GATED_ACTIVATION_OPS = frozenset({"HardSwish", "Swish", "Mish", "Gelu"})
-"""Those that multiply by themselves."""
+"""Activations that contain a gate: they multiply by a squashed input."""
 
 
 @dataclass(frozen=True, slots=True)

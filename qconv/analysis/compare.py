@@ -44,7 +44,7 @@ from qconv.runtime.session import Session
 HISTOGRAM_BARS = 64
 
 CLIPPED_BEYOND = 0.5 + 1e-3
-"""Of a step: a weight this far beyond the last code is cut off by more than rounding."""
+"""Steps: a weight this far beyond the last integer is clipped, not just rounded."""
 
 
 def compare_weights(layer: Node, original: Node | None, moves: EqualizationRecord) -> ValueStatistics | None:
@@ -104,10 +104,10 @@ Progress = Callable[[str, int, int], None]
 Arrays = Mapping[str, NDArray[Any]]
 
 HISTOGRAM_SAMPLES = 2**15
-"""Numbers of a tensor that its histogram is made of, about."""
+"""Values of a tensor that its histogram is made of, about."""
 
 MOST_EFFECT_RUNS = 1000
-"""Of the float network to find out what single errors do at the outputs, at most, but for FEWEST pictures."""
+"""Most runs of the float network to measure what single errors do at the outputs, but for FEWEST images."""
 
 FEWEST_EFFECT_IMAGES, MOST_EFFECT_IMAGES = 2, 16
 

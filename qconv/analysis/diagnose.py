@@ -66,13 +66,13 @@ from qconv.runtime.benchmark import detect_cpu
 from qconv.runtime.session import Session
 
 LEAST_GAIN_DB = 0.5
-"""dB from which on a remedy has helped."""
+"""Gain from which on a remedy has helped."""
 DB_PER_BIT = 6.02
-"""What one more bit gains: a doubling of time or size has to gain as much."""
+"""Gain of one more bit: a doubling of time or size has to gain as much."""
 LEAST_GAIN_OF_BITS_DB = 3.0
-"""What more bits than were asked for must gain to be worth a word."""
+"""Gain that more bits than were asked for must have to be mentioned."""
 PLENTY_DB = 40.0
-"""From here on more counts nothing."""
+"""SQNR from which on more counts nothing."""
 SILENT_LISTENER = Listener()
 
 

@@ -34,7 +34,7 @@ from qconv.planning.planner import is_quantizable_layer, make_plan
 from qconv.quantizer import PerBlock, PerChannel
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
-"""Whose operators ONNX Runtime has itself."""
+"""Domains whose operators ONNX Runtime has itself."""
 
 
 @dataclass(frozen=True, slots=True)

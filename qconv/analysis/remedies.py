@@ -23,7 +23,7 @@ from qconv.results.comparison import Cause
 FEW_FLOAT_NODES, FEW_FLOAT_GATES = 3, 2
 LONG_NAME = 20
 PERCENTILES = (99.99, 99.9)
-"""Of the numbers that a range reaches, in percent."""
+"""Percentiles of the values that a range is tried at."""
 REPEATABLE_FIELDS = frozenset({"keep_float", "keep_float_op"})
 """Options that are repeated instead of replaced."""
 ENOUGH_DB, POOR_DB = 30.0, 20.0

@@ -44,7 +44,7 @@ from qconv.runtime.session import Session
 from qconv.search.candidate import quantize_to_nearest
 
 SCORED_BYTES = 48 * 2**20
-"""Inputs and float outputs of the pictures to score on, which stay in memory."""
+"""Most bytes of the held-out images' inputs and float outputs, which stay in memory."""
 
 
 @dataclass(frozen=True, slots=True)

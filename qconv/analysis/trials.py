@@ -47,10 +47,10 @@ MOST_HELD_OUT = 64
 HELD_OUT_DIVISOR = 5
 
 SCORED_BYTES = 64 * 2**20
-"""Inputs and float outputs of the pictures to score on, which stay in memory."""
+"""Most bytes of the held-out images' inputs and float outputs, which stay in memory."""
 
 TIMING_ROUNDS = 9
-"""Turns that each file gets when it is timed."""
+"""Rounds of timing, in each of which every file has its turn."""
 
 TIMED_AT_ONCE = 6
 """Files beside the float model that are in memory at the same time."""

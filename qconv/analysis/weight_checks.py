@@ -54,7 +54,7 @@ DEAD_SHARE = 2.0**-16
 UNIT_RANGE_OPS = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
 """Their results lie between 0 and 1."""
 MOST_EXAMPLES = 8
-"""So many channels are named."""
+"""Most channels that are named."""
 
 MeanAndDeviation = tuple[Float64, Float64]
 

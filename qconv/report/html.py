@@ -95,7 +95,7 @@ MOST_LAYERS = 15
 MOST_NAMED = 3
 
 DIGITS = 6
-"""Of a number in a chart, which is more than the eye has."""
+"""Significant digits of a number in a chart, more than one can see."""
 
 CAUSE_TITLES = {
     "channel-imbalance": "Channels of very different size",

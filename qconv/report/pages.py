@@ -33,10 +33,10 @@ COMPARED_IMAGES = 64
 GOOD_AGREEMENT, POOR_AGREEMENT = 0.97, 0.9
 
 GOOD_SQNR_DB, POOR_SQNR_DB = 20.0, 10.0
-"""From the first on a result is good, below the second it is bad."""
+"""SQNR from which on a result is good, and below which it is bad."""
 
 TIMING_NOISE = 0.05
-"""Of a time: less is not called faster or slower."""
+"""Share of a time: a smaller difference is not called faster or slower."""
 
 HALF_OF_ERROR = 0.5
 
@@ -375,7 +375,7 @@ def _describe_worst_layers(compared: Comparison | None) -> list[str]:
 # -- synthesized pictures ----------------------------------------------------------------------------------------------
 
 SYNTHESIS_PICTURES = 48
-"""On the page, evenly taken from all."""
+"""Synthesized images on the page, evenly taken from all."""
 
 
 def make_synthesis_page(made: SynthesizedImages, command: str) -> Page:

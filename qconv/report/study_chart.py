@@ -27,7 +27,7 @@ WIDTH, HEIGHT = 1200, 560
 TOP, BOTTOM = 120, 470
 
 PANELS = ((100, 570), (710, 1180))
-"""Left and right end of each."""
+"""Left and right end of each panel."""
 
 FONT_SIZE, LARGE_FONT_SIZE = 17, 24
 

@@ -21,7 +21,7 @@ from qconv.errors import format_count
 SCHEMA = 1
 TOLERANCE_DB = 0.5
 ROUNDING_LUCK_DB = 1.0
-"""What one set of pictures may be better than another of its size by rounding alone."""
+"""How much better one set of images may be than another of its size by rounding alone."""
 COUNT_STEPS = (1, 2, 5)
 
 

@@ -148,10 +148,10 @@ def _validation_fields(found: ValidationResult) -> dict[str, Any]:
 
 
 GOOD_MATCH = 0.1
-"""Distance of statistics up to which pictures count as like those of training: dozens of photographs come to 0.04."""
+"""Distance of statistics up to which images count as like those of training: dozens of photographs come to 0.04."""
 
 POOR_MATCH = 0.5
-"""Distance from which on a single layer is told of."""
+"""Distance from which on a single layer is warned of."""
 
 
 @dataclass(frozen=True, slots=True)

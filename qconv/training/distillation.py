@@ -36,7 +36,7 @@ from qconv.training.network import TorchNetwork
 from qconv.training.trainable import LearnedParameters
 
 SMALLEST_PROBABILITY = 1e-8
-"""Probability, and share of the variance, below which nothing is told apart."""
+"""Floor of probabilities, and of the variance as a share, in the losses."""
 
 
 def classify_output(said: Tensor) -> str:
@@ -202,13 +202,13 @@ def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 Ints = NDArray[np.int64]
 
 MOST_SHIFTED = 1 / 8
-"""Share of a side by which pictures are moved at most."""
+"""Largest shift of an image, as a share of its side."""
 
 MOST_MIXED = 1 / 2
-"""Share of another picture that one gets at most."""
+"""Largest share of another image that is mixed in."""
 
 VALIDATION_BATCH = 64
-"""Pictures of a look that run at once."""
+"""Images per run in validation."""
 
 
 class TrainingInputs:

@@ -49,13 +49,13 @@ from qconv.training.trainable import LearnedParameters, find_sites
 from qconv.training.trainer import Trainer, TrainingCheckpoint, TrainingSchedule
 
 RATE_FACTORS = {"weights": 1.0, "weight_scales": 0.1, "activation_scales": 0.1, "biases": 0.2}
-"""Of the learning rate, which is that of weights in codes."""
+"""Factors of the learning rate, which is that of weights in integer steps."""
 HELD_OUT_SHARE, LEAST_HELD_OUT, MOST_HELD_OUT = 1 / 10, 32, 2000
 FEWEST_IMAGES = 8
-"""Pictures: less is nothing to learn from."""
+"""Fewest images that can be learned from."""
 METADATA_KEY = "qconv.finetune"
 CHECKPOINT_FORMAT = 2
-"""Of what a run leaves behind for a later one."""
+"""Version of the checkpoint's format."""
 
 
 @dataclass(slots=True)

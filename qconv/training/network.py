@@ -179,7 +179,7 @@ _RUNNABLE = {**OPERATORS, **FUSED_OPERATORS}
 LOWEST_OPSET = 13
 
 UINT8 = 2
-"""Type of codes where neither a zero point nor an attribute tells it."""
+"""ONNX element type of integers where neither a zero point nor an attribute gives it."""
 
 TensorsByName = Mapping[str, Tensor]
 

@@ -60,7 +60,7 @@ class Op:
 
 
 OperatorFunction = Callable[[Op, OperatorInputs], Tensor | tuple[Tensor, ...]]
-"""How an operator is run."""
+"""Runs an operator: node and inputs to one or several outputs."""
 
 
 def to_numbers(x: Tensor) -> list[Any]:
@@ -92,7 +92,7 @@ def to_torch_pads(pads: Sequence[int]) -> list[int]:
 
 
 INT_RANGES = {2: (0, 255), 3: (-128, 127), 4: (0, 65535), 5: (-32768, 32767), 21: (0, 15), 22: (-8, 7)}
-"""Least and largest code of ONNX's element types that QuantizeLinear can write."""
+"""Range of the integers of each ONNX element type that QuantizeLinear can write."""
 
 INTEGER_DTYPES = {6: torch.int32, 7: torch.int64, 9: torch.bool}
 
@@ -538,7 +538,7 @@ PAD_MODES: dict[str, Callable[[Indices, int], Indices]] = {
     "reflect": _reflect_positions,
     "wrap": lambda places, side: places % side,
 }
-"""What is repeated at places before and behind an axis of `side` numbers, by Pad's mode."""
+"""Index read at each position before and behind an axis of size `side`, by Pad's mode."""
 
 
 def _pad(op: Op, given: OperatorInputs) -> Tensor:
@@ -604,7 +604,7 @@ def _space_to_depth(op: Op, given: OperatorInputs) -> Tensor:
 
 
 TIE_TOLERANCE = 1e-5
-"""A place so close to the middle of two is in the middle, as far as single precision tells, which the runtime heeds."""
+"""A position this close to the middle of two counts as the middle: single precision, as in the runtime, cannot tell."""
 
 NEAREST_MODES: dict[str, Callable[[Positions], Positions]] = {
     "round_prefer_floor": lambda places: np.ceil(places - 0.5 - TIE_TOLERANCE),

@@ -30,7 +30,7 @@ from qconv.training.network import QuantDrop, TorchNetwork, run_deterministicall
 from qconv.training.trainable import LearnedParameters, find_sites
 
 WIDER_FACTOR, NEAR_CUTS = 2, 4
-"""A cut is inside a bottleneck where cuts so near on both sides carry so many times less."""
+"""A cut is inside a bottleneck where NEAR_CUTS on both sides have one that carries WIDER_FACTOR times less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +104,24 @@ def _drop_bottleneck_middles(found: list[tuple[BlockBoundary, int]]) -> list[Blo
 STEP = "reconstruct"
 
 MOST_IMAGES, MOST_BYTES, KEPT_TENSORS = 512, 2**30, 5
-"""Most pictures that are looked at: fewer where KEPT tensors of all of them, at the widest cut, take more than that."""
+"""Most images; fewer where KEPT_TENSORS of them all, at the widest cut, would take more than MOST_BYTES."""
 
 STEPS_BY_EFFORT = {"fast": 100, "balanced": 200, "best": 300}
-"""Of each block, by effort."""
+"""Optimization steps of each block, by effort."""
 
 LARGEST_BATCH, SMALLEST_BATCH, NUMBERS_PER_BATCH = 32, 8, 2**22
-"""Pictures a step, fewer where a block hands on more than so many numbers of them."""
+"""Images a step, fewer where a block's output has more than NUMBERS_PER_BATCH values."""
 
 LEARNING_RATES = {"weights": 1e-2, "biases": 3e-3}
-"""In steps of weights and biases, as in `trainable`. Scales stay: ranges were chosen by the outputs already."""
+"""In the units of `trainable`. Scales are not learned: ranges were chosen by the outputs already."""
 
 DROP_PROBABILITY = 0.5
 
 HELD_OUT_SHARE = 1 / 8
-"""Share of the pictures that a block is judged by."""
+"""Share of the images that a block is validated on."""
 
 INFERENCE_BATCH = 32
-"""Pictures of a run without gradients, where the network takes any number."""
+"""Images per run without gradients, where the network takes any number."""
 
 LEAST_NORM = 1e-30
 

@@ -113,10 +113,10 @@ class BatchNormTargets:
 
 
 LEARNING_RATE = 16.0
-"""Levels that a pixel moves by in the first step."""
+"""Levels that a pixel moves in the first step."""
 
 LEAST_RATE_SHARE = 0.02
-"""Share of it in the last one."""
+"""Share of the learning rate in the last step."""
 
 BETAS = (0.9, 0.99)
 
@@ -129,13 +129,13 @@ EDGE_LEVELS = 60.0
 """Levels of difference that fade half as much as small ones do."""
 
 CLASS_LOSS_WEIGHT = 0.005
-"""So weak that statistics hardly notice."""
+"""Weight of the cross entropy, so weak that statistics hardly notice."""
 
 VARIANCE_FLOOR = 1e-3
-"""Share of the mean variance that counts for channels with next to none."""
+"""Share of a layer's mean variance that is added to every channel's."""
 
 PIXELS_PER_BATCH, MOST_PER_BATCH = 16 * 224 * 224, 64
-"""Of a batch, and the most pictures of it."""
+"""Pixels of a batch, and the most images in it."""
 
 
 class ImageOptimizer:

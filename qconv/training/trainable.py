@@ -289,10 +289,10 @@ def _find_input_scale(node: Node) -> Value | None:
 
 
 LARGEST_LOG_SCALE = float(np.log(8.0))
-"""So far may a scale move from that in the file."""
+"""Largest move of a scale from that in the file, as a logarithm."""
 
 TYPICAL_CODE = 16
-"""Of what a layer reads: a bias is learned in steps of what the largest weight makes of it."""
+"""Typical integer input of a layer: a bias is learned in units of the largest weight times it."""
 
 
 class _LearnedWeights:

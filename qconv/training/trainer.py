@@ -37,16 +37,16 @@ WARM_UP = 0.05
 """Share of all steps in which rates rise."""
 
 USUAL_LENGTH_DECAY, LONGEST_GRADIENT = 0.95, 3.0
-"""Gradients are shortened to LONGEST times their usual length, a running mean that keeps so much of itself."""
+"""Gradients are clipped to LONGEST_GRADIENT times their usual length, a running mean with this decay."""
 
 MOST_ROUND_STEPS = 250
-"""Most steps between two looks at the pictures held back."""
+"""Most steps between two validations."""
 
 FIRST_SHARE, PATIENCE_SHARE = 1 / 2, 1 / 4
-"""Shares of all steps before which none is given up, and without anything better after which it is."""
+"""Share of all steps in which no run is given up, and share without improvement after which it is."""
 
 DIVERGED_FACTOR, RATE_CUT, MOST_RATE_CUTS = 4.0, 1 / 3, 3
-"""Times the first distance from which on rates are multiplied by CUT, and how often that is done."""
+"""Multiple of the first distance at which rates are multiplied by RATE_CUT, and how often that is done."""
 
 SHORT_EPOCH = 32
 """Steps below which several epochs make a round."""
@@ -226,7 +226,7 @@ def _decode_round(row: NDArray[np.float64]) -> HistoryRow:
 
 
 SAVE_EVERY_SECONDS = 20.0
-"""Seconds between two states that are written, at least."""
+"""Least seconds between two checkpoints."""
 
 
 class TrainingCheckpoint:
