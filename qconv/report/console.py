@@ -22,7 +22,7 @@ TITLE_WIDTH = 12
 
 
 class Console:
-    """The conversation on stderr while a run lasts: warnings, and a progress bar on a terminal."""
+    """Messages on stderr while a run lasts: warnings, and a progress bar where stderr is a terminal."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -33,12 +33,12 @@ class Console:
         self._tasks: dict[str, rich.progress.TaskID] = {}
 
     def warn(self, text: str) -> None:
-        """Say what did not go as it should."""
+        """Print a warning."""
         if not self._quiet:
             self._console.print(f"[yellow]Warning:[/] {escape(text)}", soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of `stage`, where a person is looking."""
+        """Move the progress bar of `stage`, where stderr is a terminal."""
         if self._quiet or not self._watched:
             return
         if self._bar is None:
@@ -50,14 +50,14 @@ class Console:
         self._bar.update(self._tasks[stage], completed=done)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 def show_report(report: Report, stream: TextIO, *, verbose: bool) -> None:
-    """Print the summary."""
+    """Print the summary of `quantize`. verbose: also every finding and tensor."""
     lines = _summary_lines(report)
     if stream.isatty():
         table = Table.grid(padding=(0, 2))
@@ -74,7 +74,7 @@ def show_report(report: Report, stream: TextIO, *, verbose: bool) -> None:
 
 
 def show_curve(curve: SampleCurve, stream: TextIO, *, verbose: bool) -> None:
-    """Print the table of a study and the sentence that reads it, in 80 columns."""
+    """Print the table of a sample study and the sentences that explain it, in 80 columns. verbose: also every draw."""
     rows = [("pictures", "SQNR dB", "(worst .. best)", "agreement %", "(worst .. best)", "seconds")]
     for count in curve.counts:
         sqnr, agreement = _format_spread(curve.sqnr_db(count), 1), _format_spread(curve.agreement(count), 100)
@@ -103,6 +103,7 @@ def _capitalize(text: str) -> str:
 
 
 def _summary_lines(report: Report) -> list[tuple[str, str]]:
+    """Compose the summary as (title, text in rich's markup)."""
     size = f"{format_bytes(report.float_bytes)} -> {format_bytes(report.quantized_bytes)}, {report.ratio:.2f} of float"
     lines = [
         ("written", "to standard output" if report.output == "-" else escape(report.output)),
@@ -127,7 +128,7 @@ def _summary_lines(report: Report) -> list[tuple[str, str]]:
 
 
 def _mixed_precision_lines(found: MixedPrecision | None) -> list[tuple[str, str]]:
-    """What a search for bits chose, and the points of the curve that were tried."""
+    """Describe what a search for bits chose, and the points of the curve that were tried."""
     if found is None:
         return []
     chosen = found.chosen
@@ -145,7 +146,7 @@ def _mixed_precision_lines(found: MixedPrecision | None) -> list[tuple[str, str]
 
 
 def _execution_lines(report: Report) -> list[tuple[str, str]]:
-    """What runs in integers, and why the rest does not."""
+    """Describe what runs in integers, and why the rest does not."""
     own, target = report.audit, report.recipe["target"]
     told = f"{format_count(own.integer, 'node')} in integers, {own.float} in float"
     if not TARGETS[target].on_ort:
@@ -184,7 +185,7 @@ def _format_score(output: OutputScore) -> str:
 
 
 def _change_lines(report: Report) -> list[str]:
-    """One line a kind of change: what was done how often."""
+    """Describe changes, one line a kind, with how often it was made."""
     kinds: Counter[str] = Counter()
     for found in report.findings:
         if isinstance(found, Change) and not _is_tuning_finding(found):
@@ -193,7 +194,7 @@ def _change_lines(report: Report) -> list[str]:
 
 
 def _is_tuning_finding(found: Finding) -> bool:
-    """It has a line of its own, which no number of other changes may hide."""
+    """Whether a finding is about latency tuning, which has a line that no number of other changes may hide."""
     return isinstance(found, Change) and found.step == "tune"
 
 

@@ -30,9 +30,14 @@ NO_PICTURES = "The samples are ready-made arrays, fed as they are: there is no p
 
 
 def undo_preprocessing(values: NDArray[Any], prep: Preprocessing) -> NDArray[np.uint8]:
-    """What `values`, one picture as it is fed, was made of: (H, W, C), RGB or grey.
+    """Turn a network's input array back into the image that it was made of.
 
-    values: (C, H, W) or (H, W, C), as prep.layout says.
+    Args:
+        values: One image as it is fed, (C, H, W) or (H, W, C) as prep.layout says.
+        prep: The preprocessing to undo.
+
+    Returns:
+        Pixels, (H, W, C), RGB or grey.
     """
     along = (-1, 1, 1) if prep.layout is Layout.NCHW else (-1,)
     mean, std = (np.reshape(numbers, along) for numbers in (prep.mean, prep.std))
@@ -45,7 +50,7 @@ def undo_preprocessing(values: NDArray[Any], prep: Preprocessing) -> NDArray[np.
 
 
 def make_contact_sheet(feed: DataLoader, count: int = SHEET_PICTURES) -> tuple[tuple[PagePicture, ...], str]:
-    """The first `count` pictures, small, and what is to be said of them. Those that cannot be read are left out."""
+    """Make thumbnails of the first `count` images and a caption. Images that cannot be read are left out."""
     prep = feed.preprocessing
     if prep is None:
         return (), NO_PICTURES

@@ -27,7 +27,7 @@ WIDTH, HEIGHT = 1200, 560
 TOP, BOTTOM = 120, 470
 
 PANELS = ((100, 570), (710, 1180))
-"""Left and right end of each."""
+"""Left and right end of each panel."""
 
 FONT_SIZE, LARGE_FONT_SIZE = 17, 24
 
@@ -40,7 +40,7 @@ XY = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class ChartLine:
-    """role: "grid", "axis", "full", "enough", or a panel's own."""
+    """A line. role: "grid", "axis", "full", "enough", or a panel's own."""
 
     points: tuple[XY, ...]
     role: str
@@ -67,8 +67,13 @@ class ChartDot:
 
 @dataclass(frozen=True, slots=True)
 class ChartText:
-    """anchor: which end of it lies at `at`: "start", "middle" or "end". `at` is on the baseline. upright: turned by 90
-    degrees, to be read from below."""
+    """A text.
+
+    Attributes:
+        at: A point on its baseline.
+        anchor: Which end lies there: "start", "middle" or "end".
+        upright: Turned by 90 degrees, to be read from below.
+    """
 
     at: XY
     text: str
@@ -83,7 +88,7 @@ Shape = ChartLine | ChartArea | ChartDot | ChartText
 
 @dataclass(frozen=True, slots=True)
 class PanelMeasure:
-    """What a panel shows. of: its spread at a count; each: its dots, (count, value)."""
+    """What a panel shows. of: the spread at a number of images; each: a dot for each draw, (count, value)."""
 
     role: str
     label: str
@@ -95,7 +100,7 @@ class PanelMeasure:
 
 @dataclass(frozen=True, slots=True)
 class _Axes:
-    """From numbers to places. ends: of the panel; counts: of pictures; low, high: of the values."""
+    """The axes of a panel. ends: its left and right; counts: first and last number of images; low, high: of values."""
 
     ends: tuple[float, float]
     counts: tuple[int, int]
@@ -114,7 +119,7 @@ class _Axes:
 
 
 def draw_chart(curve: SampleCurve) -> list[Shape]:
-    """All shapes, those behind first."""
+    """Compose the shapes of the chart, those behind first."""
     title = f"How many calibration pictures does {_shorten_name(curve.model)} need?"
     shapes: list[Shape] = [ChartText((WIDTH / 2, 40), title, size=LARGE_FONT_SIZE)]
     draws = "one draw" if curve.draws == 1 else f"{curve.draws} draws of each number"
@@ -162,7 +167,7 @@ def _draw_panel(curve: SampleCurve, measure: PanelMeasure, ends: tuple[float, fl
 
 
 def _draw_marks(curve: SampleCurve, measure: PanelMeasure, axes: _Axes) -> Iterator[Shape]:
-    """What all pictures give, and how many are enough."""
+    """Mark the level that all images give, and how many are enough."""
     left, right = axes.ends
     full = measure.of(curve.pictures)
     if full is not None and math.isfinite(full.median):
@@ -201,7 +206,7 @@ def _draw_grid(axes: _Axes, counts: Sequence[int]) -> Iterator[Shape]:
 
 
 def _make_axes(ends: tuple[float, float], curve: SampleCurve, values: Sequence[float], most: float) -> _Axes:
-    """Round ends and ticks that hold all values; nothing above `most`."""
+    """Choose round ends and ticks that hold all values; nothing above `most`."""
     low, high = min(values), max(values)
     step = _round_step((high - low) / TICKS or max(abs(high), 1.0) / 50)
     first, last = math.floor(low / step), math.ceil(high / step)
@@ -215,13 +220,13 @@ def _make_axes(ends: tuple[float, float], curve: SampleCurve, values: Sequence[f
 
 
 def _round_step(wish: float) -> float:
-    """The least of 1, 2, 5 times a power of ten that is not below `wish`."""
+    """Return the least of 1, 2, 5 times a power of ten that is not below `wish`."""
     ten = 10.0 ** math.floor(math.log10(wish))
     return next(float(step * ten) for step in (1, 2, 5, 10) if step * ten >= wish * (1 - 1e-9))
 
 
 def _shorten_name(name: str) -> str:
-    """The name of the file alone; a long one is cut."""
+    """Return the file's name without folders, cut where it is long."""
     name = name.rpartition("/")[2]
     return name if len(name) <= 48 else f"{name[:45]}..."
 
@@ -251,7 +256,7 @@ ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 
 
 def render_png(shapes: Sequence[Shape]) -> bytes:
-    """The file, of WIDTH x HEIGHT pixels."""
+    """Draw the shapes as a PNG file of WIDTH x HEIGHT pixels."""
     canvas = Image.new("RGB", (WIDTH * SHARPNESS, HEIGHT * SHARPNESS), COLORS["paper"])
     pen = ImageDraw.Draw(canvas)
     for shape in shapes:

@@ -20,9 +20,6 @@ from qconv.results.comparison import Cause, Comparison, Diagnosis, LayerComparis
 from qconv.results.quantize import FloatNode, group_float_nodes
 from qconv.runtime.benchmark import Benchmark
 
-# What the commands that look at models print for people to read, in 80 columns where names are short.
-
-
 COLUMNS = 80
 
 MOST_GROUPS = 8
@@ -35,7 +32,7 @@ HALF_OF_ERROR = 0.5
 
 
 def format_audit(found: FileAudit, *, verbose: bool) -> str:
-    """Counts and costs, then every float node with its rule, the dearest first."""
+    """Format an audit: counts and costs, then every float node with its rule, the dearest first."""
     own = found.audit
     lines = [wrap_text(f"{found.name}: {found.format} ({found.meaning})"), ""]
     rows = [("", "nodes", "us a run", "share")]
@@ -66,7 +63,7 @@ def _format_time_share(us: float | None, total: float) -> str:
 
 
 def _format_float_nodes(islands: Sequence[FloatNode], total: float, *, verbose: bool) -> list[str]:
-    """Those of one operator and one reason together, the dearest first."""
+    """List float nodes, those of one operator and one reason together, the dearest first."""
     ranked = group_float_nodes(islands)
     lines = []
     for group in ranked if verbose else ranked[:MOST_GROUPS]:
@@ -108,7 +105,7 @@ def _format_saturation(found: FileAudit) -> list[str]:
 
 
 def format_benchmark(found: Benchmark, *, verbose: bool) -> str:
-    """A line a model, and what there is to know of the machine."""
+    """Format a benchmark: a line a model, and the machine."""
     first = found.timings[0]
     rows = [("median ms", "p90 ms", "times the first (10..90 %)", "model")]
     for timing in found.timings:
@@ -136,7 +133,7 @@ def format_benchmark(found: Benchmark, *, verbose: bool) -> str:
 
 
 def _compare_times(first: Sequence[float], other: Sequence[float]) -> str:
-    """The ratio in words, and whether the rounds are of one mind about it."""
+    """Describe the ratio of times, and in how many rounds it was faster."""
     faster = sum(its < own for own, its in zip(first, other, strict=True))
     middle = sorted(own / its for own, its in zip(first, other, strict=True))[len(first) // 2]
     words = f"{middle:.2f} times as fast as the first"
@@ -144,7 +141,7 @@ def _compare_times(first: Sequence[float], other: Sequence[float]) -> str:
 
 
 def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
-    """Accuracy of both models, how near they are, and what of it is chance."""
+    """Format an evaluation: accuracy of both models, how near they are, and whether a difference is chance."""
     lines = [wrap_text(f"{found.model}: {format_count(found.images, 'picture')}, labels by {found.labels}")]
     if not found.labels:
         lines = [wrap_text(f"{found.model}: {format_count(found.images, 'picture')} without labels")]
@@ -212,7 +209,7 @@ def _format_interval(span: Interval | None, factor: float, how: str) -> str:
 
 
 def format_comparison(found: Comparison, *, verbose: bool) -> str:
-    """The layers, those first that cost most at the outputs."""
+    """Format a comparison: the layers, those first that cost most at the outputs."""
     lines = [wrap_text(f"{found.model} beside {found.float_model}: {format_count(found.images, 'picture')}")]
     lines += [wrap_text(found.words)] if found.words else []
     got, sum_of = (_format_decibel(value) for value in (found.sqnr_db, found.predicted_db))
@@ -257,7 +254,7 @@ def _format_decibel(value: float | None) -> str:
 
 
 def _describe_worst_layers(found: Comparison) -> str:
-    """How few layers make half of the error."""
+    """Describe how few layers make half of the error."""
     total = 0.0
     for count, row in enumerate(found.worst_first, 1):
         total += row.output_share or 0.0
@@ -270,12 +267,12 @@ def _describe_worst_layers(found: Comparison) -> str:
 
 
 def _shorten_path(path: str) -> str:
-    """The end of a long path."""
+    """Return the end of a long path."""
     return path if len(path) <= 28 else f"...{path[-25:]}"
 
 
 def format_columns(rows: Sequence[Sequence[str]], sides: str) -> str:
-    """A table without lines, two blanks between columns, as wide as its cells: the same in a pipe and on a terminal.
+    """Lay out a table without lines, two blanks between columns, as wide as its cells: in a pipe as on a terminal.
 
     Args:
         rows: Cells, the header's first. A column without any text is left out.
@@ -296,11 +293,8 @@ def format_columns(rows: Sequence[Sequence[str]], sides: str) -> str:
 
 
 def wrap_text(text: str, indent: int = 0) -> str:
-    """The text in lines of 80 columns, all but the first indented. Words are never broken: they may be paths."""
+    """Wrap text at 80 columns, all lines but the first indented. Words are never broken: they may be paths."""
     return textwrap.fill(text, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
-
-
-# What `diagnose` and `quantize --sweep` print for people to read, in 80 columns: causes, and tables of trials.
 
 
 MOST_CAUSE_NODES = 2
@@ -311,7 +305,7 @@ INDENT = "  "
 
 
 def format_diagnosis(found: Diagnosis, *, verbose: bool) -> str:
-    """The causes, the ladder, and what to type."""
+    """Format a diagnosis: causes, trials, and the command to type."""
     lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen)}"), ""]
     open_ones = [cause for cause in found.causes if not (cause.handled or cause.harmless)]
     handled = [cause for cause in found.causes if cause.handled]
@@ -328,7 +322,7 @@ def format_diagnosis(found: Diagnosis, *, verbose: bool) -> str:
 
 
 def format_sweep(found: Sweep, *, verbose: bool) -> str:
-    """The recipes with what each costs; those that no other one beats are marked."""
+    """Format a sweep: the recipes with what each costs; those that no other one dominates are marked."""
     lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen)}"), ""]
     marks = ["*" if best else "" for best in found.best]
     lines.append(format_trials(found.trials, found.float_ms, None, marks))
@@ -369,7 +363,14 @@ def _format_error_share(share: float) -> str:
 def format_trials(
     trials: Sequence[Trial], float_ms: float | None, first: Trial | None, marks: Sequence[str] | None = None
 ) -> str:
-    """A row a trial. first: what gains are told against, None for no such column; marks: in front of each row."""
+    """Lay out a table of trials, a row each.
+
+    Args:
+        trials: The trials; failed ones are listed below.
+        float_ms: Time of the float model; None for no column of times.
+        first: The trial that gains are counted from; None for no such column.
+        marks: In front of each row.
+    """
     timed = float_ms is not None
     head = [
         ("", "SQNR", "" if first is None else "gain", "agree-", "", "size", "time of" if timed else "", ""),
@@ -419,7 +420,7 @@ def _format_gain(trial: Trial, first: Trial | None) -> str:
 
 
 def _format_command(text: str) -> str:
-    """To be pasted: words stay whole, and a line that is not the last ends in a backslash."""
+    """Wrap a command to be pasted: words stay whole, and lines but the last end in a backslash."""
     lines = [""]
     for word in map(shlex.quote, shlex.split(text)):
         if lines[-1] and len(lines[-1]) + len(word) > COLUMNS - 3:

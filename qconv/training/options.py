@@ -14,9 +14,20 @@ from qconv.ir.files import Source
 
 @dataclass(frozen=True, slots=True)
 class FinetuneOptions:
-    """What is asked for. recipe: names the pictures (its `calib`), how they are fed, threads and gates.
+    """The options of `finetune`.
 
-    teacher: None to look for it beside the quantized file. rate: of learning, codes a step. holdout: None for a tenth.
+    Attributes:
+        recipe: Names the images (its `calib`), their preprocessing, threads and gates.
+        teacher: The float model; None to look for it beside the quantized file.
+        labels: Whether classes by the images' folders are learned from.
+        classes: A file of class names, in the order of the outputs.
+        label_offset: Added to every label.
+        epochs: Passes over the images.
+        batch: Images a step.
+        rate: Learning rate of weights, in integer steps.
+        holdout: Images held out; None for a tenth.
+        augment: Whether images are mirrored and shifted at random.
+        device: One of choices.DEVICES.
     """
 
     recipe: Recipe
@@ -32,7 +43,7 @@ class FinetuneOptions:
     device: str = "auto"
 
     def as_dict(self) -> dict[str, Any]:
-        """What shapes the result, JSON-ready."""
+        """Return the options that shape the result, JSON-ready."""
         return {
             "labels": self.labels,
             "epochs": self.epochs,
@@ -45,7 +56,17 @@ class FinetuneOptions:
 
 @dataclass(frozen=True, slots=True)
 class SynthesisOptions:
-    """batch: pictures in one run of the network, None to choose by their size. steps: in which each picture moves."""
+    """The options of `synthesize`.
+
+    Attributes:
+        preprocessing: What the user says of it.
+        count: Images to make.
+        batch: Images in one run of the network; None to choose by their size.
+        steps: Optimization steps of each image.
+        seed: Of the images that optimization starts from.
+        threads: Of ONNX Runtime and PyTorch; None for all cores.
+        device: One of choices.DEVICES.
+    """
 
     preprocessing: PreprocessingOptions
     count: int = 128
