@@ -40,13 +40,10 @@ LONG_MODULES = {
 """Modules above MOST_LINES, each one table or one concept, and why it is not cut."""
 
 TO_BE_SHORTENED = {
-    "analysis/evaluate.py evaluate",
     "analysis/sample_study.py study_samples",
-    "cli/compare.py compare",
     "cli/evaluate.py evaluate",
     "cli/finetune.py finetune",
     "pipeline/quantize.py quantize",
-    "training/synthesize.py synthesize",
 }
 """Functions above MOST_LINES_OF_A_FUNCTION. None is added."""
 
