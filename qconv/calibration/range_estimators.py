@@ -2,8 +2,6 @@
 
     mse         least expected squared error of the tensor, sum over bins of share * E[(fake(x) - x)^2], searched
                 inwards: Sung et al. 2015, arXiv 1511.06488; Nagel et al. 2021, arXiv 2106.08295, section 3.1
-    lp          least E[|fake(x) - x|^p] in place of the square: Nahshan et al. 2019, arXiv 1911.07190, section 4.1;
-                p = LP_POWER as in the code of BRECQ, Li et al. 2021, arXiv 2102.05426
     aciq        closed-form optimum of a fitted Laplace or Gaussian density: Banner et al. 2019, arXiv 1810.05723
     entropy     least KL(P || Q) = sum p log(p / q), zeros left out, as in TensorRT: Migacz 2017, GTC
     output-mse  least error at the outputs of the layers that read the tensor: Nahshan et al. 2019, arXiv 1911.07190;
@@ -53,9 +51,6 @@ Range = tuple[float, float]
 ErrorFunction = Callable[[Float64, Float64], Float64]
 """Expected error of every pair of lower and upper ends, (K,), (K,) -> (K,)."""
 
-ExpectedError = Callable[[Histogram, QuantParams], Float64]
-"""Expected error of each of K quantizers, (K,)."""
-
 STEPS_AT_ONCE, FINER_STEPS, MOST_ROUNDS = 8, 8, 3
 
 SEARCH_BINS = 256
@@ -70,29 +65,17 @@ NARROW_BIN = 1e-2
 
 def expected_squared_error(histogram: Histogram, params: QuantParams) -> Float64:
     """E[(fake(x) - x)^2] of each of K quantizers, (K,). params: of K scales and zero points, (K,) each."""
-    return _expected_error(histogram, params, 2, _integrate_squared_error)
-
-
-def expected_power_error(power: float, histogram: Histogram, params: QuantParams) -> Float64:
-    """E[|fake(x) - x|^power] of each of K quantizers, (K,). params: of K scales and zero points, (K,) each."""
-    return _expected_error(histogram, params, power, partial(_integrate_power_error, power))
-
-
-def _expected_error(
-    histogram: Histogram, params: QuantParams, power: float, integral: Callable[[Float64, Float64, Float64], Float64]
-) -> Float64:
-    """integral: of |fake(t) - t|^power from 0 to t, in steps, given the first and the last code less the zero point."""
     scale = params.scale.astype(np.float64)[:, None]  # (K, 1)
     zero = params.zero_point.astype(np.float64)[:, None]
     low, high = params.spec.qmin - zero, params.spec.qmax - zero
     left, right = histogram.edges[0] / scale, histogram.edges[1] / scale  # (K, B), in steps
     width = right - left
     middle = (left + right) / 2
-    at_centre = np.abs(np.clip(np.rint(middle), low, high) - middle) ** power
+    at_centre = (np.clip(np.rint(middle), low, high) - middle) ** 2
     wide = width > NARROW_BIN
     with np.errstate(divide="ignore", invalid="ignore"):
-        spread = (integral(right, low, high) - integral(left, low, high)) / width
-    error: Float64 = np.where(wide, spread, at_centre) @ histogram.shares * scale[:, 0] ** power
+        spread = (_integrate_squared_error(right, low, high) - _integrate_squared_error(left, low, high)) / width
+    error: Float64 = np.where(wide, spread, at_centre) @ histogram.shares * scale[:, 0] ** 2
     return error
 
 
@@ -105,49 +88,25 @@ def _integrate_squared_error(t: Float64, low: Float64, high: Float64) -> Float64
     return found
 
 
-def _integrate_power_error(power: float, t: Float64, low: Float64, high: Float64) -> Float64:
-    """The same of the error to any power above 0."""
-    inside = np.clip(t, low - 0.5, high + 0.5)
-    cell = np.rint(inside)
-    rest = inside - cell
-    above, below = np.maximum(t - high, 0.5), np.maximum(low - t, 0.5)
-    whole = 2 * 0.5 ** (power + 1) * cell + np.sign(rest) * np.abs(rest) ** (power + 1)
-    found: Float64 = (whole + above ** (power + 1) - below ** (power + 1)) / (power + 1)
-    return found
-
-
 def _cube(x: Float64) -> Float64:
     return x * x * x  # a power takes twenty times as long
 
 
 def search_least_squares(histogram: Histogram, spec: QuantSpec, low: float, high: float) -> Range:
-    """The range inside [low, high] with the least expected squared error."""
-    return search_least_error(expected_squared_error, histogram, spec, low, high)
-
-
-def search_least_error(
-    expected: Callable[[Histogram, QuantParams], Float64],
-    histogram: Histogram,
-    spec: QuantSpec,
-    low: float,
-    high: float,
-) -> Range:
-    """The range inside [low, high] with the least expected error.
+    """The range inside [low, high] with the least expected squared error.
 
     Bins much narrower than a step are joined for the search, and where it ends far inside, it begins again from there.
     """
     while True:
         coarse = histogram.coarse(max(-low, high, SMALLEST_SCALE) / SEARCH_BINS)
-        found = search_range(partial(_errors_of_ranges, expected, coarse, spec), spec, low, high)
+        found = search_range(partial(_expected_errors, coarse, spec), spec, low, high)
         if found[1] - found[0] > (high - low) / 2 or found == (low, high):
             return found
         low, high = found
 
 
-def _errors_of_ranges(
-    expected: ExpectedError, histogram: Histogram, spec: QuantSpec, lows: Float64, highs: Float64
-) -> Float64:
-    return expected(histogram, spec.from_range(lows, highs))
+def _expected_errors(histogram: Histogram, spec: QuantSpec, lows: Float64, highs: Float64) -> Float64:
+    return expected_squared_error(histogram, spec.from_range(lows, highs))
 
 
 def search_range(error: ErrorFunction, spec: QuantSpec, low: float, high: float) -> Range:
@@ -443,9 +402,6 @@ def _column_errors(columns: NDArray[np.float32], params: QuantParams) -> tuple[F
 # Each is a function and a line in CALIBRATORS; nothing else knows their names.
 
 
-LP_POWER = 2.4
-"""As BRECQ's published code has it: above 2, errors of the tails count more than in `mse`."""
-
 EMA_MOMENTUM = 0.01
 """Share of each new picture in a moving average of extremes, as in PyTorch's MovingAverageMinMaxObserver."""
 
@@ -513,13 +469,6 @@ def mse_range(sketch: Sketch, spec: QuantSpec, hints: CalibrationHints) -> Range
     return search_least_squares(sketch.histogram(), spec, sketch.low, sketch.high)
 
 
-def lp_range(sketch: Sketch, spec: QuantSpec, hints: CalibrationHints) -> Range:
-    """The range with the least E[|fake(x) - x|^p]: Nahshan et al. 2019, arXiv 1911.07190, section 4.1; p = LP_POWER."""
-    return search_least_error(
-        partial(expected_power_error, LP_POWER), sketch.histogram(), spec, sketch.low, sketch.high
-    )
-
-
 def aciq_range(sketch: Sketch, spec: QuantSpec, hints: CalibrationHints) -> Range:
     """The closed-form optimum of a fitted density: see clipping.py."""
     return aciq_closed_form(sketch.histogram(), spec, sketch.low, sketch.high)
@@ -556,7 +505,6 @@ CALIBRATORS: dict[str, Calibrator] = {
     "percentile": Calibrator(percentile_range, SketchContents.BINS),
     "entropy": Calibrator(entropy_range, SketchContents.BINS),
     "mse": Calibrator(mse_range, SketchContents.BINS),
-    "lp": Calibrator(lp_range, SketchContents.BINS),
     "output-mse": Calibrator(output_mse_range, SketchContents.BINS | SketchContents.COLUMNS),
     "aciq": Calibrator(aciq_range, SketchContents.BINS),
 }

@@ -36,7 +36,7 @@ BLOCK_SIZE = 32
 PACKED_BITS = 4
 """Codes of up to so many bits can be stored two in a byte."""
 
-CALIBRATORS = ("minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "lp", "output-mse", "aciq")
+CALIBRATORS = ("minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "output-mse", "aciq")
 
 PERCENTILE = 99.99
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,12 +10,10 @@ from numpy.typing import NDArray
 
 from qconv.calibration.range_estimators import (
     aciq_closed_form,
-    expected_power_error,
     expected_squared_error,
     fit_density,
     gauss_clipping_factor,
     laplace_clipping_factor,
-    search_least_error,
     search_least_squares,
 )
 from qconv.calibration.sketch import Histogram, make_histogram
@@ -96,52 +93,6 @@ def test_constants_and_zeros_have_a_range() -> None:
         assert (low, high) == (min(0.0, float(x.min())), max(0.0, float(x.max())))
         low, high = aciq_closed_form(make_histogram(x), ASYMMETRIC[8], float(x.min()), float(x.max()))
         assert low <= high
-
-
-# -- Lp norms ----------------------------------------------------------------------------------------------------------
-
-
-def mean_power(x: NDArray[np.float32], spec: QuantSpec, power: float, low: float, high: float) -> float:
-    return float(np.mean(np.abs(spec.from_range(low, high).fake(x).astype(np.float64) - x) ** power))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("power", [0.5, 1.0, 2.4, 4.0])
-@pytest.mark.parametrize("spec", [ASYMMETRIC[4], SYMMETRIC[3], ASYMMETRIC[8]], ids=str)
-def test_the_expected_power_is_the_mean_of_the_numbers_own(kind: str, power: float, spec: QuantSpec) -> None:
-    x = numbers(kind)
-    for share in (1.0, 0.7, 0.3):
-        low, high = float(x.min()) * share, float(x.max()) * share
-        params = spec.from_range(np.float64([low]), np.float64([high]))
-        expected = expected_power_error(power, make_histogram(x), params)[0]
-        assert expected == pytest.approx(mean_power(x, spec, power, low, high), rel=0.06)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_power_of_two_is_the_square(kind: str) -> None:
-    x, ends = numbers(kind), np.array([0.2, 0.5, 1.0])
-    params = ASYMMETRIC[4].from_range(float(x.min()) * ends, float(x.max()) * ends)
-    assert expected_power_error(2.0, make_histogram(x), params) == pytest.approx(
-        expected_squared_error(make_histogram(x), params)
-    )
-
-
-@pytest.mark.parametrize("power", [1.0, 2.4, 4.0])
-def test_lp_is_as_good_as_brute_force(power: float) -> None:
-    x, spec = numbers("outlier"), ASYMMETRIC[4]
-    high = float(x.max())
-    found = search_least_error(partial(expected_power_error, power), make_histogram(x), spec, 0.0, high)
-    best = min(mean_power(x, spec, power, 0.0, high * share) for share in np.linspace(0.02, 1, 200))
-    assert mean_power(x, spec, power, *found) <= best * 1.03
-
-
-def test_a_higher_power_clips_less() -> None:
-    x = numbers("outlier")
-    highs = [
-        search_least_error(partial(expected_power_error, p), make_histogram(x), ASYMMETRIC[4], 0.0, float(x.max()))[1]
-        for p in (1.0, 2.4, 4.0)
-    ]
-    assert highs == sorted(set(highs))
 
 
 # -- ACIQ --------------------------------------------------------------------------------------------------------------
