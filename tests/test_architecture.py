@@ -28,7 +28,6 @@ LONG_MODULES = {
     "analysis/compare.py": "one command: layers paired, measured, and their weights compared",
     "calibration/range_estimators.py": "a calibrator is added here and nowhere else",
     "config/recipe.py": "every option of `quantize`, with what it excludes",
-    "data/autodetect.py": "one sequential test and what feeds it",
     "data/images.py": "from a file to the input of a network, step by step",
     "data_free/propagation.py": "a table of rules by operator, for means and for distributions",
     "quantization/second_order.py": "one pass and the solver it is made of",

@@ -66,7 +66,7 @@ class InputSpec:
 
 
 def resolve_preprocessing(options: PreprocessingOptions, spec: InputSpec, *, class_vector: bool) -> Preprocessing:
-    """Join what the user said, what the model's input fixes and the preset's own numbers.
+    """Join the user's options, what the model's input fixes, and the preset's numbers into a complete preprocessing.
 
     Where --color swaps red and blue, the preset's mean and std move with their colours; --mean and --std are taken in
     the final channel order. Raises QconvError where options and input contradict each other, where the size stays
@@ -192,7 +192,7 @@ def layout_order(source: Layout, target: Layout) -> tuple[int, ...]:
 
 
 def shape_matches(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    """Whether a shape has the dimensions that are not left open."""
+    """Whether a shape has all wanted dimensions that are not open."""
     return len(shape) == len(wanted) and all(w in (None, s) for s, w in zip(shape, wanted, strict=True))
 
 
@@ -222,13 +222,13 @@ class UnreadableImage(QconvError):
 def load_image(path: Path, prep: Preprocessing) -> NDArray[np.float32]:
     """Decode and preprocess one picture: (C, H, W) for NCHW, (H, W, C) for NHWC, contiguous.
 
-    Raises UnreadablePicture, and QconvError where --resize N leaves less than the crop needs.
+    Raises UnreadableImage, and QconvError where --resize N leaves less than the crop needs.
     """
     return normalize_pixels(_load_and_fit(path, prep), prep)
 
 
 def load_pixels(path: Path, prep: Preprocessing) -> NDArray[np.uint8]:
-    """The same without normalisation, in uint8."""
+    """Decode, resize and crop one image without normalisation, in uint8; see `load_image`."""
     return np.ascontiguousarray(_load_and_fit(path, prep))
 
 
@@ -474,7 +474,7 @@ def _load_inputs(path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | 
 
 
 def cast_pixels(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Normalised pixels in the type that an input takes."""
+    """Cast normalised pixels to the type that an input takes."""
     if dtype == np.uint8:
         values = np.clip(np.rint(values), 0, 255)
     return values.astype(dtype, copy=False)
