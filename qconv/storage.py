@@ -34,7 +34,7 @@ from qconv.signals import takes
 STAGING_SUFFIX = ".qconv-tmp"
 
 BACKUP_SUFFIX = ".old"
-"""Behind the name of a folder that was moved aside."""
+"""Suffix of a folder that was moved aside."""
 
 TRIES = 8
 """Locks that are asked for before it is taken that the file system has none."""
@@ -156,12 +156,12 @@ def remove_stale_folders(out: Path) -> None:
 
 
 def temporary_path() -> Path:
-    """Where a model is written that has no place of its own."""
+    """A path among the system's temporary files for a model without a path of its own."""
     return Path(tempfile.gettempdir()) / "qconv-model.onnx"
 
 
 def sync_file(path: Path) -> None:
-    """Have a file on the disk."""
+    """Flush a file to the disk."""
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs what may be written to
     try:
         os.fsync(handle)
@@ -170,7 +170,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Flush the names in a folder to the disk."""
     # not every file system can sync a folder; the rename is atomic all the same
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -182,7 +182,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def convert_os_errors(out: Path) -> Iterator[None]:
-    """What the system refuses becomes a QconvError about the output."""
+    """Turn an OSError into a QconvError about the output."""
     try:
         yield
     except OSError as error:
@@ -192,13 +192,10 @@ def convert_os_errors(out: Path) -> Iterator[None]:
 
 
 def _restore_backup(folder: Path, out: Path) -> None:
-    """A folder that a killed run had moved aside (see folders.py), and put nothing in its place."""
+    """Put a folder back that a killed run has moved aside without putting a new one in its place."""
     old = folder / f"{out.name}{BACKUP_SUFFIX}"
     if old.is_dir() and not out.exists():
         old.rename(out)
-
-
-# Work done ahead of the one who wants it, in threads, and handed over in order.
 
 
 T = TypeVar("T")
@@ -206,7 +203,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 WORKER_PREFIX = "qconv-ahead"
-"""What the names of the threads begin with."""
+"""Prefix of the names of threads."""
 
 
 def prefetch(
@@ -233,11 +230,8 @@ def prefetch(
             items.close()
 
 
-# Folders as results: they appear whole or not at all, as files do (save.py), and none but earlier results give way.
-
-
 ForeignCheck = Callable[[Path], str | None]
-"""Of a folder: a name in it that is not of an earlier result, None where all are."""
+"""Returns a name in a folder that is not of an earlier result; None where all are."""
 
 
 @contextlib.contextmanager
@@ -295,18 +289,15 @@ def _refuse_foreign(out: Path, place: Path, foreign: ForeignCheck) -> None:
         raise QconvError(fact, "name a new folder: files of two kinds are not mixed.")
 
 
-# Arrays that are held until they are read again: in memory up to a limit, in temporary files beyond it.
-
-
 class ArrayStore:
-    """Where arrays are put. limit: bytes that stay in memory. The folder goes when the store is closed."""
+    """Holds arrays until they are read: up to `limit` bytes in memory, others in files, removed on close."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.in_memory, self._files = limit, 0, 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def close(self) -> None:
-        """Drop what lies in files."""
+        """Remove the files."""
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -343,14 +334,14 @@ class StoredArray:
         self._store, self._array, self._path = store, array, path
 
     def get(self) -> NDArray[Any]:
-        """Its numbers."""
+        """Read the array."""
         if self._array is not None:
             return self._array
         assert self._path is not None
         return np.fromfile(self._path, self.dtype).reshape(self.shape)
 
     def drop(self) -> None:
-        """Let go of it."""
+        """Drop the array."""
         if self._array is not None:
             self._store.in_memory -= self._array.nbytes
             self._array = None
@@ -359,7 +350,7 @@ class StoredArray:
 
 
 class StoredArrays(Sequence[NDArray[Any]]):
-    """Held arrays, read one at a time."""
+    """A sequence of stored arrays, read one at a time."""
 
     def __init__(self, held: Sequence[StoredArray]) -> None:
         self.held = list(held)
