@@ -75,7 +75,7 @@ MOST_GAIN_RATIO = 3.0
 PIXEL_BUDGET = 820_000
 
 FEWEST_IMAGES, MOST_IMAGES = 8, 64
-"""Limits on the number of images, which is chosen by their pixels."""
+"""Limits on the number of images, which is otherwise PIXEL_BUDGET over the pixels of one."""
 
 ROUND_SIZES = (2, 8, 16, 32, 64)
 

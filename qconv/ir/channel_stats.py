@@ -41,7 +41,7 @@ class ChannelDistribution:
 
     cut: values were cut off, so that the channels are no longer normal. low, high: (C,) that no value is beyond, None
     where nothing is known. base: mean and deviation of the normal variable that was cut off at these, (C,) both, None
-    where it is the variable itself. guesses: layers in front whose own statistics nothing tells (told.py).
+    where it is the variable itself. guesses: estimated layers in front, see `data_free.propagation`.
     """
 
     mean: Float64

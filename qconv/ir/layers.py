@@ -38,8 +38,8 @@ class Layer:
 
         out[g, o] = sum over i, k of weight[g, o, i, k] * in[g, i] + bias[g, o]
 
-    weight: (G, O/G, I/G, K), bias: (O,). means: E[in], (I,), where its note says that (expected.py). made: what out is
-    like, (O,), where BatchNormalization says that.
+    weight: (G, O/G, I/G, K), bias: (O,). means: E[in], (I,), where its note says that (`input_means_of`). made: what
+    out is like, (O,), where BatchNormalization says that.
     """
 
     node: Node

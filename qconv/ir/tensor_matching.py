@@ -24,7 +24,7 @@ from qconv.ir.rewriting import standard_op_type
 # A *point* of the quantized network is a tensor behind a dequantizer, the result of a layer that runs in float, or an
 # output. Its maker is found in the float network by the node's name or that of the tensor. From there the way leads on
 # past nodes that the quantized network does not have: BatchNormalizations that were folded, a Relu that its quantizer
-# has absorbed. All tensors on that way are candidates, and numbers decide between them (compare.py).
+# has absorbed. All tensors on that way are candidates, and numbers decide between them (`compare`).
 
 
 MOST_CANDIDATES = 6
@@ -259,7 +259,7 @@ def _clip_limits(codes: Value) -> tuple[int, int] | None:
     return limits
 
 
-# The float network with an input for every point of the quantized one (pairs.py), which is added to its tensor.
+# The float network with an input for every point of the quantized one, which is added to its tensor.
 
 
 def add_error_inputs(
