@@ -354,9 +354,6 @@ def hash_model(source: Source, data: Iterable[Path]) -> str:
     return found.hexdigest()
 
 
-# The float model that a quantized file was made from.
-
-
 MOST_FILES_TRIED = 64
 """Files beside the quantized one that are looked at."""
 
