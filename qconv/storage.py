@@ -4,7 +4,7 @@ A file appears whole or not at all: it is written into a hidden folder beside it
 leaves at most that hidden folder, which the next run for the same output removes: a living run holds a lock on its
 folder, and the system releases the lock when the process ends, however it ends. A result folder replaces an earlier
 result only. `ArrayStore` holds arrays in memory up to a limit and in temporary files beyond it. `prefetch` yields
-results in order.
+results in order. Of an .npz archive, which anybody may have written, nothing is unpacked before its size is known.
 """
 
 from __future__ import annotations
@@ -363,9 +363,6 @@ class StoredArrays(Sequence[NDArray[Any]]):
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         return (one.get() for one in self.held)
-
-
-# Archives of arrays (.npz), which anybody may have written: nothing is unpacked before it is known how much it will be.
 
 
 ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")

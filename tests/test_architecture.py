@@ -97,6 +97,12 @@ def test_files_that_the_prose_names_exist() -> None:
     assert missing == []
 
 
+def test_prose_stands_in_docstrings() -> None:
+    """Where an editor shows it, and not in blocks of comments between functions."""
+    blocks = {name for name in TREES if re.search(r"^(#.*\n){3}", (PACKAGE / name).read_text("utf-8"), re.MULTILINE)}
+    assert blocks == set()
+
+
 def test_private_names_stay_in_their_package() -> None:
     """Imported, or reached through a module that is."""
     found = []

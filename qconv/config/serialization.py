@@ -26,8 +26,6 @@ from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe
 from qconv.errors import QconvError
 
-# Files in TOML that users write: read, with errors that say what to do.
-
 
 def read_toml(path: Path, option: str, example: str) -> dict[str, Any]:
     """The content. option: that named the file. example: what to write, in words, without a full stop.
@@ -42,17 +40,6 @@ def read_toml(path: Path, option: str, example: str) -> dict[str, Any]:
         why = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "it is no text"
         why = "it is nested too deeply" if isinstance(error, RecursionError) else why
         raise QconvError(f"{path} is no TOML: {why}.", f"{example}.") from None
-
-
-# Bits layer by layer, as a file that people write: TOML, one table of globs of layers' names.
-#
-#     [layers]
-#     "stem*" = 8                                         # bits of the weights
-#     "blocks.1.*" = { weights = 4, activations = 8 }     # and of the tensor that the layer reads
-#     "classifier" = "float"
-#
-# The first glob that matches a layer counts, so exceptions stand above the rule. Names are those of the nodes of the
-# folded model, as the report has them. Globs are those of `fnmatch`: `*`, `?` and `[...]`; case counts.
 
 
 LAYERS_TABLE, FLOAT_WORD = "layers", "float"
@@ -114,13 +101,6 @@ def _format_bits(bits: LayerBits) -> str:
 def escape_glob(name: str) -> str:
     """The glob that matches this name alone."""
     return glob.escape(name)
-
-
-# A recipe as a user would have typed it: the options that make it, and no more of them than are needed.
-#
-# An option is left out where the recipe is the same without it, since many defaults follow from others: `--effort fast`
-# says `--rounding nearest` as well. Three things cannot be said: bits of single layers stand in a file of their own
-# (`--layer-bits`), pictures are the user's, and what only steers a run is not kept in files.
 
 
 IMAGES_PLACEHOLDER = ("the user's pictures",)

@@ -20,6 +20,7 @@ BatchNormalization behind it is estimated by its weights
 
 MOST_GUESSED_IN_A_ROW times in a row and no more, and never where it reads images, whose pixels are not independent:
 behind a second such layer deviations were a ninth of what they should be.
+
 Source: Nagel et al. 2019, arXiv 1906.04721, sections 4.1.3 and 4.2 and appendix C.
 """
 
