@@ -25,10 +25,11 @@ demo: $(STAMP) ## quantize the model that the repository carries with its own pi
 test: $(STAMP) ## run the tests
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-lint: $(STAMP) ## check style and types
+lint: $(STAMP) ## check style, types and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 fix: $(STAMP) ## mend what the linters can mend, write the generated pages of the manual
 	$(BIN)/ruff check --fix .

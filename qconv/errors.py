@@ -39,9 +39,6 @@ def format_bytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
-# Packages that only some commands need, and what to install where they are missing.
-
-
 def require_torch(what: str) -> None:
     """Raise QconvError where PyTorch is not installed, or cannot be loaded. what: that needs it, as in a sentence."""
     try:
@@ -59,12 +56,9 @@ def require_torch(what: str) -> None:
     )
 
 
-# What a pass did and what it refused to do: a refusal with a reason is data, and the report prints both.
-
-
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`step` changed the node or tensor `where`: `what`.
+    """A finding: `step` changed the node or tensor `where`; `what` says how.
 
     kind: the same without names, so that a summary can count equal changes; `what` itself where it has none.
     """
@@ -77,7 +71,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """`step` left the node or tensor `where` alone, and `why`."""
+    """A finding: `step` left the node or tensor `where` as it is; `why` says the reason."""
 
     step: str
     where: str

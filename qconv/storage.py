@@ -4,7 +4,7 @@ A file appears whole or not at all: it is written into a hidden folder beside it
 leaves at most that hidden folder, which the next run for the same output removes: a living run holds a lock on its
 folder, and the system releases the lock when the process ends, however it ends. A result folder replaces an earlier
 result only. `ArrayStore` holds arrays in memory up to a limit and in temporary files beyond it. `prefetch` yields
-results in order.
+results in order. Of an .npz archive, which anybody may have written, nothing is unpacked before its size is known.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import math
 import os
 import shutil
 import tempfile
 import threading
+import zipfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 
-from qconv.errors import QconvError
+from qconv.errors import QconvError, format_bytes
 from qconv.signals import takes
 
 STAGING_SUFFIX = ".qconv-tmp"
 
 BACKUP_SUFFIX = ".old"
-"""Behind the name of a folder that was moved aside."""
+"""Suffix of a folder that was moved aside."""
 
 TRIES = 8
 """Locks that are asked for before it is taken that the file system has none."""
@@ -154,12 +156,12 @@ def remove_stale_folders(out: Path) -> None:
 
 
 def temporary_path() -> Path:
-    """Where a model is written that has no place of its own."""
+    """A path among the system's temporary files for a model without a path of its own."""
     return Path(tempfile.gettempdir()) / "qconv-model.onnx"
 
 
 def sync_file(path: Path) -> None:
-    """Have a file on the disk."""
+    """Flush a file to the disk."""
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs what may be written to
     try:
         os.fsync(handle)
@@ -168,7 +170,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Flush the names in a folder to the disk."""
     # not every file system can sync a folder; the rename is atomic all the same
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -180,7 +182,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def convert_os_errors(out: Path) -> Iterator[None]:
-    """What the system refuses becomes a QconvError about the output."""
+    """Turn an OSError into a QconvError about the output."""
     try:
         yield
     except OSError as error:
@@ -190,13 +192,10 @@ def convert_os_errors(out: Path) -> Iterator[None]:
 
 
 def _restore_backup(folder: Path, out: Path) -> None:
-    """A folder that a killed run had moved aside (see folders.py), and put nothing in its place."""
+    """Put a folder back that a killed run has moved aside without putting a new one in its place."""
     old = folder / f"{out.name}{BACKUP_SUFFIX}"
     if old.is_dir() and not out.exists():
         old.rename(out)
-
-
-# Work done ahead of the one who wants it, in threads, and handed over in order.
 
 
 T = TypeVar("T")
@@ -204,7 +203,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 WORKER_PREFIX = "qconv-ahead"
-"""What the names of the threads begin with."""
+"""Prefix of the names of threads."""
 
 
 def prefetch(
@@ -231,11 +230,8 @@ def prefetch(
             items.close()
 
 
-# Folders as results: they appear whole or not at all, as files do (save.py), and none but earlier results give way.
-
-
 ForeignCheck = Callable[[Path], str | None]
-"""Of a folder: a name in it that is not of an earlier result, None where all are."""
+"""Returns a name in a folder that is not of an earlier result; None where all are."""
 
 
 @contextlib.contextmanager
@@ -293,18 +289,15 @@ def _refuse_foreign(out: Path, place: Path, foreign: ForeignCheck) -> None:
         raise QconvError(fact, "name a new folder: files of two kinds are not mixed.")
 
 
-# Arrays that are held until they are read again: in memory up to a limit, in temporary files beyond it.
-
-
 class ArrayStore:
-    """Where arrays are put. limit: bytes that stay in memory. The folder goes when the store is closed."""
+    """Holds arrays until they are read: up to `limit` bytes in memory, others in files, removed on close."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.in_memory, self._files = limit, 0, 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def close(self) -> None:
-        """Drop what lies in files."""
+        """Remove the files."""
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -341,14 +334,14 @@ class StoredArray:
         self._store, self._array, self._path = store, array, path
 
     def get(self) -> NDArray[Any]:
-        """Its numbers."""
+        """Read the array."""
         if self._array is not None:
             return self._array
         assert self._path is not None
         return np.fromfile(self._path, self.dtype).reshape(self.shape)
 
     def drop(self) -> None:
-        """Let go of it."""
+        """Drop the array."""
         if self._array is not None:
             self._store.in_memory -= self._array.nbytes
             self._array = None
@@ -357,7 +350,7 @@ class StoredArray:
 
 
 class StoredArrays(Sequence[NDArray[Any]]):
-    """Held arrays, read one at a time."""
+    """A sequence of stored arrays, read one at a time."""
 
     def __init__(self, held: Sequence[StoredArray]) -> None:
         self.held = list(held)
@@ -370,3 +363,38 @@ class StoredArrays(Sequence[NDArray[Any]]):
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         return (one.get() for one in self.held)
+
+
+ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")
+
+
+class UnpackedTooLargeError(ValueError):
+    """An archive that unpacks to more than what is read of it can need."""
+
+    def __init__(self, size: int, most: int) -> None:
+        super().__init__(f"unpacks to {format_bytes(size)}, more than the {format_bytes(most)} that are read")
+
+
+def check_unpacked_size(archive: zipfile.ZipFile, most: int) -> None:
+    """Raise UnpackedTooLargeError where all members together hold more than `most` bytes."""
+    size = sum(member.file_size for member in archive.infolist())
+    if size > most:
+        raise UnpackedTooLargeError(size, most)
+
+
+def read_member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """The array of a member in NumPy's .npy format. Raises ValueError, KeyError and what zipfile raises."""
+    size = archive.getinfo(name).file_size
+    with archive.open(name) as file:
+        return read_npy(file, size)
+
+
+def read_npy(file: IO[bytes], size: int) -> NDArray[Any]:
+    """The array of an open .npy file of `size` bytes, which its header must not claim to exceed. Raises ValueError."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"its header speaks of {format_bytes(math.prod(shape) * dtype.itemsize)}, which are not there")
+    file.seek(0)
+    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))

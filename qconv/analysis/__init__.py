@@ -1,1 +1,1 @@
-"""The stories of the other commands."""
+"""Commands beside `quantize`: evaluate, compare, diagnose, inspect, sweeps and sample studies."""

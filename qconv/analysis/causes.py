@@ -1,21 +1,21 @@
-"""What can cost a quantized network its accuracy: each cause with the rule that finds it and the evidence for it.
+"""This module finds what can cost a quantized network its accuracy: each cause by a rule, with the evidence for it.
 
     channel-imbalance   typical magnitude of a tensor's largest channel over the median channel's: IMBALANCE or more.
                         One scale for all leaves the others log2 of that fewer bits (Nagel 2019, arXiv 1906.04721)
     weight-imbalance    the same of a layer's output channels, where they share a scale
-    range-outlier       largest magnitude over what 99.9 % of the numbers stay below: OUTLIER or more
+    range-outlier       largest magnitude over what 99.9 % of the values stay below: OUTLIER or more
                         (Zhao et al. 2019, arXiv 1901.09504)
-    dead-channels       zero on all pictures, so that their range on others is unknown
+    dead-channels       zero on all images, so that their range on others is unknown
     bias-overflow       |b| / (s_x s_w) beyond 2^30: an int32 bias would leave no room for the sum
-    saturation          pairs of products beyond 16 bits on x86 without VNNI (saturation.py)
-    gate                x * sigmoid(x) and its kin: two tensors are rounded, and small products of large numbers matter
+    saturation          pairs of products beyond 16 bits on x86 without VNNI (quantization.overflow)
+    gate                x * sigmoid(x) and its kin: two tensors are rounded, and small products of large values matter
     wide-concat         tensors on one scale whose ranges differ by CONCAT or more: those of a Concat, or of a head
-    preprocessing       what training has stored speaks against how pictures are fed (detect.py)
-    few-pictures        fewer than FEW, or other pictures lose GAP dB more than those of the calibration
-    low-bits            weights or activations of fewer than 8
+    preprocessing       what training has stored speaks against the preprocessing (data.autodetect)
+    few-pictures        fewer than FEW, or other images lose GAP dB more than those of the calibration
+    low-bits            weights or activations of fewer than 8 bits
     layer               one layer makes LARGE_SHARE or more of the error at the outputs
 
-A cause comes with the part of the error at the outputs that its layers make, as compare.py measures it.
+A cause comes with its layers' share of the error at the outputs, as `compare` measures it.
 """
 
 from __future__ import annotations
@@ -44,21 +44,26 @@ LARGE_OUTLIER = 10.0
 WIDE_CONCAT_RATIO = 8.0
 FEW_IMAGES, GENERALIZATION_GAP_DB = 8, 3.0
 MANY_IMAGES = 64
-"""Pictures from which on a gap between them and others is not for want of them."""
+"""Images from which on a gap to other images is not for want of images."""
 LARGE_SHARE = 0.2
 REMARKABLE_SHARE = 0.02
 """Share of the error from which on a tensor is worth a word, where something takes care of it."""
 MOST_NAMED = 3
 GATE_OPS = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
 GATED_ACTIVATION_OPS = frozenset({"HardSwish", "Swish", "Mish", "Gelu"})
-"""Those that multiply by themselves."""
+"""Activations that contain a gate: they multiply by a squashed input."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiagnosisEvidence:
-    """What is known of a run. model: folded, in float; plan, recipe, report: of the run; sketches: of its tensors.
+    """What is known of a run.
 
-    moves: what equalization did to them; saturates: whether this machine's CPU adds in 16 bits.
+    Attributes:
+        model: The folded float model.
+        plan, recipe, report: Of the run.
+        sketches: Statistics of its tensors.
+        moves: What equalization did to tensors.
+        saturates: Whether this machine's CPU adds products in 16 bits.
     """
 
     model: Model
@@ -71,15 +76,15 @@ class DiagnosisEvidence:
     saturates: bool
 
     def share(self, tensors: Collection[str]) -> float | None:
-        """Part of these tensors' layers in the error at the outputs; None where it was not measured."""
+        """Return the share of these tensors' layers in the error at the outputs; None where not measured."""
         return _sum_known_shares(row for row in self.compared.layers if row.tensor in tensors)
 
     def share_of_nodes(self, names: Collection[str]) -> float | None:
-        """The same of nodes by their names."""
+        """Return the share of nodes, by name, in the error at the outputs; None where not measured."""
         return _sum_known_shares(row for row in self.compared.layers if row.name in names)
 
     def row(self, tensor: str) -> LayerComparison | None:
-        """The row of a tensor; the first where it has several."""
+        """Return the compared layer that writes a tensor; the first where it has several."""
         return next((row for row in self.compared.layers if row.tensor == tensor), None)
 
 
@@ -92,7 +97,7 @@ CauseFinder = Callable[[DiagnosisEvidence], Iterator[Cause]]
 
 
 def find_causes(evidence: DiagnosisEvidence) -> list[Cause]:
-    """All causes that the network and the run show, those first that nothing takes care of and that cost most."""
+    """Find all causes, those first that nothing takes care of and that cost most."""
     found = [cause for finder in CAUSE_FINDERS for cause in finder(evidence)]
     return sorted(found, key=lambda cause: (bool(cause.handled), -(cause.share or 0.0)))
 
@@ -101,7 +106,7 @@ def find_causes(evidence: DiagnosisEvidence) -> list[Cause]:
 
 
 def channel_rms(sketch: Sketch) -> NDArray[np.float64] | None:
-    """Root of the mean square of every channel, (C,); None where no columns were kept."""
+    """Return the root mean square of every channel, (C,); None where no columns were kept."""
     channels = sketch.lows.size
     if not sketch.columns.size or sketch.columns.shape[-1] != channels or channels < 2:
         return None
@@ -111,13 +116,13 @@ def channel_rms(sketch: Sketch) -> NDArray[np.float64] | None:
 
 
 def imbalance_ratio(sizes: NDArray[np.float64]) -> float:
-    """The largest over the median of those that are not zero."""
+    """Return the largest size over the median of those that are not zero."""
     alive = sizes[sizes > 0]
     return float(alive.max() / np.median(alive)) if alive.size > 1 else 1.0
 
 
 def find_channel_imbalance(evidence: DiagnosisEvidence) -> Iterator[Cause]:
-    """Of the tensors that have codes, in float and as equalization left them."""
+    """Find quantized tensors whose channels differ much in size, in float and as equalization left them."""
     found: dict[str, tuple[float, float]] = {}
     for value in evidence.plan.activations:
         sketch = evidence.sketches.get(value.name or "")
@@ -142,7 +147,7 @@ def find_channel_imbalance(evidence: DiagnosisEvidence) -> Iterator[Cause]:
 def _split_by_handled(
     found: Mapping[str, tuple[float, float]], handled: Callable[[tuple[float, float]], bool]
 ) -> dict[bool, list[str]]:
-    """Names, the worst first: of what is left to do, and of what is taken care of."""
+    """Split names, the worst first, into those left to do and those taken care of."""
     return {
         flag: sorted((name for name, pair in found.items() if handled(pair) is flag), key=lambda n: -found[n][0])
         for flag in (False, True)
@@ -150,7 +155,7 @@ def _split_by_handled(
 
 
 def outlier_ratio(sketch: Sketch) -> float:
-    """The largest magnitude over what 99.9 % of the numbers stay below; 1 where most are zero."""
+    """Return the largest magnitude over what 99.9 % of the values stay below; 1 where most are zero."""
     if not sketch.codes.size:
         return 1.0
     bins = sketch.histogram()
@@ -161,7 +166,7 @@ def outlier_ratio(sketch: Sketch) -> float:
 
 
 def find_range_outliers(evidence: DiagnosisEvidence) -> Iterator[Cause]:
-    """Where the range follows a few numbers, or does not."""
+    """Find tensors with few values far from the rest, and whether the range follows them."""
     found: dict[str, tuple[float, float]] = {}
     for value in evidence.plan.activations:
         name = value.name or ""
@@ -183,7 +188,7 @@ def find_range_outliers(evidence: DiagnosisEvidence) -> Iterator[Cause]:
 
 
 def _undo_equalization(evidence: DiagnosisEvidence, name: str, sketch: Sketch) -> float:
-    """From the quantized network's units to the float one's, for the channel that goes furthest."""
+    """Convert a size from the quantized network's units to the float one's, for the channel that goes furthest."""
     scale = evidence.moves.scale_of(name, sketch.lows.size)
     if scale is None:
         return 1.0
@@ -191,7 +196,7 @@ def _undo_equalization(evidence: DiagnosisEvidence, name: str, sketch: Sketch) -
 
 
 def find_dead_channels(evidence: DiagnosisEvidence) -> Iterator[Cause]:
-    """Channels behind a Relu or Clip that no picture wakes."""
+    """Find channels behind a Relu or Clip that are zero on all images."""
     found: dict[str, int] = {}
     for node in evidence.model.nodes():
         sketch = evidence.sketches.get(node.outputs[0].name or "")
@@ -214,7 +219,7 @@ def find_dead_channels(evidence: DiagnosisEvidence) -> Iterator[Cause]:
 
 
 def find_wide_concats(evidence: DiagnosisEvidence) -> Iterator[Cause]:
-    """Joined tensors that share one scale, which the widest sets."""
+    """Find joined tensors that share one scale, which the widest sets."""
     for node in evidence.model.nodes():
         if (
             not isinstance(QUANTIZATION_RULES.get(standard_op_type(node)), ConcatRule)
@@ -231,7 +236,7 @@ def find_wide_concats(evidence: DiagnosisEvidence) -> Iterator[Cause]:
 
 
 def _largest_magnitude(evidence: DiagnosisEvidence, value: Value | None) -> float | None:
-    """The largest magnitude of a tensor, looked for further up where it was not watched."""
+    """Return the largest magnitude of a tensor, or of what it is made of where it was not observed."""
     while value is not None:
         sketch = evidence.sketches.get(value.name or "")
         if sketch is not None:
@@ -245,7 +250,7 @@ def _largest_magnitude(evidence: DiagnosisEvidence, value: Value | None) -> floa
 
 
 def find_costly_gates(evidence: DiagnosisEvidence) -> Iterator[Cause]:
-    """Gates whose tensors are codes, by the part of the error that these, and what they gate, make."""
+    """Find quantized gates, by the share of the error that they and the tensors they gate make."""
     places = [node for node in evidence.model.nodes() if _is_gate(evidence, node)]
     if not places:
         return
@@ -259,7 +264,7 @@ def find_costly_gates(evidence: DiagnosisEvidence) -> Iterator[Cause]:
 
 
 def _is_gate(evidence: DiagnosisEvidence, node: Node) -> bool:
-    """Whether it squashes what it is multiplied with, beside tensors that are codes."""
+    """Whether a node squashes what it is multiplied with, beside tensors that are quantized."""
     beside = [*_gated_values(node), *node.outputs]
     if not any(value in evidence.plan.activations for value in beside):
         return False
@@ -281,7 +286,7 @@ def _gated_values(node: Node) -> list[Value]:
 
 
 def find_bias_overflow(evidence: DiagnosisEvidence) -> Iterator[Cause]:
-    """As the run found it: weight scales were widened."""
+    """Find layers whose weight scales the run widened for an int32 bias."""
     found = [f for f in evidence.report.findings if isinstance(f, Change) and f.kind == WIDENED_FOR_BIAS]
     if found:
         names = tuple(dict.fromkeys(change.where for change in found))
@@ -294,7 +299,7 @@ def find_bias_overflow(evidence: DiagnosisEvidence) -> Iterator[Cause]:
 
 
 def find_saturation(evidence: DiagnosisEvidence) -> Iterator[Cause]:
-    """Layers that overflow on a CPU that adds in 16 bits."""
+    """Find layers that overflow on a CPU that adds products in 16 bits."""
     layers = evidence.report.audit.saturating
     if not layers or not evidence.recipe.runs_in_integers:
         return
@@ -310,7 +315,7 @@ def find_saturation(evidence: DiagnosisEvidence) -> Iterator[Cause]:
 
 
 def find_low_bits(evidence: DiagnosisEvidence) -> Iterator[Cause]:
-    """Fewer than 8 bits, by what they are fewer of."""
+    """Find weights and activations of fewer than 8 bits."""
     kinds = {"weights": evidence.recipe.bits_of_weights, "activations": evidence.recipe.bits_of_activations}
     told = [f"{kind} of {min(bits)} bits" for kind, bits in kinds.items() if min(bits) < 8]
     if told:
@@ -319,7 +324,7 @@ def find_low_bits(evidence: DiagnosisEvidence) -> Iterator[Cause]:
 
 
 def find_costly_layers(evidence: DiagnosisEvidence) -> Iterator[Cause]:
-    """Single layers that make much of the error."""
+    """Find single layers that make much of the error."""
     for row in evidence.compared.worst_first:
         share = row.output_share or 0.0
         if share < LARGE_SHARE:
@@ -330,7 +335,7 @@ def find_costly_layers(evidence: DiagnosisEvidence) -> Iterator[Cause]:
 
 
 def find_weight_imbalance(evidence: DiagnosisEvidence) -> Iterator[Cause]:
-    """Layers whose output channels share a scale and differ too much for that."""
+    """Find layers whose output channels share a scale and differ too much for that."""
     if evidence.recipe.weight_granularity is not WeightGranularity.PER_TENSOR:
         return
     found = {layer.node.name or "": _weight_imbalance_ratio(layer) for layer in evidence.plan.layers}
@@ -342,7 +347,7 @@ def find_weight_imbalance(evidence: DiagnosisEvidence) -> Iterator[Cause]:
 
 
 def _weight_imbalance_ratio(layer: LayerPlan) -> float:
-    """The largest output channel's weights over the smallest one's that are not zero."""
+    """Return the largest output channel's weights over the smallest one's that are not zero."""
     weight = constant_array(layer.node.inputs[1])
     if weight is None:
         return 1.0

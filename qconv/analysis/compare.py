@@ -42,17 +42,14 @@ from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, HistogramBars, LayerComparison, ValueStatistics
 from qconv.runtime.session import Session
 
-# The weights of a layer in a quantized file, whoever wrote it: their codes, and the float weights in units of them.
-
-
 HISTOGRAM_BARS = 64
 
 CLIPPED_BEYOND = 0.5 + 1e-3
-"""Of a step: a weight this far beyond the last code is cut off by more than rounding."""
+"""Steps: a weight this far beyond the last integer is clipped, not just rounded."""
 
 
 def compare_weights(layer: Node, original: Node | None, moves: EqualizationRecord) -> ValueStatistics | None:
-    """The float layer's weights, in codes of the quantized one. None where either has none of the kind."""
+    """Compare a layer's float weights, in units of its integer ones, with these; None where either has none."""
     weights = read_quantized_weights(layer)
     same = original is not None and original.op_type == layer.op_type  # another tool may have given a name anew
     numbers = (
@@ -72,7 +69,7 @@ def compare_weights(layer: Node, original: Node | None, moves: EqualizationRecor
 def _apply_equalization(
     original: Node, weights: QuantizedWeights, moves: EqualizationRecord
 ) -> NDArray[np.floating] | None:
-    """The float weights with the scales of their channels, in the shape of the codes."""
+    """Return the float weights with their channels scaled as equalization did, in the integers' shape."""
     try:
         layer = read_layer(original)
     except EditRefused:
@@ -96,7 +93,7 @@ def _scale_layer(layer: Layer, moves: EqualizationRecord) -> Layer:
 
 
 def make_histogram(numbers: NDArray[np.floating], low: float, high: float) -> HistogramBars:
-    """A histogram that shows all numbers, but NaN and infinity, and the whole range."""
+    """Make a histogram of all finite values that covers the whole range."""
     numbers = numbers[np.isfinite(numbers)]
     ends = min(low, float(numbers.min(initial=low))), max(high, float(numbers.max(initial=high)))
     counts, edges = np.histogram(numbers, HISTOGRAM_BARS, ends if ends[1] > ends[0] else (ends[0], ends[0] + 1))
@@ -106,10 +103,10 @@ def make_histogram(numbers: NDArray[np.floating], low: float, high: float) -> Hi
 Arrays = Mapping[str, NDArray[Any]]
 
 HISTOGRAM_SAMPLES = 2**15
-"""Numbers of a tensor that its histogram is made of, about."""
+"""Values of a tensor that its histogram is made of, about."""
 
 MOST_EFFECT_RUNS = 1000
-"""Of the float network to find out what single errors do at the outputs, at most, but for FEWEST pictures."""
+"""Most runs of the float network to measure what single errors do at the outputs, but for FEWEST images."""
 
 FEWEST_EFFECT_IMAGES, MOST_EFFECT_IMAGES = 2, 16
 
@@ -122,8 +119,15 @@ ARITHMETIC_NOISE_SHARE = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRequest:
-    """What is compared. feeds: what the float model and the quantized one take, batch by batch, as often as it is
-    asked for. pictures: how many these are. words: how they are fed."""
+    """What is compared.
+
+    Attributes:
+        float_model, model: The files.
+        feeds: Returns the batches of the float model and of the quantized one, as often as it is called.
+        pictures: How many images these are.
+        words: The preprocessing in words.
+        threads: Of ONNX Runtime; None for all cores.
+    """
 
     float_model: Source
     model: Source
@@ -134,7 +138,11 @@ class ComparisonRequest:
 
 
 def compare(question: ComparisonRequest, reporter: Reporter | None = None) -> Comparison:
-    """Raises QconvError where the second model is not quantized, or nothing in it can be found in the first."""
+    """Compare two models layer by layer.
+
+    Raises:
+        QconvError: The second model is not quantized, or nothing in it corresponds to the first.
+    """
     original, quantized = _load_models(question)
     reporter = reporter or Reporter()
     moves = ir_metadata.read_equalization(quantized.inner.metadata_props)
@@ -171,7 +179,7 @@ def compare(question: ComparisonRequest, reporter: Reporter | None = None) -> Co
 
 
 def _load_models(question: ComparisonRequest) -> tuple[Model, Model]:
-    """Both as they are compared: a file by qconv beside what folding makes of the float model, others as they are."""
+    """Load both models: a file by qconv is compared with the folded float model, others with it as it is."""
     proto = read_proto(question.model)
     if not is_quantized(proto):
         fact = f"{question.model.name} is not quantized."
@@ -179,7 +187,7 @@ def _load_models(question: ComparisonRequest) -> tuple[Model, Model]:
     if any(node.op_type.startswith("QLinear") or node.op_type == "ConvInteger" for node in proto.graph.node):
         fact = f"{question.model.name} holds integer operators, between which there is nothing to compare."
         raise QconvError(fact, "write it with quantizers and dequantizers (Q/DQ), which all tools can.")
-    ours = "qconv.version" in metadata_of(proto)
+    ours = ir_metadata.VERSION_KEY in metadata_of(proto)
     quantized = load.load_unchanged(proto, question.model)
     original, _ = load.load(read_proto(question.float_model), question.float_model)
     if ours:
@@ -189,7 +197,7 @@ def _load_models(question: ComparisonRequest) -> tuple[Model, Model]:
 
 @dataclass(slots=True)
 class _PointTally:
-    """What was seen of a point."""
+    """Sums of signal and error at one point."""
 
     signal: float = 0.0
     received: float = 0.0
@@ -204,7 +212,7 @@ class _PointTally:
 
 @dataclass(slots=True)
 class _LoadedNetworks:
-    """The networks, loaded. inputs: of the cut network, by the point that they stand for."""
+    """Sessions of the networks. inputs: of the cut network, by the point that they stand for."""
 
     original: Model
     quantized: Model
@@ -260,7 +268,7 @@ class _LoadedNetworks:
         return cls(original, quantized, moves, pairs, watched, real, fed, inputs, question.threads)
 
     def look(self, question: ComparisonRequest, reporter: Reporter) -> dict[ComparisonPoint, _PointTally]:
-        """All pictures through all three networks."""
+        """Run all images through all three networks."""
         tallies = {pair.point: _PointTally() for pair in self.pairs}
         each = max(64, HISTOGRAM_SAMPLES // max(1, question.pictures))
         done = 0
@@ -280,7 +288,7 @@ class _LoadedNetworks:
         return tallies
 
     def whole(self, question: ComparisonRequest) -> ComparisonAccumulator:
-        """The outputs of both files as they are, in the runtime's own way."""
+        """Compare the outputs of both files as they are, with the runtime's optimizations."""
         both = [Session(s.runnable, name=s.name, threads=self.threads) for s in (question.float_model, question.model)]
         comparison = ComparisonAccumulator.of(both[0].outputs)
         for floats, feeds in question.feeds():
@@ -290,7 +298,7 @@ class _LoadedNetworks:
     def effects(
         self, question: ComparisonRequest, outputs: Sequence[Value], reporter: Reporter
     ) -> tuple[dict[ComparisonPoint, float], int]:
-        """What the error that each layer adds does at the outputs, over their power, and on how many pictures."""
+        """Measure what each layer's own error does at the outputs, over their power, and on how many images."""
         model, names, results = add_error_inputs(self.original, self.quantized, self.pairs, outputs)
         with subgraph.runnable_with_outputs(model, ()) as runnable:
             session = Session(runnable, name=question.float_model.name, threads=self.threads)
@@ -332,7 +340,7 @@ class _LoadedNetworks:
         return {**feeds, **dict(zip(self.watched.outputs, self.watched.run_all(feeds), strict=True))}
 
     def _alone(self, feeds: Batch, floats: Arrays) -> list[NDArray[Any]]:
-        """What every layer makes of float tensors, in the units of the quantized network."""
+        """Run every layer on float tensors; returns the results in the quantized network's units."""
         fed = {
             self.inputs[pair.point]: self.moves.moved(pair.tensor.name or "", floats[pair.tensor.name or ""])
             for pair in self.pairs
@@ -360,7 +368,7 @@ def _match_points(
     got: Mapping[ComparisonPoint, NDArray[Any]],
     moves: ir_metadata.EqualizationRecord,
 ) -> Iterator[TensorPair]:
-    """Every point with the candidate that it is nearest to; without those where no shape fits."""
+    """Match every point with the nearest candidate; points where no shape fits are left out."""
     for point in found:
         q = got[point]
         away = {}
@@ -374,7 +382,7 @@ def _match_points(
 
 
 def _signal_power(x: NDArray[Any]) -> float:
-    """Sum of squares; LARGEST where that is no number."""
+    """Return the sum of squares; LARGEST where that is not finite."""
     flat = x.reshape(-1).astype(np.float32, copy=False)
     with np.errstate(over="ignore", invalid="ignore"):
         found = float(np.dot(flat, flat))
@@ -446,12 +454,9 @@ def _to_decibel(signal: float, noise: float) -> float | None:
     return None if noise <= ARITHMETIC_NOISE_SHARE * signal else compute_sqnr_db(signal, noise)
 
 
-# Two files and a folder of pictures: how both are fed, and what a comparison layer by layer finds.
-
-
 @dataclass(frozen=True, slots=True)
 class ComparisonRun:
-    """What was found, and how the float model was fed."""
+    """A comparison, and the float model with its data."""
 
     compared: Comparison
     fed: ModelWithData
@@ -460,9 +465,15 @@ class ComparisonRun:
 def compare_on_images(
     float_model: Source, model: Source, data: DataOptions, reporter: Reporter, threads: int | None = None
 ) -> ComparisonRun:
-    """data: the pictures, and how they are fed.
+    """Compare two models on a folder of images.
 
-    Raises QconvError for what cannot be compared, or fed.
+    Args:
+        float_model, model: The files.
+        recipe: Names the images (its `calib`), and their preprocessing.
+        reporter: Hears of progress and warnings.
+
+    Raises:
+        QconvError: The models cannot be compared, or the images not be fed.
     """
     own, other = open_models(model, float_model, data, threads, reporter)
     assert other is not None

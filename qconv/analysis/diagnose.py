@@ -1,9 +1,9 @@
-"""Why a network loses accuracy, and what mends it: causes with their evidence, and remedies that were carried out.
+"""This module finds out why a network loses accuracy and what mends it: causes with evidence, remedies carried out.
 
-The order of the work: how pictures are fed comes first, then how many there are, as nothing else can be told from the
-wrong ones; each that is mended is the ground for what follows. Then the network is quantized as it was asked for, and
-compared layer by layer (compare.py); causes.py reads that, remedies.py says what may help, and every remedy goes
-through the whole pipeline by itself, those that gain once more together. All are scored on pictures held back.
+The preprocessing comes first, then the number of images, as nothing else can be told from the wrong ones; each that is
+mended is the ground for what follows. Then the network is quantized as it was asked for and compared layer by layer
+(`compare`); `causes` reads that, `remedies` says what may help, and every remedy goes through the whole pipeline by
+itself, those that gain once more together. All are scored on held-out images.
 """
 
 from __future__ import annotations
@@ -60,22 +60,24 @@ from qconv.runtime.benchmark import detect_cpu
 from qconv.runtime.session import Session
 
 LEAST_GAIN_DB = 0.5
-"""dB from which on a remedy has helped."""
+"""Gain from which on a remedy has helped."""
 DB_PER_BIT = 6.02
-"""What one more bit gains: a doubling of time or size has to gain as much."""
+"""Gain of one more bit: a doubling of time or size has to gain as much."""
 LEAST_GAIN_OF_BITS_DB = 3.0
-"""What more bits than were asked for must gain to be worth a word."""
+"""Gain that more bits than were asked for must have to be mentioned."""
 PLENTY_DB = 40.0
 """From here on more counts nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiagnosisRequest:
-    """What is to be diagnosed. asked: options as `make_request` takes them, before any follows from
-    others.
+    """What is to be diagnosed.
 
-    images: pictures to score on; empty: held back from those to calibrate with. layer_bits: the file that
-    asked["layer_bits"] was read from, for the command that is recommended.
+    Attributes:
+        source: The float model.
+        asked: Fields of the Recipe as they were given, before any of them follows from others.
+        images: Images to score on; empty: held out from the calibration images.
+        layer_bits: The file that asked["layer_bits"] was read from, for the command that is recommended.
     """
 
     source: Source
@@ -86,14 +88,14 @@ class DiagnosisRequest:
 
 @dataclass(frozen=True, slots=True)
 class DiagnosisRun:
-    """What was found. looked: the network layer by layer, quantized as remedies were measured against."""
+    """A diagnosis. looked: the comparison of the recipe that remedies were measured against."""
 
     diagnosis: Diagnosis
     looked: ComparisonRun
 
 
 def diagnose(case: DiagnosisRequest, reporter: Reporter | None = None) -> DiagnosisRun:
-    """Raises QconvError for anything the user can mend."""
+    """Find what costs accuracy and what mends it. Raises QconvError for anything that the user can mend."""
     reporter = (reporter or Reporter()).of_part()
     proto = read_proto(case.source)
     refuse_quantized(proto, case.source.name)
@@ -105,7 +107,7 @@ def diagnose(case: DiagnosisRequest, reporter: Reporter | None = None) -> Diagno
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _RemedyAttempt:
-    """A trial, the fields of its recipe, and how they differ from what was asked for."""
+    """A trial, the fields of its recipe, and how they differ from those asked for."""
 
     made: TrialRun
     fields: Mapping[str, Any]
@@ -118,9 +120,12 @@ class _RemedyAttempt:
 
 @dataclass(slots=True)
 class _DiagnosisRunner:
-    """One diagnosis. found: causes so far; attempts: trials so far, the first of what was asked for.
+    """One diagnosis.
 
-    changes: what mends the pictures, which is the ground for the rest.
+    Attributes:
+        found: Causes so far.
+        attempts: Trials so far, first that of the recipe asked for.
+        changes: What mends the images, on top of which all else is tried.
     """
 
     case: DiagnosisRequest
@@ -175,7 +180,7 @@ class _DiagnosisRunner:
     # -- pictures ------------------------------------------------------------------------------------------------------
 
     def _feed(self, session: Session, feed: DataLoader, data: DataOptions, threads: int | None) -> Preprocessing | None:
-        """`feed` as the options say. Returns what the evidence says instead, where it is sure of that."""
+        """Set the preprocessing that the options say. Returns what the evidence says instead, where it is certain."""
         model, _ = load.load(read_proto(self.case.source), self.case.source)
         said = data.preprocessing
         calibration = DataLoader.of(session, data, Reporter())
@@ -201,7 +206,7 @@ class _DiagnosisRunner:
     def _enough_pictures(
         self, proof: TrialRunner, asked: Mapping[str, Any], base: _RemedyAttempt, held: HeldOutImages
     ) -> _RemedyAttempt:
-        """Whether there are few, or others lose much more than those of the calibration."""
+        """Find out whether there are few images, or others lose much more than those of the calibration."""
         used, report = asked["samples"], base.made.report
         seen, unseen = None if report is None else report.verify.sqnr_db, base.trial.sqnr_db
         gap = seen - unseen if held.unseen and seen is not None and unseen is not None else 0.0
@@ -227,7 +232,7 @@ class _DiagnosisRunner:
         *,
         always: bool = False,
     ) -> _RemedyAttempt:
-        """The ground for what follows: with the remedy, where it helps or is right in any case."""
+        """Try a remedy; return the fields with it, where it helps or is right in any case."""
         attempt = self._try(proof, asked, remedy)
         failed = attempt.made.failure is not None
         if failed or not (always or attempt.trial.accuracy_db >= base.trial.accuracy_db + LEAST_GAIN_DB):
@@ -272,7 +277,7 @@ class _DiagnosisRunner:
         return max(attempt.trial.accuracy_db for attempt in able)
 
     def _try(self, proof: TrialRunner, asked: Mapping[str, Any], remedy: Remedy) -> _RemedyAttempt:
-        """Carry a remedy out, on the ground of what mends the pictures. Its options are those to add to the given."""
+        """Carry a remedy out, on top of what mends the images. Its options are those to add to the given ones."""
         changes = join_changes(self.changes, remedy.changes)
         fields = merge_changes(asked, changes)
         out = self.folder / f"{len(self.attempts)}.onnx"
@@ -281,7 +286,7 @@ class _DiagnosisRunner:
         return self.attempts[-1]
 
     def _evidence(self, proof: TrialRunner, base: _RemedyAttempt) -> DiagnosisEvidence:
-        """All that causes are read from, of the run that remedies are measured against."""
+        """Collect all that causes are found from, of the run that remedies are measured against."""
         source, recipe, report = self.case.source, base.made.recipe, base.made.report
         assert report is not None
         quiet = self.reporter.without_warnings()
@@ -301,7 +306,7 @@ class _DiagnosisRunner:
     # -- what comes of it ----------------------------------------------------------------------------------------------
 
     def _best(self, base: _RemedyAttempt) -> _RemedyAttempt:
-        """The most accurate one, where a doubling of time or size has to gain a bit's worth."""
+        """Choose the most accurate trial, where a doubling of time or size has to gain a bit's worth."""
         best, most = base, _score_trial(base.trial, base.trial) + LEAST_GAIN_DB
         for attempt in self.attempts[self.attempts.index(base) + 1 :]:
             worth = _score_trial(attempt.trial, base.trial)
@@ -311,13 +316,13 @@ class _DiagnosisRunner:
         return best
 
     def _gives_up_bits(self, attempt: _RemedyAttempt) -> bool:
-        """Whether it takes 8 bits or more where fewer were asked for, which a user has reasons for."""
+        """Whether a trial takes 8 bits or more where fewer were asked for, which a user has reasons for."""
         asked, got = self.attempts[0].made.recipe, attempt.made.recipe
         pairs = ((asked.weight_bits, got.weight_bits), (asked.activation_bits, got.activation_bits))
         return any(wish < min(8, bits) for wish, bits in pairs)
 
     def _command(self, best: _RemedyAttempt) -> str:
-        """What to type, with the pictures and places that the user has."""
+        """Compose the command to type, with the user's images and paths."""
         asked, fields = self.case.asked, dict(best.fields)
         if "samples" not in self.changes:
             fields["samples"] = asked.get("samples", (DataOptions().samples or 0))
@@ -345,7 +350,7 @@ class _DiagnosisRunner:
         return f"Best is {trial.name}: {got}{more}.{self._but()}"
 
     def _but(self) -> str:
-        """What no remedy that is recommended takes care of."""
+        """Describe what no recommended remedy takes care of."""
         kinds = {cause.kind for cause in self.found}
         told = ""
         if "preprocessing" in kinds and "preprocessing" not in self.changes:
@@ -360,7 +365,7 @@ class _DiagnosisRunner:
 
 
 def describe_trial(trial: Trial) -> str:
-    """What was measured of a trial."""
+    """Describe what was measured of a trial."""
     told = ["outputs are equal"] if trial.equal else []
     told += [] if trial.sqnr_db is None else [f"SQNR {trial.sqnr_db:.1f} dB"]
     return ", ".join(told + ([] if trial.agreement is None else [f"agreement {trial.agreement:.1%}"]))
@@ -374,7 +379,7 @@ def _score_trial(trial: Trial, base: Trial) -> float:
 
 
 def _combine_remedies(ranked: Sequence[Remedy]) -> Remedy:
-    """As many of them as do not contradict each other, the best ones first."""
+    """Combine as many remedies as do not contradict each other, the best ones first."""
     changes: dict[str, Any] = {}
     kinds: list[str] = []
     for remedy in ranked:
@@ -385,7 +390,7 @@ def _combine_remedies(ranked: Sequence[Remedy]) -> Remedy:
 
 
 def _to_preprocessing_options(fed: Preprocessing, said: PreprocessingOptions) -> PreprocessingOptions:
-    """Options that say how `fed` feeds the pixels' values; the rest as it was said."""
+    """Return options that give the pixel values of `fed`; the rest as it was said."""
     preset = PRESETS[fed.preset]
     swapped = fed.color is not preset.color and fed.channels == 3
     mean, std = (numbers[::-1] if swapped else numbers for numbers in (preset.mean, preset.std))

@@ -33,10 +33,13 @@ LARGEST_NOISE = float(np.finfo(np.float64).max) / 1e6  # the noise of NaN: what 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
-    """What is to be measured. data: the pictures, and how they are fed.
+    """What is to be measured.
 
-    classes, label_offset: see `labels`. table: what will be made of the predictions, ".csv", ".npz" (then all outputs
-    are remembered) or None.
+    Attributes:
+        recipe: Names the images (its `calib`), and their preprocessing.
+        against: The other model.
+        classes, label_offset: Of labels, see data.dataset.
+        table: What the predictions are for: ".csv", ".npz" (then all outputs are kept) or None.
     """
 
     data: DataOptions
@@ -48,13 +51,13 @@ class EvaluationOptions:
 
     @property
     def labelling(self) -> LabelOptions:
-        """What the user says of labels."""
+        """The label options that the user gave."""
         return LabelOptions(self.label_offset, self.classes is not None or self.label_offset != 0)
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredShare:
-    """hits of count pictures (or positions, in a map of classes), with its interval."""
+    """A share: hits of count images (or positions, in a map of classes), with its interval."""
 
     value: float
     interval: Interval | None
@@ -73,7 +76,7 @@ class OutputComparison:
 
 @dataclass(frozen=True, slots=True)
 class Flips:
-    """Pictures that only this model gets right (won), or only the other (lost)."""
+    """Images that only this model gets right (won), or only the other (lost)."""
 
     won: int
     lost: int
@@ -81,7 +84,7 @@ class Flips:
 
     @property
     def p_value(self) -> float:
-        """Of McNemar's exact test."""
+        """The p-value of McNemar's exact test."""
         return comparison.mcnemar_p_value(self.won, self.lost)
 
     @property
@@ -109,7 +112,7 @@ class Evaluation:
 
     @property
     def agreement(self) -> MeasuredShare | None:
-        """The lowest output's."""
+        """The lowest agreement of the outputs."""
         return min((o.agreement for o in self.outputs if o.agreement), key=lambda share: share.value, default=None)
 
     @property
@@ -139,7 +142,7 @@ class Evaluation:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         against = None
         if self.other is not None:
             flips = self.flips
@@ -240,7 +243,7 @@ def evaluate(
     wishes: EvaluationOptions,
     reporter: Reporter | None = None,
 ) -> Evaluation:
-    """Run the model, and the other one, on every picture. Raises QconvError where there is nothing to measure."""
+    """Run the model, and the other one, on every image. Raises QconvError where there is nothing to measure."""
     reporter = reporter or Reporter()
     root = wishes.data.root
     classes = find_classes(root, wishes.classes)
@@ -299,7 +302,7 @@ def evaluate(
 def _run_side_by_side(
     own: ModelWithData, other: ModelWithData | None, reporter: Reporter, lost: set[Path]
 ) -> Iterator[tuple[Outputs, Outputs]]:
-    """Outputs of both models for one picture after the other; of the first alone where there is no other."""
+    """Yield both models' outputs image by image; of the first alone where there is no other."""
     batches = own.batches(reporter, lost.add)
     if other is None:
         yield from ((found, []) for found in own.outputs(batches))
@@ -332,7 +335,7 @@ def _add_output_rows(rows: list[list[list[float]]], names: Sequence[str], refs: 
 
 
 def _make_no_measure_error(root: Path, vector: int | None) -> QconvError:
-    """Neither labels nor another model. vector: which output is one score a class, None where none is."""
+    """Build the error for neither labels nor another model. vector: the output with one score a class, or None."""
     why, fix = f"the pictures in {root} lie in no class folders", "a folder with one folder of pictures a class."
     if not root.is_dir():
         why = f"{root} lists pictures, but not the order of their class folders among the outputs"

@@ -1,4 +1,7 @@
-"""What is in a float model, what a default run would make of it, and what its weights foretell; without a picture."""
+"""This module tells what is in a float model, what a default run makes of it, and what its weights foretell.
+
+It looks at no image: the model is loaded, folded and planned as `quantize` does it without any option.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.files import Source, declared_opset, file_bytes, iter_tensors, metadata_of, read_proto
 from qconv.ir.load import load
+from qconv.ir.metadata import read_version
 from qconv.ir.model import DataType, Model, Node, Value, constant_array, dims, input_of
 from qconv.ir.rewriting import standard_op_type
 from qconv.passes import fold
@@ -30,12 +34,12 @@ from qconv.planning.planner import is_quantizable_layer
 from qconv.quantizer import PerBlock, PerChannel
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
-"""Whose operators ONNX Runtime has itself."""
+"""Domains whose operators ONNX Runtime has itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSignature:
-    """An input or an output of the model."""
+    """An input or an output of the model: name, type and shape."""
 
     name: str
     type: str
@@ -43,21 +47,26 @@ class TensorSignature:
 
     @classmethod
     def of(cls, value: Value) -> TensorSignature:
-        """As the model declares it."""
+        """Read what the model declares."""
         sizes = dims(value)
         type_ = "" if value.dtype is None else value.dtype.name.lower()
         return cls(value.name or "", type_, None if sizes is None else tuple(sizes))
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it."""
+        """Return the object that `--json` prints."""
         return {"name": self.name, "type": self.type, "shape": None if self.shape is None else list(self.shape)}
 
 
 @dataclass(frozen=True, slots=True)
 class FloatLayerRow:
-    """A layer of the folded model. parameters: weights and biases; share: of all that layers have.
+    """A layer of the folded model.
 
-    bits, scheme, granularity: of its weights' codes; None where it has none. runs: "integer" or "float", and then why.
+    Attributes:
+        parameters: Weights and biases.
+        share: Of the parameters of all layers.
+        bits, scheme, granularity: Of its weights in a default run; None where they stay float.
+        runs: "integer" or "float", and then why.
+        troubles: What its weights foretell.
     """
 
     name: str
@@ -74,7 +83,7 @@ class FloatLayerRow:
     troubles: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` and `--csv` give of it."""
+        """Return the row that `--json` and `--csv` print."""
         return {
             "name": self.name,
             "op": self.op,
@@ -96,7 +105,7 @@ class FloatLayerRow:
 
 @dataclass(frozen=True, slots=True)
 class FloatOperatorGroup:
-    """Operators that a default run leaves in float, for one reason. by_choice: because that is faster."""
+    """Operators that a default run leaves in float for one reason. by_choice: because that is faster."""
 
     op: str
     why: str
@@ -104,18 +113,20 @@ class FloatOperatorGroup:
     by_choice: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it."""
+        """Return the object that `--json` prints."""
         return {"op": self.op, "why": self.why, "by_choice": self.by_choice, "nodes": list(self.nodes)}
 
 
 @dataclass(frozen=True, slots=True)
 class FloatModel:
-    """What was found. operators: as in the file; layers and the plan: of the folded network.
+    """What was found in a float model.
 
-    parameters: of the network, with weights that it computes from constants; stored: bytes of all float tensors in the
-    file. norms: its BatchNormalizations; folded: how many of them go into a layer; converted: how many become depthwise
-    layers of their own. integer, absorbed, left: what a
-    default run makes of the operators.
+    Attributes:
+        operators: Counts, as in the file; layers and the plan are those of the folded network.
+        parameters: Of the network, with weights that it computes from constants.
+        stored: Bytes of all float tensors in the file.
+        norms: BatchNormalizations; folded: how many fold into a layer; converted: how many become depthwise layers.
+        integer, absorbed, left: What a default run makes of the operators.
     """
 
     name: str
@@ -151,7 +162,7 @@ class FloatModel:
         return [finding for finding in self.findings if isinstance(finding, Skipped)]
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         return {
             "schema": 1,
             "model": self.name,
@@ -188,7 +199,7 @@ class FloatModel:
 
 
 def inspect_float(source: Source, target: str) -> FloatModel:
-    """Read, fold and plan as `quantize` would without any option. Raises QconvError for what is no such model."""
+    """Read, fold and plan as `quantize` would without any option. Raises QconvError for what is no float model."""
     proto = read_proto(source)
     refuse_custom_operators(proto, source)
     stored = sum(
@@ -236,7 +247,7 @@ def inspect_float(source: Source, target: str) -> FloatModel:
 
 
 def refuse_custom_operators(proto: Any, source: Source) -> None:
-    """Raise QconvError where a model has operators that neither ONNX Runtime nor the file itself defines."""
+    """Raise QconvError for operators that neither ONNX Runtime nor the file itself defines."""
     own = {function.domain for function in proto.functions}
     custom = [node for node in proto.graph.node if node.domain not in KNOWN_DOMAINS | own]
     if custom:
@@ -248,8 +259,8 @@ def refuse_custom_operators(proto: Any, source: Source) -> None:
 
 
 def read_producer(proto: Any) -> str:
-    """What wrote the file, by its own words."""
-    version = metadata_of(proto).get("qconv.version")
+    """Read the name and version of the program that wrote the file."""
+    version = read_version(metadata_of(proto))
     return f"qconv {version}" if version else f"{proto.producer_name} {proto.producer_version}".strip()
 
 
@@ -320,7 +331,7 @@ def _make_layer_row(
 
 
 def describe_granularity(layer: LayerPlan) -> str:
-    """Of a layer's weights, in the words of the options."""
+    """Describe the granularity of a layer's weights in the words of the options."""
     return {PerChannel: "per-channel", PerBlock: "per-block"}.get(type(layer.weight.granularity), "per-tensor")
 
 
@@ -330,7 +341,7 @@ def _count_parameters(node: Node) -> int:
 
 
 def _group_float_operators(model: Model, plan: Plan) -> tuple[FloatOperatorGroup, ...]:
-    """Those of one operator and one reason together, most first."""
+    """Group operators of one kind and one reason, most first."""
     groups: dict[tuple[str, str], list[str]] = {}
     for node in model.nodes():
         kept = plan.kept.get(node.name or "")

@@ -1,15 +1,15 @@
-"""How a quantized file was made, by whatever tool: bits, scheme, granularity and bytes of every layer.
+"""This module tells how a quantized file was made, by whatever tool: bits, scheme, granularity and bytes of every
+layer.
 
-A file by qconv says in its recipe how many bits were meant: codes of 2 to 7 bits live in int8. Of other files the type
-counts, since codes that happen to be small prove nothing. Bits of activations are those of the type, or of the Clip
-that holds codes to 0 .. 2^b - 1 or the signed range.
+A file by qconv says in its recipe how many bits were meant: integers of 2 to 7 bits are stored as int8. Of other files
+the type counts, since integers that happen to be small prove nothing. Bits of activations are those of the type, or of
+the Clip that holds integers to 0 .. 2^b - 1 or the signed range.
 
 Scales, zero points and biases that several layers share count for the first one. What no layer owns is the rest.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, recipe_from_dict
 from qconv.ir.files import Source, declared_opset, file_bytes, is_quantized, metadata_of, read_proto
 from qconv.ir.load import load_unchanged
-from qconv.ir.metadata import read_placed_nodes, read_recipe
+from qconv.ir.metadata import read_placed_nodes, read_preprocessing_dict, read_recipe
 from qconv.ir.model import Model, Node, Value
 from qconv.ir.model import input_of as at
 from qconv.ir.operators import CLIPPING_ACTIVATIONS
@@ -47,16 +47,20 @@ from qconv.ir.stored_weights import (
     weight_bits_of,
 )
 
-PREPROCESSING_KEY = "qconv.preprocessing"
-
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayerRow:
-    """A layer. type: of what is stored; bits: of its codes, of float 32; scheme, granularity: None in float.
+    """A layer.
 
-    size: elements that share a scale, for per-block. runs: "integer" or "float", as the file is written; the runtime
-    has the last word (`qconv audit`). input, output: what it reads and writes. bytes: codes, scales with zero points,
-    and bias; share: of the file.
+    Attributes:
+        type: Of what is stored.
+        bits: Of its integers; of float 32.
+        scheme, granularity: None in float.
+        block_size: Elements that share a scale, for per-block.
+        runs: "integer" or "float", as the file is written; the runtime has the last word (`qconv audit`).
+        input, output: The formats of what it reads and writes.
+        bytes: Integers, scales with zero points, and bias.
+        share: Of the file.
     """
 
     name: str
@@ -78,11 +82,11 @@ class QuantizedLayerRow:
 
     @property
     def bytes(self) -> int:
-        """All that the file holds for this layer alone."""
+        """All bytes that the file holds for this layer alone."""
         return self.codes_bytes + self.scales_bytes + self.bias_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` and `--csv` give of it."""
+        """Return the row that `--json` and `--csv` print."""
         return {
             "name": self.name,
             "op": self.op,
@@ -110,9 +114,13 @@ class QuantizedLayerRow:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedModel:
-    """What was found. recipe: of a file by qconv, empty for others; options: the same as one would type it.
+    """What was found in a quantized file.
 
-    other_constants: bytes of constants that no layer owns; structure: of all that is no constant.
+    Attributes:
+        recipe: Of a file by qconv; empty for others.
+        options: The recipe as one would type it.
+        other_constants: Bytes of constants that no layer owns.
+        structure: Bytes of all that is no constant.
     """
 
     name: str
@@ -143,7 +151,7 @@ class QuantizedModel:
         return self.bytes - sum(layer.bytes for layer in self.layers) - self.other_constants
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         return {
             "schema": 1,
             "model": self.name,
@@ -176,7 +184,7 @@ def is_quantized_file(proto: Any) -> bool:
 
 
 def inspect_quantized(source: Source) -> QuantizedModel:
-    """Read a file that holds codes. Raises QconvError for what is no ONNX file."""
+    """Read a file with integer weights. Raises QconvError for what is no ONNX file."""
     proto = read_proto(source)
     refuse_custom_operators(proto, source)
     size, opset, ir_version, producer = (
@@ -190,7 +198,7 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         name, _, meaning = FILE_FORMATS[-1]
     counts = Counter(node.op_type for node in proto.graph.node if node.op_type != "Constant")
     model = load_unchanged(proto, source)
-    recipe = _drop_nan(read_recipe(model))
+    recipe = _drop_nan(read_recipe(carried))
     reader = _LayerReader(model, recipe_from_dict(recipe) if recipe else None, size)
     layers = tuple(row for node in model.nodes() if (row := reader.row(node)) is not None)
     owned = sum(layer.bytes for layer in layers)
@@ -208,33 +216,31 @@ def inspect_quantized(source: Source) -> QuantizedModel:
         recipe=recipe,
         options=tuple(command_line_options(recipe)) if recipe else (),
         preprocessing=_read_preprocessing(carried),
-        placed=len(read_placed_nodes(model)),
+        placed=len(read_placed_nodes(carried)),
         layers=layers,
         other_constants=sum(constant_bytes(value) for value in iter_constants(model)) - owned,
     )
 
 
 def _read_preprocessing(carried: Mapping[str, str]) -> dict[str, Any] | None:
-    with contextlib.suppress(KeyError, ValueError):
-        found = json.loads(carried[PREPROCESSING_KEY])
-        return _drop_nan(found) if isinstance(found, dict) else None
-    return None
+    found = read_preprocessing_dict(carried)
+    return None if found is None else _drop_nan(found)
 
 
 def _drop_nan(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stranger wrote into a file, without the numbers that JSON does not have."""
+    """Drop the numbers that JSON does not have from what a stranger wrote into a file."""
     return dict(json.loads(json.dumps(told), parse_constant=lambda name: None))
 
 
 class _LayerReader:
-    """One way through the file. recipe: of a file by qconv. owned: constants that a layer has already."""
+    """Reads layers in graph order. recipe: of a file by qconv. owned: constants that a layer has already."""
 
     def __init__(self, model: Model, recipe: Recipe | None, size: int) -> None:
         self.model, self.recipe, self.size = model, recipe, size
         self.owned: set[Value] = set()
 
     def row(self, node: Node) -> QuantizedLayerRow | None:
-        """The node as a layer; None where it has no weights."""
+        """Read a node as a layer; None where it has no weights."""
         places = OPERAND_INDICES.get(node.op_type)
         weights = find_stored_weights(self.model, node)
         if weights is None:
@@ -270,7 +276,7 @@ class _LayerReader:
         )
 
     def _take(self, values: list[Value]) -> int:
-        """Bytes of those that no layer has yet."""
+        """Sum the bytes of constants that no layer owns yet, and own them."""
         new = [value for value in dict.fromkeys(values) if value not in self.owned]
         self.owned.update(new)
         return sum(map(constant_bytes, new))
@@ -345,7 +351,7 @@ class _LayerReader:
         return self._of_codes(clip.outputs[0] if clip is not None and clip.op_type == "Clip" else codes, quantizer)
 
     def _of_codes(self, codes: Value | None, node: Node) -> TensorFormat:
-        """node: the quantizer or dequantizer, which knows scale and zero point."""
+        """Read the format of integers from `node`, the quantizer or dequantizer with their scale and zero point."""
         zero, scale = at(node, 2), constant_numbers(at(node, 1))
         kind = element_type(zero) or element_type(codes) or "uint8"
         bits = None

@@ -1,8 +1,8 @@
-"""What may mend a cause: changes of the options that were given, each to be carried out and measured by itself.
+"""This module finds what may mend a cause: changes of the given options, each to be carried out and measured by itself.
 
 A remedy is a change of what the user said and not of the whole Recipe, as much of a Recipe follows from other parts.
 One that is in effect already is not tried; where something takes care of a cause by default, it is taken away once, so
-that the ladder shows what it is worth.
+that the trials show what it is worth.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qconv.results.comparison import Cause
 FEW_FLOAT_NODES, FEW_FLOAT_GATES = 3, 2
 LONG_NAME = 20
 PERCENTILES = (99.99, 99.9)
-"""Of the numbers that a range reaches, in percent."""
+"""Percentiles of the values that a range is tried at."""
 REPEATABLE_FIELDS = frozenset({"keep_float", "keep_float_op"})
 """Options that are repeated instead of replaced."""
 ENOUGH_DB, POOR_DB = 30.0, 20.0
@@ -32,14 +32,20 @@ ENOUGH_DB, POOR_DB = 30.0, 20.0
 
 
 def format_options(changes: Mapping[str, Any]) -> tuple[str, ...]:
-    """What is to be added to a command line for these changes."""
+    """Format these changes as command-line options."""
     return tuple(word for name, value in changes.items() if value is not None for word in format_option(name, value))
 
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """name: in words. changes: fields of Recipe, None for what is to be left to its default. causes: the kinds that it
-    is for. undoes: whether it takes away what mends a cause, to show what that is worth."""
+    """A change of the options that may mend a cause.
+
+    Attributes:
+        name: In words.
+        changes: Fields of Recipe; None for what is left to its default.
+        causes: The kinds of causes that it is for.
+        undoes: Whether it takes away what mends a cause, to show what that is worth.
+    """
 
     name: str
     changes: Mapping[str, Any]
@@ -48,7 +54,7 @@ class Remedy:
 
 
 def merge_changes(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a request with these changes."""
+    """Return the fields of a request with these changes."""
     found = dict(asked)
     for name, value in changes.items():
         if name in REPEATABLE_FIELDS:
@@ -61,7 +67,7 @@ def merge_changes(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
 
 
 def join_changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Both changes as one: what the second says of a field counts."""
+    """Join two changes; the second one's fields win."""
     found = {**first, **second}
     for name in REPEATABLE_FIELDS & first.keys() & second.keys():
         found[name] = tuple(dict.fromkeys((*first[name], *second[name])))
@@ -69,7 +75,7 @@ def join_changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
 
 
 def try_request(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Recipe, DataOptions] | None:
-    """The recipe and the images of the fields with these changes; None where they do not go together."""
+    """Build the recipe and the images of the fields with these changes; None where they do not go together."""
     try:
         return make_request(merge_changes(asked, changes))
     except QconvError:
@@ -77,7 +83,7 @@ def try_request(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[R
 
 
 def find_remedies(causes: Sequence[Cause], evidence: DiagnosisEvidence) -> list[Remedy]:
-    """All that are worth a try, each once, in the order of their causes."""
+    """Find all remedies worth a try, each once, in the order of their causes."""
     found: dict[str, Remedy] = {}
     for cause in causes:
         makers = UNDOING_MAKERS if cause.handled else REMEDY_MAKERS
@@ -89,7 +95,7 @@ def find_remedies(causes: Sequence[Cause], evidence: DiagnosisEvidence) -> list[
 
 
 def suggest_more_effort(recipe: Recipe) -> Iterator[Remedy]:
-    """The next effort, for whatever costs accuracy."""
+    """Suggest the next effort, for whatever costs accuracy."""
     efforts = {"fast": "balanced", "balanced": "best"}
     if recipe.effort in efforts:
         effort = efforts[recipe.effort]
@@ -97,7 +103,7 @@ def suggest_more_effort(recipe: Recipe) -> Iterator[Remedy]:
 
 
 def suggest_more_bits(recipe: Recipe) -> Iterator[Remedy]:
-    """What costs time and size and helps nearly always."""
+    """Suggest more bits, which cost time and size and help nearly always."""
     if recipe.activation_bits < 16:
         yield Remedy("activations of 16 bits", {"activation_bits": 16}, ())
     if recipe.weight_bits < 8:
@@ -145,14 +151,14 @@ def _mend_gate(cause: Cause, evidence: DiagnosisEvidence) -> Iterator[Remedy]:
 
 
 def _gate_tensors(gate: Node, evidence: DiagnosisEvidence) -> list[str]:
-    """The tensors that a gate has to do with: what it squashes, what it makes of it, and the product."""
+    """List the tensors of a gate: what it squashes, its result, and the product."""
     products = [reader.outputs[0] for reader in evidence.model.readers(gate.outputs[0])]
     values = [gate.inputs[0], gate.outputs[0], *products]
     return [value.name or "" for value in values if value is not None]
 
 
 def _layers_around_gate(gate: Node, evidence: DiagnosisEvidence) -> Iterator[Node]:
-    """The layer before a gate, and those behind its products: no scale of a channel can pass between them."""
+    """List the layer before a gate, and those behind its products: no channel scale can pass between them."""
     before = None if gate.inputs[0] is None else gate.inputs[0].producer()
     if before is not None:
         yield before
@@ -226,12 +232,12 @@ def _keep_in_float(name: str, nodes: Sequence[Node], most: int = FEW_FLOAT_NODES
 
 
 def _shorten_name(name: str) -> str:
-    """The end of a long name."""
+    """Return the end of a long name."""
     return name if len(name) <= LONG_NAME else f"...{name[3 - LONG_NAME :].lstrip('.')}"
 
 
 def _find_costly_readers(cause: Cause, evidence: DiagnosisEvidence) -> list[Node]:
-    """Of the tensors that cost most at the outputs."""
+    """Find the tensors of a cause that cost most at the outputs."""
     values = {value.name: value for value in evidence.plan.activations}
     worst = sorted(cause.where, key=lambda name: -(evidence.share([name]) or 0.0))
     return [node for name in worst if name in values for node in evidence.model.readers(values[name])]

@@ -1,9 +1,9 @@
-"""How many pictures are enough: the network quantized with 1, 2, 5, 10 ... pictures, each time scored on others.
+"""This module measures how many images are enough: the network is quantized with 1, 2, 5, 10 ... images and scored.
 
-Every calibration picture passes the float network once. Its sketches are put aside, and those of any set of pictures
-are the sum of theirs. The first draw is the order in which `quantize` reads: with `--samples N` it makes the model of
-the point of N pictures. Each set holds the smaller ones of its draw. The pictures to score on are the next ones of that
-order, so that no point was calibrated with any of them.
+Every calibration image passes the float network once. Its sketches are stored, and those of any set of images are the
+sum of theirs. The first draw is the order in which `quantize` reads: with `--samples N` it makes the model of the point
+of N images. Each set holds the smaller ones of its draw. The images to score on are the next ones of that order, so
+that no point was calibrated with any of them.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ from qconv.runtime.session import Session
 from qconv.search.candidate import quantize_to_nearest
 
 SCORED_BYTES = 48 * 2**20
-"""Inputs and float outputs of the pictures to score on, which stay in memory."""
+"""Most bytes of the held-out images' inputs and float outputs, which stay in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class StudyRequest:
     """What is asked beyond the recipe.
 
-    draws: how many sets of pictures of each size. holdout: pictures to score on, None for a fifth, MOST_HELD_BACK at
-    most. images: where they come from; empty: held back from the calibration pictures.
+    Attributes:
+        draws: How many sets of images of each size.
+        holdout: Images to score on; None for a fifth, MOST_HELD_OUT at most.
+        images: Where these come from; empty: held out from the calibration images.
     """
 
     draws: int = 3
@@ -64,11 +66,20 @@ def study_samples(
     reporter: Reporter | None = None,
     out: Path | None = None,
 ) -> SampleCurve:
-    """The curve of accuracy over the number of calibration pictures.
+    """Measure accuracy over the number of calibration images.
 
-    Weights are rounded to the nearest code, whatever the recipe says: the question is what pictures do for the ranges.
-    data.samples bounds them. out: where the caller will write a chart; checked, not written. Raises QconvError for
-    anything the user can mend.
+    Weights are rounded to the nearest integer, whatever the recipe says: the question is what images do for the ranges.
+
+    Args:
+        source: The float model.
+        recipe: How to quantize.
+        data: The images; its `samples` bounds them.
+        question: What is asked beyond it.
+        reporter: Hears of progress and warnings.
+        out: Where the caller will write a chart; checked, not written.
+
+    Raises:
+        QconvError: The user can mend it.
     """
     started = time.perf_counter()
     question, reporter = question or StudyRequest(), (reporter or Reporter()).of_part()
@@ -178,7 +189,7 @@ def _run_float_model(
 def _sketch_each_image(
     model: Model, taps: list[Observer], feed: DataLoader, recipe: Recipe, kept: SketchSpool
 ) -> list[float]:
-    """Sketch every picture by itself. Returns how many seconds the pass took until each of them was seen."""
+    """Sketch every image by itself. Returns how many seconds the pass took until each was seen."""
     session = open_observed_session(model, taps, recipe.threads)
     seconds, spent, start = [], 0.0, time.perf_counter()
     for sketches in observe_each_image(session, taps, feed.all("calibrate")):
@@ -194,7 +205,7 @@ def _sketch_each_image(
 
 @dataclass(frozen=True, slots=True)
 class _StudyJob:
-    """What is done with every draw. folded: the network, which stays as it is; floats: nodes to leave in float."""
+    """What is done with every draw. folded: the network, which stays as it is; floats: nodes left in float."""
 
     folded: Model
     recipe: Recipe
@@ -203,7 +214,7 @@ class _StudyJob:
 
     @contextlib.contextmanager
     def quantized(self, sketches: dict[str, Sketch]) -> Iterator[Session]:
-        """The model that `pipeline.quantize` makes of these sketches, loaded."""
+        """Quantize as `pipeline.quantize` does with these sketches, and load the model."""
         model = quantize_to_nearest(self.folded, self.recipe, sketches, self.floats)
         with subgraph.runnable_with_outputs(model, ()) as runnable:
             yield Session(runnable, name="the quantized model", threads=self.recipe.threads)
@@ -226,7 +237,7 @@ def _measure_points(
 
 
 def _order_images(pictures: int, recipe_seed: int, draw: int) -> list[int]:
-    """The order in which a draw takes the pictures; the first one's is that in which they were read."""
+    """Return the order in which a draw takes the images; the first draw's is that in which they were read."""
     if not draw:
         return list(range(pictures))
     return [int(index) for index in np.random.default_rng([recipe_seed, draw]).permutation(pictures)]
@@ -235,7 +246,7 @@ def _order_images(pictures: int, recipe_seed: int, draw: int) -> list[int]:
 def _accumulate_sketches(
     kept: SketchSpool, order: list[int], counts: list[int]
 ) -> Iterator[tuple[int, dict[str, Sketch]]]:
-    """The sketches of the first so many pictures, for each of the ascending `counts`."""
+    """Yield the sketches of the first so many images, for each of the ascending `counts`."""
     total: dict[str, Sketch] = {}
     done = 0
     for count in counts:

@@ -1,7 +1,9 @@
 """This module runs several recipes through the whole pipeline, and measures them on the same images and machine.
 
-The written files are scored on held-out images where there are enough of them, and timed against each other in turns.
-Runs share what they find out of the float network (`CalibrationCache`). A sweep is the same for recipes of a file.
+The written files are scored on images that no recipe was calibrated with, where there are enough of them, and timed
+against each other in turns. The preprocessing is found once. Runs share what they find out of the float network
+(`CalibrationCache`); equalization may make a network of its own for a recipe. A sweep is the same for recipes of a
+file.
 """
 
 from __future__ import annotations
@@ -40,21 +42,15 @@ from qconv.results.quantize import Report
 from qconv.runtime.benchmark import Benchmark, TimingConditions, benchmark
 from qconv.runtime.session import RUNTIME_VERSION, Session
 
-# Recipes carried out by the whole pipeline, one after the other, and measured on the same pictures and machine.
-#
-# What is scored is the written file, on pictures that no recipe was calibrated with where there are enough of them, and
-# all files are timed against each other in turns. Runs share what they find out of the float network (gather.Memory).
-
-
 MOST_HELD_OUT = 64
 
 HELD_OUT_DIVISOR = 5
 
 SCORED_BYTES = 64 * 2**20
-"""Inputs and float outputs of the pictures to score on, which stay in memory."""
+"""Most bytes of the held-out images' inputs and float outputs, which stay in memory."""
 
 TIMING_ROUNDS = 9
-"""Turns that each file gets when it is timed."""
+"""Rounds of timing, in each of which every file has its turn."""
 
 TIMED_AT_ONCE = 6
 """Files beside the float model that are in memory at the same time."""
@@ -62,7 +58,7 @@ TIMED_AT_ONCE = 6
 
 @dataclass(frozen=True, slots=True)
 class HeldOutImages:
-    """Pictures to score on. most: that are left to calibrate with. unseen: whether none of the former is among them."""
+    """Images to score on. most: left to calibrate with. unseen: whether none of those is scored on."""
 
     feed: DataLoader
     most: int
@@ -70,10 +66,12 @@ class HeldOutImages:
 
 
 def hold_out_images(session: Session, data: DataOptions, images: Sequence[str], reporter: Reporter) -> HeldOutImages:
-    """Pictures from `images`, or else the last ones of the draw that `data` reads from its beginning.
+    """Take images from `images`, or else the last ones of the draw that `data` reads from its beginning.
 
-    A fifth of all are held back, MOST_HELD_BACK at most. Of a single picture none can be: it is then scored on itself.
-    Raises QconvError where pictures cannot feed the network.
+    A fifth of all are held out, MOST_HELD_OUT at most. A single image is scored on itself.
+
+    Raises:
+        QconvError: The images cannot be fed to the network.
     """
     if images:
         chosen = replace(data, paths=tuple(images), samples=MOST_HELD_OUT, glob=None)
@@ -91,7 +89,7 @@ def hold_out_images(session: Session, data: DataOptions, images: Sequence[str], 
 
 @dataclass(slots=True)
 class TrialRun:
-    """A trial with what came of it: the file and the pipeline's report, or why there is none."""
+    """A trial with the file and the pipeline's report, or why there is none."""
 
     trial: Trial
     recipe: Recipe
@@ -103,7 +101,7 @@ class TrialRun:
 
 @dataclass(slots=True)
 class TrialRunner:
-    """What recipes are carried out on, and all that were."""
+    """Carries out recipes on one model and the same images, and keeps all trials."""
 
     source: Source
     scored: ReferenceOutputs
@@ -115,13 +113,13 @@ class TrialRunner:
     def of(
         cls, source: Source, feed: DataLoader, threads: int | None, reporter: Reporter, memory: CalibrationCache
     ) -> TrialRunner:
-        """feed: the pictures to score on, fed as they should be."""
+        """Set up. feed: the images to score on, with their preprocessing."""
         session = open_original(source, threads)
         scored = collect_reference_outputs(session, feed, "float", most_bytes=SCORED_BYTES, reporter=reporter)
         return cls(source, scored, reporter, memory)
 
     def feed_otherwise(self, feed: DataLoader) -> None:
-        """Quantized models get the pictures as `feed` has them from now on; what the float model says stays."""
+        """Feed quantized models by `feed` from now on; what the float model says stays."""
         pairs = zip(feed.all("float"), self.scored.batches, strict=False)  # of which there may be fewer, for memory
         self.scored = replace(self.scored, batches=[(feeds, expected) for feeds, (_, expected) in pairs])
 
@@ -134,7 +132,7 @@ class TrialRunner:
         options: Sequence[str] = (),
         causes: Sequence[str] = (),
     ) -> TrialRun:
-        """Quantize by `recipe`, write `out` and score it. What cannot be done is a trial that failed, and says why."""
+        """Quantize by `recipe`, write `out` and score it. A failure is a trial that says why."""
         start = time.perf_counter()
         trial = Trial(name, tuple(options), tuple(causes))
         made = TrialRun(trial, recipe, data, out)
@@ -193,19 +191,13 @@ class TrialRunner:
 
 
 def _is_single_class(outputs: OutputArrays) -> bool:
-    """Whether a picture gets one class, so that pictures can be counted."""
+    """Whether an image gets one class, so that images can be counted."""
     return find_class_output([output[:1] if np.ndim(output) else output for output in outputs]) is not None
-
-
-# Several recipes on the same pictures: each goes through the whole pipeline, all are scored and timed alike.
-#
-# Pictures to score on are held back, as in a diagnosis. How pictures are fed is found out once, and what is seen of a
-# float network once for all recipes that quantize it; equalization may make a network of its own for a recipe.
 
 
 @dataclass(frozen=True, slots=True)
 class SweepEntry:
-    """A recipe with its name, where its file goes, and the options that make it, beyond those that all share."""
+    """A recipe with its name, where its file goes, and its own options, beyond those that all share."""
 
     name: str
     recipe: Recipe
@@ -215,9 +207,12 @@ class SweepEntry:
 
 
 def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter | None = None) -> Sweep:
-    """Carry all recipes out, in their order. They must read the same pictures.
+    """Carry all recipes out, in their order. They must read the same images.
 
-    A recipe that fails is a trial that says why; the others go on. Raises QconvError where none can be carried out.
+    A recipe that fails is a trial that says why; the others go on.
+
+    Raises:
+        QconvError: None can be carried out.
     """
     reporter = reporter or Reporter()
     proto = read_proto(source)

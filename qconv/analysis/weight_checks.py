@@ -1,4 +1,4 @@
-"""What the weights of a folded network foretell, before any picture is seen: five troubles, each by a rule.
+"""This module finds what the weights of a folded network foretell without an image: five troubles, each by a rule.
 
 With w[o, i, k] the weights of output channel o, and b bits between -max and max, a step is max / (2^(b-1) - 1).
 
@@ -54,7 +54,7 @@ DEAD_SHARE = 2.0**-16
 UNIT_RANGE_OPS = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
 """Their results lie between 0 and 1."""
 MOST_EXAMPLES = 8
-"""So many channels are named."""
+"""Most channels that are named."""
 
 MeanAndDeviation = tuple[Float64, Float64]
 
@@ -63,8 +63,14 @@ MeanAndDeviation = tuple[Float64, Float64]
 class WeightProblem:
     """One kind of trouble in one layer.
 
-    kind: a short name that stays the same. value: the number that triggered it. channels: the worst first, at most
-    EXAMPLES; count: how many there are. handled: what of a default run takes care of it, empty where nothing does.
+    Attributes:
+        kind: A short name that stays the same.
+        where: The layer.
+        what: The evidence in words.
+        value: The number that triggered it.
+        channels: The worst first, at most EXAMPLES.
+        count: How many there are.
+        handled: What of a default run takes care of it; empty where nothing does.
     """
 
     kind: str
@@ -76,7 +82,7 @@ class WeightProblem:
     handled: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it."""
+        """Return the row that `--json` prints."""
         return {
             "kind": self.kind,
             "where": self.where,
@@ -90,9 +96,12 @@ class WeightProblem:
 
 @dataclass(frozen=True, slots=True)
 class WeightStatistics:
-    """The numbers of one layer; None where they say nothing: one channel, few weights, weights that are all zero.
+    """Statistics of one layer's weights; None where they say nothing: one channel, few weights, all zero.
 
-    output_ratio, input_ratio: largest over smallest range. outlier: see above, of the worst channel. offset: c / R.
+    Attributes:
+        output_ratio, input_ratio: Largest over smallest range.
+        outlier: Of the worst channel, in dB as in the module.
+        offset: c / R, as in the module.
     """
 
     output_ratio: float | None = None
@@ -103,14 +112,14 @@ class WeightStatistics:
 
 @dataclass(frozen=True, slots=True)
 class DefaultHandling:
-    """What a default run does about it. per_channel: weights of this layer get a scale for each output channel."""
+    """What a default run does about troubles. per_channel: weights get a scale for each output channel."""
 
     per_channel: bool
     equalizes: bool
 
 
 def collect_batch_norm_statistics(model: Model) -> dict[str, MeanAndDeviation]:
-    """Mean and deviation of what layers write, by the BatchNormalization behind them. model: not folded yet."""
+    """Collect mean and deviation of layers' outputs by the BatchNormalization behind. model: not folded."""
     found: dict[str, MeanAndDeviation] = {}
     for node in model.nodes():
         before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
@@ -130,7 +139,14 @@ def collect_batch_norm_statistics(model: Model) -> dict[str, MeanAndDeviation]:
 def check_weights(
     model: Model, node: Node, known: Mapping[str, MeanAndDeviation], handling: DefaultHandling
 ) -> tuple[WeightStatistics, list[WeightProblem]]:
-    """The numbers of a layer and its troubles. model: folded; known: by `statistics`."""
+    """Compute the statistics of a layer and find its troubles.
+
+    Args:
+        model: Folded.
+        node: The layer.
+        known: As `collect_batch_norm_statistics` gives it.
+        handling: What a default run does.
+    """
     try:
         layer = read_layer(node)
     except EditRefused:
@@ -149,7 +165,7 @@ def check_weights(
 
 
 def count_relu6(model: Model) -> int:
-    """How many Clip operators hold their data between 0 and 6."""
+    """Count the Clip operators between 0 and 6."""
     return sum(clip_bounds(node) == (0.0, 6.0) for node in model.nodes())
 
 
@@ -160,7 +176,7 @@ def _output_bounds(model: Model, node: Node) -> tuple[float, float]:
 
 
 def _input_bounds(node: Node) -> tuple[float, float]:
-    """Those of what a layer reads, where the operator that writes it has any."""
+    """Return the bounds of a layer's input, where the operator that writes it has any."""
     before = node.inputs[0].producer() if node.inputs[0] is not None else None
     if before is not None and standard_op_type(before) in UNIT_RANGE_OPS:
         return 0.0, 1.0
@@ -169,7 +185,7 @@ def _input_bounds(node: Node) -> tuple[float, float]:
 
 
 class _WeightChecker:
-    """One layer. magnitude: |w|, (G, O/G, I/G, K)."""
+    """Checks one layer. magnitude: |w|, (G, O/G, I/G, K)."""
 
     def __init__(self, name: str, layer: Layer, handling: DefaultHandling) -> None:
         self.name, self.layer, self.handling = name, layer, handling
@@ -250,7 +266,7 @@ class _WeightChecker:
         self._add("high-bias", value > LEAST_OFFSET, what, np.flatnonzero(living), offsets, LEAST_OFFSET, handled)
 
     def _written(self, known: MeanAndDeviation | None, inputs: tuple[float, float]) -> tuple[str, Float64, Float64]:
-        """By what it is known, and the least and the largest values of each output channel, (O,)."""
+        """Return how it is known, and the least and the largest values of each output channel, (O,)."""
         if known is not None and known[0].size == self.layer.outputs:
             mean, deviation = known
             return "by BatchNormalization", mean - DEVIATIONS * deviation, mean + DEVIATIONS * deviation
@@ -296,6 +312,6 @@ class _WeightChecker:
 
 
 def _format_ratio(ratio: float, suffix: str = "") -> str:
-    """`83 times`, `1.2e+06 times`."""
+    """Format a ratio as `83 times` or `1.2e+06 times`."""
     shown = f"{ratio:.0f}" if ratio < 1e5 else f"{ratio:.1e}"
     return f"{shown} times {suffix}".rstrip()

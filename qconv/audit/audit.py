@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from qconv import storage
 from qconv.audit.fusion_rules import find_dequantizer, find_float_reason
+from qconv.config.recipe import Recipe
+from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
 from qconv.ir import files, subgraph
 from qconv.ir.files import Source, is_quantized, read_proto
@@ -331,27 +333,28 @@ def audit_file(source: Source, *, threads: int, batch: int | None, size: Sequenc
             runnable, name=source.name, threads=threads, save_optimized=optimized, profile=folder / "profile"
         )
         times = profile_nodes(session, make_random_inputs(session, batch, size))
-        recipe = read_recipe(model)
+        told = read_recipe(model.inner.metadata_props)
+        recipe = recipe_from_dict(told) if told else None
         audited = audit(optimized, model, _read_planned_reasons(model, recipe), times)
-    target = TARGETS.get(str(recipe.get("target")))
-    widened = target is not None and target.pairs and recipe.get("saturation_safe") is not False
-    return FileAudit(source.name, name, meaning, widened, recipe, audited, detect_cpu(), threads)
+    widened = recipe is not None and TARGETS[recipe.target].pairs and recipe.saturation_safe is not False
+    return FileAudit(source.name, name, meaning, widened, told, audited, detect_cpu(), threads)
 
 
-def _read_planned_reasons(model: Model, recipe: Mapping[str, Any]) -> PlannedReasons:
-    """What qconv had decided when it wrote the file; nothing for others."""
-    placed = read_placed_nodes(model)
-    how = "as measured by --tune-latency" if recipe.get("tune_latency") else "by qconv's cost table"
+def _read_planned_reasons(model: Model, recipe: Recipe | None) -> PlannedReasons:
+    """What qconv had decided when it wrote the file; nothing for others. recipe: None where it is not known."""
+    placed = read_placed_nodes(model.inner.metadata_props)
+    how = "as measured by --tune-latency" if recipe is not None and recipe.tune_latency else "by qconv's cost table"
     kept = dict.fromkeys(placed, f"faster in float, {how}")
+    if recipe is None:
+        return PlannedReasons(kept, placed)
     for node in model.nodes():
-        if any(fnmatch.fnmatchcase(node.name or "", glob) for glob in recipe.get("keep_float", ())):
+        if any(fnmatch.fnmatchcase(node.name or "", glob) for glob in recipe.keep_float):
             kept[node.name or ""] = KEPT_FLOAT_BY_OPTION
-        elif node.op_type in recipe.get("keep_float_op", ()):
+        elif node.op_type in recipe.keep_float_op:
             kept[node.name or ""] = f"{KEPT_FLOAT_BY_OPTION}-op"
-    target = TARGETS.get(str(recipe.get("target")))
-    whole = ""
-    if target is not None and not target.on_ort:
+    target, whole = TARGETS[recipe.target], ""
+    if not target.on_ort:
         whole = f"written for {target.name}: ONNX Runtime's CPU provider wants quantizers elsewhere"
-    elif recipe.get("activation_bits") == 32:
+    elif recipe.activation_bits == 32:
         whole = "only weights are quantized"
     return PlannedReasons(kept, placed, whole)

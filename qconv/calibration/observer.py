@@ -3,13 +3,14 @@
 The network runs once; every observed tensor gets a sketch. An image's key, by which sketches order images, is a hash
 of the extremes of all tensors on it: it does not depend on the file's name, its place or its batch.
 
-Channels that are scaled to fill a range have no headroom for other images. The largest values of single images give
-it, by Hill's estimate of a Pareto tail, for UNSEEN_FACTOR times as many images, and never beyond the largest
-channel's:
+Channels that are scaled to fill a range have no headroom for other images, and some wake on one image in a hundred.
+The largest values of single images give the headroom for UNSEEN_FACTOR times as many images, by Hill's estimate of a
+Pareto tail:
 
     reach = x_1 * UNSEEN_FACTOR^xi   xi = mean over i < k of log(x_i / x_k),  x_1 >= x_2 >= ... the k largest of P
 
-Where too few images are there to tell, xi is 1, the tail of what has no mean.
+It is at most the largest channel's, and as large as that where fewer than k images wake the channel. With too few
+images to tell, xi is 1, the tail of a distribution without a mean.
 Source: Hill 1975, A Simple General Approach to Inference About the Tail of a Distribution; Weissman 1978.
 """
 
@@ -41,27 +42,22 @@ from qconv.ir.model import Model
 from qconv.runtime.session import Session
 from qconv.storage import prefetch
 
-# From pictures to sketches: the float network runs once, its tensors are watched picture by picture.
-#
-# A picture's key, by which sketches put pictures in order, is a hash of the extremes of all tensors on it: it depends
-# on what the picture does in the network, not on its name, its place or the batch that it came in.
-
-
 KEY_BYTES = 8
 
 CONCURRENT_BATCHES = 2
-"""Batches that the network looks at at the same time. More would take more memory and hardly less time."""
+"""Batches that run at the same time. More would take more memory and hardly less time."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Observer:
-    """A tensor to watch. What nobody asks for is not computed: reductions cost as much as the network itself.
+    """A tensor to observe. Only what `want` asks for is computed: reductions cost as much as the network itself.
 
-    want: what is to be remembered beyond the extremes. never_negative: whether the graph says so; then its low counts
-    as zero unseen, as every range holds zero. pooled: whether the network itself takes maximum and mean of each
-    channel, and every stride-th pixel as a sample; for (N, C, H, W) that are never negative.
+    want: what the sketch keeps beyond the extremes.
+    never_negative: the graph says so; its low then counts as zero unseen, as every range holds zero.
+    pooled: the network itself computes maximum and mean of each channel, and returns every stride-th pixel as a sample;
+        for tensors (N, C, H, W) that are never negative.
     """
 
     name: str
@@ -72,7 +68,7 @@ class Observer:
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
-        """What the network returns for it."""
+        """Names of the outputs that the network returns for this tensor."""
         if not self.pooled:
             return (self.name,)
         return subgraph.pooled_output_names(self.name)[: 3 if self._samples else 2]
@@ -91,11 +87,11 @@ class Observer:
 
     @property
     def pooling(self) -> subgraph.ChannelPooling | None:
-        """What the network is to compute for it."""
+        """What the network computes for this tensor; None where it returns the tensor itself."""
         return subgraph.ChannelPooling(self.name, self.stride if self._samples else None) if self.pooled else None
 
     def view(self, seen: list[NDArray[Any]]) -> TensorView:
-        """What a sketch needs of one picture's outputs, (1, ...) each."""
+        """The view of one image that a sketch takes. seen: the image's `outputs`, (1, ...) each."""
         if self.pooled:
             highs, means, *sample = (array.reshape(array.shape[1], -1) for array in seen)
             return TensorView(
@@ -104,7 +100,7 @@ class Observer:
         return self._view_of_all(seen[0])
 
     def _view_of_all(self, x: NDArray[Any]) -> TensorView:
-        """Of the whole tensor. One without elements counts as one zero; one of rank 0 or 1 as one channel."""
+        """The view of a whole tensor. A tensor without elements counts as one zero; rank 0 or 1 as one channel."""
         if not x.size:
             x = np.zeros((1, 1), np.float32)
         by_channel = x.ndim > 1 and self._by_channel
@@ -124,7 +120,7 @@ def _as_float32(x: NDArray[Any]) -> NDArray[np.float32]:
 def observe(
     session: Session, taps: Iterable[Observer], batches: Iterable[Mapping[str, NDArray[Any]]]
 ) -> dict[str, Sketch]:
-    """Run every batch once and sketch the tapped tensors, by their names.
+    """Run every batch once and sketch the observed tensors, by their names.
 
     Raises QconvError where a tensor holds NaN or infinity: no range would be right.
     """
@@ -144,7 +140,7 @@ def observe(
 def observe_each_image(
     session: Session, taps: Iterable[Observer], batches: Iterable[Mapping[str, NDArray[Any]]]
 ) -> Iterator[dict[str, Sketch]]:
-    """Like `watch`, but every picture has sketches of its own. Added up they are those that `watch` gives."""
+    """Yield the sketches of each image alone. Merged they are those that `observe` returns."""
     taps = list(taps)
 
     def take(picture: Mapping[str, NDArray[Any]]) -> dict[str, Sketch]:
@@ -161,9 +157,9 @@ def _map_images(
     taps: list[Observer],
     batches: Iterable[Mapping[str, NDArray[Any]]],
 ) -> Iterator[T]:
-    """take(what the network returns, by name) for every picture, in order.
+    """Yield take(outputs by name) of every image, in order.
 
-    As many batches at once as the session is for, each in a thread of its own: a runtime whose threads wait for each
+    `session.at_once` batches run at the same time, each in a thread of its own: a runtime whose threads wait for each
     other at every node, and then for Python to take what they found, takes half as long again.
     """
     inputs = {name for name, _, _ in session.inputs}
@@ -188,7 +184,7 @@ def _build_sketches(sketchers: Mapping[str, SketchBuilder]) -> dict[str, Sketch]
 
 @dataclass(frozen=True, slots=True)
 class _ImageViews:
-    """All tensors on one picture."""
+    """The views of all observed tensors on one image. halves: upper 16 bits of the samples."""
 
     key: int
     views: dict[str, TensorView]
@@ -216,7 +212,7 @@ def _view_image(taps: list[Observer], picture: Mapping[str, NDArray[Any]]) -> _I
 
 
 def _split_batch(seen: Mapping[str, NDArray[Any]], count: int) -> Iterator[Mapping[str, NDArray[Any]]]:
-    """One picture after the other. What does not have one part for each picture counts whole with each."""
+    """Split outputs (N, ...) by image. An array whose axis 0 is no multiple of `count` counts whole with each image."""
     if count == 1:
         yield seen
         return
@@ -247,7 +243,7 @@ def _not_finite_error(name: str) -> QconvError:
 
 @contextlib.contextmanager
 def export_observed_model(model: Model, taps: Iterable[Observer]) -> Iterator[str | bytes]:
-    """The model as ONNX Runtime takes it, which returns what `watch` wants to see."""
+    """The model as ONNX Runtime takes it, with the outputs that `observe` needs."""
     taps = list(taps)
     pools = [tap.pooling for tap in taps if tap.pooling is not None]
     with subgraph.runnable_with_outputs(model, [tap.name for tap in taps if not tap.pooled], pools) as runnable:
@@ -255,43 +251,31 @@ def export_observed_model(model: Model, taps: Iterable[Observer]) -> Iterator[st
 
 
 def open_observed_session(model: Model, taps: Iterable[Observer], threads: int | None) -> Session:
-    """The network in a session for `watch`. The model may be dropped: the session has its own copy of all weights."""
+    """A session for `observe`. The model may be dropped: the session has its own copy of all weights."""
     with export_observed_model(model, taps) as runnable:
         return Session(runnable, name="the folded float model", threads=threads, at_once=CONCURRENT_BATCHES)
-
-
-# What every channel of a tensor did on the pictures, and how far it may go on others.
-#
-# Channels that are scaled to fill a range have no room left above what the pictures showed, and there are those that
-# wake on one picture in a hundred. The largest values of single pictures tell, by Hill's estimate of a Pareto tail:
-#
-#     reach = x_1 * UNSEEN^xi      xi = mean over i < k of log(x_i / x_k),  x_1 >= x_2 >= ... the k largest of P
-# pictures
-#
-# for UNSEEN times as many pictures; it is never beyond the largest channel's, and as far where fewer than k pictures
-# wake the channel. Where too few pictures are there to tell, xi is 1, the tail of what has no mean.
-#
-# Source: Hill 1975, A Simple General Approach to Inference About the Tail of a Distribution; Weissman 1978.
 
 
 Float64 = NDArray[np.float64]
 
 UNSEEN_FACTOR, TAIL_SHARE, FEWEST_IN_TAIL = 10.0, 0.125, 3
+"""For how many times as many images ranges hold; k as a share of the images, and the least k that tells a tail."""
 
 LEAST_RANGE_SHARE = 0.1
 """Share of a tensor's mean range that a channel counts at least."""
 
 PRIOR_SAMPLES = 8
-"""As many samples of a channel's variance weigh as much as what its range tells of it."""
+"""Samples that the prior of a channel's variance, which its range gives, counts as."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChannelRanges:
-    """What every channel of a tensor did, (C,) each.
+    """Ranges and moments of every channel of a tensor, (C,) each.
 
-    low, high: its extremes on all pictures. lowest, highest: what they may become on others, zero inside. floor: how
-    low it may go where it always keeps away from zero.
-    mean, spread: mean and variance, None where no columns were asked for.
+    low, high: extremes on all images.
+    lowest, highest: extremes to expect on other images; zero lies between them.
+    floor: the least value to expect of a channel that always keeps away from zero.
+    mean, spread: mean and variance; None where no columns were asked for.
     """
 
     low: Float64
@@ -303,7 +287,7 @@ class ChannelRanges:
     spread: Float64 | None
 
     def lowered(self, shift: Float64) -> ChannelRanges:
-        """The same, had the channels been lower by `shift`, (C,)."""
+        """The ranges of the channels after subtracting `shift`, (C,)."""
         highest = np.maximum(self.highest - shift, 0.0)
         mean = None if self.mean is None else self.mean - shift
         low, high, floor = self.low - shift, self.high - shift, self.floor - shift
@@ -311,7 +295,7 @@ class ChannelRanges:
 
 
 def estimate_channel_ranges(pictures: Iterable[Mapping[str, Sketch]]) -> dict[str, ChannelRanges]:
-    """Sketches of single pictures, as one a tensor; tensors whose channels grow with the picture are left out."""
+    """Channel ranges by tensor, from sketches of single images. Leaves out tensors whose channels vary in number."""
     kept: dict[str, list[Sketch]] = {}
     for sketches in pictures:
         for name, sketch in sketches.items():
@@ -334,7 +318,7 @@ def _ranges_of_sketches(found: Sequence[Sketch]) -> ChannelRanges:
 
 
 def extrapolate_tail(extremes: Float64) -> Float64:
-    """How far up each channel may go, (C,), zero or more. extremes: (P, C), the largest value of each picture."""
+    """The reach of each channel on other images, (C,), zero or more. extremes: (P, C), the largest of each image."""
     ordered = np.sort(np.maximum(extremes, 0.0), axis=0)[::-1]
     most = ordered[0].max(initial=0.0)
     top = ordered[: max(2, int(TAIL_SHARE * len(ordered)))]

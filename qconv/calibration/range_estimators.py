@@ -1,18 +1,24 @@
 """Estimates quantization ranges from sketches: each calibrator is one function and one line in CALIBRATORS.
 
-    mse         least expected squared error of the tensor, sum over bins of share * E[(fake(x) - x)^2], searched
-                inwards: Sung et al. 2015, arXiv 1511.06488; Nagel et al. 2021, arXiv 2106.08295, section 3.1
-    aciq        closed-form optimum of a fitted Laplace or Gaussian density: Banner et al. 2019, arXiv 1810.05723
-    entropy     least KL(P || Q) = sum p log(p / q), zeros left out, as in TensorRT: Migacz 2017, GTC
+    mse         least expected squared error of the tensor, sum over bins of share * E[(fake(x) - x)^2], x evenly spread
+                inside each bin, searched from the full range inwards: Sung et al. 2015, arXiv 1511.06488; Nagel et al.
+                2021, arXiv 2106.08295, section 3.1
+    aciq        closed-form optimum of a fitted Laplace or Gaussian density: Banner et al. 2019, arXiv 1810.05723,
+                section 4; the Gaussian optimum also in Max 1960
+    entropy     least KL(P || Q) = sum p log(p / q), as TensorRT's calibrator: Migacz 2017, GTC
     output-mse  least error at the outputs of the layers that read the tensor: Nahshan et al. 2019, arXiv 1911.07190;
                 leaving the mean to the bias: Nagel et al. 2019, arXiv 1906.04721, section 4.2
 
     error(range) = sqrt(tails) * sum over c of |w_c|^2 * (Var[e_c] + MEAN_ERROR_WEIGHT E[e_c]^2),   e = fake(x) - x
     tails = expected square of e by the histogram / mean square of e on the columns
 
-|w_c|^2: sum of squares of the weights that channel c meets. Errors of different channels and places count as
-independent. sqrt(tails) was chosen by measurement at 8, 6 and 4 bits; the covariance between channels was tried and
-changes nothing.
+`fake` is the very quantizer that will be used, its rounded zero point and its narrow or full range of codes included.
+
+|w_c|^2: sum of squares of the weights that channel c meets. Var and E are taken over the columns of the sketch. Errors
+of different channels and places count as independent, and a channel with small weights may be clipped. The columns are
+few and miss most of the tails, which the histogram has. Over all models at 8, 6 and 4 bits, no factor for the tails
+agrees better on some networks and loses much on others, and `tails` itself is the tensor's own error again; sqrt(tails)
+serves all. The covariance between channels was tried and changes nothing.
 """
 
 from __future__ import annotations
@@ -30,19 +36,6 @@ from qconv.config.choices import PERCENTILE
 from qconv.config.recipe import Recipe
 from qconv.ir.layers import Layer
 from qconv.quantizer import SMALLEST_SCALE, QuantParams, QuantSpec
-
-# Ranges that clip the largest values, so that all others get finer steps: by search and in closed form.
-#
-#     expected squared error = sum over bins of share * E[(fake(x) - x)^2],   x evenly spread inside each bin
-#
-# `fake` is the very quantizer that will be used, its rounded zero point and its narrow or full range of codes included.
-#
-#     MSE     the range with the least expected squared error, searched from the full one inwards
-#     ACIQ    alpha = the optimum for a Laplace or Gaussian density of the scale that was measured, in closed form
-#
-# Sources: MSE: Sung et al. 2015, arXiv 1511.06488; Nagel et al. 2021, arXiv 2106.08295, section 3.1.
-# ACIQ: Banner et al. 2019, arXiv 1810.05723, section 4; the Gaussian optimum also in Max 1960.
-
 
 Float64 = NDArray[np.float64]
 
@@ -80,7 +73,7 @@ def expected_squared_error(histogram: Histogram, params: QuantParams) -> Float64
 
 
 def _integrate_squared_error(t: Float64, low: Float64, high: Float64) -> Float64:
-    """Of the squared error from 0 to t, in steps: a cell around each code, cubes outside the first and the last."""
+    """The integral of the squared error from 0 to t, in steps: cells around codes, cubes outside the outermost."""
     inside = np.clip(t, low - 0.5, high + 0.5)
     cell = np.rint(inside)
     above, below = np.maximum(t - high, 0.5), np.maximum(low - t, 0.5)
@@ -129,7 +122,7 @@ def search_range(error: ErrorFunction, spec: QuantSpec, low: float, high: float)
 
 
 def _error_along_end(error: ErrorFunction, ends: Range, shares: Float64, moved: int) -> Callable[[Float64], Float64]:
-    """The error as a function of one end's share, the other one held."""
+    """The error as a function of one end's share, with the other end fixed."""
 
     def at(candidates: Float64) -> Float64:
         both = [np.full(len(candidates), share) for share in shares]
@@ -168,7 +161,7 @@ def _best_share(error: Callable[[Float64], Float64]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class FittedDensity:
-    """A bell: where its middle is, and its scale: E|x - centre| of Laplace's, the standard deviation of Gauss's."""
+    """A Laplace or Gaussian density. scale: E|x - centre| of Laplace's, the standard deviation of Gauss's."""
 
     laplace: bool
     centre: float
@@ -244,20 +237,6 @@ def aciq_closed_form(histogram: Histogram, spec: QuantSpec, low: float, high: fl
     return max(low, density.centre - alpha), min(high, density.centre + alpha)
 
 
-# The range whose codes tell as much as the numbers did: Kullback and Leibler's divergence, as TensorRT's calibrator.
-#
-# The elements' histogram P (evenly wide bins, what lies outside the range put into its outermost bins) is squeezed into
-# as many bins as there are codes and spread out again over the bins that P fills: that is Q.
-#
-#     KL(P || Q) = sum p log(p / q)
-#
-# The range with the least divergence wins. The search goes over CANDIDATES thresholds on |x|. Zeros, which a ReLU makes
-# in masses and which always have a code of their own, are left out, as TensorRT does. Above MOST_BITS bits the codes
-# are finer than the bins and nothing is clipped.
-#
-# Source: Migacz 2017, 8-bit Inference with TensorRT (GTC 2017).
-
-
 EVEN_BINS = 2048
 
 CANDIDATE_THRESHOLDS = 64
@@ -266,7 +245,13 @@ MOST_ENTROPY_BITS = 8
 
 
 def search_least_divergence(histogram: Histogram, spec: QuantSpec, low: float, high: float) -> tuple[float, float]:
-    """The range inside [low, high] that keeps the most information."""
+    """The range inside [low, high] with the least KL(P || Q) between the histogram and its quantized form.
+
+    P is the histogram in EVEN_BINS bins of one width, with what lies outside the range in its outermost bins. Q is P
+    squeezed into as many bins as there are codes and spread out again over the bins that P fills. CANDIDATE_THRESHOLDS
+    thresholds on |x| are tried. Zeros, which a ReLU makes in masses and which always have a code of their own, are left
+    out, as TensorRT does. Above MOST_ENTROPY_BITS bits codes are finer than bins, and nothing is clipped.
+    """
     low, high = min(low, 0.0), max(high, 0.0)
     largest = max(-low, high)
     if spec.bits > MOST_ENTROPY_BITS or largest < np.finfo(np.float32).tiny:
@@ -292,7 +277,7 @@ def _drop_zeros(histogram: Histogram) -> Histogram:
 
 
 def rebin_evenly(histogram: Histogram, low: float, high: float) -> Float64:
-    """Shares in BINS bins of the same width over [low, high]; inside each of the histogram's, elements lie evenly."""
+    """Shares in EVEN_BINS bins of one width over [low, high]; elements are spread evenly inside each old bin."""
     left, right = histogram.edges
     cumulated = np.concatenate([[0.0], np.cumsum(histogram.shares)])
     grid = np.linspace(low, high, EVEN_BINS + 1)
@@ -328,26 +313,8 @@ def kl_divergence(reference: Float64, inside: Float64, levels: int) -> float:
     return float(np.sum(p * np.log(p / q)))
 
 
-# The range that costs the layers behind a tensor least: a tensor's own error is not the network's.
-#
-#     error(range) = sqrt(tails) * sum over channels c of |w_c|^2 * (Var[e_c] + MEAN_COUNTS E[e_c]^2),   e = fake(x) - x
-#     tails = expected square of e by the histogram / mean square of e on the columns
-#
-# |w_c|^2 is the sum of squares of all weights that channel c meets. The variance more than the mean: the same offset on
-# all places hurts least. Both are taken over the columns that the sketch kept, all channels at some places of some
-# pictures; errors of different channels and places count as independent. So a channel that nobody weighs much may be
-# clipped.
-#
-# The columns are few and miss most of the tails, which the histogram has. How much these should count was measured over
-# all models and 8, 6 and 4 bits: not at all agrees better on some networks and loses much on others, in full is the
-# tensor's own error again; the square root serves all. The covariance between channels was tried and changes nothing.
-#
-# Sources: the error at the output instead of the tensor's: Nahshan et al. 2019, arXiv 1911.07190; leaving the mean to
-# the bias: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
-
-
 MEAN_ERROR_WEIGHT = 0.1
-"""Share of a mean shift that counts although the bias takes it back: other pictures have other means."""
+"""Share of a mean shift that counts although bias correction removes it: other images have other means."""
 
 
 def input_channel_powers(layer: Layer) -> Float64:
@@ -397,21 +364,17 @@ def _column_errors(columns: NDArray[np.float32], params: QuantParams) -> tuple[F
     return squares, means
 
 
-# Calibrators: from what is remembered of a tensor to the range that gets codes.
-#
-# Each is a function and a line in CALIBRATORS; nothing else knows their names.
-
-
 EMA_MOMENTUM = 0.01
 """Share of each new picture in a moving average of extremes, as in PyTorch's MovingAverageMinMaxObserver."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationHints:
-    """What a calibrator may know beyond the tensor.
+    """What a calibrator may know beyond the sketch.
 
-    percentile: share of elements inside the range, in percent. readers: the layers that read the tensor. is_input:
-    whether it is the network's input: pixels end at black and white, and have no tails.
+    percentile: share of elements inside the range, in percent.
+    readers: the layers that read the tensor.
+    is_input: the tensor is the network's input: pixels end at black and white, and have no tails.
     """
 
     percentile: float = PERCENTILE
@@ -421,15 +384,18 @@ class CalibrationHints:
 
 @dataclass(frozen=True, slots=True)
 class Calibrator:
-    """choose: from sketch, spec and hints to a range, which is widened to hold zero afterwards. want: what the sketch
-    must remember for it."""
+    """A range estimator for activations.
+
+    choose: maps sketch, spec and hints to a range, which is widened to hold zero afterwards.
+    want: what the sketch must keep for it.
+    """
 
     choose: Callable[[Sketch, QuantSpec, CalibrationHints], Range]
     want: SketchContents
 
 
 def minmax_range(sketch: Sketch, spec: QuantSpec, hints: CalibrationHints) -> Range:
-    """The exact extremes: nothing is clipped. Krishnamoorthi 2018, arXiv 1806.08342, section 3.1."""
+    """The exact extremes, without clipping. Krishnamoorthi 2018, arXiv 1806.08342, section 3.1."""
     return sketch.low, sketch.high
 
 
@@ -460,25 +426,25 @@ def percentile_range(sketch: Sketch, spec: QuantSpec, hints: CalibrationHints) -
 
 
 def entropy_range(sketch: Sketch, spec: QuantSpec, hints: CalibrationHints) -> Range:
-    """The range whose codes keep the most information: see entropy.py."""
+    """The range with the least KL divergence: see `search_least_divergence`."""
     return search_least_divergence(sketch.histogram(), spec, sketch.low, sketch.high)
 
 
 def mse_range(sketch: Sketch, spec: QuantSpec, hints: CalibrationHints) -> Range:
-    """The range with the least expected squared error of the tensor itself: see clipping.py."""
+    """The range with the least expected squared error of the tensor itself: see `search_least_squares`."""
     return search_least_squares(sketch.histogram(), spec, sketch.low, sketch.high)
 
 
 def aciq_range(sketch: Sketch, spec: QuantSpec, hints: CalibrationHints) -> Range:
-    """The closed-form optimum of a fitted density: see clipping.py."""
+    """The closed-form optimum of a fitted density: see `aciq_closed_form`."""
     return aciq_closed_form(sketch.histogram(), spec, sketch.low, sketch.high)
 
 
 def output_mse_range(sketch: Sketch, spec: QuantSpec, hints: CalibrationHints) -> Range:
-    """The range with the least error at the outputs of the layers that read the tensor: see readers.py.
+    """The range with the least error at the outputs of the layers that read the tensor.
 
-    Of a tensor that no layer reads, and of one whose channels changed with the picture: its own least squared error. Of
-    the network's input: its extremes.
+    A tensor that no layer reads, or whose channels vary in number, gets the least squared error of its own. The
+    network's input keeps its extremes.
     """
     if hints.is_input:
         return sketch.low, sketch.high
@@ -511,7 +477,7 @@ CALIBRATORS: dict[str, Calibrator] = {
 
 
 def sketch_contents_for(recipe: Recipe) -> SketchContents:
-    """What sketches must remember for a recipe."""
+    """What sketches must keep for a recipe."""
     want = CALIBRATORS[recipe.calibrator].want
     # a density for each channel is fitted to columns: histograms are of all channels together
     return want | SketchContents.COLUMNS if recipe.allocates_activations and recipe.calibrator == "aciq" else want

@@ -95,12 +95,12 @@ class ExactSum:
 
 
 SAMPLED_ELEMENTS = 4096
-"""Elements of a tensor that one picture gives to the histogram, about."""
+"""About how many elements of a tensor one image adds to the histogram."""
 
 MOST_COLUMNS = 32
 
 COLUMN_ELEMENTS = 2**14
-"""Elements that the columns of all pictures together have, about."""
+"""About how many elements the columns of all images have together."""
 
 PENDING_PICTURES = 16
 
@@ -110,7 +110,7 @@ NO_COLUMNS = np.zeros((0, 0), np.float32)
 
 
 class SketchContents(Flag):
-    """What a sketch is to remember beyond the extremes. What nobody asks for is not computed."""
+    """What a sketch keeps beyond the extremes. Only what is asked for is computed."""
 
     EXTREMES = 0
     CHANNELS = auto()
@@ -121,10 +121,11 @@ class SketchContents(Flag):
 
 @dataclass(frozen=True, slots=True)
 class TensorView:
-    """One picture's tensor as a sketch takes it.
+    """What a sketch takes of a tensor on one image.
 
-    lows, highs: extremes of every channel (C,), or of all (1,). sums: (C,) float32, each of `count` numbers; empty
-    where channels are not wanted. sample: (C, X) or (1, X), a part of the elements on a fixed grid.
+    lows, highs: extremes of every channel (C,), or of all (1,).
+    sums: (C,) float32, each of `count` numbers; empty where channels are not wanted.
+    sample: (C, X) or (1, X), a part of the elements on a fixed grid.
     """
 
     lows: NDArray[np.float32]
@@ -136,8 +137,11 @@ class TensorView:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """edges: (2, B) float64, lower and upper end of each bin that holds something, ascending and within the extremes.
-    counts: (B,) int64."""
+    """A histogram without its empty bins.
+
+    edges: (2, B) float64, lower and upper end of each bin, ascending and within the extremes.
+    counts: (B,) int64.
+    """
 
     edges: NDArray[np.float64]
     counts: NDArray[np.int64]
@@ -153,7 +157,7 @@ class Histogram:
         return np.asarray(self.counts / self.counts.sum())
 
     def coarse(self, step: float) -> Histogram:
-        """Neighbours joined as long as they lie in one of the intervals between multiples of `step`.
+        """Join neighbouring bins that lie in one interval between multiples of `step`.
 
         Next to zero, where numbers crowd, only bins of one power of two are joined, and the bin of zero stays alone.
         """
@@ -173,12 +177,13 @@ class Histogram:
 
 @dataclass(slots=True)
 class Sketch:
-    """The memory of one tensor. See the module.
+    """The statistics of one tensor over any number of images, mergeable bit for bit.
 
-    lows, highs: (C,) float32; sums: of each channel, and count: of how many numbers each, 0 where channels were not
-    wanted. codes: (B,) uint16, ascending, the bins that hold something; counts: (B,) int64, of how many elements each.
-    keys: (P,) uint64, ascending, one a picture; pictures: (P, 2) float32, lowest and highest of each; column_keys:
-    (K,) ascending, columns: (K, places, C).
+    lows, highs: (C,) float32, extremes of each channel.
+    sums, count: sum of each channel, and of how many numbers; 0 where channels were not wanted.
+    codes, counts: (B,) uint16 and int64: the bins that hold something, ascending, with how many elements each.
+    keys, pictures: (P,) uint64, ascending, one an image; (P, 2) float32, lowest and highest value of each image.
+    column_keys, columns: (K,) ascending, and (K, places, C).
     """
 
     lows: NDArray[np.float32]
@@ -194,12 +199,12 @@ class Sketch:
 
     @property
     def low(self) -> float:
-        """The least value of all."""
+        """The least value of the tensor."""
         return float(self.lows.min())
 
     @property
     def high(self) -> float:
-        """The largest value of all."""
+        """The largest value of the tensor."""
         return float(self.highs.max())
 
     @property
@@ -208,13 +213,13 @@ class Sketch:
         return self.sums.values / max(self.count, 1)
 
     def histogram(self) -> Histogram:
-        """The counts with the ends of their bins. Raises ValueError where no bins were wanted."""
+        """The histogram of the tensor. Raises ValueError where no bins were wanted."""
         if not self.codes.size:
             raise ValueError("this sketch has no histogram")
         return _decode_histogram(self.codes, self.counts, self.low, self.high)
 
     def merge(self, other: Sketch) -> Sketch:
-        """The sketch of both sets of pictures."""
+        """The sketch of both sets of images."""
         if self.lows.shape != other.lows.shape:
             # axis 1 grows with the picture: then there are no channels to speak of
             return self._overall().merge(other._overall())
@@ -241,7 +246,7 @@ class Sketch:
 
 @dataclass
 class SketchBuilder:
-    """Gathers the views of one tensor, and works them into a sketch some at a time: much faster than one by one."""
+    """Collects the views of one tensor, and merges them into a sketch some at a time: much faster than one by one."""
 
     want: SketchContents
     _done: Sketch | None = None
@@ -252,7 +257,7 @@ class SketchBuilder:
     _keys: list[int] = field(default_factory=list)
 
     def add(self, view: TensorView, key: int, halves: NDArray[np.uint16] | None = None) -> None:
-        """Take one picture's view, whose sample may be overwritten afterwards. halves: of the sample, if known."""
+        """Add one image's view, whose sample may be overwritten afterwards. halves: upper 16 bits of it, if known."""
         if self._views and self._views[-1].lows.shape != view.lows.shape:
             self._flush()
         self._keys.append(key)
@@ -266,7 +271,7 @@ class SketchBuilder:
             self._flush()
 
     def sketch(self) -> Sketch:
-        """All that was taken so far; at least one view. Raises ValueError where a sum is no finite number."""
+        """The sketch of all views so far, at least one. Raises ValueError where a sum is no finite number."""
         self._flush()
         assert self._done is not None
         return self._done
@@ -334,7 +339,7 @@ def bin_edges(codes: NDArray[np.integer]) -> NDArray[np.float64]:
 
 
 def count_bins(x: NDArray[np.float32]) -> BinCounts:
-    """The bins of all numbers of x, and how often each is met."""
+    """The bins that the numbers of x lie in, ascending, and how many lie in each."""
     return _count_codes(upper_halves(x))
 
 
@@ -346,7 +351,7 @@ def make_histogram(x: NDArray[np.floating]) -> Histogram:
 
 
 def _count_codes(halves: NDArray[np.uint16]) -> BinCounts:
-    """What codes there are, ascending, and how often."""
+    """The distinct codes, ascending, and how often each occurs."""
     bins = np.bincount(halves)
     found = np.flatnonzero(bins)
     codes = (found << 1 | found >> 15).astype(np.uint16)
@@ -371,7 +376,7 @@ def _decode_histogram(codes: NDArray[np.uint16], counts: NDArray[np.int64], low:
 
 
 def sampling_stride(elements: int, among: int) -> int:
-    """Step along `among` places that leaves about SAMPLE of `elements`; it falls into no rhythm with rows of pixels."""
+    """The step along `among` places that keeps about SAMPLED_ELEMENTS of `elements`; coprime to the length of rows."""
     step = max(1, min(among, -(-elements // SAMPLED_ELEMENTS)))
     while step > 1 and math.gcd(step, among) > 1:
         step += 1
@@ -382,12 +387,12 @@ def sampling_stride(elements: int, among: int) -> int:
 
 
 def columns_per_image(channels: int) -> int:
-    """How many columns a picture gives."""
+    """How many columns an image adds."""
     return max(1, COLUMN_ELEMENTS // (MOST_COLUMNS * channels))
 
 
 def _pick_columns(sample: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(C, X) -> (places, C), spread over the sample, repeated where it has fewer."""
+    """Columns of a sample: (C, X) -> (places, C), evenly spread, repeated where X is smaller."""
     channels, length = sample.shape
     count = columns_per_image(channels)
     return sample[:, (np.arange(count) * 2 + 1) * length // (2 * count)].T.copy()

@@ -5,7 +5,7 @@ the model, by the hash of its bytes, and the preprocessing, and is refused for o
 same images give the same bytes, in one run or in shards. With it another recipe needs no image, and shards add up.
 
 `SketchSpool` keeps memory flat: the arrays of one image lie in one compressed block of a nameless file, so that even
-a kill leaves nothing behind.
+a kill leaves nothing behind. Opening hundreds of small arrays would take longer than the network takes for the image.
 """
 
 from __future__ import annotations
@@ -32,13 +32,6 @@ from qconv.calibration.sketch import LIMBS, ExactSum, Sketch
 from qconv.config.preprocessing import Color, Layout, Preprocessing, ResizeFilter
 from qconv.errors import QconvError, format_count
 
-# Statistics in a file: another recipe needs no picture then, and shards of a large set of pictures add up.
-#
-# The file is a .npz (a zip of .npy arrays, which `numpy.load` opens): `header.json`, and for each tensor what its
-# sketch holds. It names the model, by the hash of its bytes, and how pictures became inputs, and is refused for others.
-# It has no date and no path: the same pictures give the same bytes, in one run or in shards.
-
-
 SCHEMA = 1
 
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
@@ -48,17 +41,22 @@ PLAIN_ARRAYS = ("lows", "highs", "codes", "counts", "keys", "pictures", "column_
 
 SKETCH_ARRAYS = (*PLAIN_ARRAYS, "sums", "count")
 
+MOST_UNPACKED_BYTES = 1 << 31
+"""Of a file: a megabyte can unpack to a gigabyte. Those of 10,000 pictures and a large network are a tenth of it."""
+
 COMPRESSION_LEVEL = 1
-"""Of zlib's levels: columns hardly get smaller, and the rest is small."""
+"""zlib's level: more hardly makes columns smaller, and the rest is small."""
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What a file holds.
+    """The content of a statistics file.
 
-    model: hash of the model's bytes; name: of its file. preprocessing: JSON-ready, None for ready-made samples; pixels:
-    the layout of the pixels where the network took those, and its own normalisation was inside. sketches: by the names
-    of the tensors.
+    model: hash of the model's bytes.
+    name: name of the model's file.
+    preprocessing: JSON-ready; None for ready-made samples.
+    pixels: layout of the pixels, where the network took pixels and normalised them itself.
+    sketches: by the names of the tensors.
     """
 
     model: str
@@ -69,24 +67,24 @@ class Statistics:
 
     @property
     def pictures(self) -> int:
-        """How many were seen."""
+        """How many images the statistics are of."""
         return max((len(sketch.keys) for sketch in self.sketches.values()), default=0)
 
     def merge(self, other: Statistics) -> Statistics:
-        """The statistics of both sets of pictures. Raises QconvError where they are not of one kind."""
+        """The statistics of both sets of images, which must be of one model and the same tensors."""
         sketches = {name: sketch.merge(other.sketches[name]) for name, sketch in self.sketches.items()}
         return Statistics(self.model, min(self.name, other.name), self.preprocessing, self.pixels, sketches)
 
 
 def preprocessing_to_dict(preprocessing: Preprocessing | None) -> dict[str, Any] | None:
-    """The preprocessing as the file names it."""
+    """The preprocessing as the file stores it."""
     if preprocessing is None:
         return None
     return {name: value for name, value in preprocessing.as_dict().items() if name not in ("source", "embedded")}
 
 
 def preprocessing_from_dict(words: Mapping[str, Any]) -> Preprocessing:
-    """What `done_to_pictures` made its dictionary of."""
+    """The reverse of `preprocessing_to_dict`."""
     height, width = map(int, words["size"])
     return Preprocessing(
         preset=str(words["preset"]),
@@ -107,7 +105,7 @@ def preprocessing_from_dict(words: Mapping[str, Any]) -> Preprocessing:
 
 
 def serialize_statistics(statistics: Statistics) -> bytes:
-    """The file's content."""
+    """The bytes of a statistics file."""
     header = {
         "schema": SCHEMA,
         "model": statistics.model,
@@ -135,7 +133,7 @@ def _write_entry(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def sketch_to_arrays(sketch: Sketch) -> dict[str, NDArray[Any]]:
-    """All that a sketch holds, by names."""
+    """The arrays that a sketch holds, by name."""
     return {
         **{name: getattr(sketch, name) for name in PLAIN_ARRAYS},
         "sums": sketch.sums.limbs,
@@ -144,9 +142,10 @@ def sketch_to_arrays(sketch: Sketch) -> dict[str, NDArray[Any]]:
 
 
 def parse_statistics(data: bytes, name: str) -> Statistics:
-    """What `to_bytes` wrote. Raises QconvError for everything else; name: of the file, for the error."""
+    """The reverse of `serialize_statistics`. Raises QconvError for other bytes. name: the file's, for the error."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            storage.check_unpacked_size(archive, MOST_UNPACKED_BYTES)
             header = json.loads(archive.read("header.json"))
             if header["schema"] != SCHEMA:
                 raise QconvError(
@@ -160,6 +159,10 @@ def parse_statistics(data: bytes, name: str) -> Statistics:
         return Statistics(*names, header["preprocessing"], header["pixels"], sketches)
     except QconvError:
         raise
+    except storage.UnpackedTooLargeError as error:
+        raise QconvError(f"{name} {error}.", "pass a file that --save-stats wrote.") from None
+    except MemoryError:
+        raise QconvError(f"{name} needs more memory than there is.", "free some memory.") from None
     except Exception:  # a stranger's bytes: BadZipFile, KeyError, ValueError, zlib.error and more
         raise QconvError(
             f"{name} holds no statistics of qconv, or it is damaged.", "pass a file that --save-stats wrote."
@@ -167,17 +170,14 @@ def parse_statistics(data: bytes, name: str) -> Statistics:
 
 
 def _read_sketch(archive: zipfile.ZipFile, index: int) -> Sketch:
-    def array(part: str) -> NDArray[Any]:
-        with archive.open(f"{index}/{part}.npy") as file:
-            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
-
-    sketch = sketch_from_arrays({part: array(part) for part in SKETCH_ARRAYS})
+    arrays = {part: storage.read_member(archive, f"{index}/{part}.npy") for part in SKETCH_ARRAYS}
+    sketch = sketch_from_arrays(arrays)
     _check_sketch(sketch)
     return sketch
 
 
 def sketch_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Sketch:
-    """What `arrays_of` took apart."""
+    """The reverse of `sketch_to_arrays`."""
     sums, count = ExactSum(arrays["sums"]), int(arrays["count"][0])
     return Sketch(sums=sums, count=count, **{name: arrays[name] for name in PLAIN_ARRAYS})
 
@@ -245,7 +245,7 @@ def _describe_difference(one: Statistics, other: Statistics) -> str:
 
 
 def _describe_changed_fields(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> str:
-    """What differs, in words; a preset's name does not count, its numbers do."""
+    """The fields that differ, in words. A preset's name does not count, its numbers do."""
     if one is None or other is None:
         return "" if one is other else "one is of ready-made samples"
     names = [name for name in one if name != "preset" and one.get(name) != other.get(name)]
@@ -253,7 +253,7 @@ def _describe_changed_fields(one: Mapping[str, Any] | None, other: Mapping[str, 
 
 
 def require_same_model(statistics: Statistics, path: str, *, model: str, name: str) -> None:
-    """Raise QconvError unless the statistics are of this model. model: its `digest`."""
+    """Raise QconvError unless the statistics are of this model. model: its hash, see `hash_model`."""
     if statistics.model != model:
         raise QconvError(
             f"{path} is of another model ({statistics.name}) than {name}.", "write it again with --save-stats."
@@ -261,7 +261,7 @@ def require_same_model(statistics: Statistics, path: str, *, model: str, name: s
 
 
 def require_same_preprocessing(statistics: Statistics, path: str, wanted: Mapping[str, Any] | None) -> None:
-    """Raise QconvError unless pictures became inputs in this way, which is as `done_to_pictures` gives it."""
+    """Raise QconvError unless the images had this preprocessing. wanted: as `preprocessing_to_dict` returns it."""
     if _describe_changed_fields(statistics.preprocessing, wanted):
         raise QconvError(
             f"{path} was made with another preprocessing "
@@ -271,14 +271,14 @@ def require_same_preprocessing(statistics: Statistics, path: str, wanted: Mappin
 
 
 def require_same_pixels(statistics: Statistics, path: str, pixels: str | None) -> None:
-    """Raise QconvError unless the network took what it takes now: pixels of this layout, or its own float input."""
+    """Raise QconvError unless the network took the same input: pixels of this layout, or floats (None)."""
     if statistics.pixels != pixels:
         was = "without --embed-preprocessing" if statistics.pixels is None else f"of {statistics.pixels} pixels"
         raise QconvError(f"{path} was made {was}.", "write it again with --save-stats and these options.")
 
 
 def require_observed_tensors(statistics: Statistics, path: str, names: Iterable[str]) -> None:
-    """Raise QconvError unless all these tensors were watched."""
+    """Raise QconvError unless all these tensors were observed."""
     missing = [name for name in names if name not in statistics.sketches]
     if missing:
         raise QconvError(
@@ -287,19 +287,12 @@ def require_observed_tensors(statistics: Statistics, path: str, names: Iterable[
         )
 
 
-# Sketches of single pictures, put aside in a nameless file, so that memory stays flat however many pictures come.
-#
-# A picture's arrays, those of all tensors, lie in one compressed block: opening hundreds of small ones would take
-# longer than the network takes for the picture. The file has no name from its start on, so that even a kill leaves
-# nothing.
-
-
 LENGTH_BYTES = 8
 
 
 @dataclass(slots=True)
 class SketchSpool:
-    """Sketches by tensor for each of several pictures, in the order in which they were put."""
+    """The sketches of single images on disk, in the order in which they were put."""
 
     file: IO[bytes]
     _places: list[tuple[int, int]] = field(default_factory=list)
@@ -308,14 +301,14 @@ class SketchSpool:
         return len(self._places)
 
     def put(self, sketches: Mapping[str, Sketch]) -> None:
-        """Put one picture's sketches at the end. Raises QconvError where the disk is full."""
+        """Append one image's sketches. Raises QconvError where the disk is full."""
         block = zlib.compress(_pack_sketches(sketches), COMPRESSION_LEVEL)
         with _convert_os_errors():
             self._places.append((self.file.seek(0, 2), len(block)))
             self.file.write(block)
 
     def get(self, index: int) -> dict[str, Sketch]:
-        """The sketches of picture `index`."""
+        """The sketches of image `index`, by tensor."""
         place, length = self._places[index]
         with _convert_os_errors():
             self.file.seek(place)
@@ -324,7 +317,7 @@ class SketchSpool:
 
 @contextlib.contextmanager
 def open_sketch_spool() -> Iterator[SketchSpool]:
-    """An empty shelf among the system's temporary files, gone at the end."""
+    """An empty spool among the system's temporary files, removed at the end."""
     with contextlib.ExitStack() as stack:
         with _convert_os_errors():
             file = stack.enter_context(tempfile.TemporaryFile(prefix="qconv-"))
@@ -332,7 +325,7 @@ def open_sketch_spool() -> Iterator[SketchSpool]:
 
 
 def _pack_sketches(sketches: Mapping[str, Sketch]) -> bytes:
-    """A list of names, types and shapes as JSON, and all numbers behind it."""
+    """One block of bytes: names, types and shapes as JSON, then all numbers."""
     parts = [(name, part, a) for name, sketch in sketches.items() for part, a in sketch_to_arrays(sketch).items()]
     content = json.dumps([(name, part, a.dtype.str, a.shape) for name, part, a in parts]).encode()
     return b"".join([len(content).to_bytes(LENGTH_BYTES), content, *(a.tobytes() for _, _, a in parts)])

@@ -86,9 +86,7 @@ def evaluate(
         raise click.UsageError("--seed is of the draw that --samples asks for; without it all pictures are used.")
     if "-" in (against, save_predictions):
         raise click.UsageError("only MODEL can be read from a pipe, and only --json can be written to one.")
-    out = None if save_predictions is None else Path(save_predictions)
-    if out is not None and out.suffix.lower() not in TABLE_SUFFIXES:
-        raise click.UsageError(f"{out} is no table: name a file that ends in {' or '.join(TABLE_SUFFIXES)}.")
+    out = _table_of(save_predictions)
     check_run_options(threads)
     data = DataOptions((images,), samples, batch, seed or 0, pattern, make_preprocessing_options(options))
     wanted = OutputOptions(as_json, quiet, csv)
@@ -123,3 +121,11 @@ def evaluate(
         )
     wanted.put(found.as_dict(), found.rows(), lambda: text.format_evaluation(found, verbose=verbose))
     return 0
+
+
+def _table_of(name: str | None) -> Path | None:
+    """Where predictions go, a file of a known kind; None for nowhere."""
+    out = None if name is None else Path(name)
+    if out is not None and out.suffix.lower() not in TABLE_SUFFIXES:
+        raise click.UsageError(f"{out} is no table: name a file that ends in {' or '.join(TABLE_SUFFIXES)}.")
+    return out

@@ -21,14 +21,11 @@ from qconv.errors import QconvError
 
 INDEX = "README"
 """The file that orders the pages. On the web it is the folder's front page."""
-MOST_COLUMNS = 120
 NEAR = 3
 """How many topics a hint names."""
 
 _INDEX_LINK = re.compile(r"^- \[[^]]*\]\(([\w-]+)\.md\)", re.MULTILINE)
 _COMMAND_ROW = re.compile(r"^\| `([\w-]+)` \| .*?\]\(([\w-]+)\.md", re.MULTILINE)
-_PAGE_LINK = re.compile(r"\[([^]]+)\]\((?:([\w-]+)\.md)?(?:#[\w-]+)?\)")
-_COMMENT = re.compile(r"^<!--.*?-->\n+", re.MULTILINE | re.DOTALL)
 
 
 def topics() -> tuple[str, ...]:
@@ -102,43 +99,11 @@ def manual(topic: str | None, everything: bool) -> int:
 
 def _print(pages: Sequence[str], stream: TextIO | None) -> None:
     if stream is not None and stream.isatty():
-        _render(pages, stream)
+        from qconv.report.manual_page import render  # rich is slow to import: --help must not wait for it
+
+        render(pages, INDEX, stream)
     else:
         print("\n".join(pages), end="", file=stream)
-
-
-def _render(pages: Sequence[str], stream: TextIO) -> None:
-    from rich.console import Console, ConsoleOptions, RenderResult  # slow to import: --help must not wait for them
-    from rich.markdown import Markdown, TableElement
-    from rich.table import Table
-
-    class Folding(TableElement):
-        """Breaks words that are too long for their column, which rich would cut off."""
-
-        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-            for table in super().__rich_console__(console, options):
-                for column in table.columns if isinstance(table, Table) else ():
-                    column.overflow = "fold"
-                yield table
-
-    class Page(Markdown):
-        elements = {**Markdown.elements, "table_open": Folding}  # noqa: RUF012
-
-    console = Console(file=stream, highlight=False)
-    console.width = min(console.width, MOST_COLUMNS)
-    for text in pages:
-        console.print(Page(for_terminal(text), hyperlinks=False))
-        console.print()
-
-
-def for_terminal(text: str) -> str:
-    """A page whose links name topics: there is nothing to click on."""
-
-    def spelt(link: re.Match[str]) -> str:
-        words, name = link[1], link[2]
-        return words if name is None else f"{words} (`qconv manual{'' if name == INDEX else ' ' + name}`)"
-
-    return _PAGE_LINK.sub(spelt, _COMMENT.sub("", text))
 
 
 def _folder() -> Traversable:

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from qconv.ir.files import Source
 
 
-# Where a command's result goes: text or JSON to standard output, its main table as CSV into a file or there, a page
-# into a file.
-
-
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
     """What the user asked for. csv: a file, or `-`."""
@@ -108,9 +104,6 @@ def _require_distinct_place(place: Path, own: str, written: Mapping[str, str | N
 def format_command_line() -> str:
     """The command line, to be pasted into a shell."""
     return shlex.join(["qconv", *sys.argv[1:]])
-
-
-# Tables as CSV: what `--csv` writes.
 
 
 def format_csv(rows: Sequence[Mapping[str, Any]]) -> str:

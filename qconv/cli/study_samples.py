@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qconv.cli.options import HELP_WIDTH, images_option
-from qconv.cli.output import OutputOptions
+from qconv.cli.output import OutputOptions, format_command_line
 from qconv.cli.quantize import (
     _require_streams,
 )
@@ -48,7 +48,12 @@ CHART_SUFFIXES = (".png", ".html")
 )
 @click.argument("model")
 @images_option
-@click.option("-o", "--output", metavar="OUT", help="Also draw the curve: a .png picture or a .html page.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="OUT",
+    help="Also draw the curve: a .png picture, or a .html page, which needs qconv[report].",
+)
 @click.option(
     "--seeds",
     default=3,
@@ -91,6 +96,10 @@ def study_samples(
     files = [Path(name) for name in (model, *options["calib"], *images) if name != "-"]
     wanted.check(*files, written={"the chart": output})
     _require_streams(model, None, as_json)
+    if place is not None and place.suffix.lower() == ".html":
+        from qconv.report.html import require_report_extra
+
+        require_report_extra(f"A page such as {place}")
     from qconv.analysis import sample_study
     from qconv.ir.files import source_of
     from qconv.report import console as report_console
@@ -117,13 +126,10 @@ def study_samples(
 
 
 def _write_chart(curve: SampleCurve, out: Path) -> None:
-    from qconv import storage
+    from qconv.report import html, study_chart
+    from qconv.storage import write_atomically
 
-    if out.suffix.lower() == ".html":
-        from qconv.report import study_chart
-
-        storage.write_atomically(out, study_chart.render_study_page(curve).encode())
-        return
-    from qconv.report import study_chart
-
-    storage.write_atomically(out, study_chart.render_png(study_chart.draw_chart(curve)))
+    if out.suffix.lower() == ".png":
+        write_atomically(out, study_chart.render_png(study_chart.draw_chart(curve)))
+    else:
+        write_atomically(out, html.render_page(study_chart.make_study_page(curve, format_command_line())))

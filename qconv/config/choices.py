@@ -157,7 +157,7 @@ def as_numbers(value: Any, option: str) -> tuple[float, ...]:
         return tuple(
             float(v) for v in (value if isinstance(value, Iterable) and not isinstance(value, str) else [value])
         )
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise QconvError(f"{option} {value!r} is not possible.", "use numbers.") from None
 
 

@@ -50,6 +50,8 @@ PRESETS: dict[str, Preset] = {
     "unit": Preset(Color.RGB, 1 / 255, (0.0,), (1.0,)),
     "raw": Preset(Color.RGB, 1.0, (0.0,), (1.0,)),
 }
+RESIZE_MODES = ("auto", "exact", "letterbox")
+"""How the size is reached, where it is no shorter side in pixels."""
 AUTO = "auto"
 """In place of a preset: find out which."""
 LARGEST_PLAUSIBLE_INPUT = 1000.0

@@ -27,8 +27,6 @@ from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe, make_request
 from qconv.errors import QconvError
 
-# Files in TOML that users write: read, with errors that say what to do.
-
 
 def read_toml(path: Path, option: str, example: str) -> dict[str, Any]:
     """The content. option: that named the file. example: what to write, in words, without a full stop.
@@ -43,17 +41,6 @@ def read_toml(path: Path, option: str, example: str) -> dict[str, Any]:
         why = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "it is no text"
         why = "it is nested too deeply" if isinstance(error, RecursionError) else why
         raise QconvError(f"{path} is no TOML: {why}.", f"{example}.") from None
-
-
-# Bits layer by layer, as a file that people write: TOML, one table of globs of layers' names.
-#
-#     [layers]
-#     "stem*" = 8                                         # bits of the weights
-#     "blocks.1.*" = { weights = 4, activations = 8 }     # and of the tensor that the layer reads
-#     "classifier" = "float"
-#
-# The first glob that matches a layer counts, so exceptions stand above the rule. Names are those of the nodes of the
-# folded model, as the report has them. Globs are those of `fnmatch`: `*`, `?` and `[...]`; case counts.
 
 
 LAYERS_TABLE, FLOAT_WORD = "layers", "float"
@@ -117,13 +104,6 @@ def escape_glob(name: str) -> str:
     return glob.escape(name)
 
 
-# A recipe as a user would have typed it: the options that make it, and no more of them than are needed.
-#
-# An option is left out where the recipe is the same without it, since many defaults follow from others: `--effort fast`
-# says `--rounding nearest` as well. Three things cannot be said: bits of single layers stand in a file of their own
-# (`--layer-bits`), pictures are the user's, and what only steers a run is not kept in files.
-
-
 IMAGES_PLACEHOLDER = ("the user's pictures",)
 """Stand in for those a file does not name: without any, other defaults hold."""
 
@@ -134,11 +114,15 @@ NEGATABLE_OPTIONS = frozenset({"equalize", "tune_ranges", "saturation_safe"})
 """Switches that can be said both ways."""
 
 
+ODD_TYPE_ERRORS = (QconvError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+"""What a recipe of other types than ours trips over."""
+
+
 def recipe_from_dict(recipe: Mapping[str, Any]) -> Recipe | None:
     """The Recipe of what `Recipe.as_dict` gave; None where this version knows no such recipe."""
     try:
         return _make_request(_as_field_types(recipe))[0]
-    except (QconvError, TypeError, ValueError, AttributeError):
+    except ODD_TYPE_ERRORS:
         return None
 
 
@@ -150,7 +134,7 @@ def command_line_options(recipe: Mapping[str, Any]) -> list[str]:
     try:
         said = _as_field_types(recipe)
         whole, data = _make_request(said)
-    except (QconvError, TypeError, ValueError, AttributeError):
+    except ODD_TYPE_ERRORS:
         return list(_format_all_options(recipe))
     if whole.weight_granularity is not WeightGranularity.PER_BLOCK:
         said.pop("block_size", None)  # without effect, and refused
@@ -244,6 +228,6 @@ def format_number(value: float) -> str:
 def _format_all_options(recipe: Mapping[str, Any]) -> Iterator[str]:
     default = Recipe().as_dict(DataOptions())
     for name, value in recipe.items():
-        alone = isinstance(default.get(name, ""), str | int | float | None)
+        alone = isinstance(default.get(name, ""), str | int | float | None) and name != "candidate_bits"
         if alone and value != default.get(name) and isinstance(value, str | int | float):
             yield from format_option(name, value)

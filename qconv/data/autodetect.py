@@ -1,14 +1,14 @@
 """Detects the preprocessing that a network was trained with: the decision behind `--preprocess auto`.
 
-A fact (`data/evidence.py`) leaves one preset. Otherwise a sequential test scores every hypothesis on a few images:
+A fact (`data.evidence`) leaves one preset. Otherwise a sequential test scores every hypothesis on a few images:
 
     fit = prior - FIT_SHARPNESS ln(misfit + _misfit_by_chance(images))        lead = t |t| / 2
 
 misfit is that of the first layers' statistics; t compares the peaks of the class scores with those of the best
-candidate (paired Student's t). Candidates that fall behind are not run again. The softmax of the scores, with a share
-for an unknown preprocessing (an inverted image, or a misfit that no candidate is believed from), gives probabilities.
-A margin of CERTAIN_MARGIN or more over the runner-up is no guess. What the user says always wins; evidence against it
-is reported.
+candidate (paired Student's t). Candidates that fall behind are not run again, so that most of them see two images,
+drawn from the sorted listing. The softmax of the scores, with a share for an unknown preprocessing (an inverted image,
+or a misfit that no candidate is believed from), gives probabilities. A margin of CERTAIN_MARGIN or more over the
+runner-up is no guess. What the user says always wins; evidence against it is reported.
 
 Nothing depends on the order of files, the batch size or the clock. It will not guess how images were resized: a crop
 hardly moves a mean.
@@ -37,22 +37,12 @@ from qconv.data.hypotheses import (
 from qconv.data.images import InputSpec
 from qconv.errors import QconvError
 from qconv.ir import subgraph
+from qconv.ir.metadata import describe_odd_metadata
 from qconv.ir.model import Model
 from qconv.runtime.session import Session
 
 if TYPE_CHECKING:
     from qconv.data.loader import DataLoader
-
-
-# Candidates on the user's pictures, until one has won or the pictures are used up.
-#
-#     fit = prior - SHARPNESS ln(misfit + floor(pictures))
-#     lead = t |t| / 2
-#
-# misfit is that of the first layers' statistics, and t compares the peaks of the class scores with those of the
-# candidate that fits best (fit.py; Student's, paired). A candidate that falls behind is not run again, so that most of
-# them see two pictures. What nobody thought of takes part as well: the best candidate with black for white, and a
-# misfit from which on no candidate is believed.
 
 
 FIT_SHARPNESS = 5.0
@@ -67,35 +57,38 @@ INVERTED_PRIOR = -3.0
 """ln of how much rarer than a published normalisation one with black for white is."""
 
 DROP_MARGIN = 6.0
-"""Candidates that lie this far behind the best are not looked at again."""
+"""Candidates whose score lies this far behind the best are not run again."""
 
 SETTLED_MARGIN = 6.0
 
 DECISIVE_LOG_ODDS = 3.9
-"""ln of the odds from which on one candidate speaks against another: 98 % of the probability."""
+"""ln of the odds at which one candidate rules out another: 98 % of the probability."""
 
 RIVAL_MARGIN = 5.0
-"""Candidates that lie no further behind the best are compared by the confidence of the output, too."""
+"""Candidates no further behind the best than this are compared by the confidence of the output, too."""
 
 MOST_RIVALS = 4
 
 MOST_GAIN_RATIO = 3.0
-"""Ratio of gains up to which confidence may be compared."""
+"""Largest ratio of gains between candidates whose confidence is compared."""
 
 PIXEL_BUDGET = 820_000
 
 FEWEST_IMAGES, MOST_IMAGES = 8, 64
-"""Pictures to look at: as many as have PIXELS in all, within these limits."""
+"""Limits on the number of images, which is otherwise PIXEL_BUDGET over the pixels of one."""
 
 ROUND_SIZES = (2, 8, 16, 32, 64)
 
 
 @dataclass(slots=True)
 class SequentialTest:
-    """model: as loaded, not yet folded. session: the user's own model. drawn: up to so many pictures as pixels, as
-    `Feed.drawn` gives them. known: what the first layers should see.
+    """A sequential test between preprocessing candidates.
 
-    other: after the race, ln of the probability that it was something else, on the scale of the candidates' fit.
+    model: as loaded, not yet folded.
+    session: the user's own model.
+    drawn: returns up to so many images as pixels, as `DataLoader.drawn` does.
+    known: statistics that the first layers should see.
+    other: after `run`, ln of the probability of an unknown preprocessing, on the scale of the candidates' fit.
     """
 
     model: Model
@@ -111,11 +104,11 @@ class SequentialTest:
 
     @property
     def stored(self) -> bool:
-        """Whether training has left statistics, or there are guesses only."""
+        """Whether the model has statistics of training, and not guesses only."""
         return bool(self.known) and self.known[0].stored
 
     def fits(self, candidate: PreprocessingCandidate) -> bool:
-        """Whether a few pictures suffice to see that no other candidate can fit much better, DECISIVE or more."""
+        """Whether a few images show that no other candidate can fit better by DECISIVE_LOG_ODDS."""
         if not self.stored:
             return False
         self._open(candidate.preprocessing)
@@ -131,8 +124,10 @@ class SequentialTest:
         return moments.pictures > 0 and FIT_SHARPNESS * math.log((moments.misfit + floor) / floor) < DECISIVE_LOG_ODDS
 
     def run(self, candidates: Sequence[PreprocessingCandidate], *, confidence: bool) -> None:
-        """Score all candidates; those with the same numbers are run once. confidence: whether it may take the time
-        that the whole network takes."""
+        """Score all candidates; those with the same numbers are run once.
+
+        confidence: whether to run the whole network, too, which takes time.
+        """
         alike: dict[tuple[Any, ...], list[PreprocessingCandidate]] = {}
         for candidate in candidates:
             alike.setdefault(candidate.numbers, []).append(candidate)
@@ -186,7 +181,7 @@ class SequentialTest:
         return max(unknown, negative.fit + INVERTED_PRIOR) if negative.moments.pictures else unknown
 
     def _measure(self, session: Session, candidate: PreprocessingCandidate, pixels: list[NDArray[np.uint8]]) -> None:
-        """Add the pictures that the candidate has not seen yet."""
+        """Measure the candidate on the images that it has not seen yet."""
         moments = candidate.moments
         for batch, count in self._batches(pixels[moments.pictures :], candidate.preprocessing):
             moments.add(session.run_all(batch), count)
@@ -213,7 +208,7 @@ class SequentialTest:
                 break
 
     def _comparable(self, one: PreprocessingCandidate, other: PreprocessingCandidate) -> bool:
-        """Where statistics tell the range, confidence tells the order alone; else what spreads pixels about as wide."""
+        """Whether confidence may compare two candidates: of two colour orders, or of about the same gain."""
         if self.stored:
             return one.is_twin_of(other)
         gains = [abs(c.preprocessing.scale) / float(np.mean(c.preprocessing.std)) for c in (one, other)]
@@ -222,7 +217,7 @@ class SequentialTest:
     # -- pictures ------------------------------------------------------------------------------------------------------
 
     def _first(self, count: int) -> list[NDArray[np.uint8]]:
-        """The first pictures, (H, W, C) each; fewer if there are no more."""
+        """The first `count` images, (H, W, C) each; fewer if there are no more."""
         while len(self._seen) < min(count, self._most) and (one := next(self._unseen, None)) is not None:
             self._seen.append(one)
         return self._seen[:count]
@@ -230,7 +225,7 @@ class SequentialTest:
     def _batches(
         self, pixels: Sequence[NDArray[np.uint8]], prep: Preprocessing
     ) -> Iterator[tuple[dict[str, NDArray[Any]], int]]:
-        """Pictures as the network takes them, one by one or in its own batch, and how many of them count."""
+        """Yield batches of the network's fixed size, or of one, and how many of their images count."""
         size = self.spec.shape[0] or 1
         for start in range(0, len(pixels), size):
             arrays = [
@@ -241,40 +236,27 @@ class SequentialTest:
 
 
 def _misfit_by_chance(pictures: int) -> float:
-    """Misfit that a draw of so many pictures has by chance."""
+    """The misfit that a draw of so many images has by chance."""
     return 0.004 + 0.08 / pictures
-
-
-# Which preprocessing a network was trained with, found out: the decision behind `--preprocess auto`.
-#
-# A fact (evidence.py) leaves one preset. Otherwise every published normalisation (candidates.py) is tried on a few of
-# the user's pictures and scored by how well the first layers' statistics fit what training has stored, and by how sure
-# the output is (race.py). The softmax of the scores, with a share for what nobody thought of, gives each candidate a
-# probability. The margin is the winner's less the runner-up's, and only a margin of CERTAIN or more is no guess.
-#
-# What the user says always wins. It then limits the candidates, and evidence that speaks clearly against it is told.
-# Nothing depends on the order of files, the batch size or the clock: pictures are taken from the sorted listing in a
-# fixed draw, and how many follows from the input's size and from the scores. It will not guess how pictures were
-# resized: a crop hardly moves a mean.
 
 
 CERTAIN_MARGIN = 0.98
 
 EVIDENT_SHARE = 0.9
-"""Probability from which on made-up pictures tell a normalisation, in either order of colours."""
+"""Probability at which generated images decide on a normalisation, in either colour order."""
 
 SHAPE_OPTIONS = ("layout", "resize", "filter", "size")
-"""Options that say nothing about the pixels' values."""
+"""Options that do not change the pixels' values."""
 
 UNKNOWN_PREPROCESSING = "something else"
 
 
 @dataclass(frozen=True, slots=True)
 class DetectedPreprocessing:
-    """What was decided. runner_up, margin: None where nothing had to be found out. doubt: what the user should know.
+    """The preprocessing that was decided on. runner_up, margin: None without a test. doubt: a warning for the user.
 
-    evident: whether the model itself tells, by a fact or by what training has stored. against: whether what it tells
-    speaks clearly against what the user said.
+    evident: whether the model itself decides, by a fact or by statistics of training. against: whether these clearly
+    contradict the user's options. ignored: what in the file's metadata is odd, a sentence each.
     """
 
     preprocessing: Preprocessing | None
@@ -283,14 +265,15 @@ class DetectedPreprocessing:
     doubt: str = ""
     evident: bool = False
     against: bool = False
+    ignored: tuple[str, ...] = ()
 
     def doubts(self) -> list[str]:
-        """What the user is warned of, if anything."""
+        """The warnings for the user."""
         odd = self.preprocessing.doubt() if self.preprocessing is not None else ""
-        return [text for text in (odd and f"{odd}.", self.doubt) if text]
+        return [text for text in (*self.ignored, odd and f"{odd}.", self.doubt) if text]
 
     def in_words(self) -> str:
-        """One sentence for the summary; empty where no pictures are read."""
+        """One sentence for the summary; empty where no images are read."""
         if self.preprocessing is None:
             return ""
         against = "" if self.runner_up is None else f", runner-up {self.runner_up}"
@@ -301,7 +284,7 @@ class DetectedPreprocessing:
 def detect_preprocessing(
     model: Model, session: Session, feed: DataLoader, options: PreprocessingOptions, *, threads: int | None = None
 ) -> DetectedPreprocessing:
-    """Decide how pictures are fed.
+    """Decide on the preprocessing.
 
     model: as loaded, not yet folded. session: the user's own model. feed: with the default preprocessing. options: what
     the user said. Never raises for want of evidence: then the default stays, and the doubt says so.
@@ -310,35 +293,48 @@ def detect_preprocessing(
     if default is None:
         return DetectedPreprocessing(None)
     spec = feed.inputs[0]
-    fact = find_fact(model, spec.dtype, default.layout)
     known = find_references(model)
     field, said = CandidateSpace(spec, default, known), _pixel_options(options)
+    fact, ignored = _find_usable_fact(model, field)
     own, free = field.candidates(fact, said), field.candidates(fact, {})
     race = SequentialTest(model, session, spec, feed.drawn, known, threads)
     if "preset" in said or (said and len(own) == 1):
         if fact is None and race.fits(own[0]):
-            return DetectedPreprocessing(default)
+            return DetectedPreprocessing(default, ignored=ignored)
         race.run([*own, *free], confidence=False)
         told = _describe_contradiction(own[0], free, race, fact)
-        return DetectedPreprocessing(default, doubt=told, against=bool(told))
+        return DetectedPreprocessing(default, doubt=told, against=bool(told), ignored=ignored)
     race.run([*own, *free] if said else own, confidence=True)
     chosen, found = _decide(own, race, fact)
     told = _describe_contradiction(chosen, free, race, fact) if said else ""
-    return replace(found, doubt=told or found.doubt, against=bool(told))
+    return replace(found, doubt=told or found.doubt, against=bool(told), ignored=ignored)
+
+
+def _find_usable_fact(model: Model, field: CandidateSpace) -> tuple[PreprocessingFact | None, tuple[str, ...]]:
+    """The strongest fact that suits the network's input, and what is ignored of the file's metadata, in sentences."""
+    ignored = tuple(describe_odd_metadata(model.inner.metadata_props))
+    fact = find_fact(model, field.spec.dtype, field.default.layout)
+    try:
+        field.candidates(fact, {})
+    except QconvError as error:
+        assert fact is not None
+        return None, (*ignored, f"{fact.why} does not suit its input, and is ignored: {error.message}")
+    return fact, ignored
 
 
 def detect_without_images(
     model: Model, session: Session, feed: DataLoader, options: PreprocessingOptions, *, threads: int | None = None
 ) -> DetectedPreprocessing:
-    """The same with made-up pictures, in which the order of colours hardly shows: then the usual one is taken.
+    """Decide on the preprocessing with generated images, which hardly show the colour order: the usual one is taken.
 
-    Raises QconvError where the network does not tell and the user has not.
+    Raises QconvError where neither the network nor the user settles it.
     """
     default, said = feed.preprocessing, _pixel_options(options)
     if default is None or "preset" in said:
         return DetectedPreprocessing(default)
     known = find_references(model)
-    fact, field = find_fact(model, feed.inputs[0].dtype, default.layout), CandidateSpace(feed.inputs[0], default, known)
+    field = CandidateSpace(feed.inputs[0], default, known)
+    fact, ignored = _find_usable_fact(model, field)
     own = field.candidates(fact, said)
     race = SequentialTest(model, session, feed.inputs[0], feed.drawn, known, threads)
     race.run(own, confidence=False)
@@ -359,11 +355,11 @@ def detect_without_images(
             f"whether the network wants RGB or BGR does not show without pictures; the file says {color.upper()}, "
             f"which changes no weight: --color {color} settles it."
         )
-    return DetectedPreprocessing(chosen, None, round(share, 4), doubt, evident=True)
+    return DetectedPreprocessing(chosen, None, round(share, 4), doubt, evident=True, ignored=ignored)
 
 
 def _pixel_options(options: PreprocessingOptions) -> dict[str, Any]:
-    """What the user said of the pixels' values."""
+    """The user's options that change the pixels' values."""
     said = {part.name: getattr(options, part.name) for part in fields(options) if part.name not in SHAPE_OPTIONS}
     return {name: value for name, value in said.items() if value not in (None, AUTO)}
 
@@ -388,7 +384,7 @@ def _decide(
 def _candidate_probabilities(
     ranked: Sequence[PreprocessingCandidate], race: SequentialTest, fact: PreprocessingFact | None
 ) -> tuple[list[float], float]:
-    """Probability of each candidate, best first, and that of something else, which a fact rules out."""
+    """The probability of each candidate, best first, and of an unknown preprocessing, which a fact rules out."""
     scores = [candidate.score - ranked[0].score for candidate in ranked]
     if fact is None:
         # confidence moves probability between candidates, not away from what is none of them
@@ -434,7 +430,7 @@ def _describe_contradiction(
     race: SequentialTest,
     fact: PreprocessingFact | None,
 ) -> str:
-    """What speaks clearly against the user's word; empty where nothing does."""
+    """The evidence against the user's options, in words; empty where there is none."""
     if (
         any(is_same_preprocessing(mine.preprocessing, candidate.preprocessing) for candidate in free)
         and fact is not None

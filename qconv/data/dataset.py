@@ -23,9 +23,6 @@ from numpy.typing import NDArray
 
 from qconv.errors import QconvError, format_count
 
-# Which files are read: folders and lists of paths become a seeded draw that no file system's order can change.
-
-
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 
 SAMPLE_SUFFIXES = frozenset({".npy", ".npz"})
@@ -66,7 +63,7 @@ def find_files(sources: Sequence[str], *, pattern: str | None, samples: int | No
 
 
 def suffix_of(path: str | Path) -> str:
-    """`.jpg` of `CAT.JPG`."""
+    """The suffix of a file name in lower case: `.jpg` for `CAT.JPG`."""
     return os.path.splitext(path)[1].lower()
 
 
@@ -145,21 +142,12 @@ def _no_files_error(sources: Sequence[str], files: int, known: int, pattern: str
     return QconvError("no pictures were given.", "pass a folder of pictures.")
 
 
-# Which class a picture belongs to: the folder that it lies in, and the place of that folder among the outputs.
-#
-#     label = rank of the class folder + offset
-#
-# The rank is the folder's place in a list of classes (`--classes`, or classes.txt beside the folders); without a list
-# it is the folder's name where all names are whole numbers, and else its place in alphabetical order, which is right
-# only if every class has a folder.
-
-
 CLASS_LIST_NAME = "classes.txt"
 
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """rank: of every class folder, by its name. names: by rank. source: where that is from, in words."""
+    """The classes of a data set. rank: by class folder. names: by rank. source: where they come from, in words."""
 
     rank: dict[str, int]
     names: dict[int, str]
@@ -168,7 +156,7 @@ class Classes:
     """Whether every output has a folder, if the ranks are right."""
 
     def labels(self, folders: Sequence[str], *, offset: int, outputs: int) -> list[int]:
-        """One a picture. folders: the class folders' names. Raises QconvError where they cannot be the outputs'."""
+        """The label of each image. folders: its class folder. Raises QconvError where labels exceed the outputs."""
         unknown = next((name for name in folders if name not in self.rank), None)
         if unknown is not None:
             raise QconvError(
@@ -194,7 +182,7 @@ class Classes:
 
 @dataclass(frozen=True, slots=True)
 class LabelOptions:
-    """What the user says of labels. offset: added to the rank. asked: whether it is an error if there are none."""
+    """The user's options on labels. offset: added to the rank. asked: whether it is an error if there are none."""
 
     offset: int = 0
     asked: bool = False
@@ -203,8 +191,10 @@ class LabelOptions:
 def labels_of(
     paths: Sequence[Path], root: Path, classes: Classes | None, labelling: LabelOptions, outputs: int
 ) -> NDArray[np.int64] | None:
-    """One a picture, (N,); None where they lie in no class folders. outputs: how many classes the model knows, 0 where
-    no output is one score a class. Raises QconvError where folders do not tell, or labels that are asked for cannot be.
+    """The labels of images, (N,); None where they lie in no class folders.
+
+    outputs: how many classes the model has, 0 where no output is one score a class. Raises QconvError where folders
+    give no labels, or where labels that were asked for do not fit.
     """
     if not outputs:
         if labelling.asked:
@@ -252,7 +242,7 @@ def find_classes(root: Path, listing: Path | None) -> Classes | None:
 
 
 def _read_class_list(file: Path) -> Classes:
-    """A line a class; the folder's name is the whole line or its first word (`n01440764 tench, Tinca tinca`)."""
+    """Read a list of classes; the folder is a whole line or its first word (`n01440764 tench, Tinca tinca`)."""
     try:
         lines = file.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""What the file itself says about how its network was fed: facts, and statistics that training left behind.
+"""Finds what a model file itself says about its preprocessing: facts, and statistics that training left behind.
 
 Facts, in the order in which they are believed: metadata that names the preprocessing, an input of bytes, a
 normalisation at the head of the graph. Each leaves few preprocessings possible. Where none is found, the running mean
@@ -13,7 +13,6 @@ Nothing is run here, and no picture is looked at. A normalisation that is comput
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,18 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
+from qconv.ir.metadata import PREPROCESSING_KEY, read_preprocessing
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of, rank
 
 MOST_REFERENCES = 3
-"""BatchNorms that are compared: the first ones know most about pixels, and are soon reached."""
+"""BatchNorms that are compared: the first ones depend most on pixels, and are soon reached."""
 WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose"})
 MOST_LEADING_LAYERS = 12
-"""Weighted layers before a BatchNorm from which on it is too far from the pixels, and too much to run."""
+"""Layers with weights before a BatchNorm from which on it is too far from the pixels, and too slow to run."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreprocessingFact:
-    """What is certain: options that no evidence may change (None where it is silent), and in words why."""
+    """A certain fact: options that no evidence may change (None where it is silent), and why, in words."""
 
     options: PreprocessingOptions
     why: str
@@ -41,7 +41,7 @@ class PreprocessingFact:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceStatistics:
-    """What a tensor (N, C, H, W) should look like: mean and variance of each channel, (C,) both.
+    """The mean and variance that each channel of a tensor (N, C, H, W) should have, (C,) both.
 
     stored: read off a BatchNormalization; else the guess that a layer's outputs are neither huge nor tiny.
     """
@@ -53,7 +53,7 @@ class ReferenceStatistics:
 
 
 def find_fact(model: Model, dtype: np.dtype[Any], layout: Layout) -> PreprocessingFact | None:
-    """The strongest fact about the pictures that the file holds. dtype, layout: of the network's input."""
+    """The strongest fact about the preprocessing in the file. dtype, layout: of the network's input."""
     carried = dict(model.inner.metadata_props)
     for read in (_fact_in_own_metadata, _fact_in_ultralytics_metadata, _fact_in_windows_ml_metadata):
         found = read(carried)
@@ -66,47 +66,15 @@ def find_fact(model: Model, dtype: np.dtype[Any], layout: Layout) -> Preprocessi
 
 # -- metadata ----------------------------------------------------------------------------------------------------------
 
-OWN_METADATA = "qconv.preprocessing"
 PIXEL_RANGES = {"nominalrange_0_255": "raw", "normalized_0_1": "unit", "normalized_1_1": "tf"}
-"""Of Windows ML (Image.NominalPixelRange), in lower case."""
+"""Presets by the pixel range of Windows ML (Image.NominalPixelRange), in lower case."""
 PIXEL_FORMATS = {"rgb8": Color.RGB, "rgba8": Color.RGB, "bgr8": Color.BGR, "bgra8": Color.BGR}
-"""Of Windows ML (Image.BitmapPixelFormat), in lower case."""
-
-
-def preprocessing_in_metadata(carried: Mapping[str, str]) -> PreprocessingOptions | None:
-    """How pictures are fed by what another run of qconv wrote into the file; None where it wrote nothing."""
-    try:
-        return _options_of(json.loads(carried[OWN_METADATA]))
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def float_preprocessing_in_metadata(carried: Mapping[str, str]) -> PreprocessingOptions | None:
-    """The same for the float network that the file was made of, which normalised pictures may be fed to instead."""
-    try:
-        told = json.loads(carried[OWN_METADATA])
-        return _options_of({**told, **(told["embedded"] or {})})
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _options_of(told: Mapping[str, Any]) -> PreprocessingOptions:
-    return PreprocessingOptions(
-        preset=told["preset"],
-        scale=told["scale"],
-        mean=tuple(told["mean"]),
-        std=tuple(told["std"]),
-        color=told["color"],
-        layout=told["layout"],
-        resize=told["resize"],
-        filter=told["filter"],
-        size=tuple(told["size"]),
-    )
+"""Colour orders by the pixel format of Windows ML (Image.BitmapPixelFormat), in lower case."""
 
 
 def _fact_in_own_metadata(carried: Mapping[str, str]) -> PreprocessingFact | None:
-    options = preprocessing_in_metadata(carried)
-    return None if options is None else PreprocessingFact(options, f"the file's metadata {OWN_METADATA}")
+    options = read_preprocessing(carried)
+    return None if options is None else PreprocessingFact(options, f"the file's metadata {PREPROCESSING_KEY}")
 
 
 def _fact_in_ultralytics_metadata(carried: Mapping[str, str]) -> PreprocessingFact | None:
@@ -186,7 +154,7 @@ def _color_by_mean(mean: NDArray[np.float64]) -> Color | None:
 
 
 def _compose_leading_nodes(model: Model, axis: int) -> _Affine | None:
-    """What the nodes that follow the input do to each channel; None where they do no arithmetic of this kind."""
+    """The composed gain and shift of the nodes behind the input; None where these do no such arithmetic."""
     value: Value = model.graph.inputs[0]
     seen: _Affine | None = None
     while (node := model.sole_reader(value)) is not None:
@@ -244,7 +212,7 @@ def _constant_per_channel(value: Value | None, axis: int, axes: int) -> NDArray[
 
 
 def find_references(model: Model) -> list[ReferenceStatistics]:
-    """What the first layers should see: stored statistics, or guesses at the first weighted layers where none are."""
+    """The statistics that the first layers should see: stored ones, or guesses at the first layers with weights."""
     return _take_first(_stored_references(model)) or _take_first(_guessed_references(model))
 
 
@@ -277,12 +245,12 @@ def batchnorm_statistics(node: Node) -> tuple[NDArray[np.float64], NDArray[np.fl
 
 
 def is_measured(mean: NDArray[np.float64], var: NDArray[np.float64]) -> bool:
-    """Statistics that are the same for all channels were never measured: 0 and 1 are where training starts."""
+    """Whether statistics were measured: those that are equal for all channels are where training starts, 0 and 1."""
     return bool(np.ptp(mean) or np.ptp(var))
 
 
 def _guessed_references(model: Model) -> Iterator[ReferenceStatistics]:
-    """Folding has left a BatchNorm's gain and shift in the layer: on average near 1 and 0."""
+    """Yield guesses for layers into which a BatchNorm was folded: its gain and shift are near 1 and 0 on average."""
     for node in model.nodes():
         weight = constant_array(input_of(node, 1))
         if node.op_type not in WEIGHTED_OPS or weight is None or not node.outputs[0].name:

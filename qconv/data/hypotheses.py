@@ -6,10 +6,14 @@ The misfit of a tensor is the mean over its channels of the squared Hellinger di
 
     H^2 = 1 - sqrt(2 sqrt(v v') / (v + v')) exp(-(m - m')^2 / (4 (v + v')))
 
-(m, v): the reference, (m', v'): the images; channels that were dead in training are left out. Confidence is how far
-the highest class score stands above the mean score (the maximum logit of Hendrycks et al. 2022, Scaling
-out-of-distribution detection for real-world settings). It compares ranges badly: pixels that are too large make any
-network sure.
+(m, v): the reference, (m', v'): the images. It is 0 for equal densities and 1 for disjoint ones, so that no channel can
+outweigh the others, as one with next to no variance would in a Kullback-Leibler divergence. Channels that were dead in
+training are left out.
+
+Confidence is how far the highest class score stands above the mean score, image by image (the maximum logit of
+Hendrycks et al. 2022, Scaling out-of-distribution detection for real-world settings, made blind to what softmax is
+blind to). On the networks at hand it finds the colour order from half the images that entropy takes. It compares ranges
+badly: pixels that are too large make any network sure.
 """
 
 from __future__ import annotations
@@ -26,22 +30,6 @@ from qconv.config.preprocessing import Color, Preprocessing, PreprocessingOption
 from qconv.data.evidence import PreprocessingFact, ReferenceStatistics
 from qconv.data.images import InputSpec, resolve_preprocessing
 from qconv.runtime.session import Session
-
-# How well pictures that are fed in one way fit a network: by its first statistics, and by how sure its output is.
-#
-# The misfit of a tensor is the mean over its channels of the squared Hellinger distance between two normal densities,
-# that of the reference (m, v) and that of the pictures (m', v'):
-#
-#     H^2 = 1 - sqrt(2 sqrt(v v') / (v + v')) exp(-(m - m')^2 / (4 (v + v')))
-#
-# 0 where they are equal, 1 where they have nothing in common; no channel can outweigh the others, as one with next to
-# no variance would in a Kullback-Leibler divergence. A channel that was dead in training says nothing and is left out.
-#
-# Confidence is how far the highest class score stands above the mean score, picture by picture: a network that sees
-# what it knows has the higher peak (the maximum logit of Hendrycks et al. 2022, Scaling out-of-distribution detection
-# for real-world settings, made blind to what softmax is blind to). On the networks at hand it told the colour order
-# from half the pictures that entropy takes. It compares ranges badly: pixels that are too large make any network sure.
-
 
 Array = NDArray[np.float64]
 
@@ -60,14 +48,14 @@ class ChannelMoments:
         self.pictures = 0
 
     def add(self, found: Sequence[NDArray[np.float32]], pictures: int) -> None:
-        """What `save.moments_of` returned, (N, C, 1, 1) each, of which the first `pictures` count."""
+        """Add the outputs of `build_moments_model`, (N, C, 1, 1) each, of which the first `pictures` images count."""
         sums = [np.asarray(a[:pictures], np.float64).sum(axis=0).reshape(-1) for a in found]
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
         self.pictures += pictures
 
     @property
     def misfit(self) -> float:
-        """0 to 1, the mean over the references."""
+        """The mean misfit over the references, 0 to 1."""
         pairs = zip(self._sums[::2], self._sums[1::2], strict=True)
         misfits = []
         for reference, (total, squares) in zip(self._references, pairs, strict=True):
@@ -78,7 +66,7 @@ class ChannelMoments:
 
 
 def squared_hellinger(reference: ReferenceStatistics, mean: Array, var: Array) -> float:
-    """Distance of the reference and of what pictures showed, 0 to 1. mean, var: (C,); what is no number counts as 1."""
+    """Squared Hellinger distance of the reference and the images, 0 to 1. mean, var: (C,); NaN counts as 1."""
     if mean.shape != reference.mean.shape:
         return 1.0
     live = reference.var >= DEAD_VARIANCE_SHARE * np.median(reference.var)
@@ -91,7 +79,7 @@ def squared_hellinger(reference: ReferenceStatistics, mean: Array, var: Array) -
 
 
 def score_peaks(session: Session, batch: Mapping[str, NDArray[Any]], pictures: int) -> Array:
-    """How far the highest class score of the first `pictures` of a batch stands above their mean, (pictures,).
+    """The confidence on the first `pictures` images of a batch: highest class score less the mean, (pictures,).
 
     What sums up to one counts as probabilities, and their logarithms as the scores; a single score has a second of 0
     beside it. Raises QconvError where the network cannot be run.
@@ -108,7 +96,7 @@ def score_peaks(session: Session, batch: Mapping[str, NDArray[Any]], pictures: i
 
 
 def shrunken_paired_t(differences: Array) -> float:
-    """How clearly peaks differ: the paired t, drawn towards zero where few pictures speak.
+    """The paired t statistic of confidences, shrunken towards zero for few images.
 
     differences: (n,). Positive where they are positive on average.
     """
@@ -117,12 +105,6 @@ def shrunken_paired_t(differences: Array) -> float:
     if not spread:
         return 0.0
     return float(differences.mean()) / spread * n / math.sqrt(n + 8)
-
-
-# The preprocessings that may have been meant: published normalisations in either colour order, as far as a fact in the
-# file and the user's word leave them possible.
-#
-# A family that is no preset is there so that what was trained otherwise is not taken for a preset that is only near.
 
 
 SWAPPED_COLORS_PRIOR = -1.5
@@ -172,10 +154,10 @@ def _format_mean_or_std(value: float | tuple[float, ...]) -> str:
 
 @dataclass(slots=True)
 class PreprocessingCandidate:
-    """One way to feed the network, and what was seen of it.
+    """A preprocessing hypothesis with its scores.
 
     prior: ln of how frequent it is. fit: ln of its probability by the first layers' statistics, but for a constant;
-    lead: what the confidence of the output adds. peaks: of the class scores, a picture each (fit.py).
+    lead: the confidence's part of the score. peaks: confidence on each image, see `score_peaks`.
     """
 
     family: str
@@ -190,17 +172,17 @@ class PreprocessingCandidate:
 
     @property
     def name(self) -> str:
-        """As the report calls it."""
+        """The name in the report."""
         return f"{self.family} in {self.preprocessing.color.upper()}" if self.swapped else self.family
 
     @property
     def score(self) -> float:
-        """ln of its probability by all that was seen, but for a constant."""
+        """ln of its probability by all evidence, but for a constant."""
         return self.fit + self.lead
 
     @property
     def numbers(self) -> tuple[Any, ...]:
-        """What tells two of them apart."""
+        """The numbers that distinguish two candidates."""
         prep = self.preprocessing
         wide = (tuple(np.broadcast_to(np.array(v), prep.channels).tolist()) for v in (prep.mean, prep.std))
         return (prep.color, prep.scale, *wide)
@@ -221,14 +203,14 @@ def invert_candidate(candidate: PreprocessingCandidate, known: Sequence[Referenc
 
 @dataclass(frozen=True, slots=True)
 class CandidateSpace:
-    """What all candidates share: the network's input, how pictures get its size, and what they are compared with."""
+    """What all candidates share: the network's input, the resizing, and the reference statistics."""
 
     spec: InputSpec
     default: Preprocessing
     known: Sequence[ReferenceStatistics]
 
     def candidates(self, fact: PreprocessingFact | None, said: dict[str, Any]) -> list[PreprocessingCandidate]:
-        """What is possible: the families, or what a fact leaves of them, with the user's word put over all of it."""
+        """The candidates: the families that a fact leaves possible, with the user's options put over all of them."""
         families = COLOR_FAMILIES if self.default.channels == 3 else GREY_FAMILIES
         if "preset" in said:
             families = (NormalizationFamily(said["preset"], PreprocessingOptions(said["preset"])),)
@@ -250,7 +232,7 @@ class CandidateSpace:
         return [own, self._candidate(family, replace(options, color=other), swapped=True)]
 
     def _shape(self, family: NormalizationFamily) -> dict[str, Any]:
-        """How pictures get the input's size; a fact may know, where the user has said nothing."""
+        """The options on resizing; a fact may set them where the user has not."""
         prep = self.default
         resize = family.options.resize if prep.resize == "auto" else prep.resize
         shape: dict[str, Any] = {"layout": prep.layout, "filter": prep.filter, "size": prep.size, "resize": resize}

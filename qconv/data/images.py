@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import math
 import threading
+import zipfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -28,12 +29,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from qconv import storage
 from qconv.config.preprocessing import (
     AUTO,
     CROP_SHARE,
     PRESETS,
+    RESIZE_MODES,
     Color,
     Layout,
     Preprocessing,
@@ -53,8 +55,6 @@ PIXEL_TYPES = frozenset(map(np.dtype, ("float16", "float32", "float64", "uint8")
 
 LAYOUT_AXES = {Layout.NCHW: (1, 2, 3), Layout.NHWC: (3, 1, 2)}  # channel, height, width
 
-RESIZE_MODES = ("auto", "exact", "letterbox")
-
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
@@ -66,7 +66,7 @@ class InputSpec:
 
 
 def resolve_preprocessing(options: PreprocessingOptions, spec: InputSpec, *, class_vector: bool) -> Preprocessing:
-    """Join what the user said, what the model's input fixes and the preset's own numbers.
+    """Join the user's options, what the model's input fixes, and the preset's numbers into a complete preprocessing.
 
     Where --color swaps red and blue, the preset's mean and std move with their colours; --mean and --std are taken in
     the final channel order. Raises QconvError where options and input contradict each other, where the size stays
@@ -192,7 +192,7 @@ def layout_order(source: Layout, target: Layout) -> tuple[int, ...]:
 
 
 def shape_matches(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
-    """Whether a shape has the dimensions that are not left open."""
+    """Whether a shape has all wanted dimensions that are not open."""
     return len(shape) == len(wanted) and all(w in (None, s) for s, w in zip(shape, wanted, strict=True))
 
 
@@ -222,13 +222,13 @@ class UnreadableImage(QconvError):
 def load_image(path: Path, prep: Preprocessing) -> NDArray[np.float32]:
     """Decode and preprocess one picture: (C, H, W) for NCHW, (H, W, C) for NHWC, contiguous.
 
-    Raises UnreadablePicture, and QconvError where --resize N leaves less than the crop needs.
+    Raises UnreadableImage, and QconvError where --resize N leaves less than the crop needs.
     """
     return normalize_pixels(_load_and_fit(path, prep), prep)
 
 
 def load_pixels(path: Path, prep: Preprocessing) -> NDArray[np.uint8]:
-    """The same without normalisation, in uint8."""
+    """Decode, resize and crop one image without normalisation, in uint8; see `load_image`."""
     return np.ascontiguousarray(_load_and_fit(path, prep))
 
 
@@ -375,6 +375,9 @@ def _load_sample(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[A
     return {spec.name: _check_array(arrays[spec.name], spec, path) for spec in inputs}
 
 
+MOST_SAMPLE_BYTES = 1 << 30
+"""Of one .npz sample, unpacked: a picture of 8,000 by 8,000 pixels in float32 takes less."""
+
 _HEADER_LOCK = threading.Lock()
 """Headers are Python literals, and parsing two of them at the same time may fail (CPython issue 106905)."""
 
@@ -383,12 +386,18 @@ def _read_arrays(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[A
     if not path.is_file():
         raise UnreadableImage(path, "no such file")
     try:
-        # np.load leaves a file that it opened itself open when the zip is broken
         with _HEADER_LOCK, path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.lib.npyio.NpzFile):
-                return {name: loaded[name] for name in loaded.files}
-    except Exception as error:  # a stranger's bytes again: ValueError, EOFError, BadZipFile, zlib.error, MemoryError
+            magic = file.read(len(storage.ZIP_MAGICS[0]))
+            file.seek(0)
+            if magic in storage.ZIP_MAGICS:
+                with zipfile.ZipFile(file) as archive:
+                    storage.check_unpacked_size(archive, MOST_SAMPLE_BYTES)
+                    names = archive.namelist()
+                    return {name.removesuffix(".npy"): storage.read_member(archive, name) for name in names}
+            loaded = storage.read_npy(file, path.stat().st_size)
+    except MemoryError:
+        raise QconvError(f"{path} needs more memory than there is.", "free some memory.") from None
+    except Exception as error:  # a stranger's bytes again: ValueError, EOFError, BadZipFile, zlib.error
         raise UnreadableImage(path, _error_reason(error)) from error
     if len(inputs) != 1:
         raise QconvError(f"{path} holds one array but the network has {len(inputs)} inputs.", _describe_npz(inputs))
@@ -465,7 +474,7 @@ def _load_inputs(path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | 
 
 
 def cast_pixels(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Normalised pixels in the type that an input takes."""
+    """Cast normalised pixels to the type that an input takes."""
     if dtype == np.uint8:
         values = np.clip(np.rint(values), 0, 255)
     return values.astype(dtype, copy=False)
@@ -554,12 +563,14 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 def encode_thumbnail(pixels: NDArray[np.uint8], side: int = THUMBNAIL) -> bytes:
     """The file of a picture (H, W, 3) or (H, W, 1), no side longer than `side`."""
+    from PIL import Image  # slow to import, and not needed by samples
+
     small = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     small.thumbnail((side, side))
     return png_bytes(small)
 
 
-def png_bytes(picture: Image.Image) -> bytes:
+def png_bytes(picture: Picture) -> bytes:
     """The PNG file of an image."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)

@@ -2,7 +2,7 @@
 
 The first few images stay in memory, so that checking a result need not decode them again. For `ModelWithData` the
 preprocessing is taken from what the user says, then from the file's metadata, then from a model beside it, then from
-evidence (`data/autodetect.py`).
+evidence (`data.autodetect`).
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ from qconv.config.preprocessing import AUTO, Color, Layout, Preprocessing, Prepr
 from qconv.data import images
 from qconv.data.autodetect import detect_preprocessing
 from qconv.data.dataset import SAMPLE_SUFFIXES, Listing, find_files, suffix_of
-from qconv.data.evidence import find_fact, float_preprocessing_in_metadata, preprocessing_in_metadata
+from qconv.data.evidence import find_fact
 from qconv.data.images import InputSpec, layout_order, resolve_preprocessing
 from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.files import Source, is_quantized, metadata_of, open_original, read_proto
+from qconv.ir.metadata import describe_odd_metadata, read_float_preprocessing, read_preprocessing
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
-
-# The calibration pictures as one network wants them, batch by batch, as often as they are needed.
-
 
 LEAST_DECODERS = 2
 
@@ -43,7 +41,7 @@ Batch = dict[str, NDArray[Any]]
 
 @dataclass(slots=True)
 class DataLoader:
-    """Pictures, preprocessed. The first few stay in memory, so that checking the result need not decode them again.
+    """Loads preprocessed images. The first few stay in memory, so that checking the result need not decode them again.
 
     reporter: is told of each unreadable picture, and how many are done. pictures: how many the first pass has decoded;
     lost: those that no pass could. raw: the layout of the uint8 pixels that are handed out instead of what the float
@@ -69,9 +67,9 @@ class DataLoader:
         reporter: Reporter,
         known: Preprocessing | None = None,
     ) -> DataLoader:
-        """The pictures of `data` for the network in `session`. Raises QconvError where they cannot feed it.
+        """The loader of the images of `data` for the network in `session`. Raises QconvError where they do not fit.
 
-        known: the preprocessing where it needs no finding out.
+        known: the preprocessing, where it is known already.
         """
         listing = find_files(data.paths, pattern=data.glob, samples=data.samples, seed=data.seed)
         inputs = [InputSpec(*found) for found in session.inputs]
@@ -92,7 +90,7 @@ class DataLoader:
         return cls(listing, inputs, preprocessing, fixed or data.batch, reporter)
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
-        """Hand out uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""
+        """Load uint8 pixels from now on. Returns the float network's preprocessing; raises QconvError for samples."""
         samples = [path for path in self.listing.paths if path.suffix.lower() in SAMPLE_SUFFIXES]
         if samples or self.preprocessing is None:
             fact = f"{samples[0]} is preprocessed already, so it is not known what --embed-preprocessing should embed."
@@ -105,14 +103,14 @@ class DataLoader:
 
     @property
     def fed(self) -> Preprocessing | None:
-        """What is done to a picture before it is handed out."""
+        """The preprocessing of the batches that are loaded."""
         if self.preprocessing is None or self.raw is None:
             return self.preprocessing
         return self.preprocessing.as_pixels(self.raw)
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of what is handed out; None where that is no picture."""
+        """Height and width of the batches that are loaded; None where these are no images."""
         if self.fed is not None:
             return self.fed.size
         batch = next(iter(self.few("calibrate")), None)
@@ -122,7 +120,7 @@ class DataLoader:
         return shape[1:3] if shape[3] in (1, 3) and shape[1] not in (1, 3) else shape[2:]
 
     def as_float(self, feeds: Batch) -> Batch:
-        """What was handed out, as the float network takes it."""
+        """Convert a loaded batch to what the float network takes."""
         if self.preprocessing is None or self.raw is None:
             return feeds
         (spec,) = self.inputs
@@ -130,7 +128,7 @@ class DataLoader:
         return {spec.name: images.cast_pixels(images.normalize_pixels(pixels, self.preprocessing), spec.dtype)}
 
     def _specs(self) -> list[InputSpec]:
-        """The inputs as they are fed."""
+        """The inputs with the shapes that are loaded."""
         if self.preprocessing is None or self.raw is None:
             return self.inputs
         (spec,) = self.inputs
@@ -138,7 +136,7 @@ class DataLoader:
         return [InputSpec(spec.name, np.dtype(np.uint8), shape)]
 
     def over(self, paths: Sequence[Path]) -> DataLoader:
-        """The same preprocessing for other files, of which nothing has been read yet."""
+        """A loader of other files with the same preprocessing."""
         whole = max(self.listing.whole, len(self.listing.paths))
         listing = replace(self.listing, paths=tuple(paths), whole=whole)
         return DataLoader(listing, self.inputs, self.preprocessing, self.batch, self.reporter)
@@ -148,7 +146,7 @@ class DataLoader:
         return bool(self.inputs[0].shape) and self.inputs[0].shape[0] is not None
 
     def all(self, stage: str) -> Generator[Batch, None, None]:
-        """Every picture, in batches; a last short one only where the network takes it."""
+        """Yield every image, in batches; a last short one only where the network takes it."""
         first_pass, self._passes = self._passes == 0, self._passes + 1
         total, done = len(self.listing.paths), 0
         found = images.iter_batches(
@@ -174,7 +172,7 @@ class DataLoader:
             self.reporter.progress(stage, min(done, total), total)
 
     def drawn(self, prep: Preprocessing, most: int) -> Iterator[NDArray[np.uint8]]:
-        """Up to `most` pictures as pixels (H, W, C), RGB or grey, in the size that prep asks for: a fixed draw."""
+        """Yield up to `most` images as pixels (H, W, C), RGB or grey, in the size of `prep`: a fixed draw."""
         paths = sorted(path for path in self.listing.paths if suffix_of(path) not in SAMPLE_SUFFIXES)
         chosen = tuple(paths[i] for i in np.random.default_rng(0).permutation(len(paths))[:most])
         color = Color.GREY if prep.color is Color.GREY else Color.RGB
@@ -187,7 +185,7 @@ class DataLoader:
             yield batch["x"][0]
 
     def few(self, stage: str) -> Iterator[Batch]:
-        """The first pictures, at most KEPT_PICTURES and about KEPT_BYTES."""
+        """Yield the first images, at most KEPT_IMAGES and about KEPT_BYTES."""
         if not self._kept:
             for _ in self.all(stage):
                 if self._is_full:
@@ -195,7 +193,7 @@ class DataLoader:
         yield from self._kept
 
     def first(self, count: int, stage: str) -> list[Batch]:
-        """The first `count` pictures, and what fills up their last batch."""
+        """The first `count` images, and those that fill up their last batch."""
         found: list[Batch] = []
         with contextlib.closing(self.all(stage)) as batches:
             for feeds in batches:
@@ -215,7 +213,7 @@ class DataLoader:
 
 
 def pick_evenly(batches: Sequence[Batch], pictures: int) -> list[Batch]:
-    """Some of the batches, evenly spread, that hold about so many pictures."""
+    """Pick batches, evenly spread, that hold about so many images."""
     wanted = max(1, min(len(batches), round(pictures * len(batches) / max(1, sum(map(_count_images, batches))))))
     return [batches[index * len(batches) // wanted] for index in range(wanted)]
 
@@ -232,25 +230,19 @@ def _several_inputs_error(name: str, inputs: list[InputSpec]) -> QconvError:
     )
 
 
-# A model with its pictures, for those who only look: how it is fed, and its outputs picture by picture.
-#
-# What the user says counts first, then what the file's metadata tells, then how a model beside it is fed, then
-# evidence.
-
-
 Outputs = list[NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelWithData:
-    """A model and its pictures."""
+    """A model with its input pipeline. words: the preprocessing, in words."""
 
     session: Session
     feed: DataLoader
     words: str
 
     def batches(self, reporter: Reporter, lost: Callable[[Path], None]) -> Iterator[tuple[Any, int]]:
-        """What the model takes, with the number of pictures in it: a last short batch is filled up where it must be."""
+        """Yield batches with the number of their images: a last short batch is filled up where its size is fixed."""
         feed = self.feed
         fixed = bool(feed.inputs[0].shape) and feed.inputs[0].shape[0] is not None
         found = images.iter_batches(
@@ -269,7 +261,7 @@ class ModelWithData:
             yield feeds, count
 
     def outputs(self, batches: Iterator[tuple[Any, int]]) -> Iterator[Outputs]:
-        """All outputs of one picture after the other."""
+        """Yield all outputs, image by image."""
         for feeds, count in batches:
             found = self.session.run_all(feeds)
             size = len(next(iter(feeds.values())))
@@ -285,7 +277,7 @@ class ModelWithData:
                 yield [array[index : index + 1] for array in found]
 
     def takes_the_same_as(self, other: ModelWithData) -> bool:
-        """Whether both can be given the same arrays."""
+        """Whether both models take the same arrays."""
         mine, its = self.feed, other.feed
         plain = [
             None if f.preprocessing is None else replace(f.preprocessing, source="", preset="") for f in (mine, its)
@@ -297,7 +289,7 @@ class ModelWithData:
 def iter_paired_batches(
     own: ModelWithData, other: ModelWithData, reporter: Reporter, lost: Callable[[Path], None]
 ) -> Iterator[tuple[Any, Any]]:
-    """What both take, batch by batch; a last short one is filled up where it must be."""
+    """Yield the batches of both models; a last short one is filled up where its size is fixed."""
     if own.takes_the_same_as(other):
         yield from ((feeds, feeds) for feeds, _ in own.batches(reporter, lost))
         return
@@ -312,15 +304,17 @@ def _open_model(
     reporter: Reporter,
     hint: PreprocessingOptions | None = None,
 ) -> ModelWithData:
-    """A model with its preprocessing: said by the user, told by the file, as `hint` has it, or found out.
+    """Open a model with its preprocessing: the user's, the file's, that of `hint`, or a detected one, in this order.
 
-    hint: how the other model is fed, where this one should be fed alike.
+    hint: preprocessing of the other model.
     """
     proto = read_proto(source)
     session = open_original(source, threads)
     carried, said = metadata_of(proto), data.preprocessing
-    told, why = preprocessing_in_metadata(carried), "the file's metadata"
-    if told is not None and told != float_preprocessing_in_metadata(
+    for odd in describe_odd_metadata(carried):
+        reporter.warn(f"{source.name}: {odd}")
+    told, why = read_preprocessing(carried), "the file's metadata"
+    if told is not None and told != read_float_preprocessing(
         carried
     ):  # it takes pixels: all else is for the float model
         said = replace(said, preset=None, scale=None, mean=None, std=None, color=None, layout=None)
@@ -329,10 +323,16 @@ def _open_model(
     if told is not None:
         # samples need none of it, which is no news where the user has said nothing
         quietly = Reporter() if data.preprocessing == PreprocessingOptions() else reporter.without_progress()
-        feed = DataLoader.of(session, replace(data, preprocessing=_merge_options(said, told)), quietly)
-        if feed.preprocessing is not None and said == PreprocessingOptions():
-            feed.preprocessing = replace(feed.preprocessing, source=why)
-        return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
+        merged = replace(data, preprocessing=_merge_options(said, told))
+        try:
+            feed = DataLoader.of(session, merged, quietly)
+        except QconvError as error:
+            DataLoader.of(session, data, Reporter())  # raises where the user is mistaken
+            reporter.warn(f"{source.name} cannot be fed as {why} says, which is ignored: {error.message}")
+        else:
+            if feed.preprocessing is not None and said == PreprocessingOptions():
+                feed.preprocessing = replace(feed.preprocessing, source=why)
+            return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
     feed = DataLoader.of(session, data, reporter.without_progress())
     if feed.preprocessing is None or said.preset != AUTO:
         return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
@@ -354,11 +354,11 @@ def _open_model(
 def open_models(
     source: Source, against: Source | None, data: DataOptions, threads: int | None, reporter: Reporter
 ) -> tuple[ModelWithData, ModelWithData | None]:
-    """The model and the other one. A quantized file is fed as the float model is, and either as its metadata says."""
+    """Open the model and the other one, by their metadata; a quantized file otherwise takes the float model's."""
     if against is None:
         return _open_model(source, data, threads, reporter), None
     proto = read_proto(source)
-    carried = float_preprocessing_in_metadata(metadata_of(proto))
+    carried = read_float_preprocessing(metadata_of(proto))
     other = _open_model(against, data, threads, reporter, carried)
     hint = None
     if carried is None and is_quantized(proto) and other.feed.preprocessing is not None:
@@ -370,7 +370,7 @@ def open_models(
 
 
 def _merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> PreprocessingOptions:
-    """What the user says wins; another preset also takes the place of the numbers that belong to the old one."""
+    """The user's options win; another preset also replaces the numbers of the old one."""
     own = {part: getattr(said, part) for part in PreprocessingOptions.__dataclass_fields__}
     default = {part: getattr(PreprocessingOptions(), part) for part in own}
     changed = {part: wish for part, wish in own.items() if wish != default[part]}

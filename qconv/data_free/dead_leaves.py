@@ -1,12 +1,13 @@
-"""Pictures that nobody took, for networks that come without any: in colour, edges and spectrum like photographs.
+"""Generates images with the colours, edges and spectrum of photographs, for networks that come without images.
 
     random      leaves that fall on each other until nothing shows between them: discs whose radii r have the density
                 r^-3, which look alike at any distance, each with a colour and a shade of its own, and 1 / f noise
 
 Colours vary along the three directions that they do in photographs, brightness far more than the others. How bright and
 how rich in contrast pictures are differs from one to the next. Such pictures bring the first layers of the networks at
-hand within 0.01 to 0.10 of what their BatchNormalizations have stored (fit.py), where noise alone comes within 0.02 to
-0.13. There are no things in them: what they show deep in a network is no more than a guess at what photographs would.
+hand within 0.01 to 0.10 of what their BatchNormalizations have stored (`squared_hellinger`), where noise alone comes
+within 0.02 to 0.13. There are no things in them: what they show deep in a network is no more than a guess at what
+photographs would.
 
 Sources: leaves: Lee, Mumford and Huang 2001, Occlusion models for natural images. Directions of colours and their
 deviations: Krizhevsky et al. 2012, ImageNet classification with deep convolutional neural networks, section 4.1, as
@@ -34,17 +35,17 @@ from qconv.runtime.session import Session
 Pixels = NDArray[np.uint8]
 IMAGE_COUNT = 32
 PIXEL_MEAN = np.array([123.675, 116.28, 103.53])
-"""Of red, green and blue."""
+"""Mean of red, green and blue in photographs."""
 COLOR_DIRECTIONS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
-"""Of colours in photographs, one a column."""
+"""Principal directions of colours in photographs, one a column."""
 COLOR_DEVIATIONS = 255 * np.array([0.4663, 0.1371, 0.0671])
-"""Along each: the square roots of 0.2175, 0.0188 and 0.0045."""
+"""Standard deviation along each direction: the square roots of 0.2175, 0.0188 and 0.0045."""
 BETWEEN_IMAGES_SHARE = 0.5
 """Share of a pixel's deviation, a quarter of its variance, by which whole pictures differ."""
 NOISE_SHARE = 0.1
 """Share of the noise in the variance of a picture."""
 SHADING_STRENGTH, SHADING_BY_DIRECTION = 0.5, np.array([1.0, 0.3, 0.1])
-"""How far a leaf's shade goes, and what of it each direction of colours gets."""
+"""Amplitude of the shading of a leaf, and its share in each direction of colours."""
 MOST_LEAVES, BARE_SHARE = 4000, 0.002
 TINY = float(np.finfo(np.float64).tiny)
 CONTRAST_DEVIATION = 0.35
@@ -52,7 +53,7 @@ CONTRAST_DEVIATION = 0.35
 
 
 def draw_dead_leaves(rng: np.random.Generator, size: tuple[int, int], channels: int) -> Pixels:
-    """One picture of fallen leaves, (H, W, 3) in RGB or (H, W, 1) in grey."""
+    """Draw one dead-leaves image, (H, W, 3) in RGB or (H, W, 1) in grey."""
     fallen = _draw_leaves(rng, size)
     fallen = (fallen - fallen.mean(axis=(0, 1))) / np.maximum(fallen.std(axis=(0, 1)), TINY)
     noise = np.stack([_draw_pink_noise(rng, size) for _ in COLOR_DEVIATIONS], axis=-1)  # (H, W, 3)
@@ -69,13 +70,13 @@ def draw_dead_leaves(rng: np.random.Generator, size: tuple[int, int], channels: 
 
 
 def draw_dead_leaves_set(prep: Preprocessing, count: int, batch: int, seed: int) -> Pixels:
-    """So many of them and as many more as make whole batches, (N, H, W, 3) in RGB or (N, H, W, 1) in grey."""
+    """Draw `count` images and as many more as fill the last batch, (N, H, W, 3) in RGB or (N, H, W, 1) in grey."""
     rng = np.random.default_rng(seed)
     return np.stack([draw_dead_leaves(rng, prep.size, prep.channels) for _ in range(-(-count // batch) * batch)])
 
 
 def _draw_leaves(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
-    """Leaves from the top one down, (H, W, 3); what shows between the last ones stays zero."""
+    """Draw leaves from the top one down, (H, W, 3); gaps between the last ones stay zero."""
     height, width = size
     least, most = max(1.0, max(size) / 64), max(size) / 1.5
     found, bare = np.zeros((height, width, 3)), np.ones(size, bool)
@@ -98,7 +99,7 @@ def _draw_leaves(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.
 
 
 def _draw_pink_noise(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float64]:
-    """Mean 0, deviation 1, amplitudes falling with the frequency, (H, W)."""
+    """Draw 1 / f noise of mean 0 and deviation 1, (H, W)."""
     height, width = size
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
@@ -107,7 +108,7 @@ def _draw_pink_noise(rng: np.random.Generator, size: tuple[int, int]) -> NDArray
 
 
 def pixel_distribution(channels: int) -> ChannelDistribution:
-    """What is known of the pixels of any picture, by channel in RGB, or in grey."""
+    """The distribution of the pixels of photographs, by channel in RGB, or in grey."""
     mean = PIXEL_MEAN if channels == 3 else np.full(channels, PIXEL_MEAN.mean())
     std = (
         np.sqrt((COLOR_DIRECTIONS**2) @ (COLOR_DEVIATIONS**2))
@@ -118,7 +119,7 @@ def pixel_distribution(channels: int) -> ChannelDistribution:
 
 
 def network_input_distribution(prep: Preprocessing) -> ChannelDistribution:
-    """What a network reads that is fed like that, channel by channel in its own order."""
+    """The distribution of a network's input with this preprocessing, in its own order of channels."""
     found = pixel_distribution(prep.channels)
     if prep.color is Color.BGR:
         found = found.of(np.arange(prep.channels)[::-1])
@@ -128,11 +129,14 @@ def network_input_distribution(prep: Preprocessing) -> ChannelDistribution:
 
 @dataclass(slots=True)
 class GeneratedImageLoader(DataLoader):
-    """Made-up pictures as a network wants them, like any others: the same ones in every run."""
+    """Loads generated images as a network takes them, the same ones in every run."""
 
     @classmethod
     def like(cls, session: Session, said: PreprocessingOptions) -> GeneratedImageLoader:
-        """For the network in `session`. said: of how it is fed. Raises QconvError where it takes no pictures."""
+        """The loader for the network in `session`. Raises QconvError where its input is no image.
+
+        said: how the network is fed, by the user.
+        """
         inputs = [InputSpec(*found) for found in session.inputs]
         if len(inputs) != 1:
             names = ", ".join(spec.name for spec in inputs) or "none"
@@ -146,19 +150,19 @@ class GeneratedImageLoader(DataLoader):
         return cls(Listing((), 0, 0), inputs, prep, batch, Reporter())
 
     def drawn(self, prep: Preprocessing, most: int) -> Iterator[Pixels]:
-        """See Feed."""
+        """See `DataLoader.drawn`."""
         rng = np.random.default_rng(0)
         for _ in range(most):
             yield draw_dead_leaves(rng, prep.size, prep.channels)
 
     def all(self, stage: str) -> Generator[Batch, None, None]:
-        """COUNT leaves, in whole batches."""
+        """IMAGE_COUNT dead-leaves images, in whole batches."""
         fed = self.fed
         assert fed is not None
         yield from self.these(self.drawn(fed, -(-IMAGE_COUNT // self.batch) * self.batch))
 
     def these(self, pictures: Iterable[Pixels]) -> Generator[Batch, None, None]:
-        """Pictures (H, W, 3) in RGB or (H, W, 1) as the network takes them, in whole batches."""
+        """Batch images (H, W, 3) in RGB or (H, W, 1) as the network takes them, in whole batches."""
         (spec,), fed = self._specs(), self.fed
         assert fed is not None
         rows = []

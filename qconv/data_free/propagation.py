@@ -4,14 +4,23 @@ A BatchNormalization whose input has the mean mu and the variance var writes, by
 
     mean = beta        std = |gamma| sqrt(var / (var + eps))
 
-Before anything is folded, `set_batchnorm_means` and `set_batchnorm_stats` leave notes (`ir/layers.py`), which folding
-and equalization keep true. The folded network is walked from them: Relu and Clip in closed form
-(`ir/channel_stats.py`), other activations by quantiles, Add and Mul as if independent. A layer without a
-BatchNormalization behind it is estimated by
+Before anything is folded, `set_batchnorm_means` and `set_batchnorm_stats` leave notes (`ir.layers`), which folding and
+equalization keep true; folded numbers no longer tell. The folded network is walked from them:
+
+    Relu, Clip                  in closed form (`ir.channel_stats`)     Add, Mul        as if independent
+    Sigmoid, HardSwish, ...     by quantiles                            Concat, Slice   channel by channel
+    MaxPool, Resize             unchanged                               mean of places  POOLED_STD_SHARE of deviation
+
+`set_batchnorm_means` gives every layer the means of its input, or why they are not known: it needs a normal variable in
+front of a Relu or Clip, or a sum with one, and stops at operators such as MaxPool. Padding with zeros counts as more of
+the same. The input of a Relu whose output a BatchNormalization reads follows from two moments. A layer without a
+BatchNormalization behind it is estimated by its weights
 
     E[y] = W E[x] + b       Var[y] = sum over inputs of max(sum_k W_k^2, (sum_k W_k)^2) Var[x]
 
-MOST_GUESSED_IN_A_ROW times in a row and no more, and never where it reads images, whose pixels are not independent.
+MOST_GUESSED_IN_A_ROW times in a row and no more, and never where it reads images, whose pixels are not independent:
+behind a second such layer deviations were a ninth of what they should be.
+
 Source: Nagel et al. 2019, arXiv 1906.04721, sections 4.1.3 and 4.2 and appendix C.
 """
 
@@ -62,24 +71,9 @@ from qconv.ir.rewriting import (
     standard_op_type,
 )
 
-# What layers read on average, by what BatchNormalization says of itself: no picture is looked at.
-#
-# A BatchNormalization whose input has the mean mu and the variance var writes, by channel,
-#
-#     mean = beta        std = |gamma| sqrt(var / (var + eps))
-#
-# From there means are followed through the operators of RULES. Relu and Clip need a normal variable (normal.py), or a
-# sum with one. A mean of places has the same mean, but a spread that is not known. Padding with zeros counts as if it
-# were more of the same, as in bias.py. Where another operator lies between, as MaxPool, nothing is said.
-#
-# This is done before anything is folded, since folded numbers no longer tell. Every layer is given a note, the means or
-# why they are not known; whoever scales or shifts what it reads does so with the note, too (layers.py).
-#
-# Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
-
 
 def set_batchnorm_means(model: Model) -> None:
-    """Give every layer of a model that is not folded yet its note. Layers that have one keep it."""
+    """Note the input means of every layer, in a model that is not folded yet. Layers that have a note keep it."""
     walk = MeanPropagation(model)
     for node in model.nodes():
         if standard_op_type(node) in INPUTS_FIRST:
@@ -91,7 +85,7 @@ def set_batchnorm_means(model: Model) -> None:
 
 
 class MeanPropagation:
-    """One way through the graph. known: what is known of a tensor's channels, or why nothing is."""
+    """Propagates means through the graph. known: the distribution of a tensor's channels, or why it is not known."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -99,7 +93,7 @@ class MeanPropagation:
         self.rules: Mapping[str, PropagationRule] = MEAN_RULES
 
     def note(self, node: Node) -> None:
-        """Tell a layer what it reads."""
+        """Note the input means of a layer."""
         try:
             found, layer = self.read(data_input(node)), read_layer(node)
             if standard_op_type(node) == "MatMul" and rank(data_input(node)) != 2:
@@ -112,7 +106,7 @@ class MeanPropagation:
             set_input_means(node, found.mean)
 
     def visit(self, node: Node) -> None:
-        """Find out about the output of anything but a layer."""
+        """Compute the distribution of a node's output, for all nodes but layers."""
         rule = self.rules.get(standard_op_type(node))
         if rule is None:
             self.forget(node, f"the mean behind {describe_node(node)} does not follow from BatchNormalization")
@@ -125,11 +119,11 @@ class MeanPropagation:
             self.known[node.outputs[0]] = found
 
     def forget(self, node: Node, why: str) -> None:
-        """Nothing is known of what a node writes."""
+        """Record why the outputs of a node are not known."""
         self.known.update(dict.fromkeys(node.outputs, why))
 
     def read(self, value: Value) -> ChannelDistribution:
-        """What is known of a tensor. Raises Refused."""
+        """The distribution of a tensor. Raises EditRefused where it is not known."""
         found = self.known.get(value, "no BatchNormalization follows the network's input")
         if isinstance(found, str):
             raise EditRefused(found)
@@ -138,11 +132,11 @@ class MeanPropagation:
     # -- what operators do -----------------------------------------------------------------------------------------
 
     def same(self, node: Node) -> ChannelDistribution:
-        """Nothing."""
+        """The output is the input."""
         return self.read(data_input(node))
 
     def normalised(self, node: Node) -> ChannelDistribution:
-        """Whatever comes in."""
+        """BatchNormalization: mean and deviation from beta and gamma, whatever the input."""
         affine = read_affine(node, rank(data_input(node)))
         mean, var = (constant_array(node.inputs[index]) for index in (3, 4))
         assert mean is not None
@@ -151,7 +145,7 @@ class MeanPropagation:
         return seen.scaled(affine.gain, affine.shift)
 
     def clip(self, node: Node) -> ChannelDistribution:
-        """Of a normal variable alone."""
+        """Relu and Clip: known for a normal variable only."""
         found, bounds = self.read(data_input(node)), clip_bounds(node)
         if bounds is None:
             raise EditRefused(f"the bounds of {describe_node(node)} are computed or crossed")
@@ -160,7 +154,7 @@ class MeanPropagation:
         return found.clipped(*bounds)
 
     def scale(self, node: Node) -> ChannelDistribution:
-        """A constant scale or shift by channel; of two tensors only the sum or the difference."""
+        """Add, Sub, Mul, Div: a constant scale or shift by channel; of two tensors only the sum or the difference."""
         data = affine_data_input(node)
         if data is None:
             return self.sum(node)
@@ -170,7 +164,7 @@ class MeanPropagation:
         return found.scaled(affine.gain, affine.shift)
 
     def sum(self, node: Node) -> ChannelDistribution:
-        """Of several tensors."""
+        """Sum of several tensors."""
         if standard_op_type(node) not in ("Add", "Sub", "Sum"):
             raise EditRefused(f"the mean behind {describe_node(node)} of two tensors does not follow from theirs")
         total, *others = self._side_by_side(node)
@@ -182,14 +176,14 @@ class MeanPropagation:
         return total
 
     def concat(self, node: Node) -> ChannelDistribution:
-        """Along channels."""
+        """Concat along channels."""
         parts = self._side_by_side(node)
         if attribute(node, "axis") % (rank(data_input(node)) or 1) != 1:
             raise EditRefused(f"{describe_node(node)} joins places")
         return ChannelDistribution.joined(parts)
 
     def mean_of_places(self, node: Node) -> ChannelDistribution:
-        """Pools, unless they count padding in."""
+        """Average pools, unless they count padding in: the mean stays, the deviation is not known."""
         if standard_op_type(node) == "ReduceMean":
             check_reduces_spatial_axes(node)
         padding = any(attribute(node, "pads", [])) or attribute(node, "auto_pad", "NOTSET").startswith("SAME")
@@ -198,22 +192,22 @@ class MeanPropagation:
         return self.read(data_input(node)).averaged()
 
     def slice(self, node: Node) -> ChannelDistribution:
-        """Some channels, or some places."""
+        """Slice of channels or places."""
         found = self.read(data_input(node))
         return found.of(sliced_channels(node, found.mean.size))
 
     def pad(self, node: Node) -> ChannelDistribution:
-        """Channels of zeros are known to be zero."""
+        """Pad: new channels are zero."""
         sides = [ChannelDistribution(np.zeros(count), np.zeros(count)) for count in padded_channels(node)]
         return ChannelDistribution.joined([sides[0], self.read(data_input(node)), sides[1]])
 
     def flatten(self, node: Node) -> ChannelDistribution:
-        """(N, C, H, W) to (N, C * H * W)."""
+        """Flatten (N, C, H, W) to (N, C * H * W)."""
         found = self.read(data_input(node))
         return found.of(np.repeat(np.arange(found.mean.size), features_per_channel(self.model, node)))
 
     def _side_by_side(self, node: Node) -> list[ChannelDistribution]:
-        """What is known of all inputs, channels along axis 1 of each."""
+        """The distributions of all inputs, with channels along axis 1."""
         values = [value for value in node.inputs if value is not None]
         if len({rank(value) for value in values}) > 1 or (rank(values[0]) or 0) < 2:
             raise EditRefused(f"{describe_node(node)} takes tensors of different rank")
@@ -234,39 +228,18 @@ MEAN_RULES: dict[str, PropagationRule] = {
     "Pad": MeanPropagation.pad,
     **dict.fromkeys(("Flatten", "Reshape", "Squeeze"), MeanPropagation.flatten),
 }
-"""Operators behind which a mean is known."""
-
-
-# What tensors are like, channel by channel, by what BatchNormalization says: statistics without a picture.
-#
-# A BatchNormalization knows its input (running mean and variance) and so its output (beta and gamma). Before anything
-# is folded, both tensors get a note (layers.py), which folding and equalization keep true. Afterwards the folded
-# network is walked from these notes through the operators of RULES:
-#
-#     Relu, Clip                  in closed form (normal.py)         Add, Mul        as if independent
-#     Sigmoid, HardSwish, ...     by quantiles                       Concat, Slice   channel by channel
-#     MaxPool, Resize             values that were there before      mean of places  WIDTH_OF_MEANS of the deviation
-#
-# What stands before a Relu whose output a BatchNormalization reads follows from that: two moments, two unknowns. Layers
-# without a BatchNormalization behind them are guessed by their weights,
-#
-#     E[y] = W E[x] + b       Var[y] = sum over inputs of max(sum_k W_k^2, (sum_k W_k)^2) Var[x]
-#
-# MOST_GUESSES of them in a row and no more, and none that reads pictures, whose neighbours are anything but
-# independent: behind a second one deviations were a ninth of what they should be.
-#
-# Source: Nagel et al. 2019, arXiv 1906.04721, sections 4.1.3 and 4.2 and appendix C.
+"""How means go through operators."""
 
 
 MOST_GUESSED_IN_A_ROW = 1
 
 POOLED_STD_SHARE = 0.5
-"""Deviation of means over a map beside that of its places, which are far from independent. 0.35 to 0.47 were seen in
-ResNet-20, MobileNetV2 and EfficientNet-Lite0."""
+"""Deviation of a mean over a map, as a share of the deviation of its places, which are far from independent. 0.35 to
+0.47 were seen in ResNet-20, MobileNetV2 and EfficientNet-Lite0."""
 
 
 def set_batchnorm_stats(model: Model) -> None:
-    """Give the tensors around every BatchNormalization of a model that is not folded yet their notes."""
+    """Note the statistics of input and output of every BatchNormalization, in a model that is not folded yet."""
     for node in model.nodes():
         if standard_op_type(node) != "BatchNormalization":
             continue
@@ -299,9 +272,9 @@ def _set_input_stats(value: Value, seen: ChannelDistribution) -> None:
 def propagate_stats(
     model: Model, inputs: Mapping[Value, ChannelDistribution]
 ) -> dict[Value, ChannelDistribution | str]:
-    """What is known of every tensor of a folded model, or why nothing is. inputs: of the network's own inputs.
+    """The distribution of every tensor of a folded model, or why it is not known.
 
-    Deviations are known of all that is.
+    inputs: distributions of the network's inputs. Each distribution that is returned has deviations.
     """
     walk = _StatsPropagation(model, inputs)
     for node in model.nodes():
@@ -310,7 +283,7 @@ def propagate_stats(
 
 
 def channel_bounds(found: ChannelDistribution) -> tuple[Float64, Float64]:
-    """The least and the largest value of each channel, (C,) both: FARTHEST deviations away, or cut off before."""
+    """The least and the largest value of each channel, (C,) both: REACH_DEVIATIONS away, or clipped before."""
     if found.table is not None:
         return found.ends
     low, high = found.at(np.array([-REACH_DEVIATIONS, REACH_DEVIATIONS]))
@@ -318,7 +291,7 @@ def channel_bounds(found: ChannelDistribution) -> tuple[Float64, Float64]:
 
 
 class _StatsPropagation(MeanPropagation):
-    """The walk. Unlike `Follower`, it begins at notes and goes through layers."""
+    """Propagates means and deviations. Unlike `MeanPropagation`, it starts at notes and goes through layers."""
 
     def __init__(self, model: Model, inputs: Mapping[Value, ChannelDistribution]) -> None:
         super().__init__(model)
@@ -326,7 +299,7 @@ class _StatsPropagation(MeanPropagation):
         self.rules = STATS_RULES
 
     def visit(self, node: Node) -> None:
-        """As `Follower` does; a note on the output counts more than what follows from the inputs."""
+        """See `MeanPropagation.visit`. A note on the output overrides what follows from the inputs."""
         if standard_op_type(node) == "Split":
             self._split(node)
             return
@@ -351,7 +324,7 @@ class _StatsPropagation(MeanPropagation):
             self.known.update({value: found.of(part) for value, part in zip(node.outputs, parts, strict=True)})
 
     def layer(self, node: Node) -> ChannelDistribution:
-        """By its note, or guessed by its weights."""
+        """A layer: by the note on its output, or estimated by its weights."""
         return channel_stats_of(node.outputs[0]) or self._guessed(node)
 
     def _guessed(self, node: Node) -> ChannelDistribution:
@@ -363,7 +336,7 @@ class _StatsPropagation(MeanPropagation):
         return propagate_through_layer(layer, found)
 
     def clip(self, node: Node) -> ChannelDistribution:
-        """What was cut off before counts as normal again, within its ends."""
+        """Relu and Clip: a clipped variable counts as normal within its bounds."""
         bounds = clip_bounds(node)
         if bounds is None:
             raise EditRefused(f"the bounds of {describe_node(node)} are computed or crossed")
@@ -371,7 +344,7 @@ class _StatsPropagation(MeanPropagation):
         return replace(found, cut=False).clipped(*bounds)
 
     def mean_of_places(self, node: Node) -> ChannelDistribution:
-        """Pools."""
+        """Average pools: the mean stays, the deviation is POOLED_STD_SHARE of it."""
         if standard_op_type(node) == "ReduceMean":
             check_reduces_spatial_axes(node)
         found = self.read(data_input(node))
@@ -379,7 +352,7 @@ class _StatsPropagation(MeanPropagation):
         return replace(found.averaged(), std=POOLED_STD_SHARE * found.std)
 
     def places(self, node: Node) -> ChannelDistribution:
-        """Some of the places, or values between them."""
+        """MaxPool and Resize: unchanged."""
         found, sizes = self.read(data_input(node)), dims(node.outputs[0])
         kept = sizes is None or len(sizes) < 2 or sizes[1] in (None, found.mean.size)
         if not kept or attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
@@ -387,7 +360,7 @@ class _StatsPropagation(MeanPropagation):
         return found
 
     def pad(self, node: Node) -> ChannelDistribution:
-        """Places may be filled with any number."""
+        """Pad with any number."""
         widths, fill = constant_array(input_of(node, 1)), constant_scalar(input_of(node, 2))
         if fill is None or widths is None or input_of(node, 3) is not None or widths.reshape(2, -1)[:, :2].any():
             return super().pad(node)
@@ -396,13 +369,13 @@ class _StatsPropagation(MeanPropagation):
         return replace(found, low=np.minimum(low, fill), high=np.maximum(high, fill))
 
     def pixels(self, node: Node) -> ChannelDistribution:
-        """The network's input in other axes: what is told of it is by channel, wherever these lie."""
+        """Transpose of the network's input: its distribution is by channel, whatever the axis."""
         if not data_input(node).is_graph_input():
             raise EditRefused(f"{describe_node(node)} moves channels")
         return self.read(data_input(node))
 
     def dequantized(self, node: Node) -> ChannelDistribution:
-        """Codes that come from outside, as pixels do."""
+        """DequantizeLinear of codes from outside, such as pixels."""
         found, scale, zero = (
             self.read(data_input(node)),
             constant_array(node.inputs[1]),
@@ -415,7 +388,7 @@ class _StatsPropagation(MeanPropagation):
         return found.scaled(gain, shift)
 
     def function(self, node: Node) -> ChannelDistribution:
-        """Of each number alone. What saturates needs its input no further than that, whatever it is."""
+        """Elementwise functions, by quantiles. The input of one that saturates is bounded by the saturation point."""
         value = data_input(node)
         if isinstance(self.known.get(value, ""), str) and standard_op_type(node) in SATURATION_POINTS:
             self.known[value] = self._up_to_saturation(node)
@@ -433,7 +406,7 @@ class _StatsPropagation(MeanPropagation):
         return ChannelDistribution((low + high) / 2, (high - low) / (2 * REACH_DEVIATIONS), True, low, high)
 
     def scale(self, node: Node) -> ChannelDistribution:
-        """By constants, or the product of two tensors: a gate, which may be made of the other."""
+        """Add, Sub, Mul and Div by constants, and products of two tensors: a gate, which may depend on the other."""
         values = [value for value in node.inputs if value is not None]
         if standard_op_type(node) != "Mul" or affine_data_input(node) is not None or len(values) != 2:
             return super().scale(node)
@@ -445,7 +418,7 @@ class _StatsPropagation(MeanPropagation):
 
 
 def propagate_through_layer(layer: Layer, found: ChannelDistribution) -> ChannelDistribution:
-    """What a layer makes of independent inputs."""
+    """The distribution of a layer's outputs for independent inputs."""
     assert found.std is not None
     groups = layer.weight.shape[0]
     strides = attribute(layer.node, "strides", [1]) if standard_op_type(layer.node) == "ConvTranspose" else [1]
@@ -459,7 +432,7 @@ def propagate_through_layer(layer: Layer, found: ChannelDistribution) -> Channel
 
 
 def multiply_distributions(one: ChannelDistribution, other: ChannelDistribution) -> ChannelDistribution:
-    """Of two independent tensors with as many channels."""
+    """The product of two independent tensors with the same number of channels."""
     if one.mean.size != other.mean.size:
         raise EditRefused("two tensors of different channels are multiplied")
     assert one.std is not None
@@ -497,14 +470,14 @@ ELEMENTWISE_FUNCTIONS: dict[str, Callable[[Node], Callable[[Float64], Float64]]]
     "HardSwish": lambda node: lambda x: x * _hard_sigmoid(x, 1 / 6, 0.5),
     "LeakyRelu": lambda node: lambda x: np.where(x < 0, attribute(node, "alpha", 0.01) * x, x),
 }
-"""What they do to a number."""
+"""Elementwise functions by operator."""
 
 SATURATION_POINTS: dict[str, Callable[[Node], tuple[float, float]]] = {
     "Sigmoid": lambda node: (-8.0, 8.0),
     "Tanh": lambda node: (-4.0, 4.0),
     "HardSigmoid": lambda node: _ramp_ends(attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)),
 }
-"""Where they end: within 0.001 of what they are further out."""
+"""The interval outside which functions are constant to within 0.001."""
 
 STATS_RULES: dict[str, PropagationRule] = {
     **MEAN_RULES,
@@ -519,4 +492,4 @@ STATS_RULES: dict[str, PropagationRule] = {
     "Transpose": _StatsPropagation.pixels,
     "DequantizeLinear": _StatsPropagation.dequantized,
 }
-"""Operators that statistics go through."""
+"""How distributions go through operators."""

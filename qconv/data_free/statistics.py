@@ -9,7 +9,7 @@ they are an error.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -26,6 +26,7 @@ from qconv.calibration.observer import (
 )
 from qconv.calibration.sketch import MOST_COLUMNS, ExactSum, Sketch, columns_per_image, count_bins
 from qconv.config.choices import NO_IMAGES
+from qconv.config.preprocessing import Preprocessing
 from qconv.data.loader import Batch
 from qconv.data_free.dead_leaves import (
     IMAGE_COUNT,
@@ -41,29 +42,21 @@ from qconv.ir.layers import INPUTS_FIRST, input_means_of, read_layer, set_input_
 from qconv.ir.model import DataType, Model, Value, clip_bounds
 from qconv.ir.rewriting import EditRefused, standard_op_type
 from qconv.ir.rewriting import data_input as read_from
-from qconv.reporter import Reporter
-
-# From what is told of a tensor (told.py) to what a sketch would have remembered of it, so that all calibrators work.
-#
-# Every channel takes the values of a cut-off normal variable at as many equally probable places, in an order of its
-# own, and reaches FARTHEST deviations away from its mean. Nothing is drawn by chance but the orders, by the tensor's
-# name.
-
 
 SAMPLES_PER_TENSOR = 2**18
 
 FEWEST_PER_CHANNEL, MOST_PER_CHANNEL = 64, 4096
-"""Values of each channel in the histogram."""
+"""The number of values that each channel adds to the histogram."""
 
 BINDING_DEVIATIONS = 3.0
-"""Deviations that a bound must be away to be out of a channel's reach."""
+"""Distance in deviations at which a bound is out of a channel's reach."""
 
 ABSORBED_DEVIATIONS = 3.0
-"""Deviations below the mean that values are taken never to reach where a channel is lowered, as in DFQ."""
+"""Deviations below the mean that bias absorption takes for the least value, as DFQ does."""
 
 
 def sketch_distribution(name: str, found: ChannelDistribution) -> Sketch:
-    """The sketch of a tensor of this name."""
+    """The sketch of a tensor with this distribution. name: seeds the order of values."""
     channels = found.mean.size
     low, high = (end.astype(np.float32) for end in channel_bounds(found))
     sums = ExactSum.zeros(channels)
@@ -82,7 +75,7 @@ def sketch_distribution(name: str, found: ChannelDistribution) -> Sketch:
 
 
 def ranges_of_distribution(found: ChannelDistribution, value: Value) -> ChannelRanges:
-    """The same for whoever scales channels. Behind a Clip low and high are those that it leaves next to nothing of."""
+    """The channel ranges of a tensor with this distribution. Behind a Clip, low and high are those before it."""
     assert found.std is not None
     low, high = channel_bounds(found)
     lowest, highest, floor = np.minimum(low, 0.0), np.maximum(high, 0.0), found.at(np.array([-ABSORBED_DEVIATIONS]))[0]
@@ -93,64 +86,65 @@ def ranges_of_distribution(found: ChannelDistribution, value: Value) -> ChannelR
     return ChannelRanges(low, high, lowest, highest, floor, found.mean, found.std**2)
 
 
-# Statistics without pictures, as those who ask for them know them: sketches and channels by what is told (told.py).
-#
-# Tensors that nothing tells of are watched on made-up pictures where the user has asked for that; else they are an
-# error.
-
-
 FINDING_STEP = "told"
 
 WIDENING_FACTORS = {"random": 2.0, "synthesized": 1.0}
-"""Times as far as on made-up pictures values may go on real ones, by --fallback. In random ones are no things to be
-sure of; synthesized ones bring BatchNormalizations to what they have seen in training."""
+"""Factor on ranges observed on generated images, by --fallback. Random ones show no objects; synthesized ones bring
+BatchNormalizations to the statistics of training."""
 
 OUTPUT_BOUNDS = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 
 MOST_NAMED = 3
-"""Tensors that an error names."""
+"""Tensors that an error names at most."""
+
+
+Synthesizer = Callable[[Preprocessing, int | None, int], NDArray[np.uint8]]
+"""Makes at least so many images (N, H, W, C) for a network with this preprocessing and, where it is fixed, batch size.
+
+It is passed in, as it needs PyTorch, which only `qconv.training` imports.
+"""
 
 
 @dataclass(slots=True)
 class DataFreeStatistics:
-    """source: the user's file. imagined: what stands in for its pictures. fallback: which of them are watched, if any.
+    """The source of statistics in place of images.
 
-    findings: where the newest statistics are from.
+    source: the user's file.
+    imagined: the generated images.
+    fallback: which images to observe tensors without propagated statistics on; None for none.
+    synthesize: called where `fallback` is "synthesized" and such a tensor exists.
+    findings: where the statistics of the last call come from, tensor by tensor.
     """
 
     source: Source
     imagined: GeneratedImageLoader
     fallback: str | None
     threads: int | None
-    reporter: Reporter = field(default_factory=Reporter)
+    synthesize: Synthesizer
     findings: list[Change] = field(default_factory=list)
     _synthesized: NDArray[np.uint8] | None = None
 
     def known(self, model: Model) -> dict[Value, ChannelDistribution | str]:
-        """What is told of every tensor of a folded model, or why nothing is."""
+        """The distribution of every tensor of a folded model, or why it is not known."""
         return propagate_stats(
             model, {value: _distribution_of_input(value, self.imagined) for value in model.graph.inputs}
         )
 
     def pictures(self, stage: str) -> Iterable[Batch]:
-        """What is watched for what nothing tells of, as the network takes it. stage: for whom.
+        """The batches to observe tensors without propagated statistics on. stage: for progress.
 
         Raises QconvError where pictures cannot be synthesized.
         """
         if self.fallback != "synthesized":
             return self.imagined.all(stage)
         if self._synthesized is None:
-            from qconv.training.synthesize import optimize_images  # PyTorch is an extra
-
             fed = self.imagined.fed
             assert fed is not None
-            self._synthesized = optimize_images(
-                self.source, fed, self.imagined.inputs[0].shape[0], IMAGE_COUNT, self.threads, self.reporter
-            )
+            self._synthesized = self.synthesize(fed, self.imagined.inputs[0].shape[0], IMAGE_COUNT)
         return self.imagined.these(self._synthesized)
 
     def sketches(self, model: Model, taps: Sequence[Observer]) -> dict[str, Sketch]:
-        """Of these tensors. Raises QconvError where nothing tells of some, and they are not to be watched."""
+        """The sketches of these tensors. Raises QconvError where some have no statistics and there is no fallback."""
         known_of = self.known(model)
         _set_missing_means(model, known_of)
         found = {value.name or "": known for value, known in known_of.items()}
@@ -170,7 +164,7 @@ class DataFreeStatistics:
         return seen
 
     def channels(self, model: Model, taps: Sequence[Observer]) -> dict[str, ChannelRanges]:
-        """The same, channel by channel; nothing of what is neither told nor watched."""
+        """The channel ranges of these tensors; leaves out tensors without statistics where there is no fallback."""
         known = self.known(model)
         by_name = {value.name or "": found for value, found in known.items()}
         told_of = {
@@ -217,7 +211,7 @@ class DataFreeStatistics:
 
 
 def _hard_bounds(value: Value) -> tuple[float, float]:
-    """What no value of a tensor is beyond, whatever the picture."""
+    """The bounds that no value of a tensor exceeds, on any image."""
     node = value.producer()
     bounds = None if node is None else clip_bounds(node)
     if node is not None and standard_op_type(node) in OUTPUT_BOUNDS:
@@ -226,13 +220,13 @@ def _hard_bounds(value: Value) -> tuple[float, float]:
 
 
 def _widen_sketch(sketch: Sketch, times: float, least: float, most: float) -> Sketch:
-    """What was seen on made-up pictures, as far as others may go."""
+    """Widen the extremes of a sketch made on generated images, within bounds."""
     lows, highs = (np.clip(times * ends, least, most).astype(np.float32) for ends in (sketch.lows, sketch.highs))
     return replace(sketch, lows=np.minimum(lows, sketch.lows), highs=np.maximum(highs, sketch.highs))
 
 
 def _set_missing_means(model: Model, known: Mapping[Value, ChannelDistribution | str]) -> None:
-    """Tell layers what they read on average, where BatchNormalization alone did not."""
+    """Note the input means of layers that `set_batchnorm_means` has left without, from the distributions."""
     for node in model.nodes():
         found = known.get(read_from(node), "") if standard_op_type(node) in INPUTS_FIRST else ""
         try:
@@ -251,7 +245,7 @@ def _set_missing_means(model: Model, known: Mapping[Value, ChannelDistribution |
 
 
 def _distribution_of_input(value: Value, imagined: GeneratedImageLoader) -> ChannelDistribution:
-    """What one input of the network holds."""
+    """The distribution of an input of the network."""
     prep = imagined.preprocessing
     assert prep is not None
     as_bytes = value.dtype == DataType.UINT8 and not prep.keeps_pixels

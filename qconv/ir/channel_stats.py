@@ -1,4 +1,4 @@
-"""What cutting off does to a normal variable: such are BatchNormalization's outputs, about, and Relu and Clip cut them.
+"""Computes mean and deviation of clipped normal variables: outputs of BatchNormalization behind Relu and Clip.
 
     x ~ N(m, s^2),  y = min(max(x, a), b),  A = (a - m) / s,  B = (b - m) / s
 
@@ -37,11 +37,14 @@ _erfc = np.vectorize(math.erfc, otypes=[np.float64])
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChannelDistribution:
-    """Channels of a tensor. mean, std: (C,) both; std is None where it is not known.
+    """The distribution of each channel of a tensor.
 
-    cut: values were cut off, so that the channels are no longer normal. low, high: (C,) that no value is beyond, None
-    where nothing is known. base: mean and deviation of the normal variable that was cut off at these, (C,) both, None
-    where it is the variable itself. guesses: layers in front whose own statistics nothing tells (told.py).
+    mean, std: (C,) both; std is None where it is not known.
+    cut: values were clipped, so that the channels are no longer normal.
+    low, high: bounds of all values, (C,) both; None where unknown.
+    base: mean and deviation of the normal variable before it was clipped at these bounds, (C,) both; None where it was
+        not clipped.
+    guesses: estimated layers in front, see `data_free.propagation`.
     """
 
     mean: Float64
@@ -54,7 +57,7 @@ class ChannelDistribution:
     guesses: int = 0
 
     def scaled(self, gain: Float64, shift: Float64) -> ChannelDistribution:
-        """gain * x + shift, both (C,) or (1,)."""
+        """The distribution of gain * x + shift. gain, shift: (C,) or (1,)."""
         std = None if self.std is None else self.std * np.abs(gain)
         low, high = self._bounds(gain, shift)
         base = None if self.base is None else (self.base[0] * gain + shift, self.base[1] * np.abs(gain))
@@ -68,7 +71,7 @@ class ChannelDistribution:
         return np.minimum(low, high), np.maximum(low, high)
 
     def plus(self, other: ChannelDistribution) -> ChannelDistribution:
-        """The sum with another tensor, as if independent of it."""
+        """The distribution of the sum with an independent tensor."""
         known = self.std is not None and other.std is not None
         std = np.hypot(self.std, other.std) if known else None  # type: ignore[arg-type]
         low, high = (one + more for one, more in zip(self.ends, other.ends, strict=True))
@@ -76,7 +79,7 @@ class ChannelDistribution:
         return ChannelDistribution(self.mean + other.mean, std, self.cut and other.cut, low, high, guesses=guesses)
 
     def of(self, channels: NDArray[np.int64]) -> ChannelDistribution:
-        """Some of the channels, or some several times."""
+        """The distributions of these channels, which may repeat."""
 
         def some(numbers: Float64 | None) -> Float64 | None:
             return None if numbers is None else numbers[channels]
@@ -88,7 +91,7 @@ class ChannelDistribution:
 
     @classmethod
     def joined(cls, parts: Sequence[ChannelDistribution]) -> ChannelDistribution:
-        """Channels side by side."""
+        """The distributions of several tensors, channels side by side."""
         stds = [part.std for part in parts if part.std is not None]
         known = len(stds) == len(parts)
         std = np.concatenate(stds) if known else None
@@ -101,11 +104,11 @@ class ChannelDistribution:
         return cls(mean, std, any(part.cut for part in parts), low, high, base, table, guesses)
 
     def averaged(self) -> ChannelDistribution:
-        """Means over places: how far these vary depends on how alike neighbours are."""
+        """The distribution of means over places: their deviation is unknown, as it depends on correlation of places."""
         return ChannelDistribution(self.mean, None, True, self.low, self.high, guesses=self.guesses)
 
     def clipped(self, low: float, high: float) -> ChannelDistribution:
-        """Cut off at two bounds, which may be infinite. What this needs: std, and not cut off before."""
+        """The distribution clipped at two bounds, which may be infinite. Needs std, and no clipping before."""
         assert self.std is not None
         assert not self.cut
         mean, deviation = self.mean, self.std
@@ -126,19 +129,19 @@ class ChannelDistribution:
 
     @property
     def ends(self) -> tuple[Float64, Float64]:
-        """What no value is beyond, (C,) both; infinite where nothing is known."""
+        """The bounds of all values, (C,) both; infinite where unknown."""
         low = np.full(self.mean.shape, -math.inf) if self.low is None else self.low
         high = np.full(self.mean.shape, math.inf) if self.high is None else self.high
         return low, high
 
     @property
     def origin(self) -> tuple[Float64, Float64]:
-        """Mean and deviation of the normal variable that is cut off at `ends`, (C,) both. What this needs: std."""
+        """Mean and deviation of the normal variable that is clipped at `ends`, (C,) both. Needs std."""
         assert self.std is not None
         return (self.mean, self.std) if self.base is None else self.base
 
     def at(self, z: Float64) -> Float64:
-        """The values of all channels where a standard normal variable has the values z: (n,) or (n, C) to (n, C)."""
+        """The quantiles of all channels at those of a standard normal variable: z, (n,) or (n, C), to (n, C)."""
         z = z[:, None] if z.ndim == 1 else z
         if self.table is None:
             mean, std = self.origin
@@ -159,7 +162,7 @@ class ChannelDistribution:
 
 
 def normal_quantiles(count: int) -> Float64:
-    """Values of a standard normal variable that are equally probable, ascending, (count,)."""
+    """Equally probable values of a standard normal variable, ascending, (count,)."""
     normal = NormalDist()
     return np.array([normal.inv_cdf((index + 0.5) / count) for index in range(count)])
 
@@ -171,7 +174,7 @@ DEVIATION_GRID = np.linspace(-REACH_DEVIATIONS, REACH_DEVIATIONS, 241)
 
 
 def infer_before_relu(mean: Float64, std: Float64) -> ChannelDistribution:
-    """The normal variable that has this mean and deviation once it is cut off at zero, (C,) both.
+    """The normal variable that has this mean and deviation behind a Relu, (C,) both.
 
     The ratio of both grows with that of the variable itself; so it is found by halving. A channel that was never above
     zero in training has lost what it was: it counts as one that is zero.
@@ -201,5 +204,5 @@ def _normal_density(z: Float64) -> Float64:
 
 
 def _normal_tail(z: Float64) -> Float64:
-    """The probability of more than z."""
+    """The probability that a standard normal variable exceeds z."""
     return np.asarray(_erfc(z / math.sqrt(2)) / 2)

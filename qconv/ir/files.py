@@ -23,6 +23,7 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 
 from qconv.errors import QconvError
+from qconv.ir.metadata import FLOAT_MODEL_KEY, VERSION_KEY
 from qconv.ir.model import Model, ir
 from qconv.runtime.session import Session
 from qconv.storage import check_output_path, convert_os_errors, locked_folder, sync_file, sync_folder, temporary_path
@@ -207,7 +208,7 @@ def file_bytes(proto: onnx.ModelProto, source: Source) -> int:
 
 def _find_quantized_node(proto: onnx.ModelProto) -> Any:
     """The first node that tells, or None. qconv's own Cast of weights, codes of one or two bytes, does."""
-    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT16) if "qconv.version" in metadata_of(proto) else ()
+    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT16) if VERSION_KEY in metadata_of(proto) else ()
     codes = {tensor.name for tensor in proto.graph.initializer if tensor.data_type in kinds}
     for node in proto.graph.node:
         if node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear"):
@@ -350,3 +351,24 @@ def hash_model(source: Source, data: Iterable[Path]) -> str:
         with path.open("rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
     return found.hexdigest()
+
+
+MOST_FILES_TRIED = 64
+"""Files beside the quantized one that are looked at."""
+
+
+def find_teacher(source: Source) -> Source:
+    """The float model that a file was made from, by its hash, among those beside it."""
+    hint = "pass the float model with --teacher FLOAT."
+    wanted = metadata_of(read_proto(source)).get(FLOAT_MODEL_KEY)
+    if wanted is None or source.path is None:
+        raise QconvError(f"{source.name} does not say which float model it was made from.", hint)
+    folder = source.path.resolve().parent
+    stem = source.path.name.split(".")[0]
+    beside = sorted(folder.glob("*.onnx"), key=lambda path: (not path.name.startswith(stem), path.name))
+    for path in beside[:MOST_FILES_TRIED]:
+        own = Source(str(source.path.parent / path.name), source.path.parent / path.name)
+        with contextlib.suppress(QconvError):
+            if hash_model(own, external_data_files(read_proto(own), own)) == wanted:
+                return own
+    raise QconvError(f"The float model that {source.name} was made from is not beside it.", hint)

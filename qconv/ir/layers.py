@@ -38,8 +38,8 @@ class Layer:
 
         out[g, o] = sum over i, k of weight[g, o, i, k] * in[g, i] + bias[g, o]
 
-    weight: (G, O/G, I/G, K), bias: (O,). means: E[in], (I,), where its note says that (expected.py). made: what out is
-    like, (O,), where BatchNormalization says that.
+    weight: (G, O/G, I/G, K), bias: (O,). means: E[in], (I,), where its note says that (`input_means_of`). made: what
+    out is like, (O,), where BatchNormalization says that.
     """
 
     node: Node
@@ -60,7 +60,7 @@ class Layer:
 
 
 def read_layer(node: Node) -> Layer:
-    """The layer `node` stands for; alpha and beta of Gemm are in its weight and bias. Raises Refused."""
+    """The layer `node` stands for; alpha and beta of Gemm are in its weight and bias. Raises EditRefused."""
     stored = constant_array(node.inputs[1])
     if stored is None:
         raise EditRefused(f"the weights of {describe_node(node)} are computed")
@@ -79,53 +79,53 @@ def read_layer(node: Node) -> Layer:
 
 
 def input_means_of(node: Node) -> Float64 | str:
-    """The note of a layer: the means of what it reads, (I,), or why they are not known."""
+    """The noted means of a layer's input, (I,), or why they are not known."""
     found: Float64 | str | None = get_note(node, _MEANS_NOTE)
     return "it came about by folding" if found is None else found
 
 
 def has_input_means(node: Node) -> bool:
-    """Whether a layer has a note."""
+    """Whether a layer has a note of its input means."""
     return get_note(node, _MEANS_NOTE) is not None
 
 
 def set_input_means(node: Node, means: Float64 | str) -> None:
-    """Give a layer its note."""
+    """Note the means of a layer's input, or why they are not known."""
     set_note(node, _MEANS_NOTE, means)
 
 
 def channel_stats_of(value: Value) -> ChannelDistribution | None:
-    """The note of a tensor: what its channels are like, by BatchNormalization; None where there is none."""
+    """The noted distribution of a tensor's channels, from BatchNormalization; None without a note."""
     found: ChannelDistribution | None = get_note(value, _STATS_NOTE)
     return found
 
 
 def set_channel_stats(value: Value, found: ChannelDistribution) -> None:
-    """Give a tensor its note. Whoever scales or shifts the tensor does so with the note, too."""
+    """Note the distribution of a tensor. A pass that scales or shifts the tensor must transform the note, too."""
     set_note(value, _STATS_NOTE, found)
 
 
 def transform_channel_stats(value: Value, gain: Float64, shift: Float64) -> None:
-    """Bring the note of a tensor, if it has one, up to date: it is gain * x + shift from now on, both (C,) or (1,)."""
+    """Update the note of a tensor, if it has one, to that of gain * x + shift. gain, shift: (C,) or (1,)."""
     found = channel_stats_of(value)
     if found is not None:
         set_channel_stats(value, found.scaled(gain, shift))
 
 
 def weight_rows_of(node: Node, stored: NDArray[Any]) -> NDArray[Any]:
-    """What is stored in the shape of a layer's weights as rows, one an output: (G, O/G, I/G * K)."""
+    """Arrange an array of the shape of a layer's weights as rows, one an output: (G, O/G, I/G * K)."""
     by_group = _by_group(node, stored)
     return by_group.reshape(*by_group.shape[:2], -1)
 
 
 def weights_from_rows(node: Node, rows: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
-    """The reverse of `rows_of`; shape: that of the layer's weights."""
+    """The reverse of `weight_rows_of`. shape: of the layer's weights."""
     area = int(np.prod(shape[2:]))
     return _as_stored(node, rows.reshape(*rows.shape[:2], -1, area), shape)
 
 
 def _by_group(node: Node, stored: NDArray[Any]) -> NDArray[Any]:
-    """(G, O/G, I/G, K)"""
+    """Arrange weights as (G, O/G, I/G, K)."""
     groups = attribute(node, "group", 1)
     first, second = stored.shape[:2]
     found = stored.reshape(groups, first // groups, second, -1)
@@ -193,7 +193,7 @@ def scale_inputs(layer: Layer, gain: Float64, shift: Float64) -> Layer:
 
 
 def check_finite(layer: Layer) -> None:
-    """Raise Refused where float32 cannot hold the layer's numbers."""
+    """Raise EditRefused where float32 cannot hold the layer's numbers."""
     if not (np.isfinite(layer.weight).all() and np.all(np.abs(layer.bias) <= FLOAT_MAX)):
         raise EditRefused(f"{describe_node(layer.node)} would get numbers that float32 does not have")
 
@@ -246,7 +246,7 @@ def affine_data_input(node: Node) -> Value | None:
 
 
 def read_affine(node: Node, axes: int | None, axis: int = 1) -> Affine:
-    """What `node` does to data with `axes` axes whose channels lie along `axis`. Raises Refused."""
+    """The scale and shift that `node` applies to data of `axes` axes, channels along `axis`. Raises EditRefused."""
     if standard_op_type(node) == "BatchNormalization":
         gain, shift = _read_batchnorm(node)
     else:

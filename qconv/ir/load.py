@@ -1,4 +1,4 @@
-"""From a file to a model that the other passes can rely on.
+"""This module loads an ONNX file as a model that the other passes can rely on.
 
 After `load` the opset is at least 13, local functions are inlined, constants are initializers (no Constant nodes, no
 constant subgraphs, none listed as an input), float16 has become float32 behind casts at the model's edge, every node
@@ -6,6 +6,16 @@ has a name and every value a shape as far as onnx can infer it. Bodies of If and
 
 Weights never pass through one protobuf: they are set aside while onnx's converter and shape inference work, so that
 models beyond 2 GB load like others.
+
+onnx-ir's common passes were tried in place of what is here, and do not serve (1.1.0):
+
+- LiftConstantsToInitializersPass gives the same bytes for every model of the tests, but rewrites bodies as well, and
+  raises ValueError or TypeError for attributes of an odd type or name and for outputs without a name.
+- NameFixPass renames values, so that two values of one name pass unnoticed, and may rename outputs of the model.
+- InlinePass and RemoveUnusedOpsetsPass work behind the conversion of the opset, which onnx does on protobuf and only
+  without functions and unknown domains.
+- RemoveInitializersFromInputsPass takes inputs away from bodies of Loop, too.
+- ShapeInferencePass hides failures, which here end in an error that says what does not fit together.
 """
 
 from __future__ import annotations
@@ -31,7 +41,19 @@ FLOAT = onnx.TensorProto.FLOAT
 
 
 def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -> tuple[Model, list[Change]]:
-    """The model ready for folding, at `opset` or its own if that is higher. `proto` is used up."""
+    """Load a model for the passes.
+
+    Args:
+        proto: The file's content. It is used up.
+        source: Where it comes from, for messages and external data.
+        opset: The lowest opset of the result; a higher one of the file stays.
+
+    Returns:
+        The model, and what was changed, as findings.
+
+    Raises:
+        QconvError: The file is damaged or no ONNX model, or onnx cannot raise its opset.
+    """
     changes: list[Change] = []
     # ONNX Runtime's optimizer leaves dozens of unused imports; the converter stops at any it does not know.
     used = {node.domain for node in _iter_nodes(proto.graph)} | {f.domain for f in proto.functions}
@@ -81,7 +103,7 @@ def _iter_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def _make_dense(graph: onnx.GraphProto) -> int:
-    """Sparse initializers and Constant nodes become plain ones, which onnx-ir can hold. Returns how many there were."""
+    """Make sparse initializers and Constant nodes dense, as onnx-ir holds no others. Returns how many there were."""
     graph.initializer.extend(map(_to_dense, graph.sparse_initializer))
     count = len(graph.sparse_initializer)
     del graph.sparse_initializer[:]
@@ -94,7 +116,7 @@ def _make_dense(graph: onnx.GraphProto) -> int:
 
 
 def _to_dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
-    """Indices are of shape (N,), or (N, rank)."""
+    """Convert one sparse tensor; its indices have the shape (N,), flat, or (N, rank)."""
     values, indices = onnx.numpy_helper.to_array(sparse.values), onnx.numpy_helper.to_array(sparse.indices)
     dense = np.zeros(tuple(sparse.dims), values.dtype)
     if indices.ndim == 1:
@@ -105,7 +127,7 @@ def _to_dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
 
 
 def _detach_weights(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    """Turn large initializers into inputs, so that what follows handles a few kilobytes only."""
+    """Turn large initializers into inputs, so that onnx's C++ parts get a few kilobytes only. Returns them by name."""
     graph = proto.graph
     weights: dict[str, onnx.TensorProto] = {}
     kept = []
@@ -125,7 +147,7 @@ def _detach_weights(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 
 def _reattach_weights(proto: onnx.ModelProto, weights: dict[str, onnx.TensorProto]) -> int:
-    """Undo `_set_aside`; no initializer stays listed as an input. Returns how many the file itself had listed."""
+    """Undo `_detach_weights`; no initializer stays listed as an input. Returns how many the file itself had listed."""
     graph = proto.graph
     graph.initializer.extend(weights.values())
     constant = {tensor.name for tensor in graph.initializer}
@@ -138,6 +160,7 @@ def _reattach_weights(proto: onnx.ModelProto, weights: dict[str, onnx.TensorProt
 
 
 def _convert_opset(proto: onnx.ModelProto, source: Source, current: int, opset: int) -> onnx.ModelProto:
+    """Raise the opset by onnx's version converter, which drops metadata: they are put back."""
     from onnx import version_converter
 
     metadata, functions = list(proto.metadata_props), proto.functions
@@ -162,7 +185,7 @@ def _convert_opset(proto: onnx.ModelProto, source: Source, current: int, opset: 
 
 
 def _infer_shapes(proto: onnx.ModelProto, source: Source) -> None:
-    """Shapes from onnx itself; stale ones in the file are dropped first, those of outputs only added where none is."""
+    """Let onnx infer shapes: stale ones in the file are dropped first, those of outputs only added where none is."""
     from onnx import shape_inference
 
     del proto.graph.value_info[:]
@@ -180,7 +203,7 @@ def _infer_shapes(proto: onnx.ModelProto, source: Source) -> None:
 
 
 def load_unchanged(proto: onnx.ModelProto, source: Source) -> Model:
-    """The model unchanged but for names: every node has one. Types are inferred as far as onnx can. Uses up `proto`."""
+    """Load a model as it is, but for names of nodes and inferred types. `proto` is used up."""
     weights = _detach_weights(proto)
     with contextlib.suppress(QconvError):
         _infer_shapes(proto, source)
@@ -197,7 +220,7 @@ def load_unchanged(proto: onnx.ModelProto, source: Source) -> Model:
 
 
 def infer_shapes_at(model: Model, name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors when the input `name` has `shape`, as far as onnx can infer them."""
+    """Infer the shapes of all tensors, by name, when the input `name` has `shape`, as far as onnx can."""
     from onnx import shape_inference
 
     proto = model.proto()
@@ -224,7 +247,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _name_nodes(graph: ir.Graph) -> None:
-    """A name for every node, its first output's where it has none: reports and the audit speak of nodes by name."""
+    """Name every node, by its first output where it has no name: reports and the audit refer to nodes by name."""
     taken: set[str] = set()
     for index, node in enumerate(graph):
         wish = node.name or (node.outputs[0].name if node.outputs else "") or f"{node.op_type}_{index}"
@@ -237,7 +260,7 @@ def _name_nodes(graph: ir.Graph) -> None:
 
 
 def _lift_constants(model: Model) -> list[Change]:
-    """Constant nodes become initializers."""
+    """Make initializers of the main graph's Constant nodes, but for outputs of the model and texts."""
     lifted = 0
     for node in model.nodes():
         if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
@@ -267,6 +290,7 @@ _CONSTANT_ATTRIBUTES: dict[str, Any] = {
 
 
 def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    """Return the tensor of a Constant node; None for texts and for attributes that are not known."""
     if "value" in node.attributes:
         return node.attributes["value"].as_tensor()
     for name, dtype in _CONSTANT_ATTRIBUTES.items():
@@ -276,7 +300,7 @@ def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
 
 
 def _widen_float16(model: Model) -> list[Change]:
-    """A float16 network becomes float32 between casts at its inputs and outputs, whose types stay."""
+    """Make a float16 network float32 between casts at its inputs and outputs, whose types stay."""
     graph = model.graph
     values = [value for part in (graph, *graph.subgraphs()) for value in _graph_values(part)]
     if not any(value.dtype == ir.DataType.FLOAT16 for value in values):
@@ -315,11 +339,12 @@ def _widen_float16(model: Model) -> list[Change]:
 
 
 def _graph_values(graph: ir.Graph) -> list[ir.Value]:
-    """What a graph or a body brings in and computes, parts of bodies inside it left out."""
+    """Return the inputs, initializers and results of a graph or body, without those of bodies inside it."""
     return [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
 
 
 def _widen_attributes(node: ir.Node) -> None:
+    """Make float16 in a node's attributes float32: the type of a Cast or Random, the tensor of a Constant."""
     for name in ("to", "dtype"):
         if attribute(node, name) == FLOAT16:
             node.attributes[name] = ir.AttrInt64(name, FLOAT)
@@ -329,7 +354,7 @@ def _widen_attributes(node: ir.Node) -> None:
 
 
 def _fold_constant_nodes(model: Model) -> list[Change]:
-    """Subgraphs that depend on no input are computed once, by ONNX Runtime, and become initializers."""
+    """Compute nodes that depend on no input once, by ONNX Runtime, and make initializers of their results."""
     constant = _constant_nodes(model)
     chosen = set(constant)
     wanted = [
@@ -353,6 +378,7 @@ def _fold_constant_nodes(model: Model) -> list[Change]:
 
 
 def _constant_nodes(model: Model) -> list[ir.Node]:
+    """Find the nodes that read constants alone and give the same tensors every time."""
     known: set[ir.Value] = set()
     nodes = []
     for node in model.nodes():
@@ -370,6 +396,7 @@ def _constant_nodes(model: Model) -> list[ir.Node]:
 
 
 def _evaluate_nodes(model: Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[np.ndarray]:
+    """Run constant nodes in a model of their own. Returns the arrays of `wanted`."""
     from qconv.runtime import session
 
     read = (value for node in nodes for value in node.inputs if value is not None and value.is_initializer())

@@ -1,8 +1,9 @@
 """Reads and writes what a quantized file carries about itself: recipe, preprocessing, versions and equalization.
 
-It also decides which opset, IR version and runtime a result needs, and finds by its hash the float model (the
-teacher) that a quantized file was made from. Equalization is recorded so that tensors can be compared with those of
-the float model:
+Every `qconv.*` key of a file's metadata is named here, and read here alone. A file comes from anybody: what is odd in
+it (no JSON, another type, numbers that cannot be) is read as if it were not there, and `describe_odd_metadata` says so
+for whoever can warn. Nothing is unpacked beyond MOST_UNPACKED_BYTES. It is also decided here which opset, IR version
+and runtime a result needs. Equalization is recorded so that tensors can be compared with those of the float model:
 
     x' = (x - shift) / 2^(k / SCALE_STEPS)        k whole, shift float32, one of each a channel
 
@@ -14,9 +15,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import json
 import math
+import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -26,20 +27,92 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.choices import WeightGranularity
-from qconv.config.preprocessing import Preprocessing
+from qconv.config.preprocessing import PRESETS, RESIZE_MODES, Color, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import IR_VERSIONS, LOWEST_OPSET, OLDEST_RUNTIMES
 from qconv.errors import QconvError
-from qconv.ir.files import Source, external_data_files, hash_model, metadata_of, read_proto
 from qconv.ir.model import Model
 
-# Which opset and IR version a result needs, what runs it, and what it carries about itself.
-
-
+VERSION_KEY = "qconv.version"
+"""The version of qconv that wrote the file."""
+RECIPE_KEY = "qconv.recipe"
+"""`Recipe.as_dict()` as JSON."""
+PREPROCESSING_KEY = "qconv.preprocessing"
+"""`Preprocessing.as_dict()` as JSON."""
 PLACED_KEY = "qconv.placed"
-
+"""Names of the nodes that are in float because that is faster, as a JSON list."""
 FLOAT_MODEL_KEY = "qconv.float"
-"""Where a file tells the hash of the float model that it was made from."""
+"""The hash of the float model that the file was made from."""
+EQUALIZATION_KEY = "qconv.moved"
+"""An EqualizationRecord: zlib in base64."""
+FINETUNING_KEY = "qconv.finetune"
+"""How a file was trained, as a JSON object. It is for people: nothing reads it."""
+
+MOST_UNPACKED_BYTES = 1 << 26
+"""A record of equalization that unpacks to more is odd: it would be one of ten million channels."""
+MOST_PIXELS = 1 << 26
+"""Of a picture that a file may ask for: a float32 array of 800 MB."""
+MOST_OCTAVES = 120
+"""Scales of channels up to here leave float32 numbers float32 numbers."""
+VERSION_PATTERN = re.compile(r"[0-9A-Za-z.+_-]{1,64}")
+
+
+class OddMetadataError(QconvError):
+    """An entry of a file's metadata that is not what qconv writes there."""
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(
+            f"the file's metadata {key} is odd: {why}.", f"write the file again, or remove {key} from its metadata."
+        )
+        self.key = key
+        self.why = why
+
+
+def describe_odd_metadata(props: Mapping[str, str]) -> list[str]:
+    """A sentence for every `qconv.*` entry that is not what qconv writes there, and is ignored by all readers."""
+    found = []
+    for read in (_parse_version, _parse_recipe, _parse_preprocessing, _parse_placed, _parse_equalization):
+        try:
+            read(props)
+        except OddMetadataError as error:
+            found.append(f"the file's metadata {error.key} is odd, and ignored: {error.why}.")
+    return found
+
+
+def _parse_json(props: Mapping[str, str], key: str, kind: type[Any]) -> Any:
+    """The JSON of an entry, an empty `kind` where there is none. Raises OddMetadataError for all but a `kind`."""
+    if key not in props:
+        return kind()
+    try:
+        found = json.loads(props[key])
+        # a lone surrogate is JSON, and nothing can print it
+        found = json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
+    except (ValueError, TypeError, RecursionError):
+        raise OddMetadataError(key, "it is no JSON") from None
+    if not isinstance(found, kind):
+        raise OddMetadataError(key, f"it holds {_JSON_NAMES.get(type(found), 'a number')}, not {_JSON_NAMES[kind]}")
+    return found
+
+
+_JSON_NAMES: dict[type[Any], str] = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
+
+
+def read_version(props: Mapping[str, str]) -> str | None:
+    """The version of qconv that wrote the file; None for files by others."""
+    try:
+        return _parse_version(props)
+    except OddMetadataError:
+        return None
+
+
+def _parse_version(props: Mapping[str, str]) -> str | None:
+    found = props.get(VERSION_KEY)
+    if found is not None and not VERSION_PATTERN.fullmatch(found):
+        raise OddMetadataError(VERSION_KEY, "it is no version")
+    return found
+
+
+# -- which opset and IR version a result needs, and what runs it -------------------------------------------------------
 
 NEW_TYPES_OPSET = 21  # int4, int16 and blocks
 
@@ -92,9 +165,9 @@ def write_metadata(
     of the float model.
     """
     set_ir_version(model)
-    carried = {"qconv.version": version, "qconv.recipe": json.dumps(recipe, sort_keys=True)}
+    carried = {VERSION_KEY: version, RECIPE_KEY: json.dumps(recipe, sort_keys=True)}
     if preprocessing is not None:
-        carried["qconv.preprocessing"] = json.dumps(preprocessing.as_dict(), sort_keys=True)
+        carried[PREPROCESSING_KEY] = json.dumps(preprocessing.as_dict(), sort_keys=True)
     if made_from:
         carried[FLOAT_MODEL_KEY] = made_from
     if placed:
@@ -102,34 +175,126 @@ def write_metadata(
     model.inner.metadata_props.update(carried)
 
 
-def read_placed_nodes(model: Model) -> frozenset[str]:
+def write_finetuning(model: Model, how: Mapping[str, Any]) -> None:
+    """Write how a file was trained among its metadata."""
+    model.inner.metadata_props[FINETUNING_KEY] = json.dumps(how, sort_keys=True)
+
+
+def read_placed_nodes(props: Mapping[str, str]) -> frozenset[str]:
     """The nodes that a file by qconv says it left in float on purpose; none for other files."""
-    with contextlib.suppress(ValueError):
-        names = json.loads(model.inner.metadata_props.get(PLACED_KEY, "[]"))
-        if isinstance(names, list):
-            return frozenset(map(str, names))
-    return frozenset()
+    try:
+        return _parse_placed(props)
+    except OddMetadataError:
+        return frozenset()
 
 
-def read_recipe(model: Model) -> dict[str, Any]:
-    """The recipe that a file by qconv was made with; empty for other files."""
-    with contextlib.suppress(KeyError, ValueError):
-        found = json.loads(model.inner.metadata_props["qconv.recipe"])
-        return found if isinstance(found, dict) else {}
-    return {}
+def _parse_placed(props: Mapping[str, str]) -> frozenset[str]:
+    names = _parse_json(props, PLACED_KEY, list)
+    if not all(isinstance(name, str) for name in names):
+        raise OddMetadataError(PLACED_KEY, "it holds other things than names")
+    return frozenset(names)
 
 
-# What channels of the float network were scaled and lowered by, told in the file, so that its tensors can be compared.
-#
-#     x' = (x - shift) / 2^(k / STEPS)        k whole, shift float32, one of each a channel
-#
-# Equalization chooses scales of this form: two bytes a channel tell them exactly. Tensors that are scaled alike, such
-# as those of a residual stream, share one entry.
+def read_recipe(props: Mapping[str, str]) -> dict[str, Any]:
+    """The recipe that a file by qconv was made with; empty for other files.
 
+    It is as the file has it, of any types: `recipe_from_dict` makes a Recipe of it, or refuses it.
+    """
+    try:
+        return _parse_recipe(props)
+    except OddMetadataError:
+        return {}
+
+
+def _parse_recipe(props: Mapping[str, str]) -> dict[str, Any]:
+    return dict(_parse_json(props, RECIPE_KEY, dict))
+
+
+# -- how images are fed ------------------------------------------------------------------------------------------------
+
+
+def read_preprocessing_dict(props: Mapping[str, str]) -> dict[str, Any] | None:
+    """The preprocessing as the file has it, of any types; None where it has none, or no JSON object."""
+    try:
+        return _parse_json(props, PREPROCESSING_KEY, dict) or None
+    except OddMetadataError:
+        return None
+
+
+def read_preprocessing(props: Mapping[str, str]) -> PreprocessingOptions | None:
+    """How another run of qconv says that this file is fed; None where none wrote it, or nothing legible."""
+    try:
+        found = _parse_preprocessing(props)
+    except OddMetadataError:
+        return None
+    return None if found is None else found[0]
+
+
+def read_float_preprocessing(props: Mapping[str, str]) -> PreprocessingOptions | None:
+    """The same for the float network that the file was made from, which takes normalized images where this takes
+    pixels."""
+    try:
+        found = _parse_preprocessing(props)
+    except OddMetadataError:
+        return None
+    return None if found is None else found[1]
+
+
+def _parse_preprocessing(props: Mapping[str, str]) -> tuple[PreprocessingOptions, PreprocessingOptions] | None:
+    """How the file is fed, and how the float network is that it was made from."""
+    known = _parse_json(props, PREPROCESSING_KEY, dict)
+    if PREPROCESSING_KEY not in props:
+        return None
+    inside = known.get("embedded") or {}
+    if not isinstance(inside, dict):
+        raise OddMetadataError(PREPROCESSING_KEY, "`embedded` is no object")
+    return _make_options(known), _make_options({**known, **inside})
+
+
+def _make_options(known: Mapping[str, Any]) -> PreprocessingOptions:
+    try:
+        options = PreprocessingOptions(
+            preset=known["preset"],
+            scale=known["scale"],
+            mean=tuple(known["mean"]),
+            std=tuple(known["std"]),
+            color=known["color"],
+            layout=known["layout"],
+            resize=known["resize"],
+            filter=known["filter"],
+            size=tuple(known["size"]),
+        )
+    except KeyError as error:
+        raise OddMetadataError(PREPROCESSING_KEY, f"it lacks {error}") from None
+    except QconvError as error:  # speaks of options, which nobody typed
+        raise OddMetadataError(PREPROCESSING_KEY, error.message.replace("--", "").rstrip(".")) from None
+    except (TypeError, ValueError, LookupError, ArithmeticError):
+        raise OddMetadataError(PREPROCESSING_KEY, "it holds something of another type") from None
+    _check_options(options)
+    return options
+
+
+def _check_options(options: PreprocessingOptions) -> None:
+    """Raise OddMetadataError for what no `Preprocessing` is, although options may be so."""
+    channels = 1 if options.color is Color.GREY else 3
+    for name in ("mean", "std"):
+        if len(getattr(options, name)) not in (1, channels):
+            raise OddMetadataError(PREPROCESSING_KEY, f"{name} has another number of values than there are channels")
+    if options.color is None or options.layout is None or options.scale is None:
+        raise OddMetadataError(PREPROCESSING_KEY, "color, layout or scale is null")
+    if not isinstance(options.preset, str) or options.preset not in PRESETS:
+        raise OddMetadataError(PREPROCESSING_KEY, f"the preset {str(options.preset)[:40]!r} is unknown")
+    size = options.size or (0, 0)
+    if min(size) < 1 or math.prod(size) > MOST_PIXELS:
+        raise OddMetadataError(PREPROCESSING_KEY, f"pictures of {size[0]}x{size[1]} pixels are not possible")
+    known = options.resize in RESIZE_MODES if isinstance(options.resize, str) else options.resize**2 <= MOST_PIXELS
+    if not known:
+        raise OddMetadataError(PREPROCESSING_KEY, f"resize {str(options.resize)[:40]!r} is not possible")
+
+
+# -- what channels of the float network were scaled and lowered by -----------------------------------------------------
 
 Float64 = NDArray[np.float64]
-
-EQUALIZATION_KEY = "qconv.moved"
 
 SCALE_STEPS = 32
 """To an octave: a range is filled to within 2 %."""
@@ -196,9 +361,24 @@ def write_equalization(
 def read_equalization(props: Mapping[str, str]) -> EqualizationRecord:
     """What a file tells; nothing for files that tell nothing, or nothing legible."""
     try:
-        return _unpack_record(zlib.decompress(base64.b64decode(props[EQUALIZATION_KEY], validate=True)))
-    except (KeyError, ValueError, TypeError, zlib.error, binascii.Error):
+        return _parse_equalization(props)
+    except OddMetadataError:
         return EqualizationRecord({}, {})
+
+
+def _parse_equalization(props: Mapping[str, str]) -> EqualizationRecord:
+    if EQUALIZATION_KEY not in props:
+        return EqualizationRecord({}, {})
+    try:
+        packed = base64.b64decode(props[EQUALIZATION_KEY], validate=True)
+        stream = zlib.decompressobj()
+        content = stream.decompress(packed, MOST_UNPACKED_BYTES)
+        if stream.unconsumed_tail or not stream.eof:
+            why = f"it unpacks to more than {MOST_UNPACKED_BYTES >> 20} MiB" if stream.unconsumed_tail else "it is cut"
+            raise OddMetadataError(EQUALIZATION_KEY, why)
+        return _unpack_record(content)
+    except (ValueError, TypeError, RecursionError, zlib.error, binascii.Error):
+        raise OddMetadataError(EQUALIZATION_KEY, "it is no record of equalization") from None
 
 
 def _pack_record(moves: EqualizationRecord) -> bytes:
@@ -218,37 +398,23 @@ def _pack_record(moves: EqualizationRecord) -> bytes:
 
 
 def _unpack_record(content: bytes) -> EqualizationRecord:
+    """Raises ValueError or TypeError for what `_pack_record` did not write."""
     head, _, data = content.partition(b"\n")
     told = json.loads(head)
-    return EqualizationRecord(dict(_unpack_arrays(told, data, "scales")), dict(_unpack_arrays(told, data, "shifts")))
+    scales, shifts = (dict(_unpack_arrays(told, data, kind)) for kind in ("scales", "shifts"))
+    if any(np.abs(steps.astype(np.int64)).max(initial=0) > MOST_OCTAVES * SCALE_STEPS for steps in scales.values()):
+        raise ValueError("scales")
+    if not all(np.isfinite(shift).all() for shift in shifts.values()):
+        raise ValueError("shifts")
+    return EqualizationRecord(scales, shifts)
 
 
-def _unpack_arrays(
-    told: Mapping[str, Mapping[str, list[int]]], data: bytes, kind: str
-) -> Iterator[tuple[str, NDArray[Any]]]:
-    for name, (start, size) in told.get(kind, {}).items():
+def _unpack_arrays(told: Any, data: bytes, kind: str) -> Iterator[tuple[str, NDArray[Any]]]:
+    found = told.get(kind, {}) if isinstance(told, dict) else None
+    if not isinstance(found, dict):
+        raise TypeError("no object")
+    for name, place in found.items():
+        start, size = place
+        if type(start) is not int or type(size) is not int or min(start, size) < 0:
+            raise ValueError("no place")
         yield name, np.frombuffer(data, RECORD_TYPES[kind], size, start)
-
-
-# The float model that a quantized file was made from.
-
-
-MOST_FILES_TRIED = 64
-"""Files beside the quantized one that are looked at."""
-
-
-def find_teacher(source: Source) -> Source:
-    """The float model that a file was made from, by its hash, among those beside it."""
-    hint = "pass the float model with --teacher FLOAT."
-    wanted = metadata_of(read_proto(source)).get(FLOAT_MODEL_KEY)
-    if wanted is None or source.path is None:
-        raise QconvError(f"{source.name} does not say which float model it was made from.", hint)
-    folder = source.path.resolve().parent
-    stem = source.path.name.split(".")[0]
-    beside = sorted(folder.glob("*.onnx"), key=lambda path: (not path.name.startswith(stem), path.name))
-    for path in beside[:MOST_FILES_TRIED]:
-        own = Source(str(source.path.parent / path.name), source.path.parent / path.name)
-        with contextlib.suppress(QconvError):
-            if hash_model(own, external_data_files(read_proto(own), own)) == wanted:
-                return own
-    raise QconvError(f"The float model that {source.name} was made from is not beside it.", hint)

@@ -21,11 +21,6 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-# Import a library without one that it imports: the other one is imported when something of it is used.
-#
-# onnx-ir imports sympy for arithmetic on symbolic shapes, of which nothing is done here: a third of a second and 30 MB
-# for every command.
-
 
 @contextlib.contextmanager
 def defer_import(name: str) -> Iterator[None]:
@@ -59,12 +54,6 @@ def _make_lazy_function(name: str, attribute: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(name), attribute)(*args, **options)
 
     return call
-
-
-# The door to onnx-ir: a model in memory and the edits that the other modules are made of.
-#
-# Only this module builds or rewires onnx-ir objects. Every edit keeps three promises: names of inputs and outputs of
-# the model stay, new names are explicit and never taken, and a removed node leaves no use behind.
 
 
 with defer_import("sympy"):
@@ -113,11 +102,11 @@ class Model:
         return list(self.graph)
 
     def fresh(self, wish: str) -> str:
-        """A name that no tensor bears yet, `wish` if it is free."""
+        """A name that no tensor has yet: `wish` if it is free."""
         return _unused_name(wish, self._names)
 
     def fresh_node(self, wish: str) -> str:
-        """A name that no node bears yet, `wish` if it is free."""
+        """A name that no node has yet: `wish` if it is free."""
         return _unused_name(wish, self._node_names)
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -182,7 +171,7 @@ class Model:
         self.graph.insert_after(place, new)
 
     def insert_first(self, *new: Node) -> None:
-        """At the head of the graph, for nodes that read its inputs."""
+        """Put new nodes at the head of the graph, which read its inputs."""
         first = next(iter(self.graph), None)
         if first is None:
             self.graph.extend(new)
@@ -420,12 +409,12 @@ def is_tensor(value: Value) -> bool:
 
 
 def set_note(about: Node | Value, key: str, what: object) -> None:
-    """Remember something about a node or a tensor. Copies of the model have it, too; files do not."""
+    """Attach a note to a node or a tensor. Copies of the model keep it; files do not."""
     about.meta[key] = what
 
 
 def get_note(about: Node | Value, key: str) -> Any:
-    """What was remembered, None where nothing was."""
+    """The note under this key; None without one."""
     return about.meta.get(key)
 
 

@@ -16,12 +16,6 @@ from numpy.typing import NDArray
 from qconv.errors import Change, Finding, Skipped
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of, rank
 
-# What the float passes are written with: an edit of one node, and the pass that tries it on every node.
-#
-# An edit takes the model and a node. It returns what it changed, nothing where there was nothing to do, or raises
-# `Refused` before it has changed anything. `each_node` makes a pass of it, and a `Skipped` of every refusal.
-
-
 Pass = Callable[[Model], list[Finding]]
 
 Edit = Callable[[Model, Node], list[Change]]
@@ -53,7 +47,7 @@ def each_node(step: str, *op_types: str) -> Callable[[Edit], Pass]:
 
 
 def standard_op_type(node: Node) -> str:
-    """The type of a standard operator, nothing for those of other domains."""
+    """The type of a standard operator; empty for operators of other domains."""
     return node.op_type if node.domain == "" else ""
 
 
@@ -92,13 +86,8 @@ def explicit_pads(node: Node, axes: int) -> list[int] | None:
     return [0] * (2 * axes) if auto == "VALID" else attribute(node, "pads") or [0] * (2 * axes)
 
 
-# Which channels of what they read operators hand on, where they drop, add or flatten some. Channels lie along axis 1.
-#
-# All raise Refused where the graph does not tell.
-
-
 def sliced_channels(node: Node, count: int) -> NDArray[np.int64]:
-    """The channels, of so many, that a Slice leaves."""
+    """The channels, out of `count`, that a Slice keeps."""
     kept = np.arange(count)
     given = [constant_array(input_of(node, index)) for index in range(1, 5)]
     starts, ends, axes, steps = given
@@ -117,7 +106,7 @@ def sliced_channels(node: Node, count: int) -> NDArray[np.int64]:
 
 
 def split_channels(node: Node, count: int) -> list[NDArray[np.int64]]:
-    """The channels, of so many, that each output of a Split has: some of them, or all at some of the places."""
+    """The channels, out of `count`, that each output of a Split has; all of them where it splits places."""
     kept = np.arange(count)
     axis = attribute(node, "axis", 0) % (rank(data_input(node)) or 1)
     if axis != 1:
@@ -129,7 +118,7 @@ def split_channels(node: Node, count: int) -> list[NDArray[np.int64]]:
 
 
 def padded_channels(node: Node) -> tuple[int, int]:
-    """How many channels of zeros a Pad puts before and behind those that it reads.
+    """How many channels of zeros a Pad adds before and behind those of its input.
 
     Places are padded with zeros, or with copies of others.
     """
@@ -147,7 +136,7 @@ def padded_channels(node: Node) -> tuple[int, int]:
 
 
 def features_per_channel(model: Model, node: Node) -> int:
-    """How many features side by side every channel becomes where (N, C, H, W) becomes (N, C * H * W)."""
+    """The features of each channel, side by side, where (N, C, H, W) is flattened to (N, C * H * W)."""
     sizes = dims(data_input(node))
     features = _count_features(model, node.outputs[0])
     if sizes is None or None in sizes[1:] or features != prod(size or 0 for size in sizes[1:]):
@@ -166,7 +155,7 @@ def _count_features(model: Model, value: Value) -> int:
 
 
 def check_reduces_spatial_axes(node: Node) -> None:
-    """Refuse a ReduceMean or the like that takes channels or pictures together."""
+    """Raise EditRefused for a reduction over channels or images."""
     given, numbers, own = attribute(node, "axes"), constant_array(input_of(node, 1)), rank(data_input(node))
     axes = given if given is not None else None if numbers is None else numbers.tolist()
     if own is None or axes is None or any(axis % own < 2 for axis in axes):

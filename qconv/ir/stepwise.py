@@ -33,13 +33,6 @@ from qconv.quantizer import QuantParams, QuantSpec
 from qconv.runtime.session import Session
 from qconv.storage import ArrayStore, StoredArray, StoredArrays, prefetch
 
-# A network run layer after layer on the same pictures, every node once.
-#
-# Between two stops the tensors that are still to be read are held, for all pictures: a stop costs what lies since the
-# last one, not the whole network. What a stop needs is run as a small model of its own. Dequantizers are run anew by
-# whoever reads them, so that codes are held instead of floats four times as large.
-
-
 CONCURRENT_RUNS = 2
 
 
@@ -47,7 +40,7 @@ CONCURRENT_RUNS = 2
 class SubModel:
     """Some nodes as a model of their own.
 
-    held: what it is fed, batch by batch. large: constants that it is fed as well. count: of batches.
+    held: its inputs, batch by batch. large: constants that are inputs as well. count: number of batches.
     """
 
     proto: SubgraphProto
@@ -56,12 +49,12 @@ class SubModel:
     count: int
 
     def feed(self, index: int) -> dict[str, NDArray[Any]]:
-        """What to run it on, of one batch."""
+        """The inputs of one batch."""
         return {name: arrays[index] for name, arrays in self.held.items()} | dict(self.large)
 
 
 class StepwiseRun:
-    """Where a network stands. The model's weights may change in front of it, never behind.
+    """A network that is run node by node. Weights of nodes that have not run yet may change.
 
     feeds: what each batch of pictures feeds to the model's inputs. store: where tensors are held in between. kept:
     tensors that are held to the end once they are there, such as outputs that `behind` will be asked for.
@@ -86,14 +79,14 @@ class StepwiseRun:
         self._done: set[Node] = set()
 
     def at(self, value: Value) -> StoredArrays:
-        """The values of a tensor for every batch; they are there until the next call."""
+        """The values of a tensor for every batch, valid until the next call. Runs what they need."""
         self._drop()
         if value not in self._held:
             self._run(self._missing(value), value)
         return self._held[value]
 
     def codes_at(self, value: Value) -> tuple[StoredArrays, QuantParams | None]:
-        """Like `at`, but of a dequantized tensor the codes, and how they are dequantized; None for floats."""
+        """Like `at`, but returns the codes of a dequantized tensor, with their parameters; None for floats."""
         node = value.producer()
         scale, zero = (constant_array(input_of(node, index)) for index in (1, 2)) if node is not None else (None, None)
         if (
@@ -145,7 +138,7 @@ class StepwiseRun:
         self._held |= {result: StoredArrays(held) for result, held in made_of.items()}
 
     def behind(self, outputs: Sequence[Value]) -> SubModel:
-        """All that is still to be run for these of the model's outputs."""
+        """The nodes that are still to be run for these outputs, as a model."""
         return self._part(self._missing(*outputs), outputs)
 
     def _part(self, nodes: Sequence[Node], outputs: Sequence[Value]) -> SubModel:
@@ -160,7 +153,7 @@ class StepwiseRun:
         return SubModel(extract_subgraph(self._model, nodes, shapes, outputs), held, large, self._count)
 
     def _is_read(self, value: Value) -> bool:
-        """Whether it is kept, or a node that has not run yet reads it, through dequantizers or itself."""
+        """Whether a tensor is kept, or a node that has not run yet reads it, directly or through dequantizers."""
         if value in self._kept:
             return True
         for node in self._model.readers(value):
@@ -174,7 +167,7 @@ class StepwiseRun:
         return False
 
     def _drop(self) -> None:
-        """Let go of what nobody will read any more."""
+        """Drop tensors that no node will read any more."""
         for value in [value for value in self._held if not self._is_read(value)]:
             for held in self._held.pop(value).held:
                 held.drop()
@@ -183,7 +176,7 @@ class StepwiseRun:
 def run_each(
     session: Session, names: list[str], feeds: Iterator[dict[str, NDArray[Any]]]
 ) -> Iterator[list[NDArray[Any]]]:
-    """What the session says of one feed after the other, some of them at once."""
+    """Yield the outputs for each feed in order; some run at the same time."""
     for future in prefetch(
         lambda feed: session.run(names, feed), feeds, workers=session.at_once, depth=CONCURRENT_RUNS + 1
     ):
@@ -209,24 +202,25 @@ def _large_constant(value: Value) -> NDArray[Any] | None:
 
 
 def _common_type_and_shape(arrays: StoredArrays) -> tuple[np.dtype[Any], tuple[int | None, ...]]:
-    """Type and shape of all of them, None where they differ."""
+    """Type and shape of all arrays, with None for dimensions that differ."""
     sizes = zip(*(x.shape for x in arrays.held), strict=True)
     return arrays.held[0].dtype, tuple(size[0] if len(set(size)) == 1 else None for size in sizes)
-
-
-# The rest of a network behind some tensors, as it runs where these alone are rounded, or one layer is replaced.
 
 
 NO_INPUTS: Mapping[str, NDArray[Any]] = MappingProxyType({})
 
 
 class NetworkTail:
-    """part: what is run. outputs: of it. groups: tensors that are fed to it or made in it, and are rounded together.
-    spec: of their codes.
+    """The rest of a network, run with some tensors rounded or one layer replaced.
 
-    opened: a node, and names for those of its inputs that `run` is handed, by their places.
-    Scale and zero point are inputs of the model: one session serves for all that is tried out. Codes of fewer bits than
-    their container are clipped in float before.
+    part: the nodes to run.
+    outputs: names of its outputs.
+    groups: tensors, inputs of the part or computed in it, that are rounded together.
+    spec: of their codes.
+    opened: a node, and names for those of its inputs that `run` takes, by position.
+
+    Scale and zero point are inputs of the model, so that one session serves all trials. Codes of fewer bits than their
+    container are clipped in float before.
     """
 
     def __init__(
@@ -261,9 +255,9 @@ class NetworkTail:
         group: int = 0,
         fed: Mapping[str, NDArray[Any]] = NO_INPUTS,
     ) -> Iterator[list[NDArray[Any]]]:
-        """The outputs of these batches, one after the other, with the tensors of a group rounded like this.
+        """Yield the outputs of these batches, with the tensors of a group rounded with `params`.
 
-        fed: numbers for what was opened.
+        fed: values of the inputs that were opened.
         """
         own = dict(fed)
         if self._groups > 1:
@@ -279,7 +273,7 @@ class NetworkTail:
 
 
 def collect_up_to(most: int, outputs: Iterator[list[NDArray[Any]]]) -> list[list[NDArray[Any]]]:
-    """The first of them, one at least, that go into so many bytes."""
+    """Collect the first outputs, one at least, up to `most` bytes."""
     found: list[list[NDArray[Any]]] = []
     size = 0
     for arrays in outputs:

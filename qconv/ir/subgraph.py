@@ -36,7 +36,7 @@ def extract_subgraph(
     inputs: Mapping[str, tuple[np.dtype[Any], Sequence[int | None]]],
     outputs: Sequence[Value],
 ) -> SubgraphProto:
-    """Some nodes of the model in their order. inputs: type and shape of what is fed."""
+    """Extract some nodes, in order, as a model. inputs: type and shape of its inputs."""
     read = {value.name: value for node in nodes for value in values_read_by(node)}
     graph = onnx.helper.make_graph(
         [ir.serde.serialize_node(node) for node in nodes],
@@ -57,10 +57,10 @@ def extract_subgraph(
 def insert_fake_quantize(
     proto: SubgraphProto, groups: Sequence[Collection[str]], passed: Collection[str], codes: np.dtype[Any] | None
 ) -> None:
-    """Round tensors of a part, made in it or fed to it. codes: their type, None where there are none.
+    """Fake-quantize tensors of a part, computed in it or its inputs. codes: type of the codes, None without groups.
 
     groups: of tensors that are rounded together; several have a switch each. passed: what is fed and returned. Whatever
-    is rounded or passed is fed under its `raw` name.
+    is rounded or passed is fed under its `unrounded_name`.
     """
     steps = {name: [_identity_node(name)] for name in passed}
     for index, group in enumerate(groups):
@@ -88,7 +88,7 @@ def expose_inputs(proto: SubgraphProto, node: str, inputs: Mapping[int, str]) ->
 
 
 def unrounded_name(name: str, names: Collection[str]) -> str:
-    """What a tensor is called before it is rounded, where its name is among these."""
+    """The name of a tensor before it is rounded, if it is among `names`; else its own."""
     return name + UNROUNDED_SUFFIX if name in names else name
 
 
@@ -113,7 +113,7 @@ def _identity_node(name: str) -> onnx.NodeProto:
 
 
 def _switch_node(name: str, switch: str) -> onnx.NodeProto:
-    """Rounded or not; only what is chosen is computed."""
+    """A node that selects the rounded tensor or the other; only the selected one is computed."""
     branches = {}
     for branch, nodes in (("then_branch", _fake_quantize_nodes(name)), ("else_branch", [_identity_node(name)])):
         result = f"{name}_{branch}"
@@ -158,7 +158,7 @@ class ChannelPooling:
 
 
 def pooled_output_names(name: str) -> tuple[str, str, str]:
-    """What `runnable` calls maximum and mean of each channel of a tensor, and the sample of its pixels."""
+    """The output names for maximum and mean of each channel of a tensor, and for the sample of its pixels."""
     return f"{name}/channel_max", f"{name}/channel_mean", f"{name}/sample"
 
 
@@ -168,7 +168,7 @@ def runnable_with_outputs(
 ) -> Iterator[str | bytes]:
     """The model with `outputs` returned as well, as ONNX Runtime takes it: bytes, or a path where they are too many.
 
-    poolings: tensors that are returned in part, under `pooled_names`.
+    poolings: tensors that are returned in part, under `pooled_output_names`.
     """
     wanted = set(outputs) - {value.name for value in model.graph.outputs}
     produced = [value for node in model.graph for value in node.outputs]

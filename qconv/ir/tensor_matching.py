@@ -19,14 +19,6 @@ from qconv.ir.model import DataType, Model, Node, Value, constant_array, input_o
 from qconv.ir.operators import CLIPPING_ACTIVATIONS, QUANTIZATION_RULES, ConcatRule, TransparentRule, WeightedRule
 from qconv.ir.rewriting import standard_op_type
 
-# Which tensor of a quantized network stands for which of the float network, whoever wrote the quantized file.
-#
-# A *point* of the quantized network is a tensor behind a dequantizer, the result of a layer that runs in float, or an
-# output. Its maker is found in the float network by the node's name or that of the tensor. From there the way leads on
-# past nodes that the quantized network does not have: BatchNormalizations that were folded, a Relu that its quantizer
-# has absorbed. All tensors on that way are candidates, and numbers decide between them (compare.py).
-
-
 MOST_CANDIDATES = 6
 
 INTEGER_OPS = frozenset({"Clip", "Pad", "Min"})
@@ -257,9 +249,6 @@ def _clip_limits(codes: Value) -> tuple[int, int] | None:
             limits = int(ends[0]), int(ends[1])
         node = None if node.inputs[0] is None else node.inputs[0].producer()
     return limits
-
-
-# The float network with an input for every point of the quantized one (pairs.py), which is added to its tensor.
 
 
 def add_error_inputs(

@@ -28,17 +28,6 @@ from qconv.reporter import Reporter
 from qconv.results.quantize import Gate, OutputScore, Verification
 from qconv.runtime.session import Session
 
-# How far a number measured on some pictures can be trusted: 95 % intervals, and a test for paired results.
-#
-#     share       Wilson 1927: (p + z^2/2n +- z sqrt(p (1-p) / n + z^2/4n^2)) / (1 + z^2/n)
-#     difference  of two shares on the same pictures, Agresti and Min 2005: half a picture is added to each of the four
-#                 cells, then d +- z sqrt(var d)
-#     test        McNemar's, exact (1947): of n pictures that only one of two models gets right, is the split a coin's?
-#     the rest    the bootstrap over pictures (Efron 1979): percentiles of the measure on resampled pictures
-#
-# Pictures are taken as drawn independently. None of it says anything about pictures of another kind.
-
-
 Z_975 = 1.959963984540054  # the normal distribution's 97.5th percentile
 
 RESAMPLES = 1000
@@ -49,7 +38,7 @@ Interval = tuple[float, float]
 
 
 def share_interval(hits: int, count: int) -> Interval | None:
-    """Of `hits` pictures of `count`; None without pictures."""
+    """The interval of the share `hits` of `count` images; None without images."""
     if not count:
         return None
     share, z2 = hits / count, Z_975 * Z_975 / count
@@ -59,7 +48,10 @@ def share_interval(hits: int, count: int) -> Interval | None:
 
 
 def difference_interval(won: int, lost: int, count: int) -> Interval | None:
-    """Of one share less another. won, lost: pictures of `count` that only the first, only the second counts."""
+    """The interval of one share less another.
+
+    won, lost: images of `count` that only the first, only the second counts.
+    """
     if not count:
         return None
     whole, moved = count + 2.0, won - lost
@@ -78,9 +70,9 @@ def mcnemar_p_value(won: int, lost: int) -> float:
 def bootstrap_interval(
     rows: NDArray[np.float64], measure: Callable[[NDArray[np.float64]], NDArray[Any]]
 ) -> Interval | None:
-    """Of what `measure` makes of the sums of `rows` over pictures.
+    """The interval of `measure` of the sums of `rows` over images.
 
-    rows: (pictures, k). measure: sums (resamples, k) -> (resamples,). None where it is not finite, or of fewer than two
+    rows: (images, k). measure: sums (resamples, k) -> (resamples,). None where it is not finite, or of fewer than two
     pictures. Seeded: the same rows give the same interval.
     """
     count = len(rows)
@@ -92,12 +84,6 @@ def bootstrap_interval(
         found = measure(sums)
     low, high = np.percentile(found, (2.5, 97.5)) if np.isfinite(found).all() else (np.nan, np.nan)
     return (float(low), float(high)) if np.isfinite(low) else None
-
-
-# The saved file against the user's own float model: SQNR, agreement, and whether it got slower.
-#
-# SQNR = 10 log10(sum ref^2 / sum (ref - q)^2), in dB, per output over all pictures
-# agreement = share of argmax positions (axis 1) equal to the float model's; of elements, for outputs of whole numbers
 
 
 FEWEST_TIMED_RUNS = 5
@@ -146,7 +132,7 @@ class _Tally:
             self.positions += same.size
 
     def score(self, name: str, *, spans: bool) -> OutputScore:
-        """Raises QconvError where the float model gave no number at all."""
+        """The score of an output. Raises QconvError where the float model returned no finite number."""
         if self.remark:
             return OutputScore(name, None, None, self.remark)
         agreement = self.equal / self.positions if self.positions else None
@@ -188,17 +174,17 @@ def is_class_score(shape: Sequence[int | None]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonAccumulator:
-    """All outputs of two models, run on the same batches, added up."""
+    """Accumulates the comparison of all outputs of two models on the same batches."""
 
     tallies: dict[str, _Tally]
 
     @classmethod
     def of(cls, outputs: Sequence[str]) -> ComparisonAccumulator:
-        """Nothing compared yet. outputs: their names, in the order in which `add` gets them."""
+        """An empty comparison. outputs: names, in the order in which `add` gets them."""
         return cls({name: _Tally() for name in outputs})
 
     def add(self, reference: Sequence[Any], quantized: Sequence[Any]) -> None:
-        """Take in the outputs of one batch."""
+        """Add the outputs of one batch."""
         for tally, ref, got in zip(self.tallies.values(), reference, quantized, strict=True):
             tally.update(ref, got)
 
@@ -251,22 +237,19 @@ def check_gates(verification: Verification, min_agreement: float | None, min_sqn
     return found
 
 
-# Pictures with what the float model says of them, kept in memory: any number of models can be scored on them.
-
-
 OutputArrays = list[NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceOutputs:
-    """Batches, each with the float model's outputs. pictures: how many they hold."""
+    """Batches with the float model's outputs, to score any number of models on. pictures: how many they hold."""
 
     outputs: list[str]
     batches: list[tuple[Batch, OutputArrays]]
     pictures: int
 
     def score(self, quantized: Session, hear: Callable[[OutputArrays], None] = lambda outputs: None) -> Verification:
-        """`quantized` against the float model. hear: gets what it says of each batch."""
+        """Score `quantized` against the float model. hear: gets its outputs of each batch."""
         comparison = ComparisonAccumulator.of(self.outputs)
         for feeds, expected in self.batches:
             got = quantized.run(self.outputs, feeds)

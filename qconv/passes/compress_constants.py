@@ -1,7 +1,10 @@
-"""Constants that stay float, stored smaller without losing a bit.
+"""This pass stores float constants of a quantized model smaller without losing a bit.
 
 Equal constants are stored once. A large one with at most 256 different values (the anchor boxes of a detector, a mask)
 becomes a table and one byte an element, table[codes], which ONNX Runtime computes once when it loads the file.
+
+onnx-ir's DeduplicateInitializersPass does not serve: it does not say which constants it merged, which the report lists,
+and merges integers as well, so that layers share weights and scales that the audit and `compare` tell apart by name.
 """
 
 from __future__ import annotations
@@ -11,16 +14,17 @@ import numpy as np
 from qconv.errors import Change, Finding
 from qconv.ir.model import DataType, Model, Value, constant_array
 
-LEAST_BYTES = 4096  # bytes; below, the two nodes cost as much as they save
+LEAST_BYTES = 4096  # below, the two nodes cost as much as they save
 MOST_TABLE_VALUES = 256
 
 
 def compress_constants(model: Model) -> list[Finding]:
-    """Rewrite the float constants of a quantized model in place."""
+    """Rewrite the large float constants of a quantized model in place. Returns a finding for each."""
     return [*_deduplicate_constants(model), *_replace_by_tables(model)]
 
 
 def _float_constants(model: Model) -> list[tuple[Value, np.ndarray]]:
+    """Find the float32 initializers of LEAST_BYTES and more that the model does not return, with their numbers."""
     found = []
     for value in list(model.graph.initializers.values()):
         if value.dtype == DataType.FLOAT and value.const_value is not None and value.const_value.nbytes >= LEAST_BYTES:
@@ -31,6 +35,7 @@ def _float_constants(model: Model) -> list[tuple[Value, np.ndarray]]:
 
 
 def _deduplicate_constants(model: Model) -> list[Finding]:
+    """Let readers of equal constants read the first of them."""
     first: dict[tuple[tuple[int, ...], bytes], Value] = {}
     findings: list[Finding] = []
     for value, numbers in _float_constants(model):
@@ -45,6 +50,7 @@ def _deduplicate_constants(model: Model) -> list[Finding]:
 
 
 def _replace_by_tables(model: Model) -> list[Finding]:
+    """Replace constants of few values by a Gather from a table, codes in uint8."""
     findings: list[Finding] = []
     for value, numbers in _float_constants(model):
         # compared as bits: -0.0 is not 0.0, and NaN keeps its payload

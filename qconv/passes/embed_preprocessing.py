@@ -1,11 +1,11 @@
-"""The normalisation of the pixels moves into the model, whose input becomes the pixels themselves: uint8, NHWC or NCHW.
+"""This pass moves the normalisation of pixels into the model, whose input becomes uint8 pixels, NHWC or NCHW.
 
     x = gain p + shift      gain = scale / std, shift = -mean / std, by channel; p: pixels 0 to 255
     z = -shift / gain       the pixel that stands for zero, and so for padding
 
     all channels alike, z a whole number   x = dequantize(p), scale gain, zero point z: nothing to compute
     a Conv reads it                        W' = W gain,  b' = b + sum of W (shift + gain z),  d = dequantize(p) = p - z
-    otherwise                              what `fold` can move into the layers behind; the rest in float
+    otherwise                              `fold` moves what it can into the layers behind; the rest stays float
 
 Pixels are codes already: no quantizer is needed, and nothing is rounded. A Conv that pads sees z outside the picture,
 rounded to a whole pixel. Where that is one code for all channels it is the zero point, which padding feeds in anyway;
@@ -61,7 +61,7 @@ WHOLE_NUMBER_TOLERANCE = 1e-4  # pixels; how far from a whole number the roundin
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _InputTrace:
-    """How far the input can be followed: `value` is gain * p + shift, both (C,), with the input's axes in `order`."""
+    """The last tensor that is affine in the pixels p: `value` is gain * p + shift, (C,) both, with axes in `order`."""
 
     value: Value
     order: tuple[int, ...]
@@ -78,7 +78,7 @@ class _InputTrace:
 
 @dataclass(slots=True)
 class _ModelHead:
-    """The new nodes in front of the network. codes: the pixels in the axes that the network works in."""
+    """The new nodes in front of the network. codes: the pixels, in the axes that the network works in."""
 
     model: Model
     name: str
@@ -100,8 +100,8 @@ def embed_preprocessing(
 ) -> list[Finding]:
     """Rewrite a folded model in place so that its input takes uint8 pixels (N, C, H, W) or (N, H, W, C).
 
-    preprocessing: how the model's input is fed so far. exact: no padding is rounded, for networks that are not going to
-    run on 8-bit codes. Raises QconvError where the model returns its input.
+    preprocessing: of the model's float input. exact: no padding is rounded, for networks that will not run on 8-bit
+    codes. Raises QconvError where the model returns its input.
     """
     pixels = model.graph.inputs[0]
     name = pixels.name or ""
@@ -205,7 +205,7 @@ _STEPS: dict[str, Callable[[Node, _InputTrace], _InputTrace]] = {
 
 
 def _turn_input_to_pixels(head: _ModelHead, trace: _InputTrace, order: tuple[int, ...]) -> None:
-    """The input becomes uint8, its old axes in `order`; `head.codes` has the axes of the traced value."""
+    """Make the input uint8, with its old axes in `order`; `head.codes` gets the axes of the traced value."""
     model, pixels = head.model, head.codes
     permute_dims(pixels, pixels, order)
     pixels.dtype = DataType.UINT8
@@ -219,7 +219,7 @@ def _turn_input_to_pixels(head: _ModelHead, trace: _InputTrace, order: tuple[int
 
 
 def _preserve_shape(head: _ModelHead, node: Node, pixels: Value, perm: list[int]) -> None:
-    """A Shape node goes on to give what it gave: the lengths of axes `perm` of the pixels, or the part it asks for."""
+    """Keep the result of a Shape node: the lengths of axes `perm` of the pixels, or the part that it asks for."""
     wanted = perm[slice(attribute(node, "start", 0), attribute(node, "end"))]
     if perm == sorted(perm):
         head.model.set_input(node, 0, pixels)
@@ -233,7 +233,7 @@ def _preserve_shape(head: _ModelHead, node: Node, pixels: Value, perm: list[int]
 
 
 def _normalise(head: _ModelHead, trace: _InputTrace, readers: list[Node], dtype: DataType) -> list[Finding]:
-    """Give every reader of the traced value what it read before, made of pixels."""
+    """Give every reader of the traced value the same numbers, computed from pixels."""
     zero = np.clip(np.rint(trace.zero), 0, LARGEST_PIXEL)
     gain = trace.gain[0]
     alike = np.all(trace.gain == gain) and np.all(np.abs(trace.zero - zero[0]) < WHOLE_NUMBER_TOLERANCE)
@@ -266,7 +266,7 @@ def _make_quantization_constants(model: Model, scale: float, zero: float) -> tup
 
 
 def _fold_into_conv(head: _ModelHead, conv: Node, trace: _InputTrace, dtype: DataType) -> Change:
-    """Let a Conv work on pixels. Raises Refused before anything is changed."""
+    """Let a Conv read pixels. Raises EditRefused before anything is changed."""
     if standard_op_type(conv) != "Conv" or dtype != DataType.FLOAT or not reads_as_data(conv, trace.value, head.model):
         raise EditRefused(f"{describe_node(conv)} reads the pixels")
     if trace.channel != 1:
@@ -299,7 +299,7 @@ def _fold_into_conv(head: _ModelHead, conv: Node, trace: _InputTrace, dtype: Dat
 
 
 def _padding_widths(conv: Node, data: Value) -> list[int]:
-    """How many rows and columns a Conv pads: top, left, bottom, right. Raises Refused where the size decides."""
+    """The padding of a Conv: top, left, bottom, right. Raises EditRefused where it depends on the input's size."""
     pads = explicit_pads(conv, 2)
     if pads is not None:
         return pads
@@ -321,7 +321,7 @@ def _padding_widths(conv: Node, data: Value) -> list[int]:
 
 
 def _pad_with_border(head: _ModelHead, zero: NDArray[np.uint8], widths: list[int]) -> Value:
-    """The pixels with a border of one code a channel."""
+    """Pad the pixels with one code a channel."""
     model, count = head.model, len(zero)
     top, left, bottom, right = widths
     around = model.constant(f"{head.name}_border", np.array([0, 0, top, left, 0, 0, bottom, right], np.int64))
@@ -349,7 +349,7 @@ def _pad_with_border(head: _ModelHead, zero: NDArray[np.uint8], widths: list[int
 def _normalise_pixels(
     head: _ModelHead, trace: _InputTrace, readers: list[Node], dtype: DataType, why: str
 ) -> list[Finding]:
-    """Scale and shift the pixels in front of some readers, and let `fold` have what it can."""
+    """Scale and shift the pixels in front of some readers, and fold that as far as `fold` can."""
     model, name = head.model, head.name
     cast = model.build("Cast", [head.codes], name=f"{name}_float", attributes={"to": int(dtype)}, like=head.codes)
     cast.outputs[0].dtype = dtype

@@ -2,15 +2,18 @@
 
 Scaling (cross-layer equalization): `scale_groups` finds what can be scaled, `noise_model` the scales with the least
 quantization noise; they go into the weights. A channel of a Clip is scaled only while it keeps away from the bounds by
-CLIP_MARGIN on all images. Bias absorption, for layer -> Relu -> layers and c below every value of a channel:
+CLIP_MARGIN on all images, and is not scaled up further than it may reach on others: an image beyond that would be
+clipped earlier than before. Bias absorption, for layer -> Relu -> layers and c >= 0 below every value of a channel:
 
     b1' = b1 - c        x' = Relu(W1 u + b1 - c) = x - c        b2' = b2 + sum over inputs and kernel positions of W2 c
 
-It is refused where a reader pads with zeros, and done where the range shrinks by LEAST_RANGE_GAIN. The float networks
-before and after are compared; where their outputs differ, nothing is changed.
+This is exact while x >= c. c is ABSORBED_SHARE of the least value to expect on other images, by how far apart the
+lowest images are (`calibration.observer`). It is refused where a reader pads with zeros, as c would not reach its
+border, and done where the range of the tensor, which is that of its largest channel, shrinks by LEAST_RANGE_GAIN. The
+float networks before and after are compared; where their outputs differ, nothing is changed.
 
-Source: Nagel et al. 2019, arXiv 1906.04721, 4.1 and 4.1.3, with activation noise counted and measured extremes instead
-of beta - 3 gamma.
+Source: Nagel et al. 2019, arXiv 1906.04721, sections 4.1, which makes the ranges of both weights equal, and 4.1.3; here
+with activation noise, one scale a channel of a whole residual stream, and measured extremes for beta - 3 gamma.
 """
 
 from __future__ import annotations
@@ -56,21 +59,6 @@ from qconv.passes.scale_groups import NETWORK_BOUNDARY, ClipLimit, ScaleGroups, 
 from qconv.planning.plan import Plan, plan_observer
 from qconv.runtime.session import Session
 
-# A channel that never comes near zero gives up what all of its values have in common, so that its range gets smaller.
-#
-# For layer -> Relu -> layers, with c >= 0 by channel below every value that the channel took on the pictures:
-#
-#     b1' = b1 - c        x' = Relu(W1 u + b1 - c) = x - c        b2' = b2 + sum over inputs and kernel positions of W2
-# c
-#
-# This is exact while x >= c, on the pictures by measure; c is SHARE of the least value that others are expected to
-# have, by how far apart the lowest pictures are (reach.py). Where a reader pads with zeros, c would not reach its
-# border: that is refused. It is done where the range of the tensor, which is that of its largest channel, shrinks by at
-# least LEAST_GAIN.
-#
-# Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1.3, with measured extremes instead of beta - 3 gamma.
-
-
 STEP = "equalize"
 
 ABSORBED_SHARE = 0.9
@@ -80,14 +68,14 @@ LEAST_RANGE_GAIN = 0.05
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AbsorptionCandidate:
-    """A layer with the Relu that alone reads it. All that reads the Relu could take a shift."""
+    """A layer whose only reader is a Relu, where all readers of the Relu can take a shift. result: of the Relu."""
 
     layer: Node
     result: Value
 
 
 def find_absorption_candidates(model: Model) -> list[AbsorptionCandidate]:
-    """The places of a folded model where channels could be lowered, were they high."""
+    """The places of a folded model where biases can be absorbed, if channels are high."""
     return [
         AbsorptionCandidate(layer, node.outputs[0])
         for node in model.nodes()
@@ -110,7 +98,7 @@ def _layer_before_relu(model: Model, node: Node) -> Node | None:
 
 
 def _shift_readers(model: Model, value: Value, shift: Float64) -> list[Layer]:
-    """The layers that read `value`, with `shift` added to what they read, (C,). Raises Refused."""
+    """The layers that read `value`, with `shift` (C,) added to their input. Raises EditRefused."""
     return [
         make_scaled_layer(model, end, Affine(np.ones_like(shift), shift)) for end in find_affine_readers(model, value)
     ]
@@ -119,14 +107,14 @@ def _shift_readers(model: Model, value: Value, shift: Float64) -> list[Layer]:
 def select_gaining(
     found: Iterable[AbsorptionCandidate], channels: Mapping[str, ChannelRanges]
 ) -> list[AbsorptionCandidate]:
-    """Those with channels that are high on all pictures. channels: as for `absorb`."""
+    """Select the candidates with channels that are high on all images. channels: as for `absorb_biases`."""
     return [
         c for c in found if (seen := channels.get(c.result.name or "")) is not None and _choose_shift(seen) is not None
     ]
 
 
 def _choose_shift(seen: ChannelRanges) -> Float64 | None:
-    """c of every channel, (C,); None where nothing is to be gained."""
+    """Choose c of every channel, (C,); None where the range would not shrink enough."""
     # a channel that never changes is all bias, of which nothing is to be gained
     shift = np.where(seen.high > seen.low, ABSORBED_SHARE * np.maximum(seen.floor, 0.0), 0.0)
     before, after = float(seen.high.max(initial=0.0)), float((seen.high - shift).max(initial=0.0))
@@ -136,9 +124,9 @@ def _choose_shift(seen: ChannelRanges) -> Float64 | None:
 def absorb_biases(
     model: Model, found: Iterable[AbsorptionCandidate], channels: dict[str, ChannelRanges]
 ) -> list[Change]:
-    """Lower the channels that are high on all pictures; the model computes the same on them.
+    """Lower the channels that are high on all images; the model computes the same on these.
 
-    channels: by the names of the candidates' results, with true minima; brought up to date.
+    channels: by the names of the candidates' results, with true minima; updated in place.
     """
     changes: list[Change] = []
     for candidate in select_gaining(found, channels):
@@ -155,7 +143,7 @@ def absorb_biases(
 
 
 def _absorb_bias(model: Model, candidate: AbsorptionCandidate, shift: Float64) -> bool:
-    """False, and nothing done, where that is impossible."""
+    """Lower the channels of one candidate by `shift`. Returns False, and changes nothing, where that is impossible."""
     layer = read_layer(candidate.layer)
     if shift.size != layer.outputs:
         return False
@@ -178,14 +166,14 @@ def _absorb_bias(model: Model, candidate: AbsorptionCandidate, shift: Float64) -
 
 
 def _shift_channel_stats(value: Value, shift: Float64) -> None:
-    """Of a channel, or of all the features that it has become."""
+    """Shift the noted means of a tensor whose axis 1 has channels, or the features that they have become."""
     found = channel_stats_of(value)
     if found is not None:
         transform_channel_stats(value, np.ones(1), -np.repeat(shift, found.mean.size // shift.size))
 
 
 def _shifted_tensors(model: Model, candidate: AbsorptionCandidate) -> list[Value]:
-    """All tensors that are lower now, up to what makes features of channels."""
+    """All tensors that are shifted, up to the node that flattens channels into features."""
     along = (
         node
         for end in find_affine_readers(model, candidate.result)
@@ -195,30 +183,15 @@ def _shifted_tensors(model: Model, candidate: AbsorptionCandidate) -> list[Value
     return list(dict.fromkeys([candidate.layer.outputs[0], candidate.result, *(node.outputs[0] for node in along)]))
 
 
-# Scales of channels are moved between layers where quantization gains from it: over pairs of layers and whole streams.
-#
-# streams.py finds what can be scaled, reach.py how large channels are, worth.py and noise.py what rounding them costs;
-# here the scales are chosen and go into the weights.
-#
-# A channel of a Clip is scaled only if its values keep away from the bounds on all pictures by the factor MARGIN, and
-# it is not scaled up further than it may reach on others: a picture beyond that would be cut off earlier than before.
-#
-# The networks before and after are run on some pictures: where their outputs differ, nothing is done. Channels that are
-# to give up what all their values have in common (absorb.py) are watched on all pictures.
-#
-# Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1, which makes the ranges of both weights equal; here the noise
-# of activations counts as well, and streams have one scale a channel however many layers write and read them.
-
-
 CLIP_MARGIN = 1.1
 
 LARGEST_LOG_SCALE = math.log(100.0)
 
 LEAST_NOISE_GAIN = 0.02
-"""Share of the noise that a group's scales must take away: the model of the noise is no better than that."""
+"""Share of the noise that a group's scales must remove: the noise model is no more accurate than that."""
 
 EXACT_DB, NEAR_DB = 60.0, 20.0
-"""How near the float outputs must stay: where pictures tell what is out of reach, and where statistics do."""
+"""Least SQNR of the float outputs after against before: with images, and with BatchNorm statistics alone."""
 
 CHECKED_IMAGES = 8
 
@@ -226,7 +199,7 @@ CHECKED_IMAGES = 8
 def equalize_channels(
     model: Model, plan: Plan, feed: DataLoader, most: int | None, threads: int | None
 ) -> list[Finding]:
-    """Scale the channels of a folded model's tensors as its quantization by `plan` gains most.
+    """Equalize the channels of a folded model, and absorb biases, for quantization by `plan`.
 
     most: batches that are looked at; None for all.
     The model computes what it did, up to rounding. Where its outputs would move more, nothing is done.
@@ -263,10 +236,10 @@ def equalize_without_data(
     feed: DataLoader,
     threads: int | None,
 ) -> list[Finding]:
-    """The same without pictures.
+    """Equalize the channels of a folded model without images; see `equalize_channels`.
 
-    watched: what is known of tensors, by their names. feed: made-up pictures, on which the outputs may move a little:
-    what hardly any value reaches counts as never reached.
+    watched: returns channel ranges by tensor, from BatchNorm statistics. feed: generated images, on which the outputs
+    may differ a little: a value that is hardly ever reached counts as never reached.
     """
     streams = find_scale_groups(model)
     left = [Skipped(STEP, where, why) for where, why in _explain_fixed_groups(streams).items()]
@@ -291,7 +264,7 @@ def _absorb_and_verify(
     threads: int | None,
     least_db: float,
 ) -> list[Finding]:
-    """High channels lowered; `channels` are brought up to date."""
+    """Absorb biases, and undo it where float outputs differ. channels: updated in place."""
     if not select_gaining(high, channels):
         return []
     tried, names = model.copy(), {candidate.result.name for candidate in high}
@@ -330,7 +303,7 @@ def _scale_and_verify(
 
 
 def _plan_observers(plan: Plan, streams: ScaleGroups, low: Set[Value]) -> list[Observer]:
-    """All that is quantized, and what the layers read whose weights are. low: tensors whose minima count as well."""
+    """Observers of all quantized tensors and of the inputs of quantized layers. low: with minima as well."""
     read = dict.fromkeys(value for layer in plan.layers if (value := layer.node.inputs[0]) is not None)
     seen = dict.fromkeys(value for value in plan.activations if value in streams.of and not plan.copies(value))
     seen |= dict.fromkeys(limit.value for limit in streams.limits)
@@ -357,7 +330,7 @@ def _log_scale_bounds(seen: ChannelObservations) -> tuple[Float64, Float64]:
 
 
 def _share_of_bounds(lows: Float64, highs: Float64, limit: ClipLimit) -> Float64:
-    """How far each channel goes of the way to a bound that is neither zero nor infinite, (C,)."""
+    """The share of the way to a bound that each channel goes, (C,); bounds of zero and infinity do not count."""
     ends = np.zeros(lows.size)
     for bound, reached, sign in ((limit.low, -lows, -1), (limit.high, highs, 1)):
         if bound != 0 and not math.isinf(bound):
@@ -373,9 +346,11 @@ def _share_of_bounds(lows: Float64, highs: Float64, limit: ClipLimit) -> Float64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChosenScales:
-    """u: log s of every class. gains: group -> noise after over noise before, of the terms that it has a part in.
+    """The chosen scales.
 
-    whole: the same of all terms.
+    u: log s of every class.
+    gains: group -> noise after over noise before, of the terms that depend on the group.
+    whole: noise after over noise before, of all terms.
     """
 
     streams: ScaleGroups
@@ -385,12 +360,12 @@ class ChosenScales:
 
     @property
     def scales(self) -> Float64:
-        """What channels are divided by, (classes,)."""
+        """The divisor of each class of channels, (classes,)."""
         return np.asarray(np.exp(self.u))
 
 
 def choose_scales(streams: ScaleGroups, terms: Sequence[NoiseTerm], lowest: Float64, highest: Float64) -> ChosenScales:
-    """The scales with the least noise; groups of classes that gain too little from theirs keep what they have."""
+    """The scales with the least noise. Groups that gain too little keep a scale of 1."""
     u = minimize_noise(terms, lowest, highest)
     touching: dict[int, list[NoiseTerm]] = {}
     for term in terms:
@@ -429,7 +404,7 @@ def _report_scaling(found: ChosenScales) -> list[Finding]:
 
 
 def _explain_fixed_groups(streams: ScaleGroups) -> dict[str, str]:
-    """Groups that an operator holds in place: the name of a tensor, and why."""
+    """Groups whose scale an operator fixes: the name of a tensor, and why."""
     held: dict[str, str] = {}
     seen: set[int] = set()
     for value, classes in streams.of.items():
@@ -448,7 +423,7 @@ def _explain_fixed_groups(streams: ScaleGroups) -> dict[str, str]:
 def apply_scales(model: Model, streams: ScaleGroups, scales: Float64) -> None:
     """Divide every channel by its class's scale, (classes,).
 
-    Raises Refused, and does nothing, where float32 has no such numbers.
+    Raises EditRefused, and changes nothing, where the weights would overflow float32.
     """
     layers = []
     for ends in streams.layers:
@@ -466,7 +441,7 @@ def apply_scales(model: Model, streams: ScaleGroups, scales: Float64) -> None:
 
 
 def _output_sqnr(before: Model, after: Model, feed: DataLoader, threads: int | None) -> float:
-    """The worst output of both float networks on some pictures, in dB."""
+    """The least SQNR over the outputs of two float networks on some images, in dB."""
     with subgraph.runnable_with_outputs(before, ()) as first, subgraph.runnable_with_outputs(after, ()) as second:
         sessions = [Session(m, name="the folded float model", threads=threads) for m in (first, second)]
     comparison = ComparisonAccumulator.of(sessions[0].outputs)

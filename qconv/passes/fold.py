@@ -83,7 +83,7 @@ def split_gain(gain: Float64) -> tuple[Float64, Float64]:
 
 @each_node("equalize", "BatchNormalization")
 def move_gains_back(model: Model, node: Node) -> list[Change]:
-    """The magnitude of a BatchNormalization's gain goes into the layer in front of the activation before it."""
+    """Move the magnitude of a BatchNormalization's gain into the layer in front of the activation before it."""
     data = node.inputs[0]
     if data is None or model.sole_reader(data) is not node:
         return []
@@ -116,7 +116,7 @@ def move_gains_back(model: Model, node: Node) -> list[Change]:
 
 
 def run_float_passes(model: Model) -> list[Finding]:
-    """All float passes, again and again until none finds anything to do. Only refusals that still hold are returned."""
+    """Run all float passes until none changes anything. Returns changes, and the refusals that still hold."""
     model.sweep()
     set_batchnorm_means(model)
     set_batchnorm_stats(model)
@@ -141,7 +141,7 @@ def _run_to_fixpoint(model: Model) -> list[Finding]:
 
 @each_node("fold", "Gemm")
 def normalise_gemms(model: Model, node: Node) -> list[Change]:
-    """alpha and beta go into the weight and the bias, which becomes one number for each output."""
+    """Fold alpha and beta of a Gemm into its weight and bias, which becomes one number an output."""
     factors = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)
     bias, sizes = constant_array(input_of(node, 2)), dims(weight_of(node)) or [None, None]
     plain_bias = bias is None or list(bias.shape) == [sizes[0 if attribute(node, "transB", 0) else 1]]
@@ -160,7 +160,7 @@ def normalise_gemms(model: Model, node: Node) -> list[Change]:
 
 @each_node("fold", "BatchNormalization", "Mul", "Add", "Sub", "Div")
 def fold_affine(model: Model, node: Node) -> list[Change]:
-    """A scale or shift goes into the layer before it or, failing that, into all layers that read it."""
+    """Fold a scale or shift into the layer before it or, failing that, into all layers that read it."""
     data = affine_data_input(node)
     if data is None:
         return []
@@ -219,7 +219,7 @@ FLATTENERS = frozenset({"Flatten", "Reshape", "Squeeze"})
 
 @dataclass(frozen=True, slots=True)
 class AffineReader:
-    """Where a tensor ends up: a reader (None: the model returns it) of `value`, and what lies on the way."""
+    """Who reads a tensor in the end: a reader (None: the model returns it) of `value`, and the nodes on the way."""
 
     reader: Node | None
     value: Value
@@ -227,12 +227,12 @@ class AffineReader:
 
     @property
     def flattener(self) -> Node | None:
-        """What makes features out of channels on the way."""
+        """The node on the way that flattens channels into features."""
         return next((node for node in self.path if standard_op_type(node) in FLATTENERS), None)
 
 
 def find_affine_readers(model: Model, value: Value, path: tuple[Node, ...] = ()) -> Iterator[AffineReader]:
-    """Who reads `value`, seen through the operators that commute with a scale and shift by channel."""
+    """Find the readers of `value`, through operators that commute with a scale and shift by channel."""
     end = AffineReader(None, value, path)
     if value.is_graph_output():
         yield end
@@ -246,7 +246,7 @@ def find_affine_readers(model: Model, value: Value, path: tuple[Node, ...] = ())
 
 
 def _is_affine_commuting(node: Node) -> bool:
-    """Whether it does with every scale and shift, or (MaxPool) with those that do not turn the order round."""
+    """Whether a node commutes with every scale and shift, or (MaxPool) with those that keep the order."""
     return (
         standard_op_type(node) in FLATTENERS
         or (standard_op_type(node) == "MaxPool" and uses_only_first_output(node))
@@ -288,7 +288,7 @@ def _fold_into_readers(model: Model, node: Node, data: Value) -> list[Change]:
 
 
 def make_scaled_layer(model: Model, end: AffineReader, affine: Affine) -> Layer:
-    """The layer at `end` with the scale and shift of its data inside. Raises Refused."""
+    """The layer at `end` with the scale and shift of its input folded in. Raises EditRefused."""
     reader = end.reader
     if reader is None:
         raise EditRefused("the model returns its output")
@@ -306,7 +306,7 @@ def make_scaled_layer(model: Model, end: AffineReader, affine: Affine) -> Layer:
 
 
 def _require_constant_shift(reader: Node) -> None:
-    """Raise unless every output of the layer sees every shifted input, so that the shift adds a constant."""
+    """Raise EditRefused unless the shift adds a constant: every output of the layer must see every shifted input."""
     if standard_op_type(reader) == "MatMul":
         raise EditRefused(f"{describe_node(reader)} has no bias to take its shift")
     if standard_op_type(reader) == "ConvTranspose":
@@ -318,7 +318,7 @@ def _require_constant_shift(reader: Node) -> None:
 
 
 def _repeat_by_feature(numbers: Float64, layer: Layer, flattener: Node | None) -> Float64:
-    """Numbers by channel (C,) as numbers by input of the layer, where a channel's H*W positions lie side by side."""
+    """Repeat numbers by channel (C,) for each input of the layer: the H*W positions of a channel lie side by side."""
     if numbers.size == 1:
         return numbers
     positions, rest = divmod(layer.inputs, numbers.size)
@@ -332,7 +332,7 @@ def _repeat_by_feature(numbers: Float64, layer: Layer, flattener: Node | None) -
 
 
 def _is_channel_flattening(flattener: Node, features: int) -> bool:
-    """Whether (N, C, H, W) becomes (N, C * H * W). A result of two axes is given: a Gemm reads it."""
+    """Whether a node turns (N, C, H, W) into (N, C * H * W). Its result has two axes, as a Gemm reads it."""
     if standard_op_type(flattener) == "Flatten" and attribute(flattener, "axis", 1) == 1:
         return True
     sizes = dims(data_input(flattener))
@@ -344,7 +344,7 @@ def _is_channel_flattening(flattener: Node, features: int) -> bool:
 
 @each_node("fold", "BatchNormalization", "Mul")
 def make_depthwise(model: Model, node: Node) -> list[Change]:
-    """A scale by channel that found no layer becomes a depthwise 1x1 Conv, weight (C, 1, 1, 1)."""
+    """Turn a scale by channel that no layer can take into a depthwise 1x1 Conv, weight (C, 1, 1, 1)."""
     data = affine_data_input(node)
     if data is None:
         return []

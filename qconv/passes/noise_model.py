@@ -5,10 +5,20 @@
                 step^2 * sum over o of g_o s_o^2 * sum over i of v_i / s_i^2    step = max over o, i of |W_oi| s_i / s_o
     g_c = sum over layers that read channel c, over o, k of W[o, c, k]^2 * share * g_o / (sum over o of g_o Var[y_o])
 
-g is what a unit of noise in a channel is worth at the outputs, v_i the power of a weight's input. All terms are
-posynomials, convex in log s (Boyd et al. 2007, geometric programming); maxima are smoothed to norms of order
-NORM_ORDER and descended with projected Adam (Kingma and Ba 2014, arXiv 1412.6980). The result is judged with the
-maxima. Next to layers rounded singly in real networks g is right to a factor of a few.
+Scales s divide tensors and multiply the weights that read them (`scale_groups`); steps follow ranges, and step^2 / 12
+is the mean square of an error. To fill the ranges of a tensor takes precision from the weights that read it, so that
+there is an optimum between; the third line is for layers with one scale for all weights.
+
+g_c is what a unit of noise in channel c is worth at the outputs, computed from the last layer to the first: noise
+counts as a share of the signal y that the next layer adds to, which is its own output or the stream behind the Add that
+alone reads it. Inside a residual branch it counts by the branch's `share` in the stream. v_i is the power of a weight's
+input; a channel's mean counts little (MEAN_WEIGHT), as bias correction removes its effect. Next to layers rounded
+singly in real networks g is right to a factor of a few.
+
+All terms are posynomials, convex in log s, so that there is one minimum (Boyd et al. 2007, A Tutorial on Geometric
+Programming). Maxima are smoothed to norms of order NORM_ORDER, and the logarithm of the sum, whose slopes stay large
+where noise has become small, is descended with Adam (Kingma and Ba 2014, arXiv 1412.6980) projected on the bounds. The
+result is judged with the maxima.
 """
 
 from __future__ import annotations
@@ -27,27 +37,6 @@ from qconv.passes.scale_groups import LayerScaleGroups, ScaleGroups
 from qconv.planning.plan import LayerPlan, Plan
 from qconv.quantizer import PerTensor
 
-# What rounding costs as a function of channel scales, and the scales that make it least.
-#
-# Scales s divide tensors and multiply what reads them (streams.py). A rounding error of a tensor's codes counts s_c
-# times as much in the units of the unscaled network, and one of a weight meets a value that is 1/s_c as large; steps
-# follow ranges, and step^2 / 12 is the square of an error:
-#
-#     codes      step_x^2 * sum over c of g_c s_c^2                              step_x = max of range_c / s_c, in codes
-#     weights    sum over o of g_o step_o^2 * sum over i of v_i / s_i^2          step_o = max over i of |W_oi| s_i
-#                step^2 * sum over o of g_o s_o^2 * sum over i of v_i / s_i^2    step = max over o, i of |W_oi| s_i /
-# s_o
-#
-# (the last where a layer has one scale for all its weights). g is what a unit of noise in a channel is worth, v_i the
-# power of what a weight is multiplied with.
-#
-# Filling the ranges of a tensor takes precision from the weights that read it: there is an optimum between. All terms
-# are posynomials, whose logarithms are convex in log s, so that there is only one: Boyd et al. 2007, A Tutorial on
-# Geometric Programming. The maxima are smoothed to norms of order ORDER for the descent of the logarithm of their sum
-# (Adam, Kingma and Ba 2014, arXiv 1412.6980, projected on the bounds), whose slopes are as large where the noise has
-# become small; what comes of it is judged with the maxima themselves.
-
-
 Classes = NDArray[np.int64]
 
 NORM_ORDER = 32
@@ -61,27 +50,32 @@ DECAY, DECAY_OF_SQUARES = 0.9, 0.97
 TINY = 1e-300
 
 FLAT_SLOPE = 1e-4
-"""Slopes below this share of a term's mean part, which Adam would take for directions, tell of channels that hardly
-count: the model of the noise is no better than that, and these stay where they are."""
+"""Share of a term's mean slope below which a slope counts as zero: Adam would follow it as far as any other, and the
+noise model is no more accurate than that."""
 
 
 class NoiseTerm(Protocol):
     """One source of noise. u: log s of every class."""
 
     def noise(self, u: Float64) -> float:
-        """With the maxima as they are."""
+        """The noise, with exact maxima."""
 
     def slope(self, u: Float64, into: Float64) -> float:
         """The noise with smoothed maxima; its derivative is added to `into`, (classes,)."""
 
     def classes(self) -> Classes:
-        """On whose scales it depends."""
+        """The classes on whose scales the noise depends."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActivationNoise:
-    """Tensors that share a step. channels: their classes, (n,); lows, highs: their ranges, lows <= 0 <= highs; gains:
-    (n,). levels: steps in the range."""
+    """The rounding noise of tensors that share a step.
+
+    channels: classes of all their channels, (n,).
+    lows, highs: ranges of the channels, (n,), lows <= 0 <= highs.
+    gains: g of the channels, (n,).
+    levels: steps in the range.
+    """
 
     channels: Classes
     lows: Float64
@@ -90,17 +84,17 @@ class ActivationNoise:
     levels: float
 
     def classes(self) -> Classes:
-        """See Term."""
+        """See NoiseTerm."""
         return self.channels
 
     def noise(self, u: Float64) -> float:
-        """See Term."""
+        """See NoiseTerm."""
         s = np.exp(u[self.channels])
         width = float((self.highs / s).max(initial=0.0) - (self.lows / s).min(initial=0.0))
         return float(width**2 / (12 * self.levels**2) * (self.gains @ s**2))
 
     def slope(self, u: Float64, into: Float64) -> float:
-        """See Term."""
+        """See NoiseTerm."""
         s = np.exp(u[self.channels])
         high, of_high = _smooth_maximum(self.highs / s)
         low, of_low = _smooth_maximum(-self.lows / s)
@@ -114,7 +108,7 @@ class ActivationNoise:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightNoise:
-    """The weights of a layer of G groups.
+    """The rounding noise of the weights of a layer with G groups.
 
     inputs, outputs: classes (I,), (O,). largest: (G, O/G, I/G), of each output and input the largest magnitude over
     kernel positions. powers: (I,), of what meets the weights, summed over kernel positions. gains: (O,). levels: codes
@@ -129,7 +123,7 @@ class WeightNoise:
     levels: float
     whole: bool
     _rows: Float64  # (G, O/G), the largest of each output
-    _raised: Float64  # (largest / its output's)^ORDER
+    _raised: Float64  # (largest / its output's)^NORM_ORDER
 
     @classmethod
     def of(
@@ -143,7 +137,7 @@ class WeightNoise:
         levels: float,
         whole: bool,
     ) -> WeightNoise:
-        """With what is computed once."""
+        """The term, with what does not depend on scales computed once."""
         rows = largest.max(axis=2)
         raised = largest / np.maximum(rows, TINY)[:, :, None]
         for _ in range(NORM_ORDER.bit_length() - 1):
@@ -151,11 +145,11 @@ class WeightNoise:
         return cls(inputs, outputs, largest, powers, gains, levels, whole, rows, raised)
 
     def classes(self) -> Classes:
-        """See Term: the outputs count only where one scale is for all of them."""
+        """See NoiseTerm. Outputs count only where one scale is for all of them."""
         return np.concatenate([self.inputs, self.outputs]) if self.whole else self.inputs
 
     def noise(self, u: Float64) -> float:
-        """See Term."""
+        """See NoiseTerm."""
         groups, gains, powers = self._at(u)
         s = np.exp(u[self.inputs]).reshape(groups, 1, -1)
         rows = (self.largest * s).max(axis=2)  # (G, O/G)
@@ -167,7 +161,7 @@ class WeightNoise:
         return found / (12 * self.levels**2)
 
     def slope(self, u: Float64, into: Float64) -> float:
-        """See Term."""
+        """See NoiseTerm."""
         groups, gains, powers = self._at(u)
         top = u[self.inputs].reshape(groups, -1)
         most = top.max(axis=1, keepdims=True)
@@ -199,7 +193,7 @@ class WeightNoise:
 
 
 def _smooth_maximum(x: Float64) -> tuple[float, Float64]:
-    """The norm of order ORDER of numbers that are not negative, and how much of it each is: d log(norm) / d log(x)."""
+    """The norm of order NORM_ORDER of numbers x >= 0, and the share of each, d log(norm) / d log(x)."""
     most = float(x.max(initial=0.0))
     if most == 0:
         return 0.0, np.zeros_like(x)
@@ -216,7 +210,7 @@ def total_noise(terms: Sequence[NoiseTerm], u: Float64) -> float:
 def minimize_noise(
     terms: Sequence[NoiseTerm], lowest: Float64, highest: Float64, steps: int = DESCENT_STEPS
 ) -> Float64:
-    """log s (classes,) between the bounds with about the least noise; zeros where nothing gains.
+    """Search log s (classes,) between the bounds with about the least noise; zeros where no scale gains.
 
     lowest <= 0 <= highest: equal where a class is fixed.
     """
@@ -235,52 +229,40 @@ def minimize_noise(
     return u if total_noise(terms, u) < total_noise(terms, np.zeros_like(u)) else np.zeros_like(u)
 
 
-# What noise in a channel is worth, layer by layer from the last to the first, and with it all sources of noise.
-#
-#     g_c = sum over layers that read channel c, over o, k of W[o, c, k]^2 * share * g_o / (sum over o of g_o Var[y_o])
-#
-# Noise counts as a share of the signal in what the next layer makes of it, weighed by those behind. y is the signal
-# that the layer adds to: its own output, or the stream behind the Add that alone reads it. Inside a residual branch
-# noise counts by the branch's share in the stream. A channel's mean counts little in what meets a weight, as bias
-# correction takes back what comes of it (MEAN_COUNTS). Beside single layers rounded in real networks this is right to a
-# factor of a few.
-
-
 MEAN_WEIGHT = 0.1
 
 MOST_WEIGHTS = 2**22
 
 LEAST_SIGNAL = 1e-30
-"""Variance below which a layer is taken to say the same of all pictures: no noise counts against that."""
+"""Variance below which a layer's output counts as constant: no noise is measured against it."""
 
 PASS_THROUGH_OPS = frozenset({"Add", "Relu", "Clip", "LeakyRelu", "PRelu"})
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelObservations:
-    """The tensors with one number a channel."""
+    """The observed ranges and moments of tensors that have classes."""
 
     streams: ScaleGroups
     channels: Mapping[str, ChannelRanges]
 
     def of(self, value: Value | None) -> ChannelRanges | None:
-        """What is known of a tensor that has classes; None where nothing is."""
+        """The ranges of a tensor; None where it has no classes or was not observed."""
         classes = None if value is None else self.streams.of.get(value)
         found = None if value is None else self.channels.get(value.name or "")
         return found if found is not None and classes is not None and found.low.size == classes.size else None
 
     def powers(self, value: Value | None, channels: int) -> tuple[Float64, Float64] | None:
-        """E[x^2] and what of it bias correction cannot take back, of every channel, (C,) each."""
+        """E[x^2], and the part of it that bias correction cannot remove, of every channel, (C,) each."""
         found = None if value is None else self.channels.get(value.name or "")
         if found is None or found.mean is None or found.spread is None or found.low.size != channels:
             return None
         return found.spread + found.mean**2, found.spread + MEAN_WEIGHT * found.mean**2
 
     def made(self, value: Value) -> tuple[Float64, Float64] | None:
-        """The variance of what a layer makes, and of the signal that it adds to, behind activations and
-        Adds, (C,) each.
+        """The variance of a layer's output, and of the stream that it is added to behind activations, (C,) each.
 
-        None where nobody watched.
+        None where these were not observed.
         """
         found: list[Float64] = []
         while (classes := self.streams.of.get(value)) is not None:
@@ -300,10 +282,10 @@ class ChannelObservations:
 
 @dataclass(slots=True, eq=False)
 class _NoiseGains:
-    """Of every class, by the layers seen so far, from the last to the first.
+    """g of every class, by the layers visited so far, from the last to the first.
 
-    noise: what a unit of noise in it is worth, (classes,). share: the largest part that a layer which reads it has in
-    the signal, (classes,): what is added to a large stream counts little.
+    noise: g, (classes,).
+    share: the largest share in its stream of any layer that reads the class, (classes,).
     """
 
     noise: Float64
@@ -334,7 +316,7 @@ def collect_noise_terms(model: Model, plan: Plan, seen: ChannelObservations) -> 
 def _add_weight_noise(
     ends: LayerScaleGroups, layer: LayerPlan | None, seen: ChannelObservations, worth: _NoiseGains
 ) -> list[NoiseTerm]:
-    """The noise of a layer's weights; `worth` of its inputs is brought up to date."""
+    """The noise terms of a layer's weights. worth: updated for its inputs."""
     own = read_layer(ends.node)
     powers = seen.powers(ends.node.inputs[0], own.inputs)
     groups, kernel = own.weight.shape[0], own.weight.shape[3]

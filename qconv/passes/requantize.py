@@ -1,11 +1,11 @@
-"""What layers read with few bits, and others as well, is rounded twice: to 8 bits, and from there for the layers.
+"""This pass rounds a tensor twice, to 8 bits and to few bits, where layers read few bits and others read it as well.
 
-Few bits of activations are those of what layers read; so are the published figures. The stream of a residual network is
-read by layers and by the next Add, and in what goes on through all Adds every rounding error stays to the end:
+Few bits of activations are meant for the inputs of layers; so are the published figures. The stream of a residual
+network is read by layers and by the next Add, and on its way through all Adds every rounding error stays to the end:
 
     x -> 8 bits -> Add                      x -> 8 bits -> few bits -> Conv
 
-An Identity carries the second one.
+An Identity carries the second pair of quantizer and dequantizer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FULL_PRECISION_BITS = 8
 def requantize_for_layers(model: Model, plan: Plan) -> dict[str, str]:
     """Give layers an Identity of their own where others read the same tensor of fewer than 8 bits.
 
-    Returns the names of the tensors, each with that of what its layers read now. The plan is for the model before.
+    plan: for the model before. Returns the names of the tensors, each with the name of the Identity's output.
     """
     layers: dict[Value, list[Node]] = {}
     for layer in plan.layers:
@@ -43,6 +43,6 @@ def requantize_for_layers(model: Model, plan: Plan) -> dict[str, str]:
 
 
 def describe_requantization(found: dict[str, str]) -> list[Change]:
-    """What was done, for the report."""
+    """The changes, for the report."""
     what = "rounded to 8 bits, and once more for the layers that read it"
     return [Change(REPORT_STEP, name, what, "tensors rounded to 8 bits, and once more for layers") for name in found]

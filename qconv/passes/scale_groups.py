@@ -1,4 +1,4 @@
-"""Which channels of which tensors must be scaled alike, so that scaling them changes nothing: found in the graph alone.
+"""Finds the channels that must be scaled alike, so that scaling them changes nothing, from the graph alone.
 
 Dividing channel c of a tensor by s_c > 0 changes nothing where every operator on the way hands the factor on,
 f(x / s) = f(x) / s, and every layer at an end takes it into its weights:
@@ -65,10 +65,14 @@ class ClipLimit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScaleGroups:
-    """What is tied. of: the classes of every tensor's channels, (C,), for tensors that layers write, near or far.
+    """Which channels are scaled alike.
 
-    fixed: (classes,), whether a class keeps its scale. group: (classes,), the number of the group that it belongs to:
-    classes that meet in one tensor. reasons: group -> why classes of it are fixed. layers: in graph order.
+    of: the classes of every tensor's channels, (C,), for tensors that layers write, directly or not.
+    fixed: (classes,), whether a class keeps its scale of 1.
+    group: (classes,), the number of its group: classes that meet in one tensor.
+    reasons: group -> why classes of it are fixed.
+    layers: in graph order.
+    limits: outputs of Clips, whose bounds must stay out of reach.
     """
 
     of: dict[Value, Classes]
@@ -80,7 +84,7 @@ class ScaleGroups:
 
 
 def find_scale_groups(model: Model) -> ScaleGroups:
-    """The streams of a folded model."""
+    """The scale groups of a folded model."""
     walk = _ScaleGroupFinder(model)
     for node in model.nodes():
         walk.visit(node)
@@ -106,7 +110,7 @@ class _DisjointClasses:
         return one
 
     def tie(self, these: Classes, those: Classes) -> None:
-        """Each of these to the one of those at its place."""
+        """Join each class of `these` with the class at its place in `those`."""
         for one, other in zip(*(c.tolist() for c in np.broadcast_arrays(these, those)), strict=True):
             a, b = self.root(one), self.root(other)
             if a != b:
@@ -123,7 +127,7 @@ class _DisjointClasses:
 
 
 class _ScaleGroupFinder:
-    """One way through the graph. A tensor without classes is one that nothing scales."""
+    """Walks through the graph once. A tensor without classes is never scaled."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -133,7 +137,7 @@ class _ScaleGroupFinder:
         self.limits: list[ClipLimit] = []
 
     def visit(self, node: Node) -> None:
-        """Give the outputs their classes, or fix what the node reads."""
+        """Give the outputs of a node their classes, or fix the classes that it reads."""
         if standard_op_type(node) == "Shape":  # sizes do not change
             return
         rule = _VISIT_LAYER if standard_op_type(node) in INPUTS_FIRST else VISITORS.get(standard_op_type(node))
@@ -171,7 +175,7 @@ class _ScaleGroupFinder:
     # -- what operators do -----------------------------------------------------------------------------------------
 
     def layer(self, node: Node) -> None:
-        """New classes behind it; those in front of it end here."""
+        """A layer begins new classes behind it; those in front of it end here."""
         data = node.inputs[0]
         layer = read_layer(node)
         if standard_op_type(node) in ("Gemm", "MatMul") and (data is None or rank(data) not in (None, 2)):
@@ -196,13 +200,13 @@ class _ScaleGroupFinder:
             raise EditRefused(f"{node.op_type} has more outputs")
 
     def slope(self, node: Node) -> None:
-        """PRelu, with constant slopes."""
+        """PRelu with constant slopes hands a factor on."""
         if constant_array(node.inputs[1]) is None:
             raise EditRefused("its slopes are computed")
         self.same(node)
 
     def clip(self, node: Node) -> None:
-        """While its bounds are out of reach."""
+        """Clip hands a factor on while its bounds are out of reach."""
         bounds = clip_bounds(node)
         if bounds is None:
             raise EditRefused("the bounds of a Clip are computed or crossed")
@@ -243,7 +247,7 @@ class _ScaleGroupFinder:
         self.of[node.outputs[0]] = classes
 
     def concat(self, node: Node) -> None:
-        """Along channels: side by side. Along another axis it ties."""
+        """Concat puts classes side by side along channels, and ties them along another axis."""
         values = [value for value in node.inputs if value is not None]
         if any(value not in self.of for value in values):
             raise EditRefused("Concat takes something that nothing scales")
@@ -255,18 +259,18 @@ class _ScaleGroupFinder:
             self.add(node)
 
     def split(self, node: Node) -> None:
-        """Along channels: their parts, whose sizes the outputs tell."""
+        """Split along channels divides classes by the sizes of the outputs."""
         classes = self._data(node)
         for value, part in zip(node.outputs, split_channels(node, classes.size), strict=True):
             self.of[value] = classes[part]
 
     def slice(self, node: Node) -> None:
-        """Some of the channels, or some of the places."""
+        """Slice keeps some of the channels, or some of the places."""
         classes = self._data(node)
         self.of[node.outputs[0]] = classes[sliced_channels(node, classes.size)]
 
     def pad(self, node: Node) -> None:
-        """Zeros, or copies of places. Channels of zeros have any scale."""
+        """Pad adds zeros or copies of places. Channels of zeros have any scale."""
         classes = self._data(node)
         before, behind = padded_channels(node)
         if before or behind:
@@ -279,12 +283,12 @@ class _ScaleGroupFinder:
         self.of[node.outputs[0]] = np.repeat(classes, features_per_channel(self.model, node))
 
     def reduce(self, node: Node) -> None:
-        """Over places."""
+        """Reductions over places keep the classes of channels."""
         check_reduces_spatial_axes(node)
         self.same(node)
 
     def resize(self, node: Node) -> None:
-        """Copies or means of places."""
+        """Resize copies or averages places."""
         sizes = dims(node.outputs[0])
         cropped = attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize"
         if cropped or sizes is None or len(sizes) < 2 or sizes[1] != self._data(node).size:
@@ -292,7 +296,7 @@ class _ScaleGroupFinder:
         self.same(node)
 
     def to_space(self, node: Node) -> None:
-        """DepthToSpace: channels that become places of one channel are tied."""
+        """DepthToSpace ties channels that become places of one channel."""
         classes, area = self._data(node), attribute(node, "blocksize") ** 2
         depth_first = attribute(node, "mode", "DCR") == "DCR"
         parts = classes.reshape(area, -1) if depth_first else classes.reshape(-1, area).T
@@ -325,7 +329,7 @@ def _first_input(node: Node) -> Value:
 
 
 def _number_joined_classes(of: dict[Value, Classes], count: int) -> NDArray[np.int64]:
-    """Classes that meet in a tensor get one number."""
+    """The number of each class's group: classes that meet in a tensor get one number."""
     ties = _DisjointClasses()
     ties.fresh(count)
     for classes in of.values():

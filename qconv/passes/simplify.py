@@ -1,10 +1,10 @@
-"""Rewrites of the float graph that change no number: no-ops go, and several spellings of one thing become one.
+"""These passes rewrite the float graph without changing a number: they drop no-ops, and unify spellings of one thing.
 
     Sum(a, b) = Add(a, b)    x / c = x * (1 / c)    mean over H and W = GlobalAveragePool
     Relu(MaxPool(x)) = MaxPool(Relu(x))             zero Pad, then Conv = padded Conv
 
 Runtimes have integer kernels for one spelling only, and `fold` finds its layers behind it. Each pass takes the model
-and returns what it did and, with the reason, what it refused to do. Weights are `fold`'s business.
+and returns what it changed and, with the reason, what it refused to change. Weights are changed in `fold`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _bypass(model: Model, node: Node) -> None:
 
 @each_node("simplify", "Identity", "Dropout")
 def drop_identities(model: Model, node: Node) -> list[Change]:
-    """Identity, and Dropout as it is after training."""
+    """Remove Identity, and Dropout, which does nothing after training."""
     if standard_op_type(node) == "Dropout":
         training = input_of(node, 2)
         if not uses_only_first_output(node):
@@ -68,7 +68,7 @@ def drop_identities(model: Model, node: Node) -> list[Change]:
 
 @each_node("simplify", "Sum")
 def sum_to_add(model: Model, node: Node) -> list[Change]:
-    """Sum of two is Add, Sum of one is nothing."""
+    """Replace a Sum of two by an Add, and remove a Sum of one."""
     if len(node.inputs) == 1:
         _bypass(model, node)
         return [Change("simplify", title(node), "Sum of one tensor removed")]
@@ -80,7 +80,7 @@ def sum_to_add(model: Model, node: Node) -> list[Change]:
 
 @each_node("simplify", "Pad")
 def pad_every_axis(model: Model, node: Node) -> list[Change]:
-    """A Pad that lists its axes is written without: ONNX Runtime transposes it wrongly between integer layers."""
+    """Write a Pad with axes as one over all axes: ONNX Runtime transposes axes wrongly between integer layers."""
     given = input_of(node, 3)
     widths, axes, axis_count = constant_array(input_of(node, 1)), constant_array(given), rank(data_input(node))
     if given is None or widths is None or axes is None or axis_count is None:
@@ -96,7 +96,7 @@ def pad_every_axis(model: Model, node: Node) -> list[Change]:
 
 @each_node("simplify", "Pad")
 def merge_pads(model: Model, node: Node) -> list[Change]:
-    """Zero padding of height and width becomes the padding of the Convs that read it."""
+    """Move zero padding of height and width into the Convs that read it."""
     output = node.outputs[0]
     convs = model.readers(output)
     if not any(standard_op_type(conv) == "Conv" for conv in convs):
@@ -122,7 +122,7 @@ def merge_pads(model: Model, node: Node) -> list[Change]:
 
 
 def _spatial_padding(node: Node) -> list[int]:
-    """What a Pad adds around height and width, all beginnings first."""
+    """The padding of height and width by a Pad: all beginnings, then all ends."""
     value, widths = input_of(node, 2), constant_array(input_of(node, 1))
     if attribute(node, "mode", "constant") != "constant" or (value is not None and constant_scalar(value) != 0):
         raise EditRefused("it does not pad with zeros")
@@ -140,7 +140,7 @@ def _spatial_padding(node: Node) -> list[int]:
 
 @each_node("simplify", "ReduceMean")
 def mean_to_pool(model: Model, node: Node) -> list[Change]:
-    """The mean over H and W of (N, C, H, W) is GlobalAveragePool, with a Flatten behind it for a result (N, C)."""
+    """Replace the mean over H and W of (N, C, H, W) by GlobalAveragePool, with a Flatten for a result (N, C)."""
     data, given = data_input(node), input_of(node, 1)
     axes = attribute(node, "axes") if given is None else constant_array(given)
     if axes is None or data.dtype != DataType.FLOAT or rank(data) not in (4, None):
@@ -161,7 +161,7 @@ def mean_to_pool(model: Model, node: Node) -> list[Change]:
 
 @each_node("simplify", "AveragePool")
 def unify_pad_counting(model: Model, node: Node) -> list[Change]:
-    """Where nothing is padded it makes no difference whether padding counts, except to the integer kernel."""
+    """Clear count_include_pad where nothing is padded: it makes no difference except to the integer kernel."""
     if not attribute(node, "count_include_pad", 0) or any(attribute(node, "pads", [])):
         return []
     if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
@@ -172,7 +172,7 @@ def unify_pad_counting(model: Model, node: Node) -> list[Change]:
 
 @each_node("simplify", "AveragePool")
 def whole_average_to_pool(model: Model, node: Node) -> list[Change]:
-    """An AveragePool whose one window is the whole map."""
+    """Replace an AveragePool whose window is the whole map by GlobalAveragePool."""
     kernel, sizes = attribute(node, "kernel_shape"), dims(data_input(node))
     pads = explicit_pads(node, len(kernel))
     if sizes is None or sizes[2:] != kernel or pads is None or any(pads):
@@ -185,7 +185,7 @@ def whole_average_to_pool(model: Model, node: Node) -> list[Change]:
 
 @each_node("simplify", "MatMul")
 def matmul_to_gemm(model: Model, node: Node) -> list[Change]:
-    """A (N, K) times a constant (K, M) is a Gemm, which can have a bias."""
+    """Replace a MatMul of (N, K) and a constant (K, M) by a Gemm, which can have a bias."""
     data, weight = data_input(node), node.inputs[1]
     numbers = constant_array(weight)
     if numbers is None or numbers.ndim != 2 or numbers.dtype != np.float32 or rank(data) != 2:
@@ -196,7 +196,7 @@ def matmul_to_gemm(model: Model, node: Node) -> list[Change]:
 
 @each_node("simplify", "Div", "Sub")
 def divide_by_multiplying(model: Model, node: Node) -> list[Change]:
-    """x / c becomes x * (1 / c) and x - c becomes x + (-c): there is an integer Mul and Add, but no Div and Sub."""
+    """Replace x / c by x * (1 / c), and x - c by x + (-c): Mul and Add have integer kernels, Div and Sub have none."""
     data, numbers = data_input(node), constant_array(node.inputs[1])
     # Tensors with fewer than two axes may be sizes on their way to a Floor, where the last bit of a quotient counts.
     if numbers is None or numbers.dtype != np.float32 or (rank(data) or 0) < 2:
@@ -217,7 +217,7 @@ def divide_by_multiplying(model: Model, node: Node) -> list[Change]:
 
 @each_node("simplify", "Relu", "Clip")
 def merge_activations(model: Model, node: Node) -> list[Change]:
-    """Of two in a row the wider one does nothing; Clip(0, infinity) is Relu."""
+    """Remove the wider of two activations in a row, and replace Clip(0, infinity) by Relu."""
     span, before = clip_bounds(node), data_input(node).producer()
     if span is None:
         return []
@@ -279,7 +279,7 @@ ACTIVATION_ABSORBERS = VALUE_MOVERS | {
 
 @each_node("hoist", "Relu", "Clip")
 def hoist_activations(model: Model, node: Node) -> list[Change]:
-    """A Relu or Clip behind a mover goes before it, next to the layer that absorbs it; before Concat one copy each."""
+    """Move a Relu or Clip to before a node that only moves values, next to its layer; before Concat copy it."""
     mover = data_input(node).producer()
     if clip_bounds(node) is None or mover is None or not _is_value_moving(mover):
         return []
@@ -301,7 +301,7 @@ def hoist_activations(model: Model, node: Node) -> list[Change]:
 
 
 def _copy_activation(model: Model, node: Node, values: Iterable[Value]) -> Iterator[Node]:
-    """The activation itself for the first value, copies of it for the others."""
+    """Yield the activation itself for the first value, and copies of it for the others."""
     for index, value in enumerate(values):
         if index == 0:
             model.set_input(node, 0, value)

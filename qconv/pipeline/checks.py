@@ -26,8 +26,6 @@ from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, Verification
 from qconv.search.candidate import QuantizationSolution
 
-# Wishes that a model cannot meet: said, where they change nothing, and refused where nothing would be left to do.
-
 
 def warn_of_unmatched_options(model: Model, recipe: Recipe, reporter: Reporter) -> None:
     """Warn of wishes that no node meets: a misspelt name or type keeps nothing float."""
@@ -79,11 +77,6 @@ def require_layers(plan: Plan, source: Source) -> None:
             f"{source.name} has nothing to quantize: no Conv, Gemm or MatMul with constant weights is left.",
             "check --keep-float and --keep-float-op, and that the model is a network with weights.",
         )
-
-
-# Tensors that look as if something were wrong, though they can be quantized: all zero, constant, vanishingly small.
-#
-# A layer that is dead on the calibration pictures may wake up on others, and then its range is a matter of luck.
 
 
 ROUNDING_TOLERANCE = 1e-5

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qconv.calibration import statistics_file
 from qconv.calibration.observer import Observer, observe, open_observed_session
@@ -195,8 +199,9 @@ def open_calibration_data(
     if recipe.data_free:
         if recipe.fallback == "synthesized":
             require_torch("--fallback synthesized")
+        synthesize = partial(_synthesize_images, source, recipe.threads, reporter)
         unseen = DataFreeStatistics(
-            source, GeneratedImageLoader.like(session, data.preprocessing), recipe.fallback, recipe.threads, reporter
+            source, GeneratedImageLoader.like(session, data.preprocessing), recipe.fallback, recipe.threads, synthesize
         )
         return CalibrationData(
             data, None, None, DetectedPreprocessing(unseen.imagined.preprocessing), "", session, unseen=unseen
@@ -218,3 +223,17 @@ def open_calibration_data(
             found, path, statistics_file.preprocessing_to_dict(feed.preprocessing)
         )
     return CalibrationData(data, feed, found, DetectedPreprocessing(known), model, None)
+
+
+def _synthesize_images(
+    source: Source,
+    threads: int | None,
+    reporter: Reporter,
+    fed: Preprocessing,
+    batch: int | None,
+    count: int,
+) -> NDArray[np.uint8]:
+    """See `qconv.training.synthesize.optimize_images`."""
+    from qconv.training.synthesize import optimize_images  # PyTorch is an extra
+
+    return optimize_images(source, fed, batch, count, threads, reporter)

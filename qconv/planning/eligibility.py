@@ -39,19 +39,14 @@ from qconv.ir.operators import (
 from qconv.planning.plan import LayerPlan, Plan
 from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
 
-# Why a node that has a rule stays float all the same, read off the node itself: one function a kind of rule.
-#
-# And why a layer that has codes runs in float.
-
-
 NO_16_BIT_KERNEL = "codes of 16 bits have no integer kernel"
 
 MASK_MAGNITUDE = 1e6
-"""Constants from here on stand for infinity, as those that are added in front of a Softmax."""
+"""Magnitude from which on a constant stands for infinity, as in the masks in front of a Softmax."""
 
 
 def explain_refusal(node: Node, rule: Rule) -> str | None:
-    """The reason, or None for a node that can run on codes."""
+    """Why a node with a rule stays float; None for a node that can run on codes."""
     return _BY_RULE[type(rule)](node)
 
 
@@ -130,7 +125,7 @@ _BY_RULE = {
 
 
 def explain_dequantized_layer(layer: LayerPlan, plan: Plan, recipe: Recipe) -> str | None:
-    """Why a layer that has codes runs in float all the same; None where it does not."""
+    """Why a layer with quantized weights runs in float all the same; None where it runs in integers."""
     if layer.data is None:
         return "only weights are quantized"
     read = plan.activations.get(layer.data)
@@ -145,18 +140,18 @@ def explain_dequantized_layer(layer: LayerPlan, plan: Plan, recipe: Recipe) -> s
     return None
 
 
-# How the weights of a layer become codes: bits, granularity and the axes along which scales go.
-
-
 def orient_rule(node: Node, rule: WeightedRule) -> WeightedRule:
-    """The rule with the axes of this very node: Gemm's transB swaps them."""
+    """The rule with the axes of this node: transB of a Gemm swaps them."""
     if node.op_type == "Gemm" and attribute(node, "transB", 0):
         return WeightedRule(rule.input_axis, rule.output_axis, rule.needs_output)
     return rule
 
 
 def make_weight_spec(node: Node, rule: WeightedRule, recipe: Recipe, target: Target, least: int) -> QuantSpec:
-    """Of a layer's weights. rule: as `oriented`. least: bits that it has where none are asked for by its name."""
+    """Specify a layer's weights.
+
+    rule: as `orient_rule` returns it. least: bits where no glob gives the layer its own.
+    """
     bits = recipe.bits_of(node.name or "").weights or max(recipe.weight_bits, least)
     symmetric = recipe.scheme_of_weights(bits) is Scheme.SYMMETRIC
     match recipe.weight_granularity:
@@ -174,24 +169,18 @@ def make_weight_spec(node: Node, rule: WeightedRule, recipe: Recipe, target: Tar
 
 
 def _has_grouped_outputs(node: Node) -> bool:
-    """Whether the weights' axis of outputs holds those of one group alone: then no output has a scale of its own."""
+    """Whether the weights' output axis covers one group only: then outputs cannot have scales of their own."""
     return node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1
 
 
 def _kernel_area(node: Node) -> int:
-    """Elements that one input channel takes along the flattened axis 1 of a Conv's weights: kH * kW, else 1."""
+    """Elements of one input channel along the flattened axis 1 of the weights: kH * kW for a Conv, else 1."""
     weight = constant_array(input_of(node, 1))
     return int(np.prod(weight.shape[2:])) if node.op_type == "Conv" and weight is not None else 1
 
 
-# Which input of a residual Add is the shortcut.
-#
-# Runtimes that fuse a layer with the Add behind it want codes on the other side alone: the layer's own result stays in
-# its accumulator. Where both sides are layers, the projection is the one with fewer layers behind it.
-
-
 def find_shortcut_input(model: Model, add: Node, sides: Sequence[Value], layers: Collection[Node]) -> Value | None:
-    """The input of `add` that is not the output of the layer that it can be fused into; None where there is none.
+    """The shortcut of a residual Add: the input that is not the layer it can be fused into; None where there is none.
 
     sides: its inputs that are no constants. layers: all nodes with weights.
     """
@@ -206,7 +195,7 @@ def find_shortcut_input(model: Model, add: Node, sides: Sequence[Value], layers:
 
 
 def _layer_depth(model: Model, value: Value, layers: Collection[Node]) -> int:
-    """Layers with weights on the longest way to a tensor."""
+    """The number of layers with weights on the longest way to a tensor."""
     found: dict[Node, int] = {}
     for node in model.nodes():
         before = (source.producer() for source in node.inputs if source is not None)

@@ -31,24 +31,24 @@ from qconv.planning.plan import Plan, data_inputs
 Vertex = Hashable
 
 LEAST_CAPACITY = 1e-9
-"""Capacities are real numbers: what is left of one below this is rounding."""
+"""A remaining capacity below this is a rounding error."""
 
 
 class FlowNetwork:
-    """Edges with capacities, between things of any kind. `first` and `second` are the two ends."""
+    """A graph with capacities, for minimum cuts. Vertices are of any kind; `first` and `second` are the two ends."""
 
     def __init__(self) -> None:
         self.first, self.second = object(), object()
         self._room: dict[Vertex, dict[Vertex, float]] = {self.first: {}, self.second: {}}
 
     def edge(self, start: Vertex, end: Vertex, capacity: float) -> None:
-        """Make it cost `capacity` (0 to infinity) to have `start` on the first side and `end` on the second."""
+        """Add an edge: to have `start` on the first side and `end` on the second costs `capacity` (0 to infinity)."""
         out = self._room.setdefault(start, {})
         out[end] = out.get(end, 0.0) + capacity
         self._room.setdefault(end, {}).setdefault(start, 0.0)
 
     def first_side(self) -> set[Vertex]:
-        """What is on the first side of the cheapest cut; the smallest such set. Uses the network up.
+        """The first side of the cheapest cut, the smallest such set. Consumes the network.
 
         Raises ValueError where every cut costs infinitely much.
         """
@@ -62,7 +62,7 @@ class FlowNetwork:
                     raise ValueError("every cut costs infinitely much")
 
     def _levels(self) -> dict[Vertex, int]:
-        """Steps from the first end along edges with room left."""
+        """The distance of every vertex from the first end, along edges with capacity left."""
         level: dict[Vertex, int] = {self.first: 0}
         waiting = deque([self.first])
         while waiting:
@@ -74,7 +74,7 @@ class FlowNetwork:
         return level
 
     def _push(self, level: dict[Vertex, int], edges: dict[Vertex, Iterator[Vertex]]) -> float:
-        """Send as much as fits along one path of rising levels. Returns how much; 0 where none is left."""
+        """Send as much flow as fits along one path of rising levels. Returns how much; 0 where no path is left."""
         path = [self.first]
         while path[-1] is not self.second:
             here = path[-1]
@@ -101,15 +101,15 @@ class FlowNetwork:
 Shapes = Mapping[str, tuple[int, ...]]
 
 FLOAT_MARGIN = 1.1
-"""By how much float must be cheaper than the table says: a layer that is as fast either way is better small."""
+"""Factor by which float must be cheaper: a layer that is as fast either way is better in integers, which are small."""
 
 LEAST_GAIN_SHARE = 0.15
-"""The least share of the network's time that a division must gain. Predictions of a tenth have come to nothing."""
+"""The least share of the network's time that a placement must save. Predicted savings of a tenth were not measured."""
 
 LEAST_GAIN_US = 20.0
 
 SLOW_DEPTHWISE_FACTOR = 30.0
-"""Times of the usual kernel's work, measured on ONNX Runtime 1.32 with AVX2."""
+"""Slowdown of the kernel for channel-wise zero points, measured on ONNX Runtime 1.32 with AVX2."""
 
 STEM_CHANNELS = 4  # up to so many input channels a convolution is the first one
 
@@ -124,21 +124,21 @@ class NodeCost:
     measured: bool = False
 
     def in_words(self) -> str:
-        """Why it stays float."""
+        """The reason in words why the node stays float."""
         where = "measured here" if self.measured else "by the cost table"
         return f"faster in float: {self.float_us:.0f} us against {self.integer_us:.0f} {where}"
 
 
 def is_placement_supported(recipe: Recipe, target: Target) -> bool:
-    """Whether layers may be placed: where integer kernels run, and nobody wants to see activations of fewer bits."""
+    """Whether layers may be placed in float: integer kernels run, and activations have 8 bits."""
     return bool(target.costs) and recipe.runs_in_integers
 
 
 def choose_float_nodes(model: Model, recipe: Recipe, fed: Preprocessing | None, whole: Plan) -> dict[str, str]:
     """Names of the nodes of a folded model that `recipe`'s target runs faster in float, each with the reason.
 
-    fed: what the model takes, which settles sizes that it leaves open; None for ready-made samples. whole: the plan
-    without regard to costs.
+    fed: preprocessing of the input, which settles open sizes; None for ready-made samples. whole: the plan without
+    regard to costs.
     """
     target = TARGETS[recipe.target]
     if target.costs is None or not is_placement_supported(recipe, target):
@@ -147,7 +147,7 @@ def choose_float_nodes(model: Model, recipe: Recipe, fed: Preprocessing | None, 
 
 
 def select_cost_table(recipe: Recipe, target: Target) -> CostTable:
-    """What operators cost with such weights. For zero points of their own depthwise layers have a slow kernel only."""
+    """The costs of operators for the recipe's weights: depthwise layers with channel-wise zero points are slow."""
     known = target.costs or {}
     if not recipe.has_zero_points(recipe.weight_bits):
         return known
@@ -160,7 +160,7 @@ def select_cost_table(recipe: Recipe, target: Target) -> CostTable:
 
 
 def infer_run_shapes(model: Model, fed: Preprocessing | None) -> Shapes:
-    """Of the tensors in one run, as far as they are known. fed: as above."""
+    """The shapes of all tensors in one run, as far as known. fed: as in `choose_float_nodes`."""
     first = model.graph.inputs[0]
     batch, *own = dims(first) or [None]
     sides = own if fed is None else fed.shape[1:]
@@ -168,7 +168,7 @@ def infer_run_shapes(model: Model, fed: Preprocessing | None) -> Shapes:
 
 
 def place_by_cost_table(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:
-    """The nodes of `plan` that are better left in float, by name, each with the reason.
+    """Choose the nodes of `plan` that are better left in float, by name, each with the reason.
 
     model: folded; plan: without regard to costs; shapes: of all tensors, for one run.
     """
@@ -183,16 +183,16 @@ def place_by_cost_table(model: Model, plan: Plan, shapes: Shapes, table: CostTab
 def place_by_measured_costs(
     model: Model, plan: Plan, shapes: Shapes, table: CostTable, measured: Mapping[str, NodeCost]
 ) -> dict[str, str]:
-    """The same by costs of single nodes, by name, that were measured; however small the gain.
+    """Choose by measured costs of single nodes, however small the gain; see `place_by_cost_table`.
 
-    table: for nodes without such costs, and for changing over.
+    table: costs of other nodes, and of conversions.
     """
     question = _PlacementProblem.of(model, plan, shapes, table, measured)
     return _explain_placement(plan, question, question.cheapest())
 
 
 def place_all_in_float(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:
-    """Every node that could run in integers, as `faster_in_float` names them."""
+    """All nodes that could run in integers, with reasons as in `place_by_cost_table`."""
     return _explain_placement(plan, _PlacementProblem.of(model, plan, shapes, table), set())
 
 
@@ -210,9 +210,9 @@ def _describe_cost(cost: NodeCost | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """One that may change sides. switch_us: what that costs; maker, readers: None for those outside the model.
+    """A tensor that may be converted. switch_us: cost of that; maker, readers: None for those outside the model.
 
-    codes: whether it comes as codes, being the model's pixels.
+    codes: whether it holds codes already, being the model's pixels.
     """
 
     value: Value
@@ -222,14 +222,14 @@ class _Tensor:
     codes: bool
 
     def crossed(self, integer: Set[Node]) -> bool:
-        """Whether codes and numbers are both needed."""
+        """Whether the tensor must be converted with these nodes in integers."""
         made = self.codes or self.maker in integer
         return any((reader in integer) != made for reader in self.readers)
 
 
 @dataclass(frozen=True, slots=True)
 class _PlacementProblem:
-    """Costs of the nodes that could run on codes, None where nothing is known; of all others nothing can be changed."""
+    """The minimum cut problem. costs: of nodes that could run in integers, None where unknown; others cannot change."""
 
     costs: dict[Node, NodeCost | None]
     tensors: list[_Tensor]
@@ -255,7 +255,7 @@ class _PlacementProblem:
         return cls(costs, tensors)
 
     def time(self, integer: Set[Node]) -> float:
-        """Microseconds of one run with these nodes in integers, as far as the table knows."""
+        """The time in us of one run with these nodes in integers, as far as the table knows."""
         found = sum(tensor.switch_us for tensor in self.tensors if tensor.crossed(integer))
         for node, cost in self.costs.items():
             if cost is not None:
@@ -263,7 +263,7 @@ class _PlacementProblem:
         return found
 
     def cheapest(self) -> set[Node]:
-        """The nodes that should run in integers: all but the first side of the least cut, which is the smallest."""
+        """The nodes that should run in integers: all but the first side of the minimum cut, the smallest such side."""
         network = FlowNetwork()
         for node, cost in self.costs.items():
             if cost is not None:
@@ -279,7 +279,7 @@ class _PlacementProblem:
         return {node for node in self.costs if node not in floats}
 
     def _tie(self, network: FlowNetwork, tensor: _Tensor) -> None:
-        """A tensor is quantized once where any reader wants codes, dequantized once where any wants numbers."""
+        """Add the edges of a tensor: it is converted once for all readers of the other kind."""
         outside = network.second if tensor.codes else network.first
         maker: object = tensor.maker if tensor.maker in self.costs else outside
         codes, numbers = ("codes", tensor.value), ("numbers", tensor.value)
@@ -299,7 +299,7 @@ def _reads_data(node: Node, value: Value) -> bool:
 
 
 def look_up_cost(node: Node, shapes: Shapes, table: CostTable) -> NodeCost | None:
-    """What the table says of a node, None where it says nothing."""
+    """The cost of a node by the table; None where it has none."""
     found = _work_units(node, shapes)
     if found is None or found[0] not in table:
         return None
@@ -308,7 +308,7 @@ def look_up_cost(node: Node, shapes: Shapes, table: CostTable) -> NodeCost | Non
 
 
 def _interpolate_cost(lines: Mapping[int, tuple[float, float, float, float]], channels: float, work: float) -> NodeCost:
-    """Between the table's channels in proportion to their logarithm."""
+    """Interpolate a cost between the table's channels, linearly in their logarithm."""
     known = np.log2(sorted(lines))
     columns = np.array([lines[key] for key in sorted(lines)])
     f_us, f_ns, i_us, i_ns = (float(np.interp(math.log2(max(channels, 1)), known, column)) for column in columns.T)
@@ -316,7 +316,7 @@ def _interpolate_cost(lines: Mapping[int, tuple[float, float, float, float]], ch
 
 
 def _switch_cost(value: Value, shapes: Shapes, table: CostTable) -> float:
-    """Microseconds of one way: half of there and back again."""
+    """The time in us of one conversion: half of quantizing and dequantizing."""
     shape = shapes.get(value.name or "")
     if shape is None:
         return 0.0
@@ -325,7 +325,7 @@ def _switch_cost(value: Value, shapes: Shapes, table: CostTable) -> float:
 
 
 def _work_units(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
-    """The kind in the table, its number of channels, and the units of work; None for what it does not know."""
+    """The kind of a node in the table, its channels, and its units of work; None for unknown kinds."""
     out = shapes.get(node.outputs[0].name or "")
     weight = constant_array(input_of(node, 1))
     if node.op_type in ("Gemm", "MatMul") and out is not None and weight is not None and weight.ndim == 2:

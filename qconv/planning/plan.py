@@ -57,13 +57,13 @@ LOWEST_GATE_INPUT = -100.0
 
 @dataclass(frozen=True, slots=True)
 class ActivationGate:
-    """An activation that goes to zero on the left. product: its output. closed_at: from where on, None for SiLU."""
+    """SiLU or HardSwish, which go to zero on the left. product: the output. closed_at: its zero; None for SiLU."""
 
     product: Value
     closed_at: float | None
 
     def floor(self, step: float) -> float:
-        """The least input that matters, where the product is quantized in steps of `step`."""
+        """The least input with an effect, where the product is quantized in steps of `step`."""
         if self.closed_at is not None:
             return self.closed_at
         inside, outside = SILU_MINIMUM_AT, LOWEST_GATE_INPUT
@@ -77,7 +77,7 @@ class ActivationGate:
 
 
 def find_activation_gate(model: Model, value: Value) -> ActivationGate | None:
-    """The activation that alone reads `value`: HardSwish, or a Mul of `value` with a gate computed from it."""
+    """Find the activation that alone reads `value`: HardSwish, or a Mul of `value` with a gate computed from it."""
     readers = model.readers(value)
     if value.is_graph_output():
         return None
@@ -95,7 +95,7 @@ def find_activation_gate(model: Model, value: Value) -> ActivationGate | None:
 
 @dataclass(frozen=True, slots=True)
 class _GateCutoff:
-    """The output of a gate, and up to which input it is zero; None where it only comes near."""
+    """The output of a gate. at: the input up to which it is zero; None where it only comes near zero."""
 
     output: Value
     at: float | None
@@ -122,7 +122,7 @@ def _find_gate_cutoff(model: Model, gate: Node) -> _GateCutoff | None:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What was decided for one tensor, or one node: a spec, or None for float, and the reason."""
+    """The decision for a tensor or a node: a spec, or None for float, and the reason."""
 
     spec: QuantSpec | None
     why: str
@@ -130,11 +130,12 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerPlan:
-    """A node with weights that runs on quantized weights.
+    """A node with quantized weights.
 
-    weight: the spec of its weights, seen as `arranged` gives them. data: the input that is quantized, None where only
-    weights are, and the layer runs in float. at_load: the runtime computes its weights from the codes once, when it
-    loads the file, and not at every run. own_bits: each output channel has bits of its own, the spec's on average.
+    weight: spec of its weights, arranged as `arranged` returns them.
+    data: the input that is quantized; None where weights alone are, and the layer runs in float.
+    at_load: the runtime computes float weights from codes once, when it loads the file, and not at every run.
+    own_bits: each output channel has bits of its own, the spec's on average.
     moves_zero: codes are stored less their zero points.
     """
 
@@ -148,11 +149,11 @@ class LayerPlan:
 
     @property
     def blocked(self) -> bool:
-        """Whether scales belong to blocks of input channels."""
+        """Whether blocks of input channels have scales."""
         return isinstance(self.weight.granularity, PerBlock)
 
     def arranged(self, weight: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The weights in the shape that the spec speaks of.
+        """The weights in the shape that the spec's axes refer to.
 
         Blocks run over whole input channels, kernel positions included, so a blocked kernel is flattened: a Conv's to
         (O, I/g * kH * kW), a ConvTranspose's to (I, O/g * kH * kW).
@@ -162,17 +163,23 @@ class LayerPlan:
 
 @dataclass(slots=True)
 class Plan:
-    """The decisions.
+    """The decisions for all tensors and nodes of a folded model.
 
-    activations: every quantized tensor that is no constant, in graph order. layers: nodes with quantized weights.
+    activations: every quantized tensor that is no constant, in graph order.
+    layers: nodes with quantized weights.
     constants: quantized constant operands of Add, Mul and the like, by the value that holds them.
-    integer: the nodes that will run on codes. absorbed: Relu or Clip -> the node whose quantizer takes its place.
-    on_codes: nodes that work between quantizer and dequantizer. ties: groups of tensors that share parameters.
-    given: quantized tensors whose codes are those of a dequantizer in the model, the input's pixels, and need no range.
-    gates: tensors that are read by an activation alone that is zero far below zero. kept: node name -> why it stays
-    float, or runs in float although its tensors are codes. floats: those among them that are faster there, with why.
-    activation_of: name of a Relu or Clip -> name of the layer in front of it. reads: who reads a quantized tensor as
-    codes, where that is not everyone who can; None where it is. recipe, target: by and for which all that was decided;
+    integer: the nodes that will run on codes.
+    absorbed: Relu or Clip -> the node whose quantizer takes its place.
+    on_codes: nodes that work between quantizer and dequantizer.
+    ties: groups of tensors that share parameters.
+    given: quantized tensors with the codes of a dequantizer in the model, the input's pixels, which need no range.
+    gates: tensors whose only reader is an activation that is zero far below zero.
+    kept: node name -> why it stays float, or runs in float although its tensors are quantized.
+    floats: those of them that are faster in float, each with the reason.
+    activation_of: name of a Relu or Clip -> name of the layer in front of it.
+    reads: the readers that take a quantized tensor as codes; None where all that can do.
+    recipe, target: what the plan is made by, and the runtime that it is for.
+
     `planner.replan` makes a plan again for another model, recipe, or nodes in float.
     """
 
@@ -207,9 +214,9 @@ class Plan:
         return choice is not None and choice.spec is not None and isinstance(choice.spec.granularity, PerChannel)
 
     def taps(self, want: SketchContents = SketchContents.EXTREMES) -> list[Observer]:
-        """The tensors whose values must be seen: what layers read, and in each group all that others do not copy.
+        """The observers of all tensors that need a range: inputs of layers, and in each group all that are no copies.
 
-        want: what is to be remembered of all of them; channels are of what layers read in any case.
+        want: what all sketches keep; those of layers' inputs keep channels in any case.
         """
         read = {layer.data for layer in self.layers}
         seen = (value for value in self.activations if value in read or not self.copies(value))
@@ -219,13 +226,13 @@ class Plan:
         ]
 
     def taps_of_float(self) -> list[Observer]:
-        """What layers read that stays float: its means tell what rounding their weights does to those of outputs."""
+        """The observers of layers' inputs that stay float: bias correction needs their means."""
         read = (layer.node.inputs[0] for layer in self.layers if layer.data is None and layer.node.op_type != "MatMul")
         floats = (value for value in dict.fromkeys(read) if value is not None and value not in self.activations)
         return [plan_observer(value, SketchContents.CHANNELS) for value in floats]
 
     def copies(self, value: Value) -> bool:
-        """Whether `value` holds nothing but values of tensors that it shares parameters with."""
+        """Whether `value` only holds values of tensors that it shares parameters with."""
         node = value.producer()
         if node is None or node not in self.integer or node in self.absorbed:
             return False
@@ -235,24 +242,24 @@ class Plan:
         return isinstance(rule, ConcatRule) and set(self.group_of()[value]).issuperset(node.inputs)
 
     def group_of(self) -> dict[Value, tuple[Value, ...]]:
-        """Every quantized tensor with those it shares parameters with, itself included."""
+        """Every quantized tensor with the tensors that share its parameters, itself included."""
         groups = {value: group for group in self.ties for value in group}
         return {value: groups.get(value, (value,)) for value in self.activations}
 
 
 def count_channels(value: Value) -> int:
-    """How many there are along axis 1; 0 where that is not known before a run."""
+    """The number of channels along axis 1; 0 where it is not known before a run."""
     sizes = dims(value) or []
     return (sizes[1] if len(sizes) > 1 else 0) or 0
 
 
 def data_inputs(node: Node, rule: Rule) -> list[Value]:
-    """The inputs of a node that carry data, constants among them; shapes, axes and weights are left out."""
+    """The inputs of a node that carry data, constants included; not shapes, axes and weights."""
     return [value for index in data_positions(node, rule) if (value := node.inputs[index]) is not None]
 
 
 def data_positions(node: Node, rule: Rule) -> range:
-    """Where those inputs are."""
+    """The positions of the data inputs of a node."""
     count: int | None = 1
     if isinstance(rule, ComputingRule):
         count = rule.data
@@ -264,7 +271,7 @@ def data_positions(node: Node, rule: Rule) -> range:
 
 
 def plan_observer(value: Value, wanted: SketchContents) -> Observer:
-    """How a tensor is watched. wanted: what is to be remembered beyond its extremes."""
+    """The observer of a tensor. wanted: what its sketch keeps beyond the extremes."""
     positive, stride = _is_never_negative(value), _sampling_stride(value)
     maps = rank(value) == 4 and value.dtype == DataType.FLOAT and value.producer() is not None
     pooled = positive and maps and (stride is not None or wanted in (SketchContents.EXTREMES, SketchContents.CHANNELS))
@@ -272,7 +279,7 @@ def plan_observer(value: Value, wanted: SketchContents) -> Observer:
 
 
 def _sampling_stride(value: Value) -> int | None:
-    """Which pixels of a map are looked at: each so-many-th in both directions. None where its size is not known."""
+    """The stride at which pixels of a map are sampled in both directions; None where its size is not known."""
     _, *sizes = dims(value) or [None]
     if len(sizes) != 3 or None in sizes:
         return None
@@ -281,7 +288,7 @@ def _sampling_stride(value: Value) -> int | None:
 
 
 def _is_never_negative(value: Value) -> bool:
-    """Whether the operator that writes it leaves nothing below zero."""
+    """Whether the operator that writes a tensor writes no value below zero."""
     node = value.producer()
     if node is None:
         return False

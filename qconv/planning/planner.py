@@ -40,13 +40,13 @@ T = TypeVar("T", bound=Hashable)
 
 
 class DisjointSets(Generic[T]):
-    """A division of things into groups, at first each for itself."""
+    """Union-find: a partition of things, at first into groups of one."""
 
     def __init__(self) -> None:
         self._of: dict[T, set[T]] = {}
 
     def join(self, things: Iterable[T]) -> None:
-        """Make one group of these and of the groups that they are in."""
+        """Join the groups that these things are in."""
         together: set[T] = set()
         for thing in things:
             together |= self._of.get(thing, {thing})
@@ -54,7 +54,7 @@ class DisjointSets(Generic[T]):
             self._of[thing] = together
 
     def in_order(self, order: Iterable[T]) -> list[tuple[T, ...]]:
-        """The groups of more than one, each in this order."""
+        """The groups of more than one thing, each in this order."""
         place = {thing: index for index, thing in enumerate(order)}
         unique = {id(group): group for group in self._of.values() if len(group) > 1}
         return [tuple(sorted(group, key=place.__getitem__)) for group in unique.values()]
@@ -119,7 +119,7 @@ class _Planner:
         self.inner &= self._closure(self.nodes, _previous_nodes, layers)
 
     def _is_placed_layer(self, node: Node) -> bool:
-        """Whether it is a layer that would run in integers, were it not faster in float."""
+        """Whether a node is a layer that stays float only because it is faster there."""
         if node.name not in self.floats or self.recipe.bits_of(node.name or "").in_float:
             return False
         return node not in self.eligible and isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule)
@@ -171,13 +171,13 @@ class _Planner:
             self.plan.layers.append(LayerPlan(node, rule, spec, data, at_load, own_bits, moves_zero))
 
     def _least_bits(self, node: Node) -> int:
-        """What the first and the last layer have, whatever the others do."""
+        """The bits of a layer where no glob gives it its own: `edge_bits` for the first and the last layer."""
         return 0 if node in self.inner else self.recipe.edge_bits
 
     # -- which nodes run on codes, which tensors become codes --------------------------------------------------------
 
     def spread_to_inputs(self) -> None:
-        """Quantize what layers with weights and averages read, and the shortcut that an Add takes beside a layer.
+        """Quantize the inputs of layers with weights and of averages, and the shortcut of an Add behind a layer.
 
         The layer's own branch stays float up to the Add, so that runtimes can fuse both. All tensors that are joined
         or handed on share parameters with what they become, so that a quantizer may move past the operator.
@@ -232,7 +232,7 @@ class _Planner:
                 self.plan.kept[node.name or ""] = Decision(None, self._why_left(node))
 
     def _why_left(self, node: Node) -> str:
-        """ONNX Runtime merges a float layer and its activation: then it is the layer's reason that counts."""
+        """Why a node is left in float. An activation that is merged with a float layer has the layer's reason."""
         before = next(_previous_nodes(node), None)
         if (
             before is not None
@@ -260,7 +260,7 @@ class _Planner:
         return bool(known) and (all(known) if tail else any(known))
 
     def _data(self, node: Node) -> list[Value]:
-        """Inputs that are data and no constants."""
+        """The data inputs of a node that are no constants."""
         return [value for value in data_inputs(node, self.eligible[node]) if constant_array(value) is None]
 
     def _make_integer(self, node: Node) -> None:
@@ -283,7 +283,7 @@ class _Planner:
             self.plan.on_codes.add(node)
 
     def _needs_output(self, node: Node, rule: WeightedRule) -> bool:
-        """Whether the layer's result must become codes, for the layer itself or for what reads it to run on codes.
+        """Whether the layer's result must be quantized, for the layer itself or for its readers to run on codes.
 
         Without codes in between ONNX Runtime makes one float Gemm out of a MatMul and the Add behind it.
         """
@@ -295,7 +295,7 @@ class _Planner:
         return node.op_type == "MatMul" and any(reader.op_type == "Add" for reader in readers)
 
     def _absorbable(self, node: Node) -> Node | None:
-        """The Relu or Clip that alone reads this node's output and that a saturating quantizer can replace."""
+        """The Relu or Clip that alone reads the node's output, and that a saturating quantizer can replace."""
         reader = self.model.sole_reader(node.outputs[0])
         if reader is None or reader.op_type not in CLIPPING_ACTIVATIONS or reader not in self.eligible:
             return None
@@ -345,7 +345,7 @@ class _Planner:
                         )
 
     def _activation_wishes(self) -> dict[Value, int]:
-        """The most bits that any layer wants of the tensor that it reads; what none reads has 8 at least."""
+        """The bits of every quantized tensor: the most that a layer wants of it; 8 or more where no layer reads it."""
         recipe = self.recipe
         found: dict[Value, int] = {}
         for layer in self.plan.layers:
@@ -356,15 +356,15 @@ class _Planner:
         return found
 
     def _with_channels(self) -> set[Value]:
-        """The tensors whose channels layers sum over, and are known to be several."""
+        """The tensors with several channels, whose channels layers sum over."""
         read = {layer.data for layer in self.plan.layers if layer.data is not None}
         moved = {layer.data for layer in self.plan.layers if layer.node.op_type == "MatMul"}
         return {value for value in read - moved if count_channels(value) > 1}
 
     def take_given(self) -> None:
-        """Tensors that are codes already stay so, and so does what is copied from them or cut off.
+        """Keep the parameters of tensors that hold codes already, and of what is copied or cut from them.
 
-        Where one shares its parameters with others, as in a Concat, it is rounded like any tensor.
+        Where such a tensor shares its parameters with others, as in a Concat, it is rounded like any tensor.
         """
         plan, groups = self.plan, self.plan.group_of()
         for node in self.nodes:
@@ -378,13 +378,13 @@ class _Planner:
                     plan.activations[member] = Decision(plan.given[member].spec, INTEGERS_ARE_PIXELS)
 
     def _fits(self, value: Value) -> bool:
-        """Whether a tensor holds nothing that the codes of its group do not."""
+        """Whether all values of a tensor have codes in its group."""
         return self.plan.copies(value) or value.producer() in self.plan.on_codes
 
     # -- why what is quantized runs in float all the same ------------------------------------------------------------
 
     def explain(self) -> None:
-        """Types and shapes of codes that ONNX Runtime only dequantizes."""
+        """Record the layers whose codes ONNX Runtime only dequantizes, by their types and shapes."""
         recipe, plan = self.recipe, self.plan
         for layer in plan.layers:
             why = explain_dequantized_layer(layer, plan, recipe)
@@ -428,14 +428,14 @@ def _previous_nodes(node: Node) -> Iterator[Node]:
 
 
 def is_quantizable_layer(node: Node) -> bool:
-    """Whether it has constant weights that could become codes."""
+    """Whether a node has constant weights that could be quantized."""
     return (
         isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule) and constant_array(input_of(node, 1)) is not None
     )
 
 
 def _read_dequantizer_params(dequantizer: Node) -> QuantParams:
-    """The parameters that a dequantizer of uint8 has."""
+    """The parameters of a dequantizer of uint8."""
     scale, zero = (constant_array(value) for value in dequantizer.inputs[1:3])
     assert scale is not None
     assert zero is not None

@@ -24,7 +24,7 @@ from qconv.quantization.parameters import Params
 from qconv.quantizer import PerBlock, PerChannel, QuantParams
 
 FUSIBLE_RULES = (WeightedRule, ComputingRule)
-"""Rules of the operators that ONNX Runtime computes with in integers, and whose results that changes."""
+"""Rules of the operators that have integer kernels in ONNX Runtime whose results differ from those of float."""
 
 
 def emit(model: Model, plan: Plan, params: Params, *, pack: bool) -> list[Finding]:
@@ -53,7 +53,7 @@ class _QdqWriter:
     # -- activations -------------------------------------------------------------------------------------------------
 
     def node(self, node: Node) -> None:
-        """Everything that follows from one node of the float graph."""
+        """Quantize what one node of the float graph writes, and remove it where it is absorbed."""
         if node in self.plan.absorbed:
             self._absorb(node)
         elif node in self.plan.on_codes:
@@ -145,7 +145,7 @@ class _QdqWriter:
         self.model.remove(node)
 
     def _readers(self, value: Value, producer: Node | None) -> list[Node]:
-        """Who reads the dequantized value: all where codes are all there is, else those that need codes."""
+        """The readers of the dequantized value: all of them, or those that the plan has read codes."""
         readers = self.model.readers(value)
         if self.plan.reads is not None:
             wanted = self.plan.reads.get(value, [])
@@ -158,7 +158,7 @@ class _QdqWriter:
         return node in self.plan.integer or node in self.plan.absorbed
 
     def _quantizer(self, value: Value, chosen: QuantParams, behind: Node | None, *, wish: str) -> Node:
-        """A quantizer of `value` behind a node, or first of all."""
+        """Insert a quantizer of `value` behind a node, or at the head of the graph (None)."""
         if chosen.bits is not None:
             behind = self._end_at_codes(value, chosen, behind, wish)
             value = behind.outputs[0]
@@ -172,9 +172,10 @@ class _QdqWriter:
         return node
 
     def _end_at_codes(self, value: Value, chosen: QuantParams, behind: Node | None, wish: str) -> Node:
-        """Cut each channel where its last code is: in float, as a Clip of codes has one limit for all.
+        """Clip each channel at its last code, in float, as a Clip of codes has one limit for all channels.
 
-        Below all end with their container. It also keeps the runtime from fusing quantizers that its kernels cannot do.
+        The lower ends are those of the container. It also keeps the runtime from fusing quantizers that its kernels
+        cannot do.
         """
         axes = [-1 if axis == 1 else 1 for axis in range(rank(value) or 2)]
         limits = self._fixed("limit", chosen.code_range()[1].astype(np.float32).reshape(axes))
@@ -342,7 +343,7 @@ class _QdqWriter:
 
 
 def _first_input(node: Node) -> Value:
-    """The first input, which is there."""
+    """The first input of a node, which must exist."""
     value = node.inputs[0]
     assert value is not None
     return value
@@ -354,7 +355,7 @@ def _is_dequantized(value: Value) -> bool:
 
 
 def _axis_attribute(params: QuantParams) -> dict[str, int]:
-    """What a quantizer's or dequantizer's attributes say of where scales differ."""
+    """The axis and block size attributes of a quantizer or dequantizer with these parameters."""
     match params.spec.granularity:
         case PerChannel(axis):
             return {"axis": axis}

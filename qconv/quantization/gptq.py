@@ -1,16 +1,21 @@
 """This module rounds the weights of a layer by second order (GPTQ with coordinate descent), with scales fitted to them.
 
-With rows x_f, x_q of a layer's input in the float and the quantized network, means removed,
+With rows x_f of a layer's input in the float network and x_q in the network quantized so far, means removed,
 
     H = E[x_q x_q^T]      C = E[x_f x_q^T]
     error(Q) = E[(W x_f - Q x_q)^2] = (Q - W*) H (Q - W*)^T + what no Q can mend,      W* = W C H^-1
     W' = (W C + r W) (H + r I)^-1,      r = ridge * mean(diag H)                        (`solve_weights`)
     error(Q) = sum over m of (sum over i <= m of e_i R_im)^2,      e = Q - W', H = R R^T   (`round_second_order`)
 
-Columns are rounded by falling H_jj; `descend_coordinates` then changes single codes while the error falls.
+W* is the float weight solved anew for the inputs that the layer will get; the ridge draws it towards W where the images
+say little. R is upper triangular, so that the error splits into one square a column: given the codes before it, the
+best code of column m is W'_m - (sum over i < m of e_i R_im) / R_mm, rounded. This is the recursion of OBQ and GPTQ
+without an inverse. Columns are rounded by falling H_jj; `descend_coordinates` then changes single codes while the error
+falls. `LayerRounder` tries scales, fits them to the codes, and widens them where pairs of products would overflow.
 
-Sources: Frantar et al. 2022, arXiv 2208.11580 (OBQ), 2210.17323 (GPTQ); Li et al. 2025, arXiv 2504.02692 (GPTAQ); Chen
-et al. 2025, arXiv 2507.18553 (Babai's nearest plane); Nair and Suggala 2024, arXiv 2406.17542 (coordinate descent).
+Sources: Frantar et al. 2022, arXiv 2208.11580 (OBQ), 2210.17323 (GPTQ); Li et al. 2025, arXiv 2504.02692 (GPTAQ: x_f
+and x_q apart); Chen et al. 2025, arXiv 2507.18553 (Babai's nearest plane); Nair and Suggala 2024, arXiv 2406.17542
+(coordinate descent).
 """
 
 from __future__ import annotations
@@ -29,48 +34,21 @@ from qconv.quantization import overflow
 from qconv.quantization.input_moments import InputMoments
 from qconv.quantizer import PerBlock, PerTensor, QuantParams
 
-# Which way each weight rounds: to the nearest code, or so that the layer's output errs least (second order).
-#
-# With rows x of what a layer reads, in the float network (x_f) and in the network quantized so far (x_q), means
-# removed,
-#
-#     H = E[x_q x_q^T]      C = E[x_f x_q^T]
-#     error(Q) = E[(W x_f - Q x_q)^2] = (Q - W*) H (Q - W*)^T + what no Q can mend
-#
-# for W* = W C H^-1, the float weights solved anew for the inputs that the layer will really get. `resolved` finds W*,
-# drawn towards W where the pictures say little:
-#
-#     W' = (W C + r W) (H + r I)^-1,      r = ridge * mean(diag H)
-#
-# `second_order` rounds W' column by column, the ones with the largest H_jj first. With H = R R^T, R upper triangular,
-# the error splits into one square a column,
-#
-#     error(Q) = sum over m of (sum over i <= m of e_i R_im)^2,      e = Q - W'
-#
-# so that the best code of column m, given all before it, is W'_m - (sum over i < m of e_i R_im) / R_mm, rounded. That
-# is the recursion of OBQ and GPTQ without an inverse. `descended` then changes single codes as long as that lowers the
-# error.
-#
-# Sources: Frantar et al. 2022, arXiv 2208.11580 (OBQ), 2210.17323 (GPTQ); Li et al. 2025, arXiv 2504.02692 (GPTAQ: x_f
-# and x_q apart); Chen et al. 2025, arXiv 2507.18553 (GPTQ is Babai's nearest plane); Nair and Suggala 2024,
-# arXiv 2406.17542 (coordinate descent).
-
-
 Float64 = NDArray[np.float64]
 
 DAMPING = 0.02
-"""Share of the mean of H's diagonal that is added to it at least."""
+"""The least share of the mean of H's diagonal that is added to the diagonal."""
 
 COLUMN_BLOCK = 64
-"""Columns that are rounded before their errors are carried on to all others at once."""
+"""Columns that are rounded before their errors are carried over to all later columns at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightGrid:
-    """The codes that each weight may take and what they stand for: (code - zero) * scale.
+    """The codes that each weight may take, which stand for (code - zero) * scale.
 
-    scale, zero: (G, O, K), or (G, O, 1) where they are those of an output. low, high: the least and the largest code;
-    numbers, or (G, O) where outputs have bits of their own.
+    scale, zero: (G, O, K), or (G, O, 1) with one scale an output.
+    low, high: the least and the largest code; numbers, or (G, O) where outputs have bits of their own.
     """
 
     scale: Float64
@@ -89,22 +67,22 @@ class WeightGrid:
         return self.scale[:, :, at], self.zero[:, :, at]
 
     def part(self, columns: slice) -> WeightGrid:
-        """That of some columns."""
+        """The grid of some columns."""
         if self.scale.shape[2] == 1:
             return self
         return WeightGrid(self.scale[:, :, columns], self.zero[:, :, columns], self.low, self.high)
 
     def outputs(self, chosen: slice | NDArray[np.intp]) -> WeightGrid:
-        """That of some outputs of each group."""
+        """The grid of some outputs of each group."""
         low, high = (end[:, chosen] if isinstance(end, np.ndarray) else end for end in (self.low, self.high))
         return WeightGrid(self.scale[:, chosen], self.zero[:, chosen], low, high)
 
     def real(self, codes: Float64) -> Float64:
-        """What codes stand for."""
+        """The numbers that codes (G, O, K) stand for."""
         return np.asarray((codes - self.zero) * self.scale)
 
     def take(self, order: NDArray[np.int64]) -> WeightGrid:
-        """The columns in another order, (G, K)."""
+        """The grid with its columns in another order, (G, K)."""
         if self.scale.shape[2] == 1:
             return self
         scale, zero = (np.take_along_axis(x, order[:, None], axis=2) for x in (self.scale, self.zero))
@@ -112,7 +90,7 @@ class WeightGrid:
 
 
 def solve_weights(weight: Float64, hessian: Float64, cross: Float64, ridge: float) -> Float64:
-    """W' (G, O, K) of weights (G, O, K) with H and C, (G, K, K) both; C[i, j] = E[x_f,i x_q,j]."""
+    """Solve weights (G, O, K) anew: W' (G, O, K). hessian, cross: H and C, (G, K, K); C[i, j] = E[x_f,i x_q,j]."""
     extra = ridge * _mean_diagonal(hessian)  # (G, 1, 1)
     right = weight @ cross + extra * weight
     found = np.linalg.solve(_add_to_diagonal(hessian, extra), np.swapaxes(right, 1, 2))  # H is symmetric
@@ -121,14 +99,14 @@ def solve_weights(weight: Float64, hessian: Float64, cross: Float64, ridge: floa
 
 @dataclass(frozen=True, slots=True)
 class OrderedHessian:
-    """H (G, K, K) made ready. order: of its columns, (G, K), the largest H_jj first. factor: R, in that order."""
+    """H (G, K, K), factored. order: of its columns, (G, K), the largest H_jj first. factor: R, in that order."""
 
     order: NDArray[np.int64]
     factor: Float64
 
 
 def order_hessian(hessian: Float64, *, damping: float = DAMPING) -> OrderedHessian:
-    """H with a share of the mean of its diagonal added to that."""
+    """Order and factor H, with `damping` times the mean of its diagonal added to the diagonal."""
     order = np.argsort(-np.diagonal(hessian, axis1=1, axis2=2), axis=1, kind="stable")
     by_size = np.take_along_axis(np.take_along_axis(hessian, order[:, :, None], 1), order[:, None], 2)
     return OrderedHessian(order, factor_upper(_add_to_diagonal(by_size, damping * _mean_diagonal(hessian))))
@@ -144,10 +122,9 @@ def round_second_order(weight: Float64, ready: OrderedHessian, grid: WeightGrid)
 
 
 def choose_damping(inputs: int, rows: int) -> float:
-    """What is added to H for what n rows leave unsaid of it, as a share of the mean of its diagonal.
+    """The share of the mean of H's diagonal to add to the diagonal, where H was estimated from n rows.
 
-    Of K inputs, n rows show those directions that hardly vary as smaller than they are, by about K / n, and rows of one
-    picture are alike.
+    n rows of K inputs underestimate the directions that hardly vary by about K / n, and rows of one image are alike.
     """
     return DAMPING + 2 * inputs / max(1, rows)
 
@@ -178,7 +155,7 @@ def _round_columns(weight: Float64, factor: Float64, grid: WeightGrid) -> tuple[
 
 
 def descend_coordinates(codes: Float64, weight: Float64, hessian: Float64, grid: WeightGrid, *, sweeps: int) -> Float64:
-    """Codes whose error is no larger than that of `codes`: each in turn takes its best value given all others."""
+    """Improve codes (G, O, K) by coordinate descent: each in turn takes its best value given all others."""
     codes = codes.copy()
     gradient = (grid.real(codes) - weight) @ hessian  # (G, O, K)
     diagonal = np.diagonal(hessian, axis1=1, axis2=2)
@@ -207,9 +184,9 @@ def descend_coordinates(codes: Float64, weight: Float64, hessian: Float64, grid:
 
 
 def fit_scale_factors(codes: Float64, weight: Float64, hessian: Float64, grid: WeightGrid) -> tuple[Float64, Float64]:
-    """Numerator and denominator of the factor on its scales with which each output errs least, (G, O) both.
+    """Numerator and denominator of the factor on the scales that minimizes each output's error, (G, O) both.
 
-    factor = (W' H d^T) / (d H d^T),      d = what the codes stand for
+    factor = (W' H d^T) / (d H d^T),      d = the numbers that the codes stand for
     """
     real = grid.real(codes)
     turned = real @ hessian
@@ -230,12 +207,6 @@ def _add_to_diagonal(matrix: Float64, extra: Float64) -> Float64:
     return found
 
 
-# Codes and scales for the weights of one layer, with the least error on what is known of its inputs.
-#
-# The recursion of rounding.py works on rows, one an output; here are the scales that it goes with: tried out, fitted to
-# the codes, widened where pairs of products would overflow.
-
-
 Float32 = NDArray[np.float32]
 
 Codes = NDArray[np.integer]
@@ -247,7 +218,12 @@ NO_LEAST_SCALE = np.zeros((), np.float32)
 
 @dataclass(frozen=True, slots=True)
 class LayerRounder:
-    """A layer whose weights shall be `wanted`, (G, O, K). ready: H of each block of inputs. least: of scales."""
+    """Rounds the weights of one layer.
+
+    wanted: the weights to come near to, (G, O, K).
+    ready: factored H of each block of inputs.
+    least: the least scales allowed.
+    """
 
     layer: LayerPlan
     wanted: Float32
@@ -259,13 +235,13 @@ class LayerRounder:
     def of(
         cls, layer: LayerPlan, wanted: Float32, seen: InputMoments, least: NDArray[np.float32] = NO_LEAST_SCALE
     ) -> LayerRounder:
-        """With what is computed once."""
+        """A rounder for weights (G, O, K) on these moments."""
         blocks = ((b, choose_damping(b.hessian.shape[1], seen.count)) for b in seen.blocks)
         ready = tuple(order_hessian(b.hessian, damping=damping) for b, damping in blocks)
         return cls(layer, wanted, seen, ready, least)
 
     def codes(self, params: QuantParams) -> tuple[Codes, Float64]:
-        """Codes in the shape of the weights, and the error of each output, (O,)."""
+        """Round to codes in the shape of the weights. Returns them and the error of each output, (O,)."""
         found, errors = self._row_codes(params, slice(None))
         return self._stored(found), errors.reshape(-1)
 
@@ -280,7 +256,7 @@ class LayerRounder:
         return found, errors
 
     def scaled(self, params: QuantParams, factors: Sequence[float]) -> tuple[QuantParams, Codes]:
-        """Codes on the scale, among these multiples of the given one, with which each output errs least."""
+        """Round on several multiples of the given scales, and keep the best for each output."""
         whole = isinstance(params.spec.granularity, PerTensor)
         best, (codes, least) = params, self.codes(params)
         for factor in factors:
@@ -296,7 +272,7 @@ class LayerRounder:
         return best, codes
 
     def refitted(self, params: QuantParams, codes: Codes) -> tuple[QuantParams, Codes]:
-        """The scale of each output fitted to its codes, and codes rounded anew on it."""
+        """Fit the scale of each output to its codes, and round anew on it."""
         grid, rows = make_weight_grid(self.layer, params), self._rows(codes)
         along, own = np.zeros((2, *rows.shape[:2]))
         for block in self.seen.blocks:
@@ -317,7 +293,7 @@ class LayerRounder:
         return params.with_scale(np.maximum(params.scale * factor, self.least).astype(np.float32))
 
     def descended(self, params: QuantParams, codes: Codes, sweeps: int) -> Codes:
-        """Codes with single ones changed as long as that helps."""
+        """Improve codes by coordinate descent. sweeps: passes over all columns."""
         grid, found = make_weight_grid(self.layer, params), self._rows(codes)
         for block in self.seen.blocks:
             weight = self.wanted[:, :, block.part].astype(np.float64)
@@ -329,7 +305,7 @@ class LayerRounder:
     def unsaturated(
         self, params: QuantParams, codes: Codes, limits: tuple[NDArray[np.int64], NDArray[np.int64]]
     ) -> tuple[QuantParams, Codes]:
-        """Scales widened until no pair of products leaves 16 bits; codes rounded anew are other codes.
+        """Widen scales until no pair of products overflows 16 bits, rounding anew each time.
 
         limits: the least and the largest code of each input channel.
         """
@@ -362,19 +338,19 @@ class LayerRounder:
 
 
 def dequantize_rows(layer: LayerPlan, params: QuantParams, codes: Codes) -> Float32:
-    """What codes stand for, as rows (G, O, K)."""
+    """The numbers that codes stand for, as rows (G, O, K)."""
     found: Float32 = weight_rows_of(layer.node, params.dequantize(codes).reshape(read_weight_shape(layer.node)))
     return found
 
 
 def arrange_stored(layer: LayerPlan, stored: NDArray[Any]) -> NDArray[Any]:
-    """What is stored in the shape of the weights, as the layer's spec sees them."""
+    """Arrange an array in the stored shape of the weights as the layer's spec sees them."""
     whole = np.ascontiguousarray(stored)
     return whole.reshape(len(whole), -1) if layer.blocked else whole
 
 
 def make_weight_grid(layer: LayerPlan, params: QuantParams) -> WeightGrid:
-    """The codes that the weights may take, for each row."""
+    """The grid of a layer's weights, as rows."""
     shape = read_weight_shape(layer.node)
     arranged = (shape[0], int(np.prod(shape[1:]))) if layer.blocked else shape
     found = []
@@ -393,7 +369,7 @@ def make_weight_grid(layer: LayerPlan, params: QuantParams) -> WeightGrid:
 
 
 def read_weight_shape(node: Node) -> tuple[int, ...]:
-    """Of the layer's weights."""
+    """The stored shape of the layer's weights."""
     stored = constant_array(node.inputs[1])
     assert stored is not None
     return stored.shape

@@ -3,11 +3,13 @@
     out[g, n, o] = sum over j of rows[g, n, j] * weight[g, o, j] + bias        j = input channel, then kernel position
     Conv           i = o * stride - pad + k * dilation
     ConvTranspose  i = (o + pad - k * dilation) / stride, where that is whole; zero outside
+    Gemm, MatMul   whole rows: all axes but the last are positions
     H = E[x_q x_q^T]      C = E[x_f x_q^T]      means m_f, m_q removed
 
 Sums are of rows less a first guess of their mean, as float32 would lose the difference. The rows of some images are
-held out, unsummed, to validate by. Layers with many inputs are divided into independent blocks, so that all of them
-together stay below MOST_IN_BLOCKS numbers.
+held out, unsummed, to validate by; rows of an image that was summed would flatter, as rows of one image are alike.
+Layers with many inputs are divided into blocks, as if these were independent, so that all of them together stay below
+MOST_IN_BLOCKS numbers: a K x K matrix would need gigabytes.
 """
 
 from __future__ import annotations
@@ -23,18 +25,6 @@ from numpy.typing import NDArray
 
 from qconv.ir.model import Node, attribute
 
-# What rounding must know of the inputs of a layer: means and second moments, in the float network and in the other.
-#
-#     H = E[x_q x_q^T]      C = E[x_f x_q^T]      means m_f, m_q removed
-#
-# x_f, x_q: the same rows (see patches.py) of the float network and of the network quantized so far. Sums are of rows
-# less a first guess of their mean: products of numbers far from zero would leave nothing of the difference in float32.
-# The rows of some pictures are kept apart, unsummed, to judge by what was found: rows of one picture are alike, so that
-# those of a picture that was summed would flatter. Layers that read very much are taken apart into blocks of inputs, as
-# if these were independent: a matrix of K x K would need gigabytes. The more they read, the smaller are the blocks, so
-# that all of them together stay below MOST_IN_BLOCKS numbers.
-
-
 Float64 = NDArray[np.float64]
 
 Float32 = NDArray[np.float32]
@@ -49,12 +39,12 @@ NUMBERS_AT_ONCE = 2**21
 """Numbers that are summed in one product."""
 
 HELD_OUT_INTERVAL = 8
-"""One piece of so many is kept apart, or one where there are fewer."""
+"""One piece in so many is held out; one of all where there are fewer."""
 
 
 @dataclass(frozen=True, slots=True)
 class MomentBlock:
-    """A run of a layer's inputs. part: which. hessian: H, cross: C; (G, K, K) both."""
+    """The moments of a block of inputs. part: their indices. hessian: H, cross: C; (G, K, K) both."""
 
     part: slice
     hessian: Float64
@@ -63,8 +53,10 @@ class MomentBlock:
 
 @dataclass(frozen=True, slots=True)
 class InputMoments:
-    """means: m_f and m_q, (G, K). kept: rows of both networks (G, n, K), means of all others removed.
+    """The moments of a layer's inputs in both networks.
 
+    float_mean, mean: m_f and m_q, (G, K).
+    kept: held-out rows of both networks (G, n, K), with the means of all others removed.
     count: how many these others are.
     """
 
@@ -81,9 +73,11 @@ class InputMoments:
 
 
 def accumulate_moments(pairs: Iterable[tuple[Float32, Float32]], share: int = HELD_OUT_INTERVAL) -> InputMoments:
-    """Of rows that come piece by piece: (x_f, x_q), (G, n, K) both. There must be at least one row.
+    """Accumulate the moments of rows.
 
-    A picture must not be in several pieces: one piece of so many (share) is kept apart.
+    Args:
+        pairs: (x_f, x_q), (G, n, K) both, piece by piece; at least one row. An image must not be in several pieces.
+        share: one piece in so many is held out.
     """
     kept: list[tuple[Float32, Float32]] = []
 
@@ -104,22 +98,22 @@ def accumulate_moments(pairs: Iterable[tuple[Float32, Float32]], share: int = HE
 
 
 def choose_block_size(inputs: int) -> int:
-    """Inputs of a block of a layer that reads so many, at most."""
+    """The largest block, in inputs, of a layer that has so many."""
     return LARGEST_BLOCK if inputs <= LARGEST_BLOCK else min(LARGEST_BLOCK, max(1, MOST_IN_BLOCKS // inputs))
 
 
 def is_held_out(index: int, share: int = HELD_OUT_INTERVAL) -> bool:
-    """Whether the rows of this piece are kept apart."""
+    """Whether the rows of this piece are held out."""
     return index % share == share - 1
 
 
 def choose_held_out_interval(pieces: int) -> int:
-    """One piece of how many can be kept apart: none of one."""
+    """The share to hold out of so many pieces, as one in N: none of a single one."""
     return max(2, min(HELD_OUT_INTERVAL, pieces))
 
 
 def _batch_pieces(pairs: Iterable[tuple[Float32, Float32]]) -> Iterator[tuple[Float32, Float32]]:
-    """Pieces joined until they have about AT_ONCE numbers."""
+    """Join pieces until they have about NUMBERS_AT_ONCE numbers."""
     waiting: list[tuple[Float32, Float32]] = []
     for pair in pairs:
         waiting.append(pair)
@@ -152,7 +146,7 @@ class _MomentSums:
         x_f, x_q = float_rows - self._guess, rows - self._guess
         self._rows += rows.shape[1]
         self._sums += [x.sum(axis=1, dtype=np.float64) for x in (x_f, x_q)]
-        with np.errstate(over="ignore", invalid="ignore"):  # see Moments.is_finite
+        with np.errstate(over="ignore", invalid="ignore"):  # see InputMoments.is_finite
             for part, own, cross in zip(self._parts, self._own, self._cross, strict=True):
                 q = x_q[:, :, part]
                 own += np.swapaxes(q, 1, 2) @ q
@@ -178,25 +172,12 @@ class _MomentSums:
         return InputMoments(blocks, float_mean, mean, (apart[0], apart[1]), self._rows)
 
 
-# What a layer reads, as rows of a matrix: one row for each output position (im2col), at some positions only.
-#
-#     out[g, n, o] = sum over j of rows[g, n, j] * weight[g, o, j] + bias        j = input channel, then kernel position
-#
-# Along one axis the output at o meets kernel tap k at the input
-#
-#     Conv            i = o * stride - pad + k * dilation
-#     ConvTranspose   i = (o + pad - k * dilation) / stride, where that is whole
-#
-# and at nothing where i lies outside: that element is zero. Gemm and MatMul read whole rows: all axes but the last are
-# positions to them.
-
-
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class _SpatialAxis:
-    """One spatial axis of a Conv or ConvTranspose."""
+    """One spatial axis of a Conv, or of a ConvTranspose (turned). before: the padding in front."""
 
     size: int
     kernel: int
@@ -207,7 +188,7 @@ class _SpatialAxis:
     turned: bool
 
     def inputs(self, at: Ints) -> Ints:
-        """Where the outputs `at` (p,) read, (p, kernel); -1 for nothing."""
+        """The input positions that the outputs `at` (p,) read, (p, kernel); -1 for padding."""
         taps = np.arange(self.kernel) * self.dilation
         if self.turned:
             reached = at[:, None] + self.before - taps
@@ -219,7 +200,7 @@ class _SpatialAxis:
 
 @dataclass(frozen=True, slots=True)
 class PatchIndices:
-    """Some rows of a layer. index: flat positions in its input, (p, K); outside: which of these are none, or None."""
+    """Indices of some rows. index: flat positions in the input, (p, K). outside: which are padding; None if none."""
 
     index: Ints
     outside: NDArray[np.bool_] | None
@@ -227,14 +208,14 @@ class PatchIndices:
 
 @dataclass(frozen=True, slots=True)
 class PatchExtractor:
-    """How to cut the rows of one layer out of its input. axes: none for Gemm and MatMul."""
+    """Cuts the rows of one layer out of its input (im2col). axes: spatial ones; none for Gemm and MatMul."""
 
     groups: int
     axes: tuple[_SpatialAxis, ...]
 
     @classmethod
     def of(cls, node: Node, weight: Sequence[int], data: Sequence[int]) -> PatchExtractor:
-        """For a layer with weights of this shape on an input of this shape (N, C, ...)."""
+        """The extractor for a layer with weights of this shape on an input of this shape (N, C, ...)."""
         if node.op_type not in ("Conv", "ConvTranspose"):
             return cls(1, ())
         count = len(data) - 2
@@ -242,17 +223,17 @@ class PatchExtractor:
         return cls(attribute(node, "group", 1), tuple(_make_axis(node, *end, count) for end in ends))
 
     def entries(self, data: Sequence[int]) -> int:
-        """How many parts of an input of this shape are cut at the same positions."""
+        """How many images of an input of this shape are cut at the same positions."""
         return data[0] if self.axes else 1
 
     def positions(self, data: Sequence[int]) -> int:
-        """How many rows each of these parts has."""
+        """How many rows each of these images has."""
         return prod(axis.outputs for axis in self.axes) if self.axes else prod(data[:-1])
 
     def rows(self, x: NDArray[Any], places: PatchIndices, zero: int = 0) -> Float32:
-        """The rows of x (N, C, ...) at the same places of each n, or of x (..., C): (G, N * p, I/G * K).
+        """Cut rows out of x (N, C, ...) at the same places of each n, or of x (..., C): (G, N * p, I/G * K).
 
-        zero: what stands for the zeros around x.
+        zero: the value of padding.
         """
         index, outside = places.index, places.outside
         if not self.axes:
@@ -266,7 +247,7 @@ class PatchExtractor:
         )
 
     def places(self, at: Ints) -> PatchIndices:
-        """What the rows at the positions (p,) are made of."""
+        """The indices of the rows at the output positions (p,)."""
         if not self.axes:
             return PatchIndices(at[:, None], None)
         along = np.unravel_index(at, [axis.outputs for axis in self.axes])
@@ -304,5 +285,5 @@ def _make_axis(node: Node, size: int, kernel: int, index: int, count: int) -> _S
 
 
 def _padding_before(total: int, *, upper: bool) -> int:
-    """The padding in front, of `total` on both sides: an odd one goes behind (upper) or in front."""
+    """The padding in front, out of `total`: an odd pixel goes behind (SAME_UPPER) or in front."""
     return total // 2 if upper else total - total // 2

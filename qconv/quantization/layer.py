@@ -1,13 +1,14 @@
 """This module quantizes the weights and the bias of one layer, and corrects the bias.
 
-The bias is stored as int32 with the exact scale s_x * s_w; where it would not fit, the weight scale of that channel is
-widened. Rounding the weights W to Q moves the mean of each output; bias correction takes that back:
+The bias is stored as int32 with the exact scale s_x * s_w, and the accumulator starts from it. Where it would overflow,
+the weight scale of that channel is widened until it fits: weights lose precision there, the bias keeps its value.
+Rounding the weights W to Q moves the mean of each output; bias correction takes that back:
 
     b' = b + sum over inputs i and kernel positions k of (W - Q)[o, i, k] * E[x_i]
 
 E[x_i] is the input mean in the float network, measured on calibration data or derived from BatchNormalization
-(analytic). It is exact inside and a little too large at padded borders. An output of a ConvTranspose sees one of
-sH * sW kernel positions.
+(analytic, see `data_free.propagation`). It is exact inside and a little too large at padded borders. An output of a
+ConvTranspose sees one of sH * sW kernel positions.
 
 Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
 """
@@ -29,26 +30,18 @@ from qconv.quantization import overflow, weight_ranges
 from qconv.quantization.weight_ranges import WEIGHT_RANGE_ESTIMATORS
 from qconv.quantizer import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, group_extremes
 
-# Bias correction: rounding the weights moves the mean of every output channel, and the bias takes the move back.
-#
-#     b' = b + sum over inputs i and kernel positions k of (W - Q)[o, i, k] * E[x_i]
-#
-# E[x_i] is the mean of the layer's input channel in the float network: over the calibration pictures (measured), or as
-# it follows from a BatchNormalization in front (analytic, see expected.py). Positions that only see padding are counted
-# as if they saw the mean: the correction is exact inside and a little too large at borders. An output of a
-# ConvTranspose sees one of sH * sW kernel positions (strides), so that its share of the sum is as small.
-#
-# Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
-
 
 def compute_bias_correction(
     error: NDArray[np.float32], mean: NDArray[np.float64], *, groups: int, output_axis: int
 ) -> NDArray[np.float64]:
-    """What to add to the bias, shape (O,).
+    """The correction to add to the bias, (O,).
 
-    error: W - Q as the layer stores it: (O, I/g, kH, kW), (I, O/g, kH, kW) where `output_axis` is 1, or a matrix with
-    its outputs along `output_axis`.
-    mean: of each input channel, shape (I,).
+    Args:
+        error: W - Q as the layer stores it: (O, I/g, kH, kW), (I, O/g, kH, kW) where `output_axis` is 1, or a matrix
+            with its outputs along `output_axis`.
+        mean: mean of each input channel, (I,).
+        groups: of the convolution.
+        output_axis: the axis of output channels.
     """
     if error.ndim == 2:
         by_output = error if output_axis == 0 else error.T
@@ -65,26 +58,20 @@ def compute_bias_correction(
     return shift
 
 
-# One layer's weights and bias become codes, with what the integer kernels demand of them.
-#
-# The bias is stored as int32 with the exact scale s_x * s_w, and the accumulator starts from it. Where it would not
-# fit, the weight scale of that channel is widened until it does: weights lose precision there, the bias keeps its
-# value.
-
-
 # Leaves half of int32 to the sum of products: 2^30 / (255 * 127) inputs a channel is more than any layer has.
 LARGEST_BIAS_CODE = 2.0**30
 
 WIDENED_FOR_BIAS = "weight scales widened, so that the bias fits into int32"
-"""Kind of what was done to a layer whose bias is too large for its scales."""
+"""Kind of the finding for a layer whose bias is too large for its scales."""
 
 CORRECTED_BY_BATCH_NORM = "bias corrected by the means that BatchNormalization says"
 
 
 @dataclass(slots=True)
 class LayerParams:
-    """Codes of a layer. bias: what it adds, shape (O,), None where it adds nothing.
+    """Codes and parameters of a layer.
 
+    bias: the float bias, (O,); None where the layer adds nothing.
     bias_params: how the bias is quantized; None where it stays float.
     """
 
@@ -96,7 +83,7 @@ class LayerParams:
 
     @property
     def stored(self) -> tuple[QuantParams, NDArray[np.integer]]:
-        """Parameters and codes as they go into the file: the same numbers, with zero at code 0 if the layer says so."""
+        """Parameters and codes as the file stores them: shifted so that zero is code 0 where `moves_zero` is set."""
         if not self.layer.moves_zero:
             return self.weight, self.codes
         _, zero = self.weight.spread(self.codes.shape)
@@ -107,7 +94,7 @@ class LayerParams:
 
 @dataclass(frozen=True, slots=True)
 class LayerInput:
-    """What a layer reads: its parameters, and its sketch where it was watched itself."""
+    """The quantized input of a layer. sketch: of the tensor itself; None where it was not observed."""
 
     params: QuantParams
     sketch: Sketch | None
@@ -122,12 +109,12 @@ class LayerInput:
         return np.minimum(low, zero), np.maximum(high, zero)
 
     def all_codes(self, channels: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The least and the largest code that there is, for each of `channels` channels."""
+        """The least and the largest code possible, for each of `channels` channels."""
         spec = self.params.spec
         return np.full(channels, spec.qmin), np.full(channels, spec.qmax)
 
     def of(self, channels: int) -> Sketch | None:
-        """The sketch, if it is of each of this many channels."""
+        """The sketch, if it has this many channels; else None."""
         return self.sketch if self.sketch is not None and _has_channels(self.sketch, channels) else None
 
 
@@ -145,12 +132,17 @@ def quantize_layer(
     saturation_safe: bool | None = None,
     correction: str = "measured",
 ) -> tuple[LayerParams, list[Finding]]:
-    """Codes and parameters of one layer. source: None where only weights are quantized; calibrator: the weights'.
+    """Quantize the weights and the bias of one layer to the nearest codes.
 
-    seen: what the layer reads, where that was watched.
-
-    saturation_safe: no pair of products overflows 16 bits, whatever the picture (True), or on the calibration pictures
-    (None); False: that is no matter. correction: how the bias takes back what rounding does to means, see Recipe.
+    Args:
+        layer: what the plan says of it.
+        source: its quantized input; None where only weights are quantized.
+        calibrator: range estimator of the weights.
+        target: the runtime.
+        seen: sketch of the float input, where that was observed.
+        saturation_safe: whether no pair of products overflows 16 bits on any image (True) or on the calibration images
+            (None); False ignores overflow.
+        correction: the bias correction, see `Recipe`.
     """
     weight = read_float_weight(layer)
     notes: list[Finding] = []
@@ -176,7 +168,7 @@ def quantize_layer(
 
 
 def read_float_weight(layer: LayerPlan) -> NDArray[np.float32]:
-    """The layer's weights as its spec sees them. Raises QconvError where they are no numbers."""
+    """The layer's weights as its spec sees them. Raises QconvError where they are not finite."""
     stored = constant_array(layer.node.inputs[1])
     assert stored is not None
     weight = layer.arranged(stored.astype(np.float32, copy=False))
@@ -234,7 +226,7 @@ def attach_bias(
     source: LayerInput | None,
     target: Target,
 ) -> LayerParams:
-    """The layer's numbers with a bias (O,) that is stored as the target wants it."""
+    """Put codes, parameters and a bias (O,) together, the bias stored as the target wants it."""
     if source is None or bias is None or not _has_integer_bias(layer, source, target):
         return LayerParams(layer, params, codes, bias)
     with np.errstate(over="ignore"):
@@ -243,8 +235,9 @@ def attach_bias(
 
 
 def _has_integer_bias(layer: LayerPlan, source: LayerInput, target: Target) -> bool:
-    """A blocked layer has no one s_w for its bias, and one whose data has a scale for each channel no one s_x.
+    """Whether the bias is stored as int32.
 
+    A blocked layer has no single s_w for its bias, and one whose data has a scale for each channel no single s_x.
     Layers of 16 bits run in float as well, but there ONNX Runtime would quantize a float bias by itself, and let it
     overflow.
     """
@@ -252,7 +245,7 @@ def _has_integer_bias(layer: LayerPlan, source: LayerInput, target: Target) -> b
 
 
 def shift_bias(layer: LayerPlan, shift: NDArray[np.float64] | None) -> NDArray[np.floating] | None:
-    """The layer's bias with a shift (O,), if there is any."""
+    """The layer's bias plus a shift (O,); None where it has neither."""
     bias = constant_array(input_of(layer.node, 2))
     if shift is None:
         return bias
@@ -262,10 +255,7 @@ def shift_bias(layer: LayerPlan, shift: NDArray[np.float64] | None) -> NDArray[n
 def analytic_bias_shift(
     layer: LayerPlan, weight: NDArray[np.float32], rounded: NDArray[np.float32]
 ) -> NDArray[np.float64] | str:
-    """What takes back what rounding does to the means of the outputs, (O,), by BatchNormalization's own numbers.
-
-    Why it is not known, where that is so.
-    """
+    """The bias correction from the input means that BatchNormalization gives, (O,); or why they are not known."""
     means = input_means_of(layer.node)
     if layer.node.op_type == "MatMul":
         return "a MatMul has no bias"
@@ -275,17 +265,17 @@ def analytic_bias_shift(
 def _measured_bias_shift(
     layer: LayerPlan, weight: NDArray[np.float32], rounded: NDArray[np.float32], seen: Sketch
 ) -> NDArray[np.float64] | None:
-    """What takes back what rounding does to the means of the outputs, (O,); None where the channels were not watched.
+    """The bias correction from the measured input means, (O,); None where the channels were not observed.
 
-    What clipping does to the inputs' means is left alone: few places are clipped, where the network behind makes little
-    of the rest, and to lift all others for them only loses.
+    The shift of the inputs' means by clipping is not corrected: few places are clipped, and to raise all others for
+    them only loses.
     """
     watched = _has_channels(seen, count_input_channels(layer))
     return _mean_output(layer, weight - rounded, seen.means) if watched else None
 
 
 def _mean_output(layer: LayerPlan, weight: NDArray[np.float32], means: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What such weights make of such means, (O,). weight: in the layer's own shape; means: of its inputs, (I,)."""
+    """The mean outputs, (O,). weight: in the layer's own shape. means: of its input channels, (I,)."""
     stored = constant_array(layer.node.inputs[1])
     assert stored is not None
     groups, axis = attribute(layer.node, "group", 1), layer.rule.output_axis
@@ -295,7 +285,7 @@ def _mean_output(layer: LayerPlan, weight: NDArray[np.float32], means: NDArray[n
 
 
 def _scale_dead_channels(params: QuantParams, weight: NDArray[np.float32]) -> QuantParams:
-    """An all-zero channel takes the largest scale of the others: its bias is stored in steps of s_x * s_w."""
+    """Give all-zero channels the largest scale of the others: their bias is stored in steps of s_x * s_w."""
     low, high = group_extremes(weight, params.spec.granularity)
     dead = (low == 0) & (high == 0)
     if params.scale.ndim == 0 or not dead.any() or dead.all():
@@ -313,7 +303,7 @@ def count_input_channels(layer: LayerPlan) -> int:
 
 
 def is_depthwise(layer: LayerPlan) -> bool:
-    """Whether it is, to ONNX Runtime: a Conv of one channel in and one channel out in each group."""
+    """Whether ONNX Runtime treats the layer as depthwise: a Conv with one channel in and one out in each group."""
     stored = constant_array(layer.node.inputs[1])
     groups = attribute(layer.node, "group", 1)
     return layer.node.op_type == "Conv" and groups > 1 and stored is not None and stored.shape[:2] == (groups, 1)
@@ -327,9 +317,9 @@ def _is_accumulated_in_pairs(layer: LayerPlan) -> bool:
 def find_least_scale(
     layer: LayerPlan, source: LayerInput | None, target: Target, params: QuantParams
 ) -> NDArray[np.float32]:
-    """Of weights with such parameters, so that |bias| / (s_x * s_w) fits and the product is a normal float32.
+    """The least weight scale with which the bias fits into int32: |bias| / (s_x * s_w) <= LARGEST_BIAS_CODE.
 
-    One number, or one a channel; zero where no bias is stored like that.
+    The product s_x * s_w is a normal float32, too. One number, or one a channel; zero where no bias is stored as int32.
     """
     bias = constant_array(input_of(layer.node, 2))
     if source is None or bias is None or not _has_integer_bias(layer, source, target):

@@ -1,4 +1,4 @@
-"""Weight scales that keep CPUs without VNNI from saturating.
+"""Widens weight scales so that 16-bit sums of products do not overflow on CPUs without VNNI.
 
 AVX2 and AVX512 without VNNI multiply u8 activations with s8 weights by `vpmaddubsw`, which adds neighbouring products
 in pairs of 16 bits and saturates at 32767: two products of 255 * 127 already lose half their sum, silently. A network
@@ -42,7 +42,7 @@ def widen_scales(
     *,
     output_axis: int,
 ) -> QuantParams:
-    """Parameters, per channel or per tensor, whose codes saturate in no pair; `params` itself where none does already.
+    """Widen scales, per channel or per tensor, until no pair saturates; returns `params` itself where none does.
 
     weight: (O, I/g, kH, kW), or a matrix with outputs along `output_axis`. low, high: least and largest code of every
     input channel, shape (I,).
@@ -80,7 +80,7 @@ def worst_pair_ratio(codes: NDArray[np.int8], output_axis: int) -> NDArray[np.fl
 def pair_excess(
     codes: NDArray[np.integer], low: NDArray[np.int64], high: NDArray[np.int64], *, output_axis: int
 ) -> NDArray[np.float64]:
-    """The worst pair of each output, over what 16 bits hold, (O,); codes of weights, low and high as `widen` has them.
+    """The worst pair of each output, over what 16 bits hold, (O,); codes of weights, low and high as in `widen_scales`.
 
     More than 1 saturates.
     """
@@ -118,7 +118,7 @@ def _excess_of_outputs(
 
 
 def _kernel_rows(codes: NDArray[np.integer], output_axis: int) -> NDArray[np.int32]:
-    """Weights as (O, K) in the kernels' order."""
+    """Codes of weights as (O, K), in the order in which the kernels read them."""
     wide = codes.astype(np.int32)
     if wide.ndim == 2:
         return wide if output_axis == 0 else wide.T
@@ -128,7 +128,7 @@ def _kernel_rows(codes: NDArray[np.integer], output_axis: int) -> NDArray[np.int
 def _broadcast_limits(
     low: NDArray[np.int64], high: NDArray[np.int64], weight: NDArray[Any], output_axis: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The codes' limits for every element of `_rows`: (O, K), or (1, K) where all outputs read the same channels."""
+    """The input codes' limits for every element of `_kernel_rows`: (O, K), or (1, K) with the same inputs for all."""
     least, largest = low.astype(np.int32), high.astype(np.int32)
     if weight.ndim == 2:
         return least[None], largest[None]

@@ -24,9 +24,6 @@ from qconv.quantization.layer import LayerInput, LayerParams, quantize_layer
 from qconv.quantizer import PerBlock, PerChannel, QuantParams, QuantSpec
 from qconv.results.quantize import TensorRow
 
-# From sketches to scales and zero points for every decision of a plan.
-
-
 LARGEST_MULTIPLIER = 200.0
 
 NO_RANGE_FACTORS: Mapping[str, float] = MappingProxyType({})
@@ -34,7 +31,7 @@ NO_RANGE_FACTORS: Mapping[str, float] = MappingProxyType({})
 
 @dataclass(slots=True)
 class Params:
-    """Numbers for every decision of a Plan. sources: what layers read, where that is quantized."""
+    """Scales and zero points for every decision of a Plan. sources: quantized inputs of layers."""
 
     activations: dict[Value, QuantParams] = field(default_factory=dict)
     constants: dict[Value, QuantParams] = field(default_factory=dict)
@@ -45,7 +42,7 @@ class Params:
 def choose_params(
     plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, factors: Mapping[str, float] = NO_RANGE_FACTORS
 ) -> tuple[Params, list[Finding]]:
-    """Parameters for all tensors of the plan. sketches: of every watched tensor, factors: on ranges, by their names."""
+    """Choose parameters of all tensors of the plan. sketches: by tensor; factors: on ranges, by tensor."""
     params, findings = choose_activation_params(plan, sketches, recipe, factors)
     findings += _choose_layer_params(plan, params, sketches, recipe)
     return params, findings
@@ -54,7 +51,7 @@ def choose_params(
 def choose_activation_params(
     plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, factors: Mapping[str, float] = NO_RANGE_FACTORS
 ) -> tuple[Params, list[Finding]]:
-    """The same without the layers."""
+    """Choose parameters of activations and constants, not of layers; see `choose_params`."""
     params = Params()
     ranges = _choose_ranges(plan, sketches, recipe)
     for value, (low, high) in ranges.items():
@@ -80,7 +77,7 @@ def choose_activation_params(
 
 
 def carry_over_params(params: Params, plan: Plan) -> Params:
-    """The same numbers for the plan of a copy of the model: tensors and layers are known by their names."""
+    """The same parameters for the plan of a copy of the model. Tensors and layers are matched by name."""
     activations, constants = (
         {value.name: found for value, found in known.items()} for known in (params.activations, params.constants)
     )
@@ -114,14 +111,14 @@ def _choose_layer_params(plan: Plan, params: Params, sketches: Mapping[str, Sket
 
 
 def find_layer_input(layer: LayerPlan, params: Params, sketches: Mapping[str, Sketch]) -> LayerInput | None:
-    """What a layer reads; None where that stays float."""
+    """The quantized input of a layer; None where it stays float."""
     if layer.data is None:
         return None
     return LayerInput(params.activations[layer.data], find_layer_sketch(layer, sketches))
 
 
 def find_layer_sketch(layer: LayerPlan, sketches: Mapping[str, Sketch]) -> Sketch | None:
-    """Of what a layer reads, channels along axis 1, which a MatMul does not sum over."""
+    """The sketch of a layer's input, with channels along axis 1; None for a MatMul, which does not sum over these."""
     value = layer.node.inputs[0]
     return None if value is None or layer.node.op_type == "MatMul" else sketches.get(value.name or "")
 
@@ -159,7 +156,7 @@ def _find_channel_summing_layers(plan: Plan) -> dict[Value, list[layers.Layer]]:
 
 
 def _clip_at_gates(plan: Plan, ranges: dict[Value, Range]) -> list[Finding]:
-    """Give no codes to what the activation behind a tensor makes zero."""
+    """Cut ranges where the activation behind (SiLU, HardSwish) makes the rest zero, see `ActivationGate`."""
     findings: list[Finding] = []
     for value, gate in plan.gates.items():
         if gate.product not in ranges:
@@ -174,7 +171,7 @@ def _clip_at_gates(plan: Plan, ranges: dict[Value, Range]) -> list[Finding]:
 
 
 def _widen_average_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
-    """Where positive and negative cancel, a mean can be tiny beside what it is taken of.
+    """Widen the ranges of averages that are tiny beside what they are taken of, as positive and negative cancel.
 
     ONNX Runtime multiplies by s_x / (s_y * count) and refuses to run from 256 on.
     """
@@ -196,9 +193,6 @@ def _activation_spec(plan: Plan, value: Value) -> QuantSpec:
     spec = plan.activations[value].spec
     assert spec is not None
     return spec
-
-
-# What became of every quantized tensor, as rows of the report.
 
 
 def make_tensor_rows(plan: Plan, params: Params) -> list[TensorRow]:

@@ -3,12 +3,17 @@
 The float network and a copy with all quantizers run side by side; at each layer the moments of both are accumulated,
 weights are solved anew, rounded (`gptq`), and the bias keeps the mean of every output:
 
-    b' = b + W m_f - Q m_q                      b' = b + (W - Q) m with means m that BatchNormalization tells
+    b' = b + W m_f - Q m_q                      b' = b + (W - Q) m with means m that BatchNormalization gives
     seen(y) = min(max(y, low), high)            the effective output range: Relu or Clip bounds, ends of the codes
 
-A layer keeps its nearest codes where the new ones do not err less on held-out rows, as far as that range shows it.
+Errors are measured inside that range: both networks may differ a lot below a Relu without any effect, and least squares
+would see nothing else. A layer keeps its nearest codes where the new ones do not err less on held-out rows; an output's
+weights are not solved anew where that is worse by the same measure. With nearest rounding, biases alone are corrected
+like this.
+
 Activations of 8 bits and more are not rounded on the way: their noise is no function of the layer's input, and weights
-solved for it could only shrink.
+solved for it could only shrink, layer after layer, and outputs with them. Fewer bits lose so much that to shrink is
+right.
 """
 
 from __future__ import annotations
@@ -60,14 +65,6 @@ from qconv.quantizer import PerChannel, QuantParams
 from qconv.reporter import Reporter
 from qconv.storage import ArrayStore, StoredArrays, prefetch
 
-# What of a layer's outputs reaches whoever reads them: what the activation behind lets through, and what has codes.
-#
-#     seen(y) = min(max(y, low), high)        low, high: the bounds of a Relu or Clip, or the ends of the codes
-#
-# Two networks may differ a lot below a Relu, where that is nothing to the network behind it: whatever is clipped before
-# a layer is far from where it should be behind it, and least squares see nothing else.
-
-
 Float32 = NDArray[np.float32]
 
 UNBOUNDED = (-math.inf, math.inf)
@@ -75,9 +72,11 @@ UNBOUNDED = (-math.inf, math.inf)
 
 @dataclass(frozen=True, slots=True)
 class EffectiveRange:
-    """bounds: of the activation behind the layer; codes: of what is written of it.
+    """The part of a layer's output range that its readers see.
 
-    centre: what outputs of rows less their means lack, (G, 1, O).
+    bounds: of the activation behind the layer.
+    codes: least and largest number that the codes of the output stand for.
+    centre: mean output to add to outputs of centred rows, (G, 1, O).
     """
 
     bounds: tuple[float, float] = UNBOUNDED
@@ -86,7 +85,7 @@ class EffectiveRange:
 
     @classmethod
     def behind(cls, node: Node, activations: Mapping[Value, QuantParams]) -> EffectiveRange:
-        """Of a layer in a network whose tensors have these parameters."""
+        """The effective range of a layer's output in a network whose tensors have these parameters."""
         value = node.outputs[0]
         bounds = UNBOUNDED
         readers = {use.node for use in value.uses()}
@@ -102,7 +101,7 @@ class EffectiveRange:
         return cls(bounds, (low, high))
 
     def around(self, node: Node, rows: Float32, seen: InputMoments) -> EffectiveRange:
-        """For outputs of rows whose mean was removed. rows: the float weights (G, O, K)."""
+        """The range for outputs of centred rows. rows: the float weights (G, O, K)."""
         centre = np.einsum("gok,gk->go", rows, seen.float_mean)
         bias = constant_array(input_of(node, 2)) if node.op_type != "MatMul" else None
         if bias is not None:
@@ -110,27 +109,13 @@ class EffectiveRange:
         return replace(self, centre=centre[:, None].astype(np.float32))
 
     def of_float(self, outputs: Float32) -> Float32:
-        """What reaches the readers in the float network, (G, n, O)."""
+        """Clip outputs (G, n, O) of the float network to what readers see."""
         return np.clip(outputs + self.centre, *self.bounds)
 
     def of_rounded(self, outputs: Float32) -> Float32:
-        """The same in the quantized one."""
+        """Clip outputs (G, n, O) of the quantized network to what readers see: bounds and codes."""
         low, high = (end(pair) for end, pair in zip((max, min), zip(self.bounds, self.codes, strict=True), strict=True))
         return np.clip(outputs + self.centre, low, high)
-
-
-# The weights of one layer, solved and rounded for what is known of its inputs, and its bias.
-#
-# The float weights are solved anew for the inputs that the layer really gets, a range is found for them, every weight
-# takes the code that rounding.py gives it, scales are fitted to the codes, and the bias keeps the mean of every output:
-#
-#     b' = b + W m_f - Q m_q
-#
-# With means m that BatchNormalization tells (see expected.py) it is b' = b + (W - Q) m, and b where it tells none.
-#
-# A layer keeps its nearest codes where the new ones do not err less on rows that were kept apart, as far as whoever
-# reads its outputs can see that (sight.py). Nor are weights of an output solved anew where that is worse by the same
-# measure.
 
 
 Float64 = NDArray[np.float64]
@@ -140,27 +125,30 @@ RIDGES = (64.0, 16.0, 4.0, 1.0, 0.3)
 RIDGES_AT_8 = (16.0, 1.0)
 
 ENOUGH_HELD_OUT_ROWS = 64
-"""Rows kept apart from which on they choose for each output alone; fewer for all of a layer together."""
+"""Held-out rows from which on each output chooses for itself; with fewer, all outputs of a layer choose together."""
 
 LEAST_ROWS = 2048
-"""Rows that are drawn for a layer, where there are so many."""
+"""Least number of rows that are drawn for a layer, where there are so many."""
 
 FEWEST_HELD_OUT_ROWS = 4
-"""Rows kept apart from which on they decide anything."""
+"""Held-out rows from which on they decide anything."""
 
 MOST_NUMBERS = 2**27
-"""In all rows of a layer: one in eight is kept."""
+"""Numbers in all rows of a layer, at most; one row in eight stays in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundingEffort:
-    """How much is spent on it.
+    """How much time second-order rounding takes.
 
-    pictures: at most. rows: for each input of a layer; most_rows: of any.
-    most_weights, most_inputs: of layers of 8 bits; larger ones keep their nearest codes. depthwise: whether depthwise
-    layers of 8 bits with a scale for each channel are solved: with that few weights to a scale they lose little.
-    factors: on scales, tried out for each output. refits: how often scales are fitted to the codes and these rounded
-    anew; neither is for 8 bits, where ranges are as good. sweeps: of `rounding.descended`.
+    pictures: images to run, at most.
+    rows, most_rows: rows for each input of a layer, and of any layer at most.
+    most_weights, most_inputs: of layers of 8 bits; larger ones keep their nearest codes.
+    factors: multiples of the scales to try for each output.
+    refits: how often scales are fitted to codes and these rounded anew; like factors not at 8 bits, where ranges are as
+        good.
+    sweeps: of `descend_coordinates`.
+    depthwise: whether depthwise layers of 8 bits with a scale a channel are solved; they lose little.
     """
 
     pictures: int
@@ -174,19 +162,19 @@ class RoundingEffort:
     depthwise: bool = False
 
     def for_bits(self, bits: Iterable[int]) -> RoundingEffort:
-        """That for weights of these bits: a third of the pictures and half the rows where none has fewer than 8."""
+        """The effort for weights of these bits: a third of the images and half the rows where none has fewer than 8."""
         if min(bits, default=8) < 8:
             return self
         return replace(self, pictures=self.pictures // 3, rows=self.rows // 2, most_rows=self.most_rows // 2)
 
     def rows_for(self, inputs: int) -> int:
-        """Rows that are drawn for a layer whose outputs read so many inputs each."""
+        """Rows to draw for a layer whose outputs read so many inputs each."""
         return min(max(self.rows * inputs, LEAST_ROWS), self.most_rows)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSolver:
-    """What all layers are solved with. seed: of the rows that are drawn."""
+    """Rounds single layers from the moments of their inputs. seed: of the rows that are drawn."""
 
     recipe: Recipe
     target: Target
@@ -194,7 +182,7 @@ class LayerSolver:
     seed: int = 0
 
     def refusal(self, model: Model, nearest: LayerParams) -> str | None:
-        """Why a layer keeps its nearest codes; None where it need not."""
+        """Why a layer must keep its nearest codes; None where it need not."""
         weight = nearest.layer.node.inputs[1]
         assert weight is not None
         if nearest.layer.weight.bits > 8:
@@ -214,7 +202,7 @@ class LayerSolver:
         return None
 
     def drawn(self, layer: LayerPlan, index: int, inputs: StoredArrays) -> Iterator[tuple[PatchExtractor, Ints]]:
-        """How, and at which positions, rows are cut out of each batch of what a layer reads. index: of the layer."""
+        """Draw the positions of rows in each batch of a layer's input. index: of the layer, for the seed."""
         shape = read_weight_shape(layer.node)
         groups, _, columns = _rows_shape(layer.node)
         wanted = min(self.effort.rows_for(columns), max(1, MOST_NUMBERS // (groups * columns)))
@@ -234,10 +222,14 @@ class LayerSolver:
         *,
         anew: bool = True,
     ) -> tuple[LayerParams, Finding]:
-        """The layer with codes of second order, or the nearest ones where these err less or are asked for.
+        """Round the layer by second order, and keep its nearest codes where these err less or are asked for.
 
-        source: what the layer reads, None where that stays float. sight: of its outputs. anew: whether the network
-        before it is quantized; else C = H, and W' is W.
+        Args:
+            nearest: the layer with its nearest codes.
+            source: its quantized input; None where that stays float.
+            seen: moments of its inputs.
+            sight: effective range of its outputs.
+            anew: whether the network before it is quantized; else C = H, and W' is W.
         """
         layer, node = nearest.layer, nearest.layer.node
         if not seen.is_finite:
@@ -255,7 +247,7 @@ class LayerSolver:
     def _corrected(
         self, nearest: LayerParams, source: LayerInput | None, seen: InputMoments
     ) -> tuple[LayerParams, Finding]:
-        """Nearest codes, with a bias for what the layers before hand on."""
+        """Keep the nearest codes, with a bias that keeps the means of the outputs."""
         layer, name = nearest.layer, nearest.layer.node.name or ""
         shift = self._shift(layer, nearest.weight.dequantize(nearest.codes), seen)
         if shift is None:
@@ -265,7 +257,7 @@ class LayerSolver:
         return chosen, Change("bias", name, what, what)
 
     def _shift(self, layer: LayerPlan, rounded: Float32, seen: InputMoments) -> Float64 | None:
-        """What the bias takes back, (O,)."""
+        """The shift of the bias that keeps the means of the outputs, (O,); None where none is possible or wanted."""
         weight = read_float_weight(layer)
         if self.recipe.bias_correction == "analytic":
             known = analytic_bias_shift(layer, weight, rounded)
@@ -278,7 +270,7 @@ class LayerSolver:
         return np.asarray(shift.reshape(-1), np.float64)
 
     def _ranged(self, layer: LayerPlan, wanted: Float32, source: LayerInput | None, seen: InputMoments) -> QuantParams:
-        """Scales for weights (G, O, K): those with the least error, inputs taken to be independent."""
+        """Choose scales for weights (G, O, K) by least error, with inputs taken to be independent."""
         node, shape = layer.node, read_weight_shape(layer.node)
         weight = arrange_stored(layer, weights_from_rows(node, wanted, shape))
         if layer.own_bits:
@@ -291,8 +283,10 @@ class LayerSolver:
         return fit_scales(layer, params, weight, source, self.target, saturation_safe=self.recipe.saturation_safe)[0]
 
     def _resolved(self, rows: Float32, seen: InputMoments, sight: EffectiveRange, bits: int) -> Float32:
-        """W' of each output with the ridge that errs least on rows kept apart; W itself is one of the candidates, and
-        stays where what is seen of the output errs more with another."""
+        """Solve W' of each output with the ridge that errs least on held-out rows.
+
+        W itself is one of the candidates, and stays where the seen part of the output errs more with another.
+        """
         float_rows, kept = seen.kept
         best, before = rows, np.inf
         if kept.shape[1] < FEWEST_HELD_OUT_ROWS:
@@ -301,7 +295,7 @@ class LayerSolver:
         in_sight = sight.of_float(wanted)
 
         def errors(weight: Float32) -> tuple[Float32, Float32]:
-            """All, and that in sight, (G, O) both."""
+            """Mean square error of outputs, and of their seen part, (G, O) both."""
             outputs = kept @ np.swapaxes(weight, 1, 2)
             lost = np.square(wanted - outputs).mean(axis=1)
             return lost, np.square(in_sight - sight.of_rounded(outputs)).mean(axis=1)
@@ -354,7 +348,7 @@ def _choose_better(
     seen: InputMoments,
     sight: EffectiveRange,
 ) -> tuple[QuantParams, NDArray[np.integer], Finding]:
-    """The new codes or the nearest ones, whichever err less, and what is to be told of it."""
+    """The new codes or the nearest ones, whichever err less, and the finding for the report."""
     name = nearest.layer.node.name or ""
     before, after = (
         _output_loss(rows, dequantize_rows(nearest.layer, p, c), seen, sight)
@@ -369,9 +363,9 @@ def _choose_better(
 
 
 def _output_loss(weight: Float32, rounded: Float32, seen: InputMoments, sight: EffectiveRange) -> float:
-    """Mean square of what is seen of W x_f - Q x_q over the rows kept apart, means removed.
+    """Mean square of the seen part of W x_f - Q x_q over held-out rows, means removed.
 
-    Where these are few, what depends on Q of it by the moments, which can be below zero.
+    With few such rows: the part of the error that depends on Q, by the moments, which can be below zero.
     """
     float_rows, rows = seen.kept
     if rows.shape[1] >= FEWEST_HELD_OUT_ROWS:
@@ -386,32 +380,20 @@ def _output_loss(weight: Float32, rounded: Float32, seen: InputMoments, sight: E
 
 
 def _rows_shape(node: Node) -> tuple[int, int, int]:
-    """Of the layer's weights as rows, (G, O, K)."""
+    """The shape of the layer's weights as rows, (G, O, K)."""
     groups, outputs, inputs = weight_rows_of(node, np.empty(read_weight_shape(node), bool)).shape
     return groups, outputs, inputs
 
 
 def first_input(node: Node) -> Value:
-    """What the layer reads."""
+    """The data input of a layer."""
     value = node.inputs[0]
     assert value is not None
     return value
 
 
-# Layer after layer, weights are rounded for the inputs that the layers before, quantized already, will really hand on.
-#
-# Two networks are walked side by side over the same pictures: the folded float one, and a copy with all quantizers in
-# place, whose weights are replaced as they are found. At each layer rows of both are drawn (patches.py), their moments
-# summed (moments.py), and weights and bias are found by these (solve.py). Nearest codes stay what they are, and their
-# biases alone are found like that.
-#
-# Activations of 8 bits and more are not rounded on the way. Their noise is no function of what a layer reads: weights
-# that were solved anew for it could only shrink, layer after layer, and outputs with them. Fewer bits lose so much that
-# to shrink is right.
-
-
 BYTES_IN_MEMORY = 2**27
-"""Bytes of tensors between two layers that each of both networks holds in memory; more go to temporary files."""
+"""Bytes of tensors that each of the two networks holds in memory; more go to temporary files."""
 
 ROUNDING_EFFORTS = {
     # chosen with --rounding second-order
@@ -432,7 +414,7 @@ ROUNDING_EFFORTS = {
 
 
 def choose_rounding_effort(plan: Plan, recipe: Recipe) -> RoundingEffort:
-    """What is spent on the layers of a plan."""
+    """The effort for the layers of a plan."""
     return ROUNDING_EFFORTS[recipe.effort].for_bits(layer.weight.bits for layer in plan.layers)
 
 
@@ -445,12 +427,19 @@ def round_layers_sequentially(
     reporter: Reporter,
     seed: int = 0,
 ) -> list[Finding]:
-    """Replace the layers of `params` by rounded ones. model: the folded float network, which stays as it is.
+    """Replace the layers of `params` by rounded ones, in place.
 
-    feeds: the pictures, batch by batch. seed: of the rows that are drawn from them.
+    Args:
+        model: the folded float network, which stays as it is.
+        plan: the decisions.
+        params: parameters of all tensors, with nearest codes.
+        feeds: the images, batch by batch.
+        recipe: bits, rounding and effort.
+        reporter: hears of progress.
+        seed: of the rows that are drawn from the images.
     """
     solver = LayerSolver(recipe, plan.target, choose_rounding_effort(plan, recipe), seed)
-    # whoever judges by batches that weights were not rounded on (judge.py) counts on these being kept apart whole
+    # `CandidateScorer` scores on batches that weights were not rounded on: these must be held out whole
     pieces = [1 if len(feeds) >= HELD_OUT_INTERVAL else _count_images(feed) for feed in feeds]
     return _SequentialRounder(model, plan, params, solver, pieces).run(feeds, reporter)
 
@@ -461,7 +450,7 @@ class _SequentialRounder:
     plan: Plan
     params: Params
     solver: LayerSolver
-    pieces: list[int]  # of each batch, one of so many is kept apart
+    pieces: list[int]  # of each batch, one of so many is held out
     findings: list[Finding] = field(default_factory=list)
 
     def run(
@@ -487,7 +476,7 @@ class _SequentialRounder:
         nodes: Mapping[str, Node],
         reporter: Reporter,
     ) -> None:
-        """While a layer is solved the float network, which does not depend on that, runs on to the next one."""
+        """Run both networks. While a layer is solved, the float network, which does not depend on it, runs ahead."""
         refusals = [self.solver.refusal(self.model, chosen) for chosen in self.params.layers]
         solved = [chosen.layer.node for chosen, why in zip(self.params.layers, refusals, strict=True) if why is None]
         inputs = prefetch(real.at, map(first_input, solved), workers=1, depth=1)
@@ -514,7 +503,7 @@ class _SequentialRounder:
     def _with_quantizers(self) -> tuple[Model, dict[str, Node]]:
         """A copy with float weights, and its nodes by name.
 
-        Where activations have fewer than 8 bits, with all their quantizers, if weights are to be solved for that.
+        It has all quantizers of activations where these have fewer than 8 bits and weights are to be solved.
         """
         copy = self.model.copy()
         plan = replan(self.plan, copy)
@@ -528,7 +517,7 @@ class _SequentialRounder:
     def _rows(
         self, layer: LayerPlan, index: int, floats: StoredArrays, other: StepwiseRun, twin: Node
     ) -> Iterator[tuple[Float32, Float32]]:
-        """The same rows of both networks, piece by piece, cut out ahead of who sums them."""
+        """Yield the same rows of both networks, piece by piece, cut ahead in threads."""
         codes, grid = other.codes_at(first_input(twin))
         drawn = enumerate(self.solver.drawn(layer, index, floats))
 
@@ -551,7 +540,7 @@ def _count_images(feed: Mapping[str, NDArray[Any]]) -> int:
 
 
 def _split_by_image(floats: Float32, rows: Float32, pieces: int) -> Iterator[tuple[Float32, Float32]]:
-    """Rows (G, n, K) of a batch, which lie picture after picture."""
+    """Split the rows (G, n, K) of a batch by image."""
     ends = np.linspace(0, rows.shape[1], pieces + 1).astype(int)
     for start, end in itertools.pairwise(ends.tolist()):
         if end > start:

@@ -5,8 +5,10 @@ With bits by channel, C * M bits are allocated to C channels of half-width alpha
 
     M_i = log2( alpha_i^(2/3) / sum over j of alpha_j^(2/3) * B ),      B = C * 2^M
 
-rounded and corrected bit by bit until their mean is M; then ranges are estimated for these bits. Clipping error does
-not count in the allocation.
+with B levels in all, as rounding costs alpha_i^2 / (3 * 4^M_i) an element. They are rounded to whole bits within
+bounds, and single bits are moved until their mean is M: given where one gains most, taken where one loses least. Then
+ranges are estimated for these bits, inside the container that all channels share. Clipping error does not count in the
+allocation: it falls with rounding error where ranges are optimal for their bits.
 
 Source: Banner et al. 2019, arXiv 1810.05723, section 5, equation 14; moving the remainder is not theirs.
 """
@@ -34,20 +36,20 @@ COARSE_SHARES = np.linspace(1.0, 0.2, 13)
 FINE_OFFSETS = np.linspace(-0.06, 0.06, 9)
 
 BOTH_ENDS_TOGETHER, EACH_END_ALONE = ((1, 1),), ((1, 0), (0, 1))
-"""Which ends a finer search moves: the lower, the upper."""
+"""The ends that a finer search moves, (lower, upper)."""
 
 LARGEST_CHUNK = 2**20
 
 
 def estimate_minmax_range(weight: Floats, spec: QuantSpec) -> RangeEnds:
-    """The extremes: nothing is clipped."""
+    """The extremes of each group, without clipping."""
     return group_extremes(weight, spec.granularity)
 
 
 def estimate_mse_range(weight: Floats, spec: QuantSpec, importance: Floats | None = None) -> RangeEnds:
-    """The ends with the least squared error of each group. Both ends move together, then each alone if they may.
+    """Search the ends with the least squared error of each group: both together, then each alone if they may.
 
-    importance: how much the square of each weight's error counts, of the weight's shape; None: all alike.
+    importance: factor on the square of each weight's error, of the weight's shape; None for 1.
     """
     low, high = group_extremes(weight, spec.granularity)
     if not low.shape and importance is None:
@@ -98,7 +100,7 @@ def _squared_error(rows: Floats, spec: QuantSpec, low: Floats, high: Floats, imp
 
 
 def estimate_aciq_range(weight: Floats, spec: QuantSpec) -> RangeEnds:
-    """The closed-form optimum of Laplace's or Gauss's density, whichever fits a group better."""
+    """The closed-form optimum of each group, for Laplace's or Gauss's density, whichever fits better."""
     low, high = group_extremes(weight, spec.granularity)
     if not low.shape:
         return _as_arrays(range_estimators.aciq_closed_form(make_histogram(weight), spec, float(low), float(high)))
@@ -129,7 +131,7 @@ WEIGHT_RANGE_ESTIMATORS: dict[str, Callable[[Floats, QuantSpec], RangeEnds]] = {
 
 
 def _group_rows(weight: Floats, granularity: Granularity) -> Floats:
-    """(G, E); zeros, which cost nothing, fill up short blocks."""
+    """Weights as one row a group, (G, E); zeros, which cost nothing, fill up short blocks."""
     if isinstance(granularity, PerTensor):
         return weight.reshape(1, -1)
     if isinstance(granularity, PerChannel):
@@ -146,7 +148,7 @@ def _params_by_row(ends: NDArray[Any], granularity: Granularity) -> NDArray[Any]
 
 
 def _params_from_rows(by_row: NDArray[Any], like: NDArray[Any], granularity: Granularity) -> NDArray[Any]:
-    """The reverse of `_by_row`."""
+    """The reverse of `_params_by_row`."""
     if isinstance(granularity, PerTensor):
         return by_row.reshape(())
     if not isinstance(granularity, PerBlock):
@@ -169,25 +171,11 @@ def _as_arrays(ends: range_estimators.Range) -> RangeEnds:
     return np.asarray(ends[0]), np.asarray(ends[1])
 
 
-# How many bits each channel gets where their mean is given: the wider its range, the more.
-#
-# Rounding to 2^M_i codes over a range of half-width alpha_i costs alpha_i^2 / (3 * 4^M_i) an element. With B levels in
-# all the sum over channels is least at
-#
-#     M_i = log2( alpha_i^(2/3) / sum over j of alpha_j^(2/3) * B ),      B = C * 2^M
-#
-# This is rounded to whole bits, kept within bounds, and then single bits are moved until their mean is M: given where
-# one gains most by the formula of the cost, taken where one loses least. What clipping costs does not count here: it
-# falls with rounding where ranges are the optimal ones for their bits.
-#
-# Source: Banner et al. 2019, arXiv 1810.05723, section 5, equation 14; moving the remainder is not theirs.
-
-
 Float64 = NDArray[np.float64]
 
 
 def optimal_bits(alpha: Float64, mean_bits: float) -> Float64:
-    """M_i of each channel, not rounded; minus infinity for a channel without a range. alpha: half-widths, (C,)."""
+    """The optimal M_i of each channel, not rounded; minus infinity for an empty range. alpha: half-widths, (C,)."""
     share = np.cbrt(np.asarray(alpha, np.float64)) ** 2
     total = share.sum()
     if not total > 0:
@@ -197,7 +185,7 @@ def optimal_bits(alpha: Float64, mean_bits: float) -> Float64:
 
 
 def allocate_bits(alpha: Float64, mean_bits: int, *, least: int, most: int) -> NDArray[np.int64]:
-    """Whole bits of each channel, (C,), within [least, most] and C * mean_bits in all. alpha: half-widths, (C,)."""
+    """Allocate whole bits to channels, (C,), within [least, most], C * mean_bits in all. alpha: half-widths, (C,)."""
     alpha = np.asarray(alpha, np.float64)
     bits = np.clip(np.rint(optimal_bits(alpha, mean_bits)), least, most).astype(np.int64)
     spare = len(bits) * mean_bits - int(bits.sum())
@@ -214,12 +202,6 @@ def allocate_bits(alpha: Float64, mean_bits: int, *, least: int, most: int) -> N
             bits[np.argmin(np.where(free, weight, np.inf))] -= 1
             spare += 1
     return bits
-
-
-# Scales and bits of each channel: of a layer's weights by output channel, of a tensor along axis 1.
-#
-# Ranges come first, as for the mean bits; their widths give the bits (see allocation.py), and the bits the final
-# ranges. Codes of a channel of b bits use the codes of b bits and no others, in the container that all channels share.
 
 
 MOST_BITS = 8
@@ -242,7 +224,7 @@ def make_weight_channel_params(weight: Floats, spec: QuantSpec, calibrator: str)
 def make_activation_channel_params(sketch: Sketch, spec: QuantSpec, channels: int, *, clips: bool) -> QuantParams:
     """Parameters of a tensor whose channels have bits of their own, `spec.bits` on average.
 
-    clips: by the density that fits a channel's numbers, see clipping.py; else its range is that of its extremes.
+    clips: ranges are the closed-form optima of the densities that fit the channels (ACIQ); else the extremes.
     """
     lows, highs = (np.broadcast_to(ends.astype(np.float64), channels) for ends in (sketch.lows, sketch.highs))
     columns = sketch.columns.reshape(-1, sketch.columns.shape[2]) if sketch.columns.size else None
@@ -253,7 +235,7 @@ def make_activation_channel_params(sketch: Sketch, spec: QuantSpec, channels: in
 
 
 def describe_channel_bits(where: str, what: str, params: QuantParams) -> Change:
-    """For the report. what: whose channels they are."""
+    """The finding for the report. what: whose channels they are."""
     bits = params.bits
     assert bits is not None
     told = f"{what}: {bits.min()} to {bits.max()} bits a channel, {bits.mean():.2f} on average"
@@ -261,9 +243,9 @@ def describe_channel_bits(where: str, what: str, params: QuantParams) -> Change:
 
 
 class _ChannelDensities:
-    """Laplace's or Gauss's density of each channel, whichever fits, as `clipping.fitted` has it of a histogram.
+    """Laplace's or Gauss's density of each channel, whichever fits, as `fit_density` does for a histogram.
 
-    columns: (n, C) numbers. Where a channel is never negative, zeros are left out and the rest is one half.
+    columns: (n, C) numbers. Of a channel that is never negative, zeros are left out and the rest counts as one half.
     """
 
     def __init__(self, columns: NDArray[np.float32], lows: Floats, highs: Floats, *, signed: bool) -> None:

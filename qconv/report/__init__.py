@@ -1,1 +1,1 @@
-"""For people: terminal, HTML, charts."""
+"""Results for people: terminal, HTML pages, charts."""

@@ -1,9 +1,8 @@
-"""The report on a terminal: 80 columns, colour and progress only where a person is looking. The one user of rich."""
+"""This module prints the summary of a run in 80 columns, with colour and progress only where a person is looking."""
 
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections import Counter
 from typing import Any, TextIO
 
@@ -14,15 +13,16 @@ from rich.table import Table
 
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, Skipped, format_bytes, format_count
+from qconv.report.text import format_columns, wrap_text
 from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
 from qconv.results.sample_curve import SampleCurve, Spread, format_score
 
 MOST_LINES = 8
-COLUMNS = 80
+TITLE_WIDTH = 12
 
 
 class Console:
-    """The conversation on stderr while a run lasts: warnings, and a progress bar on a terminal."""
+    """Messages on stderr while a run lasts: warnings, and a progress bar where stderr is a terminal."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -33,12 +33,12 @@ class Console:
         self._tasks: dict[str, rich.progress.TaskID] = {}
 
     def warn(self, text: str) -> None:
-        """Say what did not go as it should."""
+        """Print a warning."""
         if not self._quiet:
             self._console.print(f"[yellow]Warning:[/] {escape(text)}", soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of `stage`, where a person is looking."""
+        """Move the progress bar of `stage`, where stderr is a terminal."""
         if self._quiet or not self._watched:
             return
         if self._bar is None:
@@ -50,37 +50,36 @@ class Console:
         self._bar.update(self._tasks[stage], completed=done)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 def show_report(report: Report, stream: TextIO, *, verbose: bool) -> None:
-    """Print the summary."""
-    console = rich.console.Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, text in _summary_lines(report):
-        table.add_row(name, text)
+    """Print the summary of `quantize`. verbose: also every finding and tensor."""
+    lines = _summary_lines(report)
     if stream.isatty():
-        console.print(table)
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, text in lines:
+            table.add_row(name, text)
+        rich.console.Console(file=stream, highlight=False).print(table)
     else:
-        for name, text in _summary_lines(report):
-            print(f"{name:<12}  {rich.markup.render(text).plain}", file=stream)
+        rows = [(name.ljust(TITLE_WIDTH), rich.markup.render(text).plain) for name, text in lines]
+        print(format_columns(rows, "ll"), file=stream)
     if verbose:
         _print_details(report, stream)
 
 
 def show_curve(curve: SampleCurve, stream: TextIO, *, verbose: bool) -> None:
-    """Print the table of a study and the sentence that reads it, in 80 columns."""
+    """Print the table of a sample study and the sentences that explain it, in 80 columns. verbose: also every draw."""
     rows = [("pictures", "SQNR dB", "(worst .. best)", "agreement %", "(worst .. best)", "seconds")]
     for count in curve.counts:
         sqnr, agreement = _format_spread(curve.sqnr_db(count), 1), _format_spread(curve.agreement(count), 100)
         rows.append((str(count), *sqnr, *agreement, f"{curve.seconds[count]:.1f}"))
-    for row in rows:
-        print("{:>8}  {:>9}  {:<16}  {:>11}  {:<16}  {:>7}".format(*row), file=stream)
+    print(format_columns(rows, "rrlrlr"), file=stream)
     if verbose:
         print(file=stream)
     for point in curve.points if verbose else ():
@@ -88,7 +87,7 @@ def show_curve(curve: SampleCurve, stream: TextIO, *, verbose: bool) -> None:
         print(f"{format_count(point.pictures, 'picture')}, draw {point.seed}: {measures}", file=stream)
     print(file=stream)
     for text in (curve.in_words(), _capitalize(curve.how())):
-        print(textwrap.fill(text, COLUMNS), file=stream)
+        print(wrap_text(text), file=stream)
 
 
 def _format_spread(spread: Spread | None, factor: float) -> tuple[str, str]:
@@ -104,6 +103,7 @@ def _capitalize(text: str) -> str:
 
 
 def _summary_lines(report: Report) -> list[tuple[str, str]]:
+    """Compose the summary as (title, text in rich's markup)."""
     size = f"{format_bytes(report.float_bytes)} -> {format_bytes(report.quantized_bytes)}, {report.ratio:.2f} of float"
     lines = [
         ("written", "to standard output" if report.output == "-" else escape(report.output)),
@@ -128,7 +128,7 @@ def _summary_lines(report: Report) -> list[tuple[str, str]]:
 
 
 def _mixed_precision_lines(found: MixedPrecision | None) -> list[tuple[str, str]]:
-    """What a search for bits chose, and the points of the curve that were tried."""
+    """Describe what a search for bits chose, and the points of the curve that were tried."""
     if found is None:
         return []
     chosen = found.chosen
@@ -146,7 +146,7 @@ def _mixed_precision_lines(found: MixedPrecision | None) -> list[tuple[str, str]
 
 
 def _execution_lines(report: Report) -> list[tuple[str, str]]:
-    """What runs in integers, and why the rest does not."""
+    """Describe what runs in integers, and why the rest does not."""
     own, target = report.audit, report.recipe["target"]
     told = f"{format_count(own.integer, 'node')} in integers, {own.float} in float"
     if not TARGETS[target].on_ort:
@@ -185,7 +185,7 @@ def _format_score(output: OutputScore) -> str:
 
 
 def _change_lines(report: Report) -> list[str]:
-    """One line a kind of change: what was done how often."""
+    """Describe changes, one line a kind, with how often it was made."""
     kinds: Counter[str] = Counter()
     for found in report.findings:
         if isinstance(found, Change) and not _is_tuning_finding(found):
@@ -194,7 +194,7 @@ def _change_lines(report: Report) -> list[str]:
 
 
 def _is_tuning_finding(found: Finding) -> bool:
-    """It has a line of its own, which no number of other changes may hide."""
+    """Whether a finding is about latency tuning, which has a line that no number of other changes may hide."""
     return isinstance(found, Change) and found.step == "tune"
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from qconv.errors import QconvError, format_bytes, format_count
 from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, Trial, ValueStatistics
 from qconv.results.quantize import Audit, FloatNode, group_float_nodes
+from qconv.results.sample_curve import SampleCurve, Spread, format_score
 from qconv.results.training import SynthesisResult
 
 Tone = Literal["good", "bad", "plain"]
@@ -26,7 +27,7 @@ Tone = Literal["good", "bad", "plain"]
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A number to see first. label: what it is of; value: with its unit; note: how it came about."""
+    """A number at the top of a page. label: what it is of; value: with its unit; note: how it came about."""
 
     label: str
     value: str
@@ -36,7 +37,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class PagePicture:
-    """A small picture. name: of the file that it is of; png: the bytes of another."""
+    """A small image. name: of the file that it is of; png: its bytes."""
 
     name: str
     png: bytes
@@ -44,11 +45,25 @@ class PagePicture:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One report. Whatever is None or empty has no place on the page.
+    """The content of one page. What is None or empty has no place on it.
 
-    verdict: one or two sentences. without: why `compared` is None. fed: the preprocessing in words. contact: pictures
-    as the network got them; caption: what is to be said of those, or why there are none. command: makes the page
-    again; recipe: as JSON. changes: (step, what, how often); skipped: (where, why).
+    Attributes:
+        title, subtitle: Headings.
+        tiles: Numbers at the top.
+        verdict: One or two sentences.
+        version: Of qconv.
+        warnings: Of the run.
+        compared: The comparison layer by layer.
+        without: Why `compared` is None.
+        audit: What runs in integers.
+        fed: The preprocessing in words.
+        contact: Images as the network got them.
+        caption: About these images, or why there are none.
+        command: The command that makes the page again.
+        recipe: As JSON.
+        changes: (step, what, how often).
+        skipped: (where, why).
+        diagnosis, sweep, synthesis, study: The result of the command, for its own section.
     """
 
     title: str
@@ -70,6 +85,7 @@ class Page:
     diagnosis: Diagnosis | None = None
     sweep: Sweep | None = None
     synthesis: SynthesisResult | None = None
+    study: SampleCurve | None = None
 
 
 LIBRARIES = ("jinja2", "plotly")
@@ -79,7 +95,7 @@ MOST_LAYERS = 15
 MOST_NAMED = 3
 
 DIGITS = 6
-"""Of a number in a chart, which is more than the eye has."""
+"""Significant digits of a number in a chart, more than one can see."""
 
 CAUSE_TITLES = {
     "channel-imbalance": "Channels of very different size",
@@ -98,14 +114,14 @@ CAUSE_TITLES = {
 """Kinds of causes in words."""
 
 
-def require_report_extra() -> None:
-    """Raise QconvError where the extra is not installed."""
+def require_report_extra(what: str = "--report") -> None:
+    """Raise QconvError where the extra is not installed. what: the option that asks for a page."""
     if any(find_spec(name) is None for name in LIBRARIES):
-        raise QconvError(f"--report needs {' and '.join(LIBRARIES)}.", "pip install 'qconv[report]'")
+        raise QconvError(f"{what} needs {' and '.join(LIBRARIES)}.", "pip install 'qconv[report]'")
 
 
 def render_page(page: Page) -> bytes:
-    """The whole file, in UTF-8. Raises QconvError without the extra."""
+    """Render the whole file, in UTF-8. Raises QconvError without the extra."""
     require_report_extra()
     import jinja2
     from markupsafe import Markup
@@ -142,17 +158,17 @@ def _read_asset(name: str) -> str:
 
 
 def _has_charts(page: Page) -> bool:
-    return page.compared is not None or page.sweep is not None or page.synthesis is not None
+    return any(part is not None for part in (page.compared, page.sweep, page.synthesis, page.study))
 
 
 def _rank_layers(compared: Comparison) -> list[tuple[int, LayerComparison]]:
-    """Layers, the worst first, with their places in the order of running."""
+    """List layers with their index in running order, the worst first."""
     places = {id(row): place for place, row in enumerate(compared.layers)}
     return [(places[id(row)], row) for row in compared.worst_first]
 
 
 def _time_by_kind(audit: Audit | None) -> list[tuple[str, float, float]]:
-    """(how it ran, microseconds, share), where that was measured."""
+    """List (how nodes ran, microseconds, share), where times were measured."""
     spent = None if audit is None else audit.as_dict()["us"]
     if not spent or not spent["total"]:
         return []
@@ -163,12 +179,14 @@ def _time_by_kind(audit: Audit | None) -> list[tuple[str, float, float]]:
 
 
 def _chart_data(page: Page) -> dict[str, Any]:
+    """Collect the numbers that report.js draws, JSON-ready."""
     compared, sweep = page.compared, page.sweep
     return {
         "layers": [] if compared is None else [_layer_data(row) for row in compared.layers],
         "worst": _rank_layers(compared)[0][0] if compared is not None and compared.layers else None,
         "sweep": None if sweep is None else _sweep_data(sweep),
         "synthesis": None if page.synthesis is None else _synthesis_data(page.synthesis),
+        "study": None if page.study is None else _study_data(page.study),
     }
 
 
@@ -225,8 +243,30 @@ def _synthesis_data(found: SynthesisResult) -> dict[str, Any]:
     return {"loss": [_round_number(number) for number in found.loss], "layers": layers}
 
 
+def _study_data(curve: SampleCurve) -> dict[str, Any]:
+    """Collect draws and spreads: SQNR in dB, agreement as a share. Equal outputs, of infinite dB, are null."""
+    return {
+        "pictures": curve.pictures,
+        "enough": curve.enough,
+        "draws": [
+            {"pictures": p.pictures, "seed": p.seed, "sqnr": _round_number(p.sqnr_db), "agreement": p.agreement}
+            for p in curve.points
+        ],
+        "spread": [
+            {"pictures": n, "sqnr": _spread_data(curve.sqnr_db(n)), "agreement": _spread_data(curve.agreement(n))}
+            for n in curve.counts
+        ],
+    }
+
+
+def _spread_data(spread: Spread | None) -> list[float] | None:
+    """Return the worst draw, the median and the best; None where one of them is not finite."""
+    ends = () if spread is None else (spread.least, spread.median, spread.most)
+    return [float(f"{value:.{DIGITS}g}") for value in ends] if ends and all(map(math.isfinite, ends)) else None
+
+
 def _round_number(number: float | None) -> float | None:
-    """JSON has no infinity, and no chart a place for it."""
+    """Round to DIGITS; None for what is not finite, which neither JSON nor a chart can hold."""
     return None if number is None or not math.isfinite(number) else float(f"{number:.{DIGITS}g}")
 
 
@@ -234,37 +274,46 @@ def _round_number(number: float | None) -> float | None:
 
 
 def shorten_middle(text: str, most: int = 46) -> str:
-    """A long name without its middle: both of its ends tell layers apart."""
+    """Cut the middle out of a long name: both of its ends tell layers apart."""
     front = (most - 1) // 3
     return text if len(text) <= most else f"{text[:front]}\u2026{text[front + 1 - most :]}"
 
 
 def format_decibel(value: float | None, empty: str = "equal") -> str:
-    """One digit, and a word where nothing differs."""
+    """Format dB with one digit; a word where nothing differs."""
     return empty if value is None else f"{value:.1f}"
 
 
 def format_percent(share: float | None, digits: int = 1) -> str:
-    """`12.3%`; nothing where it was not measured."""
+    """Format a share as `12.3%`; empty where not measured."""
     return "" if share is None else f"{share:.{digits}%}"
 
 
 def make_data_url(png: bytes) -> str:
-    """A picture inside the page."""
+    """Encode a PNG as a data URL inside the page."""
     return f"data:image/png;base64,{b64encode(png).decode()}"
 
 
 def count_others(names: Sequence[str], named: int = MOST_NAMED) -> str:
-    """`and 3 more`, of names of which the first are said."""
+    """Say `and 3 more` for the names beyond the first `named`."""
     return f"and {len(names) - named} more" if len(names) > named else ""
 
 
 def time_share(islands: Sequence[FloatNode], audit: Audit) -> float | None:
-    """Their share of the time of a run; None where that was not measured."""
+    """Return the nodes' share of the time of a run; None where not measured."""
     return sum(island.us or 0.0 for island in islands) / audit.total_us if audit.total_us else None
 
 
+def spread_cells(spread: Spread | None, factor: float = 1) -> list[str]:
+    """Format the worst draw, the median and the best."""
+    return [
+        format_score(value, factor)
+        for value in ((None,) * 3 if spread is None else (spread.least, spread.median, spread.most))
+    ]
+
+
 FILTERS = {
+    "spread": spread_cells,
     "middle": shorten_middle,
     "decibel": format_decibel,
     "percent": format_percent,

@@ -1,104 +1,33 @@
-"""This module builds report pages: results become tiles, sentences and contact sheets.
-
-A contact sheet shows the network's input arrays as images again, by undoing the preprocessing:
-
-    pixel = (value * std + mean) / scale      rounded, 0 to 255
-
-Crops and borders are those that the network sees. It cannot show whether training used the same preprocessing.
-Ready-made samples have no sheet.
-"""
+"""This module builds the report page of each command: results become tiles, sentences and contact sheets."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
 import qconv
 from qconv.analysis.compare import ComparisonRun, compare_on_images
 from qconv.audit.audit import FileAudit, audit_file
 from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import Color, Layout, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.images import encode_thumbnail
-from qconv.data.loader import Batch, DataLoader
 from qconv.errors import Change, Finding, QconvError, Skipped, format_bytes, format_count, format_shape
 from qconv.ir.files import Source, file_bytes, read_proto
 from qconv.metrics.comparison import Interval, share_interval
+from qconv.report.contact_sheet import make_contact_sheet
 from qconv.report.html import Page, PagePicture, Tile, Tone
 from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, Diagnosis, Sweep, Trial
 from qconv.results.quantize import Audit, OutputScore, Report, Verification
 from qconv.results.training import GOOD_MATCH, SynthesisResult
-from qconv.training.synthesize import SynthesizedImages
 
-# A contact sheet of what a network is fed with: its own arrays, made pictures again by undoing its preprocessing.
-#
-#     pixel = (value * std + mean) / scale      rounded, 0 to 255
-#
-# Crops and borders are those that the network sees. Colours come out right whenever preprocessing does what it says;
-# that the network was trained on the same is not to be seen here. Ready-made samples are no pictures, and have no
-# sheet.
-
-
-SHEET_PICTURES = 12
-
-NO_PICTURES = "The samples are ready-made arrays, fed as they are: there is no picture to show."
-
-
-def undo_preprocessing(values: NDArray[Any], prep: Preprocessing) -> NDArray[np.uint8]:
-    """What `values`, one picture as it is fed, was made of: (H, W, C), RGB or grey.
-
-    values: (C, H, W) or (H, W, C), as prep.layout says.
-    """
-    along = (-1, 1, 1) if prep.layout is Layout.NCHW else (-1,)
-    mean, std = (np.reshape(numbers, along) for numbers in (prep.mean, prep.std))
-    with np.errstate(invalid="ignore"):
-        pixels = np.clip(np.rint((values.astype(np.float64) * std + mean) / prep.scale), 0, 255)
-    pixels = np.nan_to_num(pixels).astype(np.uint8)
-    if prep.layout is Layout.NCHW:
-        pixels = pixels.transpose(1, 2, 0)
-    return np.ascontiguousarray(pixels[:, :, ::-1] if prep.color is Color.BGR else pixels)
-
-
-def make_contact_sheet(feed: DataLoader, count: int = SHEET_PICTURES) -> tuple[tuple[PagePicture, ...], str]:
-    """The first `count` pictures, small, and what is to be said of them. Those that cannot be read are left out."""
-    prep = feed.preprocessing
-    if prep is None:
-        return (), NO_PICTURES
-    names = [spec.name for spec in feed.inputs]
-    fed = [(path, values[names[0]][0]) for path in feed.listing.paths[:count] for values in _read_batches(feed, path)]
-    pictures = tuple(PagePicture(path.name, encode_thumbnail(undo_preprocessing(values, prep))) for path, values in fed)
-    return pictures, _make_caption([values for _, values in fed], prep)
-
-
-def _read_batches(feed: DataLoader, path: Path) -> Sequence[Batch]:
-    one = replace(feed.over([path]), reporter=Reporter())
-    with contextlib.suppress(QconvError):  # told already, when all were read
-        return one.first(1, "report")
-    return ()
-
-
-def _make_caption(fed: Sequence[NDArray[Any]], prep: Preprocessing) -> str:
-    if not fed:
-        return "None of the first pictures could be read."
-    numbers = np.concatenate([values.astype(np.float64).ravel() for values in fed])
-    low, high, mean = numbers.min(), numbers.max(), numbers.mean()
-    order = {"grey": "one grey channel", "rgb": "red, green, blue", "bgr": "blue, green, red"}[prep.color]
-    return (
-        f"The first {format_count(len(fed), 'picture')} as the network got them, with crop and borders, "
-        "made pictures again "
-        f"by undoing this preprocessing. As numbers, {order}: {low:.3g} to {high:.3g}, mean {mean:.3g}."
-    )
-
+if TYPE_CHECKING:  # it needs PyTorch
+    from qconv.training.synthesize import SynthesizedImages
 
 COMPARED_IMAGES = 64
 """Calibration pictures that layers are compared on."""
@@ -106,17 +35,17 @@ COMPARED_IMAGES = 64
 GOOD_AGREEMENT, POOR_AGREEMENT = 0.97, 0.9
 
 GOOD_SQNR_DB, POOR_SQNR_DB = 20.0, 10.0
-"""From the first on a result is good, below the second it is bad."""
+"""SQNR from which on a result is good, and below which it is bad."""
 
 TIMING_NOISE = 0.05
-"""Of a time: less is not called faster or slower."""
+"""Share of a time: a smaller difference is not called faster or slower."""
 
 HALF_OF_ERROR = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class AccuracyScores:
-    """How near two models are. images: that it was measured on; kind: what pictures they are."""
+    """How near two models are. images: how many it was measured on; kind: what images these are."""
 
     images: int
     outputs: tuple[OutputScore, ...]
@@ -124,17 +53,17 @@ class AccuracyScores:
 
     @property
     def agreement(self) -> float | None:
-        """The lowest output's; None where no output is a class score."""
+        """The lowest agreement of the outputs; None where no output holds class scores."""
         return min((o.agreement for o in self.outputs if o.agreement is not None), default=None)
 
     @property
     def sqnr_db(self) -> float | None:
-        """The lowest output's, in dB; None where all outputs are equal."""
+        """The lowest SQNR of the outputs, in dB; None where all outputs are equal."""
         return min((o.sqnr_db for o in self.outputs if o.sqnr_db is not None), default=None)
 
     @property
     def interval(self) -> Interval | None:
-        """Of the agreement, at 95 %, with each picture taken for one draw."""
+        """Wilson's interval of the agreement, at 95 %, with each image taken for one draw."""
         return None if self.agreement is None else share_interval(round(self.agreement * self.images), self.images)
 
 
@@ -150,10 +79,17 @@ def make_quantize_page(
     command: str,
     reporter: Reporter,
 ) -> Page:
-    """The page of a run of `quantize`, its layers compared on some of the calibration pictures.
+    """Build the page of a run of `quantize`, with layers compared on some of the calibration images.
 
-    source, quantized: the float model, and what was written. command: that makes the page again. Where layers cannot be
-    compared the page says why.
+    Where layers cannot be compared, the page says why.
+
+    Args:
+        report: The result.
+        source: The float model.
+        quantized: The file that was written.
+        recipe: Of the run.
+        command: Makes the page again.
+        reporter: Hears of progress and warnings.
     """
     how = "no picture was looked at" if recipe.data_free else "--stats came alone"
     looked, without = None, f"There were no pictures to compare the layers on: {how}."
@@ -186,7 +122,7 @@ def make_quantize_page(
 def make_compare_page(
     looked: ComparisonRun, source: Source, quantized: Source, command: str, warnings: Sequence[str]
 ) -> Page:
-    """The page of a run of `compare`. command: that makes the page again."""
+    """Build the page of a run of `compare`. command: makes the page again."""
     found = looked.compared
     scores = AccuracyScores(found.images, found.outputs)
     examined = _audit_if_possible(quantized)
@@ -205,7 +141,13 @@ def make_compare_page(
 
 
 def make_diagnosis_page(found: Diagnosis, looked: ComparisonRun | None, command: str) -> Page:
-    """The page of a diagnosis. looked: the recipe as it was asked for, layer by layer; None where it was not."""
+    """Build the page of a diagnosis.
+
+    Args:
+        found: The diagnosis.
+        looked: The recipe as it was asked for, layer by layer; None where it was not compared.
+        command: Makes the page again.
+    """
     scores = AccuracyScores(found.pictures, () if looked is None else looked.compared.outputs)
     first = found.trials[0]
     mended = found.best.accuracy_db > first.accuracy_db
@@ -232,7 +174,7 @@ def make_diagnosis_page(found: Diagnosis, looked: ComparisonRun | None, command:
 
 
 def make_sweep_page(found: Sweep, command: str, warnings: Sequence[str]) -> Page:
-    """The page of several recipes side by side."""
+    """Build the page of a sweep over recipes. command: makes the page again."""
     good = [trial for trial, best in zip(found.trials, found.best, strict=True) if best]
     page = _make_page(found.model, None, AccuracyScores(found.pictures, ()), None, warnings)
     kept = f"{len(good)} of {format_count(len(found.trials), 'recipe')} are beaten by no other"
@@ -274,7 +216,7 @@ def _format_agreement(trial: Trial, before: str = "") -> str:
 
 
 def _audit_for_target(audited: Audit, recipe: Mapping[str, Any]) -> Audit | None:
-    """None where another runtime decides what runs in integers."""
+    """Return the audit; None where another runtime decides what runs in integers."""
     target = TARGETS.get(str(recipe.get("target")))
     return audited if target is None or target.on_ort else None
 
@@ -282,7 +224,7 @@ def _audit_for_target(audited: Audit, recipe: Mapping[str, Any]) -> Audit | None
 def _make_page(
     name: str, looked: ComparisonRun | None, scores: AccuracyScores, audited: Audit | None, warnings: Sequence[str]
 ) -> Page:
-    """What pages have in common."""
+    """Build the parts that pages have in common."""
     tiles = [] if audited is None else [make_integers_tile(audited)]
     pictures, caption = ((), "") if looked is None else make_contact_sheet(looked.fed.feed)
     return Page(
@@ -311,7 +253,7 @@ def _audit_if_possible(quantized: Source) -> FileAudit | None:
 
 
 def make_size_tile(float_bytes: int, quantized_bytes: int) -> Tile:
-    """How much smaller the file is."""
+    """Build the tile of how much smaller the file is."""
     ratio = float_bytes / max(1, quantized_bytes)
     value = f"{ratio:.1f}\u00d7 smaller" if ratio > 1 else f"{1 / ratio:.1f}\u00d7 larger"
     return Tile(
@@ -320,7 +262,7 @@ def make_size_tile(float_bytes: int, quantized_bytes: int) -> Tile:
 
 
 def make_accuracy_tile(scores: AccuracyScores) -> Tile:
-    """Agreement with its interval, and SQNR; the latter alone where no output is a class score."""
+    """Build the tile of agreement with its interval, and SQNR; of SQNR alone without class scores."""
     agreement, decibel, span = scores.agreement, scores.sqnr_db, scores.interval
     if not scores.images:
         return Tile("accuracy", "not measured", "no pictures were given")
@@ -350,7 +292,7 @@ def _format_sqnr_interval(scores: AccuracyScores) -> str:
 
 
 def make_speed_tiles(checked: Verification) -> tuple[Tile, ...]:
-    """Time of a run over the float model's, where it was measured."""
+    """Build the tile of the time of a run over the float model's, where it was measured."""
     slowdown, spread = checked.slowdown, checked.slowdown_range
     if not slowdown:
         return ()
@@ -361,7 +303,7 @@ def make_speed_tiles(checked: Verification) -> tuple[Tile, ...]:
 
 
 def make_integers_tile(audited: Audit) -> Tile:
-    """Share of the nodes, and of the time, in integers."""
+    """Build the tile of the share of nodes, and of time, in integers."""
     nodes = audited.integer + audited.float
     spent = "" if not audited.total_us else f", {(audited.spent('integer') or 0.0) / audited.total_us:.0%} of the time"
     note = f"{audited.integer} of {format_count(nodes, 'node')}{spent}"
@@ -370,7 +312,7 @@ def make_integers_tile(audited: Audit) -> Tile:
 
 
 def make_warnings_tile(warnings: Sequence[str]) -> Tile:
-    """How many there are."""
+    """Build the tile of how many warnings there are."""
     note = "read them below" if warnings else "nothing looked odd"
     return Tile("warnings", str(len(warnings)), note, "bad" if warnings else "good")
 
@@ -385,7 +327,7 @@ def _choose_tone(value: float | None, good: float, bad: float) -> Tone:
 
 
 def describe_bits(recipe: Recipe) -> str:
-    """`8-bit weights and activations`."""
+    """Describe the bits of a recipe, as `8-bit weights and activations`."""
     if recipe.searches or recipe.layer_bits:
         return "bits layer by layer"
     if recipe.weight_bits == recipe.activation_bits:
@@ -395,7 +337,7 @@ def describe_bits(recipe: Recipe) -> str:
 
 
 def count_changes(findings: Iterable[Finding]) -> tuple[tuple[str, str, int], ...]:
-    """(step, what, how often), as a summary counts them, the most frequent first."""
+    """Count changes as a summary does: (step, what, how often), the most frequent first."""
     kinds = Counter((f.step, f.kind or f.what) for f in findings if isinstance(f, Change))
     return tuple((step, what, count) for (step, what), count in kinds.most_common())
 
@@ -424,7 +366,7 @@ def _describe_accuracy(scores: AccuracyScores) -> str:
 
 
 def _describe_worst_layers(compared: Comparison | None) -> list[str]:
-    """How few layers make half of the error, and the first of them."""
+    """Describe how few layers make half of the error, and the first of them."""
     total = 0.0
     for count, row in enumerate(() if compared is None else compared.worst_first, 1):
         total += row.output_share or 0.0
@@ -436,15 +378,14 @@ def _describe_worst_layers(compared: Comparison | None) -> list[str]:
     return []
 
 
-# The page of synthesized pictures: a sheet of them, how near their statistics came, and the loss, step by step.
-
+# -- synthesized pictures ----------------------------------------------------------------------------------------------
 
 SYNTHESIS_PICTURES = 48
-"""On the page, evenly taken from all."""
+"""Synthesized images on the page, evenly taken from all."""
 
 
 def make_synthesis_page(made: SynthesizedImages, command: str) -> Page:
-    """The page of a run of `synthesize`. command: that makes it again."""
+    """Build the page of a run of `synthesize`. command: makes the page again."""
     found, count = made.found, len(made.pixels)
     shown = sorted({index * count // min(SYNTHESIS_PICTURES, count) for index in range(min(SYNTHESIS_PICTURES, count))})
     digits = max(3, len(str(count - 1)))

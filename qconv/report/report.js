@@ -156,10 +156,50 @@
     }), config);
   }
 
+  function drawStudy() {
+    const { pictures, enough, draws, spread } = data.study;
+    const counts = spread.map((row) => row.pictures);
+    const [first, last] = [Math.log10(counts[0]), Math.log10(pictures)];
+    const edge = (x0, x1, y0, y1, xref, yref) => ({
+      type: "line", xref, yref, x0, x1, y0, y1, line: { color: style("--float"), width: 1.2, dash: "dash" },
+    });
+    for (const [key, title, unit, factor, color] of [
+      ["sqnr", "SQNR, dB", " dB", 1, "--first"], ["agreement", "agreement, %", "%", 100, "--second"],
+    ]) {
+      const rows = spread.filter((row) => row[key] !== null);
+      const dots = draws.filter((draw) => draw[key] !== null);
+      const of = (which) => rows.map((row) => factor * row[key][which]);
+      const line = (name, which, more) => ({
+        x: rows.map((row) => Math.log10(row.pictures)), y: of(which), name, type: "scatter", mode: "lines", hoverinfo: "skip", showlegend: false,
+        line: { color: style(color), width: 0 }, ...more,
+      });
+      const level = rows.find((row) => row.pictures === pictures);
+      const shapes = level === undefined ? [] : [edge(0, 1, factor * level[key][1], factor * level[key][1], "paper", "y")];
+      if (enough !== null) shapes.push(edge(Math.log10(enough), Math.log10(enough), 0, 1, "x", "paper"));
+      Plotly.react(at(`study-${key}-chart`), [
+        line("worst", 0, {}), line("worst to best", 2, { fill: "tonexty" }),
+        line("median", 1, { line: { color: style(color), width: 2.5 } }),
+        {
+          x: dots.map((draw) => Math.log10(draw.pictures)), y: dots.map((draw) => factor * draw[key]), name: "a draw", type: "scatter", mode: "markers",
+          marker: { size: 7, color: style(color), line: { width: 1, color: style("--card") } }, hoverinfo: "text", showlegend: false,
+          hovertext: dots.map((draw) => `${draw.pictures} of ${pictures} pictures, draw ${draw.seed}: ${rounded(factor * draw[key])}${unit}`),
+        },
+      ], layout({
+        // places are logarithms, so that ticks, lines and dots agree on them
+        xaxis: axis("calibration pictures", {
+          fixedrange: true, zeroline: false, tickvals: counts.map(Math.log10), ticktext: counts.map(String),
+          range: first < last ? [first - 0.05 * (last - first), last + 0.05 * (last - first)] : [first - 1, first + 1],
+        }),
+        yaxis: axis(title, { fixedrange: true, zeroline: false }), shapes, hovermode: "closest",
+      }), config);
+    }
+  }
+
   function draw() {
     if (picked !== null) pick(picked);
     if (data.sweep) drawSweep();
     if (data.synthesis) drawSynthesis();
+    if (data.study) drawStudy();
   }
 
   function listen() {

@@ -1,8 +1,9 @@
-"""This module draws the chart of a sample study as PNG, and as SVG in an HTML page.
+"""This module draws the chart of a sample study as PNG, with Pillow alone, and builds the page of the study.
 
 Two panels show accuracy over the number of images on a logarithmic axis: every draw is a dot, the median a line, worst
-to best a band. Shapes have places in units of WIDTH x HEIGHT and roles instead of colours. PNG is drawn by Pillow at
-SHARPNESS times the size and averaged down. The page opens offline, light or dark, without a script.
+to best a band. Shapes have places in units of WIDTH x HEIGHT and roles instead of colours. They are drawn at SHARPNESS
+times the size and averaged down, which is all the antialiasing that Pillow's shapes lack. The font is the one that
+Pillow brings along.
 """
 
 from __future__ import annotations
@@ -10,28 +11,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from itertools import pairwise
-from math import hypot
+from pathlib import PurePath
 
 from PIL import Image, ImageDraw, ImageFont
 
 from qconv.data.images import png_bytes
 from qconv.errors import format_count
+from qconv.report.html import Page, Tile
+from qconv.report.pages import make_warnings_tile
 from qconv.results.sample_curve import SampleCurve, Spread, format_score
-
-# The chart of a study as plain shapes: two panels, accuracy over the number of pictures on a logarithmic axis.
-#
-# Every draw is a dot, the median a line, the span from the worst to the best draw a band. Shapes have places in units
-# of a picture of WIDTH x HEIGHT, and roles instead of colours: who draws them (plot.py, page.py) gives them theirs.
-
 
 WIDTH, HEIGHT = 1200, 560
 
 TOP, BOTTOM = 120, 470
 
 PANELS = ((100, 570), (710, 1180))
-"""Left and right end of each."""
+"""Left and right end of each panel."""
 
 FONT_SIZE, LARGE_FONT_SIZE = 17, 24
 
@@ -44,7 +40,7 @@ XY = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class ChartLine:
-    """role: "grid", "axis", "full", "enough", or a panel's own."""
+    """A line. role: "grid", "axis", "full", "enough", or a panel's own."""
 
     points: tuple[XY, ...]
     role: str
@@ -62,18 +58,22 @@ class ChartArea:
 
 @dataclass(frozen=True, slots=True)
 class ChartDot:
-    """A filled circle. title: what it says when pointed at."""
+    """A filled circle."""
 
     at: XY
     radius: float
     role: str
-    title: str
 
 
 @dataclass(frozen=True, slots=True)
 class ChartText:
-    """anchor: which end of it lies at `at`: "start", "middle" or "end". `at` is on the baseline. upright: turned by 90
-    degrees, to be read from below."""
+    """A text.
+
+    Attributes:
+        at: A point on its baseline.
+        anchor: Which end lies there: "start", "middle" or "end".
+        upright: Turned by 90 degrees, to be read from below.
+    """
 
     at: XY
     text: str
@@ -88,19 +88,19 @@ Shape = ChartLine | ChartArea | ChartDot | ChartText
 
 @dataclass(frozen=True, slots=True)
 class PanelMeasure:
-    """What a panel shows. of: its spread at a count; each: its dots, (count, draw, value)."""
+    """What a panel shows. of: the spread at a number of images; each: a dot for each draw, (count, value)."""
 
     role: str
     label: str
     unit: str
     of: Callable[[int], Spread | None]
-    each: Sequence[tuple[int, int, float]]
+    each: Sequence[tuple[int, float]]
     most: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
 class _Axes:
-    """From numbers to places. ends: of the panel; counts: of pictures; low, high: of the values."""
+    """The axes of a panel. ends: its left and right; counts: first and last number of images; low, high: of values."""
 
     ends: tuple[float, float]
     counts: tuple[int, int]
@@ -119,7 +119,7 @@ class _Axes:
 
 
 def draw_chart(curve: SampleCurve) -> list[Shape]:
-    """All shapes, those behind first."""
+    """Compose the shapes of the chart, those behind first."""
     title = f"How many calibration pictures does {_shorten_name(curve.model)} need?"
     shapes: list[Shape] = [ChartText((WIDTH / 2, 40), title, size=LARGE_FONT_SIZE)]
     draws = "one draw" if curve.draws == 1 else f"{curve.draws} draws of each number"
@@ -131,8 +131,8 @@ def draw_chart(curve: SampleCurve) -> list[Shape]:
 
 
 def _choose_measures(curve: SampleCurve) -> tuple[PanelMeasure, PanelMeasure]:
-    sqnr = [(p.pictures, p.seed, p.sqnr_db) for p in curve.points if p.sqnr_db is not None]
-    agreement = [(p.pictures, p.seed, 100 * p.agreement) for p in curve.points if p.agreement is not None]
+    sqnr = [(p.pictures, p.sqnr_db) for p in curve.points if p.sqnr_db is not None]
+    agreement = [(p.pictures, 100 * p.agreement) for p in curve.points if p.agreement is not None]
 
     def in_percent(count: int) -> Spread | None:
         found = curve.agreement(count)
@@ -154,7 +154,7 @@ def _draw_panel(curve: SampleCurve, measure: PanelMeasure, ends: tuple[float, fl
         yield ChartText((middle, (TOP + BOTTOM) / 2), "nothing to measure here", role="quiet")
         return
     spreads = {c: s for c in curve.counts if (s := measure.of(c)) is not None and math.isfinite(s.most)}
-    axes = _make_axes(ends, curve, [value for _, _, value in measure.each], measure.most)
+    axes = _make_axes(ends, curve, [value for _, value in measure.each], measure.most)
     outline = [(axes.x(c), axes.y(s.least)) for c, s in spreads.items()]
     outline += [(axes.x(c), axes.y(s.most)) for c, s in reversed(spreads.items())]
     yield ChartArea(tuple(outline), f"{measure.role}-band")
@@ -162,13 +162,12 @@ def _draw_panel(curve: SampleCurve, measure: PanelMeasure, ends: tuple[float, fl
     yield from _draw_marks(curve, measure, axes)
     yield from _draw_frame(left, right)
     yield ChartLine(tuple((axes.x(c), axes.y(s.median)) for c, s in spreads.items()), measure.role, width=3)
-    for count, seed, value in measure.each:
-        title = f"{format_count(count, 'picture')}, draw {seed}: {value:.4g} {measure.unit}"
-        yield ChartDot((axes.x(count), axes.y(value)), 5, measure.role, title)
+    for count, value in measure.each:
+        yield ChartDot((axes.x(count), axes.y(value)), 5, measure.role)
 
 
 def _draw_marks(curve: SampleCurve, measure: PanelMeasure, axes: _Axes) -> Iterator[Shape]:
-    """What all pictures give, and how many are enough."""
+    """Mark the level that all images give, and how many are enough."""
     left, right = axes.ends
     full = measure.of(curve.pictures)
     if full is not None and math.isfinite(full.median):
@@ -207,7 +206,7 @@ def _draw_grid(axes: _Axes, counts: Sequence[int]) -> Iterator[Shape]:
 
 
 def _make_axes(ends: tuple[float, float], curve: SampleCurve, values: Sequence[float], most: float) -> _Axes:
-    """Round ends and ticks that hold all values; nothing above `most`."""
+    """Choose round ends and ticks that hold all values; nothing above `most`."""
     low, high = min(values), max(values)
     step = _round_step((high - low) / TICKS or max(abs(high), 1.0) / 50)
     first, last = math.floor(low / step), math.ceil(high / step)
@@ -221,136 +220,18 @@ def _make_axes(ends: tuple[float, float], curve: SampleCurve, values: Sequence[f
 
 
 def _round_step(wish: float) -> float:
-    """The least of 1, 2, 5 times a power of ten that is not below `wish`."""
+    """Return the least of 1, 2, 5 times a power of ten that is not below `wish`."""
     ten = 10.0 ** math.floor(math.log10(wish))
     return next(float(step * ten) for step in (1, 2, 5, 10) if step * ten >= wish * (1 - 1e-9))
 
 
 def _shorten_name(name: str) -> str:
-    """The name of the file alone; a long one is cut."""
+    """Return the file's name without folders, cut where it is long."""
     name = name.rpartition("/")[2]
     return name if len(name) <= 48 else f"{name[:45]}..."
 
 
-# A study as one HTML page: chart as inline SVG, sentence, table. Opens offline, light or dark, without a script.
-
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --text: #1f2328; --quiet: #59636e; --grid: #e4e7eb; --mark: #8c959f;
-  --sqnr: #0072b2; --agreement: #d55e00; }
-@media (prefers-color-scheme: dark) { :root { --paper: #0d1117; --text: #e6edf3; --quiet: #9da7b1; --grid: #262c34;
-  --mark: #6e7681; --sqnr: #56b4e9; --agreement: #e69f00; } }
-body { margin: 2rem auto; max-width: 75rem; padding: 0 1rem; background: var(--paper); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere; }
-svg { width: 100%; height: auto; }
-svg text { font-family: system-ui, sans-serif; fill: var(--text); }
-svg text.quiet { fill: var(--quiet); }
-svg polyline { fill: none; stroke: var(--mark); }
-svg polyline.grid { stroke: var(--grid); }
-svg polyline.axis { stroke: var(--quiet); }
-svg polyline.sqnr { stroke: var(--sqnr); }
-svg polyline.agreement { stroke: var(--agreement); }
-svg circle { stroke: var(--paper); }
-svg circle.sqnr, svg polygon.sqnr-band { fill: var(--sqnr); }
-svg circle.agreement, svg polygon.agreement-band { fill: var(--agreement); }
-svg polygon { opacity: 0.2; }
-div { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 1rem; text-align: right; border-bottom: 1px solid var(--grid); }
-footer { color: var(--quiet); margin-top: 1.5rem; font-size: 0.9rem; }
-"""
-
-DASH_ATTRIBUTE = 'stroke-dasharray="7 5"'
-
-
-def render_study_page(curve: SampleCurve) -> str:
-    """The whole page."""
-    title = escape(f"Calibration pictures for {curve.model}")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p><strong>{escape(curve.in_words())}</strong></p>
-{render_svg(draw_chart(curve))}
-<div><table>
-<thead><tr><th rowspan="2">pictures</th><th colspan="3">SQNR in dB</th><th colspan="3">agreement in %</th>\
-<th rowspan="2">seconds to calibrate</th></tr>
-<tr>{"<th>worst</th><th>median</th><th>best</th>" * 2}</tr></thead>
-<tbody>
-{_table_rows(curve)}
-</tbody>
-</table></div>
-<p>{escape(curve.how())}</p>
-<footer>qconv {escape(curve.version)}</footer>
-</body>
-</html>
-"""
-
-
-def _table_rows(curve: SampleCurve) -> str:
-    rows = []
-    for count in curve.counts:
-        cells = [str(count), *_spread_cells(curve.sqnr_db(count), 1), *_spread_cells(curve.agreement(count), 100)]
-        cells.append(f"{curve.seconds[count]:.1f}")
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return "\n".join(rows)
-
-
-def _spread_cells(spread: Spread | None, factor: float) -> list[str]:
-    values = (None, None, None) if spread is None else (spread.least, spread.median, spread.most)
-    return [format_score(value, factor) for value in values]
-
-
-# -- SVG ---------------------------------------------------------------------------------------------------------------
-
-
-def render_svg(shapes: Sequence[Shape]) -> str:
-    """The chart; roles are classes, which STYLE gives their colours."""
-    content = "\n".join(_svg_element(shape) for shape in shapes)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="SQNR and agreement over the number of calibration pictures">\n{content}\n</svg>'
-    )
-
-
-def _svg_element(shape: Shape) -> str:
-    if isinstance(shape, ChartText):
-        x, y = shape.at
-        turned = f' transform="rotate(-90 {x:.2f} {y:.2f})" dominant-baseline="central"' if shape.upright else ""
-        return (
-            f'<text class="{shape.role}" x="{x:.2f}" y="{y:.2f}" font-size="{shape.size:g}" '
-            f'text-anchor="{shape.anchor}"{turned}>{escape(shape.text)}</text>'
-        )
-    if isinstance(shape, ChartDot):
-        x, y = shape.at
-        title = f"<title>{escape(shape.title)}</title>"
-        return f'<circle class="{shape.role}" cx="{x:.2f}" cy="{y:.2f}" r="{shape.radius:g}">{title}</circle>'
-    if isinstance(shape, ChartArea):
-        return f'<polygon class="{shape.role}" points="{_svg_points(shape.points)}"/>'
-    return _svg_line(shape)
-
-
-def _svg_line(line: ChartLine) -> str:
-    dashes = f" {DASH_ATTRIBUTE}" if line.dashed else ""
-    return f'<polyline class="{line.role}" points="{_svg_points(line.points)}" stroke-width="{line.width:g}"{dashes}/>'
-
-
-def _svg_points(points: Sequence[XY]) -> str:
-    return " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
-
-
-# Charts and small pictures as PNG: the door to Pillow for drawing, as images.py is for reading.
-#
-# Drawn at SHARPNESS times the size and averaged down, which is all the antialiasing that Pillow's shapes lack. The font
-# is the one that Pillow brings along.
-
+# -- PNG ---------------------------------------------------------------------------------------------------------------
 
 SHARPNESS = 3
 
@@ -375,7 +256,7 @@ ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 
 
 def render_png(shapes: Sequence[Shape]) -> bytes:
-    """The file, of WIDTH x HEIGHT pixels."""
+    """Draw the shapes as a PNG file of WIDTH x HEIGHT pixels."""
     canvas = Image.new("RGB", (WIDTH * SHARPNESS, HEIGHT * SHARPNESS), COLORS["paper"])
     pen = ImageDraw.Draw(canvas)
     for shape in shapes:
@@ -385,7 +266,8 @@ def render_png(shapes: Sequence[Shape]) -> bytes:
             pen.polygon(_scale_points(shape.points), fill=COLORS[shape.role])
         elif isinstance(shape, ChartDot):
             x, y = _scale_points([shape.at])[0]
-            pen.circle((x, y), shape.radius * SHARPNESS, fill=COLORS[shape.role], outline="#ffffff", width=SHARPNESS)
+            r = shape.radius * SHARPNESS  # Pillow has circles from 10.4 on
+            pen.ellipse((x - r, y - r, x + r, y + r), COLORS[shape.role], outline="#ffffff", width=SHARPNESS)
         else:
             _draw_line(pen, shape)
     return png_bytes(canvas.reduce(SHARPNESS))
@@ -404,7 +286,7 @@ def _draw_line(pen: ImageDraw.ImageDraw, line: ChartLine) -> None:
 def _split_into_dashes(points: Sequence[XY]) -> list[tuple[XY, XY]]:
     parts = []
     for (x0, y0), (x1, y1) in pairwise(points):
-        length = hypot(x1 - x0, y1 - y0)
+        length = math.hypot(x1 - x0, y1 - y0)
         start = 0.0
         while start < length:
             ends = (start / length, min(start + DASH, length) / length)
@@ -425,3 +307,27 @@ def _draw_text(canvas: Image.Image, pen: ImageDraw.ImageDraw, text: ChartText) -
     ImageDraw.Draw(ink).text((0, 0), text.text, fill=255, font=font)
     ink = ink.rotate(90, expand=True)
     canvas.paste(COLORS[text.role], (round(x - ink.width / 2), round(y - ink.height / 2)), ink)
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def make_study_page(curve: SampleCurve, command: str) -> Page:
+    """Build the page of a run of `study-samples`. command: that makes the page again."""
+    tiles = [Tile("enough pictures", str(curve.enough or "not seen"), f"of {curve.pictures}")]
+    sqnr, agreement = curve.sqnr_db(curve.pictures), curve.agreement(curve.pictures)
+    if sqnr is not None:
+        unit = " dB" if math.isfinite(sqnr.median) else ""
+        tiles.append(Tile("SQNR with all", f"{format_score(sqnr.median)}{unit}", "of the outputs"))
+    if agreement is not None:
+        tiles.append(Tile("agreement with all", f"{agreement.median:.1%}", "with the float model"))
+    return Page(
+        title=PurePath(curve.model).name,
+        subtitle=curve.how(),
+        tiles=(*tiles, make_warnings_tile(curve.warnings)),
+        verdict=curve.in_words(),
+        version=curve.version,
+        warnings=tuple(curve.warnings),
+        command=command,
+        study=curve,
+    )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
+
+import rich.console
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
 
 from qconv.analysis.evaluate import Evaluation, MeasuredShare, OutputComparison
 from qconv.audit.audit import FileAudit
@@ -13,9 +19,6 @@ from qconv.metrics.comparison import SIGNIFICANT, Interval, difference_interval
 from qconv.results.comparison import Cause, Comparison, Diagnosis, LayerComparison, Sweep, Trial
 from qconv.results.quantize import FloatNode, group_float_nodes
 from qconv.runtime.benchmark import Benchmark
-
-# What the commands that look at models print for people to read, in 80 columns where names are short.
-
 
 COLUMNS = 80
 
@@ -29,7 +32,7 @@ HALF_OF_ERROR = 0.5
 
 
 def format_audit(found: FileAudit, *, verbose: bool) -> str:
-    """Counts and costs, then every float node with its rule, the dearest first."""
+    """Format an audit: counts and costs, then every float node with its rule, the dearest first."""
     own = found.audit
     lines = [wrap_text(f"{found.name}: {found.format} ({found.meaning})"), ""]
     rows = [("", "nodes", "us a run", "share")]
@@ -60,7 +63,7 @@ def _format_time_share(us: float | None, total: float) -> str:
 
 
 def _format_float_nodes(islands: Sequence[FloatNode], total: float, *, verbose: bool) -> list[str]:
-    """Those of one operator and one reason together, the dearest first."""
+    """List float nodes, those of one operator and one reason together, the dearest first."""
     ranked = group_float_nodes(islands)
     lines = []
     for group in ranked if verbose else ranked[:MOST_GROUPS]:
@@ -68,20 +71,14 @@ def _format_float_nodes(islands: Sequence[FloatNode], total: float, *, verbose: 
         names = [island.node for island in group]
         more = "" if verbose or len(names) <= MOST_NAMED else f" and {len(names) - MOST_NAMED} more"
         where = ", ".join(names if verbose else names[:MOST_NAMED]) + more
-        lines.append(_wrap_entry(f"{_format_time_share(us, total):>6}  {len(group)} {first.op}: {where}"))
+        lines.append(wrap_text(f"{_format_time_share(us, total):>6}  {len(group)} {first.op}: {where}", 8))
         others = "; others alike" if len({island.why for island in group}) > 1 else ""
-        lines.append(_wrap_entry(f"        [{first.rule}] {first.why}{others}"))
+        lines.append(wrap_text(f"        [{first.rule}] {first.why}{others}", 8))
         if first.remedy is not None:
-            lines.append(_wrap_entry(f"        remedy: {first.remedy}"))
+            lines.append(wrap_text(f"        remedy: {first.remedy}", 8))
     if not verbose and len(ranked) > MOST_GROUPS:
         lines.append(f"        and {len(ranked) - MOST_GROUPS} more kinds: -v shows all")
     return lines
-
-
-def _wrap_entry(text: str) -> str:
-    return textwrap.fill(
-        text, COLUMNS, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
-    )
 
 
 def _format_saturation(found: FileAudit) -> list[str]:
@@ -108,7 +105,7 @@ def _format_saturation(found: FileAudit) -> list[str]:
 
 
 def format_benchmark(found: Benchmark, *, verbose: bool) -> str:
-    """A line a model, and what there is to know of the machine."""
+    """Format a benchmark: a line a model, and the machine."""
     first = found.timings[0]
     rows = [("median ms", "p90 ms", "times the first (10..90 %)", "model")]
     for timing in found.timings:
@@ -136,7 +133,7 @@ def format_benchmark(found: Benchmark, *, verbose: bool) -> str:
 
 
 def _compare_times(first: Sequence[float], other: Sequence[float]) -> str:
-    """The ratio in words, and whether the rounds are of one mind about it."""
+    """Describe the ratio of times, and in how many rounds it was faster."""
     faster = sum(its < own for own, its in zip(first, other, strict=True))
     middle = sorted(own / its for own, its in zip(first, other, strict=True))[len(first) // 2]
     words = f"{middle:.2f} times as fast as the first"
@@ -144,7 +141,7 @@ def _compare_times(first: Sequence[float], other: Sequence[float]) -> str:
 
 
 def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
-    """Accuracy of both models, how near they are, and what of it is chance."""
+    """Format an evaluation: accuracy of both models, how near they are, and whether a difference is chance."""
     lines = [wrap_text(f"{found.model}: {format_count(found.images, 'picture')}, labels by {found.labels}")]
     if not found.labels:
         lines = [wrap_text(f"{found.model}: {format_count(found.images, 'picture')} without labels")]
@@ -212,7 +209,7 @@ def _format_interval(span: Interval | None, factor: float, how: str) -> str:
 
 
 def format_comparison(found: Comparison, *, verbose: bool) -> str:
-    """The layers, those first that cost most at the outputs."""
+    """Format a comparison: the layers, those first that cost most at the outputs."""
     lines = [wrap_text(f"{found.model} beside {found.float_model}: {format_count(found.images, 'picture')}")]
     lines += [wrap_text(found.words)] if found.words else []
     got, sum_of = (_format_decibel(value) for value in (found.sqnr_db, found.predicted_db))
@@ -257,7 +254,7 @@ def _format_decibel(value: float | None) -> str:
 
 
 def _describe_worst_layers(found: Comparison) -> str:
-    """How few layers make half of the error."""
+    """Describe how few layers make half of the error."""
     total = 0.0
     for count, row in enumerate(found.worst_first, 1):
         total += row.output_share or 0.0
@@ -270,27 +267,34 @@ def _describe_worst_layers(found: Comparison) -> str:
 
 
 def _shorten_path(path: str) -> str:
-    """The end of a long path."""
+    """Return the end of a long path."""
     return path if len(path) <= 28 else f"...{path[-25:]}"
 
 
-def format_columns(rows: Sequence[Sequence[str]], sides: str, gap: str = "  ") -> str:
-    """A table. sides: `l` or `r` for each column."""
-    widths = [max(len(row[index]) for row in rows) for index in range(len(sides))]
-    kept = [index for index, width in enumerate(widths) if width]
-    lines = []
-    for row in rows:
-        cells = [row[i].ljust(widths[i]) if sides[i] == "l" else row[i].rjust(widths[i]) for i in kept]
-        lines.append(gap.join(cells).rstrip())
-    return "\n".join(lines)
+def format_columns(rows: Sequence[Sequence[str]], sides: str) -> str:
+    """Lay out a table without lines, two blanks between columns, as wide as its cells: in a pipe as on a terminal.
+
+    Args:
+        rows: Cells, the header's first. A column without any text is left out.
+        sides: `l` or `r` for each column, where its cells are flush.
+    """
+    kept = [index for index in range(len(sides)) if any(row[index] for row in rows)]
+    cells = [[row[index].expandtabs() for index in kept] for row in rows]
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for index in kept:
+        table.add_column(justify="right" if sides[index] == "r" else "left", no_wrap=True)
+    for line in cells:
+        table.add_row(*map(Text, line))  # Text: brackets in names are no markup
+    width = sum(2 + max(map(cell_len, column)) for column in zip(*cells, strict=True))
+    console = rich.console.Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def wrap_text(text: str) -> str:
-    """In lines of 80 columns."""
-    return textwrap.fill(text, COLUMNS, break_long_words=False, break_on_hyphens=False)
-
-
-# What `diagnose` and `quantize --sweep` print for people to read, in 80 columns: causes, and tables of trials.
+def wrap_text(text: str, indent: int = 0) -> str:
+    """Wrap text at 80 columns, all lines but the first indented. Words are never broken: they may be paths."""
+    return textwrap.fill(text, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 MOST_CAUSE_NODES = 2
@@ -301,7 +305,7 @@ INDENT = "  "
 
 
 def format_diagnosis(found: Diagnosis, *, verbose: bool) -> str:
-    """The causes, the ladder, and what to type."""
+    """Format a diagnosis: causes, trials, and the command to type."""
     lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen)}"), ""]
     open_ones = [cause for cause in found.causes if not (cause.handled or cause.harmless)]
     handled = [cause for cause in found.causes if cause.handled]
@@ -318,7 +322,7 @@ def format_diagnosis(found: Diagnosis, *, verbose: bool) -> str:
 
 
 def format_sweep(found: Sweep, *, verbose: bool) -> str:
-    """The recipes with what each costs; those that no other one beats are marked."""
+    """Format a sweep: the recipes with what each costs; those that no other one dominates are marked."""
     lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen)}"), ""]
     marks = ["*" if best else "" for best in found.best]
     lines.append(format_trials(found.trials, found.float_ms, None, marks))
@@ -343,13 +347,13 @@ def _describe_scoring(pictures: int, unseen: bool) -> str:
 
 def _format_cause(cause: Cause, *, verbose: bool) -> Iterator[str]:
     share = "" if cause.share is None else f", {_format_error_share(cause.share)} of the error at the outputs"
-    yield _wrap_hanging(f"{INDENT}{cause.kind}{share}", 4)
-    yield _wrap_hanging(f"    {cause.what}", 4)
+    yield wrap_text(f"{INDENT}{cause.kind}{share}", 4)
+    yield wrap_text(f"    {cause.what}", 4)
     names = cause.where if verbose else cause.where[:MOST_CAUSE_NODES]
     more = "" if len(names) == len(cause.where) else f" and {len(cause.where) - len(names)} more"
-    yield _wrap_hanging(f"    where: {', '.join(names)}{more}", 6)
+    yield wrap_text(f"    where: {', '.join(names)}{more}", 6)
     if cause.handled:
-        yield _wrap_hanging(f"    {cause.handled}", 4)
+        yield wrap_text(f"    {cause.handled}", 4)
 
 
 def _format_error_share(share: float) -> str:
@@ -359,7 +363,14 @@ def _format_error_share(share: float) -> str:
 def format_trials(
     trials: Sequence[Trial], float_ms: float | None, first: Trial | None, marks: Sequence[str] | None = None
 ) -> str:
-    """A row a trial. first: what gains are told against, None for no such column; marks: in front of each row."""
+    """Lay out a table of trials, a row each.
+
+    Args:
+        trials: The trials; failed ones are listed below.
+        float_ms: Time of the float model; None for no column of times.
+        first: The trial that gains are counted from; None for no such column.
+        marks: In front of each row.
+    """
     timed = float_ms is not None
     head = [
         ("", "SQNR", "" if first is None else "gain", "agree-", "", "size", "time of" if timed else "", ""),
@@ -369,7 +380,7 @@ def format_trials(
     failures = []
     for trial, mark in zip(trials, marks or [""] * len(trials), strict=True):
         if trial.failed:
-            failures.append(_wrap_hanging(f"{trial.name} failed: {trial.failed}", 2))
+            failures.append(wrap_text(f"{trial.name} failed: {trial.failed}", 2))
             continue
         rows.append(
             (
@@ -386,7 +397,7 @@ def format_trials(
             )
         )
     lines = [format_columns([*head, *rows], "rrrrlrrl")]
-    told = [_wrap_hanging(f"{trial.name}: {trial.typed}", 2) for trial in trials if trial.options]
+    told = [wrap_text(f"{trial.name}: {trial.typed}", 2) for trial in trials if trial.options]
     if told and first is not None:
         lines += ["", "options:", *told]
     return "\n".join([*lines, *failures])
@@ -408,12 +419,8 @@ def _format_gain(trial: Trial, first: Trial | None) -> str:
     return f"{gain + 0.0:+.1f}"  # no -0.0
 
 
-def _wrap_hanging(text: str, indent: int) -> str:
-    return textwrap.fill(text, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
-
-
 def _format_command(text: str) -> str:
-    """To be pasted: words stay whole, and a line that is not the last ends in a backslash."""
+    """Wrap a command to be pasted: words stay whole, and lines but the last end in a backslash."""
     lines = [""]
     for word in map(shlex.quote, shlex.split(text)):
         if lines[-1] and len(lines[-1]) + len(word) > COLUMNS - 3:

@@ -1,4 +1,4 @@
-"""What `inspect` prints for people to read, in 80 columns: a summary, what is remarkable, and the layers."""
+"""This module formats what `inspect` found as text in 80 columns: a summary, what is remarkable, and the layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LEAST_NAME_WIDTH = 12
 
 
 def format_float_model(found: FloatModel, *, verbose: bool) -> str:
-    """What it is, what a default run does, what its weights foretell, its layers."""
+    """Format a float model: what it is, what a default run does, what its weights foretell, its layers."""
     lines = [
         wrap_text(
             f"{found.name}: float, {_format_bytes(found.bytes)}, opset {found.opset}{_format_producer(found.producer)}"
@@ -83,7 +83,7 @@ def _format_default_run(found: FloatModel, *, verbose: bool) -> list[str]:
 
 
 def _format_float_group(left: FloatOperatorGroup, *, verbose: bool) -> str:
-    return _wrap_hanging(f"  {len(left.nodes)} {left.op}: {left.why} ({_join_some(left.nodes, verbose=verbose)})", 4)
+    return wrap_text(f"  {len(left.nodes)} {left.op}: {left.why} ({_join_some(left.nodes, verbose=verbose)})", 4)
 
 
 def _format_skipped(refused: Sequence[Skipped], *, verbose: bool) -> list[str]:
@@ -98,20 +98,20 @@ def _format_skipped(refused: Sequence[Skipped], *, verbose: bool) -> list[str]:
 
 
 def _format_problems(troubles: Sequence[WeightProblem], *, verbose: bool) -> list[str]:
-    """Kind by kind, those that nothing takes care of first; of each the worst layers."""
+    """List problems kind by kind, those that nothing takes care of first; of each the worst layers."""
     groups: dict[tuple[str, str], list[WeightProblem]] = {}
     for trouble in troubles:
         groups.setdefault((trouble.kind, trouble.handled), []).append(trouble)
     lines = []
     for (kind, handled), group in sorted(groups.items(), key=lambda item: bool(item[0][1])):
         care = f"; {handled}" if handled else ""
-        lines.append(_wrap_hanging(f"  {kind} in {format_count(len(group), 'layer')}{care}", 4))
+        lines.append(wrap_text(f"  {kind} in {format_count(len(group), 'layer')}{care}", 4))
         ranked = sorted(group, key=lambda trouble: -(trouble.value or 0.0))
         for trouble in ranked if verbose else ranked[: 1 if handled else MOST_PROBLEMS]:
             channels = ", ".join(map(str, trouble.channels))
             more = ", ..." if trouble.count > len(trouble.channels) else ""
             which = f" (channel{'s' if trouble.count > 1 else ''} {channels}{more})" if channels and verbose else ""
-            lines.append(_wrap_hanging(f"    {_shorten_name(trouble.where, 60)}: {trouble.what}{which}", 6))
+            lines.append(wrap_text(f"    {_shorten_name(trouble.where, 60)}: {trouble.what}{which}", 6))
     return lines
 
 
@@ -127,7 +127,7 @@ def _float_cells(row: FloatLayerRow) -> tuple[str, ...]:
 
 
 def format_quantized_model(found: QuantizedModel, *, verbose: bool) -> str:
-    """What it is and how it was made, kinds of layers, its size, its layers."""
+    """Format a quantized model: how it was made, kinds of layers, its size, its layers."""
     lines = [wrap_text(f"{found.name}: {found.format} ({found.meaning})"), ""]
     lines.append(
         _wrap_titled("file", f"{_format_bytes(found.bytes)}, opset {found.opset}{_format_producer(found.producer)}")
@@ -198,7 +198,7 @@ def _describe_activation(tensor: TensorFormat) -> str:
 
 
 def _describe_preprocessing(told: Mapping[str, Any]) -> str:
-    """The preprocessing, as the file's metadata has it."""
+    """Describe the preprocessing as the file's metadata has it."""
     scale, size = told.get("scale"), told.get("size")
     factor = format_number(scale) if isinstance(scale, float) else str(scale)
     parts = [str(told.get("color") or "").upper(), f"(pixel x {factor} - {told.get('mean')}) / {told.get('std')}"]
@@ -227,7 +227,7 @@ def _format_counts(operators: Mapping[str, int], *, verbose: bool) -> str:
 def _format_layers(
     header: Sequence[str], sides: str, cells: Sequence[Sequence[str]], shares: Sequence[float], verbose: bool
 ) -> list[str]:
-    """In graph order: all layers, or the largest where there are many; then names are cut so that lines fit."""
+    """Lay out layers in graph order: all, or the largest where there are many, with names cut to fit the line."""
     if verbose:
         return [format_columns([header, *cells], sides)]
     chosen = sorted(sorted(range(len(cells)), key=lambda index: -shares[index])[:MOST_ROWS])
@@ -250,17 +250,13 @@ def _wrap_titled(title: str, text: str) -> str:
     )
 
 
-def _wrap_hanging(text: str, indent: int) -> str:
-    return textwrap.fill(text, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
-
-
 def _join_some(names: Sequence[str], *, verbose: bool) -> str:
     shown = names if verbose else [_shorten_name(name, 40) for name in names[:MOST_PROBLEMS]]
     return ", ".join(shown) + ("" if len(shown) == len(names) else f" and {len(names) - len(shown)} more")
 
 
 def _shorten_name(name: str, room: int) -> str:
-    """The end of a long name, without the parts of a path that the next one repeats, as `conv/conv.0`."""
+    """Return the end of a long name, without parts of the path that the next one repeats, as `conv/conv.0`."""
     if len(name) > room:
         parts = [part for part in name.split("/") if part]
         name = "..." + "/".join([part for part, after in pairwise(parts) if not after.startswith(part)] + parts[-1:])

@@ -1,1 +1,1 @@
-"""What was found, as data: the report of each command. No rendering."""
+"""The results of each command as data, without rendering."""

@@ -1,4 +1,4 @@
-"""Holds the results of `compare`, `diagnose` and `sweep` as data: per-layer errors, causes and measured recipes.
+"""This module holds the results of `compare`, `diagnose` and `sweep` as data: layer errors, causes, measured recipes.
 
 `Comparison` is behind `compare --json` and the charts of a report; `Diagnosis` lists causes of lost accuracy and the
 trials of remedies; `Sweep` lists recipes on the same images. `pareto_mask` marks the trials that no other trial
@@ -15,12 +15,10 @@ from typing import Any
 
 from qconv.results.quantize import OutputScore
 
-# What a comparison layer by layer found, as data: the object behind `compare --json` and the charts of a report.
-
 
 @dataclass(frozen=True, slots=True)
 class HistogramBars:
-    """A histogram for the eye. edges: ascending, one more than counts."""
+    """A histogram of values. edges: ascending, one more than counts."""
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
@@ -28,10 +26,16 @@ class HistogramBars:
 
 @dataclass(frozen=True, slots=True)
 class ValueStatistics:
-    """Numbers beside the codes that hold them. bars: of the numbers themselves, unrounded.
+    """Statistics of float values and of the integers that represent them.
 
-    low, high: the range that codes reach. clipped: share of the numbers beyond it. range_use: share of the codes that
-    occur. Of weights with several scales all is in units of each one's own step, so that codes are whole numbers.
+    Of weights with several scales all is in units of each one's own step, so that integers are whole numbers.
+
+    Attributes:
+        bits: Of the integers.
+        low, high: The range that the integers reach.
+        clipped: Share of the values beyond it.
+        range_use: Share of the integers that occur.
+        bars: Histogram of the values, unrounded.
     """
 
     bits: int
@@ -44,13 +48,17 @@ class ValueStatistics:
 
 @dataclass(frozen=True, slots=True)
 class LayerComparison:
-    """A node of the quantized file, beside the tensor of the float model that it stands for.
+    """A node of the quantized file, compared with the tensor of the float model that it stands for.
 
-    sqnr_db: as the layer is in the quantized network, with the error that it receives; added_sqnr_db: with the float
-    model's tensors as its input, so that the error is its own; None where nothing differs. cosine: of the former.
-    output_share: its own error's part in the error at the outputs, all layers' being 1; None where it was not measured.
-    values: of the tensor and its codes; None where it stays float. weights: None for nodes without codes for weights.
-    input: whether it is the model's input and no node.
+    Attributes:
+        name, op, tensor: The node, its operator and its output.
+        sqnr_db: SQNR as the layer runs in the quantized network, with the error that it receives; None where equal.
+        added_sqnr_db: SQNR of its own error, when fed with the float model's tensors; None where equal.
+        cosine: Cosine similarity as the layer runs.
+        output_share: Its own error's share of the error at the outputs, which add up to 1; None where not measured.
+        values: Statistics of the tensor; None where it stays float.
+        weights: Statistics of the weights; None for nodes without integer weights.
+        input: Whether it is an input of the model and no node.
     """
 
     name: str
@@ -65,7 +73,7 @@ class LayerComparison:
     input: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it."""
+        """Return the row that `--json` prints."""
         values, weights = self.values, self.weights
         return {
             "name": self.name,
@@ -86,11 +94,18 @@ class LayerComparison:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models on the same pictures. layers: in the order in which they run.
+    """Two models compared on the same images.
 
-    unmatched: nodes for which the float model has no tensor. words: how pictures are fed. predicted_db: SQNR of the
-    outputs, were the layers' own errors there independent and the network as straight as it is near the float values;
-    from `predicted_on` pictures. outputs: as measured.
+    Attributes:
+        float_model, model: Names of the files.
+        images: How many were compared.
+        words: The preprocessing in words.
+        layers: In running order.
+        unmatched: Nodes for which the float model has no tensor.
+        outputs: Scores of the outputs, as measured.
+        predicted_db: SQNR of the outputs if the layers' own errors were independent, and the network linear near the
+            float values.
+        predicted_on: Images that `predicted_db` is measured on.
     """
 
     float_model: str
@@ -105,12 +120,12 @@ class Comparison:
 
     @property
     def sqnr_db(self) -> float | None:
-        """The lowest output's, in dB; None where all outputs are equal."""
+        """The lowest SQNR of the outputs, in dB; None where all outputs are equal."""
         return min((o.sqnr_db for o in self.outputs if o.sqnr_db is not None), default=None)
 
     @property
     def worst_first(self) -> tuple[LayerComparison, ...]:
-        """The layers by their part in the error at the outputs and, where that was not measured, by their own error."""
+        """The layers by their share of the error at the outputs, or by their own error where not measured."""
 
         def badness(row: LayerComparison) -> tuple[float, float]:
             own = float("-inf") if row.added_sqnr_db is None else -row.added_sqnr_db
@@ -119,7 +134,7 @@ class Comparison:
         return tuple(sorted(self.layers, key=badness, reverse=True))
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         return {
             "schema": 1,
             "float": self.float_model,
@@ -135,16 +150,17 @@ class Comparison:
         }
 
 
-# What a diagnosis found, and what a sweep over recipes measured, as data.
-
-
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Something that can cost accuracy. kind: a short name that stays the same, such as `channel-imbalance`.
+    """Something that can cost accuracy.
 
-    where: nodes or tensors, the worst first. what: the evidence in words, with its numbers. share: their part in the
-    error at the outputs, None where it was not measured. handled: what of the recipe takes care of it already, empty
-    where nothing does. harmless: whether it costs nothing on the pictures that were looked at.
+    Attributes:
+        kind: A short name that stays the same, such as `channel-imbalance`.
+        where: Nodes or tensors, the worst first.
+        what: The evidence in words, with its numbers.
+        share: Their share of the error at the outputs; None where not measured.
+        handled: What of the recipe takes care of it already; empty where nothing does.
+        harmless: Whether it costs nothing on these images.
     """
 
     kind: str
@@ -155,7 +171,7 @@ class Cause:
     harmless: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it."""
+        """Return the row that `--json` prints."""
         return {
             "kind": self.kind,
             "where": list(self.where),
@@ -169,9 +185,15 @@ class Cause:
 class Trial:
     """A recipe that was carried out and measured.
 
-    name: of a remedy or of a recipe. options: what is to be added to the command line for it. causes: the kinds that it
-    is for. size: bytes. ms: median of one run; ratio: of it to the float model's, (low, middle, high). failed: why
-    there is no result, empty where there is one. agreement_interval: at 95 %.
+    Attributes:
+        name: Of the remedy or recipe.
+        options: What the command line needs in addition.
+        causes: The kinds of causes that it is for.
+        agreement_interval: At 95 %.
+        size: Bytes of the file.
+        ms: Median time of one run.
+        ratio: That time over the float model's: (low, middle, high).
+        failed: Why there is no result; empty where there is one.
     """
 
     name: str
@@ -188,12 +210,12 @@ class Trial:
 
     @property
     def equal(self) -> bool:
-        """Whether outputs do not differ from the float model's."""
+        """Whether outputs equal the float model's."""
         return not self.failed and self.sqnr_db is None and self.agreement in (None, 1.0)
 
     @property
     def accuracy_db(self) -> float:
-        """SQNR in dB; of outputs that are classes alone, 10 log10 of one over the share that differs."""
+        """SQNR in dB; for outputs that are classes alone, 10 log10(1 / share that differs)."""
         if self.failed:
             return -math.inf
         if self.sqnr_db is not None:
@@ -206,7 +228,7 @@ class Trial:
         return shlex.join(self.options)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it."""
+        """Return the row that `--json` prints."""
         return {
             "name": self.name,
             "options": self.typed,
@@ -224,10 +246,17 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What costs accuracy, and what mends it. trials: the recipe as it was asked for, and then remedy by remedy.
+    """What costs accuracy, and what mends it.
 
-    pictures: that were measured on; unseen: whether none of them was calibrated with. recommended: the whole command
-    line; best: the trial that it comes to. float_ms: of one run of the float model, None where nothing was timed.
+    Attributes:
+        pictures: Images that trials are measured on.
+        unseen: Whether none of them was calibrated with.
+        causes: What was found.
+        trials: The recipe as it was asked for, then one remedy after the other.
+        best: The trial that `recommended` comes to.
+        recommended: The whole command line.
+        conclusion: The result in one or two sentences.
+        float_ms: Time of one run of the float model; None where nothing was timed.
     """
 
     model: str
@@ -242,7 +271,7 @@ class Diagnosis:
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         return {
             "schema": 1,
             "model": self.model,
@@ -260,7 +289,7 @@ class Diagnosis:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Several recipes on the same pictures. outputs: the files, in the order of the trials."""
+    """Several recipes measured on the same images. outputs: the files, in the order of the trials."""
 
     model: str
     float_bytes: int
@@ -272,11 +301,11 @@ class Sweep:
 
     @property
     def best(self) -> tuple[bool, ...]:
-        """Which trials no other is better than in accuracy, size and latency at once."""
+        """Which trials no other dominates in accuracy, size and latency."""
         return pareto_mask(self.trials)
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         rows = zip(self.trials, self.outputs, self.best, strict=True)
         return {
             "schema": 1,
@@ -296,9 +325,9 @@ def _is_faster(one: Trial, other: Trial) -> bool:
 
 
 def pareto_mask(trials: Sequence[Trial]) -> tuple[bool, ...]:
-    """Whether no other trial is at least as good in SQNR, size and latency, and better in one of them.
+    """Mark the trials that no other dominates: at least as good in SQNR, size and latency, and better in one.
 
-    Times that lie within each other's turns, from the 10th to the 90th percentile, are no better and no worse.
+    Times that lie within each other's range, from the 10th to the 90th percentile, count as equal.
     """
 
     def beats(one: Trial, other: Trial) -> bool:

@@ -1,4 +1,4 @@
-"""What a run found, as data: the object behind `--json` and the summary."""
+"""This module holds what a run of `quantize` found as data: the object behind `--json`, the summary and the pages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class OutputScore:
-    """How one output of the quantized model compares.
+    """How near one output of the quantized model is to the float model's.
 
-    sqnr_db: None where both are equal, or nothing could be compared; agreement: None where the output is no class
-    score. remark: what is odd about it, and empty for most. sqnr_interval: where SQNR lies at 95 %, by the bootstrap
-    over pictures; None where it was not asked for.
+    Attributes:
+        name: Of the output.
+        sqnr_db: None where both are equal, or nothing could be compared.
+        agreement: Share of equal classes; None where the output holds no class scores.
+        remark: What is odd about it; empty for most.
+        sqnr_interval: At 95 %, by the bootstrap over images; None where not asked for.
     """
 
     name: str
@@ -29,10 +32,13 @@ class OutputScore:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The saved file run against the user's own float model on `images` calibration pictures.
+    """The saved file, run against the user's float model on calibration images.
 
-    slowdown: median time of one run, quantized over float, on this machine; None where it was not measured.
-    slowdown_range: the 10th and the 90th percentile of that, picture by picture.
+    Attributes:
+        images: How many.
+        outputs: The scores of each output.
+        slowdown: Median time of one run, quantized over float, on this machine; None where not measured.
+        slowdown_range: Its 10th and 90th percentile over images.
     """
 
     images: int
@@ -42,7 +48,7 @@ class Verification:
 
     @property
     def sqnr_db(self) -> float | None:
-        """The lowest output's, in dB; None where all outputs are equal."""
+        """The lowest SQNR of the outputs, in dB; None where all outputs are equal."""
         return min((o.sqnr_db for o in self.outputs if o.sqnr_db is not None), default=None)
 
     @property
@@ -53,14 +59,17 @@ class Verification:
 
     @property
     def agreement(self) -> float | None:
-        """The lowest output's; None where no output is a class score."""
+        """The lowest agreement of the outputs; None where no output holds class scores."""
         return min((o.agreement for o in self.outputs if o.agreement is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A demand of the user's: `got` is None where the measure does not exist, and then it counts as held for SQNR (the
-    outputs are equal) and as not held for agreement."""
+    """A demand of the user's.
+
+    `got` is None where the measure does not exist: then an SQNR gate holds (the outputs are equal), an agreement gate
+    does not.
+    """
 
     name: str
     want: float
@@ -70,10 +79,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class FloatNode:
-    """A node that stays float in the quantized model.
-
-    rule: a short name of what keeps it there. us: what one run of it took, where that was measured.
-    """
+    """A node that stays float. rule: a short name of the reason. us: microseconds of one run, where measured."""
 
     node: str
     op: str
@@ -84,7 +90,7 @@ class FloatNode:
 
 
 def group_float_nodes(islands: Iterable[FloatNode]) -> list[list[FloatNode]]:
-    """Those of one operator and one reason together, the dearest first."""
+    """Group nodes of one operator and one reason, the group that takes most time first."""
     groups: dict[tuple[str, ...], list[FloatNode]] = {}
     for island in islands:
         # reasons that name neighbours are as many as there are nodes: the rule tells them apart
@@ -94,7 +100,7 @@ def group_float_nodes(islands: Iterable[FloatNode]) -> list[list[FloatNode]]:
 
 @dataclass(frozen=True, slots=True)
 class LayerTime:
-    """A node of the optimized graph. node: its name in the file; runs: `integer` or `float`; us: of one run."""
+    """A node of the optimized graph. node: its name in the file; runs: `integer` or `float`; us: microseconds a run."""
 
     node: str
     op: str
@@ -104,9 +110,12 @@ class LayerTime:
 
 @dataclass(frozen=True, slots=True)
 class Saturation:
-    """A layer that a CPU which adds products in 16 bits may get wrong.
+    """A layer that may overflow on a CPU that adds products in 16 bits.
 
-    worst: what two products can reach, over what 16 bits hold; channels: of so many outputs `outputs` have such pairs.
+    Attributes:
+        worst: What two products can reach, over what 16 bits hold.
+        channels: Output channels of the layer.
+        outputs: How many of them have such pairs.
     """
 
     node: str
@@ -120,10 +129,15 @@ Microseconds = float
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Nodes of the optimized graph that the runtime really runs: on codes, and in float.
+    """What the runtime really runs, node by node of its optimized graph.
 
-    islands: float nodes that nobody chose, or the user did; placed: those left in float because that is faster.
-    total_us: one run of all nodes, conversions included; None where it was not measured.
+    Attributes:
+        integer, float: How many nodes run in integers and in float.
+        islands: Float nodes, but for those of `placed`.
+        placed: Nodes left in float because that is faster.
+        layers: Times of nodes.
+        total_us: Microseconds of one run of all nodes, conversions included; None where not measured.
+        saturating: Layers that may overflow on some CPUs.
     """
 
     integer: int
@@ -135,11 +149,11 @@ class Audit:
     saturating: tuple[Saturation, ...] = ()
 
     def spent(self, runs: str) -> Microseconds | None:
-        """Microseconds in nodes that run in `integer` or in `float`."""
+        """Sum the microseconds of nodes that run in `integer` or in `float`."""
         return None if self.total_us is None else sum(layer.us or 0.0 for layer in self.layers if layer.runs == runs)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it."""
+        """Return the object that `--json` prints."""
         spent = None
         if self.total_us is not None:
             own, codes = self.spent("float") or 0.0, self.spent("integer") or 0.0
@@ -156,7 +170,7 @@ class Audit:
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:
-    """One tensor and what became of it. bits, scale, zero_point: a number, a list, or None for float."""
+    """A quantized tensor. bits, scale, zero_point: a number, a list, or None for float."""
 
     name: str
     kind: str
@@ -170,11 +184,15 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class SizePoint:
-    """One assignment of bits to layers on the curve that nothing beats.
+    """One assignment of bits to layers on the Pareto front of size and noise.
 
-    size: of all weights, codes packed bit by bit, over float's. modelled_sqnr_db: of the weights alone, by noises that
-    add up; None for infinite. sqnr_db, agreement, top1: measured where it was `verified`. bits: how many layers have
-    so many of them; 32 for float.
+    Attributes:
+        size: Of all weights, integers packed bit by bit, over float's.
+        modelled_sqnr_db: Of the weights alone, by noises that add up; None for infinite.
+        bits: How many layers have so many bits; 32 is float.
+        verified: Whether it was measured.
+        sqnr_db, agreement, top1: As measured.
+        chosen: Whether it was written.
     """
 
     size: float
@@ -191,8 +209,12 @@ class SizePoint:
 class MixedPrecision:
     """What a search for bits found.
 
-    demand: in words; layers: that bits were chosen for; float_top1: of the float model, where top-1 was asked for;
-    points: ascending in size. pictures: that they were measured on.
+    Attributes:
+        demand: In words.
+        layers: How many bits were chosen for.
+        pictures: Images that points were measured on.
+        float_top1: Of the float model, where top-1 was asked for.
+        points: Ascending in size.
     """
 
     demand: str
@@ -207,7 +229,7 @@ class MixedPrecision:
         return next(point for point in self.points if point.chosen)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints of it."""
+        """Return the object that `--json` prints."""
         points = [_as_row(point) for point in self.points]
         return {
             "demand": self.demand,
@@ -256,7 +278,7 @@ class Report:
         return self.quantized_bytes / self.float_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         verify = self.verify
         changes = [f for f in self.findings if isinstance(f, Change)]
         skipped = [f for f in self.findings if isinstance(f, Skipped)]

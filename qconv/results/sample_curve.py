@@ -1,11 +1,11 @@
-"""What a study of the number of pictures found, as data: the points, their spread, and how many pictures are enough.
+"""This module holds what a study of the number of calibration images found, as data, and says how many are enough.
 
-    level  = median over all draws of at least half of the pictures
+    level  = median over all draws of at least half of the images
     enough = least count, at most half of all, whose worst draw is no more than TOLERANCE_DB below the level, and from
              which on, up to half of all, the median of each count is not either
 
-Sets of more than half are close to all pictures whatever the curve does, so they are what others are compared with. Not
-all pictures alone: one set may be a decibel better or worse than another by rounding luck.
+Sets of more than half are close to all images whatever the curve does, so they are what others are compared with. All
+images alone would not do: one set may be a decibel better or worse than another by rounding luck.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from qconv.errors import format_count
 SCHEMA = 1
 TOLERANCE_DB = 0.5
 ROUNDING_LUCK_DB = 1.0
-"""What one set of pictures may be better than another of its size by rounding alone."""
+"""How much better one set of images may be than another of its size by rounding alone."""
 COUNT_STEPS = (1, 2, 5)
 
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """The network calibrated with `pictures` pictures of draw `seed`, scored on others.
+    """The network calibrated with some images and scored on others.
 
-    sqnr_db: in dB, None where outputs are equal or cannot be compared. agreement: None where there are no classes.
+    Attributes:
+        pictures: Images that it was calibrated with.
+        seed: The draw that they are from.
+        sqnr_db: In dB; None where outputs are equal or cannot be compared.
+        agreement: Share of equal classes; None where there are none.
     """
 
     pictures: int
@@ -40,7 +44,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Over the draws of one count. Infinite decibels are equal outputs."""
+    """The worst, the median and the best draw of one number of images. Infinite decibels are equal outputs."""
 
     least: float
     median: float
@@ -48,16 +52,16 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread | None:
-        """None where nothing was measured."""
+        """Compute the spread of measured values; None where nothing was measured."""
         return cls(min(values), float(median(values)), max(values)) if values else None
 
     def as_list(self) -> list[float | None]:
-        """JSON-ready, infinity as null."""
+        """Return the values JSON-ready, infinity as null."""
         return [value if math.isfinite(value) else None for value in (self.least, self.median, self.most)]
 
 
 def counts_up_to(most: int) -> list[int]:
-    """1, 2, 5, 10, 20, 50 ... below `most`, and `most` itself."""
+    """List 1, 2, 5, 10, 20, 50 ... below `most`, and `most` itself."""
     decades = range(len(str(most)))
     return [*(count for ten in decades for step in COUNT_STEPS if (count := step * 10**ten) < most), most]
 
@@ -66,8 +70,12 @@ def counts_up_to(most: int) -> list[int]:
 class SampleCurve:
     """Everything that one study measured.
 
-    points: by pictures, then draw. scored: pictures that the points were scored on; scored_on: the folders that they
-    come from, empty where they were held back. seconds: what the pass took until so many pictures were seen.
+    Attributes:
+        points: By number of images, then draw.
+        draws: Draws of each number.
+        scored: Images that points were scored on.
+        scored_on: The folders that they come from; empty where they were held out.
+        seconds: By number of images, what the calibration pass took until so many were seen.
     """
 
     version: str
@@ -85,27 +93,27 @@ class SampleCurve:
 
     @property
     def counts(self) -> list[int]:
-        """Numbers of pictures, ascending."""
+        """Numbers of images, ascending."""
         return sorted({point.pictures for point in self.points})
 
     @property
     def pictures(self) -> int:
-        """All calibration pictures."""
+        """The number of all calibration images."""
         return max(self.counts)
 
     @property
     def in_decibels(self) -> bool:
-        """Whether any draw differs from the float model by something that has an SQNR."""
+        """Whether any draw differs from the float model in an output with an SQNR."""
         return any(point.sqnr_db is not None for point in self.points)
 
     def sqnr_db(self, count: int) -> Spread | None:
-        """Over the draws of `count` pictures, in dB."""
+        """Return the spread of SQNR over the draws of `count` images, in dB."""
         if not self.in_decibels:
             return None
         return Spread.of([math.inf if p.sqnr_db is None else p.sqnr_db for p in self._at(count)])
 
     def agreement(self, count: int) -> Spread | None:
-        """Over the draws of `count` pictures, 0 to 1."""
+        """Return the spread of agreement over the draws of `count` images, 0 to 1."""
         return Spread.of([p.agreement for p in self._at(count) if p.agreement is not None])
 
     def _at(self, count: int) -> Iterable[CurvePoint]:
@@ -113,13 +121,13 @@ class SampleCurve:
 
     @property
     def enough(self) -> int | None:
-        """How many pictures are enough; None where the curve does not say. See the module."""
+        """How many images are enough, as the module defines it; None where the curve does not say."""
         later = self._last_unsteady or 0
         return next((c for c in self._small if later < c and self._is_within(c, lambda s: s.least)), None)
 
     @property
     def level(self) -> Spread | None:
-        """Of SQNR in dB, or where there is none of agreement, over all draws of at least half of the pictures."""
+        """The spread over all draws of at least half of the images: SQNR in dB, else agreement."""
         large = [count for count in self.counts if count >= self._half]
         if self.in_decibels:
             return Spread.of([math.inf if p.sqnr_db is None else p.sqnr_db for c in large for p in self._at(c)])
@@ -145,16 +153,18 @@ class SampleCurve:
 
     @property
     def tolerance(self) -> float:
-        """What `enough` forgives: decibels, or where there are none a standard error of the agreement."""
+        """What `enough` tolerates: TOLERANCE_DB, or for agreement one standard error."""
         if self.in_decibels:
             return TOLERANCE_DB
         share = 1.0 if self.level is None else self.level.median
         return math.sqrt(max(share * (1 - share), 1 / self.scored) / self.scored)
 
     def shortfall(self, count: int, of: Callable[[Spread], float] = lambda spread: spread.least) -> float | None:
-        """How far draws of `count` pictures are below the level, in dB or as a share; never below 0.
+        """Return how far draws of `count` images are below the level, in dB or as a share; never below 0.
 
-        of: which draw of them, the worst or the median.
+        Args:
+            count: Images.
+            of: Which draw, the worst or the median.
         """
         here = self.sqnr_db(count) if self.in_decibels else self.agreement(count)
         if here is None or self.level is None:
@@ -162,7 +172,7 @@ class SampleCurve:
         return 0.0 if of(here) >= self.level.median else self.level.median - of(here)
 
     def in_words(self) -> str:
-        """One or two sentences that read the curve."""
+        """Describe the curve in one or two sentences."""
         everything, enough = format_count(self.pictures, "picture"), self.enough
         if enough is not None:
             return (
@@ -180,7 +190,7 @@ class SampleCurve:
         )
 
     def how(self) -> str:
-        """How the points were made."""
+        """Describe how the points were made."""
         draws = "one draw" if self.draws == 1 else f"{self.draws} draws"
         others = f"pictures of {' and '.join(self.scored_on)}" if self.scored_on else "others, held back"
         return (
@@ -195,7 +205,7 @@ class SampleCurve:
         return f"{100 * size:.1f} points of agreement"
 
     def _fall(self) -> str:
-        """Ranges that only grow with every picture can become too wide."""
+        """Describe a fall of the curve: ranges that only grow with every image can become too wide."""
         medians = {c: spread.median for c in self._small if (spread := self.sqnr_db(c)) is not None}
         best = max(medians, key=lambda count: medians[count], default=None)
         if best is None or self.level is None or not ROUNDING_LUCK_DB < medians[best] - self.level.median < math.inf:
@@ -207,7 +217,7 @@ class SampleCurve:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         return {
             "schema": SCHEMA,
             "version": self.version,
@@ -241,7 +251,7 @@ class SampleCurve:
 
 
 def format_score(value: float | None, factor: float = 1) -> str:
-    """A number with one place; "equal" for infinite decibels, "-" for none."""
+    """Format a number with one place; "equal" for infinite decibels, "-" for none."""
     if value is None:
         return "-"
     return f"{factor * value:.1f}" if math.isfinite(value) else "equal"

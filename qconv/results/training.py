@@ -1,4 +1,4 @@
-"""Holds the results of quantization-aware training and of image synthesis as data.
+"""This module holds the results of quantization-aware training and of image synthesis as data.
 
 `FinetuneResult` has the history of training and the validation scores before and after it. `SynthesisResult` has, for
 each BatchNormalization, how far the statistics of the synthesized images are from the stored ones, before and after.
@@ -8,35 +8,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import qconv
 from qconv.config.preprocessing import Preprocessing
 from qconv.results.quantize import Audit, Gate, Verification
-from qconv.training.options import FinetuneOptions, SynthesisOptions
 
-# What quantization-aware training is asked for, and what came of it.
+if TYPE_CHECKING:
+    from qconv.training.options import FinetuneOptions, SynthesisOptions
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationScore:
-    """How near the quantized network is on pictures held back.
+    """How near the quantized network is to its teacher on held-out images.
 
-    right: share of labels that it gets right, or of classes that are the float network's; None where no output tells
-    classes. distance: see distance.py.
+    Attributes:
+        right: Share of the labels that it gets right, or of classes equal to the float network's; None without classes.
+        distance: The loss of training.distillation.
     """
 
     right: float | None
     distance: float
 
     def is_better(self, than: ValidationScore, least: ValidationScore) -> bool:
-        """Whether it is nearer than one mark, and right no less often than another."""
+        """Whether it is nearer than `than`, and right no less often than `least`."""
         return self.distance < than.distance and (self.right or 0.0) >= (least.right or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryRow:
-    """A row of the history. loss: on average over the round's steps."""
+    """One round of training. loss: the mean over the round's steps."""
 
     step: int
     epoch: float
@@ -47,7 +48,7 @@ class HistoryRow:
 
 @dataclass(frozen=True, slots=True)
 class ValidationResult:
-    """One file on the pictures held back, run by ONNX Runtime. top1: where labels are learned from."""
+    """One file on the held-out images, run by ONNX Runtime. top1: where labels are learned from."""
 
     mark: ValidationScore
     verify: Verification
@@ -55,7 +56,7 @@ class ValidationResult:
 
 @dataclass(slots=True)
 class FinetuneResult:
-    """What one run did and measured. trained: whether the file is the trained one, or the input as it was."""
+    """Everything that one run did and measured. trained: whether the trained file was written, or the input."""
 
     model: str
     teacher: str
@@ -82,12 +83,12 @@ class FinetuneResult:
 
     @property
     def result(self) -> ValidationResult:
-        """Of the file that was written."""
+        """The scores of the file that was written."""
         return self.after if self.trained and self.after is not None else self.before
 
     @property
     def done(self) -> int:
-        """Steps of training."""
+        """The number of training steps."""
         return self.history[-1].step if self.history else 0
 
     @property
@@ -111,7 +112,7 @@ class FinetuneResult:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         return {
             "schema": 1,
             "version": qconv.__version__,
@@ -148,21 +149,21 @@ def _validation_fields(found: ValidationResult) -> dict[str, Any]:
     }
 
 
-# What synthesized pictures are asked for, and what came of it.
-
-
 GOOD_MATCH = 0.1
-"""Distance of statistics up to which pictures count as like those of training: dozens of photographs come to 0.04."""
+"""Distance of statistics up to which images count as like those of training: dozens of photographs come to 0.04."""
 
 POOR_MATCH = 0.5
-"""Distance from which on a single layer is told of."""
+"""Distance from which on a single layer is warned of."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchNormMatch:
-    """One BatchNormalization: how far the statistics of the tensor that it reads were, and are, from those stored.
+    """How far the statistics of one BatchNormalization's input were, and are, from the stored ones.
 
-    channels: how many. before, after: 0 where they are equal, see dream.py.
+    Attributes:
+        name, tensor: The node, and the tensor that it reads.
+        channels: How many.
+        before, after: The distance as in the loss of training.synthesize; 0 where equal.
     """
 
     name: str
@@ -172,7 +173,7 @@ class BatchNormMatch:
     after: float
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form, a row of the table."""
+        """Return the row of the table, JSON-ready."""
         return {
             "name": self.name,
             "tensor": self.tensor,
@@ -184,10 +185,15 @@ class BatchNormMatch:
 
 @dataclass(slots=True)
 class SynthesisResult:
-    """One set of pictures. words: how they are fed. options: that tell that to other commands.
+    """One set of synthesized images.
 
-    piped: whether the model came from a pipe. layers: in the order of running. loss: the mean distance of all layers,
-    step by step. count, batch: pictures of the set, and of a run of the network.
+    Attributes:
+        words: The preprocessing in words.
+        options: Options that give it to other commands.
+        piped: Whether the model came from a pipe.
+        batch: Images in one run of the network.
+        layers: In running order.
+        loss: The mean distance of all layers, step by step.
     """
 
     model: str
@@ -223,7 +229,7 @@ class SynthesisResult:
         return sorted(self.layers, key=lambda layer: -layer.after)
 
     def of_the_set(self) -> dict[str, Any]:
-        """What is kept beside the pictures: nothing that another run of the same would have otherwise."""
+        """Return what is kept beside the images: nothing that another run of the same would change."""
         return {
             "schema": 1,
             "version": qconv.__version__,
@@ -238,7 +244,7 @@ class SynthesisResult:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
+        """Return the object that `--json` prints."""
         return {
             **self.of_the_set(),
             "model": self.model,

@@ -56,7 +56,7 @@ FEATURE_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """One processor. features: what matters here, each with whether it is there; None where that cannot be found out.
+    """A processor. features: the instruction sets that matter, each with whether it is there; None where unknown.
 
     cores: those that this process may use.
     """
@@ -79,7 +79,7 @@ class Cpu:
         return {"name": self.name, "machine": self.machine, "cores": self.cores, "features": self.features}
 
     def in_words(self) -> str:
-        """One line: the name, what is there and what is not."""
+        """One line: the name, the features it has and those it lacks."""
         parts = []
         for there, word in ((True, "has"), (False, "lacks"), (None, "not known:")):
             found = [FEATURE_NAMES[name] for name, has in self.features.items() if has is there]
@@ -88,7 +88,7 @@ class Cpu:
         return f"{self.name}, {self.cores} cores; {'; '.join(parts) or 'no feature of it is known'}"
 
     def advice(self) -> str:
-        """What that means for integer networks; empty where all is well."""
+        """Advice for integer networks on this CPU; empty where none is needed."""
         if self.saturates:
             return (
                 "this CPU lacks VNNI: it multiplies 8 bits no faster than AVX2 allows, and adds pairs of products in "
@@ -100,21 +100,21 @@ class Cpu:
 
 
 def detect_cpu() -> Cpu:
-    """Of the machine that this runs on. Sources: /proc/cpuinfo, on macOS sysctl."""
+    """The CPU of this machine. Sources: /proc/cpuinfo, on macOS sysctl."""
     machine = platform.machine().lower()
     name, flags = read_cpuinfo(Path("/proc/cpuinfo")) if platform.system() != "Darwin" else _read_sysctl()
     return parse_cpu_flags(machine, name, flags)
 
 
 def parse_cpu_flags(machine: str, name: str, flags: set[str]) -> Cpu:
-    """From the kernel's own names of features. An empty set tells nothing."""
+    """The CPU by the kernel's names of its features. An empty set leaves them unknown."""
     table = X86_FEATURES if machine in X86_MACHINES else ARM_FEATURES
     features = {feature: bool(flags.intersection(names)) if flags else None for feature, names in table.items()}
     return Cpu(name or machine or "unknown", machine, _count_cores(), features)
 
 
 def read_cpuinfo(cpuinfo: Path) -> tuple[str, set[str]]:
-    """Name and flags of the first processor in Linux' own description; empty where there is none."""
+    """Name and flags of the first processor in /proc/cpuinfo; empty where there is none."""
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
@@ -134,7 +134,7 @@ def _read_sysctl() -> tuple[str, set[str]]:
 
 
 def _count_cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
@@ -157,7 +157,7 @@ def peak_rss_mb() -> float | None:
 
 
 def _peak_working_set() -> int | None:
-    """What Windows calls it: bytes, from GetProcessMemoryInfo (psapi.h, PROCESS_MEMORY_COUNTERS)."""
+    """The peak working set on Windows, in bytes: GetProcessMemoryInfo (psapi.h, PROCESS_MEMORY_COUNTERS)."""
     import ctypes
 
     class Counters(ctypes.Structure):
@@ -193,7 +193,7 @@ TIMING_PERCENTILES = (10, 50, 90)  # percentiles over rounds
 
 @dataclass(frozen=True, slots=True)
 class TimingConditions:
-    """Under what a model is timed. threads: None for all cores; batch, size (H, W): None for the model's own."""
+    """The conditions of a benchmark. threads: None for all cores. batch, size (H, W): None for the model's own."""
 
     threads: int | None = None
     batch: int | None = None
@@ -203,7 +203,7 @@ class TimingConditions:
 
 @dataclass(slots=True)
 class Timing:
-    """One model's times in ms: `turns` holds those of each round. shapes: of its inputs, by name."""
+    """The times of one model in ms. turns: those of each round. shapes: of its inputs, by name."""
 
     path: str
     shapes: dict[str, list[int]] = field(default_factory=dict)
@@ -211,21 +211,21 @@ class Timing:
 
     @property
     def median_ms(self) -> float:
-        """Of the rounds' medians."""
+        """The median of the rounds' medians."""
         return float(np.median(self.medians))
 
     @property
     def p90_ms(self) -> float:
-        """What nine runs of ten stay below."""
+        """The 90th percentile of all runs."""
         return float(np.percentile(np.concatenate(self.turns), 90))
 
     @property
     def medians(self) -> list[float]:
-        """One a round."""
+        """The median of each round."""
         return [float(np.median(turn)) for turn in self.turns]
 
     def ratio_to(self, other: Timing) -> tuple[float, float, float]:
-        """Times of `other`'s time, round by round: the 10th, 50th and 90th percentile."""
+        """The ratio to `other`'s time, round by round: 10th, 50th and 90th percentile."""
         ratios = [own / its for own, its in zip(self.medians, other.medians, strict=True)]
         low, middle, high = np.percentile(ratios, TIMING_PERCENTILES)
         return float(low), float(middle), float(high)
@@ -233,7 +233,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """What was measured. version: of ONNX Runtime."""
+    """The result of a benchmark. version: of ONNX Runtime."""
 
     cpu: Cpu
     conditions: TimingConditions

@@ -1,4 +1,4 @@
-"""A process that holds one model and times it when it is told to. `benchmark` starts it.
+"""The process that holds one model of a benchmark and times it on request. `benchmark` starts it.
 
     python -P -m qconv.runtime.benchmark_worker
 
@@ -43,7 +43,7 @@ def serve() -> None:
 
 
 def time_runs(session: Session, feeds: dict[str, NDArray[Any]], runs: int) -> list[float]:
-    """Milliseconds of each of some runs, behind one that is not counted: caches are another model's by then."""
+    """The times of `runs` runs in ms, after one that is not counted: caches hold another model by then."""
     times = []
     for _ in range(runs + 1):
         start = time.perf_counter()

@@ -21,9 +21,6 @@ from numpy.typing import NDArray
 
 from qconv.errors import QconvError, format_shape
 
-# The door to ONNX Runtime: run a model, quietly, with its complaints turned into errors that say what to do.
-
-
 ELEMENT_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -154,7 +151,7 @@ class Session:
         return self.run(self.outputs, feeds)
 
     def node_times(self) -> dict[str, tuple[str, list[float]]]:
-        """Operator and microseconds of every run so far, by the node's name in the optimized graph. Ends profiling."""
+        """Operator and times in us of every run so far, by node name in the optimized graph. Ends profiling."""
         file = Path(self._session.end_profiling())
         events = json.loads(file.read_text())
         file.unlink()
@@ -227,14 +224,11 @@ def _runtime_message(error: Exception) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:300]
 
 
-# Input for networks that are run for the time they take, not for their results.
-
-
 INPUT_SEED = 0
 
 
 def make_random_inputs(session: Session, batch: int | None, size: Sequence[int] | None) -> dict[str, NDArray[Any]]:
-    """Something for every input: normal numbers, or any pixels. Raises QconvError where a shape stays open.
+    """Random arrays for every input: normal numbers, or pixels. Raises QconvError where a shape stays open.
 
     batch: None for the model's own, or 1. size: height and width, where the model leaves them open.
     """

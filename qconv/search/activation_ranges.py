@@ -1,14 +1,14 @@
-"""Ranges of activations chosen by what the network's outputs lose, measured on pictures.
+"""Searches factors on the ranges of activations by the noise at the network's outputs, measured on images.
 
-A tensor may reach far on a few places of a few pictures, where the network behind it makes nothing of that: a ReLU6
-has no use for more than 6. Neither the error of the tensor tells, nor that of the layer which reads it. So each group
-of tensors that share a range is rounded alone, in the float network, and what lies behind it is run:
+A tensor may reach far on a few places of a few images without any effect behind it: a ReLU6 has no use for more than
+6. Neither the error of the tensor shows this, nor that of the layer that reads it. So each group of tensors that share
+a range is rounded alone, in the float network, and the rest of the network is run:
 
     noise(f) = sum over outputs of |y(f) - y|^2 / |y|^2          f: factor on both ends of the range
 
 Rounding errors of different tensors hardly correlate, so that their noises add up and each range can be chosen by
-itself. The network is walked once to see which of them matter, and once more to choose these. To cut a range hurts on
-the few pictures that reach beyond it: these are all tried, and some of the others stand for the rest.
+itself. The network is walked once to see which ranges matter, and once more to choose these. A narrower range hurts on
+the few images that reach beyond it: these are all tried, and some of the others stand for the rest.
 """
 
 from __future__ import annotations
@@ -37,19 +37,23 @@ STEP = "ranges"
 BYTES_IN_MEMORY = 2**27
 """Bytes of tensors, and of outputs, that are held in memory."""
 LEAST_NOISE_SHARE = 0.04
-"""Part of all noise from which on a range matters."""
+"""Share of all noise from which on a range is searched."""
 GROUPS_PER_SESSION = 8
-"""Groups that are looked at with one session: to make one takes as long as to run it on a few pictures."""
+"""Groups that share a session: to make one takes as long as to run it on a few images."""
 NARROWER, WIDER = 0.75, 1.25
 """Steps of the search."""
 LARGEST_STEP_RATIO = 0.98
-"""Noise after a step over noise before, at most, for another to be tried."""
+"""Largest ratio of noise after a step to noise before it for another step to be tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class SearchBudget:
-    """How many pictures show which ranges matter (few) and are walked to choose these (many), and on how many of those
-    each factor is tried: on so many where the tensor reaches farthest (far), and so many of the others (near)."""
+    """How many images a search takes.
+
+    few: images that show which ranges matter.
+    many: images that are walked to choose these ranges.
+    far, near: images that each factor is tried on: those where the tensor reaches farthest, and others.
+    """
 
     few: int
     many: int
@@ -71,7 +75,7 @@ Outputs = list[list[NDArray[Any]]]
 
 @dataclass(frozen=True, slots=True)
 class RangeGroup:
-    """Tensors with one range. first: the one that is there first."""
+    """Tensors that share a range. first: the first of them in graph order."""
 
     first: Value
     members: tuple[Value, ...]
@@ -87,9 +91,9 @@ def search_activation_ranges(
     threads: int | None,
     reporter: Reporter,
 ) -> tuple[dict[str, float], list[Change]]:
-    """The factor of every range that gains from one, by the names of the tensors that share it.
+    """Search the factor of every range that gains from one, by the names of the tensors that share it.
 
-    model: the folded float network. activations: what is known so far. feeds: pictures, batch by batch.
+    model: the folded float network. activations: parameters so far. feeds: images, batch by batch.
     """
     judged = any(is_tensor(value) for value in model.graph.outputs)
     groups = _find_range_groups(model, plan, activations) if judged else []
@@ -119,7 +123,7 @@ def search_activation_ranges(
 
 
 def _find_range_groups(model: Model, plan: Plan, activations: Mapping[Value, QuantParams]) -> list[RangeGroup]:
-    """Those with one scale and up to 8 bits, in graph order: 16 bits have room for everything."""
+    """The groups with one scale and up to 8 bits, in graph order: 16 bits have room for everything."""
     made = [*model.graph.inputs, *(value for node in model.nodes() for value in node.outputs)]
     order = {value: index for index, value in enumerate(made)}
     found: dict[Value, RangeGroup] = {}
@@ -135,7 +139,7 @@ def _find_range_groups(model: Model, plan: Plan, activations: Mapping[Value, Qua
 def _walk_in_pieces(
     model: Model, feeds: Sequence[InputBatch], threads: int | None
 ) -> Iterator[tuple[StepwiseRun, list[Value], Outputs]]:
-    """A walk, the outputs that count, and what they are for as many pictures as go into memory."""
+    """Yield a stepwise run, the outputs that count, and their values, for as many images as fit into memory."""
     outputs = [value for value in model.graph.outputs if is_tensor(value)]
     with contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as store:
         start = NetworkTail(
@@ -149,7 +153,7 @@ def _walk_in_pieces(
 def _measure_noises(
     model: Model, groups: Sequence[RangeGroup], feeds: Sequence[InputBatch], threads: int | None
 ) -> Iterator[float]:
-    """The noise at the outputs where each group alone is rounded."""
+    """Yield the noise at the outputs with each group alone rounded."""
     if not groups:
         return
     with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
@@ -163,7 +167,7 @@ def _measure_noises(
 
 
 def _split_by_type(groups: Sequence[RangeGroup]) -> Iterator[list[RangeGroup]]:
-    """Runs of groups that have codes of one type."""
+    """Split groups into runs with codes of one type."""
     for _, alike in itertools.groupby(groups, key=lambda group: group.params.spec.dtype):
         left = list(alike)
         yield from (left[start : start + GROUPS_PER_SESSION] for start in range(0, len(left), GROUPS_PER_SESSION))
@@ -172,7 +176,7 @@ def _split_by_type(groups: Sequence[RangeGroup]) -> Iterator[list[RangeGroup]]:
 def _make_noise_functions(
     model: Model, groups: Sequence[RangeGroup], feeds: Sequence[InputBatch], looks: tuple[int, int], threads: int | None
 ) -> Iterator[tuple[RangeGroup, Callable[[QuantParams], float], float]]:
-    """Each group, what tells the noise at the outputs where it alone is rounded, and how far it reaches."""
+    """Yield each group, its function from parameters to noise at the outputs, and how far it reaches."""
     if not groups:
         return
     with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
@@ -189,13 +193,13 @@ def _names_of(values: Iterable[Value]) -> list[str]:
 
 
 def _measure_reach(arrays: Iterable[NDArray[Any]], params: QuantParams) -> Float64:
-    """How far each batch goes, as a share of what has codes, (batches,)."""
+    """The reach of each batch, as a share of the range that has codes, (batches,)."""
     low, high = (max(abs(float(end)), TINY) for end in params.code_range())
     return np.array([max(float(x.max(initial=0)) / high, -float(x.min(initial=0)) / low) for x in arrays])
 
 
 def _pick_batches(reach: Float64, far: int, near: int) -> dict[int, float]:
-    """Batches with how many each stands for: those that reach farthest for themselves, some others for the rest."""
+    """Pick batches, each with the number it stands for: the farthest for themselves, some others for the rest."""
     order = np.argsort(-reach, kind="stable")
     rest = np.sort(order[far:])
     some = rest[np.arange(near) * len(rest) // near] if 0 < near < len(rest) else rest
@@ -205,7 +209,7 @@ def _pick_batches(reach: Float64, far: int, near: int) -> dict[int, float]:
 def _mean_noise(
     clean: Outputs, behind: NetworkTail, picked: Mapping[int, float], params: QuantParams, group: int = 0
 ) -> float:
-    """Mean over the pictures for which those that are picked stand."""
+    """The mean noise over all images that the picked batches stand for."""
     found = zip(picked.items(), behind.run(picked, params, group), strict=True)
     return sum(weight * measure_output_noise([clean[index]], [got]) for (index, weight), got in found) / sum(
         picked.values()
@@ -213,7 +217,7 @@ def _mean_noise(
 
 
 def _search_factor(noise: Callable[[QuantParams], float], params: QuantParams, reach: float) -> tuple[float, float]:
-    """The factor with the least noise, and what it makes of it, in dB. reach: where the tensor ends, as a factor."""
+    """Search the factor with the least noise. Returns it, and noise over that at 1 in dB. reach: the tensor's end."""
     tried = {1.0: noise(params)}
     for step in (NARROWER, WIDER):
         factor, before = 1.0, tried[1.0]

@@ -39,16 +39,17 @@ from qconv.results.quantize import Verification
 from qconv.runtime.session import Session
 from qconv.search.sensitivity import FLOAT_BITS, BitAssignment
 
-# A recipe carried out: the numbers of every tensor, and the model that they make of a copy of the folded network.
-
-
 Feeds = Sequence[Mapping[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True, slots=True)
 class FoldedNetwork:
-    """What recipes are carried out on. model: the float network, which stays as it is. plan: by the recipe that was
-    asked for; those of other recipes leave the same nodes in float. sketches: of its tensors; factors: on their ranges.
+    """The folded float network that candidates are built from.
+
+    model: the network, which stays as it is.
+    plan: by the recipe that was asked for; those of other recipes leave the same nodes in float.
+    sketches: by tensor.
+    factors: on ranges, by tensor.
     """
 
     model: Model
@@ -59,7 +60,7 @@ class FoldedNetwork:
 
 @dataclass(slots=True)
 class QuantizationSolution:
-    """All that is written, for the folded network itself. findings: what was done on the way."""
+    """Plan and parameters of a quantized model, for the folded network itself. findings: changes and refusals."""
 
     plan: Plan
     params: Params
@@ -67,7 +68,7 @@ class QuantizationSolution:
 
 
 def round_to_nearest(folded: FoldedNetwork, recipe: Recipe) -> QuantizationSolution:
-    """The numbers of a recipe, weights rounded to the nearest code."""
+    """Choose the parameters of a recipe, with weights rounded to the nearest code."""
     known = folded.plan
     plan = known if recipe == known.recipe else replan(known, folded.model, recipe=recipe)
     return QuantizationSolution(plan, *choose_params(plan, folded.sketches, recipe, folded.factors))
@@ -76,13 +77,13 @@ def round_to_nearest(folded: FoldedNetwork, recipe: Recipe) -> QuantizationSolut
 def round_second_order_in_place(
     settled: QuantizationSolution, folded: FoldedNetwork, recipe: Recipe, feeds: Feeds, seed: int, reporter: Reporter
 ) -> None:
-    """Weights rounded for what the layers before hand on."""
+    """Round the weights of a solution by second order, layer after layer, in place."""
     plan, params = settled.plan, settled.params
     settled.findings += round_layers_sequentially(folded.model, plan, params, feeds, recipe, reporter, seed)
 
 
 def build_quantized_model(folded: FoldedNetwork, recipe: Recipe, params: Params) -> Model:
-    """The quantized model with these numbers."""
+    """Build the quantized model with these parameters."""
     model = folded.model.copy()
     plan = replan(folded.plan, model, recipe=recipe)
     emit(model, plan, carry_over_params(params, plan), pack=recipe.pack)
@@ -94,27 +95,24 @@ def build_quantized_model(folded: FoldedNetwork, recipe: Recipe, params: Params)
 def quantize_to_nearest(
     model: Model, recipe: Recipe, sketches: Mapping[str, Sketch], floats: Mapping[str, str] | None = None
 ) -> Model:
-    """The quantized model that `pipeline.quantize` makes of these sketches, weights rounded to the nearest code."""
+    """Build the quantized model that `quantize` makes of these sketches, with weights rounded to the nearest code."""
     plan = make_plan(model, recipe, TARGETS[recipe.target], floats)
     folded = FoldedNetwork(model, plan, sketches, NO_RANGE_FACTORS)
     return build_quantized_model(folded, recipe, round_to_nearest(folded, recipe).params)
 
 
-# What a point of a search comes to: carried out, run, and compared with the float model on pictures.
-
-
 SCORED_BYTES = 128 * 2**20
 
 FEWEST_HELD_OUT = 8
-"""Pictures that weights were not rounded on, from which on these alone are judged by."""
+"""Held-out images from which on candidates are scored on these alone."""
 
 PROGRESS_STEPS = 100
-"""Of progress, a point."""
+"""Steps of progress for one candidate."""
 
 
 @dataclass(frozen=True, slots=True)
 class SearchContext:
-    """What is searched on. original: the user's own model."""
+    """Network, recipe and images of a search. original: the user's own model."""
 
     folded: FoldedNetwork
     recipe: Recipe
@@ -125,7 +123,7 @@ class SearchContext:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A point carried out. top1: None without labels."""
+    """The scores of a candidate. top1: None without labels."""
 
     verified: Verification
     top1: float | None
@@ -133,9 +131,14 @@ class Measurement:
 
 @dataclass(slots=True)
 class CandidateScorer:
-    """Carries points out and compares them with the float model. seen: what was measured, by the index of the point;
-    settled: the numbers of those that may be chosen. feeds: pictures to round weights on. flattered: whether these are
-    judged by. expected: points to come."""
+    """Builds candidates and scores them against the float model.
+
+    feeds: images to round weights on.
+    flattered: whether candidates are scored on these images, too.
+    seen: measurements, by the index of the candidate.
+    settled: parameters of the candidates that may be chosen.
+    expected: candidates to come, for progress.
+    """
 
     ground: SearchContext
     names: list[str]
@@ -158,7 +161,7 @@ class CandidateScorer:
         feeds: list[Batch] | None,
         reporter: Reporter,
     ) -> CandidateScorer:
-        """Run the float model. reporter: is told what cannot be compared, and how far the search has come."""
+        """The scorer for layers of these names. Runs the float model once on the images to score on."""
         unseen, flattered = _choose_scoring_batches(ground.feed, 0 if feeds is None else len(feeds))
         scored = collect_reference_outputs(
             ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, reporter=reporter, batches=unseen
@@ -172,11 +175,11 @@ class CandidateScorer:
 
     @property
     def pictures(self) -> int:
-        """That points are judged by."""
+        """The number of images that candidates are scored on."""
         return sum(len(next(iter(feeds.values()))) for feeds, _ in self.scored.batches)
 
     def recipe_of(self, point: BitAssignment) -> Recipe:
-        """The recipe with the bits of a point; those of activations, where the user gave some, stay."""
+        """The recipe with the bits of an assignment. Bits of activations that the user gave stay."""
         recipe = self.ground.recipe
         own = []
         for name, bits in zip(self.names, point.bits, strict=True):
@@ -186,7 +189,7 @@ class CandidateScorer:
         return replace(recipe, layer_bits=(*own, *recipe.layer_bits))
 
     def measure(self, points: Sequence[BitAssignment], index: int) -> Measurement:
-        """Run the quantized model of a point on the pictures: just what would be written."""
+        """Score candidate `index`: build the model that would be written, and run it on the images."""
         if index not in self.seen:
             folded, recipe = self.ground.folded, self.recipe_of(points[index])
             settled = round_to_nearest(folded, recipe)
@@ -217,11 +220,11 @@ class CandidateScorer:
         return self.seen[index]
 
     def keep(self, index: int) -> None:
-        """Forget the numbers of all points but this one."""
+        """Drop the parameters of all candidates but this one."""
         self.settled = {index: self.settled[index]}
 
     def tell(self, part: float = 0.0) -> None:
-        """How far the search has come. part: of the point at hand."""
+        """Report progress. part: share of the current candidate."""
         self.reporter.progress(
             "search", round(PROGRESS_STEPS * min(len(self.seen) + part, self.expected)), PROGRESS_STEPS * self.expected
         )
@@ -230,7 +233,7 @@ class CandidateScorer:
         self.tell(done / max(1, total))
 
     def holds(self, points: Sequence[BitAssignment], index: int, drop: Drop) -> bool:
-        """Whether a point keeps the drop. Raises QconvError where there is no such measure."""
+        """Whether a candidate stays within the drop. Raises QconvError where the measure does not apply."""
         found = self.measure(points, index)
         if drop.measure == "sqnr":
             decibel = found.verified.sqnr_db
@@ -246,7 +249,7 @@ class CandidateScorer:
         return self.float_top1 - found.top1 <= drop.value + 1e-9
 
     def in_words(self, index: int, drop: Drop) -> str:
-        """What was measured of a point, in the drop's measure."""
+        """The measurement of a candidate in words, in the drop's measure."""
         found = self.seen[index]
         if drop.measure == "sqnr":
             decibel = found.verified.sqnr_db
@@ -257,10 +260,10 @@ class CandidateScorer:
 
 
 def _choose_scoring_batches(feed: DataLoader, rounded_on: int) -> tuple[list[int], bool]:
-    """The batches to judge by: on those that weights are rounded on, codes look better than they are.
+    """Choose the batches to score on: on those that weights are rounded on, codes look better than they are.
 
-    rounded_on: so many of the first, less those that are kept apart. All where hardly any others are left, and whether
-    that is so.
+    rounded_on: so many of the first, less those that are held out. Returns all batches where hardly any others are
+    left, and whether that is so.
     """
     count = -(-len(feed.listing.paths) // feed.batch)
     found = [index for index in range(count) if index >= rounded_on or is_held_out(index)]
@@ -269,7 +272,7 @@ def _choose_scoring_batches(feed: DataLoader, rounded_on: int) -> tuple[list[int
 
 
 def _read_labels(ground: SearchContext, outputs: int, batches: Sequence[int]) -> NDArray[np.int64] | None:
-    """Of each picture that was scored; None where top-1 is not asked for. Raises QconvError where there are none."""
+    """The labels of the images to score on; None unless top-1 is asked for. Raises QconvError without labels."""
     drop, data = ground.recipe.max_drop, ground.data
     if drop is None or drop.measure != "top1":
         return None

@@ -1,8 +1,8 @@
-"""Placement by what this very machine takes, for those who ask for it (--tune-latency).
+"""Chooses the nodes to leave in float by latencies measured on this machine (--tune-latency).
 
-Every node is timed twice by the runtime's own clock, in the network in float and in the one that runs all it can in
-integers. The cheapest division by these times (placement.py), the one by the committed table, the one with all in
-integers and the one with nothing in integers are then timed in turns as whole files, and the fastest is taken.
+Every node is timed twice by the runtime's own clock, in the float network and in the one that runs all it can in
+integers. Four placements are then timed in turns as whole files: the cheapest by these times (`planning.placement`),
+the cheapest by the committed table, all in integers, and all in float. The fastest is taken.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ BY_COST_TABLE, BY_NODE_TIMES = "by the cost table", "by times of single nodes"
 
 @dataclass(frozen=True, slots=True)
 class LatencyTuning:
-    """floats: names of nodes that stay float, each with the reason. times: median ms of every division tried."""
+    """The fastest placement. floats: nodes that stay float, with reasons. times: median ms of each placement."""
 
     floats: dict[str, str]
     choice: str
     times: dict[str, float]
 
     def in_words(self) -> str:
-        """For the report."""
+        """The choice in words, for the report."""
         others = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.times.items())
         return f"placed {self.choice}, the fastest here: {others}"
 
@@ -60,9 +60,10 @@ def tune_latency(
     size: tuple[int, int] | None,
     reporter: Reporter,
 ) -> LatencyTuning:
-    """Find out what is fastest here. folded: stays as it is; fed: what the model takes, None for ready-made samples.
+    """Measure which placement is fastest on this machine.
 
-    size: height and width of what is fed, where the model may leave them open.
+    folded: the float network, which stays as it is. fed: its preprocessing, None for ready-made samples. size: height
+    and width of the input, where the model may leave them open.
     """
     shapes = infer_run_shapes(folded, fed)
     target = TARGETS[recipe.target]
@@ -91,13 +92,13 @@ def tune_latency(
 def _measure_costs(
     folded: Model, whole: Model, threads: int | None, size: tuple[int, int] | None
 ) -> dict[str, NodeCost]:
-    """Of every node that ran under its own name in both."""
+    """The measured costs of all nodes that ran under their own names in both networks."""
     floats, codes = (_measure_node_times(model, threads, size) for model in (folded, whole))
     return {name: NodeCost(floats[name], codes[name], measured=True) for name in floats.keys() & codes.keys()}
 
 
 def _measure_node_times(model: Model, threads: int | None, size: tuple[int, int] | None) -> dict[str, float]:
-    """Microseconds of a run, by the node's name in `model`."""
+    """The time of every node in a run in us, by its name in `model`."""
     with subgraph.runnable_with_outputs(model, ()) as runnable, storage.scratch_folder(0) as folder:
         session = Session(runnable, threads=threads, profile=folder / "profile")
         times = profile_nodes(session, make_random_inputs(session, None, size))

@@ -1,12 +1,12 @@
-"""Mixed precision: the cheapest bits of each layer's weights that keep the drop asked for, or the best of a given size.
+"""Searches bits layer by layer: the smallest weights within a given drop, or the best of a given size.
 
-Every layer's cost at the outputs is measured by itself (sensitivity.py); noises add up, so that the assignments that
-nothing beats at their size are a row of steps (assign.py). The model is only trusted with their order: what is chosen
-was written, run and compared with the float model on calibration pictures, and is what ends up in the file, codes and
-all. Where weights are rounded by second order, they are so for every point that is tried, which is compared on pictures
-that they were not rounded on: the others flatter, by 3 dB and more at few bits. A drop is found by bisection over the
-row, as it falls with size but for chance; the smallest point that was seen to keep it is taken. Of a given size the
-last two points are compared, and the same bits for all layers unless the model finds them much worse.
+The sensitivity of every layer is measured by itself; noises add up, so that the best assignments at each size form a
+Pareto curve (`search.sensitivity`). This model is trusted with their order only: the assignment that is chosen was
+built, run and compared with the float model on calibration images, and ends up in the file with the same codes. With
+second-order rounding, every candidate is rounded so and scored on images that it was not rounded on: the others flatter
+by 3 dB and more at few bits. A drop is found by bisection over the curve, as it falls with size but for chance; the
+smallest candidate that was measured within it is taken. For a given size the last two points are compared, and uniform
+bits unless the model finds them much worse.
 
     size = sum over layers of bits * count / (32 * sum over layers of count)
 
@@ -49,14 +49,14 @@ from qconv.search.sensitivity import (
 )
 
 SENSITIVITY_IMAGES = 16
-"""So many are enough to tell layers apart; the result is verified on all."""
+"""Images that sensitivities are measured on: enough to order layers; the result is verified on all."""
 MUCH_WORSE_FACTOR = 2.0
-"""Noise by the model over that of the best point, from which on a point is not measured: it is not so wrong."""
+"""Ratio of modelled noise to that of the best point from which on a point is not measured: the model errs by less."""
 
 
 @dataclass(frozen=True, slots=True)
 class MixedPrecisionResult:
-    """recipe: the one that was searched with, and `layer_bits` as they were found. settled: what was measured of it."""
+    """The result of a search. recipe: with the `layer_bits` that were found. settled: its plan and parameters."""
 
     recipe: Recipe
     report: MixedPrecision
@@ -64,7 +64,7 @@ class MixedPrecisionResult:
 
 
 def predict_recipe(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> Recipe:
-    """The recipe with the bits that most layers will have, as far as that is known before a search.
+    """The recipe with uniform bits near those that a search will find, for the steps before it.
 
     model, floats: as `make_plan` takes them.
     """
@@ -130,7 +130,7 @@ def search_bits(ground: SearchContext, reporter: Reporter) -> MixedPrecisionResu
 
 
 def _warn_of_few_images(judge: CandidateScorer, drop: Drop | None, reporter: Reporter) -> None:
-    """What so few pictures cannot tell."""
+    """Warn of a drop that so few images cannot resolve."""
     told = f"the {judge.pictures} pictures that bits are judged by"
     if judge.flattered:
         reporter.warn(f"weights are rounded on {told}, which flatters: pass more pictures.")
@@ -141,7 +141,7 @@ def _warn_of_few_images(judge: CandidateScorer, drop: Drop | None, reporter: Rep
 def _measure_sensitivities(
     ground: SearchContext, wishes: Mapping[str, Collection[int]], feeds: list[Batch] | None, reporter: Reporter
 ) -> list[LayerSensitivity]:
-    """Of the layers in `wishes`, in their order. feeds: pictures to round weights on; None for nearest codes."""
+    """The sensitivities of the layers in `wishes`. feeds: images to round weights on; None for nearest codes."""
     folded, recipe = ground.folded, ground.recipe
     settled = round_to_nearest(folded, recipe)
     network = SensitivityContext(folded.model, settled.plan, settled.params, folded.sketches, recipe)
@@ -161,7 +161,7 @@ def _measure_sensitivities(
 
 
 def _first_batches(batches: Iterable[Batch], pictures: int) -> Iterator[Batch]:
-    """Batches until they hold so many pictures."""
+    """Yield batches until they hold so many images."""
     seen = 0
     for feeds in batches:
         yield feeds
@@ -172,9 +172,12 @@ def _first_batches(batches: Iterable[Batch], pictures: int) -> Iterator[Batch]:
 
 @dataclass(frozen=True, slots=True)
 class _SearchSpace:
-    """What there is to choose. wishes: the bits that each layer may have, by its name; counts: of its weights.
+    """What a search may choose.
 
-    fixed: bits that all other weights take. count: of all weights.
+    wishes: the bits that each layer may have, by name.
+    counts: number of weights of these layers.
+    fixed: bits of storage of all other weights.
+    count: number of all weights.
     """
 
     wishes: Mapping[str, Collection[int]]
@@ -184,7 +187,7 @@ class _SearchSpace:
 
     @classmethod
     def of(cls, model: Model, recipe: Recipe, floats: Mapping[str, str]) -> _SearchSpace:
-        """The first and the last layer keep `edge_bits`."""
+        """The search space of a model. The first and the last layer keep `edge_bits`."""
         least = make_plan(model, _make_uniform_recipe(recipe, 2), TARGETS[recipe.target], floats)
         fewest = {layer.node.name or "": layer.weight.bits for layer in least.layers}
         wishes: dict[str, set[int]] = {}
@@ -203,15 +206,15 @@ class _SearchSpace:
         return cls(wishes, counts, fixed, sum(counts.values()))
 
     def most(self, share: float) -> int:
-        """Bits that there are for the layers to be chosen for, of a share of float's size."""
+        """The bits of storage left for the searched layers, for a share of float's size."""
         return int(share * FLOAT_BITS * self.count) - self.fixed
 
     def share(self, size: int) -> float:
-        """The share of float's size when these layers take so many bits."""
+        """The share of float's size when the searched layers take so many bits of storage."""
         return (size + self.fixed) / (FLOAT_BITS * self.count)
 
     def alike(self, bits: int) -> int:
-        """What they take with the same bits for all, or as nearly so as each can."""
+        """The bits of storage of the searched layers with uniform bits, or the nearest that each can have."""
         return sum(self.counts[name] * _nearest_bits(wish, bits) for name, wish in self.wishes.items())
 
 
@@ -220,7 +223,7 @@ def _nearest_bits(possible: Collection[int], bits: int) -> int:
 
 
 def _assignments_within(layers: Sequence[LayerSensitivity], most: int) -> list[BitAssignment]:
-    """The points of the curve of at most so many bits, and one that fills them up; none where none is so small."""
+    """The points of the Pareto curve up to a size, and one that fills it up; none where none is so small."""
     found = [point for point in find_pareto_curve(layers) if point.size <= most]
     best = fill_to_size(layers, found[-1], most) if found else None
     return found if best is None or best == found[-1] else [*found, best]
@@ -229,9 +232,9 @@ def _assignments_within(layers: Sequence[LayerSensitivity], most: int) -> list[B
 def _choose_best(
     judge: CandidateScorer, same: BitAssignment | None, points: list[BitAssignment]
 ) -> tuple[list[BitAssignment], int]:
-    """The points, `same` among them, and which of the last two and of `same` is the best as measured.
+    """Measure the last two points and `same`, and return all points with the index of the best.
 
-    What the model finds much worse is not measured.
+    Points that the model finds much worse are not measured.
     """
     if same is not None and same not in points:
         points = sorted([*points, same], key=lambda point: point.size)
@@ -248,7 +251,7 @@ def _choose_best(
 
 
 def _find_uniform_assignment(layers: Sequence[LayerSensitivity], size: int) -> BitAssignment | None:
-    """The most bits that all layers can have alike, or as nearly so as each can, within a size."""
+    """The uniform assignment with the most bits within a size, each layer as near to it as it can."""
     every = sorted({bits for layer in layers for bits in layer.noise})
     found = None
     for bits in every:
@@ -258,7 +261,7 @@ def _find_uniform_assignment(layers: Sequence[LayerSensitivity], size: int) -> B
 
 
 def _find_smallest_within_drop(judge: CandidateScorer, points: Sequence[BitAssignment], drop: Drop) -> int:
-    """The first point that keeps the drop, by bisection; every point that is said to keep it was measured."""
+    """Find the smallest point within the drop by bisection; the point that is returned was measured."""
     judge.expected = 1 + len(points).bit_length()
     low, high = -1, len(points) - 1
     if not judge.holds(points, high, drop):

@@ -45,7 +45,7 @@ NoiseByBits = Mapping[Bits, float]
 
 @dataclass(frozen=True, slots=True)
 class LayerSensitivity:
-    """count: of its weights. noise: by the bits that it can have, one entry at least."""
+    """The sensitivity of a layer. count: number of its weights. noise: N_l(b) by bits b, one entry at least."""
 
     count: int
     noise: NoiseByBits
@@ -53,7 +53,7 @@ class LayerSensitivity:
 
 @dataclass(frozen=True, slots=True)
 class BitAssignment:
-    """bits: of every layer. size: bits of all weights together. noise: by the model, the sum of all layers'."""
+    """Bits for all layers. bits: of each layer. size: bits of all weights together. noise: the sum of N_l(b_l)."""
 
     bits: tuple[Bits, ...]
     size: int
@@ -61,7 +61,7 @@ class BitAssignment:
 
 
 def make_assignment(layers: Sequence[LayerSensitivity], bits: Sequence[Bits]) -> BitAssignment:
-    """These bits, with what they cost."""
+    """The assignment of these bits, with its size and noise."""
     size = sum(layer.count * b for layer, b in zip(layers, bits, strict=True))
     return BitAssignment(tuple(bits), size, sum(layer.noise[b] for layer, b in zip(layers, bits, strict=True)))
 
@@ -99,7 +99,7 @@ def find_pareto_curve(layers: Sequence[LayerSensitivity]) -> list[BitAssignment]
 
 
 def fill_to_size(layers: Sequence[LayerSensitivity], start: BitAssignment, size: int) -> BitAssignment:
-    """`start` with more bits for some layers, as far as `size` allows: again and again the step that saves most."""
+    """Give layers of `start` more bits up to `size`, greedily: each time the step that saves the most noise a bit."""
     best = start
     while True:
         steps = [
@@ -115,7 +115,7 @@ def fill_to_size(layers: Sequence[LayerSensitivity], start: BitAssignment, size:
 
 
 def _noise_slope(layer: LayerSensitivity, low: Bits, high: Bits) -> float:
-    """Noise that is saved by each bit of storage between two choices."""
+    """The noise saved by each bit of storage between two choices of bits."""
     return (layer.noise[low] - layer.noise[high]) / ((high - low) * max(layer.count, 1))
 
 
@@ -126,7 +126,7 @@ Outputs = Sequence[NDArray[Any]]
 FLOAT_BITS = 32
 
 WORST_NOISE = 1e6
-"""Noise of what gives NaN or infinity."""
+"""The noise of outputs with NaN or infinity."""
 
 BYTES_IN_MEMORY = 2**27
 """Bytes of tensors, and of outputs, that are held in memory."""
@@ -134,7 +134,7 @@ BYTES_IN_MEMORY = 2**27
 
 @dataclass(frozen=True, slots=True)
 class SensitivityContext:
-    """The folded float network, its plan, and what is known of its tensors. params: of the activations."""
+    """The folded float network, its plan, parameters of activations, and sketches."""
 
     model: Model
     plan: Plan
@@ -150,7 +150,7 @@ def measure_sensitivities(
     solver: LayerSolver | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, LayerSensitivity]:
-    """Count and noise of the layers named in `wishes`, for the bits listed there; FLOAT bits have no noise.
+    """Measure the sensitivities of the layers named in `wishes`, for the bits listed there; FLOAT_BITS has no noise.
 
     solver: rounds the weights; None for nearest codes.
     """
@@ -183,13 +183,13 @@ def measure_sensitivities(
 
 
 def _choose_noise_batches(count: int, solver: LayerSolver | None) -> list[int]:
-    """The batches that noise is measured on: those kept apart, where weights are made for what the others hold."""
+    """Choose the batches to measure noise on: the held-out ones, where weights are solved for the others."""
     apart = [index for index in range(count) if solver is not None and is_held_out(index)]
     return apart or list(range(count))
 
 
 def measure_output_noise(expected: Sequence[Outputs], got: Iterable[Outputs]) -> float:
-    """See the module. expected, got: outputs of batch after batch. Outputs of whole numbers: the share that differs."""
+    """N between outputs of batch after batch, see the module. For integer outputs it is the share that differs."""
     signal: dict[int, float] = {}
     noise: dict[int, float] = {}
     for references, results in zip(expected, got, strict=True):
@@ -216,7 +216,7 @@ def _quantize_at_each_bits(
     inputs: StoredArrays,
     solver: LayerSolver | None,
 ) -> dict[int, LayerParams]:
-    """The layer with each of the bits it may have."""
+    """Quantize the layer with each of the bits it may have."""
     found = {bits: _quantize_to_nearest(network, layer, bits) for bits in sorted(wishes) if bits < FLOAT_BITS}
     refused = solver is None or all(solver.refusal(network.model, nearest) for nearest in found.values())
     if solver is None or refused:
@@ -234,7 +234,7 @@ def _quantize_at_each_bits(
 
 
 def _quantize_to_nearest(network: SensitivityContext, layer: Planned, bits: int) -> LayerParams:
-    """The layer as `params.choose_params` makes it, with other bits."""
+    """Quantize the layer as `choose_params` does, with other bits."""
     recipe = network.recipe
     apart = recipe.allocates_weights and isinstance(layer.weight.granularity, PerChannel) and bits < 8
     symmetric = recipe.scheme_of_weights(bits) is Scheme.SYMMETRIC
@@ -256,12 +256,12 @@ def _find_source(network: SensitivityContext, layer: Planned) -> LayerInput | No
 
 
 def _name_weight_inputs(name: str, choices: Iterable[LayerParams]) -> dict[int, str]:
-    """Names for what is fed instead of the weights, and of the bias where there may be one, by their places."""
+    """Names of the inputs that replace weights, and the bias where there may be one, by input position."""
     biased = any(chosen.bias is not None for chosen in choices)
     return {1: f"{name}_weights"} | ({2: f"{name}_bias"} if biased else {})
 
 
 def _dequantize_layer(chosen: LayerParams) -> dict[int, NDArray[np.float32]]:
-    """Weights and bias as they will be computed with, by their places."""
+    """The float weights and bias that the codes stand for, by input position."""
     weight = chosen.weight.dequantize(chosen.codes).reshape(read_weight_shape(chosen.layer.node))
     return {1: weight} | ({} if chosen.bias is None else {2: chosen.bias.astype(np.float32)})

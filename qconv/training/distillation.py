@@ -4,8 +4,9 @@
     probabilities    the same, p and q as they are
     numbers          sum (y - x)^2 / sum (y - mean y)^2
 
-each on average over images and positions, summed over outputs. Images are mirrored, shifted and mixed alike for both;
-a model that normalises by itself gets the same pixels.
+each on average over images and positions, summed over outputs. Images are mirrored, shifted and mixed alike for both:
+a teacher that answers to what it has not learned by heart tells more of itself. A model that normalises by itself gets
+the same pixels, mirrored and shifted alike.
 
 Sources: Hinton et al. 2015, arXiv 1503.02531, at temperature 1; Beyer et al. 2022, arXiv 2106.05237; mixing: Zhang et
 al. 2018, arXiv 1710.09412.
@@ -35,23 +36,12 @@ from qconv.results.training import ValidationScore
 from qconv.training.network import TorchNetwork
 from qconv.training.trainable import LearnedParameters
 
-# How far what the quantized network says is from what the float one says: what training makes small.
-#
-#     class scores     KL(p || q) = sum over classes of p log(p / q), p = softmax of the float network's scores
-#     probabilities    the same, p and q as they are
-#     numbers          sum (y - x)^2 / sum (y - mean y)^2
-#
-# each on average over pictures and places. A network with several outputs is as far off as all of them together.
-#
-# Source: Hinton et al. 2015, arXiv 1503.02531, at temperature 1.
-
-
 SMALLEST_PROBABILITY = 1e-8
-"""Probability, and share of the variance, below which nothing is told apart."""
+"""Floor of probabilities, and of the variance as a share, in the losses."""
 
 
 def classify_output(said: Tensor) -> str:
-    """What an output holds, by what the float network says on some pictures: "scores", "probabilities", "numbers"."""
+    """Tell what an output holds, by the float network's values on some images: "scores", "probabilities", "numbers"."""
     if not said.dtype.is_floating_point or not is_class_score(tuple(said.shape)):
         return "numbers"
     sums = said.sum(dim=1)
@@ -60,7 +50,16 @@ def classify_output(said: Tensor) -> str:
 
 
 def distillation_loss(kinds: Sequence[str], wanted: Sequence[Tensor], said: Sequence[Tensor]) -> Tensor:
-    """A number. wanted, said: all outputs of the float and of the quantized network, (N, ...) each."""
+    """Compute the loss of the quantized network's outputs against the float network's, summed over outputs.
+
+    Args:
+        kinds: What each output holds, as `classify_output` tells.
+        wanted: The float network's outputs, (N, ...) each.
+        said: The quantized network's outputs, of the same shapes.
+
+    Returns:
+        The loss, of shape ().
+    """
     total = torch.zeros((), device=said[0].device)
     for kind, y, x in zip(kinds, wanted, said, strict=True):
         total = total + _LOSSES[kind](y.float(), x.float())
@@ -68,13 +67,13 @@ def distillation_loss(kinds: Sequence[str], wanted: Sequence[Tensor], said: Sequ
 
 
 def label_loss(kind: str, said: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy. said: (N, C)."""
+    """Compute the cross entropy of class scores or probabilities `said`, (N, C), with labels (N,)."""
     logs = torch.log_softmax(said, dim=1) if kind == "scores" else torch.log(said.clamp_min(SMALLEST_PROBABILITY))
     return F.nll_loss(logs, labels)
 
 
 def count_agreeing(kinds: Sequence[str], wanted: Sequence[Tensor], said: Sequence[Tensor]) -> tuple[int, int]:
-    """At how many of how many places both say the same class; (0, 0) where no output tells classes."""
+    """Count the positions where both networks choose the same class, and all; (0, 0) without any class output."""
     equal = places = 0
     for kind, y, x in zip(kinds, wanted, said, strict=True):
         if kind != "numbers":
@@ -105,21 +104,19 @@ _LOSSES = {
 }
 
 
-# Pictures to learn from: all of them in memory, as the pixels that they are.
-#
-# A network that normalises by itself takes pixels, its float model takes what they become; both are made of the same
-# pixels here, and mirrored and moved alike.
-
-
 MOST_BYTES_IN_MEMORY = 2**31
 """Bytes of pixels; more go to a temporary file."""
 
 
 @dataclass(frozen=True, slots=True)
 class InMemoryDataset:
-    """numbers: (N, ...), uint8 pixels in the float model's layout, or samples as they are. prep: how pixels become the
-    float model's input; None for samples. order: the axes of a batch of pixels as the quantized model takes them; None
-    where it takes what the float model does. paths: (N,), where each came from.
+    """All training images in memory.
+
+    Attributes:
+        numbers: uint8 pixels in the float model's layout, or samples as they are, (N, ...).
+        prep: How pixels become the float model's input; None for samples.
+        order: The axes of a batch of pixels as the quantized model takes them; None where it takes what the float model
+        does. paths: Where each image came from, (N,).
     """
 
     numbers: NDArray[Any]
@@ -136,7 +133,11 @@ def read_into_memory(
     teacher: ModelWithData,
     reporter: Reporter,
 ) -> InMemoryDataset:
-    """All pictures of two models that are fed with the same. Raises QconvError where they are fed otherwise."""
+    """Read the images of two models that are fed with the same preprocessing.
+
+    Raises:
+        QconvError: The models are fed differently, or there is no room for the images.
+    """
     feed = teacher.feed
     if len(feed.inputs) != 1:
         raise QconvError(
@@ -198,26 +199,20 @@ def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         ) from None
 
 
-# One network learns from another: what both are fed with, and how near the first has come on pictures held back.
-#
-# Pictures are mirrored, moved and mixed, for both alike: a teacher that answers to what it has not learned by heart
-# tells more of itself. Source: Beyer et al. 2022, arXiv 2106.05237; mixing: Zhang et al. 2018, arXiv 1710.09412.
-
-
 Ints = NDArray[np.int64]
 
 MOST_SHIFTED = 1 / 8
-"""Share of a side by which pictures are moved at most."""
+"""Largest shift of an image, as a share of its side."""
 
 MOST_MIXED = 1 / 2
-"""Share of another picture that one gets at most."""
+"""Largest share of another image that is mixed in."""
 
 VALIDATION_BATCH = 64
-"""Pictures of a look that run at once."""
+"""Images per run in validation."""
 
 
 class TrainingInputs:
-    """Pictures of an album, as tensors that both networks take."""
+    """Batches of an in-memory dataset, as tensors for both networks."""
 
     def __init__(self, album: InMemoryDataset, device: torch.device) -> None:
         self.album, self.device = album, device
@@ -230,7 +225,13 @@ class TrainingInputs:
             )
 
     def of(self, chosen: NDArray[np.int64], rng: np.random.Generator | None = None, *, mix: bool = True) -> Tensor:
-        """(n, ...), pixels or samples. rng: to mirror, move and mix them with; None leaves them as they are."""
+        """Load a batch, (n, ...), pixels or samples.
+
+        Args:
+            chosen: Indices of the images.
+            rng: Draws mirroring, shifts and mixing; None leaves images as they are.
+            mix: Whether images are mixed with each other.
+        """
         x = torch.from_numpy(np.ascontiguousarray(self.album.numbers[chosen])).to(self.device)
         if rng is None:
             return x
@@ -238,7 +239,7 @@ class TrainingInputs:
         return self._mixed(x, rng) if mix else x
 
     def _shaken(self, x: Tensor, rng: np.random.Generator) -> Tensor:
-        """Pictures mirrored and moved; samples may be anything, and stay."""
+        """Mirror and shift images at random. Samples may be anything, and stay."""
         prep, count = self.album.prep, len(x)
         if prep is None:
             return x
@@ -251,7 +252,7 @@ class TrainingInputs:
         return x
 
     def _mixed(self, x: Tensor, rng: np.random.Generator) -> Tensor:
-        """Half of them with a part of another: the teacher is less sure of these than of what it knows by heart."""
+        """Replace a part of half the images by a part of another, on which the teacher is less certain (CutMix)."""
         drawn = rng.uniform(0, MOST_MIXED, len(x)) * (rng.random(len(x)) < 1 / 2)
         share = torch.from_numpy(drawn.astype(np.float32)).to(self.device)
         share = share.reshape([-1] + [1] * (x.ndim - 1))
@@ -260,17 +261,17 @@ class TrainingInputs:
         return mixed if self.album.prep is None else torch.round(mixed)
 
     def for_teacher(self, x: Tensor) -> Tensor:
-        """What the float network takes."""
+        """Convert a batch to the float network's input."""
         prep = self.album.prep
         return x if prep is None else (x.float() * prep.scale - self._mean) / self._std
 
     def for_student(self, x: Tensor) -> Tensor:
-        """What the quantized one takes."""
+        """Convert a batch to the quantized network's input."""
         return self.for_teacher(x) if self.album.order is None else x.permute(*self.album.order).float()
 
 
 def _shift_images(x: Tensor, axis: int, by: NDArray[np.int64]) -> Tensor:
-    """Each picture moved along an axis, its border repeated."""
+    """Shift each image along an axis, repeating its border."""
     places = np.clip(np.arange(x.shape[axis]) + by[:, None], 0, x.shape[axis] - 1)
     index = torch.from_numpy(places).to(x.device)
     shape = [1] * x.ndim
@@ -282,11 +283,20 @@ def _shift_images(x: Tensor, axis: int, by: NDArray[np.int64]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Distillation:
-    """Who learns from whom, and what from.
+    """A student network, its teacher, and the images that it learns from and is validated on.
 
-    taught, held: numbers of pictures. kinds: what each output holds (distance.py). vector: the output that is one score
-    a class, None where none is; classes: how many it tells apart. labels: (N,), or None. fixed: the batch that the
-    networks are fixed to, None where they take any.
+    Attributes:
+        student: The quantized network.
+        teacher: The float network.
+        learned: The parameters of the student that are trained.
+        inputs: The images.
+        taught: Indices of the images that are learned from.
+        held: Indices of the held-out images.
+        fixed: The batch size that the networks are fixed to; None where they take any.
+        kinds: What each output holds, as `classify_output` tells.
+        vector: Index of the output with one score a class; None where none has.
+        classes: The number of classes of that output.
+        labels: The classes of all images, (N,); None to learn from the teacher alone.
     """
 
     student: TorchNetwork
@@ -312,7 +322,7 @@ class Distillation:
         held: Ints,
         fixed: int | None,
     ) -> Distillation:
-        """What the outputs hold is what the teacher says on some pictures."""
+        """Set up distillation; what the outputs hold is found from the teacher's values on some images."""
         first = np.resize(held, fixed or min(len(held), VALIDATION_BATCH))
         found = cls(student, teacher, learned, inputs, taught, held, fixed, (), None, 0)
         told = found.told(inputs.of(first))
@@ -323,21 +333,21 @@ class Distillation:
         return cls(student, teacher, learned, inputs, taught, held, fixed, kinds, vector, classes)
 
     def with_labels(self, labels: Ints | None) -> Distillation:
-        """The same, with labels to learn from."""
+        """Return a copy that learns from labels as well."""
         return replace(self, labels=labels)
 
     def told(self, x: Tensor) -> list[Tensor]:
-        """What the teacher says of pictures, in the student's order of outputs."""
+        """Run the teacher on a batch. Returns its outputs in the student's order."""
         with torch.no_grad():
             found = self.teacher.run({self.teacher.inputs[0]: self.inputs.for_teacher(x)}, self.student.outputs)
         return list(found.values())
 
     def said(self, x: Tensor, given: Mapping[str, Tensor]) -> list[Tensor]:
-        """What the student says. given: what it has learned."""
+        """Run the student on a batch, with the learned parameters `given` by name. Returns its outputs."""
         return list(self.student.run({self.student.inputs[0]: self.inputs.for_student(x), **given}).values())
 
     def loss(self, part: Ints, rng: np.random.Generator | None) -> Tensor:
-        """Of some pictures."""
+        """Compute the loss of a batch of images, by their indices; rng draws the augmentation."""
         x = self.inputs.of(part, rng, mix=self.labels is None)
         said = self.said(x, self.learned.given())
         loss = distillation_loss(self.kinds, self.told(x), said)
@@ -347,14 +357,14 @@ class Distillation:
         return loss + label_loss(self.kinds[self.vector], scores, torch.from_numpy(self.labels[part]).to(scores.device))
 
     def parts(self, chosen: Ints, most: int) -> Iterator[Ints]:
-        """Pieces that run at once; those of networks with a batch of their own are filled up."""
+        """Split indices into batches of at most `most`; those of networks with a fixed batch are filled up."""
         size = self.fixed or most
         for start in range(0, len(chosen), size):
             part = chosen[start : start + size]
             yield part if self.fixed is None else np.resize(part, size)
 
     def mark(self) -> ValidationScore:
-        """On the pictures held back."""
+        """Validate the student on the held-out images."""
         equal = places = pictures = 0
         total = 0.0
         with torch.no_grad():
@@ -368,7 +378,7 @@ class Distillation:
         return ValidationScore(equal / places if places else None, total / pictures)
 
     def right(self, part: Ints, wanted: list[Tensor], said: list[Tensor]) -> tuple[int, int]:
-        """At how many of how many places the student is right, by labels or by what its teacher says."""
+        """Count the positions where the student is right, by labels or by the teacher's class, and all positions."""
         if self.labels is None or self.vector is None:
             return count_agreeing(self.kinds, wanted, said)
         hits = said[self.vector].argmax(dim=1).cpu().numpy() == self.labels[part]

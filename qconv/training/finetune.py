@@ -1,17 +1,14 @@
-"""The story of quantization-aware training: a quantized file, its float model and pictures go in, a better file comes
-out, or the same one where nothing was better.
+"""This module runs quantization-aware training: a quantized file is trained to say what its float model says.
 
-The float model teaches: what it says of a picture is what the quantized one is to say (distance.py). Some pictures are
-held back. On these both files are run by ONNX Runtime at the end, and the trained one is written only if it is nearer
-to the float model, or right more often where labels are learned from.
-
-Every round leaves a file beside the output, from which the same command goes on after it was killed.
+The float model is the teacher (distillation). Some images are held out. On these both files are run by ONNX Runtime at
+the end, and the trained one is written only if it is nearer to the float model, or right more often where labels are
+learned from; otherwise the input is written unchanged. Every round leaves a checkpoint beside the output, from which
+the same command resumes after it was killed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +25,8 @@ from qconv.data.dataset import LabelOptions, find_classes, labels_of
 from qconv.data.loader import ModelWithData, open_models
 from qconv.errors import QconvError
 from qconv.ir import files, load
-from qconv.ir.files import Source, external_data_files, file_bytes, hash_model, is_quantized, read_proto
-from qconv.ir.metadata import find_teacher, read_recipe
+from qconv.ir.files import Source, external_data_files, file_bytes, find_teacher, hash_model, is_quantized, read_proto
+from qconv.ir.metadata import read_recipe, write_finetuning
 from qconv.ir.model import Model
 from qconv.metrics.comparison import ComparisonAccumulator, check_gates
 from qconv.reporter import Reporter
@@ -51,19 +48,28 @@ from qconv.training.trainable import LearnedParameters, find_sites
 from qconv.training.trainer import Trainer, TrainingCheckpoint, TrainingSchedule
 
 RATE_FACTORS = {"weights": 1.0, "weight_scales": 0.1, "activation_scales": 0.1, "biases": 0.2}
-"""Of the learning rate, which is that of weights in codes."""
+"""Factors of the learning rate, which is that of weights in integer steps."""
 HELD_OUT_SHARE, LEAST_HELD_OUT, MOST_HELD_OUT = 1 / 10, 32, 2000
 FEWEST_IMAGES = 8
 """Pictures: less is nothing to learn from."""
-METADATA_KEY = "qconv.finetune"
 CHECKPOINT_FORMAT = 2
-"""Of what a run leaves behind for a later one."""
+"""Version of the checkpoint's format."""
 
 
 def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Reporter | None = None) -> FinetuneResult:
-    """Train the quantized model `source` and write the better of both at `out`.
+    """Train the quantized model `source`, and write the better of both at `out`.
 
-    Raises QconvError for anything the user can mend; then nothing is left behind but what a later run goes on from.
+    Args:
+        source: The quantized model.
+        out: Where the result goes.
+        wishes: The options of the run.
+        reporter: Hears of progress and warnings.
+
+    Returns:
+        What was found, with the scores before and after.
+
+    Raises:
+        QconvError: The user can mend it. Nothing is left behind but the checkpoint that a later run resumes from.
     """
     started = time.perf_counter()
     reporter = (reporter or Reporter()).of_part()
@@ -107,9 +113,16 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Repor
 
 @dataclass(frozen=True, slots=True)
 class _TrainingSetup:
-    """What is worked on. model: the quantized one, which is trained in place. teacher: the float one in ONNX Runtime.
+    """Everything that a run works on.
 
-    optimize: whether the quantized file is for that. words: how both are fed.
+    Attributes:
+        model: The quantized model, trained in place.
+        lesson: Student, teacher and images in PyTorch.
+        teacher: The float model in ONNX Runtime.
+        threads: Of ONNX Runtime and PyTorch; None for all cores.
+        optimize: Whether the quantized file is made for ONNX Runtime, whose optimizations then apply.
+        device: Of PyTorch.
+        words: The preprocessing of both models in words.
     """
 
     model: Model
@@ -128,13 +141,13 @@ class _TrainingSetup:
         wishes: FinetuneOptions,
         reporter: Reporter,
     ) -> _TrainingSetup:
-        """Both models opened, and all pictures read."""
+        """Open both models and read all images."""
         device = resolve_device(wishes.device)
         own, other = open_models(source, teacher, wishes.data, wishes.threads, reporter)
         assert other is not None
         _require_same_outputs(own, other)
         model, (floats, _) = load.load_unchanged(read_proto(source), source), load.load(read_proto(teacher), teacher)
-        recipe = recipe_from_dict(read_recipe(model))
+        recipe = recipe_from_dict(read_recipe(model.inner.metadata_props))
         learned = LearnedParameters(find_sites(model, recipe), device)
         networks = TorchNetwork(model, device), TorchNetwork(floats, device)
         words, fixed = other.words, other.feed.inputs[0].shape[0]
@@ -146,7 +159,7 @@ class _TrainingSetup:
         return cls(model, lesson, other.session, wishes.threads, on_ort, device, words)
 
     def judged(self, model: str | bytes) -> ValidationResult:
-        """A file on the pictures held back, by ONNX Runtime."""
+        """Score a file on the held-out images with ONNX Runtime."""
         session = Session(model, name="the quantized model", threads=self.threads, optimize=self.optimize)
         lesson, names, inputs = self.lesson, session.outputs, self.lesson.inputs
         comparison = ComparisonAccumulator.of(names)
@@ -167,10 +180,10 @@ class _TrainingSetup:
 
 
 def _write_better(desk: _TrainingSetup, source: Source, out: Path, found: FinetuneResult, best_step: int) -> None:
-    """The trained file in its place, if it is better; else the input as it was."""
+    """Write the trained file if it is better, else a copy of the input."""
     desk.lesson.learned.write(desk.model)
     told = {**found.wishes.as_dict(), "pictures": found.taught, "step": best_step}
-    desk.model.inner.metadata_props[METADATA_KEY] = json.dumps(told, sort_keys=True)
+    write_finetuning(desk.model, told)
     with files.stage_model(desk.model, out) as staged:
         if best_step:
             files.check_staged_model(staged)
@@ -193,7 +206,7 @@ def _audit_file(source: Source) -> Audit:
 
 
 def _check_request(source: Source, teacher: Source, out: Path, wishes: FinetuneOptions) -> None:
-    """Said before the work."""
+    """Check the output path and the model before any work."""
     proto = read_proto(teacher)
     if is_quantized(proto):
         raise QconvError(f"{teacher.name} is quantized itself.", "pass the float model with --teacher.")
@@ -214,7 +227,7 @@ def _require_same_outputs(own: ModelWithData, other: ModelWithData) -> None:
 
 
 def _split_held_out(count: int, wishes: FinetuneOptions) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Numbers of pictures that are held back, and of those that are learned from; the draw has mixed them."""
+    """Count the images to hold out and to learn from; the order of the images is drawn already."""
     share = min(max(int(HELD_OUT_SHARE * count), min(LEAST_HELD_OUT, count // 4)), MOST_HELD_OUT)
     held = share if wishes.holdout is None else wishes.holdout
     if count < FEWEST_IMAGES or count - held < 1 or held < 1:
@@ -233,7 +246,7 @@ def _add_labels(lesson: Distillation, album: InMemoryDataset, wishes: FinetuneOp
 
 
 def _fingerprint(source: Source, teacher: Source, album: InMemoryDataset, wishes: FinetuneOptions, device: str) -> str:
-    """Of all that a run depends on."""
+    """Hash all that a run depends on, so that a checkpoint of another run is recognised."""
     found = hashlib.sha256()
     for part in (source, teacher):
         found.update(hash_model(part, external_data_files(read_proto(part), part)).encode())

@@ -4,10 +4,16 @@
     outputs = network.run({"input": x}, ["output"])
 
 What is fed under a name stands for that tensor, be it an input, a trained weight or scale, or what one block hands to
-the next. Only what the wanted tensors need is run. Quantizer, Clips and dequantizer run as one fake quantize step:
+the next. Only what the wanted tensors need is run. Integers are floats that hold whole numbers; operators are those of
+`onnx_ops`, and others are an error that names them.
+
+Quantizer, Clips of integers and dequantizer run as one fake quantize step, with the same numbers and gradients in a
+third of the time, because passes over memory are what costs beside convolutions:
 
     y = round(clamp(x / s, low - z, high - z)) s        z = 0 where there is no zero point
     dy/dx = 1 inside, 0 outside                         dy/ds = sum of (y - x dy/dx) / s
+
+low, high are the narrowest of the type and the Clips, so that no half step beyond the last integer counts as inside.
 
 Source: Esser et al. 2020, arXiv 1902.08153 (LSQ), equation 3. PyTorch runs deterministically.
 """
@@ -41,24 +47,13 @@ from qconv.training.onnx_ops import (
     round_straight_through,
 )
 
-# Quantizer, Clips of codes and dequantizer as one step: the same numbers and gradients in a third of the time.
-#
-#     y = round(clamp(x / s, low - z, high - z)) s        z = 0 where there is no zero point
-#     dy/dx = 1 inside, 0 outside                         dy/ds = sum of (y - x dy/dx) / s
-#
-# Next to convolutions that a few cores compute, passes over memory are what costs. low, high: the narrowest of the type
-# and the Clips, so that no half step beyond the last code counts as inside.
-#
-# Source: Esser et al. 2020, arXiv 1902.08153 (LSQ), equation 3.
-
-
 GraphStep = tuple[Op, list[str | None], list[str]]
 
 FAKE_QUANTIZE = "FakeQuantize"
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """With one scale. low, high: whole numbers, less the zero point."""
+    """Fake quantization with one scale, as one step. low, high: whole numbers, less the zero point."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
@@ -82,7 +77,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _run_fake_quantize(op: Op, given: OperatorInputs) -> Tensor:
-    """x, scale, zero point, then the limits of the Clips, lower and upper in turns."""
+    """Run a fused step. Inputs: x, scale, zero point, then the limits of the Clips, lower and upper in turns."""
     x, scale, zero = first_input(given), given[1], optional_input(given, 2)
     assert scale is not None
     low, high = _code_limits(op, given)
@@ -98,7 +93,7 @@ def _run_fake_quantize(op: Op, given: OperatorInputs) -> Tensor:
 
 
 def _code_limits(op: Op, given: OperatorInputs) -> tuple[float, float]:
-    """The lowest and the highest code."""
+    """Return the lowest and the highest integer value: the narrowest of the type and the Clips."""
     low, high = (float(end) for end in INT_RANGES[op.codes or 0])
     low = max([low, *(float(end) for end in given[3::2] if end is not None)])
     return low, min([high, *(float(end) for end in given[4::2] if end is not None)])
@@ -109,8 +104,10 @@ FUSED_OPERATORS: dict[str, OperatorFunction] = {FAKE_QUANTIZE: _run_fake_quantiz
 
 @dataclass(frozen=True, slots=True)
 class QuantDrop:
-    """Quantizers that leave a share of numbers, drawn anew each time, unrounded, but within their range: what learns
-    behind them does not lean on the roundings of a few pictures.
+    """Fake quantization that leaves a random share of the values unrounded, but within their range, drawn anew each
+    time.
+
+    What learns behind it does not depend on the roundings of a few images.
 
     Source: Wei et al. 2022, arXiv 2203.05740 (QDrop).
     """
@@ -119,7 +116,7 @@ class QuantDrop:
     generator: torch.Generator
 
     def run(self, op: Op, given: OperatorInputs) -> Tensor:
-        """As `FUSED` does for the rest."""
+        """Run a fused step, as FUSED_OPERATORS do, and leave some of the values unrounded."""
         rounded_all = _run_fake_quantize(op, given)
         x, scale, zero = first_input(given), given[1], optional_input(given, 2)
         assert scale is not None
@@ -132,7 +129,7 @@ class QuantDrop:
         return self.mixed(rounded_all, held)
 
     def mixed(self, rounded_all: Tensor, exact: Tensor) -> Tensor:
-        """A share of `exact` in what is rounded, number by number."""
+        """Mix a random share of `exact` into `rounded_all`, value by value."""
         drawn = torch.rand(exact.shape, generator=self.generator).to(exact.device)
         return torch.where(drawn < self.share, exact, rounded_all)
 
@@ -140,7 +137,11 @@ class QuantDrop:
 def find_fake_quantizers(
     steps: Sequence[GraphStep], constants: Mapping[str, Tensor]
 ) -> dict[int, tuple[GraphStep, frozenset[str]]]:
-    """What can be run at once: number of the dequantizer -> the step, and the names of the codes that it hides."""
+    """Find quantizer, Clips and dequantizer that can run as one step.
+
+    Returns:
+        By the index of the dequantizer: the fused step, and the names of the integer tensors that it hides.
+    """
     made = {name: index for index, step in enumerate(steps) for name in step[2]}
     readers: dict[str, int] = {}
     for step in steps:
@@ -172,19 +173,6 @@ def find_fake_quantizers(
     return found
 
 
-# An ONNX graph, float or quantized, run in PyTorch: the very graph that is deployed, with gradients.
-#
-#     network = Network(model)
-#     outputs = network.run({"input": x}, ["output"])
-#
-# Any tensor can be given instead of computed: what is fed under a name stands for it, be it the network's input, a
-# weight or scale that is being trained, or what one block hands to the next. Only what the wanted tensors still need is
-# run.
-#
-# Codes are floats that hold whole numbers; scales and weights are tensors like others. How operators are run is in
-# torchmath.py and torchplaces.py; one that is in neither is an error that names it.
-
-
 OPERATORS: dict[str, OperatorFunction] = {**COMPUTE_OPERATORS, **SHAPE_OPERATORS}
 
 _RUNNABLE = {**OPERATORS, **FUSED_OPERATORS}
@@ -192,16 +180,19 @@ _RUNNABLE = {**OPERATORS, **FUSED_OPERATORS}
 LOWEST_OPSET = 13
 
 UINT8 = 2
-"""Type of codes where neither a zero point nor an attribute tells it."""
+"""ONNX element type of integers where neither a zero point nor an attribute gives it."""
 
 TensorsByName = Mapping[str, Tensor]
 
 
 class TorchNetwork:
-    """A model of opset 13 or later as PyTorch runs it.
+    """A model of opset 13 or later, run in PyTorch.
 
-    model: stays as it is; its constants are copied. device: where everything lies. constants: by name, to be replaced
-    at will; those of floats and of codes are float32. Raises QconvError for operators that cannot be run.
+    The model stays as it is; its constants are copied to the device, in float32 for floats and 8- and 16-bit integers.
+    They are in `constants` by name and may be replaced.
+
+    Raises:
+        QconvError: The model has operators that cannot be run.
     """
 
     def __init__(self, model: Model, device: str = "cpu") -> None:
@@ -218,9 +209,15 @@ class TorchNetwork:
     def run(
         self, given: TensorsByName, wanted: Sequence[str] | None = None, drop: QuantDrop | None = None
     ) -> dict[str, Tensor]:
-        """The wanted tensors, the outputs by default. given: by names, of inputs or of anything in between.
+        """Compute tensors.
 
-        drop: of roundings, where a quantizer and its dequantizer run as one step.
+        Args:
+            given: Values by name, of inputs or of any tensor in between.
+            wanted: Names of the tensors to compute; the outputs by default.
+            drop: Leaves a share of the roundings out, where a quantizer and its dequantizer run as one step.
+
+        Returns:
+            The wanted tensors by name.
         """
         wanted = self.outputs if wanted is None else wanted
         known: dict[str, Tensor] = dict(given)
@@ -242,16 +239,16 @@ class TorchNetwork:
         return {name: known[name] if name in known else self.constants[name] for name in wanted}
 
     def read(self, given: Iterable[str], wanted: Sequence[str]) -> frozenset[str]:
-        """The names of all that is read on the way from what is given to what is wanted, constants included."""
+        """Return the names of all tensors read between `given` and `wanted`, constants included."""
         steps = self._order(frozenset(given), tuple(wanted))
         return frozenset(name for (_, read, _), _ in steps for name in read if name)
 
     def on_arrays(self, given: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
-        """Arrays as tensors on the device; whole numbers of 8 and 16 bits become floats."""
+        """Move arrays to the device; integers of 8 and 16 bits become float32."""
         return {name: self._constant(numbers) for name, numbers in given.items()}
 
     def _order(self, given: frozenset[str], wanted: tuple[str, ...]) -> list[tuple[GraphStep, list[str]]]:
-        """The nodes that must run, in order, and what nobody reads any more after each."""
+        """List the nodes that must run, in order, and the tensors that nobody reads any more after each."""
         key = (given, wanted)
         if key not in self._orders:
             needed: dict[int, GraphStep] = {}
@@ -273,7 +270,7 @@ class TorchNetwork:
         return self._orders[key]
 
     def _chosen(self, index: int, named: frozenset[str]) -> GraphStep:
-        """The node itself, or one step for a dequantizer and its quantizer, where nobody names the codes between."""
+        """Return a node, or the fused step of a dequantizer where nobody names the integers before it."""
         if index in self._fakes:
             fake, hidden = self._fakes[index]
             if not hidden & named:
@@ -304,7 +301,7 @@ class TorchNetwork:
 
 
 def require_operators(model: Model) -> None:
-    """Raise QconvError for a model with operators that are not built, or of an opset that is too low."""
+    """Raise QconvError for a model with operators that cannot be run, or of an opset that is too low."""
     if model.opset < LOWEST_OPSET:
         fact = f"The model is of opset {model.opset}, and PyTorch is given {LOWEST_OPSET} or later."
         raise QconvError(fact, "quantize it again: qconv raises the opset.")
@@ -320,16 +317,13 @@ def _describe_node(node: Node) -> str:
 
 
 def to_arrays(found: Iterable[Tensor]) -> list[NDArray[np.float32]]:
-    """Tensors as numpy has them, without their gradients."""
+    """Copy tensors to numpy arrays, without gradients."""
     return [tensor.detach().to("cpu").numpy() for tensor in found]
-
-
-# How PyTorch is to run: where, on how many threads, and the same every time.
 
 
 @contextlib.contextmanager
 def run_deterministically(threads: int | None) -> Iterator[None]:
-    """PyTorch does the same every time, with so many threads; what it was set to before comes back."""
+    """Make PyTorch deterministic with so many threads inside the context; earlier settings come back."""
     before, exactly = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -342,7 +336,7 @@ def run_deterministically(threads: int | None) -> Iterator[None]:
 
 
 def resolve_device(wish: str) -> str:
-    """The device of one of choices.DEVICES. Raises QconvError for a GPU that is not there."""
+    """Resolve one of choices.DEVICES to a device. Raises QconvError for a GPU that is not there."""
     if wish == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wish == "cuda" and not torch.cuda.is_available():

@@ -1,13 +1,14 @@
 """This module runs ONNX operators in PyTorch as ONNX defines them, with gradients.
 
-Integer values are floats that hold whole numbers. Rounding has the straight-through gradient; with one scale s in
-QuantizeLinear and DequantizeLinear this gives LSQ (Esser et al. 2020, arXiv 1902.08153, equation 3):
+Integer values are floats that hold whole numbers, those of ONNX, which rounds first. Rounding has the straight-through
+gradient; with one scale s in QuantizeLinear and DequantizeLinear automatic differentiation then gives LSQ (Esser et al.
+2020, arXiv 1902.08153, equation 3):
 
     y = round(clamp(x / s, low - z, high - z)) s    dy/dx = 1 inside, 0 outside
                                                     dy/ds = round(x / s) - x / s inside, the last code less z outside
 
-Convolution has one to three axes, pooling one or two. An operator that is not in the tables, and an attribute that
-means something else, is an error that names it.
+`network` does the same in one step, Clips of integers included. Convolution has one to three axes, pooling one or two.
+An operator that is not in the tables, and an attribute that means something else, is an error that names it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,21 @@ from torch.nn import functional as F  # noqa: N812
 
 from qconv.errors import QconvError
 
-# An ONNX node as the operators in PyTorch take it, and what several of them need.
-
-
 OperatorInputs = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """A node, as far as its operator needs it. codes: element type of what it writes, for QuantizeLinear."""
+    """A node, as far as its operator needs it.
+
+    Attributes:
+        name: The node's name, for messages.
+        op_type: The ONNX operator.
+        attributes: The node's attributes as Python values.
+        opset: Of the model.
+        outputs: How many outputs the node has.
+        codes: For QuantizeLinear, the ONNX element type of the integers that it writes.
+    """
 
     name: str
     op_type: str
@@ -43,65 +50,49 @@ class Op:
     codes: int | None = None
 
     def get(self, name: str, default: Any = None) -> Any:
-        """An attribute."""
+        """Return an attribute, or `default` where it is absent."""
         return self.attributes.get(name, default)
 
     def refuse(self, what: str) -> QconvError:
-        """The error for something that is not built."""
+        """Build the error for an attribute or input that is not supported."""
         fact = f"{self.op_type} {self.name!r} {what}, which qconv does not run in PyTorch."
         return QconvError(fact, "training, synthesized pictures and reconstruction are not possible for this network.")
 
 
 OperatorFunction = Callable[[Op, OperatorInputs], Tensor | tuple[Tensor, ...]]
-"""How an operator is run."""
+"""Runs an operator: node and inputs to one or several outputs."""
 
 
 def to_numbers(x: Tensor) -> list[Any]:
-    """The numbers of a shape, of axes and the like."""
+    """Convert a tensor of a shape, of axes and the like to Python numbers."""
     return list(x.reshape(-1).tolist())
 
 
 def first_input(given: OperatorInputs) -> Tensor:
-    """The first input, which is there."""
+    """Return the first input, which every operator here has."""
     x = given[0]
     assert x is not None
     return x
 
 
 def optional_input(given: OperatorInputs, index: int) -> Tensor | None:
-    """Input `index`, None where the node has none."""
+    """Return input `index`, None where the node has none."""
     return given[index] if index < len(given) else None
 
 
 def present_inputs(given: OperatorInputs) -> list[Tensor]:
-    """All inputs that are there."""
+    """Return all inputs that are there."""
     return [x for x in given if x is not None]
 
 
 def to_torch_pads(pads: Sequence[int]) -> list[int]:
-    """ONNX's pads (all begins, then all ends) as PyTorch's (last axis first, begin and end)."""
+    """Convert ONNX's pads (all begins, then all ends) to PyTorch's (last axis first, begin and end)."""
     half = len(pads) // 2
     return [pads[i + side * half] for i in reversed(range(half)) for side in (0, 1)]
 
 
-# ONNX operators that compute, in PyTorch, as ONNX defines them and so that gradients go through.
-#
-# Codes are floats here, whole numbers as they come out of rounding. Rounding hands gradients on as they are (the
-# straight-through estimator), which is all that quantizers need: with one scale s in QuantizeLinear and
-# DequantizeLinear,
-#
-#     y = round(clamp(x / s, low - z, high - z)) s    dy/dx = 1 inside, 0 outside
-#                                                     dy/ds = round(x / s) - x / s inside, the last code less z outside
-#
-# is what Esser et al. 2020 (LSQ, arXiv 1902.08153, equation 3) derive; automatic differentiation finds it by itself.
-# The codes are those of ONNX, which rounds first. torchfake.py does the same in one step, Clips of codes included.
-#
-# Convolution is of one to three axes, pooling of one or two. An operator that is not in the table, and an attribute
-# that means something else than what is built here, is an error that names it.
-
-
 INT_RANGES = {2: (0, 255), 3: (-128, 127), 4: (0, 65535), 5: (-32768, 32767), 21: (0, 15), 22: (-8, 7)}
-"""Least and largest code of ONNX's element types that QuantizeLinear can write."""
+"""Range of the integers of each ONNX element type that QuantizeLinear can write."""
 
 INTEGER_DTYPES = {6: torch.int32, 7: torch.int64, 9: torch.bool}
 
@@ -109,7 +100,7 @@ FLOAT_TYPES = frozenset({1, 10, 11, 16})
 
 
 class _StraightThroughRound(torch.autograd.Function):
-    """To the nearest, ties to even; the gradient is handed on."""
+    """Rounding to the nearest, ties to even, with the gradient of the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -121,7 +112,7 @@ class _StraightThroughRound(torch.autograd.Function):
 
 
 def round_straight_through(x: Tensor) -> Tensor:
-    """Whole numbers, ties to even, with the gradient of the identity."""
+    """Round to whole numbers, ties to even, with the gradient of the identity."""
     found: Tensor = _StraightThroughRound.apply(x)
     return found
 
@@ -130,7 +121,7 @@ def round_straight_through(x: Tensor) -> Tensor:
 
 
 def broadcast_parameter(x: Tensor, like: Tensor, axis: int, block: int) -> Tensor:
-    """A scale or zero point, to be broadcast against `like`."""
+    """Reshape a scale or zero point so that it broadcasts against `like`, by axis and block size."""
     if x.ndim == 0 or x.numel() == 1:
         return x.reshape([1] * like.ndim) if like.ndim else x.reshape(())
     if block:
@@ -166,7 +157,7 @@ def _dequantize(op: Op, given: OperatorInputs) -> Tensor:
 def _resolve_pads(
     op: Op, size: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dil: Sequence[int]
 ) -> list[int]:
-    """Begins and ends of Conv and pooling, auto_pad worked out."""
+    """Resolve the begins and ends of Conv and pooling, auto_pad included."""
     auto = op.get("auto_pad", "NOTSET")
     if auto in ("NOTSET", ""):
         return list(op.get("pads", [0] * (2 * len(kernel))))
@@ -252,7 +243,7 @@ def _lrn(op: Op, given: OperatorInputs) -> Tensor:
 
 
 def _pooling_windows(op: Op, x: Tensor) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
-    """Kernel, strides, dilations, pads, and what ceil_mode adds at the ends so that the last windows are whole."""
+    """Resolve kernel, strides, dilations and pads, and what ceil_mode adds at the ends for whole last windows."""
     kernel = list(op.get("kernel_shape"))
     axes = len(kernel)
     strides, dil = list(op.get("strides", [1] * axes)), list(op.get("dilations", [1] * axes))
@@ -358,7 +349,7 @@ def _gelu(op: Op, given: OperatorInputs) -> Tensor:
 
 
 def _variadic(how: Callable[[Tensor, Tensor], Tensor]) -> OperatorFunction:
-    """Sum, Max, Min of any number of tensors."""
+    """Build an operator of any number of inputs, such as Sum, Max and Min, from a binary function."""
 
     def run(op: Op, given: OperatorInputs) -> Tensor:
         found, *others = present_inputs(given)
@@ -460,9 +451,6 @@ COMPUTE_OPERATORS: dict[str, OperatorFunction] = {
 """Operators that compute."""
 
 
-# ONNX operators that move values about, in PyTorch: shapes, slices, joining, padding, Resize.
-
-
 Positions = NDArray[np.float64]
 
 Indices = NDArray[np.int64]
@@ -472,7 +460,7 @@ Indices = NDArray[np.int64]
 
 
 def _read_axes(given: OperatorInputs) -> list[int] | None:
-    """Of Squeeze and its kind."""
+    """Read the axes of Squeeze and its kind, an attribute or an input."""
     wanted = optional_input(given, 1)
     return None if wanted is None else list(map(int, to_numbers(wanted)))
 
@@ -550,7 +538,7 @@ PAD_MODES: dict[str, Callable[[Indices, int], Indices]] = {
     "reflect": _reflect_positions,
     "wrap": lambda places, side: places % side,
 }
-"""What is repeated at places before and behind an axis of `side` numbers, by Pad's mode."""
+"""Index read at each position before and behind an axis of size `side`, by Pad's mode."""
 
 
 def _pad(op: Op, given: OperatorInputs) -> Tensor:
@@ -616,7 +604,7 @@ def _space_to_depth(op: Op, given: OperatorInputs) -> Tensor:
 
 
 TIE_TOLERANCE = 1e-5
-"""A place so close to the middle of two is in the middle, as far as single precision tells, which the runtime heeds."""
+"""A position this close to the middle of two counts as the middle: single precision, as in the runtime, cannot tell."""
 
 NEAREST_MODES: dict[str, Callable[[Positions], Positions]] = {
     "round_prefer_floor": lambda places: np.ceil(places - 0.5 - TIE_TOLERANCE),
@@ -627,9 +615,9 @@ NEAREST_MODES: dict[str, Callable[[Positions], Positions]] = {
 
 
 def _resize(op: Op, given: OperatorInputs) -> Tensor:
-    """One axis after the other, each by a matrix that says of what old places a new one is made.
+    """Resize one axis after the other, each by a matrix (new, old) of weights.
 
-    Sizes and places are worked out in single precision, which decides ties: so the runtime does it.
+    Sizes and positions are computed in single precision, as ONNX Runtime does, because that decides ties.
     """
     x, scales, sizes = first_input(given), optional_input(given, 2), optional_input(given, 3)
     if op.get("axes") or op.get("coordinate_transformation_mode") == "tf_crop_and_resize":
@@ -653,7 +641,7 @@ def _resize(op: Op, given: OperatorInputs) -> Tensor:
 
 
 def _resize_matrix(op: Op, old: int, new: int, factor: np.float32) -> NDArray[np.float32]:
-    """(new, old)"""
+    """Compute the weights of the old positions in each new one, (new, old)."""
     at = np.arange(new, dtype=np.float32)
     match op.get("coordinate_transformation_mode", "half_pixel"):
         case "half_pixel":

@@ -14,10 +14,23 @@ from qconv.ir.files import Source
 
 @dataclass(frozen=True, slots=True)
 class FinetuneOptions:
-    """What is asked for. data: the pictures, and how they are fed; their `batch` has no effect.
+    """The options of `finetune`.
 
-    teacher: None to look for it beside the quantized file. rate: of learning, codes a step. holdout: None for a tenth.
-    min_agreement, min_sqnr: gates, in dB the second.
+    Attributes:
+        data: The images and their preprocessing; its `batch` has no effect.
+        teacher: The float model; None to look for it beside the quantized file.
+        labels: Whether classes by the images' folders are learned from.
+        classes: A file of class names, in the order of the outputs.
+        label_offset: Added to every label.
+        epochs: Passes over the images.
+        batch: Images a step.
+        rate: Learning rate of weights, in integer steps.
+        holdout: Images held out; None for a tenth.
+        augment: Whether images are mirrored and shifted at random.
+        device: One of choices.DEVICES.
+        threads: Of this machine; None for all cores.
+        min_agreement: Gate, a share.
+        min_sqnr: Gate, in dB.
     """
 
     data: DataOptions
@@ -36,7 +49,7 @@ class FinetuneOptions:
     min_sqnr: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """What shapes the result, JSON-ready."""
+        """Return the options that shape the result, JSON-ready."""
         return {
             "labels": self.labels,
             "epochs": self.epochs,
@@ -49,7 +62,17 @@ class FinetuneOptions:
 
 @dataclass(frozen=True, slots=True)
 class SynthesisOptions:
-    """batch: pictures in one run of the network, None to choose by their size. steps: in which each picture moves."""
+    """The options of `synthesize`.
+
+    Attributes:
+        preprocessing: What the user says of it.
+        count: Images to make.
+        batch: Images in one run of the network; None to choose by their size.
+        steps: Optimization steps of each image.
+        seed: Of the images that optimization starts from.
+        threads: Of ONNX Runtime and PyTorch; None for all cores.
+        device: One of choices.DEVICES.
+    """
 
     preprocessing: PreprocessingOptions
     count: int = 128

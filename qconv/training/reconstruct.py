@@ -31,14 +31,16 @@ from qconv.training.network import QuantDrop, TorchNetwork, run_deterministicall
 from qconv.training.trainable import LearnedParameters, find_sites
 
 WIDER_FACTOR, NEAR_CUTS = 2, 4
-"""A cut is inside a bottleneck where cuts so near on both sides carry so many times less."""
+"""A cut is inside a bottleneck where NEAR_CUTS on both sides have one that carries WIDER_FACTOR times less."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockBoundary:
-    """Where a block begins or ends. names: of the quantized network, which all hold the same but at its own ends.
+    """A place where a block begins or ends.
 
-    candidates: for each, names of the float network's tensors that it may stand for.
+    Attributes:
+        names: Tensors of the quantized network that all hold the same values; several only at the network's own ends.
+        candidates: For each, tensors of the float network that it may stand for.
     """
 
     names: tuple[str, ...]
@@ -46,9 +48,13 @@ class BlockBoundary:
 
 
 def find_block_boundaries(quantized: Model, original: Model, sizes: Mapping[str, int]) -> list[BlockBoundary]:
-    """The network's inputs, all places where it can be cut, and its outputs. original: the folded float network.
+    """Find the network's inputs, all places where it can be cut, and its outputs.
 
-    sizes: numbers a picture of tensors of the float network, by name, that hold a row a picture: others are no ends.
+    Args:
+        quantized: The quantized model.
+        original: The folded float network that it was made of.
+        sizes: Values per image of the float network's tensors with one row per image, by name: others are no
+        boundaries.
     """
     by_codes = {point.codes: point for point in find_comparison_points(quantized, original) if point.codes is not None}
     found = []
@@ -64,7 +70,7 @@ def find_block_boundaries(quantized: Model, original: Model, sizes: Mapping[str,
 
 
 def _find_cut_points(model: Model) -> Iterator[Value]:
-    """Codes that are all that later nodes read of earlier ones, the network's inputs included."""
+    """Find integer tensors that are all that later nodes read of earlier ones, the network's inputs included."""
     nodes = model.nodes()
     last: dict[Value, int] = {}
     for index, node in enumerate(nodes):
@@ -100,24 +106,24 @@ def _drop_bottleneck_middles(found: list[tuple[BlockBoundary, int]]) -> list[Blo
 STEP = "reconstruct"
 
 MOST_IMAGES, MOST_BYTES, KEPT_TENSORS = 512, 2**30, 5
-"""Most pictures that are looked at: fewer where KEPT tensors of all of them, at the widest cut, take more than that."""
+"""Most images; fewer where KEPT_TENSORS of them all, at the widest cut, would take more than MOST_BYTES."""
 
 STEPS_BY_EFFORT = {"fast": 100, "balanced": 200, "best": 300}
-"""Of each block, by effort."""
+"""Optimization steps of each block, by effort."""
 
 LARGEST_BATCH, SMALLEST_BATCH, NUMBERS_PER_BATCH = 32, 8, 2**22
-"""Pictures a step, fewer where a block hands on more than so many numbers of them."""
+"""Images a step, fewer where a block's output has more than NUMBERS_PER_BATCH values."""
 
 LEARNING_RATES = {"weights": 1e-2, "biases": 3e-3}
-"""See learnable.py for what one means. Scales stay: ranges were chosen by the outputs already."""
+"""In the units of `trainable`. Scales are not learned: ranges were chosen by the outputs already."""
 
 DROP_PROBABILITY = 0.5
 
 HELD_OUT_SHARE = 1 / 8
-"""Share of the pictures that a block is judged by."""
+"""Share of the images that a block is validated on."""
 
 INFERENCE_BATCH = 32
-"""Pictures of a run without gradients, where the network takes any number."""
+"""Images per run without gradients, where the network takes any number."""
 
 LEAST_NORM = 1e-30
 
@@ -135,10 +141,18 @@ def reconstruct_blocks(
     seed: int,
     reporter: Reporter,
 ) -> list[Finding]:
-    """Learn codes and biases of the quantized `model`, in place. original: the folded float network it was made of.
+    """Learn integer weights and biases of the quantized `model`, in place.
 
-    feeds: pictures as both networks take them. fixed: the batch that these are fixed to, None where they take any.
-    Raises QconvError for operators that PyTorch is not given, and for too few pictures.
+    Args:
+        model: The quantized model.
+        original: The folded float network that it was made of.
+        recipe: How it was quantized.
+        feeds: Images as both networks take them.
+        fixed: The batch size that the networks are fixed to; None where they take any.
+        reporter: Hears of progress and warnings.
+
+    Raises:
+        QconvError: PyTorch does not run an operator, or there are too few images.
     """
     with run_deterministically(recipe.threads):
         teacher = TorchNetwork(original)
@@ -165,7 +179,7 @@ def reconstruct_blocks(
 
 
 def _measure_sizes(teacher: TorchNetwork, original: Model, seen: TensorsByName, fixed: int | None) -> dict[str, int]:
-    """Numbers a picture of those tensors of the float network that hold as many rows as there are pictures."""
+    """Measure the values per image of those float tensors that have one row per image."""
     names = [value.name or "" for node in original.nodes() for value in node.outputs if value.name]
     rows = fixed or 2
     found = teacher.run({name: torch.cat([x, x])[:rows] for name, x in seen.items()}, names)
@@ -177,7 +191,7 @@ def _measure_sizes(teacher: TorchNetwork, original: Model, seen: TensorsByName, 
 
 
 class _BlockReconstruction:
-    """Both networks on their way from block to block."""
+    """Both networks, reconstructed block by block."""
 
     def __init__(
         self,
@@ -198,7 +212,7 @@ class _BlockReconstruction:
     def run(
         self, found: Sequence[BlockBoundary], seen: TensorsByName, progress: Callable[[int, int], None]
     ) -> list[Finding]:
-        """All blocks, in order."""
+        """Reconstruct all blocks, in order."""
         findings: list[Finding] = []
         here = found[0]
         names = {name: name for name in here.names}
@@ -231,7 +245,7 @@ class _BlockReconstruction:
         target: TensorsByName,
         parameters: dict[str, list[Tensor]],
     ) -> Finding:
-        """Learn one block, and say what came of it."""
+        """Learn one block. Returns what came of it as findings."""
         unit, count = self.fixed or 1, len(next(iter(exact.values())))
         held = max(1, int(HELD_OUT_SHARE * count) // unit) * unit
         judged, taught = slice(0, held), np.arange(held, count)
@@ -272,7 +286,7 @@ class _BlockReconstruction:
         return Skipped(STEP, end.names[0], why if fits else "pairs of 8-bit products would be beyond 16 bits after it")
 
     def _batch(self, numbers: int, taught: int) -> int:
-        """Pictures a step, in whole batches of the network's own. numbers: that the block hands on of each."""
+        """Choose the images a step, in whole batches of the network. numbers: values per image at the block's end."""
         unit = self.fixed or 1
         wanted = min(max(SMALLEST_BATCH, min(LARGEST_BATCH, NUMBERS_PER_BATCH // max(1, numbers))), taught)
         return max(1, wanted // unit) * unit
@@ -291,7 +305,7 @@ class _BlockReconstruction:
         wanted: Sequence[str],
         more: Mapping[str, Tensor] | None = None,
     ) -> TensorsByName:
-        """What a network makes of many pictures. more: given whole with each piece."""
+        """Run a network on many images in batches. more: values that are given whole with each batch."""
         found: dict[str, list[Tensor]] = {name: [] for name in wanted}
         with torch.no_grad():
             for start in range(0, len(next(iter(given.values()))), self.at_once):
@@ -302,7 +316,7 @@ class _BlockReconstruction:
 
 
 def _nearest_tensor(values: TensorsByName, options: Sequence[str], to: Tensor) -> str:
-    """Which of some tensors of the float network a tensor of the quantized one stands for."""
+    """Choose the tensor of the float network that is nearest to `to`, one of the quantized network."""
     return min(options, key=lambda option: _relative_error(values[option], to))
 
 

@@ -2,11 +2,20 @@
 
     loss = mean over layers and channels of ((m - mean)^2 + (s - std)^2) / std^2  +  CLASS_LOSS_WEIGHT * cross entropy
 
-m and s are mean and deviation of a BatchNormalization's input over the whole set, mean and std its stored ones
-(ZeroQ, Cai et al. 2020, arXiv 2001.00281). With class scores each image is drawn to a class of its own (DeepInversion,
-Yin et al. 2020, arXiv 1912.08795). Adam moves the pixels; after each step edge-preserving smoothing (Perona and Malik
-1990) and clamping to 0..255 follow. Random shifts, mirrors and a penalty on outliers are left out, as they brought
-nothing.
+m and s are mean and deviation of a BatchNormalization's input, mean and std its stored ones (ZeroQ, Cai et al. 2020,
+arXiv 2001.00281); VARIANCE_FLOOR of a layer's mean variance is added to every std^2. They are taken over the whole set:
+each batch is moved while what was last seen of the others stands still. So they do not depend on the batch, images may
+differ from each other as photographs do, and a network that takes one image at a time is served as well.
+
+No BatchNormalization knows how far the last features of an image go that shows one thing alone. Where the network gives
+class scores, each image is drawn to a class of its own (DeepInversion, Yin et al. 2020, arXiv 1912.08795); no label and
+no name of a class is needed.
+
+Adam (Kingma and Ba 2015) moves the pixels, 0 to 255, by rates that fall along a half cosine. The priors of
+DeepInversion are in the step, not in the loss, so that no gradient is too strong for them: after each step differences
+between neighbours fade, small ones more than edges (Perona and Malik 1990), and values are clamped to 0..255. Random
+shifts and mirrors (a few dozen steps do not suffice for them) and a penalty on outliers (which real networks have) are
+left out, as images became no better to calibrate with.
 
 Each image is written as PNG, and as .npy with what the network gets of it; `synthesized.json` marks the folder as one
 that may be replaced.
@@ -49,17 +58,17 @@ from qconv.storage import check_output_folder, refuse_path_inside, replace_folde
 from qconv.training.network import TorchNetwork, require_operators, resolve_device, run_deterministically
 from qconv.training.options import SynthesisOptions
 
-# What the BatchNormalizations of a network remember of training: all that synthesized pictures are made from.
-
-
 FEW_LAYERS_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class BatchNormTargets:
-    """nodes: BatchNormalizations that have seen training, in running order, one a tensor. wanted: what each read.
+    """The BatchNormalization statistics that images are to match.
 
-    doubt: why these tell less than they should, in a sentence, or nothing.
+    Attributes:
+        nodes: BatchNormalizations that have seen training, in running order, one per tensor.
+        wanted: The statistics that each has stored of its input.
+        doubt: A sentence on why these say less than they should, or nothing.
     """
 
     nodes: tuple[Node, ...]
@@ -68,7 +77,11 @@ class BatchNormTargets:
 
     @classmethod
     def of(cls, model: Model, name: str) -> BatchNormTargets:
-        """Of a float model as it is loaded. name: of the user's file. Raises QconvError where nothing is left."""
+        """Collect the statistics of a float model as it is loaded. name: of the user's file.
+
+        Raises:
+            QconvError: The model has no BatchNormalization with statistics of training.
+        """
         nodes: dict[str, Node] = {}
         wanted = []
         for node in model.nodes():
@@ -91,35 +104,19 @@ class BatchNormTargets:
         doubt = f"the network has but {told}: pictures are like those of training only as far as these tell."
         return cls(tuple(nodes.values()), tuple(wanted), doubt if few else "")
 
-
-# Pictures that a network's BatchNormalizations take for those of training: pixels, moved along gradients.
-#
-#     loss = mean over layers and channels of ((m - mean)^2 + (s - std)^2) / std^2  +  SURE * cross entropy of classes
-#
-# m and s are mean and deviation of what a BatchNormalization reads, mean and std those that it has stored (ZeroQ, Cai
-# et al. 2020, arXiv 2001.00281); FLOOR of a layer's mean variance is added to every std^2. They are taken over the
-# whole set: each batch is moved while what was last seen of the others stands still. So they do not depend on the
-# batch, pictures may differ from each other as photographs do, and a network that takes one picture at a time is served
-# as well.
-#
-# No BatchNormalization knows how far the last features of a picture go that shows one thing alone. Where the network
-# gives class scores each picture is drawn to a class of its own (Yin et al. 2020, DeepInversion, arXiv 1912.08795), so
-# weakly that statistics hardly notice; no label and no name of a class is needed.
-#
-# Adam (Kingma and Ba 2015) moves the pixels themselves, 0 to 255, by rates that fall along a half cosine. The priors of
-# DeepInversion are in the step, not in the loss, so that no gradient is too strong for them: after each, differences
-# between neighbours fade, small ones more than edges (Perona and Malik 1990), and what leaves the range comes back to
-# its end.
-#
-# Left out, as pictures became no better to calibrate with: random shifts and mirrors (a few dozen steps do not suffice
-# for them), and a penalty on values far from the mean, which real networks have.
+    def match(self, before: Sequence[float], after: Sequence[float]) -> tuple[BatchNormMatch, ...]:
+        """Describe how near each layer came: its distances before and after."""
+        return tuple(
+            BatchNormMatch(node.name or "", reference.name, reference.mean.size, *distances)
+            for node, reference, *distances in zip(self.nodes, self.wanted, before, after, strict=True)
+        )
 
 
 LEARNING_RATE = 16.0
-"""Levels that a pixel moves by in the first step."""
+"""Levels that a pixel moves in the first step."""
 
 LEAST_RATE_SHARE = 0.02
-"""Share of it in the last one."""
+"""Share of the learning rate in the last step."""
 
 BETAS = (0.9, 0.99)
 
@@ -132,20 +129,29 @@ EDGE_LEVELS = 60.0
 """Levels of difference that fade half as much as small ones do."""
 
 CLASS_LOSS_WEIGHT = 0.005
+"""Weight of the cross entropy, so weak that statistics hardly notice."""
 
 VARIANCE_FLOOR = 1e-3
-"""Share of the mean variance that counts for channels with next to none."""
+"""Share of a layer's mean variance that is added to every channel's."""
 
 PIXELS_PER_BATCH, MOST_PER_BATCH = 16 * 224 * 224, 64
-"""Of a batch, and the most pictures of it."""
+"""Pixels of a batch, and the most images in it."""
 
 
 class ImageOptimizer:
-    """A set of pictures on its way.
+    """A set of images that is optimized by gradients.
 
-    network: the float network, of one input. wanted: what the tensors that its BatchNormalizations read should look
-    like. pixels: what to begin with, (N, H, W, 3) in RGB or (N, H, W, 1); N in whole batches. loss: the distance of
-    statistics, step by step. Where an output holds a score a class, pictures are drawn to classes.
+    Where an output of the network holds class scores, images are drawn to classes.
+
+    Args:
+        network: The float network, of one input.
+        prep: How pixels become its input.
+        wanted: The statistics to match, of tensors that BatchNormalizations read.
+        pixels: The images to start from, (N, H, W, 3) in RGB or (N, H, W, 1); N in whole batches.
+        batch: Images in one run of the network.
+
+    Attributes:
+        loss: The mean distance of statistics at each step.
     """
 
     def __init__(
@@ -163,9 +169,9 @@ class ImageOptimizer:
         variances = [self._of(reference.var) for reference in wanted]
         self._floors = [VARIANCE_FLOOR * variance.mean() for variance in variances]
         self._refs = [variance + floor for variance, floor in zip(variances, self._floors, strict=True)]
-        self._pixels = torch.from_numpy(pixels).to(self._device, torch.float32).permute(0, 3, 1, 2).contiguous()
-        self._first, self._second = torch.zeros_like(self._pixels), torch.zeros_like(self._pixels)
-        self._parts = [slice(start, start + batch) for start in range(0, len(pixels), batch)]
+        start = torch.from_numpy(pixels).to(self._device, torch.float32).permute(0, 3, 1, 2)
+        self._batches = [part.contiguous().requires_grad_() for part in start.split(batch)]
+        self._adam = torch.optim.Adam(self._batches, lr=LEARNING_RATE, betas=BETAS, eps=TINY, foreach=False)
         self._seen: list[list[tuple[Tensor, Tensor]]] = []
         self.loss: list[float] = []
         self._scores = self._output_of_scores()
@@ -175,17 +181,19 @@ class ImageOptimizer:
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
-        """The pictures as they are now, (N, H, W, C)."""
-        found: NDArray[np.uint8] = self._pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+        """The images as they are now, (N, H, W, C)."""
+        pixels = torch.cat([batch.detach() for batch in self._batches])
+        found: NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
         return found
 
     def look(self) -> list[float]:
-        """The distance of every layer, over the whole set; 0 where statistics are those stored.
+        """Measure every layer's distance of statistics over the whole set; 0 where they are those stored.
 
-        Raises QconvError where what the network computes is no number.
+        Raises:
+            QconvError: What the network computes is NaN, infinite or beyond float32.
         """
         with torch.no_grad():
-            self._seen = [self._moments(self._read(self._pixels[part])[0]) for part in self._parts]
+            self._seen = [self._moments(self._read(batch)[0]) for batch in self._batches]
             found = [float(distance) for distance in self._distances(*self._whole())]
         if not all(map(math.isfinite, found)):
             name = next(name for name, number in zip(self._names, found, strict=True) if not math.isfinite(number))
@@ -194,18 +202,19 @@ class ImageOptimizer:
         return found
 
     def run(self, steps: int, progress: Callable[[int, int], None]) -> None:
-        """Move all pictures so many times, and round them to whole levels. `look` comes first."""
+        """Optimize all images for so many steps, and round them to whole levels. `look` comes first."""
         for step in range(steps):
             share = LEAST_RATE_SHARE + (1 - LEAST_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            losses = [self._move(index, step, share) for index in range(len(self._parts))]
+            losses = [self._move(index, share) for index in range(len(self._batches))]
             self.loss.append(float(np.mean(losses)))
             progress(step + 1, steps)
-        self._pixels = self._pixels.round()
+        with torch.no_grad():
+            for batch in self._batches:
+                batch.round_()
 
-    def _move(self, index: int, step: int, share: float) -> float:
-        """One step of one batch, at this share of the first one's rate. Returns the loss before it."""
-        part = self._parts[index]
-        pixels = self._pixels[part].clone().requires_grad_()
+    def _move(self, index: int, share: float) -> float:
+        """Optimize one batch by one step, at this share of the first step's rate. Returns the loss before it."""
+        pixels = self._batches[index]
         read, scores = self._read(pixels)
         with torch.no_grad():
             self._seen[index] = self._moments(read)
@@ -223,46 +232,47 @@ class ImageOptimizer:
             ]
         if scores is not None:
             read, pulls = (
-                [*read, CLASS_LOSS_WEIGHT * self._doubt(scores, part)],
+                [*read, CLASS_LOSS_WEIGHT * self._doubt(scores, index)],
                 [*pulls, torch.ones((), device=self._device)],
             )
         # tensors that no pixel reaches have nothing to say
         reached = [(tensor, pull) for tensor, pull in zip(read, pulls, strict=True) if tensor.requires_grad]
         (gradient,) = torch.autograd.grad([t for t, _ in reached], pixels, [pull for _, pull in reached])
-        with torch.no_grad():
-            self._pixels[part] = self._stepped(part, gradient, step, share)
+        self._step(pixels, gradient, share)
         return float(loss.detach())
 
-    def _stepped(self, part: slice, gradient: Tensor, step: int, share: float) -> Tensor:
-        """Adam's step, then the priors."""
-        first, second = self._first[part], self._second[part]
-        first.lerp_(gradient, 1 - BETAS[0])
-        second.lerp_(gradient * gradient, 1 - BETAS[1])
-        mean, square = first / (1 - BETAS[0] ** (step + 1)), second / (1 - BETAS[1] ** (step + 1))
-        moved = self._pixels[part] - share * LEARNING_RATE * mean / (square.sqrt() + TINY)
-        return (moved + share * SMOOTHING_SHARE * smoothing_step(moved)).clamp(0, 255)
+    def _step(self, pixels: Tensor, gradient: Tensor, share: float) -> None:
+        """Apply Adam's step to one batch, then the priors. Batches without a gradient stay as they are."""
+        for group in self._adam.param_groups:
+            group["lr"] = share * LEARNING_RATE
+        pixels.grad = gradient
+        self._adam.step()
+        pixels.grad = None
+        with torch.no_grad():
+            pixels.add_(share * SMOOTHING_SHARE * smoothing_step(pixels)).clamp_(0, 255)
 
     # -- statistics ----------------------------------------------------------------------------------------------------
 
     def _read(self, pixels: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """What the BatchNormalizations read of pixels (N, C, H, W), RGB or grey, and the class scores."""
+        """Run the network on pixels (N, C, H, W). Returns the BatchNormalizations' inputs, and the class scores."""
         (name,) = self._network.inputs
         wanted = self._names if self._scores is None else [*self._names, self._scores]
         found = self._network.run({name: normalise_pixels(pixels, self._prep)}, wanted)
         return [found[name] for name in self._names], None if self._scores is None else found[self._scores]
 
     def _output_of_scores(self) -> str | None:
-        """The first output of one number a class for each picture: floats, which have gradients."""
-        (name,), pixels = self._network.inputs, self._pixels[self._parts[0]].clone().requires_grad_()
+        """Find the first output with one float score a class for each image; None where there is none."""
+        (name,), pixels = self._network.inputs, self._batches[0]
         for output, scores in self._network.run({name: normalise_pixels(pixels, self._prep)}).items():
             if scores.ndim == 2 and scores.shape[0] == len(pixels) and scores.shape[1] > 1 and scores.requires_grad:
                 return output
         return None
 
-    def _doubt(self, scores: Tensor, part: slice) -> Tensor:
-        """Mean cross entropy of every picture with a class of its own: all classes in turn."""
+    def _doubt(self, scores: Tensor, index: int) -> Tensor:
+        """Compute the mean cross entropy of every image with a class of its own: all classes in turn."""
         count = scores.shape[1]
-        own = torch.arange(part.start, part.stop, device=self._device) * _class_stride(count) % count
+        first = index * len(self._batches[0])
+        own = torch.arange(first, first + len(scores), device=self._device) * _class_stride(count) % count
         sums = scores.detach().sum(1)
         if bool((scores.detach() >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
             return F.nll_loss(scores.clamp_min(TINY).log(), own)  # probabilities already
@@ -270,7 +280,7 @@ class ImageOptimizer:
 
     @staticmethod
     def _moments(read: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Mean and mean square of every channel, (C,) both, tensor by tensor."""
+        """Compute mean and mean square of every channel, (C,) both, for each tensor."""
         found = []
         for tensor in read:
             axes = [axis for axis in range(tensor.ndim) if axis != 1]
@@ -280,11 +290,12 @@ class ImageOptimizer:
         return found
 
     def _whole(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The same of the whole set: batches are of one size."""
+        """Average the moments over all batches, which are of one size."""
         layers = list(zip(*self._seen, strict=True))
         return tuple([torch.stack([part[which] for part in layer]).mean(0) for layer in layers] for which in (0, 1))  # type: ignore[return-value]
 
     def _distances(self, means: Sequence[Tensor], squares: Sequence[Tensor]) -> list[Tensor]:
+        """Compute the distance of each layer's statistics from the stored ones, as in the loss."""
         found = []
         for mean, square, stored, ref, floor in zip(means, squares, self._means, self._refs, self._floors, strict=True):
             std = ((square - mean * mean).clamp_min(0) + floor).sqrt()
@@ -300,9 +311,21 @@ def optimize_images(
     threads: int | None,
     reporter: Reporter,
 ) -> NDArray[np.uint8]:
-    """Pictures for the float model `source`, on the CPU, (N, H, W, C) in RGB or grey, in whole batches of its own.
+    """Synthesize images for the float model `source`, on the CPU.
 
-    fixed: the batch of the network, None where it takes any. Raises QconvError where it remembers nothing of training.
+    Args:
+        source: The float model.
+        prep: Its preprocessing.
+        fixed: The batch size of the network; None where it takes any.
+        count: Images to make.
+        threads: Of PyTorch; None for all cores.
+        reporter: Hears of progress and warnings.
+
+    Returns:
+        Images, (N, H, W, C) in RGB or grey, in whole batches.
+
+    Raises:
+        QconvError: The network has no statistics of training.
     """
     with run_deterministically(threads):
         model, _ = load.load(read_proto(source), source)
@@ -317,24 +340,24 @@ def optimize_images(
 
 
 def choose_batch_size(prep: Preprocessing) -> int:
-    """Pictures that a run of the network takes, where it takes any number."""
+    """Choose how many images a network runs at once, where it takes any number."""
     height, width = prep.size
     return max(1, min(PIXELS_PER_BATCH // (height * width), MOST_PER_BATCH))
 
 
 def _class_stride(classes: int) -> int:
-    """A step that comes to all classes in turn, far apart: neighbours are often alike."""
+    """Choose a step that comes to all classes in turn, far apart: neighbours are often alike."""
     return next(step for step in range(round(0.618 * classes), classes + 1) if math.gcd(step, classes) == 1)
 
 
 def _broadcast_channels(channels: Tensor, tensor: Tensor) -> Tensor:
-    """Numbers (C,), spread over what they are the mean of, with the axes of `tensor` (N, C, ...)."""
+    """Spread per-channel derivatives of a mean, (C,), over the values of `tensor` (N, C, ...)."""
     count = tensor.numel() / tensor.shape[1]
     return (channels / count).reshape([1, -1] + [1] * (tensor.ndim - 2))
 
 
 def normalise_pixels(pixels: Tensor, prep: Preprocessing) -> Tensor:
-    """Pixels (N, C, H, W), RGB or grey, as images.py makes them the network's input, with gradients."""
+    """Convert pixels (N, C, H, W), RGB or grey, to the network's input as data.images does, with gradients."""
     mean, std = (torch.tensor(numbers, device=pixels.device).reshape(1, -1, 1, 1) for numbers in (prep.mean, prep.std))
     ordered = pixels.flip(1) if prep.color is Color.BGR else pixels
     values = (ordered * prep.scale - mean) / std
@@ -342,7 +365,7 @@ def normalise_pixels(pixels: Tensor, prep: Preprocessing) -> Tensor:
 
 
 def smoothing_step(pixels: Tensor) -> Tensor:
-    """The mean difference of every pixel (N, C, H, W) from its four neighbours, less of those that make an edge."""
+    """Average every pixel's differences (N, C, H, W) from its four neighbours, edges weighted less."""
     wide = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
     total = torch.zeros_like(pixels)
     for down, right in ((0, 1), (2, 1), (1, 0), (1, 2)):
@@ -362,7 +385,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class SynthesizedImages:
-    """pixels: (N, H, W, 3) in RGB, or (N, H, W, 1)."""
+    """The result of a run. pixels: (N, H, W, 3) in RGB, or (N, H, W, 1)."""
 
     found: SynthesisResult
     pixels: Pixels
@@ -371,7 +394,7 @@ class SynthesizedImages:
 def synthesize(
     source: Source, out: Path, wishes: SynthesisOptions, reporter: Reporter | None = None
 ) -> SynthesizedImages:
-    """Make pictures for the float model `source`, and put them into the folder `out`.
+    """Synthesize images for the float model `source`, and write them into the folder `out`.
 
     Raises QconvError for anything the user can mend; then nothing is left behind.
     """
@@ -399,10 +422,6 @@ def synthesize(
         before = dream.look()
         dream.run(wishes.steps, lambda done, total: reporter.progress("synthesize", done, total))
         after = dream.look()
-    layers = tuple(
-        BatchNormMatch(node.name or "", reference.name, reference.mean.size, *distances)
-        for node, reference, *distances in zip(remembered.nodes, remembered.wanted, before, after, strict=True)
-    )
     found = SynthesisResult(
         model=source.name,
         digest=hashed,
@@ -416,7 +435,7 @@ def synthesize(
         ),
         piped=source.path is None,
         batch=batch,
-        layers=layers,
+        layers=remembered.match(before, after),
         loss=tuple(dream.loss),
         torch=torch.__version__,
         device=device,
@@ -431,7 +450,7 @@ def synthesize(
 
 
 def find_foreign_file(folder: Path) -> str | None:
-    """A name in a folder that is not of a set that was made here, None where all are, or none is there."""
+    """Return a name in a folder that does not belong to a set made here; None where all do, or it is absent."""
     names = set(os.listdir(folder))
     try:
         count = int(json.loads((folder / SET_FILE).read_text("utf-8"))["pictures"])
@@ -442,13 +461,13 @@ def find_foreign_file(folder: Path) -> str | None:
 
 
 def make_stems(count: int) -> list[str]:
-    """The names of so many pictures, without their ends."""
+    """Return the names of so many images, without suffixes."""
     digits = max(3, len(str(count - 1)))
     return [f"{number:0{digits}}" for number in range(count)]
 
 
 def _check_request(source: Source, out: Path) -> None:
-    """Said before the work."""
+    """Check the output folder before any work."""
     check_output_folder(out, find_foreign_file)
     for path in (source.path, *external_data_files(read_proto(source), source)):
         refuse_path_inside(out, path, "The model")
@@ -456,7 +475,7 @@ def _check_request(source: Source, out: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _InputFormat:
-    """How the network is fed. dtype: that it takes. batch: None where that is open."""
+    """The network's input. dtype: its type. batch: its batch size; None where that is open."""
 
     detected: DetectedPreprocessing
     dtype: np.dtype[Any]
@@ -464,7 +483,7 @@ class _InputFormat:
 
     @classmethod
     def of(cls, model: Model, source: Source, wishes: SynthesisOptions) -> _InputFormat:
-        """Found out on made-up pictures. Raises QconvError where that cannot be: not all inputs are pictures."""
+        """Find the preprocessing on generated images. Raises QconvError where not all inputs are images."""
         session = Session(source.runnable, name=source.name, threads=wishes.threads)
         try:
             imagined = GeneratedImageLoader.like(session, wishes.preprocessing)
@@ -500,6 +519,7 @@ def _warn_of_unmatched(found: SynthesisResult, reporter: Reporter) -> None:
 def _write_images(
     folder: Path, pixels: Pixels, prep: Preprocessing, dtype: np.dtype[Any], found: SynthesisResult
 ) -> None:
+    """Write each image as PNG and as the network's input, and the file that marks the folder."""
     for stem, picture in zip(make_stems(len(pixels)), pixels, strict=True):
         (folder / f"{stem}.png").write_bytes(images.encode_png(picture))
         values = images.cast_pixels(images.normalize_pixels(images.arrange_pixels(picture, prep), prep), dtype)

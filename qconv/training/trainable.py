@@ -3,12 +3,20 @@
     weights q = clamp(round(w / s) + z, q_min, q_max)       w = s_0 v        s = s_0 exp(u)
     bias    b = b_0 + t
 
-s_0 is the scale in the file, so that one learning rate fits all layers. Quantizers get a scale of their own, shared
-only where integers pass from one to the other. Bits are those of the recipe in the file, else of the type. Scales stay
-so large that an int32 bias fits; `fit_pairs` lets no pair of products overflow more than in the file.
+v is a weight in steps of the file, u the logarithm of how far a scale has moved, s_0 the scale in the file: one
+learning rate fits all layers, though their weights may differ a thousandfold, as those do that BatchNormalization was
+folded into.
 
-Sources: Esser et al. 2020, arXiv 1902.08153 (LSQ); Bhalgat et al. 2020, arXiv 2004.09576, for a zero that is not at
-the lowest code.
+One scale often stands for several quantizers by chance, because equal numbers are stored once. Before training each
+group of quantizers that must agree gets a scale of its own. They must agree where integers pass from one to the other:
+behind a quantizer up to its dequantizers, and across an operator that hands integers on (MaxPool, Reshape, Concat, ...)
+where both sides have the same parameters now, since only then the runtime runs it on integers.
+
+Where the file stores a bias in steps of s_x s_w, scales stay so large that it fits int32. Pairs of products may
+overflow 16 bits on some CPUs: `fit_pairs` lets none be worse than in the file, unless it fits.
+
+Sources: Esser et al. 2020, arXiv 1902.08153 (LSQ), whose gradients those of v and u are; Bhalgat et al. 2020, arXiv
+2004.09576, for a zero that is not at the lowest code.
 """
 
 from __future__ import annotations
@@ -32,24 +40,12 @@ from qconv.quantization.layer import LARGEST_BIAS_CODE
 from qconv.quantization.overflow import SMALLEST_WIDENING, worst_pair_ratio
 from qconv.training.onnx_ops import round_straight_through
 
-# What of a Q/DQ file can be learned: scales of activations, and weights with their scales and biases.
-#
-# One scale often stands for several quantizers by chance: equal numbers are stored once. Before anything is learned,
-# each group of quantizers that must agree gets a scale of its own. They must agree where codes go from one to the
-# other: behind a quantizer up to its dequantizers, and across an operator that hands codes on (MaxPool, Reshape, Concat
-# ...) where both sides have the same parameters now, since the runtime runs it on codes only then.
-#
-# The codes that a weight may take are those of its bits: as the recipe of a file by qconv says, else those of its type.
-# Of codes whose zero was moved to 0 (see params.LayerParams) the file does not say where they end: a window of 2^b
-# codes around those that there are.
-
-
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ActivationSite:
-    """Quantizers and dequantizers with one scale. scale: () or (C,)."""
+    """Quantizers and dequantizers that share one scale, of shape () or (C,)."""
 
     scale: Value
     nodes: tuple[Node, ...]
@@ -59,9 +55,13 @@ class ActivationSite:
 class WeightSite:
     """The weights of a layer, or of several that share them.
 
-    codes: (O, I/g, ...) as stored; scale: as stored. spread: the axes along which scale and codes go together, as
-    `spread_of` takes them. zero, low, high: of the codes, to be broadcast to them. bias: what the layers add, (O,): a
-    float constant, or what a dequantizer makes of codes; None where they add nothing that can be learned.
+    Attributes:
+        codes: The stored integer weights, (O, I/g, ...).
+        scale: Their scale as stored.
+        axis, block: The axis along which scales differ, and the block size; `broadcast_to_weights` takes them.
+        zero, low, high: Zero point and limits of the integers, broadcastable to them.
+        bias: What the layers add, (O,): a float constant or the output of a dequantizer; None where nothing can be
+        learned. input_scale: The scale of the integers that the layer reads; None where it reads floats.
     """
 
     nodes: tuple[Node, ...]
@@ -79,16 +79,21 @@ class WeightSite:
 
 @dataclass(frozen=True, slots=True)
 class LearnableSites:
-    """All that can be learned of a model."""
+    """All parameters of a model that can be learned."""
 
     activations: tuple[ActivationSite, ...]
     weights: tuple[WeightSite, ...]
 
 
 def find_sites(model: Model, recipe: Recipe | None) -> LearnableSites:
-    """Prepare a quantized model for learning, and say what can be learned. recipe: of a file by qconv.
+    """Prepare a quantized model for learning; it computes what it did. Returns what can be learned.
 
-    The model computes what it did. Raises QconvError where there are no quantizers.
+    Args:
+        model: The quantized model, changed in place: groups of quantizers get a scale of their own.
+        recipe: Of a file by qconv, which says how many bits weights have; else their type does.
+
+    Raises:
+        QconvError: The model has no quantizers.
     """
     activations = tuple(_separate_scales(model))
     weights = tuple(_find_weight_sites(model, recipe))
@@ -125,7 +130,7 @@ def _is_computed(value: Value | None) -> bool:
 
 
 def _find_bound_quantizers(model: Model, node: Node) -> Iterator[Node]:
-    """Quantizers and dequantizers that what a node writes reaches without being computed with."""
+    """Find the quantizers and dequantizers that a node's output reaches without being computed with."""
     queue = list(node.outputs)
     on_codes = node.op_type == "QuantizeLinear"
     while queue:
@@ -147,7 +152,7 @@ def _is_same_quantization(one: Node, other: Node) -> bool:
 
 
 def _make_own_scale(model: Model, nodes: tuple[Node, ...], index: int) -> Value:
-    """The scale (input `index`) that these nodes alone read; a copy where others read it as well."""
+    """Return the scale (input `index`) that these nodes alone read; a copy where others read it as well."""
     value = nodes[0].inputs[index]
     assert value is not None
     readers = {reader for node in nodes if (v := node.inputs[index]) is not None for reader in model.readers(v)}
@@ -193,7 +198,7 @@ def _find_weight_sites(model: Model, recipe: Recipe | None) -> Iterator[WeightSi
 
 
 def _find_scaling_node(model: Model, cast: Node) -> Node:
-    """Cast [-> Sub zero] -> Mul scale."""
+    """Find the Mul by the scale in Cast [-> Sub zero] -> Mul scale."""
     node: Node | None = cast
     while node is not None and node.op_type != "Mul":
         node = model.sole_reader(node.outputs[0])
@@ -208,7 +213,7 @@ def _find_scale_axes(stored: StoredWeights, reader: Node, codes: NDArray[Any]) -
 
 
 def broadcast_to_weights(numbers: NDArray[Any], shape: tuple[int, ...], axis: int, block: int) -> NDArray[Any]:
-    """A scale or zero point with an axis for every axis of codes of this shape, to be broadcast to them."""
+    """Give a scale or zero point an axis for every axis of integers of this shape, so that it broadcasts to them."""
     if numbers.size == 1:
         return numbers.reshape((1,) * len(shape))
     if block:
@@ -219,7 +224,11 @@ def broadcast_to_weights(numbers: NDArray[Any], shape: tuple[int, ...], axis: in
 def _find_code_limits(
     codes: Ints, zero: Ints, stored: StoredWeights, bits: int, recipe: Recipe | None
 ) -> tuple[Ints, Ints]:
-    """The least and the largest code that each weight may take, to be broadcast to the codes."""
+    """Find the least and the largest integer that each weight may take, broadcastable to the stored integers.
+
+    They are those of its bits: by the recipe of a file by qconv, else by the type. Where the zero point was moved to 0
+    the file does not say where the range ends: then it is a window of 2^b values around those that there are.
+    """
     signed = not stored.type.startswith("u")
     whole = int(DataType.__members__[stored.type.upper()].bitwidth)
     container = (-(1 << (whole - 1)), (1 << (whole - 1)) - 1) if signed else (0, (1 << whole) - 1)
@@ -243,13 +252,13 @@ def _find_code_limits(
 
 
 def _largest_code_of_bits(rows: Ints) -> Ints:
-    """The largest code of the bits that each row takes. rows: distances from zero."""
+    """Return the largest integer of the bits that each row takes. rows: distances from zero."""
     most = np.maximum(rows.max(axis=1), 1)
     return np.array([(1 << int(reach).bit_length()) - 1 for reach in most])
 
 
 def _reduce_by_scale(codes: Ints, stored: StoredWeights, what: Callable[[Ints], Ints]) -> Ints:
-    """What is found of the codes of each scale, to be broadcast to the codes; blocks count together."""
+    """Reduce the integers of each scale by `what`, broadcastable to the integers; blocks count together."""
     if stored.scale is None or stored.scale.size == 1 or stored.block:
         return what(codes.reshape(1, -1)).reshape((1,) * codes.ndim)
     rows = np.moveaxis(codes, stored.axis, 0).reshape(codes.shape[stored.axis], -1)
@@ -257,7 +266,7 @@ def _reduce_by_scale(codes: Ints, stored: StoredWeights, what: Callable[[Ints], 
 
 
 def _find_bias(model: Model, nodes: tuple[Node, ...]) -> Value | None:
-    """What one layer adds, if it can be learned."""
+    """Find what the layers of these nodes add; None where they differ or it cannot be learned."""
     value = input_of(nodes[0], 2)
     if len(nodes) > 1 or value is None or nodes[0].op_type == "MatMul" or len(value.uses()) > 1:
         return None
@@ -271,38 +280,21 @@ def _find_bias(model: Model, nodes: tuple[Node, ...]) -> Value | None:
 
 
 def _find_input_scale(node: Node) -> Value | None:
-    """The scale of the codes that a layer reads; None where it reads floats."""
+    """Find the scale of the integers that a layer reads; None where it reads floats."""
     value = node.inputs[0]
     before = None if value is None else value.producer()
     return before.inputs[1] if before is not None and before.op_type == "DequantizeLinear" else None
 
 
-# Weights, scales and biases of a Q/DQ file as PyTorch learns them, and back into the file.
-#
-#     codes   q = clamp(round(w / s) + z, q_min, q_max)       w = s_0 v        s = s_0 exp(u)
-#     bias    b = b_0 + t
-#
-# v is a weight in codes of the file, u the logarithm of how far a scale has moved, s_0 the scale in the file: one
-# learning rate means the same to layers whose weights differ a thousandfold, as those do that BatchNormalization was
-# folded into, and to layers of other bits. Gradients of v and u are those of LSQ (see torchmath.py).
-#
-# Where the file stores a bias in steps of s_x s_w, scales stay so large that it fits (see weights.py). Pairs of
-# products may overflow 16 bits on some CPUs (see saturation.py): `fit_pairs` lets none be worse than in the file,
-# unless it fits.
-#
-# Sources: Esser et al. 2020, arXiv 1902.08153 (LSQ); Bhalgat et al. 2020, arXiv 2004.09576, for activations whose zero
-# is not at the lowest code.
-
-
 LARGEST_LOG_SCALE = float(np.log(8.0))
-"""So far may a scale move from that in the file."""
+"""Largest move of a scale from that in the file, as a logarithm."""
 
 TYPICAL_CODE = 16
-"""Of what a layer reads: a bias is learned in steps of what the largest weight makes of it."""
+"""Typical integer input of a layer: a bias is learned in units of the largest weight times it."""
 
 
 class _LearnedWeights:
-    """Those of one site. v: (O, I/g, ...); u: as the scale; t: (O,), None where no bias is learned."""
+    """The parameters of one site. v: (O, I/g, ...); u: as the scale; t: (O,), None where no bias is learned."""
 
     def __init__(self, site: WeightSite, device: torch.device) -> None:
         codes, scale = _read_numbers(site.codes), _read_numbers(site.scale).astype(np.float32)
@@ -322,11 +314,13 @@ class _LearnedWeights:
             self.t = torch.zeros_like(self.bias_in_file)
 
     def bias(self) -> Tensor | None:
-        """(O,)"""
+        """Return the current bias, (O,)."""
         return None if self.t is None else self.bias_in_file + self.t * self.unit
 
     def scale(self, read: Tensor | None) -> Tensor:
-        """As it is stored. read: the scale of what the layer reads, None where no bias is stored in steps of both."""
+        """Return the current scale as it is stored. read: the input's scale, None where no bias is stored in steps of
+        both.
+        """
         scale, bias = self.scale_in_file * torch.exp(self.u), self.bias()
         if bias is None or read is None or find_stored_bias(self.site) is None:
             return scale
@@ -334,7 +328,7 @@ class _LearnedWeights:
         return torch.maximum(scale, least.reshape(scale.shape) if scale.numel() == least.numel() else least.max())
 
     def stored_bias(self, bias: Tensor, scale: Tensor, read: Tensor | None) -> dict[str, Tensor]:
-        """A bias as the file has it, by the names of its parts: a float constant, or codes and their steps."""
+        """Return the parts of a bias as the file stores it, by name: a float constant, or integers and their step."""
         parts = find_stored_bias(self.site)
         if parts is None:
             return {_name_of(self.site.bias): bias}
@@ -343,7 +337,9 @@ class _LearnedWeights:
         return {_name_of(parts[0]): round_straight_through(bias / steps), _name_of(parts[1]): steps}
 
     def fit_pairs(self) -> None:
-        """Widen scales until no output has a pair of products that is worse than its worst one in the file, or fits."""
+        """Widen scales until no output has a worse pair of products than its worst in the file, unless it fits 16
+        bits.
+        """
         axis = find_pairs_axis(self.site)
         if axis is None:
             return
@@ -358,7 +354,7 @@ class _LearnedWeights:
             self.u += torch.from_numpy(np.log(np.asarray(step, np.float32))).to(self.u.device)
 
     def codes(self) -> Tensor:
-        """As they are stored, but floats."""
+        """Return the current weights as stored integers, in floats."""
         site, move, axes = self.site, torch.exp(-self.u), self.v.ndim
         if move.numel() == 1:
             move = move.reshape([1] * axes)
@@ -370,7 +366,7 @@ class _LearnedWeights:
 
 
 class LearnedParameters:
-    """All that is learned of a model. kinds: what has a learning rate of its own, and its tensors by name."""
+    """All learned parameters of a model. kinds: tensors by name, for each kind with a learning rate of its own."""
 
     def __init__(self, sites: LearnableSites, device: str = "cpu") -> None:
         place = torch.device(device)
@@ -388,12 +384,16 @@ class LearnedParameters:
 
     @property
     def tensors(self) -> Iterator[Tensor]:
-        """Everything that is learned."""
+        """Return all learned tensors."""
         for tensors in self.kinds.values():
             yield from tensors.values()
 
     def given(self, used: Container[str] | None = None) -> dict[str, Tensor]:
-        """What stands for the file's constants in `Network.run`, by name. used: names to do without all others."""
+        """Return the values that stand for the file's constants in `TorchNetwork.run`, by name.
+
+        Args:
+            used: Names to compute; None for all.
+        """
         found = {_name_of(v): self._scale(v) for v in self._scales if used is None or _name_of(v) in used}
         for weights in self._weights:
             if used is not None and _name_of(weights.site.codes) not in used:
@@ -407,13 +407,13 @@ class LearnedParameters:
         return found
 
     def hold(self) -> None:
-        """Bring scales back that have moved too far."""
+        """Bring back scales that have moved further than LARGEST_LOG_SCALE."""
         with torch.no_grad():
             for tensor in (*self._moves.values(), *(weights.u for weights in self._weights)):
                 tensor.clamp_(-LARGEST_LOG_SCALE, LARGEST_LOG_SCALE)
 
     def fit_pairs(self) -> None:
-        """Widen scales until no layer has a worse pair of products than in the file; for each state that is kept."""
+        """Widen scales until no layer has a worse pair of products than in the file, for each state that is kept."""
         with torch.no_grad():
             for weights in self._weights:
                 weights.fit_pairs()
@@ -427,7 +427,7 @@ class LearnedParameters:
     # -- back into the file ----------------------------------------------------------------------------------------
 
     def write(self, model: Model) -> None:
-        """Put the numbers of now into the model, which is the one that `sites` are of."""
+        """Write the current values into the model, the one that the sites are of."""
         with torch.no_grad():
             given = {name: tensor.cpu().numpy() for name, tensor in self.given().items()}
         for value in self._scales:
@@ -443,7 +443,7 @@ class LearnedParameters:
     # -- what is kept --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, NDArray[np.float32]]:
-        """All that was learned, by kinds and names."""
+        """Return all learned values, by kind and name."""
         return {
             f"{kind}/{name}": tensor.detach().cpu().numpy().copy()
             for kind, tensors in self.kinds.items()
@@ -451,7 +451,7 @@ class LearnedParameters:
         }
 
     def restore(self, state: Mapping[str, NDArray[np.float32]]) -> None:
-        """What `state` gave."""
+        """Restore what `state` gave."""
         with torch.no_grad():
             for kind, tensors in self.kinds.items():
                 for name, tensor in tensors.items():
@@ -459,7 +459,7 @@ class LearnedParameters:
 
 
 def find_stored_bias(site: WeightSite) -> tuple[Value, Value] | None:
-    """Codes and steps of a bias that is stored so."""
+    """Find the integers and the step of a bias that is stored as integers; None for a float bias."""
     node = None if site.bias is None else site.bias.producer()
     if node is None:
         return None
@@ -470,7 +470,7 @@ def find_stored_bias(site: WeightSite) -> tuple[Value, Value] | None:
 
 
 def find_pairs_axis(site: WeightSite) -> int | None:
-    """Where the outputs lie, for 8-bit weights whose products a kernel may add in pairs; None for others."""
+    """Find the axis of outputs of 8-bit weights whose products a kernel may add in pairs; None for others."""
     node, codes = site.nodes[0], _read_numbers(site.codes)
     if site.bits != 8 or codes.dtype != np.int8 or site.block or site.input_scale is None or site.zero.any():
         return None
@@ -483,7 +483,7 @@ def find_pairs_axis(site: WeightSite) -> int | None:
 
 
 def read_bias(value: Value) -> NDArray[np.float32]:
-    """What a layer adds, as it is stored."""
+    """Read a bias as float values, (O,), however it is stored."""
     node = value.producer()
     if node is None:
         return _read_numbers(value).astype(np.float32)

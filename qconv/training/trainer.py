@@ -1,10 +1,13 @@
-"""The trainer learns the weights, scales and biases of a quantized network, and can be resumed from a checkpoint.
+"""This module trains the weights, scales and biases of a quantized network, and resumes from a checkpoint.
 
-Adam (Kingma and Ba 2015) has a learning rate for each kind of parameter, with a warm-up and a half cosine. Long
-gradients are shortened. All randomness follows from the seed and the step, so that a resumed run is the same run.
-After each round the network is validated on held-out images, and the best state is kept: the nearest of those right
-no less often than at first. Patience begins in the second half. A run that diverges goes back to the best state with
-lower rates.
+Adam (Kingma and Ba 2015) has a learning rate for each kind of parameter, with a warm-up and a half cosine. Gradients
+that are much longer than usual are shortened. All randomness follows from the seed and the step, so that a resumed run
+is the same run.
+
+After each round the network is validated on held-out images, and the best state is kept: the nearest of those that are
+right no less often than at first. While rates are high integer weights go to and fro, and the network is often worse
+than it was: what was learned shows as rates fall, so that patience begins in the second half. A run that diverges goes
+back to the best state with lower rates.
 """
 
 from __future__ import annotations
@@ -27,18 +30,6 @@ from qconv.reporter import Reporter
 from qconv.results.training import HistoryRow, ValidationScore
 from qconv.training.distillation import Distillation
 
-# Quantization-aware training: the quantized network itself is run, and its weights, scales and biases are learned.
-#
-# Adam (Kingma and Ba 2015) with a rate of its own for each kind of what is learned, which rises over the first steps
-# and falls along a half cosine. Gradients that are much longer than usual are shortened. Everything that is drawn
-# follows from the seed and the number of the step, so that a run that was stopped goes on as if it never had been.
-#
-# After each round the network is looked at on pictures that it does not learn from. The best state is kept: the nearest
-# of those that are right no less often than the network was at first. While rates are high codes go to and fro, and the
-# network is often worse than it was: what was learned shows as rates fall, so that patience begins in the second half.
-# Only where it runs away training goes back to the best state, with lower rates.
-
-
 State = dict[str, NDArray[Any]]
 
 BETAS = (0.9, 0.99)
@@ -47,16 +38,16 @@ WARM_UP = 0.05
 """Share of all steps in which rates rise."""
 
 USUAL_LENGTH_DECAY, LONGEST_GRADIENT = 0.95, 3.0
-"""Gradients are shortened to LONGEST times their usual length, a running mean that keeps so much of itself."""
+"""Gradients are clipped to LONGEST_GRADIENT times their usual length, a running mean with this decay."""
 
 MOST_ROUND_STEPS = 250
-"""Most steps between two looks at the pictures held back."""
+"""Most steps between two validations."""
 
 FIRST_SHARE, PATIENCE_SHARE = 1 / 2, 1 / 4
-"""Shares of all steps before which none is given up, and without anything better after which it is."""
+"""Share of all steps in which no run is given up, and share without improvement after which it is."""
 
 DIVERGED_FACTOR, RATE_CUT, MOST_RATE_CUTS = 4.0, 1 / 3, 3
-"""Times the first distance from which on rates are multiplied by CUT, and how often that is done."""
+"""Multiple of the first distance at which rates are multiplied by RATE_CUT, and how often that is done."""
 
 SHORT_EPOCH = 32
 """Steps below which several epochs make a round."""
@@ -64,7 +55,15 @@ SHORT_EPOCH = 32
 
 @dataclass(frozen=True, slots=True)
 class TrainingSchedule:
-    """rates: of the kinds in `Learned.kinds`. batch: pictures a step. augment: mirrored and moved at random."""
+    """The schedule of a run.
+
+    Attributes:
+        epochs: Passes over the images.
+        batch: Images a step.
+        rates: Learning rates of the kinds in `LearnedParameters.kinds`.
+        augment: Whether images are mirrored and shifted at random.
+        seed: Of all draws.
+    """
 
     epochs: int
     batch: int
@@ -74,7 +73,7 @@ class TrainingSchedule:
 
 
 class Trainer:
-    """One run of training, which can be taken up where it was left."""
+    """One training run, which can be resumed from its state."""
 
     def __init__(self, lesson: Distillation, schedule: TrainingSchedule) -> None:
         self.lesson, self.schedule = lesson, schedule
@@ -94,12 +93,12 @@ class Trainer:
 
     @property
     def ended_early(self) -> bool:
-        """Whether nothing better came for so long that it is given up."""
+        """Whether nothing better came for so long that the run is given up."""
         since = max(self.best_step, FIRST_SHARE * self.steps)
         return self.cuts > MOST_RATE_CUTS or self.step - since >= PATIENCE_SHARE * self.steps
 
     def run(self, progress: Callable[[int, int], None], keep: Callable[[], None]) -> None:
-        """To the end of the schedule, or until it is given up. keep: called after each round."""
+        """Train to the end of the schedule, or until the run is given up. keep: called after each round."""
         while self.step < self.steps and not self.ended_early:
             start, losses = time.perf_counter(), []
             end = next(end for end in self.ends if end > self.step)
@@ -117,7 +116,7 @@ class Trainer:
             keep()
 
     def _weigh(self, mark: ValidationScore) -> None:
-        """Keep the state of now, or go back to the best one."""
+        """Keep the current state if it is the best, or go back to the best one where training diverged."""
         if mark.is_better(self.best_mark, self.first_mark):
             self.best, self.best_mark, self.best_step = self.lesson.learned.state(), mark, self.step
         elif not mark.distance < self._farthest:
@@ -127,7 +126,7 @@ class Trainer:
 
     @property
     def _farthest(self) -> float:
-        """The distance from which on it runs away; labels may lead far from the float network."""
+        """The distance from which on training diverges; labels may lead far from the float network."""
         return DIVERGED_FACTOR * self.first_mark.distance if self.lesson.labels is None else math.inf
 
     def _learn(self) -> float:
@@ -167,7 +166,7 @@ class Trainer:
     # -- what is kept --------------------------------------------------------------------------------------------------
 
     def state(self) -> State:
-        """All that a later run needs to go on."""
+        """Return all that a later run needs to resume, as arrays by name."""
         found: State = {f"now/{name}": array for name, array in self.lesson.learned.state().items()}
         found |= {f"best/{name}": array for name, array in self.best.items()}
         for index, tensor in enumerate(self.lesson.learned.tensors):
@@ -182,7 +181,7 @@ class Trainer:
         return found
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """What `state` gave. Raises ValueError or KeyError for anything else, and then changes nothing."""
+        """Resume from what `state` gave. Raises ValueError or KeyError for anything else, and then changes nothing."""
 
         def below(prefix: str) -> State:
             return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
@@ -227,22 +226,19 @@ def _decode_round(row: NDArray[np.float64]) -> HistoryRow:
     return HistoryRow(int(row[0]), float(row[1]), float(row[2]), _decode_score(row[3:5]), float(row[5]))
 
 
-# The state of a training run in a file beside its output, from which the same command goes on.
-
-
 SAVE_EVERY_SECONDS = 20.0
-"""Seconds between two states that are written, at least."""
+"""Least seconds between two checkpoints."""
 
 
 class TrainingCheckpoint:
-    """The state of a run in a file beside the output."""
+    """The checkpoint of a run, a file beside its output, from which the same command resumes."""
 
     def __init__(self, out: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = out.with_name(f".{out.name}.training"), fingerprint
         self._last = time.perf_counter()
 
     def read_into(self, trainer: Trainer, reporter: Reporter) -> int:
-        """Go on where a run of the same options was left. Returns its step, 0 where there is none."""
+        """Resume a run of the same options. Returns its step, 0 where there is no checkpoint of it."""
         if not self.path.exists():
             return 0
         try:
@@ -258,7 +254,7 @@ class TrainingCheckpoint:
         return trainer.step
 
     def write(self, trainer: Trainer, *, now: bool = False) -> None:
-        """Unless the last one is young."""
+        """Write the checkpoint, unless the last one is younger than SAVE_EVERY_SECONDS."""
         if now or time.perf_counter() - self._last >= SAVE_EVERY_SECONDS:
             content = io.BytesIO()
             np.savez(content, fingerprint=np.array(self.fingerprint), **trainer.state())  # type: ignore[arg-type]
@@ -266,5 +262,5 @@ class TrainingCheckpoint:
             self._last = time.perf_counter()
 
     def forget(self) -> None:
-        """The result is written."""
+        """Delete the checkpoint once the result is written."""
         self.path.unlink(missing_ok=True)

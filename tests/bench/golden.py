@@ -23,8 +23,6 @@ from typing import Any
 MEASURED = ("time", "us", "peak_rss_mb", "slowdown", "slowdown_range", "speed")
 """Keys of the report that no two runs share."""
 QUANTIZE = ("--preprocess", "imagenet", "--resize", "exact")
-DRAW = ("--calib", "imgs", "--seed", "3")
-"""Without images neither goes."""
 RECIPES: dict[str, tuple[str, ...]] = {
     "w8a8-fast": ("--effort", "fast"),
     "w8a8": (),
@@ -72,7 +70,7 @@ def made_by(tree: Path, options: tuple[str, ...], place: Path) -> tuple[str, str
     """Hash of the file and the report, without what is measured, that the code in `tree` makes of `options`."""
     out = place / "out.onnx"
     out.unlink(missing_ok=True)
-    calib = () if "--calib" in options else DRAW
+    calib = () if "--calib" in options else ("--calib", "imgs", "--seed", "3")
     done = subprocess.run(
         [sys.executable, "-m", "qconv", "quantize", "model.onnx", *calib, *QUANTIZE, *options]
         + ["-o", out.name, "--json", "--quiet", "--threads", "1"],
@@ -83,7 +81,7 @@ def made_by(tree: Path, options: tuple[str, ...], place: Path) -> tuple[str, str
         check=False,
     )
     if done.returncode:
-        return done.stderr, json.dumps({"error": done.stderr})
+        sys.exit(f"{tree} makes nothing of {' '.join(options)}: {done.stderr}")
     report = without_measured(json.loads(done.stdout))
     return hashlib.sha256(out.read_bytes()).hexdigest(), json.dumps(report, sort_keys=True)
 

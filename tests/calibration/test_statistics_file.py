@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -166,6 +168,38 @@ def test_shards_of_different_kinds_do_not_add_up(place: Path) -> None:
 
 def damaged(data: bytes) -> list[bytes]:
     return [b"", b"PK", data[: len(data) // 2], data[:100] + b"\xff" * 50 + data[150:], b"x" * 1000]
+
+
+def bomb() -> bytes:
+    """A header as it should be, and 64 MB of zeros in 64 kB."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("header.json", json.dumps({"schema": statistics_file.SCHEMA, "tensors": ["x"]}))
+        with archive.open("0/lows.npy", "w", force_zip64=True) as file:
+            file.write(bytes(1 << 26))
+    return buffer.getvalue()
+
+
+def test_statistics_are_not_unpacked_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics_file, "MOST_UNPACKED_BYTES", 1 << 25)
+    data = bomb()
+    tracemalloc.start()
+    try:
+        with pytest.raises(QconvError, match=r"s.npz unpacks to 67.11 MB, more than the 33.55 MB"):
+            statistics_file.parse_statistics(data, "s.npz")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_want_of_memory_is_not_called_damage(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise MemoryError
+
+    run(place, save_stats=str(place / "s.npz"))
+    monkeypatch.setattr(statistics_file, "_read_sketch", full)
+    with pytest.raises(QconvError, match="more memory than there is"):
+        statistics_file.read_statistics(place / "s.npz")
 
 
 def test_what_is_no_statistics_is_refused(place: Path) -> None:

@@ -23,8 +23,8 @@ from qconv.planning.eligibility import NO_16_BIT_KERNEL
 from qconv.planning.planner import KEPT_FLOAT_BY_LAYER_BITS
 from qconv.reporter import Reporter
 from tests.planning.test_plan import Planned
-from tests.quantization.test_emit import NET, quantized
 from tests.support.models import network
+from tests.support.quantized import NET, quantized
 from tests.test_pipeline import deep
 from tests.test_pipeline import quantized as whole
 

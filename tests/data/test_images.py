@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import struct
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
@@ -23,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qconv import storage
 from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
 from qconv.data import images
 from qconv.data.dataset import PICTURE_SUFFIXES, Listing, find_files
@@ -953,6 +956,46 @@ def test_a_sample_that_does_not_fit_is_an_error_at_once(tmp_path, array, given, 
         run(listing(*sorted(tmp_path.iterdir())), given, prep=None)
     assert fact in caught.value.message
     assert caught.value.hint
+    assert not isinstance(caught.value, UnreadableImage)
+
+
+def lying_header(*, zipped):
+    """An array of a terabyte by its header, and sixteen bytes of it."""
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "<f4", "fortran_order": False, "shape": (1 << 38,)})
+    content.write(bytes(16))
+    if not zipped:
+        return content.getvalue()
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("x.npy", content.getvalue())
+    return archive.getvalue()
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_sample_whose_header_lies_takes_no_memory(tmp_path, zipped):
+    path = tmp_path / ("s.npz" if zipped else "s.npy")
+    path.write_bytes(lying_header(zipped=zipped))
+    with pytest.raises(QconvError, match=r"cannot be decoded.*which are not there"):
+        run(listing(path), spec(None, 4), prep=None)
+
+
+def test_a_sample_is_not_unpacked_without_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MOST_SAMPLE_BYTES", 1 << 19)
+    np.savez_compressed(tmp_path / "s.npz", x=np.zeros(1 << 18, np.float32))
+    assert (tmp_path / "s.npz").stat().st_size < 1 << 12
+    with pytest.raises(QconvError, match=r"unpacks to 1\.05 MB, more than the 524\.3 kB"):
+        run(listing(tmp_path / "s.npz"), spec(None, 4), prep=None)
+
+
+def test_want_of_memory_is_not_a_broken_sample(tmp_path, monkeypatch):
+    def full(*args):
+        raise MemoryError
+
+    np.savez(tmp_path / "s.npz", x=np.zeros(4, np.float32))
+    monkeypatch.setattr(storage, "read_member", full)
+    with pytest.raises(QconvError, match="more memory than there is") as caught:
+        run(listing(tmp_path / "s.npz"), spec(None, 4), prep=None)
     assert not isinstance(caught.value, UnreadableImage)
 
 

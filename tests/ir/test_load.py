@@ -183,6 +183,19 @@ def test_constant_nodes_and_what_is_computed_from_them_become_initializers(tmp_p
     assert set(model.graph.initializers) == {"w1", "b", "two"}
 
 
+def test_odd_constants_are_constants(tmp_path: Path) -> None:
+    """An attribute of another type than its name says, one that nobody knows beside it, an output without a name."""
+    nodes = [
+        helper.make_node("Constant", [], ["two"], value_float=2, odd="?"),
+        helper.make_node("Constant", [], [""], value_float=1.0),
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("Mul", ["c", "two"], ["y"]),
+    ]
+    model = reload(model_of(nodes, tensor("w", WEIGHT)), tmp_path)
+    assert ops(model) == ["Conv", "Mul"]
+    assert model.graph.initializers["two"].const_value.numpy() == 2
+
+
 def test_constants_that_the_model_returns_stay(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Constant", [], ["k"], value_floats=[1.0, 2.0]),
@@ -332,7 +345,9 @@ def test_bodies_of_if_read_what_they_read_before(tmp_path: Path, dtype: int, fla
         outputs=[info("y", dtype, OUT_SHAPE)],
     )
     x = np.random.default_rng(0).integers(-3, 4, SHAPE).astype(numpy_type)  # exact in float16, too
-    same(proto, tmp_path, {"x": x, "flag": np.asarray(flag)})
+    model = same(proto, tmp_path, {"x": x, "flag": np.asarray(flag)})
+    (choice,) = [node for node in model.graph if node.op_type == "If"]
+    assert [node.op_type for node in choice.attributes["then_branch"].as_graph()] == ["Constant", "Mul", "Add"]
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=["float32", "float16"])

@@ -26,8 +26,8 @@ from qconv.quantizer import PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.runtime.session import Session
 from tests.config.test_serialization import asked
 from tests.planning.test_plan import Planned
-from tests.quantization.test_emit import quantized, sqnr
 from tests.support.models import network
+from tests.support.quantized import quantized, sqnr
 
 FOUR = QuantSpec(4, True, True, PerChannel(0))
 

@@ -28,8 +28,9 @@ from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
 from qconv.report import html, pages
+from qconv.report.contact_sheet import NO_PICTURES, make_contact_sheet, undo_preprocessing
 from qconv.report.html import Page, PagePicture, Tile
-from qconv.report.pages import NO_PICTURES, make_contact_sheet, undo_preprocessing
+from qconv.report.study_chart import make_study_page
 from qconv.reporter import Reporter
 from qconv.results.comparison import (
     Cause,
@@ -42,6 +43,7 @@ from qconv.results.comparison import (
     ValueStatistics,
 )
 from qconv.results.quantize import Audit, FloatNode, LayerTime, OutputScore, Verification
+from qconv.results.sample_curve import CurvePoint, SampleCurve
 from qconv.runtime.session import Session
 from tests.support.browser import MISSING, Browser, browser
 
@@ -439,7 +441,7 @@ def test_layers_that_cannot_be_compared_are_told_of(tmp_path: Path, monkeypatch:
     def refuse(*arguments: object) -> None:
         raise QconvError("No layer of it is known.")
 
-    monkeypatch.setattr(pages, "on_pictures", refuse)
+    monkeypatch.setattr(pages, "compare_on_images", refuse)
     page = tmp_path / "report.html"
     assert command("quantize", CIFAR, *QUICK, "-o", tmp_path / "a.onnx", "--report", page).exception is None
     assert "could not be compared: No layer of it is known." in Tree(page.read_text("utf-8")).visible
@@ -576,4 +578,17 @@ def test_recipes_can_be_looked_at_from_four_sides(chromium: Browser, drawn: Path
                 "s.dispatchEvent(new Event('change'))"
             )
         until(chromium, f"document.getElementById('sweep-chart').textContent.includes('{titles}')")
+    assert chromium.complaints() == []
+
+
+def test_every_draw_of_a_study_is_a_dot(chromium: Browser, tmp_path: Path) -> None:
+    points = [CurvePoint(count, seed, 20.0 + count, 0.5) for count in (1, 2, 4) for seed in (0, 1)]
+    curve = SampleCurve("1", "m.onnx", {"calibrator": "mse"}, None, points, 2, 4, (), {1: 0.1, 2: 0.2, 4: 0.3})
+    page = tmp_path / "study.html"
+    page.write_bytes(html.render_page(make_study_page(curve, "")))
+    chromium.open(page, 390)
+    for key in ("sqnr", "agreement"):
+        until(chromium, f"document.querySelectorAll('#study-{key}-chart .points .point').length === {len(points)}")
+        ticks = f"[...document.querySelectorAll('#study-{key}-chart .xtick')].map(t => t.textContent).join()"
+        assert chromium.run(f"return {ticks}") == "1,2,4"
     assert chromium.complaints() == []

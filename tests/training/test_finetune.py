@@ -161,7 +161,7 @@ def test_what_is_trained_is_what_is_written(place: Path, tmp_path: Path) -> None
     """After any step: the network with what is learned says, to a rounding of floats, what the written file says."""
     path = place / "net.w3a3.onnx"
     model = load.load_unchanged(read_proto(source(path)), source(path))
-    learned = LearnedParameters(find_sites(model, recipe_from_dict(read_recipe(model))))
+    learned = LearnedParameters(find_sites(model, recipe_from_dict(read_recipe(model.inner.metadata_props))))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in learned.tensors:
@@ -182,7 +182,7 @@ def test_nothing_learned_writes_the_same_numbers(place: Path) -> None:
     path = place / "net.w3a3.onnx"
     model = load.load_unchanged(read_proto(source(path)), source(path))
     before = {name: v.const_value.numpy().copy() for name, v in model.graph.initializers.items()}
-    LearnedParameters(find_sites(model, recipe_from_dict(read_recipe(model)))).write(model)
+    LearnedParameters(find_sites(model, recipe_from_dict(read_recipe(model.inner.metadata_props)))).write(model)
     after = {name: v.const_value.numpy() for name, v in model.graph.initializers.items()}
     for name, array in before.items():
         np.testing.assert_array_equal(after[name], array, err_msg=name)
@@ -193,7 +193,7 @@ def test_no_pair_of_products_gets_worse(place: Path, tmp_path: Path) -> None:
     path = tmp_path / "w8a8.onnx"
     quantize(str(place / "net.onnx"), path, *few(place, weight_bits=8, activation_bits=8, saturation_safe=True))
     model = load.load_unchanged(read_proto(source(path)), source(path))
-    sites = find_sites(model, recipe_from_dict(read_recipe(model)))
+    sites = find_sites(model, recipe_from_dict(read_recipe(model.inner.metadata_props)))
     learned = LearnedParameters(sites)
     with torch.no_grad():
         for tensor in learned.kinds["weights"].values():

@@ -226,10 +226,8 @@ def test_pixels_move_along_the_gradient_of_the_distance(
     dream, network = ImageOptimizer(TorchNetwork(model), prep, wanted, pixels, batch), TorchNetwork(model)
     dream.look()
     taken: list[torch.Tensor] = []
-    monkeypatch.setattr(
-        dream, "_stepped", lambda part, gradient, step, share: taken.append(gradient) or dream._pixels[part]
-    )
-    dream._move(0, 0, 1.0)
+    monkeypatch.setattr(dream, "_step", lambda pixels, gradient, share: taken.append(gradient))
+    dream._move(0, 1.0)
 
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().requires_grad_()
     still = torch.cat([x[:batch], x[batch:].detach()])

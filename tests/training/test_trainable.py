@@ -9,6 +9,10 @@ import onnxruntime as ort
 import pytest
 from PIL import Image
 
+from tests.support.models import network
+
+pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
+
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import make_request
 from qconv.config.serialization import recipe_from_dict
@@ -20,7 +24,6 @@ from qconv.ir.model import Model
 from qconv.ir.stored_weights import constant_numbers
 from qconv.pipeline.quantize import quantize
 from qconv.training.trainable import LearnableSites, find_sites
-from tests.support.models import network
 
 BODY = (
     "a = Conv(x, w)  b = Clip(a, low, high)  c = Conv(b, v)  d = Clip(c, low, high)"
@@ -46,7 +49,7 @@ def sites(place: Path, **more: object) -> tuple[Model, LearnableSites]:
     quantize(str(place / "net.onnx"), place / "q.onnx", *make_request({**feed, **fast}))
     source = Source(str(place / "q.onnx"), place / "q.onnx")
     model = load.load_unchanged(read_proto(source), source)
-    return model, find_sites(model, recipe_from_dict(read_recipe(model)))
+    return model, find_sites(model, recipe_from_dict(read_recipe(model.inner.metadata_props)))
 
 
 def run(data: bytes, x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,71 @@
+"""`qconv evaluate`: alone and against another model, predictions, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli import Qconv, assert_error, listing
+
+
+def test_evaluate_alone_and_against(call: Qconv, tiny: Path, calib: Path, twenty: Path) -> None:
+    out = tiny.parent / "q.onnx"
+    assert call("quantize", tiny, "--calib", calib, "--preprocess", "unit", "-o", out, "--quiet").status == 0
+    alone = call("evaluate", out, "--images", twenty).out.decode()
+    assert "20 pictures, labels by the folders in alphabetical order" in " ".join(alone.split())
+    assert max(map(len, alone.replace(str(tiny.parent), "").splitlines())) <= 80
+    found = call("evaluate", out, "--images", twenty, "--against", tiny, "--json").json
+    assert set(found) >= {"model", "images", "top1", "top5", "against", "intervals"}
+    assert found["images"] == 20
+    assert found["against"]["agreement"] > 0.8
+    assert set(found["against"]["flips"]) == {"won", "lost", "p_value"}
+    text = " ".join(call("evaluate", out, "--images", twenty, "--against", tiny).out.decode().split())
+    assert "McNemar" in text
+    assert "SQNR dB" in text
+
+
+def test_evaluate_reads_a_pipe(call: Qconv, tiny: Path, twenty: Path) -> None:
+    done = call("evaluate", "-", "--images", twenty, "--preprocess", "unit", "--json", stdin=tiny.read_bytes())
+    assert done.json["model"] == "the model on standard input"
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.npz"])
+def test_predictions_appear_whole(call: Qconv, tiny: Path, twenty: Path, name: str) -> None:
+    out = tiny.parent / name
+    done = call("evaluate", tiny, "--images", twenty, "--preprocess", "unit", "--save-predictions", out, "--quiet")
+    assert (done.status, done.out) == (0, b"")
+    assert sorted(listing(tiny.parent)) == ["model.onnx", name]
+    if name == "p.csv":
+        assert len(out.read_text().splitlines()) == 21
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        (("--images", "nowhere"), "nowhere does not exist"),
+        (("--images", "IMAGES", "--classes", "nothing.txt"), "nothing.txt cannot be read"),
+        (("--images", "IMAGES", "--label-offset", "5"), "10 class folders, shifted by 5, do not fit 10 outputs"),
+        (("--images", "IMAGES", "--against", "nothing.onnx"), "nothing.onnx"),
+        (("--images", "IMAGES", "--save-predictions", "no/such/p.csv"), "no/such"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(
+    call: Qconv, tiny: Path, twenty: Path, arguments: tuple[str, ...], fact: str
+) -> None:
+    given = [str(twenty) if argument == "IMAGES" else argument for argument in arguments]
+    assert_error(call("evaluate", tiny, "--preprocess", "unit", *given), fact)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--images", "x", "--save-predictions", "p.txt"), ("--images", "x", "--against", "-"), ("--images", "")],
+)
+def test_evaluate_has_usage_errors(call: Qconv, tiny: Path, arguments: tuple[str, ...]) -> None:
+    assert call("evaluate", tiny, *arguments).status == 2
+
+
+def test_a_seed_is_of_a_draw(call: Qconv, tiny: Path, twenty: Path) -> None:
+    assert call("evaluate", tiny, "--images", twenty, "--seed", "3").status == 2
+    done = call("evaluate", tiny, "--images", twenty, "--preprocess", "unit", "--seed", "3", "--samples", "5", "--json")
+    assert done.json["images"] == 5
