@@ -27,10 +27,12 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+import qconv
 from qconv import storage
 from qconv.calibration.sketch import LIMBS, ExactSum, Sketch
 from qconv.config.preprocessing import Color, Layout, Preprocessing, ResizeFilter
 from qconv.errors import QconvError, format_count
+from qconv.reporter import Reporter
 
 SCHEMA = 1
 
@@ -230,6 +232,46 @@ def merge_statistics(paths: Sequence[str]) -> tuple[Statistics, int]:
     total = reduce(Statistics.merge, parts)
     keys = next(iter(total.sketches.values())).keys if total.sketches else np.zeros(0)
     return total, len(keys) - len(np.unique(keys))
+
+
+@dataclass(frozen=True, slots=True)
+class MergedStatistics:
+    """What a sum of files holds.
+
+    Attributes:
+        output: Where it lies.
+        model: The name of the model that was watched.
+        pictures: How many are in it.
+        repeated: How many of them are in more than one of the files, and count as often.
+        tensors: Names of those that were watched.
+    """
+
+    output: str
+    model: str
+    pictures: int
+    repeated: int
+    tensors: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        return {
+            "schema": 1,
+            "version": qconv.__version__,
+            "output": self.output,
+            "model": self.model,
+            "pictures": self.pictures,
+            "repeated": self.repeated,
+            "tensors": len(self.tensors),
+        }
+
+
+def merge_files(paths: Sequence[str], out: Path, reporter: Reporter) -> MergedStatistics:
+    """Write the sum of several files. Raises QconvError where they do not add up, or it cannot be written."""
+    total, twice = merge_statistics(paths)
+    if twice:
+        reporter.warn(f"{format_count(twice, 'picture')} came more than once, and count as often.")
+    write_statistics(total, out)
+    return MergedStatistics(str(out), total.name, total.pictures, twice, tuple(total.sketches))
 
 
 def _describe_difference(one: Statistics, other: Statistics) -> str:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import click
 
-from qconv.cli.options import (
-    HELP_WIDTH,
-    _model_files,
-    batch_option,
-    csv_option,
-    output_options,
-    size_option,
-)
-from qconv.cli.output import OutputOptions
+from qconv.cli.command import make_arguments, require_names, run_command
+from qconv.cli.options import HELP_WIDTH, batch_option, csv_option, output_options, size_option
+from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.config.choices import MOST_THREADS
-from qconv.signals import raise_exit_on_signals
+from qconv.reporter import Reporter
+
+
+@dataclass(frozen=True, slots=True)
+class AuditArguments:
+    """The options of `audit`."""
+
+    wanted: OutputOptions
+    model: str
+    batch: int | None
+    size: tuple[int, int] | None
+    threads: int
 
 
 @click.command(context_settings=HELP_WIDTH)
@@ -31,27 +39,19 @@ from qconv.signals import raise_exit_on_signals
     type=click.IntRange(1, MOST_THREADS),
     help="Threads of ONNX Runtime.",
 )
-def audit(
-    model: str,
-    batch: int | None,
-    size: tuple[int, int] | None,
-    threads: int,
-    csv: str | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-) -> int:
+def audit(**options: Any) -> int:
     """Say what ONNX Runtime runs of MODEL in integers, what in float, by which rule, and what each costs."""
-    if not model:
-        raise click.UsageError("MODEL needs a name.")
-    wanted = OutputOptions(as_json, quiet, csv)
-    wanted.check(*_model_files(model))
-    from qconv.audit import audit as audit_audit
-    from qconv.ir.files import source_of
-    from qconv.report import text
+    given = make_arguments(AuditArguments, options)
+    require_names({"MODEL": given.model})
 
-    raise_exit_on_signals()
-    found = audit_audit.audit_file(source_of(model), threads=threads, batch=batch, size=size)
-    told = found.as_dict()
-    wanted.put(told, told["layers"], lambda: text.format_audit(found, verbose=verbose))
-    return 0
+    def work(reporter: Reporter) -> CommandResult:
+        from qconv.audit.audit import audit_file
+        from qconv.ir.files import source_of
+        from qconv.report import text
+
+        found = audit_file(source_of(given.model), threads=given.threads, batch=given.batch, size=given.size)
+        told = found.as_dict()
+        show = print_to(lambda: text.format_audit(found, verbose=given.wanted.verbose))
+        return CommandResult(told, show, told["layers"])
+
+    return run_command(given.wanted, CommandFiles((given.model,)), work)

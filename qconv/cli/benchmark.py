@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import click
 
-from qconv.cli.options import (
-    HELP_WIDTH,
-    NO_STREAM,
-    batch_option,
-    common_options,
-    csv_option,
-    size_option,
-)
-from qconv.cli.output import OutputOptions
+from qconv.cli.command import make_arguments, run_command
+from qconv.cli.options import HELP_WIDTH, NO_STREAM, batch_option, common_options, csv_option, size_option
+from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.reporter import Reporter
-from qconv.signals import raise_exit_on_signals
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkArguments:
+    """The options of `benchmark`."""
+
+    wanted: OutputOptions
+    models: tuple[str, ...]
+    batch: int | None
+    size: tuple[int, int] | None
+    rounds: int
+    threads: int | None
 
 
 @click.command(context_settings=HELP_WIDTH)
@@ -28,38 +34,23 @@ from qconv.signals import raise_exit_on_signals
 )
 @csv_option
 @common_options
-def benchmark(
-    models: tuple[str, ...],
-    batch: int | None,
-    size: tuple[int, int] | None,
-    rounds: int,
-    csv: str | None,
-    threads: int | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-) -> int:
+def benchmark(**options: Any) -> int:
     """Time MODEL and OTHERs in turns, each against the first, with made-up input."""
-    if "-" in models:
+    given = make_arguments(BenchmarkArguments, options)
+    if "-" in given.models:
         raise click.UsageError(NO_STREAM)
-    wanted = OutputOptions(as_json, quiet, csv)
-    wanted.check(*map(Path, models))
-    from qconv.report import console as report_console
-    from qconv.report import text
-    from qconv.runtime import benchmark as timing
-    from qconv.runtime import session
 
-    console = report_console.Console(quiet=quiet)
-    raise_exit_on_signals()
-    try:
-        conditions = timing.TimingConditions(threads, batch, size, rounds)
-        found = timing.benchmark(
-            models, conditions, version=session.RUNTIME_VERSION, reporter=Reporter(console.warn, console.progress)
-        )
-    finally:
-        console.close()
-    if found.threads > found.cpu.cores:
-        console.warn(f"{found.threads} threads share {found.cpu.cores} cores, so they wait for each other.")
-    told = found.as_dict()
-    wanted.put(told, told["models"], lambda: text.format_benchmark(found, verbose=verbose))
-    return 0
+    def work(reporter: Reporter) -> CommandResult:
+        from qconv.report import text
+        from qconv.runtime import benchmark as timing
+        from qconv.runtime import session
+
+        conditions = timing.TimingConditions(given.threads, given.batch, given.size, given.rounds)
+        found = timing.benchmark(given.models, conditions, version=session.RUNTIME_VERSION, reporter=reporter)
+        if found.threads > found.cpu.cores:
+            reporter.warn(f"{found.threads} threads share {found.cpu.cores} cores, so they wait for each other.")
+        told = found.as_dict()
+        show = print_to(lambda: text.format_benchmark(found, verbose=given.wanted.verbose))
+        return CommandResult(told, show, told["models"])
+
+    return run_command(given.wanted, CommandFiles(given.models), work)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
+from qconv.cli.command import make_arguments, require_names, run_command
 from qconv.cli.options import (
     HELP_WIDTH,
     combine_options,
@@ -15,14 +16,11 @@ from qconv.cli.options import (
     preprocessing_options,
     report_option,
 )
-from qconv.cli.output import OutputOptions, check_report_path, format_command_line
-from qconv.cli.recipe_options import (
-    make_preprocessing_options,
-)
+from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.config.choices import check_run_options
 from qconv.config.data_options import DataOptions
+from qconv.config.preprocessing import PreprocessingOptions
 from qconv.reporter import Reporter
-from qconv.signals import raise_exit_on_signals
 
 COMPARED_IMAGES = 64
 
@@ -48,57 +46,49 @@ compare_options = combine_options(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class CompareArguments:
+    """The options of `compare`."""
+
+    wanted: OutputOptions
+    preprocessing: PreprocessingOptions
+    float_model: str
+    model: str
+    images: str
+    samples: int
+    seed: int
+    pattern: str | None
+    batch: int
+    threads: int | None
+
+
 @click.command(context_settings=HELP_WIDTH)
 @click.argument("float_model", metavar="FLOAT")
 @click.argument("model", metavar="QUANT")
 @compare_options
-def compare(
-    float_model: str,
-    model: str,
-    images: str,
-    samples: int,
-    seed: int,
-    pattern: str | None,
-    batch: int,
-    threads: int | None,
-    csv: str | None,
-    report: str | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    **options: Any,
-) -> int:
+def compare(**options: Any) -> int:
     """Compare QUANT with FLOAT layer by layer: the error that each receives, adds, and causes at the outputs."""
-    if "-" in (float_model, model):
+    given = make_arguments(CompareArguments, options)
+    models = given.float_model, given.model
+    if "-" in models:
         raise click.UsageError("models are read several times: name their files.")
-    if "" in (float_model, model, images):
-        raise click.UsageError("FLOAT, QUANT and --images need a name.")
-    wanted = OutputOptions(as_json, quiet, csv)
-    wanted.check(*map(Path, (float_model, model, images)))
-    check_run_options(threads)
-    data = DataOptions((images,), samples, batch, seed, pattern, make_preprocessing_options(options))
-    from qconv.analysis import compare as analysis_compare
-    from qconv.ir.files import source_of
-    from qconv.report import console as report_console
-    from qconv.report import text
+    require_names({"FLOAT": given.float_model, "QUANT": given.model, "--images": given.images})
+    check_run_options(given.threads)
+    data = DataOptions((given.images,), given.samples, given.batch, given.seed, given.pattern, given.preprocessing)
 
-    sources = source_of(float_model), source_of(model)
-    place = check_report_path(report, sources, [images], {"the table": csv})
-    console = report_console.Console(quiet=quiet)
-    reporter = Reporter(console.warn, console.progress)
-    raise_exit_on_signals()
-    try:
-        seen = analysis_compare.compare_on_images(*sources, data, reporter, threads)
-    finally:
-        console.close()
-    if place is not None:
-        from qconv import storage
-        from qconv.report import html, pages
+    def work(reporter: Reporter) -> CommandResult:
+        from qconv.analysis.compare import compare_on_images
+        from qconv.ir.files import source_of
+        from qconv.report import pages, text
 
-        storage.write_atomically(
-            place, html.render_page(pages.make_compare_page(seen, *sources, format_command_line(), reporter.warnings))
+        sources = source_of(given.float_model), source_of(given.model)
+        seen = compare_on_images(*sources, data, reporter, given.threads)
+        found = seen.compared
+        return CommandResult(
+            found.as_dict(),
+            print_to(lambda: text.format_comparison(found, verbose=given.wanted.verbose)),
+            [row.as_dict() for row in found.worst_first],
+            lambda command: pages.make_compare_page(seen, *sources, command, reporter.warnings),
         )
-    found = seen.compared
-    rows = [row.as_dict() for row in found.worst_first]
-    wanted.put(found.as_dict(), rows, lambda: text.format_comparison(found, verbose=verbose))
-    return 0
+
+    return run_command(given.wanted, CommandFiles(models, (given.images,)), work)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from qconv.cli.command import make_arguments, require_names, run_command
 from qconv.cli.options import (
     HELP_WIDTH,
     combine_options,
@@ -14,12 +16,11 @@ from qconv.cli.options import (
     csv_option,
     preprocessing_options,
 )
-from qconv.cli.output import OutputOptions
-from qconv.cli.recipe_options import make_preprocessing_options
+from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.config.choices import check_run_options
 from qconv.config.data_options import DataOptions
+from qconv.config.preprocessing import PreprocessingOptions
 from qconv.reporter import Reporter
-from qconv.signals import raise_exit_on_signals
 
 TABLE_SUFFIXES = (".csv", ".npz")
 
@@ -58,74 +59,87 @@ evaluate_options = combine_options(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluateArguments:
+    """The options of `evaluate`."""
+
+    wanted: OutputOptions
+    preprocessing: PreprocessingOptions
+    model: str
+    images: str
+    against: str | None
+    classes: str | None
+    label_offset: int
+    save_predictions: str | None
+    samples: int | None
+    seed: int | None
+    pattern: str | None
+    batch: int
+    threads: int | None
+
+    @property
+    def table(self) -> str | None:
+        """The suffix of the file for predictions."""
+        return None if self.save_predictions is None else Path(self.save_predictions).suffix.lower()
+
+    def check(self) -> None:
+        """Raise usage errors."""
+        require_names(
+            {
+                "--images": self.images,
+                "--against": self.against,
+                "--classes": self.classes,
+                "--save-predictions": self.save_predictions,
+            }
+        )
+        if self.seed is not None and self.samples is None:
+            raise click.UsageError("--seed is of the draw that --samples asks for; without it all pictures are used.")
+        if "-" in (self.against, self.save_predictions):
+            raise click.UsageError("only MODEL can be read from a pipe, and only --json can be written to one.")
+        if self.table not in (None, *TABLE_SUFFIXES):
+            known = " or ".join(TABLE_SUFFIXES)
+            raise click.UsageError(f"{self.save_predictions} is no table: name a file that ends in {known}.")
+
+    @property
+    def data(self) -> DataOptions:
+        """Which pictures are read, and how."""
+        return DataOptions((self.images,), self.samples, self.batch, self.seed or 0, self.pattern, self.preprocessing)
+
+
 @click.command(context_settings=HELP_WIDTH)
 @click.argument("model")
 @evaluate_options
-def evaluate(
-    model: str,
-    images: str,
-    against: str | None,
-    classes: str | None,
-    label_offset: int,
-    save_predictions: str | None,
-    samples: int | None,
-    seed: int | None,
-    pattern: str | None,
-    batch: int,
-    threads: int | None,
-    csv: str | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    **options: Any,
-) -> int:
+def evaluate(**options: Any) -> int:
     """How often MODEL is right on labelled pictures, and how near it is to another model, with 95 % intervals."""
-    if "" in (images, against, classes, save_predictions):
-        raise click.UsageError("--images, --against, --classes and --save-predictions need a name.")
-    if seed is not None and samples is None:
-        raise click.UsageError("--seed is of the draw that --samples asks for; without it all pictures are used.")
-    if "-" in (against, save_predictions):
-        raise click.UsageError("only MODEL can be read from a pipe, and only --json can be written to one.")
-    out = _table_of(save_predictions)
-    check_run_options(threads)
-    data = DataOptions((images,), samples, batch, seed or 0, pattern, make_preprocessing_options(options))
-    wanted = OutputOptions(as_json, quiet, csv)
-    files = [Path(name) for name in (model, against, classes, images) if name not in (None, "-")]
-    wanted.check(*files, written={"the predictions": save_predictions})
+    given = make_arguments(EvaluateArguments, options)
+    given.check()
+    check_run_options(given.threads)
+    data = given.data
+    files = CommandFiles(
+        (given.model,), (given.against, given.classes, given.images), {"the predictions": given.save_predictions}
+    )
+    return run_command(given.wanted, files, lambda reporter: _evaluate(given, data, reporter))
+
+
+def _evaluate(given: EvaluateArguments, data: DataOptions, reporter: Reporter) -> CommandResult:
     from qconv import storage
     from qconv.analysis import evaluate as measuring
     from qconv.ir.files import source_of
-    from qconv.report import console as report_console
     from qconv.report import text
 
-    if out is not None:
-        storage.check_output_path(out)
-    console = report_console.Console(quiet=quiet)
-    raise_exit_on_signals()
+    if given.save_predictions is not None:
+        storage.check_output_path(Path(given.save_predictions))
     wishes = measuring.EvaluationOptions(
         data,
-        None if against is None else source_of(against),
-        None if classes is None else Path(classes),
-        label_offset,
-        table=None if out is None else out.suffix.lower(),
-        threads=threads,
+        None if given.against is None else source_of(given.against),
+        None if given.classes is None else Path(given.classes),
+        given.label_offset,
+        table=given.table,
+        threads=given.threads,
     )
-    try:
-        found = measuring.evaluate(source_of(model), wishes, Reporter(console.warn, console.progress))
-    finally:
-        console.close()
-    if out is not None:
-        assert found.predictions is not None
-        storage.write_atomically(
-            out, found.predictions.as_npz() if wishes.table == ".npz" else found.predictions.as_csv()
-        )
-    wanted.put(found.as_dict(), found.rows(), lambda: text.format_evaluation(found, verbose=verbose))
-    return 0
-
-
-def _table_of(name: str | None) -> Path | None:
-    """Where predictions go, a file of a known kind; None for nowhere."""
-    out = None if name is None else Path(name)
-    if out is not None and out.suffix.lower() not in TABLE_SUFFIXES:
-        raise click.UsageError(f"{out} is no table: name a file that ends in {' or '.join(TABLE_SUFFIXES)}.")
-    return out
+    found = measuring.evaluate(source_of(given.model), wishes, reporter)
+    if given.save_predictions is not None and found.predictions is not None:
+        table = found.predictions.as_npz() if given.table == ".npz" else found.predictions.as_csv()
+        storage.write_atomically(Path(given.save_predictions), table)
+    show = print_to(lambda: text.format_evaluation(found, verbose=given.wanted.verbose))
+    return CommandResult(found.as_dict(), show, found.rows())

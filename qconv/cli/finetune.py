@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qconv.cli.command import make_arguments, require_names, run_command
 from qconv.cli.options import (
     HELP_WIDTH,
     combine_options,
@@ -16,18 +17,16 @@ from qconv.cli.options import (
     device_option,
     preprocessing_options,
 )
-from qconv.cli.output import OutputOptions
-from qconv.cli.recipe_options import make_preprocessing_options, raise_usage_errors
+from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
+from qconv.cli.recipe_options import raise_usage_errors
 from qconv.config.choices import check_run_options
 from qconv.config.data_options import DataOptions
+from qconv.config.preprocessing import PreprocessingOptions
 from qconv.errors import QconvError, format_count, require_torch
 from qconv.reporter import Reporter
-from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
     from qconv.results.training import FinetuneResult, HistoryRow, ValidationResult
-
-GATE_FELL_SHORT = 3
 
 finetune_options = combine_options(
     click.option(
@@ -98,87 +97,99 @@ finetune_options = combine_options(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class FinetuneArguments:
+    """The options of `finetune`."""
+
+    wanted: OutputOptions
+    preprocessing: PreprocessingOptions
+    quant: str
+    images: str
+    output: str | None
+    teacher: str | None
+    labels: bool
+    classes: str | None
+    label_offset: int
+    learning_rate: float
+    pattern: str | None
+    samples: int | None
+    seed: int
+    min_agreement: float | None
+    min_sqnr: float | None
+    threads: int | None
+    epochs: int
+    batch: int
+    holdout: int | None
+    augment: bool
+    device: str
+
+    def check(self) -> None:
+        """Raise usage errors."""
+        require_names(
+            {
+                "QUANT": self.quant,
+                "--images": self.images,
+                "--output": self.output,
+                "--teacher": self.teacher,
+                "--classes": self.classes,
+            }
+        )
+        if "-" in (self.quant, self.output, self.teacher):
+            raise click.UsageError("training reads its files several times: name them.")
+        if not self.labels and (self.classes is not None or self.label_offset):
+            raise click.UsageError("--classes and --label-offset are for --labels.")
+        with raise_usage_errors():
+            check_run_options(self.threads, self.min_agreement, self.min_sqnr)
+
+    @property
+    def data(self) -> DataOptions:
+        """Which pictures are read, and how."""
+        return DataOptions((self.images,), self.samples, 1, self.seed, self.pattern, self.preprocessing)
+
+
 @click.command(context_settings=HELP_WIDTH)
 @click.argument("quant")
 @finetune_options
-def finetune(
-    quant: str,
-    images: str,
-    output: str | None,
-    teacher: str | None,
-    labels: bool,
-    classes: str | None,
-    label_offset: int,
-    learning_rate: float,
-    pattern: str | None,
-    samples: int | None,
-    seed: int,
-    min_agreement: float | None,
-    min_sqnr: float | None,
-    threads: int | None,
-    csv: str | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    epochs: int,
-    batch: int,
-    holdout: int | None,
-    augment: bool,
-    device: str,
-    **options: Any,
-) -> int:
+def finetune(**options: Any) -> int:
     """Train QUANT, a file that `quantize` wrote, to say what its float model says of the pictures in --images.
 
     No labels are needed. The result has the structure of QUANT, and is never worse on the pictures held back: where
     training brings nothing, it is QUANT itself. The same command goes on where it was killed. Needs qconv[torch].
     """
-    if "" in (quant, images, output, teacher, classes):
-        raise click.UsageError("QUANT, --images, --output, --teacher and --classes need a name.")
-    if "-" in (quant, output, teacher):
-        raise click.UsageError("training reads its files several times: name them.")
-    if not labels and (classes is not None or label_offset):
-        raise click.UsageError("--classes and --label-offset are for --labels.")
+    given = make_arguments(FinetuneArguments, options)
+    given.check()
     with raise_usage_errors():
-        data = DataOptions((images,), samples, 1, seed, pattern, make_preprocessing_options(options))
-        check_run_options(threads, min_agreement, min_sqnr)
-    out = _default_output(quant) if output is None else Path(output)
-    wanted = OutputOptions(as_json, quiet, csv)
-    files = [Path(name) for name in (quant, teacher, classes, images) if name is not None]
-    wanted.check(*files, written={"the output": str(out)})
+        data = given.data
+    out = _default_output(given.quant) if given.output is None else Path(given.output)
+    files = CommandFiles((given.quant,), (given.teacher, given.classes, given.images), {"the output": str(out)})
+    return run_command(given.wanted, files, lambda reporter: _finetune(given, data, out, reporter))
+
+
+def _finetune(given: FinetuneArguments, data: DataOptions, out: Path, reporter: Reporter) -> CommandResult:
     require_torch("qconv finetune")
     from qconv.ir.files import source_of
-    from qconv.report import console as report_console
     from qconv.training import finetune as training
     from qconv.training import options as training_options
 
-    console = report_console.Console(quiet=quiet)
-    raise_exit_on_signals()
     wishes = training_options.FinetuneOptions(
         data,
-        None if teacher is None else source_of(teacher),
-        labels,
-        None if classes is None else Path(classes),
-        label_offset,
-        epochs,
-        batch,
-        learning_rate,
-        holdout,
-        augment,
-        device,
-        threads,
-        min_agreement,
-        min_sqnr,
+        None if given.teacher is None else source_of(given.teacher),
+        given.labels,
+        None if given.classes is None else Path(given.classes),
+        given.label_offset,
+        given.epochs,
+        given.batch,
+        given.learning_rate,
+        given.holdout,
+        given.augment,
+        given.device,
+        given.threads,
+        given.min_agreement,
+        given.min_sqnr,
     )
-    try:
-        found = training.finetune(source_of(quant), out, wishes, Reporter(console.warn, console.progress))
-    finally:
-        console.close()
-    wanted.put(found.as_dict(), found.rows, lambda: _format_result(found, verbose=verbose))
-    for gate in found.gates:
-        if not gate.held and not quiet:
-            got = "no such measure" if gate.got is None else f"{gate.got:.4g}"
-            print(f"Gate fell short: --{gate.name} {gate.want:g}, got {got}.", file=sys.stderr)
-    return 0 if found.holds else GATE_FELL_SHORT
+    found = training.finetune(source_of(given.quant), out, wishes, reporter)
+    show = print_to(lambda: _format_result(found, verbose=given.wanted.verbose))
+    return CommandResult(found.as_dict(), show, found.rows, gates=found.gates)
 
 
 def _default_output(quant: str) -> Path:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from qconv.cli.options import (
-    HELP_WIDTH,
-    _model_files,
-    csv_option,
-    output_options,
-)
-from qconv.cli.output import OutputOptions
+from qconv.cli.command import make_arguments, require_names, run_command
+from qconv.cli.options import HELP_WIDTH, csv_option, output_options
+from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
-from qconv.signals import raise_exit_on_signals
+
+
+@dataclass(frozen=True, slots=True)
+class InspectArguments:
+    """The options of `inspect`."""
+
+    wanted: OutputOptions
+    model: str
+    target: str
 
 
 @click.command(context_settings=HELP_WIDTH)
@@ -31,27 +36,27 @@ from qconv.signals import raise_exit_on_signals
     help="Of the default run that a float model is looked at for.",
 )
 @output_options
-def inspect(model: str, csv: str | None, target: str, as_json: bool, quiet: bool, verbose: bool) -> int:
+def inspect(**options: Any) -> int:
     """Tell what is in MODEL: of a float one what would be quantized and what is in the way, of another how it was."""
-    if not model:
-        raise click.UsageError("MODEL needs a name.")
-    wanted = OutputOptions(as_json, quiet, csv)
-    wanted.check(*_model_files(model))
-    if model == "-" and sys.stdin is None:
+    given = make_arguments(InspectArguments, options)
+    require_names({"MODEL": given.model})
+    if given.model == "-" and sys.stdin is None:
         raise QconvError("Standard input is closed.", "pipe the model into it, or name its file.")
+    return run_command(given.wanted, CommandFiles((given.model,)), lambda reporter: _inspect(given))
+
+
+def _inspect(given: InspectArguments) -> CommandResult:
     from qconv.analysis import inspect_float, inspect_quantized
     from qconv.ir.files import external_data_files, read_proto, source_of
     from qconv.report import text_inspect
 
-    source = source_of(model)
-    raise_exit_on_signals()
+    source = source_of(given.model)
     proto = read_proto(source)
-    wanted.check(*external_data_files(proto, source))
+    given.wanted.check(CommandFiles(reads=tuple(map(str, external_data_files(proto, source)))))
     found: Any
     text: Callable[..., str]
     if inspect_quantized.is_quantized_file(proto):
         found, text = inspect_quantized.inspect_quantized(source), text_inspect.format_quantized_model
     else:
-        found, text = inspect_float.inspect_float(source, target), text_inspect.format_float_model
-    wanted.put(found.as_dict(), found.rows, lambda: text(found, verbose=verbose))
-    return 0
+        found, text = inspect_float.inspect_float(source, given.target), text_inspect.format_float_model
+    return CommandResult(found.as_dict(), print_to(lambda: text(found, verbose=given.wanted.verbose)), found.rows)

@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TextIO
 
 import click
 
-import qconv
+from qconv.cli.command import make_arguments, require_names, run_command
 from qconv.cli.options import HELP_WIDTH, output_options
+from qconv.cli.output import CommandFiles, CommandResult, OutputOptions
 from qconv.errors import format_count
-from qconv.signals import raise_exit_on_signals
+from qconv.reporter import Reporter
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True, slots=True)
+class MergeStatsArguments:
+    """The options of `merge-stats`."""
+
+    wanted: OutputOptions
+    files: tuple[str, ...]
+    output: str
 
 
 @click.command("merge-stats", context_settings=HELP_WIDTH)
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("-o", "--output", required=True, metavar="OUT", help="Where to write the sum.")
 @output_options
-def merge_stats(files: tuple[str, ...], output: str, as_json: bool, quiet: bool, verbose: bool) -> int:
+def merge_stats(**options: Any) -> int:
     """Add up statistics that `quantize --save-stats` wrote of parts of a set of pictures."""
-    if "" in (output, *files):
-        raise click.UsageError("files and --output need a name.")
-    from qconv.calibration import statistics_file
-    from qconv.report import console as report_console
+    given = make_arguments(MergeStatsArguments, options)
+    require_names({"files": given.files, "--output": given.output})
 
-    console = report_console.Console(quiet=quiet)
-    total, twice = statistics_file.merge_statistics(files)
-    if twice:
-        console.warn(f"{format_count(twice, 'picture')} came more than once, and count as often.")
-    raise_exit_on_signals()
-    statistics_file.write_statistics(total, Path(output))
-    found = {
-        "schema": 1,
-        "version": qconv.__version__,
-        "output": output,
-        "model": total.name,
-        "pictures": total.pictures,
-        "repeated": twice,
-        "tensors": len(total.sketches),
-    }
-    if as_json:
-        print(json.dumps(found))
-    elif not quiet:
-        print(f"{output}: {format_count(total.pictures, 'picture')}, {format_count(len(total.sketches), 'tensor')}")
-        for name in total.sketches if verbose else ():
-            print(f"  {name}")
-    return 0
+    def work(reporter: Reporter) -> CommandResult:
+        from qconv.calibration.statistics_file import merge_files
+
+        total = merge_files(given.files, Path(given.output), reporter)
+
+        def show(stream: TextIO) -> None:
+            sizes = f"{format_count(total.pictures, 'picture')}, {format_count(len(total.tensors), 'tensor')}"
+            print(f"{given.output}: {sizes}", file=stream)
+            for name in total.tensors if given.wanted.verbose else ():
+                print(f"  {name}", file=stream)
+
+        return CommandResult(total.as_dict(), show)
+
+    return run_command(given.wanted, CommandFiles(), work)

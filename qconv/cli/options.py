@@ -239,6 +239,12 @@ quantize_options = combine_options(
     csv_option,
     report_option,
     click.option(
+        "--recipe",
+        metavar="FILE.toml|QUANT",
+        help="Take options from a file, or from a model that qconv wrote; those that are given as well win.",
+    ),
+    click.option("--save-recipe", metavar="FILE.toml", help="Also write the options into a file, for --recipe."),
+    click.option(
         "--sweep",
         metavar="RECIPES.toml",
         help="Make one result of each recipe in the file, beside each other: see `qconv manual sweep`.",

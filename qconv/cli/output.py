@@ -1,4 +1,4 @@
-"""This module writes a command's result: text, JSON or CSV to standard output or a file, and ends a run on signals."""
+"""This module writes a command's result: text, JSON or CSV to standard output or a file, and a page into a file."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -18,22 +18,93 @@ from qconv.cli.options import require_output
 from qconv.errors import QconvError
 
 if TYPE_CHECKING:
-    from qconv.ir.files import Source
+    from qconv.report.html import Page
+    from qconv.results.quantize import Gate
+
+
+@dataclass(frozen=True, slots=True)
+class CommandFiles:
+    """The files of a command, so that what is written spoils nothing that is read.
+
+    Attributes:
+        models: Names of models that are read; their external data is read, too. `-` is standard input.
+        reads: Names of other files that are read; None stands for none.
+        writes: Names of files that are written, by what they are called in words; None stands for none.
+    """
+
+    models: tuple[str, ...] = ()
+    reads: tuple[str | None, ...] = ()
+    writes: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def read(self) -> list[Path]:
+        """All that is read, without the external data of models."""
+        return [Path(name) for name in (*self.models, *self.reads) if name not in (None, "-")]
+
+    def require_distinct_place(self, place: Path, own: str) -> None:
+        """Raise QconvError where `place`, which is `own` in words, is written already."""
+        for what, name in self.writes.items():
+            if name not in (None, "", "-") and Path(name).resolve() == place.resolve():
+                raise QconvError(f"{place} is both {own} and {what}.", "choose two names.")
+
+    def external_data(self) -> Iterator[Path]:
+        """The external data of the models that are files."""
+        from qconv.ir.files import Source, external_data_files, read_proto
+
+        for name in self.models:
+            if name != "-":
+                source = Source(name, Path(name))
+                yield from external_data_files(read_proto(source), source)
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """What came of a command, in every form in which it may be wanted.
+
+    Attributes:
+        found: What `--json` prints.
+        show: Writes the text for people.
+        rows: Of the table for `--csv`.
+        page: Makes the page for `--report` of the command line that makes it again.
+        gates: Demands that it may have fallen short of.
+        model: A model for standard output; the rest then goes to standard error.
+        status: The exit status where all gates hold.
+    """
+
+    found: Mapping[str, Any]
+    show: Callable[[TextIO], None]
+    rows: Sequence[Mapping[str, Any]] = ()
+    page: Callable[[str], Page] | None = None
+    gates: Sequence[Gate] = ()
+    model: bytes | None = None
+    status: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """What the user asked for. csv: a file, or `-`."""
+    """What the user asked for.
+
+    Attributes:
+        as_json: One JSON object in place of text.
+        quiet: No text.
+        verbose: More of it.
+        csv: A file for the table, or `-`.
+        report: A file for the page.
+    """
 
     as_json: bool
     quiet: bool
+    verbose: bool
     csv: str | None = None
+    report: str | None = None
 
-    def check(self, *read: Path, written: Mapping[str, str | None] | None = None) -> None:
-        """Say before any work what cannot be written.
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> OutputOptions:
+        """Take these out of what click hands to a command; some commands have no table or no page."""
+        return cls(**{name: options.pop(name) for name in cls.__dataclass_fields__ if name in options})
 
-        read: files that must not be written over. written: what else is going to be, by what it is called.
-        """
+    def check(self, files: CommandFiles) -> None:
+        """Say before any work what cannot be written."""
         if self.csv == "":
             raise click.UsageError("--csv needs a name.")
         if self.csv == "-" and self.as_json:
@@ -43,19 +114,47 @@ class OutputOptions:
             from qconv import storage
 
             storage.check_output_path(Path(self.csv))
-            storage.refuse_overwriting_inputs(Path(self.csv), read)
-            _require_distinct_place(Path(self.csv), "the table", written or {})
+            storage.refuse_overwriting_inputs(Path(self.csv), files.read)
+            files.require_distinct_place(Path(self.csv), "the table")
 
-    def put(self, found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], text: Callable[[], str]) -> None:
-        """found: what --json prints; rows: of the table; text: for people."""
-        self.put_table(rows)
+    def check_report(self, files: CommandFiles) -> None:
+        """Say before any work where no page can be written."""
+        if self.report is None:
+            return
+        if self.report in ("", "-"):
+            raise click.UsageError("--report needs the name of a file.")
+        from qconv import storage
+        from qconv.report import html
+
+        html.require_report_extra()
+        place = Path(self.report)
+        storage.check_output_path(place)
+        CommandFiles(writes={**files.writes, "the table": self.csv}).require_distinct_place(place, "the report")
+        if place.is_file():
+            storage.refuse_overwriting_inputs(place, [*files.read, *files.external_data()])
+
+    def write_page(self, result: CommandResult) -> None:
+        """Write the page, where one is wanted."""
+        if self.report is not None and result.page is not None:
+            from qconv import storage
+            from qconv.report import html
+
+            storage.write_atomically(Path(self.report), html.render_page(result.page(format_command_line())))
+
+    def put(self, result: CommandResult) -> None:
+        """Write the rest: the model, the table, and JSON or text."""
+        stream: TextIO | None = sys.stdout
+        if result.model is not None:
+            sys.stdout.buffer.write(result.model)
+            sys.stdout.buffer.flush()
+            stream = sys.stderr
+        self._put_table(result.rows)
         if self.as_json:
-            print(json.dumps(found, allow_nan=False))
-        elif not self.quiet and self.csv != "-" and sys.stdout is not None:
-            print(text())
+            print(json.dumps(result.found, allow_nan=False), file=stream)
+        elif not self.quiet and self.csv != "-" and stream is not None:
+            result.show(stream)
 
-    def put_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The table alone, where one is wanted."""
+    def _put_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         from qconv import storage
 
         if self.csv == "-":
@@ -64,41 +163,9 @@ class OutputOptions:
             storage.write_atomically(Path(self.csv), format_csv(rows).encode())
 
 
-def check_report_path(
-    report: str | None, models: Iterable[Source], read: Iterable[str | None], written: Mapping[str, str | None]
-) -> Path | None:
-    """Where the page goes; said before any work where it cannot. None where none is wanted.
-
-    models, read: what must not be written over. written: what else is going to be, by what it is called.
-    """
-    if report is None:
-        return None
-    if report in ("", "-"):
-        raise click.UsageError("--report needs the name of a file.")
-    from qconv import storage
-    from qconv.ir import files as ir_files
-    from qconv.report import html
-
-    html.require_report_extra()
-    place = Path(report)
-    storage.check_output_path(place)
-    _require_distinct_place(place, "the report", written)
-    if place.is_file():
-        own = [model for model in models if model.path is not None]
-        files = [
-            file
-            for model in own
-            for file in (model.path, *ir_files.external_data_files(ir_files.read_proto(model), model))
-            if file
-        ]
-        storage.refuse_overwriting_inputs(place, [*files, *(name for name in read if name)])
-    return place
-
-
-def _require_distinct_place(place: Path, own: str, written: Mapping[str, str | None]) -> None:
-    for what, name in written.items():
-        if name not in (None, "", "-") and Path(name).resolve() == place.resolve():
-            raise QconvError(f"{place} is both {own} and {what}.", "choose two names.")
+def print_to(text: Callable[[], str]) -> Callable[[TextIO], None]:
+    """What `CommandResult.show` takes, of a function that returns the text."""
+    return lambda stream: print(text(), file=stream)
 
 
 def format_command_line() -> str:

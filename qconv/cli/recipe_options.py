@@ -68,11 +68,11 @@ def collect_fields(options: dict[str, Any], typed: Collection[str] | None = None
     granularity, block_size = options["weight_granularity"], options["block_size"]
     if block_size is not None and granularity != WeightGranularity.PER_BLOCK:
         raise click.UsageError(f"--block-size is for --weight-granularity per-block, not {granularity}.")
-    file = options["layer_bits"]
+    bits = options["layer_bits"]
     with raise_usage_errors():
         preprocessing = make_preprocessing_options(options)
     return {
-        "layer_bits": () if file is None else read_layer_bits(Path(file)),
+        "layer_bits": read_layer_bits(Path(bits)) if isinstance(bits, str) else bits or (),
         "block_size": block_size or BLOCK_SIZE,
         "glob": options["pattern"],
         "weight_scheme": options["weight_scheme"],
@@ -93,10 +93,15 @@ def require_images(calib: Collection[str], why: str) -> None:
         raise click.UsageError(f"--calib {NO_IMAGES} leaves no pictures, and {why}: {fix}")
 
 
+def quantize_parameters() -> list[click.Option]:
+    """The options of `quantize`."""
+    command = click.command()(quantize_options(lambda: None))
+    return [option for option in command.params if isinstance(option, click.Option)]
+
+
 def select_options_without(names: Collection[str]) -> list[click.Parameter]:
     """The options of `quantize`, but for those of these names."""
-    command = click.command()(quantize_options(lambda: None))
-    return [option for option in command.params if option.name not in names]
+    return [option for option in quantize_parameters() if option.name not in names]
 
 
 def find_typed_options() -> frozenset[str]:
@@ -123,3 +128,11 @@ def make_preprocessing_options(options: dict[str, Any]) -> PreprocessingOptions:
         filter=ResizeFilter(options["filter_"]),
         size=options["size"],
     )
+
+
+PREPROCESSING_OPTIONS = ("preprocess", "scale", "mean", "std", "color", "layout", "resize", "filter_", "size")
+
+
+def take_preprocessing_options(options: dict[str, Any]) -> PreprocessingOptions:
+    """Take the options of `preprocessing_options` out of others."""
+    return make_preprocessing_options({name: options.pop(name) for name in PREPROCESSING_OPTIONS})

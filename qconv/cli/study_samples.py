@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qconv.cli.command import require_names, run_command
 from qconv.cli.options import HELP_WIDTH, images_option
-from qconv.cli.output import OutputOptions, format_command_line
-from qconv.cli.quantize import (
-    _require_streams,
-)
-from qconv.cli.recipe_options import make_request_of_options, require_images, select_options_without
+from qconv.cli.output import CommandFiles, CommandResult, OutputOptions
+from qconv.cli.quantize import require_streams
+from qconv.cli.recipe_file import given_options
+from qconv.cli.recipe_options import require_images, select_options_without
 from qconv.reporter import Reporter
-from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
     from qconv.results.sample_curve import SampleCurve
 
 
 OPTIONS_NOT_STUDIED = frozenset(
-    {"output", "report", "sweep", "stats", "save_stats", "embed_preprocessing", "min_agreement", "min_sqnr", "verbose"}
-    | {
-        "max_drop",
-        "target_size",
-        "candidate_bits",
-        "save_layer_bits",
-        "effort",
-        "rounding",
-        "equalize",
-        "calib",
-        "fallback",
-    }
+    {"output", "report", "sweep", "save_recipe", "stats", "save_stats", "embed_preprocessing", "verbose"}
+    | {"min_agreement", "min_sqnr", "max_drop", "target_size", "candidate_bits", "save_layer_bits"}
+    | {"effort", "rounding", "equalize", "calib", "fallback"}
 )
 """Options of `quantize` that make no sense of a model that is not kept, or need pictures twice."""
 
@@ -48,12 +36,7 @@ CHART_SUFFIXES = (".png", ".html")
 )
 @click.argument("model")
 @images_option
-@click.option(
-    "-o",
-    "--output",
-    metavar="OUT",
-    help="Also draw the curve: a .png picture, or a .html page, which needs qconv[report].",
-)
+@click.option("-o", "--output", metavar="OUT", help="Also draw the curve: a .png picture or a .html page.")
 @click.option(
     "--seeds",
     default=3,
@@ -78,58 +61,42 @@ def study_samples(
     seeds: int,
     holdout: int | None,
     images: tuple[str, ...],
-    csv: str | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
     **options: Any,
 ) -> int:
     """How many calibration pictures MODEL needs: its accuracy when quantized with 1, 2, 5, 10, ... of them."""
-    require_images(options["calib"], "study-samples is about how many of them it takes")
-    if "" in (output, *options["calib"], *images):
-        raise click.UsageError("--calib, --images and --output need a name.")
+    wanted = OutputOptions.take(options)
+    given = given_options(options)
+    calib = given.values["calib"]
+    require_images(calib, "study-samples is about how many of them it takes")
+    require_names({"--calib": calib, "--images": images, "--output": output})
     place = None if output is None else Path(output)
     if place is not None and place.suffix.lower() not in CHART_SUFFIXES:
         raise click.UsageError(f"{output} is no chart: name a file that ends in {' or '.join(CHART_SUFFIXES)}.")
-    recipe, data = make_request_of_options({**dict.fromkeys(OPTIONS_NOT_STUDIED), **options, "effort": "fast"})
-    wanted = OutputOptions(as_json, quiet, csv)
-    files = [Path(name) for name in (model, *options["calib"], *images) if name != "-"]
-    wanted.check(*files, written={"the chart": output})
-    _require_streams(model, None, as_json)
-    if place is not None and place.suffix.lower() == ".html":
-        from qconv.report.html import require_report_extra
+    recipe, data = given.request(**{**dict.fromkeys(OPTIONS_NOT_STUDIED), "effort": "fast"})
+    require_streams(model, None, wanted.as_json)
+    files = CommandFiles((model,), (*calib, *images, options["recipe"]), {"the chart": output})
 
-        require_report_extra(f"A page such as {place}")
-    from qconv.analysis import sample_study
-    from qconv.ir.files import source_of
-    from qconv.report import console as report_console
+    def work(reporter: Reporter) -> CommandResult:
+        from qconv.analysis import sample_study
+        from qconv.ir.files import source_of
+        from qconv.report.console import show_curve
 
-    console = report_console.Console(quiet=quiet)
-    reporter = Reporter(console.warn, console.progress)
-    source = source_of(model)
-    raise_exit_on_signals()
-    try:
-        curve = sample_study.study_samples(
-            source, recipe, data, sample_study.StudyRequest(seeds, holdout, images), reporter, place
-        )
-    finally:
-        console.close()
-    if place is not None:
-        _write_chart(curve, place)
-    told = curve.as_dict()
-    wanted.put_table(told["points"])
-    if as_json:
-        print(json.dumps(told, allow_nan=False))
-    elif not quiet and csv != "-" and sys.stdout is not None:
-        report_console.show_curve(curve, sys.stdout, verbose=verbose)
-    return 0
+        wishes = sample_study.StudyRequest(seeds, holdout, images)
+        curve = sample_study.study_samples(source_of(model), recipe, data, wishes, reporter, place)
+        if place is not None:
+            _write_chart(curve, place)
+        told = curve.as_dict()
+        return CommandResult(told, lambda stream: show_curve(curve, stream, verbose=wanted.verbose), told["points"])
+
+    return run_command(wanted, files, work)
 
 
 def _write_chart(curve: SampleCurve, out: Path) -> None:
-    from qconv.report import html, study_chart
-    from qconv.storage import write_atomically
+    from qconv import storage
+    from qconv.report import study_chart
 
-    if out.suffix.lower() == ".png":
-        write_atomically(out, study_chart.render_png(study_chart.draw_chart(curve)))
-    else:
-        write_atomically(out, html.render_page(study_chart.make_study_page(curve, format_command_line())))
+    page = out.suffix.lower() == ".html"
+    data = (
+        study_chart.render_study_page(curve).encode() if page else study_chart.render_png(study_chart.draw_chart(curve))
+    )
+    storage.write_atomically(out, data)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from qconv.cli.command import make_arguments, require_names, run_command
 from qconv.cli.options import (
     HELP_WIDTH,
     combine_options,
@@ -17,12 +19,11 @@ from qconv.cli.options import (
     preprocessing_options,
     report_option,
 )
-from qconv.cli.output import OutputOptions, check_report_path, format_command_line
-from qconv.cli.recipe_options import make_preprocessing_options
+from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.config.choices import SYNTHESIS_STEPS
+from qconv.config.preprocessing import PreprocessingOptions
 from qconv.errors import format_count, format_shape, require_torch
 from qconv.reporter import Reporter
-from qconv.signals import raise_exit_on_signals
 
 if TYPE_CHECKING:
     from qconv.results.training import BatchNormMatch, SynthesisResult
@@ -72,66 +73,60 @@ synthesize_options = combine_options(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class SynthesizeArguments:
+    """The options of `synthesize`."""
+
+    wanted: OutputOptions
+    preprocessing: PreprocessingOptions
+    model: str
+    output: str
+    count: int
+    iterations: int
+    batch: int | None
+    seed: int
+    device: str
+    threads: int | None
+
+
 @click.command(context_settings=HELP_WIDTH)
 @click.argument("model")
 @synthesize_options
-def synthesize(
-    model: str,
-    output: str,
-    count: int,
-    iterations: int,
-    batch: int | None,
-    seed: int,
-    device: str,
-    threads: int | None,
-    csv: str | None,
-    report: str | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    **options: object,
-) -> int:
+def synthesize(**options: Any) -> int:
     """Make pictures for --calib from MODEL alone: its BatchNormalizations take them for those of training.
 
     Each is a PNG to look at, with what the network gets of it beside it as .npy. Needs qconv[torch].
     """
-    if "" in (model, output):
-        raise click.UsageError("MODEL and --output need a name.")
-    if output == "-":
+    given = make_arguments(SynthesizeArguments, options)
+    require_names({"MODEL": given.model, "--output": given.output})
+    if given.output == "-":
         raise click.UsageError("pictures go into a folder: name it.")
-    wanted = OutputOptions(as_json, quiet, csv)
-    wanted.check(*(Path(name) for name in (model,) if name != "-"), written={"the folder of pictures": output})
     from qconv.storage import refuse_path_inside
 
-    for path, what in ((report, "The page"), (csv, "The table")):
+    for path, what in ((given.wanted.report, "The page"), (given.wanted.csv, "The table")):
         if path not in (None, "-"):
-            refuse_path_inside(Path(output), Path(path), what)
+            refuse_path_inside(Path(given.output), Path(path), what)
+    files = CommandFiles((given.model,), writes={"the folder of pictures": given.output})
+    return run_command(given.wanted, files, lambda reporter: _synthesize(given, reporter))
+
+
+def _synthesize(given: SynthesizeArguments, reporter: Reporter) -> CommandResult:
     require_torch("qconv synthesize")
     from qconv.ir.files import source_of
-    from qconv.report import console as report_console
+    from qconv.report import pages
     from qconv.training import options as training_options
     from qconv.training import synthesize as story
 
-    source = source_of(model)
-    page = check_report_path(report, [source], [], {"the folder of pictures": output, "the table": csv})
     wishes = training_options.SynthesisOptions(
-        make_preprocessing_options(options), count, batch, iterations, seed, threads, device
+        given.preprocessing, given.count, given.batch, given.iterations, given.seed, given.threads, given.device
     )
-    console = report_console.Console(quiet=quiet)
-    raise_exit_on_signals()
-    try:
-        made = story.synthesize(source, Path(output), wishes, Reporter(console.warn, console.progress))
-    finally:
-        console.close()
-    if page is not None:
-        from qconv import storage
-        from qconv.report import html, pages
-
-        storage.write_atomically(page, html.render_page(pages.make_synthesis_page(made, format_command_line())))
-    found = made.found
-    rows = [layer.as_dict() for layer in found.layers]
-    wanted.put(found.as_dict(), rows, lambda: _format_result(found, verbose=verbose))
-    return 0
+    made = story.synthesize(source_of(given.model), Path(given.output), wishes, reporter)
+    return CommandResult(
+        made.found.as_dict(),
+        print_to(lambda: _format_result(made.found, verbose=given.wanted.verbose)),
+        [layer.as_dict() for layer in made.found.layers],
+        lambda command: pages.make_synthesis_page(made, command),
+    )
 
 
 def _format_result(found: SynthesisResult, *, verbose: bool) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -45,6 +46,9 @@ def read_toml(path: Path, option: str, example: str) -> dict[str, Any]:
 
 LAYERS_TABLE, FLOAT_WORD = "layers", "float"
 
+LAYER_BITS_KEY = "layer-bits"
+"""A table of layers inside a recipe; as a text, the name of a file with one."""
+
 BITS_KEYS = ("weights", "activations")
 
 LAYER_BITS_EXAMPLE = 'write [layers] and below it lines as "stem*" = 8 or "head" = "float"'
@@ -55,14 +59,20 @@ LayerBitsAssignment = tuple[tuple[str, LayerBits], ...]
 def read_layer_bits(path: Path) -> LayerBitsAssignment:
     """What the file says, in its order. Raises QconvError where it cannot be read or says no such thing."""
     content = read_toml(path, "--layer-bits", LAYER_BITS_EXAMPLE)
-    table = content.get(LAYERS_TABLE)
-    if not isinstance(table, dict) or not table:
-        raise QconvError(f"{path} has no table of layers.", f"{LAYER_BITS_EXAMPLE}.")
+    if isinstance(content.get(LAYER_BITS_KEY), dict):
+        return parse_layer_bits(path, content[LAYER_BITS_KEY])  # of a recipe
     other = next((key for key in content if key != LAYERS_TABLE), None)
-    if other is not None:
+    if LAYERS_TABLE in content and other is not None:
         raise QconvError(
             f"{path} has {other!r} beside its table of layers.", f"{LAYER_BITS_EXAMPLE}; names with a dot need quotes."
         )
+    return parse_layer_bits(path, content.get(LAYERS_TABLE))
+
+
+def parse_layer_bits(path: Path, table: Any) -> LayerBitsAssignment:
+    """What a table of layers in this file says, in its order. Raises QconvError where it says no such thing."""
+    if not isinstance(table, dict) or not table:
+        raise QconvError(f"{path} has no table of layers.", f"{LAYER_BITS_EXAMPLE}.")
     return tuple((name, _parse_layer_bits(path, name, value)) for name, value in table.items())
 
 
@@ -84,10 +94,10 @@ def _quote_value(value: Any) -> str:
     return str(value) if isinstance(value, Mapping) else json.dumps(value, default=str)
 
 
-def format_layer_bits(assignment: Iterable[tuple[str, LayerBits]]) -> str:
-    """The text of a file that `read_layer_bits` reads back."""
-    lines = [f"{json.dumps(pattern, ensure_ascii=False)} = {_format_bits(bits)}" for pattern, bits in assignment]
-    return "\n".join([f"[{LAYERS_TABLE}]", *lines]) + "\n"
+def format_layer_bits(assignment: Iterable[tuple[str, LayerBits]], table: str = "layers") -> str:
+    """The text of a file that `read_layer_bits` reads back. table: what the table is called."""
+    lines = [f"{_quote_text(pattern)} = {_format_bits(bits)}" for pattern, bits in assignment]
+    return "\n".join([f"[{table}]", *lines]) + "\n"
 
 
 def _format_bits(bits: LayerBits) -> str:
@@ -132,10 +142,16 @@ def command_line_options(recipe: Mapping[str, Any]) -> list[str]:
     Of a recipe that this version does not know, all that it can say of it.
     """
     try:
-        said = _as_field_types(recipe)
-        whole, data = _make_request(said)
+        said = _fields_that_matter(recipe)
     except ODD_TYPE_ERRORS:
         return list(_format_all_options(recipe))
+    return [word for name, value in said.items() for word in format_option(name, value)]
+
+
+def _fields_that_matter(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that make `recipe`, what `Recipe.as_dict` gave, without those that follow from the others."""
+    said = _as_field_types(recipe)
+    whole, data = _make_request(said)
     if whole.weight_granularity is not WeightGranularity.PER_BLOCK:
         said.pop("block_size", None)  # without effect, and refused
         whole, data = _make_request(said)
@@ -143,7 +159,7 @@ def command_line_options(recipe: Mapping[str, Any]) -> list[str]:
         rest = {other: value for other, value in said.items() if other != name}
         if _makes_same_recipe(rest, whole.as_dict(data)):
             said = rest
-    return [word for name, value in said.items() for word in format_option(name, value)]
+    return said
 
 
 def _make_request(said: Mapping[str, Any]) -> tuple[Recipe, DataOptions]:
@@ -178,27 +194,41 @@ def _as_field_types(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def format_option(name: str, value: Any) -> Iterator[str]:
     """One field of a Recipe or of DataOptions as it is spelt on the command line."""
+    for option, said in _option_values(name, value):
+        if isinstance(said, bool):
+            if said:
+                yield option_name(option)
+            elif name in NEGATABLE_OPTIONS:
+                yield option_name(f"no-{option}")
+        elif isinstance(said, tuple):
+            for item in said:
+                yield from (option_name(option), item)
+        else:
+            yield from (option_name(option), str(said))
+
+
+OptionValue = str | int | float | bool | tuple[str, ...]
+"""A tuple is of an option that can be repeated."""
+
+
+def _option_values(name: str, value: Any) -> Iterator[tuple[str, OptionValue]]:
+    """The options that say one field of either, without dashes in front; none for bits of single layers."""
+    option = name.replace("_", "-")
     if name == "data_free":
-        yield from (option_name("calib"), NO_IMAGES) if value else ()
+        yield from [("calib", (NO_IMAGES,))] if value else []
     elif name == "preprocessing":
-        yield from _format_preprocessing(value)
+        yield from _preprocessing_values(value)
     elif name in ("keep_float", "keep_float_op"):
-        for item in value:
-            yield from (option_name(name), str(item))
+        yield option, tuple(map(str, value))
     elif name == "candidate_bits":
-        yield from (option_name(name), ",".join("float" if bits == FLOAT_BITS else str(bits) for bits in value))
+        yield option, ",".join("float" if bits == FLOAT_BITS else str(bits) for bits in value)
     elif isinstance(value, Drop):
-        yield from (option_name(name), f"{value.measure}:{value.value!r}")
-    elif isinstance(value, bool):
-        if value:
-            yield option_name(name)
-        elif name in NEGATABLE_OPTIONS:
-            yield option_name(f"no_{name}")
+        yield option, f"{value.measure}:{value.value!r}"
     elif name != "layer_bits":
-        yield from (option_name(name), str(value))
+        yield option, value if isinstance(value, bool | int | float) else str(value)
 
 
-def _format_preprocessing(options: PreprocessingOptions) -> Iterator[str]:
+def _preprocessing_values(options: PreprocessingOptions) -> Iterator[tuple[str, OptionValue]]:
     default = PreprocessingOptions()
     for part in fields(options):
         value = getattr(options, part.name)
@@ -206,16 +236,13 @@ def _format_preprocessing(options: PreprocessingOptions) -> Iterator[str]:
             continue
         match part.name:
             case "preset":
-                yield from ("--preprocess", value)
+                yield "preprocess", str(value)
             case "size":
-                yield from ("--size", "x".join(map(str, value)))
+                yield "size", "x".join(map(str, value))
             case "scale" | "mean" | "std":
-                yield from (
-                    option_name(part.name),
-                    ",".join(map(format_number, value if isinstance(value, tuple) else (value,))),
-                )
+                yield part.name, ",".join(map(format_number, value if isinstance(value, tuple) else (value,)))
             case _:
-                yield from (option_name(part.name), str(value))
+                yield part.name, str(value)
 
 
 def format_number(value: float) -> str:
@@ -231,3 +258,62 @@ def _format_all_options(recipe: Mapping[str, Any]) -> Iterator[str]:
         alone = isinstance(default.get(name, ""), str | int | float | None) and name != "candidate_bits"
         if alone and value != default.get(name) and isinstance(value, str | int | float):
             yield from format_option(name, value)
+
+
+PATH_KEYS = ("calib", "stats", "recipe", LAYER_BITS_KEY)
+"""Options of a recipe that name what is read."""
+
+SEARCH_KEYS = ("max-drop", "target-size", "candidate-bits")
+"""Options of a search for bits."""
+
+
+def recipe_lines(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The lines of the file that makes `recipe`, what `Recipe.as_dict` gave; the defaults are left out.
+
+    Raises one of ODD_TYPE_ERRORS for a recipe that this version does not know.
+    """
+    said = _fields_that_matter(recipe)
+    lines: dict[str, Any] = {key: value for name in said for key, value in _option_values(name, said[name])}
+    if said.get("layer_bits"):
+        lines[LAYER_BITS_KEY] = said["layer_bits"]
+    return lines
+
+
+def format_recipe(lines: Mapping[str, Any], folder: Path) -> str:
+    """The text of the file of these lines. folder: where it is going to lie, beside the paths that it names."""
+    plain = {key: value for key, value in lines.items() if key != LAYER_BITS_KEY}
+    text = "".join(f"{key} = {_format_value(_beside(key, value, folder))}\n" for key, value in plain.items())
+    table = format_layer_bits(lines[LAYER_BITS_KEY], LAYER_BITS_KEY) if LAYER_BITS_KEY in lines else ""
+    return text + ("\n" if text and table else "") + table
+
+
+def _beside(key: str, value: Any, folder: Path) -> Any:
+    if key not in PATH_KEYS:
+        return value
+    return tuple(_relative(path, folder) for path in value) if isinstance(value, tuple) else _relative(value, folder)
+
+
+def _relative(path: str, folder: Path) -> str:
+    """The path as it is seen from `folder`, unless it is absolute."""
+    if path == NO_IMAGES or os.path.isabs(path):
+        return path
+    try:
+        found = os.path.relpath(path, folder)
+    except ValueError:  # on another drive
+        return os.path.abspath(path)
+    return os.path.join(os.curdir, found) if found == NO_IMAGES else found
+
+
+def _format_value(value: OptionValue) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_format_value, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return _quote_text(value)
+    return repr(value)
+
+
+def _quote_text(text: str) -> str:
+    """A basic string of TOML, whose escapes are those of JSON but for one control character."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -16,8 +16,8 @@ from onnxruntime import InferenceSession
 
 from qconv.analysis import trials
 from qconv.calibration import observer
-from qconv.cli import quantize, recipe_options
 from qconv.cli.main import cli
+from qconv.errors import QconvError
 from qconv.pipeline import collect
 from tests.analysis.test_diagnose import plain, saved
 from tests.data.test_autodetect import colourful, folder_of, trained_with
@@ -147,13 +147,13 @@ def test_the_table_is_narrow_enough(place: Path) -> None:
     [
         ("", "has no recipe"),
         ("weight-bits = 4", "outside of any recipe"),
-        ("[a]\nweight-bit = 4", "No such option"),
+        ("[a]\nweight-bit = 4", "'weight-bit', which is no option"),
         ("[a]\nweight-bits = 9", "--weight-bits 9"),
         ("[a]\nweight-bits = [4, 8]", "not a valid integer"),
         ('[a]\nweight-bits = "four"', "not a valid integer"),
         ("[a]\nsamples = 4", "cannot differ from recipe to recipe"),
         ("[a]\npack = true", "Packing stores int4"),
-        ("[a]\neffort = { no = 1 }", "is no value of an option"),
+        ("[a]\neffort = { no = 1 }", "it takes texts and numbers"),
         ('["a/b"]', "cannot be part of a file's name"),
         ("[a", "is no TOML"),
     ],
@@ -199,26 +199,24 @@ def test_the_page_of_a_sweep(place: Path) -> None:
 
 def test_tables_go_over_the_command_line(place: Path) -> None:
     """A named recipe gives way to what was typed, a switch can be put back, a list of numbers is one value."""
-    (place / "recipes.toml").write_text(
-        "[inner]\npack = false\n"
-        '[named]\nrecipe-name = "aciq-w4a4"\npack = false\n'
-        '[several]\npack = false\nmax-drop = "sqnr:10"\ncandidate-bits = [4, 8]\n'
-    )
-    seen = {}
-    original = recipe_options.make_request_of_options
+    first = '[inner]\npack = false\n[named]\nrecipe-name = "aciq-w4a4"\npack = false\n'
+    second = '[several]\nmax-drop = "sqnr:10"\ncandidate-bits = [4, 8]\n'
+    seen = []
 
-    def kept(options: Any, typed: Any) -> Any:
-        seen[len(seen)] = original(options, typed)
-        return seen[len(seen) - 1]
+    def kept(source: Any, entries: Any, reporter: Any) -> Any:
+        seen.extend(entry.recipe for entry in entries)
+        raise QconvError("no further", "this is a test")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "make_request_of_options", kept)
-        run(place, "--recipe-name", "aciq-w4a4", "--activation-bits", "6", "--pack", "-o", place / "nowhere")
-        (place / "out").mkdir()
-        run(place, "--recipe-name", "aciq-w4a4", "--activation-bits", "6", "--pack", "-o", place / "out", "--csv", "")
-    inner, named = seen[0][0], seen[1][0]
+        patch.setattr(trials, "run_sweep", kept)
+        (place / "recipes.toml").write_text(first)
+        run(place, "--recipe-name", "aciq-w4a4", "--activation-bits", "6", "--pack")
+        (place / "recipes.toml").write_text(second)
+        run(place)
+    inner, named, several = seen
     assert (inner.weight_bits, inner.activation_bits, inner.pack) == (4, 6, False)
     assert (named.weight_bits, named.activation_bits) == (4, 4)
+    assert several.candidate_bits == (4, 8)
 
 
 def test_pixels_go_into_files_that_take_pixels(tmp_path: Path) -> None:
