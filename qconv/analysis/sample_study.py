@@ -24,7 +24,7 @@ from qconv.calibration.sketch import Sketch
 from qconv.calibration.statistics_file import SketchSpool, open_sketch_spool
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
-from qconv.data.dataset import find_files
+from qconv.data.dataset import list_samples
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError, format_count
 from qconv.ir import subgraph
@@ -144,7 +144,7 @@ def _split_images(data: DataOptions, question: StudyRequest) -> tuple[int, int]:
     Where other pictures are scored on, the second number is of these, at most.
     """
     wanted = MOST_HELD_OUT if question.holdout is None else question.holdout
-    found = find_files(data.paths, pattern=data.glob, samples=data.samples, seed=data.seed).found
+    found = list_samples(data).found
     if question.images:
         return min(data.samples or found, found), wanted
     where = " and ".join(data.paths)
@@ -172,13 +172,13 @@ def _run_float_model(
     feed, session = found.data.feed, open_original(source, threads)
     assert feed is not None
     if question.images:
-        scoring = DataLoader.of(session, replace(data, paths=question.images, glob=None), reporter)
+        scoring = DataLoader.of(session, replace(data, paths=question.images, glob=None, arrays=None), reporter)
         count = len(scoring.listing.paths)
         if question.holdout is not None and count < question.holdout:
             reporter.warn(f"--holdout {question.holdout}: {' and '.join(question.images)} holds {count}.")
     else:
         taken, held = len(feed.listing.paths), data.samples or 0
-        drawn = find_files(data.paths, pattern=data.glob, samples=taken + held, seed=data.seed).paths
+        drawn = list_samples(replace(data, samples=taken + held)).paths
         scoring = feed.over(drawn[taken:])
     scoring.preprocessing = feed.preprocessing
     if found.data.pixels is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.data.dataset import find_files
+from qconv.data.dataset import list_samples
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
 from qconv.ir.files import (
@@ -74,9 +74,9 @@ def hold_out_images(session: Session, data: DataOptions, images: Sequence[str], 
         QconvError: The images cannot be fed to the network.
     """
     if images:
-        chosen = replace(data, paths=tuple(images), samples=MOST_HELD_OUT, glob=None)
+        chosen = replace(data, paths=tuple(images), samples=MOST_HELD_OUT, glob=None, arrays=None)
         feed = DataLoader.of(session, chosen, reporter)
-        listing = find_files(data.paths, pattern=data.glob, samples=data.samples, seed=data.seed)
+        listing = list_samples(data)
         seen = {path.resolve() for path in listing.paths}
         return HeldOutImages(feed, listing.found, unseen=seen.isdisjoint(path.resolve() for path in feed.listing.paths))
     whole = DataLoader.of(session, replace(data, samples=None), reporter)

@@ -37,12 +37,12 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import (
     LAYER_BITS_KEY,
+    ODD_TYPE_ERRORS,
     PATH_KEYS,
     SEARCH_KEYS,
     format_recipe,
     parse_layer_bits,
     read_toml,
-    recipe_from_dict,
     recipe_lines,
 )
 from qconv.errors import QconvError
@@ -223,14 +223,15 @@ def read_recipe_file(file: Path, refused: Mapping[str, tuple[str, str]]) -> Reci
 
 def _read_carried_recipe(file: Path) -> dict[str, Any]:
     """The lines of the recipe that a model carries. Bits that a search has found stand for the search."""
-    from qconv.ir.files import metadata_of, read_proto, source_of
+    from qconv.ir.files import Source, metadata_of, read_proto
+    from qconv.ir.metadata import read_recipe
 
+    said = read_recipe(metadata_of(read_proto(Source(str(file), file))))
     try:
-        said = json.loads(metadata_of(read_proto(source_of(str(file))))["qconv.recipe"])
-        lines = recipe_lines(said) if recipe_from_dict(said) is not None else None
-    except (KeyError, ValueError, AttributeError, TypeError):
-        lines = None
-    if lines is None:
+        lines = recipe_lines(said) if said else {}
+    except ODD_TYPE_ERRORS:
+        said = {}
+    if not said:
         fact = f"{file} carries no recipe that this version of qconv knows."
         raise QconvError(fact, "name a model that `qconv quantize` wrote, or a file of options in TOML.")
     return lines if LAYER_BITS_KEY not in lines else {key: v for key, v in lines.items() if key not in SEARCH_KEYS}

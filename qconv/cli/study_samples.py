@@ -9,7 +9,7 @@ import click
 
 from qconv.cli.command import require_names, run_command
 from qconv.cli.options import HELP_WIDTH, images_option
-from qconv.cli.output import CommandFiles, CommandResult, OutputOptions
+from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, format_command_line
 from qconv.cli.quantize import require_streams
 from qconv.cli.recipe_file import given_options
 from qconv.cli.recipe_options import require_images, select_options_without
@@ -36,7 +36,12 @@ CHART_SUFFIXES = (".png", ".html")
 )
 @click.argument("model")
 @images_option
-@click.option("-o", "--output", metavar="OUT", help="Also draw the curve: a .png picture or a .html page.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="OUT",
+    help="Also draw the curve: a .png picture, or a .html page, which needs qconv[report].",
+)
 @click.option(
     "--seeds",
     default=3,
@@ -74,6 +79,10 @@ def study_samples(
         raise click.UsageError(f"{output} is no chart: name a file that ends in {' or '.join(CHART_SUFFIXES)}.")
     recipe, data = given.request(**{**dict.fromkeys(OPTIONS_NOT_STUDIED), "effort": "fast"})
     require_streams(model, None, wanted.as_json)
+    if place is not None and place.suffix.lower() == ".html":
+        from qconv.report.html import require_report_extra
+
+        require_report_extra(f"A page such as {place}")
     files = CommandFiles((model,), (*calib, *images, options["recipe"]), {"the chart": output})
 
     def work(reporter: Reporter) -> CommandResult:
@@ -92,11 +101,10 @@ def study_samples(
 
 
 def _write_chart(curve: SampleCurve, out: Path) -> None:
-    from qconv import storage
-    from qconv.report import study_chart
+    from qconv.report import html, study_chart
+    from qconv.storage import write_atomically
 
-    page = out.suffix.lower() == ".html"
-    data = (
-        study_chart.render_study_page(curve).encode() if page else study_chart.render_png(study_chart.draw_chart(curve))
-    )
-    storage.write_atomically(out, data)
+    if out.suffix.lower() == ".png":
+        write_atomically(out, study_chart.render_png(study_chart.draw_chart(curve)))
+    else:
+        write_atomically(out, html.render_page(study_chart.make_study_page(curve, format_command_line())))

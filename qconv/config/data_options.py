@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qconv.config.choices import NO_IMAGES, as_json_value, as_texts, option_name, require, require_integer
 from qconv.config.preprocessing import PreprocessingOptions
+
+if TYPE_CHECKING:
+    from qconv.data.dataset import ArraySamples
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,7 @@ class DataOptions:
         seed: Of the draw of images, and of all else that is drawn at random.
         glob: What the name or path of a file must match; None for all files.
         preprocessing: What is said of how the network is fed.
+        arrays: Samples that were given as arrays, which `paths` then only names.
     """
 
     paths: tuple[str, ...] = ()
@@ -29,6 +33,7 @@ class DataOptions:
     seed: int = 0
     glob: str | None = None
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
+    arrays: ArraySamples | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "paths", as_texts(self.paths, "paths"))
@@ -57,4 +62,4 @@ class DataOptions:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready form of what shapes a file that is made with these images; their paths and batches do not."""
-        return {name: value for name, value in as_json_value(self).items() if name not in ("paths", "batch")}
+        return {name: value for name, value in as_json_value(self).items() if name not in ("paths", "batch", "arrays")}

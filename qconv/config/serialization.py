@@ -1,4 +1,4 @@
-"""Converts recipes to command lines and back from dictionaries, and reads and writes per-layer bits as TOML.
+"""Converts recipes to command lines, to TOML and back from dictionaries, and reads and writes per-layer bits as TOML.
 
     [layers]
     "stem*" = 8                                         # bits of the weights
@@ -8,7 +8,14 @@
 The first glob that matches a layer counts, so exceptions stand above the rule. Names are those of the nodes of the
 folded model; globs are those of `fnmatch`, and case counts. A command line leaves out every option that the recipe
 implies. Three things cannot be written as options: per-layer bits (a file), the user's images, and what only steers a
-run.
+run. A recipe file names options as the command line does, without the dashes, and may hold the bits itself:
+
+    calib = ["imgs"]                # lies beside the file
+    keep-float = ["stem*", "head"]
+    tune-ranges = false             # --no-tune-ranges
+
+    [layer-bits]
+    "blocks.1.*" = 8
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ from typing import Any
 from qconv.config.choices import FLOAT_BITS, NO_IMAGES, Drop, LayerBits, WeightGranularity, option_name
 from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PreprocessingOptions
-from qconv.config.recipe import Recipe, make_request
+from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
 from qconv.errors import QconvError
 
 
@@ -146,6 +153,13 @@ def command_line_options(recipe: Mapping[str, Any]) -> list[str]:
     except ODD_TYPE_ERRORS:
         return list(_format_all_options(recipe))
     return [word for name, value in said.items() for word in format_option(name, value)]
+
+
+def request_fields(recipe: Recipe, data: DataOptions) -> dict[str, Any]:
+    """What `make_request` makes both of, without what follows from the others."""
+    steering = {name: getattr(recipe, name) for name in RUN_ONLY_OPTIONS if getattr(recipe, name) is not None}
+    read = {"calib": data.paths, "batch": data.batch, "samples": data.samples, "arrays": data.arrays}
+    return {**_fields_that_matter(recipe.as_dict(data)), **steering, **read}
 
 
 def _fields_that_matter(recipe: Mapping[str, Any]) -> dict[str, Any]:

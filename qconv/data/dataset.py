@@ -14,16 +14,24 @@ from __future__ import annotations
 import codecs
 import fnmatch
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from qconv.config.data_options import DataOptions
 from qconv.errors import QconvError, format_count
+from qconv.storage import ArrayStore, StoredArray
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+
+KEPT_ARRAY_BYTES = 2**28
+"""Of given arrays in memory."""
+
+ARRAYS_HINT = "pass an iterable of mappings, as [{'input': array}]: names of inputs to arrays of numbers."
 
 SAMPLE_SUFFIXES = frozenset({".npy", ".npz"})
 
@@ -40,6 +48,8 @@ class Listing:
     found: int
     ignored: int
     whole: int = 0
+    read: Callable[[Path], dict[str, NDArray[Any]]] | None = None
+    """Gives the arrays of a path that is no file, by the names of inputs."""
 
 
 def find_files(sources: Sequence[str], *, pattern: str | None, samples: int | None, seed: int) -> Listing:
@@ -60,6 +70,82 @@ def find_files(sources: Sequence[str], *, pattern: str | None, samples: int | No
         raise _no_files_error(sources, len(files), len(known), pattern)
     order = np.random.default_rng(seed).permutation(len(chosen))[:samples]
     return Listing(tuple(Path(chosen[i]) for i in order), len(chosen), len(files) - len(known))
+
+
+def list_samples(data: DataOptions) -> Listing:
+    """Choose what `data` says, as `find_files` does."""
+    if data.arrays is not None:
+        return data.arrays.listing(data.samples, data.seed)
+    return find_files(data.paths, pattern=data.glob, samples=data.samples, seed=data.seed)
+
+
+class ArraySamples:
+    """Samples that are given as arrays. They stay in memory up to a limit, and lie in temporary files beyond it.
+
+    Args:
+        batches: Mappings of names of inputs to arrays with the batch as axis 0, or without a batch; read once, here.
+        ranks: How many axes each input of the network has, the batch included.
+        limit: Bytes that stay in memory.
+
+    Raises:
+        QconvError: There are none, or they are no such mappings.
+    """
+
+    name = "the given arrays"
+    """In words, where others have a path."""
+
+    def __init__(
+        self, batches: Iterable[Mapping[str, ArrayLike]], ranks: Mapping[str, int], limit: int = KEPT_ARRAY_BYTES
+    ) -> None:
+        self._store = ArrayStore(limit)
+        self._samples: dict[Path, dict[str, StoredArray]] = {}
+        try:
+            for batch in batches:
+                for sample in _split_batch(_as_arrays(batch), ranks):
+                    stored = {name: self._store.put(array) for name, array in sample.items()}
+                    self._samples[Path(self.name) / f"{len(self._samples):06}.npz"] = stored
+            if not self._samples:
+                raise QconvError("No samples were given.", ARRAYS_HINT)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Drop what lies in temporary files."""
+        self._store.close()
+
+    def listing(self, samples: int | None, seed: int) -> Listing:
+        """A draw of them, as from a folder in which they lie in their order."""
+        paths = list(self._samples)
+        order = np.random.default_rng(seed).permutation(len(paths))[:samples]
+        return Listing(tuple(paths[i] for i in order), len(paths), 0, read=self.read)
+
+    def read(self, path: Path) -> dict[str, NDArray[Any]]:
+        """The arrays of one sample."""
+        return {name: array.get() for name, array in self._samples[path].items()}
+
+
+def _split_batch(batch: dict[str, NDArray[Any]], ranks: Mapping[str, int]) -> Iterator[dict[str, NDArray[Any]]]:
+    counts = {len(array) if array.ndim >= max(1, ranks.get(name, 1)) else None for name, array in batch.items()}
+    if len(counts) > 1:
+        fact = f"{', '.join(batch)} differ in how many samples they hold."
+        raise QconvError(fact, "give each of them axis 0 for the batch, or none.")
+    (count,) = counts
+    if count is None:
+        yield batch
+    else:
+        yield from ({name: array[row] for name, array in batch.items()} for row in range(count))
+
+
+def _as_arrays(batch: object) -> dict[str, NDArray[Any]]:
+    """Copies, since whoever gives arrays may fill them anew."""
+    if not isinstance(batch, Mapping) or not batch:
+        raise QconvError(f"{type(batch).__name__} is no sample.", ARRAYS_HINT)
+    found = {str(name): np.array(array) for name, array in batch.items()}
+    odd = next((name for name, array in found.items() if array.dtype.kind not in "fiub"), None)
+    if odd is not None:
+        raise QconvError(f"{odd!r} holds {found[odd].dtype}, which is no number.", ARRAYS_HINT)
+    return found
 
 
 def suffix_of(path: str | Path) -> str:

@@ -364,9 +364,12 @@ def normalize_pixels(pixels: NDArray[np.uint8], prep: Preprocessing) -> NDArray[
 # ---- one ready-made sample
 
 
-def _load_sample(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[Any]]:
-    """Read one .npy or .npz file: {input name: array without the batch axis, of the wanted type}."""
-    arrays = _read_arrays(path, inputs)
+def _load_sample(path: Path, inputs: Sequence[InputSpec], read: ArrayReader | None) -> dict[str, NDArray[Any]]:
+    """Read one .npy or .npz file: {input name: array without the batch axis, of the wanted type}.
+
+    read: gives what would be in it, where it is no file.
+    """
+    arrays = _read_arrays(path, inputs) if read is None else read(path)
     names = {spec.name for spec in inputs}
     for fact, wrong in (("lacks", names - arrays.keys()), ("holds unknown", arrays.keys() - names)):
         if wrong:
@@ -457,7 +460,7 @@ def iter_batches(
         raise QconvError(f"{first} is one picture but the network has {len(inputs)} inputs.", _describe_npz(inputs))
     if first is not None and prep is None:
         raise QconvError(f"{first} is a picture but the network takes none.", "pass .npy or .npz samples.")
-    load = partial(_load_inputs, inputs=inputs, prep=prep)
+    load = partial(_load_inputs, inputs=inputs, prep=prep, read=listing.read)
     _import_decoders()
     pending = prefetch(load, listing.paths, workers=workers, depth=2 * workers + batch)
     return _batch_inputs(
@@ -465,9 +468,11 @@ def iter_batches(
     )
 
 
-def _load_inputs(path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | None) -> dict[str, NDArray[Any]]:
+def _load_inputs(
+    path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | None, read: ArrayReader | None = None
+) -> dict[str, NDArray[Any]]:
     if prep is None or suffix_of(path) in SAMPLE_SUFFIXES:
-        return _load_sample(path, inputs)
+        return _load_sample(path, inputs, read)
     if prep.keeps_pixels and inputs[0].dtype == np.uint8:
         return {inputs[0].name: load_pixels(path, prep)}
     return {inputs[0].name: cast_pixels(load_image(path, prep), inputs[0].dtype)}
@@ -479,6 +484,8 @@ def cast_pixels(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[An
         values = np.clip(np.rint(values), 0, 255)
     return values.astype(dtype, copy=False)
 
+
+ArrayReader = Callable[[Path], dict[str, NDArray[Any]]]
 
 _Sample = dict[str, NDArray[Any]]
 

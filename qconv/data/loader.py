@@ -20,7 +20,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import AUTO, Color, Layout, Preprocessing, PreprocessingOptions
 from qconv.data import images
 from qconv.data.autodetect import detect_preprocessing
-from qconv.data.dataset import SAMPLE_SUFFIXES, Listing, find_files, suffix_of
+from qconv.data.dataset import SAMPLE_SUFFIXES, Listing, list_samples, suffix_of
 from qconv.data.evidence import find_fact
 from qconv.data.images import InputSpec, layout_order, resolve_preprocessing
 from qconv.errors import QconvError
@@ -71,8 +71,8 @@ class DataLoader:
 
         known: the preprocessing, where it is known already.
         """
-        listing = find_files(data.paths, pattern=data.glob, samples=data.samples, seed=data.seed)
         inputs = [InputSpec(*found) for found in session.inputs]
+        listing = list_samples(data)
         if not inputs:
             raise QconvError(f"{session.name} has no input, so no picture can be fed to it.", "export the model again.")
         preprocessing = None

@@ -242,7 +242,7 @@ class MixedPrecision:
 
 @dataclass(slots=True)
 class Report:
-    """Everything that one `quantize` did and measured."""
+    """Everything that one `quantize` did and measured. model_bytes: the result, where it has no file."""
 
     version: str
     output: str
@@ -266,6 +266,7 @@ class Report:
     mixed: MixedPrecision | None = None
     runner_up: str | None = None
     margin: float | None = None
+    model_bytes: bytes | None = field(default=None, repr=False)
 
     @property
     def held(self) -> bool:
