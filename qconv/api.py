@@ -21,8 +21,8 @@ from qconv.analysis import evaluate as analysis_evaluate
 from qconv.analysis import inspect_float, inspect_quantized, sample_study
 from qconv.analysis.inspect_float import FloatModel
 from qconv.analysis.inspect_quantized import QuantizedModel
-from qconv.audit import audit as runtime_audit
-from qconv.audit.audit import FileAudit
+from qconv.auditing import audit as runtime_audit
+from qconv.auditing.audit import FileAudit
 from qconv.calibration import statistics_file
 from qconv.calibration.statistics_file import MergedStatistics
 from qconv.config.choices import SYNTHESIS_STEPS, check_run_options

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from qconv.analysis.inspect_float import TensorSignature, read_producer, refuse_custom_operators
-from qconv.audit.audit import FILE_FORMATS, detect_format
+from qconv.auditing.audit import FILE_FORMATS, detect_format
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, recipe_from_dict
 from qconv.ir.files import Source, declared_opset, file_bytes, is_quantized, metadata_of, read_proto

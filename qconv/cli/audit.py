@@ -45,7 +45,7 @@ def audit(**options: Any) -> int:
     require_names({"MODEL": given.model})
 
     def work(reporter: Reporter) -> CommandResult:
-        from qconv.audit.audit import audit_file
+        from qconv.auditing.audit import audit_file
         from qconv.ir.files import source_of
         from qconv.report import text
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import qconv
 from qconv import storage
-from qconv.audit.audit import PlannedReasons, audit, profile_nodes
+from qconv.auditing.audit import PlannedReasons, audit, profile_nodes
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import option_name
 from qconv.config.data_options import DataOptions

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import qconv
 from qconv.analysis.compare import ComparisonRun, compare_on_images
-from qconv.audit.audit import FileAudit, audit_file
+from qconv.auditing.audit import FileAudit, audit_file
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS

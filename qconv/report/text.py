@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qconv.analysis.evaluate import Evaluation, MeasuredShare, OutputComparison
-from qconv.audit.audit import FileAudit
+from qconv.auditing.audit import FileAudit
 from qconv.errors import format_count, format_shape
 from qconv.metrics.comparison import SIGNIFICANT, Interval, difference_interval
 from qconv.results.comparison import Cause, Comparison, Diagnosis, LayerComparison, Sweep, Trial

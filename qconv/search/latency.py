@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qconv import storage
-from qconv.audit.audit import make_node_namer, profile_nodes
+from qconv.auditing.audit import make_node_namer, profile_nodes
 from qconv.calibration.sketch import Sketch
 from qconv.config.preprocessing import Preprocessing
 from qconv.config.recipe import Recipe

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from qconv import storage
-from qconv.audit.audit import audit_file
+from qconv.auditing.audit import audit_file
 from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
 from qconv.data.dataset import LabelOptions, find_classes, labels_of

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from qconv.audit.audit import PlannedReasons, audit
+from qconv.auditing.audit import PlannedReasons, audit
 from qconv.ir.files import Source, read_proto
 from qconv.ir.load import load_unchanged
 from tests.bench.cases import CASES, REPOSITORY, Array, Case, default_data, light_file, pictures

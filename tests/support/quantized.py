@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from qconv.audit.audit import PlannedReasons, audit
+from qconv.auditing.audit import PlannedReasons, audit
 from qconv.calibration.observer import export_observed_model, observe
 from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.config.data_options import DataOptions

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qconv.audit.audit import FileAudit, audit_file
+from qconv.auditing.audit import FileAudit, audit_file
 from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe

@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from qconv import storage
-from qconv.audit.fusion_rules import find_dequantizer, find_float_reason
+from qconv.auditing.fusion_rules import find_dequantizer, find_float_reason
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
