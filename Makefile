@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fix bench bench-accuracy bench-qat compat clean
+.PHONY: help demo test lint fix bench bench-accuracy bench-qat compat lowest lowest-tenth clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ demo: $(STAMP) ## quantize the model that the repository carries with its own pi
 	$(BIN)/qconv quantize tests/models/cifar_mobilenet.onnx --calib calib_samples --preprocess imagenet --resize exact -o demo.w8a8.onnx
 
 test: $(STAMP) ## run the tests
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## check style, types and who imports whom
 	$(BIN)/ruff check .
@@ -53,5 +53,15 @@ bench-qat: $(STAMP) ## measure post-training quantization against training; need
 compat: $(STAMP) ## run the files in ONNX Runtime 1.17 to the newest, each in an environment of its own
 	$(BIN)/python -m tests.bench.compat $(ARGS)
 
+lowest: ## run demo and tests with the lowest versions that pyproject.toml allows, then with the newest
+	$(PYTHON) tests/lowest.py .lowest
+	$(MAKE) --no-print-directory VENV=.lowest demo test
+	$(PYTHON) tests/lowest.py --newest .newest
+	$(MAKE) --no-print-directory VENV=.newest demo test
+
+lowest-tenth: ## run demo and a tenth of the tests with the lowest versions
+	$(PYTHON) tests/lowest.py .lowest
+	$(MAKE) --no-print-directory VENV=.lowest ARGS=--tenth demo test
+
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .compat demo.w8a8.onnx .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .compat .lowest .newest demo.w8a8.onnx .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

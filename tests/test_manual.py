@@ -13,13 +13,13 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
 
 from qconv.cli import manual as command_module
 from qconv.cli.main import cli
 from qconv.cli.options import parse_number
 from qconv.config.preprocessing import PRESETS
 from qconv.report.manual_page import name_topics, render
+from tests.support.libraries import MOVES_CODES, needs, runner
 from tests.support.reference import GENERATED, MANUAL, README, ROOT, between
 
 INDEX = MANUAL / "README.md"
@@ -104,6 +104,7 @@ def test_the_python_lines_run(place: Path, lines: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@needs("onnxruntime", "1.22", MOVES_CODES)
 def test_the_summary_is_that_of_a_run(place: Path) -> None:
     """All but the numbers, which depend on pictures and machine, and with them the order of what was changed."""
     (block,) = blocks("console")
@@ -276,7 +277,7 @@ def test_help_sends_nobody_to_a_file_that_is_not_installed(name: str) -> None:
 
 
 def printed(*words: str) -> str:
-    done = CliRunner().invoke(cli, ["manual", *words], standalone_mode=False)
+    done = runner().invoke(cli, ["manual", *words], standalone_mode=False)
     assert done.exception is None
     return done.output
 

@@ -26,6 +26,7 @@ from qconv.quantizer import (
     group_extremes,
 )
 from qconv.runtime.session import Session
+from tests.support.libraries import has
 
 TYPES = {
     "int8": onnx.TensorProto.INT8,
@@ -95,6 +96,8 @@ def test_codes_and_numbers_equal_onnx_runtime_bit_for_bit(
     params = spec.from_range(*group_extremes(x, granularity))
     assert_like_runtime(params, x)
     assert_like_runtime(params, x * 3)  # out of range
+    if isinstance(granularity, PerBlock) and not has("onnxruntime", "1.32"):
+        return  # older ones make of infinity what the conversion of their compiler does
     flat = x.reshape(-1)
     flat[:6] = [np.inf, -np.inf, np.finfo(np.float32).max, np.finfo(np.float32).min, 0.0, -0.0]
     assert_like_runtime(params, x)

@@ -95,6 +95,8 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # names of files may be anything
     try:
         status = cli.main(standalone_mode=False)
+        if len(sys.argv) < 2:  # click before 8.2 takes that for a wish to read the help
+            status = 2
         if sys.stdout is not None:
             sys.stdout.flush()
     except QconvError as error:

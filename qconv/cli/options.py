@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -33,8 +33,18 @@ from qconv.config.preprocessing import AUTO, PRESETS, Color, Layout, ResizeFilte
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 
+if TYPE_CHECKING:
+    from click import ParamType
+else:
 
-class NumbersType(click.ParamType[tuple[float, ...]]):
+    class ParamType(click.ParamType):
+        """click's, which takes the type of its values in brackets only from 8.4 on."""
+
+        def __class_getitem__(cls, values):
+            return cls
+
+
+class NumbersType(ParamType[tuple[float, ...]]):
     """Comma-separated numbers; fractions such as 1/255 are accepted."""
 
     name = "numbers"
@@ -55,12 +65,12 @@ def parse_number(text: str) -> float:
     return float(top) / float(bottom) if slash else float(top)
 
 
-class SizeType(click.ParamType[tuple[int, int]]):
+class SizeType(ParamType[tuple[int, int]]):
     """HxW in pixels, or one number for a square."""
 
     name = "HxW"
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         """What --help shows for the value."""
         return "HxW"
 
@@ -74,12 +84,12 @@ class SizeType(click.ParamType[tuple[int, int]]):
         return int(parts[0]), int(parts[-1])
 
 
-class ResizeType(click.ParamType[str | int]):
+class ResizeType(ParamType[str | int]):
     """auto, exact, letterbox, or the shorter side in pixels."""
 
     name = "resize"
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         """What --help shows for the value."""
         return "[auto|exact|letterbox|N]"
 
@@ -93,12 +103,12 @@ class ResizeType(click.ParamType[str | int]):
         return int(text)
 
 
-class DropType(click.ParamType[Drop]):
+class DropType(ParamType[Drop]):
     """MEASURE:NUMBER, such as agreement:0.01 or sqnr:25."""
 
     name = "drop"
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         """What --help shows for the value."""
         return "MEASURE:NUMBER"
 
@@ -115,12 +125,12 @@ class DropType(click.ParamType[Drop]):
             )
 
 
-class BitsType(click.ParamType[tuple[int, ...]]):
+class BitsType(ParamType[tuple[int, ...]]):
     """Comma-separated numbers of bits, and float."""
 
     name = "bits"
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         """What --help shows for the value."""
         return "N,N,...[,float]"
 

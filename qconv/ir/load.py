@@ -21,7 +21,7 @@ onnx-ir's common passes were tried in place of what is here, and do not serve (1
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,7 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
         changes.append(Change("load", source.name, f"{sparse} sparse weights made dense"))
     external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in iter_tensors(proto.graph))
     weights = _detach_weights(proto)
+    _check_axes(proto, source)
     current = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     if current < opset:
         proto = _convert_opset(proto, source, current, opset)
@@ -184,6 +185,49 @@ def _convert_opset(proto: onnx.ModelProto, source: Source, current: int, opset: 
     return converted
 
 
+def _check_axes(proto: onnx.ModelProto, source: Source) -> None:
+    """Raises QconvError for a convolution whose input has not as many axes as its weights.
+
+    Only for those that leave kernel_shape to their weights: the libraries look at the others themselves, whatever their
+    version.
+    """
+    from onnx import shape_inference
+
+    if not any(map(_is_unspoken, _iter_nodes(proto.graph))):
+        return
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    del copy.graph.value_info[:]
+    found = list(filter(_is_unspoken, _iter_nodes(copy.graph)))
+    ranks = {tensor.name: len(tensor.dims) for tensor in copy.graph.initializer} | _ranks(copy.graph.input)
+    for node in found:
+        node.attribute.append(onnx.helper.make_attribute("kernel_shape", [1] * max(ranks.get(node.input[1], 4) - 2, 1)))
+    try:
+        graph = shape_inference.infer_shapes(copy, data_prop=True).graph
+    except Exception:  # it is told of where shapes are inferred for good
+        return
+    ranks |= _ranks((*graph.input, *graph.value_info))
+    for node in found:
+        pictures, weights = (ranks.get(name) for name in node.input[:2])
+        if pictures is not None and weights is not None and pictures != weights:
+            raise QconvError(
+                f"{source.name} does not fit together: {node.op_type} {node.name or node.output[0]!r} has weights of "
+                f"{weights} axes and an input of {pictures}.",
+                "check it with onnx.checker, or export it again.",
+            )
+
+
+def _is_unspoken(node: onnx.NodeProto) -> bool:
+    """Whether it is a convolution that leaves the size of its kernel to its weights."""
+    kinds = node.domain in ("", "ai.onnx") and node.op_type in ("Conv", "ConvTranspose") and len(node.input) > 1
+    return kinds and all(attribute.name != "kernel_shape" for attribute in node.attribute)
+
+
+def _ranks(values: Iterable[onnx.ValueInfoProto]) -> dict[str, int]:
+    tensors = ((value.name, value.type.tensor_type) for value in values)
+    return {name: len(tensor.shape.dim) for name, tensor in tensors if tensor.HasField("shape")}
+
+
 def _infer_shapes(proto: onnx.ModelProto, source: Source) -> None:
     """Let onnx infer shapes: stale ones in the file are dropped first, those of outputs only added where none is."""
     from onnx import shape_inference
@@ -205,6 +249,7 @@ def _infer_shapes(proto: onnx.ModelProto, source: Source) -> None:
 def load_unchanged(proto: onnx.ModelProto, source: Source) -> Model:
     """Load a model as it is, but for names of nodes and inferred types. `proto` is used up."""
     weights = _detach_weights(proto)
+    _check_axes(proto, source)
     with contextlib.suppress(QconvError):
         _infer_shapes(proto, source)
     _reattach_weights(proto, weights)

@@ -160,11 +160,15 @@ def select_cost_table(recipe: Recipe, target: Target) -> CostTable:
 
 
 def infer_run_shapes(model: Model, fed: Preprocessing | None) -> Shapes:
-    """The shapes of all tensors in one run, as far as known. fed: as in `choose_float_nodes`."""
+    """The shapes of all tensors in one run, as far as known; none where the size is open.
+
+    fed: as in `choose_float_nodes`.
+    """
     first = model.graph.inputs[0]
-    batch, *own = dims(first) or [None]
+    batch, *own = dims(first) or [None, None]
     sides = own if fed is None else fed.shape[1:]
-    return infer_shapes_at(model, first.name or "", [batch or 1, *(side for side in sides if side is not None)])
+    known = [side for side in sides if side is not None]
+    return infer_shapes_at(model, first.name or "", [batch or 1, *known]) if len(known) == len(sides) else {}
 
 
 def place_by_cost_table(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:

@@ -39,6 +39,21 @@ FATAL_ONLY = 4
 KERNEL_TIME_SUFFIX = "_kernel_time"
 
 
+class _Inference(ort.InferenceSession):  # type: ignore[misc]
+    """Without a second try, which prints errors to stdout; that may be carrying the result.
+
+    Newer ones take a word for that, older ones set it whatever they are told.
+    """
+
+    @property
+    def _enable_fallback(self) -> bool:
+        return False
+
+    @_enable_fallback.setter
+    def _enable_fallback(self, wish: bool) -> None:
+        pass
+
+
 @dataclass(slots=True)
 class _OutputBuffers:
     """Output buffers for inputs of one shape."""
@@ -103,8 +118,7 @@ class Session:
         if isinstance(model, str) and not _is_utf8(model):
             model = Path(model).read_bytes()
         try:
-            # with its fallback on, the runtime prints errors to stdout, which may be carrying the result
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+            self._session = _Inference(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime raises a dozen types of its own
             raise _load_error(name, error) from None
         self.outputs: list[str] = [output.name for output in self._session.get_outputs()]
@@ -139,6 +153,12 @@ class Session:
         try:
             found = self._session.run(list(outputs), dict(feeds))
         except Exception as error:  # as above
+            if "zero point of per-channel filter must be same" in str(error):
+                raise QconvError(
+                    f"{self.name} has weights whose channels have zero points of their own, for which ONNX Runtime "
+                    f"{RUNTIME_VERSION} is too old.",
+                    "install onnxruntime 1.28 or newer, or quantize with --weight-scheme symmetric.",
+                ) from None
             raise QconvError(
                 f"{self.name} cannot be run on these pictures: {_runtime_message(error)}",
                 "check --size, --layout and --batch against the model's input.",

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 from numpy.typing import NDArray
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
@@ -29,6 +28,7 @@ from qconv.quantizer import QuantSpec
 from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison
 from qconv.runtime.session import Session
+from tests.support.libraries import runner
 from tests.support.models import network
 
 ROOT = Path(__file__).parents[2]
@@ -332,7 +332,7 @@ def test_another_network_is_refused(samples: Path) -> None:
 
 
 def command(*words: object) -> Any:
-    return CliRunner().invoke(cli, [str(word) for word in words], standalone_mode=False)
+    return runner().invoke(cli, [str(word) for word in words], standalone_mode=False)
 
 
 def test_the_command_prints_in_80_columns(cifar: Path) -> None:

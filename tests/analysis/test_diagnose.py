@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
 
@@ -27,6 +27,7 @@ from qconv.data.dataset import find_files
 from qconv.pipeline import collect, quantize
 from qconv.results.comparison import Trial, pareto_mask
 from tests.data.test_autodetect import colourful, fed, folder_of, trained_with
+from tests.support.libraries import runner
 from tests.support.models import network
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +117,7 @@ def saved(proto: onnx.ModelProto, folder: Path) -> Path:
 
 
 def invoked(*words: Any) -> Result:
-    result = CliRunner().invoke(cli, [str(word) for word in words])
+    result = runner().invoke(cli, [str(word) for word in words])
     assert result.exit_code == 0, result.output + str(result.exception)
     return result
 
@@ -299,9 +300,9 @@ def test_the_ladder_as_csv(tmp_path: Path, samples: Path) -> None:
     ],
 )
 def test_usage(words: tuple[str, ...], says: str) -> None:
-    result = CliRunner().invoke(cli, ["diagnose", *words])
+    result = runner().invoke(cli, ["diagnose", *words])
     assert result.exit_code == 2
-    assert says in result.output
+    assert says in result.stderr
 
 
 def test_pictures_of_ones_own_to_score_on(tmp_path: Path, samples: Path) -> None:
@@ -402,7 +403,7 @@ def test_a_list_of_pictures_is_not_written_over(tmp_path: Path, samples: Path) -
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"samples/{path.name}\n" for path in samples.iterdir()))
     before = listed.read_text()
-    result = CliRunner().invoke(
+    result = runner().invoke(
         cli, ["diagnose", str(saved(plain(), tmp_path)), "--calib", str(listed), "--csv", str(listed)]
     )
     assert result.exit_code == 1
@@ -497,5 +498,5 @@ def test_channels_of_8_bits_take_no_bits_from_others(tmp_path: Path, samples: Pa
 
 
 def test_embedding_comes_after_a_diagnosis() -> None:
-    result = CliRunner().invoke(cli, ["diagnose", "m.onnx", "--calib", "s", "--embed-preprocessing", "nchw"])
+    result = runner().invoke(cli, ["diagnose", "m.onnx", "--calib", "s", "--embed-preprocessing", "nchw"])
     assert result.exit_code == 2

@@ -20,6 +20,7 @@ from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
 from qconv.report.text import format_audit as printed
+from tests.support.libraries import needs
 from tests.support.models import network
 
 CIFAR = Path(__file__).parents[1] / "models" / "cifar_mobilenet.onnx"
@@ -262,6 +263,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@needs("onnxruntime", "1.22", "older ones give nodes names of their own, or none")
 def test_every_node_of_the_file_is_found_again(demo: Path) -> None:
     found = audit_file(Source(str(demo), demo), threads=1, batch=None, size=None)
     names = {node.name for node in onnx.load(demo).graph.node} | {n.name for n in onnx.load(CIFAR).graph.node}

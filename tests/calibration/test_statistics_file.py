@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 
 from qconv.calibration import statistics_file
 from qconv.cli.main import cli
@@ -20,6 +19,7 @@ from qconv.config.preprocessing import PreprocessingOptions
 from qconv.config.recipe import Recipe, make_request
 from qconv.errors import QconvError
 from qconv.pipeline.quantize import quantize
+from tests.support.libraries import runner
 from tests.support.models import network
 
 BODY = "c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) d = Conv(r, v) p = GlobalAveragePool(d) y = Flatten(p)"
@@ -238,7 +238,7 @@ def test_another_schema_is_told(place: Path) -> None:
 
 
 def call(*arguments: str) -> tuple[int, str]:
-    done = CliRunner().invoke(cli, list(arguments), standalone_mode=False)
+    done = runner().invoke(cli, list(arguments), standalone_mode=False)
     if done.exception is not None:
         raise done.exception
     return int(done.return_value or 0), done.stdout

@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from qconv.cli.main import cli
 from qconv.cli.output import format_csv
+from tests.support.libraries import runner
 
 CIFAR = Path(__file__).parents[1] / "models" / "cifar_mobilenet.onnx"
 
@@ -28,7 +28,7 @@ def test_cells() -> None:
 )
 def test_the_table_is_that_of_json(words: tuple[str, ...], table: str, tmp_path: Path) -> None:
     place = tmp_path / "table.csv"
-    done = CliRunner().invoke(cli, [*words, str(CIFAR), "--json", "--csv", str(place)], standalone_mode=False)
+    done = runner().invoke(cli, [*words, str(CIFAR), "--json", "--csv", str(place)], standalone_mode=False)
     assert done.exception is None
     found, rows = json.loads(done.stdout)[table], list(csv.DictReader(io.StringIO(place.read_text())))
     assert len(rows) == len(found) > 0

@@ -12,6 +12,7 @@ from onnx import TensorProto
 from PIL import Image
 
 from tests.support.cli import CIFAR, PHOTOS, QUICK, Qconv, assert_error, listing, write_with_open_size
+from tests.support.libraries import MOVES_CODES, needs
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,7 @@ def test_preprocessing_options_reach_the_pictures(call: Qconv, tiny: Path, tmp_p
         assert row["zero_point"] == round(-low / row["scale"])
 
 
+@needs("onnxruntime", "1.22", MOVES_CODES)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_a_file_that_takes_pixels(call: Qconv, tmp_path: Path, layout: str) -> None:
     """The summary says so; the file gives the same bytes again, and the classes that the float model gives."""

@@ -24,6 +24,7 @@ from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
 from qconv.quantization.layer import compute_bias_correction
 from qconv.results.quantize import Report
+from tests.support.libraries import MOVES_CODES, needs
 from tests.support.models import ints, network, run
 
 CIFAR = Path(__file__).parents[1] / "models" / "cifar_mobilenet.onnx"
@@ -224,6 +225,7 @@ def test_generic_is_plain(folder: str) -> None:
         assert all(kind == "DequantizeLinear" for kind in file.before(node))
 
 
+@needs("onnxruntime", "1.22", MOVES_CODES)
 def test_generic_runs_in_integers_all_the_same(folder: str) -> None:
     report, _ = made(residual(), folder, "generic")
     assert report.audit.float == 0

@@ -33,6 +33,7 @@ from qconv.data.images import RESIZE_MODES, InputSpec, UnreadableImage, iter_bat
 from qconv.errors import QconvError
 from qconv.reporter import Reporter
 from qconv.storage import prefetch
+from tests.support.libraries import skip_without
 
 FLOAT = np.dtype(np.float32)
 BYTE = np.dtype(np.uint8)
@@ -486,6 +487,8 @@ KINDS: dict[str, tuple[str, Callable[[], Any], tuple[int, int, int], int]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_file_becomes_rgb(tmp_path, kind):
+    if kind == "YCbCr TIFF":
+        skip_without("pillow", "13.0", "older ones cannot read such files, even their own")
     suffix, build, rgb, tolerance = KINDS[kind]
     built = build()
     picture, how = built if isinstance(built, tuple) else (built, {})

@@ -733,6 +733,23 @@ def test_the_result_of_qconv_is_already_quantized(tmp_path: Path) -> None:
         quantize(tmp_path / "once.onnx", tmp_path / "twice.onnx", recipe, data)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 3), (1, 3, 8), (1, 3, 8, 8, 8)], ids=len)
+@pytest.mark.parametrize("reader", [load.load, load.load_unchanged])
+@pytest.mark.parametrize("body", ["y = Conv(x, w)", "r = Relu(x) y = ConvTranspose(r, w)"])
+def test_a_layer_of_other_axes_is_refused(body: str, reader: Callable[..., object], shape: tuple[int, ...]) -> None:
+    """By ourselves: what a library does with it depends on its version."""
+    proto = network(body, (1, 3, 8, 8), w=(3, 3, 3, 3))
+    proto.graph.input[0].type.CopyFrom(helper.make_tensor_type_proto(TensorProto.FLOAT, shape))
+    with pytest.raises(QconvError, match=f"weights of 4 axes and an input of {len(shape)}"):
+        reader(proto, Source("the model", None, b""))
+
+
+def test_shapes_that_a_file_only_claims_refuse_nothing() -> None:
+    proto = network("r = Relu(x) y = Conv(r, w)", (1, 3, 8, 8), w=(4, 3, 3, 3))
+    proto.graph.value_info.append(helper.make_tensor_value_info("r", TensorProto.FLOAT, (1, 3)))
+    load.load(proto, Source("the model", None, b""))
+
+
 def test_errors_say_nothing_on_standard_output(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """ONNX Runtime prints some of its failures there, where the result may be on its way."""
     for content in (chain().SerializeToString().replace(b"MaxPool", b"MaxP\xff\xfel"), damaged(_negative)):

@@ -19,6 +19,7 @@ from qconv.planning.placement import (
     Shapes,
     _PlacementProblem,
     choose_float_nodes,
+    infer_run_shapes,
     is_placement_supported,
     look_up_cost,
     place_by_cost_table,
@@ -233,3 +234,12 @@ def test_costs_are_the_mean_of_those_of_all_cpus() -> None:
 def test_shapes_follow_the_pictures() -> None:
     model = loaded(network("a = Relu(x)  y = MaxPool<kernel_shape=[2,2], strides=[2,2]>(a)", x=("N", 3, "H", "W")))
     assert infer_shapes_at(model, "x", (1, 3, 10, 20)) == {"x": (1, 3, 10, 20), "a": (1, 3, 10, 20), "y": (1, 3, 5, 10)}
+
+
+@pytest.mark.parametrize("x", [("N", 3, "H", "W"), (1, 3, "H", 8), ("N", "C", 8, 8)], ids=str)
+def test_no_shapes_where_the_size_is_open(x: tuple[int | str, ...]) -> None:
+    """Of a size that is made up they would be wrong, and of fewer sides the input would have another rank."""
+    model = loaded(network("y = Conv(x, w)", x=x, w=(4, 3, 3, 3)))
+    assert infer_run_shapes(model, None) == {}
+    model = loaded(network("y = Conv(x, w)", x=("N", 3, 8, 8), w=(4, 3, 3, 3)))
+    assert infer_run_shapes(model, None)["y"] == (1, 4, 6, 6)

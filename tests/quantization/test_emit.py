@@ -14,6 +14,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.pipeline.quantize import quantize
 from qconv.runtime.session import Session
+from tests.support.libraries import MOVES_CODES, needs
 from tests.support.models import network
 from tests.support.quantized import LAYERS, NET, SAME, Quantized, joined, net, pictures, quantized, sqnr
 
@@ -92,6 +93,7 @@ def test_16_bits_are_as_good_as_float() -> None:
     assert net(weight_bits=16, activation_bits=32).sqnr() > 80
 
 
+@needs("onnxruntime", "1.22", MOVES_CODES)
 def test_8_bits_leave_nothing_in_float() -> None:
     result = net()
     assert result.audit.islands == ()
@@ -187,6 +189,7 @@ def test_the_mean_stays_where_weights_are_coarse() -> None:
     assert moved.max() < 1e-3
 
 
+@needs("onnxruntime", "1.22", MOVES_CODES)
 def test_the_whole_story_agrees_with_its_parts(tmp_path: Path) -> None:
     """The file that `quantize` writes from samples on disk gives what the parts gave, bit for bit."""
     (tmp_path / "calib").mkdir()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qconv.config.choices import WeightGranularity
+from tests.support.libraries import MOVES_CODES, needs, skip_without
 from tests.support.models import network
 from tests.support.quantized import SAME, net, quantized
 
@@ -56,6 +57,8 @@ def test_a_wish_for_float_holds_for_operators_without_weights(node: str) -> None
     ],
 )
 def test_average_pools_divide_by_the_same_numbers(attributes: str, size: int) -> None:
+    if "ceil_mode=1, count_include_pad=1" in attributes and "pads" not in attributes:
+        skip_without("onnxruntime", "1.21", "older ones count what lies beyond the padding")
     body = f"c = Conv<{SAME}>(x, w) a = AveragePool<{attributes}>(c) y = Conv(a, v)"
     quantized(network(body, x=(1, 3, size, size), opset=19, w=(4, 3, 3, 3), v=(4, 4, 1, 1))).check()
 
@@ -126,6 +129,7 @@ def test_every_convolution_in_float_says_why(options: dict[str, object], why: st
     assert {name: found.get(name) for name in "cdp"} == dict.fromkeys("cdp", why)
 
 
+@needs("onnxruntime", "1.22", MOVES_CODES)
 def test_what_follows_a_result_in_float_is_counted_as_float() -> None:
     """QGemm without a quantizer behind it gives floats, so the Softmax works on floats."""
     body = "c = Conv(x, w) r = Relu(c) f = Flatten(r) g = Gemm(f, v) y = Softmax(g)"

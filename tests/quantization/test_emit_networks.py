@@ -8,6 +8,7 @@ import pytest
 
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.runtime.session import Session
+from tests.support.libraries import MOVES_CODES, needs, skip_without
 from tests.support.models import ints, network
 from tests.support.quantized import SAME, Wiring, interface, net, pictures, quantized
 
@@ -215,7 +216,10 @@ def test_networks_of_all_kinds(kind: str, way: str) -> None:
     """Right in every way of storing it; names, types and shapes of inputs and outputs stay."""
     proto = KINDS[kind]
     bits = WAYS[way].get("weight_bits", 8)
-    result = quantized(proto, **WAYS[way]).check(10 if bits == 4 else 20 if bits == 7 else 25)
+    result = quantized(proto, **WAYS[way])
+    if kind == "matmul of two activations" and result.proto.opset_import[0].version >= 21:
+        skip_without("onnxruntime", "1.20", "older ones lack the kernel of a MatMul of codes in opset 21")
+    result.check(10 if bits == 4 else 20 if bits == 7 else 25)
     for before, after in (
         (proto.graph.input, result.proto.graph.input),
         (proto.graph.output, result.proto.graph.output),
@@ -235,6 +239,7 @@ ISLANDS = {
 }
 
 
+@needs("onnxruntime", "1.22", MOVES_CODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_8_bits_run_in_integers(kind: str) -> None:
     result = quantized(KINDS[kind])

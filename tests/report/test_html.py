@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from qconv.cli.main import cli
@@ -46,6 +45,7 @@ from qconv.results.quantize import Audit, FloatNode, LayerTime, OutputScore, Ver
 from qconv.results.sample_curve import CurvePoint, SampleCurve
 from qconv.runtime.session import Session
 from tests.support.browser import MISSING, Browser, browser
+from tests.support.libraries import runner
 
 ROOT = Path(__file__).parents[2]
 CIFAR = ROOT / "tests" / "models" / "cifar_mobilenet.onnx"
@@ -373,7 +373,7 @@ def test_thumbnails_are_small() -> None:
 
 
 def command(*words: object, stdin: bytes = b"") -> Any:
-    return CliRunner().invoke(cli, [str(word) for word in words], standalone_mode=False, input=stdin)
+    return runner().invoke(cli, [str(word) for word in words], standalone_mode=False, input=stdin)
 
 
 QUICK = ("--calib", PHOTOS, "--samples", 8, "--effort", "fast", "--preprocess", "imagenet", "--resize", "exact", "-q")

@@ -17,12 +17,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import make_request
 from qconv.reporter import Reporter
+from tests.support.libraries import runner
 from tests.support.models import network
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
@@ -347,7 +347,7 @@ def test_the_teacher_is_found_by_its_hash(place: Path, tmp_path: Path) -> None:
 
 
 def invoke(*words: str) -> tuple[int, str, str]:
-    found = CliRunner().invoke(cli, ["finetune", *words], standalone_mode=False)
+    found = runner().invoke(cli, ["finetune", *words], standalone_mode=False)
     if isinstance(found.exception, Exception) and not isinstance(found.exception, QconvError):
         code = getattr(found.exception, "exit_code", 1)
         return code, found.stdout, f"{found.exception}"

@@ -12,12 +12,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import make_request
 from qconv.reporter import Reporter
+from tests.support.libraries import runner
 from tests.support.models import ints, loaded, network
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
@@ -167,7 +167,7 @@ def test_pixels_go_in(place: Path) -> None:
 def test_the_command(place: Path, tmp_path: Path) -> None:
     words = ["quantize", place / "net.onnx", "--calib", place / "pictures", "--preprocess", "unit", "--weight-bits", 2]
     words += ["--rounding", "reconstruct", "--effort", "fast", "-o", tmp_path / "out.onnx", "--json"]
-    done = CliRunner().invoke(cli, [str(word) for word in words], standalone_mode=False)
+    done = runner().invoke(cli, [str(word) for word in words], standalone_mode=False)
     assert done.exception is None
     assert "reconstruct" in json.loads(done.stdout)["time"]
     recipe = {entry.key: entry.value for entry in onnx.load(tmp_path / "out.onnx").metadata_props}

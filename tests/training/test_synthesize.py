@@ -18,11 +18,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from qconv.config.data_options import DataOptions
 from qconv.reporter import Reporter
+from tests.support.libraries import runner
 from tests.support.models import ints, loaded, network, run, statistics
 
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
@@ -464,7 +464,7 @@ def test_inputs_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
 
 
 def command(*words: object) -> Any:
-    return CliRunner().invoke(cli, [str(word) for word in words], standalone_mode=False)
+    return runner().invoke(cli, [str(word) for word in words], standalone_mode=False)
 
 
 def test_a_set_calibrates_a_network(tmp_path: Path) -> None:
