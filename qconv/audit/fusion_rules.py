@@ -21,6 +21,7 @@ from qconv.ir.operators import (
     TransparentRule,
     WeightedRule,
 )
+from qconv.ir.stored_weights import read_dequantizer, read_weight_dequantizer
 from qconv.planning.plan import data_positions
 
 INTEGER_TYPES = frozenset({DataType.UINT8, DataType.INT8})
@@ -225,13 +226,8 @@ def _check_signed(node: Node) -> FloatReason | None:
 
 
 def _find_weight_dequantizer(node: Node) -> Node | None:
-    """The dequantizer of a layer's weights, through the Reshape that blocked ones have behind it."""
-    weight = input_of(node, 1)
-    made = find_dequantizer(weight)
-    before = None if weight is None else weight.producer()
-    if made is None and before is not None and before.op_type == "Reshape":
-        return find_dequantizer(input_of(before, 0))
-    return made
+    found = read_weight_dequantizer(node)
+    return None if found is None or found.at_load else found.node
 
 
 _FUSION_RULES: tuple[Callable[[Node], FloatReason | None], ...] = (
@@ -249,8 +245,8 @@ _FUSION_RULES: tuple[Callable[[Node], FloatReason | None], ...] = (
 
 def find_dequantizer(value: Value | None) -> Node | None:
     """The DequantizeLinear that writes a tensor."""
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
+    found = read_dequantizer(value)
+    return None if found is None or found.at_load else found.node
 
 
 def _read_scale(node: Node) -> NDArray[np.float32]:
