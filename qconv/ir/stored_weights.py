@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qconv.config.recipe import Recipe
 from qconv.ir.model import DataType, Model, Node, Value, attribute
 from qconv.ir.model import input_of as at
-from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
+from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule, with_
 from qconv.quantizer import QuantParams, QuantSpec, broadcast_parameter
 
 
@@ -131,7 +131,7 @@ def read_quantized_weights(layer: Node) -> QuantizedWeights | None:
     return None if codes is None or parts is None else QuantizedWeights(codes.astype(np.int32), *parts)
 
 
-RESHAPING_OPS = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
+RESHAPING_OPS = with_(rearranges=True)
 """What may stand between codes and a layer, and changes none."""
 
 MOST_STEPS_BACK = 8

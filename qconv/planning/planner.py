@@ -24,6 +24,7 @@ from qconv.ir.operators import (
     Rule,
     TransparentRule,
     WeightedRule,
+    with_,
 )
 from qconv.ir.stored_weights import read_dequantizer
 from qconv.planning.eligibility import (
@@ -69,7 +70,7 @@ KEPT_FLOAT_BY_LAYER_BITS = "kept float by --layer-bits"
 
 INTEGERS_ARE_PIXELS = "its codes are the input's pixels"
 
-AVERAGE_POOLS = frozenset({"AveragePool", "GlobalAveragePool"})
+AVERAGE_POOLS = with_(averages=True)
 
 
 def make_plan(model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str] | None = None) -> Plan:
