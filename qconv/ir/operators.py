@@ -106,6 +106,9 @@ GetAttribute = Callable[[str, Any], Any]
 Function = Callable[[Any], Any]
 """Of an array, element by element."""
 
+Build = Callable[..., Any]
+"""build(op_type, *inputs) adds an operator and returns its result; a number among the inputs is a constant."""
+
 
 @dataclass(frozen=True, slots=True)
 class Operator:
@@ -130,6 +133,7 @@ class Operator:
         function: what it does to each number alone.
         saturates: where `function` ends: within 0.001 of what it is further out. None where it rises for ever, or
             where the attributes make it fall.
+        rewrite: (build, x, attribute) -> y, which makes of it, when a model is loaded, operators that do the same.
         has_kernel: ONNX Runtime has an integer kernel for it although qconv has no rule.
         remedy: what can be done where the lack of an integer kernel keeps it in float.
     """
@@ -151,6 +155,7 @@ class Operator:
     output_range: tuple[float, float] | None = None
     function: Callable[[GetAttribute], Function] | None = None
     saturates: Callable[[GetAttribute], tuple[float, float] | None] | None = None
+    rewrite: Callable[[Build, Any, GetAttribute], Any] | None = None
     has_kernel: bool = False
     remedy: str | None = None
 
