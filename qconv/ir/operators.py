@@ -195,6 +195,12 @@ def _leaky_relu(get: GetAttribute) -> Function:
     return lambda x: np.where(x < 0, alpha * x, x)
 
 
+def _swish(build: Build, x: Any, get: GetAttribute) -> Any:
+    """x * Sigmoid(alpha x): opset 24; Ramachandran et al. 2017, arXiv 1710.05941."""
+    alpha = get("alpha", 1.0)
+    return build("Mul", x, build("Sigmoid", x if alpha == 1 else build("Mul", x, alpha)))
+
+
 def _hard_sigmoid_cutoff(get: GetAttribute) -> float | None:
     """Up to where it is zero; None where it falls."""
     alpha, beta = float(get("alpha", 0.2)), float(get("beta", 0.5))
@@ -288,7 +294,7 @@ OPERATORS: Mapping[str, Operator] = {
         effect=ChannelEffect.FUNCTION, gates_itself=True, cutoff=lambda get: -3.0, function=_hard_swish
     ),
     "Mish": Operator(gates_itself=True),
-    "Swish": Operator(gates_itself=True),
+    "Swish": Operator(gates_itself=True, rewrite=_swish),
     "Gelu": Operator(gates_itself=True),
     "PRelu": Operator(effect=ChannelEffect.SLOPE, hands_on_noise=True),
     # operators that move values
