@@ -137,14 +137,13 @@ class QuantParams:
         """Codes of x, in the spec's container dtype. Ties round to even; values out of range saturate."""
         # int32 biases need more digits than float32 has; everything else is rounded as the runtime rounds it.
         real = np.float64 if self.spec.bits > 16 else np.float32
-        scale = self._spread(self.scale, x.shape).astype(real)
-        zero = self._spread(self.zero_point, x.shape).astype(real)
+        scale, zero = (part.astype(real) for part in self.broadcast(x.shape))
         with np.errstate(over="ignore"):
             codes = np.asarray(np.divide(x.astype(real, copy=False), scale))
         # in place: weights can be most of what is in memory
         np.rint(codes, out=codes)
         codes += zero
-        low, high = (self._spread(limit, x.shape) if limit.ndim else limit for limit in self.limits)
+        low, high = (self._broadcast(limit, x.shape) if limit.ndim else limit for limit in self.limits)
         np.clip(codes, low, high, out=codes)
         limited: NDArray[np.integer] = codes.astype(self.spec.dtype)
         return limited
@@ -153,8 +152,9 @@ class QuantParams:
         """The real numbers that codes stand for."""
         # differences of up to 16 bits are exact in float32
         wide = np.int64 if self.spec.bits > 16 else np.float32
-        steps = (codes.astype(wide) - self._spread(self.zero_point, codes.shape).astype(wide)).astype(np.float32)
-        real: NDArray[np.float32] = np.multiply(steps, self._spread(self.scale, codes.shape), dtype=np.float32)
+        scale, zero = self.broadcast(codes.shape)
+        steps = (codes.astype(wide) - zero.astype(wide)).astype(np.float32)
+        real: NDArray[np.float32] = np.multiply(steps, scale, dtype=np.float32)
         return real
 
     def fake(self, x: NDArray[Any]) -> NDArray[np.float32]:
@@ -167,25 +167,38 @@ class QuantParams:
         low, high = (limit.astype(np.float32) for limit in self.limits)
         return (low - zero) * self.scale, (high - zero) * self.scale
 
-    def spread(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.integer]]:
+    def broadcast(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.integer]]:
         """Scale and zero point, each with an axis for every axis of a tensor of this shape, to be broadcast to it."""
-        missing = (1,) * (len(shape) if self.scale.ndim == 0 else 0)
-        scale, zero = (self._spread(x, shape) for x in (self.scale, self.zero_point))
-        return (scale.reshape(missing), zero.reshape(missing)) if missing else (scale, zero)
+        return self._broadcast(self.scale, shape), self._broadcast(self.zero_point, shape)
 
     def with_scale(self, scale: NDArray[np.float32]) -> QuantParams:
         """The same spec and zero point on another step."""
         return replace(self, scale=np.asarray(scale, np.float32))
 
-    def _spread(self, param: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-        """`param` broadcastable against a tensor of `shape`."""
+    def _broadcast(self, parameter: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         match self.spec.granularity:
             case PerChannel(axis):
-                return param.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
+                return broadcast_parameter(parameter, shape, axis)
             case PerBlock(axis, size):
-                return np.repeat(param, size, axis=axis).take(np.arange(shape[axis]), axis=axis)
+                return broadcast_parameter(parameter, shape, axis, size)
             case _:
-                return param
+                return broadcast_parameter(parameter, shape)
+
+
+def broadcast_parameter(parameter: NDArray[Any], shape: tuple[int, ...], axis: int = 0, block: int = 0) -> NDArray[Any]:
+    """A scale or zero point with an axis for every axis of a tensor of this shape, to be broadcast to it.
+
+    Args:
+        parameter: one number of any shape; or those of the channels along `axis`, (C,) or with axes of 1 around; or
+            those of blocks, with the tensor's shape but for `axis`, which has the number of blocks.
+        axis: of the tensor, along which numbers differ.
+        block: elements along `axis` that share a number; 0 where no blocks do.
+    """
+    if parameter.size == 1:
+        return parameter.reshape((1,) * len(shape))
+    if block:
+        return np.repeat(parameter, block, axis=axis).take(np.arange(shape[axis]), axis=axis)
+    return parameter.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
 
 
 def group_extremes(x: NDArray[Any], granularity: Granularity) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -32,7 +32,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import Change, format_count
 from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, clip_bounds, constant_array
-from qconv.ir.operators import QUANTIZATION_RULES, ConcatRule
+from qconv.ir.operators import QUANTIZATION_RULES, ConcatRule, operator
 from qconv.ir.rewriting import standard_op_type
 from qconv.planning.plan import LayerPlan, Plan
 from qconv.quantization.layer import WIDENED_FOR_BIAS
@@ -49,9 +49,6 @@ LARGE_SHARE = 0.2
 REMARKABLE_SHARE = 0.02
 """Share of the error from which on a tensor is worth a word, where something takes care of it."""
 MOST_NAMED = 3
-GATE_OPS = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
-GATED_ACTIVATION_OPS = frozenset({"HardSwish", "Swish", "Mish", "Gelu"})
-"""Activations that contain a gate: they multiply by a squashed input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,10 +265,9 @@ def _is_gate(evidence: DiagnosisEvidence, node: Node) -> bool:
     beside = [*_gated_values(node), *node.outputs]
     if not any(value in evidence.plan.activations for value in beside):
         return False
-    if node.op_type in GATED_ACTIVATION_OPS:
-        return True
-    if node.op_type not in GATE_OPS:
-        return False
+    row = operator(node.op_type)
+    if row.gates_itself or not row.gates:
+        return row.gates_itself
     source = node.inputs[0]
     before = None if source is None else source.producer()
     squashed = {source}

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from qconv.errors import format_count
 from qconv.ir.layers import INPUTS_FIRST, Float64, Layer, read_layer
 from qconv.ir.model import Model, Node, clip_bounds, constant_array
-from qconv.ir.operators import CLIPPING_ACTIVATIONS
+from qconv.ir.operators import CLIPPING_ACTIVATIONS, operator
 from qconv.ir.rewriting import EditRefused, standard_op_type
 
 LEAST_RATIO = 64.0
@@ -51,7 +51,6 @@ ASSUMED_INPUT_RMS = 6.0
 behind ReLU6 none is larger."""
 DEAD_SHARE = 2.0**-16
 """Ranges below this share of the layer's largest are as good as zero: with one scale even 16 bits have no step left."""
-UNIT_RANGE_OPS = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
 """Their results lie between 0 and 1."""
 MOST_EXAMPLES = 8
 """Most channels that are named."""
@@ -178,9 +177,7 @@ def _output_bounds(model: Model, node: Node) -> tuple[float, float]:
 def _input_bounds(node: Node) -> tuple[float, float]:
     """Return the bounds of a layer's input, where the operator that writes it has any."""
     before = node.inputs[0].producer() if node.inputs[0] is not None else None
-    if before is not None and standard_op_type(before) in UNIT_RANGE_OPS:
-        return 0.0, 1.0
-    bounds = None if before is None else clip_bounds(before)
+    bounds = None if before is None else operator(standard_op_type(before)).output_range or clip_bounds(before)
     return (-np.inf, np.inf) if bounds is None else bounds
 
 

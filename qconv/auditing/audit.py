@@ -28,7 +28,7 @@ from qconv.ir.files import Source, is_quantized, read_proto
 from qconv.ir.load import load_unchanged
 from qconv.ir.metadata import read_placed_nodes, read_recipe
 from qconv.ir.model import DataType, Model, Node, attribute, constant_array, input_of
-from qconv.ir.operators import CLIPPING_ACTIVATIONS, QUANTIZATION_RULES, WeightedRule
+from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule, with_
 from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION
 from qconv.quantization.overflow import worst_pair_ratio
@@ -53,7 +53,7 @@ FUSED_NAME_SUFFIX = re.compile(r"(_token_\d+|_nchwc|_nhwc|_pre_q)+$")
 
 LAYOUT_OPS = frozenset({"Transpose", "Reshape"})
 
-FUSED_ACTIVATIONS = CLIPPING_ACTIVATIONS | {"HardSigmoid", "LeakyRelu", "Sigmoid", "Tanh"}
+FUSED_ACTIVATIONS = with_(fused_behind_layer=True)
 """What ONNX Runtime makes one node of with the float layer in front of it."""
 
 PROFILED_RUNS = 5

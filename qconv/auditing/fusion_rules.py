@@ -20,19 +20,12 @@ from qconv.ir.operators import (
     IntegerDomainRule,
     TransparentRule,
     WeightedRule,
+    operator,
 )
+from qconv.ir.stored_weights import read_dequantizer, read_weight_dequantizer
 from qconv.planning.plan import data_positions
 
 INTEGER_TYPES = frozenset({DataType.UINT8, DataType.INT8})
-FLOAT_OUTPUT_OPS = frozenset({"Gemm", "MatMul"})
-"""Their integer kernels can write float."""
-NO_KERNEL_REMEDIES = {
-    "ReduceMean": "over height and width it is a GlobalAveragePool, which has one: qconv quantize rewrites it",
-    "BatchNormalization": "fold it into the layer before: qconv quantize does",
-    "Sub": "of a constant it is an Add, which has one",
-    "Div": "by a constant it is a Mul, which has one: qconv quantize rewrites it",
-}
-OWN_KERNEL_OPS = frozenset({"Where", "Softmax"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +48,8 @@ def find_float_reason(node: Node) -> FloatReason:
 def _check_kernel(node: Node) -> FloatReason | None:
     if node.op_type in QUANTIZATION_RULES and node.op_type != "ConvTranspose" and node.domain in ("", "ai.onnx"):
         return None
-    if node.op_type in OWN_KERNEL_OPS:
-        return None
-    return FloatReason("no-kernel", f"{node.op_type} has no integer kernel", NO_KERNEL_REMEDIES.get(node.op_type))
+    row = operator(node.op_type)
+    return None if row.has_kernel else FloatReason("no-kernel", f"{node.op_type} has no integer kernel", row.remedy)
 
 
 def _check_inputs(node: Node) -> FloatReason | None:
@@ -139,7 +131,8 @@ def _check_weights(node: Node) -> FloatReason | None:
 
 
 def _check_output(node: Node) -> FloatReason | None:
-    if node.op_type in FLOAT_OUTPUT_OPS:
+    rule = QUANTIZATION_RULES.get(node.op_type)
+    if isinstance(rule, WeightedRule) and not rule.needs_output:  # its integer kernel can write float
         return None
     value = node.outputs[0]
     if value.is_graph_output():
@@ -225,13 +218,8 @@ def _check_signed(node: Node) -> FloatReason | None:
 
 
 def _find_weight_dequantizer(node: Node) -> Node | None:
-    """The dequantizer of a layer's weights, through the Reshape that blocked ones have behind it."""
-    weight = input_of(node, 1)
-    made = find_dequantizer(weight)
-    before = None if weight is None else weight.producer()
-    if made is None and before is not None and before.op_type == "Reshape":
-        return find_dequantizer(input_of(before, 0))
-    return made
+    found = read_weight_dequantizer(node)
+    return None if found is None or found.at_load else found.node
 
 
 _FUSION_RULES: tuple[Callable[[Node], FloatReason | None], ...] = (
@@ -249,8 +237,8 @@ _FUSION_RULES: tuple[Callable[[Node], FloatReason | None], ...] = (
 
 def find_dequantizer(value: Value | None) -> Node | None:
     """The DequantizeLinear that writes a tensor."""
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
+    found = read_dequantizer(value)
+    return None if found is None or found.at_load else found.node
 
 
 def _read_scale(node: Node) -> NDArray[np.float32]:

@@ -59,6 +59,7 @@ from qconv.ir.model import (
     input_of,
     rank,
 )
+from qconv.ir.operators import ChannelEffect, operator
 from qconv.ir.rewriting import (
     EditRefused,
     check_reduces_spatial_axes,
@@ -90,7 +91,7 @@ class MeanPropagation:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.known: dict[Value, ChannelDistribution | str] = {}
-        self.rules: Mapping[str, PropagationRule] = MEAN_RULES
+        self.rules: Mapping[ChannelEffect, PropagationRule] = MEAN_RULES
 
     def note(self, node: Node) -> None:
         """Note the input means of a layer."""
@@ -107,7 +108,8 @@ class MeanPropagation:
 
     def visit(self, node: Node) -> None:
         """Compute the distribution of a node's output, for all nodes but layers."""
-        rule = self.rules.get(standard_op_type(node))
+        effect = operator(standard_op_type(node)).effect
+        rule = None if effect is None else self.rules.get(effect)
         if rule is None:
             self.forget(node, f"the mean behind {describe_node(node)} does not follow from BatchNormalization")
             return
@@ -216,19 +218,19 @@ class MeanPropagation:
 
 PropagationRule = Callable[[Any, Node], ChannelDistribution]
 
-MEAN_RULES: dict[str, PropagationRule] = {
-    "BatchNormalization": MeanPropagation.normalised,
-    **dict.fromkeys(("Identity", "Dropout"), MeanPropagation.same),
-    **dict.fromkeys(("Relu", "Clip"), MeanPropagation.clip),
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), MeanPropagation.scale),
-    "Sum": MeanPropagation.sum,
-    "Concat": MeanPropagation.concat,
-    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), MeanPropagation.mean_of_places),
-    "Slice": MeanPropagation.slice,
-    "Pad": MeanPropagation.pad,
-    **dict.fromkeys(("Flatten", "Reshape", "Squeeze"), MeanPropagation.flatten),
+MEAN_RULES: dict[ChannelEffect, PropagationRule] = {
+    ChannelEffect.NORMALIZE: MeanPropagation.normalised,
+    ChannelEffect.SAME: MeanPropagation.same,
+    **dict.fromkeys((ChannelEffect.RECTIFY, ChannelEffect.CLIP), MeanPropagation.clip),
+    **dict.fromkeys((ChannelEffect.ADD, ChannelEffect.SCALE), MeanPropagation.scale),
+    ChannelEffect.SUM: MeanPropagation.sum,
+    ChannelEffect.CONCAT: MeanPropagation.concat,
+    **dict.fromkeys((ChannelEffect.MEAN_OF_PLACES, ChannelEffect.REDUCE_MEAN), MeanPropagation.mean_of_places),
+    ChannelEffect.SLICE: MeanPropagation.slice,
+    ChannelEffect.PAD: MeanPropagation.pad,
+    ChannelEffect.FLATTEN: MeanPropagation.flatten,
 }
-"""How means go through operators."""
+"""How means go through operators, by what these do to channels."""
 
 
 MOST_GUESSED_IN_A_ROW = 1
@@ -390,19 +392,23 @@ class _StatsPropagation(MeanPropagation):
     def function(self, node: Node) -> ChannelDistribution:
         """Elementwise functions, by quantiles. The input of one that saturates is bounded by the saturation point."""
         value = data_input(node)
-        if isinstance(self.known.get(value, ""), str) and standard_op_type(node) in SATURATION_POINTS:
-            self.known[value] = self._up_to_saturation(node)
-        return self.read(value).through(ELEMENTWISE_FUNCTIONS[standard_op_type(node)](node))
+        row = operator(standard_op_type(node))
+        assert row.function is not None
+        if isinstance(self.known.get(value, ""), str) and row.saturates is not None:
+            self.known[value] = self._up_to_saturation(node, row.saturates(partial(attribute, node)))
+        return self.read(value).through(row.function(partial(attribute, node)))
 
-    def _up_to_saturation(self, node: Node) -> ChannelDistribution:
+    def _up_to_saturation(self, node: Node, ends: tuple[float, float] | None) -> ChannelDistribution:
         value, sizes = data_input(node), dims(data_input(node)) or []
         if (
             len(sizes) < 2
             or not sizes[1]
-            or any(standard_op_type(reader) not in SATURATION_POINTS for reader in self.model.readers(value))
+            or any(operator(standard_op_type(reader)).saturates is None for reader in self.model.readers(value))
         ):
             return self.read(value)
-        low, high = (np.full(sizes[1], end) for end in SATURATION_POINTS[standard_op_type(node)](node))
+        if ends is None:
+            raise EditRefused(f"a {node.op_type} falls")
+        low, high = (np.full(sizes[1], end) for end in ends)
         return ChannelDistribution((low + high) / 2, (high - low) / (2 * REACH_DEVIATIONS), True, low, high)
 
     def scale(self, node: Node) -> ChannelDistribution:
@@ -412,8 +418,9 @@ class _StatsPropagation(MeanPropagation):
             return super().scale(node)
         for one, other in (values, values[::-1]):
             gate = other.producer()
-            if gate is not None and standard_op_type(gate) in ELEMENTWISE_FUNCTIONS and data_input(gate) is one:
-                return self.read(one).through(partial(_apply_gate, ELEMENTWISE_FUNCTIONS[standard_op_type(gate)](gate)))
+            function = None if gate is None else operator(standard_op_type(gate)).function
+            if gate is not None and function is not None and data_input(gate) is one:
+                return self.read(one).through(partial(_apply_gate, function(partial(attribute, gate))))
         return multiply_distributions(*self._side_by_side(node))
 
 
@@ -449,47 +456,17 @@ def _apply_gate(gate: Callable[[Float64], Float64], x: Float64) -> Float64:
     return x * gate(x)
 
 
-def _sigmoid(x: Float64) -> Float64:
-    return np.asarray((1 + np.tanh(x / 2)) / 2)
-
-
-def _hard_sigmoid(x: Float64, alpha: float, beta: float) -> Float64:
-    return np.asarray(np.clip(alpha * x + beta, 0.0, 1.0))
-
-
-def _ramp_ends(alpha: float, beta: float) -> tuple[float, float]:
-    if not alpha > 0:
-        raise EditRefused("a HardSigmoid falls")
-    return min(-beta / alpha, 0.0), max((1 - beta) / alpha, 0.0)
-
-
-ELEMENTWISE_FUNCTIONS: dict[str, Callable[[Node], Callable[[Float64], Float64]]] = {
-    "Sigmoid": lambda node: _sigmoid,
-    "Tanh": lambda node: np.tanh,
-    "HardSigmoid": lambda node: lambda x: _hard_sigmoid(x, attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)),
-    "HardSwish": lambda node: lambda x: x * _hard_sigmoid(x, 1 / 6, 0.5),
-    "LeakyRelu": lambda node: lambda x: np.where(x < 0, attribute(node, "alpha", 0.01) * x, x),
-}
-"""Elementwise functions by operator."""
-
-SATURATION_POINTS: dict[str, Callable[[Node], tuple[float, float]]] = {
-    "Sigmoid": lambda node: (-8.0, 8.0),
-    "Tanh": lambda node: (-4.0, 4.0),
-    "HardSigmoid": lambda node: _ramp_ends(attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)),
-}
-"""The interval outside which functions are constant to within 0.001."""
-
-STATS_RULES: dict[str, PropagationRule] = {
+STATS_RULES: dict[ChannelEffect, PropagationRule] = {
     **MEAN_RULES,
-    **dict.fromkeys(INPUTS_FIRST, _StatsPropagation.layer),
-    **dict.fromkeys(("Relu", "Clip"), _StatsPropagation.clip),
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _StatsPropagation.scale),
-    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), _StatsPropagation.mean_of_places),
-    **dict.fromkeys(("MaxPool", "GlobalMaxPool", "Resize"), _StatsPropagation.places),
-    **dict.fromkeys(ELEMENTWISE_FUNCTIONS, _StatsPropagation.function),
-    "Pad": _StatsPropagation.pad,
-    "Cast": _StatsPropagation.same,
-    "Transpose": _StatsPropagation.pixels,
-    "DequantizeLinear": _StatsPropagation.dequantized,
+    ChannelEffect.LAYER: _StatsPropagation.layer,
+    **dict.fromkeys((ChannelEffect.RECTIFY, ChannelEffect.CLIP), _StatsPropagation.clip),
+    **dict.fromkeys((ChannelEffect.ADD, ChannelEffect.SCALE), _StatsPropagation.scale),
+    **dict.fromkeys((ChannelEffect.MEAN_OF_PLACES, ChannelEffect.REDUCE_MEAN), _StatsPropagation.mean_of_places),
+    **dict.fromkeys((ChannelEffect.MAX_OF_PLACES, ChannelEffect.RESIZE), _StatsPropagation.places),
+    ChannelEffect.FUNCTION: _StatsPropagation.function,
+    ChannelEffect.PAD: _StatsPropagation.pad,
+    ChannelEffect.CAST: _StatsPropagation.same,
+    ChannelEffect.TRANSPOSE: _StatsPropagation.pixels,
+    ChannelEffect.DEQUANTIZE: _StatsPropagation.dequantized,
 }
-"""How distributions go through operators."""
+"""How distributions go through operators, by what these do to channels."""

@@ -40,6 +40,7 @@ from qconv.ir.channel_stats import ChannelDistribution, normal_quantiles
 from qconv.ir.files import Source
 from qconv.ir.layers import INPUTS_FIRST, input_means_of, read_layer, set_input_means
 from qconv.ir.model import DataType, Model, Value, clip_bounds
+from qconv.ir.operators import operator
 from qconv.ir.rewriting import EditRefused, standard_op_type
 from qconv.ir.rewriting import data_input as read_from
 
@@ -92,7 +93,6 @@ WIDENING_FACTORS = {"random": 2.0, "synthesized": 1.0}
 """Factor on ranges observed on generated images, by --fallback. Random ones show no objects; synthesized ones bring
 BatchNormalizations to the statistics of training."""
 
-OUTPUT_BOUNDS = {"Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 
 MOST_NAMED = 3
 """Tensors that an error names at most."""
@@ -213,9 +213,7 @@ class DataFreeStatistics:
 def _hard_bounds(value: Value) -> tuple[float, float]:
     """The bounds that no value of a tensor exceeds, on any image."""
     node = value.producer()
-    bounds = None if node is None else clip_bounds(node)
-    if node is not None and standard_op_type(node) in OUTPUT_BOUNDS:
-        bounds = OUTPUT_BOUNDS[standard_op_type(node)]
+    bounds = None if node is None else operator(standard_op_type(node)).output_range or clip_bounds(node)
     return bounds or (-inf, inf)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from qconv.ir.channel_stats import ChannelDistribution
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, drop_attribute, get_note, input_of, set_note
+from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
 from qconv.ir.rewriting import EditRefused, data_input, describe_node, standard_op_type, title
 
 Float64 = NDArray[np.float64]
@@ -28,8 +29,11 @@ FLOAT_MAX = float(np.finfo(np.float32).max)
 
 _MEANS_NOTE, _STATS_NOTE = "means", "made"
 
-# Whether the weights begin with the input channels, (I, O/g, kH, kW), or not, (O, I/g, kH, kW). transB turns a Gemm's.
-INPUTS_FIRST = {"Conv": False, "ConvTranspose": True, "Gemm": True, "MatMul": True}
+INPUTS_FIRST = {
+    name: rule.input_axis == 0 for name, rule in QUANTIZATION_RULES.items() if isinstance(rule, WeightedRule)
+}
+"""Whether the weights begin with the input channels, (I, O/g, kH, kW), or not, (O, I/g, kH, kW). transB turns a
+Gemm's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ import onnx
 from qconv.config.targets import LOWEST_OPSET
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source, iter_tensors, not_onnx_error
-from qconv.ir.model import Model, attribute, ir, tensor_proto
+from qconv.ir.model import Model, attribute, input_of, ir, tensor_proto
+from qconv.ir.operators import operator
+from qconv.ir.rewriting import standard_op_type, title
 
 SMALL_TENSOR = 1024  # bytes; smaller ones may be shapes or axes, which the converter needs to see
 RANDOM_OPS = frozenset(
@@ -92,6 +95,7 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     changes += _lift_constants(model)
     changes += _widen_float16(model)
     changes += _fold_constant_nodes(model)
+    changes += _rewrite_operators(model)
     return model, changes
 
 
@@ -396,6 +400,36 @@ def _widen_attributes(node: ir.Node) -> None:
     tensor = attribute(node, "value")
     if tensor is not None and getattr(tensor, "dtype", None) == ir.DataType.FLOAT16:
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().astype(np.float32)))
+
+
+def _rewrite_operators(model: Model) -> list[Change]:
+    """Operators whose row in the table says how become others that do the same."""
+    changes = []
+    for node in model.nodes():
+        rewrite, x = operator(standard_op_type(node)).rewrite, input_of(node, 0)
+        if rewrite is None or x is None or x.dtype is None:
+            continue
+        made: list[ir.Node] = []
+        result = rewrite(partial(_build_before, model, node, made), x, partial(attribute, node))
+        model.insert_before(node, *made)
+        model.take_over(node.outputs[0], result)
+        model.remove(node)
+        what = f"{node.op_type} made of {', '.join(part.op_type for part in made)}"
+        changes.append(Change("load", title(node), what, what))
+    return changes
+
+
+def _build_before(
+    model: Model, node: ir.Node, made: list[ir.Node], op_type: str, *inputs: ir.Value | float
+) -> ir.Value:
+    """A part of what `node` is made of, which goes to `made`; numbers become constants of the type of its input."""
+    x = node.inputs[0]
+    assert x is not None
+    assert x.dtype is not None
+    dtype, name = x.dtype.numpy(), f"{title(node)}_{op_type.lower()}"
+    values = [v if isinstance(v, ir.Value) else model.constant(f"{name}_by", np.asarray(v, dtype)) for v in inputs]
+    made.append(model.build(op_type, values, name=name, like=x))
+    return made[-1].outputs[0]
 
 
 def _fold_constant_nodes(model: Model) -> list[Change]:

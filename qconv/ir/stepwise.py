@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ir.model import Model, Node, Value, constant_array, input_of, values_read_by
+from qconv.ir.model import Model, Node, Value, constant_array, values_read_by
+from qconv.ir.stored_weights import read_dequantizer
 from qconv.ir.subgraph import (
     HIGH_INPUT,
     LOW_INPUT,
@@ -87,19 +88,11 @@ class StepwiseRun:
 
     def codes_at(self, value: Value) -> tuple[StoredArrays, QuantParams | None]:
         """Like `at`, but returns the codes of a dequantized tensor, with their parameters; None for floats."""
-        node = value.producer()
-        scale, zero = (constant_array(input_of(node, index)) for index in (1, 2)) if node is not None else (None, None)
-        if (
-            node is None
-            or not _is_dequantizer(node)
-            or scale is None
-            or zero is None
-            or scale.ndim
-            or node.inputs[0] is None
-        ):
+        found = read_dequantizer(value)
+        params = None if found is None or found.at_load else found.tensor_params()
+        if found is None or params is None:
             return self.at(value), None
-        spec = QuantSpec(8 * zero.dtype.itemsize, zero.dtype.kind == "i", symmetric=False)
-        return self.at(node.inputs[0]), QuantParams(spec, scale, zero)
+        return self.at(found.codes), params
 
     def _missing(self, *values: Value) -> list[Node]:
         """The nodes that must run for `values`, in order."""

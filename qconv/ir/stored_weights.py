@@ -16,9 +16,97 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.recipe import Recipe
-from qconv.ir.model import DataType, Model, Node, Value, attribute, constant_array, input_of
+from qconv.ir.model import DataType, Model, Node, Value, attribute
 from qconv.ir.model import input_of as at
-from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
+from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule, with_
+from qconv.quantizer import QuantParams, QuantSpec, broadcast_parameter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dequantizer:
+    """Where integers become numbers: (codes - zero) * scale.
+
+    node: the DequantizeLinear, or the Mul behind Cast [-> Sub]. codes, scale, zero: what it reads; zero None where it
+    is 0. axis: of the codes, along which scales differ. block: elements along it that share one, 0 for a channel.
+    at_load: whether the runtime computes it once, when it loads the file.
+    """
+
+    node: Node
+    codes: Value
+    scale: Value
+    zero: Value | None
+    axis: int
+    block: int = 0
+    at_load: bool = False
+
+    @property
+    def others(self) -> list[Value]:
+        """What it reads beside the codes."""
+        return [self.scale] if self.zero is None else [self.scale, self.zero]
+
+    def broadcast(self, shape: tuple[int, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Scale and zero point, to be broadcast to codes of this shape; None where they are no constants."""
+        scale, zero = constant_numbers(self.scale), constant_numbers(self.zero)
+        if scale is None or (zero is None and self.zero is not None):
+            return None
+        least = np.zeros(1, np.float32) if zero is None else zero.astype(np.float32)
+        parts = (broadcast_parameter(part, shape, self.axis, self.block) for part in (scale, least))
+        return next(parts), next(parts)
+
+    def tensor_params(self) -> QuantParams | None:
+        """The parameters, where all codes share one finite scale and one zero point; else None."""
+        scale, zero = constant_numbers(self.scale), constant_numbers(self.zero)
+        if zero is None and self.zero is None:
+            zero = np.zeros((), np.int8 if self.codes.dtype == DataType.INT8 else np.uint8)
+        if scale is None or scale.size != 1 or not np.isfinite(scale).all():
+            return None
+        if zero is None or zero.size != 1 or zero.dtype.kind not in "iu":
+            return None
+        spec = QuantSpec(8 * zero.dtype.itemsize, zero.dtype.kind == "i", symmetric=False)
+        return QuantParams(spec, scale.reshape(()), zero.reshape(()))
+
+
+def read_dequantizer(value: Value | None) -> Dequantizer | None:
+    """What makes a tensor of integers; None for all other tensors.
+
+    It is a DequantizeLinear, or Cast [-> Sub] -> Mul of constants, as qconv writes weights of layers that run in float.
+    """
+    node = None if value is None else value.producer()
+    if node is None or node.op_type not in ("DequantizeLinear", "Mul"):
+        return None
+    if node.op_type == "Mul":
+        return _read_cast_sub_mul(node)
+    codes, scale = at(node, 0), at(node, 1)
+    if codes is None or scale is None:
+        return None
+    return Dequantizer(node, codes, scale, at(node, 2), attribute(node, "axis", 1), attribute(node, "block_size", 0))
+
+
+def _read_cast_sub_mul(node: Node) -> Dequantizer | None:
+    scale = next((value for value in node.inputs if constant_value(value) is not None), None)
+    value = next((value for value in node.inputs if value is not scale), None)
+    before = None if value is None else value.producer()
+    zero = None
+    if before is not None and before.op_type == "Sub":
+        zero, value = at(before, 1), at(before, 0)
+        before = None if value is None else value.producer()
+    codes = at(before, 0) if before is not None and before.op_type == "Cast" else None
+    stored = constant_value(codes)
+    numbers = None if stored is None else constant_numbers(scale)
+    if codes is None or scale is None or numbers is None:
+        return None
+    shape = (1,) * (len(stored.shape) - numbers.ndim) + numbers.shape
+    several = [axis for axis, size in enumerate(shape) if size > 1]
+    if len(several) > 1:
+        return None
+    return Dequantizer(node, codes, scale, zero, several[0] if several else 0, at_load=True)
+
+
+def read_weight_dequantizer(layer: Node) -> Dequantizer | None:
+    """What makes a layer's weights of integers, through the Reshape that blocked ones have behind it."""
+    weight = at(layer, 1)
+    node = None if weight is None else weight.producer()
+    return read_dequantizer(at(node, 0) if node is not None and node.op_type == "Reshape" else weight)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,48 +125,13 @@ class QuantizedWeights:
 
 def read_quantized_weights(layer: Node) -> QuantizedWeights | None:
     """The codes that a layer's weights come from; None where they are float."""
-    weight = input_of(layer, 1)
-    node = None if weight is None else weight.producer()
-    if node is not None and node.op_type == "Reshape" and node.inputs[0] is not None:  # blocks
-        node = node.inputs[0].producer()
-    if node is None:
-        return None
-    return _weights_behind_dequantizer(node) if node.op_type == "DequantizeLinear" else _weights_of_cast_sub_mul(node)
+    found = read_weight_dequantizer(layer)
+    codes = None if found is None else constant_numbers(found.codes)
+    parts = None if found is None or codes is None else found.broadcast(codes.shape)
+    return None if codes is None or parts is None else QuantizedWeights(codes.astype(np.int32), *parts)
 
 
-def _weights_behind_dequantizer(node: Node) -> QuantizedWeights | None:
-    codes, scale, zero = (constant_array(input_of(node, index)) for index in (0, 1, 2))
-    if codes is None or scale is None:
-        return None
-    least = np.zeros_like(scale) if zero is None else zero.astype(np.float32)
-    axis, size = attribute(node, "axis", 1), attribute(node, "block_size", 0)
-
-    def spread(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
-        if size and numbers.ndim == codes.ndim:
-            return np.repeat(numbers, size, axis=axis).take(np.arange(codes.shape[axis]), axis=axis)
-        axes = [1] * codes.ndim
-        if numbers.size > 1:
-            axes[axis] = -1
-        return numbers.reshape(axes)
-
-    return QuantizedWeights(codes.astype(np.int32), spread(scale), spread(least))
-
-
-def _weights_of_cast_sub_mul(node: Node) -> QuantizedWeights | None:
-    """Cast [-> Sub] -> Mul, as qconv writes weights of layers that run in float."""
-    scale = constant_array(input_of(node, 1)) if node.op_type == "Mul" else None
-    before = None if scale is None or node.inputs[0] is None else node.inputs[0].producer()
-    zero: NDArray[np.float32] | None = np.zeros(1, np.float32)
-    if before is not None and before.op_type == "Sub" and before.inputs[0] is not None:
-        zero = constant_array(input_of(before, 1))
-        before = before.inputs[0].producer()
-    codes = constant_array(before.inputs[0]) if before is not None and before.op_type == "Cast" else None
-    if codes is None or zero is None or scale is None:
-        return None
-    return QuantizedWeights(codes.astype(np.int32), scale, np.asarray(zero, np.float32))
-
-
-RESHAPING_OPS = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
+RESHAPING_OPS = with_(rearranges=True)
 """What may stand between codes and a layer, and changes none."""
 
 MOST_STEPS_BACK = 8
@@ -156,7 +209,8 @@ def _type_name(dtype: DataType) -> str:
 class StoredWeights:
     """What was found behind a layer's weights. codes: the stored value, which holds numbers where it is `computed`.
 
-    others: scales and zero points, as far as they are stored. axis: along which scales differ.
+    others: scales and zero points, as far as they are stored. axis: along which scales differ. dequantizer: None where
+    integers are an input of the layer itself.
     """
 
     codes: Value
@@ -168,8 +222,13 @@ class StoredWeights:
     block: int = 0
     in_float: bool = False
     computed: bool = False
-    at_load: bool = False
     others: list[Value] = field(default_factory=list)
+    dequantizer: Dequantizer | None = None
+
+    @property
+    def at_load(self) -> bool:
+        """Whether the runtime makes floats of them once, when it loads the file."""
+        return self.dequantizer is not None and self.dequantizer.at_load
 
 
 def find_stored_weights(model: Model, node: Node) -> StoredWeights | None:
@@ -232,56 +291,31 @@ def _weights_of_layer(node: Node) -> StoredWeights | None:
         stored = constant_value(value)
         if stored is not None and value is not None:
             floats = value.dtype in (DataType.FLOAT, DataType.FLOAT16, DataType.DOUBLE, DataType.BFLOAT16)
-            found = StoredWeights(value, element_type(value), tuple(stored.shape.numpy()), axis=axis, in_float=floats)
-            return found if floats and found.shape else None
+            own = StoredWeights(value, element_type(value), tuple(stored.shape.numpy()), axis=axis, in_float=floats)
+            return own if floats and own.shape else None
         before = None if value is None else value.producer()
-        if before is None:
-            return None
-        if before.op_type == "DequantizeLinear":
-            return _dequantized_weights(before, reshaped)
-        if before.op_type == "Mul":
-            return _computed_weights(before, axis)
-        if before.op_type not in RESHAPING_OPS:
+        found = read_dequantizer(value)
+        if found is not None:
+            return _dequantized_weights(found, reshaped, axis)
+        if before is None or before.op_type not in RESHAPING_OPS:
             return None
         reshaped = constant_numbers(at(before, 1)) if before.op_type == "Reshape" else reshaped
         value = at(before, 0)
     return None
 
 
-def _dequantized_weights(node: Node, reshaped: NDArray[Any] | None) -> StoredWeights | None:
-    codes = at(node, 0)
-    found = None if codes is None else _weights_as_operand(codes)
+def _dequantized_weights(made: Dequantizer, reshaped: NDArray[Any] | None, axis: int) -> StoredWeights | None:
+    """axis: of the layer's output channels, along which the scales of its weights differ at load."""
+    found = _weights_as_operand(made.codes)
     if found is None:
         return None
-    scale, zero = at(node, 1), at(node, 2)
-    found.scale, found.zero = constant_numbers(scale), constant_numbers(zero)
-    found.others = [value for value in (scale, zero) if value is not None]
-    found.axis, found.block = attribute(node, "axis", 1), attribute(node, "block_size", 0)
-    if reshaped is not None:
+    found.dequantizer, found.others = made, made.others
+    found.scale, found.zero = constant_numbers(made.scale), constant_numbers(made.zero)
+    found.axis, found.block = axis if made.at_load else made.axis, made.block
+    if reshaped is not None and not made.at_load:
         found.shape = tuple(map(int, reshaped))
         if found.block and len(found.shape) > 2 and found.block % int(np.prod(found.shape[2:])) == 0:
             found.block //= int(np.prod(found.shape[2:]))  # kernels of whole input channels, flattened
-    return found
-
-
-def _computed_weights(node: Node, axis: int) -> StoredWeights | None:
-    """(codes - zero) * scale, as qconv writes weights of layers in float."""
-    scale = next((value for value in node.inputs if constant_value(value) is not None), None)
-    value = next((value for value in node.inputs if value is not scale), None)
-    before = None if value is None else value.producer()
-    zero = None
-    if before is not None and before.op_type == "Sub":
-        zero, value = at(before, 1), at(before, 0)
-        before = None if value is None else value.producer()
-    codes = at(before, 0) if before is not None and before.op_type == "Cast" else None
-    if codes is None or scale is None or constant_value(codes) is None:
-        return None
-    shape = tuple(constant_value(codes).shape.numpy())
-    others = [scale] if zero is None else [scale, zero]
-    found = StoredWeights(
-        codes, element_type(codes), shape, constant_numbers(scale), constant_numbers(zero), axis, at_load=True
-    )
-    found.others = others
     return found
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from qconv.ir.model import DataType, Model, Node, Value, constant_array, input_of
 from qconv.ir.operators import CLIPPING_ACTIVATIONS, QUANTIZATION_RULES, ConcatRule, TransparentRule, WeightedRule
 from qconv.ir.rewriting import standard_op_type
+from qconv.ir.stored_weights import Dequantizer, read_dequantizer
 
 MOST_CANDIDATES = 6
 
@@ -132,9 +133,7 @@ class _PointFinder:
     def _behind_codes(self, codes: Value, values: tuple[Value, ...], quantizer: Node) -> ComparisonPoint:
         source = quantizer.inputs[0]
         assert source is not None
-        dequantizer = values[0].producer()
-        assert dequantizer is not None
-        return self._point(source, values, codes, grid_of(dequantizer, codes))
+        return self._point(source, values, codes, _grid_behind(values[0]))
 
     def _point(
         self, source: Value, values: tuple[Value, ...], codes: Value | None, grid: Grid | None
@@ -186,9 +185,8 @@ def _passes_grid_on(node: Node, grid: Grid) -> bool:
 
 
 def _grid_behind(value: Value) -> Grid | None:
-    node = value.producer()
-    codes = node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None
-    return None if node is None or codes is None else grid_of(node, codes)
+    dequantizer = read_dequantizer(value)
+    return None if dequantizer is None or dequantizer.at_load else _grid_of(dequantizer)
 
 
 def _quantizer_of(codes: Value) -> Node | None:
@@ -229,15 +227,15 @@ def _layer_in_front(maker: Node) -> Node | None:
     )
 
 
-def grid_of(dequantizer: Node, codes: Value) -> Grid | None:
-    """What a dequantizer of one scale does; None where scales differ. A Clip of codes leaves fewer of them."""
-    scale, zero = (constant_array(input_of(dequantizer, index)) for index in (1, 2))
-    if scale is None or scale.size != 1 or not np.isfinite(scale).all():
+def _grid_of(dequantizer: Dequantizer) -> Grid | None:
+    """The numbers that integers of one scale stand for; None where scales differ. A Clip of codes leaves fewer."""
+    params = dequantizer.tensor_params()
+    if params is None:
         return None
-    kept = np.iinfo(np.uint8 if zero is None else zero.dtype)
-    limits = _clip_limits(codes) or (int(kept.min), int(kept.max))
+    kept = np.iinfo(params.zero_point.dtype)
+    limits = _clip_limits(dequantizer.codes) or (int(kept.min), int(kept.max))
     bits = min(int(kept.bits), max(2, (limits[1] - limits[0]).bit_length()))
-    return Grid(bits, float(scale.reshape(())), 0 if zero is None else int(zero.reshape(())), *limits)
+    return Grid(bits, float(params.scale), int(params.zero_point), *limits)
 
 
 def _clip_limits(codes: Value) -> tuple[int, int] | None:

@@ -39,6 +39,7 @@ from qconv.ir.layers import (
     write_layer,
 )
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of, rank, set_attribute
+from qconv.ir.operators import ChannelEffect, operator, with_
 from qconv.ir.rewriting import (
     EditRefused,
     Pass,
@@ -53,13 +54,11 @@ from qconv.ir.rewriting import (
 )
 from qconv.passes import simplify
 
-POSITIVELY_HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool"})
-
 
 def find_layer_before(model: Model, value: Value) -> Layer | None:
     """The layer whose output channels `value` carries, seen through homogeneous operators that nothing else reads."""
     node, seen_activation = value.producer(), False
-    while node is not None and standard_op_type(node) in POSITIVELY_HOMOGENEOUS and uses_only_first_output(node):
+    while node is not None and operator(standard_op_type(node)).homogeneous and uses_only_first_output(node):
         seen_activation = True
         below = node.inputs[0]
         if below is None or model.sole_reader(below) is not node:
@@ -214,7 +213,7 @@ def _fold_into_previous_layer(model: Model, node: Node, data: Value) -> list[Cha
 
 # -- scales and shifts before a layer ----------------------------------------------------------------------------------
 
-FLATTENERS = frozenset({"Flatten", "Reshape", "Squeeze"})
+FLATTENERS = with_(effect=ChannelEffect.FLATTEN)
 
 
 @dataclass(frozen=True, slots=True)

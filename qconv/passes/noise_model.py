@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from qconv.calibration.observer import ChannelRanges
 from qconv.ir.layers import Float64, read_layer
 from qconv.ir.model import Model, Value
+from qconv.ir.operators import operator
 from qconv.passes.scale_groups import LayerScaleGroups, ScaleGroups
 from qconv.planning.plan import LayerPlan, Plan
 from qconv.quantizer import PerTensor
@@ -236,8 +237,6 @@ MOST_WEIGHTS = 2**22
 LEAST_SIGNAL = 1e-30
 """Variance below which a layer's output counts as constant: no noise is measured against it."""
 
-PASS_THROUGH_OPS = frozenset({"Add", "Relu", "Clip", "LeakyRelu", "PRelu"})
-
 
 @dataclass(frozen=True, slots=True)
 class ChannelObservations:
@@ -274,7 +273,7 @@ class ChannelObservations:
                 break
             (reader,) = readers
             behind = self.streams.of.get(reader.outputs[0])
-            if reader.op_type not in PASS_THROUGH_OPS or behind is None or behind.size != classes.size:
+            if not operator(reader.op_type).hands_on_noise or behind is None or behind.size != classes.size:
                 break
             value = reader.outputs[0]
         return (found[0], found[-1]) if found else None

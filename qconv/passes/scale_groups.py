@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from qconv.ir.layers import INPUTS_FIRST, read_layer
 from qconv.ir.model import Model, Node, Value, attribute, clip_bounds, constant_array, dims, rank
+from qconv.ir.operators import OPERATORS, ChannelEffect, with_
 from qconv.ir.rewriting import (
     EditRefused,
     check_reduces_spatial_axes,
@@ -339,20 +340,23 @@ def _number_joined_classes(of: dict[Value, Classes], count: int) -> NDArray[np.i
 
 _Visitor = Callable[[_ScaleGroupFinder, Node], None]
 _VISIT_LAYER: _Visitor = _ScaleGroupFinder.layer
+_BY_EFFECT: dict[ChannelEffect | None, _Visitor] = {
+    ChannelEffect.SAME: _ScaleGroupFinder.same,
+    ChannelEffect.SLOPE: _ScaleGroupFinder.slope,
+    ChannelEffect.CLIP: _ScaleGroupFinder.clip,
+    **dict.fromkeys((ChannelEffect.ADD, ChannelEffect.SUM, ChannelEffect.EXTREME), _ScaleGroupFinder.add),
+    ChannelEffect.SCALE: _ScaleGroupFinder.scale,
+    ChannelEffect.CONCAT: _ScaleGroupFinder.concat,
+    ChannelEffect.SPLIT: _ScaleGroupFinder.split,
+    ChannelEffect.SLICE: _ScaleGroupFinder.slice,
+    ChannelEffect.PAD: _ScaleGroupFinder.pad,
+    ChannelEffect.FLATTEN: _ScaleGroupFinder.flatten,
+    **dict.fromkeys((ChannelEffect.REDUCE, ChannelEffect.REDUCE_MEAN), _ScaleGroupFinder.reduce),
+    ChannelEffect.RESIZE: _ScaleGroupFinder.resize,
+    ChannelEffect.TO_SPACE: _ScaleGroupFinder.to_space,
+}
 VISITORS: dict[str, _Visitor] = {
-    **dict.fromkeys(("Relu", "LeakyRelu", "Identity", "Neg", "Abs", "MaxPool", "AveragePool"), _ScaleGroupFinder.same),
-    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), _ScaleGroupFinder.same),
-    "PRelu": _ScaleGroupFinder.slope,
-    "Clip": _ScaleGroupFinder.clip,
-    **dict.fromkeys(("Add", "Sub", "Sum", "Max", "Min"), _ScaleGroupFinder.add),
-    **dict.fromkeys(("Mul", "Div"), _ScaleGroupFinder.scale),
-    "Concat": _ScaleGroupFinder.concat,
-    "Split": _ScaleGroupFinder.split,
-    "Slice": _ScaleGroupFinder.slice,
-    "Pad": _ScaleGroupFinder.pad,
-    **dict.fromkeys(("Flatten", "Reshape", "Squeeze"), _ScaleGroupFinder.flatten),
-    **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceSum"), _ScaleGroupFinder.reduce),
-    "Resize": _ScaleGroupFinder.resize,
-    "DepthToSpace": _ScaleGroupFinder.to_space,
+    **{name: _BY_EFFECT[row.effect] for name, row in OPERATORS.items() if row.effect in _BY_EFFECT},
+    **dict.fromkeys(with_(homogeneous=True), _ScaleGroupFinder.same),
 }
 """Operators that hand a factor on, and how their channels go over."""

@@ -31,6 +31,7 @@ from qconv.ir.model import (
     set_attribute,
     set_dims,
 )
+from qconv.ir.operators import operator
 from qconv.ir.rewriting import (
     EditRefused,
     Pass,
@@ -248,35 +249,6 @@ def _is_within(inner: tuple[float, float], outer: tuple[float, float]) -> bool:
     return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
-# Operators that only move or select numbers, so that a monotone function may as well be applied before them.
-VALUE_MOVERS = frozenset(
-    {
-        "MaxPool",
-        "Reshape",
-        "Flatten",
-        "Transpose",
-        "Squeeze",
-        "Unsqueeze",
-        "Concat",
-        "Slice",
-        "Resize",
-        "DepthToSpace",
-    }
-)
-# Behind these a Relu or Clip is absorbed by the quantizer of their output, or can move on.
-ACTIVATION_ABSORBERS = VALUE_MOVERS | {
-    "Conv",
-    "ConvTranspose",
-    "Gemm",
-    "MatMul",
-    "Add",
-    "Mul",
-    "BatchNormalization",
-    "AveragePool",
-    "GlobalAveragePool",
-}
-
-
 @each_node("hoist", "Relu", "Clip")
 def hoist_activations(model: Model, node: Node) -> list[Change]:
     """Move a Relu or Clip to before a node that only moves values, next to its layer; before Concat copy it."""
@@ -288,7 +260,7 @@ def hoist_activations(model: Model, node: Node) -> list[Change]:
     moved = [v for v in mover.inputs if v is not None] if standard_op_type(mover) == "Concat" else [data_input(mover)]
     for value in moved:
         producer = value.producer()
-        if producer is None or standard_op_type(producer) not in ACTIVATION_ABSORBERS:
+        if producer is None or not operator(standard_op_type(producer)).absorbs_activation:
             raise EditRefused(f"no layer before {describe_node(mover)} could absorb it")
         if model.sole_reader(value) is not mover:
             raise EditRefused(f"something else reads {describe_node(producer)}")
@@ -314,7 +286,7 @@ def _copy_activation(model: Model, node: Node, values: Iterable[Value]) -> Itera
 def _is_value_moving(node: Node) -> bool:
     """Whether each number of the output is one of the input's, or the greatest of some."""
     if standard_op_type(node) != "Resize":
-        return standard_op_type(node) in VALUE_MOVERS
+        return operator(standard_op_type(node)).moves_values
     frame = attribute(node, "coordinate_transformation_mode", "half_pixel")
     return bool(attribute(node, "mode", "nearest") == "nearest" and frame != "tf_crop_and_resize")
 

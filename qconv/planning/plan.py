@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,13 +38,14 @@ from qconv.ir.model import (
 )
 from qconv.ir.operators import (
     CLIPPING_ACTIVATIONS,
-    NON_NEGATIVE_OPS,
     QUANTIZATION_RULES,
+    UNKNOWN_OPERATOR,
     ComputingRule,
     ConcatRule,
     Rule,
     TransparentRule,
     WeightedRule,
+    operator,
 )
 from qconv.quantizer import PerBlock, PerChannel, QuantParams, QuantSpec
 
@@ -77,12 +79,13 @@ class ActivationGate:
 
 
 def find_activation_gate(model: Model, value: Value) -> ActivationGate | None:
-    """Find the activation that alone reads `value`: HardSwish, or a Mul of `value` with a gate computed from it."""
+    """Find the activation that alone reads `value`: HardSwish, say, or a Mul with a gate made from it."""
     readers = model.readers(value)
     if value.is_graph_output():
         return None
-    if [node.op_type for node in readers] == ["HardSwish"]:
-        return ActivationGate(readers[0].outputs[0], -3.0)
+    whole = operator(readers[0].op_type) if len(readers) == 1 else UNKNOWN_OPERATOR
+    if whole.gates_itself and whole.cutoff is not None:
+        return ActivationGate(readers[0].outputs[0], whole.cutoff(partial(attribute, readers[0])))
     products = [node for node in readers if node.op_type == "Mul"]
     if len(readers) != 2 or len(products) != 1:
         return None
@@ -102,14 +105,14 @@ class _GateCutoff:
 
 
 def _find_gate_cutoff(model: Model, gate: Node) -> _GateCutoff | None:
-    """Sigmoid, HardSigmoid, or Add of a constant and a Clip from zero on."""
-    if gate.op_type == "Sigmoid":
-        # it only comes near zero: others who read it see the difference
+    """An operator that is a gate by the table, or Add of a constant and a Clip from zero on."""
+    row = operator(gate.op_type)
+    if row.nears_zero:  # others who read it see the difference
         alone = model.sole_reader(gate.outputs[0]) is not None
         return _GateCutoff(gate.outputs[0], None) if alone else None
-    if gate.op_type == "HardSigmoid":
-        alpha, beta = float(attribute(gate, "alpha", 0.2)), float(attribute(gate, "beta", 0.5))
-        return _GateCutoff(gate.outputs[0], -beta / alpha) if alpha > 0 else None
+    if row.gates and row.cutoff is not None:
+        cutoff = row.cutoff(partial(attribute, gate))
+        return None if cutoff is None else _GateCutoff(gate.outputs[0], cutoff)
     clip = model.sole_reader(gate.outputs[0])
     if gate.op_type != "Add" or clip is None or clip.op_type not in CLIPPING_ACTIVATIONS:
         return None
@@ -295,4 +298,5 @@ def _is_never_negative(value: Value) -> bool:
     if node.op_type in CLIPPING_ACTIVATIONS:
         bounds = clip_bounds(node)
         return bounds is not None and bounds[0] >= 0
-    return node.op_type in NON_NEGATIVE_OPS
+    least, _ = operator(node.op_type).output_range or (-math.inf, math.inf)
+    return least >= 0

@@ -24,7 +24,9 @@ from qconv.ir.operators import (
     Rule,
     TransparentRule,
     WeightedRule,
+    with_,
 )
+from qconv.ir.stored_weights import read_dequantizer
 from qconv.planning.eligibility import (
     NO_16_BIT_KERNEL,
     explain_dequantized_layer,
@@ -34,7 +36,7 @@ from qconv.planning.eligibility import (
     orient_rule,
 )
 from qconv.planning.plan import Decision, LayerPlan, Plan, count_channels, data_inputs, find_activation_gate
-from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantParams, QuantSpec
+from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
 
 T = TypeVar("T", bound=Hashable)
 
@@ -68,7 +70,7 @@ KEPT_FLOAT_BY_LAYER_BITS = "kept float by --layer-bits"
 
 INTEGERS_ARE_PIXELS = "its codes are the input's pixels"
 
-AVERAGE_POOLS = frozenset({"AveragePool", "GlobalAveragePool"})
+AVERAGE_POOLS = with_(averages=True)
 
 
 def make_plan(model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str] | None = None) -> Plan:
@@ -371,9 +373,11 @@ class _Planner:
             value = node.outputs[0]
             group = groups.get(value, ())
             others = [member for member in group if member is not value]
-            if node.op_type == "DequantizeLinear" and group and all(map(self._fits, others)):
+            dequantizer = read_dequantizer(value)
+            params = None if dequantizer is None or dequantizer.at_load else dequantizer.tensor_params()
+            if params is not None and group and all(map(self._fits, others)):
                 for member in group:
-                    plan.given[member] = _read_dequantizer_params(node)
+                    plan.given[member] = params
                     plan.gates.pop(member, None)
                     plan.activations[member] = Decision(plan.given[member].spec, INTEGERS_ARE_PIXELS)
 
@@ -432,14 +436,6 @@ def is_quantizable_layer(node: Node) -> bool:
     return (
         isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule) and constant_array(input_of(node, 1)) is not None
     )
-
-
-def _read_dequantizer_params(dequantizer: Node) -> QuantParams:
-    """The parameters of a dequantizer of uint8."""
-    scale, zero = (constant_array(value) for value in dequantizer.inputs[1:3])
-    assert scale is not None
-    assert zero is not None
-    return QuantParams(QuantSpec(8, signed=False, symmetric=False), scale, zero)
 
 
 def _is_float_node(node: Node) -> bool:

@@ -354,7 +354,7 @@ def make_weight_grid(layer: LayerPlan, params: QuantParams) -> WeightGrid:
     shape = read_weight_shape(layer.node)
     arranged = (shape[0], int(np.prod(shape[1:]))) if layer.blocked else shape
     found = []
-    for numbers in params.spread(arranged):
+    for numbers in params.broadcast(arranged):
         if isinstance(params.spec.granularity, PerBlock):
             rows = weight_rows_of(layer.node, np.broadcast_to(numbers, arranged).reshape(shape))
         else:

@@ -86,7 +86,7 @@ class LayerParams:
         """Parameters and codes as the file stores them: shifted so that zero is code 0 where `moves_zero` is set."""
         if not self.layer.moves_zero:
             return self.weight, self.codes
-        _, zero = self.weight.spread(self.codes.shape)
+        _, zero = self.weight.broadcast(self.codes.shape)
         return replace(self.weight, zero_point=np.zeros_like(self.weight.zero_point)), np.asarray(
             self.codes - zero, self.codes.dtype
         )

@@ -18,6 +18,7 @@ from qconv.config.recipe import Recipe
 from qconv.errors import Change, Finding
 from qconv.ir import layers
 from qconv.ir.model import Node, Value, constant_array, input_of
+from qconv.ir.operators import operator
 from qconv.planning.plan import LayerPlan, Plan, count_channels
 from qconv.quantization import weight_ranges
 from qconv.quantization.layer import LayerInput, LayerParams, quantize_layer
@@ -179,7 +180,7 @@ def _widen_average_ranges(plan: Plan, ranges: dict[Value, Range]) -> None:
     absorbed = {node: activation for activation, node in plan.absorbed.items()}
     for node in plan.integer:
         source, result = node.inputs[0], absorbed.get(node, node).outputs[0]
-        if node.op_type not in ("GlobalAveragePool", "AveragePool") or source not in ranges or result not in ranges:
+        if not operator(node.op_type).averages or source not in ranges or result not in ranges:
             continue
         steps = [float(_activation_spec(plan, value).from_range(*ranges[value]).scale) for value in (source, result)]
         factor = steps[0] / (LARGEST_MULTIPLIER * steps[1])

@@ -41,7 +41,7 @@ from qconv.training.onnx_ops import (
     Op,
     OperatorFunction,
     OperatorInputs,
-    broadcast_parameter,
+    broadcast_tensor,
     first_input,
     optional_input,
     round_straight_through,
@@ -87,8 +87,8 @@ def _run_fake_quantize(op: Op, given: OperatorInputs) -> Tensor:
         found: Tensor = _FakeQuantize.apply(x.contiguous(), scale, low - middle, high - middle)
         return found
     axis = op.get("axis", 1)
-    step = broadcast_parameter(scale, x, axis, 0)
-    middles = torch.zeros_like(step) if zero is None else broadcast_parameter(zero, x, axis, 0)
+    step = broadcast_tensor(scale, x, axis, 0)
+    middles = torch.zeros_like(step) if zero is None else broadcast_tensor(zero, x, axis, 0)
     return round_straight_through(torch.clamp(x / step, low - middles, high - middles)) * step
 
 
@@ -120,10 +120,10 @@ class QuantDrop:
         rounded_all = _run_fake_quantize(op, given)
         x, scale, zero = first_input(given), given[1], optional_input(given, 2)
         assert scale is not None
-        step = scale.detach() if scale.numel() == 1 else broadcast_parameter(scale.detach(), x, op.get("axis", 1), 0)
+        step = scale.detach() if scale.numel() == 1 else broadcast_tensor(scale.detach(), x, op.get("axis", 1), 0)
         middle = torch.zeros_like(step)
         if zero is not None:
-            middle = zero if zero.numel() == 1 else broadcast_parameter(zero, x, op.get("axis", 1), 0)
+            middle = zero if zero.numel() == 1 else broadcast_tensor(zero, x, op.get("axis", 1), 0)
         low, high = _code_limits(op, given)
         held = torch.minimum(torch.maximum(x, (low - middle) * step), (high - middle) * step)
         return self.mixed(rounded_all, held)

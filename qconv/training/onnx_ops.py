@@ -120,8 +120,8 @@ def round_straight_through(x: Tensor) -> Tensor:
 # -- quantizers --------------------------------------------------------------------------------------------------------
 
 
-def broadcast_parameter(x: Tensor, like: Tensor, axis: int, block: int) -> Tensor:
-    """Reshape a scale or zero point so that it broadcasts against `like`, by axis and block size."""
+def broadcast_tensor(x: Tensor, like: Tensor, axis: int, block: int) -> Tensor:
+    """Reshape a scale or zero point so that it broadcasts against `like`, as `quantizer.broadcast_parameter` does."""
     if x.ndim == 0 or x.numel() == 1:
         return x.reshape([1] * like.ndim) if like.ndim else x.reshape(())
     if block:
@@ -135,10 +135,10 @@ def _quantize(op: Op, given: OperatorInputs) -> Tensor:
     axis, block = op.get("axis", 1), op.get("block_size", 0)
     if op.codes not in INT_RANGES:
         raise op.refuse(f"writes codes of type {op.codes}")
-    steps, (low, high) = x / broadcast_parameter(scale, x, axis, block), INT_RANGES[op.codes]
+    steps, (low, high) = x / broadcast_tensor(scale, x, axis, block), INT_RANGES[op.codes]
     if zero is None:
         return round_straight_through(torch.clamp(steps, low, high))
-    zero = broadcast_parameter(zero, x, axis, block)
+    zero = broadcast_tensor(zero, x, axis, block)
     return round_straight_through(torch.clamp(steps, low - zero, high - zero)) + zero
 
 
@@ -147,8 +147,8 @@ def _dequantize(op: Op, given: OperatorInputs) -> Tensor:
     assert scale is not None
     axis, block = op.get("axis", 1), op.get("block_size", 0)
     if zero is not None:
-        codes = codes - broadcast_parameter(zero.to(torch.float32), codes, axis, block)
-    return codes * broadcast_parameter(scale, codes, axis, block)
+        codes = codes - broadcast_tensor(zero.to(torch.float32), codes, axis, block)
+    return codes * broadcast_tensor(scale, codes, axis, block)
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ from qconv.ir.operators import QUANTIZATION_RULES, ConcatRule, IntegerDomainRule
 from qconv.ir.stored_weights import StoredWeights, constant_numbers, find_stored_weights, weight_bits_of
 from qconv.quantization.layer import LARGEST_BIAS_CODE
 from qconv.quantization.overflow import SMALLEST_WIDENING, worst_pair_ratio
-from qconv.training.onnx_ops import round_straight_through
+from qconv.quantizer import broadcast_parameter
+from qconv.training.onnx_ops import broadcast_tensor, round_straight_through
 
 Ints = NDArray[np.int64]
 
@@ -58,7 +59,7 @@ class WeightSite:
     Attributes:
         codes: The stored integer weights, (O, I/g, ...).
         scale: Their scale as stored.
-        axis, block: The axis along which scales differ, and the block size; `broadcast_to_weights` takes them.
+        axis, block: The axis along which scales differ, and the block size; `broadcast_parameter` takes them.
         zero, low, high: Zero point and limits of the integers, broadcastable to them.
         bias: What the layers add, (O,): a float constant or the output of a dequantizer; None where nothing can be
         learned. input_scale: The scale of the integers that the layer reads; None where it reads floats.
@@ -181,44 +182,20 @@ def _find_weight_sites(model: Model, recipe: Recipe | None) -> Iterator[WeightSi
         nodes = tuple(node for node, _ in layers)
         node, stored = layers[0]
         numbers = constant_numbers(codes)
+        made = stored.dequantizer
         assert numbers is not None
-        reader = next(r for r in model.readers(codes))  # the DequantizeLinear, or the Cast of weights in float
-        place = reader if reader.op_type == "DequantizeLinear" else _find_scaling_node(model, reader)
-        index = next(i for i, v in enumerate(place.inputs) if v is stored.others[0])
-        scale = _make_own_scale(model, (place,), index)
-        axis, block = _find_scale_axes(stored, reader, numbers)
+        assert made is not None
+        index = next(i for i, v in enumerate(made.node.inputs) if v is made.scale)
+        scale = _make_own_scale(model, (made.node,), index)
+        axis, block = stored.axis if made.at_load else made.axis % max(numbers.ndim, 1), made.block
         whole = numbers.astype(np.int64)
-        zero = broadcast_to_weights(np.zeros(()) if stored.zero is None else stored.zero, whole.shape, axis, block)
+        zero = broadcast_parameter(np.zeros(()) if stored.zero is None else stored.zero, whole.shape, axis, block)
         bits = weight_bits_of(node, stored, recipe)
         low, high = _find_code_limits(whole, zero.astype(np.int64), stored, bits, recipe)
         yield WeightSite(
             nodes, codes, scale, axis, block, zero.astype(np.int64), low, high, bits,
             _find_bias(model, nodes), _find_input_scale(node),
         )  # fmt: skip
-
-
-def _find_scaling_node(model: Model, cast: Node) -> Node:
-    """Find the Mul by the scale in Cast [-> Sub zero] -> Mul scale."""
-    node: Node | None = cast
-    while node is not None and node.op_type != "Mul":
-        node = model.sole_reader(node.outputs[0])
-    assert node is not None
-    return node
-
-
-def _find_scale_axes(stored: StoredWeights, reader: Node, codes: NDArray[Any]) -> tuple[int, int]:
-    if reader.op_type == "DequantizeLinear":
-        return attribute(reader, "axis", 1) % max(codes.ndim, 1), attribute(reader, "block_size", 0)
-    return stored.axis, 0
-
-
-def broadcast_to_weights(numbers: NDArray[Any], shape: tuple[int, ...], axis: int, block: int) -> NDArray[Any]:
-    """Give a scale or zero point an axis for every axis of integers of this shape, so that it broadcasts to them."""
-    if numbers.size == 1:
-        return numbers.reshape((1,) * len(shape))
-    if block:
-        return np.repeat(numbers, block, axis=axis).take(np.arange(shape[axis]), axis=axis)
-    return numbers.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
 
 
 def _find_code_limits(
@@ -262,7 +239,7 @@ def _reduce_by_scale(codes: Ints, stored: StoredWeights, what: Callable[[Ints], 
     if stored.scale is None or stored.scale.size == 1 or stored.block:
         return what(codes.reshape(1, -1)).reshape((1,) * codes.ndim)
     rows = np.moveaxis(codes, stored.axis, 0).reshape(codes.shape[stored.axis], -1)
-    return broadcast_to_weights(what(rows), codes.shape, stored.axis, 0)
+    return broadcast_parameter(what(rows), codes.shape, stored.axis)
 
 
 def _find_bias(model: Model, nodes: tuple[Node, ...]) -> Value | None:
@@ -355,13 +332,7 @@ class _LearnedWeights:
 
     def codes(self) -> Tensor:
         """Return the current weights as stored integers, in floats."""
-        site, move, axes = self.site, torch.exp(-self.u), self.v.ndim
-        if move.numel() == 1:
-            move = move.reshape([1] * axes)
-        elif site.block:
-            move = move.repeat_interleave(site.block, dim=site.axis).narrow(site.axis, 0, self.v.shape[site.axis])
-        elif move.ndim < axes:
-            move = move.reshape([-1 if i == site.axis else 1 for i in range(axes)])
+        move = broadcast_tensor(torch.exp(-self.u), self.v, self.site.axis, self.site.block)
         return torch.clamp(round_straight_through(self.v * move) + self.zero, self.low, self.high)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from qconv.errors import QconvError
 from qconv.ir import files, load, subgraph
 from qconv.ir.files import Source, file_bytes, read_proto
 from qconv.ir.model import Model
+from qconv.ir.operators import Operator
 from qconv.pipeline.quantize import quantize
 from qconv.runtime.session import Session
 from tests.support.models import network, random_feeds, run, statistics
@@ -777,3 +779,25 @@ def test_float16_networks_are_quantized_and_keep_their_edges(tmp_path: Path) -> 
     # 8 bits over the output's range, two quantizers on the way
     assert np.abs(got.astype(np.float32) - want).max() <= (want.max() - want.min()) * 0.02
     assert report.audit.integer >= 1
+
+
+# -- operators that are made of others ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outputs", [("y",), ("y", "e")])
+def test_a_row_says_what_an_operator_is_made_of(monkeypatch: pytest.MonkeyPatch, outputs: tuple[str, ...]) -> None:
+    """Elu, as if a row said that it is Exp(x) - 1 below zero: oracle is the runtime's own Elu."""
+
+    def rewrite(build: Callable[..., Any], x: Any, get: Callable[[str, Any], Any]) -> Any:
+        below = build("Sub", build("Exp", build("Min", x, 0.0)), 1.0)
+        return build("Add", build("Max", x, 0.0), build("Mul", below, get("alpha", 1.0)))
+
+    proto = network("c = Conv(x, w)  e = Elu <alpha = 0.7> (c)  y = Relu(e)", w=(4, 3, 3, 3), outputs=outputs)
+    monkeypatch.setattr(load, "operator", lambda op_type: Operator(rewrite=rewrite if op_type == "Elu" else None))
+    model, changes = load.load(onnx.ModelProto.FromString(proto.SerializeToString()), Source("m", None, b""))
+    assert [node.op_type for node in model.nodes()][1:-1] == ["Min", "Exp", "Sub", "Max", "Mul", "Add"]
+    assert [change.what for change in changes] == ["Elu made of Min, Exp, Sub, Max, Mul, Add"]
+    x = {"x": np.random.default_rng(0).normal(0, 2, (2, 3, 6, 6)).astype(np.float32)}
+    wanted, found = (Session(made.SerializeToString()).run(list(outputs), x) for made in (proto, model.proto()))
+    for one, other in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)

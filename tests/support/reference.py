@@ -13,6 +13,7 @@ import click
 from qconv.cli.main import cli
 from qconv.config.targets import TARGETS
 from qconv.ir.operators import (
+    OPERATORS,
     QUANTIZATION_RULES,
     ComputingRule,
     ConcatRule,
@@ -69,10 +70,13 @@ def operators() -> str:
         for target in TARGETS.values()
         for name, why in target.float_ops.items()
     ]
+    rewritten = ", ".join(name for name, row in OPERATORS.items() if row.rewrite is not None)
+    made = f"- Made of other operators when a model is loaded: {rewritten}.\n" if rewritten else ""
     return (
         "| operator | what qconv makes of it |\n|---|---|\n"
         + "".join(rows)
         + f"\n- Behind the last layer with weights these stay float, where precision is worth more than time: {tail}.\n"
+        + made
         + "".join(exceptions)
     )
 
