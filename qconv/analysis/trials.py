@@ -21,14 +21,7 @@ from qconv.config.targets import TARGETS
 from qconv.data.dataset import list_samples
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
-from qconv.ir.files import (
-    Source,
-    external_data_files,
-    file_bytes,
-    open_original,
-    read_proto,
-    refuse_quantized,
-)
+from qconv.ir.files import Source, external_data_files, file_bytes, open_original, read_proto, refuse_quantized
 from qconv.metrics import comparison
 from qconv.metrics.classification import find_class_output
 from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs

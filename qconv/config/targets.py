@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-
-from qconv.config.cost_table import BY_CPU
+from importlib.resources import files
+from typing import Any
 
 LOWEST_OPSET = 13  # DequantizeLinear with a scale for each channel
 
@@ -35,6 +36,15 @@ OLDEST_RUNTIMES: dict[int, str] = {
 CostTable = Mapping[str, Mapping[int, tuple[float, float, float, float]]]
 
 
+def read_cost_tables(text: str) -> dict[str, CostTable]:
+    """The tables in `cost_table.json`, by the class of CPU that they were measured on."""
+    costs: dict[str, dict[str, dict[str, Any]]] = json.loads(text)["costs"]
+    return {
+        cpu: {kind: {int(channels): tuple(line) for channels, line in lines.items()} for kind, lines in table.items()}
+        for cpu, table in costs.items()
+    }
+
+
 def average_costs(tables: Collection[CostTable]) -> CostTable:
     """The mean of the costs in all tables that know them: nobody tells on which CPU a file will run."""
     found: dict[str, dict[int, tuple[float, float, float, float]]] = {}
@@ -55,8 +65,8 @@ class Target:
     """A runtime. Sets hold what it accepts; `why` says in one sentence why no more.
 
     float_ops: operators that have rules but no worthwhile integer kernel there, each with the reason.
-    costs: what operators cost there, as in `cost_table`; None where layers are not placed by costs. folds: whether it
-    computes what depends on constants alone once, when it loads a file. on_ort: whether ONNX Runtime's CPU provider,
+    costs: what operators cost there, as in `cost_table.json`; None where layers are not placed by costs. folds: whether
+    it computes what depends on constants alone once, when it loads a file. on_ort: whether ONNX Runtime's CPU provider,
     which every file is tried with, is what will run it.
     signed: activations are int8, not uint8. default_scheme: of activations. integer_bias: biases are int32 codes behind
     a dequantizer; else float. keeps_activations: Relu and Clip stay where they are, even where the quantizer behind
@@ -95,7 +105,9 @@ TARGETS: dict[str, Target] = {
     "ort-cpu": Target(
         "ort-cpu",
         float_ops={"ConvTranspose": "ONNX Runtime's CPU provider has no integer ConvTranspose"},
-        costs=average_costs(BY_CPU.values()),
+        costs=average_costs(
+            read_cost_tables(files("qconv.config").joinpath("cost_table.json").read_text("utf-8")).values()
+        ),
         folds=True,
         moves_zero=True,
     ),

@@ -20,12 +20,7 @@ from qconv.config.targets import TARGETS, Target
 from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, Skipped, require_torch
 from qconv.ir import files, load
-from qconv.ir.files import (
-    Source,
-    declared_opset,
-    open_original,
-    read_proto,
-)
+from qconv.ir.files import Source, declared_opset, open_original, read_proto
 from qconv.ir.metadata import needed_opset, needed_runtime, set_ir_version, write_metadata
 from qconv.ir.model import Model
 from qconv.metrics.comparison import check_gates, verify
@@ -33,12 +28,7 @@ from qconv.passes import fold
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import describe_requantization, requantize_for_layers
-from qconv.pipeline.checks import (
-    find_odd_tensors,
-    warn_of_result,
-    warn_of_uncorrected_biases,
-    warn_of_vain_keep_float,
-)
+from qconv.pipeline.checks import find_odd_tensors, warn_of_result, warn_of_uncorrected_biases, warn_of_vain_keep_float
 from qconv.pipeline.collect import CalibrationCache, CalibrationData
 from qconv.pipeline.prepare import Prepared, Stopwatch, prepare
 from qconv.planning.plan import Plan

@@ -30,13 +30,7 @@ from qconv.planning.planner import is_quantizable_layer, make_plan
 from qconv.quantization.second_order import ROUNDING_EFFORTS, LayerSolver
 from qconv.reporter import Reporter
 from qconv.results.quantize import MixedPrecision, SizePoint
-from qconv.search.candidate import (
-    CandidateScorer,
-    Measurement,
-    QuantizationSolution,
-    SearchContext,
-    round_to_nearest,
-)
+from qconv.search.candidate import CandidateScorer, Measurement, QuantizationSolution, SearchContext, round_to_nearest
 from qconv.search.sensitivity import (
     FLOAT_BITS,
     BitAssignment,

@@ -1,7 +1,7 @@
 """What operators cost in float and in integers: the table that placement goes by, measured once for a target.
 
     python -m tests.bench.kernels            print the table
-    python -m tests.bench.kernels --write    and write it into qconv/config/cost_table.py
+    python -m tests.bench.kernels --write    and write it into qconv/config/cost_table.json
 
 An operator's cost is what a chain of layers gains in time with each further one, in place: between convolutions in the
 layout that the runtime gives them, conversions of layout included. Chains with and without it take turns, and the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qconv.config.cost_table import BY_CPU, MEASURED
+from qconv.config.targets import read_cost_tables
 from qconv.runtime.benchmark import detect_cpu
 
 CHANNELS = (8, 16, 32, 64, 128, 256)
@@ -35,7 +36,7 @@ ROUNDS = 15
 TURN_S = 0.012
 MOST_MACS = 3e8
 SCALE, ZERO = 0.05, 128
-TABLE = Path(__file__).resolve().parents[2] / "qconv" / "config" / "cost_table.py"
+TABLE = Path(__file__).resolve().parents[2] / "qconv" / "config" / "cost_table.json"
 
 
 @dataclass
@@ -351,24 +352,6 @@ def _fitted(points: Sequence[tuple[int, int, float, float]], column: int) -> Cal
     return lambda channels: (round(fixed, 1), round(1000 * (element + pixel / channels), 4))
 
 
-HEAD = '''"""What operators cost on x86 CPUs: written by `python -m tests.bench.kernels --write`, not by hand.
-
-BY_CPU[class][kind][channels] = (fixed us, ns a unit of work) in float, then the same in integers; one thread, batch 1.
-Work is multiplications for layers with weights, else elements. `grouped` kinds go by channels a group.
-
-MEASURED[class]: on what.
-"""
-
-from __future__ import annotations
-
-Lines = dict[int, tuple[float, float, float, float]]
-
-MEASURED: dict[str, str] = {{
-{machines}}}
-BY_CPU: dict[str, dict[str, Lines]] = {{
-'''
-
-
 def cpu_class() -> str:
     """What decides how fast integers are."""
     features = detect_cpu().features
@@ -376,17 +359,21 @@ def cpu_class() -> str:
 
 
 def written(found: dict[str, Costs]) -> str:
-    """The module's text, with what was measured here in the place of an earlier table of such a CPU."""
+    """The file's text, with what was measured here in the place of an earlier table of such a CPU: a line a kind."""
+    before = TABLE.read_text(encoding="utf-8")
+    told = json.loads(before)
     here = f"{detect_cpu().in_words()}; ONNX Runtime {ort.__version__}"
-    machines = MEASURED | {cpu_class(): here}
-    text = HEAD.format(machines="".join(f'    "{name}": "{words}",\n' for name, words in sorted(machines.items())))
-    for name, table in sorted((BY_CPU | {cpu_class(): found}).items()):
-        text += f'    "{name}": {{\n'
-        for kind, costs in table.items():
-            lines = "".join(f"            {channels}: {numbers},\n" for channels, numbers in costs.items())
-            text += f'        "{kind}": {{\n{lines}        }},\n'
-        text += "    },\n"
-    return text + "}\n"
+    tables = read_cost_tables(before) | {cpu_class(): found}
+    parts = []
+    for cpu, table in sorted(tables.items()):
+        lines = (
+            f"  {json.dumps(kind)}: {json.dumps({str(channels): list(line) for channels, line in costs.items()})}"
+            for kind, costs in table.items()
+        )
+        parts.append(f" {json.dumps(cpu)}: {{\n" + ",\n".join(lines) + "\n }")
+    head = {"about": told["about"], "measured": dict(sorted((told["measured"] | {cpu_class(): here}).items()))}
+    top = "".join(f"{json.dumps(key)}: {json.dumps(value, indent=1)},\n" for key, value in head.items())
+    return "{\n" + top + '"costs": {\n' + ",\n".join(parts) + "\n}\n}\n"
 
 
 def main() -> None:
@@ -395,7 +382,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=list(KINDS), help="this kind, others stay as they are")
     wanted = parser.parse_args()
     print(f"{platform.machine()}, ONNX Runtime {ort.__version__}; us + ns x work: float, integers")
-    found: dict[str, Costs] = dict(BY_CPU.get(cpu_class(), {})) if wanted.only else {}
+    tables = read_cost_tables(TABLE.read_text(encoding="utf-8"))
+    found: dict[str, Costs] = dict(tables.get(cpu_class(), {})) if wanted.only else {}
     for name in wanted.only or KINDS:
         found[name] = measured(name)
         for channels, (f_us, f_ns, i_us, i_ns) in found[name].items():

@@ -26,10 +26,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qconv import storage
-from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
+from qconv.config.preprocessing import (
+    PRESETS,
+    RESIZE_MODES,
+    Color,
+    Layout,
+    Preprocessing,
+    PreprocessingOptions,
+    ResizeFilter,
+)
 from qconv.data import images
 from qconv.data.dataset import PICTURE_SUFFIXES, Listing, find_files
-from qconv.data.images import RESIZE_MODES, InputSpec, UnreadableImage, iter_batches, load_image, resolve_preprocessing
+from qconv.data.images import InputSpec, UnreadableImage, iter_batches, load_image, resolve_preprocessing
 from qconv.errors import QconvError
 from qconv.reporter import Reporter
 from qconv.storage import prefetch
