@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
 
+from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
@@ -78,7 +79,7 @@ def test_the_reference_is_the_formula(alpha: float) -> None:
 def test_it_is_quantized_as_silu_is() -> None:
     """Its operators run on integers, and the range in front of it ends where it is nearly zero."""
     model = loaded(swish_network(None))
-    plan = make_plan(model, Recipe(calib=("x",)), TARGETS["ort-cpu"])
+    plan = make_plan(model, Recipe(), TARGETS["ort-cpu"])
     assert {"Conv", "Sigmoid", "Mul"} <= {node.op_type for node in plan.integer}
     gated = next(node for node in model.nodes() if node.op_type == "Conv").outputs[0]
     assert find_activation_gate(model, gated) is not None
@@ -96,7 +97,7 @@ def test_a_network_with_swish_is_quantized_from_end_to_end(tmp_path: Path) -> No
         Session(str(path))
     except QconvError:
         pytest.skip("this ONNX Runtime does not run Swish, and the original must run")
-    report, _ = quantize(path, tmp_path / "q.onnx", Recipe(calib=(str(images),), effort="fast", threads=1))
+    report, _ = quantize(path, tmp_path / "q.onnx", Recipe(effort="fast", threads=1), DataOptions((str(images),)))
     assert report.audit.integer >= 4
     assert report.verify is not None
     assert min(output.sqnr_db or 0 for output in report.verify.outputs) > 25
