@@ -39,9 +39,7 @@ LONG_MODULES = {
 }
 """Modules above MOST_LINES, each one table or one concept, and why it is not cut."""
 
-TO_BE_SHORTENED = {
-    "cli/finetune.py finetune",
-}
+TO_BE_SHORTENED: set[str] = set()
 """Functions above MOST_LINES_OF_A_FUNCTION. None is added."""
 
 
