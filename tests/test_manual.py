@@ -189,7 +189,7 @@ def test_every_module_has_a_line_in_the_architecture() -> None:
 def test_modules_that_the_architecture_names_exist() -> None:
     text = PAGES[MANUAL / "architecture.md"]
     packages = {path.parent.name for path in (ROOT / "qconv").glob("*/__init__.py")}
-    for package, module in re.findall(r"`(\w+)/(\w+)`", text):
+    for package, module in re.findall(r"`(?!qconv/)(\w+)/(\w+)`", text):
         if package == "tests":
             assert module in packages
         else:
