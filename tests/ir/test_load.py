@@ -489,14 +489,14 @@ def test_external_data_goes_into_a_data_file_again(tmp_path: Path, monkeypatch: 
 def test_models_too_large_for_one_protobuf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit lowered to 500 bytes: calibration and result use data files, and the numbers are the usual ones."""
     path, calib = tmp_path / "model.onnx", samples(tmp_path / "calib")
-    recipe, data = Recipe(threads=1), DataOptions((calib,))
+    recipe, images = Recipe(threads=1), DataOptions((calib,))
     x = np.random.default_rng(9).standard_normal(SHAPE).astype(np.float32)
 
     def result(scale: float) -> tuple[set[str], NDArray]:
         path.write_bytes(model_of([CONV, helper.make_node("Relu", ["y"], ["z"])], tensor("w", WEIGHT * scale),
                                   tensor("unused", np.ones(200, np.float32)),
                                   outputs=[info("z", FLOAT, OUT_SHAPE)]).SerializeToString())  # fmt: skip
-        quantize(path, tmp_path / "out.onnx", recipe, data)
+        quantize(path, tmp_path / "out.onnx", recipe, images)
         files = {p.name for p in tmp_path.iterdir() if p.is_file()} - {"model.onnx"}
         return files, Session(str(tmp_path / "out.onnx"), threads=1).run_all({"x": x})[0]
 
