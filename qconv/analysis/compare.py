@@ -36,7 +36,7 @@ from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
 from qconv.ir.rewriting import EditRefused
 from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
-from qconv.metrics.comparison import ComparisonAccumulator, compute_sqnr_db
+from qconv.metrics.comparison import ComparisonAccumulator, compute_sqnr_db, signal_power
 from qconv.passes import fold
 from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, HistogramBars, LayerComparison, ValueStatistics
@@ -109,9 +109,6 @@ MOST_EFFECT_RUNS = 1000
 """Most runs of the float network to measure what single errors do at the outputs, but for FEWEST images."""
 
 FEWEST_EFFECT_IMAGES, MOST_EFFECT_IMAGES = 2, 16
-
-LARGEST_POWER = 1e200
-"""Power of what holds NaN or infinity: what can still be added up."""
 
 ARITHMETIC_NOISE_SHARE = 1e-12
 """Share of the signal's power that a difference of float arithmetic alone may have."""
@@ -312,7 +309,7 @@ class _LoadedNetworks:
             straight = session.run(results, {**plain, **nothing})
             for index, y in enumerate(straight):
                 if y.dtype.kind == "f":
-                    power[index] = power.get(index, 0.0) + _signal_power(y)
+                    power[index] = power.get(index, 0.0) + signal_power(y)
             alone = self._alone(feeds, floats)
             for place, (pair, got) in enumerate(zip(self.pairs, alone, strict=True)):
                 if pair.point.copy:
@@ -325,7 +322,7 @@ class _LoadedNetworks:
                 for index, (y, other) in enumerate(zip(straight, moved_to, strict=True)):
                     if index in power:
                         known = noise[pair.point]
-                        known[index] = known.get(index, 0.0) + _signal_power(other - y)
+                        known[index] = known.get(index, 0.0) + signal_power(other - y)
                 reporter.progress("effects", seen * len(self.pairs) + place + 1, wanted * len(self.pairs))
             seen += len(next(iter(feeds.values())))
             if seen >= wanted:
@@ -376,19 +373,9 @@ def _match_points(
             name = value.name or ""
             x = floats.get(name)
             if x is not None and x.shape == q.shape and x.dtype.kind == q.dtype.kind == "f":
-                away[value] = _signal_power(moves.moved(name, x) - q) / max(_signal_power(q), ARITHMETIC_NOISE_SHARE)
+                away[value] = signal_power(moves.moved(name, x) - q) / max(signal_power(q), ARITHMETIC_NOISE_SHARE)
         if away:
             yield TensorPair(point, min(away, key=lambda value: away[value]))
-
-
-def _signal_power(x: NDArray[Any]) -> float:
-    """Return the sum of squares; LARGEST where that is not finite."""
-    flat = x.reshape(-1).astype(np.float32, copy=False)
-    with np.errstate(over="ignore", invalid="ignore"):
-        found = float(np.dot(flat, flat))
-        if not math.isfinite(found):
-            found = float(np.sum(flat.astype(np.float64) ** 2))
-    return found if math.isfinite(found) else LARGEST_POWER
 
 
 def _accumulate(
@@ -402,12 +389,12 @@ def _accumulate(
 ) -> None:
     name, point = pair.tensor.name or "", pair.point
     q = moves.back(name, got[point.value.name or ""])
-    tally.signal += _signal_power(reference)
-    tally.received += _signal_power(q - reference)
-    tally.added += _signal_power(moves.back(name, alone) - reference)
+    tally.signal += signal_power(reference)
+    tally.received += signal_power(q - reference)
+    tally.added += signal_power(moves.back(name, alone) - reference)
     with np.errstate(over="ignore", invalid="ignore"):
         tally.product += float(np.dot(q.reshape(-1), reference.reshape(-1)))
-    tally.power += _signal_power(q)
+    tally.power += signal_power(q)
     if point.grid is None or point.codes is None:
         return
     own = moves.moved(name, reference).reshape(-1)

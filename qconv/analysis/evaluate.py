@@ -200,22 +200,17 @@ def _interval_as_list(interval: Interval | None) -> list[float] | None:
 
 
 def _sum_output(ref: NDArray[Any], got: NDArray[Any]) -> list[float]:
-    finite = np.isfinite(ref)  # where the other model itself has no number there is nothing to be near to
+    signal, noise = comparison.measure_error(ref, got)
+    finite = np.isfinite(ref) & np.isfinite(got)
     wide, other = np.where(finite, ref, 0).astype(np.float64), np.where(finite, got, 0).astype(np.float64)
-    broken = not np.isfinite(other).all()
-    other = np.where(np.isfinite(other), other, 0)
     equal = positions = 0
     if ref.dtype.kind != "f":
         equal, positions = int((ref == got).sum()), ref.size
     elif is_class_score(ref.shape):
         same = ref.argmax(axis=1) == got.argmax(axis=1)
         equal, positions = int(same.sum()), same.size
-    sums = [
-        float(np.sum(a * b)) for a, b in ((wide, wide), (wide - other, wide - other), (wide, other), (other, other))
-    ]
-    if broken:
-        sums[1] = LARGEST_NOISE
-    return [*sums, equal, positions]
+    dot, own = float(np.sum(wide * other)), float(np.sum(other * other))
+    return [signal, min(noise, LARGEST_NOISE), dot, own, equal, positions]
 
 
 def _compare_output(name: str, rows: list[list[float]]) -> OutputComparison:
@@ -234,7 +229,7 @@ def _compare_output(name: str, rows: list[list[float]]) -> OutputComparison:
     decibel = compute_sqnr_db(float(signal), float(noise))
     span = None
     if decibel is not None:
-        span = comparison.bootstrap_interval(table[:, :2], lambda sums: 10 * np.log10(sums[:, 0] / sums[:, 1]))
+        span = comparison.sqnr_interval(table[:, :2])
     return OutputComparison(name, decibel, cosine, agreement, span)
 
 

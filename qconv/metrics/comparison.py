@@ -90,6 +90,9 @@ FEWEST_TIMED_RUNS = 5
 
 SLOWDOWN_PERCENTILES = (10, 90)
 
+LARGEST_POWER = 1e200
+"""Power of what holds NaN or infinity: what can still be added up."""
+
 InputBatch = dict[str, NDArray[Any]]
 
 
@@ -118,11 +121,9 @@ class _Tally:
 
     def _compare(self, reference: NDArray[Any], quantized: NDArray[Any]) -> None:
         self.measured = True
-        finite = np.isfinite(reference)  # where the float model itself has no number there is nothing to keep
         self.seen += reference.size
-        self.finite += int(finite.sum())
-        ref, got = reference[finite].astype(np.float64), quantized[finite].astype(np.float64)
-        signal, noise = float(np.sum(ref * ref)), float(np.sum(np.where(np.isfinite(got), (ref - got) ** 2, np.inf)))
+        self.finite += int(np.isfinite(reference).sum())
+        signal, noise = measure_error(reference, quantized)
         self.signal += signal
         self.noise += noise
         self.rows.append((signal, noise))
@@ -144,11 +145,8 @@ class _Tally:
         remark = (
             "" if self.noise < math.inf else "the quantized model gives NaN or infinity where the float model does not"
         )
-        span = self._span() if spans and 0 < self.noise < math.inf else None
+        span = sqnr_interval(np.array(self.rows)) if spans and 0 < self.noise < math.inf else None
         return OutputScore(name, compute_sqnr_db(self.signal, self.noise), agreement, remark, span)
-
-    def _span(self) -> Interval | None:
-        return bootstrap_interval(np.array(self.rows), lambda sums: 10 * np.log10(sums[:, 0] / sums[:, 1]))
 
 
 def _is_numeric_array(array: Any) -> bool:
@@ -164,6 +162,33 @@ def compute_sqnr_db(signal: float, noise: float) -> float | None:
         return None
     limits = np.finfo(np.float64)
     return 10 * (math.log10(max(signal, limits.tiny)) - math.log10(min(noise, limits.max)))
+
+
+def measure_error(reference: NDArray[Any], got: NDArray[Any]) -> tuple[float, float]:
+    """Signal and noise of one batch, as float64: sum ref^2 and sum (ref - got)^2.
+
+    Where the reference itself is NaN or infinite there is nothing to be near to, and nothing counts. The noise is
+    infinite where only `got` is.
+    """
+    finite = np.isfinite(reference)
+    ref, other = reference[finite].astype(np.float64), got[finite].astype(np.float64)
+    noise = np.sum(np.where(np.isfinite(other), (ref - other) ** 2, np.inf))
+    return float(np.sum(ref * ref)), float(noise)
+
+
+def signal_power(x: NDArray[Any]) -> float:
+    """Sum of squares in float32, for tensors of layers, which are large; LARGEST_POWER where that is no number."""
+    flat = x.reshape(-1).astype(np.float32, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = float(np.dot(flat, flat))
+        if not math.isfinite(found):
+            found = float(np.sum(flat.astype(np.float64) ** 2))
+    return found if math.isfinite(found) else LARGEST_POWER
+
+
+def sqnr_interval(rows: NDArray[np.float64]) -> Interval | None:
+    """Of SQNR in dB, by the bootstrap. rows: signal and noise of each draw, (draws, 2)."""
+    return bootstrap_interval(rows, lambda sums: 10 * np.log10(sums[:, 0] / sums[:, 1]))
 
 
 def is_class_score(shape: Sequence[int | None]) -> bool:

@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from qconv.metrics.comparison import ComparisonAccumulator, check_gates, compute_sqnr_db, is_class_score, verify
+from qconv.metrics.comparison import (
+    ComparisonAccumulator,
+    check_gates,
+    compute_sqnr_db,
+    is_class_score,
+    measure_error,
+    verify,
+)
 from qconv.results.quantize import OutputScore, Verification
 from qconv.runtime.session import Session
 from tests.support.models import network
@@ -33,6 +40,14 @@ def test_no_signal_or_endless_noise_is_a_very_low_number(signal: float, noise: f
     found = compute_sqnr_db(signal, noise)
     assert found is not None
     assert -7000 < found < -2500
+
+
+def test_an_error_counts_where_the_reference_is_a_number() -> None:
+    """1 + 4 of signal, and 1 of noise; what only the other loses has no bound."""
+    ref = np.array([1, 2, np.nan, np.inf], np.float32)
+    assert measure_error(ref, np.array([1, 3, 0, 0], np.float32)) == (5, 1)
+    assert measure_error(ref, np.array([np.nan, 3, 0, 0], np.float32)) == (5, math.inf)
+    assert measure_error(np.array([True, True]), np.array([True, False])) == (2, 1)
 
 
 def test_scores_over_all_batches() -> None:
