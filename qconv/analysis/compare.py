@@ -29,7 +29,7 @@ from qconv.data.loader import Batch, ModelWithData, iter_paired_batches, open_mo
 from qconv.errors import QconvError
 from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
-from qconv.ir.files import Source, is_quantized, metadata_of, read_proto
+from qconv.ir.files import Source, is_quantized, metadata_of, open_original, read_proto
 from qconv.ir.layers import Layer, read_layer, scale_inputs, scale_outputs, weights_from_rows
 from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
@@ -132,6 +132,7 @@ class ComparisonRequest:
     pictures: int
     words: str
     threads: int | None = None
+    task: str = "auto"
 
 
 def compare(question: ComparisonRequest, reporter: Reporter | None = None) -> Comparison:
@@ -286,8 +287,8 @@ class _LoadedNetworks:
 
     def whole(self, question: ComparisonRequest) -> ComparisonAccumulator:
         """Compare the outputs of both files as they are, with the runtime's optimizations."""
-        both = [Session(s.runnable, name=s.name, threads=self.threads) for s in (question.float_model, question.model)]
-        comparison = ComparisonAccumulator.of(both[0].outputs)
+        both = [open_original(source, self.threads, question.task) for source in (question.float_model, question.model)]
+        comparison = ComparisonAccumulator.of(both[0].model_outputs)
         for floats, feeds in question.feeds():
             comparison.add(both[0].run_all(floats), both[1].run(both[0].outputs, feeds))
         return comparison
@@ -474,6 +475,6 @@ def compare_on_images(
         return ((its, mine) for mine, its in iter_paired_batches(own, other, reporter, lost.add))
 
     total = len(own.feed.listing.paths)
-    question = ComparisonRequest(float_model, model, feeds, total, own.words, threads)
+    question = ComparisonRequest(float_model, model, feeds, total, own.words, threads, data.task)
     found = compare(question, reporter)
     return ComparisonRun(replace(found, images=total - len(lost)), other)

@@ -23,9 +23,11 @@ from qconv.data.loader import ModelWithData, Outputs, open_models
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.metrics import comparison
-from qconv.metrics.classification import TOP_K, PredictionRecorder, Predictions, find_class_output
-from qconv.metrics.comparison import Interval, compute_sqnr_db, is_class_score
+from qconv.metrics.classification import TOP_K, PredictionRecorder, Predictions
+from qconv.metrics.comparison import CLASS_KINDS, Interval, compute_sqnr_db
 from qconv.reporter import Reporter
+from qconv.results.quantize import OutputFact
+from qconv.runtime.outputs import ModelOutput, find_class_vector
 from qconv.runtime.session import Session
 
 LARGEST_NOISE = float(np.finfo(np.float64).max) / 1e6  # the noise of NaN: what can still be added up
@@ -101,6 +103,7 @@ class Evaluation:
     images: int
     words: str
     labels: str
+    holds: tuple[OutputFact, ...]
     top1: MeasuredShare | None = None
     top5: MeasuredShare | None = None
     other: str | None = None
@@ -175,6 +178,7 @@ class Evaluation:
             "schema": 1,
             "model": self.model,
             "images": self.images,
+            "outputs": [fact.as_dict() for fact in self.holds],
             "top1": _value_of(self.top1),
             "top5": _value_of(self.top5),
             "against": against,
@@ -199,15 +203,15 @@ def _interval_as_list(interval: Interval | None) -> list[float] | None:
 # -- counting ----------------------------------------------------------------------------------------------------------
 
 
-def _sum_output(ref: NDArray[Any], got: NDArray[Any]) -> list[float]:
+def _sum_output(output: ModelOutput, ref: NDArray[Any], got: NDArray[Any]) -> list[float]:
     signal, noise = comparison.measure_error(ref, got)
     finite = np.isfinite(ref) & np.isfinite(got)
     wide, other = np.where(finite, ref, 0).astype(np.float64), np.where(finite, got, 0).astype(np.float64)
     equal = positions = 0
     if ref.dtype.kind != "f":
         equal, positions = int((ref == got).sum()), ref.size
-    elif is_class_score(ref.shape):
-        same = ref.argmax(axis=1) == got.argmax(axis=1)
+    elif output.kind in CLASS_KINDS and ref.shape[output.axis] > 1:
+        same = ref.argmax(axis=output.axis) == got.argmax(axis=output.axis)
         equal, positions = int(same.sum()), same.size
     dot, own = float(np.sum(wide * other)), float(np.sum(other * other))
     return [signal, min(noise, LARGEST_NOISE), dot, own, equal, positions]
@@ -254,9 +258,12 @@ def evaluate(
     rows: list[list[list[float]]] = [[] for _ in own.session.outputs]
     kept: list[Outputs] = []
     vector: int | None = None
+    told = {output.name: output for output in (other or own).session.model_outputs}
+    holds = [told[name] for name in own.session.outputs]
     for done, (mine, theirs) in enumerate(_run_side_by_side(own, other, reporter, lost), 1):
         if done == 1:  # what cannot be is better said before thousands of pictures
-            vector = find_class_output(mine)
+            holds = [o.seen(np.shape(array)) for o, array in zip(holds, mine, strict=True)]
+            vector = find_class_vector(holds)
             outputs = 0 if vector is None else mine[vector].shape[1]
             if labels_of(paths, root, classes, wishes.labelling, outputs) is None and other is None:
                 raise _make_no_measure_error(root, vector)
@@ -270,12 +277,12 @@ def evaluate(
             if vector is not None:
                 _require_finite(chosen[vector], other.session, vector)
                 its.add(chosen[vector])
-            _add_output_rows(rows, own.session.outputs, chosen, mine)
+            _add_output_rows(rows, holds, chosen, mine)
         if wishes.table == ".npz":
             kept.append(mine)
         reporter.progress("evaluate", done + len(lost), len(paths))
     left = [path for path in paths if path not in lost]
-    result = Evaluation(source.name, len(left), own.words, "")
+    result = Evaluation(source.name, len(left), own.words, "", tuple(output.fact for output in holds))
     labels = labels_of(left, root, classes, wishes.labelling, seen.classes if vector is not None else 0)
     if labels is not None:
         assert classes is not None
@@ -317,8 +324,11 @@ def _require_finite(scores: NDArray[Any], session: Session, index: int) -> None:
         raise QconvError(fact, "check the preprocessing options, and the model on one picture.")
 
 
-def _add_output_rows(rows: list[list[list[float]]], names: Sequence[str], refs: Outputs, gots: Outputs) -> None:
-    for table, name, ref, got in zip(rows, names, refs, gots, strict=True):
+def _add_output_rows(
+    rows: list[list[list[float]]], outputs: Sequence[ModelOutput], refs: Outputs, gots: Outputs
+) -> None:
+    for table, output, ref, got in zip(rows, outputs, refs, gots, strict=True):
+        name = output.name
         if not isinstance(ref, np.ndarray) or ref.dtype.kind not in "fiub":
             raise QconvError(f"Output {name} is no tensor of numbers.", "compare models that give tensors.")
         if ref.shape != got.shape:
@@ -326,7 +336,7 @@ def _add_output_rows(rows: list[list[list[float]]], names: Sequence[str], refs: 
                 f"Output {name} has another shape in the two models: {ref.shape} and {got.shape}.",
                 "compare models before their outputs are selected by the data.",
             )
-        table.append(_sum_output(ref, got))
+        table.append(_sum_output(output, ref, got))
 
 
 def _make_no_measure_error(root: Path, vector: int | None) -> QconvError:

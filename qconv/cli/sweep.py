@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 SHARED_OPTIONS = (NOT_IN_RECIPES - {"recipe"}) | frozenset(
     {"calib", "fallback", "samples", "batch", "seed", "pattern", "stats", "min_agreement", "min_sqnr"}
-    | {"preprocess", "scale", "mean", "std", "color", "layout", "resize", "filter_", "size"}
+    | {"preprocess", "scale", "mean", "std", "color", "layout", "resize", "filter_", "size", "task"}
     | {"threads", "embed_preprocessing"}
 )
 """Options that no recipe of a sweep has of its own."""

@@ -1,6 +1,6 @@
 """Records a classifier's predictions for every image, and writes them as CSV or NPZ.
 
-It also finds which output holds class scores, and computes top-1 accuracy.
+It also computes top-1 accuracy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.data.dataset import Classes
-from qconv.data.loader import Outputs
 from qconv.errors import QconvError
 
 
@@ -123,12 +122,3 @@ class Predictions:
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)
         return stream.getvalue()
-
-
-def find_class_output(outputs: Outputs) -> int | None:
-    """Which output is one score a class: the first of shape (1, C), or (1, C, 1, 1)."""
-    for index, output in enumerate(outputs):
-        numbers = isinstance(output, np.ndarray) and output.dtype.kind == "f" and output.ndim >= 2
-        if numbers and output.shape[1] > 1 and output[0].size == output.shape[1]:
-            return index
-    return None

@@ -26,6 +26,7 @@ from qconv.data.loader import Batch, DataLoader
 from qconv.errors import QconvError
 from qconv.reporter import Reporter
 from qconv.results.quantize import Gate, OutputScore, Verification
+from qconv.runtime.outputs import ModelOutput, OutputKind
 from qconv.runtime.session import Session
 
 Z_975 = 1.959963984540054  # the normal distribution's 97.5th percentile
@@ -90,6 +91,9 @@ FEWEST_TIMED_RUNS = 5
 
 SLOWDOWN_PERCENTILES = (10, 90)
 
+CLASS_KINDS = frozenset({OutputKind.CLASS_SCORES, OutputKind.CLASS_MAP})
+"""Outputs of which the highest score says a class."""
+
 LARGEST_POWER = 1e200
 """Power of what holds NaN or infinity: what can still be added up."""
 
@@ -98,6 +102,8 @@ InputBatch = dict[str, NDArray[Any]]
 
 @dataclass(slots=True)
 class _Tally:
+    output: ModelOutput
+    kind: OutputKind | None = None
     signal: float = 0.0
     noise: float = 0.0
     equal: int = 0
@@ -109,6 +115,9 @@ class _Tally:
     rows: list[tuple[float, float]] = field(default_factory=list)
 
     def update(self, reference: Any, quantized: Any) -> None:
+        if self.kind is None and isinstance(reference, np.ndarray):
+            self.output = self.output.seen(reference.shape)
+            self.kind = self.output.kind
         if not (_is_numeric_array(reference) and _is_numeric_array(quantized)):
             self.remark = "no tensor of numbers, so it was not compared"
         elif reference.shape != quantized.shape:
@@ -127,18 +136,19 @@ class _Tally:
         self.signal += signal
         self.noise += noise
         self.rows.append((signal, noise))
-        if is_class_score(reference.shape):
-            same = reference.argmax(axis=1) == quantized.argmax(axis=1)
+        if self.kind in CLASS_KINDS and reference.shape[self.output.axis] > 1:
+            same = reference.argmax(axis=self.output.axis) == quantized.argmax(axis=self.output.axis)
             self.equal += int(same.sum())
             self.positions += same.size
 
-    def score(self, name: str, *, spans: bool) -> OutputScore:
-        """The score of an output. Raises QconvError where the float model returned no finite number."""
+    def score(self, *, spans: bool) -> OutputScore:
+        """Raises QconvError where the float model gave no number at all."""
+        name, kind = self.output.name, self.output.kind
         if self.remark:
-            return OutputScore(name, None, None, self.remark)
+            return OutputScore(name, None, None, self.remark, kind=kind)
         agreement = self.equal / self.positions if self.positions else None
         if not self.measured:
-            return OutputScore(name, None, agreement)
+            return OutputScore(name, None, agreement, kind=kind)
         if self.seen and not self.finite:
             fact = f"Output {name} of the float model holds NaN or infinity alone, on all pictures."
             raise QconvError(fact, "check the model's weights, and how pictures are fed.")
@@ -146,7 +156,7 @@ class _Tally:
             "" if self.noise < math.inf else "the quantized model gives NaN or infinity where the float model does not"
         )
         span = sqnr_interval(np.array(self.rows)) if spans and 0 < self.noise < math.inf else None
-        return OutputScore(name, compute_sqnr_db(self.signal, self.noise), agreement, remark, span)
+        return OutputScore(name, compute_sqnr_db(self.signal, self.noise), agreement, remark, span, kind)
 
 
 def _is_numeric_array(array: Any) -> bool:
@@ -191,31 +201,25 @@ def sqnr_interval(rows: NDArray[np.float64]) -> Interval | None:
     return bootstrap_interval(rows, lambda sums: 10 * np.log10(sums[:, 0] / sums[:, 1]))
 
 
-def is_class_score(shape: Sequence[int | None]) -> bool:
-    """Whether axis 1 of an output holds class scores: a vector a picture, or a map that is no picture itself."""
-    classes = shape[1] if len(shape) in (2, 4) else None
-    return classes is not None and classes > 1 and not (len(shape) == 4 and classes == 3)
-
-
 @dataclass(frozen=True, slots=True)
 class ComparisonAccumulator:
     """Accumulates the comparison of all outputs of two models on the same batches."""
 
-    tallies: dict[str, _Tally]
+    tallies: tuple[_Tally, ...]
 
     @classmethod
-    def of(cls, outputs: Sequence[str]) -> ComparisonAccumulator:
-        """An empty comparison. outputs: names, in the order in which `add` gets them."""
-        return cls({name: _Tally() for name in outputs})
+    def of(cls, outputs: Sequence[ModelOutput]) -> ComparisonAccumulator:
+        """Nothing compared yet. outputs: in the order in which `add` gets them."""
+        return cls(tuple(map(_Tally, outputs)))
 
     def add(self, reference: Sequence[Any], quantized: Sequence[Any]) -> None:
-        """Add the outputs of one batch."""
-        for tally, ref, got in zip(self.tallies.values(), reference, quantized, strict=True):
+        """Take in the outputs of one batch."""
+        for tally, ref, got in zip(self.tallies, reference, quantized, strict=True):
             tally.update(ref, got)
 
     def scores(self, *, spans: bool = False) -> tuple[OutputScore, ...]:
         """How every output compares. spans: with the interval of its SQNR, each batch taken for one draw."""
-        return tuple(tally.score(name, spans=spans) for name, tally in self.tallies.items())
+        return tuple(tally.score(spans=spans) for tally in self.tallies)
 
 
 def verify(
@@ -228,7 +232,7 @@ def verify(
 
     batches: what the quantized model is fed with; as_float: makes of it what the reference is fed with.
     """
-    comparison = ComparisonAccumulator.of(reference.outputs)
+    comparison = ComparisonAccumulator.of(reference.model_outputs)
     seconds: list[tuple[float, float]] = []
     images = 0
     for feeds in batches:
@@ -269,15 +273,15 @@ OutputArrays = list[NDArray[Any]]
 class ReferenceOutputs:
     """Batches with the float model's outputs, to score any number of models on. pictures: how many they hold."""
 
-    outputs: list[str]
+    outputs: tuple[ModelOutput, ...]
     batches: list[tuple[Batch, OutputArrays]]
     pictures: int
 
     def score(self, quantized: Session, hear: Callable[[OutputArrays], None] = lambda outputs: None) -> Verification:
-        """Score `quantized` against the float model. hear: gets its outputs of each batch."""
-        comparison = ComparisonAccumulator.of(self.outputs)
+        """`quantized` against the float model. hear: gets what it says of each batch."""
+        comparison, names = ComparisonAccumulator.of(self.outputs), [output.name for output in self.outputs]
         for feeds, expected in self.batches:
-            got = quantized.run(self.outputs, feeds)
+            got = quantized.run(names, feeds)
             comparison.add(expected, got)
             hear(got)
         return Verification(self.pictures, comparison.scores())
@@ -311,4 +315,7 @@ def collect_reference_outputs(
         reporter.warn(
             f"scored on {pictures} of {total} pictures: inputs and outputs of more would not fit into memory kept."
         )
-    return ReferenceOutputs(session.outputs, kept, pictures)
+    outputs = session.model_outputs
+    if kept:
+        outputs = tuple(o.seen(np.shape(array)) for o, array in zip(outputs, kept[0][1], strict=True))
+    return ReferenceOutputs(outputs, kept, pictures)

@@ -113,6 +113,7 @@ def _summary_lines(report: Report) -> list[tuple[str, str]]:
     lines += [("", _format_score(o)) for o in report.verify.outputs if len(report.verify.outputs) > 1]
     if report.verify.slowdown:
         lines.append(("speed here", f"{1 / report.verify.slowdown:.2f} times the float model's, timed while checking"))
+    lines += [("outputs" if not index else "", escape(o.in_words)) for index, o in enumerate(report.outputs)]
     if report.preprocessing_words:
         lines.append(("pictures", escape(report.preprocessing_words)))
     lines += [("changed", text) for text in _change_lines(report)][:MOST_LINES]

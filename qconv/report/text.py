@@ -147,6 +147,7 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
         lines = [wrap_text(f"{found.model}: {format_count(found.images, 'picture')} without labels")]
     if found.words:
         lines.append(wrap_text(found.words))
+    lines += [wrap_text(fact.in_words) for fact in found.holds]
     rows = [("", "top-1 %", "(95 %)", "top-5 %", "(95 %)")]
     if found.other_top1 is not None:
         rows.append(

@@ -143,7 +143,9 @@ class Comparison:
             "preprocessing": self.words or None,
             "layers": [row.as_dict() for row in self.worst_first],
             "unmatched": list(self.unmatched),
-            "outputs": [{"name": o.name, "sqnr_db": o.sqnr_db, "agreement": o.agreement} for o in self.outputs],
+            "outputs": [
+                {"name": o.name, "kind": o.kind, "sqnr_db": o.sqnr_db, "agreement": o.agreement} for o in self.outputs
+            ],
             "sqnr_db": self.sqnr_db,
             "predicted_sqnr_db": self.predicted_db,
             "predicted_on": self.predicted_on,

@@ -28,6 +28,29 @@ class OutputScore:
     agreement: float | None
     remark: str = ""
     sqnr_interval: tuple[float, float] | None = None
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFact:
+    """What an output of the float model holds, and why that is so.
+
+    kind: "class-scores", "class-map", "regression" or "integer". task: that `--task` would call it; None for integers.
+    """
+
+    name: str
+    kind: str
+    task: str | None
+    why: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        return _as_row(self)
+
+    @property
+    def in_words(self) -> str:
+        """For a line of the summary."""
+        return f"{self.name}: {self.kind.replace('-', ' ')}, {self.why}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +287,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     tensors: list[TensorRow] = field(default_factory=list)
     mixed: MixedPrecision | None = None
+    outputs: tuple[OutputFact, ...] = ()
     runner_up: str | None = None
     margin: float | None = None
     model_bytes: bytes | None = field(default=None, repr=False)
@@ -296,11 +320,15 @@ class Report:
             "opset": self.opset,
             "ir_version": self.ir_version,
             "needs": self.needs,
+            "outputs": [fact.as_dict() for fact in self.outputs],
             "verify": {
                 "images": verify.images,
                 "sqnr_db": verify.sqnr_db,
                 "agreement": verify.agreement,
-                "outputs": [{"name": o.name, "sqnr_db": o.sqnr_db, "agreement": o.agreement} for o in verify.outputs],
+                "outputs": [
+                    {"name": o.name, "kind": o.kind, "sqnr_db": o.sqnr_db, "agreement": o.agreement}
+                    for o in verify.outputs
+                ],
             },
             "audit": self.audit.as_dict(),
             "gates": [_as_row(g) for g in self.gates],

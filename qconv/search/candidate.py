@@ -25,7 +25,7 @@ from qconv.errors import Finding, QconvError
 from qconv.ir import subgraph
 from qconv.ir.metadata import set_ir_version
 from qconv.ir.model import Model
-from qconv.metrics.classification import find_class_output, top1_accuracy
+from qconv.metrics.classification import top1_accuracy
 from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
 from qconv.passes.compress_constants import compress_constants
 from qconv.planning.plan import Plan
@@ -36,6 +36,7 @@ from qconv.quantization.parameters import NO_RANGE_FACTORS, Params, carry_over_p
 from qconv.quantization.second_order import round_layers_sequentially
 from qconv.reporter import Reporter
 from qconv.results.quantize import Verification
+from qconv.runtime.outputs import find_class_vector
 from qconv.runtime.session import Session
 from qconv.search.sensitivity import FLOAT_BITS, BitAssignment
 
@@ -166,8 +167,8 @@ class CandidateScorer:
         scored = collect_reference_outputs(
             ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, reporter=reporter, batches=unseen
         )
-        vector = find_class_output(scored.batches[0][1]) if scored.batches else None
-        labels = _read_labels(ground, 0 if vector is None else scored.batches[0][1][vector].shape[1], unseen)
+        vector = find_class_vector(scored.outputs) if scored.batches else None
+        labels = _read_labels(ground, 0 if vector is None else scored.outputs[vector].classes, unseen)
         top1 = None
         if labels is not None and vector is not None:
             top1 = top1_accuracy([expected[vector] for _, expected in scored.batches], labels)

@@ -11,11 +11,11 @@ from qconv.metrics.comparison import (
     ComparisonAccumulator,
     check_gates,
     compute_sqnr_db,
-    is_class_score,
     measure_error,
     verify,
 )
 from qconv.results.quantize import OutputScore, Verification
+from qconv.runtime.outputs import ModelOutput
 from qconv.runtime.session import Session
 from tests.support.models import network
 
@@ -78,19 +78,23 @@ def test_numbers_that_only_the_quantized_model_loses_are_the_worst() -> None:
     assert score.sqnr_db < -2500
 
 
-@pytest.mark.parametrize(
-    ("shape", "classes"),
-    [
-        ((1, 10), True),
-        ((1, 21, 33, 33), True),
-        ((1, 1), False),  # one logit
-        ((1, 3, 64, 64), False),  # a picture
-        ((1, 4420, 4), False),  # boxes
-        ((7,), False),
-    ],
-)
-def test_what_counts_as_class_scores(shape: tuple[int, ...], classes: bool) -> None:
-    assert is_class_score(shape) is classes
+def test_a_segmenter_of_three_classes_has_an_agreement() -> None:
+    """Half of the places change their class; a picture of three channels has none."""
+    ref, got = np.zeros((1, 3, 2, 2), np.float32), np.zeros((1, 3, 2, 2), np.float32)
+    ref[:, 1], got[:, 1, 0], got[:, 2, 1] = 1, 1, 1
+    for task, agreement in (("segment", 0.5), ("auto", None)):
+        comparison = ComparisonAccumulator.of([ModelOutput("y", True, (1, 3, 2, 2), (1, 3, 2, 2), task=task)])
+        comparison.add([ref], [got])
+        assert comparison.scores()[0].agreement == agreement
+
+
+def test_classes_on_the_last_axis_are_counted_there() -> None:
+    output = ModelOutput("y", True, (1, 2, 2, 5), (1, 2, 2, 3))
+    ref, got = np.zeros((1, 2, 2, 5), np.float32), np.zeros((1, 2, 2, 5), np.float32)
+    ref[..., 4], got[..., 4], got[0, 0, 0, 1] = 1, 1, 2
+    comparison = ComparisonAccumulator.of([output])
+    comparison.add([ref], [got])
+    assert comparison.scores()[0].agreement == 0.75
 
 
 @pytest.mark.parametrize(("other", "agreement"), [("Neg", 1 / 3), ("Identity", 1.0)])
@@ -128,7 +132,7 @@ def test_gates_hold_at_their_own_value(measured: tuple[float | None, float | Non
 
 def test_the_interval_of_sqnr_is_that_of_the_bootstrap_over_pictures() -> None:
     rng = np.random.default_rng(0)
-    comparison, rows = ComparisonAccumulator.of(["y"]), []
+    comparison, rows = ComparisonAccumulator.of([ModelOutput("y", True, (1, 10))]), []
     for spread in np.exp(rng.normal(0, 1, 40)):
         ref = rng.standard_normal((1, 10)).astype(np.float32)
         got = ref + spread * rng.standard_normal((1, 10)).astype(np.float32)
