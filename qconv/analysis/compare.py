@@ -36,7 +36,8 @@ from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
 from qconv.ir.rewriting import EditRefused
 from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
-from qconv.metrics.comparison import ComparisonAccumulator, compute_sqnr_db, signal_power
+from qconv.metrics.comparison import ComparisonAccumulator
+from qconv.metrics.similarity import compute_sqnr_db, signal_power
 from qconv.passes import fold
 from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, HistogramBars, LayerComparison, ValueStatistics

@@ -27,8 +27,8 @@ from qconv.ir.files import (
     read_proto,
     refuse_quantized,
 )
-from qconv.metrics import comparison
 from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
+from qconv.metrics.similarity import share_interval
 from qconv.pipeline.checks import check_places
 from qconv.pipeline.collect import CalibrationCache
 from qconv.pipeline.prepare import load_float
@@ -36,6 +36,7 @@ from qconv.pipeline.quantize import quantize
 from qconv.reporter import Reporter
 from qconv.results.comparison import Sweep, Trial
 from qconv.results.quantize import Report
+from qconv.results.scores import SHARE, Score
 from qconv.runtime.benchmark import Benchmark, TimingConditions, benchmark
 from qconv.runtime.outputs import find_class_vector
 from qconv.runtime.session import RUNTIME_VERSION, Session
@@ -143,14 +144,10 @@ class TrialRunner:
             made.report, made.failure = None, error
             made.trial = replace(trial, failed=f"{error.message} {error.hint}", seconds=time.perf_counter() - start)
             return made
-        span = None
-        if found.agreement is not None and find_class_vector(self.scored.outputs) is not None:
-            span = comparison.share_interval(round(found.agreement * found.images), found.images)
+        counted = find_class_vector(self.scored.outputs) is not None  # a picture gets one class
         made.trial = replace(
             trial,
-            sqnr_db=found.sqnr_db,
-            agreement=found.agreement,
-            agreement_interval=span,
+            scores=tuple(_with_interval(score, found.images) if counted else score for score in found.scores),
             size=made.report.quantized_bytes,
             seconds=time.perf_counter() - start,
         )
@@ -184,6 +181,13 @@ class TrialRunner:
     def _benchmark(self, paths: Sequence[str], threads: int | None, size: tuple[int, int] | None) -> Benchmark:
         conditions = TimingConditions(threads, None, size, TIMING_ROUNDS)
         return benchmark(paths, conditions, version=RUNTIME_VERSION, reporter=self.reporter)
+
+
+def _with_interval(score: Score, images: int) -> Score:
+    """A share of so many pictures with its interval; other scores as they are."""
+    if score.unit != SHARE or score.value is None:
+        return score
+    return replace(score, interval=share_interval(round(score.value * images), images))
 
 
 @dataclass(frozen=True, slots=True)

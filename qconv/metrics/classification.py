@@ -1,6 +1,8 @@
 """Records a classifier's predictions for every image, and writes them as CSV or NPZ.
 
-It also computes top-1 accuracy.
+It also computes top-1 accuracy and
+
+    agreement  = share of places whose best class is the reference's; of equal elements, for integers
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from numpy.typing import NDArray
 
 from qconv.data.dataset import Classes
 from qconv.errors import QconvError
+from qconv.metrics.similarity import bootstrap_interval, share_interval
+from qconv.results.scores import AGREEMENT, Score
+from qconv.runtime.outputs import ModelOutput, OutputKind
 
 
 def top1_accuracy(outputs: Sequence[NDArray[np.float32]], labels: NDArray[np.int64]) -> float:
@@ -28,6 +33,40 @@ def top1_accuracy(outputs: Sequence[NDArray[np.float32]], labels: NDArray[np.int
 
 
 TOP_K = 5
+
+CLASS_KINDS = frozenset({OutputKind.CLASS_SCORES, OutputKind.CLASS_MAP})
+"""Outputs of which the highest score says a class."""
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Share of places where two outputs say the same class. rows: equal places and all places of each batch."""
+
+    output: ModelOutput
+    rows: list[tuple[int, int]] = field(default_factory=list)
+
+    def update(self, reference: NDArray[Any], got: NDArray[Any]) -> None:
+        """Take in a batch."""
+        if reference.dtype.kind != "f":
+            same = reference == got
+        elif reference.shape[self.output.axis] > 1:
+            axis = self.output.axis
+            same = reference.argmax(axis=axis) == got.argmax(axis=axis)
+        else:  # a single score tells no classes
+            return
+        self.rows.append((int(same.sum()), same.size))
+
+    def score(self, *, spans: bool) -> Score | None:
+        """The interval is Wilson's where each batch is one place, else the bootstrap's."""
+        equal, places = (sum(column) for column in zip(*self.rows, strict=True)) if self.rows else (0, 0)
+        if not places:
+            return None
+        span = None
+        if spans and all(of == 1 for _, of in self.rows):
+            span = share_interval(equal, places)
+        elif spans:
+            span = bootstrap_interval(np.array(self.rows, np.float64), lambda sums: sums[:, 0] / sums[:, 1])
+        return Score(AGREEMENT, equal / places, span)
 
 
 @dataclass(slots=True)

@@ -340,7 +340,7 @@ class _QuantizationRun:
             needs=needed_runtime(model, recipe),
             verify=checked,
             audit=audited,
-            gates=check_gates(checked, recipe.min_agreement, recipe.min_sqnr),
+            gates=check_gates(checked, recipe),
             warnings=self.reporter.warnings,
             time=self.clock.seconds,
             peak_rss_mb=peak_rss_mb(),
@@ -392,7 +392,7 @@ def _verify_staged(
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
     found = verify(original, quantized, feed.all("verify") if gated else feed.few("verify"), feed.as_float)
     if pictures.unseen is not None:
-        odd = (OutputScore(o.name, None, None, o.remark, kind=o.kind) for o in found.outputs if o.remark)
+        odd = (OutputScore(o.name, (), o.remark, o.kind) for o in found.outputs if o.remark)
         found = Verification(0, tuple(odd), found.slowdown, found.slowdown_range)
     # a network with a batch of its own may have seen some twice
     found = replace(found, images=min(found.images, feed.pictures))

@@ -20,6 +20,15 @@ from qconv.errors import QconvError, format_bytes, format_count
 from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, Trial, ValueStatistics
 from qconv.results.quantize import Audit, FloatNode, group_float_nodes
 from qconv.results.sample_curve import SampleCurve, Spread, format_score
+from qconv.results.scores import (
+    AGREEMENT,
+    ALWAYS_TOLD,
+    SHARE,
+    Metric,
+    find_score,
+    metrics_of,
+    value_of,
+)
 from qconv.results.training import SynthesisResult
 
 Tone = Literal["good", "bad", "plain"]
@@ -226,11 +235,13 @@ def _sweep_data(sweep: Sweep) -> dict[str, Any]:
 
 
 def _trial_data(trial: Trial) -> dict[str, Any]:
+    agreement = find_score(trial.scores, AGREEMENT)
+    span = None if agreement is None else agreement.interval
     return {
         "name": trial.name,
         "sqnr": _round_number(trial.sqnr_db),
         "agreement": _round_number(trial.agreement),
-        "interval": None if trial.agreement_interval is None else list(map(_round_number, trial.agreement_interval)),
+        "interval": None if span is None else list(map(_round_number, span)),
         "size": trial.size,
         "ms": _round_number(trial.ms),
     }
@@ -284,6 +295,39 @@ def format_decibel(value: float | None, empty: str = "equal") -> str:
     return empty if value is None else f"{value:.1f}"
 
 
+def list_trial_metrics(trials: Sequence[Trial]) -> tuple[Metric, ...]:
+    """All that was measured of them."""
+    return metrics_of([trial.scores for trial in trials], first=ALWAYS_TOLD)
+
+
+def format_metric_head(metric: Metric) -> str:
+    """Label and unit, above a column."""
+    return f"{metric.label} {'%' if metric.unit == SHARE else metric.unit}".rstrip()
+
+
+def format_trial_value(trial: Trial, metric: Metric) -> str:
+    """A value without its unit; a word where nothing differs."""
+    value = value_of(trial.scores, metric)
+    if value is None:
+        return "equal" if metric.equal is None and trial.equal else ""
+    return f"{100 * value if metric.unit == SHARE else value:.{1 if metric.unit else 5}f}"
+
+
+def format_trial_span(trial: Trial, metric: Metric) -> str:
+    """The interval of a share, in percent; empty for others."""
+    score = find_score(trial.scores, metric)
+    if score is None or score.interval is None or metric.unit != SHARE:
+        return ""
+    low, high = (round(100 * end) for end in score.interval)
+    return f"{low} to {high}"
+
+
+def format_trial_gain(trial: Trial, first: Trial, metric: Metric) -> str:
+    """By how much a value is above that of the first trial."""
+    before, after = value_of(first.scores, metric), value_of(trial.scores, metric)
+    return "" if trial is first or before is None or after is None else f"{after - before:+.1f}"
+
+
 def format_percent(share: float | None, digits: int = 1) -> str:
     """Format a share as `12.3%`; empty where not measured."""
     return "" if share is None else f"{share:.{digits}%}"
@@ -322,4 +366,9 @@ FILTERS = {
     "spent": time_share,
     "counted": format_count,
     "sized": format_bytes,
+    "metrics": list_trial_metrics,
+    "headed": format_metric_head,
+    "valued": format_trial_value,
+    "spanned": format_trial_span,
+    "gained": format_trial_gain,
 }

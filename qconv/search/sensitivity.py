@@ -28,7 +28,7 @@ from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
 from qconv.ir.model import Model, is_tensor
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
-from qconv.metrics.comparison import measure_error
+from qconv.metrics.similarity import measure_error
 from qconv.planning.plan import LayerPlan as Planned
 from qconv.planning.plan import Plan
 from qconv.quantization.gptq import read_weight_shape

@@ -30,7 +30,7 @@ from qconv.config.preprocessing import Layout, Preprocessing
 from qconv.data.images import InputSpec, layout_order
 from qconv.data.loader import ModelWithData
 from qconv.errors import QconvError, format_shape
-from qconv.metrics.comparison import CLASS_KINDS
+from qconv.metrics.classification import CLASS_KINDS
 from qconv.reporter import Reporter
 from qconv.results.training import ValidationScore
 from qconv.runtime.outputs import ModelOutput, find_class_vector

@@ -108,7 +108,7 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Repor
         )
         _write_better(desk, source, out, found, trainer.best_step)
         kept.forget()
-    found.gates = check_gates(found.result.verify, wishes.min_agreement, wishes.min_sqnr)
+    found.gates = check_gates(found.result.verify, wishes)
     found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
     return found
 

@@ -13,6 +13,7 @@ from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset, ResizeFilter
 from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
+from qconv.config.serialization import command_line_options
 from qconv.errors import QconvError
 
 NAN, INF = float("nan"), float("inf")

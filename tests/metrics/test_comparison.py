@@ -7,17 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from qconv.metrics.comparison import (
-    ComparisonAccumulator,
-    check_gates,
-    compute_sqnr_db,
-    measure_error,
-    verify,
-)
+from qconv.config.recipe import Recipe
+from qconv.metrics.comparison import ComparisonAccumulator, check_gates, verify
+from qconv.metrics.similarity import compute_sqnr_db, measure_error
 from qconv.results.quantize import OutputScore, Verification
 from qconv.runtime.outputs import ModelOutput
 from qconv.runtime.session import Session
 from tests.support.models import network
+from tests.support.scores import scores
 
 
 def session(body: str) -> Session:
@@ -114,11 +111,11 @@ def test_what_cannot_be_compared_passes_no_gate() -> None:
     (score,) = found.outputs
     assert (score.sqnr_db, score.agreement) == (None, None)
     assert "shape" in score.remark
-    assert [gate.held for gate in check_gates(found, None, 1.0)] == [False]
+    assert [gate.held for gate in check_gates(found, Recipe(min_sqnr=1.0))] == [False]
 
 
 def verification(sqnr: float | None, agreement: float | None) -> Verification:
-    return Verification(1, (OutputScore("y", sqnr, agreement),), None)
+    return Verification(1, (OutputScore("y", scores(sqnr, agreement)),), None)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +124,8 @@ def verification(sqnr: float | None, agreement: float | None) -> Verification:
 )
 def test_gates_hold_at_their_own_value(measured: tuple[float | None, float | None], held: list[bool]) -> None:
     """A gate on agreement where there is none falls short; equal outputs pass any SQNR."""
-    assert [gate.held for gate in check_gates(verification(*measured), 0.99, 30.0)] == held
+    gates = Recipe(min_agreement=0.99, min_sqnr=30.0)
+    assert [gate.held for gate in check_gates(verification(*measured), gates)] == held
 
 
 def test_the_interval_of_sqnr_is_that_of_the_bootstrap_over_pictures() -> None:
@@ -141,8 +139,9 @@ def test_the_interval_of_sqnr_is_that_of_the_bootstrap_over_pictures() -> None:
     (score,) = comparison.scores(spans=True)
     drawn = np.array(rows)[np.random.default_rng(1).integers(0, 40, (4000, 40))].sum(axis=1)
     expected = np.percentile(10 * np.log10(drawn[:, 0] / drawn[:, 1]), (2.5, 97.5))
-    assert score.sqnr_interval == pytest.approx(expected, abs=0.3)
-    assert score.sqnr_interval is not None
+    span = score.scores[0].interval
+    assert span == pytest.approx(expected, abs=0.3)
+    assert span is not None
     assert score.sqnr_db is not None
-    assert score.sqnr_interval[0] < score.sqnr_db < score.sqnr_interval[1]
-    assert comparison.scores()[0].sqnr_interval is None
+    assert span[0] < score.sqnr_db < span[1]
+    assert comparison.scores()[0].scores[0].interval is None
