@@ -2,7 +2,8 @@
 
 It also computes top-1 accuracy and
 
-    agreement  = share of places whose best class is the reference's; of equal elements, for integers
+    agreement        = share of places whose best class is the reference's; of equal elements, for integers
+    class agreement  = mean over the classes c that the reference says of that share among the places where it says c
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from qconv.data.dataset import Classes
 from qconv.errors import QconvError
 from qconv.metrics.similarity import bootstrap_interval, share_interval
-from qconv.results.scores import AGREEMENT, Score
+from qconv.results.scores import AGREEMENT, SHARE, Metric, Score
 from qconv.runtime.outputs import ModelOutput, OutputKind
 
 
@@ -67,6 +68,38 @@ class Agreement:
         elif spans:
             span = bootstrap_interval(np.array(self.rows, np.float64), lambda sums: sums[:, 0] / sums[:, 1])
         return Score(AGREEMENT, equal / places, span)
+
+
+CLASS_AGREEMENT = Metric("class_agreement", "class", SHARE, equal=1.0, has_interval=False)
+
+
+@dataclass(slots=True)
+class ClassAgreement:
+    """Agreement class by class, and the mean over the classes: a rare class that is lost counts like a frequent one.
+
+    equal, places: by the class that the reference says, (C,).
+    """
+
+    output: ModelOutput
+    equal: NDArray[np.int64] | None = None
+    places: NDArray[np.int64] | None = None
+
+    def update(self, reference: NDArray[Any], got: NDArray[Any]) -> None:
+        """Take in a batch."""
+        axis = self.output.axis
+        classes = reference.shape[axis]
+        said = reference.argmax(axis=axis).reshape(-1)
+        same = said == got.argmax(axis=axis).reshape(-1)
+        counts = np.bincount(said[same], minlength=classes), np.bincount(said, minlength=classes)
+        self.equal = counts[0] if self.equal is None else self.equal + counts[0]
+        self.places = counts[1] if self.places is None else self.places + counts[1]
+
+    def score(self, *, spans: bool) -> Score | None:
+        """None where there is a single class. Classes that the reference never says do not count."""
+        if self.equal is None or self.places is None or len(self.places) < 2:
+            return None
+        said = self.places > 0
+        return Score(CLASS_AGREEMENT, float((self.equal[said] / self.places[said]).mean()))
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from qconv.metrics.classification import Agreement
+from qconv.metrics.classification import Agreement, ClassAgreement
 from qconv.metrics.similarity import Cosine, Sqnr
 from qconv.results.scores import AGREEMENT, SQNR, TOP1, TOP5, Metric, Score
 from qconv.runtime.outputs import ModelOutput, OutputKind
@@ -37,8 +37,8 @@ VERIFIED: MetricsOfKind = {
 """What every check and every candidate of a search is measured by."""
 
 EVALUATED: MetricsOfKind = {
-    OutputKind.CLASS_SCORES: (Sqnr, Agreement, Cosine),
-    OutputKind.CLASS_MAP: (Sqnr, Agreement, Cosine),
+    OutputKind.CLASS_SCORES: (Sqnr, Agreement, ClassAgreement, Cosine),
+    OutputKind.CLASS_MAP: (Sqnr, Agreement, ClassAgreement, Cosine),
     OutputKind.REGRESSION: (Sqnr, Cosine),
     OutputKind.INTEGER: (Sqnr, Agreement, Cosine),
 }

@@ -18,8 +18,8 @@ from qconv.config.targets import TARGETS
 from qconv.data.images import encode_thumbnail
 from qconv.errors import Change, Finding, QconvError, Skipped, format_bytes, format_count, format_shape
 from qconv.ir.files import Source, file_bytes, read_proto
-from qconv.report.contact_sheet import make_contact_sheet
 from qconv.metrics.similarity import share_interval
+from qconv.report.contact_sheet import make_contact_sheet
 from qconv.report.html import Page, PagePicture, Tile, Tone
 from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, Diagnosis, Sweep, Trial

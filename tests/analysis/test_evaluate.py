@@ -23,6 +23,7 @@ from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
 from qconv.reporter import Reporter
+from qconv.report.text import format_evaluation
 from qconv.results.scores import COSINE, value_of
 from tests.support.models import network
 
@@ -118,6 +119,11 @@ def test_against_another_model(folder: Path, tmp_path: Path) -> None:
     assert set(told["against"]) >= {"model", "top1", "top5", "agreement", "sqnr_db", "flips"}
     low, high = told["intervals"]["sqnr_db"]
     assert low < told["against"]["sqnr_db"] < high
+    said = its.argmax(1)
+    by_class = np.mean([np.mean(mine.argmax(1)[said == c] == c) for c in np.unique(said)])
+    assert told["against"]["class_agreement"] == pytest.approx(by_class)
+    assert {row["measure"]: row["value"] for row in found.rows()}["class_agreement"] == pytest.approx(by_class)
+    assert f"{100 * by_class:.2f}" in format_evaluation(found, verbose=False)
 
 
 def test_a_model_equals_itself(folder: Path, tmp_path: Path) -> None:
