@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-
-import onnx
+from typing import TYPE_CHECKING
 
 from qconv.runtime.outputs import LAYER_OPS, NORMALIZING_OP, OutputOrigin
+
+if TYPE_CHECKING:
+    import onnx
 
 MOVING_OPS = frozenset(
     {"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast", "Dropout", "Slice"}

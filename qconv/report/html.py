@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from qconv.errors import QconvError, format_bytes, format_count
+from qconv.report.text import format_trial_gain, format_trial_value
 from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, Trial, ValueStatistics
 from qconv.results.quantize import Audit, FloatNode, group_float_nodes
 from qconv.results.sample_curve import SampleCurve, Spread, format_score
@@ -27,7 +28,6 @@ from qconv.results.scores import (
     Metric,
     find_score,
     metrics_of,
-    value_of,
 )
 from qconv.results.training import SynthesisResult
 
@@ -300,19 +300,6 @@ def list_trial_metrics(trials: Sequence[Trial]) -> tuple[Metric, ...]:
     return metrics_of([trial.scores for trial in trials], first=ALWAYS_TOLD)
 
 
-def format_metric_head(metric: Metric) -> str:
-    """Label and unit, above a column."""
-    return f"{metric.label} {'%' if metric.unit == SHARE else metric.unit}".rstrip()
-
-
-def format_trial_value(trial: Trial, metric: Metric) -> str:
-    """A value without its unit; a word where nothing differs."""
-    value = value_of(trial.scores, metric)
-    if value is None:
-        return "equal" if metric.equal is None and trial.equal else ""
-    return f"{100 * value if metric.unit == SHARE else value:.{1 if metric.unit else 5}f}"
-
-
 def format_trial_span(trial: Trial, metric: Metric) -> str:
     """The interval of a share, in percent; empty for others."""
     score = find_score(trial.scores, metric)
@@ -320,12 +307,6 @@ def format_trial_span(trial: Trial, metric: Metric) -> str:
         return ""
     low, high = (round(100 * end) for end in score.interval)
     return f"{low} to {high}"
-
-
-def format_trial_gain(trial: Trial, first: Trial, metric: Metric) -> str:
-    """By how much a value is above that of the first trial."""
-    before, after = value_of(first.scores, metric), value_of(trial.scores, metric)
-    return "" if trial is first or before is None or after is None else f"{after - before:+.1f}"
 
 
 def format_percent(share: float | None, digits: int = 1) -> str:
@@ -367,8 +348,7 @@ FILTERS = {
     "counted": format_count,
     "sized": format_bytes,
     "metrics": list_trial_metrics,
-    "headed": format_metric_head,
-    "valued": format_trial_value,
+    "valued": lambda trial, metric: format_trial_value(metric, trial),
     "spanned": format_trial_span,
-    "gained": format_trial_gain,
+    "gained": lambda trial, first, metric: format_trial_gain(metric, first, trial),
 }

@@ -6,7 +6,6 @@ import io
 import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import rich.console
@@ -186,32 +185,22 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
     return "\n".join(lines)
 
 
-UNIT_WORDS = {SHARE: "%", DECIBEL: DECIBEL}
-"""What stands behind a metric's label, above a column of values."""
-
-UNIT_FACTORS = {SHARE: 100.0}
-
-
 def _score_heads(metrics: Sequence[Metric]) -> list[str]:
     """The head of each metric's column, and of its interval's."""
-    found = []
-    for metric in metrics:
-        found += [f"{metric.label} {UNIT_WORDS.get(metric.unit, '')}".rstrip(), "(95 %)" if metric.has_interval else ""]
-    return found
+    return [head for metric in metrics for head in (metric.heading, "(95 %)" if metric.has_interval else "")]
 
 
 def _score_cells(metrics: Sequence[Metric], scores: Sequence[Score]) -> list[str]:
     """The value of each metric, and its interval."""
     found = []
     for metric in metrics:
-        score, factor = find_score(scores, metric), UNIT_FACTORS.get(metric.unit, 1.0)
+        score = find_score(scores, metric)
         if score is None:
             found += ["-", ""]
         elif score.value is None:
             found += ["equal" if metric.equal is None else "", ""]
         else:
-            digits = 2 if metric.unit else 5
-            found += [f"{factor * score.value:.{digits}f}", _format_interval(score.interval, factor, ".1f")]
+            found += [metric.number(score.value, 2), _format_interval(score.interval, metric.factor, ".1f")]
     return found
 
 
@@ -387,7 +376,7 @@ def format_trials(
     """
     timed = float_ms is not None
     columns = _score_columns(trials, first)
-    tops = [*(column.head for column in columns), ("size", "kB"), ("time of", "float's") if timed else ("", "")]
+    tops = [*(top for top, _, _ in columns), ("size", "kB"), ("time of", "float's") if timed else ("", "")]
     head = [("", *(top[line] for top in tops), ("", "recipe")[line]) for line in (0, 1)]
     rows = []
     failures = []
@@ -396,9 +385,9 @@ def format_trials(
             failures.append(wrap_text(f"{trial.name} failed: {trial.failed}", 2))
             continue
         ratio = "" if trial.ratio is None or not timed else f"{trial.ratio[1]:.2f}"
-        cells = [column.cell(trial) for column in columns]
+        cells = [cell(trial) for _, _, cell in columns]
         rows.append((mark, *cells, f"{trial.size / 1e3:.0f}", ratio, trial.name))
-    sides = "".join(column.side for column in columns)
+    sides = "".join(side for _, side, _ in columns)
     lines = [format_columns([*head, *rows], f"r{sides}rrl")]
     told = [wrap_text(f"{trial.name}: {trial.typed}", 2) for trial in trials if trial.options]
     if told and first is not None:
@@ -406,53 +395,49 @@ def format_trials(
     return "\n".join([*lines, *failures])
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """head: two lines. side: `l` or `r`."""
-
-    head: tuple[str, str]
-    side: str
-    cell: Callable[[Trial], str]
+_Column = tuple[tuple[str, str], str, Callable[[Trial], str]]
+"""Two lines of a head, `l` or `r`, and the cell of a trial."""
 
 
 def _score_columns(trials: Sequence[Trial], first: Trial | None) -> list[_Column]:
     """Values of each metric; behind decibels the gain over `first`, and behind shares their interval."""
-    found = []
+    found: list[_Column] = []
     for metric in metrics_of([trial.scores for trial in trials], first=ALWAYS_TOLD):
-        found.append(_Column(_split_head(metric), "r", partial(_format_trial_value, metric)))
+        found.append((_split_head(metric), "r", partial(format_trial_value, metric)))
         if metric.unit == DECIBEL and first is not None:
-            found.append(_Column(("gain", DECIBEL), "r", partial(_format_gain, metric, first)))
+            found.append((("gain", DECIBEL), "r", partial(format_trial_gain, metric, first)))
         if metric.unit == SHARE:
-            found.append(_Column(("", "(95 %)"), "l", partial(_format_trial_interval, metric)))
+            found.append((("", "(95 %)"), "l", partial(_format_trial_interval, metric)))
     return found
 
 
 def _split_head(metric: Metric) -> tuple[str, str]:
     """A label in two lines: its unit in the second, and of a long word what does not go into the first."""
-    words, unit = metric.label.split(), UNIT_WORDS.get(metric.unit, "")
-    if len(words) > 1:
-        return words[0], f"{' '.join(words[1:])} {unit}".rstrip()
-    if len(metric.label) > MOST_OF_A_HEAD:
-        return f"{metric.label[:SPLIT_AT]}-", f"{metric.label[SPLIT_AT:]} {unit}".rstrip()
-    return metric.label, unit
+    label = metric.label
+    if len(label) <= MOST_OF_A_HEAD:
+        return label, metric.sign
+    return f"{label[:SPLIT_AT]}-", f"{label[SPLIT_AT:]} {metric.sign}".rstrip()
 
 
-def _format_trial_value(metric: Metric, trial: Trial) -> str:
+def format_trial_value(metric: Metric, trial: Trial) -> str:
+    """A value without its unit, and a word where nothing differs."""
     value = value_of(trial.scores, metric)
     if value is None:
         return "equal" if metric.equal is None and trial.equal else ""
-    return f"{UNIT_FACTORS.get(metric.unit, 1.0) * value:.{1 if metric.unit else 5}f}"
+    return metric.number(value)
 
 
 def _format_trial_interval(metric: Metric, trial: Trial) -> str:
     score = find_score(trial.scores, metric)
-    if score is None or score.interval is None:
-        return ""
-    low, high = score.interval
-    return f"({100 * low:.0f}..{100 * high:.0f})"
+    return "" if score is None or score.interval is None else "({:.0f}..{:.0f})".format(*_in_percent(score.interval))
 
 
-def _format_gain(metric: Metric, first: Trial, trial: Trial) -> str:
+def _in_percent(interval: Interval) -> tuple[float, float]:
+    return 100 * interval[0], 100 * interval[1]
+
+
+def format_trial_gain(metric: Metric, first: Trial, trial: Trial) -> str:
+    """By how much a value is above that of the first trial; empty for that one."""
     before, after = value_of(first.scores, metric), value_of(trial.scores, metric)
     if first is trial or before is None or after is None:
         return ""

@@ -36,15 +36,30 @@ class Metric:
     poor: float | None = None
     has_interval: bool = True
 
-    def format(self, value: float | None, digits: int | None = None) -> str:
-        """A value with its unit. digits: after the point, None for 1, or 5 of plain numbers."""
+    @property
+    def sign(self) -> str:
+        """What stands behind a value; empty for a plain number."""
+        return "%" if self.unit == SHARE else self.unit
+
+    @property
+    def heading(self) -> str:
+        """Above a column of values."""
+        return f"{self.label} {self.sign}".rstrip()
+
+    @property
+    def factor(self) -> float:
+        """Of a value as it is printed."""
+        return 100.0 if self.unit == SHARE else 1.0
+
+    def number(self, value: float, digits: int = 1) -> str:
+        """A value without its unit. digits: after the point; plain numbers have 5."""
+        return f"{self.factor * value:.{digits if self.unit else 5}f}"
+
+    def format(self, value: float | None, digits: int = 1) -> str:
+        """A value with its unit."""
         if value is None:
             return "equal" if self.equal is None else "-"
-        if self.unit == SHARE:
-            return f"{value:.{1 if digits is None else digits}%}"
-        if self.unit == DECIBEL:
-            return f"{value:.{1 if digits is None else digits}f} dB"
-        return f"{value:.{5 if digits is None else digits}f}"
+        return f"{self.number(value, digits)}{'' if self.unit == SHARE else ' '}{self.sign}".rstrip()
 
     def worst(self, values: Iterable[float]) -> float | None:
         """The worst of several values; None of none."""

@@ -22,8 +22,8 @@ from qconv.data.dataset import find_classes
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
-from qconv.reporter import Reporter
 from qconv.report.text import format_evaluation
+from qconv.reporter import Reporter
 from qconv.results.scores import COSINE, value_of
 from tests.support.models import network
 
