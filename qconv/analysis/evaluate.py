@@ -41,7 +41,7 @@ from qconv.results.scores import (
     find_score,
     worst_scores,
 )
-from qconv.runtime.outputs import find_class_vector
+from qconv.runtime.outputs import ModelOutput, find_class_vector
 from qconv.runtime.session import Session
 
 
@@ -185,19 +185,13 @@ def evaluate(
     root = wishes.data.root
     classes = find_classes(root, wishes.classes)
     own, other = open_models(source, wishes.against, wishes.data, wishes.threads, reporter)
-    if other is not None:
-        missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
-        if missing is not None:
-            names = ", ".join(other.session.outputs)
-            raise QconvError(f"{other.session.name} has no output {missing!r}, but {names}.", "compare like with like.")
+    holds = _find_outputs(own.session, own.session if other is None else other.session)
     paths = own.feed.listing.paths
     lost: set[Path] = set()
     seen, its = PredictionRecorder(), PredictionRecorder()
     kept: list[Outputs] = []
     vector: int | None = None
     compared: ComparisonAccumulator | None = None
-    told = {output.name: output for output in (other or own).session.model_outputs}
-    holds = [told[name] for name in own.session.outputs]
     for done, (mine, theirs) in enumerate(_run_side_by_side(own, other, reporter, lost), 1):
         if done == 1:  # what cannot be is better said before thousands of pictures
             holds = [o.seen(np.shape(array)) for o, array in zip(holds, mine, strict=True)]
@@ -262,6 +256,17 @@ def _require_finite(scores: NDArray[Any], session: Session, index: int) -> None:
             f"Output {session.outputs[index]} of {session.name} holds NaN or infinity, so that no class is the highest."
         )
         raise QconvError(fact, "check the preprocessing options, and the model on one picture.")
+
+
+def _find_outputs(own: Session, reference: Session) -> list[ModelOutput]:
+    """What the outputs of `own` hold, as `reference` has them. Raises QconvError where that lacks one."""
+    known = {output.name: output for output in reference.model_outputs}
+    missing = next((name for name in own.outputs if name not in known), None)
+    if missing is not None:
+        raise QconvError(
+            f"{reference.name} has no output {missing!r}, but {', '.join(known)}.", "compare like with like."
+        )
+    return [known[name] for name in own.outputs]
 
 
 def _require_comparable(names: Sequence[str], refs: Outputs, gots: Outputs) -> None:

@@ -129,7 +129,8 @@ def verify(
 def check_gates(verification: Verification, asked: Any) -> list[Gate]:
     """The user's demands against what was measured.
 
-    asked: has a field for each of GATES. Where a metric has no number, it holds if the outputs are equal and that is why; else it falls short.
+    asked: has a field for each of GATES. Where a metric has no number, the gate holds if the outputs are equal and that
+    is why; else it falls short.
     """
     found = []
     for option, metric in GATES.items():

@@ -413,10 +413,9 @@ def _score_columns(trials: Sequence[Trial], first: Trial | None) -> list[_Column
 
 def _split_head(metric: Metric) -> tuple[str, str]:
     """A label in two lines: its unit in the second, and of a long word what does not go into the first."""
-    label = metric.label
-    if len(label) <= MOST_OF_A_HEAD:
-        return label, metric.sign
-    return f"{label[:SPLIT_AT]}-", f"{label[SPLIT_AT:]} {metric.sign}".rstrip()
+    if len(metric.label) <= MOST_OF_A_HEAD:
+        return metric.label, metric.sign
+    return f"{metric.label[:SPLIT_AT]}-", f"{metric.label[SPLIT_AT:]} {metric.sign}".rstrip()
 
 
 def format_trial_value(metric: Metric, trial: Trial) -> str:
@@ -429,11 +428,8 @@ def format_trial_value(metric: Metric, trial: Trial) -> str:
 
 def _format_trial_interval(metric: Metric, trial: Trial) -> str:
     score = find_score(trial.scores, metric)
-    return "" if score is None or score.interval is None else "({:.0f}..{:.0f})".format(*_in_percent(score.interval))
-
-
-def _in_percent(interval: Interval) -> tuple[float, float]:
-    return 100 * interval[0], 100 * interval[1]
+    span = None if score is None else score.interval
+    return "" if span is None else f"({100 * span[0]:.0f}..{100 * span[1]:.0f})"
 
 
 def format_trial_gain(metric: Metric, first: Trial, trial: Trial) -> str:
