@@ -30,6 +30,7 @@ from qconv.results.quantize import OutputScore, Report
 from qconv.runtime.session import Session
 from tests.support.libraries import MOVES_CODES, ZERO_POINTS, needs, skip_without
 from tests.support.models import ints, network
+from tests.support.scores import scores
 
 CIFAR = Path(__file__).parent / "models" / "cifar_mobilenet.onnx"
 PHOTOS = Path(__file__).parent.parent / "calib_samples"
@@ -534,8 +535,8 @@ def test_a_result_of_which_little_is_left_is_told(
     pictures: str, monkeypatch: pytest.MonkeyPatch, sqnr: float | None, agreement: float | None, told: str
 ) -> None:
     real = comparison.verify
-    scores = (OutputScore("y", sqnr, agreement),)
-    monkeypatch.setattr(pipeline_quantize, "verify", lambda *args: replace(real(*args), outputs=scores))
+    found = (OutputScore("y", scores(sqnr, agreement)),)
+    monkeypatch.setattr(pipeline_quantize, "verify", lambda *args: replace(real(*args), outputs=found))
     report, _ = quantized(deep(), Recipe(effort="fast"), DataOptions((pictures,)))
     warned = [text for text in report.warnings if "little is left of the float model" in text]
     assert len(warned) == bool(told)

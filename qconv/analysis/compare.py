@@ -29,14 +29,15 @@ from qconv.data.loader import Batch, ModelWithData, iter_paired_batches, open_mo
 from qconv.errors import QconvError
 from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
-from qconv.ir.files import Source, is_quantized, metadata_of, read_proto
+from qconv.ir.files import Source, is_quantized, metadata_of, open_original, read_proto
 from qconv.ir.layers import Layer, read_layer, scale_inputs, scale_outputs, weights_from_rows
 from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
 from qconv.ir.rewriting import EditRefused
 from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
-from qconv.metrics.comparison import ComparisonAccumulator, compute_sqnr_db
+from qconv.metrics.comparison import ComparisonAccumulator
+from qconv.metrics.similarity import compute_sqnr_db, signal_power
 from qconv.passes import fold
 from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, HistogramBars, LayerComparison, ValueStatistics
@@ -110,9 +111,6 @@ MOST_EFFECT_RUNS = 1000
 
 FEWEST_EFFECT_IMAGES, MOST_EFFECT_IMAGES = 2, 16
 
-LARGEST_POWER = 1e200
-"""Power of what holds NaN or infinity: what can still be added up."""
-
 ARITHMETIC_NOISE_SHARE = 1e-12
 """Share of the signal's power that a difference of float arithmetic alone may have."""
 
@@ -135,6 +133,7 @@ class ComparisonRequest:
     pictures: int
     words: str
     threads: int | None = None
+    task: str = "auto"
 
 
 def compare(question: ComparisonRequest, reporter: Reporter | None = None) -> Comparison:
@@ -289,8 +288,8 @@ class _LoadedNetworks:
 
     def whole(self, question: ComparisonRequest) -> ComparisonAccumulator:
         """Compare the outputs of both files as they are, with the runtime's optimizations."""
-        both = [Session(s.runnable, name=s.name, threads=self.threads) for s in (question.float_model, question.model)]
-        comparison = ComparisonAccumulator.of(both[0].outputs)
+        both = [open_original(source, self.threads, question.task) for source in (question.float_model, question.model)]
+        comparison = ComparisonAccumulator.of(both[0].model_outputs)
         for floats, feeds in question.feeds():
             comparison.add(both[0].run_all(floats), both[1].run(both[0].outputs, feeds))
         return comparison
@@ -312,7 +311,7 @@ class _LoadedNetworks:
             straight = session.run(results, {**plain, **nothing})
             for index, y in enumerate(straight):
                 if y.dtype.kind == "f":
-                    power[index] = power.get(index, 0.0) + _signal_power(y)
+                    power[index] = power.get(index, 0.0) + signal_power(y)
             alone = self._alone(feeds, floats)
             for place, (pair, got) in enumerate(zip(self.pairs, alone, strict=True)):
                 if pair.point.copy:
@@ -325,7 +324,7 @@ class _LoadedNetworks:
                 for index, (y, other) in enumerate(zip(straight, moved_to, strict=True)):
                     if index in power:
                         known = noise[pair.point]
-                        known[index] = known.get(index, 0.0) + _signal_power(other - y)
+                        known[index] = known.get(index, 0.0) + signal_power(other - y)
                 reporter.progress("effects", seen * len(self.pairs) + place + 1, wanted * len(self.pairs))
             seen += len(next(iter(feeds.values())))
             if seen >= wanted:
@@ -376,19 +375,9 @@ def _match_points(
             name = value.name or ""
             x = floats.get(name)
             if x is not None and x.shape == q.shape and x.dtype.kind == q.dtype.kind == "f":
-                away[value] = _signal_power(moves.moved(name, x) - q) / max(_signal_power(q), ARITHMETIC_NOISE_SHARE)
+                away[value] = signal_power(moves.moved(name, x) - q) / max(signal_power(q), ARITHMETIC_NOISE_SHARE)
         if away:
             yield TensorPair(point, min(away, key=lambda value: away[value]))
-
-
-def _signal_power(x: NDArray[Any]) -> float:
-    """Return the sum of squares; LARGEST where that is not finite."""
-    flat = x.reshape(-1).astype(np.float32, copy=False)
-    with np.errstate(over="ignore", invalid="ignore"):
-        found = float(np.dot(flat, flat))
-        if not math.isfinite(found):
-            found = float(np.sum(flat.astype(np.float64) ** 2))
-    return found if math.isfinite(found) else LARGEST_POWER
 
 
 def _accumulate(
@@ -402,12 +391,12 @@ def _accumulate(
 ) -> None:
     name, point = pair.tensor.name or "", pair.point
     q = moves.back(name, got[point.value.name or ""])
-    tally.signal += _signal_power(reference)
-    tally.received += _signal_power(q - reference)
-    tally.added += _signal_power(moves.back(name, alone) - reference)
+    tally.signal += signal_power(reference)
+    tally.received += signal_power(q - reference)
+    tally.added += signal_power(moves.back(name, alone) - reference)
     with np.errstate(over="ignore", invalid="ignore"):
         tally.product += float(np.dot(q.reshape(-1), reference.reshape(-1)))
-    tally.power += _signal_power(q)
+    tally.power += signal_power(q)
     if point.grid is None or point.codes is None:
         return
     own = moves.moved(name, reference).reshape(-1)
@@ -487,6 +476,6 @@ def compare_on_images(
         return ((its, mine) for mine, its in iter_paired_batches(own, other, reporter, lost.add))
 
     total = len(own.feed.listing.paths)
-    question = ComparisonRequest(float_model, model, feeds, total, own.words, threads)
+    question = ComparisonRequest(float_model, model, feeds, total, own.words, threads, data.task)
     found = compare(question, reporter)
     return ComparisonRun(replace(found, images=total - len(lost)), other)

@@ -132,14 +132,14 @@ class _DiagnosisRunner:
     def diagnosis(self) -> DiagnosisRun:
         asked = {**self.case.asked, "min_agreement": None, "min_sqnr": None}
         recipe, data = make_request(asked)
-        session = open_original(self.case.source, recipe.threads)
+        session = open_original(self.case.source, recipe.threads, data.task)
         held = hold_out_images(session, data, self.case.images, self.reporter)
         asked["samples"] = min(data.samples or held.most, held.most)
         recipe, data = make_request(asked)
         rather = self._feed(session, held.feed, data, recipe.threads)
         said = held.feed.over(held.feed.listing.paths)
         held.feed.preprocessing = rather or said.preprocessing
-        proof = TrialRunner.of(self.case.source, held.feed, recipe.threads, self.reporter, self.memory)
+        proof = TrialRunner.of(self.case.source, held.feed, session, self.reporter, self.memory)
         if rather is not None:
             proof.feed_otherwise(said)
         base = self._try(proof, asked, Remedy("as asked", {}, ()))
@@ -290,7 +290,9 @@ class _DiagnosisRunner:
         def feeds() -> Iterator[Any]:
             return ((batch, batch) for batch, _ in proof.scored.batches)
 
-        question = ComparisonRequest(source, quantized, feeds, proof.scored.pictures, found.data.words, recipe.threads)
+        question = ComparisonRequest(
+            source, quantized, feeds, proof.scored.pictures, found.data.words, recipe.threads, found.data.data.task
+        )
         compared = compare(question, self.reporter)
         moves = ir_metadata.read_equalization(metadata_of(read_proto(quantized)))
         saturates = detect_cpu().saturates is True

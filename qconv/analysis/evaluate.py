@@ -22,13 +22,27 @@ from qconv.data.dataset import LabelOptions, find_classes, labels_of
 from qconv.data.loader import ModelWithData, Outputs, open_models
 from qconv.errors import QconvError
 from qconv.ir.files import Source
-from qconv.metrics import comparison
-from qconv.metrics.classification import TOP_K, PredictionRecorder, Predictions, find_class_output
-from qconv.metrics.comparison import Interval, compute_sqnr_db, is_class_score
+from qconv.metrics.classification import PredictionRecorder, Predictions
+from qconv.metrics.comparison import ComparisonAccumulator
+from qconv.metrics.registry import EVALUATED, LABELLED
+from qconv.metrics.similarity import difference_interval, mcnemar_p_value, share_interval
 from qconv.reporter import Reporter
+from qconv.results.quantize import OutputFact, OutputScore
+from qconv.results.scores import (
+    AGREEMENT,
+    COSINE,
+    SQNR,
+    TOP1,
+    TOP5,
+    Score,
+    as_intervals,
+    as_values,
+    by_unit,
+    find_score,
+    worst_scores,
+)
+from qconv.runtime.outputs import ModelOutput, find_class_vector
 from qconv.runtime.session import Session
-
-LARGEST_NOISE = float(np.finfo(np.float64).max) / 1e6  # the noise of NaN: what can still be added up
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +70,6 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredShare:
-    """A share: hits of count images (or positions, in a map of classes), with its interval."""
-
-    value: float
-    interval: Interval | None
-
-
-@dataclass(frozen=True, slots=True)
-class OutputComparison:
-    """How near one output is to the other model's. sqnr_db: None where nothing differs."""
-
-    name: str
-    sqnr_db: float | None
-    cosine: float | None
-    agreement: MeasuredShare | None
-    sqnr_interval: Interval | None
-
-
-@dataclass(frozen=True, slots=True)
 class Flips:
     """Images that only this model gets right (won), or only the other (lost)."""
 
@@ -84,8 +79,8 @@ class Flips:
 
     @property
     def p_value(self) -> float:
-        """The p-value of McNemar's exact test."""
-        return comparison.mcnemar_p_value(self.won, self.lost)
+        """Of McNemar's exact test."""
+        return mcnemar_p_value(self.won, self.lost)
 
     @property
     def difference(self) -> float:
@@ -95,50 +90,51 @@ class Flips:
 
 @dataclass(slots=True)
 class Evaluation:
-    """What was measured. top1, top5: None without labels, top5 also where there are few classes."""
+    """What was measured. holds: what the outputs are. labelled: by labels, of this model and of the other one; nothing
+    without labels. outputs: how near each is to the other model's."""
 
     model: str
     images: int
     words: str
     labels: str
-    top1: MeasuredShare | None = None
-    top5: MeasuredShare | None = None
+    holds: tuple[OutputFact, ...]
+    labelled: tuple[Score, ...] = ()
     other: str | None = None
-    other_top1: MeasuredShare | None = None
-    other_top5: MeasuredShare | None = None
+    other_labelled: tuple[Score, ...] = ()
     flips: Flips | None = None
-    outputs: tuple[OutputComparison, ...] = ()
+    outputs: tuple[OutputScore, ...] = ()
     predictions: Predictions | None = None
 
     @property
-    def agreement(self) -> MeasuredShare | None:
-        """The lowest agreement of the outputs."""
-        return min((o.agreement for o in self.outputs if o.agreement), key=lambda share: share.value, default=None)
+    def top1(self) -> Score | None:
+        """Of this model, by labels."""
+        return find_score(self.labelled, TOP1)
 
     @property
-    def worst(self) -> OutputComparison | None:
-        """The output with the lowest SQNR; None where nothing differs."""
-        found = [output for output in self.outputs if output.sqnr_db is not None]
-        return min(found, key=lambda output: output.sqnr_db or 0.0, default=None)
+    def top5(self) -> Score | None:
+        """Of this model, by labels, where there are more than five classes."""
+        return find_score(self.labelled, TOP5)
+
+    @property
+    def worst(self) -> tuple[Score, ...]:
+        """The worst of all outputs, by metric."""
+        return worst_scores(output.scores for output in self.outputs)
 
     def rows(self) -> list[dict[str, Any]]:
         """The table that `--csv` writes: a row a measure, with its 95 % interval where it has one."""
         found: list[dict[str, Any]] = []
 
-        def add(measure: str, model: str | None, output: str, value: float | None, span: Interval | None) -> None:
-            low, high = span or (None, None)
-            named = {"measure": measure, "model": model, "output": output}
-            found.append({**named, "value": value, "low": low, "high": high})
+        def add(score: Score, model: str | None, output: str) -> None:
+            low, high = score.interval or (None, None)
+            named = {"measure": score.name, "model": model, "output": output}
+            found.append({**named, "value": score.value, "low": low, "high": high})
 
-        for model, shares in ((self.model, (self.top1, self.top5)), (self.other, (self.other_top1, self.other_top5))):
-            for measure, share in zip(("top1", "top5"), shares, strict=True):
-                if share is not None:
-                    add(measure, model, "", share.value, share.interval)
+        for model, scores in ((self.model, self.labelled), (self.other, self.other_labelled)):
+            for score in scores:
+                add(score, model, "")
         for output in self.outputs:
-            if output.agreement is not None:
-                add("agreement", self.model, output.name, output.agreement.value, output.agreement.interval)
-            add("sqnr_db", self.model, output.name, output.sqnr_db, output.sqnr_interval)
-            add("cosine", self.model, output.name, output.cosine, None)
+            for score in by_unit(output.scores):
+                add(score, self.model, output.name)
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -148,94 +144,35 @@ class Evaluation:
             flips = self.flips
             against = {
                 "model": self.other,
-                "top1": _value_of(self.other_top1),
-                "top5": _value_of(self.other_top5),
-                "agreement": _value_of(self.agreement),
-                "sqnr_db": self.worst.sqnr_db if self.worst else None,
+                **as_values(self.other_labelled, told=tuple(LABELLED)),
+                **as_values(self.worst),
                 "flips": flips and {"won": flips.won, "lost": flips.lost, "p_value": flips.p_value},
                 "outputs": [
-                    {"name": o.name, "sqnr_db": o.sqnr_db, "cosine": o.cosine, "agreement": _value_of(o.agreement)}
+                    {"name": o.name, "kind": o.kind, **as_values(o.scores, told=(SQNR, COSINE, AGREEMENT))}
                     for o in self.outputs
                 ],
             }
-        spans = {
-            "top1": _interval_of(self.top1),
-            "top5": _interval_of(self.top5),
-            "against_top1": _interval_of(self.other_top1),
-            "against_top5": _interval_of(self.other_top5),
-            "agreement": _interval_of(self.agreement),
-            "sqnr_db": _interval_as_list(self.worst.sqnr_interval if self.worst else None),
-            "top1_difference": _interval_as_list(
-                comparison.difference_interval(self.flips.won, self.flips.lost, self.flips.count)
-                if self.flips
-                else None
-            ),
-        }
         return {
             "schema": 1,
             "model": self.model,
             "images": self.images,
-            "top1": _value_of(self.top1),
-            "top5": _value_of(self.top5),
+            "outputs": [fact.as_dict() for fact in self.holds],
+            **as_values(self.labelled, told=tuple(LABELLED)),
             "against": against,
-            "intervals": spans,
+            "intervals": self._intervals(),
             "labels": self.labels or None,
             "preprocessing": self.words or None,
         }
 
-
-def _value_of(share: MeasuredShare | None) -> float | None:
-    return None if share is None else share.value
-
-
-def _interval_of(share: MeasuredShare | None) -> list[float] | None:
-    return None if share is None else _interval_as_list(share.interval)
-
-
-def _interval_as_list(interval: Interval | None) -> list[float] | None:
-    return None if interval is None else list(interval)
-
-
-# -- counting ----------------------------------------------------------------------------------------------------------
-
-
-def _sum_output(ref: NDArray[Any], got: NDArray[Any]) -> list[float]:
-    finite = np.isfinite(ref)  # where the other model itself has no number there is nothing to be near to
-    wide, other = np.where(finite, ref, 0).astype(np.float64), np.where(finite, got, 0).astype(np.float64)
-    broken = not np.isfinite(other).all()
-    other = np.where(np.isfinite(other), other, 0)
-    equal = positions = 0
-    if ref.dtype.kind != "f":
-        equal, positions = int((ref == got).sum()), ref.size
-    elif is_class_score(ref.shape):
-        same = ref.argmax(axis=1) == got.argmax(axis=1)
-        equal, positions = int(same.sum()), same.size
-    sums = [
-        float(np.sum(a * b)) for a, b in ((wide, wide), (wide - other, wide - other), (wide, other), (other, other))
-    ]
-    if broken:
-        sums[1] = LARGEST_NOISE
-    return [*sums, equal, positions]
-
-
-def _compare_output(name: str, rows: list[list[float]]) -> OutputComparison:
-    table = np.array(rows)
-    signal, noise, dot, own, equal, positions = table.sum(axis=0)
-    agreement = None
-    if positions:
-        whole = (table[:, 5] == 1).all()
-        span = (
-            comparison.share_interval(int(equal), int(positions))
-            if whole
-            else comparison.bootstrap_interval(table[:, 4:], lambda sums: sums[:, 0] / sums[:, 1])
-        )
-        agreement = MeasuredShare(float(equal / positions), span)
-    cosine = float(dot / np.sqrt(signal * own)) if signal * own > 0 else None
-    decibel = compute_sqnr_db(float(signal), float(noise))
-    span = None
-    if decibel is not None:
-        span = comparison.bootstrap_interval(table[:, :2], lambda sums: 10 * np.log10(sums[:, 0] / sums[:, 1]))
-    return OutputComparison(name, decibel, cosine, agreement, span)
+    def _intervals(self) -> dict[str, list[float] | None]:
+        """Of every score that can have one, at 95 %."""
+        spans = as_intervals(self.labelled, told=tuple(LABELLED))
+        its = as_intervals(self.other_labelled, told=tuple(LABELLED))
+        spans |= {f"against_{name}": span for name, span in its.items()}
+        spans |= as_intervals(self.worst)
+        flips = self.flips
+        moved = None if flips is None else difference_interval(flips.won, flips.lost, flips.count)
+        return {**spans, "top1_difference": None if moved is None else list(moved)}
 
 
 def evaluate(
@@ -248,20 +185,17 @@ def evaluate(
     root = wishes.data.root
     classes = find_classes(root, wishes.classes)
     own, other = open_models(source, wishes.against, wishes.data, wishes.threads, reporter)
-    if other is not None:
-        missing = next((name for name in own.session.outputs if name not in other.session.outputs), None)
-        if missing is not None:
-            names = ", ".join(other.session.outputs)
-            raise QconvError(f"{other.session.name} has no output {missing!r}, but {names}.", "compare like with like.")
+    holds = _find_outputs(own.session, own.session if other is None else other.session)
     paths = own.feed.listing.paths
     lost: set[Path] = set()
     seen, its = PredictionRecorder(), PredictionRecorder()
-    rows: list[list[list[float]]] = [[] for _ in own.session.outputs]
     kept: list[Outputs] = []
     vector: int | None = None
+    compared: ComparisonAccumulator | None = None
     for done, (mine, theirs) in enumerate(_run_side_by_side(own, other, reporter, lost), 1):
         if done == 1:  # what cannot be is better said before thousands of pictures
-            vector = find_class_output(mine)
+            holds = [o.seen(np.shape(array)) for o, array in zip(holds, mine, strict=True)]
+            vector = find_class_vector(holds)
             outputs = 0 if vector is None else mine[vector].shape[1]
             if labels_of(paths, root, classes, wishes.labelling, outputs) is None and other is None:
                 raise _make_no_measure_error(root, vector)
@@ -275,22 +209,24 @@ def evaluate(
             if vector is not None:
                 _require_finite(chosen[vector], other.session, vector)
                 its.add(chosen[vector])
-            _add_output_rows(rows, own.session.outputs, chosen, mine)
+            compared = compared or ComparisonAccumulator.of(holds, EVALUATED)
+            _require_comparable(own.session.outputs, chosen, mine)
+            compared.add(chosen, mine)
         if wishes.table == ".npz":
             kept.append(mine)
         reporter.progress("evaluate", done + len(lost), len(paths))
     left = [path for path in paths if path not in lost]
-    result = Evaluation(source.name, len(left), own.words, "")
+    result = Evaluation(source.name, len(left), own.words, "", tuple(output.fact for output in holds))
     labels = labels_of(left, root, classes, wishes.labelling, seen.classes if vector is not None else 0)
     if labels is not None:
         assert classes is not None
         result.labels = classes.source + (f", {wishes.label_offset:+d}" if wishes.label_offset else "")
-        result.top1, result.top5 = _measure_accuracy(seen, labels)
+        result.labelled = _score_labels(seen, labels)
     if other is not None:
         result.other = other.session.name
-        result.outputs = tuple(map(_compare_output, own.session.outputs, rows))
+        result.outputs = () if compared is None else compared.scores(spans=True)
         if labels is not None:
-            result.other_top1, result.other_top5 = _measure_accuracy(its, labels)
+            result.other_labelled = _score_labels(its, labels)
             right, wrong = seen.hits(labels, 1), its.hits(labels, 1)
             result.flips = Flips(int((right & ~wrong).sum()), int((wrong & ~right).sum()), len(labels))
     result.predictions = Predictions(
@@ -322,8 +258,19 @@ def _require_finite(scores: NDArray[Any], session: Session, index: int) -> None:
         raise QconvError(fact, "check the preprocessing options, and the model on one picture.")
 
 
-def _add_output_rows(rows: list[list[list[float]]], names: Sequence[str], refs: Outputs, gots: Outputs) -> None:
-    for table, name, ref, got in zip(rows, names, refs, gots, strict=True):
+def _find_outputs(own: Session, reference: Session) -> list[ModelOutput]:
+    """What the outputs of `own` hold, as `reference` has them. Raises QconvError where that lacks one."""
+    known = {output.name: output for output in reference.model_outputs}
+    missing = next((name for name in own.outputs if name not in known), None)
+    if missing is not None:
+        raise QconvError(
+            f"{reference.name} has no output {missing!r}, but {', '.join(known)}.", "compare like with like."
+        )
+    return [known[name] for name in own.outputs]
+
+
+def _require_comparable(names: Sequence[str], refs: Outputs, gots: Outputs) -> None:
+    for name, ref, got in zip(names, refs, gots, strict=True):
         if not isinstance(ref, np.ndarray) or ref.dtype.kind not in "fiub":
             raise QconvError(f"Output {name} is no tensor of numbers.", "compare models that give tensors.")
         if ref.shape != got.shape:
@@ -331,7 +278,6 @@ def _add_output_rows(rows: list[list[list[float]]], names: Sequence[str], refs: 
                 f"Output {name} has another shape in the two models: {ref.shape} and {got.shape}.",
                 "compare models before their outputs are selected by the data.",
             )
-        table.append(_sum_output(ref, got))
 
 
 def _make_no_measure_error(root: Path, vector: int | None) -> QconvError:
@@ -346,11 +292,11 @@ def _make_no_measure_error(root: Path, vector: int | None) -> QconvError:
     return QconvError(fact, f"pass --against FLOAT, or {fix}")
 
 
-def _measure_accuracy(
-    seen: PredictionRecorder, labels: NDArray[np.int64]
-) -> tuple[MeasuredShare, MeasuredShare | None]:
-    shares = []
-    for most in (1, TOP_K):
-        hits = int(seen.hits(labels, most).sum())
-        shares.append(MeasuredShare(hits / len(labels), comparison.share_interval(hits, len(labels))))
-    return shares[0], shares[1] if seen.classes > TOP_K else None
+def _score_labels(seen: PredictionRecorder, labels: NDArray[np.int64]) -> tuple[Score, ...]:
+    """What labels measure; the best of several classes where there are more than these."""
+    found = []
+    for metric, most in LABELLED.items():
+        if most == 1 or seen.classes > most:
+            hits = int(seen.hits(labels, most).sum())
+            found.append(Score(metric, hits / len(labels), share_interval(hits, len(labels))))
+    return tuple(found)

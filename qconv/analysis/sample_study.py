@@ -169,7 +169,7 @@ def _run_float_model(
 
     data: its `samples` says how many there are.
     """
-    feed, session = found.data.feed, open_original(source, threads)
+    feed, session = found.data.feed, open_original(source, threads, data.task)
     assert feed is not None
     if question.images:
         scoring = DataLoader.of(session, replace(data, paths=question.images, glob=None, arrays=None), reporter)

@@ -13,18 +13,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.dataset import list_samples
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
-from qconv.ir.files import Source, external_data_files, file_bytes, open_original, read_proto, refuse_quantized
-from qconv.metrics import comparison
-from qconv.metrics.classification import find_class_output
-from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
+from qconv.ir.files import (
+    Source,
+    external_data_files,
+    file_bytes,
+    open_original,
+    read_proto,
+    refuse_quantized,
+)
+from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
+from qconv.metrics.similarity import share_interval
 from qconv.pipeline.checks import check_places
 from qconv.pipeline.collect import CalibrationCache
 from qconv.pipeline.prepare import load_float
@@ -32,7 +36,9 @@ from qconv.pipeline.quantize import quantize
 from qconv.reporter import Reporter
 from qconv.results.comparison import Sweep, Trial
 from qconv.results.quantize import Report
+from qconv.results.scores import SHARE, Score
 from qconv.runtime.benchmark import Benchmark, TimingConditions, benchmark
+from qconv.runtime.outputs import find_class_vector
 from qconv.runtime.session import RUNTIME_VERSION, Session
 
 MOST_HELD_OUT = 64
@@ -104,10 +110,9 @@ class TrialRunner:
 
     @classmethod
     def of(
-        cls, source: Source, feed: DataLoader, threads: int | None, reporter: Reporter, memory: CalibrationCache
+        cls, source: Source, feed: DataLoader, session: Session, reporter: Reporter, memory: CalibrationCache
     ) -> TrialRunner:
-        """Set up. feed: the images to score on, with their preprocessing."""
-        session = open_original(source, threads)
+        """Set up. feed: the images to score on, with their preprocessing; session: the float model's."""
         scored = collect_reference_outputs(session, feed, "float", most_bytes=SCORED_BYTES, reporter=reporter)
         return cls(source, scored, reporter, memory)
 
@@ -130,24 +135,19 @@ class TrialRunner:
         trial = Trial(name, tuple(options), tuple(causes))
         made = TrialRun(trial, recipe, data, out)
         self.made.append(made)
-        kinds: list[bool] = []
         try:
             made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.memory)
             on_ort = TARGETS[recipe.target].on_ort
             session = Session(str(out), name=str(out), threads=recipe.threads, optimize=on_ort)
-            found = self.scored.score(session, lambda outputs: kinds.append(_is_single_class(outputs)))
+            found = self.scored.score(session)
         except QconvError as error:
             made.report, made.failure = None, error
             made.trial = replace(trial, failed=f"{error.message} {error.hint}", seconds=time.perf_counter() - start)
             return made
-        span = None
-        if found.agreement is not None and all(kinds):
-            span = comparison.share_interval(round(found.agreement * found.images), found.images)
+        counted = find_class_vector(self.scored.outputs) is not None  # a picture gets one class
         made.trial = replace(
             trial,
-            sqnr_db=found.sqnr_db,
-            agreement=found.agreement,
-            agreement_interval=span,
+            scores=tuple(_with_interval(score, found.images) if counted else score for score in found.scores),
             size=made.report.quantized_bytes,
             seconds=time.perf_counter() - start,
         )
@@ -183,9 +183,11 @@ class TrialRunner:
         return benchmark(paths, conditions, version=RUNTIME_VERSION, reporter=self.reporter)
 
 
-def _is_single_class(outputs: OutputArrays) -> bool:
-    """Whether an image gets one class, so that images can be counted."""
-    return find_class_output([output[:1] if np.ndim(output) else output for output in outputs]) is not None
+def _with_interval(score: Score, images: int) -> Score:
+    """A share of so many pictures with its interval; other scores as they are."""
+    if score.unit != SHARE or score.value is None:
+        return score
+    return replace(score, interval=share_interval(round(score.value * images), images))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +215,7 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter 
     shared, data = entries[0].recipe, entries[0].data
     written = {f"the output of {entry.name}": entry.out for entry in entries}
     check_places(source, external_data_files(proto, source), written, data.paths)
-    session = open_original(source, shared.threads)
+    session = open_original(source, shared.threads, data.task)
     held = hold_out_images(session, data, (), reporter)
     del session
     data = replace(data, samples=min(data.samples or held.most, held.most))
@@ -223,7 +225,7 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter 
     del loaded
     if shared.embed_preprocessing is not None:
         held.feed.take_pixels(shared.embed_preprocessing)
-    proof = TrialRunner.of(source, held.feed, shared.threads, reporter, memory)
+    proof = TrialRunner.of(source, held.feed, open_original(source, shared.threads, data.task), reporter, memory)
     for done, entry in enumerate(entries):
         reporter.progress("recipes", done, len(entries))
         proof.reporter = reporter.of_part(entry.name)

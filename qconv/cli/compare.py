@@ -52,6 +52,7 @@ class CompareArguments:
 
     wanted: OutputOptions
     preprocessing: PreprocessingOptions
+    task: str
     float_model: str
     model: str
     images: str
@@ -74,7 +75,9 @@ def compare(**options: Any) -> int:
         raise click.UsageError("models are read several times: name their files.")
     require_names({"FLOAT": given.float_model, "QUANT": given.model, "--images": given.images})
     check_run_options(given.threads)
-    data = DataOptions((given.images,), given.samples, given.batch, given.seed, given.pattern, given.preprocessing)
+    data = DataOptions(
+        (given.images,), given.samples, given.batch, given.seed, given.pattern, given.preprocessing, given.task
+    )
 
     def work(reporter: Reporter) -> CommandResult:
         from qconv.analysis.compare import compare_on_images

@@ -59,6 +59,7 @@ class EvaluateArguments:
 
     wanted: OutputOptions
     preprocessing: PreprocessingOptions
+    task: str
     model: str
     images: str
     against: str | None
@@ -97,7 +98,9 @@ class EvaluateArguments:
     @property
     def data(self) -> DataOptions:
         """Which pictures are read, and how."""
-        return DataOptions((self.images,), self.samples, self.batch, self.seed or 0, self.pattern, self.preprocessing)
+        return DataOptions(
+            (self.images,), self.samples, self.batch, self.seed or 0, self.pattern, self.preprocessing, self.task
+        )
 
 
 @click.command(context_settings=HELP_WIDTH)

@@ -103,6 +103,7 @@ class FinetuneArguments:
 
     wanted: OutputOptions
     preprocessing: PreprocessingOptions
+    task: str
     quant: str
     images: str
     output: str | None
@@ -144,7 +145,7 @@ class FinetuneArguments:
     @property
     def data(self) -> DataOptions:
         """Which pictures are read, and how."""
-        return DataOptions((self.images,), self.samples, 1, self.seed, self.pattern, self.preprocessing)
+        return DataOptions((self.images,), self.samples, 1, self.seed, self.pattern, self.preprocessing, self.task)
 
 
 @click.command(context_settings=HELP_WIDTH)

@@ -24,6 +24,7 @@ from qconv.config.choices import (
     NAMED_RECIPES,
     PERCENTILE,
     ROUNDINGS,
+    TASKS,
     WEIGHT_CALIBRATORS,
     Drop,
     Scheme,
@@ -192,6 +193,13 @@ preprocessing_options = combine_options(
         "--filter", "filter_", type=_choice(ResizeFilter), default="bilinear", show_default=True, help="For resizing."
     ),
     click.option("--size", type=SizeType(), help="Where the model leaves height and width open."),
+    click.option(
+        "--task",
+        type=click.Choice(TASKS),
+        default="auto",
+        show_default=True,
+        help="What the outputs are; auto tells by the model.",
+    ),
 )
 
 output_options = combine_options(

@@ -79,6 +79,7 @@ class SynthesizeArguments:
 
     wanted: OutputOptions
     preprocessing: PreprocessingOptions
+    task: str
     model: str
     output: str
     count: int
@@ -118,7 +119,14 @@ def _synthesize(given: SynthesizeArguments, reporter: Reporter) -> CommandResult
     from qconv.training import synthesize as story
 
     wishes = training_options.SynthesisOptions(
-        given.preprocessing, given.count, given.batch, given.iterations, given.seed, given.threads, given.device
+        given.preprocessing,
+        given.count,
+        given.batch,
+        given.iterations,
+        given.seed,
+        given.threads,
+        given.device,
+        given.task,
     )
     made = story.synthesize(source_of(given.model), Path(given.output), wishes, reporter)
     return CommandResult(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconv.config.choices import NO_IMAGES, as_json_value, as_texts, option_name, require, require_integer
+from qconv.config.choices import NO_IMAGES, TASKS, as_json_value, as_texts, option_name, require, require_integer
 from qconv.config.preprocessing import PreprocessingOptions
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class DataOptions:
         seed: Of the draw of images, and of all else that is drawn at random.
         glob: What the name or path of a file must match; None for all files.
         preprocessing: What is said of how the network is fed.
+        task: What the model is for, which decides what its outputs hold; "auto" finds it out.
         arrays: Samples that were given as arrays, which `paths` then only names.
     """
 
@@ -33,6 +34,7 @@ class DataOptions:
     seed: int = 0
     glob: str | None = None
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
+    task: str = "auto"
     arrays: ArraySamples | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -47,6 +49,7 @@ class DataOptions:
         require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
         whole = isinstance(self.preprocessing, PreprocessingOptions)
         require(whole, f"preprocessing {self.preprocessing!r}", "pass PreprocessingOptions(preset=...).")
+        require(self.task in TASKS, f"--task {self.task}", f"use one of {', '.join(TASKS)}.")
 
     @property
     def root(self) -> Path:
@@ -61,5 +64,9 @@ class DataOptions:
                 require(idle, f"{option_name(part.name)} {told}", "leave it out: no picture is read.")
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form of what shapes a file that is made with these images; their paths and batches do not."""
-        return {name: value for name, value in as_json_value(self).items() if name not in ("paths", "batch", "arrays")}
+        """JSON-ready form of what shapes a file that is made with these images; their paths and batches do not.
+
+        The task is in it where the user has named one.
+        """
+        unsaid = {"paths", "batch", "arrays", *(["task"] if self.task == "auto" else [])}
+        return {name: value for name, value in as_json_value(self).items() if name not in unsaid}

@@ -190,7 +190,7 @@ def _makes_same_recipe(said: Mapping[str, Any], whole: Mapping[str, Any]) -> boo
 
 def _as_field_types(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of Recipe and DataOptions as these take them; what is None is left to them."""
-    known = list(Recipe().as_dict(DataOptions()))
+    known = [*Recipe().as_dict(DataOptions()), "task"]
     found = {name: recipe[name] for name in known if recipe.get(name) is not None}
     for name in ("keep_float", "keep_float_op", "candidate_bits"):
         if name in found:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from qconv.config.preprocessing import Color, Preprocessing, PreprocessingOptions
 from qconv.data.evidence import PreprocessingFact, ReferenceStatistics
 from qconv.data.images import InputSpec, resolve_preprocessing
+from qconv.runtime.outputs import OutputKind
 from qconv.runtime.session import Session
 
 Array = NDArray[np.float64]
@@ -84,9 +85,9 @@ def score_peaks(session: Session, batch: Mapping[str, NDArray[Any]], pictures: i
     What sums up to one counts as probabilities, and their logarithms as the scores; a single score has a second of 0
     beside it. Raises QconvError where the network cannot be run.
     """
-    index = next(i for i, shape in enumerate(session.output_shapes) if len(shape) == 2)
-    (found,) = session.run([session.outputs[index]], batch)
-    scores = np.nan_to_num(np.asarray(found[:pictures], np.float64))
+    name = next(output.name for output in session.model_outputs if output.kind is OutputKind.CLASS_SCORES)
+    (found,) = session.run([name], batch)
+    scores = np.nan_to_num(np.asarray(found[:pictures], np.float64).reshape(len(found[:pictures]), -1))
     if scores.shape[1] == 1:
         scores = np.concatenate([scores, np.zeros_like(scores)], axis=1)
     elif scores.min() >= 0 and np.allclose(scores.sum(axis=1), 1, atol=1e-3):

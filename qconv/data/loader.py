@@ -80,7 +80,7 @@ class DataLoader:
             if len(inputs) > 1:
                 raise _several_inputs_error(session.name, inputs)
             preprocessing = known or resolve_preprocessing(
-                data.preprocessing, inputs[0], class_vector=session.gives_class_vector
+                data.preprocessing, inputs[0], class_vector=session.gives_class_scores
             )
         elif data.preprocessing != PreprocessingOptions():
             reporter.warn("preprocessing options are not used: .npy and .npz samples are taken as they are.")
@@ -309,7 +309,7 @@ def _open_model(
     hint: preprocessing of the other model.
     """
     proto = read_proto(source)
-    session = open_original(source, threads)
+    session = open_original(source, threads, data.task)
     carried, said = metadata_of(proto), data.preprocessing
     for odd in describe_odd_metadata(carried):
         reporter.warn(f"{source.name}: {odd}")

@@ -143,7 +143,7 @@ class GeneratedImageLoader(DataLoader):
             fact = f"{session.name} has {len(inputs)} inputs ({names}), and no picture tells what they hold."
             raise QconvError(fact, "pass a folder of .npz samples with --calib instead of none.")
         try:
-            prep = resolve_preprocessing(said, inputs[0], class_vector=session.gives_class_vector)
+            prep = resolve_preprocessing(said, inputs[0], class_vector=session.gives_class_scores)
         except QconvError as error:
             raise QconvError(error.message, error.hint.replace("instead of pictures", "to --calib, not none")) from None
         batch = (inputs[0].shape[0] if inputs[0].shape else None) or 1

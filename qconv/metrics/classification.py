@@ -1,6 +1,9 @@
 """Records a classifier's predictions for every image, and writes them as CSV or NPZ.
 
-It also finds which output holds class scores, and computes top-1 accuracy.
+It also computes top-1 accuracy and
+
+    agreement        = share of places whose best class is the reference's; of equal elements, for integers
+    class agreement  = mean over the classes c that the reference says of that share among the places where it says c
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.data.dataset import Classes
-from qconv.data.loader import Outputs
 from qconv.errors import QconvError
+from qconv.metrics.similarity import bootstrap_interval, share_interval
+from qconv.results.scores import AGREEMENT, SHARE, Metric, Score
+from qconv.runtime.outputs import ModelOutput, OutputKind
 
 
 def top1_accuracy(outputs: Sequence[NDArray[np.float32]], labels: NDArray[np.int64]) -> float:
@@ -29,6 +34,72 @@ def top1_accuracy(outputs: Sequence[NDArray[np.float32]], labels: NDArray[np.int
 
 
 TOP_K = 5
+
+CLASS_KINDS = frozenset({OutputKind.CLASS_SCORES, OutputKind.CLASS_MAP})
+"""Outputs of which the highest score says a class."""
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Share of places where two outputs say the same class. rows: equal places and all places of each batch."""
+
+    output: ModelOutput
+    rows: list[tuple[int, int]] = field(default_factory=list)
+
+    def update(self, reference: NDArray[Any], got: NDArray[Any]) -> None:
+        """Take in a batch."""
+        if reference.dtype.kind != "f":
+            same = reference == got
+        elif reference.shape[self.output.axis] > 1:
+            axis = self.output.axis
+            same = reference.argmax(axis=axis) == got.argmax(axis=axis)
+        else:  # a single score tells no classes
+            return
+        self.rows.append((int(same.sum()), same.size))
+
+    def score(self, *, spans: bool) -> Score | None:
+        """The interval is Wilson's where each batch is one place, else the bootstrap's."""
+        equal, places = (sum(column) for column in zip(*self.rows, strict=True)) if self.rows else (0, 0)
+        if not places:
+            return None
+        span = None
+        if spans and all(of == 1 for _, of in self.rows):
+            span = share_interval(equal, places)
+        elif spans:
+            span = bootstrap_interval(np.array(self.rows, np.float64), lambda sums: sums[:, 0] / sums[:, 1])
+        return Score(AGREEMENT, equal / places, span)
+
+
+CLASS_AGREEMENT = Metric("class_agreement", "class", SHARE, equal=1.0, has_interval=False)
+
+
+@dataclass(slots=True)
+class ClassAgreement:
+    """Agreement class by class, and the mean over the classes: a rare class that is lost counts like a frequent one.
+
+    equal, places: by the class that the reference says, (C,).
+    """
+
+    output: ModelOutput
+    equal: NDArray[np.int64] | None = None
+    places: NDArray[np.int64] | None = None
+
+    def update(self, reference: NDArray[Any], got: NDArray[Any]) -> None:
+        """Take in a batch."""
+        axis = self.output.axis
+        classes = reference.shape[axis]
+        said = reference.argmax(axis=axis).reshape(-1)
+        same = said == got.argmax(axis=axis).reshape(-1)
+        counts = np.bincount(said[same], minlength=classes), np.bincount(said, minlength=classes)
+        self.equal = counts[0] if self.equal is None else self.equal + counts[0]
+        self.places = counts[1] if self.places is None else self.places + counts[1]
+
+    def score(self, *, spans: bool) -> Score | None:
+        """None where there is a single class. Classes that the reference never says do not count."""
+        if self.equal is None or self.places is None or len(self.places) < 2:
+            return None
+        said = self.places > 0
+        return Score(CLASS_AGREEMENT, float((self.equal[said] / self.places[said]).mean()))
 
 
 @dataclass(slots=True)
@@ -123,12 +194,3 @@ class Predictions:
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)
         return stream.getvalue()
-
-
-def find_class_output(outputs: Outputs) -> int | None:
-    """Which output is one score a class: the first of shape (1, C), or (1, C, 1, 1)."""
-    for index, output in enumerate(outputs):
-        numbers = isinstance(output, np.ndarray) and output.dtype.kind == "f" and output.ndim >= 2
-        if numbers and output.shape[1] > 1 and output[0].size == output.shape[1]:
-            return index
-    return None

@@ -1,22 +1,13 @@
-"""Compares the outputs of two models (SQNR, agreement, slowdown), and computes confidence intervals.
+"""Compares the outputs of two models, batch by batch, and checks the user's gates.
 
-    SQNR       = 10 log10(sum ref^2 / sum (ref - q)^2), in dB, per output over all images
-    agreement  = share of argmax positions (axis 1) equal to the float model's; of elements, for integer outputs
-
-    share       Wilson 1927: (p + z^2/2n +- z sqrt(p (1-p) / n + z^2/4n^2)) / (1 + z^2/n)
-    difference  of two shares on the same images, Agresti and Min 2005: 1/2 is added to each of the four cells
-    test        McNemar's, exact (1947): of n images that only one of two models gets right, is the split a coin's?
-    the rest    the bootstrap over images (Efron 1979): percentiles of the measure on resampled images
-
-Images are taken as drawn independently. None of it says anything about images of another kind.
+Which metrics are measured of an output depends on what it holds: see `metrics.registry`.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,67 +15,11 @@ from numpy.typing import NDArray
 
 from qconv.data.loader import Batch, DataLoader
 from qconv.errors import QconvError
+from qconv.metrics.registry import GATES, VERIFIED, MetricsOfKind, PairMetric
 from qconv.reporter import Reporter
 from qconv.results.quantize import Gate, OutputScore, Verification
+from qconv.runtime.outputs import ModelOutput
 from qconv.runtime.session import Session
-
-Z_975 = 1.959963984540054  # the normal distribution's 97.5th percentile
-
-RESAMPLES = 1000
-
-SIGNIFICANT = 0.05
-
-Interval = tuple[float, float]
-
-
-def share_interval(hits: int, count: int) -> Interval | None:
-    """The interval of the share `hits` of `count` images; None without images."""
-    if not count:
-        return None
-    share, z2 = hits / count, Z_975 * Z_975 / count
-    middle = (share + z2 / 2) / (1 + z2)
-    half = Z_975 * math.sqrt(share * (1 - share) / count + z2 / (4 * count)) / (1 + z2)
-    return middle - half if hits else 0.0, middle + half if hits < count else 1.0
-
-
-def difference_interval(won: int, lost: int, count: int) -> Interval | None:
-    """The interval of one share less another.
-
-    won, lost: images of `count` that only the first, only the second counts.
-    """
-    if not count:
-        return None
-    whole, moved = count + 2.0, won - lost
-    half = Z_975 * math.sqrt(max(won + lost + 1 - moved * moved / whole, 0.0)) / whole
-    return max(-1.0, moved / whole - half), min(1.0, moved / whole + half)
-
-
-def mcnemar_p_value(won: int, lost: int) -> float:
-    """Two-sided p-value: how often a fair coin splits `won + lost` throws at least as unevenly."""
-    throws = won + lost
-    # Python's whole numbers are exact, floats of 2^-2000 are not
-    tail = sum(math.comb(throws, k) for k in range(min(won, lost) + 1))
-    return min(1.0, float(2 * tail / 2**throws))
-
-
-def bootstrap_interval(
-    rows: NDArray[np.float64], measure: Callable[[NDArray[np.float64]], NDArray[Any]]
-) -> Interval | None:
-    """The interval of `measure` of the sums of `rows` over images.
-
-    rows: (images, k). measure: sums (resamples, k) -> (resamples,). None where it is not finite, or of fewer than two
-    pictures. Seeded: the same rows give the same interval.
-    """
-    count = len(rows)
-    if count < 2:
-        return None
-    rng = np.random.default_rng(0)
-    sums = np.stack([rng.multinomial(count, np.full(count, 1 / count)) @ rows for _ in range(RESAMPLES)])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = measure(sums)
-    low, high = np.percentile(found, (2.5, 97.5)) if np.isfinite(found).all() else (np.nan, np.nan)
-    return (float(low), float(high)) if np.isfinite(low) else None
-
 
 FEWEST_TIMED_RUNS = 5
 
@@ -94,103 +29,70 @@ InputBatch = dict[str, NDArray[Any]]
 
 
 @dataclass(slots=True)
-class _Tally:
-    signal: float = 0.0
-    noise: float = 0.0
-    equal: int = 0
-    positions: int = 0
-    measured: bool = False
+class _OutputTally:
+    """All metrics of one output. seen, finite: numbers of the reference, and those of them that are finite."""
+
+    output: ModelOutput
+    registry: MetricsOfKind
+    metrics: list[PairMetric] | None = None
     seen: int = 0
     finite: int = 0
+    broken: bool = False
     remark: str = ""
-    rows: list[tuple[float, float]] = field(default_factory=list)
 
     def update(self, reference: Any, quantized: Any) -> None:
         if not (_is_numeric_array(reference) and _is_numeric_array(quantized)):
             self.remark = "no tensor of numbers, so it was not compared"
-        elif reference.shape != quantized.shape:
+            return
+        if reference.shape != quantized.shape:
             self.remark = "its shape depends on the data, so it was not compared"
-        elif reference.dtype.kind == "f":
-            self._compare(reference, quantized)
-        else:  # classes, indices, masks: equal or not
-            self.equal += int((reference == quantized).sum())
-            self.positions += reference.size
-
-    def _compare(self, reference: NDArray[Any], quantized: NDArray[Any]) -> None:
-        self.measured = True
-        finite = np.isfinite(reference)  # where the float model itself has no number there is nothing to keep
+            return
+        if self.metrics is None:
+            self.output = self.output.seen(reference.shape)
+            self.metrics = [make(self.output) for make in self.registry[self.output.kind]]
+        finite = np.isfinite(reference)
         self.seen += reference.size
         self.finite += int(finite.sum())
-        ref, got = reference[finite].astype(np.float64), quantized[finite].astype(np.float64)
-        signal, noise = float(np.sum(ref * ref)), float(np.sum(np.where(np.isfinite(got), (ref - got) ** 2, np.inf)))
-        self.signal += signal
-        self.noise += noise
-        self.rows.append((signal, noise))
-        if is_class_score(reference.shape):
-            same = reference.argmax(axis=1) == quantized.argmax(axis=1)
-            self.equal += int(same.sum())
-            self.positions += same.size
+        self.broken = self.broken or not np.isfinite(quantized[finite]).all()
+        for metric in self.metrics:
+            metric.update(reference, quantized)
 
-    def score(self, name: str, *, spans: bool) -> OutputScore:
-        """The score of an output. Raises QconvError where the float model returned no finite number."""
+    def score(self, *, spans: bool) -> OutputScore:
+        """Raises QconvError where the float model gave no number at all."""
+        name, kind = self.output.name, self.output.kind
         if self.remark:
-            return OutputScore(name, None, None, self.remark)
-        agreement = self.equal / self.positions if self.positions else None
-        if not self.measured:
-            return OutputScore(name, None, agreement)
+            return OutputScore(name, (), self.remark, kind)
         if self.seen and not self.finite:
             fact = f"Output {name} of the float model holds NaN or infinity alone, on all pictures."
             raise QconvError(fact, "check the model's weights, and how pictures are fed.")
-        remark = (
-            "" if self.noise < math.inf else "the quantized model gives NaN or infinity where the float model does not"
-        )
-        span = self._span() if spans and 0 < self.noise < math.inf else None
-        return OutputScore(name, compute_sqnr_db(self.signal, self.noise), agreement, remark, span)
-
-    def _span(self) -> Interval | None:
-        return bootstrap_interval(np.array(self.rows), lambda sums: 10 * np.log10(sums[:, 0] / sums[:, 1]))
+        found = [metric.score(spans=spans) for metric in self.metrics or ()]
+        remark = "the quantized model gives NaN or infinity where the float model does not" if self.broken else ""
+        return OutputScore(name, tuple(score for score in found if score is not None), remark, kind)
 
 
 def _is_numeric_array(array: Any) -> bool:
     return isinstance(array, np.ndarray) and array.dtype.kind in "fiub"
 
 
-def compute_sqnr_db(signal: float, noise: float) -> float | None:
-    """10 log10(signal / noise); None where the noise is zero.
-
-    A signal of zero and a noise without bound count as the least and the largest float.
-    """
-    if noise == 0:
-        return None
-    limits = np.finfo(np.float64)
-    return 10 * (math.log10(max(signal, limits.tiny)) - math.log10(min(noise, limits.max)))
-
-
-def is_class_score(shape: Sequence[int | None]) -> bool:
-    """Whether axis 1 of an output holds class scores: a vector a picture, or a map that is no picture itself."""
-    classes = shape[1] if len(shape) in (2, 4) else None
-    return classes is not None and classes > 1 and not (len(shape) == 4 and classes == 3)
-
-
 @dataclass(frozen=True, slots=True)
 class ComparisonAccumulator:
     """Accumulates the comparison of all outputs of two models on the same batches."""
 
-    tallies: dict[str, _Tally]
+    tallies: tuple[_OutputTally, ...]
 
     @classmethod
-    def of(cls, outputs: Sequence[str]) -> ComparisonAccumulator:
-        """An empty comparison. outputs: names, in the order in which `add` gets them."""
-        return cls({name: _Tally() for name in outputs})
+    def of(cls, outputs: Sequence[ModelOutput], registry: MetricsOfKind = VERIFIED) -> ComparisonAccumulator:
+        """Nothing compared yet. outputs: in the order in which `add` gets them. registry: what is measured."""
+        return cls(tuple(_OutputTally(output, registry) for output in outputs))
 
     def add(self, reference: Sequence[Any], quantized: Sequence[Any]) -> None:
-        """Add the outputs of one batch."""
-        for tally, ref, got in zip(self.tallies.values(), reference, quantized, strict=True):
+        """Take in the outputs of one batch."""
+        for tally, ref, got in zip(self.tallies, reference, quantized, strict=True):
             tally.update(ref, got)
 
     def scores(self, *, spans: bool = False) -> tuple[OutputScore, ...]:
-        """How every output compares. spans: with the interval of its SQNR, each batch taken for one draw."""
-        return tuple(tally.score(name, spans=spans) for name, tally in self.tallies.items())
+        """How every output compares. spans: with intervals, each batch taken for one draw."""
+        return tuple(tally.score(spans=spans) for tally in self.tallies)
 
 
 def verify(
@@ -203,7 +105,7 @@ def verify(
 
     batches: what the quantized model is fed with; as_float: makes of it what the reference is fed with.
     """
-    comparison = ComparisonAccumulator.of(reference.outputs)
+    comparison = ComparisonAccumulator.of(reference.model_outputs)
     seconds: list[tuple[float, float]] = []
     images = 0
     for feeds in batches:
@@ -224,16 +126,19 @@ def verify(
     return Verification(images, comparison.scores(spans=True), slowdown, spread)
 
 
-def check_gates(verification: Verification, min_agreement: float | None, min_sqnr: float | None) -> list[Gate]:
-    """The user's demands against what was measured. Equal outputs pass any SQNR; no class score passes no agreement."""
+def check_gates(verification: Verification, asked: Any) -> list[Gate]:
+    """The user's demands against what was measured.
+
+    asked: has a field for each of GATES. Where a metric has no number, the gate holds if the outputs are equal and that
+    is why; else it falls short.
+    """
     found = []
-    if min_agreement is not None:
-        got = verification.agreement
-        found.append(Gate("min-agreement", min_agreement, got, got is not None and got >= min_agreement))
-    if min_sqnr is not None:
-        decibel = verification.sqnr_db
-        held = verification.equal if decibel is None else decibel >= min_sqnr
-        found.append(Gate("min-sqnr", min_sqnr, decibel, held))
+    for option, metric in GATES.items():
+        want: float | None = getattr(asked, option)
+        if want is not None:
+            got = verification.value_of(metric)
+            held = verification.reaches(metric, want)
+            found.append(Gate(option.replace("_", "-"), want, got, held))
     return found
 
 
@@ -244,15 +149,15 @@ OutputArrays = list[NDArray[Any]]
 class ReferenceOutputs:
     """Batches with the float model's outputs, to score any number of models on. pictures: how many they hold."""
 
-    outputs: list[str]
+    outputs: tuple[ModelOutput, ...]
     batches: list[tuple[Batch, OutputArrays]]
     pictures: int
 
     def score(self, quantized: Session, hear: Callable[[OutputArrays], None] = lambda outputs: None) -> Verification:
-        """Score `quantized` against the float model. hear: gets its outputs of each batch."""
-        comparison = ComparisonAccumulator.of(self.outputs)
+        """`quantized` against the float model. hear: gets what it says of each batch."""
+        comparison, names = ComparisonAccumulator.of(self.outputs), [output.name for output in self.outputs]
         for feeds, expected in self.batches:
-            got = quantized.run(self.outputs, feeds)
+            got = quantized.run(names, feeds)
             comparison.add(expected, got)
             hear(got)
         return Verification(self.pictures, comparison.scores())
@@ -286,4 +191,7 @@ def collect_reference_outputs(
         reporter.warn(
             f"scored on {pictures} of {total} pictures: inputs and outputs of more would not fit into memory kept."
         )
-    return ReferenceOutputs(session.outputs, kept, pictures)
+    outputs = session.model_outputs
+    if kept:
+        outputs = tuple(o.seen(np.shape(array)) for o, array in zip(outputs, kept[0][1], strict=True))
+    return ReferenceOutputs(outputs, kept, pictures)

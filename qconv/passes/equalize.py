@@ -444,7 +444,7 @@ def _output_sqnr(before: Model, after: Model, feed: DataLoader, threads: int | N
     """The least SQNR over the outputs of two float networks on some images, in dB."""
     with subgraph.runnable_with_outputs(before, ()) as first, subgraph.runnable_with_outputs(after, ()) as second:
         sessions = [Session(m, name="the folded float model", threads=threads) for m in (first, second)]
-    comparison = ComparisonAccumulator.of(sessions[0].outputs)
+    comparison = ComparisonAccumulator.of(sessions[0].model_outputs)
     for feeds in islice(feed.few(STEP), CHECKED_IMAGES):
         comparison.add(sessions[0].run_all(feeds), sessions[1].run_all(feeds))
     return min((math.inf if s.sqnr_db is None else s.sqnr_db for s in comparison.scores()), default=math.inf)

@@ -28,6 +28,7 @@ from qconv.ir.files import Source, open_original, total_weight_bytes
 from qconv.ir.model import Model
 from qconv.planning.plan import Plan
 from qconv.reporter import Reporter
+from qconv.runtime.outputs import find_class_vector
 from qconv.runtime.session import Session
 
 MOST_CACHED_NETWORKS = 4
@@ -63,7 +64,7 @@ class CalibrationCache:
 
 def _describe_draw(data: DataOptions) -> str:
     """Which pictures are read, and how the user says they are fed."""
-    return repr((data.paths, data.glob, data.samples, data.seed, data.preprocessing))
+    return repr((data.paths, data.glob, data.samples, data.seed, data.preprocessing, data.task))
 
 
 @dataclass(slots=True)
@@ -195,11 +196,13 @@ def open_calibration_data(
 
     Raises QconvError where they are not for this model.
     """
-    session = open_original(source, recipe.threads)
+    session = open_original(source, recipe.threads, data.task)
     if recipe.data_free:
         if recipe.fallback == "synthesized":
             require_torch("--fallback synthesized")
-        synthesize = partial(_synthesize_images, source, recipe.threads, reporter)
+        vector = find_class_vector(session.model_outputs)
+        scores = None if vector is None else session.outputs[vector]
+        synthesize = partial(_synthesize_images, source, recipe.threads, reporter, scores)
         unseen = DataFreeStatistics(
             source, GeneratedImageLoader.like(session, data.preprocessing), recipe.fallback, recipe.threads, synthesize
         )
@@ -214,7 +217,7 @@ def open_calibration_data(
     known = None if found.preprocessing is None else statistics_file.preprocessing_from_dict(found.preprocessing)
     if data.preprocessing != PreprocessingOptions():
         wanted = resolve_preprocessing(
-            data.preprocessing, InputSpec(*session.inputs[0]), class_vector=session.gives_class_vector
+            data.preprocessing, InputSpec(*session.inputs[0]), class_vector=session.gives_class_scores
         )
         statistics_file.require_same_preprocessing(found, path, statistics_file.preprocessing_to_dict(wanted))
     feed = DataLoader.of(session, data, reporter, known) if data.paths else None
@@ -229,6 +232,7 @@ def _synthesize_images(
     source: Source,
     threads: int | None,
     reporter: Reporter,
+    scores: str | None,
     fed: Preprocessing,
     batch: int | None,
     count: int,
@@ -236,4 +240,4 @@ def _synthesize_images(
     """See `qconv.training.synthesize.optimize_images`."""
     from qconv.training.synthesize import optimize_images  # PyTorch is an extra
 
-    return optimize_images(source, fed, batch, count, threads, reporter)
+    return optimize_images(source, fed, batch, count, threads, reporter, scores)

@@ -37,7 +37,7 @@ from qconv.quantization.emit import emit
 from qconv.quantization.parameters import choose_activation_params, make_tensor_rows
 from qconv.quantization.second_order import choose_rounding_effort
 from qconv.reporter import Reporter
-from qconv.results.quantize import Audit, MixedPrecision, OutputScore, Report, TensorRow, Verification
+from qconv.results.quantize import Audit, MixedPrecision, OutputFact, OutputScore, Report, TensorRow, Verification
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
 from qconv.search.activation_ranges import SEARCH_BUDGETS, search_activation_ranges
@@ -114,6 +114,7 @@ class _QuantizationRun:
         sketches: What was seen of each tensor that is quantized.
         saved: The same of the network before it was equalized, where it is to be saved.
         factors: On the ranges of activations, as the outputs gain from them.
+        outputs: What the outputs of the float model hold.
     """
 
     source: Source
@@ -128,6 +129,7 @@ class _QuantizationRun:
     sketches: Mapping[str, Sketch] = field(default_factory=dict)
     saved: Mapping[str, Sketch] = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
+    outputs: tuple[OutputFact, ...] = ()
 
     @classmethod
     def of(
@@ -235,7 +237,7 @@ class _QuantizationRun:
         mixed = None
         if self.recipe.searches and self.pictures.feed is not None:
             with self.clock.step("search"):
-                original = open_original(self.source, self.recipe.threads)
+                original = open_original(self.source, self.recipe.threads, self.pictures.data.task)
                 ground = SearchContext(folded, self.recipe, self.pictures.data, self.pictures.feed, original)
                 searched = search_bits(ground, self.reporter)
                 self.recipe, mixed, settled = searched.recipe, searched.report, searched.settled
@@ -284,11 +286,13 @@ class _QuantizationRun:
 
     def check(self, staged: files.StagedModel, plan: Plan) -> tuple[Verification, Audit]:
         """Run the written file and read what the runtime makes of it, before it gets its name. Warn of what is odd."""
-        original, pictures = partial(open_original, self.source, self.recipe.threads), self.pictures
+        pictures = self.pictures
         with self.clock.step("verify"):
             files.check_staged_model(staged)
             audited = _audit_staged(staged, self.model, PlannedReasons.of(plan), pictures.shown)
-            checked = _verify_staged(staged, original(), self.recipe, pictures, self.target)
+            original = open_original(self.source, self.recipe.threads, pictures.data.task)
+            self.outputs = tuple(output.fact for output in original.model_outputs)
+            checked = _verify_staged(staged, original, self.recipe, pictures, self.target)
         warn_of_vain_keep_float(plan, audited, self.reporter)
         warn_of_result(checked, self.reporter)
         return checked, audited
@@ -326,13 +330,14 @@ class _QuantizationRun:
             needs=needed_runtime(model, recipe),
             verify=checked,
             audit=audited,
-            gates=check_gates(checked, recipe.min_agreement, recipe.min_sqnr),
+            gates=check_gates(checked, recipe),
             warnings=self.reporter.warnings,
             time=self.clock.seconds,
             peak_rss_mb=peak_rss_mb(),
             findings=self.findings,
             tensors=rows,
             mixed=mixed,
+            outputs=self.outputs,
             runner_up=pictures.detected.runner_up,
             margin=pictures.detected.margin,
         )
@@ -377,7 +382,7 @@ def _verify_staged(
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
     found = verify(original, quantized, feed.all("verify") if gated else feed.few("verify"), feed.as_float)
     if pictures.unseen is not None:
-        odd = (OutputScore(o.name, None, None, o.remark) for o in found.outputs if o.remark)
+        odd = (OutputScore(o.name, (), o.remark, o.kind) for o in found.outputs if o.remark)
         found = Verification(0, tuple(odd), found.slowdown, found.slowdown_range)
     # a network with a batch of its own may have seen some twice
     found = replace(found, images=min(found.images, feed.pictures))

@@ -16,6 +16,7 @@ from qconv.errors import Change, Finding, Skipped, format_bytes, format_count
 from qconv.report.text import format_columns, wrap_text
 from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
 from qconv.results.sample_curve import SampleCurve, Spread, format_score
+from qconv.results.scores import DECIBEL, Score, by_unit
 
 MOST_LINES = 8
 TITLE_WIDTH = 12
@@ -113,6 +114,7 @@ def _summary_lines(report: Report) -> list[tuple[str, str]]:
     lines += [("", _format_score(o)) for o in report.verify.outputs if len(report.verify.outputs) > 1]
     if report.verify.slowdown:
         lines.append(("speed here", f"{1 / report.verify.slowdown:.2f} times the float model's, timed while checking"))
+    lines += [("outputs" if not index else "", escape(o.in_words)) for index, o in enumerate(report.outputs)]
     if report.preprocessing_words:
         lines.append(("pictures", escape(report.preprocessing_words)))
     lines += [("changed", text) for text in _change_lines(report)][:MOST_LINES]
@@ -137,12 +139,17 @@ def _mixed_precision_lines(found: MixedPrecision | None) -> list[tuple[str, str]
     lines.append(("", f"chosen on {format_count(found.pictures, 'picture')}:"))
     for point in found.points:
         if point.verified:
-            got = [] if point.agreement is None else [f"agreement {point.agreement:.1%}"]
-            got += [] if point.top1 is None else [f"top-1 {point.top1:.1%}"]
-            sqnr, model = (format_score(decibel) for decibel in (point.sqnr_db, point.modelled_sqnr_db))
-            told = ", ".join([f"SQNR {sqnr} dB (weights alone by the model: {model})", *got])
+            told = ", ".join(_format_measured(score, point.modelled_sqnr_db) for score in point.scores)
             lines.append(("", f"size {point.size:.3f}: {told}{'; taken' if point.chosen else ''}"))
     return lines
+
+
+def _format_measured(score: Score, modelled_sqnr_db: float | None) -> str:
+    """A score of a point; that of the noise with what the model made of it."""
+    if score.unit != DECIBEL:
+        return score.in_words()
+    got, model = (format_score(decibel) for decibel in (score.value, modelled_sqnr_db))
+    return f"{score.metric.label} {got} {score.unit} (weights alone by the model: {model})"
 
 
 def _execution_lines(report: Report) -> list[tuple[str, str]]:
@@ -164,24 +171,22 @@ def _format_accuracy(report: Report) -> str:
         return "not measured: no picture was looked at (`qconv evaluate` measures on some)"
     if not checked.images:
         return "not measured: --stats came without pictures (pass --calib as well)"
-    parts = []
-    if checked.agreement is not None:
-        parts.append(f"agrees with the float model on {checked.agreement:.1%}")
-    if checked.sqnr_db is not None:
-        parts.append(f"SQNR {checked.sqnr_db:.1f} dB")
-    elif checked.equal or checked.agreement is None:
-        parts.append("outputs equal" if checked.equal else "outputs cannot be compared")
+    parts = [score.in_words(score.metric.sentence) for score in by_unit(checked.scores) if score.value is not None]
+    if not any(score.unit == DECIBEL and score.value is not None for score in checked.scores):
+        if checked.equal:
+            parts.append("outputs equal")
+        elif not parts:
+            parts.append("outputs cannot be compared")
     return f"{', '.join(parts)} ({checked.images} calibration pictures)"
 
 
 def _format_score(output: OutputScore) -> str:
-    if output.remark and output.sqnr_db is None:
+    measured = [score for score in output.scores if score.value is not None]
+    if output.remark and not any(score.unit == DECIBEL for score in measured):
         return f"{escape(output.name)}: {output.remark}"
-    if output.sqnr_db is None and output.agreement in (None, 1.0):
+    if all(score.shows_no_difference for score in output.scores):
         return f"{escape(output.name)}: equal"
-    measures = [] if output.sqnr_db is None else [f"{output.sqnr_db:.1f} dB"]
-    measures += [] if output.agreement is None else [f"agreement {output.agreement:.1%}"]
-    return f"{escape(output.name)}: {', '.join(measures)}"
+    return f"{escape(output.name)}: {', '.join(score.in_words(score.metric.brief) for score in measured)}"
 
 
 def _change_lines(report: Report) -> list[str]:

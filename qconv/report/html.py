@@ -17,9 +17,18 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from qconv.errors import QconvError, format_bytes, format_count
+from qconv.report.text import format_trial_gain, format_trial_value
 from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, Trial, ValueStatistics
 from qconv.results.quantize import Audit, FloatNode, group_float_nodes
 from qconv.results.sample_curve import SampleCurve, Spread, format_score
+from qconv.results.scores import (
+    AGREEMENT,
+    ALWAYS_TOLD,
+    SHARE,
+    Metric,
+    find_score,
+    metrics_of,
+)
 from qconv.results.training import SynthesisResult
 
 Tone = Literal["good", "bad", "plain"]
@@ -226,11 +235,13 @@ def _sweep_data(sweep: Sweep) -> dict[str, Any]:
 
 
 def _trial_data(trial: Trial) -> dict[str, Any]:
+    agreement = find_score(trial.scores, AGREEMENT)
+    span = None if agreement is None else agreement.interval
     return {
         "name": trial.name,
         "sqnr": _round_number(trial.sqnr_db),
         "agreement": _round_number(trial.agreement),
-        "interval": None if trial.agreement_interval is None else list(map(_round_number, trial.agreement_interval)),
+        "interval": None if span is None else list(map(_round_number, span)),
         "size": trial.size,
         "ms": _round_number(trial.ms),
     }
@@ -284,6 +295,20 @@ def format_decibel(value: float | None, empty: str = "equal") -> str:
     return empty if value is None else f"{value:.1f}"
 
 
+def list_trial_metrics(trials: Sequence[Trial]) -> tuple[Metric, ...]:
+    """All that was measured of them."""
+    return metrics_of([trial.scores for trial in trials], first=ALWAYS_TOLD)
+
+
+def format_trial_span(trial: Trial, metric: Metric) -> str:
+    """The interval of a share, in percent; empty for others."""
+    score = find_score(trial.scores, metric)
+    if score is None or score.interval is None or metric.unit != SHARE:
+        return ""
+    low, high = (round(100 * end) for end in score.interval)
+    return f"{low} to {high}"
+
+
 def format_percent(share: float | None, digits: int = 1) -> str:
     """Format a share as `12.3%`; empty where not measured."""
     return "" if share is None else f"{share:.{digits}%}"
@@ -322,4 +347,8 @@ FILTERS = {
     "spent": time_share,
     "counted": format_count,
     "sized": format_bytes,
+    "metrics": list_trial_metrics,
+    "valued": lambda trial, metric: format_trial_value(metric, trial),
+    "spanned": format_trial_span,
+    "gained": lambda trial, first, metric: format_trial_gain(metric, first, trial),
 }

@@ -18,12 +18,13 @@ from qconv.config.targets import TARGETS
 from qconv.data.images import encode_thumbnail
 from qconv.errors import Change, Finding, QconvError, Skipped, format_bytes, format_count, format_shape
 from qconv.ir.files import Source, file_bytes, read_proto
-from qconv.metrics.comparison import Interval, share_interval
+from qconv.metrics.similarity import share_interval
 from qconv.report.contact_sheet import make_contact_sheet
 from qconv.report.html import Page, PagePicture, Tile, Tone
 from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, Diagnosis, Sweep, Trial
 from qconv.results.quantize import Audit, OutputScore, Report, Verification
+from qconv.results.scores import DECIBEL, SHARE, Score, worst_scores
 from qconv.results.training import GOOD_MATCH, SynthesisResult
 
 if TYPE_CHECKING:  # it needs PyTorch
@@ -31,11 +32,6 @@ if TYPE_CHECKING:  # it needs PyTorch
 
 COMPARED_IMAGES = 64
 """Calibration pictures that layers are compared on."""
-
-GOOD_AGREEMENT, POOR_AGREEMENT = 0.97, 0.9
-
-GOOD_SQNR_DB, POOR_SQNR_DB = 20.0, 10.0
-"""SQNR from which on a result is good, and below which it is bad."""
 
 TIMING_NOISE = 0.05
 """Share of a time: a smaller difference is not called faster or slower."""
@@ -52,19 +48,18 @@ class AccuracyScores:
     kind: str = "pictures"
 
     @property
-    def agreement(self) -> float | None:
-        """The lowest agreement of the outputs; None where no output holds class scores."""
-        return min((o.agreement for o in self.outputs if o.agreement is not None), default=None)
+    def share(self) -> Score | None:
+        """The worst output's first share, such as the agreement; None where no output has one."""
+        return self._first(SHARE)
 
     @property
-    def sqnr_db(self) -> float | None:
-        """The lowest SQNR of the outputs, in dB; None where all outputs are equal."""
-        return min((o.sqnr_db for o in self.outputs if o.sqnr_db is not None), default=None)
+    def decibel(self) -> Score | None:
+        """The worst output's first score in dB; None where all outputs are equal."""
+        return self._first(DECIBEL)
 
-    @property
-    def interval(self) -> Interval | None:
-        """Wilson's interval of the agreement, at 95 %, with each image taken for one draw."""
-        return None if self.agreement is None else share_interval(round(self.agreement * self.images), self.images)
+    def _first(self, unit: str) -> Score | None:
+        found = worst_scores(output.scores for output in self.outputs)
+        return next((score for score in found if score.unit == unit and score.value is not None), None)
 
 
 # -- a page of each command --------------------------------------------------------------------------------------------
@@ -262,33 +257,34 @@ def make_size_tile(float_bytes: int, quantized_bytes: int) -> Tile:
 
 
 def make_accuracy_tile(scores: AccuracyScores) -> Tile:
-    """Build the tile of agreement with its interval, and SQNR; of SQNR alone without class scores."""
-    agreement, decibel, span = scores.agreement, scores.sqnr_db, scores.interval
+    """A share with its interval, and the score in dB; the latter alone where no output has a share."""
+    share, decibel = scores.share, scores.decibel
     if not scores.images:
         return Tile("accuracy", "not measured", "no pictures were given")
-    told = "outputs are equal" if decibel is None else f"SQNR {decibel:.1f} dB{_format_sqnr_interval(scores)}"
     on = f"on {scores.images} {scores.kind}"
-    if agreement is None or span is None:
-        tone = _choose_tone(decibel, GOOD_SQNR_DB, POOR_SQNR_DB)
-        return Tile(
-            "accuracy",
-            "equal" if decibel is None else f"{decibel:.1f} dB",
-            f"SQNR of the outputs{_format_sqnr_interval(scores)}, {on}",
-            tone,
-        )
-    chance = f"95%: {100 * span[0]:.0f} to {100 * span[1]:.0f}%"
-    return Tile(
-        "agreement",
-        f"{agreement:.1%}",
-        f"{on} ({chance}); {told}",
-        _choose_tone(agreement, GOOD_AGREEMENT, POOR_AGREEMENT),
-    )
+    if share is None or share.value is None:
+        if decibel is None:
+            return Tile("accuracy", "equal", f"SQNR of the outputs, {on}", "good")
+        span = f"{decibel.metric.label} of the outputs{_format_span(decibel)}, {on}"
+        return Tile("accuracy", decibel.in_words("{}"), span, _choose_score_tone(decibel))
+    told = "outputs are equal" if decibel is None else f"{decibel.in_words()}{_format_span(decibel)}"
+    # each picture is taken for one draw
+    low, high = share_interval(round(share.value * scores.images), scores.images) or (0.0, 1.0)
+    chance = f"95%: {100 * low:.0f} to {100 * high:.0f}%"
+    return Tile(share.metric.label, share.in_words("{}"), f"{on} ({chance}); {told}", _choose_score_tone(share))
 
 
-def _format_sqnr_interval(scores: AccuracyScores) -> str:
-    worst = [output for output in scores.outputs if output.sqnr_db == scores.sqnr_db]
-    span = worst[0].sqnr_interval if worst else None
+def _format_span(score: Score) -> str:
+    span = score.interval
     return "" if span is None else f" (95%: {span[0]:.1f} to {span[1]:.1f})"
+
+
+def _choose_score_tone(score: Score) -> Tone:
+    metric, value = score.metric, score.value
+    if value is None or metric.good is None or metric.poor is None:
+        return "plain"
+    sign = 1 if metric.higher_is_better else -1
+    return _choose_tone(sign * value, sign * metric.good, sign * metric.poor)
 
 
 def make_speed_tiles(checked: Verification) -> tuple[Tile, ...]:
@@ -357,12 +353,12 @@ def _describe_gains(report: Report, scores: AccuracyScores) -> str:
 def _describe_accuracy(scores: AccuracyScores) -> str:
     if not scores.images:
         return "How accurate it is was not measured."
-    agreement, decibel = scores.agreement, scores.sqnr_db
-    if agreement is not None:
-        return f"It says the same as the float model on {agreement:.1%} of {scores.images} {scores.kind}."
+    share, decibel = scores.share, scores.decibel
+    if share is not None:
+        return f"It says the same as the float model on {share.in_words('{}')} of {scores.images} {scores.kind}."
     if decibel is None:
         return "Its outputs are those of the float model."
-    return f"The error in its outputs lies {decibel:.1f} dB below them, on {scores.images} {scores.kind}."
+    return f"The error in its outputs lies {decibel.in_words('{}')} below them, on {scores.images} {scores.kind}."
 
 
 def _describe_worst_layers(compared: Comparison | None) -> list[str]:

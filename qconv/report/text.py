@@ -5,19 +5,22 @@ from __future__ import annotations
 import io
 import shlex
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import rich.console
 from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from qconv.analysis.evaluate import Evaluation, MeasuredShare, OutputComparison
+from qconv.analysis.evaluate import Evaluation
 from qconv.auditing.audit import FileAudit
 from qconv.errors import format_count, format_shape
-from qconv.metrics.comparison import SIGNIFICANT, Interval, difference_interval
+from qconv.metrics.registry import LABELLED
+from qconv.metrics.similarity import SIGNIFICANT, difference_interval
 from qconv.results.comparison import Cause, Comparison, Diagnosis, LayerComparison, Sweep, Trial
 from qconv.results.quantize import FloatNode, group_float_nodes
+from qconv.results.scores import ALWAYS_TOLD, DECIBEL, SHARE, Interval, Metric, Score, find_score, metrics_of, value_of
 from qconv.runtime.benchmark import Benchmark
 
 COLUMNS = 80
@@ -147,14 +150,14 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
         lines = [wrap_text(f"{found.model}: {format_count(found.images, 'picture')} without labels")]
     if found.words:
         lines.append(wrap_text(found.words))
-    rows = [("", "top-1 %", "(95 %)", "top-5 %", "(95 %)")]
-    if found.other_top1 is not None:
-        rows.append(
-            (_shorten_path(found.other or ""), *_percent_cells(found.other_top1), *_percent_cells(found.other_top5))
-        )
-    if found.top1 is not None:
-        rows.append((_shorten_path(found.model), *_percent_cells(found.top1), *_percent_cells(found.top5)))
-        lines += ["", format_columns(rows, "lrlrl")]
+    lines += [wrap_text(fact.in_words) for fact in found.holds]
+    metrics = metrics_of([found.labelled, found.other_labelled], first=tuple(LABELLED))
+    rows = [("", *_score_heads(metrics))]
+    for model, scores in ((found.other, found.other_labelled), (found.model, found.labelled)):
+        if scores:
+            rows.append((_shorten_path(model or ""), *_score_cells(metrics, scores)))
+    if len(rows) > 1:
+        lines += ["", format_columns(rows, "l" + "rl" * len(metrics))]
     if found.flips is not None:
         flips = found.flips
         span = difference_interval(flips.won, flips.lost, flips.count)
@@ -168,16 +171,10 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
         )
         lines.append(wrap_text(f"{what}{flips.lost} lost, p = {flips.p_value:.2g} (McNemar), {chance}"))
     if found.outputs:
-        lines += [
-            "",
-            format_columns(
-                [
-                    ("output", "SQNR dB", "(95 %)", "agreement %", "(95 %)", "cosine"),
-                    *map(_output_cells, found.outputs),
-                ],
-                "lrlrlr",
-            ),
-        ]
+        metrics = metrics_of([output.scores for output in found.outputs], first=ALWAYS_TOLD)
+        rows = [("output", *_score_heads(metrics))]
+        rows += [(output.name, *_score_cells(metrics, output.scores)) for output in found.outputs]
+        lines += ["", format_columns(rows, "l" + "rl" * len(metrics))]
     if verbose:
         lines += [
             "",
@@ -188,20 +185,23 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _output_cells(found: OutputComparison) -> tuple[str, ...]:
-    decibel = "equal" if found.sqnr_db is None else f"{found.sqnr_db:.2f}"
-    cosine = "" if found.cosine is None else f"{found.cosine:.5f}"
-    return (
-        found.name,
-        decibel,
-        _format_interval(found.sqnr_interval, 1, ".1f"),
-        *_percent_cells(found.agreement),
-        cosine,
-    )
+def _score_heads(metrics: Sequence[Metric]) -> list[str]:
+    """The head of each metric's column, and of its interval's."""
+    return [head for metric in metrics for head in (metric.heading, "(95 %)" if metric.has_interval else "")]
 
 
-def _percent_cells(share: MeasuredShare | None) -> tuple[str, str]:
-    return ("-", "") if share is None else (f"{100 * share.value:.2f}", _format_interval(share.interval, 100, ".1f"))
+def _score_cells(metrics: Sequence[Metric], scores: Sequence[Score]) -> list[str]:
+    """The value of each metric, and its interval."""
+    found = []
+    for metric in metrics:
+        score = find_score(scores, metric)
+        if score is None:
+            found += ["-", ""]
+        elif score.value is None:
+            found += ["equal" if metric.equal is None else "", ""]
+        else:
+            found += [metric.number(score.value, 2), _format_interval(score.interval, metric.factor, ".1f")]
+    return found
 
 
 def _format_interval(span: Interval | None, factor: float, how: str) -> str:
@@ -303,6 +303,9 @@ LEAST_ERROR_SHARE = 0.01
 
 INDENT = "  "
 
+MOST_OF_A_HEAD, SPLIT_AT = 7, 5
+"""Letters of a word above a column of trials, and of its first part where it has more."""
+
 
 def format_diagnosis(found: Diagnosis, *, verbose: bool) -> str:
     """Format a diagnosis: causes, trials, and the command to type."""
@@ -372,51 +375,69 @@ def format_trials(
         marks: In front of each row.
     """
     timed = float_ms is not None
-    head = [
-        ("", "SQNR", "" if first is None else "gain", "agree-", "", "size", "time of" if timed else "", ""),
-        ("", "dB", "" if first is None else "dB", "ment %", "(95 %)", "kB", "float's" if timed else "", "recipe"),
-    ]
+    columns = _score_columns(trials, first)
+    tops = [*(top for top, _, _ in columns), ("size", "kB"), ("time of", "float's") if timed else ("", "")]
+    head = [("", *(top[line] for top in tops), ("", "recipe")[line]) for line in (0, 1)]
     rows = []
     failures = []
     for trial, mark in zip(trials, marks or [""] * len(trials), strict=True):
         if trial.failed:
             failures.append(wrap_text(f"{trial.name} failed: {trial.failed}", 2))
             continue
-        rows.append(
-            (
-                mark,
-                _format_trial_sqnr(trial),
-                _format_gain(trial, first),
-                "" if trial.agreement is None else f"{100 * trial.agreement:.1f}",
-                ""
-                if trial.agreement_interval is None
-                else "({:.0f}..{:.0f})".format(*_trial_agreement_interval(trial)),
-                f"{trial.size / 1e3:.0f}",
-                "" if trial.ratio is None or not timed else f"{trial.ratio[1]:.2f}",
-                trial.name,
-            )
-        )
-    lines = [format_columns([*head, *rows], "rrrrlrrl")]
+        ratio = "" if trial.ratio is None or not timed else f"{trial.ratio[1]:.2f}"
+        cells = [cell(trial) for _, _, cell in columns]
+        rows.append((mark, *cells, f"{trial.size / 1e3:.0f}", ratio, trial.name))
+    sides = "".join(side for _, side, _ in columns)
+    lines = [format_columns([*head, *rows], f"r{sides}rrl")]
     told = [wrap_text(f"{trial.name}: {trial.typed}", 2) for trial in trials if trial.options]
     if told and first is not None:
         lines += ["", "options:", *told]
     return "\n".join([*lines, *failures])
 
 
-def _format_trial_sqnr(trial: Trial) -> str:
-    return "equal" if trial.equal else "" if trial.sqnr_db is None else f"{trial.sqnr_db:.1f}"
+_Column = tuple[tuple[str, str], str, Callable[[Trial], str]]
+"""Two lines of a head, `l` or `r`, and the cell of a trial."""
 
 
-def _trial_agreement_interval(trial: Trial) -> tuple[float, float]:
-    low, high = trial.agreement_interval or (0.0, 0.0)
-    return 100 * low, 100 * high
+def _score_columns(trials: Sequence[Trial], first: Trial | None) -> list[_Column]:
+    """Values of each metric; behind decibels the gain over `first`, and behind shares their interval."""
+    found: list[_Column] = []
+    for metric in metrics_of([trial.scores for trial in trials], first=ALWAYS_TOLD):
+        found.append((_split_head(metric), "r", partial(format_trial_value, metric)))
+        if metric.unit == DECIBEL and first is not None:
+            found.append((("gain", DECIBEL), "r", partial(format_trial_gain, metric, first)))
+        if metric.unit == SHARE:
+            found.append((("", "(95 %)"), "l", partial(_format_trial_interval, metric)))
+    return found
 
 
-def _format_gain(trial: Trial, first: Trial | None) -> str:
-    if first is None or first is trial or first.sqnr_db is None or trial.sqnr_db is None:
+def _split_head(metric: Metric) -> tuple[str, str]:
+    """A label in two lines: its unit in the second, and of a long word what does not go into the first."""
+    if len(metric.label) <= MOST_OF_A_HEAD:
+        return metric.label, metric.sign
+    return f"{metric.label[:SPLIT_AT]}-", f"{metric.label[SPLIT_AT:]} {metric.sign}".rstrip()
+
+
+def format_trial_value(metric: Metric, trial: Trial) -> str:
+    """A value without its unit, and a word where nothing differs."""
+    value = value_of(trial.scores, metric)
+    if value is None:
+        return "equal" if metric.equal is None and trial.equal else ""
+    return metric.number(value)
+
+
+def _format_trial_interval(metric: Metric, trial: Trial) -> str:
+    score = find_score(trial.scores, metric)
+    span = None if score is None else score.interval
+    return "" if span is None else f"({100 * span[0]:.0f}..{100 * span[1]:.0f})"
+
+
+def format_trial_gain(metric: Metric, first: Trial, trial: Trial) -> str:
+    """By how much a value is above that of the first trial; empty for that one."""
+    before, after = value_of(first.scores, metric), value_of(trial.scores, metric)
+    if first is trial or before is None or after is None:
         return ""
-    gain = round(trial.sqnr_db - first.sqnr_db, 1)
-    return f"{gain + 0.0:+.1f}"  # no -0.0
+    return f"{round(after - before, 1) + 0.0:+.1f}"  # no -0.0
 
 
 def _format_command(text: str) -> str:

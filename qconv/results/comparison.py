@@ -14,6 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.results.quantize import OutputScore
+from qconv.results.scores import (
+    AGREEMENT,
+    ALWAYS_TOLD,
+    SHARE,
+    SQNR,
+    Score,
+    find_score,
+    metrics_of,
+    value_of,
+    worst_scores,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +131,8 @@ class Comparison:
 
     @property
     def sqnr_db(self) -> float | None:
-        """The lowest SQNR of the outputs, in dB; None where all outputs are equal."""
-        return min((o.sqnr_db for o in self.outputs if o.sqnr_db is not None), default=None)
+        """The lowest output's, in dB; None where all outputs are equal."""
+        return value_of(worst_scores(output.scores for output in self.outputs), SQNR)
 
     @property
     def worst_first(self) -> tuple[LayerComparison, ...]:
@@ -143,7 +154,7 @@ class Comparison:
             "preprocessing": self.words or None,
             "layers": [row.as_dict() for row in self.worst_first],
             "unmatched": list(self.unmatched),
-            "outputs": [{"name": o.name, "sqnr_db": o.sqnr_db, "agreement": o.agreement} for o in self.outputs],
+            "outputs": [output.as_dict() for output in self.outputs],
             "sqnr_db": self.sqnr_db,
             "predicted_sqnr_db": self.predicted_db,
             "predicted_on": self.predicted_on,
@@ -189,7 +200,7 @@ class Trial:
         name: Of the remedy or recipe.
         options: What the command line needs in addition.
         causes: The kinds of causes that it is for.
-        agreement_interval: At 95 %.
+        scores: Of the worst output.
         size: Bytes of the file.
         ms: Median time of one run.
         ratio: That time over the float model's: (low, middle, high).
@@ -199,9 +210,7 @@ class Trial:
     name: str
     options: tuple[str, ...]
     causes: tuple[str, ...] = ()
-    sqnr_db: float | None = None
-    agreement: float | None = None
-    agreement_interval: tuple[float, float] | None = None
+    scores: tuple[Score, ...] = ()
     size: int = 0
     ms: float | None = None
     ratio: tuple[float, float, float] | None = None
@@ -209,9 +218,19 @@ class Trial:
     failed: str = ""
 
     @property
+    def sqnr_db(self) -> float | None:
+        """In dB; None where nothing differs, or the outputs are classes alone."""
+        return value_of(self.scores, SQNR)
+
+    @property
+    def agreement(self) -> float | None:
+        """None where no output holds classes."""
+        return value_of(self.scores, AGREEMENT)
+
+    @property
     def equal(self) -> bool:
-        """Whether outputs equal the float model's."""
-        return not self.failed and self.sqnr_db is None and self.agreement in (None, 1.0)
+        """Whether outputs do not differ from the float model's."""
+        return not self.failed and all(score.shows_no_difference for score in self.scores)
 
     @property
     def accuracy_db(self) -> float:
@@ -233,15 +252,24 @@ class Trial:
             "name": self.name,
             "options": self.typed,
             "causes": list(self.causes),
-            "sqnr_db": self.sqnr_db,
-            "agreement": self.agreement,
-            "agreement_interval": None if self.agreement_interval is None else list(self.agreement_interval),
+            **self._score_fields(),
             "size": None if self.failed else self.size,
             "ms": self.ms,
             "ratio_to_float": None if self.ratio is None else list(self.ratio),
             "seconds": round(self.seconds, 3),
             "failed": self.failed or None,
         }
+
+    def _score_fields(self) -> dict[str, Any]:
+        """Values by their names, and behind each share its interval."""
+        found: dict[str, Any] = {}
+        for metric in metrics_of([self.scores], first=ALWAYS_TOLD):
+            score = find_score(self.scores, metric)
+            found[metric.name] = None if score is None else score.value
+            if metric.unit == SHARE:
+                span = None if score is None else score.interval
+                found[f"{metric.name}_interval"] = None if span is None else list(span)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.errors import Change, Finding, Skipped
+from qconv.results.scores import AGREEMENT, SQNR, TOP1, Metric, Score, as_values, value_of, worst_scores
 
 SCHEMA = 1
 
@@ -17,17 +18,56 @@ class OutputScore:
 
     Attributes:
         name: Of the output.
-        sqnr_db: None where both are equal, or nothing could be compared.
-        agreement: Share of equal classes; None where the output holds no class scores.
+        scores: What was measured of it; nothing where it could not be compared.
         remark: What is odd about it; empty for most.
-        sqnr_interval: At 95 %, by the bootstrap over images; None where not asked for.
+        kind: What it holds.
     """
 
     name: str
-    sqnr_db: float | None
-    agreement: float | None
+    scores: tuple[Score, ...]
     remark: str = ""
-    sqnr_interval: tuple[float, float] | None = None
+    kind: str = ""
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """None where both are equal, or nothing could be compared."""
+        return value_of(self.scores, SQNR)
+
+    @property
+    def agreement(self) -> float | None:
+        """None where the output holds no classes."""
+        return value_of(self.scores, AGREEMENT)
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.remark and all(score.shows_no_difference for score in self.scores)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        return {"name": self.name, "kind": self.kind, **as_values(self.scores)}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFact:
+    """What an output of the float model holds, and why that is so.
+
+    kind: "class-scores", "class-map", "regression" or "integer". task: that `--task` would call it; None for integers.
+    """
+
+    name: str
+    kind: str
+    task: str | None
+    why: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        return _as_row(self)
+
+    @property
+    def in_words(self) -> str:
+        """For a line of the summary."""
+        return f"{self.name}: {self.kind.replace('-', ' ')}, {self.why}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +87,41 @@ class Verification:
     slowdown_range: tuple[float, float] | None = None
 
     @property
+    def scores(self) -> tuple[Score, ...]:
+        """The worst of all outputs, by metric."""
+        return worst_scores(output.scores for output in self.outputs)
+
+    def value_of(self, metric: Metric) -> float | None:
+        """The worst output's; None where no output has a number."""
+        return value_of(self.scores, metric)
+
+    @property
     def sqnr_db(self) -> float | None:
-        """The lowest SQNR of the outputs, in dB; None where all outputs are equal."""
-        return min((o.sqnr_db for o in self.outputs if o.sqnr_db is not None), default=None)
+        """The lowest output's, in dB; None where all outputs are equal."""
+        return self.value_of(SQNR)
+
+    @property
+    def agreement(self) -> float | None:
+        """The lowest output's; None where no output is a class score."""
+        return self.value_of(AGREEMENT)
 
     @property
     def equal(self) -> bool:
         """Whether something was compared, and nothing differs."""
         compared = [output for output in self.outputs if not output.remark]
-        return bool(compared) and all(o.sqnr_db is None and o.agreement in (None, 1.0) for o in compared)
+        return bool(compared) and all(output.equal for output in compared)
 
-    @property
-    def agreement(self) -> float | None:
-        """The lowest agreement of the outputs; None where no output holds class scores."""
-        return min((o.agreement for o in self.outputs if o.agreement is not None), default=None)
+    def reaches(self, metric: Metric, want: float) -> bool:
+        """Whether the worst output is as good as that; without a number, whether outputs are equal and it has none."""
+        got = self.value_of(metric)
+        if got is None:
+            return metric.equal is None and self.equal
+        return metric.lost(want, got) <= 0
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A demand of the user's.
-
-    `got` is None where the measure does not exist: then an SQNR gate holds (the outputs are equal), an agreement gate
-    does not.
-    """
+    """A demand of the user's. got: None where the metric has no number: see `Verification.reaches`."""
 
     name: str
     want: float
@@ -186,23 +238,23 @@ class TensorRow:
 class SizePoint:
     """One assignment of bits to layers on the Pareto front of size and noise.
 
-    Attributes:
-        size: Of all weights, integers packed bit by bit, over float's.
-        modelled_sqnr_db: Of the weights alone, by noises that add up; None for infinite.
-        bits: How many layers have so many bits; 32 is float.
-        verified: Whether it was measured.
-        sqnr_db, agreement, top1: As measured.
-        chosen: Whether it was written.
+    size: of all weights, codes packed bit by bit, over float's. modelled_sqnr_db: of the weights alone, by noises that
+    add up; None for infinite. scores: measured where it was `verified`. bits: how many layers have so many of them; 32
+    for float.
     """
 
     size: float
     modelled_sqnr_db: float | None
     verified: bool
-    sqnr_db: float | None
-    agreement: float | None
-    top1: float | None
+    scores: tuple[Score, ...]
     chosen: bool
     bits: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        row = _as_row(self)
+        del row["scores"]
+        return {**row, **as_values(self.scores, told=(SQNR, AGREEMENT, TOP1))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +281,8 @@ class MixedPrecision:
         return next(point for point in self.points if point.chosen)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the object that `--json` prints."""
-        points = [_as_row(point) for point in self.points]
+        """What `--json` prints of it."""
+        points = [point.as_dict() for point in self.points]
         return {
             "demand": self.demand,
             "layers": self.layers,
@@ -264,6 +316,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     tensors: list[TensorRow] = field(default_factory=list)
     mixed: MixedPrecision | None = None
+    outputs: tuple[OutputFact, ...] = ()
     runner_up: str | None = None
     margin: float | None = None
     model_bytes: bytes | None = field(default=None, repr=False)
@@ -296,11 +349,11 @@ class Report:
             "opset": self.opset,
             "ir_version": self.ir_version,
             "needs": self.needs,
+            "outputs": [fact.as_dict() for fact in self.outputs],
             "verify": {
                 "images": verify.images,
-                "sqnr_db": verify.sqnr_db,
-                "agreement": verify.agreement,
-                "outputs": [{"name": o.name, "sqnr_db": o.sqnr_db, "agreement": o.agreement} for o in verify.outputs],
+                **as_values(verify.scores),
+                "outputs": [output.as_dict() for output in verify.outputs],
             },
             "audit": self.audit.as_dict(),
             "gates": [_as_row(g) for g in self.gates],

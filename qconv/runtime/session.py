@@ -20,6 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qconv.errors import QconvError, format_shape
+from qconv.runtime.outputs import ModelOutput, OutputKind, OutputOrigin
 
 ELEMENT_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -31,6 +32,8 @@ ELEMENT_TYPES: dict[str, type[np.generic]] = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
+
+FLOAT_TYPES = frozenset({"tensor(float)", "tensor(float16)", "tensor(double)", "tensor(bfloat16)"})
 
 RUNTIME_VERSION: str = ort.__version__
 
@@ -72,6 +75,8 @@ class Session:
     session takes turns with it, so its threads may spin while they wait for each other, as the runtime's default is.
     profile: the beginning of the name of a file for the times of single nodes, written by `node_times`.
     integer_kernels: False computes between dequantizers and quantizers in float, with all other optimizations.
+    origins: what computes the outputs, where that is known; task: what the user says of the model. Both decide
+    what outputs hold.
     Raises QconvError where ONNX Runtime refuses the model.
     """
 
@@ -87,6 +92,8 @@ class Session:
         alone: bool = False,
         profile: Path | None = None,
         integer_kernels: bool = True,
+        origins: Mapping[str, OutputOrigin] | None = None,
+        task: str = "auto",
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
@@ -123,12 +130,19 @@ class Session:
             raise _load_error(name, error) from None
         self.outputs: list[str] = [output.name for output in self._session.get_outputs()]
         self._own = threading.local()
-        self.output_shapes: list[tuple[int | None, ...]] = [_open_shape(o.shape) for o in self._session.get_outputs()]
+        self.model_outputs = self._describe_outputs(origins or {}, task)
+
+    def _describe_outputs(self, origins: Mapping[str, OutputOrigin], task: str) -> tuple[ModelOutput, ...]:
+        image = next((_open_shape(value.shape) for value in self._session.get_inputs()), ())
+        return tuple(
+            ModelOutput(o.name, o.type in FLOAT_TYPES, _open_shape(o.shape), image, origins.get(o.name), task)
+            for o in self._session.get_outputs()
+        )
 
     @property
-    def gives_class_vector(self) -> bool:
-        """Whether an output is one score a class."""
-        return any(len(shape) == 2 for shape in self.output_shapes)
+    def gives_class_scores(self) -> bool:
+        """Whether an output holds class scores, one or more a picture."""
+        return any(output.kind is OutputKind.CLASS_SCORES for output in self.model_outputs)
 
     @property
     def inputs(self) -> list[tuple[str, np.dtype[Any], tuple[int | None, ...]]]:

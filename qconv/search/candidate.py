@@ -25,8 +25,9 @@ from qconv.errors import Finding, QconvError
 from qconv.ir import subgraph
 from qconv.ir.metadata import set_ir_version
 from qconv.ir.model import Model
-from qconv.metrics.classification import find_class_output, top1_accuracy
+from qconv.metrics.classification import top1_accuracy
 from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
+from qconv.metrics.registry import DROPS
 from qconv.passes.compress_constants import compress_constants
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan, replan
@@ -36,6 +37,8 @@ from qconv.quantization.parameters import NO_RANGE_FACTORS, Params, carry_over_p
 from qconv.quantization.second_order import round_layers_sequentially
 from qconv.reporter import Reporter
 from qconv.results.quantize import Verification
+from qconv.results.scores import TOP1, Metric, Score, value_of
+from qconv.runtime.outputs import find_class_vector
 from qconv.runtime.session import Session
 from qconv.search.sensitivity import FLOAT_BITS, BitAssignment
 
@@ -123,10 +126,10 @@ class SearchContext:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The scores of a candidate. top1: None without labels."""
+    """A point carried out. scores: of its worst output, and of its labels where these are asked for."""
 
     verified: Verification
-    top1: float | None
+    scores: tuple[Score, ...]
 
 
 @dataclass(slots=True)
@@ -166,8 +169,8 @@ class CandidateScorer:
         scored = collect_reference_outputs(
             ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, reporter=reporter, batches=unseen
         )
-        vector = find_class_output(scored.batches[0][1]) if scored.batches else None
-        labels = _read_labels(ground, 0 if vector is None else scored.batches[0][1][vector].shape[1], unseen)
+        vector = find_class_vector(scored.outputs) if scored.batches else None
+        labels = _read_labels(ground, 0 if vector is None else scored.outputs[vector].classes, unseen)
         top1 = None
         if labels is not None and vector is not None:
             top1 = top1_accuracy([expected[vector] for _, expected in scored.batches], labels)
@@ -214,8 +217,8 @@ class CandidateScorer:
                 on_ort = TARGETS[recipe.target].on_ort
                 session = Session(runnable, name="the quantized model", threads=recipe.threads, optimize=on_ort)
                 verified = self.scored.score(session, hear)
-            top1 = None if self.labels is None else top1_accuracy(heard, self.labels)
-            self.seen[index], self.settled[index] = Measurement(verified, top1), settled
+            own = () if self.labels is None else (Score(TOP1, top1_accuracy(heard, self.labels)),)
+            self.seen[index], self.settled[index] = Measurement(verified, (*verified.scores, *own)), settled
             self.tell()
         return self.seen[index]
 
@@ -233,30 +236,27 @@ class CandidateScorer:
         self.tell(done / max(1, total))
 
     def holds(self, points: Sequence[BitAssignment], index: int, drop: Drop) -> bool:
-        """Whether a candidate stays within the drop. Raises QconvError where the measure does not apply."""
-        found = self.measure(points, index)
-        if drop.measure == "sqnr":
-            decibel = found.verified.sqnr_db
-            return found.verified.equal if decibel is None else decibel >= drop.value
-        if drop.measure == "agreement":
-            got = found.verified.agreement
-            if got is None:
-                fact = "--max-drop agreement needs an output that is one score a class, and this model has none."
-                raise QconvError(fact, "pass --max-drop sqnr:DB.")
-            return 1 - got <= drop.value + 1e-9
-        assert found.top1 is not None
-        assert self.float_top1 is not None
-        return self.float_top1 - found.top1 <= drop.value + 1e-9
+        """Whether a point keeps the drop. Raises QconvError where there is no such measure."""
+        found, metric = self.measure(points, index), DROPS[drop.measure]
+        got, before = value_of(found.scores, metric), self._float_value(metric)
+        if before is None:  # a drop to a value, not by one
+            return found.verified.reaches(metric, drop.value)
+        if got is None:
+            fact = f"--max-drop {drop.measure} needs an output that is one score a class, and this model has none."
+            raise QconvError(fact, "pass --max-drop sqnr:DB.")
+        return metric.lost(before, got) <= drop.value + 1e-9
 
     def in_words(self, index: int, drop: Drop) -> str:
-        """The measurement of a candidate in words, in the drop's measure."""
-        found = self.seen[index]
-        if drop.measure == "sqnr":
-            decibel = found.verified.sqnr_db
-            return "infinite" if decibel is None else f"{decibel:.2f} dB"
-        got = found.verified.agreement if drop.measure == "agreement" else found.top1
-        before = 1.0 if drop.measure == "agreement" else self.float_top1
-        return f"{(before or 0.0) - (got or 0.0):.4g}"
+        """What was measured of a point, in the drop's measure."""
+        metric = DROPS[drop.measure]
+        got, before = value_of(self.seen[index].scores, metric), self._float_value(metric)
+        if before is None:
+            return "infinite" if got is None else metric.format(got, 2)
+        return f"{metric.lost(before, got or 0.0):.4g}"
+
+    def _float_value(self, metric: Metric) -> float | None:
+        """That of the float model itself; None where it has no bound."""
+        return self.float_top1 if metric == TOP1 else metric.equal
 
 
 def _choose_scoring_batches(feed: DataLoader, rounded_on: int) -> tuple[list[int], bool]:

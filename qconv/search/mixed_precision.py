@@ -25,7 +25,7 @@ from qconv.config.targets import TARGETS
 from qconv.data.loader import Batch
 from qconv.errors import QconvError
 from qconv.ir.model import Model, constant_array
-from qconv.metrics.comparison import compute_sqnr_db
+from qconv.metrics.similarity import compute_sqnr_db
 from qconv.planning.planner import is_quantizable_layer, make_plan
 from qconv.quantization.second_order import ROUNDING_EFFORTS, LayerSolver
 from qconv.reporter import Reporter
@@ -271,14 +271,11 @@ def _find_smallest_within_drop(judge: CandidateScorer, points: Sequence[BitAssig
 
 
 def _make_size_point(point: BitAssignment, seen: Measurement | None, size: float, *, chosen: bool) -> SizePoint:
-    checked = None if seen is None else seen.verified
     return SizePoint(
         size=size,
         modelled_sqnr_db=compute_sqnr_db(1.0, point.noise),
         verified=seen is not None,
-        sqnr_db=None if checked is None else checked.sqnr_db,
-        agreement=None if checked is None else checked.agreement,
-        top1=None if seen is None else seen.top1,
+        scores=() if seen is None else seen.scores,
         chosen=chosen,
         bits={str(bits): point.bits.count(bits) for bits in sorted(set(point.bits))},
     )

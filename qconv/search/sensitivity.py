@@ -28,6 +28,7 @@ from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
 from qconv.ir.model import Model, is_tensor
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
+from qconv.metrics.similarity import measure_error
 from qconv.planning.plan import LayerPlan as Planned
 from qconv.planning.plan import Plan
 from qconv.quantization.gptq import read_weight_shape
@@ -197,9 +198,7 @@ def measure_output_noise(expected: Sequence[Outputs], got: Iterable[Outputs]) ->
             if not isinstance(ref, np.ndarray) or ref.dtype.kind not in "fiub" or ref.shape != result.shape:
                 continue
             if ref.dtype.kind == "f":
-                finite = np.isfinite(ref)
-                lost = np.where(finite, ref, 0).astype(np.float64) - np.where(finite, result, 0)
-                power, away = float(np.sum(np.where(finite, ref, 0).astype(np.float64) ** 2)), float(np.sum(lost**2))
+                power, away = measure_error(ref, result)
             else:
                 power, away = float(ref.size), float((ref != result).sum())
             signal[index] = signal.get(index, 0.0) + power

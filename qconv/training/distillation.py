@@ -30,9 +30,10 @@ from qconv.config.preprocessing import Layout, Preprocessing
 from qconv.data.images import InputSpec, layout_order
 from qconv.data.loader import ModelWithData
 from qconv.errors import QconvError, format_shape
-from qconv.metrics.comparison import is_class_score
+from qconv.metrics.classification import CLASS_KINDS
 from qconv.reporter import Reporter
 from qconv.results.training import ValidationScore
+from qconv.runtime.outputs import ModelOutput, find_class_vector
 from qconv.training.network import TorchNetwork
 from qconv.training.trainable import LearnedParameters
 
@@ -40,9 +41,13 @@ SMALLEST_PROBABILITY = 1e-8
 """Floor of probabilities, and of the variance as a share, in the losses."""
 
 
-def classify_output(said: Tensor) -> str:
-    """Tell what an output holds, by the float network's values on some images: "scores", "probabilities", "numbers"."""
-    if not said.dtype.is_floating_point or not is_class_score(tuple(said.shape)):
+def choose_loss(output: ModelOutput, said: Tensor) -> str:
+    """The loss of an output: "numbers", or, where it holds classes, "probabilities" if these sum up to 1, or "scores".
+
+    said: what the float network says on some pictures. Maps with their classes on another axis than 1 are numbers.
+    """
+    seen = output.seen(tuple(said.shape))
+    if seen.kind not in CLASS_KINDS or seen.axis != 1 or said.shape[1] == 1:
         return "numbers"
     sums = said.sum(dim=1)
     whole = bool((said >= 0).all()) and bool((sums - 1).abs().max() < 1e-3)
@@ -68,6 +73,7 @@ def distillation_loss(kinds: Sequence[str], wanted: Sequence[Tensor], said: Sequ
 
 def label_loss(kind: str, said: Tensor, labels: Tensor) -> Tensor:
     """Compute the cross entropy of class scores or probabilities `said`, (N, C), with labels (N,)."""
+    said = said.flatten(1)
     logs = torch.log_softmax(said, dim=1) if kind == "scores" else torch.log(said.clamp_min(SMALLEST_PROBABILITY))
     return F.nll_loss(logs, labels)
 
@@ -321,14 +327,14 @@ class Distillation:
         taught: Ints,
         held: Ints,
         fixed: int | None,
+        outputs: Sequence[ModelOutput],
     ) -> Distillation:
-        """Set up distillation; what the outputs hold is found from the teacher's values on some images."""
+        """Set up distillation; outputs: what the student's outputs hold."""
         first = np.resize(held, fixed or min(len(held), VALIDATION_BATCH))
         found = cls(student, teacher, learned, inputs, taught, held, fixed, (), None, 0)
         told = found.told(inputs.of(first))
-        kinds = tuple(map(classify_output, told))
-        vectors = [i for i, y in enumerate(told) if kinds[i] != "numbers" and y.ndim == 2]
-        vector = vectors[0] if vectors else None
+        kinds = tuple(map(choose_loss, outputs, told))
+        vector = find_class_vector([o.seen(tuple(y.shape)) for o, y in zip(outputs, told, strict=True)])
         classes = 0 if vector is None else int(told[vector].shape[1])
         return cls(student, teacher, learned, inputs, taught, held, fixed, kinds, vector, classes)
 
@@ -381,5 +387,5 @@ class Distillation:
         """Count the positions where the student is right, by labels or by the teacher's class, and all positions."""
         if self.labels is None or self.vector is None:
             return count_agreeing(self.kinds, wanted, said)
-        hits = said[self.vector].argmax(dim=1).cpu().numpy() == self.labels[part]
+        hits = said[self.vector].flatten(1).argmax(dim=1).cpu().numpy() == self.labels[part]
         return int(hits.sum()), len(part)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, Verification
 from qconv.results.training import FinetuneResult, ValidationResult, ValidationScore
 from qconv.runtime.benchmark import peak_rss_mb
+from qconv.runtime.outputs import ModelOutput
 from qconv.runtime.session import Session
 from qconv.training.distillation import (
     VALIDATION_BATCH,
@@ -106,7 +108,7 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Repor
         )
         _write_better(desk, source, out, found, trainer.best_step)
         kept.forget()
-    found.gates = check_gates(found.result.verify, wishes.min_agreement, wishes.min_sqnr)
+    found.gates = check_gates(found.result.verify, wishes)
     found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
     return found
 
@@ -153,7 +155,9 @@ class _TrainingSetup:
         words, fixed = other.words, other.feed.inputs[0].shape[0]
         album = read_into_memory(own, other, reporter)
         held, taught = _split_held_out(len(album), wishes)
-        lesson = Distillation.of(*networks, learned, TrainingInputs(album, torch.device(device)), taught, held, fixed)
+        inputs = TrainingInputs(album, torch.device(device))
+        outputs = _ordered_outputs(other.session, networks[0].outputs)
+        lesson = Distillation.of(*networks, learned, inputs, taught, held, fixed, outputs)
         lesson = _add_labels(lesson, album, wishes)
         on_ort = recipe is None or TARGETS[recipe.target].on_ort
         return cls(model, lesson, other.session, wishes.threads, on_ort, device, words)
@@ -162,7 +166,7 @@ class _TrainingSetup:
         """Score a file on the held-out images with ONNX Runtime."""
         session = Session(model, name="the quantized model", threads=self.threads, optimize=self.optimize)
         lesson, names, inputs = self.lesson, session.outputs, self.lesson.inputs
-        comparison = ComparisonAccumulator.of(names)
+        comparison = ComparisonAccumulator.of(_ordered_outputs(self.teacher, names))
         right = places = pictures = 0
         distance = 0.0
         ((own, dtype, _),), ((its, _, _),) = session.inputs, self.teacher.inputs
@@ -234,6 +238,12 @@ def _split_held_out(count: int, wishes: FinetuneOptions) -> tuple[np.ndarray[Any
         fact = f"{count} pictures are too few to train on and to hold {held} back."
         raise QconvError(fact, f"pass {FEWEST_IMAGES} or more, or fewer to --holdout.")
     return np.arange(held), np.arange(held, count)
+
+
+def _ordered_outputs(teacher: Session, names: Sequence[str]) -> tuple[ModelOutput, ...]:
+    """What the outputs of the float model hold, in the order of the student's."""
+    known = {output.name: output for output in teacher.model_outputs}
+    return tuple(known[name] for name in names)
 
 
 def _add_labels(lesson: Distillation, album: InMemoryDataset, wishes: FinetuneOptions) -> Distillation:

@@ -81,3 +81,4 @@ class SynthesisOptions:
     seed: int = 0
     threads: int | None = None
     device: str = "auto"
+    task: str = "auto"

@@ -47,13 +47,13 @@ from qconv.data.evidence import ReferenceStatistics, batchnorm_statistics, is_me
 from qconv.data_free.dead_leaves import GeneratedImageLoader, draw_dead_leaves_set
 from qconv.errors import QconvError, format_count
 from qconv.ir import load
-from qconv.ir.files import Source, external_data_files, hash_model, read_proto, refuse_quantized
+from qconv.ir.files import Source, external_data_files, hash_model, open_original, read_proto, refuse_quantized
 from qconv.ir.layers import INPUTS_FIRST
 from qconv.ir.model import Model, Node, input_of
 from qconv.reporter import Reporter
 from qconv.results.training import GOOD_MATCH, POOR_MATCH, BatchNormMatch, SynthesisResult
 from qconv.runtime.benchmark import peak_rss_mb
-from qconv.runtime.session import Session
+from qconv.runtime.outputs import find_class_vector
 from qconv.storage import check_output_folder, refuse_path_inside, replace_folder_atomically
 from qconv.training.network import TorchNetwork, require_operators, resolve_device, run_deterministically
 from qconv.training.options import SynthesisOptions
@@ -149,6 +149,7 @@ class ImageOptimizer:
         wanted: The statistics to match, of tensors that BatchNormalizations read.
         pixels: The images to start from, (N, H, W, 3) in RGB or (N, H, W, 1); N in whole batches.
         batch: Images in one run of the network.
+        scores: The output of class scores; None where there is none.
 
     Attributes:
         loss: The mean distance of statistics at each step.
@@ -161,9 +162,9 @@ class ImageOptimizer:
         wanted: Sequence[ReferenceStatistics],
         pixels: NDArray[np.uint8],
         batch: int,
+        scores: str | None = None,
     ) -> None:
         self._network, self._prep, self._device = network, prep, network.device
-        self._scores: str | None = None
         self._names = [reference.name for reference in wanted]
         self._means = [self._of(reference.mean) for reference in wanted]
         variances = [self._of(reference.var) for reference in wanted]
@@ -174,7 +175,8 @@ class ImageOptimizer:
         self._adam = torch.optim.Adam(self._batches, lr=LEARNING_RATE, betas=BETAS, eps=TINY, foreach=False)
         self._seen: list[list[tuple[Tensor, Tensor]]] = []
         self.loss: list[float] = []
-        self._scores = self._output_of_scores()
+        self._scores = None
+        self._scores = self._with_gradients(scores)
 
     def _of(self, numbers: NDArray[np.float64]) -> Tensor:
         return torch.from_numpy(numbers.astype(np.float32)).to(self._device)
@@ -260,16 +262,17 @@ class ImageOptimizer:
         found = self._network.run({name: normalise_pixels(pixels, self._prep)}, wanted)
         return [found[name] for name in self._names], None if self._scores is None else found[self._scores]
 
-    def _output_of_scores(self) -> str | None:
-        """Find the first output with one float score a class for each image; None where there is none."""
+    def _with_gradients(self, output: str | None) -> str | None:
+        """The output of class scores, where pixels change them."""
+        if output is None:
+            return None
         (name,), pixels = self._network.inputs, self._batches[0]
-        for output, scores in self._network.run({name: normalise_pixels(pixels, self._prep)}).items():
-            if scores.ndim == 2 and scores.shape[0] == len(pixels) and scores.shape[1] > 1 and scores.requires_grad:
-                return output
-        return None
+        scores = self._network.run({name: normalise_pixels(pixels, self._prep)}, [output])[output]
+        return output if scores.requires_grad and scores.shape[0] == len(pixels) and scores.shape[1] > 1 else None
 
     def _doubt(self, scores: Tensor, index: int) -> Tensor:
         """Compute the mean cross entropy of every image with a class of its own: all classes in turn."""
+        scores = scores.flatten(1)
         count = scores.shape[1]
         first = index * len(self._batches[0])
         own = torch.arange(first, first + len(scores), device=self._device) * _class_stride(count) % count
@@ -310,6 +313,7 @@ def optimize_images(
     count: int,
     threads: int | None,
     reporter: Reporter,
+    scores: str | None,
 ) -> NDArray[np.uint8]:
     """Synthesize images for the float model `source`, on the CPU.
 
@@ -320,6 +324,7 @@ def optimize_images(
         count: Images to make.
         threads: Of PyTorch; None for all cores.
         reporter: Hears of progress and warnings.
+        scores: Its output of class scores; None where there is none.
 
     Returns:
         Images, (N, H, W, C) in RGB or grey, in whole batches.
@@ -331,9 +336,8 @@ def optimize_images(
         model, _ = load.load(read_proto(source), source)
         remembered = BatchNormTargets.of(model, source.name)
         size = fixed or min(choose_batch_size(prep), count)
-        dream = ImageOptimizer(
-            TorchNetwork(model), prep, remembered.wanted, draw_dead_leaves_set(prep, count, size, 0), size
-        )
+        pixels = draw_dead_leaves_set(prep, count, size, 0)
+        dream = ImageOptimizer(TorchNetwork(model), prep, remembered.wanted, pixels, size, scores)
         dream.look()
         dream.run(SYNTHESIS_STEPS, lambda done, total: reporter.progress("synthesize", done, total))
         return dream.pixels
@@ -418,7 +422,7 @@ def synthesize(
         batch = fed.batch or min(wishes.batch or choose_batch_size(prep), wishes.count)
         device = resolve_device(wishes.device)
         pixels = draw_dead_leaves_set(prep, wishes.count, batch, wishes.seed)
-        dream = ImageOptimizer(TorchNetwork(model, device), prep, remembered.wanted, pixels, batch)
+        dream = ImageOptimizer(TorchNetwork(model, device), prep, remembered.wanted, pixels, batch, fed.scores)
         before = dream.look()
         dream.run(wishes.steps, lambda done, total: reporter.progress("synthesize", done, total))
         after = dream.look()
@@ -475,16 +479,18 @@ def _check_request(source: Source, out: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _InputFormat:
-    """The network's input. dtype: its type. batch: its batch size; None where that is open."""
+    """The network's input. dtype: its type. batch: its batch size; None where that is open. scores: the output of
+    class scores; None where there is none."""
 
     detected: DetectedPreprocessing
     dtype: np.dtype[Any]
     batch: int | None
+    scores: str | None
 
     @classmethod
     def of(cls, model: Model, source: Source, wishes: SynthesisOptions) -> _InputFormat:
         """Find the preprocessing on generated images. Raises QconvError where not all inputs are images."""
-        session = Session(source.runnable, name=source.name, threads=wishes.threads)
+        session = open_original(source, wishes.threads, wishes.task)
         try:
             imagined = GeneratedImageLoader.like(session, wishes.preprocessing)
         except QconvError as error:
@@ -497,7 +503,8 @@ class _InputFormat:
         if spec.dtype == np.uint8 and prep is not None and not prep.keeps_pixels:
             fact = f"{source.name} takes bytes, which cannot hold what the preprocessing makes of pixels."
             raise QconvError(fact, "pass --preprocess raw.")
-        return cls(detected, spec.dtype, spec.shape[0])
+        vector = find_class_vector(session.model_outputs)
+        return cls(detected, spec.dtype, spec.shape[0], None if vector is None else session.outputs[vector])
 
 
 def _warn_of_unmatched(found: SynthesisResult, reporter: Reporter) -> None:

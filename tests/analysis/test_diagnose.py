@@ -29,6 +29,7 @@ from qconv.results.comparison import Trial, pareto_mask
 from tests.data.test_autodetect import colourful, fed, folder_of, trained_with
 from tests.support.libraries import runner
 from tests.support.models import network
+from tests.support.scores import scores
 
 ROOT = Path(__file__).parents[2]
 CIFAR = ROOT / "tests" / "models" / "cifar_mobilenet.onnx"
@@ -317,7 +318,7 @@ def test_pictures_of_ones_own_to_score_on(tmp_path: Path, samples: Path) -> None
 
 def test_what_no_other_trial_beats() -> None:
     def trial(sqnr: float, size: int, ms: float) -> Trial:
-        return Trial("", (), sqnr_db=sqnr, size=size, ms=ms, ratio=(0.9 * ms, ms, 1.1 * ms))
+        return Trial("", (), scores=scores(sqnr), size=size, ms=ms, ratio=(0.9 * ms, ms, 1.1 * ms))
 
     trials = [trial(30, 10, 1), trial(20, 10, 1), trial(40, 20, 1), trial(30, 5, 2), Trial("", (), failed="no")]
     assert pareto_mask(trials) == (True, False, True, True, False)
@@ -325,12 +326,16 @@ def test_what_no_other_trial_beats() -> None:
 
 def test_what_is_timed_counts_only_beside_what_is_timed() -> None:
     ratios = ((0.9, 1.0, 1.1), None, (0.95, 1.05, 1.2))
-    assert pareto_mask([Trial("", (), sqnr_db=30, size=10, ratio=ratio) for ratio in ratios]) == (True, True, True)
+    assert pareto_mask([Trial("", (), scores=scores(30), size=10, ratio=ratio) for ratio in ratios]) == (
+        True,
+        True,
+        True,
+    )
     assert pareto_mask([Trial("", (), size=10, ratio=(r, r, r)) for r in (1.0, 2.0)]) == (True, False)
 
 
 def test_outputs_of_classes_alone_count_by_their_agreement() -> None:
-    right, wrong = (Trial("", (), agreement=share, size=10) for share in (1.0, 0.5))
+    right, wrong = (Trial("", (), scores=scores(None, share), size=10) for share in (1.0, 0.5))
     assert pareto_mask((right, wrong)) == (True, False)
     assert right.equal
     assert wrong.accuracy_db == pytest.approx(3.01, abs=0.01)

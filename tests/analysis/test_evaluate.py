@@ -22,7 +22,9 @@ from qconv.data.dataset import find_classes
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
+from qconv.report.text import format_evaluation
 from qconv.reporter import Reporter
+from qconv.results.scores import COSINE, value_of
 from tests.support.models import network
 
 NAMES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
@@ -108,14 +110,20 @@ def test_against_another_model(folder: Path, tmp_path: Path) -> None:
     (output,) = found.outputs
     wide = its.astype(np.float64)
     assert output.sqnr_db == pytest.approx(10 * np.log10(np.sum(wide**2) / np.sum((wide - mine) ** 2)), abs=1e-4)
-    assert output.cosine == pytest.approx(np.sum(wide * mine) / np.linalg.norm(wide) / np.linalg.norm(mine), abs=1e-6)
+    cosine = np.sum(wide * mine) / np.linalg.norm(wide) / np.linalg.norm(mine)
+    assert value_of(output.scores, COSINE) == pytest.approx(cosine, abs=1e-6)
     assert output.agreement is not None
-    assert output.agreement.value == np.mean(mine.argmax(1) == its.argmax(1))
+    assert output.agreement == np.mean(mine.argmax(1) == its.argmax(1))
     told = found.as_dict()
     assert set(told) >= {"model", "images", "top1", "top5", "against", "intervals"}
     assert set(told["against"]) >= {"model", "top1", "top5", "agreement", "sqnr_db", "flips"}
     low, high = told["intervals"]["sqnr_db"]
     assert low < told["against"]["sqnr_db"] < high
+    said = its.argmax(1)
+    by_class = np.mean([np.mean(mine.argmax(1)[said == c] == c) for c in np.unique(said)])
+    assert told["against"]["class_agreement"] == pytest.approx(by_class)
+    assert {row["measure"]: row["value"] for row in found.rows()}["class_agreement"] == pytest.approx(by_class)
+    assert f"{100 * by_class:.2f}" in format_evaluation(found, verbose=False)
 
 
 def test_a_model_equals_itself(folder: Path, tmp_path: Path) -> None:
@@ -161,7 +169,7 @@ def test_maps_have_no_labels_but_agree(folder: Path, tmp_path: Path) -> None:
     found = scored(source, folder, against=source)
     assert found.top1 is None
     assert found.outputs[0].agreement is not None
-    assert found.outputs[0].agreement.value == 1
+    assert found.outputs[0].agreement == 1
     with pytest.raises(QconvError, match="nothing to measure"):
         scored(source, folder)
     with pytest.raises(QconvError, match="labels say nothing"):

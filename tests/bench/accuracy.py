@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from qconv.metrics.comparison import mcnemar_p_value
+from qconv.metrics.similarity import mcnemar_p_value
 from tests.bench.cases import Array, Case
 
 

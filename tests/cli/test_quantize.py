@@ -33,7 +33,7 @@ def test_the_main_job(tmp_path: Path) -> None:
     assert [line for line in done.err.splitlines() if not line.startswith(expected)] == []
 
 
-KEYS = """schema version output float recipe preprocessing size opset ir_version needs verify audit gates mixed
+KEYS = """schema version output float recipe preprocessing size opset ir_version needs outputs verify audit gates mixed
           warnings time peak_rss_mb changes skipped tensors"""
 
 

@@ -13,6 +13,7 @@ from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.data_options import DataOptions
 from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset, ResizeFilter
 from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
+from qconv.config.serialization import command_line_options
 from qconv.errors import QconvError
 
 NAN, INF = float("nan"), float("inf")
@@ -108,6 +109,7 @@ FULL, IMAGES = (
     DataOptions(
         ("a", "b"),
         glob="*.jpg",
+        task="segment",
         preprocessing=PreprocessingOptions(
             preset="caffe", mean=(1.0, 2.0, 3.0), std=(4.0,), color=Color.BGR, layout=Layout.NHWC, resize=9, size=(7, 8)
         ),
@@ -123,6 +125,16 @@ def test_every_option_shapes_the_file_or_steers_the_run() -> None:
     images = {field.name for field in fields(DataOptions)} - {"paths", "batch"}
     assert set(FULL.as_dict(IMAGES)) == (names - RUN_ONLY_OPTIONS) | images
     assert set(FULL.as_dict(IMAGES)["preprocessing"]) == {field.name for field in fields(PreprocessingOptions)}
+
+
+def test_a_task_is_recorded_only_where_it_is_given() -> None:
+    """Else recipes of files would differ from those before there was such an option."""
+    assert "task" not in Recipe().as_dict(DataOptions())
+    plain = Recipe().as_dict(DataOptions(("a",), task="classify"))
+    assert plain["task"] == "classify"
+    assert command_line_options(plain) == ["--task", "classify"]
+    with pytest.raises(QconvError, match="--task detect"):
+        DataOptions(task="detect")
 
 
 def test_a_recipe_survives_json_unchanged() -> None:

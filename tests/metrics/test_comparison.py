@@ -7,10 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from qconv.metrics.comparison import ComparisonAccumulator, check_gates, compute_sqnr_db, is_class_score, verify
+from qconv.config.recipe import Recipe
+from qconv.metrics.comparison import ComparisonAccumulator, check_gates, verify
+from qconv.metrics.similarity import compute_sqnr_db, measure_error
 from qconv.results.quantize import OutputScore, Verification
+from qconv.runtime.outputs import ModelOutput
 from qconv.runtime.session import Session
 from tests.support.models import network
+from tests.support.scores import scores
 
 
 def session(body: str) -> Session:
@@ -33,6 +37,14 @@ def test_no_signal_or_endless_noise_is_a_very_low_number(signal: float, noise: f
     found = compute_sqnr_db(signal, noise)
     assert found is not None
     assert -7000 < found < -2500
+
+
+def test_an_error_counts_where_the_reference_is_a_number() -> None:
+    """1 + 4 of signal, and 1 of noise; what only the other loses has no bound."""
+    ref = np.array([1, 2, np.nan, np.inf], np.float32)
+    assert measure_error(ref, np.array([1, 3, 0, 0], np.float32)) == (5, 1)
+    assert measure_error(ref, np.array([np.nan, 3, 0, 0], np.float32)) == (5, math.inf)
+    assert measure_error(np.array([True, True]), np.array([True, False])) == (2, 1)
 
 
 def test_scores_over_all_batches() -> None:
@@ -63,19 +75,23 @@ def test_numbers_that_only_the_quantized_model_loses_are_the_worst() -> None:
     assert score.sqnr_db < -2500
 
 
-@pytest.mark.parametrize(
-    ("shape", "classes"),
-    [
-        ((1, 10), True),
-        ((1, 21, 33, 33), True),
-        ((1, 1), False),  # one logit
-        ((1, 3, 64, 64), False),  # a picture
-        ((1, 4420, 4), False),  # boxes
-        ((7,), False),
-    ],
-)
-def test_what_counts_as_class_scores(shape: tuple[int, ...], classes: bool) -> None:
-    assert is_class_score(shape) is classes
+def test_a_segmenter_of_three_classes_has_an_agreement() -> None:
+    """Half of the places change their class; a picture of three channels has none."""
+    ref, got = np.zeros((1, 3, 2, 2), np.float32), np.zeros((1, 3, 2, 2), np.float32)
+    ref[:, 1], got[:, 1, 0], got[:, 2, 1] = 1, 1, 1
+    for task, agreement in (("segment", 0.5), ("auto", None)):
+        comparison = ComparisonAccumulator.of([ModelOutput("y", True, (1, 3, 2, 2), (1, 3, 2, 2), task=task)])
+        comparison.add([ref], [got])
+        assert comparison.scores()[0].agreement == agreement
+
+
+def test_classes_on_the_last_axis_are_counted_there() -> None:
+    output = ModelOutput("y", True, (1, 2, 2, 5), (1, 2, 2, 3))
+    ref, got = np.zeros((1, 2, 2, 5), np.float32), np.zeros((1, 2, 2, 5), np.float32)
+    ref[..., 4], got[..., 4], got[0, 0, 0, 1] = 1, 1, 2
+    comparison = ComparisonAccumulator.of([output])
+    comparison.add([ref], [got])
+    assert comparison.scores()[0].agreement == 0.75
 
 
 @pytest.mark.parametrize(("other", "agreement"), [("Neg", 1 / 3), ("Identity", 1.0)])
@@ -95,11 +111,11 @@ def test_what_cannot_be_compared_passes_no_gate() -> None:
     (score,) = found.outputs
     assert (score.sqnr_db, score.agreement) == (None, None)
     assert "shape" in score.remark
-    assert [gate.held for gate in check_gates(found, None, 1.0)] == [False]
+    assert [gate.held for gate in check_gates(found, Recipe(min_sqnr=1.0))] == [False]
 
 
 def verification(sqnr: float | None, agreement: float | None) -> Verification:
-    return Verification(1, (OutputScore("y", sqnr, agreement),), None)
+    return Verification(1, (OutputScore("y", scores(sqnr, agreement)),), None)
 
 
 @pytest.mark.parametrize(
@@ -108,12 +124,13 @@ def verification(sqnr: float | None, agreement: float | None) -> Verification:
 )
 def test_gates_hold_at_their_own_value(measured: tuple[float | None, float | None], held: list[bool]) -> None:
     """A gate on agreement where there is none falls short; equal outputs pass any SQNR."""
-    assert [gate.held for gate in check_gates(verification(*measured), 0.99, 30.0)] == held
+    gates = Recipe(min_agreement=0.99, min_sqnr=30.0)
+    assert [gate.held for gate in check_gates(verification(*measured), gates)] == held
 
 
 def test_the_interval_of_sqnr_is_that_of_the_bootstrap_over_pictures() -> None:
     rng = np.random.default_rng(0)
-    comparison, rows = ComparisonAccumulator.of(["y"]), []
+    comparison, rows = ComparisonAccumulator.of([ModelOutput("y", True, (1, 10))]), []
     for spread in np.exp(rng.normal(0, 1, 40)):
         ref = rng.standard_normal((1, 10)).astype(np.float32)
         got = ref + spread * rng.standard_normal((1, 10)).astype(np.float32)
@@ -122,8 +139,9 @@ def test_the_interval_of_sqnr_is_that_of_the_bootstrap_over_pictures() -> None:
     (score,) = comparison.scores(spans=True)
     drawn = np.array(rows)[np.random.default_rng(1).integers(0, 40, (4000, 40))].sum(axis=1)
     expected = np.percentile(10 * np.log10(drawn[:, 0] / drawn[:, 1]), (2.5, 97.5))
-    assert score.sqnr_interval == pytest.approx(expected, abs=0.3)
-    assert score.sqnr_interval is not None
+    span = score.scores[0].interval
+    assert span == pytest.approx(expected, abs=0.3)
+    assert span is not None
     assert score.sqnr_db is not None
-    assert score.sqnr_interval[0] < score.sqnr_db < score.sqnr_interval[1]
-    assert comparison.scores()[0].sqnr_interval is None
+    assert span[0] < score.sqnr_db < span[1]
+    assert comparison.scores()[0].scores[0].interval is None

@@ -46,6 +46,7 @@ from qconv.results.sample_curve import CurvePoint, SampleCurve
 from qconv.runtime.session import Session
 from tests.support.browser import MISSING, Browser, browser
 from tests.support.libraries import runner
+from tests.support.scores import scores
 
 ROOT = Path(__file__).parents[2]
 CIFAR = ROOT / "tests" / "models" / "cifar_mobilenet.onnx"
@@ -80,13 +81,22 @@ def rows(count: int, name: str) -> tuple[LayerComparison, ...]:
 def whole(name: str = "node", layers: int = 20) -> Page:
     """A page with all its parts, where everything is called `name`."""
     trials = tuple(
-        Trial(f"{name} {size}", (f"--keep-float={name}",), (), decibel, 0.9, (0.8, 0.95), size, ms, (0.9, 1.0, 1.1))
+        Trial(
+            f"{name} {size}",
+            (f"--keep-float={name}",),
+            (),
+            scores(decibel, 0.9, (0.8, 0.95)),
+            size,
+            ms,
+            (0.9, 1.0, 1.1),
+        )
         for size, decibel, ms in ((100_000, 20.0, 1.0), (200_000, 30.0, 2.0), (300_000, 25.0, 3.0))
+        for near in (scores(decibel, 0.9, (0.8, 0.95)),)
     )
     trials += (Trial(f"{name} failed", (), failed=name),)
     causes = (Cause("range-outlier", (name,) * 5, name, 0.3, name), Cause("never-heard-of", (name,), name))
     island = FloatNode(name, name, name, name, us=2.0)
-    output = OutputScore(name, 20.0, 0.95)
+    output = OutputScore(name, scores(20.0, 0.95))
     return Page(
         title=name,
         subtitle=name,
@@ -252,11 +262,11 @@ def test_tiles_by_hand() -> None:
 
 def test_agreement_comes_with_wilsons_interval() -> None:
     """9 of 10: 0.596 to 0.982, as textbooks have it."""
-    tile = pages.make_accuracy_tile(pages.AccuracyScores(10, (OutputScore("y", 20.0, 0.9),)))
+    tile = pages.make_accuracy_tile(pages.AccuracyScores(10, (OutputScore("y", scores(20.0, 0.9)),)))
     assert tile.value == "90.0%"
     assert "95%: 60 to 98%" in tile.note
     assert pages.make_accuracy_tile(pages.AccuracyScores(0, ())).value == "not measured"
-    assert pages.make_accuracy_tile(pages.AccuracyScores(4, (OutputScore("y", None, None),))).value == "equal"
+    assert pages.make_accuracy_tile(pages.AccuracyScores(4, (OutputScore("y", scores()),))).value == "equal"
 
 
 def test_the_sentence_names_who_is_to_blame() -> None:
@@ -270,7 +280,7 @@ def test_the_sentence_names_who_is_to_blame() -> None:
 
 
 def trial(name: str, decibel: float, size: int, ms: float = 1.0) -> Trial:
-    return Trial(name, (), (), decibel, 0.9, None, size, ms)
+    return Trial(name, (), (), scores(decibel, 0.9), size, ms)
 
 
 def test_a_diagnosis_has_a_page() -> None:

@@ -32,6 +32,7 @@ from qconv.quantization.second_order import ROUNDING_EFFORTS
 from qconv.report import console
 from qconv.reporter import Reporter
 from qconv.results.quantize import MixedPrecision, Report
+from qconv.results.scores import AGREEMENT, SQNR, TOP1, value_of
 from qconv.runtime.session import Session
 from qconv.search.candidate import _choose_scoring_batches
 from qconv.search.mixed_precision import _choose_best, predict_recipe
@@ -114,13 +115,13 @@ def test_the_sqnr_asked_for_is_kept_and_the_next_smaller_point_does_not_keep_it(
     report, result, mixed = searched(pictures, max_drop=Drop("sqnr", least), edge_bits=2, rounding=rounding)
     sqnr, _ = measured(result, pictures)
     assert sqnr >= least
-    assert mixed.chosen.sqnr_db == pytest.approx(sqnr, abs=0.01)
+    assert value_of(mixed.chosen.scores, SQNR) == pytest.approx(sqnr, abs=0.01)
     at = mixed.points.index(mixed.chosen)
     if at:
         below = mixed.points[at - 1]
         assert below.verified
-        assert below.sqnr_db is not None
-        assert below.sqnr_db < least
+        assert value_of(below.scores, SQNR) is not None
+        assert value_of(below.scores, SQNR) < least
     assert mixed.chosen.size == pytest.approx(sum(COUNTS[n] * b for n, b in bits_in(report).items()) / (32 * TOTAL))
     assert report.time["search"] > 0
 
@@ -147,8 +148,8 @@ def test_what_is_written_is_what_was_measured(pictures: Path, asked_for: dict[st
     assert report.mixed is not None
     assert {"ranges", "plan"} <= {found.step for found in report.findings}
     sqnr, agreement = measured(result, pictures, RESIDUAL)
-    assert report.mixed.chosen.sqnr_db == pytest.approx(sqnr, abs=1e-4)
-    assert report.mixed.chosen.agreement == agreement
+    assert value_of(report.mixed.chosen.scores, SQNR) == pytest.approx(sqnr, abs=1e-4)
+    assert value_of(report.mixed.chosen.scores, AGREEMENT) == agreement
     changed = {found.where for found in report.findings if found.step == "round" and isinstance(found, Change)}
     assert bool(changed) == (rounding == "second-order")
 
@@ -164,8 +165,8 @@ def test_points_are_judged_by_pictures_that_weights_were_not_rounded_on(
     _, result, mixed = searched(pictures, **options)
     paths = find_files((str(pictures),), pattern=None, samples=16, seed=0).paths
     sqnr, agreement = measured(result, paths[4:])
-    assert mixed.chosen.sqnr_db == pytest.approx(sqnr, abs=1e-4)
-    assert mixed.chosen.agreement == mixed.chosen.top1 == agreement
+    assert value_of(mixed.chosen.scores, SQNR) == pytest.approx(sqnr, abs=1e-4)
+    assert value_of(mixed.chosen.scores, AGREEMENT) == value_of(mixed.chosen.scores, TOP1) == agreement
     assert mixed.float_top1 == 1
     assert measured(result, paths)[0] != pytest.approx(sqnr, abs=0.01)
 
@@ -267,7 +268,7 @@ def test_the_curve_rises_and_the_model_is_near_what_is_measured(pictures: Path) 
     assert all(a <= b for a, b in itertools.pairwise(modelled))  # type: ignore[operator]
     for point in mixed.points:
         if point.verified and point.modelled_sqnr_db is not None and 10 < point.modelled_sqnr_db < 35:
-            assert point.sqnr_db == pytest.approx(point.modelled_sqnr_db, abs=2.5)
+            assert value_of(point.scores, SQNR) == pytest.approx(point.modelled_sqnr_db, abs=2.5)
 
 
 def test_agreement_and_top1(pictures: Path) -> None:
@@ -277,9 +278,9 @@ def test_agreement_and_top1(pictures: Path) -> None:
         _, result, mixed = searched(pictures, max_drop=Drop(measure, 0.13), edge_bits=2, activation_bits=16)
         _, agreement = measured(result, pictures)
         assert agreement >= 0.87
-        assert mixed.chosen.agreement == agreement
+        assert value_of(mixed.chosen.scores, AGREEMENT) == agreement
         assert mixed.float_top1 == (1.0 if measure == "top1" else None)
-        assert mixed.chosen.top1 == (agreement if measure == "top1" else None)
+        assert value_of(mixed.chosen.scores, TOP1) == (agreement if measure == "top1" else None)
         found.append(mixed.chosen.size)
     assert found[0] == found[1]
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from qconv.metrics.comparison import bootstrap_interval, difference_interval, mcnemar_p_value, share_interval
+from qconv.metrics.similarity import bootstrap_interval, difference_interval, mcnemar_p_value, share_interval
 
 
 @pytest.mark.parametrize(

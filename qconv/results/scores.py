@@ -1,0 +1,174 @@
+"""Scores: what was measured of a model, as numbers that say themselves how they are called and printed.
+
+Reports, tables, gates and searches print and compare any list of scores, whatever they measure. A `Metric` describes
+what is measured; `metrics.registry` says which are measured of which outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+Interval = tuple[float, float]
+
+DECIBEL, SHARE = "dB", "share"
+"""Units. A share is from 0 to 1, and printed as a percentage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a score measures.
+
+    name: its key in JSON and in tables. label: as people read it. unit: DECIBEL, SHARE or "" for a plain number.
+    equal: its value where nothing differs; None where it has no bound, as SQNR. sentence, brief: how a summary and a
+    list of outputs say it, around its value. good, poor: from the first on a value is good, below the second it is bad.
+    has_interval: whether an interval can be given.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    higher_is_better: bool = True
+    equal: float | None = None
+    sentence: str = ""
+    brief: str = ""
+    good: float | None = None
+    poor: float | None = None
+    has_interval: bool = True
+
+    @property
+    def sign(self) -> str:
+        """What stands behind a value; empty for a plain number."""
+        return "%" if self.unit == SHARE else self.unit
+
+    @property
+    def heading(self) -> str:
+        """Above a column of values."""
+        return f"{self.label} {self.sign}".rstrip()
+
+    @property
+    def factor(self) -> float:
+        """Of a value as it is printed."""
+        return 100.0 if self.unit == SHARE else 1.0
+
+    def number(self, value: float, digits: int = 1) -> str:
+        """A value without its unit. digits: after the point; plain numbers have 5."""
+        return f"{self.factor * value:.{digits if self.unit else 5}f}"
+
+    def format(self, value: float | None, digits: int = 1) -> str:
+        """A value with its unit."""
+        if value is None:
+            return "equal" if self.equal is None else "-"
+        return f"{self.number(value, digits)}{'' if self.unit == SHARE else ' '}{self.sign}".rstrip()
+
+    def worst(self, values: Iterable[float]) -> float | None:
+        """The worst of several values; None of none."""
+        return min(values, default=None) if self.higher_is_better else max(values, default=None)
+
+    def lost(self, before: float, after: float) -> float:
+        """By how much a value has become worse."""
+        return before - after if self.higher_is_better else after - before
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A value of a metric. value: None where nothing differs, and that has no number. interval: at 95 %."""
+
+    metric: Metric
+    value: float | None
+    interval: Interval | None = None
+
+    @property
+    def name(self) -> str:
+        """Its key."""
+        return self.metric.name
+
+    @property
+    def unit(self) -> str:
+        """Of the value."""
+        return self.metric.unit
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger value is the better one."""
+        return self.metric.higher_is_better
+
+    @property
+    def shows_no_difference(self) -> bool:
+        """Whether it is that of equal outputs."""
+        return self.value == self.metric.equal
+
+    def in_words(self, template: str = "") -> str:
+        """The value, within `template`, or else behind the metric's label."""
+        return (template or f"{self.metric.label} {{}}").format(self.metric.format(self.value))
+
+
+SQNR = Metric("sqnr_db", "SQNR", DECIBEL, brief="{}", good=20.0, poor=10.0)
+
+AGREEMENT = Metric(
+    "agreement",
+    "agreement",
+    SHARE,
+    equal=1.0,
+    sentence="agrees with the float model on {}",
+    good=0.97,
+    poor=0.9,
+)
+
+TOP1 = Metric("top1", "top-1", SHARE)
+
+TOP5 = Metric("top5", "top-5", SHARE)
+
+COSINE = Metric("cosine", "cosine", equal=1.0, has_interval=False)
+
+ALWAYS_TOLD = (SQNR, AGREEMENT)
+"""Metrics whose keys stand in every comparison, null where they say nothing."""
+
+
+def find_score(scores: Iterable[Score], metric: Metric) -> Score | None:
+    """The score of a metric; None where it was not measured."""
+    return next((score for score in scores if score.metric.name == metric.name), None)
+
+
+def value_of(scores: Iterable[Score], metric: Metric) -> float | None:
+    """Its value; None where it was not measured, or nothing differs."""
+    found = find_score(scores, metric)
+    return None if found is None else found.value
+
+
+def worst_scores(outputs: Iterable[Sequence[Score]]) -> tuple[Score, ...]:
+    """Of each metric the worst of all outputs; one without a number only where no output has one."""
+    found: dict[str, Score] = {}
+    for score in (score for scores in outputs for score in scores):
+        known = found.setdefault(score.name, score)
+        if known.value is None or (score.value is not None and score.metric.lost(known.value, score.value) > 0):
+            found[score.name] = score
+    return tuple(found.values())
+
+
+def metrics_of(outputs: Iterable[Sequence[Score]], *, first: Sequence[Metric] = ()) -> tuple[Metric, ...]:
+    """All metrics of some lists of scores, each once. first: those that stand in front in any case."""
+    found = {metric.name: metric for metric in first}
+    for score in (score for scores in outputs for score in scores):
+        found.setdefault(score.name, score.metric)
+    return tuple(found.values())
+
+
+def as_values(scores: Sequence[Score], *, told: Sequence[Metric] = ALWAYS_TOLD) -> dict[str, float | None]:
+    """JSON-ready: {name: value}. told: metrics whose keys are there in any case."""
+    return {metric.name: value_of(scores, metric) for metric in metrics_of([scores], first=told)}
+
+
+def as_intervals(scores: Sequence[Score], *, told: Sequence[Metric] = ALWAYS_TOLD) -> dict[str, list[float] | None]:
+    """JSON-ready: {name: [low, high]} of the metrics that can have intervals. told: as in `as_values`."""
+    found: dict[str, list[float] | None] = {}
+    for metric in metrics_of([scores], first=told):
+        score = find_score(scores, metric)
+        if metric.has_interval:
+            found[metric.name] = None if score is None or score.interval is None else list(score.interval)
+    return found
+
+
+def by_unit(scores: Iterable[Score]) -> list[Score]:
+    """Shares first, then decibels, then plain numbers: as summaries and tables of measures list them."""
+    return sorted(scores, key=lambda score: (SHARE, DECIBEL, "").index(score.unit))

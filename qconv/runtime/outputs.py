@@ -1,0 +1,219 @@
+"""Decides what each output of a model holds: class scores, a class map, numbers of a regression, or integers.
+
+The decision is made once for an output, from its shape, its type and the operators that compute it, and says why.
+Whoever needs it asks `Session.model_outputs`: the centre crop of pictures, agreement, top-1, the loss of training.
+
+    integer         no floats
+    class scores    one number a class for a picture: (N, C), with or without axes of 1 behind
+    class map       one number a class for every place: (N, C, H, W), or (N, H, W, C) where the input has that layout
+    regression      everything else in floats: an embedding, a picture, boxes
+
+An embedding has length 1 (an L2 norm), ends in BatchNormalization or in pooling, or has a width such as 512 that is no
+count of classes. A picture has one or three channels as the input does, its size or a multiple, and no classifier of
+pixels (Softmax, a 1x1 Conv, a Resize of scores) at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from qconv.errors import QconvError, format_count, format_shape
+from qconv.results.quantize import OutputFact
+
+Shape = tuple[int | None, ...]
+
+NORMALIZING_OP = "LpNormalization"
+"""How an L2 norm is called here, whatever operators compute it."""
+
+SOFTMAX_OPS = frozenset({"Softmax", "LogSoftmax"})
+
+LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+POOLING_OPS = frozenset({"GlobalAveragePool", "GlobalMaxPool", "AveragePool", "MaxPool", "ReduceMean", "ReduceMax"})
+
+FEWEST_FEATURES = 64
+"""Width from which on a power of two counts as a number of features, and any multiple of it behind a pooling."""
+
+
+class OutputKind(StrEnum):
+    """What the numbers of an output are."""
+
+    CLASS_SCORES = "class-scores"
+    CLASS_MAP = "class-map"
+    REGRESSION = "regression"
+    INTEGER = "integer"
+
+
+KIND_OF_TASK = {
+    "classify": OutputKind.CLASS_SCORES,
+    "segment": OutputKind.CLASS_MAP,
+    "regress": OutputKind.REGRESSION,
+}
+"""What `--task` says of outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOrigin:
+    """What computes an output.
+
+    operators: from the output back to the last layer with weights, or to where tensors meet; without those that only
+        move values, and those that quantize. An L2 norm is called NORMALIZING_OP, and Exp over its sum Softmax.
+    kernel: the number of places that the weights of this layer cover, 1 for a 1x1 Conv; None for other operators.
+    """
+
+    operators: tuple[str, ...] = ()
+    kernel: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """An output with what it holds.
+
+    floating: whether it is a tensor of floats. shape: None for each axis that the model leaves open.
+    image: shape of the model's first input, () where it is unknown. origin: None where it is unknown.
+    task: what the user says of the model, "auto" for nothing.
+    """
+
+    name: str
+    floating: bool
+    shape: Shape
+    image: Shape = ()
+    origin: OutputOrigin | None = None
+    task: str = "auto"
+
+    def seen(self, shape: Sequence[int]) -> ModelOutput:
+        """The same, once an array of it has shown its shape."""
+        return replace(self, shape=tuple(shape))
+
+    @property
+    def kind(self) -> OutputKind:
+        """What it holds."""
+        return self._decide()[0]
+
+    @property
+    def why(self) -> str:
+        """What speaks for it, in words."""
+        return self._decide()[1]
+
+    @property
+    def fact(self) -> OutputFact:
+        """As reports hold it."""
+        kind, why = self._decide()
+        task = next((task for task, its in KIND_OF_TASK.items() if its is kind), None)
+        return OutputFact(self.name, kind, task, why)
+
+    @property
+    def axis(self) -> int:
+        """The axis of classes: the last one of a map where the input has its channels last, else 1."""
+        last = len(self.image) == 4 and self.image[3] in (1, 3) and self.image[1] not in (1, 3)
+        return 3 if last and len(self.shape) == 4 and not self._is_vector else 1
+
+    @property
+    def classes(self) -> int:
+        """How many classes it tells apart; 0 where it holds none, or the model leaves their number open."""
+        holds = self.kind in (OutputKind.CLASS_SCORES, OutputKind.CLASS_MAP)
+        return (self.shape[self.axis] or 0) if holds and len(self.shape) > self.axis else 0
+
+    @property
+    def _is_vector(self) -> bool:
+        return len(self.shape) >= 2 and set(self.shape[2:]) <= {1}
+
+    def _decide(self) -> tuple[OutputKind, str]:
+        if not self.floating:
+            return OutputKind.INTEGER, "it holds no floats"
+        told = KIND_OF_TASK.get(self.task)
+        if told is OutputKind.REGRESSION or (told and self._can_be(told)):
+            return told, f"--task {self.task}"
+        if not (self._can_be(OutputKind.CLASS_SCORES) or self._can_be(OutputKind.CLASS_MAP)):
+            return OutputKind.REGRESSION, f"the shape {format_shape(self.shape)} has no axis of classes"
+        why = self._why_features() or ("" if self._is_vector else self._why_picture())
+        if why:
+            return OutputKind.REGRESSION, why
+        return self._decide_classes()
+
+    def _can_be(self, kind: OutputKind) -> bool:
+        """Whether the shape is such a one."""
+        if kind is OutputKind.CLASS_SCORES:
+            return self._is_vector
+        return len(self.shape) == 4 and not self._is_vector and self.shape[self.axis] != 1
+
+    def _decide_classes(self) -> tuple[OutputKind, str]:
+        width = self.shape[self.axis]
+        count = "one number a class" if width is None else format_count(width, "number")
+        kind, each = (
+            (OutputKind.CLASS_SCORES, "a picture") if self._is_vector else (OutputKind.CLASS_MAP, "for every place")
+        )
+        end = next((op for op in self._operators if op in SOFTMAX_OPS | LAYER_OPS), "")
+        return kind, f"{count} {each}{f' behind {end}' if end else ''}"
+
+    @property
+    def _operators(self) -> tuple[str, ...]:
+        return () if self.origin is None else self.origin.operators
+
+    def _why_features(self) -> str:
+        """Why numbers along the axis of classes are features and no classes; empty where nothing says so."""
+        last, width = next(iter(self._operators), ""), self.shape[self.axis]
+        if last == NORMALIZING_OP:
+            return "an L2 norm gives it length 1, as embeddings have"
+        if SOFTMAX_OPS & set(self._operators) or width is None:
+            return ""
+        if self._is_vector and last == "BatchNormalization":
+            return "it ends in BatchNormalization, as embeddings do"
+        if last == "Concat" and not self._is_vector:
+            return "it joins tensors of several layers along its channels"
+        layers = [op for op in self._operators if op in LAYER_OPS]
+        pooled = last in POOLING_OPS and (not layers or layers[0] == "Conv")
+        if self._is_vector and pooled and width >= FEWEST_FEATURES and width % FEWEST_FEATURES == 0:
+            return f"{width} pooled channels are features: no layer makes classes of them"
+        if self.origin is not None and width >= FEWEST_FEATURES and width & (width - 1) == 0:
+            return f"a power of two, {width}, is a number of features rather than of classes, and no Softmax follows"
+        return ""
+
+    def _why_picture(self) -> str:
+        """Why a map is a picture and no classes; empty where it is none."""
+        if self.shape[self.axis] != 3:
+            return ""
+        if SOFTMAX_OPS & set(self._operators):
+            return ""
+        channels, size = _channels_and_size(self.image)
+        own = tuple(side for index, side in enumerate(self.shape) if index not in (0, self.axis))
+        if self.image and channels is not None and channels != 3:
+            return ""
+        if any(have is not None and had is not None and have % had for have, had in zip(own, size, strict=False)):
+            return ""  # smaller than the input, or no multiple of it
+        last = next(iter(self._operators), "")
+        if last == "Resize" and LAYER_OPS & set(self._operators):
+            return ""  # of scores; a picture that is resized is convolved again
+        if last in LAYER_OPS and self.origin is not None and self.origin.kernel == 1:
+            return ""
+        return "three channels of the input's size are a picture, and no classifier of pixels is at its end"
+
+
+def _channels_and_size(image: Shape) -> tuple[int | None, Shape]:
+    """Of an input of four axes, with channels first or last; nothing of others."""
+    if len(image) != 4:
+        return None, ()
+    last = image[3] in (1, 3) and image[1] not in (1, 3)
+    return (image[3], image[1:3]) if last else (image[1], image[2:])
+
+
+def find_class_vector(outputs: Sequence[ModelOutput]) -> int | None:
+    """Which output is one score a class, of two classes or more: the first one; None where none is."""
+    found = (i for i, o in enumerate(outputs) if o.kind is OutputKind.CLASS_SCORES and o.shape[o.axis] != 1)
+    return next(found, None)
+
+
+def require_task(model: str, outputs: Sequence[ModelOutput], task: str) -> None:
+    """Raise QconvError where `--task` names what no output can hold."""
+    wanted = KIND_OF_TASK.get(task)
+    if wanted is None or any(output.kind is wanted or not output.shape for output in outputs):
+        return
+    shapes = ", ".join(f"{output.name} is {format_shape(output.shape)}" for output in outputs)
+    needs = {
+        OutputKind.CLASS_SCORES: "an output (N, C)",
+        OutputKind.CLASS_MAP: "an output (N, C, H, W)",
+        OutputKind.REGRESSION: "an output of floats",
+    }[wanted]
+    raise QconvError(f"--task {task} needs {needs}, but of {model} {shapes}.", "leave --task out, or name another.")

@@ -1,0 +1,151 @@
+"""What outputs hold, told by small networks that end as real ones do, and what follows from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qconv.config.data_options import DataOptions
+from qconv.data.loader import DataLoader
+from qconv.errors import QconvError
+from qconv.ir.files import Source, open_original
+from qconv.reporter import Reporter
+from qconv.runtime.outputs import ModelOutput, OutputKind
+from qconv.runtime.session import Session
+from tests.support.models import ints, network
+
+SCORES, MAP, NUMBERS = OutputKind.CLASS_SCORES, OutputKind.CLASS_MAP, OutputKind.REGRESSION
+
+HEAD = "p = GlobalAveragePool(x) f = Flatten(p) "
+
+
+def session(body: str, task: str = "auto", x: tuple[int | str, ...] = ("N", 3, 8, 8), **constants: object) -> Session:
+    proto = network(body, x=x, outputs=("y",), **constants)  # type: ignore[arg-type]
+    return open_original(Source("the test's model", None, proto.SerializeToString()), 1, task)
+
+
+def output(
+    body: str, task: str = "auto", x: tuple[int | str, ...] = ("N", 3, 8, 8), **constants: object
+) -> ModelOutput:
+    (found,) = session(body, task, x, **constants).model_outputs
+    return found
+
+
+NORM = "s = Mul(e, e) t = ReduceSum<keepdims=1>(s, one) r = Sqrt(t) c = Max(r, small) y = Div(e, c)"
+
+
+@pytest.mark.parametrize(
+    ("body", "constants", "kind", "why"),
+    [
+        ("y = Gemm(f, w)", {"w": (3, 10)}, SCORES, "10 numbers a picture behind Gemm"),
+        ("y = Gemm(f, w)", {"w": (3, 1)}, SCORES, "1 number"),
+        ("g = Gemm(f, w) y = Softmax(g)", {"w": (3, 128)}, SCORES, "behind Softmax"),
+        ("g = Gemm(f, w) e = Exp(g) t = ReduceSum<keepdims=1>(e, one) y = Div(e, t)", {"w": (3, 128)}, SCORES, "Softm"),
+        ("g = Gemm(f, w) y = Relu(g)", {"w": (3, 10)}, SCORES, "behind Gemm"),
+        ("g = MatMul(f, w) y = Add(b, g)", {"w": (3, 10), "b": (10,)}, SCORES, "behind MatMul"),
+        ("g = Gemm(f, w) y = LpNormalization(g)", {"w": (3, 10)}, NUMBERS, "L2 norm"),
+        ("e = Gemm(f, w) r = ReduceL2<axes=[1]>(e) y = Div(e, r)", {"w": (3, 10)}, NUMBERS, "L2 norm"),
+        (f"e = Gemm(f, w) {NORM}", {"w": (3, 10), "small": 1e-9}, NUMBERS, "L2 norm"),
+        ("y = Gemm(f, w)", {"w": (3, 512)}, NUMBERS, "power of two, 512"),
+        (
+            "g = Gemm(f, w) y = BatchNormalization(g, b, b, b, b)",
+            {"w": (3, 10), "b": np.ones(10, np.float32)},
+            NUMBERS,
+            "BatchNorm",
+        ),
+    ],
+)
+def test_vectors(body: str, constants: dict[str, object], kind: OutputKind, why: str) -> None:
+    found = output(HEAD + body, one=ints(1), **constants)
+    assert found.kind is kind, found.why
+    assert why in found.why
+
+
+@pytest.mark.parametrize(
+    ("body", "constants", "kind"),
+    [
+        ("y = Conv(x, w)", {"w": (21, 3, 3, 3)}, MAP),
+        ("y = Conv(x, w)", {"w": (3, 3, 1, 1)}, MAP),  # a classifier of pixels
+        ("y = Conv<pads=[1, 1, 1, 1]>(x, w)", {"w": (3, 3, 3, 3)}, NUMBERS),  # a picture
+        ("c = Conv<pads=[1, 1, 1, 1]>(x, w) y = Softmax<axis=1>(c)", {"w": (3, 3, 3, 3)}, MAP),
+        ("c = Conv<strides=[2, 2], pads=[1, 1, 1, 1]>(x, w) y = Add(c, b)", {"w": (3, 3, 3, 3), "b": 1.0}, MAP),
+        ("c = Conv<pads=[1, 1, 1, 1]>(x, w) y = Add(c, x)", {"w": (3, 3, 3, 3)}, NUMBERS),  # a residual
+        ("c = Conv(x, w) y = Resize(c, , scales)", {"w": (3, 3, 1, 1), "scales": (1.0, 1.0, 2.0, 2.0)}, MAP),
+        ("c = Conv(x, w) y = Sigmoid(c)", {"w": (1, 3, 1, 1)}, NUMBERS),  # one channel tells no classes
+        ("a = Conv(x, w) b = Sigmoid(a) y = Concat<axis=1>(a, b)", {"w": (21, 3, 1, 1)}, NUMBERS),  # a detector's
+        ("c = Conv(x, w) y = GlobalAveragePool(c)", {"w": (1000, 3, 1, 1)}, SCORES),
+        ("c = Conv(x, w) y = GlobalAveragePool(c)", {"w": (1280, 3, 1, 1)}, NUMBERS),  # pooled features
+    ],
+)
+def test_maps(body: str, constants: dict[str, object], kind: OutputKind) -> None:
+    constants = {name: np.array(c, np.float32) if name == "scales" else c for name, c in constants.items()}
+    found = output(body, **constants)
+    assert found.kind is kind, found.why
+
+
+def test_three_channels_of_a_grey_picture_are_no_picture() -> None:
+    body = "y = Conv<pads=[1, 1, 1, 1]>(x, w)"
+    assert output(body, x=("N", 1, 8, 8), w=(3, 1, 3, 3)).kind is MAP
+
+
+def test_channels_that_come_last_are_the_classes() -> None:
+    """As tf2onnx writes a segmenter: axes change places at both ends."""
+    body = "t = Transpose<perm=[0, 3, 1, 2]>(x) c = Conv(t, w) y = Transpose<perm=[0, 2, 3, 1]>(c)"
+    found = output(body, x=("N", 8, 8, 3), w=(5, 3, 1, 1))
+    assert (found.kind, found.axis, found.classes) == (MAP, 3, 5)
+
+
+def test_other_types_and_shapes() -> None:
+    assert output("y = ArgMax(x)").kind is OutputKind.INTEGER
+    assert output("y = ReduceMean<axes=[2, 3]>(x)").kind is SCORES  # 3 numbers may be classes
+    assert output("y = ReduceMean<axes=[3], keepdims=0>(x)").kind is NUMBERS
+
+
+def test_quantized_files_are_told_as_float_ones_are() -> None:
+    """Quantizers behind the layer, and weights behind a dequantizer, change nothing."""
+    quantize = "q = QuantizeLinear(g, s, z) y = DequantizeLinear(q, s, z)"
+    body = f"{HEAD} v = DequantizeLinear(w, s, z) g = Gemm(f, v) {quantize}"
+    found = output(body, w=np.ones((3, 10), np.int8), s=0.1, z=np.array(0, np.int8))
+    assert (found.kind, found.origin and found.origin.operators) == (SCORES, ("Gemm",))
+
+
+def test_without_operators_the_shape_alone_tells() -> None:
+    assert ModelOutput("y", True, (1, 512)).kind is SCORES
+    assert ModelOutput("y", True, ()).seen((1, 10)).kind is SCORES
+    assert ModelOutput("y", True, (1, 3, 64, 64)).kind is NUMBERS
+
+
+@pytest.mark.parametrize(
+    ("body", "w", "task", "kind"),
+    [
+        (HEAD + "y = Gemm(f, w)", (3, 512), "classify", SCORES),
+        (HEAD + "y = Gemm(f, w)", (3, 10), "regress", NUMBERS),
+        ("y = Conv(x, w)", (3, 3, 3, 3), "segment", MAP),
+        ("y = Conv(x, w)", (21, 3, 3, 3), "regress", NUMBERS),
+    ],
+)
+def test_the_user_settles_it(body: str, w: tuple[int, ...], task: str, kind: OutputKind) -> None:
+    found = output(body, task, w=w)
+    assert found.kind is kind
+    assert found.why == f"--task {task}"
+
+
+@pytest.mark.parametrize(("body", "task"), [("y = Relu(x)", "classify"), (HEAD + "y = Relu(f)", "segment")])
+def test_a_task_that_no_output_can_hold(body: str, task: str) -> None:
+    with pytest.raises(QconvError, match=f"--task {task} needs"):
+        output(body, task)
+
+
+@pytest.mark.parametrize(
+    ("classes", "task", "cropped"), [(10, "auto", True), (512, "auto", False), (512, "classify", True)]
+)
+def test_an_embedding_gets_no_centre_crop(tmp_path: Path, classes: int, task: str, cropped: bool) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    found = session(HEAD + "y = Gemm(f, w)", task, w=(3, classes))
+    feed = DataLoader.of(found, DataOptions((str(tmp_path),)), Reporter())
+    assert feed.preprocessing is not None
+    assert ("centre crop" in feed.preprocessing.in_words()) is cropped
