@@ -24,8 +24,7 @@ if TYPE_CHECKING:
         synthesize,
     )
     from qconv.config.choices import Drop, LayerBits
-    from qconv.config.data_options import DataOptions
-    from qconv.config.preprocessing import PreprocessingOptions
+    from qconv.config.data_options import DataOptions, PreprocessingOptions
     from qconv.config.recipe import Recipe
     from qconv.config.targets import TARGETS, Target
     from qconv.errors import QconvError
@@ -71,7 +70,7 @@ _PLACES = {
     "Drop": "config.choices",
     "Evaluation": "analysis.evaluate",
     "LayerBits": "config.choices",
-    "PreprocessingOptions": "config.preprocessing",
+    "PreprocessingOptions": "config.data_options",
     "QconvError": "errors",
     "Recipe": "config.recipe",
     "Report": "results.quantize",

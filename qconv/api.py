@@ -26,8 +26,7 @@ from qconv.auditing.audit import FileAudit
 from qconv.calibration import statistics_file
 from qconv.calibration.statistics_file import MergedStatistics
 from qconv.config.choices import SYNTHESIS_STEPS, check_run_options
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import request_fields
 from qconv.data.dataset import ArraySamples

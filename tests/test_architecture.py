@@ -33,7 +33,7 @@ LONG_MODULES = {
     "data/autodetect.py": "one sequential test and what feeds it",
     "data/images.py": "from a file to the input of a network, step by step",
     "data_free/propagation.py": "a table of rules by operator, for means and for distributions",
-    "quantization/second_order.py": "one pass and the solver it is made of",
+    "quantization/sequential_rounding.py": "one pass and the solver it is made of",
     "training/onnx_ops.py": "a table of ONNX operators in PyTorch",
     "training/synthesize.py": "one command and its optimizer",
     "training/trainable.py": "a table of what can be trained in a Q/DQ file",

@@ -17,7 +17,7 @@ import pytest
 from qconv.cli import manual as command_module
 from qconv.cli.main import cli
 from qconv.cli.options import parse_number
-from qconv.config.preprocessing import PRESETS
+from qconv.config.data_options import PRESETS
 from qconv.report.manual_page import name_topics, render
 from tests.support.libraries import MOVES_CODES, needs, runner
 from tests.support.reference import GENERATED, MANUAL, README, ROOT, between

@@ -17,8 +17,7 @@ from PIL import Image
 
 import qconv
 from qconv.config.choices import CALIBRATORS, Scheme, WeightGranularity
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
+from qconv.config.data_options import Color, DataOptions, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source

@@ -7,7 +7,7 @@
                         (Zhao et al. 2019, arXiv 1901.09504)
     dead-channels       zero on all images, so that their range on others is unknown
     bias-overflow       |b| / (s_x s_w) beyond 2^30: an int32 bias would leave no room for the sum
-    saturation          pairs of products beyond 16 bits on x86 without VNNI (quantization.overflow)
+    saturation          pairs of products beyond 16 bits on x86 without VNNI (quantization.saturation)
     gate                x * sigmoid(x) and its kin: two tensors are rounded, and small products of large values matter
     wide-concat         tensors on one scale whose ranges differ by CONCAT or more: those of a Concat, or of a head
     preprocessing       what training has stored speaks against the preprocessing (data.autodetect)

@@ -458,7 +458,8 @@ def compare_on_images(
 
     Args:
         float_model, model: The files.
-        recipe: Names the images (its `calib`), and their preprocessing.
+        data: The images, and their preprocessing.
+        threads: Of ONNX Runtime; None for its own choice.
         reporter: Hears of progress and warnings.
 
     Raises:

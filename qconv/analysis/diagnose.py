@@ -35,8 +35,7 @@ from qconv.analysis.remedies import (
 from qconv.analysis.trials import HeldOutImages, TrialRun, TrialRunner, hold_out_images
 from qconv.config import serialization
 from qconv.config.choices import option_name
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PRESETS, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import PRESETS, DataOptions, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import make_request
 from qconv.config.serialization import format_option
 from qconv.data.autodetect import CERTAIN_MARGIN, SHAPE_OPTIONS, detect_preprocessing, is_same_preprocessing

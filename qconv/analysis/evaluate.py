@@ -23,8 +23,7 @@ from qconv.data.loader import ModelWithData, Outputs, open_models
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.metrics.classification import PredictionRecorder, Predictions
-from qconv.metrics.comparison import ComparisonAccumulator
-from qconv.metrics.registry import EVALUATED, LABELLED
+from qconv.metrics.comparison import EVALUATED, LABELLED, ComparisonAccumulator
 from qconv.metrics.similarity import difference_interval, mcnemar_p_value, share_interval
 from qconv.reporter import Reporter
 from qconv.results.quantize import OutputFact, OutputScore

@@ -31,7 +31,7 @@ from qconv.ir.model import DataType, Model, Node, attribute, constant_array, inp
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule, with_
 from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION
-from qconv.quantization.overflow import worst_pair_ratio
+from qconv.quantization.saturation import worst_pair_ratio
 from qconv.results.quantize import Audit, FloatNode, LayerTime, Saturation
 from qconv.runtime.benchmark import Cpu, detect_cpu
 from qconv.runtime.session import RUNTIME_VERSION, Session, make_random_inputs

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 import qconv
 from qconv import storage
 from qconv.calibration.sketch import LIMBS, ExactSum, Sketch
-from qconv.config.preprocessing import Color, Layout, Preprocessing, ResizeFilter
+from qconv.config.data_options import Color, Layout, Preprocessing, ResizeFilter
 from qconv.errors import QconvError, format_count
 from qconv.reporter import Reporter
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from qconv.cli.command import make_arguments, run_command
+from qconv.cli.command import CommandFiles, CommandResult, OutputOptions, make_arguments, print_to, run_command
 from qconv.cli.options import HELP_WIDTH, NO_STREAM, batch_option, common_options, csv_option, size_option
-from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.reporter import Reporter
 
 

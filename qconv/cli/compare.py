@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from qconv.cli.command import make_arguments, require_names, run_command
+from qconv.cli.command import (
+    CommandFiles,
+    CommandResult,
+    OutputOptions,
+    make_arguments,
+    print_to,
+    require_names,
+    run_command,
+)
 from qconv.cli.options import (
     HELP_WIDTH,
     combine_options,
@@ -16,10 +24,8 @@ from qconv.cli.options import (
     preprocessing_options,
     report_option,
 )
-from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.config.choices import check_run_options
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.reporter import Reporter
 
 COMPARED_IMAGES = 64

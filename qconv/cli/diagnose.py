@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from qconv.cli.command import require_names, run_command
+from qconv.cli.command import CommandFiles, CommandResult, OutputOptions, print_to, require_names, run_command
 from qconv.cli.options import HELP_WIDTH, images_option
-from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.cli.recipe_file import given_options
 from qconv.cli.recipe_options import require_images, select_options_without
 from qconv.reporter import Reporter

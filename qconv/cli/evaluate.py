@@ -8,12 +8,18 @@ from typing import Any
 
 import click
 
-from qconv.cli.command import make_arguments, require_names, run_command
+from qconv.cli.command import (
+    CommandFiles,
+    CommandResult,
+    OutputOptions,
+    make_arguments,
+    print_to,
+    require_names,
+    run_command,
+)
 from qconv.cli.options import HELP_WIDTH, combine_options, common_options, csv_option, preprocessing_options
-from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.config.choices import check_run_options
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.reporter import Reporter
 
 TABLE_SUFFIXES = (".csv", ".npz")

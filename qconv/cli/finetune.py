@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qconv.cli.command import make_arguments, require_names, run_command
+from qconv.cli.command import (
+    CommandFiles,
+    CommandResult,
+    OutputOptions,
+    make_arguments,
+    print_to,
+    require_names,
+    run_command,
+)
 from qconv.cli.options import (
     HELP_WIDTH,
     combine_options,
@@ -17,11 +25,9 @@ from qconv.cli.options import (
     device_option,
     preprocessing_options,
 )
-from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.cli.recipe_options import raise_usage_errors
 from qconv.config.choices import check_run_options
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.errors import QconvError, format_count, require_torch
 from qconv.reporter import Reporter
 

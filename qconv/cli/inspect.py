@@ -9,9 +9,16 @@ from typing import Any
 
 import click
 
-from qconv.cli.command import make_arguments, require_names, run_command
+from qconv.cli.command import (
+    CommandFiles,
+    CommandResult,
+    OutputOptions,
+    make_arguments,
+    print_to,
+    require_names,
+    run_command,
+)
 from qconv.cli.options import HELP_WIDTH, csv_option, output_options
-from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 

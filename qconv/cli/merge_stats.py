@@ -8,9 +8,8 @@ from typing import Any, TextIO
 
 import click
 
-from qconv.cli.command import make_arguments, require_names, run_command
+from qconv.cli.command import CommandFiles, CommandResult, OutputOptions, make_arguments, require_names, run_command
 from qconv.cli.options import HELP_WIDTH, output_options
-from qconv.cli.output import CommandFiles, CommandResult, OutputOptions
 from qconv.errors import format_count
 from qconv.reporter import Reporter
 

@@ -30,7 +30,7 @@ from qconv.config.choices import (
     Scheme,
     WeightGranularity,
 )
-from qconv.config.preprocessing import AUTO, PRESETS, Color, Layout, ResizeFilter
+from qconv.config.data_options import AUTO, PRESETS, Color, Layout, ResizeFilter
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 

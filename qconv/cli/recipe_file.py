@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 
-from qconv.cli.output import CommandFiles
+from qconv.cli.command import CommandFiles
 from qconv.cli.recipe_options import collect_fields, find_typed_options, make_request_of_fields, quantize_parameters
 from qconv.config.choices import NO_IMAGES
 from qconv.config.data_options import DataOptions

@@ -1,4 +1,4 @@
-"""The Recipe that options come to, and what stands between: fields of it before any follows from another."""
+"""Makes a Recipe and DataOptions of the parsed options of a command."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from click.core import ParameterSource
 
 from qconv.cli.options import quantize_options
 from qconv.config.choices import BLOCK_SIZE, NAMED_RECIPES, NO_IMAGES, WeightGranularity
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import Color, Layout, PreprocessingOptions, ResizeFilter
+from qconv.config.data_options import Color, DataOptions, Layout, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe, make_request
 from qconv.config.serialization import read_layer_bits
 from qconv.errors import QconvError

@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qconv.cli.command import require_names, run_command
+from qconv.cli.command import (
+    CommandFiles,
+    CommandResult,
+    OutputOptions,
+    format_command_line,
+    require_names,
+    run_command,
+)
 from qconv.cli.options import HELP_WIDTH, images_option
-from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, format_command_line
 from qconv.cli.quantize import require_streams
 from qconv.cli.recipe_file import given_options
 from qconv.cli.recipe_options import require_images, select_options_without

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qconv.cli.command import make_arguments, require_names, run_command
+from qconv.cli.command import (
+    CommandFiles,
+    CommandResult,
+    OutputOptions,
+    make_arguments,
+    print_to,
+    require_names,
+    run_command,
+)
 from qconv.cli.options import (
     HELP_WIDTH,
     combine_options,
@@ -19,9 +27,8 @@ from qconv.cli.options import (
     preprocessing_options,
     report_option,
 )
-from qconv.cli.output import CommandFiles, CommandResult, OutputOptions, print_to
 from qconv.config.choices import SYNTHESIS_STEPS
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import PreprocessingOptions
 from qconv.errors import format_count, format_shape, require_torch
 from qconv.reporter import Reporter
 

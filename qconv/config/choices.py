@@ -1,7 +1,7 @@
 """Lists the values that recipe options accept, by the names that users know, and validates plain values.
 
 Standard library only, so that `qconv --help` imports no numpy. The `require_*` and `as_*` functions check and convert
-what `config/recipe.py` and `config/preprocessing.py` are given, and raise a QconvError with the fix.
+what `config/recipe.py` and `config/data_options.py` are given, and raise a QconvError with the fix.
 """
 
 from __future__ import annotations

@@ -1,16 +1,235 @@
-"""Defines `DataOptions`: which images a command reads, and how a network is fed with them."""
+"""Defines `DataOptions`: which images a command reads, and how a network is fed with them.
+
+Presets of published preprocessing, what the user says, and both joined; pixels are computed in `data/images`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qconv.config.choices import NO_IMAGES, TASKS, as_json_value, as_texts, option_name, require, require_integer
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.choices import (
+    NO_IMAGES,
+    TASKS,
+    as_json_value,
+    as_member,
+    as_numbers,
+    as_texts,
+    option_name,
+    require,
+    require_finite,
+    require_integer,
+)
+from qconv.errors import QconvError
 
 if TYPE_CHECKING:
     from qconv.data.dataset import ArraySamples
+
+
+class Color(StrEnum):
+    """Channel order that the network was trained with."""
+
+    RGB = "rgb"
+    BGR = "bgr"
+    GREY = "grey"
+
+
+class Layout(StrEnum):
+    """Axis order of the network's input."""
+
+    NCHW = "nchw"
+    NHWC = "nhwc"
+
+
+class ResizeFilter(StrEnum):
+    """Interpolation used when a picture is resized."""
+
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A published normalisation: `(pixel * scale - mean) / std` on pixels 0 to 255."""
+
+    color: Color
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+PRESETS: dict[str, Preset] = {
+    "imagenet": Preset(Color.RGB, 1 / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "tf": Preset(Color.RGB, 1 / 127.5, (1.0,), (1.0,)),
+    "caffe": Preset(Color.BGR, 1.0, (103.939, 116.779, 123.68), (1.0,)),
+    "unit": Preset(Color.RGB, 1 / 255, (0.0,), (1.0,)),
+    "raw": Preset(Color.RGB, 1.0, (0.0,), (1.0,)),
+}
+
+RESIZE_MODES = ("auto", "exact", "letterbox")
+"""How the size is reached, where it is no shorter side in pixels."""
+
+AUTO = "auto"
+"""In place of a preset: find out which."""
+
+LARGEST_PLAUSIBLE_INPUT = 1000.0
+"""What no network is trained on; pixels as they are end at 255."""
+
+CROP_SHARE = 0.875  # 224 of 256: the share of the shorter side that ImageNet evaluation keeps
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessingOptions:
+    """What the user said about the pictures; None where the preset or the model decides.
+
+    preset: a name in PRESETS, or "auto" (as None) to find out which fits the model.
+    resize: "auto", "exact", "letterbox" or the shorter side in pixels, then the centre is cropped.
+    size: (height, width) where the model leaves them open.
+    """
+
+    preset: str | None = AUTO
+    scale: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    color: Color | None = None
+    layout: Layout | None = None
+    resize: str | int = "auto"
+    filter: ResizeFilter = ResizeFilter.BILINEAR
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "preset", self.preset or AUTO)
+        for name, kind in (("color", Color), ("layout", Layout), ("filter", ResizeFilter)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_member(kind, getattr(self, name), f"--{name}"))
+        for name in ("mean", "std"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_numbers(getattr(self, name), f"--{name}"))
+        if self.scale is not None:
+            object.__setattr__(self, "scale", as_numbers(self.scale, "--scale")[0])
+        require(isinstance(self.resize, str | int), f"--resize {self.resize}", "use a word or a number of pixels.")
+        pair = isinstance(self.size, tuple) and len(self.size) == 2 and all(isinstance(n, int) for n in self.size)
+        require(self.size is None or pair, f"--size {self.size}", "use two whole numbers: height and width.")
+        scale = None if self.scale is None else (self.scale,)
+        for option, numbers in (("--scale", scale), ("--mean", self.mean), ("--std", self.std)):
+            require_finite(option, numbers)
+        if self.scale == 0:
+            raise QconvError("--scale is zero: all pictures would look the same.", "give another number, as 1/255.")
+        if self.std is not None and 0 in self.std:
+            raise QconvError("--std has a zero: pixels cannot be divided by it.", "give a positive number a channel.")
+        if isinstance(self.resize, int):
+            require(self.resize >= 1, f"--resize {self.resize}", "use at least 1 pixel.")
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedNormalization:
+    """A normalisation that a file does itself: `(pixel * scale - mean) / std`. layout: that of the float network."""
+
+    preset: str
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """The preprocessing in full, as it will be done: `(pixel * scale - mean) / std` after resizing.
+
+    mean and std have one entry, or one a channel, in the channel order of `color`. size is (height, width).
+    class_vector: the network's output is one score a class, which decides what "auto" resizing means.
+    embedded: the normalisation that is inside the file, which then takes the pixels themselves, as uint8; else None.
+    """
+
+    preset: str
+    source: str
+    color: Color
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layout: Layout
+    resize: str | int
+    filter: ResizeFilter
+    size: tuple[int, int]
+    class_vector: bool
+    embedded: EmbeddedNormalization | None = None
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return 1 if self.color is Color.GREY else 3
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a batch of one, in this layout."""
+        height, width = self.size
+        return (1, self.channels, height, width) if self.layout is Layout.NCHW else (1, height, width, self.channels)
+
+    @property
+    def keeps_pixels(self) -> bool:
+        """Whether pixels stay the numbers that they are."""
+        return self.scale == 1 and not any(self.mean) and set(self.std) == {1.0}
+
+    def as_pixels(self, layout: Layout) -> Preprocessing:
+        """What is left to do in front of a file that normalises by itself and takes pixels in `layout`."""
+        inside = EmbeddedNormalization(self.preset, self.scale, self.mean, self.std, self.layout)
+        return replace(self, preset="raw", scale=1.0, mean=(0.0,), std=(1.0,), layout=layout, embedded=inside)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return dict(as_json_value(self))
+
+    def in_words(self) -> str:
+        """One sentence for the summary."""
+        height, width = self.size
+        done = _format_formula(self.embedded or self)
+        shape = f"{self.layout.upper()} {height}x{width}, {self._resize_in_words()}"
+        if self.embedded is not None:
+            return f"{self.color.upper()} pixels as they are, uint8 {shape}; inside the file: {done}; {self.source}"
+        return f"{self.color.upper()} {done}, {shape}; {self.source}"
+
+    def doubt(self) -> str:
+        """Why these numbers can hardly be what the network was trained with; empty for most."""
+        ends = [
+            (level * self.scale - m) / s
+            for level in (0.0, 255.0)
+            for m, s in _mean_std_per_channel(self.mean, self.std)
+        ]
+        low, high = min(ends), max(ends)
+        if high - low >= 0.1 and max(-low, high) <= LARGEST_PLAUSIBLE_INPUT and low <= 0 <= high:
+            return ""
+        return (
+            f"pixels from 0 to 255 become {low:.4g} to {high:.4g}, which is unusual: --mean and --std speak of pixels "
+            f"that are multiplied by --scale {self.scale:.6g} first (for pixels as they are, pass --scale 1)"
+        )
+
+    def _resize_in_words(self) -> str:
+        if isinstance(self.resize, int):
+            return f"shorter side to {self.resize}, centre crop"
+        if self.resize != "auto":
+            return "stretched" if self.resize == "exact" else "letterboxed"
+        if not self.class_vector:
+            return "stretched"
+        height, width = self.size
+        least = tuple(round(side / CROP_SHARE) for side in self.size)
+        wish = f"shorter side to {least[0]}" if height == width else f"scaled to cover {least[0]}x{least[1]}"
+        return f"{wish}, centre crop (unless already {height}x{width})"
+
+
+def _format_formula(done: Preprocessing | EmbeddedNormalization) -> str:
+    mean, std = (", ".join(f"{v:.6g}" for v in values) for values in (done.mean, done.std))
+    # 1/127.5 reads better than 0.00784314
+    scale = f"1/{1 / done.scale:.6g}" if 0 < done.scale < 1 else f"{done.scale:.6g}"
+    return f"(pixel x {scale} - [{mean}]) / [{std}]"
+
+
+def _mean_std_per_channel(mean: tuple[float, ...], std: tuple[float, ...]) -> Iterator[tuple[float, float]]:
+    """Mean and standard deviation of every channel, where either may be given for all."""
+    count = max(len(mean), len(std))
+    yield from zip(mean * (count // len(mean)), std * (count // len(std)), strict=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,8 +42,7 @@ from qconv.config.choices import (
     require,
     require_integer,
 )
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import Layout
+from qconv.config.data_options import DataOptions, Layout
 from qconv.config.targets import TARGETS
 
 

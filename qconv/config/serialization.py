@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv.config.choices import FLOAT_BITS, NO_IMAGES, Drop, LayerBits, WeightGranularity, option_name
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
 from qconv.errors import QconvError
 

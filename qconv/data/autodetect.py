@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.preprocessing import AUTO, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import AUTO, Preprocessing, PreprocessingOptions
 from qconv.data import images
 from qconv.data.evidence import PreprocessingFact, ReferenceStatistics, find_fact, find_references
 from qconv.data.hypotheses import (

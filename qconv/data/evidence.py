@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
+from qconv.config.data_options import Color, Layout, PreprocessingOptions
 from qconv.ir.metadata import PREPROCESSING_KEY, read_preprocessing
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, input_of, rank
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.preprocessing import Color, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import Color, Preprocessing, PreprocessingOptions
 from qconv.data.evidence import PreprocessingFact, ReferenceStatistics
 from qconv.data.images import InputSpec, resolve_preprocessing
 from qconv.runtime.outputs import OutputKind

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import storage
-from qconv.config.preprocessing import (
+from qconv.config.data_options import (
     AUTO,
     CROP_SHARE,
     PRESETS,

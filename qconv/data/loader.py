@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import AUTO, Color, Layout, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import AUTO, Color, DataOptions, Layout, Preprocessing, PreprocessingOptions
 from qconv.data import images
 from qconv.data.autodetect import detect_preprocessing
 from qconv.data.dataset import SAMPLE_SUFFIXES, Listing, list_samples, suffix_of

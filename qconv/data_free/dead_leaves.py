@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.preprocessing import Color, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import Color, Preprocessing, PreprocessingOptions
 from qconv.data import images
 from qconv.data.dataset import Listing
 from qconv.data.images import InputSpec, resolve_preprocessing

@@ -26,7 +26,7 @@ from qconv.calibration.observer import (
 )
 from qconv.calibration.sketch import MOST_COLUMNS, ExactSum, Sketch, columns_per_image, count_bins
 from qconv.config.choices import NO_IMAGES
-from qconv.config.preprocessing import Preprocessing
+from qconv.config.data_options import Preprocessing
 from qconv.data.loader import Batch
 from qconv.data_free.dead_leaves import (
     IMAGE_COUNT,

@@ -26,8 +26,7 @@ from google.protobuf.message import DecodeError, Message
 from qconv.errors import QconvError
 from qconv.ir.metadata import FLOAT_MODEL_KEY, VERSION_KEY
 from qconv.ir.model import Model, ir
-from qconv.ir.output_origins import find_output_origins
-from qconv.runtime.outputs import OutputOrigin, require_task
+from qconv.runtime.outputs import OutputOrigin, find_output_origins, require_task
 from qconv.runtime.session import Session
 from qconv.storage import check_output_path, convert_os_errors, locked_folder, sync_file, sync_folder, temporary_path
 

@@ -29,10 +29,7 @@ import onnx
 
 from qconv.config.targets import LOWEST_OPSET
 from qconv.errors import Change, QconvError
-from qconv.ir.constants import (
-    fold_constant_nodes,
-    lift_constants,
-)
+from qconv.ir.constants import fold_constant_nodes, lift_constants
 from qconv.ir.files import Source, iter_tensors, not_onnx_error
 from qconv.ir.model import Model, attribute, input_of, ir
 from qconv.ir.operators import operator

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.choices import WeightGranularity
-from qconv.config.preprocessing import PRESETS, RESIZE_MODES, Color, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import PRESETS, RESIZE_MODES, Color, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import IR_VERSIONS, LOWEST_OPSET, OLDEST_RUNTIMES
 from qconv.errors import QconvError

@@ -1,1 +1,1 @@
-"""How near, how right, how sure: one module a task."""
+"""How near, how right, how sure: outputs of two models compared, accuracy on labels."""

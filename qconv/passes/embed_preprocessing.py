@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.preprocessing import Layout, Preprocessing
+from qconv.config.data_options import Layout, Preprocessing
 from qconv.data.images import LAYOUT_AXES, layout_order
 from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.layers import (

@@ -1,1 +1,1 @@
-"""The story of `quantize`."""
+"""The steps of `quantize` in order: prepare, collect, quantize, check."""

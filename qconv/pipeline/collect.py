@@ -1,4 +1,4 @@
-"""Where statistics come from: one pass over pictures, or a file that an earlier pass has left."""
+"""Collects calibration statistics: from images, from a statistics file, or from BatchNormalization."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from qconv.calibration import statistics_file
 from qconv.calibration.observer import Observer, observe, open_observed_session
 from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.calibration.sketch import Sketch, SketchContents
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import Layout, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import DataOptions, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.autodetect import DetectedPreprocessing, detect_preprocessing, detect_without_images
 from qconv.data.images import InputSpec, resolve_preprocessing

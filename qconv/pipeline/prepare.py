@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import Preprocessing
+from qconv.config.data_options import DataOptions, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Finding

@@ -1,1 +1,1 @@
-"""Which tensor becomes integer, and why not."""
+"""Which tensor becomes integer, which node stays float, and why."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qconv.config.preprocessing import Preprocessing
+from qconv.config.data_options import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS, CostTable, Target
 from qconv.ir.load import infer_shapes_at

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from qconv.ir.layers import weight_rows_of, weights_from_rows
 from qconv.ir.model import Node, constant_array
 from qconv.planning.plan import LayerPlan
-from qconv.quantization import overflow
+from qconv.quantization import saturation
 from qconv.quantization.input_moments import InputMoments
 from qconv.quantizer import PerBlock, PerTensor, QuantParams
 
@@ -311,10 +311,10 @@ class LayerRounder:
         """
         axis = self.layer.rule.output_axis
         for _ in range(MOST_WIDENINGS):
-            over = overflow.pair_excess(codes, *limits, output_axis=axis)
+            over = saturation.pair_excess(codes, *limits, output_axis=axis)
             if np.all(over <= 1):
                 return params, codes
-            over = np.maximum(over, np.where(over > 1, overflow.SMALLEST_WIDENING, 1.0))
+            over = np.maximum(over, np.where(over > 1, saturation.SMALLEST_WIDENING, 1.0))
             gain = over.max() if params.scale.ndim == 0 else over
             params = params.with_scale((params.scale * gain).astype(np.float32))
             rows = self._rows(codes).astype(codes.dtype)
@@ -323,7 +323,7 @@ class LayerRounder:
             rows[:, changed], _ = self._row_codes(params, changed)
             codes = self._stored(rows)
         weight = self._stored(self.wanted)
-        params = overflow.widen_scales(params, weight, *limits, output_axis=axis)
+        params = saturation.widen_scales(params, weight, *limits, output_axis=axis)
         return params, params.quantize(weight)
 
     def _rows(self, codes: Codes) -> Float64:

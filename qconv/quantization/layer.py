@@ -26,7 +26,7 @@ from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.layers import input_means_of
 from qconv.ir.model import attribute, constant_array, input_of
 from qconv.planning.plan import LayerPlan
-from qconv.quantization import overflow, weight_ranges
+from qconv.quantization import saturation, weight_ranges
 from qconv.quantization.weight_ranges import WEIGHT_RANGE_ESTIMATORS
 from qconv.quantizer import SMALLEST_SCALE, PerChannel, QuantParams, bias_params, group_extremes
 
@@ -200,7 +200,7 @@ def fit_scales(
         params = widened
     limits = find_pair_limits(layer, source, target, widest=params.widest, saturation_safe=saturation_safe)
     if limits is not None:
-        params = overflow.widen_scales(params, weight, *limits, output_axis=layer.rule.output_axis)
+        params = saturation.widen_scales(params, weight, *limits, output_axis=layer.rule.output_axis)
     return params, findings
 
 

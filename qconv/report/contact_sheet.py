@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.preprocessing import Color, Layout, Preprocessing
+from qconv.config.data_options import Color, Layout, Preprocessing
 from qconv.data.images import encode_thumbnail
 from qconv.data.loader import Batch, DataLoader
 from qconv.errors import QconvError, format_count

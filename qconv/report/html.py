@@ -21,14 +21,7 @@ from qconv.report.text import format_trial_gain, format_trial_value
 from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, Trial, ValueStatistics
 from qconv.results.quantize import Audit, FloatNode, group_float_nodes
 from qconv.results.sample_curve import SampleCurve, Spread, format_score
-from qconv.results.scores import (
-    AGREEMENT,
-    ALWAYS_TOLD,
-    SHARE,
-    Metric,
-    find_score,
-    metrics_of,
-)
+from qconv.results.scores import AGREEMENT, ALWAYS_TOLD, SHARE, Metric, find_score, metrics_of
 from qconv.results.training import SynthesisResult
 
 Tone = Literal["good", "bad", "plain"]

@@ -16,7 +16,7 @@ from rich.text import Text
 from qconv.analysis.evaluate import Evaluation
 from qconv.auditing.audit import FileAudit
 from qconv.errors import format_count, format_shape
-from qconv.metrics.registry import LABELLED
+from qconv.metrics.comparison import LABELLED
 from qconv.metrics.similarity import SIGNIFICANT, difference_interval
 from qconv.results.comparison import Cause, Comparison, Diagnosis, LayerComparison, Sweep, Trial
 from qconv.results.quantize import FloatNode, group_float_nodes

@@ -1,7 +1,7 @@
 """Scores: what was measured of a model, as numbers that say themselves how they are called and printed.
 
 Reports, tables, gates and searches print and compare any list of scores, whatever they measure. A `Metric` describes
-what is measured; `metrics.registry` says which are measured of which outputs.
+what is measured; `metrics.comparison` says which are measured of which outputs.
 """
 
 from __future__ import annotations

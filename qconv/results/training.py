@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import qconv
-from qconv.config.preprocessing import Preprocessing
+from qconv.config.data_options import Preprocessing
 from qconv.results.quantize import Audit, Gate, Verification
 
 if TYPE_CHECKING:

@@ -26,15 +26,14 @@ from qconv.ir import subgraph
 from qconv.ir.metadata import set_ir_version
 from qconv.ir.model import Model
 from qconv.metrics.classification import top1_accuracy
-from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
-from qconv.metrics.registry import DROPS
+from qconv.metrics.comparison import DROPS, OutputArrays, ReferenceOutputs, collect_reference_outputs
 from qconv.passes.compress_constants import compress_constants
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan, replan
 from qconv.quantization.emit import emit
 from qconv.quantization.input_moments import is_held_out
 from qconv.quantization.parameters import NO_RANGE_FACTORS, Params, carry_over_params, choose_params
-from qconv.quantization.second_order import round_layers_sequentially
+from qconv.quantization.sequential_rounding import round_layers_sequentially
 from qconv.reporter import Reporter
 from qconv.results.quantize import Verification
 from qconv.results.scores import TOP1, Metric, Score, value_of

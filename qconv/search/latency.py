@@ -14,7 +14,7 @@ from pathlib import Path
 from qconv import storage
 from qconv.auditing.audit import make_node_namer, profile_nodes
 from qconv.calibration.sketch import Sketch
-from qconv.config.preprocessing import Preprocessing
+from qconv.config.data_options import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.ir import files, subgraph

@@ -35,7 +35,7 @@ from qconv.quantization.gptq import read_weight_shape
 from qconv.quantization.input_moments import accumulate_moments, is_held_out
 from qconv.quantization.layer import LayerInput, LayerParams, quantize_layer
 from qconv.quantization.parameters import Params, find_layer_input, find_layer_sketch
-from qconv.quantization.second_order import EffectiveRange, LayerSolver, first_input
+from qconv.quantization.sequential_rounding import EffectiveRange, LayerSolver, first_input
 from qconv.quantizer import PerChannel
 from qconv.storage import ArrayStore, StoredArrays
 

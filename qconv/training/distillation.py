@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from qconv.config.preprocessing import Layout, Preprocessing
+from qconv.config.data_options import Layout, Preprocessing
 from qconv.data.images import InputSpec, layout_order
 from qconv.data.loader import ModelWithData
 from qconv.errors import QconvError, format_shape

@@ -47,7 +47,7 @@ from qconv.training.distillation import (
 from qconv.training.network import TorchNetwork, resolve_device, run_deterministically, to_arrays
 from qconv.training.options import FinetuneOptions
 from qconv.training.trainable import LearnedParameters, find_sites
-from qconv.training.trainer import Trainer, TrainingCheckpoint, TrainingSchedule
+from qconv.training.trainer import Trainer, TrainingCheckpoint, TrainingSettings
 
 RATE_FACTORS = {"weights": 1.0, "weight_scales": 0.1, "activation_scales": 0.1, "biases": 0.2}
 """Factors of the learning rate, which is that of weights in integer steps."""
@@ -84,7 +84,7 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Repor
         before = desk.judged(source.runnable)
         rates = {kind: wishes.rate * factor for kind, factor in RATE_FACTORS.items()}
         batch = min(wishes.batch, len(desk.lesson.taught))
-        trainer = Trainer(desk.lesson, TrainingSchedule(wishes.epochs, batch, rates, wishes.augment, wishes.data.seed))
+        trainer = Trainer(desk.lesson, TrainingSettings(wishes.epochs, batch, rates, wishes.augment, wishes.data.seed))
         kept = TrainingCheckpoint(out, _fingerprint(source, teacher, desk.lesson.inputs.album, wishes, desk.device))
         resumed = kept.read_into(trainer, reporter)
         _run_training(trainer, kept, reporter)

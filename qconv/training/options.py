@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv.config.choices import SYNTHESIS_STEPS
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.ir.files import Source
 
 

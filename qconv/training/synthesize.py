@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from qconv.config.choices import SYNTHESIS_STEPS
-from qconv.config.preprocessing import AUTO, Color, Layout, Preprocessing, ResizeFilter
+from qconv.config.data_options import AUTO, Color, Layout, Preprocessing, ResizeFilter
 from qconv.config.serialization import format_option
 from qconv.data import images
 from qconv.data.autodetect import DetectedPreprocessing, detect_without_images

@@ -37,7 +37,7 @@ from qconv.ir.model import DataType, Model, Node, Value, attribute, constant_arr
 from qconv.ir.operators import QUANTIZATION_RULES, ConcatRule, IntegerDomainRule, TransparentRule, WeightedRule
 from qconv.ir.stored_weights import StoredWeights, constant_numbers, find_stored_weights, weight_bits_of
 from qconv.quantization.layer import LARGEST_BIAS_CODE
-from qconv.quantization.overflow import SMALLEST_WIDENING, worst_pair_ratio
+from qconv.quantization.saturation import SMALLEST_WIDENING, worst_pair_ratio
 from qconv.quantizer import broadcast_parameter
 from qconv.training.onnx_ops import broadcast_tensor, round_straight_through
 

@@ -54,7 +54,7 @@ SHORT_EPOCH = 32
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingSchedule:
+class TrainingSettings:
     """The schedule of a run.
 
     Attributes:
@@ -75,7 +75,7 @@ class TrainingSchedule:
 class Trainer:
     """One training run, which can be resumed from its state."""
 
-    def __init__(self, lesson: Distillation, schedule: TrainingSchedule) -> None:
+    def __init__(self, lesson: Distillation, schedule: TrainingSettings) -> None:
         self.lesson, self.schedule = lesson, schedule
         kinds = lesson.learned.kinds
         self.optimizer = torch.optim.Adam(

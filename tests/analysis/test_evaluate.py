@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qconv.analysis.evaluate import Evaluation, EvaluationOptions, evaluate
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import Layout, PreprocessingOptions
+from qconv.config.data_options import DataOptions, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import find_classes
 from qconv.errors import QconvError

@@ -20,12 +20,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qconv.analysis.inspect_float import FloatModel, inspect_float
 from qconv.analysis.inspect_quantized import QuantizedModel, inspect_quantized, is_quantized_file
-from qconv.cli.output import format_csv
+from qconv.cli.command import format_csv
 from qconv.cli.quantize import quantize as quantize_command
 from qconv.cli.recipe_options import make_request_of_options
 from qconv.config.choices import Drop, LayerBits
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe, make_request
 from qconv.config.serialization import command_line_options, format_number, recipe_from_dict
 from qconv.errors import QconvError

@@ -16,8 +16,7 @@ from qconv.analysis.sample_study import StudyRequest, study_samples
 from qconv.calibration.observer import Observer, export_observed_model, observe, observe_each_image
 from qconv.calibration.sketch import Sketch, SketchContents
 from qconv.calibration.statistics_file import open_sketch_spool, sketch_to_arrays
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe, make_request
 from qconv.data import images
 from qconv.errors import QconvError

@@ -14,8 +14,7 @@ import pytest
 
 from qconv.calibration import statistics_file
 from qconv.cli.main import cli
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe, make_request
 from qconv.errors import QconvError
 from qconv.pipeline.quantize import quantize

@@ -10,8 +10,16 @@ from typing import Any
 import pytest
 
 from qconv.config.choices import Scheme, WeightGranularity
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, Preset, ResizeFilter
+from qconv.config.data_options import (
+    PRESETS,
+    Color,
+    DataOptions,
+    Layout,
+    Preprocessing,
+    PreprocessingOptions,
+    Preset,
+    ResizeFilter,
+)
 from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
 from qconv.config.serialization import command_line_options
 from qconv.errors import QconvError

@@ -15,8 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import Layout, PreprocessingOptions
+from qconv.config.data_options import DataOptions, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError

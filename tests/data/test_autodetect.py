@@ -14,8 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PRESETS, Color, Layout, PreprocessingOptions
+from qconv.config.data_options import PRESETS, Color, DataOptions, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.autodetect import CERTAIN_MARGIN, DetectedPreprocessing, detect_preprocessing
 from qconv.data.evidence import find_fact, find_references

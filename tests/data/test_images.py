@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qconv import storage
-from qconv.config.preprocessing import (
+from qconv.config.data_options import (
     PRESETS,
     RESIZE_MODES,
     Color,

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from qconv.config.preprocessing import Color, Layout, PreprocessingOptions
+from qconv.config.data_options import Color, Layout, PreprocessingOptions
 from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
 from qconv.data_free.dead_leaves import (
     IMAGE_COUNT,

@@ -13,8 +13,7 @@ import pytest
 
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import FALLBACKS
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import Layout, PreprocessingOptions
+from qconv.config.data_options import DataOptions, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe, make_request
 from qconv.config.serialization import command_line_options, recipe_from_dict
 from qconv.data.loader import DataLoader

@@ -24,8 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qconv.cli.main import cli
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import command_line_options, recipe_from_dict
 from qconv.errors import QconvError

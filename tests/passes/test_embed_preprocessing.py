@@ -19,8 +19,15 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from qconv.config.choices import Scheme, WeightGranularity
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
+from qconv.config.data_options import (
+    PRESETS,
+    Color,
+    DataOptions,
+    Layout,
+    Preprocessing,
+    PreprocessingOptions,
+    ResizeFilter,
+)
 from qconv.config.recipe import Recipe, make_request
 from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, QconvError, Skipped

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from qconv.analysis.sample_study import StudyRequest, study_samples
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import Layout, PreprocessingOptions
+from qconv.config.data_options import DataOptions, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source

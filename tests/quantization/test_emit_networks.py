@@ -291,7 +291,7 @@ PAIRED = {
 @pytest.mark.parametrize("granularity", [WeightGranularity.PER_TENSOR, WeightGranularity.PER_CHANNEL])
 @pytest.mark.parametrize("kind", PAIRED)
 def test_pairs_of_products_fit_into_16_bits(kind: str, granularity: WeightGranularity) -> None:
-    """Every 8-bit layer that no depthwise kernel runs, with codes up to 255 everywhere: see quantization.overflow."""
+    """Every 8-bit layer that no depthwise kernel runs, with codes up to 255 everywhere: see quantization.saturation."""
     proto = onnx.ModelProto.FromString(PAIRED[kind].SerializeToString())
     (stored,) = proto.graph.initializer
     weight = np.random.default_rng(0).uniform(0.8, 1, stored.dims).astype(np.float32)

@@ -19,8 +19,8 @@ from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.planning.planner import NO_CHANNEL_SCALE_KERNEL
 from qconv.quantization import weight_ranges
-from qconv.quantization.overflow import worst_pair_ratio
 from qconv.quantization.parameters import make_tensor_rows
+from qconv.quantization.saturation import worst_pair_ratio
 from qconv.quantization.weight_ranges import allocate_bits, optimal_bits
 from qconv.quantizer import PerChannel, PerTensor, QuantParams, QuantSpec
 from qconv.runtime.session import Session

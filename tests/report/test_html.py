@@ -18,8 +18,15 @@ import pytest
 from PIL import Image
 
 from qconv.cli.main import cli
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PRESETS, Color, Layout, Preprocessing, PreprocessingOptions, ResizeFilter
+from qconv.config.data_options import (
+    PRESETS,
+    Color,
+    DataOptions,
+    Layout,
+    Preprocessing,
+    PreprocessingOptions,
+    ResizeFilter,
+)
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.images import encode_thumbnail

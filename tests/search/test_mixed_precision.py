@@ -20,15 +20,14 @@ from onnx import numpy_helper
 from PIL import Image
 
 from qconv.config.choices import CANDIDATE_BITS, Drop, LayerBits
-from qconv.config.data_options import DataOptions
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
 from qconv.config.serialization import read_layer_bits
 from qconv.data.dataset import find_files
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
-from qconv.quantization.second_order import ROUNDING_EFFORTS
+from qconv.quantization.sequential_rounding import ROUNDING_EFFORTS
 from qconv.report import console
 from qconv.reporter import Reporter
 from qconv.results.quantize import MixedPrecision, Report

@@ -20,7 +20,7 @@ from qconv.quantization.gptq import read_weight_shape
 from qconv.quantization.input_moments import PatchExtractor, accumulate_moments
 from qconv.quantization.layer import quantize_layer
 from qconv.quantization.parameters import choose_params
-from qconv.quantization.second_order import EffectiveRange, LayerSolver, RoundingEffort
+from qconv.quantization.sequential_rounding import EffectiveRange, LayerSolver, RoundingEffort
 from qconv.quantizer import group_extremes
 from qconv.runtime.session import Session
 from qconv.search.sensitivity import (

@@ -29,7 +29,7 @@ torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv
 
 from qconv.cli.main import cli
 from qconv.config.choices import NAMED_RECIPES
-from qconv.config.preprocessing import Layout, PreprocessingOptions
+from qconv.config.data_options import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import recipe_from_dict
 from qconv.errors import QconvError

@@ -19,7 +19,7 @@ from tests.support.models import loaded, network, run
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
 from qconv.config.choices import NAMED_RECIPES, Scheme, WeightGranularity
-from qconv.config.preprocessing import PRESETS, Layout, PreprocessingOptions
+from qconv.config.data_options import PRESETS, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from qconv.ir.files import Source, read_proto

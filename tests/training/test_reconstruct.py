@@ -23,7 +23,7 @@ from tests.support.models import ints, loaded, network
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
 from qconv.cli.main import cli
-from qconv.config.preprocessing import Layout, PreprocessingOptions
+from qconv.config.data_options import Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, QconvError, Skipped
 from qconv.ir.model import Model, ir

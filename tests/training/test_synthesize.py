@@ -28,7 +28,7 @@ from tests.support.models import ints, loaded, network, run, statistics
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
 from qconv.cli.main import cli
-from qconv.config.preprocessing import Color, Layout, PreprocessingOptions, ResizeFilter
+from qconv.config.data_options import Color, Layout, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.data import images
 from qconv.data.dataset import find_files

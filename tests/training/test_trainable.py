@@ -14,7 +14,7 @@ from tests.support.models import network
 
 pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
-from qconv.config.preprocessing import PreprocessingOptions
+from qconv.config.data_options import PreprocessingOptions
 from qconv.config.recipe import make_request
 from qconv.config.serialization import recipe_from_dict
 from qconv.errors import QconvError

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
 
 from qconv.results.training import ValidationScore
-from qconv.training.trainer import DIVERGED_FACTOR, MOST_RATE_CUTS, RATE_CUT, Trainer, TrainingSchedule
+from qconv.training.trainer import DIVERGED_FACTOR, MOST_RATE_CUTS, RATE_CUT, Trainer, TrainingSettings
 
 
 class Learned:
@@ -64,7 +64,7 @@ def trained(distances: Sequence[float], rights: Sequence[float] | None = None, *
     """A run of a round of 32 steps for each mark but the first."""
     lesson: Any = Lesson(distances, rights)
     schedule = {"epochs": 32 * (len(distances) - 1), "batch": 32, "rates": {"weights": 0.1}, "augment": False, **more}
-    trainer = Trainer(lesson, TrainingSchedule(**schedule))  # type: ignore[arg-type]
+    trainer = Trainer(lesson, TrainingSettings(**schedule))  # type: ignore[arg-type]
     trainer.run(lambda done, total: None, lambda: None)
     return trainer
 
@@ -116,6 +116,6 @@ def test_rates_rise_and_fall() -> None:
 def test_gradients_that_are_no_numbers_are_left_out() -> None:
     lesson: Any = Lesson([1.0, 1.0])
     lesson.slope = float("nan")
-    trainer = Trainer(lesson, TrainingSchedule(32, 32, {"weights": 0.1}, augment=False))
+    trainer = Trainer(lesson, TrainingSettings(32, 32, {"weights": 0.1}, augment=False))
     trainer.run(lambda done, total: None, lambda: None)
     assert lesson.learned.number.item() == 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from qconv.quantization.overflow import widen_scales
+from qconv.quantization.saturation import widen_scales
 from qconv.quantizer import PerChannel, QuantParams, QuantSpec, group_extremes
 from qconv.runtime.session import Session
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qconv.cli.command import format_csv
 from qconv.cli.main import cli
-from qconv.cli.output import format_csv
 from tests.support.libraries import runner
 
 CIFAR = Path(__file__).parents[1] / "models" / "cifar_mobilenet.onnx"

@@ -17,7 +17,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe, make_request
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
-from qconv.quantization import overflow, second_order
+from qconv.quantization import saturation, sequential_rounding
 from qconv.quantization.input_moments import InputMoments, accumulate_moments
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
@@ -132,9 +132,11 @@ def test_a_product_of_one_axis(samples: str) -> None:
 
 def test_a_product_whose_rows_are_places_is_sampled(samples: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reshape makes one long axis of pictures and places: 64 rows a picture."""
-    few = {name: replace(effort, rows=1, most_rows=100) for name, effort in second_order.ROUNDING_EFFORTS.items()}
-    monkeypatch.setattr("qconv.quantization.second_order.ROUNDING_EFFORTS", few)
-    monkeypatch.setattr("qconv.quantization.second_order.LEAST_ROWS", 1)
+    few = {
+        name: replace(effort, rows=1, most_rows=100) for name, effort in sequential_rounding.ROUNDING_EFFORTS.items()
+    }
+    monkeypatch.setattr("qconv.quantization.sequential_rounding.ROUNDING_EFFORTS", few)
+    monkeypatch.setattr("qconv.quantization.sequential_rounding.LEAST_ROWS", 1)
     seen: list[int] = []
 
     def counted(pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]], share: int) -> InputMoments:
@@ -142,7 +144,7 @@ def test_a_product_whose_rows_are_places_is_sampled(samples: str, monkeypatch: p
         seen.append(sum(rows.shape[1] for _, rows in kept))
         return accumulate_moments(kept)
 
-    monkeypatch.setattr("qconv.quantization.second_order.accumulate_moments", counted)
+    monkeypatch.setattr("qconv.quantization.sequential_rounding.accumulate_moments", counted)
     body = f"a = Conv<{SAME}>(x, w) b = Relu(a) t = Transpose<perm=[0,2,3,1]>(b) r = Reshape(t, s) y = MatMul(r, m)"
     proto = network(body, ("N", 3, 8, 8), w=(8, 3, 3, 3), s=np.array([-1, 8], np.int64), m=(8, 5))
     made(proto, samples, weight_bits=4)
@@ -226,8 +228,8 @@ def test_biases_of_nearest_codes_take_back_what_the_layers_before_do(samples: st
 
 
 def test_large_layers_of_eight_bits_are_left_to_the_best_effort(samples: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {name: replace(effort, most_weights=100) for name, effort in second_order.ROUNDING_EFFORTS.items()}
-    monkeypatch.setattr("qconv.quantization.second_order.ROUNDING_EFFORTS", small)
+    small = {name: replace(effort, most_weights=100) for name, effort in sequential_rounding.ROUNDING_EFFORTS.items()}
+    monkeypatch.setattr("qconv.quantization.sequential_rounding.ROUNDING_EFFORTS", small)
     report, _ = made(net("conv"), samples, edge_bits=8)
     said = {f.where for f in report.findings if f.step == "round" and "too large" in getattr(f, "why", "")}
     assert said == {"a", "c"}
@@ -255,7 +257,7 @@ def test_no_pair_of_products_saturates(samples: str) -> None:
     assert len([t for t in weights if len(t.dims) == 4]) == 3
     for tensor in weights:
         if len(tensor.dims) == 4:
-            assert overflow.worst_pair_ratio(numpy_helper.to_array(tensor), 0).max() <= 1
+            assert saturation.worst_pair_ratio(numpy_helper.to_array(tensor), 0).max() <= 1
 
 
 def test_the_same_bytes_again(samples: str) -> None:
