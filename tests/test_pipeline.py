@@ -147,7 +147,7 @@ def test_metadata_of_the_model_stays(pictures: str) -> None:
 def test_the_public_name_does_the_same(tmp_path: Path, pictures: str) -> None:
     (tmp_path / "m.onnx").write_bytes(deep().SerializeToString())
     recipe, data = Recipe(threads=1), DataOptions((pictures,))
-    _, first = qconv.quantize(tmp_path / "m.onnx", None, recipe, data)
+    first = qconv.quantize(tmp_path / "m.onnx", None, recipe, data).model_bytes
     qconv.quantize(str(tmp_path / "m.onnx"), str(tmp_path / "out.onnx"), recipe, data)
     assert (tmp_path / "out.onnx").read_bytes() == first
     with pytest.raises(AttributeError, match="nonsense"):

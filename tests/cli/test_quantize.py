@@ -48,7 +48,7 @@ def test_json_is_one_object_with_the_keys_of_the_contract(call: Qconv, tmp_path:
     assert (found["output"], found["float"]) == (str(out), str(CIFAR))
     assert set(found["size"]) == {"float", "quantized", "ratio"}
     assert set(found["verify"]) == {"images", "sqnr_db", "agreement", "outputs"}
-    assert [set(o) for o in found["verify"]["outputs"]] == [{"name", "sqnr_db", "agreement"}]
+    assert [set(o) for o in found["verify"]["outputs"]] == [{"name", "kind", "sqnr_db", "agreement"}]
     assert set(found["audit"]) == {"integer", "float", "islands", "placed", "us", "saturating"}
     assert [set(gate) for gate in found["gates"]] == [{"name", "want", "got", "held"}]
     assert {"load", "fold", "calibrate", "verify", "total"} <= set(found["time"])

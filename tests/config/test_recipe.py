@@ -130,7 +130,7 @@ def test_every_option_shapes_the_file_or_steers_the_run() -> None:
     names = {field.name for field in fields(Recipe)}
     steering = {"threads", "min_agreement", "min_sqnr", "stats", "save_stats", "save_layer_bits"}
     assert steering == RUN_ONLY_OPTIONS <= names  # the contract: no path, no machine
-    images = {field.name for field in fields(DataOptions)} - {"paths", "batch"}
+    images = {field.name for field in fields(DataOptions)} - {"paths", "batch", "arrays"}
     assert set(FULL.as_dict(IMAGES)) == (names - RUN_ONLY_OPTIONS) | images
     assert set(FULL.as_dict(IMAGES)["preprocessing"]) == {field.name for field in fields(PreprocessingOptions)}
 
