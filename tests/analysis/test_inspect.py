@@ -353,7 +353,9 @@ def test_real_models(path: Path) -> None:
         return
     found = inspect_float(source, "ort-cpu")
     json.dumps(found.as_dict(), allow_nan=False)
-    for kind in set(kinds(found)) - {"dead-channels"}:  # a network can be as dead as it likes
+    # a network can be as dead as it likes; nearly every layer of LPRNet has input channels of about 1e-4
+    true = {"dead-channels"} | ({"input-imbalance"} if path.stem == "lprnet" else set())
+    for kind in set(kinds(found)) - true:
         assert kinds(found).count(kind) <= 0.55 * len(found.layers), kind
     lines = format_float_model(found, verbose=False).splitlines()
     assert all(len(line) <= 80 for line in lines if str(path) not in line)
