@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from numpy.typing import NDArray
 
 import qconv
@@ -20,6 +19,7 @@ from qconv.cli.main import cli
 from qconv.config.data_options import DataOptions
 from qconv.data.dataset import ArraySamples
 from tests.support.contract import ROOT
+from tests.support.libraries import runner
 
 COUNT = 8
 FAST = qconv.Recipe(effort="fast")
@@ -45,7 +45,7 @@ def samples() -> list[dict[str, NDArray[Any]]]:
 
 
 def printed(*words: object) -> Any:
-    done = CliRunner().invoke(cli, [*map(str, words), "--json", "-q"], standalone_mode=False)
+    done = runner().invoke(cli, [*map(str, words), "--json", "-q"], standalone_mode=False)
     assert done.exception is None, done.exception
     return json.loads(done.stdout)
 

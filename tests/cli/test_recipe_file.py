@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from qconv.cli.main import cli
 from qconv.cli.quantize import quantize as quantize_command
@@ -20,6 +20,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
 from tests.support.contract import ROOT
+from tests.support.libraries import runner
 
 IMAGES = 6
 FAST = ("--samples", "4", "--effort", "fast")
@@ -39,7 +40,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*words: str | Path) -> Result:
-    return CliRunner().invoke(cli, [str(word) for word in words], standalone_mode=False)
+    return runner().invoke(cli, [str(word) for word in words], standalone_mode=False)
 
 
 def done(*words: str | Path) -> None:
@@ -177,12 +178,12 @@ def test_models_that_carry_no_recipe(place: Path, carried: str | None) -> None:
 
 def test_what_does_not_go_together_names_the_file(place: Path) -> None:
     Path("r.toml").write_text("percentile = 99.9\ncalibrator = 'percentile'")
-    result = CliRunner().invoke(
+    result = runner().invoke(
         cli, ["quantize", "m.onnx", "--recipe", "r.toml", "--calib", "imgs", "--calibrator", "minmax"]
     )
     assert result.exit_code == 2
-    assert "--percentile with --calibrator minmax" in result.output
-    assert "r.toml says --percentile 99.9 --calibrator percentile." in " ".join(result.output.split())
+    assert "--percentile with --calibrator minmax" in result.stderr
+    assert "r.toml says --percentile 99.9 --calibrator percentile." in " ".join(result.stderr.split())
 
 
 def test_a_recipe_that_cannot_be_saved_is_told_before_the_work(place: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from qconv.ir import load
@@ -16,7 +15,6 @@ from qconv.ir.model import Model
 from qconv.ir.stored_weights import read_dequantizer, read_quantized_weights
 from qconv.quantizer import broadcast_parameter
 from qconv.runtime.session import Session
-from qconv.training.onnx_ops import broadcast_tensor
 from tests.support.models import network
 
 CODES = np.random.default_rng(0).integers(-9, 9, (4, 6, 3, 3)).astype(np.int8)
@@ -108,6 +106,9 @@ def test_numpy_and_pytorch_broadcast_alike(
     """Oracle: every element looks up its own number."""
     numbers = np.arange(1, np.prod(size, dtype=int) + 1, dtype=np.float32).reshape(size)
     wide = np.broadcast_to(broadcast_parameter(numbers, shape, axis, block), shape)
+    torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
+    from qconv.training.onnx_ops import broadcast_tensor
+
     torched = broadcast_tensor(torch.from_numpy(numbers), torch.zeros(shape), axis, block)
     np.testing.assert_array_equal(wide, np.broadcast_to(torched.numpy(), shape))
     for place in np.ndindex(shape):
