@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 OPENERS = frozenset({"PIL", "filelock", "onnx", "pathlib", "subprocess", "tempfile", "zipfile"})
 """Libraries whose functions open files, make folders or start processes, and return soon."""
+MODULE_READERS = frozenset({"get_data", "set_data"})
+"""Functions of importlib that hold a file open: others run whole modules, which may take long."""
 PATIENCE = 0.5
 """Seconds that a signal waits for them at most."""
 AGAIN = 0.001
@@ -60,7 +62,10 @@ def _leave_when_free(status: int, frame: FrameType | None, deadline: float) -> N
 def _opening(frame: FrameType | None) -> bool:
     """Whether a function that opens something has not yet returned."""
     while frame is not None:
-        if frame.f_code in _takers or frame.f_globals.get("__name__", "").partition(".")[0] in OPENERS:
+        library = frame.f_globals.get("__name__", "").partition(".")[0]
+        if frame.f_code in _takers or library in OPENERS:
+            return True
+        if library in ("importlib", "_frozen_importlib_external") and frame.f_code.co_name in MODULE_READERS:
             return True
         frame = frame.f_back
     return False

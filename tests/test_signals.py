@@ -28,6 +28,27 @@ try:
 finally:
     print("finally")
 """
+# The same where a module is imported: its file is open.
+IMPORTING = """
+import _io, os, signal, sys
+from qconv.signals import raise_exit_on_signals
+number, folder = int(sys.argv[1]), os.path.dirname(sys.argv[2])
+with open(os.path.join(folder, "late.py"), "w") as file:
+    file.write("made = 1")
+sys.path.insert(0, folder)
+def send(frame, event, argument):
+    if event == "c_return" and argument is _io.open_code:
+        sys.setprofile(None)
+        os.kill(os.getpid(), number)
+sys.setprofile(send)
+raise_exit_on_signals()
+try:
+    import late
+    for _ in range(3):
+        sum(range(10**6))
+finally:
+    print("finally")
+"""
 TAKING = """
 import os, signal, sys
 from qconv.signals import raise_exit_on_signals, takes
@@ -63,8 +84,8 @@ finally:
 @pytest.mark.parametrize("number", [2, 15])
 @pytest.mark.parametrize(
     ("code", "says"),
-    [(OPENING, "finally"), (TAKING, "finally 4999950000"), (HANGING, "finally")],
-    ids=["opening", "taking", "hanging"],
+    [(OPENING, "finally"), (IMPORTING, "finally"), (TAKING, "finally 4999950000"), (HANGING, "finally")],
+    ids=["opening", "importing", "taking", "hanging"],
 )
 def test_a_signal_while_something_is_being_opened(code: str, says: str, number: int, tmp_path: Path) -> None:
     path = tmp_path / "file"
