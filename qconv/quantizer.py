@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike, NDArray
 from qconv.errors import QconvError
 
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
-INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)

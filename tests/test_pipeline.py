@@ -23,10 +23,11 @@ from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.metrics import comparison
 from qconv.pipeline import quantize as pipeline_quantize
-from qconv.pipeline.quantize import quantize, write_folded_float
+from qconv.pipeline.quantize import quantize
 from qconv.reporter import Reporter
 from qconv.results.quantize import OutputScore, Report
 from qconv.runtime.session import Session
+from tests.support.folded import write_folded_float
 from tests.support.libraries import MOVES_CODES, ZERO_POINTS, needs, skip_without
 from tests.support.models import ints, network
 from tests.support.scores import scores

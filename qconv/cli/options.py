@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -452,10 +451,6 @@ def require_output(wanted: bool) -> None:
 
 
 NO_STREAM = "a model from standard input can be read only once: name its file."
-
-
-def _model_files(model: str) -> tuple[Path, ...]:
-    return () if model == "-" else (Path(model),)
 
 
 batch_option = click.option(

@@ -27,17 +27,6 @@ SAME_NAMED_FIELDS = (
 """Options that `make_request` calls the same."""
 
 
-def make_request_of_options(
-    options: dict[str, Any], typed: Collection[str] | None = None
-) -> tuple[Recipe, DataOptions]:
-    """Values that do not go together are usage errors, as those are that click finds itself.
-
-    options: what click calls them, with their values; typed: as `fields_of` takes it. Raises QconvError for a file of
-    bits that cannot be used.
-    """
-    return make_request_of_fields(collect_fields(options, typed))
-
-
 def make_request_of_fields(fields: Mapping[str, Any]) -> tuple[Recipe, DataOptions]:
     """The recipe and the images of these options; what does not go together is a usage error."""
     with raise_usage_errors():

@@ -184,13 +184,6 @@ class Model:
             node.resize_inputs(index + 1)
         node.replace_input_with(index, value)
 
-    def open_input(self, node: Node, index: int, wish: str) -> str:
-        """Make `node` read a new float input of the model at `index`. Returns its name; it has no shape yet."""
-        value = ir.Value(name=self.fresh(wish), type=ir.TensorType(DataType.FLOAT))
-        self.graph.inputs.append(value)
-        self.set_input(node, index, value)
-        return value.name or ""
-
     def feed_readers(self, value: Value, wish: str, readers: Iterable[Node] | None = None) -> Value:
         """Let readers of `value`, or only those named, read a new float input of the model, which has no shape yet."""
         new = ir.Value(name=self.fresh(wish), type=ir.TensorType(DataType.FLOAT))

@@ -20,7 +20,7 @@ and what ties them in residual networks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isinf
 
@@ -43,7 +43,6 @@ from qconv.ir.rewriting import (
 
 Classes = NDArray[np.int64]
 NETWORK_BOUNDARY = "the network's own input or output"
-Axes = Iterable[int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

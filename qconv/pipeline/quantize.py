@@ -19,12 +19,11 @@ from qconv.config.serialization import format_layer_bits
 from qconv.config.targets import TARGETS, Target
 from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, Skipped, require_torch
-from qconv.ir import files, load
-from qconv.ir.files import Source, declared_opset, open_original, read_proto
-from qconv.ir.metadata import needed_opset, needed_runtime, set_ir_version, write_metadata
+from qconv.ir import files
+from qconv.ir.files import Source, open_original
+from qconv.ir.metadata import needed_runtime, write_metadata
 from qconv.ir.model import Model
 from qconv.metrics.comparison import check_gates, verify
-from qconv.passes import fold
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import describe_requantization, requantize_for_layers
@@ -387,15 +386,3 @@ def _verify_staged(
     # a network with a batch of its own may have seen some twice
     found = replace(found, images=min(found.images, feed.pictures))
     return found if target.on_ort else replace(found, slowdown=None, slowdown_range=None)
-
-
-def write_folded_float(path: str | Path, out: str | Path) -> None:
-    """Write the upgraded and folded float model, as it is before anything is quantized."""
-    source = Source(str(path), Path(path))
-    recipe = Recipe()
-    proto = read_proto(source)
-    model, _ = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
-    fold.run_float_passes(model)
-    set_ir_version(model)  # and no more: whoever quantizes the file, it is not by this recipe
-    with files.stage_model(model, Path(out)) as staged:
-        staged.commit(Path(out))

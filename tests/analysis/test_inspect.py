@@ -22,7 +22,7 @@ from qconv.analysis.inspect_float import FloatModel, inspect_float
 from qconv.analysis.inspect_quantized import QuantizedModel, inspect_quantized, is_quantized_file
 from qconv.cli.command import format_csv
 from qconv.cli.quantize import quantize as quantize_command
-from qconv.cli.recipe_options import make_request_of_options
+from qconv.cli.recipe_options import collect_fields, make_request_of_fields
 from qconv.config.choices import Drop, LayerBits
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe, make_request
@@ -655,7 +655,7 @@ def test_options_are_read_back_into_the_recipe(fields: dict[str, Any]) -> None:
     options = command_line_options(json.loads(json.dumps(request[0].as_dict(request[1]))))
     context = quantize_command.make_context("quantize", ["model.onnx", "--calib", "imgs", *options])
     with context:
-        assert make_request_of_options(context.params) == request
+        assert make_request_of_fields(collect_fields(context.params)) == request
 
 
 def test_nothing_is_said_of_defaults() -> None:

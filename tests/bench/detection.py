@@ -29,8 +29,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from qconv.pipeline.quantize import write_folded_float
 from tests.bench.cases import CASES, REPOSITORY, Case, Prep, default_data, linked, pictures
+from tests.support.folded import write_folded_float
 
 PICTURES = 128
 LEVELS = np.array([0.0, 255.0])

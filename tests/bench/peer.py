@@ -39,7 +39,7 @@ def convert(case: Case, model: Path, folder: Path, out: Path, sample: Path) -> d
     if error is None:
         return {"error": None, "input": "as is", "how": "full", "failed": []}
     folded = out.with_suffix(".folded.onnx")
-    from qconv.pipeline.quantize import write_folded_float
+    from tests.support.folded import write_folded_float
 
     write_folded_float(model, folded)
     failed: list[str] = []

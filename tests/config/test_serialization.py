@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from qconv.cli.quantize import quantize as quantize_command
-from qconv.cli.recipe_options import make_request_of_options
+from qconv.cli.recipe_options import collect_fields, make_request_of_fields
 from qconv.config.choices import LayerBits
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
@@ -243,7 +243,7 @@ def test_globs_that_match_no_layer_are_told(tmp_path: Path) -> None:
 def asked(*options: object) -> Recipe:
     """The recipe of `qconv quantize m --calib x OPTIONS`."""
     with quantize_command.make_context("quantize", ["m", "--calib", "x", *map(str, options)]) as context:
-        return make_request_of_options(context.params)[0]
+        return make_request_of_fields(collect_fields(context.params))[0]
 
 
 def test_the_option_reads_the_file(tmp_path: Path) -> None:

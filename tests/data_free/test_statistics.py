@@ -26,6 +26,7 @@ from qconv.pipeline import quantize
 from qconv.reporter import Reporter
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
+from tests.support.folded import write_folded_float
 from tests.support.models import network, statistics
 
 HERE = Path(__file__).parents[1]
@@ -169,7 +170,7 @@ def test_it_is_watched_on_made_up_pictures_where_that_is_asked_for(tmp_path: Pat
 
 
 def test_a_network_folded_before_tells_nothing(tmp_path: Path) -> None:
-    quantize.write_folded_float(CIFAR, tmp_path / "folded.onnx")
+    write_folded_float(CIFAR, tmp_path / "folded.onnx")
     with pytest.raises(QconvError, match="says nothing of"):
         made(tmp_path, tmp_path / "folded.onnx")
     report, out = made(tmp_path, tmp_path / "folded.onnx", fallback="random")

@@ -22,6 +22,7 @@ from PIL import Image
 
 from qconv.config.data_options import DataOptions
 from qconv.reporter import Reporter
+from tests.support.folded import write_folded_float
 from tests.support.libraries import runner
 from tests.support.models import ints, loaded, network, run, statistics
 
@@ -379,7 +380,7 @@ def test_a_picture_stands_for_the_sample_beside_it(tmp_path: Path) -> None:
 
 
 def test_a_network_that_remembers_nothing_is_refused(tmp_path: Path) -> None:
-    quantize.write_folded_float(CIFAR, tmp_path / "folded.onnx")
+    write_folded_float(CIFAR, tmp_path / "folded.onnx")
     with pytest.raises(QconvError, match="has no BatchNormalization that remembers"):
         made(tmp_path, (tmp_path / "folded.onnx").read_bytes())
     assert not (tmp_path / "set").exists()
@@ -552,7 +553,7 @@ def test_what_nothing_tells_of_is_watched_on_synthesized_pictures(tmp_path: Path
 
 
 def test_a_network_that_remembers_nothing_has_no_synthesized_pictures(tmp_path: Path) -> None:
-    quantize.write_folded_float(CIFAR, tmp_path / "folded.onnx")
+    write_folded_float(CIFAR, tmp_path / "folded.onnx")
     recipe, data = (
         Recipe(data_free=True, fallback="synthesized", threads=1),
         DataOptions(preprocessing=PreprocessingOptions("imagenet")),
