@@ -29,7 +29,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 
 from qconv.errors import QconvError, format_bytes
-from qconv.signals import takes
+from qconv.signals import uninterrupted
 
 STAGING_SUFFIX = ".qconv-tmp"
 
@@ -52,6 +52,7 @@ def write_atomically(out: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+@uninterrupted
 def locked_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out`, of this run alone, removed at the end; those of killed runs go first."""
     remove_stale_folders(out)
@@ -62,7 +63,6 @@ def locked_folder(out: Path) -> Iterator[Path]:
         _remove(folder, lock)
 
 
-@takes
 def _taken_folder(out: Path) -> tuple[Path, BaseFileLock]:
     """A new folder and the lock on it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,9 +52,9 @@ finally:
 """
 TAKING = """
 import os, signal, sys
-from qconv.signals import raise_exit_on_signals, takes
+from qconv.signals import raise_exit_on_signals, uninterrupted
 number, taken = int(sys.argv[1]), []
-@takes
+@uninterrupted
 def take():
     os.kill(os.getpid(), number)
     taken.append(sum(range(10**5)))
@@ -79,6 +80,54 @@ try:
 finally:
     print("finally")
 """
+
+
+# One process for each line that the two ends of a folder run through, with a signal at that line alone.
+CLOSING = """
+import os, signal, sys
+from pathlib import Path
+from qconv.signals import raise_exit_on_signals
+from qconv.storage import locked_folder
+WATCHED = ("qconv", "contextlib", "shutil", "tempfile", "filelock")
+number, folder = int(sys.argv[1]), Path(sys.argv[2])
+def use(line):
+    seen = 0
+    def trace(frame, event, argument):
+        nonlocal seen
+        if event == "line" and frame.f_globals["__name__"].partition(".")[0] in WATCHED:
+            seen += 1
+            if seen == line:
+                os.kill(os.getpid(), number)
+        return trace
+    raise_exit_on_signals()
+    sys.settrace(trace)
+    with locked_folder(folder / "out") as own:
+        (own / "out").write_text("half")
+    sys.settrace(None)
+    return seen
+use(0)  # what is imported late, once
+lines = use(0)
+assert lines > 100
+for line in range(1, lines + 1):
+    child = os.fork()
+    if child == 0:
+        try:
+            use(line)
+            for _ in range(10**5):
+                pass
+        except SystemExit:
+            os._exit(3)  # before the frames go, and with them what they hold
+        os._exit(1)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 3 or list(folder.iterdir()):
+        print("line", line, list(folder.iterdir()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_a_signal_while_a_folder_is_made_or_removed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CLOSING, "15", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("number", [2, 15])
