@@ -528,8 +528,8 @@ def test_a_result_that_is_slower_than_float_is_told(
 
 @pytest.mark.parametrize(
     ("sqnr", "agreement", "told"),
-    [(2.0, 0.9, "says the same of 90.0% of the pictures, SQNR is 2.0 dB"), (2.0, None, "model: SQNR is 2.0 dB")]
-    + [(None, 0.4, "the same of 40.0% of the pictures;"), (20.0, 0.9, ""), (None, None, "")],
+    [(2.0, 0.9, "model: agreement 90.0%, SQNR 2.0 dB;"), (2.0, None, "model: SQNR 2.0 dB;")]
+    + [(None, 0.4, "model: agreement 40.0%;"), (20.0, 0.9, ""), (None, None, "")],
 )
 def test_a_result_of_which_little_is_left_is_told(
     pictures: str, monkeypatch: pytest.MonkeyPatch, sqnr: float | None, agreement: float | None, told: str

@@ -48,6 +48,7 @@ from qconv.pipeline.collect import CalibrationCache
 from qconv.pipeline.prepare import prepare
 from qconv.reporter import Reporter
 from qconv.results.comparison import Cause, Comparison, Diagnosis, Trial
+from qconv.results.scores import SHARE, value_of
 from qconv.runtime.benchmark import detect_cpu
 from qconv.runtime.session import Session
 
@@ -339,8 +340,10 @@ class _DiagnosisRunner:
             return f"No remedy that was tried is worth its cost: {got}.{self._but() or likely}"
         gain = trial.accuracy_db - first.accuracy_db
         more = f", {gain:+.1f} dB beside what was asked for" if isfinite(gain) else ""
-        if (trial.agreement or 0.0) < (first.agreement or 0.0):
-            more += f", whose agreement was {first.agreement:.1%}, which may be chance"
+        for score in first.scores:
+            was, now = score.value, value_of(trial.scores, score.metric)
+            if score.unit == SHARE and was is not None and now is not None and score.metric.lost(was, now) > 0:
+                more += f", whose {score.in_words(f'{score.metric.label} was {{}}')}, which may be chance"
         return f"Best is {trial.name}: {got}{more}.{self._but()}"
 
     def _but(self) -> str:
@@ -361,8 +364,7 @@ class _DiagnosisRunner:
 def describe_trial(trial: Trial) -> str:
     """Describe what was measured of a trial."""
     told = ["outputs are equal"] if trial.equal else []
-    told += [] if trial.sqnr_db is None else [f"SQNR {trial.sqnr_db:.1f} dB"]
-    return ", ".join(told + ([] if trial.agreement is None else [f"agreement {trial.agreement:.1%}"]))
+    return ", ".join([*told, *(score.in_words() for score in trial.scores if score.value is not None)])
 
 
 def _score_trial(trial: Trial, base: Trial) -> float:

@@ -231,7 +231,7 @@ def _measure_points(
         for count, sketches in _accumulate_sketches(kept, order, wanted):
             with job.quantized(sketches) as session:
                 found = scored.score(session)
-            points.append(CurvePoint(count, seed, found.sqnr_db, found.agreement))
+            points.append(CurvePoint(count, seed, found.scores))
             reporter.progress("points", len(points), total)
     return points
 

@@ -111,6 +111,6 @@ def _write_chart(curve: SampleCurve, out: Path) -> None:
     from qconv.storage import write_atomically
 
     if out.suffix.lower() == ".png":
-        write_atomically(out, study_chart.render_png(study_chart.draw_chart(curve)))
+        write_atomically(out, study_chart.render_png(curve))
     else:
         write_atomically(out, html.render_page(study_chart.make_study_page(curve, format_command_line())))

@@ -24,6 +24,7 @@ from qconv.planning.planner import KEPT_FLOAT_BY_OPTION, is_quantizable_layer
 from qconv.quantizer import SMALLEST_SCALE
 from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, Verification
+from qconv.results.scores import by_unit
 from qconv.search.candidate import QuantizationSolution
 
 
@@ -141,9 +142,6 @@ def check_output(source: Source, out: Path, data: set[Path]) -> None:
             raise QconvError(f"The output {out} is {what}.", "choose another output with -o.")
 
 
-USELESS_AGREEMENT, USELESS_SQNR_DB = 0.5, 3.0
-"""Agreement and SQNR below which a result is of no use."""
-
 SLOWER_FACTOR = 1.05
 """Times of the float model from which on a result is called slower: less is noise."""
 
@@ -153,21 +151,10 @@ def warn_of_result(checked: Verification, reporter: Reporter) -> None:
     for output in checked.outputs:
         if output.remark:
             reporter.warn(f"output {output.name}: {output.remark}.")
-    if _is_useless(checked):
-        what = f"little is left of the float model: {_describe_accuracy(checked)}"
+    if any(score.is_useless for score in checked.scores):
+        scores = ", ".join(score.in_words() for score in by_unit(checked.scores) if score.value is not None)
+        what = f"little is left of the float model: {scores}"
         reporter.warn(f"{what}; `qconv diagnose` with the same options tells why.")
     if checked.slowdown is not None and checked.slowdown > SLOWER_FACTOR:
         times = f"{checked.slowdown:.2f} times as long as the float one"
         reporter.warn(f"the quantized model ran {times} on this machine.")
-
-
-def _is_useless(checked: Verification) -> bool:
-    agreement, decibel = checked.agreement, checked.sqnr_db
-    return (agreement is not None and agreement < USELESS_AGREEMENT) or (
-        decibel is not None and decibel < USELESS_SQNR_DB
-    )
-
-
-def _describe_accuracy(checked: Verification) -> str:
-    told = [] if checked.agreement is None else [f"it says the same of {checked.agreement:.1%} of the pictures"]
-    return ", ".join([*told, *([] if checked.sqnr_db is None else [f"SQNR is {checked.sqnr_db:.1f} dB"])])

@@ -15,8 +15,8 @@ from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, Skipped, format_bytes, format_count
 from qconv.report.text import format_columns, wrap_text
 from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
-from qconv.results.sample_curve import SampleCurve, Spread, format_score
-from qconv.results.scores import DECIBEL, Score, by_unit
+from qconv.results.sample_curve import SampleCurve, Spread, format_value
+from qconv.results.scores import DECIBEL, Metric, Score, by_unit
 
 MOST_LINES = 8
 TITLE_WIDTH = 12
@@ -76,27 +76,28 @@ def show_report(report: Report, stream: TextIO, *, verbose: bool) -> None:
 
 def show_curve(curve: SampleCurve, stream: TextIO, *, verbose: bool) -> None:
     """Print the table of a sample study and the sentences that explain it, in 80 columns. verbose: also every draw."""
-    rows = [("pictures", "SQNR dB", "(worst .. best)", "agreement %", "(worst .. best)", "seconds")]
+    metrics = curve.metrics
+    heads = (text for metric in metrics for text in (metric.heading, "(worst .. best)"))
+    rows = [("pictures", *heads, "seconds")]
     for count in curve.counts:
-        sqnr, agreement = _format_spread(curve.sqnr_db(count), 1), _format_spread(curve.agreement(count), 100)
-        rows.append((str(count), *sqnr, *agreement, f"{curve.seconds[count]:.1f}"))
-    print(format_columns(rows, "rrlrlr"), file=stream)
+        cells = (text for metric in metrics for text in _spread_cells(metric, curve.spread(metric, count)))
+        rows.append((str(count), *cells, f"{curve.seconds[count]:.1f}"))
+    print(format_columns(rows, f"r{'rl' * len(metrics)}r"), file=stream)
     if verbose:
         print(file=stream)
     for point in curve.points if verbose else ():
-        measures = f"{format_score(point.sqnr_db)} dB, agreement {format_score(point.agreement, 100)} %"
-        print(f"{format_count(point.pictures, 'picture')}, draw {point.seed}: {measures}", file=stream)
+        scores = (f"{m.label} {format_value(m, point.value_of(m))} {m.sign}".rstrip() for m in metrics)
+        print(f"{format_count(point.pictures, 'picture')}, draw {point.seed}: {', '.join(scores)}", file=stream)
     print(file=stream)
     for text in (curve.in_words(), _capitalize(curve.how())):
         print(wrap_text(text), file=stream)
 
 
-def _format_spread(spread: Spread | None, factor: float) -> tuple[str, str]:
+def _spread_cells(metric: Metric, spread: Spread | None) -> tuple[str, str]:
     if spread is None:
         return "-", ""
-    return format_score(
-        spread.median, factor
-    ), f"({format_score(spread.least, factor)} .. {format_score(spread.most, factor)})"
+    worst, middle, best = (format_value(metric, value) for value in spread)
+    return middle, f"({worst} .. {best})"
 
 
 def _capitalize(text: str) -> str:
@@ -148,7 +149,7 @@ def _format_measured(score: Score, modelled_sqnr_db: float | None) -> str:
     """A score of a point; that of the noise with what the model made of it."""
     if score.unit != DECIBEL:
         return score.in_words()
-    got, model = (format_score(decibel) for decibel in (score.value, modelled_sqnr_db))
+    got, model = (format_value(score.metric, decibel) for decibel in (score.value, modelled_sqnr_db))
     return f"{score.metric.label} {got} {score.unit} (weights alone by the model: {model})"
 
 

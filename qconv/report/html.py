@@ -20,8 +20,8 @@ from qconv.errors import QconvError, format_bytes, format_count
 from qconv.report.text import format_trial_gain, format_trial_value
 from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, Trial, ValueStatistics
 from qconv.results.quantize import Audit, FloatNode, group_float_nodes
-from qconv.results.sample_curve import SampleCurve, Spread, format_score
-from qconv.results.scores import AGREEMENT, ALWAYS_TOLD, SHARE, Metric, find_score, metrics_of
+from qconv.results.sample_curve import SampleCurve, Spread, format_value
+from qconv.results.scores import ALWAYS_TOLD, SHARE, Metric, find_score, metrics_of
 from qconv.results.training import SynthesisResult
 
 Tone = Literal["good", "bad", "plain"]
@@ -224,17 +224,24 @@ def _values_data(values: ValueStatistics | None) -> dict[str, Any] | None:
 def _sweep_data(sweep: Sweep) -> dict[str, Any]:
     rows = zip(sweep.trials, sweep.best, strict=True)
     trials = [{**_trial_data(trial), "best": best} for trial, best in rows if not trial.failed]
-    return {"float": {"size": sweep.float_bytes, "ms": _round_number(sweep.float_ms)}, "trials": trials}
+    return {
+        "float": {"size": sweep.float_bytes, "ms": _round_number(sweep.float_ms)},
+        "metrics": [_metric_data(metric) for metric in list_trial_metrics(sweep.trials)],
+        "trials": trials,
+    }
+
+
+def _metric_data(metric: Metric) -> dict[str, Any]:
+    """Collect what a chart needs to name and scale its values."""
+    return {"name": metric.name, "heading": metric.heading, "sign": metric.sign, "factor": metric.factor}
 
 
 def _trial_data(trial: Trial) -> dict[str, Any]:
-    agreement = find_score(trial.scores, AGREEMENT)
-    span = None if agreement is None else agreement.interval
+    """Collect scores and intervals by the name of the metric; no interval where it was not measured."""
     return {
         "name": trial.name,
-        "sqnr": _round_number(trial.sqnr_db),
-        "agreement": _round_number(trial.agreement),
-        "interval": None if span is None else list(map(_round_number, span)),
+        "scores": {score.name: _round_number(score.value) for score in trial.scores},
+        "intervals": {score.name: list(map(_round_number, score.interval)) for score in trial.scores if score.interval},
         "size": trial.size,
         "ms": _round_number(trial.ms),
     }
@@ -248,25 +255,29 @@ def _synthesis_data(found: SynthesisResult) -> dict[str, Any]:
 
 
 def _study_data(curve: SampleCurve) -> dict[str, Any]:
-    """Collect draws and spreads: SQNR in dB, agreement as a share. Equal outputs, of infinite dB, are null."""
+    """Collect draws and spreads by the name of the metric. What has no number, as dB of equal outputs, is null."""
     return {
         "pictures": curve.pictures,
         "enough": curve.enough,
+        "metrics": [_metric_data(metric) for metric in curve.metrics],
         "draws": [
-            {"pictures": p.pictures, "seed": p.seed, "sqnr": _round_number(p.sqnr_db), "agreement": p.agreement}
-            for p in curve.points
+            {
+                "pictures": point.pictures,
+                "seed": point.seed,
+                **{metric.name: _round_number(point.value_of(metric)) for metric in curve.metrics},
+            }
+            for point in curve.points
         ],
         "spread": [
-            {"pictures": n, "sqnr": _spread_data(curve.sqnr_db(n)), "agreement": _spread_data(curve.agreement(n))}
+            {"pictures": n, **{metric.name: _spread_data(curve.spread(metric, n)) for metric in curve.metrics}}
             for n in curve.counts
         ],
     }
 
 
-def _spread_data(spread: Spread | None) -> list[float] | None:
+def _spread_data(spread: Spread | None) -> list[float | None] | None:
     """Return the worst draw, the median and the best; None where one of them is not finite."""
-    ends = () if spread is None else (spread.least, spread.median, spread.most)
-    return [float(f"{value:.{DIGITS}g}") for value in ends] if ends and all(map(math.isfinite, ends)) else None
+    return None if spread is None or not all(map(math.isfinite, spread)) else list(map(_round_number, spread))
 
 
 def _round_number(number: float | None) -> float | None:
@@ -322,16 +333,14 @@ def time_share(islands: Sequence[FloatNode], audit: Audit) -> float | None:
     return sum(island.us or 0.0 for island in islands) / audit.total_us if audit.total_us else None
 
 
-def spread_cells(spread: Spread | None, factor: float = 1) -> list[str]:
-    """Format the worst draw, the median and the best."""
-    return [
-        format_score(value, factor)
-        for value in ((None,) * 3 if spread is None else (spread.least, spread.median, spread.most))
-    ]
+def list_study_cells(curve: SampleCurve, count: int) -> list[str]:
+    """Format the worst draw, the median and the best of `count` images, in every metric."""
+    spreads = ((metric, curve.spread(metric, count)) for metric in curve.metrics)
+    return [format_value(metric, value) for metric, spread in spreads for value in spread or (None,) * 3]
 
 
 FILTERS = {
-    "spread": spread_cells,
+    "drawn": list_study_cells,
     "middle": shorten_middle,
     "decibel": format_decibel,
     "percent": format_percent,

@@ -111,29 +111,31 @@
   }
 
   function drawSweep() {
-    const [across, up] = [at("sweep-x").value, at("sweep-y").value];
-    const scaled = (trial, key) => (trial[key] === null ? null : key === "size" ? trial.size / 1e6 : key === "agreement" ? 100 * trial[key] : trial[key]);
+    const across = at("sweep-x").value;
+    const metric = data.sweep.metrics.find((known) => known.name === at("sweep-y").value);
+    const places = { size: (trial) => trial.size / 1e6, ms: (trial) => trial.ms };
+    const height = (value) => (value === null || value === undefined ? null : metric.factor * value);
     const mark = (name, best) => {
       const kept = data.sweep.trials.filter((trial) => trial.best === best);
       const points = {
-        x: kept.map((trial) => scaled(trial, across)), y: kept.map((trial) => scaled(trial, up)), name, type: "scatter", mode: "markers+text",
+        x: kept.map(places[across]), y: kept.map((trial) => height(trial.scores[metric.name])), name, type: "scatter", mode: "markers+text",
         text: kept.map((trial) => plain(middle(trial.name, 24))), textposition: "top center", cliponaxis: false,
         textfont: { color: style(best ? "--text" : "--quiet"), size: 11 },
         marker: { size: 11, symbol: best ? "circle" : "circle-open", color: style(best ? "--first" : "--float"), line: { width: 2, color: style(best ? "--first" : "--float") } },
         hovertemplate: "%{text}<br>%{x:.3f}, %{y:.2f}<extra></extra>",
       };
-      if (up === "agreement") {
+      if (kept.some((trial) => metric.name in trial.intervals)) {
+        const beyond = (trial, end) => (metric.name in trial.intervals ? Math.abs(height(trial.intervals[metric.name][end] - trial.scores[metric.name])) : 0);
         points.error_y = {
           type: "data", symmetric: false, color: style("--float"), thickness: 1, width: 3,
-          array: kept.map((trial) => (trial.interval ? 100 * (trial.interval[1] - trial.agreement) : 0)),
-          arrayminus: kept.map((trial) => (trial.interval ? 100 * (trial.agreement - trial.interval[0]) : 0)),
+          array: kept.map((trial) => beyond(trial, 1)), arrayminus: kept.map((trial) => beyond(trial, 0)),
         };
       }
       return points;
     };
     Plotly.react(at("sweep-chart"), [mark("unbeaten", true), mark("beaten", false)], layout({
       xaxis: axis(across === "size" ? "size, MB" : "time of a run, ms", { fixedrange: true, zeroline: false }),
-      yaxis: axis(up === "sqnr" ? "SQNR, dB" : "agreement, %", { fixedrange: true, zeroline: false }), hovermode: "closest",
+      yaxis: axis(metric.heading, { fixedrange: true, zeroline: false }), hovermode: "closest",
     }), config);
   }
 
@@ -157,15 +159,14 @@
   }
 
   function drawStudy() {
-    const { pictures, enough, draws, spread } = data.study;
+    const { pictures, enough, metrics, draws, spread } = data.study;
     const counts = spread.map((row) => row.pictures);
     const [first, last] = [Math.log10(counts[0]), Math.log10(pictures)];
     const edge = (x0, x1, y0, y1, xref, yref) => ({
       type: "line", xref, yref, x0, x1, y0, y1, line: { color: style("--float"), width: 1.2, dash: "dash" },
     });
-    for (const [key, title, unit, factor, color] of [
-      ["sqnr", "SQNR, dB", " dB", 1, "--first"], ["agreement", "agreement, %", "%", 100, "--second"],
-    ]) {
+    for (const [index, { name: key, heading, sign, factor }] of metrics.entries()) {
+      const color = index % 2 ? "--second" : "--first";
       const rows = spread.filter((row) => row[key] !== null);
       const dots = draws.filter((draw) => draw[key] !== null);
       const of = (which) => rows.map((row) => factor * row[key][which]);
@@ -182,7 +183,7 @@
         {
           x: dots.map((draw) => Math.log10(draw.pictures)), y: dots.map((draw) => factor * draw[key]), name: "a draw", type: "scatter", mode: "markers",
           marker: { size: 7, color: style(color), line: { width: 1, color: style("--card") } }, hoverinfo: "text", showlegend: false,
-          hovertext: dots.map((draw) => `${draw.pictures} of ${pictures} pictures, draw ${draw.seed}: ${rounded(factor * draw[key])}${unit}`),
+          hovertext: dots.map((draw) => `${draw.pictures} of ${pictures} pictures, draw ${draw.seed}: ${rounded(factor * draw[key])} ${sign}`),
         },
       ], layout({
         // places are logarithms, so that ticks, lines and dots agree on them
@@ -190,7 +191,7 @@
           fixedrange: true, zeroline: false, tickvals: counts.map(Math.log10), ticktext: counts.map(String),
           range: first < last ? [first - 0.05 * (last - first), last + 0.05 * (last - first)] : [first - 1, first + 1],
         }),
-        yaxis: axis(title, { fixedrange: true, zeroline: false }), shapes, hovermode: "closest",
+        yaxis: axis(heading, { fixedrange: true, zeroline: false }), shapes, hovermode: "closest",
       }), config);
     }
   }

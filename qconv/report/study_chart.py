@@ -1,7 +1,7 @@
 """This module draws the chart of a sample study as PNG, with Pillow alone, and builds the page of the study.
 
-Two panels show accuracy over the number of images on a logarithmic axis: every draw is a dot, the median a line, worst
-to best a band. Shapes have places in units of WIDTH x HEIGHT and roles instead of colours. They are drawn at SHARPNESS
+A panel for each metric shows accuracy over the number of images on a logarithmic axis: every draw is a dot, the median
+a line, worst to best a band. Shapes have places in pixels and roles instead of colours. They are drawn at SHARPNESS
 times the size and averaged down, which is all the antialiasing that Pillow's shapes lack. The font is the one that
 Pillow brings along.
 """
@@ -9,7 +9,7 @@ Pillow brings along.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import PurePath
@@ -20,14 +20,15 @@ from qconv.data.images import png_bytes
 from qconv.errors import format_count
 from qconv.report.html import Page, Tile
 from qconv.report.pages import make_warnings_tile
-from qconv.results.sample_curve import SampleCurve, Spread, format_score
+from qconv.results.sample_curve import SampleCurve, Spread, format_value
+from qconv.results.scores import Metric
 
-WIDTH, HEIGHT = 1200, 560
+HEIGHT = 560
 
 TOP, BOTTOM = 120, 470
 
-PANELS = ((100, 570), (710, 1180))
-"""Left and right end of each panel."""
+FIRST_PANEL, PANEL_STEP = (100, 570), 610
+"""Left and right end of the first panel, and how far the next one is from it."""
 
 FONT_SIZE, LARGE_FONT_SIZE = 17, 24
 
@@ -88,14 +89,25 @@ Shape = ChartLine | ChartArea | ChartDot | ChartText
 
 @dataclass(frozen=True, slots=True)
 class PanelMeasure:
-    """What a panel shows. of: the spread at a number of images; each: a dot for each draw, (count, value)."""
+    """What a panel shows. role: of its dots and its line. each: a dot for each draw, (count, value as printed)."""
 
+    curve: SampleCurve
+    metric: Metric
     role: str
-    label: str
-    unit: str
-    of: Callable[[int], Spread | None]
     each: Sequence[tuple[int, float]]
-    most: float = math.inf
+
+    @property
+    def most(self) -> float:
+        """Above which no value can be, as printed."""
+        metric = self.metric
+        return math.inf if metric.equal is None or not metric.higher_is_better else metric.factor * metric.equal
+
+    def spread(self, count: int) -> Spread | None:
+        """Return the spread at a number of images, as printed; None where one of its ends is not finite."""
+        found = self.curve.spread(self.metric, count)
+        if found is None or not all(map(math.isfinite, found)):
+            return None
+        return Spread(*(self.metric.factor * value for value in found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,42 +133,44 @@ class _Axes:
 def draw_chart(curve: SampleCurve) -> list[Shape]:
     """Compose the shapes of the chart, those behind first."""
     title = f"How many calibration pictures does {_shorten_name(curve.model)} need?"
-    shapes: list[Shape] = [ChartText((WIDTH / 2, 40), title, size=LARGE_FONT_SIZE)]
+    middle = chart_width(curve) / 2
+    shapes: list[Shape] = [ChartText((middle, 40), title, size=LARGE_FONT_SIZE)]
     draws = "one draw" if curve.draws == 1 else f"{curve.draws} draws of each number"
     subtitle = f"{curve.recipe['calibrator']}, {draws}, scored on {format_count(curve.scored, 'other picture')}"
-    shapes.append(ChartText((WIDTH / 2, 68), subtitle, role="quiet"))
-    for ends, measure in zip(PANELS, _choose_measures(curve), strict=True):
-        shapes += _draw_panel(curve, measure, ends)
+    shapes.append(ChartText((middle, 68), subtitle, role="quiet"))
+    for index, metric in enumerate(curve.metrics):
+        each = [(point.pictures, metric.factor * value) for point, value in curve.drawn(metric)]
+        shapes += _draw_panel(
+            curve, PanelMeasure(curve, metric, f"measure-{index % MEASURES}", each), panel_ends(index)
+        )
     return shapes
 
 
-def _choose_measures(curve: SampleCurve) -> tuple[PanelMeasure, PanelMeasure]:
-    sqnr = [(p.pictures, p.sqnr_db) for p in curve.points if p.sqnr_db is not None]
-    agreement = [(p.pictures, 100 * p.agreement) for p in curve.points if p.agreement is not None]
+def chart_width(curve: SampleCurve) -> int:
+    """Return the width of the chart in pixels; its height is HEIGHT."""
+    return round(panel_ends(len(curve.metrics) - 1)[1]) + 20
 
-    def in_percent(count: int) -> Spread | None:
-        found = curve.agreement(count)
-        return None if found is None else Spread(100 * found.least, 100 * found.median, 100 * found.most)
 
-    return (
-        PanelMeasure("sqnr", "SQNR (dB)", "dB", curve.sqnr_db, sqnr),
-        PanelMeasure("agreement", "agreement with the float model (%)", "%", in_percent, agreement, most=100.0),
-    )
+def panel_ends(index: int) -> tuple[float, float]:
+    """Return where a panel begins and ends."""
+    left, right = (end + index * PANEL_STEP for end in FIRST_PANEL)
+    return left, right
 
 
 def _draw_panel(curve: SampleCurve, measure: PanelMeasure, ends: tuple[float, float]) -> Iterator[Shape]:
     left, right = ends
     middle = (left + right) / 2
     yield ChartText((middle, BOTTOM + 62), "calibration pictures (logarithmic)", role="text")
-    yield ChartText((left - 66, (TOP + BOTTOM) / 2), measure.label, upright=True)
+    sign = f" ({measure.metric.sign})" if measure.metric.sign else ""
+    yield ChartText((left - 66, (TOP + BOTTOM) / 2), f"{measure.metric.label}{sign}", upright=True)
     if not measure.each:
         yield from _draw_frame(left, right)
         yield ChartText((middle, (TOP + BOTTOM) / 2), "nothing to measure here", role="quiet")
         return
-    spreads = {c: s for c in curve.counts if (s := measure.of(c)) is not None and math.isfinite(s.most)}
+    spreads = {c: s for c in curve.counts if (s := measure.spread(c)) is not None}
     axes = _make_axes(ends, curve, [value for _, value in measure.each], measure.most)
-    outline = [(axes.x(c), axes.y(s.least)) for c, s in spreads.items()]
-    outline += [(axes.x(c), axes.y(s.most)) for c, s in reversed(spreads.items())]
+    outline = [(axes.x(c), axes.y(s.worst)) for c, s in spreads.items()]
+    outline += [(axes.x(c), axes.y(s.best)) for c, s in reversed(spreads.items())]
     yield ChartArea(tuple(outline), f"{measure.role}-band")
     yield from _draw_grid(axes, curve.counts)
     yield from _draw_marks(curve, measure, axes)
@@ -169,15 +183,14 @@ def _draw_panel(curve: SampleCurve, measure: PanelMeasure, ends: tuple[float, fl
 def _draw_marks(curve: SampleCurve, measure: PanelMeasure, axes: _Axes) -> Iterator[Shape]:
     """Mark the level that all images give, and how many are enough."""
     left, right = axes.ends
-    full = measure.of(curve.pictures)
-    if full is not None and math.isfinite(full.median):
+    full = measure.spread(curve.pictures)
+    if full is not None:
         place = axes.y(full.median)
         yield ChartLine(((left, place), (right, place)), "full", width=1.5, dashed=True)
         # small sets lie lower, as a rule, so that there is room above the line on the left
         above = place - 9 if place - 30 > TOP else place + 22
-        yield ChartText(
-            (left + 10, above), f"all {curve.pictures}: {full.median:.4g} {measure.unit}", "start", role="quiet"
-        )
+        text = f"all {curve.pictures}: {full.median:.4g} {measure.metric.sign}".rstrip()
+        yield ChartText((left + 10, above), text, "start", role="quiet")
     if curve.enough is not None:
         place = axes.x(curve.enough)
         yield ChartLine(((place, TOP), (place, BOTTOM)), "enough", width=1.5, dashed=True)
@@ -245,19 +258,25 @@ COLORS = {
     "grid": "#e4e7eb",
     "full": "#8c959f",
     "enough": "#8c959f",
-    # blue and vermilion of Okabe and Ito's palette, which everyone can tell apart, and lighter ones for the bands
-    "sqnr": "#0072b2",
-    "sqnr-band": "#cfe3f0",
-    "agreement": "#d55e00",
-    "agreement-band": "#f8dfcc",
+    # blue, vermilion and green of Okabe and Ito's palette, which everyone can tell apart; lighter ones for the bands
+    "measure-0": "#0072b2",
+    "measure-0-band": "#cfe3f0",
+    "measure-1": "#d55e00",
+    "measure-1-band": "#f8dfcc",
+    "measure-2": "#009e73",
+    "measure-2-band": "#ccece3",
 }
+
+MEASURES = 3
+"""Panels that have colours of their own."""
 
 ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 
 
-def render_png(shapes: Sequence[Shape]) -> bytes:
-    """Draw the shapes as a PNG file of WIDTH x HEIGHT pixels."""
-    canvas = Image.new("RGB", (WIDTH * SHARPNESS, HEIGHT * SHARPNESS), COLORS["paper"])
+def render_png(curve: SampleCurve) -> bytes:
+    """Draw the chart as a PNG file of `chart_width` x HEIGHT pixels."""
+    shapes = draw_chart(curve)
+    canvas = Image.new("RGB", (chart_width(curve) * SHARPNESS, HEIGHT * SHARPNESS), COLORS["paper"])
     pen = ImageDraw.Draw(canvas)
     for shape in shapes:
         if isinstance(shape, ChartText):
@@ -315,12 +334,11 @@ def _draw_text(canvas: Image.Image, pen: ImageDraw.ImageDraw, text: ChartText) -
 def make_study_page(curve: SampleCurve, command: str) -> Page:
     """Build the page of a run of `study-samples`. command: that makes the page again."""
     tiles = [Tile("enough pictures", str(curve.enough or "not seen"), f"of {curve.pictures}")]
-    sqnr, agreement = curve.sqnr_db(curve.pictures), curve.agreement(curve.pictures)
-    if sqnr is not None:
-        unit = " dB" if math.isfinite(sqnr.median) else ""
-        tiles.append(Tile("SQNR with all", f"{format_score(sqnr.median)}{unit}", "of the outputs"))
-    if agreement is not None:
-        tiles.append(Tile("agreement with all", f"{agreement.median:.1%}", "with the float model"))
+    for metric in curve.metrics:
+        found = curve.spread(metric, curve.pictures)
+        if found is not None:
+            value = metric.format(found.median) if math.isfinite(found.median) else format_value(metric, found.median)
+            tiles.append(Tile(f"{metric.label} with all", value, f"on {format_count(curve.scored, 'other picture')}"))
     return Page(
         title=PurePath(curve.model).name,
         subtitle=curve.how(),

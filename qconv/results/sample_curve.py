@@ -11,12 +11,22 @@ images alone would not do: one set may be a decibel better or worse than another
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 from qconv.errors import format_count
+from qconv.results.scores import (
+    ALWAYS_TOLD,
+    DECIBEL,
+    SHARE,
+    Metric,
+    Score,
+    as_values,
+    find_score,
+    metrics_of,
+)
 
 SCHEMA = 1
 TOLERANCE_DB = 0.5
@@ -32,32 +42,40 @@ class CurvePoint:
     Attributes:
         pictures: Images that it was calibrated with.
         seed: The draw that they are from.
-        sqnr_db: In dB; None where outputs are equal or cannot be compared.
-        agreement: Share of equal classes; None where there are none.
+        scores: Of the worst output, each metric once.
     """
 
     pictures: int
     seed: int
-    sqnr_db: float | None
-    agreement: float | None
+    scores: tuple[Score, ...]
+
+    def value_of(self, metric: Metric) -> float | None:
+        """Return the value of a metric, infinite for equal outputs without a number; None where not measured."""
+        found = find_score(self.scores, metric)
+        if found is None:
+            return None
+        return math.inf if found.value is None else found.value
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
     """The worst, the median and the best draw of one number of images. Infinite decibels are equal outputs."""
 
-    least: float
+    worst: float
     median: float
-    most: float
+    best: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread | None:
+    def of(cls, values: Sequence[float], metric: Metric) -> Spread | None:
         """Compute the spread of measured values; None where nothing was measured."""
-        return cls(min(values), float(median(values)), max(values)) if values else None
+        if not values:
+            return None
+        ends = min(values), max(values)
+        worst, best = ends if metric.higher_is_better else ends[::-1]
+        return cls(worst, float(median(values)), best)
 
-    def as_list(self) -> list[float | None]:
-        """Return the values JSON-ready, infinity as null."""
-        return [value if math.isfinite(value) else None for value in (self.least, self.median, self.most)]
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.worst, self.median, self.best))
 
 
 def counts_up_to(most: int) -> list[int]:
@@ -102,36 +120,45 @@ class SampleCurve:
         return max(self.counts)
 
     @property
-    def in_decibels(self) -> bool:
-        """Whether any draw differs from the float model in an output with an SQNR."""
-        return any(point.sqnr_db is not None for point in self.points)
+    def metrics(self) -> tuple[Metric, ...]:
+        """What was measured; first those that every comparison tells of."""
+        return metrics_of([point.scores for point in self.points], first=ALWAYS_TOLD)
 
-    def sqnr_db(self, count: int) -> Spread | None:
-        """Return the spread of SQNR over the draws of `count` images, in dB."""
-        if not self.in_decibels:
+    @property
+    def judged(self) -> Metric | None:
+        """The first metric, in decibels or a share, in which any draw has a number: it says what is enough."""
+        return next((m for m in self.metrics if m.unit in (DECIBEL, SHARE) and self.drawn(m)), None)
+
+    def drawn(self, metric: Metric) -> list[tuple[CurvePoint, float]]:
+        """List the points that have a number in a metric, with that number."""
+        found = [(point, point.value_of(metric)) for point in self.points]
+        return [(point, value) for point, value in found if value is not None and math.isfinite(value)]
+
+    def spread(self, metric: Metric, count: int | None = None) -> Spread | None:
+        """Return the spread of a metric over the draws.
+
+        Args:
+            metric: Infinite where outputs are equal and it has no number for that.
+            count: Of so many images; None for all draws of at least half of them.
+
+        Returns:
+            In the metric's unit; None where no draw of any number has a number.
+        """
+        if not self.drawn(metric):
             return None
-        return Spread.of([math.inf if p.sqnr_db is None else p.sqnr_db for p in self._at(count)])
-
-    def agreement(self, count: int) -> Spread | None:
-        """Return the spread of agreement over the draws of `count` images, 0 to 1."""
-        return Spread.of([p.agreement for p in self._at(count) if p.agreement is not None])
-
-    def _at(self, count: int) -> Iterable[CurvePoint]:
-        return [point for point in self.points if point.pictures == count]
+        points = [p for p in self.points if (p.pictures >= self._half if count is None else p.pictures == count)]
+        return Spread.of([value for p in points if (value := p.value_of(metric)) is not None], metric)
 
     @property
     def enough(self) -> int | None:
         """How many images are enough, as the module defines it; None where the curve does not say."""
         later = self._last_unsteady or 0
-        return next((c for c in self._small if later < c and self._is_within(c, lambda s: s.least)), None)
+        return next((c for c in self._small if later < c and self._is_within(c, lambda s: s.worst)), None)
 
     @property
     def level(self) -> Spread | None:
-        """The spread over all draws of at least half of the images: SQNR in dB, else agreement."""
-        large = [count for count in self.counts if count >= self._half]
-        if self.in_decibels:
-            return Spread.of([math.inf if p.sqnr_db is None else p.sqnr_db for c in large for p in self._at(c)])
-        return Spread.of([p.agreement for c in large for p in self._at(c) if p.agreement is not None])
+        """The spread over all draws of at least half of the images, in the unit of `judged`."""
+        return None if self.judged is None else self.spread(self.judged)
 
     @property
     def _half(self) -> int:
@@ -153,23 +180,24 @@ class SampleCurve:
 
     @property
     def tolerance(self) -> float:
-        """What `enough` tolerates: TOLERANCE_DB, or for agreement one standard error."""
-        if self.in_decibels:
+        """What `enough` tolerates: TOLERANCE_DB, or for a share one standard error."""
+        if self._in_decibels:
             return TOLERANCE_DB
         share = 1.0 if self.level is None else self.level.median
         return math.sqrt(max(share * (1 - share), 1 / self.scored) / self.scored)
 
-    def shortfall(self, count: int, of: Callable[[Spread], float] = lambda spread: spread.least) -> float | None:
-        """Return how far draws of `count` images are below the level, in dB or as a share; never below 0.
+    def shortfall(self, count: int, of: Callable[[Spread], float] = lambda spread: spread.worst) -> float | None:
+        """Return by how much draws of `count` images are worse than the level, in dB or as a share; never below 0.
 
         Args:
             count: Images.
             of: Which draw, the worst or the median.
         """
-        here = self.sqnr_db(count) if self.in_decibels else self.agreement(count)
-        if here is None or self.level is None:
+        metric, level = self.judged, self.level
+        here = None if metric is None else self.spread(metric, count)
+        if metric is None or here is None or level is None:
             return None
-        return 0.0 if of(here) >= self.level.median else self.level.median - of(here)
+        return 0.0 if of(here) == level.median else max(0.0, metric.lost(level.median, of(here)))
 
     def in_words(self) -> str:
         """Describe the curve in one or two sentences."""
@@ -199,21 +227,27 @@ class SampleCurve:
             f"ones; scored on {self.scored} {others}; calibrator {self.recipe['calibrator']}."
         )
 
+    @property
+    def _in_decibels(self) -> bool:
+        return self.judged is not None and self.judged.unit == DECIBEL
+
     def _gap(self, size: float) -> str:
-        if self.in_decibels:
+        if self._in_decibels:
             return f"{size:.2g} dB" if size < 10 else f"{size:.0f} dB"
-        return f"{100 * size:.1f} points of agreement"
+        return f"{100 * size:.1f} points of {'' if self.judged is None else self.judged.label}".rstrip()
 
     def _fall(self) -> str:
         """Describe a fall of the curve: ranges that only grow with every image can become too wide."""
-        medians = {c: spread.median for c in self._small if (spread := self.sqnr_db(c)) is not None}
-        best = max(medians, key=lambda count: medians[count], default=None)
-        if best is None or self.level is None or not ROUNDING_LUCK_DB < medians[best] - self.level.median < math.inf:
+        metric, level = self.judged, self.level
+        if metric is None or level is None or not self._in_decibels:
             return ""
-        lost = self._gap(medians[best] - self.level.median)
+        gains = {c: metric.lost(s.median, level.median) for c in self._small if (s := self.spread(metric, c))}
+        best = max(gains, key=lambda count: gains[count], default=None)
+        if best is None or not ROUNDING_LUCK_DB < gains[best] < math.inf:
+            return ""
         return (
-            f" More than {best} cost {lost}: rare extremes widen the ranges, so try another --calibrator "
-            f"than {self.recipe['calibrator']}."
+            f" More than {best} cost {self._gap(gains[best])}: rare extremes widen the ranges, so try another "
+            f"--calibrator than {self.recipe['calibrator']}."
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -228,21 +262,17 @@ class SampleCurve:
             "holdout": self.scored,
             "images": list(self.scored_on),
             "draws": self.draws,
-            "points": [
-                {"pictures": p.pictures, "seed": p.seed, "sqnr_db": p.sqnr_db, "agreement": p.agreement}
-                for p in self.points
-            ],
+            "points": [{"pictures": p.pictures, "seed": p.seed, **as_values(p.scores)} for p in self.points],
             "spread": [
                 {
                     "pictures": count,
-                    "sqnr_db": _spread_as_list(self.sqnr_db(count)),
-                    "agreement": _spread_as_list(self.agreement(count)),
+                    **{metric.name: _as_list(self.spread(metric, count)) for metric in self.metrics},
                     "seconds": round(self.seconds[count], 3),
                 }
                 for count in self.counts
             ],
             "enough": self.enough,
-            "tolerance_db": TOLERANCE_DB if self.in_decibels else None,
+            "tolerance_db": TOLERANCE_DB if self._in_decibels else None,
             "words": self.in_words(),
             "warnings": self.warnings,
             "time": {name: round(seconds, 3) for name, seconds in self.time.items()},
@@ -250,12 +280,13 @@ class SampleCurve:
         }
 
 
-def format_score(value: float | None, factor: float = 1) -> str:
-    """Format a number with one place; "equal" for infinite decibels, "-" for none."""
+def format_value(metric: Metric, value: float | None) -> str:
+    """Format a value without its unit; "equal" for infinite ones, which equal outputs have, "-" for none."""
     if value is None:
         return "-"
-    return f"{factor * value:.1f}" if math.isfinite(value) else "equal"
+    return metric.number(value) if math.isfinite(value) else "equal"
 
 
-def _spread_as_list(spread: Spread | None) -> list[float | None] | None:
-    return None if spread is None else spread.as_list()
+def _as_list(spread: Spread | None) -> list[float | None] | None:
+    """Return [worst, median, best] JSON-ready, infinity as null."""
+    return None if spread is None else [value if math.isfinite(value) else None for value in spread]

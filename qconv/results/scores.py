@@ -21,8 +21,9 @@ class Metric:
 
     name: its key in JSON and in tables. label: as people read it. unit: DECIBEL, SHARE or "" for a plain number.
     equal: its value where nothing differs; None where it has no bound, as SQNR. sentence, brief: how a summary and a
-    list of outputs say it, around its value. good, poor: from the first on a value is good, below the second it is bad.
-    has_interval: whether an interval can be given.
+    list of outputs say it, around its value. good, poor, useless: from the first on a value is good, below the second
+    it is bad, below the third nothing is left of the model; above them, where less is better. has_interval: whether an
+    interval can be given.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Metric:
     brief: str = ""
     good: float | None = None
     poor: float | None = None
+    useless: float | None = None
     has_interval: bool = True
 
     @property
@@ -98,12 +100,18 @@ class Score:
         """Whether it is that of equal outputs."""
         return self.value == self.metric.equal
 
+    @property
+    def is_useless(self) -> bool:
+        """Whether nothing is left of the model."""
+        limit = self.metric.useless
+        return self.value is not None and limit is not None and self.metric.lost(limit, self.value) > 0
+
     def in_words(self, template: str = "") -> str:
         """The value, within `template`, or else behind the metric's label."""
         return (template or f"{self.metric.label} {{}}").format(self.metric.format(self.value))
 
 
-SQNR = Metric("sqnr_db", "SQNR", DECIBEL, brief="{}", good=20.0, poor=10.0)
+SQNR = Metric("sqnr_db", "SQNR", DECIBEL, brief="{}", good=20.0, poor=10.0, useless=3.0)
 
 AGREEMENT = Metric(
     "agreement",
@@ -113,6 +121,7 @@ AGREEMENT = Metric(
     sentence="agrees with the float model on {}",
     good=0.97,
     poor=0.9,
+    useless=0.5,
 )
 
 TOP1 = Metric("top1", "top-1", SHARE)

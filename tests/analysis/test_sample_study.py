@@ -22,8 +22,10 @@ from qconv.data import images
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
 from qconv.results.sample_curve import CurvePoint, SampleCurve, counts_up_to
+from qconv.results.scores import AGREEMENT, SQNR
 from qconv.runtime.session import Session
 from tests.support.models import loaded, network
+from tests.support.scores import scores
 
 BODY = "c = Conv(x, w)  r = Relu(c)  p = GlobalAveragePool(r)  f = Flatten(p)  y = Gemm(f, g)"
 RAW = PreprocessingOptions(preset="raw")
@@ -74,8 +76,8 @@ def test_points_of_the_first_draw_are_what_quantize_makes(
         quantize.quantize(str(model), out, *request(pictures, samples=point.pictures, **plain))
         got = ort.InferenceSession(str(out)).run(None, {"x": x})[0].astype(np.float64)
         sqnr = 10 * math.log10((expected**2).sum() / ((expected - got) ** 2).sum())
-        assert point.sqnr_db == pytest.approx(sqnr, rel=1e-9)
-        assert point.agreement == (expected.argmax(1) == got.argmax(1)).mean()
+        assert point.value_of(SQNR) == pytest.approx(sqnr, rel=1e-9)
+        assert point.value_of(AGREEMENT) == (expected.argmax(1) == got.argmax(1)).mean()
 
 
 def test_every_draw_but_of_all_pictures(model: Path, pictures: Path) -> None:
@@ -251,7 +253,7 @@ def curve(*points: tuple[int, float | None, float | None], scored: int = 100) ->
     seen: Counter[int] = Counter()
     found = []
     for count, sqnr, agreement in points:
-        found.append(CurvePoint(count, seen[count], sqnr, agreement))
+        found.append(CurvePoint(count, seen[count], scores(sqnr, agreement)))
         seen[count] += 1
     seconds = {count: 0.1 * count for count, _, _ in points}
     return SampleCurve(

@@ -588,7 +588,7 @@ def test_layers_can_be_picked(chromium: Browser, drawn: Path) -> None:
 def test_recipes_can_be_looked_at_from_four_sides(chromium: Browser, drawn: Path) -> None:
     chromium.open(drawn, 390)
     until(chromium, "document.querySelectorAll('#sweep-chart .point').length === 3")
-    for across, up, titles in (("ms", "sqnr", "time of a run, ms"), ("size", "agreement", "agreement, %")):
+    for across, up, titles in (("ms", "sqnr_db", "time of a run, ms"), ("size", "agreement", "agreement %")):
         for axis, value in (("x", across), ("y", up)):
             chromium.run(
                 f"const s = document.getElementById('sweep-{axis}'); s.value = '{value}'; "
@@ -599,12 +599,12 @@ def test_recipes_can_be_looked_at_from_four_sides(chromium: Browser, drawn: Path
 
 
 def test_every_draw_of_a_study_is_a_dot(chromium: Browser, tmp_path: Path) -> None:
-    points = [CurvePoint(count, seed, 20.0 + count, 0.5) for count in (1, 2, 4) for seed in (0, 1)]
+    points = [CurvePoint(count, seed, scores(20.0 + count, 0.5)) for count in (1, 2, 4) for seed in (0, 1)]
     curve = SampleCurve("1", "m.onnx", {"calibrator": "mse"}, None, points, 2, 4, (), {1: 0.1, 2: 0.2, 4: 0.3})
     page = tmp_path / "study.html"
     page.write_bytes(html.render_page(make_study_page(curve, "")))
     chromium.open(page, 390)
-    for key in ("sqnr", "agreement"):
+    for key in ("sqnr_db", "agreement"):
         until(chromium, f"document.querySelectorAll('#study-{key}-chart .points .point').length === {len(points)}")
         ticks = f"[...document.querySelectorAll('#study-{key}-chart .xtick')].map(t => t.textContent).join()"
         assert chromium.run(f"return {ticks}") == "1,2,4"

@@ -16,17 +16,19 @@ from qconv.report.study_chart import (
     BOTTOM,
     COLORS,
     HEIGHT,
-    PANELS,
     TOP,
-    WIDTH,
     ChartDot,
     ChartLine,
     ChartText,
+    chart_width,
     draw_chart,
     make_study_page,
+    panel_ends,
     render_png,
 )
 from qconv.results.sample_curve import CurvePoint, SampleCurve
+from qconv.results.scores import SHARE, SQNR, Metric, Score
+from tests.support.scores import scores
 
 POINTS = [
     (1, 20.0, 0.5),
@@ -40,7 +42,9 @@ POINTS = [
 
 
 def curve(points: list[tuple[int, float | None, float | None]], name: str = "model.onnx") -> SampleCurve:
-    made = [CurvePoint(count, number % 2, sqnr, agreement) for number, (count, sqnr, agreement) in enumerate(points)]
+    made = [
+        CurvePoint(count, number % 2, scores(sqnr, agreement)) for number, (count, sqnr, agreement) in enumerate(points)
+    ]
     seconds = {point.pictures: 0.5 for point in made}
     return SampleCurve("0.1", name, {"calibrator": "mse"}, None, made, 2, 4, (), seconds)
 
@@ -63,7 +67,7 @@ def dots(found: SampleCurve, role: str) -> list[ChartDot]:
 
 def test_a_dot_for_every_draw_in_either_panel() -> None:
     """Higher values lie higher; ten times the pictures are as far as from one to ten."""
-    for role, ends, values in (("sqnr", PANELS[0], 1), ("agreement", PANELS[1], 2)):
+    for role, ends, values in (("measure-0", panel_ends(0), 1), ("measure-1", panel_ends(1), 2)):
         found = dots(CURVE, role)
         assert len(found) == len(POINTS)
         assert all(ends[0] < dot.at[0] < ends[1] and TOP <= dot.at[1] <= BOTTOM for dot in found)
@@ -75,23 +79,23 @@ def test_a_dot_for_every_draw_in_either_panel() -> None:
 
 def test_axes_have_labels_with_units() -> None:
     texts = [shape.text for shape in draw_chart(CURVE) if isinstance(shape, ChartText)]
-    assert {"SQNR (dB)", "agreement with the float model (%)", "2 are enough", "all 7: 30 dB"} <= set(texts)
+    assert {"SQNR (dB)", "agreement (%)", "2 are enough", "all 7: 30 dB"} <= set(texts)
     assert any("model.onnx" in text for text in texts)
     assert "105" not in texts  # no share is above 100 %
 
 
 def test_the_median_is_the_line() -> None:
     """22 dB of 20 and 24: in the middle between their dots."""
-    (line,) = (shape for shape in draw_chart(CURVE) if isinstance(shape, ChartLine) and shape.role == "sqnr")
-    first, second = dots(CURVE, "sqnr")[:2]
+    (line,) = (shape for shape in draw_chart(CURVE) if isinstance(shape, ChartLine) and shape.role == "measure-0")
+    first, second = dots(CURVE, "measure-0")[:2]
     assert line.points[0][1] == pytest.approx((first.at[1] + second.at[1]) / 2)
 
 
 def test_the_picture() -> None:
     """It has the stated size, and the dots their colours where they are said to be."""
-    with Image.open(io.BytesIO(render_png(draw_chart(CURVE)))) as picture:
-        assert (picture.format, picture.size, picture.mode) == ("PNG", (WIDTH, HEIGHT), "RGB")
-        for role in ("sqnr", "agreement"):
+    with Image.open(io.BytesIO(render_png(CURVE))) as picture:
+        assert (picture.format, picture.size, picture.mode) == ("PNG", (chart_width(CURVE), HEIGHT), "RGB")
+        for role in ("measure-0", "measure-1"):
             for dot in dots(CURVE, role):
                 x, y = map(round, dot.at)
                 assert picture.getpixel((x, y)) == ImageColor.getrgb(COLORS[role])
@@ -101,11 +105,11 @@ def test_the_picture() -> None:
 @pytest.mark.parametrize("found", EDGES.values(), ids=EDGES)
 def test_odd_curves_are_drawn(found: SampleCurve) -> None:
     """Inside the picture, and as many dots as there are numbers."""
-    assert render_png(draw_chart(found))
+    assert render_png(found)
     circles = [shape for shape in draw_chart(found) if isinstance(shape, ChartDot)]
-    assert len(circles) == sum((p.sqnr_db is not None) + (p.agreement is not None) for p in found.points)
+    assert len(circles) == sum(score.value is not None for point in found.points for score in point.scores)
     for circle in circles:
-        assert 0 < circle.at[0] < WIDTH
+        assert 0 < circle.at[0] < chart_width(found)
         assert TOP <= circle.at[1] <= BOTTOM
 
 
@@ -117,9 +121,9 @@ def test_the_page_has_every_draw() -> None:
     assert found.in_words() in text
     (data,) = re.findall(r'id="data">(.*?)</script>', text)
     study = json.loads(data)["study"]
-    assert [(draw["pictures"], draw["sqnr"], draw["agreement"]) for draw in study["draws"]] == POINTS
+    assert [(draw["pictures"], draw["sqnr_db"], draw["agreement"]) for draw in study["draws"]] == POINTS
     assert (study["pictures"], study["enough"]) == (7, 2)
-    assert study["spread"][0] == {"pictures": 1, "sqnr": [20.0, 22.0, 24.0], "agreement": [0.5, 0.625, 0.75]}
+    assert study["spread"][0] == {"pictures": 1, "sqnr_db": [20.0, 22.0, 24.0], "agreement": [0.5, 0.625, 0.75]}
     (section,) = re.findall(r'<section id="study">.*?</section>', text, re.DOTALL)
     rows = re.findall(r"<tr><th scope=.*?</tr>", section)
     assert re.findall(r">([^<>]+)<", rows[0]) == [
@@ -143,10 +147,24 @@ def test_odd_curves_have_a_page(found: SampleCurve) -> None:
     study = json.loads(data, parse_constant=pytest.fail)["study"]
     assert [row["pictures"] for row in study["spread"]] == found.counts
     for row in study["spread"]:
-        spread = found.sqnr_db(row["pictures"])
-        assert (row["sqnr"] is None) == (spread is None or spread.most == math.inf)
+        spread = found.spread(SQNR, row["pictures"])
+        assert (row["sqnr_db"] is None) == (spread is None or spread.best == math.inf)
 
 
 def test_equal_outputs_are_told() -> None:
     tiles = make_study_page(EDGES["some equal"], "").tiles
     assert [tile.value for tile in tiles if tile.label == "SQNR with all"] == ["equal"]
+
+
+def test_a_metric_that_nobody_thought_of() -> None:
+    """It gets a panel, a chart and columns of its own; of one where less is better the worst draw is the largest."""
+    miss = Metric("miss", "missed", SHARE, higher_is_better=False, equal=0.0)
+    made = [CurvePoint(n, seed, (*scores(20.0, 0.5), Score(miss, 0.1 * seed))) for n in (1, 2) for seed in (0, 1)]
+    found = SampleCurve("0.1", "m.onnx", {"calibrator": "mse"}, None, made, 2, 4, (), {1: 0.5, 2: 0.5})
+    assert len(dots(found, "measure-2")) == 4
+    with Image.open(io.BytesIO(render_png(found))) as picture:
+        assert picture.width == chart_width(found) > chart_width(CURVE)
+    assert found.as_dict()["spread"][0]["miss"] == [0.1, 0.05, 0.0]
+    text = render_page(make_study_page(found, "")).decode()
+    assert 'id="study-miss-chart"' in text
+    assert "missed %, worst" in text
