@@ -5,9 +5,13 @@ For a second set of libraries, for which there is no time to run them all.
 
 from __future__ import annotations
 
+import signal
 import zlib
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job that a shell runs behind the scenes
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it to processes that inherit this
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
