@@ -334,7 +334,9 @@ class _DiagnosisRunner:
         got = describe_trial(trial)
         if best is self.attempts[0]:
             if trial.accuracy_db >= ENOUGH_DB:
-                return f"Nothing needs mending: {got}.{self._but()}"
+                open_causes = self._but()
+                verdict = "Quantization needs no mending" if open_causes else "Nothing needs mending"
+                return f"{verdict}: {got}.{open_causes}"
             worst = next((cause for cause in self.found if not (cause.handled or cause.harmless)), None)
             likely = "" if worst is None else f" The most likely cause: {worst.kind}, {worst.what}."
             return f"No remedy that was tried is worth its cost: {got}.{self._but() or likely}"

@@ -32,7 +32,7 @@ class AuditArguments:
     threads: int
 
 
-@click.command(context_settings=HELP_WIDTH)
+@click.command(context_settings=HELP_WIDTH, short_help="Tell what ONNX Runtime runs in integers, and why.")
 @click.argument("model")
 @batch_option
 @size_option

@@ -24,7 +24,7 @@ class BenchmarkArguments:
     threads: int | None
 
 
-@click.command(context_settings=HELP_WIDTH)
+@click.command(context_settings=HELP_WIDTH, short_help="Time models in turns.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL [OTHER]...")
 @batch_option
 @size_option

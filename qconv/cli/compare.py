@@ -69,7 +69,7 @@ class CompareArguments:
     threads: int | None
 
 
-@click.command(context_settings=HELP_WIDTH)
+@click.command(context_settings=HELP_WIDTH, short_help="Find the layers that cost accuracy.")
 @click.argument("float_model", metavar="FLOAT")
 @click.argument("model", metavar="QUANT")
 @compare_options

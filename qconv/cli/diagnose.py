@@ -19,7 +19,11 @@ OPTIONS_NOT_DIAGNOSED = frozenset(
 """Options of `quantize` that say nothing on accuracy, search for an answer of their own, or come after it."""
 
 
-@click.command(context_settings=HELP_WIDTH, params=select_options_without(OPTIONS_NOT_DIAGNOSED))
+@click.command(
+    context_settings=HELP_WIDTH,
+    short_help="Find causes of a loss of accuracy, and remedies.",
+    params=select_options_without(OPTIONS_NOT_DIAGNOSED),
+)
 @click.argument("model")
 @images_option
 @click.option(

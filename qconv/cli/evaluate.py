@@ -109,7 +109,7 @@ class EvaluateArguments:
         )
 
 
-@click.command(context_settings=HELP_WIDTH)
+@click.command(context_settings=HELP_WIDTH, short_help="Measure a model on pictures, beside another.")
 @click.argument("model")
 @evaluate_options
 def evaluate(**options: Any) -> int:

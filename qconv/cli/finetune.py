@@ -154,7 +154,7 @@ class FinetuneArguments:
         return DataOptions((self.images,), self.samples, 1, self.seed, self.pattern, self.preprocessing, self.task)
 
 
-@click.command(context_settings=HELP_WIDTH)
+@click.command(context_settings=HELP_WIDTH, short_help="Train a quantized model; needs qconv[torch].")
 @click.argument("quant")
 @finetune_options
 def finetune(**options: Any) -> int:

@@ -32,7 +32,7 @@ class InspectArguments:
     target: str
 
 
-@click.command(context_settings=HELP_WIDTH)
+@click.command(context_settings=HELP_WIDTH, short_help="Tell what is in a model, float or quantized.")
 @click.argument("model")
 @csv_option
 @click.option(

@@ -78,7 +78,7 @@ def complete(context: click.Context, parameter: click.Parameter, incomplete: str
     return [name for name in topics() if name.startswith(incomplete)]
 
 
-@click.command(context_settings=HELP_WIDTH)
+@click.command(context_settings=HELP_WIDTH, short_help="Print a page of the manual, or list them.")
 @click.argument("topic", required=False, shell_complete=complete)
 @click.option("--all", "everything", is_flag=True, help="Print all pages, for a pager.")
 def manual(topic: str | None, everything: bool) -> int:

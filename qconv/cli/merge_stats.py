@@ -23,7 +23,7 @@ class MergeStatsArguments:
     output: str
 
 
-@click.command("merge-stats", context_settings=HELP_WIDTH)
+@click.command("merge-stats", context_settings=HELP_WIDTH, short_help="Add up statistics of parts of the pictures.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("-o", "--output", required=True, metavar="OUT", help="Where to write the sum.")
 @output_options

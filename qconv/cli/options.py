@@ -204,7 +204,7 @@ preprocessing_options = combine_options(
 output_options = combine_options(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary."),
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and what --json prints)."),
-    click.option("-v", "--verbose", is_flag=True, help="Also print every change, every refusal and every tensor."),
+    click.option("-v", "--verbose", is_flag=True, help="Also print what the summary leaves out."),
 )
 
 csv_option = click.option(
@@ -227,7 +227,7 @@ common_options = combine_options(
         "--threads",
         type=click.IntRange(1, MOST_THREADS),
         metavar="N",
-        help="Threads of ONNX Runtime, and of PyTorch.  [default: all cores]",
+        help="Threads to compute with.  [default: all cores]",
     ),
 )
 
@@ -235,7 +235,7 @@ images_option = click.option(
     "--calib",
     multiple=True,
     metavar="DIR|FILE",
-    help="Calibration pictures: a folder, or a file with one path a line.",
+    help="Calibration pictures: a folder, or a file with one path a line; repeatable.",
 )
 
 quantize_options = combine_options(

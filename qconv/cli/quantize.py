@@ -59,7 +59,7 @@ EXAMPLE_HINT = (
 )
 
 
-@click.command(context_settings=HELP_WIDTH)
+@click.command(context_settings=HELP_WIDTH, short_help="Quantize a model and check the result.")
 @click.argument("model")
 @quantize_options
 def quantize(model: str, output: str | None, **options: Any) -> int:

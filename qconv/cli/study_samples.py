@@ -38,6 +38,7 @@ CHART_SUFFIXES = (".png", ".html")
 @click.command(
     "study-samples",
     context_settings=HELP_WIDTH,
+    short_help="Tell how many calibration pictures are enough.",
     params=select_options_without(OPTIONS_NOT_STUDIED),
 )
 @click.argument("model")

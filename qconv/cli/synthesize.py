@@ -97,7 +97,7 @@ class SynthesizeArguments:
     threads: int | None
 
 
-@click.command(context_settings=HELP_WIDTH)
+@click.command(context_settings=HELP_WIDTH, short_help="Make pictures from a model; needs qconv[torch].")
 @click.argument("model")
 @synthesize_options
 def synthesize(**options: Any) -> int:

@@ -234,8 +234,9 @@ def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
     """Raise if the model already holds quantized operators."""
     found = _find_quantized_node(proto)
     if found is not None:
+        kind = f"{found.op_type} nodes{' of codes' if found.op_type == 'Cast' else ''}"
         raise QconvError(
-            f"{name} is already quantized (it has {found.op_type} nodes).",
+            f"{name} is already quantized (it has {kind}).",
             "start from the float model it was made from.",
         )
 

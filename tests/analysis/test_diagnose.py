@@ -452,6 +452,16 @@ def test_pictures_fed_in_another_range(tmp_path: Path) -> None:
     assert "--preprocess imagenet" in found["recommended"]
 
 
+def test_a_doubt_about_the_pictures_stands_beside_a_good_result() -> None:
+    """Both models got what the options say, so that they agree; it may be wrong for both."""
+    found = diagnosed(
+        CIFAR, "--calib", ROOT / "calib_samples", "--resize", "exact", "--color", "bgr", "--effort", "fast"
+    )
+    assert "without being certain" in causes(found)["preprocessing"]["what"]
+    assert found["conclusion"].startswith("Quantization needs no mending: ")
+    assert "Find out how the network was fed" in found["conclusion"]
+
+
 def test_few_pictures_are_enough_to_scale_a_channel_back(tmp_path: Path, samples: Path) -> None:
     """Their tail is not known, and yet no channel is taken to reach a thousand times what it showed."""
     model = saved(imbalanced(), tmp_path)
