@@ -44,12 +44,13 @@ def prose(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the pages imagine it: model.onnx, imgs, and qconv on the PATH."""
+    """A folder as the pages imagine it: model.onnx, imgs, other pictures in test, and qconv on the PATH."""
     folder = tmp_path_factory.mktemp("manual")
     (folder / "model.onnx").write_bytes((ROOT / "tests/models/cifar_mobilenet.onnx").read_bytes())
-    (folder / "imgs").mkdir()
-    for picture in sorted((ROOT / "calib_samples").glob("*.jpg"))[::2]:
-        (folder / "imgs" / picture.name).symlink_to(picture)
+    for first, name in enumerate(("imgs", "test")):
+        (folder / name).mkdir()
+        for picture in sorted((ROOT / "calib_samples").glob("*.jpg"))[first::2]:
+            (folder / name / picture.name).symlink_to(picture)
     (folder / "bin").mkdir()
     script = folder / "bin" / "qconv"  # as pip writes it
     script.write_text(f"#!{sys.executable}\nfrom qconv.cli.main import run\n\nrun()\n")
