@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 import qconv
 from qconv import storage
-from qconv.calibration.sketch import LIMBS, ExactSum, Sketch
+from qconv.calibration.sketch import LIMB_BITS, LIMBS, ExactSum, Sketch
 from qconv.config.data_options import Color, Layout, Preprocessing, ResizeFilter
 from qconv.errors import QconvError, format_count
 from qconv.reporter import Reporter
@@ -184,8 +184,15 @@ def sketch_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Sketch:
     return Sketch(sums=sums, count=count, **{name: arrays[name] for name in PLAIN_ARRAYS})
 
 
+MOST_COUNTED = 2**53
+"""Numbers of a tensor: counts beyond would not be exact in float64, and their sums may overflow."""
+
+MEAN_TOLERANCE = 1e-3
+"""By how much of its largest value a mean may lie beyond the extremes: what it is the sum of were float32 sums."""
+
+
 def _check_sketch(sketch: Sketch) -> None:
-    """Raise ValueError where types or shapes do not go together."""
+    """Raise ValueError where types or shapes do not go together, or where numbers contradict each other."""
     channels = sketch.lows.shape
     floats = (sketch.lows, sketch.highs, sketch.pictures, sketch.columns)
     if any(part.dtype != np.float32 for part in floats) or sketch.sums.limbs.dtype != np.int64:
@@ -200,6 +207,22 @@ def _check_sketch(sketch: Sketch) -> None:
         raise ValueError("histogram")
     if sketch.columns.ndim != 3 or (sketch.columns.size and sketch.columns.shape[2] != channels[0]):
         raise ValueError("columns")
+    _check_numbers(sketch)
+
+
+def _check_numbers(sketch: Sketch) -> None:
+    """Raise ValueError where no images can have given these numbers."""
+    if not 0 <= sketch.count < MOST_COUNTED or sketch.counts.sum(dtype=np.float64) >= MOST_COUNTED:
+        raise ValueError("counts")
+    if not (np.isfinite([sketch.lows, sketch.highs]).all() and (sketch.lows <= sketch.highs).all()):
+        raise ValueError("extremes")
+    digits = sketch.sums.limbs[:-1]
+    if ((digits < 0) | (digits >> LIMB_BITS > 0)).any():
+        raise ValueError("sums")
+    room = MEAN_TOLERANCE * np.maximum(abs(sketch.lows), abs(sketch.highs)) + np.finfo(np.float32).tiny
+    beyond = (sketch.means < sketch.lows - room) | (sketch.means > sketch.highs + room)
+    if sketch.count and beyond.any():
+        raise ValueError("sums")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,10 @@ from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
 from qconv.errors import QconvError
 
+TOML_BITS = 64
+
+LONG_NUMBER = f"a number has more than {TOML_BITS} bits"
+
 
 def read_toml(path: Path, option: str, example: str) -> dict[str, Any]:
     """The content. option: that named the file. example: what to write, in words, without a full stop.
@@ -41,13 +45,28 @@ def read_toml(path: Path, option: str, example: str) -> dict[str, Any]:
     Raises QconvError where it cannot be read, or is no TOML.
     """
     try:
-        return tomllib.loads(path.read_text("utf-8-sig"))
+        content = tomllib.loads(path.read_text("utf-8-sig"))
+        _refuse_long_numbers(content)
+        return content
     except OSError as error:
         raise QconvError(f"{path} cannot be read: {error.strerror}.", f"check the path of {option}.") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        why = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "it is no text"
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else why
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RecursionError):
+            why = "it is nested too deeply"
+        elif isinstance(error, UnicodeDecodeError):
+            why = "it is no text"
+        else:  # Python itself refuses to read numbers of thousands of digits, in words that lead nowhere
+            why = str(error) if isinstance(error, tomllib.TOMLDecodeError) else LONG_NUMBER
         raise QconvError(f"{path} is no TOML: {why}.", f"{example}.") from None
+
+
+def _refuse_long_numbers(content: Any) -> None:
+    """Raise ValueError for a number that TOML does not have: its integers have 64 bits."""
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    for value in values:
+        if isinstance(value, int) and value.bit_length() > TOML_BITS:
+            raise ValueError(LONG_NUMBER)
+        _refuse_long_numbers(value)
 
 
 LAYERS_TABLE, FLOAT_WORD = "layers", "float"

@@ -415,6 +415,9 @@ def _unpack_arrays(told: Any, data: bytes, kind: str) -> Iterator[tuple[str, NDA
         raise TypeError("no object")
     for name, place in found.items():
         start, size = place
+        item = np.dtype(RECORD_TYPES[kind])
         if type(start) is not int or type(size) is not int or min(start, size) < 0:
             raise ValueError("no place")
-        yield name, np.frombuffer(data, RECORD_TYPES[kind], size, start)
+        if start + size * item.itemsize > len(data):
+            raise ValueError("beyond the end")
+        yield name, np.frombuffer(data, item, size, start)

@@ -6,7 +6,10 @@ import io
 import json
 import tracemalloc
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -221,6 +224,31 @@ def test_parts_of_another_shape_are_refused(place: Path, part: str) -> None:
             np.lib.format.write_array(file, np.zeros((5, 5, 5), np.float32))
     with pytest.raises(QconvError, match="holds no statistics"):
         statistics_file.read_statistics(place / "t.npz")
+
+
+CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a huge count": lambda parts: parts.update(count=np.array([2**63 - 1])),
+    "a negative count": lambda parts: parts.update(count=-parts["count"]),
+    "a count of one": lambda parts: parts.update(count=np.array([1])),  # the mean is the sum
+    "huge sums": lambda parts: parts["sums"].__setitem__(-1, 2**62),
+    "sums beyond their digits": lambda parts: parts["sums"].__setitem__(0, 2**40),
+    "extremes the wrong way round": lambda parts: parts.update(lows=parts["highs"] + 1),
+    "an infinite extreme": lambda parts: parts["highs"].__setitem__(0, np.inf),
+    "huge bins": lambda parts: parts["counts"].__setitem__(0, 2**60),
+}
+
+
+@pytest.mark.parametrize("change", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_numbers_that_contradict_each_other_are_refused(place: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """No pictures can have given them: they would be taken for ranges and means without a word."""
+    run(place, save_stats=str(place / "s.npz"))
+    found = statistics_file.read_statistics(place / "s.npz")
+    name = next(name for name, sketch in found.sketches.items() if sketch.count and abs(sketch.means).max() > 0.2)
+    parts = {part: np.array(array) for part, array in statistics_file.sketch_to_arrays(found.sketches[name]).items()}
+    change(parts)
+    found = replace(found, sketches={**found.sketches, name: statistics_file.sketch_from_arrays(parts)})
+    with pytest.raises(QconvError, match="holds no statistics"):
+        statistics_file.parse_statistics(statistics_file.serialize_statistics(found), "s.npz")
 
 
 def test_another_schema_is_told(place: Path) -> None:

@@ -80,6 +80,8 @@ def test_a_name_taken_exactly_matches_itself_alone() -> None:
         ("[layers]\na.b = 4", "gives 'a' the bits {'b': 4}"),  # a name with a dot lacks its quotes
         ("[layers]\na = 1979-05-27", "gives 'a' the bits"),
         ("[layers]\na = [4]", "gives 'a' the bits [4]"),
+        (f"[layers]\na = {'9' * 5000}", "a number has more than 64 bits"),
+        (f"[layers]\na = [{{b = 0x{'f' * 6000}}}]", "a number has more than 64 bits"),
     ],
 )
 def test_files_that_say_no_such_thing(tmp_path: Path, text: str, fact: str) -> None:

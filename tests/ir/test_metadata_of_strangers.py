@@ -95,9 +95,10 @@ def mutated(draw: st.DrawFn, known: Mapping[str, Any]) -> str:
     return json.dumps(found)
 
 
+places = st.tuples(*[st.integers(-2, 9) | st.sampled_from([2**31, 2**63, 10**30])] * 2)
 heads = st.dictionaries(
     st.sampled_from(["scales", "shifts", "else"]),
-    anything | st.dictionaries(st.text(max_size=3), st.lists(st.integers(-2, 9) | scalars, max_size=3), max_size=3),
+    anything | st.dictionaries(st.text(max_size=3), places | st.lists(scalars, max_size=3), max_size=3),
 )
 values = st.one_of(
     st.text(),
@@ -181,6 +182,8 @@ ODD: dict[str, tuple[str, str, str]] = {
         base64.b64encode(zlib.compress(b"{}\n" + bytes(range(99)))[:-5]).decode(),
         "cut",
     ),
+    "a place far off": (metadata.EQUALIZATION_KEY, record(b'{"scales":{"x":[0,%d]}}\n' % 10**30), "record"),
+    "a start far off": (metadata.EQUALIZATION_KEY, record(b'{"shifts":{"x":[%d,1]}}\n' % 10**30), "record"),
     "NaN": (
         metadata.EQUALIZATION_KEY,
         record(b'{"shifts":{"b":[0,1]}}\n' + np.array([np.nan], "<f4").tobytes()),
