@@ -28,6 +28,7 @@ import numpy as np
 from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 
+from qconv.config.choices import PICTURE_SUFFIXES, SAMPLE_SUFFIXES
 from qconv.errors import QconvError, format_bytes
 from qconv.signals import uninterrupted
 
@@ -125,9 +126,16 @@ def check_output_path(out: Path) -> None:
 
 
 def refuse_overwriting_inputs(out: Path, read: Iterable[str | Path]) -> None:
-    """Raise QconvError where `out` is one of the files that are read."""
-    if out.is_file() and any(Path(name).is_file() and out.samefile(name) for name in read):
-        raise QconvError(f"{out} is read, and would be written over.", "choose another name.")
+    """Raise QconvError where `out` is one of the files that are read, or one of the pictures in a folder that is."""
+    if not out.is_file():
+        return
+    for path in map(Path, read):
+        if path.is_file() and out.samefile(path):
+            raise QconvError(f"{out} is read, and would be written over.", "choose another name.")
+        is_sample = out.suffix.lower() in PICTURE_SUFFIXES | SAMPLE_SUFFIXES
+        if path.is_dir() and is_sample and out.resolve().is_relative_to(path.resolve()):
+            fact = f"{out} is one of the pictures in {path}, which are read, and would be written over."
+            raise QconvError(fact, "choose another name, or another folder.")
 
 
 def _check_writable(out: Path) -> None:

@@ -392,3 +392,18 @@ def test_links_are_not_followed_when_cleaning(tmp_path: Path) -> None:
     (tmp_path / f".out.onnx.x{storage.STAGING_SUFFIX}").symlink_to(pictures)
     write(model_of(), tmp_path / "out.onnx")
     assert listing(pictures) == ["cat.jpg"]
+
+
+def test_pictures_of_a_folder_that_is_read_stay(tmp_path: Path) -> None:
+    """What else lies there is nobody's input."""
+    inside = tmp_path / "imgs" / "cats"
+    inside.mkdir(parents=True)
+    for name in ("a.JPG", "b.npz", "c.onnx"):
+        (inside / name).write_bytes(b"")
+    (tmp_path / "link").symlink_to(inside)
+    read = [str(tmp_path / "imgs")]
+    for out in (inside / "a.JPG", inside / "b.npz", tmp_path / "link" / "a.JPG"):
+        with pytest.raises(QconvError, match="is one of the pictures in"):
+            storage.refuse_overwriting_inputs(out, read)
+    for out in (inside / "new.jpg", inside / "c.onnx"):
+        storage.refuse_overwriting_inputs(out, read)

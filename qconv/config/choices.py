@@ -122,6 +122,12 @@ class LayerBits:
         return next((f"{kind} of {bits} bits" for kind, bits in wishes.items() if bits not in known), None)
 
 
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+"""Of the files in a folder that are decoded."""
+
+SAMPLE_SUFFIXES = frozenset({".npy", ".npz"})
+"""Of those that hold arrays."""
+
 DROP_MEASURES = {"agreement": "a share from 0 to 1", "top1": "a share from 0 to 1", "sqnr": "decibels"}
 
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)

@@ -22,18 +22,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qconv.config.choices import PICTURE_SUFFIXES, SAMPLE_SUFFIXES
 from qconv.config.data_options import DataOptions
 from qconv.errors import QconvError, format_count
 from qconv.storage import ArrayStore, StoredArray
-
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
 
 KEPT_ARRAY_BYTES = 2**28
 """Of given arrays in memory."""
 
 ARRAYS_HINT = "pass an iterable of mappings, as [{'input': array}]: names of inputs to arrays of numbers."
-
-SAMPLE_SUFFIXES = frozenset({".npy", ".npz"})
 
 
 @dataclass(frozen=True, slots=True)

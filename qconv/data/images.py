@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv import storage
+from qconv.config.choices import SAMPLE_SUFFIXES
 from qconv.config.data_options import (
     AUTO,
     CROP_SHARE,
@@ -42,7 +43,7 @@ from qconv.config.data_options import (
     PreprocessingOptions,
     Preset,
 )
-from qconv.data.dataset import SAMPLE_SUFFIXES, Listing, suffix_of
+from qconv.data.dataset import Listing, suffix_of
 from qconv.errors import QconvError, format_count, format_shape
 from qconv.reporter import Reporter
 from qconv.storage import prefetch

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.config.choices import SAMPLE_SUFFIXES
 from qconv.config.data_options import AUTO, Color, DataOptions, Layout, Preprocessing, PreprocessingOptions
 from qconv.data import images
 from qconv.data.autodetect import detect_preprocessing
-from qconv.data.dataset import SAMPLE_SUFFIXES, Listing, list_samples, suffix_of
+from qconv.data.dataset import Listing, list_samples, suffix_of
 from qconv.data.evidence import find_fact
 from qconv.data.images import InputSpec, layout_order, resolve_preprocessing
 from qconv.errors import QconvError

@@ -190,6 +190,7 @@ def test_a_recipe_that_cannot_be_saved_is_told_before_the_work(place: Path) -> N
     for out, says in (
         ("no/r.toml", "does not exist"),
         ("m.onnx", "would be written over"),
+        (next(Path("imgs").iterdir()), "is one of the pictures in imgs"),
         ("out.onnx", "is both --save-recipe and the output"),
     ):
         words = ("quantize", "m.onnx", "--calib", "imgs", *FAST, "-o", "out.onnx", "--save-recipe", out)

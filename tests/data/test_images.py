@@ -36,7 +36,8 @@ from qconv.config.data_options import (
     ResizeFilter,
 )
 from qconv.data import images
-from qconv.data.dataset import PICTURE_SUFFIXES, Listing, find_files
+from qconv.config.choices import PICTURE_SUFFIXES
+from qconv.data.dataset import Listing, find_files
 from qconv.data.images import InputSpec, UnreadableImage, iter_batches, load_image, resolve_preprocessing
 from qconv.errors import QconvError
 from qconv.reporter import Reporter
