@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qconv import storage
+from qconv.config.choices import PICTURE_SUFFIXES
 from qconv.config.data_options import (
     PRESETS,
     RESIZE_MODES,
@@ -36,7 +37,6 @@ from qconv.config.data_options import (
     ResizeFilter,
 )
 from qconv.data import images
-from qconv.config.choices import PICTURE_SUFFIXES
 from qconv.data.dataset import Listing, find_files
 from qconv.data.images import InputSpec, UnreadableImage, iter_batches, load_image, resolve_preprocessing
 from qconv.errors import QconvError
