@@ -1,13 +1,15 @@
 """Defines the error type that users see, the findings that passes return, and the formats of numbers in messages.
 
 A `QconvError` states the thing, the fact and the fix; the command line prints it and exits with status 1. A pass
-returns findings as data: a `Change` for what it did, a `Skipped` with the reason for what it refused to do. The
-report prints both. `require_torch` raises a QconvError where the optional package PyTorch is missing.
+returns findings as data: a `Change` for what it did, a `Skipped` with the reason for what it refused to do. The report
+prints both. `printable` makes text of a model harmless. `require_torch` raises a QconvError where the optional package
+PyTorch is missing.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +39,14 @@ def format_shape(shape: Sequence[int | None]) -> str:
 def format_bytes(count: int) -> str:
     """`3.56 MB`, `12.0 kB`: so many bytes."""
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Write control characters as `\\x1b`: a stranger's file must not move the cursor of whoever looks at it."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def require_torch(what: str) -> None:

@@ -307,12 +307,21 @@ def test_manual_prints_all_pages() -> None:
     assert all(PAGES[MANUAL / f"{topic}.md"] in text for topic in TOPICS)
 
 
-@pytest.mark.parametrize(("topic", "near"), [("calibraton", "`qconv manual calibration`"), ("??", "lists all topics")])
+@pytest.mark.parametrize(
+    ("topic", "near"),
+    [
+        ("calibraton", "`qconv manual calibration`"),
+        ("quantise", "try `qconv manual quantize`; `qconv manual` lists"),  # the page and the command, once
+        ("\x1b[31m", "lists all topics"),
+        ("??", "lists all topics"),
+    ],
+)
 def test_manual_names_what_is_near(place: Path, topic: str, near: str) -> None:
     done = shell(place, f"qconv manual '{topic}'")
     error, hint = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (1, "")
-    assert error == f"Error: {topic} is no topic of the manual."
+    shown = topic.replace("\x1b", "\\x1b")
+    assert error == f"Error: {shown} is no topic of the manual."
     assert hint.startswith("Hint:  ")
     assert near in hint
 

@@ -286,7 +286,7 @@ def _make_no_measure_error(root: Path, vector: int | None) -> QconvError:
         why = f"{root} lists pictures, but not the order of their class folders among the outputs"
         fix = "the classes in output order with --classes FILE."
     if vector is None:
-        why = "no output is a class score"
+        why, fix = "no output is a class score", "--task classify where one is."
     fact = f"There is nothing to measure: {why}, and there is no other model."
     return QconvError(fact, f"pass --against FLOAT, or {fix}")
 

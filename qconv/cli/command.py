@@ -21,7 +21,7 @@ import click
 
 from qconv.cli.options import require_output
 from qconv.cli.recipe_options import take_preprocessing_options
-from qconv.errors import QconvError
+from qconv.errors import QconvError, printable
 from qconv.reporter import Reporter
 from qconv.signals import raise_exit_on_signals
 
@@ -173,7 +173,7 @@ class OutputOptions:
 
 def print_to(text: Callable[[], str]) -> Callable[[TextIO], None]:
     """What `CommandResult.show` takes, of a function that returns the text."""
-    return lambda stream: print(text(), file=stream)
+    return lambda stream: print(printable(text()), file=stream)
 
 
 def format_command_line() -> str:

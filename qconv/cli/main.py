@@ -28,7 +28,7 @@ from qconv.cli.options import HELP_WIDTH
 from qconv.cli.quantize import quantize
 from qconv.cli.study_samples import study_samples
 from qconv.cli.synthesize import synthesize
-from qconv.errors import QconvError
+from qconv.errors import QconvError, printable
 from qconv.signals import exit_at_once_on_signals
 
 
@@ -122,6 +122,6 @@ def main() -> None:
 
 
 def _exit_with_error(message: str, hint: str) -> NoReturn:
-    print(f"Error: {message}", file=sys.stderr)
-    print(f"Hint:  {hint}", file=sys.stderr)
+    print(f"Error: {printable(message)}", file=sys.stderr)
+    print(f"Hint:  {printable(hint)}", file=sys.stderr)
     sys.exit(1)

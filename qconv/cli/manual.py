@@ -69,7 +69,8 @@ def find(topic: str) -> str:
     near = difflib.get_close_matches(wanted, [*pages, *of_command], NEAR)
     hint = "`qconv manual` lists all topics"
     if near:
-        hint = f"try {' or '.join(f'`qconv manual {name}`' for name in near)}; {hint}"
+        names = dict.fromkeys(near)  # a page and a command may share their name
+        hint = f"try {' or '.join(f'`qconv manual {name}`' for name in names)}; {hint}"
     raise QconvError(f"{topic or 'An empty name'} is no topic of the manual.", f"{hint}.")
 
 

@@ -10,7 +10,7 @@ import click
 
 from qconv.cli.command import CommandFiles, CommandResult, OutputOptions, make_arguments, require_names, run_command
 from qconv.cli.options import HELP_WIDTH, output_options
-from qconv.errors import format_count
+from qconv.errors import format_count, printable
 from qconv.reporter import Reporter
 
 
@@ -41,7 +41,7 @@ def merge_stats(**options: Any) -> int:
             sizes = f"{format_count(total.pictures, 'picture')}, {format_count(len(total.tensors), 'tensor')}"
             print(f"{given.output}: {sizes}", file=stream)
             for name in total.tensors if given.wanted.verbose else ():
-                print(f"  {name}", file=stream)
+                print(f"  {printable(name)}", file=stream)
 
         return CommandResult(total.as_dict(), show)
 

@@ -339,7 +339,9 @@ quantize_options = combine_options(
     ),
     click.option("--save-layer-bits", metavar="FILE.toml", help="Also write what it found, for --layer-bits."),
     click.option(
-        "--pack", is_flag=True, help="Store weights of 4 bits or fewer as int4: the smallest file, layers run in float."
+        "--pack/--no-pack",
+        default=False,
+        help="Store weights of 4 bits or fewer as int4: the smallest file, layers run in float.",
     ),
     click.option(
         "--calibrator",
@@ -413,8 +415,8 @@ quantize_options = combine_options(
         "[default: unless --effort is fast or a --calibrator is given]",
     ),
     click.option(
-        "--tune-latency",
-        is_flag=True,
+        "--tune-latency/--no-tune-latency",
+        default=False,
         help="Choose what stays in float by timing it on this machine, not by the committed cost table.",
     ),
     click.option(

@@ -71,6 +71,8 @@ def quantize(model: str, output: str | None, **options: Any) -> int:
         raise click.UsageError("a model from standard input needs an output: pass -o FILE or '-o -'.")
     if not options["calib"] and options["stats"] is None:
         raise click.UsageError("pass the calibration pictures with --calib DIR.")
+    if options["save_recipe"] == "-":
+        raise click.UsageError("--save-recipe needs the name of a file.")
     named = {option_name(name): options[name] for name in NAMED_FILES}
     require_names({"--calib": options["calib"], "--output": output, **named})
     if options["sweep"] is not None:

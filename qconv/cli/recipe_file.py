@@ -50,6 +50,8 @@ NOT_IN_RECIPES = frozenset(
 
 WHERE = ("which says where or how results are written", "pass --{key} on the command line.")
 
+NESTED = ("which names another recipe", "write its lines here.")
+
 EXAMPLE = 'write options of quantize, as weight-bits = 4, effort = "best" or keep-float = ["stem*"]'
 
 NEAR = 3
@@ -203,7 +205,7 @@ def _beside(file: Path, path: str) -> str:
 
 def read_recipe_file(file: Path, refused: Mapping[str, tuple[str, str]]) -> RecipeTable:
     """What a recipe says: a TOML file, or a model that qconv wrote. Raises QconvError where it is none."""
-    table = RecipeTable(file, refused={**refused, **dict.fromkeys(NOT_IN_RECIPES, WHERE)})
+    table = RecipeTable(file, refused={**refused, **dict.fromkeys(NOT_IN_RECIPES, WHERE), "recipe": NESTED})
     if file.suffix.lower() == ".onnx":
         lines = _read_carried_recipe(file)
     else:
@@ -232,6 +234,20 @@ def _read_carried_recipe(file: Path) -> dict[str, Any]:
     return lines if LAYER_BITS_KEY not in lines else {key: v for key, v in lines.items() if key not in SEARCH_KEYS}
 
 
+NEEDED_VALUES = {
+    "block_size": ("weight_granularity", "per-block"),
+    "percentile": ("calibrator", "percentile"),
+    "fallback": ("calib", (NO_IMAGES,)),
+}
+"""Options that say nothing but beside one value of another option: (that option, its value)."""
+
+
+def _is_overruled(option: str, values: Mapping[str, Any], typed: frozenset[str]) -> bool:
+    """Whether a line of a file says nothing any more: it is typed as well, or what it goes with is typed otherwise."""
+    other, needed = NEEDED_VALUES.get(option, ("", None))
+    return option in typed or (other in typed and values[other] != needed)
+
+
 def given_options(values: dict[str, Any]) -> GivenOptions:
     """The options of the running command, over those of the file that `--recipe` names, if it names one.
 
@@ -245,7 +261,7 @@ def given_options(values: dict[str, Any]) -> GivenOptions:
     command = click.get_current_context().info_name
     absent = {option.name or "" for option in quantize_parameters()} - values.keys()
     table = read_recipe_file(Path(name), dict.fromkeys(absent, (f"which is not for {command}", "leave it out.")))
-    added = {option: value for option, value in table.values.items() if option not in typed}
+    added = {option: value for option, value in table.values.items() if not _is_overruled(option, values, typed)}
     # a named recipe that is typed replaces what the file says
     whole = typed if "recipe_name" in typed else typed | added.keys()
     return GivenOptions({**values, **added}, whole, f"{name} says {table.in_words}.")
@@ -281,7 +297,7 @@ class SavedRecipe:
         try:
             return cls(place, text.encode())
         except UnicodeEncodeError:
-            fact = f"{place} cannot name the pictures: TOML takes no name that is no text."
+            fact = f"{place} cannot hold a name or a pattern that is no text, as TOML takes none."
             raise QconvError(fact, "rename the files, or leave --save-recipe out.") from None
 
     def write(self) -> None:

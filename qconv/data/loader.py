@@ -311,8 +311,9 @@ def _open_model(
     proto = read_proto(source)
     session = open_original(source, threads, data.task)
     carried, said = metadata_of(proto), data.preprocessing
-    for odd in describe_odd_metadata(carried):
-        reporter.warn(f"{source.name}: {odd}")
+    odd = describe_odd_metadata(carried)
+    for text in odd:
+        reporter.warn(f"{source.name}: {text}")
     told, why = read_preprocessing(carried), "the file's metadata"
     if told is not None and told != read_float_preprocessing(
         carried
@@ -347,7 +348,8 @@ def _open_model(
     detected = detect_preprocessing(model, session, feed, data.preprocessing, threads=threads)
     feed.preprocessing = detected.preprocessing
     for doubt in detected.doubts():
-        reporter.warn(doubt)
+        if doubt not in odd:  # it was told above, with the name of the file
+            reporter.warn(doubt)
     return ModelWithData(session, feed, detected.in_words())
 
 

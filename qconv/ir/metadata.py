@@ -287,8 +287,8 @@ def _check_options(options: PreprocessingOptions) -> None:
     size = options.size or (0, 0)
     if min(size) < 1 or math.prod(size) > MOST_PIXELS:
         raise OddMetadataError(PREPROCESSING_KEY, f"pictures of {size[0]}x{size[1]} pixels are not possible")
-    known = options.resize in RESIZE_MODES if isinstance(options.resize, str) else options.resize**2 <= MOST_PIXELS
-    if not known:
+    side = options.resize if type(options.resize) is int else 0  # True is no side
+    if options.resize not in RESIZE_MODES and not (side > 0 and side**2 <= MOST_PIXELS):
         raise OddMetadataError(PREPROCESSING_KEY, f"resize {str(options.resize)[:40]!r} is not possible")
 
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qconv.config.targets import TARGETS
-from qconv.errors import Change, Finding, Skipped, format_bytes, format_count
+from qconv.errors import Change, Finding, Skipped, format_bytes, format_count, printable
 from qconv.report.text import format_columns, wrap_text
 from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
 from qconv.results.sample_curve import SampleCurve, Spread, format_value
@@ -36,7 +36,7 @@ class Console:
     def warn(self, text: str) -> None:
         """Print a warning."""
         if not self._quiet:
-            self._console.print(f"[yellow]Warning:[/] {escape(text)}", soft_wrap=True)
+            self._console.print(f"[yellow]Warning:[/] {escape(printable(text))}", soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Move the progress bar of `stage`, where stderr is a terminal."""
@@ -59,7 +59,7 @@ class Console:
 
 def show_report(report: Report, stream: TextIO, *, verbose: bool) -> None:
     """Print the summary of `quantize`. verbose: also every finding and tensor."""
-    lines = _summary_lines(report)
+    lines = [(name, printable(text)) for name, text in _summary_lines(report)]
     if stream.isatty():
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold")
@@ -227,12 +227,11 @@ def _join_some(names: list[str]) -> str:
 def _print_details(report: Report, stream: TextIO) -> None:
     for found in report.findings:
         text = f"{found.what}" if isinstance(found, Change) else f"left alone: {found.why}"
-        print(f"{found.step:<12}  {found.where}: {text}", file=stream)
+        print(printable(f"{found.step:<12}  {found.where}: {text}"), file=stream)
     for tensor in report.tensors:
         bits = f"{min(tensor.bits)} to {max(tensor.bits)}" if isinstance(tensor.bits, list) else tensor.bits
-        print(
-            f"{tensor.kind:<12}  {tensor.name}: {bits} bits, {tensor.granularity}, {_format_range(tensor)}", file=stream
-        )
+        text = f"{tensor.kind:<12}  {tensor.name}: {bits} bits, {tensor.granularity}, {_format_range(tensor)}"
+        print(printable(text), file=stream)
 
 
 def _format_range(tensor: Any) -> str:

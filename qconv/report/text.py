@@ -212,8 +212,8 @@ def format_comparison(found: Comparison, *, verbose: bool) -> str:
     """Format a comparison: the layers, those first that cost most at the outputs."""
     lines = [wrap_text(f"{found.model} beside {found.float_model}: {format_count(found.images, 'picture')}")]
     lines += [wrap_text(found.words)] if found.words else []
-    got, sum_of = (_format_decibel(value) for value in (found.sqnr_db, found.predicted_db))
-    told = f"SQNR of the outputs: {got} dB. The layers' own errors, each by itself and added up: {sum_of} dB, on "
+    got, sum_of = ("equal" if db is None else f"{db:.1f} dB" for db in (found.sqnr_db, found.predicted_db))
+    told = f"SQNR of the outputs: {got}. The layers' own errors, each by itself and added up: {sum_of}, on "
     lines += ["", wrap_text(f"{told}{format_count(found.predicted_on, 'picture')}."), ""]
     rows = found.worst_first if verbose else found.worst_first[:MOST_LAYERS]
     cells = [

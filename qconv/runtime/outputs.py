@@ -224,7 +224,7 @@ def require_task(model: str, outputs: Sequence[ModelOutput], task: str) -> None:
     shapes = ", ".join(f"{output.name} is {format_shape(output.shape)}" for output in outputs)
     needs = {
         OutputKind.CLASS_SCORES: "an output (N, C)",
-        OutputKind.CLASS_MAP: "an output (N, C, H, W)",
+        OutputKind.CLASS_MAP: "an output (N, C, H, W) of two classes or more",
         OutputKind.REGRESSION: "an output of floats",
     }[wanted]
     raise QconvError(f"--task {task} needs {needs}, but of {model} {shapes}.", "leave --task out, or name another.")

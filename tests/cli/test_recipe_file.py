@@ -144,7 +144,7 @@ def test_a_named_recipe_in_a_file_gives_way_to_what_stands_beside_it(place: Path
         ("o = 'x'", "r.toml says 'o', which is no option", "write options of quantize"),
         ("output = 'x'", "r.toml says 'output', which says where", "pass --output on the command line"),
         ("json = true", "r.toml says 'json', which says where", "pass --json on the command line"),
-        ("recipe = 'r.toml'", "r.toml says 'recipe', which says where", "pass --recipe"),
+        ("recipe = 'r.toml'", "r.toml says 'recipe', which names another recipe", "write its lines here"),
         ("weight-bits = 'four'", "r.toml says weight-bits = \"four\": 'four' is not a valid integer", "write options"),
         ("weight-bits = [4, 8]", "r.toml says weight-bits = [4, 8]: '4,8' is not a valid integer", "write options"),
         ("weight-bits = true", "r.toml says weight-bits = true: it takes texts and numbers", "write options"),
@@ -177,13 +177,38 @@ def test_models_that_carry_no_recipe(place: Path, carried: str | None) -> None:
 
 
 def test_what_does_not_go_together_names_the_file(place: Path) -> None:
-    Path("r.toml").write_text("percentile = 99.9\ncalibrator = 'percentile'")
-    result = runner().invoke(
-        cli, ["quantize", "m.onnx", "--recipe", "r.toml", "--calib", "imgs", "--calibrator", "minmax"]
-    )
+    Path("r.toml").write_text("percentile = 99.9\ncalibrator = 'minmax'")
+    result = runner().invoke(cli, ["quantize", "m.onnx", "--recipe", "r.toml", "--calib", "imgs"])
     assert result.exit_code == 2
     assert "--percentile with --calibrator minmax" in result.stderr
-    assert "r.toml says --percentile 99.9 --calibrator percentile." in " ".join(result.stderr.split())
+    assert "r.toml says --percentile 99.9 --calibrator minmax." in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "same"),
+    [
+        ("percentile = 99\ncalibrator = 'percentile'", ("--calibrator", "minmax"), ("--calibrator", "minmax")),
+        (
+            "block-size = 16\nweight-granularity = 'per-block'",
+            ("--weight-granularity", "per-channel"),
+            ("--weight-granularity", "per-channel"),
+        ),
+        (
+            "block-size = 16",
+            ("--weight-granularity", "per-block"),
+            ("--weight-granularity", "per-block", "--block-size", "16"),
+        ),
+        ("calib = 'none'\nfallback = 'random'", ("--calib", "imgs"), ("--calib", "imgs")),
+        ("pack = true\nweight-bits = 4", ("--no-pack",), ("--weight-bits", "4")),
+        ("tune-latency = true", ("--no-tune-latency",), ()),
+    ],
+)
+def test_what_is_typed_takes_what_goes_with_it_along(
+    place: Path, file: str, words: tuple[str, ...], same: tuple[str, ...]
+) -> None:
+    """Else nothing that is typed could undo the line of the file."""
+    Path("r.toml").write_text(file)
+    assert asked_for("--recipe", "r.toml", *words) == asked_for(*same)
 
 
 def test_a_recipe_that_cannot_be_saved_is_told_before_the_work(place: Path) -> None:
@@ -196,6 +221,9 @@ def test_a_recipe_that_cannot_be_saved_is_told_before_the_work(place: Path) -> N
         words = ("quantize", "m.onnx", "--calib", "imgs", *FAST, "-o", "out.onnx", "--save-recipe", out)
         assert says in str(run(*words).exception)
         assert not Path("out.onnx").exists()
+    assert "needs the name of a file" in str(
+        run("quantize", "m.onnx", "--calib", "imgs", "--save-recipe", "-").exception
+    )
     Path("r.toml").write_text("effort = 'fast'\n")
     words = ("quantize", "m.onnx", "--calib", "imgs", "--recipe", "r.toml", "--save-recipe", "r.toml")
     assert "would be written over" in str(run(*words).exception)

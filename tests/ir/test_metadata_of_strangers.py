@@ -170,6 +170,7 @@ ODD: dict[str, tuple[str, str, str]] = {
     "a color": (metadata.PREPROCESSING_KEY, json.dumps({**PREPROCESSING, "color": "purple"}), "color purple"),
     "a preset": (metadata.PREPROCESSING_KEY, json.dumps({**PREPROCESSING, "preset": "mine"}), "mine"),
     "a size": (metadata.PREPROCESSING_KEY, json.dumps({**PREPROCESSING, "size": [1 << 20, 1 << 20]}), "1048576"),
+    "a side": (metadata.PREPROCESSING_KEY, json.dumps({**PREPROCESSING, "resize": True}), "resize 'True'"),
     "a mean": (metadata.PREPROCESSING_KEY, json.dumps({**PREPROCESSING, "mean": [1, 2]}), "mean"),
     "a part": (metadata.PREPROCESSING_KEY, "{}", "lacks 'preset'"),
     "a list": (metadata.RECIPE_KEY, "[]", "a list, not an object"),
@@ -288,3 +289,19 @@ def test_a_preprocessing_that_cannot_be_is_ignored_and_told(folder: Path, part: 
         assert found.exit_code == 0, (name, found.output, found.exception)
         if name == "evaluate" or "size" not in part:  # the network's own size wins
             assert "ignored" in found.output, (name, found.output)
+
+
+def test_what_is_ignored_is_told_once(folder: Path) -> None:
+    odd = with_metadata(folder, "float.onnx", {metadata.PREPROCESSING_KEY: "{}"})
+    found = run(folder, "evaluate", odd, "--images", "imgs", "--against", "int8.onnx")
+    assert "qconv.preprocessing is odd" in found.output, found.output
+    assert " ".join(found.output.split()).count("qconv.preprocessing is odd") == 1
+
+
+def test_control_characters_of_a_stranger_do_not_reach_the_terminal(folder: Path) -> None:
+    """They could write over what was printed before, or set the title of the window."""
+    recipe = json.loads(VALID[metadata.RECIPE_KEY]) | {"keep_float": ["\x1b[2J\x9b1m"]}
+    odd = with_metadata(folder, "int8.onnx", {metadata.RECIPE_KEY: json.dumps(recipe)})
+    found = run(folder, "inspect", odd)
+    assert "\\x1b[2J\\x9b1m" in found.output
+    assert not {"\x1b", "\x9b"} & set(found.output)
