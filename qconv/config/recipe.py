@@ -272,7 +272,7 @@ class Recipe:
             check_bias_correction(self)
         check_allocation(self)
         self._check_percentile()
-        self._take_looks()
+        self._resolve_image_options()
         check_statistics(self)
         check_target(self)
         require(
@@ -337,7 +337,7 @@ class Recipe:
         return self.bias_correction in ("measured", "sequential") and self.rounding == "nearest"
 
     @property
-    def walks(self) -> bool:
+    def rounds_sequentially(self) -> bool:
         """Whether layers are looked at one after the other, the layers before quantized already."""
         return self.rounding != "nearest" or self.bias_correction == "sequential"
 
@@ -387,7 +387,7 @@ class Recipe:
         require(self.block_size >= 1, self._told("block_size"), "use at least 1.")
         check_run_options(self.threads, self.min_agreement, self.min_sqnr)
 
-    def _take_looks(self) -> None:
+    def _resolve_image_options(self) -> None:
         """What looks at pictures again is chosen here, where it was not asked for."""
         own = self.calibrator == FEW_BITS_CALIBRATOR and self.bit_allocation in ("none", "weights")
         own = own and self.activation_bits < 32 and not self.data_free

@@ -87,7 +87,7 @@ def search_activation_ranges(
     plan: Plan,
     activations: Mapping[Value, QuantParams],
     feeds: Sequence[InputBatch],
-    looks: SearchBudget,
+    budget: SearchBudget,
     threads: int | None,
     reporter: Reporter,
 ) -> tuple[dict[str, float], list[Change]]:
@@ -97,7 +97,7 @@ def search_activation_ranges(
     """
     judged = any(is_tensor(value) for value in model.graph.outputs)
     groups = _find_range_groups(model, plan, activations) if judged else []
-    few, many = (pick_evenly(feeds, count) for count in (looks.few, looks.many))
+    few, many = (pick_evenly(feeds, count) for count in (budget.few, budget.many))
     noises = []
     for done, found in enumerate(_measure_noises(model, groups, few, threads)):
         reporter.progress(STEP, done, 2 * len(groups))
@@ -110,7 +110,7 @@ def search_activation_ranges(
     factors: dict[str, float] = {}
     told: list[Change] = []
     for done, (group, noise, reach) in enumerate(
-        _make_noise_functions(model, chosen, many, (looks.far, looks.near), threads)
+        _make_noise_functions(model, chosen, many, (budget.far, budget.near), threads)
     ):
         reporter.progress(STEP, len(groups) + done * len(groups) // len(chosen), 2 * len(groups))
         factor, change = _search_factor(noise, group.params, reach)
@@ -174,7 +174,11 @@ def _split_by_type(groups: Sequence[RangeGroup]) -> Iterator[list[RangeGroup]]:
 
 
 def _make_noise_functions(
-    model: Model, groups: Sequence[RangeGroup], feeds: Sequence[InputBatch], looks: tuple[int, int], threads: int | None
+    model: Model,
+    groups: Sequence[RangeGroup],
+    feeds: Sequence[InputBatch],
+    counts: tuple[int, int],
+    threads: int | None,
 ) -> Iterator[tuple[RangeGroup, Callable[[QuantParams], float], float]]:
     """Yield each group, its function from parameters to noise at the outputs, and how far it reaches."""
     if not groups:
@@ -182,7 +186,7 @@ def _make_noise_functions(
     with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
         for group in groups:
             reach = _measure_reach(walk.at(group.first), group.params)
-            picked = _pick_batches(reach, *looks)
+            picked = _pick_batches(reach, *counts)
             names, spec = [_names_of(group.members)], group.params.spec
             behind = NetworkTail(walk.behind(outputs), _names_of(outputs), names, spec, threads=threads)
             yield group, partial(_mean_noise, clean, behind, picked), float(reach.max())

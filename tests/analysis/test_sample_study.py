@@ -227,7 +227,7 @@ def test_ready_made_samples(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "keep", "options", "message"),
+    ("study", "keep", "options", "message"),
     [
         (StudyRequest(), 1, {}, "holds 1 picture: one to calibrate with and one to score on"),
         (StudyRequest(holdout=15), 15, {}, "--holdout 15 leaves none of the 15 pictures"),
@@ -237,12 +237,12 @@ def test_ready_made_samples(model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_studied(
-    model: Path, pictures: Path, question: StudyRequest, keep: int, options: dict[str, object], message: str
+    model: Path, pictures: Path, study: StudyRequest, keep: int, options: dict[str, object], message: str
 ) -> None:
     for path in sorted(pictures.iterdir())[keep:]:
         path.unlink()
     with pytest.raises(QconvError, match=message):
-        study_samples(model, *request(pictures, **options), question)
+        study_samples(model, *request(pictures, **options), study)
 
 
 # -- reading the curve -------------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def test_the_plan_is_the_one_that_quantize_carries_out(source: Source, images: D
     planned = {value.name for value in found.plan.activations}
     assert planned == {row.name for row in report.tensors if row.kind == "activation"}
     assert [node.op_type for node in found.model.nodes()].count("BatchNormalization") == 0
-    assert found.data.fed is not None
-    assert report.preprocessing == found.data.fed.as_dict()
+    assert found.data.model_preprocessing is not None
+    assert report.preprocessing == found.data.model_preprocessing.as_dict()
     assert found.size == report.float_bytes
     assert set(clock.seconds) == {"load", "detect", "fold", "plan"}
 
