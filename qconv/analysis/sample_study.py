@@ -91,11 +91,11 @@ def study_samples(
     found = prepare(source, recipe, replace(data, samples=taken), reporter, written=written)
     feed = found.data.feed
     assert feed is not None  # there are images, or `_split_images` would have found none
-    taps = _plan_observers(found.plan, recipe)
+    observers = _plan_observers(found.plan, recipe)
     scored = _run_float_model(source, found, replace(data, samples=held), request, reporter, recipe.threads)
     with open_sketch_spool() as kept:
         before = time.perf_counter()
-        seconds = _sketch_each_image(found.model, taps, feed, recipe, kept)
+        seconds = _sketch_each_image(found.model, observers, feed, recipe, kept)
         after = time.perf_counter()
         job = _StudyJob(found.model, recipe, data.seed, found.plan.floats)
         points = _measure_points(job, kept, scored, request.draws, reporter)
@@ -126,13 +126,13 @@ def _plan_observers(plan: Plan, recipe: Recipe) -> list[Observer]:
             "--bias-correction sequential is not possible in a study: it walks the network for every point.",
             "leave it out: means hardly depend on the number of pictures.",
         )
-    taps = plan.taps(sketch_contents_for(recipe))
-    if not taps:
+    observers = plan.observers(sketch_contents_for(recipe))
+    if not observers:
         raise QconvError(
             "Nothing depends on the number of pictures: these options quantize no activation.",
             "pass --activation-bits 8, or use any pictures.",
         )
-    return taps
+    return observers
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -187,12 +187,12 @@ def _run_float_model(
 
 
 def _sketch_each_image(
-    model: Model, taps: list[Observer], feed: DataLoader, recipe: Recipe, kept: SketchSpool
+    model: Model, observers: list[Observer], feed: DataLoader, recipe: Recipe, kept: SketchSpool
 ) -> list[float]:
     """Sketch every image by itself. Returns how many seconds the pass took until each was seen."""
-    session = open_observed_session(model, taps, recipe.threads)
+    session = open_observed_session(model, observers, recipe.threads)
     seconds, spent, start = [], 0.0, time.perf_counter()
-    for sketches in observe_each_image(session, taps, feed.all("calibrate")):
+    for sketches in observe_each_image(session, observers, feed.all("calibrate")):
         spent += time.perf_counter() - start
         seconds.append(spent)
         kept.put(sketches)

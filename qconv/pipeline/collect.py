@@ -47,12 +47,12 @@ class CalibrationCache:
     detected: dict[str, DetectedPreprocessing] = field(default_factory=dict)
     sketches: dict[str, dict[str, Sketch]] = field(default_factory=dict)
 
-    def known_as(self, model: Model, taps: Sequence[Observer], data: DataOptions, feed: DataLoader) -> str | None:
+    def known_as(self, model: Model, observers: Sequence[Observer], data: DataOptions, feed: DataLoader) -> str | None:
         """The name of what such a pass sees; None for a network too large to be told from others."""
         if total_weight_bytes(model) > LARGEST_CACHED_BYTES:
             return None
         network = hashlib.sha256(model.proto().SerializeToString()).hexdigest()
-        return f"{network} {feed.fed} {feed.batch} {_describe_draw(data)} {taps}"
+        return f"{network} {feed.fed} {feed.batch} {_describe_draw(data)} {observers}"
 
     def keep(self, name: str, sketches: dict[str, Sketch]) -> None:
         """Remember what a pass has seen, and forget the oldest."""
@@ -159,24 +159,28 @@ class CalibrationData:
             and self.known is None
             and recipe.save_stats is None
         )
-        for tap in (t for plan in plans for t in (*plan.taps(want), *(plan.taps_of_float() if means else ()))):
-            known = found.get(tap.name, tap)
-            found[tap.name] = replace(tap, want=tap.want | known.want)
-        taps = list(found.values())
+        for observer in (
+            t for plan in plans for t in (*plan.observers(want), *(plan.float_observers() if means else ()))
+        ):
+            known = found.get(observer.name, observer)
+            found[observer.name] = replace(observer, want=observer.want | known.want)
+        observers = list(found.values())
         if self.known is not None:
             statistics_file.require_same_pixels(self.known, recipe.stats or "", self.pixels)
-            statistics_file.require_observed_tensors(self.known, recipe.stats or "", [tap.name for tap in taps])
+            statistics_file.require_observed_tensors(
+                self.known, recipe.stats or "", [observer.name for observer in observers]
+            )
             return self.known.sketches
         if self.data_free_statistics is not None:
-            return self.data_free_statistics.sketches(model, taps)
-        if not taps and recipe.save_stats is not None:
+            return self.data_free_statistics.sketches(model, observers)
+        if not observers and recipe.save_stats is not None:
             raise QconvError("There is nothing for --save-stats to save: no activation is quantized.", "leave it out.")
-        if not taps or self.feed is None:
+        if not observers or self.feed is None:
             return {}
-        name = None if self.cache is None else self.cache.known_as(model, taps, self.data, self.feed)
+        name = None if self.cache is None else self.cache.known_as(model, observers, self.data, self.feed)
         if self.cache is not None and name in self.cache.sketches:
             return self.cache.sketches[name]
-        seen = observe(open_observed_session(model, taps, recipe.threads), taps, self.feed.all("calibrate"))
+        seen = observe(open_observed_session(model, observers, recipe.threads), observers, self.feed.all("calibrate"))
         if self.cache is not None and name is not None:
             self.cache.keep(name, seen)
         return seen

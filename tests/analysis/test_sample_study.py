@@ -114,13 +114,13 @@ def test_sketches_grow_by_the_new_pictures_only() -> None:
 def apart(count: int) -> list[dict[str, Sketch]]:
     """Sketches of as many random pictures, each by itself, of the input and of a tensor that the network pools."""
     proto = network("c = Conv(x, w) r = Relu(c) y = MaxPool<kernel_shape=[2,2]>(r)", ("N", 3, 6, 6), w=(5, 3, 3, 3))
-    taps = [Observer("x", SketchContents.ALL), Observer("r", SketchContents.ALL, never_negative=True, pooled=True)]
+    observers = [Observer("x", SketchContents.ALL), Observer("r", SketchContents.ALL, never_negative=True, pooled=True)]
     rng = np.random.default_rng(0)
     batches = [{"x": rng.standard_normal((1, 3, 6, 6)).astype(np.float32)} for _ in range(count)]
-    with export_observed_model(loaded(proto), taps) as runnable:
+    with export_observed_model(loaded(proto), observers) as runnable:
         session = Session(runnable, threads=1)
-    found = list(observe_each_image(session, taps, batches))
-    together = observe(session, taps, batches)
+    found = list(observe_each_image(session, observers, batches))
+    together = observe(session, observers, batches)
     for name, whole in together.items():
         total = found[0][name]
         for other in found[1:]:

@@ -40,10 +40,12 @@ def feed(tmp_path: Path) -> DataLoader:
 
 def lowered(model: Model, feed: DataLoader) -> list[Change]:
     found = find_absorption_candidates(model)
-    taps = [Observer(candidate.result.name or "", SketchContents.CHANNELS) for candidate in found]
+    observers = [Observer(candidate.result.name or "", SketchContents.CHANNELS) for candidate in found]
     channels = (
-        estimate_channel_ranges(observe_each_image(open_observed_session(model, taps, 1), taps, feed.all("test")))
-        if taps
+        estimate_channel_ranges(
+            observe_each_image(open_observed_session(model, observers, 1), observers, feed.all("test"))
+        )
+        if observers
         else {}
     )
     return absorb_biases(model, found, channels)

@@ -50,9 +50,9 @@ def grounds(**options: object) -> SensitivityContext:
     recipe = Recipe(target="generic", saturation_safe=False, **options)  # type: ignore[arg-type]
     model = loaded(NET)
     plan = make_plan(model, recipe, TARGETS[recipe.target])
-    taps = plan.taps()
-    with export_observed_model(model, taps) as runnable:
-        sketches = observe(Session(runnable, threads=1), taps, batches())
+    observers = plan.observers()
+    with export_observed_model(model, observers) as runnable:
+        sketches = observe(Session(runnable, threads=1), observers, batches())
     params, _ = choose_params(plan, sketches, recipe)
     return SensitivityContext(model, plan, params, sketches, recipe)
 
