@@ -192,7 +192,7 @@ def _sketch_each_image(
     """Sketch every image by itself. Returns how many seconds the pass took until each was seen."""
     session = open_observed_session(model, observers, recipe.threads)
     seconds, spent, start = [], 0.0, time.perf_counter()
-    for sketches in observe_each_image(session, observers, feed.all("calibrate")):
+    for sketches in observe_each_image(session, observers, feed.iter_batches("calibrate")):
         spent += time.perf_counter() - start
         seconds.append(spent)
         kept.put(sketches)

@@ -111,7 +111,8 @@ class TrialRunner:
 
     def feed_otherwise(self, feed: DataLoader) -> None:
         """Feed quantized models by `feed` from now on; what the float model says stays."""
-        pairs = zip(feed.all("float"), self.scored.batches, strict=False)  # of which there may be fewer, for memory
+        # of the scored batches there may be fewer, for memory
+        pairs = zip(feed.iter_batches("float"), self.scored.batches, strict=False)
         self.scored = replace(self.scored, batches=[(feeds, expected) for feeds, (_, expected) in pairs])
 
     def carry_out(

@@ -118,7 +118,9 @@ def check_target(recipe: Recipe) -> None:
     require(tunable or not recipe.tune_latency, "--tune-latency with these options", hint)
     if recipe.saturation_safe is not None:
         option = "--saturation-safe" if recipe.saturation_safe else "--no-saturation-safe"
-        require(target.pairs, f"{option} with --target {recipe.target}", "leave it out: x86 CPUs are meant.")
+        require(
+            target.saturates_int16_pairs, f"{option} with --target {recipe.target}", "leave it out: x86 CPUs are meant."
+        )
         integers = recipe.activation_bits <= 8 and recipe.weight_bits <= 8  # of most layers
         require(integers, f"{option} with these bits", "leave it out: products are of float then.")
 
@@ -292,7 +294,7 @@ class Recipe:
         return next((bits for glob, bits in self.layer_bits if fnmatch.fnmatchcase(name, glob)), LayerBits())
 
     def scheme_of_weights(self, bits: int) -> Scheme:
-        """Of weights with so many bits."""
+        """The scheme of weights with so many bits."""
         return self.weight_scheme or (Scheme.ASYMMETRIC if bits <= FEW_BITS else Scheme.SYMMETRIC)
 
     def has_zero_points(self, bits: int) -> bool:

@@ -136,7 +136,7 @@ class DataFreeStatistics:
         Raises QconvError where pictures cannot be synthesized.
         """
         if self.fallback != "synthesized":
-            return self.imagined.all(stage)
+            return self.imagined.iter_batches(stage)
         if self._synthesized is None:
             fed = self.imagined.fed
             assert fed is not None

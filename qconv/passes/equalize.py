@@ -211,14 +211,16 @@ def equalize_channels(
     if not observers or (bool(groups.fixed.all()) and not candidates):
         return list(left)
     channels = estimate_channel_ranges(
-        observe_each_image(open_observed_session(model, observers, threads), observers, islice(feed.all(STEP), most))
+        observe_each_image(
+            open_observed_session(model, observers, threads), observers, islice(feed.iter_batches(STEP), most)
+        )
     )
     high = select_gaining(candidates, channels)
     if high and most is not None:
         names = {candidate.result.name for candidate in high}
         again = [observer for observer in observers if observer.name in names]
         on_all = estimate_channel_ranges(
-            observe_each_image(open_observed_session(model, again, threads), again, feed.all(STEP))
+            observe_each_image(open_observed_session(model, again, threads), again, feed.iter_batches(STEP))
         )
         channels |= {name: replace(channels[name], floor=found.floor) for name, found in on_all.items()}
     lowered = _absorb_and_verify(model, high, channels, feed, threads, EXACT_DB)
@@ -440,6 +442,6 @@ def _output_sqnr(before: Model, after: Model, feed: DataLoader, threads: int | N
     with subgraph.runnable_with_outputs(before, ()) as first, subgraph.runnable_with_outputs(after, ()) as second:
         sessions = [Session(m, name="the folded float model", threads=threads) for m in (first, second)]
     comparison = ComparisonAccumulator.of(sessions[0].model_outputs)
-    for feeds in islice(feed.few(STEP), CHECKED_IMAGES):
+    for feeds in islice(feed.iter_cached(STEP), CHECKED_IMAGES):
         comparison.add(sessions[0].run_all(feeds), sessions[1].run_all(feeds))
     return min((math.inf if s.sqnr_db is None else s.sqnr_db for s in comparison.scores()), default=math.inf)

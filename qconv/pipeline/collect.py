@@ -48,7 +48,7 @@ class CalibrationCache:
     sketches: dict[str, dict[str, Sketch]] = field(default_factory=dict)
 
     def known_as(self, model: Model, observers: Sequence[Observer], data: DataOptions, feed: DataLoader) -> str | None:
-        """The name of what such a pass sees; None for a network too large to be told from others."""
+        """The key of what such a pass sees; None for a network too large to be told from others."""
         if total_weight_bytes(model) > LARGEST_CACHED_BYTES:
             return None
         network = hashlib.sha256(model.proto().SerializeToString()).hexdigest()
@@ -180,13 +180,15 @@ class CalibrationData:
         name = None if self.cache is None else self.cache.known_as(model, observers, self.data, self.feed)
         if self.cache is not None and name in self.cache.sketches:
             return self.cache.sketches[name]
-        seen = observe(open_observed_session(model, observers, recipe.threads), observers, self.feed.all("calibrate"))
+        seen = observe(
+            open_observed_session(model, observers, recipe.threads), observers, self.feed.iter_batches("calibrate")
+        )
         if self.cache is not None and name is not None:
             self.cache.keep(name, seen)
         return seen
 
     def save_statistics(self, sketches: Mapping[str, Sketch], source: Source, out: Path) -> None:
-        """Write what was seen. Raises QconvError where that is impossible."""
+        """Write the statistics that were seen. Raises QconvError where that is impossible."""
         name = "" if source.path is None else source.path.name
         found = statistics_file.Statistics(
             self.model, name, statistics_file.preprocessing_to_dict(self.preprocessing), self.pixels, sketches

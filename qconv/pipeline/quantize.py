@@ -366,7 +366,7 @@ def _audit_staged(staged: files.StagedModel, model: Model, known: PlannedReasons
             save_optimized=optimized,
             profile=folder / "profile",
         )
-        feeds = None if feed is None else next(iter(feed.few("verify")), None)
+        feeds = None if feed is None else next(iter(feed.iter_cached("verify")), None)
         return audit(optimized, model, known, None if feeds is None else profile_nodes(session, feeds))
 
 
@@ -383,7 +383,9 @@ def _verify_staged(
         return Verification(0, ())
     quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads, optimize=target.on_ort)
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
-    found = verify(original, quantized, feed.all("verify") if gated else feed.few("verify"), feed.as_float)
+    found = verify(
+        original, quantized, feed.iter_batches("verify") if gated else feed.iter_cached("verify"), feed.as_float
+    )
     if pictures.data_free_statistics is not None:
         odd = (OutputScore(o.name, (), o.remark, o.kind) for o in found.outputs if o.remark)
         found = Verification(0, tuple(odd), found.slowdown, found.slowdown_range)

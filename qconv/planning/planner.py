@@ -150,7 +150,7 @@ class _Planner:
             spec = make_weight_spec(node, rule, self.recipe, self.target, self._least_bits(node))
             data = None if placed or self.recipe.activation_bits == 32 else node.inputs[0]
             whole = not self.recipe.packs(spec.bits) and not isinstance(spec.granularity, PerBlock)
-            at_load = data is None and whole and self.target.folds
+            at_load = data is None and whole and self.target.folds_constants
             own_bits = self.recipe.allocates_weights and spec.bits < 8 and isinstance(spec.granularity, PerChannel)
             moves_zero = not spec.symmetric and self.recipe.moves_zero(spec.bits)
             self.plan.layers.append(LayerPlan(node, rule, spec, data, at_load, own_bits, moves_zero))

@@ -147,7 +147,7 @@ def _measure_sensitivities(
             replace(ROUNDING_EFFORTS[recipe.effort], factors=(), sweeps=0),
             context.data.seed,
         )
-    batches = list(_first_batches(context.feed.few("pictures"), SENSITIVITY_IMAGES)) if feeds is None else feeds
+    batches = list(_first_batches(context.feed.iter_cached("pictures"), SENSITIVITY_IMAGES)) if feeds is None else feeds
     known = measure_sensitivities(
         network, wishes, batches, solver, lambda done, total: reporter.progress("layers", done, total)
     )

@@ -160,7 +160,7 @@ def read_into_memory(
         feed.take_pixels(prep.layout)
     numbers = None
     count = 0
-    for batch in feed.all("read"):
+    for batch in feed.iter_batches("read"):
         row = batch[spec.name]
         if numbers is None:
             numbers = _allocate((len(paths), *row.shape[1:]), row.dtype)

@@ -64,7 +64,7 @@ def test_a_tensor_of_one_value_keeps_it(name: str, value: float) -> None:
     found = sketch(np.full((2, 5), value, np.float32), np.full((2, 5), value, np.float32))
     params = SPEC.from_range(*chosen(name, found))
     assert np.isfinite(params.scale)
-    back = params.fake(np.full(3, value, np.float32))
+    back = params.fake_quantize(np.full(3, value, np.float32))
     assert np.abs(back - np.float32(value)).max() <= abs(value) / 255 + 1e-37
 
 
@@ -139,7 +139,7 @@ def test_the_range_is_best_at_the_outputs(bits: int, shape: tuple[int, ...]) -> 
         reader.weight[:, :, 0] /= 50  # and that nobody listens to
 
     def lost(high: float) -> float:
-        error = spec.from_range(0, high).fake(columns) - columns
+        error = spec.from_range(0, high).fake_quantize(columns) - columns
         if shape[0] == 1:
             out = np.einsum("oik,ni->nok", reader.weight[0], error)
         else:

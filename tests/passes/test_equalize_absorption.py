@@ -43,7 +43,7 @@ def lowered(model: Model, feed: DataLoader) -> list[Change]:
     observers = [Observer(candidate.result.name or "", SketchContents.CHANNELS) for candidate in found]
     channels = (
         estimate_channel_ranges(
-            observe_each_image(open_observed_session(model, observers, 1), observers, feed.all("test"))
+            observe_each_image(open_observed_session(model, observers, 1), observers, feed.iter_batches("test"))
         )
         if observers
         else {}
@@ -61,7 +61,7 @@ def test_high_channels_are_lowered_exactly(feed: DataLoader) -> None:
     assert bias is not None
     assert bias[[0, 3]].tolist() == HIGH[[0, 3]].tolist()
     assert np.all(bias[[1, 2]] < HIGH[[1, 2]] / 2)
-    for feeds in feed.all("test"):
+    for feeds in feed.iter_batches("test"):
         expected, got = run(proto, feeds)["y"], run(model, feeds)["y"]
         np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
 

@@ -107,7 +107,7 @@ def test_where_integers_always_lose_all_is_float() -> None:
     kinds = ("stem3", "depthwise3", "Add")
     found = place_by_cost_table(model, plan, shapes, table(switch=(0, 1), **dict.fromkeys(kinds, (1, 99))))
     assert set(found) == set("abcefy")
-    placed = make_plan(model, Recipe(), Target("plain", folds=True), found)
+    placed = make_plan(model, Recipe(), Target("plain", folds_constants=True), found)
     assert not placed.integer
     assert [(layer.node.name, layer.data, layer.at_load) for layer in placed.layers] == [
         (name, None, True) for name in "acfy"
