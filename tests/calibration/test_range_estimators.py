@@ -18,7 +18,7 @@ from qconv.calibration.range_estimators import (
     search_least_output_error,
 )
 from qconv.calibration.sketch import Sketch, SketchBuilder, SketchContents, TensorView, make_histogram
-from qconv.config.choices import CALIBRATORS as NAMES
+from qconv.config.choices import CALIBRATOR_NAMES
 from qconv.ir.layers import Layer
 from qconv.quantizer import QuantSpec
 
@@ -44,7 +44,7 @@ def chosen(name: str, found: Sketch, spec: QuantSpec = SPEC, **hints: Any) -> tu
 
 
 def test_the_recipe_knows_them_all() -> None:
-    assert tuple(CALIBRATORS) == NAMES
+    assert tuple(CALIBRATORS) == CALIBRATOR_NAMES
 
 
 @pytest.mark.parametrize("name", CALIBRATORS)
