@@ -156,7 +156,7 @@ class QuantParams:
         real: NDArray[np.float32] = np.multiply(steps, scale, dtype=np.float32)
         return real
 
-    def fake(self, x: NDArray[Any]) -> NDArray[np.float32]:
+    def fake_quantize(self, x: NDArray[Any]) -> NDArray[np.float32]:
         """x rounded to the grid: `dequantize(quantize(x))`."""
         return self.dequantize(self.quantize(x))
 

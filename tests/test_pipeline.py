@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import qconv
-from qconv.config.choices import CALIBRATORS, Scheme, WeightGranularity
+from qconv.config.choices import CALIBRATOR_NAMES, Scheme, WeightGranularity
 from qconv.config.data_options import Color, DataOptions, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
@@ -465,7 +465,7 @@ def scaled_between(factor: float, offset: float = 0.0) -> onnx.ModelProto:
     return network(body, ("N", 3, 8, 8), w=(8, 3, 3, 3), v=(4, 8, 3, 3), **numbers)
 
 
-@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize("calibrator", CALIBRATOR_NAMES)
 @pytest.mark.parametrize(
     ("factor", "offset", "word"),
     [
@@ -488,7 +488,7 @@ def test_odd_activations_find_a_range(calibrator: str, factor: float, offset: fl
     np.testing.assert_allclose(got, expected, atol=0.02 * np.abs(expected).max() + np.finfo(np.float32).tiny)
 
 
-@pytest.mark.parametrize("calibrator", CALIBRATORS)
+@pytest.mark.parametrize("calibrator", CALIBRATOR_NAMES)
 @pytest.mark.parametrize("factor", [1e38, -1e38])
 def test_an_activation_that_overflows_is_told_by_name(calibrator: str, factor: float, pictures: str) -> None:
     recipe, data = Recipe(calibrator=calibrator), DataOptions((pictures,), preprocessing=RAW)

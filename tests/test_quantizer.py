@@ -79,8 +79,8 @@ def assert_like_runtime(params: QuantParams, x: NDArray[np.float32]) -> None:
     assert params.quantize(x).dtype == codes.dtype
     np.testing.assert_array_equal(params.quantize(x), codes)
     if params.spec.qmin == np.iinfo(codes.dtype).min:
-        np.testing.assert_array_equal(params.fake(x), real)
-        assert params.fake(x).dtype == np.float32
+        np.testing.assert_array_equal(params.fake_quantize(x), real)
+        assert params.fake_quantize(x).dtype == np.float32
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
@@ -180,7 +180,7 @@ def test_an_all_zero_tensor_stays_zero(signed: bool, symmetric: bool) -> None:
     spec = QuantSpec(8, signed, symmetric, PerChannel(0))
     params = spec.from_range(np.zeros(3), np.zeros(3))
     assert params.scale.tolist() == [1, 1, 1]
-    assert params.fake(np.zeros((3, 2), np.float32)).tolist() == np.zeros((3, 2)).tolist()
+    assert params.fake_quantize(np.zeros((3, 2), np.float32)).tolist() == np.zeros((3, 2)).tolist()
 
 
 @pytest.mark.parametrize("high", [1e-45, 1e-40, 1e-38, 3e-36])
@@ -189,8 +189,8 @@ def test_denormal_ranges_get_a_normal_scale(high: float, symmetric: bool) -> Non
     """Runtimes flush denormal scales to zero and would divide by it."""
     params = QuantSpec(8, signed=False, symmetric=symmetric).from_range(-high, high)
     assert float(params.scale) >= SMALLEST_SCALE
-    np.testing.assert_array_equal(params.fake(np.float32([0])), [0])
-    assert abs(float(params.fake(np.float32(high))) - high) <= float(params.scale) / 2
+    np.testing.assert_array_equal(params.fake_quantize(np.float32([0])), [0])
+    assert abs(float(params.fake_quantize(np.float32(high))) - high) <= float(params.scale) / 2
 
 
 @pytest.mark.parametrize(("low", "high"), [(np.nan, 1), (0, np.nan), (-np.inf, 0), (0, np.inf), ([0, np.nan], [1, 1])])
@@ -215,14 +215,14 @@ def test_rounding_is_off_by_half_a_step_at_most(spec: QuantSpec, low: float, hig
     step = float(params.scale)
     assert bottom <= low + step / 2 * (1 + 1e-3)
     assert top >= high - step / 2 * (1 + 1e-3)
-    error = np.abs(params.fake(x).astype(np.float64) - x)
+    error = np.abs(params.fake_quantize(x).astype(np.float64) - x)
     assert np.all(error <= step / 2 + 2 * np.spacing(np.abs(x)))
 
 
 @given(specs, edges, edges)
 def test_zero_is_exact(spec: QuantSpec, low: float, high: float) -> None:
     params = spec.from_range(min(low, high), max(low, high))
-    assert params.fake(np.zeros(3, np.float32)).tolist() == [0, 0, 0]
+    assert params.fake_quantize(np.zeros(3, np.float32)).tolist() == [0, 0, 0]
     assert spec.qmin <= int(params.zero_point) <= spec.qmax
 
 
@@ -238,7 +238,7 @@ def test_the_whole_of_float32_can_be_a_range() -> None:
     for symmetric in (True, False):
         params = QuantSpec(2, signed=False, symmetric=symmetric).from_range(-big, big)
         assert np.isfinite(params.scale)
-        assert np.isfinite(params.fake(np.float32([big / 2, 0]))).all()
+        assert np.isfinite(params.fake_quantize(np.float32([big / 2, 0]))).all()
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class DiagnosisEvidence:
         model: The folded float model.
         plan, recipe, report: Of the run.
         sketches: Statistics of its tensors.
-        moves: What equalization did to tensors.
+        equalization: What equalization did to tensors.
         saturates: Whether this machine's CPU adds products in 16 bits.
     """
 
@@ -68,7 +68,7 @@ class DiagnosisEvidence:
     recipe: Recipe
     report: Report
     sketches: Mapping[str, Sketch]
-    moves: EqualizationRecord
+    equalization: EqualizationRecord
     compared: Comparison
     saturates: bool
 
@@ -128,7 +128,7 @@ def find_channel_imbalance(evidence: DiagnosisEvidence) -> Iterator[Cause]:
             continue
         before = imbalance_ratio(sizes)
         if before >= LARGE_IMBALANCE:
-            scale = evidence.moves.scale_of(value.name or "", sizes.size)
+            scale = evidence.equalization.scale_of(value.name or "", sizes.size)
             found[value.name or ""] = before, before if scale is None else imbalance_ratio(sizes / scale)
     for handled, names in _split_by_handled(found, lambda pair: pair[1] < LARGE_IMBALANCE).items():
         if names:
@@ -186,7 +186,7 @@ def find_range_outliers(evidence: DiagnosisEvidence) -> Iterator[Cause]:
 
 def _undo_equalization(evidence: DiagnosisEvidence, name: str, sketch: Sketch) -> float:
     """Convert a size from the quantized network's units to the float one's, for the channel that goes furthest."""
-    scale = evidence.moves.scale_of(name, sketch.lows.size)
+    scale = evidence.equalization.scale_of(name, sketch.lows.size)
     if scale is None:
         return 1.0
     return float(scale[np.argmax(np.maximum(np.abs(sketch.lows), np.abs(sketch.highs)))])

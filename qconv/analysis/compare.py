@@ -49,12 +49,14 @@ CLIPPED_BEYOND = 0.5 + 1e-3
 """Steps: a weight this far beyond the last integer is clipped, not just rounded."""
 
 
-def compare_weights(layer: Node, original: Node | None, moves: EqualizationRecord) -> ValueStatistics | None:
+def compare_weights(layer: Node, original: Node | None, equalization: EqualizationRecord) -> ValueStatistics | None:
     """Compare a layer's float weights, in units of its integer ones, with these; None where either has none."""
     weights = read_quantized_weights(layer)
     same = original is not None and original.op_type == layer.op_type  # another tool may have given a name anew
     numbers = (
-        _apply_equalization(original, weights, moves) if weights is not None and original is not None and same else None
+        _apply_equalization(original, weights, equalization)
+        if weights is not None and original is not None and same
+        else None
     )
     if weights is None or numbers is None:
         return None
@@ -68,14 +70,14 @@ def compare_weights(layer: Node, original: Node | None, moves: EqualizationRecor
 
 
 def _apply_equalization(
-    original: Node, weights: QuantizedWeights, moves: EqualizationRecord
+    original: Node, weights: QuantizedWeights, equalization: EqualizationRecord
 ) -> NDArray[np.floating] | None:
     """Return the float weights with their channels scaled as equalization did, in the integers' shape."""
     try:
         layer = read_layer(original)
     except EditRefused:
         return None
-    layer = _scale_layer(layer, moves)
+    layer = _scale_layer(layer, equalization)
     stored = constant_array(original.inputs[1])
     if stored is None or stored.size != weights.codes.size:
         return None
@@ -83,10 +85,10 @@ def _apply_equalization(
     return weights_from_rows(original, rows, stored.shape).reshape(weights.codes.shape)
 
 
-def _scale_layer(layer: Layer, moves: EqualizationRecord) -> Layer:
+def _scale_layer(layer: Layer, equalization: EqualizationRecord) -> Layer:
     data, nothing = layer.node.inputs[0], np.zeros(1)
-    into = None if data is None else moves.scale_of(data.name or "", layer.inputs)
-    out = moves.scale_of(layer.node.outputs[0].name or "", layer.outputs)
+    into = None if data is None else equalization.scale_of(data.name or "", layer.inputs)
+    out = equalization.scale_of(layer.node.outputs[0].name or "", layer.outputs)
     found = replace(layer, means=None)
     if into is not None:
         found = scale_inputs(found, into, nothing)
@@ -136,59 +138,59 @@ class ComparisonRequest:
     task: str = "auto"
 
 
-def compare(question: ComparisonRequest, reporter: Reporter | None = None) -> Comparison:
+def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Comparison:
     """Compare two models layer by layer.
 
     Raises:
         QconvError: The second model is not quantized, or nothing in it corresponds to the first.
     """
-    original, quantized = _load_models(question)
+    original, quantized = _load_models(request)
     reporter = reporter or Reporter()
-    moves = ir_metadata.read_equalization(quantized.inner.metadata_props)
+    equalization = ir_metadata.read_equalization(quantized.inner.metadata_props)
     found = find_comparison_points(quantized, original)
     outputs = [value for value in original.graph.outputs if is_tensor(value)]
     with contextlib.ExitStack() as stack:
-        bench = _LoadedNetworks.of(question, original, quantized, found, moves, stack)
-        if all(pair.point.input for pair in bench.pairs):
-            fact = f"No layer of {question.model.name} is found in {question.float_model.name}."
+        networks = _LoadedNetworks.of(request, original, quantized, found, equalization, stack)
+        if all(pair.point.input for pair in networks.pairs):
+            fact = f"No layer of {request.model.name} is found in {request.float_model.name}."
             raise QconvError(fact, "pass the float model that it was made from, first.")
-        tallies = bench.look(question, reporter)
-        straight = bench.whole(question)
-        noise, seen = bench.effects(question, outputs, reporter)
+        tallies = networks.look(request, reporter)
+        output_comparison = networks.whole(request)
+        noise, seen = networks.effects(request, outputs, reporter)
     total = sum(noise.values())
     nodes = {node.name: node for node in original.nodes()}
     rows = []
-    for pair in bench.pairs:
+    for pair in networks.pairs:
         layer, share = pair.point.layer, None if not total else noise.get(pair.point, 0.0) / total
-        weights = None if layer is None else compare_weights(layer, nodes.get(layer.name), moves)
+        weights = None if layer is None else compare_weights(layer, nodes.get(layer.name), equalization)
         rows.append(_make_layer_row(pair, tallies[pair.point], share, weights))
     unmatched = [point.name for point in found if point not in tallies]
     predicted = None if total <= 0 else -10 * math.log10(total)
     return Comparison(
-        question.float_model.name,
-        question.model.name,
-        question.pictures,
-        question.words,
+        request.float_model.name,
+        request.model.name,
+        request.pictures,
+        request.words,
         tuple(rows),
         tuple(unmatched),
-        straight.scores(spans=True),
+        output_comparison.scores(spans=True),
         predicted,
         seen,
     )
 
 
-def _load_models(question: ComparisonRequest) -> tuple[Model, Model]:
+def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     """Load both models: a file by qconv is compared with the folded float model, others with it as it is."""
-    proto = read_proto(question.model)
+    proto = read_proto(request.model)
     if not is_quantized(proto):
-        fact = f"{question.model.name} is not quantized."
+        fact = f"{request.model.name} is not quantized."
         raise QconvError(fact, "pass the float model first, and the quantized one behind it.")
     if any(node.op_type.startswith("QLinear") or node.op_type == "ConvInteger" for node in proto.graph.node):
-        fact = f"{question.model.name} holds integer operators, between which there is nothing to compare."
+        fact = f"{request.model.name} holds integer operators, between which there is nothing to compare."
         raise QconvError(fact, "write it with quantizers and dequantizers (Q/DQ), which all tools can.")
     ours = ir_metadata.VERSION_KEY in metadata_of(proto)
-    quantized = load.load_unchanged(proto, question.model)
-    original, _ = load.load(read_proto(question.float_model), question.float_model)
+    quantized = load.load_unchanged(proto, request.model)
+    original, _ = load.load(read_proto(request.float_model), request.float_model)
     if ours:
         fold.run_float_passes(original)
     return original, quantized
@@ -215,7 +217,7 @@ class _LoadedNetworks:
 
     original: Model
     quantized: Model
-    moves: ir_metadata.EqualizationRecord
+    equalization: ir_metadata.EqualizationRecord
     pairs: list[TensorPair]
     watched: Session
     real: Session
@@ -226,11 +228,11 @@ class _LoadedNetworks:
     @classmethod
     def of(
         cls,
-        question: ComparisonRequest,
+        request: ComparisonRequest,
         original: Model,
         quantized: Model,
         found: Sequence[ComparisonPoint],
-        moves: ir_metadata.EqualizationRecord,
+        equalization: ir_metadata.EqualizationRecord,
         stack: contextlib.ExitStack,
     ) -> _LoadedNetworks:
         candidates = list(dict.fromkeys(value for point in found for value in point.candidates))
@@ -238,18 +240,21 @@ class _LoadedNetworks:
         def session(model: Model, tensors: Sequence[Value], name: str) -> Session:
             wanted = [value.name or "" for value in tensors]
             runnable = stack.enter_context(subgraph.runnable_with_outputs(model, wanted))
-            return Session(runnable, name=name, threads=question.threads, integer_kernels=False)
+            return Session(runnable, name=name, threads=request.threads, integer_kernels=False)
 
-        watched = session(original, [v for v in candidates if not v.is_graph_input()], question.float_model.name)
+        watched = session(original, [v for v in candidates if not v.is_graph_input()], request.float_model.name)
         tapped = [point.value for point in found] + [point.codes for point in found if point.codes is not None]
-        real = session(quantized, tapped, question.model.name)
-        first = next(question.feeds(), None)
+        real = session(quantized, tapped, request.model.name)
+        first = next(request.feeds(), None)
         if first is None:
             raise QconvError("There is no picture to compare on.", "check --images.")
         floats, feeds = first
         pairs = list(
             _match_points(
-                found, {**floats, **_run_outputs(watched, candidates, floats)}, _run_points(real, found, feeds), moves
+                found,
+                {**floats, **_run_outputs(watched, candidates, floats)},
+                _run_points(real, found, feeds),
+                equalization,
             )
         )
         cut = quantized.copy()
@@ -261,67 +266,73 @@ class _LoadedNetworks:
             for other in values[1:]:
                 cut.redirect(other, opened)
             inputs[pair.point] = opened.name or ""
-        fed = session(cut, [pair.point.value for pair in pairs], question.model.name)
+        fed = session(cut, [pair.point.value for pair in pairs], request.model.name)
         taken = {pair.tensor.name or "" for pair in pairs}
         watched = session(original, [v for v in candidates if v.name in taken and not v.is_graph_input()], watched.name)
-        return cls(original, quantized, moves, pairs, watched, real, fed, inputs, question.threads)
+        return cls(original, quantized, equalization, pairs, watched, real, fed, inputs, request.threads)
 
-    def look(self, question: ComparisonRequest, reporter: Reporter) -> dict[ComparisonPoint, _PointTally]:
+    def look(self, request: ComparisonRequest, reporter: Reporter) -> dict[ComparisonPoint, _PointTally]:
         """Run all images through all three networks."""
         tallies = {pair.point: _PointTally() for pair in self.pairs}
-        each = max(64, HISTOGRAM_SAMPLES // max(1, question.pictures))
+        each = max(64, HISTOGRAM_SAMPLES // max(1, request.pictures))
         done = 0
-        for plain, feeds in question.feeds():
+        for plain, feeds in request.feeds():
             floats = self._floats(plain)
             names = [pair.point.value.name or "" for pair in self.pairs]
             codes = [pair.point.codes.name or "" for pair in self.pairs if pair.point.codes is not None]
             got = dict(zip([*names, *codes], self.real.run([*names, *codes], feeds), strict=True))
-            alone = dict(zip(names, self._alone(feeds, floats), strict=True))
+            isolated_outputs = dict(zip(names, self._isolated_outputs(feeds, floats), strict=True))
             for pair in self.pairs:
                 name = pair.point.value.name or ""
                 _accumulate(
-                    tallies[pair.point], pair, floats[pair.tensor.name or ""], got, alone[name], self.moves, each
+                    tallies[pair.point],
+                    pair,
+                    floats[pair.tensor.name or ""],
+                    got,
+                    isolated_outputs[name],
+                    self.equalization,
+                    each,
                 )
             done += len(next(iter(feeds.values())))
-            reporter.progress("compare", min(done, question.pictures), question.pictures)
+            reporter.progress("compare", min(done, request.pictures), request.pictures)
         return tallies
 
-    def whole(self, question: ComparisonRequest) -> ComparisonAccumulator:
+    def whole(self, request: ComparisonRequest) -> ComparisonAccumulator:
         """Compare the outputs of both files as they are, with the runtime's optimizations."""
-        both = [open_original(source, self.threads, question.task) for source in (question.float_model, question.model)]
+        both = [open_original(source, self.threads, request.task) for source in (request.float_model, request.model)]
         comparison = ComparisonAccumulator.of(both[0].model_outputs)
-        for floats, feeds in question.feeds():
+        for floats, feeds in request.feeds():
             comparison.add(both[0].run_all(floats), both[1].run(both[0].outputs, feeds))
         return comparison
 
     def effects(
-        self, question: ComparisonRequest, outputs: Sequence[Value], reporter: Reporter
+        self, request: ComparisonRequest, outputs: Sequence[Value], reporter: Reporter
     ) -> tuple[dict[ComparisonPoint, float], int]:
         """Measure what each layer's own error does at the outputs, over their power, and on how many images."""
         model, names, results = add_error_inputs(self.original, self.quantized, self.pairs, outputs)
         with subgraph.runnable_with_outputs(model, ()) as runnable:
-            session = Session(runnable, name=question.float_model.name, threads=self.threads)
+            session = Session(runnable, name=request.float_model.name, threads=self.threads)
         wanted = min(MOST_EFFECT_IMAGES, max(FEWEST_EFFECT_IMAGES, MOST_EFFECT_RUNS // len(self.pairs)))
         nothing = {name: np.zeros((), np.float32) for name in names.values()}
         noise: dict[ComparisonPoint, dict[int, float]] = {pair.point: {} for pair in self.pairs}
         power: dict[int, float] = {}
         seen = 0
-        for plain, feeds in question.feeds():
+        for plain, feeds in request.feeds():
             floats = self._floats(plain)
-            straight = session.run(results, {**plain, **nothing})
-            for index, y in enumerate(straight):
+            float_outputs = session.run(results, {**plain, **nothing})
+            for index, y in enumerate(float_outputs):
                 if y.dtype.kind == "f":
                     power[index] = power.get(index, 0.0) + signal_power(y)
-            alone = self._alone(feeds, floats)
-            for place, (pair, got) in enumerate(zip(self.pairs, alone, strict=True)):
+            isolated_outputs = self._isolated_outputs(feeds, floats)
+            for place, (pair, got) in enumerate(zip(self.pairs, isolated_outputs, strict=True)):
                 if pair.point.copy:
                     continue
                 name = pair.tensor.name or ""
-                error = np.asarray(self.moves.back(name, got) - floats[name])  # a number where there are no axes
+                error = np.asarray(self.equalization.back(name, got) - floats[name])  # a number where there are no axes
                 if not np.isfinite(error).all():
                     continue
                 moved_to = session.run(results, {**plain, **nothing, names[pair.point]: error})
-                for index, (y, other) in enumerate(zip(straight, moved_to, strict=True)):
+                for index, (y, other) in enumerate(zip(float_outputs, moved_to, strict=True)):
                     if index in power:
                         known = noise[pair.point]
                         known[index] = known.get(index, 0.0) + signal_power(other - y)
@@ -333,15 +344,15 @@ class _LoadedNetworks:
         return {
             point: sum(n / power[index] for index, n in found.items() if power[index] > 0)
             for point, found in noise.items()
-        }, min(seen, question.pictures)
+        }, min(seen, request.pictures)
 
     def _floats(self, feeds: Batch) -> dict[str, NDArray[Any]]:
         return {**feeds, **dict(zip(self.watched.outputs, self.watched.run_all(feeds), strict=True))}
 
-    def _alone(self, feeds: Batch, floats: Arrays) -> list[NDArray[Any]]:
+    def _isolated_outputs(self, feeds: Batch, floats: Arrays) -> list[NDArray[Any]]:
         """Run every layer on float tensors; returns the results in the quantized network's units."""
         fed = {
-            self.inputs[pair.point]: self.moves.moved(pair.tensor.name or "", floats[pair.tensor.name or ""])
+            self.inputs[pair.point]: self.equalization.moved(pair.tensor.name or "", floats[pair.tensor.name or ""])
             for pair in self.pairs
         }
         needed = {name for name, _, _ in self.cut.inputs}
@@ -365,7 +376,7 @@ def _match_points(
     found: Sequence[ComparisonPoint],
     floats: Arrays,
     got: Mapping[ComparisonPoint, NDArray[Any]],
-    moves: ir_metadata.EqualizationRecord,
+    equalization: ir_metadata.EqualizationRecord,
 ) -> Iterator[TensorPair]:
     """Match every point with the nearest candidate; points where no shape fits are left out."""
     for point in found:
@@ -375,7 +386,9 @@ def _match_points(
             name = value.name or ""
             x = floats.get(name)
             if x is not None and x.shape == q.shape and x.dtype.kind == q.dtype.kind == "f":
-                away[value] = signal_power(moves.moved(name, x) - q) / max(signal_power(q), ARITHMETIC_NOISE_SHARE)
+                away[value] = signal_power(equalization.moved(name, x) - q) / max(
+                    signal_power(q), ARITHMETIC_NOISE_SHARE
+                )
         if away:
             yield TensorPair(point, min(away, key=lambda value: away[value]))
 
@@ -385,21 +398,21 @@ def _accumulate(
     pair: TensorPair,
     reference: NDArray[Any],
     got: Arrays,
-    alone: NDArray[Any],
-    moves: ir_metadata.EqualizationRecord,
+    isolated_output: NDArray[Any],
+    equalization: ir_metadata.EqualizationRecord,
     each: int,
 ) -> None:
     name, point = pair.tensor.name or "", pair.point
-    q = moves.back(name, got[point.value.name or ""])
+    q = equalization.back(name, got[point.value.name or ""])
     tally.signal += signal_power(reference)
     tally.received += signal_power(q - reference)
-    tally.added += signal_power(moves.back(name, alone) - reference)
+    tally.added += signal_power(equalization.back(name, isolated_output) - reference)
     with np.errstate(over="ignore", invalid="ignore"):
         tally.product += float(np.dot(q.reshape(-1), reference.reshape(-1)))
     tally.power += signal_power(q)
     if point.grid is None or point.codes is None:
         return
-    own = moves.moved(name, reference).reshape(-1)
+    own = equalization.moved(name, reference).reshape(-1)
     half = point.grid.scale / 2
     tally.count += own.size
     tally.clipped += int(np.count_nonzero((own < point.grid.low - half) | (own > point.grid.high + half)))
@@ -477,6 +490,6 @@ def compare_on_images(
         return ((its, mine) for mine, its in iter_paired_batches(own, other, reporter, lost.add))
 
     total = len(own.feed.listing.paths)
-    question = ComparisonRequest(float_model, model, feeds, total, own.words, threads, data.task)
-    found = compare(question, reporter)
+    request = ComparisonRequest(float_model, model, feeds, total, own.words, threads, data.task)
+    found = compare(request, reporter)
     return ComparisonRun(replace(found, images=total - len(lost)), other)

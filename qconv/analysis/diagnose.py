@@ -124,7 +124,7 @@ class _DiagnosisRunner:
     case: DiagnosisRequest
     reporter: Reporter
     folder: Path
-    memory: CalibrationCache = field(default_factory=CalibrationCache)
+    cache: CalibrationCache = field(default_factory=CalibrationCache)
     found: list[Cause] = field(default_factory=list)
     attempts: list[_RemedyAttempt] = field(default_factory=list)
     changes: dict[str, Any] = field(default_factory=dict)
@@ -139,7 +139,7 @@ class _DiagnosisRunner:
         rather = self._feed(session, held.feed, data, recipe.threads)
         said = held.feed.over(held.feed.listing.paths)
         held.feed.preprocessing = rather or said.preprocessing
-        proof = TrialRunner.of(self.case.source, held.feed, session, self.reporter, self.memory)
+        proof = TrialRunner.of(self.case.source, held.feed, session, self.reporter, self.cache)
         if rather is not None:
             proof.feed_otherwise(said)
         base = self._try(proof, asked, Remedy("as asked", {}, ()))
@@ -283,20 +283,26 @@ class _DiagnosisRunner:
         source, recipe, report = self.case.source, base.made.recipe, base.made.report
         assert report is not None
         quiet = self.reporter.without_warnings()
-        found = prepare(source, recipe, base.made.data, quiet, memory=self.memory)
+        found = prepare(source, recipe, base.made.data, quiet, cache=self.cache)
         sketches = found.data.sketches(found.model, [found.plan], recipe)
         quantized = Source(str(base.made.path), base.made.path)
 
         def feeds() -> Iterator[Any]:
             return ((batch, batch) for batch, _ in proof.scored.batches)
 
-        question = ComparisonRequest(
-            source, quantized, feeds, proof.scored.pictures, found.data.words, recipe.threads, found.data.data.task
+        request = ComparisonRequest(
+            source,
+            quantized,
+            feeds,
+            proof.scored.pictures,
+            found.data.description,
+            recipe.threads,
+            found.data.data.task,
         )
-        compared = compare(question, self.reporter)
-        moves = ir_metadata.read_equalization(metadata_of(read_proto(quantized)))
+        compared = compare(request, self.reporter)
+        equalization = ir_metadata.read_equalization(metadata_of(read_proto(quantized)))
         saturates = detect_cpu().saturates is True
-        return DiagnosisEvidence(found.model, found.plan, recipe, report, sketches, moves, compared, saturates)
+        return DiagnosisEvidence(found.model, found.plan, recipe, report, sketches, equalization, compared, saturates)
 
     # -- what comes of it ----------------------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ def study_samples(
     source: Source | str | Path,
     recipe: Recipe,
     data: DataOptions,
-    question: StudyRequest | None = None,
+    request: StudyRequest | None = None,
     reporter: Reporter | None = None,
     out: Path | None = None,
 ) -> SampleCurve:
@@ -74,7 +74,7 @@ def study_samples(
         source: The float model.
         recipe: How to quantize.
         data: The images; its `samples` bounds them.
-        question: What is asked beyond it.
+        request: What is asked beyond it.
         reporter: Hears of progress and warnings.
         out: Where the caller will write a chart; checked, not written.
 
@@ -82,32 +82,32 @@ def study_samples(
         QconvError: The user can mend it.
     """
     started = time.perf_counter()
-    question, reporter = question or StudyRequest(), (reporter or Reporter()).of_part()
+    request, reporter = request or StudyRequest(), (reporter or Reporter()).of_part()
     # scales of equalization and ranges of outputs differ from draw to draw, and would need all pictures again
     recipe = replace(recipe, equalize=False, tune_ranges=False, effort="fast", rounding="nearest")
     source = source if isinstance(source, Source) else Source(str(source), Path(source))
     written = {} if out is None else {"the chart": out}
-    taken, held = _split_images(data, question)
+    taken, held = _split_images(data, request)
     found = prepare(source, recipe, replace(data, samples=taken), reporter, written=written)
     feed = found.data.feed
     assert feed is not None  # there are images, or `_split_images` would have found none
-    taps = _plan_observers(found.plan, recipe)
-    scored = _run_float_model(source, found, replace(data, samples=held), question, reporter, recipe.threads)
+    observers = _plan_observers(found.plan, recipe)
+    scored = _run_float_model(source, found, replace(data, samples=held), request, reporter, recipe.threads)
     with open_sketch_spool() as kept:
         before = time.perf_counter()
-        seconds = _sketch_each_image(found.model, taps, feed, recipe, kept)
+        seconds = _sketch_each_image(found.model, observers, feed, recipe, kept)
         after = time.perf_counter()
         job = _StudyJob(found.model, recipe, data.seed, found.plan.floats)
-        points = _measure_points(job, kept, scored, question.draws, reporter)
+        points = _measure_points(job, kept, scored, request.draws, reporter)
     return SampleCurve(
         version=qconv.__version__,
         model=source.name,
         recipe=recipe.as_dict(data),
-        preprocessing=None if found.data.fed is None else found.data.fed.as_dict(),
+        preprocessing=None if found.data.model_preprocessing is None else found.data.model_preprocessing.as_dict(),
         points=sorted(points, key=lambda point: (point.pictures, point.seed)),
-        draws=question.draws,
+        draws=request.draws,
         scored=scored.pictures,
-        scored_on=question.images,
+        scored_on=request.images,
         seconds={count: seconds[count - 1] for count in counts_up_to(len(seconds))},
         warnings=reporter.warnings,
         time={
@@ -126,26 +126,26 @@ def _plan_observers(plan: Plan, recipe: Recipe) -> list[Observer]:
             "--bias-correction sequential is not possible in a study: it walks the network for every point.",
             "leave it out: means hardly depend on the number of pictures.",
         )
-    taps = plan.taps(sketch_contents_for(recipe))
-    if not taps:
+    observers = plan.observers(sketch_contents_for(recipe))
+    if not observers:
         raise QconvError(
             "Nothing depends on the number of pictures: these options quantize no activation.",
             "pass --activation-bits 8, or use any pictures.",
         )
-    return taps
+    return observers
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def _split_images(data: DataOptions, question: StudyRequest) -> tuple[int, int]:
+def _split_images(data: DataOptions, request: StudyRequest) -> tuple[int, int]:
     """How many pictures to calibrate with, the first of the draw, and how many of those behind them to score on.
 
     Where other pictures are scored on, the second number is of these, at most.
     """
-    wanted = MOST_HELD_OUT if question.holdout is None else question.holdout
+    wanted = MOST_HELD_OUT if request.holdout is None else request.holdout
     found = list_samples(data).found
-    if question.images:
+    if request.images:
         return min(data.samples or found, found), wanted
     where = " and ".join(data.paths)
     if found < 2:
@@ -153,7 +153,7 @@ def _split_images(data: DataOptions, question: StudyRequest) -> tuple[int, int]:
             f"{where} holds {format_count(found, 'picture')}: one to calibrate with and one to score on are the least.",
             "add pictures, or pass others to score on with --images.",
         )
-    held = max(1, min(wanted, found // HELD_OUT_DIVISOR)) if question.holdout is None else wanted
+    held = max(1, min(wanted, found // HELD_OUT_DIVISOR)) if request.holdout is None else wanted
     if held >= found:
         raise QconvError(
             f"--holdout {held} leaves none of the {found} pictures in {where} to calibrate with.",
@@ -163,7 +163,7 @@ def _split_images(data: DataOptions, question: StudyRequest) -> tuple[int, int]:
 
 
 def _run_float_model(
-    source: Source, found: Prepared, data: DataOptions, question: StudyRequest, reporter: Reporter, threads: int | None
+    source: Source, found: Prepared, data: DataOptions, request: StudyRequest, reporter: Reporter, threads: int | None
 ) -> ReferenceOutputs:
     """What the float model says of the pictures to score on, none of which is calibrated with.
 
@@ -171,11 +171,11 @@ def _run_float_model(
     """
     feed, session = found.data.feed, open_original(source, threads, data.task)
     assert feed is not None
-    if question.images:
-        scoring = DataLoader.of(session, replace(data, paths=question.images, glob=None, arrays=None), reporter)
+    if request.images:
+        scoring = DataLoader.of(session, replace(data, paths=request.images, glob=None, arrays=None), reporter)
         count = len(scoring.listing.paths)
-        if question.holdout is not None and count < question.holdout:
-            reporter.warn(f"--holdout {question.holdout}: {' and '.join(question.images)} holds {count}.")
+        if request.holdout is not None and count < request.holdout:
+            reporter.warn(f"--holdout {request.holdout}: {' and '.join(request.images)} holds {count}.")
     else:
         taken, held = len(feed.listing.paths), data.samples or 0
         drawn = list_samples(replace(data, samples=taken + held)).paths
@@ -187,12 +187,12 @@ def _run_float_model(
 
 
 def _sketch_each_image(
-    model: Model, taps: list[Observer], feed: DataLoader, recipe: Recipe, kept: SketchSpool
+    model: Model, observers: list[Observer], feed: DataLoader, recipe: Recipe, kept: SketchSpool
 ) -> list[float]:
     """Sketch every image by itself. Returns how many seconds the pass took until each was seen."""
-    session = open_observed_session(model, taps, recipe.threads)
+    session = open_observed_session(model, observers, recipe.threads)
     seconds, spent, start = [], 0.0, time.perf_counter()
-    for sketches in observe_each_image(session, taps, feed.all("calibrate")):
+    for sketches in observe_each_image(session, observers, feed.iter_batches("calibrate")):
         spent += time.perf_counter() - start
         seconds.append(spent)
         kept.put(sketches)

@@ -98,20 +98,21 @@ class TrialRunner:
     source: Source
     scored: ReferenceOutputs
     reporter: Reporter
-    memory: CalibrationCache
+    cache: CalibrationCache
     made: list[TrialRun] = field(default_factory=list)
 
     @classmethod
     def of(
-        cls, source: Source, feed: DataLoader, session: Session, reporter: Reporter, memory: CalibrationCache
+        cls, source: Source, feed: DataLoader, session: Session, reporter: Reporter, cache: CalibrationCache
     ) -> TrialRunner:
         """Set up. feed: the images to score on, with their preprocessing; session: the float model's."""
         scored = collect_reference_outputs(session, feed, "float", most_bytes=SCORED_BYTES, reporter=reporter)
-        return cls(source, scored, reporter, memory)
+        return cls(source, scored, reporter, cache)
 
     def feed_otherwise(self, feed: DataLoader) -> None:
         """Feed quantized models by `feed` from now on; what the float model says stays."""
-        pairs = zip(feed.all("float"), self.scored.batches, strict=False)  # of which there may be fewer, for memory
+        # of the scored batches there may be fewer, for memory
+        pairs = zip(feed.iter_batches("float"), self.scored.batches, strict=False)
         self.scored = replace(self.scored, batches=[(feeds, expected) for feeds, (_, expected) in pairs])
 
     def carry_out(
@@ -129,7 +130,7 @@ class TrialRunner:
         made = TrialRun(trial, recipe, data, out)
         self.made.append(made)
         try:
-            made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.memory)
+            made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.cache)
             on_ort = TARGETS[recipe.target].on_ort
             session = Session(str(out), name=str(out), threads=recipe.threads, optimize=on_ort)
             found = self.scored.score(session)
@@ -212,13 +213,13 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter 
     held = hold_out_images(session, data, (), reporter)
     del session
     data = replace(data, samples=min(data.samples or held.most, held.most))
-    memory = CalibrationCache()
-    loaded = load_float(source, shared, data, reporter.without_warnings(), memory=memory)
+    cache = CalibrationCache()
+    loaded = load_float(source, shared, data, reporter.without_warnings(), cache=cache)
     held.feed.preprocessing = loaded.data.preprocessing
     del loaded
     if shared.embed_preprocessing is not None:
         held.feed.take_pixels(shared.embed_preprocessing)
-    proof = TrialRunner.of(source, held.feed, open_original(source, shared.threads, data.task), reporter, memory)
+    proof = TrialRunner.of(source, held.feed, open_original(source, shared.threads, data.task), reporter, cache)
     for done, entry in enumerate(entries):
         reporter.progress("recipes", done, len(entries))
         proof.reporter = reporter.of_part(entry.name)

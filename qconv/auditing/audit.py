@@ -336,7 +336,9 @@ def audit_file(source: Source, *, threads: int, batch: int | None, size: Sequenc
         told = read_recipe(model.inner.metadata_props)
         recipe = recipe_from_dict(told) if told else None
         audited = audit(optimized, model, _read_planned_reasons(model, recipe), times)
-    widened = recipe is not None and TARGETS[recipe.target].pairs and recipe.saturation_safe is not False
+    widened = (
+        recipe is not None and TARGETS[recipe.target].saturates_int16_pairs and recipe.saturation_safe is not False
+    )
     return FileAudit(source.name, name, meaning, widened, told, audited, detect_cpu(), threads)
 
 

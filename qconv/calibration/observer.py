@@ -118,43 +118,43 @@ def _as_float32(x: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def observe(
-    session: Session, taps: Iterable[Observer], batches: Iterable[Mapping[str, NDArray[Any]]]
+    session: Session, observers: Iterable[Observer], batches: Iterable[Mapping[str, NDArray[Any]]]
 ) -> dict[str, Sketch]:
     """Run every batch once and sketch the observed tensors, by their names.
 
     Raises QconvError where a tensor holds NaN or infinity: no range would be right.
     """
-    taps = list(taps)
-    sketchers, turn = _make_builders(taps), threading.Lock()
+    observers = list(observers)
+    sketchers, turn = _make_builders(observers), threading.Lock()
 
     def take(picture: Mapping[str, NDArray[Any]]) -> None:
-        seen = _view_image(taps, picture)
+        seen = _view_image(observers, picture)
         with turn:
             seen.work_into(sketchers)
 
-    for _ in _map_images(take, session, taps, batches):
+    for _ in _map_images(take, session, observers, batches):
         pass
     return _build_sketches(sketchers)
 
 
 def observe_each_image(
-    session: Session, taps: Iterable[Observer], batches: Iterable[Mapping[str, NDArray[Any]]]
+    session: Session, observers: Iterable[Observer], batches: Iterable[Mapping[str, NDArray[Any]]]
 ) -> Iterator[dict[str, Sketch]]:
     """Yield the sketches of each image alone. Merged they are those that `observe` returns."""
-    taps = list(taps)
+    observers = list(observers)
 
     def take(picture: Mapping[str, NDArray[Any]]) -> dict[str, Sketch]:
-        sketchers = _make_builders(taps)
-        _view_image(taps, picture).work_into(sketchers)
+        sketchers = _make_builders(observers)
+        _view_image(observers, picture).work_into(sketchers)
         return _build_sketches(sketchers)
 
-    yield from _map_images(take, session, taps, batches)
+    yield from _map_images(take, session, observers, batches)
 
 
 def _map_images(
     take: Callable[[Mapping[str, NDArray[Any]]], T],
     session: Session,
-    taps: list[Observer],
+    observers: list[Observer],
     batches: Iterable[Mapping[str, NDArray[Any]]],
 ) -> Iterator[T]:
     """Yield take(outputs by name) of every image, in order.
@@ -163,7 +163,7 @@ def _map_images(
     other at every node, and then for Python to take what they found, takes half as long again.
     """
     inputs = {name for name, _, _ in session.inputs}
-    outputs = [name for tap in taps if tap.name not in inputs for name in tap.outputs]
+    outputs = [name for observer in observers if observer.name not in inputs for name in observer.outputs]
 
     def run(batch: Mapping[str, NDArray[Any]]) -> list[T]:
         seen = {**batch, **dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))}
@@ -174,8 +174,8 @@ def _map_images(
             yield from taken.result()
 
 
-def _make_builders(taps: list[Observer]) -> dict[str, SketchBuilder]:
-    return {tap.name: SketchBuilder(tap.want) for tap in taps}
+def _make_builders(observers: list[Observer]) -> dict[str, SketchBuilder]:
+    return {observer.name: SketchBuilder(observer.want) for observer in observers}
 
 
 def _build_sketches(sketchers: Mapping[str, SketchBuilder]) -> dict[str, Sketch]:
@@ -196,15 +196,15 @@ class _ImageViews:
 
 
 @np.errstate(over="ignore", invalid="ignore")  # infinite values are refused
-def _view_image(taps: list[Observer], picture: Mapping[str, NDArray[Any]]) -> _ImageViews:
-    views = {tap.name: tap.view([picture[name] for name in tap.outputs]) for tap in taps}
+def _view_image(observers: list[Observer], picture: Mapping[str, NDArray[Any]]) -> _ImageViews:
+    views = {observer.name: observer.view([picture[name] for name in observer.outputs]) for observer in observers}
     # all tensors at once: a call for each of them would take longer than what it computes
     lows, highs = (np.concatenate(e) for e in zip(*((v.lows, v.highs) for v in views.values()), strict=True))
     starts = np.cumsum([0, *(len(view.lows) for view in views.values())])[:-1]
     extremes = np.stack([np.minimum.reduceat(lows, starts), np.maximum.reduceat(highs, starts)], axis=1)
     finite = np.isfinite(extremes)
     if not finite.all():
-        raise _not_finite_error(taps[int(np.argmin(finite)) // 2].name)
+        raise _not_finite_error(observers[int(np.argmin(finite)) // 2].name)
     key = int.from_bytes(hashlib.blake2b(extremes.tobytes(), digest_size=KEY_BYTES).digest())
     halves = upper_halves(np.concatenate([view.sample.reshape(-1) for view in views.values()]))
     ends = np.cumsum([view.sample.size for view in views.values()])[:-1]
@@ -242,17 +242,19 @@ def _not_finite_error(name: str) -> QconvError:
 
 
 @contextlib.contextmanager
-def export_observed_model(model: Model, taps: Iterable[Observer]) -> Iterator[str | bytes]:
+def export_observed_model(model: Model, observers: Iterable[Observer]) -> Iterator[str | bytes]:
     """The model as ONNX Runtime takes it, with the outputs that `observe` needs."""
-    taps = list(taps)
-    pools = [tap.pooling for tap in taps if tap.pooling is not None]
-    with subgraph.runnable_with_outputs(model, [tap.name for tap in taps if not tap.pooled], pools) as runnable:
+    observers = list(observers)
+    pools = [observer.pooling for observer in observers if observer.pooling is not None]
+    with subgraph.runnable_with_outputs(
+        model, [observer.name for observer in observers if not observer.pooled], pools
+    ) as runnable:
         yield runnable
 
 
-def open_observed_session(model: Model, taps: Iterable[Observer], threads: int | None) -> Session:
+def open_observed_session(model: Model, observers: Iterable[Observer], threads: int | None) -> Session:
     """A session for `observe`. The model may be dropped: the session has its own copy of all weights."""
-    with export_observed_model(model, taps) as runnable:
+    with export_observed_model(model, observers) as runnable:
         return Session(runnable, name="the folded float model", threads=threads, at_once=CONCURRENT_BATCHES)
 
 

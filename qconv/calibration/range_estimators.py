@@ -12,7 +12,8 @@
     error(range) = sqrt(tails) * sum over c of |w_c|^2 * (Var[e_c] + MEAN_ERROR_WEIGHT E[e_c]^2),   e = fake(x) - x
     tails = expected square of e by the histogram / mean square of e on the columns
 
-`fake` is the very quantizer that will be used, its rounded zero point and its narrow or full range of codes included.
+fake is `fake_quantize`, the very quantizer that will be used, with its rounded zero point and its narrow or full range
+of codes.
 
 |w_c|^2: sum of squares of the weights that channel c meets. Var and E are taken over the columns of the sketch. Errors
 of different channels and places count as independent, and a channel with small weights may be clipped. The columns are
@@ -353,7 +354,7 @@ def _column_errors(columns: NDArray[np.float32], params: QuantParams) -> tuple[F
     ones = np.ones(count, np.float32)
     lost = np.empty_like(columns)
     for k, (scale, zero) in enumerate(zip(params.scale, params.zero_point.astype(np.float32), strict=True)):
-        # what `fake` does, in place: this is the innermost loop
+        # what `fake_quantize` does, in place: this is the innermost loop
         np.divide(columns, scale, out=lost)
         np.rint(lost, out=lost)
         np.clip(lost, spec.qmin - zero, spec.qmax - zero, out=lost)

@@ -13,7 +13,7 @@ from qconv.config.choices import (
     BIAS_CORRECTIONS,
     BIT_ALLOCATIONS,
     BLOCK_SIZE,
-    CALIBRATORS,
+    CALIBRATOR_NAMES,
     CANDIDATE_BITS,
     DEVICES,
     EFFORTS,
@@ -345,7 +345,7 @@ quantize_options = combine_options(
     ),
     click.option(
         "--calibrator",
-        type=click.Choice(CALIBRATORS),
+        type=click.Choice(CALIBRATOR_NAMES),
         help="How activations get ranges.  [default: output-mse, but minmax for --calib none]",
     ),
     click.option(

@@ -97,8 +97,8 @@ def study_samples(
         from qconv.ir.files import source_of
         from qconv.report.console import show_curve
 
-        wishes = sample_study.StudyRequest(seeds, holdout, images)
-        curve = sample_study.study_samples(source_of(model), recipe, data, wishes, reporter, place)
+        request = sample_study.StudyRequest(seeds, holdout, images)
+        curve = sample_study.study_samples(source_of(model), recipe, data, request, reporter, place)
         if place is not None:
             _write_chart(curve, place)
         told = curve.as_dict()

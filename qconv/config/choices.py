@@ -36,7 +36,7 @@ BLOCK_SIZE = 32
 PACKED_BITS = 4
 """Codes of up to so many bits can be stored two in a byte."""
 
-CALIBRATORS = ("minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "output-mse", "aciq")
+CALIBRATOR_NAMES = ("minmax", "ema", "mean-extremes", "percentile", "entropy", "mse", "output-mse", "aciq")
 
 PERCENTILE = 99.99
 
@@ -68,7 +68,7 @@ TASKS = ("auto", "classify", "segment", "regress")
 DEVICES = ("auto", "cpu", "cuda")
 
 OPTION_CHOICES = {
-    "calibrator": CALIBRATORS,
+    "calibrator": CALIBRATOR_NAMES,
     "weight_calibrator": WEIGHT_CALIBRATORS,
     "effort": EFFORTS,
     "rounding": ROUNDINGS,

@@ -164,7 +164,7 @@ class Preprocessing:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of a batch of one, in this layout."""
+        """The shape of a batch of one, in this layout."""
         height, width = self.size
         return (1, self.channels, height, width) if self.layout is Layout.NCHW else (1, height, width, self.channels)
 

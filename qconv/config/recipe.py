@@ -118,7 +118,9 @@ def check_target(recipe: Recipe) -> None:
     require(tunable or not recipe.tune_latency, "--tune-latency with these options", hint)
     if recipe.saturation_safe is not None:
         option = "--saturation-safe" if recipe.saturation_safe else "--no-saturation-safe"
-        require(target.pairs, f"{option} with --target {recipe.target}", "leave it out: x86 CPUs are meant.")
+        require(
+            target.saturates_int16_pairs, f"{option} with --target {recipe.target}", "leave it out: x86 CPUs are meant."
+        )
         integers = recipe.activation_bits <= 8 and recipe.weight_bits <= 8  # of most layers
         require(integers, f"{option} with these bits", "leave it out: products are of float then.")
 
@@ -272,7 +274,7 @@ class Recipe:
             check_bias_correction(self)
         check_allocation(self)
         self._check_percentile()
-        self._take_looks()
+        self._resolve_image_options()
         check_statistics(self)
         check_target(self)
         require(
@@ -292,7 +294,7 @@ class Recipe:
         return next((bits for glob, bits in self.layer_bits if fnmatch.fnmatchcase(name, glob)), LayerBits())
 
     def scheme_of_weights(self, bits: int) -> Scheme:
-        """Of weights with so many bits."""
+        """The scheme of weights with so many bits."""
         return self.weight_scheme or (Scheme.ASYMMETRIC if bits <= FEW_BITS else Scheme.SYMMETRIC)
 
     def has_zero_points(self, bits: int) -> bool:
@@ -337,7 +339,7 @@ class Recipe:
         return self.bias_correction in ("measured", "sequential") and self.rounding == "nearest"
 
     @property
-    def walks(self) -> bool:
+    def rounds_sequentially(self) -> bool:
         """Whether layers are looked at one after the other, the layers before quantized already."""
         return self.rounding != "nearest" or self.bias_correction == "sequential"
 
@@ -387,7 +389,7 @@ class Recipe:
         require(self.block_size >= 1, self._told("block_size"), "use at least 1.")
         check_run_options(self.threads, self.min_agreement, self.min_sqnr)
 
-    def _take_looks(self) -> None:
+    def _resolve_image_options(self) -> None:
         """What looks at pictures again is chosen here, where it was not asked for."""
         own = self.calibrator == FEW_BITS_CALIBRATOR and self.bit_allocation in ("none", "weights")
         own = own and self.activation_bits < 32 and not self.data_free

@@ -65,32 +65,32 @@ class Target:
     """A runtime. Sets hold what it accepts; `why` says in one sentence why no more.
 
     float_ops: operators that have rules but no worthwhile integer kernel there, each with the reason.
-    costs: what operators cost there, as in `cost_table.json`; None where layers are not placed by costs. folds: whether
-    it computes what depends on constants alone once, when it loads a file. on_ort: whether ONNX Runtime's CPU provider,
-    which every file is tried with, is what will run it.
+    costs: what operators cost there, as in `cost_table.json`; None where layers are not placed by costs.
+    folds_constants: whether it computes what depends on constants alone once, when it loads a file. on_ort: whether
+    ONNX Runtime's CPU provider, which every file is tried with, is what will run it.
     signed: activations are int8, not uint8. default_scheme: of activations. integer_bias: biases are int32 codes behind
     a dequantizer; else float. keeps_activations: Relu and Clip stay where they are, even where the quantizer behind
     them saturates at their bounds. inputs_only: quantizers stand in front of the layers that compute in integers,
     where this runtime looks for them, and of residual branches; else around every operator.
     moves_zero: codes of few bits are shifted in their bytes, so that zero is code 0 for every channel: its kernels want
     that, or are faster.
-    whole_kernels: weights of these operators have one scale. pairs: on x86 without VNNI it adds products in pairs of
-    16 bits.
+    per_tensor_weight_ops: weights of these operators have one scale. saturates_int16_pairs: on x86 without VNNI it adds
+    products in pairs of 16 bits.
     """
 
     name: str
     float_ops: Mapping[str, str] = field(default_factory=dict)
     costs: CostTable | None = None
-    folds: bool = False
+    folds_constants: bool = False
     on_ort: bool = True
     signed: bool = False
     default_scheme: str = "asymmetric"
     integer_bias: bool = True
     keeps_activations: bool = False
     inputs_only: bool = False
-    whole_kernels: frozenset[str] = frozenset()
+    per_tensor_weight_ops: frozenset[str] = frozenset()
     moves_zero: bool = False
-    pairs: bool = True
+    saturates_int16_pairs: bool = True
     weight_bits: frozenset[int] = ALL_BITS
     activation_bits: frozenset[int] = ALL_BITS | {32}
     activation_schemes: frozenset[str] = frozenset({"symmetric", "asymmetric"})
@@ -108,7 +108,7 @@ TARGETS: dict[str, Target] = {
         costs=average_costs(
             read_cost_tables(files("qconv.config").joinpath("cost_table.json").read_text("utf-8")).values()
         ),
-        folds=True,
+        folds_constants=True,
         moves_zero=True,
     ),
     "tensorrt": Target(
@@ -119,8 +119,8 @@ TARGETS: dict[str, Target] = {
         integer_bias=False,
         keeps_activations=True,
         inputs_only=True,
-        whole_kernels=frozenset({"ConvTranspose"}),
-        pairs=False,
+        per_tensor_weight_ops=frozenset({"ConvTranspose"}),
+        saturates_int16_pairs=False,
         weight_bits=UP_TO_8_BITS,
         activation_bits=frozenset({8}),
         activation_schemes=frozenset({"symmetric"}),

@@ -86,7 +86,7 @@ class SequentialTest:
 
     model: as loaded, not yet folded.
     session: the user's own model.
-    drawn: returns up to so many images as pixels, as `DataLoader.drawn` does.
+    iter_pixels: returns up to so many images as pixels, as `DataLoader.iter_pixels` does.
     known: statistics that the first layers should see.
     other: after `run`, ln of the probability of an unknown preprocessing, on the scale of the candidates' fit.
     """
@@ -94,7 +94,7 @@ class SequentialTest:
     model: Model
     session: Session
     spec: InputSpec
-    drawn: Callable[[Preprocessing, int], Iterator[NDArray[np.uint8]]]
+    iter_pixels: Callable[[Preprocessing, int], Iterator[NDArray[np.uint8]]]
     known: Sequence[ReferenceStatistics]
     threads: int | None
     other: float = -math.inf
@@ -148,7 +148,7 @@ class SequentialTest:
     def _open(self, prep: Preprocessing) -> None:
         if not self._most:
             self._most = min(max(FEWEST_IMAGES, PIXEL_BUDGET // math.prod(prep.size)), MOST_IMAGES)
-            self._unseen = self.drawn(prep, self._most)
+            self._unseen = self.iter_pixels(prep, self._most)
 
     # -- statistics of the first layers --------------------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ def detect_preprocessing(
     field, said = CandidateSpace(spec, default, known), _pixel_options(options)
     fact, ignored = _find_usable_fact(model, field)
     own, free = field.candidates(fact, said), field.candidates(fact, {})
-    race = SequentialTest(model, session, spec, feed.drawn, known, threads)
+    race = SequentialTest(model, session, spec, feed.iter_pixels, known, threads)
     if "preset" in said or (said and len(own) == 1):
         if fact is None and race.fits(own[0]):
             return DetectedPreprocessing(default, ignored=ignored)
@@ -336,7 +336,7 @@ def detect_without_images(
     field = CandidateSpace(feed.inputs[0], default, known)
     fact, ignored = _find_usable_fact(model, field)
     own = field.candidates(fact, said)
-    race = SequentialTest(model, session, feed.inputs[0], feed.drawn, known, threads)
+    race = SequentialTest(model, session, feed.inputs[0], feed.iter_pixels, known, threads)
     race.run(own, confidence=False)
     best, *others = sorted(own, key=lambda candidate: candidate.score, reverse=True)
     shares, _ = _candidate_probabilities([best, *others], race, fact)

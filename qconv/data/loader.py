@@ -113,7 +113,7 @@ class DataLoader:
         """Height and width of the batches that are loaded; None where these are no images."""
         if self.fed is not None:
             return self.fed.size
-        batch = next(iter(self.few("calibrate")), None)
+        batch = next(iter(self.iter_cached("calibrate")), None)
         shape = () if batch is None else next(iter(batch.values())).shape
         if len(shape) != 4:
             return None
@@ -145,7 +145,7 @@ class DataLoader:
     def _batch_is_fixed(self) -> bool:
         return bool(self.inputs[0].shape) and self.inputs[0].shape[0] is not None
 
-    def all(self, stage: str) -> Generator[Batch, None, None]:
+    def iter_batches(self, stage: str) -> Generator[Batch, None, None]:
         """Yield every image, in batches; a last short one only where the network takes it."""
         first_pass, self._passes = self._passes == 0, self._passes + 1
         total, done = len(self.listing.paths), 0
@@ -171,7 +171,7 @@ class DataLoader:
             done += count
             self.reporter.progress(stage, min(done, total), total)
 
-    def drawn(self, prep: Preprocessing, most: int) -> Iterator[NDArray[np.uint8]]:
+    def iter_pixels(self, prep: Preprocessing, most: int) -> Iterator[NDArray[np.uint8]]:
         """Yield up to `most` images as pixels (H, W, C), RGB or grey, in the size of `prep`: a fixed draw."""
         paths = sorted(path for path in self.listing.paths if suffix_of(path) not in SAMPLE_SUFFIXES)
         chosen = tuple(paths[i] for i in np.random.default_rng(0).permutation(len(paths))[:most])
@@ -184,18 +184,18 @@ class DataLoader:
         ):
             yield batch["x"][0]
 
-    def few(self, stage: str) -> Iterator[Batch]:
+    def iter_cached(self, stage: str) -> Iterator[Batch]:
         """Yield the first images, at most KEPT_IMAGES and about KEPT_BYTES."""
         if not self._kept:
-            for _ in self.all(stage):
+            for _ in self.iter_batches(stage):
                 if self._is_full:
                     break
         yield from self._kept
 
-    def first(self, count: int, stage: str) -> list[Batch]:
+    def take(self, count: int, stage: str) -> list[Batch]:
         """The first `count` images, and those that fill up their last batch."""
         found: list[Batch] = []
-        with contextlib.closing(self.all(stage)) as batches:
+        with contextlib.closing(self.iter_batches(stage)) as batches:
             for feeds in batches:
                 found.append(feeds)
                 if sum(map(_count_images, found)) >= count:

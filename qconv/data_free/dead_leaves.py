@@ -149,17 +149,17 @@ class GeneratedImageLoader(DataLoader):
         batch = (inputs[0].shape[0] if inputs[0].shape else None) or 1
         return cls(Listing((), 0, 0), inputs, prep, batch, Reporter())
 
-    def drawn(self, prep: Preprocessing, most: int) -> Iterator[Pixels]:
-        """See `DataLoader.drawn`."""
+    def iter_pixels(self, prep: Preprocessing, most: int) -> Iterator[Pixels]:
+        """See `DataLoader.iter_pixels`."""
         rng = np.random.default_rng(0)
         for _ in range(most):
             yield draw_dead_leaves(rng, prep.size, prep.channels)
 
-    def all(self, stage: str) -> Generator[Batch, None, None]:
+    def iter_batches(self, stage: str) -> Generator[Batch, None, None]:
         """IMAGE_COUNT dead-leaves images, in whole batches."""
         fed = self.fed
         assert fed is not None
-        yield from self.these(self.drawn(fed, -(-IMAGE_COUNT // self.batch) * self.batch))
+        yield from self.these(self.iter_pixels(fed, -(-IMAGE_COUNT // self.batch) * self.batch))
 
     def these(self, pictures: Iterable[Pixels]) -> Generator[Batch, None, None]:
         """Batch images (H, W, 3) in RGB or (H, W, 1) as the network takes them, in whole batches."""

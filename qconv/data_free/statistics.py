@@ -136,19 +136,19 @@ class DataFreeStatistics:
         Raises QconvError where pictures cannot be synthesized.
         """
         if self.fallback != "synthesized":
-            return self.imagined.all(stage)
+            return self.imagined.iter_batches(stage)
         if self._synthesized is None:
             fed = self.imagined.fed
             assert fed is not None
             self._synthesized = self.synthesize(fed, self.imagined.inputs[0].shape[0], IMAGE_COUNT)
         return self.imagined.these(self._synthesized)
 
-    def sketches(self, model: Model, taps: Sequence[Observer]) -> dict[str, Sketch]:
+    def sketches(self, model: Model, observers: Sequence[Observer]) -> dict[str, Sketch]:
         """The sketches of these tensors. Raises QconvError where some have no statistics and there is no fallback."""
         known_of = self.known(model)
         _set_missing_means(model, known_of)
         found = {value.name or "": known for value, known in known_of.items()}
-        missing = self._missing(taps, found)
+        missing = self._missing(observers, found)
         seen = {}
         if missing:
             seen = observe(open_observed_session(model, missing, self.threads), missing, self.pictures("calibrate"))
@@ -156,14 +156,14 @@ class DataFreeStatistics:
             wider = WIDENING_FACTORS[self.fallback or "random"]
             seen = {name: _widen_sketch(sketch, wider, *ends[name]) for name, sketch in seen.items()}
         self.findings = []
-        for tap in taps:
-            known = found.get(tap.name, "")
+        for observer in observers:
+            known = found.get(observer.name, "")
             if isinstance(known, ChannelDistribution):
-                seen[tap.name] = sketch_distribution(tap.name, known)
-            self._tell(tap.name, known)
+                seen[observer.name] = sketch_distribution(observer.name, known)
+            self._tell(observer.name, known)
         return seen
 
-    def channels(self, model: Model, taps: Sequence[Observer]) -> dict[str, ChannelRanges]:
+    def channels(self, model: Model, observers: Sequence[Observer]) -> dict[str, ChannelRanges]:
         """The channel ranges of these tensors; leaves out tensors without statistics where there is no fallback."""
         known = self.known(model)
         by_name = {value.name or "": found for value, found in known.items()}
@@ -173,23 +173,25 @@ class DataFreeStatistics:
             if isinstance(f, ChannelDistribution)
         }
         missing = (
-            [tap for tap in taps if not isinstance(by_name.get(tap.name), ChannelDistribution)] if self.fallback else []
+            [observer for observer in observers if not isinstance(by_name.get(observer.name), ChannelDistribution)]
+            if self.fallback
+            else []
         )
         if missing:
             seen = observe_each_image(
                 open_observed_session(model, missing, self.threads), missing, self.pictures("equalize")
             )
             told_of |= estimate_channel_ranges(seen)
-        wanted = {tap.name for tap in taps}
+        wanted = {observer.name for observer in observers}
         return {name: found for name, found in told_of.items() if name in wanted}
 
-    def _missing(self, taps: Sequence[Observer], found: dict[str, ChannelDistribution | str]) -> list[Observer]:
-        missing = [tap for tap in taps if not isinstance(found.get(tap.name), ChannelDistribution)]
+    def _missing(self, observers: Sequence[Observer], found: dict[str, ChannelDistribution | str]) -> list[Observer]:
+        missing = [observer for observer in observers if not isinstance(found.get(observer.name), ChannelDistribution)]
         if missing and self.fallback is None:
-            shown = ", ".join(repr(tap.name) for tap in missing[:MOST_NAMED])
+            shown = ", ".join(repr(observer.name) for observer in missing[:MOST_NAMED])
             more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
             why = found.get(missing[0].name)
-            told_of = f"{format_count(len(missing), 'tensor')} of {len(taps)} that need a range: {shown}{more}"
+            told_of = f"{format_count(len(missing), 'tensor')} of {len(observers)} that need a range: {shown}{more}"
             raise QconvError(
                 f"{self.source.name} says nothing of {told_of} ({why or 'nothing leads there'}).",
                 f"--calib {NO_IMAGES} lives on BatchNormalizations: export the model before they are folded, pass "

@@ -353,9 +353,9 @@ def write_equalization(
     """Write it among a model's metadata, beside what stands there. scales: log s of tensors' channels, on the grid."""
     known = read_equalization(props)
     steps = {name: np.rint(u * (SCALE_STEPS / math.log(2))).astype(np.int16) for name, u in scales.items() if u.any()}
-    moves = EqualizationRecord({**known.scales, **steps}, {**known.shifts, **shifts})
-    if moves:
-        props[EQUALIZATION_KEY] = base64.b64encode(zlib.compress(_pack_record(moves), 9)).decode()
+    record = EqualizationRecord({**known.scales, **steps}, {**known.shifts, **shifts})
+    if record:
+        props[EQUALIZATION_KEY] = base64.b64encode(zlib.compress(_pack_record(record), 9)).decode()
 
 
 def read_equalization(props: Mapping[str, str]) -> EqualizationRecord:
@@ -381,12 +381,12 @@ def _parse_equalization(props: Mapping[str, str]) -> EqualizationRecord:
         raise OddMetadataError(EQUALIZATION_KEY, "it is no record of equalization") from None
 
 
-def _pack_record(moves: EqualizationRecord) -> bytes:
+def _pack_record(record: EqualizationRecord) -> bytes:
     """A line of JSON, which tells for every tensor where its numbers lie among those behind it."""
     places: dict[bytes, int] = {}
     told: dict[str, dict[str, list[int]]] = {}
     data = b""
-    kinds: dict[str, Mapping[str, NDArray[Any]]] = {"scales": moves.scales, "shifts": moves.shifts}
+    kinds: dict[str, Mapping[str, NDArray[Any]]] = {"scales": record.scales, "shifts": record.shifts}
     for kind, numbers in kinds.items():
         for name, array in sorted(numbers.items()):
             raw = array.astype(RECORD_TYPES[kind]).tobytes()

@@ -58,7 +58,7 @@ class StepwiseRun:
     """A network that is run node by node. Weights of nodes that have not run yet may change.
 
     feeds: what each batch of pictures feeds to the model's inputs. store: where tensors are held in between. kept:
-    tensors that are held to the end once they are there, such as outputs that `behind` will be asked for.
+    tensors that are held to the end once they are there, such as outputs that `tail_model` will be asked for.
     """
 
     def __init__(
@@ -79,20 +79,20 @@ class StepwiseRun:
         }
         self._done: set[Node] = set()
 
-    def at(self, value: Value) -> StoredArrays:
+    def values_of(self, value: Value) -> StoredArrays:
         """The values of a tensor for every batch, valid until the next call. Runs what they need."""
         self._drop()
         if value not in self._held:
             self._run(self._missing(value), value)
         return self._held[value]
 
-    def codes_at(self, value: Value) -> tuple[StoredArrays, QuantParams | None]:
-        """Like `at`, but returns the codes of a dequantized tensor, with their parameters; None for floats."""
+    def codes_of(self, value: Value) -> tuple[StoredArrays, QuantParams | None]:
+        """Like `values_of`, but returns the codes of a dequantized tensor, with their parameters; None for floats."""
         found = read_dequantizer(value)
         params = None if found is None or found.at_load else found.tensor_params()
         if found is None or params is None:
-            return self.at(value), None
-        return self.at(found.codes), params
+            return self.values_of(value), None
+        return self.values_of(found.codes), params
 
     def _missing(self, *values: Value) -> list[Node]:
         """The nodes that must run for `values`, in order."""
@@ -130,7 +130,7 @@ class StepwiseRun:
                 made_of[result].append(self._store.put(numbers))
         self._held |= {result: StoredArrays(held) for result, held in made_of.items()}
 
-    def behind(self, outputs: Sequence[Value]) -> SubModel:
+    def tail_model(self, outputs: Sequence[Value]) -> SubModel:
         """The nodes that are still to be run for these outputs, as a model."""
         return self._part(self._missing(*outputs), outputs)
 

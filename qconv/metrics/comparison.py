@@ -220,7 +220,7 @@ def collect_reference_outputs(
     """
     kept: list[tuple[Batch, OutputArrays]] = []
     size, total = 0, len(feed.listing.paths)
-    for index, feeds in enumerate(feed.all(stage)):
+    for index, feeds in enumerate(feed.iter_batches(stage)):
         if batches is not None and index not in batches:
             continue
         kept.append((feeds, session.run_all(feed.as_float(feeds))))

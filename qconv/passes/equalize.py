@@ -188,7 +188,7 @@ CLIP_MARGIN = 1.1
 LARGEST_LOG_SCALE = math.log(100.0)
 
 LEAST_NOISE_GAIN = 0.02
-"""Share of the noise that a group's scales must remove: the noise model is no more accurate than that."""
+"""Share of the noise that a component's scales must remove: the noise model is no more accurate than that."""
 
 EXACT_DB, NEAR_DB = 60.0, 20.0
 """Least SQNR of the float outputs after against before: with images, and with BatchNorm statistics alone."""
@@ -204,29 +204,28 @@ def equalize_channels(
     most: batches that are looked at; None for all.
     The model computes what it did, up to rounding. Where its outputs would move more, nothing is done.
     """
-    streams = find_scale_groups(model)
-    left = [Skipped(STEP, where, why) for where, why in _explain_fixed_groups(streams).items()]
-    could = find_absorption_candidates(model)
-    taps = _plan_observers(plan, streams, {candidate.result for candidate in could})
-    if not taps or (bool(streams.fixed.all()) and not could):
+    groups = find_scale_groups(model)
+    left = [Skipped(STEP, where, why) for where, why in _explain_fixed_components(groups).items()]
+    candidates = find_absorption_candidates(model)
+    observers = _plan_observers(plan, groups, {candidate.result for candidate in candidates})
+    if not observers or (bool(groups.fixed.all()) and not candidates):
         return list(left)
     channels = estimate_channel_ranges(
-        observe_each_image(open_observed_session(model, taps, threads), taps, islice(feed.all(STEP), most))
+        observe_each_image(
+            open_observed_session(model, observers, threads), observers, islice(feed.iter_batches(STEP), most)
+        )
     )
-    high = select_gaining(could, channels)
+    high = select_gaining(candidates, channels)
     if high and most is not None:
         names = {candidate.result.name for candidate in high}
-        again = [tap for tap in taps if tap.name in names]
+        again = [observer for observer in observers if observer.name in names]
         on_all = estimate_channel_ranges(
-            observe_each_image(open_observed_session(model, again, threads), again, feed.all(STEP))
+            observe_each_image(open_observed_session(model, again, threads), again, feed.iter_batches(STEP))
         )
         channels |= {name: replace(channels[name], floor=found.floor) for name, found in on_all.items()}
     lowered = _absorb_and_verify(model, high, channels, feed, threads, EXACT_DB)
-    return [
-        *lowered,
-        *_scale_and_verify(model, plan, ChannelObservations(streams, channels), feed, threads, EXACT_DB),
-        *left,
-    ]
+    scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, EXACT_DB)
+    return [*lowered, *scaled, *left]
 
 
 def equalize_without_data(
@@ -241,19 +240,16 @@ def equalize_without_data(
     watched: returns channel ranges by tensor, from BatchNorm statistics. feed: generated images, on which the outputs
     may differ a little: a value that is hardly ever reached counts as never reached.
     """
-    streams = find_scale_groups(model)
-    left = [Skipped(STEP, where, why) for where, why in _explain_fixed_groups(streams).items()]
-    could = find_absorption_candidates(model)
-    taps = _plan_observers(plan, streams, set())
-    if not taps or (bool(streams.fixed.all()) and not could):
+    groups = find_scale_groups(model)
+    left = [Skipped(STEP, where, why) for where, why in _explain_fixed_components(groups).items()]
+    candidates = find_absorption_candidates(model)
+    observers = _plan_observers(plan, groups, set())
+    if not observers or (bool(groups.fixed.all()) and not candidates):
         return list(left)
-    channels = watched([*taps, *(Observer(candidate.result.name or "") for candidate in could)])
-    lowered = _absorb_and_verify(model, select_gaining(could, channels), channels, feed, threads, NEAR_DB)
-    return [
-        *lowered,
-        *_scale_and_verify(model, plan, ChannelObservations(streams, channels), feed, threads, NEAR_DB),
-        *left,
-    ]
+    channels = watched([*observers, *(Observer(candidate.result.name or "") for candidate in candidates)])
+    lowered = _absorb_and_verify(model, select_gaining(candidates, channels), channels, feed, threads, NEAR_DB)
+    scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, NEAR_DB)
+    return [*lowered, *scaled, *left]
 
 
 def _absorb_and_verify(
@@ -267,13 +263,13 @@ def _absorb_and_verify(
     """Absorb biases, and undo it where float outputs differ. channels: updated in place."""
     if not select_gaining(high, channels):
         return []
-    tried, names = model.copy(), {candidate.result.name for candidate in high}
+    trial_model, names = model.copy(), {candidate.result.name for candidate in high}
     absorb_biases(
-        tried,
-        [candidate for candidate in find_absorption_candidates(tried) if candidate.result.name in names],
+        trial_model,
+        [candidate for candidate in find_absorption_candidates(trial_model) if candidate.result.name in names],
         dict(channels),
     )
-    moved = _output_sqnr(model, tried, feed, threads)
+    moved = _output_sqnr(model, trial_model, feed, threads)
     if moved < least_db:
         return [Skipped(STEP, "the network", f"lowered channels moved the float outputs to {moved:.1f} dB")]
     return list(absorb_biases(model, high, channels))
@@ -282,42 +278,43 @@ def _absorb_and_verify(
 def _scale_and_verify(
     model: Model, plan: Plan, seen: ChannelObservations, feed: DataLoader, threads: int | None, least_db: float
 ) -> list[Finding]:
-    streams = seen.streams
+    groups = seen.groups
     terms = collect_noise_terms(model, plan, seen)
-    found = choose_scales(streams, terms, *_log_scale_bounds(seen))
+    found = choose_scales(groups, terms, *_log_scale_bounds(seen))
     found = replace(found, u=round_log_scale(found.u))
     if not found.u.any():
         return []
     try:
-        tried = model.copy()
-        apply_scales(tried, find_scale_groups(tried), found.scales)
+        trial_model = model.copy()
+        apply_scales(trial_model, find_scale_groups(trial_model), found.scales)
     except EditRefused as reason:
         return [Skipped(STEP, "the network", str(reason))]
-    moved = _output_sqnr(model, tried, feed, threads)
+    moved = _output_sqnr(model, trial_model, feed, threads)
     if moved < least_db:
         return [Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")]
-    apply_scales(model, streams, found.scales)
-    scales = {value.name or "": found.u[classes] for value, classes in streams.of.items()}
+    apply_scales(model, groups, found.scales)
+    scales = {value.name or "": found.u[classes] for value, classes in groups.of.items()}
     write_equalization(model.inner.metadata_props, scales, {})
     return _report_scaling(found)
 
 
-def _plan_observers(plan: Plan, streams: ScaleGroups, low: Set[Value]) -> list[Observer]:
+def _plan_observers(plan: Plan, groups: ScaleGroups, low: Set[Value]) -> list[Observer]:
     """Observers of all quantized tensors and of the inputs of quantized layers. low: with minima as well."""
     read = dict.fromkeys(value for layer in plan.layers if (value := layer.node.inputs[0]) is not None)
-    seen = dict.fromkeys(value for value in plan.activations if value in streams.of and not plan.copies(value))
-    seen |= dict.fromkeys(limit.value for limit in streams.limits)
-    taps = {value: plan_observer(value, SketchContents.CHANNELS | SketchContents.COLUMNS) for value in {**seen, **read}}
-    return [Observer(tap.name, tap.want) if value in low else tap for value, tap in taps.items()]
+    seen = dict.fromkeys(value for value in plan.activations if value in groups.of and not plan.copies(value))
+    seen |= dict.fromkeys(limit.value for limit in groups.limits)
+    want = SketchContents.CHANNELS | SketchContents.COLUMNS
+    observers = {value: plan_observer(value, want) for value in {**seen, **read}}
+    return [Observer(one.name, one.want) if value in low else one for value, one in observers.items()]
 
 
 def _log_scale_bounds(seen: ChannelObservations) -> tuple[Float64, Float64]:
     """Least and largest log s of every class; both zero where it is fixed or a Clip binds."""
-    streams = seen.streams
-    lowest = np.where(streams.fixed, 0.0, -LARGEST_LOG_SCALE)
-    highest = np.where(streams.fixed, 0.0, LARGEST_LOG_SCALE)
-    for limit in streams.limits:
-        classes, found = streams.of[limit.value], seen.of(limit.value)
+    groups = seen.groups
+    lowest = np.where(groups.fixed, 0.0, -LARGEST_LOG_SCALE)
+    highest = np.where(groups.fixed, 0.0, LARGEST_LOG_SCALE)
+    for limit in groups.limits:
+        classes, found = groups.of[limit.value], seen.of(limit.value)
         share = expected = np.full(classes.size, np.inf)
         if found is not None:
             share = _share_of_bounds(found.low, found.high, limit)
@@ -349,11 +346,11 @@ class ChosenScales:
     """The chosen scales.
 
     u: log s of every class.
-    gains: group -> noise after over noise before, of the terms that depend on the group.
+    gains: component -> noise after over noise before, of the terms that depend on the component.
     whole: noise after over noise before, of all terms.
     """
 
-    streams: ScaleGroups
+    groups: ScaleGroups
     u: Float64
     gains: dict[int, float]
     whole: float
@@ -364,55 +361,55 @@ class ChosenScales:
         return np.asarray(np.exp(self.u))
 
 
-def choose_scales(streams: ScaleGroups, terms: Sequence[NoiseTerm], lowest: Float64, highest: Float64) -> ChosenScales:
-    """The scales with the least noise. Groups that gain too little keep a scale of 1."""
+def choose_scales(groups: ScaleGroups, terms: Sequence[NoiseTerm], lowest: Float64, highest: Float64) -> ChosenScales:
+    """The scales with the least noise. Components that gain too little keep a scale of 1."""
     u = minimize_noise(terms, lowest, highest)
     touching: dict[int, list[NoiseTerm]] = {}
     for term in terms:
-        for group in np.unique(streams.group[term.classes()]).tolist():
-            touching.setdefault(group, []).append(term)
+        for component in np.unique(groups.component[term.classes()]).tolist():
+            touching.setdefault(component, []).append(term)
     gains: dict[int, float] = {}
-    for group, own in touching.items():
-        without = np.where(streams.group == group, 0.0, u)
+    for component, own in touching.items():
+        without = np.where(groups.component == component, 0.0, u)
         before, after = total_noise(own, without), total_noise(own, u)
         if after < before * (1 - LEAST_NOISE_GAIN):
-            gains[group] = after / before
+            gains[component] = after / before
         else:
             u = without
     return ChosenScales(
-        streams, u, gains, total_noise(terms, u) / max(total_noise(terms, np.zeros_like(u)), np.finfo(np.float64).tiny)
+        groups, u, gains, total_noise(terms, u) / max(total_noise(terms, np.zeros_like(u)), np.finfo(np.float64).tiny)
     )
 
 
 def _report_scaling(found: ChosenScales) -> list[Finding]:
     tensors: dict[int, list[Value]] = {}
-    for value, classes in found.streams.of.items():
-        tensors.setdefault(int(found.streams.group[classes[0]]), []).append(value)
-    told: list[Finding] = []
-    for group, ratio in found.gains.items():
-        own = found.u[found.streams.group == group]
+    for value, classes in found.groups.of.items():
+        tensors.setdefault(int(found.groups.component[classes[0]]), []).append(value)
+    findings: list[Finding] = []
+    for component, ratio in found.gains.items():
+        own = found.u[found.groups.component == component]
         s = np.exp(own[own != 0])
         if not s.size:
             continue
         what = (
-            f"{s.size} of {own.size} channels of {len(tensors[group])} tensors scaled by {1 / s.max():.3g} to "
+            f"{s.size} of {own.size} channels of {len(tensors[component])} tensors scaled by {1 / s.max():.3g} to "
             f"{1 / s.min():.3g}, modelled noise {10 * math.log10(ratio):+.1f} dB"
         )
         kind = "channels of tensors scaled alike, into the weights around them"
-        told.append(Change(STEP, tensors[group][0].name or "", what, kind))
-    return told
+        findings.append(Change(STEP, tensors[component][0].name or "", what, kind))
+    return findings
 
 
-def _explain_fixed_groups(streams: ScaleGroups) -> dict[str, str]:
-    """Groups whose scale an operator fixes: the name of a tensor, and why."""
+def _explain_fixed_components(groups: ScaleGroups) -> dict[str, str]:
+    """Components whose scale an operator fixes: the name of a tensor, and why."""
     held: dict[str, str] = {}
     seen: set[int] = set()
-    for value, classes in streams.of.items():
-        group = int(streams.group[classes[0]])
-        reason = streams.reasons.get(group, NETWORK_BOUNDARY)
-        if group in seen or reason == NETWORK_BOUNDARY or not streams.fixed[classes].all():
+    for value, classes in groups.of.items():
+        component = int(groups.component[classes[0]])
+        reason = groups.reasons.get(component, NETWORK_BOUNDARY)
+        if component in seen or reason == NETWORK_BOUNDARY or not groups.fixed[classes].all():
             continue
-        seen.add(group)
+        seen.add(component)
         held[value.name or ""] = reason
     return held
 
@@ -420,13 +417,13 @@ def _explain_fixed_groups(streams: ScaleGroups) -> dict[str, str]:
 # -- into the weights --------------------------------------------------------------------------------------------------
 
 
-def apply_scales(model: Model, streams: ScaleGroups, scales: Float64) -> None:
+def apply_scales(model: Model, groups: ScaleGroups, scales: Float64) -> None:
     """Divide every channel by its class's scale, (classes,).
 
     Raises EditRefused, and changes nothing, where the weights would overflow float32.
     """
     layers = []
-    for ends in streams.layers:
+    for ends in groups.layers:
         into, out = scales[ends.inputs], 1 / scales[ends.outputs]
         if np.any(into != 1) or np.any(out != 1):
             layer = scale_outputs(scale_inputs(read_layer(ends.node), into, np.zeros(1)), out, np.zeros(1))
@@ -434,8 +431,8 @@ def apply_scales(model: Model, streams: ScaleGroups, scales: Float64) -> None:
             layers.append(layer)
     for layer in layers:
         write_layer(model, layer)
-    written = {ends.node.outputs[0] for ends in streams.layers}
-    for value, classes in streams.of.items():
+    written = {ends.node.outputs[0] for ends in groups.layers}
+    for value, classes in groups.of.items():
         if value not in written:
             transform_channel_stats(value, 1 / scales[classes], np.zeros(1))
 
@@ -445,6 +442,6 @@ def _output_sqnr(before: Model, after: Model, feed: DataLoader, threads: int | N
     with subgraph.runnable_with_outputs(before, ()) as first, subgraph.runnable_with_outputs(after, ()) as second:
         sessions = [Session(m, name="the folded float model", threads=threads) for m in (first, second)]
     comparison = ComparisonAccumulator.of(sessions[0].model_outputs)
-    for feeds in islice(feed.few(STEP), CHECKED_IMAGES):
+    for feeds in islice(feed.iter_cached(STEP), CHECKED_IMAGES):
         comparison.add(sessions[0].run_all(feeds), sessions[1].run_all(feeds))
     return min((math.inf if s.sqnr_db is None else s.sqnr_db for s in comparison.scores()), default=math.inf)

@@ -242,12 +242,12 @@ LEAST_SIGNAL = 1e-30
 class ChannelObservations:
     """The observed ranges and moments of tensors that have classes."""
 
-    streams: ScaleGroups
+    groups: ScaleGroups
     channels: Mapping[str, ChannelRanges]
 
     def of(self, value: Value | None) -> ChannelRanges | None:
         """The ranges of a tensor; None where it has no classes or was not observed."""
-        classes = None if value is None else self.streams.of.get(value)
+        classes = None if value is None else self.groups.of.get(value)
         found = None if value is None else self.channels.get(value.name or "")
         return found if found is not None and classes is not None and found.low.size == classes.size else None
 
@@ -264,7 +264,7 @@ class ChannelObservations:
         None where these were not observed.
         """
         found: list[Float64] = []
-        while (classes := self.streams.of.get(value)) is not None:
+        while (classes := self.groups.of.get(value)) is not None:
             seen = self.of(value)
             if seen is not None and seen.spread is not None:
                 found.append(seen.spread)
@@ -272,7 +272,7 @@ class ChannelObservations:
             if len(readers) != 1 or value.is_graph_output():
                 break
             (reader,) = readers
-            behind = self.streams.of.get(reader.outputs[0])
+            behind = self.groups.of.get(reader.outputs[0])
             if not operator(reader.op_type).hands_on_noise or behind is None or behind.size != classes.size:
                 break
             value = reader.outputs[0]
@@ -293,16 +293,16 @@ class _NoiseGains:
 
 def collect_noise_terms(model: Model, plan: Plan, seen: ChannelObservations) -> list[NoiseTerm]:
     """Every source of noise of the quantized network, as a function of the scales of classes."""
-    streams = seen.streams
-    worth = _NoiseGains(np.zeros(streams.fixed.size), np.zeros(streams.fixed.size))
-    at = {ends.node: ends for ends in streams.layers}
+    scale_groups = seen.groups
+    worth = _NoiseGains(np.zeros(scale_groups.fixed.size), np.zeros(scale_groups.fixed.size))
+    at = {ends.node: ends for ends in scale_groups.layers}
     quantized = {layer.node: layer for layer in plan.layers}
     gains: dict[Value, Float64] = {}
     terms: list[NoiseTerm] = []
     for node in reversed(model.nodes()):
         for value in node.outputs:
-            if value in streams.of:
-                gains[value] = worth.noise[streams.of[value]]
+            if value in scale_groups.of:
+                gains[value] = worth.noise[scale_groups.of[value]]
         if node in at:
             terms += _add_weight_noise(at[node], quantized.get(node), seen, worth)
     for group in dict.fromkeys(plan.group_of().values()):
@@ -361,7 +361,7 @@ def _make_activation_noise(
     if spec.symmetric and lows.any():
         highs = np.maximum(highs, -lows)
         lows = -highs
-    channels = np.concatenate([seen.streams.of[value] for value, _ in known])
+    channels = np.concatenate([seen.groups.of[value] for value, _ in known])
     return ActivationNoise(
         channels, lows, highs, np.concatenate([gains[value] for value, _ in known]), 2.0**spec.bits - 1
     )

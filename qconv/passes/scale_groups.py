@@ -7,8 +7,8 @@ f(x / s) = f(x) / s, and every layer at an end takes it into its weights:
 
 So a layer is where scales change, in any ratio: a depthwise Conv parts its input from its output like any other. What
 lies between layers ties channels together: an Add those of both its inputs, a Concat none but those that it copies. All
-channels tied to each other make a *class*, which has one scale; a residual stream is a class for each of its channels,
-over all of its blocks.
+channels tied to each other make a *class*, a scale group, which has one scale; a residual stream is a class for each of
+its channels, over all of its blocks.
 
 A class is *fixed*, with scale 1, where a network's input or output, or an operator that hands no factor on (Sigmoid,
 Softmax, Add of a constant ...), has one of its channels. A Clip hands a factor on while its bound is out of reach: its
@@ -40,6 +40,7 @@ from qconv.ir.rewriting import (
     standard_op_type,
     uses_only_first_output,
 )
+from qconv.planning.plan import DisjointSets
 
 Classes = NDArray[np.int64]
 NETWORK_BOUNDARY = "the network's own input or output"
@@ -65,19 +66,19 @@ class ClipLimit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScaleGroups:
-    """Which channels are scaled alike.
+    """Which channels are scaled alike: each scale group is a class of channels.
 
     of: the classes of every tensor's channels, (C,), for tensors that layers write, directly or not.
     fixed: (classes,), whether a class keeps its scale of 1.
-    group: (classes,), the number of its group: classes that meet in one tensor.
-    reasons: group -> why classes of it are fixed.
+    component: (classes,), the number of its component: classes that meet in one tensor, as those of a residual stream.
+    reasons: component -> why classes of it are fixed.
     layers: in graph order.
     limits: outputs of Clips, whose bounds must stay out of reach.
     """
 
     of: dict[Value, Classes]
     fixed: NDArray[np.bool_]
-    group: NDArray[np.int64]
+    component: NDArray[np.int64]
     reasons: dict[int, str]
     layers: list[LayerScaleGroups]
     limits: list[ClipLimit]
@@ -88,33 +89,31 @@ def find_scale_groups(model: Model) -> ScaleGroups:
     walk = _ScaleGroupFinder(model)
     for node in model.nodes():
         walk.visit(node)
-    return walk.streams()
+    return walk.groups()
 
 
 class _DisjointClasses:
-    """A division of numbers into classes (union-find), some of which are fixed."""
+    """Disjoint sets of numbers, which are classes, some of them fixed. why: the reason, by the root of the set."""
 
     def __init__(self) -> None:
-        self.above: list[int] = []
+        self.count = 0
         self.why: dict[int, str] = {}
+        self._sets: DisjointSets[int] = DisjointSets()
 
-    def fresh(self, count: int) -> Classes:
-        first = len(self.above)
-        self.above += range(first, first + count)
-        return np.arange(first, first + count)
+    def make_sets(self, count: int) -> Classes:
+        """Add as many classes."""
+        self.count += count
+        return np.arange(self.count - count, self.count)
 
     def root(self, one: int) -> int:
-        while self.above[one] != one:
-            self.above[one] = self.above[self.above[one]]
-            one = self.above[one]
-        return one
+        return self._sets.root(one)
 
-    def tie(self, these: Classes, those: Classes) -> None:
+    def union(self, these: Classes, those: Classes) -> None:
         """Join each class of `these` with the class at its place in `those`."""
         for one, other in zip(*(c.tolist() for c in np.broadcast_arrays(these, those)), strict=True):
             a, b = self.root(one), self.root(other)
             if a != b:
-                self.above[b] = a
+                self._sets.union(a, b)
                 if b in self.why:
                     self.why.setdefault(a, self.why[b])
 
@@ -131,7 +130,7 @@ class _ScaleGroupFinder:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.ties = _DisjointClasses()
+        self.classes = _DisjointClasses()
         self.of: dict[Value, Classes] = {}
         self.layers: list[LayerScaleGroups] = []
         self.limits: list[ClipLimit] = []
@@ -153,24 +152,24 @@ class _ScaleGroupFinder:
     def _stop(self, node: Node, why: str) -> None:
         for value in node.inputs:
             if value is not None and value in self.of:
-                self.ties.fix(self.of[value], why)
+                self.classes.fix(self.of[value], why)
 
-    def streams(self) -> ScaleGroups:
+    def groups(self) -> ScaleGroups:
         for value, classes in self.of.items():
             outside = any(use.node.graph is not self.model.graph for use in value.uses())
             if value.is_graph_output() or outside:
-                self.ties.fix(classes, NETWORK_BOUNDARY)
-        roots = np.array([self.ties.root(one) for one in range(len(self.ties.above))], np.int64)
+                self.classes.fix(classes, NETWORK_BOUNDARY)
+        roots = np.array([self.classes.root(one) for one in range(self.classes.count)], np.int64)
         unique, number = np.unique(roots, return_inverse=True)
-        fixed = np.array([int(root) in self.ties.why for root in unique], bool)
+        fixed = np.array([int(root) in self.classes.why for root in unique], bool)
         of = {value: number[classes] for value, classes in self.of.items()}
         layers = [LayerScaleGroups(ends.node, number[ends.inputs], number[ends.outputs]) for ends in self.layers]
-        group = _number_joined_classes(of, len(unique))
+        component = _number_joined_classes(of, len(unique))
         reasons: dict[int, str] = {}
         for one, root in enumerate(unique.tolist()):
             if fixed[one]:
-                reasons.setdefault(int(group[one]), self.ties.why[root])
-        return ScaleGroups(of, fixed, group, reasons, layers, self.limits)
+                reasons.setdefault(int(component[one]), self.classes.why[root])
+        return ScaleGroups(of, fixed, component, reasons, layers, self.limits)
 
     # -- what operators do -----------------------------------------------------------------------------------------
 
@@ -187,9 +186,9 @@ class _ScaleGroupFinder:
             raise EditRefused(f"{node.op_type} has another number of channels")
         inputs = self.of.get(data) if data is not None else None
         if inputs is None:
-            inputs = self.ties.fresh(layer.inputs)
-            self.ties.fix(inputs, NETWORK_BOUNDARY)
-        outputs = self.ties.fresh(layer.outputs)
+            inputs = self.classes.make_sets(layer.inputs)
+            self.classes.fix(inputs, NETWORK_BOUNDARY)
+        outputs = self.classes.make_sets(layer.outputs)
         self.layers.append(LayerScaleGroups(node, inputs, outputs))
         self.of[node.outputs[0]] = outputs
 
@@ -225,13 +224,13 @@ class _ScaleGroupFinder:
         if any(classes.size not in (1, widest.size) for classes in (first, *others)):
             raise EditRefused(f"{node.op_type} takes tensors of different channels")
         for classes in (first, *others):
-            self.ties.tie(widest, classes)
+            self.classes.union(widest, classes)
         self.of[node.outputs[0]] = widest
 
     def scale(self, node: Node) -> None:
         """A product hands the factor of one operand on, if the other has none: constants, gates behind a Sigmoid."""
         values = [value for value in node.inputs if value is not None]
-        open_ones = [v for v in values if v in self.of and not self.ties.are_fixed(self.of[v])]
+        open_ones = [v for v in values if v in self.of and not self.classes.are_fixed(self.of[v])]
         scaled = open_ones or [v for v in values if v in self.of]
         if len(open_ones) > 1 or (standard_op_type(node) == "Div" and scaled[0] is not node.inputs[0]):
             raise EditRefused(f"{node.op_type} takes two scaled tensors, or divides by one")
@@ -274,7 +273,7 @@ class _ScaleGroupFinder:
         classes = self._data(node)
         before, behind = padded_channels(node)
         if before or behind:
-            classes = np.concatenate([self.ties.fresh(before), classes, self.ties.fresh(behind)])
+            classes = np.concatenate([self.classes.make_sets(before), classes, self.classes.make_sets(behind)])
         self.of[node.outputs[0]] = classes
 
     def flatten(self, node: Node) -> None:
@@ -301,7 +300,7 @@ class _ScaleGroupFinder:
         depth_first = attribute(node, "mode", "DCR") == "DCR"
         parts = classes.reshape(area, -1) if depth_first else classes.reshape(-1, area).T
         for part in parts[1:]:
-            self.ties.tie(parts[0], part)
+            self.classes.union(parts[0], part)
         self.of[node.outputs[0]] = parts[0]
 
     # -- helpers ---------------------------------------------------------------------------------------------------
@@ -329,12 +328,12 @@ def _first_input(node: Node) -> Value:
 
 
 def _number_joined_classes(of: dict[Value, Classes], count: int) -> NDArray[np.int64]:
-    """The number of each class's group: classes that meet in a tensor get one number."""
-    ties = _DisjointClasses()
-    ties.fresh(count)
+    """The number of each class's component: classes that meet in a tensor get one number."""
+    joined = _DisjointClasses()
+    joined.make_sets(count)
     for classes in of.values():
-        ties.tie(classes[:1], classes)
-    return np.unique([ties.root(one) for one in range(count)], return_inverse=True)[1].astype(np.int64)
+        joined.union(classes[:1], classes)
+    return np.unique([joined.root(one) for one in range(count)], return_inverse=True)[1].astype(np.int64)
 
 
 _Visitor = Callable[[_ScaleGroupFinder, Node], None]

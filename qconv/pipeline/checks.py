@@ -62,10 +62,10 @@ def warn_of_vain_keep_float(plan: Plan, audited: Audit, reporter: Reporter) -> N
         reporter.warn(f"--keep-float changes nothing for {vain[0]}{more}: it runs as its neighbours do, or not at all.")
 
 
-def warn_of_uncorrected_biases(settled: QuantizationSolution, recipe: Recipe, reporter: Reporter) -> None:
+def warn_of_uncorrected_biases(solution: QuantizationSolution, recipe: Recipe, reporter: Reporter) -> None:
     """Warn where no bias is corrected: an exporter may have folded all that BatchNormalization could tell of means."""
-    unknown = sum(isinstance(finding, Skipped) and finding.step == "bias" for finding in settled.findings)
-    if recipe.bias_correction == "analytic" and unknown == len(settled.plan.layers):
+    unknown = sum(isinstance(finding, Skipped) and finding.step == "bias" for finding in solution.findings)
+    if recipe.bias_correction == "analytic" and unknown == len(solution.plan.layers):
         instead = "" if recipe.data_free else "; the pictures do with --bias-correction measured"
         none = "--bias-correction analytic corrects no layer"
         reporter.warn(f"{none}: none reads what a BatchNormalization tells the mean of{instead}.")

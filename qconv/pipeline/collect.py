@@ -47,12 +47,12 @@ class CalibrationCache:
     detected: dict[str, DetectedPreprocessing] = field(default_factory=dict)
     sketches: dict[str, dict[str, Sketch]] = field(default_factory=dict)
 
-    def known_as(self, model: Model, taps: Sequence[Observer], data: DataOptions, feed: DataLoader) -> str | None:
-        """The name of what such a pass sees; None for a network too large to be told from others."""
+    def known_as(self, model: Model, observers: Sequence[Observer], data: DataOptions, feed: DataLoader) -> str | None:
+        """The key of what such a pass sees; None for a network too large to be told from others."""
         if total_weight_bytes(model) > LARGEST_CACHED_BYTES:
             return None
         network = hashlib.sha256(model.proto().SerializeToString()).hexdigest()
-        return f"{network} {feed.fed} {feed.batch} {_describe_draw(data)} {taps}"
+        return f"{network} {feed.fed} {feed.batch} {_describe_draw(data)} {observers}"
 
     def keep(self, name: str, sketches: dict[str, Sketch]) -> None:
         """Remember what a pass has seen, and forget the oldest."""
@@ -73,8 +73,9 @@ class CalibrationData:
     data: what the user says of the pictures. feed: None where none are given. known: the statistics in a file, None
     where none is given. detected: how the float network is fed. model: the hash of its bytes, where statistics are read
     or written. session: the user's own model, until it is known how to feed it. pixels: the layout of
-    the pixels that the model takes instead, None where it takes what the float network does. memory: of runs before
-    this one. unseen: what there is in place of pictures, None where they or statistics are given.
+    the pixels that the model takes instead, None where it takes what the float network does. cache: what runs before
+    this one have found out. data_free_statistics: what there is in place of pictures, None where they or statistics are
+    given.
     """
 
     data: DataOptions
@@ -84,8 +85,8 @@ class CalibrationData:
     model: str
     session: Session | None
     pixels: Layout | None = None
-    memory: CalibrationCache | None = None
-    unseen: DataFreeStatistics | None = None
+    cache: CalibrationCache | None = None
+    data_free_statistics: DataFreeStatistics | None = None
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -95,16 +96,16 @@ class CalibrationData:
     def settle(self, model: Model, threads: int | None) -> None:
         """Find out how the network is fed, where that is not known. model: as loaded, not yet folded."""
         session, self.session = self.session, None  # it runs again when the result is checked, and is large
-        if self.unseen is not None:
+        if self.data_free_statistics is not None:
             assert session is not None
-            made_up = self.unseen.imagined
+            made_up = self.data_free_statistics.imagined
             said = self.data.preprocessing
             self.detected = detect_without_images(model, session, made_up, said, threads=threads)
             made_up.preprocessing = self.detected.preprocessing
         if self.feed is None or self.known is not None:
             return
         assert session is not None
-        remembered = {} if self.memory is None else self.memory.detected
+        remembered = {} if self.cache is None else self.cache.detected
         draw = _describe_draw(self.data)
         if draw not in remembered:
             said = self.data.preprocessing
@@ -114,9 +115,9 @@ class CalibrationData:
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""
-        shown = self.shown
-        if shown is not None:
-            shown.take_pixels(layout)
+        loader = self.runnable_loader
+        if loader is not None:
+            loader.take_pixels(layout)
         if self.preprocessing is None:
             fact = "The statistics are of ready-made samples, so it is not known what to embed."
             raise QconvError(fact, "pass pictures, or leave --embed-preprocessing out.")
@@ -124,13 +125,13 @@ class CalibrationData:
         return self.preprocessing
 
     @property
-    def shown(self) -> DataLoader | None:
+    def runnable_loader(self) -> DataLoader | None:
         """What the result can be run on: pictures, or made-up ones; None where there are but statistics."""
-        return self.feed if self.unseen is None else self.unseen.imagined
+        return self.feed if self.data_free_statistics is None else self.data_free_statistics.imagined
 
     @property
-    def fed(self) -> Preprocessing | None:
-        """What is done to a picture before the model takes it."""
+    def model_preprocessing(self) -> Preprocessing | None:
+        """The preprocessing of what the model takes: of pixels, where it is given these."""
         if self.preprocessing is None or self.pixels is None:
             return self.preprocessing
         return self.preprocessing.as_pixels(self.pixels)
@@ -138,45 +139,56 @@ class CalibrationData:
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of what the model takes; None where that is no picture, or nothing is fed."""
-        if self.fed is not None:
-            return self.fed.size
+        if self.model_preprocessing is not None:
+            return self.model_preprocessing.size
         return None if self.feed is None else self.feed.size
 
     @property
-    def words(self) -> str:
-        """The same, for the summary."""
-        return replace(self.detected, preprocessing=self.fed).in_words()
+    def description(self) -> str:
+        """How the model is fed, in words for the summary."""
+        return replace(self.detected, preprocessing=self.model_preprocessing).in_words()
 
     def sketches(self, model: Model, plans: Sequence[Plan], recipe: Recipe) -> Mapping[str, Sketch]:
-        """Of every tensor that must be seen for any of the plans. Raises QconvError where the file lacks some."""
-        every = recipe.save_stats is not None or self.memory is not None
+        """The sketches of all tensors that any of the plans needs. Raises QconvError where the file lacks some."""
+        every = recipe.save_stats is not None or self.cache is not None
         want = SketchContents.ALL if every else sketch_contents_for(recipe)
         found: dict[str, Observer] = {}
-        means = recipe.measures_means and self.unseen is None and self.known is None and recipe.save_stats is None
-        for tap in (t for plan in plans for t in (*plan.taps(want), *(plan.taps_of_float() if means else ()))):
-            known = found.get(tap.name, tap)
-            found[tap.name] = replace(tap, want=tap.want | known.want)
-        taps = list(found.values())
+        means = (
+            recipe.measures_means
+            and self.data_free_statistics is None
+            and self.known is None
+            and recipe.save_stats is None
+        )
+        for observer in (
+            t for plan in plans for t in (*plan.observers(want), *(plan.float_observers() if means else ()))
+        ):
+            known = found.get(observer.name, observer)
+            found[observer.name] = replace(observer, want=observer.want | known.want)
+        observers = list(found.values())
         if self.known is not None:
             statistics_file.require_same_pixels(self.known, recipe.stats or "", self.pixels)
-            statistics_file.require_observed_tensors(self.known, recipe.stats or "", [tap.name for tap in taps])
+            statistics_file.require_observed_tensors(
+                self.known, recipe.stats or "", [observer.name for observer in observers]
+            )
             return self.known.sketches
-        if self.unseen is not None:
-            return self.unseen.sketches(model, taps)
-        if not taps and recipe.save_stats is not None:
+        if self.data_free_statistics is not None:
+            return self.data_free_statistics.sketches(model, observers)
+        if not observers and recipe.save_stats is not None:
             raise QconvError("There is nothing for --save-stats to save: no activation is quantized.", "leave it out.")
-        if not taps or self.feed is None:
+        if not observers or self.feed is None:
             return {}
-        name = None if self.memory is None else self.memory.known_as(model, taps, self.data, self.feed)
-        if self.memory is not None and name in self.memory.sketches:
-            return self.memory.sketches[name]
-        seen = observe(open_observed_session(model, taps, recipe.threads), taps, self.feed.all("calibrate"))
-        if self.memory is not None and name is not None:
-            self.memory.keep(name, seen)
+        name = None if self.cache is None else self.cache.known_as(model, observers, self.data, self.feed)
+        if self.cache is not None and name in self.cache.sketches:
+            return self.cache.sketches[name]
+        seen = observe(
+            open_observed_session(model, observers, recipe.threads), observers, self.feed.iter_batches("calibrate")
+        )
+        if self.cache is not None and name is not None:
+            self.cache.keep(name, seen)
         return seen
 
     def save_statistics(self, sketches: Mapping[str, Sketch], source: Source, out: Path) -> None:
-        """Write what was seen. Raises QconvError where that is impossible."""
+        """Write the statistics that were seen. Raises QconvError where that is impossible."""
         name = "" if source.path is None else source.path.name
         found = statistics_file.Statistics(
             self.model, name, statistics_file.preprocessing_to_dict(self.preprocessing), self.pixels, sketches
@@ -202,11 +214,17 @@ def open_calibration_data(
         vector = find_class_vector(session.model_outputs)
         scores = None if vector is None else session.outputs[vector]
         synthesize = partial(_synthesize_images, source, recipe.threads, reporter, scores)
-        unseen = DataFreeStatistics(
+        data_free_statistics = DataFreeStatistics(
             source, GeneratedImageLoader.like(session, data.preprocessing), recipe.fallback, recipe.threads, synthesize
         )
         return CalibrationData(
-            data, None, None, DetectedPreprocessing(unseen.imagined.preprocessing), "", session, unseen=unseen
+            data,
+            None,
+            None,
+            DetectedPreprocessing(data_free_statistics.imagined.preprocessing),
+            "",
+            session,
+            data_free_statistics=data_free_statistics,
         )
     if recipe.stats is None:
         seen = DataLoader.of(session, data, reporter)

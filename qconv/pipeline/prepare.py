@@ -97,7 +97,7 @@ def load_float(
     data: DataOptions,
     reporter: Reporter,
     *,
-    memory: CalibrationCache | None = None,
+    cache: CalibrationCache | None = None,
     written: Mapping[str, Path] | None = None,
     clock: Stopwatch | None = None,
 ) -> LoadedFloat:
@@ -108,7 +108,7 @@ def load_float(
         recipe: Says for which target and types it is loaded, and may name statistics.
         data: The images, and what is said of how the network is fed.
         reporter: Hears of images that cannot be read, and of options that have no effect.
-        memory: Of runs before this one on the same model.
+        cache: What runs before this one on the same model have found out.
         written: Places that will be written, by what they are for.
         clock: Takes the time of the steps "load" and "detect".
 
@@ -123,7 +123,7 @@ def load_float(
         refuse_quantized(proto, source.name)
         size, digest = file_bytes(proto, source), hash_model(source, files)
         pictures = open_calibration_data(source, digest, recipe, data, reporter)
-        pictures.memory = memory
+        pictures.cache = cache
         model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
     with clock.step("detect"):
         pictures.settle(model, recipe.threads)
@@ -136,7 +136,7 @@ def prepare(
     data: DataOptions,
     reporter: Reporter,
     *,
-    memory: CalibrationCache | None = None,
+    cache: CalibrationCache | None = None,
     written: Mapping[str, Path] | None = None,
     clock: Stopwatch | None = None,
 ) -> Prepared:
@@ -146,7 +146,7 @@ def prepare(
         QconvError: Also where nothing would be quantized.
     """
     clock = clock or Stopwatch()
-    loaded = load_float(source, recipe, data, reporter, memory=memory, written=written, clock=clock)
+    loaded = load_float(source, recipe, data, reporter, cache=cache, written=written, clock=clock)
     model, pictures = loaded.model, loaded.data
     with clock.step("fold"):
         findings = loaded.findings + fold.run_float_passes(model)
@@ -155,7 +155,7 @@ def prepare(
             findings += embed_preprocessing(model, fed, layout, exact=recipe.activation_bits > 8)
     with clock.step("plan"):
         warn_of_unmatched_options(model, recipe, reporter)
-        plan = plan_folded(model, recipe, pictures.fed)
+        plan = plan_folded(model, recipe, pictures.model_preprocessing)
         require_layers(plan, source)
         for doubt in pictures.detected.doubts():
             reporter.warn(doubt)

@@ -60,7 +60,7 @@ def quantize(
     recipe: Recipe,
     data: DataOptions | None = None,
     reporter: Reporter | None = None,
-    memory: CalibrationCache | None = None,
+    cache: CalibrationCache | None = None,
 ) -> tuple[Report, bytes | None]:
     """Quantize `source` as `recipe` says, with the images of `data`, and save the result at `out`.
 
@@ -70,7 +70,7 @@ def quantize(
         recipe: How to quantize.
         data: The images; None where the recipe needs none.
         reporter: Hears of warnings and of progress.
-        memory: Of runs before this one on the same model.
+        cache: What runs before this one on the same model have found out.
 
     Returns:
         The report, and the bytes of the result where `out` is None.
@@ -82,15 +82,15 @@ def quantize(
     source = source if isinstance(source, Source) else Source(str(source), Path(source))
     data, place = data or DataOptions(), None if out is None else Path(out)
     recipe = recipe.with_data(data)
-    run = _QuantizationRun.of(source, recipe, data, (reporter or Reporter()).of_part(), memory, place)
+    run = _QuantizationRun.of(source, recipe, data, (reporter or Reporter()).of_part(), cache, place)
     run.calibrate()
     run.give_layers_their_own_inputs()
     run.place_by_measured_times()
     run.tune_ranges()
-    settled, mixed = run.choose_numbers()
-    rows = run.emit(settled)
+    solution, mixed = run.choose_numbers()
+    rows = run.emit(solution)
     with files.stage_model(run.model, place) as staged:
-        checked, audited = run.check(staged, settled.plan)
+        checked, audited = run.check(staged, solution.plan)
         size, result = staged.size, staged.path.read_bytes() if place is None else None
         run.save_side_files()
         if place is not None:
@@ -137,14 +137,14 @@ class _QuantizationRun:
         recipe: Recipe,
         data: DataOptions,
         reporter: Reporter,
-        memory: CalibrationCache | None,
+        cache: CalibrationCache | None,
         place: Path | None,
     ) -> _QuantizationRun:
         """Prepare the network; what cannot be is said before the work. place: of the result, None for none."""
         if recipe.rounding == "reconstruct":
             require_torch("--rounding reconstruct")
         clock, written = Stopwatch(), _places_of(recipe, place)
-        found = prepare(source, recipe, data, reporter, memory=memory, written=written, clock=clock)
+        found = prepare(source, recipe, data, reporter, cache=cache, written=written, clock=clock)
         with clock.step("plan"):
             if recipe.rounding == "reconstruct":
                 from qconv.training.network import require_operators  # PyTorch is an extra
@@ -175,8 +175,8 @@ class _QuantizationRun:
                 self.plan = replan(self.plan, model)
             plans = [self.plan, self._plan_without_floats()] if recipe.searches else [self.plan]
             self.sketches = self.saved if self.saved and not moved else pictures.sketches(model, plans, recipe)
-            if pictures.unseen is not None:
-                self.findings += pictures.unseen.findings
+            if pictures.data_free_statistics is not None:
+                self.findings += pictures.data_free_statistics.findings
             for oddity in find_odd_tensors(self.sketches):
                 self.reporter.warn(oddity)
 
@@ -186,13 +186,13 @@ class _QuantizationRun:
     def _equalize(self) -> list[Finding]:
         """Channels are scaled where that is wanted and can be watched."""
         model, recipe, pictures = self.model, self.recipe, self.pictures
-        if not recipe.equalize or (pictures.unseen is None and pictures.feed is None):
+        if not recipe.equalize or (pictures.data_free_statistics is None and pictures.feed is None):
             return []
         likely = predict_recipe(model, recipe, self.plan.floats)
         plan = self.plan if likely == recipe else replan(self.plan, model, recipe=likely)
-        if pictures.unseen is not None:
-            watched = partial(pictures.unseen.channels, model)
-            return equalize_without_data(model, plan, watched, pictures.unseen.imagined, recipe.threads)
+        if pictures.data_free_statistics is not None:
+            watched = partial(pictures.data_free_statistics.channels, model)
+            return equalize_without_data(model, plan, watched, pictures.data_free_statistics.imagined, recipe.threads)
         assert pictures.feed is not None
         most = None if recipe.effort == "best" else -(-EQUALIZATION_IMAGES // pictures.feed.batch)
         return equalize_channels(model, plan, pictures.feed, most, recipe.threads)
@@ -212,7 +212,9 @@ class _QuantizationRun:
             return
         model, recipe, pictures = self.model, self.recipe, self.pictures
         with self.clock.step("tune"):
-            fastest = tune_latency(model, recipe, self.sketches, pictures.fed, pictures.size, self.reporter)
+            fastest = tune_latency(
+                model, recipe, self.sketches, pictures.model_preprocessing, pictures.size, self.reporter
+            )
             self.plan = replan(self.plan, model, floats=fastest.floats)
             self.findings.append(Change("tune", self.source.name, fastest.in_words()))
 
@@ -223,10 +225,10 @@ class _QuantizationRun:
             return
         with self.clock.step("ranges"):
             params, _ = choose_activation_params(self.plan, self.sketches, recipe)
-            looks = SEARCH_BUDGETS[recipe.effort]
-            feeds = feed.first(looks.many, "read again")
+            budget = SEARCH_BUDGETS[recipe.effort]
+            feeds = feed.take(budget.many, "read again")
             self.factors, changes = search_activation_ranges(
-                self.model, self.plan, params.activations, feeds, looks, recipe.threads, self.reporter
+                self.model, self.plan, params.activations, feeds, budget, recipe.threads, self.reporter
             )
             self.findings += changes
 
@@ -237,42 +239,44 @@ class _QuantizationRun:
         if self.recipe.searches and self.pictures.feed is not None:
             with self.clock.step("search"):
                 original = open_original(self.source, self.recipe.threads, self.pictures.data.task)
-                ground = SearchContext(folded, self.recipe, self.pictures.data, self.pictures.feed, original)
-                searched = search_bits(ground, self.reporter)
-                self.recipe, mixed, settled = searched.recipe, searched.report, searched.settled
+                context = SearchContext(folded, self.recipe, self.pictures.data, self.pictures.feed, original)
+                searched = search_bits(context, self.reporter)
+                self.recipe, mixed, solution = searched.recipe, searched.report, searched.solution
         else:
-            settled = self._round(folded)
-        self.findings += settled.findings
-        return settled, mixed
+            solution = self._round(folded)
+        self.findings += solution.findings
+        return solution, mixed
 
     def _round(self, folded: FoldedNetwork) -> QuantizationSolution:
         recipe, pictures = self.recipe, self.pictures
         with self.clock.step("params"):
-            settled = round_to_nearest(folded, recipe)
-            warn_of_uncorrected_biases(settled, recipe, self.reporter)
-        if pictures.feed is None and pictures.unseen is None and recipe.effort != "fast":
+            solution = round_to_nearest(folded, recipe)
+            warn_of_uncorrected_biases(solution, recipe, self.reporter)
+        if pictures.feed is None and pictures.data_free_statistics is None and recipe.effort != "fast":
             why = "statistics do not say how inputs go together; pass pictures, too"
-            settled.findings.append(Skipped("round", "all layers", why))
-        elif pictures.feed is not None and recipe.walks:
+            solution.findings.append(Skipped("round", "all layers", why))
+        elif pictures.feed is not None and recipe.rounds_sequentially:
             with self.clock.step("round"):
-                feeds = pictures.feed.first(choose_rounding_effort(settled.plan, recipe).pictures, "read again")
-                round_second_order_in_place(settled, folded, recipe, feeds, pictures.data.seed, self.reporter)
-        return settled
+                feeds = pictures.feed.take(choose_rounding_effort(solution.plan, recipe).pictures, "read again")
+                round_second_order_in_place(solution, folded, recipe, feeds, pictures.data.seed, self.reporter)
+        return solution
 
-    def emit(self, settled: QuantizationSolution) -> list[TensorRow]:
+    def emit(self, solution: QuantizationSolution) -> list[TensorRow]:
         """Make the quantized network of the folded one. Returns the rows of its tensors in the report."""
-        model, recipe, pictures, plan = self.model, self.recipe, self.pictures, settled.plan
+        model, recipe, pictures, plan = self.model, self.recipe, self.pictures, solution.plan
         before = model.copy() if recipe.rounding == "reconstruct" else None
         with self.clock.step("emit"):
-            rows = make_tensor_rows(plan, settled.params)
-            self.findings += emit(model, plan, settled.params, pack=recipe.pack)
+            rows = make_tensor_rows(plan, solution.params)
+            self.findings += emit(model, plan, solution.params, pack=recipe.pack)
         if before is not None and pictures.feed is not None:
             with self.clock.step("reconstruct"):
                 self.findings += self._reconstruct(before, pictures.feed)
         with self.clock.step("emit"):
             self.findings += compress_constants(model)
             said = recipe.as_dict(pictures.data)
-            write_metadata(model, qconv.__version__, said, pictures.fed, plan.placed, self.prepared.digest)
+            write_metadata(
+                model, qconv.__version__, said, pictures.model_preprocessing, plan.placed, self.prepared.digest
+            )
         return rows
 
     def _reconstruct(self, before: Model, feed: DataLoader) -> list[Finding]:
@@ -280,7 +284,7 @@ class _QuantizationRun:
         from qconv.training.reconstruct import MOST_IMAGES, reconstruct_blocks  # PyTorch is an extra
 
         fixed = next((spec.shape[0] for spec in feed.inputs if spec.shape and spec.shape[0]), None)
-        feeds, seed = feed.first(MOST_IMAGES, "read again"), self.pictures.data.seed
+        feeds, seed = feed.take(MOST_IMAGES, "read again"), self.pictures.data.seed
         return reconstruct_blocks(self.model, before, self.recipe, feeds, fixed, seed, self.reporter)
 
     def check(self, staged: files.StagedModel, plan: Plan) -> tuple[Verification, Audit]:
@@ -288,7 +292,7 @@ class _QuantizationRun:
         pictures = self.pictures
         with self.clock.step("verify"):
             files.check_staged_model(staged)
-            audited = _audit_staged(staged, self.model, PlannedReasons.of(plan), pictures.shown)
+            audited = _audit_staged(staged, self.model, PlannedReasons.of(plan), pictures.runnable_loader)
             original = open_original(self.source, self.recipe.threads, pictures.data.task)
             self.outputs = tuple(output.fact for output in original.model_outputs)
             checked = _verify_staged(staged, original, self.recipe, pictures, self.target)
@@ -320,8 +324,8 @@ class _QuantizationRun:
             output="-" if place is None else str(place),
             float_model=self.source.name,
             recipe=recipe.as_dict(pictures.data),
-            preprocessing=None if pictures.fed is None else pictures.fed.as_dict(),
-            preprocessing_words=pictures.words,
+            preprocessing=None if pictures.model_preprocessing is None else pictures.model_preprocessing.as_dict(),
+            preprocessing_words=pictures.description,
             float_bytes=self.prepared.size,
             quantized_bytes=size,
             opset=model.opset,
@@ -362,7 +366,7 @@ def _audit_staged(staged: files.StagedModel, model: Model, known: PlannedReasons
             save_optimized=optimized,
             profile=folder / "profile",
         )
-        feeds = None if feed is None else next(iter(feed.few("verify")), None)
+        feeds = None if feed is None else next(iter(feed.iter_cached("verify")), None)
         return audit(optimized, model, known, None if feeds is None else profile_nodes(session, feeds))
 
 
@@ -374,13 +378,15 @@ def _verify_staged(
     For another runtime it is run node by node, as the standard defines it, and its time tells nothing. On made-up
     pictures it is run to see that it gives numbers; how near these are tells nothing, either.
     """
-    feed = pictures.shown
+    feed = pictures.runnable_loader
     if feed is None:
         return Verification(0, ())
     quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads, optimize=target.on_ort)
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
-    found = verify(original, quantized, feed.all("verify") if gated else feed.few("verify"), feed.as_float)
-    if pictures.unseen is not None:
+    found = verify(
+        original, quantized, feed.iter_batches("verify") if gated else feed.iter_cached("verify"), feed.as_float
+    )
+    if pictures.data_free_statistics is not None:
         odd = (OutputScore(o.name, (), o.remark, o.kind) for o in found.outputs if o.remark)
         found = Verification(0, tuple(odd), found.slowdown, found.slowdown_range)
     # a network with a batch of its own may have seen some twice

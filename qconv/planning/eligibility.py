@@ -157,7 +157,9 @@ def make_weight_spec(node: Node, rule: WeightedRule, recipe: Recipe, target: Tar
     match recipe.weight_granularity:
         case WeightGranularity.PER_TENSOR:
             return QuantSpec(bits, True, symmetric, PerTensor())
-        case WeightGranularity.PER_CHANNEL if node.op_type in target.whole_kernels or _has_grouped_outputs(node):
+        case WeightGranularity.PER_CHANNEL if node.op_type in target.per_tensor_weight_ops or _has_grouped_outputs(
+            node
+        ):
             return QuantSpec(bits, True, symmetric, PerTensor())
         case WeightGranularity.PER_CHANNEL:
             return QuantSpec(bits, True, symmetric, PerChannel(rule.output_axis))

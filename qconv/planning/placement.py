@@ -35,51 +35,51 @@ LEAST_CAPACITY = 1e-9
 
 
 class FlowNetwork:
-    """A graph with capacities, for minimum cuts. Vertices are of any kind; `first` and `second` are the two ends."""
+    """A graph with capacities, for minimum cuts. Vertices are of any kind; flow goes from `source` to `sink`."""
 
     def __init__(self) -> None:
-        self.first, self.second = object(), object()
-        self._room: dict[Vertex, dict[Vertex, float]] = {self.first: {}, self.second: {}}
+        self.source, self.sink = object(), object()
+        self._residual_capacity: dict[Vertex, dict[Vertex, float]] = {self.source: {}, self.sink: {}}
 
     def edge(self, start: Vertex, end: Vertex, capacity: float) -> None:
-        """Add an edge: to have `start` on the first side and `end` on the second costs `capacity` (0 to infinity)."""
-        out = self._room.setdefault(start, {})
+        """Add an edge: with `start` on the side of the source and `end` on the other, a cut costs `capacity`."""
+        out = self._residual_capacity.setdefault(start, {})
         out[end] = out.get(end, 0.0) + capacity
-        self._room.setdefault(end, {}).setdefault(start, 0.0)
+        self._residual_capacity.setdefault(end, {}).setdefault(start, 0.0)
 
-    def first_side(self) -> set[Vertex]:
-        """The first side of the cheapest cut, the smallest such set. Consumes the network.
+    def source_side(self) -> set[Vertex]:
+        """The source's side of the cheapest cut, the smallest such set. Consumes the network.
 
         Raises ValueError where every cut costs infinitely much.
         """
         while True:
             level = self._levels()
-            if self.second not in level:
-                return set(level) - {self.first}
-            edges = {thing: iter(list(room)) for thing, room in self._room.items()}
-            while (pushed := self._push(level, edges)) > 0:
+            if self.sink not in level:
+                return set(level) - {self.source}
+            edges = {thing: iter(list(capacities)) for thing, capacities in self._residual_capacity.items()}
+            while (pushed := self._augment(level, edges)) > 0:
                 if math.isinf(pushed):
                     raise ValueError("every cut costs infinitely much")
 
     def _levels(self) -> dict[Vertex, int]:
-        """The distance of every vertex from the first end, along edges with capacity left."""
-        level: dict[Vertex, int] = {self.first: 0}
-        waiting = deque([self.first])
+        """The distance of every vertex from the source, along edges with capacity left."""
+        level: dict[Vertex, int] = {self.source: 0}
+        waiting = deque([self.source])
         while waiting:
             thing = waiting.popleft()
-            for other, room in self._room[thing].items():
-                if room > LEAST_CAPACITY and other not in level:
+            for other, capacity in self._residual_capacity[thing].items():
+                if capacity > LEAST_CAPACITY and other not in level:
                     level[other] = level[thing] + 1
                     waiting.append(other)
         return level
 
-    def _push(self, level: dict[Vertex, int], edges: dict[Vertex, Iterator[Vertex]]) -> float:
+    def _augment(self, level: dict[Vertex, int], edges: dict[Vertex, Iterator[Vertex]]) -> float:
         """Send as much flow as fits along one path of rising levels. Returns how much; 0 where no path is left."""
-        path = [self.first]
-        while path[-1] is not self.second:
+        path = [self.source]
+        while path[-1] is not self.sink:
             here = path[-1]
             for other in edges[here]:
-                if self._room[here][other] > LEAST_CAPACITY and level.get(other) == level[here] + 1:
+                if self._residual_capacity[here][other] > LEAST_CAPACITY and level.get(other) == level[here] + 1:
                     path.append(other)
                     break
             else:  # a dead end: nobody need come here again
@@ -88,13 +88,13 @@ class FlowNetwork:
                 if not path:
                     return 0.0
         steps = list(itertools.pairwise(path))
-        amount = min(self._room[start][end] for start, end in steps)
+        amount = min(self._residual_capacity[start][end] for start, end in steps)
         for start, end in steps:
-            if not math.isinf(self._room[start][end]):
-                self._room[start][end] -= amount
-            self._room[end][start] += amount
-        for thing in path[:-1]:  # edges that still have room must be seen again
-            edges[thing] = iter(list(self._room[thing]))
+            if not math.isinf(self._residual_capacity[start][end]):
+                self._residual_capacity[start][end] -= amount
+            self._residual_capacity[end][start] += amount
+        for thing in path[:-1]:  # edges that still have capacity must be seen again
+            edges[thing] = iter(list(self._residual_capacity[thing]))
         return amount
 
 
@@ -137,7 +137,7 @@ def is_placement_supported(recipe: Recipe, target: Target) -> bool:
 def choose_float_nodes(model: Model, recipe: Recipe, fed: Preprocessing | None, whole: Plan) -> dict[str, str]:
     """Names of the nodes of a folded model that `recipe`'s target runs faster in float, each with the reason.
 
-    fed: preprocessing of the input, which settles open sizes; None for ready-made samples. whole: the plan without
+    fed: preprocessing of the input, which settles dynamic sizes; None for ready-made samples. whole: the plan without
     regard to costs.
     """
     target = TARGETS[recipe.target]
@@ -160,7 +160,7 @@ def select_cost_table(recipe: Recipe, target: Target) -> CostTable:
 
 
 def infer_run_shapes(model: Model, fed: Preprocessing | None) -> Shapes:
-    """The shapes of all tensors in one run, as far as known; none where the size is open.
+    """The shapes of all tensors in one run, as far as known; none where the input has a dynamic size.
 
     fed: as in `choose_float_nodes`.
     """
@@ -176,12 +176,12 @@ def place_by_cost_table(model: Model, plan: Plan, shapes: Shapes, table: CostTab
 
     model: folded; plan: without regard to costs; shapes: of all tensors, for one run.
     """
-    question = _PlacementProblem.of(model, plan, shapes, table)
-    integer = question.cheapest()
-    gain, whole = question.time(plan.integer) - question.time(integer), question.time(plan.integer)
+    problem = _PlacementProblem.of(model, plan, shapes, table)
+    integer = problem.cheapest()
+    gain, whole = problem.time(plan.integer) - problem.time(integer), problem.time(plan.integer)
     if gain < max(LEAST_GAIN_SHARE * whole, LEAST_GAIN_US):
         return {}
-    return _explain_placement(plan, question, integer)
+    return _explain_placement(plan, problem, integer)
 
 
 def place_by_measured_costs(
@@ -191,8 +191,8 @@ def place_by_measured_costs(
 
     table: costs of other nodes, and of conversions.
     """
-    question = _PlacementProblem.of(model, plan, shapes, table, measured)
-    return _explain_placement(plan, question, question.cheapest())
+    problem = _PlacementProblem.of(model, plan, shapes, table, measured)
+    return _explain_placement(plan, problem, problem.cheapest())
 
 
 def place_all_in_float(model: Model, plan: Plan, shapes: Shapes, table: CostTable) -> dict[str, str]:
@@ -200,8 +200,8 @@ def place_all_in_float(model: Model, plan: Plan, shapes: Shapes, table: CostTabl
     return _explain_placement(plan, _PlacementProblem.of(model, plan, shapes, table), set())
 
 
-def _explain_placement(plan: Plan, question: _PlacementProblem, integer: Set[Node]) -> dict[str, str]:
-    found = {node.name or "": _describe_cost(question.costs[node]) for node in plan.integer - integer}
+def _explain_placement(plan: Plan, problem: _PlacementProblem, integer: Set[Node]) -> dict[str, str]:
+    found = {node.name or "": _describe_cost(problem.costs[node]) for node in plan.integer - integer}
     fused = {activation: found.get(layer.name or "") for activation, layer in plan.absorbed.items()}
     return found | {activation.name or "": why for activation, why in fused.items() if why is not None}
 
@@ -214,20 +214,20 @@ def _describe_cost(cost: NodeCost | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor that may be converted. switch_us: cost of that; maker, readers: None for those outside the model.
+    """A tensor that may be converted. switch_us: cost of that; producer, readers: None for those outside the model.
 
     codes: whether it holds codes already, being the model's pixels.
     """
 
     value: Value
-    maker: Node | None
+    producer: Node | None
     readers: tuple[Node | None, ...]
     switch_us: float
     codes: bool
 
-    def crossed(self, integer: Set[Node]) -> bool:
+    def needs_conversion(self, integer: Set[Node]) -> bool:
         """Whether the tensor must be converted with these nodes in integers."""
-        made = self.codes or self.maker in integer
+        made = self.codes or self.producer in integer
         return any((reader in integer) != made for reader in self.readers)
 
 
@@ -248,53 +248,53 @@ class _PlacementProblem:
         made: list[tuple[Value, Node | None]] = [(value, None) for value in model.graph.inputs]
         made += [(value, node) for node in model.nodes() for value in node.outputs]
         tensors = []
-        for value, maker in made:
-            if maker in fused:
+        for value, producer in made:
+            if producer in fused:
                 continue  # between a layer and the activation that it is one with
-            maker = maker if maker is None else plan.absorbed.get(maker, maker)
+            producer = producer if producer is None else plan.absorbed.get(producer, producer)
             readers = [node for node in model.readers(value) if _reads_data(node, value)]
             outside = (None,) if value.is_graph_output() else ()
-            codes = value in plan.given and maker not in costs
-            tensors.append(_Tensor(value, maker, (*readers, *outside), _switch_cost(value, shapes, table), codes))
+            codes = value in plan.given and producer not in costs
+            tensors.append(_Tensor(value, producer, (*readers, *outside), _switch_cost(value, shapes, table), codes))
         return cls(costs, tensors)
 
     def time(self, integer: Set[Node]) -> float:
         """The time in us of one run with these nodes in integers, as far as the table knows."""
-        found = sum(tensor.switch_us for tensor in self.tensors if tensor.crossed(integer))
+        found = sum(tensor.switch_us for tensor in self.tensors if tensor.needs_conversion(integer))
         for node, cost in self.costs.items():
             if cost is not None:
                 found += cost.integer_us if node in integer else cost.float_us
         return found
 
     def cheapest(self) -> set[Node]:
-        """The nodes that should run in integers: all but the first side of the minimum cut, the smallest such side."""
+        """The nodes that should run in integers: all but the source's side of the minimum cut, the smallest such."""
         network = FlowNetwork()
         for node, cost in self.costs.items():
             if cost is not None:
-                network.edge(network.first, node, cost.integer_us)
-                network.edge(node, network.second, FLOAT_MARGIN * cost.float_us)
+                network.edge(network.source, node, cost.integer_us)
+                network.edge(node, network.sink, FLOAT_MARGIN * cost.float_us)
             elif isinstance(
                 QUANTIZATION_RULES[node.op_type], WeightedRule
             ):  # nothing is known of it: integers are the rule
-                network.edge(node, network.second, math.inf)
+                network.edge(node, network.sink, math.inf)
         for tensor in self.tensors:
             self._tie(network, tensor)
-        floats = network.first_side()
+        floats = network.source_side()
         return {node for node in self.costs if node not in floats}
 
     def _tie(self, network: FlowNetwork, tensor: _Tensor) -> None:
         """Add the edges of a tensor: it is converted once for all readers of the other kind."""
-        outside = network.second if tensor.codes else network.first
-        maker: object = tensor.maker if tensor.maker in self.costs else outside
+        outside = network.sink if tensor.codes else network.source
+        producer: object = tensor.producer if tensor.producer in self.costs else outside
         codes, numbers = ("codes", tensor.value), ("numbers", tensor.value)
-        network.edge(maker, codes, tensor.switch_us)
-        network.edge(numbers, maker, tensor.switch_us)
+        network.edge(producer, codes, tensor.switch_us)
+        network.edge(numbers, producer, tensor.switch_us)
         for reader in tensor.readers:
             if reader in self.costs:
                 network.edge(codes, reader, math.inf)
                 network.edge(reader, numbers, math.inf)
             else:
-                network.edge(network.first, numbers, math.inf)
+                network.edge(network.source, numbers, math.inf)
 
 
 def _reads_data(node: Node, value: Value) -> bool:
@@ -342,9 +342,9 @@ def _work_units(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
     if node.op_type in ("Add", "Mul"):
         sides = [value for value in node.inputs if value is not None]
         if any(constant_array(value) is not None for value in sides):
-            return "scaled", out[1], elements
+            return "mul_constant", out[1], elements
         sizes = [math.prod(shapes.get(value.name or "", ())) for value in sides]
-        return ("excited" if min(sizes) < elements else node.op_type), out[1], elements
+        return ("mul_broadcast" if min(sizes) < elements else node.op_type), out[1], elements
     if node.op_type == "AveragePool":
         return "AveragePool", out[1], elements * math.prod(attribute(node, "kernel_shape", [3, 3])) / 9
     return node.op_type, out[1], elements

@@ -12,9 +12,10 @@ SiLU: Elfwing et al. 2017, arXiv 1702.03118. HardSwish: Howard et al. 2019, arXi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -216,7 +217,7 @@ class Plan:
         choice = None if value is None else self.activations.get(value)
         return choice is not None and choice.spec is not None and isinstance(choice.spec.granularity, PerChannel)
 
-    def taps(self, want: SketchContents = SketchContents.EXTREMES) -> list[Observer]:
+    def observers(self, want: SketchContents = SketchContents.EXTREMES) -> list[Observer]:
         """The observers of all tensors that need a range: inputs of layers, and in each group all that are no copies.
 
         want: what all sketches keep; those of layers' inputs keep channels in any case.
@@ -228,7 +229,7 @@ class Plan:
             for value in seen
         ]
 
-    def taps_of_float(self) -> list[Observer]:
+    def float_observers(self) -> list[Observer]:
         """The observers of layers' inputs that stay float: bias correction needs their means."""
         read = (layer.node.inputs[0] for layer in self.layers if layer.data is None and layer.node.op_type != "MatMul")
         floats = (value for value in dict.fromkeys(read) if value is not None and value not in self.activations)
@@ -300,3 +301,41 @@ def _is_never_negative(value: Value) -> bool:
         return bounds is not None and bounds[0] >= 0
     least, _ = operator(node.op_type).output_range or (-math.inf, math.inf)
     return least >= 0
+
+
+T = TypeVar("T", bound=Hashable)
+
+
+class DisjointSets(Generic[T]):
+    """Union-find: a partition of things, at first into sets of one."""
+
+    def __init__(self) -> None:
+        self._parents: dict[T, T] = {}
+
+    def root(self, thing: T) -> T:
+        """The thing that stands for the set of this one."""
+        parents = self._parents
+        parents.setdefault(thing, thing)
+        while parents[thing] != thing:
+            parents[thing] = parents[parents[thing]]
+            thing = parents[thing]
+        return thing
+
+    def union(self, one: T, other: T) -> None:
+        """Join the sets of two things; the root of `one` stands for both."""
+        a, b = self.root(one), self.root(other)
+        self._parents[b] = a
+
+    def join(self, things: Iterable[T]) -> None:
+        """Join the sets that these things are in."""
+        every = list(things)
+        for thing in every:
+            self.union(every[0], thing)
+
+    def in_order(self, order: Iterable[T]) -> list[tuple[T, ...]]:
+        """The sets of more than one thing, each in this order."""
+        place = {thing: index for index, thing in enumerate(order)}
+        found: dict[T, list[T]] = {}
+        for thing in self._parents:
+            found.setdefault(self.root(thing), []).append(thing)
+        return [tuple(sorted(group, key=place.__getitem__)) for group in found.values() if len(group) > 1]

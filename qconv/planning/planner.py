@@ -8,8 +8,7 @@ carries the reason for the decision. No calibration data is needed.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Set
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
@@ -35,32 +34,16 @@ from qconv.planning.eligibility import (
     make_weight_spec,
     orient_rule,
 )
-from qconv.planning.plan import Decision, LayerPlan, Plan, count_channels, data_inputs, find_activation_gate
+from qconv.planning.plan import (
+    Decision,
+    DisjointSets,
+    LayerPlan,
+    Plan,
+    count_channels,
+    data_inputs,
+    find_activation_gate,
+)
 from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
-
-T = TypeVar("T", bound=Hashable)
-
-
-class DisjointSets(Generic[T]):
-    """Union-find: a partition of things, at first into groups of one."""
-
-    def __init__(self) -> None:
-        self._of: dict[T, set[T]] = {}
-
-    def join(self, things: Iterable[T]) -> None:
-        """Join the groups that these things are in."""
-        together: set[T] = set()
-        for thing in things:
-            together |= self._of.get(thing, {thing})
-        for thing in together:
-            self._of[thing] = together
-
-    def in_order(self, order: Iterable[T]) -> list[tuple[T, ...]]:
-        """The groups of more than one thing, each in this order."""
-        place = {thing: index for index, thing in enumerate(order)}
-        unique = {id(group): group for group in self._of.values() if len(group) > 1}
-        return [tuple(sorted(group, key=place.__getitem__)) for group in unique.values()]
-
 
 KEPT_FLOAT_BY_OPTION = "kept float by --keep-float"
 
@@ -167,7 +150,7 @@ class _Planner:
             spec = make_weight_spec(node, rule, self.recipe, self.target, self._least_bits(node))
             data = None if placed or self.recipe.activation_bits == 32 else node.inputs[0]
             whole = not self.recipe.packs(spec.bits) and not isinstance(spec.granularity, PerBlock)
-            at_load = data is None and whole and self.target.folds
+            at_load = data is None and whole and self.target.folds_constants
             own_bits = self.recipe.allocates_weights and spec.bits < 8 and isinstance(spec.granularity, PerChannel)
             moves_zero = not spec.symmetric and self.recipe.moves_zero(spec.bits)
             self.plan.layers.append(LayerPlan(node, rule, spec, data, at_load, own_bits, moves_zero))

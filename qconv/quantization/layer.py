@@ -212,7 +212,12 @@ def find_pair_limits(
     widest: the most bits that a weight has.
     """
     bits = (source.params.spec.bits, widest)
-    if saturation_safe is False or bits != (8, 8) or not target.pairs or not _is_accumulated_in_pairs(layer):
+    if (
+        saturation_safe is False
+        or bits != (8, 8)
+        or not target.saturates_int16_pairs
+        or not _is_accumulated_in_pairs(layer)
+    ):
         return None
     channels = count_input_channels(layer)
     return source.channel_codes(channels) if saturation_safe is None else source.all_codes(channels)

@@ -84,8 +84,8 @@ class EffectiveRange:
     centre: NDArray[np.floating[Any]] | float = 0.0
 
     @classmethod
-    def behind(cls, node: Node, activations: Mapping[Value, QuantParams]) -> EffectiveRange:
-        """The effective range of a layer's output in a network whose tensors have these parameters."""
+    def of_consumers(cls, node: Node, activations: Mapping[Value, QuantParams]) -> EffectiveRange:
+        """The range that the consumers of a layer's output see, in a network whose tensors have these parameters."""
         value = node.outputs[0]
         bounds = UNBOUNDED
         readers = {use.node for use in value.uses()}
@@ -201,7 +201,7 @@ class LayerSolver:
             return "with 8 bits a depthwise layer loses little"
         return None
 
-    def drawn(self, layer: LayerPlan, index: int, inputs: StoredArrays) -> Iterator[tuple[PatchExtractor, Ints]]:
+    def sample_rows(self, layer: LayerPlan, index: int, inputs: StoredArrays) -> Iterator[tuple[PatchExtractor, Ints]]:
         """Draw the positions of rows in each batch of a layer's input. index: of the layer, for the seed."""
         shape = read_weight_shape(layer.node)
         groups, _, columns = _rows_shape(layer.node)
@@ -213,12 +213,12 @@ class LayerSolver:
             count = patches.positions(size)
             yield patches, np.arange(count) if count <= most else np.sort(rng.choice(count, most, replace=False))
 
-    def solved(
+    def solve(
         self,
         nearest: LayerParams,
         source: LayerInput | None,
         seen: InputMoments,
-        sight: EffectiveRange,
+        effective_range: EffectiveRange,
         *,
         anew: bool = True,
     ) -> tuple[LayerParams, Finding]:
@@ -228,7 +228,7 @@ class LayerSolver:
             nearest: the layer with its nearest codes.
             source: its quantized input; None where that stays float.
             seen: moments of its inputs.
-            sight: effective range of its outputs.
+            effective_range: effective range of its outputs.
             anew: whether the network before it is quantized; else C = H, and W' is W.
         """
         layer, node = nearest.layer, nearest.layer.node
@@ -237,10 +237,10 @@ class LayerSolver:
         if self.recipe.rounding == "nearest":
             return self._corrected(nearest, source, seen)
         rows = weight_rows_of(node, read_float_weight(layer).reshape(read_weight_shape(node)))
-        sight = sight.around(node, rows, seen)
-        wanted = self._resolved(rows, seen, sight, layer.weight.bits) if anew else rows
-        params, codes = self._rounded(layer, self._ranged(layer, wanted, source, seen), wanted, seen, source)
-        params, codes, finding = _choose_better(nearest, params, codes, rows, seen, sight)
+        effective_range = effective_range.around(node, rows, seen)
+        wanted = self._solve_weights(rows, seen, effective_range, layer.weight.bits) if anew else rows
+        params, codes = self._rounded(layer, self._choose_scales(layer, wanted, source, seen), wanted, seen, source)
+        params, codes, finding = _choose_better(nearest, params, codes, rows, seen, effective_range)
         bias = shift_bias(layer, self._shift(layer, params.dequantize(codes), seen))
         return attach_bias(layer, params, codes, bias, source, self.target), finding
 
@@ -265,11 +265,13 @@ class LayerSolver:
         if self.recipe.bias_correction == "none" or layer.node.op_type == "MatMul":  # which adds nothing
             return None
         shape = read_weight_shape(layer.node)
-        rows, real = (weight_rows_of(layer.node, numbers.reshape(shape)) for numbers in (weight, rounded))
-        shift = np.einsum("gok,gk->go", rows, seen.float_mean) - np.einsum("gok,gk->go", real, seen.mean)
+        rows, rounded_rows = (weight_rows_of(layer.node, numbers.reshape(shape)) for numbers in (weight, rounded))
+        shift = np.einsum("gok,gk->go", rows, seen.float_mean) - np.einsum("gok,gk->go", rounded_rows, seen.mean)
         return np.asarray(shift.reshape(-1), np.float64)
 
-    def _ranged(self, layer: LayerPlan, wanted: Float32, source: LayerInput | None, seen: InputMoments) -> QuantParams:
+    def _choose_scales(
+        self, layer: LayerPlan, wanted: Float32, source: LayerInput | None, seen: InputMoments
+    ) -> QuantParams:
         """Choose scales for weights (G, O, K) by least error, with inputs taken to be independent."""
         node, shape = layer.node, read_weight_shape(layer.node)
         weight = arrange_stored(layer, weights_from_rows(node, wanted, shape))
@@ -282,7 +284,7 @@ class LayerSolver:
             params = layer.weight.from_range(*estimate_mse_range(weight, layer.weight, counts))
         return fit_scales(layer, params, weight, source, self.target, saturation_safe=self.recipe.saturation_safe)[0]
 
-    def _resolved(self, rows: Float32, seen: InputMoments, sight: EffectiveRange, bits: int) -> Float32:
+    def _solve_weights(self, rows: Float32, seen: InputMoments, effective_range: EffectiveRange, bits: int) -> Float32:
         """Solve W' of each output with the ridge that errs least on held-out rows.
 
         W itself is one of the candidates, and stays where the seen part of the output errs more with another.
@@ -292,13 +294,13 @@ class LayerSolver:
         if kept.shape[1] < FEWEST_HELD_OUT_ROWS:
             return best
         wanted = float_rows @ np.swapaxes(rows, 1, 2)  # (G, n, O)
-        in_sight = sight.of_float(wanted)
+        seen_outputs = effective_range.of_float(wanted)
 
         def errors(weight: Float32) -> tuple[Float32, Float32]:
             """Mean square error of outputs, and of their seen part, (G, O) both."""
             outputs = kept @ np.swapaxes(weight, 1, 2)
             lost = np.square(wanted - outputs).mean(axis=1)
-            return lost, np.square(in_sight - sight.of_rounded(outputs)).mean(axis=1)
+            return lost, np.square(seen_outputs - effective_range.of_rounded(outputs)).mean(axis=1)
 
         least, most_seen = errors(rows)
         for ridge in RIDGES if bits < 8 else RIDGES_AT_8:
@@ -346,12 +348,12 @@ def _choose_better(
     codes: NDArray[np.integer],
     rows: Float32,
     seen: InputMoments,
-    sight: EffectiveRange,
+    effective_range: EffectiveRange,
 ) -> tuple[QuantParams, NDArray[np.integer], Finding]:
     """The new codes or the nearest ones, whichever err less, and the finding for the report."""
     name = nearest.layer.node.name or ""
     before, after = (
-        _output_loss(rows, dequantize_rows(nearest.layer, p, c), seen, sight)
+        _output_loss(rows, dequantize_rows(nearest.layer, p, c), seen, effective_range)
         for p, c in ((nearest.weight, nearest.codes), (params, codes))
     )
     if not after <= before:
@@ -362,15 +364,15 @@ def _choose_better(
     return params, codes, Change("round", name, what + gained, what)
 
 
-def _output_loss(weight: Float32, rounded: Float32, seen: InputMoments, sight: EffectiveRange) -> float:
+def _output_loss(weight: Float32, rounded: Float32, seen: InputMoments, effective_range: EffectiveRange) -> float:
     """Mean square of the seen part of W x_f - Q x_q over held-out rows, means removed.
 
     With few such rows: the part of the error that depends on Q, by the moments, which can be below zero.
     """
     float_rows, rows = seen.kept
     if rows.shape[1] >= FEWEST_HELD_OUT_ROWS:
-        wanted = sight.of_float(float_rows @ np.swapaxes(weight, 1, 2))
-        lost = wanted - sight.of_rounded(rows @ np.swapaxes(rounded, 1, 2))
+        wanted = effective_range.of_float(float_rows @ np.swapaxes(weight, 1, 2))
+        lost = wanted - effective_range.of_rounded(rows @ np.swapaxes(rounded, 1, 2))
         return float(np.square(lost, dtype=np.float64).mean())
     total = 0.0
     for block in seen.blocks:
@@ -463,41 +465,41 @@ class _SequentialRounder:
             contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as first,
             contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as second,
         ):
-            real = StepwiseRun(self.model, feeds, first, threads=self.solver.recipe.threads)
-            other = StepwiseRun(simulated, feeds, second, threads=self.solver.recipe.threads)
-            self._go(real, other, simulated, nodes, reporter)
+            float_run = StepwiseRun(self.model, feeds, first, threads=self.solver.recipe.threads)
+            quantized_run = StepwiseRun(simulated, feeds, second, threads=self.solver.recipe.threads)
+            self._go(float_run, quantized_run, simulated, nodes, reporter)
         return self.findings
 
     def _go(
         self,
-        real: StepwiseRun,
-        other: StepwiseRun,
+        float_run: StepwiseRun,
+        quantized_run: StepwiseRun,
         simulated: Model,
         nodes: Mapping[str, Node],
         reporter: Reporter,
     ) -> None:
         """Run both networks. While a layer is solved, the float network, which does not depend on it, runs ahead."""
         refusals = [self.solver.refusal(self.model, chosen) for chosen in self.params.layers]
-        solved = [chosen.layer.node for chosen, why in zip(self.params.layers, refusals, strict=True) if why is None]
-        inputs = prefetch(real.at, map(first_input, solved), workers=1, depth=1)
+        to_solve = [chosen.layer.node for chosen, why in zip(self.params.layers, refusals, strict=True) if why is None]
+        inputs = prefetch(float_run.values_of, map(first_input, to_solve), workers=1, depth=1)
         with contextlib.closing(inputs):
             upcoming = next(inputs, None)
             for index, (chosen, why) in enumerate(zip(list(self.params.layers), refusals, strict=True)):
                 reporter.progress("round", index, len(refusals))
                 node = chosen.layer.node
-                twin = nodes[node.name or ""]
+                quantized_node = nodes[node.name or ""]
                 if why is None:
                     assert upcoming is not None
-                    rows = self._rows(chosen.layer, index, upcoming.result(), other, twin)
+                    rows = self._rows(chosen.layer, index, upcoming.result(), quantized_run, quantized_node)
                     seen = accumulate_moments(rows, choose_held_out_interval(sum(self.pieces)))
                     upcoming = next(inputs, None)
-                    sight = EffectiveRange.behind(node, self.params.activations)
-                    chosen, finding = self.solver.solved(chosen, self.params.sources.get(node), seen, sight)
+                    effective_range = EffectiveRange.of_consumers(node, self.params.activations)
+                    chosen, finding = self.solver.solve(chosen, self.params.sources.get(node), seen, effective_range)
                     self.params.layers[index] = chosen
                     self.findings.append(finding)
                 else:
                     self.findings.append(Skipped("round", node.name or "", why))
-                _replace_weights(simulated, twin, chosen)
+                _replace_weights(simulated, quantized_node, chosen)
         reporter.progress("round", len(refusals), len(refusals))
 
     def _with_quantizers(self) -> tuple[Model, dict[str, Node]]:
@@ -515,11 +517,11 @@ class _SequentialRounder:
         return copy, nodes
 
     def _rows(
-        self, layer: LayerPlan, index: int, floats: StoredArrays, other: StepwiseRun, twin: Node
+        self, layer: LayerPlan, index: int, floats: StoredArrays, quantized_run: StepwiseRun, quantized_node: Node
     ) -> Iterator[tuple[Float32, Float32]]:
         """Yield the same rows of both networks, piece by piece, cut ahead in threads."""
-        codes, grid = other.codes_at(first_input(twin))
-        drawn = enumerate(self.solver.drawn(layer, index, floats))
+        codes, grid = quantized_run.codes_of(first_input(quantized_node))
+        samples = enumerate(self.solver.sample_rows(layer, index, floats))
 
         def cut(item: tuple[int, tuple[PatchExtractor, Ints]]) -> tuple[Float32, Float32]:
             number, (patches, at) = item
@@ -530,7 +532,7 @@ class _SequentialRounder:
                 found *= grid.scale
             return patches.rows(floats[number], places), found
 
-        with contextlib.closing(prefetch(cut, drawn, workers=1, depth=4)) as futures:
+        with contextlib.closing(prefetch(cut, samples, workers=1, depth=4)) as futures:
             for count, future in zip(self.pieces, futures, strict=True):
                 yield from _split_by_image(*future.result(), count)
 

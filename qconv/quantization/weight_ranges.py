@@ -92,7 +92,7 @@ def _search_shares(rows: Floats, spec: QuantSpec, low: Floats, high: Floats, imp
 
 
 def _squared_error(rows: Floats, spec: QuantSpec, low: Floats, high: Floats, importance: Floats | None) -> Floats:
-    lost = spec.from_range(low, high).fake(rows)
+    lost = spec.from_range(low, high).fake_quantize(rows)
     lost -= rows
     if importance is None:
         return np.asarray(np.einsum("ge,ge->g", lost, lost, dtype=np.float64))

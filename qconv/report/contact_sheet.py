@@ -63,7 +63,7 @@ def make_contact_sheet(feed: DataLoader, count: int = SHEET_PICTURES) -> tuple[t
 def _read_batches(feed: DataLoader, path: Path) -> Sequence[Batch]:
     one = replace(feed.over([path]), reporter=Reporter())
     with contextlib.suppress(QconvError):  # told already, when all were read
-        return one.first(1, "report")
+        return one.take(1, "report")
     return ()
 
 

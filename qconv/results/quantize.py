@@ -66,7 +66,7 @@ class OutputFact:
 
     @property
     def in_words(self) -> str:
-        """For a line of the summary."""
+        """The fact in words, for a line of the summary."""
         return f"{self.name}: {self.kind.replace('-', ' ')}, {self.why}"
 
 

@@ -40,17 +40,17 @@ class Metric:
 
     @property
     def sign(self) -> str:
-        """What stands behind a value; empty for a plain number."""
+        """The sign that stands behind a value; empty for a plain number."""
         return "%" if self.unit == SHARE else self.unit
 
     @property
     def heading(self) -> str:
-        """Above a column of values."""
+        """The heading above a column of values."""
         return f"{self.label} {self.sign}".rstrip()
 
     @property
     def factor(self) -> float:
-        """Of a value as it is printed."""
+        """The factor on a value as it is printed."""
         return 100.0 if self.unit == SHARE else 1.0
 
     def number(self, value: float, digits: int = 1) -> str:
@@ -82,12 +82,12 @@ class Score:
 
     @property
     def name(self) -> str:
-        """Its key."""
+        """The key of the metric."""
         return self.metric.name
 
     @property
     def unit(self) -> str:
-        """Of the value."""
+        """The unit of the value."""
         return self.metric.unit
 
     @property
@@ -97,7 +97,7 @@ class Score:
 
     @property
     def shows_no_difference(self) -> bool:
-        """Whether it is that of equal outputs."""
+        """Whether the value is that of equal outputs."""
         return self.value == self.metric.equal
 
     @property
@@ -140,13 +140,13 @@ def find_score(scores: Iterable[Score], metric: Metric) -> Score | None:
 
 
 def value_of(scores: Iterable[Score], metric: Metric) -> float | None:
-    """Its value; None where it was not measured, or nothing differs."""
+    """The value of a metric; None where it was not measured, or nothing differs."""
     found = find_score(scores, metric)
     return None if found is None else found.value
 
 
 def worst_scores(outputs: Iterable[Sequence[Score]]) -> tuple[Score, ...]:
-    """Of each metric the worst of all outputs; one without a number only where no output has one."""
+    """The worst score of all outputs for each metric; one without a number only where no output has one."""
     found: dict[str, Score] = {}
     for score in (score for scores in outputs for score in scores):
         known = found.setdefault(score.name, score)
@@ -179,5 +179,5 @@ def as_intervals(scores: Sequence[Score], *, told: Sequence[Metric] = ALWAYS_TOL
 
 
 def by_unit(scores: Iterable[Score]) -> list[Score]:
-    """Shares first, then decibels, then plain numbers: as summaries and tables of measures list them."""
+    """Sort scores as summaries and tables of measures list them: shares, then decibels, then plain numbers."""
     return sorted(scores, key=lambda score: (SHARE, DECIBEL, "").index(score.unit))

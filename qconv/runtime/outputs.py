@@ -95,22 +95,22 @@ class ModelOutput:
     task: str = "auto"
 
     def seen(self, shape: Sequence[int]) -> ModelOutput:
-        """The same, once an array of it has shown its shape."""
+        """The output with the shape of an array that was seen of it."""
         return replace(self, shape=tuple(shape))
 
     @property
     def kind(self) -> OutputKind:
-        """What it holds."""
+        """What the output holds."""
         return self._decide()[0]
 
     @property
     def why(self) -> str:
-        """What speaks for it, in words."""
+        """What speaks for this kind, in words."""
         return self._decide()[1]
 
     @property
     def fact(self) -> OutputFact:
-        """As reports hold it."""
+        """The output as reports hold it."""
         kind, why = self._decide()
         task = next((task for task, its in KIND_OF_TASK.items() if its is kind), None)
         return OutputFact(self.name, kind, task, why)
@@ -145,7 +145,7 @@ class ModelOutput:
         return self._decide_classes()
 
     def _can_be(self, kind: OutputKind) -> bool:
-        """Whether the shape is such a one."""
+        """Whether the shape is possible for this kind."""
         if kind is OutputKind.CLASS_SCORES:
             return self._is_vector
         return len(self.shape) == 4 and not self._is_vector and self.shape[self.axis] != 1
@@ -203,7 +203,7 @@ class ModelOutput:
 
 
 def _channels_and_size(image: Shape) -> tuple[int | None, Shape]:
-    """Of an input of four axes, with channels first or last; nothing of others."""
+    """The channels and the size of an input of four axes, with channels first or last; None and () for others."""
     if len(image) != 4:
         return None, ()
     last = image[3] in (1, 3) and image[1] not in (1, 3)
@@ -239,7 +239,7 @@ NORM_OPS = frozenset({"Sqrt", "Clip", "Max", "Add", "Expand", "Reciprocal", "Pow
 """What may lie between a sum of squares and the division by its root."""
 
 MOST_STEPS = 64
-"""Back from an output."""
+"""Most steps back from an output."""
 
 
 def find_output_origins(proto: onnx.ModelProto) -> dict[str, OutputOrigin]:

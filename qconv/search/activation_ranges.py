@@ -87,7 +87,7 @@ def search_activation_ranges(
     plan: Plan,
     activations: Mapping[Value, QuantParams],
     feeds: Sequence[InputBatch],
-    looks: SearchBudget,
+    budget: SearchBudget,
     threads: int | None,
     reporter: Reporter,
 ) -> tuple[dict[str, float], list[Change]]:
@@ -97,7 +97,7 @@ def search_activation_ranges(
     """
     judged = any(is_tensor(value) for value in model.graph.outputs)
     groups = _find_range_groups(model, plan, activations) if judged else []
-    few, many = (pick_evenly(feeds, count) for count in (looks.few, looks.many))
+    few, many = (pick_evenly(feeds, count) for count in (budget.few, budget.many))
     noises = []
     for done, found in enumerate(_measure_noises(model, groups, few, threads)):
         reporter.progress(STEP, done, 2 * len(groups))
@@ -110,7 +110,7 @@ def search_activation_ranges(
     factors: dict[str, float] = {}
     told: list[Change] = []
     for done, (group, noise, reach) in enumerate(
-        _make_noise_functions(model, chosen, many, (looks.far, looks.near), threads)
+        _make_noise_functions(model, chosen, many, (budget.far, budget.near), threads)
     ):
         reporter.progress(STEP, len(groups) + done * len(groups) // len(chosen), 2 * len(groups))
         factor, change = _search_factor(noise, group.params, reach)
@@ -143,7 +143,7 @@ def _walk_in_pieces(
     outputs = [value for value in model.graph.outputs if is_tensor(value)]
     with contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as store:
         start = NetworkTail(
-            StepwiseRun(model, feeds, store, threads=threads).behind(outputs), _names_of(outputs), threads=threads
+            StepwiseRun(model, feeds, store, threads=threads).tail_model(outputs), _names_of(outputs), threads=threads
         )
         clean = collect_up_to(BYTES_IN_MEMORY, start.run(range(len(feeds))))
         del start
@@ -159,11 +159,11 @@ def _measure_noises(
     with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
         picked = dict.fromkeys(range(len(clean)), 1.0)
         for together in _split_by_type(groups):
-            walk.at(together[0].first)
+            walk.values_of(together[0].first)
             names, spec = [_names_of(group.members) for group in together], together[0].params.spec
-            behind = NetworkTail(walk.behind(outputs), _names_of(outputs), names, spec, threads=threads)
+            tail = NetworkTail(walk.tail_model(outputs), _names_of(outputs), names, spec, threads=threads)
             for index, group in enumerate(together):
-                yield _mean_noise(clean, behind, picked, group.params, index)
+                yield _mean_noise(clean, tail, picked, group.params, index)
 
 
 def _split_by_type(groups: Sequence[RangeGroup]) -> Iterator[list[RangeGroup]]:
@@ -174,18 +174,22 @@ def _split_by_type(groups: Sequence[RangeGroup]) -> Iterator[list[RangeGroup]]:
 
 
 def _make_noise_functions(
-    model: Model, groups: Sequence[RangeGroup], feeds: Sequence[InputBatch], looks: tuple[int, int], threads: int | None
+    model: Model,
+    groups: Sequence[RangeGroup],
+    feeds: Sequence[InputBatch],
+    counts: tuple[int, int],
+    threads: int | None,
 ) -> Iterator[tuple[RangeGroup, Callable[[QuantParams], float], float]]:
     """Yield each group, its function from parameters to noise at the outputs, and how far it reaches."""
     if not groups:
         return
     with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
         for group in groups:
-            reach = _measure_reach(walk.at(group.first), group.params)
-            picked = _pick_batches(reach, *looks)
+            reach = _measure_reach(walk.values_of(group.first), group.params)
+            picked = _pick_batches(reach, *counts)
             names, spec = [_names_of(group.members)], group.params.spec
-            behind = NetworkTail(walk.behind(outputs), _names_of(outputs), names, spec, threads=threads)
-            yield group, partial(_mean_noise, clean, behind, picked), float(reach.max())
+            tail = NetworkTail(walk.tail_model(outputs), _names_of(outputs), names, spec, threads=threads)
+            yield group, partial(_mean_noise, clean, tail, picked), float(reach.max())
 
 
 def _names_of(values: Iterable[Value]) -> list[str]:
@@ -207,10 +211,10 @@ def _pick_batches(reach: Float64, far: int, near: int) -> dict[int, float]:
 
 
 def _mean_noise(
-    clean: Outputs, behind: NetworkTail, picked: Mapping[int, float], params: QuantParams, group: int = 0
+    clean: Outputs, tail: NetworkTail, picked: Mapping[int, float], params: QuantParams, group: int = 0
 ) -> float:
     """The mean noise over all images that the picked batches stand for."""
-    found = zip(picked.items(), behind.run(picked, params, group), strict=True)
+    found = zip(picked.items(), tail.run(picked, params, group), strict=True)
     return sum(weight * measure_output_noise([clean[index]], [got]) for (index, weight), got in found) / sum(
         picked.values()
     )

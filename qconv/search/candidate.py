@@ -77,11 +77,11 @@ def round_to_nearest(folded: FoldedNetwork, recipe: Recipe) -> QuantizationSolut
 
 
 def round_second_order_in_place(
-    settled: QuantizationSolution, folded: FoldedNetwork, recipe: Recipe, feeds: Feeds, seed: int, reporter: Reporter
+    solution: QuantizationSolution, folded: FoldedNetwork, recipe: Recipe, feeds: Feeds, seed: int, reporter: Reporter
 ) -> None:
     """Round the weights of a solution by second order, layer after layer, in place."""
-    plan, params = settled.plan, settled.params
-    settled.findings += round_layers_sequentially(folded.model, plan, params, feeds, recipe, reporter, seed)
+    plan, params = solution.plan, solution.params
+    solution.findings += round_layers_sequentially(folded.model, plan, params, feeds, recipe, reporter, seed)
 
 
 def build_quantized_model(folded: FoldedNetwork, recipe: Recipe, params: Params) -> Model:
@@ -138,11 +138,11 @@ class CandidateScorer:
     feeds: images to round weights on.
     flattered: whether candidates are scored on these images, too.
     seen: measurements, by the index of the candidate.
-    settled: parameters of the candidates that may be chosen.
+    solutions: parameters of the candidates that may be chosen.
     expected: candidates to come, for progress.
     """
 
-    ground: SearchContext
+    context: SearchContext
     names: list[str]
     feeds: list[Batch] | None
     reporter: Reporter
@@ -152,28 +152,28 @@ class CandidateScorer:
     float_top1: float | None
     flattered: bool
     seen: dict[int, Measurement] = field(default_factory=dict)
-    settled: dict[int, QuantizationSolution] = field(default_factory=dict)
+    solutions: dict[int, QuantizationSolution] = field(default_factory=dict)
     expected: int = 1
 
     @classmethod
     def of(
         cls,
-        ground: SearchContext,
+        context: SearchContext,
         names: list[str],
         feeds: list[Batch] | None,
         reporter: Reporter,
     ) -> CandidateScorer:
         """The scorer for layers of these names. Runs the float model once on the images to score on."""
-        unseen, flattered = _choose_scoring_batches(ground.feed, 0 if feeds is None else len(feeds))
+        unseen, flattered = _choose_scoring_batches(context.feed, 0 if feeds is None else len(feeds))
         scored = collect_reference_outputs(
-            ground.original, ground.feed, "float", most_bytes=SCORED_BYTES, reporter=reporter, batches=unseen
+            context.original, context.feed, "float", most_bytes=SCORED_BYTES, reporter=reporter, batches=unseen
         )
         vector = find_class_vector(scored.outputs) if scored.batches else None
-        labels = _read_labels(ground, 0 if vector is None else scored.outputs[vector].classes, unseen)
+        labels = _read_labels(context, 0 if vector is None else scored.outputs[vector].classes, unseen)
         top1 = None
         if labels is not None and vector is not None:
             top1 = top1_accuracy([expected[vector] for _, expected in scored.batches], labels)
-        return cls(ground, names, feeds, reporter, scored, labels, vector, top1, flattered)
+        return cls(context, names, feeds, reporter, scored, labels, vector, top1, flattered)
 
     @property
     def pictures(self) -> int:
@@ -182,7 +182,7 @@ class CandidateScorer:
 
     def recipe_of(self, point: BitAssignment) -> Recipe:
         """The recipe with the bits of an assignment. Bits of activations that the user gave stay."""
-        recipe = self.ground.recipe
+        recipe = self.context.recipe
         own = []
         for name, bits in zip(self.names, point.bits, strict=True):
             activations = recipe.bits_of(name).activations
@@ -193,18 +193,18 @@ class CandidateScorer:
     def measure(self, points: Sequence[BitAssignment], index: int) -> Measurement:
         """Score candidate `index`: build the model that would be written, and run it on the images."""
         if index not in self.seen:
-            folded, recipe = self.ground.folded, self.recipe_of(points[index])
-            settled = round_to_nearest(folded, recipe)
+            folded, recipe = self.context.folded, self.recipe_of(points[index])
+            solution = round_to_nearest(folded, recipe)
             if self.feeds is not None:
                 round_second_order_in_place(
-                    settled,
+                    solution,
                     folded,
                     recipe,
                     self.feeds,
-                    self.ground.data.seed,
+                    self.context.data.seed,
                     Reporter(on_progress=self._within_a_point),
                 )
-            model = build_quantized_model(folded, recipe, settled.params)
+            model = build_quantized_model(folded, recipe, solution.params)
             heard: list[NDArray[np.float32]] = []
             vector = self.vector
 
@@ -217,13 +217,13 @@ class CandidateScorer:
                 session = Session(runnable, name="the quantized model", threads=recipe.threads, optimize=on_ort)
                 verified = self.scored.score(session, hear)
             own = () if self.labels is None else (Score(TOP1, top1_accuracy(heard, self.labels)),)
-            self.seen[index], self.settled[index] = Measurement(verified, (*verified.scores, *own)), settled
+            self.seen[index], self.solutions[index] = Measurement(verified, (*verified.scores, *own)), solution
             self.tell()
         return self.seen[index]
 
     def keep(self, index: int) -> None:
         """Drop the parameters of all candidates but this one."""
-        self.settled = {index: self.settled[index]}
+        self.solutions = {index: self.solutions[index]}
 
     def tell(self, part: float = 0.0) -> None:
         """Report progress. part: share of the current candidate."""
@@ -270,12 +270,12 @@ def _choose_scoring_batches(feed: DataLoader, rounded_on: int) -> tuple[list[int
     return (list(range(count)), True) if flattered else (found, False)
 
 
-def _read_labels(ground: SearchContext, outputs: int, batches: Sequence[int]) -> NDArray[np.int64] | None:
+def _read_labels(context: SearchContext, outputs: int, batches: Sequence[int]) -> NDArray[np.int64] | None:
     """The labels of the images to score on; None unless top-1 is asked for. Raises QconvError without labels."""
-    drop, data = ground.recipe.max_drop, ground.data
+    drop, data = context.recipe.max_drop, context.data
     if drop is None or drop.measure != "top1":
         return None
-    root, feed = data.root, ground.feed
+    root, feed = data.root, context.feed
     paths = [path for path in feed.listing.paths if path not in feed.lost]
     classes = find_classes(root, None) if len(data.paths) == 1 else None
     folders = [class_folder_of(path, root) for path in paths] if classes is not None else []

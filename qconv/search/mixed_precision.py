@@ -50,11 +50,11 @@ MUCH_WORSE_FACTOR = 2.0
 
 @dataclass(frozen=True, slots=True)
 class MixedPrecisionResult:
-    """The result of a search. recipe: with the `layer_bits` that were found. settled: its plan and parameters."""
+    """The result of a search. recipe: with the `layer_bits` that were found. solution: its plan and parameters."""
 
     recipe: Recipe
     report: MixedPrecision
-    settled: QuantizationSolution
+    solution: QuantizationSolution
 
 
 def predict_recipe(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> Recipe:
@@ -89,10 +89,10 @@ def check_target_size(model: Model, recipe: Recipe, floats: Mapping[str, str]) -
         raise QconvError(fact, "add smaller --candidate-bits, lower --edge-bits, or allow a larger size.")
 
 
-def search_bits(ground: SearchContext, reporter: Reporter) -> MixedPrecisionResult:
+def search_bits(context: SearchContext, reporter: Reporter) -> MixedPrecisionResult:
     """Find the bits of every layer that `--layer-bits` gives none. Raises QconvError where no assignment will do."""
-    recipe = ground.recipe
-    scope = _SearchSpace.of(ground.folded.model, recipe, ground.folded.plan.floats)
+    recipe = context.recipe
+    scope = _SearchSpace.of(context.folded.model, recipe, context.folded.plan.floats)
     if not scope.wishes:
         raise QconvError(
             "There is no layer to choose bits for: --layer-bits names them all.", "leave some of them out."
@@ -100,11 +100,11 @@ def search_bits(ground: SearchContext, reporter: Reporter) -> MixedPrecisionResu
     names = list(scope.wishes)
     feeds = None
     if recipe.rounding != "nearest":
-        feeds = ground.feed.first(ROUNDING_EFFORTS[recipe.effort].pictures, "read again")
-    layers = _measure_sensitivities(ground, scope.wishes, feeds, reporter)
+        feeds = context.feed.take(ROUNDING_EFFORTS[recipe.effort].pictures, "read again")
+    layers = _measure_sensitivities(context, scope.wishes, feeds, reporter)
     most = scope.most(1.0 if recipe.target_size is None else recipe.target_size)
     points = _assignments_within(layers, most)
-    judge = CandidateScorer.of(ground, names, feeds, reporter)
+    judge = CandidateScorer.of(context, names, feeds, reporter)
     _warn_of_few_images(judge, recipe.max_drop, reporter)
     if recipe.max_drop is None:
         points, chosen = _choose_best(judge, _find_uniform_assignment(layers, most), points)
@@ -120,7 +120,7 @@ def search_bits(ground: SearchContext, reporter: Reporter) -> MixedPrecisionResu
             for index, point in enumerate(points)
         ),
     )
-    return MixedPrecisionResult(judge.recipe_of(points[chosen]), report, judge.settled[chosen])
+    return MixedPrecisionResult(judge.recipe_of(points[chosen]), report, judge.solutions[chosen])
 
 
 def _warn_of_few_images(judge: CandidateScorer, drop: Drop | None, reporter: Reporter) -> None:
@@ -133,21 +133,21 @@ def _warn_of_few_images(judge: CandidateScorer, drop: Drop | None, reporter: Rep
 
 
 def _measure_sensitivities(
-    ground: SearchContext, wishes: Mapping[str, Collection[int]], feeds: list[Batch] | None, reporter: Reporter
+    context: SearchContext, wishes: Mapping[str, Collection[int]], feeds: list[Batch] | None, reporter: Reporter
 ) -> list[LayerSensitivity]:
     """The sensitivities of the layers in `wishes`. feeds: images to round weights on; None for nearest codes."""
-    folded, recipe = ground.folded, ground.recipe
-    settled = round_to_nearest(folded, recipe)
-    network = SensitivityContext(folded.model, settled.plan, settled.params, folded.sketches, recipe)
+    folded, recipe = context.folded, context.recipe
+    solution = round_to_nearest(folded, recipe)
+    network = SensitivityContext(folded.model, solution.plan, solution.params, folded.sketches, recipe)
     solver = None
     if feeds is not None:
         solver = LayerSolver(
             recipe,
-            settled.plan.target,
+            solution.plan.target,
             replace(ROUNDING_EFFORTS[recipe.effort], factors=(), sweeps=0),
-            ground.data.seed,
+            context.data.seed,
         )
-    batches = list(_first_batches(ground.feed.few("pictures"), SENSITIVITY_IMAGES)) if feeds is None else feeds
+    batches = list(_first_batches(context.feed.iter_cached("pictures"), SENSITIVITY_IMAGES)) if feeds is None else feeds
     known = measure_sensitivities(
         network, wishes, batches, solver, lambda done, total: reporter.progress("layers", done, total)
     )

@@ -162,7 +162,7 @@ def measure_sensitivities(
         walk = StepwiseRun(network.model, batches, store, threads=threads, kept=judged)
         looked_at = _choose_noise_batches(len(batches), solver)
         expected = collect_up_to(
-            BYTES_IN_MEMORY, NetworkTail(walk.behind(judged), outputs, threads=threads).run(looked_at)
+            BYTES_IN_MEMORY, NetworkTail(walk.tail_model(judged), outputs, threads=threads).run(looked_at)
         )
         looked_at = looked_at[: len(expected)]
         for index, layer in enumerate(network.plan.layers):
@@ -170,14 +170,14 @@ def measure_sensitivities(
             if name not in wishes:
                 continue
             progress(len(found), len(wishes))
-            inputs = walk.at(first_input(layer.node))
+            inputs = walk.values_of(first_input(layer.node))
             choices = _quantize_at_each_bits(network, layer, index, wishes[name], inputs, solver)
             opened = _name_weight_inputs(name, choices.values())
-            behind = NetworkTail(walk.behind(judged), outputs, opened=(name, opened), threads=threads)
+            tail = NetworkTail(walk.tail_model(judged), outputs, opened=(name, opened), threads=threads)
             noise = {bits: 0.0 for bits in wishes[name] if bits >= FLOAT_BITS}
             for bits, chosen in choices.items():
                 fed = {opened[place]: numbers for place, numbers in _dequantize_layer(chosen).items()}
-                noise[bits] = measure_output_noise(expected, behind.run(looked_at, fed=fed))
+                noise[bits] = measure_output_noise(expected, tail.run(looked_at, fed=fed))
             found[name] = LayerSensitivity(prod(read_weight_shape(layer.node)), noise)
     progress(len(found), len(wishes))
     return found
@@ -220,14 +220,14 @@ def _quantize_at_each_bits(
     refused = solver is None or all(solver.refusal(network.model, nearest) for nearest in found.values())
     if solver is None or refused:
         return found
-    drawn = zip(inputs, solver.drawn(layer, index, inputs), strict=True)
-    rows = (patches.rows(x, patches.places(at)) for x, (patches, at) in drawn)
+    samples = zip(inputs, solver.sample_rows(layer, index, inputs), strict=True)
+    rows = (patches.rows(x, patches.places(at)) for x, (patches, at) in samples)
     seen, source = accumulate_moments((x, x) for x in rows), _find_source(network, layer)
-    sight = EffectiveRange.behind(layer.node, network.params.activations)
+    effective_range = EffectiveRange.of_consumers(layer.node, network.params.activations)
     return {
         bits: nearest
         if solver.refusal(network.model, nearest)
-        else solver.solved(nearest, source, seen, sight, anew=False)[0]
+        else solver.solve(nearest, source, seen, effective_range, anew=False)[0]
         for bits, nearest in found.items()
     }
 

@@ -58,7 +58,7 @@ def distillation_loss(kinds: Sequence[str], wanted: Sequence[Tensor], said: Sequ
     """Compute the loss of the quantized network's outputs against the float network's, summed over outputs.
 
     Args:
-        kinds: What each output holds, as `classify_output` tells.
+        kinds: What each output holds, as `choose_loss` names it.
         wanted: The float network's outputs, (N, ...) each.
         said: The quantized network's outputs, of the same shapes.
 
@@ -160,7 +160,7 @@ def read_into_memory(
         feed.take_pixels(prep.layout)
     numbers = None
     count = 0
-    for batch in feed.all("read"):
+    for batch in feed.iter_batches("read"):
         row = batch[spec.name]
         if numbers is None:
             numbers = _allocate((len(paths), *row.shape[1:]), row.dtype)
@@ -220,9 +220,9 @@ VALIDATION_BATCH = 64
 class TrainingInputs:
     """Batches of an in-memory dataset, as tensors for both networks."""
 
-    def __init__(self, album: InMemoryDataset, device: torch.device) -> None:
-        self.album, self.device = album, device
-        prep = album.prep
+    def __init__(self, dataset: InMemoryDataset, device: torch.device) -> None:
+        self.dataset, self.device = dataset, device
+        prep = dataset.prep
         if prep is not None:
             shape = (1, -1, 1, 1) if prep.layout is Layout.NCHW else (1, 1, 1, -1)
             self._mean, self._std = (
@@ -238,7 +238,7 @@ class TrainingInputs:
             rng: Draws mirroring, shifts and mixing; None leaves images as they are.
             mix: Whether images are mixed with each other.
         """
-        x = torch.from_numpy(np.ascontiguousarray(self.album.numbers[chosen])).to(self.device)
+        x = torch.from_numpy(np.ascontiguousarray(self.dataset.numbers[chosen])).to(self.device)
         if rng is None:
             return x
         x = self._shaken(x, rng)
@@ -246,7 +246,7 @@ class TrainingInputs:
 
     def _shaken(self, x: Tensor, rng: np.random.Generator) -> Tensor:
         """Mirror and shift images at random. Samples may be anything, and stay."""
-        prep, count = self.album.prep, len(x)
+        prep, count = self.dataset.prep, len(x)
         if prep is None:
             return x
         rows, columns = (2, 3) if prep.layout is Layout.NCHW else (1, 2)
@@ -264,16 +264,16 @@ class TrainingInputs:
         share = share.reshape([-1] + [1] * (x.ndim - 1))
         other = torch.from_numpy(rng.permutation(len(x))).to(self.device)
         mixed = (1 - share) * x + share * x[other]
-        return mixed if self.album.prep is None else torch.round(mixed)
+        return mixed if self.dataset.prep is None else torch.round(mixed)
 
     def for_teacher(self, x: Tensor) -> Tensor:
         """Convert a batch to the float network's input."""
-        prep = self.album.prep
+        prep = self.dataset.prep
         return x if prep is None else (x.float() * prep.scale - self._mean) / self._std
 
     def for_student(self, x: Tensor) -> Tensor:
         """Convert a batch to the quantized network's input."""
-        return self.for_teacher(x) if self.album.order is None else x.permute(*self.album.order).float()
+        return self.for_teacher(x) if self.dataset.order is None else x.permute(*self.dataset.order).float()
 
 
 def _shift_images(x: Tensor, axis: int, by: NDArray[np.int64]) -> Tensor:
@@ -299,7 +299,7 @@ class Distillation:
         taught: Indices of the images that are learned from.
         held: Indices of the held-out images.
         fixed: The batch size that the networks are fixed to; None where they take any.
-        kinds: What each output holds, as `classify_output` tells.
+        kinds: What each output holds, as `choose_loss` names it.
         vector: Index of the output with one score a class; None where none has.
         classes: The number of classes of that output.
         labels: The classes of all images, (N,); None to learn from the teacher alone.
@@ -332,31 +332,31 @@ class Distillation:
         """Set up distillation; outputs: what the student's outputs hold."""
         first = np.resize(held, fixed or min(len(held), VALIDATION_BATCH))
         found = cls(student, teacher, learned, inputs, taught, held, fixed, (), None, 0)
-        told = found.told(inputs.of(first))
-        kinds = tuple(map(choose_loss, outputs, told))
-        vector = find_class_vector([o.seen(tuple(y.shape)) for o, y in zip(outputs, told, strict=True)])
-        classes = 0 if vector is None else int(told[vector].shape[1])
+        teacher_outputs = found.teacher_outputs(inputs.of(first))
+        kinds = tuple(map(choose_loss, outputs, teacher_outputs))
+        vector = find_class_vector([o.seen(tuple(y.shape)) for o, y in zip(outputs, teacher_outputs, strict=True)])
+        classes = 0 if vector is None else int(teacher_outputs[vector].shape[1])
         return cls(student, teacher, learned, inputs, taught, held, fixed, kinds, vector, classes)
 
     def with_labels(self, labels: Ints | None) -> Distillation:
         """Return a copy that learns from labels as well."""
         return replace(self, labels=labels)
 
-    def told(self, x: Tensor) -> list[Tensor]:
+    def teacher_outputs(self, x: Tensor) -> list[Tensor]:
         """Run the teacher on a batch. Returns its outputs in the student's order."""
         with torch.no_grad():
             found = self.teacher.run({self.teacher.inputs[0]: self.inputs.for_teacher(x)}, self.student.outputs)
         return list(found.values())
 
-    def said(self, x: Tensor, given: Mapping[str, Tensor]) -> list[Tensor]:
+    def student_outputs(self, x: Tensor, given: Mapping[str, Tensor]) -> list[Tensor]:
         """Run the student on a batch, with the learned parameters `given` by name. Returns its outputs."""
         return list(self.student.run({self.student.inputs[0]: self.inputs.for_student(x), **given}).values())
 
     def loss(self, part: Ints, rng: np.random.Generator | None) -> Tensor:
         """Compute the loss of a batch of images, by their indices; rng draws the augmentation."""
         x = self.inputs.of(part, rng, mix=self.labels is None)
-        said = self.said(x, self.learned.given())
-        loss = distillation_loss(self.kinds, self.told(x), said)
+        said = self.student_outputs(x, self.learned.given())
+        loss = distillation_loss(self.kinds, self.teacher_outputs(x), said)
         if self.labels is None or self.vector is None:
             return loss
         scores = said[self.vector]
@@ -369,7 +369,7 @@ class Distillation:
             part = chosen[start : start + size]
             yield part if self.fixed is None else np.resize(part, size)
 
-    def mark(self) -> ValidationScore:
+    def validate(self) -> ValidationScore:
         """Validate the student on the held-out images."""
         equal = places = pictures = 0
         total = 0.0
@@ -377,13 +377,13 @@ class Distillation:
             given = self.learned.given()
             for part in self.parts(self.held, VALIDATION_BATCH):
                 x = self.inputs.of(part)
-                wanted, said = self.told(x), self.said(x, given)
-                hits, of = self.right(part, wanted, said)
+                wanted, said = self.teacher_outputs(x), self.student_outputs(x, given)
+                hits, of = self.count_correct(part, wanted, said)
                 equal, places, pictures = equal + hits, places + of, pictures + len(part)
                 total += float(distillation_loss(self.kinds, wanted, said)) * len(part)
         return ValidationScore(equal / places if places else None, total / pictures)
 
-    def right(self, part: Ints, wanted: list[Tensor], said: list[Tensor]) -> tuple[int, int]:
+    def count_correct(self, part: Ints, wanted: list[Tensor], said: list[Tensor]) -> tuple[int, int]:
         """Count the positions where the student is right, by labels or by the teacher's class, and all positions."""
         if self.labels is None or self.vector is None:
             return count_agreeing(self.kinds, wanted, said)

@@ -83,12 +83,16 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Repor
         desk = _TrainingSetup.of(source, teacher, wishes, reporter)
         before = desk.judged(source.runnable)
         rates = {kind: wishes.rate * factor for kind, factor in RATE_FACTORS.items()}
-        batch = min(wishes.batch, len(desk.lesson.taught))
-        trainer = Trainer(desk.lesson, TrainingSettings(wishes.epochs, batch, rates, wishes.augment, wishes.data.seed))
-        kept = TrainingCheckpoint(out, _fingerprint(source, teacher, desk.lesson.inputs.album, wishes, desk.device))
+        batch = min(wishes.batch, len(desk.distillation.taught))
+        trainer = Trainer(
+            desk.distillation, TrainingSettings(wishes.epochs, batch, rates, wishes.augment, wishes.data.seed)
+        )
+        kept = TrainingCheckpoint(
+            out, _fingerprint(source, teacher, desk.distillation.inputs.dataset, wishes, desk.device)
+        )
         resumed = kept.read_into(trainer, reporter)
         _run_training(trainer, kept, reporter)
-        desk.lesson.learned.restore(trainer.best)
+        desk.distillation.learned.restore(trainer.best)
         found = FinetuneResult(
             model=source.name,
             teacher=teacher.name,
@@ -97,8 +101,8 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Repor
             device=desk.device,
             torch=torch.__version__,
             words=desk.words,
-            taught=len(desk.lesson.taught),
-            held=len(desk.lesson.held),
+            taught=len(desk.distillation.taught),
+            held=len(desk.distillation.held),
             steps=trainer.steps,
             resumed=resumed,
             history=trainer.history,
@@ -119,7 +123,7 @@ class _TrainingSetup:
 
     Attributes:
         model: The quantized model, trained in place.
-        lesson: Student, teacher and images in PyTorch.
+        distillation: Student, teacher and images in PyTorch.
         teacher: The float model in ONNX Runtime.
         threads: Of ONNX Runtime and PyTorch; None for all cores.
         optimize: Whether the quantized file is made for ONNX Runtime, whose optimizations then apply.
@@ -128,7 +132,7 @@ class _TrainingSetup:
     """
 
     model: Model
-    lesson: Distillation
+    distillation: Distillation
     teacher: Session
     threads: int | None
     optimize: bool
@@ -153,39 +157,39 @@ class _TrainingSetup:
         learned = LearnedParameters(find_sites(model, recipe), device)
         networks = TorchNetwork(model, device), TorchNetwork(floats, device)
         words, fixed = other.words, other.feed.inputs[0].shape[0]
-        album = read_into_memory(own, other, reporter)
-        held, taught = _split_held_out(len(album), wishes)
-        inputs = TrainingInputs(album, torch.device(device))
+        dataset = read_into_memory(own, other, reporter)
+        held, taught = _split_held_out(len(dataset), wishes)
+        inputs = TrainingInputs(dataset, torch.device(device))
         outputs = _ordered_outputs(other.session, networks[0].outputs)
-        lesson = Distillation.of(*networks, learned, inputs, taught, held, fixed, outputs)
-        lesson = _add_labels(lesson, album, wishes)
+        distillation = Distillation.of(*networks, learned, inputs, taught, held, fixed, outputs)
+        distillation = _add_labels(distillation, dataset, wishes)
         on_ort = recipe is None or TARGETS[recipe.target].on_ort
-        return cls(model, lesson, other.session, wishes.threads, on_ort, device, words)
+        return cls(model, distillation, other.session, wishes.threads, on_ort, device, words)
 
     def judged(self, model: str | bytes) -> ValidationResult:
         """Score a file on the held-out images with ONNX Runtime."""
         session = Session(model, name="the quantized model", threads=self.threads, optimize=self.optimize)
-        lesson, names, inputs = self.lesson, session.outputs, self.lesson.inputs
+        distillation, names, inputs = self.distillation, session.outputs, self.distillation.inputs
         comparison = ComparisonAccumulator.of(_ordered_outputs(self.teacher, names))
         right = places = pictures = 0
         distance = 0.0
         ((own, dtype, _),), ((its, _, _),) = session.inputs, self.teacher.inputs
-        for part in lesson.parts(lesson.held, VALIDATION_BATCH):
+        for part in distillation.parts(distillation.held, VALIDATION_BATCH):
             x = inputs.of(part)
             mine, theirs = to_arrays([inputs.for_student(x), inputs.for_teacher(x)])
             wanted, said = self.teacher.run(names, {its: theirs}), session.run(names, {own: mine.astype(dtype)})
             comparison.add(wanted, said)
             told = [[torch.from_numpy(np.asarray(array, np.float32)) for array in found] for found in (wanted, said)]
-            hits, of = lesson.right(part, *told)
+            hits, of = distillation.count_correct(part, *told)
             right, places, pictures = right + hits, places + of, pictures + len(part)
-            distance += float(distillation_loss(lesson.kinds, *told)) * len(part)
+            distance += float(distillation_loss(distillation.kinds, *told)) * len(part)
         mark = ValidationScore(right / places if places else None, distance / pictures)
-        return ValidationResult(mark, Verification(len(lesson.held), comparison.scores(spans=True)))
+        return ValidationResult(mark, Verification(len(distillation.held), comparison.scores(spans=True)))
 
 
 def _write_better(desk: _TrainingSetup, source: Source, out: Path, found: FinetuneResult, best_step: int) -> None:
     """Write the trained file if it is better, else a copy of the input."""
-    desk.lesson.learned.write(desk.model)
+    desk.distillation.learned.write(desk.model)
     told = {**found.wishes.as_dict(), "pictures": found.taught, "step": best_step}
     write_finetuning(desk.model, told)
     with files.stage_model(desk.model, out) as staged:
@@ -246,16 +250,20 @@ def _ordered_outputs(teacher: Session, names: Sequence[str]) -> tuple[ModelOutpu
     return tuple(known[name] for name in names)
 
 
-def _add_labels(lesson: Distillation, album: InMemoryDataset, wishes: FinetuneOptions) -> Distillation:
+def _add_labels(distillation: Distillation, dataset: InMemoryDataset, wishes: FinetuneOptions) -> Distillation:
     if not wishes.labels:
-        return lesson
+        return distillation
     root = wishes.data.root
     classes = find_classes(root, wishes.classes)
-    labels = labels_of(album.paths, root, classes, LabelOptions(wishes.label_offset, asked=True), lesson.classes)
-    return lesson.with_labels(labels)
+    labels = labels_of(
+        dataset.paths, root, classes, LabelOptions(wishes.label_offset, asked=True), distillation.classes
+    )
+    return distillation.with_labels(labels)
 
 
-def _fingerprint(source: Source, teacher: Source, album: InMemoryDataset, wishes: FinetuneOptions, device: str) -> str:
+def _fingerprint(
+    source: Source, teacher: Source, dataset: InMemoryDataset, wishes: FinetuneOptions, device: str
+) -> str:
     """Hash all that a run depends on, so that a checkpoint of another run is recognised."""
     found = hashlib.sha256()
     for part in (source, teacher):
@@ -265,12 +273,12 @@ def _fingerprint(source: Source, teacher: Source, album: InMemoryDataset, wishes
         wishes.as_dict(),
         wishes.holdout,
         device,
-        album.prep,
-        album.order,
-        [path.name for path in album.paths],
+        dataset.prep,
+        dataset.order,
+        [path.name for path in dataset.paths],
     )
     found.update(repr(kept).encode())
-    found.update(np.ascontiguousarray(album.numbers).data)
+    found.update(np.ascontiguousarray(dataset.numbers).data)
     return found.hexdigest()
 
 

@@ -21,6 +21,7 @@ Source: Esser et al. 2020, arXiv 1902.08153 (LSQ), equation 3. PyTorch runs dete
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -333,6 +334,11 @@ def run_deterministically(threads: int | None) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         torch.use_deterministic_algorithms(exactly)
+
+
+def half_cosine(step: int, steps: int) -> float:
+    """Compute the factor on a learning rate at a step: half a cosine, from 1 down to nearly 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def resolve_device(wish: str) -> str:

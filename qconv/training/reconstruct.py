@@ -27,7 +27,7 @@ from qconv.errors import Change, Finding, QconvError, Skipped, format_count
 from qconv.ir.model import Model, Node, Value, constant_array
 from qconv.ir.tensor_matching import find_comparison_points
 from qconv.reporter import Reporter
-from qconv.training.network import QuantDrop, TorchNetwork, run_deterministically
+from qconv.training.network import QuantDrop, TorchNetwork, half_cosine, run_deterministically
 from qconv.training.trainable import LearnedParameters, find_sites
 
 WIDER_FACTOR, NEAR_CUTS = 2, 4
@@ -271,7 +271,7 @@ class _BlockReconstruction:
                 losses = [(said[name] - target[name][chosen]).square().mean() / norms[name] for name in end.names]
                 (torch.stack(losses).sum() * (len(part) / batch)).backward()
             for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+                group["lr"] = group["rate"] * half_cosine(step, self.steps)
             optimizer.step()
             self.learned.hold()
         learned = self.learned.state()

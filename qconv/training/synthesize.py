@@ -55,7 +55,7 @@ from qconv.results.training import GOOD_MATCH, POOR_MATCH, BatchNormMatch, Synth
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.outputs import find_class_vector
 from qconv.storage import check_output_folder, refuse_path_inside, replace_folder_atomically
-from qconv.training.network import TorchNetwork, require_operators, resolve_device, run_deterministically
+from qconv.training.network import TorchNetwork, half_cosine, require_operators, resolve_device, run_deterministically
 from qconv.training.options import SynthesisOptions
 
 FEW_LAYERS_SHARE = 0.5
@@ -206,7 +206,7 @@ class ImageOptimizer:
     def run(self, steps: int, progress: Callable[[int, int], None]) -> None:
         """Optimize all images for so many steps, and round them to whole levels. `look` comes first."""
         for step in range(steps):
-            share = LEAST_RATE_SHARE + (1 - LEAST_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            share = LEAST_RATE_SHARE + (1 - LEAST_RATE_SHARE) * half_cosine(step, steps)
             losses = [self._move(index, share) for index in range(len(self._batches))]
             self.loss.append(float(np.mean(losses)))
             progress(step + 1, steps)
@@ -337,10 +337,10 @@ def optimize_images(
         remembered = BatchNormTargets.of(model, source.name)
         size = fixed or min(choose_batch_size(prep), count)
         pixels = draw_dead_leaves_set(prep, count, size, 0)
-        dream = ImageOptimizer(TorchNetwork(model), prep, remembered.wanted, pixels, size, scores)
-        dream.look()
-        dream.run(SYNTHESIS_STEPS, lambda done, total: reporter.progress("synthesize", done, total))
-        return dream.pixels
+        optimizer = ImageOptimizer(TorchNetwork(model), prep, remembered.wanted, pixels, size, scores)
+        optimizer.look()
+        optimizer.run(SYNTHESIS_STEPS, lambda done, total: reporter.progress("synthesize", done, total))
+        return optimizer.pixels
 
 
 def choose_batch_size(prep: Preprocessing) -> int:
@@ -422,10 +422,10 @@ def synthesize(
         batch = fed.batch or min(wishes.batch or choose_batch_size(prep), wishes.count)
         device = resolve_device(wishes.device)
         pixels = draw_dead_leaves_set(prep, wishes.count, batch, wishes.seed)
-        dream = ImageOptimizer(TorchNetwork(model, device), prep, remembered.wanted, pixels, batch, fed.scores)
-        before = dream.look()
-        dream.run(wishes.steps, lambda done, total: reporter.progress("synthesize", done, total))
-        after = dream.look()
+        optimizer = ImageOptimizer(TorchNetwork(model, device), prep, remembered.wanted, pixels, batch, fed.scores)
+        before = optimizer.look()
+        optimizer.run(wishes.steps, lambda done, total: reporter.progress("synthesize", done, total))
+        after = optimizer.look()
     found = SynthesisResult(
         model=source.name,
         digest=hashed,
@@ -440,13 +440,13 @@ def synthesize(
         piped=source.path is None,
         batch=batch,
         layers=remembered.match(before, after),
-        loss=tuple(dream.loss),
+        loss=tuple(optimizer.loss),
         torch=torch.__version__,
         device=device,
         warnings=reporter.warnings,
     )
     _warn_of_unmatched(found, reporter)
-    pixels = dream.pixels[: wishes.count]
+    pixels = optimizer.pixels[: wishes.count]
     with replace_folder_atomically(out, find_foreign_file) as folder:
         _write_images(folder, pixels, prep, fed.dtype, found)
     found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()

@@ -29,6 +29,7 @@ from qconv import storage
 from qconv.reporter import Reporter
 from qconv.results.training import HistoryRow, ValidationScore
 from qconv.training.distillation import Distillation
+from qconv.training.network import half_cosine
 
 State = dict[str, NDArray[Any]]
 
@@ -75,21 +76,21 @@ class TrainingSettings:
 class Trainer:
     """One training run, which can be resumed from its state."""
 
-    def __init__(self, lesson: Distillation, schedule: TrainingSettings) -> None:
-        self.lesson, self.schedule = lesson, schedule
-        kinds = lesson.learned.kinds
+    def __init__(self, distillation: Distillation, schedule: TrainingSettings) -> None:
+        self.distillation, self.schedule = distillation, schedule
+        kinds = distillation.learned.kinds
         self.optimizer = torch.optim.Adam(
             [{"params": list(kinds[kind].values()), "lr": 0.0, "kind": kind} for kind in kinds if kinds[kind]],
             betas=BETAS,
         )
-        self.each = max(1, len(lesson.taught) // schedule.batch)  # steps an epoch
-        self.steps = self.each * schedule.epochs
-        most = min(MOST_ROUND_STEPS, self.each * -(-SHORT_EPOCH // self.each))
+        self.steps_per_epoch = max(1, len(distillation.taught) // schedule.batch)
+        self.steps = self.steps_per_epoch * schedule.epochs
+        most = min(MOST_ROUND_STEPS, self.steps_per_epoch * -(-SHORT_EPOCH // self.steps_per_epoch))
         self.ends = np.linspace(0, self.steps, -(-self.steps // most) + 1).astype(int)[1:].tolist()
-        self.step, self.usual, self.seconds, self.best_step, self.cuts = 0, 0.0, 0.0, 0, 0
+        self.step, self.mean_gradient_norm, self.seconds, self.best_step, self.cuts = 0, 0.0, 0.0, 0, 0
         self.history: list[HistoryRow] = []
-        self.best: State = lesson.learned.state()
-        self.first_mark = self.best_mark = lesson.mark()
+        self.best: State = distillation.learned.state()
+        self.initial_score = self.best_score = distillation.validate()
 
     @property
     def ended_early(self) -> bool:
@@ -106,78 +107,79 @@ class Trainer:
                 losses.append(self._learn())
                 self.step += 1
                 progress(self.step, self.steps)
-            self.lesson.learned.fit_pairs()
-            mark = self.lesson.mark()
-            self._weigh(mark)
+            self.distillation.learned.fit_pairs()
+            score = self.distillation.validate()
+            self._update_best(score)
             self.seconds += time.perf_counter() - start
             self.history.append(
-                HistoryRow(self.step, self.step / self.each, float(np.mean(losses)), mark, self.seconds)
+                HistoryRow(self.step, self.step / self.steps_per_epoch, float(np.mean(losses)), score, self.seconds)
             )
             keep()
 
-    def _weigh(self, mark: ValidationScore) -> None:
+    def _update_best(self, score: ValidationScore) -> None:
         """Keep the current state if it is the best, or go back to the best one where training diverged."""
-        if mark.is_better(self.best_mark, self.first_mark):
-            self.best, self.best_mark, self.best_step = self.lesson.learned.state(), mark, self.step
-        elif not mark.distance < self._farthest:
-            self.lesson.learned.restore(self.best)
+        if score.is_better(self.best_score, self.initial_score):
+            self.best, self.best_score, self.best_step = self.distillation.learned.state(), score, self.step
+        elif not score.distance < self._farthest:
+            self.distillation.learned.restore(self.best)
             self.optimizer.state.clear()
-            self.cuts, self.usual = self.cuts + 1, 0.0
+            self.cuts, self.mean_gradient_norm = self.cuts + 1, 0.0
 
     @property
     def _farthest(self) -> float:
         """The distance from which on training diverges; labels may lead far from the float network."""
-        return DIVERGED_FACTOR * self.first_mark.distance if self.lesson.labels is None else math.inf
+        return DIVERGED_FACTOR * self.initial_score.distance if self.distillation.labels is None else math.inf
 
     def _learn(self) -> float:
-        lesson, schedule = self.lesson, self.schedule
-        epoch, place = divmod(self.step, self.each)
-        order = np.random.default_rng([schedule.seed, 0, epoch]).permutation(lesson.taught)
+        distillation, schedule = self.distillation, self.schedule
+        epoch, place = divmod(self.step, self.steps_per_epoch)
+        order = np.random.default_rng([schedule.seed, 0, epoch]).permutation(distillation.taught)
         chosen = order[place * schedule.batch : (place + 1) * schedule.batch]
         rng = np.random.default_rng([schedule.seed, 1, self.step]) if schedule.augment else None
         self.optimizer.zero_grad()
         total = 0.0
-        for part in lesson.parts(chosen, schedule.batch):
-            loss = lesson.loss(part, rng)
+        for part in distillation.parts(chosen, schedule.batch):
+            loss = distillation.loss(part, rng)
             share = min(len(part), len(chosen)) / len(chosen)
             (loss * share).backward()
             total += float(loss.detach()) * share
-        length = float(torch.nn.utils.clip_grad_norm_(list(lesson.learned.tensors), self._longest()))
+        length = float(torch.nn.utils.clip_grad_norm_(list(distillation.learned.tensors), self._max_gradient_norm()))
         if not math.isfinite(length) or not math.isfinite(total):
             return total  # nothing is learned from that
-        self.usual = (
+        self.mean_gradient_norm = (
             length
-            if not self.usual
-            else USUAL_LENGTH_DECAY * self.usual + (1 - USUAL_LENGTH_DECAY) * min(length, self._longest())
+            if not self.mean_gradient_norm
+            else USUAL_LENGTH_DECAY * self.mean_gradient_norm
+            + (1 - USUAL_LENGTH_DECAY) * min(length, self._max_gradient_norm())
         )
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rates[group["kind"]] * RATE_CUT**self.cuts * self._rate()
         self.optimizer.step()
-        lesson.learned.hold()
+        distillation.learned.hold()
         return total
 
-    def _longest(self) -> float:
-        return LONGEST_GRADIENT * self.usual if self.usual else math.inf
+    def _max_gradient_norm(self) -> float:
+        return LONGEST_GRADIENT * self.mean_gradient_norm if self.mean_gradient_norm else math.inf
 
     def _rate(self) -> float:
         warm = max(1.0, WARM_UP * self.steps)
-        return min(1.0, (self.step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        return min(1.0, (self.step + 1) / warm) * half_cosine(self.step, self.steps)
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 
     def state(self) -> State:
         """Return all that a later run needs to resume, as arrays by name."""
-        found: State = {f"now/{name}": array for name, array in self.lesson.learned.state().items()}
+        found: State = {f"now/{name}": array for name, array in self.distillation.learned.state().items()}
         found |= {f"best/{name}": array for name, array in self.best.items()}
-        for index, tensor in enumerate(self.lesson.learned.tensors):
+        for index, tensor in enumerate(self.distillation.learned.tensors):
             for name, value in self.optimizer.state.get(tensor, {}).items():
                 found[f"adam/{index}/{name}"] = value.detach().cpu().numpy().copy()
         counts = (self.step, self.best_step, self.cuts)
-        found["run"] = np.array([*counts, self.usual, self.seconds], np.float64)
-        found["history"] = np.array([_decode_numbers(row) for row in self.history], np.float64).reshape(
+        found["run"] = np.array([*counts, self.mean_gradient_norm, self.seconds], np.float64)
+        found["history"] = np.array([_encode_history_row(row) for row in self.history], np.float64).reshape(
             len(self.history), 6
         )
-        found["marks"] = np.array([_encode_score(self.first_mark), _encode_score(self.best_mark)], np.float64)
+        found["marks"] = np.array([_encode_score(self.initial_score), _encode_score(self.best_score)], np.float64)
         return found
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -187,22 +189,22 @@ class Trainer:
             return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
 
         now, best = below("now/"), below("best/")
-        for name, array in self.lesson.learned.state().items():
+        for name, array in self.distillation.learned.state().items():
             if now[name].shape != array.shape or best[name].shape != array.shape:
                 raise ValueError(name)
-        step, best_step, cuts, usual, seconds = (float(x) for x in state["run"])
-        history = [_decode_round(row) for row in state["history"]]
-        first_mark, best_mark = (_decode_score(row) for row in state["marks"])
-        self.lesson.learned.restore(now)
-        self.best, self.history, self.first_mark, self.best_mark = best, history, first_mark, best_mark
-        self.step, self.best_step, self.cuts, self.usual, self.seconds = (
+        step, best_step, cuts, mean_gradient_norm, seconds = (float(x) for x in state["run"])
+        history = [_decode_history_row(row) for row in state["history"]]
+        initial_score, best_score = (_decode_score(row) for row in state["marks"])
+        self.distillation.learned.restore(now)
+        self.best, self.history, self.initial_score, self.best_score = best, history, initial_score, best_score
+        self.step, self.best_step, self.cuts, self.mean_gradient_norm, self.seconds = (
             int(step),
             int(best_step),
             int(cuts),
-            usual,
+            mean_gradient_norm,
             seconds,
         )
-        for index, tensor in enumerate(self.lesson.learned.tensors):
+        for index, tensor in enumerate(self.distillation.learned.tensors):
             kept = below(f"adam/{index}/")
             for name, array in kept.items():
                 # the number of the step stays where Adam wants it
@@ -210,19 +212,19 @@ class Trainer:
                 self.optimizer.state[tensor][name] = torch.from_numpy(np.array(array)).to(place)
 
 
-def _encode_score(mark: ValidationScore) -> tuple[float, float]:
-    return (math.nan if mark.right is None else mark.right, mark.distance)
+def _encode_score(score: ValidationScore) -> tuple[float, float]:
+    return (math.nan if score.right is None else score.right, score.distance)
 
 
 def _decode_score(row: NDArray[np.float64]) -> ValidationScore:
     return ValidationScore(None if math.isnan(row[0]) else float(row[0]), float(row[1]))
 
 
-def _decode_numbers(row: HistoryRow) -> tuple[float, ...]:
+def _encode_history_row(row: HistoryRow) -> tuple[float, ...]:
     return (row.step, row.epoch, row.loss, *_encode_score(row.mark), row.seconds)
 
 
-def _decode_round(row: NDArray[np.float64]) -> HistoryRow:
+def _decode_history_row(row: NDArray[np.float64]) -> HistoryRow:
     return HistoryRow(int(row[0]), float(row[1]), float(row[2]), _decode_score(row[3:5]), float(row[5]))
 
 

@@ -399,7 +399,7 @@ def test_a_file_is_the_same_whatever_ran_before(tmp_path: Path, samples: Path) -
     data, known = DataOptions((str(samples),)), {"equalize": False}
     recipes = [Recipe(**known, keep_float=("d",)), Recipe(**known, effort="fast"), Recipe(**known)]
     for recipe in [*recipes, *recipes[::-1]]:
-        _, shared = quantize.quantize(model, None, recipe, data, memory=memory)
+        _, shared = quantize.quantize(model, None, recipe, data, cache=memory)
         _, alone = quantize.quantize(model, None, recipe, data)
         assert shared == alone
 

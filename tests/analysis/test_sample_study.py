@@ -114,13 +114,13 @@ def test_sketches_grow_by_the_new_pictures_only() -> None:
 def apart(count: int) -> list[dict[str, Sketch]]:
     """Sketches of as many random pictures, each by itself, of the input and of a tensor that the network pools."""
     proto = network("c = Conv(x, w) r = Relu(c) y = MaxPool<kernel_shape=[2,2]>(r)", ("N", 3, 6, 6), w=(5, 3, 3, 3))
-    taps = [Observer("x", SketchContents.ALL), Observer("r", SketchContents.ALL, never_negative=True, pooled=True)]
+    observers = [Observer("x", SketchContents.ALL), Observer("r", SketchContents.ALL, never_negative=True, pooled=True)]
     rng = np.random.default_rng(0)
     batches = [{"x": rng.standard_normal((1, 3, 6, 6)).astype(np.float32)} for _ in range(count)]
-    with export_observed_model(loaded(proto), taps) as runnable:
+    with export_observed_model(loaded(proto), observers) as runnable:
         session = Session(runnable, threads=1)
-    found = list(observe_each_image(session, taps, batches))
-    together = observe(session, taps, batches)
+    found = list(observe_each_image(session, observers, batches))
+    together = observe(session, observers, batches)
     for name, whole in together.items():
         total = found[0][name]
         for other in found[1:]:
@@ -227,7 +227,7 @@ def test_ready_made_samples(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "keep", "options", "message"),
+    ("study", "keep", "options", "message"),
     [
         (StudyRequest(), 1, {}, "holds 1 picture: one to calibrate with and one to score on"),
         (StudyRequest(holdout=15), 15, {}, "--holdout 15 leaves none of the 15 pictures"),
@@ -237,12 +237,12 @@ def test_ready_made_samples(model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_studied(
-    model: Path, pictures: Path, question: StudyRequest, keep: int, options: dict[str, object], message: str
+    model: Path, pictures: Path, study: StudyRequest, keep: int, options: dict[str, object], message: str
 ) -> None:
     for path in sorted(pictures.iterdir())[keep:]:
         path.unlink()
     with pytest.raises(QconvError, match=message):
-        study_samples(model, *request(pictures, **options), question)
+        study_samples(model, *request(pictures, **options), study)
 
 
 # -- reading the curve -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qconv.config.choices import CALIBRATORS
+from qconv.config.choices import CALIBRATOR_NAMES
 from tests.bench import cost, peer
 from tests.bench.cases import BY_NAME, Case, default_data, linked, pictures
 
@@ -61,7 +61,7 @@ def measured(case: Case, data: Path, rounds: int, *, skip_peer: bool) -> dict[st
 
 
 def own_commands(case: Case, model: Path, folder: Path, out: Path, count: int) -> Iterator[tuple[str, list[str]]]:
-    for calibrator in CALIBRATORS:
+    for calibrator in CALIBRATOR_NAMES:
         own = [sys.executable, "-m", "qconv", "quantize", str(model), "--calib", str(folder), "-o", str(out)]
         own += ["--quiet", "--samples", str(count), "--calibrator", calibrator, *case.options]
         yield calibrator, own

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qconv.config.choices import CALIBRATORS
+from qconv.config.choices import CALIBRATOR_NAMES
 from tests.bench import accuracy
 from tests.bench.cases import CASES, REPOSITORY, Array, Case, default_data, linked, pictures
 
@@ -57,7 +57,7 @@ def measured(case: Case, wanted: argparse.Namespace) -> dict[str, Any]:
         quantize(model, out, "--calib", str(folder), "--save-stats", str(stats), *case.options)
         for bits in wanted.bits or BITS:
             found[str(bits)] = {}
-            for calibrator in wanted.calibrator or CALIBRATORS:
+            for calibrator in wanted.calibrator or CALIBRATOR_NAMES:
                 options = ("--activation-bits", str(bits), "--calibrator", calibrator, *wanted.qconv.split())
                 quantize(model, out, "--stats", str(stats), *options)
                 scored = score(case, expected, outputs_of(out, inputs))

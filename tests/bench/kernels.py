@@ -130,7 +130,7 @@ def _joined(op_type: str) -> Link:
     return lambda graph, x, channels: graph.op(op_type, POINTWISE(graph, x, channels), x)
 
 
-def _scaled(graph: Graph, x: str, channels: int) -> str:
+def _mul_constant(graph: Graph, x: str, channels: int) -> str:
     return graph.op("Mul", POINTWISE(graph, x, channels), graph.scalar())
 
 
@@ -140,7 +140,7 @@ def _divided(graph: Graph, x: str, channels: int) -> str:
     return graph.op("Mul", y, graph.scalar()) if graph.integer else graph.op("Div", y, graph.scalar())
 
 
-def _excited(graph: Graph, x: str, channels: int) -> str:
+def _mul_broadcast(graph: Graph, x: str, channels: int) -> str:
     """A map times one number a channel, as squeeze-and-excite has it, the pooling included."""
     y = POINTWISE(graph, x, channels)
     return graph.op("Mul", y, graph.op("GlobalAveragePool", y))
@@ -234,8 +234,8 @@ KINDS: dict[str, Kind] = {
     "grey5": _stem(5, inputs=1, sides=(14, 56)),
     "Add": _of_elements(_joined("Add")),
     "Mul": _of_elements(_joined("Mul")),
-    "scaled": _of_elements(_scaled),
-    "excited": _of_elements(_excited),
+    "mul_constant": _of_elements(_mul_constant),
+    "mul_broadcast": _of_elements(_mul_broadcast),
     "Sigmoid": _of_elements(after_conv("Sigmoid")),
     "LeakyRelu": _of_elements(after_conv("LeakyRelu", alpha=0.1)),
     "HardSigmoid": _of_elements(after_conv("HardSigmoid")),

@@ -29,7 +29,7 @@ def same(one: Sketch, other: Sketch) -> bool:
     return equal and np.array_equal(one.sums.limbs, other.sums.limbs)
 
 
-def taps(*names: str) -> list[Observer]:
+def make_observers(*names: str) -> list[Observer]:
     return [Observer(name) for name in names]
 
 
@@ -37,7 +37,7 @@ def test_extremes_of_every_channel_over_all_batches() -> None:
     """Of the input, which is no output of the network, and of an inner tensor."""
     found = batches(2, 1, 4)
     runner = session("c = Conv(x, w)", "c", w=(5, 3, 3, 3))
-    sketches = observe(runner, taps("x", "c"), found)
+    sketches = observe(runner, make_observers("x", "c"), found)
     x = np.concatenate([batch["x"] for batch in found])
     (c,) = runner.run(["c"], {"x": x})
     for name, numbers in (("x", x), ("c", c)):
@@ -133,7 +133,7 @@ def test_means_of_every_channel() -> None:
     found = batches(2, 3)
     runner = session("y = Relu(x)", "y")
     expected = np.maximum(np.concatenate([batch["x"] for batch in found]), 0).mean(axis=(0, 2, 3))
-    np.testing.assert_allclose(observe(runner, taps("y"), found)["y"].means, expected, rtol=1e-5)
+    np.testing.assert_allclose(observe(runner, make_observers("y"), found)["y"].means, expected, rtol=1e-5)
 
 
 def test_pools_in_the_network_give_the_same_statistics() -> None:
@@ -167,4 +167,4 @@ def test_numbers_that_have_no_range_are_named(bad: float) -> None:
     found = batches(1, 1)
     found[0]["x"][0, 1, 2, 3] = bad
     with pytest.raises(QconvError, match="Tensor 'y' holds NaN or infinite values"):
-        observe(session("y = Mul(x, k)", "y", k=2.0), taps("y"), found)
+        observe(session("y = Mul(x, k)", "y", k=2.0), make_observers("y"), found)

@@ -18,7 +18,7 @@ from qconv.calibration.range_estimators import (
     search_least_output_error,
 )
 from qconv.calibration.sketch import Sketch, SketchBuilder, SketchContents, TensorView, make_histogram
-from qconv.config.choices import CALIBRATORS as NAMES
+from qconv.config.choices import CALIBRATOR_NAMES
 from qconv.ir.layers import Layer
 from qconv.quantizer import QuantSpec
 
@@ -44,7 +44,7 @@ def chosen(name: str, found: Sketch, spec: QuantSpec = SPEC, **hints: Any) -> tu
 
 
 def test_the_recipe_knows_them_all() -> None:
-    assert tuple(CALIBRATORS) == NAMES
+    assert tuple(CALIBRATORS) == CALIBRATOR_NAMES
 
 
 @pytest.mark.parametrize("name", CALIBRATORS)
@@ -64,7 +64,7 @@ def test_a_tensor_of_one_value_keeps_it(name: str, value: float) -> None:
     found = sketch(np.full((2, 5), value, np.float32), np.full((2, 5), value, np.float32))
     params = SPEC.from_range(*chosen(name, found))
     assert np.isfinite(params.scale)
-    back = params.fake(np.full(3, value, np.float32))
+    back = params.fake_quantize(np.full(3, value, np.float32))
     assert np.abs(back - np.float32(value)).max() <= abs(value) / 255 + 1e-37
 
 
@@ -139,7 +139,7 @@ def test_the_range_is_best_at_the_outputs(bits: int, shape: tuple[int, ...]) -> 
         reader.weight[:, :, 0] /= 50  # and that nobody listens to
 
     def lost(high: float) -> float:
-        error = spec.from_range(0, high).fake(columns) - columns
+        error = spec.from_range(0, high).fake_quantize(columns) - columns
         if shape[0] == 1:
             out = np.einsum("oik,ni->nok", reader.weight[0], error)
         else:

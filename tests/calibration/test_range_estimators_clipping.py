@@ -37,7 +37,7 @@ def numbers(kind: str) -> NDArray[np.float32]:
 
 
 def mean_square(x: NDArray[np.float32], spec: QuantSpec, low: float, high: float) -> float:
-    return float(np.mean((spec.from_range(low, high).fake(x).astype(np.float64) - x) ** 2))
+    return float(np.mean((spec.from_range(low, high).fake_quantize(x).astype(np.float64) - x) ** 2))
 
 
 KINDS = ("relu", "relu6", "gauss", "skewed", "outlier", "negative")

@@ -54,7 +54,7 @@ def test_power_falls_with_the_square_of_the_frequency() -> None:
 
 
 def test_pictures_are_the_same_in_every_run() -> None:
-    one, other = (list(made(trained("imagenet")).all("verify")) for _ in range(2))
+    one, other = (list(made(trained("imagenet")).iter_batches("verify")) for _ in range(2))
     assert sum(len(feeds["x"]) for feeds in one) == IMAGE_COUNT
     for mine, yours in zip(one, other, strict=True):
         np.testing.assert_array_equal(mine["x"], yours["x"])
@@ -62,7 +62,7 @@ def test_pictures_are_the_same_in_every_run() -> None:
 
 def test_a_batch_of_the_network_s_own_is_whole() -> None:
     session = Session(network("y = Conv(x, w)", (5, 1, 8, 8), w=(2, 1, 3, 3)).SerializeToString())
-    batches = list(GeneratedImageLoader.like(session, PreprocessingOptions()).all("verify"))
+    batches = list(GeneratedImageLoader.like(session, PreprocessingOptions()).iter_batches("verify"))
     assert {feeds["x"].shape for feeds in batches} == {(5, 1, 8, 8)}
     assert len(batches) == -(-IMAGE_COUNT // 5)
 

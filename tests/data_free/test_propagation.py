@@ -230,11 +230,11 @@ def test_notes_follow_channels_that_are_scaled() -> None:
     more = {"om": np.float32([1, 2, 3, 4]), "ov": np.float32([1, 4, 9, 16])}
     _, model = folded(body, **more)
     before = {name: of(model, name) for name in ("c", "r", "q")}
-    streams = find_scale_groups(model)
-    scales = np.ones(streams.fixed.size)
-    (channels,) = (classes for value, classes in streams.of.items() if value.name == "r")
+    groups = find_scale_groups(model)
+    scales = np.ones(groups.fixed.size)
+    (channels,) = (classes for value, classes in groups.of.items() if value.name == "r")
     scales[channels] = [2.0, 4.0, 0.5, 1.0]
-    apply_scales(model, streams, scales)
+    apply_scales(model, groups, scales)
     for name, (mean, std) in before.items():
         now = of(model, name)
         np.testing.assert_allclose(now[0], mean / scales[channels], rtol=1e-6)

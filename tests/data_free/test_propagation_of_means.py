@@ -179,10 +179,10 @@ def test_they_are_those_of_what_is_left_after_folding(body: str) -> None:
 def test_scaled_channels_have_scaled_means(name: str) -> None:
     model = loaded(net(KNOWN[name]))
     run_float_passes(model)
-    streams = find_scale_groups(model)
+    groups = find_scale_groups(model)
     before = input_means_of(layer(model))
-    scales = np.where(streams.fixed, 1.0, np.random.default_rng(0).uniform(2, 4, streams.fixed.size))
-    apply_scales(model, streams, scales)
+    scales = np.where(groups.fixed, 1.0, np.random.default_rng(0).uniform(2, 4, groups.fixed.size))
+    apply_scales(model, groups, scales)
     assert not np.allclose(before, input_means_of(layer(model)), rtol=0.3)
     check(model)
 

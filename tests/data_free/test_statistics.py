@@ -54,7 +54,7 @@ def sqnr(out: Path, model: Path = CIFAR, samples: int = 24) -> float:
     sessions = [Session(str(path)) for path in (model, out)]
     data = DataOptions((str(PHOTOS),), samples=samples, preprocessing=PreprocessingOptions("imagenet"))
     feed = DataLoader.of(sessions[0], data, Reporter(print))
-    found = verify(*sessions, feed.all("test")).sqnr_db
+    found = verify(*sessions, feed.iter_batches("test")).sqnr_db
     assert found is not None
     return found
 
@@ -247,7 +247,7 @@ def test_resnet20_by_its_own_statistics(tmp_path: Path) -> None:
     pictures = (str(DATA / "images/cifar10/test"),)
     data = DataOptions(pictures, samples=200, preprocessing=PreprocessingOptions("imagenet"))
     feed = DataLoader.of(sessions[0], data, Reporter(print))
-    found = verify(*sessions, feed.all("test"))
+    found = verify(*sessions, feed.iter_batches("test"))
     assert found.sqnr_db is not None
     assert found.sqnr_db > 25
     assert found.agreement is not None

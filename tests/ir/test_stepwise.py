@@ -47,7 +47,7 @@ def test_every_tensor_is_that_of_the_whole_network(body, limit) -> None:
     with contextlib.closing(ArrayStore(limit)) as store:
         walk = StepwiseRun(model, feeds, store, threads=1)
         for value in [*(node.inputs[0] for node in layers[1:]), model.graph.outputs[0]]:
-            for feed, found in zip(feeds, walk.at(value), strict=True):
+            for feed, found in zip(feeds, walk.values_of(value), strict=True):
                 (expected,) = session.run([value.name], feed)
                 np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
         assert store.in_memory <= limit
@@ -60,11 +60,11 @@ def test_codes_are_held_instead_of_floats() -> None:
     with contextlib.closing(ArrayStore(10**9)) as store:
         walk = StepwiseRun(model, feeds, store, threads=1)
         conv = next(node for node in model.nodes() if node.name == "c")
-        codes, params = walk.codes_at(conv.inputs[0])
+        codes, params = walk.codes_of(conv.inputs[0])
         assert params is not None
         assert codes[0].dtype == np.uint8
         assert (float(params.scale), int(params.zero_point)) == (np.float32(0.05), 120)
-        walk.at(model.graph.outputs[0])
+        walk.values_of(model.graph.outputs[0])
         assert store.in_memory <= 4 * 5 * 6 * 6 * 4 + 4 * 6 * 6
 
 
@@ -79,9 +79,9 @@ def test_outputs_that_lie_in_front_are_kept() -> None:
     with contextlib.closing(ArrayStore(10**9)) as store:
         walk = StepwiseRun(model, feeds, store, threads=1, kept=model.graph.outputs)
         for node in layers:
-            walk.at(node.inputs[0])
-            behind = NetworkTail(walk.behind(model.graph.outputs), ["b", "h", "y"], threads=1)
-            for found, want in zip(next(behind.run([0])), expected, strict=True):
+            walk.values_of(node.inputs[0])
+            tail = NetworkTail(walk.tail_model(model.graph.outputs), ["b", "h", "y"], threads=1)
+            for found, want in zip(next(tail.run([0])), expected, strict=True):
                 np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-4)
 
 
@@ -92,9 +92,9 @@ def test_weights_may_change_ahead() -> None:
     with contextlib.closing(ArrayStore(10**9)) as store:
         walk = StepwiseRun(model, feeds, store, threads=1)
         last = model.nodes()[1]
-        before = walk.at(last.inputs[0])[0].copy()
+        before = walk.values_of(last.inputs[0])[0].copy()
         model.set_input(last, 1, model.constant("doubled", 2 * np.eye(4, dtype=np.float32).reshape(4, 4, 1, 1)))
-        np.testing.assert_allclose(walk.at(model.graph.outputs[0])[0], 2 * before, rtol=1e-6)
+        np.testing.assert_allclose(walk.values_of(model.graph.outputs[0])[0], 2 * before, rtol=1e-6)
 
 
 def test_a_body_reads_what_lies_outside() -> None:
@@ -119,8 +119,8 @@ def test_a_body_reads_what_lies_outside() -> None:
         walk = StepwiseRun(model, feeds, store, threads=1)
         for node in model.nodes():
             if node.op_type == "Conv":
-                walk.at(node.inputs[0])
-        np.testing.assert_allclose(walk.at(model.graph.outputs[0])[0], expected, atol=1e-5)
+                walk.values_of(node.inputs[0])
+        np.testing.assert_allclose(walk.values_of(model.graph.outputs[0])[0], expected, atol=1e-5)
 
 
 def test_large_constants_are_fed(monkeypatch) -> None:
@@ -130,5 +130,5 @@ def test_large_constants_are_fed(monkeypatch) -> None:
     feeds = [{"x": np.random.default_rng(0).standard_normal((1, 3, 4, 4)).astype(np.float32)}]
     (expected,) = Session(proto.SerializeToString()).run_all(feeds[0])
     with contextlib.closing(ArrayStore(10**9)) as store:
-        found = StepwiseRun(model, feeds, store, threads=1).at(model.graph.outputs[0])[0]
+        found = StepwiseRun(model, feeds, store, threads=1).values_of(model.graph.outputs[0])[0]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)

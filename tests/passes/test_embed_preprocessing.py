@@ -692,7 +692,7 @@ def test_the_float_model_is_fed_the_same_bits(folder: str, own: Layout, preset: 
     for layout in Layout:
         plain, raw = (DataLoader.of(session, data, Reporter(pytest.fail)) for _ in range(2))
         raw.take_pixels(layout)
-        for want, given in zip(plain.all(""), raw.all(""), strict=True):
+        for want, given in zip(plain.iter_batches(""), raw.iter_batches(""), strict=True):
             assert given["x"].dtype == np.uint8
             assert given["x"].flags["C_CONTIGUOUS"]
             got = raw.as_float(given)["x"]

@@ -40,10 +40,12 @@ def feed(tmp_path: Path) -> DataLoader:
 
 def lowered(model: Model, feed: DataLoader) -> list[Change]:
     found = find_absorption_candidates(model)
-    taps = [Observer(candidate.result.name or "", SketchContents.CHANNELS) for candidate in found]
+    observers = [Observer(candidate.result.name or "", SketchContents.CHANNELS) for candidate in found]
     channels = (
-        estimate_channel_ranges(observe_each_image(open_observed_session(model, taps, 1), taps, feed.all("test")))
-        if taps
+        estimate_channel_ranges(
+            observe_each_image(open_observed_session(model, observers, 1), observers, feed.iter_batches("test"))
+        )
+        if observers
         else {}
     )
     return absorb_biases(model, found, channels)
@@ -59,7 +61,7 @@ def test_high_channels_are_lowered_exactly(feed: DataLoader) -> None:
     assert bias is not None
     assert bias[[0, 3]].tolist() == HIGH[[0, 3]].tolist()
     assert np.all(bias[[1, 2]] < HIGH[[1, 2]] / 2)
-    for feeds in feed.all("test"):
+    for feeds in feed.iter_batches("test"):
         expected, got = run(proto, feeds)["y"], run(model, feeds)["y"]
         np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
 

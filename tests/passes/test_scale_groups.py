@@ -140,28 +140,28 @@ KINDS: dict[str, tuple[onnx.ModelProto, int]] = {
 }  # fmt: skip
 
 
-def drawn(streams: ScaleGroups) -> np.ndarray:
+def drawn(groups: ScaleGroups) -> np.ndarray:
     """Scales from 1/4 to 4 for all classes that are free, Clips aside."""
     rng = np.random.default_rng(0)
-    s = np.where(streams.fixed, 1.0, 4.0 ** rng.uniform(-1, 1, streams.fixed.size))
-    for limit in streams.limits:
-        s[streams.of[limit.value]] = 1.0
+    s = np.where(groups.fixed, 1.0, 4.0 ** rng.uniform(-1, 1, groups.fixed.size))
+    for limit in groups.limits:
+        s[groups.of[limit.value]] = 1.0
     return s
 
 
 def scaled(proto: onnx.ModelProto) -> tuple[Model, ScaleGroups]:
     model = loaded(proto)
     run_float_passes(model)
-    streams = find_scale_groups(model)
-    apply_scales(model, streams, drawn(streams))
-    return model, streams
+    groups = find_scale_groups(model)
+    apply_scales(model, groups, drawn(groups))
+    return model, groups
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scaling_changes_no_output(kind: str) -> None:
     proto, free = KINDS[kind]
-    model, streams = scaled(proto)
-    assert int((~streams.fixed).sum()) == free
+    model, groups = scaled(proto)
+    assert int((~groups.fixed).sum()) == free
     feeds = random_feeds(proto)
     before, after = run(proto, feeds), run(model, feeds)
     for name, expected in before.items():
@@ -180,30 +180,30 @@ def test_scaling_changes_weights() -> None:
             assert not np.allclose(a, b)
 
 
-def test_a_stream_is_one_group_over_its_blocks() -> None:
+def test_a_stream_is_one_component_over_its_blocks() -> None:
     """By hand: c, r, f, a, p, g and h carry the stream; d and q are inside the branch; the input and y are outside."""
     model = loaded(KINDS["residual"][0])
     run_float_passes(model)
-    streams = find_scale_groups(model)
-    of = {value.name: classes.tolist() for value, classes in streams.of.items()}
+    groups = find_scale_groups(model)
+    of = {value.name: classes.tolist() for value, classes in groups.of.items()}
     assert of["c"] == of["r"] == of["f"] == of["a"] == of["p"] == of["g"] == of["h"]
     assert of["d"] == of["q"]
     assert set(of["c"]).isdisjoint(of["d"])
-    assert len(set(streams.group[of["c"]])) == 1
-    assert streams.fixed[of["y"]].all()
+    assert len(set(groups.component[of["c"]])) == 1
+    assert groups.fixed[of["y"]].all()
 
 
 def test_a_depthwise_layer_parts_its_input_from_its_output() -> None:
     model = loaded(KINDS["depthwise"][0])
-    streams = find_scale_groups(model)
-    of = {value.name: set(classes.tolist()) for value, classes in streams.of.items()}
+    groups = find_scale_groups(model)
+    of = {value.name: set(classes.tolist()) for value, classes in groups.of.items()}
     assert of["r"].isdisjoint(of["d"])
 
 
-def test_what_holds_a_group_is_told() -> None:
+def test_what_holds_a_component_is_told() -> None:
     model = loaded(KINDS["HardSwish"][0])
-    streams = find_scale_groups(model)
-    assert "HardSwish hands no factor on" in streams.reasons.values()
+    groups = find_scale_groups(model)
+    assert "HardSwish hands no factor on" in groups.reasons.values()
 
 
 def test_the_bounds_of_a_clip_are_limits() -> None:
@@ -211,8 +211,8 @@ def test_the_bounds_of_a_clip_are_limits() -> None:
         "c = Conv(x, w, b) r = Clip(c, low, high) y = Conv(r, u)",
         w=(4, 3, 1, 1), b=(4,), low=0.0, high=6.0, u=(2, 4, 1, 1),
     )  # fmt: skip
-    streams = find_scale_groups(loaded(proto))
-    (limit,) = streams.limits
+    groups = find_scale_groups(loaded(proto))
+    (limit,) = groups.limits
     assert (limit.value.name, limit.low, limit.high) == ("r", 0.0, 6.0)
 
 
@@ -224,5 +224,5 @@ def test_a_tensor_that_a_body_reads_stays() -> None:
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "yes"))
     proto.graph.node.append(onnx.helper.make_node("If", ["yes"], ["z"], name="z", then_branch=body, else_branch=body))
     proto.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [2, 4, 6, 6]))
-    streams = find_scale_groups(loaded(proto))
-    assert all(streams.fixed[classes].all() for value, classes in streams.of.items() if value.name == "r")
+    groups = find_scale_groups(loaded(proto))
+    assert all(groups.fixed[classes].all() for value, classes in groups.of.items() if value.name == "r")

@@ -20,6 +20,7 @@ from qconv.pipeline.prepare import Stopwatch, load_float, prepare
 from qconv.pipeline.quantize import quantize
 from qconv.planning import planner
 from qconv.reporter import Reporter
+from qconv.results.scores import SQNR
 from tests.support.models import network
 
 BODY = "c = Conv(x, w)  n = BatchNormalization(c, s, b, m, v)  r = Relu(n)  f = Flatten(r)  y = Gemm(f, g)"
@@ -54,8 +55,8 @@ def test_the_plan_is_the_one_that_quantize_carries_out(source: Source, images: D
     planned = {value.name for value in found.plan.activations}
     assert planned == {row.name for row in report.tensors if row.kind == "activation"}
     assert [node.op_type for node in found.model.nodes()].count("BatchNormalization") == 0
-    assert found.data.fed is not None
-    assert report.preprocessing == found.data.fed.as_dict()
+    assert found.data.model_preprocessing is not None
+    assert report.preprocessing == found.data.model_preprocessing.as_dict()
     assert found.size == report.float_bytes
     assert set(clock.seconds) == {"load", "detect", "fold", "plan"}
 
@@ -108,7 +109,7 @@ def test_a_study_scores_the_network_that_takes_pixels(source: Source, images: Da
     (got,) = session.run(None, {session.get_inputs()[0].name: pixels})
     sqnr = 10 * math.log10((expected.astype(np.float64) ** 2).sum() / ((expected - got).astype(np.float64) ** 2).sum())
     assert last.pictures == 7
-    assert last.sqnr_db == pytest.approx(sqnr, rel=1e-3)
+    assert last.value_of(SQNR) == pytest.approx(sqnr, rel=1e-3)
 
 
 def test_the_plan_is_made_once_and_again_only_where_the_network_has_changed(

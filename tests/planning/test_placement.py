@@ -58,10 +58,10 @@ def test_no_other_division_is_cheaper(seed: int) -> None:
     rng = np.random.default_rng(seed)
     model, plan, shapes = planned(CHAIN, **WEIGHTS)
     costs = {kind: tuple(rng.uniform(0, 9, 2)) for kind in ("stem3", "depthwise3", "Add")}
-    question = _PlacementProblem.of(model, plan, shapes, table(**costs, switch=(0.0, float(rng.uniform(0, 9)))))
-    cautious = {n: c and type(c)(1.1 * c.float_us, c.integer_us) for n, c in question.costs.items()}
-    judged = _PlacementProblem(cautious, question.tensors)
-    chosen = question.cheapest()
+    problem = _PlacementProblem.of(model, plan, shapes, table(**costs, switch=(0.0, float(rng.uniform(0, 9)))))
+    cautious = {n: c and type(c)(1.1 * c.float_us, c.integer_us) for n, c in problem.costs.items()}
+    judged = _PlacementProblem(cautious, problem.tensors)
+    chosen = problem.cheapest()
     nodes = list(plan.integer)
     every = (set(s) for n in range(len(nodes) + 1) for s in itertools.combinations(nodes, n))
     assert judged.time(chosen) == pytest.approx(min(map(judged.time, every)))
@@ -107,7 +107,7 @@ def test_where_integers_always_lose_all_is_float() -> None:
     kinds = ("stem3", "depthwise3", "Add")
     found = place_by_cost_table(model, plan, shapes, table(switch=(0, 1), **dict.fromkeys(kinds, (1, 99))))
     assert set(found) == set("abcefy")
-    placed = make_plan(model, Recipe(), Target("plain", folds=True), found)
+    placed = make_plan(model, Recipe(), Target("plain", folds_constants=True), found)
     assert not placed.integer
     assert [(layer.node.name, layer.data, layer.at_load) for layer in placed.layers] == [
         (name, None, True) for name in "acfy"

@@ -16,7 +16,7 @@ def test_no_division_is_cheaper(seed: int) -> None:
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 8))
     network = FlowNetwork()
-    ends = [network.first, network.second, *range(count)]
+    ends = [network.source, network.sink, *range(count)]
     edges = []
     for start, end in itertools.permutations(range(count + 2), 2):
         if start != 1 and end != 0 and rng.random() < 0.5:
@@ -27,29 +27,29 @@ def test_no_division_is_cheaper(seed: int) -> None:
     def cost(chosen: set[object]) -> float:
         return sum(room for start, end, room in edges if start in chosen and end not in chosen)
 
-    sets = (set(s) | {network.first} for n in range(count + 1) for s in itertools.combinations(range(count), n))
+    sets = (set(s) | {network.source} for n in range(count + 1) for s in itertools.combinations(range(count), n))
     least = min(map(cost, sets))
-    assert cost({*network.first_side(), network.first}) == pytest.approx(least)
+    assert cost({*network.source_side(), network.source}) == pytest.approx(least)
 
 
 def test_ford_and_fulkersons_bottleneck() -> None:
     """A chain is cut at its narrowest edge."""
     network = FlowNetwork()
-    for start, end, room in ((network.first, "a", 5.0), ("a", "b", 2.0), ("b", network.second, 4.0)):
+    for start, end, room in ((network.source, "a", 5.0), ("a", "b", 2.0), ("b", network.sink, 4.0)):
         network.edge(start, end, room)
-    assert network.first_side() == {"a"}
+    assert network.source_side() == {"a"}
 
 
 def test_what_may_not_be_cut_holds_together() -> None:
     network = FlowNetwork()
-    for start, end, room in ((network.first, "a", 3.0), ("a", "b", math.inf), ("b", network.second, 1.0)):
+    for start, end, room in ((network.source, "a", 3.0), ("a", "b", math.inf), ("b", network.sink, 1.0)):
         network.edge(start, end, room)
-    assert network.first_side() == {"a", "b"}
+    assert network.source_side() == {"a", "b"}
 
 
 def test_no_finite_cut_is_an_error() -> None:
     network = FlowNetwork()
-    network.edge(network.first, "a", math.inf)
-    network.edge("a", network.second, math.inf)
+    network.edge(network.source, "a", math.inf)
+    network.edge("a", network.sink, math.inf)
     with pytest.raises(ValueError, match="infinitely"):
-        network.first_side()
+        network.source_side()

@@ -64,7 +64,7 @@ class Planned:
 
     @property
     def watched(self) -> list[str]:
-        return [tap.name for tap in self.plan.taps()]
+        return [observer.name for observer in self.plan.observers()]
 
     @property
     def absorbed(self) -> dict[str, str]:

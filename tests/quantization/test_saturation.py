@@ -159,7 +159,7 @@ def test_asymmetric_weights_keep_their_precision() -> None:
     params = params_of(weight, symmetric=False)
     after = widen_scales(params, weight, *full(8), output_axis=0)
     assert np.all(after.scale <= params.scale * 2.1)
-    assert np.abs(after.fake(weight) - weight).max() <= after.scale.max() / 2 * 1.001
+    assert np.abs(after.fake_quantize(weight) - weight).max() <= after.scale.max() / 2 * 1.001
 
 
 # -- what it is for: the runtime computes exactly ----------------------------------------------------------------------

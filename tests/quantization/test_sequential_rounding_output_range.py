@@ -31,17 +31,17 @@ def test_bounds_and_codes(body: str, bounds: tuple[float, float], with_codes: li
     ends = {name: np.array(end, np.float32) for name, end in (("l", 0), ("h", 6)) if f", {name}" in body}
     model = loaded(network(body, (1, 3, 4, 4), w=(4, 3, 1, 1), **ends))
     values = {value.name: value for node in model.nodes() for value in node.outputs}
-    sight = EffectiveRange.behind(model.nodes()[0], {values[name]: CODES for name in with_codes})
-    assert sight.bounds == bounds
-    assert sight.codes == pytest.approx((-2.0, 23.5))
-    assert EffectiveRange.behind(model.nodes()[0], {}).codes == UNBOUNDED
+    effective_range = EffectiveRange.of_consumers(model.nodes()[0], {values[name]: CODES for name in with_codes})
+    assert effective_range.bounds == bounds
+    assert effective_range.codes == pytest.approx((-2.0, 23.5))
+    assert EffectiveRange.of_consumers(model.nodes()[0], {}).codes == UNBOUNDED
 
 
 def test_what_is_seen_of_both_networks() -> None:
     outputs = np.array([-9.0, -1, 3, 9], np.float32).reshape(1, 4, 1)
-    sight = EffectiveRange((0.0, 6.0), (-2.0, 5.0))
-    assert sight.of_float(outputs).ravel().tolist() == [0, 0, 3, 6]
-    assert sight.of_rounded(outputs).ravel().tolist() == [0, 0, 3, 5]
+    effective_range = EffectiveRange((0.0, 6.0), (-2.0, 5.0))
+    assert effective_range.of_float(outputs).ravel().tolist() == [0, 0, 3, 6]
+    assert effective_range.of_rounded(outputs).ravel().tolist() == [0, 0, 3, 5]
     assert EffectiveRange(codes=(-2.0, 5.0)).of_rounded(outputs).ravel().tolist() == [-2, -1, 3, 5]
 
 
@@ -53,6 +53,6 @@ def test_means_and_bias_come_back() -> None:
     (node,) = model.nodes()
     weight = rng.standard_normal((1, 2, 3)).astype(np.float32)
     seen = accumulate_moments([(rows, rows)])
-    sight = EffectiveRange().around(node, weight, seen)
+    effective_range = EffectiveRange().around(node, weight, seen)
     centred = (rows - seen.float_mean[:, None].astype(np.float32)) @ np.swapaxes(weight, 1, 2)
-    np.testing.assert_allclose(sight.of_float(centred)[0], rows[0] @ weight[0].T + bias, atol=1e-5)
+    np.testing.assert_allclose(effective_range.of_float(centred)[0], rows[0] @ weight[0].T + bias, atol=1e-5)

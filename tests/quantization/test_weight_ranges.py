@@ -24,7 +24,9 @@ def weights(*shape: int) -> np.ndarray:
 
 
 def squares(weight: np.ndarray, spec: QuantSpec, name: str) -> float:
-    return float(np.square(spec.from_range(*WEIGHT_RANGE_ESTIMATORS[name](weight, spec)).fake(weight) - weight).sum())
+    return float(
+        np.square(spec.from_range(*WEIGHT_RANGE_ESTIMATORS[name](weight, spec)).fake_quantize(weight) - weight).sum()
+    )
 
 
 def test_the_recipe_knows_them_all() -> None:
@@ -50,10 +52,10 @@ def test_mse_of_each_channel_is_as_good_as_brute_force(bits: int) -> None:
     low, high = WEIGHT_RANGE_ESTIMATORS["mse"](weight, spec)
     alone = QuantSpec(bits, signed=True, symmetric=True)
     for channel, a, b in zip(weight, low, high, strict=True):
-        found = np.square(alone.from_range(a, b).fake(channel) - channel).sum()
+        found = np.square(alone.from_range(a, b).fake_quantize(channel) - channel).sum()
         reach = np.abs(channel).max()
         best = min(
-            np.square(alone.from_range(-reach * s, reach * s).fake(channel) - channel).sum()
+            np.square(alone.from_range(-reach * s, reach * s).fake_quantize(channel) - channel).sum()
             for s in np.linspace(0.1, 1, 181)
         )
         assert found <= best * 1.05
@@ -67,9 +69,11 @@ def test_both_ends_of_asymmetric_weights_move_alone() -> None:
     assert (np.abs(low / weight.min(axis=1) - high / weight.max(axis=1)) > 0.005).all()
     for row, a, b in zip(weight, low, high, strict=True):
         alone = QuantSpec(3, signed=True, symmetric=False)
-        found = np.square(alone.from_range(a, b).fake(row) - row).sum()
+        found = np.square(alone.from_range(a, b).fake_quantize(row) - row).sum()
         grid = itertools.product(np.linspace(0.2, 1, 17), np.linspace(0.1, 1, 46))
-        best = min(np.square(alone.from_range(row.min() * s, row.max() * t).fake(row) - row).sum() for s, t in grid)
+        best = min(
+            np.square(alone.from_range(row.min() * s, row.max() * t).fake_quantize(row) - row).sum() for s, t in grid
+        )
         assert found <= best * 1.1
 
 
@@ -107,4 +111,4 @@ def test_zeros_and_constants_have_ranges(name: str, granularity: Granularity) ->
     params = spec.from_range(*WEIGHT_RANGE_ESTIMATORS[name](weight, spec))
     assert np.isfinite(params.scale).all()
     if isinstance(granularity, PerChannel) and granularity.axis == 0:
-        np.testing.assert_allclose(params.fake(weight), weight, rtol=1e-5)
+        np.testing.assert_allclose(params.fake_quantize(weight), weight, rtol=1e-5)

@@ -105,7 +105,7 @@ def test_of_laplace_weights_less_is_lost_than_with_the_same_bits_for_all(calibra
     assert params.bits.mean() == 4
     assert np.all(np.diff(params.bits) >= 0)
     plain = spec.from_range(*weight_ranges.WEIGHT_RANGE_ESTIMATORS[calibrator](stored, spec))
-    own, same = (np.sum((p.fake(stored).astype(np.float64) - stored) ** 2) for p in (params, plain))
+    own, same = (np.sum((p.fake_quantize(stored).astype(np.float64) - stored) ** 2) for p in (params, plain))
     assert own < 0.5 * same
 
 
@@ -128,8 +128,8 @@ def test_every_channel_is_quantized_as_alone() -> None:
     assert params.bits is not None
     for index, bits in enumerate(params.bits):
         alone = QuantSpec(int(bits), True, True, PerTensor())
-        expected = QuantParams(alone, params.scale[index], params.zero_point[index]).fake(weight[index])
-        assert np.array_equal(params.fake(weight)[index], expected)
+        expected = QuantParams(alone, params.scale[index], params.zero_point[index]).fake_quantize(weight[index])
+        assert np.array_equal(params.fake_quantize(weight)[index], expected)
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
@@ -155,7 +155,9 @@ def test_of_laplace_tensors_less_is_lost_than_with_the_same_bits_for_all(clips: 
     assert params.bits.mean() == 4
     whole = QuantSpec(4, False, False).from_range(x.min(), x.max())
     same = spec.from_range(x.min(axis=(0, 2)), x.max(axis=(0, 2)))
-    own, by_channel, by_tensor = (np.sum((p.fake(x).astype(np.float64) - x) ** 2) for p in (params, same, whole))
+    own, by_channel, by_tensor = (
+        np.sum((p.fake_quantize(x).astype(np.float64) - x) ** 2) for p in (params, same, whole)
+    )
     assert own < 0.6 * by_channel < 0.6 * by_tensor
 
 
@@ -216,7 +218,7 @@ def test_the_runtime_computes_what_numpy_does(target: str, scheme: str, calibrat
         session = Session(proto.SerializeToString(), threads=1, optimize=optimize)
         found = dict(zip(session.outputs, session.run_all(result.samples[0]), strict=True))
         for name, params in values.items():
-            assert np.array_equal(found[f"{name}_as_float"], params.fake(found[limits[name].input[0]])), name
+            assert np.array_equal(found[f"{name}_as_float"], params.fake_quantize(found[limits[name].input[0]])), name
     assert sqnr(result.meant["y"], result.got["y"]) > 60
 
 

@@ -99,10 +99,10 @@ def test_what_is_behind_runs_as_rounded_by_hand(body: str, rounded: list[str]) -
     first = {value.name: value for node in model.nodes() for value in node.outputs}[(rounded or ["b"])[0]]
     with contextlib.closing(ArrayStore(10**9)) as store:
         walk = StepwiseRun(model, [{"x": x}], store, threads=1)
-        walk.at(first)
+        walk.values_of(first)
         spec = params.spec if rounded else None
         behind = NetworkTail(
-            walk.behind(list(model.graph.outputs)), ["y"], [rounded] if rounded else [], spec, threads=1
+            walk.tail_model(list(model.graph.outputs)), ["y"], [rounded] if rounded else [], spec, threads=1
         )
         ((found,),) = behind.run([0], params if rounded else None)
     np.testing.assert_allclose(found, by_hand(body, x, rounded, params), atol=1e-5)
@@ -118,12 +118,12 @@ def test_groups_that_share_a_session_are_rounded_one_at_a_time() -> None:
     b = next(value for node in model.nodes() for value in node.outputs if value.name == "b")
     with contextlib.closing(ArrayStore(10**9)) as store:
         walk = StepwiseRun(model, [{"x": x} for x in xs], store, threads=1)
-        walk.at(b)
+        walk.values_of(b)
         outputs = list(model.graph.outputs)
-        together = NetworkTail(walk.behind(outputs), ["y"], groups, UINT8, threads=1)
+        together = NetworkTail(walk.tail_model(outputs), ["y"], groups, UINT8, threads=1)
         seen = []
         for index, group in enumerate(groups):
-            alone = NetworkTail(walk.behind(outputs), ["y"], [group], UINT8, threads=1)
+            alone = NetworkTail(walk.tail_model(outputs), ["y"], [group], UINT8, threads=1)
             for (one,), (other,) in zip(
                 alone.run(range(3), params[index]), together.run(range(3), params[index], index), strict=True
             ):
@@ -148,7 +148,7 @@ def by_hand(body: str, x: NDArray, rounded: list[str], params: QuantParams) -> N
         )
         (tensors[name],) = Session(proto.SerializeToString(), optimize=False).run_all({"x": inputs[fed]})
         if name in rounded:
-            tensors[name] = params.fake(tensors[name])
+            tensors[name] = params.fake_quantize(tensors[name])
     return tensors["y"]
 
 

@@ -50,9 +50,9 @@ def grounds(**options: object) -> SensitivityContext:
     recipe = Recipe(target="generic", saturation_safe=False, **options)  # type: ignore[arg-type]
     model = loaded(NET)
     plan = make_plan(model, recipe, TARGETS[recipe.target])
-    taps = plan.taps()
-    with export_observed_model(model, taps) as runnable:
-        sketches = observe(Session(runnable, threads=1), taps, batches())
+    observers = plan.observers()
+    with export_observed_model(model, observers) as runnable:
+        sketches = observe(Session(runnable, threads=1), observers, batches())
     params, _ = choose_params(plan, sketches, recipe)
     return SensitivityContext(model, plan, params, sketches, recipe)
 
@@ -97,7 +97,7 @@ def test_the_noise_is_that_of_rounded_weights(granularity: str) -> None:
             arranged = layer.arranged(stored)
             params = spec.from_range(*group_extremes(arranged, spec.granularity))
             own = constants.get(BIASES.get(name, ""))
-            got = run_on(replaced(name, params.fake(arranged).reshape(stored.shape), own))
+            got = run_on(replaced(name, params.fake_quantize(arranged).reshape(stored.shape), own))
             assert found[name].noise[bits] == pytest.approx(noise(reference, got), rel=1e-3)
 
 
@@ -121,7 +121,7 @@ def test_the_noise_of_second_order_codes_is_that_on_batches_that_they_were_not_m
         rows = [patches.rows(x, patches.places(np.arange(patches.positions(x.shape)))) for x in read]
         narrow = replace(layer, weight=replace(layer.weight, bits=3))
         start, _ = quantize_layer(narrow, source, "max", network.plan.target)
-        solved, _ = solver.solved(
+        solved, _ = solver.solve(
             start, source, accumulate_moments(zip(rows, rows, strict=True)), EffectiveRange(), anew=False
         )
         weight = solved.weight.dequantize(solved.codes).reshape(shape)
@@ -152,7 +152,7 @@ def test_inputs_of_the_float_network_need_no_weights_solved_anew() -> None:
     rows = [rng.standard_normal((1, 40, 27)).astype(np.float32) for _ in range(16)]
     (start,) = (chosen for chosen in network.params.layers if chosen.layer.node.name == "c")
     seen, source = accumulate_moments(zip(rows, rows, strict=True)), network.params.sources[start.layer.node]
-    anew, same = (solver.solved(start, source, seen, EffectiveRange(), anew=anew)[0] for anew in (True, False))
+    anew, same = (solver.solve(start, source, seen, EffectiveRange(), anew=anew)[0] for anew in (True, False))
     assert (anew.codes == same.codes).mean() > 0.99  # ties and the last digit apart
     np.testing.assert_allclose(anew.weight.scale, same.weight.scale, rtol=1e-3)
 

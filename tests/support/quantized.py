@@ -105,11 +105,11 @@ class Quantized:
         oldest = metadata.needed_runtime(model, recipe).split()[-1]
         skip_without("onnxruntime", oldest, "what is made here says so")
         self.plan: Plan = make_plan(model, recipe, TARGETS[recipe.target])
-        taps = self.plan.taps(sketch_contents_for(recipe))
+        observers = self.plan.observers(sketch_contents_for(recipe))
         sketches = {}
-        if taps:
-            with export_observed_model(model, taps) as runnable:
-                sketches = observe(Session(runnable, threads=1), taps, samples)
+        if observers:
+            with export_observed_model(model, observers) as runnable:
+                sketches = observe(Session(runnable, threads=1), observers, samples)
         self.params: Params
         self.findings: list[Finding]
         self.params, self.findings = choose_params(self.plan, sketches, recipe)

@@ -224,11 +224,11 @@ def test_pixels_move_along_the_gradient_of_the_distance(
     model = loaded(onnx.ModelProto.FromString(remembering()))
     wanted = BatchNormTargets.of(model, "net").wanted
     pixels = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3), np.uint8)
-    dream, network = ImageOptimizer(TorchNetwork(model), prep, wanted, pixels, batch), TorchNetwork(model)
-    dream.look()
+    optimizer, network = ImageOptimizer(TorchNetwork(model), prep, wanted, pixels, batch), TorchNetwork(model)
+    optimizer.look()
     taken: list[torch.Tensor] = []
-    monkeypatch.setattr(dream, "_step", lambda pixels, gradient, share: taken.append(gradient))
-    dream._move(0, 1.0)
+    monkeypatch.setattr(optimizer, "_step", lambda pixels, gradient, share: taken.append(gradient))
+    optimizer._move(0, 1.0)
 
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().requires_grad_()
     still = torch.cat([x[:batch], x[batch:].detach()])
@@ -341,7 +341,7 @@ def test_a_set_that_a_killed_run_moved_aside_comes_back(tmp_path: Path) -> None:
 def patched_look() -> Iterator[None]:
     """Nothing is made."""
 
-    def look(dream: object) -> list[float]:
+    def look(optimizer: object) -> list[float]:
         raise QconvError("It holds NaN.", "mend it.")
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The course of training, with a lesson whose marks are written down beforehand."""
+"""The course of training, with validation scores that are written down beforehand."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Learned:
         pass
 
 
-class Lesson:
-    """Its loss falls as the number grows; its marks are given."""
+class ScriptedDistillation:
+    """Its loss falls as the number grows; its validation scores are given."""
 
     def __init__(self, distances: Sequence[float], rights: Sequence[float] | None = None) -> None:
         self.learned, self.taught = Learned(), np.arange(32)
-        self.marks = iter(
+        self.scores = iter(
             ValidationScore(right, d) for d, right in zip(distances, rights or [0.5] * len(distances), strict=True)
         )
         self.slope = 1.0
@@ -56,15 +56,15 @@ class Lesson:
     def loss(self, part: np.ndarray, rng: Any) -> torch.Tensor:
         return -self.slope * self.learned.number.sum()
 
-    def mark(self) -> ValidationScore:
-        return next(self.marks)
+    def validate(self) -> ValidationScore:
+        return next(self.scores)
 
 
 def trained(distances: Sequence[float], rights: Sequence[float] | None = None, **more: Any) -> Trainer:
-    """A run of a round of 32 steps for each mark but the first."""
-    lesson: Any = Lesson(distances, rights)
+    """A run of a round of 32 steps for each validation score but the first."""
+    distillation: Any = ScriptedDistillation(distances, rights)
     schedule = {"epochs": 32 * (len(distances) - 1), "batch": 32, "rates": {"weights": 0.1}, "augment": False, **more}
-    trainer = Trainer(lesson, TrainingSettings(**schedule))  # type: ignore[arg-type]
+    trainer = Trainer(distillation, TrainingSettings(**schedule))  # type: ignore[arg-type]
     trainer.run(lambda done, total: None, lambda: None)
     return trainer
 
@@ -72,8 +72,8 @@ def trained(distances: Sequence[float], rights: Sequence[float] | None = None, *
 def test_what_is_worse_while_rates_are_high_is_waited_for() -> None:
     found = trained([1.0, 1.5, 3.0, 2.0, 1.5, 1.1, 0.9, 0.8])
     assert (found.step, found.best_step, found.cuts) == (7 * 32, 7 * 32, 0)
-    assert found.best_mark.distance == 0.8
-    assert found.best["weights/w"] == found.lesson.learned.number.detach().numpy()
+    assert found.best_score.distance == 0.8
+    assert found.best["weights/w"] == found.distillation.learned.number.detach().numpy()
 
 
 def test_it_ends_where_the_second_half_brings_nothing() -> None:
@@ -90,32 +90,32 @@ def test_it_goes_back_where_it_runs_away() -> None:
     assert found.best_step == 3 * 32
     # all steps but those of the lost round count, and behind it at a third of the rate
     whole = trained([1.0, 0.9, 1.5, 0.8, *[1.5] * 4])
-    assert found.lesson.learned.number.item() < whole.lesson.learned.number.item()
+    assert found.distillation.learned.number.item() < whole.distillation.learned.number.item()
 
 
 def test_it_is_given_up_where_it_runs_away_again_and_again() -> None:
     found = trained([1.0, *[DIVERGED_FACTOR] * 20])
     assert found.cuts == MOST_RATE_CUTS + 1
     assert found.step == (MOST_RATE_CUTS + 1) * 32
-    assert found.lesson.learned.number.item() == 0
+    assert found.distillation.learned.number.item() == 0
     assert 0 < RATE_CUT < 1
 
 
 def test_what_is_right_less_often_is_not_better() -> None:
     found = trained([1.0, 0.5, 0.9, 0.6, 0.7, 0.8], [0.5, 0.4, 0.5, 0.4, 0.6, 0.9])
-    assert (found.best_step, found.best_mark) == (4 * 32, ValidationScore(0.6, 0.7))
+    assert (found.best_step, found.best_score) == (4 * 32, ValidationScore(0.6, 0.7))
 
 
 def test_rates_rise_and_fall() -> None:
     """Adam moves by the rate where the gradient is always the same: their sum is the way."""
     found = trained(np.linspace(1, 0.1, 33), epochs=1000)
     rates = [min(1, (k + 1) / 50) * 0.5 * (1 + np.cos(np.pi * k / 1000)) for k in range(1000)]
-    assert found.lesson.learned.number.item() == pytest.approx(0.1 * sum(rates), rel=1e-3)
+    assert found.distillation.learned.number.item() == pytest.approx(0.1 * sum(rates), rel=1e-3)
 
 
 def test_gradients_that_are_no_numbers_are_left_out() -> None:
-    lesson: Any = Lesson([1.0, 1.0])
-    lesson.slope = float("nan")
-    trainer = Trainer(lesson, TrainingSettings(32, 32, {"weights": 0.1}, augment=False))
+    distillation: Any = ScriptedDistillation([1.0, 1.0])
+    distillation.slope = float("nan")
+    trainer = Trainer(distillation, TrainingSettings(32, 32, {"weights": 0.1}, augment=False))
     trainer.run(lambda done, total: None, lambda: None)
-    assert lesson.learned.number.item() == 0
+    assert distillation.learned.number.item() == 0
