@@ -299,7 +299,10 @@ class _LoadedNetworks:
 
     def whole(self, request: ComparisonRequest) -> ComparisonAccumulator:
         """Compare the outputs of both files as they are, with the runtime's optimizations."""
-        both = [open_original(source, self.threads, request.task) for source in (request.float_model, request.model)]
+        both = [
+            open_original(source, self.threads, request.task, required=False)
+            for source in (request.float_model, request.model)
+        ]
         comparison = ComparisonAccumulator.of(both[0].model_outputs)
         for floats, feeds in request.feeds():
             comparison.add(both[0].run_all(floats), both[1].run(both[0].outputs, feeds))
@@ -490,6 +493,6 @@ def compare_on_images(
         return ((its, mine) for mine, its in iter_paired_batches(own, other, reporter, lost.add))
 
     total = len(own.feed.listing.paths)
-    request = ComparisonRequest(float_model, model, feeds, total, own.words, threads, data.task)
+    request = ComparisonRequest(float_model, model, feeds, total, own.words, threads, own.session.task)
     found = compare(request, reporter)
     return ComparisonRun(replace(found, images=total - len(lost)), other)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.choices import SAMPLE_SUFFIXES
+from qconv.config.choices import SAMPLE_SUFFIXES, TASKS
 from qconv.config.data_options import AUTO, Color, DataOptions, Layout, Preprocessing, PreprocessingOptions
 from qconv.data import images
 from qconv.data.autodetect import detect_preprocessing
@@ -26,7 +26,7 @@ from qconv.data.images import InputSpec, layout_order, resolve_preprocessing
 from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.files import Source, is_quantized, metadata_of, open_original, read_proto
-from qconv.ir.metadata import describe_odd_metadata, read_float_preprocessing, read_preprocessing
+from qconv.ir.metadata import describe_odd_metadata, read_float_preprocessing, read_preprocessing, read_recipe
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 
@@ -303,13 +303,15 @@ def _open_model(
     threads: int | None,
     reporter: Reporter,
     hint: PreprocessingOptions | None = None,
+    carried_task: str = "auto",
 ) -> ModelWithData:
     """Open a model with its preprocessing: the user's, the file's, that of `hint`, or a detected one, in this order.
 
-    hint: preprocessing of the other model.
+    hint: preprocessing of the other model. carried_task: of either file, for users who say nothing of the task.
     """
     proto = read_proto(source)
-    session = open_original(source, threads, data.task)
+    asked = data.task != "auto"
+    session = open_original(source, threads, data.task if asked else carried_task, required=asked)
     carried, said = metadata_of(proto), data.preprocessing
     odd = describe_odd_metadata(carried)
     for text in odd:
@@ -356,19 +358,29 @@ def _open_model(
 def open_models(
     source: Source, against: Source | None, data: DataOptions, threads: int | None, reporter: Reporter
 ) -> tuple[ModelWithData, ModelWithData | None]:
-    """Open the model and the other one, by their metadata; a quantized file otherwise takes the float model's."""
-    if against is None:
-        return _open_model(source, data, threads, reporter), None
+    """Open the model and the other one, by their metadata; a quantized file otherwise takes the float model's.
+
+    Of both the same outputs hold the same: what a file that qconv wrote was made with counts for the other one, too.
+    """
     proto = read_proto(source)
+    task = _find_carried_task(proto, None if against is None else read_proto(against))
+    if against is None:
+        return _open_model(source, data, threads, reporter, None, task), None
     carried = read_float_preprocessing(metadata_of(proto))
-    other = _open_model(against, data, threads, reporter, carried)
+    other = _open_model(against, data, threads, reporter, carried, task)
     hint = None
     if carried is None and is_quantized(proto) and other.feed.preprocessing is not None:
         fed = other.feed.preprocessing
         hint = PreprocessingOptions(
             fed.preset, fed.scale, fed.mean, fed.std, fed.color, None, fed.resize, fed.filter, fed.size
         )
-    return _open_model(source, data, threads, reporter, hint), other
+    return _open_model(source, data, threads, reporter, hint, task), other
+
+
+def _find_carried_task(*protos: Any) -> str:
+    """The task that the first of these models with a recipe was made with; "auto" where none says one."""
+    told = (read_recipe(metadata_of(proto)).get("task") for proto in protos if proto is not None)
+    return next((task for task in told if task in TASKS), "auto")
 
 
 def _merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> PreprocessingOptions:

@@ -241,15 +241,16 @@ def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
         )
 
 
-def open_original(source: Source, threads: int | None, task: str = "auto") -> Session:
+def open_original(source: Source, threads: int | None, task: str = "auto", *, required: bool = True) -> Session:
     """The user's own model, as it is, with what its outputs hold.
 
-    Raises QconvError where `--task` asks for what no output can hold.
+    required: the user asks for the task, not a file's metadata: raises QconvError where no output can hold that.
     """
     stat = None if source.path is None else source.path.stat()
     origins = _read_origins(source, None if stat is None else (stat.st_size, stat.st_mtime_ns))
     session = Session(source.runnable, name=source.name, threads=threads, origins=origins, task=task)
-    require_task(session.name, session.model_outputs, task)
+    if required:
+        require_task(session.name, session.model_outputs, task)
     return session
 
 

@@ -130,6 +130,7 @@ class Session:
             raise _load_error(name, error) from None
         self.outputs: list[str] = [output.name for output in self._session.get_outputs()]
         self._own = threading.local()
+        self.task = task
         self.model_outputs = self._describe_outputs(origins or {}, task)
 
     def _describe_outputs(self, origins: Mapping[str, OutputOrigin], task: str) -> tuple[ModelOutput, ...]:

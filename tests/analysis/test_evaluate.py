@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from qconv.analysis.compare import compare_on_images
 from qconv.analysis.evaluate import Evaluation, EvaluationOptions, evaluate
 from qconv.config.data_options import DataOptions, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
@@ -161,6 +162,24 @@ def test_a_quantized_file_is_fed_as_its_metadata_says(folder: Path, tmp_path: Pa
         assert found.outputs[0].sqnr_db is not None
         assert found.outputs[0].sqnr_db > 30
         assert "metadata" in found.words
+
+
+def test_a_quantized_file_holds_what_it_was_made_for(folder: Path, tmp_path: Path) -> None:
+    """For the float model beside it, too, and for comparisons; the option wins, and what cannot be is ignored."""
+    source, out = saved(classifier(), tmp_path), tmp_path / "landmarks.onnx"
+    data = DataOptions((str(folder),), preprocessing=PreprocessingOptions("unit"), task="regress")
+    quantize(source, out, Recipe(effort="fast"), data)
+    made = Source(str(out), out)
+    assert scored(made, folder, against=source).outputs[0].kind == "regression"
+    assert scored(source, folder, against=made).outputs[0].kind == "regression"
+    assert scored(made, folder, against=source, task="classify").outputs[0].kind == "class-scores"
+    read = compare_on_images(source, made, DataOptions((str(folder),)), Reporter()).compared
+    assert [output.kind for output in read.outputs] == ["regression"]
+    odd = onnx.load(out)
+    for entry in odd.metadata_props:
+        entry.value = entry.value.replace('"task": "regress"', '"task": "segment"')
+    assert "segment" in str(odd.metadata_props)
+    assert scored(saved(odd, tmp_path, "odd.onnx"), folder, against=source).outputs[0].kind == "class-scores"
 
 
 def test_maps_have_no_labels_but_agree(folder: Path, tmp_path: Path) -> None:
