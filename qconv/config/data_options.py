@@ -16,17 +16,17 @@ from qconv.config.choices import (
     TASKS,
     as_json_value,
     as_member,
-    as_numbers,
-    as_texts,
     option_name,
     require,
     require_finite,
-    require_integer,
+    take_types,
 )
 from qconv.errors import QconvError
 
 if TYPE_CHECKING:
     from qconv.data.dataset import ArraySamples
+else:
+    ArraySamples = object  # data stands above, and types of fields are looked up
 
 
 class Color(StrEnum):
@@ -101,18 +101,15 @@ class PreprocessingOptions:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        take_types(self, {"preset": "--preprocess"})
         object.__setattr__(self, "preset", self.preset or AUTO)
         for name, kind in (("color", Color), ("layout", Layout), ("filter", ResizeFilter)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_member(kind, getattr(self, name), f"--{name}"))
-        for name in ("mean", "std"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, as_numbers(getattr(self, name), f"--{name}"))
-        if self.scale is not None:
-            object.__setattr__(self, "scale", as_numbers(self.scale, "--scale")[0])
-        require(isinstance(self.resize, str | int), f"--resize {self.resize}", "use a word or a number of pixels.")
-        pair = isinstance(self.size, tuple) and len(self.size) == 2 and all(isinstance(n, int) for n in self.size)
-        require(self.size is None or pair, f"--size {self.size}", "use two whole numbers: height and width.")
+        known = (AUTO, *PRESETS)
+        require(self.preset in known, f"--preprocess {self.preset}", f"use one of {', '.join(known)}.")
+        some = self.size is None or min(self.size) >= 1
+        require(some, f"--size {self.size}", "use a height and a width of at least 1 pixel.")
         scale = None if self.scale is None else (self.scale,)
         for option, numbers in (("--scale", scale), ("--mean", self.mean), ("--std", self.std)):
             require_finite(option, numbers)
@@ -122,6 +119,9 @@ class PreprocessingOptions:
             raise QconvError("--std has a zero: pixels cannot be divided by it.", "give a positive number a channel.")
         if isinstance(self.resize, int):
             require(self.resize >= 1, f"--resize {self.resize}", "use at least 1 pixel.")
+        else:
+            fix = f"use {', '.join(RESIZE_MODES)} or a number of pixels."
+            require(self.resize in RESIZE_MODES, f"--resize {self.resize}", fix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,17 +257,14 @@ class DataOptions:
     arrays: ArraySamples | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "paths", as_texts(self.paths, "paths"))
+        take_types(self, {"paths": "paths", "preprocessing": "preprocessing", "arrays": "arrays"})
+        given = self.arrays is None or hasattr(self.arrays, "listing")
+        require(given, "arrays in DataOptions", "pass them in place of DataOptions: [{'input': array}].")
         hint = f"pass Recipe(data_free=True) for no images; a folder of that name is ./{NO_IMAGES}."
         require(NO_IMAGES not in self.paths, f"paths with {NO_IMAGES!r}", hint)
-        for name in ("samples", "batch", "seed"):
-            if name != "samples" or self.samples is not None:
-                require_integer(name, getattr(self, name))
         require(self.samples is None or self.samples >= 1, f"--samples {self.samples}", "use at least 1 picture.")
         require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")
         require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
-        whole = isinstance(self.preprocessing, PreprocessingOptions)
-        require(whole, f"preprocessing {self.preprocessing!r}", "pass PreprocessingOptions(preset=...).")
         require(self.task in TASKS, f"--task {self.task}", f"use one of {', '.join(TASKS)}.")
 
     @property
