@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.config.choices import check_run_options, take_types
 from qconv.config.data_options import DataOptions
 from qconv.data.dataset import LabelOptions, find_classes, labels_of
 from qconv.data.loader import ModelWithData, Outputs, open_models
@@ -46,10 +47,10 @@ from qconv.runtime.session import Session
 
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
-    """What is to be measured.
+    """What is to be measured. Raises QconvError for values that cannot be.
 
     Attributes:
-        recipe: Names the images (its `calib`), and their preprocessing.
+        data: The images and their preprocessing.
         against: The other model.
         classes, label_offset: Of labels, see data.dataset.
         table: What the predictions are for: ".csv", ".npz" (then all outputs are kept) or None.
@@ -61,6 +62,10 @@ class EvaluationOptions:
     label_offset: int = 0
     table: str | None = None
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        take_types(self)
+        check_run_options(self.threads)
 
     @property
     def labelling(self) -> LabelOptions:

@@ -320,14 +320,26 @@ def require(condition: bool, fact: str, fix: str) -> None:
         raise QconvError(f"{fact} is not possible.", fix)
 
 
+def require_range(told: str, value: int | None, least: int, most: int | None = None) -> None:
+    """Raise QconvError for a number out of range; None is one that was not given. most: None for no bound."""
+    if value is None:
+        return
+    inside = least <= value and (most is None or value <= most)
+    require(inside, f"{told} {value}", f"use {least} or more." if most is None else f"use {least} to {most}.")
+
+
+def require_size(size: tuple[int, int] | None) -> None:
+    """Raise QconvError for images without pixels. size: height and width, or None."""
+    some = size is None or min(size) >= 1
+    require(some, f"--size {size}", "use a height and a width of at least 1 pixel.")
+
+
 MOST_THREADS = 1024
 
 
 def check_run_options(threads: int | None, min_agreement: float | None = None, min_sqnr: float | None = None) -> None:
     """Raises QconvError for a number of threads, and for gates (a share, and in dB), that cannot be."""
-    threads = as_type(threads, int | None, "--threads")
-    few = threads is None or 1 <= threads <= MOST_THREADS
-    require(few, f"--threads {threads}", f"use 1 to {MOST_THREADS}.")
+    require_range("--threads", as_type(threads, int | None, "--threads"), 1, MOST_THREADS)
     min_agreement = as_type(min_agreement, float | None, "--min-agreement")
     min_sqnr = as_type(min_sqnr, float | None, "--min-sqnr")
     share = min_agreement is None or 0 <= min_agreement <= 1

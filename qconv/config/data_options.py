@@ -19,6 +19,7 @@ from qconv.config.choices import (
     option_name,
     require,
     require_finite,
+    require_size,
     take_types,
 )
 from qconv.errors import QconvError
@@ -108,8 +109,7 @@ class PreprocessingOptions:
                 object.__setattr__(self, name, as_member(kind, getattr(self, name), f"--{name}"))
         known = (AUTO, *PRESETS)
         require(self.preset in known, f"--preprocess {self.preset}", f"use one of {', '.join(known)}.")
-        some = self.size is None or min(self.size) >= 1
-        require(some, f"--size {self.size}", "use a height and a width of at least 1 pixel.")
+        require_size(self.size)
         scale = None if self.scale is None else (self.scale,)
         for option, numbers in (("--scale", scale), ("--mean", self.mean), ("--std", self.std)):
             require_finite(option, numbers)

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from qconv.config.choices import check_run_options, require_range, require_size, take_types
 from qconv.errors import QconvError
 from qconv.reporter import Reporter
 
@@ -193,12 +194,22 @@ TIMING_PERCENTILES = (10, 50, 90)  # percentiles over rounds
 
 @dataclass(frozen=True, slots=True)
 class TimingConditions:
-    """The conditions of a benchmark. threads: None for all cores. batch, size (H, W): None for the model's own."""
+    """The conditions of a benchmark. Raises QconvError for values that cannot be.
+
+    threads: None for all cores. batch, size (H, W): None for the model's own.
+    """
 
     threads: int | None = None
     batch: int | None = None
     size: tuple[int, int] | None = None
     rounds: int = 24
+
+    def __post_init__(self) -> None:
+        take_types(self)
+        check_run_options(self.threads)
+        require_range("--batch", self.batch, 1)
+        require_size(self.size)
+        require_range("--rounds", self.rounds, 1)
 
 
 @dataclass(slots=True)
