@@ -51,6 +51,10 @@ class Listing:
     read: Callable[[Path], dict[str, NDArray[Any]]] | None = None
     """Gives the arrays of a path that is no file, by the names of inputs."""
 
+    def in_words(self, path: Path) -> str:
+        """What an error calls one of them."""
+        return str(path) if self.read is None else f"sample {int(path.stem)} of {path.parent}"
+
 
 def find_files(sources: Sequence[str], *, pattern: str | None, samples: int | None, seed: int) -> Listing:
     """Choose the files to read: a seeded draw of `samples` that does not depend on the file system's order.
@@ -141,11 +145,19 @@ def _as_arrays(batch: object) -> dict[str, NDArray[Any]]:
     """Copies, since whoever gives arrays may fill them anew."""
     if not isinstance(batch, Mapping) or not batch:
         raise QconvError(f"{type(batch).__name__} is no sample.", ARRAYS_HINT)
-    found = {str(name): np.array(array) for name, array in batch.items()}
+    found = {str(name): _as_array(str(name), array) for name, array in batch.items()}
     odd = next((name for name, array in found.items() if array.dtype.kind not in "fiub"), None)
     if odd is not None:
         raise QconvError(f"{odd!r} holds {found[odd].dtype}, which is no number.", ARRAYS_HINT)
     return found
+
+
+def _as_array(name: str, array: object) -> NDArray[Any]:
+    try:
+        return np.array(array)
+    except Exception as error:  # of a stranger's class, such as a tensor of another device
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise QconvError(f"{name!r} holds {type(array).__name__}, which is no array: {reason}.", ARRAYS_HINT) from None
 
 
 def suffix_of(path: str | Path) -> str:
