@@ -18,7 +18,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from qconv.errors import QconvError
+from qconv.errors import QconvError, format_shape
 
 
 class Scheme(StrEnum):
@@ -330,8 +330,8 @@ def require_range(told: str, value: int | None, least: int, most: int | None = N
 
 def require_size(size: tuple[int, int] | None) -> None:
     """Raise QconvError for images without pixels. size: height and width, or None."""
-    some = size is None or min(size) >= 1
-    require(some, f"--size {size}", "use a height and a width of at least 1 pixel.")
+    if size is not None:
+        require(min(size) >= 1, f"--size {format_shape(size)}", "use at least 1x1.")
 
 
 MOST_THREADS = 1024

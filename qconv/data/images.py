@@ -35,7 +35,6 @@ from qconv.config.data_options import (
     AUTO,
     CROP_SHARE,
     PRESETS,
-    RESIZE_MODES,
     Color,
     Layout,
     Preprocessing,
@@ -101,10 +100,6 @@ def _require_image_input(options: PreprocessingOptions, spec: InputSpec) -> None
         raise QconvError(f"input '{spec.name}' has shape {format_shape(spec.shape)}, which is no picture's.", samples)
     if spec.dtype not in PIXEL_TYPES:
         raise QconvError(f"input '{spec.name}' takes {spec.dtype}, which pictures are not.", samples)
-    if isinstance(options.resize, str) and options.resize not in RESIZE_MODES:
-        raise QconvError(
-            f"--resize {options.resize} is unknown.", f"use {', '.join(RESIZE_MODES)} or a number of pixels."
-        )
 
 
 def _deduce_layout(shape: tuple[int | None, ...]) -> Layout:
@@ -134,8 +129,6 @@ def _choose_preset(options: PreprocessingOptions, spec: InputSpec, channels: int
     own = [f"--{part}" for part in ("scale", "mean", "std", "color") if getattr(options, part) is not None]
     changed = f", with {' and '.join(own)}" if own else ""
     if options.preset not in (None, AUTO):
-        if options.preset not in PRESETS:
-            raise QconvError(f"--preprocess {options.preset} is unknown.", f"use one of {', '.join((AUTO, *PRESETS))}.")
         return options.preset, f"--preprocess {options.preset}{changed}"
     if spec.dtype == np.uint8:
         name, reason = "raw", "uint8 inputs"
@@ -173,8 +166,6 @@ def _resolve_size(wanted: tuple[int, int] | None, spec: InputSpec, layout: Layou
             hint = "pass --size HxW, for example --size 224x224."
             raise QconvError(f"input '{spec.name}' has no fixed height and width.", hint)
         return height, width
-    if min(wanted) < 1:
-        raise QconvError(f"--size {format_shape(wanted)} is not possible.", "use at least 1x1.")
     if not shape_matches(wanted, fixed):
         fact = (
             f"--size {format_shape(wanted)} contradicts input '{spec.name}', which is fixed at {format_shape(fixed)}."

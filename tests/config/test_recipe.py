@@ -392,7 +392,7 @@ def vars_of(made: Any) -> list[Any]:
     [
         (lambda: PreprocessingOptions("nonsense"), "--preprocess nonsense", "use one of auto, imagenet"),
         (lambda: PreprocessingOptions(resize="foo"), "--resize foo", "auto, exact, letterbox or a number of pixels"),
-        (lambda: PreprocessingOptions(size=(0, 8)), r"--size \(0, 8\)", "at least 1 pixel"),
+        (lambda: PreprocessingOptions(size=(0, 8)), "--size 0x8", "at least 1x1"),
         (lambda: DataOptions(arrays=[{"x": [1]}]), "arrays in DataOptions", "in place of DataOptions"),  # type: ignore[arg-type]
         (lambda: Recipe(max_drop=Drop("loss", 1)), "--max-drop loss:1", "agreement:NUMBER"),
         (lambda: Recipe(target_size=NAN), "--target-size nan", "a share of float's size"),
