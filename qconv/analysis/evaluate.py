@@ -186,8 +186,7 @@ def evaluate(
 ) -> Evaluation:
     """Run the model, and the other one, on every image. Raises QconvError where there is nothing to measure."""
     reporter = reporter or Reporter()
-    root = wishes.data.root
-    classes = find_classes(root, wishes.classes)
+    classes = find_classes(wishes.data, wishes.classes)
     own, other = open_models(source, wishes.against, wishes.data, wishes.threads, reporter)
     holds = _find_outputs(own.session, own.session if other is None else other.session)
     paths = own.feed.listing.paths
@@ -201,8 +200,8 @@ def evaluate(
             holds = [o.seen(np.shape(array)) for o, array in zip(holds, mine, strict=True)]
             vector = find_class_vector(holds)
             outputs = 0 if vector is None else mine[vector].shape[1]
-            if labels_of(paths, root, classes, wishes.labelling, outputs) is None and other is None:
-                raise _make_no_measure_error(root, vector)
+            if labels_of(paths, wishes.data, classes, wishes.labelling, outputs) is None and other is None:
+                raise _make_no_measure_error(wishes.data, vector)
             if wishes.table == ".csv" and vector is None:
                 raise QconvError("No output of the model is one score a class.", "save all outputs in a .npz file.")
         if vector is not None:
@@ -221,7 +220,7 @@ def evaluate(
         reporter.progress("evaluate", done + len(lost), len(paths))
     left = [path for path in paths if path not in lost]
     result = Evaluation(source.name, len(left), own.words, "", tuple(output.fact for output in holds))
-    labels = labels_of(left, root, classes, wishes.labelling, seen.classes if vector is not None else 0)
+    labels = labels_of(left, wishes.data, classes, wishes.labelling, seen.classes if vector is not None else 0)
     if labels is not None:
         assert classes is not None
         result.labels = classes.source + (f", {wishes.label_offset:+d}" if wishes.label_offset else "")
@@ -284,11 +283,12 @@ def _require_comparable(names: Sequence[str], refs: Outputs, gots: Outputs) -> N
             )
 
 
-def _make_no_measure_error(root: Path, vector: int | None) -> QconvError:
+def _make_no_measure_error(data: DataOptions, vector: int | None) -> QconvError:
     """Build the error for neither labels nor another model. vector: the output with one score a class, or None."""
-    why, fix = f"the pictures in {root} lie in no class folders", "a folder with one folder of pictures a class."
-    if not root.is_dir():
-        why = f"{root} lists pictures, but not the order of their class folders among the outputs"
+    where = " and ".join(data.paths)
+    why, fix = f"the pictures in {where} lie in no class folders", "a folder with one folder of pictures a class."
+    if not any(Path(path).is_dir() for path in data.paths) and data.arrays is None:
+        why = f"{where} lists pictures, but not the order of their class folders among the outputs"
         fix = "the classes in output order with --classes FILE."
     if vector is None:
         why = "no output is a class score"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconv.config.choices import (
@@ -266,11 +265,6 @@ class DataOptions:
         require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")
         require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
         require(self.task in TASKS, f"--task {self.task}", f"use one of {', '.join(TASKS)}.")
-
-    @property
-    def root(self) -> Path:
-        """The first of the paths, in whose folders classes are looked for."""
-        return Path(self.paths[0])
 
     def require_defaults(self, names: tuple[str, ...], told: str) -> None:
         """Raise QconvError where one of these options was given. told: why none can be, in the words of an error."""

@@ -249,9 +249,9 @@ def _ordered_outputs(teacher: Session, names: Sequence[str]) -> tuple[ModelOutpu
 def _add_labels(lesson: Distillation, album: InMemoryDataset, wishes: FinetuneOptions) -> Distillation:
     if not wishes.labels:
         return lesson
-    root = wishes.data.root
-    classes = find_classes(root, wishes.classes)
-    labels = labels_of(album.paths, root, classes, LabelOptions(wishes.label_offset, asked=True), lesson.classes)
+    classes = find_classes(wishes.data, wishes.classes)
+    asked = LabelOptions(wishes.label_offset, asked=True)
+    labels = labels_of(album.paths, wishes.data, classes, asked, lesson.classes)
     return lesson.with_labels(labels)
 
 
