@@ -237,13 +237,13 @@ class DataOptions:
 
     Attributes:
         paths: Folders, images, or text files with one path a line; none where statistics or no images are used.
-        samples: The most images to read; None for all.
+        samples: The most images to read; None for all. 128 by default, whichever function is given these options.
         batch: Images in a batch.
         seed: Of the draw of images, and of all else that is drawn at random.
         glob: What the name or path of a file must match; None for all files.
         preprocessing: What is said of how the network is fed.
         task: What the model is for, which decides what its outputs hold; "auto" finds it out.
-        arrays: Samples that were given as arrays, which `paths` then only names.
+        arrays: Set by functions that are given arrays, which `paths` then only names.
     """
 
     paths: tuple[str, ...] = ()
