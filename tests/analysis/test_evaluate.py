@@ -313,8 +313,8 @@ def split(folder: Path, place: Path) -> list[Path]:
     parts = [place / "one", place / "two"]
     for index, path in enumerate(sorted(folder.rglob("*.png"))):
         part = parts[index % 2 if path.parent.name != NAMES[-1] else 0]
-        (part / path.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, part / path.parent.name)
+        (part / path.parent.name / "deep").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part / path.parent.name / "deep")
     return parts
 
 
