@@ -1,20 +1,23 @@
 """The functions of the Python package: one a command, with the words of the command line.
 
 `import qconv` gives them; what they need is imported when they are called first. A model is a path, or the bytes of a
-file. Pictures are a path or several, `DataOptions`, or any iterable of {input name: array}. What a function returns has
-`as_dict()`, which is what `--json` prints. QconvError is raised for anything that the user can mend.
+file. Images are a path or several, `DataOptions`, or any iterable of {input name: array}. What a function returns has
+`as_dict()`, which is what `--json` prints. QconvError is raised for anything that the user can mend; where it names an
+option, as `--weight-bits`, the argument or field of that name is meant.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Set
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import ArrayLike
 
+from qconv import storage
 from qconv.analysis import compare as analysis_compare
 from qconv.analysis import diagnose as analysis_diagnose
 from qconv.analysis import evaluate as analysis_evaluate
@@ -25,11 +28,11 @@ from qconv.auditing import audit as runtime_audit
 from qconv.auditing.audit import FileAudit
 from qconv.calibration import statistics_file
 from qconv.calibration.statistics_file import MergedStatistics
-from qconv.config.choices import SYNTHESIS_STEPS, check_run_options
+from qconv.config.choices import SYNTHESIS_STEPS, as_texts, as_type, check_run_options, option_name
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import request_fields
-from qconv.data.dataset import ArraySamples
+from qconv.data.dataset import ARRAYS_HINT, ArraySamples
 from qconv.errors import QconvError, require_torch
 from qconv.ir.files import Source, read_proto
 from qconv.pipeline import quantize as pipeline_quantize
@@ -44,9 +47,22 @@ from qconv.runtime.session import RUNTIME_VERSION
 
 PathName = str | PathLike[str]
 Model = PathName | bytes
-Images = DataOptions | PathName | Iterable[PathName] | Iterable[Mapping[str, ArrayLike]]
+Paths = PathName | Iterable[PathName]
+Images = DataOptions | Paths | Iterable[Mapping[str, ArrayLike]]
 
 COMPARED_IMAGES = 64
+
+FIELDS_NOT_DIAGNOSED = (
+    *("stats", "save_stats", "save_layer_bits", "min_agreement", "min_sqnr"),
+    *("max_drop", "target_size", "candidate_bits", "tune_latency", "embed_preprocessing"),
+)
+"""Fields of a Recipe that a diagnosis has no use for."""
+
+FIELDS_NOT_STUDIED = (
+    *("stats", "save_stats", "save_layer_bits", "min_agreement", "min_sqnr", "max_drop", "target_size"),
+    *("candidate_bits", "embed_preprocessing", "effort", "rounding", "equalize", "tune_ranges"),
+)
+"""Fields of a Recipe that a study of the number of images has no use for."""
 
 
 def quantize(
@@ -60,16 +76,15 @@ def quantize(
 
     Args:
         model: The float model.
-        output: Where the result goes; None keeps it in memory, as `model_bytes` of what is returned.
+        output: The file of the result; None keeps it in memory, as `model_bytes` of what is returned.
         recipe: How to quantize; None for the defaults.
         data: The calibration images; None where the recipe needs none.
         reporter: Hears of warnings and of progress.
     """
-    source = _source(model)
+    source, recipe = _source(model), _recipe(recipe)
+    place = None if output is None else str(_output(output))
     with _opened(data, source) as images:
-        report, file = pipeline_quantize.quantize(
-            source, None if output is None else fspath(output), recipe or Recipe(), images, reporter
-        )
+        report, file = pipeline_quantize.quantize(source, place, recipe, images, _run(reporter))
     report.model_bytes = file
     return report
 
@@ -84,11 +99,12 @@ def evaluate(
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> analysis_evaluate.Evaluation:
-    """Measure a model on labelled images, and against another one. All images are used, unless `DataOptions` says less.
+    """Measure a model on labelled images, and against another one.
 
     Args:
         model: What is measured.
-        images: A folder with a folder a class inside for top-1 and top-5; any other images need `against`.
+        images: Folders with a folder a class inside for top-1 and top-5; any other images need `against`. All are used,
+            but of `DataOptions` as many as its `samples` says: 128 unless it is given, None for all.
         against: The model to compare with.
         classes: A file with the class folders in output order, one a line.
         label_offset: Added to the place in that list.
@@ -97,15 +113,15 @@ def evaluate(
     """
     check_run_options(threads)
     source = _source(model)
-    with _opened(images, source, None) as data:
+    with _opened(images, source, None, needed="An evaluation") as data:
         wishes = analysis_evaluate.EvaluationOptions(
             data,
             None if against is None else _source(against),
-            None if classes is None else Path(classes),
+            as_type(classes, Path | None, "--classes"),
             label_offset,
             threads=threads,
         )
-        return analysis_evaluate.evaluate(source, wishes, reporter)
+        return analysis_evaluate.evaluate(source, wishes, _run(reporter))
 
 
 def compare(
@@ -116,11 +132,21 @@ def compare(
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> Comparison:
-    """Compare a quantized model with its float model layer by layer, on 64 images if not said otherwise."""
+    """Compare a quantized model with its float model layer by layer.
+
+    Args:
+        float_model: The float model.
+        model: The quantized model.
+        images: Of paths 64 images are used, of arrays all, of `DataOptions` as many as its `samples` says: 128 unless
+            it is given.
+        threads: Of ONNX Runtime; None for all cores.
+        reporter: Hears of warnings and of progress.
+    """
     check_run_options(threads)
+    threads = as_type(threads, int | None, "--threads")
     sources = _source(float_model), _source(model)
-    with _opened(images, sources[0], COMPARED_IMAGES) as data:
-        return analysis_compare.compare_on_images(*sources, data, reporter or Reporter(), threads).compared
+    with _opened(images, sources[0], COMPARED_IMAGES, needed="A comparison") as data:
+        return analysis_compare.compare_on_images(*sources, data, _run(reporter), threads).compared
 
 
 def diagnose(
@@ -128,7 +154,7 @@ def diagnose(
     recipe: Recipe | None = None,
     data: Images | None = None,
     *,
-    images: Sequence[PathName] = (),
+    images: Paths = (),
     reporter: Reporter | None = None,
 ) -> Diagnosis:
     """Find out why a model loses accuracy when it is quantized with this recipe, and try what mends it.
@@ -137,16 +163,15 @@ def diagnose(
         model: The float model.
         recipe: How it is quantized; None for the defaults.
         data: The calibration images.
-        images: Where images to score on lie; empty to hold back some of the others.
+        images: One path or several of images to score on; empty to hold back some of the others.
         reporter: Hears of warnings and of progress.
     """
-    source = _source(model)
-    with _opened(data, source) as options:
-        if not options.paths:
-            raise QconvError("A diagnosis without images is not possible.", "pass some as data: it scores on them.")
-        asked = request_fields((recipe or Recipe()).with_data(options), options)
-        case = analysis_diagnose.DiagnosisRequest(source, asked, _names(images))
-        return analysis_diagnose.diagnose(case, reporter).diagnosis
+    source, recipe, others = _source(model), _recipe(recipe), as_texts(images, "images")
+    _require_usual(recipe, FIELDS_NOT_DIAGNOSED, "a diagnosis")
+    with _opened(data, source, needed="A diagnosis") as options:
+        asked = request_fields(recipe.with_data(options), options)
+        case = analysis_diagnose.DiagnosisRequest(source, asked, others)
+        return analysis_diagnose.diagnose(case, _run(reporter)).diagnosis
 
 
 def inspect(model: Model, target: str = "ort-cpu") -> FloatModel | QuantizedModel:
@@ -154,7 +179,7 @@ def inspect(model: Model, target: str = "ort-cpu") -> FloatModel | QuantizedMode
     source = _source(model)
     if inspect_quantized.is_quantized_file(read_proto(source)):
         return inspect_quantized.inspect_quantized(source)
-    return inspect_float.inspect_float(source, target)
+    return inspect_float.inspect_float(source, as_type(target, str, "--target"))
 
 
 def audit(
@@ -172,7 +197,7 @@ def audit(
 
 
 def benchmark(
-    *models: PathName,
+    *models: Model,
     batch: int | None = None,
     size: tuple[int, int] | None = None,
     rounds: int = 24,
@@ -182,7 +207,7 @@ def benchmark(
     """Time models in turns, each against the first, with made-up input.
 
     Args:
-        models: Files: each runs in a process of its own.
+        models: Each runs in a process of its own, which reads its file; bytes lie in a temporary one until then.
         batch: Images a run; None for the model's own, or 1.
         size: Height and width of images, where a model leaves them open.
         rounds: Turns that each model gets.
@@ -190,7 +215,13 @@ def benchmark(
         reporter: Hears of progress.
     """
     conditions = TimingConditions(threads, batch, size, rounds)
-    return runtime_benchmark.benchmark(_names(models), conditions, version=RUNTIME_VERSION, reporter=reporter)
+    sources = [_source(model) for model in models]
+    names = [source.name for source in sources]
+    with contextlib.ExitStack() as stack:
+        paths = [stack.enter_context(_file(source)) for source in sources]
+        return runtime_benchmark.benchmark(
+            paths, conditions, version=RUNTIME_VERSION, reporter=_run(reporter), names=names
+        )
 
 
 def study_samples(
@@ -200,7 +231,7 @@ def study_samples(
     *,
     seeds: int = 3,
     holdout: int | None = None,
-    images: Sequence[PathName] = (),
+    images: Paths = (),
     reporter: Reporter | None = None,
 ) -> SampleCurve:
     """Measure how many calibration images a model needs.
@@ -211,21 +242,26 @@ def study_samples(
         data: The calibration images.
         seeds: Draws of each number of images.
         holdout: Images to score on; None for a fifth, at most 64.
-        images: Where those lie; empty to hold back some of the others.
+        images: One path or several of those; empty to hold back some of the others.
         reporter: Hears of warnings and of progress.
     """
-    recipe = recipe or Recipe(effort="fast")
+    recipe = _recipe(Recipe(effort="fast") if recipe is None else recipe)
     if recipe.effort != "fast":
         raise QconvError(f"A study with effort {recipe.effort} is not possible.", 'pass Recipe(effort="fast").')
+    _require_usual(recipe, FIELDS_NOT_STUDIED, "a study")
     source = _source(model)
-    with _opened(data, source) as options:
-        wishes = sample_study.StudyRequest(seeds, holdout, _names(images))
-        return sample_study.study_samples(source, recipe, options, wishes, reporter)
+    wishes = sample_study.StudyRequest(seeds, holdout, as_texts(images, "images"))
+    with _opened(data, source, needed="A study") as options:
+        recipe = recipe.with_data(options)
+        return sample_study.study_samples(source, recipe, options, wishes, _run(reporter))
 
 
-def merge_stats(files: Sequence[PathName], output: PathName, reporter: Reporter | None = None) -> MergedStatistics:
+def merge_stats(files: Paths, output: PathName, reporter: Reporter | None = None) -> MergedStatistics:
     """Add up statistics that `Recipe(save_stats=...)` wrote of parts of a set of images, into the file `output`."""
-    return statistics_file.merge_files(_names(files), Path(output), reporter or Reporter())
+    names = as_texts(files, "files")
+    if not names:
+        raise QconvError("There are no statistics to add up.", "pass files that Recipe(save_stats=...) wrote.")
+    return statistics_file.merge_files(names, _output(output), _run(reporter))
 
 
 def finetune(
@@ -250,20 +286,20 @@ def finetune(
 ) -> FinetuneResult:
     """Train a quantized model to say what its float model says of images. Needs the extra `torch`.
 
-    The arguments are the options of `qconv finetune`. All images are used, unless `DataOptions` says less.
+    The arguments are the options of `qconv finetune`. All images are used, but of `DataOptions` as many as its
+    `samples` says: 128 unless it is given, None for all.
     """
     require_torch("qconv.finetune")
     from qconv.training import finetune as training
     from qconv.training.options import FinetuneOptions
 
-    check_run_options(threads, min_agreement, min_sqnr)
-    source = _source(quant)
-    with _opened(images, source, None) as data:
+    source, place = _source_of_file(quant), _output(output)
+    with _opened(images, source, None, needed="Training") as data:
         wishes = FinetuneOptions(
             data,
-            None if teacher is None else _source(teacher),
+            None if teacher is None else _source_of_file(teacher),
             labels,
-            None if classes is None else Path(classes),
+            as_type(classes, Path | None, "--classes"),
             label_offset,
             epochs,
             batch,
@@ -275,7 +311,7 @@ def finetune(
             min_agreement,
             min_sqnr,
         )
-        return training.finetune(source, Path(output), wishes, reporter)
+        return training.finetune(source, place, wishes, _run(reporter))
 
 
 def synthesize(
@@ -289,6 +325,7 @@ def synthesize(
     preprocessing: PreprocessingOptions | None = None,
     threads: int | None = None,
     device: str = "auto",
+    task: str = "auto",
     reporter: Reporter | None = None,
 ) -> SynthesisResult:
     """Make calibration images from a float model alone, in the folder `output`. Needs the extra `torch`.
@@ -299,24 +336,65 @@ def synthesize(
     from qconv.training import synthesize as synthesis
     from qconv.training.options import SynthesisOptions
 
-    check_run_options(threads)
-    wishes = SynthesisOptions(preprocessing or PreprocessingOptions(), count, batch, iterations, seed, threads, device)
-    return synthesis.synthesize(_source(model), Path(output), wishes, reporter).found
-
-
-def _names(paths: Sequence[PathName]) -> tuple[str, ...]:
-    return tuple(fspath(path) for path in paths)
+    fed = PreprocessingOptions() if preprocessing is None else preprocessing
+    wishes = SynthesisOptions(fed, count, batch, iterations, seed, threads, device, task)
+    return synthesis.synthesize(_source(model), _output(output), wishes, _run(reporter)).found
 
 
 def _source(model: Model) -> Source:
-    if isinstance(model, bytes):
-        return Source("the given model", None, model)
-    return Source(fspath(model), Path(model))
+    if isinstance(model, bytes | bytearray | memoryview):
+        return Source("the given model", None, bytes(model))
+    if not isinstance(model, str | PathLike) or not fspath(model):
+        told = "An empty text" if isinstance(model, str | PathLike) else type(model).__name__
+        raise QconvError(f"{told} is no model.", "pass the path of a file, or its bytes.")
+    return _source_of_file(model)
+
+
+def _source_of_file(model: PathName) -> Source:
+    name: str = as_type(model, str, "model")
+    return Source(name, Path(name))
+
+
+@contextlib.contextmanager
+def _file(source: Source) -> Iterator[str]:
+    """The path of a model's file: a temporary one where its bytes were given."""
+    if source.data is None:
+        yield source.name
+        return
+    read_proto(source)  # says what is no model better than ONNX Runtime, which names the temporary file
+    with storage.scratch_folder(len(source.data)) as folder:
+        path = folder / "model.onnx"
+        path.write_bytes(source.data)
+        yield str(path)
+
+
+def _output(output: PathName) -> Path:
+    name: str = as_type(output, str, "output")
+    if name in ("", "-"):
+        raise QconvError(f"output {name!r} is not possible.", "name a file or folder, such as ./- for that name.")
+    return Path(name)
+
+
+def _recipe(recipe: Recipe | None) -> Recipe:
+    return as_type(recipe, Recipe | None, "recipe") or Recipe()
+
+
+def _run(reporter: Reporter | None) -> Reporter:
+    """The reporter of one call."""
+    return (as_type(reporter, Reporter | None, "reporter") or Reporter()).of_run()
+
+
+def _require_usual(recipe: Recipe, names: Iterable[str], where: str) -> None:
+    """Raise QconvError for fields with another value than by default, which would have no effect."""
+    usual = Recipe(effort=recipe.effort)
+    for name in names:
+        if getattr(recipe, name) != getattr(usual, name):
+            raise QconvError(f"{option_name(name)} is not possible in {where}.", "leave it out of the recipe.")
 
 
 @contextlib.contextmanager
 def _opened(
-    images: Images | None, source: Source, samples: int | None = DataOptions().samples
+    images: Images | None, source: Source, samples: int | None = DataOptions().samples, needed: str = ""
 ) -> Iterator[DataOptions]:
     """What the functions of the packages take.
 
@@ -324,17 +402,27 @@ def _opened(
         images: As they were given.
         source: The model that takes them.
         samples: How many of a path's images are read, where that is not said.
+        needed: What cannot do without images.
     """
-    if images is None or isinstance(images, DataOptions):
-        yield images or DataOptions()
+    data = DataOptions() if images is None else images
+    if isinstance(data, str | PathLike):
+        data = DataOptions(as_texts(data, "images"), samples)
+    if isinstance(data, DataOptions):
+        if needed and not data.paths:
+            fact, fix = f"{needed} without images is not possible.", "pass a folder of pictures, arrays or DataOptions."
+            raise QconvError(fact, fix)
+        yield data
         return
-    if isinstance(images, str | PathLike):
-        yield DataOptions((fspath(images),), samples)
+    if isinstance(data, bytes | Mapping) or not isinstance(data, Iterable):
+        raise QconvError(f"{type(data).__name__} is neither a path nor a list of samples.", ARRAYS_HINT)
+    items: Iterator[object] = iter(data)
+    first = list(itertools.islice(items, 1))
+    if first and isinstance(first[0], str | PathLike):
+        # a set is kept as one, as its order is another in every process
+        paths = as_texts(data if isinstance(data, Set) else [*first, *items], "images")
+        yield DataOptions(paths, samples)
         return
-    whole: list[Any] | Iterable[Any] = images if not isinstance(images, Sequence) else list(images)
-    if isinstance(whole, list) and whole and all(isinstance(item, str | PathLike) for item in whole):
-        yield DataOptions(_names(whole), samples)
-        return
+    whole: Iterator[Any] = itertools.chain(first, items)
     ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in read_proto(source).graph.input}
     with contextlib.closing(ArraySamples(whole, ranks)) as arrays:
         yield DataOptions((arrays.name,), None, arrays=arrays)

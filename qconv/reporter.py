@@ -11,9 +11,9 @@ class Reporter:
     """Passes on what a run tells its user; without functions to pass it to, it only keeps the warnings.
 
     Attributes:
-        on_warning: Takes the text of a warning, each text once.
+        on_warning: Takes the text of a warning, each text once a run.
         on_progress: Takes a stage, how much of it is done, and how much there is to do.
-        warnings: All texts so far, in order.
+        warnings: All texts so far, in order; those of several runs that were given the same reporter.
     """
 
     on_warning: Callable[[str], None] | None = None
@@ -24,9 +24,7 @@ class Reporter:
         """Tell what did not go as it should, unless that was told before."""
         if text in self.warnings:
             return
-        self.warnings.append(text)
-        if self.on_warning is not None:
-            self.on_warning(text)
+        self._tell(text)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Tell how far a stage has come."""
@@ -38,6 +36,10 @@ class Reporter:
         told = (lambda text: self.warn(f"{name}: {text}")) if name else self.warn
         return Reporter(told, self.progress)
 
+    def of_run(self) -> Reporter:
+        """Return a reporter for one run, whose warnings are passed on whatever other runs have told."""
+        return Reporter(self._tell, self.progress)
+
     def without_warnings(self) -> Reporter:
         """Return a reporter that passes on progress alone."""
         return Reporter(on_progress=self.progress)
@@ -45,3 +47,8 @@ class Reporter:
     def without_progress(self) -> Reporter:
         """Return a reporter that passes on warnings alone."""
         return Reporter(self.warn)
+
+    def _tell(self, text: str) -> None:
+        self.warnings.append(text)
+        if self.on_warning is not None:
+            self.on_warning(text)

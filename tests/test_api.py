@@ -143,16 +143,177 @@ def test_temporary_files_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     [
         ([], "No samples were given"),
         ([3], "int is no sample"),
+        ([None], "NoneType is no sample"),
+        (3, "int is neither a path nor a list of samples"),
+        ({"input": np.zeros((1, 3, 32, 32), np.float32)}, "dict is neither a path nor a list of samples"),
+        (b"samples", "bytes is neither a path"),
+        (["samples", 3], "images .* is not possible"),
+        ([{"input": np.zeros((1, 3, 32, 32))}, "samples"], "str is no sample"),
+        ([{"input": [[1, 2], [3]]}], "'input' holds list, which is no array"),
         ([{}], "dict is no sample"),
         ([{"input": "x"}], "which is no number"),
-        ([{"other": np.zeros((1, 3, 32, 32), np.float32)}], "lacks input"),
-        ([{"input": np.zeros((1, 3, 8), np.float32)}], "for input 'input', which takes"),
+        ([{"other": np.zeros((1, 3, 32, 32), np.float32)}], "^sample 0 of the given arrays lacks input"),
+        ([{"input": np.zeros((1, 3, 8), np.float32)}], "^sample 0 of the given arrays has shape 1x3x8 for input"),
+        ([{"input": np.full((1, 3, 32, 32), np.nan, np.float32)}], "^sample 0 of the given arrays holds NaN"),
         ([{"input": np.zeros((2, 3, 32, 32), np.float32), "more": np.zeros((3, 1))}], "differ in how many samples"),
     ],
 )
 def test_what_samples_cannot_be(place: Path, given: Any, says: str) -> None:
     with pytest.raises(qconv.QconvError, match=says):
         qconv.quantize(place / "m.onnx", None, FAST, given)
+
+
+def test_any_iterable_of_paths_is_as_good_as_a_list(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[DataOptions] = []
+
+    def evaluate(source: object, wishes: Any, reporter: object) -> None:
+        seen.append(wishes.data)
+
+    monkeypatch.setattr("qconv.api.analysis_evaluate.evaluate", evaluate)
+    parts = [place / name for name in ("b", "a", "c")]
+    for given in (parts, tuple(parts), iter(parts), (str(part) for part in parts), dict.fromkeys(parts).keys()):
+        qconv.evaluate(place / "q.onnx", given)
+    qconv.evaluate(place / "q.onnx", set(parts))
+    names = tuple(map(str, parts))
+    assert [set(data.paths) for data in seen] == [set(names)] * 6
+    assert [data.paths for data in seen[:4]] == [names] * 4
+    assert seen[5].paths == tuple(sorted(names))
+    assert {data.samples for data in seen} == {None}
+
+
+MODEL = "tests/models/cifar_mobilenet.onnx"
+
+
+@pytest.mark.parametrize(
+    ("call", "fact", "fix"),
+    [
+        (lambda: qconv.evaluate(MODEL, None, against=MODEL), "An evaluation without images", "pass a folder"),  # type: ignore[arg-type]
+        (lambda: qconv.evaluate(MODEL, DataOptions()), "An evaluation without images", "pass a folder"),
+        (lambda: qconv.compare(MODEL, MODEL, DataOptions()), "A comparison without images", "pass a folder"),
+        (lambda: qconv.diagnose(MODEL), "A diagnosis without images", "pass a folder"),
+        (lambda: qconv.study_samples(MODEL, data=[]), "No samples were given", "iterable of mappings"),
+        (lambda: qconv.study_samples(MODEL), "A study without images", "pass a folder"),
+        (lambda: qconv.study_samples(MODEL, data="imgs", seeds=0), "--seeds 0", "use 1 or more"),
+        (lambda: qconv.study_samples(MODEL, data="imgs", holdout=0), "--holdout 0", "use 1 or more"),
+        (lambda: qconv.study_samples(MODEL, qconv.Recipe(effort="fast", stats="s"), "imgs"), "--stats", "leave it out"),
+        (lambda: qconv.study_samples(MODEL, qconv.Recipe(effort="fast", equalize=True), "i"), "--equalize", "leave it"),
+        (lambda: qconv.diagnose(MODEL, qconv.Recipe(min_sqnr=3), "imgs"), "--min-sqnr", "leave it out"),
+        (lambda: qconv.diagnose(MODEL, qconv.Recipe(data_free=True), "imgs"), "--calib none beside", "leave one of"),
+        (lambda: qconv.merge_stats([], "x.npz"), "no statistics to add up", "save_stats"),
+        (lambda: qconv.merge_stats("none.npz", "x.npz"), "none.npz", ""),
+        (lambda: qconv.merge_stats(["none.npz"], "-"), "output '-'", "name a file"),
+        (lambda: qconv.quantize(MODEL, "-", FAST, "imgs"), "output '-'", "name a file"),
+        (lambda: qconv.quantize(MODEL, "", FAST, "imgs"), "output ''", "name a file"),
+        (lambda: qconv.quantize(MODEL, None, "fast", "imgs"), "recipe 'fast'", "Recipe"),  # type: ignore[arg-type]
+        (lambda: qconv.quantize(None, None, FAST, "imgs"), "NoneType is no model", "or its bytes"),  # type: ignore[arg-type]
+        (lambda: qconv.quantize("", None, FAST, "imgs"), "An empty text is no model", "or its bytes"),
+        (lambda: qconv.quantize(MODEL, None, FAST, "imgs", print), "reporter", "Reporter"),  # type: ignore[arg-type]
+        (lambda: qconv.evaluate(MODEL, "imgs", label_offset="1"), "--label-offset '1'", "whole number"),  # type: ignore[arg-type]
+        (lambda: qconv.evaluate(MODEL, "imgs", threads=0), "--threads 0", "use 1 to 1024"),
+        (lambda: qconv.evaluate(MODEL, "imgs", classes=3), "--classes 3", "a path"),  # type: ignore[arg-type]
+        (lambda: qconv.compare(MODEL, MODEL, "imgs", threads="2"), "--threads '2'", "a whole number"),  # type: ignore[arg-type]
+        (lambda: qconv.inspect(MODEL, 3), "--target 3", "a text"),  # type: ignore[arg-type]
+        (lambda: qconv.audit(MODEL, batch=0), "--batch 0", "use 1 or more"),
+        (lambda: qconv.audit(MODEL, batch=-1), "--batch -1", "use 1 or more"),
+        (lambda: qconv.audit(MODEL, batch=10**9), "batches of|not fit into memory", ""),
+        (lambda: qconv.audit(MODEL, size=32), "--size 32", "a whole number, a whole number"),  # type: ignore[arg-type]
+        (lambda: qconv.audit(MODEL, size=(0, 8)), "--size 0x8", "at least 1x1"),
+        (lambda: qconv.audit(MODEL, threads=-5), "--threads -5", "use 1 to 1024"),
+        (lambda: qconv.audit(MODEL, threads=10**9), "--threads 1000000000", "use 1 to 1024"),
+        (lambda: qconv.audit(MODEL, threads=None), "--threads None", "a whole number"),  # type: ignore[arg-type]
+        (lambda: qconv.benchmark(), "no model to time", "pass one"),
+        (lambda: qconv.benchmark([MODEL]), "list is no model", "or its bytes"),  # type: ignore[arg-type]
+        (lambda: qconv.benchmark(MODEL, rounds=0), "--rounds 0", "use 1 or more"),
+        (lambda: qconv.benchmark(MODEL, rounds=-1), "--rounds -1", "use 1 or more"),
+        (lambda: qconv.benchmark(MODEL, threads=-3), "--threads -3", "use 1 to 1024"),
+        (lambda: qconv.benchmark(MODEL, batch=0), "--batch 0", "use 1 or more"),
+        (lambda: qconv.benchmark(b"no model"), "^the given model ", ""),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(call: Any, fact: str, fix: str) -> None:
+    with pytest.raises(qconv.QconvError, match=fact) as caught:
+        call()
+    assert fix in caught.value.hint
+    assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "fact"),
+    [
+        ("finetune", {"batch": 0}, "--batch 0"),
+        ("finetune", {"epochs": 0}, "--epochs 0"),
+        ("finetune", {"holdout": 0}, "--holdout 0"),
+        ("finetune", {"device": "tpu"}, "--device tpu"),
+        ("finetune", {"learning_rate": float("nan")}, "--learning-rate nan"),
+        ("finetune", {"learning_rate": -1.0}, "--learning-rate -1.0"),
+        ("finetune", {"learning_rate": 101}, "--learning-rate 101"),
+        ("finetune", {"learning_rate": "1"}, "--learning-rate '1'"),
+        ("finetune", {"augment": "no"}, "--augment 'no'"),
+        ("finetune", {"min_agreement": 2}, "--min-agreement 2"),
+        ("finetune", {"classes": "c.txt"}, "--classes or --label-offset without --labels"),
+        ("finetune", {"label_offset": 1}, "--classes or --label-offset without --labels"),
+        ("finetune", {"images": DataOptions("imgs", batch=8)}, r"DataOptions\(batch=8\)"),
+        ("finetune", {"images": DataOptions()}, "Training without images"),
+        ("finetune", {"output": "-"}, "output '-'"),
+        ("finetune", {"quant": b"bytes"}, "model b'bytes'"),
+        ("synthesize", {"count": 0}, "--count 0"),
+        ("synthesize", {"count": -1}, "--count -1"),
+        ("synthesize", {"seed": -1}, "--seed -1"),
+        ("synthesize", {"device": "xx"}, "--device xx"),
+        ("synthesize", {"iterations": -1}, "--iterations -1"),
+        ("synthesize", {"batch": 0}, "--batch 0"),
+        ("synthesize", {"task": "detect"}, "--task detect"),
+        ("synthesize", {"threads": 0}, "--threads 0"),
+        ("synthesize", {"preprocessing": "imagenet"}, "preprocessing 'imagenet'"),
+        ("synthesize", {"output": "-"}, "output '-'"),
+    ],
+)
+def test_training_that_cannot_be_is_refused_in_words(kind: str, wrong: dict[str, Any], fact: str) -> None:
+    pytest.importorskip("torch", reason="needs the extra: pip install 'qconv[torch]'")
+    usual = {"finetune": {"quant": "q.onnx", "images": "imgs", "output": "t.onnx"}}
+    given = usual.get(kind, {"model": "m.onnx", "output": "made"})
+    with pytest.raises(qconv.QconvError, match=fact) as caught:
+        getattr(qconv, kind)(**{**given, **wrong})
+    assert caught.value.hint
+
+
+def test_models_of_a_benchmark_may_be_bytes(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They lie in a temporary file while it lasts, and have a name."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model = (place / "m.onnx").read_bytes()
+    found = qconv.benchmark(model, place / "q.onnx", rounds=np.int64(1), threads=1).as_dict()
+    assert [row["path"] for row in found["models"]] == ["the given model", str(place / "q.onnx")]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(qconv.QconvError, match=r"^the given model does not fit"):
+        qconv.benchmark(model, batch=10**9)
+
+
+def test_a_single_path_is_as_good_as_a_list_of_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    class Seen(Exception):
+        """Ends a call before its work."""
+
+    def look(case: Any, reporter: object) -> None:
+        seen.append(case.images)
+        raise Seen
+
+    monkeypatch.setattr("qconv.api.analysis_diagnose.diagnose", look)
+    for images in ("imgs", Path("imgs"), ["imgs"], iter([Path("imgs")])):
+        with pytest.raises(Seen):
+            qconv.diagnose(place / "m.onnx", FAST, place / "samples", images=images)
+    assert seen == [("imgs",)] * 4
+
+
+def test_each_call_tells_its_warnings(place: Path) -> None:
+    reporter, heard = qconv.Reporter(), []
+    recipe = qconv.Recipe(effort="fast", keep_float="nothing-of-that-name")  # type: ignore[arg-type]
+    for _ in range(2):
+        before = len(reporter.warnings)
+        report = qconv.quantize(place / "m.onnx", None, recipe, samples()[:2], reporter)
+        heard.append(reporter.warnings[before:])
+        assert heard[-1] == report.warnings
+    assert heard[0] == heard[1] != []
 
 
 def test_batches_are_split_and_spilled() -> None:

@@ -34,3 +34,15 @@ def test_without_one_of_both_the_other_goes_on():
     assert heard == [("read", 1, 2), "text"]
     assert whole.warnings == ["text"]
     Reporter().progress("read", 1, 2)
+
+
+def test_each_run_tells_its_warnings():
+    """What one run has told is news again in the next, once."""
+    heard: list[str] = []
+    whole = Reporter(heard.append)
+    for run in (whole.of_run(), whole.of_run()):
+        run.warn("few")
+        run.warn("few")
+        run.of_part().warn("few")
+        assert run.warnings == ["few"]
+    assert heard == whole.warnings == ["few", "few"]

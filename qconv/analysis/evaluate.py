@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.config.choices import check_run_options, take_types
 from qconv.config.data_options import DataOptions
 from qconv.data.dataset import LabelOptions, find_classes, labels_of
 from qconv.data.loader import ModelWithData, Outputs, open_models
@@ -46,10 +47,10 @@ from qconv.runtime.session import Session
 
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
-    """What is to be measured.
+    """What is to be measured. Raises QconvError for values that cannot be.
 
     Attributes:
-        recipe: Names the images (its `calib`), and their preprocessing.
+        data: The images and their preprocessing.
         against: The other model.
         classes, label_offset: Of labels, see data.dataset.
         table: What the predictions are for: ".csv", ".npz" (then all outputs are kept) or None.
@@ -61,6 +62,10 @@ class EvaluationOptions:
     label_offset: int = 0
     table: str | None = None
     threads: int | None = None
+
+    def __post_init__(self) -> None:
+        take_types(self)
+        check_run_options(self.threads)
 
     @property
     def labelling(self) -> LabelOptions:
@@ -181,8 +186,7 @@ def evaluate(
 ) -> Evaluation:
     """Run the model, and the other one, on every image. Raises QconvError where there is nothing to measure."""
     reporter = reporter or Reporter()
-    root = wishes.data.root
-    classes = find_classes(root, wishes.classes)
+    classes = find_classes(wishes.data, wishes.classes)
     own, other = open_models(source, wishes.against, wishes.data, wishes.threads, reporter)
     holds = _find_outputs(own.session, own.session if other is None else other.session)
     paths = own.feed.listing.paths
@@ -196,8 +200,8 @@ def evaluate(
             holds = [o.seen(np.shape(array)) for o, array in zip(holds, mine, strict=True)]
             vector = find_class_vector(holds)
             outputs = 0 if vector is None else mine[vector].shape[1]
-            if labels_of(paths, root, classes, wishes.labelling, outputs) is None and other is None:
-                raise _make_no_measure_error(root, vector)
+            if labels_of(paths, wishes.data, classes, wishes.labelling, outputs) is None and other is None:
+                raise _make_no_measure_error(wishes.data, vector)
             if wishes.table == ".csv" and vector is None:
                 raise QconvError("No output of the model is one score a class.", "save all outputs in a .npz file.")
         if vector is not None:
@@ -216,7 +220,7 @@ def evaluate(
         reporter.progress("evaluate", done + len(lost), len(paths))
     left = [path for path in paths if path not in lost]
     result = Evaluation(source.name, len(left), own.words, "", tuple(output.fact for output in holds))
-    labels = labels_of(left, root, classes, wishes.labelling, seen.classes if vector is not None else 0)
+    labels = labels_of(left, wishes.data, classes, wishes.labelling, seen.classes if vector is not None else 0)
     if labels is not None:
         assert classes is not None
         result.labels = classes.source + (f", {wishes.label_offset:+d}" if wishes.label_offset else "")
@@ -279,11 +283,12 @@ def _require_comparable(names: Sequence[str], refs: Outputs, gots: Outputs) -> N
             )
 
 
-def _make_no_measure_error(root: Path, vector: int | None) -> QconvError:
+def _make_no_measure_error(data: DataOptions, vector: int | None) -> QconvError:
     """Build the error for neither labels nor another model. vector: the output with one score a class, or None."""
-    why, fix = f"the pictures in {root} lie in no class folders", "a folder with one folder of pictures a class."
-    if not root.is_dir():
-        why = f"{root} lists pictures, but not the order of their class folders among the outputs"
+    where = " and ".join(data.paths)
+    why, fix = f"the pictures in {where} lie in no class folders", "a folder with one folder of pictures a class."
+    if not any(Path(path).is_dir() for path in data.paths) and data.arrays is None:
+        why = f"{where} lists pictures, but not the order of their class folders among the outputs"
         fix = "the classes in output order with --classes FILE."
     if vector is None:
         why, fix = "no output is a class score", "--task classify where one is."

@@ -22,6 +22,7 @@ from qconv.calibration.observer import Observer, observe_each_image, open_observ
 from qconv.calibration.range_estimators import sketch_contents_for
 from qconv.calibration.sketch import Sketch
 from qconv.calibration.statistics_file import SketchSpool, open_sketch_spool
+from qconv.config.choices import require_range, take_types
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import list_samples
@@ -45,7 +46,7 @@ SCORED_BYTES = 48 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class StudyRequest:
-    """What is asked beyond the recipe.
+    """What is asked beyond the recipe. Raises QconvError for values that cannot be.
 
     Attributes:
         draws: How many sets of images of each size.
@@ -56,6 +57,11 @@ class StudyRequest:
     draws: int = 3
     holdout: int | None = None
     images: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        take_types(self, {"draws": "--seeds"})
+        require_range("--seeds", self.draws, 1)
+        require_range("--holdout", self.holdout, 1)
 
 
 def study_samples(

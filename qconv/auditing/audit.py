@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from qconv import storage
 from qconv.auditing.fusion_rules import find_dequantizer, find_float_reason
+from qconv.config.choices import as_type
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
@@ -33,7 +34,7 @@ from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION
 from qconv.quantization.saturation import worst_pair_ratio
 from qconv.results.quantize import Audit, FloatNode, LayerTime, Saturation
-from qconv.runtime.benchmark import Cpu, detect_cpu
+from qconv.runtime.benchmark import Cpu, TimingConditions, detect_cpu
 from qconv.runtime.session import RUNTIME_VERSION, Session, make_random_inputs
 
 INTEGER_OPS = frozenset({"QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
@@ -319,8 +320,17 @@ def detect_format(proto: Any) -> tuple[str, str]:
     return next(found, plain)
 
 
-def audit_file(source: Source, *, threads: int, batch: int | None, size: Sequence[int] | None) -> FileAudit:
-    """Load, optimize, run and take apart. Raises QconvError for what does not load or run."""
+def audit_file(source: Source, *, threads: int, batch: int | None, size: tuple[int, int] | None) -> FileAudit:
+    """Load, optimize, run and take apart. Raises QconvError for what does not load or run.
+
+    Args:
+        source: The file.
+        threads: Of ONNX Runtime.
+        batch: Images a run; None for the model's own.
+        size: Height and width; None for the model's own.
+    """
+    asked = TimingConditions(as_type(threads, int, "--threads"), batch, size)
+    threads = asked.threads or 1
     proto = read_proto(source)
     name, meaning = detect_format(proto)
     model = load_unchanged(proto, source)
@@ -332,7 +342,7 @@ def audit_file(source: Source, *, threads: int, batch: int | None, size: Sequenc
         session = Session(
             runnable, name=source.name, threads=threads, save_optimized=optimized, profile=folder / "profile"
         )
-        times = profile_nodes(session, make_random_inputs(session, batch, size))
+        times = profile_nodes(session, make_random_inputs(session, asked.batch, asked.size))
         told = read_recipe(model.inner.metadata_props)
         recipe = recipe_from_dict(told) if told else None
         audited = audit(optimized, model, _read_planned_reasons(model, recipe), times)

@@ -1,19 +1,24 @@
 """Lists the values that recipe options accept, by the names that users know, and validates plain values.
 
-Standard library only, so that `qconv --help` imports no numpy. The `require_*` and `as_*` functions check and convert
-what `config/recipe.py` and `config/data_options.py` are given, and raise a QconvError with the fix.
+Standard library only, so that `qconv --help` imports no numpy. The `require_*`, `as_*` and `take_types` functions check
+and convert what classes of options are given, and raise a QconvError with the fix.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+import operator
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from os import PathLike
-from typing import Any
+from os import PathLike, fspath
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from qconv.errors import QconvError
+from qconv.errors import QconvError, format_shape
 
 
 class Scheme(StrEnum):
@@ -114,6 +119,9 @@ class LayerBits:
     activations: int | None = None
     in_float: bool = False
 
+    def __post_init__(self) -> None:
+        take_types(self, {name: f"{name} of LayerBits" for name in ("weights", "activations", "in_float")})
+
     @property
     def impossible(self) -> str | None:
         """What of it no layer can have, in words."""
@@ -145,6 +153,9 @@ class Drop:
     measure: str
     value: float
 
+    def __post_init__(self) -> None:
+        take_types(self, {"measure": "measure of Drop", "value": "value of Drop"})
+
     def __str__(self) -> str:
         return f"{self.measure}:{self.value:g}"
 
@@ -154,28 +165,144 @@ def option_name(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def require_integer(name: str, value: object) -> None:
-    """Raises QconvError for what is no whole number."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(whole, f"{option_name(name)} {value!r}", "use a whole number.")
+def take_types(options: Any, said: Mapping[str, str] | None = None) -> None:
+    """Give the fields of a frozen dataclass the types of their annotations.
+
+    What stands for such a value is taken: numpy's numbers, paths for texts, several values in a list, one in place of
+    several. Members of enumerations may stay texts, see `as_member`.
+
+    Args:
+        options: The dataclass.
+        said: What an error calls a field; by default the option of its name.
+
+    Raises:
+        QconvError: A value has another type.
+    """
+    kind: Any = type(options)
+    for name, wanted in _field_types(kind).items():
+        told = (said or {}).get(name, option_name(name))
+        object.__setattr__(options, name, as_type(getattr(options, name), wanted, told))
 
 
-def as_numbers(value: Any, option: str) -> tuple[float, ...]:
-    """One number or several, as floats."""
+@functools.cache
+def _field_types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def as_type(value: Any, wanted: Any, told: str) -> Any:
+    """The value as this annotation has it, see `take_types`. told: what an error calls it."""
     try:
-        return tuple(
-            float(v) for v in (value if isinstance(value, Iterable) and not isinstance(value, str) else [value])
-        )
-    except (TypeError, ValueError, OverflowError):
-        raise QconvError(f"{option} {value!r} is not possible.", "use numbers.") from None
+        return _convert(value, wanted)
+    except (TypeError, ValueError, ArithmeticError):
+        fix = f"use {describe_type(wanted)}."
+        raise QconvError(f"{told} {reprlib.repr(value)} is not possible.", fix) from None
 
 
-def as_texts(value: Any, option: str) -> tuple[str, ...]:
-    """One text or path, or several."""
-    if isinstance(value, str | PathLike):
-        return (str(value),)
-    require(isinstance(value, Iterable), f"{option} {value!r}", "use a text, or several in a tuple.")
-    return tuple(map(str, value))
+def _convert(value: Any, wanted: Any) -> Any:
+    """Raises TypeError, ValueError or ArithmeticError for what has another type."""
+    parts = get_args(wanted)
+    if get_origin(wanted) in (Union, UnionType):
+        return _convert_to_any(value, parts)
+    if get_origin(wanted) is tuple:
+        return _convert_to_tuple(value, parts)
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    convert = _CONVERSIONS.get(wanted)
+    if convert is not None:
+        return convert(value)
+    if not isinstance(value, str if issubclass(wanted, StrEnum) else wanted):
+        raise TypeError
+    return value
+
+
+def _convert_to_any(value: Any, kinds: Iterable[Any]) -> Any:
+    for kind in kinds:
+        try:
+            return _convert(value, kind)
+        except (TypeError, ValueError, ArithmeticError):
+            continue
+    raise TypeError
+
+
+def _convert_to_tuple(value: Any, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """parts: kinds of its items; of any number of items where the second is `...`."""
+    one = isinstance(value, str | bytes | PathLike | Mapping) or not isinstance(value, Iterable)
+    if parts[-1] is not ...:
+        return tuple(_convert(item, kind) for item, kind in zip((value,) if one else value, parts, strict=True))
+    if one:
+        return (_convert(value, parts[0]),)
+    found = [_convert(item, parts[0]) for item in value]
+    return tuple(sorted(found) if isinstance(value, Set) else found)  # a set has another order in every process
+
+
+def _as_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _as_integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _as_float(value: Any) -> float:
+    axes: tuple[int, ...] = getattr(value, "shape", ())
+    if axes or isinstance(value, bool | str | bytes | bytearray):
+        raise TypeError
+    return float(value)
+
+
+def _as_text(value: Any) -> str:
+    found = fspath(value)
+    if not isinstance(found, str):
+        raise TypeError
+    return str(found)
+
+
+def _as_none(value: Any) -> None:
+    if value is not None:
+        raise TypeError
+
+
+_CONVERSIONS: dict[Any, Callable[[Any], Any]] = {
+    bool: _as_bool,
+    int: _as_integer,
+    float: _as_float,
+    str: _as_text,
+    Path: lambda value: Path(_as_text(value)),
+    NoneType: _as_none,
+}
+
+_TYPES_IN_WORDS: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+    NoneType: "None",
+}
+
+
+def describe_type(wanted: Any) -> str:
+    """An annotation in the words of an error."""
+    parts = get_args(wanted)
+    if get_origin(wanted) in (Union, UnionType):
+        return " or ".join(map(describe_type, parts))
+    if get_origin(wanted) is tuple and parts[-1] is ...:
+        return f"{describe_type(parts[0])}, or several in a tuple"
+    if get_origin(wanted) is tuple:
+        return f"({', '.join(map(describe_type, parts))})"
+    if wanted in _TYPES_IN_WORDS:
+        return _TYPES_IN_WORDS[wanted]
+    return " or ".join(wanted) if issubclass(wanted, StrEnum) else f"{wanted.__name__}(...)"
+
+
+def as_texts(value: Any, told: str) -> tuple[str, ...]:
+    """One text or path, or several. told: what an error calls it."""
+    found: tuple[str, ...] = as_type(value, tuple[str, ...], told)
+    return found
 
 
 def as_member(kind: type[StrEnum], value: str, option: str) -> StrEnum:
@@ -199,15 +326,28 @@ def require(condition: bool, fact: str, fix: str) -> None:
         raise QconvError(f"{fact} is not possible.", fix)
 
 
+def require_range(told: str, value: int | None, least: int, most: int | None = None) -> None:
+    """Raise QconvError for a number out of range; None is one that was not given. most: None for no bound."""
+    if value is None:
+        return
+    inside = least <= value and (most is None or value <= most)
+    require(inside, f"{told} {value}", f"use {least} or more." if most is None else f"use {least} to {most}.")
+
+
+def require_size(size: tuple[int, int] | None) -> None:
+    """Raise QconvError for images without pixels. size: height and width, or None."""
+    if size is not None:
+        require(min(size) >= 1, f"--size {format_shape(size)}", "use at least 1x1.")
+
+
 MOST_THREADS = 1024
 
 
 def check_run_options(threads: int | None, min_agreement: float | None = None, min_sqnr: float | None = None) -> None:
     """Raises QconvError for a number of threads, and for gates (a share, and in dB), that cannot be."""
-    if threads is not None:
-        require_integer("threads", threads)
-    few = threads is None or 1 <= threads <= MOST_THREADS
-    require(few, f"--threads {threads}", f"use 1 to {MOST_THREADS}.")
+    require_range("--threads", as_type(threads, int | None, "--threads"), 1, MOST_THREADS)
+    min_agreement = as_type(min_agreement, float | None, "--min-agreement")
+    min_sqnr = as_type(min_sqnr, float | None, "--min-sqnr")
     share = min_agreement is None or 0 <= min_agreement <= 1
     require(share, f"--min-agreement {min_agreement}", "use a share from 0 to 1.")
     finite = min_sqnr is None or math.isfinite(min_sqnr)

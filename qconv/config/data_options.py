@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconv.config.choices import (
@@ -16,17 +15,18 @@ from qconv.config.choices import (
     TASKS,
     as_json_value,
     as_member,
-    as_numbers,
-    as_texts,
     option_name,
     require,
     require_finite,
-    require_integer,
+    require_size,
+    take_types,
 )
 from qconv.errors import QconvError
 
 if TYPE_CHECKING:
     from qconv.data.dataset import ArraySamples
+else:
+    ArraySamples = object  # data stands above, and types of fields are looked up
 
 
 class Color(StrEnum):
@@ -101,18 +101,14 @@ class PreprocessingOptions:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        take_types(self, {"preset": "--preprocess"})
         object.__setattr__(self, "preset", self.preset or AUTO)
         for name, kind in (("color", Color), ("layout", Layout), ("filter", ResizeFilter)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_member(kind, getattr(self, name), f"--{name}"))
-        for name in ("mean", "std"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, as_numbers(getattr(self, name), f"--{name}"))
-        if self.scale is not None:
-            object.__setattr__(self, "scale", as_numbers(self.scale, "--scale")[0])
-        require(isinstance(self.resize, str | int), f"--resize {self.resize}", "use a word or a number of pixels.")
-        pair = isinstance(self.size, tuple) and len(self.size) == 2 and all(isinstance(n, int) for n in self.size)
-        require(self.size is None or pair, f"--size {self.size}", "use two whole numbers: height and width.")
+        known = (AUTO, *PRESETS)
+        require(self.preset in known, f"--preprocess {self.preset}", f"use one of {', '.join(known)}.")
+        require_size(self.size)
         scale = None if self.scale is None else (self.scale,)
         for option, numbers in (("--scale", scale), ("--mean", self.mean), ("--std", self.std)):
             require_finite(option, numbers)
@@ -122,6 +118,9 @@ class PreprocessingOptions:
             raise QconvError("--std has a zero: pixels cannot be divided by it.", "give a positive number a channel.")
         if isinstance(self.resize, int):
             require(self.resize >= 1, f"--resize {self.resize}", "use at least 1 pixel.")
+        else:
+            fix = f"use {', '.join(RESIZE_MODES)} or a number of pixels."
+            require(self.resize in RESIZE_MODES, f"--resize {self.resize}", fix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,13 +237,13 @@ class DataOptions:
 
     Attributes:
         paths: Folders, images, or text files with one path a line; none where statistics or no images are used.
-        samples: The most images to read; None for all.
+        samples: The most images to read; None for all. 128 by default, whichever function is given these options.
         batch: Images in a batch.
         seed: Of the draw of images, and of all else that is drawn at random.
         glob: What the name or path of a file must match; None for all files.
         preprocessing: What is said of how the network is fed.
         task: What the model is for, which decides what its outputs hold; "auto" finds it out.
-        arrays: Samples that were given as arrays, which `paths` then only names.
+        arrays: Set by functions that are given arrays, which `paths` then only names.
     """
 
     paths: tuple[str, ...] = ()
@@ -257,23 +256,15 @@ class DataOptions:
     arrays: ArraySamples | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "paths", as_texts(self.paths, "paths"))
+        take_types(self, {"paths": "paths", "preprocessing": "preprocessing", "arrays": "arrays"})
+        given = self.arrays is None or hasattr(self.arrays, "listing")
+        require(given, "arrays in DataOptions", "pass them in place of DataOptions: [{'input': array}].")
         hint = f"pass Recipe(data_free=True) for no images; a folder of that name is ./{NO_IMAGES}."
         require(NO_IMAGES not in self.paths, f"paths with {NO_IMAGES!r}", hint)
-        for name in ("samples", "batch", "seed"):
-            if name != "samples" or self.samples is not None:
-                require_integer(name, getattr(self, name))
         require(self.samples is None or self.samples >= 1, f"--samples {self.samples}", "use at least 1 picture.")
         require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")
         require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
-        whole = isinstance(self.preprocessing, PreprocessingOptions)
-        require(whole, f"preprocessing {self.preprocessing!r}", "pass PreprocessingOptions(preset=...).")
         require(self.task in TASKS, f"--task {self.task}", f"use one of {', '.join(TASKS)}.")
-
-    @property
-    def root(self) -> Path:
-        """The first of the paths, in whose folders classes are looked for."""
-        return Path(self.paths[0])
 
     def require_defaults(self, names: tuple[str, ...], told: str) -> None:
         """Raise QconvError where one of these options was given. told: why none can be, in the words of an error."""

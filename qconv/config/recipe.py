@@ -35,12 +35,11 @@ from qconv.config.choices import (
     WeightGranularity,
     as_json_value,
     as_member,
-    as_numbers,
     as_texts,
     check_run_options,
     option_name,
     require,
-    require_integer,
+    take_types,
 )
 from qconv.config.data_options import DataOptions, Layout
 from qconv.config.targets import TARGETS
@@ -78,11 +77,7 @@ def check_allocation(recipe: Recipe) -> None:
 
 def check_layer_bits(recipe: Recipe) -> None:
     """Bits of single layers."""
-    entries = recipe.layer_bits
-    paired = isinstance(entries, tuple) and all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)
-    fix = "pass pairs of a glob and LayerBits(weights=4)."
-    require(paired and all(isinstance(bits, LayerBits) for _, bits in entries), f"layer_bits {entries!r}", fix)
-    for glob, bits in entries:
+    for glob, bits in recipe.layer_bits:
         told = f"--layer-bits: {glob!r} with"
         require(bits.impossible is None, f"{told} {bits.impossible}", "use 2 to 8, or 16.")
         fact = f"{told} activations of {bits.activations} bits beside --activation-bits 32"
@@ -353,14 +348,9 @@ class Recipe:
 
     def _take_types(self) -> None:
         """Plain texts become what they stand for."""
-        for name in ("keep_float", "keep_float_op"):
-            self._take(name, as_texts(getattr(self, name), option_name(name)))
-        for name in ("min_agreement", "min_sqnr"):
-            if getattr(self, name) is not None:
-                self._take(name, as_numbers(getattr(self, name), option_name(name))[0])
+        take_types(self, {"layer_bits": "layer_bits"})
         for name in ("stats", "save_stats", "save_layer_bits"):
             if getattr(self, name) is not None:
-                self._take(name, str(getattr(self, name)))
                 require(getattr(self, name) != "-", self._told(name), "name a file.")
         require(self.target in TARGETS, f"--target {self.target}", f"use {' or '.join(TARGETS)}.")
         few = self.effort == "best" and Scheme.ASYMMETRIC in TARGETS[self.target].weight_schemes
@@ -379,10 +369,6 @@ class Recipe:
                 self._take(name, as_member(kind, getattr(self, name), option_name(name)))
 
     def _check_numbers(self) -> None:
-        for name in ("weight_bits", "activation_bits", "block_size", "edge_bits"):
-            require_integer(name, getattr(self, name))
-        if self.opset is not None:
-            require_integer("opset", self.opset)
         self._require_one_of("weight_bits", WEIGHT_BITS, "use 2 to 8, or 16.")
         self._require_one_of("activation_bits", ACTIVATION_BITS, "use 2 to 8, 16, or 32 for weights only.")
         self._require_one_of("edge_bits", WEIGHT_BITS, "use 2 to 8, or 16.")
@@ -414,20 +400,16 @@ class Recipe:
         require(self.weight_bits == 8, f"--weight-bits {self.weight_bits} with a search for bits", hint)
         if self.max_drop is not None:
             drop = self.max_drop
-            known = isinstance(drop, Drop) and drop.measure in DROP_MEASURES
+            known = drop.measure in DROP_MEASURES
             require(known, f"--max-drop {drop}", f"use {', '.join(f'{name}:NUMBER' for name in DROP_MEASURES)}.")
-            value = as_numbers(drop.value, "--max-drop")[0]
-            possible = math.isfinite(value) and (drop.measure == "sqnr" or 0 <= value <= 1)
+            possible = math.isfinite(drop.value) and (drop.measure == "sqnr" or 0 <= drop.value <= 1)
             require(possible, f"--max-drop {drop}", f"use {DROP_MEASURES[drop.measure]}.")
-            self._take("max_drop", Drop(drop.measure, value))
         if self.target_size is not None:
-            size = as_numbers(self.target_size, "--target-size")[0]
+            size = self.target_size
             require(0 < size <= 1, f"--target-size {size:g}", "use a share of float's size, such as 0.16.")
-            self._take("target_size", size)
         chosen = CANDIDATE_BITS if self.candidate_bits is None else self.candidate_bits
-        whole = isinstance(chosen, tuple) and all(type(bits) is int for bits in chosen)
         accepted = TARGETS[self.target].weight_bits | {FLOAT_BITS}
-        possible = whole and bool(chosen) and set(chosen) <= accepted
+        possible = bool(chosen) and set(chosen) <= accepted
         shown = ",".join("float" if bits == FLOAT_BITS else str(bits) for bits in chosen)
         require(possible, f"--candidate-bits {shown}", "use several of 2 to 8, 16 and float, as the target takes them.")
         self._take("candidate_bits", tuple(sorted(set(chosen))))
@@ -450,7 +432,7 @@ class Recipe:
             fact = f"--percentile with --calibrator {self.calibrator}"
             require(self.percentile is None, fact, "pass --calibrator percentile, or leave it out.")
             return
-        share = as_numbers(PERCENTILE if self.percentile is None else self.percentile, "--percentile")[0]
+        share = PERCENTILE if self.percentile is None else self.percentile
         require(50 < share <= 100, f"--percentile {share:g}", "use more than 50, up to 100.")
         self._take("percentile", share)
 

@@ -48,6 +48,10 @@ class Listing:
     read: Callable[[Path], dict[str, NDArray[Any]]] | None = None
     """Gives the arrays of a path that is no file, by the names of inputs."""
 
+    def in_words(self, path: Path) -> str:
+        """What an error calls one of them."""
+        return str(path) if self.read is None else f"sample {int(path.stem)} of {path.parent}"
+
 
 def find_files(sources: Sequence[str], *, pattern: str | None, samples: int | None, seed: int) -> Listing:
     """Choose the files to read: a seeded draw of `samples` that does not depend on the file system's order.
@@ -138,11 +142,19 @@ def _as_arrays(batch: object) -> dict[str, NDArray[Any]]:
     """Copies, since whoever gives arrays may fill them anew."""
     if not isinstance(batch, Mapping) or not batch:
         raise QconvError(f"{type(batch).__name__} is no sample.", ARRAYS_HINT)
-    found = {str(name): np.array(array) for name, array in batch.items()}
+    found = {str(name): _as_array(str(name), array) for name, array in batch.items()}
     odd = next((name for name, array in found.items() if array.dtype.kind not in "fiub"), None)
     if odd is not None:
         raise QconvError(f"{odd!r} holds {found[odd].dtype}, which is no number.", ARRAYS_HINT)
     return found
+
+
+def _as_array(name: str, array: object) -> NDArray[Any]:
+    try:
+        return np.array(array)
+    except Exception as error:  # of a stranger's class, such as a tensor of another device
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise QconvError(f"{name!r} holds {type(array).__name__}, which is no array: {reason}.", ARRAYS_HINT) from None
 
 
 def suffix_of(path: str | Path) -> str:
@@ -272,7 +284,7 @@ class LabelOptions:
 
 
 def labels_of(
-    paths: Sequence[Path], root: Path, classes: Classes | None, labelling: LabelOptions, outputs: int
+    paths: Sequence[Path], data: DataOptions, classes: Classes | None, labelling: LabelOptions, outputs: int
 ) -> NDArray[np.int64] | None:
     """The labels of images, (N,); None where they lie in no class folders.
 
@@ -284,10 +296,11 @@ def labels_of(
             fact = "No output of the model is one score a class, so labels say nothing of it."
             raise QconvError(fact, "leave the options for labels out.")
         return None
-    folders = [class_folder_of(path, root) for path in paths]
+    folders = class_folders_of(paths, data) if classes is not None else []
     if classes is None or not any(folders):
         if labelling.asked:
-            raise QconvError(f"The pictures in {root} lie in no class folders.", "put each into a folder of its class.")
+            fact = f"The pictures in {' and '.join(data.paths)} lie in no class folders."
+            raise QconvError(fact, "put each into a folder of its class.")
         return None
     loose = next((path for path, name in zip(paths, folders, strict=True) if name is None), None)
     if loose is not None:
@@ -296,25 +309,46 @@ def labels_of(
     return np.array(known, np.int64)
 
 
-def class_folder_of(path: Path, root: Path) -> str | None:
-    """The class folder's name: the first below `root`, or what holds the picture where it came from a list of paths."""
-    if not root.is_dir():
-        return path.parent.name
-    inside = path.relative_to(root).parts
-    return inside[0] if len(inside) > 1 else None
+def class_folders_of(paths: Sequence[Path], data: DataOptions) -> list[str | None]:
+    """The class folder's name of each image: the first folder below the given one that holds the image.
 
-
-def find_classes(root: Path, listing: Path | None) -> Classes | None:
-    """The classes of the folders below `root`. listing: the user's file, None for classes.txt beside them.
-
-    None where there are no class folders. Raises QconvError for a file that is no list of classes.
+    Of an image that a list of paths or its own path named, the folder that holds it. None for images that lie in no
+    folder. Raises QconvError where given folders lie in each other and name different classes. Arrays have no folder.
     """
-    beside = root / CLASS_LIST_NAME
-    if listing is not None or beside.is_file():
-        return _read_class_list(listing or beside)
-    if not root.is_dir():
-        return None
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if data.arrays is not None:
+        return [None for _ in paths]
+    roots = _class_roots(data)
+    return [_class_folder_of(path, roots) for path in paths]
+
+
+def _class_folder_of(path: Path, roots: Sequence[Path]) -> str | None:
+    below = [path.relative_to(root).parts for root in roots if path.is_relative_to(root)]
+    below = [parts for parts in below if parts and parts[0] != os.pardir]
+    if not below:
+        return path.parent.name
+    names = list(dict.fromkeys(parts[0] for parts in below if len(parts) > 1))
+    if len(names) > 1:
+        fact = f"{path} lies in the class folders {' and '.join(names)}, as given paths lie in each other."
+        raise QconvError(fact, "pass the outer path alone, or paths that lie beside each other.")
+    return names[0] if names else None
+
+
+def _class_roots(data: DataOptions) -> list[Path]:
+    """The given folders, in which class folders may lie."""
+    return [root for root in map(Path, data.paths) if root.is_dir()] if data.arrays is None else []
+
+
+def find_classes(data: DataOptions, listing: Path | None) -> Classes | None:
+    """The classes of the folders below the given ones; folders with the same name are of one class.
+
+    listing: the user's file, None for classes.txt beside the class folders. None where there are no class folders.
+    Raises QconvError for a file that is no list of classes, and for lists that differ.
+    """
+    roots = _class_roots(data)
+    beside = [root / CLASS_LIST_NAME for root in roots if (root / CLASS_LIST_NAME).is_file()]
+    if listing is not None or beside:
+        return _read_class_lists(beside if listing is None else [listing])
+    names = sorted({p.name for root in roots for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")})
     if not names:
         return None
     if all(name.isdecimal() for name in names) and len({int(name) for name in names}) == len(names):
@@ -322,6 +356,15 @@ def find_classes(root: Path, listing: Path | None) -> Classes | None:
         return Classes(rank, {n: name for name, n in rank.items()}, "the folders' numbers", complete=False)
     rank = {name: index for index, name in enumerate(names)}
     return Classes(rank, dict(enumerate(names)), "the folders in alphabetical order", complete=True)
+
+
+def _read_class_lists(files: Sequence[Path]) -> Classes:
+    found = [_read_class_list(file) for file in files]
+    other = next((file for file, own in zip(files, found, strict=True) if own.names != found[0].names), None)
+    if other is not None:
+        fact = f"{files[0]} and {other} list different classes."
+        raise QconvError(fact, "name the list that holds for all pictures with --classes FILE.")
+    return found[0]
 
 
 def _read_class_list(file: Path) -> Classes:

@@ -36,7 +36,6 @@ from qconv.config.data_options import (
     AUTO,
     CROP_SHARE,
     PRESETS,
-    RESIZE_MODES,
     Color,
     Layout,
     Preprocessing,
@@ -102,10 +101,6 @@ def _require_image_input(options: PreprocessingOptions, spec: InputSpec) -> None
         raise QconvError(f"input '{spec.name}' has shape {format_shape(spec.shape)}, which is no picture's.", samples)
     if spec.dtype not in PIXEL_TYPES:
         raise QconvError(f"input '{spec.name}' takes {spec.dtype}, which pictures are not.", samples)
-    if isinstance(options.resize, str) and options.resize not in RESIZE_MODES:
-        raise QconvError(
-            f"--resize {options.resize} is unknown.", f"use {', '.join(RESIZE_MODES)} or a number of pixels."
-        )
 
 
 def _deduce_layout(shape: tuple[int | None, ...]) -> Layout:
@@ -135,8 +130,6 @@ def _choose_preset(options: PreprocessingOptions, spec: InputSpec, channels: int
     own = [f"--{part}" for part in ("scale", "mean", "std", "color") if getattr(options, part) is not None]
     changed = f", with {' and '.join(own)}" if own else ""
     if options.preset not in (None, AUTO):
-        if options.preset not in PRESETS:
-            raise QconvError(f"--preprocess {options.preset} is unknown.", f"use one of {', '.join((AUTO, *PRESETS))}.")
         return options.preset, f"--preprocess {options.preset}{changed}"
     if spec.dtype == np.uint8:
         name, reason = "raw", "uint8 inputs"
@@ -174,8 +167,6 @@ def _resolve_size(wanted: tuple[int, int] | None, spec: InputSpec, layout: Layou
             hint = "pass --size HxW, for example --size 224x224."
             raise QconvError(f"input '{spec.name}' has no fixed height and width.", hint)
         return height, width
-    if min(wanted) < 1:
-        raise QconvError(f"--size {format_shape(wanted)} is not possible.", "use at least 1x1.")
     if not shape_matches(wanted, fixed):
         fact = (
             f"--size {format_shape(wanted)} contradicts input '{spec.name}', which is fixed at {format_shape(fixed)}."
@@ -365,18 +356,24 @@ def normalize_pixels(pixels: NDArray[np.uint8], prep: Preprocessing) -> NDArray[
 # ---- one ready-made sample
 
 
-def _load_sample(path: Path, inputs: Sequence[InputSpec], read: ArrayReader | None) -> dict[str, NDArray[Any]]:
+def _load_sample(path: Path, inputs: Sequence[InputSpec], listing: Listing) -> dict[str, NDArray[Any]]:
     """Read one .npy or .npz file: {input name: array without the batch axis, of the wanted type}.
 
-    read: gives what would be in it, where it is no file.
+    listing: of which it is; it may give what would be in the file.
     """
-    arrays = _read_arrays(path, inputs) if read is None else read(path)
+    arrays = _read_arrays(path, inputs) if listing.read is None else listing.read(path)
     names = {spec.name for spec in inputs}
     for fact, wrong in (("lacks", names - arrays.keys()), ("holds unknown", arrays.keys() - names)):
         if wrong:
             hint = f"name its arrays after the network's inputs: {', '.join(sorted(names))}."
-            raise QconvError(f"{path} {fact} {', '.join(sorted(wrong))}.", hint)
-    return {spec.name: _check_array(arrays[spec.name], spec, path) for spec in inputs}
+            raise QconvError(f"{listing.in_words(path)} {fact} {', '.join(sorted(wrong))}.", hint)
+    hint = SAMPLE_FILE_HINT if listing.read is None else GIVEN_SAMPLE_HINT
+    return {spec.name: _check_array(arrays[spec.name], spec, listing.in_words(path), hint) for spec in inputs}
+
+
+SAMPLE_FILE_HINT = "store one sample a file, with or without the leading batch axis of 1."
+
+GIVEN_SAMPLE_HINT = "give arrays with the batch as axis 0, or one sample without it."
 
 
 MOST_SAMPLE_BYTES = 1 << 30
@@ -413,25 +410,26 @@ def _describe_npz(inputs: Sequence[InputSpec]) -> str:
     return f"write one .npz file a sample: np.savez('0.npz', **{{{keywords}}})."
 
 
-def _check_array(array: NDArray[Any], spec: InputSpec, path: Path) -> NDArray[Any]:
+def _check_array(array: NDArray[Any], spec: InputSpec, told: str, hint: str) -> NDArray[Any]:
+    """The sample without the batch axis, of the wanted type. told: what an error calls it; hint: of another shape."""
     batched = array.ndim == len(spec.shape) and array.shape[:1] == (1,)
     sample = array[0] if batched else array
     if not spec.shape or not shape_matches((1, *sample.shape), (None, *spec.shape[1:])):
         fact = (
-            f"{path} has shape {format_shape(array.shape)} for input '{spec.name}', which takes "
+            f"{told} has shape {format_shape(array.shape)} for input '{spec.name}', which takes "
             f"{format_shape(spec.shape)}."
         )
-        raise QconvError(fact, "store one sample a file, with or without the leading batch axis of 1.")
+        raise QconvError(fact, hint)
     # Any float may become the wanted float. Integers into a float network are most likely pixels not yet normalised.
     same_kind = array.dtype.kind == spec.dtype.kind
     floats = same_kind and spec.dtype.kind == "f"
     if not floats and not (same_kind and np.can_cast(array.dtype, spec.dtype)):
-        fact = f"{path} holds {array.dtype} for input '{spec.name}', which takes {spec.dtype}."
+        fact = f"{told} holds {array.dtype} for input '{spec.name}', which takes {spec.dtype}."
         raise QconvError(fact, f"store it as {spec.dtype}, preprocessed as the network wants it.")
     with np.errstate(over="ignore"):  # becomes infinite and is told below
         sample = np.ascontiguousarray(sample, dtype=spec.dtype).reshape(sample.shape)
     if floats and not np.isfinite(sample).all():
-        raise QconvError(f"{path} holds NaN or infinity for input '{spec.name}'.", "mend the sample, or remove it.")
+        raise QconvError(f"{told} holds NaN or infinity for input '{spec.name}'.", "mend the sample, or remove it.")
     return sample
 
 
@@ -461,7 +459,7 @@ def iter_batches(
         raise QconvError(f"{first} is one picture but the network has {len(inputs)} inputs.", _describe_npz(inputs))
     if first is not None and prep is None:
         raise QconvError(f"{first} is a picture but the network takes none.", "pass .npy or .npz samples.")
-    load = partial(_load_inputs, inputs=inputs, prep=prep, read=listing.read)
+    load = partial(_load_inputs, inputs=inputs, prep=prep, listing=listing)
     _import_decoders()
     pending = prefetch(load, listing.paths, workers=workers, depth=2 * workers + batch)
     return _batch_inputs(
@@ -470,10 +468,10 @@ def iter_batches(
 
 
 def _load_inputs(
-    path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | None, read: ArrayReader | None = None
+    path: Path, inputs: Sequence[InputSpec], prep: Preprocessing | None, listing: Listing
 ) -> dict[str, NDArray[Any]]:
     if prep is None or suffix_of(path) in SAMPLE_SUFFIXES:
-        return _load_sample(path, inputs, read)
+        return _load_sample(path, inputs, listing)
     if prep.keeps_pixels and inputs[0].dtype == np.uint8:
         return {inputs[0].name: load_pixels(path, prep)}
     return {inputs[0].name: cast_pixels(load_image(path, prep), inputs[0].dtype)}
@@ -485,8 +483,6 @@ def cast_pixels(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[An
         values = np.clip(np.rint(values), 0, 255)
     return values.astype(dtype, copy=False)
 
-
-ArrayReader = Callable[[Path], dict[str, NDArray[Any]]]
 
 _Sample = dict[str, NDArray[Any]]
 

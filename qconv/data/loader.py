@@ -93,7 +93,8 @@ class DataLoader:
         """Load uint8 pixels from now on. Returns the float network's preprocessing; raises QconvError for samples."""
         samples = [path for path in self.listing.paths if path.suffix.lower() in SAMPLE_SUFFIXES]
         if samples or self.preprocessing is None:
-            fact = f"{samples[0]} is preprocessed already, so it is not known what --embed-preprocessing should embed."
+            first = self.listing.in_words(samples[0])
+            fact = f"{first} is preprocessed already, so it is not known what --embed-preprocessing should embed."
             raise QconvError(fact, "pass pictures, or leave --embed-preprocessing out.")
         if self.inputs[0].dtype == np.uint8 and not self.preprocessing.keeps_pixels:
             fact = f"input '{self.inputs[0].name}' takes uint8, in which pixels cannot be normalised."

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from qconv.config.choices import check_run_options, require_range, require_size, take_types
 from qconv.errors import QconvError
 from qconv.reporter import Reporter
 
@@ -193,17 +194,27 @@ TIMING_PERCENTILES = (10, 50, 90)  # percentiles over rounds
 
 @dataclass(frozen=True, slots=True)
 class TimingConditions:
-    """The conditions of a benchmark. threads: None for all cores. batch, size (H, W): None for the model's own."""
+    """The conditions of a benchmark. Raises QconvError for values that cannot be.
+
+    threads: None for all cores. batch, size (H, W): None for the model's own.
+    """
 
     threads: int | None = None
     batch: int | None = None
     size: tuple[int, int] | None = None
     rounds: int = 24
 
+    def __post_init__(self) -> None:
+        take_types(self)
+        check_run_options(self.threads)
+        require_range("--batch", self.batch, 1)
+        require_size(self.size)
+        require_range("--rounds", self.rounds, 1)
+
 
 @dataclass(slots=True)
 class Timing:
-    """The times of one model in ms. turns: those of each round. shapes: of its inputs, by name."""
+    """The times of one model in ms. path: what it is called. turns: those of each round. shapes: of its inputs."""
 
     path: str
     shapes: dict[str, list[int]] = field(default_factory=dict)
@@ -272,22 +283,36 @@ def benchmark(
     *,
     version: str,
     reporter: Reporter | None = None,
+    names: Sequence[str] | None = None,
 ) -> Benchmark:
-    """Time `paths` under the same conditions. Raises QconvError for a model that does not load or run."""
+    """Time models under the same conditions.
+
+    Args:
+        paths: Their files.
+        conditions: The conditions.
+        version: Of ONNX Runtime.
+        reporter: Hears of progress.
+        names: What the models are called; None for their paths.
+
+    Raises:
+        QconvError: There is no model, or one does not load or run.
+    """
+    if not paths:
+        raise QconvError("There is no model to time.", "pass one, or several to compare.")
     for path in paths:
         if not os.path.isfile(path):
             raise QconvError(f"{path} does not exist, or is no file.", "check the path of the model.")
     cpu = detect_cpu()
     threads = conditions.threads or cpu.cores
-    timings = tuple(Timing(path) for path in paths)
+    timings = tuple(Timing(name) for name in names or paths)
     left, done = conditions.rounds, 0
     for restart in range(min(RESTARTS, conditions.rounds)):
         rounds = -(-left // (RESTARTS - restart)) if conditions.rounds >= RESTARTS else 1
         left -= rounds
         with contextlib.ExitStack() as stack:
             workers = []
-            for timing in timings:
-                worker = Worker(timing.path, conditions, threads)
+            for path, timing in zip(paths, timings, strict=True):
+                worker = Worker(path, conditions, threads, timing.path)
                 stack.callback(worker.close)
                 timing.shapes = worker.shapes
                 workers.append(worker)
@@ -308,14 +333,18 @@ def _runs_per_turn(worker: Worker) -> int:
 
 
 class Worker:
-    """The parent's end of a process that holds one model. Raises QconvError where it cannot be loaded or run."""
+    """The parent's end of a process that holds one model. Raises QconvError where it cannot be loaded or run.
 
-    def __init__(self, path: str, conditions: TimingConditions, threads: int) -> None:
-        self.path = path
+    name: what the model is called; None for its path.
+    """
+
+    def __init__(self, path: str, conditions: TimingConditions, threads: int, name: str | None = None) -> None:
+        self.name = path if name is None else name
         # -P: a folder called numpy where the user stands must not be taken for the library
         command = [sys.executable, "-P", "-m", "qconv.runtime.benchmark_worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        wishes = {"model": path, "threads": threads, "batch": conditions.batch, "size": conditions.size}
+        wishes = {"model": path, "name": self.name, "threads": threads}
+        wishes |= {"batch": conditions.batch, "size": conditions.size}
         try:
             answer = self._ask(json.dumps(wishes))
             if "error" in answer:
@@ -339,7 +368,7 @@ class Worker:
         if not answer:
             status = self._process.wait()
             raise QconvError(
-                f"The process that ran {self.path} ended with status {status}.",
+                f"The process that ran {self.name} ended with status {status}.",
                 "it may have run out of memory: try a smaller --batch.",
             )
         return json.loads(answer)

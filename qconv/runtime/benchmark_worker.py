@@ -2,8 +2,8 @@
 
     python -P -m qconv.runtime.benchmark_worker
 
-It reads lines of JSON and answers each with one: first {"model", "threads", "batch", "size"}, then numbers of runs.
-It ends when its input does, so none is left behind when the parent dies.
+It reads lines of JSON and answers each with one: first {"model", "name", "threads", "batch", "size"}, then numbers of
+runs. It ends when its input does, so none is left behind when the parent dies.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to the parent, who then ends us
     wishes = json.loads(sys.stdin.readline())
     try:
-        session = Session(wishes["model"], name=wishes["model"], threads=wishes["threads"], alone=True)
+        session = Session(wishes["model"], name=wishes["name"], threads=wishes["threads"], alone=True)
         feeds = make_random_inputs(session, wishes["batch"], wishes["size"])
         session.run_all(feeds)
     except QconvError as error:
@@ -34,7 +34,7 @@ def serve() -> None:
         return
     except MemoryError:
         _write_answer(
-            {"error": [f"{wishes['model']} does not fit into memory with this input.", "try a smaller --batch."]}
+            {"error": [f"{wishes['name']} does not fit into memory with this input.", "try a smaller --batch."]}
         )
         return
     _write_answer({"shapes": {name: list(array.shape) for name, array in feeds.items()}})

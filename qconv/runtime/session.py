@@ -263,15 +263,21 @@ INPUT_SEED = 0
 
 
 def make_random_inputs(session: Session, batch: int | None, size: Sequence[int] | None) -> dict[str, NDArray[Any]]:
-    """Random arrays for every input: normal numbers, or pixels. Raises QconvError where a shape stays open.
+    """Random arrays for every input: normal numbers, or pixels.
 
-    batch: None for the model's own, or 1. size: height and width, where the model leaves them open.
+    batch: None for the model's own, or 1. size: height and width, where the model leaves them open. Raises QconvError
+    where a shape stays open, and where memory does not hold the arrays.
     """
     rng = np.random.default_rng(INPUT_SEED)
-    return {
-        name: _random_array(rng, dtype, _closed_shape(session.name, name, shape, batch, size))
-        for name, dtype, shape in session.inputs
-    }
+    shapes = [_closed_shape(session.name, name, shape, batch, size) for name, _, shape in session.inputs]
+    try:
+        return {
+            name: _random_array(rng, dtype, shape)
+            for (name, dtype, _), shape in zip(session.inputs, shapes, strict=True)
+        }
+    except (MemoryError, ValueError):  # ValueError: more elements than can be counted
+        fact = f"{session.name} does not fit into memory with this input."
+        raise QconvError(fact, "try a smaller --batch or --size.") from None
 
 
 def _closed_shape(

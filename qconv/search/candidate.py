@@ -19,7 +19,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob
 from qconv.config.targets import TARGETS
-from qconv.data.dataset import class_folder_of, find_classes
+from qconv.data.dataset import class_folders_of, find_classes
 from qconv.data.loader import Batch, DataLoader
 from qconv.errors import Finding, QconvError
 from qconv.ir import subgraph
@@ -275,12 +275,12 @@ def _read_labels(context: SearchContext, outputs: int, batches: Sequence[int]) -
     drop, data = context.recipe.max_drop, context.data
     if drop is None or drop.measure != "top1":
         return None
-    root, feed = data.root, context.feed
+    feed = context.feed
     paths = [path for path in feed.listing.paths if path not in feed.lost]
-    classes = find_classes(root, None) if len(data.paths) == 1 else None
-    folders = [class_folder_of(path, root) for path in paths] if classes is not None else []
+    classes = find_classes(data, None)
+    folders = class_folders_of(paths, data) if classes is not None else []
     if classes is None or not outputs or None in folders:
-        why = "the calibration pictures lie in one folder with a folder for each class" if outputs else "an output is"
+        why = "the calibration pictures lie in a folder for each class" if outputs else "an output is"
         fact = f"--max-drop top1 is possible only where {why}{'' if outputs else ' one score a class'}."
         raise QconvError(fact, "pass --max-drop agreement:SHARE, which needs no labels.")
     labels = np.array(classes.labels([name or "" for name in folders], offset=0, outputs=outputs), np.int64)

@@ -253,12 +253,9 @@ def _ordered_outputs(teacher: Session, names: Sequence[str]) -> tuple[ModelOutpu
 def _add_labels(distillation: Distillation, dataset: InMemoryDataset, wishes: FinetuneOptions) -> Distillation:
     if not wishes.labels:
         return distillation
-    root = wishes.data.root
-    classes = find_classes(root, wishes.classes)
-    labels = labels_of(
-        dataset.paths, root, classes, LabelOptions(wishes.label_offset, asked=True), distillation.classes
-    )
-    return distillation.with_labels(labels)
+    classes = find_classes(wishes.data, wishes.classes)
+    asked = LabelOptions(wishes.label_offset, asked=True)
+    return distillation.with_labels(labels_of(dataset.paths, wishes.data, classes, asked, distillation.classes))
 
 
 def _fingerprint(

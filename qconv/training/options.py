@@ -6,17 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconv.config.choices import SYNTHESIS_STEPS
+from qconv.config.choices import (
+    DEVICES,
+    SYNTHESIS_STEPS,
+    TASKS,
+    check_run_options,
+    require,
+    require_range,
+    take_types,
+)
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.ir.files import Source
+
+MOST_LEARNING_RATE = 100
 
 
 @dataclass(frozen=True, slots=True)
 class FinetuneOptions:
-    """The options of `finetune`.
+    """The options of `finetune`. Raises QconvError for values that cannot be.
 
     Attributes:
-        data: The images and their preprocessing; its `batch` has no effect.
+        data: The images and their preprocessing; its `batch` is not for training.
         teacher: The float model; None to look for it beside the quantized file.
         labels: Whether classes by the images' folders are learned from.
         classes: A file of class names, in the order of the outputs.
@@ -47,6 +57,19 @@ class FinetuneOptions:
     min_agreement: float | None = None
     min_sqnr: float | None = None
 
+    def __post_init__(self) -> None:
+        take_types(self, {"rate": "--learning-rate"})
+        for name in ("epochs", "batch", "holdout"):
+            require_range(f"--{name}", getattr(self, name), 1)
+        possible = 0 < self.rate <= MOST_LEARNING_RATE
+        require(possible, f"--learning-rate {self.rate}", f"use more than 0, up to {MOST_LEARNING_RATE}.")
+        require(self.device in DEVICES, f"--device {self.device}", f"use one of {', '.join(DEVICES)}.")
+        check_run_options(self.threads, self.min_agreement, self.min_sqnr)
+        told = self.classes is None and not self.label_offset
+        require(told or self.labels, "--classes or --label-offset without --labels", "ask for labels, or leave it out.")
+        fact = f"DataOptions(batch={self.data.batch}) for training"
+        require(self.data.batch == 1, fact, "leave it out: the pictures of a step are `batch` of finetune.")
+
     def as_dict(self) -> dict[str, Any]:
         """Return the options that shape the result, JSON-ready."""
         return {
@@ -61,7 +84,7 @@ class FinetuneOptions:
 
 @dataclass(frozen=True, slots=True)
 class SynthesisOptions:
-    """The options of `synthesize`.
+    """The options of `synthesize`. Raises QconvError for values that cannot be.
 
     Attributes:
         preprocessing: What the user says of it.
@@ -81,3 +104,12 @@ class SynthesisOptions:
     threads: int | None = None
     device: str = "auto"
     task: str = "auto"
+
+    def __post_init__(self) -> None:
+        take_types(self, {"preprocessing": "preprocessing", "steps": "--iterations"})
+        for told, value in (("--count", self.count), ("--batch", self.batch), ("--iterations", self.steps)):
+            require_range(told, value, 1)
+        require_range("--seed", self.seed, 0)
+        check_run_options(self.threads)
+        require(self.device in DEVICES, f"--device {self.device}", f"use one of {', '.join(DEVICES)}.")
+        require(self.task in TASKS, f"--task {self.task}", f"use one of {', '.join(TASKS)}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from qconv.analysis.compare import compare_on_images
 from qconv.analysis.evaluate import Evaluation, EvaluationOptions, evaluate
 from qconv.config.data_options import DataOptions, Layout, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.data.dataset import find_classes
+from qconv.data.dataset import class_folders_of, find_classes
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
@@ -319,11 +320,61 @@ def test_numbers_as_names_are_labels(tmp_path: Path) -> None:
     root = tmp_path / "imgs"
     for name in ("0", "2", "10"):
         (root / name).mkdir(parents=True)
-    classes = find_classes(root, None)
+    classes = find_classes(DataOptions(str(root)), None)
     assert classes is not None
     assert classes.labels(["10", "2", "0"], offset=0, outputs=11) == [10, 2, 0]
     with pytest.raises(QconvError, match="label 10, but the model has 10 outputs"):
         classes.labels(["10"], offset=0, outputs=10)
+
+
+def split(folder: Path, place: Path) -> list[Path]:
+    """The pictures in two folders with class folders of the same names; the second lacks the last class."""
+    parts = [place / "one", place / "two"]
+    for index, path in enumerate(sorted(folder.rglob("*.png"))):
+        part = parts[index % 2 if path.parent.name != NAMES[-1] else 0]
+        (part / path.parent.name / "deep").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part / path.parent.name / "deep")
+    return parts
+
+
+def scored_in(source: Source, *images: Path, classes: Path | None = None) -> Evaluation:
+    data = DataOptions(tuple(map(str, images)), samples=None, preprocessing=PreprocessingOptions("unit"))
+    return evaluate(source, EvaluationOptions(data, classes=classes, threads=1))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_class_folders_are_found_below_the_path_that_a_picture_came_from(
+    folder: Path, tmp_path: Path, order: int
+) -> None:
+    source, parts = saved(classifier(), tmp_path), split(folder, tmp_path)[::order]
+    assert scored_in(source, *parts).top1 == scored(source, folder).top1
+    listing = parts[0] / "classes.txt"
+    listing.write_text("\n".join(NAMES))
+    assert scored_in(source, *parts).labels == str(listing)
+    shutil.copy(listing, parts[1])
+    assert scored_in(source, *parts).top1 == scored(source, folder).top1
+    (parts[1] / "classes.txt").write_text("\n".join(NAMES[::-1]))
+    with pytest.raises(QconvError, match="list different classes"):
+        scored_in(source, *parts)
+    assert scored_in(source, *parts, classes=listing).top1 == scored(source, folder).top1
+
+
+def test_a_class_that_paths_leave_open_is_refused(folder: Path, tmp_path: Path) -> None:
+    source, loose = saved(classifier(), tmp_path), tmp_path / "loose"
+    picture(loose / "0.png", 1)
+    with pytest.raises(QconvError, match=r"0\.png lies in no class folder, others do"):
+        scored_in(source, loose, folder)
+    picture(folder / "ant" / "deep" / "9.png", 1)
+    with pytest.raises(QconvError, match="lies in the class folders ant and deep, as given paths lie in each other"):
+        scored_in(source, folder, folder / "ant")
+
+
+def test_folders_above_and_beside_the_working_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    given = [Path("../imgs/ant/0.png"), Path("bee/0.png")]
+    assert class_folders_of(given, DataOptions((".", "../imgs"))) == ["ant", "bee"]
+    assert class_folders_of(given, DataOptions(tuple(map(str, given)))) == ["ant", "bee"]
+    assert class_folders_of(given[1:], DataOptions("bee")) == [None]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 
-from qconv.config.choices import Scheme, WeightGranularity
+from qconv.config.choices import Drop, LayerBits, Scheme, WeightGranularity, describe_type
 from qconv.config.data_options import (
     PRESETS,
     Color,
@@ -316,6 +317,92 @@ def test_preprocessing_of_wrong_types_is_refused(wrong: dict[str, Any]) -> None:
 def test_recipes_of_wrong_types_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(QconvError, match=next(iter(wrong)).replace("_", "-")):
         make_request(wrong)
+
+
+WRONG: dict[str, list[Any]] = {
+    "True or False": ["yes", 1, 0.0, (True,), np.int64(1)],
+    "a whole number": ["3", 8.0, True, (8,), np.float32(8), np.array([8, 8])],
+    "a number": ["3", True, (0.5,), b"3", np.array([0.5]), 10**400],
+    "a text": [5, True, ("x",), b"x", {"x": 1}],
+    "a text, or several in a tuple": [5, (1,), None, b"x", {"x": 1}, [["x"]]],
+    "a whole number, or several in a tuple": ["48", 4.0, "4", ["4"], (True,)],
+    "a number, or several in a tuple": ["0.5", ["1"], (None,), [[1.0]]],
+    "(a whole number, a whole number)": [32, "32x32", (32,), (1, 2, 3), (8.0, 8.0), (True, True)],
+    "a text or a whole number": [2.5, True, ("exact",)],
+    "(a text, LayerBits(...)), or several in a tuple": [("x", 4), {"x": 4}, "x", [("x", 4)], 3],
+    "Drop(...)": ["sqnr:20", 0.1],
+    "PreprocessingOptions(...)": ["imagenet", None],
+    "object(...)": [],
+}
+"""What no field takes whose type is this, in the words of the error."""
+
+
+def every_field() -> list[tuple[type, str, str]]:
+    """Class, field, and its type in words, less None."""
+    found = []
+    for kind in (Recipe, DataOptions, PreprocessingOptions, LayerBits, Drop):
+        for name, wanted in get_type_hints(kind).items():
+            found.append((kind, name, describe_type(wanted).removesuffix(" or None")))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "name", "words"), every_field())
+def test_no_field_takes_a_value_of_another_type(kind: type, name: str, words: str) -> None:
+    """Each by its annotation: one that is added later is held to it as well."""
+    others = {"measure": "sqnr", "value": 1.0} if kind is Drop else {}
+    told = "--preprocess" if name == "preset" else name.replace("_", "[-_]")
+    for value in WRONG.get(words, [5, True, ("x",)]):  # of an enumeration, texts are looked at later
+        with pytest.raises(QconvError, match=told) as caught:
+            kind(**{**others, name: value})
+        assert caught.value.hint.startswith(f"use {words}")
+
+
+def test_what_stands_for_a_type_becomes_it() -> None:
+    """Lists, one in place of several, paths and numpy's numbers, which no file could hold."""
+    recipe = Recipe(
+        weight_bits=np.int64(8),
+        candidate_bits=[4, np.int8(8)],  # type: ignore[arg-type]
+        target_size=np.float32(0.25),  # type: ignore[arg-type]
+        keep_float={"b", "a"},  # type: ignore[arg-type]
+        layer_bits=[["stem", LayerBits(np.int64(4))]],  # type: ignore[arg-type, list-item]
+        equalize=np.True_,  # type: ignore[arg-type]
+        save_layer_bits=Path("bits.toml"),  # type: ignore[arg-type]
+        min_agreement=1,
+    )
+    assert recipe.candidate_bits == (4, 8)
+    assert recipe.keep_float == ("a", "b")
+    assert recipe.layer_bits == (("stem", LayerBits(4)),)
+    assert (recipe.equalize, recipe.save_layer_bits, recipe.target_size) == (True, "bits.toml", 0.25)
+    data = DataOptions(iter([Path("a"), "b"]), samples=np.int32(5), seed=np.uint8(1))  # type: ignore[arg-type]
+    options = PreprocessingOptions(mean=np.array([1, 2, 3]), size=[8, np.int64(9)], resize=np.int64(8))  # type: ignore[arg-type]
+    assert (data.paths, options.mean, options.size, options.resize) == (("a", "b"), (1.0, 2.0, 3.0), (8, 9), 8)
+    kinds = {type(value) for made in (recipe, data, options) for value in vars_of(made)}
+    assert not [kind for kind in kinds if kind.__module__ == "numpy"]
+    json.dumps(recipe.as_dict(replace(data, preprocessing=options)))
+
+
+def vars_of(made: Any) -> list[Any]:
+    """The values of its fields, and what is in those."""
+    values = [getattr(made, part.name) for part in fields(made)]
+    return values + [item for value in values if isinstance(value, tuple) for item in value]
+
+
+@pytest.mark.parametrize(
+    ("make", "fact", "fix"),
+    [
+        (lambda: PreprocessingOptions("nonsense"), "--preprocess nonsense", "use one of auto, imagenet"),
+        (lambda: PreprocessingOptions(resize="foo"), "--resize foo", "auto, exact, letterbox or a number of pixels"),
+        (lambda: PreprocessingOptions(size=(0, 8)), "--size 0x8", "at least 1x1"),
+        (lambda: DataOptions(arrays=[{"x": [1]}]), "arrays in DataOptions", "in place of DataOptions"),  # type: ignore[arg-type]
+        (lambda: Recipe(max_drop=Drop("loss", 1)), "--max-drop loss:1", "agreement:NUMBER"),
+        (lambda: Recipe(target_size=NAN), "--target-size nan", "a share of float's size"),
+        (lambda: Recipe(target_size=0.2, candidate_bits=()), "--candidate-bits ", "several of 2 to 8"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_when_they_are_made(make: Any, fact: str, fix: str) -> None:
+    with pytest.raises(QconvError, match=fact) as caught:
+        make()
+    assert fix in caught.value.hint
 
 
 def test_a_path_is_as_good_as_its_text() -> None:

@@ -393,14 +393,11 @@ O = PreprocessingOptions  # noqa: E741
         (O(), spec(1, 3, None, None), "no fixed height and width", "--size 224x224"),
         (O(), spec(1, 3, 8, None), "no fixed height and width", "--size"),
         (O(size=(9, 8)), spec(1, 3, 8, None), "--size 9x8 contradicts input 'x', which is fixed at 8x?", "--size"),
-        (O(size=(0, 8)), spec(1, 3, None, None), "--size 0x8", "1x1"),
         (O(color=Color.GREY), spec(1, 3, 8, 8), "--color grey contradicts input 'x', which has 3 channels", "--color"),
         (O(color=Color.BGR), spec(1, 1, 8, 8), "--color bgr contradicts input 'x', which has 1 channel.", "--color"),
         (O(mean=(1.0, 2.0)), spec(1, 3, 8, 8), "--mean has 2 values but", "one value, or 3"),
         (O(std=(1.0, 2.0, 3.0)), spec(1, 1, 8, 8), "--std has 3 values but", "one value"),
         (O(preset="imagenet"), spec(1, 1, 8, 8), "the preset has 3 values for --mean but", "--preprocess unit"),
-        (O(preset="lenet"), spec(1, 3, 8, 8), "--preprocess lenet is unknown", "imagenet, tf"),
-        (O(resize="cover"), spec(1, 3, 8, 8), "--resize cover is unknown", "auto, exact, letterbox"),
     ],
 )
 def test_resolve_refuses_what_does_not_go_together(options, given, fact, fix):

@@ -78,7 +78,7 @@ def test_no_worker_is_left_behind() -> None:
 
 
 def test_a_worker_ends_with_its_parent() -> None:
-    lines = json.dumps({"model": str(CIFAR), "threads": 1, "batch": None, "size": None}) + "\n2\n"
+    lines = json.dumps({"model": str(CIFAR), "name": "m", "threads": 1, "batch": None, "size": None}) + "\n2\n"
     done = subprocess.run(
         [sys.executable, "-m", "qconv.runtime.benchmark_worker"],
         input=lines,

@@ -399,7 +399,7 @@ def test_the_result_does_not_depend_on_the_run(pictures: Path) -> None:
         ({"max_drop": Drop("agreement", 1.5)}, "--max-drop agreement:1.5"),
         ({"max_drop": Drop("top1", -0.5)}, "--max-drop top1:-0.5"),
         ({"max_drop": Drop("sqnr", math.nan)}, "--max-drop sqnr:nan"),
-        ({"max_drop": "agreement:1"}, "--max-drop agreement:1"),
+        ({"max_drop": "agreement:1"}, "--max-drop 'agreement:1'"),
         ({"target_size": 0.0}, "--target-size 0"),
         ({"target_size": 1.5}, "--target-size 1.5"),
         ({"target_size": 0.2, "candidate_bits": ()}, "--candidate-bits"),
