@@ -114,14 +114,14 @@ def evaluate(
     check_run_options(threads)
     source = _source(model)
     with _opened(images, source, None, needed="An evaluation") as data:
-        wishes = analysis_evaluate.EvaluationOptions(
+        request = analysis_evaluate.EvaluationOptions(
             data,
             None if against is None else _source(against),
             as_type(classes, Path | None, "--classes"),
             label_offset,
             threads=threads,
         )
-        return analysis_evaluate.evaluate(source, wishes, _run(reporter))
+        return analysis_evaluate.evaluate(source, request, _run(reporter))
 
 
 def compare(
@@ -250,10 +250,10 @@ def study_samples(
         raise QconvError(f"A study with effort {recipe.effort} is not possible.", 'pass Recipe(effort="fast").')
     _require_usual(recipe, FIELDS_NOT_STUDIED, "a study")
     source = _source(model)
-    wishes = sample_study.StudyRequest(seeds, holdout, as_texts(images, "images"))
+    request = sample_study.StudyRequest(seeds, holdout, as_texts(images, "images"))
     with _opened(data, source, needed="A study") as options:
         recipe = recipe.with_data(options)
-        return sample_study.study_samples(source, recipe, options, wishes, _run(reporter))
+        return sample_study.study_samples(source, recipe, options, request, _run(reporter))
 
 
 def merge_stats(files: Paths, output: PathName, reporter: Reporter | None = None) -> MergedStatistics:
@@ -295,7 +295,7 @@ def finetune(
 
     source, place = _source_of_file(quant), _output(output)
     with _opened(images, source, None, needed="Training") as data:
-        wishes = FinetuneOptions(
+        request = FinetuneOptions(
             data,
             None if teacher is None else _source_of_file(teacher),
             labels,
@@ -311,7 +311,7 @@ def finetune(
             min_agreement,
             min_sqnr,
         )
-        return training.finetune(source, place, wishes, _run(reporter))
+        return training.finetune(source, place, request, _run(reporter))
 
 
 def synthesize(
@@ -337,8 +337,8 @@ def synthesize(
     from qconv.training.options import SynthesisOptions
 
     fed = PreprocessingOptions() if preprocessing is None else preprocessing
-    wishes = SynthesisOptions(fed, count, batch, iterations, seed, threads, device, task)
-    return synthesis.synthesize(_source(model), _output(output), wishes, _run(reporter)).found
+    request = SynthesisOptions(fed, count, batch, iterations, seed, threads, device, task)
+    return synthesis.synthesize(_source(model), _output(output), request, _run(reporter)).found
 
 
 def _source(model: Model) -> Source:

@@ -166,8 +166,8 @@ def test_what_samples_cannot_be(place: Path, given: Any, says: str) -> None:
 def test_any_iterable_of_paths_is_as_good_as_a_list(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[DataOptions] = []
 
-    def evaluate(source: object, wishes: Any, reporter: object) -> None:
-        seen.append(wishes.data)
+    def evaluate(source: object, request: Any, reporter: object) -> None:
+        seen.append(request.data)
 
     monkeypatch.setattr("qconv.api.analysis_evaluate.evaluate", evaluate)
     parts = [place / name for name in ("b", "a", "c")]

@@ -181,13 +181,13 @@ class Evaluation:
 
 def evaluate(
     source: Source,
-    wishes: EvaluationOptions,
+    request: EvaluationOptions,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Run the model, and the other one, on every image. Raises QconvError where there is nothing to measure."""
     reporter = reporter or Reporter()
-    classes = find_classes(wishes.data, wishes.classes)
-    own, other = open_models(source, wishes.against, wishes.data, wishes.threads, reporter)
+    classes = find_classes(request.data, request.classes)
+    own, other = open_models(source, request.against, request.data, request.threads, reporter)
     holds = _find_outputs(own.session, own.session if other is None else other.session)
     paths = own.feed.listing.paths
     lost: set[Path] = set()
@@ -200,9 +200,9 @@ def evaluate(
             holds = [o.seen(np.shape(array)) for o, array in zip(holds, mine, strict=True)]
             vector = find_class_vector(holds)
             outputs = 0 if vector is None else mine[vector].shape[1]
-            if labels_of(paths, wishes.data, classes, wishes.labelling, outputs) is None and other is None:
-                raise _make_no_measure_error(wishes.data, vector)
-            if wishes.table == ".csv" and vector is None:
+            if labels_of(paths, request.data, classes, request.labelling, outputs) is None and other is None:
+                raise _make_no_measure_error(request.data, vector)
+            if request.table == ".csv" and vector is None:
                 raise QconvError("No output of the model is one score a class.", "save all outputs in a .npz file.")
         if vector is not None:
             _require_finite(mine[vector], own.session, vector)
@@ -215,15 +215,15 @@ def evaluate(
             compared = compared or ComparisonAccumulator.of(holds, EVALUATED)
             _require_comparable(own.session.outputs, chosen, mine)
             compared.add(chosen, mine)
-        if wishes.table == ".npz":
+        if request.table == ".npz":
             kept.append(mine)
         reporter.progress("evaluate", done + len(lost), len(paths))
     left = [path for path in paths if path not in lost]
     result = Evaluation(source.name, len(left), own.words, "", tuple(output.fact for output in holds))
-    labels = labels_of(left, wishes.data, classes, wishes.labelling, seen.classes if vector is not None else 0)
+    labels = labels_of(left, request.data, classes, request.labelling, seen.classes if vector is not None else 0)
     if labels is not None:
         assert classes is not None
-        result.labels = classes.source + (f", {wishes.label_offset:+d}" if wishes.label_offset else "")
+        result.labels = classes.source + (f", {request.label_offset:+d}" if request.label_offset else "")
         result.labelled = _score_labels(seen, labels)
     if other is not None:
         result.other = other.session.name
@@ -232,9 +232,9 @@ def evaluate(
             result.other_labelled = _score_labels(its, labels)
             right, wrong = seen.hits(labels, 1), its.hits(labels, 1)
             result.flips = Flips(int((right & ~wrong).sum()), int((wrong & ~right).sum()), len(labels))
-    result.predictions = Predictions(
-        left, labels, classes, wishes.label_offset, seen if vector is not None else None, its, own.session.outputs, kept
-    )
+    classified = None if vector is None else seen
+    names, offset = own.session.outputs, request.label_offset
+    result.predictions = Predictions(left, labels, classes, offset, classified, its, names, kept)
     return result
 
 

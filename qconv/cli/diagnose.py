@@ -49,11 +49,11 @@ def diagnose(
     files = CommandFiles((model,), (*given.values["calib"], *images, bits, options["recipe"]))
 
     def work(reporter: Reporter) -> CommandResult:
-        from qconv.analysis import diagnose as clinic
+        from qconv.analysis import diagnose as analysis
         from qconv.ir.files import source_of
         from qconv.report import pages, text
 
-        seen = clinic.diagnose(clinic.DiagnosisRequest(source_of(model), asked, images, bits), reporter)
+        seen = analysis.diagnose(analysis.DiagnosisRequest(source_of(model), asked, images, bits), reporter)
         found = seen.diagnosis
         return CommandResult(
             found.as_dict(),

@@ -126,13 +126,13 @@ def evaluate(**options: Any) -> int:
 
 def _evaluate(given: EvaluateArguments, data: DataOptions, reporter: Reporter) -> CommandResult:
     from qconv import storage
-    from qconv.analysis import evaluate as measuring
+    from qconv.analysis import evaluate as evaluation
     from qconv.ir.files import source_of
     from qconv.report import text
 
     if given.save_predictions is not None:
         storage.check_output_path(Path(given.save_predictions))
-    wishes = measuring.EvaluationOptions(
+    request = evaluation.EvaluationOptions(
         data,
         None if given.against is None else source_of(given.against),
         None if given.classes is None else Path(given.classes),
@@ -140,7 +140,7 @@ def _evaluate(given: EvaluateArguments, data: DataOptions, reporter: Reporter) -
         table=given.table,
         threads=given.threads,
     )
-    found = measuring.evaluate(source_of(given.model), wishes, reporter)
+    found = evaluation.evaluate(source_of(given.model), request, reporter)
     if given.save_predictions is not None and found.predictions is not None:
         table = found.predictions.as_npz() if given.table == ".npz" else found.predictions.as_csv()
         storage.write_atomically(Path(given.save_predictions), table)

@@ -178,7 +178,7 @@ def _finetune(given: FinetuneArguments, data: DataOptions, out: Path, reporter: 
     from qconv.training import finetune as training
     from qconv.training import options as training_options
 
-    wishes = training_options.FinetuneOptions(
+    request = training_options.FinetuneOptions(
         data,
         None if given.teacher is None else source_of(given.teacher),
         given.labels,
@@ -194,7 +194,7 @@ def _finetune(given: FinetuneArguments, data: DataOptions, out: Path, reporter: 
         given.min_agreement,
         given.min_sqnr,
     )
-    found = training.finetune(source_of(given.quant), out, wishes, reporter)
+    found = training.finetune(source_of(given.quant), out, request, reporter)
     show = print_to(lambda: _format_result(found, verbose=given.wanted.verbose))
     return CommandResult(found.as_dict(), show, found.rows, gates=found.gates)
 
@@ -212,7 +212,7 @@ def _format_result(found: FinetuneResult, *, verbose: bool) -> str:
     from qconv.report.text import format_columns, wrap_text
 
     judged = [found.before] if found.after is None else [found.before, found.after]
-    table = [_result_cells(one, labels=found.wishes.labels) for one in judged]
+    table = [_result_cells(one, labels=found.request.labels) for one in judged]
     rows = [(name, *(cells[name] for cells in table)) for name in table[0]]
     own = found.audit
     lines = [

@@ -123,9 +123,9 @@ def _synthesize(given: SynthesizeArguments, reporter: Reporter) -> CommandResult
     from qconv.ir.files import source_of
     from qconv.report import pages
     from qconv.training import options as training_options
-    from qconv.training import synthesize as story
+    from qconv.training import synthesize as synthesis
 
-    wishes = training_options.SynthesisOptions(
+    request = training_options.SynthesisOptions(
         given.preprocessing,
         given.count,
         given.batch,
@@ -135,7 +135,7 @@ def _synthesize(given: SynthesizeArguments, reporter: Reporter) -> CommandResult
         given.device,
         given.task,
     )
-    made = story.synthesize(source_of(given.model), Path(given.output), wishes, reporter)
+    made = synthesis.synthesize(source_of(given.model), Path(given.output), request, reporter)
     return CommandResult(
         made.found.as_dict(),
         print_to(lambda: _format_result(made.found, verbose=given.wanted.verbose)),
@@ -153,7 +153,7 @@ def _format_result(found: SynthesisResult, *, verbose: bool) -> str:
     command = ["qconv", "quantize", "-" if found.piped else found.model, "--calib", found.output, *found.options]
     lines = [
         wrap_text(
-            f"{found.output}: {format_count(found.wishes.count, 'picture')} of "
+            f"{found.output}: {format_count(found.request.count, 'picture')} of "
             f"{format_shape(found.preprocessing.size)}, "
             f"by {found.model}"
         ),
@@ -173,7 +173,7 @@ def _format_result(found: SynthesisResult, *, verbose: bool) -> str:
     lines += [
         "",
         wrap_text(
-            f"{format_count(found.wishes.steps, 'step')} in batches of {found.batch}, {found.seconds:.0f} seconds on "
+            f"{format_count(found.request.steps, 'step')} in batches of {found.batch}, {found.seconds:.0f} seconds on "
             f"{found.device}. 0 is equal; dozens of photographs come to 0.04 or less."
         ),
         "",

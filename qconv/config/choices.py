@@ -125,9 +125,9 @@ class LayerBits:
     @property
     def impossible(self) -> str | None:
         """What of it no layer can have, in words."""
-        wishes = {"weights": self.weights, "activations": self.activations}
+        given_bits = {"weights": self.weights, "activations": self.activations}
         known = WEIGHT_BITS | {None}
-        return next((f"{kind} of {bits} bits" for kind, bits in wishes.items() if bits not in known), None)
+        return next((f"{kind} of {bits} bits" for kind, bits in given_bits.items() if bits not in known), None)
 
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})

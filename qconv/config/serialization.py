@@ -104,12 +104,12 @@ def parse_layer_bits(path: Path, table: Any) -> LayerBitsAssignment:
 def _parse_layer_bits(path: Path, name: str, value: Any) -> LayerBits:
     if value == FLOAT_WORD:
         return LayerBits(in_float=True)
-    wishes = value if isinstance(value, dict) else {"weights": value}
-    known = bool(wishes) and set(wishes) <= set(BITS_KEYS)
-    if not known or not all(isinstance(bits, int) and not isinstance(bits, bool) for bits in wishes.values()):
+    given_bits = value if isinstance(value, dict) else {"weights": value}
+    known = bool(given_bits) and set(given_bits) <= set(BITS_KEYS)
+    if not known or not all(isinstance(bits, int) and not isinstance(bits, bool) for bits in given_bits.values()):
         fix = 'use a number of bits, { weights = 4, activations = 8 } or "float"; names with a dot need quotes.'
         raise QconvError(f"{path} gives {name!r} the bits {_quote_value(value)}.", fix)
-    found = LayerBits(**wishes)
+    found = LayerBits(**given_bits)
     if found.impossible is not None:
         raise QconvError(f"{path} gives {name!r} {found.impossible}.", "use 2 to 8, or 16.")
     return found
@@ -130,8 +130,8 @@ def _format_bits(bits: LayerBits) -> str:
         return f'"{FLOAT_WORD}"'
     if bits.activations is None and bits.weights is not None:
         return str(bits.weights)
-    wishes = ((key, getattr(bits, key)) for key in BITS_KEYS)
-    return "{ " + ", ".join(f"{key} = {wish}" for key, wish in wishes if wish is not None) + " }"
+    given_bits = ((key, getattr(bits, key)) for key in BITS_KEYS)
+    return "{ " + ", ".join(f"{key} = {wish}" for key, wish in given_bits if wish is not None) + " }"
 
 
 def escape_glob(name: str) -> str:

@@ -29,7 +29,7 @@ from qconv.search.candidate import QuantizationSolution
 
 
 def warn_of_unmatched_options(model: Model, recipe: Recipe, reporter: Reporter) -> None:
-    """Warn of wishes that no node meets: a misspelt name or type keeps nothing float."""
+    """Warn of options that no node meets: a misspelt name or type keeps nothing float."""
     names = [node.name or "" for node in model.nodes()]
     types = {node.op_type for node in model.nodes()}
     for pattern in recipe.keep_float:

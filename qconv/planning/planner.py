@@ -308,13 +308,13 @@ class _Planner:
 
     def choose_activations(self) -> None:
         recipe = self.recipe
-        wishes = self._activation_wishes()
+        wanted_bits = self._wanted_activation_bits()
         apart = self._with_channels() if recipe.allocates_activations else set()
         group_of = {value: group for group in self.plan.ties for value in group}
         symmetric = recipe.activation_scheme is Scheme.SYMMETRIC
         for value in self._in_graph_order():
             group = group_of.get(value, (value,))
-            bits = max((wishes[m] for m in group if m in wishes), default=max(recipe.activation_bits, 8))
+            bits = max((wanted_bits[m] for m in group if m in wanted_bits), default=max(recipe.activation_bits, 8))
             whole = PerTensor() if value not in apart or len(group) > 1 or bits >= 8 else PerChannel(1)
             spec = QuantSpec(bits, self.target.signed, symmetric, whole)
             self.plan.activations[value] = Decision(spec, self.quantized[value])
@@ -329,7 +329,7 @@ class _Planner:
                             16 if recipe.activation_bits == 16 else 8, False, symmetric
                         )
 
-    def _activation_wishes(self) -> dict[Value, int]:
+    def _wanted_activation_bits(self) -> dict[Value, int]:
         """The bits of every quantized tensor: the most that a layer wants of it; 8 or more where no layer reads it."""
         recipe = self.recipe
         found: dict[Value, int] = {}

@@ -392,7 +392,7 @@ def make_synthesis_page(made: SynthesizedImages, command: str) -> Page:
         subtitle=f"{format_count(count, 'picture')}, made from what {_describe_layers(found)} of it "
         "remember of training",
         tiles=(
-            Tile("pictures", str(count), f"{size}, in {format_count(found.wishes.steps, 'step')} each"),
+            Tile("pictures", str(count), f"{size}, in {format_count(found.request.steps, 'step')} each"),
             Tile(
                 "distance of statistics",
                 f"{found.after:.3f}",

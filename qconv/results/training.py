@@ -61,7 +61,7 @@ class FinetuneResult:
     model: str
     teacher: str
     output: str
-    wishes: FinetuneOptions
+    request: FinetuneOptions
     device: str
     torch: str
     words: str
@@ -119,7 +119,7 @@ class FinetuneResult:
             "model": self.model,
             "teacher": self.teacher,
             "output": self.output,
-            "options": self.wishes.as_dict(),
+            "options": self.request.as_dict(),
             "device": self.device,
             "torch": self.torch,
             "preprocessing": self.words or None,
@@ -199,7 +199,7 @@ class SynthesisResult:
     model: str
     digest: str
     output: str
-    wishes: SynthesisOptions
+    request: SynthesisOptions
     preprocessing: Preprocessing
     words: str
     options: tuple[str, ...]
@@ -234,8 +234,8 @@ class SynthesisResult:
             "schema": 1,
             "version": qconv.__version__,
             "model": self.digest,
-            "pictures": self.wishes.count,
-            "options": {"batch": self.batch, "iterations": self.wishes.steps, "seed": self.wishes.seed},
+            "pictures": self.request.count,
+            "options": {"batch": self.batch, "iterations": self.request.steps, "seed": self.request.seed},
             "preprocessing": self.preprocessing.as_dict(),
             "distance": {"before": self.before, "after": self.after},
             "layers": [layer.as_dict() for layer in self.layers],

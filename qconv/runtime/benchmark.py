@@ -343,10 +343,10 @@ class Worker:
         # -P: a folder called numpy where the user stands must not be taken for the library
         command = [sys.executable, "-P", "-m", "qconv.runtime.benchmark_worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        wishes = {"model": path, "name": self.name, "threads": threads}
-        wishes |= {"batch": conditions.batch, "size": conditions.size}
+        request = {"model": path, "name": self.name, "threads": threads}
+        request |= {"batch": conditions.batch, "size": conditions.size}
         try:
-            answer = self._ask(json.dumps(wishes))
+            answer = self._ask(json.dumps(request))
             if "error" in answer:
                 raise QconvError(*answer["error"])
         except BaseException:

@@ -24,17 +24,17 @@ from qconv.runtime.session import Session, make_random_inputs
 def serve() -> None:
     """Answer until the parent closes our input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C goes to the parent, who then ends us
-    wishes = json.loads(sys.stdin.readline())
+    request = json.loads(sys.stdin.readline())
     try:
-        session = Session(wishes["model"], name=wishes["name"], threads=wishes["threads"], alone=True)
-        feeds = make_random_inputs(session, wishes["batch"], wishes["size"])
+        session = Session(request["model"], name=request["name"], threads=request["threads"], alone=True)
+        feeds = make_random_inputs(session, request["batch"], request["size"])
         session.run_all(feeds)
     except QconvError as error:
         _write_answer({"error": [error.message, error.hint]})
         return
     except MemoryError:
         _write_answer(
-            {"error": [f"{wishes['name']} does not fit into memory with this input.", "try a smaller --batch."]}
+            {"error": [f"{request['name']} does not fit into memory with this input.", "try a smaller --batch."]}
         )
         return
     _write_answer({"shapes": {name: list(array.shape) for name, array in feeds.items()}})

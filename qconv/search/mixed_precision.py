@@ -93,15 +93,15 @@ def search_bits(context: SearchContext, reporter: Reporter) -> MixedPrecisionRes
     """Find the bits of every layer that `--layer-bits` gives none. Raises QconvError where no assignment will do."""
     recipe = context.recipe
     scope = _SearchSpace.of(context.folded.model, recipe, context.folded.plan.floats)
-    if not scope.wishes:
+    if not scope.candidate_bits:
         raise QconvError(
             "There is no layer to choose bits for: --layer-bits names them all.", "leave some of them out."
         )
-    names = list(scope.wishes)
+    names = list(scope.candidate_bits)
     feeds = None
     if recipe.rounding != "nearest":
         feeds = context.feed.take(ROUNDING_EFFORTS[recipe.effort].pictures, "read again")
-    layers = _measure_sensitivities(context, scope.wishes, feeds, reporter)
+    layers = _measure_sensitivities(context, scope.candidate_bits, feeds, reporter)
     most = scope.most(1.0 if recipe.target_size is None else recipe.target_size)
     points = _assignments_within(layers, most)
     judge = CandidateScorer.of(context, names, feeds, reporter)
@@ -133,9 +133,9 @@ def _warn_of_few_images(judge: CandidateScorer, drop: Drop | None, reporter: Rep
 
 
 def _measure_sensitivities(
-    context: SearchContext, wishes: Mapping[str, Collection[int]], feeds: list[Batch] | None, reporter: Reporter
+    context: SearchContext, candidate_bits: Mapping[str, Collection[int]], feeds: list[Batch] | None, reporter: Reporter
 ) -> list[LayerSensitivity]:
-    """The sensitivities of the layers in `wishes`. feeds: images to round weights on; None for nearest codes."""
+    """The sensitivities of the layers in `candidate_bits`. feeds: to round weights on; None for nearest codes."""
     folded, recipe = context.folded, context.recipe
     solution = round_to_nearest(folded, recipe)
     network = SensitivityContext(folded.model, solution.plan, solution.params, folded.sketches, recipe)
@@ -149,9 +149,9 @@ def _measure_sensitivities(
         )
     batches = list(_first_batches(context.feed.iter_cached("pictures"), SENSITIVITY_IMAGES)) if feeds is None else feeds
     known = measure_sensitivities(
-        network, wishes, batches, solver, lambda done, total: reporter.progress("layers", done, total)
+        network, candidate_bits, batches, solver, lambda done, total: reporter.progress("layers", done, total)
     )
-    return [known[name] for name in wishes]
+    return [known[name] for name in candidate_bits]
 
 
 def _first_batches(batches: Iterable[Batch], pictures: int) -> Iterator[Batch]:
@@ -168,13 +168,13 @@ def _first_batches(batches: Iterable[Batch], pictures: int) -> Iterator[Batch]:
 class _SearchSpace:
     """What a search may choose.
 
-    wishes: the bits that each layer may have, by name.
+    candidate_bits: the bits that each layer may have, by name.
     counts: number of weights of these layers.
     fixed: bits of storage of all other weights.
     count: number of all weights.
     """
 
-    wishes: Mapping[str, Collection[int]]
+    candidate_bits: Mapping[str, Collection[int]]
     counts: Mapping[str, int]
     fixed: int
     count: int
@@ -184,7 +184,7 @@ class _SearchSpace:
         """The search space of a model. The first and the last layer keep `edge_bits`."""
         least = make_plan(model, _make_uniform_recipe(recipe, 2), TARGETS[recipe.target], floats)
         fewest = {layer.node.name or "": layer.weight.bits for layer in least.layers}
-        wishes: dict[str, set[int]] = {}
+        candidate_bits: dict[str, set[int]] = {}
         counts: dict[str, int] = {}
         fixed = 0
         for node in model.nodes():
@@ -194,10 +194,10 @@ class _SearchSpace:
             name, wish = node.name or "", recipe.bits_of(node.name or "").weights
             counts[name] = weight.size
             if name in fewest and wish is None:
-                wishes[name] = {max(bits, fewest[name]) for bits in recipe.candidate_bits or ()}
+                candidate_bits[name] = {max(bits, fewest[name]) for bits in recipe.candidate_bits or ()}
             else:
                 fixed += weight.size * fewest.get(name, FLOAT_BITS)
-        return cls(wishes, counts, fixed, sum(counts.values()))
+        return cls(candidate_bits, counts, fixed, sum(counts.values()))
 
     def most(self, share: float) -> int:
         """The bits of storage left for the searched layers, for a share of float's size."""
@@ -209,7 +209,7 @@ class _SearchSpace:
 
     def alike(self, bits: int) -> int:
         """The bits of storage of the searched layers with uniform bits, or the nearest that each can have."""
-        return sum(self.counts[name] * _nearest_bits(wish, bits) for name, wish in self.wishes.items())
+        return sum(self.counts[name] * _nearest_bits(wish, bits) for name, wish in self.candidate_bits.items())
 
 
 def _nearest_bits(possible: Collection[int], bits: int) -> int:

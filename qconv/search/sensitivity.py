@@ -146,14 +146,15 @@ class SensitivityContext:
 
 def measure_sensitivities(
     network: SensitivityContext,
-    wishes: Mapping[str, Collection[int]],
+    candidate_bits: Mapping[str, Collection[int]],
     batches: Sequence[Batch],
     solver: LayerSolver | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, LayerSensitivity]:
-    """Measure the sensitivities of the layers named in `wishes`, for the bits listed there; FLOAT_BITS has no noise.
+    """Measure the sensitivities of layers; FLOAT_BITS has no noise.
 
-    solver: rounds the weights; None for nearest codes.
+    candidate_bits: what each of these layers is quantized to, by its name. solver: rounds the weights; None for
+    nearest codes.
     """
     threads, judged = network.recipe.threads, [value for value in network.model.graph.outputs if is_tensor(value)]
     outputs = [value.name or "" for value in judged]
@@ -167,19 +168,19 @@ def measure_sensitivities(
         looked_at = looked_at[: len(expected)]
         for index, layer in enumerate(network.plan.layers):
             name = layer.node.name or ""
-            if name not in wishes:
+            if name not in candidate_bits:
                 continue
-            progress(len(found), len(wishes))
+            progress(len(found), len(candidate_bits))
             inputs = walk.values_of(first_input(layer.node))
-            choices = _quantize_at_each_bits(network, layer, index, wishes[name], inputs, solver)
+            choices = _quantize_at_each_bits(network, layer, index, candidate_bits[name], inputs, solver)
             opened = _name_weight_inputs(name, choices.values())
             tail = NetworkTail(walk.tail_model(judged), outputs, opened=(name, opened), threads=threads)
-            noise = {bits: 0.0 for bits in wishes[name] if bits >= FLOAT_BITS}
+            noise = {bits: 0.0 for bits in candidate_bits[name] if bits >= FLOAT_BITS}
             for bits, chosen in choices.items():
                 fed = {opened[place]: numbers for place, numbers in _dequantize_layer(chosen).items()}
                 noise[bits] = measure_output_noise(expected, tail.run(looked_at, fed=fed))
             found[name] = LayerSensitivity(prod(read_weight_shape(layer.node)), noise)
-    progress(len(found), len(wishes))
+    progress(len(found), len(candidate_bits))
     return found
 
 
@@ -211,12 +212,12 @@ def _quantize_at_each_bits(
     network: SensitivityContext,
     layer: Planned,
     index: int,
-    wishes: Collection[int],
+    candidate_bits: Collection[int],
     inputs: StoredArrays,
     solver: LayerSolver | None,
 ) -> dict[int, LayerParams]:
     """Quantize the layer with each of the bits it may have."""
-    found = {bits: _quantize_to_nearest(network, layer, bits) for bits in sorted(wishes) if bits < FLOAT_BITS}
+    found = {bits: _quantize_to_nearest(network, layer, bits) for bits in sorted(candidate_bits) if bits < FLOAT_BITS}
     refused = solver is None or all(solver.refusal(network.model, nearest) for nearest in found.values())
     if solver is None or refused:
         return found

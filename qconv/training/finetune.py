@@ -58,13 +58,13 @@ CHECKPOINT_FORMAT = 2
 """Version of the checkpoint's format."""
 
 
-def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Reporter | None = None) -> FinetuneResult:
+def finetune(source: Source, out: Path, request: FinetuneOptions, reporter: Reporter | None = None) -> FinetuneResult:
     """Train the quantized model `source`, and write the better of both at `out`.
 
     Args:
         source: The quantized model.
         out: Where the result goes.
-        wishes: The options of the run.
+        request: The options of the run.
         reporter: Hears of progress and warnings.
 
     Returns:
@@ -75,34 +75,34 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Repor
     """
     started = time.perf_counter()
     reporter = (reporter or Reporter()).of_part()
-    with run_deterministically(wishes.threads):
+    with run_deterministically(request.threads):
         if not is_quantized(read_proto(source)):
             raise QconvError(f"{source.name} is not quantized.", "quantize it with `qconv quantize` first.")
-        teacher = wishes.teacher or find_teacher(source)
-        _check_request(source, teacher, out, wishes)
-        desk = _TrainingSetup.of(source, teacher, wishes, reporter)
-        before = desk.judged(source.runnable)
-        rates = {kind: wishes.rate * factor for kind, factor in RATE_FACTORS.items()}
-        batch = min(wishes.batch, len(desk.distillation.taught))
+        teacher = request.teacher or find_teacher(source)
+        _check_request(source, teacher, out, request)
+        setup = _TrainingSetup.of(source, teacher, request, reporter)
+        before = setup.judged(source.runnable)
+        rates = {kind: request.rate * factor for kind, factor in RATE_FACTORS.items()}
+        batch = min(request.batch, len(setup.distillation.taught))
         trainer = Trainer(
-            desk.distillation, TrainingSettings(wishes.epochs, batch, rates, wishes.augment, wishes.data.seed)
+            setup.distillation, TrainingSettings(request.epochs, batch, rates, request.augment, request.data.seed)
         )
         kept = TrainingCheckpoint(
-            out, _fingerprint(source, teacher, desk.distillation.inputs.dataset, wishes, desk.device)
+            out, _fingerprint(source, teacher, setup.distillation.inputs.dataset, request, setup.device)
         )
         resumed = kept.read_into(trainer, reporter)
         _run_training(trainer, kept, reporter)
-        desk.distillation.learned.restore(trainer.best)
+        setup.distillation.learned.restore(trainer.best)
         found = FinetuneResult(
             model=source.name,
             teacher=teacher.name,
             output=str(out),
-            wishes=wishes,
-            device=desk.device,
+            request=request,
+            device=setup.device,
             torch=torch.__version__,
-            words=desk.words,
-            taught=len(desk.distillation.taught),
-            held=len(desk.distillation.held),
+            words=setup.words,
+            taught=len(setup.distillation.taught),
+            held=len(setup.distillation.held),
             steps=trainer.steps,
             resumed=resumed,
             history=trainer.history,
@@ -110,9 +110,9 @@ def finetune(source: Source, out: Path, wishes: FinetuneOptions, reporter: Repor
             float_bytes=file_bytes(read_proto(teacher), teacher),
             warnings=reporter.warnings,
         )
-        _write_better(desk, source, out, found, trainer.best_step)
+        _write_better(setup, source, out, found, trainer.best_step)
         kept.forget()
-    found.gates = check_gates(found.result.verify, wishes)
+    found.gates = check_gates(found.result.verify, request)
     found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
     return found
 
@@ -144,12 +144,12 @@ class _TrainingSetup:
         cls,
         source: Source,
         teacher: Source,
-        wishes: FinetuneOptions,
+        request: FinetuneOptions,
         reporter: Reporter,
     ) -> _TrainingSetup:
         """Open both models and read all images."""
-        device = resolve_device(wishes.device)
-        own, other = open_models(source, teacher, wishes.data, wishes.threads, reporter)
+        device = resolve_device(request.device)
+        own, other = open_models(source, teacher, request.data, request.threads, reporter)
         assert other is not None
         _require_same_outputs(own, other)
         model, (floats, _) = load.load_unchanged(read_proto(source), source), load.load(read_proto(teacher), teacher)
@@ -158,13 +158,13 @@ class _TrainingSetup:
         networks = TorchNetwork(model, device), TorchNetwork(floats, device)
         words, fixed = other.words, other.feed.inputs[0].shape[0]
         dataset = read_into_memory(own, other, reporter)
-        held, taught = _split_held_out(len(dataset), wishes)
+        held, taught = _split_held_out(len(dataset), request)
         inputs = TrainingInputs(dataset, torch.device(device))
         outputs = _ordered_outputs(other.session, networks[0].outputs)
         distillation = Distillation.of(*networks, learned, inputs, taught, held, fixed, outputs)
-        distillation = _add_labels(distillation, dataset, wishes)
+        distillation = _add_labels(distillation, dataset, request)
         on_ort = recipe is None or TARGETS[recipe.target].on_ort
-        return cls(model, distillation, other.session, wishes.threads, on_ort, device, words)
+        return cls(model, distillation, other.session, request.threads, on_ort, device, words)
 
     def judged(self, model: str | bytes) -> ValidationResult:
         """Score a file on the held-out images with ONNX Runtime."""
@@ -187,15 +187,15 @@ class _TrainingSetup:
         return ValidationResult(mark, Verification(len(distillation.held), comparison.scores(spans=True)))
 
 
-def _write_better(desk: _TrainingSetup, source: Source, out: Path, found: FinetuneResult, best_step: int) -> None:
+def _write_better(setup: _TrainingSetup, source: Source, out: Path, found: FinetuneResult, best_step: int) -> None:
     """Write the trained file if it is better, else a copy of the input."""
-    desk.distillation.learned.write(desk.model)
-    told = {**found.wishes.as_dict(), "pictures": found.taught, "step": best_step}
-    write_finetuning(desk.model, told)
-    with files.stage_model(desk.model, out) as staged:
+    setup.distillation.learned.write(setup.model)
+    told = {**found.request.as_dict(), "pictures": found.taught, "step": best_step}
+    write_finetuning(setup.model, told)
+    with files.stage_model(setup.model, out) as staged:
         if best_step:
             files.check_staged_model(staged)
-            found.after = desk.judged(str(staged.path))
+            found.after = setup.judged(str(staged.path))
             found.trained = found.after.mark.is_better(found.before.mark, found.before.mark)
         if found.trained:
             found.audit, found.bytes = _audit_file(Source(source.name, staged.path)), staged.size
@@ -213,14 +213,14 @@ def _audit_file(source: Source) -> Audit:
 # -- before ------------------------------------------------------------------------------------------------------------
 
 
-def _check_request(source: Source, teacher: Source, out: Path, wishes: FinetuneOptions) -> None:
+def _check_request(source: Source, teacher: Source, out: Path, request: FinetuneOptions) -> None:
     """Check the output path and the model before any work."""
     proto = read_proto(teacher)
     if is_quantized(proto):
         raise QconvError(f"{teacher.name} is quantized itself.", "pass the float model with --teacher.")
     storage.check_output_path(out)
     files = [path for path in (source.path, teacher.path, *external_data_files(proto, teacher)) if path is not None]
-    storage.refuse_overwriting_inputs(out, [*files, *wishes.data.paths])
+    storage.refuse_overwriting_inputs(out, [*files, *request.data.paths])
     if external_data_files(read_proto(source), source):
         fact = f"{source.name} keeps weights in another file."
         raise QconvError(fact, "training is for models of less than 2 GB in one file.")
@@ -234,10 +234,10 @@ def _require_same_outputs(own: ModelWithData, other: ModelWithData) -> None:
         raise QconvError(fact, "pass the float model that it was made from with --teacher.")
 
 
-def _split_held_out(count: int, wishes: FinetuneOptions) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _split_held_out(count: int, request: FinetuneOptions) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Count the images to hold out and to learn from; the order of the images is drawn already."""
     share = min(max(int(HELD_OUT_SHARE * count), min(LEAST_HELD_OUT, count // 4)), MOST_HELD_OUT)
-    held = share if wishes.holdout is None else wishes.holdout
+    held = share if request.holdout is None else request.holdout
     if count < FEWEST_IMAGES or count - held < 1 or held < 1:
         fact = f"{count} pictures are too few to train on and to hold {held} back."
         raise QconvError(fact, f"pass {FEWEST_IMAGES} or more, or fewer to --holdout.")
@@ -250,16 +250,16 @@ def _ordered_outputs(teacher: Session, names: Sequence[str]) -> tuple[ModelOutpu
     return tuple(known[name] for name in names)
 
 
-def _add_labels(distillation: Distillation, dataset: InMemoryDataset, wishes: FinetuneOptions) -> Distillation:
-    if not wishes.labels:
+def _add_labels(distillation: Distillation, dataset: InMemoryDataset, request: FinetuneOptions) -> Distillation:
+    if not request.labels:
         return distillation
-    classes = find_classes(wishes.data, wishes.classes)
-    asked = LabelOptions(wishes.label_offset, asked=True)
-    return distillation.with_labels(labels_of(dataset.paths, wishes.data, classes, asked, distillation.classes))
+    classes = find_classes(request.data, request.classes)
+    asked = LabelOptions(request.label_offset, asked=True)
+    return distillation.with_labels(labels_of(dataset.paths, request.data, classes, asked, distillation.classes))
 
 
 def _fingerprint(
-    source: Source, teacher: Source, dataset: InMemoryDataset, wishes: FinetuneOptions, device: str
+    source: Source, teacher: Source, dataset: InMemoryDataset, request: FinetuneOptions, device: str
 ) -> str:
     """Hash all that a run depends on, so that a checkpoint of another run is recognised."""
     found = hashlib.sha256()
@@ -267,8 +267,8 @@ def _fingerprint(
         found.update(hash_model(part, external_data_files(read_proto(part), part)).encode())
     kept = (
         CHECKPOINT_FORMAT,
-        wishes.as_dict(),
-        wishes.holdout,
+        request.as_dict(),
+        request.holdout,
         device,
         dataset.prep,
         dataset.order,

@@ -396,7 +396,7 @@ class SynthesizedImages:
 
 
 def synthesize(
-    source: Source, out: Path, wishes: SynthesisOptions, reporter: Reporter | None = None
+    source: Source, out: Path, request: SynthesisOptions, reporter: Reporter | None = None
 ) -> SynthesizedImages:
     """Synthesize images for the float model `source`, and write them into the folder `out`.
 
@@ -405,37 +405,37 @@ def synthesize(
     started = time.perf_counter()
     reporter = (reporter or Reporter()).of_part()
     _check_request(source, out)
-    with run_deterministically(wishes.threads):
+    with run_deterministically(request.threads):
         proto = read_proto(source)
         refuse_quantized(proto, source.name)
         hashed = hash_model(source, external_data_files(proto, source))
         model, _ = load.load(proto, source)
         require_operators(model)
         remembered = BatchNormTargets.of(model, source.name)
-        fed = _InputFormat.of(model, source, wishes)
+        fed = _InputFormat.of(model, source, request)
         prep = fed.detected.preprocessing
         assert prep is not None
         for doubt in filter(None, (remembered.doubt, *fed.detected.doubts())):
             reporter.warn(doubt)
-        if fed.batch is not None and wishes.batch not in (None, fed.batch):
-            reporter.warn(f"--batch {wishes.batch} is not used: the model's own batch is {fed.batch}.")
-        batch = fed.batch or min(wishes.batch or choose_batch_size(prep), wishes.count)
-        device = resolve_device(wishes.device)
-        pixels = draw_dead_leaves_set(prep, wishes.count, batch, wishes.seed)
+        if fed.batch is not None and request.batch not in (None, fed.batch):
+            reporter.warn(f"--batch {request.batch} is not used: the model's own batch is {fed.batch}.")
+        batch = fed.batch or min(request.batch or choose_batch_size(prep), request.count)
+        device = resolve_device(request.device)
+        pixels = draw_dead_leaves_set(prep, request.count, batch, request.seed)
         optimizer = ImageOptimizer(TorchNetwork(model, device), prep, remembered.wanted, pixels, batch, fed.scores)
         before = optimizer.look()
-        optimizer.run(wishes.steps, lambda done, total: reporter.progress("synthesize", done, total))
+        optimizer.run(request.steps, lambda done, total: reporter.progress("synthesize", done, total))
         after = optimizer.look()
     found = SynthesisResult(
         model=source.name,
         digest=hashed,
         output=str(out),
-        wishes=wishes,
+        request=request,
         preprocessing=prep,
         words=fed.detected.in_words(),
         # the pictures have the network's size already
         options=tuple(
-            format_option("preprocessing", replace(wishes.preprocessing, resize="auto", filter=ResizeFilter.BILINEAR))
+            format_option("preprocessing", replace(request.preprocessing, resize="auto", filter=ResizeFilter.BILINEAR))
         ),
         piped=source.path is None,
         batch=batch,
@@ -446,7 +446,7 @@ def synthesize(
         warnings=reporter.warnings,
     )
     _warn_of_unmatched(found, reporter)
-    pixels = optimizer.pixels[: wishes.count]
+    pixels = optimizer.pixels[: request.count]
     with replace_folder_atomically(out, find_foreign_file) as folder:
         _write_images(folder, pixels, prep, fed.dtype, found)
     found.seconds, found.peak_rss_mb = time.perf_counter() - started, peak_rss_mb()
@@ -488,17 +488,17 @@ class _InputFormat:
     scores: str | None
 
     @classmethod
-    def of(cls, model: Model, source: Source, wishes: SynthesisOptions) -> _InputFormat:
+    def of(cls, model: Model, source: Source, request: SynthesisOptions) -> _InputFormat:
         """Find the preprocessing on generated images. Raises QconvError where not all inputs are images."""
-        session = open_original(source, wishes.threads, wishes.task)
+        session = open_original(source, request.threads, request.task)
         try:
-            imagined = GeneratedImageLoader.like(session, wishes.preprocessing)
+            imagined = GeneratedImageLoader.like(session, request.preprocessing)
         except QconvError as error:
             asks = "--size" in error.hint or "leave" in error.hint
             other = "synthesize is for networks of one input, a picture of 1 or 3 channels: calibrate with samples."
             raise QconvError(error.message, error.hint if asks else other) from None
         (spec,) = imagined.inputs
-        detected = detect_without_images(model, session, imagined, wishes.preprocessing, threads=wishes.threads)
+        detected = detect_without_images(model, session, imagined, request.preprocessing, threads=request.threads)
         prep = detected.preprocessing
         if spec.dtype == np.uint8 and prep is not None and not prep.keeps_pixels:
             fact = f"{source.name} takes bytes, which cannot hold what the preprocessing makes of pixels."
@@ -511,7 +511,7 @@ def _warn_of_unmatched(found: SynthesisResult, reporter: Reporter) -> None:
     """Tell of statistics that were not matched."""
     more = "more --iterations may help"
     if found.after > GOOD_MATCH:
-        auto = "" if found.wishes.preprocessing.preset != AUTO else ", as may another --preprocess"
+        auto = "" if found.request.preprocessing.preset != AUTO else ", as may another --preprocess"
         reporter.warn(
             f"the pictures are not like those of training: statistics are {found.after:.2f} apart on average, where "
             f"dozens of photographs come to 0.04; {more}{auto}."

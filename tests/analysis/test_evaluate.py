@@ -252,9 +252,11 @@ def test_what_cannot_be_is_said_before_the_pictures_are_run(folder: Path, tmp_pa
     source, done = saved(classifier(), tmp_path), []
     listing = tmp_path / "few.txt"
     listing.write_text("ant\n")
-    wishes = EvaluationOptions(DataOptions((str(folder),), preprocessing=PreprocessingOptions("unit")), classes=listing)
+    request = EvaluationOptions(
+        DataOptions((str(folder),), preprocessing=PreprocessingOptions("unit")), classes=listing
+    )
     with pytest.raises(QconvError, match="is not in"):
-        evaluate(source, wishes, Reporter(on_progress=lambda stage, count, total: done.append(count)))
+        evaluate(source, request, Reporter(on_progress=lambda stage, count, total: done.append(count)))
     assert done == []
     loose = tmp_path / "loose"
     picture(loose / "0.png", 1)
@@ -284,8 +286,8 @@ def test_samples_need_no_word_about_preprocessing(folder: Path, tmp_path: Path) 
     samples.mkdir()
     for number in range(3):
         np.save(samples / f"{number}.npy", np.random.default_rng(number).random((3, 8, 8), np.float32))
-    wishes = EvaluationOptions(DataOptions((str(samples),)), against=source, threads=1)
-    found = evaluate(Source(str(out), out), wishes, Reporter(heard.append))
+    request = EvaluationOptions(DataOptions((str(samples),)), against=source, threads=1)
+    found = evaluate(Source(str(out), out), request, Reporter(heard.append))
     assert (found.images, heard) == (3, [])
 
 

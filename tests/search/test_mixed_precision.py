@@ -308,8 +308,8 @@ def test_both_at_once(pictures: Path) -> None:
 
 
 def test_edges_keep_their_bits_and_named_layers_theirs(pictures: Path) -> None:
-    wishes = (("d", LayerBits(5)), ("h", LayerBits(None, 6)))
-    report, _, mixed = searched(pictures, target_size=0.15, layer_bits=wishes)
+    candidate_bits = (("d", LayerBits(5)), ("h", LayerBits(None, 6)))
+    report, _, mixed = searched(pictures, target_size=0.15, layer_bits=candidate_bits)
     bits = bits_in(report)
     assert (bits["c"], bits["y"], bits["d"]) == (8, 8, 5)
     assert mixed.layers == 3

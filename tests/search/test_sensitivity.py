@@ -83,8 +83,8 @@ def noise(reference: NDArray[np.float32], got: NDArray[np.float32]) -> float:
 def test_the_noise_is_that_of_rounded_weights(granularity: str) -> None:
     """Without bias correction, what was measured is what the network gives with these weights in its file."""
     network = grounds(calibrator="minmax", bias_correction="none", weight_granularity=granularity)
-    wishes = dict.fromkeys(WEIGHTS, (3, 8, FLOAT_BITS))
-    found = measure_sensitivities(network, wishes, batches())
+    candidate_bits = dict.fromkeys(WEIGHTS, (3, 8, FLOAT_BITS))
+    found = measure_sensitivities(network, candidate_bits, batches())
     reference = run_on(NET)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in NET.graph.initializer}
     for layer in network.plan.layers:
@@ -158,9 +158,9 @@ def test_inputs_of_the_float_network_need_no_weights_solved_anew() -> None:
 
 
 def test_fewer_bits_cost_more_and_bias_correction_less() -> None:
-    wishes = dict.fromkeys(WEIGHTS, (2, 4, 8))
+    candidate_bits = dict.fromkeys(WEIGHTS, (2, 4, 8))
     plain, corrected = (
-        measure_sensitivities(grounds(calibrator="minmax", bias_correction=kind), wishes, batches())
+        measure_sensitivities(grounds(calibrator="minmax", bias_correction=kind), candidate_bits, batches())
         for kind in ("none", "measured")
     )
     for name in WEIGHTS:

@@ -90,7 +90,7 @@ def few(folder: Path, **more: object) -> tuple[Recipe, DataOptions]:
     return make_request({**made, **more})
 
 
-def wishes(folder: Path, **more: object) -> FinetuneOptions:
+def request(folder: Path, **more: object) -> FinetuneOptions:
     data = DataOptions((str(folder / "pictures"),), samples=None)
     made: dict[str, object] = {"epochs": 40, "batch": 12, "rate": 2e-2, "device": "cpu", "augment": False}
     made["threads"] = 1
@@ -120,7 +120,7 @@ def all_pictures(folder: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def trained(place: Path) -> tuple[FinetuneResult, Path]:
     out = place / "net.w3a3.qat.onnx"
-    return finetune(source(place / "net.w3a3.onnx"), out, wishes(place)), out
+    return finetune(source(place / "net.w3a3.onnx"), out, request(place)), out
 
 
 def test_training_brings_the_file_nearer_to_the_float_model(place: Path, trained: tuple[FinetuneResult, Path]) -> None:
@@ -217,7 +217,7 @@ def test_no_pair_of_products_gets_worse(place: Path, tmp_path: Path) -> None:
 def test_runs_are_alike(place: Path, tmp_path: Path) -> None:
     """The same options and pictures give the same bytes; another seed others."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        wish = wishes(place, epochs=4, augment=True)
+        wish = request(place, epochs=4, augment=True)
         data = replace(wish.data, seed=seed)
         finetune(
             source(place / "net.w3a3.onnx"),
@@ -237,7 +237,7 @@ def test_a_killed_run_goes_on_as_if_it_never_had_been(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qconv.training.trainer.SAVE_EVERY_SECONDS", 0.0)
-    wish = wishes(place, epochs=12, augment=True)
+    wish = request(place, epochs=12, augment=True)
     whole = tmp_path / "whole.onnx"
     finetune(source(place / "net.w3a3.onnx"), whole, wish)
 
@@ -258,7 +258,7 @@ def test_a_killed_run_goes_on_as_if_it_never_had_been(
 
 def test_what_another_run_left_is_not_used(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qconv.training.trainer.SAVE_EVERY_SECONDS", 0.0)
-    wish, out = wishes(place, epochs=24), tmp_path / "out.onnx"
+    wish, out = request(place, epochs=24), tmp_path / "out.onnx"
     heard: list[str] = []
     for content in (None, b"no state"):
         if content is None:
@@ -281,7 +281,7 @@ def _raise_at(stage: str, done: int, total: int) -> None:
 def test_the_input_comes_back_where_nothing_is_better(place: Path, tmp_path: Path) -> None:
     """Training that ruins the network: a rate a thousand times too large."""
     out = tmp_path / "out.onnx"
-    found = finetune(source(place / "net.w3a3.onnx"), out, wishes(place, rate=10.0, epochs=1))
+    found = finetune(source(place / "net.w3a3.onnx"), out, request(place, rate=10.0, epochs=1))
     assert not found.trained
     assert out.read_bytes() == (place / "net.w3a3.onnx").read_bytes()
     assert found.result is found.before
@@ -289,7 +289,7 @@ def test_the_input_comes_back_where_nothing_is_better(place: Path, tmp_path: Pat
 
 def test_labels_are_learned_from(place: Path, tmp_path: Path) -> None:
     """Class folders have nothing to do with the float model here, so that only labels can lead to them."""
-    wish = wishes(place, labels=True, epochs=60, batch=36, rate=5e-2)
+    wish = request(place, labels=True, epochs=60, batch=36, rate=5e-2)
     found = finetune(source(place / "net.w3a3.onnx"), tmp_path / "out.onnx", wish)
     losses = [row.loss for row in found.history]
     assert losses[-1] < losses[0]
@@ -319,7 +319,7 @@ def test_every_kind_of_file_can_be_trained(place: Path, tmp_path: Path, more: di
         more = dict(NAMED_RECIPES["aciq-w4a4"])
     quant, out = tmp_path / "quant.onnx", tmp_path / "out.onnx"
     quantize(str(place / "net.onnx"), quant, *few(place, **more))
-    found = finetune(source(quant), out, wishes(place, teacher=source(place / "net.onnx"), epochs=6))
+    found = finetune(source(quant), out, request(place, teacher=source(place / "net.onnx"), epochs=6))
     assert found.history
     if found.trained:
         assert found.after is not None
@@ -336,11 +336,11 @@ def test_the_teacher_is_found_by_its_hash(place: Path, tmp_path: Path) -> None:
         shutil.copy(place / name, tmp_path / name)
     (tmp_path / "net.onnx").rename(tmp_path / "some other name.onnx")
     shutil.copytree(place / "pictures", tmp_path / "pictures")
-    found = finetune(source(tmp_path / "net.w3a3.onnx"), tmp_path / "out.onnx", wishes(tmp_path, epochs=1))
+    found = finetune(source(tmp_path / "net.w3a3.onnx"), tmp_path / "out.onnx", request(tmp_path, epochs=1))
     assert found.teacher == str(tmp_path / "some other name.onnx")
     (tmp_path / "some other name.onnx").write_bytes(b"changed")
     with pytest.raises(QconvError, match="not beside it"):
-        finetune(source(tmp_path / "net.w3a3.onnx"), tmp_path / "out.onnx", wishes(tmp_path, epochs=1))
+        finetune(source(tmp_path / "net.w3a3.onnx"), tmp_path / "out.onnx", request(tmp_path, epochs=1))
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -86,8 +86,8 @@ def source(data: bytes, tmp_path: Path) -> Source:
 
 def made(tmp_path: Path, data: bytes | None = None, out: str = "set", **more: Any) -> synthesize.SynthesizedImages:
     options: dict[str, Any] = {"count": 6, "steps": 12, "threads": 1, "device": "cpu", **more}
-    wishes = SynthesisOptions(options.pop("preprocessing", RAW), **options)
-    return synthesize.synthesize(source(data or remembering(), tmp_path), tmp_path / out, wishes)
+    request = SynthesisOptions(options.pop("preprocessing", RAW), **options)
+    return synthesize.synthesize(source(data or remembering(), tmp_path), tmp_path / out, request)
 
 
 def distances(data: bytes, x: np.ndarray) -> list[float]:
@@ -313,9 +313,9 @@ def test_what_comes_while_pictures_are_made_is_not_lost(tmp_path: Path) -> None:
         (tmp_path / "set").mkdir(exist_ok=True)
         (tmp_path / "set" / "mine.txt").write_text("mine")
 
-    wishes = SynthesisOptions(RAW, count=2, steps=2, threads=1, device="cpu")
+    request = SynthesisOptions(RAW, count=2, steps=2, threads=1, device="cpu")
     with pytest.raises(QconvError, match=r"such as mine\.txt"):
-        synthesize.synthesize(source(remembering(), tmp_path), tmp_path / "set", wishes, Reporter(on_progress=put))
+        synthesize.synthesize(source(remembering(), tmp_path), tmp_path / "set", request, Reporter(on_progress=put))
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine.txt"]
 
 
