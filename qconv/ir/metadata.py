@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.choices import WeightGranularity
-from qconv.config.data_options import PRESETS, RESIZE_MODES, Color, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import PRESETS, Color, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import IR_VERSIONS, LOWEST_OPSET, OLDEST_RUNTIMES
 from qconv.errors import QconvError
@@ -52,6 +52,8 @@ MOST_UNPACKED_BYTES = 1 << 26
 """A record of equalization that unpacks to more is odd: it would be one of ten million channels."""
 MOST_PIXELS = 1 << 26
 """Of a picture that a file may ask for: a float32 array of 800 MB."""
+MOST_QUOTED = 160
+"""Characters of an odd entry that a warning repeats."""
 MOST_OCTAVES = 120
 """Scales of channels up to here leave float32 numbers float32 numbers."""
 VERSION_PATTERN = re.compile(r"[0-9A-Za-z.+_-]{1,64}")
@@ -267,7 +269,7 @@ def _make_options(known: Mapping[str, Any]) -> PreprocessingOptions:
     except KeyError as error:
         raise OddMetadataError(PREPROCESSING_KEY, f"it lacks {error}") from None
     except QconvError as error:  # speaks of options, which nobody typed
-        raise OddMetadataError(PREPROCESSING_KEY, error.message.replace("--", "").rstrip(".")) from None
+        raise OddMetadataError(PREPROCESSING_KEY, error.message.replace("--", "").rstrip(".")[:MOST_QUOTED]) from None
     except (TypeError, ValueError, LookupError, ArithmeticError):
         raise OddMetadataError(PREPROCESSING_KEY, "it holds something of another type") from None
     _check_options(options)
@@ -282,14 +284,13 @@ def _check_options(options: PreprocessingOptions) -> None:
             raise OddMetadataError(PREPROCESSING_KEY, f"{name} has another number of values than there are channels")
     if options.color is None or options.layout is None or options.scale is None:
         raise OddMetadataError(PREPROCESSING_KEY, "color, layout or scale is null")
-    if not isinstance(options.preset, str) or options.preset not in PRESETS:
-        raise OddMetadataError(PREPROCESSING_KEY, f"the preset {str(options.preset)[:40]!r} is unknown")
+    if options.preset not in PRESETS:
+        raise OddMetadataError(PREPROCESSING_KEY, f"the preset {options.preset} is unknown")
     size = options.size or (0, 0)
-    if min(size) < 1 or math.prod(size) > MOST_PIXELS:
+    if math.prod(size) > MOST_PIXELS:
         raise OddMetadataError(PREPROCESSING_KEY, f"pictures of {size[0]}x{size[1]} pixels are not possible")
-    side = options.resize if type(options.resize) is int else 0  # True is no side
-    if options.resize not in RESIZE_MODES and not (side > 0 and side**2 <= MOST_PIXELS):
-        raise OddMetadataError(PREPROCESSING_KEY, f"resize {str(options.resize)[:40]!r} is not possible")
+    if isinstance(options.resize, int) and options.resize**2 > MOST_PIXELS:
+        raise OddMetadataError(PREPROCESSING_KEY, f"resize {str(options.resize)[:40]} is not possible")
 
 
 # -- what channels of the float network were scaled and lowered by -----------------------------------------------------

@@ -170,7 +170,7 @@ ODD: dict[str, tuple[str, str, str]] = {
     "a color": (metadata.PREPROCESSING_KEY, json.dumps({**PREPROCESSING, "color": "purple"}), "color purple"),
     "a preset": (metadata.PREPROCESSING_KEY, json.dumps({**PREPROCESSING, "preset": "mine"}), "mine"),
     "a size": (metadata.PREPROCESSING_KEY, json.dumps({**PREPROCESSING, "size": [1 << 20, 1 << 20]}), "1048576"),
-    "a side": (metadata.PREPROCESSING_KEY, json.dumps({**PREPROCESSING, "resize": True}), "resize 'True'"),
+    "a side": (metadata.PREPROCESSING_KEY, json.dumps({**PREPROCESSING, "resize": True}), "resize True"),
     "a mean": (metadata.PREPROCESSING_KEY, json.dumps({**PREPROCESSING, "mean": [1, 2]}), "mean"),
     "a part": (metadata.PREPROCESSING_KEY, "{}", "lacks 'preset'"),
     "a list": (metadata.RECIPE_KEY, "[]", "a list, not an object"),
