@@ -85,6 +85,8 @@ def study_samples(
     if place is not None and place.suffix.lower() not in CHART_SUFFIXES:
         raise click.UsageError(f"{output} is no chart: name a file that ends in {' or '.join(CHART_SUFFIXES)}.")
     recipe, data = given.request(**{**dict.fromkeys(OPTIONS_NOT_STUDIED), "effort": "fast"})
+    if recipe.tune_ranges:
+        raise click.UsageError("--tune-ranges is not possible in a study: it would need all pictures again each time.")
     require_streams(model, None, wanted.as_json)
     if place is not None and place.suffix.lower() == ".html":
         from qconv.report.html import require_report_extra

@@ -59,6 +59,7 @@ def test_a_study_is_drawn(call: Qconv, tiny: Path, calib: Path, name: str) -> No
         (("--calib", "CALIB", "-o", ""), 2, "need a name"),
         (("--calib", "CALIB", "--seeds", "0"), 2, "--seeds"),
         (("--calib", "CALIB", "--stats", "s.npz"), 2, "No such option"),
+        (("--calib", "CALIB", "--tune-ranges"), 2, "--tune-ranges is not possible in a study"),
         (("--calib", "CALIB", "--holdout", "20"), 1, "leaves none of the 20 pictures"),
         (("--calib", "CALIB", "-o", "missing/study.png"), 1, "does not exist"),
         (("--calib", "missing"), 1, "does not exist"),
