@@ -37,6 +37,9 @@ STAGING_SUFFIX = ".qconv-tmp"
 BACKUP_SUFFIX = ".old"
 """Suffix of a folder that was moved aside."""
 
+MOST_LIST_BYTES = 2**26
+"""A file that is larger is no list of pictures."""
+
 TRIES = 8
 """Locks that are asked for before it is taken that the file system has none."""
 
@@ -132,10 +135,22 @@ def refuse_overwriting_inputs(out: Path, read: Iterable[str | Path]) -> None:
     for path in map(Path, read):
         if path.is_file() and out.samefile(path):
             raise QconvError(f"{out} is read, and would be written over.", "choose another name.")
-        is_sample = out.suffix.lower() in PICTURE_SUFFIXES | SAMPLE_SUFFIXES
-        if path.is_dir() and is_sample and out.resolve().is_relative_to(path.resolve()):
-            fact = f"{out} is one of the pictures in {path}, which are read, and would be written over."
+        if out.suffix.lower() not in PICTURE_SUFFIXES | SAMPLE_SUFFIXES:
+            continue
+        inside = path.is_dir() and out.resolve().is_relative_to(path.resolve())
+        if inside or (path.is_file() and _lists(path, out)):
+            fact = f"{out} is among the pictures of {path}, which are read, and would be written over."
             raise QconvError(fact, "choose another name, or another folder.")
+
+
+def _lists(file: Path, out: Path) -> bool:
+    """Whether a file is a text that names `out` in a line, relative to its own folder."""
+    if file.stat().st_size > MOST_LIST_BYTES:
+        return False
+    lines = file.read_bytes().splitlines()
+    named = (Path(os.fsdecode(line.strip())) for line in lines if line.strip().endswith(os.fsencode(out.name)))
+    paths = (file.parent / path for path in named if path.name == out.name)
+    return any(path.is_file() and out.samefile(path) for path in paths)
 
 
 def _check_writable(out: Path) -> None:

@@ -403,7 +403,12 @@ def test_pictures_of_a_folder_that_is_read_stay(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(inside)
     read = [str(tmp_path / "imgs")]
     for out in (inside / "a.JPG", inside / "b.npz", tmp_path / "link" / "a.JPG"):
-        with pytest.raises(QconvError, match="is one of the pictures in"):
+        with pytest.raises(QconvError, match="is among the pictures of"):
             storage.refuse_overwriting_inputs(out, read)
+    listing = tmp_path / "list.txt"
+    listing.write_text("# pictures\nimgs/cats/a.JPG\n")
+    with pytest.raises(QconvError, match="is among the pictures of"):
+        storage.refuse_overwriting_inputs(inside / "a.JPG", [listing])
+    storage.refuse_overwriting_inputs(inside / "b.npz", [listing])
     for out in (inside / "new.jpg", inside / "c.onnx"):
         storage.refuse_overwriting_inputs(out, read)

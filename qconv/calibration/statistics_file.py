@@ -188,7 +188,10 @@ MOST_COUNTED = 2**53
 """Numbers of a tensor: counts beyond would not be exact in float64, and their sums may overflow."""
 
 MEAN_TOLERANCE = 1e-3
-"""By how much of its largest value a mean may lie beyond the extremes: what it is the sum of were float32 sums."""
+
+ROUNDING_OF_SUMS = 2.0**-24
+"""By how much of its largest value a mean may lie beyond the extremes: this for each of the float32 numbers that were
+added up one after the other, and MEAN_TOLERANCE."""
 
 
 def _check_sketch(sketch: Sketch) -> None:
@@ -219,7 +222,8 @@ def _check_numbers(sketch: Sketch) -> None:
     digits = sketch.sums.limbs[:-1]
     if ((digits < 0) | (digits >> LIMB_BITS > 0)).any():
         raise ValueError("sums")
-    room = MEAN_TOLERANCE * np.maximum(abs(sketch.lows), abs(sketch.highs)) + np.finfo(np.float32).tiny
+    share = MEAN_TOLERANCE + ROUNDING_OF_SUMS * sketch.count / max(len(sketch.keys), 1)
+    room = share * np.maximum(abs(sketch.lows), abs(sketch.highs)) + np.finfo(np.float32).tiny
     beyond = (sketch.means < sketch.lows - room) | (sketch.means > sketch.highs + room)
     if sketch.count and beyond.any():
         raise ValueError("sums")

@@ -32,7 +32,11 @@ COMPARED_IMAGES = 64
 
 compare_options = combine_options(
     click.option(
-        "--images", required=True, metavar="DIR|FILE", help="Pictures: a folder, or a file with one path a line."
+        "--images",
+        required=True,
+        multiple=True,
+        metavar="DIR|FILE",
+        help="Pictures: a folder, or a file with one path a line; repeatable.",
     ),
     click.option(
         "--samples",
@@ -61,7 +65,7 @@ class CompareArguments:
     task: str
     float_model: str
     model: str
-    images: str
+    images: tuple[str, ...]
     samples: int
     seed: int
     pattern: str | None
@@ -82,7 +86,7 @@ def compare(**options: Any) -> int:
     require_names({"FLOAT": given.float_model, "QUANT": given.model, "--images": given.images})
     check_run_options(given.threads)
     data = DataOptions(
-        (given.images,), given.samples, given.batch, given.seed, given.pattern, given.preprocessing, given.task
+        given.images, given.samples, given.batch, given.seed, given.pattern, given.preprocessing, given.task
     )
 
     def work(reporter: Reporter) -> CommandResult:
@@ -100,4 +104,4 @@ def compare(**options: Any) -> int:
             lambda command: pages.make_compare_page(seen, *sources, command, reporter.warnings),
         )
 
-    return run_command(given.wanted, CommandFiles(models, (given.images,)), work)
+    return run_command(given.wanted, CommandFiles(models, given.images), work)

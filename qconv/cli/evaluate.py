@@ -28,8 +28,10 @@ evaluate_options = combine_options(
     click.option(
         "--images",
         required=True,
+        multiple=True,
         metavar="DIR|FILE",
-        help="Pictures: a folder, with a folder a class inside for top-1 and top-5, or a file with one path a line.",
+        help="Pictures: a folder, with a folder a class inside for top-1 and top-5, or a file with one path a line; "
+        "repeatable.",
     ),
     click.option(
         "--against",
@@ -67,7 +69,7 @@ class EvaluateArguments:
     preprocessing: PreprocessingOptions
     task: str
     model: str
-    images: str
+    images: tuple[str, ...]
     against: str | None
     classes: str | None
     label_offset: int
@@ -105,7 +107,7 @@ class EvaluateArguments:
     def data(self) -> DataOptions:
         """Which pictures are read, and how."""
         return DataOptions(
-            (self.images,), self.samples, self.batch, self.seed or 0, self.pattern, self.preprocessing, self.task
+            self.images, self.samples, self.batch, self.seed or 0, self.pattern, self.preprocessing, self.task
         )
 
 
@@ -119,12 +121,12 @@ def evaluate(**options: Any) -> int:
     check_run_options(given.threads)
     data = given.data
     files = CommandFiles(
-        (given.model,), (given.against, given.classes, given.images), {"the predictions": given.save_predictions}
+        (given.model,), (given.against, given.classes, *given.images), {"the predictions": given.save_predictions}
     )
-    return run_command(given.wanted, files, lambda reporter: _evaluate(given, data, reporter))
+    return run_command(given.wanted, files, lambda reporter: _evaluate(given, data, files, reporter))
 
 
-def _evaluate(given: EvaluateArguments, data: DataOptions, reporter: Reporter) -> CommandResult:
+def _evaluate(given: EvaluateArguments, data: DataOptions, files: CommandFiles, reporter: Reporter) -> CommandResult:
     from qconv import storage
     from qconv.analysis import evaluate as evaluation
     from qconv.ir.files import source_of
@@ -132,6 +134,7 @@ def _evaluate(given: EvaluateArguments, data: DataOptions, reporter: Reporter) -
 
     if given.save_predictions is not None:
         storage.check_output_path(Path(given.save_predictions))
+        storage.refuse_overwriting_inputs(Path(given.save_predictions), files.read)
     request = evaluation.EvaluationOptions(
         data,
         None if given.against is None else source_of(given.against),

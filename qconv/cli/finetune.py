@@ -38,8 +38,10 @@ finetune_options = combine_options(
     click.option(
         "--images",
         required=True,
+        multiple=True,
         metavar="DIR|FILE",
-        help="Pictures to learn from, a tenth of which is held back: a folder, or a file with one path a line.",
+        help="Pictures to learn from, a tenth of which is held back: a folder, or a file with one path a line; "
+        "repeatable.",
     ),
     click.option(
         "-o", "--output", metavar="OUT", help="Result.  [default: QUANT with .qat.onnx in the place of .onnx]"
@@ -111,7 +113,7 @@ class FinetuneArguments:
     preprocessing: PreprocessingOptions
     task: str
     quant: str
-    images: str
+    images: tuple[str, ...]
     output: str | None
     teacher: str | None
     labels: bool
@@ -151,7 +153,7 @@ class FinetuneArguments:
     @property
     def data(self) -> DataOptions:
         """Which pictures are read, and how."""
-        return DataOptions((self.images,), self.samples, 1, self.seed, self.pattern, self.preprocessing, self.task)
+        return DataOptions(self.images, self.samples, 1, self.seed, self.pattern, self.preprocessing, self.task)
 
 
 @click.command(context_settings=HELP_WIDTH, short_help="Train a quantized model; needs qconv[torch].")
@@ -168,7 +170,7 @@ def finetune(**options: Any) -> int:
     with raise_usage_errors():
         data = given.data
     out = _default_output(given.quant) if given.output is None else Path(given.output)
-    files = CommandFiles((given.quant,), (given.teacher, given.classes, given.images), {"the output": str(out)})
+    files = CommandFiles((given.quant,), (given.teacher, given.classes, *given.images), {"the output": str(out)})
     return run_command(given.wanted, files, lambda reporter: _finetune(given, data, out, reporter))
 
 

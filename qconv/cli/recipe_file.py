@@ -18,7 +18,7 @@ import difflib
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import click
 
 from qconv.cli.command import CommandFiles
 from qconv.cli.recipe_options import collect_fields, find_typed_options, make_request_of_fields, quantize_parameters
-from qconv.config.choices import NO_IMAGES
+from qconv.config.choices import FLOAT_BITS, NAMED_RECIPES, NO_IMAGES
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import (
@@ -234,18 +234,28 @@ def _read_carried_recipe(file: Path) -> dict[str, Any]:
     return lines if LAYER_BITS_KEY not in lines else {key: v for key, v in lines.items() if key not in SEARCH_KEYS}
 
 
-NEEDED_VALUES = {
-    "block_size": ("weight_granularity", "per-block"),
-    "percentile": ("calibrator", "percentile"),
-    "fallback": ("calib", (NO_IMAGES,)),
+OF_IMAGES = ("samples", "batch", "seed", "pattern")
+"""Options that say nothing without pictures."""
+
+GOES_WITH: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
+    "block_size": (("weight_granularity", lambda kind: kind == "per-block"),),
+    "calibrator": (("activation_bits", lambda bits: bits != FLOAT_BITS),),
+    "percentile": (("calibrator", lambda kind: kind == "percentile"), ("activation_bits", lambda b: b != FLOAT_BITS)),
+    "fallback": (("calib", lambda calib: calib == (NO_IMAGES,)),),
+    **dict.fromkeys(OF_IMAGES, (("calib", lambda calib: calib != (NO_IMAGES,)),)),
 }
-"""Options that say nothing but beside one value of another option: (that option, its value)."""
+"""Options that say nothing but beside some values of others: (the other one, whether a value of it is such). A gate is
+no such option: it must not vanish in silence."""
 
 
-def _is_overruled(option: str, values: Mapping[str, Any], typed: frozenset[str]) -> bool:
-    """Whether a line of a file says nothing any more: it is typed as well, or what it goes with is typed otherwise."""
-    other, needed = NEEDED_VALUES.get(option, ("", None))
-    return option in typed or (other in typed and values[other] != needed)
+def _is_overruled(option: str, typed: Mapping[str, Any], said: Collection[str]) -> bool:
+    """Whether a line of a file says nothing any more: it is typed as well, or what it goes with is typed otherwise.
+
+    typed: what is typed, and what a named recipe that is typed stands for. said: options of the file.
+    """
+    if option in typed or any(other in typed and not fits(typed[other]) for other, fits in GOES_WITH.get(option, ())):
+        return True
+    return option in OF_IMAGES and "stats" in typed and "calib" not in typed and "calib" not in said
 
 
 def given_options(values: dict[str, Any]) -> GivenOptions:
@@ -261,7 +271,9 @@ def given_options(values: dict[str, Any]) -> GivenOptions:
     command = click.get_current_context().info_name
     absent = {option.name or "" for option in quantize_parameters()} - values.keys()
     table = read_recipe_file(Path(name), dict.fromkeys(absent, (f"which is not for {command}", "leave it out.")))
-    added = {option: value for option, value in table.values.items() if not _is_overruled(option, values, typed)}
+    effective = {**NAMED_RECIPES.get(values["recipe_name"] if "recipe_name" in typed else "", {})}
+    effective |= {option: values[option] for option in typed & values.keys()}
+    added = {o: value for o, value in table.values.items() if not _is_overruled(o, effective, table.values)}
     # a named recipe that is typed replaces what the file says
     whole = typed if "recipe_name" in typed else typed | added.keys()
     return GivenOptions({**values, **added}, whole, f"{name} says {table.in_words}.")

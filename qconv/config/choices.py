@@ -10,7 +10,7 @@ import functools
 import math
 import operator
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from os import PathLike, fspath
@@ -226,13 +226,14 @@ def _convert_to_any(value: Any, kinds: Iterable[Any]) -> Any:
 
 def _convert_to_tuple(value: Any, parts: tuple[Any, ...]) -> tuple[Any, ...]:
     """parts: kinds of its items; of any number of items where the second is `...`."""
-    one = isinstance(value, str | bytes | PathLike | Mapping) or not isinstance(value, Iterable)
+    scalar = getattr(value, "shape", None) == ()  # an array without axes
+    one = scalar or isinstance(value, str | bytes | PathLike | Mapping) or not isinstance(value, Iterable)
     if parts[-1] is not ...:
         return tuple(_convert(item, kind) for item, kind in zip((value,) if one else value, parts, strict=True))
     if one:
         return (_convert(value, parts[0]),)
     found = [_convert(item, parts[0]) for item in value]
-    return tuple(sorted(found) if isinstance(value, Set) else found)  # a set has another order in every process
+    return tuple(sorted(found) if isinstance(value, set | frozenset) else found)  # whose order no one knows
 
 
 def _as_bool(value: Any) -> bool:

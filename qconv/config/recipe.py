@@ -275,7 +275,7 @@ class Recipe:
         require(
             not self.pack or min(self.bits_of_weights) <= PACKED_BITS,
             f"--pack with {self.weight_bits}-bit weights",
-            "packing stores int4: pass --weight-bits 4 or fewer, for some layers at least.",
+            "packing stores int4: pass --weight-bits 4 or fewer, for some layers at least, or --no-pack.",
         )
 
     @property

@@ -16,6 +16,7 @@ import onnx
 import pytest
 
 from qconv.calibration import statistics_file
+from qconv.calibration.sketch import SketchBuilder, SketchContents, TensorView
 from qconv.cli.main import cli
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe, make_request
@@ -249,6 +250,21 @@ def test_numbers_that_contradict_each_other_are_refused(place: Path, change: Cal
     found = replace(found, sketches={**found.sketches, name: statistics_file.sketch_from_arrays(parts)})
     with pytest.raises(QconvError, match="holds no statistics"):
         statistics_file.parse_statistics(statistics_file.serialize_statistics(found), "s.npz")
+
+
+def test_sums_of_large_maps_are_not_refused() -> None:
+    """Float32 sums of a plane of one number are off by some tenths of a percent, which no range hides."""
+    view = TensorView(
+        lows=np.float32([0.1]),
+        highs=np.float32([0.1]),
+        sums=np.float32([0.1 * 2048**2 * (1 + 5e-3)]),
+        count=2048**2,
+        sample=np.full((1, 8), 0.1, np.float32),
+    )
+    builder = SketchBuilder(SketchContents.ALL)
+    builder.add(view, key=1)
+    found = statistics_file.Statistics("m", "m.onnx", None, None, {"x": builder.sketch()})
+    assert statistics_file.parse_statistics(statistics_file.serialize_statistics(found), "s.npz").sketches["x"].count
 
 
 def test_another_schema_is_told(place: Path) -> None:

@@ -30,6 +30,25 @@ def test_evaluate_reads_a_pipe(call: Qconv, tiny: Path, twenty: Path) -> None:
     assert done.json["model"] == "the model on standard input"
 
 
+def test_predictions_do_not_replace_what_is_read(call: Qconv, tiny: Path, twenty: Path) -> None:
+    names = tiny.parent / "names.csv"
+    names.write_text("".join(f"{folder.name}\n" for folder in sorted(twenty.iterdir())))
+    done = call(
+        *("evaluate", tiny, "--images", twenty, "--preprocess", "unit", "--classes", names),
+        *("--save-predictions", names),
+    )
+    assert_error(done, "would be written over")
+    assert "image" not in names.read_text()
+
+
+def test_folders_of_pictures_add_up(call: Qconv, tiny: Path, twenty: Path) -> None:
+    """The second one replaced the first without a word."""
+    one, two = sorted(twenty.iterdir())[:2]
+    words = ("evaluate", tiny, "--against", tiny, "--preprocess", "unit", "--json")
+    counts = [call(*words, "--images", folder).json["images"] for folder in (one, two)]
+    assert call(*words, "--images", one, "--images", two).json["images"] == sum(counts)
+
+
 @pytest.mark.parametrize("name", ["p.csv", "p.npz"])
 def test_predictions_appear_whole(call: Qconv, tiny: Path, twenty: Path, name: str) -> None:
     out = tiny.parent / name

@@ -199,6 +199,14 @@ def test_what_does_not_go_together_names_the_file(place: Path) -> None:
             ("--weight-granularity", "per-block", "--block-size", "16"),
         ),
         ("calib = 'none'\nfallback = 'random'", ("--calib", "imgs"), ("--calib", "imgs")),
+        ("samples = 4\nseed = 3\nglob = '*.jpg'\nbatch = 2", ("--calib", "none"), ("--calib", "none")),
+        ("samples = 4\nseed = 3", ("--stats", "s.npz"), ("--stats", "s.npz")),
+        ("calibrator = 'mse'", ("--activation-bits", "32"), ("--activation-bits", "32")),
+        (
+            "percentile = 99.9\ncalibrator = 'percentile'",
+            ("--recipe-name", "aciq-w4a4"),
+            ("--recipe-name", "aciq-w4a4"),
+        ),
         ("pack = true\nweight-bits = 4", ("--no-pack",), ("--weight-bits", "4")),
         ("tune-latency = true", ("--no-tune-latency",), ()),
     ],
@@ -215,7 +223,7 @@ def test_a_recipe_that_cannot_be_saved_is_told_before_the_work(place: Path) -> N
     for out, says in (
         ("no/r.toml", "does not exist"),
         ("m.onnx", "would be written over"),
-        (next(Path("imgs").iterdir()), "is one of the pictures in imgs"),
+        (next(Path("imgs").iterdir()), "is among the pictures of imgs"),
         ("out.onnx", "is both --save-recipe and the output"),
     ):
         words = ("quantize", "m.onnx", "--calib", "imgs", *FAST, "-o", "out.onnx", "--save-recipe", out)

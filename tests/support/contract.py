@@ -137,14 +137,14 @@ def _owner(path: str) -> str:
 
 
 def missing(before: Any, now: Any, path: str = "") -> Iterator[str]:
-    """What was there and is not, or is different: mappings may grow, and so may lists of names."""
+    """What was there and is not, or is different: mappings and lists of names may grow, options be taken more often."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key, value in before.items():
             here = f"{path}/{key}"
             yield from missing(value, now[key], here) if key in now else [here]
     elif isinstance(before, list) and isinstance(now, list) and not path.endswith("/bounds"):
         yield from (f"{path}: {item}" for item in before if item not in now)
-    elif before != now:
+    elif before != now and not (path.endswith("/multiple") and now):
         yield f"{path}: {before} became {now}"
 
 
