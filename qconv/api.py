@@ -82,7 +82,7 @@ def quantize(
         reporter: Hears of warnings and of progress.
     """
     source, recipe = _source(model), _recipe(recipe)
-    place = None if output is None else str(_output(output))
+    place = None if output is None else _output(output)
     with _opened(data, source) as images:
         report, file = pipeline_quantize.quantize(source, place, recipe, images, _run(reporter))
     report.model_bytes = file
@@ -176,10 +176,10 @@ def diagnose(
 
 def inspect(model: Model, target: str = "ort-cpu") -> FloatModel | QuantizedModel:
     """Report what is in a model. target: of the default run that a float model is looked at for."""
-    source = _source(model)
+    source, target = _source(model), Recipe(target=target).target  # which knows all targets
     if inspect_quantized.is_quantized_file(read_proto(source)):
         return inspect_quantized.inspect_quantized(source)
-    return inspect_float.inspect_float(source, as_type(target, str, "--target"))
+    return inspect_float.inspect_float(source, target)
 
 
 def audit(
@@ -261,7 +261,7 @@ def merge_stats(files: Paths, output: PathName, reporter: Reporter | None = None
     names = as_texts(files, "files")
     if not names:
         raise QconvError("There are no statistics to add up.", "pass files that Recipe(save_stats=...) wrote.")
-    return statistics_file.merge_files(names, _output(output), _run(reporter))
+    return statistics_file.merge_files(names, Path(_output(output)), _run(reporter))
 
 
 def finetune(
@@ -293,7 +293,7 @@ def finetune(
     from qconv.training import finetune as training
     from qconv.training.options import FinetuneOptions
 
-    source, place = _source_of_file(quant), _output(output)
+    source, place = _source_of_file(quant), Path(_output(output))
     with _opened(images, source, None, needed="Training") as data:
         request = FinetuneOptions(
             data,
@@ -338,7 +338,7 @@ def synthesize(
 
     fed = PreprocessingOptions() if preprocessing is None else preprocessing
     request = SynthesisOptions(fed, count, batch, iterations, seed, threads, device, task)
-    return synthesis.synthesize(_source(model), _output(output), request, _run(reporter)).found
+    return synthesis.synthesize(_source(model), Path(_output(output)), request, _run(reporter)).found
 
 
 def _source(model: Model) -> Source:
@@ -352,6 +352,8 @@ def _source(model: Model) -> Source:
 
 def _source_of_file(model: PathName) -> Source:
     name: str = as_type(model, str, "model")
+    if not name:
+        raise QconvError("An empty text is no model.", "pass the path of a file.")
     return Source(name, Path(name))
 
 
@@ -368,11 +370,11 @@ def _file(source: Source) -> Iterator[str]:
         yield str(path)
 
 
-def _output(output: PathName) -> Path:
+def _output(output: PathName) -> str:
     name: str = as_type(output, str, "output")
     if name in ("", "-"):
-        raise QconvError(f"output {name!r} is not possible.", "name a file or folder, such as ./- for that name.")
-    return Path(name)
+        raise QconvError(f"output {name!r} is not possible.", "name a file or folder, such as './-' for that name.")
+    return name
 
 
 def _recipe(recipe: Recipe | None) -> Recipe:

@@ -203,6 +203,10 @@ MODEL = "tests/models/cifar_mobilenet.onnx"
         (lambda: qconv.merge_stats("none.npz", "x.npz"), "none.npz", ""),
         (lambda: qconv.merge_stats(["none.npz"], "-"), "output '-'", "name a file"),
         (lambda: qconv.quantize(MODEL, "-", FAST, "imgs"), "output '-'", "name a file"),
+        (lambda: DataOptions(""), "paths with an empty text", "name folders"),
+        (lambda: qconv.diagnose(MODEL, images=""), "images with an empty text", "name folders"),
+        (lambda: qconv.evaluate(MODEL, "imgs", classes=""), "--classes ''", "a path"),
+        (lambda: qconv.inspect(MODEL, target="foo"), "--target foo", "ort-cpu"),
         (lambda: qconv.quantize(MODEL, "", FAST, "imgs"), "output ''", "name a file"),
         (lambda: qconv.quantize(MODEL, None, "fast", "imgs"), "recipe 'fast'", "Recipe"),  # type: ignore[arg-type]
         (lambda: qconv.quantize(None, None, FAST, "imgs"), "NoneType is no model", "or its bytes"),  # type: ignore[arg-type]
@@ -359,6 +363,11 @@ def test_commands_that_quantize(place: Path) -> None:
     with pytest.raises(qconv.QconvError, match="without images"):
         qconv.diagnose(model)
     assert qconv.diagnose(model, FAST, iter(samples())).trials
+
+
+def test_numbers_of_numpy_and_views_of_dictionaries_keep_their_order() -> None:
+    given = qconv.PreprocessingOptions(mean=dict.fromkeys((0.9, 0.1, 0.5)).keys(), std=np.array(0.5))  # type: ignore[arg-type]
+    assert (given.mean, given.std) == ((0.9, 0.1, 0.5), (0.5,))
 
 
 def test_statistics_add_up(place: Path) -> None:

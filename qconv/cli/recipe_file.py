@@ -203,14 +203,22 @@ def _beside(file: Path, path: str) -> str:
     return path if here else os.path.join(file.parent, path)
 
 
-def read_recipe_file(file: Path, refused: Mapping[str, tuple[str, str]]) -> RecipeTable:
-    """What a recipe says: a TOML file, or a model that qconv wrote. Raises QconvError where it is none."""
+def read_recipe_file(
+    file: Path, refused: Mapping[str, tuple[str, str]], decided: Mapping[str, Any] | None = None
+) -> RecipeTable:
+    """What a recipe says: a TOML file, or a model that qconv wrote. Raises QconvError where it is none.
+
+    refused: as in RecipeTable. decided: what the command does whatever is said, by option; a line may say that, too.
+    """
     table = RecipeTable(file, refused={**refused, **dict.fromkeys(NOT_IN_RECIPES, WHERE), "recipe": NESTED})
     if file.suffix.lower() == ".onnx":
         lines = _read_carried_recipe(file)
     else:
         lines = read_toml(file, "--recipe", f"{EXAMPLE}; a model that qconv wrote ends in .onnx")
     for key, value in lines.items():
+        name = key.replace("-", "_")
+        if decided and name in decided and value == decided[name]:
+            continue
         if key == LAYER_BITS_KEY and isinstance(value, tuple):
             table.add_layer_bits(value)
         else:
@@ -258,10 +266,11 @@ def _is_overruled(option: str, typed: Mapping[str, Any], said: Collection[str]) 
     return option in OF_IMAGES and "stats" in typed and "calib" not in typed and "calib" not in said
 
 
-def given_options(values: dict[str, Any]) -> GivenOptions:
+def given_options(values: dict[str, Any], decided: Mapping[str, Any] | None = None) -> GivenOptions:
     """The options of the running command, over those of the file that `--recipe` names, if it names one.
 
-    values: what click hands to the command. Raises QconvError for a file that cannot be used.
+    values: what click hands to the command. decided: as in `read_recipe_file`. Raises QconvError for a file that cannot
+    be used.
     """
     name, typed = values["recipe"], find_typed_options()
     if name is None:
@@ -270,7 +279,10 @@ def given_options(values: dict[str, Any]) -> GivenOptions:
         raise click.UsageError("--recipe needs a name.")
     command = click.get_current_context().info_name
     absent = {option.name or "" for option in quantize_parameters()} - values.keys()
-    table = read_recipe_file(Path(name), dict.fromkeys(absent, (f"which is not for {command}", "leave it out.")))
+    carried = name.lower().endswith(".onnx")
+    fix = "make a file of it with `qconv quantize --recipe --save-recipe`, and take the line out." if carried else ""
+    refused = dict.fromkeys(absent, (f"which is not for {command}", fix or "leave it out."))
+    table = read_recipe_file(Path(name), refused, decided)
     effective = {**NAMED_RECIPES.get(values["recipe_name"] if "recipe_name" in typed else "", {})}
     effective |= {option: values[option] for option in typed & values.keys()}
     added = {o: value for o, value in table.values.items() if not _is_overruled(o, effective, table.values)}

@@ -32,6 +32,9 @@ OPTIONS_NOT_STUDIED = frozenset(
 )
 """Options of `quantize` that make no sense of a model that is not kept, or need pictures twice."""
 
+ALWAYS_STUDIED = {"effort": "fast", "rounding": "nearest", "equalize": False, "tune_ranges": False}
+"""How a study quantizes in any case."""
+
 CHART_SUFFIXES = (".png", ".html")
 
 
@@ -77,7 +80,7 @@ def study_samples(
 ) -> int:
     """How many calibration pictures MODEL needs: its accuracy when quantized with 1, 2, 5, 10, ... of them."""
     wanted = OutputOptions.take(options)
-    given = given_options(options)
+    given = given_options(options, ALWAYS_STUDIED)
     calib = given.values["calib"]
     require_images(calib, "study-samples is about how many of them it takes")
     require_names({"--calib": calib, "--images": images, "--output": output})

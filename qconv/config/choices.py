@@ -262,6 +262,13 @@ def _as_text(value: Any) -> str:
     return str(found)
 
 
+def _as_path(value: Any) -> Path:
+    found = _as_text(value)
+    if not found:
+        raise ValueError("no path")
+    return Path(found)
+
+
 def _as_none(value: Any) -> None:
     if value is not None:
         raise TypeError
@@ -272,7 +279,7 @@ _CONVERSIONS: dict[Any, Callable[[Any], Any]] = {
     int: _as_integer,
     float: _as_float,
     str: _as_text,
-    Path: lambda value: Path(_as_text(value)),
+    Path: _as_path,
     NoneType: _as_none,
 }
 
@@ -303,6 +310,7 @@ def describe_type(wanted: Any) -> str:
 def as_texts(value: Any, told: str) -> tuple[str, ...]:
     """One text or path, or several. told: what an error calls it."""
     found: tuple[str, ...] = as_type(value, tuple[str, ...], told)
+    require("" not in found, f"{told} with an empty text", "name folders or files.")
     return found
 
 

@@ -259,7 +259,8 @@ class DataOptions:
         take_types(self, {"paths": "paths", "preprocessing": "preprocessing", "arrays": "arrays"})
         given = self.arrays is None or hasattr(self.arrays, "listing")
         require(given, "arrays in DataOptions", "pass them in place of DataOptions: [{'input': array}].")
-        hint = f"pass Recipe(data_free=True) for no images; a folder of that name is ./{NO_IMAGES}."
+        require("" not in self.paths, "paths with an empty text", "name folders or files.")
+        hint = f"pass Recipe(data_free=True) for no images; a folder of that name is './{NO_IMAGES}', as a text."
         require(NO_IMAGES not in self.paths, f"paths with {NO_IMAGES!r}", hint)
         require(self.samples is None or self.samples >= 1, f"--samples {self.samples}", "use at least 1 picture.")
         require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")

@@ -241,6 +241,10 @@ def test_other_commands_take_recipes(place: Path) -> None:
     Path("r.toml").write_text("calib = 'imgs'\nweight-bits = 4\nsamples = 4\n")
     found = json.loads(run("study-samples", "m.onnx", "--recipe", "r.toml", "--seeds", "1", "--json").stdout)
     assert found["recipe"]["weight_bits"] == 4
+    Path("r.toml").write_text("calib = 'imgs'\neffort = 'fast'\nequalize = false\n")  # as a study does anyway
+    done("study-samples", "m.onnx", "--recipe", "r.toml", "--seeds", "1")
+    Path("r.toml").write_text("calib = 'imgs'\neffort = 'best'\n")
+    assert "which is not for study-samples" in str(run("study-samples", "m.onnx", "--recipe", "r.toml").exception)
     Path("best.toml").write_text("effort = 'best'\n")
     error = run("study-samples", "m.onnx", "--recipe", "best.toml", "--calib", "imgs").exception
     assert "best.toml says 'effort', which is not for study-samples." in str(error)
