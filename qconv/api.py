@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Set
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -344,9 +344,8 @@ def synthesize(
 def _source(model: Model) -> Source:
     if isinstance(model, bytes | bytearray | memoryview):
         return Source("the given model", None, bytes(model))
-    if not isinstance(model, str | PathLike) or not fspath(model):
-        told = "An empty text" if isinstance(model, str | PathLike) else type(model).__name__
-        raise QconvError(f"{told} is no model.", "pass the path of a file, or its bytes.")
+    if not isinstance(model, str | PathLike):
+        raise QconvError(f"{type(model).__name__} is no model.", "pass the path of a file, or its bytes.")
     return _source_of_file(model)
 
 

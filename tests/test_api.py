@@ -210,7 +210,7 @@ MODEL = "tests/models/cifar_mobilenet.onnx"
         (lambda: qconv.quantize(MODEL, "", FAST, "imgs"), "output ''", "name a file"),
         (lambda: qconv.quantize(MODEL, None, "fast", "imgs"), "recipe 'fast'", "Recipe"),  # type: ignore[arg-type]
         (lambda: qconv.quantize(None, None, FAST, "imgs"), "NoneType is no model", "or its bytes"),  # type: ignore[arg-type]
-        (lambda: qconv.quantize("", None, FAST, "imgs"), "An empty text is no model", "or its bytes"),
+        (lambda: qconv.quantize("", None, FAST, "imgs"), "An empty text is no model", "pass the path"),
         (lambda: qconv.quantize(MODEL, None, FAST, "imgs", print), "reporter", "Reporter"),  # type: ignore[arg-type]
         (lambda: qconv.evaluate(MODEL, "imgs", label_offset="1"), "--label-offset '1'", "whole number"),  # type: ignore[arg-type]
         (lambda: qconv.evaluate(MODEL, "imgs", threads=0), "--threads 0", "use 1 to 1024"),

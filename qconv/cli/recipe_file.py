@@ -279,9 +279,10 @@ def given_options(values: dict[str, Any], decided: Mapping[str, Any] | None = No
         raise click.UsageError("--recipe needs a name.")
     command = click.get_current_context().info_name
     absent = {option.name or "" for option in quantize_parameters()} - values.keys()
-    carried = name.lower().endswith(".onnx")
-    fix = "make a file of it with `qconv quantize --recipe --save-recipe`, and take the line out." if carried else ""
-    refused = dict.fromkeys(absent, (f"which is not for {command}", fix or "leave it out."))
+    fix = "leave it out."
+    if name.lower().endswith(".onnx"):  # nobody can edit that
+        fix = "make a file of it with `qconv quantize --recipe --save-recipe`, and leave it out there."
+    refused = dict.fromkeys(absent, (f"which is not for {command}", fix))
     table = read_recipe_file(Path(name), refused, decided)
     effective = {**NAMED_RECIPES.get(values["recipe_name"] if "recipe_name" in typed else "", {})}
     effective |= {option: values[option] for option in typed & values.keys()}

@@ -300,6 +300,7 @@ def iter_paired_batches(
 
 def _open_model(
     source: Source,
+    proto: Any,
     data: DataOptions,
     threads: int | None,
     reporter: Reporter,
@@ -308,9 +309,9 @@ def _open_model(
 ) -> ModelWithData:
     """Open a model with its preprocessing: the user's, the file's, that of `hint`, or a detected one, in this order.
 
-    hint: preprocessing of the other model. carried_task: of either file, for users who say nothing of the task.
+    proto: what is in the file. hint: preprocessing of the other model. carried_task: of either file, for users who say
+    nothing of the task.
     """
-    proto = read_proto(source)
     asked = data.task != "auto"
     session = open_original(source, threads, data.task if asked else carried_task, required=asked)
     carried, said = metadata_of(proto), data.preprocessing
@@ -364,23 +365,24 @@ def open_models(
     Of both the same outputs hold the same: what a file that qconv wrote was made with counts for the other one, too.
     """
     proto = read_proto(source)
-    task = _find_carried_task(proto, None if against is None else read_proto(against))
     if against is None:
-        return _open_model(source, data, threads, reporter, None, task), None
+        return _open_model(source, proto, data, threads, reporter, None, _find_carried_task(proto)), None
+    other_proto = read_proto(against)
+    task = _find_carried_task(proto, other_proto)
     carried = read_float_preprocessing(metadata_of(proto))
-    other = _open_model(against, data, threads, reporter, carried, task)
+    other = _open_model(against, other_proto, data, threads, reporter, carried, task)
     hint = None
     if carried is None and is_quantized(proto) and other.feed.preprocessing is not None:
         fed = other.feed.preprocessing
         hint = PreprocessingOptions(
             fed.preset, fed.scale, fed.mean, fed.std, fed.color, None, fed.resize, fed.filter, fed.size
         )
-    return _open_model(source, data, threads, reporter, hint, task), other
+    return _open_model(source, proto, data, threads, reporter, hint, task), other
 
 
 def _find_carried_task(*protos: Any) -> str:
     """The task that the first of these models with a recipe was made with; "auto" where none says one."""
-    told = (read_recipe(metadata_of(proto)).get("task") for proto in protos if proto is not None)
+    told = (read_recipe(metadata_of(proto)).get("task") for proto in protos)
     return next((task for task in told if task in TASKS), "auto")
 
 
