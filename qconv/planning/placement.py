@@ -164,6 +164,8 @@ def infer_run_shapes(model: Model, fed: Preprocessing | None) -> Shapes:
 
     fed: as in `choose_float_nodes`.
     """
+    if not model.graph.inputs:
+        return infer_shapes_at(model, "", ())
     first = model.graph.inputs[0]
     batch, *own = dims(first) or [None, None]
     sides = own if fed is None else fed.shape[1:]

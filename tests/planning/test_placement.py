@@ -243,3 +243,10 @@ def test_no_shapes_where_the_size_is_open(x: tuple[int | str, ...]) -> None:
     assert infer_run_shapes(model, None) == {}
     model = loaded(network("y = Conv(x, w)", x=("N", 3, 8, 8), w=(4, 3, 3, 3)))
     assert infer_run_shapes(model, None)["y"] == (1, 4, 6, 6)
+
+
+def test_a_model_without_inputs_has_shapes() -> None:
+    """onnx's own `test_constant` has none, either."""
+    proto = network("y = RandomNormal<shape=[1,4,2,2]>()")
+    del proto.graph.input[:]
+    assert infer_run_shapes(loaded(proto), None)["y"] == (1, 4, 2, 2)

@@ -4,8 +4,8 @@
 
 Each model is taken up to three times: as it is; with every input but the first frozen as a constant, so that layers
 have weights; and frozen, between two layers with weights that hardly change anything, so that its operators meet
-quantized tensors. Its own inputs are the sample for calibration. No command may end in a traceback or without an end, and every
-result must load and run in ONNX Runtime. What has run is in `FOLDER/corpus.jsonl`, and is not run again.
+quantized tensors. Its own inputs are the sample for calibration. No command may end in a traceback or without an end,
+and every result must load and run in ONNX Runtime. What has run is in `FOLDER/corpus.jsonl`, and is not run again.
 """
 
 from __future__ import annotations
