@@ -5,7 +5,8 @@
 Each model is taken up to three times: as it is; with every input but the first frozen as a constant, so that layers
 have weights; and frozen, between two layers with weights that hardly change anything, so that its operators meet
 quantized tensors. Its own inputs are the sample for calibration. No command may end in a traceback or without an end,
-and every result must load and run in ONNX Runtime. What has run is in `FOLDER/corpus.jsonl`, and is not run again.
+and every result must load and run in ONNX Runtime. What has run is in FOLDER, and is not run again by the
+same code.
 """
 
 from __future__ import annotations
@@ -218,12 +219,11 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for one command")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    path = given.folder / "corpus.jsonl"
     if not given.inside:
         status = survive("tests.robustness.corpus", sys.argv[1:])
-        return status or show(Record(path))
+        return status or show(Record(given.folder, "corpus"))
     number, count = map(int, given.shard.split("/"))
-    run_shard(Record(path), (number, count), given.limit, given.names)
+    run_shard(Record(given.folder, "corpus"), (number, count), given.limit, given.names)
     return 0
 
 

@@ -4,8 +4,8 @@
 
 hypothesis draws what is damaged and how: bytes, fields of the protobuf, external data, metadata, statistics, samples,
 recipes. No command may end in a traceback or without an end, take more than MOST_BYTES of memory, or leave a file
-behind that it did not finish. What is found is shrunk and kept in `FOLDER/fuzz.jsonl`, a line a seed; a seed that has
-run is not run again. `FOLDER/last` holds the files of the last example, in case the process dies of them.
+behind that it did not finish. What is found is shrunk and kept in FOLDER, a line a seed; a seed that has run is not run
+again by the same code. `FOLDER/last` holds the files of the last example, in case the process dies of them.
 """
 
 from __future__ import annotations
@@ -396,8 +396,9 @@ def run_seeds(record: Record, seeds: range, examples: int) -> None:
     try:
         write_base(base)
         for number in seeds:
-            if record.begin(str(number)):
-                record.end(str(number), run_seed(number, examples, base, record.path.parent / "last"))
+            item = f"{number} x {examples}"
+            if record.begin(item):
+                record.end(item, run_seed(number, examples, base, record.path.parent / "last"))
     finally:
         shutil.rmtree(base, ignore_errors=True)
 
@@ -411,18 +412,17 @@ def main() -> int:
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given_options = parser.parse_args()
     first, last = map(int, given_options.seeds.split("-"))
-    path = given_options.folder / "fuzz.jsonl"
     if not given_options.inside:
         status = survive("tests.robustness.fuzz", sys.argv[1:])
-        record = Record(path)
+        record = Record(given_options.folder, "fuzz")
         bad = [entry for entry in record.ended.values() if entry["how"] != "done"]
         for entry in bad:
             print(f"seed {entry['item']}: {entry['how']}: {entry['words']}")
         ends = sum((Counter(entry.get("ends", {})) for entry in record.ended.values()), Counter())
         print(f"{len(record.ended)} seeds, {sum(ends.values())} examples {dict(ends)}, {len(bad)} seeds with faults.")
         return status or (1 if bad else 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run_seeds(Record(path), range(first, last + 1), given_options.examples)
+    given_options.folder.mkdir(parents=True, exist_ok=True)
+    run_seeds(Record(given_options.folder, "fuzz"), range(first, last + 1), given_options.examples)
     return 0
 
 

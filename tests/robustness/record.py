@@ -1,11 +1,13 @@
 """Keeps what a long run has found, item by item, so that it can be cut off, die, and go on.
 
 An item is written down when it begins and when it has ended. What has begun and not ended was the death of its process.
-`survive` starts the run again, in a process of its own, until it has come to its end.
+`survive` starts the run again, in a process of its own, until it has come to its end. Records of other code do
+not count.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -14,12 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import qconv
+
 
 class Record:
-    """A file with one JSON object a line."""
+    """A file with one JSON object a line, beside those of other code."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path = path = folder / f"{name}-{digest_code()}.jsonl"
         self.ended: dict[str, dict[str, Any]] = {}
         begun: str | None = None
         if path.exists():
@@ -53,6 +57,15 @@ class Record:
     def count(self, *names: str) -> Counter[tuple[Any, ...]]:
         """How often each combination of these entries is in the record."""
         return Counter(tuple(entry.get(name) for name in names) for entry in self.ended.values())
+
+
+def digest_code() -> str:
+    """A hash of all that is run: the package and this folder."""
+    files = [*Path(qconv.__file__).parent.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
+    found = hashlib.sha256()
+    for file in sorted(files):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def survive(module: str, arguments: Sequence[str]) -> int:
