@@ -142,7 +142,7 @@ class Session:
 
     @property
     def output_types(self) -> dict[str, tuple[str, tuple[int | None, ...]]]:
-        """Type in the runtime's word, such as `tensor(float)`, and shape of every output; () for an unknown rank, too."""
+        """Type in the runtime's word, such as `tensor(float)`, and shape of each output; () for unknown ranks, too."""
         sizes = (
             (o, tuple(d if isinstance(d, int) and d >= 0 else None for d in o.shape))
             for o in self._session.get_outputs()
