@@ -91,18 +91,24 @@ class Observer:
         return subgraph.ChannelPooling(self.name, self.stride if self._samples else None) if self.pooled else None
 
     def view(self, seen: list[NDArray[Any]]) -> TensorView:
-        """The view of one image that a sketch takes. seen: the image's `outputs`, (1, ...) each."""
+        """The view of one image that a sketch takes. seen: the image's `outputs`, (N, ...) each, N = 1 for most."""
+        if not seen[0].size:
+            return self._view_of_nothing(seen[0].shape)
         if self.pooled:
-            highs, means, *sample = (array.reshape(array.shape[1], -1) for array in seen)
+            highs, means, *sample = (np.moveaxis(array, 1, 0).reshape(array.shape[1], -1) for array in seen)
             return TensorView(
-                np.zeros_like(highs[:, 0]), highs[:, 0].copy(), means[:, 0].copy(), 1, *(sample or [NO_COLUMNS])
+                np.zeros_like(highs[:, 0]), highs.max(axis=1), means.mean(axis=1), 1, *(sample or [NO_COLUMNS])
             )
         return self._view_of_all(seen[0])
 
+    def _view_of_nothing(self, shape: Sequence[int]) -> TensorView:
+        """The view of a tensor without elements: one zero in each channel, which every range holds, and in no mean."""
+        by_channel = len(shape) > 1 and shape[1] > 0 and self._by_channel
+        view = self._view_of_all(np.zeros((1, shape[1] if by_channel else 1), np.float32))
+        return replace(view, count=0)
+
     def _view_of_all(self, x: NDArray[Any]) -> TensorView:
-        """The view of a whole tensor. A tensor without elements counts as one zero; rank 0 or 1 as one channel."""
-        if not x.size:
-            x = np.zeros((1, 1), np.float32)
+        """The view of a whole tensor; rank 0 or 1 counts as one channel."""
         by_channel = x.ndim > 1 and self._by_channel
         rows = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1) if by_channel else x.reshape(1, -1)
         highs = rows.max(axis=1)

@@ -289,6 +289,6 @@ def _constant_per_channel(constant: NDArray[Any], axes: int | None, axis: int) -
     if axes is None:
         raise EditRefused("the rank of its data is not known")
     shape = (1,) * (axes - constant.ndim) + constant.shape
-    if len(shape) != axes or constant.size != shape[axis]:
+    if len(shape) != axes or axis >= axes or constant.size != shape[axis]:
         raise EditRefused("its constant is neither one number nor one for each channel")
     return constant.reshape(-1)

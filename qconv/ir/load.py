@@ -34,6 +34,7 @@ from qconv.ir.files import Source, iter_tensors, not_onnx_error
 from qconv.ir.model import Model, attribute, input_of, ir
 from qconv.ir.operators import operator
 from qconv.ir.rewriting import standard_op_type, title
+from qconv.ir.runtime_types import complete_types
 
 SMALL_TENSOR = 1024  # bytes; smaller ones may be shapes or axes, which the converter needs to see
 
@@ -247,6 +248,7 @@ def _infer_shapes(proto: onnx.ModelProto, source: Source) -> None:
     for output, found in zip(proto.graph.output, inferred.graph.output, strict=True):
         if not output.type.tensor_type.HasField("shape") and found.type.HasField("tensor_type"):
             output.type.CopyFrom(found.type)
+    complete_types(proto)
 
 
 def load_unchanged(proto: onnx.ModelProto, source: Source) -> Model:

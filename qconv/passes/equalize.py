@@ -383,7 +383,7 @@ def choose_scales(groups: ScaleGroups, terms: Sequence[NoiseTerm], lowest: Float
 
 def _report_scaling(found: ChosenScales) -> list[Finding]:
     tensors: dict[int, list[Value]] = {}
-    for value, classes in found.groups.of.items():
+    for value, classes in found.groups.with_channels():
         tensors.setdefault(int(found.groups.component[classes[0]]), []).append(value)
     findings: list[Finding] = []
     for component, ratio in found.gains.items():
@@ -404,7 +404,7 @@ def _explain_fixed_components(groups: ScaleGroups) -> dict[str, str]:
     """Components whose scale an operator fixes: the name of a tensor, and why."""
     held: dict[str, str] = {}
     seen: set[int] = set()
-    for value, classes in groups.of.items():
+    for value, classes in groups.with_channels():
         component = int(groups.component[classes[0]])
         reason = groups.reasons.get(component, NETWORK_BOUNDARY)
         if component in seen or reason == NETWORK_BOUNDARY or not groups.fixed[classes].all():

@@ -83,6 +83,10 @@ class ScaleGroups:
     layers: list[LayerScaleGroups]
     limits: list[ClipLimit]
 
+    def with_channels(self) -> list[tuple[Value, Classes]]:
+        """The tensors that have channels, with their classes: a Slice may have taken none."""
+        return [(value, classes) for value, classes in self.of.items() if classes.size]
+
 
 def find_scale_groups(model: Model) -> ScaleGroups:
     """The scale groups of a folded model."""

@@ -207,7 +207,7 @@ class LayerSolver:
         groups, _, columns = _rows_shape(layer.node)
         wanted = min(self.effort.rows_for(columns), max(1, MOST_NUMBERS // (groups * columns)))
         cuts = [(PatchExtractor.of(layer.node, shape, x.shape), x.shape) for x in inputs.held]
-        most = -(-wanted // sum(patches.entries(size) for patches, size in cuts))
+        most = -(-wanted // max(1, sum(patches.entries(size) for patches, size in cuts)))
         rng = np.random.default_rng([self.seed, index])
         for patches, size in cuts:
             count = patches.positions(size)
@@ -490,14 +490,15 @@ class _SequentialRounder:
                 quantized_node = nodes[node.name or ""]
                 if why is None:
                     assert upcoming is not None
-                    rows = self._rows(chosen.layer, index, upcoming.result(), quantized_run, quantized_node)
-                    seen = accumulate_moments(rows, choose_held_out_interval(sum(self.pieces)))
+                    seen = self._moments(chosen.layer, index, upcoming.result(), quantized_run, quantized_node)
                     upcoming = next(inputs, None)
-                    effective_range = EffectiveRange.of_consumers(node, self.params.activations)
-                    chosen, finding = self.solver.solve(chosen, self.params.sources.get(node), seen, effective_range)
-                    self.params.layers[index] = chosen
-                    self.findings.append(finding)
-                else:
+                    if isinstance(seen, str):
+                        why = seen
+                    else:
+                        chosen, finding = self._solve(chosen, seen)
+                        self.params.layers[index] = chosen
+                        self.findings.append(finding)
+                if why is not None:
                     self.findings.append(Skipped("round", node.name or "", why))
                 _replace_weights(simulated, quantized_node, chosen)
         reporter.progress("round", len(refusals), len(refusals))
@@ -516,25 +517,57 @@ class _SequentialRounder:
             emit(copy, plan, chosen, pack=False)
         return copy, nodes
 
-    def _rows(
-        self, layer: LayerPlan, index: int, floats: StoredArrays, quantized_run: StepwiseRun, quantized_node: Node
-    ) -> Iterator[tuple[Float32, Float32]]:
-        """Yield the same rows of both networks, piece by piece, cut ahead in threads."""
-        codes, grid = quantized_run.codes_of(first_input(quantized_node))
-        samples = enumerate(self.solver.sample_rows(layer, index, floats))
+    def _solve(self, chosen: LayerParams, seen: InputMoments) -> tuple[LayerParams, Finding]:
+        node = chosen.layer.node
+        effective_range = EffectiveRange.of_consumers(node, self.params.activations)
+        return self.solver.solve(chosen, self.params.sources.get(node), seen, effective_range)
 
-        def cut(item: tuple[int, tuple[PatchExtractor, Ints]]) -> tuple[Float32, Float32]:
-            number, (patches, at) = item
+    def _moments(
+        self, layer: LayerPlan, index: int, floats: StoredArrays, quantized_run: StepwiseRun, quantized_node: Node
+    ) -> InputMoments | str:
+        """The moments of what a layer reads in both networks, or why there are none."""
+        codes, grid = quantized_run.codes_of(first_input(quantized_node))
+        pairs = [(x.shape, q.shape) for x, q in zip(floats.held, codes.held, strict=True)]
+        apart = sum(count for count, (x, q) in zip(self.pieces, pairs, strict=True) if x != q)
+        if apart:  # rows of one place are no pairs then, where there are as many by chance, either
+            return f"on {apart} of {sum(self.pieces)} pictures the data select other rows for it than in the float network"
+        if not any(math.prod(x) for x, _ in pairs):
+            return "no picture gives it any rows"
+        pieces = [count if math.prod(x) else 0 for count, (x, _) in zip(self.pieces, pairs, strict=True)]
+        rows = self._rows(layer, index, floats, codes, grid, pieces)
+        return accumulate_moments(rows, choose_held_out_interval(sum(pieces)))
+
+    def _rows(
+        self,
+        layer: LayerPlan,
+        index: int,
+        floats: StoredArrays,
+        codes: StoredArrays,
+        grid: QuantParams | None,
+        pieces: Sequence[int],
+    ) -> Iterator[tuple[Float32, Float32]]:
+        """Yield the same rows of both networks, piece by piece, cut ahead in threads; none of batches of 0 pieces."""
+        samples = (
+            (number, count, *sample)
+            for number, (count, sample) in enumerate(
+                zip(pieces, self.solver.sample_rows(layer, index, floats), strict=True)
+            )
+            if count
+        )
+
+        def cut(item: tuple[int, int, PatchExtractor, Ints]) -> tuple[int, Float32, Float32]:
+            number, count, patches, at = item
             places = patches.places(at)
             found = patches.rows(codes[number], places, zero=0 if grid is None else int(grid.zero_point))
             if grid is not None:
                 found -= np.float32(grid.zero_point)
                 found *= grid.scale
-            return patches.rows(floats[number], places), found
+            return count, patches.rows(floats[number], places), found
 
         with contextlib.closing(prefetch(cut, samples, workers=1, depth=4)) as futures:
-            for count, future in zip(self.pieces, futures, strict=True):
-                yield from _split_by_image(*future.result(), count)
+            for future in futures:
+                count, float_rows, found = future.result()
+                yield from _split_by_image(float_rows, found, count)
 
 
 def _count_images(feed: Mapping[str, NDArray[Any]]) -> int:
