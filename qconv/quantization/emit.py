@@ -18,6 +18,7 @@ from qconv.config.choices import PACKED_BITS
 from qconv.errors import Change, Finding
 from qconv.ir.model import DataType, Model, Node, Value, attribute, clip_bounds, constant_array, input_of, rank
 from qconv.ir.operators import QUANTIZATION_RULES, ComputingRule, WeightedRule
+from qconv.planning.eligibility import gives_places
 from qconv.planning.plan import Plan, data_inputs, data_positions
 from qconv.quantization.layer import LayerParams
 from qconv.quantization.parameters import Params
@@ -86,6 +87,8 @@ class _QdqWriter:
         """
         if producer in self.plan.integer or not self.plan.target.on_ort:
             return False
+        if gives_places(producer):  # on codes it would give other places
+            return True
         rule = QUANTIZATION_RULES.get(producer.op_type)
         if isinstance(rule, FUSIBLE_RULES):
             return any(v is not None and _is_dequantized(v) for v in producer.inputs)
