@@ -6,8 +6,9 @@ placement F of float nodes is
     min over F   sum_{n not in F} c_i(n) + sum_{n in F} c_f(n) + sum over v between both of h(v)
 
 This is a minimum cut, found as a maximum flow (Ford and Fulkerson 1956; Dinic 1970). h(v) is paid once, however many
-read v; a Relu or Clip goes with the layer that it is fused into. The result is used only where it gains enough to
-trust the table with it.
+read v; a Relu or Clip goes with the layer that it is fused into. A MaxPool costs more on codes where a layer before it
+is in float: its codes are NCHW then (see `_find_slow_pools`). The result is used only where it gains enough to trust
+the table with it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -110,6 +111,9 @@ LEAST_GAIN_US = 20.0
 
 SLOW_DEPTHWISE_FACTOR = 30.0
 """Slowdown of the kernel for channel-wise zero points, measured on ONNX Runtime 1.32 with AVX2."""
+
+LAYOUT_LOST_BY = frozenset({"Gemm", "MatMul", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Pad"})
+"""Operators on codes behind which ONNX Runtime works on the layout of the file, NCHW."""
 
 STEM_CHANNELS = 4  # up to so many input channels a convolution is the first one
 
@@ -235,10 +239,14 @@ class _Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _PlacementProblem:
-    """The minimum cut problem. costs: of nodes that could run in integers, None where unknown; others cannot change."""
+    """The minimum cut problem. costs: of nodes that could run in integers, None where unknown; others cannot change.
+
+    slow: (layer, MaxPool, us that the pool takes longer on codes where the layer is in float).
+    """
 
     costs: dict[Node, NodeCost | None]
     tensors: list[_Tensor]
+    slow: list[tuple[Node, Node, float]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -246,6 +254,7 @@ class _PlacementProblem:
     ) -> _PlacementProblem:
         known = measured or {}
         costs = {node: known.get(node.name or "") or look_up_cost(node, shapes, table) for node in plan.integer}
+        slow = _find_slow_pools(plan, shapes, table, costs)
         fused = set(plan.absorbed.values())
         made: list[tuple[Value, Node | None]] = [(value, None) for value in model.graph.inputs]
         made += [(value, node) for node in model.nodes() for value in node.outputs]
@@ -258,7 +267,7 @@ class _PlacementProblem:
             outside = (None,) if value.is_graph_output() else ()
             codes = value in plan.given and producer not in costs
             tensors.append(_Tensor(value, producer, (*readers, *outside), _switch_cost(value, shapes, table), codes))
-        return cls(costs, tensors)
+        return cls(costs, tensors, slow)
 
     def time(self, integer: Set[Node]) -> float:
         """The time in us of one run with these nodes in integers, as far as the table knows."""
@@ -266,7 +275,7 @@ class _PlacementProblem:
         for node, cost in self.costs.items():
             if cost is not None:
                 found += cost.integer_us if node in integer else cost.float_us
-        return found
+        return found + sum(us for layer, pool, us in self.slow if pool in integer and layer not in integer)
 
     def cheapest(self) -> set[Node]:
         """The nodes that should run in integers: all but the source's side of the minimum cut, the smallest such."""
@@ -279,6 +288,8 @@ class _PlacementProblem:
                 QUANTIZATION_RULES[node.op_type], WeightedRule
             ):  # nothing is known of it: integers are the rule
                 network.edge(node, network.sink, math.inf)
+        for layer, pool, us in self.slow:
+            network.edge(layer, pool, us)
         for tensor in self.tensors:
             self._tie(network, tensor)
         floats = network.source_side()
@@ -299,17 +310,60 @@ class _PlacementProblem:
                 network.edge(network.source, numbers, math.inf)
 
 
+def _find_slow_pools(
+    plan: Plan, shapes: Shapes, table: CostTable, costs: dict[Node, NodeCost | None]
+) -> list[tuple[Node, Node, float]]:
+    """The MaxPools on codes that take longer where a certain layer is in float, with that layer and the difference.
+
+    ONNX Runtime's integer convolutions, and what reads only what they write, work on NHWC, where a MaxPool is fast. On
+    codes that come from elsewhere it is not: the costs of such pools are raised.
+    """
+    found = []
+    for node, cost in tuple(costs.items()):
+        if node.op_type != "MaxPool" or cost is None:
+            continue
+        own, nchw = (look_up_cost(node, shapes, table, kind) for kind in ("MaxPool", "max_pool_nchw"))
+        if own is None or nchw is None:
+            continue
+        more, layers = max(nchw.integer_us - own.integer_us, 0.0), _find_layout_makers(node, plan)
+        if layers is None:
+            costs[node] = replace(cost, integer_us=cost.integer_us + more) if not cost.measured else cost
+        else:
+            found += [(layer, node, more) for layer in layers]
+    return found
+
+
+def _find_layout_makers(node: Node, plan: Plan) -> list[Node] | None:
+    """The convolutions that a node's input comes from; None where some of it comes from elsewhere."""
+    found: dict[Node, None] = {}
+    waiting = data_inputs(node, QUANTIZATION_RULES[node.op_type])
+    seen = set(waiting)
+    while waiting:
+        maker = waiting.pop().producer()
+        maker = maker if maker is None else plan.absorbed.get(maker, maker)
+        if maker is None or maker not in plan.integer or maker.op_type in LAYOUT_LOST_BY:
+            return None
+        if maker.op_type == "Conv":
+            found[maker] = None
+            continue
+        before = [v for v in data_inputs(maker, QUANTIZATION_RULES[maker.op_type]) if constant_array(v) is None]
+        waiting += [value for value in before if value not in seen]
+        seen.update(before)
+    return list(found)
+
+
 def _reads_data(node: Node, value: Value) -> bool:
     rule = QUANTIZATION_RULES.get(node.op_type)
     return rule is None or value in data_inputs(node, rule)
 
 
-def look_up_cost(node: Node, shapes: Shapes, table: CostTable) -> NodeCost | None:
-    """The cost of a node by the table; None where it has none."""
+def look_up_cost(node: Node, shapes: Shapes, table: CostTable, kind: str | None = None) -> NodeCost | None:
+    """The cost of a node by the table; None where it has none. kind: another line of the table than the node's own."""
     found = _work_units(node, shapes)
-    if found is None or found[0] not in table:
+    if found is None or (kind or found[0]) not in table:
         return None
-    kind, channels, work = found
+    own, channels, work = found
+    kind = kind or own
     return _interpolate_cost(table[kind], channels, work)
 
 
@@ -347,8 +401,8 @@ def _work_units(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
             return "mul_constant", out[1], elements
         sizes = [math.prod(shapes.get(value.name or "", ())) for value in sides]
         return ("mul_broadcast" if min(sizes) < elements else node.op_type), out[1], elements
-    if node.op_type == "AveragePool":
-        return "AveragePool", out[1], elements * math.prod(attribute(node, "kernel_shape", [3, 3])) / 9
+    if node.op_type in ("AveragePool", "MaxPool"):
+        return node.op_type, out[1], elements * math.prod(attribute(node, "kernel_shape", [3, 3])) / 9
     return node.op_type, out[1], elements
 
 

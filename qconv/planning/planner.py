@@ -31,6 +31,7 @@ from qconv.planning.eligibility import (
     explain_dequantized_layer,
     explain_refusal,
     find_shortcut_input,
+    keep_places_float,
     make_weight_spec,
     orient_rule,
 )
@@ -83,9 +84,10 @@ def replan(plan: Plan, model: Model, *, recipe: Recipe | None = None, floats: Ma
 
 class _Planner:
     def __init__(self, model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str]) -> None:
-        self.model, self.recipe, self.target, self.floats = model, recipe, target, floats
+        self.model, self.recipe, self.target = model, recipe, target
         self.plan = Plan(recipe, target, dict(floats))
         self.nodes = model.nodes()
+        self.floats = keep_places_float(self.nodes) | dict(floats)
         self.quantized: dict[Value, str] = {}
         self.eligible: dict[Node, Rule] = {}
         for node in self.nodes:

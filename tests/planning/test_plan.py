@@ -316,7 +316,6 @@ FLOAT = {
         {"u": (4, 4, 1, 1)},
         "its bias is computed",
     ),
-    "indices read": ("a, i = MaxPool<kernel_shape=[2,2]>(c) j = Shape(i)", {}, "its indices are read"),
     "padded with ones": (
         "a = Pad(c, p, one)",
         {"p": ints(0, 0, 1, 1, 0, 0, 1, 1), "one": 1.0},

@@ -152,6 +152,11 @@ class Quantized:
         return self._optimized[0]
 
     @property
+    def optimized(self) -> Wiring:
+        """What the runtime makes of the file."""
+        return Wiring(self._optimized[1])
+
+    @property
     def runs(self) -> list[str]:
         """The operators that the runtime really runs."""
         return [node.op_type for node in self._optimized[1].graph.node]
