@@ -222,24 +222,27 @@ def evaluate(
     left = [path for path in paths if path not in lost]
     result = Evaluation(source.name, len(left), own.words, "", tuple(output.fact for output in holds))
     labels = labels_of(left, request.data, classes, request.labelling, seen.classes if vector is not None else 0)
+    if labels is None and other is None:
+        raise _make_no_measure_error(request.data, vector)
     if labels is not None:
         assert classes is not None
         result.labels = classes.source + (f", {request.label_offset:+d}" if request.label_offset else "")
         result.labelled = _score_labels(seen, labels)
-    if labels is None and other is None:
-        raise _make_no_measure_error(request.data, vector)
     if other is not None:
         result.other = other.session.name
         result.outputs = () if compared is None else compared.scores(spans=True)
         _tell_of_remarks(result.outputs, reporter, needed=labels is None)
         if labels is not None:
-            result.other_labelled = _score_labels(its, labels)
-            right, wrong = seen.hits(labels, 1), its.hits(labels, 1)
-            result.flips = Flips(int((right & ~wrong).sum()), int((wrong & ~right).sum()), len(labels))
+            result.other_labelled, result.flips = _score_labels(its, labels), _count_flips(seen, its, labels)
     classified = None if vector is None else seen
     names, offset = own.session.outputs, request.label_offset
     result.predictions = Predictions(left, labels, classes, offset, classified, its, names, kept)
     return result
+
+
+def _count_flips(seen: PredictionRecorder, its: PredictionRecorder, labels: NDArray[np.int64]) -> Flips:
+    right, wrong = seen.hits(labels, 1), its.hits(labels, 1)
+    return Flips(int((right & ~wrong).sum()), int((wrong & ~right).sum()), len(labels))
 
 
 def _run_side_by_side(

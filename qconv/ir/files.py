@@ -26,6 +26,7 @@ from google.protobuf.message import DecodeError, Message
 from qconv.errors import QconvError
 from qconv.ir.metadata import FLOAT_MODEL_KEY, VERSION_KEY
 from qconv.ir.model import Model, ir
+from qconv.ir.node_order import sort_nodes
 from qconv.runtime.outputs import OutputOrigin, find_output_origins, require_task
 from qconv.runtime.session import Session
 from qconv.storage import check_output_path, convert_os_errors, locked_folder, sync_file, sync_folder, temporary_path
@@ -60,7 +61,16 @@ def source_of(model: str) -> Source:
 
 
 def read_proto(source: Source) -> onnx.ModelProto:
-    """The file as protobuf, external data left where it is. Raises QconvError if it is no ONNX file."""
+    """The file as protobuf, its nodes in order, external data left where it is.
+
+    Raises QconvError if it is no ONNX file, or nodes wait for each other.
+    """
+    proto = _parse(source)
+    sort_nodes(proto, source.name)
+    return proto
+
+
+def _parse(source: Source) -> onnx.ModelProto:
     try:
         data = source.path.read_bytes() if source.path is not None else (source.data or b"")
     except FileNotFoundError:
@@ -248,10 +258,24 @@ def open_original(source: Source, threads: int | None, task: str = "auto", *, re
     """
     stat = None if source.path is None else source.path.stat()
     origins = _read_origins(source, None if stat is None else (stat.st_size, stat.st_mtime_ns))
-    session = Session(source.runnable, name=source.name, threads=threads, origins=origins, task=task)
+    open_session = functools.partial(Session, name=source.name, threads=threads, origins=origins, task=task)
+    try:
+        session = open_session(source.runnable)
+    except QconvError:
+        ordered = _in_order(source)
+        if ordered is None:
+            raise
+        session = open_session(ordered)
     if required:
         require_task(session.name, session.model_outputs, task)
     return session
+
+
+def _in_order(source: Source) -> bytes | None:
+    """The file with its nodes in order, which the runtime demands in bodies; None where they are, or weights lie apart."""
+    proto = _parse(source)
+    sorted_now = sort_nodes(proto, source.name) and not external_data_files(proto, source)
+    return proto.SerializeToString() if sorted_now else None
 
 
 @functools.lru_cache(maxsize=8)

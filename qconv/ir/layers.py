@@ -19,7 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.ir.channel_stats import ChannelDistribution
-from qconv.ir.model import Model, Node, Value, attribute, constant_array, drop_attribute, get_note, input_of, set_note
+from qconv.ir.model import (
+    Model,
+    Node,
+    Value,
+    attribute,
+    constant_array,
+    drop_attribute,
+    get_note,
+    input_of,
+    nodes_inside,
+    set_note,
+)
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
 from qconv.ir.rewriting import EditRefused, data_input, describe_node, standard_op_type, title
 
@@ -80,6 +91,11 @@ def read_layer(node: Node) -> Layer:
     return Layer(
         node, _scale_weight(weight, np.full((1, 1, 1, 1), alpha)), bias * beta, known, channel_stats_of(node.outputs[0])
     )
+
+
+def layers_inside(node: Node) -> list[Node]:
+    """The layers in the bodies of a node (If, Loop, Scan), which stay float as they are."""
+    return [inner for inner in nodes_inside(node) if standard_op_type(inner) in INPUTS_FIRST]
 
 
 def input_means_of(node: Node) -> Float64 | str:

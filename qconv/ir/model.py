@@ -332,6 +332,11 @@ def input_of(node: Node, index: int) -> Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
+def nodes_inside(node: Node) -> list[Node]:
+    """The nodes in the bodies of a node (If, Loop, Scan), those of bodies inside them included."""
+    return [inner for body in _node_bodies(node) for inner in body.all_nodes()]
+
+
 def values_read_by(node: Node) -> list[Value]:
     """All tensors that a node reads, those that only its bodies (If, Loop) read included."""
     found = [value for value in node.inputs if value is not None]

@@ -15,6 +15,7 @@ import numpy as np
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
+from qconv.ir.layers import layers_inside
 from qconv.ir.model import (
     DataType,
     Model,
@@ -38,6 +39,7 @@ from qconv.ir.operators import (
     TransparentRule,
     WeightedRule,
 )
+from qconv.ir.rewriting import title
 from qconv.planning.plan import LayerPlan, Plan
 from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
 
@@ -163,6 +165,16 @@ def _refuse_weighted(node: Node) -> str | None:
         if bias is not None and rank(bias) != 1:
             return "its third input is no bias vector"
     return None
+
+
+MOST_NAMED = 3
+
+
+def describe_inside(node: Node) -> str:
+    """What layers the bodies of a node hold, in words that go on from a reason; empty where there are none."""
+    inside = [title(layer) for layer in layers_inside(node)]
+    more = f" and {len(inside) - MOST_NAMED} more" if len(inside) > MOST_NAMED else ""
+    return f", and layers in its bodies stay float with it: {', '.join(inside[:MOST_NAMED])}{more}" if inside else ""
 
 
 def _refuse_computing(node: Node) -> str | None:

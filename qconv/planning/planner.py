@@ -28,6 +28,7 @@ from qconv.ir.operators import (
 from qconv.ir.stored_weights import read_dequantizer
 from qconv.planning.eligibility import (
     NO_16_BIT_KERNEL,
+    describe_inside,
     explain_dequantized_layer,
     explain_refusal,
     find_shortcut_input,
@@ -134,7 +135,7 @@ class _Planner:
         if name in self.floats:
             return self.floats[name]
         if rule is None or node.domain not in ("", "ai.onnx"):
-            return f"{node.op_type} has no integer kernel"
+            return f"{node.op_type} has no integer kernel{describe_inside(node)}"
         weights_only = recipe.activation_bits == 32
         if node.op_type in self.target.float_ops and not weights_only:
             return self.target.float_ops[node.op_type]

@@ -530,9 +530,8 @@ class _SequentialRounder:
         pairs = [(x.shape, q.shape) for x, q in zip(floats.held, codes.held, strict=True)]
         apart = sum(count for count, (x, q) in zip(self.pieces, pairs, strict=True) if x != q)
         if apart:  # rows of one place are no pairs then, where there are as many by chance, either
-            return (
-                f"on {apart} of {sum(self.pieces)} pictures the data select other rows for it than in the float network"
-            )
+            many = f"{apart} of {sum(self.pieces)} pictures"
+            return f"on {many} the data select other rows for it than in the float network"
         if not any(math.prod(x) for x, _ in pairs):
             return "no picture gives it any rows"
         pieces = [count if math.prod(x) else 0 for count, (x, _) in zip(self.pieces, pairs, strict=True)]
