@@ -29,10 +29,11 @@ from qconv.data.loader import Batch, ModelWithData, iter_paired_batches, open_mo
 from qconv.errors import QconvError
 from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
-from qconv.ir.files import Source, is_quantized, metadata_of, open_original, read_proto
+from qconv.ir.files import Source, is_quantized, metadata_of, read_proto
 from qconv.ir.layers import Layer, read_layer, scale_inputs, scale_outputs, weights_from_rows
 from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
+from qconv.ir.original import open_original
 from qconv.ir.rewriting import EditRefused
 from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points

@@ -29,8 +29,9 @@ from qconv.data.dataset import list_samples
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError, format_count
 from qconv.ir import subgraph
-from qconv.ir.files import Source, open_original
+from qconv.ir.files import Source
 from qconv.ir.model import Model
+from qconv.ir.original import open_original
 from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
 from qconv.pipeline.prepare import Prepared, prepare
 from qconv.planning.plan import Plan

@@ -9,12 +9,11 @@ onnx before it is moved there. Its data file is named by its content, so that mo
 from __future__ import annotations
 
 import contextlib
-import functools
 import glob
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -26,8 +25,6 @@ from google.protobuf.message import DecodeError, Message
 from qconv.errors import QconvError
 from qconv.ir.metadata import FLOAT_MODEL_KEY, VERSION_KEY
 from qconv.ir.model import Model, ir
-from qconv.runtime.outputs import OutputOrigin, find_output_origins, require_task
-from qconv.runtime.session import Session
 from qconv.storage import check_output_path, convert_os_errors, locked_folder, sync_file, sync_folder, temporary_path
 
 QUANTIZED_OPS = frozenset(
@@ -239,25 +236,6 @@ def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
             f"{name} is already quantized (it has {kind}).",
             "start from the float model it was made from.",
         )
-
-
-def open_original(source: Source, threads: int | None, task: str = "auto", *, required: bool = True) -> Session:
-    """The user's own model, as it is, with what its outputs hold.
-
-    required: the user asks for the task, not a file's metadata: raises QconvError where no output can hold that.
-    """
-    stat = None if source.path is None else source.path.stat()
-    origins = _read_origins(source, None if stat is None else (stat.st_size, stat.st_mtime_ns))
-    session = Session(source.runnable, name=source.name, threads=threads, origins=origins, task=task)
-    if required:
-        require_task(session.name, session.model_outputs, task)
-    return session
-
-
-@functools.lru_cache(maxsize=8)
-def _read_origins(source: Source, stamp: tuple[int, int] | None) -> Mapping[str, OutputOrigin]:
-    """What computes the outputs, found once for a file that a run opens several times. stamp: its size and time."""
-    return find_output_origins(read_proto(source))
 
 
 PROTOBUF_LIMIT = 2**31 - 2**20
