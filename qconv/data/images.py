@@ -115,7 +115,8 @@ def _keep_pixels(prep: Preprocessing, spec: InputSpec, options: PreprocessingOpt
     source = f"the default for {spec.dtype} inputs"
     if options.preset not in (None, AUTO):
         source += f", in which --preprocess {options.preset} leaves no pictures"
-    return replace(prep, preset="raw", source=source, scale=1.0, mean=(0.0,), std=(1.0,))
+    color = prep.color if prep.color is Color.GREY else options.color or PRESETS["raw"].color
+    return replace(prep, preset="raw", source=source, color=color, scale=1.0, mean=(0.0,), std=(1.0,))
 
 
 def find_vain_normalization(options: PreprocessingOptions, spec: InputSpec) -> str:
