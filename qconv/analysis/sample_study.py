@@ -185,7 +185,7 @@ def _run_float_model(
             reporter.warn(f"--holdout {request.holdout}: {' and '.join(request.images)} holds {count}.")
     else:
         taken, held = len(feed.listing.paths), data.samples or 0
-        drawn = list_samples(replace(data, samples=taken + held)).paths
+        drawn = DataLoader.of(session, replace(data, samples=taken + held), Reporter()).listing.paths
         scoring = feed.over(drawn[taken:])
     scoring.preprocessing = feed.preprocessing
     if found.data.pixels is not None:

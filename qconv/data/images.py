@@ -438,6 +438,48 @@ def _read_arrays(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[A
     return {inputs[0].name: loaded}
 
 
+def split_whole_batches(listing: Listing, inputs: Sequence[InputSpec], most: int | None) -> Listing:
+    """List the rows of files that hold a whole batch of a network whose batch is fixed, each as a sample of its own.
+
+    A row is called `FILE/INDEX.npy`. Files of one sample stay as they are. most: samples in all, None for no limit.
+    """
+    size = inputs[0].shape[0] if inputs[0].shape else None
+    if listing.read is not None or size is None or size == 1:
+        return listing
+    samples = [path for path in listing.paths if suffix_of(path) in SAMPLE_SUFFIXES]
+    whole = {path for path in samples if _holds_batch(path, inputs)}
+    if not whole:
+        return listing
+    rows = ([path / f"{row}.npy" for row in range(size)] if path in whole else [path] for path in listing.paths)
+    paths = tuple(path for part in rows for path in part)[:most]
+    return replace(listing, paths=paths, found=listing.found + (size - 1) * len(whole), read=partial(_read_row, inputs))
+
+
+def _holds_batch(path: Path, inputs: Sequence[InputSpec]) -> bool:
+    """Whether each array has exactly the shape of its input. A file that is none is told of when it is read."""
+    try:
+        with _HEADER_LOCK, path.open("rb") as file:
+            if suffix_of(path) == ".npy":
+                shapes = {inputs[0].name: storage.read_npy_shape(file)}
+            else:
+                with zipfile.ZipFile(file) as archive:
+                    shapes = {}
+                    for name in archive.namelist():
+                        with archive.open(name) as member:
+                            shapes[name.removesuffix(".npy")] = storage.read_npy_shape(member)
+    except Exception:  # a stranger's bytes
+        return False
+    return shapes.keys() == {spec.name for spec in inputs} and all(
+        shape_matches(shapes[spec.name], spec.shape) for spec in inputs
+    )
+
+
+def _read_row(inputs: Sequence[InputSpec], path: Path) -> dict[str, NDArray[Any]]:
+    if not path.parent.is_file():
+        return _read_arrays(path, inputs)
+    return {name: array[int(path.stem)] for name, array in _read_arrays(path.parent, inputs).items()}
+
+
 def _describe_npz(inputs: Sequence[InputSpec]) -> str:
     keywords = ", ".join(f"'{spec.name}': ..." for spec in inputs)
     return f"write one .npz file a sample: np.savez('0.npz', **{{{keywords}}})."

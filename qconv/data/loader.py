@@ -28,6 +28,7 @@ from qconv.data.images import (
     find_vain_normalization,
     layout_order,
     resolve_preprocessing,
+    split_whole_batches,
 )
 from qconv.errors import QconvError
 from qconv.ir import load
@@ -80,6 +81,8 @@ class DataLoader:
         """
         inputs = [InputSpec(*found) for found in session.inputs]
         listing = list_samples(data)
+        if inputs:
+            listing = split_whole_batches(listing, inputs, data.samples)
         if not inputs:
             raise QconvError(f"{session.name} has no input, so no picture can be fed to it.", "export the model again.")
         preprocessing = None
