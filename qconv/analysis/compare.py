@@ -29,7 +29,7 @@ from qconv.data.loader import Batch, ModelWithData, iter_paired_batches, open_mo
 from qconv.errors import QconvError
 from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
-from qconv.ir.files import Source, is_quantized, metadata_of, read_proto
+from qconv.ir.files import Source, holds_codes, metadata_of, read_proto
 from qconv.ir.layers import Layer, read_layer, scale_inputs, scale_outputs, weights_from_rows
 from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
@@ -183,7 +183,7 @@ def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Com
 def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     """Load both models: a file by qconv is compared with the folded float model, others with it as it is."""
     proto = read_proto(request.model)
-    if not is_quantized(proto):
+    if not holds_codes(proto):
         fact = f"{request.model.name} is not quantized."
         raise QconvError(fact, "pass the float model first, and the quantized one behind it.")
     if any(node.op_type.startswith("QLinear") or node.op_type == "ConvInteger" for node in proto.graph.node):

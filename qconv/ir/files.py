@@ -205,11 +205,21 @@ def file_bytes(proto: onnx.ModelProto, source: Source) -> int:
     return sum(path.stat().st_size for path in (source.path, *(folder / location for location in locations)))
 
 
-def _find_quantized_node(proto: onnx.ModelProto) -> Any:
-    """The first node that tells, or None. qconv's own Cast of weights, codes of one or two bytes, does."""
-    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT16) if VERSION_KEY in metadata_of(proto) else ()
+def _find_quantized_node(proto: onnx.ModelProto, *, of_constants: bool) -> Any:
+    """The first node that tells, or None. qconv's own Cast of weights, codes of one or two bytes, does.
+
+    of_constants: whether nodes that read constants alone count, such as a DequantizeLinear of weights. Of a file by
+    qconv they do: it was made from another one.
+    """
+    own = VERSION_KEY in metadata_of(proto)
+    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT16) if own else ()
     codes = {tensor.name for tensor in proto.graph.initializer if tensor.data_type in kinds}
+    constant = {"", *(tensor.name for tensor in proto.graph.initializer)}
     for node in proto.graph.node:
+        if constant.issuperset(node.input) and not any(attr.type in _BODIES for attr in node.attribute):
+            constant.update(node.output)
+            if not (of_constants or own):
+                continue
         if node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear"):
             return node
         if node.op_type == "Cast" and node.input[0] in codes:
@@ -217,19 +227,44 @@ def _find_quantized_node(proto: onnx.ModelProto) -> Any:
     return None
 
 
+_BODIES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
+
 def metadata_of(proto: onnx.ModelProto) -> dict[str, str]:
     """What the file says about itself."""
     return {entry.key: entry.value for entry in proto.metadata_props}
 
 
+def holds_codes(proto: onnx.ModelProto) -> bool:
+    """Whether it holds quantized operators, be it of constants alone."""
+    return _find_quantized_node(proto, of_constants=True) is not None
+
+
 def is_quantized(proto: onnx.ModelProto) -> bool:
-    """Whether it holds quantized operators."""
-    return _find_quantized_node(proto) is not None
+    """Whether it is quantized: activations are, or the weights of all its layers.
+
+    A network of which some weights are stored as codes is float: they are constants that loading computes.
+    """
+    if _find_quantized_node(proto, of_constants=False) is not None:
+        return True
+    return holds_codes(proto) and not _has_float_weights(proto)
+
+
+def _has_float_weights(proto: onnx.ModelProto) -> bool:
+    """Whether a layer has constant weights that no codes stand for."""
+    floats = {"", *(tensor.name for tensor in proto.graph.initializer)}
+    for node in proto.graph.node:
+        if node.op_type not in QUANTIZED_OPS and floats.issuperset(node.input):
+            floats.update(node.output)
+    return any(len(n.input) > 1 and n.input[1] in floats for n in proto.graph.node if n.op_type in _LAYERS)
+
+
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
 def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
-    """Raise if the model already holds quantized operators."""
-    found = _find_quantized_node(proto)
+    """Raise if activations are quantized already; weights alone are constants that loading computes."""
+    found = _find_quantized_node(proto, of_constants=False)
     if found is not None:
         kind = f"{found.op_type} nodes{' of codes' if found.op_type == 'Cast' else ''}"
         raise QconvError(
