@@ -412,6 +412,14 @@ def read_member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
         return read_npy(file, size)
 
 
+def read_npy_shape(file: IO[bytes]) -> tuple[int, ...]:
+    """The shape in the header of an open .npy file. Raises ValueError."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape: tuple[int, ...] = read_header(file)[0]
+    return shape
+
+
 def read_npy(file: IO[bytes], size: int) -> NDArray[Any]:
     """The array of an open .npy file of `size` bytes, which its header must not claim to exceed. Raises ValueError."""
     version = np.lib.format.read_magic(file)

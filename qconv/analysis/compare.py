@@ -31,10 +31,11 @@ from qconv.errors import QconvError, format_count
 from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
 from qconv.ir.data_shapes import find_data_shaped
-from qconv.ir.files import Source, is_quantized, metadata_of, open_original, read_proto
+from qconv.ir.files import Source, holds_codes, metadata_of, read_proto
 from qconv.ir.layers import Layer, layers_inside, read_layer, scale_inputs, scale_outputs, weights_from_rows
 from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
+from qconv.ir.original import open_original
 from qconv.ir.rewriting import EditRefused, title
 from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
@@ -200,7 +201,7 @@ def _tell_of_pictures_apart(tallies: Mapping[str, _PointTally], reporter: Report
 def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     """Load both models: a file by qconv is compared with the folded float model, others with it as it is."""
     proto = read_proto(request.model)
-    if not is_quantized(proto):
+    if not holds_codes(proto):
         fact = f"{request.model.name} is not quantized."
         raise QconvError(fact, "pass the float model first, and the quantized one behind it.")
     if any(node.op_type.startswith("QLinear") or node.op_type == "ConvInteger" for node in proto.graph.node):

@@ -43,7 +43,8 @@ from qconv.data.loader import DataLoader, ModelWithData
 from qconv.errors import format_count
 from qconv.ir import load
 from qconv.ir import metadata as ir_metadata
-from qconv.ir.files import Source, file_bytes, metadata_of, open_original, read_proto, refuse_quantized
+from qconv.ir.files import Source, file_bytes, metadata_of, read_proto, refuse_quantized
+from qconv.ir.original import open_original
 from qconv.pipeline.collect import CalibrationCache
 from qconv.pipeline.prepare import prepare
 from qconv.reporter import Reporter

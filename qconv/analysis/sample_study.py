@@ -29,8 +29,9 @@ from qconv.data.dataset import list_samples
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError, format_count
 from qconv.ir import subgraph
-from qconv.ir.files import Source, open_original
+from qconv.ir.files import Source
 from qconv.ir.model import Model
+from qconv.ir.original import open_original
 from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
 from qconv.pipeline.prepare import Prepared, prepare
 from qconv.planning.plan import Plan
@@ -184,7 +185,7 @@ def _run_float_model(
             reporter.warn(f"--holdout {request.holdout}: {' and '.join(request.images)} holds {count}.")
     else:
         taken, held = len(feed.listing.paths), data.samples or 0
-        drawn = list_samples(replace(data, samples=taken + held)).paths
+        drawn = DataLoader.of(session, replace(data, samples=taken + held), Reporter()).listing.paths
         scoring = feed.over(drawn[taken:])
     scoring.preprocessing = feed.preprocessing
     if found.data.pixels is not None:

@@ -19,7 +19,8 @@ from qconv.config.targets import TARGETS
 from qconv.data.dataset import list_samples
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
-from qconv.ir.files import Source, external_data_files, file_bytes, open_original, read_proto, refuse_quantized
+from qconv.ir.files import Source, external_data_files, file_bytes, read_proto, refuse_quantized
+from qconv.ir.original import open_original
 from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
 from qconv.metrics.similarity import share_interval
 from qconv.pipeline.checks import check_places

@@ -175,7 +175,7 @@ class SequentialTest:
 
     def _something_else(self, session: Session, best: PreprocessingCandidate, pixels: list[NDArray[np.uint8]]) -> float:
         negative = invert_candidate(best, self.known)
-        if self.spec.dtype != np.uint8:
+        if self.spec.dtype.kind == "f":
             self._measure(session, negative, pixels)
         unknown = -FIT_SHARPNESS * math.log(UNKNOWN_MISFIT + _misfit_by_chance(FEWEST_IMAGES))
         return max(unknown, negative.fit + INVERTED_PRIOR) if negative.moments.pictures else unknown
@@ -294,7 +294,7 @@ def detect_preprocessing(
         return DetectedPreprocessing(None)
     spec = feed.inputs[0]
     known = find_references(model)
-    field, said = CandidateSpace(spec, default, known), _pixel_options(options)
+    field, said = CandidateSpace(spec, default, known), _pixel_options(options, spec, default)
     fact, ignored = _find_usable_fact(model, field)
     own, free = field.candidates(fact, said), field.candidates(fact, {})
     race = SequentialTest(model, session, spec, feed.iter_pixels, known, threads)
@@ -329,7 +329,8 @@ def detect_without_images(
 
     Raises QconvError where neither the network nor the user settles it.
     """
-    default, said = feed.preprocessing, _pixel_options(options)
+    default = feed.preprocessing
+    said = {} if default is None else _pixel_options(options, feed.inputs[0], default)
     if default is None or "preset" in said:
         return DetectedPreprocessing(default)
     known = find_references(model)
@@ -358,10 +359,14 @@ def detect_without_images(
     return DetectedPreprocessing(chosen, None, round(share, 4), doubt, evident=True, ignored=ignored)
 
 
-def _pixel_options(options: PreprocessingOptions) -> dict[str, Any]:
-    """The user's options that change the pixels' values."""
+def _pixel_options(options: PreprocessingOptions, spec: InputSpec, default: Preprocessing) -> dict[str, Any]:
+    """The user's options that change the pixels' values; an input of whole numbers that keeps these heeds no others."""
     said = {part.name: getattr(options, part.name) for part in fields(options) if part.name not in SHAPE_OPTIONS}
-    return {name: value for name, value in said.items() if value not in (None, AUTO)}
+    found = {name: value for name, value in said.items() if value not in (None, AUTO)}
+    if spec.dtype.kind in "iu" and default.keeps_pixels:
+        color = {name: value for name, value in found.items() if name == "color"}
+        return {"preset": default.preset, **color} if found else {}
+    return found
 
 
 def _decide(
@@ -439,6 +444,9 @@ def _describe_contradiction(
     best = max(free, key=lambda candidate: candidate.score)
     if is_same_preprocessing(mine.preprocessing, best.preprocessing):
         return ""
+    if fact is not None and best.is_twin_of(mine):
+        color = best.preprocessing.color
+        return f"{fact.why}, with means of channels in {color.upper()}, which speaks for --color {color}."
     if fact is not None:
         return f"{fact.why}, which speaks for {best.settled_by} and against the options given."
     told = replace(mine, fit=mine.fit - mine.prior)  # what was said is no rarity

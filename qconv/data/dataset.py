@@ -46,11 +46,12 @@ class Listing:
     ignored: int
     whole: int = 0
     read: Callable[[Path], dict[str, NDArray[Any]]] | None = None
-    """Gives the arrays of a path that is no file, by the names of inputs."""
+    """Gives the arrays of a path, which may be no file, by the names of inputs."""
 
     def in_words(self, path: Path) -> str:
         """What an error calls one of them."""
-        return str(path) if self.read is None else f"sample {int(path.stem)} of {path.parent}"
+        inside = self.read is not None and not path.is_file()
+        return f"sample {int(path.stem)} of {path.parent}" if inside else str(path)
 
 
 def find_files(sources: Sequence[str], *, pattern: str | None, samples: int | None, seed: int) -> Listing:
@@ -318,7 +319,9 @@ def class_folders_of(paths: Sequence[Path], data: DataOptions) -> list[str | Non
     if data.arrays is not None:
         return [None for _ in paths]
     roots = _class_roots(data)
-    return [_class_folder_of(path, roots) for path in paths]
+    # of a batch in one file each row is listed below it
+    files = [path.parent if suffix_of(path.parent) in SAMPLE_SUFFIXES else path for path in paths]
+    return [_class_folder_of(path, roots) for path in files]
 
 
 def _class_folder_of(path: Path, roots: Sequence[Path]) -> str | None:

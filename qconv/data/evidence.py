@@ -59,8 +59,9 @@ def find_fact(model: Model, dtype: np.dtype[Any], layout: Layout) -> Preprocessi
         found = read(carried)
         if found is not None:
             return found
-    if dtype == np.uint8:
-        return PreprocessingFact(PreprocessingOptions(preset="raw"), "the input takes bytes")
+    if dtype.kind in "iu":
+        what = "bytes" if dtype == np.uint8 else "whole numbers"
+        return PreprocessingFact(PreprocessingOptions(preset="raw"), f"the input takes {what}")
     return _fact_in_leading_nodes(model, layout)
 
 

@@ -51,7 +51,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 
-PIXEL_TYPES = frozenset(map(np.dtype, ("float16", "float32", "float64", "uint8")))
+FLOAT_PIXEL_TYPES = frozenset(map(np.dtype, ("float16", "float32", "float64")))
+WHOLE_PIXEL_TYPES = frozenset(map(np.dtype, ("uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")))
+"""Types that hold the pixels themselves, 0 to 255."""
+MOST_WHOLE = 2.0**24
+"""Whole numbers up to here are float32 numbers."""
 
 LAYOUT_AXES = {Layout.NCHW: (1, 2, 3), Layout.NHWC: (3, 1, 2)}  # channel, height, width
 
@@ -69,8 +73,10 @@ def resolve_preprocessing(options: PreprocessingOptions, spec: InputSpec, *, cla
     """Join the user's options, what the model's input fixes, and the preset's numbers into a complete preprocessing.
 
     Where --color swaps red and blue, the preset's mean and std move with their colours; --mean and --std are taken in
-    the final channel order. Raises QconvError where options and input contradict each other, where the size stays
-    open, and where the input is not a picture (rank other than 4, neither 1 nor 3 channels, an odd type).
+    the final channel order. An input of whole numbers gets pixels as they are, whatever normalisation is said (see
+    `find_vain_normalization`), unless that leaves whole numbers of its type. Raises QconvError where options and input
+    contradict each other, where the size stays open, and where the input is not a picture (rank other than 4, neither
+    1 nor 3 channels, an odd type).
     """
     _require_image_input(options, spec)
     layout = options.layout or _deduce_layout(spec.shape)
@@ -78,7 +84,7 @@ def resolve_preprocessing(options: PreprocessingOptions, spec: InputSpec, *, cla
     name, source = _choose_preset(options, spec, channels)
     color = Color.GREY if channels == 1 else options.color or PRESETS[name].color
     preset = _swap_preset_colors(PRESETS[name], color)
-    return Preprocessing(
+    found = Preprocessing(
         preset=name,
         source=source,
         color=color,
@@ -91,6 +97,33 @@ def resolve_preprocessing(options: PreprocessingOptions, spec: InputSpec, *, cla
         size=_resolve_size(options.size, spec, layout),
         class_vector=class_vector,
     )
+    return found if _suits(found, spec.dtype) else _keep_pixels(found, spec, options)
+
+
+def _suits(prep: Preprocessing, dtype: np.dtype[Any]) -> bool:
+    """Whether a type holds all that becomes of pixels: of whole numbers, a shift or a factor that leaves them so."""
+    if dtype in FLOAT_PIXEL_TYPES:
+        return True
+    numbers = (prep.scale, *prep.mean)
+    ends = [level * prep.scale - mean for level in (0, 255) for mean in prep.mean]
+    bounds = np.iinfo(dtype)
+    whole = all(number == round(number) for number in numbers) and set(prep.std) == {1.0}
+    return whole and bounds.min <= min(ends) and max(ends) <= bounds.max
+
+
+def _keep_pixels(prep: Preprocessing, spec: InputSpec, options: PreprocessingOptions) -> Preprocessing:
+    source = f"the default for {spec.dtype} inputs"
+    if options.preset not in (None, AUTO):
+        source += f", in which --preprocess {options.preset} leaves no pictures"
+    color = prep.color if prep.color is Color.GREY else options.color or PRESETS["raw"].color
+    return replace(prep, preset="raw", source=source, color=color, scale=1.0, mean=(0.0,), std=(1.0,))
+
+
+def find_vain_normalization(options: PreprocessingOptions, spec: InputSpec) -> str:
+    """The options that are not used as pixels stay whole numbers, in words; empty where all count."""
+    found = [f"--preprocess {options.preset}"] if options.preset not in (None, AUTO, "raw") else []
+    found += [f"--{part}" for part in ("scale", "mean", "std") if getattr(options, part) is not None]
+    return " and ".join(found)
 
 
 def _require_image_input(options: PreprocessingOptions, spec: InputSpec) -> None:
@@ -99,7 +132,7 @@ def _require_image_input(options: PreprocessingOptions, spec: InputSpec) -> None
         raise QconvError(f"input '{spec.name}' is a scalar, or the model does not state its shape.", samples)
     if len(spec.shape) != 4:
         raise QconvError(f"input '{spec.name}' has shape {format_shape(spec.shape)}, which is no picture's.", samples)
-    if spec.dtype not in PIXEL_TYPES:
+    if spec.dtype not in FLOAT_PIXEL_TYPES | WHOLE_PIXEL_TYPES:
         raise QconvError(f"input '{spec.name}' takes {spec.dtype}, which pictures are not.", samples)
 
 
@@ -131,8 +164,8 @@ def _choose_preset(options: PreprocessingOptions, spec: InputSpec, channels: int
     changed = f", with {' and '.join(own)}" if own else ""
     if options.preset not in (None, AUTO):
         return options.preset, f"--preprocess {options.preset}{changed}"
-    if spec.dtype == np.uint8:
-        name, reason = "raw", "uint8 inputs"
+    if spec.dtype in WHOLE_PIXEL_TYPES:
+        name, reason = "raw", f"{spec.dtype} inputs"
     else:
         name, reason = ("imagenet" if channels == 3 else "unit"), format_count(channels, "channel")
     return name, f"the default for {reason}{changed}; name another with --preprocess"
@@ -405,6 +438,48 @@ def _read_arrays(path: Path, inputs: Sequence[InputSpec]) -> dict[str, NDArray[A
     return {inputs[0].name: loaded}
 
 
+def split_whole_batches(listing: Listing, inputs: Sequence[InputSpec], most: int | None) -> Listing:
+    """List the rows of files that hold a whole batch of a network whose batch is fixed, each as a sample of its own.
+
+    A row is called `FILE/INDEX.npy`. Files of one sample stay as they are. most: samples in all, None for no limit.
+    """
+    size = inputs[0].shape[0] if inputs[0].shape else None
+    if listing.read is not None or size is None or size == 1:
+        return listing
+    samples = [path for path in listing.paths if suffix_of(path) in SAMPLE_SUFFIXES]
+    whole = {path for path in samples if _holds_batch(path, inputs)}
+    if not whole:
+        return listing
+    rows = ([path / f"{row}.npy" for row in range(size)] if path in whole else [path] for path in listing.paths)
+    paths = tuple(path for part in rows for path in part)[:most]
+    return replace(listing, paths=paths, found=listing.found + (size - 1) * len(whole), read=partial(_read_row, inputs))
+
+
+def _holds_batch(path: Path, inputs: Sequence[InputSpec]) -> bool:
+    """Whether each array has exactly the shape of its input. A file that is none is told of when it is read."""
+    try:
+        with _HEADER_LOCK, path.open("rb") as file:
+            if suffix_of(path) == ".npy":
+                shapes = {inputs[0].name: storage.read_npy_shape(file)}
+            else:
+                with zipfile.ZipFile(file) as archive:
+                    shapes = {}
+                    for name in archive.namelist():
+                        with archive.open(name) as member:
+                            shapes[name.removesuffix(".npy")] = storage.read_npy_shape(member)
+    except Exception:  # a stranger's bytes
+        return False
+    return shapes.keys() == {spec.name for spec in inputs} and all(
+        shape_matches(shapes[spec.name], spec.shape) for spec in inputs
+    )
+
+
+def _read_row(inputs: Sequence[InputSpec], path: Path) -> dict[str, NDArray[Any]]:
+    if not path.parent.is_file():
+        return _read_arrays(path, inputs)
+    return {name: array[int(path.stem)] for name, array in _read_arrays(path.parent, inputs).items()}
+
+
 def _describe_npz(inputs: Sequence[InputSpec]) -> str:
     keywords = ", ".join(f"'{spec.name}': ..." for spec in inputs)
     return f"write one .npz file a sample: np.savez('0.npz', **{{{keywords}}})."
@@ -472,15 +547,16 @@ def _load_inputs(
 ) -> dict[str, NDArray[Any]]:
     if prep is None or suffix_of(path) in SAMPLE_SUFFIXES:
         return _load_sample(path, inputs, listing)
-    if prep.keeps_pixels and inputs[0].dtype == np.uint8:
-        return {inputs[0].name: load_pixels(path, prep)}
+    if prep.keeps_pixels and inputs[0].dtype in WHOLE_PIXEL_TYPES:
+        return {inputs[0].name: load_pixels(path, prep).astype(inputs[0].dtype, copy=False)}
     return {inputs[0].name: cast_pixels(load_image(path, prep), inputs[0].dtype)}
 
 
 def cast_pixels(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Cast normalised pixels to the type that an input takes."""
-    if dtype == np.uint8:
-        values = np.clip(np.rint(values), 0, 255)
+    if dtype in WHOLE_PIXEL_TYPES:
+        bounds = np.iinfo(dtype)
+        values = np.clip(np.rint(values), max(bounds.min, -MOST_WHOLE), min(bounds.max, MOST_WHOLE))
     return values.astype(dtype, copy=False)
 
 

@@ -22,11 +22,19 @@ from qconv.data import images
 from qconv.data.autodetect import detect_preprocessing
 from qconv.data.dataset import Listing, list_samples, suffix_of
 from qconv.data.evidence import find_fact
-from qconv.data.images import InputSpec, layout_order, resolve_preprocessing
+from qconv.data.images import (
+    WHOLE_PIXEL_TYPES,
+    InputSpec,
+    find_vain_normalization,
+    layout_order,
+    resolve_preprocessing,
+    split_whole_batches,
+)
 from qconv.errors import QconvError
 from qconv.ir import load
-from qconv.ir.files import Source, is_quantized, metadata_of, open_original, read_proto
+from qconv.ir.files import Source, is_quantized, metadata_of, read_proto
 from qconv.ir.metadata import describe_odd_metadata, read_float_preprocessing, read_preprocessing, read_recipe
+from qconv.ir.original import open_original
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 
@@ -73,6 +81,8 @@ class DataLoader:
         """
         inputs = [InputSpec(*found) for found in session.inputs]
         listing = list_samples(data)
+        if inputs:
+            listing = split_whole_batches(listing, inputs, data.samples)
         if not inputs:
             raise QconvError(f"{session.name} has no input, so no picture can be fed to it.", "export the model again.")
         preprocessing = None
@@ -82,6 +92,10 @@ class DataLoader:
             preprocessing = known or resolve_preprocessing(
                 data.preprocessing, inputs[0], class_vector=session.gives_class_scores
             )
+            vain = find_vain_normalization(data.preprocessing, inputs[0])
+            if vain and inputs[0].dtype in WHOLE_PIXEL_TYPES and preprocessing.keeps_pixels:
+                kept = f"input '{inputs[0].name}' takes {inputs[0].dtype}, so pixels stay whole numbers"
+                reporter.warn(f"{kept}, 0 to 255: {vain} is not used.")
         elif data.preprocessing != PreprocessingOptions():
             reporter.warn("preprocessing options are not used: .npy and .npz samples are taken as they are.")
         fixed = inputs[0].shape[0] if inputs[0].shape else None
@@ -96,9 +110,6 @@ class DataLoader:
             first = self.listing.in_words(samples[0])
             fact = f"{first} is preprocessed already, so it is not known what --embed-preprocessing should embed."
             raise QconvError(fact, "pass pictures, or leave --embed-preprocessing out.")
-        if self.inputs[0].dtype == np.uint8 and not self.preprocessing.keeps_pixels:
-            fact = f"input '{self.inputs[0].name}' takes uint8, in which pixels cannot be normalised."
-            raise QconvError(fact, "pass --preprocess raw: the network does the rest itself.")
         self.raw = layout
         return self.preprocessing
 
@@ -337,10 +348,10 @@ def _open_model(
         else:
             if feed.preprocessing is not None and said == PreprocessingOptions():
                 feed.preprocessing = replace(feed.preprocessing, source=why)
-            return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
+            return ModelWithData(session, feed, _describe_loader(feed))
     feed = DataLoader.of(session, data, reporter.without_progress())
     if feed.preprocessing is None or said.preset != AUTO:
-        return ModelWithData(session, _check_loader(feed), _describe_loader(feed))
+        return ModelWithData(session, feed, _describe_loader(feed))
     if is_quantized(proto):
         if find_fact(load.load_unchanged(proto, source), feed.inputs[0].dtype, feed.preprocessing.layout) is None:
             reporter.warn(
@@ -394,15 +405,6 @@ def _merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> Pr
     if "preset" in changed:
         told = replace(told, preset=None, scale=None, mean=None, std=None, color=None)
     return replace(told, **changed)
-
-
-def _check_loader(feed: DataLoader) -> DataLoader:
-    """Raise QconvError where bytes would have to hold normalised numbers."""
-    (spec, *_), fed = feed.inputs, feed.preprocessing
-    if fed is not None and spec.dtype == np.uint8 and not fed.keeps_pixels:
-        fact = f"input '{spec.name}' takes uint8, in which pixels cannot be normalised."
-        raise QconvError(fact, "leave the preprocessing options out, or pass --preprocess raw.")
-    return feed
 
 
 def _describe_loader(feed: DataLoader) -> str:

@@ -168,9 +168,11 @@ class GeneratedImageLoader(DataLoader):
         rows = []
         for found in pictures:
             ordered = images.arrange_pixels(found, fed)
-            as_they_are = fed.keeps_pixels and spec.dtype == np.uint8
+            as_they_are = fed.keeps_pixels and spec.dtype in images.WHOLE_PIXEL_TYPES
             rows.append(
-                ordered if as_they_are else images.cast_pixels(images.normalize_pixels(ordered, fed), spec.dtype)
+                ordered.astype(spec.dtype, copy=False)
+                if as_they_are
+                else images.cast_pixels(images.normalize_pixels(ordered, fed), spec.dtype)
             )
             if len(rows) == self.batch:
                 self.pictures += len(rows)

@@ -32,14 +32,13 @@ from qconv.data_free.dead_leaves import (
     IMAGE_COUNT,
     GeneratedImageLoader,
     network_input_distribution,
-    pixel_distribution,
 )
 from qconv.data_free.propagation import MOST_GUESSED_IN_A_ROW, channel_bounds, propagate_stats
 from qconv.errors import Change, QconvError, format_count
 from qconv.ir.channel_stats import ChannelDistribution, normal_quantiles
 from qconv.ir.files import Source
 from qconv.ir.layers import INPUTS_FIRST, input_means_of, read_layer, set_input_means
-from qconv.ir.model import DataType, Model, Value, clip_bounds
+from qconv.ir.model import Model, Value, clip_bounds
 from qconv.ir.operators import operator
 from qconv.ir.rewriting import EditRefused, standard_op_type
 from qconv.ir.rewriting import data_input as read_from
@@ -248,6 +247,4 @@ def _distribution_of_input(value: Value, imagined: GeneratedImageLoader) -> Chan
     """The distribution of an input of the network."""
     prep = imagined.preprocessing
     assert prep is not None
-    as_bytes = value.dtype == DataType.UINT8 and not prep.keeps_pixels
-    found = pixel_distribution(prep.channels) if as_bytes else network_input_distribution(prep)
-    return replace(found, guesses=MOST_GUESSED_IN_A_ROW + 1)
+    return replace(network_input_distribution(prep), guesses=MOST_GUESSED_IN_A_ROW + 1)

@@ -9,12 +9,11 @@ onnx before it is moved there. Its data file is named by its content, so that mo
 from __future__ import annotations
 
 import contextlib
-import functools
 import glob
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -27,8 +26,6 @@ from qconv.errors import QconvError
 from qconv.ir.metadata import FLOAT_MODEL_KEY, VERSION_KEY
 from qconv.ir.model import Model, ir
 from qconv.ir.node_order import sort_nodes
-from qconv.runtime.outputs import OutputOrigin, find_output_origins, require_task
-from qconv.runtime.session import Session
 from qconv.storage import check_output_path, convert_os_errors, locked_folder, sync_file, sync_folder, temporary_path
 
 QUANTIZED_OPS = frozenset(
@@ -65,12 +62,12 @@ def read_proto(source: Source) -> onnx.ModelProto:
 
     Raises QconvError if it is no ONNX file, or nodes wait for each other.
     """
-    proto = _parse(source)
+    proto = parse_proto(source)
     sort_nodes(proto, source.name)
     return proto
 
 
-def _parse(source: Source) -> onnx.ModelProto:
+def parse_proto(source: Source) -> onnx.ModelProto:
     try:
         data = source.path.read_bytes() if source.path is not None else (source.data or b"")
     except FileNotFoundError:
@@ -218,11 +215,21 @@ def file_bytes(proto: onnx.ModelProto, source: Source) -> int:
     return sum(path.stat().st_size for path in (source.path, *(folder / location for location in locations)))
 
 
-def _find_quantized_node(proto: onnx.ModelProto) -> Any:
-    """The first node that tells, or None. qconv's own Cast of weights, codes of one or two bytes, does."""
-    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT16) if VERSION_KEY in metadata_of(proto) else ()
+def _find_quantized_node(proto: onnx.ModelProto, *, of_constants: bool) -> Any:
+    """The first node that tells, or None. qconv's own Cast of weights, codes of one or two bytes, does.
+
+    of_constants: whether nodes that read constants alone count, such as a DequantizeLinear of weights. Of a file by
+    qconv they do: it was made from another one.
+    """
+    own = VERSION_KEY in metadata_of(proto)
+    kinds = (onnx.TensorProto.INT8, onnx.TensorProto.INT16) if own else ()
     codes = {tensor.name for tensor in proto.graph.initializer if tensor.data_type in kinds}
+    constant = {"", *(tensor.name for tensor in proto.graph.initializer)}
     for node in proto.graph.node:
+        if constant.issuperset(node.input) and not any(attr.type in _BODIES for attr in node.attribute):
+            constant.update(node.output)
+            if not (of_constants or own):
+                continue
         if node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear"):
             return node
         if node.op_type == "Cast" and node.input[0] in codes:
@@ -230,58 +237,50 @@ def _find_quantized_node(proto: onnx.ModelProto) -> Any:
     return None
 
 
+_BODIES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
+
 def metadata_of(proto: onnx.ModelProto) -> dict[str, str]:
     """What the file says about itself."""
     return {entry.key: entry.value for entry in proto.metadata_props}
 
 
+def holds_codes(proto: onnx.ModelProto) -> bool:
+    """Whether it holds quantized operators, be it of constants alone."""
+    return _find_quantized_node(proto, of_constants=True) is not None
+
+
 def is_quantized(proto: onnx.ModelProto) -> bool:
-    """Whether it holds quantized operators."""
-    return _find_quantized_node(proto) is not None
+    """Whether it is quantized: activations are, or the weights of all its layers.
+
+    A network of which some weights are stored as codes is float: they are constants that loading computes.
+    """
+    if _find_quantized_node(proto, of_constants=False) is not None:
+        return True
+    return holds_codes(proto) and not _has_float_weights(proto)
+
+
+def _has_float_weights(proto: onnx.ModelProto) -> bool:
+    """Whether a layer has constant weights that no codes stand for."""
+    floats = {"", *(tensor.name for tensor in proto.graph.initializer)}
+    for node in proto.graph.node:
+        if node.op_type not in QUANTIZED_OPS and floats.issuperset(node.input):
+            floats.update(node.output)
+    return any(len(n.input) > 1 and n.input[1] in floats for n in proto.graph.node if n.op_type in _LAYERS)
+
+
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
 def refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
-    """Raise if the model already holds quantized operators."""
-    found = _find_quantized_node(proto)
+    """Raise if activations are quantized already; weights alone are constants that loading computes."""
+    found = _find_quantized_node(proto, of_constants=False)
     if found is not None:
         kind = f"{found.op_type} nodes{' of codes' if found.op_type == 'Cast' else ''}"
         raise QconvError(
             f"{name} is already quantized (it has {kind}).",
             "start from the float model it was made from.",
         )
-
-
-def open_original(source: Source, threads: int | None, task: str = "auto", *, required: bool = True) -> Session:
-    """The user's own model, as it is, with what its outputs hold.
-
-    required: the user asks for the task, not a file's metadata: raises QconvError where no output can hold that.
-    """
-    stat = None if source.path is None else source.path.stat()
-    origins = _read_origins(source, None if stat is None else (stat.st_size, stat.st_mtime_ns))
-    open_session = functools.partial(Session, name=source.name, threads=threads, origins=origins, task=task)
-    try:
-        session = open_session(source.runnable)
-    except QconvError:
-        ordered = _in_order(source)
-        if ordered is None:
-            raise
-        session = open_session(ordered)
-    if required:
-        require_task(session.name, session.model_outputs, task)
-    return session
-
-
-def _in_order(source: Source) -> bytes | None:
-    """The file with its nodes in order, which the runtime demands in bodies; None where they are, or weights lie apart."""
-    proto = _parse(source)
-    sorted_now = sort_nodes(proto, source.name) and not external_data_files(proto, source)
-    return proto.SerializeToString() if sorted_now else None
-
-
-@functools.lru_cache(maxsize=8)
-def _read_origins(source: Source, stamp: tuple[int, int] | None) -> Mapping[str, OutputOrigin]:
-    """What computes the outputs, found once for a file that a run opens several times. stamp: its size and time."""
-    return find_output_origins(read_proto(source))
 
 
 PROTOBUF_LIMIT = 2**31 - 2**20

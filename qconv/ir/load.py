@@ -21,6 +21,7 @@ onnx-ir's common passes were tried in place of what is here, and do not serve (1
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -29,18 +30,16 @@ import onnx
 
 from qconv.config.targets import LOWEST_OPSET
 from qconv.errors import Change, QconvError
+from qconv.ir import legacy
 from qconv.ir.constants import fold_constant_nodes, lift_constants
-from qconv.ir.files import Source, iter_tensors, not_onnx_error
+from qconv.ir.files import Source, declared_opset, iter_tensors, not_onnx_error
 from qconv.ir.model import Model, attribute, input_of, ir
 from qconv.ir.operators import operator
+from qconv.ir.precision import make_float32
 from qconv.ir.rewriting import standard_op_type, title
 from qconv.ir.runtime_types import complete_types
 
 SMALL_TENSOR = 1024  # bytes; smaller ones may be shapes or axes, which the converter needs to see
-
-FLOAT16 = onnx.TensorProto.FLOAT16
-
-FLOAT = onnx.TensorProto.FLOAT
 
 
 def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -> tuple[Model, list[Change]]:
@@ -72,9 +71,10 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     if sparse:
         changes.append(Change("load", source.name, f"{sparse} sparse weights made dense"))
     external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in iter_tensors(proto.graph))
+    current = declared_opset(proto)
+    legacy.modernize(proto)
     weights = _detach_weights(proto)
     _check_axes(proto, source)
-    current = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
     if current < opset:
         proto = _convert_opset(proto, source, current, opset)
         changes.append(Change("load", source.name, f"opset {current} raised to {opset}"))
@@ -93,7 +93,7 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     _name_nodes(model_ir.graph)
     model = Model(model_ir, external)
     changes += lift_constants(model)
-    changes += _widen_float16(model)
+    changes += make_float32(model)
     changes += fold_constant_nodes(model)
     changes += _rewrite_operators(model)
     return model, changes
@@ -170,6 +170,7 @@ def _convert_opset(proto: onnx.ModelProto, source: Source, current: int, opset: 
 
     metadata, functions = list(proto.metadata_props), proto.functions
     assert not functions
+    resized = legacy.find_resizing(proto)
     if proto.ir_version < 4:
         # Before IR 4 every initializer was an input too, and the converter insists on it.
         listed = {value.name for value in proto.graph.input}
@@ -180,12 +181,13 @@ def _convert_opset(proto: onnx.ModelProto, source: Source, current: int, opset: 
         converted = version_converter.convert_version(proto, opset)
     except Exception as error:  # the converter raises whatever its C++ side throws
         raise QconvError(
-            f"{source.name} uses opset {current}, and onnx cannot raise it to {opset}: {_first_line(error)}",
-            "export the model again at opset 13 or later.",
+            f"{source.name} uses opset {current}, and onnx cannot raise it to {opset}: {_plain_reason(error)}",
+            f"export the model again at opset {LOWEST_OPSET} or later, the oldest that needs no raising.",
         ) from None
     del converted.metadata_props[:]
     converted.metadata_props.extend(metadata)
     converted.ir_version = max(proto.ir_version, 7)
+    legacy.restore_resizing(converted, resized)
     return converted
 
 
@@ -296,6 +298,17 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
+def _plain_reason(error: Exception) -> str:
+    """What the converter says, without places of its source code."""
+    text = re.sub(r"^\S+\.(?:h|cc):\d+: \w+(?:\(\))?: ", "", _first_line(error))
+    text = re.sub(r"^Assertion `.*?` failed: ", "", text)
+    missing = re.match(r"No Adapter From Version \$?(\d+) for (\w+)", text)
+    unknown = re.match(r"Op '%s' has no registered schema.*%lld\.?([A-Za-z]+)\d*$", text)
+    if missing:
+        return f"it has no rule for {missing[2]} of opset {missing[1]}."
+    return f"it does not know the operator {unknown[1]}." if unknown else text
+
+
 def _name_nodes(graph: ir.Graph) -> None:
     """Name every node, by its first output where it has no name: reports and the audit refer to nodes by name."""
     taken: set[str] = set()
@@ -307,60 +320,6 @@ def _name_nodes(graph: ir.Graph) -> None:
             name = f"{wish}_{count}"
         node.name = name
         taken.add(name)
-
-
-def _widen_float16(model: Model) -> list[Change]:
-    """Make a float16 network float32 between casts at its inputs and outputs, whose types stay."""
-    graph = model.graph
-    values = [value for part in (graph, *graph.subgraphs()) for value in _graph_values(part)]
-    if not any(value.dtype == ir.DataType.FLOAT16 for value in values):
-        return []
-    edge_in = [v for v in graph.inputs if v.dtype == ir.DataType.FLOAT16]
-    edge_out = [v for v in graph.outputs if v.dtype == ir.DataType.FLOAT16]
-    for value in values:
-        if value.dtype == ir.DataType.FLOAT16 and value not in edge_in:
-            value.dtype = ir.DataType.FLOAT
-        if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT16:
-            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
-    for node in graph.all_nodes():
-        _widen_attributes(node)
-    for value in edge_in:
-        uses = tuple(value.uses())
-        cast = model.build("Cast", [value], name=f"{value.name}_float32", attributes={"to": FLOAT}, like=value)
-        cast.outputs[0].dtype = ir.DataType.FLOAT
-        for use in uses:
-            use.node.replace_input_with(use.idx, cast.outputs[0])
-        model.insert_first(cast)
-    for value in edge_out:
-        if value in edge_in:
-            continue
-        name = value.name or ""
-        value.name = model.fresh(f"{name}_float32")
-        cast = model.build("Cast", [value], name=f"{name}_float16", attributes={"to": FLOAT16}, like=value)
-        cast.outputs[0].dtype = ir.DataType.FLOAT16
-        cast.outputs[0].name = name
-        producer = value.producer()
-        if producer is None:
-            model.insert_first(cast)
-        else:
-            model.insert_after(producer, cast)
-        graph.outputs[list(graph.outputs).index(value)] = cast.outputs[0]
-    return [Change("load", "float16", "the network runs in float32 from here on; inputs and outputs keep their type")]
-
-
-def _graph_values(graph: ir.Graph) -> list[ir.Value]:
-    """Return the inputs, initializers and results of a graph or body, without those of bodies inside it."""
-    return [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
-
-
-def _widen_attributes(node: ir.Node) -> None:
-    """Make float16 in a node's attributes float32: the type of a Cast or Random, the tensor of a Constant."""
-    for name in ("to", "dtype"):
-        if attribute(node, name) == FLOAT16:
-            node.attributes[name] = ir.AttrInt64(name, FLOAT)
-    tensor = attribute(node, "value")
-    if tensor is not None and getattr(tensor, "dtype", None) == ir.DataType.FLOAT16:
-        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().astype(np.float32)))
 
 
 def _rewrite_operators(model: Model) -> list[Change]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from qconv.ir.chance import still
 from qconv.ir.files import PROTOBUF_LIMIT, full_proto, total_weight_bytes
 from qconv.ir.model import Model, Node, Value, ir, tensor_proto, values_read_by
 from qconv.storage import locked_folder, temporary_path
@@ -51,6 +52,7 @@ def extract_subgraph(
     for output in graph.output:
         if output.type.HasField("tensor_type"):  # an empty type, of what nobody typed, would be one that is wrong
             output.type.tensor_type.ClearField("shape")  # what was inferred may be wrong for the batch at hand
+    still(graph)
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)
 
@@ -169,7 +171,7 @@ def runnable_with_outputs(
 ) -> Iterator[str | bytes]:
     """The model with `outputs` returned as well, as ONNX Runtime takes it: bytes, or a path where they are too many.
 
-    poolings: tensors that are returned in part, under `pooled_output_names`.
+    poolings: tensors that are returned in part, under `pooled_output_names`. Nothing in it is drawn at random.
     """
     wanted = set(outputs) - {value.name for value in model.graph.outputs}
     produced = [value for node in model.graph for value in node.outputs]
@@ -178,6 +180,7 @@ def runnable_with_outputs(
     extra += [onnx.helper.make_tensor_value_info(n.output[0], onnx.TensorProto.FLOAT, None) for n in pools]
     if total_weight_bytes(model) < PROTOBUF_LIMIT:
         proto = full_proto(model)
+        still(proto.graph)
         proto.graph.node.extend(pools)
         proto.graph.output.extend(extra)
         data = proto.SerializeToString()
@@ -188,6 +191,7 @@ def runnable_with_outputs(
         path = folder / "model.onnx"
         ir.save(model.inner, path, external_data="model.data")
         proto = onnx.load(path, load_external_data=False)
+        still(proto.graph)
         proto.graph.node.extend(pools)
         proto.graph.output.extend(extra)
         path.write_bytes(proto.SerializeToString())

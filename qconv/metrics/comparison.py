@@ -7,6 +7,7 @@ measured: none of them names a metric.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from qconv.metrics.classification import Agreement, ClassAgreement
 from qconv.metrics.similarity import Cosine, Sqnr
 from qconv.reporter import Reporter
 from qconv.results.quantize import Gate, OutputScore, Verification
-from qconv.results.scores import AGREEMENT, SQNR, TOP1, TOP5, Metric, Score
+from qconv.results.scores import AGREEMENT, SQNR, TOP1, TOP5, Metric, Score, by_unit
 from qconv.runtime.outputs import ModelOutput, OutputKind
 from qconv.runtime.session import Session
 
@@ -175,6 +176,42 @@ def verify(
         low, high = np.percentile(fast / slow, SLOWDOWN_PERCENTILES)
         spread = float(low), float(high)
     return Verification(images, comparison.scores(spans=True), slowdown, spread)
+
+
+MOST_REPEATED_BATCHES = 8
+
+
+def describe_differing_runs(
+    what: str, session: Session, plain: Callable[[], Session], batches: Iterable[InputBatch]
+) -> str:
+    """A sentence on a model that draws at random, as `what` says: by how much two runs on the same pictures differ.
+
+    session: the model as users run it. plain: opens it without the runtime's optimizations, which leave out a Dropout
+    between two nodes although it is in training mode.
+    """
+    feeds = list(itertools.islice(batches, MOST_REPEATED_BATCHES))
+    twice = _compare_with_itself(session, feeds)
+    if not twice.equal:
+        return (
+            f"{what}, so that two runs of the float model on the same pictures differ: {_in_words(twice)}; no result "
+            "can be nearer to it than it is to itself."
+        )
+    twice = _compare_with_itself(plain(), feeds)
+    return (
+        f"{what}: node by node, two runs of the float model on the same pictures differ: {_in_words(twice)}. ONNX "
+        "Runtime's optimizer leaves it out, and so it is when the result is compared."
+    )
+
+
+def _in_words(checked: Verification) -> str:
+    return ", ".join(score.in_words() for score in by_unit(checked.scores))
+
+
+def _compare_with_itself(session: Session, batches: Iterable[InputBatch]) -> Verification:
+    comparison = ComparisonAccumulator.of(session.model_outputs)
+    for feeds in batches:
+        comparison.add(session.run_all(feeds), session.run_all(feeds))
+    return Verification(0, comparison.scores())
 
 
 def check_gates(verification: Verification, asked: Any) -> list[Gate]:

@@ -113,9 +113,15 @@ def embed_preprocessing(
     kind_of_data = trace.value.dtype
     head = _ModelHead(model, name, pixels, exact)
     _turn_input_to_pixels(head, trace, layout_order(preprocessing.layout, layout))
-    if kind_of_data == DataType.UINT8:
-        model.redirect(trace.value, head.codes, readers=readers)
-        found: list[Finding] = [Skipped("embed", name, "the network takes uint8 pixels and normalises them itself")]
+    if kind_of_data is not None and kind_of_data.is_integer():
+        codes = head.codes
+        if kind_of_data != DataType.UINT8:
+            to = {"to": int(kind_of_data)}
+            whole = model.build("Cast", [codes], name=f"{name}_whole", attributes=to, like=codes, dtype=kind_of_data)
+            codes = head.add(whole)
+        model.redirect(trace.value, codes, readers=readers)
+        why = f"the network takes {str(kind_of_data).lower()} pixels and normalises them itself"
+        found: list[Finding] = [Skipped("embed", name, why)]
     else:
         found = _normalise(head, trace, readers, kind_of_data or DataType.FLOAT)
     head.insert()

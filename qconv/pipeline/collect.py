@@ -23,8 +23,9 @@ from qconv.data.loader import DataLoader
 from qconv.data_free.dead_leaves import GeneratedImageLoader
 from qconv.data_free.statistics import DataFreeStatistics
 from qconv.errors import QconvError, require_torch
-from qconv.ir.files import Source, open_original, total_weight_bytes
+from qconv.ir.files import Source, total_weight_bytes
 from qconv.ir.model import Model
+from qconv.ir.original import open_original
 from qconv.planning.plan import Plan
 from qconv.reporter import Reporter
 from qconv.runtime.outputs import find_class_vector

@@ -20,10 +20,12 @@ from qconv.config.targets import TARGETS, Target
 from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, Skipped, require_torch
 from qconv.ir import files
-from qconv.ir.files import Source, open_original
+from qconv.ir.chance import describe_random_nodes
+from qconv.ir.files import Source
 from qconv.ir.metadata import needed_runtime, write_metadata
 from qconv.ir.model import Model
-from qconv.metrics.comparison import check_gates, verify
+from qconv.ir.original import open_original
+from qconv.metrics.comparison import check_gates, describe_differing_runs, verify
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import describe_requantization, requantize_for_layers
@@ -296,9 +298,18 @@ class _QuantizationRun:
             original = open_original(self.source, self.recipe.threads, pictures.data.task)
             self.outputs = tuple(output.fact for output in original.model_outputs)
             checked = _verify_staged(staged, original, self.recipe, pictures, self.target)
+            self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)
         warn_of_result(checked, self.reporter)
         return checked, audited
+
+    def _warn_of_chance(self, original: Session) -> None:
+        """Say by how much the float model differs from itself, where it draws at random."""
+        what, feed = describe_random_nodes(self.model), self.pictures.runnable_loader
+        if what and feed is not None:
+            plain = partial(open_original, self.source, self.recipe.threads, optimize=False)
+            feeds = map(feed.as_float, feed.iter_cached("verify"))
+            self.reporter.warn(describe_differing_runs(what, original, plain, feeds))
 
     def save_side_files(self) -> None:
         """Write the statistics and the bits of layers, where they are asked for."""

@@ -28,7 +28,11 @@ ELEMENT_TYPES: dict[str, type[np.generic]] = {
     "tensor(double)": np.float64,
     "tensor(uint8)": np.uint8,
     "tensor(int8)": np.int8,
+    "tensor(uint16)": np.uint16,
+    "tensor(int16)": np.int16,
+    "tensor(uint32)": np.uint32,
     "tensor(int32)": np.int32,
+    "tensor(uint64)": np.uint64,
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
@@ -36,6 +40,9 @@ ELEMENT_TYPES: dict[str, type[np.generic]] = {
 FLOAT_TYPES = frozenset({"tensor(float)", "tensor(float16)", "tensor(double)", "tensor(bfloat16)"})
 
 RUNTIME_VERSION: str = ort.__version__
+
+OLDEST_OPSET = 7
+"""The oldest one that ONNX Runtime runs."""
 
 FATAL_ONLY = 4
 
@@ -242,6 +249,16 @@ def _open_shape(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
     return tuple(d if isinstance(d, int) and d > 0 else None for d in shape)
 
 
+LOAD_HINTS: Mapping[str, str] = {
+    "Unsupported model IR version": "install a newer onnxruntime, or export with a lower ir_version.",
+    "guarantees* support for models stamped": "install a newer onnxruntime, or export at a lower opset.",
+    "Type Error": "make its element types agree where this says, by a Cast, and export it again.",
+    "not acyclic": "export it again: a node must not read what depends on its own result.",
+    "is not a graph input, initializer, or output": "export it again: what this node reads is computed nowhere.",
+}
+"""What to do, by what the runtime says."""
+
+
 def _load_error(name: str, error: Exception) -> QconvError:
     text = str(error)
     unknown = re.search(r"([\w.]*:?\w+)\(-?\d+\) is not a registered function/op", text)
@@ -250,20 +267,32 @@ def _load_error(name: str, error: Exception) -> QconvError:
             f"{name} uses the operator {unknown[1]}, which ONNX Runtime does not have.",
             "export the model without custom operators, for example without its pre- and postprocessing.",
         )
-    missing = re.search(r"No Op registered for (\w+)", text) or re.search(r"NOT_IMPLEMENTED.*?for (?:the )?(\S+)", text)
+    absent = re.search(r"No Op registered for (\w+) with domain_version of (\d+)", text)
+    if absent:
+        return QconvError(
+            f"{name} uses the operator {absent[1]}, which opset {absent[2]} does not have.",
+            "export the model at an opset that has it; an operator of one's own needs a domain of its own, too.",
+        )
+    missing = re.search(r"Could not find an implementation for (\w+)\((\d+)\)", text)
+    if missing and int(missing[2]) < OLDEST_OPSET:
+        return QconvError(
+            f"{name} uses {missing[1]} of opset {missing[2]}, and ONNX Runtime runs opset {OLDEST_OPSET} and later.",
+            f"export the model again at opset {OLDEST_OPSET} or later, or raise it with onnx.version_converter.",
+        )
     if missing:
         return QconvError(
-            f"{name} uses the operator {missing[1]}, which ONNX Runtime does not have.",
-            "export the model at another opset.",
+            f"ONNX Runtime {RUNTIME_VERSION} has no kernel for {missing[1]}({missing[2]}) of {name}, or none for its "
+            "element types.",
+            "export the model in float32, or at a lower opset; a newer onnxruntime may have the kernel, too.",
         )
-    return QconvError(
-        f"ONNX Runtime cannot load {name}: {_runtime_message(error)}", "check the file, or export it again."
-    )
+    hint = next((hint for what, hint in LOAD_HINTS.items() if what in text), "check the file, or export it again.")
+    return QconvError(f"ONNX Runtime cannot load {name}: {_runtime_message(error)}", hint)
 
 
 def _runtime_message(error: Exception) -> str:
     """The runtime's own words without its error codes and source locations."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).strip())
+    text = re.sub(r"^\S*/onnxruntime/\S+ .*?\)(?: const)? (?=[A-Z])", "", text.strip())
     text = re.sub(r"\S*/onnxruntime/\S+\s*", "", text)
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:300]
 
@@ -321,5 +350,5 @@ def _closed_shape(
 def _random_array(rng: np.random.Generator, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     if dtype.kind == "f":
         return rng.normal(size=shape).astype(dtype)
-    highest = {"uint8": 255, "bool": 1}.get(dtype.name, 1)
+    highest = 255 if dtype == np.uint8 or (dtype.kind in "iu" and dtype.itemsize > 1 and len(shape) == 4) else 1
     return rng.integers(0, highest, shape, endpoint=True).astype(dtype)

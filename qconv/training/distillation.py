@@ -178,7 +178,7 @@ def _axis_order(own: ModelWithData, teacher: ModelWithData) -> tuple[int, ...] |
     mine, its = own.feed.preprocessing, teacher.feed.preprocessing
     if own.takes_the_same_as(teacher):
         return None
-    pixels = mine is not None and mine.keeps_pixels and own.feed.inputs[0].dtype == np.uint8
+    pixels = mine is not None and mine.keeps_pixels and own.feed.inputs[0].dtype.kind in "iu"
     if pixels and mine is not None and its is not None:
         plain = replace(its.as_pixels(mine.layout), preset="", source="", embedded=None)
         if plain == replace(mine, preset="", source="", embedded=None):

@@ -47,9 +47,10 @@ from qconv.data.evidence import ReferenceStatistics, batchnorm_statistics, is_me
 from qconv.data_free.dead_leaves import GeneratedImageLoader, draw_dead_leaves_set
 from qconv.errors import QconvError, format_count
 from qconv.ir import load
-from qconv.ir.files import Source, external_data_files, hash_model, open_original, read_proto, refuse_quantized
+from qconv.ir.files import Source, external_data_files, hash_model, read_proto, refuse_quantized
 from qconv.ir.layers import INPUTS_FIRST
 from qconv.ir.model import Model, Node, input_of
+from qconv.ir.original import open_original
 from qconv.reporter import Reporter
 from qconv.results.training import GOOD_MATCH, POOR_MATCH, BatchNormMatch, SynthesisResult
 from qconv.runtime.benchmark import peak_rss_mb
@@ -499,10 +500,6 @@ class _InputFormat:
             raise QconvError(error.message, error.hint if asks else other) from None
         (spec,) = imagined.inputs
         detected = detect_without_images(model, session, imagined, request.preprocessing, threads=request.threads)
-        prep = detected.preprocessing
-        if spec.dtype == np.uint8 and prep is not None and not prep.keeps_pixels:
-            fact = f"{source.name} takes bytes, which cannot hold what the preprocessing makes of pixels."
-            raise QconvError(fact, "pass --preprocess raw.")
         vector = find_class_vector(session.model_outputs)
         return cls(detected, spec.dtype, spec.shape[0], None if vector is None else session.outputs[vector])
 

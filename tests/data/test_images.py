@@ -387,7 +387,7 @@ O = PreprocessingOptions  # noqa: E741
     ("options", "given", "fact", "fix"),
     [
         (O(), spec(1, 10), "input 'x' has shape 1x10", ".npz"),
-        (O(), spec(1, 3, 8, 8, dtype=np.dtype(np.int64)), "takes int64", ".npz"),
+        (O(), spec(1, 3, 8, 8, dtype=np.dtype(np.bool_)), "takes bool", ".npz"),
         (O(), spec(1, 4, 8, 8), "has 4 channels", ".npy"),
         (O(layout=Layout.NHWC), spec(1, 3, 8, 9), "has 9 channels", "--layout"),
         (O(), spec(1, 3, None, None), "no fixed height and width", "--size 224x224"),

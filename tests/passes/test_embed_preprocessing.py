@@ -709,13 +709,15 @@ def test_samples_have_no_preprocessing_to_embed(tmp_path: Path) -> None:
         quantized(deep(), str(tmp_path))
 
 
-def test_bytes_cannot_be_normalised(folder: str) -> None:
+def test_bytes_stay_pixels_whatever_is_said(folder: str) -> None:
     proto = network("h = Cast<to=1>(x) y = Conv(h, w)", ("N", *RGB), **W)
     proto.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
-    with pytest.raises(QconvError, match="takes uint8, in which pixels cannot be normalised"):
-        quantized(proto, folder, preprocessing=PreprocessingOptions(preset="imagenet"))
-    report, _ = quantized(proto, folder)
-    assert report.audit.float == 0
+    report, _ = quantized(proto, folder, preprocessing=PreprocessingOptions(preset="imagenet"))
+    (warning,) = [text for text in report.warnings if "uint8" in text]
+    assert (
+        warning == "input 'x' takes uint8, so pixels stay whole numbers, 0 to 255: --preprocess imagenet is not used."
+    )
+    assert quantized(proto, folder)[0].audit.float == 0
 
 
 def test_the_recipe_takes_a_word_or_a_layout() -> None:

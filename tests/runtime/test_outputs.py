@@ -10,7 +10,8 @@ import pytest
 from qconv.config.data_options import DataOptions
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
-from qconv.ir.files import Source, open_original
+from qconv.ir.files import Source
+from qconv.ir.original import open_original
 from qconv.reporter import Reporter
 from qconv.runtime.outputs import ModelOutput, OutputKind
 from qconv.runtime.session import Session
