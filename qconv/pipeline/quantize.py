@@ -297,7 +297,7 @@ class _QuantizationRun:
             self.outputs = tuple(output.fact for output in original.model_outputs)
             checked = _verify_staged(staged, original, self.recipe, pictures, self.target)
         warn_of_vain_keep_float(plan, audited, self.reporter)
-        warn_of_result(checked, self.reporter)
+        warn_of_result(checked, (self.prepared.size, staged.size), self.reporter)
         return checked, audited
 
     def save_side_files(self) -> None:
