@@ -68,6 +68,10 @@ def read_proto(source: Source) -> onnx.ModelProto:
 
 
 def parse_proto(source: Source) -> onnx.ModelProto:
+    """The file as protobuf, its nodes as they stand, external data left where it is.
+
+    Raises QconvError if it is no ONNX file.
+    """
     try:
         data = source.path.read_bytes() if source.path is not None else (source.data or b"")
     except FileNotFoundError:

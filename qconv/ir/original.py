@@ -60,7 +60,7 @@ def _read_origins(source: Source, stamp: Stamp) -> Mapping[str, OutputOrigin]:
 
 
 def _in_order(source: Source) -> bytes | None:
-    """The file with its nodes in order, which the runtime demands in bodies; None where they are, or weights lie apart."""
+    """The file with its nodes in order, as bodies must have them; None where they are, or weights lie apart."""
     proto = parse_proto(source)
     sorted_now = sort_nodes(proto, source.name) and not external_data_files(proto, source)
     return proto.SerializeToString() if sorted_now else None

@@ -91,7 +91,7 @@ def _retype_attributes(node: ir.Node, kinds: Iterable[ir.DataType]) -> None:
         if attribute(node, name) in {int(kind) for kind in kinds}:
             node.attributes[name] = ir.AttrInt64(name, FLOAT)
     tensor = attribute(node, "value")
-    if tensor is not None and getattr(tensor, "dtype", None) in kinds:
+    if tensor is not None and getattr(tensor, "dtype", None) in set(kinds):
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(_as_float32(tensor)))
 
 

@@ -1,25 +1,19 @@
-"""This pass equalizes channel ranges across layers: it scales channels and absorbs high biases.
+"""This pass equalizes channel ranges across layers: it scales channels and absorbs high biases (`absorb_biases`).
 
 Scaling (cross-layer equalization): `scale_groups` finds what can be scaled, `noise_model` the scales with the least
 quantization noise; they go into the weights. A channel of a Clip is scaled only while it keeps away from the bounds by
 CLIP_MARGIN on all images, and is not scaled up further than it may reach on others: an image beyond that would be
-clipped earlier than before. Bias absorption, for layer -> Relu -> layers and c >= 0 below every value of a channel:
+clipped earlier than before. The float networks before and after are compared; where their outputs differ, nothing is
+changed.
 
-    b1' = b1 - c        x' = Relu(W1 u + b1 - c) = x - c        b2' = b2 + sum over inputs and kernel positions of W2 c
-
-This is exact while x >= c. c is ABSORBED_SHARE of the least value to expect on other images, by how far apart the
-lowest images are (`calibration.observer`). It is refused where a reader pads with zeros, as c would not reach its
-border, and done where the range of the tensor, which is that of its largest channel, shrinks by LEAST_RANGE_GAIN. The
-float networks before and after are compared; where their outputs differ, nothing is changed.
-
-Source: Nagel et al. 2019, arXiv 1906.04721, sections 4.1, which makes the ranges of both weights equal, and 4.1.3; here
-with activation noise, one scale a channel of a whole residual stream, and measured extremes for beta - 3 gamma.
+Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1, which makes the ranges of both weights equal; here with
+activation noise, and one scale a channel of a whole residual stream.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -37,11 +31,7 @@ from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, Skipped
 from qconv.ir import subgraph
 from qconv.ir.layers import (
-    INPUTS_FIRST,
-    Affine,
     Float64,
-    Layer,
-    channel_stats_of,
     check_finite,
     read_layer,
     scale_inputs,
@@ -50,138 +40,21 @@ from qconv.ir.layers import (
     write_layer,
 )
 from qconv.ir.metadata import round_log_scale, write_equalization
-from qconv.ir.model import Model, Node, Value
-from qconv.ir.rewriting import EditRefused, standard_op_type, title
+from qconv.ir.model import Model, Value
+from qconv.ir.rewriting import EditRefused
 from qconv.metrics.comparison import ComparisonAccumulator
-from qconv.passes.fold import FLATTENERS, find_affine_readers, make_scaled_layer
+from qconv.passes.absorb_biases import (
+    STEP,
+    AbsorptionCandidate,
+    absorb_biases,
+    find_absorption_candidates,
+    select_gaining,
+)
 from qconv.passes.noise_model import ChannelObservations, NoiseTerm, collect_noise_terms, minimize_noise, total_noise
 from qconv.passes.scale_groups import NETWORK_BOUNDARY, ClipLimit, ScaleGroups, find_scale_groups
+from qconv.passes.share_weights import share_equal_weights
 from qconv.planning.plan import Plan, plan_observer
 from qconv.runtime.session import Session
-
-STEP = "equalize"
-
-ABSORBED_SHARE = 0.9
-
-LEAST_RANGE_GAIN = 0.05
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AbsorptionCandidate:
-    """A layer whose only reader is a Relu, where all readers of the Relu can take a shift. result: of the Relu."""
-
-    layer: Node
-    result: Value
-
-
-def find_absorption_candidates(model: Model) -> list[AbsorptionCandidate]:
-    """The places of a folded model where biases can be absorbed, if channels are high."""
-    return [
-        AbsorptionCandidate(layer, node.outputs[0])
-        for node in model.nodes()
-        if (layer := _layer_before_relu(model, node)) is not None
-    ]
-
-
-def _layer_before_relu(model: Model, node: Node) -> Node | None:
-    data = node.inputs[0] if node.inputs else None
-    layer = None if data is None else data.producer()
-    if standard_op_type(node) != "Relu" or data is None or layer is None or standard_op_type(layer) not in INPUTS_FIRST:
-        return None
-    if standard_op_type(layer) == "MatMul" or model.sole_reader(data) is not node:
-        return None
-    try:
-        _shift_readers(model, node.outputs[0], np.ones(read_layer(layer).outputs))
-    except EditRefused:
-        return None
-    return layer
-
-
-def _shift_readers(model: Model, value: Value, shift: Float64) -> list[Layer]:
-    """The layers that read `value`, with `shift` (C,) added to their input. Raises EditRefused."""
-    return [
-        make_scaled_layer(model, end, Affine(np.ones_like(shift), shift)) for end in find_affine_readers(model, value)
-    ]
-
-
-def select_gaining(
-    found: Iterable[AbsorptionCandidate], channels: Mapping[str, ChannelRanges]
-) -> list[AbsorptionCandidate]:
-    """Select the candidates with channels that are high on all images. channels: as for `absorb_biases`."""
-    return [
-        c for c in found if (seen := channels.get(c.result.name or "")) is not None and _choose_shift(seen) is not None
-    ]
-
-
-def _choose_shift(seen: ChannelRanges) -> Float64 | None:
-    """Choose c of every channel, (C,); None where the range would not shrink enough."""
-    # a channel that never changes is all bias, of which nothing is to be gained
-    shift = np.where(seen.high > seen.low, ABSORBED_SHARE * np.maximum(seen.floor, 0.0), 0.0)
-    before, after = float(seen.high.max(initial=0.0)), float((seen.high - shift).max(initial=0.0))
-    return shift if after < before and after <= before * (1 - LEAST_RANGE_GAIN) else None
-
-
-def absorb_biases(
-    model: Model, found: Iterable[AbsorptionCandidate], channels: dict[str, ChannelRanges]
-) -> list[Change]:
-    """Lower the channels that are high on all images; the model computes the same on these.
-
-    channels: by the names of the candidates' results, with true minima; updated in place.
-    """
-    changes: list[Change] = []
-    for candidate in select_gaining(found, channels):
-        name = candidate.result.name or ""
-        seen = channels[name]
-        shift = _choose_shift(seen)
-        if shift is not None and _absorb_bias(model, candidate, shift):
-            before, after = float(seen.high.max(initial=0.0)), float((seen.high - shift).max(initial=0.0))
-            channels[name] = seen.lowered(shift)
-            count = int(np.count_nonzero(shift))
-            what = f"{count} high channels lowered: the range ends at {after:.3g} instead of {before:.3g}"
-            changes.append(Change(STEP, title(candidate.layer), what, "high channels lowered into the bias behind"))
-    return changes
-
-
-def _absorb_bias(model: Model, candidate: AbsorptionCandidate, shift: Float64) -> bool:
-    """Lower the channels of one candidate by `shift`. Returns False, and changes nothing, where that is impossible."""
-    layer = read_layer(candidate.layer)
-    if shift.size != layer.outputs:
-        return False
-    layers = [scale_outputs(layer, np.ones(1), -shift), *_shift_readers(model, candidate.result, shift)]
-    try:
-        for one in layers:
-            check_finite(one)
-    except EditRefused:
-        return False
-    for one in layers:
-        write_layer(model, one)
-    along = [node.outputs[0] for end in find_affine_readers(model, candidate.result) for node in end.path]
-    for value in dict.fromkeys([candidate.result, *along]):
-        _shift_channel_stats(value, shift)
-    lowered = shift.astype(np.float32)
-    write_equalization(
-        model.inner.metadata_props, {}, {value.name or "": lowered for value in _shifted_tensors(model, candidate)}
-    )
-    return True
-
-
-def _shift_channel_stats(value: Value, shift: Float64) -> None:
-    """Shift the noted means of a tensor whose axis 1 has channels, or the features that they have become."""
-    found = channel_stats_of(value)
-    if found is not None:
-        transform_channel_stats(value, np.ones(1), -np.repeat(shift, found.mean.size // shift.size))
-
-
-def _shifted_tensors(model: Model, candidate: AbsorptionCandidate) -> list[Value]:
-    """All tensors that are shifted, up to the node that flattens channels into features."""
-    along = (
-        node
-        for end in find_affine_readers(model, candidate.result)
-        for node in end.path
-        if standard_op_type(node) not in FLATTENERS
-    )
-    return list(dict.fromkeys([candidate.layer.outputs[0], candidate.result, *(node.outputs[0] for node in along)]))
-
 
 CLIP_MARGIN = 1.1
 
@@ -364,9 +237,11 @@ class ChosenScales:
 def choose_scales(groups: ScaleGroups, terms: Sequence[NoiseTerm], lowest: Float64, highest: Float64) -> ChosenScales:
     """The scales with the least noise. Components that gain too little keep a scale of 1."""
     u = minimize_noise(terms, lowest, highest)
+    # every input of a layer behind an operator that stops scales is a component: none of these has anything to undo
+    moved = np.unique(groups.component[u != 0])
     touching: dict[int, list[NoiseTerm]] = {}
     for term in terms:
-        for component in np.unique(groups.component[term.classes()]).tolist():
+        for component in np.intersect1d(groups.component[term.classes()], moved).tolist():
             touching.setdefault(component, []).append(term)
     gains: dict[int, float] = {}
     for component, own in touching.items():
@@ -435,6 +310,7 @@ def apply_scales(model: Model, groups: ScaleGroups, scales: Float64) -> None:
     for value, classes in groups.of.items():
         if value not in written:
             transform_channel_stats(value, 1 / scales[classes], np.zeros(1))
+    share_equal_weights(model)
 
 
 def _output_sqnr(before: Model, after: Model, feed: DataLoader, threads: int | None) -> float:

@@ -7,7 +7,8 @@
     across a homogeneous activation:  gain * relu(x) = sign(gain) * relu(|gain| x); |gain| moves into the layer before
 
 What cannot be folded becomes a depthwise 1x1 Conv. Nothing is approximated: a rewrite that would change the output is
-refused with the reason. Shared weights are copied. Statistics of BatchNormalizations are noted first.
+refused with the reason. Shared weights are copied; copies that have become equal are shared again. Statistics of
+BatchNormalizations are noted first.
 
 Sources: Jacob et al. 2017, arXiv 1712.05877, 3.2; Krishnamoorthi 2018, arXiv 1806.08342, 3.2.2; Nagel et al. 2019,
 arXiv 1906.04721, 4.1.
@@ -53,6 +54,7 @@ from qconv.ir.rewriting import (
     uses_only_first_output,
 )
 from qconv.passes import simplify
+from qconv.passes.share_weights import share_equal_weights
 
 
 def find_layer_before(model: Model, value: Value) -> Layer | None:
@@ -124,6 +126,7 @@ def run_float_passes(model: Model) -> list[Finding]:
     found += made
     if any(isinstance(finding, Change) for finding in made):
         found += _run_to_fixpoint(model)
+    share_equal_weights(model)
     model.sweep()
     return list(dict.fromkeys(found))
 

@@ -8,7 +8,8 @@ f(x / s) = f(x) / s, and every layer at an end takes it into its weights:
 So a layer is where scales change, in any ratio: a depthwise Conv parts its input from its output like any other. What
 lies between layers ties channels together: an Add those of both its inputs, a Concat none but those that it copies. All
 channels tied to each other make a *class*, a scale group, which has one scale; a residual stream is a class for each of
-its channels, over all of its blocks.
+its channels, over all of its blocks. Layers that read one weight tie their inputs, and their outputs: one weight, one
+scaling.
 
 A class is *fixed*, with scale 1, where a network's input or output, or an operator that hands no factor on (Sigmoid,
 Softmax, Add of a constant ...), has one of its channels. A Clip hands a factor on while its bound is out of reach: its
@@ -27,7 +28,7 @@ from math import isinf
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ir.layers import INPUTS_FIRST, read_layer
+from qconv.ir.layers import INPUTS_FIRST, Layer, read_layer, weight_of
 from qconv.ir.model import Model, Node, Value, attribute, clip_bounds, constant_array, dims, rank
 from qconv.ir.operators import OPERATORS, ChannelEffect, with_
 from qconv.ir.rewriting import (
@@ -138,6 +139,7 @@ class _ScaleGroupFinder:
         self.of: dict[Value, Classes] = {}
         self.layers: list[LayerScaleGroups] = []
         self.limits: list[ClipLimit] = []
+        self._readers: dict[tuple[object, ...], LayerScaleGroups] = {}
 
     def visit(self, node: Node) -> None:
         """Give the outputs of a node their classes, or fix the classes that it reads."""
@@ -194,6 +196,7 @@ class _ScaleGroupFinder:
             self.classes.fix(inputs, NETWORK_BOUNDARY)
         outputs = self.classes.make_sets(layer.outputs)
         self.layers.append(LayerScaleGroups(node, inputs, outputs))
+        self._tie_readers(layer, self.layers[-1])
         self.of[node.outputs[0]] = outputs
 
     def same(self, node: Node) -> None:
@@ -308,6 +311,15 @@ class _ScaleGroupFinder:
         self.of[node.outputs[0]] = parts[0]
 
     # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _tie_readers(self, layer: Layer, ends: LayerScaleGroups) -> None:
+        """Layers that read one weight alike are scaled alike, or each would need a weight of its own."""
+        node = layer.node
+        alike = attribute(node, "transB", 0), attribute(node, "alpha", 1.0), INPUTS_FIRST[standard_op_type(node)]
+        first = self._readers.setdefault((weight_of(node), layer.weight.shape, *alike), ends)
+        if first is not ends:
+            self.classes.union(first.inputs, ends.inputs)
+            self.classes.union(first.outputs, ends.outputs)
 
     def _data(self, node: Node) -> Classes:
         value = _first_input(node)

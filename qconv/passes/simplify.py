@@ -110,7 +110,8 @@ def resize_every_axis(model: Model, node: Node) -> list[Change]:
         raise EditRefused("its sizes are kept in proportion, which other axes would take part in")
     if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
         raise EditRefused("it crops")
-    by_scales = input_of(node, 2) is not None and dims(node.inputs[2]) != [0]
+    scales = input_of(node, 2)
+    by_scales = scales is not None and dims(scales) != [0]
     given = node.inputs[2 if by_scales else 3]
     assert given is not None
     sizes, numbers = dims(data_input(node)), constant_array(given)
@@ -148,7 +149,9 @@ def _sides_of_all_axes(
     if (sides <= 0).any():
         return None
     scales[chosen] = given.astype(np.float32) / sides.astype(np.float32)  # what the runtime makes of sizes
-    return scales if all((np.floor(sides.astype(t) * scales[chosen]) == given).all() for t in FLOATS) else None
+    return (
+        scales if all((np.floor(sides.astype(t) * scales[chosen].astype(t)) == given).all() for t in FLOATS) else None
+    )
 
 
 def _compute_sides_of_all_axes(

@@ -300,7 +300,7 @@ class _QuantizationRun:
             checked = _verify_staged(staged, original, self.recipe, pictures, self.target)
             self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)
-        warn_of_result(checked, self.reporter)
+        warn_of_result(checked, (self.prepared.size, staged.size), self.reporter)
         return checked, audited
 
     def _warn_of_chance(self, original: Session) -> None:

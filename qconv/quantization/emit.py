@@ -9,6 +9,7 @@ goes away where the codes saturate at its bounds, and otherwise becomes a Clip o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -347,7 +348,8 @@ class _QdqWriter:
 
     def _weight(self, chosen: LayerParams, weight: Value, *, pack: bool) -> Value:
         params, numbers = chosen.stored
-        key = (weight, params.spec, params.scale.tobytes(), params.zero_point.tobytes())
+        digest = hashlib.blake2b(np.ascontiguousarray(numbers).tobytes()).digest()
+        key = (weight, params.spec, params.scale.tobytes(), params.zero_point.tobytes(), digest)
         if key in self._shared:
             return self._shared[key]
         kind = DataType.INT4 if pack else None
