@@ -19,7 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.ir.channel_stats import ChannelDistribution
-from qconv.ir.model import Model, Node, Value, attribute, constant_array, drop_attribute, get_note, input_of, set_note
+from qconv.ir.model import (
+    Model,
+    Node,
+    Value,
+    attribute,
+    constant_array,
+    drop_attribute,
+    drop_note,
+    get_note,
+    input_of,
+    set_note,
+)
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
 from qconv.ir.rewriting import EditRefused, data_input, describe_node, standard_op_type, title
 
@@ -107,6 +118,16 @@ def channel_stats_of(value: Value) -> ChannelDistribution | None:
 def set_channel_stats(value: Value, found: ChannelDistribution) -> None:
     """Note the distribution of a tensor. A pass that scales or shifts the tensor must transform the note, too."""
     set_note(value, _STATS_NOTE, found)
+
+
+def forget_channel_stats(value: Value) -> None:
+    """Drop the note of a tensor whose channels are others from now on."""
+    drop_note(value, _STATS_NOTE)
+
+
+def forget_input_means(node: Node) -> None:
+    """Drop the note of a layer whose input channels are others from now on."""
+    drop_note(node, _MEANS_NOTE)
 
 
 def transform_channel_stats(value: Value, gain: Float64, shift: Float64) -> None:
