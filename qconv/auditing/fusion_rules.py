@@ -40,6 +40,15 @@ class FloatReason:
 UNKNOWN_REASON = FloatReason("unknown", "ONNX Runtime found no integer kernel for it")
 
 
+PLAIN_LAYOUT_POOL = FloatReason(
+    "plain-layout",
+    "of codes that no integer convolution has written, or whose quantizer the runtime has moved to its front, it works "
+    "on NCHW, some 30 times as long as in float",
+    "leave it float, with its Relu or a Sum of one tensor between it and the quantizer: qconv quantize does",
+)
+"""Why a MaxPool on codes is slow. Behind a convolution on codes it becomes an NhwcMaxPool, which is not."""
+
+
 def find_float_reason(node: Node) -> FloatReason:
     """The first rule that keeps a node of a Q/DQ graph in float."""
     return next((found for rule in _FUSION_RULES if (found := rule(node)) is not None), UNKNOWN_REASON)

@@ -26,6 +26,7 @@ from qconv.ir.model import (
     attribute,
     constant_array,
     drop_attribute,
+    drop_note,
     get_note,
     input_of,
     nodes_inside,
@@ -123,6 +124,16 @@ def channel_stats_of(value: Value) -> ChannelDistribution | None:
 def set_channel_stats(value: Value, found: ChannelDistribution) -> None:
     """Note the distribution of a tensor. A pass that scales or shifts the tensor must transform the note, too."""
     set_note(value, _STATS_NOTE, found)
+
+
+def forget_channel_stats(value: Value) -> None:
+    """Drop the note of a tensor whose channels are others from now on."""
+    drop_note(value, _STATS_NOTE)
+
+
+def forget_input_means(node: Node) -> None:
+    """Drop the note of a layer whose input channels are others from now on."""
+    drop_note(node, _MEANS_NOTE)
 
 
 def transform_channel_stats(value: Value, gain: Float64, shift: Float64) -> None:

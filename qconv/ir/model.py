@@ -416,6 +416,11 @@ def get_note(about: Node | Value, key: str) -> Any:
     return about.meta.get(key)
 
 
+def drop_note(about: Node | Value, key: str) -> None:
+    """Take a note away, if it is there."""
+    about.meta.pop(key, None)
+
+
 def _move_notes(old: Value, new: Value) -> None:
     """`new` stands for `old` from now on."""
     if old.meta:

@@ -53,7 +53,7 @@ from qconv.ir.rewriting import (
     title,
     uses_only_first_output,
 )
-from qconv.passes import simplify
+from qconv.passes import shuffles, simplify
 from qconv.passes.share_weights import share_equal_weights
 
 
@@ -374,6 +374,8 @@ def make_depthwise(model: Model, node: Node) -> list[Change]:
 
 FLOAT_PASSES: tuple[Pass, ...] = (
     *simplify.SIMPLIFY_PASSES,
+    shuffles.gather_channels,
+    shuffles.fold_channel_order,
     normalise_gemms,
     move_gains_back,
     fold_affine,

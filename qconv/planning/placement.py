@@ -112,7 +112,9 @@ LEAST_GAIN_US = 20.0
 SLOW_DEPTHWISE_FACTOR = 30.0
 """Slowdown of the kernel for channel-wise zero points, measured on ONNX Runtime 1.32 with AVX2."""
 
-LAYOUT_LOST_BY = frozenset({"Gemm", "MatMul", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Pad"})
+LAYOUT_LOST_BY = frozenset(
+    {"Gemm", "MatMul", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Gather", "Pad"}
+)
 """Operators on codes behind which ONNX Runtime works on the layout of the file, NCHW."""
 
 STEM_CHANNELS = 4  # up to so many input channels a convolution is the first one

@@ -155,6 +155,13 @@ def _shuffled(graph: Graph, x: str, channels: int) -> str:
     return graph.op("Reshape", graph.op("Transpose", y, perm=[0, 2, 1, 3, 4]), whole)
 
 
+def _gathered(graph: Graph, x: str, channels: int) -> str:
+    """What becomes of a channel shuffle: one Gather of the channels in another order."""
+    y = POINTWISE(graph, x, channels)
+    order = np.arange(channels).reshape(4, -1).T.reshape(-1)
+    return graph.op("Gather", y, graph.constant(order.astype(np.int64)), axis=1)
+
+
 def _switching(graph: Graph, x: str, channels: int) -> str:
     """An integer layer and a float one: there and back again, past the copy that keeps the float layer float."""
     y = POINTWISE(graph, x, channels)
@@ -260,6 +267,7 @@ KINDS: dict[str, Kind] = {
     "max_pool_nchw": Kind(_pooled_noise, _noisy, bare=True, sides=(14, 28, 56), channels=(16, 64)),
     "AveragePool": _of_elements(after_conv("AveragePool", **POOL, count_include_pad=1)),
     "Transpose": _of_elements(_shuffled),
+    "Gather": _of_elements(_gathered),
     "switch": Kind(_switching, _pointwise_pair, sides=(14, 28, 56), channels=(16, 64, 128)),
 }
 
