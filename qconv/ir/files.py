@@ -272,7 +272,7 @@ def open_original(source: Source, threads: int | None, task: str = "auto", *, re
 
 
 def _in_order(source: Source) -> bytes | None:
-    """The file with its nodes in order, which the runtime demands in bodies; None where they are, or weights lie apart."""
+    """The file with its nodes in order, as bodies must be to run; None where they are, or weights lie apart."""
     proto = _parse(source)
     sorted_now = sort_nodes(proto, source.name) and not external_data_files(proto, source)
     return proto.SerializeToString() if sorted_now else None
