@@ -24,6 +24,7 @@ import numpy as np
 
 from qconv.data_free.propagation import set_batchnorm_means, set_batchnorm_stats
 from qconv.errors import Change, Finding
+from qconv.ir.data_shapes import find_data_shaped
 from qconv.ir.layers import (
     INPUTS_FIRST,
     Affine,
@@ -359,6 +360,8 @@ def make_depthwise(model: Model, node: Node) -> list[Change]:
         sizes = dims(data) or []
         if constant is None or len(sizes) != 4 or constant.size == 1 or constant.size != sizes[1]:
             return []
+        if 0 in sizes or (None in sizes[2:] and data in find_data_shaped(model)):
+            raise EditRefused("its data may be empty, which a Conv does not take")
         affine = read_affine(node, 4)
     channels, was = affine.gain.size, node.op_type
     assert constant is not None

@@ -288,6 +288,7 @@ def plan_observer(value: Value, wanted: SketchContents) -> Observer:
     """The observer of a tensor. wanted: what its sketch keeps beyond the extremes."""
     positive, stride = _is_never_negative(value), _sampling_stride(value)
     maps = rank(value) == 4 and value.dtype == DataType.FLOAT and value.producer() is not None
+    maps = maps and 0 not in (dims(value) or ())  # of which there is nothing to pool
     pooled = positive and maps and (stride is not None or wanted in (SketchContents.EXTREMES, SketchContents.CHANNELS))
     return Observer(value.name or "", wanted, never_negative=positive, pooled=pooled, stride=stride or 1)
 

@@ -71,6 +71,23 @@ class InputMoments:
         """Whether all squares fit into float32."""
         return all(bool(np.isfinite(x).all()) for block in self.blocks for x in (block.hessian, block.cross))
 
+    def with_means(self) -> InputMoments:
+        """The same with the means left in: for a layer without a bias, which would take back what becomes of them."""
+        blocks = [
+            MomentBlock(
+                block.part,
+                block.hessian + self.mean[:, block.part, None] * self.mean[:, None, block.part],
+                block.cross + self.float_mean[:, block.part, None] * self.mean[:, None, block.part],
+            )
+            for block in self.blocks
+        ]
+        float_rows, rows = (
+            apart + mean[:, None].astype(np.float32)
+            for apart, mean in zip(self.kept, (self.float_mean, self.mean), strict=True)
+        )
+        nothing = np.zeros_like(self.mean)
+        return InputMoments(blocks, nothing, nothing, (float_rows, rows), self.count)
+
     def joined(self, other: InputMoments) -> InputMoments:
         """The moments of both about the mean of each: of layers that share weights, but have biases of their own."""
         count = self.count + other.count

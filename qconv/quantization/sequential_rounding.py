@@ -242,6 +242,8 @@ class LayerSolver:
             return nearest, Skipped("round", node.name or "", TOO_LARGE)
         if self.recipe.rounding == "nearest":
             return self._corrected(nearest, source, seen)
+        if node.op_type == "MatMul":
+            seen = seen.with_means()
         rows = weight_rows_of(node, read_float_weight(layer).reshape(read_weight_shape(node)))
         effective_range = effective_range.around(node, rows, seen)
         wanted = self._solve_weights(rows, seen, effective_range, layer.weight.bits) if anew else rows

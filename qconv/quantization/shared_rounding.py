@@ -104,5 +104,7 @@ def _watch(
             if not any(prod(x.shape) for x in floats.held):
                 continue
             seen = accumulate_moments(((x, x) for x in rows), interval)
+            if chosen.layer.node.op_type == "MatMul":
+                seen = seen.with_means()
             found[group] = found[group].joined(seen) if group in found else seen
     return [found.get(index) for index in range(len(groups))]

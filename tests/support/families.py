@@ -200,7 +200,7 @@ def data_shapes(seed: int) -> Case:
         g.output(g.conv(t, c, 2, 1), [1, 2, SIDE, SIDE])
     if g.choose(False, False, True):
         g.output(g.op("Shape", last), None, INT64)
-    return as_case(g)
+    return as_case(g, "There is nothing to compare", least_db=None)
 
 
 def _threshold(g: Grower, score: str) -> str:
@@ -314,7 +314,8 @@ def one_axis(seed: int) -> Case:
     elif ending == 1 and size:
         t = g.op("MatMul", t, g.const(g.weights(size, 3)))
     g.output(t, None)
-    return as_case(g, refusal="nothing to quantize")
+    # a tensor of one axis is taken for a batch
+    return as_case(g, "othing to quantize", "has no part for each picture")
 
 
 def _step_along_one_axis(g: Grower, t: str, size: int) -> tuple[str, int]:
@@ -425,7 +426,7 @@ def out_of_order(seed: int) -> Case:
         first = next(node for node in proto.graph.node if node.op_type == "Conv" and node.input[0] != "x")
         first.input[0] = proto.graph.output[0].name
         _shuffle(g, proto.graph)
-        return Case(proto, case.calibration, case.others, "cycle")
+        return Case(proto, case.calibration, case.others, ("cycle",))
     _shuffle(g, proto.graph)
     return Case(proto, case.calibration, case.others)
 

@@ -117,18 +117,20 @@ class Grower:
 class Case:
     """A network of a family, and samples of its inputs: those to calibrate with, and others.
 
-    refusal: a part of the message with which quantize is to refuse it; empty where it is not.
+    refusals: parts of messages with which commands may refuse it. least_db: of a default run; None where rows that the
+    data select make it chance.
     """
 
     proto: onnx.ModelProto
     calibration: list[dict[str, NDArray[Any]]]
     others: list[dict[str, NDArray[Any]]]
-    refusal: str = ""
+    refusals: tuple[str, ...] = ()
+    least_db: float | None = 8.0
 
 
-def as_case(grown: Grower, count: int = 6, refusal: str = "") -> Case:
+def as_case(grown: Grower, *refusals: str, least_db: float | None = 8.0) -> Case:
     """Samples of normal numbers for a grown graph; open dimensions become 1."""
-    return Case(grown.model(), draw_samples(grown, count), draw_samples(grown, 3), refusal)
+    return Case(grown.model(), draw_samples(grown, 6), draw_samples(grown, 3), refusals, least_db)
 
 
 def draw_samples(grown: Grower, count: int) -> list[dict[str, NDArray[Any]]]:
@@ -152,7 +154,7 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
 
 
-def run_commands(case: Case, *, diagnose: bool = True, least_db: float = 8.0) -> Outcome:
+def run_commands(case: Case, *, diagnose: bool = True) -> Outcome:
     """Run the commands that a user would; see the module."""
     outcome, data = Outcome(), case.proto.SerializeToString()
     made: dict[str, bytes] = {}
@@ -161,7 +163,7 @@ def run_commands(case: Case, *, diagnose: bool = True, least_db: float = 8.0) ->
         try:
             return work()
         except QconvError as error:
-            if not (case.refusal and case.refusal in f"{error}"):
+            if not any(words in f"{error}" for words in case.refusals):
                 outcome.wrong[command] = f"refused: {error}"
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
@@ -193,6 +195,7 @@ def run_commands(case: Case, *, diagnose: bool = True, least_db: float = 8.0) ->
         if diagnose:
             attempt("diagnose", lambda: qconv.diagnose(data, Recipe(threads=1), case.calibration).as_dict())
     fast, full = (outcome.decibels.get(effort) for effort in ("fast", "balanced"))
-    if full is not None and (full < least_db or (fast is not None and full < fast - 3)):
+    floor, much = case.least_db, 40.0  # dB from which on it does not matter
+    if floor is not None and full is not None and full < min(much, max(floor, floor if fast is None else fast - 3)):
         outcome.wrong["quality"] = f"{full:.1f} dB, {fast} with --effort fast"
     return outcome
