@@ -151,7 +151,7 @@ def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Com
     reporter = reporter or Reporter()
     equalization = ir_metadata.read_equalization(quantized.inner.metadata_props)
     found = find_comparison_points(quantized, original)
-    outputs = [value for value in original.graph.outputs if is_tensor(value)]
+    outputs = [_find_float_behind(original, value) for value in original.graph.outputs if is_tensor(value)]
     with contextlib.ExitStack() as stack:
         networks = _LoadedNetworks.of(request, original, quantized, found, equalization, stack)
         if all(pair.point.input for pair in networks.pairs):
@@ -196,6 +196,18 @@ def _tell_of_pictures_apart(tallies: Mapping[str, _PointTally], reporter: Report
             f"{count} had another shape in the quantized network on up to {format_count(most, 'batch')}, which leaves "
             f"these out of their comparison: the data select what is in {apart[0]}."
         )
+
+
+def _find_float_behind(model: Model, output: Value) -> Value:
+    """The tensor of floats that an output of whole numbers is made of, as by ArgMax and Cast; else the output."""
+    value = output
+    while value.dtype is not None and not value.dtype.is_floating_point():
+        node = value.producer()
+        read = [] if node is None else [v for v in node.inputs if v is not None and not v.is_initializer()]
+        if len(read) != 1 or read[0].is_graph_input():
+            return output
+        value = read[0]
+    return value
 
 
 def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
@@ -333,7 +345,7 @@ class _LoadedNetworks:
     ) -> tuple[dict[ComparisonPoint, float], int]:
         """Measure what each layer's own error does at the outputs, over their power, and on how many images."""
         model, names, results = add_error_inputs(self.original, self.quantized, self.pairs, outputs)
-        with subgraph.runnable_with_outputs(model, ()) as runnable:
+        with subgraph.runnable_with_outputs(model, results) as runnable:
             session = Session(runnable, name=request.float_model.name, threads=self.threads)
         wanted = min(MOST_EFFECT_IMAGES, max(FEWEST_EFFECT_IMAGES, MOST_EFFECT_RUNS // len(self.pairs)))
         nothing = {name: np.zeros((), np.float32) for name in names.values()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf, isfinite, log2
+from math import inf, log2
 from pathlib import Path
 from typing import Any
 
@@ -347,8 +347,11 @@ class _DiagnosisRunner:
             worst = next((cause for cause in self.found if not (cause.handled or cause.harmless)), None)
             likely = "" if worst is None else f" The most likely cause: {worst.kind}, {worst.what}."
             return f"No remedy that was tried is worth its cost: {got}.{self._but() or likely}"
-        gain = trial.accuracy_db - first.accuracy_db
-        more = f", {gain:+.1f} dB beside what was asked for" if isfinite(gain) else ""
+        more = ""
+        if trial.sqnr_db is not None and first.sqnr_db is not None:
+            more = f", {trial.sqnr_db - first.sqnr_db:+.1f} dB beside what was asked for"
+        elif trial.agreement is not None and first.agreement is not None:
+            more = f", {100 * (trial.agreement - first.agreement):+.1f} points beside what was asked for"
         for score in first.scores:
             was, now = score.value, value_of(trial.scores, score.metric)
             if score.unit == SHARE and was is not None and now is not None and score.metric.lost(was, now) > 0:

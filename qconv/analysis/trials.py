@@ -131,7 +131,7 @@ class TrialRunner:
         made = TrialRun(trial, recipe, data, out)
         self.made.append(made)
         try:
-            made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.cache)
+            made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.cache, hold_back=False)
             on_ort = TARGETS[recipe.target].on_ort
             session = Session(str(out), name=str(out), threads=recipe.threads, optimize=on_ort)
             found = self.scored.score(session)

@@ -92,14 +92,14 @@ def compare(**options: Any) -> int:
     def work(reporter: Reporter) -> CommandResult:
         from qconv.analysis.compare import compare_on_images
         from qconv.ir.files import source_of
-        from qconv.report import pages, text
+        from qconv.report import pages, text_compare
 
         sources = source_of(given.float_model), source_of(given.model)
         seen = compare_on_images(*sources, data, reporter, given.threads)
         found = seen.compared
         return CommandResult(
             found.as_dict(),
-            print_to(lambda: text.format_comparison(found, verbose=given.wanted.verbose)),
+            print_to(lambda: text_compare.format_comparison(found, verbose=given.wanted.verbose)),
             [row.as_dict() for row in found.worst_first],
             lambda command: pages.make_compare_page(seen, *sources, command, reporter.warnings),
         )

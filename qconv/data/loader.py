@@ -44,6 +44,9 @@ KEPT_IMAGES = 32
 
 KEPT_BYTES = 32 * 2**20
 
+FEWEST_TO_SPLIT, FEWEST_HELD_BACK, HELD_BACK_DIVISOR = 32, 8, 8
+"""From so many pictures on some are held back, at least so many, and one of so many."""
+
 Batch = dict[str, NDArray[Any]]
 
 
@@ -152,6 +155,17 @@ class DataLoader:
         whole = max(self.listing.whole, len(self.listing.paths))
         listing = replace(self.listing, paths=tuple(paths), whole=whole)
         return DataLoader(listing, self.inputs, self.preprocessing, self.batch, self.reporter)
+
+    def split(self) -> tuple[DataLoader, DataLoader | None]:
+        """The pictures to fit to, and those that are held back from every choice: the last eighth of the draw.
+
+        FEWEST_HELD_BACK at least; none where there are fewer than FEWEST_TO_SPLIT pictures.
+        """
+        paths = self.listing.paths
+        if len(paths) < FEWEST_TO_SPLIT:
+            return self, None
+        held = max(FEWEST_HELD_BACK, len(paths) // HELD_BACK_DIVISOR)
+        return self.over(paths[:-held]), self.over(paths[-held:])
 
     @property
     def _batch_is_fixed(self) -> bool:

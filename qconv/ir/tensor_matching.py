@@ -275,10 +275,9 @@ def add_error_inputs(
             model.insert_after(producer, total)
         model.redirect(value, total.outputs[0], readers=chosen)
         names[pair.point] = delta.name or ""
-        if value.is_graph_output():
+        if value.name in results:
             result = total.outputs[0].name or ""
             results = [result if name == value.name else name for name in results]
-            model.graph.outputs.append(total.outputs[0])
     return model, names, results
 
 

@@ -51,7 +51,7 @@ EVALUATED: MetricsOfKind = {
     OutputKind.CLASS_SCORES: (Sqnr, Agreement, ClassAgreement, Cosine),
     OutputKind.CLASS_MAP: (Sqnr, Agreement, ClassAgreement, Cosine),
     OutputKind.REGRESSION: (Sqnr, Cosine),
-    OutputKind.INTEGER: (Sqnr, Agreement, Cosine),
+    OutputKind.INTEGER: (Agreement,),
 }
 """What `evaluate --against` measures."""
 

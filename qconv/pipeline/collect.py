@@ -53,7 +53,8 @@ class CalibrationCache:
         if total_weight_bytes(model) > LARGEST_CACHED_BYTES:
             return None
         network = hashlib.sha256(model.proto().SerializeToString()).hexdigest()
-        return f"{network} {feed.fed} {feed.batch} {_describe_draw(data)} {observers}"
+        drawn = f"{_describe_draw(data)} {len(feed.listing.paths)}"
+        return f"{network} {feed.fed} {feed.batch} {drawn} {observers}"
 
     def keep(self, name: str, sketches: dict[str, Sketch]) -> None:
         """Remember what a pass has seen, and forget the oldest."""
@@ -76,7 +77,7 @@ class CalibrationData:
     or written. session: the user's own model, until it is known how to feed it. pixels: the layout of
     the pixels that the model takes instead, None where it takes what the float network does. cache: what runs before
     this one have found out. data_free_statistics: what there is in place of pictures, None where they or statistics are
-    given.
+    given. held: pictures that nothing is fitted to, on which the result is checked; None where there are few.
     """
 
     data: DataOptions
@@ -88,6 +89,7 @@ class CalibrationData:
     pixels: Layout | None = None
     cache: CalibrationCache | None = None
     data_free_statistics: DataFreeStatistics | None = None
+    held: DataLoader | None = None
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -107,17 +109,17 @@ class CalibrationData:
             return
         assert session is not None
         remembered = {} if self.cache is None else self.cache.detected
-        draw = _describe_draw(self.data)
+        draw = f"{_describe_draw(self.data)} {len(self.feed.listing.paths)}"
         if draw not in remembered:
             said = self.data.preprocessing
             remembered[draw] = detect_preprocessing(model, session, self.feed, said, threads=threads)
         self.detected = remembered[draw]
-        self.feed.preprocessing = self.detected.preprocessing
+        for loader in self._loaders:
+            loader.preprocessing = self.detected.preprocessing
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""
-        loader = self.runnable_loader
-        if loader is not None:
+        for loader in self._loaders:
             loader.take_pixels(layout)
         if self.preprocessing is None:
             fact = "The statistics are of ready-made samples, so it is not known what to embed."
@@ -127,8 +129,18 @@ class CalibrationData:
 
     @property
     def runnable_loader(self) -> DataLoader | None:
-        """What the result can be run on: pictures, or made-up ones; None where there are but statistics."""
-        return self.feed if self.data_free_statistics is None else self.data_free_statistics.imagined
+        """What the result can be run on: pictures, those held back where some are, or made-up ones.
+
+        None where there are but statistics.
+        """
+        if self.data_free_statistics is not None:
+            return self.data_free_statistics.imagined
+        return self.feed if self.held is None else self.held
+
+    @property
+    def _loaders(self) -> list[DataLoader]:
+        loaders = (self.feed, self.held, self.runnable_loader)
+        return list({id(loader): loader for loader in loaders if loader is not None}.values())
 
     @property
     def model_preprocessing(self) -> Preprocessing | None:
@@ -203,10 +215,13 @@ def open_calibration_data(
     recipe: Recipe,
     data: DataOptions,
     reporter: Reporter,
+    *,
+    hold_back: bool = False,
 ) -> CalibrationData:
     """The pictures of `data` and the statistics that `recipe` names. model: the hash of the float model's bytes.
 
-    Raises QconvError where they are not for this model.
+    hold_back: keep some pictures to check the result on, where there are enough; with statistics nothing is fitted to
+    the ranges of pictures, so that all are used. Raises QconvError where they are not for this model.
     """
     session = open_original(source, recipe.threads, data.task)
     if recipe.data_free:
@@ -228,8 +243,11 @@ def open_calibration_data(
             data_free_statistics=data_free_statistics,
         )
     if recipe.stats is None:
-        seen = DataLoader.of(session, data, reporter)
-        return CalibrationData(data, seen, None, DetectedPreprocessing(seen.preprocessing), model, session)
+        seen, held = DataLoader.of(session, data, reporter), None
+        if hold_back:
+            seen, held = seen.split()
+        fed = DetectedPreprocessing(seen.preprocessing)
+        return CalibrationData(data, seen, None, fed, model, session, held=held)
     found, path = statistics_file.read_statistics(recipe.stats), recipe.stats
     statistics_file.require_same_model(found, path, model=model, name=source.name)
     known = None if found.preprocessing is None else statistics_file.preprocessing_from_dict(found.preprocessing)

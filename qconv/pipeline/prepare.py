@@ -100,6 +100,7 @@ def load_float(
     cache: CalibrationCache | None = None,
     written: Mapping[str, Path] | None = None,
     clock: Stopwatch | None = None,
+    hold_back: bool = False,
 ) -> LoadedFloat:
     """Load a float model and find out how it is fed.
 
@@ -111,6 +112,7 @@ def load_float(
         cache: What runs before this one on the same model have found out.
         written: Places that will be written, by what they are for.
         clock: Takes the time of the steps "load" and "detect".
+        hold_back: Whether some images, where there are enough, are kept from every choice, to check the result on.
 
     Raises:
         QconvError: Where the model is quantized already, images cannot feed it, or a place cannot be written.
@@ -122,7 +124,7 @@ def load_float(
         check_places(source, files, written or {}, [*data.paths, *([] if recipe.stats is None else [recipe.stats])])
         refuse_quantized(proto, source.name)
         size, digest = file_bytes(proto, source), hash_model(source, files)
-        pictures = open_calibration_data(source, digest, recipe, data, reporter)
+        pictures = open_calibration_data(source, digest, recipe, data, reporter, hold_back=hold_back)
         pictures.cache = cache
         model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
     with clock.step("detect"):
@@ -139,6 +141,7 @@ def prepare(
     cache: CalibrationCache | None = None,
     written: Mapping[str, Path] | None = None,
     clock: Stopwatch | None = None,
+    hold_back: bool = False,
 ) -> Prepared:
     """Load, fold and plan a float model. Arguments and errors are those of `load_float`.
 
@@ -146,7 +149,7 @@ def prepare(
         QconvError: Also where nothing would be quantized.
     """
     clock = clock or Stopwatch()
-    loaded = load_float(source, recipe, data, reporter, cache=cache, written=written, clock=clock)
+    loaded = load_float(source, recipe, data, reporter, cache=cache, written=written, clock=clock, hold_back=hold_back)
     model, pictures = loaded.model, loaded.data
     with clock.step("fold"):
         findings = loaded.findings + fold.run_float_passes(model)

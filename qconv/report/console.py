@@ -178,7 +178,7 @@ def _format_accuracy(report: Report) -> str:
             parts.append("outputs equal")
         elif not parts:
             parts.append("outputs cannot be compared")
-    return f"{', '.join(parts)} ({checked.images} calibration pictures)"
+    return f"{', '.join(parts)} ({checked.images} {checked.kind_of_images})"
 
 
 def _format_score(output: OutputScore) -> str:

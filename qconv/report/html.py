@@ -21,7 +21,7 @@ from qconv.report.text import format_trial_gain, format_trial_value
 from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, Trial, ValueStatistics
 from qconv.results.quantize import Audit, FloatNode, group_float_nodes
 from qconv.results.sample_curve import SampleCurve, Spread, format_value
-from qconv.results.scores import ALWAYS_TOLD, SHARE, Metric, find_score, metrics_of
+from qconv.results.scores import SHARE, Metric, find_score, shown_metrics
 from qconv.results.training import SynthesisResult
 
 Tone = Literal["good", "bad", "plain"]
@@ -301,7 +301,7 @@ def format_decibel(value: float | None, empty: str = "equal") -> str:
 
 def list_trial_metrics(trials: Sequence[Trial]) -> tuple[Metric, ...]:
     """All that was measured of them."""
-    return metrics_of([trial.scores for trial in trials], first=ALWAYS_TOLD)
+    return shown_metrics(trial.scores for trial in trials)
 
 
 def format_trial_span(trial: Trial, metric: Metric) -> str:

@@ -95,7 +95,7 @@ def make_quantize_page(
             looked = compare_on_images(source, quantized, few, reporter.without_warnings(), recipe.threads)
         except QconvError as error:
             without = f"The layers could not be compared: {error.message}"
-    scores = AccuracyScores(report.verify.images, report.verify.outputs, "calibration pictures")
+    scores = AccuracyScores(report.verify.images, report.verify.outputs, report.verify.kind_of_images)
     page = _make_page(source.name, looked, scores, _audit_for_target(report.audit, report.recipe), report.warnings)
     tiles = (make_size_tile(report.float_bytes, report.quantized_bytes), make_accuracy_tile(scores))
     fell = [gate for gate in report.gates if not gate.held]

@@ -18,20 +18,26 @@ from qconv.auditing.audit import FileAudit
 from qconv.errors import format_count, format_shape
 from qconv.metrics.comparison import LABELLED
 from qconv.metrics.similarity import SIGNIFICANT, difference_interval
-from qconv.results.comparison import Cause, Comparison, Diagnosis, LayerComparison, Sweep, Trial
+from qconv.results.comparison import Cause, Diagnosis, Sweep, Trial
 from qconv.results.quantize import FloatNode, group_float_nodes
-from qconv.results.scores import ALWAYS_TOLD, DECIBEL, SHARE, Interval, Metric, Score, find_score, metrics_of, value_of
+from qconv.results.scores import (
+    DECIBEL,
+    SHARE,
+    Interval,
+    Metric,
+    Score,
+    find_score,
+    metrics_of,
+    shown_metrics,
+    value_of,
+)
 from qconv.runtime.benchmark import Benchmark
 
 COLUMNS = 80
 
 MOST_GROUPS = 8
 
-MOST_LAYERS = 20
-
 MOST_NAMED = 3
-
-HALF_OF_ERROR = 0.5
 
 
 def format_audit(found: FileAudit, *, verbose: bool) -> str:
@@ -154,7 +160,7 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
     rows = [("", *_score_heads(metrics))]
     for model, scores in ((found.other, found.other_labelled), (found.model, found.labelled)):
         if scores:
-            rows.append((_shorten_path(model or ""), *_score_cells(metrics, scores)))
+            rows.append((shorten_path(model or ""), *_score_cells(metrics, scores)))
     if len(rows) > 1:
         lines += ["", format_columns(rows, "l" + "rl" * len(metrics))]
     if found.flips is not None:
@@ -170,7 +176,7 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
         )
         lines.append(wrap_text(f"{what}{flips.lost} lost, p = {flips.p_value:.2g} (McNemar), {chance}"))
     if found.outputs:
-        metrics = metrics_of([output.scores for output in found.outputs], first=ALWAYS_TOLD)
+        metrics = shown_metrics(output.scores for output in found.outputs)
         rows = [("output", *_score_heads(metrics))]
         rows += [(output.name, *_score_cells(metrics, output.scores)) for output in found.outputs]
         lines += ["", format_columns(rows, "l" + "rl" * len(metrics))]
@@ -207,65 +213,7 @@ def _format_interval(span: Interval | None, factor: float, how: str) -> str:
     return "" if span is None else f"({span[0] * factor:{how}} .. {span[1] * factor:{how}})"
 
 
-def format_comparison(found: Comparison, *, verbose: bool) -> str:
-    """Format a comparison: the layers, those first that cost most at the outputs."""
-    lines = [wrap_text(f"{found.model} beside {found.float_model}: {format_count(found.images, 'picture')}")]
-    lines += [wrap_text(found.words)] if found.words else []
-    got, sum_of = ("equal" if db is None else f"{db:.1f} dB" for db in (found.sqnr_db, found.predicted_db))
-    told = f"SQNR of the outputs: {got}. The layers' own errors, each by itself and added up: {sum_of}, on "
-    lines += ["", wrap_text(f"{told}{format_count(found.predicted_on, 'picture')}."), ""]
-    rows = found.worst_first if verbose else found.worst_first[:MOST_LAYERS]
-    cells = [
-        ("part of", "own", "as it", "", "codes", "beyond", ""),
-        ("error", "dB", "runs dB", "cosine", "used", "range", "layer"),
-    ]
-    lines.append(format_columns([*cells, *map(_layer_cells, rows)], "rrrrrrl"))
-    if len(rows) < len(found.layers):
-        lines.append(f"and {len(found.layers) - len(rows)} more: -v shows all")
-    most = _describe_worst_layers(found)
-    lines += [""] + ([wrap_text(most)] if most else [])
-    told_of = "The float model has no tensor for {}: not compared.", "In bodies, float and not compared: {}."
-    for told, names in zip(told_of, (found.unmatched, found.inside), strict=True):
-        more = "" if len(names) <= MOST_NAMED else f" and {len(names) - MOST_NAMED} more"
-        lines += [wrap_text(told.format(", ".join(names[:MOST_NAMED]) + more))] if names else []
-    return "\n".join(lines).rstrip()
-
-
-def _layer_cells(row: LayerComparison) -> tuple[str, ...]:
-    values = row.values
-    used, beyond = ("", "") if values is None else (f"{values.range_use:.0%}", f"{values.clipped:.2%}")
-    share, cosine = (
-        "" if number is None else f"{number:{how}}" for number, how in ((row.output_share, ".1%"), (row.cosine, ".4f"))
-    )
-    return (
-        share,
-        _format_decibel(row.added_sqnr_db),
-        _format_decibel(row.sqnr_db),
-        cosine,
-        used,
-        beyond,
-        _shorten_path(row.name),
-    )
-
-
-def _format_decibel(value: float | None) -> str:
-    return "equal" if value is None else f"{value:.1f}"
-
-
-def _describe_worst_layers(found: Comparison) -> str:
-    """Describe how few layers make half of the error."""
-    total = 0.0
-    for count, row in enumerate(found.worst_first, 1):
-        total += row.output_share or 0.0
-        if total >= HALF_OF_ERROR:
-            verb = "makes" if count == 1 else "make"
-            return (
-                f"{count} of {format_count(len(found.layers), 'layer')} {verb} {total:.0%} of the error at the outputs."
-            )
-    return ""
-
-
-def _shorten_path(path: str) -> str:
+def shorten_path(path: str) -> str:
     """Return the end of a long path."""
     return path if len(path) <= 28 else f"...{path[-25:]}"
 
@@ -401,7 +349,7 @@ _Column = tuple[tuple[str, str], str, Callable[[Trial], str]]
 def _score_columns(trials: Sequence[Trial], first: Trial | None) -> list[_Column]:
     """Values of each metric; behind decibels the gain over `first`, and behind shares their interval."""
     found: list[_Column] = []
-    for metric in metrics_of([trial.scores for trial in trials], first=ALWAYS_TOLD):
+    for metric in shown_metrics(trial.scores for trial in trials):
         found.append((_split_head(metric), "r", partial(format_trial_value, metric)))
         if metric.unit == DECIBEL and first is not None:
             found.append((("gain", DECIBEL), "r", partial(format_trial_gain, metric, first)))

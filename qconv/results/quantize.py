@@ -72,19 +72,26 @@ class OutputFact:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The saved file, run against the user's float model on calibration images.
+    """The saved file, run against the user's float model on images of the calibration, or on those held back from it.
 
     Attributes:
         images: How many.
         outputs: The scores of each output.
         slowdown: Median time of one run, quantized over float, on this machine; None where not measured.
         slowdown_range: Its 10th and 90th percentile over images.
+        held_back: Whether none of the images was fitted to.
     """
 
     images: int
     outputs: tuple[OutputScore, ...]
     slowdown: float | None = None
     slowdown_range: tuple[float, float] | None = None
+    held_back: bool = False
+
+    @property
+    def kind_of_images(self) -> str:
+        """What the images are, in words."""
+        return "pictures held back from calibration" if self.held_back else "calibration pictures"
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -355,6 +362,7 @@ class Report:
             "outputs": [fact.as_dict() for fact in self.outputs],
             "verify": {
                 "images": verify.images,
+                "held_back": verify.held_back,
                 **as_values(verify.scores),
                 "outputs": [output.as_dict() for output in verify.outputs],
             },

@@ -163,6 +163,14 @@ def metrics_of(outputs: Iterable[Sequence[Score]], *, first: Sequence[Metric] = 
     return tuple(found.values())
 
 
+def shown_metrics(outputs: Iterable[Sequence[Score]]) -> tuple[Metric, ...]:
+    """The metrics that people are shown of some lists of scores: those that were measured, the usual ones in front."""
+    lists = list(outputs)
+    measured = {score.name for scores in lists for score in scores}
+    usual = [metric for metric in ALWAYS_TOLD if metric.name in measured or not measured]
+    return metrics_of(lists, first=usual)
+
+
 def as_values(scores: Sequence[Score], *, told: Sequence[Metric] = ALWAYS_TOLD) -> dict[str, float | None]:
     """JSON-ready: {name: value}. told: metrics whose keys are there in any case."""
     return {metric.name: value_of(scores, metric) for metric in metrics_of([scores], first=told)}
