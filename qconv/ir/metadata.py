@@ -363,7 +363,8 @@ def precede_equalization(props: MutableMapping[str, str], scales: Mapping[str, F
     """Write that tensors were scaled before what stands there was done to them. scales: log s, on the grid."""
     known = read_equalization(props)
     props.pop(EQUALIZATION_KEY, None)
-    steps: dict[str, Float64] = {name: k * (math.log(2) / SCALE_STEPS) for name, k in known.scales.items()}
+    octave = np.float64(math.log(2) / SCALE_STEPS)
+    steps: dict[str, Float64] = {name: np.asarray(k * octave, np.float64) for name, k in known.scales.items()}
     for name, u in scales.items():
         steps[name] = steps[name] + u if name in steps else u
     shifts = {

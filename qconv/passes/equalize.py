@@ -16,8 +16,10 @@ import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qconv.calibration.observer import (
     ChannelRanges,
@@ -40,8 +42,8 @@ from qconv.ir.layers import (
     write_layer,
 )
 from qconv.ir.metadata import precede_equalization, round_log_scale, write_equalization
-from qconv.ir.model import Model, Value
-from qconv.ir.rewriting import EditRefused
+from qconv.ir.model import Model, Value, constant_array
+from qconv.ir.rewriting import EditRefused, describe_node
 from qconv.metrics.comparison import ComparisonAccumulator
 from qconv.passes.absorb_biases import (
     STEP,
@@ -52,7 +54,13 @@ from qconv.passes.absorb_biases import (
 )
 from qconv.passes.balance import MOST_OCTAVES, find_far_channels
 from qconv.passes.noise_model import ChannelObservations, NoiseTerm, collect_noise_terms, minimize_noise, total_noise
-from qconv.passes.scale_groups import NETWORK_BOUNDARY, ClipLimit, ScaleGroups, find_scale_groups
+from qconv.passes.scale_groups import (
+    NETWORK_BOUNDARY,
+    ClipLimit,
+    ConstantScaleGroups,
+    ScaleGroups,
+    find_scale_groups,
+)
 from qconv.passes.share_weights import share_equal_weights
 from qconv.planning.plan import Plan, plan_observer
 from qconv.runtime.session import Session
@@ -345,13 +353,29 @@ def apply_scales(model: Model, groups: ScaleGroups, scales: Float64) -> None:
             layer = scale_outputs(scale_inputs(read_layer(ends.node), into, np.zeros(1)), out, np.zeros(1))
             check_finite(layer)
             layers.append(layer)
+    constants = [(found, _divided(found, scales)) for found in groups.constants if np.any(scales[found.classes] != 1)]
     for layer in layers:
         write_layer(model, layer)
+    for found, numbers in constants:
+        name = found.node.inputs[found.index]
+        model.set_input(found.node, found.index, model.constant(f"{name.name if name else ''}_scaled", numbers))
     written = {ends.node.outputs[0] for ends in groups.layers}
     for value, classes in groups.of.items():
         if value not in written:
             transform_channel_stats(value, 1 / scales[classes], np.zeros(1))
     share_equal_weights(model)
+
+
+def _divided(found: ConstantScaleGroups, scales: Float64) -> NDArray[np.floating[Any]]:
+    """A constant with its channels divided. Raises EditRefused where float32 does not have the numbers."""
+    numbers = constant_array(found.node.inputs[found.index])
+    assert numbers is not None
+    by = scales[found.classes].reshape(1, -1, *(1,) * (numbers.ndim - 2))
+    with np.errstate(over="ignore"):
+        divided = (numbers.astype(np.float64) / by).astype(numbers.dtype)
+    if not np.isfinite(divided).all():
+        raise EditRefused(f"a constant of {describe_node(found.node)} would get numbers that float32 does not have")
+    return np.asarray(divided)
 
 
 def _output_sqnr(before: Model, after: Model, feed: DataLoader, threads: int | None) -> float:
