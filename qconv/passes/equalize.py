@@ -1,10 +1,10 @@
 """This pass equalizes channel ranges across layers: it scales channels and absorbs high biases (`absorb_biases`).
 
 Scaling (cross-layer equalization): `scale_groups` finds what can be scaled, `noise_model` the scales with the least
-quantization noise; they go into the weights. A channel of a Clip is scaled only while it keeps away from the bounds by
-CLIP_MARGIN on all images, and is not scaled up further than it may reach on others: an image beyond that would be
-clipped earlier than before. The float networks before and after are compared; where their outputs differ, nothing is
-changed.
+quantization noise; they go into the weights. Channels very far apart are brought near before (`balance`). A channel of
+a Clip is scaled only while it keeps away from the bounds by CLIP_MARGIN on all images, and is not scaled up further
+than it may reach on others: an image beyond that would be clipped earlier than before. The float networks before and
+after are compared; where their outputs differ, nothing is changed.
 
 Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1, which makes the ranges of both weights equal; here with
 activation noise, and one scale a channel of a whole residual stream.
@@ -16,8 +16,10 @@ import math
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qconv.calibration.observer import (
     ChannelRanges,
@@ -39,9 +41,9 @@ from qconv.ir.layers import (
     transform_channel_stats,
     write_layer,
 )
-from qconv.ir.metadata import round_log_scale, write_equalization
-from qconv.ir.model import Model, Value
-from qconv.ir.rewriting import EditRefused
+from qconv.ir.metadata import precede_equalization, round_log_scale, write_equalization
+from qconv.ir.model import Model, Value, constant_array
+from qconv.ir.rewriting import EditRefused, describe_node
 from qconv.metrics.comparison import ComparisonAccumulator
 from qconv.passes.absorb_biases import (
     STEP,
@@ -50,8 +52,15 @@ from qconv.passes.absorb_biases import (
     find_absorption_candidates,
     select_gaining,
 )
+from qconv.passes.balance import MOST_OCTAVES, find_far_channels
 from qconv.passes.noise_model import ChannelObservations, NoiseTerm, collect_noise_terms, minimize_noise, total_noise
-from qconv.passes.scale_groups import NETWORK_BOUNDARY, ClipLimit, ScaleGroups, find_scale_groups
+from qconv.passes.scale_groups import (
+    NETWORK_BOUNDARY,
+    ClipLimit,
+    ConstantScaleGroups,
+    ScaleGroups,
+    find_scale_groups,
+)
 from qconv.passes.share_weights import share_equal_weights
 from qconv.planning.plan import Plan, plan_observer
 from qconv.runtime.session import Session
@@ -83,11 +92,15 @@ def equalize_channels(
     observers = _plan_observers(plan, groups, {candidate.result for candidate in candidates})
     if not observers or (bool(groups.fixed.all()) and not candidates):
         return list(left)
-    channels = estimate_channel_ranges(
-        observe_each_image(
-            open_observed_session(model, observers, threads), observers, islice(feed.iter_batches(STEP), most)
-        )
-    )
+
+    def watched() -> dict[str, ChannelRanges]:
+        session = open_observed_session(model, observers, threads)
+        return estimate_channel_ranges(observe_each_image(session, observers, islice(feed.iter_batches(STEP), most)))
+
+    channels = watched()
+    balanced, far = _balance_and_verify(model, ChannelObservations(groups, channels), feed, threads, EXACT_DB)
+    if far.any():
+        channels = watched()
     high = select_gaining(candidates, channels)
     if high and most is not None:
         names = {candidate.result.name for candidate in high}
@@ -98,7 +111,8 @@ def equalize_channels(
         channels |= {name: replace(channels[name], floor=found.floor) for name, found in on_all.items()}
     lowered = _absorb_and_verify(model, high, channels, feed, threads, EXACT_DB)
     scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, EXACT_DB)
-    return [*lowered, *scaled, *left]
+    _note_balance(model, groups, far)
+    return [*balanced, *lowered, *scaled, *left]
 
 
 def equalize_without_data(
@@ -119,10 +133,15 @@ def equalize_without_data(
     observers = _plan_observers(plan, groups, set())
     if not observers or (bool(groups.fixed.all()) and not candidates):
         return list(left)
-    channels = watched([*observers, *(Observer(candidate.result.name or "") for candidate in candidates)])
+    observers += [Observer(candidate.result.name or "") for candidate in candidates]
+    channels = watched(observers)
+    balanced, far = _balance_and_verify(model, ChannelObservations(groups, channels), feed, threads, NEAR_DB)
+    if far.any():
+        channels = watched(observers)
     lowered = _absorb_and_verify(model, select_gaining(candidates, channels), channels, feed, threads, NEAR_DB)
     scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, NEAR_DB)
-    return [*lowered, *scaled, *left]
+    _note_balance(model, groups, far)
+    return [*balanced, *lowered, *scaled, *left]
 
 
 def _absorb_and_verify(
@@ -148,6 +167,26 @@ def _absorb_and_verify(
     return list(absorb_biases(model, high, channels))
 
 
+def _balance_and_verify(
+    model: Model, seen: ChannelObservations, feed: DataLoader, threads: int | None, least_db: float
+) -> tuple[list[Finding], Float64]:
+    """Bring channels near that are far from the others. Returns log s of every class, zero where nothing is done."""
+    found = find_far_channels(seen)
+    u = found.within(*_log_scale_bounds(seen, MOST_OCTAVES * math.log(2)))
+    if u.any():
+        refused = _scale(model, seen.groups, np.exp(u), feed, threads, least_db)
+        if refused is not None:
+            return [refused], np.zeros_like(u)
+    return [*found.moved(u), *found.left(u)], u
+
+
+def _note_balance(model: Model, groups: ScaleGroups, u: Float64) -> None:
+    """Add log s, which channels were scaled by first, to the record of what was done to them after that."""
+    if u.any():
+        scales = {value.name or "": u[classes] for value, classes in groups.of.items()}
+        precede_equalization(model.inner.metadata_props, scales)
+
+
 def _scale_and_verify(
     model: Model, plan: Plan, seen: ChannelObservations, feed: DataLoader, threads: int | None, least_db: float
 ) -> list[Finding]:
@@ -157,18 +196,28 @@ def _scale_and_verify(
     found = replace(found, u=round_log_scale(found.u))
     if not found.u.any():
         return []
-    try:
-        trial_model = model.copy()
-        apply_scales(trial_model, find_scale_groups(trial_model), found.scales)
-    except EditRefused as reason:
-        return [Skipped(STEP, "the network", str(reason))]
-    moved = _output_sqnr(model, trial_model, feed, threads)
-    if moved < least_db:
-        return [Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")]
-    apply_scales(model, groups, found.scales)
+    refused = _scale(model, groups, found.scales, feed, threads, least_db)
+    if refused is not None:
+        return [refused]
     scales = {value.name or "": found.u[classes] for value, classes in groups.of.items()}
     write_equalization(model.inner.metadata_props, scales, {})
     return _report_scaling(found)
+
+
+def _scale(
+    model: Model, groups: ScaleGroups, scales: Float64, feed: DataLoader, threads: int | None, least_db: float
+) -> Skipped | None:
+    """Scale channels; returns why not, and changes nothing, where float outputs would differ."""
+    try:
+        trial_model = model.copy()
+        apply_scales(trial_model, find_scale_groups(trial_model), scales)
+    except EditRefused as reason:
+        return Skipped(STEP, "the network", str(reason))
+    moved = _output_sqnr(model, trial_model, feed, threads)
+    if moved < least_db:
+        return Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")
+    apply_scales(model, groups, scales)
+    return None
 
 
 def _plan_observers(plan: Plan, groups: ScaleGroups, low: Set[Value]) -> list[Observer]:
@@ -181,11 +230,11 @@ def _plan_observers(plan: Plan, groups: ScaleGroups, low: Set[Value]) -> list[Ob
     return [Observer(one.name, one.want) if value in low else one for value, one in observers.items()]
 
 
-def _log_scale_bounds(seen: ChannelObservations) -> tuple[Float64, Float64]:
+def _log_scale_bounds(seen: ChannelObservations, largest: float = LARGEST_LOG_SCALE) -> tuple[Float64, Float64]:
     """Least and largest log s of every class; both zero where it is fixed or a Clip binds."""
     groups = seen.groups
-    lowest = np.where(groups.fixed, 0.0, -LARGEST_LOG_SCALE)
-    highest = np.where(groups.fixed, 0.0, LARGEST_LOG_SCALE)
+    lowest = np.where(groups.fixed, 0.0, -largest)
+    highest = np.where(groups.fixed, 0.0, largest)
     for limit in groups.limits:
         classes, found = groups.of[limit.value], seen.of(limit.value)
         share = expected = np.full(classes.size, np.inf)
@@ -304,13 +353,29 @@ def apply_scales(model: Model, groups: ScaleGroups, scales: Float64) -> None:
             layer = scale_outputs(scale_inputs(read_layer(ends.node), into, np.zeros(1)), out, np.zeros(1))
             check_finite(layer)
             layers.append(layer)
+    constants = [(found, _divided(found, scales)) for found in groups.constants if np.any(scales[found.classes] != 1)]
     for layer in layers:
         write_layer(model, layer)
+    for found, numbers in constants:
+        name = found.node.inputs[found.index]
+        model.set_input(found.node, found.index, model.constant(f"{name.name if name else ''}_scaled", numbers))
     written = {ends.node.outputs[0] for ends in groups.layers}
     for value, classes in groups.of.items():
         if value not in written:
             transform_channel_stats(value, 1 / scales[classes], np.zeros(1))
     share_equal_weights(model)
+
+
+def _divided(found: ConstantScaleGroups, scales: Float64) -> NDArray[np.floating[Any]]:
+    """A constant with its channels divided. Raises EditRefused where float32 does not have the numbers."""
+    numbers = constant_array(found.node.inputs[found.index])
+    assert numbers is not None
+    by = scales[found.classes].reshape(1, -1, *(1,) * (numbers.ndim - 2))
+    with np.errstate(over="ignore"):
+        divided = (numbers.astype(np.float64) / by).astype(numbers.dtype)
+    if not np.isfinite(divided).all():
+        raise EditRefused(f"a constant of {describe_node(found.node)} would get numbers that float32 does not have")
+    return np.asarray(divided)
 
 
 def _output_sqnr(before: Model, after: Model, feed: DataLoader, threads: int | None) -> float:
