@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.data_options import DataOptions
+from qconv.config.serialization import recipe_from_dict
 from qconv.data.loader import Batch, ModelWithData, iter_paired_batches, open_models
 from qconv.errors import QconvError, format_count
 from qconv.ir import load, subgraph
@@ -42,6 +43,7 @@ from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inpu
 from qconv.metrics.comparison import ComparisonAccumulator
 from qconv.metrics.similarity import compute_sqnr_db, signal_power
 from qconv.passes import fold
+from qconv.pipeline.prepare import runs_on_ort
 from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, HistogramBars, LayerComparison, ValueStatistics
 from qconv.runtime.session import Session
@@ -219,11 +221,12 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     if any(node.op_type.startswith("QLinear") or node.op_type == "ConvInteger" for node in proto.graph.node):
         fact = f"{request.model.name} holds integer operators, between which there is nothing to compare."
         raise QconvError(fact, "write it with quantizers and dequantizers (Q/DQ), which all tools can.")
-    ours = ir_metadata.VERSION_KEY in metadata_of(proto)
+    carried = metadata_of(proto)
     quantized = load.load_unchanged(proto, request.model)
     original, _ = load.load(read_proto(request.float_model), request.float_model)
-    if ours:
-        fold.run_float_passes(original)
+    if ir_metadata.VERSION_KEY in carried:
+        told = ir_metadata.read_recipe(carried)
+        fold.run_float_passes(original, for_ort=not told or runs_on_ort(recipe_from_dict(told)))
     return original, quantized
 
 

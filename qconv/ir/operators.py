@@ -296,7 +296,11 @@ OPERATORS: Mapping[str, Operator] = {
     "Mish": Operator(gates_itself=True),
     "Swish": Operator(gates_itself=True, rewrite=_swish),
     "Gelu": Operator(gates_itself=True),
-    "PRelu": Operator(effect=ChannelEffect.SLOPE, hands_on_noise=True),
+    "PRelu": Operator(
+        effect=ChannelEffect.SLOPE,
+        hands_on_noise=True,
+        remedy="with a slope for each channel of a map it is a sum with a depthwise layer: qconv quantize rewrites it",
+    ),
     # operators that move values
     "MaxPool": Operator(
         TransparentRule(), ChannelEffect.MAX_OF_PLACES, homogeneous=True, moves_values=True, absorbs_activation=True

@@ -54,7 +54,7 @@ from qconv.ir.rewriting import (
     title,
     uses_only_first_output,
 )
-from qconv.passes import shuffles, simplify
+from qconv.passes import shuffles, simplify, slopes
 from qconv.passes.share_weights import share_equal_weights
 
 
@@ -117,8 +117,11 @@ def move_gains_back(model: Model, node: Node) -> list[Change]:
     ]
 
 
-def run_float_passes(model: Model) -> list[Finding]:
-    """Run all float passes until none changes anything. Returns changes, and the refusals that still hold."""
+def run_float_passes(model: Model, *, for_ort: bool = False) -> list[Finding]:
+    """Run all float passes until none changes anything. Returns changes, and the refusals that still hold.
+
+    for_ort: also write what ONNX Runtime's CPU provider has no integer kernel for as what it has them for.
+    """
     model.sweep()
     set_batchnorm_means(model)
     set_batchnorm_stats(model)
@@ -127,6 +130,8 @@ def run_float_passes(model: Model) -> list[Finding]:
     found += made
     if any(isinstance(finding, Change) for finding in made):
         found += _run_to_fixpoint(model)
+    if for_ort:
+        found += slopes.slopes_to_layers(model)
     share_equal_weights(model)
     model.sweep()
     return list(dict.fromkeys(found))
@@ -376,7 +381,9 @@ def make_depthwise(model: Model, node: Node) -> list[Change]:
 
 
 FLOAT_PASSES: tuple[Pass, ...] = (
+    slopes.recognise_slopes,
     *simplify.SIMPLIFY_PASSES,
+    slopes.slope_to_leaky_relu,
     shuffles.gather_channels,
     shuffles.fold_channel_order,
     normalise_gemms,

@@ -152,7 +152,7 @@ def prepare(
     loaded = load_float(source, recipe, data, reporter, cache=cache, written=written, clock=clock, hold_back=hold_back)
     model, pictures = loaded.model, loaded.data
     with clock.step("fold"):
-        findings = loaded.findings + fold.run_float_passes(model)
+        findings = loaded.findings + fold.run_float_passes(model, for_ort=runs_on_ort(recipe))
         if recipe.embed_preprocessing is not None:
             fed, layout = pictures.take_pixels(recipe.embed_preprocessing), recipe.embed_preprocessing
             findings += embed_preprocessing(model, fed, layout, exact=recipe.activation_bits > 8)
@@ -163,6 +163,11 @@ def prepare(
         for doubt in pictures.detected.doubts():
             reporter.warn(doubt)
     return Prepared(model, pictures, plan, loaded.size, loaded.digest, findings)
+
+
+def runs_on_ort(recipe: Recipe) -> bool:
+    """Whether the file is for ONNX Runtime's CPU provider, and its activations are codes."""
+    return TARGETS[recipe.target].costs is not None and recipe.activation_bits <= 8
 
 
 def plan_folded(model: Model, recipe: Recipe, fed: Preprocessing | None) -> Plan:

@@ -27,6 +27,7 @@ from qconv.ir import load, metadata
 from qconv.ir.files import Source, declared_opset
 from qconv.passes import fold
 from qconv.passes.compress_constants import compress_constants
+from qconv.pipeline.prepare import runs_on_ort
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
@@ -101,7 +102,7 @@ class Quantized:
         copy = onnx.ModelProto.FromString(proto.SerializeToString())
         opset = metadata.needed_opset(recipe, declared_opset(copy))
         model, _ = load.load(copy, Source("the test's model", None, b""), opset=opset)
-        fold.run_float_passes(model)
+        fold.run_float_passes(model, for_ort=runs_on_ort(recipe))
         oldest = metadata.needed_runtime(model, recipe).split()[-1]
         skip_without("onnxruntime", oldest, "what is made here says so")
         self.plan: Plan = make_plan(model, recipe, TARGETS[recipe.target])
