@@ -29,7 +29,13 @@ from qconv.metrics.comparison import check_gates, describe_differing_runs, verif
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import describe_requantization, requantize_for_layers
-from qconv.pipeline.checks import find_odd_tensors, warn_of_result, warn_of_uncorrected_biases, warn_of_vain_keep_float
+from qconv.pipeline.checks import (
+    find_odd_tensors,
+    find_tensors_of_pictures,
+    warn_of_result,
+    warn_of_uncorrected_biases,
+    warn_of_vain_keep_float,
+)
 from qconv.pipeline.collect import CalibrationCache, CalibrationData
 from qconv.pipeline.prepare import Prepared, Stopwatch, prepare
 from qconv.planning.plan import Plan
@@ -179,7 +185,7 @@ class _QuantizationRun:
             self.sketches = self.saved if self.saved and not moved else pictures.sketches(model, plans, recipe)
             if pictures.data_free_statistics is not None:
                 self.findings += pictures.data_free_statistics.findings
-            for oddity in find_odd_tensors(self.sketches):
+            for oddity in find_odd_tensors(self.sketches, find_tensors_of_pictures(model)):
                 self.reporter.warn(oddity)
 
     def _plan_without_floats(self) -> Plan:
