@@ -25,7 +25,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
 from qconv.ir import files, subgraph
-from qconv.ir.files import Source, is_quantized, read_proto
+from qconv.ir.files import Source, find_carried_size, is_quantized, read_proto
 from qconv.ir.load import load_unchanged
 from qconv.ir.metadata import read_placed_nodes, read_recipe
 from qconv.ir.model import DataType, Model, Node, attribute, constant_array, input_of
@@ -336,7 +336,7 @@ def audit_file(source: Source, *, threads: int, batch: int | None, size: tuple[i
         source: The file.
         threads: Of ONNX Runtime.
         batch: Images a run; None for the model's own.
-        size: Height and width; None for the model's own.
+        size: Height and width; None for the model's own, or those that a file by qconv was made with.
     """
     asked = TimingConditions(as_type(threads, int, "--threads"), batch, size)
     threads = asked.threads or 1
@@ -351,7 +351,8 @@ def audit_file(source: Source, *, threads: int, batch: int | None, size: tuple[i
         session = Session(
             runnable, name=source.name, threads=threads, save_optimized=optimized, profile=folder / "profile"
         )
-        times = profile_nodes(session, make_random_inputs(session, asked.batch, asked.size))
+        known = find_carried_size([source]) if asked.size is None else asked.size
+        times = profile_nodes(session, make_random_inputs(session, asked.batch, known))
         told = read_recipe(model.inner.metadata_props)
         recipe = recipe_from_dict(told) if told else None
         audited = audit(optimized, model, _read_planned_reasons(model, recipe), times)
