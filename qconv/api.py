@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import request_fields
 from qconv.data.dataset import ARRAYS_HINT, ArraySamples
 from qconv.errors import QconvError, require_torch
-from qconv.ir.files import Source, read_proto
+from qconv.ir.files import Source, find_carried_size, read_proto
 from qconv.pipeline import quantize as pipeline_quantize
 from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, Diagnosis
@@ -209,13 +210,16 @@ def benchmark(
     Args:
         models: Each runs in a process of its own, which reads its file; bytes lie in a temporary one until then.
         batch: Images a run; None for the model's own, or 1.
-        size: Height and width of images, where a model leaves them open.
+        size: Height and width of images, where a model leaves them open; None for those that a file by qconv was made
+            with.
         rounds: Turns that each model gets.
         threads: Of ONNX Runtime; None for all cores.
         reporter: Hears of progress.
     """
-    conditions = TimingConditions(threads, batch, size, rounds)
     sources = [_source(model) for model in models]
+    conditions = TimingConditions(threads, batch, size, rounds)
+    if size is None:
+        conditions = replace(conditions, size=find_carried_size(sources))
     names = [source.name for source in sources]
     with contextlib.ExitStack() as stack:
         paths = [stack.enter_context(_file(source)) for source in sources]

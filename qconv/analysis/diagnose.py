@@ -202,7 +202,8 @@ class _DiagnosisRunner:
     ) -> _RemedyAttempt:
         """Find out whether there are few images, or others lose much more than those of the calibration."""
         used, report = asked["samples"], base.made.report
-        seen, unseen = None if report is None else report.verify.sqnr_db, base.trial.sqnr_db
+        fitted = report is not None and not report.verify.held_back
+        seen, unseen = report.verify.sqnr_db if report is not None and fitted else None, base.trial.sqnr_db
         gap = seen - unseen if held.unseen and seen is not None and unseen is not None else 0.0
         if used >= FEW_IMAGES and (gap < GENERALIZATION_GAP_DB or used >= MANY_IMAGES):
             return base
@@ -284,7 +285,7 @@ class _DiagnosisRunner:
         source, recipe, report = self.case.source, base.made.recipe, base.made.report
         assert report is not None
         quiet = self.reporter.without_warnings()
-        found = prepare(source, recipe, base.made.data, quiet, cache=self.cache)
+        found = prepare(source, recipe, base.made.data, quiet, cache=self.cache, hold_back=True)
         sketches = found.data.sketches(found.model, [found.plan], recipe)
         quantized = Source(str(base.made.path), base.made.path)
 

@@ -131,7 +131,7 @@ class TrialRunner:
         made = TrialRun(trial, recipe, data, out)
         self.made.append(made)
         try:
-            made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.cache, hold_back=False)
+            made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.cache)
             on_ort = TARGETS[recipe.target].on_ort
             session = Session(str(out), name=str(out), threads=recipe.threads, optimize=on_ort)
             found = self.scored.score(session)
@@ -215,7 +215,7 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter 
     del session
     data = replace(data, samples=min(data.samples or held.most, held.most))
     cache = CalibrationCache()
-    loaded = load_float(source, shared, data, reporter.without_warnings(), cache=cache)
+    loaded = load_float(source, shared, data, reporter.without_warnings(), cache=cache, hold_back=True)
     held.feed.preprocessing = loaded.data.preprocessing
     del loaded
     if shared.embed_preprocessing is not None:

@@ -25,7 +25,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
 from qconv.ir import files, subgraph
-from qconv.ir.files import Source, is_quantized, read_proto
+from qconv.ir.files import Source, find_carried_size, is_quantized, read_proto
 from qconv.ir.load import load_unchanged
 from qconv.ir.metadata import read_placed_nodes, read_recipe
 from qconv.ir.model import DataType, Model, Node, attribute, constant_array, input_of
@@ -88,20 +88,24 @@ class _NodeNames:
     @classmethod
     def of(cls, model: Model) -> _NodeNames:
         nodes = model.nodes()
-        writers = {value.name or "": node.name or "" for node in nodes for value in node.outputs}
+        names = {
+            node: node.name or _name_by_output(node.op_type, [v.name or "" for v in node.outputs]) for node in nodes
+        }
+        writers = {value.name: names[node] for node in nodes for value in node.outputs if value.name}
         activation_of = {}
         for node in nodes:
             before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
             fused = node.op_type in FUSED_ACTIVATIONS
             if before is not None and fused and isinstance(QUANTIZATION_RULES.get(before.op_type), WeightedRule):
-                activation_of[node.name or ""] = before.name or ""
-        return cls(writers, activation_of, {node.name or "": node for node in nodes})
+                activation_of[names[node]] = names[before]
+        return cls(writers, activation_of, {names[node]: node for node in nodes})
 
     def original(self, node: onnx.NodeProto) -> str:
         """The name in the file of a node of the optimized graph."""
         name = self.of_name(node.name or _first_name(node.output))
         if name not in self.nodes and node.op_type not in LAYOUT_OPS:  # QuickGelu, of Sigmoid and Mul, has its own
             name = self.writers.get(FUSED_NAME_SUFFIX.sub("", _first_name(node.output)), name)
+        name = name or _name_by_output(node.op_type, node.output)
         return name if node.op_type in FUSED_ACTIVATIONS else self.activation_of.get(name, name)
 
     def of_name(self, name: str) -> str:
@@ -112,6 +116,11 @@ class _NodeNames:
         if name not in self.nodes and "/" in name:  # MatMul and Add made one Gemm: `NAME/MatMulAddFusion`
             name = name.rpartition("/")[0]
         return name
+
+
+def _name_by_output(op_type: str, outputs: Iterable[str]) -> str:
+    """The name of a node without one: its operator and its first result that has a name."""
+    return " of ".join([op_type, *[name for name in outputs if name][:1]])
 
 
 def audit(optimized: Path, model: Model, known: PlannedReasons, times: Mapping[str, float] | None = None) -> Audit:
@@ -335,7 +344,7 @@ def audit_file(source: Source, *, threads: int, batch: int | None, size: tuple[i
         source: The file.
         threads: Of ONNX Runtime.
         batch: Images a run; None for the model's own.
-        size: Height and width; None for the model's own.
+        size: Height and width; None for the model's own, or those that a file by qconv was made with.
     """
     asked = TimingConditions(as_type(threads, int, "--threads"), batch, size)
     threads = asked.threads or 1
@@ -350,7 +359,8 @@ def audit_file(source: Source, *, threads: int, batch: int | None, size: tuple[i
         session = Session(
             runnable, name=source.name, threads=threads, save_optimized=optimized, profile=folder / "profile"
         )
-        times = profile_nodes(session, make_random_inputs(session, asked.batch, asked.size))
+        known = find_carried_size([source]) if asked.size is None else asked.size
+        times = profile_nodes(session, make_random_inputs(session, asked.batch, known))
         told = read_recipe(model.inner.metadata_props)
         recipe = recipe_from_dict(told) if told else None
         audited = audit(optimized, model, _read_planned_reasons(model, recipe), times)

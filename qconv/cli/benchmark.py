@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -40,11 +41,14 @@ def benchmark(**options: Any) -> int:
         raise click.UsageError(NO_STREAM)
 
     def work(reporter: Reporter) -> CommandResult:
+        from qconv.ir import files
+        from qconv.ir.files import Source
         from qconv.report import text
         from qconv.runtime import benchmark as timing
         from qconv.runtime import session
 
-        conditions = timing.TimingConditions(given.threads, given.batch, given.size, given.rounds)
+        size = given.size or files.find_carried_size(Source(model, Path(model)) for model in given.models)
+        conditions = timing.TimingConditions(given.threads, given.batch, size, given.rounds)
         found = timing.benchmark(given.models, conditions, version=session.RUNTIME_VERSION, reporter=reporter)
         if found.threads > found.cpu.cores:
             reporter.warn(f"{found.threads} threads share {found.cpu.cores} cores, so they wait for each other.")

@@ -225,7 +225,7 @@ class CandidateSpace:
 
     def _orders(self, family: NormalizationFamily, said: dict[str, Any]) -> list[PreprocessingCandidate]:
         """The family in its own colour order and, unless that is settled, in the other."""
-        options = replace(family.options, **self._shape(family), **said)
+        options = replace(family.options, **{**self._shape(family), **said})
         own = self._candidate(family, options, swapped=False)
         if options.color is not None or self.default.channels == 1 or "preset" in said:
             return [own]

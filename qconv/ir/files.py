@@ -23,7 +23,7 @@ import onnx
 from google.protobuf.message import DecodeError, Message
 
 from qconv.errors import QconvError
-from qconv.ir.metadata import FLOAT_MODEL_KEY, VERSION_KEY
+from qconv.ir.metadata import FLOAT_MODEL_KEY, VERSION_KEY, read_preprocessing
 from qconv.ir.model import Model, ir
 from qconv.ir.node_order import sort_nodes
 from qconv.storage import check_output_path, convert_os_errors, locked_folder, sync_file, sync_folder, temporary_path
@@ -247,6 +247,18 @@ _BODIES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 def metadata_of(proto: onnx.ModelProto) -> dict[str, str]:
     """What the file says about itself."""
     return {entry.key: entry.value for entry in proto.metadata_props}
+
+
+def find_carried_size(sources: Iterable[Source]) -> tuple[int, int] | None:
+    """Height and width that the first file by qconv among these was made with, and leaves open; None without one."""
+    for source in sources:
+        with contextlib.suppress(QconvError):  # it is told of where the file is run
+            proto = read_proto(source)
+            carried = read_preprocessing(metadata_of(proto))
+            sides = proto.graph.input[0].type.tensor_type.shape.dim[1:] if proto.graph.input else ()
+            if carried is not None and any(side.dim_value < 1 for side in sides):
+                return carried.size
+    return None
 
 
 def holds_codes(proto: onnx.ModelProto) -> bool:

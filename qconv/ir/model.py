@@ -65,6 +65,9 @@ Value = ir.Value
 
 DataType = ir.DataType
 
+BODY_TYPES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+"""Of attributes that hold bodies, as those of If and Loop."""
+
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
 

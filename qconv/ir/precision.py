@@ -12,13 +12,11 @@ from collections.abc import Collection, Iterable
 import numpy as np
 
 from qconv.errors import Change
-from qconv.ir.model import Model, attribute, ir
+from qconv.ir.model import BODY_TYPES, Model, attribute, ir
 
 FLOAT = int(ir.DataType.FLOAT)
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-
-BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 NAMES = {ir.DataType.FLOAT16: "float16", ir.DataType.DOUBLE: "float64"}
 
@@ -77,7 +75,7 @@ def _computed_kinds(model: Model, kinds: Collection[ir.DataType]) -> set[ir.Data
     constant = set(model.graph.initializers.values())
     found = {value.dtype for value in model.graph.inputs if value.dtype in kinds}
     for node in model.graph:
-        holds_bodies = any(attr.type in BODIES for attr in node.attributes.values())
+        holds_bodies = any(attr.type in BODY_TYPES for attr in node.attributes.values())
         if all(value is None or value in constant for value in node.inputs) and not holds_bodies:
             constant.update(node.outputs)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,13 @@ from qconv.calibration.sketch import Sketch
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError, Skipped
 from qconv.ir.files import Source
-from qconv.ir.model import Model
+from qconv.ir.model import BODY_TYPES, Model
 from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION, is_quantizable_layer
 from qconv.quantizer import SMALLEST_SCALE
 from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, Verification
-from qconv.results.scores import by_unit
+from qconv.results.scores import DECIBEL, by_unit
 from qconv.search.candidate import QuantizationSolution
 
 
@@ -84,11 +84,28 @@ ROUNDING_TOLERANCE = 1e-5
 """Relative error of a sum of float32 numbers, about."""
 
 
-def find_odd_tensors(sketches: Mapping[str, Sketch]) -> list[str]:
-    """A warning for each kind of oddity, naming the first tensor that shows it. sketches: by the tensors' names."""
+SHAPE_READERS = frozenset({"Shape", "Size"})
+"""Operators whose results depend on the shape of their input alone."""
+
+
+def find_tensors_of_pictures(model: Model) -> set[str]:
+    """The names of the tensors that depend on what pictures hold: not, for example, the zero state of an LSTM."""
+    fed = set(model.graph.inputs)
+    for node in model.nodes():
+        bodies = any(attr.type in BODY_TYPES for attr in node.attributes.values())
+        if bodies or (node.op_type not in SHAPE_READERS and not fed.isdisjoint(node.inputs)):
+            fed.update(node.outputs)
+    return {value.name or "" for value in fed}
+
+
+def find_odd_tensors(sketches: Mapping[str, Sketch], of_pictures: Collection[str]) -> list[str]:
+    """A warning for each kind of oddity, naming the first tensor that shows it.
+
+    sketches: by the tensors' names. of_pictures: those that depend on pictures; others are what they are.
+    """
     found: dict[str, list[str]] = {}
     for name, sketch in sketches.items():
-        what = _describe_oddity(sketch)
+        what = _describe_oddity(sketch) if name in of_pictures else ""
         if what:
             found.setdefault(what, []).append(name)
     return [
@@ -154,13 +171,15 @@ def warn_of_result(checked: Verification, sizes: tuple[int, int], reporter: Repo
     for output in checked.outputs:
         if output.remark:
             reporter.warn(f"output {output.name}: {output.remark}.")
+    scores = ", ".join(score.in_words() for score in by_unit(checked.scores) if score.value is not None)
+    decisive = [score for score in checked.scores if score.unit == DECIBEL] or list(checked.scores)
+    why = "`qconv diagnose` with the same options tells why"
     if any(score.is_useless for score in checked.scores):
-        scores = ", ".join(score.in_words() for score in by_unit(checked.scores) if score.value is not None)
-        what = f"little is left of the float model: {scores}"
-        reporter.warn(f"{what}; `qconv diagnose` with the same options tells why.")
-    if checked.slowdown is not None and checked.slowdown > SLOWER_FACTOR:
-        times = f"{checked.slowdown:.2f} times as long as the float one"
-        reporter.warn(f"the quantized model ran {times} on this machine.")
+        reporter.warn(f"little is left of the float model: {scores}; {why}.")
+    elif any(score.is_poor for score in decisive):
+        reporter.warn(f"the result is far from the float model: {scores}; {why}.")
+    if checked.is_slower_by(SLOWER_FACTOR):
+        reporter.warn(f"the quantized model ran {checked.slowdown_in_words} as long as the float one on this machine.")
     before, after = sizes
     if after > before:
         reporter.warn(f"the quantized model is larger than the float one: {after:,} bytes for {before:,}.")

@@ -29,7 +29,13 @@ from qconv.metrics.comparison import check_gates, describe_differing_runs, verif
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import describe_requantization, requantize_for_layers
-from qconv.pipeline.checks import find_odd_tensors, warn_of_result, warn_of_uncorrected_biases, warn_of_vain_keep_float
+from qconv.pipeline.checks import (
+    find_odd_tensors,
+    find_tensors_of_pictures,
+    warn_of_result,
+    warn_of_uncorrected_biases,
+    warn_of_vain_keep_float,
+)
 from qconv.pipeline.collect import CalibrationCache, CalibrationData
 from qconv.pipeline.prepare import Prepared, Stopwatch, prepare
 from qconv.planning.plan import Plan
@@ -63,8 +69,6 @@ def quantize(
     data: DataOptions | None = None,
     reporter: Reporter | None = None,
     cache: CalibrationCache | None = None,
-    *,
-    hold_back: bool = True,
 ) -> tuple[Report, bytes | None]:
     """Quantize `source` as `recipe` says, with the images of `data`, and save the result at `out`.
 
@@ -75,8 +79,6 @@ def quantize(
         data: The images; None where the recipe needs none.
         reporter: Hears of warnings and of progress.
         cache: What runs before this one on the same model have found out.
-        hold_back: Whether an eighth of the images, where there are enough, is kept from every choice, and the result
-            checked on it; False where the caller holds some back itself.
 
     Returns:
         The report, and the bytes of the result where `out` is None.
@@ -88,7 +90,7 @@ def quantize(
     source = source if isinstance(source, Source) else Source(str(source), Path(source))
     data, place = data or DataOptions(), None if out is None else Path(out)
     recipe = recipe.with_data(data)
-    run = _QuantizationRun.of(source, recipe, data, (reporter or Reporter()).of_part(), cache, place, hold_back)
+    run = _QuantizationRun.of(source, recipe, data, (reporter or Reporter()).of_part(), cache, place)
     run.calibrate()
     run.give_layers_their_own_inputs()
     run.place_by_measured_times()
@@ -145,13 +147,12 @@ class _QuantizationRun:
         reporter: Reporter,
         cache: CalibrationCache | None,
         place: Path | None,
-        hold_back: bool,
     ) -> _QuantizationRun:
         """Prepare the network; what cannot be is said before the work. place: of the result, None for none."""
         if recipe.rounding == "reconstruct":
             require_torch("--rounding reconstruct")
         clock, written = Stopwatch(), _places_of(recipe, place)
-        found = prepare(source, recipe, data, reporter, cache=cache, written=written, clock=clock, hold_back=hold_back)
+        found = prepare(source, recipe, data, reporter, cache=cache, written=written, clock=clock, hold_back=True)
         with clock.step("plan"):
             if recipe.rounding == "reconstruct":
                 from qconv.training.network import require_operators  # PyTorch is an extra
@@ -184,7 +185,7 @@ class _QuantizationRun:
             self.sketches = self.saved if self.saved and not moved else pictures.sketches(model, plans, recipe)
             if pictures.data_free_statistics is not None:
                 self.findings += pictures.data_free_statistics.findings
-            for oddity in find_odd_tensors(self.sketches):
+            for oddity in find_odd_tensors(self.sketches, find_tensors_of_pictures(model)):
                 self.reporter.warn(oddity)
 
     def _plan_without_floats(self) -> Plan:

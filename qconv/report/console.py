@@ -113,8 +113,8 @@ def _summary_lines(report: Report) -> list[tuple[str, str]]:
         ("accuracy", _format_accuracy(report)),
     ]
     lines += [("", _format_score(o)) for o in report.verify.outputs if len(report.verify.outputs) > 1]
-    if report.verify.slowdown:
-        lines.append(("speed here", f"{1 / report.verify.slowdown:.2f} times the float model's, timed while checking"))
+    if report.verify.speed_in_words:
+        lines.append(("speed here", f"{report.verify.speed_in_words} the float model's, timed while checking"))
     lines += [("outputs" if not index else "", escape(o.in_words)) for index, o in enumerate(report.outputs)]
     if report.preprocessing_words:
         lines.append(("pictures", escape(report.preprocessing_words)))

@@ -290,11 +290,10 @@ def _choose_score_tone(score: Score) -> Tone:
 def make_speed_tiles(checked: Verification) -> tuple[Tile, ...]:
     """Build the tile of the time of a run over the float model's, where it was measured."""
     slowdown, spread = checked.slowdown, checked.slowdown_range
-    if not slowdown:
+    if not slowdown or spread is None:
         return ()
     value = f"{1 / slowdown:.2f}\u00d7 as fast"
-    most = "" if spread is None else f"; 8 of 10 runs {1 / spread[1]:.2f} to {1 / spread[0]:.2f}\u00d7"
-    note = f"as the float model, timed while checking{most}"
+    note = f"as the float model, timed while checking; 8 of 10 runs {1 / spread[1]:.2f} to {1 / spread[0]:.2f}\u00d7"
     return (Tile("speed here", value, note, _choose_tone(-slowdown, TIMING_NOISE - 1, -1 - TIMING_NOISE)),)
 
 
@@ -339,14 +338,14 @@ def count_changes(findings: Iterable[Finding]) -> tuple[tuple[str, str, int], ..
 
 
 def _describe_gains(report: Report, scores: AccuracyScores) -> str:
-    slowdown = report.verify.slowdown
+    checked = report.verify
+    slowdown = None if checked.slowdown_range is None else checked.slowdown
     parts = [f"takes {report.ratio:.0%} of the float model's space"]
     if slowdown is not None and slowdown < 1 - TIMING_NOISE:
-        parts.append(f"ran {1 / slowdown:.2f} times as fast here")
+        parts.append(f"ran {checked.speed_in_words} as fast here")
     elif slowdown is not None:
-        parts.append(
-            "ran no faster here" if slowdown <= 1 + TIMING_NOISE else f"took {slowdown:.2f} times as long here"
-        )
+        slower = f"took {checked.slowdown_in_words} as long here"
+        parts.append("ran no faster here" if slowdown <= 1 + TIMING_NOISE else slower)
     return f"It {' and '.join(parts)}. {_describe_accuracy(scores)}"
 
 

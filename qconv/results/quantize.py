@@ -94,6 +94,26 @@ class Verification:
         return "pictures held back from calibration" if self.held_back else "calibration pictures"
 
     @property
+    def slowdown_in_words(self) -> str:
+        """The times of one run over the float model's, as a range: single readings on a busy machine tell nothing."""
+        if self.slowdown_range is None:
+            return ""
+        low, high = self.slowdown_range
+        return f"{low:.2f} to {high:.2f} times"
+
+    @property
+    def speed_in_words(self) -> str:
+        """The same as speeds."""
+        if self.slowdown_range is None:
+            return ""
+        low, high = self.slowdown_range
+        return f"{1 / high:.2f} to {1 / low:.2f} times"
+
+    def is_slower_by(self, factor: float) -> bool:
+        """Whether nearly all runs took so many times as long as the float model's."""
+        return self.slowdown_range is not None and self.slowdown_range[0] > factor
+
+    @property
     def scores(self) -> tuple[Score, ...]:
         """The worst of all outputs, by metric."""
         return worst_scores(output.scores for output in self.outputs)

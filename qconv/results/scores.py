@@ -101,6 +101,12 @@ class Score:
         return self.value == self.metric.equal
 
     @property
+    def is_poor(self) -> bool:
+        """Whether trouble is to be expected."""
+        limit = self.metric.poor
+        return self.value is not None and limit is not None and self.metric.lost(limit, self.value) > 0
+
+    @property
     def is_useless(self) -> bool:
         """Whether nothing is left of the model."""
         limit = self.metric.useless

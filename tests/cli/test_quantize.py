@@ -47,7 +47,7 @@ def test_json_is_one_object_with_the_keys_of_the_contract(call: Qconv, tmp_path:
     assert found["version"] == qconv.__version__
     assert (found["output"], found["float"]) == (str(out), str(CIFAR))
     assert set(found["size"]) == {"float", "quantized", "ratio"}
-    assert set(found["verify"]) == {"images", "sqnr_db", "agreement", "outputs"}
+    assert set(found["verify"]) == {"images", "held_back", "sqnr_db", "agreement", "outputs"}
     assert [set(o) for o in found["verify"]["outputs"]] == [{"name", "kind", "sqnr_db", "agreement"}]
     assert set(found["audit"]) == {"integer", "float", "islands", "placed", "us", "saturating"}
     assert [set(gate) for gate in found["gates"]] == [{"name", "want", "got", "held"}]
@@ -234,7 +234,13 @@ def test_no_picture_is_looked_at(call: Qconv, tiny: Path) -> None:
     assert "no picture was looked at" in page.read_text()
     found = call("quantize", CIFAR, "--calib", "none", "--preprocess", "tf", "-o", out, "--json").json
     assert found["recipe"]["data_free"] is True
-    assert found["verify"] == {"images": 0, "sqnr_db": None, "agreement": None, "outputs": []}
+    assert found["verify"] == {
+        "images": 0,
+        "held_back": False,
+        "sqnr_db": None,
+        "agreement": None,
+        "outputs": [],
+    }
     done = call("quantize", CIFAR, "--calib", "./none", "-o", out)
     assert (done.status, "./none does not exist" in done.err) == (1, True)
 

@@ -109,4 +109,3 @@ def test_nothing_is_held_back_of_statistics_or_few_pictures(source: Path, tmp_pa
     assert (report.verify.images, report.verify.held_back) == (32, False)
     report, _ = quantize(source, None, Recipe(threads=1, stats=saved))
     assert (report.verify.images, report.verify.held_back) == (0, False)
-    assert quantize(source, None, Recipe(threads=1), data, hold_back=False)[0].verify.held_back is False

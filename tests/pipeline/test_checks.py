@@ -1,0 +1,57 @@
+"""What the summary warns of: tensors that pictures make odd, and names of nodes that have none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from qconv import Recipe
+from qconv.auditing.audit import PlannedReasons, audit
+from qconv.config.data_options import DataOptions
+from qconv.pipeline.checks import find_tensors_of_pictures
+from qconv.pipeline.quantize import quantize
+from qconv.runtime.session import Session
+from tests.support.models import ints, loaded, network
+
+STATE = """s = Shape(x) n = Slice(s, start, end, first) k = Concat<axis=0>(n, rest) z = ConstantOfShape(k)
+           c = Conv<pads=[1,1,1,1]>(x, w) a = Add(c, z) h = Conv<pads=[1,1,1,1]>(z, v) b = Add(a, h) y = Conv(b, v)"""
+CONSTANTS = {"start": ints(0), "end": ints(1), "first": ints(0), "rest": ints(4, 6, 6)}
+
+
+def recurrent() -> onnx.ModelProto:
+    """The zero state is made of the batch, as exporters of LSTMs write it."""
+    return network(STATE, ("N", 3, 6, 6), w=(4, 3, 3, 3), v=(4, 4, 3, 3), **CONSTANTS)
+
+
+def test_what_depends_on_the_shape_alone_is_not_of_pictures() -> None:
+    found = find_tensors_of_pictures(loaded(recurrent()))
+    assert {"x", "c", "a", "b", "y"} <= found
+    assert not found & {"s", "n", "k", "z", "h"}
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_zero_state_is_not_blamed_on_the_pictures(tmp_path: Path, dead: bool) -> None:
+    """What pictures leave at zero is."""
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        sample = rng.normal(size=(3, 6, 6)).astype(np.float32)
+        np.save(tmp_path / f"{index}.npy", sample * np.float32(not dead))
+    source = tmp_path / "net.onnx"
+    source.write_bytes(recurrent().SerializeToString())
+    report, _ = quantize(source, None, Recipe(threads=1, equalize=False), DataOptions((str(tmp_path),), glob="*.npy"))
+    warned = [text for text in report.warnings if "is zero everywhere" in text]
+    assert bool(warned) == dead
+    assert not any("'z'" in text for text in warned)
+
+
+def test_nodes_without_names_are_called_by_operator_and_output(tmp_path: Path) -> None:
+    model = loaded(network("r = Relu(x) t = Tanh(r) y = Conv(t, w)", (1, 3, 6, 6), w=(4, 3, 3, 3)))
+    for node in model.nodes():
+        node.name = ""
+    optimized = tmp_path / "optimized.onnx"
+    Session(model.proto().SerializeToString(), threads=1, optimize=False, save_optimized=optimized)
+    found = audit(optimized, model, PlannedReasons())
+    assert [island.node for island in found.islands] == ["Relu of r", "Tanh of t", "Conv of y"]
