@@ -53,6 +53,7 @@ from qconv.ir.rewriting import (
     uses_only_first_output,
 )
 from qconv.passes import shuffles, simplify, slopes
+from qconv.passes.fold_columns import fold_into_columns
 
 
 def find_layer_before(model: Model, value: Value) -> Layer | None:
@@ -383,5 +384,6 @@ FLOAT_PASSES: tuple[Pass, ...] = (
     normalise_gemms,
     move_gains_back,
     fold_affine,
+    fold_into_columns,
     simplify.divide_by_multiplying,
 )
