@@ -225,8 +225,8 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     quantized = load.load_unchanged(proto, request.model)
     original, _ = load.load(read_proto(request.float_model), request.float_model)
     if ir_metadata.VERSION_KEY in carried:
-        told = ir_metadata.read_recipe(carried)
-        fold.run_float_passes(original, for_ort=not told or runs_on_ort(recipe_from_dict(told)))
+        recipe = recipe_from_dict(ir_metadata.read_recipe(carried))
+        fold.run_float_passes(original, for_ort=recipe is None or runs_on_ort(recipe))
     return original, quantized
 
 

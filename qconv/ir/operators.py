@@ -316,6 +316,8 @@ OPERATORS: Mapping[str, Operator] = {
     "Slice": Operator(TransparentRule(), ChannelEffect.SLICE, moves_values=True, absorbs_activation=True),
     "Split": Operator(TransparentRule(), ChannelEffect.SPLIT),
     "Gather": Operator(TransparentRule()),
+    "Expand": Operator(TransparentRule(), moves_values=True, absorbs_activation=True),
+    "Tile": Operator(TransparentRule(), moves_values=True, absorbs_activation=True),
     "Resize": Operator(TransparentRule(), ChannelEffect.RESIZE, moves_values=True, absorbs_activation=True),
     "DepthToSpace": Operator(TransparentRule(), ChannelEffect.TO_SPACE, moves_values=True, absorbs_activation=True),
     "Concat": Operator(ConcatRule(), ChannelEffect.CONCAT, moves_values=True, absorbs_activation=True),

@@ -55,6 +55,7 @@ from qconv.ir.rewriting import (
     uses_only_first_output,
 )
 from qconv.passes import shuffles, simplify, slopes
+from qconv.passes.fold_columns import fold_into_columns
 from qconv.passes.share_weights import share_equal_weights
 
 
@@ -389,5 +390,6 @@ FLOAT_PASSES: tuple[Pass, ...] = (
     normalise_gemms,
     move_gains_back,
     fold_affine,
+    fold_into_columns,
     simplify.divide_by_multiplying,
 )

@@ -246,9 +246,9 @@ def _select(model: Model, source: Value, order: NDArray[np.int64], moved: _Moved
             return source
         node = model.build("Identity", [source], name=title(moved.path[-1]), like=source)
     elif np.all(np.diff(order) == 1):
-        bounds = {"start": order[0], "end": order[-1] + 1, "axis": 1}
+        ends = {"start": int(order[0]), "end": int(order[-1]) + 1, "axis": 1}
         name = title(moved.path[-1])
-        cut = [model.constant(f"{name}_{what}", np.array([number], np.int64)) for what, number in bounds.items()]
+        cut = [model.constant(f"{name}_{what}", np.array([number], np.int64)) for what, number in ends.items()]
         node = model.build("Slice", [source, *cut], name=title(moved.path[-1]), like=source)
     else:
         index = model.constant(f"{title(moved.path[-1])}_order", order)

@@ -45,7 +45,7 @@ class SignTest:
 
 
 Known = TwoSlopes | SignTest
-IDENTITY = TwoSlopes(np.float32(1), np.float32(1))
+IDENTITY = TwoSlopes(np.ones(1, np.float32), np.ones(1, np.float32))
 
 
 def _operands(node: Node, known: Mapping[Value, Known]) -> list[TwoSlopes | Numbers] | None:
@@ -89,7 +89,7 @@ def _divided(a: TwoSlopes | Numbers, b: TwoSlopes | Numbers) -> TwoSlopes | None
     return None
 
 
-ZERO = TwoSlopes(np.float32(0), np.float32(0))
+ZERO = TwoSlopes(np.zeros(1, np.float32), np.zeros(1, np.float32))
 
 
 def _of_pairs(function: Callable[..., TwoSlopes]) -> Callable[..., TwoSlopes | None]:
@@ -259,7 +259,7 @@ def slopes_to_layers(model: Model, node: Node) -> list[Change]:
         raise EditRefused("it has no slope for each channel")
     weight = (slopes.reshape(-1).astype(np.float64) - 1).astype(np.float32).reshape(-1, *[1] * (len(sizes) - 1))
     name = title(node)
-    zero = model.constant(f"{name}_zero", np.float32(0))
+    zero = model.constant(f"{name}_zero", np.asarray(0, np.float32))
     low = model.build("Clip", [data, None, zero], name=f"{name}_negative", like=data)
     kernel = {"kernel_shape": [1] * (len(sizes) - 2), "group": sizes[1]}
     scaled = model.build(

@@ -135,7 +135,7 @@ def _sums_many(node: Node) -> bool:
     if weight is None or not isinstance(rule, WeightedRule):
         return False
     axis = orient_rule(node, rule).output_axis
-    return bool(weight.size // weight.shape[axis] >= MANY_PRODUCTS)
+    return int(weight.size // weight.shape[axis]) >= MANY_PRODUCTS
 
 
 def _is_sum_of_tensors(node: Node) -> bool:
