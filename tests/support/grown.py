@@ -131,7 +131,7 @@ class Case:
 
 def as_case(grown: Grower, *refusals: str, least_db: float | None = 8.0) -> Case:
     """Samples of normal numbers for a grown graph; open dimensions become 1."""
-    return Case(grown.model(), draw_samples(grown, 6), draw_samples(grown, 3), refusals, least_db)
+    return Case(grown.model(), draw_samples(grown, 16), draw_samples(grown, 4), refusals, least_db)
 
 
 def draw_samples(grown: Grower, count: int) -> list[dict[str, NDArray[Any]]]:
