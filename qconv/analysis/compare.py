@@ -351,13 +351,14 @@ class _LoadedNetworks:
         with subgraph.runnable_with_outputs(model, results) as runnable:
             session = Session(runnable, name=request.float_model.name, threads=self.threads)
         wanted = min(MOST_EFFECT_IMAGES, max(FEWEST_EFFECT_IMAGES, MOST_EFFECT_RUNS // len(self.pairs)))
-        nothing = {name: np.zeros((), np.float32) for name in names.values()}
         noise: dict[ComparisonPoint, dict[int, float]] = {pair.point: {} for pair in self.pairs}
         power: dict[int, float] = {}
         unlike: set[int] = set()  # outputs whose shape an error changes, as the data select what is in them
         seen = 0
         for plain, feeds in request.feeds():
             floats = self._floats(plain)
+            ranks = {names[pair.point]: floats[pair.tensor.name or ""].ndim for pair in self.pairs}
+            nothing = {name: np.zeros((1,) * rank, np.float32) for name, rank in ranks.items()}
             float_outputs = session.run(results, {**plain, **nothing})
             for index, y in enumerate(float_outputs):
                 if y.dtype.kind == "f":

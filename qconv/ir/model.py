@@ -188,8 +188,9 @@ class Model:
         node.replace_input_with(index, value)
 
     def feed_readers(self, value: Value, wish: str, readers: Iterable[Node] | None = None) -> Value:
-        """Let readers of `value`, or only those named, read a new float input of the model, which has no shape yet."""
+        """Let readers of `value`, or only those named, read a new float input of the model, of its rank."""
         new = ir.Value(name=self.fresh(wish), type=ir.TensorType(DataType.FLOAT))
+        set_dims(new, None if value.shape is None else [None] * len(value.shape))  # bodies of Scan need to know ranks
         self.graph.inputs.append(new)
         self.redirect(value, new, readers=readers)
         return new

@@ -72,7 +72,7 @@ class InputMoments:
         return all(bool(np.isfinite(x).all()) for block in self.blocks for x in (block.hessian, block.cross))
 
     def with_means(self) -> InputMoments:
-        """The same with the means left in: for a layer without a bias, which would take back what becomes of them."""
+        """The same with means left in, for a layer without a bias: nothing takes back what rounding does to them."""
         blocks = [
             MomentBlock(
                 block.part,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -130,7 +131,7 @@ class Case:
 
 def as_case(grown: Grower, *refusals: str, least_db: float | None = 8.0) -> Case:
     """Samples of normal numbers for a grown graph; open dimensions become 1."""
-    return Case(grown.model(), draw_samples(grown, 6), draw_samples(grown, 3), refusals, least_db)
+    return Case(grown.model(), draw_samples(grown, 16), draw_samples(grown, 4), refusals, least_db)
 
 
 def draw_samples(grown: Grower, count: int) -> list[dict[str, NDArray[Any]]]:
@@ -143,6 +144,18 @@ def draw_samples(grown: Grower, count: int) -> list[dict[str, NDArray[Any]]]:
         }
         for _ in range(count)
     ]
+
+
+def require_declared_shapes(data: bytes, samples: Sequence[dict[str, NDArray[Any]]]) -> None:
+    """Raises AssertionError where a file declares an output in a shape that it does not give. Oracle: ONNX Runtime."""
+    proto = onnx.ModelProto.FromString(data)
+    session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+    for feeds in samples:
+        for declared, array in zip(proto.graph.output, session.run(None, feeds), strict=True):
+            sizes = [d.dim_value if d.HasField("dim_value") else None for d in declared.type.tensor_type.shape.dim]
+            assert declared.type.tensor_type.HasField("shape")
+            assert len(sizes) == array.ndim, f"{declared.name} is declared {sizes}, but is {array.shape}"
+            assert all(size in (None, own) for size, own in zip(sizes, array.shape, strict=True))
 
 
 @dataclass
@@ -179,6 +192,7 @@ def run_commands(case: Case, *, diagnose: bool = True) -> Outcome:
         )
         if report is not None:
             made[effort] = report.model_bytes
+            attempt(f"declared {effort}", lambda file=made[effort]: require_declared_shapes(file, case.others))
             outcome.warnings += report.warnings
             scored = attempt(
                 f"evaluate {effort}",
