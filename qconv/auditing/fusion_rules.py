@@ -23,6 +23,7 @@ from qconv.ir.operators import (
     operator,
 )
 from qconv.ir.stored_weights import read_dequantizer, read_weight_dequantizer
+from qconv.planning.eligibility import gives_places
 from qconv.planning.plan import data_positions
 
 INTEGER_TYPES = frozenset({DataType.UINT8, DataType.INT8})
@@ -208,6 +209,8 @@ def _check_special_cases(node: Node) -> FloatReason | None:
     mode = attribute(node, "mode", "nearest")
     if node.op_type == "Resize" and mode != "nearest":
         return FloatReason("resize-mode", f"codes are resized by nearest neighbour, not {mode}")
+    if gives_places(node):
+        return FloatReason("indices", "its indices are read, which ties of codes would move")
     if node.op_type == "Pad":
         return FloatReason(
             "pad", "Pad alone has no integer kernel", "pad with zero inside the layer behind it, or on codes"

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
+from qconv.auditing.fusion_rules import find_float_reason
 from tests.support.models import network
 from tests.support.quantized import SAME, Feeds, Quantized, quantized, sqnr
 
@@ -95,3 +96,4 @@ def test_the_reason_is_told() -> None:
     assert reasons["m"] == "its indices are read"
     assert reasons["c"] == "the indices of MaxPool m hang on what it writes"
     assert result.plan.kept["c"].why == reasons["c"]
+    assert find_float_reason(next(node for node in result.model.nodes() if node.name == "m")).rule == "indices"

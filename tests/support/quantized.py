@@ -27,7 +27,7 @@ from qconv.ir import load, metadata
 from qconv.ir.files import Source, declared_opset
 from qconv.passes import fold
 from qconv.passes.compress_constants import compress_constants
-from qconv.pipeline.prepare import runs_on_ort
+from qconv.pipeline.prepare import plan_folded, runs_on_ort
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
@@ -95,9 +95,14 @@ class Wiring:
 
 
 class Quantized:
-    """A network taken through the story in memory, without the file and its checks."""
+    """A network taken through the story in memory, without the file and its checks.
 
-    def __init__(self, proto: onnx.ModelProto, recipe: Recipe, samples: Sequence[Feeds]) -> None:
+    placed: layers that are faster in float are left there, as the cost table says.
+    """
+
+    def __init__(
+        self, proto: onnx.ModelProto, recipe: Recipe, samples: Sequence[Feeds], *, placed: bool = False
+    ) -> None:
         self.float, self.recipe, self.samples = proto, recipe, samples
         copy = onnx.ModelProto.FromString(proto.SerializeToString())
         opset = metadata.needed_opset(recipe, declared_opset(copy))
@@ -105,7 +110,8 @@ class Quantized:
         fold.run_float_passes(model, for_ort=runs_on_ort(recipe))
         oldest = metadata.needed_runtime(model, recipe).split()[-1]
         skip_without("onnxruntime", oldest, "what is made here says so")
-        self.plan: Plan = make_plan(model, recipe, TARGETS[recipe.target])
+        whole = make_plan(model, recipe, TARGETS[recipe.target])
+        self.plan: Plan = plan_folded(model, recipe, None) if placed else whole
         observers = self.plan.observers(sketch_contents_for(recipe))
         sketches = {}
         if observers:
