@@ -35,6 +35,7 @@ from qconv.ir.files import Source, is_quantized, metadata_of, open_original, rea
 from qconv.ir.layers import Layer, layers_inside, read_layer, scale_inputs, scale_outputs, weights_from_rows
 from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
+from qconv.ir.output_shapes import forget_doubtful
 from qconv.ir.rewriting import EditRefused, title
 from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
@@ -211,6 +212,8 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     original, _ = load.load(read_proto(request.float_model), request.float_model)
     if ours:
         fold.run_float_passes(original)
+    for model in (original, quantized):
+        forget_doubtful(model)
     return original, quantized
 
 

@@ -49,6 +49,13 @@ def doubtful_outputs(model: Model) -> list[str]:
     return [value.name or "" for value in model.graph.outputs if get_note(value, _NOTE) is not None]
 
 
+def forget_doubtful(model: Model) -> None:
+    """Take the shapes of doubtful outputs away, where no run tells them."""
+    for value in model.graph.outputs:
+        if get_note(value, _NOTE) is not None:
+            set_dims(value, None)
+
+
 def settle_shapes(model: Model, seen: Mapping[str, Sequence[tuple[int, ...]]]) -> list[str]:
     """Set the shapes of doubtful outputs. seen: of the arrays that several runs gave, by name.
 

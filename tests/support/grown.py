@@ -209,7 +209,7 @@ def run_commands(case: Case, *, diagnose: bool = True) -> Outcome:
         if diagnose:
             attempt("diagnose", lambda: qconv.diagnose(data, Recipe(threads=1), case.calibration).as_dict())
     fast, full = (outcome.decibels.get(effort) for effort in ("fast", "balanced"))
-    floor, much = case.least_db, 40.0  # dB from which on it does not matter
+    floor, much = case.least_db, 25.0  # dB from which on some more or less is chance
     if floor is not None and full is not None and full < min(much, max(floor, floor if fast is None else fast - 3)):
         outcome.wrong["quality"] = f"{full:.1f} dB, {fast} with --effort fast"
     return outcome
