@@ -127,6 +127,45 @@ def resize_every_axis(model: Model, node: Node) -> list[Change]:
     return [Change("simplify", title(node), "axes of Resize written out")]
 
 
+@each_node("simplify", "Resize")
+def fence_cubic_resize(model: Model, node: Node) -> list[Change]:
+    """Put a Reshape that changes nothing in front of a cubic Resize that may shrink, and one behind it.
+
+    Behind an integer layer ONNX Runtime (1.32) moves a transpose past such a Resize, as it is less work there, and has
+    no cubic kernel for channels last: the file would not load. It moves none past a Reshape.
+    """
+    data, numbers = data_input(node), constant_array(input_of(node, 2))
+    if attribute(node, "mode", "nearest") != "cubic" or rank(data) != 4 or _is_fence(data.producer()):
+        return []
+    if numbers is None or not numbers.size:
+        sizes, given = dims(data), constant_array(input_of(node, 3))
+        known = given is not None and sizes is not None and None not in sizes[2:]
+        numbers = np.array([a / (b or 1) for a, b in zip(given, sizes, strict=True)]) if known else None  # type: ignore[arg-type]
+    if numbers is not None and (numbers[-2:] >= 1).all():
+        return []
+    name, readers = f"{title(node)}_fence", model.readers(node.outputs[0])
+    shape = model.constant(f"{name}_shape", np.array(FENCE_SHAPE))
+    before, behind = (
+        model.build("Reshape", [value, shape], name=name, like=value) for value in (data, node.outputs[0])
+    )
+    model.insert_before(node, before)
+    model.set_input(node, 0, before.outputs[0])
+    model.insert_after(node, behind)
+    model.redirect(node.outputs[0], behind.outputs[0], readers=readers)
+    return [Change("simplify", title(node), "kept apart from transposes")]
+
+
+FENCE_SHAPE = (0, 0, 0, -1)
+"""Of a Reshape: as it is, which is not said of a last axis of zero."""
+
+
+def _is_fence(node: Node | None) -> bool:
+    if node is None or standard_op_type(node) != "Reshape":
+        return False
+    shape = constant_array(input_of(node, 1))
+    return shape is not None and tuple(shape) == FENCE_SHAPE
+
+
 FLOATS = (np.float32, np.float64)
 """In which a runtime may multiply sides by scales."""
 
@@ -369,6 +408,7 @@ SIMPLIFY_PASSES: tuple[Pass, ...] = (
     sum_to_add,
     pad_every_axis,
     resize_every_axis,
+    fence_cubic_resize,
     merge_pads,
     mean_to_pool,
     whole_average_to_pool,
