@@ -40,8 +40,9 @@ def confirms(inferred: Shape, declared: Shape) -> bool:
 def set_doubtful(model: Model, shapes: Mapping[str, Shape | None]) -> None:
     """Note outputs whose shape is not sure, by name, with what the file declares of each."""
     for value in model.graph.outputs:
-        if value.name in shapes and is_tensor(value):
-            set_note(value, _NOTE, (shapes[value.name],))
+        name = value.name or ""
+        if name in shapes and is_tensor(value):
+            set_note(value, _NOTE, (shapes[name],))
 
 
 def doubtful_outputs(model: Model) -> list[str]:

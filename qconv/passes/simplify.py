@@ -110,7 +110,8 @@ def resize_every_axis(model: Model, node: Node) -> list[Change]:
         raise EditRefused("its sizes are kept in proportion, which other axes would take part in")
     if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
         raise EditRefused("it crops")
-    by_scales = input_of(node, 2) is not None and dims(node.inputs[2]) != [0]
+    scales = input_of(node, 2)
+    by_scales = scales is not None and dims(scales) != [0]
     given = node.inputs[2 if by_scales else 3]
     assert given is not None
     sizes, numbers = dims(data_input(node)), constant_array(given)
@@ -137,10 +138,11 @@ def fence_cubic_resize(model: Model, node: Node) -> list[Change]:
     data, numbers = data_input(node), constant_array(input_of(node, 2))
     if attribute(node, "mode", "nearest") != "cubic" or rank(data) != 4 or _is_fence(data.producer()):
         return []
+    sizes, given = dims(data), constant_array(input_of(node, 3))
     if numbers is None or not numbers.size:
-        sizes, given = dims(data), constant_array(input_of(node, 3))
-        known = given is not None and sizes is not None and None not in sizes[2:]
-        numbers = np.array([a / (b or 1) for a, b in zip(given, sizes, strict=True)]) if known else None  # type: ignore[arg-type]
+        sides = [size or 0 for size in sizes or ()]
+        known = given is not None and given.size == len(sides) and all(sides[2:])
+        numbers = given[2:] / np.array(sides[2:]) if known and given is not None else None
     if numbers is not None and (numbers[-2:] >= 1).all():
         return []
     name, readers = f"{title(node)}_fence", model.readers(node.outputs[0])
@@ -166,10 +168,6 @@ def _is_fence(node: Node | None) -> bool:
     return shape is not None and tuple(shape) == FENCE_SHAPE
 
 
-FLOATS = (np.float32, np.float64)
-"""In which a runtime may multiply sides by scales."""
-
-
 def _sides_of_all_axes(
     sizes: Sequence[int | None], axes: Sequence[int], given: NDArray[Any], *, by_scales: bool
 ) -> NDArray[Any] | None:
@@ -187,7 +185,8 @@ def _sides_of_all_axes(
     if (sides <= 0).any():
         return None
     scales[chosen] = given.astype(np.float32) / sides.astype(np.float32)  # what the runtime makes of sizes
-    return scales if all((np.floor(sides.astype(t) * scales[chosen]) == given).all() for t in FLOATS) else None
+    reached = np.floor(sides.astype(np.float32) * scales[chosen]), np.floor(sides * scales[chosen].astype(np.float64))
+    return scales if all((product == given).all() for product in reached) else None  # however runtimes multiply
 
 
 def _compute_sides_of_all_axes(
