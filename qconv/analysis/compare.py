@@ -37,6 +37,7 @@ from qconv.ir.layers import Layer, layers_inside, read_layer, scale_inputs, scal
 from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
 from qconv.ir.original import open_original
+from qconv.ir.output_shapes import forget_doubtful
 from qconv.ir.rewriting import EditRefused, title
 from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
@@ -227,6 +228,8 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     if ir_metadata.VERSION_KEY in carried:
         recipe = recipe_from_dict(ir_metadata.read_recipe(carried))
         fold.run_float_passes(original, for_ort=recipe is None or runs_on_ort(recipe))
+    for model in (original, quantized):
+        forget_doubtful(model)
     return original, quantized
 
 

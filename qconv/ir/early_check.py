@@ -30,9 +30,9 @@ def check_early(model: Model, source: Source) -> None:
 def _skeleton(model: Model) -> onnx.ModelProto:
     """The network without its large weights, which are inputs instead."""
     graph = model.graph
-    weights = [value for value in graph.initializers.values() if value.const_value is not None]
-    large = [value for value in weights if value.const_value.nbytes > SMALL_CONSTANT]
-    small = [tensor_proto(value) for value in weights if value.const_value.nbytes <= SMALL_CONSTANT]
+    sizes = {value: tensor.nbytes for value in graph.initializers.values() if (tensor := value.const_value) is not None}
+    large = [value for value, size in sizes.items() if size > SMALL_CONSTANT]
+    small = [tensor_proto(value) for value, size in sizes.items() if size <= SMALL_CONSTANT]
     inputs = dict.fromkeys([*graph.inputs, *large])
     made = onnx.helper.make_graph(
         [ir.serde.serialize_node(node) for node in graph],

@@ -276,8 +276,9 @@ def load_unchanged(proto: onnx.ModelProto, source: Source) -> Model:
     """Load a model as it is, but for names of nodes and inferred types. `proto` is used up."""
     weights = _detach_weights(proto)
     _check_axes(proto, source)
+    doubtful: dict[str, Shape | None] = {}
     with contextlib.suppress(QconvError):
-        _infer_shapes(proto, source)
+        doubtful = _infer_shapes(proto, source)
     _reattach_weights(proto, weights)
     try:
         model_ir = ir.from_proto(proto)
@@ -287,7 +288,9 @@ def load_unchanged(proto: onnx.ModelProto, source: Source) -> Model:
     if external and source.path is not None:
         ir.external_data.set_base_dir(model_ir.graph, source.path.resolve().parent)
     _name_nodes(model_ir.graph)
-    return Model(model_ir, external)
+    model = Model(model_ir, external)
+    set_doubtful(model, doubtful)
+    return model
 
 
 def infer_shapes_at(model: Model, name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -40,13 +40,21 @@ def confirms(inferred: Shape, declared: Shape) -> bool:
 def set_doubtful(model: Model, shapes: Mapping[str, Shape | None]) -> None:
     """Note outputs whose shape is not sure, by name, with what the file declares of each."""
     for value in model.graph.outputs:
-        if value.name in shapes and is_tensor(value):
-            set_note(value, _NOTE, (shapes[value.name],))
+        name = value.name or ""
+        if name in shapes and is_tensor(value):
+            set_note(value, _NOTE, (shapes[name],))
 
 
 def doubtful_outputs(model: Model) -> list[str]:
     """The names of outputs whose shape a run has to tell."""
     return [value.name or "" for value in model.graph.outputs if get_note(value, _NOTE) is not None]
+
+
+def forget_doubtful(model: Model) -> None:
+    """Take the shapes of doubtful outputs away, where no run tells them."""
+    for value in model.graph.outputs:
+        if get_note(value, _NOTE) is not None:
+            set_dims(value, None)
 
 
 def settle_shapes(model: Model, seen: Mapping[str, Sequence[tuple[int, ...]]]) -> list[str]:

@@ -128,8 +128,56 @@ def resize_every_axis(model: Model, node: Node) -> list[Change]:
     return [Change("simplify", title(node), "axes of Resize written out")]
 
 
-FLOATS = (np.float32, np.float64)
-"""In which a runtime may multiply sides by scales."""
+@each_node("simplify", "Resize", "Pad", "CenterCropPad")
+def fence_from_transposes(model: Model, node: Node) -> list[Change]:
+    """Put a Reshape that changes nothing in front of a node that ONNX Runtime cannot compute in NHWC, and one behind.
+
+    Its CPU provider (1.32) computes layers of codes in NHWC and moves the transposes around them to the operators
+    behind, for some of which it has no kernel then, or mistakes `axes`: the file would not load or run, see
+    `findings/onnxruntime-layout-optimizer-ignores-axes.sh`. It moves none past a Reshape.
+    """
+    data = data_input(node)
+    axes = rank(data)
+    if axes is None or axes < 3 or not _breaks_in_nhwc(node) or _is_fence(data.producer()):
+        return []
+    name, readers = f"{title(node)}_fence", model.readers(node.outputs[0])
+    shape = model.constant(f"{name}_shape", np.array([0] * (axes - 1) + [-1], np.int64))
+    before, behind = (
+        model.build("Reshape", [value, shape], name=name, like=value) for value in (data, node.outputs[0])
+    )
+    model.insert_before(node, before)
+    model.set_input(node, 0, before.outputs[0])
+    model.insert_after(node, behind)
+    model.redirect(node.outputs[0], behind.outputs[0], readers=readers)
+    return [Change("simplify", title(node), "kept apart from transposes")]
+
+
+def _is_fence(node: Node | None) -> bool:
+    if node is None or standard_op_type(node) != "Reshape":
+        return False
+    shape = constant_array(input_of(node, 1))
+    return shape is not None and shape[-1:].tolist() == [-1] and not shape[:-1].any()
+
+
+def _breaks_in_nhwc(node: Node) -> bool:
+    """Whether ONNX Runtime, asked for another order of the axes, makes a node that does not load or run."""
+    if node.op_type == "Pad":
+        return input_of(node, 3) is not None
+    if attribute(node, "axes") is not None:
+        return True
+    cubic = node.op_type == "Resize" and attribute(node, "mode", "nearest") == "cubic"
+    return cubic and not attribute(node, "antialias", 0) and not _only_grows(node)
+
+
+def _only_grows(node: Node) -> bool:
+    """Whether a Resize makes no side shorter, as far as is known."""
+    scales = constant_array(input_of(node, 2))
+    if scales is not None and scales.size:
+        return bool((scales >= 1).all())
+    before, after = dims(data_input(node)), constant_array(input_of(node, 3))
+    if before is None or after is None:
+        return False
+    return all(size is not None and size <= int(made) for size, made in zip(before[2:], after[2:], strict=True))
 
 
 def _sides_of_all_axes(
@@ -149,9 +197,8 @@ def _sides_of_all_axes(
     if (sides <= 0).any():
         return None
     scales[chosen] = given.astype(np.float32) / sides.astype(np.float32)  # what the runtime makes of sizes
-    return (
-        scales if all((np.floor(sides.astype(t) * scales[chosen].astype(t)) == given).all() for t in FLOATS) else None
-    )
+    reached = np.floor(sides.astype(np.float32) * scales[chosen]), np.floor(sides * scales[chosen].astype(np.float64))
+    return scales if all((product == given).all() for product in reached) else None  # however runtimes multiply
 
 
 def _compute_sides_of_all_axes(
@@ -372,6 +419,7 @@ SIMPLIFY_PASSES: tuple[Pass, ...] = (
     sum_to_add,
     pad_every_axis,
     resize_every_axis,
+    fence_from_transposes,
     merge_pads,
     mean_to_pool,
     whole_average_to_pool,

@@ -25,7 +25,6 @@ from qconv.ir.model import (
     clip_bounds,
     constant_array,
     constant_scalar,
-    dims,
     input_of,
     rank,
 )
@@ -78,55 +77,6 @@ def keep_places_float(nodes: Sequence[Node]) -> dict[str, str]:
                 if left and not _sums_many(node):
                     waiting.append((node, left))
     return found
-
-
-def keep_layout_float(nodes: Sequence[Node]) -> dict[str, str]:
-    """Names of the nodes that must stay float so that ONNX Runtime loads the result, each with the reason.
-
-    Its CPU provider (1.32) computes layers and pooling of codes in NHWC, and moves the transposes around them to the
-    operators behind. Some cannot take them: see `findings/onnxruntime-layout-optimizer-ignores-axes.sh`.
-    """
-    found: dict[str, str] = {}
-    for fragile in filter(_breaks_in_nhwc, nodes):
-        waiting = [fragile]
-        while waiting:
-            for value in waiting.pop().inputs:
-                node = None if value is None else value.producer()
-                if node is None or (node.name or "") in found or node.op_type == "DequantizeLinear":
-                    continue
-                if node.op_type in IN_NHWC:
-                    found[node.name or ""] = f"ONNX Runtime would compute {fragile.op_type} {fragile.name} in NHWC"
-                if not isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule):
-                    waiting.append(node)
-    return found
-
-
-IN_NHWC = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool")
-"""What the CPU provider computes in NHWC where it reads and writes codes."""
-
-
-def _breaks_in_nhwc(node: Node) -> bool:
-    """Whether ONNX Runtime, asked for another order of the axes, makes a node that does not load or run."""
-    if node.domain != "":
-        return False
-    if node.op_type in ("Resize", "CenterCropPad") and attribute(node, "axes") is not None:
-        return True
-    if node.op_type == "Pad" and input_of(node, 3) is not None:
-        return True
-    if node.op_type != "Resize" or attribute(node, "mode", "nearest") != "cubic" or attribute(node, "antialias", 0):
-        return False
-    return not _only_grows(node)
-
-
-def _only_grows(node: Node) -> bool:
-    """Whether a Resize makes no side shorter, as far as is known."""
-    scales = constant_array(input_of(node, 2))
-    if scales is not None and scales.size:
-        return bool((scales >= 1).all())
-    before, after = (None if value is None else dims(value) for value in (node.inputs[0], node.outputs[0]))
-    if before is None or after is None:
-        return False
-    return all(a is not None and b is not None and a <= b for a, b in zip(before, after, strict=True))
 
 
 def _sums_many(node: Node) -> bool:

@@ -32,7 +32,6 @@ from qconv.planning.eligibility import (
     explain_dequantized_layer,
     explain_refusal,
     find_shortcut_input,
-    keep_layout_float,
     keep_places_float,
     make_weight_spec,
     orient_rule,
@@ -89,8 +88,7 @@ class _Planner:
         self.model, self.recipe, self.target = model, recipe, target
         self.plan = Plan(recipe, target, dict(floats))
         self.nodes = model.nodes()
-        held = keep_layout_float(self.nodes) if target.on_ort else {}
-        self.floats = keep_places_float(self.nodes) | held | dict(floats)
+        self.floats = keep_places_float(self.nodes) | dict(floats)
         self.quantized: dict[Value, str] = {}
         self.eligible: dict[Node, Rule] = {}
         for node in self.nodes:

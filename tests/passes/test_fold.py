@@ -99,10 +99,19 @@ SIMPLIFIED = {
         ),
         "Shape Reshape Resize",
     ),
-    "resize in proportion stays": (
+    "resize in proportion is kept apart": (
         network('y = Resize<axes=[2,3], keep_aspect_ratio_policy="not_larger">(x, , , s)', opset=18, s=ints(12, 9)),
-        "Resize",
+        "Reshape Resize",
     ),
+    "cubic resize that shrinks": (
+        network('y = Resize<mode="cubic">(x, , s)', s=np.float32([1, 1, 0.5, 1.5])),
+        "Reshape Resize",
+    ),
+    "cubic resize between": (
+        network('a = Sigmoid(x) r = Resize<mode="cubic">(a, , , s) y = Tanh(r)', x=("N", 3, 6, 6), s=ints(2, 3, 4, 4)),
+        "Sigmoid Reshape Resize Reshape Tanh",
+    ),
+    "cubic resize that grows": (network('y = Resize<mode="cubic">(x, , s)', s=np.float32([1, 1, 2, 1])), "Resize"),
     "pad before two": (
         network("a = Pad(x, p) b = Conv(a, w) c = Conv(a, v) y = Add(b, c)", p=ints(0, 0, 1, 1, 0, 0, 1, 1), w=W, v=W),
         "Conv Conv Add",

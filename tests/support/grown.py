@@ -126,10 +126,10 @@ class Case:
     calibration: list[dict[str, NDArray[Any]]]
     others: list[dict[str, NDArray[Any]]]
     refusals: tuple[str, ...] = ()
-    least_db: float | None = 8.0
+    least_db: float | None = 3.0
 
 
-def as_case(grown: Grower, *refusals: str, least_db: float | None = 8.0) -> Case:
+def as_case(grown: Grower, *refusals: str, least_db: float | None = 3.0) -> Case:
     """Samples of normal numbers for a grown graph; open dimensions become 1."""
     return Case(grown.model(), draw_samples(grown, 16), draw_samples(grown, 4), refusals, least_db)
 
@@ -209,7 +209,7 @@ def run_commands(case: Case, *, diagnose: bool = True) -> Outcome:
         if diagnose:
             attempt("diagnose", lambda: qconv.diagnose(data, Recipe(threads=1), case.calibration).as_dict())
     fast, full = (outcome.decibels.get(effort) for effort in ("fast", "balanced"))
-    floor, much = case.least_db, 40.0  # dB from which on it does not matter
-    if floor is not None and full is not None and full < min(much, max(floor, floor if fast is None else fast - 3)):
+    floor, much = case.least_db, 25.0  # dB from which on some more or less is chance
+    if floor is not None and full is not None and full < min(much, max(floor, floor if fast is None else fast - 6)):
         outcome.wrong["quality"] = f"{full:.1f} dB, {fast} with --effort fast"
     return outcome
