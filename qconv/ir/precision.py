@@ -83,13 +83,13 @@ def _computed_kinds(model: Model, kinds: Collection[ir.DataType]) -> set[ir.Data
     return {kind for kind in found if kind is not None}
 
 
-def _retype_attributes(node: ir.Node, kinds: Iterable[ir.DataType]) -> None:
+def _retype_attributes(node: ir.Node, kinds: Collection[ir.DataType]) -> None:
     """Make the types in a node's attributes float32: that of a Cast or Random, the tensor of a Constant."""
     for name in ("to", "dtype"):
         if attribute(node, name) in {int(kind) for kind in kinds}:
             node.attributes[name] = ir.AttrInt64(name, FLOAT)
     tensor = attribute(node, "value")
-    if tensor is not None and getattr(tensor, "dtype", None) in kinds:
+    if tensor is not None and getattr(tensor, "dtype", None) in set(kinds):
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(_as_float32(tensor)))
 
 
