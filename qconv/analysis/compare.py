@@ -34,6 +34,7 @@ from qconv.ir.layers import Layer, read_layer, scale_inputs, scale_outputs, weig
 from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
 from qconv.ir.original import open_original
+from qconv.ir.precision import make_float32
 from qconv.ir.rewriting import EditRefused
 from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
@@ -203,6 +204,8 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
         raise QconvError(fact, "write it with quantizers and dequantizers (Q/DQ), which all tools can.")
     ours = ir_metadata.VERSION_KEY in metadata_of(proto)
     quantized = load.load_unchanged(proto, request.model)
+    if not ours:  # tools that compute in float16 around quantizers; parts of the network are fed with float32 here
+        make_float32(quantized)
     original, _ = load.load(read_proto(request.float_model), request.float_model)
     if ours:
         fold.run_float_passes(original)
