@@ -149,7 +149,7 @@ class Evaluation:
             against = {
                 "model": self.other,
                 **as_values(self.other_labelled, told=tuple(LABELLED)),
-                **as_values(self.worst),
+                **as_values(self.worst, told=(SQNR, AGREEMENT, COSINE)),
                 "flips": flips and {"won": flips.won, "lost": flips.lost, "p_value": flips.p_value},
                 "outputs": [
                     {"name": o.name, "kind": o.kind, **as_values(o.scores, told=(SQNR, COSINE, AGREEMENT))}
