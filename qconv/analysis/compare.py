@@ -38,6 +38,7 @@ from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
 from qconv.ir.original import open_original
 from qconv.ir.output_shapes import forget_doubtful
+from qconv.ir.precision import make_float32
 from qconv.ir.rewriting import EditRefused, title
 from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
@@ -223,9 +224,12 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
         fact = f"{request.model.name} holds integer operators, between which there is nothing to compare."
         raise QconvError(fact, "write it with quantizers and dequantizers (Q/DQ), which all tools can.")
     carried = metadata_of(proto)
+    ours = ir_metadata.VERSION_KEY in carried
     quantized = load.load_unchanged(proto, request.model)
+    if not ours:  # tools that compute in float16 around quantizers; parts of the network are fed with float32 here
+        make_float32(quantized)
     original, _ = load.load(read_proto(request.float_model), request.float_model)
-    if ir_metadata.VERSION_KEY in carried:
+    if ours:
         recipe = recipe_from_dict(ir_metadata.read_recipe(carried))
         fold.run_float_passes(original, for_ort=recipe is None or runs_on_ort(recipe))
     for model in (original, quantized):

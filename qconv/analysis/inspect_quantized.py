@@ -59,7 +59,7 @@ class QuantizedLayerRow:
         block_size: Elements that share a scale, for per-block.
         runs: "integer" or "float", as the file is written; the runtime has the last word (`qconv audit`).
         input, output: The formats of what it reads and writes.
-        bytes: Integers, scales with zero points, and bias.
+        bytes: Integers or weights in float, scales with zero points, and bias.
         share: Of the file.
     """
 
@@ -79,11 +79,12 @@ class QuantizedLayerRow:
     scales_bytes: int
     bias_bytes: int
     share: float
+    float_bytes: int = 0
 
     @property
     def bytes(self) -> int:
         """All bytes that the file holds for this layer alone."""
-        return self.codes_bytes + self.scales_bytes + self.bias_bytes
+        return self.codes_bytes + self.float_bytes + self.scales_bytes + self.bias_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row that `--json` and `--csv` print."""
@@ -105,6 +106,7 @@ class QuantizedLayerRow:
             "bias_type": self.bias,
             "runs": self.runs,
             "codes_bytes": self.codes_bytes,
+            "float_bytes": self.float_bytes,
             "scales_bytes": self.scales_bytes,
             "bias_bytes": self.bias_bytes,
             "bytes": self.bytes,
@@ -170,6 +172,7 @@ class QuantizedModel:
             "layers": self.rows,
             "size": {
                 "codes": sum(layer.codes_bytes for layer in self.layers),
+                "float_weights": sum(layer.float_bytes for layer in self.layers),
                 "scales": sum(layer.scales_bytes for layer in self.layers),
                 "biases": sum(layer.bias_bytes for layer in self.layers),
                 "other_constants": self.other_constants,
@@ -269,7 +272,8 @@ class _LayerReader:
             output=self._written(node, places),
             bias=bias,
             runs="integer" if on_codes else "float",
-            codes_bytes=codes,
+            codes_bytes=0 if weights.in_float else codes,
+            float_bytes=codes if weights.in_float else 0,
             scales_bytes=scales,
             bias_bytes=biases,
             share=(codes + scales + biases) / self.size if self.size else 0.0,

@@ -149,10 +149,7 @@ def _check_output(node: Node) -> FloatReason | None:
         return FloatReason("graph-output", "its output is an output of the model", "quantize and dequantize it there")
     readers = [use.node for use in value.uses()]
     if len(readers) > 1:
-        names = ", ".join(sorted({reader.name or reader.op_type for reader in readers})[:3])
-        return FloatReason(
-            "several-readers", f"its output has several readers ({names}), not one quantizer", "quantize it once"
-        )
+        return _several_readers("its output", value)
     (reader,) = readers or (None,)
     if reader is None or reader.op_type == "QuantizeLinear":
         return None
@@ -161,8 +158,17 @@ def _check_output(node: Node) -> FloatReason | None:
     return FloatReason("no-quantizer", f"its output goes to {reader.name} without a quantizer", "quantize it")
 
 
+def _several_readers(what: str, value: Value) -> FloatReason:
+    names = ", ".join(sorted({use.node.name or use.node.op_type for use in value.uses()})[:3])
+    return FloatReason(
+        "several-readers", f"{what} has several readers ({names}), not one quantizer", "quantize it once"
+    )
+
+
 def _check_activation(node: Node) -> FloatReason | None:
-    """A Relu or Clip goes away where the quantizer behind it saturates at the same bounds."""
+    """A Relu or Clip goes away where the one quantizer behind it saturates at the same bounds."""
+    if len(node.outputs[0].uses()) > 1:
+        return _several_readers(f"{node.name} behind it", node.outputs[0])
     quantizer = next((use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"), None)
     bounds = clip_bounds(node)
     if quantizer is None or bounds is None:
@@ -187,7 +193,7 @@ def _check_activation(node: Node) -> FloatReason | None:
 def _check_same_parameters(node: Node) -> FloatReason | None:
     rule = QUANTIZATION_RULES.get(node.op_type)
     before = find_dequantizer(input_of(node, 0))
-    after = next((use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"), None)
+    after = _find_quantizer_behind(node)
     if before is None or after is None:
         return None
     kinds = [constant_array(input_of(end, 2)) for end in (before, after)]
@@ -202,6 +208,32 @@ def _check_same_parameters(node: Node) -> FloatReason | None:
         if not all(np.array_equal(one, other) for one, other in pairs):
             why = "scale or zero point differ before and behind it"
             return FloatReason("parameters-differ", why, "use the same for both")
+    return None
+
+
+def _find_quantizer_behind(node: Node) -> Node | None:
+    """The quantizer of a result, through a Relu or Clip that it takes in."""
+    readers = [use.node for use in node.outputs[0].uses()]
+    if len(readers) == 1 and readers[0].op_type in CLIPPING_ACTIVATIONS:
+        readers = [use.node for use in readers[0].outputs[0].uses()]
+    return next((reader for reader in readers if reader.op_type == "QuantizeLinear"), None)
+
+
+def _check_gemm(node: Node) -> FloatReason | None:
+    """Its kernel takes zero points that are there, and a float bias only where it writes codes."""
+    if node.op_type != "Gemm":
+        return None
+    made = {"data": find_dequantizer(input_of(node, 0)), "weights": _find_weight_dequantizer(node)}
+    bare = next((what for what, end in made.items() if end is not None and input_of(end, 2) is None), None)
+    if bare is not None:
+        why = f"the DequantizeLinear of its {bare} leaves out the zero point, without which Gemm has no integer kernel"
+        return FloatReason("no-zero-point", why, "write the zero point, 0 as well")
+    bias = input_of(node, 2)
+    if bias is not None and find_dequantizer(bias) is None and _find_quantizer_behind(node) is None:
+        why = "its bias is float and no quantizer stands behind it: the kernel of Gemm adds codes alone then"
+        return FloatReason(
+            "gemm-bias", why, "store the bias as int32 codes with the scale s_x * s_w, or quantize the result"
+        )
     return None
 
 
@@ -242,6 +274,7 @@ _FUSION_RULES: tuple[Callable[[Node], FloatReason | None], ...] = (
     _check_inputs,
     _check_types,
     _check_output,
+    _check_gemm,
     _check_same_parameters,
     _check_signed,
 )

@@ -6,31 +6,43 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 LOWEST_OPSET = 13  # DequantizeLinear with a scale for each channel
 
-# The lowest IR version that may carry an opset, by onnx's own release table.
-IR_VERSIONS: dict[int, int] = {
-    13: 7,
-    14: 7,
-    15: 8,
-    16: 8,
-    17: 8,
-    18: 8,
-    19: 9,
-    20: 9,
-    21: 10,
-    22: 10,
-    23: 11,
-    24: 11,
-    25: 12,
+
+class OpsetSupport(NamedTuple):
+    """What carries an opset. ir_version: the lowest that may; runtime: the oldest ONNX Runtime that runs Q/DQ in it."""
+
+    ir_version: int
+    runtime: str
+
+
+OPSETS: Mapping[int, OpsetSupport] = {
+    13: OpsetSupport(7, "1.8"),
+    14: OpsetSupport(7, "1.8"),
+    15: OpsetSupport(8, "1.10"),
+    16: OpsetSupport(8, "1.11"),
+    17: OpsetSupport(8, "1.12"),
+    18: OpsetSupport(8, "1.14"),
+    19: OpsetSupport(9, "1.15"),
+    20: OpsetSupport(9, "1.17"),
+    21: OpsetSupport(10, "1.19"),
+    22: OpsetSupport(10, "1.22"),
+    23: OpsetSupport(11, "1.24"),  # 1.23 loads float networks in it, and loses a dequantizer of others
+    24: OpsetSupport(11, "1.24"),
+    25: OpsetSupport(12, "1.24"),
+    26: OpsetSupport(13, "1.25"),
+    27: OpsetSupport(13, "1.32"),
 }
-# The oldest ONNX Runtime that loads an opset.
-OLDEST_RUNTIMES: dict[int, str] = {
-    13: "1.8", 14: "1.8", 15: "1.10", 16: "1.11", 17: "1.12", 18: "1.14", 19: "1.15", 20: "1.17", 21: "1.19",
-    22: "1.22", 23: "1.26", 24: "1.26", 25: "1.26",
-}  # fmt: skip
+"""The opsets that results are written in. IR versions by onnx's own table of releases; runtimes as measured, which
+`make compat` does again. Opset 28 has no quantizers in any runtime up to 1.32."""
+
+HIGHEST_OPSET = max(OPSETS)
+
+LOWERED_OPSET = 25
+"""What is beyond the highest becomes this one where its operators allow: it has all their newer types, and more
+runtimes load it."""
 
 
 CostTable = Mapping[str, Mapping[int, tuple[float, float, float, float]]]

@@ -34,6 +34,7 @@ from qconv.ir import legacy
 from qconv.ir.constants import fold_constant_nodes, lift_constants
 from qconv.ir.files import Source, declared_opset, iter_tensors, not_onnx_error
 from qconv.ir.model import Model, attribute, input_of, ir
+from qconv.ir.newest import lower_opset
 from qconv.ir.operators import operator
 from qconv.ir.output_shapes import Shape, confirms, contradicts, set_doubtful, shape_of
 from qconv.ir.precision import make_float32
@@ -74,6 +75,9 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     external = any(t.data_location == onnx.TensorProto.EXTERNAL for t in iter_tensors(proto.graph))
     current = declared_opset(proto)
     legacy.modernize(proto)
+    lower_opset(proto, source.name)
+    if declared_opset(proto) < current:
+        changes.append(Change("load", source.name, f"opset {current} written as {declared_opset(proto)}"))
     weights = _detach_weights(proto)
     _check_axes(proto, source)
     if current < opset:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from qconv.config.choices import WeightGranularity
 from qconv.config.data_options import PRESETS, Color, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
-from qconv.config.targets import IR_VERSIONS, LOWEST_OPSET, OLDEST_RUNTIMES
+from qconv.config.targets import HIGHEST_OPSET, LOWERED_OPSET, LOWEST_OPSET, OPSETS
 from qconv.errors import QconvError
 from qconv.ir.model import Model
 
@@ -126,6 +126,8 @@ def needed_opset(recipe: Recipe, own: int) -> int:
         or 16 in {*recipe.bits_of_weights, *recipe.bits_of_activations, recipe.edge_bits}
         or recipe.weight_granularity is WeightGranularity.PER_BLOCK
     )
+    if own > HIGHEST_OPSET:  # loading writes it as an older one
+        own = LOWERED_OPSET
     needed = max(own, NEW_TYPES_OPSET if new_types else LOWEST_OPSET)
     if recipe.opset is None:
         return needed
@@ -134,14 +136,14 @@ def needed_opset(recipe: Recipe, own: int) -> int:
         raise QconvError(
             f"--opset {recipe.opset} is below {what} ({needed}).", f"pass --opset {needed} or leave it out."
         )
-    if recipe.opset not in IR_VERSIONS:
-        raise QconvError(f"--opset {recipe.opset} is not known.", f"use {LOWEST_OPSET} to {max(IR_VERSIONS)}.")
+    if recipe.opset not in OPSETS:
+        raise QconvError(f"--opset {recipe.opset} is not known.", f"use {LOWEST_OPSET} to {HIGHEST_OPSET}.")
     return recipe.opset
 
 
 def needed_runtime(model: Model, recipe: Recipe) -> str:
     """The oldest ONNX Runtime that runs the file right."""
-    version = OLDEST_RUNTIMES.get(model.opset, OLDEST_RUNTIMES[max(OLDEST_RUNTIMES)])
+    version = OPSETS.get(model.opset, OPSETS[HIGHEST_OPSET]).runtime
     in_integers = (bits for bits in recipe.bits_of_weights if recipe.activation_bits < 32 and not recipe.packs(bits))
     if any(map(recipe.has_zero_points, in_integers)):
         version = "1.28"  # earlier ones refuse per-channel zero points that differ
@@ -150,7 +152,7 @@ def needed_runtime(model: Model, recipe: Recipe) -> str:
 
 def set_ir_version(model: Model) -> None:
     """The lowest that its opset may be in."""
-    model.inner.ir_version = IR_VERSIONS.get(model.opset, max(IR_VERSIONS.values()))
+    model.inner.ir_version = OPSETS.get(model.opset, OPSETS[HIGHEST_OPSET]).ir_version
 
 
 def write_metadata(

@@ -83,9 +83,9 @@ def _computed_kinds(model: Model, kinds: Collection[ir.DataType]) -> set[ir.Data
     return {kind for kind in found if kind is not None}
 
 
-def _retype_attributes(node: ir.Node, kinds: Iterable[ir.DataType]) -> None:
+def _retype_attributes(node: ir.Node, kinds: Collection[ir.DataType]) -> None:
     """Make the types in a node's attributes float32: that of a Cast or Random, the tensor of a Constant."""
-    for name in ("to", "dtype"):
+    for name in ("to", "dtype", "output_dtype"):
         if attribute(node, name) in {int(kind) for kind in kinds}:
             node.attributes[name] = ir.AttrInt64(name, FLOAT)
     tensor = attribute(node, "value")

@@ -147,6 +147,7 @@ def format_quantized_model(found: QuantizedModel, *, verbose: bool) -> str:
         lines.append(_wrap_titled("pictures", _describe_preprocessing(found.preprocessing)))
     parts = {
         "codes": sum(row.codes_bytes for row in found.layers),
+        "weights in float": sum(row.float_bytes for row in found.layers),
         "scales": sum(row.scales_bytes for row in found.layers),
         "biases": sum(row.bias_bytes for row in found.layers),
         "other constants": found.other_constants,

@@ -249,6 +249,11 @@ def _open_shape(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
     return tuple(d if isinstance(d, int) and d > 0 else None for d in shape)
 
 
+OWN_MODELS = ("a part of", "the folded float model", "the quantized model", "the first layers")
+"""How models are called that qconv has made: where the runtime refuses one, the user's file is not to blame."""
+
+OWN_HINT = "this is a fault of qconv, not of the file: report it; --effort fast or --keep-float NODE may get by."
+
 LOAD_HINTS: Mapping[str, str] = {
     "Unsupported model IR version": "install a newer onnxruntime, or export with a lower ir_version.",
     "guarantees* support for models stamped": "install a newer onnxruntime, or export at a lower opset.",
@@ -286,6 +291,8 @@ def _load_error(name: str, error: Exception) -> QconvError:
             "export the model in float32, or at a lower opset; a newer onnxruntime may have the kernel, too.",
         )
     hint = next((hint for what, hint in LOAD_HINTS.items() if what in text), "check the file, or export it again.")
+    if name.startswith(OWN_MODELS):
+        hint = OWN_HINT
     return QconvError(f"ONNX Runtime cannot load {name}: {_runtime_message(error)}", hint)
 
 

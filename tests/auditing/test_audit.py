@@ -319,7 +319,7 @@ def test_a_float_model_is_told_to_be_one() -> None:
     found = audit_file(Source(str(CIFAR), CIFAR), threads=1, batch=None, size=None)
     assert found.format == "float"
     assert found.audit.integer == 0
-    assert "nothing is quantized" in printed(found, verbose=False)
+    assert "nothing is quantized" in printed(found, verbose=False).replace("\n", " ")  # a long path wraps it
     assert "islands" not in printed(found, verbose=False)
 
 

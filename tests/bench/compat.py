@@ -28,7 +28,7 @@ from qconv.ir.files import Source, read_proto
 from qconv.ir.load import load_unchanged
 from tests.bench.cases import CASES, REPOSITORY, Array, Case, default_data, light_file, pictures
 
-VERSIONS = ("1.17.3", "1.19.2", "1.22.1", "1.26.0", ort.__version__)
+VERSIONS = ("1.17.3", "1.19.2", "1.22.1", "1.23.2", "1.24.1", "1.25.1", "1.26.0", ort.__version__)
 NUMPY = {"1.17": "numpy<2", "1.18": "numpy<2"}
 HOME = REPOSITORY / ".compat"
 OWN = REPOSITORY / "tests" / "models" / "cifar_mobilenet.onnx"
@@ -176,6 +176,52 @@ def sqnr(want: Array, got: Array) -> float:
     return 10 * float(np.log10(np.sum(want.astype(np.float64) ** 2) / noise)) if noise else np.inf
 
 
+def opset_rows(work: Path) -> list[Row]:
+    """A network of every opset that results are written in, and of some that need not be."""
+    from qconv.config.targets import OPSETS
+
+    x = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
+    np.save(work / "sample.npy", x)
+    rows = []
+    for opset in OPSETS:
+        model, out = work / f"float{opset}.onnx", work / f"opset{opset}.onnx"
+        onnx.save(small_network(), model)
+        quantized(model, work / "sample.npy", out, ("--opset", str(opset)))
+        rows.append(Row(f"opset {opset}", out, {"x": x}, reference(model, {"x": x}), class_scores=False))
+    return rows
+
+
+def small_network() -> onnx.ModelProto:
+    """Layers, and operators that move codes, of opset 13."""
+    from tests.support.models import network
+
+    body = """c = Conv(x, w) r = Relu(c) m = MaxPool<kernel_shape=[2,2]>(r) f = Flatten(m) s = Reshape(f, shape)
+              y = Gemm<transB=1>(s, g)"""
+    return network(body, (1, 3, 8, 8), opset=13, w=(4, 3, 3, 3), shape=np.array([1, 100]), g=(5, 100))
+
+
+def check_opsets(rows: Sequence[Row], versions: Sequence[str]) -> list[str]:
+    """Where the table of opsets is wrong: it promises too much, or too little."""
+    from qconv.config.targets import OPSETS
+
+    wrong = []
+    for row in rows:
+        oldest = OPSETS[int(row.name.split()[-1])].runtime
+        for version in versions:
+            promised = numbers(version) >= numbers(oldest)
+            runs = not row.cells[version].startswith("FAILS")
+            if promised and not runs:
+                wrong.append(f"{row.name} does not run in {version}, though the table says {oldest}.")
+            elif runs and not promised:
+                print(f"{row.name} runs in {version}, and the table says {oldest}: other operators may need that.")
+    return wrong
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """1.24 and 1.24.1 as numbers to be compared."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def matrix(rows: list[Row], versions: Sequence[str]) -> str:
     """As Markdown, which `qconv manual targets` takes."""
     lines = [f"| file | {' | '.join(versions)} |", f"|---{'|---' * len(versions)}|"]
@@ -198,7 +244,7 @@ def main() -> None:
             )
         else:
             print(f"{wanted.data} does not exist: only the network of this repository is tried.")
-        there = []
+        there, wrong = [], []
         for version in wanted.versions.split(","):
             python = environment(version)
             if isinstance(python, str):
@@ -208,8 +254,14 @@ def main() -> None:
             tried(python, version, rows, work)
         print("integer/float nodes, agreement with the float model, SQNR against it:")
         print(matrix(rows, there))
-    if any(row.failed for row in rows):
-        sys.exit("Some files do not run everywhere.")
+        opsets = opset_rows(work)
+        for version in there:
+            tried(HOME / version / "bin" / "python", version, opsets, work)
+        print("by opset:")
+        print(matrix(opsets, there))
+        wrong = check_opsets(opsets, there)
+    if wrong or any(row.failed for row in rows):
+        sys.exit("\n".join([*wrong, "Some files do not run everywhere."]))
 
 
 if __name__ == "__main__":

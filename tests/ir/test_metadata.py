@@ -46,7 +46,11 @@ def test_an_opset_that_cannot_be_is_refused(opset: int, says: str) -> None:
         ({}, 17, "1.12"),
         ({}, 21, "1.19"),
         ({}, 22, "1.22"),
-        ({}, 23, "1.26"),  # 1.23.2 breaks on it
+        ({}, 23, "1.24"),  # 1.23.2 loses a dequantizer of it
+        ({}, 24, "1.24"),
+        ({}, 25, "1.24"),
+        ({}, 26, "1.25"),
+        ({}, 27, "1.32"),
         ({"weight_scheme": Scheme.ASYMMETRIC}, 17, "1.28"),  # up to 1.26 zero points may not differ
         ({"weight_scheme": Scheme.ASYMMETRIC, "activation_bits": 32}, 17, "1.12"),
         ({"weight_scheme": Scheme.ASYMMETRIC, "weight_bits": 4, "edge_bits": 4}, 17, "1.12"),  # codes are moved
@@ -61,7 +65,7 @@ def test_the_oldest_runtime(options: dict[str, object], opset: int, oldest: str)
     assert needed_runtime(model, Recipe(**options)) == f"onnxruntime >= {oldest}"  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("opset", "ir"), [(13, 7), (17, 8), (19, 9), (21, 10), (23, 11)])
+@pytest.mark.parametrize(("opset", "ir"), [(13, 7), (17, 8), (19, 9), (21, 10), (23, 11), (26, 13)])
 def test_the_ir_version_is_the_opsets_own(opset: int, ir: int) -> None:
     """By the table of releases in onnx's documentation."""
     model = loaded(network("y = Relu(x)", opset=opset))
