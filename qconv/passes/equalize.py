@@ -53,7 +53,15 @@ from qconv.passes.absorb_biases import (
     select_gaining,
 )
 from qconv.passes.balance import MOST_OCTAVES, find_far_channels
-from qconv.passes.noise_model import ChannelObservations, NoiseTerm, collect_noise_terms, minimize_noise, total_noise
+from qconv.passes.noise_model import (
+    DESCENT_STEPS,
+    MOST_WEIGHTS,
+    ChannelObservations,
+    NoiseTerm,
+    collect_noise_terms,
+    minimize_noise,
+    total_noise,
+)
 from qconv.passes.scale_groups import (
     NETWORK_BOUNDARY,
     ClipLimit,
@@ -63,6 +71,14 @@ from qconv.passes.scale_groups import (
 )
 from qconv.passes.share_weights import share_equal_weights
 from qconv.planning.plan import Plan, plan_observer
+from qconv.planning.work import (
+    EQUALIZATION_SHARE,
+    STEP_WORK,
+    count_kernel,
+    count_weights,
+    largest_within,
+    quantization_work,
+)
 from qconv.runtime.session import Session
 
 CLIP_MARGIN = 1.1
@@ -110,9 +126,10 @@ def equalize_channels(
         )
         channels |= {name: replace(channels[name], floor=found.floor) for name, found in on_all.items()}
     lowered = _absorb_and_verify(model, high, channels, feed, threads, EXACT_DB)
-    scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, EXACT_DB)
+    bound, told = (MOST_WEIGHTS, list[Finding]()) if most is None else _bound_descent(plan, groups, feed)
+    scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, EXACT_DB, bound)
     _note_balance(model, groups, far)
-    return [*balanced, *lowered, *scaled, *left]
+    return [*balanced, *lowered, *scaled, *told, *left]
 
 
 def equalize_without_data(
@@ -187,11 +204,35 @@ def _note_balance(model: Model, groups: ScaleGroups, u: Float64) -> None:
         precede_equalization(model.inner.metadata_props, scales)
 
 
+def _bound_descent(plan: Plan, groups: ScaleGroups, feed: DataLoader) -> tuple[int, list[Finding]]:
+    """The most weights of a layer that count, so that the descent stays within its share of the work; and what for."""
+    fixed = {ends.node: bool(groups.fixed[ends.inputs].all()) for ends in groups.layers}
+    sizes = {
+        layer.node: count_weights(layer.node) // count_kernel(layer.node)
+        for layer in plan.layers
+        if not fixed.get(layer.node, True)
+    }
+    work = quantization_work((layer.node for layer in plan.layers), len(feed.listing.paths))
+    budget = EQUALIZATION_SHARE * work / (STEP_WORK * DESCENT_STEPS)
+    most = min(MOST_WEIGHTS, largest_within([min(size, MOST_WEIGHTS) for size in sizes.values()], budget))
+    cut = [node.name or "" for node, size in sizes.items() if most < min(size, MOST_WEIGHTS)]
+    if not cut:
+        return MOST_WEIGHTS, []
+    why = f"some outputs of {len(cut)} layers stood for all of them when scales were chosen, or it would take too long"
+    return most, [Skipped(STEP, cut[0], why)]
+
+
 def _scale_and_verify(
-    model: Model, plan: Plan, seen: ChannelObservations, feed: DataLoader, threads: int | None, least_db: float
+    model: Model,
+    plan: Plan,
+    seen: ChannelObservations,
+    feed: DataLoader,
+    threads: int | None,
+    least_db: float,
+    most: int = MOST_WEIGHTS,
 ) -> list[Finding]:
     groups = seen.groups
-    terms = collect_noise_terms(model, plan, seen)
+    terms = collect_noise_terms(model, plan, seen, most)
     found = choose_scales(groups, terms, *_log_scale_bounds(seen))
     found = replace(found, u=round_log_scale(found.u))
     if not found.u.any():

@@ -307,8 +307,13 @@ class _NoiseGains:
     share: Float64
 
 
-def collect_noise_terms(model: Model, plan: Plan, seen: ChannelObservations) -> list[NoiseTerm]:
-    """Every source of noise of the quantized network, as a function of the scales of classes."""
+def collect_noise_terms(
+    model: Model, plan: Plan, seen: ChannelObservations, most: int = MOST_WEIGHTS
+) -> list[NoiseTerm]:
+    """Every source of noise of the quantized network, as a function of the scales of classes.
+
+    most: weights of a layer from which on some of its outputs stand for all.
+    """
     scale_groups = seen.groups
     worth = _NoiseGains(np.zeros(scale_groups.fixed.size), np.zeros(scale_groups.fixed.size))
     at = {ends.node: ends for ends in scale_groups.layers}
@@ -319,7 +324,7 @@ def collect_noise_terms(model: Model, plan: Plan, seen: ChannelObservations) -> 
         for value in node.outputs:
             if value in scale_groups.of:
                 gains[value] = worth.noise[scale_groups.of[value]]
-        term = _add_weight_noise(at[node], quantized.get(node), seen, worth) if node in at else None
+        term = _add_weight_noise(at[node], quantized.get(node), seen, worth, most) if node in at else None
         if term is not None:  # layers that share weights are tied, and one term
             key = (node.inputs[1], term.inputs.tobytes(), term.outputs.tobytes(), term.levels, term.whole)
             weights[key] = weights[key].joined(term) if key in weights else term
@@ -332,7 +337,7 @@ def collect_noise_terms(model: Model, plan: Plan, seen: ChannelObservations) -> 
 
 
 def _add_weight_noise(
-    ends: LayerScaleGroups, layer: LayerPlan | None, seen: ChannelObservations, worth: _NoiseGains
+    ends: LayerScaleGroups, layer: LayerPlan | None, seen: ChannelObservations, worth: _NoiseGains, most: int
 ) -> WeightNoise | None:
     """The noise of a layer's weights, None where there is none to know. worth: updated for its inputs."""
     own = read_layer(ends.node)
@@ -359,7 +364,7 @@ def _add_weight_noise(
         return None  # a depthwise layer's rounding is relative to each channel, whatever its scale
     largest = np.abs(own.weight).max(axis=3).astype(np.float64)
     outputs = ends.outputs.reshape(groups, -1)
-    every = -(-largest.size // MOST_WEIGHTS)
+    every = -(-largest.size // most)
     if every > 1:  # some of the outputs stand for all
         largest, outputs, gains = largest[:, ::every], outputs[:, ::every], gains[:, ::every] * every
     levels = max((layer.weight.qmax - layer.weight.qmin) / 2, 1.0)

@@ -36,6 +36,7 @@ from qconv.ir.model import Model, Node, Value, clip_bounds, constant_array, inpu
 from qconv.ir.stepwise import StepwiseRun
 from qconv.planning.plan import LayerPlan, Plan
 from qconv.planning.planner import replan
+from qconv.planning.work import ROUNDING_SHARE, SOLVE_WORK, count_rows, quantization_work
 from qconv.quantization import gptq, weight_ranges
 from qconv.quantization.emit import emit
 from qconv.quantization.gptq import LayerRounder, arrange_stored, dequantize_rows, read_weight_shape
@@ -473,7 +474,8 @@ def round_layers_sequentially(
     solver = LayerSolver(recipe, plan.target, choose_rounding_effort(plan, recipe), seed)
     # `CandidateScorer` scores on batches that weights were not rounded on: these must be held out whole
     pieces = [1 if len(feeds) >= HELD_OUT_INTERVAL else _count_images(feed) for feed in feeds]
-    return _SequentialRounder(model, plan, params, solver, pieces).run(feeds, reporter)
+    images = sum(_count_images(feed) for feed in feeds)
+    return _SequentialRounder(model, plan, params, solver, pieces, images).run(feeds, reporter)
 
 
 @dataclass(slots=True)
@@ -483,6 +485,7 @@ class _SequentialRounder:
     params: Params
     solver: LayerSolver
     pieces: list[int]  # of each batch, one of so many is held out
+    images: int
     shared: dict[Node, Finding] = field(default_factory=dict)  # layers whose codes are settled before
     findings: list[Finding] = field(default_factory=list)
 
@@ -517,7 +520,7 @@ class _SequentialRounder:
         reporter: Reporter,
     ) -> None:
         """Run both networks. While a layer is solved, the float network, which does not depend on it, runs ahead."""
-        refusals = [self.solver.refusal(chosen) for chosen in self.params.layers]
+        refusals = self._refusals()
         to_watch = dict.fromkeys(
             chosen.layer.node
             for chosen, why in zip(self.params.layers, refusals, strict=True)
@@ -544,6 +547,28 @@ class _SequentialRounder:
                     self.findings.append(Skipped("round", chosen.layer.node.name or "", why))
                 _replace_weights(simulated, quantized_node, chosen)
         reporter.progress("round", len(refusals), len(refusals))
+
+    def _refusals(self) -> list[str | None]:
+        """Why each layer keeps its nearest codes: also those that second order takes longest for, if all take too long.
+
+        A layer of K inputs takes work in K^3 and K^2 times its outputs, however few rows it has.
+        """
+        found = [self.solver.refusal(chosen) for chosen in self.params.layers]
+        if self.solver.recipe.rounding == "nearest" or self.solver.recipe.effort == "best":
+            return found
+        work = quantization_work((chosen.layer.node for chosen in self.params.layers), self.images)
+        left = ROUNDING_SHARE * work
+        costs: dict[int, float] = {}
+        for index, chosen in enumerate(self.params.layers):
+            if found[index] is None and chosen.layer.weight.bits == 8 and chosen.layer.node not in self.shared:
+                groups, outputs, inputs = _rows_shape(chosen.layer.node)
+                costs[index] = SOLVE_WORK * groups * (5 / 3 * inputs**3 + 5 * inputs**2 * outputs)
+        rows = {index: count_rows(self.params.layers[index].layer.node) for index in costs}
+        for index in sorted(costs, key=lambda index: (costs[index] / rows[index], index)):
+            left -= costs[index]
+            if left < 0:
+                found[index] = "with 8 bits it loses little, and to round all layers by second order takes too long"
+        return found
 
     def _round(self, chosen: LayerParams, seen: InputMoments | None) -> LayerParams:
         """Round a layer, or settle the bias of one that has its codes from all layers that share them."""
