@@ -8,8 +8,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from qconv.errors import QconvError
-from qconv.ir.files import Source, open_original, read_proto
+from qconv.ir.files import Source, read_proto
 from qconv.ir.node_order import sort_nodes
+from qconv.ir.original import open_original
 from tests.support.models import network, random_feeds, run
 
 BODY = "c = Conv(x, w)  r = Relu(c)  s = Sigmoid(c)  m = Mul(r, s)  y = Add(m, c)"

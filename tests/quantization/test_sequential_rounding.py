@@ -162,7 +162,7 @@ def test_weights_are_solved_anew_whatever_the_batch(batch: int, samples: str) ->
     alone, together = (sqnr(proto, made(proto, samples, weight_bits=2, batch=size)[1]) for size in (1, batch))
     _, nearest = made(proto, samples, weight_bits=2, rounding="nearest")
     assert together > sqnr(proto, nearest) + 1
-    assert abs(together - alone) < 0.3
+    assert abs(together - alone) < 0.4
 
 
 @pytest.mark.parametrize("pictures", [2, 7])
@@ -210,16 +210,18 @@ def test_a_network_with_outputs_in_front(options: dict[str, object], effort: str
     assert all((output.sqnr_db or 99) > 12 for output in report.verify.outputs)
 
 
-def test_biases_of_nearest_codes_take_back_what_the_layers_before_do(samples: str) -> None:
+def test_biases_of_nearest_codes_take_back_what_the_layers_before_do(samples: str, tmp_path: Path) -> None:
     """Where others know the means of the float network alone. Codes stay what they are."""
+    for number in range(31):  # of so few none is held back
+        (tmp_path / f"{number}.npy").symlink_to(Path(samples) / f"{number:02}.npy")
     proto = net("residual")
     ref = Session(proto.SerializeToString())
-    pictures = [{"x": correlated(number)[None]} for number in range(48)]
+    pictures = [{"x": correlated(number)[None]} for number in range(31)]
     expected = np.mean([ref.run_all(feed)[0] for feed in pictures], axis=0).mean(axis=(0, 2, 3))
     moved, codes = [], []
     for correction in ("measured", "sequential"):
         options = {"tune_ranges": False, "equalize": False, "rounding": "nearest", "activation_bits": 16}
-        report, data = made(proto, samples, weight_bits=2, edge_bits=2, bias_correction=correction, **options)
+        report, data = made(proto, str(tmp_path), weight_bits=2, edge_bits=2, bias_correction=correction, **options)
         got = Session(data)
         found = np.mean([got.run_all(feed)[0] for feed in pictures], axis=0).mean(axis=(0, 2, 3))
         moved.append(float(np.abs(found - expected).max()))
