@@ -22,7 +22,7 @@ from qconv.errors import Change, Finding, Skipped, require_torch
 from qconv.ir import files
 from qconv.ir.files import Source, open_original
 from qconv.ir.metadata import needed_runtime, write_metadata
-from qconv.ir.model import Model
+from qconv.ir.model import Model, dims
 from qconv.metrics.comparison import check_gates, verify
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
@@ -177,7 +177,8 @@ class _QuantizationRun:
             self.sketches = self.saved if self.saved and not moved else pictures.sketches(model, plans, recipe)
             if pictures.data_free_statistics is not None:
                 self.findings += pictures.data_free_statistics.findings
-            for oddity in find_odd_tensors(self.sketches):
+            empty = {value.name for value in self.plan.activations if 0 in (dims(value) or ())}
+            for oddity in find_odd_tensors({name: s for name, s in self.sketches.items() if name not in empty}):
                 self.reporter.warn(oddity)
 
     def _plan_without_floats(self) -> Plan:
