@@ -170,7 +170,7 @@ def select_cost_table(recipe: Recipe, target: Target) -> CostTable:
 
 
 def infer_run_shapes(model: Model, fed: Preprocessing | None) -> Shapes:
-    """The shapes of all tensors in one run, as far as known; none where the input has a dynamic size.
+    """The shapes of all tensors in one run, as far as known; none where the input has a dynamic size, or there is none.
 
     fed: as in `choose_float_nodes`.
     """

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -211,7 +212,10 @@ def _make_noise_functions(
         return
     with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
         for group in groups:
-            reach = _measure_reach(walk.values_of(group.first), group.params)
+            values = walk.values_of(group.first)
+            if not any(math.prod(x.shape) for x in values.held):
+                continue  # an empty tensor tells nothing of those that share its range
+            reach = _measure_reach(values, group.params)
             picked = _pick_batches(reach, *counts)
             names, spec = [_names_of(group.members)], group.params.spec
             tail = NetworkTail(walk.tail_model(outputs), _names_of(outputs), names, spec, threads=threads)
