@@ -5,6 +5,7 @@ Oracles: the graph that ONNX Runtime makes of the file, and the float network.
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import numpy as np
@@ -145,3 +146,24 @@ def test_a_pool_of_codes_from_elsewhere_is_slow_itself() -> None:
     assert cost is not None
     assert cost.integer_us > 20 * cost.float_us
     assert behind.slow == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_division_is_cheaper(seed: int) -> None:
+    """Against trying all: what a pool costs hangs on where the layers before it are."""
+    rng = np.random.default_rng(seed)
+    body = f"""a = Conv<{SAME}>(x, w) b = Conv<group=4, {SAME}>(a, d) c = Concat<axis=1>(a, b)
+        m = MaxPool<kernel_shape=[3,3], {SAME}>(c) y = Conv(m, v)
+        n = MaxPool<kernel_shape=[3,3], {SAME}>(b) z = Conv(n, p)"""
+    weights = {"w": (4, 3, 3, 3), "d": (4, 1, 3, 3), "v": (4, 8, 1, 1), "p": (4, 4, 1, 1)}
+    model = loaded(network(body, x=(1, 3, 8, 8), outputs=("y", "z"), **weights))
+    kinds = {kind: tuple(rng.uniform(0, 9, 2)) for kind in ("stem3", "depthwise3", "conv1", "MaxPool", "switch")}
+    kinds["max_pool_nchw"] = (0.0, 9 + float(rng.uniform(0, 20)))
+    table = {kind: {8: (own, 0.0, codes, 0.0)} for kind, (own, codes) in kinds.items()}
+    plan = make_plan(model, Recipe(), TARGETS["ort-cpu"])
+    problem = _PlacementProblem.of(model, plan, infer_shapes_at(model, "x", (1, 3, 8, 8)), table)
+    assert {(one.name, other.name) for one, other, _ in problem.slow} == {("a", "m"), ("b", "m"), ("b", "n")}
+    cautious = {n: c and type(c)(1.1 * c.float_us, c.integer_us) for n, c in problem.costs.items()}
+    judged = _PlacementProblem(cautious, problem.tensors, problem.slow)
+    every = (set(s) for n in range(len(plan.integer) + 1) for s in itertools.combinations(plan.integer, n))
+    assert judged.time(problem.cheapest()) == pytest.approx(min(map(judged.time, every)))
