@@ -43,6 +43,7 @@ bench: $(STAMP) ## measure against ONNX Runtime's own quantizer; needs models an
 	$(BIN)/python -m tests.bench.detection
 	$(BIN)/python -m tests.bench.kernels
 	$(BIN)/python -m tests.bench.placement
+	$(BIN)/python -m tests.bench.families
 
 bench-accuracy: $(STAMP) ## measure accuracy at every bit-width, beside other tools and published numbers
 	$(BIN)/python -m tests.bench.bits $(ARGS)
