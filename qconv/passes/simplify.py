@@ -211,6 +211,15 @@ def _compute_sides_of_all_axes(
         made.append(model.build("Shape", [made[0].outputs[0]], name=f"{wish}_rank", dtype=DataType.INT64))
         one = model.constant(f"{wish}_one", np.ones(1, np.float32))
         made.append(model.build("Expand", [one, made[1].outputs[0]], name=f"{wish}_ones", dtype=DataType.FLOAT))
+    numbers, axis_count = constant_array(given), rank(data_input(node))
+    if numbers is not None and axis_count is not None and not by_scales:
+        # no data propagation looks through a Where, and onnx's makes nothing of Shape behind an unknown rank
+        chosen, full = np.zeros(axis_count, bool), np.ones(axis_count, np.int64)
+        chosen[list(axes)], full[list(axes)] = True, numbers
+        pick = [model.constant(f"{wish}_chosen", chosen), model.constant(f"{wish}_given", full), made[-1].outputs[0]]
+        made.append(model.build("Where", pick, name=wish, dtype=DataType.INT64))
+        model.insert_before(node, *made)
+        return made[-1].outputs[0]
     places = model.constant(f"{wish}_axes", np.array(axes, np.int64))
     kind = DataType.FLOAT if by_scales else DataType.INT64
     made.append(model.build("ScatterElements", [made[-1].outputs[0], places, given], name=wish, dtype=kind))

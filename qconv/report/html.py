@@ -112,6 +112,7 @@ CAUSE_TITLES = {
     "preprocessing": "Pictures fed otherwise than in training",
     "few-pictures": "Too few pictures",
     "layer": "One layer",
+    "bodies": "Layers in bodies of If, Loop and Scan",
 }
 """Kinds of causes in words."""
 

@@ -78,7 +78,7 @@ SIMPLIFIED = {
     ),
     "resize to sizes that no scale gives": (
         network('y = Resize<axes=[2], mode="linear">(x, , , s)', x=("N", 3, 3, 6), opset=18, s=ints(5)),
-        "Shape ScatterElements Resize",
+        "Shape Where Resize",
     ),
     "resize by scales with axes": (
         network("y = Resize<axes=[3,2]>(x, , s)", opset=18, s=np.float32([1.5, 2])),
