@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fix bench bench-accuracy bench-qat compat lowest lowest-tenth clean
+.PHONY: help demo test lint fix bench bench-accuracy bench-qat compat corpus fuzz kills lowest lowest-tenth clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,7 @@ bench: $(STAMP) ## measure against ONNX Runtime's own quantizer; needs models an
 	$(BIN)/python -m tests.bench.detection
 	$(BIN)/python -m tests.bench.kernels
 	$(BIN)/python -m tests.bench.placement
+	$(BIN)/python -m tests.bench.families
 
 bench-accuracy: $(STAMP) ## measure accuracy at every bit-width, beside other tools and published numbers
 	$(BIN)/python -m tests.bench.bits $(ARGS)
@@ -52,6 +53,15 @@ bench-qat: $(STAMP) ## measure post-training quantization against training; need
 
 compat: $(STAMP) ## run the files in ONNX Runtime 1.17 to the newest, each in an environment of its own
 	$(BIN)/python -m tests.bench.compat $(ARGS)
+
+corpus: $(STAMP) ## run the onnx package's backend tests through quantize, inspect and audit
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.robustness.corpus $(ARGS)
+
+fuzz: $(STAMP) ## run 10,000 damaged files through the commands that read them
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.robustness.fuzz $(ARGS)
+
+kills: $(STAMP) ## kill every command that writes at 200 random moments; needs qconv[torch]
+	$(BIN)/python -m tests.robustness.kills $(ARGS)
 
 lowest: ## run demo and tests with the lowest versions that pyproject.toml allows, then with the newest
 	$(PYTHON) tests/lowest.py .lowest
@@ -64,4 +74,4 @@ lowest-tenth: ## run demo and a tenth of the tests with the lowest versions
 	$(MAKE) --no-print-directory VENV=.lowest ARGS=--tenth demo test
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .compat .lowest .newest demo.w8a8.onnx .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .compat .corpus .fuzz .lowest .newest demo.w8a8.onnx .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -13,6 +13,7 @@
     preprocessing       what training has stored speaks against the preprocessing (data.autodetect)
     few-pictures        fewer than FEW, or other images lose GAP dB more than those of the calibration
     low-bits            weights or activations of fewer than 8 bits
+    bodies              layers in bodies of If, Loop and Scan, which stay float
     layer               one layer makes LARGE_SHARE or more of the error at the outputs
 
 A cause comes with its layers' share of the error at the outputs, as `compare` measures it.
@@ -30,10 +31,11 @@ from qconv.calibration.sketch import Sketch
 from qconv.config.choices import WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, format_count
+from qconv.ir.layers import layers_inside
 from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, clip_bounds, constant_array
 from qconv.ir.operators import QUANTIZATION_RULES, ConcatRule, operator
-from qconv.ir.rewriting import standard_op_type
+from qconv.ir.rewriting import standard_op_type, title
 from qconv.planning.plan import LayerPlan, Plan
 from qconv.quantization.layer import WIDENED_FOR_BIAS
 from qconv.results.comparison import Cause, Comparison, LayerComparison
@@ -330,6 +332,15 @@ def find_costly_layers(evidence: DiagnosisEvidence) -> Iterator[Cause]:
             yield Cause("layer", (row.name,), what, share)
 
 
+def find_layers_in_bodies(evidence: DiagnosisEvidence) -> Iterator[Cause]:
+    """Find layers in bodies of If, Loop and Scan, which cost no accuracy and gain nothing."""
+    inside = tuple(title(layer) for node in evidence.model.nodes() for layer in layers_inside(node))
+    if inside:
+        many = format_count(len(inside), "layer")
+        what = f"{many} in bodies of If, Loop or Scan stay float, neither smaller nor faster"
+        yield Cause("bodies", inside, what, harmless=True)
+
+
 def find_weight_imbalance(evidence: DiagnosisEvidence) -> Iterator[Cause]:
     """Find layers whose output channels share a scale and differ too much for that."""
     if evidence.recipe.weight_granularity is not WeightGranularity.PER_TENSOR:
@@ -364,4 +375,5 @@ CAUSE_FINDERS: Sequence[CauseFinder] = (
     find_low_bits,
     find_costly_layers,
     find_dead_channels,
+    find_layers_in_bodies,
 )

@@ -15,8 +15,9 @@ float model's units. Weights are compared in units of the quantized ones.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,22 +26,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.data_options import DataOptions
+from qconv.config.serialization import recipe_from_dict
 from qconv.data.loader import Batch, ModelWithData, iter_paired_batches, open_models
-from qconv.errors import QconvError
+from qconv.errors import QconvError, format_count
 from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
+from qconv.ir.data_shapes import find_data_shaped
 from qconv.ir.files import Source, holds_codes, metadata_of, read_proto
-from qconv.ir.layers import Layer, read_layer, scale_inputs, scale_outputs, weights_from_rows
+from qconv.ir.layers import Layer, layers_inside, read_layer, scale_inputs, scale_outputs, weights_from_rows
 from qconv.ir.metadata import EqualizationRecord
 from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
 from qconv.ir.original import open_original
+from qconv.ir.output_shapes import forget_doubtful
 from qconv.ir.precision import make_float32
-from qconv.ir.rewriting import EditRefused
+from qconv.ir.rewriting import EditRefused, title
 from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
 from qconv.metrics.comparison import ComparisonAccumulator
 from qconv.metrics.similarity import compute_sqnr_db, signal_power
 from qconv.passes import fold
+from qconv.pipeline.prepare import runs_on_ort
 from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, HistogramBars, LayerComparison, ValueStatistics
 from qconv.runtime.session import Session
@@ -157,16 +162,20 @@ def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Com
             fact = f"No layer of {request.model.name} is found in {request.float_model.name}."
             raise QconvError(fact, "pass the float model that it was made from, first.")
         tallies = networks.look(request, reporter)
-        output_comparison = networks.whole(request)
+        compared = networks.whole(request).scores(spans=True)
         noise, seen = networks.effects(request, outputs, reporter)
     total = sum(noise.values())
     nodes = {node.name: node for node in original.nodes()}
     rows = []
-    for pair in networks.pairs:
+    for pair in (pair for pair in networks.pairs if tallies[pair.point].pictures):
         layer, share = pair.point.layer, None if not total else noise.get(pair.point, 0.0) / total
         weights = None if layer is None else compare_weights(layer, nodes.get(layer.name), equalization)
         rows.append(_make_layer_row(pair, tallies[pair.point], share, weights))
-    unmatched = [point.name for point in found if point not in tallies]
+    unmatched = [point.name for point in found if point not in tallies or not tallies[point].pictures]
+    for output in compared:
+        if output.remark:
+            reporter.warn(f"output {output.name}: {output.remark}.")
+    _tell_of_pictures_apart({pair.point.name: tallies[pair.point] for pair in networks.pairs}, reporter)
     predicted = None if total <= 0 else -10 * math.log10(total)
     return Comparison(
         request.float_model.name,
@@ -175,10 +184,22 @@ def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Com
         request.words,
         tuple(rows),
         tuple(unmatched),
-        output_comparison.scores(spans=True),
+        compared,
         predicted,
         seen,
+        tuple(f"{layer.op_type} {title(layer)}" for node in quantized.nodes() for layer in layers_inside(node)),
     )
+
+
+def _tell_of_pictures_apart(tallies: Mapping[str, _PointTally], reporter: Reporter) -> None:
+    """Warn of tensors whose shapes differ between the two networks on some pictures, as the data select their rows."""
+    apart = [name for name, tally in tallies.items() if tally.apart]
+    if apart:
+        count, most = format_count(len(apart), "tensor"), max(tallies[name].apart for name in apart)
+        reporter.warn(
+            f"{count} had another shape in the quantized network on up to {format_count(most, 'batch')}, which leaves "
+            f"these out of their comparison: the data select what is in {apart[0]}."
+        )
 
 
 def _find_float_behind(model: Model, output: Value) -> Value:
@@ -202,22 +223,33 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
     if any(node.op_type.startswith("QLinear") or node.op_type == "ConvInteger" for node in proto.graph.node):
         fact = f"{request.model.name} holds integer operators, between which there is nothing to compare."
         raise QconvError(fact, "write it with quantizers and dequantizers (Q/DQ), which all tools can.")
-    ours = ir_metadata.VERSION_KEY in metadata_of(proto)
+    carried = metadata_of(proto)
+    ours = ir_metadata.VERSION_KEY in carried
     quantized = load.load_unchanged(proto, request.model)
     if not ours:  # tools that compute in float16 around quantizers; parts of the network are fed with float32 here
         make_float32(quantized)
     original, _ = load.load(read_proto(request.float_model), request.float_model)
     if ours:
-        fold.run_float_passes(original)
+        recipe = recipe_from_dict(ir_metadata.read_recipe(carried))
+        fold.run_float_passes(original, for_ort=recipe is None or runs_on_ort(recipe))
+    for model in (original, quantized):
+        forget_doubtful(model)
     return original, quantized
 
 
 @dataclass(slots=True)
 class _PointTally:
-    """Sums of signal and error at one point."""
+    """Sums of signal and error at one point.
 
+    pictures, apart: batches that count, and those on which the two networks have tensors of different shapes.
+    isolated: the signal where the layer's own error is known.
+    """
+
+    pictures: int = 0
+    apart: int = 0
     signal: float = 0.0
     received: float = 0.0
+    isolated: float = 0.0
     added: float = 0.0
     product: float = 0.0
     power: float = 0.0
@@ -229,7 +261,10 @@ class _PointTally:
 
 @dataclass(slots=True)
 class _LoadedNetworks:
-    """Sessions of the networks. inputs: of the cut network, by the point that they stand for."""
+    """Sessions of the networks.
+
+    inputs: of the cut network, by the point that they stand for. selects: whether the data select rows of tensors.
+    """
 
     original: Model
     quantized: Model
@@ -239,6 +274,7 @@ class _LoadedNetworks:
     real: Session
     cut: Session
     inputs: dict[ComparisonPoint, str]
+    selects: bool
     threads: int | None
 
     @classmethod
@@ -261,18 +297,7 @@ class _LoadedNetworks:
         watched = session(original, [v for v in candidates if not v.is_graph_input()], request.float_model.name)
         tapped = [point.value for point in found] + [point.codes for point in found if point.codes is not None]
         real = session(quantized, tapped, request.model.name)
-        first = next(request.feeds(), None)
-        if first is None:
-            raise QconvError("There is no picture to compare on.", "check --images.")
-        floats, feeds = first
-        pairs = list(
-            _match_points(
-                found,
-                {**floats, **_run_outputs(watched, candidates, floats)},
-                _run_points(real, found, feeds),
-                equalization,
-            )
-        )
+        pairs = _match_points(found, _first_tensors(request, watched, candidates, real, found), equalization)
         cut = quantized.copy()
         own = {value.name: value for node in cut.nodes() for value in node.outputs}
         inputs: dict[ComparisonPoint, str] = {}
@@ -285,7 +310,8 @@ class _LoadedNetworks:
         fed = session(cut, [pair.point.value for pair in pairs], request.model.name)
         taken = {pair.tensor.name or "" for pair in pairs}
         watched = session(original, [v for v in candidates if v.name in taken and not v.is_graph_input()], watched.name)
-        return cls(original, quantized, equalization, pairs, watched, real, fed, inputs, request.threads)
+        selects = bool(find_data_shaped(quantized))
+        return cls(original, quantized, equalization, pairs, watched, real, fed, inputs, selects, request.threads)
 
     def look(self, request: ComparisonRequest, reporter: Reporter) -> dict[ComparisonPoint, _PointTally]:
         """Run all images through all three networks."""
@@ -297,7 +323,7 @@ class _LoadedNetworks:
             names = [pair.point.value.name or "" for pair in self.pairs]
             codes = [pair.point.codes.name or "" for pair in self.pairs if pair.point.codes is not None]
             got = dict(zip([*names, *codes], self.real.run([*names, *codes], feeds), strict=True))
-            isolated_outputs = dict(zip(names, self._isolated_outputs(feeds, floats), strict=True))
+            isolated_outputs = self._isolated_outputs(feeds, floats)
             for pair in self.pairs:
                 name = pair.point.value.name or ""
                 _accumulate(
@@ -305,7 +331,7 @@ class _LoadedNetworks:
                     pair,
                     floats[pair.tensor.name or ""],
                     got,
-                    isolated_outputs[name],
+                    isolated_outputs.get(name),
                     self.equalization,
                     each,
                 )
@@ -332,51 +358,68 @@ class _LoadedNetworks:
         with subgraph.runnable_with_outputs(model, results) as runnable:
             session = Session(runnable, name=request.float_model.name, threads=self.threads)
         wanted = min(MOST_EFFECT_IMAGES, max(FEWEST_EFFECT_IMAGES, MOST_EFFECT_RUNS // len(self.pairs)))
-        nothing = {name: np.zeros((), np.float32) for name in names.values()}
         noise: dict[ComparisonPoint, dict[int, float]] = {pair.point: {} for pair in self.pairs}
         power: dict[int, float] = {}
+        unlike: set[int] = set()  # outputs whose shape an error changes, as the data select what is in them
         seen = 0
         for plain, feeds in request.feeds():
             floats = self._floats(plain)
+            ranks = {names[pair.point]: floats[pair.tensor.name or ""].ndim for pair in self.pairs}
+            nothing = {name: np.zeros((1,) * rank, np.float32) for name, rank in ranks.items()}
             float_outputs = session.run(results, {**plain, **nothing})
             for index, y in enumerate(float_outputs):
                 if y.dtype.kind == "f":
                     power[index] = power.get(index, 0.0) + signal_power(y)
             isolated_outputs = self._isolated_outputs(feeds, floats)
-            for place, (pair, got) in enumerate(zip(self.pairs, isolated_outputs, strict=True)):
-                if pair.point.copy:
-                    continue
-                name = pair.tensor.name or ""
-                error = np.asarray(self.equalization.back(name, got) - floats[name])  # a number where there are no axes
-                if not np.isfinite(error).all():
+            for place, pair in enumerate(self.pairs):
+                error = self._own_error(pair, isolated_outputs, floats)
+                if error is None:
                     continue
                 moved_to = session.run(results, {**plain, **nothing, names[pair.point]: error})
-                for index, (y, other) in enumerate(zip(float_outputs, moved_to, strict=True)):
-                    if index in power:
-                        known = noise[pair.point]
-                        known[index] = known.get(index, 0.0) + signal_power(other - y)
+                unlike |= {index for index, y in enumerate(float_outputs) if y.shape != moved_to[index].shape}
+                known = noise[pair.point]
+                for index in sorted(power.keys() - unlike):
+                    away = signal_power(moved_to[index] - float_outputs[index])
+                    known[index] = known.get(index, 0.0) + away
                 reporter.progress("effects", seen * len(self.pairs) + place + 1, wanted * len(self.pairs))
             seen += len(next(iter(feeds.values())))
             if seen >= wanted:
                 break
         reporter.progress("effects", wanted * len(self.pairs), wanted * len(self.pairs))
         return {
-            point: sum(n / power[index] for index, n in found.items() if power[index] > 0)
+            point: sum(n / power[index] for index, n in found.items() if power[index] > 0 and index not in unlike)
             for point, found in noise.items()
         }, min(seen, request.pictures)
+
+    def _own_error(self, pair: TensorPair, isolated_outputs: Arrays, floats: Arrays) -> NDArray[Any] | None:
+        """The error that a layer adds by itself, in the float network's units; None where there is none to inject."""
+        name, got = pair.tensor.name or "", isolated_outputs.get(pair.point.value.name or "")
+        if pair.point.copy or got is None or got.shape != floats[name].shape:
+            return None
+        error = np.asarray(self.equalization.back(name, got) - floats[name])  # a number where there are no axes
+        return error if np.isfinite(error).all() else None
 
     def _floats(self, feeds: Batch) -> dict[str, NDArray[Any]]:
         return {**feeds, **dict(zip(self.watched.outputs, self.watched.run_all(feeds), strict=True))}
 
-    def _isolated_outputs(self, feeds: Batch, floats: Arrays) -> list[NDArray[Any]]:
-        """Run every layer on float tensors; returns the results in the quantized network's units."""
+    def _isolated_outputs(self, feeds: Batch, floats: Arrays) -> Arrays:
+        """Run every layer on float tensors; returns the results in the quantized network's units, by name.
+
+        Nothing where tensors do not go together, as the data select other rows for those that are not fed.
+        """
         fed = {
             self.inputs[pair.point]: self.equalization.moved(pair.tensor.name or "", floats[pair.tensor.name or ""])
             for pair in self.pairs
         }
         needed = {name for name, _, _ in self.cut.inputs}
         names = [pair.point.value.name or "" for pair in self.pairs]
-        return self.cut.run(names, {name: x for name, x in {**feeds, **fed}.items() if name in needed})
+        try:
+            found = self.cut.run(names, {name: x for name, x in {**feeds, **fed}.items() if name in needed})
+        except QconvError:
+            if not self.selects:
+                raise
+            return {}
+        return dict(zip(names, found, strict=True))
 
 
 def _run_outputs(session: Session, values: Sequence[Value], feeds: Batch) -> dict[str, NDArray[Any]]:
@@ -391,25 +434,63 @@ def _run_points(
     return dict(zip(found, session.run(names, feeds), strict=True))
 
 
+MATCHED_ON = 8
+"""Batches that are looked at, at most, for one on which the tensors of both networks have the same shapes."""
+
+
+def _first_tensors(
+    request: ComparisonRequest,
+    watched: Session,
+    candidates: Sequence[Value],
+    real: Session,
+    found: Sequence[ComparisonPoint],
+) -> Iterator[tuple[Arrays, Mapping[ComparisonPoint, NDArray[Any]]]]:
+    """Yield the candidates by name, and the tensors of the points, batch by batch."""
+    batches = iter(request.feeds())
+    first = next(batches, None)
+    if first is None:
+        raise QconvError("There is no picture to compare on.", "check --images.")
+    for floats, feeds in itertools.islice(itertools.chain([first], batches), MATCHED_ON):
+        yield {**floats, **_run_outputs(watched, candidates, floats)}, _run_points(real, found, feeds)
+
+
 def _match_points(
     found: Sequence[ComparisonPoint],
-    floats: Arrays,
-    got: Mapping[ComparisonPoint, NDArray[Any]],
+    batches: Iterable[tuple[Arrays, Mapping[ComparisonPoint, NDArray[Any]]]],
     equalization: ir_metadata.EqualizationRecord,
-) -> Iterator[TensorPair]:
-    """Match every point with the nearest candidate; points where no shape fits are left out."""
-    for point in found:
-        q = got[point]
-        away = {}
-        for value in point.candidates:
-            name = value.name or ""
-            x = floats.get(name)
-            if x is not None and x.shape == q.shape and x.dtype.kind == q.dtype.kind == "f":
-                away[value] = signal_power(equalization.moved(name, x) - q) / max(
-                    signal_power(q), ARITHMETIC_NOISE_SHARE
-                )
-        if away:
-            yield TensorPair(point, min(away, key=lambda value: away[value]))
+) -> list[TensorPair]:
+    """Match every point with the nearest candidate on the first batch where a shape fits; leave out those without."""
+    pairs: dict[ComparisonPoint, TensorPair] = {}
+    for floats, got in batches:
+        waiting = [point for point in found if point not in pairs]
+        for point in waiting:
+            nearest = _find_nearest(point, floats, got[point], equalization)
+            if nearest is not None:
+                pairs[point] = TensorPair(point, nearest)
+        # tensors whose shape no data change fit now or never
+        if not any(_may_fit(point, floats, got[point]) for point in waiting if point not in pairs):
+            break
+    return [pairs[point] for point in found if point in pairs]
+
+
+def _find_nearest(
+    point: ComparisonPoint, floats: Arrays, q: NDArray[Any], equalization: ir_metadata.EqualizationRecord
+) -> Value | None:
+    """The candidate that is nearest to the tensor `q` of a point; None where none has its shape, or it is empty."""
+    away = {}
+    for value in point.candidates:
+        name = value.name or ""
+        x = floats.get(name)
+        if x is not None and x.size and x.shape == q.shape and x.dtype.kind == q.dtype.kind == "f":
+            away[value] = signal_power(equalization.moved(name, x) - q) / max(signal_power(q), ARITHMETIC_NOISE_SHARE)
+    return min(away, key=lambda value: away[value]) if away else None
+
+
+def _may_fit(point: ComparisonPoint, floats: Arrays, q: NDArray[Any]) -> bool:
+    """Whether a candidate has the rank of `q` and the data may select how much of it there is."""
+    known = (floats.get(value.name or "") for value in point.candidates)
+    shapes = [x.shape for x in known if x is not None and x.ndim == q.ndim]
+    return any(sum(a != b for a, b in zip(shape, q.shape, strict=True)) < 2 for shape in shapes)
 
 
 def _accumulate(
@@ -417,15 +498,22 @@ def _accumulate(
     pair: TensorPair,
     reference: NDArray[Any],
     got: Arrays,
-    isolated_output: NDArray[Any],
+    isolated_output: NDArray[Any] | None,
     equalization: ir_metadata.EqualizationRecord,
     each: int,
 ) -> None:
     name, point = pair.tensor.name or "", pair.point
     q = equalization.back(name, got[point.value.name or ""])
-    tally.signal += signal_power(reference)
+    if q.shape != reference.shape:
+        tally.apart += 1
+        return
+    signal = signal_power(reference)
+    tally.pictures += 1
+    tally.signal += signal
     tally.received += signal_power(q - reference)
-    tally.added += signal_power(equalization.back(name, isolated_output) - reference)
+    if isolated_output is not None and isolated_output.shape == reference.shape:
+        tally.isolated += signal
+        tally.added += signal_power(equalization.back(name, isolated_output) - reference)
     with np.errstate(over="ignore", invalid="ignore"):
         tally.product += float(np.dot(q.reshape(-1), reference.reshape(-1)))
     tally.power += signal_power(q)
@@ -462,7 +550,7 @@ def _make_layer_row(
         op=point.op,
         tensor=pair.tensor.name or "",
         sqnr_db=_to_decibel(tally.signal, tally.received),
-        added_sqnr_db=None if point.copy else _to_decibel(tally.signal, tally.added),
+        added_sqnr_db=None if point.copy else _to_decibel(tally.isolated, tally.added),
         cosine=tally.product / math.sqrt(tally.signal) / math.sqrt(tally.power) if known else None,
         output_share=share,
         values=values,

@@ -204,22 +204,23 @@ def evaluate(
     for done, (mine, theirs) in enumerate(_run_side_by_side(own, other, reporter, lost), 1):
         if done == 1:  # what cannot be is better said before thousands of pictures
             holds = [o.seen(np.shape(array)) for o, array in zip(holds, mine, strict=True)]
-            vector = find_class_vector(holds)
+            vector = _find_class_row(holds, mine)
             outputs = 0 if vector is None else mine[vector].shape[1]
             if labels_of(paths, request.data, classes, request.labelling, outputs) is None and other is None:
                 raise _make_no_measure_error(request.data, vector)
             if request.table == ".csv" and vector is None:
                 raise QconvError("No output of the model is one score a class.", "save all outputs in a .npz file.")
+        chosen = [] if other is None else [theirs[other.session.outputs.index(name)] for name in own.session.outputs]
+        if vector is not None and not all(len(found[vector]) == 1 for found in (mine, chosen) if found):
+            vector = None  # rows that the data select, one of them on the pictures before
         if vector is not None:
             _require_finite(mine[vector], own.session, vector)
             seen.add(mine[vector])
         if other is not None:
-            chosen = [theirs[other.session.outputs.index(name)] for name in own.session.outputs]
             if vector is not None:
                 _require_finite(chosen[vector], other.session, vector)
                 its.add(chosen[vector])
             compared = compared or ComparisonAccumulator.of(holds, EVALUATED)
-            _require_comparable(own.session.outputs, chosen, mine)
             compared.add(chosen, mine)
         if request.table == ".npz":
             kept.append(mine)
@@ -227,6 +228,8 @@ def evaluate(
     left = [path for path in paths if path not in lost]
     result = Evaluation(source.name, len(left), own.words, "", tuple(output.fact for output in holds))
     labels = labels_of(left, request.data, classes, request.labelling, seen.classes if vector is not None else 0)
+    if labels is None and other is None:
+        raise _make_no_measure_error(request.data, vector)
     if labels is not None:
         assert classes is not None
         result.labels = classes.source + (f", {request.label_offset:+d}" if request.label_offset else "")
@@ -234,10 +237,9 @@ def evaluate(
     if other is not None:
         result.other = other.session.name
         result.outputs = () if compared is None else compared.scores(spans=True)
+        _tell_of_remarks(result.outputs, reporter, needed=labels is None)
         if labels is not None:
-            result.other_labelled = _score_labels(its, labels)
-            right, wrong = seen.hits(labels, 1), its.hits(labels, 1)
-            result.flips = Flips(int((right & ~wrong).sum()), int((wrong & ~right).sum()), len(labels))
+            result.other_labelled, result.flips = _score_labels(its, labels), _count_flips(seen, its, labels)
     classified = None if vector is None else seen
     names, offset = own.session.outputs, request.label_offset
     result.predictions = Predictions(left, labels, classes, offset, classified, its, names, kept)
@@ -251,6 +253,11 @@ def _warn_of_chance(other: ModelWithData, source: Source, threads: int | None, r
         plain = partial(open_original, source, threads, required=False, optimize=False)
         feeds = (feeds for feeds, _ in other.batches(Reporter(), lambda path: None))
         reporter.warn(describe_differing_runs(what, other.session, plain, feeds))
+
+
+def _count_flips(seen: PredictionRecorder, its: PredictionRecorder, labels: NDArray[np.int64]) -> Flips:
+    right, wrong = seen.hits(labels, 1), its.hits(labels, 1)
+    return Flips(int((right & ~wrong).sum()), int((wrong & ~right).sum()), len(labels))
 
 
 def _run_side_by_side(
@@ -287,15 +294,22 @@ def _find_outputs(own: Session, reference: Session) -> list[ModelOutput]:
     return [known[name] for name in own.outputs]
 
 
-def _require_comparable(names: Sequence[str], refs: Outputs, gots: Outputs) -> None:
-    for name, ref, got in zip(names, refs, gots, strict=True):
-        if not isinstance(ref, np.ndarray) or ref.dtype.kind not in "fiub":
-            raise QconvError(f"Output {name} is no tensor of numbers.", "compare models that give tensors.")
-        if ref.shape != got.shape:
-            raise QconvError(
-                f"Output {name} has another shape in the two models: {ref.shape} and {got.shape}.",
-                "compare models before their outputs are selected by the data.",
-            )
+def _find_class_row(holds: Sequence[ModelOutput], found: Outputs) -> int | None:
+    """The output with one score a class for the picture at hand; None where that is several rows or none."""
+    vector = find_class_vector(holds)
+    return vector if vector is not None and len(found[vector]) == 1 else None
+
+
+def _tell_of_remarks(outputs: Sequence[OutputScore], reporter: Reporter, *, needed: bool) -> None:
+    """Warn of outputs that were not compared. Raises QconvError where none was and one is `needed`."""
+    odd = [output for output in outputs if output.remark]
+    if needed and len(odd) == len(outputs) and not any(output.scores for output in odd):
+        raise QconvError(
+            f"There is nothing to compare: output {odd[0].name}: {odd[0].remark}.",
+            "compare models that give tensors of one shape, before the data select what is returned.",
+        )
+    for output in odd:
+        reporter.warn(f"output {output.name}: {output.remark}.")
 
 
 def _make_no_measure_error(data: DataOptions, vector: int | None) -> QconvError:

@@ -28,7 +28,7 @@ from qconv.ir.metadata import read_version
 from qconv.ir.model import DataType, Model, Node, Value, constant_array, dims, input_of
 from qconv.ir.rewriting import standard_op_type
 from qconv.passes import fold
-from qconv.pipeline.prepare import plan_folded
+from qconv.pipeline.prepare import plan_folded, runs_on_ort
 from qconv.planning.plan import LayerPlan, Plan
 from qconv.planning.planner import is_quantizable_layer
 from qconv.quantizer import PerBlock, PerChannel
@@ -216,9 +216,9 @@ def inspect_float(source: Source, target: str) -> FloatModel:
     inputs, outputs = (tuple(map(TensorSignature.of, ends)) for ends in (model.graph.inputs, model.graph.outputs))
     parameters = sum(prod(value.shape.numpy()) for value in _find_float_constants(model) if value.shape is not None)
     norms, known = _count_batch_norms(model), collect_batch_norm_statistics(model)
-    findings = fold.run_float_passes(model)
-    folded = sum(isinstance(f, Change) and f.kind.startswith("BatchNormalization folded") for f in findings)
     recipe = Recipe(target=target)
+    findings = fold.run_float_passes(model, for_ort=runs_on_ort(recipe))
+    folded = sum(isinstance(f, Change) and f.kind.startswith("BatchNormalization folded") for f in findings)
     plan = plan_folded(model, recipe, None)
     layers, troubles = _make_layer_rows(model, plan, recipe, known)
     return FloatModel(

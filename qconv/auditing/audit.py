@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from qconv import storage
-from qconv.auditing.fusion_rules import find_dequantizer, find_float_reason
+from qconv.auditing.fusion_rules import PLAIN_LAYOUT_POOL, FloatReason, find_dequantizer, find_float_reason
 from qconv.config.choices import as_type
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import recipe_from_dict
@@ -152,6 +152,11 @@ def audit(optimized: Path, model: Model, known: PlannedReasons, times: Mapping[s
         layers=tuple(layers),
         total_us=sum(times.values()) if times else None,
         saturating=tuple(find_saturating_layers(model)),
+        slow=tuple(
+            _explain_float_node(names.original(node), node, PLAIN_LAYOUT_POOL, times.get(node.name))
+            for node in integer
+            if node.op_type == "MaxPool"
+        ),
     )
 
 
@@ -166,8 +171,11 @@ def _describe_float_node(
     found = names.nodes.get(name)
     if found is None:
         return FloatNode(name, node.op_type, "the runtime made it of others", None, "made", us)
-    why = find_float_reason(found)
-    return FloatNode(name, node.op_type, why.why, why.remedy, why.rule, us)
+    return _explain_float_node(name, node, find_float_reason(found), us)
+
+
+def _explain_float_node(name: str, node: onnx.NodeProto, reason: FloatReason, us: float | None) -> FloatNode:
+    return FloatNode(name, node.op_type, reason.why, reason.remedy, reason.rule, us)
 
 
 def make_node_namer(model: Model) -> Callable[[str], str]:

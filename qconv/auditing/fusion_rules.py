@@ -23,6 +23,7 @@ from qconv.ir.operators import (
     operator,
 )
 from qconv.ir.stored_weights import read_dequantizer, read_weight_dequantizer
+from qconv.planning.eligibility import gives_places
 from qconv.planning.plan import data_positions
 
 INTEGER_TYPES = frozenset({DataType.UINT8, DataType.INT8})
@@ -38,6 +39,15 @@ class FloatReason:
 
 
 UNKNOWN_REASON = FloatReason("unknown", "ONNX Runtime found no integer kernel for it")
+
+
+PLAIN_LAYOUT_POOL = FloatReason(
+    "plain-layout",
+    "of codes that no integer convolution has written, or whose quantizer the runtime has moved to its front, it works "
+    "on NCHW, some 30 times as long as in float",
+    "leave it float, with its Relu or a Sum of one tensor between it and the quantizer: qconv quantize does",
+)
+"""Why a MaxPool on codes is slow. Behind a convolution on codes it becomes an NhwcMaxPool, which is not."""
 
 
 def find_float_reason(node: Node) -> FloatReason:
@@ -231,6 +241,8 @@ def _check_special_cases(node: Node) -> FloatReason | None:
     mode = attribute(node, "mode", "nearest")
     if node.op_type == "Resize" and mode != "nearest":
         return FloatReason("resize-mode", f"codes are resized by nearest neighbour, not {mode}")
+    if gives_places(node):
+        return FloatReason("indices", "its indices are read, which ties of codes would move")
     if node.op_type == "Pad":
         return FloatReason(
             "pad", "Pad alone has no integer kernel", "pad with zero inside the layer behind it, or on codes"

@@ -91,18 +91,24 @@ class Observer:
         return subgraph.ChannelPooling(self.name, self.stride if self._samples else None) if self.pooled else None
 
     def view(self, seen: list[NDArray[Any]]) -> TensorView:
-        """The view of one image that a sketch takes. seen: the image's `outputs`, (1, ...) each."""
+        """The view of one image that a sketch takes. seen: the image's `outputs`, (N, ...) each, N = 1 for most."""
+        if not seen[0].size:
+            return self._view_of_nothing(seen[0].shape)
         if self.pooled:
-            highs, means, *sample = (array.reshape(array.shape[1], -1) for array in seen)
+            highs, means, *sample = (np.moveaxis(array, 1, 0).reshape(array.shape[1], -1) for array in seen)
             return TensorView(
-                np.zeros_like(highs[:, 0]), highs[:, 0].copy(), means[:, 0].copy(), 1, *(sample or [NO_COLUMNS])
+                np.zeros_like(highs[:, 0]), highs.max(axis=1), means.mean(axis=1), 1, *(sample or [NO_COLUMNS])
             )
         return self._view_of_all(seen[0])
 
+    def _view_of_nothing(self, shape: Sequence[int]) -> TensorView:
+        """The view of a tensor without elements: one zero in each channel, which every range holds, and in no mean."""
+        by_channel = len(shape) > 1 and shape[1] > 0 and self._by_channel
+        view = self._view_of_all(np.zeros((1, shape[1] if by_channel else 1), np.float32))
+        return replace(view, count=0)
+
     def _view_of_all(self, x: NDArray[Any]) -> TensorView:
-        """The view of a whole tensor. A tensor without elements counts as one zero; rank 0 or 1 as one channel."""
-        if not x.size:
-            x = np.zeros((1, 1), np.float32)
+        """The view of a whole tensor; rank 0 or 1 counts as one channel."""
         by_channel = x.ndim > 1 and self._by_channel
         rows = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1) if by_channel else x.reshape(1, -1)
         highs = rows.max(axis=1)
@@ -278,6 +284,7 @@ class ChannelRanges:
     lowest, highest: extremes to expect on other images; zero lies between them.
     floor: the least value to expect of a channel that always keeps away from zero.
     mean, spread: mean and variance; None where no columns were asked for.
+    reach: the largest magnitude to expect, however small it is beside those of other channels; None where not known.
     """
 
     low: Float64
@@ -287,6 +294,7 @@ class ChannelRanges:
     floor: Float64
     mean: Float64 | None
     spread: Float64 | None
+    reach: Float64 | None = None
 
     def lowered(self, shift: Float64) -> ChannelRanges:
         """The ranges of the channels after subtracting `shift`, (C,)."""
@@ -309,18 +317,22 @@ def _ranges_of_sketches(found: Sequence[Sketch]) -> ChannelRanges:
     lows, highs = (np.stack(ends).astype(np.float64) for ends in zip(*((s.lows, s.highs) for s in found), strict=True))
     low, high = lows.min(axis=0), highs.max(axis=0)
     lowest, highest, floor = -extrapolate_tail(-lows), extrapolate_tail(highs), high - extrapolate_tail(high - lows)
+    reach = extrapolate_tail(np.maximum(highs, -lows), least_share=0.0)
     if not found[0].columns.size:
-        return ChannelRanges(low, high, lowest, highest, floor, None, None)
+        return ChannelRanges(low, high, lowest, highest, floor, None, None, reach)
     columns = np.concatenate([s.columns.reshape(-1, low.size) for s in found]).astype(np.float64)
-    reach, spread = (highest - lowest) ** 2, columns.var(axis=0)
-    by_range = reach * (spread.mean() / max(reach.mean(), np.finfo(np.float64).tiny))
+    width, spread = (highest - lowest) ** 2, columns.var(axis=0)
+    by_range = width * (spread.mean() / max(width.mean(), np.finfo(np.float64).tiny))
     count = len(columns)
     spread = (count * spread + PRIOR_SAMPLES * by_range) / (count + PRIOR_SAMPLES)
-    return ChannelRanges(low, high, lowest, highest, floor, np.mean([s.means for s in found], axis=0), spread)
+    return ChannelRanges(low, high, lowest, highest, floor, np.mean([s.means for s in found], axis=0), spread, reach)
 
 
-def extrapolate_tail(extremes: Float64) -> Float64:
-    """The reach of each channel on other images, (C,), zero or more. extremes: (P, C), the largest of each image."""
+def extrapolate_tail(extremes: Float64, least_share: float = LEAST_RANGE_SHARE) -> Float64:
+    """The reach of each channel on other images, (C,), zero or more.
+
+    extremes: (P, C), the largest of each image. least_share: of the mean of all channels, that each reaches at least.
+    """
     ordered = np.sort(np.maximum(extremes, 0.0), axis=0)[::-1]
     most = ordered[0].max(initial=0.0)
     top = ordered[: max(2, int(TAIL_SHARE * len(ordered)))]
@@ -331,4 +343,4 @@ def extrapolate_tail(extremes: Float64) -> Float64:
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         index = np.log(top[:-1] / top[-1]).mean(axis=0)
         found = np.where(top[-1] > 0, ordered[0] * UNSEEN_FACTOR**index, most)
-    return np.asarray(np.minimum(np.maximum(found, LEAST_RANGE_SHARE * ordered[0].mean()), most))
+    return np.asarray(np.minimum(np.maximum(found, least_share * ordered[0].mean()), most))

@@ -449,7 +449,7 @@ def output_mse_range(sketch: Sketch, spec: QuantSpec, hints: CalibrationHints) -
     """
     if hints.is_input:
         return sketch.low, sketch.high
-    if not (hints.readers and sketch.columns.size):
+    if not (hints.readers and sketch.columns.size) or {r.inputs for r in hints.readers} != {sketch.columns.shape[2]}:
         return mse_range(sketch, spec, hints)
     columns = sketch.columns.reshape(-1, sketch.columns.shape[2])
     return search_least_output_error(columns, sketch.histogram(), hints.readers, spec, (sketch.low, sketch.high))

@@ -25,6 +25,7 @@ from google.protobuf.message import DecodeError, Message
 from qconv.errors import QconvError
 from qconv.ir.metadata import FLOAT_MODEL_KEY, VERSION_KEY, read_preprocessing
 from qconv.ir.model import Model, ir
+from qconv.ir.node_order import sort_nodes
 from qconv.storage import check_output_path, convert_os_errors, locked_folder, sync_file, sync_folder, temporary_path
 
 QUANTIZED_OPS = frozenset(
@@ -57,7 +58,20 @@ def source_of(model: str) -> Source:
 
 
 def read_proto(source: Source) -> onnx.ModelProto:
-    """The file as protobuf, external data left where it is. Raises QconvError if it is no ONNX file."""
+    """The file as protobuf, its nodes in order, external data left where it is.
+
+    Raises QconvError if it is no ONNX file, or nodes wait for each other.
+    """
+    proto = parse_proto(source)
+    sort_nodes(proto, source.name)
+    return proto
+
+
+def parse_proto(source: Source) -> onnx.ModelProto:
+    """The file as protobuf, its nodes as they stand, external data left where it is.
+
+    Raises QconvError if it is no ONNX file.
+    """
     try:
         data = source.path.read_bytes() if source.path is not None else (source.data or b"")
     except FileNotFoundError:

@@ -19,7 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.ir.channel_stats import ChannelDistribution
-from qconv.ir.model import Model, Node, Value, attribute, constant_array, drop_attribute, get_note, input_of, set_note
+from qconv.ir.model import (
+    Model,
+    Node,
+    Value,
+    attribute,
+    constant_array,
+    drop_attribute,
+    drop_note,
+    get_note,
+    input_of,
+    nodes_inside,
+    set_note,
+)
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule
 from qconv.ir.rewriting import EditRefused, data_input, describe_node, standard_op_type, title
 
@@ -82,6 +94,11 @@ def read_layer(node: Node) -> Layer:
     )
 
 
+def layers_inside(node: Node) -> list[Node]:
+    """The layers in the bodies of a node (If, Loop, Scan), which stay float as they are."""
+    return [inner for inner in nodes_inside(node) if standard_op_type(inner) in INPUTS_FIRST]
+
+
 def input_means_of(node: Node) -> Float64 | str:
     """The noted means of a layer's input, (I,), or why they are not known."""
     found: Float64 | str | None = get_note(node, _MEANS_NOTE)
@@ -107,6 +124,16 @@ def channel_stats_of(value: Value) -> ChannelDistribution | None:
 def set_channel_stats(value: Value, found: ChannelDistribution) -> None:
     """Note the distribution of a tensor. A pass that scales or shifts the tensor must transform the note, too."""
     set_note(value, _STATS_NOTE, found)
+
+
+def forget_channel_stats(value: Value) -> None:
+    """Drop the note of a tensor whose channels are others from now on."""
+    drop_note(value, _STATS_NOTE)
+
+
+def forget_input_means(node: Node) -> None:
+    """Drop the note of a layer whose input channels are others from now on."""
+    drop_note(node, _MEANS_NOTE)
 
 
 def transform_channel_stats(value: Value, gain: Float64, shift: Float64) -> None:
@@ -289,6 +316,6 @@ def _constant_per_channel(constant: NDArray[Any], axes: int | None, axis: int) -
     if axes is None:
         raise EditRefused("the rank of its data is not known")
     shape = (1,) * (axes - constant.ndim) + constant.shape
-    if len(shape) != axes or constant.size != shape[axis]:
+    if len(shape) != axes or axis >= axes or constant.size != shape[axis]:
         raise EditRefused("its constant is neither one number nor one for each channel")
     return constant.reshape(-1)

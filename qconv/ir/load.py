@@ -36,8 +36,10 @@ from qconv.ir.files import Source, declared_opset, iter_tensors, not_onnx_error
 from qconv.ir.model import Model, attribute, input_of, ir
 from qconv.ir.newest import lower_opset
 from qconv.ir.operators import operator
+from qconv.ir.output_shapes import Shape, confirms, contradicts, set_doubtful, shape_of
 from qconv.ir.precision import make_float32
 from qconv.ir.rewriting import standard_op_type, title
+from qconv.ir.runtime_types import complete_types
 
 SMALL_TENSOR = 1024  # bytes; smaller ones may be shapes or axes, which the converter needs to see
 
@@ -81,7 +83,7 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     if current < opset:
         proto = _convert_opset(proto, source, current, opset)
         changes.append(Change("load", source.name, f"opset {current} raised to {opset}"))
-    _infer_shapes(proto, source)
+    doubtful = _infer_shapes(proto, source)
     listed = _reattach_weights(proto, weights)
     if listed:
         changes.append(Change("load", source.name, f"{listed} weights listed as inputs made constants"))
@@ -99,6 +101,7 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     changes += make_float32(model)
     changes += fold_constant_nodes(model)
     changes += _rewrite_operators(model)
+    set_doubtful(model, doubtful)
     return model, changes
 
 
@@ -237,30 +240,49 @@ def _ranks(values: Iterable[onnx.ValueInfoProto]) -> dict[str, int]:
     return {name: len(tensor.shape.dim) for name, tensor in tensors if tensor.HasField("shape")}
 
 
-def _infer_shapes(proto: onnx.ModelProto, source: Source) -> None:
-    """Let onnx infer shapes: stale ones in the file are dropped first, those of outputs only added where none is."""
+def _infer_shapes(proto: onnx.ModelProto, source: Source) -> dict[str, Shape | None]:
+    """Let onnx infer shapes; stale ones in the file are dropped first, but those of outputs that may be right.
+
+    Returns the outputs of which the file declares more than is inferred, or another thing, with what that is.
+    """
+    del proto.graph.value_info[:]
+    declared = [onnx.TypeProto.FromString(output.type.SerializeToString()) for output in proto.graph.output]
+    for output in proto.graph.output:
+        if output.type.HasField("tensor_type"):
+            output.type.tensor_type.ClearField("shape")
+    inferred = _infer(proto, source)
+    doubtful: dict[str, Shape | None] = {}
+    for output, said, found in zip(proto.graph.output, declared, inferred.graph.output, strict=True):
+        own, its = shape_of(said), shape_of(found.type)
+        if its is None or (own is not None and not confirms(its, own)):
+            doubtful[output.name] = own
+        output.type.CopyFrom(said if its is None or (own is not None and not contradicts(own, its)) else found.type)
+    if any(o.type != f.type for o, f in zip(proto.graph.output, inferred.graph.output, strict=True)):
+        inferred = _infer(proto, source)  # what reads an output knows what is declared of it
+    proto.graph.value_info.extend(inferred.graph.value_info)
+    complete_types(proto)
+    return doubtful
+
+
+def _infer(proto: onnx.ModelProto, source: Source) -> onnx.ModelProto:
     from onnx import shape_inference
 
-    del proto.graph.value_info[:]
     try:
-        inferred = shape_inference.infer_shapes(proto, data_prop=True)
+        return shape_inference.infer_shapes(proto, data_prop=True)
     except Exception as error:  # a C++ exception of no fixed type
         raise QconvError(
             f"{source.name} does not fit together: {_first_line(error)}",
             "check it with onnx.checker, or export it again.",
         ) from None
-    proto.graph.value_info.extend(inferred.graph.value_info)
-    for output, found in zip(proto.graph.output, inferred.graph.output, strict=True):
-        if not output.type.tensor_type.HasField("shape") and found.type.HasField("tensor_type"):
-            output.type.CopyFrom(found.type)
 
 
 def load_unchanged(proto: onnx.ModelProto, source: Source) -> Model:
     """Load a model as it is, but for names of nodes and inferred types. `proto` is used up."""
     weights = _detach_weights(proto)
     _check_axes(proto, source)
+    doubtful: dict[str, Shape | None] = {}
     with contextlib.suppress(QconvError):
-        _infer_shapes(proto, source)
+        doubtful = _infer_shapes(proto, source)
     _reattach_weights(proto, weights)
     try:
         model_ir = ir.from_proto(proto)
@@ -270,7 +292,9 @@ def load_unchanged(proto: onnx.ModelProto, source: Source) -> Model:
     if external and source.path is not None:
         ir.external_data.set_base_dir(model_ir.graph, source.path.resolve().parent)
     _name_nodes(model_ir.graph)
-    return Model(model_ir, external)
+    model = Model(model_ir, external)
+    set_doubtful(model, doubtful)
+    return model
 
 
 def infer_shapes_at(model: Model, name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -361,6 +361,21 @@ def write_equalization(
         props[EQUALIZATION_KEY] = base64.b64encode(zlib.compress(_pack_record(record), 9)).decode()
 
 
+def precede_equalization(props: MutableMapping[str, str], scales: Mapping[str, Float64]) -> None:
+    """Write that tensors were scaled before what stands there was done to them. scales: log s, on the grid."""
+    known = read_equalization(props)
+    props.pop(EQUALIZATION_KEY, None)
+    octave = np.float64(math.log(2) / SCALE_STEPS)
+    steps: dict[str, Float64] = {name: np.asarray(k * octave, np.float64) for name, k in known.scales.items()}
+    for name, u in scales.items():
+        steps[name] = steps[name] + u if name in steps else u
+    shifts = {
+        name: (shift * np.exp(scales[name])).astype(np.float32) if name in scales else shift
+        for name, shift in known.shifts.items()
+    }
+    write_equalization(props, steps, shifts)
+
+
 def read_equalization(props: Mapping[str, str]) -> EqualizationRecord:
     """What a file tells; nothing for files that tell nothing, or nothing legible."""
     try:

@@ -188,8 +188,9 @@ class Model:
         node.replace_input_with(index, value)
 
     def feed_readers(self, value: Value, wish: str, readers: Iterable[Node] | None = None) -> Value:
-        """Let readers of `value`, or only those named, read a new float input of the model, which has no shape yet."""
+        """Let readers of `value`, or only those named, read a new float input of the model, of its rank."""
         new = ir.Value(name=self.fresh(wish), type=ir.TensorType(DataType.FLOAT))
+        set_dims(new, None if value.shape is None else [None] * len(value.shape))  # bodies of Scan need to know ranks
         self.graph.inputs.append(new)
         self.redirect(value, new, readers=readers)
         return new
@@ -335,6 +336,11 @@ def input_of(node: Node, index: int) -> Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
+def nodes_inside(node: Node) -> list[Node]:
+    """The nodes in the bodies of a node (If, Loop, Scan), those of bodies inside them included."""
+    return [inner for body in _node_bodies(node) for inner in body.all_nodes()]
+
+
 def values_read_by(node: Node) -> list[Value]:
     """All tensors that a node reads, those that only its bodies (If, Loop) read included."""
     found = [value for value in node.inputs if value is not None]
@@ -412,6 +418,11 @@ def set_note(about: Node | Value, key: str, what: object) -> None:
 def get_note(about: Node | Value, key: str) -> Any:
     """The note under this key; None without one."""
     return about.meta.get(key)
+
+
+def drop_note(about: Node | Value, key: str) -> None:
+    """Take a note away, if it is there."""
+    about.meta.pop(key, None)
 
 
 def _move_notes(old: Value, new: Value) -> None:

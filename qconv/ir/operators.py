@@ -296,7 +296,11 @@ OPERATORS: Mapping[str, Operator] = {
     "Mish": Operator(gates_itself=True),
     "Swish": Operator(gates_itself=True, rewrite=_swish),
     "Gelu": Operator(gates_itself=True),
-    "PRelu": Operator(effect=ChannelEffect.SLOPE, hands_on_noise=True),
+    "PRelu": Operator(
+        effect=ChannelEffect.SLOPE,
+        hands_on_noise=True,
+        remedy="with a slope for each channel of a map it is a sum with a depthwise layer: qconv quantize rewrites it",
+    ),
     # operators that move values
     "MaxPool": Operator(
         TransparentRule(), ChannelEffect.MAX_OF_PLACES, homogeneous=True, moves_values=True, absorbs_activation=True
@@ -312,6 +316,8 @@ OPERATORS: Mapping[str, Operator] = {
     "Slice": Operator(TransparentRule(), ChannelEffect.SLICE, moves_values=True, absorbs_activation=True),
     "Split": Operator(TransparentRule(), ChannelEffect.SPLIT),
     "Gather": Operator(TransparentRule()),
+    "Expand": Operator(TransparentRule(), moves_values=True, absorbs_activation=True),
+    "Tile": Operator(TransparentRule(), moves_values=True, absorbs_activation=True),
     "Resize": Operator(TransparentRule(), ChannelEffect.RESIZE, moves_values=True, absorbs_activation=True),
     "DepthToSpace": Operator(TransparentRule(), ChannelEffect.TO_SPACE, moves_values=True, absorbs_activation=True),
     "Concat": Operator(ConcatRule(), ChannelEffect.CONCAT, moves_values=True, absorbs_activation=True),

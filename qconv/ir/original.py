@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qconv.errors import QconvError
-from qconv.ir.files import Source, full_proto, read_proto
+from qconv.ir.files import Source, external_data_files, full_proto, parse_proto, read_proto
 from qconv.ir.legacy import is_legacy
 from qconv.ir.load import load
+from qconv.ir.node_order import sort_nodes
 from qconv.runtime.outputs import OutputOrigin, find_output_origins, require_task
 from qconv.runtime.session import Session
 
@@ -43,7 +44,7 @@ def open_original(
     try:
         session = Session(source.runnable, **said)
     except QconvError:
-        instead = _load_runnable(source, stamp)
+        instead = _in_order(source) or _load_runnable(source, stamp)
         if instead is None:
             raise
         session = Session(instead, **said)
@@ -56,6 +57,13 @@ def open_original(
 def _read_origins(source: Source, stamp: Stamp) -> Mapping[str, OutputOrigin]:
     """What computes the outputs, found once for a file that a run opens several times."""
     return find_output_origins(read_proto(source))
+
+
+def _in_order(source: Source) -> bytes | None:
+    """The file with its nodes in order, as bodies must have them; None where they are, or weights lie apart."""
+    proto = parse_proto(source)
+    sorted_now = sort_nodes(proto, source.name) and not external_data_files(proto, source)
+    return proto.SerializeToString() if sorted_now else None
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,8 +2,9 @@
 
 Between two stops the tensors that are still to be read are held for all images: a stop costs what lies since the last
 one, not the whole network. What a stop needs runs as a small model of its own. Dequantizers are rerun by whoever
-reads them, so that integers are held instead of floats four times as large. `NetworkTail` is the rest of the network
-behind some tensors, where these alone are quantized, or where one layer is replaced.
+reads them, so that integers are held instead of floats four times as large; so is what makes sequences, which are no
+arrays that could be held. `NetworkTail` is the rest of the network behind some tensors, where these alone are
+quantized, or where one layer is replaced.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ir.model import Model, Node, Value, constant_array, values_read_by
+from qconv.ir.model import Model, Node, Value, constant_array, is_tensor, values_read_by
 from qconv.ir.stored_weights import read_dequantizer
 from qconv.ir.subgraph import (
     HIGH_INPUT,
@@ -108,11 +109,9 @@ class StepwiseRun:
         return [node for node in self._model.nodes() if node in needed]
 
     def _run(self, nodes: list[Node], value: Value) -> None:
-        self._done |= {node for node in nodes if not _is_dequantizer(node)}
-        made = {result for node in nodes for result in node.outputs}
-        wanted = [
-            result for result in made if result is value or (not _is_dequantized(result) and self._is_read(result))
-        ]
+        self._done |= {node for node in nodes if not _is_rerun(node)}
+        made = {result for node in nodes if not _is_rerun(node) for result in node.outputs}
+        wanted = [result for result in made | {value} if result is value or self._is_read(result)]
         wanted.sort(key=lambda result: result.name or "")
         own = self._part(nodes, wanted)
         session = Session(
@@ -146,13 +145,13 @@ class StepwiseRun:
         return SubModel(extract_subgraph(self._model, nodes, shapes, outputs), held, large, self._count)
 
     def _is_read(self, value: Value) -> bool:
-        """Whether a tensor is kept, or a node that has not run yet reads it, directly or through dequantizers."""
+        """Whether a tensor is kept, or a node that has not run yet reads it, directly or through what is rerun."""
         if value in self._kept:
             return True
         for node in self._model.readers(value):
             if node.graph is not self._model.graph:
                 return True
-            if _is_dequantizer(node):
+            if _is_rerun(node):
                 if any(self._is_read(result) for result in node.outputs):
                     return True
             elif node not in self._done:
@@ -176,13 +175,9 @@ def run_each(
         yield future.result()
 
 
-def _is_dequantizer(node: Node) -> bool:
-    return node.op_type == "DequantizeLinear"
-
-
-def _is_dequantized(value: Value) -> bool:
-    node = value.producer()
-    return node is not None and _is_dequantizer(node)
+def _is_rerun(node: Node) -> bool:
+    """Whether a node runs again for whoever reads it: a dequantizer, or what makes sequences of tensors."""
+    return node.op_type == "DequantizeLinear" or not all(map(is_tensor, node.outputs))
 
 
 LARGE_CONSTANT_BYTES = 2**25

@@ -49,8 +49,9 @@ def extract_subgraph(
         [ir.serde.serialize_value(value) for value in outputs],
         [tensor_proto(value) for name, value in read.items() if value.is_initializer() and name not in inputs],
     )
-    for output in graph.output:  # what was inferred may be wrong for the batch at hand
-        output.type.tensor_type.ClearField("shape")
+    for output in graph.output:
+        if output.type.HasField("tensor_type"):  # an empty type, of what nobody typed, would be one that is wrong
+            output.type.tensor_type.ClearField("shape")  # what was inferred may be wrong for the batch at hand
     still(graph)
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.inner.ir_version)

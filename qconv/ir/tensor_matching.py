@@ -91,7 +91,7 @@ def find_comparison_points(quantized: Model, original: Model) -> list[Comparison
 
 class _PointFinder:
     def __init__(self, quantized: Model, original: Model) -> None:
-        self.quantized = quantized
+        self.quantized, self.original = quantized, original
         # a folded layer may bear the name of what was folded into it: types tell them apart
         self.there = {(name, node.op_type) for node in quantized.nodes() for name in _names(node)}
         self.nodes = {node.name or "": node for node in original.nodes()}
@@ -162,7 +162,8 @@ class _PointFinder:
         while queue and len(found) < MOST_CANDIDATES:
             for use in queue.pop(0).uses():
                 result = use.node.outputs[0]
-                if not self._is_there(use.node) and use.idx == 0 and result not in found:
+                seen = use.node.graph is self.original.graph  # tensors of bodies (If, Loop) cannot be returned
+                if seen and not self._is_there(use.node) and use.idx == 0 and result not in found:
                     found.append(result)
                     queue.append(result)
         return tuple(found)

@@ -73,7 +73,10 @@ InputBatch = dict[str, NDArray[Any]]
 
 @dataclass(slots=True)
 class _OutputTally:
-    """All metrics of one output. seen, finite: numbers of the reference, and those of them that are finite."""
+    """All metrics of one output. seen, finite: numbers of the reference, and those of them that are finite.
+
+    empty: a batch had none, which no metric can take.
+    """
 
     output: ModelOutput
     registry: MetricsOfKind
@@ -81,6 +84,7 @@ class _OutputTally:
     seen: int = 0
     finite: int = 0
     broken: bool = False
+    empty: bool = False
     remark: str = ""
 
     def update(self, reference: Any, quantized: Any) -> None:
@@ -89,6 +93,9 @@ class _OutputTally:
             return
         if reference.shape != quantized.shape:
             self.remark = "its shape depends on the data, so it was not compared"
+            return
+        if not reference.size:
+            self.empty = True
             return
         if self.metrics is None:
             self.output = self.output.seen(reference.shape)
@@ -105,6 +112,8 @@ class _OutputTally:
         name, kind = self.output.name, self.output.kind
         if self.remark:
             return OutputScore(name, (), self.remark, kind)
+        if self.empty and not self.seen:
+            return OutputScore(name, (), "it is empty on all pictures, so there was nothing to compare", kind)
         if self.seen and not self.finite:
             fact = f"Output {name} of the float model holds NaN or infinity alone, on all pictures."
             raise QconvError(fact, "check the model's weights, and how pictures are fed.")

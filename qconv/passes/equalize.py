@@ -1,29 +1,25 @@
-"""This pass equalizes channel ranges across layers: it scales channels and absorbs high biases.
+"""This pass equalizes channel ranges across layers: it scales channels and absorbs high biases (`absorb_biases`).
 
 Scaling (cross-layer equalization): `scale_groups` finds what can be scaled, `noise_model` the scales with the least
-quantization noise; they go into the weights. A channel of a Clip is scaled only while it keeps away from the bounds by
-CLIP_MARGIN on all images, and is not scaled up further than it may reach on others: an image beyond that would be
-clipped earlier than before. Bias absorption, for layer -> Relu -> layers and c >= 0 below every value of a channel:
+quantization noise; they go into the weights. Channels very far apart are brought near before (`balance`). A channel of
+a Clip is scaled only while it keeps away from the bounds by CLIP_MARGIN on all images, and is not scaled up further
+than it may reach on others: an image beyond that would be clipped earlier than before. The float networks before and
+after are compared; where their outputs differ, nothing is changed.
 
-    b1' = b1 - c        x' = Relu(W1 u + b1 - c) = x - c        b2' = b2 + sum over inputs and kernel positions of W2 c
-
-This is exact while x >= c. c is ABSORBED_SHARE of the least value to expect on other images, by how far apart the
-lowest images are (`calibration.observer`). It is refused where a reader pads with zeros, as c would not reach its
-border, and done where the range of the tensor, which is that of its largest channel, shrinks by LEAST_RANGE_GAIN. The
-float networks before and after are compared; where their outputs differ, nothing is changed.
-
-Source: Nagel et al. 2019, arXiv 1906.04721, sections 4.1, which makes the ranges of both weights equal, and 4.1.3; here
-with activation noise, one scale a channel of a whole residual stream, and measured extremes for beta - 3 gamma.
+Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1, which makes the ranges of both weights equal; here with
+activation noise, and one scale a channel of a whole residual stream.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qconv.calibration.observer import (
     ChannelRanges,
@@ -37,11 +33,7 @@ from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, Skipped
 from qconv.ir import subgraph
 from qconv.ir.layers import (
-    INPUTS_FIRST,
-    Affine,
     Float64,
-    Layer,
-    channel_stats_of,
     check_finite,
     read_layer,
     scale_inputs,
@@ -49,139 +41,45 @@ from qconv.ir.layers import (
     transform_channel_stats,
     write_layer,
 )
-from qconv.ir.metadata import round_log_scale, write_equalization
-from qconv.ir.model import Model, Node, Value
-from qconv.ir.rewriting import EditRefused, standard_op_type, title
+from qconv.ir.metadata import precede_equalization, round_log_scale, write_equalization
+from qconv.ir.model import Model, Value, constant_array
+from qconv.ir.rewriting import EditRefused, describe_node
 from qconv.metrics.comparison import ComparisonAccumulator
-from qconv.passes.fold import FLATTENERS, find_affine_readers, make_scaled_layer
-from qconv.passes.noise_model import ChannelObservations, NoiseTerm, collect_noise_terms, minimize_noise, total_noise
-from qconv.passes.scale_groups import NETWORK_BOUNDARY, ClipLimit, ScaleGroups, find_scale_groups
+from qconv.passes.absorb_biases import (
+    STEP,
+    AbsorptionCandidate,
+    absorb_biases,
+    find_absorption_candidates,
+    select_gaining,
+)
+from qconv.passes.balance import MOST_OCTAVES, find_far_channels
+from qconv.passes.noise_model import (
+    DESCENT_STEPS,
+    MOST_WEIGHTS,
+    ChannelObservations,
+    NoiseTerm,
+    collect_noise_terms,
+    minimize_noise,
+    total_noise,
+)
+from qconv.passes.scale_groups import (
+    NETWORK_BOUNDARY,
+    ClipLimit,
+    ConstantScaleGroups,
+    ScaleGroups,
+    find_scale_groups,
+)
+from qconv.passes.share_weights import share_equal_weights
 from qconv.planning.plan import Plan, plan_observer
+from qconv.planning.work import (
+    EQUALIZATION_SHARE,
+    STEP_WORK,
+    count_kernel,
+    count_weights,
+    largest_within,
+    quantization_work,
+)
 from qconv.runtime.session import Session
-
-STEP = "equalize"
-
-ABSORBED_SHARE = 0.9
-
-LEAST_RANGE_GAIN = 0.05
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AbsorptionCandidate:
-    """A layer whose only reader is a Relu, where all readers of the Relu can take a shift. result: of the Relu."""
-
-    layer: Node
-    result: Value
-
-
-def find_absorption_candidates(model: Model) -> list[AbsorptionCandidate]:
-    """The places of a folded model where biases can be absorbed, if channels are high."""
-    return [
-        AbsorptionCandidate(layer, node.outputs[0])
-        for node in model.nodes()
-        if (layer := _layer_before_relu(model, node)) is not None
-    ]
-
-
-def _layer_before_relu(model: Model, node: Node) -> Node | None:
-    data = node.inputs[0] if node.inputs else None
-    layer = None if data is None else data.producer()
-    if standard_op_type(node) != "Relu" or data is None or layer is None or standard_op_type(layer) not in INPUTS_FIRST:
-        return None
-    if standard_op_type(layer) == "MatMul" or model.sole_reader(data) is not node:
-        return None
-    try:
-        _shift_readers(model, node.outputs[0], np.ones(read_layer(layer).outputs))
-    except EditRefused:
-        return None
-    return layer
-
-
-def _shift_readers(model: Model, value: Value, shift: Float64) -> list[Layer]:
-    """The layers that read `value`, with `shift` (C,) added to their input. Raises EditRefused."""
-    return [
-        make_scaled_layer(model, end, Affine(np.ones_like(shift), shift)) for end in find_affine_readers(model, value)
-    ]
-
-
-def select_gaining(
-    found: Iterable[AbsorptionCandidate], channels: Mapping[str, ChannelRanges]
-) -> list[AbsorptionCandidate]:
-    """Select the candidates with channels that are high on all images. channels: as for `absorb_biases`."""
-    return [
-        c for c in found if (seen := channels.get(c.result.name or "")) is not None and _choose_shift(seen) is not None
-    ]
-
-
-def _choose_shift(seen: ChannelRanges) -> Float64 | None:
-    """Choose c of every channel, (C,); None where the range would not shrink enough."""
-    # a channel that never changes is all bias, of which nothing is to be gained
-    shift = np.where(seen.high > seen.low, ABSORBED_SHARE * np.maximum(seen.floor, 0.0), 0.0)
-    before, after = float(seen.high.max(initial=0.0)), float((seen.high - shift).max(initial=0.0))
-    return shift if after < before and after <= before * (1 - LEAST_RANGE_GAIN) else None
-
-
-def absorb_biases(
-    model: Model, found: Iterable[AbsorptionCandidate], channels: dict[str, ChannelRanges]
-) -> list[Change]:
-    """Lower the channels that are high on all images; the model computes the same on these.
-
-    channels: by the names of the candidates' results, with true minima; updated in place.
-    """
-    changes: list[Change] = []
-    for candidate in select_gaining(found, channels):
-        name = candidate.result.name or ""
-        seen = channels[name]
-        shift = _choose_shift(seen)
-        if shift is not None and _absorb_bias(model, candidate, shift):
-            before, after = float(seen.high.max(initial=0.0)), float((seen.high - shift).max(initial=0.0))
-            channels[name] = seen.lowered(shift)
-            count = int(np.count_nonzero(shift))
-            what = f"{count} high channels lowered: the range ends at {after:.3g} instead of {before:.3g}"
-            changes.append(Change(STEP, title(candidate.layer), what, "high channels lowered into the bias behind"))
-    return changes
-
-
-def _absorb_bias(model: Model, candidate: AbsorptionCandidate, shift: Float64) -> bool:
-    """Lower the channels of one candidate by `shift`. Returns False, and changes nothing, where that is impossible."""
-    layer = read_layer(candidate.layer)
-    if shift.size != layer.outputs:
-        return False
-    layers = [scale_outputs(layer, np.ones(1), -shift), *_shift_readers(model, candidate.result, shift)]
-    try:
-        for one in layers:
-            check_finite(one)
-    except EditRefused:
-        return False
-    for one in layers:
-        write_layer(model, one)
-    along = [node.outputs[0] for end in find_affine_readers(model, candidate.result) for node in end.path]
-    for value in dict.fromkeys([candidate.result, *along]):
-        _shift_channel_stats(value, shift)
-    lowered = shift.astype(np.float32)
-    write_equalization(
-        model.inner.metadata_props, {}, {value.name or "": lowered for value in _shifted_tensors(model, candidate)}
-    )
-    return True
-
-
-def _shift_channel_stats(value: Value, shift: Float64) -> None:
-    """Shift the noted means of a tensor whose axis 1 has channels, or the features that they have become."""
-    found = channel_stats_of(value)
-    if found is not None:
-        transform_channel_stats(value, np.ones(1), -np.repeat(shift, found.mean.size // shift.size))
-
-
-def _shifted_tensors(model: Model, candidate: AbsorptionCandidate) -> list[Value]:
-    """All tensors that are shifted, up to the node that flattens channels into features."""
-    along = (
-        node
-        for end in find_affine_readers(model, candidate.result)
-        for node in end.path
-        if standard_op_type(node) not in FLATTENERS
-    )
-    return list(dict.fromkeys([candidate.layer.outputs[0], candidate.result, *(node.outputs[0] for node in along)]))
-
 
 CLIP_MARGIN = 1.1
 
@@ -210,11 +108,15 @@ def equalize_channels(
     observers = _plan_observers(plan, groups, {candidate.result for candidate in candidates})
     if not observers or (bool(groups.fixed.all()) and not candidates):
         return list(left)
-    channels = estimate_channel_ranges(
-        observe_each_image(
-            open_observed_session(model, observers, threads), observers, islice(feed.iter_batches(STEP), most)
-        )
-    )
+
+    def watched() -> dict[str, ChannelRanges]:
+        session = open_observed_session(model, observers, threads)
+        return estimate_channel_ranges(observe_each_image(session, observers, islice(feed.iter_batches(STEP), most)))
+
+    channels = watched()
+    balanced, far = _balance_and_verify(model, ChannelObservations(groups, channels), feed, threads, EXACT_DB)
+    if far.any():
+        channels = watched()
     high = select_gaining(candidates, channels)
     if high and most is not None:
         names = {candidate.result.name for candidate in high}
@@ -224,8 +126,10 @@ def equalize_channels(
         )
         channels |= {name: replace(channels[name], floor=found.floor) for name, found in on_all.items()}
     lowered = _absorb_and_verify(model, high, channels, feed, threads, EXACT_DB)
-    scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, EXACT_DB)
-    return [*lowered, *scaled, *left]
+    bound, told = (MOST_WEIGHTS, list[Finding]()) if most is None else _bound_descent(plan, groups, feed)
+    scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, EXACT_DB, bound)
+    _note_balance(model, groups, far)
+    return [*balanced, *lowered, *scaled, *told, *left]
 
 
 def equalize_without_data(
@@ -246,10 +150,15 @@ def equalize_without_data(
     observers = _plan_observers(plan, groups, set())
     if not observers or (bool(groups.fixed.all()) and not candidates):
         return list(left)
-    channels = watched([*observers, *(Observer(candidate.result.name or "") for candidate in candidates)])
+    observers += [Observer(candidate.result.name or "") for candidate in candidates]
+    channels = watched(observers)
+    balanced, far = _balance_and_verify(model, ChannelObservations(groups, channels), feed, threads, NEAR_DB)
+    if far.any():
+        channels = watched(observers)
     lowered = _absorb_and_verify(model, select_gaining(candidates, channels), channels, feed, threads, NEAR_DB)
     scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, NEAR_DB)
-    return [*lowered, *scaled, *left]
+    _note_balance(model, groups, far)
+    return [*balanced, *lowered, *scaled, *left]
 
 
 def _absorb_and_verify(
@@ -275,27 +184,81 @@ def _absorb_and_verify(
     return list(absorb_biases(model, high, channels))
 
 
+def _balance_and_verify(
+    model: Model, seen: ChannelObservations, feed: DataLoader, threads: int | None, least_db: float
+) -> tuple[list[Finding], Float64]:
+    """Bring channels near that are far from the others. Returns log s of every class, zero where nothing is done."""
+    found = find_far_channels(seen)
+    u = found.within(*_log_scale_bounds(seen, MOST_OCTAVES * math.log(2)))
+    if u.any():
+        refused = _scale(model, seen.groups, np.exp(u), feed, threads, least_db)
+        if refused is not None:
+            return [refused], np.zeros_like(u)
+    return [*found.moved(u), *found.left(u)], u
+
+
+def _note_balance(model: Model, groups: ScaleGroups, u: Float64) -> None:
+    """Add log s, which channels were scaled by first, to the record of what was done to them after that."""
+    if u.any():
+        scales = {value.name or "": u[classes] for value, classes in groups.of.items()}
+        precede_equalization(model.inner.metadata_props, scales)
+
+
+def _bound_descent(plan: Plan, groups: ScaleGroups, feed: DataLoader) -> tuple[int, list[Finding]]:
+    """The most weights of a layer that count, so that the descent stays within its share of the work; and what for."""
+    fixed = {ends.node: bool(groups.fixed[ends.inputs].all()) for ends in groups.layers}
+    sizes = {
+        layer.node: count_weights(layer.node) // count_kernel(layer.node)
+        for layer in plan.layers
+        if not fixed.get(layer.node, True)
+    }
+    work = quantization_work((layer.node for layer in plan.layers), len(feed.listing.paths))
+    budget = EQUALIZATION_SHARE * work / (STEP_WORK * DESCENT_STEPS)
+    most = min(MOST_WEIGHTS, largest_within([min(size, MOST_WEIGHTS) for size in sizes.values()], budget))
+    cut = [node.name or "" for node, size in sizes.items() if most < min(size, MOST_WEIGHTS)]
+    if not cut:
+        return MOST_WEIGHTS, []
+    why = f"some outputs of {len(cut)} layers stood for all of them when scales were chosen, or it would take too long"
+    return most, [Skipped(STEP, cut[0], why)]
+
+
 def _scale_and_verify(
-    model: Model, plan: Plan, seen: ChannelObservations, feed: DataLoader, threads: int | None, least_db: float
+    model: Model,
+    plan: Plan,
+    seen: ChannelObservations,
+    feed: DataLoader,
+    threads: int | None,
+    least_db: float,
+    most: int = MOST_WEIGHTS,
 ) -> list[Finding]:
     groups = seen.groups
-    terms = collect_noise_terms(model, plan, seen)
+    terms = collect_noise_terms(model, plan, seen, most)
     found = choose_scales(groups, terms, *_log_scale_bounds(seen))
     found = replace(found, u=round_log_scale(found.u))
     if not found.u.any():
         return []
-    try:
-        trial_model = model.copy()
-        apply_scales(trial_model, find_scale_groups(trial_model), found.scales)
-    except EditRefused as reason:
-        return [Skipped(STEP, "the network", str(reason))]
-    moved = _output_sqnr(model, trial_model, feed, threads)
-    if moved < least_db:
-        return [Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")]
-    apply_scales(model, groups, found.scales)
+    refused = _scale(model, groups, found.scales, feed, threads, least_db)
+    if refused is not None:
+        return [refused]
     scales = {value.name or "": found.u[classes] for value, classes in groups.of.items()}
     write_equalization(model.inner.metadata_props, scales, {})
     return _report_scaling(found)
+
+
+def _scale(
+    model: Model, groups: ScaleGroups, scales: Float64, feed: DataLoader, threads: int | None, least_db: float
+) -> Skipped | None:
+    """Scale channels; returns why not, and changes nothing, where float outputs would differ."""
+    try:
+        trial_model = model.copy()
+        apply_scales(trial_model, find_scale_groups(trial_model), scales)
+    except EditRefused as reason:
+        return Skipped(STEP, "the network", str(reason))
+    moved = _output_sqnr(model, trial_model, feed, threads)
+    if moved < least_db:
+        return Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")
+    apply_scales(model, groups, scales)
+    return None
 
 
 def _plan_observers(plan: Plan, groups: ScaleGroups, low: Set[Value]) -> list[Observer]:
@@ -308,11 +271,11 @@ def _plan_observers(plan: Plan, groups: ScaleGroups, low: Set[Value]) -> list[Ob
     return [Observer(one.name, one.want) if value in low else one for value, one in observers.items()]
 
 
-def _log_scale_bounds(seen: ChannelObservations) -> tuple[Float64, Float64]:
+def _log_scale_bounds(seen: ChannelObservations, largest: float = LARGEST_LOG_SCALE) -> tuple[Float64, Float64]:
     """Least and largest log s of every class; both zero where it is fixed or a Clip binds."""
     groups = seen.groups
-    lowest = np.where(groups.fixed, 0.0, -LARGEST_LOG_SCALE)
-    highest = np.where(groups.fixed, 0.0, LARGEST_LOG_SCALE)
+    lowest = np.where(groups.fixed, 0.0, -largest)
+    highest = np.where(groups.fixed, 0.0, largest)
     for limit in groups.limits:
         classes, found = groups.of[limit.value], seen.of(limit.value)
         share = expected = np.full(classes.size, np.inf)
@@ -364,9 +327,11 @@ class ChosenScales:
 def choose_scales(groups: ScaleGroups, terms: Sequence[NoiseTerm], lowest: Float64, highest: Float64) -> ChosenScales:
     """The scales with the least noise. Components that gain too little keep a scale of 1."""
     u = minimize_noise(terms, lowest, highest)
+    # every input of a layer behind an operator that stops scales is a component: none of these has anything to undo
+    moved = np.unique(groups.component[u != 0])
     touching: dict[int, list[NoiseTerm]] = {}
     for term in terms:
-        for component in np.unique(groups.component[term.classes()]).tolist():
+        for component in np.intersect1d(groups.component[term.classes()], moved).tolist():
             touching.setdefault(component, []).append(term)
     gains: dict[int, float] = {}
     for component, own in touching.items():
@@ -383,7 +348,7 @@ def choose_scales(groups: ScaleGroups, terms: Sequence[NoiseTerm], lowest: Float
 
 def _report_scaling(found: ChosenScales) -> list[Finding]:
     tensors: dict[int, list[Value]] = {}
-    for value, classes in found.groups.of.items():
+    for value, classes in found.groups.with_channels():
         tensors.setdefault(int(found.groups.component[classes[0]]), []).append(value)
     findings: list[Finding] = []
     for component, ratio in found.gains.items():
@@ -404,7 +369,7 @@ def _explain_fixed_components(groups: ScaleGroups) -> dict[str, str]:
     """Components whose scale an operator fixes: the name of a tensor, and why."""
     held: dict[str, str] = {}
     seen: set[int] = set()
-    for value, classes in groups.of.items():
+    for value, classes in groups.with_channels():
         component = int(groups.component[classes[0]])
         reason = groups.reasons.get(component, NETWORK_BOUNDARY)
         if component in seen or reason == NETWORK_BOUNDARY or not groups.fixed[classes].all():
@@ -429,12 +394,29 @@ def apply_scales(model: Model, groups: ScaleGroups, scales: Float64) -> None:
             layer = scale_outputs(scale_inputs(read_layer(ends.node), into, np.zeros(1)), out, np.zeros(1))
             check_finite(layer)
             layers.append(layer)
+    constants = [(found, _divided(found, scales)) for found in groups.constants if np.any(scales[found.classes] != 1)]
     for layer in layers:
         write_layer(model, layer)
+    for found, numbers in constants:
+        name = found.node.inputs[found.index]
+        model.set_input(found.node, found.index, model.constant(f"{name.name if name else ''}_scaled", numbers))
     written = {ends.node.outputs[0] for ends in groups.layers}
     for value, classes in groups.of.items():
         if value not in written:
             transform_channel_stats(value, 1 / scales[classes], np.zeros(1))
+    share_equal_weights(model)
+
+
+def _divided(found: ConstantScaleGroups, scales: Float64) -> NDArray[np.floating[Any]]:
+    """A constant with its channels divided. Raises EditRefused where float32 does not have the numbers."""
+    numbers = constant_array(found.node.inputs[found.index])
+    assert numbers is not None
+    by = scales[found.classes].reshape(1, -1, *(1,) * (numbers.ndim - 2))
+    with np.errstate(over="ignore"):
+        divided = (numbers.astype(np.float64) / by).astype(numbers.dtype)
+    if not np.isfinite(divided).all():
+        raise EditRefused(f"a constant of {describe_node(found.node)} would get numbers that float32 does not have")
+    return np.asarray(divided)
 
 
 def _output_sqnr(before: Model, after: Model, feed: DataLoader, threads: int | None) -> float:

@@ -7,7 +7,8 @@
     across a homogeneous activation:  gain * relu(x) = sign(gain) * relu(|gain| x); |gain| moves into the layer before
 
 What cannot be folded becomes a depthwise 1x1 Conv. Nothing is approximated: a rewrite that would change the output is
-refused with the reason. Shared weights are copied. Statistics of BatchNormalizations are noted first.
+refused with the reason. Shared weights are copied; copies that have become equal are shared again. Statistics of
+BatchNormalizations are noted first.
 
 Sources: Jacob et al. 2017, arXiv 1712.05877, 3.2; Krishnamoorthi 2018, arXiv 1806.08342, 3.2.2; Nagel et al. 2019,
 arXiv 1906.04721, 4.1.
@@ -23,6 +24,7 @@ import numpy as np
 
 from qconv.data_free.propagation import set_batchnorm_means, set_batchnorm_stats
 from qconv.errors import Change, Finding
+from qconv.ir.data_shapes import find_data_shaped
 from qconv.ir.layers import (
     INPUTS_FIRST,
     Affine,
@@ -52,7 +54,9 @@ from qconv.ir.rewriting import (
     title,
     uses_only_first_output,
 )
-from qconv.passes import simplify
+from qconv.passes import shuffles, simplify, slopes
+from qconv.passes.fold_columns import fold_into_columns
+from qconv.passes.share_weights import share_equal_weights
 
 
 def find_layer_before(model: Model, value: Value) -> Layer | None:
@@ -114,8 +118,11 @@ def move_gains_back(model: Model, node: Node) -> list[Change]:
     ]
 
 
-def run_float_passes(model: Model) -> list[Finding]:
-    """Run all float passes until none changes anything. Returns changes, and the refusals that still hold."""
+def run_float_passes(model: Model, *, for_ort: bool = False) -> list[Finding]:
+    """Run all float passes until none changes anything. Returns changes, and the refusals that still hold.
+
+    for_ort: also write what ONNX Runtime's CPU provider has no integer kernel for as what it has them for.
+    """
     model.sweep()
     set_batchnorm_means(model)
     set_batchnorm_stats(model)
@@ -124,6 +131,9 @@ def run_float_passes(model: Model) -> list[Finding]:
     found += made
     if any(isinstance(finding, Change) for finding in made):
         found += _run_to_fixpoint(model)
+    if for_ort:
+        found += slopes.slopes_to_layers(model)
+    share_equal_weights(model)
     model.sweep()
     return list(dict.fromkeys(found))
 
@@ -356,6 +366,8 @@ def make_depthwise(model: Model, node: Node) -> list[Change]:
         sizes = dims(data) or []
         if constant is None or len(sizes) != 4 or constant.size == 1 or constant.size != sizes[1]:
             return []
+        if 0 in sizes or (None in sizes[2:] and data in find_data_shaped(model)):
+            raise EditRefused("its data may be empty, which a Conv does not take")
         affine = read_affine(node, 4)
     channels, was = affine.gain.size, node.op_type
     assert constant is not None
@@ -370,9 +382,14 @@ def make_depthwise(model: Model, node: Node) -> list[Change]:
 
 
 FLOAT_PASSES: tuple[Pass, ...] = (
+    slopes.recognise_slopes,
     *simplify.SIMPLIFY_PASSES,
+    slopes.slope_to_leaky_relu,
+    shuffles.gather_channels,
+    shuffles.fold_channel_order,
     normalise_gemms,
     move_gains_back,
     fold_affine,
+    fold_into_columns,
     simplify.divide_by_multiplying,
 )

@@ -24,7 +24,7 @@ result is judged with the maxima.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -145,6 +145,14 @@ class WeightNoise:
             np.square(raised, out=raised)
         return cls(inputs, outputs, largest, powers, gains, levels, whole, rows, raised)
 
+    def joined(self, other: WeightNoise) -> WeightNoise:
+        """The noise in two layers that share these weights and classes, each power counted by its layer's gains."""
+        groups = len(self.largest)
+        worths = [term.gains.reshape(groups, -1).sum(axis=1, keepdims=True) for term in (self, other)]
+        share = worths[0] / np.maximum(worths[0] + worths[1], TINY)
+        powers = share * self.powers.reshape(groups, -1) + (1 - share) * other.powers.reshape(groups, -1)
+        return replace(self, powers=powers.reshape(-1), gains=self.gains + other.gains)
+
     def classes(self) -> Classes:
         """See NoiseTerm. Outputs count only where one scale is for all of them."""
         return np.concatenate([self.inputs, self.outputs]) if self.whole else self.inputs
@@ -218,9 +226,17 @@ def minimize_noise(
     u = np.zeros_like(lowest)
     floor = FLAT_SLOPE / max(1, len(terms))
     mean, squares = np.zeros_like(u), np.zeros_like(u)
+    # what cannot be scaled: a dense layer behind an operator that stops scales has most of all weights
+    held = {
+        index: term.slope(u, np.zeros_like(u))
+        for index, term in enumerate(terms)
+        if not np.any(lowest[term.classes()] < highest[term.classes()])
+    }
+    if len(held) == len(terms):
+        return u
     for step in range(steps):
         slope = np.zeros_like(u)
-        noise = sum(term.slope(u, slope) for term in terms)
+        noise = sum(held[index] if index in held else term.slope(u, slope) for index, term in enumerate(terms))
         slope /= noise + TINY
         mean += (1 - DECAY) * (slope - mean)
         squares += (1 - DECAY_OF_SQUARES) * (slope**2 - squares)
@@ -291,20 +307,28 @@ class _NoiseGains:
     share: Float64
 
 
-def collect_noise_terms(model: Model, plan: Plan, seen: ChannelObservations) -> list[NoiseTerm]:
-    """Every source of noise of the quantized network, as a function of the scales of classes."""
+def collect_noise_terms(
+    model: Model, plan: Plan, seen: ChannelObservations, most: int = MOST_WEIGHTS
+) -> list[NoiseTerm]:
+    """Every source of noise of the quantized network, as a function of the scales of classes.
+
+    most: weights of a layer from which on some of its outputs stand for all.
+    """
     scale_groups = seen.groups
     worth = _NoiseGains(np.zeros(scale_groups.fixed.size), np.zeros(scale_groups.fixed.size))
     at = {ends.node: ends for ends in scale_groups.layers}
     quantized = {layer.node: layer for layer in plan.layers}
     gains: dict[Value, Float64] = {}
-    terms: list[NoiseTerm] = []
+    weights: dict[tuple[object, ...], WeightNoise] = {}
     for node in reversed(model.nodes()):
         for value in node.outputs:
             if value in scale_groups.of:
                 gains[value] = worth.noise[scale_groups.of[value]]
-        if node in at:
-            terms += _add_weight_noise(at[node], quantized.get(node), seen, worth)
+        term = _add_weight_noise(at[node], quantized.get(node), seen, worth, most) if node in at else None
+        if term is not None:  # layers that share weights are tied, and one term
+            key = (node.inputs[1], term.inputs.tobytes(), term.outputs.tobytes(), term.levels, term.whole)
+            weights[key] = weights[key].joined(term) if key in weights else term
+    terms: list[NoiseTerm] = [*weights.values()]
     for group in dict.fromkeys(plan.group_of().values()):
         codes = _make_activation_noise(plan, group, seen, gains)
         if codes is not None:
@@ -313,9 +337,9 @@ def collect_noise_terms(model: Model, plan: Plan, seen: ChannelObservations) -> 
 
 
 def _add_weight_noise(
-    ends: LayerScaleGroups, layer: LayerPlan | None, seen: ChannelObservations, worth: _NoiseGains
-) -> list[NoiseTerm]:
-    """The noise terms of a layer's weights. worth: updated for its inputs."""
+    ends: LayerScaleGroups, layer: LayerPlan | None, seen: ChannelObservations, worth: _NoiseGains, most: int
+) -> WeightNoise | None:
+    """The noise of a layer's weights, None where there is none to know. worth: updated for its inputs."""
     own = read_layer(ends.node)
     powers = seen.powers(ends.node.inputs[0], own.inputs)
     groups, kernel = own.weight.shape[0], own.weight.shape[3]
@@ -329,24 +353,24 @@ def _add_weight_noise(
         made = (np.einsum("goi,gi->go", squares, signal.reshape(groups, -1)).reshape(-1),) * 2
     alone, joined = (float(gains @ power) for power in made)
     if joined < LEAST_SIGNAL:
-        return []
+        return None
     gains = (share * gains / joined).reshape(groups, -1)
     np.add.at(worth.noise, ends.inputs, np.einsum("go,goi->gi", gains, squares).reshape(-1))
     np.maximum.at(worth.share, ends.inputs, share * min(1.0, alone / joined))
     if layer is None or powers is None:
-        return []
+        return None
     whole = isinstance(layer.weight.granularity, PerTensor)
     if not whole and own.weight.shape[2] == 1:
-        return []  # a depthwise layer's rounding is relative to each channel, whatever its scale
+        return None  # a depthwise layer's rounding is relative to each channel, whatever its scale
     largest = np.abs(own.weight).max(axis=3).astype(np.float64)
     outputs = ends.outputs.reshape(groups, -1)
-    every = -(-largest.size // MOST_WEIGHTS)
+    every = -(-largest.size // most)
     if every > 1:  # some of the outputs stand for all
         largest, outputs, gains = largest[:, ::every], outputs[:, ::every], gains[:, ::every] * every
     levels = max((layer.weight.qmax - layer.weight.qmin) / 2, 1.0)
     classes = ends.inputs, np.ascontiguousarray(outputs).reshape(-1)
     powers_met = kernel * powers[1]
-    return [WeightNoise.of(*classes, largest, powers_met, gains.reshape(-1).copy(), levels=levels, whole=whole)]
+    return WeightNoise.of(*classes, largest, powers_met, gains.reshape(-1).copy(), levels=levels, whole=whole)
 
 
 def _make_activation_noise(

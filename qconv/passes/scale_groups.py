@@ -8,10 +8,12 @@ f(x / s) = f(x) / s, and every layer at an end takes it into its weights:
 So a layer is where scales change, in any ratio: a depthwise Conv parts its input from its output like any other. What
 lies between layers ties channels together: an Add those of both its inputs, a Concat none but those that it copies. All
 channels tied to each other make a *class*, a scale group, which has one scale; a residual stream is a class for each of
-its channels, over all of its blocks.
+its channels, over all of its blocks. Layers that read one weight tie their inputs, and their outputs: one weight, one
+scaling.
 
-A class is *fixed*, with scale 1, where a network's input or output, or an operator that hands no factor on (Sigmoid,
-Softmax, Add of a constant ...), has one of its channels. A Clip hands a factor on while its bound is out of reach: its
+A constant beside features, such as coordinates in a Concat, has classes like these, and is divided itself. A class is
+*fixed*, with scale 1, where a network's input or output, or an operator that hands no factor on (Sigmoid, Softmax, Add
+of one number ...), has one of its channels. A Clip hands a factor on while its bound is out of reach: its
 bounds are listed as limits, and the pictures decide.
 
 Sources: Nagel et al. 2019, arXiv 1906.04721, section 4.1, and Meller et al. 2019, arXiv 1902.01917, for pairs of layers
@@ -21,13 +23,13 @@ and what ties them in residual networks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isinf
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.ir.layers import INPUTS_FIRST, read_layer
+from qconv.ir.layers import INPUTS_FIRST, Layer, read_layer, weight_of
 from qconv.ir.model import Model, Node, Value, attribute, clip_bounds, constant_array, dims, rank
 from qconv.ir.operators import OPERATORS, ChannelEffect, with_
 from qconv.ir.rewriting import (
@@ -56,6 +58,15 @@ class LayerScaleGroups:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ConstantScaleGroups:
+    """A constant that a node reads at `index`, with channels along axis 1, and the classes of these, (C,)."""
+
+    node: Node
+    index: int
+    classes: Classes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ClipLimit:
     """A Clip's output: its classes can be scaled while its values stay inside the bounds. 0 and infinity bind never."""
 
@@ -73,6 +84,7 @@ class ScaleGroups:
     component: (classes,), the number of its component: classes that meet in one tensor, as those of a residual stream.
     reasons: component -> why classes of it are fixed.
     layers: in graph order.
+    constants: which other tensors are joined with or added to.
     limits: outputs of Clips, whose bounds must stay out of reach.
     """
 
@@ -81,7 +93,12 @@ class ScaleGroups:
     component: NDArray[np.int64]
     reasons: dict[int, str]
     layers: list[LayerScaleGroups]
+    constants: list[ConstantScaleGroups]
     limits: list[ClipLimit]
+
+    def with_channels(self) -> list[tuple[Value, Classes]]:
+        """The tensors that have channels, with their classes: a Slice may have taken none."""
+        return [(value, classes) for value, classes in self.of.items() if classes.size]
 
 
 def find_scale_groups(model: Model) -> ScaleGroups:
@@ -133,7 +150,9 @@ class _ScaleGroupFinder:
         self.classes = _DisjointClasses()
         self.of: dict[Value, Classes] = {}
         self.layers: list[LayerScaleGroups] = []
+        self.constants: list[ConstantScaleGroups] = []
         self.limits: list[ClipLimit] = []
+        self._readers: dict[tuple[object, ...], LayerScaleGroups] = {}
 
     def visit(self, node: Node) -> None:
         """Give the outputs of a node their classes, or fix the classes that it reads."""
@@ -164,12 +183,13 @@ class _ScaleGroupFinder:
         fixed = np.array([int(root) in self.classes.why for root in unique], bool)
         of = {value: number[classes] for value, classes in self.of.items()}
         layers = [LayerScaleGroups(ends.node, number[ends.inputs], number[ends.outputs]) for ends in self.layers]
+        constants = [replace(found, classes=number[found.classes]) for found in self.constants]
         component = _number_joined_classes(of, len(unique))
         reasons: dict[int, str] = {}
         for one, root in enumerate(unique.tolist()):
             if fixed[one]:
                 reasons.setdefault(int(component[one]), self.classes.why[root])
-        return ScaleGroups(of, fixed, component, reasons, layers, self.limits)
+        return ScaleGroups(of, fixed, component, reasons, layers, constants, self.limits)
 
     # -- what operators do -----------------------------------------------------------------------------------------
 
@@ -190,6 +210,7 @@ class _ScaleGroupFinder:
             self.classes.fix(inputs, NETWORK_BOUNDARY)
         outputs = self.classes.make_sets(layer.outputs)
         self.layers.append(LayerScaleGroups(node, inputs, outputs))
+        self._tie_readers(layer, self.layers[-1])
         self.of[node.outputs[0]] = outputs
 
     def same(self, node: Node) -> None:
@@ -215,15 +236,11 @@ class _ScaleGroupFinder:
 
     def add(self, node: Node) -> None:
         """Sums, differences and extremes tie what they are taken of."""
-        values = [value for value in node.inputs if value is not None]
-        if any(value not in self.of for value in values):
-            raise EditRefused(f"{node.op_type} takes something that nothing scales")
-        self._check_ranks(values)
-        first, *others = (self.of[value] for value in values)
-        widest = max((first, *others), key=len)
-        if any(classes.size not in (1, widest.size) for classes in (first, *others)):
+        every = self._operands(node)
+        widest = max(every, key=len)
+        if any(classes.size not in (1, widest.size) for classes in every):
             raise EditRefused(f"{node.op_type} takes tensors of different channels")
-        for classes in (first, *others):
+        for classes in every:
             self.classes.union(widest, classes)
         self.of[node.outputs[0]] = widest
 
@@ -247,13 +264,8 @@ class _ScaleGroupFinder:
 
     def concat(self, node: Node) -> None:
         """Concat puts classes side by side along channels, and ties them along another axis."""
-        values = [value for value in node.inputs if value is not None]
-        if any(value not in self.of for value in values):
-            raise EditRefused("Concat takes something that nothing scales")
-        self._check_ranks(values)
-        axis = attribute(node, "axis") % (rank(values[0]) or 1)
-        if axis == 1:
-            self.of[node.outputs[0]] = np.concatenate([self.of[value] for value in values])
+        if attribute(node, "axis") % (rank(node.outputs[0]) or 1) == 1:
+            self.of[node.outputs[0]] = np.concatenate(self._operands(node))
         else:
             self.add(node)
 
@@ -304,6 +316,40 @@ class _ScaleGroupFinder:
         self.of[node.outputs[0]] = parts[0]
 
     # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _tie_readers(self, layer: Layer, ends: LayerScaleGroups) -> None:
+        """Layers that read one weight alike are scaled alike, or each would need a weight of its own."""
+        node = layer.node
+        alike = attribute(node, "transB", 0), attribute(node, "alpha", 1.0), INPUTS_FIRST[standard_op_type(node)]
+        first = self._readers.setdefault((weight_of(node), layer.weight.shape, *alike), ends)
+        if first is not ends:
+            self.classes.union(first.inputs, ends.inputs)
+            self.classes.union(first.outputs, ends.outputs)
+
+    def _operands(self, node: Node) -> list[Classes]:
+        """The classes of all inputs of a node that joins or adds them; constants among them get their own."""
+        values = [(index, value) for index, value in enumerate(node.inputs) if value is not None]
+        self._check_ranks([value for _, value in values])
+        every, constants = [], []
+        for index, value in values:
+            if value not in self.of:
+                constants.append(self._constant(node, index, value))
+            every.append(self.of[value] if value in self.of else constants[-1].classes)
+        self.constants += constants
+        return every
+
+    def _constant(self, node: Node, index: int, value: Value) -> ConstantScaleGroups:
+        """New classes for a constant with channels along axis 1, whatever repeats it along others."""
+        joining, sizes, producer = node, dims(value), value.producer()
+        if producer is not None and standard_op_type(producer) == "Expand":
+            alone = self.model.sole_reader(value) is node
+            node, index = (producer, 0) if alone else (node, index)
+        numbers = constant_array(node.inputs[index])
+        if numbers is None or numbers.dtype.kind != "f" or sizes is None or [*numbers.shape[1:2]] != sizes[1:2]:
+            raise EditRefused(f"{joining.op_type} takes something that nothing scales")
+        if numbers.ndim != len(sizes) or (numbers.size == numbers.shape[1] and standard_op_type(joining) != "Concat"):
+            raise EditRefused(f"{joining.op_type} takes a constant without places")
+        return ConstantScaleGroups(node, index, self.classes.make_sets(numbers.shape[1]))
 
     def _data(self, node: Node) -> Classes:
         value = _first_input(node)

@@ -163,8 +163,11 @@ SLOWER_FACTOR = 1.05
 """Times of the float model from which on a result is called slower: less is noise."""
 
 
-def warn_of_result(checked: Verification, reporter: Reporter) -> None:
-    """Warn of odd outputs, of a result that is of no use, and of one that is slower than the float model."""
+def warn_of_result(checked: Verification, sizes: tuple[int, int], reporter: Reporter) -> None:
+    """Warn of odd outputs, of a result that is of no use, and of one slower or larger than the float model.
+
+    sizes: bytes of the float model's files, and of the result's.
+    """
     for output in checked.outputs:
         if output.remark:
             reporter.warn(f"output {output.name}: {output.remark}.")
@@ -177,3 +180,6 @@ def warn_of_result(checked: Verification, reporter: Reporter) -> None:
         reporter.warn(f"the result is far from the float model: {scores}; {why}.")
     if checked.is_slower_by(SLOWER_FACTOR):
         reporter.warn(f"the quantized model ran {checked.slowdown_in_words} as long as the float one on this machine.")
+    before, after = sizes
+    if after > before:
+        reporter.warn(f"the quantized model is larger than the float one: {after:,} bytes for {before:,}.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from qconv.config.data_options import DataOptions, Layout, Preprocessing, Prepro
 from qconv.config.recipe import Recipe
 from qconv.data.autodetect import DetectedPreprocessing, detect_preprocessing, detect_without_images
 from qconv.data.images import InputSpec, resolve_preprocessing
-from qconv.data.loader import DataLoader
+from qconv.data.loader import Batch, DataLoader
 from qconv.data_free.dead_leaves import GeneratedImageLoader
 from qconv.data_free.statistics import DataFreeStatistics
 from qconv.errors import QconvError, require_torch
@@ -29,9 +30,11 @@ from qconv.ir.original import open_original
 from qconv.planning.plan import Plan
 from qconv.reporter import Reporter
 from qconv.runtime.outputs import find_class_vector
-from qconv.runtime.session import Session
+from qconv.runtime.session import Session, make_random_inputs
 
 MOST_CACHED_NETWORKS = 4
+MOST_SHAPES_SEEN = 4
+"""Batches that tell the shapes of outputs whose declared one is doubtful."""
 LARGEST_CACHED_BYTES = 2**30
 """Bytes of a network's weights."""
 
@@ -116,6 +119,15 @@ class CalibrationData:
         self.detected = remembered[draw]
         for loader in self._loaders:
             loader.preprocessing = self.detected.preprocessing
+
+    def run_original(self, source: Source, threads: int | None) -> list[dict[str, tuple[int, ...]]]:
+        """Run the user's own model on the first batches, or on random numbers. Returns the shapes of its outputs."""
+        session, loader = open_original(source, threads, self.data.task), self.runnable_loader
+        if loader is None:
+            batches: Iterable[Batch] = [make_random_inputs(session, None, None)]
+        else:
+            batches = islice(loader.iter_cached("load"), MOST_SHAPES_SEEN)
+        return [dict(zip(session.outputs, map(np.shape, session.run_all(feeds)), strict=True)) for feeds in batches]
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""

@@ -14,8 +14,9 @@ from pathlib import Path
 from qconv.config.data_options import DataOptions, Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.errors import Finding
+from qconv.errors import Change, Finding
 from qconv.ir import load
+from qconv.ir.early_check import check_early
 from qconv.ir.files import (
     Source,
     declared_opset,
@@ -27,6 +28,7 @@ from qconv.ir.files import (
 )
 from qconv.ir.metadata import needed_opset
 from qconv.ir.model import Model
+from qconv.ir.output_shapes import doubtful_outputs, settle_shapes
 from qconv.passes import fold
 from qconv.passes.embed_preprocessing import embed_preprocessing
 from qconv.pipeline.checks import check_places, require_layers, warn_of_unmatched_options
@@ -129,7 +131,20 @@ def load_float(
         model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
     with clock.step("detect"):
         pictures.settle(model, recipe.threads)
+        changes += _settle_output_shapes(model, pictures, source, recipe)
+        check_early(model, source)
     return LoadedFloat(model, pictures, size, digest, list(changes))
+
+
+def _settle_output_shapes(model: Model, pictures: CalibrationData, source: Source, recipe: Recipe) -> list[Change]:
+    """Set the shapes of outputs that the file declares wrong, or not at all, from a run."""
+    doubtful = doubtful_outputs(model)
+    if not doubtful:
+        return []
+    runs = pictures.run_original(source, recipe.threads)
+    changed = settle_shapes(model, {name: [shapes[name] for shapes in runs] for name in doubtful})
+    what = "its declared shape is not what a run gives: set from the run"
+    return [Change("load", f"output {name}", what, what) for name in changed]
 
 
 def prepare(
@@ -152,7 +167,7 @@ def prepare(
     loaded = load_float(source, recipe, data, reporter, cache=cache, written=written, clock=clock, hold_back=hold_back)
     model, pictures = loaded.model, loaded.data
     with clock.step("fold"):
-        findings = loaded.findings + fold.run_float_passes(model)
+        findings = loaded.findings + fold.run_float_passes(model, for_ort=runs_on_ort(recipe))
         if recipe.embed_preprocessing is not None:
             fed, layout = pictures.take_pixels(recipe.embed_preprocessing), recipe.embed_preprocessing
             findings += embed_preprocessing(model, fed, layout, exact=recipe.activation_bits > 8)
@@ -163,6 +178,11 @@ def prepare(
         for doubt in pictures.detected.doubts():
             reporter.warn(doubt)
     return Prepared(model, pictures, plan, loaded.size, loaded.digest, findings)
+
+
+def runs_on_ort(recipe: Recipe) -> bool:
+    """Whether the file is for ONNX Runtime's CPU provider, and its activations are codes."""
+    return TARGETS[recipe.target].costs is not None and recipe.activation_bits <= 8
 
 
 def plan_folded(model: Model, recipe: Recipe, fed: Preprocessing | None) -> Plan:

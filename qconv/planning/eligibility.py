@@ -15,6 +15,7 @@ import numpy as np
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
+from qconv.ir.layers import layers_inside
 from qconv.ir.model import (
     DataType,
     Model,
@@ -29,6 +30,7 @@ from qconv.ir.model import (
 )
 from qconv.ir.operators import (
     CLIPPING_ACTIVATIONS,
+    QUANTIZATION_RULES,
     ComputingRule,
     ConcatRule,
     IntegerDomainRule,
@@ -36,13 +38,58 @@ from qconv.ir.operators import (
     TransparentRule,
     WeightedRule,
 )
+from qconv.ir.rewriting import title
 from qconv.planning.plan import LayerPlan, Plan
 from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
 
 NO_16_BIT_KERNEL = "codes of 16 bits have no integer kernel"
 
+MANY_PRODUCTS = 4
+"""From so many products of codes on a sum is rarely equal to that beside it."""
+
 MASK_MAGNITUDE = 1e6
 """Magnitude from which on a constant stands for infinity, as in the masks in front of a Softmax."""
+
+
+def gives_places(node: Node) -> bool:
+    """Whether a node is a MaxPool whose Indices are read."""
+    places = node.outputs[1:] if node.op_type == "MaxPool" and node.domain == "" else ()
+    return any(value.uses() or value.is_graph_output() for value in places)
+
+
+def keep_places_float(nodes: Sequence[Node]) -> dict[str, str]:
+    """Names of the nodes that must stay float so that few Indices of a MaxPool move, each with the reason.
+
+    Numbers that differ become equal as codes, and of equal ones the first is taken. So nothing is rounded between the
+    MaxPool and the layers before it; of sums in a row, as residual blocks have them, the last two are float.
+    """
+    found: dict[str, str] = {}
+    for pool in filter(gives_places, nodes):
+        waiting = [(pool, 2)]
+        while waiting:
+            reader, sums = waiting.pop()
+            for value in reader.inputs:
+                node = None if value is None else value.producer()
+                if node is None or (node.name or "") in found or node.op_type == "DequantizeLinear":
+                    continue
+                found[node.name or ""] = f"the indices of MaxPool {pool.name} hang on what it writes"
+                left = sums - _is_sum_of_tensors(node)
+                if left and not _sums_many(node):
+                    waiting.append((node, left))
+    return found
+
+
+def _sums_many(node: Node) -> bool:
+    """Whether a node is a layer whose results have far more values than what it reads: no scale of each channel."""
+    weight, rule = constant_array(input_of(node, 1)), QUANTIZATION_RULES.get(node.op_type)
+    if weight is None or not isinstance(rule, WeightedRule):
+        return False
+    axis = orient_rule(node, rule).output_axis
+    return int(weight.size // weight.shape[axis]) >= MANY_PRODUCTS
+
+
+def _is_sum_of_tensors(node: Node) -> bool:
+    return node.op_type in ("Add", "Sum") and not any(constant_array(value) is not None for value in node.inputs)
 
 
 def explain_refusal(node: Node, rule: Rule) -> str | None:
@@ -70,6 +117,16 @@ def _refuse_weighted(node: Node) -> str | None:
     return None
 
 
+MOST_NAMED = 3
+
+
+def describe_inside(node: Node) -> str:
+    """What layers the bodies of a node hold, in words that go on from a reason; empty where there are none."""
+    inside = [title(layer) for layer in layers_inside(node)]
+    more = f" and {len(inside) - MOST_NAMED} more" if len(inside) > MOST_NAMED else ""
+    return f", and layers in its bodies stay float with it: {', '.join(inside[:MOST_NAMED])}{more}" if inside else ""
+
+
 def _refuse_computing(node: Node) -> str | None:
     for value in node.inputs[:2]:
         if value is not None and value.dtype not in (DataType.FLOAT, None):
@@ -91,7 +148,7 @@ def _refuse_transparent(node: Node) -> str | None:
     data = node.inputs[0]
     if data is None or data.dtype not in (DataType.FLOAT, None) or constant_array(data) is not None:
         return "its data is not float"
-    if node.op_type == "MaxPool" and len(node.outputs) > 1 and node.outputs[1].uses():
+    if gives_places(node):
         return "its indices are read"
     if node.op_type == "Resize" and attribute(node, "mode", "nearest") != "nearest":
         return "ONNX Runtime resizes codes only by nearest neighbour"

@@ -6,8 +6,9 @@ placement F of float nodes is
     min over F   sum_{n not in F} c_i(n) + sum_{n in F} c_f(n) + sum over v between both of h(v)
 
 This is a minimum cut, found as a maximum flow (Ford and Fulkerson 1956; Dinic 1970). h(v) is paid once, however many
-read v; a Relu or Clip goes with the layer that it is fused into. The result is used only where it gains enough to
-trust the table with it.
+read v; a Relu or Clip goes with the layer that it is fused into. A MaxPool costs more on codes where a layer before it
+is in float: its codes are NCHW then (see `_find_slow_pools`). The result is used only where it gains enough to trust
+the table with it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -111,6 +112,15 @@ LEAST_GAIN_US = 20.0
 SLOW_DEPTHWISE_FACTOR = 30.0
 """Slowdown of the kernel for channel-wise zero points, measured on ONNX Runtime 1.32 with AVX2."""
 
+LAYOUT_LOST_BY = frozenset(
+    {"Gemm", "MatMul", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Gather", "Pad"}
+)
+"""Operators on codes behind which ONNX Runtime works on the layout of the file, NCHW."""
+
+DEPTHWISE_BLOCK, DEPTHWISE_REST_FACTOR = 16, 1.8
+"""The integer kernel takes 16 channels at once. With a rest it takes longer than with as many more: 24 channels take
+1.5 times as long as 32. Measured on ONNX Runtime 1.32 with VNNI, kernels of 3 and 5; the table has whole blocks."""
+
 STEM_CHANNELS = 4  # up to so many input channels a convolution is the first one
 
 
@@ -160,10 +170,12 @@ def select_cost_table(recipe: Recipe, target: Target) -> CostTable:
 
 
 def infer_run_shapes(model: Model, fed: Preprocessing | None) -> Shapes:
-    """The shapes of all tensors in one run, as far as known; none where the input has a dynamic size.
+    """The shapes of all tensors in one run, as far as known; none where the input has a dynamic size, or there is none.
 
     fed: as in `choose_float_nodes`.
     """
+    if not model.graph.inputs:
+        return infer_shapes_at(model, "", ())
     first = model.graph.inputs[0]
     batch, *own = dims(first) or [None, None]
     sides = own if fed is None else fed.shape[1:]
@@ -233,10 +245,14 @@ class _Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _PlacementProblem:
-    """The minimum cut problem. costs: of nodes that could run in integers, None where unknown; others cannot change."""
+    """The minimum cut problem. costs: of nodes that could run in integers, None where unknown; others cannot change.
+
+    slow: (layer, MaxPool, us that the pool takes longer on codes where the layer is in float).
+    """
 
     costs: dict[Node, NodeCost | None]
     tensors: list[_Tensor]
+    slow: list[tuple[Node, Node, float]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -244,6 +260,7 @@ class _PlacementProblem:
     ) -> _PlacementProblem:
         known = measured or {}
         costs = {node: known.get(node.name or "") or look_up_cost(node, shapes, table) for node in plan.integer}
+        slow = _find_slow_pools(plan, shapes, table, costs)
         fused = set(plan.absorbed.values())
         made: list[tuple[Value, Node | None]] = [(value, None) for value in model.graph.inputs]
         made += [(value, node) for node in model.nodes() for value in node.outputs]
@@ -256,7 +273,7 @@ class _PlacementProblem:
             outside = (None,) if value.is_graph_output() else ()
             codes = value in plan.given and producer not in costs
             tensors.append(_Tensor(value, producer, (*readers, *outside), _switch_cost(value, shapes, table), codes))
-        return cls(costs, tensors)
+        return cls(costs, tensors, slow)
 
     def time(self, integer: Set[Node]) -> float:
         """The time in us of one run with these nodes in integers, as far as the table knows."""
@@ -264,7 +281,7 @@ class _PlacementProblem:
         for node, cost in self.costs.items():
             if cost is not None:
                 found += cost.integer_us if node in integer else cost.float_us
-        return found
+        return found + sum(us for layer, pool, us in self.slow if pool in integer and layer not in integer)
 
     def cheapest(self) -> set[Node]:
         """The nodes that should run in integers: all but the source's side of the minimum cut, the smallest such."""
@@ -277,6 +294,8 @@ class _PlacementProblem:
                 QUANTIZATION_RULES[node.op_type], WeightedRule
             ):  # nothing is known of it: integers are the rule
                 network.edge(node, network.sink, math.inf)
+        for layer, pool, us in self.slow:
+            network.edge(layer, pool, us)
         for tensor in self.tensors:
             self._tie(network, tensor)
         floats = network.source_side()
@@ -297,18 +316,64 @@ class _PlacementProblem:
                 network.edge(network.source, numbers, math.inf)
 
 
+def _find_slow_pools(
+    plan: Plan, shapes: Shapes, table: CostTable, costs: dict[Node, NodeCost | None]
+) -> list[tuple[Node, Node, float]]:
+    """The MaxPools on codes that take longer where a certain layer is in float, with that layer and the difference.
+
+    ONNX Runtime's integer convolutions, and what reads only what they write, work on NHWC, where a MaxPool is fast. On
+    codes that come from elsewhere it is not: the costs of such pools are raised.
+    """
+    found = []
+    for node, cost in tuple(costs.items()):
+        if node.op_type != "MaxPool" or cost is None:
+            continue
+        own, nchw = (look_up_cost(node, shapes, table, kind) for kind in ("MaxPool", "max_pool_nchw"))
+        if own is None or nchw is None:
+            continue
+        more, layers = max(nchw.integer_us - own.integer_us, 0.0), _find_layout_makers(node, plan)
+        if layers is None:
+            costs[node] = replace(cost, integer_us=cost.integer_us + more) if not cost.measured else cost
+        else:
+            found += [(layer, node, more) for layer in layers]
+    return found
+
+
+def _find_layout_makers(node: Node, plan: Plan) -> list[Node] | None:
+    """The convolutions that a node's input comes from; None where some of it comes from elsewhere."""
+    found: dict[Node, None] = {}
+    waiting = data_inputs(node, QUANTIZATION_RULES[node.op_type])
+    seen = set(waiting)
+    while waiting:
+        maker = waiting.pop().producer()
+        maker = maker if maker is None else plan.absorbed.get(maker, maker)
+        if maker is None or maker not in plan.integer or maker.op_type in LAYOUT_LOST_BY:
+            return None
+        if maker.op_type == "Conv":
+            found[maker] = None
+            continue
+        before = [v for v in data_inputs(maker, QUANTIZATION_RULES[maker.op_type]) if constant_array(v) is None]
+        waiting += [value for value in before if value not in seen]
+        seen.update(before)
+    return list(found)
+
+
 def _reads_data(node: Node, value: Value) -> bool:
     rule = QUANTIZATION_RULES.get(node.op_type)
     return rule is None or value in data_inputs(node, rule)
 
 
-def look_up_cost(node: Node, shapes: Shapes, table: CostTable) -> NodeCost | None:
-    """The cost of a node by the table; None where it has none."""
+def look_up_cost(node: Node, shapes: Shapes, table: CostTable, kind: str | None = None) -> NodeCost | None:
+    """The cost of a node by the table; None where it has none. kind: another line of the table than the node's own."""
     found = _work_units(node, shapes)
-    if found is None or found[0] not in table:
+    if found is None or (kind or found[0]) not in table:
         return None
-    kind, channels, work = found
-    return _interpolate_cost(table[kind], channels, work)
+    own, channels, work = found
+    kind = kind or own
+    cost = _interpolate_cost(table[kind], channels, work)
+    if kind.startswith("depthwise") and channels > DEPTHWISE_BLOCK and channels % DEPTHWISE_BLOCK:
+        return replace(cost, integer_us=DEPTHWISE_REST_FACTOR * cost.integer_us)
+    return cost
 
 
 def _interpolate_cost(lines: Mapping[int, tuple[float, float, float, float]], channels: float, work: float) -> NodeCost:
@@ -345,8 +410,8 @@ def _work_units(node: Node, shapes: Shapes) -> tuple[str, float, float] | None:
             return "mul_constant", out[1], elements
         sizes = [math.prod(shapes.get(value.name or "", ())) for value in sides]
         return ("mul_broadcast" if min(sizes) < elements else node.op_type), out[1], elements
-    if node.op_type == "AveragePool":
-        return "AveragePool", out[1], elements * math.prod(attribute(node, "kernel_shape", [3, 3])) / 9
+    if node.op_type in ("AveragePool", "MaxPool"):
+        return node.op_type, out[1], elements * math.prod(attribute(node, "kernel_shape", [3, 3])) / 9
     return node.op_type, out[1], elements
 
 

@@ -245,6 +245,16 @@ class Plan:
             return True
         return isinstance(rule, ConcatRule) and set(self.group_of()[value]).issuperset(node.inputs)
 
+    def layers_by_weight(self) -> list[list[LayerPlan]]:
+        """The layers, those together that read one weight alike and so share its codes; in graph order of the first."""
+        found: dict[tuple[object, ...], list[LayerPlan]] = {}
+        for layer in self.layers:
+            node = layer.node
+            alike = layer.rule.output_axis, attribute(node, "group", 1), attribute(node, "transB", 0)
+            stored_as = layer.weight, layer.at_load, layer.own_bits, layer.moves_zero
+            found.setdefault((node.inputs[1], alike, stored_as), []).append(layer)
+        return list(found.values())
+
     def group_of(self) -> dict[Value, tuple[Value, ...]]:
         """Every quantized tensor with the tensors that share its parameters, itself included."""
         groups = {value: group for group in self.ties for value in group}
@@ -278,6 +288,7 @@ def plan_observer(value: Value, wanted: SketchContents) -> Observer:
     """The observer of a tensor. wanted: what its sketch keeps beyond the extremes."""
     positive, stride = _is_never_negative(value), _sampling_stride(value)
     maps = rank(value) == 4 and value.dtype == DataType.FLOAT and value.producer() is not None
+    maps = maps and 0 not in (dims(value) or ())  # of which there is nothing to pool
     pooled = positive and maps and (stride is not None or wanted in (SketchContents.EXTREMES, SketchContents.CHANNELS))
     return Observer(value.name or "", wanted, never_negative=positive, pooled=pooled, stride=stride or 1)
 

@@ -28,9 +28,11 @@ from qconv.ir.operators import (
 from qconv.ir.stored_weights import read_dequantizer
 from qconv.planning.eligibility import (
     NO_16_BIT_KERNEL,
+    describe_inside,
     explain_dequantized_layer,
     explain_refusal,
     find_shortcut_input,
+    keep_places_float,
     make_weight_spec,
     orient_rule,
 )
@@ -83,9 +85,10 @@ def replan(plan: Plan, model: Model, *, recipe: Recipe | None = None, floats: Ma
 
 class _Planner:
     def __init__(self, model: Model, recipe: Recipe, target: Target, floats: Mapping[str, str]) -> None:
-        self.model, self.recipe, self.target, self.floats = model, recipe, target, floats
+        self.model, self.recipe, self.target = model, recipe, target
         self.plan = Plan(recipe, target, dict(floats))
         self.nodes = model.nodes()
+        self.floats = keep_places_float(self.nodes) | dict(floats)
         self.quantized: dict[Value, str] = {}
         self.eligible: dict[Node, Rule] = {}
         for node in self.nodes:
@@ -130,7 +133,7 @@ class _Planner:
         if name in self.floats:
             return self.floats[name]
         if rule is None or node.domain not in ("", "ai.onnx"):
-            return f"{node.op_type} has no integer kernel"
+            return f"{node.op_type} has no integer kernel{describe_inside(node)}"
         weights_only = recipe.activation_bits == 32
         if node.op_type in self.target.float_ops and not weights_only:
             return self.target.float_ops[node.op_type]

@@ -9,6 +9,7 @@ goes away where the codes saturate at its bounds, and otherwise becomes a Clip o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,8 +17,21 @@ from numpy.typing import NDArray
 
 from qconv.config.choices import PACKED_BITS
 from qconv.errors import Change, Finding
-from qconv.ir.model import DataType, Model, Node, Value, attribute, clip_bounds, constant_array, input_of, rank
-from qconv.ir.operators import QUANTIZATION_RULES, ComputingRule, WeightedRule
+from qconv.ir.model import (
+    DataType,
+    Model,
+    Node,
+    Value,
+    attribute,
+    clip_bounds,
+    constant_array,
+    dims,
+    input_of,
+    rank,
+    set_dims,
+)
+from qconv.ir.operators import QUANTIZATION_RULES, ComputingRule, TransparentRule, WeightedRule
+from qconv.planning.eligibility import gives_places
 from qconv.planning.plan import Plan, data_inputs, data_positions
 from qconv.quantization.layer import LayerParams
 from qconv.quantization.parameters import Params
@@ -70,8 +84,10 @@ class _QdqWriter:
         readers = self._readers(value, producer)
         source, before = value, producer
         if producer is not None and self._must_stay_float(producer):
-            before = self.model.build("Sum", [value], name=f"{value.name}_as_float", like=value)
-            self.model.insert_after(producer, before)
+            before = self._copy(value, producer)
+        elif producer is not None and self._moves_past_pool(producer):
+            before = self._put_activation_behind(producer) or self._copy(value, producer)
+        if before is not None and before is not producer:
             source = before.outputs[0]
         quantizer = self._quantizer(source, self.params.activations[value], before, wish=value.name or "")
         codes = self._hold_to_bits(quantizer, self.params.activations[value])
@@ -86,6 +102,8 @@ class _QdqWriter:
         """
         if producer in self.plan.integer or not self.plan.target.on_ort:
             return False
+        if gives_places(producer):  # on codes it would give other places
+            return True
         rule = QUANTIZATION_RULES.get(producer.op_type)
         if isinstance(rule, FUSIBLE_RULES):
             return any(v is not None and _is_dequantized(v) for v in producer.inputs)
@@ -93,6 +111,47 @@ class _QdqWriter:
             return False
         before = (value.producer() for value in data_inputs(producer, rule))
         return any(node is not None and self._must_stay_float(node) for node in before)
+
+    def _copy(self, value: Value, producer: Node) -> Node:
+        """A Sum of one tensor, past which no quantizer moves."""
+        node = self.model.build("Sum", [value], name=f"{value.name}_as_float", like=value)
+        self.model.insert_after(producer, node)
+        return node
+
+    def _moves_past_pool(self, producer: Node) -> bool:
+        """Whether ONNX Runtime would take the quantizer of a float result to the front of a MaxPool.
+
+        Behind a float layer its codes are NCHW, for which the kernel is some 30 times as slow as float.
+        """
+        node: Node | None = producer
+        while node is not None and node not in self.plan.integer and self.plan.target.on_ort:
+            if not isinstance(QUANTIZATION_RULES.get(node.op_type), TransparentRule):
+                return False
+            if node.op_type == "MaxPool":
+                return True
+            source = _first_input(node)
+            node = source.producer() if self.model.sole_reader(source) is node else None
+        return False
+
+    def _put_activation_behind(self, pool: Node) -> Node | None:
+        """Exchange a MaxPool and the Relu or Clip in front of it, which keeps every number, and the quantizer behind.
+
+        Mostly the quantizer then does the activation, too. None where nothing can be exchanged.
+        """
+        value = _first_input(pool)
+        activation = value.producer()
+        if pool.op_type != "MaxPool" or activation is None or self.model.sole_reader(value) is not pool:
+            return None
+        if clip_bounds(activation) is None or activation in self.plan.integer or activation in self.plan.absorbed:
+            return None
+        result = pool.outputs[0]
+        if len(self.model.readers(result)) != len(self._readers(result, pool)) or result.is_graph_output():
+            return None
+        self.model.set_input(pool, 0, _first_input(activation))
+        self.model.set_input(activation, 0, result)
+        set_dims(activation.outputs[0], dims(result))
+        self.model.insert_after(pool, activation)
+        return activation
 
     def _absorb(self, activation: Node) -> None:
         """The quantizer behind a layer takes the place of the Relu or Clip that followed it."""
@@ -289,7 +348,8 @@ class _QdqWriter:
 
     def _weight(self, chosen: LayerParams, weight: Value, *, pack: bool) -> Value:
         params, numbers = chosen.stored
-        key = (weight, params.spec, params.scale.tobytes(), params.zero_point.tobytes())
+        digest = hashlib.blake2b(np.ascontiguousarray(numbers).tobytes()).digest()
+        key = (weight, params.spec, params.scale.tobytes(), params.zero_point.tobytes(), digest)
         if key in self._shared:
             return self._shared[key]
         kind = DataType.INT4 if pack else None

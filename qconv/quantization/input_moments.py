@@ -71,13 +71,49 @@ class InputMoments:
         """Whether all squares fit into float32."""
         return all(bool(np.isfinite(x).all()) for block in self.blocks for x in (block.hessian, block.cross))
 
+    def with_means(self) -> InputMoments:
+        """The same with means left in, for a layer without a bias: nothing takes back what rounding does to them."""
+        blocks = [
+            MomentBlock(
+                block.part,
+                block.hessian + self.mean[:, block.part, None] * self.mean[:, None, block.part],
+                block.cross + self.float_mean[:, block.part, None] * self.mean[:, None, block.part],
+            )
+            for block in self.blocks
+        ]
+        float_rows, rows = (
+            apart + mean[:, None].astype(np.float32)
+            for apart, mean in zip(self.kept, (self.float_mean, self.mean), strict=True)
+        )
+        nothing = np.zeros_like(self.mean)
+        return InputMoments(blocks, nothing, nothing, (float_rows, rows), self.count)
 
-def accumulate_moments(pairs: Iterable[tuple[Float32, Float32]], share: int = HELD_OUT_INTERVAL) -> InputMoments:
+    def joined(self, other: InputMoments) -> InputMoments:
+        """The moments of both about the mean of each: of layers that share weights, but have biases of their own."""
+        count = self.count + other.count
+        share = self.count / count
+
+        def mix(one: Float64, another: Float64) -> Float64:
+            return share * one + (1 - share) * another
+
+        blocks = [
+            MomentBlock(a.part, mix(a.hessian, b.hessian), mix(a.cross, b.cross))
+            for a, b in zip(self.blocks, other.blocks, strict=True)
+        ]
+        floats, rows = (np.concatenate(pair, axis=1) for pair in zip(self.kept, other.kept, strict=True))
+        means = mix(self.float_mean, other.float_mean), mix(self.mean, other.mean)
+        return InputMoments(blocks, *means, (floats, rows), count)
+
+
+def accumulate_moments(
+    pairs: Iterable[tuple[Float32, Float32]], share: int = HELD_OUT_INTERVAL, *, means_alone: bool = False
+) -> InputMoments:
     """Accumulate the moments of rows.
 
     Args:
         pairs: (x_f, x_q), (G, n, K) both, piece by piece; at least one row. An image must not be in several pieces.
         share: one piece in so many is held out.
+        means_alone: whether no blocks are wanted, which take by far the most time.
     """
     kept: list[tuple[Float32, Float32]] = []
 
@@ -91,7 +127,7 @@ def accumulate_moments(pairs: Iterable[tuple[Float32, Float32]], share: int = HE
     sums: _MomentSums | None = None
     for float_rows, rows in _batch_pieces(summed()):
         if sums is None:
-            sums = _MomentSums(float_rows, rows)
+            sums = _MomentSums(float_rows, rows, means_alone=means_alone)
         sums.add(float_rows, rows)
     assert sums is not None
     return sums.finished(kept)
@@ -130,11 +166,11 @@ def _concatenate_pieces(pieces: list[tuple[Float32, Float32]]) -> tuple[Float32,
 
 
 class _MomentSums:
-    def __init__(self, float_rows: Float32, rows: Float32) -> None:
+    def __init__(self, float_rows: Float32, rows: Float32, *, means_alone: bool) -> None:
         groups, _, inputs = rows.shape
         self._guess = rows.mean(axis=1, keepdims=True)  # of both: they are alike
         count = -(-inputs // choose_block_size(inputs))
-        ends = np.linspace(0, inputs, count + 1).astype(int)
+        ends = np.linspace(0, inputs, 1 if means_alone else count + 1).astype(int)
         self._parts = [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
         sizes = [part.stop - part.start for part in self._parts]
         self._own = [np.zeros((groups, k, k)) for k in sizes]

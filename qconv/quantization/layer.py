@@ -1,4 +1,4 @@
-"""This module quantizes the weights and the bias of one layer, and corrects the bias.
+"""This module quantizes the weights and the bias of a layer, or of layers that share weights, and corrects the bias.
 
 The bias is stored as int32 with the exact scale s_x * s_w, and the accumulator starts from it. Where it would overflow,
 the weight scale of that channel is widened until it fits: weights lose precision there, the bias keeps its value.
@@ -15,6 +15,8 @@ Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -122,6 +124,14 @@ def _has_channels(sketch: Sketch, channels: int) -> bool:
     return bool(sketch.count) and sketch.lows.size == channels
 
 
+@dataclass(frozen=True, slots=True)
+class WeightReader:
+    """A layer that reads a weight. source: its quantized input; None where that stays float."""
+
+    layer: LayerPlan
+    source: LayerInput | None
+
+
 def quantize_layer(
     layer: LayerPlan,
     source: LayerInput | None,
@@ -132,18 +142,39 @@ def quantize_layer(
     saturation_safe: bool | None = None,
     correction: str = "measured",
 ) -> tuple[LayerParams, list[Finding]]:
-    """Quantize the weights and the bias of one layer to the nearest codes.
+    """Quantize the weights and the bias of one layer; see `quantize_readers`. seen: of its float input."""
+    (found,) = quantize_readers(
+        [WeightReader(layer, source)],
+        calibrator,
+        target,
+        seen=[seen],
+        saturation_safe=saturation_safe,
+        correction=correction,
+    )
+    return found
+
+
+def quantize_readers(
+    readers: Sequence[WeightReader],
+    calibrator: str,
+    target: Target,
+    *,
+    seen: Sequence[Sketch | None],
+    saturation_safe: bool | None = None,
+    correction: str = "measured",
+) -> list[tuple[LayerParams, list[Finding]]]:
+    """Quantize the weights that some layers share to the nearest codes, and the bias of each layer.
 
     Args:
-        layer: what the plan says of it.
-        source: its quantized input; None where only weights are quantized.
+        readers: the layers, alike by the plan (`Plan.layers_by_weight`).
         calibrator: range estimator of the weights.
         target: the runtime.
-        seen: sketch of the float input, where that was observed.
+        seen: sketch of each layer's float input, where that was observed.
         saturation_safe: whether no pair of products overflows 16 bits on any image (True) or on the calibration images
             (None); False ignores overflow.
         correction: the bias correction, see `Recipe`.
     """
+    layer = readers[0].layer
     weight = read_float_weight(layer)
     notes: list[Finding] = []
     if layer.own_bits:
@@ -151,20 +182,30 @@ def quantize_layer(
         notes.append(weight_ranges.describe_channel_bits(layer.node.name or "", "weights", params))
     else:
         params = layer.weight.from_range(*WEIGHT_RANGE_ESTIMATORS[calibrator](weight, layer.weight))
-    params, found = fit_scales(layer, params, weight, source, target, saturation_safe=saturation_safe)
+    params, found = fit_scales(readers, params, weight, target, saturation_safe=saturation_safe)
     codes = params.quantize(weight)
     rounded = params.dequantize(codes)
-    shift = None
+    every = []
+    for reader, sketch in zip(readers, seen, strict=True):
+        shift, more = _choose_bias_shift(reader.layer, weight, rounded, sketch, correction)
+        chosen = attach_bias(reader.layer, params, codes, shift_bias(reader.layer, shift), reader.source, target)
+        every.append((chosen, [*notes, *found, *more]))
+        notes, found = [], []  # said of the first alone
+    return every
+
+
+def _choose_bias_shift(
+    layer: LayerPlan, weight: NDArray[np.float32], rounded: NDArray[np.float32], seen: Sketch | None, correction: str
+) -> tuple[NDArray[np.float64] | None, list[Finding]]:
+    """The shift of the bias that the correction asks for, (O,); None where none is possible or wanted."""
     if correction in ("measured", "sequential") and seen is not None:
-        shift = _measured_bias_shift(layer, weight, rounded, seen)
-    elif correction == "analytic":
-        known = analytic_bias_shift(layer, weight, rounded)
-        if isinstance(known, str):
-            found.append(Skipped("bias", layer.node.name or "", known))
-        else:
-            shift = known
-            found.append(Change("bias", layer.node.name or "", CORRECTED_BY_BATCH_NORM, CORRECTED_BY_BATCH_NORM))
-    return attach_bias(layer, params, codes, shift_bias(layer, shift), source, target), notes + found
+        return _measured_bias_shift(layer, weight, rounded, seen), []
+    if correction != "analytic":
+        return None, []
+    name, known = layer.node.name or "", analytic_bias_shift(layer, weight, rounded)
+    if isinstance(known, str):
+        return None, [Skipped("bias", name, known)]
+    return known, [Change("bias", name, CORRECTED_BY_BATCH_NORM, CORRECTED_BY_BATCH_NORM)]
 
 
 def read_float_weight(layer: LayerPlan) -> NDArray[np.float32]:
@@ -179,45 +220,52 @@ def read_float_weight(layer: LayerPlan) -> NDArray[np.float32]:
 
 
 def fit_scales(
-    layer: LayerPlan,
+    readers: Sequence[WeightReader],
     params: QuantParams,
     weight: NDArray[np.float32],
-    source: LayerInput | None,
     target: Target,
     *,
     saturation_safe: bool | None = None,
 ) -> tuple[QuantParams, list[Finding]]:
-    """Parameters with scales as wide as the integer kernels demand; see `quantize_layer`."""
+    """Parameters with scales as wide as the integer kernels of all readers demand; see `quantize_readers`."""
     params = _scale_dead_channels(params, weight)
-    if source is None:
+    if all(reader.source is None for reader in readers):
         return params, []
     findings: list[Finding] = []
-    widened = params.with_scale(np.maximum(params.scale, find_least_scale(layer, source, target, params)))
+    layer = readers[0].layer
+    widened = params.with_scale(np.maximum(params.scale, find_least_scale(readers, target, params)))
     count = int(np.count_nonzero(widened.scale > params.scale))
     if count:
         what = f"weight scale of {count} channels widened, so that the bias fits into int32"
         findings.append(Change("params", layer.node.name or "", what, WIDENED_FOR_BIAS))
         params = widened
-    limits = find_pair_limits(layer, source, target, widest=params.widest, saturation_safe=saturation_safe)
+    limits = find_pair_limits(readers, target, widest=params.widest, saturation_safe=saturation_safe)
     if limits is not None:
         params = saturation.widen_scales(params, weight, *limits, output_axis=layer.rule.output_axis)
     return params, findings
 
 
 def find_pair_limits(
-    layer: LayerPlan, source: LayerInput, target: Target, *, widest: int, saturation_safe: bool | None
+    readers: Sequence[WeightReader], target: Target, *, widest: int, saturation_safe: bool | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-    """The least and the largest code of each input channel, where pairs of products must fit into 16 bits.
+    """The least and the largest code of each input channel, where pairs of products must fit into 16 bits in any layer.
 
     widest: the most bits that a weight has.
     """
-    bits = (source.params.spec.bits, widest)
-    if (
-        saturation_safe is False
-        or bits != (8, 8)
-        or not target.saturates_int16_pairs
-        or not _is_accumulated_in_pairs(layer)
-    ):
+    if saturation_safe is False or widest != 8 or not target.saturates_int16_pairs:
+        return None
+    found = [_pair_limits_of(reader.layer, reader.source, saturation_safe) for reader in readers]
+    known = [limits for limits in found if limits is not None]
+    if not known:
+        return None
+    lows, highs = zip(*known, strict=True)
+    return np.minimum.reduce(lows), np.maximum.reduce(highs)
+
+
+def _pair_limits_of(
+    layer: LayerPlan, source: LayerInput | None, saturation_safe: bool | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    if source is None or source.params.spec.bits != 8 or not _is_accumulated_in_pairs(layer):
         return None
     channels = count_input_channels(layer)
     return source.channel_codes(channels) if saturation_safe is None else source.all_codes(channels)
@@ -319,13 +367,19 @@ def _is_accumulated_in_pairs(layer: LayerPlan) -> bool:
     return not layer.blocked and not is_depthwise(layer) and layer.node.op_type != "ConvTranspose"
 
 
-def find_least_scale(
-    layer: LayerPlan, source: LayerInput | None, target: Target, params: QuantParams
-) -> NDArray[np.float32]:
-    """The least weight scale with which the bias fits into int32: |bias| / (s_x * s_w) <= LARGEST_BIAS_CODE.
+def find_least_scale(readers: Sequence[WeightReader], target: Target, params: QuantParams) -> NDArray[np.float32]:
+    """The least weight scale with which each bias fits into int32: |bias| / (s_x * s_w) <= LARGEST_BIAS_CODE.
 
     The product s_x * s_w is a normal float32, too. One number, or one a channel; zero where no bias is stored as int32.
     """
+    return np.asarray(
+        functools.reduce(np.maximum, (_least_scale_of(r.layer, r.source, target, params) for r in readers))
+    )
+
+
+def _least_scale_of(
+    layer: LayerPlan, source: LayerInput | None, target: Target, params: QuantParams
+) -> NDArray[np.float32]:
     bias = constant_array(input_of(layer.node, 2))
     if source is None or bias is None or not _has_integer_bias(layer, source, target):
         return np.zeros((), np.float32)

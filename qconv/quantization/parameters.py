@@ -21,7 +21,7 @@ from qconv.ir.model import Node, Value, constant_array, input_of
 from qconv.ir.operators import operator
 from qconv.planning.plan import LayerPlan, Plan, count_channels
 from qconv.quantization import weight_ranges
-from qconv.quantization.layer import LayerInput, LayerParams, quantize_layer
+from qconv.quantization.layer import LayerInput, LayerParams, WeightReader, quantize_readers
 from qconv.quantizer import PerBlock, PerChannel, QuantParams, QuantSpec
 from qconv.results.quantize import TensorRow
 
@@ -92,23 +92,21 @@ def carry_over_params(params: Params, plan: Plan) -> Params:
 
 
 def _choose_layer_params(plan: Plan, params: Params, sketches: Mapping[str, Sketch], recipe: Recipe) -> list[Finding]:
-    findings: list[Finding] = []
-    for layer in plan.layers:
-        source = find_layer_input(layer, params, sketches)
-        if source is not None:
-            params.sources[layer.node] = source
-        quantized, notes = quantize_layer(
-            layer,
-            source,
+    found: dict[Node, tuple[LayerParams, list[Finding]]] = {}
+    for alike in plan.layers_by_weight():
+        readers = [WeightReader(layer, find_layer_input(layer, params, sketches)) for layer in alike]
+        params.sources |= {reader.layer.node: reader.source for reader in readers if reader.source is not None}
+        quantized = quantize_readers(
+            readers,
             recipe.weight_calibrator,
             plan.target,
-            seen=find_layer_sketch(layer, sketches),
+            seen=[find_layer_sketch(layer, sketches) for layer in alike],
             saturation_safe=recipe.saturation_safe,
             correction=recipe.bias_correction,
         )
-        params.layers.append(quantized)
-        findings += notes
-    return findings
+        found |= {layer.node: chosen for layer, chosen in zip(alike, quantized, strict=True)}
+    params.layers += [found[layer.node][0] for layer in plan.layers]
+    return [note for layer in plan.layers for note in found[layer.node][1]]
 
 
 def find_layer_input(layer: LayerPlan, params: Params, sketches: Mapping[str, Sketch]) -> LayerInput | None:

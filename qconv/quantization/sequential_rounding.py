@@ -36,6 +36,7 @@ from qconv.ir.model import Model, Node, Value, clip_bounds, constant_array, inpu
 from qconv.ir.stepwise import StepwiseRun
 from qconv.planning.plan import LayerPlan, Plan
 from qconv.planning.planner import replan
+from qconv.planning.work import ROUNDING_SHARE, SOLVE_WORK, count_rows, quantization_work
 from qconv.quantization import gptq, weight_ranges
 from qconv.quantization.emit import emit
 from qconv.quantization.gptq import LayerRounder, arrange_stored, dequantize_rows, read_weight_shape
@@ -50,6 +51,7 @@ from qconv.quantization.input_moments import (
 from qconv.quantization.layer import (
     LayerInput,
     LayerParams,
+    WeightReader,
     analytic_bias_shift,
     attach_bias,
     find_least_scale,
@@ -60,6 +62,7 @@ from qconv.quantization.layer import (
     shift_bias,
 )
 from qconv.quantization.parameters import Params, carry_over_params
+from qconv.quantization.shared_rounding import round_shared_weights
 from qconv.quantization.weight_ranges import estimate_mse_range
 from qconv.quantizer import PerChannel, QuantParams
 from qconv.reporter import Reporter
@@ -68,6 +71,8 @@ from qconv.storage import ArrayStore, StoredArrays, prefetch
 Float32 = NDArray[np.float32]
 
 UNBOUNDED = (-math.inf, math.inf)
+
+TOO_LARGE = "what it reads is too large for squares in float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,16 +186,12 @@ class LayerSolver:
     effort: RoundingEffort
     seed: int = 0
 
-    def refusal(self, model: Model, nearest: LayerParams) -> str | None:
+    def refusal(self, nearest: LayerParams) -> str | None:
         """Why a layer must keep its nearest codes; None where it need not."""
-        weight = nearest.layer.node.inputs[1]
-        assert weight is not None
         if nearest.layer.weight.bits > 8:
             return "weights of 16 bits lose nothing by rounding to the nearest code"
         if self.recipe.rounding == "nearest":  # the bias alone is looked for
             return None
-        if len(model.readers(weight)) > 1:
-            return "several layers share its weights"
         if nearest.layer.weight.bits < 8:
             return None
         too_many = nearest.codes.size > self.effort.most_weights
@@ -201,13 +202,19 @@ class LayerSolver:
             return "with 8 bits a depthwise layer loses little"
         return None
 
-    def sample_rows(self, layer: LayerPlan, index: int, inputs: StoredArrays) -> Iterator[tuple[PatchExtractor, Ints]]:
-        """Draw the positions of rows in each batch of a layer's input. index: of the layer, for the seed."""
+    def sample_rows(
+        self, layer: LayerPlan, index: int, inputs: StoredArrays, readers: int = 1
+    ) -> Iterator[tuple[PatchExtractor, Ints]]:
+        """Draw the positions of rows in each batch of a layer's input.
+
+        index: of the layer, for the seed. readers: layers that share its weights and are looked at together.
+        """
         shape = read_weight_shape(layer.node)
         groups, _, columns = _rows_shape(layer.node)
         wanted = min(self.effort.rows_for(columns), max(1, MOST_NUMBERS // (groups * columns)))
+        wanted = -(-wanted // readers)
         cuts = [(PatchExtractor.of(layer.node, shape, x.shape), x.shape) for x in inputs.held]
-        most = -(-wanted // sum(patches.entries(size) for patches, size in cuts))
+        most = -(-wanted // max(1, sum(patches.entries(size) for patches, size in cuts)))
         rng = np.random.default_rng([self.seed, index])
         for patches, size in cuts:
             count = patches.positions(size)
@@ -233,16 +240,42 @@ class LayerSolver:
         """
         layer, node = nearest.layer, nearest.layer.node
         if not seen.is_finite:
-            return nearest, Skipped("round", node.name or "", "what it reads is too large for squares in float32")
+            return nearest, Skipped("round", node.name or "", TOO_LARGE)
         if self.recipe.rounding == "nearest":
             return self._corrected(nearest, source, seen)
+        if node.op_type == "MatMul":
+            seen = seen.with_means()
         rows = weight_rows_of(node, read_float_weight(layer).reshape(read_weight_shape(node)))
         effective_range = effective_range.around(node, rows, seen)
         wanted = self._solve_weights(rows, seen, effective_range, layer.weight.bits) if anew else rows
-        params, codes = self._rounded(layer, self._choose_scales(layer, wanted, source, seen), wanted, seen, source)
+        readers = [WeightReader(layer, source)]
+        params, codes = self._rounded(self._choose_scales(readers, wanted, seen), wanted, seen, readers)
         params, codes, finding = _choose_better(nearest, params, codes, rows, seen, effective_range)
-        bias = shift_bias(layer, self._shift(layer, params.dequantize(codes), seen))
-        return attach_bias(layer, params, codes, bias, source, self.target), finding
+        return self.settle_bias(replace(nearest, weight=params, codes=codes), source, seen), finding
+
+    def choose_codes(
+        self, nearest: LayerParams, readers: Sequence[WeightReader], seen: InputMoments
+    ) -> tuple[QuantParams, NDArray[np.integer], Finding]:
+        """Round weights that several layers share by second order, or keep their nearest codes where these err less.
+
+        nearest: the first of the layers. seen: moments of all their inputs in the float network.
+        """
+        node = nearest.layer.node
+        if not seen.is_finite:
+            return nearest.weight, nearest.codes, Skipped("round", node.name or "", TOO_LARGE)
+        rows = weight_rows_of(node, read_float_weight(nearest.layer).reshape(read_weight_shape(node)))
+        params, codes = self._rounded(self._choose_scales(readers, rows, seen), rows, seen, readers)
+        return _choose_better(nearest, params, codes, rows, seen, EffectiveRange())
+
+    def corrects_means(self, layer: LayerPlan) -> bool:
+        """Whether the bias of a layer is to keep the means of its outputs, as they are measured."""
+        return self.recipe.bias_correction not in ("analytic", "none") and layer.node.op_type != "MatMul"
+
+    def settle_bias(self, chosen: LayerParams, source: LayerInput | None, seen: InputMoments | None) -> LayerParams:
+        """Give a layer of these codes its bias. seen: None where `corrects_means` says that it is not asked for."""
+        layer = chosen.layer
+        bias = shift_bias(layer, self._shift(layer, chosen.weight.dequantize(chosen.codes), seen))
+        return attach_bias(layer, chosen.weight, chosen.codes, bias, source, self.target)
 
     def _corrected(
         self, nearest: LayerParams, source: LayerInput | None, seen: InputMoments
@@ -256,23 +289,22 @@ class LayerSolver:
         what = "bias keeps the means of its outputs, whatever the layers before do to them"
         return chosen, Change("bias", name, what, what)
 
-    def _shift(self, layer: LayerPlan, rounded: Float32, seen: InputMoments) -> Float64 | None:
+    def _shift(self, layer: LayerPlan, rounded: Float32, seen: InputMoments | None) -> Float64 | None:
         """The shift of the bias that keeps the means of the outputs, (O,); None where none is possible or wanted."""
         weight = read_float_weight(layer)
         if self.recipe.bias_correction == "analytic":
             known = analytic_bias_shift(layer, weight, rounded)
             return None if isinstance(known, str) else known
-        if self.recipe.bias_correction == "none" or layer.node.op_type == "MatMul":  # which adds nothing
+        if not self.corrects_means(layer) or seen is None:
             return None
         shape = read_weight_shape(layer.node)
         rows, rounded_rows = (weight_rows_of(layer.node, numbers.reshape(shape)) for numbers in (weight, rounded))
         shift = np.einsum("gok,gk->go", rows, seen.float_mean) - np.einsum("gok,gk->go", rounded_rows, seen.mean)
         return np.asarray(shift.reshape(-1), np.float64)
 
-    def _choose_scales(
-        self, layer: LayerPlan, wanted: Float32, source: LayerInput | None, seen: InputMoments
-    ) -> QuantParams:
+    def _choose_scales(self, readers: Sequence[WeightReader], wanted: Float32, seen: InputMoments) -> QuantParams:
         """Choose scales for weights (G, O, K) by least error, with inputs taken to be independent."""
+        layer = readers[0].layer
         node, shape = layer.node, read_weight_shape(layer.node)
         weight = arrange_stored(layer, weights_from_rows(node, wanted, shape))
         if layer.own_bits:
@@ -282,7 +314,7 @@ class LayerSolver:
             spread = np.broadcast_to(importance[:, None].astype(np.float32), wanted.shape)
             counts = arrange_stored(layer, weights_from_rows(node, spread, shape))
             params = layer.weight.from_range(*estimate_mse_range(weight, layer.weight, counts))
-        return fit_scales(layer, params, weight, source, self.target, saturation_safe=self.recipe.saturation_safe)[0]
+        return fit_scales(readers, params, weight, self.target, saturation_safe=self.recipe.saturation_safe)[0]
 
     def _solve_weights(self, rows: Float32, seen: InputMoments, effective_range: EffectiveRange, bits: int) -> Float32:
         """Solve W' of each output with the ridge that errs least on held-out rows.
@@ -324,9 +356,10 @@ class LayerSolver:
         return found
 
     def _rounded(
-        self, layer: LayerPlan, params: QuantParams, wanted: Float32, seen: InputMoments, source: LayerInput | None
+        self, params: QuantParams, wanted: Float32, seen: InputMoments, readers: Sequence[WeightReader]
     ) -> tuple[QuantParams, NDArray[np.integer]]:
-        least = find_least_scale(layer, source, self.target, params)
+        layer = readers[0].layer
+        least = find_least_scale(readers, self.target, params)
         rounder = LayerRounder.of(layer, wanted, seen, least)
         narrow = layer.weight.bits < 8
         free = narrow and not layer.blocked
@@ -336,9 +369,7 @@ class LayerSolver:
         if self.effort.sweeps and narrow:
             codes = rounder.descended(params, codes, self.effort.sweeps)
         safe = self.recipe.saturation_safe
-        limits = None
-        if source is not None:
-            limits = find_pair_limits(layer, source, self.target, widest=params.widest, saturation_safe=safe)
+        limits = find_pair_limits(readers, self.target, widest=params.widest, saturation_safe=safe)
         return (params, codes) if limits is None else rounder.unsaturated(params, codes, limits)
 
 
@@ -443,7 +474,8 @@ def round_layers_sequentially(
     solver = LayerSolver(recipe, plan.target, choose_rounding_effort(plan, recipe), seed)
     # `CandidateScorer` scores on batches that weights were not rounded on: these must be held out whole
     pieces = [1 if len(feeds) >= HELD_OUT_INTERVAL else _count_images(feed) for feed in feeds]
-    return _SequentialRounder(model, plan, params, solver, pieces).run(feeds, reporter)
+    images = sum(_count_images(feed) for feed in feeds)
+    return _SequentialRounder(model, plan, params, solver, pieces, images).run(feeds, reporter)
 
 
 @dataclass(slots=True)
@@ -453,13 +485,22 @@ class _SequentialRounder:
     params: Params
     solver: LayerSolver
     pieces: list[int]  # of each batch, one of so many is held out
+    images: int
+    shared: dict[Node, Finding] = field(default_factory=dict)  # layers whose codes are settled before
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def interval(self) -> int:
+        return choose_held_out_interval(sum(self.pieces))
 
     def run(
         self,
         feeds: Sequence[Mapping[str, NDArray[Any]]],
         reporter: Reporter,
     ) -> list[Finding]:
+        self.shared = round_shared_weights(
+            self.model, self.plan, self.params, self.solver, feeds, self.interval, BYTES_IN_MEMORY
+        )
         simulated, nodes = self._with_quantizers()
         with (
             contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as first,
@@ -479,28 +520,68 @@ class _SequentialRounder:
         reporter: Reporter,
     ) -> None:
         """Run both networks. While a layer is solved, the float network, which does not depend on it, runs ahead."""
-        refusals = [self.solver.refusal(self.model, chosen) for chosen in self.params.layers]
-        to_solve = [chosen.layer.node for chosen, why in zip(self.params.layers, refusals, strict=True) if why is None]
-        inputs = prefetch(float_run.values_of, map(first_input, to_solve), workers=1, depth=1)
+        refusals = self._refusals()
+        to_watch = dict.fromkeys(
+            chosen.layer.node
+            for chosen, why in zip(self.params.layers, refusals, strict=True)
+            if why is None and (chosen.layer.node not in self.shared or self.solver.corrects_means(chosen.layer))
+        )
+        inputs = prefetch(float_run.values_of, map(first_input, to_watch), workers=1, depth=1)
         with contextlib.closing(inputs):
             upcoming = next(inputs, None)
             for index, (chosen, why) in enumerate(zip(list(self.params.layers), refusals, strict=True)):
                 reporter.progress("round", index, len(refusals))
-                node = chosen.layer.node
-                quantized_node = nodes[node.name or ""]
+                quantized_node = nodes[chosen.layer.node.name or ""]
                 if why is None:
-                    assert upcoming is not None
-                    rows = self._rows(chosen.layer, index, upcoming.result(), quantized_run, quantized_node)
-                    seen = accumulate_moments(rows, choose_held_out_interval(sum(self.pieces)))
-                    upcoming = next(inputs, None)
-                    effective_range = EffectiveRange.of_consumers(node, self.params.activations)
-                    chosen, finding = self.solver.solve(chosen, self.params.sources.get(node), seen, effective_range)
-                    self.params.layers[index] = chosen
-                    self.findings.append(finding)
-                else:
-                    self.findings.append(Skipped("round", node.name or "", why))
+                    seen: InputMoments | str | None = None
+                    if chosen.layer.node in to_watch:
+                        assert upcoming is not None
+                        seen = self._moments(chosen.layer, index, upcoming.result(), quantized_run, quantized_node)
+                        upcoming = next(inputs, None)
+                    if isinstance(seen, str) and chosen.layer.node not in self.shared:
+                        why = seen
+                    else:
+                        chosen = self._round(chosen, None if isinstance(seen, str) else seen)
+                        self.params.layers[index] = chosen
+                if why is not None:
+                    self.findings.append(Skipped("round", chosen.layer.node.name or "", why))
                 _replace_weights(simulated, quantized_node, chosen)
         reporter.progress("round", len(refusals), len(refusals))
+
+    def _refusals(self) -> list[str | None]:
+        """Why each layer keeps its nearest codes: also those that second order takes longest for, if all take too long.
+
+        A layer of K inputs takes work in K^3 and K^2 times its outputs, however few rows it has.
+        """
+        found = [self.solver.refusal(chosen) for chosen in self.params.layers]
+        if self.solver.recipe.rounding == "nearest" or self.solver.recipe.effort == "best":
+            return found
+        work = quantization_work((chosen.layer.node for chosen in self.params.layers), self.images)
+        left = ROUNDING_SHARE * work
+        costs: dict[int, float] = {}
+        for index, chosen in enumerate(self.params.layers):
+            if found[index] is None and chosen.layer.weight.bits == 8 and chosen.layer.node not in self.shared:
+                groups, outputs, inputs = _rows_shape(chosen.layer.node)
+                costs[index] = SOLVE_WORK * groups * (5 / 3 * inputs**3 + 5 * inputs**2 * outputs)
+        rows = {index: count_rows(self.params.layers[index].layer.node) for index in costs}
+        for index in sorted(costs, key=lambda index: (costs[index] / rows[index], index)):
+            left -= costs[index]
+            if left < 0:
+                found[index] = "with 8 bits it loses little, and to round all layers by second order takes too long"
+        return found
+
+    def _round(self, chosen: LayerParams, seen: InputMoments | None) -> LayerParams:
+        """Round a layer, or settle the bias of one that has its codes from all layers that share them."""
+        node = chosen.layer.node
+        source = self.params.sources.get(node)
+        if node in self.shared:
+            self.findings.append(self.shared[node])
+            return self.solver.settle_bias(chosen, source, seen)
+        assert seen is not None
+        effective_range = EffectiveRange.of_consumers(node, self.params.activations)
+        rounded, finding = self.solver.solve(chosen, source, seen, effective_range)
+        self.findings.append(finding)
+        return rounded
 
     def _with_quantizers(self) -> tuple[Model, dict[str, Node]]:
         """A copy with float weights, and its nodes by name.
@@ -516,25 +597,54 @@ class _SequentialRounder:
             emit(copy, plan, chosen, pack=False)
         return copy, nodes
 
-    def _rows(
+    def _moments(
         self, layer: LayerPlan, index: int, floats: StoredArrays, quantized_run: StepwiseRun, quantized_node: Node
-    ) -> Iterator[tuple[Float32, Float32]]:
-        """Yield the same rows of both networks, piece by piece, cut ahead in threads."""
+    ) -> InputMoments | str:
+        """The moments of what a layer reads in both networks, or why there are none."""
         codes, grid = quantized_run.codes_of(first_input(quantized_node))
-        samples = enumerate(self.solver.sample_rows(layer, index, floats))
+        pairs = [(x.shape, q.shape) for x, q in zip(floats.held, codes.held, strict=True)]
+        apart = sum(count for count, (x, q) in zip(self.pieces, pairs, strict=True) if x != q)
+        if apart:  # rows of one place are no pairs then, where there are as many by chance, either
+            many = f"{apart} of {sum(self.pieces)} pictures"
+            return f"on {many} the data select other rows for it than in the float network"
+        if not any(math.prod(x) for x, _ in pairs):
+            return "no picture gives it any rows"
+        pieces = [count if math.prod(x) else 0 for count, (x, _) in zip(self.pieces, pairs, strict=True)]
+        rows = self._rows(layer, index, floats, codes, grid, pieces)
+        means_alone = layer.node in self.shared or self.solver.recipe.rounding == "nearest"
+        return accumulate_moments(rows, choose_held_out_interval(sum(pieces)), means_alone=means_alone)
 
-        def cut(item: tuple[int, tuple[PatchExtractor, Ints]]) -> tuple[Float32, Float32]:
-            number, (patches, at) = item
+    def _rows(
+        self,
+        layer: LayerPlan,
+        index: int,
+        floats: StoredArrays,
+        codes: StoredArrays,
+        grid: QuantParams | None,
+        pieces: Sequence[int],
+    ) -> Iterator[tuple[Float32, Float32]]:
+        """Yield the same rows of both networks, piece by piece, cut ahead in threads; none of batches of 0 pieces."""
+        samples = (
+            (number, count, *sample)
+            for number, (count, sample) in enumerate(
+                zip(pieces, self.solver.sample_rows(layer, index, floats), strict=True)
+            )
+            if count
+        )
+
+        def cut(item: tuple[int, int, PatchExtractor, Ints]) -> tuple[int, Float32, Float32]:
+            number, count, patches, at = item
             places = patches.places(at)
             found = patches.rows(codes[number], places, zero=0 if grid is None else int(grid.zero_point))
             if grid is not None:
                 found -= np.float32(grid.zero_point)
                 found *= grid.scale
-            return patches.rows(floats[number], places), found
+            return count, patches.rows(floats[number], places), found
 
         with contextlib.closing(prefetch(cut, samples, workers=1, depth=4)) as futures:
-            for count, future in zip(self.pieces, futures, strict=True):
-                yield from _split_by_image(*future.result(), count)
+            for future in futures:
+                count, float_rows, found = future.result()
+                yield from _split_by_image(float_rows, found, count)
 
 
 def _count_images(feed: Mapping[str, NDArray[Any]]) -> int:

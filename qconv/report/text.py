@@ -51,7 +51,8 @@ def format_audit(found: FileAudit, *, verbose: bool) -> str:
     rows.append(("converting", "", f"{total - codes - floats:.0f}", _format_time_share(total - codes - floats, total)))
     lines.append(format_columns(rows, "lrrr"))
     quantized = found.format != "float"  # of a float model it is no news
-    for title, islands in (("float islands", own.islands if quantized else ()), ("in float by choice", own.placed)):
+    kinds = (("float islands", own.islands if quantized else ()), ("in float by choice", own.placed))
+    for title, islands in (*kinds, ("slow in integers", own.slow)):
         if islands:
             lines += ["", f"{title}:", *_format_float_nodes(islands, total, verbose=verbose)]
     if verbose:
@@ -60,10 +61,8 @@ def format_audit(found: FileAudit, *, verbose: bool) -> str:
         lines += ["", "nodes:", format_columns([("us", "runs in", "operator", "node"), *cells], "rlll")]
     if own.saturating:
         lines += ["", *_format_saturation(found)]
-    lines += [
-        "",
-        wrap_text(f"{format_count(found.threads, 'thread')}, ONNX Runtime {found.version}, {found.cpu.in_words()}."),
-    ]
+    where = f"{format_count(found.threads, 'thread')}, ONNX Runtime {found.version}, {found.cpu.in_words()}."
+    lines += ["", wrap_text(where)]
     return "\n".join(lines)
 
 

@@ -27,10 +27,10 @@ def format_comparison(found: Comparison, *, verbose: bool) -> str:
         lines.append(f"and {len(found.layers) - len(rows)} more: -v shows all")
     most = _describe_worst_layers(found)
     lines += [""] + ([wrap_text(most)] if most else [])
-    if found.unmatched:
-        names = ", ".join(found.unmatched[:MOST_NAMED])
-        more = "" if len(found.unmatched) <= MOST_NAMED else f" and {len(found.unmatched) - MOST_NAMED} more"
-        lines.append(wrap_text(f"The float model has no tensor for {names}{more}: not compared."))
+    told_of = "The float model has no tensor for {}: not compared.", "In bodies, float and not compared: {}."
+    for told, names in zip(told_of, (found.unmatched, found.inside), strict=True):
+        more = "" if len(names) <= MOST_NAMED else f" and {len(names) - MOST_NAMED} more"
+        lines += [wrap_text(told.format(", ".join(names[:MOST_NAMED]) + more))] if names else []
     return "\n".join(lines).rstrip()
 
 

@@ -113,6 +113,7 @@ class Comparison:
         words: The preprocessing in words.
         layers: In running order.
         unmatched: Nodes for which the float model has no tensor.
+        inside: Layers in bodies of If, Loop and Scan, which stay float and are not compared.
         outputs: Scores of the outputs, as measured.
         predicted_db: SQNR of the outputs if the layers' own errors were independent, and the network linear near the
             float values.
@@ -128,6 +129,7 @@ class Comparison:
     outputs: tuple[OutputScore, ...]
     predicted_db: float | None
     predicted_on: int
+    inside: tuple[str, ...] = ()
 
     @property
     def sqnr_db(self) -> float | None:
@@ -154,6 +156,7 @@ class Comparison:
             "preprocessing": self.words or None,
             "layers": [row.as_dict() for row in self.worst_first],
             "unmatched": list(self.unmatched),
+            "inside": list(self.inside),
             "outputs": [output.as_dict() for output in self.outputs],
             "sqnr_db": self.sqnr_db,
             "predicted_sqnr_db": self.predicted_db,

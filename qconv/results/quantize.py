@@ -158,7 +158,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class FloatNode:
-    """A node that stays float. rule: a short name of the reason. us: microseconds of one run, where measured."""
+    """A node that stays float, or should. rule: a short name of the reason. us: of one run, where measured."""
 
     node: str
     op: str
@@ -217,6 +217,7 @@ class Audit:
         layers: Times of nodes.
         total_us: Microseconds of one run of all nodes, conversions included; None where not measured.
         saturating: Layers that may overflow on some CPUs.
+        slow: Nodes whose integer kernel takes far longer than float; they count as integer.
     """
 
     integer: int
@@ -226,6 +227,7 @@ class Audit:
     layers: tuple[LayerTime, ...] = ()
     total_us: Microseconds | None = None
     saturating: tuple[Saturation, ...] = ()
+    slow: tuple[FloatNode, ...] = ()
 
     def spent(self, runs: str) -> Microseconds | None:
         """Sum the microseconds of nodes that run in `integer` or in `float`."""
@@ -244,6 +246,7 @@ class Audit:
             "placed": [_as_row(island) for island in self.placed],
             "us": spent,
             "saturating": [_as_row(layer) for layer in self.saturating],
+            "slow": [_as_row(node) for node in self.slow],
         }
 
 

@@ -148,6 +148,15 @@ class Session:
         )
 
     @property
+    def output_types(self) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+        """Type in the runtime's word, such as `tensor(float)`, and shape of each output; () for unknown ranks, too."""
+        sizes = (
+            (o, tuple(d if isinstance(d, int) and d >= 0 else None for d in o.shape))
+            for o in self._session.get_outputs()
+        )
+        return {output.name: (output.type, shape) for output, shape in sizes}
+
+    @property
     def gives_class_scores(self) -> bool:
         """Whether an output holds class scores, one or more a picture."""
         return any(output.kind is OutputKind.CLASS_SCORES for output in self.model_outputs)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.data.loader import pick_evenly
-from qconv.errors import Change
+from qconv.errors import Change, Finding, Skipped
 from qconv.ir.model import Model, Value, is_tensor
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
 from qconv.planning.plan import Plan
+from qconv.planning.work import RANGES_SHARE, SESSION_WORK, count_weights, multiplications, quantization_work
 from qconv.quantizer import QuantParams
 from qconv.reporter import Reporter
 from qconv.search.sensitivity import measure_output_noise
@@ -42,6 +44,8 @@ GROUPS_PER_SESSION = 8
 """Groups that share a session: to make one takes as long as to run it on a few images."""
 NARROWER, WIDER = 0.75, 1.25
 """Steps of the search."""
+USUAL_TRIALS = 4
+"""Factors that are tried of a range."""
 LARGEST_STEP_RATIO = 0.98
 """Largest ratio of noise after a step to noise before it for another step to be tried."""
 
@@ -53,18 +57,20 @@ class SearchBudget:
     few: images that show which ranges matter.
     many: images that are walked to choose these ranges.
     far, near: images that each factor is tried on: those where the tensor reaches farthest, and others.
+    share: of the work of quantizing (`planning.work`) that each of both walks may take; None for any.
     """
 
     few: int
     many: int
     far: int
     near: int
+    share: float | None = RANGES_SHARE
 
 
 SEARCH_BUDGETS = {
     "fast": SearchBudget(1, 32, 2, 2),  # chosen with --tune-ranges
     "balanced": SearchBudget(1, 32, 2, 2),
-    "best": SearchBudget(4, 128, 16, 16),
+    "best": SearchBudget(4, 128, 16, 16, None),
 }
 
 TINY = 1e-300
@@ -90,13 +96,20 @@ def search_activation_ranges(
     budget: SearchBudget,
     threads: int | None,
     reporter: Reporter,
-) -> tuple[dict[str, float], list[Change]]:
+) -> tuple[dict[str, float], list[Finding]]:
     """Search the factor of every range that gains from one, by the names of the tensors that share it.
 
     model: the folded float network. activations: parameters so far. feeds: images, batch by batch.
     """
     judged = any(is_tensor(value) for value in model.graph.outputs)
     groups = _find_range_groups(model, plan, activations) if judged else []
+    told: list[Finding] = []
+    if budget.share is not None:
+        most = _most_groups(plan, _count_images(feeds), budget.share, budget.few)
+        if most < len(groups):
+            why = f"{len(groups) - most} of {len(groups)} ranges were not looked at, or it would take too long"
+            told.append(Skipped(STEP, groups[0].first.name or "", why))
+            groups = [groups[index * len(groups) // most] for index in range(most)]
     few, many = (pick_evenly(feeds, count) for count in (budget.few, budget.many))
     noises = []
     for done, found in enumerate(_measure_noises(model, groups, few, threads)):
@@ -107,8 +120,11 @@ def search_activation_ranges(
         group.first: noise for group, noise in zip(groups, noises, strict=True) if noise > LEAST_NOISE_SHARE * whole
     }
     chosen = [group for group in groups if group.first in weighty]
+    if budget.share is not None:
+        most = _most_groups(plan, _count_images(feeds), budget.share, USUAL_TRIALS * (budget.far + budget.near))
+        loudest = sorted(weighty, key=weighty.__getitem__, reverse=True)[:most]
+        chosen = [group for group in chosen if group.first in loudest]
     factors: dict[str, float] = {}
-    told: list[Change] = []
     for done, (group, noise, reach) in enumerate(
         _make_noise_functions(model, chosen, many, (budget.far, budget.near), threads)
     ):
@@ -120,6 +136,17 @@ def search_activation_ranges(
             told.append(Change(STEP, group.first.name or "", f"{what}, {change:+.1f} dB", "range set by the outputs"))
     reporter.progress(STEP, 2 * len(groups), 2 * len(groups))
     return factors, told
+
+
+def _count_images(feeds: Sequence[InputBatch]) -> int:
+    return sum(max((len(x) for x in feed.values() if x.ndim), default=1) for feed in feeds)
+
+
+def _most_groups(plan: Plan, images: int, share: float, runs: int) -> int:
+    """How many groups can be walked through, with so many runs of one image each: half the network lies behind one."""
+    nodes = [layer.node for layer in plan.layers]
+    one = runs * multiplications(nodes) + SESSION_WORK * sum(map(count_weights, nodes)) / GROUPS_PER_SESSION
+    return max(1, int(share * quantization_work(nodes, images) / max(1.0, one / 2)))
 
 
 def _find_range_groups(model: Model, plan: Plan, activations: Mapping[Value, QuantParams]) -> list[RangeGroup]:
@@ -185,7 +212,10 @@ def _make_noise_functions(
         return
     with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
         for group in groups:
-            reach = _measure_reach(walk.values_of(group.first), group.params)
+            values = walk.values_of(group.first)
+            if not any(math.prod(x.shape) for x in values.held):
+                continue  # an empty tensor tells nothing of those that share its range
+            reach = _measure_reach(values, group.params)
             picked = _pick_batches(reach, *counts)
             names, spec = [_names_of(group.members)], group.params.spec
             tail = NetworkTail(walk.tail_model(outputs), _names_of(outputs), names, spec, threads=threads)

@@ -218,16 +218,16 @@ def _quantize_at_each_bits(
 ) -> dict[int, LayerParams]:
     """Quantize the layer with each of the bits it may have."""
     found = {bits: _quantize_to_nearest(network, layer, bits) for bits in sorted(candidate_bits) if bits < FLOAT_BITS}
-    refused = solver is None or all(solver.refusal(network.model, nearest) for nearest in found.values())
-    if solver is None or refused:
+    refused = solver is None or all(solver.refusal(nearest) for nearest in found.values())
+    if solver is None or refused or not any(prod(x.shape) for x in inputs.held):
         return found
     samples = zip(inputs, solver.sample_rows(layer, index, inputs), strict=True)
-    rows = (patches.rows(x, patches.places(at)) for x, (patches, at) in samples)
+    rows = (patches.rows(x, patches.places(at)) for x, (patches, at) in samples if x.size)
     seen, source = accumulate_moments((x, x) for x in rows), _find_source(network, layer)
     effective_range = EffectiveRange.of_consumers(layer.node, network.params.activations)
     return {
         bits: nearest
-        if solver.refusal(network.model, nearest)
+        if solver.refusal(nearest)
         else solver.solve(nearest, source, seen, effective_range, anew=False)[0]
         for bits, nearest in found.items()
     }

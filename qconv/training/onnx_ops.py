@@ -584,6 +584,11 @@ def _expand(op: Op, given: OperatorInputs) -> Tensor:
     return x.expand(wanted)
 
 
+def _tile(op: Op, given: OperatorInputs) -> Tensor:
+    x, repeats = present_inputs(given)
+    return x.repeat(tuple(to_numbers(repeats)))
+
+
 def _depth_to_space(op: Op, given: OperatorInputs) -> Tensor:
     x, b = first_input(given), op.get("blocksize")
     n, c, h, w = x.shape
@@ -683,6 +688,7 @@ SHAPE_OPERATORS: dict[str, OperatorFunction] = {
     "Gather": _gather,
     "Shape": _shape,
     "Expand": _expand,
+    "Tile": _tile,
     "DepthToSpace": _depth_to_space,
     "SpaceToDepth": _space_to_depth,
     "Resize": _resize,

@@ -177,6 +177,19 @@ def test_operators_without_a_kernel(op_type: str, attributes: dict[str, Any], tm
     assert (remedy is not None) is (op_type == "ReduceMean")
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_pool_that_is_slow_on_codes_is_named(tmp_path: Path, copied: bool) -> None:
+    """The runtime moves the quantizer to the front of the pool, past which a Sum of one tensor keeps it."""
+    net = QDQ()
+    weights = net.constant(np.random.default_rng(0).normal(size=(4, 4, 3, 3)).astype(np.float32))
+    pooled = net.node("MaxPool", net.conv("x", weights), name="pool", kernel_shape=[3, 3], pads=[1] * 4)
+    y = net.pair(net.node("Sum", pooled) if copied else pooled)
+    found = net.examined(net.pair(net.conv(y, net.weights(), net.bias(), name="next")), tmp_path)
+    assert [(node.node, node.rule) for node in found.audit.slow] == [] if copied else [("pool", "plain-layout")]
+    assert ("slow in integers" in printed(found, verbose=False)) is not copied
+    assert len(found.as_dict()["slow"]) == (0 if copied else 1)
+
+
 def test_pairs_that_may_saturate(tmp_path: Path) -> None:
     """127 * 255 * 2 is 1.98 times what 16 bits hold; 60 * 255 * 2 fits; a depthwise kernel has no pairs."""
     for code, worst in ((127, 2 * 127 * 255 / 32767), (60, None)):

@@ -120,6 +120,7 @@ def conv(kernel: int, group: Callable[[int], int] = lambda channels: 1) -> Link:
 
 
 POINTWISE = conv(1)
+POOL: dict[str, Any] = {"kernel_shape": [3, 3], "pads": [1] * 4}
 
 
 def after_conv(op_type: str, **attributes: Any) -> Link:
@@ -154,12 +155,32 @@ def _shuffled(graph: Graph, x: str, channels: int) -> str:
     return graph.op("Reshape", graph.op("Transpose", y, perm=[0, 2, 1, 3, 4]), whole)
 
 
+def _gathered(graph: Graph, x: str, channels: int) -> str:
+    """What becomes of a channel shuffle: one Gather of the channels in another order."""
+    y = POINTWISE(graph, x, channels)
+    order = np.arange(channels).reshape(4, -1).T.reshape(-1)
+    return graph.op("Gather", y, graph.constant(order.astype(np.int64)), axis=1)
+
+
 def _switching(graph: Graph, x: str, channels: int) -> str:
     """An integer layer and a float one: there and back again, past the copy that keeps the float layer float."""
     y = POINTWISE(graph, x, channels)
     inner = replace(graph, integer=False)
     y = POINTWISE(inner, y, channels)
     return graph.pair(graph.node("Sum", y)) if graph.integer else y
+
+
+def _noisy(graph: Graph, x: str, channels: int) -> str:
+    """A sum with numbers of its own: a MaxPool of codes takes longer where it cannot foretell which is the greatest."""
+    noise = graph.rng.integers(0, 256, (1, channels, graph.side, graph.side))
+    if not graph.integer:
+        return graph.op("Add", x, graph.constant(((noise - ZERO) * SCALE).astype(np.float32)))
+    grid = graph.constant(np.float32(SCALE)), graph.constant(np.uint8(ZERO))
+    return graph.op("Add", x, graph.node("DequantizeLinear", graph.constant(noise.astype(np.uint8)), *grid))
+
+
+def _pooled_noise(graph: Graph, x: str, channels: int) -> str:
+    return graph.op("MaxPool", _noisy(graph, x, channels), **POOL)
 
 
 def _pointwise_pair(graph: Graph, x: str, channels: int) -> str:
@@ -171,6 +192,7 @@ class Kind:
     """What is measured. base: the link without it; macs: work a pixel, None for elements.
 
     branches: links side by side, each pooled to one pixel, because they do not chain. flat: on vectors, not maps.
+    bare: side by side, too, and without convolutions, whose layout the runtime would take over.
     """
 
     link: Link
@@ -178,6 +200,7 @@ class Kind:
     macs: Callable[[int], int] | None = None
     branches: int | None = None
     flat: bool = False
+    bare: bool = False
     sides: tuple[int, ...] = SIDES
     channels: tuple[int, ...] = CHANNELS
 
@@ -240,9 +263,11 @@ KINDS: dict[str, Kind] = {
     "LeakyRelu": _of_elements(after_conv("LeakyRelu", alpha=0.1)),
     "HardSigmoid": _of_elements(after_conv("HardSigmoid")),
     "Div": _of_elements(_divided),
-    "MaxPool": _of_elements(after_conv("MaxPool", kernel_shape=[3, 3], pads=[1] * 4)),
-    "AveragePool": _of_elements(after_conv("AveragePool", kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1)),
+    "MaxPool": _of_elements(after_conv("MaxPool", **POOL)),
+    "max_pool_nchw": Kind(_pooled_noise, _noisy, bare=True, sides=(14, 28, 56), channels=(16, 64)),
+    "AveragePool": _of_elements(after_conv("AveragePool", **POOL, count_include_pad=1)),
     "Transpose": _of_elements(_shuffled),
+    "Gather": _of_elements(_gathered),
     "switch": Kind(_switching, _pointwise_pair, sides=(14, 28, 56), channels=(16, 64, 128)),
 }
 
@@ -251,7 +276,7 @@ def chain(kind: Kind, link: Link, channels: int, side: int, count: int, *, integ
     graph = Graph(integer, side)
     inputs = kind.branches or channels
     x = graph.pair("x") if integer else "x"
-    if kind.branches:
+    if kind.branches or kind.bare:
         results = [graph.op("GlobalAveragePool", link(graph, x, channels)) for _ in range(count)]
         return graph.model((1, inputs, side, side), results)
     x = x if kind.flat else POINTWISE(graph, x, channels)

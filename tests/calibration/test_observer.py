@@ -114,8 +114,9 @@ def test_the_sample_is_a_part_of_the_elements() -> None:
         ([(4,), (2,)], [0.0]),  # no channels
         ([(2, 3), (1, 3)], [0.0, 1.0, 2.0]),
         ([(1, 3, 2), (1, 5, 2)], [0.0]),  # axis 1 grows with the picture
-        ([(0, 4), (2, 4)], [0.0]),  # nothing detected on the first picture
-        ([(0, 4), (0, 4)], [0.0]),
+        ([(0, 4), (2, 4)], [0.0] * 4),  # nothing detected on the first picture: zero, which every range holds
+        ([(0, 4), (0, 4)], [0.0] * 4),
+        ([(1, 0, 5), (1, 0, 5)], [0.0]),
     ],
 )
 def test_tensors_of_all_shapes(shapes: list[tuple[int, ...]], lows: list[float]) -> None:
@@ -126,6 +127,26 @@ def test_tensors_of_all_shapes(shapes: list[tuple[int, ...]], lows: list[float])
         sketcher.add(Observer("x", SketchContents.ALL).view([x]), key)
     assert sketcher.sketch().lows.tolist() == lows
     assert sketcher.sketch().high == max((float(a.max()) for a in arrays if a.size), default=0.0)
+
+
+def test_a_picture_without_rows_counts_in_no_mean() -> None:
+    sketcher = SketchBuilder(SketchContents.ALL)
+    for key, x in enumerate([np.float32([[1, 2], [3, 4]]), np.zeros((0, 2), np.float32), np.float32([[8, 0]])]):
+        sketcher.add(Observer("x", SketchContents.ALL).view([x]), key)
+    np.testing.assert_allclose(sketcher.sketch().means, [4, 2])
+    assert sketcher.sketch().columns.shape[2] == 2
+
+
+def test_rows_that_the_network_pools() -> None:
+    """Patches (M, C, H, W), as many as the data select: extremes and means are over all of them. Oracle: NumPy."""
+    patches = np.random.default_rng(0).uniform(0, 9, (5, 3, 4, 4)).astype(np.float32)
+    observer = Observer("x", SketchContents.ALL, never_negative=True, pooled=True, stride=2)
+    pooled = [reduce(patches, axis=(2, 3), keepdims=True) for reduce in (np.max, np.mean)]
+    sketcher = SketchBuilder(SketchContents.ALL)
+    sketcher.add(observer.view([*pooled, patches[:, :, ::2, ::2]]), 0)
+    found = sketcher.sketch()
+    np.testing.assert_array_equal(found.highs, patches.max(axis=(0, 2, 3)))
+    np.testing.assert_allclose(found.means, patches.mean(axis=(0, 2, 3)), rtol=1e-6)
 
 
 def test_means_of_every_channel() -> None:

@@ -28,6 +28,8 @@ EXTRA: dict[str, list[NDArray[Any]]] = {
     "Reshape": [np.array([1, -1])],
     "Squeeze": [np.array([0])],
     "Unsqueeze": [np.array([0])],
+    "Expand": [np.array([3, 1, 1, 1, 1])],
+    "Tile": [np.array([1, 2, 1, 3])],
     "Slice": [np.array([1]), np.array([3]), np.array([1])],
     "Resize": [np.repeat(np.float32([0, 1]), 4), np.array([1, 1, 2, 2], np.float32)],
 }

@@ -14,7 +14,7 @@ from qconv.config.data_options import DataOptions
 from qconv.data.loader import DataLoader
 from qconv.errors import Change
 from qconv.ir.model import Model, constant_array
-from qconv.passes.equalize import absorb_biases, find_absorption_candidates
+from qconv.passes.absorb_biases import absorb_biases, find_absorption_candidates
 from qconv.passes.fold import run_float_passes
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session

@@ -68,6 +68,50 @@ SIMPLIFIED = {
         network("a = Pad(x, p, , ax) y = Conv(a, w)", opset=18, p=ints(2, 1, 0, 1), ax=ints(-1, 2), w=W),
         "Conv",
     ),
+    "resize with axes": (
+        network('y = Resize<axes=[2,-1], mode="linear">(x, , , s)', opset=18, s=ints(12, 9)),
+        "Resize",
+    ),
+    "resize with axes behind an open batch": (
+        network('y = Resize<axes=[-1,2], mode="cubic">(x, , , s)', x=("N", 3, 6, 6), opset=18, s=ints(12, 9)),
+        "Resize",
+    ),
+    "resize to sizes that no scale gives": (
+        network('y = Resize<axes=[2], mode="linear">(x, , , s)', x=("N", 3, 3, 6), opset=18, s=ints(5)),
+        "Shape ScatterElements Resize",
+    ),
+    "resize by scales with axes": (
+        network("y = Resize<axes=[3,2]>(x, , s)", opset=18, s=np.float32([1.5, 2])),
+        "Resize",
+    ),
+    "resize by scales of open sizes": (
+        network(
+            "r = Reshape(x, p) y = Resize<axes=[2,3]>(r, , s)", p=ints(2, 3, 4, -1), opset=18, s=np.float32([1.5, 2])
+        ),
+        "Reshape Resize",
+    ),
+    "resize behind an unknown rank": (
+        network(
+            "h = Shape(x) t = Identity(h) r = Reshape(x, t) y = Resize<axes=[2,3]>(r, , s)",
+            opset=18,
+            x=("N", 3, "H", "W"),
+            s=np.float32([1.5, 2]),
+        ),
+        "Shape Reshape Resize",
+    ),
+    "resize in proportion is kept apart": (
+        network('y = Resize<axes=[2,3], keep_aspect_ratio_policy="not_larger">(x, , , s)', opset=18, s=ints(12, 9)),
+        "Reshape Resize",
+    ),
+    "cubic resize that shrinks": (
+        network('y = Resize<mode="cubic">(x, , s)', s=np.float32([1, 1, 0.5, 1.5])),
+        "Reshape Resize",
+    ),
+    "cubic resize between": (
+        network('a = Sigmoid(x) r = Resize<mode="cubic">(a, , , s) y = Tanh(r)', x=("N", 3, 6, 6), s=ints(2, 3, 4, 4)),
+        "Sigmoid Reshape Resize Reshape Tanh",
+    ),
+    "cubic resize that grows": (network('y = Resize<mode="cubic">(x, , s)', s=np.float32([1, 1, 2, 1])), "Resize"),
     "pad before two": (
         network("a = Pad(x, p) b = Conv(a, w) c = Conv(a, v) y = Add(b, c)", p=ints(0, 0, 1, 1, 0, 0, 1, 1), w=W, v=W),
         "Conv Conv Add",

@@ -135,6 +135,13 @@ KINDS: dict[str, tuple[onnx.ModelProto, int]] = {
             " y = Conv(m, u)",
             apart=ints(2, 2, 2, 6, 6), back=ints(2, 4, 6, 6), **FOUR,
         ),
+        4,  # the shuffle went into the weights
+    ),
+    "mixed with places": (
+        network(
+            "c = Conv(x, w, b) k = Transpose<perm=[0,2,1,3]>(c) m = Reshape(k, back) y = Conv(m, u)",
+            back=ints(2, 4, 6, 6), **FOUR,
+        ),
         0,
     ),
 }  # fmt: skip

@@ -178,6 +178,15 @@ def test_work_is_counted_in_multiplications(
     assert (cost.float_us, cost.integer_us) == (1 + 2 * work, 3 + work)
 
 
+@pytest.mark.parametrize(("channels", "factor"), [(8, 1.0), (24, 1.8), (32, 1.0), (40, 1.8)])
+def test_a_rest_of_channels_is_slow_in_depthwise_layers(channels: int, factor: float) -> None:
+    """The kernel takes blocks of 16 channels; in float nothing changes."""
+    model, _, shapes = planned(f"y = Conv<group={channels}>(x, k)", x=(1, channels, 1, 1), k=(channels, 1, 1, 1))
+    cost = look_up_cost(model.nodes()[0], shapes, {"depthwise3": {8: (1.0, 0.0, 10.0, 0.0)}})
+    assert cost is not None
+    assert (cost.float_us, cost.integer_us) == (1.0, 10.0 * factor)
+
+
 def test_between_channels_the_table_is_interpolated() -> None:
     model, _, shapes = planned("y = Conv(x, k)", x=(1, 16, 1, 1), k=(16, 16, 1, 1))
     lines = {8: (1.0, 0.0, 10.0, 0.0), 32: (3.0, 0.0, 20.0, 0.0)}
@@ -243,3 +252,10 @@ def test_no_shapes_where_the_size_is_open(x: tuple[int | str, ...]) -> None:
     assert infer_run_shapes(model, None) == {}
     model = loaded(network("y = Conv(x, w)", x=("N", 3, 8, 8), w=(4, 3, 3, 3)))
     assert infer_run_shapes(model, None)["y"] == (1, 4, 6, 6)
+
+
+def test_a_model_without_inputs_has_shapes() -> None:
+    """onnx's own `test_constant` has none, either."""
+    proto = network("y = RandomNormal<shape=[1,4,2,2]>()")
+    del proto.graph.input[:]
+    assert infer_run_shapes(loaded(proto), None)["y"] == (1, 4, 2, 2)

@@ -113,6 +113,8 @@ BETWEEN: dict[str, tuple[str, dict[str, Constant]]] = {
     "Slice": ("a = Slice(c, from, to, ax)", {"from": ints(1), "to": ints(4), "ax": ints(2)}),
     "Split": ("a, b = Split<axis=2>(c)", {}),
     "Gather": ("a = Gather<axis=2>(c, rows)", {"rows": ints(0, 2, 5)}),
+    "Expand": ("a = Expand(c, n)", {"n": ints(2, 4, 6, 6)}),
+    "Tile": ("a = Tile(c, n)", {"n": ints(1, 1, 2, 1)}),
     "Resize": ('a = Resize<mode="nearest">(c, , k)', {"k": np.float32([1, 1, 2, 2])}),
     "DepthToSpace": ("a = DepthToSpace<blocksize=2>(c)", {}),
     "Concat": ("d = Conv(x, v) a = Concat<axis=1>(c, d)", {"v": (3, 3, 1, 1)}),
@@ -316,7 +318,6 @@ FLOAT = {
         {"u": (4, 4, 1, 1)},
         "its bias is computed",
     ),
-    "indices read": ("a, i = MaxPool<kernel_shape=[2,2]>(c) j = Shape(i)", {}, "its indices are read"),
     "padded with ones": (
         "a = Pad(c, p, one)",
         {"p": ints(0, 0, 1, 1, 0, 0, 1, 1), "one": 1.0},

@@ -231,6 +231,7 @@ def test_networks_of_all_kinds(kind: str, way: str) -> None:
 ISLANDS = {
     "returned from a float operator": {"Tanh"},
     "returned input": {"Identity"},
+    "pool first": {"MaxPool"},  # 30 times as slow on codes that no convolution has written
     "linear upsampling": {"Resize"},
     "transposed": {"ConvTranspose"},
     "hard squeeze and excite": {"HardSigmoid"},

@@ -139,7 +139,10 @@ def test_a_product_whose_rows_are_places_is_sampled(samples: str, monkeypatch: p
     monkeypatch.setattr("qconv.quantization.sequential_rounding.LEAST_ROWS", 1)
     seen: list[int] = []
 
-    def counted(pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]], share: int) -> InputMoments:
+    def counted(
+        pairs: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]], share: int, *, means_alone: bool
+    ) -> InputMoments:
+        assert not means_alone
         kept = list(pairs)
         seen.append(sum(rows.shape[1] for _, rows in kept))
         return accumulate_moments(kept)
@@ -159,7 +162,7 @@ def test_weights_are_solved_anew_whatever_the_batch(batch: int, samples: str) ->
     alone, together = (sqnr(proto, made(proto, samples, weight_bits=2, batch=size)[1]) for size in (1, batch))
     _, nearest = made(proto, samples, weight_bits=2, rounding="nearest")
     assert together > sqnr(proto, nearest) + 1
-    assert abs(together - alone) < 0.3
+    assert abs(together - alone) < 0.4
 
 
 @pytest.mark.parametrize("pictures", [2, 7])
@@ -207,16 +210,18 @@ def test_a_network_with_outputs_in_front(options: dict[str, object], effort: str
     assert all((output.sqnr_db or 99) > 12 for output in report.verify.outputs)
 
 
-def test_biases_of_nearest_codes_take_back_what_the_layers_before_do(samples: str) -> None:
+def test_biases_of_nearest_codes_take_back_what_the_layers_before_do(samples: str, tmp_path: Path) -> None:
     """Where others know the means of the float network alone. Codes stay what they are."""
+    for number in range(31):  # of so few none is held back
+        (tmp_path / f"{number}.npy").symlink_to(Path(samples) / f"{number:02}.npy")
     proto = net("residual")
     ref = Session(proto.SerializeToString())
-    pictures = [{"x": correlated(number)[None]} for number in range(48)]
+    pictures = [{"x": correlated(number)[None]} for number in range(31)]
     expected = np.mean([ref.run_all(feed)[0] for feed in pictures], axis=0).mean(axis=(0, 2, 3))
     moved, codes = [], []
     for correction in ("measured", "sequential"):
         options = {"tune_ranges": False, "equalize": False, "rounding": "nearest", "activation_bits": 16}
-        report, data = made(proto, samples, weight_bits=2, edge_bits=2, bias_correction=correction, **options)
+        report, data = made(proto, str(tmp_path), weight_bits=2, edge_bits=2, bias_correction=correction, **options)
         got = Session(data)
         found = np.mean([got.run_all(feed)[0] for feed in pictures], axis=0).mean(axis=(0, 2, 3))
         moved.append(float(np.abs(found - expected).max()))
@@ -264,7 +269,7 @@ def test_the_same_bytes_again(samples: str) -> None:
     assert made(net("residual"), samples)[1] == made(net("residual"), samples)[1]
 
 
-def test_shared_weights_keep_nearest_codes_and_say_so(samples: str) -> None:
+def test_shared_weights_are_rounded_together_and_say_so(samples: str) -> None:
     proto = network(
         f"a = Conv<{SAME}>(x, w) b = Conv<{SAME}>(x, w) c = Add(a, b) y = Conv(c, u)",
         ("N", 3, 8, 8),
@@ -272,8 +277,9 @@ def test_shared_weights_keep_nearest_codes_and_say_so(samples: str) -> None:
         u=(5, 8, 1, 1),
     )
     report, _ = made(proto, samples)
-    said = {f.where: f.why for f in report.findings if f.step == "round" and hasattr(f, "why")}
-    assert said == dict.fromkeys("ab", "several layers share its weights")
+    said = {f.where: str(f) for f in report.findings if f.step == "round"}
+    assert said.keys() == {"a", "b", "y"}
+    assert said["a"].replace("'a'", "'b'") == said["b"]
 
 
 def test_statistics_alone_leave_codes_nearest(samples: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
+from qconv.errors import Skipped
 from qconv.ir.files import Source
 from qconv.ir.stepwise import NetworkTail, StepwiseRun
 from qconv.pipeline.quantize import quantize
@@ -60,6 +61,21 @@ def test_what_it_does_use_keeps_its_codes() -> None:
     pictures = [spread(n, 1.0) for n in range(8)]
     assert factor(body, pictures, 1.0, w=ONE, v=ONE) == 1
     assert factor(body, pictures, 0.4, w=ONE, v=ONE) == pytest.approx(2.5)  # where it ends
+
+
+def test_ranges_that_would_take_too_long_are_left_as_they_are() -> None:
+    """With nearly no share of the work one range of three is looked at, and what is left out is said."""
+    model = loaded(network("a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Relu(c) y = Conv(d, u)", w=ONE, v=ONE, u=ONE))
+    plan = make_plan(model, Recipe(), TARGETS["ort-cpu"])
+    chosen = {value: UINT8.from_range(0, 1) for value in plan.activations}
+    feeds = [{"x": np.ones((2, 3, 6, 6), np.float32)[:, :1]}]
+    for share, left in ((1e-9, len(chosen) - 1), (4.0, 0), (None, 0)):
+        looks = SearchBudget(1, 1, 1, 0, share)
+        _, told = search_activation_ranges(model, plan, chosen, feeds, looks, 1, Reporter())
+        said = [finding.why for finding in told if isinstance(finding, Skipped)]
+        assert said == (
+            [f"{left} of {len(chosen)} ranges were not looked at, or it would take too long"] if left else []
+        )
 
 
 def test_one_picture_in_many_counts_as_one_of_them() -> None:

@@ -27,6 +27,7 @@ from qconv.ir import load, metadata
 from qconv.ir.files import Source, declared_opset
 from qconv.passes import fold
 from qconv.passes.compress_constants import compress_constants
+from qconv.pipeline.prepare import plan_folded, runs_on_ort
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan
 from qconv.quantization.emit import emit
@@ -94,17 +95,23 @@ class Wiring:
 
 
 class Quantized:
-    """A network taken through the story in memory, without the file and its checks."""
+    """A network taken through the story in memory, without the file and its checks.
 
-    def __init__(self, proto: onnx.ModelProto, recipe: Recipe, samples: Sequence[Feeds]) -> None:
+    placed: layers that are faster in float are left there, as the cost table says.
+    """
+
+    def __init__(
+        self, proto: onnx.ModelProto, recipe: Recipe, samples: Sequence[Feeds], *, placed: bool = False
+    ) -> None:
         self.float, self.recipe, self.samples = proto, recipe, samples
         copy = onnx.ModelProto.FromString(proto.SerializeToString())
         opset = metadata.needed_opset(recipe, declared_opset(copy))
         model, _ = load.load(copy, Source("the test's model", None, b""), opset=opset)
-        fold.run_float_passes(model)
+        fold.run_float_passes(model, for_ort=runs_on_ort(recipe))
         oldest = metadata.needed_runtime(model, recipe).split()[-1]
         skip_without("onnxruntime", oldest, "what is made here says so")
-        self.plan: Plan = make_plan(model, recipe, TARGETS[recipe.target])
+        whole = make_plan(model, recipe, TARGETS[recipe.target])
+        self.plan: Plan = plan_folded(model, recipe, None) if placed else whole
         observers = self.plan.observers(sketch_contents_for(recipe))
         sketches = {}
         if observers:
@@ -150,6 +157,11 @@ class Quantized:
     @property
     def audit(self) -> Audit:
         return self._optimized[0]
+
+    @property
+    def optimized(self) -> Wiring:
+        """What the runtime makes of the file."""
+        return Wiring(self._optimized[1])
 
     @property
     def runs(self) -> list[str]:

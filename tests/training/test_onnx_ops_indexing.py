@@ -104,6 +104,7 @@ def moving() -> Iterator[tuple[str, onnx.ModelProto]]:
     yield "Shape", network("y = Shape(x)")
     yield "Shape: part", network("y = Shape<start=1, end=-1>(x)")
     yield "Expand", network("y = Expand(x, s)", (3, 1), s=ints(2, 1, 4))
+    yield "Tile", network("y = Tile(x, n)", (2, 3), n=ints(3, 2))
     yield "Expand: sides of one", network("y = Expand(x, s)", (2, 3, 4), s=ints(1, 1))
     for mode in ("DCR", "CRD"):
         yield f"DepthToSpace: {mode}", network(f'y = DepthToSpace<blocksize=2, mode="{mode}">(x)', (2, 12, 2, 3))
