@@ -192,9 +192,8 @@ def evaluate(
     reporter = reporter or Reporter()
     classes = find_classes(request.data, request.classes)
     own, other = open_models(source, request.against, request.data, request.threads, reporter)
+    _warn_of_chance(other, request, reporter)
     holds = _find_outputs(own.session, own.session if other is None else other.session)
-    if other is not None and request.against is not None:
-        _warn_of_chance(other, request.against, request.threads, reporter)
     paths = own.feed.listing.paths
     lost: set[Path] = set()
     seen, its = PredictionRecorder(), PredictionRecorder()
@@ -246,11 +245,14 @@ def evaluate(
     return result
 
 
-def _warn_of_chance(other: ModelWithData, source: Source, threads: int | None, reporter: Reporter) -> None:
+def _warn_of_chance(other: ModelWithData | None, request: EvaluationOptions, reporter: Reporter) -> None:
     """Say by how much the other model differs from itself, where it draws at random."""
+    source = request.against
+    if other is None or source is None:
+        return
     what = describe_random_nodes(load_unchanged(read_proto(source), source))
     if what:
-        plain = partial(open_original, source, threads, required=False, optimize=False)
+        plain = partial(open_original, source, request.threads, required=False, optimize=False)
         feeds = (feeds for feeds, _ in other.batches(Reporter(), lambda path: None))
         reporter.warn(describe_differing_runs(what, other.session, plain, feeds))
 
