@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from qconv.config.data_options import DataOptions
 from qconv.data.dataset import LabelOptions, find_classes, labels_of
 from qconv.data.loader import ModelWithData, Outputs, open_models
 from qconv.errors import QconvError
-from qconv.ir.files import Source
+from qconv.ir.chance import describe_random_nodes
+from qconv.ir.files import Source, read_proto
+from qconv.ir.load import load_unchanged
+from qconv.ir.original import open_original
 from qconv.metrics.classification import PredictionRecorder, Predictions
-from qconv.metrics.comparison import EVALUATED, LABELLED, ComparisonAccumulator
+from qconv.metrics.comparison import EVALUATED, LABELLED, ComparisonAccumulator, describe_differing_runs
 from qconv.metrics.similarity import difference_interval, mcnemar_p_value, share_interval
 from qconv.reporter import Reporter
 from qconv.results.quantize import OutputFact, OutputScore
@@ -188,6 +192,7 @@ def evaluate(
     reporter = reporter or Reporter()
     classes = find_classes(request.data, request.classes)
     own, other = open_models(source, request.against, request.data, request.threads, reporter)
+    _warn_of_chance(other, request, reporter)
     holds = _find_outputs(own.session, own.session if other is None else other.session)
     paths = own.feed.listing.paths
     lost: set[Path] = set()
@@ -238,6 +243,18 @@ def evaluate(
     names, offset = own.session.outputs, request.label_offset
     result.predictions = Predictions(left, labels, classes, offset, classified, its, names, kept)
     return result
+
+
+def _warn_of_chance(other: ModelWithData | None, request: EvaluationOptions, reporter: Reporter) -> None:
+    """Say by how much the other model differs from itself, where it draws at random."""
+    source = request.against
+    if other is None or source is None:
+        return
+    what = describe_random_nodes(load_unchanged(read_proto(source), source))
+    if what:
+        plain = partial(open_original, source, request.threads, required=False, optimize=False)
+        feeds = (feeds for feeds, _ in other.batches(Reporter(), lambda path: None))
+        reporter.warn(describe_differing_runs(what, other.session, plain, feeds))
 
 
 def _count_flips(seen: PredictionRecorder, its: PredictionRecorder, labels: NDArray[np.int64]) -> Flips:

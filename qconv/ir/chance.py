@@ -45,7 +45,10 @@ def _is_random(node: Node) -> bool:
 
 def _may_be(value: ir.Value, test: Callable[[object], bool]) -> bool:
     """Whether a value passes a test, or is not known before the network runs."""
-    return value.const_value is None or test(value.const_value.numpy().item())
+    made, stored = value.producer(), value.const_value
+    if made is not None and made.op_type == "Constant" and "value" in made.attributes:
+        stored = made.attributes["value"].as_tensor()
+    return stored is None or test(stored.numpy().item())
 
 
 def still(graph: onnx.GraphProto) -> None:

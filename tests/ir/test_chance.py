@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from qconv import Recipe
+from qconv.analysis.evaluate import EvaluationOptions, evaluate
 from qconv.config.data_options import DataOptions
 from qconv.ir.chance import describe_random_nodes, find_random_nodes, still
+from qconv.ir.files import Source
+from qconv.ir.load import load_unchanged
 from qconv.ir.subgraph import runnable_with_outputs
 from qconv.pipeline.quantize import quantize
 from qconv.reporter import Reporter
@@ -80,6 +83,20 @@ def test_random_nodes_are_found_and_stilled(seed: int) -> None:
     assert np.array_equal(session.run_all(x)[0], session.run_all(x)[0]) == (not random)
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_a_constant_node_says_whether_a_dropout_drops(on: bool) -> None:
+    """As it stands in a file, before constants are lifted."""
+    proto = network("y = Dropout(x, ratio, on)", (1, 3, 6, 6), ratio=np.float32(0.5), on=np.array(on))
+    kept = {tensor.name: onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in proto.graph.initializer}
+    del proto.graph.initializer[:]
+    nodes = [helper.make_node("Constant", [], [name], value=tensor) for name, tensor in kept.items()]
+    whole = [*nodes, *(onnx.NodeProto.FromString(node.SerializeToString()) for node in proto.graph.node)]
+    del proto.graph.node[:]
+    proto.graph.node.extend(whole)
+    model = load_unchanged(proto, Source("net.onnx", None, b""))
+    assert bool(describe_random_nodes(model)) == on
+
+
 def test_draws_inside_bodies_are_stilled() -> None:
     inside = helper.make_graph([helper.make_node("RandomNormal", [], ["n"], shape=[2])], "body", [], [])
     graph = helper.make_graph(
@@ -108,6 +125,12 @@ def test_a_dropout_in_training_mode_is_told_with_its_size_and_changes_no_byte(tm
     told = next(text for text in heard if text.startswith("Dropout 'd' is in training mode"))
     decibel = float(re.search(r"SQNR (-?[0-9.]+) dB", told)[1])  # type: ignore[index]
     assert -10 < decibel < 20
+    out = tmp_path / "q.onnx"
+    out.write_bytes(results[0][1] or b"")
+    heard.clear()
+    asked = EvaluationOptions(DataOptions((str(tmp_path),), glob="*.npy"), Source(str(source), source), threads=1)
+    evaluate(Source(str(out), out), asked, Reporter(heard.append))
+    assert [text for text in heard if text.startswith("Dropout 'd' is in training mode")]
     sqnr = results[0][0].verify.sqnr_db
     assert sqnr is not None
     assert sqnr > 25
