@@ -443,8 +443,9 @@ def split_whole_batches(listing: Listing, inputs: Sequence[InputSpec], most: int
 
     A row is called `FILE/INDEX.npy`. Files of one sample stay as they are. most: samples in all, None for no limit.
     """
-    size = inputs[0].shape[0] if inputs[0].shape else None
-    if listing.read is not None or size is None or size == 1:
+    sizes = {spec.shape[0] if spec.shape else None for spec in inputs}
+    size = sizes.pop()
+    if listing.read is not None or size is None or size == 1 or sizes:
         return listing
     samples = [path for path in listing.paths if suffix_of(path) in SAMPLE_SUFFIXES]
     whole = {path for path in samples if _holds_batch(path, inputs)}
@@ -490,6 +491,9 @@ def _check_array(array: NDArray[Any], spec: InputSpec, told: str, hint: str) -> 
     batched = array.ndim == len(spec.shape) and array.shape[:1] == (1,)
     sample = array[0] if batched else array
     if not spec.shape or not shape_matches((1, *sample.shape), (None, *spec.shape[1:])):
+        if array.shape == spec.shape:
+            fact = f"{told} is no sample of input '{spec.name}': the inputs have no batch in common."
+            raise QconvError(fact, "export the model with the batch as axis 0 of all inputs, or with one input.")
         fact = (
             f"{told} has shape {format_shape(array.shape)} for input '{spec.name}', which takes "
             f"{format_shape(spec.shape)}."

@@ -99,8 +99,12 @@ SIMPLIFIED = {
         ),
         "Shape Reshape Resize",
     ),
-    "resize in proportion is kept apart": (
+    "resize in proportion": (
         network('y = Resize<axes=[2,3], keep_aspect_ratio_policy="not_larger">(x, , , s)', opset=18, s=ints(12, 9)),
+        "Resize",
+    ),
+    "resize in proportion that is rounded": (
+        network('y = Resize<axes=[2,3], keep_aspect_ratio_policy="not_larger">(x, , , s)', opset=18, s=ints(13, 10)),
         "Reshape Resize",
     ),
     "cubic resize that shrinks": (
