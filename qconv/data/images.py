@@ -491,7 +491,7 @@ def _check_array(array: NDArray[Any], spec: InputSpec, told: str, hint: str) -> 
     batched = array.ndim == len(spec.shape) and array.shape[:1] == (1,)
     sample = array[0] if batched else array
     if not spec.shape or not shape_matches((1, *sample.shape), (None, *spec.shape[1:])):
-        if array.shape == spec.shape:
+        if spec.shape and array.shape == spec.shape:
             fact = f"{told} is no sample of input '{spec.name}': the inputs have no batch in common."
             raise QconvError(fact, "export the model with the batch as axis 0 of all inputs, or with one input.")
         fact = (

@@ -287,17 +287,17 @@ def test_cuts_are_all_that_goes_on(place: Path) -> None:
 
 def test_wide_middles_stay_inside(tmp_path: Path) -> None:
     body = (
-        "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Relu(c) e = Conv<group=24, pads=[1,1,1,1]>(d, k) f = Relu(e)"
+        "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Relu(c) e = Conv<group=32, pads=[1,1,1,1]>(d, k) f = Relu(e)"
         " h = Conv(f, u) p = GlobalAveragePool(h) q = Flatten(p) y = Gemm(q, g)"
     )
-    weights = {"w": (4, 3, 1, 1), "v": (24, 4, 1, 1), "k": (24, 1, 3, 3), "u": (4, 24, 1, 1), "g": (4, 5)}
+    weights = {"w": (4, 3, 1, 1), "v": (32, 4, 1, 1), "k": (32, 1, 3, 3), "u": (4, 32, 1, 1), "g": (4, 5)}
     proto = network(body, ("N", 3, 12, 12), **weights)
     (tmp_path / "net.onnx").write_bytes(proto.SerializeToString())
     (tmp_path / "pictures").mkdir()
     for number in range(8):
         Image.fromarray(pixels(number)).save(tmp_path / "pictures" / f"{number}.png")
-    sizes = {**dict.fromkeys("abhpqy", 4), **dict.fromkeys("cdef", 24)}
-    found = find_block_boundaries(quantized(tmp_path), loaded(proto), sizes)
+    sizes = {**dict.fromkeys("abhpqy", 4), **dict.fromkeys("cdef", 32)}
+    found = find_block_boundaries(quantized(tmp_path, target="generic"), loaded(proto), sizes)
     reached = {name for end in found for options in end.candidates for name in options}
     assert {"b", "h"} <= reached
     assert not {"d", "f"} & reached
