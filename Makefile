@@ -60,7 +60,7 @@ corpus: $(STAMP) ## run the onnx package's backend tests through quantize, inspe
 fuzz: $(STAMP) ## run 10,000 damaged files through the commands that read them
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.robustness.fuzz $(ARGS)
 
-kills: $(STAMP) ## kill every command that writes at 200 random moments; needs qconv[torch]
+kills: $(STAMP) ## kill every command that writes at 200 random moments; with qconv[torch] also those that train
 	$(BIN)/python -m tests.robustness.kills $(ARGS)
 
 lowest: ## run demo and tests with the lowest versions that pyproject.toml allows, then with the newest

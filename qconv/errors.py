@@ -27,8 +27,14 @@ class QconvError(Exception):
 
 
 def format_count(number: int, noun: str) -> str:
-    """`1 picture`, `2 pictures`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """`1 picture`, `2 pictures`, `2 batches`."""
+    ending = "es" if noun.endswith(("ch", "sh", "s", "x")) else "s"
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{ending}"
+
+
+def format_some(names: Sequence[str], most: int = 3) -> str:
+    """`a, b, c and 2 more`: the first names, and how many others there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def format_shape(shape: Sequence[int | None]) -> str:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from qconv.config.data_options import DataOptions
 from qconv.config.serialization import recipe_from_dict
 from qconv.data.loader import Batch, ModelWithData, iter_paired_batches, open_models
-from qconv.errors import QconvError, format_count
+from qconv.errors import QconvError, format_count, format_some
 from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
 from qconv.ir.data_shapes import find_data_shaped
@@ -171,7 +171,12 @@ def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Com
         layer, share = pair.point.layer, None if not total else noise.get(pair.point, 0.0) / total
         weights = None if layer is None else compare_weights(layer, nodes.get(layer.name), equalization)
         rows.append(_make_layer_row(pair, tallies[pair.point], share, weights))
-    unmatched = [point.name for point in found if point not in tallies or not tallies[point].pictures]
+    unmatched = [point.name for point in found if point not in tallies]
+    empty = [point.name for point in found if point in tallies and not tallies[point].pictures]
+    if empty:
+        reporter.warn(
+            f"not compared, as on no picture it has rows, and those of the float model: {format_some(empty)}."
+        )
     for output in compared:
         if output.remark:
             reporter.warn(f"output {output.name}: {output.remark}.")

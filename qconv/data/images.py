@@ -494,11 +494,10 @@ def _check_array(array: NDArray[Any], spec: InputSpec, told: str, hint: str) -> 
         if spec.shape and array.shape == spec.shape:
             fact = f"{told} is no sample of input '{spec.name}': the inputs have no batch in common."
             raise QconvError(fact, "export the model with the batch as axis 0 of all inputs, or with one input.")
-        fact = (
-            f"{told} has shape {format_shape(array.shape)} for input '{spec.name}', which takes "
-            f"{format_shape(spec.shape)}."
+        takes = format_shape(spec.shape) if spec.shape else "a number without a batch axis"
+        raise QconvError(
+            f"{told} has shape {format_shape(array.shape)} for input '{spec.name}', which takes {takes}.", hint
         )
-        raise QconvError(fact, hint)
     # Any float may become the wanted float. Integers into a float network are most likely pixels not yet normalised.
     same_kind = array.dtype.kind == spec.dtype.kind
     floats = same_kind and spec.dtype.kind == "f"

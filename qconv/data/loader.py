@@ -54,7 +54,7 @@ Batch = dict[str, NDArray[Any]]
 class DataLoader:
     """Loads preprocessed images. The first few stay in memory, so that checking the result need not decode them again.
 
-    reporter: is told of each unreadable picture, and how many are done. pictures: how many the first pass has decoded;
+    reporter: is told of each unreadable picture, and how many are done. pictures: what the longest pass decoded;
     lost: those that no pass could. raw: the layout of the uint8 pixels that are handed out instead of what the float
     network takes; None for the latter.
     """
@@ -191,8 +191,8 @@ class DataLoader:
                     break  # pictures short of a batch: the others speak for them
                 feeds = {name: np.resize(array, (self.batch, *array.shape[1:])) for name, array in feeds.items()}
             if first_pass:
-                self.pictures += count
                 self._keep(feeds)
+            self.pictures = max(self.pictures, done + count)
             yield feeds
             done += count
             self.reporter.progress(stage, min(done, total), total)

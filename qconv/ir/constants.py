@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from qconv.errors import Change
+from qconv.errors import Change, format_count
 from qconv.ir.model import Model, attribute, ir, tensor_proto
 
 RANDOM_OPS = frozenset(
@@ -37,7 +37,7 @@ def lift_constants(model: Model) -> list[Change]:
         model.redirect(old, new)
         model.remove(node)
         lifted += 1
-    return [Change("load", "Constant", f"{lifted} Constant nodes made initializers")] if lifted else []
+    return [Change("load", "Constant", f"{format_count(lifted, 'Constant node')} made initializers")] if lifted else []
 
 
 _CONSTANT_ATTRIBUTES: dict[str, Any] = {

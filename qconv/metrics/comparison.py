@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.data.loader import Batch, DataLoader
-from qconv.errors import QconvError
+from qconv.errors import QconvError, format_count
 from qconv.metrics.classification import Agreement, ClassAgreement
 from qconv.metrics.similarity import Cosine, Sqnr
 from qconv.reporter import Reporter
@@ -75,7 +75,7 @@ InputBatch = dict[str, NDArray[Any]]
 class _OutputTally:
     """All metrics of one output. seen, finite: numbers of the reference, and those of them that are finite.
 
-    empty: a batch had none, which no metric can take.
+    empty, batches: how many had none, which no metric can take, and how many there were.
     """
 
     output: ModelOutput
@@ -84,7 +84,8 @@ class _OutputTally:
     seen: int = 0
     finite: int = 0
     broken: bool = False
-    empty: bool = False
+    empty: int = 0
+    batches: int = 0
     remark: str = ""
 
     def update(self, reference: Any, quantized: Any) -> None:
@@ -94,8 +95,9 @@ class _OutputTally:
         if reference.shape != quantized.shape:
             self.remark = "its shape depends on the data, so it was not compared"
             return
+        self.batches += 1
         if not reference.size:
-            self.empty = True
+            self.empty += 1
             return
         if self.metrics is None:
             self.output = self.output.seen(reference.shape)
@@ -118,7 +120,10 @@ class _OutputTally:
             fact = f"Output {name} of the float model holds NaN or infinity alone, on all pictures."
             raise QconvError(fact, "check the model's weights, and how pictures are fed.")
         found = [metric.score(spans=spans) for metric in self.metrics or ()]
-        remark = "the quantized model gives NaN or infinity where the float model does not" if self.broken else ""
+        some = f"it is empty on {self.empty} of {format_count(self.batches, 'batch')}, and compared on the others"
+        remark = some if self.empty else ""
+        if self.broken:
+            remark = "the quantized model gives NaN or infinity where the float model does not"
         return OutputScore(name, tuple(score for score in found if score is not None), remark, kind)
 
 
@@ -198,8 +203,8 @@ def describe_differing_runs(
         )
     twice = _compare_with_itself(plain(), feeds)
     return (
-        f"{what}: node by node, two runs of the float model on the same pictures differ: {_in_words(twice)}. ONNX "
-        "Runtime's optimizer leaves it out, and so it is when the result is compared."
+        f"{what}: run as it stands, two runs of the float model on the same pictures differ by {_in_words(twice)}. "
+        "ONNX Runtime's optimizer takes it out, and the result is compared without it."
     )
 
 

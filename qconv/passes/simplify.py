@@ -254,7 +254,7 @@ def hoist_activations(model: Model, node: Node) -> list[Change]:
     for index, copy in enumerate(_copy_activation(model, node, moved)):
         model.set_input(mover, index, copy.outputs[0])
         model.insert_before(mover, copy)
-    return [Change("hoist", title(node), f"moved before {describe_node(mover)}")]
+    return [Change("hoist", title(node), f"{node.op_type} moved before {describe_node(mover)}")]
 
 
 def _copy_activation(model: Model, node: Node, values: Iterable[Value]) -> Iterator[Node]:

@@ -15,6 +15,7 @@ import numpy as np
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import Target
+from qconv.errors import format_some
 from qconv.ir.layers import layers_inside
 from qconv.ir.model import (
     DataType,
@@ -117,14 +118,10 @@ def _refuse_weighted(node: Node) -> str | None:
     return None
 
 
-MOST_NAMED = 3
-
-
 def describe_inside(node: Node) -> str:
     """What layers the bodies of a node hold, in words that go on from a reason; empty where there are none."""
     inside = [title(layer) for layer in layers_inside(node)]
-    more = f" and {len(inside) - MOST_NAMED} more" if len(inside) > MOST_NAMED else ""
-    return f", and layers in its bodies stay float with it: {', '.join(inside[:MOST_NAMED])}{more}" if inside else ""
+    return f", and layers in its bodies stay float with it: {format_some(inside)}" if inside else ""
 
 
 def _refuse_computing(node: Node) -> str | None:

@@ -162,7 +162,7 @@ def _execution_lines(report: Report) -> list[tuple[str, str]]:
     lines = [("runs", told)]
     if own.placed:
         where = _join_some([island.node for island in own.placed])
-        lines.append(("float", f"{where}: faster in float, their weights are codes all the same"))
+        lines.append(("float", f"{where}: faster in float, the weights among them are codes all the same"))
     return lines + [("float", text) for text in _float_node_lines(own.islands)]
 
 

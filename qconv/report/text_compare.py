@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qconv.errors import format_count
-from qconv.report.text import MOST_NAMED, format_columns, shorten_path, wrap_text
+from qconv.errors import format_count, format_some
+from qconv.report.text import format_columns, shorten_path, wrap_text
 from qconv.results.comparison import Comparison, LayerComparison
 from qconv.results.scores import SQNR, find_score, worst_scores
 
@@ -29,8 +29,7 @@ def format_comparison(found: Comparison, *, verbose: bool) -> str:
     lines += [""] + ([wrap_text(most)] if most else [])
     told_of = "The float model has no tensor for {}: not compared.", "In bodies, float and not compared: {}."
     for told, names in zip(told_of, (found.unmatched, found.inside), strict=True):
-        more = "" if len(names) <= MOST_NAMED else f" and {len(names) - MOST_NAMED} more"
-        lines += [wrap_text(told.format(", ".join(names[:MOST_NAMED]) + more))] if names else []
+        lines += [wrap_text(told.format(format_some(names)))] if names else []
     return "\n".join(lines).rstrip()
 
 

@@ -950,7 +950,7 @@ def test_pictures_and_samples_may_be_mixed(tmp_path):
         (np.zeros((4, 3), np.float32), spec(None, 3, 4), "has shape 4x3 for input 'x', which takes ?x3x4"),
         (np.zeros((2, 3, 4), np.float32), spec(None, 3, 4), "has shape 2x3x4 for"),
         (np.zeros((1, 1, 3, 4), np.float32), spec(None, 3, 4), "has shape 1x1x3x4"),
-        (np.zeros((), np.float32), spec(), "has shape scalar for input 'x', which takes scalar"),
+        (np.zeros((), np.float32), spec(), "has shape scalar for input 'x', which takes a number"),
         (np.zeros((3, 4), np.uint8), spec(None, 3, 4), "holds uint8 for input 'x', which takes float32"),
         (np.zeros((3, 4), np.int64), spec(None, 3, 4, dtype=np.dtype(np.int32)), "holds int64"),
         (np.zeros((3, 4), np.float32), spec(None, 3, 4, dtype=BYTE), "holds float32"),

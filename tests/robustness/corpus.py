@@ -49,7 +49,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """All cases, in order, each in both variants."""
+    """All cases, in order, each in up to three variants."""
     for kind in KINDS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # cases with infinite numbers are computed here
@@ -214,9 +214,11 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="only cases whose names hold one of these")
-    parser.add_argument("--shard", default="1/1", help="K/N: every N-th case, from the K-th")
-    parser.add_argument("--folder", type=Path, default=Path(".corpus"), help="where the record is kept")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for one command")
+    parser.add_argument("--shard", default="1/1", help="K/N: every N-th case, from the K-th; default %(default)s")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".corpus"), help="where the record is kept; default %(default)s"
+    )
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds for one command; default %(default)s")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if not given.inside:

@@ -1,6 +1,6 @@
 """Damaged files through every command that reads them, by seed.
 
-    python -m tests.robustness.fuzz [--seeds 0-100] [--examples 100] [--folder .fuzz]
+    python -m tests.robustness.fuzz [--seeds 0-99] [--examples 100] [--folder .fuzz]
 
 hypothesis draws what is damaged and how: bytes, fields of the protobuf, external data, metadata, statistics, samples,
 recipes. No command may end in a traceback or without an end, take more than MOST_BYTES of memory, or leave a file
@@ -406,12 +406,14 @@ def run_seeds(record: Record, seeds: range, examples: int) -> None:
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0-99", help="A-B, both included")
-    parser.add_argument("--examples", type=int, default=100, help="of each seed")
-    parser.add_argument("--folder", type=Path, default=Path(".fuzz"), help="where the record is kept")
+    parser.add_argument("--seeds", default="0-99", help="A-B, both included, or one; default %(default)s")
+    parser.add_argument("--examples", type=int, default=100, help="of each seed; default %(default)s")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".fuzz"), help="where the record is kept; default %(default)s"
+    )
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given_options = parser.parse_args()
-    first, last = map(int, given_options.seeds.split("-"))
+    first, _, last = given_options.seeds.partition("-")
     if not given_options.inside:
         status = survive("tests.robustness.fuzz", sys.argv[1:])
         record = Record(given_options.folder, "fuzz")
@@ -422,7 +424,7 @@ def main() -> int:
         print(f"{len(record.ended)} seeds, {sum(ends.values())} examples {dict(ends)}, {len(bad)} seeds with faults.")
         return status or (1 if bad else 0)
     given_options.folder.mkdir(parents=True, exist_ok=True)
-    run_seeds(Record(given_options.folder, "fuzz"), range(first, last + 1), given_options.examples)
+    run_seeds(Record(given_options.folder, "fuzz"), range(int(first), int(last or first) + 1), given_options.examples)
     return 0
 
 
