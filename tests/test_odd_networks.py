@@ -309,3 +309,45 @@ def test_an_element_type_is_kept() -> None:
     report = quantized(as_case(g))
     proto = onnx.ModelProto.FromString(report.model_bytes or b"")
     assert proto.graph.output[0].type.tensor_type.elem_type == TensorProto.INT64
+
+
+# -- what a fresh pair of eyes broke -----------------------------------------------------------------------------------
+
+
+def empty_layer(kind: str) -> Case:
+    """A part of no channels beside one of 16, behind a layer or a BatchNormalization of its own."""
+    g = Grower(7)
+    x = g.input([1, 3, 16, 16])
+    t = g.op("Relu", g.conv(x, 3, 16))
+    if kind == "conv":
+        none = g.op("Conv", t, g.const(np.zeros((0, 16, 1, 1), np.float32)))
+    else:
+        t, none = g.op("Split", t, g.ints(16, 0), outputs=2, axis=1)
+        none = g.op("BatchNormalization", none, *(g.const(np.zeros(0, np.float32)) for _ in range(4)))
+    t = g.op("Concat", t, none, axis=1)
+    g.output(g.conv(t, 16, 4, 1), [1, 4, 16, 16])
+    return as_case(g)
+
+
+@pytest.mark.parametrize("kind", ["conv", "norm"])
+@pytest.mark.parametrize("effort", ["balanced", "fast"])
+def test_layers_without_weights_stay_as_they_are(kind: str, effort: str) -> None:
+    case = empty_layer(kind)
+    report = quantized(case, effort)
+    assert sqnr_on_others(case, report) > 30
+    assert qconv.inspect(case.proto.SerializeToString()) is not None
+
+
+def test_a_sequence_as_an_output_is_passed_over() -> None:
+    g = Grower(8)
+    x = g.input([1, 3, 16, 16])
+    t = g.op("Relu", g.conv(x, 3, 8))
+    g.output(g.conv(t, 8, 4), [1, 4, 16, 16])
+    case = as_case(g)
+    pair = helper.make_node("SequenceConstruct", [t, t], ["pair"])
+    case.proto.graph.node.append(pair)
+    case.proto.graph.output.append(helper.make_tensor_sequence_value_info("pair", TensorProto.FLOAT, None))
+    report = quantized(case)
+    found = qconv.compare(case.proto.SerializeToString(), report.model_bytes, case.others, threads=1)
+    assert found.sqnr_db is not None
+    assert found.sqnr_db > 25

@@ -373,7 +373,7 @@ class _LoadedNetworks:
             nothing = {name: np.zeros((1,) * rank, np.float32) for name, rank in ranks.items()}
             float_outputs = session.run(results, {**plain, **nothing})
             for index, y in enumerate(float_outputs):
-                if y.dtype.kind == "f":
+                if isinstance(y, np.ndarray) and y.dtype.kind == "f":  # no sequence of tensors
                     power[index] = power.get(index, 0.0) + signal_power(y)
             isolated_outputs = self._isolated_outputs(feeds, floats)
             for place, pair in enumerate(self.pairs):
@@ -381,7 +381,7 @@ class _LoadedNetworks:
                 if error is None:
                     continue
                 moved_to = session.run(results, {**plain, **nothing, names[pair.point]: error})
-                unlike |= {index for index, y in enumerate(float_outputs) if y.shape != moved_to[index].shape}
+                unlike |= {index for index in power if float_outputs[index].shape != moved_to[index].shape}
                 known = noise[pair.point]
                 for index in sorted(power.keys() - unlike):
                     away = signal_power(moved_to[index] - float_outputs[index])
@@ -486,7 +486,13 @@ def _find_nearest(
     for value in point.candidates:
         name = value.name or ""
         x = floats.get(name)
-        if x is not None and x.size and x.shape == q.shape and x.dtype.kind == q.dtype.kind == "f":
+        if (
+            isinstance(x, np.ndarray)
+            and isinstance(q, np.ndarray)
+            and x.size
+            and x.shape == q.shape
+            and x.dtype.kind == q.dtype.kind == "f"
+        ):
             away[value] = signal_power(equalization.moved(name, x) - q) / max(signal_power(q), ARITHMETIC_NOISE_SHARE)
     return min(away, key=lambda value: away[value]) if away else None
 
@@ -494,7 +500,8 @@ def _find_nearest(
 def _may_fit(point: ComparisonPoint, floats: Arrays, q: NDArray[Any]) -> bool:
     """Whether a candidate has the rank of `q` and the data may select how much of it there is."""
     known = (floats.get(value.name or "") for value in point.candidates)
-    shapes = [x.shape for x in known if x is not None and x.ndim == q.ndim]
+    tensors = [x for x in known if isinstance(x, np.ndarray) and isinstance(q, np.ndarray)]
+    shapes = [x.shape for x in tensors if x.ndim == q.ndim]
     return any(sum(a != b for a, b in zip(shape, q.shape, strict=True)) < 2 for shape in shapes)
 
 

@@ -240,7 +240,14 @@ def _stored_references(model: Model) -> Iterator[ReferenceStatistics]:
 def batchnorm_statistics(node: Node) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """Running mean and variance of a BatchNormalization, (C,) both; None where they are no finite constants."""
     mean, var = (constant_array(input_of(node, index)) for index in (3, 4))
-    if mean is None or var is None or not np.isfinite(mean).all() or not np.isfinite(var).all() or var.min() < 0:
+    if (
+        mean is None
+        or var is None
+        or not var.size
+        or not np.isfinite(mean).all()
+        or not np.isfinite(var).all()
+        or var.min() < 0
+    ):
         return None
     return mean.reshape(-1).astype(np.float64), var.reshape(-1).astype(np.float64)
 

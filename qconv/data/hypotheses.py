@@ -87,7 +87,9 @@ def score_peaks(session: Session, batch: Mapping[str, NDArray[Any]], pictures: i
     """
     name = next(output.name for output in session.model_outputs if output.kind is OutputKind.CLASS_SCORES)
     (found,) = session.run([name], batch)
-    scores = np.nan_to_num(np.asarray(found[:pictures], np.float64).reshape(len(found[:pictures]), -1))
+    if len(found) < pictures or not found.size:  # rows that the data select, which say nothing of a picture
+        return np.zeros(pictures)
+    scores = np.nan_to_num(np.asarray(found[:pictures], np.float64).reshape(pictures, -1))
     if scores.shape[1] == 1:
         scores = np.concatenate([scores, np.zeros_like(scores)], axis=1)
     elif scores.min() >= 0 and np.allclose(scores.sum(axis=1), 1, atol=1e-3):

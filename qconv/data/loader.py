@@ -114,6 +114,8 @@ class DataLoader:
             fact = f"{first} is preprocessed already, so it is not known what --embed-preprocessing should embed."
             raise QconvError(fact, "pass pictures, or leave --embed-preprocessing out.")
         self.raw = layout
+        self._kept.clear()  # what a pass before has kept is what the float network takes
+        self._passes = 0
         return self.preprocessing
 
     @property
@@ -154,7 +156,7 @@ class DataLoader:
         """A loader of other files with the same preprocessing."""
         whole = max(self.listing.whole, len(self.listing.paths))
         listing = replace(self.listing, paths=tuple(paths), whole=whole)
-        return DataLoader(listing, self.inputs, self.preprocessing, self.batch, self.reporter)
+        return DataLoader(listing, self.inputs, self.preprocessing, self.batch, self.reporter, raw=self.raw)
 
     def split(self) -> tuple[DataLoader, DataLoader | None]:
         """The pictures to fit to, and those that are held back from every choice: the last eighth of the draw.

@@ -82,6 +82,8 @@ def read_layer(node: Node) -> Layer:
         raise EditRefused(f"the weights of {describe_node(node)} are computed")
     if stored.dtype.kind != "f" or (standard_op_type(node) in ("Gemm", "MatMul") and stored.ndim != 2):
         raise EditRefused(f"the weights of {describe_node(node)} are not a float matrix")
+    if not stored.size:
+        raise EditRefused(f"the weights of {describe_node(node)} are empty")
     if attribute(node, "transA", 0):
         raise EditRefused(f"{describe_node(node)} transposes its data")
     weight = _by_group(node, stored)

@@ -370,6 +370,8 @@ def make_depthwise(model: Model, node: Node) -> list[Change]:
             raise EditRefused("its data may be empty, which a Conv does not take")
         affine = read_affine(node, 4)
     channels, was = affine.gain.size, node.op_type
+    if not channels:
+        raise EditRefused("it has no channels")
     assert constant is not None
     with np.errstate(over="ignore"):
         weight = affine.gain.reshape(channels, 1, 1, 1).astype(constant.dtype)

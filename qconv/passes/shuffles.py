@@ -255,7 +255,11 @@ def _select(model: Model, source: Value, order: NDArray[np.int64], moved: _Moved
         node = model.build("Gather", [source, index], name=title(moved.path[-1]), attributes={"axis": 1}, like=source)
     sizes = dims(source) or []
     set_dims(node.outputs[0], [sizes[0], len(order), *sizes[2:]])
-    model.insert_before(moved.path[0], node)
+    producer = source.producer()  # operators of the path may be gone by now, and all readers stand behind the producer
+    if producer is None:
+        model.insert_first(node)
+    else:
+        model.insert_after(producer, node)
     return node.outputs[0]
 
 

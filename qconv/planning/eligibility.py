@@ -100,10 +100,13 @@ def explain_refusal(node: Node, rule: Rule) -> str | None:
 
 def _refuse_weighted(node: Node) -> str | None:
     weight, bias = input_of(node, 1), input_of(node, 2)
-    if constant_array(weight) is None:
+    numbers = constant_array(weight)
+    if numbers is None:
         if node.op_type == "MatMul":
             return None
         return "its weights are computed, not constant"
+    if not numbers.size:
+        return "its weights are empty"
     if bias is not None and constant_array(bias) is None:
         return "its bias is computed, not constant"
     if any(value is not None and value.dtype not in (DataType.FLOAT, None) for value in node.inputs[:3]):

@@ -120,3 +120,13 @@ def test_a_network_of_whole_pixels_is_quantized(folder: Path, preset: str) -> No
         assert report.preprocessing is not None
         assert report.preprocessing["preset"] == "raw"
         assert any("is not used" in text for text in heard) == (preset == "unit")
+
+
+def test_pixels_are_handed_out_whatever_was_kept_before(folder: Path) -> None:
+    """A pass before, which found out shapes, has kept what the float network takes."""
+    session = Session(network("int32", Layout.NCHW, 3).SerializeToString(), threads=1)
+    feed = DataLoader.of(session, DataOptions((str(folder),)), Reporter())
+    assert {batch["x"].dtype.name for batch in feed.iter_cached("")} == {"int32"}
+    feed.take_pixels(Layout.NHWC)
+    assert {batch["x"].dtype.name for batch in feed.iter_cached("")} == {"uint8"}
+    assert next(iter(feed.over(feed.listing.paths).iter_batches("")))["x"].shape[-1] == 3

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 
 from qconv.errors import Change
 from qconv.ir.model import Model
@@ -169,6 +170,17 @@ def test_shuffles_that_stay_move_codes() -> None:
     assert result.audit.float == 0
     assert result.runs.count("Gather") == 2
     assert not {"Reshape", "Split"} & set(result.runs)
+
+
+@pytest.mark.parametrize("index", [ints(1, 3, 5), ints(0, 0, 2), ints(11, 4)], ids=str)
+@pytest.mark.parametrize("layer_first", [True, False])
+def test_a_shuffle_that_a_layer_reads_beside_a_selection(layer_first: bool, index: NDArray[np.int64]) -> None:
+    """What moves for one reader may be gone when the other's turn comes."""
+    readers = ["y = Conv(t, p)", "z = Gather<axis=1>(t, index)"]
+    body = f"""a = Conv(x, w) b = Relu(a) q = Reshape(b, five) r = Transpose<perm=[0,2,1,3,4]>(q) t = Reshape(r, four)
+        {" ".join(readers if layer_first else readers[::-1])}"""
+    sizes = {"five": ints(0, 3, 4, 6, 6), "four": ints(0, 12, 6, 6), "index": index}
+    folded(network(body, x=(1, 3, 6, 6), outputs=("y", "z"), w=(12, 3, 1, 1), p=(5, 12, 1, 1), **sizes))
 
 
 def test_depthwise_layers_take_the_order_on() -> None:
