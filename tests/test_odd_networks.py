@@ -351,3 +351,21 @@ def test_a_sequence_as_an_output_is_passed_over() -> None:
     found = qconv.compare(case.proto.SerializeToString(), report.model_bytes, case.others, threads=1)
     assert found.sqnr_db is not None
     assert found.sqnr_db > 25
+
+
+def test_an_output_of_a_whole_batch_is_passed_over() -> None:
+    """A network of two pictures with a result for each, and one for both."""
+    g = Grower(9)
+    x = g.input([2, 3, 16, 16])
+    t = g.op("Relu", g.conv(x, 3, 8))
+    g.output(g.op("Flatten", g.op("GlobalAveragePool", g.conv(t, 8, 5))), [2, 5])
+    g.output(g.op("ReduceMean", t, axes=[0, 2, 3], keepdims=0), [8])
+    case, heard = as_case(g), list[str]()
+    report, float_file = quantized(case), case.proto.SerializeToString()
+    found = qconv.evaluate(
+        report.model_bytes, case.others, against=float_file, reporter=Reporter(heard.append), threads=1
+    )
+    compared, passed = found.outputs
+    assert compared.scores
+    assert not passed.scores
+    assert any("for each picture" in text for text in heard)

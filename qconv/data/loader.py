@@ -258,7 +258,8 @@ def _several_inputs_error(name: str, inputs: list[InputSpec]) -> QconvError:
     )
 
 
-Outputs = list[NDArray[Any]]
+Outputs = list[Any]
+"""An array an output; lists where these are sequences, or of no part of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,20 +290,23 @@ class ModelWithData:
             yield feeds, count
 
     def outputs(self, batches: Iterator[tuple[Any, int]]) -> Iterator[Outputs]:
-        """Yield all outputs, image by image."""
+        """Yield all outputs, image by image; an empty list for those that a batch of several has one of.
+
+        Raises QconvError where that are all of them.
+        """
         for feeds, count in batches:
             found = self.session.run_all(feeds)
             size = len(next(iter(feeds.values())))
             if size == 1:
                 yield found
                 continue
-            for name, array in zip(self.session.outputs, found, strict=True):
-                if not isinstance(array, np.ndarray) or not array.shape or len(array) != size:
-                    fact = f"output {name} of {self.session.name} has no part for each picture of a batch."
-                    fixed = self.feed.inputs[0].shape[0] is not None
-                    raise QconvError(fact, "export the model with a batch of 1." if fixed else "pass --batch 1.")
+            parted = [isinstance(array, np.ndarray) and array.shape[:1] == (size,) for array in found]
+            if not any(parted):
+                fact = f"no output of {self.session.name} has a part for each picture of a batch."
+                fixed = self.feed.inputs[0].shape[0] is not None
+                raise QconvError(fact, "export the model with a batch of 1." if fixed else "pass --batch 1.")
             for index in range(count):
-                yield [array[index : index + 1] for array in found]
+                yield [x[index : index + 1] if whole else [] for x, whole in zip(found, parted, strict=True)]
 
     def takes_the_same_as(self, other: ModelWithData) -> bool:
         """Whether both models take the same arrays."""

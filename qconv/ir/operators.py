@@ -228,7 +228,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Mul": Operator(ComputingRule(data=2, float_in_tail=True), ChannelEffect.SCALE, absorbs_activation=True),
     "Sub": Operator(effect=ChannelEffect.ADD, remedy="of a constant it is an Add, which has one"),
     "Div": Operator(
-        effect=ChannelEffect.SCALE, remedy="by a constant it is a Mul, which has one: qconv quantize rewrites it"
+        effect=ChannelEffect.SCALE, remedy="by a constant it would be a Mul, which has one: qconv quantize writes it so"
     ),
     "Sum": Operator(effect=ChannelEffect.SUM),
     "Max": Operator(effect=ChannelEffect.EXTREME),
@@ -249,7 +249,7 @@ OPERATORS: Mapping[str, Operator] = {
     ),
     "ReduceMean": Operator(
         effect=ChannelEffect.REDUCE_MEAN,
-        remedy="over height and width it is a GlobalAveragePool, which has one: qconv quantize rewrites it",
+        remedy="over height and width alone it would be a GlobalAveragePool: qconv quantize writes it so",
     ),
     # activations
     "Identity": Operator(ComputingRule(), ChannelEffect.SAME, homogeneous=True, rearranges=True),  # see `requantize`

@@ -90,7 +90,7 @@ class _OutputTally:
 
     def update(self, reference: Any, quantized: Any) -> None:
         if not (_is_numeric_array(reference) and _is_numeric_array(quantized)):
-            self.remark = "no tensor of numbers, so it was not compared"
+            self.remark = "no tensor of numbers for each picture, so it was not compared"
             return
         if reference.shape != quantized.shape:
             self.remark = "its shape depends on the data, so it was not compared"

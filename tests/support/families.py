@@ -316,7 +316,7 @@ def one_axis(seed: int) -> Case:
         t = g.op("MatMul", t, g.const(g.weights(size, 3)))
     g.output(t, None)
     # a tensor of one axis is taken for a batch
-    return as_case(g, "othing to quantize", "has no part for each picture")
+    return as_case(g, "othing to quantize", "part for each picture")
 
 
 def _step_along_one_axis(g: Grower, t: str, size: int) -> tuple[str, int]:
