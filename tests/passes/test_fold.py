@@ -340,7 +340,7 @@ def test_activation_moves_before(mover, activation):
     proto = network(f"c = Conv(x, w, b) {body} y = {activation}", w=W, b=(4,), low=-0.5, high=0.75, **constants)
     model, findings = folded(proto)
     assert op_types(model) == f"Conv {activation.split('(')[0]} {mover}"
-    assert Change("hoist", "y", f"moved before {mover} m") in findings
+    assert Change("hoist", "y", f"{activation.split('(')[0]} moved before {mover} m") in findings
 
 
 def test_activation_moves_before_concat_in_copies_and_on():
