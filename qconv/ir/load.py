@@ -332,6 +332,8 @@ def _plain_reason(error: Exception) -> str:
     unknown = re.match(r"Op '%s' has no registered schema.*%lld\.?([A-Za-z]+)\d*$", text)
     if missing:
         return f"it has no rule for {missing[2]} of opset {missing[1]}."
+    if text == "_Map_base::at":  # onnx up to 1.18 looks its rules up without a word
+        return "it does not know one of its operators."
     return f"it does not know the operator {unknown[1]}." if unknown else text
 
 

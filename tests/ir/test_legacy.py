@@ -291,9 +291,9 @@ def test_what_cannot_be_raised_names_the_oldest_opset_that_works() -> None:
     source = Source("old.onnx", None, pair.old_proto(3).SerializeToString())
     with pytest.raises(QconvError) as caught:
         open_original(source, 1)
-    assert caught.value.message == (
-        "old.onnx uses opset 1, and onnx cannot raise it to 13: it does not know the operator Crop."
-    )
+    told, _, why = caught.value.message.partition(": ")
+    assert told == "old.onnx uses opset 1, and onnx cannot raise it to 13"
+    assert why in ("it does not know the operator Crop.", "it does not know one of its operators.")
     assert caught.value.hint == "export the model again at opset 13 or later, the oldest that needs no raising."
 
 
