@@ -311,7 +311,7 @@ def test_an_element_type_is_kept() -> None:
     assert proto.graph.output[0].type.tensor_type.elem_type == TensorProto.INT64
 
 
-# -- what a fresh pair of eyes broke -----------------------------------------------------------------------------------
+# -- kinds beside each other -------------------------------------------------------------------------------------------
 
 
 def empty_layer(kind: str) -> Case:
