@@ -34,7 +34,7 @@ from qconv.data_free.dead_leaves import (
     network_input_distribution,
 )
 from qconv.data_free.propagation import MOST_GUESSED_IN_A_ROW, channel_bounds, propagate_stats
-from qconv.errors import Change, QconvError, format_count
+from qconv.errors import Change, QconvError, format_count, format_some
 from qconv.ir.channel_stats import ChannelDistribution, normal_quantiles
 from qconv.ir.files import Source
 from qconv.ir.layers import INPUTS_FIRST, input_means_of, read_layer, set_input_means
@@ -93,7 +93,6 @@ WIDENING_FACTORS = {"random": 2.0, "synthesized": 1.0}
 BatchNormalizations to the statistics of training."""
 
 
-MOST_NAMED = 3
 """Tensors that an error names at most."""
 
 
@@ -187,10 +186,9 @@ class DataFreeStatistics:
     def _missing(self, observers: Sequence[Observer], found: dict[str, ChannelDistribution | str]) -> list[Observer]:
         missing = [observer for observer in observers if not isinstance(found.get(observer.name), ChannelDistribution)]
         if missing and self.fallback is None:
-            shown = ", ".join(repr(observer.name) for observer in missing[:MOST_NAMED])
-            more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
+            shown = format_some([repr(observer.name) for observer in missing])
             why = found.get(missing[0].name)
-            told_of = f"{format_count(len(missing), 'tensor')} of {len(observers)} that need a range: {shown}{more}"
+            told_of = f"{format_count(len(missing), 'tensor')} of {len(observers)} that need a range: {shown}"
             raise QconvError(
                 f"{self.source.name} says nothing of {told_of} ({why or 'nothing leads there'}).",
                 f"--calib {NO_IMAGES} lives on BatchNormalizations: export the model before they are folded, pass "

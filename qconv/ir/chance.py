@@ -7,11 +7,12 @@ not depend on a draw. Random sources without a seed get one for the same reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import onnx
 
 from qconv.ir.model import Model, Node, input_of, ir
+from qconv.ir.node_order import iter_nodes
 
 RANDOM_SOURCES = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
@@ -53,18 +54,10 @@ def _may_be(value: ir.Value, test: Callable[[object], bool]) -> bool:
 
 def still(graph: onnx.GraphProto) -> None:
     """Let nothing be drawn at random any more, in place: Dropout drops nothing, other sources draw by a seed."""
-    for node in _iter_nodes(graph):
+    for node in iter_nodes(graph.node):
         if node.domain not in ("", "ai.onnx"):
             continue
         if node.op_type == "Dropout" and len(node.input) > 2:
             del node.input[2:]
         elif node.op_type in RANDOM_SOURCES and all(attribute.name != "seed" for attribute in node.attribute):
             node.attribute.append(onnx.helper.make_attribute("seed", SEED))
-
-
-def _iter_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _iter_nodes(body)

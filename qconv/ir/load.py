@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -35,6 +35,7 @@ from qconv.ir.constants import fold_constant_nodes, lift_constants
 from qconv.ir.files import Source, declared_opset, iter_tensors, not_onnx_error
 from qconv.ir.model import Model, attribute, input_of, ir
 from qconv.ir.newest import lower_opset
+from qconv.ir.node_order import iter_nodes
 from qconv.ir.operators import operator
 from qconv.ir.output_shapes import Shape, confirms, contradicts, set_doubtful, shape_of
 from qconv.ir.precision import make_float32
@@ -60,7 +61,7 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     """
     changes: list[Change] = []
     # ONNX Runtime's optimizer leaves dozens of unused imports; the converter stops at any it does not know.
-    used = {node.domain for node in _iter_nodes(proto.graph)} | {f.domain for f in proto.functions}
+    used = {node.domain for node in iter_nodes(proto.graph.node)} | {f.domain for f in proto.functions}
     for index in reversed(range(len(proto.opset_import))):
         if proto.opset_import[index].domain not in used | {"", "ai.onnx"}:
             del proto.opset_import[index]
@@ -105,20 +106,12 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     return model, changes
 
 
-def _iter_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attr in node.attribute:
-            for body in (*([attr.g] if attr.HasField("g") else []), *attr.graphs):
-                yield from _iter_nodes(body)
-
-
 def _make_dense(graph: onnx.GraphProto) -> int:
     """Make sparse initializers and Constant nodes dense, as onnx-ir holds no others. Returns how many there were."""
     graph.initializer.extend(map(_to_dense, graph.sparse_initializer))
     count = len(graph.sparse_initializer)
     del graph.sparse_initializer[:]
-    for node in _iter_nodes(graph):
+    for node in iter_nodes(graph.node):
         for attr in node.attribute:
             if attr.HasField("sparse_tensor"):
                 attr.CopyFrom(onnx.helper.make_attribute("value", _to_dense(attr.sparse_tensor)))
@@ -205,12 +198,12 @@ def _check_axes(proto: onnx.ModelProto, source: Source) -> None:
     """
     from onnx import shape_inference
 
-    if not any(map(_is_unspoken, _iter_nodes(proto.graph))):
+    if not any(map(_is_unspoken, iter_nodes(proto.graph.node))):
         return
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     del copy.graph.value_info[:]
-    found = list(filter(_is_unspoken, _iter_nodes(copy.graph)))
+    found = list(filter(_is_unspoken, iter_nodes(copy.graph.node)))
     ranks = {tensor.name: len(tensor.dims) for tensor in copy.graph.initializer} | _ranks(copy.graph.input)
     for node in found:
         node.attribute.append(onnx.helper.make_attribute("kernel_shape", [1] * max(ranks.get(node.input[1], 4) - 2, 1)))

@@ -6,13 +6,14 @@ operator, with all the attributes and as many inputs and outputs as the node has
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import chain
 
 import onnx
 from onnx import defs
 
 from qconv.config.targets import HIGHEST_OPSET, LOWERED_OPSET, OPSETS
 from qconv.errors import QconvError
+from qconv.ir.node_order import iter_nodes
 
 
 def lower_opset(proto: onnx.ModelProto, name: str) -> None:
@@ -23,7 +24,11 @@ def lower_opset(proto: onnx.ModelProto, name: str) -> None:
     entry = next((entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), None)
     if entry is None or entry.version <= HIGHEST_OPSET:
         return
-    nodes = [node for node in _iter_nodes(proto) if node.domain in ("", "ai.onnx")]
+    nodes = [
+        node
+        for node in iter_nodes(chain(proto.graph.node, *(f.node for f in proto.functions)))
+        if node.domain in ("", "ai.onnx")
+    ]
     for opset in range(LOWERED_OPSET, HIGHEST_OPSET + 1):
         stays = next((node for node in nodes if not _means_the_same(node, entry.version, opset)), None)
         if stays is None:
@@ -55,17 +60,3 @@ def _means_the_same(node: onnx.NodeProto, newer: int, older: int) -> bool:
         return True
     fits = len(node.input) <= before.max_input and len(node.output) <= before.max_output
     return fits and all(attribute.name in before.attributes for attribute in node.attribute)
-
-
-def _iter_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    parts = [proto.graph.node, *(function.node for function in proto.functions)]
-    for part in parts:
-        yield from _iter_with_bodies(part)
-
-
-def _iter_with_bodies(nodes: object) -> Iterator[onnx.NodeProto]:
-    for node in nodes:  # type: ignore[attr-defined]
-        yield node
-        for attribute in node.attribute:
-            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _iter_with_bodies(body.node)

@@ -7,13 +7,11 @@ graph. Bodies of If, Loop and Scan read tensors of the graphs around them, which
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 
 import onnx
 
-from qconv.errors import QconvError
-
-MOST_NAMED = 3
+from qconv.errors import QconvError, format_some
 
 
 def sort_nodes(proto: onnx.ModelProto, name: str) -> bool:
@@ -77,9 +75,8 @@ def _make_cycle_error(
             break
         way.append(before)
     told = [f"{nodes[index].op_type} {nodes[index].name or next(iter(nodes[index].output), '')}" for index in cycle]
-    more = f" and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
     return QconvError(
-        f"{name} has nodes that wait for each other in a cycle: {', '.join(told[:MOST_NAMED])}{more}.",
+        f"{name} has nodes that wait for each other in a cycle: {format_some(told)}.",
         "export it again; no order of these nodes can run.",
     )
 
@@ -99,3 +96,11 @@ def _bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
+
+
+def iter_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yield these nodes and those of their bodies."""
+    for node in nodes:
+        yield node
+        for body in _bodies_of(node):
+            yield from iter_nodes(body.node)

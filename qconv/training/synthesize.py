@@ -45,7 +45,7 @@ from qconv.data import images
 from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
 from qconv.data.evidence import ReferenceStatistics, batchnorm_statistics, is_measured
 from qconv.data_free.dead_leaves import GeneratedImageLoader, draw_dead_leaves_set
-from qconv.errors import QconvError, format_count
+from qconv.errors import QconvError, format_count, format_some
 from qconv.ir import load
 from qconv.ir.files import Source, external_data_files, hash_model, read_proto, refuse_quantized
 from qconv.ir.layers import INPUTS_FIRST
@@ -383,7 +383,6 @@ SET_FILE = "synthesized.json"
 
 FILE_SUFFIXES = ("png", "npy")
 
-MOST_NAMED = 3
 
 Pixels = NDArray[np.uint8]
 
@@ -515,9 +514,8 @@ def _warn_of_unmatched(found: SynthesisResult, reporter: Reporter) -> None:
         )
     far = [layer for layer in found.worst_first if layer.after > POOR_MATCH]
     if far:
-        names = ", ".join(layer.name for layer in far[:MOST_NAMED])
-        others = f" and {len(far) - MOST_NAMED} more" if len(far) > MOST_NAMED else ""
-        reporter.warn(f"{names}{others}: statistics were not matched ({far[0].after:.2f} apart); {more}.")
+        names = format_some([layer.name for layer in far])
+        reporter.warn(f"{names}: statistics were not matched ({far[0].after:.2f} apart); {more}.")
 
 
 def _write_images(

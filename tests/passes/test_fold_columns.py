@@ -9,11 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
-from qconv.errors import Change
-from qconv.ir.model import Model
-from qconv.passes.fold import run_float_passes
+from tests.support.folded import folded
 from tests.support.libraries import MOVES_CODES, needs
-from tests.support.models import ints, loaded, network, random_feeds, run, statistics
+from tests.support.models import ints, network, statistics
 from tests.support.quantized import pictures, quantized
 
 DRAWN = int(os.environ.get("QCONV_DRAWN_GRAPHS", "60"))
@@ -90,20 +88,6 @@ def drawn(seed: int) -> tuple[onnx.ModelProto, dict[str, str]]:
         **statistics(channels),
     )
     return proto, kinds
-
-
-def folded(proto: onnx.ModelProto) -> Model:
-    model = loaded(proto)
-    run_float_passes(model)
-    feeds = random_feeds(proto)
-    before, after = run(proto, feeds), run(model, feeds)
-    assert list(before) == list(after)
-    for name, numbers in before.items():
-        assert after[name].shape == numbers.shape
-        np.testing.assert_allclose(after[name], numbers, rtol=0, atol=1e-5 * np.abs(numbers).max())
-    assert not [finding for finding in run_float_passes(model) if isinstance(finding, Change)]
-    onnx.checker.check_model(model.proto(), full_check=True)
-    return model
 
 
 @pytest.mark.parametrize("seed", range(DRAWN))

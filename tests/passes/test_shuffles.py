@@ -10,11 +10,9 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from qconv.errors import Change
-from qconv.ir.model import Model
-from qconv.passes.fold import run_float_passes
+from tests.support.folded import folded
 from tests.support.libraries import MOVES_CODES, needs
-from tests.support.models import ints, loaded, network, random_feeds, run
+from tests.support.models import ints, network
 from tests.support.quantized import SAME, quantized
 
 DRAWN = int(os.environ.get("QCONV_DRAWN_GRAPHS", "60"))
@@ -124,21 +122,6 @@ def shuffled(seed: int) -> tuple[onnx.ModelProto, dict[str, str]]:
         six_f=6.0,
     )
     return proto, drawn
-
-
-def folded(proto: onnx.ModelProto) -> Model:
-    """Fold, check that numbers, names and shapes stay, and that a second fold finds nothing to do."""
-    model = loaded(proto)
-    run_float_passes(model)
-    feeds = random_feeds(proto)
-    before, after = run(proto, feeds), run(model, feeds)
-    assert list(before) == list(after)
-    for name, numbers in before.items():
-        assert after[name].shape == numbers.shape
-        np.testing.assert_allclose(after[name], numbers, rtol=0, atol=2e-5 * np.abs(numbers).max())
-    assert not [finding for finding in run_float_passes(model) if isinstance(finding, Change)]
-    onnx.checker.check_model(model.proto(), full_check=True)
-    return model
 
 
 @pytest.mark.parametrize("seed", range(DRAWN))
