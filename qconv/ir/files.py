@@ -98,9 +98,11 @@ def parse_proto(source: Source) -> onnx.ModelProto:
 
 
 def _iter_texts(message: Message) -> Iterator[str | bytes]:
-    """Every text but those in tensors. One that is no UTF-8 comes as bytes or raises: protobuf decodes them lazily."""
-    if isinstance(message, onnx.TensorProto):
-        yield message.name
+    """Every text. One that is no UTF-8 comes as bytes or raises: protobuf decodes them lazily."""
+    if isinstance(message, onnx.TensorProto):  # by name: a list of its fields would copy its numbers
+        yield from (message.name, message.doc_string)
+        for entry in (*message.external_data, *message.metadata_props):
+            yield from (entry.key, entry.value)
         return
     for field, found in message.ListFields():
         parts = [found] if isinstance(found, Message | str | bytes) else found

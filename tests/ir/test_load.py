@@ -583,6 +583,19 @@ def test_absurd_external_data_is_damage(tmp_path: Path, key: str, value: str) ->
         read_proto(Source(str(path), path))
 
 
+@pytest.mark.parametrize("name", [b"location", b"weights.bin", b"WORDS"])
+def test_texts_within_a_tensor_that_are_no_utf_8(tmp_path: Path, name: bytes) -> None:
+    path, _ = with_data(tmp_path)
+    proto = onnx.load(path, load_external_data=False)
+    del proto.graph.initializer[1:]
+    proto.graph.initializer[0].doc_string = "WORDS"
+    content = proto.SerializeToString()
+    assert content.count(name) == 1
+    path.write_bytes(content.replace(name, name[:-1] + b"\xff"))
+    with pytest.raises(QconvError, match="or it is damaged"):
+        read_proto(Source(str(path), path))
+
+
 def test_external_data_of_a_model_on_standard_input(tmp_path: Path) -> None:
     path, _ = with_data(tmp_path)
     with pytest.raises(QconvError, match=r"keeps weights in another file \(weights.bin\)"):
