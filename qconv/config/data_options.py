@@ -1,6 +1,6 @@
 """Defines `DataOptions`: which images a command reads, and how a network is fed with them.
 
-Presets of published preprocessing, what the user says, and both joined; pixels are computed in `data/images`.
+Presets of published preprocessing, what the user says, and both joined; pixels are computed in `data/preprocessing`.
 """
 
 from __future__ import annotations

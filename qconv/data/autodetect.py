@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.data_options import AUTO, Preprocessing, PreprocessingOptions
-from qconv.data import images
 from qconv.data.evidence import PreprocessingFact, ReferenceStatistics, find_fact, find_references
 from qconv.data.hypotheses import (
     CandidateSpace,
@@ -34,7 +33,7 @@ from qconv.data.hypotheses import (
     score_peaks,
     shrunken_paired_t,
 )
-from qconv.data.images import InputSpec
+from qconv.data.preprocessing import InputSpec, arrange_pixels, cast_pixels, normalize_pixels
 from qconv.errors import QconvError
 from qconv.ir import subgraph
 from qconv.ir.metadata import describe_odd_metadata
@@ -229,7 +228,7 @@ class SequentialTest:
         size = self.spec.shape[0] or 1
         for start in range(0, len(pixels), size):
             arrays = [
-                images.cast_pixels(images.normalize_pixels(images.arrange_pixels(p, prep), prep), self.spec.dtype)
+                cast_pixels(normalize_pixels(arrange_pixels(p, prep), prep), self.spec.dtype)
                 for p in pixels[start : start + size]
             ]
             yield {self.spec.name: np.stack((arrays * size)[:size])}, len(arrays)

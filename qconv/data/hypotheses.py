@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from qconv.config.data_options import Color, Preprocessing, PreprocessingOptions
 from qconv.data.evidence import PreprocessingFact, ReferenceStatistics
-from qconv.data.images import InputSpec, resolve_preprocessing
+from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.runtime.outputs import OutputKind
 from qconv.runtime.session import Session
 

@@ -18,18 +18,20 @@ from numpy.typing import NDArray
 
 from qconv.config.choices import SAMPLE_SUFFIXES, TASKS
 from qconv.config.data_options import AUTO, Color, DataOptions, Layout, Preprocessing, PreprocessingOptions
-from qconv.data import images
 from qconv.data.autodetect import detect_preprocessing
+from qconv.data.batches import iter_batches
 from qconv.data.dataset import Listing, list_samples, suffix_of
 from qconv.data.evidence import find_fact
-from qconv.data.images import (
+from qconv.data.preprocessing import (
     WHOLE_PIXEL_TYPES,
     InputSpec,
+    cast_pixels,
     find_vain_normalization,
     layout_order,
+    normalize_pixels,
     resolve_preprocessing,
-    split_whole_batches,
 )
+from qconv.data.samples import split_whole_batches
 from qconv.errors import QconvError
 from qconv.ir import load
 from qconv.ir.files import Source, is_quantized, metadata_of, read_proto
@@ -142,7 +144,7 @@ class DataLoader:
             return feeds
         (spec,) = self.inputs
         pixels = feeds[spec.name].transpose(layout_order(self.raw, self.preprocessing.layout))
-        return {spec.name: images.cast_pixels(images.normalize_pixels(pixels, self.preprocessing), spec.dtype)}
+        return {spec.name: cast_pixels(normalize_pixels(pixels, self.preprocessing), spec.dtype)}
 
     def _specs(self) -> list[InputSpec]:
         """The inputs with the shapes that are loaded."""
@@ -177,7 +179,7 @@ class DataLoader:
         """Yield every image, in batches; a last short one only where the network takes it."""
         first_pass, self._passes = self._passes == 0, self._passes + 1
         total, done = len(self.listing.paths), 0
-        found = images.iter_batches(
+        found = iter_batches(
             self.listing,
             self._specs(),
             self.fed,
@@ -207,9 +209,7 @@ class DataLoader:
         plain = replace(prep, color=color, scale=1.0, mean=(0.0,), std=(1.0,), layout=Layout.NHWC)
         as_bytes = InputSpec("x", np.dtype(np.uint8), (None, None, None, None))
         listing = Listing(chosen, len(chosen), 0)
-        for batch in images.iter_batches(
-            listing, [as_bytes], plain, batch=1, workers=LEAST_DECODERS, reporter=Reporter()
-        ):
+        for batch in iter_batches(listing, [as_bytes], plain, batch=1, workers=LEAST_DECODERS, reporter=Reporter()):
             yield batch["x"][0]
 
     def iter_cached(self, stage: str) -> Iterator[Batch]:
@@ -274,7 +274,7 @@ class ModelWithData:
         """Yield batches with the number of their images: a last short batch is filled up where its size is fixed."""
         feed = self.feed
         fixed = bool(feed.inputs[0].shape) and feed.inputs[0].shape[0] is not None
-        found = images.iter_batches(
+        found = iter_batches(
             feed.listing,
             feed.inputs,
             feed.preprocessing,

@@ -23,10 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.data_options import Color, Preprocessing, PreprocessingOptions
-from qconv.data import images
 from qconv.data.dataset import Listing
-from qconv.data.images import InputSpec, resolve_preprocessing
 from qconv.data.loader import Batch, DataLoader
+from qconv.data.preprocessing import (
+    WHOLE_PIXEL_TYPES,
+    InputSpec,
+    arrange_pixels,
+    cast_pixels,
+    normalize_pixels,
+    resolve_preprocessing,
+)
 from qconv.errors import QconvError
 from qconv.ir.channel_stats import ChannelDistribution
 from qconv.reporter import Reporter
@@ -167,12 +173,12 @@ class GeneratedImageLoader(DataLoader):
         assert fed is not None
         rows = []
         for found in pictures:
-            ordered = images.arrange_pixels(found, fed)
-            as_they_are = fed.keeps_pixels and spec.dtype in images.WHOLE_PIXEL_TYPES
+            ordered = arrange_pixels(found, fed)
+            as_they_are = fed.keeps_pixels and spec.dtype in WHOLE_PIXEL_TYPES
             rows.append(
                 ordered.astype(spec.dtype, copy=False)
                 if as_they_are
-                else images.cast_pixels(images.normalize_pixels(ordered, fed), spec.dtype)
+                else cast_pixels(normalize_pixels(ordered, fed), spec.dtype)
             )
             if len(rows) == self.batch:
                 self.pictures += len(rows)

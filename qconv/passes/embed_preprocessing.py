@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.data_options import Layout, Preprocessing
-from qconv.data.images import LAYOUT_AXES, layout_order
+from qconv.data.preprocessing import LAYOUT_AXES, layout_order
 from qconv.errors import Change, Finding, QconvError, Skipped
 from qconv.ir.layers import (
     AFFINE_OPS,

@@ -19,8 +19,8 @@ from qconv.calibration.sketch import Sketch, SketchContents
 from qconv.config.data_options import DataOptions, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.autodetect import DetectedPreprocessing, detect_preprocessing, detect_without_images
-from qconv.data.images import InputSpec, resolve_preprocessing
 from qconv.data.loader import Batch, DataLoader
+from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.data_free.dead_leaves import GeneratedImageLoader
 from qconv.data_free.statistics import DataFreeStatistics
 from qconv.errors import QconvError, require_torch

@@ -41,9 +41,10 @@ from torch.nn import functional as F  # noqa: N812
 from qconv.config.choices import SYNTHESIS_STEPS
 from qconv.config.data_options import AUTO, Color, Layout, Preprocessing, ResizeFilter
 from qconv.config.serialization import format_option
-from qconv.data import images
 from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
 from qconv.data.evidence import ReferenceStatistics, batchnorm_statistics, is_measured
+from qconv.data.images import encode_png
+from qconv.data.preprocessing import arrange_pixels, cast_pixels, normalize_pixels
 from qconv.data_free.dead_leaves import GeneratedImageLoader, draw_dead_leaves_set
 from qconv.errors import QconvError, format_count, format_some
 from qconv.ir import load
@@ -362,7 +363,7 @@ def _broadcast_channels(channels: Tensor, tensor: Tensor) -> Tensor:
 
 
 def normalise_pixels(pixels: Tensor, prep: Preprocessing) -> Tensor:
-    """Convert pixels (N, C, H, W), RGB or grey, to the network's input as data.images does, with gradients."""
+    """Convert pixels (N, C, H, W), RGB or grey, to the network's input as data.preprocessing does, with gradients."""
     mean, std = (torch.tensor(numbers, device=pixels.device).reshape(1, -1, 1, 1) for numbers in (prep.mean, prep.std))
     ordered = pixels.flip(1) if prep.color is Color.BGR else pixels
     values = (ordered * prep.scale - mean) / std
@@ -523,7 +524,7 @@ def _write_images(
 ) -> None:
     """Write each image as PNG and as the network's input, and the file that marks the folder."""
     for stem, picture in zip(make_stems(len(pixels)), pixels, strict=True):
-        (folder / f"{stem}.png").write_bytes(images.encode_png(picture))
-        values = images.cast_pixels(images.normalize_pixels(images.arrange_pixels(picture, prep), prep), dtype)
+        (folder / f"{stem}.png").write_bytes(encode_png(picture))
+        values = cast_pixels(normalize_pixels(arrange_pixels(picture, prep), prep), dtype)
         np.save(folder / f"{stem}.npy", values)
     (folder / SET_FILE).write_text(json.dumps(found.of_the_set(), allow_nan=False, indent=1) + "\n", "utf-8")

@@ -18,7 +18,7 @@ from qconv.calibration.sketch import Sketch, SketchContents
 from qconv.calibration.statistics_file import open_sketch_spool, sketch_to_arrays
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe, make_request
-from qconv.data import images
+from qconv.data.images import load_image
 from qconv.errors import QconvError
 from qconv.pipeline import quantize
 from qconv.results.sample_curve import CurvePoint, SampleCurve, counts_up_to
@@ -164,13 +164,13 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_picture_is_decoded_once(model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To calibrate with, or to score on; never both, whatever the number of points."""
     seen: Counter[str] = Counter()
-    decode = images.load_image
+    decode = load_image
 
     def counting(path: Path, *rest: object) -> object:
         seen[path.name] += 1
         return decode(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(images, "load_image", counting)
+    monkeypatch.setattr("qconv.data.batches.load_image", counting)
     study_samples(model, *request(pictures), StudyRequest(draws=3))
     assert dict(seen) == {f"{number:02}.png": 1 for number in range(15)}
 

@@ -36,9 +36,10 @@ from qconv.config.data_options import (
     PreprocessingOptions,
     ResizeFilter,
 )
-from qconv.data import images
+from qconv.data.batches import iter_batches
 from qconv.data.dataset import Listing, find_files
-from qconv.data.images import InputSpec, UnreadableImage, iter_batches, load_image, resolve_preprocessing
+from qconv.data.images import _SIZE_OF_MODE, UnreadableImage, load_image
+from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.errors import QconvError
 from qconv.reporter import Reporter
 from qconv.storage import prefetch
@@ -865,7 +866,7 @@ def test_reading_ahead_is_bounded_and_goes_on_while_the_caller_works(tmp_path, m
         started.append(path)
         return np.zeros((2, 3, 3), np.float32)
 
-    monkeypatch.setattr(images, "load_image", count)
+    monkeypatch.setattr("qconv.data.batches.load_image", count)
     paths = [Path(f"{i}.png") for i in range(100)]
     workers, batch = 2, 3
     given = iter_batches(
@@ -892,7 +893,7 @@ def test_closing_early_drops_what_was_only_waiting(tmp_path, monkeypatch):
         time.sleep(0.02 if len(started) > 100 else 0)
         return np.zeros((2, 3, 3), np.float32)
 
-    monkeypatch.setattr(images, "load_image", slow)
+    monkeypatch.setattr("qconv.data.batches.load_image", slow)
     paths = [Path(f"{i}.png") for i in range(1000)]
     given = iter_batches(listing(*paths), [spec(None, 2, 3, 3)], RAW, batch=100, workers=1, reporter=Reporter(print))
     next(given)
@@ -990,7 +991,7 @@ def test_a_sample_whose_header_lies_takes_no_memory(tmp_path, zipped):
 
 
 def test_a_sample_is_not_unpacked_without_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MOST_SAMPLE_BYTES", 1 << 19)
+    monkeypatch.setattr("qconv.data.samples.MOST_SAMPLE_BYTES", 1 << 19)
     np.savez_compressed(tmp_path / "s.npz", x=np.zeros(1 << 18, np.float32))
     assert (tmp_path / "s.npz").stat().st_size < 1 << 12
     with pytest.raises(QconvError, match=r"unpacks to 1\.05 MB, more than the 524\.3 kB"):
@@ -1075,7 +1076,7 @@ def test_pillow_is_not_imported_until_it_is_needed():
 
 def test_every_way_to_resize_is_known_to_both_sides():
     """What may be asked for, and what is done."""
-    assert set(images._SIZE_OF_MODE) == set(RESIZE_MODES)
+    assert set(_SIZE_OF_MODE) == set(RESIZE_MODES)
 
 
 def test_a_forgotten_generator_may_be_closed_by_one_of_its_own_threads() -> None:

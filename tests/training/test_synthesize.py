@@ -1,4 +1,4 @@
-"""Pictures from BatchNormalizations. Oracles: ONNX Runtime for statistics, images.py for pixels, closed forms."""
+"""Images from BatchNormalization. Oracles: ONNX Runtime for statistics, data.preprocessing for pixels, closed forms."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ torch = pytest.importorskip("torch", reason="needs the extra: pip install 'qconv
 from qconv.cli.main import cli
 from qconv.config.data_options import Color, Layout, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
-from qconv.data import images
 from qconv.data.dataset import find_files
+from qconv.data.preprocessing import arrange_pixels, normalize_pixels
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
 from qconv.pipeline import quantize
@@ -195,7 +195,7 @@ def test_pixels_become_what_they_become_elsewhere(tmp_path: Path) -> None:
             values = {"scale": 1 / 255, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "size": (5, 4)}
             prep = replace(plain, color=color, layout=layout, **values)
             pixels = rng.integers(0, 256, (2, 5, 4, 3), np.uint8)
-            wanted = np.stack([images.normalize_pixels(images.arrange_pixels(one, prep), prep) for one in pixels])
+            wanted = np.stack([normalize_pixels(arrange_pixels(one, prep), prep) for one in pixels])
             found = normalise_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), prep)
             np.testing.assert_allclose(found.numpy(), wanted, atol=1e-5)
 
