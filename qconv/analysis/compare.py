@@ -17,14 +17,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.analysis.point_comparison import (
+    Arrays,
+    PointTally,
+    make_layer_row,
+    match_points,
+)
+from qconv.analysis.weight_comparison import compare_weights
 from qconv.config.data_options import DataOptions
 from qconv.config.serialization import recipe_from_dict
 from qconv.data.loader import Batch, ModelWithData, iter_paired_batches, open_models
@@ -33,84 +40,20 @@ from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
 from qconv.ir.data_shapes import find_data_shaped
 from qconv.ir.files import Source, holds_codes, metadata_of, read_proto
-from qconv.ir.layers import Layer, layers_inside, read_layer, scale_inputs, scale_outputs, weights_from_rows
-from qconv.ir.metadata import EqualizationRecord
-from qconv.ir.model import Model, Node, Value, constant_array, is_tensor
+from qconv.ir.layers import layers_inside
+from qconv.ir.model import Model, Value, is_tensor
 from qconv.ir.original import open_original
 from qconv.ir.output_shapes import forget_doubtful
 from qconv.ir.precision import make_float32
-from qconv.ir.rewriting import EditRefused, title
-from qconv.ir.stored_weights import QuantizedWeights, read_quantized_weights
+from qconv.ir.rewriting import title
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
 from qconv.metrics.comparison import ComparisonAccumulator
-from qconv.metrics.similarity import compute_sqnr_db, signal_power
+from qconv.metrics.similarity import signal_power
 from qconv.passes import fold
 from qconv.pipeline.prepare import runs_on_ort
 from qconv.reporter import Reporter
-from qconv.results.comparison import Comparison, HistogramBars, LayerComparison, ValueStatistics
+from qconv.results.comparison import Comparison
 from qconv.runtime.session import Session
-
-HISTOGRAM_BARS = 64
-
-CLIPPED_BEYOND = 0.5 + 1e-3
-"""Steps: a weight this far beyond the last integer is clipped, not just rounded."""
-
-
-def compare_weights(layer: Node, original: Node | None, equalization: EqualizationRecord) -> ValueStatistics | None:
-    """Compare a layer's float weights, in units of its integer ones, with these; None where either has none."""
-    weights = read_quantized_weights(layer)
-    same = original is not None and original.op_type == layer.op_type  # another tool may have given a name anew
-    numbers = (
-        _apply_equalization(original, weights, equalization)
-        if weights is not None and original is not None and same
-        else None
-    )
-    if weights is None or numbers is None:
-        return None
-    low, high = int(weights.codes.min(initial=0)), int(weights.codes.max(initial=0))
-    ideal = numbers / np.where(weights.scale == 0, 1, weights.scale) + weights.zero
-    clipped = float(np.mean((ideal < low - CLIPPED_BEYOND) | (ideal > high + CLIPPED_BEYOND)))
-    used = np.unique(weights.codes).size / 2**weights.bits
-    return ValueStatistics(
-        weights.bits, float(low), float(high), clipped, min(1.0, used), make_histogram(ideal, low, high)
-    )
-
-
-def _apply_equalization(
-    original: Node, weights: QuantizedWeights, equalization: EqualizationRecord
-) -> NDArray[np.floating] | None:
-    """Return the float weights with their channels scaled as equalization did, in the integers' shape."""
-    try:
-        layer = read_layer(original)
-    except EditRefused:
-        return None
-    layer = _scale_layer(layer, equalization)
-    stored = constant_array(original.inputs[1])
-    if stored is None or stored.size != weights.codes.size:
-        return None
-    rows = layer.weight.reshape(*layer.weight.shape[:2], -1)
-    return weights_from_rows(original, rows, stored.shape).reshape(weights.codes.shape)
-
-
-def _scale_layer(layer: Layer, equalization: EqualizationRecord) -> Layer:
-    data, nothing = layer.node.inputs[0], np.zeros(1)
-    into = None if data is None else equalization.scale_of(data.name or "", layer.inputs)
-    out = equalization.scale_of(layer.node.outputs[0].name or "", layer.outputs)
-    found = replace(layer, means=None)
-    if into is not None:
-        found = scale_inputs(found, into, nothing)
-    return found if out is None else scale_outputs(found, 1 / out, nothing)
-
-
-def make_histogram(numbers: NDArray[np.floating], low: float, high: float) -> HistogramBars:
-    """Make a histogram of all finite values that covers the whole range."""
-    numbers = numbers[np.isfinite(numbers)]
-    ends = min(low, float(numbers.min(initial=low))), max(high, float(numbers.max(initial=high)))
-    counts, edges = np.histogram(numbers, HISTOGRAM_BARS, ends if ends[1] > ends[0] else (ends[0], ends[0] + 1))
-    return HistogramBars(tuple(map(float, edges)), tuple(map(int, counts)))
-
-
-Arrays = Mapping[str, NDArray[Any]]
 
 HISTOGRAM_SAMPLES = 2**15
 """Values of a tensor that its histogram is made of, about."""
@@ -119,9 +62,6 @@ MOST_EFFECT_RUNS = 1000
 """Most runs of the float network to measure what single errors do at the outputs, but for FEWEST images."""
 
 FEWEST_EFFECT_IMAGES, MOST_EFFECT_IMAGES = 2, 16
-
-ARITHMETIC_NOISE_SHARE = 1e-12
-"""Share of the signal's power that a difference of float arithmetic alone may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +107,12 @@ def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Com
     total = sum(noise.values())
     nodes = {node.name: node for node in original.nodes()}
     rows = []
-    for pair in (pair for pair in networks.pairs if tallies[pair.point].pictures):
+    for pair in (pair for pair in networks.pairs if tallies[pair.point].batches):
         layer, share = pair.point.layer, None if not total else noise.get(pair.point, 0.0) / total
         weights = None if layer is None else compare_weights(layer, nodes.get(layer.name), equalization)
-        rows.append(_make_layer_row(pair, tallies[pair.point], share, weights))
+        rows.append(make_layer_row(pair, tallies[pair.point], share, weights))
     unmatched = [point.name for point in found if point not in tallies]
-    empty = [point.name for point in found if point in tallies and not tallies[point].pictures]
+    empty = [point.name for point in found if point in tallies and not tallies[point].batches]
     if empty:
         reporter.warn(
             f"not compared, as on no picture it has rows, and those of the float model: {format_some(empty)}."
@@ -196,7 +136,7 @@ def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Com
     )
 
 
-def _tell_of_pictures_apart(tallies: Mapping[str, _PointTally], reporter: Reporter) -> None:
+def _tell_of_pictures_apart(tallies: Mapping[str, PointTally], reporter: Reporter) -> None:
     """Warn of tensors whose shapes differ between the two networks on some pictures, as the data select their rows."""
     apart = [name for name, tally in tallies.items() if tally.apart]
     if apart:
@@ -243,28 +183,6 @@ def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
 
 
 @dataclass(slots=True)
-class _PointTally:
-    """Sums of signal and error at one point.
-
-    pictures, apart: batches that count, and those on which the two networks have tensors of different shapes.
-    isolated: the signal where the layer's own error is known.
-    """
-
-    pictures: int = 0
-    apart: int = 0
-    signal: float = 0.0
-    received: float = 0.0
-    isolated: float = 0.0
-    added: float = 0.0
-    product: float = 0.0
-    power: float = 0.0
-    count: int = 0
-    clipped: int = 0
-    codes: NDArray[np.int64] | None = None
-    sample: list[NDArray[np.float32]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class _LoadedNetworks:
     """Sessions of the networks.
 
@@ -302,7 +220,7 @@ class _LoadedNetworks:
         watched = session(original, [v for v in candidates if not v.is_graph_input()], request.float_model.name)
         tapped = [point.value for point in found] + [point.codes for point in found if point.codes is not None]
         real = session(quantized, tapped, request.model.name)
-        pairs = _match_points(found, _first_tensors(request, watched, candidates, real, found), equalization)
+        pairs = match_points(found, _first_tensors(request, watched, candidates, real, found), equalization)
         cut = quantized.copy()
         own = {value.name: value for node in cut.nodes() for value in node.outputs}
         inputs: dict[ComparisonPoint, str] = {}
@@ -318,9 +236,9 @@ class _LoadedNetworks:
         selects = bool(find_data_shaped(quantized))
         return cls(original, quantized, equalization, pairs, watched, real, fed, inputs, selects, request.threads)
 
-    def look(self, request: ComparisonRequest, reporter: Reporter) -> dict[ComparisonPoint, _PointTally]:
+    def look(self, request: ComparisonRequest, reporter: Reporter) -> dict[ComparisonPoint, PointTally]:
         """Run all images through all three networks."""
-        tallies = {pair.point: _PointTally() for pair in self.pairs}
+        tallies = {pair.point: PointTally() for pair in self.pairs}
         each = max(64, HISTOGRAM_SAMPLES // max(1, request.pictures))
         done = 0
         for plain, feeds in request.feeds():
@@ -331,8 +249,7 @@ class _LoadedNetworks:
             isolated_outputs = self._isolated_outputs(feeds, floats)
             for pair in self.pairs:
                 name = pair.point.value.name or ""
-                _accumulate(
-                    tallies[pair.point],
+                tallies[pair.point].add(
                     pair,
                     floats[pair.tensor.name or ""],
                     got,
@@ -457,122 +374,6 @@ def _first_tensors(
         raise QconvError("There is no picture to compare on.", "check --images.")
     for floats, feeds in itertools.islice(itertools.chain([first], batches), MATCHED_ON):
         yield {**floats, **_run_outputs(watched, candidates, floats)}, _run_points(real, found, feeds)
-
-
-def _match_points(
-    found: Sequence[ComparisonPoint],
-    batches: Iterable[tuple[Arrays, Mapping[ComparisonPoint, NDArray[Any]]]],
-    equalization: ir_metadata.EqualizationRecord,
-) -> list[TensorPair]:
-    """Match every point with the nearest candidate on the first batch where a shape fits; leave out those without."""
-    pairs: dict[ComparisonPoint, TensorPair] = {}
-    for floats, got in batches:
-        waiting = [point for point in found if point not in pairs]
-        for point in waiting:
-            nearest = _find_nearest(point, floats, got[point], equalization)
-            if nearest is not None:
-                pairs[point] = TensorPair(point, nearest)
-        # tensors whose shape no data change fit now or never
-        if not any(_may_fit(point, floats, got[point]) for point in waiting if point not in pairs):
-            break
-    return [pairs[point] for point in found if point in pairs]
-
-
-def _find_nearest(
-    point: ComparisonPoint, floats: Arrays, q: NDArray[Any], equalization: ir_metadata.EqualizationRecord
-) -> Value | None:
-    """The candidate that is nearest to the tensor `q` of a point; None where none has its shape, or it is empty."""
-    away = {}
-    for value in point.candidates:
-        name = value.name or ""
-        x = floats.get(name)
-        if (
-            isinstance(x, np.ndarray)
-            and isinstance(q, np.ndarray)
-            and x.size
-            and x.shape == q.shape
-            and x.dtype.kind == q.dtype.kind == "f"
-        ):
-            away[value] = signal_power(equalization.moved(name, x) - q) / max(signal_power(q), ARITHMETIC_NOISE_SHARE)
-    return min(away, key=lambda value: away[value]) if away else None
-
-
-def _may_fit(point: ComparisonPoint, floats: Arrays, q: NDArray[Any]) -> bool:
-    """Whether a candidate has the rank of `q` and the data may select how much of it there is."""
-    known = (floats.get(value.name or "") for value in point.candidates)
-    tensors = [x for x in known if isinstance(x, np.ndarray) and isinstance(q, np.ndarray)]
-    shapes = [x.shape for x in tensors if x.ndim == q.ndim]
-    return any(sum(a != b for a, b in zip(shape, q.shape, strict=True)) < 2 for shape in shapes)
-
-
-def _accumulate(
-    tally: _PointTally,
-    pair: TensorPair,
-    reference: NDArray[Any],
-    got: Arrays,
-    isolated_output: NDArray[Any] | None,
-    equalization: ir_metadata.EqualizationRecord,
-    each: int,
-) -> None:
-    name, point = pair.tensor.name or "", pair.point
-    q = equalization.back(name, got[point.value.name or ""])
-    if q.shape != reference.shape:
-        tally.apart += 1
-        return
-    signal = signal_power(reference)
-    tally.pictures += 1
-    tally.signal += signal
-    tally.received += signal_power(q - reference)
-    if isolated_output is not None and isolated_output.shape == reference.shape:
-        tally.isolated += signal
-        tally.added += signal_power(equalization.back(name, isolated_output) - reference)
-    with np.errstate(over="ignore", invalid="ignore"):
-        tally.product += float(np.dot(q.reshape(-1), reference.reshape(-1)))
-    tally.power += signal_power(q)
-    if point.grid is None or point.codes is None:
-        return
-    own = equalization.moved(name, reference).reshape(-1)
-    half = point.grid.scale / 2
-    tally.count += own.size
-    tally.clipped += int(np.count_nonzero((own < point.grid.low - half) | (own > point.grid.high + half)))
-    tally.sample.append(own[:: max(1, own.size // each)].copy())
-    codes = got[point.codes.name or ""].reshape(-1).astype(np.int64) - point.grid.least
-    last = point.grid.most - point.grid.least
-    counted = np.bincount(np.clip(codes, 0, last), minlength=last + 1)
-    tally.codes = counted if tally.codes is None else tally.codes + counted
-
-
-def _make_layer_row(
-    pair: TensorPair, tally: _PointTally, share: float | None, weights: ValueStatistics | None
-) -> LayerComparison:
-    point, values = pair.point, None
-    if point.grid is not None and tally.codes is not None:
-        numbers = np.concatenate(tally.sample)
-        values = ValueStatistics(
-            point.grid.bits,
-            point.grid.low,
-            point.grid.high,
-            tally.clipped / max(1, tally.count),
-            float(np.count_nonzero(tally.codes)) / tally.codes.size,
-            make_histogram(numbers, point.grid.low, point.grid.high),
-        )
-    known = bool(tally.signal and tally.power) and math.isfinite(tally.product)
-    return LayerComparison(
-        name=point.name,
-        op=point.op,
-        tensor=pair.tensor.name or "",
-        sqnr_db=_to_decibel(tally.signal, tally.received),
-        added_sqnr_db=None if point.copy else _to_decibel(tally.isolated, tally.added),
-        cosine=tally.product / math.sqrt(tally.signal) / math.sqrt(tally.power) if known else None,
-        output_share=share,
-        values=values,
-        weights=weights,
-        input=point.input,
-    )
-
-
-def _to_decibel(signal: float, noise: float) -> float | None:
-    return None if noise <= ARITHMETIC_NOISE_SHARE * signal else compute_sqnr_db(signal, noise)
 
 
 @dataclass(frozen=True, slots=True)
