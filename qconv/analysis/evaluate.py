@@ -254,7 +254,9 @@ def _warn_of_chance(other: ModelWithData | None, request: EvaluationOptions, rep
     if what:
         plain = partial(open_original, source, request.threads, required=False, optimize=False)
         feeds = (feeds for feeds, _ in other.batches(Reporter(), lambda path: None))
-        reporter.warn(describe_differing_runs(what, other.session, plain, feeds))
+        differing = describe_differing_runs(what, other.session, plain, feeds)
+        if differing:
+            reporter.warn(differing)
 
 
 def _count_flips(seen: PredictionRecorder, its: PredictionRecorder, labels: NDArray[np.int64]) -> Flips:

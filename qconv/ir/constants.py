@@ -11,11 +11,8 @@ import numpy as np
 import onnx
 
 from qconv.errors import Change, format_count
+from qconv.ir.chance import RANDOM_SOURCES
 from qconv.ir.model import Model, attribute, ir, tensor_proto
-
-RANDOM_OPS = frozenset(
-    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
-)
 
 
 def lift_constants(model: Model) -> list[Change]:
@@ -90,7 +87,7 @@ def _constant_nodes(model: Model) -> list[ir.Node]:
         bodies = any(
             attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values()
         )
-        if bodies or node.op_type in RANDOM_OPS or node.domain not in ("", "ai.onnx"):
+        if bodies or node.op_type in RANDOM_SOURCES or node.domain not in ("", "ai.onnx"):
             continue
         if not all(value.type is None or isinstance(value.type, ir.TensorType) for value in node.outputs):
             continue  # a sequence cannot be an initializer

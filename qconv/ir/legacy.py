@@ -20,7 +20,7 @@ A Dropout of these opsets is one in inference, whatever its `is_test` says: so a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from qconv.ir.files import declared_opset
 from qconv.runtime.session import OLDEST_OPSET
 
 RESIZING_OPSET = 11
@@ -56,7 +57,7 @@ Attributes = Mapping[str, Any]
 
 def is_legacy(proto: onnx.ModelProto) -> bool:
     """Whether ONNX Runtime refuses the model as it is, because of its opset."""
-    return _declared(proto) < OLDEST_OPSET
+    return declared_opset(proto) < OLDEST_OPSET
 
 
 def modernize(proto: onnx.ModelProto) -> None:
@@ -64,7 +65,7 @@ def modernize(proto: onnx.ModelProto) -> None:
 
     Nothing is done to newer ones. What no rule covers stays, for the converter or the runtime to name.
     """
-    opset = _declared(proto)
+    opset = declared_opset(proto)
     if not 0 < opset < PLACES_OPSET:
         return
     rewriter = _Rewriter.of(proto.graph)
@@ -75,17 +76,6 @@ def modernize(proto: onnx.ModelProto) -> None:
                 entry.version = OLDEST_OPSET
         _rewrite_broadcasts(proto, rewriter)
     rewriter.rewrite({"BatchNormalization": _split_batch_normalization})
-    if proto.ir_version < 4:  # where every constant is an input, too
-        listed = {value.name for value in proto.graph.input}
-        proto.graph.input.extend(
-            helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            for tensor in proto.graph.initializer
-            if tensor.name not in listed
-        )
-
-
-def _declared(proto: onnx.ModelProto) -> int:
-    return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
 
 
 @dataclass(slots=True)
@@ -272,9 +262,14 @@ def _infer_ranks(proto: onnx.ModelProto) -> dict[str, int]:
         inferred = onnx.shape_inference.infer_shapes(plain).graph
     except Exception:  # it is told of where shapes are inferred for good
         inferred = plain.graph
-    tensors = ((v.name, v.type.tensor_type) for v in (*inferred.input, *inferred.value_info, *inferred.output))
-    ranks = {name: len(tensor.shape.dim) for name, tensor in tensors if tensor.HasField("shape")}
+    ranks = ranks_of((*inferred.input, *inferred.value_info, *inferred.output))
     return ranks | {tensor.name: len(tensor.dims) for tensor in proto.graph.initializer}
+
+
+def ranks_of(values: Iterable[onnx.ValueInfoProto]) -> dict[str, int]:
+    """How many axes tensors have, by name, as far as it is known."""
+    tensors = ((value.name, value.type.tensor_type) for value in values)
+    return {name: len(tensor.shape.dim) for name, tensor in tensors if tensor.HasField("shape")}
 
 
 def _become(node: onnx.NodeProto, op_type: str, **attributes: Any) -> None:
@@ -359,7 +354,7 @@ def find_resizing(proto: onnx.ModelProto) -> list[str | None]:
 
     At whole factors all rules agree on the nearest. ONNX Runtime rounds up where a tensor shrinks.
     """
-    if _declared(proto) >= RESIZING_OPSET:
+    if declared_opset(proto) >= RESIZING_OPSET:
         return []
     rewriter, found = _Rewriter.of(proto.graph), list[str | None]()
     for node in proto.graph.node:

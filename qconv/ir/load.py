@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -204,14 +204,14 @@ def _check_axes(proto: onnx.ModelProto, source: Source) -> None:
     copy.CopyFrom(proto)
     del copy.graph.value_info[:]
     found = list(filter(_is_unspoken, iter_nodes(copy.graph.node)))
-    ranks = {tensor.name: len(tensor.dims) for tensor in copy.graph.initializer} | _ranks(copy.graph.input)
+    ranks = {tensor.name: len(tensor.dims) for tensor in copy.graph.initializer} | legacy.ranks_of(copy.graph.input)
     for node in found:
         node.attribute.append(onnx.helper.make_attribute("kernel_shape", [1] * max(ranks.get(node.input[1], 4) - 2, 1)))
     try:
         graph = shape_inference.infer_shapes(copy, data_prop=True).graph
     except Exception:  # it is told of where shapes are inferred for good
         return
-    ranks |= _ranks((*graph.input, *graph.value_info))
+    ranks |= legacy.ranks_of((*graph.input, *graph.value_info))
     for node in found:
         pictures, weights = (ranks.get(name) for name in node.input[:2])
         if pictures is not None and weights is not None and pictures != weights:
@@ -226,11 +226,6 @@ def _is_unspoken(node: onnx.NodeProto) -> bool:
     """Whether it is a convolution that leaves the size of its kernel to its weights."""
     kinds = node.domain in ("", "ai.onnx") and node.op_type in ("Conv", "ConvTranspose") and len(node.input) > 1
     return kinds and all(attribute.name != "kernel_shape" for attribute in node.attribute)
-
-
-def _ranks(values: Iterable[onnx.ValueInfoProto]) -> dict[str, int]:
-    tensors = ((value.name, value.type.tensor_type) for value in values)
-    return {name: len(tensor.shape.dim) for name, tensor in tensors if tensor.HasField("shape")}
 
 
 def _infer_shapes(proto: onnx.ModelProto, source: Source) -> dict[str, Shape | None]:

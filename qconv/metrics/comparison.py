@@ -22,7 +22,7 @@ from qconv.metrics.classification import Agreement, ClassAgreement
 from qconv.metrics.similarity import Cosine, Sqnr
 from qconv.reporter import Reporter
 from qconv.results.quantize import Gate, OutputScore, Verification
-from qconv.results.scores import AGREEMENT, SQNR, TOP1, TOP5, Metric, Score, by_unit
+from qconv.results.scores import AGREEMENT, SQNR, TOP1, TOP5, Metric, Score
 from qconv.runtime.outputs import ModelOutput, OutputKind
 from qconv.runtime.session import Session
 
@@ -192,31 +192,23 @@ def describe_differing_runs(
     """A sentence on a model that draws at random, as `what` says: by how much two runs on the same pictures differ.
 
     session: the model as users run it. plain: opens it without the runtime's optimizations, which leave out a Dropout
-    between two nodes although it is in training mode.
+    between two nodes although it is in training mode. Empty where no two runs differ, or none can be compared.
     """
     feeds = list(itertools.islice(batches, MOST_REPEATED_BATCHES))
-    twice = _compare_with_itself(session, feeds)
-    if not twice.equal:
+    optimized = verify(session, session, feeds)
+    if optimized.differs:
         return (
-            f"{what}, so that two runs of the float model on the same pictures differ: {_in_words(twice)}; no result "
+            f"{what}, so that two runs of the float model on the same pictures differ: {optimized.in_words}; no result "
             "can be nearer to it than it is to itself."
         )
-    twice = _compare_with_itself(plain(), feeds)
+    unoptimized = plain()
+    apart = verify(unoptimized, unoptimized, feeds)
+    if not apart.differs:
+        return ""
     return (
-        f"{what}: run as it stands, two runs of the float model on the same pictures differ by {_in_words(twice)}. "
+        f"{what}: run as it stands, two runs of the float model on the same pictures differ by {apart.in_words}. "
         "ONNX Runtime's optimizer takes it out, and the result is compared without it."
     )
-
-
-def _in_words(checked: Verification) -> str:
-    return ", ".join(score.in_words() for score in by_unit(checked.scores))
-
-
-def _compare_with_itself(session: Session, batches: Iterable[InputBatch]) -> Verification:
-    comparison = ComparisonAccumulator.of(session.model_outputs)
-    for feeds in batches:
-        comparison.add(session.run_all(feeds), session.run_all(feeds))
-    return Verification(0, comparison.scores())
 
 
 def check_gates(verification: Verification, asked: Any) -> list[Gate]:

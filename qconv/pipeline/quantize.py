@@ -317,7 +317,9 @@ class _QuantizationRun:
         if what and feed is not None:
             plain = partial(open_original, self.source, self.recipe.threads, optimize=False)
             feeds = map(feed.as_float, feed.iter_cached("verify"))
-            self.reporter.warn(describe_differing_runs(what, original, plain, feeds))
+            differing = describe_differing_runs(what, original, plain, feeds)
+            if differing:
+                self.reporter.warn(differing)
 
     def save_side_files(self) -> None:
         """Write the statistics and the bits of layers, where they are asked for."""

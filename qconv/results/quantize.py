@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.errors import Change, Finding, Skipped
-from qconv.results.scores import AGREEMENT, SQNR, TOP1, Metric, Score, as_values, value_of, worst_scores
+from qconv.results.scores import AGREEMENT, SQNR, TOP1, Metric, Score, as_values, by_unit, value_of, worst_scores
 
 SCHEMA = 1
 
@@ -137,6 +137,16 @@ class Verification:
         """Whether something was compared, and nothing differs."""
         compared = [output for output in self.outputs if not output.remark]
         return bool(compared) and all(output.equal for output in compared)
+
+    @property
+    def in_words(self) -> str:
+        """The worst score of all outputs for each metric that has a number."""
+        return ", ".join(score.in_words() for score in by_unit(self.scores) if score.value is not None)
+
+    @property
+    def differs(self) -> bool:
+        """Whether something was compared, and is not equal."""
+        return bool(self.scores) and not self.equal
 
     def reaches(self, metric: Metric, want: float) -> bool:
         """Whether the worst output is as good as that; without a number, whether outputs are equal and it has none."""

@@ -134,3 +134,17 @@ def test_a_dropout_in_training_mode_is_told_with_its_size_and_changes_no_byte(tm
     sqnr = results[0][0].verify.sqnr_db
     assert sqnr is not None
     assert sqnr > 25
+
+
+def test_a_draw_that_changes_nothing_is_not_told(tmp_path: Path) -> None:
+    for index in range(8):
+        np.save(tmp_path / f"{index}.npy", np.random.default_rng(index).normal(size=(3, 6, 6)).astype(np.float32))
+    body = "c = Conv<pads=[1,1,1,1]>(x, w) n = RandomNormalLike(c) z = Mul(n, nothing) y = Add(c, z)"
+    source = tmp_path / "random.onnx"
+    proto = network(body, (1, 3, 6, 6), w=(3, 3, 3, 3), nothing=np.float32(0))
+    source.write_bytes(proto.SerializeToString())
+    heard: list[str] = []
+    data = DataOptions((str(tmp_path),), glob="*.npy")
+    quantize(source, None, Recipe(threads=1), data, Reporter(heard.append))
+    evaluate(Source("", source), EvaluationOptions(data, Source("", source), threads=1), Reporter(heard.append))
+    assert not [text for text in heard if "random" in text]
