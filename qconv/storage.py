@@ -387,6 +387,11 @@ class StoredArrays(Sequence[NDArray[Any]]):
     def __iter__(self) -> Iterator[NDArray[Any]]:
         return (one.get() for one in self.held)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no array has any element."""
+        return not any(math.prod(one.shape) for one in self.held)
+
 
 ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")
 
@@ -414,17 +419,19 @@ def read_member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
 
 def read_npy_shape(file: IO[bytes]) -> tuple[int, ...]:
     """The shape in the header of an open .npy file. Raises ValueError."""
+    return _read_npy_header(file)[0]
+
+
+def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape: tuple[int, ...] = read_header(file)[0]
-    return shape
+    shape, _, dtype = read_header(file)
+    return shape, dtype
 
 
 def read_npy(file: IO[bytes], size: int) -> NDArray[Any]:
     """The array of an open .npy file of `size` bytes, which its header must not claim to exceed. Raises ValueError."""
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(file)
+    shape, dtype = _read_npy_header(file)
     if not dtype.hasobject and math.prod(shape) * dtype.itemsize > size:
         raise ValueError(f"its header speaks of {format_bytes(math.prod(shape) * dtype.itemsize)}, which are not there")
     file.seek(0)

@@ -21,7 +21,7 @@ PACKAGE = Path(qconv.__file__).parent
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")}
 LINES = {name: len((PACKAGE / name).read_text("utf-8").splitlines()) for name in TREES}
 
-MOST_MODULES = 150
+MOST_MODULES = 152
 MOST_LINES, MOST_LINES_WITH_A_REASON = 450, 700
 MOST_LINES_OF_A_FUNCTION = 60
 
@@ -31,7 +31,6 @@ LONG_MODULES = {
     "config/recipe.py": "every option of `quantize`, with what it excludes",
     "data/autodetect.py": "one sequential test and what feeds it",
     "data_free/propagation.py": "a table of rules by operator, for means and for distributions",
-    "quantization/sequential_rounding.py": "one pass and the solver it is made of",
     "training/onnx_ops.py": "a table of ONNX operators in PyTorch",
     "training/synthesize.py": "one command and its optimizer",
     "training/trainable.py": "a table of what can be trained in a Q/DQ file",

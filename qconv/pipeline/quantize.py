@@ -41,8 +41,8 @@ from qconv.pipeline.prepare import Prepared, Stopwatch, prepare
 from qconv.planning.plan import Plan
 from qconv.planning.planner import replan
 from qconv.quantization.emit import emit
+from qconv.quantization.layer_rounding import choose_rounding_effort
 from qconv.quantization.parameters import choose_activation_params, make_tensor_rows
-from qconv.quantization.sequential_rounding import choose_rounding_effort
 from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, MixedPrecision, OutputFact, OutputScore, Report, TensorRow, Verification
 from qconv.runtime.benchmark import peak_rss_mb

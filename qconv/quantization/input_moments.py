@@ -148,6 +148,14 @@ def choose_held_out_interval(pieces: int) -> int:
     return max(2, min(HELD_OUT_INTERVAL, pieces))
 
 
+def split_by_image(floats: Float32, rows: Float32, pieces: int) -> Iterator[tuple[Float32, Float32]]:
+    """Split the rows (G, n, K) of a batch in two networks by image, of which there are `pieces`."""
+    ends = np.linspace(0, rows.shape[1], pieces + 1).astype(int)
+    for start, end in itertools.pairwise(ends.tolist()):
+        if end > start:
+            yield floats[:, start:end], rows[:, start:end]
+
+
 def _batch_pieces(pairs: Iterable[tuple[Float32, Float32]]) -> Iterator[tuple[Float32, Float32]]:
     """Join pieces until they have about NUMBERS_AT_ONCE numbers."""
     waiting: list[tuple[Float32, Float32]] = []

@@ -9,24 +9,32 @@ over layers of the moments about each layer's own means; all layers together giv
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from numpy.typing import NDArray
 
 from qconv.errors import Finding, Skipped
 from qconv.ir.model import Model, Node
+from qconv.ir.rewriting import data_input
 from qconv.ir.stepwise import StepwiseRun
 from qconv.planning.plan import Plan
-from qconv.quantization.input_moments import InputMoments, accumulate_moments
+from qconv.quantization.effective_range import EffectiveRange
+from qconv.quantization.input_moments import (
+    Float32,
+    InputMoments,
+    Ints,
+    PatchExtractor,
+    accumulate_moments,
+    choose_held_out_interval,
+    split_by_image,
+)
 from qconv.quantization.layer import WeightReader
+from qconv.quantization.layer_rounding import TOO_LARGE, LayerSolver
 from qconv.quantization.parameters import Params
-from qconv.storage import ArrayStore
-
-if TYPE_CHECKING:
-    from qconv.quantization.sequential_rounding import LayerSolver
+from qconv.storage import ArrayStore, StoredArrays
 
 
 def round_shared_weights(
@@ -35,7 +43,7 @@ def round_shared_weights(
     params: Params,
     solver: LayerSolver,
     feeds: Sequence[Mapping[str, NDArray[Any]]],
-    interval: int,
+    pieces: Sequence[int],
     most_bytes: int,
 ) -> dict[Node, Finding]:
     """Round the weights that several layers read, in place of those in `params`, whose biases stay as they are.
@@ -46,7 +54,7 @@ def round_shared_weights(
         params: parameters of all tensors, with nearest codes.
         solver: rounds single layers.
         feeds: the images, batch by batch.
-        interval: one batch in so many is held out.
+        pieces: into how many each batch is cut, of which one in some is held out.
         most_bytes: of tensors that are held in memory.
 
     Returns:
@@ -61,13 +69,14 @@ def round_shared_weights(
     if not groups or solver.recipe.rounding == "nearest":
         return {}
     findings: dict[Node, Finding] = {}
-    for nodes, seen in zip(groups, _watch(model, params, solver, feeds, groups, interval, most_bytes), strict=True):
-        if seen is None:
-            findings |= {node: Skipped("round", node.name or "", "no picture gives it any rows") for node in nodes}
+    for nodes, seen in zip(groups, _watch(model, params, solver, feeds, groups, pieces, most_bytes), strict=True):
+        if seen is None or not seen.is_finite:
+            why = "no picture gives it any rows" if seen is None else TOO_LARGE
+            findings |= {node: Skipped("round", node.name or "", why) for node in nodes}
             continue
         first = params.layers[known[nodes[0]]]
         readers = [WeightReader(params.layers[known[node]].layer, params.sources.get(node)) for node in nodes]
-        weight, codes, finding = solver.choose_codes(first, readers, seen)
+        weight, codes, finding = solver.choose_codes(first, readers, seen, EffectiveRange(), anew=False)
         for node in nodes:
             params.layers[known[node]] = replace(params.layers[known[node]], weight=weight, codes=codes)
             findings[node] = replace(finding, where=node.name or "")
@@ -80,7 +89,7 @@ def _watch(
     solver: LayerSolver,
     feeds: Sequence[Mapping[str, NDArray[Any]]],
     groups: Sequence[Sequence[Node]],
-    interval: int,
+    pieces: Sequence[int],
     most_bytes: int,
 ) -> list[InputMoments | None]:
     """The moments of each group of layers in the float network; None where no picture gives it any rows."""
@@ -92,19 +101,22 @@ def _watch(
             group = group_of.get(chosen.layer.node)
             if group is None:
                 continue
-            value = chosen.layer.node.inputs[0]
-            assert value is not None
-            floats = run.values_of(value)
-            samples = solver.sample_rows(chosen.layer, index, floats, readers=len(groups[group]))
-            rows = (
-                patches.rows(floats[batch], patches.places(at))
-                for batch, (patches, at) in enumerate(samples)
-                if prod(floats.held[batch].shape)
-            )
-            if not any(prod(x.shape) for x in floats.held):
+            floats = run.values_of(data_input(chosen.layer.node))
+            if floats.is_empty:
                 continue
-            seen = accumulate_moments(((x, x) for x in rows), interval)
+            samples = solver.sample_rows(chosen.layer, index, floats, readers=len(groups[group]))
+            filled = sum(count for count, x in zip(pieces, floats.held, strict=True) if prod(x.shape))
+            seen = accumulate_moments(_iter_pieces(samples, floats, pieces), choose_held_out_interval(filled))
             if chosen.layer.node.op_type == "MatMul":
                 seen = seen.with_means()
             found[group] = found[group].joined(seen) if group in found else seen
     return [found.get(index) for index in range(len(groups))]
+
+
+def _iter_pieces(
+    samples: Iterable[tuple[int, PatchExtractor, Ints]], floats: StoredArrays, pieces: Sequence[int]
+) -> Iterator[tuple[Float32, Float32]]:
+    """Yield the rows that are drawn, piece by piece, as those of two networks that are the same."""
+    for batch, patches, at in samples:
+        rows = patches.rows(floats[batch], patches.places(at))
+        yield from split_by_image(rows, rows, pieces[batch])

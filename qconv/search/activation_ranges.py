@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -213,7 +212,7 @@ def _make_noise_functions(
     with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
         for group in groups:
             values = walk.values_of(group.first)
-            if not any(math.prod(x.shape) for x in values.held):
+            if values.is_empty:
                 continue  # an empty tensor tells nothing of those that share its range
             reach = _measure_reach(values, group.params)
             picked = _pick_batches(reach, *counts)

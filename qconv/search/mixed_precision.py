@@ -27,7 +27,7 @@ from qconv.errors import QconvError
 from qconv.ir.model import Model, constant_array
 from qconv.metrics.similarity import compute_sqnr_db
 from qconv.planning.planner import is_quantizable_layer, make_plan
-from qconv.quantization.sequential_rounding import ROUNDING_EFFORTS, LayerSolver
+from qconv.quantization.layer_rounding import ROUNDING_EFFORTS, LayerSolver
 from qconv.reporter import Reporter
 from qconv.results.quantize import MixedPrecision, SizePoint
 from qconv.search.candidate import CandidateScorer, Measurement, QuantizationSolution, SearchContext, round_to_nearest

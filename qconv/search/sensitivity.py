@@ -27,15 +27,17 @@ from qconv.calibration.sketch import Sketch
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
 from qconv.ir.model import Model, is_tensor
+from qconv.ir.rewriting import data_input
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
 from qconv.metrics.similarity import measure_error
 from qconv.planning.plan import LayerPlan as Planned
 from qconv.planning.plan import Plan
+from qconv.quantization.effective_range import EffectiveRange
 from qconv.quantization.gptq import read_weight_shape
 from qconv.quantization.input_moments import accumulate_moments, is_held_out
 from qconv.quantization.layer import LayerInput, LayerParams, quantize_layer
+from qconv.quantization.layer_rounding import LayerSolver
 from qconv.quantization.parameters import Params, find_layer_input, find_layer_sketch
-from qconv.quantization.sequential_rounding import EffectiveRange, LayerSolver, first_input
 from qconv.quantizer import PerChannel
 from qconv.storage import ArrayStore, StoredArrays
 
@@ -171,7 +173,7 @@ def measure_sensitivities(
             if name not in candidate_bits:
                 continue
             progress(len(found), len(candidate_bits))
-            inputs = walk.values_of(first_input(layer.node))
+            inputs = walk.values_of(data_input(layer.node))
             choices = _quantize_at_each_bits(network, layer, index, candidate_bits[name], inputs, solver)
             opened = _name_weight_inputs(name, choices.values())
             tail = NetworkTail(walk.tail_model(judged), outputs, opened=(name, opened), threads=threads)
@@ -219,10 +221,10 @@ def _quantize_at_each_bits(
     """Quantize the layer with each of the bits it may have."""
     found = {bits: _quantize_to_nearest(network, layer, bits) for bits in sorted(candidate_bits) if bits < FLOAT_BITS}
     refused = solver is None or all(solver.refusal(nearest) for nearest in found.values())
-    if solver is None or refused or not any(prod(x.shape) for x in inputs.held):
+    if solver is None or refused or inputs.is_empty:
         return found
-    samples = zip(inputs, solver.sample_rows(layer, index, inputs), strict=True)
-    rows = (patches.rows(x, patches.places(at)) for x, (patches, at) in samples if x.size)
+    samples = solver.sample_rows(layer, index, inputs)
+    rows = (patches.rows(inputs[batch], patches.places(at)) for batch, patches, at in samples)
     seen, source = accumulate_moments((x, x) for x in rows), _find_source(network, layer)
     effective_range = EffectiveRange.of_consumers(layer.node, network.params.activations)
     return {

@@ -17,7 +17,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe, make_request
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
-from qconv.quantization import saturation, sequential_rounding
+from qconv.quantization import layer_rounding, saturation
 from qconv.quantization.input_moments import InputMoments, accumulate_moments
 from qconv.results.quantize import Report
 from qconv.runtime.session import Session
@@ -132,11 +132,9 @@ def test_a_product_of_one_axis(samples: str) -> None:
 
 def test_a_product_whose_rows_are_places_is_sampled(samples: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reshape makes one long axis of pictures and places: 64 rows a picture."""
-    few = {
-        name: replace(effort, rows=1, most_rows=100) for name, effort in sequential_rounding.ROUNDING_EFFORTS.items()
-    }
-    monkeypatch.setattr("qconv.quantization.sequential_rounding.ROUNDING_EFFORTS", few)
-    monkeypatch.setattr("qconv.quantization.sequential_rounding.LEAST_ROWS", 1)
+    few = {name: replace(effort, rows=1, most_rows=100) for name, effort in layer_rounding.ROUNDING_EFFORTS.items()}
+    monkeypatch.setattr("qconv.quantization.layer_rounding.ROUNDING_EFFORTS", few)
+    monkeypatch.setattr("qconv.quantization.layer_rounding.LEAST_ROWS", 1)
     seen: list[int] = []
 
     def counted(
@@ -233,8 +231,8 @@ def test_biases_of_nearest_codes_take_back_what_the_layers_before_do(samples: st
 
 
 def test_large_layers_of_eight_bits_are_left_to_the_best_effort(samples: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {name: replace(effort, most_weights=100) for name, effort in sequential_rounding.ROUNDING_EFFORTS.items()}
-    monkeypatch.setattr("qconv.quantization.sequential_rounding.ROUNDING_EFFORTS", small)
+    small = {name: replace(effort, most_weights=100) for name, effort in layer_rounding.ROUNDING_EFFORTS.items()}
+    monkeypatch.setattr("qconv.quantization.layer_rounding.ROUNDING_EFFORTS", small)
     report, _ = made(net("conv"), samples, edge_bits=8)
     said = {f.where for f in report.findings if f.step == "round" and "too large" in getattr(f, "why", "")}
     assert said == {"a", "c"}

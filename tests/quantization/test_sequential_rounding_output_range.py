@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from qconv.quantization.effective_range import UNBOUNDED, EffectiveRange
 from qconv.quantization.input_moments import accumulate_moments
-from qconv.quantization.sequential_rounding import UNBOUNDED, EffectiveRange
 from qconv.quantizer import QuantParams, QuantSpec
 from tests.support.models import loaded, network
 

@@ -18,6 +18,7 @@ from qconv.config.recipe import make_request
 from qconv.pipeline.quantize import quantize
 from qconv.quantization import shared_rounding
 from qconv.quantization.input_moments import accumulate_moments
+from qconv.quantization.layer_rounding import LayerSolver
 from qconv.results.quantize import Report
 from tests.support.models import network, statistics
 
@@ -206,12 +207,32 @@ def test_shared_weights_are_looked_at_once(samples: str, tmp_path: Path, monkeyp
             return accumulate_moments(kept, *args, **more)
 
         monkeypatch.setattr(shared_rounding, "accumulate_moments", watched)
-        monkeypatch.setattr("qconv.quantization.sequential_rounding.LEAST_ROWS", 512)
+        monkeypatch.setattr("qconv.quantization.layer_rounding.LEAST_ROWS", 512)
         made(update_block(steps, channels=8), samples, tmp_path / "model.onnx", rounding="second-order")
         counted.append((len(rows), sum(rows)))
     assert counted[0] == (0, 0)  # nothing is shared
     assert counted[1][0] == 24
     assert counted[1][1] <= 2 * (512 + 12 * 16)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_rows_of_shared_weights_are_held_out(
+    batch: int, samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches of eight pictures are sixteen pieces, of which two are held out, as sixteen batches of one are."""
+    held_out: list[int] = []
+    choose = LayerSolver.choose_codes
+
+    def watched(solver, nearest, readers, seen, *rest, **more):
+        if len(readers) > 1:
+            held_out.append(seen.kept[0].shape[1])
+        return choose(solver, nearest, readers, seen, *rest, **more)
+
+    monkeypatch.setattr(LayerSolver, "choose_codes", watched)
+    proto = update_block(3, channels=8)
+    made(proto, samples, tmp_path / "model.onnx", rounding="second-order", batch=batch)
+    assert len(held_out) == 2
+    assert all(held_out)
 
 
 def test_a_weight_of_one_number_is_not_shared(samples: str, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from qconv.data.dataset import find_files
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize
-from qconv.quantization.sequential_rounding import ROUNDING_EFFORTS
+from qconv.quantization.layer_rounding import ROUNDING_EFFORTS
 from qconv.report import console
 from qconv.reporter import Reporter
 from qconv.results.quantize import MixedPrecision, Report

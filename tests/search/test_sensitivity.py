@@ -16,11 +16,12 @@ from qconv.calibration.observer import export_observed_model, observe
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.planning.planner import make_plan
+from qconv.quantization.effective_range import EffectiveRange
 from qconv.quantization.gptq import read_weight_shape
 from qconv.quantization.input_moments import PatchExtractor, accumulate_moments
 from qconv.quantization.layer import quantize_layer
+from qconv.quantization.layer_rounding import LayerSolver, RoundingEffort
 from qconv.quantization.parameters import choose_params
-from qconv.quantization.sequential_rounding import EffectiveRange, LayerSolver, RoundingEffort
 from qconv.quantizer import group_extremes
 from qconv.runtime.session import Session
 from qconv.search.sensitivity import (
