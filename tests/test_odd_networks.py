@@ -9,11 +9,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 import qconv
-from qconv.config.recipe import Recipe
+from qconv.config.recipe import Recipe, make_request
 from qconv.errors import QconvError, Skipped
+from qconv.pipeline.quantize import quantize
 from qconv.reporter import Reporter
 from qconv.results.quantize import Report
 from tests.support.grown import BOOL, FLOAT, INT64, Case, Grower, as_case
@@ -258,6 +260,26 @@ def test_the_shape_of_an_output_is_set_from_a_run(declared: list[int | str] | No
     assert [d.dim_value for d in output.type.tensor_type.shape.dim] == [1, 6]
 
 
+@pytest.mark.parametrize("pictures", [True, False])
+def test_statistics_alone_settle_an_output_of_a_network_of_any_size(pictures: bool, tmp_path: Path) -> None:
+    """Of a size that the statistics know, or of one that is made up: the rank is all that a run tells."""
+    g = Grower(13)
+    g.output(g.op("Relu", g.conv(g.input(["n", 3, "h", "w"]), 3, 8)), [])
+    path, out, calib = tmp_path / "net.onnx", tmp_path / "out.onnx", tmp_path / "calib"
+    calib.mkdir()
+    path.write_bytes(as_case(g).proto.SerializeToString())
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        if pictures:
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(calib / f"{index}.png")
+        else:
+            np.save(calib / f"{index}.npy", rng.normal(size=(1, 3, 16, 16)).astype(np.float32))
+    stats, size = str(tmp_path / "stats.npz"), {"size": (16, 16), "preset": "unit"} if pictures else {}
+    quantize(path, out, *make_request({"calib": (str(calib),), "threads": 1, "save_stats": stats, **size}))
+    quantize(path, out, *make_request({"threads": 1, "stats": stats}))
+    assert [d.dim_value for d in onnx.load(out).graph.output[0].type.tensor_type.shape.dim] == [0, 0, 0, 0]
+
+
 # -- bodies ------------------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +358,19 @@ def test_layers_without_weights_stay_as_they_are(kind: str, effort: str) -> None
     report = quantized(case, effort)
     assert sqnr_on_others(case, report) > 30
     assert qconv.inspect(case.proto.SerializeToString()) is not None
+
+
+def test_a_sequence_of_unlike_tensors_beside_an_output_without_a_shape() -> None:
+    g = Grower(8)
+    t = g.conv(g.op("Relu", g.conv(g.input([1, 3, 16, 16]), 3, 8)), 8, 4)
+    g.output(t, [])
+    case = as_case(g)
+    parts = helper.make_node("SplitToSequence", [t, "sizes"], ["parts"], axis=1)
+    case.proto.graph.initializer.append(numpy_helper.from_array(np.int64([1, 3]), "sizes"))
+    case.proto.graph.node.append(parts)
+    case.proto.graph.output.append(helper.make_tensor_sequence_value_info("parts", TensorProto.FLOAT, None))
+    output = onnx.ModelProto.FromString(quantized(case).model_bytes or b"").graph.output[0]
+    assert [d.dim_value for d in output.type.tensor_type.shape.dim] == [1, 4, 16, 16]
 
 
 def test_a_sequence_as_an_output_is_passed_over() -> None:

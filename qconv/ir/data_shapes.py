@@ -23,6 +23,15 @@ SIZED_BY_INPUT = {
 
 def find_data_shaped(model: Model) -> set[Value]:
     """The tensors of the main graph whose shapes depend on the data, or may do so: bodies may return any shape."""
+    return _follow_data(model)[1]
+
+
+def find_data_dependent(model: Model) -> set[Value]:
+    """The tensors of the main graph whose content depends on the data."""
+    return _follow_data(model)[0]
+
+
+def _follow_data(model: Model) -> tuple[set[Value], set[Value]]:
     content = {value for value in model.graph.inputs if constant_array(value) is None}
     shaped: set[Value] = set()
     for node in model.nodes():
@@ -34,7 +43,7 @@ def find_data_shaped(model: Model) -> set[Value]:
             content.update(node.outputs)
             if _selects(node, content):
                 shaped.update(node.outputs)
-    return shaped
+    return content, shaped
 
 
 def _selects(node: Node, content: set[Value]) -> bool:

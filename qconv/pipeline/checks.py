@@ -16,9 +16,10 @@ import numpy as np
 from qconv import storage
 from qconv.calibration.sketch import Sketch
 from qconv.config.recipe import Recipe
-from qconv.errors import QconvError, Skipped
+from qconv.errors import QconvError, Skipped, format_some
+from qconv.ir.data_shapes import find_data_dependent
 from qconv.ir.files import Source
-from qconv.ir.model import BODY_TYPES, Model
+from qconv.ir.model import Model, dims
 from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION, is_quantizable_layer
 from qconv.quantizer import SMALLEST_SCALE
@@ -58,8 +59,8 @@ def warn_of_vain_keep_float(plan: Plan, audited: Audit, reporter: Reporter) -> N
     found |= {name for name, layer in plan.activation_of.items() if layer in plan.kept}
     vain = [name for name, kept in plan.kept.items() if kept.why.startswith(KEPT_FLOAT_BY_OPTION) and name not in found]
     if vain:
-        more = f" and {len(vain) - 1} more" if len(vain) > 1 else ""
-        reporter.warn(f"--keep-float changes nothing for {vain[0]}{more}: it runs as its neighbours do, or not at all.")
+        named = format_some(vain, 1)
+        reporter.warn(f"--keep-float changes nothing for {named}: it runs as its neighbours do, or not at all.")
 
 
 def warn_of_uncorrected_biases(solution: QuantizationSolution, recipe: Recipe, reporter: Reporter) -> None:
@@ -84,18 +85,9 @@ ROUNDING_TOLERANCE = 1e-5
 """Relative error of a sum of float32 numbers, about."""
 
 
-SHAPE_READERS = frozenset({"Shape", "Size"})
-"""Operators whose results depend on the shape of their input alone."""
-
-
 def find_tensors_of_pictures(model: Model) -> set[str]:
-    """The names of the tensors that depend on what pictures hold: not, for example, the zero state of an LSTM."""
-    fed = set(model.graph.inputs)
-    for node in model.nodes():
-        bodies = any(attr.type in BODY_TYPES for attr in node.attributes.values())
-        if bodies or (node.op_type not in SHAPE_READERS and not fed.isdisjoint(node.inputs)):
-            fed.update(node.outputs)
-    return {value.name or "" for value in fed}
+    """The names of the tensors that show what pictures hold: no zero state of an LSTM, and none without elements."""
+    return {value.name or "" for value in find_data_dependent(model) if 0 not in (dims(value) or ())}
 
 
 def find_odd_tensors(sketches: Mapping[str, Sketch], of_pictures: Collection[str]) -> list[str]:

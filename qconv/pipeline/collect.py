@@ -33,6 +33,9 @@ from qconv.runtime.outputs import find_class_vector
 from qconv.runtime.session import Session, make_random_inputs
 
 MOST_CACHED_NETWORKS = 4
+ANY_SIZE = (256, 256)
+"""Height and width of random numbers where statistics of samples are all that is known, and the network takes any."""
+
 MOST_SHAPES_SEEN = 4
 """Batches that tell the shapes of outputs whose declared one is doubtful."""
 LARGEST_CACHED_BYTES = 2**30
@@ -56,8 +59,7 @@ class CalibrationCache:
         if total_weight_bytes(model) > LARGEST_CACHED_BYTES:
             return None
         network = hashlib.sha256(model.proto().SerializeToString()).hexdigest()
-        drawn = f"{_describe_draw(data)} {len(feed.listing.paths)}"
-        return f"{network} {feed.fed} {feed.batch} {drawn} {observers}"
+        return f"{network} {feed.fed} {feed.batch} {_describe_draw(data, feed)} {observers}"
 
     def keep(self, name: str, sketches: dict[str, Sketch]) -> None:
         """Remember what a pass has seen, and forget the oldest."""
@@ -66,9 +68,10 @@ class CalibrationCache:
             del self.sketches[next(iter(self.sketches))]
 
 
-def _describe_draw(data: DataOptions) -> str:
+def _describe_draw(data: DataOptions, feed: DataLoader) -> str:
     """Which pictures are read, and how the user says they are fed."""
-    return repr((data.paths, data.glob, data.samples, data.seed, data.preprocessing, data.task))
+    drawn = data.paths, data.glob, data.samples, data.seed, len(feed.listing.paths)
+    return repr((*drawn, data.preprocessing, data.task))
 
 
 @dataclass(slots=True)
@@ -112,7 +115,7 @@ class CalibrationData:
             return
         assert session is not None
         remembered = {} if self.cache is None else self.cache.detected
-        draw = f"{_describe_draw(self.data)} {len(self.feed.listing.paths)}"
+        draw = _describe_draw(self.data, self.feed)
         if draw not in remembered:
             said = self.data.preprocessing
             remembered[draw] = detect_preprocessing(model, session, self.feed, said, threads=threads)
@@ -120,14 +123,22 @@ class CalibrationData:
         for loader in self._loaders:
             loader.preprocessing = self.detected.preprocessing
 
-    def run_original(self, source: Source, threads: int | None) -> list[dict[str, tuple[int, ...]]]:
-        """Run the user's own model on the first batches, or on random numbers. Returns the shapes of its outputs."""
+    def shapes_of_outputs(
+        self, source: Source, threads: int | None, names: Sequence[str]
+    ) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Run the user's own model on the first batches, or on random numbers.
+
+        names: of outputs that are tensors. Returns their shapes, of each batch.
+        """
         session, loader = open_original(source, threads, self.data.task), self.runnable_loader
         if loader is None:
-            batches: Iterable[Batch] = [make_random_inputs(session, None, None)]
+            is_open = any(None in shape[1:] for _, _, shape in session.inputs)
+            size = self.size or (ANY_SIZE if is_open else None)
+            batches: Iterable[Batch] = [make_random_inputs(session, None, size)]
         else:
             batches = islice(loader.iter_cached("load"), MOST_SHAPES_SEEN)
-        return [dict(zip(session.outputs, map(np.shape, session.run_all(feeds)), strict=True)) for feeds in batches]
+        runs = [[array.shape for array in session.run(names, feeds)] for feeds in batches]
+        return dict(zip(names, zip(*runs, strict=True), strict=True))
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""
@@ -151,8 +162,8 @@ class CalibrationData:
 
     @property
     def _loaders(self) -> list[DataLoader]:
-        loaders = (self.feed, self.held, self.runnable_loader)
-        return list({id(loader): loader for loader in loaders if loader is not None}.values())
+        imagined = None if self.data_free_statistics is None else self.data_free_statistics.imagined
+        return [loader for loader in (self.feed, self.held, imagined) if loader is not None]
 
     @property
     def model_preprocessing(self) -> Preprocessing | None:

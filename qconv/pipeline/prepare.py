@@ -141,8 +141,7 @@ def _settle_output_shapes(model: Model, pictures: CalibrationData, source: Sourc
     doubtful = doubtful_outputs(model)
     if not doubtful:
         return []
-    runs = pictures.run_original(source, recipe.threads)
-    changed = settle_shapes(model, {name: [shapes[name] for shapes in runs] for name in doubtful})
+    changed = settle_shapes(model, pictures.shapes_of_outputs(source, recipe.threads, doubtful))
     what = "its declared shape is not what a run gives: set from the run"
     return [Change("load", f"output {name}", what, what) for name in changed]
 

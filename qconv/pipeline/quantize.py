@@ -23,7 +23,7 @@ from qconv.ir import files
 from qconv.ir.chance import describe_random_nodes
 from qconv.ir.files import Source
 from qconv.ir.metadata import needed_runtime, write_metadata
-from qconv.ir.model import Model, dims
+from qconv.ir.model import Model
 from qconv.ir.original import open_original
 from qconv.metrics.comparison import check_gates, describe_differing_runs, verify
 from qconv.passes.compress_constants import compress_constants
@@ -185,9 +185,7 @@ class _QuantizationRun:
             self.sketches = self.saved if self.saved and not moved else pictures.sketches(model, plans, recipe)
             if pictures.data_free_statistics is not None:
                 self.findings += pictures.data_free_statistics.findings
-            empty = {value.name for value in self.plan.activations if 0 in (dims(value) or ())}
-            watched = {name: sketch for name, sketch in self.sketches.items() if name not in empty}
-            for oddity in find_odd_tensors(watched, find_tensors_of_pictures(model)):
+            for oddity in find_odd_tensors(self.sketches, find_tensors_of_pictures(model)):
                 self.reporter.warn(oddity)
 
     def _plan_without_floats(self) -> Plan:

@@ -39,7 +39,7 @@ from qconv.ir.operators import (
     TransparentRule,
     WeightedRule,
 )
-from qconv.ir.rewriting import title
+from qconv.ir.rewriting import standard_op_type, title, uses_only_first_output
 from qconv.planning.plan import LayerPlan, Plan
 from qconv.quantizer import PerBlock, PerChannel, PerTensor, QuantSpec
 
@@ -54,8 +54,7 @@ MASK_MAGNITUDE = 1e6
 
 def gives_places(node: Node) -> bool:
     """Whether a node is a MaxPool whose Indices are read."""
-    places = node.outputs[1:] if node.op_type == "MaxPool" and node.domain == "" else ()
-    return any(value.uses() or value.is_graph_output() for value in places)
+    return standard_op_type(node) == "MaxPool" and not uses_only_first_output(node)
 
 
 def keep_places_float(nodes: Sequence[Node]) -> dict[str, str]:
@@ -86,7 +85,8 @@ def _sums_many(node: Node) -> bool:
     if weight is None or not isinstance(rule, WeightedRule):
         return False
     axis = orient_rule(node, rule).output_axis
-    return int(weight.size // weight.shape[axis]) >= MANY_PRODUCTS
+    outputs = weight.shape[axis] if axis < weight.ndim else 1
+    return int(weight.size // max(outputs, 1)) >= MANY_PRODUCTS
 
 
 def _is_sum_of_tensors(node: Node) -> bool:

@@ -107,10 +107,10 @@ class _Planner:
         self.inner &= self._closure(self.nodes, _previous_nodes, layers)
 
     def _is_placed_layer(self, node: Node) -> bool:
-        """Whether a node is a layer that stays float only because it is faster there."""
-        if node.name not in self.floats or self.recipe.bits_of(node.name or "").in_float:
-            return False
-        return node not in self.eligible and isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule)
+        """Whether a node is a layer that stays float only because it is faster there, or for what reads it."""
+        kept = self.plan.kept.get(node.name or "")
+        placed = kept is not None and kept.why == self.floats.get(node.name or "")
+        return placed and isinstance(QUANTIZATION_RULES.get(node.op_type), WeightedRule)
 
     def _closure(self, order: Iterable[Node], neighbours: _Neighbours, layers: Set[Node]) -> set[Node]:
         """Nodes from which one of `layers` is reached through `neighbours`, themselves not counted."""
@@ -130,8 +130,6 @@ class _Planner:
             return f"{KEPT_FLOAT_BY_OPTION}-op"
         if is_quantizable_layer(node) and recipe.bits_of(name).in_float:
             return KEPT_FLOAT_BY_LAYER_BITS
-        if name in self.floats:
-            return self.floats[name]
         if rule is None or node.domain not in ("", "ai.onnx"):
             return f"{node.op_type} has no integer kernel{describe_inside(node)}"
         weights_only = recipe.activation_bits == 32
@@ -139,7 +137,7 @@ class _Planner:
             return self.target.float_ops[node.op_type]
         if weights_only and not isinstance(rule, WeightedRule):
             return "only weights are quantized"
-        return explain_refusal(node, rule)
+        return explain_refusal(node, rule) or self.floats.get(name)
 
     # -- layers with weights ---------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from math import prod
 
 from qconv.ir.model import Node, dims
+from qconv.ir.rewriting import data_input
 
 START_WORK = 10**10
 """What to start, and to load libraries, takes."""
@@ -39,11 +40,8 @@ EQUALIZATION_SHARE, ROUNDING_SHARE, RANGES_SHARE = 1.5, 3.5, 4.0
 
 def count_rows(node: Node) -> int:
     """The rows of input that a layer multiplies by its weights for one image; lengths that are open count as one."""
-    sizes = dims(node.outputs[0]) or []
+    sizes = dims(data_input(node) if node.op_type == "ConvTranspose" else node.outputs[0]) or []
     places = sizes[2:] if node.op_type in ("Conv", "ConvTranspose") else sizes[1:-1]
-    if node.op_type == "ConvTranspose":
-        data = node.inputs[0]
-        places = ((dims(data) if data is not None else None) or [])[2:]
     return prod(size or 1 for size in places)
 
 

@@ -31,6 +31,7 @@ from qconv.ir.model import (
     set_dims,
 )
 from qconv.ir.operators import QUANTIZATION_RULES, ComputingRule, TransparentRule, WeightedRule
+from qconv.ir.rewriting import data_input
 from qconv.planning.eligibility import gives_places
 from qconv.planning.plan import Plan, data_inputs, data_positions
 from qconv.quantization.layer import LayerParams
@@ -75,7 +76,7 @@ class _QdqWriter:
         else:
             for value in node.outputs:
                 if value in self.plan.given and node.op_type == "DequantizeLinear":
-                    self.codes[value] = _first_input(node)
+                    self.codes[value] = data_input(node)
                 elif value in self.params.activations:
                     self.tensor(value, node)
 
@@ -84,9 +85,9 @@ class _QdqWriter:
         readers = self._readers(value, producer)
         source, before = value, producer
         if producer is not None and self._must_stay_float(producer):
-            before = self._copy(value, producer)
+            before = self._copy(value, producer, value)
         elif producer is not None and self._moves_past_pool(producer):
-            before = self._put_activation_behind(producer) or self._copy(value, producer)
+            before = self._put_activation_behind(producer) or self._copy(value, producer, value)
         if before is not None and before is not producer:
             source = before.outputs[0]
         quantizer = self._quantizer(source, self.params.activations[value], before, wish=value.name or "")
@@ -112,10 +113,10 @@ class _QdqWriter:
         before = (value.producer() for value in data_inputs(producer, rule))
         return any(node is not None and self._must_stay_float(node) for node in before)
 
-    def _copy(self, value: Value, producer: Node) -> Node:
-        """A Sum of one tensor, past which no quantizer moves."""
-        node = self.model.build("Sum", [value], name=f"{value.name}_as_float", like=value)
-        self.model.insert_after(producer, node)
+    def _copy(self, source: Value, behind: Node, value: Value) -> Node:
+        """A Sum of one tensor, past which no quantizer moves, behind a node. value: what it stands for."""
+        node = self.model.build("Sum", [source], name=f"{value.name}_as_float", like=value)
+        self.model.insert_after(behind, node)
         return node
 
     def _moves_past_pool(self, producer: Node) -> bool:
@@ -129,7 +130,7 @@ class _QdqWriter:
                 return False
             if node.op_type == "MaxPool":
                 return True
-            source = _first_input(node)
+            source = data_input(node)
             node = source.producer() if self.model.sole_reader(source) is node else None
         return False
 
@@ -138,7 +139,7 @@ class _QdqWriter:
 
         Mostly the quantizer then does the activation, too. None where nothing can be exchanged.
         """
-        value = _first_input(pool)
+        value = data_input(pool)
         activation = value.producer()
         if pool.op_type != "MaxPool" or activation is None or self.model.sole_reader(value) is not pool:
             return None
@@ -147,7 +148,7 @@ class _QdqWriter:
         result = pool.outputs[0]
         if len(self.model.readers(result)) != len(self._readers(result, pool)) or result.is_graph_output():
             return None
-        self.model.set_input(pool, 0, _first_input(activation))
+        self.model.set_input(pool, 0, data_input(activation))
         self.model.set_input(activation, 0, result)
         set_dims(activation.outputs[0], dims(result))
         self.model.insert_after(pool, activation)
@@ -283,9 +284,7 @@ class _QdqWriter:
         node = self._dequantizer(codes, chosen, value.name or "", value)
         self.model.insert_after(producer, node)
         if chosen.scale.ndim:  # a copy: the runtime's kernels for codes fail on a scale for each channel
-            copy = self.model.build("Sum", [node.outputs[0]], name=f"{value.name}_as_float", like=value)
-            self.model.insert_after(node, copy)
-            node = copy
+            node = self._copy(node.outputs[0], node, value)
         if rename and value.is_graph_output():
             self._take_name(value, node.outputs[0])
         self.model.redirect(value, node.outputs[0], readers=readers)
@@ -400,13 +399,6 @@ class _QdqWriter:
         if codes.shape is not None:
             node.outputs[0].shape = codes.shape.copy()
         return node
-
-
-def _first_input(node: Node) -> Value:
-    """The first input of a node, which must exist."""
-    value = node.inputs[0]
-    assert value is not None
-    return value
 
 
 def _is_dequantized(value: Value) -> bool:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from qconv.analysis.evaluate import Evaluation
 from qconv.auditing.audit import FileAudit
-from qconv.errors import format_count, format_shape
+from qconv.errors import format_count, format_shape, format_some
 from qconv.metrics.comparison import LABELLED
 from qconv.metrics.similarity import SIGNIFICANT, difference_interval
 from qconv.results.comparison import Cause, Diagnosis, Sweep, Trial
@@ -77,8 +77,7 @@ def _format_float_nodes(islands: Sequence[FloatNode], total: float, *, verbose: 
     for group in ranked if verbose else ranked[:MOST_GROUPS]:
         first, us = group[0], sum(island.us or 0.0 for island in group)
         names = [island.node for island in group]
-        more = "" if verbose or len(names) <= MOST_NAMED else f" and {len(names) - MOST_NAMED} more"
-        where = ", ".join(names if verbose else names[:MOST_NAMED]) + more
+        where = format_some(names, len(names) if verbose else MOST_NAMED)
         lines.append(wrap_text(f"{_format_time_share(us, total):>6}  {len(group)} {first.op}: {where}", 8))
         others = "; others alike" if len({island.why for island in group}) > 1 else ""
         lines.append(wrap_text(f"        [{first.rule}] {first.why}{others}", 8))

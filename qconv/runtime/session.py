@@ -150,11 +150,10 @@ class Session:
     @property
     def output_types(self) -> dict[str, tuple[str, tuple[int | None, ...]]]:
         """Type in the runtime's word, such as `tensor(float)`, and shape of each output; () for unknown ranks, too."""
-        sizes = (
-            (o, tuple(d if isinstance(d, int) and d >= 0 else None for d in o.shape))
-            for o in self._session.get_outputs()
-        )
-        return {output.name: (output.type, shape) for output, shape in sizes}
+        return {
+            output.name: (output.type, tuple(d if isinstance(d, int) and d >= 0 else None for d in output.shape))
+            for output in self._session.get_outputs()
+        }
 
     @property
     def gives_class_scores(self) -> bool:
@@ -279,16 +278,12 @@ def _load_error(name: str, error: Exception) -> QconvError:
             "export the model at an opset that has it; an operator of one's own needs a domain of its own, too.",
         )
     missing = re.search(r"Could not find an implementation for (\w+)\((\d+)\)", text)
-    if missing and int(missing[2]) < OLDEST_OPSET:
-        return QconvError(
-            f"{name} uses {missing[1]} of opset {missing[2]}, and ONNX Runtime runs opset {OLDEST_OPSET} and later.",
-            f"export the model again at opset {OLDEST_OPSET} or later, or raise it with onnx.version_converter.",
-        )
     if missing:
         return QconvError(
             f"ONNX Runtime {RUNTIME_VERSION} has no kernel for {missing[1]}({missing[2]}) of {name}, or none for its "
             "element types.",
-            "export the model in float32, or at a lower opset; a newer onnxruntime may have the kernel, too.",
+            f"export the model in float32, or at a lower opset from {OLDEST_OPSET} on; a newer onnxruntime may have "
+            "the kernel, too.",
         )
     hint = next((hint for what, hint in LOAD_HINTS.items() if what in text), "check the file, or export it again.")
     if name.startswith(OWN_MODELS):

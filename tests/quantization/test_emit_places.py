@@ -97,3 +97,46 @@ def test_the_reason_is_told() -> None:
     assert reasons["c"] == "the indices of MaxPool m hang on what it writes"
     assert result.plan.kept["c"].why == reasons["c"]
     assert find_float_reason(next(node for node in result.model.nodes() if node.name == "m")).rule == "indices"
+
+
+def place_giver(layer: str, **weights: NDArray) -> onnx.ModelProto:
+    """A MaxPool whose places are given out, behind a layer of 8 x 8 places."""
+    return network(
+        f"{layer} m, places = MaxPool<kernel_shape=[2,1], strides=[2,1]>(c)",
+        x=(2, 3, 8, 8),
+        outputs=("m", "places"),
+        **weights,
+    )
+
+
+def codes_of(found: Quantized) -> int:
+    return sum(tensor.data_type == onnx.TensorProto.INT8 for tensor in found.proto.graph.initializer)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_layer_in_front_of_places_is_stored_as_codes_unless_it_is_to_stay_float(asked: bool) -> None:
+    rng = np.random.default_rng(0)
+    layer = place_giver(f"c = Conv<{SAME}>(x, w)", w=rng.normal(size=(4, 3, 3, 3)).astype(np.float32))
+    found = quantized(layer, keep_float=("c",) if asked else ())
+    assert bool(codes_of(found)) is not asked
+    assert found.sqnr("m") > 30
+
+
+def test_a_layer_that_has_no_codes_has_none_in_front_of_places_either() -> None:
+    """A MatMul by three matrices, one a channel."""
+    rng = np.random.default_rng(0)
+    matrices = place_giver("c = MatMul(x, w)", w=rng.normal(size=(3, 8, 8)).astype(np.float32))
+    assert codes_of(quantized(matrices)) == 0
+
+
+def test_a_product_with_a_vector_in_front_of_places() -> None:
+    """A MatMul with a constant of one axis has no axis of outputs."""
+    rng = np.random.default_rng(0)
+    vector = place_giver(
+        f"d = Conv<{SAME}>(x, w) e = MatMul(d, v) c = Reshape(e, shape)",
+        w=rng.normal(size=(4, 3, 3, 3)).astype(np.float32),
+        v=rng.normal(size=8).astype(np.float32),
+        shape=np.int64([2, 4, 8, 1]),
+    )
+    found = quantized(vector)
+    assert (found.got["places"] == found.expected["places"]).mean() > 0.9

@@ -23,8 +23,13 @@ REFUSED = {
     "newer": (model("y = Gelu(x)"), "operator Gelu, which opset 17 does not have", "at an opset that has it"),
     "old": (
         model("y = Mul<broadcast=1,axis=1>(x, w)", f"{PICTURES} x, float[3] w", 6, version=3),
-        "Mul of opset 6, and ONNX Runtime runs opset 7 and later",
-        "opset 7 or later",
+        r"no kernel for Mul\(6\)",
+        "lower opset from 7 on",
+    ),
+    "old kernel": (
+        model("c = GlobalAveragePool(x) y = Cast<to=1>(c)", "double[1,3,8,8] x"),
+        r"no kernel for GlobalAveragePool\(1\)",
+        "in float32",
     ),
     "double": (model("c = Conv(x, w) y = Cast<to=1>(c)", DOUBLES), r"no kernel for Conv\(11\)", "in float32"),
     "future": (model("y = Relu(x)", opset=99), "cannot load", "lower opset"),
