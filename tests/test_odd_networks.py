@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import qconv
+from qconv.config.data_options import PreprocessingOptions
 from qconv.config.recipe import Recipe, make_request
 from qconv.errors import QconvError, Skipped
 from qconv.pipeline.quantize import quantize
@@ -260,6 +261,9 @@ def test_the_shape_of_an_output_is_set_from_a_run(declared: list[int | str] | No
     assert [d.dim_value for d in output.type.tensor_type.shape.dim] == [1, 6]
 
 
+UNIT = PreprocessingOptions(preset="unit", size=(16, 16))
+
+
 @pytest.mark.parametrize("pictures", [True, False])
 def test_statistics_alone_settle_an_output_of_a_network_of_any_size(pictures: bool, tmp_path: Path) -> None:
     """Of a size that the statistics know, or of one that is made up: the rank is all that a run tells."""
@@ -274,7 +278,7 @@ def test_statistics_alone_settle_an_output_of_a_network_of_any_size(pictures: bo
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(calib / f"{index}.png")
         else:
             np.save(calib / f"{index}.npy", rng.normal(size=(1, 3, 16, 16)).astype(np.float32))
-    stats, size = str(tmp_path / "stats.npz"), {"size": (16, 16), "preset": "unit"} if pictures else {}
+    stats, size = str(tmp_path / "stats.npz"), {"preprocessing": UNIT} if pictures else {}
     quantize(path, out, *make_request({"calib": (str(calib),), "threads": 1, "save_stats": stats, **size}))
     quantize(path, out, *make_request({"threads": 1, "stats": stats}))
     assert [d.dim_value for d in onnx.load(out).graph.output[0].type.tensor_type.shape.dim] == [0, 8, 0, 0]

@@ -34,7 +34,7 @@ from qconv.analysis.point_comparison import (
 from qconv.analysis.weight_comparison import compare_weights
 from qconv.config.data_options import DataOptions
 from qconv.config.serialization import recipe_from_dict
-from qconv.data.loader import Batch, ModelWithData, iter_paired_batches, open_models
+from qconv.data.loader import Batch, ModelWithData, count_images, iter_paired_batches, open_models
 from qconv.errors import QconvError, format_count, format_some
 from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
@@ -257,7 +257,7 @@ class _LoadedNetworks:
                     self.equalization,
                     each,
                 )
-            done += len(next(iter(feeds.values())))
+            done += count_images(feeds)
             reporter.progress("compare", min(done, request.pictures), request.pictures)
         return tallies
 
@@ -304,7 +304,7 @@ class _LoadedNetworks:
                     away = signal_power(moved_to[index] - float_outputs[index])
                     known[index] = known.get(index, 0.0) + away
                 reporter.progress("effects", seen * len(self.pairs) + place + 1, wanted * len(self.pairs))
-            seen += len(next(iter(feeds.values())))
+            seen += count_images(feeds)
             if seen >= wanted:
                 break
         reporter.progress("effects", wanted * len(self.pairs), wanted * len(self.pairs))

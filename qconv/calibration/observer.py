@@ -36,6 +36,7 @@ from qconv.calibration.sketch import (
     sampling_stride,
     upper_halves,
 )
+from qconv.data.loader import count_images
 from qconv.errors import QconvError
 from qconv.ir import subgraph
 from qconv.ir.model import Model
@@ -173,7 +174,7 @@ def _map_images(
 
     def run(batch: Mapping[str, NDArray[Any]]) -> list[T]:
         seen = {**batch, **dict(zip(outputs, session.run_into_buffers(outputs, batch), strict=True))}
-        return [take(picture) for picture in _split_batch(seen, len(next(iter(batch.values()))))]
+        return [take(picture) for picture in _split_batch(seen, count_images(batch))]
 
     with contextlib.closing(prefetch(run, batches, workers=session.at_once, depth=session.at_once + 1)) as found:
         for taken in found:

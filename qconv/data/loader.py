@@ -8,7 +8,7 @@ evidence (`data.autodetect`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,7 @@ class DataLoader:
             lost=self.lost.add,
         )
         for feeds in found:
-            count = _count_images(feeds)
+            count = count_images(feeds)
             if count < self.batch and self._batch_is_fixed:
                 if done:
                     break  # pictures short of a batch: the others speak for them
@@ -226,14 +226,14 @@ class DataLoader:
         with contextlib.closing(self.iter_batches(stage)) as batches:
             for feeds in batches:
                 found.append(feeds)
-                if sum(map(_count_images, found)) >= count:
+                if sum(map(count_images, found)) >= count:
                     break
         return found
 
     @property
     def _is_full(self) -> bool:
         kept = sum(array.nbytes for feeds in self._kept for array in feeds.values())
-        return sum(map(_count_images, self._kept)) >= KEPT_IMAGES or kept >= KEPT_BYTES
+        return sum(map(count_images, self._kept)) >= KEPT_IMAGES or kept >= KEPT_BYTES
 
     def _keep(self, feeds: Batch) -> None:
         if not self._is_full:
@@ -242,11 +242,12 @@ class DataLoader:
 
 def pick_evenly(batches: Sequence[Batch], pictures: int) -> list[Batch]:
     """Pick batches, evenly spread, that hold about so many images."""
-    wanted = max(1, min(len(batches), round(pictures * len(batches) / max(1, sum(map(_count_images, batches))))))
+    wanted = max(1, min(len(batches), round(pictures * len(batches) / max(1, sum(map(count_images, batches))))))
     return [batches[index * len(batches) // wanted] for index in range(wanted)]
 
 
-def _count_images(feeds: Batch) -> int:
+def count_images(feeds: Mapping[str, NDArray[Any]]) -> int:
+    """How many images a batch holds: the length of its first input."""
     return len(next(iter(feeds.values())))
 
 
@@ -284,7 +285,7 @@ class ModelWithData:
             lost=lost,
         )
         for feeds in found:
-            count = len(next(iter(feeds.values())))
+            count = count_images(feeds)
             if fixed and count < feed.batch:
                 feeds = {name: np.resize(array, (feed.batch, *array.shape[1:])) for name, array in feeds.items()}
             yield feeds, count
@@ -296,7 +297,7 @@ class ModelWithData:
         """
         for feeds, count in batches:
             found = self.session.run_all(feeds)
-            size = len(next(iter(feeds.values())))
+            size = count_images(feeds)
             if size == 1:
                 yield found
                 continue

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.data.loader import Batch, DataLoader
+from qconv.data.loader import Batch, DataLoader, count_images
 from qconv.errors import QconvError, format_count
 from qconv.metrics.classification import Agreement, ClassAgreement
 from qconv.metrics.similarity import Cosine, Sqnr
@@ -172,7 +172,7 @@ def verify(
         middle = time.perf_counter()
         got = quantized.run(reference.outputs, feeds)
         seconds.append((middle - start, time.perf_counter() - middle))
-        images += len(next(iter(feeds.values())))
+        images += count_images(feeds)
         comparison.add(expected, got)
     slowdown = spread = None
     if len(seconds) >= FEWEST_TIMED_RUNS:
@@ -270,7 +270,7 @@ def collect_reference_outputs(
         size += sum(a.nbytes for a in (*feeds.values(), *kept[-1][1]) if isinstance(a, np.ndarray))
         if size >= most_bytes:
             break
-    seen = sum(len(next(iter(feeds.values()))) for feeds, _ in kept)
+    seen = sum(count_images(feeds) for feeds, _ in kept)
     pictures = min(seen, total)
     if size >= most_bytes and pictures < total:
         reporter.warn(

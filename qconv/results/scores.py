@@ -103,13 +103,14 @@ class Score:
     @property
     def is_poor(self) -> bool:
         """Whether trouble is to be expected."""
-        limit = self.metric.poor
-        return self.value is not None and limit is not None and self.metric.lost(limit, self.value) > 0
+        return self._is_beyond(self.metric.poor)
 
     @property
     def is_useless(self) -> bool:
         """Whether nothing is left of the model."""
-        limit = self.metric.useless
+        return self._is_beyond(self.metric.useless)
+
+    def _is_beyond(self, limit: float | None) -> bool:
         return self.value is not None and limit is not None and self.metric.lost(limit, self.value) > 0
 
     def in_words(self, template: str = "") -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -103,12 +104,11 @@ def search_activation_ranges(
     judged = any(is_tensor(value) for value in model.graph.outputs)
     groups = _find_range_groups(model, plan, activations) if judged else []
     told: list[Finding] = []
-    if budget.share is not None:
-        most = _most_groups(plan, _count_images(feeds), budget.share, budget.few)
-        if most < len(groups):
-            why = f"{len(groups) - most} of {len(groups)} ranges were not looked at, or it would take too long"
-            told.append(Skipped(STEP, groups[0].first.name or "", why))
-            groups = [groups[index * len(groups) // most] for index in range(most)]
+    most = _most_groups(plan, feeds, budget.share, budget.few)
+    if most < len(groups):
+        why = f"{len(groups) - most} of {len(groups)} ranges were not looked at, or it would take too long"
+        told.append(Skipped(STEP, groups[0].first.name or "", why))
+        groups = [groups[index * len(groups) // most] for index in range(most)]
     few, many = (pick_evenly(feeds, count) for count in (budget.few, budget.many))
     noises = []
     for done, found in enumerate(_measure_noises(model, groups, few, threads)):
@@ -118,11 +118,9 @@ def search_activation_ranges(
     weighty = {
         group.first: noise for group, noise in zip(groups, noises, strict=True) if noise > LEAST_NOISE_SHARE * whole
     }
-    chosen = [group for group in groups if group.first in weighty]
-    if budget.share is not None:
-        most = _most_groups(plan, _count_images(feeds), budget.share, USUAL_TRIALS * (budget.far + budget.near))
-        loudest = sorted(weighty, key=weighty.__getitem__, reverse=True)[:most]
-        chosen = [group for group in chosen if group.first in loudest]
+    most = _most_groups(plan, feeds, budget.share, USUAL_TRIALS * (budget.far + budget.near))
+    loudest = set(sorted(weighty, key=weighty.__getitem__, reverse=True)[:most])
+    chosen = [group for group in groups if group.first in loudest]
     factors: dict[str, float] = {}
     for done, (group, noise, reach) in enumerate(
         _make_noise_functions(model, chosen, many, (budget.far, budget.near), threads)
@@ -137,12 +135,14 @@ def search_activation_ranges(
     return factors, told
 
 
-def _count_images(feeds: Sequence[InputBatch]) -> int:
-    return sum(max((len(x) for x in feed.values() if x.ndim), default=1) for feed in feeds)
+def _most_groups(plan: Plan, feeds: Sequence[InputBatch], share: float | None, runs: int) -> int:
+    """How many groups can be walked through, with so many runs of one image each: half the network lies behind one.
 
-
-def _most_groups(plan: Plan, images: int, share: float, runs: int) -> int:
-    """How many groups can be walked through, with so many runs of one image each: half the network lies behind one."""
+    share: of the work of a static quantization with the images of `feeds`; None for as much as it takes.
+    """
+    if share is None:
+        return sys.maxsize
+    images = sum(max((len(x) for x in feed.values() if x.ndim), default=1) for feed in feeds)
     nodes = [layer.node for layer in plan.layers]
     one = runs * multiplications(nodes) + SESSION_WORK * sum(map(count_weights, nodes)) / GROUPS_PER_SESSION
     return max(1, int(share * quantization_work(nodes, images) / max(1.0, one / 2)))

@@ -20,7 +20,7 @@ from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob
 from qconv.config.targets import TARGETS
 from qconv.data.dataset import class_folders_of, find_classes
-from qconv.data.loader import Batch, DataLoader
+from qconv.data.loader import Batch, DataLoader, count_images
 from qconv.errors import Finding, QconvError
 from qconv.ir import subgraph
 from qconv.ir.metadata import set_ir_version
@@ -178,7 +178,7 @@ class CandidateScorer:
     @property
     def pictures(self) -> int:
         """The number of images that candidates are scored on."""
-        return sum(len(next(iter(feeds.values()))) for feeds, _ in self.scored.batches)
+        return sum(count_images(feeds) for feeds, _ in self.scored.batches)
 
     def recipe_of(self, point: BitAssignment) -> Recipe:
         """The recipe with the bits of an assignment. Bits of activations that the user gave stay."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from qconv.config.choices import Drop
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
-from qconv.data.loader import Batch
+from qconv.data.loader import Batch, count_images
 from qconv.errors import QconvError
 from qconv.ir.model import Model, constant_array
 from qconv.metrics.similarity import compute_sqnr_db
@@ -159,7 +159,7 @@ def _first_batches(batches: Iterable[Batch], pictures: int) -> Iterator[Batch]:
     seen = 0
     for feeds in batches:
         yield feeds
-        seen += len(next(iter(feeds.values())))
+        seen += count_images(feeds)
         if seen >= pictures:
             return
 
