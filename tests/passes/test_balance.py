@@ -14,12 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from qconv import compare
-from qconv.config.recipe import make_request
 from qconv.errors import Skipped
 from qconv.ir.metadata import read_equalization
-from qconv.pipeline.quantize import quantize
 from qconv.results.quantize import Report
 from tests.support.models import network
+from tests.support.runs import quantize_saved, write_samples
 
 GRAPHS = int(os.environ.get("QCONV_GRAPHS", "12"))
 """Networks that are drawn."""
@@ -81,19 +80,7 @@ def far_apart(rng: np.random.Generator) -> NDArray[np.float64]:
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("samples")
-    rng = np.random.default_rng(7)
-    for index in range(32):
-        np.save(folder / f"{index:02}.npy", rng.standard_normal((1, 3, 12, 12)).astype(np.float32))
-    return str(folder)
-
-
-def made(proto: onnx.ModelProto, samples: str, path: Path, **options: object) -> tuple[Report, onnx.ModelProto]:
-    onnx.save(proto, path)
-    recipe, data = make_request({"calib": (samples,), "threads": 1} | options)
-    report, content = quantize(path, None, recipe, data)
-    assert content is not None
-    return report, onnx.load_from_string(content)
+    return write_samples(tmp_path_factory.mktemp("samples"), (1, 3, 12, 12), 32)
 
 
 def skipped(report: Report) -> list[str]:
@@ -103,8 +90,8 @@ def skipped(report: Report) -> list[str]:
 @pytest.mark.parametrize("seed", range(GRAPHS))
 def test_channels_far_apart_lose_as_little_as_others(seed: int, samples: str, tmp_path: Path) -> None:
     by = far_apart(np.random.default_rng(seed))
-    near, _ = made(drawn(seed, np.ones(CHANNELS)), samples, tmp_path / "near.onnx")
-    far, _ = made(drawn(seed, by), samples, tmp_path / "far.onnx")
+    near, _ = quantize_saved(drawn(seed, np.ones(CHANNELS)), samples, tmp_path / "near.onnx")
+    far, _ = quantize_saved(drawn(seed, by), samples, tmp_path / "far.onnx")
     assert (far.verify.sqnr_db or 0) > min((near.verify.sqnr_db or 0) - 6, 30)
     assert not any("float outputs" in why for why in skipped(far))
 
@@ -118,7 +105,7 @@ def test_tiny_and_huge_weights(samples: str, tmp_path: Path) -> None:
     numbers = onnx.numpy_helper.to_array(weights["w0"]).copy()
     numbers[0], numbers[1] = 0, numbers[1] * np.float32(1e-42)
     weights["w0"].CopyFrom(onnx.numpy_helper.from_array(numbers, "w0"))
-    report, result = made(proto, samples, tmp_path / "model.onnx")
+    report, result = quantize_saved(proto, samples, tmp_path / "model.onnx")
     assert (report.verify.sqnr_db or 0) > 30
     scale = read_equalization({entry.key: entry.value for entry in result.metadata_props}).scale_of("a", CHANNELS)
     assert scale is not None
@@ -130,7 +117,7 @@ def test_the_record_joins_both_scalings(samples: str, tmp_path: Path) -> None:
     """`compare` scales the float model's tensors by what is recorded: they agree with the codes' then."""
     by = np.ones(CHANNELS)
     by[5] = 1e5
-    _, result = made(drawn(0, by), samples, tmp_path / "model.onnx")
+    _, result = quantize_saved(drawn(0, by), samples, tmp_path / "model.onnx")
     onnx.save(result, tmp_path / "quantized.onnx")
     found = compare(tmp_path / "model.onnx", tmp_path / "quantized.onnx", samples)
     assert len(found.layers) > 3
@@ -143,7 +130,7 @@ def test_what_stays_apart_is_said(samples: str, tmp_path: Path) -> None:
     by[5] = 1e5
     proto = drawn(0, by)
     proto.graph.output.append(onnx.helper.make_tensor_value_info("r", 1, ["N", CHANNELS, 12, 12]))
-    report, _ = made(proto, samples, tmp_path / "model.onnx")
+    report, _ = quantize_saved(proto, samples, tmp_path / "model.onnx")
     assert any("stay apart" in why and "own input or output" in why for why in skipped(report))
 
 
@@ -159,5 +146,5 @@ def test_channels_that_are_near_are_left_to_the_noise_model(samples: str, tmp_pa
                 numbers = onnx.numpy_helper.to_array(tensor).copy()
                 numbers[3] = 0
                 tensor.CopyFrom(onnx.numpy_helper.from_array(numbers, name))
-        report, _ = made(proto, samples, tmp_path / "model.onnx")
+        report, _ = quantize_saved(proto, samples, tmp_path / "model.onnx")
         assert not any("far from the others" in str(finding) for finding in report.findings)

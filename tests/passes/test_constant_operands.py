@@ -13,12 +13,10 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from qconv.config.recipe import make_request
 from qconv.passes.equalize import apply_scales
 from qconv.passes.scale_groups import find_scale_groups
-from qconv.pipeline.quantize import quantize
-from qconv.results.quantize import Report
 from tests.support.models import ints, loaded, network, random_feeds, run
+from tests.support.runs import quantize_saved, write_samples
 
 GRAPHS = int(os.environ.get("QCONV_GRAPHS", "14"))
 """Networks that are drawn."""
@@ -91,23 +89,13 @@ def drawn(seed: int, by: float) -> onnx.ModelProto:
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("samples")
-    rng = np.random.default_rng(7)
-    for index in range(24):
-        np.save(folder / f"{index:02}.npy", rng.standard_normal((1, 3, SIDE, SIDE)).astype(np.float32))
-    return str(folder)
-
-
-def made(proto: onnx.ModelProto, samples: str, path: Path) -> Report:
-    onnx.save(proto, path)
-    recipe, data = make_request({"calib": (samples,), "threads": 1})
-    return quantize(path, path.with_suffix(".out.onnx"), recipe, data)[0]
+    return write_samples(tmp_path_factory.mktemp("samples"), (1, 3, SIDE, SIDE), 24)
 
 
 @pytest.mark.parametrize("seed", range(GRAPHS))
 def test_a_large_constant_loses_as_little_as_a_small_one(seed: int, samples: str, tmp_path: Path) -> None:
     by = float(np.random.default_rng(seed).uniform(20, 200))
-    small, large = (made(drawn(seed, factor), samples, tmp_path / "model.onnx") for factor in (1.0, by))
+    small, large = (quantize_saved(drawn(seed, factor), samples, tmp_path / "model.onnx")[0] for factor in (1.0, by))
     assert (large.verify.sqnr_db or 0) > min((small.verify.sqnr_db or 0) - 6, 30)
     assert not any("float outputs" in str(finding) for finding in large.findings)
 
@@ -125,7 +113,7 @@ def test_coordinates_of_pixels(samples: str, tmp_path: Path) -> None:
         w1=np.concatenate([scaled(rng, CHANNELS, CHANNELS, 3, 3), apart], axis=1),
         u=scaled(rng, 4, CHANNELS, 1, 1),
     )
-    assert (made(proto, samples, tmp_path / "model.onnx").verify.sqnr_db or 0) > 30
+    assert (quantize_saved(proto, samples, tmp_path / "model.onnx")[0].verify.sqnr_db or 0) > 30
 
 
 @pytest.mark.parametrize("seed", range(len(JOINS)))

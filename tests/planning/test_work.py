@@ -11,13 +11,12 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from qconv.config.recipe import make_request
 from qconv.errors import Skipped
 from qconv.passes import noise_model
-from qconv.pipeline.quantize import quantize
 from qconv.planning import work
 from qconv.results.quantize import Report
 from tests.support.models import ints, loaded, network
+from tests.support.runs import quantize_saved, write_samples
 
 GRAPHS = int(os.environ.get("QCONV_GRAPHS", "10"))
 """Networks that are drawn."""
@@ -31,19 +30,7 @@ def scaled(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("samples")
-    rng = np.random.default_rng(7)
-    for index in range(8):
-        np.save(folder / f"{index:02}.npy", rng.standard_normal((1, 3, 12, 12)).astype(np.float32))
-    return str(folder)
-
-
-def made(proto: onnx.ModelProto, samples: str, path: Path, **options: object) -> tuple[Report, bytes]:
-    onnx.save(proto, path)
-    recipe, data = make_request({"calib": (samples,), "threads": 1} | options)
-    report, content = quantize(path, None, recipe, data)
-    assert content is not None
-    return report, content
+    return write_samples(tmp_path_factory.mktemp("samples"), (1, 3, 12, 12), 8)
 
 
 def skipped(report: Report, step: str) -> list[str]:
@@ -122,7 +109,7 @@ def test_noise_is_evaluated_a_fixed_number_of_times(
     proto = FAMILIES[seed % len(FAMILIES)](rng, int(rng.integers(1, 4)))
     weights = sum(np.prod(tensor.dims) for tensor in proto.graph.initializer)
     counter = Counter(monkeypatch)
-    made(proto, samples, tmp_path / "model.onnx", rounding="nearest", tune_ranges=False)
+    quantize_saved(proto, samples, tmp_path / "model.onnx", rounding="nearest", tune_ranges=False)
     assert counter.evaluated <= weights * (noise_model.DESCENT_STEPS + 20)
 
 
@@ -141,7 +128,7 @@ def test_what_cannot_be_scaled_is_evaluated_once(samples: str, tmp_path: Path, m
         return plain(term, u, into)
 
     monkeypatch.setattr(noise_model.WeightNoise, "slope", counted)
-    made(proto, samples, tmp_path / "model.onnx", rounding="nearest", tune_ranges=False)
+    quantize_saved(proto, samples, tmp_path / "model.onnx", rounding="nearest", tune_ranges=False)
     assert sizes.count(144 * 8 * 64) == 1
 
 
@@ -157,19 +144,19 @@ def test_a_step_that_would_take_too_long_does_less_and_says_so(
 ) -> None:
     """With nearly no share of the work the result is whole, the same each time, and tells what was left out."""
     proto = tree(np.random.default_rng(1), 1)
-    usual, _ = made(proto, samples, tmp_path / "model.onnx", **options)
+    usual, _ = quantize_saved(proto, samples, tmp_path / "model.onnx", **options)
     assert not any("too long" in why for why in skipped(usual, step))
     monkeypatch.setattr(share, 1e-9)
-    report, content = made(proto, samples, tmp_path / "model.onnx", **options)
+    report, content = quantize_saved(proto, samples, tmp_path / "model.onnx", **options)
     assert any("too long" in why for why in skipped(report, step))
     assert (report.verify.sqnr_db or 0) > 15
-    assert made(proto, samples, tmp_path / "model.onnx", **options)[1] == content
+    assert quantize_saved(proto, samples, tmp_path / "model.onnx", **options)[1] == content
 
 
 def test_the_best_effort_leaves_nothing_out(samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("qconv.passes.equalize.EQUALIZATION_SHARE", "qconv.quantization.sequential_rounding.ROUNDING_SHARE"):
         monkeypatch.setattr(name, 1e-9)
-    report, _ = made(tree(np.random.default_rng(1), 1), samples, tmp_path / "model.onnx", effort="best")
+    report, _ = quantize_saved(tree(np.random.default_rng(1), 1), samples, tmp_path / "model.onnx", effort="best")
     assert not any("too long" in str(finding) for finding in report.findings)
 
 

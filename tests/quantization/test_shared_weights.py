@@ -14,13 +14,11 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from qconv.config.recipe import make_request
-from qconv.pipeline.quantize import quantize
 from qconv.quantization import shared_rounding
 from qconv.quantization.input_moments import accumulate_moments
 from qconv.quantization.layer_rounding import LayerSolver
-from qconv.results.quantize import Report
 from tests.support.models import network, statistics
+from tests.support.runs import quantize_saved, write_samples
 
 GRAPHS = int(os.environ.get("QCONV_GRAPHS", "10"))
 """Networks that are drawn."""
@@ -30,19 +28,7 @@ SAME = "pads=[1,1,1,1]"
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("samples")
-    rng = np.random.default_rng(7)
-    for index in range(16):
-        np.save(folder / f"{index:02}.npy", rng.standard_normal((1, 3, 12, 12)).astype(np.float32))
-    return str(folder)
-
-
-def made(proto: onnx.ModelProto, samples: str, path: Path, **options: object) -> tuple[Report, onnx.ModelProto]:
-    onnx.save(proto, path)
-    recipe, data = make_request({"calib": (samples,), "threads": 1} | options)
-    report, content = quantize(path, None, recipe, data)
-    assert content is not None
-    return report, onnx.load_from_string(content)
+    return write_samples(tmp_path_factory.mktemp("samples"), (1, 3, 12, 12), 16)
 
 
 def count_kernels(proto: onnx.ModelProto) -> int:
@@ -131,7 +117,7 @@ FAMILIES: list[Callable[[np.random.Generator], Drawn]] = [siamese, recurrent, he
 @pytest.mark.parametrize("seed", range(GRAPHS))
 def test_each_weight_is_stored_once(seed: int, samples: str, tmp_path: Path) -> None:
     proto, weights = FAMILIES[seed % len(FAMILIES)](np.random.default_rng(seed))
-    report, result = made(proto, samples, tmp_path / "model.onnx")
+    report, result = quantize_saved(proto, samples, tmp_path / "model.onnx")
     assert count_kernels(result) <= weights
     assert (report.verify.sqnr_db or 0) > 15
     assert not any("float outputs" in str(finding) for finding in report.findings)
@@ -161,7 +147,7 @@ def test_a_layer_called_on_three_views_of_a_tensor(pictures: str, tmp_path: Path
         e=scaled(rng, 64, 1, gain=0.1).reshape(-1),
         u=scaled(rng, 4, 192, 1, 1),
     )
-    report, result = made(proto, pictures, tmp_path / "model.onnx")
+    report, result = quantize_saved(proto, pictures, tmp_path / "model.onnx")
     assert result.ByteSize() < 0.35 * proto.ByteSize()
     assert (report.verify.sqnr_db or 0) > 41
     assert count_kernels(result) == 3
@@ -189,7 +175,7 @@ def update_block(steps: int, channels: int = 24) -> onnx.ModelProto:
 def test_a_block_of_twelve_steps_stays_small(samples: str, tmp_path: Path) -> None:
     """A third of its bytes are names, biases and quantizers, for 24 layers."""
     proto = update_block(12, channels=48)
-    report, result = made(proto, samples, tmp_path / "model.onnx")
+    report, result = quantize_saved(proto, samples, tmp_path / "model.onnx")
     assert result.ByteSize() < 0.45 * proto.ByteSize()
     assert (report.verify.sqnr_db or 0) > 20  # the stream is rounded to 8 bits twelve times
     assert count_kernels(result) == 4
@@ -208,7 +194,7 @@ def test_shared_weights_are_looked_at_once(samples: str, tmp_path: Path, monkeyp
 
         monkeypatch.setattr(shared_rounding, "accumulate_moments", watched)
         monkeypatch.setattr("qconv.quantization.layer_rounding.LEAST_ROWS", 512)
-        made(update_block(steps, channels=8), samples, tmp_path / "model.onnx", rounding="second-order")
+        quantize_saved(update_block(steps, channels=8), samples, tmp_path / "model.onnx", rounding="second-order")
         counted.append((len(rows), sum(rows)))
     assert counted[0] == (0, 0)  # nothing is shared
     assert counted[1][0] == 24
@@ -230,7 +216,7 @@ def test_rows_of_shared_weights_are_held_out(
 
     monkeypatch.setattr(LayerSolver, "choose_codes", watched)
     proto = update_block(3, channels=8)
-    made(proto, samples, tmp_path / "model.onnx", rounding="second-order", batch=batch)
+    quantize_saved(proto, samples, tmp_path / "model.onnx", rounding="second-order", batch=batch)
     assert len(held_out) == 2
     assert all(held_out)
 
@@ -240,7 +226,7 @@ def test_a_weight_of_one_number_is_not_shared(samples: str, tmp_path: Path) -> N
     filled = np.full((8, 8, 3, 3), 0.01, np.float32)
     body = f"a = Conv<{SAME}>(x, v) b = Conv<{SAME}>(a, w) c = Conv<{SAME}>(b, u) y = Conv(c, q)"
     proto = network(body, ("N", 3, 12, 12), v=(8, 3, 3, 3), w=filled, u=filled.copy(), q=(16, 8, 1, 1))
-    _, result = made(proto, samples, tmp_path / "model.onnx")
+    _, result = quantize_saved(proto, samples, tmp_path / "model.onnx")
     assert count_kernels(result) == 4
 
 
@@ -248,8 +234,8 @@ def test_a_result_larger_than_the_float_model_is_said(samples: str, tmp_path: Pa
     proto = network(
         f"a = Conv<{SAME}>(x, w) b = Relu(a) y = Conv(b, u)", ("N", 3, 12, 12), w=(2, 3, 3, 3), u=(2, 2, 1, 1)
     )
-    report, result = made(proto, samples, tmp_path / "model.onnx")
+    report, result = quantize_saved(proto, samples, tmp_path / "model.onnx")
     assert result.ByteSize() > proto.ByteSize()
     assert any("larger than the float one" in warning for warning in report.warnings)
-    report, _ = made(update_block(2), samples, tmp_path / "model.onnx")
+    report, _ = quantize_saved(update_block(2), samples, tmp_path / "model.onnx")
     assert not any("larger than the float one" in warning for warning in report.warnings)
