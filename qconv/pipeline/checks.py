@@ -15,6 +15,7 @@ import numpy as np
 
 from qconv import storage
 from qconv.calibration.sketch import Sketch
+from qconv.config.choices import PACKED_BITS
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError, Skipped, format_some
 from qconv.ir.data_shapes import find_data_dependent
@@ -61,6 +62,12 @@ def warn_of_vain_keep_float(plan: Plan, audited: Audit, reporter: Reporter) -> N
     if vain:
         named = format_some(vain, 1)
         reporter.warn(f"--keep-float changes nothing for {named}: it runs as its neighbours do, or not at all.")
+
+
+def warn_of_vain_pack(plan: Plan, recipe: Recipe, reporter: Reporter) -> None:
+    """Warn of --pack where a search for bits has left nothing to pack."""
+    if recipe.pack and not any(recipe.packs(layer.weight.bits) for layer in plan.layers):
+        reporter.warn(f"--pack changes nothing: no layer has {PACKED_BITS} bits or fewer.")
 
 
 def warn_of_uncorrected_biases(solution: QuantizationSolution, recipe: Recipe, reporter: Reporter) -> None:

@@ -35,6 +35,7 @@ from qconv.pipeline.checks import (
     warn_of_result,
     warn_of_uncorrected_biases,
     warn_of_vain_keep_float,
+    warn_of_vain_pack,
 )
 from qconv.pipeline.collect import CalibrationCache, CalibrationData
 from qconv.pipeline.prepare import Prepared, Stopwatch, prepare
@@ -306,6 +307,7 @@ class _QuantizationRun:
             checked = _verify_staged(staged, original, self.recipe, pictures, self.target)
             self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)
+        warn_of_vain_pack(plan, self.recipe, self.reporter)
         warn_of_result(checked, (self.prepared.size, staged.size), self.reporter)
         return checked, audited
 

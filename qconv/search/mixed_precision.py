@@ -19,7 +19,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qconv.config.choices import Drop
+from qconv.config.choices import PACKED_BITS, Drop
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.data.loader import Batch, count_images
@@ -73,8 +73,16 @@ def predict_recipe(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> R
 
 
 def _make_uniform_recipe(recipe: Recipe, bits: int) -> Recipe:
-    """The recipe with these bits for all layers, and no search."""
-    return replace(recipe, weight_bits=bits, max_drop=None, target_size=None, candidate_bits=None, save_layer_bits=None)
+    """The recipe with these bits for all layers, and no search; packed where they can be."""
+    return replace(
+        recipe,
+        weight_bits=bits,
+        pack=recipe.pack and bits <= PACKED_BITS,
+        max_drop=None,
+        target_size=None,
+        candidate_bits=None,
+        save_layer_bits=None,
+    )
 
 
 def check_target_size(model: Model, recipe: Recipe, floats: Mapping[str, str]) -> None:

@@ -465,3 +465,9 @@ def test_packing_goes_with_a_search(pictures: Path) -> None:
     assert list(kinds.values()).count(onnx.TensorProto.INT4) == len(narrow) > 0
     with pytest.raises(QconvError, match="--pack"):
         replace(found, candidate_bits=(5, 8))
+
+
+@pytest.mark.parametrize(("size", "vain"), [(0.3, True), (0.16, False)])
+def test_packing_that_changes_nothing_is_told(pictures: Path, size: float, vain: bool) -> None:
+    report, _ = quantized(RESIDUAL, *request(pictures, target_size=size, pack=True, candidate_bits=(4, 8)))
+    assert any("--pack changes nothing" in warning for warning in report.warnings) is vain
