@@ -172,6 +172,11 @@ class Preprocessing:
         """Whether pixels stay the numbers that they are."""
         return self.scale == 1 and not any(self.mean) and set(self.std) == {1.0}
 
+    @property
+    def as_options(self) -> PreprocessingOptions:
+        """What a user would say to get this preprocessing."""
+        return PreprocessingOptions(**{part.name: getattr(self, part.name) for part in fields(PreprocessingOptions)})
+
     def as_pixels(self, layout: Layout) -> Preprocessing:
         """What is left to do in front of a file that normalises by itself and takes pixels in `layout`."""
         inside = EmbeddedNormalization(self.preset, self.scale, self.mean, self.std, self.layout)
@@ -206,6 +211,10 @@ class Preprocessing:
         )
 
     def _resize_in_words(self) -> str:
+        usual = self.filter is ResizeFilter.BILINEAR
+        return self._fitting_in_words() + ("" if usual else f", {self.filter} filter")
+
+    def _fitting_in_words(self) -> str:
         if isinstance(self.resize, int):
             return f"shorter side to {self.resize}, centre crop"
         if self.resize != "auto":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 
 LEAST_DECODERS = 2
+
+OTHER_MODEL = "the other model"
 
 KEPT_IMAGES = 32
 
@@ -356,19 +358,19 @@ def _open_model(
     ):  # it takes pixels: all else is for the float model
         said = replace(said, preset=None, scale=None, mean=None, std=None, color=None, layout=None)
     if told is None:
-        told, why = hint, "as the other model"
+        told, why = hint, OTHER_MODEL
     if told is not None:
         # samples need none of it, which is no news where the user has said nothing
         quietly = Reporter() if data.preprocessing == PreprocessingOptions() else reporter.without_progress()
-        merged = replace(data, preprocessing=_merge_options(said, told))
+        merged = replace(data, preprocessing=merge_options(said, told))
         try:
             feed = DataLoader.of(session, merged, quietly)
         except QconvError as error:
             DataLoader.of(session, data, Reporter())  # raises where the user is mistaken
             reporter.warn(f"{source.name} cannot be fed as {why} says, which is ignored: {error.message}")
         else:
-            if feed.preprocessing is not None and said == PreprocessingOptions():
-                feed.preprocessing = replace(feed.preprocessing, source=why)
+            if feed.preprocessing is not None and "preset" not in _given_parts(said):
+                feed.preprocessing = replace(feed.preprocessing, source=_describe_source(said, why))
             return ModelWithData(session, feed, _describe_loader(feed))
     feed = DataLoader.of(session, data, reporter.without_progress())
     if feed.preprocessing is None or said.preset != AUTO:
@@ -418,14 +420,25 @@ def _find_carried_task(*protos: Any) -> str:
     return next((task for task in told if task in TASKS), "auto")
 
 
-def _merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> PreprocessingOptions:
-    """The user's options win; another preset also replaces the numbers of the old one."""
-    own = {part: getattr(said, part) for part in PreprocessingOptions.__dataclass_fields__}
-    default = {part: getattr(PreprocessingOptions(), part) for part in own}
-    changed = {part: wish for part, wish in own.items() if wish != default[part]}
+def merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> PreprocessingOptions:
+    """The user's options win over what is told; another preset also replaces the numbers of the old one."""
+    changed = _given_parts(said)
     if "preset" in changed:
         told = replace(told, preset=None, scale=None, mean=None, std=None, color=None)
     return replace(told, **changed)
+
+
+def _given_parts(said: PreprocessingOptions) -> dict[str, Any]:
+    """What the user has said, by the names of its parts."""
+    return {part.name: value for part in fields(said) if (value := getattr(said, part.name)) != part.default}
+
+
+def _describe_source(said: PreprocessingOptions, why: str) -> str:
+    """Where a preprocessing comes from. why: what tells of it, but for the parts that are said."""
+    own = [f"--{part}" for part in _given_parts(said)]
+    if why == OTHER_MODEL:
+        why = f"as {why}"
+    return f"{why}, with {' and '.join(own)}" if own else why
 
 
 def _describe_loader(feed: DataLoader) -> str:

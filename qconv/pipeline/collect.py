@@ -19,7 +19,7 @@ from qconv.calibration.sketch import Sketch, SketchContents
 from qconv.config.data_options import DataOptions, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.autodetect import DetectedPreprocessing, detect_preprocessing, detect_without_images
-from qconv.data.loader import Batch, DataLoader
+from qconv.data.loader import Batch, DataLoader, merge_options
 from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.data_free.dead_leaves import GeneratedImageLoader
 from qconv.data_free.statistics import DataFreeStatistics
@@ -275,9 +275,8 @@ def open_calibration_data(
     statistics_file.require_same_model(found, path, model=model, name=source.name)
     known = None if found.preprocessing is None else statistics_file.preprocessing_from_dict(found.preprocessing)
     if data.preprocessing != PreprocessingOptions():
-        wanted = resolve_preprocessing(
-            data.preprocessing, InputSpec(*session.inputs[0]), class_vector=session.gives_class_scores
-        )
+        said = data.preprocessing if known is None else merge_options(data.preprocessing, known.as_options)
+        wanted = resolve_preprocessing(said, InputSpec(*session.inputs[0]), class_vector=session.gives_class_scores)
         statistics_file.require_same_preprocessing(found, path, statistics_file.preprocessing_to_dict(wanted))
     feed = DataLoader.of(session, data, reporter, known) if data.paths else None
     if feed is not None:

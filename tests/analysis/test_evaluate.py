@@ -17,7 +17,7 @@ from PIL import Image
 
 from qconv.analysis.compare import compare_on_images
 from qconv.analysis.evaluate import Evaluation, EvaluationOptions, evaluate
-from qconv.config.data_options import DataOptions, Layout, PreprocessingOptions
+from qconv.config.data_options import DataOptions, Layout, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import class_folders_of, find_classes
 from qconv.errors import QconvError
@@ -163,6 +163,9 @@ def test_a_quantized_file_is_fed_as_its_metadata_says(folder: Path, tmp_path: Pa
         assert found.outputs[0].sqnr_db is not None
         assert found.outputs[0].sqnr_db > 30
         assert "metadata" in found.words
+        bicubic = PreprocessingOptions(filter=ResizeFilter.BICUBIC)
+        words = scored(Source(str(out), out), folder, against=source, preprocessing=bicubic).words
+        assert words.endswith(", bicubic filter; the file's metadata, with --filter")
 
 
 def test_a_quantized_file_holds_what_it_was_made_for(folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnx
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from qconv.calibration import statistics_file
 from qconv.calibration.sketch import SketchBuilder, SketchContents, TensorView
 from qconv.cli.main import cli
-from qconv.config.data_options import DataOptions, PreprocessingOptions
+from qconv.config.data_options import Color, DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe, make_request
 from qconv.errors import QconvError
 from qconv.pipeline.quantize import quantize
@@ -147,6 +148,7 @@ def test_another_preprocessing_is_refused(place: Path) -> None:
         with pytest.raises(QconvError, match=r"another preprocessing .mean .* and .*, std"):
             run(place, calib=calib, preprocessing=PreprocessingOptions(preset="imagenet"), **known)
         run(place, calib=calib, preprocessing=unit, **known)
+        run(place, calib=calib, preprocessing=PreprocessingOptions(color=Color.RGB), **known)  # the rest is as it was
         report, _ = quantize(
             place / "m.onnx", place / "out.onnx", Recipe(rounding="nearest", **known), DataOptions(calib)
         )  # type: ignore[arg-type]
@@ -154,6 +156,8 @@ def test_another_preprocessing_is_refused(place: Path) -> None:
         assert report.preprocessing["preset"] == "unit"
     with pytest.raises(QconvError, match="ready-made samples"):
         run(place, **known)
+    with pytest.raises(QconvError, match=r"another preprocessing .color rgb and bgr"):
+        run(place, calib=(), preprocessing=PreprocessingOptions(color=Color.BGR), **known)
 
 
 def test_tensors_that_were_not_watched_are_named(place: Path) -> None:
@@ -294,6 +298,11 @@ def test_merge_stats_says_what_it_did(place: Path) -> None:
     found = json.loads(text)
     assert (found["pictures"], found["repeated"], found["tensors"]) == (12, 0, 4)
     assert statistics_file.read_statistics(place / "sum.npz").pictures == 12
+
+
+def test_a_sum_needs_a_file(place: Path) -> None:
+    with pytest.raises(click.UsageError, match="cannot be written to standard output"):
+        call("merge-stats", *shards(place, 2), "-o", "-")
 
 
 def test_pictures_that_come_twice_are_told(place: Path) -> None:
