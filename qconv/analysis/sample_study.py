@@ -135,10 +135,11 @@ def _plan_observers(plan: Plan, recipe: Recipe) -> list[Observer]:
         )
     observers = plan.observers(sketch_contents_for(recipe))
     if not observers:
-        raise QconvError(
-            "Nothing depends on the number of pictures: these options quantize no activation.",
-            "pass --activation-bits 8, or use any pictures.",
-        )
+        fact, hint = "these options quantize no activation", "pass --activation-bits 8, or use any pictures."
+        if recipe.activation_bits != 32 and plan.kept:
+            node, kept = next(iter(plan.kept.items()))
+            fact, hint = f"no activation is quantized (of {node}: {kept.why})", "use any pictures."
+        raise QconvError(f"Nothing depends on the number of pictures: {fact}.", hint)
     return observers
 
 

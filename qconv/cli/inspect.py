@@ -19,6 +19,7 @@ from qconv.cli.command import (
     run_command,
 )
 from qconv.cli.options import HELP_WIDTH, csv_option, output_options
+from qconv.cli.recipe_options import find_typed_options
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 
@@ -63,6 +64,9 @@ def _inspect(given: InspectArguments) -> CommandResult:
     found: Any
     text: Callable[..., str]
     if inspect_quantized.is_quantized_file(proto):
+        if "target" in find_typed_options():
+            fact = f"--target is for a float model, and {source.name} is quantized."
+            raise QconvError(fact, "leave it out: the file says what it was made for.")
         found, text = inspect_quantized.inspect_quantized(source), text_inspect.format_quantized_model
     else:
         found, text = inspect_float.inspect_float(source, given.target), text_inspect.format_float_model

@@ -31,6 +31,8 @@ def merge_stats(**options: Any) -> int:
     """Add up statistics that `quantize --save-stats` wrote of parts of a set of pictures."""
     given = make_arguments(MergeStatsArguments, options)
     require_names({"files": given.files, "--output": given.output})
+    if given.output == "-":
+        raise click.UsageError("the sum cannot be written to standard output: name a file.")
 
     def work(reporter: Reporter) -> CommandResult:
         from qconv.calibration.statistics_file import merge_files

@@ -243,7 +243,8 @@ quantize_options = combine_options(
         "--calib",
         multiple=True,
         metavar="DIR|FILE|none",
-        help="Calibration pictures: a folder, or a file with one path a line; or none: see `qconv manual data-free`.",
+        help="Calibration pictures: a folder, or a file with one path a line; repeatable; or none: see "
+        "`qconv manual data-free`.",
     ),
     click.option(
         "--fallback",

@@ -90,6 +90,8 @@ def study_samples(
     recipe, data = given.request(**{**dict.fromkeys(OPTIONS_NOT_STUDIED), "effort": "fast"})
     if recipe.tune_ranges:
         raise click.UsageError("--tune-ranges is not possible in a study: it would need all pictures again each time.")
+    if recipe.tune_latency:
+        raise click.UsageError("--tune-latency is not possible in a study: nothing is timed.")
     require_streams(model, None, wanted.as_json)
     if place is not None and place.suffix.lower() == ".html":
         from qconv.report.html import require_report_extra

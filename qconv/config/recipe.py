@@ -170,7 +170,7 @@ def check_data(recipe: Recipe, data: DataOptions) -> None:
     require(recipe.bias_correction != "sequential", "--bias-correction sequential with --stats alone", hint)
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
     require(not gated, "A gate with --stats alone", "pass pictures to measure on with --calib.")
-    data.require_defaults(("samples", "seed", "glob"), "with --stats alone")
+    data.require_defaults(("samples", "batch", "seed", "glob"), "with --stats alone")
 
 
 RUN_ONLY_OPTIONS = frozenset({"threads", "min_agreement", "min_sqnr", "stats", "save_stats", "save_layer_bits"})
@@ -264,6 +264,8 @@ class Recipe:
         self._require_one_of("fallback", (None, *FALLBACKS), f"use {' or '.join(FALLBACKS)}.")
         idle = self.effort == "best" and self.rounding == "nearest"
         hint = "pass --rounding second-order, or leave --effort out; named recipes take nearest codes."
+        if self.stats is not None:
+            hint = "leave --effort out, or pass pictures with --calib: statistics alone give nearest codes."
         require(not idle, "--effort best with nearest codes", hint)
         if self.rounding is not None:
             check_bias_correction(self)
@@ -425,6 +427,8 @@ class Recipe:
         usual = self.calibrator in ("", FEW_BITS_CALIBRATOR)
         require(usual, f"{self._told('calibrator')} with --activation-bits 32", hint)
         require(not self.tune_ranges, "--tune-ranges with --activation-bits 32", hint)
+        usual = self.activation_scheme == TARGETS[self.target].default_scheme
+        require(usual, f"{self._told('activation_scheme')} with --activation-bits 32", hint)
 
     def _check_percentile(self) -> None:
         """Only one calibrator has a share; an option without effect would mislead."""

@@ -301,7 +301,8 @@ def benchmark(
         raise QconvError("There is no model to time.", "pass one, or several to compare.")
     for path in paths:
         if not os.path.isfile(path):
-            raise QconvError(f"{path} does not exist, or is no file.", "check the path of the model.")
+            fact = "is no file" if os.path.exists(path) else "does not exist"
+            raise QconvError(f"{path} {fact}.", "check the path of the model.")
     cpu = detect_cpu()
     threads = conditions.threads or cpu.cores
     timings = tuple(Timing(name) for name in names or paths)

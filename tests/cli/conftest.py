@@ -37,7 +37,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[byt
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A folder of its own with `model.onnx`, a few kilobytes."""
-    folder = tmp_path / "work"
+    folder = tmp_path / "models"
     folder.mkdir()
     path = folder / "model.onnx"
     path.write_bytes(net().SerializeToString())

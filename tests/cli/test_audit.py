@@ -24,3 +24,13 @@ def test_audit_asks_for_a_size_that_is_open(call: Qconv, tmp_path: Path) -> None
     assert_error(call("audit", path), "--size")
     assert call("audit", path, "--size", "9x8", "--quiet").status == 0
     assert_error(call("audit", tmp_path / "none.onnx"), "none.onnx")
+
+
+def test_inspect_takes_a_target_for_a_float_model_alone(call: Qconv, tiny: Path, calib: Path) -> None:
+    out = tiny.with_name("q.onnx")
+    call("quantize", tiny, "--calib", calib, *QUICK, "-o", out, "--quiet")
+    assert call("inspect", tiny, "--target", "generic").status == 0
+    assert_error(
+        call("inspect", out, "--target", "generic"), r"--target is for a float model, and .*q\.onnx is quantized"
+    )
+    assert call("inspect", out).status == 0

@@ -27,7 +27,7 @@ def test_the_model_is_never_overwritten(
 ) -> None:
     monkeypatch.chdir(tiny.parent)
     before = tiny.read_bytes()
-    out = {"itself": "model.onnx", "other spelling": "../work/./model.onnx"}.get(how, "link.onnx")
+    out = {"itself": "model.onnx", "other spelling": "../models/./model.onnx"}.get(how, "link.onnx")
     if how == "symlink":
         os.symlink("model.onnx", out)
     elif how == "hardlink":

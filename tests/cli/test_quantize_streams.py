@@ -24,7 +24,7 @@ def test_from_standard_input_to_standard_output(tmp_path: Path, tiny: Path, cali
     last = piped.err.splitlines()[-1]  # warnings may come before
     assert json.loads(last)["output"] == "-"
     assert all(line.startswith("Warning:") for line in piped.err.splitlines()[:-1])
-    assert listing(tmp_path) == ["out.onnx", "work"]
+    assert listing(tmp_path) == ["models", "out.onnx"]
 
 
 @pytest.mark.parametrize("how", ["file to stdout", "stdin to file"])

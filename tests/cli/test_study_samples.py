@@ -60,6 +60,8 @@ def test_a_study_is_drawn(call: Qconv, tiny: Path, calib: Path, name: str) -> No
         (("--calib", "CALIB", "--seeds", "0"), 2, "--seeds"),
         (("--calib", "CALIB", "--stats", "s.npz"), 2, "No such option"),
         (("--calib", "CALIB", "--tune-ranges"), 2, "--tune-ranges is not possible in a study"),
+        (("--calib", "CALIB", "--tune-latency"), 2, "--tune-latency is not possible in a study"),
+        (("--calib", "CALIB", "--activation-bits", "32"), 1, "these options quantize no activation"),
         (("--calib", "CALIB", "--holdout", "20"), 1, "leaves none of the 20 pictures"),
         (("--calib", "CALIB", "-o", "missing/study.png"), 1, "does not exist"),
         (("--calib", "missing"), 1, "does not exist"),
