@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qconv.errors import Change
 from qconv.ir.layers import (
@@ -79,7 +81,8 @@ def fold_into_columns(model: Model, node: Node) -> list[Change]:
     check_finite(layer)
     if dims(node.outputs[0]) != dims(data) or not _can_replace(node, data):
         return []
-    _scale_adds(model, column, affine)
+    for add, place, numbers in _scaled_adds(column, affine):
+        model.set_input(add, place, model.constant(f"{title(add)}_scaled", numbers))
     write_layer(model, layer)
     if not takes_shift and affine.shift.any():
         _add_behind(model, column.layer, np.broadcast_to(affine.shift, (channels,)))
@@ -167,8 +170,12 @@ def _find_same_axis(before: list[int | None], after: list[int | None], axis: int
     return None
 
 
-def _scale_adds(model: Model, column: _Column, affine: Affine) -> None:
-    """Scale the constants that are added on the way; the one next to the layer takes the shift."""
+def _scaled_adds(column: _Column, affine: Affine) -> list[tuple[Node, int, NDArray[np.floating[Any]]]]:
+    """The constants that are added on the way, scaled: the node, the input and the numbers of each.
+
+    The one next to the layer takes the shift. Raises EditRefused where float32 does not have the numbers.
+    """
+    found = []
     for index, (node, axis) in enumerate(column.adds):
         data = affine_data_input(node)
         assert data is not None
@@ -181,10 +188,13 @@ def _scale_adds(model: Model, column: _Column, affine: Affine) -> None:
         added = added * affine.gain.reshape(across)
         if index == len(column.adds) - 1:
             added = added + affine.shift.reshape(across)
-        if not np.isfinite(added.astype(numbers.dtype)).all():
-            raise EditRefused(f"{describe_node(node)} would get numbers that float32 does not have")
         short = added.reshape(added.shape[axis:]) if axis is not None and added.size == added.shape[axis] else added
-        model.set_input(node, place, model.constant(f"{title(node)}_scaled", short.astype(numbers.dtype)))
+        with np.errstate(over="ignore"):
+            scaled = short.astype(numbers.dtype)
+        if not np.isfinite(scaled).all():
+            raise EditRefused(f"{describe_node(node)} would get numbers that float32 does not have")
+        found.append((node, place, scaled))
+    return found
 
 
 def _add_behind(model: Model, layer: Node, shift: Float64) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
+from qconv.errors import Skipped
+from qconv.passes.fold_columns import fold_into_columns
 from tests.support.folded import folded
 from tests.support.libraries import MOVES_CODES, needs
-from tests.support.models import ints, network, statistics
+from tests.support.models import ints, loaded, network, statistics
 from tests.support.quantized import pictures, quantized
 
 DRAWN = int(os.environ.get("QCONV_DRAWN_GRAPHS", "60"))
@@ -101,6 +103,22 @@ def test_numbers_stay_and_scales_go(seed: int) -> None:
         assert found["Add"] + found["Sub"] == shifted
     elif not known:
         assert found["Mul"] == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_overflows_on_the_way_changes_nothing() -> None:
+    """The Add in front of the scale could take it, and the one before that could not."""
+    first = np.zeros((3, 5), np.float32)
+    first[0, 0] = 1e38
+    body = "a = MatMul(x, w) b = Add(a, k) c = Add(b, m) d = Mul(c, ten) y = Sigmoid(d)"
+    proto = network(body, x=(1, 3, 4), w=(4, 5), k=first, m=(3, 5), ten=np.float32(10))
+    model = loaded(proto)
+    before = model.proto().SerializeToString()
+    (skipped,) = fold_into_columns(model)
+    assert isinstance(skipped, Skipped)
+    assert "float32" in skipped.why
+    assert model.proto().SerializeToString() == before
+    folded(proto)
 
 
 @needs("onnxruntime", "1.22", MOVES_CODES)
