@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from qconv.errors import Change, Finding
 from qconv.ir.layers import (
     Layer,
+    channel_stats_of,
     forget_channel_stats,
     forget_input_means,
     read_layer,
+    set_channel_stats,
     weight_of,
     write_layer,
 )
@@ -336,8 +338,10 @@ def _fold_into_layers_behind(model: Model, node: Node, order: NDArray[np.int64],
         _reorder_channels(model, inner, back)
     for layer in layers:
         write_layer(model, layer)
-    if not model.take_over(node.outputs[0], data_input(node)):
-        raise EditRefused("the model returns its channels in this order")  # not reached: nobody returns them
+    known = channel_stats_of(node.outputs[0])
+    if known is not None:
+        set_channel_stats(data_input(node), known.of(back))
+    model.redirect(node.outputs[0], data_input(node))
     model.remove(node)
     return [Change("shuffle", title(layer.node), f"{describe_node(node)} went into its weights") for layer in layers]
 
