@@ -13,7 +13,7 @@ Sources: Graham et al. 2021, arXiv 2104.01136, 3.2; Liu et al. 2022, arXiv 2201.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -27,9 +27,11 @@ from qconv.ir.layers import (
     Float64,
     affine_data_input,
     check_finite,
+    forget_channel_stats,
     read_affine,
     read_layer,
     scale_outputs,
+    transform_channel_stats,
     write_layer,
 )
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, rank
@@ -47,13 +49,13 @@ LAYER_AXES: Mapping[str, int] = {"MatMul": -1, "Gemm": 1, "Conv": 1, "ConvTransp
 class _Column:
     """The layer that writes the channels along an axis of a tensor, and what stands in between.
 
-    adds: constants that are added on the way, the last first, each with the axis of the channels there, None for
-    any.
+    path: the tensors on the way, the last first, each with the axis of the channels there, None for any. adds: the
+    constants that are added on it, likewise.
     """
 
     layer: Node
-    moved: bool
-    adds: list[tuple[Node, int | None]] = field(default_factory=list)
+    path: list[tuple[Value, int | None]]
+    adds: list[tuple[Node, int | None]]
 
 
 @each_node("fold", "BatchNormalization", "Mul", "Div", "Add", "Sub")
@@ -66,7 +68,7 @@ def fold_into_columns(model: Model, node: Node) -> list[Change]:
     if axis == MANY_AXES:
         return []
     column = _find_column(model, node, data, axis)
-    if column is None or not (column.moved or column.adds):
+    if column is None or not column.path:
         return []
     affine = read_affine(node, rank(data), -1 if axis is None else axis)
     channels = read_layer(column.layer).outputs
@@ -84,6 +86,7 @@ def fold_into_columns(model: Model, node: Node) -> list[Change]:
     for add, place, numbers in _scaled_adds(column, affine):
         model.set_input(add, place, model.constant(f"{title(add)}_scaled", numbers))
     write_layer(model, layer)
+    _transform_stats(column, affine)
     if not takes_shift and affine.shift.any():
         _add_behind(model, column.layer, np.broadcast_to(affine.shift, (channels,)))
     model.take_over(node.outputs[0], data)
@@ -111,8 +114,8 @@ def _channel_axis(node: Node, data: Value) -> int | None:
 
 def _find_column(model: Model, reader: Node, value: Value, axis: int | None) -> _Column | None:
     """The layer whose output channels lie along `axis` of `value` (None: any); None where there is none."""
+    path: list[tuple[Value, int | None]] = []
     adds: list[tuple[Node, int | None]] = []
-    moved = False
     while True:
         node = value.producer()
         if node is None or node.graph is not model.graph or model.sole_reader(value) is not reader:
@@ -121,14 +124,13 @@ def _find_column(model: Model, reader: Node, value: Value, axis: int | None) -> 
         if kind in INPUTS_FIRST:
             own = LAYER_AXES[kind] % (rank(value) or 1)
             constant = constant_array(node.inputs[1]) is not None
-            return _Column(node, moved, adds) if axis in (own, None) and constant else None
+            return _Column(node, path, adds) if axis in (own, None) and constant else None
         before = _step_up(node, value, axis)
         if before is None:
             return None
+        path.append((value, axis))
         if kind == "Add":
             adds.append((node, axis))
-        else:
-            moved = True
         value, axis = before
         reader = node
 
@@ -195,6 +197,18 @@ def _scaled_adds(column: _Column, affine: Affine) -> list[tuple[Node, int, NDArr
             raise EditRefused(f"{describe_node(node)} would get numbers that float32 does not have")
         found.append((node, place, scaled))
     return found
+
+
+def _transform_stats(column: _Column, affine: Affine) -> None:
+    """Keep what is noted of the tensors on the way true; those in front of all that is added take no shift."""
+    shift = affine.shift
+    for value, axis in column.path:
+        if axis in (None, 1):  # where notes have their channels
+            transform_channel_stats(value, affine.gain, shift)
+        else:
+            forget_channel_stats(value)
+        if column.adds and value.producer() is column.adds[-1][0]:
+            shift = np.zeros(1)
 
 
 def _add_behind(model: Model, layer: Node, shift: Float64) -> None:
