@@ -54,11 +54,11 @@ def resize_every_axis(model: Model, node: Node) -> list[Change]:
     axes = attribute(node, "axes")
     if axes is None:
         return []
+    if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
+        raise EditRefused("it crops")
     if attribute(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
         _scale_in_proportion(model, node, axes)
         return [Change("simplify", title(node), "proportion of Resize written out")]
-    if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
-        raise EditRefused("it crops")
     scales = input_of(node, 2)
     by_scales = scales is not None and dims(scales) != [0]
     given = node.inputs[2 if by_scales else 3]

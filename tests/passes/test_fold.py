@@ -109,6 +109,16 @@ SIMPLIFIED = {
         network('y = Resize<axes=[2,3], keep_aspect_ratio_policy="not_larger">(x, , , s)', opset=18, s=ints(13, 10)),
         "Reshape Resize",
     ),
+    "resize in proportion that crops": (
+        network(
+            'y = Resize<axes=[2,3], coordinate_transformation_mode="tf_crop_and_resize",'
+            ' keep_aspect_ratio_policy="not_larger">(x, area, , s)',
+            opset=18,
+            area=np.float32([0.1, 0.1, 0.8, 0.8]),
+            s=ints(12, 9),
+        ),
+        "Reshape Resize",
+    ),
     "cubic resize that shrinks": (
         network('y = Resize<mode="cubic">(x, , s)', s=np.float32([1, 1, 0.5, 1.5])),
         "Reshape Resize",
