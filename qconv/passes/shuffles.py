@@ -37,6 +37,7 @@ from qconv.ir.rewriting import (
     data_input,
     describe_node,
     each_node,
+    reads_as_data,
     standard_op_type,
     title,
     uses_only_first_output,
@@ -126,9 +127,9 @@ MOVES: Mapping[str, Callable[[Node, Places], Places | list[Places]]] = {
 """Operators that move numbers, each with what it does to an array."""
 
 
-def _is_move(node: Node, value: Value) -> bool:
+def _is_move(model: Model, node: Node, value: Value) -> bool:
     """Whether a node moves the numbers of `value` and reads it nowhere else."""
-    return standard_op_type(node) in MOVES and [i for i, v in enumerate(node.inputs) if v is value] == [0]
+    return standard_op_type(node) in MOVES and reads_as_data(node, value, model)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,7 +144,7 @@ class _Moved:
 def _follow(model: Model, value: Value, places: tuple[Places, ...], path: tuple[Node, ...]) -> Iterator[_Moved]:
     """What becomes of a tensor through operators that move numbers, each step of it."""
     for node in model.readers(value):
-        if node.graph is not model.graph or not _is_move(node, value):
+        if not _is_move(model, node, value):
             continue
         try:
             made = [MOVES[node.op_type](node, x) for x in places]
@@ -186,7 +187,7 @@ def gather_channels(model: Model) -> list[Finding]:
         if producer is not None and (producer.graph is None or standard_op_type(producer) in MOVES):
             continue
         start = _number_places(value)
-        if start is not None and any(_is_move(node, value) for node in model.readers(value)):
+        if start is not None and any(_is_move(model, node, value) for node in model.readers(value)):
             found += _gather_from(model, value, start)
     return found
 
@@ -228,7 +229,7 @@ def _gather_from(model: Model, source: Value, start: tuple[Places, ...]) -> list
 
 def _is_read_outside(model: Model, value: Value) -> bool:
     """Whether a tensor is read by anything but operators that only move it on."""
-    return value.is_graph_output() or any(not _is_move(node, value) for node in model.readers(value))
+    return value.is_graph_output() or any(not _is_move(model, node, value) for node in model.readers(value))
 
 
 def _is_shorter(path: tuple[Node, ...], order: NDArray[np.int64]) -> bool:
@@ -321,10 +322,10 @@ def _fold_into_layers_behind(model: Model, node: Node, order: NDArray[np.int64],
         readers = model.readers(value)
         if value.is_graph_output() or not readers:
             raise EditRefused("the model returns its channels in this order")
-        if all(_is_dense(reader, value) for reader in readers):
+        if all(_is_dense(model, reader, value) for reader in readers):
             break
-        (reader,) = readers if len(readers) == 1 else (None,)
-        if reader is None or reader.graph is not model.graph or not _keeps_channels(reader, value):
+        reader = readers[0] if len(readers) == 1 else None
+        if reader is None or not _keeps_channels(model, reader, value):
             names = ", ".join(describe_node(other) for other in readers[:2])
             raise EditRefused(f"{names} takes its channels as they are")
         between.append(reader)
@@ -346,17 +347,16 @@ def _fold_into_layers_behind(model: Model, node: Node, order: NDArray[np.int64],
     return [Change("shuffle", title(layer.node), f"{describe_node(node)} went into its weights") for layer in layers]
 
 
-def _is_dense(node: Node, value: Value) -> bool:
+def _is_dense(model: Model, node: Node, value: Value) -> bool:
     """Whether a node is a layer that reads `value`, and sums over all of its channels."""
-    kind = standard_op_type(node)
-    if kind not in ("Conv", "ConvTranspose", "Gemm") or [i for i, v in enumerate(node.inputs) if v is value] != [0]:
+    if standard_op_type(node) not in ("Conv", "ConvTranspose", "Gemm") or not reads_as_data(node, value, model):
         return False
     return constant_array(input_of(node, 1)) is not None and attribute(node, "group", 1) == 1
 
 
-def _keeps_channels(node: Node, value: Value) -> bool:
+def _keeps_channels(model: Model, node: Node, value: Value) -> bool:
     """Whether a node works on each channel of `value`, its first input, by itself."""
-    if [i for i, v in enumerate(node.inputs) if v is value] != [0] or not uses_only_first_output(node):
+    if not reads_as_data(node, value, model) or not uses_only_first_output(node):
         return False
     kind = standard_op_type(node)
     if kind in PER_CHANNEL or _is_depthwise(node):
