@@ -223,7 +223,7 @@ def _gather_from(model: Model, source: Value, start: tuple[Places, ...]) -> list
         count = len(moved.path)
         text = f"channels are moved by one operator in place of {count}" if count > 1 else "channels are gathered"
         found.append(Change("shuffle", title(last), text))
-        _drop_unread(model, moved.path)
+        model.remove_unread([last])
     return found
 
 
@@ -264,16 +264,6 @@ def _select(model: Model, source: Value, order: NDArray[np.int64], moved: _Moved
     else:
         model.insert_after(producer, node)
     return node.outputs[0]
-
-
-def _drop_unread(model: Model, path: tuple[Node, ...]) -> None:
-    """Remove the operators, last first, whose results nobody reads any more."""
-    for node in reversed(path):
-        if node.graph is None:
-            continue
-        if any(value.uses() or value.is_graph_output() for value in node.outputs):
-            return
-        model.remove(node)
 
 
 # -- into the weights of layers ----------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def _recognise_behind(model: Model, start: Value) -> list[Finding]:
             return []
         slope = model.constant(f"{title(end)}_slope", np.asarray(slopes, np.float32).reshape(shape))
         model.become(end, "PRelu", [start, slope])
-    _drop_unread(model, before)
+    model.remove_unread(before)
     return [Change("simplify", title(end), f"{end.op_type} recognised in what was made of several operators")]
 
 
@@ -213,17 +213,6 @@ def _slope_shape(slopes: Numbers, axes: int) -> tuple[int, ...] | None:
     while shape and shape[0] == 1:
         shape = shape[1:]
     return shape or (1,)
-
-
-def _drop_unread(model: Model, waiting: list[Node | None]) -> None:
-    """Remove what nobody reads any more."""
-    while waiting:
-        node = waiting.pop()
-        if node is None or node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
-            continue
-        before = [value.producer() for value in node.inputs if value is not None]
-        model.remove(node)
-        waiting += before
 
 
 @each_node("simplify", "PRelu")
