@@ -62,27 +62,25 @@ class _Column:
 def fold_into_columns(model: Model, node: Node) -> list[Change]:
     """Fold a scale and shift into the columns of the layer before, through Reshape, Transpose and constants added."""
     data = affine_data_input(node)
-    if data is None or not isinstance(rank(data), int):
+    if data is None or rank(data) is None:
         return []
     axis = _channel_axis(node, data)
     if axis == MANY_AXES:
         return []
     column = _find_column(model, node, data, axis)
-    if column is None or not column.path:
+    if column is None or not column.path or dims(node.outputs[0]) != dims(data):
         return []
     affine = read_affine(node, rank(data), -1 if axis is None else axis)
-    channels = read_layer(column.layer).outputs
+    layer = read_layer(column.layer)
+    channels = layer.outputs
     if affine.gain.size not in (1, channels) or affine.shift.size not in (1, channels):
         return []
     takes_shift = bool(column.adds) or standard_op_type(column.layer) != "MatMul"
     if not takes_shift and np.all(affine.gain == 1):
         return []
-    layer = scale_outputs(read_layer(column.layer), affine.gain, np.zeros(1) if column.adds else affine.shift)
-    if not takes_shift:
-        layer = scale_outputs(read_layer(column.layer), affine.gain, np.zeros(1))
+    in_bias = takes_shift and not column.adds
+    layer = scale_outputs(layer, affine.gain, affine.shift if in_bias else np.zeros(1))
     check_finite(layer)
-    if dims(node.outputs[0]) != dims(data) or not _can_replace(node, data):
-        return []
     for add, place, numbers in _scaled_adds(column, affine):
         model.set_input(add, place, model.constant(f"{title(add)}_scaled", numbers))
     write_layer(model, layer)
@@ -93,11 +91,6 @@ def fold_into_columns(model: Model, node: Node) -> list[Change]:
     model.remove(node)
     summed_up = f"{node.op_type} folded into {column.layer.op_type}"
     return [Change("fold", title(column.layer), f"{describe_node(node)} folded into its columns", summed_up)]
-
-
-def _can_replace(node: Node, data: Value) -> bool:
-    """Whether what `node` reads may take the name of what it writes."""
-    return not node.outputs[0].is_graph_output() or (data.producer() is not None and not data.is_graph_output())
 
 
 def _channel_axis(node: Node, data: Value) -> int | None:
