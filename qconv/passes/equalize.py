@@ -41,7 +41,7 @@ from qconv.ir.layers import (
     transform_channel_stats,
     write_layer,
 )
-from qconv.ir.metadata import precede_equalization, round_log_scale, write_equalization
+from qconv.ir.metadata import forget_equalization, round_log_scale, write_equalization
 from qconv.ir.model import Model, Value, constant_array
 from qconv.ir.rewriting import EditRefused, describe_node
 from qconv.metrics.comparison import ComparisonAccumulator
@@ -102,6 +102,7 @@ def equalize_channels(
     most: batches that are looked at; None for all.
     The model computes what it did, up to rounding. Where its outputs would move more, nothing is done.
     """
+    forget_equalization(model.inner.metadata_props)
     groups = find_scale_groups(model)
     left = [Skipped(STEP, where, why) for where, why in _explain_fixed_components(groups).items()]
     candidates = find_absorption_candidates(model)
@@ -115,7 +116,7 @@ def equalize_channels(
 
     channels = watched()
     balanced, far = _balance_and_verify(model, ChannelObservations(groups, channels), feed, threads, EXACT_DB)
-    if far.any():
+    if far:
         channels = watched()
     high = select_gaining(candidates, channels)
     if high and most is not None:
@@ -128,7 +129,6 @@ def equalize_channels(
     lowered = _absorb_and_verify(model, high, channels, feed, threads, EXACT_DB)
     bound, told = (MOST_WEIGHTS, list[Finding]()) if most is None else _bound_descent(plan, groups, feed)
     scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, EXACT_DB, bound)
-    _note_balance(model, groups, far)
     return [*balanced, *lowered, *scaled, *told, *left]
 
 
@@ -144,6 +144,7 @@ def equalize_without_data(
     watched: returns channel ranges by tensor, from BatchNorm statistics. feed: generated images, on which the outputs
     may differ a little: a value that is hardly ever reached counts as never reached.
     """
+    forget_equalization(model.inner.metadata_props)
     groups = find_scale_groups(model)
     left = [Skipped(STEP, where, why) for where, why in _explain_fixed_components(groups).items()]
     candidates = find_absorption_candidates(model)
@@ -153,11 +154,10 @@ def equalize_without_data(
     observers += [Observer(candidate.result.name or "") for candidate in candidates]
     channels = watched(observers)
     balanced, far = _balance_and_verify(model, ChannelObservations(groups, channels), feed, threads, NEAR_DB)
-    if far.any():
+    if far:
         channels = watched(observers)
     lowered = _absorb_and_verify(model, select_gaining(candidates, channels), channels, feed, threads, NEAR_DB)
     scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, NEAR_DB)
-    _note_balance(model, groups, far)
     return [*balanced, *lowered, *scaled, *left]
 
 
@@ -186,22 +186,15 @@ def _absorb_and_verify(
 
 def _balance_and_verify(
     model: Model, seen: ChannelObservations, feed: DataLoader, threads: int | None, least_db: float
-) -> tuple[list[Finding], Float64]:
-    """Bring channels near that are far from the others. Returns log s of every class, zero where nothing is done."""
+) -> tuple[list[Finding], bool]:
+    """Bring channels near that are far from the others. Returns whether any were."""
     found = find_far_channels(seen)
     u = found.within(*_log_scale_bounds(seen, MOST_OCTAVES * math.log(2)))
     if u.any():
-        refused = _scale(model, seen.groups, np.exp(u), feed, threads, least_db)
+        refused = _scale(model, seen.groups, u, feed, threads, least_db)
         if refused is not None:
-            return [refused], np.zeros_like(u)
-    return [*found.moved(u), *found.left(u)], u
-
-
-def _note_balance(model: Model, groups: ScaleGroups, u: Float64) -> None:
-    """Add log s, which channels were scaled by first, to the record of what was done to them after that."""
-    if u.any():
-        scales = {value.name or "": u[classes] for value, classes in groups.of.items()}
-        precede_equalization(model.inner.metadata_props, scales)
+            return [refused], False
+    return [*found.moved(u), *found.left(u)], bool(u.any())
 
 
 def _bound_descent(plan: Plan, groups: ScaleGroups, feed: DataLoader) -> tuple[int, list[Finding]]:
@@ -237,18 +230,18 @@ def _scale_and_verify(
     found = replace(found, u=round_log_scale(found.u))
     if not found.u.any():
         return []
-    refused = _scale(model, groups, found.scales, feed, threads, least_db)
-    if refused is not None:
-        return [refused]
-    scales = {value.name or "": found.u[classes] for value, classes in groups.of.items()}
-    write_equalization(model.inner.metadata_props, scales, {})
-    return _report_scaling(found)
+    refused = _scale(model, groups, found.u, feed, threads, least_db)
+    return _report_scaling(found) if refused is None else [refused]
 
 
 def _scale(
-    model: Model, groups: ScaleGroups, scales: Float64, feed: DataLoader, threads: int | None, least_db: float
+    model: Model, groups: ScaleGroups, u: Float64, feed: DataLoader, threads: int | None, least_db: float
 ) -> Skipped | None:
-    """Scale channels; returns why not, and changes nothing, where float outputs would differ."""
+    """Scale channels by log s of every class; returns why not, and changes nothing, where float outputs would differ.
+
+    The model's metadata tell of it.
+    """
+    scales = np.exp(u)
     try:
         trial_model = model.copy()
         apply_scales(trial_model, find_scale_groups(trial_model), scales)
@@ -258,6 +251,8 @@ def _scale(
     if moved < least_db:
         return Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")
     apply_scales(model, groups, scales)
+    told = {value.name or "": u[classes] for value, classes in groups.of.items()}
+    write_equalization(model.inner.metadata_props, told, {})
     return None
 
 
@@ -317,11 +312,6 @@ class ChosenScales:
     u: Float64
     gains: dict[int, float]
     whole: float
-
-    @property
-    def scales(self) -> Float64:
-        """The divisor of each class of channels, (classes,)."""
-        return np.asarray(np.exp(self.u))
 
 
 def choose_scales(groups: ScaleGroups, terms: Sequence[NoiseTerm], lowest: Float64, highest: Float64) -> ChosenScales:
