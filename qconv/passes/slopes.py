@@ -12,8 +12,9 @@ Sources: He et al. 2015, arXiv 1502.01852; the spellings are those of TensorFlow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -110,8 +111,8 @@ RULES: Mapping[str, Callable[..., TwoSlopes | None]] = {
     "Neg": _of_pairs(_map(np.negative)),
     "Add": _of_pairs(_map(np.add)),
     "Sub": _of_pairs(_map(np.subtract)),
-    "Max": _of_pairs(_map(lambda *x: _extreme(np.maximum, x))),
-    "Min": _of_pairs(_map(lambda *x: _extreme(np.minimum, x))),
+    "Max": _of_pairs(_map(lambda *x: reduce(np.maximum, x))),
+    "Min": _of_pairs(_map(lambda *x: reduce(np.minimum, x))),
     "Mul": _times,
     "Div": _divided,
 }
@@ -121,13 +122,6 @@ ENDS = frozenset({"Add", "Sub", "Max", "Min", "Where"})
 """What a PRelu may end in: each takes two sides together."""
 
 SIGN_TESTS = {"Greater": True, "GreaterOrEqual": True, "Less": False, "LessOrEqual": False}
-
-
-def _extreme(function: Callable[[Any, Any], Any], of: Iterable[Any]) -> Any:
-    first, *others = of
-    for other in others:
-        first = function(first, other)
-    return first
 
 
 def _conclude(node: Node, known: Mapping[Value, Known], start: Value) -> Known | None:
