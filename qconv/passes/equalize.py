@@ -52,7 +52,7 @@ from qconv.passes.absorb_biases import (
     find_absorption_candidates,
     select_gaining,
 )
-from qconv.passes.balance import MOST_OCTAVES, find_far_channels
+from qconv.passes.balance import find_far_channels
 from qconv.passes.noise_model import (
     DESCENT_STEPS,
     MOST_WEIGHTS,
@@ -189,7 +189,7 @@ class _Equalization:
     def _balance(self, seen: ChannelObservations) -> tuple[list[Finding], bool]:
         """Bring channels near that are far from the others. Returns whether any were."""
         found = find_far_channels(seen)
-        u = found.within(*_log_scale_bounds(seen, MOST_OCTAVES * math.log(2)))
+        u = found.within(*_log_scale_bounds(seen, math.inf))
         refused = self._scale(u) if u.any() else None
         if refused is not None:
             return [refused], False
