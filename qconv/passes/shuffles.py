@@ -38,6 +38,7 @@ from qconv.ir.rewriting import (
     describe_node,
     each_node,
     reads_as_data,
+    slices_of,
     standard_op_type,
     title,
     uses_only_first_output,
@@ -91,14 +92,8 @@ def _gathered(node: Node, x: Places) -> Places:
 
 
 def _sliced(node: Node, x: Places) -> Places:
-    starts, ends = _numbers(node, 1), _numbers(node, 2)
-    axes = list(range(len(starts))) if input_of(node, 3) is None else _numbers(node, 3)
-    steps = [1] * len(starts) if input_of(node, 4) is None else _numbers(node, 4)
-    kept = [slice(None)] * x.ndim
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        size = x.shape[axis]
-        kept[axis] = slice(start, None if step < 0 and end < -size else end, step)
-    return x[tuple(kept)]
+    kept = slices_of(node, x.ndim)
+    return x[tuple(kept.get(axis, slice(None)) for axis in range(x.ndim))]
 
 
 def _split(node: Node, x: Places) -> list[Places]:
