@@ -353,27 +353,30 @@ class EqualizationRecord:
 def write_equalization(
     props: MutableMapping[str, str], scales: Mapping[str, Float64], shifts: Mapping[str, NDArray[np.float32]]
 ) -> None:
-    """Write it among a model's metadata, beside what stands there. scales: log s of tensors' channels, on the grid."""
+    """Add to what a model's metadata tell that tensors were lowered by shifts, and scaled then, as they are by now.
+
+    scales: log s of tensors' channels, on the grid.
+    """
     known = read_equalization(props)
-    steps = {name: np.rint(u * (SCALE_STEPS / math.log(2))).astype(np.int16) for name, u in scales.items() if u.any()}
-    record = EqualizationRecord({**known.scales, **steps}, {**known.shifts, **shifts})
+    steps, lowered = dict(known.scales), dict(known.shifts)
+    for name, shift in shifts.items():
+        scale, before = known.scale_of(name, shift.size), lowered.get(name)
+        moved = shift if scale is None else shift * scale
+        together = moved if before is None or before.size != moved.size else before + moved
+        lowered[name] = np.asarray(together, np.float32)
+    for name, u in scales.items():
+        more, done = np.rint(u * (SCALE_STEPS / math.log(2))).astype(np.int16), steps.get(name)
+        steps[name] = more if done is None or done.size != more.size else done + more
+    record = EqualizationRecord({name: own for name, own in steps.items() if own.any()}, lowered)
     if record:
         props[EQUALIZATION_KEY] = base64.b64encode(zlib.compress(_pack_record(record), 9)).decode()
+    else:
+        props.pop(EQUALIZATION_KEY, None)
 
 
-def precede_equalization(props: MutableMapping[str, str], scales: Mapping[str, Float64]) -> None:
-    """Write that tensors were scaled before what stands there was done to them. scales: log s, on the grid."""
-    known = read_equalization(props)
+def forget_equalization(props: MutableMapping[str, str]) -> None:
+    """Drop what is told of channels: it is of another float network."""
     props.pop(EQUALIZATION_KEY, None)
-    octave = np.float64(math.log(2) / SCALE_STEPS)
-    steps: dict[str, Float64] = {name: np.asarray(k * octave, np.float64) for name, k in known.scales.items()}
-    for name, u in scales.items():
-        steps[name] = steps[name] + u if name in steps else u
-    shifts = {
-        name: (shift * np.exp(scales[name])).astype(np.float32) if name in scales else shift
-        for name, shift in known.shifts.items()
-    }
-    write_equalization(props, steps, shifts)
 
 
 def read_equalization(props: Mapping[str, str]) -> EqualizationRecord:

@@ -252,6 +252,16 @@ class Model:
         self.remove(node)
         return True
 
+    def remove_unread(self, nodes: Iterable[Node | None]) -> None:
+        """Take those of the nodes out whose outputs nobody reads, and then those in front that wrote for them alone."""
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node is None or node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+                continue
+            waiting += [value.producer() for value in node.inputs if value is not None]
+            self.remove(node)
+
     def sweep(self) -> None:
         """Drop nodes and initializers that no output depends on."""
         for node in reversed(self.nodes()):

@@ -86,23 +86,25 @@ def explicit_pads(node: Node, axes: int) -> list[int] | None:
     return [0] * (2 * axes) if auto == "VALID" else attribute(node, "pads") or [0] * (2 * axes)
 
 
-def sliced_channels(node: Node, count: int) -> NDArray[np.int64]:
-    """The channels, out of `count`, that a Slice keeps."""
-    kept = np.arange(count)
+def slices_of(node: Node, axis_count: int | None) -> dict[int, slice]:
+    """What a Slice keeps along axes; of the others it keeps all. axis_count: of its data, None where it is unknown."""
     given = [constant_array(input_of(node, index)) for index in range(1, 5)]
     starts, ends, axes, steps = given
     if starts is None or ends is None or any(n is None and input_of(node, i + 1) for i, n in enumerate(given)):
         raise EditRefused("a Slice's places are computed")
     along = list(range(len(starts))) if axes is None else axes.tolist()
-    if any(axis < 0 for axis in along) and rank(data_input(node)) is None:
+    if axis_count is None and any(axis < 0 for axis in along):
         raise EditRefused("the rank of a Slice's data is not known")
-    for place, axis in enumerate(along):
-        if axis % (rank(data_input(node)) or 1 + max(along)) == 1:
-            step = 1 if steps is None else int(steps[place])
-            end = int(ends[place])
-            stop = None if step < 0 and end < -kept.size else end
-            kept = kept[int(starts[place]) : stop : step]
-    return kept
+    every = [1] * len(along) if steps is None else steps.tolist()
+    return {
+        axis if axis >= 0 else axis + (axis_count or 0): slice(start, end, step)
+        for axis, start, end, step in zip(along, starts.tolist(), ends.tolist(), every, strict=True)
+    }
+
+
+def sliced_channels(node: Node, count: int) -> NDArray[np.int64]:
+    """The channels, out of `count`, that a Slice keeps."""
+    return np.arange(count)[slices_of(node, rank(data_input(node))).get(1, slice(None))]
 
 
 def split_channels(node: Node, count: int) -> list[NDArray[np.int64]]:

@@ -41,7 +41,7 @@ from qconv.ir.layers import (
     transform_channel_stats,
     write_layer,
 )
-from qconv.ir.metadata import precede_equalization, round_log_scale, write_equalization
+from qconv.ir.metadata import forget_equalization, round_log_scale, write_equalization
 from qconv.ir.model import Model, Value, constant_array
 from qconv.ir.rewriting import EditRefused, describe_node
 from qconv.metrics.comparison import ComparisonAccumulator
@@ -52,7 +52,7 @@ from qconv.passes.absorb_biases import (
     find_absorption_candidates,
     select_gaining,
 )
-from qconv.passes.balance import MOST_OCTAVES, find_far_channels
+from qconv.passes.balance import find_far_channels
 from qconv.passes.noise_model import (
     DESCENT_STEPS,
     MOST_WEIGHTS,
@@ -94,6 +94,10 @@ EXACT_DB, NEAR_DB = 60.0, 20.0
 CHECKED_IMAGES = 8
 
 
+Watch = Callable[[Sequence[Observer]], dict[str, ChannelRanges]]
+"""Returns channel ranges by tensor."""
+
+
 def equalize_channels(
     model: Model, plan: Plan, feed: DataLoader, most: int | None, threads: int | None
 ) -> list[Finding]:
@@ -102,106 +106,143 @@ def equalize_channels(
     most: batches that are looked at; None for all.
     The model computes what it did, up to rounding. Where its outputs would move more, nothing is done.
     """
-    groups = find_scale_groups(model)
-    left = [Skipped(STEP, where, why) for where, why in _explain_fixed_components(groups).items()]
-    candidates = find_absorption_candidates(model)
-    observers = _plan_observers(plan, groups, {candidate.result for candidate in candidates})
-    if not observers or (bool(groups.fixed.all()) and not candidates):
-        return list(left)
+    run = _Equalization.of(model, plan, feed, threads, EXACT_DB)
+    observers = _plan_observers(plan, run.groups, {candidate.result for candidate in run.candidates})
 
-    def watched() -> dict[str, ChannelRanges]:
-        session = open_observed_session(model, observers, threads)
-        return estimate_channel_ranges(observe_each_image(session, observers, islice(feed.iter_batches(STEP), most)))
+    def watch(seen: Sequence[Observer], batches: int | None = most) -> dict[str, ChannelRanges]:
+        session = open_observed_session(model, seen, threads)
+        return estimate_channel_ranges(observe_each_image(session, seen, islice(feed.iter_batches(STEP), batches)))
 
-    channels = watched()
-    balanced, far = _balance_and_verify(model, ChannelObservations(groups, channels), feed, threads, EXACT_DB)
-    if far.any():
-        channels = watched()
-    high = select_gaining(candidates, channels)
-    if high and most is not None:
-        names = {candidate.result.name for candidate in high}
-        again = [observer for observer in observers if observer.name in names]
-        on_all = estimate_channel_ranges(
-            observe_each_image(open_observed_session(model, again, threads), again, feed.iter_batches(STEP))
-        )
-        channels |= {name: replace(channels[name], floor=found.floor) for name, found in on_all.items()}
-    lowered = _absorb_and_verify(model, high, channels, feed, threads, EXACT_DB)
-    bound, told = (MOST_WEIGHTS, list[Finding]()) if most is None else _bound_descent(plan, groups, feed)
-    scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, EXACT_DB, bound)
-    _note_balance(model, groups, far)
-    return [*balanced, *lowered, *scaled, *told, *left]
+    if most is None:
+        return run.equalize(observers, watch)
+    return run.equalize(
+        observers, watch, lambda seen: watch(seen, None), lambda: _bound_descent(plan, run.groups, feed)
+    )
 
 
 def equalize_without_data(
-    model: Model,
-    plan: Plan,
-    watched: Callable[[Sequence[Observer]], dict[str, ChannelRanges]],
-    feed: DataLoader,
-    threads: int | None,
+    model: Model, plan: Plan, watched: Watch, feed: DataLoader, threads: int | None
 ) -> list[Finding]:
     """Equalize the channels of a folded model without images; see `equalize_channels`.
 
     watched: returns channel ranges by tensor, from BatchNorm statistics. feed: generated images, on which the outputs
     may differ a little: a value that is hardly ever reached counts as never reached.
     """
-    groups = find_scale_groups(model)
-    left = [Skipped(STEP, where, why) for where, why in _explain_fixed_components(groups).items()]
-    candidates = find_absorption_candidates(model)
-    observers = _plan_observers(plan, groups, set())
-    if not observers or (bool(groups.fixed.all()) and not candidates):
-        return list(left)
-    observers += [Observer(candidate.result.name or "") for candidate in candidates]
-    channels = watched(observers)
-    balanced, far = _balance_and_verify(model, ChannelObservations(groups, channels), feed, threads, NEAR_DB)
-    if far.any():
-        channels = watched(observers)
-    lowered = _absorb_and_verify(model, select_gaining(candidates, channels), channels, feed, threads, NEAR_DB)
-    scaled = _scale_and_verify(model, plan, ChannelObservations(groups, channels), feed, threads, NEAR_DB)
-    _note_balance(model, groups, far)
-    return [*balanced, *lowered, *scaled, *left]
+    run = _Equalization.of(model, plan, feed, threads, NEAR_DB)
+    observers = _plan_observers(plan, run.groups, set())
+    if observers:
+        observers += [Observer(candidate.result.name or "") for candidate in run.candidates]
+    return run.equalize(observers, watched)
 
 
-def _absorb_and_verify(
-    model: Model,
-    high: Sequence[AbsorptionCandidate],
-    channels: dict[str, ChannelRanges],
-    feed: DataLoader,
-    threads: int | None,
-    least_db: float,
-) -> list[Finding]:
-    """Absorb biases, and undo it where float outputs differ. channels: updated in place."""
-    if not select_gaining(high, channels):
-        return []
-    trial_model, names = model.copy(), {candidate.result.name for candidate in high}
-    absorb_biases(
-        trial_model,
-        [candidate for candidate in find_absorption_candidates(trial_model) if candidate.result.name in names],
-        dict(channels),
-    )
-    moved = _output_sqnr(model, trial_model, feed, threads)
-    if moved < least_db:
-        return [Skipped(STEP, "the network", f"lowered channels moved the float outputs to {moved:.1f} dB")]
-    return list(absorb_biases(model, high, channels))
+@dataclass(frozen=True, slots=True, eq=False)
+class _Equalization:
+    """A network whose channels are equalized.
 
+    feed: the images on which its float outputs are compared. least_db: SQNR that they must keep for what is done.
+    """
 
-def _balance_and_verify(
-    model: Model, seen: ChannelObservations, feed: DataLoader, threads: int | None, least_db: float
-) -> tuple[list[Finding], Float64]:
-    """Bring channels near that are far from the others. Returns log s of every class, zero where nothing is done."""
-    found = find_far_channels(seen)
-    u = found.within(*_log_scale_bounds(seen, MOST_OCTAVES * math.log(2)))
-    if u.any():
-        refused = _scale(model, seen.groups, np.exp(u), feed, threads, least_db)
+    model: Model
+    plan: Plan
+    groups: ScaleGroups
+    candidates: list[AbsorptionCandidate]
+    feed: DataLoader
+    threads: int | None
+    least_db: float
+
+    @classmethod
+    def of(cls, model: Model, plan: Plan, feed: DataLoader, threads: int | None, least_db: float) -> _Equalization:
+        """What there is to equalize. What the model told of channels before is forgotten."""
+        forget_equalization(model.inner.metadata_props)
+        candidates = find_absorption_candidates(model)
+        return cls(model, plan, find_scale_groups(model), candidates, feed, threads, least_db)
+
+    def equalize(
+        self,
+        observers: Sequence[Observer],
+        watch: Watch,
+        watch_all: Watch | None = None,
+        bound: Callable[[], tuple[int, list[Finding]]] = lambda: (MOST_WEIGHTS, []),
+    ) -> list[Finding]:
+        """Bring near, lower and scale channels, in this order.
+
+        watch_all: the same on all images, where `watch` looks at some; what is lowered must be high on all. bound: the
+        most weights of a layer that count, and what there is to say about it.
+        """
+        left = [Skipped(STEP, where, why) for where, why in _explain_fixed_components(self.groups).items()]
+        if not observers or (bool(self.groups.fixed.all()) and not self.candidates):
+            return list(left)
+        channels = watch(observers)
+        balanced, moved = self._balance(ChannelObservations(self.groups, channels))
+        if moved:
+            channels = watch(observers)
+        high = select_gaining(self.candidates, channels)
+        if high and watch_all is not None:
+            names = {candidate.result.name for candidate in high}
+            on_all = watch_all([observer for observer in observers if observer.name in names])
+            channels |= {name: replace(channels[name], floor=found.floor) for name, found in on_all.items()}
+        lowered = self._absorb(high, channels)
+        most, told = bound()
+        scaled = self._scale_by_noise(ChannelObservations(self.groups, channels), most)
+        return [*balanced, *lowered, *scaled, *told, *left]
+
+    def _balance(self, seen: ChannelObservations) -> tuple[list[Finding], bool]:
+        """Bring channels near that are far from the others. Returns whether any were."""
+        found = find_far_channels(seen)
+        u = found.within(*_log_scale_bounds(seen, math.inf))
+        refused = self._scale(u) if u.any() else None
         if refused is not None:
-            return [refused], np.zeros_like(u)
-    return [*found.moved(u), *found.left(u)], u
+            return [refused], False
+        return [*found.moved(u), *found.left(u)], bool(u.any())
 
+    def _absorb(self, high: Sequence[AbsorptionCandidate], channels: dict[str, ChannelRanges]) -> list[Finding]:
+        """Absorb biases, unless float outputs would differ. channels: updated in place."""
+        if not select_gaining(high, channels):
+            return []
+        trial_model, names = self.model.copy(), {candidate.result.name for candidate in high}
+        absorb_biases(
+            trial_model,
+            [candidate for candidate in find_absorption_candidates(trial_model) if candidate.result.name in names],
+            dict(channels),
+        )
+        refused = self._compare(trial_model, "lowered")
+        return list(absorb_biases(self.model, high, channels)) if refused is None else [refused]
 
-def _note_balance(model: Model, groups: ScaleGroups, u: Float64) -> None:
-    """Add log s, which channels were scaled by first, to the record of what was done to them after that."""
-    if u.any():
-        scales = {value.name or "": u[classes] for value, classes in groups.of.items()}
-        precede_equalization(model.inner.metadata_props, scales)
+    def _scale_by_noise(self, seen: ChannelObservations, most: int) -> list[Finding]:
+        """Scale channels for the least noise. most: weights of a layer that count."""
+        terms = collect_noise_terms(self.model, self.plan, seen, most)
+        found = choose_scales(self.groups, terms, *_log_scale_bounds(seen))
+        found = replace(found, u=round_log_scale(found.u))
+        if not found.u.any():
+            return []
+        refused = self._scale(found.u)
+        return _report_scaling(found) if refused is None else [refused]
+
+    def _scale(self, u: Float64) -> Skipped | None:
+        """Scale channels by log s of every class, and record it.
+
+        Returns why not, and changes nothing, where float outputs would differ.
+        """
+        scales = np.exp(u)
+        try:
+            trial_model = self.model.copy()
+            apply_scales(trial_model, find_scale_groups(trial_model), scales)
+        except EditRefused as reason:
+            return Skipped(STEP, "the network", str(reason))
+        refused = self._compare(trial_model, "scaled")
+        if refused is not None:
+            return refused
+        apply_scales(self.model, self.groups, scales)
+        told = {value.name or "": u[classes] for value, classes in self.groups.of.items()}
+        write_equalization(self.model.inner.metadata_props, told, {})
+        return None
+
+    def _compare(self, trial_model: Model, done: str) -> Skipped | None:
+        """Why a trial may not be done in earnest, where its float outputs differ."""
+        moved = _output_sqnr(self.model, trial_model, self.feed, self.threads)
+        if moved < self.least_db:
+            return Skipped(STEP, "the network", f"{done} channels moved the float outputs to {moved:.1f} dB")
+        return None
 
 
 def _bound_descent(plan: Plan, groups: ScaleGroups, feed: DataLoader) -> tuple[int, list[Finding]]:
@@ -220,45 +261,6 @@ def _bound_descent(plan: Plan, groups: ScaleGroups, feed: DataLoader) -> tuple[i
         return MOST_WEIGHTS, []
     why = f"some outputs of {len(cut)} layers stood for all of them when scales were chosen, or it would take too long"
     return most, [Skipped(STEP, cut[0], why)]
-
-
-def _scale_and_verify(
-    model: Model,
-    plan: Plan,
-    seen: ChannelObservations,
-    feed: DataLoader,
-    threads: int | None,
-    least_db: float,
-    most: int = MOST_WEIGHTS,
-) -> list[Finding]:
-    groups = seen.groups
-    terms = collect_noise_terms(model, plan, seen, most)
-    found = choose_scales(groups, terms, *_log_scale_bounds(seen))
-    found = replace(found, u=round_log_scale(found.u))
-    if not found.u.any():
-        return []
-    refused = _scale(model, groups, found.scales, feed, threads, least_db)
-    if refused is not None:
-        return [refused]
-    scales = {value.name or "": found.u[classes] for value, classes in groups.of.items()}
-    write_equalization(model.inner.metadata_props, scales, {})
-    return _report_scaling(found)
-
-
-def _scale(
-    model: Model, groups: ScaleGroups, scales: Float64, feed: DataLoader, threads: int | None, least_db: float
-) -> Skipped | None:
-    """Scale channels; returns why not, and changes nothing, where float outputs would differ."""
-    try:
-        trial_model = model.copy()
-        apply_scales(trial_model, find_scale_groups(trial_model), scales)
-    except EditRefused as reason:
-        return Skipped(STEP, "the network", str(reason))
-    moved = _output_sqnr(model, trial_model, feed, threads)
-    if moved < least_db:
-        return Skipped(STEP, "the network", f"scaled channels moved the float outputs to {moved:.1f} dB")
-    apply_scales(model, groups, scales)
-    return None
 
 
 def _plan_observers(plan: Plan, groups: ScaleGroups, low: Set[Value]) -> list[Observer]:
@@ -317,11 +319,6 @@ class ChosenScales:
     u: Float64
     gains: dict[int, float]
     whole: float
-
-    @property
-    def scales(self) -> Float64:
-        """The divisor of each class of channels, (classes,)."""
-        return np.asarray(np.exp(self.u))
 
 
 def choose_scales(groups: ScaleGroups, terms: Sequence[NoiseTerm], lowest: Float64, highest: Float64) -> ChosenScales:

@@ -54,11 +54,11 @@ def resize_every_axis(model: Model, node: Node) -> list[Change]:
     axes = attribute(node, "axes")
     if axes is None:
         return []
+    if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
+        raise EditRefused("it crops")
     if attribute(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
         _scale_in_proportion(model, node, axes)
         return [Change("simplify", title(node), "proportion of Resize written out")]
-    if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
-        raise EditRefused("it crops")
     scales = input_of(node, 2)
     by_scales = scales is not None and dims(scales) != [0]
     given = node.inputs[2 if by_scales else 3]
@@ -86,9 +86,8 @@ def _scale_in_proportion(model: Model, node: Node, axes: Sequence[int]) -> None:
     ratios = wanted.astype(np.float32) / np.array(sides, np.float32)
     smaller = attribute(node, "keep_aspect_ratio_policy") == "not_larger"
     scale = np.float32(ratios.min() if smaller else ratios.max())
-    lengths = np.array(sides, np.float32) * scale, np.array(sides, np.float64) * np.float64(scale)
-    rounded = np.floor(lengths[0] + np.float32(0.5))
-    if any((np.floor(length) != rounded).any() for length in lengths):  # those by scales are cut off, in either type
+    lengths = np.array(sides)
+    if not _reaches(lengths, scale, np.floor(lengths.astype(np.float32) * scale + np.float32(0.5))):
         raise EditRefused("its sizes are kept in proportion and rounded")
     full = np.ones(len(sizes), np.float32)
     full[list(axes)] = scale
@@ -167,8 +166,13 @@ def _sides_of_all_axes(
     if (sides <= 0).any():
         return None
     scales[chosen] = given.astype(np.float32) / sides.astype(np.float32)  # what the runtime makes of sizes
-    reached = np.floor(sides.astype(np.float32) * scales[chosen]), np.floor(sides * scales[chosen].astype(np.float64))
-    return scales if all((product == given).all() for product in reached) else None  # however runtimes multiply
+    return scales if _reaches(sides, scales[chosen], given) else None
+
+
+def _reaches(sides: NDArray[np.int64], scales: NDArray[np.float32] | np.float32, wanted: NDArray[Any]) -> bool:
+    """Whether sides by scales, cut off, are those wanted however runtimes multiply: in float32 or in float64."""
+    products = sides.astype(np.float32) * scales, sides * scales.astype(np.float64)
+    return all(bool((np.floor(product) == wanted).all()) for product in products)
 
 
 def _compute_sides_of_all_axes(

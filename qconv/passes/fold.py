@@ -16,8 +16,9 @@ arXiv 1906.04721, 4.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -351,9 +352,18 @@ def _is_channel_flattening(flattener: Node, features: int) -> bool:
 # -- what is left ------------------------------------------------------------------------------------------------------
 
 
-@each_node("fold", "BatchNormalization", "Mul")
-def make_depthwise(model: Model, node: Node) -> list[Change]:
-    """Turn a scale by channel that no layer can take into a depthwise 1x1 Conv, weight (C, 1, 1, 1)."""
+def make_depthwise(model: Model) -> list[Finding]:
+    """Turn each scale by channel that no layer can take into a depthwise 1x1 Conv, weight (C, 1, 1, 1)."""
+    data_shaped = cache(lambda: find_data_shaped(model))  # the shapes stay, and so do the tensors
+
+    @each_node("fold", "BatchNormalization", "Mul")
+    def edit(model: Model, node: Node) -> list[Change]:
+        return _become_depthwise(model, node, data_shaped)
+
+    return edit(model)
+
+
+def _become_depthwise(model: Model, node: Node, data_shaped: Callable[[], set[Value]]) -> list[Change]:
     data = affine_data_input(node)
     if data is None:
         return []
@@ -366,7 +376,7 @@ def make_depthwise(model: Model, node: Node) -> list[Change]:
         sizes = dims(data) or []
         if constant is None or len(sizes) != 4 or constant.size == 1 or constant.size != sizes[1]:
             return []
-        if 0 in sizes or (None in sizes[2:] and data in find_data_shaped(model)):
+        if 0 in sizes or (None in sizes[2:] and data in data_shaped()):
             raise EditRefused("its data may be empty, which a Conv does not take")
         affine = read_affine(node, 4)
     channels, was = affine.gain.size, node.op_type

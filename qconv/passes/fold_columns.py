@@ -13,10 +13,12 @@ Sources: Graham et al. 2021, arXiv 2104.01136, 3.2; Liu et al. 2022, arXiv 2201.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qconv.errors import Change
 from qconv.ir.layers import (
@@ -25,9 +27,11 @@ from qconv.ir.layers import (
     Float64,
     affine_data_input,
     check_finite,
+    forget_channel_stats,
     read_affine,
     read_layer,
     scale_outputs,
+    transform_channel_stats,
     write_layer,
 )
 from qconv.ir.model import Model, Node, Value, attribute, constant_array, dims, rank
@@ -45,53 +49,48 @@ LAYER_AXES: Mapping[str, int] = {"MatMul": -1, "Gemm": 1, "Conv": 1, "ConvTransp
 class _Column:
     """The layer that writes the channels along an axis of a tensor, and what stands in between.
 
-    adds: constants that are added on the way, the last first, each with the axis of the channels there, None for
-    any.
+    path: the tensors on the way, the last first, each with the axis of the channels there, None for any. adds: the
+    constants that are added on it, likewise.
     """
 
     layer: Node
-    moved: bool
-    adds: list[tuple[Node, int | None]] = field(default_factory=list)
+    path: list[tuple[Value, int | None]]
+    adds: list[tuple[Node, int | None]]
 
 
 @each_node("fold", "BatchNormalization", "Mul", "Div", "Add", "Sub")
 def fold_into_columns(model: Model, node: Node) -> list[Change]:
     """Fold a scale and shift into the columns of the layer before, through Reshape, Transpose and constants added."""
     data = affine_data_input(node)
-    if data is None or not isinstance(rank(data), int):
+    if data is None or rank(data) is None:
         return []
     axis = _channel_axis(node, data)
     if axis == MANY_AXES:
         return []
     column = _find_column(model, node, data, axis)
-    if column is None or not (column.moved or column.adds):
+    if column is None or not column.path or dims(node.outputs[0]) != dims(data):
         return []
     affine = read_affine(node, rank(data), -1 if axis is None else axis)
-    channels = read_layer(column.layer).outputs
+    layer = read_layer(column.layer)
+    channels = layer.outputs
     if affine.gain.size not in (1, channels) or affine.shift.size not in (1, channels):
         return []
     takes_shift = bool(column.adds) or standard_op_type(column.layer) != "MatMul"
     if not takes_shift and np.all(affine.gain == 1):
         return []
-    layer = scale_outputs(read_layer(column.layer), affine.gain, np.zeros(1) if column.adds else affine.shift)
-    if not takes_shift:
-        layer = scale_outputs(read_layer(column.layer), affine.gain, np.zeros(1))
+    in_bias = takes_shift and not column.adds
+    layer = scale_outputs(layer, affine.gain, affine.shift if in_bias else np.zeros(1))
     check_finite(layer)
-    if dims(node.outputs[0]) != dims(data) or not _can_replace(node, data):
-        return []
-    _scale_adds(model, column, affine)
+    for add, place, numbers in _scaled_adds(column, affine):
+        model.set_input(add, place, model.constant(f"{title(add)}_scaled", numbers))
     write_layer(model, layer)
+    _transform_stats(column, affine)
     if not takes_shift and affine.shift.any():
         _add_behind(model, column.layer, np.broadcast_to(affine.shift, (channels,)))
     model.take_over(node.outputs[0], data)
     model.remove(node)
     summed_up = f"{node.op_type} folded into {column.layer.op_type}"
     return [Change("fold", title(column.layer), f"{describe_node(node)} folded into its columns", summed_up)]
-
-
-def _can_replace(node: Node, data: Value) -> bool:
-    """Whether what `node` reads may take the name of what it writes."""
-    return not node.outputs[0].is_graph_output() or (data.producer() is not None and not data.is_graph_output())
 
 
 def _channel_axis(node: Node, data: Value) -> int | None:
@@ -108,8 +107,8 @@ def _channel_axis(node: Node, data: Value) -> int | None:
 
 def _find_column(model: Model, reader: Node, value: Value, axis: int | None) -> _Column | None:
     """The layer whose output channels lie along `axis` of `value` (None: any); None where there is none."""
+    path: list[tuple[Value, int | None]] = []
     adds: list[tuple[Node, int | None]] = []
-    moved = False
     while True:
         node = value.producer()
         if node is None or node.graph is not model.graph or model.sole_reader(value) is not reader:
@@ -118,14 +117,13 @@ def _find_column(model: Model, reader: Node, value: Value, axis: int | None) -> 
         if kind in INPUTS_FIRST:
             own = LAYER_AXES[kind] % (rank(value) or 1)
             constant = constant_array(node.inputs[1]) is not None
-            return _Column(node, moved, adds) if axis in (own, None) and constant else None
+            return _Column(node, path, adds) if axis in (own, None) and constant else None
         before = _step_up(node, value, axis)
         if before is None:
             return None
+        path.append((value, axis))
         if kind == "Add":
             adds.append((node, axis))
-        else:
-            moved = True
         value, axis = before
         reader = node
 
@@ -167,8 +165,12 @@ def _find_same_axis(before: list[int | None], after: list[int | None], axis: int
     return None
 
 
-def _scale_adds(model: Model, column: _Column, affine: Affine) -> None:
-    """Scale the constants that are added on the way; the one next to the layer takes the shift."""
+def _scaled_adds(column: _Column, affine: Affine) -> list[tuple[Node, int, NDArray[np.floating[Any]]]]:
+    """The constants that are added on the way, scaled: the node, the input and the numbers of each.
+
+    The one next to the layer takes the shift. Raises EditRefused where float32 does not have the numbers.
+    """
+    found = []
     for index, (node, axis) in enumerate(column.adds):
         data = affine_data_input(node)
         assert data is not None
@@ -181,10 +183,25 @@ def _scale_adds(model: Model, column: _Column, affine: Affine) -> None:
         added = added * affine.gain.reshape(across)
         if index == len(column.adds) - 1:
             added = added + affine.shift.reshape(across)
-        if not np.isfinite(added.astype(numbers.dtype)).all():
-            raise EditRefused(f"{describe_node(node)} would get numbers that float32 does not have")
         short = added.reshape(added.shape[axis:]) if axis is not None and added.size == added.shape[axis] else added
-        model.set_input(node, place, model.constant(f"{title(node)}_scaled", short.astype(numbers.dtype)))
+        with np.errstate(over="ignore"):
+            scaled = short.astype(numbers.dtype)
+        if not np.isfinite(scaled).all():
+            raise EditRefused(f"{describe_node(node)} would get numbers that float32 does not have")
+        found.append((node, place, scaled))
+    return found
+
+
+def _transform_stats(column: _Column, affine: Affine) -> None:
+    """Keep what is noted of the tensors on the way true; those in front of all that is added take no shift."""
+    shift = affine.shift
+    for value, axis in column.path:
+        if axis in (None, 1):  # where notes have their channels
+            transform_channel_stats(value, affine.gain, shift)
+        else:
+            forget_channel_stats(value)
+        if column.adds and value.producer() is column.adds[-1][0]:
+            shift = np.zeros(1)
 
 
 def _add_behind(model: Model, layer: Node, shift: Float64) -> None:

@@ -32,9 +32,7 @@ def share_equal_weights(model: Model) -> None:
                 continue
             first = kept.setdefault(_digest(numbers), value)
             if first is not value:
-                readers = [node for node in layers if weight_of(node) is value]
-                for node in readers:
-                    model.set_input(node, 1, first)
+                model.redirect(value, first, readers=layers)
 
 
 def _digest(numbers: np.ndarray) -> bytes:

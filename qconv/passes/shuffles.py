@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from qconv.errors import Change, Finding
 from qconv.ir.layers import (
     Layer,
+    channel_stats_of,
     forget_channel_stats,
     forget_input_means,
     read_layer,
+    set_channel_stats,
     weight_of,
     write_layer,
 )
@@ -35,6 +37,8 @@ from qconv.ir.rewriting import (
     data_input,
     describe_node,
     each_node,
+    reads_as_data,
+    slices_of,
     standard_op_type,
     title,
     uses_only_first_output,
@@ -88,14 +92,8 @@ def _gathered(node: Node, x: Places) -> Places:
 
 
 def _sliced(node: Node, x: Places) -> Places:
-    starts, ends = _numbers(node, 1), _numbers(node, 2)
-    axes = list(range(len(starts))) if input_of(node, 3) is None else _numbers(node, 3)
-    steps = [1] * len(starts) if input_of(node, 4) is None else _numbers(node, 4)
-    kept = [slice(None)] * x.ndim
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        size = x.shape[axis]
-        kept[axis] = slice(start, None if step < 0 and end < -size else end, step)
-    return x[tuple(kept)]
+    kept = slices_of(node, x.ndim)
+    return x[tuple(kept.get(axis, slice(None)) for axis in range(x.ndim))]
 
 
 def _split(node: Node, x: Places) -> list[Places]:
@@ -124,9 +122,9 @@ MOVES: Mapping[str, Callable[[Node, Places], Places | list[Places]]] = {
 """Operators that move numbers, each with what it does to an array."""
 
 
-def _is_move(node: Node, value: Value) -> bool:
+def _is_move(model: Model, node: Node, value: Value) -> bool:
     """Whether a node moves the numbers of `value` and reads it nowhere else."""
-    return standard_op_type(node) in MOVES and [i for i, v in enumerate(node.inputs) if v is value] == [0]
+    return standard_op_type(node) in MOVES and reads_as_data(node, value, model)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,7 +139,7 @@ class _Moved:
 def _follow(model: Model, value: Value, places: tuple[Places, ...], path: tuple[Node, ...]) -> Iterator[_Moved]:
     """What becomes of a tensor through operators that move numbers, each step of it."""
     for node in model.readers(value):
-        if node.graph is not model.graph or not _is_move(node, value):
+        if not _is_move(model, node, value):
             continue
         try:
             made = [MOVES[node.op_type](node, x) for x in places]
@@ -184,7 +182,7 @@ def gather_channels(model: Model) -> list[Finding]:
         if producer is not None and (producer.graph is None or standard_op_type(producer) in MOVES):
             continue
         start = _number_places(value)
-        if start is not None and any(_is_move(node, value) for node in model.readers(value)):
+        if start is not None and any(_is_move(model, node, value) for node in model.readers(value)):
             found += _gather_from(model, value, start)
     return found
 
@@ -220,13 +218,13 @@ def _gather_from(model: Model, source: Value, start: tuple[Places, ...]) -> list
         count = len(moved.path)
         text = f"channels are moved by one operator in place of {count}" if count > 1 else "channels are gathered"
         found.append(Change("shuffle", title(last), text))
-        _drop_unread(model, moved.path)
+        model.remove_unread([last])
     return found
 
 
 def _is_read_outside(model: Model, value: Value) -> bool:
     """Whether a tensor is read by anything but operators that only move it on."""
-    return value.is_graph_output() or any(not _is_move(node, value) for node in model.readers(value))
+    return value.is_graph_output() or any(not _is_move(model, node, value) for node in model.readers(value))
 
 
 def _is_shorter(path: tuple[Node, ...], order: NDArray[np.int64]) -> bool:
@@ -261,16 +259,6 @@ def _select(model: Model, source: Value, order: NDArray[np.int64], moved: _Moved
     else:
         model.insert_after(producer, node)
     return node.outputs[0]
-
-
-def _drop_unread(model: Model, path: tuple[Node, ...]) -> None:
-    """Remove the operators, last first, whose results nobody reads any more."""
-    for node in reversed(path):
-        if node.graph is None:
-            continue
-        if any(value.uses() or value.is_graph_output() for value in node.outputs):
-            return
-        model.remove(node)
 
 
 # -- into the weights of layers ----------------------------------------------------------------------------------------
@@ -319,10 +307,10 @@ def _fold_into_layers_behind(model: Model, node: Node, order: NDArray[np.int64],
         readers = model.readers(value)
         if value.is_graph_output() or not readers:
             raise EditRefused("the model returns its channels in this order")
-        if all(_is_dense(reader, value) for reader in readers):
+        if all(_is_dense(model, reader, value) for reader in readers):
             break
-        (reader,) = readers if len(readers) == 1 else (None,)
-        if reader is None or reader.graph is not model.graph or not _keeps_channels(reader, value):
+        reader = readers[0] if len(readers) == 1 else None
+        if reader is None or not _keeps_channels(model, reader, value):
             names = ", ".join(describe_node(other) for other in readers[:2])
             raise EditRefused(f"{names} takes its channels as they are")
         between.append(reader)
@@ -336,23 +324,24 @@ def _fold_into_layers_behind(model: Model, node: Node, order: NDArray[np.int64],
         _reorder_channels(model, inner, back)
     for layer in layers:
         write_layer(model, layer)
-    if not model.take_over(node.outputs[0], data_input(node)):
-        raise EditRefused("the model returns its channels in this order")  # not reached: nobody returns them
+    known = channel_stats_of(node.outputs[0])
+    if known is not None:
+        set_channel_stats(data_input(node), known.of(back))
+    model.redirect(node.outputs[0], data_input(node))
     model.remove(node)
     return [Change("shuffle", title(layer.node), f"{describe_node(node)} went into its weights") for layer in layers]
 
 
-def _is_dense(node: Node, value: Value) -> bool:
+def _is_dense(model: Model, node: Node, value: Value) -> bool:
     """Whether a node is a layer that reads `value`, and sums over all of its channels."""
-    kind = standard_op_type(node)
-    if kind not in ("Conv", "ConvTranspose", "Gemm") or [i for i, v in enumerate(node.inputs) if v is value] != [0]:
+    if standard_op_type(node) not in ("Conv", "ConvTranspose", "Gemm") or not reads_as_data(node, value, model):
         return False
     return constant_array(input_of(node, 1)) is not None and attribute(node, "group", 1) == 1
 
 
-def _keeps_channels(node: Node, value: Value) -> bool:
+def _keeps_channels(model: Model, node: Node, value: Value) -> bool:
     """Whether a node works on each channel of `value`, its first input, by itself."""
-    if [i for i, v in enumerate(node.inputs) if v is value] != [0] or not uses_only_first_output(node):
+    if not reads_as_data(node, value, model) or not uses_only_first_output(node):
         return False
     kind = standard_op_type(node)
     if kind in PER_CHANNEL or _is_depthwise(node):
@@ -432,7 +421,6 @@ def _fold_into_layer_before(model: Model, node: Node, order: NDArray[np.int64], 
         model.set_input(maker, 2, model.constant(f"{title(maker)}_bias", bias.astype(weight.dtype)))
     for inner in between:
         _reorder_channels(model, inner, order)
-    if not model.take_over(node.outputs[0], data_input(node)):
-        raise EditRefused("the model returns its output under a name that must stay")
+    model.take_over(node.outputs[0], data_input(node))  # cannot fail: this node alone reads what another one wrote
     model.remove(node)
     return [Change("shuffle", title(maker), f"{describe_node(node)} went into its weights")]

@@ -12,8 +12,9 @@ Sources: He et al. 2015, arXiv 1502.01852; the spellings are those of TensorFlow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -110,8 +111,8 @@ RULES: Mapping[str, Callable[..., TwoSlopes | None]] = {
     "Neg": _of_pairs(_map(np.negative)),
     "Add": _of_pairs(_map(np.add)),
     "Sub": _of_pairs(_map(np.subtract)),
-    "Max": _of_pairs(_map(lambda *x: _extreme(np.maximum, x))),
-    "Min": _of_pairs(_map(lambda *x: _extreme(np.minimum, x))),
+    "Max": _of_pairs(_map(lambda *x: reduce(np.maximum, x))),
+    "Min": _of_pairs(_map(lambda *x: reduce(np.minimum, x))),
     "Mul": _times,
     "Div": _divided,
 }
@@ -121,13 +122,6 @@ ENDS = frozenset({"Add", "Sub", "Max", "Min", "Where"})
 """What a PRelu may end in: each takes two sides together."""
 
 SIGN_TESTS = {"Greater": True, "GreaterOrEqual": True, "Less": False, "LessOrEqual": False}
-
-
-def _extreme(function: Callable[[Any, Any], Any], of: Iterable[Any]) -> Any:
-    first, *others = of
-    for other in others:
-        first = function(first, other)
-    return first
 
 
 def _conclude(node: Node, known: Mapping[Value, Known], start: Value) -> Known | None:
@@ -195,7 +189,7 @@ def _recognise_behind(model: Model, start: Value) -> list[Finding]:
             return []
         slope = model.constant(f"{title(end)}_slope", np.asarray(slopes, np.float32).reshape(shape))
         model.become(end, "PRelu", [start, slope])
-    _drop_unread(model, before)
+    model.remove_unread(before)
     return [Change("simplify", title(end), f"{end.op_type} recognised in what was made of several operators")]
 
 
@@ -213,17 +207,6 @@ def _slope_shape(slopes: Numbers, axes: int) -> tuple[int, ...] | None:
     while shape and shape[0] == 1:
         shape = shape[1:]
     return shape or (1,)
-
-
-def _drop_unread(model: Model, waiting: list[Node | None]) -> None:
-    """Remove what nobody reads any more."""
-    while waiting:
-        node = waiting.pop()
-        if node is None or node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
-            continue
-        before = [value.producer() for value in node.inputs if value is not None]
-        model.remove(node)
-        waiting += before
 
 
 @each_node("simplify", "PRelu")

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from qconv.config.choices import Scheme, WeightGranularity
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
-from qconv.ir.metadata import needed_opset, needed_runtime, write_metadata
+from qconv.ir.metadata import (
+    EQUALIZATION_KEY,
+    needed_opset,
+    needed_runtime,
+    read_equalization,
+    round_log_scale,
+    write_equalization,
+    write_metadata,
+)
 from tests.support.models import loaded, network
 
 
@@ -77,3 +86,24 @@ def test_the_ir_version_is_the_opsets_own(opset: int, ir: int) -> None:
     recipe = json.loads(carried["qconv.recipe"])
     assert recipe["weight_bits"] == 4
     assert "threads" not in recipe
+
+
+def test_what_is_done_to_channels_adds_up() -> None:
+    """The oracle is each step, done to the numbers in turn."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, 3, 3)).astype(np.float32)
+    moved, props = x, dict[str, str]()
+    for step in range(6):
+        u, shift = round_log_scale(rng.normal(size=5)), rng.normal(size=5).astype(np.float32)
+        scales, shifts = ({"a": u}, {}) if step % 2 else ({}, {"a": shift})
+        write_equalization(props, scales, shifts)
+        own = np.exp(u).reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)
+        moved = moved / own[0] if step % 2 else moved - own[1]
+    np.testing.assert_allclose(read_equalization(props).moved("a", x), moved, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_undone_is_not_told() -> None:
+    props: dict[str, str] = {}
+    for sign in (1, -1):
+        write_equalization(props, {"a": sign * round_log_scale(np.full(3, 0.5))}, {})
+    assert EQUALIZATION_KEY not in props

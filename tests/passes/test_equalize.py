@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe, make_request
 from qconv.errors import Change, QconvError
 from qconv.ir.files import Source
+from qconv.ir.metadata import read_equalization, write_equalization
 from qconv.pipeline import quantize as pipeline_quantize
 from qconv.pipeline.quantize import quantize
 from qconv.results.quantize import Report
@@ -115,6 +117,22 @@ def test_the_same_bytes_again(samples: str) -> None:
         )
         made.append(path.with_name(name).read_bytes())
     assert made[0] == made[1]
+
+
+def test_only_what_is_done_now_is_told(samples: str) -> None:
+    """A float network may carry what was done to the channels of another one that it was made from."""
+    model, made = Path(samples).parent / "model.onnx", []
+    for told in ({}, {"c": np.full(8, math.log(2)), "d": np.full(8, math.log(2))}):
+        proto, carried = unequal("Relu(c)"), dict[str, str]()
+        write_equalization(carried, told, {})
+        onnx.helper.set_model_props(proto, carried)
+        onnx.save(proto, model)
+        out = model.with_name("out.onnx")
+        pipeline_quantize.quantize(model, out, *make_request({"calib": (samples,), "weight_granularity": "per-tensor"}))
+        found = read_equalization({entry.key: entry.value for entry in onnx.load(out).metadata_props})
+        made.append({name: steps.tolist() for name, steps in found.scales.items()})
+    assert made[0] == made[1]
+    assert "c" in made[0]
 
 
 def test_channels_are_lowered_by_what_all_pictures_show(tmp_path: Path) -> None:

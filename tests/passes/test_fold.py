@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qconv.errors import Change, Finding, Skipped
+from qconv.ir.data_shapes import find_data_shaped
 from qconv.ir.files import Source, read_proto
 from qconv.ir.load import load
 from qconv.ir.model import Model, constant_array
+from qconv.passes import fold
 from qconv.passes.fold import run_float_passes
 from qconv.runtime.session import Session
 from tests.support.models import ints, loaded, network, op_types, random_feeds, run, statistics
@@ -105,6 +107,16 @@ SIMPLIFIED = {
     ),
     "resize in proportion that is rounded": (
         network('y = Resize<axes=[2,3], keep_aspect_ratio_policy="not_larger">(x, , , s)', opset=18, s=ints(13, 10)),
+        "Reshape Resize",
+    ),
+    "resize in proportion that crops": (
+        network(
+            'y = Resize<axes=[2,3], coordinate_transformation_mode="tf_crop_and_resize",'
+            ' keep_aspect_ratio_policy="not_larger">(x, area, , s)',
+            opset=18,
+            area=np.float32([0.1, 0.1, 0.8, 0.8]),
+            s=ints(12, 9),
+        ),
         "Reshape Resize",
     ),
     "cubic resize that shrinks": (
@@ -319,6 +331,22 @@ def test_what_is_left_becomes_a_depthwise_conv(case):
     conv = model.nodes()[1]
     assert conv.attributes["group"].value == 3
     assert constant_array(conv.inputs[1]).shape == (3, 1, 1, 1)
+
+
+def test_the_shapes_of_data_are_looked_for_once(monkeypatch):
+    """For all scales together: the search goes through the whole network."""
+    calls = []
+
+    def counted(model: Model) -> set:
+        calls.append(model)
+        return find_data_shaped(model)
+
+    monkeypatch.setattr(fold, "find_data_shaped", counted)
+    scales = " ".join(f"s{i} = Sigmoid({f'm{i - 1}' if i else 'x'}) m{i} = Mul(s{i}, k)" for i in range(4))
+    model = loaded(network(f"{scales} y = Sigmoid(m3)", x=("N", 3, "H", "W"), k=(3, 1, 1)))
+    fold.make_depthwise(model)
+    assert op_types(model) == "Sigmoid Conv " * 4 + "Sigmoid"
+    assert len(calls) == 1
 
 
 MOVERS = {

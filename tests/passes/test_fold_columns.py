@@ -9,9 +9,12 @@ import numpy as np
 import onnx
 import pytest
 
+from qconv.errors import Skipped
+from qconv.ir.layers import channel_stats_of
+from qconv.passes.fold_columns import fold_into_columns
 from tests.support.folded import folded
 from tests.support.libraries import MOVES_CODES, needs
-from tests.support.models import ints, network, statistics
+from tests.support.models import ints, loaded, network, statistics
 from tests.support.quantized import pictures, quantized
 
 DRAWN = int(os.environ.get("QCONV_DRAWN_GRAPHS", "60"))
@@ -101,6 +104,43 @@ def test_numbers_stay_and_scales_go(seed: int) -> None:
         assert found["Add"] + found["Sub"] == shifted
     elif not known:
         assert found["Mul"] == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_overflows_on_the_way_changes_nothing() -> None:
+    """The Add in front of the scale could take it, and the one before that could not."""
+    first = np.zeros((3, 5), np.float32)
+    first[0, 0] = 1e38
+    body = "a = MatMul(x, w) b = Add(a, k) c = Add(b, m) d = Mul(c, ten) y = Sigmoid(d)"
+    proto = network(body, x=(1, 3, 4), w=(4, 5), k=first, m=(3, 5), ten=np.float32(10))
+    model = loaded(proto)
+    before = model.proto().SerializeToString()
+    (skipped,) = fold_into_columns(model)
+    assert isinstance(skipped, Skipped)
+    assert "float32" in skipped.why
+    assert model.proto().SerializeToString() == before
+    folded(proto)
+
+
+@pytest.mark.parametrize(
+    ("added", "shape"),
+    [("", ()), ("", (6, 1)), ("k = Add(v, kept)", ())],
+    ids=["number", "by channel", "in front of what takes the shift"],
+)
+def test_statistics_on_the_way_are_of_what_is_there(added: str, shape: tuple[int, ...]) -> None:
+    """The oracle is what a BatchNormalization tells of its result: its mean is beta."""
+    known = statistics(6)
+    rng = np.random.default_rng(1)
+    gain, shift = (rng.uniform(1, 100, shape).astype(np.float32) for _ in range(2))
+    body = f"""a = Conv(x, w) t = Reshape(a, flat) v = BatchNormalization(t, gamma, beta, mean, var) {added}
+        m = Mul({"k" if added else "v"}, gain) n = Add(m, shift) y = Sigmoid(n)"""
+    proto = network(
+        body, x=(2, 4, 5, 5), w=(6, 4, 1, 1), flat=ints(2, 6, 25), kept=(1, 6, 25), gain=gain, shift=shift, **known
+    )
+    found = channel_stats_of(next(n for n in folded(proto).nodes() if n.op_type == "Reshape").outputs[0])
+    assert found is not None
+    wanted = known["beta"] * gain.reshape(-1) + (0 if added else shift.reshape(-1))
+    np.testing.assert_allclose(found.mean, wanted, rtol=1e-6)
 
 
 @needs("onnxruntime", "1.22", MOVES_CODES)

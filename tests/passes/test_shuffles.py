@@ -10,9 +10,10 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
+from qconv.ir.layers import channel_stats_of
 from tests.support.folded import folded
 from tests.support.libraries import MOVES_CODES, needs
-from tests.support.models import ints, network
+from tests.support.models import ints, network, statistics
 from tests.support.quantized import SAME, quantized
 
 DRAWN = int(os.environ.get("QCONV_DRAWN_GRAPHS", "60"))
@@ -179,3 +180,18 @@ def test_depthwise_layers_take_the_order_on() -> None:
     )
     assert held.const_value is not None
     np.testing.assert_array_equal(held.const_value.numpy()[order], own)
+
+
+def test_statistics_keep_the_order_of_the_channels() -> None:
+    """What a BatchNormalization behind the shuffle knows goes to the layer in front, whose order is another."""
+    body = """a = Conv<group=2>(x, w) p = Reshape(a, five) q = Transpose<perm=[0,2,1,3,4]>(p) b = Reshape(q, four)
+        n = BatchNormalization(b, gamma, beta, mean, var) r = Relu(n) y = Conv(r, v)"""
+    sizes = {"five": ints(2, 2, 3, 6, 6), "four": ints(2, 6, 6, 6)}
+    known = statistics(6)
+    proto = network(body, x=(2, 4, 6, 6), w=(6, 2, 1, 1), v=(4, 6, 1, 1), **sizes, **known)
+    layer = folded(proto).nodes()[0]
+    assert layer.op_type == "Conv"
+    found = channel_stats_of(layer.outputs[0])
+    assert found is not None
+    order = np.arange(6).reshape(2, 3).T.reshape(-1)
+    np.testing.assert_allclose(found.mean[order], known["mean"])
