@@ -86,8 +86,15 @@ def explicit_pads(node: Node, axes: int) -> list[int] | None:
     return [0] * (2 * axes) if auto == "VALID" else attribute(node, "pads") or [0] * (2 * axes)
 
 
-def slices_of(node: Node, axis_count: int | None) -> dict[int, slice]:
-    """What a Slice keeps along axes; of the others it keeps all. axis_count: of its data, None where it is unknown."""
+FARTHEST_ENDS = (2**31 - 1, 2**63 - 1)
+"""Ends of a Slice that ONNX Runtime takes for the far end in either direction."""
+
+
+def slices_of(node: Node, axis_count: int | None) -> dict[int, tuple[int, int, int]]:
+    """Starts, ends and steps of a Slice along axes, for `sliced_places`; of the others it keeps all.
+
+    axis_count: of its data, None where it is unknown. Raises EditRefused for what is computed.
+    """
     given = [constant_array(input_of(node, index)) for index in range(1, 5)]
     starts, ends, axes, steps = given
     if starts is None or ends is None or any(n is None and input_of(node, i + 1) for i, n in enumerate(given)):
@@ -97,14 +104,28 @@ def slices_of(node: Node, axis_count: int | None) -> dict[int, slice]:
         raise EditRefused("the rank of a Slice's data is not known")
     every = [1] * len(along) if steps is None else steps.tolist()
     return {
-        axis if axis >= 0 else axis + (axis_count or 0): slice(start, end, step)
+        axis if axis >= 0 else axis + (axis_count or 0): (start, end, step)
         for axis, start, end, step in zip(along, starts.tolist(), ends.tolist(), every, strict=True)
     }
 
 
+def sliced_places(part: tuple[int, int, int], size: int) -> NDArray[np.int64]:
+    """The places along an axis of this size that a Slice keeps, as ONNX Runtime takes its start, end and step.
+
+    Backwards an end of INT64_MAX or INT32_MAX is the front, and so is a start before it, unlike in Python and in onnx's
+    reference: findings/onnxruntime-slices-backwards-from-before-the-front.sh.
+    """
+    start, end, step = part
+    if step < 0:
+        start = max(start, -size)
+        end = -size - 1 if end in FARTHEST_ENDS else end
+    return np.arange(size)[start:end:step]
+
+
 def sliced_channels(node: Node, count: int) -> NDArray[np.int64]:
     """The channels, out of `count`, that a Slice keeps."""
-    return np.arange(count)[slices_of(node, rank(data_input(node))).get(1, slice(None))]
+    part = slices_of(node, rank(data_input(node))).get(1)
+    return np.arange(count) if part is None else sliced_places(part, count)
 
 
 def split_channels(node: Node, count: int) -> list[NDArray[np.int64]]:

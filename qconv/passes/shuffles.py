@@ -38,6 +38,7 @@ from qconv.ir.rewriting import (
     describe_node,
     each_node,
     reads_as_data,
+    sliced_places,
     slices_of,
     standard_op_type,
     title,
@@ -92,8 +93,9 @@ def _gathered(node: Node, x: Places) -> Places:
 
 
 def _sliced(node: Node, x: Places) -> Places:
-    kept = slices_of(node, x.ndim)
-    return x[tuple(kept.get(axis, slice(None)) for axis in range(x.ndim))]
+    for axis, part in slices_of(node, x.ndim).items():
+        x = np.take(x, sliced_places(part, x.shape[axis]), axis)
+    return x
 
 
 def _split(node: Node, x: Places) -> list[Places]:
