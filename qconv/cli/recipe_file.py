@@ -82,6 +82,9 @@ class GivenOptions:
     def fields(self, **others: Any) -> dict[str, Any]:
         """The same as `make_request` takes it, before any of them follows from others."""
         fields = collect_fields({**others, **self.values}, self.typed)
+        if fields.get("activation_bits") == 32 and "activation_scheme" in find_typed_options():
+            told = "--activation-scheme with --activation-bits 32 is not possible."
+            raise click.UsageError(f"{told} Leave one of them out: with 32 activations stay float.")
         try:
             make_request_of_fields(fields)
         except click.UsageError as error:

@@ -427,8 +427,6 @@ class Recipe:
         usual = self.calibrator in ("", FEW_BITS_CALIBRATOR)
         require(usual, f"{self._told('calibrator')} with --activation-bits 32", hint)
         require(not self.tune_ranges, "--tune-ranges with --activation-bits 32", hint)
-        usual = self.activation_scheme == TARGETS[self.target].default_scheme
-        require(usual, f"{self._told('activation_scheme')} with --activation-bits 32", hint)
 
     def _check_percentile(self) -> None:
         """Only one calibrator has a share; an option without effect would mislead."""

@@ -215,6 +215,7 @@ def test_saturation_is_a_choice_of_three(call: Qconv, tiny: Path, calib: Path) -
         ("--no-saturation-safe", "--weight-bits", "16"),
         ("--no-saturation-safe", "--target", "tensorrt"),
         ("--block-size", "16"),
+        ("--activation-scheme", "symmetric", "--activation-bits", "32"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(

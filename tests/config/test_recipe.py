@@ -46,7 +46,6 @@ NAN, INF = float("nan"), float("inf")
         ({"threads": 0}, "--threads 0", "1 to 1024"),
         ({"pack": True}, "--pack with 8-bit weights", "--weight-bits 4"),
         ({"pack": True, "weight_bits": 5}, "--pack with 5-bit weights", "--weight-bits 4"),
-        ({"activation_bits": 32, "activation_scheme": "symmetric"}, "--activation-scheme symmetric with", "stay float"),
         ({"stats": "s.npz", "batch": 4}, "--batch with --stats alone", "leave it out"),
         ({"stats": "s.npz", "effort": "best", "rounding": "nearest"}, "--effort best with nearest", "with --calib"),
         ({"min_agreement": 1.01}, "--min-agreement 1.01", "0 to 1"),
