@@ -18,7 +18,7 @@ from typing import Any
 import onnxruntime as ort
 
 from tests.bench import table
-from tests.bench.cases import BY_NAME, CASES, Case, default_data
+from tests.bench.cases import BY_NAME, CASES, Case, default_data, require_data
 from tests.bench.marks import mark, marks
 from tests.bench.runner import Bench, Setup, refusals
 
@@ -50,11 +50,7 @@ def chosen(names: list[str] | None) -> list[Case]:
 def main() -> None:
     wanted = arguments()
     cases = chosen(wanted.only)
-    missing = next((p for p in (wanted.data / "models", wanted.data / "images") if not p.is_dir()), None)
-    if missing is not None:
-        sys.exit(
-            f"Error: {missing} does not exist.\nHint:  pass --data DIR or set QCONV_DATA: it holds models/ and images/."
-        )
+    require_data(wanted.data)
     with tempfile.TemporaryDirectory(prefix="qconv-bench-") as scratch:
         setup = Setup(
             data=wanted.data.resolve(),

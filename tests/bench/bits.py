@@ -40,6 +40,7 @@ from tests.bench.cases import (
     light_file,
     linked,
     pictures,
+    require_data,
 )
 from tests.bench.variants import (
     GRANULARITIES,
@@ -329,11 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if wanted.markdown:
         print(bits_table.text(json.loads(wanted.markdown.read_text())))
         return
-    missing = next((p for p in (wanted.data / "models", wanted.data / "images") if not p.is_dir()), None)
-    if missing is not None:
-        sys.exit(
-            f"Error: {missing} does not exist.\nHint:  pass --data DIR or set QCONV_DATA: it holds models/ and images/."
-        )
+    require_data(wanted.data)
     bench = Bench(wanted)
     if wanted.resume and wanted.json.exists():
         bench.found["rows"] = json.loads(wanted.json.read_text())["rows"]

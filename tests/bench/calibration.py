@@ -18,7 +18,7 @@ from typing import Any
 
 from qconv.config.choices import CALIBRATOR_NAMES
 from tests.bench import cost, peer
-from tests.bench.cases import BY_NAME, Case, default_data, linked, pictures
+from tests.bench.cases import BY_NAME, Case, default_data, linked, pictures, require_data
 
 MODELS = ("resnet20", "mobilenetv2", "efficientnet_lite0")
 COUNTS = (100, 400)
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--skip-peer", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     wanted = parser.parse_args()
+    require_data(wanted.data)
     results: dict[str, Any] = {}
     for name in wanted.only or MODELS:
         results[name] = measured(BY_NAME[name], wanted.data, wanted.rounds, skip_peer=wanted.skip_peer)

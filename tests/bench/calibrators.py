@@ -19,7 +19,7 @@ from typing import Any
 
 from qconv.config.choices import CALIBRATOR_NAMES
 from tests.bench import accuracy
-from tests.bench.cases import CASES, REPOSITORY, Array, Case, default_data, linked, pictures
+from tests.bench.cases import CASES, REPOSITORY, Array, Case, default_data, linked, pictures, require_data
 
 BITS = (8, 6, 4)
 MOST_TESTS = 200
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--qconv", default="", metavar="OPTIONS", help="more options for qconv, as one text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     wanted = parser.parse_args()
+    require_data(wanted.data)
     cases = [case for case in CASES if case.trained and (not wanted.only or case.name in wanted.only)]
     results: dict[str, Any] = {}
     for case in cases:

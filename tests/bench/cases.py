@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -208,6 +209,14 @@ def light_file(case: Case) -> Path:
 def default_data() -> Path:
     """$QCONV_DATA, or shared/data beside the checkout."""
     return Path(os.environ.get("QCONV_DATA") or REPOSITORY.parent / "shared" / "data")
+
+
+def require_data(data: Path) -> None:
+    """Exit with an error where the folder of models and pictures is none."""
+    missing = next((path for path in (data / "models", data / "images") if not path.is_dir()), None)
+    if missing is not None:
+        hint = "pass --data DIR or set QCONV_DATA: it holds models/ and images/."
+        sys.exit(f"Error: {missing} does not exist.\nHint:  {hint}")
 
 
 def pictures(folder: Path, count: int) -> list[Path]:

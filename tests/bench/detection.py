@@ -29,7 +29,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from tests.bench.cases import CASES, REPOSITORY, Case, Prep, default_data, linked, pictures
+from tests.bench.cases import CASES, REPOSITORY, Case, Prep, default_data, linked, pictures, require_data
 from tests.support.folded import write_folded_float
 
 PICTURES = 128
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with models/ and images/")
     parser.add_argument("--only", action="append", metavar="NAME", help="this model; repeatable")
     wanted = parser.parse_args()
+    require_data(wanted.data)
     verdicts: Counter[str] = Counter()
     for case in CASES:
         if not case.trained or (wanted.only and case.name not in wanted.only):

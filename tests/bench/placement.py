@@ -17,7 +17,7 @@ from typing import Any
 
 from qconv.runtime.benchmark import detect_cpu
 from tests.bench import latency
-from tests.bench.cases import CASES, Case, default_data
+from tests.bench.cases import CASES, Case, default_data, require_data
 from tests.bench.runner import LATENCY_ROUNDS, Bench, Setup, run
 
 
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="take the light models' copies from here")
     parser.add_argument("--threads", type=int, default=1)
     wanted = parser.parse_args()
+    require_data(wanted.data)
     print(detect_cpu().in_words())
     print("| model | integer / float nodes | time | divided: nodes | time |\n|---|---|---|---|---|")
     left: list[str] = []

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.cases import REPOSITORY, default_data
+from tests.bench.cases import REPOSITORY, default_data, require_data
 from tests.bench.cifar import folders
 
 Row = dict[str, Any]
@@ -153,6 +153,7 @@ def main() -> None:
     )
     parser.add_argument("--resume", action="store_true", help="measure only rows that are not there yet")
     args = parser.parse_args()
+    require_data(default_data())
     args.cache.mkdir(parents=True, exist_ok=True)
     kept = args.cache / "qat.json"
     rows: list[Row] = json.loads(kept.read_text()) if args.resume and kept.is_file() else []
