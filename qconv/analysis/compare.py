@@ -34,7 +34,9 @@ from qconv.analysis.point_comparison import (
 from qconv.analysis.weight_comparison import compare_weights
 from qconv.config.data_options import DataOptions
 from qconv.config.serialization import recipe_from_dict
-from qconv.data.loader import Batch, ModelWithData, count_images, iter_paired_batches, open_models
+from qconv.config.tasks import NO_TASKS, Tasks
+from qconv.data.loader import Batch, count_images
+from qconv.data.model_with_data import ModelWithData, iter_paired_batches, open_models
 from qconv.errors import QconvError, format_count, format_some
 from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
@@ -48,6 +50,7 @@ from qconv.ir.precision import make_float32
 from qconv.ir.rewriting import title
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
 from qconv.metrics.comparison import ComparisonAccumulator
+from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
 from qconv.metrics.similarity import signal_power
 from qconv.passes import fold
 from qconv.pipeline.prepare import runs_on_ort
@@ -82,7 +85,7 @@ class ComparisonRequest:
     pictures: int
     words: str
     threads: int | None = None
-    task: str = "auto"
+    tasks: Tasks = NO_TASKS
 
 
 def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Comparison:
@@ -264,13 +267,15 @@ class _LoadedNetworks:
     def whole(self, request: ComparisonRequest) -> ComparisonAccumulator:
         """Compare the outputs of both files as they are, with the runtime's optimizations."""
         both = [
-            open_original(source, self.threads, request.task, required=False)
+            open_original(source, self.threads, request.tasks, required=False)
             for source in (request.float_model, request.model)
         ]
-        comparison = ComparisonAccumulator.of(both[0].model_outputs)
+        comparison: ComparisonAccumulator | None = None
         for floats, feeds in request.feeds():
-            comparison.add(both[0].run_all(floats), both[1].run(both[0].outputs, feeds))
-        return comparison
+            expected = both[0].run_all(floats)
+            comparison = comparison or ComparisonAccumulator.of(describe_outputs(both[0], floats, expected))
+            comparison.add(expected, both[1].run(both[0].outputs, feeds))
+        return comparison or ComparisonAccumulator.of(NetworkOutputs(both[0].model_outputs))
 
     def effects(
         self, request: ComparisonRequest, outputs: Sequence[Value], reporter: Reporter
@@ -410,6 +415,6 @@ def compare_on_images(
         return ((its, mine) for mine, its in iter_paired_batches(own, other, reporter, lost.add))
 
     total = len(own.feed.listing.paths)
-    request = ComparisonRequest(float_model, model, feeds, total, own.words, threads, own.session.task)
+    request = ComparisonRequest(float_model, model, feeds, total, own.words, threads, own.session.tasks)
     found = compare(request, reporter)
     return ComparisonRun(replace(found, images=total - len(lost)), other)

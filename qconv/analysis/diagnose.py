@@ -39,7 +39,8 @@ from qconv.config.data_options import PRESETS, DataOptions, Preprocessing, Prepr
 from qconv.config.recipe import make_request
 from qconv.config.serialization import format_option
 from qconv.data.autodetect import CERTAIN_MARGIN, SHAPE_OPTIONS, detect_preprocessing, is_same_preprocessing
-from qconv.data.loader import DataLoader, ModelWithData
+from qconv.data.loader import DataLoader
+from qconv.data.model_with_data import ModelWithData
 from qconv.errors import format_count
 from qconv.ir import load
 from qconv.ir import metadata as ir_metadata
@@ -133,7 +134,7 @@ class _DiagnosisRunner:
     def diagnosis(self) -> DiagnosisRun:
         asked = {**self.case.asked, "min_agreement": None, "min_sqnr": None}
         recipe, data = make_request(asked)
-        session = open_original(self.case.source, recipe.threads, data.task)
+        session = open_original(self.case.source, recipe.threads, data.tasks)
         held = hold_out_images(session, data, self.case.images, self.reporter)
         asked["samples"] = min(data.samples or held.most, held.most)
         recipe, data = make_request(asked)
@@ -299,7 +300,7 @@ class _DiagnosisRunner:
             proof.scored.pictures,
             found.data.description,
             recipe.threads,
-            found.data.data.task,
+            found.data.data.tasks,
         )
         compared = compare(request, self.reporter)
         equalization = ir_metadata.read_equalization(metadata_of(read_proto(quantized)))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from qconv.config.choices import check_run_options, take_types
 from qconv.config.data_options import DataOptions
 from qconv.data.dataset import LabelOptions, find_classes, labels_of
-from qconv.data.loader import ModelWithData, Outputs, open_models
+from qconv.data.model_with_data import ModelWithData, Outputs, open_models
 from qconv.errors import QconvError
 from qconv.ir.chance import describe_random_nodes
 from qconv.ir.files import Source, read_proto
@@ -29,6 +29,7 @@ from qconv.ir.load import load_unchanged
 from qconv.ir.original import open_original
 from qconv.metrics.classification import PredictionRecorder, Predictions
 from qconv.metrics.comparison import EVALUATED, LABELLED, ComparisonAccumulator, describe_differing_runs
+from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.metrics.similarity import difference_interval, mcnemar_p_value, share_interval
 from qconv.reporter import Reporter
 from qconv.results.quantize import OutputFact, OutputScore
@@ -219,7 +220,7 @@ def evaluate(
             if vector is not None:
                 _require_finite(chosen[vector], other.session, vector)
                 its.add(chosen[vector])
-            compared = compared or ComparisonAccumulator.of(holds, EVALUATED)
+            compared = compared or ComparisonAccumulator.of(NetworkOutputs(tuple(holds)), EVALUATED)
             compared.add(chosen, mine)
         if request.table == ".npz":
             kept.append(mine)

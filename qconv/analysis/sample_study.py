@@ -177,7 +177,7 @@ def _run_float_model(
 
     data: its `samples` says how many there are.
     """
-    feed, session = found.data.feed, open_original(source, threads, data.task)
+    feed, session = found.data.feed, open_original(source, threads, data.tasks)
     assert feed is not None
     if request.images:
         scoring = DataLoader.of(session, replace(data, paths=request.images, glob=None, arrays=None), reporter)

@@ -210,7 +210,7 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter 
     shared, data = entries[0].recipe, entries[0].data
     written = {f"the output of {entry.name}": entry.out for entry in entries}
     check_places(source, external_data_files(proto, source), written, data.paths)
-    session = open_original(source, shared.threads, data.task)
+    session = open_original(source, shared.threads, data.tasks)
     held = hold_out_images(session, data, (), reporter)
     del session
     data = replace(data, samples=min(data.samples or held.most, held.most))
@@ -220,7 +220,7 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter 
     del loaded
     if shared.embed_preprocessing is not None:
         held.feed.take_pixels(shared.embed_preprocessing)
-    proof = TrialRunner.of(source, held.feed, open_original(source, shared.threads, data.task), reporter, cache)
+    proof = TrialRunner.of(source, held.feed, open_original(source, shared.threads, data.tasks), reporter, cache)
     for done, entry in enumerate(entries):
         reporter.progress("recipes", done, len(entries))
         proof.reporter = reporter.of_part(entry.name)

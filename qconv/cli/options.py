@@ -23,7 +23,6 @@ from qconv.config.choices import (
     NAMED_RECIPES,
     PERCENTILE,
     ROUNDINGS,
-    TASKS,
     WEIGHT_CALIBRATORS,
     Drop,
     Scheme,
@@ -31,6 +30,7 @@ from qconv.config.choices import (
 )
 from qconv.config.data_options import AUTO, PRESETS, Color, Layout, ResizeFilter
 from qconv.config.targets import TARGETS
+from qconv.config.tasks import TASKS
 from qconv.errors import QconvError
 
 if TYPE_CHECKING:

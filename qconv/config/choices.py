@@ -67,9 +67,6 @@ FALLBACKS = ("random", "synthesized")
 SYNTHESIS_STEPS = 30
 """Moves of a synthesized picture: statistics come no nearer in more."""
 
-TASKS = ("auto", "classify", "segment", "regress")
-"""What a model is for; auto finds it out, output by output."""
-
 DEVICES = ("auto", "cpu", "cuda")
 
 OPTION_CHOICES = {

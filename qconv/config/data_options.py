@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from qconv.config.choices import (
     NO_IMAGES,
-    TASKS,
     as_json_value,
     as_member,
     option_name,
@@ -21,6 +20,7 @@ from qconv.config.choices import (
     require_size,
     take_types,
 )
+from qconv.config.tasks import Tasks
 from qconv.errors import QconvError
 
 if TYPE_CHECKING:
@@ -251,7 +251,8 @@ class DataOptions:
         seed: Of the draw of images, and of all else that is drawn at random.
         glob: What the name or path of a file must match; None for all files.
         preprocessing: What is said of how the network is fed.
-        task: What the model is for, which decides what its outputs hold; "auto" finds it out.
+        task: What the model is for, which decides what its outputs hold; "auto" finds it out. See `Tasks`.
+        decode: FILE.py:FUNCTION that makes detections of the outputs.
         arrays: Set by functions that are given arrays, which `paths` then only names.
     """
 
@@ -262,6 +263,7 @@ class DataOptions:
     glob: str | None = None
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     task: str = "auto"
+    decode: str | None = None
     arrays: ArraySamples | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -274,7 +276,12 @@ class DataOptions:
         require(self.samples is None or self.samples >= 1, f"--samples {self.samples}", "use at least 1 picture.")
         require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")
         require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
-        require(self.task in TASKS, f"--task {self.task}", f"use one of {', '.join(TASKS)}.")
+        Tasks(self.task, self.decode)
+
+    @property
+    def tasks(self) -> Tasks:
+        """What is said of the model's outputs."""
+        return Tasks(self.task, self.decode)
 
     def require_defaults(self, names: tuple[str, ...], told: str) -> None:
         """Raise QconvError where one of these options was given. told: why none can be, in the words of an error."""
@@ -288,5 +295,5 @@ class DataOptions:
 
         The task is in it where the user has named one.
         """
-        unsaid = {"paths", "batch", "arrays", *(["task"] if self.task == "auto" else [])}
+        unsaid = {"paths", "batch", "arrays", "decode", *(["task"] if self.task == "auto" else [])}
         return {name: value for name, value in as_json_value(self).items() if name not in unsaid}

@@ -1,27 +1,23 @@
-"""Loads calibration images batch by batch as a network takes them, and opens a model together with its input pipeline.
+"""Loads calibration images batch by batch as a network takes them.
 
-The first few images stay in memory, so that checking a result need not decode them again. For `ModelWithData` the
-preprocessing is taken from what the user says, then from the file's metadata, then from a model beside it, then from
-evidence (`data.autodetect`).
+The first few images stay in memory, so that checking a result need not decode them again.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.choices import SAMPLE_SUFFIXES, TASKS
-from qconv.config.data_options import AUTO, Color, DataOptions, Layout, Preprocessing, PreprocessingOptions
-from qconv.data.autodetect import detect_preprocessing
+from qconv.config.choices import SAMPLE_SUFFIXES
+from qconv.config.data_options import Color, DataOptions, Layout, Preprocessing, PreprocessingOptions
 from qconv.data.batches import iter_batches
 from qconv.data.dataset import Listing, list_samples, suffix_of
-from qconv.data.evidence import find_fact
 from qconv.data.preprocessing import (
     WHOLE_PIXEL_TYPES,
     InputSpec,
@@ -33,16 +29,10 @@ from qconv.data.preprocessing import (
 )
 from qconv.data.samples import split_whole_batches
 from qconv.errors import QconvError
-from qconv.ir import load
-from qconv.ir.files import Source, is_quantized, metadata_of, read_proto
-from qconv.ir.metadata import describe_odd_metadata, read_float_preprocessing, read_preprocessing, read_recipe
-from qconv.ir.original import open_original
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 
 LEAST_DECODERS = 2
-
-OTHER_MODEL = "the other model"
 
 KEPT_IMAGES = 32
 
@@ -259,187 +249,3 @@ def _several_inputs_error(name: str, inputs: list[InputSpec]) -> QconvError:
         f"{name} has {len(inputs)} inputs ({names}), which pictures alone cannot feed.",
         f"pass a folder of .npz files, each one sample with the arrays {names}.",
     )
-
-
-Outputs = list[Any]
-"""An array an output; lists where these are sequences, or of no part of a batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelWithData:
-    """A model with its input pipeline. words: the preprocessing, in words."""
-
-    session: Session
-    feed: DataLoader
-    words: str
-
-    def batches(self, reporter: Reporter, lost: Callable[[Path], None]) -> Iterator[tuple[Any, int]]:
-        """Yield batches with the number of their images: a last short batch is filled up where its size is fixed."""
-        feed = self.feed
-        fixed = bool(feed.inputs[0].shape) and feed.inputs[0].shape[0] is not None
-        found = iter_batches(
-            feed.listing,
-            feed.inputs,
-            feed.preprocessing,
-            batch=feed.batch,
-            workers=LEAST_DECODERS,
-            reporter=reporter,
-            lost=lost,
-        )
-        for feeds in found:
-            count = count_images(feeds)
-            if fixed and count < feed.batch:
-                feeds = {name: np.resize(array, (feed.batch, *array.shape[1:])) for name, array in feeds.items()}
-            yield feeds, count
-
-    def outputs(self, batches: Iterator[tuple[Any, int]]) -> Iterator[Outputs]:
-        """Yield all outputs, image by image; an empty list for those that a batch of several has one of.
-
-        Raises QconvError where that are all of them.
-        """
-        for feeds, count in batches:
-            found = self.session.run_all(feeds)
-            size = count_images(feeds)
-            if size == 1:
-                yield found
-                continue
-            parted = [isinstance(array, np.ndarray) and array.shape[:1] == (size,) for array in found]
-            if not any(parted):
-                fact = f"no output of {self.session.name} has a part for each picture of a batch."
-                fixed = self.feed.inputs[0].shape[0] is not None
-                raise QconvError(fact, "export the model with a batch of 1." if fixed else "pass --batch 1.")
-            for index in range(count):
-                yield [x[index : index + 1] if whole else [] for x, whole in zip(found, parted, strict=True)]
-
-    def takes_the_same_as(self, other: ModelWithData) -> bool:
-        """Whether both models take the same arrays."""
-        mine, its = self.feed, other.feed
-        plain = [
-            None if f.preprocessing is None else replace(f.preprocessing, source="", preset="") for f in (mine, its)
-        ]
-        names = [[(spec.name, spec.dtype, spec.shape) for spec in f.inputs] for f in (mine, its)]
-        return plain[0] == plain[1] and names[0] == names[1] and mine.batch == its.batch
-
-
-def iter_paired_batches(
-    own: ModelWithData, other: ModelWithData, reporter: Reporter, lost: Callable[[Path], None]
-) -> Iterator[tuple[Any, Any]]:
-    """Yield the batches of both models; a last short one is filled up where its size is fixed."""
-    if own.takes_the_same_as(other):
-        yield from ((feeds, feeds) for feeds, _ in own.batches(reporter, lost))
-        return
-    its = other.batches(Reporter(), lambda path: None)
-    yield from ((mine, theirs) for (mine, _), (theirs, _) in zip(own.batches(reporter, lost), its, strict=True))
-
-
-def _open_model(
-    source: Source,
-    proto: Any,
-    data: DataOptions,
-    threads: int | None,
-    reporter: Reporter,
-    hint: PreprocessingOptions | None = None,
-    carried_task: str = "auto",
-) -> ModelWithData:
-    """Open a model with its preprocessing: the user's, the file's, that of `hint`, or a detected one, in this order.
-
-    proto: what is in the file. hint: preprocessing of the other model. carried_task: of either file, for users who say
-    nothing of the task.
-    """
-    asked = data.task != "auto"
-    session = open_original(source, threads, data.task if asked else carried_task, required=asked)
-    carried, said = metadata_of(proto), data.preprocessing
-    odd = describe_odd_metadata(carried)
-    for text in odd:
-        reporter.warn(f"{source.name}: {text}")
-    told, why = read_preprocessing(carried), "the file's metadata"
-    if told is not None and told != read_float_preprocessing(
-        carried
-    ):  # it takes pixels: all else is for the float model
-        said = replace(said, preset=None, scale=None, mean=None, std=None, color=None, layout=None)
-    if told is None:
-        told, why = hint, OTHER_MODEL
-    if told is not None:
-        # samples need none of it, which is no news where the user has said nothing
-        quietly = Reporter() if data.preprocessing == PreprocessingOptions() else reporter.without_progress()
-        merged = replace(data, preprocessing=merge_options(said, told))
-        try:
-            feed = DataLoader.of(session, merged, quietly)
-        except QconvError as error:
-            DataLoader.of(session, data, Reporter())  # raises where the user is mistaken
-            reporter.warn(f"{source.name} cannot be fed as {why} says, which is ignored: {error.message}")
-        else:
-            if feed.preprocessing is not None and "preset" not in _given_parts(said):
-                feed.preprocessing = replace(feed.preprocessing, source=_describe_source(said, why))
-            return ModelWithData(session, feed, _describe_loader(feed))
-    feed = DataLoader.of(session, data, reporter.without_progress())
-    if feed.preprocessing is None or said.preset != AUTO:
-        return ModelWithData(session, feed, _describe_loader(feed))
-    if is_quantized(proto):
-        if find_fact(load.load_unchanged(proto, source), feed.inputs[0].dtype, feed.preprocessing.layout) is None:
-            reporter.warn(
-                f"how {source.name} was fed in training is not known, as a quantized file does not tell; it gets "
-                f"{feed.preprocessing.preset}: --preprocess settles it, or --against with the float model."
-            )
-        return ModelWithData(session, feed, _describe_loader(feed))
-    model, _ = load.load(proto, source)
-    detected = detect_preprocessing(model, session, feed, data.preprocessing, threads=threads)
-    feed.preprocessing = detected.preprocessing
-    for doubt in detected.doubts():
-        if doubt not in odd:  # it was told above, with the name of the file
-            reporter.warn(doubt)
-    return ModelWithData(session, feed, detected.in_words())
-
-
-def open_models(
-    source: Source, against: Source | None, data: DataOptions, threads: int | None, reporter: Reporter
-) -> tuple[ModelWithData, ModelWithData | None]:
-    """Open the model and the other one, by their metadata; a quantized file otherwise takes the float model's.
-
-    Of both the same outputs hold the same: what a file that qconv wrote was made with counts for the other one, too.
-    """
-    proto = read_proto(source)
-    if against is None:
-        return _open_model(source, proto, data, threads, reporter, None, _find_carried_task(proto)), None
-    other_proto = read_proto(against)
-    task = _find_carried_task(proto, other_proto)
-    carried = read_float_preprocessing(metadata_of(proto))
-    other = _open_model(against, other_proto, data, threads, reporter, carried, task)
-    hint = None
-    if carried is None and is_quantized(proto) and other.feed.preprocessing is not None:
-        fed = other.feed.preprocessing
-        hint = PreprocessingOptions(
-            fed.preset, fed.scale, fed.mean, fed.std, fed.color, None, fed.resize, fed.filter, fed.size
-        )
-    return _open_model(source, proto, data, threads, reporter, hint, task), other
-
-
-def _find_carried_task(*protos: Any) -> str:
-    """The task that the first of these models with a recipe was made with; "auto" where none says one."""
-    told = (read_recipe(metadata_of(proto)).get("task") for proto in protos)
-    return next((task for task in told if task in TASKS), "auto")
-
-
-def merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> PreprocessingOptions:
-    """The user's options win over what is told; another preset also replaces the numbers of the old one."""
-    changed = _given_parts(said)
-    if "preset" in changed:
-        told = replace(told, preset=None, scale=None, mean=None, std=None, color=None)
-    return replace(told, **changed)
-
-
-def _given_parts(said: PreprocessingOptions) -> dict[str, Any]:
-    """What the user has said, by the names of its parts."""
-    return {part.name: value for part in fields(said) if (value := getattr(said, part.name)) != part.default}
-
-
-def _describe_source(said: PreprocessingOptions, why: str) -> str:
-    """Where a preprocessing comes from. why: what tells of it, but for the parts that are said."""
-    own = [f"--{part}" for part in _given_parts(said)]
-    if why == OTHER_MODEL:
-        why = f"as {why}"
-    return f"{why}, with {' and '.join(own)}" if own else why
-
-
-def _describe_loader(feed: DataLoader) -> str:
-    return "" if feed.preprocessing is None else feed.preprocessing.in_words()

@@ -10,12 +10,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from qconv.config.tasks import NO_TASKS, Tasks
 from qconv.errors import QconvError
 from qconv.ir.files import Source, external_data_files, full_proto, parse_proto, read_proto
 from qconv.ir.legacy import is_legacy
 from qconv.ir.load import load
 from qconv.ir.node_order import sort_nodes
-from qconv.runtime.outputs import OutputOrigin, find_output_origins, require_task
+from qconv.runtime.outputs import OutputOrigin, find_output_origins, require_tasks
 from qconv.runtime.session import Session
 
 Stamp = tuple[int, int] | None
@@ -23,11 +24,11 @@ Stamp = tuple[int, int] | None
 
 
 def open_original(
-    source: Source, threads: int | None, task: str = "auto", *, required: bool = True, optimize: bool = True
+    source: Source, threads: int | None, tasks: Tasks = NO_TASKS, *, required: bool = True, optimize: bool = True
 ) -> Session:
     """The user's own model, as it is, with what its outputs hold.
 
-    optimize: False runs its nodes one by one. required: the user asks for the task, not a file's metadata: raises
+    optimize: False runs its nodes one by one. required: the user asks for the tasks, not a file's metadata: raises
     QconvError where no output can hold that.
     Raises QconvError where the runtime does not load the model, nor what is made of it.
     """
@@ -38,7 +39,7 @@ def open_original(
         "name": source.name,
         "threads": threads,
         "origins": origins,
-        "task": task,
+        "tasks": tasks,
         "optimize": optimize,
     }
     try:
@@ -49,7 +50,7 @@ def open_original(
             raise
         session = Session(instead, **said)
     if required:
-        require_task(session.name, session.model_outputs, task)
+        require_tasks(session.name, session.model_outputs, tasks)
     return session
 
 

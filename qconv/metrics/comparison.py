@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from qconv.data.loader import Batch, DataLoader, count_images
 from qconv.errors import QconvError, format_count
 from qconv.metrics.classification import Agreement, ClassAgreement
+from qconv.metrics.detection import DetectionComparison
+from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
 from qconv.metrics.similarity import Cosine, Sqnr
 from qconv.reporter import Reporter
 from qconv.results.quantize import Gate, OutputScore, Verification
@@ -42,6 +44,9 @@ MetricsOfKind = Mapping[OutputKind, tuple[Callable[[ModelOutput], PairMetric], .
 VERIFIED: MetricsOfKind = {
     OutputKind.CLASS_SCORES: (Sqnr, Agreement),
     OutputKind.CLASS_MAP: (Sqnr, Agreement),
+    OutputKind.DETECTIONS: (Sqnr,),
+    OutputKind.EMBEDDING: (Sqnr,),
+    OutputKind.KEYPOINTS: (Sqnr,),
     OutputKind.REGRESSION: (Sqnr,),
     OutputKind.INTEGER: (Agreement,),
 }
@@ -50,6 +55,9 @@ VERIFIED: MetricsOfKind = {
 EVALUATED: MetricsOfKind = {
     OutputKind.CLASS_SCORES: (Sqnr, Agreement, ClassAgreement, Cosine),
     OutputKind.CLASS_MAP: (Sqnr, Agreement, ClassAgreement, Cosine),
+    OutputKind.DETECTIONS: (Sqnr, Cosine),
+    OutputKind.EMBEDDING: (Sqnr, Cosine),
+    OutputKind.KEYPOINTS: (Sqnr, Cosine),
     OutputKind.REGRESSION: (Sqnr, Cosine),
     OutputKind.INTEGER: (Agreement,),
 }
@@ -135,17 +143,34 @@ def _is_numeric_array(array: Any) -> bool:
 class ComparisonAccumulator:
     """Accumulates the comparison of all outputs of two models on the same batches."""
 
+    network: NetworkOutputs
     tallies: tuple[_OutputTally, ...]
+    detections: DetectionComparison | None = None
 
     @classmethod
-    def of(cls, outputs: Sequence[ModelOutput], registry: MetricsOfKind = VERIFIED) -> ComparisonAccumulator:
-        """Nothing compared yet. outputs: in the order in which `add` gets them. registry: what is measured."""
-        return cls(tuple(_OutputTally(output, registry) for output in outputs))
+    def of(cls, network: NetworkOutputs, registry: MetricsOfKind = VERIFIED) -> ComparisonAccumulator:
+        """Nothing compared yet. network: outputs in the order in which `add` gets them. registry: what is measured."""
+        head = network.head
+        return cls(
+            network,
+            tuple(_OutputTally(output, registry) for output in network.outputs),
+            None if head is None else DetectionComparison(head),
+        )
 
     def add(self, reference: Sequence[Any], quantized: Sequence[Any]) -> None:
         """Take in the outputs of one batch."""
         for tally, ref, got in zip(self.tallies, reference, quantized, strict=True):
             tally.update(ref, got)
+        if self.detections is not None:
+            self.detections.update(self.network.by_name(reference), self.network.by_name(quantized))
+
+    def heads(self, *, spans: bool = False) -> tuple[OutputScore, ...]:
+        """How what is read from several outputs together compares. spans: with intervals."""
+        if self.detections is None:
+            return ()
+        head = self.detections.head
+        name = ", ".join(head.outputs)
+        return (OutputScore(name, self.detections.scores(spans=spans), kind=OutputKind.DETECTIONS),)
 
     def scores(self, *, spans: bool = False) -> tuple[OutputScore, ...]:
         """How every output compares. spans: with intervals, each batch taken for one draw."""
@@ -162,7 +187,7 @@ def verify(
 
     batches: what the quantized model is fed with; as_float: makes of it what the reference is fed with.
     """
-    comparison = ComparisonAccumulator.of(reference.model_outputs)
+    comparison: ComparisonAccumulator | None = None
     seconds: list[tuple[float, float]] = []
     images = 0
     for feeds in batches:
@@ -173,14 +198,17 @@ def verify(
         got = quantized.run(reference.outputs, feeds)
         seconds.append((middle - start, time.perf_counter() - middle))
         images += count_images(feeds)
+        comparison = comparison or ComparisonAccumulator.of(describe_outputs(reference, floats, expected))
         comparison.add(expected, got)
+    comparison = comparison or ComparisonAccumulator.of(NetworkOutputs(reference.model_outputs))
     slowdown = spread = None
     if len(seconds) >= FEWEST_TIMED_RUNS:
         slow, fast = np.array(seconds[1:]).T
         slowdown = float(np.median(fast) / np.median(slow))
         low, high = np.percentile(fast / slow, SLOWDOWN_PERCENTILES)
         spread = float(low), float(high)
-    return Verification(images, comparison.scores(spans=True), slowdown, spread)
+    scores, heads = comparison.scores(spans=True), comparison.heads(spans=True)
+    return Verification(images, scores, slowdown, spread, heads=heads)
 
 
 MOST_REPEATED_BATCHES = 8
@@ -234,18 +262,23 @@ OutputArrays = list[NDArray[Any]]
 class ReferenceOutputs:
     """Batches with the float model's outputs, to score any number of models on. pictures: how many they hold."""
 
-    outputs: tuple[ModelOutput, ...]
+    network: NetworkOutputs
     batches: list[tuple[Batch, OutputArrays]]
     pictures: int
 
     def score(self, quantized: Session, hear: Callable[[OutputArrays], None] = lambda outputs: None) -> Verification:
         """`quantized` against the float model. hear: gets what it says of each batch."""
-        comparison, names = ComparisonAccumulator.of(self.outputs), [output.name for output in self.outputs]
+        comparison, names = ComparisonAccumulator.of(self.network), self.network.names
         for feeds, expected in self.batches:
             got = quantized.run(names, feeds)
             comparison.add(expected, got)
             hear(got)
-        return Verification(self.pictures, comparison.scores())
+        return Verification(self.pictures, comparison.scores(), heads=comparison.heads())
+
+    @property
+    def outputs(self) -> tuple[ModelOutput, ...]:
+        """What the outputs are."""
+        return self.network.outputs
 
 
 def collect_reference_outputs(
@@ -276,7 +309,7 @@ def collect_reference_outputs(
         reporter.warn(
             f"scored on {pictures} of {total} pictures: inputs and outputs of more would not fit into memory kept."
         )
-    outputs = session.model_outputs
+    network = NetworkOutputs(session.model_outputs)
     if kept:
-        outputs = tuple(o.seen(np.shape(array)) for o, array in zip(outputs, kept[0][1], strict=True))
-    return ReferenceOutputs(outputs, kept, pictures)
+        network = describe_outputs(session, *kept[0])
+    return ReferenceOutputs(network, kept, pictures)

@@ -45,6 +45,7 @@ from qconv.ir.metadata import forget_equalization, round_log_scale, write_equali
 from qconv.ir.model import Model, Value, constant_array
 from qconv.ir.rewriting import EditRefused, describe_node
 from qconv.metrics.comparison import ComparisonAccumulator
+from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.passes.absorb_biases import (
     STEP,
     AbsorptionCandidate,
@@ -420,7 +421,7 @@ def _output_sqnr(before: Model, after: Model, feed: DataLoader, threads: int | N
     """The least SQNR over the outputs of two float networks on some images, in dB."""
     with subgraph.runnable_with_outputs(before, ()) as first, subgraph.runnable_with_outputs(after, ()) as second:
         sessions = [Session(m, name="the folded float model", threads=threads) for m in (first, second)]
-    comparison = ComparisonAccumulator.of(sessions[0].model_outputs)
+    comparison = ComparisonAccumulator.of(NetworkOutputs(sessions[0].model_outputs))
     for feeds in islice(feed.iter_cached(STEP), CHECKED_IMAGES):
         comparison.add(sessions[0].run_all(feeds), sessions[1].run_all(feeds))
     return min((math.inf if s.sqnr_db is None else s.sqnr_db for s in comparison.scores()), default=math.inf)

@@ -19,7 +19,8 @@ from qconv.calibration.sketch import Sketch, SketchContents
 from qconv.config.data_options import DataOptions, Layout, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.data.autodetect import DetectedPreprocessing, detect_preprocessing, detect_without_images
-from qconv.data.loader import Batch, DataLoader, merge_options
+from qconv.data.loader import Batch, DataLoader
+from qconv.data.model_with_data import merge_options
 from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.data_free.dead_leaves import GeneratedImageLoader
 from qconv.data_free.statistics import DataFreeStatistics
@@ -71,7 +72,7 @@ class CalibrationCache:
 def _describe_draw(data: DataOptions, feed: DataLoader) -> str:
     """Which pictures are read, and how the user says they are fed."""
     drawn = data.paths, data.glob, data.samples, data.seed, len(feed.listing.paths)
-    return repr((*drawn, data.preprocessing, data.task))
+    return repr((*drawn, data.preprocessing, data.tasks))
 
 
 @dataclass(slots=True)
@@ -130,7 +131,7 @@ class CalibrationData:
 
         names: of outputs that are tensors. Returns their shapes, of each batch.
         """
-        session, loader = open_original(source, threads, self.data.task), self.runnable_loader
+        session, loader = open_original(source, threads, self.data.tasks), self.runnable_loader
         if loader is None:
             is_open = any(None in shape[1:] for _, _, shape in session.inputs)
             size = self.size or (ANY_SIZE if is_open else None)
@@ -246,7 +247,7 @@ def open_calibration_data(
     hold_back: keep some pictures to check the result on, where there are enough; with statistics nothing is fitted to
     the ranges of pictures, so that all are used. Raises QconvError where they are not for this model.
     """
-    session = open_original(source, recipe.threads, data.task)
+    session = open_original(source, recipe.threads, data.tasks)
     if recipe.data_free:
         if recipe.fallback == "synthesized":
             require_torch("--fallback synthesized")

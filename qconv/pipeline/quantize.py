@@ -247,7 +247,7 @@ class _QuantizationRun:
         mixed = None
         if self.recipe.searches and self.pictures.feed is not None:
             with self.clock.step("search"):
-                original = open_original(self.source, self.recipe.threads, self.pictures.data.task)
+                original = open_original(self.source, self.recipe.threads, self.pictures.data.tasks)
                 context = SearchContext(folded, self.recipe, self.pictures.data, self.pictures.feed, original)
                 searched = search_bits(context, self.reporter)
                 self.recipe, mixed, solution = searched.recipe, searched.report, searched.solution
@@ -302,7 +302,7 @@ class _QuantizationRun:
         with self.clock.step("verify"):
             files.check_staged_model(staged)
             audited = _audit_staged(staged, self.model, PlannedReasons.of(plan), pictures.runnable_loader)
-            original = open_original(self.source, self.recipe.threads, pictures.data.task)
+            original = open_original(self.source, self.recipe.threads, pictures.data.tasks)
             self.outputs = tuple(output.fact for output in original.model_outputs)
             checked = _verify_staged(staged, original, self.recipe, pictures, self.target)
             self._warn_of_chance(original)

@@ -80,6 +80,7 @@ class Verification:
         slowdown: Median time of one run, quantized over float, on this machine; None where not measured.
         slowdown_range: Its 10th and 90th percentile over images.
         held_back: Whether none of the images was fitted to.
+        heads: The same of what is read from several outputs together, as detections are.
     """
 
     images: int
@@ -87,6 +88,7 @@ class Verification:
     slowdown: float | None = None
     slowdown_range: tuple[float, float] | None = None
     held_back: bool = False
+    heads: tuple[OutputScore, ...] = ()
 
     @property
     def kind_of_images(self) -> str:
@@ -116,7 +118,7 @@ class Verification:
     @property
     def scores(self) -> tuple[Score, ...]:
         """The worst of all outputs, by metric."""
-        return worst_scores(output.scores for output in self.outputs)
+        return worst_scores(output.scores for output in (*self.outputs, *self.heads))
 
     def value_of(self, metric: Metric) -> float | None:
         """The worst output's; None where no output has a number."""
@@ -135,7 +137,7 @@ class Verification:
     @property
     def equal(self) -> bool:
         """Whether something was compared, and nothing differs."""
-        compared = [output for output in self.outputs if not output.remark]
+        compared = [output for output in (*self.outputs, *self.heads) if not output.remark]
         return bool(compared) and all(output.equal for output in compared)
 
     @property
@@ -395,6 +397,7 @@ class Report:
                 "held_back": verify.held_back,
                 **as_values(verify.scores),
                 "outputs": [output.as_dict() for output in verify.outputs],
+                "heads": [head.as_dict() for head in verify.heads],
             },
             "audit": self.audit.as_dict(),
             "gates": [_as_row(g) for g in self.gates],

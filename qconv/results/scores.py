@@ -131,6 +131,18 @@ AGREEMENT = Metric(
     useless=0.5,
 )
 
+BOXES = Metric(
+    "boxes",
+    "boxes",
+    SHARE,
+    equal=1.0,
+    sentence="finds {} of the float model's boxes",
+    brief="boxes {}",
+    good=0.98,
+    poor=0.95,
+    useless=0.5,
+)
+
 TOP1 = Metric("top1", "top-1", SHARE)
 
 TOP5 = Metric("top5", "top-5", SHARE)

@@ -6,7 +6,10 @@ Whoever needs it asks `Session.model_outputs`: the centre crop of pictures, agre
     integer         no floats
     class scores    one number a class for a picture: (N, C), with or without axes of 1 behind
     class map       one number a class for every place: (N, C, H, W), or (N, H, W, C) where the input has that layout
-    regression      everything else in floats: an embedding, a picture, boxes
+    detections      read together with others by a decoder, as boxes, scores or what belongs to them
+    embedding       (N, D) of one length, or of features that no layer makes classes of
+    keypoints       places in the picture
+    regression      everything else in floats: a picture, a depth, an angle
 
 An embedding has length 1 (an L2 norm), ends in BatchNormalization or in pooling, or has a width such as 512 that is no
 count of classes. A picture has one or three channels as the input does, its size or a multiple, and no classifier of
@@ -26,6 +29,7 @@ from enum import StrEnum
 from math import prod
 from typing import TYPE_CHECKING
 
+from qconv.config.tasks import Tasks
 from qconv.errors import QconvError, format_count, format_shape
 from qconv.results.quantize import OutputFact
 
@@ -53,6 +57,9 @@ class OutputKind(StrEnum):
 
     CLASS_SCORES = "class-scores"
     CLASS_MAP = "class-map"
+    DETECTIONS = "detections"
+    EMBEDDING = "embedding"
+    KEYPOINTS = "keypoints"
     REGRESSION = "regression"
     INTEGER = "integer"
 
@@ -61,8 +68,15 @@ KIND_OF_TASK = {
     "classify": OutputKind.CLASS_SCORES,
     "segment": OutputKind.CLASS_MAP,
     "regress": OutputKind.REGRESSION,
+    "detect": OutputKind.DETECTIONS,
+    "embed": OutputKind.EMBEDDING,
+    "keypoints": OutputKind.KEYPOINTS,
 }
 """What `--task` says of outputs."""
+
+
+ANY_SHAPE = frozenset({OutputKind.REGRESSION, OutputKind.EMBEDDING, OutputKind.KEYPOINTS})
+"""What an output of floats may be said to be, whatever its shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +98,8 @@ class ModelOutput:
 
     floating: whether it is a tensor of floats. shape: None for each axis that the model leaves open.
     image: shape of the model's first input, () where it is unknown. origin: None where it is unknown.
-    task: what the user says of the model, "auto" for nothing.
+    task: what the user says of the output, "auto" for nothing. detected: why it is read as detections, by the decoder
+    that does so; empty where none does.
     """
 
     name: str
@@ -93,6 +108,7 @@ class ModelOutput:
     image: Shape = ()
     origin: OutputOrigin | None = None
     task: str = "auto"
+    detected: str = ""
 
     def seen(self, shape: Sequence[int]) -> ModelOutput:
         """The output with the shape of an array that was seen of it."""
@@ -132,10 +148,12 @@ class ModelOutput:
         return len(self.shape) >= 2 and set(self.shape[2:]) <= {1}
 
     def _decide(self) -> tuple[OutputKind, str]:
+        if self.detected:
+            return OutputKind.DETECTIONS, self.detected
         if not self.floating:
             return OutputKind.INTEGER, "it holds no floats"
         told = KIND_OF_TASK.get(self.task)
-        if told is OutputKind.REGRESSION or (told and self._can_be(told)):
+        if told in ANY_SHAPE or (told and self._can_be(told)):
             return told, f"--task {self.task}"
         if not (self._can_be(OutputKind.CLASS_SCORES) or self._can_be(OutputKind.CLASS_MAP)):
             return OutputKind.REGRESSION, f"the shape {format_shape(self.shape)} has no axis of classes"
@@ -216,18 +234,25 @@ def find_class_vector(outputs: Sequence[ModelOutput]) -> int | None:
     return next(found, None)
 
 
-def require_task(model: str, outputs: Sequence[ModelOutput], task: str) -> None:
-    """Raise QconvError where `--task` names what no output can hold."""
-    wanted = KIND_OF_TASK.get(task)
-    if wanted is None or any(output.kind is wanted or not output.shape for output in outputs):
-        return
-    shapes = ", ".join(f"{output.name} is {format_shape(output.shape)}" for output in outputs)
-    needs = {
-        OutputKind.CLASS_SCORES: "an output (N, C)",
-        OutputKind.CLASS_MAP: "an output (N, C, H, W) of two classes or more",
-        OutputKind.REGRESSION: "an output of floats",
-    }[wanted]
-    raise QconvError(f"--task {task} needs {needs}, but of {model} {shapes}.", "leave --task out, or name another.")
+def require_tasks(model: str, outputs: Sequence[ModelOutput], tasks: Tasks) -> None:
+    """Raise QconvError where `--task` names what no output can hold; detections are looked for in outputs seen."""
+    for entry in tasks.task.split(","):
+        name, _, task = entry.rpartition("=")
+        meant = [output for output in outputs if not name or output.name == name]
+        if not meant:
+            known = ", ".join(output.name for output in outputs)
+            raise QconvError(f"--task {entry}: {model} has no output {name!r}, but {known}.", "name one of these.")
+        wanted = KIND_OF_TASK.get(task, OutputKind.DETECTIONS)
+        if wanted is OutputKind.DETECTIONS or any(o.kind is wanted or not o.shape for o in meant):
+            continue
+        shapes = ", ".join(f"{output.name} is {format_shape(output.shape)}" for output in meant)
+        needs = {
+            OutputKind.CLASS_SCORES: "an output (N, C)",
+            OutputKind.CLASS_MAP: "an output (N, C, H, W) of two classes or more",
+        }.get(wanted, "an output of floats")
+        raise QconvError(
+            f"--task {entry} needs {needs}, but of {model} {shapes}.", "leave --task out, or name another."
+        )
 
 
 MOVING_OPS = frozenset(

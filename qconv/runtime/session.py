@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from qconv.config.tasks import NO_TASKS, Tasks
 from qconv.errors import QconvError, format_shape
 from qconv.runtime.outputs import ModelOutput, OutputKind, OutputOrigin
 
@@ -82,7 +83,7 @@ class Session:
     session takes turns with it, so its threads may spin while they wait for each other, as the runtime's default is.
     profile: the beginning of the name of a file for the times of single nodes, written by `node_times`.
     integer_kernels: False computes between dequantizers and quantizers in float, with all other optimizations.
-    origins: what computes the outputs, where that is known; task: what the user says of the model. Both decide
+    origins: what computes the outputs, where that is known; tasks: what the user says of the model. Both decide
     what outputs hold.
     Raises QconvError where ONNX Runtime refuses the model.
     """
@@ -100,7 +101,7 @@ class Session:
         profile: Path | None = None,
         integer_kernels: bool = True,
         origins: Mapping[str, OutputOrigin] | None = None,
-        task: str = "auto",
+        tasks: Tasks = NO_TASKS,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = FATAL_ONLY
@@ -137,13 +138,16 @@ class Session:
             raise _load_error(name, error) from None
         self.outputs: list[str] = [output.name for output in self._session.get_outputs()]
         self._own = threading.local()
-        self.task = task
-        self.model_outputs = self._describe_outputs(origins or {}, task)
+        self.tasks = tasks
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.model_outputs = self._describe_outputs(origins or {}, tasks)
 
-    def _describe_outputs(self, origins: Mapping[str, OutputOrigin], task: str) -> tuple[ModelOutput, ...]:
+    def _describe_outputs(self, origins: Mapping[str, OutputOrigin], tasks: Tasks) -> tuple[ModelOutput, ...]:
         image = next((_open_shape(value.shape) for value in self._session.get_inputs()), ())
         return tuple(
-            ModelOutput(o.name, o.type in FLOAT_TYPES, _open_shape(o.shape), image, origins.get(o.name), task)
+            ModelOutput(
+                o.name, o.type in FLOAT_TYPES, _open_shape(o.shape), image, origins.get(o.name), tasks.of(o.name)
+            )
             for o in self._session.get_outputs()
         )
 

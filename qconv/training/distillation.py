@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from qconv.config.data_options import Layout, Preprocessing
-from qconv.data.loader import ModelWithData
+from qconv.data.model_with_data import ModelWithData
 from qconv.data.preprocessing import InputSpec, layout_order
 from qconv.errors import QconvError, format_shape
 from qconv.metrics.classification import CLASS_KINDS

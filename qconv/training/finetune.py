@@ -23,13 +23,14 @@ from qconv.auditing.audit import audit_file
 from qconv.config.serialization import recipe_from_dict
 from qconv.config.targets import TARGETS
 from qconv.data.dataset import LabelOptions, find_classes, labels_of
-from qconv.data.loader import ModelWithData, open_models
+from qconv.data.model_with_data import ModelWithData, open_models
 from qconv.errors import QconvError
 from qconv.ir import files, load
 from qconv.ir.files import Source, external_data_files, file_bytes, find_teacher, hash_model, is_quantized, read_proto
 from qconv.ir.metadata import read_recipe, write_finetuning
 from qconv.ir.model import Model
 from qconv.metrics.comparison import ComparisonAccumulator, check_gates
+from qconv.metrics.network_outputs import describe_outputs
 from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, Verification
 from qconv.results.training import FinetuneResult, ValidationResult, ValidationScore
@@ -170,7 +171,7 @@ class _TrainingSetup:
         """Score a file on the held-out images with ONNX Runtime."""
         session = Session(model, name="the quantized model", threads=self.threads, optimize=self.optimize)
         distillation, names, inputs = self.distillation, session.outputs, self.distillation.inputs
-        comparison = ComparisonAccumulator.of(_ordered_outputs(self.teacher, names))
+        comparison: ComparisonAccumulator | None = None
         right = places = pictures = 0
         distance = 0.0
         ((own, dtype, _),), ((its, _, _),) = session.inputs, self.teacher.inputs
@@ -178,13 +179,17 @@ class _TrainingSetup:
             x = inputs.of(part)
             mine, theirs = to_arrays([inputs.for_student(x), inputs.for_teacher(x)])
             wanted, said = self.teacher.run(names, {its: theirs}), session.run(names, {own: mine.astype(dtype)})
+            network = describe_outputs(self.teacher, {its: theirs}, wanted, names)
+            comparison = comparison or ComparisonAccumulator.of(network)
             comparison.add(wanted, said)
             told = [[torch.from_numpy(np.asarray(array, np.float32)) for array in found] for found in (wanted, said)]
             hits, of = distillation.count_correct(part, *told)
             right, places, pictures = right + hits, places + of, pictures + len(part)
             distance += float(distillation_loss(distillation.kinds, *told)) * len(part)
         mark = ValidationScore(right / places if places else None, distance / pictures)
-        return ValidationResult(mark, Verification(len(distillation.held), comparison.scores(spans=True)))
+        assert comparison is not None  # some images are held out, always
+        scores, heads = comparison.scores(spans=True), comparison.heads(spans=True)
+        return ValidationResult(mark, Verification(len(distillation.held), scores, heads=heads))
 
 
 def _write_better(setup: _TrainingSetup, source: Source, out: Path, found: FinetuneResult, best_step: int) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 from qconv.config.choices import (
     DEVICES,
     SYNTHESIS_STEPS,
-    TASKS,
     check_run_options,
     require,
     require_range,
     take_types,
 )
 from qconv.config.data_options import DataOptions, PreprocessingOptions
+from qconv.config.tasks import Tasks
 from qconv.ir.files import Source
 
 MOST_LEARNING_RATE = 100
@@ -112,4 +112,4 @@ class SynthesisOptions:
         require_range("--seed", self.seed, 0)
         check_run_options(self.threads)
         require(self.device in DEVICES, f"--device {self.device}", f"use one of {', '.join(DEVICES)}.")
-        require(self.task in TASKS, f"--task {self.task}", f"use one of {', '.join(TASKS)}.")
+        Tasks(self.task)

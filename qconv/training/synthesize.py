@@ -41,6 +41,7 @@ from torch.nn import functional as F  # noqa: N812
 from qconv.config.choices import SYNTHESIS_STEPS
 from qconv.config.data_options import AUTO, Color, Layout, Preprocessing, ResizeFilter
 from qconv.config.serialization import format_option
+from qconv.config.tasks import Tasks
 from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
 from qconv.data.evidence import ReferenceStatistics, batchnorm_statistics, is_measured
 from qconv.data.images import encode_png
@@ -491,7 +492,7 @@ class _InputFormat:
     @classmethod
     def of(cls, model: Model, source: Source, request: SynthesisOptions) -> _InputFormat:
         """Find the preprocessing on generated images. Raises QconvError where not all inputs are images."""
-        session = open_original(source, request.threads, request.task)
+        session = open_original(source, request.threads, Tasks(request.task))
         try:
             imagined = GeneratedImageLoader.like(session, request.preprocessing)
         except QconvError as error:

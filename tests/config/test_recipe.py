@@ -133,7 +133,7 @@ def test_every_option_shapes_the_file_or_steers_the_run() -> None:
     names = {field.name for field in fields(Recipe)}
     steering = {"threads", "min_agreement", "min_sqnr", "stats", "save_stats", "save_layer_bits"}
     assert steering == RUN_ONLY_OPTIONS <= names  # the contract: no path, no machine
-    images = {field.name for field in fields(DataOptions)} - {"paths", "batch", "arrays"}
+    images = {field.name for field in fields(DataOptions)} - {"paths", "batch", "arrays", "decode"}
     assert set(FULL.as_dict(IMAGES)) == (names - RUN_ONLY_OPTIONS) | images
     assert set(FULL.as_dict(IMAGES)["preprocessing"]) == {field.name for field in fields(PreprocessingOptions)}
 
@@ -144,8 +144,8 @@ def test_a_task_is_recorded_only_where_it_is_given() -> None:
     plain = Recipe().as_dict(DataOptions(("a",), task="classify"))
     assert plain["task"] == "classify"
     assert command_line_options(plain) == ["--task", "classify"]
-    with pytest.raises(QconvError, match="--task detect"):
-        DataOptions(task="detect")
+    with pytest.raises(QconvError, match="--task find"):
+        DataOptions(task="find")
 
 
 def test_a_recipe_survives_json_unchanged() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from qconv.config.recipe import Recipe
 from qconv.metrics.comparison import ComparisonAccumulator, check_gates, verify
+from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.metrics.similarity import compute_sqnr_db, measure_error
 from qconv.results.quantize import OutputScore, Verification
 from qconv.runtime.outputs import ModelOutput
@@ -80,7 +81,9 @@ def test_a_segmenter_of_three_classes_has_an_agreement() -> None:
     ref, got = np.zeros((1, 3, 2, 2), np.float32), np.zeros((1, 3, 2, 2), np.float32)
     ref[:, 1], got[:, 1, 0], got[:, 2, 1] = 1, 1, 1
     for task, agreement in (("segment", 0.5), ("auto", None)):
-        comparison = ComparisonAccumulator.of([ModelOutput("y", True, (1, 3, 2, 2), (1, 3, 2, 2), task=task)])
+        comparison = ComparisonAccumulator.of(
+            NetworkOutputs((ModelOutput("y", True, (1, 3, 2, 2), (1, 3, 2, 2), task=task),))
+        )
         comparison.add([ref], [got])
         assert comparison.scores()[0].agreement == agreement
 
@@ -89,7 +92,7 @@ def test_classes_on_the_last_axis_are_counted_there() -> None:
     output = ModelOutput("y", True, (1, 2, 2, 5), (1, 2, 2, 3))
     ref, got = np.zeros((1, 2, 2, 5), np.float32), np.zeros((1, 2, 2, 5), np.float32)
     ref[..., 4], got[..., 4], got[0, 0, 0, 1] = 1, 1, 2
-    comparison = ComparisonAccumulator.of([output])
+    comparison = ComparisonAccumulator.of(NetworkOutputs((output,)))
     comparison.add([ref], [got])
     assert comparison.scores()[0].agreement == 0.75
 
@@ -130,7 +133,7 @@ def test_gates_hold_at_their_own_value(measured: tuple[float | None, float | Non
 
 def test_the_interval_of_sqnr_is_that_of_the_bootstrap_over_pictures() -> None:
     rng = np.random.default_rng(0)
-    comparison, rows = ComparisonAccumulator.of([ModelOutput("y", True, (1, 10))]), []
+    comparison, rows = ComparisonAccumulator.of(NetworkOutputs((ModelOutput("y", True, (1, 10)),))), []
     for spread in np.exp(rng.normal(0, 1, 40)):
         ref = rng.standard_normal((1, 10)).astype(np.float32)
         got = ref + spread * rng.standard_normal((1, 10)).astype(np.float32)

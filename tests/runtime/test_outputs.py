@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qconv.config.data_options import DataOptions
+from qconv.config.tasks import Tasks
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
 from qconv.ir.files import Source
@@ -24,7 +25,7 @@ HEAD = "p = GlobalAveragePool(x) f = Flatten(p) "
 
 def session(body: str, task: str = "auto", x: tuple[int | str, ...] = ("N", 3, 8, 8), **constants: object) -> Session:
     proto = network(body, x=x, outputs=("y",), **constants)  # type: ignore[arg-type]
-    return open_original(Source("the test's model", None, proto.SerializeToString()), 1, task)
+    return open_original(Source("the test's model", None, proto.SerializeToString()), 1, Tasks(task))
 
 
 def output(

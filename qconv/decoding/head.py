@@ -1,0 +1,108 @@
+"""Defines `Head`: outputs of a network that are read together as detections, by which rule, and why.
+
+A decoder is a function from `NetworkFacts` to a `Head`, or None where the outputs are none of its family. It goes by
+metadata, shapes, names and, where these leave a doubt, by the numbers of one run of the float model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from qconv.decoding.boxes import Detections
+from qconv.runtime.outputs import OutputOrigin
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPart:
+    """Rows of an output that mean one thing.
+
+    name: what, as "boxes" or "scores". axis: along which the rows lie. start, stop: from which to which row; None for
+    all that follow.
+    """
+
+    name: str
+    axis: int = -1
+    start: int = 0
+    stop: int | None = None
+
+    def of(self, array: NDArray[Any]) -> NDArray[Any]:
+        """These rows of an array, as a view."""
+        index: list[slice] = [slice(None)] * array.ndim
+        index[self.axis] = slice(self.start, self.stop)
+        return array[tuple(index)]
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkFacts:
+    """What is known of a network that may be a detector.
+
+    Attributes:
+        outputs: What the float model says of one batch, by name, in the model's order; axis 0 is the batch.
+        size: Height and width of its input, in pixels.
+        metadata: Of its file.
+        origins: What computes each output, where that is known.
+    """
+
+    outputs: Arrays
+    size: tuple[int, int]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, OutputOrigin] = field(default_factory=dict)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of an output."""
+        return tuple(self.outputs[name].shape)
+
+    def is_float(self, name: str) -> bool:
+        """Whether an output holds floats."""
+        return self.outputs[name].dtype.kind == "f"
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Outputs that are detections.
+
+    Attributes:
+        family: Whose form they have, as "YOLOX".
+        why: What tells so, in words.
+        outputs: Names of those that are read, in the order in which `decode` takes them.
+        decode: Makes of their arrays, axis 0 the batch, and of a least score the detections of each image, in pixels of
+            the network's input, after the family's own suppression.
+        size: Height and width of the network's input, in pixels.
+        usual_score: From which on boxes are shown, as the family's own programs do.
+        names: Of classes, where the file tells them.
+        parts: Of outputs that hold more than one thing, what they hold.
+    """
+
+    family: str
+    why: str
+    outputs: tuple[str, ...]
+    decode: Callable[[Sequence[NDArray[Any]], float], list[Detections]]
+    size: tuple[int, int]
+    usual_score: float = 0.25
+    names: Mapping[int, str] = field(default_factory=dict)
+    parts: Mapping[str, tuple[OutputPart, ...]] = field(default_factory=dict)
+
+    def read(self, arrays: Arrays, least: float) -> list[Detections]:
+        """The detections of each image of a batch. arrays: outputs by name. least: score that must be exceeded."""
+        return self.decode([arrays[name] for name in self.outputs], least)
+
+
+def read_class_names(metadata: Mapping[str, str]) -> dict[int, str]:
+    """Names of classes as Ultralytics writes them: `{0: 'person', 1: 'bicycle'}`; empty where there are none."""
+    import ast
+
+    try:
+        found = ast.literal_eval(metadata.get("names", ""))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return {}
+    if isinstance(found, list | tuple):
+        found = dict(enumerate(found))
+    if not isinstance(found, dict):
+        return {}
+    return {key: str(name) for key, name in found.items() if isinstance(key, int)}

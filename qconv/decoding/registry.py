@@ -1,0 +1,20 @@
+"""Lists the decoders, from the most certain to the least, and finds the one that suits a network.
+
+A new family is a module with a function `match`, and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qconv.decoding import yolox
+from qconv.decoding.head import Head, NetworkFacts
+
+Matcher = Callable[[NetworkFacts], Head | None]
+
+DECODERS: tuple[Matcher, ...] = (yolox.match,)
+
+
+def find_head(facts: NetworkFacts) -> Head | None:
+    """The detections among the outputs of a network; None where no decoder knows them."""
+    return next((head for match in DECODERS if (head := match(facts)) is not None), None)
