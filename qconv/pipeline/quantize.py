@@ -11,6 +11,7 @@ from pathlib import Path
 import qconv
 from qconv import storage
 from qconv.auditing.audit import PlannedReasons, audit, profile_nodes
+from qconv.calibration.range_estimators import Range
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import option_name
 from qconv.config.data_options import DataOptions
@@ -121,7 +122,7 @@ class _QuantizationRun:
         prepared: What the network and the images were found to be.
         sketches: What was seen of each tensor that is quantized.
         saved: The same of the network before it was equalized, where it is to be saved.
-        factors: On the ranges of activations, as the outputs gain from them.
+        set_ranges: Of activations, as the outputs gain from them.
         outputs: What the outputs of the float model hold.
     """
 
@@ -136,7 +137,7 @@ class _QuantizationRun:
     findings: list[Finding]
     sketches: Mapping[str, Sketch] = field(default_factory=dict)
     saved: Mapping[str, Sketch] = field(default_factory=dict)
-    factors: Mapping[str, float] = field(default_factory=dict)
+    set_ranges: Mapping[str, Range] = field(default_factory=dict)
     outputs: tuple[OutputFact, ...] = ()
 
     @classmethod
@@ -228,7 +229,7 @@ class _QuantizationRun:
             self.findings.append(Change("tune", self.source.name, fastest.in_words()))
 
     def tune_ranges(self) -> None:
-        """Choose factors on the ranges of activations by what the outputs lose, where that is asked for."""
+        """Set ranges of activations by what the outputs lose, where that is asked for."""
         recipe, feed = self.recipe, self.pictures.feed
         if not recipe.tune_ranges or feed is None:
             return
@@ -236,14 +237,14 @@ class _QuantizationRun:
             params, _ = choose_activation_params(self.plan, self.sketches, recipe)
             budget = SEARCH_BUDGETS[recipe.effort]
             feeds = feed.take(budget.many, "read again")
-            self.factors, changes = search_activation_ranges(
+            self.set_ranges, changes = search_activation_ranges(
                 self.model, self.plan, params.activations, feeds, budget, recipe.threads, self.reporter
             )
             self.findings += changes
 
     def choose_numbers(self) -> tuple[QuantizationSolution, MixedPrecision | None]:
         """Find all numbers that are written, and the bits of layers before that, where they are searched for."""
-        folded = FoldedNetwork(self.model, self.plan, self.sketches, self.factors)
+        folded = FoldedNetwork(self.model, self.plan, self.sketches, self.set_ranges)
         mixed = None
         if self.recipe.searches and self.pictures.feed is not None:
             with self.clock.step("search"):

@@ -27,7 +27,7 @@ from qconv.results.quantize import TensorRow
 
 LARGEST_MULTIPLIER = 200.0
 
-NO_RANGE_FACTORS: Mapping[str, float] = MappingProxyType({})
+NO_SET_RANGES: Mapping[str, Range] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -41,23 +41,22 @@ class Params:
 
 
 def choose_params(
-    plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, factors: Mapping[str, float] = NO_RANGE_FACTORS
+    plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, set_ranges: Mapping[str, Range] = NO_SET_RANGES
 ) -> tuple[Params, list[Finding]]:
-    """Choose parameters of all tensors of the plan. sketches: by tensor; factors: on ranges, by tensor."""
-    params, findings = choose_activation_params(plan, sketches, recipe, factors)
+    """Choose parameters of all tensors of the plan. sketches: by tensor; set_ranges: in place of those by the calibrator."""
+    params, findings = choose_activation_params(plan, sketches, recipe, set_ranges)
     findings += _choose_layer_params(plan, params, sketches, recipe)
     return params, findings
 
 
 def choose_activation_params(
-    plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, factors: Mapping[str, float] = NO_RANGE_FACTORS
+    plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, set_ranges: Mapping[str, Range] = NO_SET_RANGES
 ) -> tuple[Params, list[Finding]]:
     """Choose parameters of activations and constants, not of layers; see `choose_params`."""
     params = Params()
     ranges = _choose_ranges(plan, sketches, recipe)
     for value, (low, high) in ranges.items():
-        factor = factors.get(value.name or "", 1.0)
-        ranges[value] = low * factor, high * factor
+        ranges[value] = set_ranges.get(value.name or "", (low, high))
     findings = _clip_at_gates(plan, ranges)
     _widen_average_ranges(plan, ranges)
     for value, (low, high) in ranges.items():

@@ -1,11 +1,13 @@
-"""Searches factors on the ranges of activations by the noise at the network's outputs, measured on images.
+"""Searches the ranges of activations by the noise at the network's outputs, measured on images.
 
 A tensor may reach far on a few places of a few images without any effect behind it: a ReLU6 has no use for more than
 6. Neither the error of the tensor shows this, nor that of the layer that reads it. So each group of tensors that share
 a range is rounded alone, in the float network, and the rest of the network is run:
 
-    noise(f) = sum over outputs of |y(f) - y|^2 / |y|^2          f: factor on both ends of the range
+    noise(t) = sum over outputs of |y(t) - y|^2 / |y|^2          range(t) = [max(low, -t), min(high, t)]
 
+low, high: the tensor's own ends. An end that is near zero stays where it is while the other moves in: the -0.28 of a
+SiLU are needed however far it reaches above.
 Rounding errors of different tensors hardly correlate, so that their noises add up and each range can be chosen by
 itself. The network is walked once to see which ranges matter, and once more to choose these. A narrower range hurts on
 the few images that reach beyond it: these are all tried, and some of the others stand for the rest.
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.calibration.range_estimators import Range
 from qconv.data.loader import pick_evenly
 from qconv.errors import Change, Finding, Skipped
 from qconv.ir.model import Model, Value, is_tensor
@@ -42,8 +45,12 @@ LEAST_NOISE_SHARE = 0.04
 """Share of all noise from which on a range is searched."""
 GROUPS_PER_SESSION = 8
 """Groups that share a session: to make one takes as long as to run it on a few images."""
+HALF, PATIENCE = 0.5, 2
+"""First steps of the search, and how many of them may be no better in a row: noise does not fall evenly."""
+MOST_RISE = 2.0
+"""Noise over that of the range as it is at which no narrower one is tried."""
 NARROWER, WIDER = 0.75, 1.25
-"""Steps of the search."""
+"""Steps of the search around the best of these."""
 USUAL_TRIALS = 4
 """Factors that are tried of a range."""
 LARGEST_STEP_RATIO = 0.98
@@ -69,7 +76,7 @@ class SearchBudget:
 
 SEARCH_BUDGETS = {
     "fast": SearchBudget(1, 32, 2, 2),  # chosen with --tune-ranges
-    "balanced": SearchBudget(1, 32, 2, 2),
+    "balanced": SearchBudget(1, 32, *map(int, __import__("os").environ.get("BUD","2,2").split(","))),
     "best": SearchBudget(4, 128, 16, 16, None),
 }
 
@@ -96,8 +103,8 @@ def search_activation_ranges(
     budget: SearchBudget,
     threads: int | None,
     reporter: Reporter,
-) -> tuple[dict[str, float], list[Finding]]:
-    """Search the factor of every range that gains from one, by the names of the tensors that share it.
+) -> tuple[dict[str, Range], list[Finding]]:
+    """Search a better range for every one that the outputs gain from, by the names of the tensors that share it.
 
     model: the folded float network. activations: parameters so far. feeds: images, batch by batch.
     """
@@ -121,18 +128,19 @@ def search_activation_ranges(
     most = _most_groups(plan, feeds, budget.share, USUAL_TRIALS * (budget.far + budget.near))
     loudest = set(sorted(weighty, key=weighty.__getitem__, reverse=True)[:most])
     chosen = [group for group in groups if group.first in loudest]
-    factors: dict[str, float] = {}
-    for done, (group, noise, reach) in enumerate(
-        _make_noise_functions(model, chosen, many, (budget.far, budget.near), threads)
-    ):
+    found: dict[str, Range] = {}
+    for done, trial in enumerate(_make_trials(model, plan, chosen, many, (budget.far, budget.near), threads)):
         reporter.progress(STEP, len(groups) + done * len(groups) // len(chosen), 2 * len(groups))
-        factor, change = _search_factor(noise, group.params, reach)
-        if factor != 1:
-            factors |= dict.fromkeys((value.name or "" for value in group.members), factor)
-            what = f"range times {factor:.2f}: its noise at the outputs, {weighty[group.first] / whole:.1%} of all"
-            told.append(Change(STEP, group.first.name or "", f"{what}, {change:+.1f} dB", "range set by the outputs"))
+        threshold, change = _search_threshold(trial)
+        if threshold is not None:
+            group, own = trial.group, trial.group.params.code_range()
+            (low, high), (before, after) = trial.set_range(threshold), (f"{float(end):.3g}" for end in own)
+            found |= {value.name or "": (low, high) for value in group.members}
+            what = f"range {low:.3g} to {high:.3g} in place of {before} to {after}: its noise at the outputs"
+            share = f"{weighty[group.first] / whole:.1%} of all, {change:+.1f} dB"
+            told.append(Change(STEP, group.first.name or "", f"{what}, {share}", "range set by the outputs"))
     reporter.progress(STEP, 2 * len(groups), 2 * len(groups))
-    return factors, told
+    return found, told
 
 
 def _most_groups(plan: Plan, feeds: Sequence[InputBatch], share: float | None, runs: int) -> int:
@@ -199,14 +207,50 @@ def _split_by_type(groups: Sequence[RangeGroup]) -> Iterator[list[RangeGroup]]:
         yield from (left[start : start + GROUPS_PER_SESSION] for start in range(0, len(left), GROUPS_PER_SESSION))
 
 
-def _make_noise_functions(
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A range to be searched.
+
+    noise: at the outputs, of parameters. ends: the tensor's least and largest number. floor: below which an activation
+    makes the rest zero; None where none does.
+    """
+
+    group: RangeGroup
+    noise: Callable[[QuantParams], float]
+    ends: Range
+    floor: float | None
+
+    @property
+    def start(self) -> float:
+        """The farther end of the range as it is."""
+        low, high = self.group.params.code_range()
+        return max(-float(low), float(high), TINY)
+
+    @property
+    def reach(self) -> float:
+        """How far the tensor goes."""
+        return max(-self.ends[0], self.ends[1])
+
+    def set_range(self, threshold: float) -> Range:
+        """The range that ends at a threshold, or where the tensor does."""
+        return max(min(self.ends[0], 0.0), -threshold), min(max(self.ends[1], 0.0), threshold)
+
+    def at(self, threshold: float) -> float:
+        """The noise with the range that ends there."""
+        low, high = self.set_range(threshold)
+        low = low if self.floor is None else max(low, self.floor)
+        return self.noise(self.group.params.spec.from_range(low, high))
+
+
+def _make_trials(
     model: Model,
+    plan: Plan,
     groups: Sequence[RangeGroup],
     feeds: Sequence[InputBatch],
     counts: tuple[int, int],
     threads: int | None,
-) -> Iterator[tuple[RangeGroup, Callable[[QuantParams], float], float]]:
-    """Yield each group, its function from parameters to noise at the outputs, and how far it reaches."""
+) -> Iterator[_Trial]:
+    """Yield each group with its function from parameters to noise at the outputs, and how far it reaches."""
     if not groups:
         return
     with _walk_in_pieces(model, feeds, threads) as (walk, outputs, clean):
@@ -214,21 +258,29 @@ def _make_noise_functions(
             values = walk.values_of(group.first)
             if values.is_empty:
                 continue  # an empty tensor tells nothing of those that share its range
-            reach = _measure_reach(values, group.params)
-            picked = _pick_batches(reach, *counts)
+            lows, highs = _measure_ends(values)
+            picked = _pick_batches(_measure_reach(lows, highs, group.params), *counts)
             names, spec = [_names_of(group.members)], group.params.spec
             tail = NetworkTail(walk.tail_model(outputs), _names_of(outputs), names, spec, threads=threads)
-            yield group, partial(_mean_noise, clean, tail, picked), float(reach.max())
+            gated = any(member in plan.gates for member in group.members)
+            floor = float(group.params.code_range()[0]) if gated else None
+            yield _Trial(group, partial(_mean_noise, clean, tail, picked), (lows.min(), highs.max()), floor)
 
 
 def _names_of(values: Iterable[Value]) -> list[str]:
     return [value.name or "" for value in values]
 
 
-def _measure_reach(arrays: Iterable[NDArray[Any]], params: QuantParams) -> Float64:
+def _measure_ends(arrays: Iterable[NDArray[Any]]) -> tuple[Float64, Float64]:
+    """The least and the largest number of each batch, (batches,) both; zero counts as one of them."""
+    ends = np.array([(x.min(initial=0.0), x.max(initial=0.0)) for x in arrays], np.float64)
+    return ends[:, 0], ends[:, 1]
+
+
+def _measure_reach(lows: Float64, highs: Float64, params: QuantParams) -> Float64:
     """The reach of each batch, as a share of the range that has codes, (batches,)."""
     low, high = (max(abs(float(end)), TINY) for end in params.code_range())
-    return np.array([max(float(x.max(initial=0)) / high, -float(x.min(initial=0)) / low) for x in arrays])
+    return np.maximum(highs / high, -lows / low)
 
 
 def _pick_batches(reach: Float64, far: int, near: int) -> dict[int, float]:
@@ -249,18 +301,30 @@ def _mean_noise(
     )
 
 
-def _search_factor(noise: Callable[[QuantParams], float], params: QuantParams, reach: float) -> tuple[float, float]:
-    """Search the factor with the least noise. Returns it, and noise over that at 1 in dB. reach: the tensor's end."""
-    tried = {1.0: noise(params)}
+def _search_threshold(trial: _Trial) -> tuple[float | None, float]:
+    """Search the threshold with the least noise.
+
+    Returns it, None for the range as it is, and noise over that of the range as it is in dB.
+    """
+    first = trial.noise(trial.group.params)
+    tried: dict[float, float] = {trial.start: first}
+
+    def measured(threshold: float) -> float:
+        if threshold not in tried:
+            tried[threshold] = trial.at(threshold)
+        return tried[threshold]
+
+    def best() -> float:
+        return min(tried, key=tried.__getitem__)
+
+    threshold = trial.start
+    while first > 0 and threshold > best() * HALF**PATIENCE and measured(threshold * HALF) < MOST_RISE * first:
+        threshold *= HALF
     for step in (NARROWER, WIDER):
-        factor, before = 1.0, tried[1.0]
-        while before > 0 and (step < 1 or factor < LARGEST_STEP_RATIO * reach):
-            factor = factor * step if step < 1 else min(factor * step, reach)
-            tried[factor] = noise(params.with_scale(np.asarray(params.scale * factor, np.float32)))
-            if tried[factor] > LARGEST_STEP_RATIO * before:
+        while first > 0:
+            before = tried[best()]
+            threshold = best() * step if step < 1 else min(best() * step, max(trial.reach, trial.start))
+            if threshold in tried or measured(threshold) > LARGEST_STEP_RATIO * before:
                 break
-            before = tried[factor]
-        if factor < NARROWER:  # narrower is better: wider is not
-            break
-    best = min(tried, key=tried.__getitem__)
-    return best, 10 * float(np.log10(max(tried[best], TINY) / max(tried[1.0], TINY)))
+    change = 10 * float(np.log10(max(tried[best()], TINY) / max(first, TINY)))
+    return None if best() == trial.start else best(), change

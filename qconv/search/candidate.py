@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.calibration.range_estimators import Range
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import Drop, LayerBits
 from qconv.config.data_options import DataOptions
@@ -32,7 +33,7 @@ from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan, replan
 from qconv.quantization.emit import emit
 from qconv.quantization.input_moments import is_held_out
-from qconv.quantization.parameters import NO_RANGE_FACTORS, Params, carry_over_params, choose_params
+from qconv.quantization.parameters import NO_SET_RANGES, Params, carry_over_params, choose_params
 from qconv.quantization.sequential_rounding import round_layers_sequentially
 from qconv.reporter import Reporter
 from qconv.results.quantize import Verification
@@ -51,13 +52,13 @@ class FoldedNetwork:
     model: the network, which stays as it is.
     plan: by the recipe that was asked for; those of other recipes leave the same nodes in float.
     sketches: by tensor.
-    factors: on ranges, by tensor.
+    set_ranges: of activations, by tensor, in place of those by the calibrator.
     """
 
     model: Model
     plan: Plan
     sketches: Mapping[str, Sketch]
-    factors: Mapping[str, float]
+    set_ranges: Mapping[str, Range]
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ def round_to_nearest(folded: FoldedNetwork, recipe: Recipe) -> QuantizationSolut
     """Choose the parameters of a recipe, with weights rounded to the nearest code."""
     known = folded.plan
     plan = known if recipe == known.recipe else replan(known, folded.model, recipe=recipe)
-    return QuantizationSolution(plan, *choose_params(plan, folded.sketches, recipe, folded.factors))
+    return QuantizationSolution(plan, *choose_params(plan, folded.sketches, recipe, folded.set_ranges))
 
 
 def round_second_order_in_place(
@@ -99,7 +100,7 @@ def quantize_to_nearest(
 ) -> Model:
     """Build the quantized model that `quantize` makes of these sketches, with weights rounded to the nearest code."""
     plan = make_plan(model, recipe, TARGETS[recipe.target], floats)
-    folded = FoldedNetwork(model, plan, sketches, NO_RANGE_FACTORS)
+    folded = FoldedNetwork(model, plan, sketches, NO_SET_RANGES)
     return build_quantized_model(folded, recipe, round_to_nearest(folded, recipe).params)
 
 
