@@ -48,7 +48,7 @@ MetricsOfKind = Mapping[OutputKind, tuple[Callable[[ModelOutput], PairMetric], .
 VERIFIED: MetricsOfKind = {
     OutputKind.CLASS_SCORES: (Sqnr, Agreement),
     OutputKind.CLASS_MAP: (Sqnr, FloatMiou, Agreement),
-    OutputKind.CLASS_IDS: (FloatMiou, Agreement),
+    OutputKind.CLASS_IDS: (Agreement, FloatMiou),
     OutputKind.DETECTIONS: (Sqnr,),
     OutputKind.EMBEDDING: (Sqnr, PictureCosine, Nearest),
     OutputKind.KEYPOINTS: (Sqnr, pck, mean_distance),
