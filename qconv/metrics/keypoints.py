@@ -26,8 +26,9 @@ from qconv.runtime.outputs import ModelOutput
 
 Float64 = NDArray[np.float64]
 
-STEPS = (2, 3, 5)
-"""How many numbers a point can have in a flat row: x and y, a depth or a score, visibility and presence."""
+STEPS = {2: 2, 3: 2, 5: 17}
+"""How many numbers a point can have in a flat row, with the fewest points: x and y; a depth or a score, too; visibility
+and presence besides, which bodies alone have."""
 
 WIDEST_POINT = 5
 
@@ -39,14 +40,11 @@ LOST = 1.0
 
 
 def choose_step(rows: NDArray[Any]) -> int:
-    """How many numbers make a point in flat rows (N, D); 0 where D is no multiple of any of STEPS."""
-    steps = [step for step in STEPS if rows.shape[1] % step == 0]
-    flat = np.nan_to_num(rows.astype(np.float64))
-    return min(steps, key=lambda step: _mean_stride(flat, step), default=0)
-
-
-def _mean_stride(rows: Float64, step: int) -> float:
-    return float(np.abs(rows[:, step:] - rows[:, :-step]).mean()) if rows.shape[1] > step else float("inf")
+    """How many numbers make a point in flat rows (N, D); 0 where STEPS has none that divides D."""
+    width = rows.shape[1]
+    steps = [step for step, points in STEPS.items() if width % step == 0 and width >= points * step]
+    finite = np.where(np.isfinite(rows), rows, 0).astype(np.float64)
+    return min(steps, key=lambda step: float(np.abs(finite[:, step:] - finite[:, :-step]).mean()), default=0)
 
 
 def read_coordinates(array: NDArray[Any], step: int) -> Float64 | None:

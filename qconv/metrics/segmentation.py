@@ -4,7 +4,8 @@
     mIoU    = mean of IoU over the classes that the expected map says
 
 Everhart et al. 2015, The Pascal Visual Object Classes Challenge, section 4.2. Counts add up, over pictures and over
-runs.
+runs. Beside the float model's own map a class counts from a thousandth of one picture's places on: a single place that
+the float model takes for a cat would weigh as much as all of the background.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from qconv.results.scores import FLOAT_MIOU, Score
 from qconv.runtime.outputs import ModelOutput
 
 Int64 = NDArray[np.int64]
+
+LEAST_OF_A_PICTURE = 1 / 1000
+"""Share of one picture's places from which on a class of the float model counts."""
 
 MOST_CLASSES = 4096
 """Numbers from which on integers are taken for no classes."""
@@ -58,10 +62,13 @@ class ConfusionMatrix:
         return np.stack([np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)])
 
 
-def mean_iou(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-    """mIoU of totals (R, 3, C) as `ConfusionMatrix.totals` gives them, (R,); NaN where no class is expected."""
+def mean_iou(totals: NDArray[np.float64], least: float = 1.0) -> NDArray[np.float64]:
+    """mIoU of totals (R, 3, C) as `ConfusionMatrix.totals` gives them, (R,); NaN where no class counts.
+
+    least: places from which on an expected class counts.
+    """
     both, expected, said = totals[:, 0], totals[:, 1], totals[:, 2]
-    counts = expected > 0
+    counts = expected >= least
     iou = np.divide(both, expected + said - both, out=np.zeros_like(both), where=counts)
     with np.errstate(invalid="ignore"):
         found: NDArray[np.float64] = iou.sum(axis=1) / counts.sum(axis=1)
@@ -70,11 +77,12 @@ def mean_iou(totals: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclass(slots=True)
 class FloatMiou:
-    """mIoU with the float model's own map. rows: the totals of each batch, (3, C)."""
+    """mIoU with the float model's own map. least: places of a class that counts. rows: totals of each batch, (3, C)."""
 
     output: ModelOutput
     classes: int = 0
     countable: bool = True
+    least: float = 1.0
     rows: list[NDArray[np.float64]] = field(default_factory=list)
 
     def update(self, reference: NDArray[Any], got: NDArray[Any]) -> None:
@@ -86,6 +94,7 @@ class FloatMiou:
         if not self.countable:
             return
         self.classes = max(self.classes, highest + 1, self.output.classes)
+        self.least = max(1.0, LEAST_OF_A_PICTURE * expected[0].size)
         matrix = ConfusionMatrix()
         matrix.add(expected, said, self.classes)
         self.rows.append(matrix.totals)
@@ -95,7 +104,7 @@ class FloatMiou:
         if not self.countable or not self.rows:
             return None
         rows = np.stack([np.pad(row, ((0, 0), (0, self.classes - row.shape[1]))) for row in self.rows])
-        value = float(mean_iou(rows.sum(axis=0, keepdims=True))[0])
-        flat = rows.reshape(len(rows), -1)
-        span = bootstrap_interval(flat, lambda sums: mean_iou(sums.reshape(len(sums), 3, -1))) if spans else None
-        return Score(FLOAT_MIOU, value, span)
+        value = float(mean_iou(rows.sum(axis=0, keepdims=True), self.least)[0])
+        flat, least = rows.reshape(len(rows), -1), self.least
+        span = bootstrap_interval(flat, lambda sums: mean_iou(sums.reshape(len(sums), 3, -1), least)) if spans else None
+        return None if np.isnan(value) else Score(FLOAT_MIOU, value, span)

@@ -194,7 +194,7 @@ PCK = Metric(
     brief="PCK {}",
     good=0.98,
     poor=0.95,
-    useless=0.5,
+    useless=0.2,
 )
 
 KEYPOINT_DISTANCE = Metric(
