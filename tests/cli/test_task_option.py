@@ -90,5 +90,15 @@ def test_tasks_of_single_outputs_hold_from_the_option_to_the_recipe(place: Path)
 
 
 def test_an_output_that_the_model_does_not_have(place: Path) -> None:
-    with pytest.raises(QconvError, match="--task c=embed: m.onnx has no output 'c', but a, b"):
+    with pytest.raises(QconvError, match="has no output 'c', but a, b"):
         cli.main(["quantize", "m.onnx", "--calib", "imgs", "--task", "c=embed"], standalone_mode=False)
+
+
+def test_the_summary_tells_what_a_task_is_judged_by_first(place: Path) -> None:
+    base = ["quantize", "m.onnx", "--calib", "imgs", "--effort", "fast", "--threads", "1"]
+    found = CliRunner().invoke(cli, [*base, *BOTH])
+    (line,) = [line for line in found.stdout.splitlines() if line.startswith("accuracy")]
+    parts = ("embeddings at cosine", "nearest to their own", "of keypoints within 5%", "off by", "SQNR")
+    places = [line.find(part) for part in parts]
+    assert places[0] > -1
+    assert places == sorted(places)
