@@ -183,7 +183,7 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
         lines += [
             "",
             wrap_text(
-                "Intervals: Wilson for shares, Agresti-Min for the difference, bootstrap over pictures for SQNR."
+                "Intervals: Wilson for shares of pictures, Agresti-Min for the difference, bootstrap for the rest."
             ),
         ]
     return "\n".join(lines)

@@ -11,8 +11,21 @@ import pytest
 from qconv import Recipe
 from qconv.auditing.audit import PlannedReasons, audit
 from qconv.config.data_options import DataOptions
-from qconv.pipeline.checks import find_tensors_of_pictures
+from qconv.pipeline.checks import find_tensors_of_pictures, warn_of_result
 from qconv.pipeline.quantize import quantize
+from qconv.reporter import Reporter
+from qconv.results.quantize import OutputScore, Verification
+from qconv.results.scores import (
+    BOXES,
+    FLOAT_MIOU,
+    KEYPOINT_DISTANCE,
+    NEAREST,
+    PCK,
+    PICTURE_COSINE,
+    SQNR,
+    Metric,
+    Score,
+)
 from qconv.runtime.session import Session
 from tests.support.models import ints, loaded, network
 
@@ -55,3 +68,19 @@ def test_nodes_without_names_are_called_by_operator_and_output(tmp_path: Path) -
     Session(model.proto().SerializeToString(), threads=1, optimize=False, save_optimized=optimized)
     found = audit(optimized, model, PlannedReasons())
     assert [island.node for island in found.islands] == ["Relu of r", "Tanh of t", "Conv of y"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "kept", "lost"),
+    [(BOXES, 0.96, 0.94), (FLOAT_MIOU, 0.96, 0.94), (PCK, 0.96, 0.94), (NEAREST, 0.96, 0.94)]
+    + [(PICTURE_COSINE, 0.96, 0.94), (KEYPOINT_DISTANCE, 0.04, 0.06)],
+    ids=lambda found: getattr(found, "name", None),
+)
+def test_five_points_of_what_a_task_is_judged_by_are_worth_a_warning(metric: Metric, kept: float, lost: float) -> None:
+    """However good the decibels are."""
+    for value, warned in ((kept, False), (lost, True)):
+        heard = Reporter()
+        checked = Verification(8, (OutputScore("y", (Score(SQNR, 40.0), Score(metric, value))),))
+        warn_of_result(checked, (2, 1), heard)
+        assert len(heard.warnings) == warned
+        assert all(metric.label in text and "`qconv diagnose`" in text for text in heard.warnings)
