@@ -23,16 +23,19 @@ class OutputPart:
     """Rows of an output that mean one thing.
 
     name: what, as "boxes" or "scores". axis: along which the rows lie. start, stop: from which to which row; None for
-    all that follow.
+    all that follow. rows: these, where they do not follow each other.
     """
 
     name: str
     axis: int = -1
     start: int = 0
     stop: int | None = None
+    rows: tuple[int, ...] = ()
 
     def of(self, array: NDArray[Any]) -> NDArray[Any]:
-        """These rows of an array, as a view."""
+        """These rows of an array."""
+        if self.rows:
+            return array.take(self.rows, axis=self.axis)
         index: list[slice] = [slice(None)] * array.ndim
         index[self.axis] = slice(self.start, self.stop)
         return array[tuple(index)]

@@ -79,7 +79,7 @@ def load(proto: onnx.ModelProto, source: Source, *, opset: int = LOWEST_OPSET) -
     lower_opset(proto, source.name)
     if declared_opset(proto) < current:
         changes.append(Change("load", source.name, f"opset {current} written as {declared_opset(proto)}"))
-    weights = _detach_weights(proto)
+    weights = detach_weights(proto)
     _check_axes(proto, source)
     if current < opset:
         proto = _convert_opset(proto, source, current, opset)
@@ -130,7 +130,7 @@ def _to_dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
     return onnx.numpy_helper.from_array(dense, sparse.values.name)
 
 
-def _detach_weights(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+def detach_weights(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """Turn large initializers into inputs, so that onnx's C++ parts get a few kilobytes only. Returns them by name."""
     graph = proto.graph
     weights: dict[str, onnx.TensorProto] = {}
@@ -151,7 +151,7 @@ def _detach_weights(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 
 def _reattach_weights(proto: onnx.ModelProto, weights: dict[str, onnx.TensorProto]) -> int:
-    """Undo `_detach_weights`; no initializer stays listed as an input. Returns how many the file itself had listed."""
+    """Undo `detach_weights`; no initializer stays listed as an input. Returns how many the file itself had listed."""
     graph = proto.graph
     graph.initializer.extend(weights.values())
     constant = {tensor.name for tensor in graph.initializer}
@@ -266,7 +266,7 @@ def _infer(proto: onnx.ModelProto, source: Source) -> onnx.ModelProto:
 
 def load_unchanged(proto: onnx.ModelProto, source: Source) -> Model:
     """Load a model as it is, but for names of nodes and inferred types. `proto` is used up."""
-    weights = _detach_weights(proto)
+    weights = detach_weights(proto)
     _check_axes(proto, source)
     doubtful: dict[str, Shape | None] = {}
     with contextlib.suppress(QconvError):
@@ -290,7 +290,7 @@ def infer_shapes_at(model: Model, name: str, shape: Sequence[int]) -> dict[str, 
     from onnx import shape_inference
 
     proto = model.proto()
-    _detach_weights(proto)
+    detach_weights(proto)
     for value in proto.graph.input:
         if value.name == name:
             sides = value.type.tensor_type.shape

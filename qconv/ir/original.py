@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from qconv.config.tasks import NO_TASKS, Tasks
@@ -16,6 +17,7 @@ from qconv.ir.files import Source, external_data_files, full_proto, parse_proto,
 from qconv.ir.legacy import is_legacy
 from qconv.ir.load import load
 from qconv.ir.node_order import sort_nodes
+from qconv.ir.output_joins import find_joins
 from qconv.runtime.output_origins import OutputOrigin, find_output_origins
 from qconv.runtime.outputs import require_tasks
 from qconv.runtime.session import Session
@@ -58,7 +60,10 @@ def open_original(
 @functools.lru_cache(maxsize=8)
 def _read_origins(source: Source, stamp: Stamp) -> Mapping[str, OutputOrigin]:
     """What computes the outputs, found once for a file that a run opens several times."""
-    return find_output_origins(read_proto(source))
+    proto = read_proto(source)
+    joins = find_joins(proto)
+    found = find_output_origins(proto)
+    return {name: replace(origin, join=joins.get(name)) for name, origin in found.items()}
 
 
 def _in_order(source: Source) -> bytes | None:

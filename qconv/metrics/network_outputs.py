@@ -7,7 +7,7 @@ and often have no declared shape: they are known from the first batch on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from qconv.decoding.head import Head, NetworkFacts
 from qconv.decoding.registry import find_head
 from qconv.errors import QconvError, format_shape
+from qconv.metrics.output_parts import Parts, find_parts
 from qconv.runtime.outputs import ModelOutput
 from qconv.runtime.session import Session
 
@@ -24,10 +25,14 @@ NO_DECODER_HINT = "pass a decoder of your own: --decode FILE.py:FUNCTION."
 
 @dataclass(frozen=True, slots=True)
 class NetworkOutputs:
-    """All outputs of a network, and the head that reads detections from some of them; None where none does."""
+    """All outputs of a network.
+
+    head: reads detections from some of them; None where none does. parts: of outputs that hold more than one thing.
+    """
 
     outputs: tuple[ModelOutput, ...]
     head: Head | None = None
+    parts: Parts = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -72,9 +77,20 @@ def describe_outputs(
             raise QconvError(
                 f"--task detect: no decoder knows the outputs of {session.name}: {shapes}.", NO_DECODER_HINT
             )
-        return NetworkOutputs(outputs)
+        return NetworkOutputs(outputs, None, _find_all_parts(outputs, arrays, {}))
     why = f"{head.family}: {head.why}"
-    return NetworkOutputs(tuple(replace(o, detected=why) if o.name in head.outputs else o for o in outputs), head)
+    told = tuple(replace(o, detected=why) if o.name in head.outputs else o for o in outputs)
+    return NetworkOutputs(told, head, _find_all_parts(told, arrays, head.parts))
+
+
+def _find_all_parts(outputs: Sequence[ModelOutput], arrays: Sequence[Any], known: Parts) -> Parts:
+    """The parts of all outputs that have some. known: those that a decoder tells."""
+    found = {
+        output.name: known.get(output.name) or find_parts(output, array)
+        for output, array in zip(outputs, arrays, strict=True)
+        if isinstance(array, np.ndarray)
+    }
+    return {name: parts for name, parts in found.items() if len(parts) > 1}
 
 
 def _input_size(feeds: Mapping[str, NDArray[Any]]) -> tuple[int, int] | None:

@@ -28,6 +28,7 @@ from qconv.errors import QconvError, require_torch
 from qconv.ir.files import Source, total_weight_bytes
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
+from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
 from qconv.planning.plan import Plan
 from qconv.reporter import Reporter
 from qconv.runtime.outputs import find_class_vector
@@ -140,6 +141,15 @@ class CalibrationData:
             batches = islice(loader.iter_cached("load"), MOST_SHAPES_SEEN)
         runs = [[array.shape for array in session.run(names, feeds)] for feeds in batches]
         return dict(zip(names, zip(*runs, strict=True), strict=True))
+
+    def describe_network(self, source: Source, threads: int | None) -> NetworkOutputs:
+        """What the outputs of the user's own model are, by a run on the first batch."""
+        session, loader = open_original(source, threads, self.data.tasks), self.feed
+        batch = None if loader is None else next(iter(loader.iter_cached("load")), None)
+        if loader is None or batch is None:
+            return NetworkOutputs(session.model_outputs)
+        feeds = loader.as_float(batch)
+        return describe_outputs(session, feeds, session.run_all(feeds))
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""

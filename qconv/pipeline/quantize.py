@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_layer_bits
 from qconv.config.targets import TARGETS, Target
-from qconv.data.loader import DataLoader
+from qconv.data.loader import Batch, DataLoader
 from qconv.errors import Change, Finding, Skipped, require_torch
 from qconv.ir import files
 from qconv.ir.chance import describe_random_nodes
@@ -27,6 +27,7 @@ from qconv.ir.metadata import needed_runtime, write_metadata
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
 from qconv.metrics.comparison import check_gates, describe_differing_runs, verify
+from qconv.metrics.output_parts import Parts
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import describe_requantization, requantize_for_layers
@@ -49,7 +50,7 @@ from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, MixedPrecision, OutputFact, OutputScore, Report, TensorRow, Verification
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
-from qconv.search.activation_ranges import SEARCH_BUDGETS, search_activation_ranges
+from qconv.search.activation_ranges import SEARCH_BUDGETS, SearchBudget, search_activation_ranges
 from qconv.search.candidate import (
     FoldedNetwork,
     QuantizationSolution,
@@ -58,7 +59,10 @@ from qconv.search.candidate import (
     round_to_nearest,
 )
 from qconv.search.latency import tune_latency
+from qconv.search.loud_tensors import TensorNoise, keep_loud_tensors_float
 from qconv.search.mixed_precision import check_target_size, predict_recipe, search_bits
+
+LOUD = "left in float, as the outputs lose most to it"
 
 EQUALIZATION_IMAGES = 64
 """Pictures that channels are watched on, but for the best effort, which watches all."""
@@ -234,13 +238,30 @@ class _QuantizationRun:
         if not recipe.tune_ranges or feed is None:
             return
         with self.clock.step("ranges"):
-            params, _ = choose_activation_params(self.plan, self.sketches, recipe)
             budget = SEARCH_BUDGETS[recipe.effort]
             feeds = feed.take(budget.many, "read again")
-            self.set_ranges, changes = search_activation_ranges(
-                self.model, self.plan, params.activations, feeds, budget, recipe.threads, self.reporter
-            )
-            self.findings += changes
+            noises = self._search_ranges(feeds, budget)
+            fed = self.pictures.model_preprocessing
+            floats = keep_loud_tensors_float(self.model, self.plan, recipe, fed, noises)
+            if floats:  # what was nothing beside them counts now
+                self.plan = replan(self.plan, self.model, floats={**self.plan.floats, **floats})
+                self.findings += [Change("ranges", name, f"left in float: {why}", LOUD) for name, why in floats.items()]
+                self._search_ranges(feeds, budget)
+
+    def _search_ranges(self, feeds: Sequence[Batch], budget: SearchBudget) -> tuple[TensorNoise, ...]:
+        """Set the ranges that the outputs gain from. Returns what noise is left of each tensor."""
+        recipe = self.recipe
+        params, _ = choose_activation_params(self.plan, self.sketches, recipe, self.set_ranges)
+        found = search_activation_ranges(
+            self.model, self.plan, params.activations, feeds, budget, recipe.threads, self.reporter, self._parts()
+        )
+        self.set_ranges = {**self.set_ranges, **found.ranges}
+        self.findings += found.findings
+        return found.noises
+
+    def _parts(self) -> Parts:
+        """What the outputs hold, where that is more than one thing each."""
+        return self.pictures.describe_network(self.source, self.recipe.threads).parts
 
     def choose_numbers(self) -> tuple[QuantizationSolution, MixedPrecision | None]:
         """Find all numbers that are written, and the bits of layers before that, where they are searched for."""
@@ -249,7 +270,9 @@ class _QuantizationRun:
         if self.recipe.searches and self.pictures.feed is not None:
             with self.clock.step("search"):
                 original = open_original(self.source, self.recipe.threads, self.pictures.data.tasks)
-                context = SearchContext(folded, self.recipe, self.pictures.data, self.pictures.feed, original)
+                context = SearchContext(
+                    folded, self.recipe, self.pictures.data, self.pictures.feed, original, self._parts()
+                )
                 searched = search_bits(context, self.reporter)
                 self.recipe, mixed, solution = searched.recipe, searched.report, searched.solution
         else:

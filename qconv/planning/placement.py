@@ -121,6 +121,9 @@ DEPTHWISE_BLOCK, DEPTHWISE_REST_FACTOR = 16, 1.8
 """The integer kernel takes 16 channels at once. With a rest it takes longer than with as many more: 24 channels take
 1.5 times as long as 32. Measured on ONNX Runtime 1.32 with VNNI, kernels of 3 and 5; the table has whole blocks."""
 
+HOPS = 2
+"""How far from a node that must be float others follow it: the farther, the less the table can be trusted."""
+
 STEM_CHANNELS = 4  # up to so many input channels a convolution is the first one
 
 
@@ -212,6 +215,36 @@ def place_all_in_float(model: Model, plan: Plan, shapes: Shapes, table: CostTabl
     return _explain_placement(plan, _PlacementProblem.of(model, plan, shapes, table), set())
 
 
+@dataclass(frozen=True, slots=True)
+class FloatCost:
+    """What it costs to leave nodes of a plan in float, by the table."""
+
+    problem: _PlacementProblem
+    integer: frozenset[Node]
+
+    @classmethod
+    def of(cls, model: Model, plan: Plan, recipe: Recipe, fed: Preprocessing | None) -> FloatCost:
+        """Arguments as for `choose_float_nodes`; the plan is that of the network as it is placed."""
+        table = select_cost_table(recipe, TARGETS[recipe.target])
+        problem = _PlacementProblem.of(model, plan, infer_run_shapes(model, fed), table)
+        return cls(problem, frozenset(plan.integer))
+
+    def spread(self, floats: Set[Node]) -> set[Node]:
+        """These nodes, and those within HOPS of them that are then cheaper in float, too."""
+        near = set(floats)
+        for _ in range(HOPS):
+            touching = [tensor for tensor in self.problem.tensors if tensor.touches(near)]
+            near |= {node for tensor in touching for node in (tensor.producer, *tensor.readers) if node in self.integer}
+        integer = self.problem.cheapest(floats, self.integer - near)
+        return set(self.integer - integer)
+
+    def share_of(self, floats: Set[Node]) -> float:
+        """The time that these nodes add in float, as a share of the whole; infinite where it is not known."""
+        known = all(self.problem.costs.get(node) is not None for node in floats)
+        whole = self.problem.time(self.integer)
+        return self.problem.time(self.integer - floats) / whole - 1 if known and whole > 0 else math.inf
+
+
 def _explain_placement(plan: Plan, problem: _PlacementProblem, integer: Set[Node]) -> dict[str, str]:
     found = {node.name or "": _describe_cost(problem.costs[node]) for node in plan.integer - integer}
     fused = {activation: found.get(layer.name or "") for activation, layer in plan.absorbed.items()}
@@ -236,6 +269,10 @@ class _Tensor:
     readers: tuple[Node | None, ...]
     switch_us: float
     codes: bool
+
+    def touches(self, nodes: Set[Node]) -> bool:
+        """Whether one of these nodes writes or reads it."""
+        return self.producer in nodes or any(reader in nodes for reader in self.readers)
 
     def needs_conversion(self, integer: Set[Node]) -> bool:
         """Whether the tensor must be converted with these nodes in integers."""
@@ -283,9 +320,16 @@ class _PlacementProblem:
                 found += cost.integer_us if node in integer else cost.float_us
         return found + sum(us for layer, pool, us in self.slow if pool in integer and layer not in integer)
 
-    def cheapest(self) -> set[Node]:
-        """The nodes that should run in integers: all but the source's side of the minimum cut, the smallest such."""
+    def cheapest(self, floats: Set[Node] = frozenset(), held: Set[Node] = frozenset()) -> set[Node]:
+        """The nodes that should run in integers: all but the source's side of the minimum cut, the smallest such.
+
+        floats: nodes that do not. held: nodes that do in any case.
+        """
         network = FlowNetwork()
+        for node in floats:
+            network.edge(network.source, node, math.inf)
+        for node in held:
+            network.edge(node, network.sink, math.inf)
         for node, cost in self.costs.items():
             if cost is not None:
                 network.edge(network.source, node, cost.integer_us)
@@ -298,8 +342,8 @@ class _PlacementProblem:
             network.edge(layer, pool, us)
         for tensor in self.tensors:
             self._tie(network, tensor)
-        floats = network.source_side()
-        return {node for node in self.costs if node not in floats}
+        cut = network.source_side()
+        return {node for node in self.costs if node not in cut}
 
     def _tie(self, network: FlowNetwork, tensor: _Tensor) -> None:
         """Add the edges of a tensor: it is converted once for all readers of the other kind."""

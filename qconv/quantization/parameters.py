@@ -43,7 +43,7 @@ class Params:
 def choose_params(
     plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe, set_ranges: Mapping[str, Range] = NO_SET_RANGES
 ) -> tuple[Params, list[Finding]]:
-    """Choose parameters of all tensors of the plan. sketches: by tensor; set_ranges: in place of those by the calibrator."""
+    """Choose parameters of all tensors of a plan. sketches: by tensor; set_ranges: in place of the calibrator's."""
     params, findings = choose_activation_params(plan, sketches, recipe, set_ranges)
     findings += _choose_layer_params(plan, params, sketches, recipe)
     return params, findings

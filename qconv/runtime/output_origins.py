@@ -24,16 +24,26 @@ LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
 @dataclass(frozen=True, slots=True)
+class Join:
+    """A Concat behind an output. axis: of the output along which its parts lie; sizes: of the parts along it."""
+
+    axis: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class OutputOrigin:
     """What computes an output.
 
     operators: from the output back to the last layer with weights, or to where tensors meet; without those that only
         move values, and those that quantize. An L2 norm is called NORMALIZING_OP, and Exp over its sum Softmax.
     kernel: the number of places that the weights of this layer cover, 1 for a 1x1 Conv; None for other operators.
+    join: what the last Concat joins; None where there is none, or its shapes are not known.
     """
 
     operators: tuple[str, ...] = ()
     kernel: int | None = None
+    join: Join | None = None
 
 
 MOVING_OPS = frozenset(

@@ -29,13 +29,15 @@ from numpy.typing import NDArray
 from qconv.calibration.range_estimators import Range
 from qconv.data.loader import pick_evenly
 from qconv.errors import Change, Finding, Skipped
-from qconv.ir.model import Model, Value, is_tensor
+from qconv.ir.judged_tensors import find_judged_tensors
+from qconv.ir.model import Model, Value
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
+from qconv.metrics.output_parts import NO_PARTS, Parts, relative_noise, sum_errors
 from qconv.planning.plan import Plan
 from qconv.planning.work import RANGES_SHARE, SESSION_WORK, count_weights, multiplications, quantization_work
 from qconv.quantizer import QuantParams
 from qconv.reporter import Reporter
-from qconv.search.sensitivity import measure_output_noise
+from qconv.search.loud_tensors import TensorNoise
 from qconv.storage import ArrayStore
 
 STEP = "ranges"
@@ -76,7 +78,7 @@ class SearchBudget:
 
 SEARCH_BUDGETS = {
     "fast": SearchBudget(1, 32, 2, 2),  # chosen with --tune-ranges
-    "balanced": SearchBudget(1, 32, *map(int, __import__("os").environ.get("BUD","2,2").split(","))),
+    "balanced": SearchBudget(1, 32, 2, 2),
     "best": SearchBudget(4, 128, 16, 16, None),
 }
 
@@ -95,6 +97,19 @@ class RangeGroup:
     params: QuantParams
 
 
+@dataclass(frozen=True, slots=True)
+class RangeSearch:
+    """What a search has found.
+
+    ranges: by the names of tensors, where others are better. noises: at the outputs, with these ranges, of all tensors
+    that were looked at. findings: for the report.
+    """
+
+    ranges: dict[str, Range]
+    noises: tuple[TensorNoise, ...]
+    findings: list[Finding]
+
+
 def search_activation_ranges(
     model: Model,
     plan: Plan,
@@ -103,13 +118,13 @@ def search_activation_ranges(
     budget: SearchBudget,
     threads: int | None,
     reporter: Reporter,
-) -> tuple[dict[str, Range], list[Finding]]:
+    parts: Parts = NO_PARTS,
+) -> RangeSearch:
     """Search a better range for every one that the outputs gain from, by the names of the tensors that share it.
 
-    model: the folded float network. activations: parameters so far. feeds: images, batch by batch.
+    model: the folded float network. activations: parameters so far. feeds: images, batch by batch. parts: of outputs.
     """
-    judged = any(is_tensor(value) for value in model.graph.outputs)
-    groups = _find_range_groups(model, plan, activations) if judged else []
+    groups = _find_range_groups(model, plan, activations) if find_judged_tensors(model) else []
     told: list[Finding] = []
     most = _most_groups(plan, feeds, budget.share, budget.few)
     if most < len(groups):
@@ -118,7 +133,7 @@ def search_activation_ranges(
         groups = [groups[index * len(groups) // most] for index in range(most)]
     few, many = (pick_evenly(feeds, count) for count in (budget.few, budget.many))
     noises = []
-    for done, found in enumerate(_measure_noises(model, groups, few, threads)):
+    for done, found in enumerate(_measure_noises(model, groups, few, threads, parts)):
         reporter.progress(STEP, done, 2 * len(groups))
         noises.append(found)
     whole = sum(noises)
@@ -128,19 +143,21 @@ def search_activation_ranges(
     most = _most_groups(plan, feeds, budget.share, USUAL_TRIALS * (budget.far + budget.near))
     loudest = set(sorted(weighty, key=weighty.__getitem__, reverse=True)[:most])
     chosen = [group for group in groups if group.first in loudest]
-    found: dict[str, Range] = {}
-    for done, trial in enumerate(_make_trials(model, plan, chosen, many, (budget.far, budget.near), threads)):
+    ranges: dict[str, Range] = {}
+    left = dict(zip((group.first for group in groups), noises, strict=True))
+    for done, trial in enumerate(_make_trials(model, plan, chosen, many, (budget.far, budget.near), threads, parts)):
         reporter.progress(STEP, len(groups) + done * len(groups) // len(chosen), 2 * len(groups))
         threshold, change = _search_threshold(trial)
+        left[trial.group.first] *= 10 ** (change / 10)
         if threshold is not None:
             group, own = trial.group, trial.group.params.code_range()
             (low, high), (before, after) = trial.set_range(threshold), (f"{float(end):.3g}" for end in own)
-            found |= {value.name or "": (low, high) for value in group.members}
+            ranges |= {value.name or "": (low, high) for value in group.members}
             what = f"range {low:.3g} to {high:.3g} in place of {before} to {after}: its noise at the outputs"
             share = f"{weighty[group.first] / whole:.1%} of all, {change:+.1f} dB"
             told.append(Change(STEP, group.first.name or "", f"{what}, {share}", "range set by the outputs"))
     reporter.progress(STEP, 2 * len(groups), 2 * len(groups))
-    return found, told
+    return RangeSearch(ranges, tuple(TensorNoise(g.members, left[g.first]) for g in groups), told)
 
 
 def _most_groups(plan: Plan, feeds: Sequence[InputBatch], share: float | None, runs: int) -> int:
@@ -174,7 +191,7 @@ def _walk_in_pieces(
     model: Model, feeds: Sequence[InputBatch], threads: int | None
 ) -> Iterator[tuple[StepwiseRun, list[Value], Outputs]]:
     """Yield a stepwise run, the outputs that count, and their values, for as many images as fit into memory."""
-    outputs = [value for value in model.graph.outputs if is_tensor(value)]
+    outputs = find_judged_tensors(model)
     with contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as store:
         start = NetworkTail(
             StepwiseRun(model, feeds, store, threads=threads).tail_model(outputs), _names_of(outputs), threads=threads
@@ -185,7 +202,7 @@ def _walk_in_pieces(
 
 
 def _measure_noises(
-    model: Model, groups: Sequence[RangeGroup], feeds: Sequence[InputBatch], threads: int | None
+    model: Model, groups: Sequence[RangeGroup], feeds: Sequence[InputBatch], threads: int | None, parts: Parts
 ) -> Iterator[float]:
     """Yield the noise at the outputs with each group alone rounded."""
     if not groups:
@@ -197,7 +214,7 @@ def _measure_noises(
             names, spec = [_names_of(group.members) for group in together], together[0].params.spec
             tail = NetworkTail(walk.tail_model(outputs), _names_of(outputs), names, spec, threads=threads)
             for index, group in enumerate(together):
-                yield _mean_noise(clean, tail, picked, group.params, index)
+                yield _mean_noise(_Clean(_names_of(outputs), clean, parts), tail, picked, group.params, index)
 
 
 def _split_by_type(groups: Sequence[RangeGroup]) -> Iterator[list[RangeGroup]]:
@@ -249,6 +266,7 @@ def _make_trials(
     feeds: Sequence[InputBatch],
     counts: tuple[int, int],
     threads: int | None,
+    parts: Parts,
 ) -> Iterator[_Trial]:
     """Yield each group with its function from parameters to noise at the outputs, and how far it reaches."""
     if not groups:
@@ -262,9 +280,10 @@ def _make_trials(
             picked = _pick_batches(_measure_reach(lows, highs, group.params), *counts)
             names, spec = [_names_of(group.members)], group.params.spec
             tail = NetworkTail(walk.tail_model(outputs), _names_of(outputs), names, spec, threads=threads)
+            noise = partial(_mean_noise, _Clean(_names_of(outputs), clean, parts), tail, picked)
             gated = any(member in plan.gates for member in group.members)
             floor = float(group.params.code_range()[0]) if gated else None
-            yield _Trial(group, partial(_mean_noise, clean, tail, picked), (lows.min(), highs.max()), floor)
+            yield _Trial(group, noise, (lows.min(), highs.max()), floor)
 
 
 def _names_of(values: Iterable[Value]) -> list[str]:
@@ -291,14 +310,25 @@ def _pick_batches(reach: Float64, far: int, near: int) -> dict[int, float]:
     return dict.fromkeys(order[:far].tolist(), 1.0) | dict.fromkeys(some.tolist(), len(rest) / max(1, len(some)))
 
 
+@dataclass(frozen=True, slots=True)
+class _Clean:
+    """What the float network says of every batch, with the names and the parts of its outputs."""
+
+    names: list[str]
+    batches: Outputs
+    parts: Parts
+
+
 def _mean_noise(
-    clean: Outputs, tail: NetworkTail, picked: Mapping[int, float], params: QuantParams, group: int = 0
+    clean: _Clean, tail: NetworkTail, picked: Mapping[int, float], params: QuantParams, group: int = 0
 ) -> float:
-    """The mean noise over all images that the picked batches stand for."""
+    """The noise over all images that the picked batches stand for; powers are those of all of them together.
+
+    On an image without any object the scores of a detector have hardly any power, and their noise is nothing beside it.
+    """
     found = zip(picked.items(), tail.run(picked, params, group), strict=True)
-    return sum(weight * measure_output_noise([clean[index]], [got]) for (index, weight), got in found) / sum(
-        picked.values()
-    )
+    sums = [weight * sum_errors(clean.parts, clean.names, clean.batches[index], got) for (index, weight), got in found]
+    return relative_noise(np.sum(sums, axis=0))
 
 
 def _search_threshold(trial: _Trial) -> tuple[float | None, float]:

@@ -28,6 +28,7 @@ from qconv.ir.metadata import set_ir_version
 from qconv.ir.model import Model
 from qconv.metrics.classification import top1_accuracy
 from qconv.metrics.comparison import DROPS, OutputArrays, ReferenceOutputs, collect_reference_outputs
+from qconv.metrics.output_parts import Parts
 from qconv.passes.compress_constants import compress_constants
 from qconv.planning.plan import Plan
 from qconv.planning.planner import make_plan, replan
@@ -115,13 +116,14 @@ PROGRESS_STEPS = 100
 
 @dataclass(frozen=True, slots=True)
 class SearchContext:
-    """Network, recipe and images of a search. original: the user's own model."""
+    """Network, recipe and images of a search. original: the user's own model. parts: of its outputs."""
 
     folded: FoldedNetwork
     recipe: Recipe
     data: DataOptions
     feed: DataLoader
     original: Session
+    parts: Parts = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

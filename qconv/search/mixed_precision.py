@@ -146,7 +146,7 @@ def _measure_sensitivities(
     """The sensitivities of the layers in `candidate_bits`. feeds: to round weights on; None for nearest codes."""
     folded, recipe = context.folded, context.recipe
     solution = round_to_nearest(folded, recipe)
-    network = SensitivityContext(folded.model, solution.plan, solution.params, folded.sketches, recipe)
+    network = SensitivityContext(folded.model, solution.plan, solution.params, folded.sketches, recipe, context.parts)
     solver = None
     if feeds is not None:
         solver = LayerSolver(

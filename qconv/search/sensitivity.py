@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from qconv.calibration.sketch import Sketch
 from qconv.config.choices import Scheme
 from qconv.config.recipe import Recipe
-from qconv.ir.model import Model, is_tensor
+from qconv.ir.judged_tensors import find_judged_tensors
+from qconv.ir.model import Model
 from qconv.ir.rewriting import data_input
 from qconv.ir.stepwise import NetworkTail, StepwiseRun, collect_up_to
-from qconv.metrics.similarity import measure_error
+from qconv.metrics.output_parts import Parts, measure_output_noise
 from qconv.planning.plan import LayerPlan as Planned
 from qconv.planning.plan import Plan
 from qconv.quantization.effective_range import EffectiveRange
@@ -128,22 +129,20 @@ Outputs = Sequence[NDArray[Any]]
 
 FLOAT_BITS = 32
 
-WORST_NOISE = 1e6
-"""The noise of outputs with NaN or infinity."""
-
 BYTES_IN_MEMORY = 2**27
 """Bytes of tensors, and of outputs, that are held in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class SensitivityContext:
-    """The folded float network, its plan, parameters of activations, and sketches."""
+    """The folded float network, its plan, parameters of activations, sketches, and the parts of its outputs."""
 
     model: Model
     plan: Plan
     params: Params
     sketches: Mapping[str, Sketch]
     recipe: Recipe
+    parts: Parts = field(default_factory=dict)
 
 
 def measure_sensitivities(
@@ -158,7 +157,7 @@ def measure_sensitivities(
     candidate_bits: what each of these layers is quantized to, by its name. solver: rounds the weights; None for
     nearest codes.
     """
-    threads, judged = network.recipe.threads, [value for value in network.model.graph.outputs if is_tensor(value)]
+    threads, judged = network.recipe.threads, find_judged_tensors(network.model)
     outputs = [value.name or "" for value in judged]
     found: dict[str, LayerSensitivity] = {}
     with contextlib.closing(ArrayStore(BYTES_IN_MEMORY)) as store:
@@ -180,7 +179,7 @@ def measure_sensitivities(
             noise = {bits: 0.0 for bits in candidate_bits[name] if bits >= FLOAT_BITS}
             for bits, chosen in choices.items():
                 fed = {opened[place]: numbers for place, numbers in _dequantize_layer(chosen).items()}
-                noise[bits] = measure_output_noise(expected, tail.run(looked_at, fed=fed))
+                noise[bits] = measure_output_noise(network.parts, outputs, expected, tail.run(looked_at, fed=fed))
             found[name] = LayerSensitivity(prod(read_weight_shape(layer.node)), noise)
     progress(len(found), len(candidate_bits))
     return found
@@ -190,24 +189,6 @@ def _choose_noise_batches(count: int, solver: LayerSolver | None) -> list[int]:
     """Choose the batches to measure noise on: the held-out ones, where weights are solved for the others."""
     apart = [index for index in range(count) if solver is not None and is_held_out(index)]
     return apart or list(range(count))
-
-
-def measure_output_noise(expected: Sequence[Outputs], got: Iterable[Outputs]) -> float:
-    """N between outputs of batch after batch, see the module. For integer outputs it is the share that differs."""
-    signal: dict[int, float] = {}
-    noise: dict[int, float] = {}
-    for references, results in zip(expected, got, strict=True):
-        for index, (ref, result) in enumerate(zip(references, results, strict=True)):
-            if not isinstance(ref, np.ndarray) or ref.dtype.kind not in "fiub" or ref.shape != result.shape:
-                continue
-            if ref.dtype.kind == "f":
-                power, away = measure_error(ref, result)
-            else:
-                power, away = float(ref.size), float((ref != result).sum())
-            signal[index] = signal.get(index, 0.0) + power
-            noise[index] = noise.get(index, 0.0) + away
-    total = sum(noise[index] / power for index, power in signal.items() if power > 0)
-    return total if np.isfinite(total) else WORST_NOISE
 
 
 def _quantize_at_each_bits(

@@ -1,0 +1,100 @@
+"""Cuts outputs into parts that mean one thing each, so that errors are weighed by the power of their own part.
+
+    noise = sum over parts of sum (ref - got)^2 / sum ref^2
+
+A detector's boxes are pixels and its scores are shares of 1: summed in one number, an error that loses every object is
+nothing beside a box that is a pixel off. Parts are what the decoder of the family says; else what the last Concat
+joins; else rows along the axis of channels with powers that differ by POWER_RATIO and more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.decoding.head import OutputPart
+from qconv.metrics.similarity import measure_error
+from qconv.runtime.outputs import ModelOutput, OutputKind
+
+Parts = Mapping[str, tuple[OutputPart, ...]]
+"""Parts by the name of their output; an output without any is one whole."""
+
+NO_PARTS: Parts = {}
+
+PARTED_KINDS = frozenset({OutputKind.DETECTIONS, OutputKind.REGRESSION, OutputKind.KEYPOINTS})
+"""What may hold more than one thing."""
+
+POWER_RATIO = 100.0
+
+MOST_ROWS = 4096
+"""Rows along an axis from which on it is one of places rather than of channels."""
+
+WORST_NOISE = 1e6
+"""The noise of outputs with NaN or infinity."""
+
+
+def find_parts(output: ModelOutput, array: NDArray[Any]) -> tuple[OutputPart, ...]:
+    """The parts of an output that no decoder knows. array: what the float model says of one batch."""
+    if output.kind not in PARTED_KINDS or array.dtype.kind != "f" or array.ndim < 2:
+        return ()
+    join = None if output.origin is None else output.origin.join
+    if join is not None and array.shape[join.axis : join.axis + 1] == (sum(join.sizes),):
+        ends = np.cumsum(join.sizes).tolist()
+        starts = [0, *ends[:-1]]
+        return tuple(OutputPart(f"{a} to {b - 1}", join.axis, a, b) for a, b in zip(starts, ends, strict=True))
+    return _split_by_power(array)
+
+
+def _split_by_power(array: NDArray[Any]) -> tuple[OutputPart, ...]:
+    """Two parts: the rows with about the largest power, and those far below; none where all are alike."""
+    axis = min(range(1, array.ndim), key=lambda at: array.shape[at] if array.shape[at] > 1 else array.size)
+    if not 2 <= array.shape[axis] <= MOST_ROWS:
+        return ()
+    others = tuple(at for at in range(array.ndim) if at != axis)
+    powers = np.square(np.where(np.isfinite(array), array, 0).astype(np.float64)).mean(axis=others)
+    small = powers * POWER_RATIO <= powers.max()
+    if not small.any() or not powers[small].any():
+        return ()
+    groups = {"large": np.flatnonzero(~small), "small": np.flatnonzero(small)}
+    return tuple(OutputPart(name, axis, rows=tuple(rows.tolist())) for name, rows in groups.items())
+
+
+def cut(parts: Parts, name: str, array: NDArray[Any]) -> list[NDArray[Any]]:
+    """The parts of an output; the whole where it has none."""
+    return [part.of(array) for part in parts.get(name, ())] or [array]
+
+
+def sum_errors(parts: Parts, names: Sequence[str], reference: Sequence[Any], got: Sequence[Any]) -> NDArray[np.float64]:
+    """Signal and noise of every part of every output of one batch, (parts, 2).
+
+    Nothing for what is no tensor of numbers, or has another shape. Of integers: how many there are, and differ.
+    """
+    rows = []
+    for name, ref, result in zip(names, reference, got, strict=True):
+        count = max(1, len(parts.get(name, ())))
+        if not isinstance(ref, np.ndarray) or ref.dtype.kind not in "fiub" or ref.shape != result.shape:
+            rows += [(0.0, 0.0)] * count
+        elif ref.dtype.kind == "f":
+            rows += [measure_error(*pair) for pair in zip(cut(parts, name, ref), cut(parts, name, result), strict=True)]
+        else:
+            rows += [(float(ref.size), float((ref != result).sum()))] + [(0.0, 0.0)] * (count - 1)
+    return np.array(rows, np.float64).reshape(-1, 2)
+
+
+def relative_noise(sums: NDArray[np.float64]) -> float:
+    """The noise of all parts, each over its own power. sums: (parts, 2), as `sum_errors` gives them."""
+    signal, noise = sums.T
+    known = signal > 0
+    total = float((noise[known] / signal[known]).sum())
+    return total if np.isfinite(total) else WORST_NOISE
+
+
+def measure_output_noise(
+    parts: Parts, names: Sequence[str], expected: Iterable[Sequence[Any]], got: Iterable[Sequence[Any]]
+) -> float:
+    """The noise between outputs of batch after batch, see the module."""
+    sums = [sum_errors(parts, names, *pair) for pair in zip(expected, got, strict=True)]
+    return relative_noise(np.sum(sums, axis=0)) if sums else 0.0
