@@ -38,8 +38,8 @@ def factor(body: str, pictures: list[NDArray], top: float, looks: SearchBudget =
     for value in chosen:
         if value.name == "b":
             chosen[value] = UINT8.from_range(0, top)
-    factors, _ = search_activation_ranges(model, plan, chosen, [{"x": x} for x in pictures], looks, 1, Reporter())
-    return factors.get("b", 1.0)
+    found = search_activation_ranges(model, plan, chosen, [{"x": x} for x in pictures], looks, 1, Reporter())
+    return found.ranges.get("b", (0.0, top))[1] / top
 
 
 def spread(number: int, top: float) -> NDArray[np.float32]:
@@ -71,7 +71,7 @@ def test_ranges_that_would_take_too_long_are_left_as_they_are() -> None:
     feeds = [{"x": np.ones((2, 3, 6, 6), np.float32)[:, :1]}]
     for share, left in ((1e-9, len(chosen) - 1), (4.0, 0), (None, 0)):
         looks = SearchBudget(1, 1, 1, 0, share)
-        _, told = search_activation_ranges(model, plan, chosen, feeds, looks, 1, Reporter())
+        told = search_activation_ranges(model, plan, chosen, feeds, looks, 1, Reporter()).findings
         said = [finding.why for finding in told if isinstance(finding, Skipped)]
         assert said == (
             [f"{left} of {len(chosen)} ranges were not looked at, or it would take too long"] if left else []

@@ -24,13 +24,7 @@ from qconv.quantization.layer_rounding import LayerSolver, RoundingEffort
 from qconv.quantization.parameters import choose_params
 from qconv.quantizer import group_extremes
 from qconv.runtime.session import Session
-from qconv.search.sensitivity import (
-    FLOAT_BITS,
-    WORST_NOISE,
-    SensitivityContext,
-    measure_output_noise,
-    measure_sensitivities,
-)
+from qconv.search.sensitivity import FLOAT_BITS, SensitivityContext, measure_sensitivities
 from tests.support.models import loaded, network
 
 BODY = """
@@ -177,14 +171,3 @@ def test_the_network_stays_as_it_is() -> None:
     measure_sensitivities(network, {"c": (4,), "y": (4,)}, batches(), progress=lambda *done: heard.append(done))
     assert network.model.proto().SerializeToString() == before
     assert heard == [(0, 2), (1, 2), (2, 2)]
-
-
-def test_noise_by_hand() -> None:
-    """(1 - 2)^2 / (1 + 4) and, of whole numbers, one of two: the sum over outputs. No number counts as worst."""
-    ref = [[np.float32([[1, 2]]), np.array([3, 4])]]
-    assert measure_output_noise(ref, [[np.float32([[2, 2]]), np.array([3, 5])]]) == pytest.approx(1 / 5 + 1 / 2)
-    assert measure_output_noise(ref, ref) == 0
-    assert measure_output_noise(ref, [[np.float32([[np.nan, 2]]), np.array([3, 4])]]) == WORST_NOISE
-    unknown = [[np.float32([[np.inf, 2]])]]
-    assert measure_output_noise(unknown, [[np.float32([[5, 1]])]]) == pytest.approx(1 / 4)
-    assert measure_output_noise([[np.zeros(2, np.float32)]], [[np.ones(2, np.float32)]]) == 0  # nothing to compare with

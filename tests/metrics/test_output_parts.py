@@ -1,0 +1,67 @@
+"""Outputs cut into parts, and noise over their own powers: by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qconv.decoding.head import OutputPart
+from qconv.metrics.output_parts import NO_PARTS, WORST_NOISE, find_parts, measure_output_noise, relative_noise, sum_errors
+from qconv.runtime.output_origins import Join, OutputOrigin
+from qconv.runtime.outputs import ModelOutput
+
+PARTS = {"y": (OutputPart("boxes", 1, 0, 1), OutputPart("scores", 1, 1))}
+
+
+def test_noise_by_hand() -> None:
+    """(1 - 2)^2 / (1 + 4) and, of whole numbers, one of two: the sum over outputs. No number counts as worst."""
+    names, ref = ["y", "z"], [[np.float32([[1, 2]]), np.array([3, 4])]]
+
+    def noise(got: list[list[object]], expected: list[list[object]] = ref) -> float:  # type: ignore[assignment]
+        return measure_output_noise(NO_PARTS, names[: len(expected[0])], expected, got)  # type: ignore[arg-type]
+
+    assert noise([[np.float32([[2, 2]]), np.array([3, 5])]]) == pytest.approx(1 / 5 + 1 / 2)
+    assert noise(ref) == 0  # type: ignore[arg-type]
+    assert noise([[np.float32([[np.nan, 2]]), np.array([3, 4])]]) == WORST_NOISE
+    assert noise([[np.float32([[5, 1]])]], [[np.float32([[np.inf, 2]])]]) == pytest.approx(1 / 4)
+    assert noise([[np.ones(2, np.float32)]], [[np.zeros(2, np.float32)]]) == 0  # nothing to compare with
+
+
+def test_parts_count_by_their_own_power() -> None:
+    """Boxes of 100 that are 1 off, scores of 0.1 that are gone: 1e-4 and 1."""
+    ref, got = np.float32([[[100.0], [0.1]]]), np.float32([[[101.0], [0.0]]])
+    assert measure_output_noise(PARTS, ["y"], [[ref]], [[got]]) == pytest.approx(1e-4 + 1)
+    assert measure_output_noise(NO_PARTS, ["y"], [[ref]], [[got]]) == pytest.approx(1.01 / 10000.01)
+
+
+def test_powers_add_up_over_batches() -> None:
+    """A batch without any score lays nothing in the scale: 0.01 / (1 + 0) and not 0.01 / 1 + 0.01 / 0."""
+    empty, full = np.float32([[[1.0], [0.0]]]), np.float32([[[1.0], [1.0]]])
+    sums = sum(sum_errors(PARTS, ["y"], [ref], [ref + np.float32([[[0.0], [0.1]]])]) for ref in (empty, full))
+    assert relative_noise(np.asarray(sums)) == pytest.approx(0.02, rel=1e-5)
+
+
+def test_another_shape_has_no_errors_but_its_places() -> None:
+    ref = np.ones((1, 2, 3), np.float32)
+    assert sum_errors(PARTS, ["y", "z"], [ref, ref], [ref[:, :, :2], ref]).tolist() == [[0, 0], [0, 0], [6, 0]]
+
+
+def test_what_the_last_concat_joins_are_parts() -> None:
+    output = ModelOutput("y", True, (1, 5, 7), (1, 3, 32, 32), OutputOrigin(join=Join(1, (4, 1))))
+    parts = find_parts(output, np.ones((1, 5, 7), np.float32))
+    assert [(part.name, part.axis, part.start, part.stop) for part in parts] == [("0 to 3", 1, 0, 4), ("4 to 4", 1, 4, 5)]
+    assert find_parts(output, np.ones((1, 6, 7), np.float32)) == ()  # another shape than was inferred
+
+
+def test_rows_with_hundredfold_powers_are_parts() -> None:
+    """Amplitudes 10 and 1 differ by 100 in power; 10 and 2 by 25."""
+    output = ModelOutput("y", True, (1, 3, 50), (1, 3, 32, 32))
+    rows = np.float32([1, 10, 1])[None, :, None] * np.ones((1, 3, 50), np.float32)
+    assert [(part.name, part.rows) for part in find_parts(output, rows)] == [("large", (1,)), ("small", (0, 2))]
+    assert find_parts(output, np.maximum(rows, 2)) == ()
+    assert find_parts(output, np.minimum(rows, np.float32([0, 10, 0])[None, :, None])) == ()  # nothing is no part
+
+
+def test_classes_are_one_thing() -> None:
+    scores = np.float32([[1000.0, 1.0, 1.0]])
+    assert find_parts(ModelOutput("y", True, (1, 3), (1, 3, 32, 32), task="classify"), scores) == ()
