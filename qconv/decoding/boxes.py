@@ -177,11 +177,12 @@ def softmax(x: NDArray[Any], axis: int) -> Float64:
 def cell_grid(size: tuple[int, int], strides: Sequence[int]) -> tuple[Float64, Float64]:
     """Column and row of every cell of some grids over an image, (A, 2), and its stride, (A, 1).
 
-    size: height and width of the image, in pixels. Grids stand in the order of `strides`, cells row by row.
+    size: height and width of the image, in pixels. Grids stand in the order of `strides`, cells row by row. A cell that
+    the image fills in part counts, as padded convolutions have it.
     """
     cells, steps = [], []
     for stride in strides:
-        rows, columns = np.mgrid[: size[0] // stride, : size[1] // stride]
+        rows, columns = np.mgrid[: -(-size[0] // stride), : -(-size[1] // stride)]
         cells.append(np.stack([columns, rows], axis=-1).reshape(-1, 2))
         steps.append(np.full((columns.size, 1), stride))
     return np.concatenate(cells).astype(np.float64), np.concatenate(steps).astype(np.float64)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qconv.decoding.boxes import Detections
@@ -90,7 +91,8 @@ class Head:
 
     def read(self, arrays: Arrays, least: float) -> list[Detections]:
         """The detections of each image of a batch. arrays: outputs by name. least: score that must be exceeded."""
-        return self.decode([arrays[name] for name in self.outputs], least)
+        with np.errstate(all="ignore"):  # numbers of a poor file may be anything
+            return self.decode([arrays[name] for name in self.outputs], least)
 
 
 def read_class_names(metadata: Mapping[str, str]) -> dict[int, str]:

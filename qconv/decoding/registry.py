@@ -7,12 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qconv.decoding import yolox
+from qconv.decoding import (
+    blazeface,
+    centerface,
+    centernet,
+    fastestdet,
+    nanodet,
+    retinaface,
+    ssd,
+    suppressed,
+    ultraface,
+    yolox,
+)
 from qconv.decoding.head import Head, NetworkFacts
 
 Matcher = Callable[[NetworkFacts], Head | None]
 
-DECODERS: tuple[Matcher, ...] = (yolox.match,)
+DECODERS: tuple[Matcher, ...] = (
+    yolox.match,
+    nanodet.match,
+    fastestdet.match,
+    centerface.match,
+    centernet.match,
+    blazeface.match,
+    ultraface.match,
+    retinaface.match,
+    ssd.match,
+    suppressed.match,
+)
 
 
 def find_head(facts: NetworkFacts) -> Head | None:
