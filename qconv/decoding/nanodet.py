@@ -23,7 +23,11 @@ from qconv.decoding.priors import Size, cells_by_stride
 
 STRIDES = ((8, 16, 32), (8, 16, 32, 64))
 
-FEWEST_BINS = 5
+BINS = (8, 11, 16, 17)
+"""Bins of an edge, as published networks have them."""
+
+MOST_SHARES = 0.5
+"""Part of the columns of bins that may hold numbers from 0 to 1 alone, by chance."""
 
 MIDDLE = 0.5
 
@@ -47,14 +51,15 @@ def _match_joined(facts: NetworkFacts) -> Head | None:
     strides = next((s for s in STRIDES if array.shape[1] == len(cell_grid(facts.size, s)[0])), None)
     if strides is None:
         return None
-    classes = int(np.argmin([*_find_shares(array), False]))
-    if not classes or not _can_be_bins(array[..., classes:]):
+    shares = _find_shares(array)
+    bins = next((b for b in BINS if len(shares) > 4 * b and shares[: -4 * b].all()), None)
+    if bins is None or not _can_be_bins(shares[-4 * bins :]):
         return None
+    classes = len(shares) - 4 * bins
     plus = len(strides) == 4
     origin = 0.0 if plus else MIDDLE
     decode = partial(_decode_joined, classes=classes, strides=strides, size=facts.size, origin=origin)
     parts = {name: (OutputPart("scores", 2, 0, classes), OutputPart("distances", 2, classes))}
-    bins = (array.shape[2] - classes) // 4
     why = f"{array.shape[1]} rows are the cells of {_describe(strides)}, with {classes} classes and 4 x {bins} bins"
     family = "NanoDet-Plus" if plus else "NanoDet"
     return Head(family, why, (name,), decode, facts.size, USUAL_SCORE, read_class_names(facts.metadata), parts)
@@ -71,7 +76,7 @@ def _match_split(facts: NetworkFacts) -> Head | None:
         level.sort(key=lambda name: not _find_shares(facts.outputs[name]).all())
         if len(level) != 2 or not _find_shares(facts.outputs[level[0]]).all():
             return None
-        if not _can_be_bins(facts.outputs[level[1]]):
+        if not _can_be_bins(_find_shares(facts.outputs[level[1]])):
             return None
         scores.append(level[0])
         bins.append(level[1])
@@ -96,9 +101,9 @@ def _find_shares(array: NDArray[Any]) -> NDArray[np.bool_]:
     return found
 
 
-def _can_be_bins(array: NDArray[Any]) -> bool:
-    """Whether columns can be logits of bins, of as many for each of four edges."""
-    return array.shape[2] % 4 == 0 and array.shape[2] >= 4 * FEWEST_BINS and not _find_shares(array).any()
+def _can_be_bins(shares: NDArray[np.bool_]) -> bool:
+    """Whether columns can be logits of bins, by those that hold numbers from 0 to 1 alone."""
+    return len(shares) % 4 == 0 and len(shares) // 4 in BINS and bool(shares.mean() < MOST_SHARES)
 
 
 def _decode_joined(
