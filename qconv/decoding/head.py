@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.decoding.boxes import Detections
-from qconv.runtime.outputs import OutputOrigin
+from qconv.runtime.output_origins import OutputOrigin
 
 Arrays = Mapping[str, NDArray[Any]]
 
