@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qconv.decoding import yolox
+from qconv.decoding import detr, yolo_end_to_end, yolov5, yolov8, yolox
 from qconv.decoding.head import Head, NetworkFacts
 
 Matcher = Callable[[NetworkFacts], Head | None]
 
-DECODERS: tuple[Matcher, ...] = (yolox.match,)
+DECODERS: tuple[Matcher, ...] = (yolov5.match, yolov8.match, yolox.match, detr.match, yolo_end_to_end.match)
 
 
 def find_head(facts: NetworkFacts) -> Head | None:
