@@ -24,18 +24,19 @@ class OutputPart:
     """Rows of an output that mean one thing.
 
     name: what, as "boxes" or "scores". axis: along which the rows lie. start, stop: from which to which row; None for
-    all that follow.
+    all that follow. step: 3 for every third of these rows.
     """
 
     name: str
     axis: int = -1
     start: int = 0
     stop: int | None = None
+    step: int = 1
 
     def of(self, array: NDArray[Any]) -> NDArray[Any]:
         """These rows of an array, as a view."""
         index: list[slice] = [slice(None)] * array.ndim
-        index[self.axis] = slice(self.start, self.stop)
+        index[self.axis] = slice(self.start, self.stop, self.step)
         return array[tuple(index)]
 
 

@@ -11,12 +11,16 @@ from qconv.decoding import (
     blazeface,
     centerface,
     centernet,
+    detr,
     fastestdet,
     nanodet,
     retinaface,
     ssd,
     suppressed,
     ultraface,
+    yolo_end_to_end,
+    yolov5,
+    yolov8,
     yolox,
 )
 from qconv.decoding.head import Head, NetworkFacts
@@ -24,6 +28,8 @@ from qconv.decoding.head import Head, NetworkFacts
 Matcher = Callable[[NetworkFacts], Head | None]
 
 DECODERS: tuple[Matcher, ...] = (
+    yolov5.match,
+    yolov8.match,
     yolox.match,
     nanodet.match,
     fastestdet.match,
@@ -34,6 +40,8 @@ DECODERS: tuple[Matcher, ...] = (
     retinaface.match,
     ssd.match,
     suppressed.match,
+    detr.match,
+    yolo_end_to_end.match,
 )
 
 
