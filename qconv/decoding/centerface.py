@@ -9,14 +9,15 @@ that sticks out to the left or the top is moved in, as the authors' program does
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.decoding.boxes import Detections, Float64, pick_candidates
-from qconv.decoding.head import Head, NetworkFacts, OutputPart
+from qconv.decoding.boxes import Detections, Float64, find_boxes
+from qconv.decoding.head import Head, NetworkFacts
 from qconv.decoding.priors import cells_by_stride, with_full_scores
 
 STRIDE = 4
@@ -42,12 +43,8 @@ def match(facts: NetworkFacts) -> Head | None:
         f"maps of {cells[0]}x{cells[1]} cells of {STRIDE} pixels with centres, sizes in {sizes}, offsets in {offsets} "
         "and five keypoints"
     )
-    parts = {
-        name: (OutputPart(what, 1),)
-        for name, what in zip(names, ("scores", "sizes", "offsets", "keypoints"), strict=True)
-    }
     decode = partial(_decode, size=facts.size)
-    return Head("CenterFace", why, (heat, sizes, offsets, points), decode, facts.size, 0.5, parts=parts)
+    return Head("CenterFace", why, (heat, sizes, offsets, points), decode, facts.size, 0.5)
 
 
 def _decode(arrays: Sequence[NDArray[Any]], least: float, *, size: tuple[int, int]) -> list[Detections]:
@@ -70,6 +67,5 @@ def _decode_image(
     places = points[:, rows, columns].reshape(-1, 2, len(rows)) * extents + corners
     boxes = np.concatenate([corners[::-1], ends[::-1]]).T
     keypoints = with_full_scores(places[:, ::-1].transpose(2, 0, 1))
-    picked, detections = pick_candidates(boxes, heat[0, rows, columns][:, None], least)
-    found = Detections(detections.boxes, detections.scores, detections.classes, keypoints=keypoints[picked])
-    return found.suppressed(NMS_IOU)
+    picked, found = find_boxes(boxes, heat[0, rows, columns][:, None], least, NMS_IOU)
+    return replace(found, keypoints=keypoints[picked])

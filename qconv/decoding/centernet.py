@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.decoding.boxes import Detections, Float64, corners_of, sigmoid
-from qconv.decoding.head import Head, NetworkFacts, OutputPart, read_class_names
+from qconv.decoding.head import Head, NetworkFacts, read_class_names
 from qconv.decoding.priors import cells_by_stride
 
 STRIDE = 4
@@ -53,8 +53,7 @@ def match(facts: NetworkFacts) -> Head | None:
     )
     decode = partial(_decode, raw=raw)
     names = read_class_names(facts.metadata)
-    parts = {heat: (OutputPart("scores", 1),), sizes: (OutputPart("sizes", 1),), offsets: (OutputPart("offsets", 1),)}
-    return Head("CenterNet", why, (heat, sizes, offsets), decode, facts.size, 0.3, names, parts)
+    return Head("CenterNet", why, (heat, sizes, offsets), decode, facts.size, 0.3, names)
 
 
 def _decode(arrays: Sequence[NDArray[Any]], least: float, *, raw: bool) -> list[Detections]:
@@ -66,7 +65,7 @@ def _decode(arrays: Sequence[NDArray[Any]], least: float, *, raw: bool) -> list[
         centres = (cells + offsets[:, rows, columns].T) * STRIDE
         boxes = corners_of(centres, sizes[:, rows, columns].T * STRIDE)
         every = Detections.of(boxes, scores[classes, rows, columns], classes)
-        found.append(every.select(np.arange(len(every)) < MOST_PEAKS))
+        found.append(every.select(slice(MOST_PEAKS)))
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.decoding.boxes import Detections, Float64, cell_grid, pick_candidates, softmax
+from qconv.decoding.boxes import Detections, Float64, cell_grid, find_boxes, softmax
 from qconv.decoding.head import Head, NetworkFacts, OutputPart, read_class_names
 from qconv.decoding.priors import Size, cells_by_stride
 
@@ -135,8 +135,7 @@ def _decode(
     for values, logits in zip(scores.astype(np.float64), bins, strict=True):
         distances = expect_bins(logits) * steps
         boxes = places + distances * np.array([-1, -1, 1, 1])
-        picked = pick_candidates(boxes, values, least)[1]
-        found.append(picked.suppressed(NMS_IOU).clipped(size[1], size[0]))
+        found.append(find_boxes(boxes, values, least, NMS_IOU)[1].clipped(size[1], size[0]))
     return found
 
 

@@ -8,14 +8,14 @@ softmax, or still in front of it, as their numbers tell.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.decoding.boxes import Detections, Float64, pick_candidates, softmax
+from qconv.decoding.boxes import Detections, Float64, find_boxes, softmax
 from qconv.decoding.head import Head, NetworkFacts, OutputPart
 from qconv.decoding.priors import PriorGrid, Size, cells_by_stride, move_points, move_priors, tile_priors
 
@@ -95,9 +95,9 @@ def _decode(
     found = []
     for index, face in enumerate(scores[..., 1:]):
         boxes = move_priors(priors, arrays[0][index].astype(np.float64), size)
-        picked, detections = pick_candidates(boxes, face, least)
+        rows, detections = find_boxes(boxes, face, least, family.nms_iou)
         if family.points:
-            points = move_points(priors[picked], arrays[2][index].astype(np.float64)[picked], size)
-            detections = Detections(detections.boxes, detections.scores, detections.classes, keypoints=points)
-        found.append(detections.suppressed(family.nms_iou))
+            points = move_points(priors[rows], arrays[2][index].astype(np.float64)[rows], size)
+            detections = replace(detections, keypoints=points)
+        found.append(detections)
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.decoding.boxes import Detections, pick_candidates
+from qconv.decoding.boxes import Detections, find_boxes
 from qconv.decoding.head import Head, NetworkFacts, read_class_names
 from qconv.decoding.priors import Size, scale_boxes
 from qconv.decoding.retinaface import SCORE_PARTS, ULTRAFACE
@@ -52,6 +52,5 @@ def match(facts: NetworkFacts) -> Head | None:
 def _decode(arrays: Sequence[NDArray[Any]], least: float, *, size: Size, iou: float) -> list[Detections]:
     found = []
     for scores, shares in zip(*(array.astype(np.float64) for array in arrays), strict=True):
-        picked = pick_candidates(scale_boxes(shares, size), scores[:, 1:], least)[1]
-        found.append(picked.suppressed(iou))
+        found.append(find_boxes(scale_boxes(shares, size), scores[:, 1:], least, iou)[1])
     return found
