@@ -99,6 +99,8 @@ def _match_torchvision(facts: NetworkFacts) -> Head | None:
     numbers, edges = facts.outputs[scores[0]], facts.outputs[boxes[0]]
     if numbers.min(initial=0.0) < 0 or numbers.max(initial=0.0) > 1 or not (edges[:, 2:] >= edges[:, :2]).all():
         return None
+    if (edges < 0).any() or (edges > np.array([facts.size[1], facts.size[0]] * 2)).any():  # they are cut off there
+        return None
     why = "boxes (K, 4), labels (K,) and scores (K,) of one image, in pixels, as torchvision gives them"
     return _make_head(facts, "boxes of torchvision", why, [boxes[0], scores[0], labels[0]])
 

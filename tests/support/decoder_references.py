@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.decoding.head import Head, NetworkFacts
+from qconv.decoding.registry import find_head
+
 REFERENCES = Path(__file__).parents[1] / "decoding" / "references"
 
 Array = NDArray[Any]
@@ -81,3 +84,34 @@ def read(name: str) -> DecoderReference:
         found = {name: stored[name] for name in ("boxes", "scores", "classes", "keypoints")}
         height, width = (int(side) for side in stored["size"])
         return DecoderReference(str(stored["program"]), (height, width), float(stored["least"]), outputs, **found)
+
+
+def check_reference(name: str, family: str) -> None:
+    """The registry knows the outputs of a reference, and its decoder finds the published program's boxes.
+
+    All of them and no other, of the same classes, within half a pixel and a thousandth of the score; points too.
+    """
+    made = read(name)
+    head = find_head(NetworkFacts(made.outputs, made.size))
+    assert head is not None
+    assert head.family == family
+    assert head.size == made.size
+    (found,) = head.read(made.outputs, made.least)
+    assert len(found) == len(made.boxes) > 0
+    for place, box in enumerate(made.boxes):
+        alike = (found.classes == made.classes[place]) & (np.abs(found.scores - made.scores[place]) < 1e-3)
+        apart = np.where(alike, np.abs(found.boxes - box).max(axis=1), np.inf)
+        assert apart.min() <= 0.5
+        if made.keypoints.size:
+            assert found.keypoints is not None
+            assert np.abs(found.keypoints[apart.argmin(), :, :2] - made.keypoints[place]).max() <= 0.5
+    check_parts(head, made.outputs)
+
+
+def check_parts(head: Head, outputs: dict[str, Array]) -> None:
+    """The parts of an output are all of it, and none is in two of them."""
+    for name, parts in head.parts.items():
+        counted = np.zeros(outputs[name].shape, int)
+        for part in parts:
+            part.of(counted)[...] += 1
+        assert (counted == 1).all(), name
