@@ -24,10 +24,12 @@ from qconv.data.model_with_data import merge_options
 from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.data_free.dead_leaves import GeneratedImageLoader
 from qconv.data_free.statistics import DataFreeStatistics
+from qconv.decoding.boxes import LEAST_SCORE
 from qconv.errors import QconvError, require_torch
 from qconv.ir.files import Source, total_weight_bytes
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
+from qconv.metrics.network_outputs import describe_outputs
 from qconv.planning.plan import Plan
 from qconv.reporter import Reporter
 from qconv.runtime.outputs import find_class_vector
@@ -140,6 +142,16 @@ class CalibrationData:
             batches = islice(loader.iter_cached("load"), MOST_SHAPES_SEEN)
         runs = [[array.shape for array in session.run(names, feeds)] for feeds in batches]
         return dict(zip(names, zip(*runs, strict=True), strict=True))
+
+    def try_decoder(self, source: Source, threads: int | None) -> None:
+        """Let the user's own decoder read the first batch. Raises QconvError where it fails, before hours of work."""
+        loader = self.runnable_loader
+        if self.data.decode is None or loader is None:
+            return
+        session, feeds = open_original(source, threads, self.data.tasks), next(iter(loader.iter_cached("load")))
+        network = describe_outputs(session, feeds, found := session.run_all(feeds))
+        assert network.head is not None
+        network.head.read(network.by_name(found), LEAST_SCORE)
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""

@@ -132,6 +132,7 @@ def load_float(
     with clock.step("detect"):
         pictures.settle(model, recipe.threads)
         changes += _settle_output_shapes(model, pictures, source, recipe)
+        pictures.try_decoder(source, recipe.threads)
         check_early(model, source)
     return LoadedFloat(model, pictures, size, digest, list(changes))
 
