@@ -3,11 +3,12 @@
 Outputs are deltas (N, A, 4) and scores (N, A, 1 + C), background first. No output tells the priors: they are those of
 published networks, known by their number at the size of the input.
 
-    TensorFlow      MobileNet backbones with strides from 16 on; deltas of y, x, height and width; logits for a sigmoid
+    TensorFlow      MobileNet backbones with strides from 16 on, and the ratios 1, 2, 1/2, 3, 1/3 in this order, as in
+                    published configurations; deltas of y, x, height and width; logits for a sigmoid
     torchvision     ssdlite320_mobilenet_v3_large and ssd300_vgg16; deltas of x, y, width and height; for a softmax
 
-Scores may already be behind their sigmoid or softmax. Priors of other backbones, or trained by hand, are not known:
-pass a decoder of your own.
+Scores may already be behind their sigmoid or softmax. Priors of other backbones are not known. TensorFlow's networks of
+before August 2017 have the larger square second and not last: their boxes are right in the finest grid alone.
 """
 
 from __future__ import annotations

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.cli import QUICK, Qconv, assert_error
+from tests.support.reference import MANUAL
 
 DECODER = """\
 import numpy as np
@@ -15,6 +19,16 @@ def boxes(outputs):
     (scores,) = outputs.values()
     return [[0, 0, 4, 4, 0.9, scores.argmax()]]
 """
+
+
+def test_the_example_of_the_manual_reads_what_it_says() -> None:
+    """A box from (32, 64), 64 wide and 96 high, of class 1; another one says nothing."""
+    (example,) = re.findall(r"^```python\n(.*?)^```$", (MANUAL / "detection.md").read_text("utf-8"), re.M | re.S)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    scope: dict[str, Any] = {}
+    exec(example, scope)
+    head = np.array([[[0.5, 0.5, 0.1, 0.1, 0, 0.0005], [0.1, 0.2, 0.2, 0.3, 0.1, 0.9]]])
+    assert scope["boxes"]({"head": head}) == pytest.approx(np.array([[32, 64, 96, 160, 0.9, 1]]))
 
 
 @pytest.fixture
