@@ -64,7 +64,7 @@ def _decode_image(
     limits = np.array(size, np.float64)[:, None]
     corners = np.clip(corners, 0, limits)
     ends = np.minimum(corners + extents, limits)
-    places = points[:, rows, columns].reshape(-1, 2, len(rows)) * extents + corners
+    places = points[:, rows, columns].reshape(len(points) // 2, 2, len(rows)) * extents + corners
     boxes = np.concatenate([corners[::-1], ends[::-1]]).T
     keypoints = with_full_scores(places[:, ::-1].transpose(2, 0, 1))
     picked, found = find_boxes(boxes, heat[0, rows, columns][:, None], least, NMS_IOU)

@@ -72,7 +72,7 @@ def move_priors(priors: Float64, deltas: Float64, size: Size) -> Float64:
 
 def move_points(priors: Float64, deltas: Float64, size: Size) -> Float64:
     """Points in pixels with a score of 1, (A, K, 3), of priors (A, 4) and deltas (A, 2 * K) of x and y."""
-    steps = deltas.reshape(len(deltas), -1, 2) * VARIANCES[0]
+    steps = deltas.reshape(len(deltas), deltas.shape[1] // 2, 2) * VARIANCES[0]
     places = priors[:, None, :2] + steps * priors[:, None, 2:]
     return with_full_scores(places * np.array([size[1], size[0]]))
 

@@ -10,6 +10,7 @@ import pytest
 from qconv.decoding.boxes import sigmoid, softmax
 from qconv.decoding.head import NetworkFacts
 from qconv.decoding.registry import find_head
+from tests.support.decoder_references import REFERENCES, read
 
 SIZES = ((640, 640), (512, 512), (352, 352), (320, 320), (300, 300), (240, 320), (192, 192), (128, 128), (800, 608))
 
@@ -74,3 +75,15 @@ def test_other_networks_are_no_detectors(name: str) -> None:
     outputs = {f"output{index}": array for index, array in enumerate(OTHERS[name])}
     found = [find_head(NetworkFacts(outputs, size)) for size in SIZES]
     assert [head.why for head in found if head is not None] == []
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in REFERENCES.glob("*.npz")))
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, 0.0])
+def test_a_head_reads_any_numbers(name: str, value: float) -> None:
+    """A quantized file that is broken gives what it gives; boxes that are none are left out."""
+    made = read(name)
+    head = find_head(NetworkFacts(made.outputs, made.size))
+    assert head is not None
+    (found,) = head.read({key: np.full_like(array, value) for key, array in made.outputs.items()}, 0.001)
+    assert np.isfinite(found.boxes).all()
+    assert not np.isnan(found.scores).any()
