@@ -105,7 +105,7 @@ def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Com
             fact = f"No layer of {request.model.name} is found in {request.float_model.name}."
             raise QconvError(fact, "pass the float model that it was made from, first.")
         tallies = networks.look(request, reporter)
-        compared = networks.whole(request).scores(spans=True)
+        compared = networks.whole(request).all_scores()
         noise, seen = networks.effects(request, outputs, reporter)
     total = sum(noise.values())
     nodes = {node.name: node for node in original.nodes()}

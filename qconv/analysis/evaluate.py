@@ -29,7 +29,7 @@ from qconv.ir.load import load_unchanged
 from qconv.ir.original import open_original
 from qconv.metrics.classification import PredictionRecorder, Predictions
 from qconv.metrics.comparison import EVALUATED, LABELLED, ComparisonAccumulator, describe_differing_runs
-from qconv.metrics.network_outputs import NetworkOutputs
+from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
 from qconv.metrics.similarity import difference_interval, mcnemar_p_value, share_interval
 from qconv.reporter import Reporter
 from qconv.results.quantize import OutputFact, OutputScore
@@ -194,7 +194,7 @@ def evaluate(
     classes = find_classes(request.data, request.classes)
     own, other = open_models(source, request.against, request.data, request.threads, reporter)
     _warn_of_chance(other, request, reporter)
-    holds = _find_outputs(own.session, own.session if other is None else other.session)
+    network = NetworkOutputs(_find_outputs(own.session, own.session if other is None else other.session))
     paths = own.feed.listing.paths
     lost: set[Path] = set()
     seen, its = PredictionRecorder(), PredictionRecorder()
@@ -202,15 +202,15 @@ def evaluate(
     vector: int | None = None
     compared: ComparisonAccumulator | None = None
     for done, (mine, theirs) in enumerate(_run_side_by_side(own, other, reporter, lost), 1):
+        chosen = [] if other is None else [theirs[other.session.outputs.index(name)] for name in own.session.outputs]
         if done == 1:  # what cannot be is better said before thousands of pictures
-            holds = [o.seen(np.shape(array)) for o, array in zip(holds, mine, strict=True)]
-            vector = _find_class_row(holds, mine)
+            network = _describe_outputs(own, other, chosen or mine)
+            vector = _find_class_row(network.outputs, mine)
             outputs = 0 if vector is None else mine[vector].shape[1]
             if labels_of(paths, request.data, classes, request.labelling, outputs) is None and other is None:
                 raise _make_no_measure_error(request.data, vector)
             if request.table == ".csv" and vector is None:
                 raise QconvError("No output of the model is one score a class.", "save all outputs in a .npz file.")
-        chosen = [] if other is None else [theirs[other.session.outputs.index(name)] for name in own.session.outputs]
         if vector is not None and not all(len(found[vector]) == 1 for found in (mine, chosen) if found):
             vector = None  # rows that the data select, one of them on the pictures before
         if vector is not None:
@@ -220,13 +220,13 @@ def evaluate(
             if vector is not None:
                 _require_finite(chosen[vector], other.session, vector)
                 its.add(chosen[vector])
-            compared = compared or ComparisonAccumulator.of(NetworkOutputs(tuple(holds)), EVALUATED)
+            compared = compared or ComparisonAccumulator.of(network, EVALUATED)
             compared.add(chosen, mine)
         if request.table == ".npz":
             kept.append(mine)
         reporter.progress("evaluate", done + len(lost), len(paths))
     left = [path for path in paths if path not in lost]
-    result = Evaluation(source.name, len(left), own.words, "", tuple(output.fact for output in holds))
+    result = Evaluation(source.name, len(left), own.words, "", tuple(o.fact for o in network.outputs))
     labels = labels_of(left, request.data, classes, request.labelling, seen.classes if vector is not None else 0)
     if labels is None and other is None:
         raise _make_no_measure_error(request.data, vector)
@@ -236,7 +236,7 @@ def evaluate(
         result.labelled = _score_labels(seen, labels)
     if other is not None:
         result.other = other.session.name
-        result.outputs = () if compared is None else compared.scores(spans=True)
+        result.outputs = () if compared is None else compared.all_scores()
         _tell_of_remarks(result.outputs, reporter, needed=labels is None)
         if labels is not None:
             result.other_labelled, result.flips = _score_labels(its, labels), _count_flips(seen, its, labels)
@@ -288,7 +288,13 @@ def _require_finite(scores: NDArray[Any], session: Session, index: int) -> None:
         raise QconvError(fact, "check the preprocessing options, and the model on one picture.")
 
 
-def _find_outputs(own: Session, reference: Session) -> list[ModelOutput]:
+def _describe_outputs(own: ModelWithData, other: ModelWithData | None, arrays: Outputs) -> NetworkOutputs:
+    """What the outputs of `own` are, as the other model has them. arrays: what that says of the first picture."""
+    reference = own if other is None else other
+    return describe_outputs(reference.session, reference.first_feeds(), arrays, own.session.outputs)
+
+
+def _find_outputs(own: Session, reference: Session) -> tuple[ModelOutput, ...]:
     """What the outputs of `own` hold, as `reference` has them. Raises QconvError where that lacks one."""
     known = {output.name: output for output in reference.model_outputs}
     missing = next((name for name in own.outputs if name not in known), None)
@@ -296,7 +302,7 @@ def _find_outputs(own: Session, reference: Session) -> list[ModelOutput]:
         raise QconvError(
             f"{reference.name} has no output {missing!r}, but {', '.join(known)}.", "compare like with like."
         )
-    return [known[name] for name in own.outputs]
+    return tuple(known[name] for name in own.outputs)
 
 
 def _find_class_row(holds: Sequence[ModelOutput], found: Outputs) -> int | None:

@@ -21,6 +21,7 @@ from qconv.cli.options import (
     combine_options,
     common_options,
     csv_option,
+    decode_option,
     preprocessing_options,
     report_option,
 )
@@ -52,6 +53,7 @@ compare_options = combine_options(
     csv_option,
     report_option,
     preprocessing_options,
+    decode_option,
     common_options,
 )
 
@@ -63,6 +65,7 @@ class CompareArguments:
     wanted: OutputOptions
     preprocessing: PreprocessingOptions
     task: str
+    decode: str | None
     float_model: str
     model: str
     images: tuple[str, ...]
@@ -86,7 +89,14 @@ def compare(**options: Any) -> int:
     require_names({"FLOAT": given.float_model, "QUANT": given.model, "--images": given.images})
     check_run_options(given.threads)
     data = DataOptions(
-        given.images, given.samples, given.batch, given.seed, given.pattern, given.preprocessing, given.task
+        given.images,
+        given.samples,
+        given.batch,
+        given.seed,
+        given.pattern,
+        given.preprocessing,
+        given.task,
+        given.decode,
     )
 
     def work(reporter: Reporter) -> CommandResult:

@@ -17,7 +17,14 @@ from qconv.cli.command import (
     require_names,
     run_command,
 )
-from qconv.cli.options import HELP_WIDTH, combine_options, common_options, csv_option, preprocessing_options
+from qconv.cli.options import (
+    HELP_WIDTH,
+    combine_options,
+    common_options,
+    csv_option,
+    decode_option,
+    preprocessing_options,
+)
 from qconv.config.choices import check_run_options
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.reporter import Reporter
@@ -57,6 +64,7 @@ evaluate_options = combine_options(
     click.option("--batch", default=1, show_default=True, metavar="N", type=click.IntRange(1), help="Pictures a run."),
     csv_option,
     preprocessing_options,
+    decode_option,
     common_options,
 )
 
@@ -68,6 +76,7 @@ class EvaluateArguments:
     wanted: OutputOptions
     preprocessing: PreprocessingOptions
     task: str
+    decode: str | None
     model: str
     images: tuple[str, ...]
     against: str | None
@@ -107,7 +116,14 @@ class EvaluateArguments:
     def data(self) -> DataOptions:
         """Which pictures are read, and how."""
         return DataOptions(
-            self.images, self.samples, self.batch, self.seed or 0, self.pattern, self.preprocessing, self.task
+            self.images,
+            self.samples,
+            self.batch,
+            self.seed or 0,
+            self.pattern,
+            self.preprocessing,
+            self.task,
+            self.decode,
         )
 
 

@@ -22,6 +22,7 @@ from qconv.cli.options import (
     combine_options,
     common_options,
     csv_option,
+    decode_option,
     device_option,
     preprocessing_options,
 )
@@ -101,6 +102,7 @@ finetune_options = combine_options(
     click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR."),
     csv_option,
     preprocessing_options,
+    decode_option,
     common_options,
 )
 
@@ -112,6 +114,7 @@ class FinetuneArguments:
     wanted: OutputOptions
     preprocessing: PreprocessingOptions
     task: str
+    decode: str | None
     quant: str
     images: tuple[str, ...]
     output: str | None
@@ -153,7 +156,9 @@ class FinetuneArguments:
     @property
     def data(self) -> DataOptions:
         """Which pictures are read, and how."""
-        return DataOptions(self.images, self.samples, 1, self.seed, self.pattern, self.preprocessing, self.task)
+        return DataOptions(
+            self.images, self.samples, 1, self.seed, self.pattern, self.preprocessing, self.task, self.decode
+        )
 
 
 @click.command(context_settings=HELP_WIDTH, short_help="Train a quantized model; needs qconv[torch].")

@@ -202,6 +202,12 @@ preprocessing_options = combine_options(
     ),
 )
 
+decode_option = click.option(
+    "--decode",
+    metavar="FILE.py:FUNCTION",
+    help="Make boxes of the outputs by this function; the file's code is run: see `qconv manual detection`.",
+)
+
 output_options = combine_options(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the summary."),
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and what --json prints)."),
@@ -444,6 +450,7 @@ quantize_options = combine_options(
     click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement."),
     click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR."),
     preprocessing_options,
+    decode_option,
     common_options,
 )
 

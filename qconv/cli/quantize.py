@@ -44,7 +44,7 @@ WRITTEN_FILES = ("save_stats", "save_layer_bits", "save_recipe")
 
 SHARED_OPTIONS = (NOT_IN_RECIPES - {"recipe"}) | frozenset(
     {"calib", "fallback", "samples", "batch", "seed", "pattern", "stats", "min_agreement", "min_sqnr"}
-    | {"preprocess", "scale", "mean", "std", "color", "layout", "resize", "filter_", "size", "task"}
+    | {"preprocess", "scale", "mean", "std", "color", "layout", "resize", "filter_", "size", "task", "decode"}
     | {"threads", "embed_preprocessing"}
 )
 """Options that no recipe of a sweep has of its own."""

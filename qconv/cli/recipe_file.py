@@ -50,6 +50,8 @@ NOT_IN_RECIPES = frozenset(
 
 WHERE = ("which says where or how results are written", "pass --{key} on the command line.")
 
+RUNS_CODE = ("which runs code, so that no file says it", "pass --{key} on the command line.")
+
 NESTED = ("which names another recipe", "write its lines here.")
 
 EXAMPLE = 'write options of quantize, as weight-bits = 4, effort = "best" or keep-float = ["stem*"]'
@@ -213,7 +215,8 @@ def read_recipe_file(
 
     refused: as in RecipeTable. decided: what the command does whatever is said, by option; a line may say that, too.
     """
-    table = RecipeTable(file, refused={**refused, **dict.fromkeys(NOT_IN_RECIPES, WHERE), "recipe": NESTED})
+    never = {**dict.fromkeys(NOT_IN_RECIPES, WHERE), "recipe": NESTED, "decode": RUNS_CODE}
+    table = RecipeTable(file, refused={**refused, **never})
     if file.suffix.lower() == ".onnx":
         lines = _read_carried_recipe(file)
     else:

@@ -156,7 +156,7 @@ def check_data(recipe: Recipe, data: DataOptions) -> None:
     if recipe.data_free:
         fact = f"--calib {NO_IMAGES} beside pictures"
         require(not data.paths, fact, f"leave one of them out; a folder of that name is ./{NO_IMAGES}.")
-        data.require_defaults(("samples", "batch", "seed", "glob"), f"with --calib {NO_IMAGES}")
+        data.require_defaults(("samples", "batch", "seed", "glob", "decode"), f"with --calib {NO_IMAGES}")
         return
     require(
         bool(data.paths) or not recipe.searches,
@@ -170,7 +170,7 @@ def check_data(recipe: Recipe, data: DataOptions) -> None:
     require(recipe.bias_correction != "sequential", "--bias-correction sequential with --stats alone", hint)
     gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
     require(not gated, "A gate with --stats alone", "pass pictures to measure on with --calib.")
-    data.require_defaults(("samples", "batch", "seed", "glob"), "with --stats alone")
+    data.require_defaults(("samples", "batch", "seed", "glob", "decode"), "with --stats alone")
 
 
 RUN_ONLY_OPTIONS = frozenset({"threads", "min_agreement", "min_sqnr", "stats", "save_stats", "save_layer_bits"})

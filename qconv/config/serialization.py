@@ -177,6 +177,7 @@ def request_fields(recipe: Recipe, data: DataOptions) -> dict[str, Any]:
     """What `make_request` makes both of, without what follows from the others."""
     steering = {name: getattr(recipe, name) for name in RUN_ONLY_OPTIONS if getattr(recipe, name) is not None}
     read = {"calib": data.paths, "batch": data.batch, "samples": data.samples, "arrays": data.arrays}
+    read["decode"] = data.decode
     return {**_fields_that_matter(recipe.as_dict(data)), **steering, **read}
 
 

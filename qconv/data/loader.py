@@ -28,6 +28,7 @@ from qconv.data.preprocessing import (
     resolve_preprocessing,
 )
 from qconv.data.samples import split_whole_batches
+from qconv.decoding.custom import load_decoder
 from qconv.errors import QconvError
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
@@ -76,6 +77,8 @@ class DataLoader:
 
         known: the preprocessing, where it is known already.
         """
+        if data.decode is not None:
+            load_decoder(data.decode)  # better said now than after hours
         inputs = [InputSpec(*found) for found in session.inputs]
         listing = list_samples(data)
         if inputs:

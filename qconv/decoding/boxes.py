@@ -9,6 +9,7 @@ goes on with what is left (Dalal and Triggs 2005).
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -23,6 +24,9 @@ LEAST_SCORE = 0.001
 
 MOST_BOXES = 300
 """Boxes of one image that are kept."""
+
+MOST_CANDIDATES = 30000
+"""Boxes of one image that are compared, those with the highest scores, as in YOLOv5 and all of its family since."""
 
 NMS_IOU = 0.65
 """Overlap above which the weaker of two boxes of a class is dropped, as in published evaluations on COCO."""
@@ -60,8 +64,8 @@ class Detections:
         """How many there are."""
         return len(self.scores)
 
-    def select(self, index: NDArray[Any]) -> Detections:
-        """Some of them. index: places, or a mask, as numpy takes it."""
+    def select(self, index: NDArray[Any] | slice) -> Detections:
+        """Some of them. index: places, a mask or a slice, as numpy takes it."""
         parts: dict[str, Any] = {part.name: getattr(self, part.name) for part in fields(self)}
         return replace(self, **{name: part[index] for name, part in parts.items() if part is not None})
 
@@ -72,7 +76,7 @@ class Detections:
     def suppressed(self, iou: float = NMS_IOU, most: int = MOST_BOXES, *, by_class: bool = True) -> Detections:
         """Those that are left of overlapping ones, at most so many. by_class: boxes of other classes stay."""
         classes = self.classes if by_class else np.zeros_like(self.classes)
-        return self.select(suppress_overlaps(self.boxes, self.scores, classes, iou)[:most])
+        return self.select(suppress_overlaps(self.boxes, self.scores, classes, iou, most))
 
     def moved(self, scale: tuple[float, float], offset: tuple[float, float]) -> Detections:
         """The same in another image's pixels: x * scale + offset, for x and for y. Masks are dropped."""
@@ -118,46 +122,87 @@ def _areas_of(boxes: Float64) -> Float64:
     return found
 
 
-def suppress_overlaps(boxes: Float64, scores: Float64, classes: NDArray[np.int64], iou: float) -> NDArray[np.int64]:
-    """The places of the boxes that are kept, by falling score, (K,). Boxes are compared within their class alone."""
+def suppress_overlaps(
+    boxes: Float64, scores: Float64, classes: NDArray[np.int64], iou: float, most: int | None = None
+) -> NDArray[np.int64]:
+    """The places of the boxes that are kept, by falling score, (K,). Boxes are compared within their class alone.
+
+    most: how many are kept at most; None for all. Of each class those are looked at that can still be among them.
+    """
+    order = np.argsort(-scores, kind="stable")
+    boxes, areas = boxes[order], _areas_of(boxes[order])
+    groups = _group(classes[order])
+    firsts = [(int(group[0]), number) for number, group in enumerate(groups)]
+    heapq.heapify(firsts)
     kept: list[int] = []
-    for number in np.unique(classes):
-        left = np.flatnonzero(classes == number)
-        left = left[np.argsort(-scores[left], kind="stable")]
-        while left.size:
-            best, left = left[0], left[1:]
-            kept.append(int(best))
-            left = left[pairwise_iou(boxes[best : best + 1], boxes[left])[0] <= iou]
-    found = np.array(kept, np.int64)
-    return found[np.argsort(-scores[found], kind="stable")]
+    while firsts and (most is None or len(kept) < most):
+        best, number = heapq.heappop(firsts)
+        kept.append(best)
+        left = groups[number][1:]
+        left = left[~_overlap_more(boxes, areas, best, left, iou)]
+        groups[number] = left
+        if left.size:
+            heapq.heappush(firsts, (int(left[0]), number))
+    return order[np.array(kept, np.int64)]
+
+
+def _group(classes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Places of each class, in order."""
+    places = np.argsort(classes, kind="stable")
+    starts = np.flatnonzero(np.diff(classes[places])) + 1
+    return np.split(places, starts) if places.size else []
+
+
+def _overlap_more(
+    boxes: Float64, areas: Float64, best: int, others: NDArray[np.int64], iou: float
+) -> NDArray[np.bool_]:
+    """Which of the others overlap one box by more than this, (N,)."""
+    left, top, right, bottom = boxes[others].T
+    width = np.minimum(right, boxes[best, 2]) - np.maximum(left, boxes[best, 0])
+    height = np.minimum(bottom, boxes[best, 3]) - np.maximum(top, boxes[best, 1])
+    both = np.maximum(width, 0) * np.maximum(height, 0)
+    found: NDArray[np.bool_] = both > iou * (areas[best] + areas[others] - both)
+    return found
 
 
 def pick_candidates(
-    boxes: Float64, scores: Float64, least: float, *, one_class: bool = False
+    boxes: NDArray[Any], scores: NDArray[Any], least: float, *, one_class: bool = False
 ) -> tuple[NDArray[np.int64], Detections]:
     """The rows that reach a score, and what they say, before any suppression.
 
     Args:
-        boxes: By edges, (A, 4).
+        boxes: By edges, (A, 4), or whatever numbers a family has for them.
         scores: Of each class, (A, C).
         least: Score that must be exceeded.
         one_class: Whether a row says its best class alone, and not all that reach the score.
 
     Returns:
-        For each detection its row, (N,), and the detections, both by falling score.
+        For each detection its row, (N,), and the detections, both by falling score; MOST_CANDIDATES at most.
     """
     with np.errstate(invalid="ignore"):
         reaching = scores > least
     if one_class:
         best = np.argmax(scores, axis=1)
         reaching &= np.arange(scores.shape[1]) == best[:, None]
+    highest = scores[reaching]
+    if highest.size > MOST_CANDIDATES:
+        reaching &= scores >= np.partition(highest, -MOST_CANDIDATES)[-MOST_CANDIDATES]
     rows, classes = np.nonzero(reaching)
-    value = scores[rows, classes]
-    order = np.argsort(-value, kind="stable")
-    rows, classes = rows[order], classes[order]
-    sound = np.isfinite(boxes[rows]).all(axis=1)
-    rows, classes = rows[sound], classes[sound]
-    return rows, Detections(boxes[rows], scores[rows, classes], classes.astype(np.int64))
+    value = scores[rows, classes].astype(np.float64)
+    order = np.argsort(-value, kind="stable")[:MOST_CANDIDATES]
+    rows, classes, value = rows[order], classes[order], value[order]
+    found = boxes[rows].astype(np.float64)
+    sound = np.isfinite(found).all(axis=1)
+    return rows[sound], Detections(found[sound], value[sound], classes[sound].astype(np.int64))
+
+
+def find_boxes(
+    boxes: NDArray[Any], scores: NDArray[Any], least: float, iou: float = NMS_IOU
+) -> tuple[NDArray[np.int64], Detections]:
+    """What is left of `pick_candidates` after suppression by class: rows and detections, MOST_BOXES at most."""
+    rows, found = pick_candidates(boxes, scores, least)
+    kept = suppress_overlaps(found.boxes, found.scores, found.classes, iou, MOST_BOXES)
+    return rows[kept], found.select(kept)
 
 
 def sigmoid(x: NDArray[Any]) -> Float64:
@@ -174,14 +219,27 @@ def softmax(x: NDArray[Any], axis: int) -> Float64:
     return found
 
 
+STRIDES = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32))
+"""Of the grids that detectors of these families predict on, the usual ones first."""
+
+
+def find_strides(size: tuple[int, int], rows: int, anchors: int = 1) -> tuple[int, ...] | None:
+    """The strides of STRIDES whose cells over an image give so many rows; None where none do.
+
+    size: height and width of the image, in pixels. anchors: rows of each cell.
+    """
+    return next((s for s in STRIDES if anchors * sum((size[0] // n) * (size[1] // n) for n in s) == rows), None)
+
+
 def cell_grid(size: tuple[int, int], strides: Sequence[int]) -> tuple[Float64, Float64]:
     """Column and row of every cell of some grids over an image, (A, 2), and its stride, (A, 1).
 
-    size: height and width of the image, in pixels. Grids stand in the order of `strides`, cells row by row.
+    size: height and width of the image, in pixels. Grids stand in the order of `strides`, cells row by row. A cell that
+    the image fills in part counts, as padded convolutions have it.
     """
     cells, steps = [], []
     for stride in strides:
-        rows, columns = np.mgrid[: size[0] // stride, : size[1] // stride]
+        rows, columns = np.mgrid[: -(-size[0] // stride), : -(-size[1] // stride)]
         cells.append(np.stack([columns, rows], axis=-1).reshape(-1, 2))
         steps.append(np.full((columns.size, 1), stride))
     return np.concatenate(cells).astype(np.float64), np.concatenate(steps).astype(np.float64)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qconv.decoding.boxes import Detections
@@ -23,13 +24,14 @@ class OutputPart:
     """Rows of an output that mean one thing.
 
     name: what, as "boxes" or "scores". axis: along which the rows lie. start, stop: from which to which row; None for
-    all that follow. rows: these, where they do not follow each other.
+    all that follow. step: 3 for every third of these rows. rows: these, where they do not follow each other.
     """
 
     name: str
     axis: int = -1
     start: int = 0
     stop: int | None = None
+    step: int = 1
     rows: tuple[int, ...] = ()
 
     def of(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -37,7 +39,7 @@ class OutputPart:
         if self.rows:
             return array.take(self.rows, axis=self.axis)
         index: list[slice] = [slice(None)] * array.ndim
-        index[self.axis] = slice(self.start, self.stop)
+        index[self.axis] = slice(self.start, self.stop, self.step)
         return array[tuple(index)]
 
 
@@ -93,7 +95,8 @@ class Head:
 
     def read(self, arrays: Arrays, least: float) -> list[Detections]:
         """The detections of each image of a batch. arrays: outputs by name. least: score that must be exceeded."""
-        return self.decode([arrays[name] for name in self.outputs], least)
+        with np.errstate(all="ignore"):  # numbers of a poor file may be anything
+            return self.decode([arrays[name] for name in self.outputs], least)
 
 
 def read_class_names(metadata: Mapping[str, str]) -> dict[int, str]:

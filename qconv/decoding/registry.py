@@ -7,12 +7,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qconv.decoding import yolox
+from qconv.decoding import (
+    blazeface,
+    centerface,
+    centernet,
+    detr,
+    fastestdet,
+    nanodet,
+    retinaface,
+    ssd,
+    suppressed,
+    ultraface,
+    yolo_end_to_end,
+    yolov5,
+    yolov8,
+    yolox,
+)
 from qconv.decoding.head import Head, NetworkFacts
 
 Matcher = Callable[[NetworkFacts], Head | None]
 
-DECODERS: tuple[Matcher, ...] = (yolox.match,)
+DECODERS: tuple[Matcher, ...] = (
+    yolov5.match,
+    yolov8.match,
+    yolox.match,
+    nanodet.match,
+    fastestdet.match,
+    centerface.match,
+    centernet.match,
+    blazeface.match,
+    ultraface.match,
+    retinaface.match,
+    ssd.match,
+    suppressed.match,
+    detr.match,
+    yolo_end_to_end.match,
+)
 
 
 def find_head(facts: NetworkFacts) -> Head | None:

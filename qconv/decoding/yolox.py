@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.decoding.boxes import Detections, cell_grid, corners_of, pick_candidates
+from qconv.decoding.boxes import Detections, cell_grid, corners_of, find_boxes, find_strides
 from qconv.decoding.head import Head, NetworkFacts, OutputPart, read_class_names
-
-STRIDES = ((8, 16, 32), (8, 16, 32, 64))
 
 LARGEST_RAW_SIZE = 12.0
 """What log(width / stride) does not exceed; widths in pixels do."""
@@ -38,7 +36,7 @@ def match(facts: NetworkFacts) -> Head | None:
     ((name, array),) = facts.outputs.items()
     if not facts.is_float(name) or array.ndim != 3 or array.shape[2] < 6:
         return None
-    strides = next((s for s in STRIDES if len(cell_grid(facts.size, s)[0]) == array.shape[1]), None)
+    strides = find_strides(facts.size, array.shape[1])
     if strides is None:
         return None
     beyond = array[..., 4:]
@@ -63,5 +61,5 @@ def _decode(
             with np.errstate(over="ignore"):
                 centres, sizes = (centres + cells) * steps, np.exp(sizes) * steps
         scores = rows[:, 4:5] * rows[:, 5:]
-        found.append(pick_candidates(corners_of(centres, sizes), scores, least)[1].suppressed())
+        found.append(find_boxes(corners_of(centres, sizes), scores, least)[1])
     return found

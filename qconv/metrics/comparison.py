@@ -181,6 +181,10 @@ class ComparisonAccumulator:
         """How every output compares. spans: with intervals, each batch taken for one draw."""
         return tuple(tally.score(spans=spans) for tally in self.tallies)
 
+    def all_scores(self) -> tuple[OutputScore, ...]:
+        """How every output compares, and what is read from several together, with intervals."""
+        return (*self.scores(spans=True), *self.heads(spans=True))
+
 
 def verify(
     reference: Session,

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.decoding.custom import make_head
 from qconv.decoding.head import Head, NetworkFacts
 from qconv.decoding.registry import find_head
 from qconv.errors import QconvError, format_shape
 from qconv.metrics.output_parts import Parts, find_parts
+from qconv.runtime.output_origins import OutputOrigin
 from qconv.runtime.outputs import ModelOutput
 from qconv.runtime.session import Session
 
@@ -56,20 +58,17 @@ def describe_outputs(
         names: Of the outputs that these are; None for all, in its own order.
 
     Raises:
-        QconvError: The user says that the model is a detector, and no decoder knows its outputs.
+        QconvError: The user says that the model is a detector, and no decoder knows its outputs; or the user's own
+            decoder does not load.
     """
     known = {output.name: output for output in session.model_outputs}
     outputs = tuple(
         known[name].seen(array.shape) if isinstance(array, np.ndarray) else known[name]
         for name, array in zip(session.outputs if names is None else names, arrays, strict=True)
     )
-    open_to = [o for o in outputs if o.task in ("auto", "detect")]
-    seen = {o.name: a for o, a in zip(outputs, arrays, strict=True) if o in open_to and isinstance(a, np.ndarray)}
-    size = _input_size(feeds)
-    head = None
-    if seen and size is not None:
-        origins = {o.name: o.origin for o in outputs if o.origin is not None}
-        head = find_head(NetworkFacts(seen, size, session.metadata, origins))
+    open_to = [o.name for o in outputs if o.task in ("auto", "detect")]
+    seen = {o.name: a for o, a in zip(outputs, arrays, strict=True) if isinstance(a, np.ndarray)}
+    head = _find_head(session, feeds, seen, open_to, {o.name: o.origin for o in outputs if o.origin is not None})
     if head is None:
         asked = [o for o in outputs if o.task == "detect"]
         if asked:
@@ -79,7 +78,8 @@ def describe_outputs(
             )
         return NetworkOutputs(outputs, None, _find_all_parts(outputs, arrays, {}))
     why = f"{head.family}: {head.why}"
-    told = tuple(replace(o, detected=why) if o.name in head.outputs else o for o in outputs)
+    read = set(head.outputs) & set(open_to)
+    told = tuple(replace(o, detected=why) if o.name in read else o for o in outputs)
     return NetworkOutputs(told, head, _find_all_parts(told, arrays, head.parts))
 
 
@@ -91,6 +91,25 @@ def _find_all_parts(outputs: Sequence[ModelOutput], arrays: Sequence[Any], known
         if isinstance(array, np.ndarray)
     }
     return {name: parts for name, parts in found.items() if len(parts) > 1}
+
+
+def _find_head(
+    session: Session,
+    feeds: Mapping[str, NDArray[Any]],
+    seen: Mapping[str, NDArray[Any]],
+    open_to: Sequence[str],
+    origins: Mapping[str, OutputOrigin],
+) -> Head | None:
+    """The detections among outputs, by the user's own decoder or by one that is known. open_to: what may be some."""
+    size, decode = _input_size(feeds), session.tasks.decode
+    if decode is not None:
+        if size is None:
+            raise QconvError(f"--decode: the input of {session.name} is no picture.", "leave it out.")
+        return make_head(decode, NetworkFacts(seen, size, session.metadata, origins), len(next(iter(feeds.values()))))
+    found = {name: array for name, array in seen.items() if name in open_to}
+    if not found or size is None:
+        return None
+    return find_head(NetworkFacts(found, size, session.metadata, origins))
 
 
 def _input_size(feeds: Mapping[str, NDArray[Any]]) -> tuple[int, int] | None:

@@ -24,6 +24,7 @@ from qconv.data.model_with_data import merge_options
 from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.data_free.dead_leaves import GeneratedImageLoader
 from qconv.data_free.statistics import DataFreeStatistics
+from qconv.decoding.boxes import LEAST_SCORE
 from qconv.errors import QconvError, require_torch
 from qconv.ir.files import Source, total_weight_bytes
 from qconv.ir.model import Model
@@ -143,13 +144,19 @@ class CalibrationData:
         return dict(zip(names, zip(*runs, strict=True), strict=True))
 
     def describe_network(self, source: Source, threads: int | None) -> NetworkOutputs:
-        """What the outputs of the user's own model are, by a run on the first batch."""
-        session, loader = open_original(source, threads, self.data.tasks), self.feed
+        """What the outputs of the user's own model are, by a run on the first batch.
+
+        Raises QconvError where the user's own decoder fails on it, or no decoder reads what they say are detections.
+        """
+        session, loader = open_original(source, threads, self.data.tasks), self.runnable_loader
         batch = None if loader is None else next(iter(loader.iter_cached("load")), None)
         if loader is None or batch is None:
             return NetworkOutputs(session.model_outputs)
         feeds = loader.as_float(batch)
-        return describe_outputs(session, feeds, session.run_all(feeds))
+        network = describe_outputs(session, feeds, found := session.run_all(feeds))
+        if self.data.decode is not None and network.head is not None:
+            network.head.read(network.by_name(found), LEAST_SCORE)
+        return network
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""

@@ -27,7 +27,6 @@ from qconv.ir.metadata import needed_runtime, write_metadata
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
 from qconv.metrics.comparison import check_gates, describe_differing_runs, verify
-from qconv.metrics.output_parts import Parts
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import describe_requantization, requantize_for_layers
@@ -253,15 +252,18 @@ class _QuantizationRun:
         recipe = self.recipe
         params, _ = choose_activation_params(self.plan, self.sketches, recipe, self.set_ranges)
         found = search_activation_ranges(
-            self.model, self.plan, params.activations, feeds, budget, recipe.threads, self.reporter, self._parts()
+            self.model,
+            self.plan,
+            params.activations,
+            feeds,
+            budget,
+            recipe.threads,
+            self.reporter,
+            self.prepared.network.parts,
         )
         self.set_ranges = {**self.set_ranges, **found.ranges}
         self.findings += found.findings
         return found.noises
-
-    def _parts(self) -> Parts:
-        """What the outputs hold, where that is more than one thing each."""
-        return self.pictures.describe_network(self.source, self.recipe.threads).parts
 
     def choose_numbers(self) -> tuple[QuantizationSolution, MixedPrecision | None]:
         """Find all numbers that are written, and the bits of layers before that, where they are searched for."""
@@ -271,7 +273,7 @@ class _QuantizationRun:
             with self.clock.step("search"):
                 original = open_original(self.source, self.recipe.threads, self.pictures.data.tasks)
                 context = SearchContext(
-                    folded, self.recipe, self.pictures.data, self.pictures.feed, original, self._parts()
+                    folded, self.recipe, self.pictures.data, self.pictures.feed, original, self.prepared.network.parts
                 )
                 searched = search_bits(context, self.reporter)
                 self.recipe, mixed, solution = searched.recipe, searched.report, searched.solution
@@ -327,7 +329,7 @@ class _QuantizationRun:
             files.check_staged_model(staged)
             audited = _audit_staged(staged, self.model, PlannedReasons.of(plan), pictures.runnable_loader)
             original = open_original(self.source, self.recipe.threads, pictures.data.tasks)
-            self.outputs = tuple(output.fact for output in original.model_outputs)
+            self.outputs = tuple(output.fact for output in self.prepared.network.outputs)
             checked = _verify_staged(staged, original, self.recipe, pictures, self.target)
             self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)

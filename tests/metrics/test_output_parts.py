@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from qconv.decoding.head import OutputPart
-from qconv.metrics.output_parts import NO_PARTS, WORST_NOISE, find_parts, measure_output_noise, relative_noise, sum_errors
+from qconv.metrics.output_parts import (
+    NO_PARTS,
+    WORST_NOISE,
+    find_parts,
+    measure_output_noise,
+    relative_noise,
+    sum_errors,
+)
 from qconv.runtime.output_origins import Join, OutputOrigin
 from qconv.runtime.outputs import ModelOutput
 
@@ -49,7 +56,10 @@ def test_another_shape_has_no_errors_but_its_places() -> None:
 def test_what_the_last_concat_joins_are_parts() -> None:
     output = ModelOutput("y", True, (1, 5, 7), (1, 3, 32, 32), OutputOrigin(join=Join(1, (4, 1))))
     parts = find_parts(output, np.ones((1, 5, 7), np.float32))
-    assert [(part.name, part.axis, part.start, part.stop) for part in parts] == [("0 to 3", 1, 0, 4), ("4 to 4", 1, 4, 5)]
+    assert [(part.name, part.axis, part.start, part.stop) for part in parts] == [
+        ("0 to 3", 1, 0, 4),
+        ("4 to 4", 1, 4, 5),
+    ]
     assert find_parts(output, np.ones((1, 6, 7), np.float32)) == ()  # another shape than was inferred
 
 

@@ -5,6 +5,8 @@ python -m tests.support.reference    writes them into the pages; `make fix` does
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Collection
 from inspect import cleandoc
 from pathlib import Path
@@ -13,6 +15,7 @@ import click
 
 from qconv.cli.main import cli
 from qconv.config.targets import TARGETS
+from qconv.decoding.registry import DECODERS
 from qconv.ir.operators import (
     OPERATORS,
     QUANTIZATION_RULES,
@@ -119,7 +122,22 @@ def _bits(bits: Collection[int]) -> str:
     return ", ".join("float" if text == "32" else text for text in texts)
 
 
-GENERATED: dict[str, Callable[[], str]] = {"options.md": options, "operators.md": operators, "targets.md": targets}
+def decoders() -> str:
+    """A line for each family of detectors that is known, as its module begins."""
+    found = []
+    for match in DECODERS:
+        sentence = (sys.modules[match.__module__].__doc__ or "").splitlines()[0]
+        told = re.sub(r"^(Decodes|Reads) ", "", sentence)
+        found.append(f"- {told[:1].upper()}{told[1:]}\n")
+    return "".join(found)
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "options.md": options,
+    "operators.md": operators,
+    "targets.md": targets,
+    "detection.md": decoders,
+}
 
 
 def between(text: str) -> str:

@@ -1,0 +1,116 @@
+"""`--decode` in all commands that compare models: its number is there, its errors are told, and no file carries it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.cli import QUICK, Qconv, assert_error
+from tests.support.reference import MANUAL
+
+DECODER = """\
+import numpy as np
+
+def boxes(outputs):
+    (scores,) = outputs.values()
+    return [[0, 0, 4, 4, 0.9, scores.argmax()]]
+"""
+
+
+def test_the_example_of_the_manual_reads_what_it_says() -> None:
+    """A box from (32, 64), 64 wide and 96 high, of class 1; another one says nothing."""
+    (example,) = re.findall(r"^```python\n(.*?)^```$", (MANUAL / "detection.md").read_text("utf-8"), re.M | re.S)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    scope: dict[str, Any] = {}
+    exec(example, scope)
+    head = np.array([[[0.5, 0.5, 0.1, 0.1, 0, 0.0005], [0.1, 0.2, 0.2, 0.3, 0.1, 0.9]]])
+    assert scope["boxes"]({"head": head}) == pytest.approx(np.array([[32, 64, 96, 160, 0.9, 1]]))
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> Path:
+    """One box a picture, of the class with the highest score."""
+    file = tmp_path / "mine.py"
+    file.write_text(DECODER)
+    return file
+
+
+def test_quantize_counts_boxes(call: Qconv, tiny: Path, calib: Path, decoder: Path) -> None:
+    found = call("quantize", tiny, "--calib", calib, *QUICK, "--json", "--decode", f"{decoder}:boxes").json
+    (output,) = found["verify"]["outputs"]
+    assert output["kind"] == "detections"
+    (head,) = found["verify"]["heads"]
+    assert 0 <= head["boxes"] <= 1
+    assert "decode" not in str(found["recipe"])
+
+
+def test_other_commands_take_it(call: Qconv, tiny: Path, calib: Path, decoder: Path) -> None:
+    said = ("--decode", f"{decoder}:boxes")
+    out = tiny.parent / "out.onnx"
+    assert call("quantize", tiny, "--calib", calib, *QUICK, "-o", out).status == 0
+    evaluated = call("evaluate", out, "--images", calib, "--against", tiny, "--json", *said).json
+    assert [o["kind"] for o in evaluated["against"]["outputs"]] == ["detections", "detections"]
+    assert 0 <= evaluated["against"]["boxes"] <= 1
+    compared = call("compare", tiny, out, "--images", calib, "--json", *said).json
+    assert 0 <= compared["outputs"][-1]["boxes"] <= 1
+    assert call("diagnose", tiny, "--calib", calib, "--effort", "fast", *said).status == 0
+    assert call("study-samples", tiny, "--calib", calib, "--seeds", 1, *said).status == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        ("quantize", ("MODEL", "--calib", "CALIB")),
+        ("evaluate", ("MODEL", "--images", "CALIB", "--against", "MODEL")),
+        ("compare", ("MODEL", "MODEL", "--images", "CALIB")),
+        ("diagnose", ("MODEL", "--calib", "CALIB")),
+        ("study-samples", ("MODEL", "--calib", "CALIB")),
+    ],
+)
+def test_a_file_that_does_not_load_is_told_at_once(
+    call: Qconv, tiny: Path, calib: Path, decoder: Path, command: str, given: tuple[str, ...]
+) -> None:
+    decoder.write_text("import nothing_of_this_name\n")
+    places = {"MODEL": tiny, "CALIB": calib}
+    done = call(command, *(places.get(word, word) for word in given), "--decode", f"{decoder}:boxes")
+    assert_error(done, "mine.py:boxes does not load: ModuleNotFoundError")
+
+
+def test_an_error_in_the_function_is_no_traceback(call: Qconv, tiny: Path, calib: Path, decoder: Path) -> None:
+    decoder.write_text("def boxes(outputs):\n    return 1 / 0\n")
+    done = call("quantize", tiny, "--calib", calib, *QUICK, "--decode", f"{decoder}:boxes")
+    assert done.status == 1
+    assert "mine.py:boxes failed: ZeroDivisionError: division by zero in line 2." in done.err
+    assert "Traceback" not in done.err
+    assert sorted(path.name for path in tiny.parent.iterdir()) == ["model.onnx"]
+
+
+def test_a_name_without_a_function_is_a_usage_error(call: Qconv, tiny: Path, calib: Path) -> None:
+    done = call("quantize", tiny, "--calib", calib, "--decode", "mine.py")
+    assert done.status == 2
+    assert "FILE.py:FUNCTION" in done.err
+
+
+def test_it_needs_pictures(call: Qconv, tiny: Path, decoder: Path) -> None:
+    done = call("quantize", tiny, "--calib", "none", "--decode", f"{decoder}:boxes")
+    assert done.status == 2
+    assert "--decode" in done.err
+
+
+def test_no_recipe_runs_code(call: Qconv, tiny: Path, calib: Path, decoder: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'decode = "{decoder}:boxes"\n')
+    done = call("quantize", tiny, "--calib", calib, "--recipe", recipe)
+    assert_error(done, "which runs code")
+
+
+def test_saved_recipes_are_without_it(call: Qconv, tiny: Path, calib: Path, decoder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.toml"
+    options = ("--decode", f"{decoder}:boxes", "--save-recipe", saved)
+    assert call("quantize", tiny, "--calib", calib, *QUICK, *options).status == 0
+    assert "decode" not in saved.read_text()
+    assert b"mine.py" not in (tiny.parent / "model.w8a8.onnx").read_bytes()
