@@ -42,8 +42,9 @@ from qconv.ir import load, subgraph
 from qconv.ir import metadata as ir_metadata
 from qconv.ir.data_shapes import find_data_shaped
 from qconv.ir.files import Source, holds_codes, metadata_of, read_proto
+from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.layers import layers_inside
-from qconv.ir.model import Model, Value, is_tensor
+from qconv.ir.model import Model, Value
 from qconv.ir.original import open_original
 from qconv.ir.output_shapes import forget_doubtful
 from qconv.ir.precision import make_float32
@@ -51,7 +52,7 @@ from qconv.ir.rewriting import title
 from qconv.ir.tensor_matching import ComparisonPoint, TensorPair, add_error_inputs, find_comparison_points
 from qconv.metrics.comparison import ComparisonAccumulator
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
-from qconv.metrics.similarity import signal_power
+from qconv.metrics.output_parts import Parts, relative_noise, sum_errors
 from qconv.passes import fold
 from qconv.pipeline.prepare import runs_on_ort
 from qconv.reporter import Reporter
@@ -98,15 +99,15 @@ def compare(request: ComparisonRequest, reporter: Reporter | None = None) -> Com
     reporter = reporter or Reporter()
     equalization = ir_metadata.read_equalization(quantized.inner.metadata_props)
     found = find_comparison_points(quantized, original)
-    outputs = [_find_float_behind(original, value) for value in original.graph.outputs if is_tensor(value)]
     with contextlib.ExitStack() as stack:
         networks = _LoadedNetworks.of(request, original, quantized, found, equalization, stack)
         if all(pair.point.input for pair in networks.pairs):
             fact = f"No layer of {request.model.name} is found in {request.float_model.name}."
             raise QconvError(fact, "pass the float model that it was made from, first.")
         tallies = networks.look(request, reporter)
-        compared = networks.whole(request).all_scores()
-        noise, seen = networks.effects(request, outputs, reporter)
+        whole = networks.whole(request)
+        compared = whole.all_scores()
+        noise, seen = networks.effects(request, whole.network.parts, reporter)
     total = sum(noise.values())
     nodes = {node.name: node for node in original.nodes()}
     rows = []
@@ -148,18 +149,6 @@ def _tell_of_pictures_apart(tallies: Mapping[str, PointTally], reporter: Reporte
             f"{count} had another shape in the quantized network on up to {format_count(most, 'batch')}, which leaves "
             f"these out of their comparison: the data select what is in {apart[0]}."
         )
-
-
-def _find_float_behind(model: Model, output: Value) -> Value:
-    """The tensor of floats that an output of whole numbers is made of, as by ArgMax and Cast; else the output."""
-    value = output
-    while value.dtype is not None and not value.dtype.is_floating_point():
-        node = value.producer()
-        read = [] if node is None else [v for v in node.inputs if v is not None and not v.is_initializer()]
-        if len(read) != 1 or read[0].is_graph_input():
-            return output
-        value = read[0]
-    return value
 
 
 def _load_models(request: ComparisonRequest) -> tuple[Model, Model]:
@@ -278,45 +267,38 @@ class _LoadedNetworks:
         return comparison or ComparisonAccumulator.of(NetworkOutputs(both[0].model_outputs))
 
     def effects(
-        self, request: ComparisonRequest, outputs: Sequence[Value], reporter: Reporter
+        self, request: ComparisonRequest, parts: Parts, reporter: Reporter
     ) -> tuple[dict[ComparisonPoint, float], int]:
-        """Measure what each layer's own error does at the outputs, over their power, and on how many images."""
+        """Measure what each layer's own error does at the outputs, over the power of each part, and on how many images.
+
+        parts: of outputs that hold more than one thing.
+        """
+        outputs = find_judged_tensors(self.original)
         model, names, results = add_error_inputs(self.original, self.quantized, self.pairs, outputs)
         with subgraph.runnable_with_outputs(model, results) as runnable:
             session = Session(runnable, name=request.float_model.name, threads=self.threads)
         wanted = min(MOST_EFFECT_IMAGES, max(FEWEST_EFFECT_IMAGES, MOST_EFFECT_RUNS // len(self.pairs)))
-        noise: dict[ComparisonPoint, dict[int, float]] = {pair.point: {} for pair in self.pairs}
-        power: dict[int, float] = {}
-        unlike: set[int] = set()  # outputs whose shape an error changes, as the data select what is in them
+        sums: dict[ComparisonPoint, NDArray[np.float64] | float] = {pair.point: 0.0 for pair in self.pairs}
         seen = 0
         for plain, feeds in request.feeds():
             floats = self._floats(plain)
             ranks = {names[pair.point]: floats[pair.tensor.name or ""].ndim for pair in self.pairs}
             nothing = {name: np.zeros((1,) * rank, np.float32) for name, rank in ranks.items()}
             float_outputs = session.run(results, {**plain, **nothing})
-            for index, y in enumerate(float_outputs):
-                if isinstance(y, np.ndarray) and y.dtype.kind == "f":  # no sequence of tensors
-                    power[index] = power.get(index, 0.0) + signal_power(y)
             isolated_outputs = self._isolated_outputs(feeds, floats)
             for place, pair in enumerate(self.pairs):
                 error = self._own_error(pair, isolated_outputs, floats)
-                if error is None:
-                    continue
-                moved_to = session.run(results, {**plain, **nothing, names[pair.point]: error})
-                unlike |= {index for index in power if float_outputs[index].shape != moved_to[index].shape}
-                known = noise[pair.point]
-                for index in sorted(power.keys() - unlike):
-                    away = signal_power(moved_to[index] - float_outputs[index])
-                    known[index] = known.get(index, 0.0) + away
+                moved_to = float_outputs
+                if error is not None:
+                    moved_to = session.run(results, {**plain, **nothing, names[pair.point]: error})
+                sums[pair.point] = sums[pair.point] + sum_errors(parts, results, float_outputs, moved_to)
                 reporter.progress("effects", seen * len(self.pairs) + place + 1, wanted * len(self.pairs))
             seen += count_images(feeds)
             if seen >= wanted:
                 break
         reporter.progress("effects", wanted * len(self.pairs), wanted * len(self.pairs))
-        return {
-            point: sum(n / power[index] for index, n in found.items() if power[index] > 0 and index not in unlike)
-            for point, found in noise.items()
-        }, min(seen, request.pictures)
+        noises = {point: relative_noise(np.asarray(own)) if seen else 0.0 for point, own in sums.items()}
+        return noises, min(seen, request.pictures)
 
     def _own_error(self, pair: TensorPair, isolated_outputs: Arrays, floats: Arrays) -> NDArray[Any] | None:
         """The error that a layer adds by itself, in the float network's units; None where there is none to inject."""

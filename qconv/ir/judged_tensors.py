@@ -31,8 +31,20 @@ def find_judged_tensors(model: Model) -> list[Value]:
     for output in model.graph.outputs:
         if is_tensor(output):
             search = _SelectionSearch()
-            found |= dict.fromkeys(search.read if search.is_selected(output) and search.read else [output])
+            found |= dict.fromkeys(search.read if search.is_selected(output) and search.read else [_made_of(output)])
     return list(found)
+
+
+def _made_of(output: Value) -> Value:
+    """The tensor of floats that an output of whole numbers is made of, one by one, as by Cast; else the output."""
+    value = output
+    while value.dtype is not None and not value.dtype.is_floating_point():
+        node = value.producer()
+        read = [] if node is None else [v for v in node.inputs if v is not None and not v.is_initializer()]
+        if len(read) != 1 or read[0].is_graph_input():
+            return output
+        value = read[0]
+    return value
 
 
 @dataclass(slots=True)

@@ -17,17 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.data.loader import Batch, DataLoader, count_images
+from qconv.decoding.head import OutputPart
 from qconv.errors import QconvError, format_count
 from qconv.metrics.classification import Agreement, ClassAgreement
 from qconv.metrics.detection import DetectionComparison
 from qconv.metrics.embeddings import Nearest, PictureCosine
 from qconv.metrics.keypoints import mean_distance, pck
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
+from qconv.metrics.output_parts import sum_errors
 from qconv.metrics.pictures import Psnr, RelativeError, Ssim
 from qconv.metrics.segmentation import FloatMiou
-from qconv.metrics.similarity import Cosine, Sqnr
+from qconv.metrics.similarity import LARGEST_NOISE, Cosine, Sqnr, compute_sqnr_db
 from qconv.reporter import Reporter
-from qconv.results.quantize import Gate, OutputScore, Verification
+from qconv.results.quantize import Gate, OutputScore, PartScore, Verification
 from qconv.results.scores import AGREEMENT, SQNR, TOP1, TOP5, Metric, Score
 from qconv.runtime.outputs import ModelOutput, OutputKind
 from qconv.runtime.session import Session
@@ -88,11 +90,14 @@ InputBatch = dict[str, NDArray[Any]]
 class _OutputTally:
     """All metrics of one output. seen, finite: numbers of the reference, and those of them that are finite.
 
-    empty, batches: how many had none, which no metric can take, and how many there were.
+    empty, batches: how many had none, which no metric can take, and how many there were. parts: what it is joined of;
+    errors: signal and noise of each, (parts, 2).
     """
 
     output: ModelOutput
     registry: MetricsOfKind
+    parts: tuple[OutputPart, ...] = ()
+    errors: NDArray[np.float64] | None = None
     metrics: list[PairMetric] | None = None
     seen: int = 0
     finite: int = 0
@@ -121,6 +126,9 @@ class _OutputTally:
         self.broken = self.broken or not np.isfinite(quantized[finite]).all()
         for metric in self.metrics:
             metric.update(reference, quantized)
+        if self.parts:
+            found = sum_errors({self.output.name: self.parts}, [self.output.name], [reference], [quantized])
+            self.errors = found if self.errors is None else self.errors + found
 
     def score(self, *, spans: bool) -> OutputScore:
         """Raises QconvError where the float model gave no number at all."""
@@ -137,7 +145,11 @@ class _OutputTally:
         remark = some if self.empty else ""
         if self.broken:
             remark = "the quantized model gives NaN or infinity where the float model does not"
-        return OutputScore(name, tuple(score for score in found if score is not None), remark, kind)
+        parts = tuple(
+            PartScore(part.name, compute_sqnr_db(signal, min(noise, LARGEST_NOISE)))
+            for part, (signal, noise) in zip(self.parts, self.errors if self.errors is not None else (), strict=False)
+        )
+        return OutputScore(name, tuple(score for score in found if score is not None), remark, kind, parts)
 
 
 def _is_numeric_array(array: Any) -> bool:
@@ -158,7 +170,7 @@ class ComparisonAccumulator:
         head = network.head
         return cls(
             network,
-            tuple(_OutputTally(output, registry) for output in network.outputs),
+            tuple(_OutputTally(output, registry, network.parts.get(output.name, ())) for output in network.outputs),
             None if head is None else DetectionComparison(head),
         )
 

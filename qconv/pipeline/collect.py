@@ -86,7 +86,8 @@ class CalibrationData:
     or written. session: the user's own model, until it is known how to feed it. pixels: the layout of
     the pixels that the model takes instead, None where it takes what the float network does. cache: what runs before
     this one have found out. data_free_statistics: what there is in place of pictures, None where they or statistics are
-    given. held: pictures that nothing is fitted to, on which the result is checked; None where there are few.
+    given. held: pictures that nothing is fitted to, on which the result is checked; None where there are few. network:
+    what the outputs of the user's model are, once that was asked for.
     """
 
     data: DataOptions
@@ -99,6 +100,7 @@ class CalibrationData:
     cache: CalibrationCache | None = None
     data_free_statistics: DataFreeStatistics | None = None
     held: DataLoader | None = None
+    network: NetworkOutputs | None = None
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -144,19 +146,20 @@ class CalibrationData:
         return dict(zip(names, zip(*runs, strict=True), strict=True))
 
     def describe_network(self, source: Source, threads: int | None) -> NetworkOutputs:
-        """What the outputs of the user's own model are, by a run on the first batch.
+        """What the outputs of the user's own model are, by a run on the first batch; found once.
 
         Raises QconvError where the user's own decoder fails on it, or no decoder reads what they say are detections.
         """
-        session, loader = open_original(source, threads, self.data.tasks), self.runnable_loader
-        batch = None if loader is None else next(iter(loader.iter_cached("load")), None)
-        if loader is None or batch is None:
-            return NetworkOutputs(session.model_outputs)
-        feeds = loader.as_float(batch)
-        network = describe_outputs(session, feeds, found := session.run_all(feeds))
-        if self.data.decode is not None and network.head is not None:
-            network.head.read(network.by_name(found), LEAST_SCORE)
-        return network
+        if self.network is None:
+            session, loader = open_original(source, threads, self.data.tasks), self.runnable_loader
+            batch = None if loader is None else next(iter(loader.iter_cached("load")), None)
+            if loader is None or batch is None:
+                return NetworkOutputs(session.model_outputs)
+            feeds = loader.as_float(batch)
+            self.network = describe_outputs(session, feeds, found := session.run_all(feeds))
+            if self.data.decode is not None and self.network.head is not None:
+                self.network.head.read(self.network.by_name(found), LEAST_SCORE)
+        return self.network
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""

@@ -29,7 +29,6 @@ from qconv.ir.files import (
 from qconv.ir.metadata import needed_opset
 from qconv.ir.model import Model
 from qconv.ir.output_shapes import doubtful_outputs, settle_shapes
-from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.passes import fold
 from qconv.passes.embed_preprocessing import embed_preprocessing
 from qconv.pipeline.checks import check_places, require_layers, warn_of_unmatched_options
@@ -64,7 +63,6 @@ class LoadedFloat:
         size: Of its files, in bytes.
         digest: The hash of its files.
         findings: What was changed in loading.
-        network: What the outputs are.
     """
 
     model: Model
@@ -72,7 +70,6 @@ class LoadedFloat:
     size: int
     digest: str
     findings: list[Finding]
-    network: NetworkOutputs
 
 
 @dataclass(slots=True)
@@ -86,7 +83,6 @@ class Prepared:
         size: Of the float model's files, in bytes.
         digest: The hash of the float model's files.
         findings: What was changed, and what could not be.
-        network: What the outputs are.
     """
 
     model: Model
@@ -95,7 +91,6 @@ class Prepared:
     size: int
     digest: str
     findings: list[Finding]
-    network: NetworkOutputs
 
 
 def load_float(
@@ -137,9 +132,10 @@ def load_float(
     with clock.step("detect"):
         pictures.settle(model, recipe.threads)
         changes += _settle_output_shapes(model, pictures, source, recipe)
-        network = pictures.describe_network(source, recipe.threads)
+        if data.tasks.said:  # what no decoder reads is better said before the work
+            pictures.describe_network(source, recipe.threads)
         check_early(model, source)
-    return LoadedFloat(model, pictures, size, digest, list(changes), network)
+    return LoadedFloat(model, pictures, size, digest, list(changes))
 
 
 def _settle_output_shapes(model: Model, pictures: CalibrationData, source: Source, recipe: Recipe) -> list[Change]:
@@ -182,7 +178,7 @@ def prepare(
         require_layers(plan, source)
         for doubt in pictures.detected.doubts():
             reporter.warn(doubt)
-    return Prepared(model, pictures, plan, loaded.size, loaded.digest, findings, loaded.network)
+    return Prepared(model, pictures, plan, loaded.size, loaded.digest, findings)
 
 
 def runs_on_ort(recipe: Recipe) -> bool:

@@ -27,6 +27,7 @@ from qconv.ir.metadata import needed_runtime, write_metadata
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
 from qconv.metrics.comparison import check_gates, describe_differing_runs, verify
+from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
 from qconv.passes.requantize import describe_requantization, requantize_for_layers
@@ -172,6 +173,11 @@ class _QuantizationRun:
     def target(self) -> Target:
         return TARGETS[self.recipe.target]
 
+    @property
+    def _network(self) -> NetworkOutputs:
+        """What the outputs of the user's own model are."""
+        return self.pictures.describe_network(self.source, self.recipe.threads)
+
     def calibrate(self) -> None:
         """Watch every tensor that a range is needed of, and equalize the network where that gains."""
         model, recipe, pictures = self.model, self.recipe, self.pictures
@@ -259,7 +265,7 @@ class _QuantizationRun:
             budget,
             recipe.threads,
             self.reporter,
-            self.prepared.network.parts,
+            self._network.parts,
         )
         self.set_ranges = {**self.set_ranges, **found.ranges}
         self.findings += found.findings
@@ -273,7 +279,7 @@ class _QuantizationRun:
             with self.clock.step("search"):
                 original = open_original(self.source, self.recipe.threads, self.pictures.data.tasks)
                 context = SearchContext(
-                    folded, self.recipe, self.pictures.data, self.pictures.feed, original, self.prepared.network.parts
+                    folded, self.recipe, self.pictures.data, self.pictures.feed, original, self._network.parts
                 )
                 searched = search_bits(context, self.reporter)
                 self.recipe, mixed, solution = searched.recipe, searched.report, searched.solution
@@ -329,7 +335,7 @@ class _QuantizationRun:
             files.check_staged_model(staged)
             audited = _audit_staged(staged, self.model, PlannedReasons.of(plan), pictures.runnable_loader)
             original = open_original(self.source, self.recipe.threads, pictures.data.tasks)
-            self.outputs = tuple(output.fact for output in self.prepared.network.outputs)
+            self.outputs = tuple(output.fact for output in self._network.outputs)
             checked = _verify_staged(staged, original, self.recipe, pictures, self.target)
             self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)

@@ -112,7 +112,8 @@ def _summary_lines(report: Report) -> list[tuple[str, str]]:
         ("size", size),
         ("accuracy", _format_accuracy(report)),
     ]
-    lines += [("", _format_score(o)) for o in report.verify.outputs if len(report.verify.outputs) > 1]
+    several = len(report.verify.outputs) > 1
+    lines += [("", _format_score(o)) for o in report.verify.outputs if several or o.parts]
     if report.verify.speed_in_words:
         lines.append(("speed here", f"{report.verify.speed_in_words} the float model's, timed while checking"))
     lines += [("outputs" if not index else "", escape(o.in_words)) for index, o in enumerate(report.outputs)]
@@ -187,7 +188,8 @@ def _format_score(output: OutputScore) -> str:
         return f"{escape(output.name)}: {output.remark}"
     if all(score.shows_no_difference for score in output.scores):
         return f"{escape(output.name)}: equal"
-    return f"{escape(output.name)}: {', '.join(score.in_words(score.metric.brief) for score in measured)}"
+    told = [part.in_words for part in output.parts] or [score.in_words(score.metric.brief) for score in measured]
+    return f"{escape(output.name)}: {', '.join(told)}"
 
 
 def _change_lines(report: Report) -> list[str]:

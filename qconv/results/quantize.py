@@ -13,6 +13,19 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
+class PartScore:
+    """SQNR of a part of an output that means one thing, such as the boxes of a detector; None where nothing differs."""
+
+    name: str
+    sqnr_db: float | None
+
+    @property
+    def in_words(self) -> str:
+        """The part with its number."""
+        return f"{self.name} {SQNR.format(self.sqnr_db)}"
+
+
+@dataclass(frozen=True, slots=True)
 class OutputScore:
     """How near one output of the quantized model is to the float model's.
 
@@ -21,12 +34,14 @@ class OutputScore:
         scores: What was measured of it; nothing where it could not be compared.
         remark: What is odd about it; empty for most.
         kind: What it holds.
+        parts: The same of what it is joined of, where that means more than one thing.
     """
 
     name: str
     scores: tuple[Score, ...]
     remark: str = ""
     kind: str = ""
+    parts: tuple[PartScore, ...] = ()
 
     @property
     def sqnr_db(self) -> float | None:
@@ -45,7 +60,8 @@ class OutputScore:
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
-        return {"name": self.name, "kind": self.kind, **as_values(self.scores)}
+        parts = [_as_row(part) for part in self.parts]
+        return {"name": self.name, "kind": self.kind, **as_values(self.scores), "parts": parts}
 
 
 @dataclass(frozen=True, slots=True)
