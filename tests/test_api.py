@@ -266,7 +266,7 @@ def test_what_cannot_be_is_refused_in_words(call: Any, fact: str, fix: str) -> N
         ("synthesize", {"device": "xx"}, "--device xx"),
         ("synthesize", {"iterations": -1}, "--iterations -1"),
         ("synthesize", {"batch": 0}, "--batch 0"),
-        ("synthesize", {"task": "detect"}, "--task detect"),
+        ("synthesize", {"task": "find"}, "--task find"),
         ("synthesize", {"threads": 0}, "--threads 0"),
         ("synthesize", {"preprocessing": "imagenet"}, "preprocessing 'imagenet'"),
         ("synthesize", {"output": "-"}, "output '-'"),

@@ -42,7 +42,7 @@ from qconv.results.scores import (
     Score,
     as_intervals,
     as_values,
-    by_unit,
+    by_rank,
     find_score,
     worst_scores,
 )
@@ -142,7 +142,7 @@ class Evaluation:
             for score in scores:
                 add(score, model, "")
         for output in self.outputs:
-            for score in by_unit(output.scores):
+            for score in by_rank(output.scores):
                 add(score, self.model, output.name)
         return found
 

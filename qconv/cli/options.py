@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qconv.cli.task_option import JoinedOption, TaskType
 from qconv.config.choices import (
     BIAS_CORRECTIONS,
     BIT_ALLOCATIONS,
@@ -30,7 +31,6 @@ from qconv.config.choices import (
 )
 from qconv.config.data_options import AUTO, LETTERBOX_GREY, PRESETS, Color, Layout, LetterboxAlign, ResizeFilter
 from qconv.config.targets import TARGETS
-from qconv.config.tasks import TASKS
 from qconv.errors import QconvError
 
 if TYPE_CHECKING:
@@ -205,10 +205,11 @@ preprocessing_options = combine_options(
     click.option("--size", type=SizeType(), help="Where the model leaves height and width open."),
     click.option(
         "--task",
-        type=click.Choice(TASKS),
+        cls=JoinedOption,
+        type=TaskType(),
         default="auto",
         show_default=True,
-        help="What the outputs are; auto tells by the model.",
+        help="What the outputs are, or one of them; repeatable; auto tells by the model.",
     ),
 )
 

@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qconv.decoding.boxes import Detections
-from qconv.runtime.outputs import OutputOrigin
+from qconv.runtime.output_origins import OutputOrigin
 
 Arrays = Mapping[str, NDArray[Any]]
 

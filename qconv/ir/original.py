@@ -16,7 +16,8 @@ from qconv.ir.files import Source, external_data_files, full_proto, parse_proto,
 from qconv.ir.legacy import is_legacy
 from qconv.ir.load import load
 from qconv.ir.node_order import sort_nodes
-from qconv.runtime.outputs import OutputOrigin, find_output_origins, require_tasks
+from qconv.runtime.output_origins import OutputOrigin, find_output_origins
+from qconv.runtime.outputs import require_tasks
 from qconv.runtime.session import Session
 
 Stamp = tuple[int, int] | None

@@ -48,13 +48,12 @@ class Agreement:
 
     def update(self, reference: NDArray[Any], got: NDArray[Any]) -> None:
         """Take in a batch."""
-        if reference.dtype.kind != "f":
+        if self.output.kind in (OutputKind.INTEGER, OutputKind.CLASS_IDS):
             same = reference == got
-        elif reference.shape[self.output.axis] > 1:
-            axis = self.output.axis
-            same = reference.argmax(axis=axis) == got.argmax(axis=axis)
-        else:  # a single score tells no classes
-            return
+        elif self.output.kind is OutputKind.CLASS_SCORES and reference.shape[1] == 1:
+            return  # a single score tells no classes
+        else:
+            same = self.output.labels(reference) == self.output.labels(got)
         self.rows.append((int(same.sum()), same.size))
 
     def score(self, *, spans: bool) -> Score | None:
@@ -86,10 +85,9 @@ class ClassAgreement:
 
     def update(self, reference: NDArray[Any], got: NDArray[Any]) -> None:
         """Take in a batch."""
-        axis = self.output.axis
-        classes = reference.shape[axis]
-        said = reference.argmax(axis=axis).reshape(-1)
-        same = said == got.argmax(axis=axis).reshape(-1)
+        classes = self.output.classes
+        said = self.output.labels(reference).reshape(-1)
+        same = said == self.output.labels(got).reshape(-1)
         counts = np.bincount(said[same], minlength=classes), np.bincount(said, minlength=classes)
         self.equal = counts[0] if self.equal is None else self.equal + counts[0]
         self.places = counts[1] if self.places is None else self.places + counts[1]

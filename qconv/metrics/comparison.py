@@ -20,7 +20,11 @@ from qconv.data.loader import Batch, DataLoader, count_images
 from qconv.errors import QconvError, format_count
 from qconv.metrics.classification import Agreement, ClassAgreement
 from qconv.metrics.detection import DetectionComparison
+from qconv.metrics.embeddings import Nearest, PictureCosine
+from qconv.metrics.keypoints import mean_distance, pck
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
+from qconv.metrics.pictures import Psnr, RelativeError, Ssim
+from qconv.metrics.segmentation import FloatMiou
 from qconv.metrics.similarity import Cosine, Sqnr
 from qconv.reporter import Reporter
 from qconv.results.quantize import Gate, OutputScore, Verification
@@ -43,23 +47,24 @@ MetricsOfKind = Mapping[OutputKind, tuple[Callable[[ModelOutput], PairMetric], .
 
 VERIFIED: MetricsOfKind = {
     OutputKind.CLASS_SCORES: (Sqnr, Agreement),
-    OutputKind.CLASS_MAP: (Sqnr, Agreement),
+    OutputKind.CLASS_MAP: (Sqnr, FloatMiou, Agreement),
+    OutputKind.CLASS_IDS: (Agreement, FloatMiou),
     OutputKind.DETECTIONS: (Sqnr,),
-    OutputKind.EMBEDDING: (Sqnr,),
-    OutputKind.KEYPOINTS: (Sqnr,),
+    OutputKind.EMBEDDING: (Sqnr, PictureCosine, Nearest),
+    OutputKind.KEYPOINTS: (Sqnr, pck, mean_distance),
     OutputKind.REGRESSION: (Sqnr,),
     OutputKind.INTEGER: (Agreement,),
 }
 """What every check and every candidate of a search is measured by."""
 
 EVALUATED: MetricsOfKind = {
+    **VERIFIED,
     OutputKind.CLASS_SCORES: (Sqnr, Agreement, ClassAgreement, Cosine),
-    OutputKind.CLASS_MAP: (Sqnr, Agreement, ClassAgreement, Cosine),
+    OutputKind.CLASS_MAP: (Sqnr, FloatMiou, Agreement, ClassAgreement, Cosine),
     OutputKind.DETECTIONS: (Sqnr, Cosine),
-    OutputKind.EMBEDDING: (Sqnr, Cosine),
-    OutputKind.KEYPOINTS: (Sqnr, Cosine),
-    OutputKind.REGRESSION: (Sqnr, Cosine),
-    OutputKind.INTEGER: (Agreement,),
+    OutputKind.EMBEDDING: (Sqnr, PictureCosine, Nearest, Cosine),
+    OutputKind.KEYPOINTS: (Sqnr, pck, mean_distance, Cosine),
+    OutputKind.REGRESSION: (Sqnr, Psnr, Ssim, Cosine, RelativeError),
 }
 """What `evaluate --against` measures."""
 

@@ -26,7 +26,7 @@ from qconv.planning.planner import KEPT_FLOAT_BY_OPTION, is_quantizable_layer
 from qconv.quantizer import SMALLEST_SCALE
 from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, Verification
-from qconv.results.scores import DECIBEL
+from qconv.results.scores import AGREEMENT
 from qconv.search.candidate import QuantizationSolution
 
 
@@ -170,7 +170,8 @@ def warn_of_result(checked: Verification, sizes: tuple[int, int], reporter: Repo
     for output in checked.outputs:
         if output.remark:
             reporter.warn(f"output {output.name}: {output.remark}.")
-    decisive = [score for score in checked.scores if score.unit == DECIBEL] or list(checked.scores)
+    # a few pictures between two classes move an agreement, which says little beside other measures
+    decisive = [score for score in checked.scores if score.metric != AGREEMENT] or list(checked.scores)
     why = "`qconv diagnose` with the same options tells why"
     if any(score.is_useless for score in checked.scores):
         reporter.warn(f"little is left of the float model: {checked.in_words}; {why}.")

@@ -16,7 +16,7 @@ from qconv.errors import Change, Finding, Skipped, format_bytes, format_count, p
 from qconv.report.text import format_columns, wrap_text
 from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
 from qconv.results.sample_curve import SampleCurve, Spread, format_value
-from qconv.results.scores import DECIBEL, Metric, Score, by_unit
+from qconv.results.scores import DECIBEL, Metric, Score, by_rank
 
 MOST_LINES = 8
 TITLE_WIDTH = 12
@@ -172,7 +172,7 @@ def _format_accuracy(report: Report) -> str:
         return "not measured: no picture was looked at (`qconv evaluate` measures on some)"
     if not checked.images:
         return "not measured: --stats came without pictures (pass --calib as well)"
-    parts = [score.in_words(score.metric.sentence) for score in by_unit(checked.scores) if score.value is not None]
+    parts = [score.in_words(score.metric.sentence) for score in by_rank(checked.scores) if score.value is not None]
     if not any(score.unit == DECIBEL and score.value is not None for score in checked.scores):
         if checked.equal:
             parts.append("outputs equal")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.errors import Change, Finding, Skipped
-from qconv.results.scores import AGREEMENT, SQNR, TOP1, Metric, Score, as_values, by_unit, value_of, worst_scores
+from qconv.results.scores import AGREEMENT, SQNR, TOP1, Metric, Score, as_values, by_rank, value_of, worst_scores
 
 SCHEMA = 1
 
@@ -143,7 +143,7 @@ class Verification:
     @property
     def in_words(self) -> str:
         """The worst score of all outputs for each metric that has a number."""
-        return ", ".join(score.in_words() for score in by_unit(self.scores) if score.value is not None)
+        return ", ".join(score.in_words() for score in by_rank(self.scores) if score.value is not None)
 
     @property
     def differs(self) -> bool:

@@ -23,7 +23,7 @@ class Metric:
     equal: its value where nothing differs; None where it has no bound, as SQNR. sentence, brief: how a summary and a
     list of outputs say it, around its value. good, poor, useless: from the first on a value is good, below the second
     it is bad, below the third nothing is left of the model; above them, where less is better. has_interval: whether an
-    interval can be given.
+    interval can be given. rank: where summaries list it: 0 for what its task is judged by, 1 for SQNR, 2 for others.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Metric:
     poor: float | None = None
     useless: float | None = None
     has_interval: bool = True
+    rank: int = 0
 
     @property
     def sign(self) -> str:
@@ -118,7 +119,7 @@ class Score:
         return (template or f"{self.metric.label} {{}}").format(self.metric.format(self.value))
 
 
-SQNR = Metric("sqnr_db", "SQNR", DECIBEL, brief="{}", good=20.0, poor=10.0, useless=3.0)
+SQNR = Metric("sqnr_db", "SQNR", DECIBEL, brief="{}", good=20.0, poor=10.0, useless=3.0, rank=1)
 
 AGREEMENT = Metric(
     "agreement",
@@ -147,7 +148,81 @@ TOP1 = Metric("top1", "top-1", SHARE)
 
 TOP5 = Metric("top5", "top-5", SHARE)
 
-COSINE = Metric("cosine", "cosine", equal=1.0, has_interval=False)
+COSINE = Metric("cosine", "cosine", equal=1.0, has_interval=False, rank=2)
+
+FLOAT_MIOU = Metric(
+    "float_miou",
+    "mIoU",
+    SHARE,
+    equal=1.0,
+    sentence="mIoU {} with the float model's map",
+    brief="mIoU {}",
+    good=0.98,
+    poor=0.95,
+    useless=0.5,
+)
+
+PICTURE_COSINE = Metric(
+    "picture_cosine",
+    "cosine",
+    equal=1.0,
+    sentence="embeddings at cosine {} to the float model's",
+    brief="cosine {}",
+    good=0.99,
+    poor=0.95,
+    useless=0.5,
+)
+
+NEAREST = Metric(
+    "nearest",
+    "nearest",
+    SHARE,
+    equal=1.0,
+    sentence="{} nearest to their own",
+    brief="nearest {}",
+    good=0.99,
+    poor=0.95,
+    useless=0.5,
+)
+
+PCK = Metric(
+    "pck",
+    "PCK",
+    SHARE,
+    equal=1.0,
+    sentence="{} of keypoints within 5% of where the float model sees them",
+    brief="PCK {}",
+    good=0.98,
+    poor=0.95,
+    useless=0.5,
+)
+
+KEYPOINT_DISTANCE = Metric(
+    "keypoint_distance",
+    "distance",
+    higher_is_better=False,
+    equal=0.0,
+    sentence="off by {} of their extent on average",
+    brief="distance {}",
+    good=0.01,
+    poor=0.05,
+    useless=0.5,
+)
+
+RELATIVE_ERROR = Metric(
+    "relative_error",
+    "relative error",
+    higher_is_better=False,
+    equal=0.0,
+    good=0.1,
+    poor=0.3,
+    useless=0.7,
+    rank=2,
+)
+
+PSNR = Metric("psnr_db", "PSNR", DECIBEL, good=40.0, poor=30.0, useless=15.0)
+
+SSIM = Metric("ssim", "SSIM", equal=1.0, good=0.98, poor=0.95, useless=0.5)
 
 ALWAYS_TOLD = (SQNR, AGREEMENT)
 """Metrics whose keys stand in every comparison, null where they say nothing."""
@@ -205,6 +280,6 @@ def as_intervals(scores: Sequence[Score], *, told: Sequence[Metric] = ALWAYS_TOL
     return found
 
 
-def by_unit(scores: Iterable[Score]) -> list[Score]:
-    """Sort scores as summaries and tables of measures list them: shares, then decibels, then plain numbers."""
-    return sorted(scores, key=lambda score: (SHARE, DECIBEL, "").index(score.unit))
+def by_rank(scores: Iterable[Score]) -> list[Score]:
+    """Sort scores as summaries and tables of measures list them: what a task is judged by first, then SQNR."""
+    return sorted(scores, key=lambda score: score.metric.rank)

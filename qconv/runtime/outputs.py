@@ -1,55 +1,71 @@
-"""Decides what each output of a model holds: class scores, a class map, numbers of a regression, or integers.
+"""Decides what each output of a model holds: class scores, a class map, an embedding, keypoints, numbers, or integers.
 
-The decision is made once for an output, from its shape, its type and the operators that compute it, and says why.
-Whoever needs it asks `Session.model_outputs`: the centre crop of pictures, agreement, top-1, the loss of training.
+The decision is made once for an output, from its shape, its type, its name and the operators that compute it, and says
+why. Whoever needs it asks `Session.model_outputs`: the centre crop of pictures, metrics, top-1, the loss of training.
 
     integer         no floats
     class scores    one number a class for a picture: (N, C), with or without axes of 1 behind
-    class map       one number a class for every place: (N, C, H, W), or (N, H, W, C) where the input has that layout
+    class map       one number a class for every place: (N, C, H, W), or (N, H, W, C) where the input has that layout;
+                    one channel says foreground or not
+    class ids       the number of a class for every place, behind ArgMax: (N, H, W), with or without an axis of 1
     detections      read together with others by a decoder, as boxes, scores or what belongs to them
     embedding       (N, D) of one length, or of features that no layer makes classes of
-    keypoints       places in the picture
+    keypoints       places in the picture: (N, K, 2) or (N, K, 3), flat or not, or a heat map of each, (N, K, H, W)
     regression      everything else in floats: a picture, a depth, an angle
 
 An embedding has length 1 (an L2 norm), ends in BatchNormalization or in pooling, or has a width such as 512 that is no
 count of classes. A picture has one or three channels as the input does, its size or a multiple, and no classifier of
-pixels (Softmax, a 1x1 Conv, a Resize of scores) at its end.
-
-What computes an output is found in the graph: from the output the way goes back through the operators that only move
-values or quantize them, along the one input that is no constant, up to the last layer with weights, or to where two
-tensors meet. An L2 norm and a softmax that exporters write as several operators are told by their division: x /
-sqrt(sum x^2), and exp(x) / sum exp(x).
+pixels (Softmax, a 1x1 Conv, a Resize of scores) at its end. One channel is a map of classes behind a sigmoid, or where
+a 1x1 Conv makes it of a colour picture, in its size, or where its name says mask. No operator tells keypoints: the
+output's name does, or the file's metadata.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from math import prod
-from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qconv.config.tasks import Tasks
 from qconv.errors import QconvError, format_count, format_shape
 from qconv.results.quantize import OutputFact
-
-if TYPE_CHECKING:
-    import onnx
-
+from qconv.runtime.output_origins import LAYER_OPS, NORMALIZING_OP, SOFTMAX_OPS, OutputOrigin
 
 Shape = tuple[int | None, ...]
 
-NORMALIZING_OP = "LpNormalization"
-"""How an L2 norm is called here, whatever operators compute it."""
-
-SOFTMAX_OPS = frozenset({"Softmax", "LogSoftmax"})
-
-LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-
 POOLING_OPS = frozenset({"GlobalAveragePool", "GlobalMaxPool", "AveragePool", "MaxPool", "ReduceMean", "ReduceMax"})
+
+SIGMOID_OPS = frozenset({"Sigmoid", "HardSigmoid"})
 
 FEWEST_FEATURES = 64
 """Width from which on a power of two counts as a number of features, and any multiple of it behind a pooling."""
+
+FEWEST_COORDINATES = 4
+"""Of two points in the plane: what has fewer numbers is no set of keypoints."""
+
+POINT_NAMES = re.compile(r"key_?point|land_?mark|(?<![a-z])(?:kpts?|kps|lmks?|ldmks?|joints?)(?![a-z])")
+"""Names of outputs that hold keypoints, as coordinates or as heat maps."""
+
+COORDINATE_NAMES = re.compile(r"contour|(?<![a-z])iris(?![a-z])")
+"""Names that say so of coordinates alone: as maps, contours and irises are segmented."""
+
+HEAT_MAP_NAMES = re.compile(r"heat_?map")
+
+SCORE_NAMES = re.compile(r"score|conf|prob|visib|presen|class|label|logit")
+"""Names of what says how sure a network is of its keypoints, and not where they are."""
+
+MASK_NAMES = re.compile(r"mask|segm|salien|foreground|matte")
+
+SURFACE_NAMES = re.compile(r"depth|disp|density")
+"""Names of maps of one channel whose sigmoid is a measure, and says nothing of a foreground."""
+
+POSE_TASKS = frozenset({"pose", "keypoints"})
+"""What the metadata of files call a network that finds keypoints."""
 
 
 class OutputKind(StrEnum):
@@ -57,6 +73,7 @@ class OutputKind(StrEnum):
 
     CLASS_SCORES = "class-scores"
     CLASS_MAP = "class-map"
+    CLASS_IDS = "class-ids"
     DETECTIONS = "detections"
     EMBEDDING = "embedding"
     KEYPOINTS = "keypoints"
@@ -74,22 +91,16 @@ KIND_OF_TASK = {
 }
 """What `--task` says of outputs."""
 
+TASK_OF_KIND = {kind: task for task, kind in KIND_OF_TASK.items()} | {OutputKind.CLASS_IDS: "segment"}
+
+MAP_KINDS = frozenset({OutputKind.CLASS_MAP, OutputKind.CLASS_IDS})
+"""Outputs that say a class of every place."""
 
 ANY_SHAPE = frozenset({OutputKind.REGRESSION, OutputKind.EMBEDDING, OutputKind.KEYPOINTS})
 """What an output of floats may be said to be, whatever its shape."""
 
-
-@dataclass(frozen=True, slots=True)
-class OutputOrigin:
-    """What computes an output.
-
-    operators: from the output back to the last layer with weights, or to where tensors meet; without those that only
-        move values, and those that quantize. An L2 norm is called NORMALIZING_OP, and Exp over its sum Softmax.
-    kernel: the number of places that the weights of this layer cover, 1 for a 1x1 Conv; None for other operators.
-    """
-
-    operators: tuple[str, ...] = ()
-    kernel: int | None = None
+Decision = tuple[OutputKind, str]
+"""A kind, and why, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +109,9 @@ class ModelOutput:
 
     floating: whether it is a tensor of floats. shape: None for each axis that the model leaves open.
     image: shape of the model's first input, () where it is unknown. origin: None where it is unknown.
-    task: what the user says of the output, "auto" for nothing. detected: why it is read as detections, by the decoder
-    that does so; empty where none does.
+    task: what the user says of the output, "auto" for nothing. metadata_task: what the file's metadata call the
+    network's task, empty for nothing. detected: why it is read as detections, by the decoder that does so; empty where
+    none does.
     """
 
     name: str
@@ -108,6 +120,7 @@ class ModelOutput:
     image: Shape = ()
     origin: OutputOrigin | None = None
     task: str = "auto"
+    metadata_task: str = ""
     detected: str = ""
 
     def seen(self, shape: Sequence[int]) -> ModelOutput:
@@ -128,8 +141,7 @@ class ModelOutput:
     def fact(self) -> OutputFact:
         """The output as reports hold it."""
         kind, why = self._decide()
-        task = next((task for task, its in KIND_OF_TASK.items() if its is kind), None)
-        return OutputFact(self.name, kind, task, why)
+        return OutputFact(self.name, kind, TASK_OF_KIND.get(kind), why)
 
     @property
     def axis(self) -> int:
@@ -140,35 +152,140 @@ class ModelOutput:
     @property
     def classes(self) -> int:
         """How many classes it tells apart; 0 where it holds none, or the model leaves their number open."""
-        holds = self.kind in (OutputKind.CLASS_SCORES, OutputKind.CLASS_MAP)
+        kind = self.kind
+        if kind is OutputKind.CLASS_MAP and self.shape[self.axis] == 1:
+            return 2
+        holds = kind in (OutputKind.CLASS_SCORES, OutputKind.CLASS_MAP)
         return (self.shape[self.axis] or 0) if holds and len(self.shape) > self.axis else 0
+
+    @property
+    def threshold(self) -> float:
+        """Above which the number of a map of one channel says foreground: 0 for logits, 0.5 behind a sigmoid."""
+        return 0.5 if (SIGMOID_OPS | {"Clip"}) & set(self._operators) else 0.0
+
+    @property
+    def size(self) -> Shape:
+        """The axes of a map that are places."""
+        return tuple(side for index, side in enumerate(self.shape) if index not in (0, self.axis))
+
+    @property
+    def input_channels(self) -> int | None:
+        """The channels of the input; None where they are open, or it is no picture."""
+        return _channels_and_size(self.image)[0]
+
+    @property
+    def input_size(self) -> Shape:
+        """Height and width of the input; () where it is no picture."""
+        return _channels_and_size(self.image)[1]
+
+    def labels(self, array: NDArray[Any]) -> NDArray[np.int64]:
+        """The class that an array of this output says, of each picture, (N, ...), or of each place, (N, H, W)."""
+        found: NDArray[Any]
+        if self.kind is OutputKind.CLASS_IDS:
+            found = np.nan_to_num(array.squeeze(self.axis) if array.ndim == 4 else array)
+        elif self.kind is OutputKind.CLASS_MAP and array.shape[self.axis] == 1:
+            found = array.squeeze(self.axis) > self.threshold
+        else:
+            found = array.argmax(axis=self.axis)
+        return found.astype(np.int64, copy=False)
 
     @property
     def _is_vector(self) -> bool:
         return len(self.shape) >= 2 and set(self.shape[2:]) <= {1}
 
-    def _decide(self) -> tuple[OutputKind, str]:
-        if self.detected:
-            return OutputKind.DETECTIONS, self.detected
-        if not self.floating:
-            return OutputKind.INTEGER, "it holds no floats"
+    @property
+    def _is_map(self) -> bool:
+        """Whether it has an axis of channels, and more than one place."""
+        return len(self.shape) == 4 and not self._is_vector
+
+    @property
+    def _is_plane(self) -> bool:
+        """Whether it holds one number for every place."""
+        if len(self.shape) == 4:
+            return self._is_map and self.shape[self.axis] == 1
+        return len(self.shape) == 3 and 1 not in self.shape[1:]
+
+    @property
+    def _operators(self) -> tuple[str, ...]:
+        return () if self.origin is None else self.origin.operators
+
+    def _decide(self) -> Decision:
+        """The first rule that says something; what is left holds classes."""
+        rules: tuple[Callable[[], Decision | None], ...] = (
+            self._as_read,
+            self._as_told,
+            self._as_integers,
+            self._as_keypoints,
+            self._as_foreground,
+            self._as_numbers,
+            self._as_features,
+            self._as_picture,
+        )
+        return next((found for rule in rules if (found := rule()) is not None), None) or self._as_classes()
+
+    def _as_read(self) -> Decision | None:
+        return (OutputKind.DETECTIONS, self.detected) if self.detected else None
+
+    def _as_told(self) -> Decision | None:
         told = KIND_OF_TASK.get(self.task)
-        if told in ANY_SHAPE or (told and self._can_be(told)):
-            return told, f"--task {self.task}"
-        if not (self._can_be(OutputKind.CLASS_SCORES) or self._can_be(OutputKind.CLASS_MAP)):
-            return OutputKind.REGRESSION, f"the shape {format_shape(self.shape)} has no axis of classes"
-        why = self._why_features() or ("" if self._is_vector else self._why_picture())
-        if why:
-            return OutputKind.REGRESSION, why
-        return self._decide_classes()
+        why = f"--task {self.task}"
+        if told is OutputKind.CLASS_MAP and not self.floating and self._is_plane:
+            return OutputKind.CLASS_IDS, why
+        possible = {OutputKind.CLASS_SCORES: self._is_vector, OutputKind.CLASS_MAP: self._is_map}
+        if self.floating and told is not None and (told in ANY_SHAPE or possible.get(told)):
+            return told, why
+        return None
 
-    def _can_be(self, kind: OutputKind) -> bool:
-        """Whether the shape is possible for this kind."""
-        if kind is OutputKind.CLASS_SCORES:
-            return self._is_vector
-        return len(self.shape) == 4 and not self._is_vector and self.shape[self.axis] != 1
+    def _as_integers(self) -> Decision | None:
+        if self._is_plane and next(iter(self._operators), "") == "ArgMax":
+            return OutputKind.CLASS_IDS, "ArgMax gives a class for every place"
+        return None if self.floating else (OutputKind.INTEGER, "it holds no floats")
 
-    def _decide_classes(self) -> tuple[OutputKind, str]:
+    def _as_keypoints(self) -> Decision | None:
+        name, wanted = self.name.lower(), self.metadata_task in POSE_TASKS
+        if SCORE_NAMES.search(name) or SOFTMAX_OPS & set(self._operators):
+            return None
+        said = "the file's metadata say " + self.metadata_task if wanted else "its name says so"
+        if self._is_map and self.shape[self.axis] != 1 and 1 not in self.shape[1:]:
+            named = wanted or POINT_NAMES.search(name) or HEAT_MAP_NAMES.search(name)
+            return (OutputKind.KEYPOINTS, f"heat maps of keypoints: {said}") if named else None
+        if not (wanted or POINT_NAMES.search(name) or COORDINATE_NAMES.search(name)):
+            return None
+        sides = [side for side in self.shape[1:] if side != 1]
+        if len(sides) == 2 and sides[1] in (2, 3):
+            return OutputKind.KEYPOINTS, f"coordinates of points: {said}"
+        width = sides[0] if len(sides) == 1 else None
+        step = next((step for step in (2, 3) if width and width >= FEWEST_COORDINATES and width % step == 0), None)
+        return (OutputKind.KEYPOINTS, f"{width} coordinates of points: {said}") if step else None
+
+    def _as_foreground(self) -> Decision | None:
+        """A map of one channel that says what is foreground."""
+        if not (self._is_map and self._is_plane) or SURFACE_NAMES.search(self.name.lower()):
+            return None
+        if SIGMOID_OPS & set(self._operators):
+            return OutputKind.CLASS_MAP, "a sigmoid gives one channel: foreground above 0.5"
+        if MASK_NAMES.search(self.name.lower()):
+            return OutputKind.CLASS_MAP, f"its name says so of one channel: foreground above {self.threshold:g}"
+        channels, whole = self.input_channels, None not in self.size and self.size == self.input_size
+        linear = set(self._operators) <= {"Resize", "Add", "Conv"} and self.origin is not None
+        if channels == 3 and whole and linear and self.origin is not None and self.origin.kernel == 1:
+            return OutputKind.CLASS_MAP, "a 1x1 Conv gives one channel of the input's size: foreground above 0"
+        return None
+
+    def _as_numbers(self) -> Decision | None:
+        if self._is_vector or (self._is_map and self.shape[self.axis] != 1):
+            return None
+        return OutputKind.REGRESSION, f"the shape {format_shape(self.shape)} has no axis of classes"
+
+    def _as_features(self) -> Decision | None:
+        why = self._why_features()
+        return (OutputKind.EMBEDDING if self._is_vector else OutputKind.REGRESSION, why) if why else None
+
+    def _as_picture(self) -> Decision | None:
+        why = "" if self._is_vector else self._why_picture()
+        return (OutputKind.REGRESSION, why) if why else None
+
+    def _as_classes(self) -> Decision:
         width = self.shape[self.axis]
         count = "one number a class" if width is None else format_count(width, "number")
         kind, each = (
@@ -176,10 +293,6 @@ class ModelOutput:
         )
         end = next((op for op in self._operators if op in SOFTMAX_OPS | LAYER_OPS), "")
         return kind, f"{count} {each}{f' behind {end}' if end else ''}"
-
-    @property
-    def _operators(self) -> tuple[str, ...]:
-        return () if self.origin is None else self.origin.operators
 
     def _why_features(self) -> str:
         """Why numbers along the axis of classes are features and no classes; empty where nothing says so."""
@@ -206,11 +319,10 @@ class ModelOutput:
             return ""
         if SOFTMAX_OPS & set(self._operators):
             return ""
-        channels, size = _channels_and_size(self.image)
-        own = tuple(side for index, side in enumerate(self.shape) if index not in (0, self.axis))
+        channels, size = self.input_channels, self.input_size
         if self.image and channels is not None and channels != 3:
             return ""
-        if any(have is not None and had is not None and have % had for have, had in zip(own, size, strict=False)):
+        if any(have is not None and had is not None and have % had for have, had in zip(self.size, size, strict=False)):
             return ""  # smaller than the input, or no multiple of it
         last = next(iter(self._operators), "")
         if last == "Resize" and LAYER_OPS & set(self._operators):
@@ -243,142 +355,14 @@ def require_tasks(model: str, outputs: Sequence[ModelOutput], tasks: Tasks) -> N
             known = ", ".join(output.name for output in outputs)
             raise QconvError(f"--task {entry}: {model} has no output {name!r}, but {known}.", "name one of these.")
         wanted = KIND_OF_TASK.get(task, OutputKind.DETECTIONS)
-        if wanted is OutputKind.DETECTIONS or any(o.kind is wanted or not o.shape for o in meant):
+        kinds = MAP_KINDS if wanted is OutputKind.CLASS_MAP else {wanted}
+        if wanted is OutputKind.DETECTIONS or any(o.kind in kinds or not o.shape for o in meant):
             continue
         shapes = ", ".join(f"{output.name} is {format_shape(output.shape)}" for output in meant)
         needs = {
             OutputKind.CLASS_SCORES: "an output (N, C)",
-            OutputKind.CLASS_MAP: "an output (N, C, H, W) of two classes or more",
+            OutputKind.CLASS_MAP: "an output (N, C, H, W)",
         }.get(wanted, "an output of floats")
         raise QconvError(
             f"--task {entry} needs {needs}, but of {model} {shapes}.", "leave --task out, or name another."
         )
-
-
-MOVING_OPS = frozenset(
-    {"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Cast", "Dropout", "Slice"}
-    | {"QuantizeLinear", "DequantizeLinear"}
-)
-
-NORM_OPS = frozenset({"Sqrt", "Clip", "Max", "Add", "Expand", "Reciprocal", "Pow", "Div", *MOVING_OPS})
-"""What may lie between a sum of squares and the division by its root."""
-
-MOST_STEPS = 64
-"""Most steps back from an output."""
-
-
-def find_output_origins(proto: onnx.ModelProto) -> dict[str, OutputOrigin]:
-    """What computes each output of the graph, by its name."""
-    graph = _Graph.of(proto.graph)
-    return {output.name: graph.origin_of(output.name) for output in proto.graph.output}
-
-
-@dataclass(slots=True)
-class _Graph:
-    """producers: the node behind each tensor. shapes: of the constants that are stored."""
-
-    producers: dict[str, onnx.NodeProto]
-    shapes: dict[str, tuple[int, ...]]
-    constant: dict[str, bool]
-
-    @classmethod
-    def of(cls, graph: onnx.GraphProto) -> _Graph:
-        producers = {name: node for node in graph.node for name in node.output}
-        shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-        shapes |= {tensor.values.name: tuple(tensor.dims) for tensor in graph.sparse_initializer}
-        for node in graph.node:
-            if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
-                shapes[node.output[0]] = tuple(node.attribute[0].t.dims)
-        constant = dict.fromkeys(shapes, True)
-        for node in graph.node:  # which stand in the order in which they run
-            known = node.op_type == "Constant" or all(constant.get(name, not name) for name in node.input)
-            known = known and (bool(node.input) or node.op_type == "Constant")
-            constant |= dict.fromkeys(node.output, known)
-        return cls(producers, shapes, constant)
-
-    def origin_of(self, name: str) -> OutputOrigin:
-        found: list[str] = []
-        for node in self._back_from(name):
-            kind = _plain_name(node)
-            if kind in MOVING_OPS:
-                continue
-            data = self._data_of(node)
-            if kind in ("Div", "Mul", "ReduceL2") and len(data) == 2:
-                if any(self._is_norm(side) for side in data):
-                    return OutputOrigin((*found, NORMALIZING_OP))
-                if kind == "Div" and self._is_softmax(*data):
-                    return OutputOrigin((*found, "Softmax"))
-            found.append(kind)
-            if kind in LAYER_OPS:
-                return OutputOrigin(tuple(found), self._kernel_of(node))
-        return OutputOrigin(tuple(found))
-
-    def _back_from(self, name: str) -> Iterator[onnx.NodeProto]:
-        """The nodes behind a tensor, as long as one input alone is no constant."""
-        for _ in range(MOST_STEPS):
-            node = self.producers.get(name)
-            if node is None:
-                return
-            yield node
-            data = self._data_of(node)
-            if not data or (len(data) > 1 and _plain_name(node) not in {*MOVING_OPS, "Resize"}):
-                return
-            name = data[0]
-
-    def _data_of(self, node: onnx.NodeProto) -> list[str]:
-        return [name for name in node.input if name and not self.constant.get(name, False)]
-
-    def _kernel_of(self, node: onnx.NodeProto) -> int | None:
-        """How many places the weights of a convolution cover."""
-        if _plain_name(node) not in ("Conv", "ConvTranspose"):
-            return None
-        stated = next((tuple(a.ints) for a in node.attribute if a.name == "kernel_shape"), None)
-        if stated is not None:
-            return int(prod(stated))
-        name = next((n for n in node.input[1:] if len(self._stored_shape(n)) > 2), "")
-        return prod(self._stored_shape(name)[2:]) if name else None
-
-    def _stored_shape(self, name: str) -> tuple[int, ...]:
-        while name not in self.shapes and name in self.producers and self.producers[name].input:
-            name = self.producers[name].input[0]
-        return self.shapes.get(name, ())
-
-    def _is_norm(self, name: str) -> bool:
-        """Whether a tensor is the length of another one, or one over it."""
-        rooted = False
-        for node in self._back_from_norm(name):
-            rooted = rooted or node.op_type in ("Sqrt", "Pow")
-            if node.op_type == "ReduceL2":
-                return True
-            if node.op_type in ("ReduceSum", "ReduceSumSquare"):
-                return rooted
-            if node.op_type not in NORM_OPS:
-                return False
-        return False
-
-    def _back_from_norm(self, name: str) -> Iterator[onnx.NodeProto]:
-        for _ in range(MOST_STEPS):
-            node = self.producers.get(name)
-            if node is None:
-                return
-            yield node
-            data = self._data_of(node)
-            if not data:
-                return
-            name = data[0]
-
-    def _is_softmax(self, above: str, below: str) -> bool:
-        """Whether the division is one of Exp by its own sum."""
-        exp, total = self.producers.get(above), self.producers.get(below)
-        if exp is None or total is None or exp.op_type != "Exp" or total.op_type != "ReduceSum":
-            return False
-        return total.input[0] in exp.output
-
-
-def _plain_name(node: onnx.NodeProto) -> str:
-    """The operator that a kernel on integer codes stands for, and the operator itself of others."""
-    name: str = node.op_type
-    for prefix in ("QLinear", "QGemm"):
-        if name.startswith(prefix):
-            return "Gemm" if prefix == "QGemm" else name.removeprefix(prefix)
-    return {"ConvInteger": "Conv", "MatMulInteger": "MatMul"}.get(name, name)

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from qconv.config.tasks import NO_TASKS, Tasks
 from qconv.errors import QconvError, format_shape
-from qconv.runtime.outputs import ModelOutput, OutputKind, OutputOrigin
+from qconv.runtime.output_origins import OutputOrigin
+from qconv.runtime.outputs import ModelOutput, OutputKind
 
 ELEMENT_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -144,9 +145,10 @@ class Session:
 
     def _describe_outputs(self, origins: Mapping[str, OutputOrigin], tasks: Tasks) -> tuple[ModelOutput, ...]:
         image = next((_open_shape(value.shape) for value in self._session.get_inputs()), ())
+        task = self.metadata.get("task", "")
         return tuple(
             ModelOutput(
-                o.name, o.type in FLOAT_TYPES, _open_shape(o.shape), image, origins.get(o.name), tasks.of(o.name)
+                o.name, o.type in FLOAT_TYPES, _open_shape(o.shape), image, origins.get(o.name), tasks.of(o.name), task
             )
             for o in self._session.get_outputs()
         )

@@ -10,7 +10,7 @@ from qconv.metrics.comparison import GATES, check_gates
 from qconv.report.text import format_evaluation, format_trials
 from qconv.results.comparison import Trial
 from qconv.results.quantize import OutputScore, Verification
-from qconv.results.scores import AGREEMENT, COSINE, DECIBEL, SQNR, Metric, Score, as_values, by_unit, worst_scores
+from qconv.results.scores import AGREEMENT, COSINE, DECIBEL, SQNR, Metric, Score, as_values, by_rank, worst_scores
 from tests.support.scores import scores
 
 ERROR = Metric("error_px", "error", "", higher_is_better=False, equal=0.0)
@@ -32,8 +32,8 @@ def test_the_worst_of_several_outputs() -> None:
     assert as_values(worst_scores([(Score(SQNR, None),)])) == {"sqnr_db": None, "agreement": None}
 
 
-def test_shares_come_before_decibels_and_plain_numbers() -> None:
-    found = by_unit([Score(SQNR, 1.0), Score(COSINE, 1.0), Score(AGREEMENT, 1.0)])
+def test_what_a_task_is_judged_by_comes_first_then_sqnr() -> None:
+    found = by_rank([Score(SQNR, 1.0), Score(COSINE, 1.0), Score(AGREEMENT, 1.0)])
     assert [score.name for score in found] == ["agreement", "sqnr_db", "cosine"]
 
 
