@@ -6,9 +6,10 @@
     N, auto     both sides are scaled alike so that they cover a size, rounded down as torchvision does; centre crop
     letterbox   both sides are scaled alike so that they fit; what is left of the input is padded
 
-Letterboxes are those of their families. In the centre, as of YOLOv5 and its successors: sides are rounded to the
-nearest, and of an odd padding the larger half lies below and to the right. To the top left, as of YOLOX: sides are
-rounded down.
+Letterboxes are those of their families, and so is the way back. In the centre, as of YOLOv5 and its successors: sides
+are rounded to the nearest, of an odd padding the larger half lies below and to the right, and boxes are cut off at the
+edges of the picture. To the top left, as of YOLOX: sides are rounded down, and the way back goes by the ratio that they
+were to have, so that places are off by up to a pixel of the input, as in published figures.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ class PicturePlacement:
     Attributes:
         scale, offset: x * scale + offset is a place in the picture, of a place in the input, for x and for y.
         size: Width and height of the picture, upright.
+        cuts_off: Whether boxes end at the edges of the picture.
     """
 
     scale: tuple[float, float]
     offset: tuple[float, float]
     size: Size
+    cuts_off: bool = False
 
 
 def choose_scaled_size(size: Size, prep: Preprocessing) -> Size:
@@ -55,10 +58,14 @@ def find_corner(scaled: Size, prep: Preprocessing) -> tuple[int, int]:
 
 def place_picture(size: Size, prep: Preprocessing) -> PicturePlacement:
     """Where the pixels of the input lie in a picture of this size."""
+    letterboxed = prep.resize == LETTERBOX
+    if letterboxed and prep.letterbox_align is LetterboxAlign.TOP_LEFT:
+        ratio = _fitting_ratio(size, prep)
+        return PicturePlacement((1 / ratio, 1 / ratio), (0.0, 0.0), size)
     scaled = choose_scaled_size(size, prep)
     left, top = find_corner(scaled, prep)
     scale = size[0] / scaled[0], size[1] / scaled[1]
-    return PicturePlacement(scale, (left * scale[0], top * scale[1]), size)
+    return PicturePlacement(scale, (left * scale[0], top * scale[1]), size, letterboxed)
 
 
 def _exact_size(_: Size, prep: Preprocessing) -> Size:
@@ -66,9 +73,13 @@ def _exact_size(_: Size, prep: Preprocessing) -> Size:
     return width, height
 
 
-def _letterbox_size(size: Size, prep: Preprocessing) -> Size:
+def _fitting_ratio(size: Size, prep: Preprocessing) -> float:
     height, width = prep.size
-    ratio = min(width / size[0], height / size[1])
+    return min(width / size[0], height / size[1])
+
+
+def _letterbox_size(size: Size, prep: Preprocessing) -> Size:
+    ratio = _fitting_ratio(size, prep)
     rounded: Callable[[float], int] = int if prep.letterbox_align is LetterboxAlign.TOP_LEFT else round
     return max(1, rounded(size[0] * ratio)), max(1, rounded(size[1] * ratio))
 

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 # Naming them keeps the rest of Pillow out of reach: an EPS file called x.jpg would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 
+_ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+
+_SPREAD_LEVELS = {"L;2": 85, "L;4": 17}  # Pillow makes 0..255 of grey of fewer bits
+
 # Modes that convert() reads wrongly unless they pass through another one first, and the value of white in wide modes.
 _INTERMEDIATE_MODES = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
 
@@ -76,6 +80,26 @@ def read_size(path: Path) -> Size:
             return ImageOps.exif_transpose(picture).size
         width, height = picture.size
         return (height, width) if picture.getexif().get(_ORIENTATION) in _LYING else (width, height)
+
+
+def load_ids(path: Path) -> NDArray[np.int32]:
+    """The ids of a mask, (H, W): the numbers that are stored, of a palette or of grey.
+
+    Raises UnreadableImage, and QconvError for colours.
+    """
+    with _open_picture(path) as picture:
+        mode, stored = picture.mode, _stored_form(picture)
+        found = np.asarray(picture).astype(np.int32)
+    if mode not in _ID_MODES:
+        hint = "store the number of the class of each pixel: as grey levels, or with a palette."
+        raise QconvError(f"{path} holds colours ({mode}), where a mask holds ids.", hint)
+    return found // _SPREAD_LEVELS.get(stored, 1)
+
+
+def _stored_form(picture: Picture) -> str:
+    """How Pillow calls the pixels of a file, as "L;4"; known until they are read."""
+    tiles = getattr(picture, "tile", [])
+    return str(tiles[0][3]) if tiles else ""
 
 
 _ORIENTATION = 0x0112
