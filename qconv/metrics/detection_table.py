@@ -59,7 +59,6 @@ class DetectionTable:
             own, name = self.found[path], pictures.get(path, int(path.stem) if path.stem.isdecimal() else path.stem)
             for box, score, number in zip(own.boxes.tolist(), own.scores.tolist(), own.classes.tolist(), strict=True):
                 left, top, right, bottom = box
-                sides = [round(side, 2) for side in (left, top, right - left, bottom - top)]
-                entry = {"image_id": name, "category_id": classes.get(number, number), "bbox": sides}
-                found.append({**entry, "score": float(f"{score:.6g}")})
+                entry = {"image_id": name, "category_id": classes.get(number, number), "score": score}
+                found.append({**entry, "bbox": [left, top, right - left, bottom - top]})
         return json.dumps(found).encode()
