@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.data.box_labels import BoxLabels
-from qconv.decoding.boxes import Detections, pairwise_iou
+from qconv.decoding.boxes import NOTHING, Detections, pairwise_iou
 from qconv.errors import QconvError
 from qconv.metrics.similarity import iter_resamples, percentile_interval
 from qconv.results.scores import MAP, MAP50, Metric, Score
@@ -45,8 +45,8 @@ AP_RESAMPLES = 300
 BLOCK = 2**22
 """Numbers of a table that are computed at once."""
 
-TOO_LARGE = 1e11
-"""Area of what is to be ignored: above all that COCO's range of sizes takes in."""
+LARGEST_AREA = 1e10
+"""Of the range of sizes that COCO calls `all`: boxes outside of it that find nothing do not count."""
 
 
 def require_detect_extra() -> None:
@@ -106,13 +106,13 @@ def _integrate(right: Float64, whole: Float64, wanted: Float64) -> Float64:
     return gained
 
 
-def _match_picture(found: Detections, labels: BoxLabels) -> tuple[Flags, Flags]:
-    """Boxes of one class in one picture: whether each found a label, and counts, at each IoU limit, (10, D) both."""
+def _match_picture(found: Float64, labels: BoxLabels) -> tuple[Flags, Flags]:
+    """Boxes (D, 4) of one class in one picture: whether each found a label, and counts, at each IoU limit, (10, D)."""
     limits, shape = np.minimum(IOU_LIMITS, 1 - 1e-10), (len(IOU_LIMITS), len(found))
     hits, counted = np.zeros(shape, bool), np.ones(shape, bool)
     order = np.argsort(labels.ignored, kind="stable")  # those that count first
     ignored, crowd = labels.ignored[order], labels.crowd[order]
-    overlaps = _overlaps(found.boxes, labels.boxes[order], crowd)  # (D, G)
+    overlaps = _overlaps(found, labels.boxes[order], crowd)  # (D, G)
     free = np.ones((len(limits), len(order)), bool)
     for index in np.flatnonzero(overlaps.max(axis=1, initial=0) >= limits[0]):
         able = (overlaps[index] >= limits[:, None]) & (free | crowd)  # (10, G)
@@ -144,35 +144,42 @@ class AveragePrecision:
     found: list[Detections] = field(default_factory=list)
     labels: list[BoxLabels] = field(default_factory=list)
     _matches: list[ClassMatches] | None = None
+    _values: Mapping[Metric, float | None] | None = None
+    _drawn: Float64 | None = None
 
     def add(self, found: Detections, labels: BoxLabels) -> None:
         """Take in one picture, boxes and labels in its pixels."""
         self.found.append(found)
         self.labels.append(labels)
-        self._matches = None
+        self._matches = self._values = self._drawn = None
 
-    def scores(self, *, spans: bool = True) -> tuple[Score, ...]:
-        """mAP and mAP50; without a number where no label counts. spans: with the bootstrap's intervals."""
-        values = _ask_library(self.found, self.labels)
-        drawn = self._resampled() if spans else None
-        found = []
-        for index, (metric, value) in enumerate(values.items()):
-            span = None if drawn is None or value is None else percentile_interval(drawn[:, index])
-            found.append(Score(metric, value, span))
-        return tuple(found)
+    def scores(self) -> tuple[Score, ...]:
+        """mAP and mAP50; without a number where no label counts."""
+        drawn = self.resampled()
+        return tuple(
+            Score(metric, value, None if drawn is None or value is None else percentile_interval(drawn[:, index]))
+            for index, (metric, value) in enumerate(self.values.items())
+        )
 
     def differences(self, other: AveragePrecision) -> tuple[Score, ...]:
         """By how much each measure is above another model's on the same pictures, which both bootstraps draw alike."""
-        mine, its = self.scores(spans=False), other.scores(spans=False)
-        own, theirs = self._resampled(), other._resampled()
+        own, theirs = self.resampled(), other.resampled()
         found = []
-        for index, (one, two) in enumerate(zip(mine, its, strict=True)):
-            if one.value is None or two.value is None:
-                found.append(Score(one.metric, None))
+        for index, (metric, value) in enumerate(self.values.items()):
+            its = other.values[metric]
+            if value is None or its is None:
+                found.append(Score(metric, None))
                 continue
             span = None if own is None or theirs is None else percentile_interval((own - theirs)[:, index])
-            found.append(Score(one.metric, one.value - two.value, span))
+            found.append(Score(metric, value - its, span))
         return tuple(found)
+
+    @property
+    def values(self) -> Mapping[Metric, float | None]:
+        """mAP and mAP50 by the library; None where no label counts."""
+        if self._values is None:
+            self._values = _ask_library(self.found, self.labels)
+        return self._values
 
     def measure(self, weights: Float64) -> Float64:
         """mAP and mAP50 under weights of pictures (R, P), (R, 2); NaN where no label counts."""
@@ -194,36 +201,65 @@ class AveragePrecision:
     def matches(self) -> list[ClassMatches]:
         """Of each class that has labels."""
         if self._matches is None:
-            numbers = np.unique(np.concatenate([labels.classes for labels in self.labels] or [np.zeros(0, np.int64)]))
-            self._matches = [self._match_class(number) for number in numbers]
+            self._matches = _match(_Boxes.of(self.found), self.labels)
         return self._matches
 
-    def _resampled(self) -> Float64 | None:
+    def resampled(self) -> Float64 | None:
         """Both measures on resampled pictures, (AP_RESAMPLES, 2); None of fewer than two pictures."""
         count = len(self.labels)
-        if count < 2:
-            return None
-        return self.measure(np.stack([*iter_resamples(count, AP_RESAMPLES)]).astype(np.float64))
+        if self._drawn is None and count > 1:
+            self._drawn = self.measure(np.stack([*iter_resamples(count, AP_RESAMPLES)]).astype(np.float64))
+        return self._drawn
 
-    def _match_class(self, number: int) -> ClassMatches:
-        scores, pictures, hits, counted, wanted = [], [], [], [], []
-        for index, (boxes, labels) in enumerate(zip(self.found, self.labels, strict=True)):
-            own = boxes.select(np.flatnonzero(boxes.classes == number)[:MOST_OF_A_CLASS])
-            its = _select_labels(labels, labels.classes == number)
-            wanted.append(int((~its.ignored).sum()))
-            if not len(own):
-                continue
-            hit, counts = _match_picture(own, its)
-            scores.append(own.scores)
-            pictures.append(np.full(len(own), index))
-            hits.append(hit)
-            counted.append(counts)
-        if not scores:
-            none = np.zeros((len(IOU_LIMITS), 0), bool)
-            return ClassMatches(np.zeros(0, np.int64), none, none, np.array(wanted))
-        order = np.argsort(-np.concatenate(scores), kind="stable")
-        found, able = (np.concatenate(part, axis=1)[:, order] for part in (hits, counted))
-        return ClassMatches(np.concatenate(pictures)[order], found, able, np.array(wanted))
+
+@dataclass(frozen=True, slots=True)
+class _Boxes:
+    """All boxes of all pictures that are looked at, by class and falling score."""
+
+    boxes: Float64
+    pictures: Int64
+    classes: Int64
+
+    @classmethod
+    def of(cls, found: Sequence[Detections]) -> _Boxes:
+        """Those that are looked at."""
+        pictures = np.repeat(np.arange(len(found)), [len(own) for own in found])
+        parts = [np.concatenate([getattr(own, name) for own in (*found, NOTHING)]) for name in ("classes", "scores")]
+        classes, scores = parts
+        boxes = np.concatenate([own.boxes for own in (*found, NOTHING)])
+        order = np.lexsort((-scores, pictures, classes))
+        group = classes[order] * len(found) + pictures[order]
+        rank = np.arange(len(order)) - np.searchsorted(group, group)
+        order = order[rank < MOST_OF_A_CLASS]
+        order = order[np.lexsort((-scores[order], classes[order]))]
+        return cls(boxes[order], pictures[order], classes[order])
+
+    def of_class(self, number: int) -> slice:
+        """Where a class lies."""
+        return slice(*np.searchsorted(self.classes, (number, number + 1)))
+
+
+def _match(boxes: _Boxes, labels: Sequence[BoxLabels]) -> list[ClassMatches]:
+    """What the boxes of each class that has labels have found."""
+    numbers = np.unique(np.concatenate([np.zeros(0, np.int64), *(own.classes for own in labels)]))
+    matches = []
+    for number in numbers:
+        place = boxes.of_class(int(number))
+        own, pictures = boxes.boxes[place], boxes.pictures[place]
+        area = (own[:, 2:] - own[:, :2]).prod(axis=1)
+        hits = np.zeros((len(IOU_LIMITS), len(own)), bool)
+        counted = np.repeat([(area >= 0) & (area <= LARGEST_AREA)], len(IOU_LIMITS), axis=0)
+        wanted = np.zeros(len(labels), np.int64)
+        for picture, its in enumerate(labels):
+            if number in its.classes:
+                its = _select_labels(its, its.classes == number)
+                wanted[picture] = int((~its.ignored).sum())
+                rows = np.flatnonzero(pictures == picture)
+                found, able = _match_picture(own[rows], its)
+                hits[:, rows] = found
+                counted[:, rows] = np.where(found, able, counted[:, rows])
+        matches.append(ClassMatches(pictures, hits, counted, wanted))
+    return matches
 
 
 def _select_labels(labels: BoxLabels, index: Flags) -> BoxLabels:
@@ -260,7 +296,7 @@ def _as_coco(labels: Sequence[BoxLabels]) -> dict[str, Any]:
                     "image_id": picture,
                     "category_id": int(own.classes[index]),
                     "bbox": [left, top, width, height],
-                    "area": TOO_LARGE if own.ignored[index] and not own.crowd[index] else width * height,
+                    "area": 2 * LARGEST_AREA if own.ignored[index] and not own.crowd[index] else width * height,
                     "iscrowd": int(own.crowd[index]),
                 }
             )

@@ -40,8 +40,9 @@ def _picture(rng: np.random.Generator, odd: bool, digits: int) -> Picture:
     moved[:, 2:] = np.maximum(moved[:, 2:], moved[:, :2] + 1)
     wrong = rng.random(len(near)) < 0.15
     stray = rng.uniform(0, 300, (5, 2))
+    sizes = np.array([[40, 40], [40, 40], [40, 40], [-40, 40], [2e5, 1e5]])  # turned inside out, and too large to count
     found = Detections.of(
-        np.concatenate([moved, np.concatenate([stray, stray + 40], axis=1)]),
+        np.concatenate([moved, np.concatenate([stray, stray + sizes], axis=1)]),
         np.round(rng.uniform(0.01, 1, len(near) + 5), digits),
         np.concatenate([np.where(wrong, 0, classes[near]), rng.integers(0, CLASSES + 1, 5)]),
     )
@@ -98,7 +99,7 @@ def test_equal_to_pycocotools(seed: int, odd: bool) -> None:
     precision = measured(pictures)
     np.testing.assert_allclose(precision.measure(np.ones((1, len(pictures))))[0], wanted, rtol=0, atol=1e-12)
     pytest.importorskip("faster_coco_eval", reason="needs the extra: pip install 'qconv[detect]'")
-    scores = precision.scores(spans=False)
+    scores = precision.scores()
     got = value_of(scores, MAP), value_of(scores, MAP50)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-15)
 
@@ -111,6 +112,17 @@ def test_weights_are_pictures_drawn_several_times(seed: int) -> None:
         drawn = [picture for picture, times in zip(pictures, weights, strict=True) for _ in range(times)]
         got = measured(pictures).measure(weights[None].astype(np.float64))[0]
         np.testing.assert_allclose(got, by_pycocotools(drawn), rtol=0, atol=1e-12)
+
+
+def test_a_hundred_boxes_of_a_class_in_a_picture() -> None:
+    """The hundred and first finds nothing any more."""
+    labels = BoxLabels.of([[0, 0, 9, 9]], [0])
+    boxes = np.tile([50.0, 50, 60, 60], (120, 1))
+    for place, wanted in ((99, 1 / 100), (100, 0)):
+        boxes[:] = [50, 50, 60, 60]
+        boxes[place] = [0, 0, 9, 9]
+        found = Detections.of(boxes, np.linspace(0.9, 0.1, 120), np.zeros(120))
+        np.testing.assert_allclose(measured([(found, labels)]).measure(np.ones((1, 1)))[0], [wanted] * 2)
 
 
 def test_by_hand() -> None:
