@@ -84,6 +84,23 @@ def test_every_form_measures_alike_and_as_pycocotools(tmp_path: Path, images: Pa
 
 
 @needs_library
+def test_batches_and_pictures_that_cannot_be_read_shift_nothing(tmp_path: Path) -> None:
+    """Labels stay with their pictures, of which the fourth is broken."""
+    images = labelled.pictures(tmp_path / "imgs", 12)
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    coco = labelled.write_coco(labelled.some_boxes(images), tmp_path / "coco.json")
+    whole = [score.value for score in measured(source, images, coco).labelled]
+    (images / "broken.png").write_bytes(b"no picture")
+    warnings: list[str] = []
+    data = DataOptions((str(images),), samples=None, batch=5, preprocessing=LETTERBOX)
+    request = EvaluationOptions(data, against=source, labels=coco, threads=1)
+    found = evaluate(source, request, Reporter(warnings.append))
+    assert [score.value for score in found.labelled] == whole
+    assert [score.value for score in found.other_labelled] == whole
+    assert any("broken.png" in text for text in warnings)
+
+
+@needs_library
 def test_beside_another_model(tmp_path: Path, images: Path) -> None:
     source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
     other = labelled.save(labelled.detector(1), tmp_path / "other.onnx")
