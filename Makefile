@@ -13,9 +13,9 @@ help: ## show this help
 $(STAMP): pyproject.toml qconv/__init__.py
 	@if command -v uv >/dev/null 2>&1; then \
 	  uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
-	  uv pip install --quiet --python $(BIN)/python -e '.[dev,bench,report]'; \
+	  uv pip install --quiet --python $(BIN)/python -e '.[dev,bench,report,detect]'; \
 	else \
-	  $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench,report]'; \
+	  $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,bench,report,detect]'; \
 	fi
 	@touch $(STAMP)
 

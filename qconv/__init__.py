@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qconv.analysis.evaluate import Evaluation
+    from qconv.analysis.evaluation import Evaluation
     from qconv.api import (
         audit,
         benchmark,
@@ -68,7 +68,7 @@ _PLACES = {
     "DataOptions": "config.data_options",
     "Diagnosis": "results.comparison",
     "Drop": "config.choices",
-    "Evaluation": "analysis.evaluate",
+    "Evaluation": "analysis.evaluation",
     "LayerBits": "config.choices",
     "PreprocessingOptions": "config.data_options",
     "QconvError": "errors",

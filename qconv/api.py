@@ -23,6 +23,7 @@ from qconv.analysis import compare as analysis_compare
 from qconv.analysis import diagnose as analysis_diagnose
 from qconv.analysis import evaluate as analysis_evaluate
 from qconv.analysis import inspect_float, inspect_quantized, sample_study
+from qconv.analysis.evaluation import Evaluation, EvaluationOptions
 from qconv.analysis.inspect_float import FloatModel
 from qconv.analysis.inspect_quantized import QuantizedModel
 from qconv.auditing import audit as runtime_audit
@@ -97,9 +98,11 @@ def evaluate(
     against: Model | None = None,
     classes: PathName | None = None,
     label_offset: int = 0,
+    labels: PathName | None = None,
+    label_map: PathName | None = None,
     threads: int | None = None,
     reporter: Reporter | None = None,
-) -> analysis_evaluate.Evaluation:
+) -> Evaluation:
     """Measure a model on labelled images, and against another one.
 
     Args:
@@ -109,18 +112,22 @@ def evaluate(
         against: The model to compare with.
         classes: A file with the class folders in output order, one a line.
         label_offset: Added to the place in that list.
+        labels: Of boxes or masks, a file or a folder: `qconv evaluate --schema` prints what is expected.
+        label_map: A file that says which class of the model a label is.
         threads: Of ONNX Runtime; None for all cores.
         reporter: Hears of warnings and of progress.
     """
     check_run_options(threads)
     source = _source(model)
     with _opened(images, source, None, needed="An evaluation") as data:
-        request = analysis_evaluate.EvaluationOptions(
+        request = EvaluationOptions(
             data,
             None if against is None else _source(against),
             as_type(classes, Path | None, "--classes"),
             label_offset,
             threads=threads,
+            labels=as_type(labels, Path | None, "--labels"),
+            label_map=as_type(label_map, Path | None, "--label-map"),
         )
         return analysis_evaluate.evaluate(source, request, _run(reporter))
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 import qconv
 from qconv import storage
 from qconv.calibration.sketch import LIMB_BITS, LIMBS, ExactSum, Sketch
-from qconv.config.data_options import Color, Layout, Preprocessing, ResizeFilter
+from qconv.config.data_options import LETTERBOX_GREY, Color, Layout, LetterboxAlign, Preprocessing, ResizeFilter
 from qconv.errors import QconvError, format_count
 from qconv.reporter import Reporter
 
@@ -100,6 +100,8 @@ def preprocessing_from_dict(words: Mapping[str, Any]) -> Preprocessing:
         std=tuple(map(float, words["std"])),
         resize=words["resize"],
         class_vector=bool(words["class_vector"]),
+        letterbox_align=LetterboxAlign(words.get("letterbox_align", LetterboxAlign.CENTER)),
+        letterbox_fill=int(words.get("letterbox_fill", LETTERBOX_GREY)),
     )
 
 

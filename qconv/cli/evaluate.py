@@ -29,7 +29,17 @@ from qconv.config.choices import check_run_options
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.reporter import Reporter
 
-TABLE_SUFFIXES = (".csv", ".npz")
+TABLE_SUFFIXES = (".csv", ".json", ".npz")
+
+
+def print_schema(context: click.Context, option: click.Parameter, asked: bool) -> None:
+    """Print what labels look like, and end."""
+    if asked and not context.resilient_parsing:
+        from qconv.data.label_files import SCHEMA
+
+        click.echo(SCHEMA, nl=False)
+        context.exit()
+
 
 evaluate_options = combine_options(
     click.option(
@@ -46,9 +56,27 @@ evaluate_options = combine_options(
         help="Also compare with this model: agreement, SQNR, flips and whether they are chance.",
     ),
     click.option(
+        "--labels",
+        metavar="FILE|DIR",
+        help="Boxes (COCO JSON, YOLO, Pascal VOC) for mAP, which needs the extra qconv[detect], or masks (PNG) for "
+        "mIoU: see --schema.",
+    ),
+    click.option(
+        "--label-map", metavar="FILE.toml", help="Which class of the model each of these labels is: see --schema."
+    ),
+    click.option(
+        "--schema",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=print_schema,
+        help="Print what is expected of --labels and --label-map, and exit.",
+    ),
+    click.option(
         "--classes",
         metavar="FILE",
-        help="The class folders in output order, one a line.  [default: classes.txt in the folder, or folder names]",
+        help="The class folders, or the names of classes in --labels, in output order, one a line.  "
+        "[default: classes.txt in the folder, or folder names]",
     ),
     click.option(
         "--label-offset", default=0, show_default=True, metavar="N", type=int, help="Added to the place in that list."
@@ -56,7 +84,8 @@ evaluate_options = combine_options(
     click.option(
         "--save-predictions",
         metavar="OUT",
-        help="Write what was said of each picture: a .csv, or a .npz with all outputs.",
+        help="Write what was said of each picture: a .csv, a .json of boxes as COCO's results, or a .npz with all "
+        "outputs.",
     ),
     click.option("--samples", metavar="N", type=click.IntRange(1), help="Draw so many pictures.  [default: all]"),
     click.option("--seed", metavar="N", type=click.IntRange(0), help="Of that draw.  [default: 0]"),
@@ -80,6 +109,8 @@ class EvaluateArguments:
     model: str
     images: tuple[str, ...]
     against: str | None
+    labels: str | None
+    label_map: str | None
     classes: str | None
     label_offset: int
     save_predictions: str | None
@@ -100,12 +131,16 @@ class EvaluateArguments:
             {
                 "--images": self.images,
                 "--against": self.against,
+                "--labels": self.labels,
+                "--label-map": self.label_map,
                 "--classes": self.classes,
                 "--save-predictions": self.save_predictions,
             }
         )
         if self.seed is not None and self.samples is None:
             raise click.UsageError("--seed is of the draw that --samples asks for; without it all pictures are used.")
+        if self.label_map is not None and self.labels is None:
+            raise click.UsageError("--label-map is of the labels that --labels names.")
         if "-" in (self.against, self.save_predictions):
             raise click.UsageError("only MODEL can be read from a pipe, and only --json can be written to one.")
         if self.table not in (None, *TABLE_SUFFIXES):
@@ -137,31 +172,36 @@ def evaluate(**options: Any) -> int:
     check_run_options(given.threads)
     data = given.data
     files = CommandFiles(
-        (given.model,), (given.against, given.classes, *given.images), {"the predictions": given.save_predictions}
+        (given.model,),
+        (given.against, given.classes, given.labels, given.label_map, *given.images),
+        {"the predictions": given.save_predictions},
     )
     return run_command(given.wanted, files, lambda reporter: _evaluate(given, data, files, reporter))
 
 
 def _evaluate(given: EvaluateArguments, data: DataOptions, files: CommandFiles, reporter: Reporter) -> CommandResult:
     from qconv import storage
-    from qconv.analysis import evaluate as evaluation
+    from qconv.analysis.evaluate import evaluate as run_evaluation
+    from qconv.analysis.evaluation import EvaluationOptions
     from qconv.ir.files import source_of
     from qconv.report import text
 
     if given.save_predictions is not None:
         storage.check_output_path(Path(given.save_predictions))
         storage.refuse_overwriting_inputs(Path(given.save_predictions), files.read)
-    request = evaluation.EvaluationOptions(
+    request = EvaluationOptions(
         data,
         None if given.against is None else source_of(given.against),
         None if given.classes is None else Path(given.classes),
         given.label_offset,
         table=given.table,
         threads=given.threads,
+        labels=None if given.labels is None else Path(given.labels),
+        label_map=None if given.label_map is None else Path(given.label_map),
     )
-    found = evaluation.evaluate(source_of(given.model), request, reporter)
-    if given.save_predictions is not None and found.predictions is not None:
-        table = found.predictions.as_npz() if given.table == ".npz" else found.predictions.as_csv()
+    found = run_evaluation(source_of(given.model), request, reporter)
+    if given.save_predictions is not None and given.table is not None and found.predictions is not None:
+        table = found.predictions.as_table(given.table)
         storage.write_atomically(Path(given.save_predictions), table)
     show = print_to(lambda: text.format_evaluation(found, verbose=given.wanted.verbose))
     return CommandResult(found.as_dict(), show, found.rows())

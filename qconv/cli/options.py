@@ -29,7 +29,7 @@ from qconv.config.choices import (
     Scheme,
     WeightGranularity,
 )
-from qconv.config.data_options import AUTO, PRESETS, Color, Layout, ResizeFilter
+from qconv.config.data_options import AUTO, LETTERBOX_GREY, PRESETS, Color, Layout, LetterboxAlign, ResizeFilter
 from qconv.config.targets import TARGETS
 from qconv.errors import QconvError
 
@@ -190,6 +190,17 @@ preprocessing_options = combine_options(
     ),
     click.option(
         "--filter", "filter_", type=_choice(ResizeFilter), default="bilinear", show_default=True, help="For resizing."
+    ),
+    click.option(
+        "--letterbox-align",
+        type=_choice(LetterboxAlign),
+        help="Where the picture lies, for --resize letterbox.  [default: center]",
+    ),
+    click.option(
+        "--letterbox-fill",
+        type=click.IntRange(0, 255),
+        metavar="0..255",
+        help=f"Grey level beside it, for --resize letterbox.  [default: {LETTERBOX_GREY}]",
     ),
     click.option("--size", type=SizeType(), help="Where the model leaves height and width open."),
     click.option(

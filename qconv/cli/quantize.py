@@ -28,7 +28,7 @@ import click
 from qconv.cli.command import CommandFiles, CommandResult, OutputOptions, print_to, require_names, run_command
 from qconv.cli.options import HELP_WIDTH, quantize_options, require_output
 from qconv.cli.recipe_file import NOT_IN_RECIPES, GivenOptions, RecipeTable, SavedRecipe, given_options
-from qconv.cli.recipe_options import quantize_parameters, require_images
+from qconv.cli.recipe_options import PREPROCESSING_OPTIONS, quantize_parameters, require_images
 from qconv.config.choices import option_name
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
@@ -44,8 +44,7 @@ WRITTEN_FILES = ("save_stats", "save_layer_bits", "save_recipe")
 
 SHARED_OPTIONS = (NOT_IN_RECIPES - {"recipe"}) | frozenset(
     {"calib", "fallback", "samples", "batch", "seed", "pattern", "stats", "min_agreement", "min_sqnr"}
-    | {"preprocess", "scale", "mean", "std", "color", "layout", "resize", "filter_", "size", "task", "decode"}
-    | {"threads", "embed_preprocessing"}
+    | {*PREPROCESSING_OPTIONS, "task", "decode", "threads", "embed_preprocessing"}
 )
 """Options that no recipe of a sweep has of its own."""
 

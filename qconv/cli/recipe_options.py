@@ -12,7 +12,15 @@ from click.core import ParameterSource
 
 from qconv.cli.options import quantize_options
 from qconv.config.choices import BLOCK_SIZE, NAMED_RECIPES, NO_IMAGES, WeightGranularity
-from qconv.config.data_options import Color, DataOptions, Layout, PreprocessingOptions, ResizeFilter
+from qconv.config.data_options import (
+    LETTERBOX_OPTIONS,
+    Color,
+    DataOptions,
+    Layout,
+    LetterboxAlign,
+    PreprocessingOptions,
+    ResizeFilter,
+)
 from qconv.config.recipe import Recipe, make_request
 from qconv.config.serialization import read_layer_bits
 from qconv.errors import QconvError
@@ -115,10 +123,15 @@ def make_preprocessing_options(options: dict[str, Any]) -> PreprocessingOptions:
         resize=options["resize"],
         filter=ResizeFilter(options["filter_"]),
         size=options["size"],
+        letterbox_align=None if options["letterbox_align"] is None else LetterboxAlign(options["letterbox_align"]),
+        letterbox_fill=options["letterbox_fill"],
     )
 
 
-PREPROCESSING_OPTIONS = ("preprocess", "scale", "mean", "std", "color", "layout", "resize", "filter_", "size")
+PREPROCESSING_OPTIONS = (
+    *("preprocess", "scale", "mean", "std", "color", "layout", "resize", "filter_", "size"),
+    *LETTERBOX_OPTIONS,
+)
 
 
 def take_preprocessing_options(options: dict[str, Any]) -> PreprocessingOptions:

@@ -17,6 +17,7 @@ from qconv.config.choices import (
     option_name,
     require,
     require_finite,
+    require_range,
     require_size,
     take_types,
 )
@@ -51,6 +52,13 @@ class ResizeFilter(StrEnum):
     BICUBIC = "bicubic"
 
 
+class LetterboxAlign(StrEnum):
+    """Where a letterboxed picture lies in the network's input."""
+
+    CENTER = "center"
+    TOP_LEFT = "top-left"
+
+
 @dataclass(frozen=True, slots=True)
 class Preset:
     """A published normalisation: `(pixel * scale - mean) / std` on pixels 0 to 255."""
@@ -69,8 +77,13 @@ PRESETS: dict[str, Preset] = {
     "raw": Preset(Color.RGB, 1.0, (0.0,), (1.0,)),
 }
 
-RESIZE_MODES = ("auto", "exact", "letterbox")
+LETTERBOX = "letterbox"
+
+RESIZE_MODES = ("auto", "exact", LETTERBOX)
 """How the size is reached, where it is no shorter side in pixels."""
+
+LETTERBOX_GREY = 114
+"""The padding of the YOLO families."""
 
 AUTO = "auto"
 """In place of a preset: find out which."""
@@ -88,6 +101,8 @@ class PreprocessingOptions:
     preset: a name in PRESETS, or "auto" (as None) to find out which fits the model.
     resize: "auto", "exact", "letterbox" or the shorter side in pixels, then the centre is cropped.
     size: (height, width) where the model leaves them open.
+    letterbox_align, letterbox_fill: where a letterboxed picture lies, and the grey beside it, 0 to 255; None for the
+        centre and for LETTERBOX_GREY. Other ways of resizing have neither.
     """
 
     preset: str | None = AUTO
@@ -99,13 +114,16 @@ class PreprocessingOptions:
     resize: str | int = "auto"
     filter: ResizeFilter = ResizeFilter.BILINEAR
     size: tuple[int, int] | None = None
+    letterbox_align: LetterboxAlign | None = None
+    letterbox_fill: int | None = None
 
     def __post_init__(self) -> None:
         take_types(self, {"preset": "--preprocess"})
         object.__setattr__(self, "preset", self.preset or AUTO)
-        for name, kind in (("color", Color), ("layout", Layout), ("filter", ResizeFilter)):
+        kinds = {"color": Color, "layout": Layout, "filter": ResizeFilter, "letterbox_align": LetterboxAlign}
+        for name, kind in kinds.items():
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, as_member(kind, getattr(self, name), f"--{name}"))
+                object.__setattr__(self, name, as_member(kind, getattr(self, name), option_name(name)))
         known = (AUTO, *PRESETS)
         require(self.preset in known, f"--preprocess {self.preset}", f"use one of {', '.join(known)}.")
         require_size(self.size)
@@ -121,6 +139,16 @@ class PreprocessingOptions:
         else:
             fix = f"use {', '.join(RESIZE_MODES)} or a number of pixels."
             require(self.resize in RESIZE_MODES, f"--resize {self.resize}", fix)
+        require_range("--letterbox-fill", self.letterbox_fill, 0, 255)
+        for name in LETTERBOX_OPTIONS:
+            idle = self.resize != LETTERBOX and getattr(self, name) is not None
+            require(not idle, f"{option_name(name)} with --resize {self.resize}", "pass --resize letterbox with it.")
+
+
+LETTERBOX_OPTIONS = ("letterbox_align", "letterbox_fill")
+"""What is said of a letterbox alone."""
+
+NO_LETTERBOX: dict[str, Any] = dict.fromkeys(LETTERBOX_OPTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +169,7 @@ class Preprocessing:
     mean and std have one entry, or one a channel, in the channel order of `color`. size is (height, width).
     class_vector: the network's output is one score a class, which decides what "auto" resizing means.
     embedded: the normalisation that is inside the file, which then takes the pixels themselves, as uint8; else None.
+    letterbox_align, letterbox_fill: for `resize` letterbox, and without effect on others.
     """
 
     preset: str
@@ -155,6 +184,8 @@ class Preprocessing:
     size: tuple[int, int]
     class_vector: bool
     embedded: EmbeddedNormalization | None = None
+    letterbox_align: LetterboxAlign = LetterboxAlign.CENTER
+    letterbox_fill: int = LETTERBOX_GREY
 
     @property
     def channels(self) -> int:
@@ -175,7 +206,8 @@ class Preprocessing:
     @property
     def as_options(self) -> PreprocessingOptions:
         """What a user would say to get this preprocessing."""
-        return PreprocessingOptions(**{part.name: getattr(self, part.name) for part in fields(PreprocessingOptions)})
+        said = {part.name: getattr(self, part.name) for part in fields(PreprocessingOptions)}
+        return PreprocessingOptions(**(said if self.resize == LETTERBOX else {**said, **NO_LETTERBOX}))
 
     def as_pixels(self, layout: Layout) -> Preprocessing:
         """What is left to do in front of a file that normalises by itself and takes pixels in `layout`."""
@@ -183,8 +215,10 @@ class Preprocessing:
         return replace(self, preset="raw", scale=1.0, mean=(0.0,), std=(1.0,), layout=layout, embedded=inside)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return dict(as_json_value(self))
+        """JSON-ready form; what is said of a letterbox is in it where there is one."""
+        found = as_json_value(self)
+        unused = () if self.resize == LETTERBOX else LETTERBOX_OPTIONS
+        return {name: value for name, value in found.items() if name not in unused}
 
     def in_words(self) -> str:
         """One sentence for the summary."""
@@ -217,8 +251,12 @@ class Preprocessing:
     def _fitting_in_words(self) -> str:
         if isinstance(self.resize, int):
             return f"shorter side to {self.resize}, centre crop"
-        if self.resize != "auto":
-            return "stretched" if self.resize == "exact" else "letterboxed"
+        if self.resize == LETTERBOX:
+            place = " to the top left" if self.letterbox_align is LetterboxAlign.TOP_LEFT else ""
+            beside = "" if self.letterbox_fill == LETTERBOX_GREY else f", filled with {self.letterbox_fill}"
+            return f"letterboxed{place}{beside}"
+        if self.resize == "exact":
+            return "stretched"
         if not self.class_vector:
             return "stretched"
         height, width = self.size

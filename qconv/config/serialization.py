@@ -275,7 +275,7 @@ def _preprocessing_values(options: PreprocessingOptions) -> Iterator[tuple[str, 
             case "scale" | "mean" | "std":
                 yield part.name, ",".join(map(format_number, value if isinstance(value, tuple) else (value,)))
             case _:
-                yield part.name, str(value)
+                yield part.name.replace("_", "-"), str(value)
 
 
 def format_number(value: float) -> str:

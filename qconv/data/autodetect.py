@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.data_options import AUTO, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import AUTO, LETTERBOX_OPTIONS, Preprocessing, PreprocessingOptions
 from qconv.data.evidence import PreprocessingFact, ReferenceStatistics, find_fact, find_references
 from qconv.data.hypotheses import (
     CandidateSpace,
@@ -244,7 +244,7 @@ CERTAIN_MARGIN = 0.98
 EVIDENT_SHARE = 0.9
 """Probability at which generated images decide on a normalisation, in either colour order."""
 
-SHAPE_OPTIONS = ("layout", "resize", "filter", "size")
+SHAPE_OPTIONS = ("layout", "resize", "filter", "size", *LETTERBOX_OPTIONS)
 """Options that do not change the pixels' values."""
 
 UNKNOWN_PREPROCESSING = "something else"

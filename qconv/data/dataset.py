@@ -318,7 +318,7 @@ def class_folders_of(paths: Sequence[Path], data: DataOptions) -> list[str | Non
     """
     if data.arrays is not None:
         return [None for _ in paths]
-    roots = _class_roots(data)
+    roots = class_roots_of(data)
     # of a batch in one file each row is listed below it
     files = [path.parent if suffix_of(path.parent) in SAMPLE_SUFFIXES else path for path in paths]
     return [_class_folder_of(path, roots) for path in files]
@@ -336,7 +336,7 @@ def _class_folder_of(path: Path, roots: Sequence[Path]) -> str | None:
     return names[0] if names else None
 
 
-def _class_roots(data: DataOptions) -> list[Path]:
+def class_roots_of(data: DataOptions) -> list[Path]:
     """The given folders, in which class folders may lie."""
     return [root for root in map(Path, data.paths) if root.is_dir()] if data.arrays is None else []
 
@@ -347,7 +347,7 @@ def find_classes(data: DataOptions, listing: Path | None) -> Classes | None:
     listing: the user's file, None for classes.txt beside the class folders. None where there are no class folders.
     Raises QconvError for a file that is no list of classes, and for lists that differ.
     """
-    roots = _class_roots(data)
+    roots = class_roots_of(data)
     beside = [root / CLASS_LIST_NAME for root in roots if (root / CLASS_LIST_NAME).is_file()]
     if listing is not None or beside:
         return _read_class_lists(beside if listing is None else [listing])
@@ -362,7 +362,7 @@ def find_classes(data: DataOptions, listing: Path | None) -> Classes | None:
 
 
 def _read_class_lists(files: Sequence[Path]) -> Classes:
-    found = [_read_class_list(file) for file in files]
+    found = [read_class_list(file) for file in files]
     other = next((file for file, own in zip(files, found, strict=True) if own.names != found[0].names), None)
     if other is not None:
         fact = f"{files[0]} and {other} list different classes."
@@ -370,7 +370,7 @@ def _read_class_lists(files: Sequence[Path]) -> Classes:
     return found[0]
 
 
-def _read_class_list(file: Path) -> Classes:
+def read_class_list(file: Path) -> Classes:
     """Read a list of classes; the folder is a whole line or its first word (`n01440764 tench, Tinca tinca`)."""
     try:
         lines = file.read_text("utf-8-sig").splitlines()

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.data_options import Color, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import LETTERBOX, LETTERBOX_OPTIONS, Color, Preprocessing, PreprocessingOptions
 from qconv.data.evidence import PreprocessingFact, ReferenceStatistics
 from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.runtime.outputs import OutputKind
@@ -239,6 +239,8 @@ class CandidateSpace:
         prep = self.default
         resize = family.options.resize if prep.resize == "auto" else prep.resize
         shape: dict[str, Any] = {"layout": prep.layout, "filter": prep.filter, "size": prep.size, "resize": resize}
+        if prep.resize == LETTERBOX:
+            shape |= {name: getattr(prep, name) for name in LETTERBOX_OPTIONS}
         return shape | ({"color": None} if prep.channels == 1 else {})
 
     def _candidate(

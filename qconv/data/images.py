@@ -1,7 +1,7 @@
 """Decodes images and brings them to a network's size, and encodes them: the only module that reads with Pillow.
 
 An image is decoded, turned upright as its EXIF says, brought to 8-bit RGB or grey, resized, cropped or padded, and
-normalized. Resizing follows torchvision on PIL images (Resize, then CenterCrop) and, for letterboxes, YOLO.
+normalized. Sizes and crops are those of `data.fitting`; pixels are interpolated as torchvision does on PIL images.
 - Transparency is dropped, not composited: the colours under it count, as with `Image.convert("RGB")` in torchvision.
 - 16-bit grey is divided by 257, so that 65535 is white. `convert` alone would clip all above 255 to white.
 - The first frame of an animation and the first page of a document count. Colour profiles are not applied.
@@ -11,9 +11,10 @@ It will not mend truncated files, nor open anything larger than Pillow's limit a
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.config.data_options import CROP_SHARE, Color, Preprocessing
+from qconv.config.data_options import LETTERBOX, Color, Preprocessing
+from qconv.data.fitting import PicturePlacement, Size, choose_scaled_size, find_corner, place_picture
 from qconv.data.preprocessing import arrange_pixels, normalize_pixels
 from qconv.errors import QconvError, format_shape
 
@@ -32,12 +34,14 @@ if TYPE_CHECKING:
 # Naming them keeps the rest of Pillow out of reach: an EPS file called x.jpg would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
 
+_ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+
+_SPREAD_LEVELS = {"L;2": 85, "L;4": 17}  # Pillow makes 0..255 of grey of fewer bits
+
 # Modes that convert() reads wrongly unless they pass through another one first, and the value of white in wide modes.
 _INTERMEDIATE_MODES = {"P": "RGBA", "PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
 
 _WHITE_LEVELS = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
-
-_LETTERBOX_GREY = 114  # the padding of YOLO
 
 
 class UnreadableImage(QconvError):
@@ -62,8 +66,60 @@ def load_pixels(path: Path, prep: Preprocessing) -> NDArray[np.uint8]:
     return np.ascontiguousarray(_load_and_fit(path, prep))
 
 
+def find_placement(path: Path, prep: Preprocessing) -> PicturePlacement:
+    """Where the pixels of the network's input lie in a picture. Raises UnreadableImage for what has no header."""
+    return place_picture(read_size(path), prep)
+
+
+def read_size(path: Path) -> Size:
+    """Width and height of a picture that is turned upright, from its header. Raises UnreadableImage."""
+    with _open_picture(path) as picture:
+        if picture.format == "TIFF":  # some versions of Pillow turn its size already, some its pixels alone
+            from PIL import ImageOps
+
+            return ImageOps.exif_transpose(picture).size
+        width, height = picture.size
+        return (height, width) if picture.getexif().get(_ORIENTATION) in _LYING else (width, height)
+
+
+def load_ids(path: Path) -> NDArray[np.int32]:
+    """The ids of a mask, (H, W): the numbers that are stored, of a palette or of grey.
+
+    Raises UnreadableImage, and QconvError for colours.
+    """
+    with _open_picture(path) as picture:
+        mode, stored = picture.mode, _stored_form(picture)
+        found = np.asarray(picture).astype(np.int32)
+    if mode not in _ID_MODES:
+        hint = "store the number of the class of each pixel: as grey levels, or with a palette."
+        raise QconvError(f"{path} holds colours ({mode}), where a mask holds ids.", hint)
+    return found // _SPREAD_LEVELS.get(stored, 1)
+
+
+def _stored_form(picture: Picture) -> str:
+    """How Pillow calls the pixels of a file, as "L;4"; known until they are read."""
+    tiles = getattr(picture, "tile", [])
+    return str(tiles[0][3]) if tiles else ""
+
+
+_ORIENTATION = 0x0112
+
+_LYING = (5, 6, 7, 8)
+"""Values of this EXIF tag that swap width and height."""
+
+
 def _decode_image(path: Path, prep: Preprocessing) -> Picture:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
+
+    with _open_picture(path) as picture:
+        ImageOps.exif_transpose(picture, in_place=True)
+        return _to_eight_bits(picture).convert("L" if prep.color is Color.GREY else "RGB")
+
+
+@contextlib.contextmanager
+def _open_picture(path: Path) -> Iterator[Picture]:
+    """Open a picture of which nothing but the header is read; what fails in the block is an UnreadableImage, too."""
+    from PIL import Image, UnidentifiedImageError
 
     if not path.is_file():  # also keeps a named pipe from blocking for ever
         raise UnreadableImage(path, "no such file")
@@ -72,8 +128,7 @@ def _decode_image(path: Path, prep: Preprocessing) -> Picture:
             # Pillow only warns up to twice its limit. The header is all that was read so far.
             if math.prod(picture.size) > _pixel_limit():
                 raise ValueError(f"{format_shape(picture.size)} pixels, refused as a possible decompression bomb")
-            ImageOps.exif_transpose(picture, in_place=True)
-            return _to_eight_bits(picture).convert("L" if prep.color is Color.GREY else "RGB")
+            yield picture
     except UnidentifiedImageError:
         raise UnreadableImage(path, "not an image") from None
     except Exception as error:  # decoders fed with a stranger's bytes raise nearly every type, SyntaxError included
@@ -106,51 +161,12 @@ def _to_eight_bits(picture: Picture) -> Picture:
     return Image.fromarray(np.rint(values * np.float32(255) / np.float32(white)).astype(np.uint8))
 
 
-# The size (width, height) to resize a picture to, before it is cropped or padded to the input's.
-
-
-def _exact_size(_: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
-    height, width = prep.size
-    return width, height
-
-
-def _letterbox_size(size: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
-    height, width = prep.size
-    ratio = min(width / size[0], height / size[1])
-    return max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio))
-
-
-def _auto_size(size: tuple[int, int], prep: Preprocessing) -> tuple[int, int]:
-    height, width = prep.size
-    if not prep.class_vector or size == (width, height):
-        return width, height
-    return _covering_size(size, (round(width / CROP_SHARE), round(height / CROP_SHARE)))
-
-
-def _covering_size(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
-    """Scale `size` so that both sides reach `least`; the free side is rounded down, as torchvision does."""
-    (width, height), (least_width, least_height) = size, least
-    if least_width * height >= least_height * width:  # the width binds
-        return least_width, height * least_width // width
-    return width * least_height // height, least_height
-
-
-_SIZE_OF_MODE: Mapping[str, Callable[[tuple[int, int], Preprocessing], tuple[int, int]]] = {
-    "auto": _auto_size,
-    "exact": _exact_size,
-    "letterbox": _letterbox_size,
-}
-
-
 def _fit_image(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
-    """Resize, then crop or pad the centre to prep.size."""
+    """Resize, then crop or pad to prep.size."""
     from PIL import Image
 
     height, width = prep.size
-    if isinstance(prep.resize, int):
-        size = _covering_size(picture.size, (prep.resize, prep.resize))
-    else:
-        size = _SIZE_OF_MODE[prep.resize](picture.size, prep)
+    size = choose_scaled_size(picture.size, prep)
     if math.prod(size) > max(_pixel_limit(), width * height):  # a few pixels by thousands: small file, huge picture
         raise UnreadableImage(
             path, f"{format_shape(picture.size)} pixels are too thin to be resized: {format_shape(size)}"
@@ -159,14 +175,14 @@ def _fit_image(picture: Picture, path: Path, prep: Preprocessing) -> Picture:
         picture = picture.resize(size, Image.Resampling[prep.filter.name])
     if size == (width, height):
         return picture
-    if prep.resize == "letterbox":
-        canvas = Image.new(picture.mode, (width, height), (_LETTERBOX_GREY,) * len(picture.getbands()))
-        canvas.paste(picture, ((width - size[0]) // 2, (height - size[1]) // 2))
+    left, top = find_corner(size, prep)
+    if prep.resize == LETTERBOX:
+        canvas = Image.new(picture.mode, (width, height), (prep.letterbox_fill,) * len(picture.getbands()))
+        canvas.paste(picture, (-left, -top))
         return canvas
     if size[0] < width or size[1] < height:
         fact = f"{path} is {format_shape(size)} after --resize {prep.resize}, less than the input's {width}x{height}."
         raise QconvError(fact, f"pass --resize {max(width, height)} or more, or --resize exact.")
-    left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
     return picture.crop((left, top, left + width, top + height))
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from qconv.config.data_options import AUTO, DataOptions, PreprocessingOptions
+from qconv.config.choices import option_name
+from qconv.config.data_options import AUTO, NO_LETTERBOX, DataOptions, PreprocessingOptions
 from qconv.config.tasks import Tasks
 from qconv.data.autodetect import detect_preprocessing
 from qconv.data.batches import iter_batches
@@ -182,9 +183,7 @@ def open_models(
     hint = None
     if carried is None and is_quantized(proto) and other.feed.preprocessing is not None:
         fed = other.feed.preprocessing
-        hint = PreprocessingOptions(
-            fed.preset, fed.scale, fed.mean, fed.std, fed.color, None, fed.resize, fed.filter, fed.size
-        )
+        hint = replace(fed.as_options, layout=None)
     return _open_model(source, proto, data, threads, reporter, hint, task), other
 
 
@@ -207,6 +206,8 @@ def merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> Pre
     changed = _given_parts(said)
     if "preset" in changed:
         told = replace(told, preset=None, scale=None, mean=None, std=None, color=None)
+    if "resize" in changed and said.resize != told.resize:
+        told = replace(told, resize=said.resize, **NO_LETTERBOX)
     return replace(told, **changed)
 
 
@@ -217,7 +218,7 @@ def _given_parts(said: PreprocessingOptions) -> dict[str, Any]:
 
 def _describe_source(said: PreprocessingOptions, why: str) -> str:
     """Where a preprocessing comes from. why: what tells of it, but for the parts that are said."""
-    own = [f"--{part}" for part in _given_parts(said)]
+    own = [option_name(part) for part in _given_parts(said)]
     if why == OTHER_MODEL:
         why = f"as {why}"
     return f"{why}, with {' and '.join(own)}" if own else why

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from qconv.config.data_options import (
     AUTO,
+    LETTERBOX_GREY,
     PRESETS,
     Color,
     Layout,
+    LetterboxAlign,
     Preprocessing,
     PreprocessingOptions,
     Preset,
@@ -68,6 +70,8 @@ def resolve_preprocessing(options: PreprocessingOptions, spec: InputSpec, *, cla
         filter=options.filter,
         size=_resolve_size(options.size, spec, layout),
         class_vector=class_vector,
+        letterbox_align=options.letterbox_align or LetterboxAlign.CENTER,
+        letterbox_fill=LETTERBOX_GREY if options.letterbox_fill is None else options.letterbox_fill,
     )
     return found if _suits(found, spec.dtype) else _keep_pixels(found, spec, options)
 

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.config.choices import WeightGranularity
-from qconv.config.data_options import PRESETS, Color, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import LETTERBOX_OPTIONS, PRESETS, Color, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.targets import HIGHEST_OPSET, LOWERED_OPSET, LOWEST_OPSET, OPSETS
 from qconv.errors import QconvError
@@ -267,6 +267,7 @@ def _make_options(known: Mapping[str, Any]) -> PreprocessingOptions:
             resize=known["resize"],
             filter=known["filter"],
             size=tuple(known["size"]),
+            **{name: known.get(name) for name in LETTERBOX_OPTIONS},
         )
     except KeyError as error:
         raise OddMetadataError(PREPROCESSING_KEY, f"it lacks {error}") from None

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from qconv.data.dataset import Classes
 from qconv.errors import QconvError
+from qconv.metrics.detection_table import DetectionTable
 from qconv.metrics.similarity import bootstrap_interval, share_interval
 from qconv.results.scores import AGREEMENT, SHARE, Metric, Score
 from qconv.runtime.outputs import ModelOutput, OutputKind
@@ -138,6 +139,15 @@ class Predictions:
     other: PredictionRecorder
     names: Sequence[str]
     outputs: Sequence[list[NDArray[Any]]]
+    boxes: DetectionTable | None = None
+
+    def as_table(self, suffix: str) -> bytes:
+        """The content of a file with this suffix. Raises QconvError where it cannot hold what was said."""
+        if suffix == ".npz":
+            return self.as_npz()
+        if self.boxes is not None:
+            return self.boxes.as_csv() if suffix == ".csv" else self.boxes.as_json()
+        return self.as_csv()
 
     def as_csv(self) -> bytes:
         """A line a picture: path, label, the best five classes with their scores, the other model's best class.

@@ -10,14 +10,16 @@ the float model takes for a cat would weigh as much as all of the background.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconv.metrics.similarity import bootstrap_interval
-from qconv.results.scores import FLOAT_MIOU, Score
+from qconv.results.scores import FLOAT_MIOU, MIOU, PIXEL_ACCURACY, Metric, Score
 from qconv.runtime.outputs import ModelOutput
 
 Int64 = NDArray[np.int64]
@@ -108,3 +110,71 @@ class FloatMiou:
         flat, least = rows.reshape(len(rows), -1), self.least
         span = bootstrap_interval(flat, lambda sums: mean_iou(sums.reshape(len(sums), 3, -1), least)) if spans else None
         return None if np.isnan(value) else Score(FLOAT_MIOU, value, span)
+
+
+@dataclass(slots=True)
+class LabelledMiou:
+    """mIoU and pixel accuracy by labels. rows: the totals of each picture, (3, C), see `ConfusionMatrix.totals`."""
+
+    rows: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def add(self, expected: NDArray[Any], got: NDArray[Any], classes: int, ignore: int) -> None:
+        """Take in the maps of one picture, see `ConfusionMatrix.add`. classes: at least so many."""
+        matrix = ConfusionMatrix()
+        highest = max(int(expected.max(initial=0)), int(got.max(initial=0)))
+        matrix.add(expected, got, max(classes, highest + 1), ignore)
+        self.rows.append(matrix.totals)
+
+    def scores(self) -> tuple[Score, ...]:
+        """What was measured, with the bootstrap's intervals over pictures; without a number where nothing counts."""
+        flat = self._flatten(self.classes)
+        found = []
+        for metric, measure in MASK_MEASURES.items():
+            value = float(_measure_flat(flat.sum(axis=0, keepdims=True), measure)[0])
+            span = bootstrap_interval(flat, partial(_measure_flat, measure=measure))
+            found.append(Score(metric, None if np.isnan(value) else value, span))
+        return tuple(found)
+
+    def differences(self, other: LabelledMiou) -> tuple[Score, ...]:
+        """By how much each measure is above another model's on the same pictures, which both bootstraps draw alike."""
+        classes = max(self.classes, other.classes)
+        pair = np.concatenate([self._flatten(classes), other._flatten(classes)], axis=1)
+
+        def differ(sums: NDArray[np.float64], measure: Measure) -> NDArray[np.float64]:
+            own, its = np.split(sums, 2, axis=1)
+            return _measure_flat(own, measure) - _measure_flat(its, measure)
+
+        found = []
+        for metric, measure in MASK_MEASURES.items():
+            value = float(differ(pair.sum(axis=0, keepdims=True), measure)[0])
+            span = bootstrap_interval(pair, partial(differ, measure=measure))
+            found.append(Score(metric, None if np.isnan(value) else value, span))
+        return tuple(found)
+
+    @property
+    def classes(self) -> int:
+        """How many have been seen, or are known."""
+        return max((row.shape[1] for row in self.rows), default=0)
+
+    def _flatten(self, classes: int) -> NDArray[np.float64]:
+        rows = [np.pad(row, ((0, 0), (0, classes - row.shape[1]))) for row in self.rows]
+        return np.stack(rows).reshape(len(rows), -1)
+
+
+Measure = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""Of totals (R, 3, C), (R,)."""
+
+
+def _measure_flat(sums: NDArray[np.float64], measure: Measure) -> NDArray[np.float64]:
+    return measure(sums.reshape(len(sums), 3, -1))
+
+
+def pixel_accuracy(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Share of places whose class is the expected one, of totals (R, 3, C), (R,); NaN without places."""
+    with np.errstate(invalid="ignore"):
+        found: NDArray[np.float64] = totals[:, 0].sum(axis=1) / totals[:, 1].sum(axis=1)
+    return found
+
+
+MASK_MEASURES: Mapping[Metric, Measure] = {MIOU: mean_iou, PIXEL_ACCURACY: pixel_accuracy}
+"""What masks as labels measure."""

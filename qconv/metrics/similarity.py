@@ -14,7 +14,7 @@ Images are taken as drawn independently. None of it says anything about images o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,10 +69,20 @@ def bootstrap_interval(
     count = len(rows)
     if count < 2:
         return None
-    rng = np.random.default_rng(0)
-    sums = np.stack([rng.multinomial(count, np.full(count, 1 / count)) @ rows for _ in range(RESAMPLES)])
+    sums = np.stack([draws @ rows for draws in iter_resamples(count)])
     with np.errstate(divide="ignore", invalid="ignore"):
         found = measure(sums)
+    return percentile_interval(found)
+
+
+def iter_resamples(count: int, resamples: int = RESAMPLES) -> Iterator[NDArray[np.int64]]:
+    """Yield how often each of `count` pictures is drawn, (count,), the same in every run."""
+    rng = np.random.default_rng(0)
+    yield from (rng.multinomial(count, np.full(count, 1 / count)) for _ in range(resamples))
+
+
+def percentile_interval(found: NDArray[Any]) -> Interval | None:
+    """The middle 95 % of what was measured on resampled pictures; None where it is not finite."""
     low, high = np.percentile(found, (2.5, 97.5)) if np.isfinite(found).all() else (np.nan, np.nan)
     return (float(low), float(high)) if np.isfinite(low) else None
 

@@ -13,10 +13,9 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from qconv.analysis.evaluate import Evaluation
+from qconv.analysis.evaluation import Evaluation
 from qconv.auditing.audit import FileAudit
 from qconv.errors import format_count, format_shape, format_some
-from qconv.metrics.comparison import LABELLED
 from qconv.metrics.similarity import SIGNIFICANT, difference_interval
 from qconv.results.comparison import Cause, Diagnosis, Sweep, Trial
 from qconv.results.quantize import FloatNode, group_float_nodes
@@ -155,7 +154,7 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
     if found.words:
         lines.append(wrap_text(found.words))
     lines += [wrap_text(fact.in_words) for fact in found.holds]
-    metrics = metrics_of([found.labelled, found.other_labelled], first=tuple(LABELLED))
+    metrics = metrics_of([found.labelled, found.other_labelled])
     rows = [("", *_score_heads(metrics))]
     for model, scores in ((found.other, found.other_labelled), (found.model, found.labelled)):
         if scores:
@@ -174,19 +173,32 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
             f"difference {100 * flips.difference:+.2f} points {_format_interval(span, 100, '+.2f')}: {flips.won} won, "
         )
         lines.append(wrap_text(f"{what}{flips.lost} lost, p = {flips.p_value:.2g} (McNemar), {chance}"))
-    if found.outputs:
-        metrics = shown_metrics(output.scores for output in found.outputs)
+    lines += [_format_difference(score) for score in found.differences if score.value is not None]
+    if found.compared:
+        metrics = shown_metrics(output.scores for output in found.compared)
         rows = [("output", *_score_heads(metrics))]
         rows += [(output.name, *_score_cells(metrics, output.scores)) for output in found.outputs]
+        rows += [(f"boxes of {head.name}", *_score_cells(metrics, head.scores)) for head in found.heads]
         lines += ["", format_columns(rows, "l" + "rl" * len(metrics))]
     if verbose:
         lines += [
             "",
             wrap_text(
-                "Intervals: Wilson for shares of pictures, Agresti-Min for the difference, bootstrap for the rest."
+                "Intervals: Wilson for shares of pictures, Agresti-Min for the difference of two, and for all else the "
+                "bootstrap over pictures, which draws the same ones for both models."
             ),
         ]
     return "\n".join(lines)
+
+
+def _format_difference(score: Score) -> str:
+    """By how much a measure by labels is above the other model's, and whether that is chance."""
+    span = score.interval
+    chance = ""
+    if span is not None:
+        chance = ", no more than chance" if span[0] <= 0 <= span[1] else ", more than chance"
+    points = f"{100 * (score.value or 0.0):+.2f} points {_format_interval(span, 100, '+.2f')}".rstrip()
+    return wrap_text(f"difference of {score.metric.label} {points}{chance}")
 
 
 def _score_heads(metrics: Sequence[Metric]) -> list[str]:

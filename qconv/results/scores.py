@@ -148,6 +148,14 @@ TOP1 = Metric("top1", "top-1", SHARE)
 
 TOP5 = Metric("top5", "top-5", SHARE)
 
+MAP = Metric("map", "mAP", SHARE)
+
+MAP50 = Metric("map50", "mAP50", SHARE)
+
+MIOU = Metric("miou", "mIoU", SHARE)
+
+PIXEL_ACCURACY = Metric("pixel_accuracy", "pixel accuracy", SHARE)
+
 COSINE = Metric("cosine", "cosine", equal=1.0, has_interval=False, rank=2)
 
 FLOAT_MIOU = Metric(

@@ -39,7 +39,15 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from qconv.config.choices import SYNTHESIS_STEPS
-from qconv.config.data_options import AUTO, Color, Layout, Preprocessing, ResizeFilter
+from qconv.config.data_options import (
+    AUTO,
+    NO_LETTERBOX,
+    Color,
+    Layout,
+    Preprocessing,
+    PreprocessingOptions,
+    ResizeFilter,
+)
 from qconv.config.serialization import format_option
 from qconv.config.tasks import Tasks
 from qconv.data.autodetect import DetectedPreprocessing, detect_without_images
@@ -435,10 +443,7 @@ def synthesize(
         request=request,
         preprocessing=prep,
         words=fed.detected.in_words(),
-        # the pictures have the network's size already
-        options=tuple(
-            format_option("preprocessing", replace(request.preprocessing, resize="auto", filter=ResizeFilter.BILINEAR))
-        ),
+        options=tuple(format_option("preprocessing", _without_resizing(request.preprocessing))),
         piped=source.path is None,
         batch=batch,
         layers=remembered.match(before, after),
@@ -503,6 +508,11 @@ class _InputFormat:
         detected = detect_without_images(model, session, imagined, request.preprocessing, threads=request.threads)
         vector = find_class_vector(session.model_outputs)
         return cls(detected, spec.dtype, spec.shape[0], None if vector is None else session.outputs[vector])
+
+
+def _without_resizing(said: PreprocessingOptions) -> PreprocessingOptions:
+    """The same for pictures that have the network's size already."""
+    return replace(said, resize="auto", filter=ResizeFilter.BILINEAR, **NO_LETTERBOX)
 
 
 def _warn_of_unmatched(found: SynthesisResult, reporter: Reporter) -> None:

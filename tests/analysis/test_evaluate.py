@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qconv.analysis.compare import compare_on_images
-from qconv.analysis.evaluate import Evaluation, EvaluationOptions, evaluate
+from qconv.analysis.evaluate import evaluate
+from qconv.analysis.evaluation import Evaluation, EvaluationOptions
 from qconv.config.data_options import DataOptions, Layout, PreprocessingOptions, ResizeFilter
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import class_folders_of, find_classes

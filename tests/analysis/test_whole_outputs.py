@@ -12,7 +12,8 @@ import pytest
 from qconv import Recipe
 from qconv.analysis.compare import compare_on_images
 from qconv.analysis.diagnose import DiagnosisRequest, diagnose
-from qconv.analysis.evaluate import EvaluationOptions, evaluate
+from qconv.analysis.evaluate import evaluate
+from qconv.analysis.evaluation import EvaluationOptions
 from qconv.config.data_options import DataOptions
 from qconv.ir.files import Source
 from qconv.pipeline.quantize import quantize

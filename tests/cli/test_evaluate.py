@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from qconv.data.label_files import SCHEMA
+from tests.support import labelled
 from tests.support.cli import Qconv, assert_error, listing
 
 
@@ -47,6 +49,42 @@ def test_folders_of_pictures_add_up(call: Qconv, tiny: Path, twenty: Path) -> No
     words = ("evaluate", tiny, "--against", tiny, "--preprocess", "unit", "--json")
     counts = [call(*words, "--images", folder).json["images"] for folder in (one, two)]
     assert call(*words, "--images", one, "--images", two).json["images"] == sum(counts)
+
+
+def test_the_schema_needs_no_model(call: Qconv) -> None:
+    done = call("evaluate", "--schema")
+    assert done.status == 0
+    assert done.out.decode() == SCHEMA
+
+
+def test_boxes_by_labels(call: Qconv, tmp_path: Path) -> None:
+    """The table of measures, boxes as a file, and the paths of what is wrong."""
+    pytest.importorskip("faster_coco_eval", reason="needs the extra: pip install 'qconv[detect]'")
+    images = labelled.pictures(tmp_path / "imgs")
+    model = tmp_path / "m.onnx"
+    labelled.save(labelled.detector(), model)
+    coco = labelled.write_coco(labelled.some_boxes(images), tmp_path / "coco.json")
+    words = ("evaluate", model, "--images", images, "--preprocess", "unit", "--resize", "letterbox", "--labels", coco)
+    found = call(*words, "--against", model, "--save-predictions", tmp_path / "boxes.csv", "--json").json
+    assert 0 < found["map"] < found["map50"] < 1
+    assert found["labels"] == f"{coco} (COCO JSON)"
+    assert found["against"]["differences"] == {"map": 0, "map50": 0}
+    assert (tmp_path / "boxes.csv").read_text().startswith("path,x1,y1,x2,y2,score,class,name\n")
+    text = call(*words).out.decode()
+    assert "mAP %" in text
+    assert f"{100 * found['map']:.2f}" in text
+    assert_error(call(*words[:-1], tmp_path / "none.json"), "none.json does not exist")
+    assert_error(call(*words, "--save-predictions", coco), "would be written over")
+    assert_error(call(*words, "--label-map", tmp_path / "no.toml"), "no.toml cannot be read")
+
+
+def test_what_needs_labels_of_boxes_or_a_letterbox(call: Qconv, tiny: Path, twenty: Path) -> None:
+    words = ("evaluate", tiny, "--images", twenty, "--preprocess", "unit")
+    assert call(*words, "--label-map", "map.toml").status == 2
+    done = call(*words, "--letterbox-fill", "0")
+    assert done.status != 0
+    assert "pass --resize letterbox" in done.err.lower()
+    assert_error(call(*words, "--save-predictions", tiny.parent / "p.json"), "is read as boxes")
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.npz"])

@@ -212,7 +212,7 @@ def test_imagenet_in_words() -> None:
         ({"size": (448, 224)}, "scaled to cover 512x256, centre crop (unless already 448x224)"),
         ({"class_vector": False}, "NCHW 224x224, stretched;"),
         ({"resize": "exact"}, "NCHW 224x224, stretched;"),
-        ({"resize": "letterbox"}, "letterboxed"),
+        ({"resize": "letterbox"}, "letterboxed; "),
         ({"resize": 300, "size": (200, 100)}, "NCHW 200x100, shorter side to 300, centre crop;"),
         ({"scale": 1.0}, "(pixel x 1 - ["),
         ({"scale": 1 / 127.5}, "(pixel x 1/127.5 - ["),
@@ -229,10 +229,10 @@ def test_preprocessing_in_words(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("size", [(224, 224), (224, 448), (448, 224), (100, 30)])
 def test_the_words_for_auto_say_what_is_done(size: tuple[int, int]) -> None:
     """A picture of exactly the covering size named in the words is cropped, never scaled: its centre pixel stays."""
-    from qconv.data.images import _auto_size
+    from qconv.data.fitting import choose_scaled_size
 
     height, width = (round(side / 0.875) for side in size)
-    assert _auto_size((width, height), replace(IMAGENET, size=size)) == (width, height)
+    assert choose_scaled_size((width, height), replace(IMAGENET, size=size)) == (width, height)
     words = replace(IMAGENET, size=size).in_words()
     assert f"to {height}, " in words if size[0] == size[1] else f"cover {height}x{width}" in words
 
@@ -260,7 +260,7 @@ def test_channels_follow_the_colour() -> None:
 
 
 def test_preprocessing_is_written_in_full_and_survives_json() -> None:
-    plain = IMAGENET.as_dict()
+    plain = replace(IMAGENET, resize="letterbox").as_dict()
     assert set(plain) == {field.name for field in fields(Preprocessing)}
     assert json.loads(json.dumps(plain)) == plain
     assert plain["size"] == [224, 224]

@@ -38,7 +38,8 @@ from qconv.config.data_options import (
 )
 from qconv.data.batches import iter_batches
 from qconv.data.dataset import Listing, find_files
-from qconv.data.images import _SIZE_OF_MODE, UnreadableImage, load_image
+from qconv.data.fitting import choose_scaled_size
+from qconv.data.images import UnreadableImage, load_image
 from qconv.data.preprocessing import InputSpec, resolve_preprocessing
 from qconv.errors import QconvError
 from qconv.reporter import Reporter
@@ -1074,9 +1075,10 @@ def test_pillow_is_not_imported_until_it_is_needed():
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
 
 
-def test_every_way_to_resize_is_known_to_both_sides():
+@pytest.mark.parametrize("resize", RESIZE_MODES)
+def test_every_way_to_resize_is_known_to_both_sides(resize):
     """What may be asked for, and what is done."""
-    assert set(_SIZE_OF_MODE) == set(RESIZE_MODES)
+    assert choose_scaled_size((30, 20), replace(RAW, resize=resize)) in [(3, 2)]
 
 
 def test_a_forgotten_generator_may_be_closed_by_one_of_its_own_threads() -> None:

@@ -10,7 +10,8 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from qconv.analysis.evaluate import EvaluationOptions, evaluate
+from qconv.analysis.evaluate import evaluate
+from qconv.analysis.evaluation import EvaluationOptions
 from qconv.config.data_options import DataOptions
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from qconv import Recipe
-from qconv.analysis.evaluate import EvaluationOptions, evaluate
+from qconv.analysis.evaluate import evaluate
+from qconv.analysis.evaluation import EvaluationOptions
 from qconv.config.data_options import DataOptions
 from qconv.ir.chance import describe_random_nodes, find_random_nodes, still
 from qconv.ir.files import Source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qconv.analysis.evaluate import Evaluation
+from qconv.analysis.evaluation import Evaluation
 from qconv.config.recipe import Recipe
 from qconv.metrics.comparison import GATES, check_gates
 from qconv.report.text import format_evaluation, format_trials

@@ -1,0 +1,98 @@
+"""Reads boxes of COCO JSON, the form of instances (Lin et al. 2014, arXiv 1405.0312; cocodataset.org/#format-data)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qconv.data.box_labels import WrittenBoxes, WrittenLabels
+from qconv.data.label_files import SCHEMA_HINT, LabelledPictures
+from qconv.errors import QconvError
+
+LARGEST = 1e9
+"""What no edge in pixels reaches."""
+
+
+def read_coco_labels(file: Path, pictures: LabelledPictures) -> WrittenLabels:
+    """What a file says of pictures. Raises QconvError for what is no such file."""
+    content = _read_json(file)
+    categories = {_id_of(file, entry, "categories"): str(entry.get("name", "")) for entry in content["categories"]}
+    listed = {_id_of(file, entry, "images"): entry for entry in content["images"]}
+    found = _find_pictures(file, listed, pictures)
+    labels = {path: WrittenBoxes() for path in found.values()}
+    for entry, box in _iter_boxes(file, content["annotations"]):
+        picture, category = entry.get("image_id"), entry.get("category_id")
+        for what, number, known in (("picture", picture, listed), ("category", category, categories)):
+            if not isinstance(number, int) or number not in known:
+                fact = f"{file}: annotation {entry.get('id')} is of {what} {number}, which is not listed."
+                raise QconvError(fact, SCHEMA_HINT)
+        assert category is not None
+        if picture in found:
+            labels[found[picture]].add(box, category, crowd=bool(entry.get("iscrowd", 0)))
+    return WrittenLabels(
+        labels,
+        {key: name for key, name in categories.items() if name},
+        tuple(sorted(categories)),
+        picture_ids={path: number for number, path in found.items()},
+        strangers=len(listed) - len(found),
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8-sig"))
+    except OSError as error:
+        raise QconvError(f"{file} cannot be read: {error.strerror}.", "check the path of --labels.") from None
+    except (ValueError, RecursionError) as error:
+        raise QconvError(f"{file} is no JSON: {error}.", SCHEMA_HINT) from None
+    for part in ("images", "annotations", "categories"):
+        entries = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise QconvError(f"{file} has no list of {part}, as COCO's instances have.", SCHEMA_HINT)
+    found: dict[str, Any] = content
+    return found
+
+
+def _id_of(file: Path, entry: Mapping[str, Any], part: str) -> int:
+    number = entry.get("id")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise QconvError(f"{file}: an entry of {part} has the id {number!r}, which is no whole number.", SCHEMA_HINT)
+    return number
+
+
+def _find_pictures(file: Path, listed: Mapping[int, Mapping[str, Any]], pictures: LabelledPictures) -> dict[int, Path]:
+    """The path of each listed picture that is there: by its whole file name, or else by the last part of it."""
+    whole = {inside.as_posix(): own for own, inside in zip(pictures.paths, pictures.insides, strict=True)}
+    last: dict[str, list[Path]] = {}
+    for own in pictures.paths:
+        last.setdefault(own.name, []).append(own)
+    found: dict[int, Path] = {}
+    for number, entry in listed.items():
+        name = PurePosixPath(str(entry.get("file_name", "")).replace("\\", "/"))
+        path: Path | None = whole.get(name.as_posix())
+        others = last.get(name.name, [])
+        if path is None and len(others) > 1:
+            fact = f"{file} labels {name}, but {others[0]} and {others[1]} are called so."
+            raise QconvError(fact, "pass the folder that its file names begin in.")
+        if path is None and others:
+            path = others[0]
+        if path is not None:
+            found[number] = path
+    return found
+
+
+def _iter_boxes(
+    file: Path, entries: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], tuple[float, float, float, float]]]:
+    """Yield annotations with their boxes by their edges."""
+    for entry in entries:
+        box: Any = entry.get("bbox")
+        sound = isinstance(box, list) and len(box) == 4
+        sound = sound and all(isinstance(side, int | float) and abs(side) < LARGEST for side in box)
+        if not sound or min(box[2:]) < 0:
+            what = f"has the bbox {box}, which is no left, top, width and height"
+            raise QconvError(f"{file}: annotation {entry.get('id')} {what}.", SCHEMA_HINT)
+        left, top, width, height = map(float, box)
+        yield entry, (left, top, left + width, top + height)

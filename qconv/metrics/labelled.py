@@ -1,0 +1,263 @@
+"""Measures models by labels of boxes or of masks: mAP of detectors, mIoU and pixel accuracy of segmenters.
+
+opened = open_labels(request, data, paths, warn)        before any picture is run
+labels = opened.suit(network, warn)                     once the first one was
+measure = labels.start(preprocessing)                   for each model
+measure.add(path, outputs)                              picture by picture
+measure.scores()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.config.choices import SAMPLE_SUFFIXES
+from qconv.config.data_options import DataOptions, Preprocessing
+from qconv.data.box_labels import BoxLabelSet, WrittenLabels, describe_boxes_outside, settle_classes
+from qconv.data.coco_labels import read_coco_labels
+from qconv.data.dataset import suffix_of
+from qconv.data.fitting import Size, place_picture
+from qconv.data.images import UnreadableImage, read_size
+from qconv.data.label_files import LabelForm, LabelledPictures, LabelRequest, ModelClasses, find_label_form
+from qconv.data.mask_labels import NO_CLASS, MaskLabels, read_mask_labels, tell_of_unmapped
+from qconv.data.voc_labels import read_voc_labels
+from qconv.data.yolo_labels import read_yolo_labels
+from qconv.decoding.boxes import LEAST_SCORE, MOST_BOXES, Detections
+from qconv.decoding.head import Head, read_class_names
+from qconv.errors import QconvError, format_count
+from qconv.metrics.average_precision import AveragePrecision, require_detect_extra
+from qconv.metrics.network_outputs import NO_DECODER_HINT, NetworkOutputs
+from qconv.metrics.segmentation import LabelledMiou
+from qconv.results.scores import Score
+from qconv.runtime.outputs import MAP_KINDS, ModelOutput
+
+Warn = Callable[[str], None]
+
+OutputArrays = Mapping[str, NDArray[Any]]
+"""What a model says of one picture, by the names of outputs; axis 0 is a batch of one."""
+
+
+class LabelMeasure(Protocol):
+    """Adds up how right one model is, picture by picture."""
+
+    def add(self, path: Path, outputs: OutputArrays) -> None:
+        """Take in what the model says of a picture; one without labels counts nothing."""
+
+    def scores(self) -> tuple[Score, ...]:
+        """What was measured, with intervals at 95 %."""
+
+    def differences(self, other: Self) -> tuple[Score, ...]:
+        """By how much it is above another model's measure of the same pictures, with paired intervals."""
+
+
+def read_detections(head: Head, outputs: OutputArrays, size: Size, prep: Preprocessing) -> Detections:
+    """What a detector finds in one picture, in pixels of that. size: width and height of the picture."""
+    found = head.read(outputs, LEAST_SCORE)[0]
+    found = found.select(np.arange(min(len(found), MOST_BOXES)))
+    placed = place_picture(size, prep)
+    moved = found.moved(placed.scale, placed.offset)
+    return moved.clipped(*size) if placed.cuts_off else moved
+
+
+@dataclass(slots=True)
+class BoxMeasure:
+    """Adds up what a detector finds in labelled pictures. labels: of boxes. sizes: of pictures. prep: of the model."""
+
+    head: Head
+    labels: BoxLabelSet
+    sizes: Mapping[Path, Size]
+    prep: Preprocessing
+    precision: AveragePrecision = field(default_factory=AveragePrecision)
+
+    def add(self, path: Path, outputs: OutputArrays) -> None:
+        """Take in a picture."""
+        if path in self.labels.pictures:
+            found = read_detections(self.head, outputs, self.sizes[path], self.prep)
+            self.precision.add(found, self.labels.pictures[path])
+
+    def scores(self) -> tuple[Score, ...]:
+        """mAP and mAP50."""
+        return self.precision.scores()
+
+    def differences(self, other: BoxMeasure) -> tuple[Score, ...]:
+        """Of both."""
+        return self.precision.differences(other.precision)
+
+
+@dataclass(slots=True)
+class MaskMeasure:
+    """Adds up how right a segmenter's map is. output: the map. labels, sizes, prep: as of `BoxMeasure`."""
+
+    output: ModelOutput
+    labels: MaskLabels
+    sizes: Mapping[Path, Size]
+    prep: Preprocessing
+    totals: LabelledMiou = field(default_factory=LabelledMiou)
+
+    def add(self, path: Path, outputs: OutputArrays) -> None:
+        """Take in a picture."""
+        if path in self.labels.files and path in self.sizes:
+            (said,) = self.output.labels(outputs[self.output.name])
+            height, width = said.shape
+            expected = self.labels.on_grid(path, self.sizes[path], self.prep, (height, width))
+            self.totals.add(expected, said, self.labels.classes or 0, NO_CLASS)
+
+    def scores(self) -> tuple[Score, ...]:
+        """mIoU and pixel accuracy."""
+        return self.totals.scores()
+
+    def differences(self, other: MaskMeasure) -> tuple[Score, ...]:
+        """Of both."""
+        return self.totals.differences(other.totals)
+
+
+@dataclass(frozen=True, slots=True)
+class FittedLabels:
+    """Labels as they suit a network. words: where they come from. boxes: those of boxes, where they are such."""
+
+    words: str
+    start: Callable[[Preprocessing], BoxMeasure | MaskMeasure]
+    boxes: BoxLabelSet | None = None
+    finish: Callable[[Warn], None] = lambda warn: None
+    """Says what has turned out while pictures were measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedLabels:
+    """Labels as they are written.
+
+    Attributes:
+        request: What the user says of them.
+        form: How they are written.
+        pictures: For which they are looked for.
+        sizes: Width and height of those that can be read.
+        written: What labels of boxes say; None for masks.
+    """
+
+    request: LabelRequest
+    form: LabelForm
+    pictures: LabelledPictures
+    sizes: Mapping[Path, Size]
+    written: WrittenLabels | None
+
+    def suit(self, network: NetworkOutputs, metadata: Mapping[str, str], warn: Warn) -> FittedLabels:
+        """The same with classes of the model.
+
+        Args:
+            network: What its outputs are.
+            metadata: Of its file.
+            warn: Hears of labels and pictures that are left out.
+
+        Raises:
+            QconvError: The network says nothing of the kind, or classes are not known.
+        """
+        words = f"{self.request.path} ({self.form})"
+        if self.written is not None:
+            head = self._require_head(network)
+            boxes = settle_classes(self.written, self.request, _find_classes(network, head), warn)
+            self._tell_of_unlabelled(boxes.pictures, warn)
+            return FittedLabels(words, lambda prep: BoxMeasure(head, boxes, self.sizes, prep), boxes)
+        output = next((output for output in network.outputs if output.kind in MAP_KINDS), None)
+        if output is None:
+            raise self._make_misfit_error("masks", "no output is a map of classes", network, "--task segment")
+        known = ModelClasses(read_class_names(metadata), output.classes or None)
+        masks = read_mask_labels(self.request, self.pictures, known)
+        self._tell_of_unlabelled(masks.files, warn)
+        return FittedLabels(
+            words,
+            lambda prep: MaskMeasure(output, masks, self.sizes, prep),
+            finish=lambda tell: tell_of_unmapped(masks, tell),
+        )
+
+    def _require_head(self, network: NetworkOutputs) -> Head:
+        if network.head is None:
+            raise self._make_misfit_error("boxes", "no output is read as detections", network, NO_DECODER_HINT)
+        return network.head
+
+    def _make_misfit_error(self, what: str, lack: str, network: NetworkOutputs, fix: str) -> QconvError:
+        holds = ", ".join(output.fact.in_words for output in network.outputs)
+        hint = fix if fix.endswith(".") else f"pass {fix} where one is."
+        return QconvError(f"{self.request.path} holds {what} as labels, but {lack}: {holds}.", hint)
+
+    def _tell_of_unlabelled(self, labelled: Collection[Path], warn: Warn) -> None:
+        missing = sum(path not in labelled for path in self.sizes)
+        if missing:
+            warn(f"{format_count(missing, 'picture')} of {len(self.sizes)} have no labels, and do not count.")
+
+
+def open_labels(request: LabelRequest, data: DataOptions, paths: Sequence[Path], warn: Warn) -> OpenedLabels:
+    """Read what labels say of pictures, before any is run.
+
+    Args:
+        request: What the user says of labels.
+        data: Of which pictures these are.
+        paths: The pictures.
+        warn: Hears of labels of other pictures, and of boxes outside.
+
+    Raises:
+        QconvError: Labels cannot be read, are of none of these pictures, or need what is not installed.
+    """
+    sample = next((path for path in paths if suffix_of(path) in SAMPLE_SUFFIXES), None)
+    if sample is not None or data.arrays is not None:
+        told = sample if data.arrays is None else data.arrays.name
+        fact = f"{told}: what is preprocessed already does not tell where in a picture its labels lie."
+        raise QconvError(fact, "pass pictures with --labels.")
+    pictures = LabelledPictures.of(paths, data)
+    form = find_label_form(request.path, pictures)
+    if form is not LabelForm.MASKS:
+        require_detect_extra()
+    sizes = _read_sizes(paths)
+    all_used = data.samples is None and data.glob is None
+    if form is LabelForm.MASKS:
+        files = pictures.files_in(request.path, ".png")
+        strangers = {*request.path.rglob("*.png")} - {*files.values(), *paths}
+        _tell_of_strangers(len(strangers) if all_used else 0, warn)
+        return OpenedLabels(request, form, pictures, sizes, None)
+    if form is LabelForm.COCO:
+        written = read_coco_labels(request.path, pictures)
+    elif form is LabelForm.VOC:
+        written = read_voc_labels(request.path, pictures)
+    else:
+        written = read_yolo_labels(request.path, pictures, sizes)
+    if not any(path in sizes for path in written.pictures):
+        fact = f"{request.path} has labels of none of the pictures, as {paths[0].name}"
+        raise QconvError(f"{fact}, but of {written.strangers} others.", "pass the pictures that they are of.")
+    _tell_of_strangers(written.strangers if all_used else 0, warn)
+    outside = describe_boxes_outside(written, sizes)
+    if outside:
+        warn(outside)
+    return OpenedLabels(request, form, pictures, sizes, written)
+
+
+def _tell_of_strangers(count: int, warn: Warn) -> None:
+    if count:
+        warn(f"labels of {format_count(count, 'picture')} are not used: no picture is called so.")
+
+
+def _read_sizes(paths: Sequence[Path]) -> dict[Path, Size]:
+    """Those that cannot be read are told of, and counted, where pictures are loaded."""
+    found = {}
+    for path in paths:
+        try:
+            found[path] = read_size(path)
+        except UnreadableImage:
+            continue
+    return found
+
+
+def _find_classes(network: NetworkOutputs, head: Head) -> ModelClasses:
+    """Names of a detector's classes, and how many it has, as far as these are known."""
+    if head.names:
+        return ModelClasses(head.names, max(head.names) + 1)
+    shapes = {output.name: [side or 0 for side in output.shape] for output in network.outputs}
+    for name, parts in head.parts.items():
+        scores = next((part for part in parts if part.name == "scores"), None)
+        if scores is not None and not any(part.name == "classes" for part in parts):
+            return ModelClasses({}, scores.of(np.broadcast_to(np.int8(0), shapes[name])).shape[scores.axis])
+    return ModelClasses({})

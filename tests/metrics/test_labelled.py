@@ -1,0 +1,247 @@
+"""Labels read in every form measure alike, and as pycocotools does with the boxes that were saved."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from PIL import Image
+
+from qconv.analysis.evaluate import evaluate
+from qconv.analysis.evaluation import Evaluation, EvaluationOptions
+from qconv.config.data_options import DataOptions, PreprocessingOptions
+from qconv.errors import QconvError
+from qconv.ir.files import Source
+from qconv.report.text import format_evaluation
+from qconv.reporter import Reporter
+from qconv.results.scores import MAP, MAP50, value_of
+from tests.support import labelled
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+LETTERBOX = PreprocessingOptions("unit", resize="letterbox")
+
+needs_library = pytest.mark.usefixtures("_library")
+
+
+@pytest.fixture
+def _library() -> None:
+    pytest.importorskip("faster_coco_eval", reason="needs the extra: pip install 'qconv[detect]'")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return labelled.pictures(tmp_path / "imgs")
+
+
+def measured(
+    source: Source, images: Path, labels: Path | None, *, warnings: list[str] | None = None, **more: Any
+) -> Evaluation:
+    prep = more.pop("preprocessing", LETTERBOX)
+    data = DataOptions((str(images),), samples=more.pop("samples", None), preprocessing=prep)
+    reporter = Reporter((warnings if warnings is not None else []).append)
+    return evaluate(source, EvaluationOptions(data, labels=labels, threads=1, **more), reporter)
+
+
+def by_pycocotools(truth: Path, results: bytes) -> tuple[float, float]:
+    pytest.importorskip("pycocotools", reason="needs pycocotools, of the extra qconv[test]")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = COCO(str(truth))
+        judge = COCOeval(expected, expected.loadRes(json.loads(results)), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return float(judge.stats[0]), float(judge.stats[1])
+
+
+@needs_library
+def test_every_form_measures_alike_and_as_pycocotools(tmp_path: Path, images: Path) -> None:
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    boxes = labelled.some_boxes(images)
+    coco = labelled.write_coco(boxes, tmp_path / "coco.json")
+    found = measured(source, images, coco, table=".json")
+    values = value_of(found.labelled, MAP), value_of(found.labelled, MAP50)
+    assert found.predictions is not None
+    wanted = by_pycocotools(coco, found.predictions.as_table(".json"))
+    np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-15)
+    assert 0 < wanted[0] < wanted[1]
+    yolo = labelled.write_yolo(boxes, tmp_path / "yolo", images)
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(labelled.NAMES))
+    voc = labelled.write_voc(boxes, tmp_path / "voc")
+    for labels, more in ((yolo, {}), (voc, {"classes": names})):
+        other = measured(source, images, labels, **more)
+        got = value_of(other.labelled, MAP), value_of(other.labelled, MAP50)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
+
+
+@needs_library
+def test_batches_and_pictures_that_cannot_be_read_shift_nothing(tmp_path: Path) -> None:
+    """Labels stay with their pictures, of which the fourth is broken."""
+    images = labelled.pictures(tmp_path / "imgs", 12)
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    coco = labelled.write_coco(labelled.some_boxes(images), tmp_path / "coco.json")
+    whole = [score.value for score in measured(source, images, coco).labelled]
+    (images / "broken.png").write_bytes(b"no picture")
+    warnings: list[str] = []
+    data = DataOptions((str(images),), samples=None, batch=5, preprocessing=LETTERBOX)
+    request = EvaluationOptions(data, against=source, labels=coco, threads=1)
+    found = evaluate(source, request, Reporter(warnings.append))
+    assert [score.value for score in found.labelled] == whole
+    assert [score.value for score in found.other_labelled] == whole
+    assert any("broken.png" in text for text in warnings)
+
+
+@needs_library
+def test_beside_another_model(tmp_path: Path, images: Path) -> None:
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    other = labelled.save(labelled.detector(1), tmp_path / "other.onnx")
+    coco = labelled.write_coco(labelled.some_boxes(images), tmp_path / "coco.json")
+    found, its = measured(source, images, coco, against=other), measured(other, images, coco)
+    assert [score.value for score in found.other_labelled] == [score.value for score in its.labelled]
+    mine, theirs, differs = (value_of(s, MAP) for s in (found.labelled, found.other_labelled, found.differences))
+    assert mine is not None
+    assert theirs is not None
+    assert differs == mine - theirs
+    told = found.as_dict()
+    assert (told["map"], told["against"]["map"], told["against"]["differences"]["map"]) == (mine, theirs, differs)
+    low, high = told["intervals"]["map_difference"]
+    assert low <= differs <= high
+    assert {
+        "name": "y",
+        "kind": "detections",
+        "boxes": value_of(found.heads[0].scores, found.heads[0].scores[0].metric),
+    } in (told["against"]["heads"])
+    assert {"map", "map50", "map_difference", "boxes"} <= {row["measure"] for row in found.rows()}
+    text = format_evaluation(found, verbose=True)
+    assert f"{100 * mine:.2f}" in text
+    assert f"difference of mAP {100 * differs:+.2f} points" in text
+    assert "top-1" not in text
+    same = measured(source, images, coco, against=source)
+    assert [(score.value, score.interval) for score in same.differences] == [(0, (0, 0))] * 2
+
+
+def test_masks(tmp_path: Path, images: Path) -> None:
+    """Masks that say what the map says, run by ONNX Runtime and enlarged by Pillow, are right at every place."""
+    source = labelled.save(labelled.segmenter(), tmp_path / "m.onnx")
+    session = ort.InferenceSession(str(source.path), providers=["CPUExecutionProvider"])
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for path in sorted(images.iterdir())[:-1]:
+        with Image.open(path) as picture:
+            small = picture.resize((labelled.SIDE, labelled.SIDE), Image.Resampling.BILINEAR)
+            x = np.asarray(small, np.float32).transpose(2, 0, 1)[None] / np.float32(255)
+            said = session.run(None, {"x": x})[0][0].argmax(axis=0).astype(np.uint8)
+            Image.fromarray(said).resize(picture.size, Image.Resampling.NEAREST).save(folder / path.name)
+    warnings: list[str] = []
+    exact = PreprocessingOptions("unit", resize="exact")
+    found = measured(source, images, folder, preprocessing=exact, warnings=warnings).as_dict()
+    assert found["miou"] == found["pixel_accuracy"] == 1
+    assert warnings == ["1 picture of 6 have no labels, and do not count."]
+    boxed = measured(source, images, folder, preprocessing=LETTERBOX).as_dict()
+    assert 0 < boxed["miou"] < boxed["pixel_accuracy"] < 1
+
+
+@pytest.mark.parametrize(
+    ("network", "form", "fact"),
+    [
+        ("segmenter", "coco", "holds boxes as labels, but no output is read as detections: y: class map"),
+        ("detector", "masks", "holds masks as labels, but no output is a map of classes: y: detections"),
+    ],
+)
+@needs_library
+def test_labels_of_another_kind(tmp_path: Path, images: Path, network: str, form: str, fact: str) -> None:
+    source = labelled.save(getattr(labelled, network)(), tmp_path / "m.onnx")
+    labels = tmp_path / "labels"
+    if form == "coco":
+        labels = labelled.write_coco(labelled.some_boxes(images), tmp_path / "coco.json")
+    else:
+        labels.mkdir()
+        Image.new("L", (8, 8)).save(labels / "000.png")
+    with pytest.raises(QconvError, match=fact):
+        measured(source, images, labels)
+
+
+@needs_library
+def test_labels_and_pictures_that_do_not_meet(tmp_path: Path, images: Path) -> None:
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    boxes = labelled.some_boxes(images)
+    coco = labelled.write_coco({"x": boxes["000"], "001": boxes["001"]}, tmp_path / "coco.json")
+    warnings: list[str] = []
+    measured(source, images, coco, warnings=warnings)
+    assert warnings == [
+        "labels of 1 picture are not used: no picture is called so.",
+        "5 pictures of 6 have no labels, and do not count.",
+    ]
+    warnings.clear()
+    drawn = measured(source, images, labelled.write_coco(boxes, coco), warnings=warnings, samples=2)
+    assert (drawn.images, warnings) == (2, [])  # of a draw it is no news
+    strange = labelled.write_coco({"x": boxes["000"]}, coco)
+    with pytest.raises(QconvError, match=r"has labels of none of the pictures, as .*, but of 1 others"):
+        measured(source, images, strange)
+
+
+@needs_library
+def test_a_class_beyond_the_models(tmp_path: Path, images: Path) -> None:
+    """YOLOX's form tells how many classes there are."""
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    yolo = labelled.write_yolo(labelled.some_boxes(images), tmp_path / "yolo", images)
+    (yolo / "000.txt").write_text("4 0.5 0.5 0.1 0.1\n")
+    with pytest.raises(QconvError, match="has boxes of 4, class 4, but the model has 4"):
+        measured(source, images, yolo)
+
+
+def test_samples_have_no_labels(tmp_path: Path, images: Path) -> None:
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    coco = labelled.write_coco(labelled.some_boxes(images), tmp_path / "coco.json")
+    folder = tmp_path / "npy"
+    folder.mkdir()
+    np.save(folder / "000.npy", np.zeros((3, labelled.SIDE, labelled.SIDE), np.float32))
+    with pytest.raises(QconvError, match=r"000.npy: what is preprocessed already does not tell where"):
+        measured(source, folder, coco, preprocessing=PreprocessingOptions())
+
+
+def test_neither_labels_nor_another_model(tmp_path: Path, images: Path) -> None:
+    source = labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    with pytest.raises(QconvError, match="nothing to measure: there are no labels of boxes") as caught:
+        measured(source, images, None)
+    assert "--labels" in caught.value.hint
+    with pytest.raises(QconvError, match="--label-map without --labels"):
+        EvaluationOptions(DataOptions(("x",)), label_map=tmp_path)
+
+
+@pytest.mark.parametrize("labels", ["val_instances.json", "val_labels"])
+@needs_library
+def test_shared_labels_as_pycocotools(tmp_path: Path, labels: str) -> None:
+    """YOLOX-Nano on COCO pictures: 34.99 and 52.74, and pycocotools' on the boxes that were saved to the last digit."""
+    place = SHARED / "images" / "coco"
+    model = SHARED / "models" / "yolox_nano.onnx"
+    if not (place / labels).exists() or not model.exists():
+        pytest.skip(f"needs {place / labels} and {model}")
+    prep = PreprocessingOptions("raw", color="bgr", resize="letterbox", letterbox_align="top-left")  # type: ignore[arg-type]
+    truth = place / "val_instances.json"
+    found = measured(Source(str(model), model), place / "val", place / labels, preprocessing=prep, table=".json")
+    got = value_of(found.labelled, MAP), value_of(found.labelled, MAP50)
+    assert got == pytest.approx((0.3499, 0.5274), abs=1e-4)
+    if labels == truth.name:
+        assert found.predictions is not None
+        wanted = by_pycocotools(truth, found.predictions.as_table(".json"))
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-15)
+
+
+def test_shared_masks(tmp_path: Path) -> None:
+    """DeepLabV3 on 50 pictures, stretched to 257x257: 46.58 and 89.64, as shared/data/README.md states."""
+    place, model = SHARED / "images" / "coco", SHARED / "models" / "deeplabv3_257_mv_gpu.onnx"
+    if not (place / "val_masks_voc").exists() or not model.exists():
+        pytest.skip(f"needs {place / 'val_masks_voc'} and {model}")
+    prep = PreprocessingOptions("tf", resize="exact")
+    found = measured(Source(str(model), model), place / "val", place / "val_masks_voc", preprocessing=prep).as_dict()
+    assert (found["miou"], found["pixel_accuracy"]) == pytest.approx((0.4658, 0.8964), abs=5e-5)
