@@ -3,7 +3,7 @@
     centre = (2 sigmoid(xy) - 0.5 + cell) * stride    size = (2 sigmoid(wh))^2 * anchor    score = objectness * class
 
 Exported with its decoding, a network gives one output (N, A, 5 + C), centre and size in pixels, the rest behind a
-sigmoid; its segmenters have mask coefficients besides. Without it, it gives a map for each stride, as the layers say it:
+sigmoid; its segmenters have mask coefficients besides. Without it, it gives a map for each stride, as the layers are:
 (N, 3, H, W, 5 + C) or (N, 3 (5 + C), H, W). A file does not hold anchors then. Those of YOLOv5 are taken, on which
 YOLOv7-tiny was trained too; YOLOv7's own are 1.2 times as large.
 """
