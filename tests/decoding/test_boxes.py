@@ -102,9 +102,7 @@ def test_boxes_that_are_not_finite_are_left_out() -> None:
         ((640, 640), 8401, 1, None),
     ],
 )
-def test_rows_tell_the_strides(
-    size: tuple[int, int], rows: int, anchors: int, strides: tuple[int, ...] | None
-) -> None:
+def test_rows_tell_the_strides(size: tuple[int, int], rows: int, anchors: int, strides: tuple[int, ...] | None) -> None:
     """80^2 + 40^2 + 20^2 = 8400, of YOLOv8 at 640; 52^2 + 26^2 + 13^2 = 3549."""
     assert find_strides(size, rows, anchors) == strides
 
