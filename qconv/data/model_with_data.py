@@ -80,11 +80,6 @@ class ModelWithData:
             for index in range(count):
                 yield [x[index : index + 1] if whole else [] for x, whole in zip(found, parted, strict=True)]
 
-    def first_feeds(self) -> dict[str, Any]:
-        """The first image as a batch of one."""
-        feeds, _ = next(self.batches(Reporter(), lambda path: None))
-        return {name: array[:1] for name, array in feeds.items()}
-
     def takes_the_same_as(self, other: ModelWithData) -> bool:
         """Whether both models take the same arrays."""
         mine, its = self.feed, other.feed

@@ -41,7 +41,7 @@ def match(facts: NetworkFacts) -> Head | None:
             "YOLOv10/26",
             f"{array.shape[1]} rows are boxes without overlaps{extras.in_words}{task}",
             (name, *extras.outputs),
-            _Decoder(facts.size, extras),
+            _EndToEndDecoder(facts.size, extras),
             facts.size,
             0.25,
             stated.names,
@@ -63,7 +63,7 @@ def is_in_pixels(array: NDArray[Any]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Decoder:
+class _EndToEndDecoder:
     size: tuple[int, int]
     extras: Extras
 

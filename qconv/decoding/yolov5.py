@@ -3,7 +3,7 @@
     centre = (2 sigmoid(xy) - 0.5 + cell) * stride    size = (2 sigmoid(wh))^2 * anchor    score = objectness * class
 
 Exported with its decoding, a network gives one output (N, A, 5 + C), centre and size in pixels, the rest behind a
-sigmoid; its segmenters have mask coefficients besides. Without it, it gives a map for each stride, as the layers say it:
+sigmoid; its segmenters have mask coefficients besides. Without it, it gives a map for each stride, as the layers are:
 (N, 3, H, W, 5 + C) or (N, 3 (5 + C), H, W). A file does not hold anchors then. Those of YOLOv5 are taken, on which
 YOLOv7-tiny was trained too; YOLOv7's own are 1.2 times as large.
 """
@@ -82,24 +82,25 @@ def _count_prototypes(facts: NetworkFacts) -> int:
     return next((shape[1] for shape in shapes if len(shape) == 4 and shape[2:] == quarter), 0)
 
 
-def _parts_of(axis: int, classes: int) -> tuple[OutputPart, ...]:
+def _parts_of(axis: int, classes: int, rows: int = 1) -> tuple[OutputPart, ...]:
+    """rows: how many lie behind each other along the axis."""
     ends = (("boxes", 0, 4), ("objectness", 4, 5), ("scores", 5, 5 + classes))
-    return tuple(OutputPart(name, axis, start, stop) for name, start, stop in ends)
+    firsts = range(0, rows * (5 + classes), 5 + classes)
+    return tuple(OutputPart(name, axis, first + start, first + stop) for first in firsts for name, start, stop in ends)
 
 
 def _match_maps(facts: NetworkFacts) -> Head | None:
-    maps = {
-        name: grid for name in facts.outputs if facts.is_float(name) and (grid := _as_grid(facts, name)) is not None
-    }
+    grids = {name: _as_grid(facts, name) for name in facts.outputs}
+    maps = {name: grid for name, grid in grids.items() if grid is not None}
     for strides, anchors in ANCHORS.items():
         sizes = [(facts.size[0] // stride, facts.size[1] // stride) for stride in strides]
         names = [next((name for name, grid in maps.items() if grid.shape[2:4] == size), "") for size in sizes]
-        if "" in names or len(maps) != len(strides) or len({maps[name].shape[4] for name in names}) != 1:
+        if "" in names or len(maps) != len(strides) or len({maps[name].shape[4] for name in names}) > 1:
             continue
         if any(np.median(maps[name][..., 4]) > MOST_USUAL_LOGIT for name in names):
             continue
         classes = maps[names[0]].shape[4] - 5
-        rank = facts.outputs[names[0]].ndim
+        flat = facts.outputs[names[0]].ndim == 4
         where = f"maps of strides {', '.join(map(str, strides))} at {facts.size[0]}x{facts.size[1]}"
         what = f"three boxes a cell, objectness and {classes} classes as the layers give them"
         return Head(
@@ -110,7 +111,7 @@ def _match_maps(facts: NetworkFacts) -> Head | None:
             facts.size,
             0.25,
             Statement.of(facts.metadata).names,
-            {name: _parts_of(4, classes) for name in names} if rank == 5 else {},
+            dict.fromkeys(names, _parts_of(1, classes, ANCHORS_A_CELL) if flat else _parts_of(4, classes)),
         )
     return None
 

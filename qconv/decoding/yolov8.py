@@ -58,7 +58,7 @@ def _match_rows(facts: NetworkFacts, stated: Statement, name: str, axis: int) ->
         "YOLOv8",
         f"{where}, with a box and {classes} classes{extras.in_words}{task}",
         (name, *extras.outputs),
-        _Decoder(facts.size, axis, classes, extras),
+        _CellDecoder(facts.size, axis, classes, extras),
         facts.size,
         0.25,
         stated.names,
@@ -78,7 +78,7 @@ def _count_classes(columns: NDArray[Any]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Decoder:
+class _CellDecoder:
     size: tuple[int, int]
     axis: int
     classes: int

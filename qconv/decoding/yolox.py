@@ -3,7 +3,8 @@
     centre = (xy + cell) * stride       size = exp(wh) * stride       score = objectness * class
 
 Exported without its decoding, xy and wh are as the layers give them; with it, centre and size are in pixels. Objectness
-and classes are behind a sigmoid in both. P6 models have a stride of 64 besides.
+and classes are behind a sigmoid in both. P6 models have a stride of 64 besides. All classes of a row count that reach
+the score, as in evaluations of the other families, where YOLOX's own takes the best alone.
 """
 
 from __future__ import annotations

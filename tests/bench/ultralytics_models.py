@@ -19,6 +19,7 @@ torchvision is not among them: Ultralytics asks for its version, and for nothing
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import math
 import os
@@ -26,8 +27,11 @@ import shutil
 import sys
 import tempfile
 import types
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +52,18 @@ DISTANCES = (3.0, 0.7)
 
 @dataclass(frozen=True)
 class Network:
-    """A network by Ultralytics' name of its configuration, with its number of classes and the side of its input.
+    """A network by Ultralytics' name of its configuration, with its number of classes and the size of its input.
 
-    end_to_end: whether its head needs no suppression; the exporter takes the other one unless it is asked.
+    size: height and width. end_to_end: whether its head needs no suppression; the exporter takes the other one unless
+    it is asked. changes: of the configuration, by key. head: arguments of the last layer.
     """
 
     configuration: str
     classes: int = 80
-    size: int = 320
+    size: tuple[int, int] = (320, 320)
     end_to_end: bool = False
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    head: Sequence[Any] = ()
 
 
 NETWORKS = {"yolo11n": Network("yolo11n.yaml"), "yolo26n": Network("yolo26n.yaml", end_to_end=True)}
@@ -72,11 +79,14 @@ def main() -> None:
     for name, network in NETWORKS.items():
         if not wanted.only or name in wanted.only:
             pictures = read_pictures(wanted.images, network.size)
-            best = export(make(network, pictures), network, wanted.folder / f"{name}.onnx", pictures)
+            path = wanted.folder / f"{name}.onnx"
+            export(make(network, pictures), network, path)
+            best = [best_score(outputs[0][0], network.classes) for outputs in run(path, pictures)]
             span = ", ".join(f"{number:.2f}" for number in np.percentile(best, [0, 25, 50, 75, 100]))
             print(f"{name}: best scores of {len(best)} pictures have the quartiles {span}")
 
 
+@functools.cache
 def import_ultralytics() -> Any:
     """The package, which is not allowed to install, download or ask anything, and sees no torchvision."""
     home = tempfile.mkdtemp(prefix="qconv-ultralytics-")
@@ -94,38 +104,73 @@ def import_ultralytics() -> Any:
     return ultralytics
 
 
+class AbsentClass(type):
+    """The class of classes that are not there: each of their attributes is another one."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return AbsentClass(name, (), {})
+
+
+class Absent(types.ModuleType):
+    """A module that is not there: whatever is imported from it is a class that nothing calls."""
+
+    __getattr__ = AbsentClass.__getattr__
+
+
+class AbsentFinder(MetaPathFinder, Loader):
+    """Imports torchvision and its parts as Absent, with what programs here call of it: suppression."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        return Absent(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        if module.__name__ == "torchvision.ops":
+            from ultralytics.utils.nms import TorchNMS
+
+            def batched_nms(boxes: Any, scores: Any, classes: Any, iou: float) -> Any:
+                apart = classes[:, None].to(boxes) * (boxes.max() - boxes.min() + 1)
+                return TorchNMS.nms(boxes + apart, scores, iou)
+
+            module.nms, module.batched_nms = TorchNMS.nms, batched_nms  # type: ignore[attr-defined]
+
+
+@functools.cache
 def stand_in_for_torchvision() -> None:
-    """A module torchvision with the suppression that programs of YOLOv5 call, by Ultralytics' own."""
+    """Lets programs import torchvision, which is not there."""
     import_ultralytics()
-    from ultralytics.utils.nms import TorchNMS
-
-    module, ops = types.ModuleType("torchvision"), types.ModuleType("torchvision.ops")
-    module.ops, ops.nms = ops, TorchNMS.nms  # type: ignore[attr-defined]
-    sys.modules |= {"torchvision": module, "torchvision.ops": ops}
+    sys.meta_path.append(AbsentFinder())
+    importlib.import_module("torchvision.ops")
 
 
-def read_pictures(folder: Path, size: int) -> Any:
-    """Pictures of a folder as Ultralytics feeds them, (N, 3, size, size), RGB from 0 to 1."""
+def read_pictures(folder: Path, size: tuple[int, int]) -> Any:
+    """Pictures of a folder as Ultralytics feeds them, (N, 3, *size), RGB from 0 to 1."""
     import_ultralytics()
     import cv2
     import torch
     from ultralytics.data.augment import LetterBox
 
-    fit, found = LetterBox((size, size)), []
+    fit, found = LetterBox(size), []
     for path in sorted(folder.rglob("*.jpg"))[:PICTURES]:
         found.append(fit(image=cv2.imread(str(path)))[..., ::-1].transpose(2, 0, 1))
     return torch.from_numpy(np.ascontiguousarray(np.stack(found))).float() / 255
 
 
-def make(network: Network, pictures: Any, **arguments: Any) -> Any:
+def make(network: Network, pictures: Any) -> Any:
     """The network in PyTorch, as `ultralytics.YOLO` or `RTDETR` holds it."""
     ultralytics = import_ultralytics()
     import torch
 
     torch.manual_seed(SEED)
     kind = ultralytics.RTDETR if "detr" in network.configuration else ultralytics.YOLO
-    found = kind(network.configuration, **arguments)
-    inner = type(found.model)(found.model.yaml | {"nc": network.classes}, nc=network.classes, verbose=False)
+    found = kind(network.configuration)
+    layout = deepcopy(found.model.yaml) | {"nc": network.classes, **network.changes}
+    layout["head"][-1][-1] = list(network.head) or layout["head"][-1][-1]
+    inner = type(found.model)(layout, nc=network.classes, verbose=False)
     inner.names = {index: f"class {index}" for index in range(network.classes)}
     inner.task, inner.args = found.task, found.model.args
     found.model = inner
@@ -161,8 +206,9 @@ def scale_head(model: Any, pictures: Any) -> None:
     for role, branches in heads.items():
         layers = [branch if not hasattr(branch, "__getitem__") else branch[-1] for branch in branches]
         for layer in layers:
-            if hasattr(layer, "weight"):
-                standardize(layer, list(seen_by(layer, model, pictures)))
+            seen = list(seen_by(layer, model, pictures)) if hasattr(layer, "weight") else []
+            if seen:  # what is for training alone says nothing
+                standardize(layer, seen)
         if role == "box_head":
             for layer in layers:
                 spread_boxes(layer, distributions=head.reg_max > 1)
@@ -186,7 +232,7 @@ def seen_by(layer: Any, model: Any, pictures: Any) -> Iterator[Any]:
         for batch in pictures.split(BATCH):
             heard.clear()
             model.predict(batch)
-            yield heard[-1]
+            yield from heard[-1:]
     hook.remove()
 
 
@@ -224,19 +270,22 @@ def spread_scores(layers: list[Any], model: Any, pictures: Any) -> None:
             layer.bias.copy_((layer.bias - best.max()) * gain + high)
 
 
-def export(network: Any, made: Network, path: Path, pictures: Any, **options: Any) -> Any:
-    """Writes an ONNX file by Ultralytics' exporter. Returns the best score that it gives of each picture, (N,)."""
+def export(made: Any, network: Network, path: Path, **options: Any) -> None:
+    """Writes an ONNX file by Ultralytics' exporter. options: of its `export`."""
+    with tempfile.TemporaryDirectory(prefix="qconv-export-") as folder:
+        made.model.pt_path = made.ckpt_path = str(Path(folder) / "network.pt")
+        options |= {"nms": False} if network.end_to_end else {}
+        written = made.export(format="onnx", imgsz=list(network.size), verbose=False, **options)
+        shutil.move(written, path)
+
+
+def run(path: Path, pictures: Any) -> Iterator[list[Any]]:
+    """What a file says of each picture."""
     import onnxruntime
 
-    with tempfile.TemporaryDirectory(prefix="qconv-export-") as folder:
-        network.model.pt_path = str(Path(folder) / "network.pt")
-        network.ckpt_path = network.model.pt_path
-        options |= {"nms": False} if made.end_to_end else {}
-        written = network.export(format="onnx", imgsz=made.size, verbose=False, **options)
-        shutil.move(written, path)
-    session = onnxruntime.InferenceSession(str(path))
-    outputs = [session.run(None, {"images": picture[None].numpy()})[0] for picture in pictures]
-    return np.array([best_score(output[0], made.classes) for output in outputs])
+    session = onnxruntime.InferenceSession(path)
+    for picture in pictures:
+        yield session.run(None, {"images": picture[None].numpy()})
 
 
 def best_score(output: Any, classes: int) -> float:
