@@ -125,7 +125,6 @@ NO_DETECTIONS = {
     "six pixels of 300 points": [of_pixels(2, 300, 6)],
     "4 numbers": [of_shares(2, 4)],
     "boxes without scores": [of_pixels(2, 300, 4)],
-    "scores and boxes by their edges": [of_probabilities(2, 4420, 2), np.sort(of_shares(2, 4420, 4), axis=2)],
     "shares of two kinds": [of_shares(2, 100, 10), of_shares(2, 100, 4)],
     "two classifiers": [of_features(2, 10), of_features(2, 4)],
     "words": [np.array([["a"], ["b"]])],

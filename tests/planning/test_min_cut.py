@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from qconv.planning.placement import FlowNetwork
+from qconv.planning.min_cut import FlowNetwork
 
 
 @pytest.mark.parametrize("seed", range(40))
