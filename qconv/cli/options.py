@@ -20,6 +20,7 @@ from qconv.config.choices import (
     EFFORTS,
     FALLBACKS,
     FLOAT_BITS,
+    FLOAT_BUDGET,
     MOST_THREADS,
     NAMED_RECIPES,
     PERCENTILE,
@@ -437,6 +438,13 @@ quantize_options = combine_options(
         "--tune-latency/--no-tune-latency",
         default=False,
         help="Choose what stays in float by timing it on this machine, not by the committed cost table.",
+    ),
+    click.option(
+        "--float-budget",
+        type=float,
+        metavar="0..1",
+        help="Share of the time that may be spent on float around the tensors that make most of the noise at the "
+        f"outputs; 0 for none.  [default: {FLOAT_BUDGET}, with --tune-ranges]",
     ),
     click.option(
         "--saturation-safe/--no-saturation-safe",

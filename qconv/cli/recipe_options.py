@@ -29,8 +29,8 @@ SAME_NAMED_FIELDS = (
     ("calib", "fallback", "samples", "batch", "seed", "weight_bits", "activation_bits", "edge_bits", "pack")
     + ("max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding")
     + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
-    + ("target", "equalize", "tune_ranges", "tune_latency", "saturation_safe", "keep_float", "keep_float_op")
-    + ("opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads", "task", "decode")
+    + ("target", "equalize", "tune_ranges", "tune_latency", "float_budget", "saturation_safe", "keep_float")
+    + ("keep_float_op", "opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads", "task", "decode")
 )  # fmt: skip
 """Options that `make_request` calls the same."""
 

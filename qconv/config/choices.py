@@ -139,6 +139,9 @@ CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)
 
 FLOAT_BITS = 32
 
+FLOAT_BUDGET = 0.03
+"""Share of the time that may be spent on float where most of the noise comes from."""
+
 
 @dataclass(frozen=True, slots=True)
 class Drop:

@@ -111,6 +111,12 @@ def check_target(recipe: Recipe) -> None:
     tunable = target.costs is not None and recipe.runs_in_integers
     hint = "it is for target ort-cpu and layers that can run in integers: weights of 2 to 8 bits, activations of 8."
     require(tunable or not recipe.tune_latency, "--tune-latency with these options", hint)
+    if recipe.float_budget is not None:
+        told = f"--float-budget {recipe.float_budget:g}"
+        require(0 <= recipe.float_budget <= 1, told, "use a share of the time, from 0 to 1.")
+        spent = tunable and recipe.tune_ranges
+        hint = "leave it out: it is spent with --tune-ranges, on target ort-cpu, and layers in integers of 8 bits."
+        require(bool(spent) or recipe.float_budget == 0, f"{told} with these options", hint)
     if recipe.saturation_safe is not None:
         option = "--saturation-safe" if recipe.saturation_safe else "--no-saturation-safe"
         require(
@@ -198,7 +204,8 @@ class Recipe:
     afterwards. tune_ranges: choose ranges of activations by what the outputs lose, see `ranges`; None: where there are
     pictures, unless effort is fast or a calibrator is given; it is never None afterwards. rounding: None for
     second-order, or nearest where no pictures are looked at again; it is never None after `with_data`, and before that
-    only with `stats`. tune_latency: place layers by
+    only with `stats`. float_budget: the share of the time
+    that may be spent on float where most of the noise comes from; None for FLOAT_BUDGET. tune_latency: place layers by
     times that are measured on this machine, see `tune`. embed_preprocessing: the layout of the uint8 pixels that the
     result takes and normalises by itself; None: it takes what the float network takes. data_free: no picture is looked
     at, BatchNormalization tells what tensors are like, see `told`. fallback: made-up
@@ -230,6 +237,7 @@ class Recipe:
     equalize: bool | None = None
     tune_ranges: bool | None = None
     tune_latency: bool = False
+    float_budget: float | None = None
     keep_float: tuple[str, ...] = ()
     keep_float_op: tuple[str, ...] = ()
     opset: int | None = None

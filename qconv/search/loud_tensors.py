@@ -1,8 +1,9 @@
 """Leaves in float the few tensors that make most of the noise at the outputs, where that costs hardly any time.
 
 A tensor whose channels reach unlike far, such as a SiLU on raw pixels, may alone lose what a whole network has. The
-nodes that write it and read it then stay float, if the table of costs allows: together up to MOST_TIME_SHARE of the
-network's time. Noises are those that the search for ranges has measured, with the ranges that it has set.
+nodes that write it and read it then stay float, if the table of costs allows: together up to a share of the
+network's time, FLOAT_BUDGET by default. Noises are those that the search for ranges has measured, with the ranges that
+it has set.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qconv.config.choices import FLOAT_BUDGET
 from qconv.config.data_options import Preprocessing
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
@@ -22,9 +24,6 @@ LOUD_SHARE = 0.25
 
 LOUD_NOISE = 0.01
 """Its noise beside the power of the outputs from which on that matters: 20 dB."""
-
-MOST_TIME_SHARE = 0.03
-"""What may be spent on float, of the time of the network as it is placed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,8 @@ def keep_loud_tensors_float(
     model: the folded network. fed: its preprocessing, which settles dynamic sizes; None for ready-made samples.
     """
     target = TARGETS[recipe.target]
-    if not is_placement_supported(recipe, target) or not noises:
+    budget = FLOAT_BUDGET if recipe.float_budget is None else recipe.float_budget
+    if not is_placement_supported(recipe, target) or not noises or not budget:
         return {}
     cost, found = FloatCost.of(model, plan, recipe, fed), dict[str, str]()
     floats: set[Node] = set()
@@ -53,7 +53,7 @@ def keep_loud_tensors_float(
         if share < LOUD_SHARE or own.noise < LOUD_NOISE:
             break
         around = cost.spread(floats | _nodes_around(model, plan, own.members))
-        if cost.share_of(around) <= MOST_TIME_SHARE:
+        if cost.share_of(around) <= budget:
             why = f"the rounding of {own.members[0].name} makes {share:.0%} of the noise at the outputs"
             found |= {node.name or "": why for node in around - floats}
             floats, whole = around, whole - own.noise

@@ -164,7 +164,8 @@ def as_asked(model: Path, out: Path, *words: Any) -> Path:
 
 
 def test_a_channel_scaled_by_1000_is_named_and_scaled_back(tmp_path: Path, samples: Path) -> None:
-    model, asked = saved(imbalanced(), tmp_path), ("--calib", samples, "--no-equalize")
+    model = saved(imbalanced(), tmp_path)
+    asked = ("--calib", samples, "--no-equalize", "--float-budget", "0")
     found = diagnosed(model, *asked)
     cause = causes(found)["channel-imbalance"]
     assert cause["where"] == ["r"]
@@ -229,7 +230,7 @@ def test_a_bias_that_overflows_is_named_and_taken_care_of(tmp_path: Path, sample
 
 
 def test_a_gate_is_named_and_the_layers_beside_it_left_in_float(tmp_path: Path, samples: Path) -> None:
-    model, asked = saved(gated(), tmp_path), ("--calib", samples)
+    model, asked = saved(gated(), tmp_path), ("--calib", samples, "--float-budget", "0")
     found = diagnosed(model, *asked)
     cause = causes(found)["gate"]
     assert cause["where"] == ["s"]

@@ -53,7 +53,8 @@ def test_other_commands_take_it(call: Qconv, tiny: Path, calib: Path, decoder: P
     out = tiny.parent / "out.onnx"
     assert call("quantize", tiny, "--calib", calib, *QUICK, "-o", out).status == 0
     evaluated = call("evaluate", out, "--images", calib, "--against", tiny, "--json", *said).json
-    assert [o["kind"] for o in evaluated["against"]["outputs"]] == ["detections", "detections"]
+    assert [o["kind"] for o in evaluated["against"]["outputs"]] == ["detections"]
+    assert [o["kind"] for o in evaluated["against"]["heads"]] == ["detections"]
     assert 0 <= evaluated["against"]["boxes"] <= 1
     compared = call("compare", tiny, out, "--images", calib, "--json", *said).json
     assert 0 <= compared["outputs"][-1]["boxes"] <= 1
