@@ -66,11 +66,13 @@ class PictureSide:
 class ComparedPicture:
     """A picture, with what the float model and the file say of it.
 
-    size: width and height in pixels, in which boxes are. photo: JPEG. caption: how the two differ.
+    size: width and height in pixels, in which boxes are. shown: left, top, width and height of the part that is shown.
+    photo: JPEG of the whole. caption: how the two differ.
     """
 
     name: str
     size: tuple[int, int]
+    shown: tuple[float, float, float, float]
     photo: bytes
     caption: str
     float_side: PictureSide

@@ -4,8 +4,8 @@
              counts them
     masks    of segmenters; first the pictures in which the fewest pixels have the float model's class
 
-Pictures are shown as the float network gets them, with crop and borders. Ready-made samples are no pictures: of them
-nothing is shown.
+Pictures are shown as the float network gets them, cropped, and without the borders of a letterbox. Ready-made samples
+are no pictures: of them nothing is shown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qconv.data.images import encode_photo, encode_png
+from qconv.config.data_options import Preprocessing
+from qconv.data.images import encode_photo, encode_png, find_placement
 from qconv.data.loader import count_images
 from qconv.data.model_with_data import ModelWithData, iter_paired_batches
 from qconv.decoding.boxes import LEAST_SCORE, Detections
@@ -64,14 +65,39 @@ class _Seen:
     sides: tuple[Any, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A picture to draw. pixels: (H, W, C). shown: left, top, width and height of the part that is no border."""
+
+    name: str
+    pixels: NDArray[np.uint8]
+    shown: tuple[float, float, float, float]
+    seen: _Seen
+
+    @classmethod
+    def of(cls, path: Path, prep: Preprocessing, seen: _Seen) -> _Picture:
+        pixels = undo_preprocessing(seen.values, prep)
+        most = np.array(pixels.shape[1::-1])
+        placed = find_placement(path, prep)
+        ends = np.array([np.zeros(2), placed.size])
+        (left, top), (right, bottom) = np.clip((ends - placed.offset) / placed.scale, 0, most).tolist()
+        return cls(path.name, pixels, (left, top, right - left, bottom - top), seen)
+
+    def compare(self, caption: str, own: PictureSide, other: PictureSide) -> ComparedPicture:
+        """With what both models say of it."""
+        height, width = self.pixels.shape[:2]
+        photo = encode_photo(self.pixels, PHOTO_SIDE)
+        return ComparedPicture(self.name, (width, height), self.shown, photo, caption, own, other)
+
+
 class _View(Protocol):
     """What is drawn of the outputs."""
 
     def read(self, reference: Arrays, got: Arrays) -> Iterable[tuple[tuple[float, ...] | None, tuple[Any, Any]]]:
         """Of each picture of a batch its rank and both sides; no rank where there is nothing to show."""
 
-    def draw(self, pictures: list[tuple[str, NDArray[np.uint8], _Seen]]) -> PictureComparison:
-        """Draw pictures (H, W, C) with their names."""
+    def draw(self, pictures: list[_Picture]) -> PictureComparison:
+        """Draw them in this order."""
 
 
 def compare_pictures(own: ModelWithData, other: ModelWithData, most: int = MOST_SHOWN) -> tuple[PictureComparison, ...]:
@@ -109,11 +135,7 @@ def compare_pictures(own: ModelWithData, other: ModelWithData, most: int = MOST_
         done += count_images(mine)
     paths = [path for path in own.feed.listing.paths if path not in lost]
     found = ((view, [x for x in seen if x.place < len(paths)][:most]) for view, seen in views or ())
-    return tuple(
-        view.draw([(paths[x.place].name, undo_preprocessing(x.values, prep), x) for x in seen])
-        for view, seen in found
-        if seen
-    )
+    return tuple(view.draw([_Picture.of(paths[x.place], prep, x) for x in seen]) for view, seen in found if seen)
 
 
 def _worst_first(seen: list[_Seen]) -> list[_Seen]:
@@ -144,25 +166,21 @@ class _BoxView:
             rank = (found - len(own), found / max(1, len(own)))
             yield (rank if len(own) or len(other) else None), (own, other)
 
-    def draw(self, pictures: list[tuple[str, NDArray[np.uint8], _Seen]]) -> PictureComparison:
+    def draw(self, pictures: list[_Picture]) -> PictureComparison:
         return PictureComparison(
             "boxes",
             f"Boxes with a score above {self.head.usual_score:g}, of {format_count(len(pictures), 'picture')}; first "
             "those in which most boxes of the float model are lost: the file has none of their class that overlaps "
             "them by half.",
-            tuple(self._draw_picture(*picture) for picture in pictures),
+            tuple(map(self._draw_picture, pictures)),
         )
 
-    def _draw_picture(self, name: str, pixels: NDArray[np.uint8], seen: _Seen) -> ComparedPicture:
-        own, other = seen.sides
+    def _draw_picture(self, picture: _Picture) -> ComparedPicture:
+        own, other = picture.seen.sides
         partners = match_boxes(own, other)
         found, extra = int((partners >= 0).sum()), len(other) - int((partners >= 0).sum())
         caption = f"{found} of {format_count(len(own), 'box')} found" if len(own) else "no box in the float model"
-        height, width = pixels.shape[:2]
-        return ComparedPicture(
-            name,
-            (width, height),
-            encode_photo(pixels, PHOTO_SIDE),
+        return picture.compare(
             f"{caption}, {extra} in the file alone" if extra else caption,
             PictureSide(self._draw_boxes(own, partners < 0)),
             PictureSide(self._draw_boxes(other, np.zeros(len(other), bool))),
@@ -197,8 +215,8 @@ class _MaskView:
         for own, other in zip(*sides, strict=True):
             yield (float((own == other).mean()),), (own, other)
 
-    def draw(self, pictures: list[tuple[str, NDArray[np.uint8], _Seen]]) -> PictureComparison:
-        labels = np.concatenate([x.ravel() for *_, seen in pictures for x in seen.sides])
+    def draw(self, pictures: list[_Picture]) -> PictureComparison:
+        labels = np.concatenate([x.ravel() for picture in pictures for x in picture.seen.sides])
         ids, counts = np.unique(labels, return_counts=True)
         most = [int(number) for number in ids[np.argsort(-counts, kind="stable")] if number][:MOST_CLASSES]
         colors = color_classes(np.array(most, np.int64)).tolist()
@@ -206,16 +224,14 @@ class _MaskView:
             "masks",
             f"The class of each place, of {format_count(len(pictures), 'picture')}; first those in which most pixels "
             "have another class than in the float model. Class 0 has no colour.",
-            tuple(self._draw_picture(*picture) for picture in pictures),
+            tuple(map(self._draw_picture, pictures)),
             tuple((f"rgb({r},{g},{b})", _name_class(self.names, x)) for x, (r, g, b) in zip(most, colors, strict=True)),
         )
 
     @staticmethod
-    def _draw_picture(name: str, pixels: NDArray[np.uint8], seen: _Seen) -> ComparedPicture:
-        height, width = pixels.shape[:2]
-        photo = encode_photo(pixels, PHOTO_SIDE)
-        own, other = (PictureSide(overlay=encode_png(paint_classes(labels))) for labels in seen.sides)
-        return ComparedPicture(name, (width, height), photo, f"{seen.rank[0]:.1%} of pixels agree", own, other)
+    def _draw_picture(picture: _Picture) -> ComparedPicture:
+        own, other = (PictureSide(overlay=encode_png(paint_classes(labels))) for labels in picture.seen.sides)
+        return picture.compare(f"{picture.seen.rank[0]:.1%} of pixels agree", own, other)
 
 
 def color_classes(ids: NDArray[np.int64]) -> NDArray[np.uint8]:
