@@ -365,10 +365,14 @@ def _first_tensors(
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRun:
-    """A comparison, and the float model with its data."""
+    """A comparison, and the float model with its data.
+
+    quantized: the other model with its data; None where it is gone.
+    """
 
     compared: Comparison
     fed: ModelWithData
+    quantized: ModelWithData | None = None
 
 
 def compare_on_images(
@@ -399,4 +403,4 @@ def compare_on_images(
     total = len(own.feed.listing.paths)
     request = ComparisonRequest(float_model, model, feeds, total, own.words, threads, own.session.tasks)
     found = compare(request, reporter)
-    return ComparisonRun(replace(found, images=total - len(lost)), other)
+    return ComparisonRun(replace(found, images=total - len(lost)), other, own)

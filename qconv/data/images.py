@@ -201,7 +201,7 @@ THUMBNAIL = 160
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
-    """The file of a picture (H, W, 3) or (H, W, 1), every pixel as it is."""
+    """The PNG file of a picture (H, W, C) of one, three or four channels, every pixel as it is."""
     return encode_thumbnail(pixels, max(pixels.shape))
 
 
@@ -212,6 +212,20 @@ def encode_thumbnail(pixels: NDArray[np.uint8], side: int = THUMBNAIL) -> bytes:
     small = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     small.thumbnail((side, side))
     return png_bytes(small)
+
+
+PHOTO_QUALITY = 80
+
+
+def encode_photo(pixels: NDArray[np.uint8], side: int) -> bytes:
+    """The JPEG file of a picture (H, W, 3) or (H, W, 1), no side longer than `side`."""
+    from PIL import Image
+
+    small = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=PHOTO_QUALITY, optimize=True)
+    return buffer.getvalue()
 
 
 def png_bytes(picture: Picture) -> bytes:

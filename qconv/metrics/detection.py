@@ -23,17 +23,22 @@ from qconv.results.scores import BOXES, Score
 FOUND_IOU = 0.5
 
 
-def count_found(reference: Detections, got: Detections, iou: float = FOUND_IOU) -> int:
-    """How many of the boxes of `reference` are found in `got`. Both are sorted by falling score."""
+def match_boxes(reference: Detections, got: Detections, iou: float = FOUND_IOU) -> NDArray[np.int64]:
+    """Which box of `got` finds each box of `reference`, (N,); -1 for none. Both are sorted by falling score."""
     overlaps = pairwise_iou(reference.boxes, got.boxes)
     overlaps[reference.classes[:, None] != got.classes[None, :]] = 0
-    left, found = np.ones(len(got), bool), 0
-    for row in overlaps:
+    left, found = np.ones(len(got), bool), np.full(len(reference), -1)
+    for place, row in enumerate(overlaps):
         near = np.where(left, row, 0)
         if near.size and near.max() >= iou:
-            left[near.argmax()] = False
-            found += 1
+            found[place] = near.argmax()
+            left[found[place]] = False
     return found
+
+
+def count_found(reference: Detections, got: Detections, iou: float = FOUND_IOU) -> int:
+    """How many of the boxes of `reference` are found in `got`. Both are sorted by falling score."""
+    return int((match_boxes(reference, got, iou) >= 0).sum())
 
 
 @dataclass(slots=True)

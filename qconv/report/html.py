@@ -46,6 +46,53 @@ class PagePicture:
 
 
 @dataclass(frozen=True, slots=True)
+class DrawnBox:
+    """A box on a picture. points: its corners, in the picture's pixels. lost: whether the other model lacks it."""
+
+    points: tuple[tuple[float, float], ...]
+    label: str
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSide:
+    """What one model says of a picture. overlay: PNG of translucent colours over all of it, empty for none."""
+
+    boxes: tuple[DrawnBox, ...] = ()
+    overlay: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedPicture:
+    """A picture, with what the float model and the file say of it.
+
+    size: width and height in pixels, in which boxes are. shown: left, top, width and height of the part that is shown.
+    photo: JPEG of the whole. caption: how the two differ.
+    """
+
+    name: str
+    size: tuple[int, int]
+    shown: tuple[float, float, float, float]
+    photo: bytes
+    caption: str
+    float_side: PictureSide
+    file_side: PictureSide
+
+
+@dataclass(frozen=True, slots=True)
+class PictureComparison:
+    """Pictures with what two models say of them, side by side, the worst first.
+
+    key: "boxes" or "masks". lead: what is shown, in a sentence. legend: colours as CSS has them, and what they mean.
+    """
+
+    key: str
+    lead: str
+    pictures: tuple[ComparedPicture, ...]
+    legend: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
     """The content of one page. What is None or empty has no place on it.
 
@@ -57,6 +104,7 @@ class Page:
         warnings: Of the run.
         compared: The comparison layer by layer.
         without: Why `compared` is None.
+        shown: What both models say of pictures, side by side.
         audit: What runs in integers.
         fed: The preprocessing in words.
         contact: Images as the network got them.
@@ -76,6 +124,7 @@ class Page:
     warnings: tuple[str, ...] = ()
     compared: Comparison | None = None
     without: str = ""
+    shown: tuple[PictureComparison, ...] = ()
     audit: Audit | None = None
     fed: str = ""
     contact: tuple[PagePicture, ...] = ()
@@ -319,9 +368,15 @@ def format_percent(share: float | None, digits: int = 1) -> str:
     return "" if share is None else f"{share:.{digits}%}"
 
 
-def make_data_url(png: bytes) -> str:
-    """Encode a PNG as a data URL inside the page."""
-    return f"data:image/png;base64,{b64encode(png).decode()}"
+def make_data_url(picture: bytes) -> str:
+    """Encode a PNG or a JPEG as a data URL inside the page."""
+    kind = "png" if picture.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{b64encode(picture).decode()}"
+
+
+def format_points(points: Sequence[tuple[float, float]]) -> str:
+    """Write corners as SVG's `points`, to a tenth of a pixel."""
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def count_others(names: Sequence[str], named: int = MOST_NAMED) -> str:
@@ -346,6 +401,7 @@ FILTERS = {
     "decibel": format_decibel,
     "percent": format_percent,
     "data_url": make_data_url,
+    "points": format_points,
     "others": count_others,
     "spent": time_share,
     "counted": format_count,

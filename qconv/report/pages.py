@@ -21,6 +21,7 @@ from qconv.ir.files import Source, file_bytes, read_proto
 from qconv.metrics.similarity import share_interval
 from qconv.report.contact_sheet import make_contact_sheet
 from qconv.report.html import Page, PagePicture, Tile, Tone
+from qconv.report.picture_comparison import compare_pictures
 from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, Diagnosis, Sweep, Trial
 from qconv.results.quantize import Audit, OutputScore, Report, Verification
@@ -222,6 +223,7 @@ def _make_page(
     """Build the parts that pages have in common."""
     tiles = [] if audited is None else [make_integers_tile(audited)]
     pictures, caption = ((), "") if looked is None else make_contact_sheet(looked.fed.feed)
+    other = None if looked is None else looked.quantized
     return Page(
         title=PurePath(name).name,
         subtitle="",
@@ -230,6 +232,7 @@ def _make_page(
         version=qconv.__version__,
         warnings=tuple(warnings),
         compared=None if looked is None else looked.compared,
+        shown=() if looked is None or other is None else compare_pictures(looked.fed, other),
         audit=audited,
         fed="" if looked is None else looked.compared.words,
         contact=pictures,
