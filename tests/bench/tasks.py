@@ -18,6 +18,7 @@ which that makes them.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -137,9 +138,9 @@ def quantized(case: Case, model: Path, place: Place) -> tuple[dict[str, Path], d
     return files, failures
 
 
-def qconv(command: str, model: Path, *options: object) -> Any:
+def qconv(command: str, *options: object) -> Any:
     """What a command prints with --json."""
-    words = [sys.executable, "-m", "qconv", command, model, *options, "--json", "--quiet", "--threads", "1"]
+    words = [sys.executable, "-m", "qconv", command, *options, "--json", "--quiet", "--threads", "1"]
     done = subprocess.run([*map(str, words)], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 3):
         sys.exit(done.stderr)
@@ -149,42 +150,36 @@ def qconv(command: str, model: Path, *options: object) -> Any:
 def evaluated(case: Case, model: Path, file: Path, place: Place, *options: object) -> tuple[dict[str, Any], Boxes]:
     """What `evaluate` says of a file beside the float model, and the boxes that it finds."""
     found = place.scratch / case.name / "found.json"
-    against = () if file == model else ("--against", model)
-    told = qconv(
-        "evaluate", file, "--images", place.data / TESTS, *case.options, *options, *against, "--save-predictions", found
-    )
+    pair = (file, "--against", model, "--images", place.data / TESTS, *case.options)
+    told = qconv("evaluate", *pair, *options, "--save-predictions", found)
     boxes: Boxes = defaultdict(list)
-    for entry in json.loads(found.read_text()) if found.exists() else []:
+    for entry in json.loads(found.read_text()):
         if entry["score"] > LEAST_SCORE:
             boxes[entry["image_id"]].append(entry)
-    found.unlink(missing_ok=True)
     return told, boxes
+
+
+@functools.cache
+def float_boxes(case: Case, model: Path, place: Place) -> Boxes:
+    return evaluated(case, model, model, place)[1]
 
 
 def detector_row(case: Case, model: Path, file: Path, place: Place) -> Row:
     labels = ("--labels", place.data / BOX_LABELS) if case.name == "yolox_nano" else ()
     told, boxes = evaluated(case, model, file, place, *labels)
-    _, reference = evaluated(case, model, model, place)
-    return [
-        *(in_points(told, name) for name in ("map", "map50")),
-        difference(told, "map"),
-        *found_cells(reference, boxes),
-    ]
+    measured = [*(in_points(told, name) for name in ("map", "map50")), difference(told, "map")]
+    return [*measured, *found_cells(float_boxes(case, model, place), boxes)]
 
 
 def segmenter_row(case: Case, model: Path, file: Path, place: Place) -> Row:
-    options = ("--images", place.data / TESTS, *case.options, "--labels", place.data / MASK_LABELS)
-    told = qconv("evaluate", file, *options, *(() if file == model else ("--against", model)))
+    pair = (file, "--against", model, "--images", place.data / TESTS, *case.options)
+    told = qconv("evaluate", *pair, "--labels", place.data / MASK_LABELS)
     return [in_points(told, "miou"), in_points(told, "pixel_accuracy"), difference(told, "miou")]
 
 
 def made_row(case: Case, model: Path, file: Path, place: Place) -> Row:
     _, boxes = evaluated(case, model, file, place)
-    _, reference = evaluated(case, model, model, place)
-    if file == model:
-        return ["-", "-", "-", *found_cells(reference, boxes)]
-    correlation, of_boxes, of_scores = compare_rows(case, model, file, place)
-    return [correlation, of_boxes, of_scores, *found_cells(reference, boxes)]
+    return [*compare_rows(case, model, file, place), *found_cells(float_boxes(case, model, place), boxes)]
 
 
 def in_points(told: dict[str, Any], name: str) -> str:
@@ -228,7 +223,7 @@ def overlap(one: Sequence[float], other: Sequence[float]) -> float:
     return both / (one[2] * one[3] + other[2] * other[3] - both) if both else 0.0
 
 
-def compare_rows(case: Case, model: Path, file: Path, place: Place) -> tuple[str, str, str]:
+def compare_rows(case: Case, model: Path, file: Path, place: Place) -> Row:
     """Correlation of best scores, dB of boxes and dB of scores, by the tensor that joins both, (1, 4 + C, N)."""
     name = joined_rows(model)
     copies = [with_output(path, name, place.scratch / f"{index}.onnx") for index, path in enumerate((model, file))]
@@ -240,7 +235,8 @@ def compare_rows(case: Case, model: Path, file: Path, place: Place) -> tuple[str
         boxes.add(ref[:, :4], got[:, :4])
         scores.add(ref[:, 4:], got[:, 4:])
         best.append((ref[:, 4:].max(), got[:, 4:].max()))
-    return f"{np.corrcoef(np.array(best).T)[0, 1]:.4f}", *(f"{side.sqnr_db or np.inf:.1f}" for side in (boxes, scores))
+    power = ["equal" if side.sqnr_db is None else f"{side.sqnr_db:.1f}" for side in (boxes, scores)]
+    return [f"{np.corrcoef(np.array(best).T)[0, 1]:.4f}", *power]
 
 
 def joined_rows(path: Path) -> str:
