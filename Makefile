@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fix bench bench-accuracy bench-qat compat corpus fuzz kills lowest lowest-tenth clean
+.PHONY: help demo test lint fix bench bench-accuracy bench-qat bench-tasks compat corpus fuzz kills lowest lowest-tenth clean
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench-accuracy: $(STAMP) ## measure accuracy at every bit-width, beside other to
 
 bench-qat: $(STAMP) ## measure post-training quantization against training; needs qconv[torch]
 	$(BIN)/python -m tests.bench.qat $(ARGS)
+
+bench-tasks: $(STAMP) ## measure detectors and segmenters by mAP, mIoU and boxes found, beside ONNX Runtime's quantizer
+	$(BIN)/python -m tests.bench.tasks $(ARGS)
 
 compat: $(STAMP) ## run the files in ONNX Runtime 1.17 to the newest, each in an environment of its own
 	$(BIN)/python -m tests.bench.compat $(ARGS)

@@ -20,13 +20,15 @@ from PIL import Image
 
 Array = NDArray[np.float32]
 REPOSITORY = Path(__file__).resolve().parents[2]
+LETTERBOX_GREY = 114
 
 
 @dataclass(frozen=True)
 class Prep:
     """value = (pixel * scale - mean) / std after resizing; pixels 0 to 255.
 
-    resize: "stretch" to the size, or "crop": shorter side to size / 0.875, then the centre.
+    resize: "stretch" to the size, "crop": shorter side to size / 0.875, then the centre, or a letterbox, grey of 114
+    beside the picture: "top-left", sides rounded down, or "center", sides rounded.
     """
 
     size: tuple[int, int]  # height, width
@@ -35,6 +37,7 @@ class Prep:
     std: tuple[float, ...] = (1.0,)
     resize: str = "stretch"
     grey: bool = False
+    bgr: bool = False
 
     def __call__(self, path: Path) -> Array:
         """One picture as a batch of one: (1, C, H, W)."""
@@ -42,6 +45,7 @@ class Prep:
             picture = self._fitted(opened.convert("L" if self.grey else "RGB"))
         pixels = np.asarray(picture, np.float32)
         pixels = pixels[None] if self.grey else pixels.transpose(2, 0, 1)  # (C, H, W)
+        pixels = pixels[::-1] if self.bgr else pixels
         mean, std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
         return np.ascontiguousarray(((pixels * np.float32(self.scale) - mean) / std)[None], np.float32)
 
@@ -51,6 +55,8 @@ class Prep:
             return picture
         if self.resize == "stretch":
             return picture.resize((width, height), Image.Resampling.BILINEAR)
+        if self.resize != "crop":
+            return self._letterboxed(picture)
         assert height == width, "crop is for square inputs"
         side = round(height / 0.875)
         wide, high = picture.size
@@ -59,6 +65,16 @@ class Prep:
             picture = picture.resize(scaled, Image.Resampling.BILINEAR)
         left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
         return picture.crop((left, top, left + width, top + height))
+
+    def _letterboxed(self, picture: Image.Image) -> Image.Image:
+        height, width = self.size
+        ratio = min(width / picture.width, height / picture.height)
+        centred = self.resize == "center"
+        wide, high = (round(side * ratio) if centred else int(side * ratio) for side in picture.size)
+        canvas = Image.new("RGB", (width, height), (LETTERBOX_GREY,) * 3)
+        place = ((width - wide) // 2, (height - high) // 2) if centred else (0, 0)
+        canvas.paste(picture.resize((wide, high), Image.Resampling.BILINEAR), place)
+        return canvas
 
 
 @dataclass(frozen=True)
@@ -195,7 +211,28 @@ CASES: tuple[Case, ...] = (
         + ("squeezenet", "vgg19", "zfnet512"),
     ),
 )
-BY_NAME: Mapping[str, Case] = {case.name: case for case in CASES}
+
+yolo = partial(Case, pictures="coco", calibration=96, class_scores=False)
+ULTRALYTICS_OPTIONS = ("--preprocess", "unit", "--resize", "letterbox")
+TASK_CASES: tuple[Case, ...] = (
+    yolo(
+        "yolox_nano",
+        "yolox_nano.onnx",
+        Prep((416, 416), resize="top-left", bgr=True),
+        (*("--preprocess", "raw", "--color", "bgr"), *("--resize", "letterbox", "--letterbox-align", "top-left")),
+    ),
+    yolo(
+        "fastestdet",
+        "fastestdet.onnx",
+        Prep((352, 352), scale=1 / 255, bgr=True),
+        ("--preprocess", "unit", "--color", "bgr", "--resize", "exact"),
+    ),
+    yolo("yolo11n", "yolo11n.onnx", Prep((320, 320), scale=1 / 255, resize="center"), ULTRALYTICS_OPTIONS),
+    yolo("yolo26n", "yolo26n.onnx", Prep((320, 320), scale=1 / 255, resize="center"), ULTRALYTICS_OPTIONS),
+)
+"""Of `make bench-tasks` alone."""
+
+BY_NAME: Mapping[str, Case] = {case.name: case for case in (*CASES, *TASK_CASES)}
 
 
 def light_file(case: Case) -> Path:

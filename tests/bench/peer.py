@@ -1,9 +1,10 @@
 """The peer: ONNX Runtime's own quant_pre_process and quantize_static, with its usual settings for this purpose.
 
-    python -m tests.bench.peer CASE MODEL FOLDER OUT [how [method [granularity]]]
+    python -m tests.bench.peer CASE MODEL FOLDER OUT [how [method [granularity [operators]]]]
 
 `how` says what is left out of the preparation, for files that it fails on: "full", "no-symbolic" or "none".
-`method` is the calibrator, "MinMax" by default, and `granularity` that of weights, "per-channel".
+`method` is the calibrator, "MinMax" by default, and `granularity` that of weights, "per-channel". `operators` are those
+that are quantized, joined by commas; all by default.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,23 @@ METHODS = ("MinMax", "Entropy", "Percentile")
 PREPARATIONS = ("full", "no-symbolic", "none")
 
 
-def command(case: Case, model: Path, folder: Path, out: Path, how: str = "full") -> list[str]:
-    return [sys.executable, "-m", "tests.bench.peer", case.name, str(model), str(folder), str(out), how]
+def command(
+    case: Case, model: Path, folder: Path, out: Path, how: str = "full", operators: Sequence[str] = ()
+) -> list[str]:
+    files = [case.name, str(model), str(folder), str(out)]
+    restricted = [METHODS[0], "per-channel", ",".join(operators)] if operators else []
+    return [sys.executable, "-m", "tests.bench.peer", *files, how, *restricted]
 
 
-def convert(case: Case, model: Path, folder: Path, out: Path, sample: Path) -> dict[str, Any]:
-    """Quantize `model`; where that fails, its upgraded and folded form.
+def convert(
+    case: Case, model: Path, folder: Path, out: Path, sample: Path, operators: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Quantize `model`; where that fails, its upgraded and folded form. operators: these alone, all where none is said.
 
     {"error": of the file as it is or None, "input": "as is" or "folded", "how", "failed": [other tries]}, with
     "input" None if nothing worked.
     """
-    error = attempt(case, model, folder, out, sample)
+    error = attempt(case, model, folder, out, sample, operators=operators)
     if error is None:
         return {"error": None, "input": "as is", "how": "full", "failed": []}
     folded = out.with_suffix(".folded.onnx")
@@ -44,18 +51,20 @@ def convert(case: Case, model: Path, folder: Path, out: Path, sample: Path) -> d
     write_folded_float(model, folded)
     failed: list[str] = []
     for how in PREPARATIONS:
-        again = attempt(case, folded, folder, out, sample, how)
+        again = attempt(case, folded, folder, out, sample, how, operators)
         if again is None:
             return {"error": error, "input": "folded", "how": how, "failed": failed}
         failed.append(f"folded, {how}: {again}")
     return {"error": error, "input": None, "how": None, "failed": failed}
 
 
-def attempt(case: Case, model: Path, folder: Path, out: Path, sample: Path, how: str = "full") -> str | None:
+def attempt(
+    case: Case, model: Path, folder: Path, out: Path, sample: Path, how: str = "full", operators: Sequence[str] = ()
+) -> str | None:
     """Make `out` and try it on one picture. The first line of the error, or None."""
     out.unlink(missing_ok=True)
     done = subprocess.run(
-        command(case, model, folder, out, how), cwd=REPOSITORY, capture_output=True, text=True, check=False
+        command(case, model, folder, out, how, operators), cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     if done.returncode < 0:
         return f"killed by signal {-done.returncode}"
@@ -88,6 +97,7 @@ def main(
     how: str = "full",
     method: str = "MinMax",
     granularity: str = "per-channel",
+    operators: str = "",
 ) -> None:
     stage = "import"
     try:
@@ -123,6 +133,7 @@ def main(
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod[method],
+                op_types_to_quantize=operators.split(",") if operators else None,
             )
     except Exception as error:
         sys.exit(f"peer: {stage}: {_first_line(error)}")

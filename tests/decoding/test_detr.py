@@ -7,7 +7,7 @@ import pytest
 
 from qconv.decoding import detr
 from qconv.decoding.head import NetworkFacts
-from tests.support.references import FOLDER, Reference
+from tests.support.decoder_references import DecoderReference
 
 BOX = [0.5, 0.5, 0.25, 0.5]
 """Of an input of 200x400, height by width: from 150 to 250 and from 50 to 150."""
@@ -59,7 +59,7 @@ def test_no_more_are_found_than_there_are_queries() -> None:
 
 def test_other_outputs_of_a_transformer_are_left_alone() -> None:
     """As exporters of transformers write it: the hidden states of the queries follow."""
-    reference = Reference.load(FOLDER / "detr.npz")
+    reference = DecoderReference.load("detr")
     hidden = np.random.default_rng(0).normal(size=(2, 20, 32)).astype(np.float32)
     head = detr.match(replace(reference, outputs=reference.outputs | {"last_hidden_state": hidden}).facts)
     assert head is not None
@@ -67,12 +67,12 @@ def test_other_outputs_of_a_transformer_are_left_alone() -> None:
 
 
 def test_boxes_by_their_edges_are_none_of_this_family() -> None:
-    reference = Reference.load(FOLDER / "rtdetr_pair.npz")
+    reference = DecoderReference.load("rtdetr_pair")
     edges = np.sort(reference.outputs["pred_boxes"], axis=2)
     assert detr.match(replace(reference, outputs=reference.outputs | {"pred_boxes": edges}).facts) is None
 
 
 def test_probabilities_in_place_of_logits_are_none_of_this_family() -> None:
-    reference = Reference.load(FOLDER / "rtdetr_pair.npz")
+    reference = DecoderReference.load("rtdetr_pair")
     shares = 1 / (1 + np.exp(-reference.outputs["logits"]))
     assert detr.match(replace(reference, outputs=reference.outputs | {"logits": shares}).facts) is None

@@ -1,4 +1,4 @@
-"""NanoDet and PicoDet, beside published programs."""
+"""NanoDet and PicoDet in other forms, and what is none."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ import pytest
 
 from qconv.decoding.head import NetworkFacts
 from qconv.decoding.nanodet import expect_bins, match
-from tests.support.decoder_references import check_reference, read
-
-
-@pytest.mark.parametrize(("name", "family"), [("nanodet", "NanoDet"), ("picodet", "PicoDet")])
-def test_boxes_are_those_of_the_published_program(name: str, family: str) -> None:
-    check_reference(name, family)
+from tests.support.decoder_references import DecoderReference
 
 
 def test_a_sure_bin_is_the_distance() -> None:
@@ -40,7 +35,7 @@ def test_nanodet_plus_measures_from_the_top_left_of_a_cell() -> None:
 
 
 def test_outputs_of_strides_may_stand_in_any_order() -> None:
-    made = read("picodet")
+    made = DecoderReference.load("picodet")
     names = list(made.outputs)
     mixed = {name: made.outputs[name] for name in (*names[4:], *names[:4])}
     head = match(NetworkFacts(mixed, made.size))
@@ -49,7 +44,7 @@ def test_outputs_of_strides_may_stand_in_any_order() -> None:
 
 
 def test_names_of_classes_are_read() -> None:
-    made = read("picodet")
+    made = DecoderReference.load("picodet")
     metadata = {"character": "\n".join("abcdefghij")}
     head = match(NetworkFacts(made.outputs, made.size, metadata))
     assert head is not None
@@ -57,7 +52,7 @@ def test_names_of_classes_are_read() -> None:
 
 
 def test_other_rows_are_none() -> None:
-    made = read("nanodet").outputs["output"]
+    made = DecoderReference.load("nanodet").outputs["output"]
     assert match(NetworkFacts({"output": made}, (320, 320))) is None
     assert match(NetworkFacts({"output": made[..., 80:]}, (256, 320))) is None  # no classes
     assert match(NetworkFacts({"output": np.abs(made) / 100}, (256, 320))) is None  # no logits

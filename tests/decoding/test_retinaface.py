@@ -1,4 +1,4 @@
-"""RetinaFace and UltraFace's deltas, beside published programs."""
+"""Priors of RetinaFace and UltraFace, other forms of their outputs, and what is none."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ import pytest
 
 from qconv.decoding.head import NetworkFacts
 from qconv.decoding.retinaface import RETINAFACE, ULTRAFACE, match
-from tests.support.decoder_references import check_reference, read
-
-
-@pytest.mark.parametrize(
-    ("name", "family"), [("retinaface", "RetinaFace"), ("ultraface_raw", "UltraFace")], ids=lambda text: text
-)
-def test_boxes_are_those_of_the_published_program(name: str, family: str) -> None:
-    check_reference(name, family)
+from tests.support.decoder_references import DecoderReference
 
 
 @pytest.mark.parametrize(
@@ -33,16 +26,16 @@ def test_priors_are_as_many_as_published(family: object, size: tuple[int, int], 
 
 def test_logits_give_the_same_scores() -> None:
     """Softmax of their logarithms are the scores themselves."""
-    made = read("ultraface_raw")
+    made = DecoderReference.load("ultraface_raw")
     (scores,) = [name for name, array in made.outputs.items() if array.shape[2] == 2]
     logits = {**made.outputs, scores: np.log(made.outputs[scores].astype(np.float64)) + 1}
     head = match(NetworkFacts(logits, made.size))
     assert head is not None
     assert "in front of its softmax" in head.why
     (found,) = head.read(logits, made.least)
-    assert found.scores == pytest.approx(np.sort(made.scores)[::-1], abs=1e-5)
+    assert found.scores == pytest.approx(np.sort(made.published[0]["scores"])[::-1], abs=1e-5)
 
 
 def test_another_size_is_none() -> None:
-    made = read("retinaface")
+    made = DecoderReference.load("retinaface")
     assert match(NetworkFacts(made.outputs, (640, 640))) is None

@@ -1,4 +1,4 @@
-"""UltraFace as it is exported, beside a published program, and what only looks like it."""
+"""Networks in the form of UltraFace, and what only looks like it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ import pytest
 
 from qconv.decoding.head import NetworkFacts
 from qconv.decoding.ultraface import match
-from tests.support.decoder_references import check_reference
-
-
-def test_boxes_are_those_of_the_published_program() -> None:
-    check_reference("ultraface", "UltraFace")
 
 
 def two_boxes() -> dict[str, np.ndarray]:

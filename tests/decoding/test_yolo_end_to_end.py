@@ -7,7 +7,7 @@ import pytest
 
 from qconv.decoding import yolo_end_to_end
 from qconv.decoding.head import NetworkFacts
-from tests.support.references import FOLDER, Reference
+from tests.support.decoder_references import DecoderReference
 
 
 def rows_of(*, unsorted: bool = False, halves: bool = False, shares: bool = False) -> np.ndarray:
@@ -63,7 +63,7 @@ def test_scores_of_a_quantized_file_are_sorted_again() -> None:
 
 @pytest.mark.parametrize("name", ["yolo26n-seg", "yolo26n-pose", "yolo26n-obb"])
 def test_a_file_that_says_another_task_is_not_read(name: str) -> None:
-    reference = Reference.load(FOLDER / f"{name}.npz")
+    reference = DecoderReference.load(name)
     other = "pose" if name != "yolo26n-pose" else "segment"
     metadata = reference.metadata | {"task": other, "kpt_shape": "[1, 2]"}
     assert yolo_end_to_end.match(replace(reference, metadata=metadata).facts) is None

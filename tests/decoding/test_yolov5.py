@@ -7,11 +7,11 @@ import pytest
 
 from qconv.decoding import yolov5
 from qconv.decoding.head import NetworkFacts
-from tests.support.references import FOLDER, Reference, largest_difference
+from tests.support.decoder_references import DecoderReference, largest_difference
 
 
-def maps() -> Reference:
-    return Reference.load(FOLDER / "yolov5n-maps.npz")
+def maps() -> DecoderReference:
+    return DecoderReference.load("yolov5n-maps")
 
 
 def flat(array: np.ndarray) -> np.ndarray:
@@ -44,7 +44,7 @@ def test_maps_are_known_in_any_order() -> None:
 
 
 def test_decoded_rows_are_read_where_a_file_gives_maps_besides() -> None:
-    rows = Reference.load(FOLDER / "yolov5n.npz")
+    rows = DecoderReference.load("yolov5n")
     both = replace(rows, outputs=maps().outputs | rows.outputs)
     head = yolov5.match(both.facts)
     assert head is not None

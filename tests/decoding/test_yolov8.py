@@ -7,12 +7,12 @@ import pytest
 
 from qconv.decoding import yolov8
 from qconv.decoding.head import Head
-from tests.support.references import FOLDER, Reference, largest_difference
+from tests.support.decoder_references import DecoderReference, largest_difference
 
 NAMES = ["yolo11n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb"]
 
 
-def match(reference: Reference) -> Head:
+def match(reference: DecoderReference) -> Head:
     head = yolov8.match(reference.facts)
     assert head is not None
     return head
@@ -20,7 +20,7 @@ def match(reference: Reference) -> Head:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_that_are_no_channels_are_read_too(name: str) -> None:
-    reference = Reference.load(FOLDER / f"{name}.npz")
+    reference = DecoderReference.load(name)
     turned = reference.outputs | {"output0": reference.outputs["output0"].transpose(0, 2, 1)}
     head = match(replace(reference, outputs=turned))
     for found, published in zip(head.read(turned, reference.least), reference.published, strict=True):
@@ -40,36 +40,36 @@ def test_rows_that_are_no_channels_are_read_too(name: str) -> None:
     ],
 )
 def test_parts_are_what_columns_mean(name: str, parts: dict[str, int]) -> None:
-    reference = Reference.load(FOLDER / f"{name}.npz")
+    reference = DecoderReference.load(name)
     array = reference.outputs["output0"]
     found = {part.name: part.of(array).shape[1] for part in match(reference).parts["output0"]}
     assert found == parts
 
 
 def test_each_third_number_of_keypoints_is_their_score() -> None:
-    reference = Reference.load(FOLDER / "yolo11n-pose.npz")
+    reference = DecoderReference.load("yolo11n-pose")
     parts = {part.name: part.of(reference.outputs["output0"]) for part in match(reference).parts["output0"]}
     assert parts["keypoint scores"].max() <= 1
     assert parts["keypoints x"].max() > 1
 
 
 def test_classes_have_the_names_of_the_file() -> None:
-    assert match(Reference.load(FOLDER / "yolo11n.npz")).names == {0: "class 0", 1: "class 1", 2: "class 2"}
+    assert match(DecoderReference.load("yolo11n")).names == {0: "class 0", 1: "class 1", 2: "class 2"}
 
 
 def test_columns_that_the_file_does_not_explain_are_not_read() -> None:
-    reference = Reference.load(FOLDER / "yolo11n.npz")
+    reference = DecoderReference.load("yolo11n")
     metadata = reference.metadata | {"names": "{0: 'a', 1: 'b'}"}
     assert yolov8.match(replace(reference, metadata=metadata).facts) is None
 
 
 def test_rows_of_an_input_of_another_size_are_not_known() -> None:
-    reference = Reference.load(FOLDER / "yolo11n.npz")
+    reference = DecoderReference.load("yolo11n")
     assert yolov8.match(replace(reference, size=(96, 96)).facts) is None
 
 
 def test_scores_are_shares() -> None:
-    reference = Reference.load(FOLDER / "yolo11n.npz")
+    reference = DecoderReference.load("yolo11n")
     array = np.array(reference.outputs["output0"])
     array[:, 4:] -= 0.5
     assert yolov8.match(replace(reference, outputs={"output0": array}).facts) is None

