@@ -10,6 +10,7 @@ which that makes them.
     mAP, mIoU       by the labels of the data; the difference to float has the paired bootstrap's interval
     found           share of float's boxes above 0.3 that the file shows above 0.3 too: of the class, IoU 0.5 or more
     boxes above     how many boxes the file shows above 0.3
+    usual           the share found as `evaluate` tells it, from the score on that programs of the family show boxes
     best scores     correlation with float's over the pictures
     dB              of boxes and of scores, each by its own power, in front of the rows that TopK picks
     px              by how much a decoder's boxes differ from those of its family's own program
@@ -44,7 +45,8 @@ MOST_PICTURES = 96
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 LEAST_SCORE = 0.3
 FOUND_IOU = 0.5
-SIDES = ("float", "qconv", "peer")
+MOST_LETTERS = 110
+"""Of an error."""
 PUBLISHED = {"map": 34.99, "miou": 46.58}
 """Of yolox_nano and deeplabv3 on these pictures, by pycocotools and numpy, as the README of the data tells."""
 
@@ -114,17 +116,12 @@ def network_rows(case: Case, place: Place, rows_of: Callable[[Case, Path, Path, 
     if model is None:
         return [[case.name, "-", "not measured: pass --models or --make"]]
     files, failures = quantized(case, model, place)
-    rows = []
-    for side in SIDES:
-        if side in failures:
-            rows.append([case.name, side, failures[side]])
-        if side in files:
-            rows.append([case.name, side, *rows_of(case, model, files[side], place)])
-    return rows
+    rows = [[case.name, side, *rows_of(case, model, file, place)] for side, file in files.items()]
+    return rows + [[case.name, side, why[:MOST_LETTERS]] for side, why in failures.items()]
 
 
 def quantized(case: Case, model: Path, place: Place) -> tuple[dict[str, Path], dict[str, str]]:
-    """The file of each side, and why one has none, or was made of the folded model."""
+    """The file of each side, and why one has none of the model as it is."""
     folder = place.scratch / case.name
     calibration = linked(pictures(place.data / CALIBRATION, MOST_PICTURES), folder / "calib")
     own, other = folder / "qconv.onnx", folder / "peer.onnx"
@@ -134,7 +131,7 @@ def quantized(case: Case, model: Path, place: Place) -> tuple[dict[str, Path], d
     if made["error"]:
         failures["peer"] = made["error"]
     if made["input"]:
-        files["peer"] = other
+        files["peer" if made["input"] == "as is" else "peer, of the folded model"] = other
     return files, failures
 
 
@@ -160,15 +157,16 @@ def evaluated(case: Case, model: Path, file: Path, place: Place, *options: objec
 
 
 @functools.cache
-def float_boxes(case: Case, model: Path, place: Place) -> Boxes:
-    return evaluated(case, model, model, place)[1]
+def float_boxes(case: Case, model: Path, place: Place, *options: object) -> Boxes:
+    """options: as for the other side, since labels say how results call classes."""
+    return evaluated(case, model, model, place, *options)[1]
 
 
 def detector_row(case: Case, model: Path, file: Path, place: Place) -> Row:
     labels = ("--labels", place.data / BOX_LABELS) if case.name == "yolox_nano" else ()
     told, boxes = evaluated(case, model, file, place, *labels)
     measured = [*(in_points(told, name) for name in ("map", "map50")), difference(told, "map")]
-    return [*measured, *found_cells(float_boxes(case, model, place), boxes)]
+    return [*measured, *found_cells(float_boxes(case, model, place, *labels), boxes), shown_share(told)]
 
 
 def segmenter_row(case: Case, model: Path, file: Path, place: Place) -> Row:
@@ -178,8 +176,9 @@ def segmenter_row(case: Case, model: Path, file: Path, place: Place) -> Row:
 
 
 def made_row(case: Case, model: Path, file: Path, place: Place) -> Row:
-    _, boxes = evaluated(case, model, file, place)
-    return [*compare_rows(case, model, file, place), *found_cells(float_boxes(case, model, place), boxes)]
+    told, boxes = evaluated(case, model, file, place)
+    found = found_cells(float_boxes(case, model, place), boxes)
+    return [*compare_rows(case, model, file, place), *found, shown_share(told)]
 
 
 def in_points(told: dict[str, Any], name: str) -> str:
@@ -193,6 +192,11 @@ def difference(told: dict[str, Any], name: str) -> str:
         return "-"
     low, high = told["intervals"][f"{name}_difference"]
     return f"{100 * value:+.2f} ({100 * low:+.2f} .. {100 * high:+.2f})"
+
+
+def shown_share(told: dict[str, Any]) -> str:
+    """What qconv itself says of boxes, from the score on that the family shows them."""
+    return in_points(told["against"], "boxes")
 
 
 def found_cells(reference: Boxes, boxes: Boxes) -> Row:
@@ -326,7 +330,7 @@ def write_voc(labels: dict[str, Any], folder: Path) -> Path:
     return folder
 
 
-FOUND = ("found %", "boxes above")
+FOUND = ("found %", "boxes above", "usual %")
 MADE = ("yolo11n", "yolo26n")
 GROUPS: dict[str, tuple[Row, Callable[[Case, Path, Path, Place], Row], tuple[str, ...]]] = {
     "Detectors": (
