@@ -343,8 +343,8 @@ quantize_options = combine_options(
     click.option(
         "--max-drop",
         type=DropType(),
-        help="Search for the fewest bits of each layer that lose no more: agreement:0.01, boxes:0.01, miou:0.005, "
-        "top1:0.005 or sqnr:25.",
+        help="Search for the fewest bits of each layer that lose no more: agreement:0.01, boxes:0.01, map:0.005, "
+        "miou:0.005, top1:0.005 or sqnr:25.",
     ),
     click.option(
         "--target-size",
@@ -465,6 +465,12 @@ quantize_options = combine_options(
         type=float,
         metavar="0..1",
         help="Gate: exit with status 3 where a smaller share of the float model's boxes is found.",
+    ),
+    click.option(
+        "--min-map",
+        type=float,
+        metavar="0..1",
+        help="Gate: exit with status 3 below this mAP, the float model's boxes taken for labels (extra: detect).",
     ),
     click.option(
         "--min-miou", type=float, metavar="0..1", help="Gate: exit with status 3 below this mIoU with float's map."

@@ -134,11 +134,11 @@ SAMPLE_SUFFIXES = frozenset({".npy", ".npz"})
 """Of those that hold arrays."""
 
 DROP_MEASURES = {
-    **dict.fromkeys(("agreement", "boxes", "miou", "top1"), "a share from 0 to 1"),
+    **dict.fromkeys(("agreement", "boxes", "map", "miou", "top1"), "a share from 0 to 1"),
     "sqnr": "decibels",
 }
 
-GATE_OPTIONS = ("min_agreement", "min_boxes", "min_miou", "min_sqnr")
+GATE_OPTIONS = ("min_agreement", "min_boxes", "min_map", "min_miou", "min_sqnr")
 """Options that end with status 3 where the result falls short: shares, but for decibels of SQNR."""
 
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)

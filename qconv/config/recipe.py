@@ -235,6 +235,7 @@ class Recipe:
     embed_preprocessing: Layout | None = None
     min_agreement: float | None = None
     min_boxes: float | None = None
+    min_map: float | None = None
     min_miou: float | None = None
     min_sqnr: float | None = None
     threads: int | None = None

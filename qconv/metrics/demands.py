@@ -12,14 +12,16 @@ from typing import Any
 from qconv.config.choices import GATE_OPTIONS, option_name
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError
+from qconv.metrics.average_precision import require_detect_extra
 from qconv.metrics.network_outputs import NO_DECODER_HINT, NetworkOutputs
 from qconv.results.quantize import Gate, Verification
-from qconv.results.scores import AGREEMENT, BOXES, FLOAT_MIOU, SQNR, TOP1, Metric
+from qconv.results.scores import AGREEMENT, BOXES, FLOAT_MAP, FLOAT_MIOU, SQNR, TOP1, Metric
 from qconv.runtime.outputs import MAP_KINDS, ModelOutput, OutputKind
 
 GATES: Mapping[str, Metric] = {
     "min_agreement": AGREEMENT,
     "min_boxes": BOXES,
+    "min_map": FLOAT_MAP,
     "min_miou": FLOAT_MIOU,
     "min_sqnr": SQNR,
 }
@@ -28,6 +30,7 @@ GATES: Mapping[str, Metric] = {
 DROPS: Mapping[str, Metric] = {
     "agreement": AGREEMENT,
     "boxes": BOXES,
+    "map": FLOAT_MAP,
     "miou": FLOAT_MIOU,
     "top1": TOP1,
     "sqnr": SQNR,
@@ -51,13 +54,16 @@ def _tells_classes(output: ModelOutput) -> bool:
     return output.kind in (*MAP_KINDS, OutputKind.INTEGER)
 
 
+NEEDS_BOXES = OutputNeed("outputs that are read as boxes", lambda network: network.head is not None, NO_DECODER_HINT)
+
 NEEDS: Mapping[Metric, OutputNeed] = {
     AGREEMENT: OutputNeed(
         "an output that is one score a class",
         lambda network: any(map(_tells_classes, network.outputs)),
         "ask for decibels, with --min-sqnr or --max-drop sqnr:DB, or say with --task what the outputs are.",
     ),
-    BOXES: OutputNeed("outputs that are read as boxes", lambda network: network.head is not None, NO_DECODER_HINT),
+    BOXES: NEEDS_BOXES,
+    FLOAT_MAP: NEEDS_BOXES,
     FLOAT_MIOU: OutputNeed(
         "an output that is a map of classes",
         lambda network: any(output.kind in MAP_KINDS for output in network.outputs),
@@ -73,6 +79,12 @@ def demanded_measures(asked: Any) -> dict[str, Metric]:
     if isinstance(asked, Recipe) and asked.max_drop is not None:
         found[f"--max-drop {asked.max_drop.measure}"] = DROPS[asked.max_drop.measure]
     return found
+
+
+def require_extras(asked: Any) -> None:
+    """Raise QconvError where a measure that is demanded needs what is not installed."""
+    if FLOAT_MAP in demanded_measures(asked).values():
+        require_detect_extra()
 
 
 def require_measures(asked: Any, network: NetworkOutputs) -> None:

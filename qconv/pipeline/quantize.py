@@ -27,7 +27,7 @@ from qconv.ir.metadata import needed_runtime, write_metadata
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
 from qconv.metrics.comparison import describe_differing_runs, verify
-from qconv.metrics.demands import check_gates
+from qconv.metrics.demands import check_gates, require_extras
 from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
@@ -158,6 +158,7 @@ class _QuantizationRun:
         """Prepare the network; what cannot be is said before the work. place: of the result, None for none."""
         if recipe.rounding == "reconstruct":
             require_torch("--rounding reconstruct")
+        require_extras(recipe)
         clock, written = Stopwatch(), _places_of(recipe, place)
         found = prepare(source, recipe, data, reporter, cache=cache, written=written, clock=clock, hold_back=True)
         with clock.step("plan"):

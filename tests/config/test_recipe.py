@@ -117,6 +117,7 @@ FULL, IMAGES = (
         opset=21,
         min_agreement=0.9,
         min_boxes=0.8,
+        min_map=0.75,
         min_miou=0.7,
         min_sqnr=20.0,
         threads=2,
@@ -135,7 +136,7 @@ FULL, IMAGES = (
 def test_every_option_shapes_the_file_or_steers_the_run() -> None:
     """A field added later is written into the file, unless STEERING says that it changes nothing there."""
     names = {field.name for field in fields(Recipe)}
-    gates = {"min_agreement", "min_boxes", "min_miou", "min_sqnr"}
+    gates = {"min_agreement", "min_boxes", "min_map", "min_miou", "min_sqnr"}
     steering = {"threads", *gates, "stats", "save_stats", "save_layer_bits"}
     assert steering == RUN_ONLY_OPTIONS <= names  # the contract: no path, no machine
     images = {field.name for field in fields(DataOptions)} - {"paths", "batch", "arrays", "decode"}

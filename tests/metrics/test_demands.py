@@ -40,7 +40,7 @@ def classifier(classes: int = 5) -> onnx.ModelProto:
 
 
 NETWORKS = {
-    "detector": (labelled.detector(), {"boxes"}),
+    "detector": (labelled.detector(), {"boxes", "map"}),
     "segmenter": (labelled.segmenter(), {"agreement", "miou"}),
     "classifier": (classifier(), {"agreement"}),
     "one number": (classifier(1), set()),
@@ -49,7 +49,7 @@ NETWORKS = {
 """Each with the measures that its outputs have; a task makes classes of the channels of a picture."""
 
 
-@pytest.mark.parametrize("measure", ["agreement", "boxes", "miou"])
+@pytest.mark.parametrize("measure", ["agreement", "boxes", "map", "miou"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_a_network_does_not_have_cannot_be_demanded(name: str, measure: str) -> None:
     proto, known = NETWORKS[name]
