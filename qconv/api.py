@@ -30,7 +30,7 @@ from qconv.auditing import audit as runtime_audit
 from qconv.auditing.audit import FileAudit
 from qconv.calibration import statistics_file
 from qconv.calibration.statistics_file import MergedStatistics
-from qconv.config.choices import SYNTHESIS_STEPS, as_texts, as_type, check_run_options, option_name
+from qconv.config.choices import GATE_OPTIONS, SYNTHESIS_STEPS, as_texts, as_type, check_run_options, option_name
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import request_fields
@@ -55,13 +55,13 @@ Images = DataOptions | Paths | Iterable[Mapping[str, ArrayLike]]
 COMPARED_IMAGES = 64
 
 FIELDS_NOT_DIAGNOSED = (
-    *("stats", "save_stats", "save_layer_bits", "min_agreement", "min_sqnr"),
+    *("stats", "save_stats", "save_layer_bits", *GATE_OPTIONS),
     *("max_drop", "target_size", "candidate_bits", "tune_latency", "embed_preprocessing"),
 )
 """Fields of a Recipe that a diagnosis has no use for."""
 
 FIELDS_NOT_STUDIED = (
-    *("stats", "save_stats", "save_layer_bits", "min_agreement", "min_sqnr", "max_drop", "target_size"),
+    *("stats", "save_stats", "save_layer_bits", *GATE_OPTIONS, "max_drop", "target_size"),
     *("candidate_bits", "embed_preprocessing", "effort", "rounding", "equalize", "tune_ranges"),
 )
 """Fields of a Recipe that a study of the number of images has no use for."""

@@ -34,7 +34,7 @@ from qconv.analysis.remedies import (
 )
 from qconv.analysis.trials import HeldOutImages, TrialRun, TrialRunner, hold_out_images
 from qconv.config import serialization
-from qconv.config.choices import option_name
+from qconv.config.choices import GATE_OPTIONS, option_name
 from qconv.config.data_options import PRESETS, DataOptions, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import make_request
 from qconv.config.serialization import format_option
@@ -132,7 +132,7 @@ class _DiagnosisRunner:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def diagnosis(self) -> DiagnosisRun:
-        asked = {**self.case.asked, "min_agreement": None, "min_sqnr": None}
+        asked = {**self.case.asked, **dict.fromkeys(GATE_OPTIONS)}
         recipe, data = make_request(asked)
         session = open_original(self.case.source, recipe.threads, data.tasks)
         held = hold_out_images(session, data, self.case.images, self.reporter)

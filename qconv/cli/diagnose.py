@@ -10,10 +10,11 @@ from qconv.cli.command import CommandFiles, CommandResult, OutputOptions, print_
 from qconv.cli.options import HELP_WIDTH, images_option
 from qconv.cli.recipe_file import given_options
 from qconv.cli.recipe_options import require_images, select_options_without
+from qconv.config.choices import GATE_OPTIONS
 from qconv.reporter import Reporter
 
 OPTIONS_NOT_DIAGNOSED = frozenset(
-    {"output", "sweep", "stats", "save_stats", "save_recipe", "save_layer_bits", "min_agreement", "min_sqnr"}
+    {"output", "sweep", "stats", "save_stats", "save_recipe", "save_layer_bits", *GATE_OPTIONS}
     | {"max_drop", "target_size", "candidate_bits", "tune_latency", "embed_preprocessing", "calib", "fallback"}
 )
 """Options of `quantize` that say nothing on accuracy, search for an answer of their own, or come after it."""

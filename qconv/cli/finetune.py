@@ -151,7 +151,7 @@ class FinetuneArguments:
         if not self.labels and (self.classes is not None or self.label_offset):
             raise click.UsageError("--classes and --label-offset are for --labels.")
         with raise_usage_errors():
-            check_run_options(self.threads, self.min_agreement, self.min_sqnr)
+            check_run_options(self.threads, self)
 
     @property
     def data(self) -> DataOptions:

@@ -344,7 +344,8 @@ quantize_options = combine_options(
     click.option(
         "--max-drop",
         type=DropType(),
-        help="Search for the fewest bits of each layer that lose no more: agreement:0.01, top1:0.005 or sqnr:25.",
+        help="Search for the fewest bits of each layer that lose no more: agreement:0.01, boxes:0.01, map:0.005, "
+        "miou:0.005, top1:0.005 or sqnr:25.",
     ),
     click.option(
         "--target-size",
@@ -467,6 +468,21 @@ quantize_options = combine_options(
         help="Write the normalisation into the result, which then takes uint8 pixels in this layout.",
     ),
     click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement."),
+    click.option(
+        "--min-boxes",
+        type=float,
+        metavar="0..1",
+        help="Gate: exit with status 3 where a smaller share of the float model's boxes is found.",
+    ),
+    click.option(
+        "--min-map",
+        type=float,
+        metavar="0..1",
+        help="Gate: exit with status 3 below this mAP, the float model's boxes taken for labels (extra: detect).",
+    ),
+    click.option(
+        "--min-miou", type=float, metavar="0..1", help="Gate: exit with status 3 below this mIoU with float's map."
+    ),
     click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR."),
     preprocessing_options,
     decode_option,

@@ -29,7 +29,7 @@ from qconv.cli.command import CommandFiles, CommandResult, OutputOptions, print_
 from qconv.cli.options import HELP_WIDTH, quantize_options, require_output
 from qconv.cli.recipe_file import NOT_IN_RECIPES, GivenOptions, RecipeTable, SavedRecipe, given_options
 from qconv.cli.recipe_options import PREPROCESSING_OPTIONS, quantize_parameters, require_images
-from qconv.config.choices import option_name
+from qconv.config.choices import GATE_OPTIONS, option_name
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import LAYER_BITS_KEY, read_toml
@@ -43,14 +43,14 @@ NAMED_FILES = ("stats", "save_stats", "layer_bits", "save_layer_bits", "save_rec
 WRITTEN_FILES = ("save_stats", "save_layer_bits", "save_recipe")
 
 SHARED_OPTIONS = (NOT_IN_RECIPES - {"recipe"}) | frozenset(
-    {"calib", "fallback", "samples", "batch", "seed", "pattern", "stats", "min_agreement", "min_sqnr"}
+    {"calib", "fallback", "samples", "batch", "seed", "pattern", "stats", *GATE_OPTIONS}
     | {*PREPROCESSING_OPTIONS, "task", "decode", "threads", "embed_preprocessing"}
 )
 """Options that no recipe of a sweep has of its own."""
 
 CANNOT_DIFFER = ("which cannot differ from recipe to recipe", "pass --{key} on the command line, for all of them.")
 
-SINGLE_RUN_OPTIONS = ("stats", "save_stats", "save_layer_bits", "save_recipe", "min_agreement", "min_sqnr")
+SINGLE_RUN_OPTIONS = ("stats", "save_stats", "save_layer_bits", "save_recipe", *GATE_OPTIONS)
 """Options that are about one result."""
 
 EXAMPLE_HINT = (

@@ -27,7 +27,7 @@ import click
 
 from qconv.cli.command import CommandFiles
 from qconv.cli.recipe_options import collect_fields, find_typed_options, make_request_of_fields, quantize_parameters
-from qconv.config.choices import FLOAT_BITS, NAMED_RECIPES, NO_IMAGES
+from qconv.config.choices import FLOAT_BITS, GATE_OPTIONS, NAMED_RECIPES, NO_IMAGES
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import (
@@ -298,7 +298,7 @@ def given_options(values: dict[str, Any], decided: Mapping[str, Any] | None = No
     return GivenOptions({**values, **added}, whole, f"{name} says {table.in_words}.")
 
 
-STEERING_FIELDS = ("stats", "threads", "min_agreement", "min_sqnr")
+STEERING_FIELDS = ("stats", "threads", *GATE_OPTIONS)
 """Fields of a Recipe that shape no file, but are options that a recipe file may give."""
 
 

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from qconv.cli.options import quantize_options
-from qconv.config.choices import BLOCK_SIZE, NAMED_RECIPES, NO_IMAGES, WeightGranularity
+from qconv.config.choices import BLOCK_SIZE, GATE_OPTIONS, NAMED_RECIPES, NO_IMAGES, WeightGranularity
 from qconv.config.data_options import (
     LETTERBOX_OPTIONS,
     Color,
@@ -30,7 +30,7 @@ SAME_NAMED_FIELDS = (
     + ("max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding")
     + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
     + ("target", "equalize", "tune_ranges", "tune_latency", "float_budget", "saturation_safe", "keep_float")
-    + ("keep_float_op", "opset", "embed_preprocessing", "min_agreement", "min_sqnr", "threads", "task", "decode")
+    + ("keep_float_op", "opset", "embed_preprocessing", *GATE_OPTIONS, "threads", "task", "decode")
 )  # fmt: skip
 """Options that `make_request` calls the same."""
 

@@ -19,6 +19,7 @@ from qconv.cli.options import HELP_WIDTH, images_option
 from qconv.cli.quantize import require_streams
 from qconv.cli.recipe_file import given_options
 from qconv.cli.recipe_options import require_images, select_options_without
+from qconv.config.choices import GATE_OPTIONS
 from qconv.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 OPTIONS_NOT_STUDIED = frozenset(
     {"output", "report", "sweep", "save_recipe", "stats", "save_stats", "embed_preprocessing", "verbose"}
-    | {"min_agreement", "min_sqnr", "max_drop", "target_size", "candidate_bits", "save_layer_bits"}
+    | {*GATE_OPTIONS, "max_drop", "target_size", "candidate_bits", "save_layer_bits"}
     | {"effort", "rounding", "equalize", "calib", "fallback"}
 )
 """Options of `quantize` that make no sense of a model that is not kept, or need pictures twice."""

@@ -133,7 +133,13 @@ PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", 
 SAMPLE_SUFFIXES = frozenset({".npy", ".npz"})
 """Of those that hold arrays."""
 
-DROP_MEASURES = {"agreement": "a share from 0 to 1", "top1": "a share from 0 to 1", "sqnr": "decibels"}
+DROP_MEASURES = {
+    **dict.fromkeys(("agreement", "boxes", "map", "miou", "top1"), "a share from 0 to 1"),
+    "sqnr": "decibels",
+}
+
+GATE_OPTIONS = ("min_agreement", "min_boxes", "min_map", "min_miou", "min_sqnr")
+"""Options that end with status 3 where the result falls short: shares, but for decibels of SQNR."""
 
 CANDIDATE_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -147,7 +153,7 @@ FLOAT_BUDGET = 0.03
 class Drop:
     """What bits may cost on the calibration pictures.
 
-    measure: "agreement" or "top1", and value the share that may be lost; "sqnr", and value the least dB.
+    measure: one of DROP_MEASURES. value: the share that may be lost; of "sqnr" the least dB.
     """
 
     measure: str
@@ -352,15 +358,16 @@ def require_size(size: tuple[int, int] | None) -> None:
 MOST_THREADS = 1024
 
 
-def check_run_options(threads: int | None, min_agreement: float | None = None, min_sqnr: float | None = None) -> None:
-    """Raises QconvError for a number of threads, and for gates (a share, and in dB), that cannot be."""
+def check_run_options(threads: int | None, gated: Any = None) -> None:
+    """Raises QconvError for a number of threads, and for gates, that cannot be. gated: has some of GATE_OPTIONS."""
     require_range("--threads", as_type(threads, int | None, "--threads"), 1, MOST_THREADS)
-    min_agreement = as_type(min_agreement, float | None, "--min-agreement")
-    min_sqnr = as_type(min_sqnr, float | None, "--min-sqnr")
-    share = min_agreement is None or 0 <= min_agreement <= 1
-    require(share, f"--min-agreement {min_agreement}", "use a share from 0 to 1.")
-    finite = min_sqnr is None or math.isfinite(min_sqnr)
-    require(finite, f"--min-sqnr {min_sqnr}", "use a number of dB.")
+    for name in GATE_OPTIONS:
+        told = option_name(name)
+        least = as_type(getattr(gated, name, None), float | None, told)
+        if least is not None and name == "min_sqnr":
+            require(math.isfinite(least), f"{told} {least}", "use a number of dB.")
+        elif least is not None:
+            require(0 <= least <= 1, f"{told} {least}", "use a share from 0 to 1.")
 
 
 def require_finite(option: str, numbers: tuple[float, ...] | None) -> None:

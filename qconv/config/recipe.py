@@ -24,6 +24,7 @@ from qconv.config.choices import (
     FEW_BITS,
     FEW_BITS_CALIBRATOR,
     FLOAT_BITS,
+    GATE_OPTIONS,
     NO_IMAGES,
     OPTION_CHOICES,
     PACKED_BITS,
@@ -137,8 +138,7 @@ def check_data_free(recipe: Recipe) -> None:
         require(
             getattr(recipe, name) is None, f"{option_name(name)} {told}", "leave one of them out: nothing is watched."
         )
-    gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
-    require(not gated, f"A gate {told}", "leave it out, and measure the result with `qconv evaluate`.")
+    require(not recipe.is_gated, f"A gate {told}", "leave it out, and measure the result with `qconv evaluate`.")
     require(not recipe.searches, "A search for bits without pictures", "pass pictures to measure on with --calib.")
     hint = "it looks at pictures: pass some with --calib, or leave it out."
     require(recipe.effort != "best", f"--effort best {told}", hint)
@@ -174,12 +174,11 @@ def check_data(recipe: Recipe, data: DataOptions) -> None:
     hint = "it looks at pictures again: pass some with --calib."
     require(recipe.rounding == "nearest", f"--rounding {recipe.rounding} with --stats alone", hint)
     require(recipe.bias_correction != "sequential", "--bias-correction sequential with --stats alone", hint)
-    gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
-    require(not gated, "A gate with --stats alone", "pass pictures to measure on with --calib.")
+    require(not recipe.is_gated, "A gate with --stats alone", "pass pictures to measure on with --calib.")
     data.require_defaults(("samples", "batch", "seed", "glob", "decode"), "with --stats alone")
 
 
-RUN_ONLY_OPTIONS = frozenset({"threads", "min_agreement", "min_sqnr", "stats", "save_stats", "save_layer_bits"})
+RUN_ONLY_OPTIONS = frozenset({"threads", *GATE_OPTIONS, "stats", "save_stats", "save_layer_bits"})
 """Options that change the run, but no byte of the file."""
 
 
@@ -243,6 +242,9 @@ class Recipe:
     opset: int | None = None
     embed_preprocessing: Layout | None = None
     min_agreement: float | None = None
+    min_boxes: float | None = None
+    min_map: float | None = None
+    min_miou: float | None = None
     min_sqnr: float | None = None
     threads: int | None = None
     stats: str | None = None
@@ -353,6 +355,11 @@ class Recipe:
         """Whether bits of layers are searched for."""
         return self.max_drop is not None or self.target_size is not None
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether the result must reach some measure."""
+        return any(getattr(self, name) is not None for name in GATE_OPTIONS)
+
     def _take(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
@@ -383,7 +390,7 @@ class Recipe:
         self._require_one_of("activation_bits", ACTIVATION_BITS, "use 2 to 8, 16, or 32 for weights only.")
         self._require_one_of("edge_bits", WEIGHT_BITS, "use 2 to 8, or 16.")
         require(self.block_size >= 1, self._told("block_size"), "use at least 1.")
-        check_run_options(self.threads, self.min_agreement, self.min_sqnr)
+        check_run_options(self.threads, self)
 
     def _resolve_image_options(self) -> None:
         """What looks at pictures again is chosen here, where it was not asked for."""

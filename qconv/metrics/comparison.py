@@ -1,4 +1,4 @@
-"""Compares the outputs of two models, batch by batch, by the metrics that are registered here, and checks gates.
+"""Compares the outputs of two models, batch by batch, by the metrics that are registered here.
 
 VERIFIED and EVALUATED say what is measured of which outputs: that depends on what an output holds (`runtime.outputs`).
 A new metric is a class like `similarity.Sqnr`, and a line here. Reports, JSON, CSV and pages print whatever is
@@ -29,8 +29,8 @@ from qconv.metrics.pictures import Psnr, RelativeError, Ssim
 from qconv.metrics.segmentation import FloatMiou
 from qconv.metrics.similarity import LARGEST_NOISE, Cosine, Sqnr, compute_sqnr_db
 from qconv.reporter import Reporter
-from qconv.results.quantize import Gate, OutputScore, PartScore, Verification
-from qconv.results.scores import AGREEMENT, SQNR, TOP1, TOP5, Metric, Score
+from qconv.results.quantize import OutputScore, PartScore, Verification
+from qconv.results.scores import TOP1, TOP5, Metric, Score
 from qconv.runtime.outputs import ModelOutput, OutputKind
 from qconv.runtime.session import Session
 
@@ -72,12 +72,6 @@ EVALUATED: MetricsOfKind = {
 
 LABELLED: Mapping[Metric, int] = {TOP1: 1, TOP5: 5}
 """What labels measure: how many of the best classes may hold the label."""
-
-GATES: Mapping[str, Metric] = {"min_agreement": AGREEMENT, "min_sqnr": SQNR}
-"""What options that end with status 3 ask for, by the field of Recipe."""
-
-DROPS: Mapping[str, Metric] = {"agreement": AGREEMENT, "top1": TOP1, "sqnr": SQNR}
-"""What `--max-drop` can be of."""
 
 FEWEST_TIMED_RUNS = 5
 
@@ -258,22 +252,6 @@ def describe_differing_runs(
         f"{what}: run as it stands, two runs of the float model on the same pictures differ by {apart.in_words}. "
         "ONNX Runtime's optimizer takes it out, and the result is compared without it."
     )
-
-
-def check_gates(verification: Verification, asked: Any) -> list[Gate]:
-    """The user's demands against what was measured.
-
-    asked: has a field for each of GATES. Where a metric has no number, the gate holds if the outputs are equal and that
-    is why; else it falls short.
-    """
-    found = []
-    for option, metric in GATES.items():
-        want: float | None = getattr(asked, option)
-        if want is not None:
-            got = verification.value_of(metric)
-            held = verification.reaches(metric, want)
-            found.append(Gate(option.replace("_", "-"), want, got, held))
-    return found
 
 
 OutputArrays = list[NDArray[Any]]

@@ -26,7 +26,8 @@ from qconv.ir.files import Source
 from qconv.ir.metadata import needed_runtime, write_metadata
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
-from qconv.metrics.comparison import check_gates, describe_differing_runs, verify
+from qconv.metrics.comparison import describe_differing_runs, verify
+from qconv.metrics.demands import check_gates, require_extras
 from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.passes.compress_constants import compress_constants
 from qconv.passes.equalize import equalize_channels, equalize_without_data
@@ -157,6 +158,7 @@ class _QuantizationRun:
         """Prepare the network; what cannot be is said before the work. place: of the result, None for none."""
         if recipe.rounding == "reconstruct":
             require_torch("--rounding reconstruct")
+        require_extras(recipe)
         clock, written = Stopwatch(), _places_of(recipe, place)
         found = prepare(source, recipe, data, reporter, cache=cache, written=written, clock=clock, hold_back=True)
         with clock.step("plan"):
@@ -435,10 +437,8 @@ def _verify_staged(
     if feed is None:
         return Verification(0, ())
     quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads, optimize=target.on_ort)
-    gated = recipe.min_agreement is not None or recipe.min_sqnr is not None
-    found = verify(
-        original, quantized, feed.iter_batches("verify") if gated else feed.iter_cached("verify"), feed.as_float
-    )
+    batches = feed.iter_batches("verify") if recipe.is_gated else feed.iter_cached("verify")
+    found = verify(original, quantized, batches, feed.as_float)
     if pictures.data_free_statistics is not None:
         odd = (OutputScore(o.name, (), o.remark, o.kind) for o in found.outputs if o.remark)
         found = Verification(0, tuple(odd), found.slowdown, found.slowdown_range)

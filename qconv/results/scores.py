@@ -144,6 +144,16 @@ BOXES = Metric(
     useless=0.5,
 )
 
+FLOAT_MAP = Metric(
+    "float_map",
+    "mAP",
+    SHARE,
+    equal=1.0,
+    sentence="mAP {} with these for labels",
+    brief="mAP {}",
+    good=0.9,
+)
+
 TOP1 = Metric("top1", "top-1", SHARE)
 
 TOP5 = Metric("top5", "top-5", SHARE)

@@ -27,7 +27,8 @@ from qconv.ir import subgraph
 from qconv.ir.metadata import set_ir_version
 from qconv.ir.model import Model
 from qconv.metrics.classification import top1_accuracy
-from qconv.metrics.comparison import DROPS, OutputArrays, ReferenceOutputs, collect_reference_outputs
+from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
+from qconv.metrics.demands import DROPS
 from qconv.metrics.output_parts import Parts
 from qconv.passes.compress_constants import compress_constants
 from qconv.planning.plan import Plan
@@ -244,8 +245,8 @@ class CandidateScorer:
         if before is None:  # a drop to a value, not by one
             return found.verified.reaches(metric, drop.value)
         if got is None:
-            fact = f"--max-drop {drop.measure} needs an output that is one score a class, and this model has none."
-            raise QconvError(fact, "pass --max-drop sqnr:DB.")
+            fact = f"--max-drop {drop.measure} cannot be measured: the float model shows none on these pictures."
+            raise QconvError(fact, "pass pictures of what it is for, or --max-drop sqnr:DB.")
         return metric.lost(before, got) <= drop.value + 1e-9
 
     def in_words(self, index: int, drop: Drop) -> str:

@@ -136,7 +136,7 @@ def _warn_of_few_images(judge: CandidateScorer, drop: Drop | None, reporter: Rep
     told = f"the {judge.pictures} pictures that bits are judged by"
     if judge.flattered:
         reporter.warn(f"weights are rounded on {told}, which flatters: pass more pictures.")
-    if drop is not None and drop.measure != "sqnr" and 0 < drop.value * judge.pictures < 1:
+    if drop is not None and drop.measure in ("agreement", "top1") and 0 < drop.value * judge.pictures < 1:
         reporter.warn(f"--max-drop {drop} is less than one of {told}: pass more pictures.")
 
 

@@ -29,7 +29,8 @@ from qconv.ir import files, load
 from qconv.ir.files import Source, external_data_files, file_bytes, find_teacher, hash_model, is_quantized, read_proto
 from qconv.ir.metadata import read_recipe, write_finetuning
 from qconv.ir.model import Model
-from qconv.metrics.comparison import ComparisonAccumulator, check_gates
+from qconv.metrics.comparison import ComparisonAccumulator
+from qconv.metrics.demands import check_gates
 from qconv.metrics.network_outputs import describe_outputs
 from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, Verification

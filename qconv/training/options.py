@@ -64,7 +64,7 @@ class FinetuneOptions:
         possible = 0 < self.rate <= MOST_LEARNING_RATE
         require(possible, f"--learning-rate {self.rate}", f"use more than 0, up to {MOST_LEARNING_RATE}.")
         require(self.device in DEVICES, f"--device {self.device}", f"use one of {', '.join(DEVICES)}.")
-        check_run_options(self.threads, self.min_agreement, self.min_sqnr)
+        check_run_options(self.threads, self)
         told = self.classes is None and not self.label_offset
         require(told or self.labels, "--classes or --label-offset without --labels", "ask for labels, or leave it out.")
         fact = f"DataOptions(batch={self.data.batch}) for training"

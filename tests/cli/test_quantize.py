@@ -181,13 +181,15 @@ def test_gates(call: Qconv, tiny: Path, calib: Path, gate: str, want: float, sta
     assert ("fell short" in done.err) == (status == 3)
 
 
-def test_a_gate_that_is_not_measured_does_not_hold(call: Qconv, tiny: Path, calib: Path) -> None:
-    """There are no classes in four dimensions with one channel."""
+@pytest.mark.parametrize("option", ["--min-agreement", "--min-boxes", "--min-miou"])
+def test_a_gate_on_what_the_model_does_not_have_is_told_before_the_work(
+    call: Qconv, tiny: Path, calib: Path, option: str
+) -> None:
+    """There are no classes in four dimensions with one channel, and no boxes."""
     tiny.write_bytes(net("y = Conv(x, w)", w=(1, 3, 3, 3)).SerializeToString())
-    done = call("quantize", tiny, "--calib", calib, "--min-agreement", "0.5", "--json")
-    assert done.status == 3
-    assert done.json["verify"]["agreement"] is None
-    assert "Gate" in done.err
+    done = call("quantize", tiny, "--calib", calib, option, "0.5", "-o", "never.onnx")
+    assert_error(done, f"{option} needs")
+    assert not Path("never.onnx").exists()
 
 
 def test_a_gate_at_infinity_is_valid_json(call: Qconv, tiny: Path, calib: Path) -> None:

@@ -51,6 +51,8 @@ NAN, INF = float("nan"), float("inf")
         ({"min_agreement": 1.01}, "--min-agreement 1.01", "0 to 1"),
         ({"min_agreement": -0.5}, "--min-agreement -0.5", "0 to 1"),
         ({"min_agreement": NAN}, "--min-agreement nan", "0 to 1"),
+        ({"min_boxes": 95}, "--min-boxes 95", "0 to 1"),
+        ({"min_miou": -0.1}, "--min-miou -0.1", "0 to 1"),
         ({"min_sqnr": NAN}, "--min-sqnr nan", "dB"),
     ],
 )
@@ -114,6 +116,9 @@ FULL, IMAGES = (
         keep_float_op=("Gemm", "Add"),
         opset=21,
         min_agreement=0.9,
+        min_boxes=0.8,
+        min_map=0.75,
+        min_miou=0.7,
         min_sqnr=20.0,
         threads=2,
     ),
@@ -131,7 +136,8 @@ FULL, IMAGES = (
 def test_every_option_shapes_the_file_or_steers_the_run() -> None:
     """A field added later is written into the file, unless STEERING says that it changes nothing there."""
     names = {field.name for field in fields(Recipe)}
-    steering = {"threads", "min_agreement", "min_sqnr", "stats", "save_stats", "save_layer_bits"}
+    gates = {"min_agreement", "min_boxes", "min_map", "min_miou", "min_sqnr"}
+    steering = {"threads", *gates, "stats", "save_stats", "save_layer_bits"}
     assert steering == RUN_ONLY_OPTIONS <= names  # the contract: no path, no machine
     images = {field.name for field in fields(DataOptions)} - {"paths", "batch", "arrays", "decode"}
     assert set(FULL.as_dict(IMAGES)) == (names - RUN_ONLY_OPTIONS) | images

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qconv.config.recipe import Recipe
-from qconv.metrics.comparison import ComparisonAccumulator, check_gates, verify
+from qconv.metrics.comparison import ComparisonAccumulator, verify
+from qconv.metrics.demands import check_gates
 from qconv.metrics.network_outputs import NetworkOutputs
 from qconv.metrics.similarity import compute_sqnr_db, measure_error
 from qconv.results.quantize import OutputScore, Verification

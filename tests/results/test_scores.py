@@ -6,7 +6,7 @@ import pytest
 
 from qconv.analysis.evaluation import Evaluation
 from qconv.config.recipe import Recipe
-from qconv.metrics.comparison import GATES, check_gates
+from qconv.metrics.demands import GATES, check_gates
 from qconv.report.text import format_evaluation, format_trials
 from qconv.results.comparison import Trial
 from qconv.results.quantize import OutputScore, Verification

@@ -1,0 +1,113 @@
+"""What the user demands of a result, in which measure, and whether a network has that: gates and `--max-drop`.
+
+A demand on a measure that the network cannot have is an error before the work, as soon as its outputs are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qconv.config.choices import GATE_OPTIONS, option_name
+from qconv.config.recipe import Recipe
+from qconv.errors import QconvError
+from qconv.metrics.average_precision import require_detect_extra
+from qconv.metrics.network_outputs import NO_DECODER_HINT, NetworkOutputs
+from qconv.results.quantize import Gate, Verification
+from qconv.results.scores import AGREEMENT, BOXES, FLOAT_MAP, FLOAT_MIOU, SQNR, TOP1, Metric
+from qconv.runtime.outputs import MAP_KINDS, ModelOutput, OutputKind
+
+GATES: Mapping[str, Metric] = {
+    "min_agreement": AGREEMENT,
+    "min_boxes": BOXES,
+    "min_map": FLOAT_MAP,
+    "min_miou": FLOAT_MIOU,
+    "min_sqnr": SQNR,
+}
+"""What options that end with status 3 ask for, by the field of Recipe."""
+
+DROPS: Mapping[str, Metric] = {
+    "agreement": AGREEMENT,
+    "boxes": BOXES,
+    "map": FLOAT_MAP,
+    "miou": FLOAT_MIOU,
+    "top1": TOP1,
+    "sqnr": SQNR,
+}
+"""What `--max-drop` can be of."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputNeed:
+    """What a measure needs of a network. what: in words. met: whether a network has it. fix: where it has not."""
+
+    what: str
+    met: Callable[[NetworkOutputs], bool]
+    fix: str
+
+
+def _tells_classes(output: ModelOutput) -> bool:
+    """Whether agreement can be measured of an output: a single score tells no class."""
+    if output.kind is OutputKind.CLASS_SCORES:
+        return len(output.shape) < 2 or output.shape[1] != 1
+    return output.kind in (*MAP_KINDS, OutputKind.INTEGER)
+
+
+NEEDS_BOXES = OutputNeed("outputs that are read as boxes", lambda network: network.head is not None, NO_DECODER_HINT)
+
+NEEDS: Mapping[Metric, OutputNeed] = {
+    AGREEMENT: OutputNeed(
+        "an output that is one score a class",
+        lambda network: any(map(_tells_classes, network.outputs)),
+        "ask for decibels, with --min-sqnr or --max-drop sqnr:DB, or say with --task what the outputs are.",
+    ),
+    BOXES: NEEDS_BOXES,
+    FLOAT_MAP: NEEDS_BOXES,
+    FLOAT_MIOU: OutputNeed(
+        "an output that is a map of classes",
+        lambda network: any(output.kind in MAP_KINDS for output in network.outputs),
+        "pass --task segment where one is, or ask for decibels, with --min-sqnr or --max-drop sqnr:DB.",
+    ),
+}
+"""Of measures that not every network has."""
+
+
+def demanded_measures(asked: Any) -> dict[str, Metric]:
+    """The measures that are demanded, each by the option that does so. asked: a Recipe, or what else has gates."""
+    found = {option_name(name): metric for name, metric in GATES.items() if getattr(asked, name, None) is not None}
+    if isinstance(asked, Recipe) and asked.max_drop is not None:
+        found[f"--max-drop {asked.max_drop.measure}"] = DROPS[asked.max_drop.measure]
+    return found
+
+
+def require_extras(asked: Any) -> None:
+    """Raise QconvError where a measure that is demanded needs what is not installed."""
+    if FLOAT_MAP in demanded_measures(asked).values():
+        require_detect_extra()
+
+
+def require_measures(asked: Any, network: NetworkOutputs) -> None:
+    """Raise QconvError where the network cannot have a measure that is demanded. asked: see `demanded_measures`."""
+    for option, metric in demanded_measures(asked).items():
+        need = NEEDS.get(metric)
+        if need is not None and not need.met(network):
+            holds = ", ".join(output.fact.in_words for output in network.outputs)
+            raise QconvError(f"{option} needs {need.what}, and this model has none: {holds}.", need.fix)
+
+
+def check_gates(verification: Verification, asked: Any) -> list[Gate]:
+    """The user's demands against what was measured.
+
+    asked: has fields of GATES. Where a metric has no number, the gate holds if the outputs are equal and that is why;
+    else it falls short.
+    """
+    found = []
+    for option in GATE_OPTIONS:
+        want: float | None = getattr(asked, option, None)
+        if want is not None:
+            metric = GATES[option]
+            got = verification.value_of(metric)
+            held = verification.reaches(metric, want)
+            found.append(Gate(option.replace("_", "-"), want, got, held))
+    return found
