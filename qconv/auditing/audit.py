@@ -30,6 +30,7 @@ from qconv.ir.load import load_unchanged
 from qconv.ir.metadata import read_placed_nodes, read_recipe
 from qconv.ir.model import DataType, Model, Node, attribute, constant_array, input_of
 from qconv.ir.operators import QUANTIZATION_RULES, WeightedRule, with_
+from qconv.planning.eligibility import HEAD_REASON
 from qconv.planning.plan import Plan
 from qconv.planning.planner import KEPT_FLOAT_BY_OPTION
 from qconv.quantization.saturation import worst_pair_ratio
@@ -164,8 +165,9 @@ def _describe_float_node(
     node: onnx.NodeProto, name: str, names: _NodeNames, known: PlannedReasons, us: float | None
 ) -> FloatNode:
     if name in known.kept:
-        rule = "placed" if name in known.placed else "kept"
-        return FloatNode(name, node.op_type, known.kept[name], None, rule, us)
+        why = known.kept[name]
+        rule = "placed" if name in known.placed else "head" if why == HEAD_REASON else "kept"
+        return FloatNode(name, node.op_type, why, None, rule, us)
     if known.whole:
         return FloatNode(name, node.op_type, known.whole, None, "recipe", us)
     found = names.nodes.get(name)

@@ -48,6 +48,9 @@ NO_16_BIT_KERNEL = "codes of 16 bits have no integer kernel"
 MANY_PRODUCTS = 4
 """From so many products of codes on a sum is rarely equal to that beside it."""
 
+MOST_BINS = 64
+"""Bins of a distribution that a detector takes the mean of; most have 16."""
+
 MASK_MAGNITUDE = 1e6
 """Magnitude from which on a constant stands for infinity, as in the masks in front of a Softmax."""
 
@@ -98,9 +101,32 @@ def explain_refusal(node: Node, rule: Rule) -> str | None:
     return _BY_RULE[type(rule)](node)
 
 
+HEAD_REASON = "behind the last layer with weights, where float keeps precision and costs little"
+"""Why what makes boxes and scores of the last layers' results stays float."""
+
+
+def takes_expectation(node: Node) -> bool:
+    """Whether a layer only takes the mean of 0, 1, 2, ... by shares: the decoding of distributions (Li et al. 2020).
+
+    Detectors write it as a 1x1 convolution behind a Softmax (arXiv 2006.04388). Its weights are not learned.
+    """
+    numbers, source = constant_array(input_of(node, 1)), node.inputs[0]
+    if standard_op_type(node) not in ("Conv", "MatMul", "Gemm") or numbers is None or source is None:
+        return False
+    bins = numbers.reshape(-1)
+    if not 2 <= bins.size <= MOST_BINS or not np.array_equal(bins, np.arange(bins.size)):
+        return False
+    made = source.producer()
+    while made is not None and standard_op_type(made) in ("Reshape", "Transpose", "Squeeze", "Unsqueeze"):
+        made = None if made.inputs[0] is None else made.inputs[0].producer()
+    return made is not None and standard_op_type(made) == "Softmax"
+
+
 def _refuse_weighted(node: Node) -> str | None:
     weight, bias = input_of(node, 1), input_of(node, 2)
     numbers = constant_array(weight)
+    if takes_expectation(node):
+        return HEAD_REASON
     if numbers is None:
         if node.op_type == "MatMul":
             return None

@@ -27,6 +27,7 @@ from qconv.ir.operators import (
 )
 from qconv.ir.stored_weights import read_dequantizer
 from qconv.planning.eligibility import (
+    HEAD_REASON,
     NO_16_BIT_KERNEL,
     describe_inside,
     explain_dequantized_layer,
@@ -229,8 +230,9 @@ class _Planner:
             if reason is not None:
                 return reason.why
         rule = self.eligible.get(node)
-        if isinstance(rule, ComputingRule) and rule.float_in_tail and node in self.after_weights:
-            return "behind the last layer with weights, where float keeps precision and costs little"
+        in_head = node in self.after_weights and node not in self.reaches_weights
+        if in_head and (isinstance(rule, ConcatRule) or (isinstance(rule, ComputingRule) and rule.float_in_tail)):
+            return HEAD_REASON
         return "no quantized tensor reaches it, so codes would only cost"
 
     def _worthwhile(self, node: Node) -> bool:
@@ -242,6 +244,8 @@ class _Planner:
         tail = node not in self.reaches_weights
         if tail and isinstance(rule, ComputingRule) and rule.float_in_tail:
             return False
+        if tail and isinstance(rule, ConcatRule) and node in self.after_weights:
+            return False  # boxes and scores would share a scale
         known = [value in self.quantized for value in data]
         return bool(known) and (all(known) if tail else any(known))
 
