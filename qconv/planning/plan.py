@@ -178,6 +178,7 @@ class Plan:
     ties: groups of tensors that share parameters.
     given: quantized tensors with the codes of a dequantizer in the model, the input's pixels, which need no range.
     gates: tensors whose only reader is an activation that is zero far below zero.
+    head: tensors that the last layers write, where more is computed of them.
     kept: node name -> why it stays float, or runs in float although its tensors are quantized.
     floats: those of them that are faster in float, each with the reason.
     activation_of: name of a Relu or Clip -> name of the layer in front of it.
@@ -199,6 +200,7 @@ class Plan:
     ties: list[tuple[Value, ...]] = field(default_factory=list)
     given: dict[Value, QuantParams] = field(default_factory=dict)
     gates: dict[Value, ActivationGate] = field(default_factory=dict)
+    head: set[Value] = field(default_factory=set)
     kept: dict[str, Decision] = field(default_factory=dict)
     activation_of: dict[str, str] = field(default_factory=dict)
     reads: dict[Value, list[Node]] | None = None

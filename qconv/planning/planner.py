@@ -249,6 +249,12 @@ class _Planner:
         known = [value in self.quantized for value in data]
         return bool(known) and (all(known) if tail else any(known))
 
+    def _is_in_head(self, value: Value) -> bool:
+        """Whether a tensor comes from the last layers, and something without weights goes on from there."""
+        node = value.producer()
+        made = node is not None and (node in self.weighted or node in self.after_weights)
+        return made and node not in self.reaches_weights and bool(self.model.readers(value))
+
     def _data(self, node: Node) -> list[Value]:
         """The data inputs of a node that are no constants."""
         return [value for value in data_inputs(node, self.eligible[node]) if constant_array(value) is None]
@@ -326,6 +332,8 @@ class _Planner:
             gate = find_activation_gate(self.model, value) if group == (value,) else None
             if gate is not None:
                 self.plan.gates[value] = gate
+            if bits >= 8 and self._is_in_head(value):
+                self.plan.head.add(value)
         for node in self.nodes if self.plan.reads is None else ():
             if node in self.plan.integer and not isinstance(self.eligible[node], WeightedRule):
                 for value in data_inputs(node, self.eligible[node]):

@@ -13,7 +13,7 @@ import numpy as np
 
 from qconv.calibration.range_estimators import CALIBRATORS, CalibrationHints, Range
 from qconv.calibration.sketch import Sketch, SketchContents
-from qconv.config.choices import PERCENTILE
+from qconv.config.choices import FEW_BITS_CALIBRATOR, PERCENTILE
 from qconv.config.recipe import Recipe
 from qconv.errors import Change, Finding
 from qconv.ir import layers
@@ -132,7 +132,10 @@ def _choose_ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -
             hints = CalibrationHints(
                 recipe.percentile or PERCENTILE, readers.get(value, ()), is_input=value.is_graph_input()
             )
-            own[value] = calibrator.choose(sketch, _activation_spec(plan, value), hints)
+            # a logit that is clipped is an object that is lost, however rare it is
+            whole = value in plan.head and recipe.calibrator == FEW_BITS_CALIBRATOR
+            chosen = CALIBRATORS["minmax"] if whole else calibrator
+            own[value] = chosen.choose(sketch, _activation_spec(plan, value), hints)
     ranges = {}
     for value, group in plan.group_of().items():
         if value in plan.given:
