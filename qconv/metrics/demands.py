@@ -87,6 +87,11 @@ def require_extras(asked: Any) -> None:
         require_detect_extra()
 
 
+def demands_outputs(asked: Any) -> bool:
+    """Whether a measure is demanded that not every network has. asked: see `demanded_measures`."""
+    return any(metric in NEEDS for metric in demanded_measures(asked).values())
+
+
 def require_measures(asked: Any, network: NetworkOutputs) -> None:
     """Raise QconvError where the network cannot have a measure that is demanded. asked: see `demanded_measures`."""
     for option, metric in demanded_measures(asked).items():

@@ -50,8 +50,9 @@ def test_a_clip_stays_where_the_codes_reach_further() -> None:
 
 def test_a_relu_stays_where_its_result_shares_a_wider_range() -> None:
     """Joined with a tensor that has negative values, its codes can go below zero, and its values must not."""
-    body = f"c = Conv<{SAME}>(x, w) r = Relu(c) d = Conv<{SAME}>(x, v) y = Concat<axis=1>(r, d)"
-    result = quantized(network(body, w=(4, 3, 3, 3), v=(4, 3, 3, 3))).check()
+    body = f"c = Conv<{SAME}>(x, w) r = Relu(c) d = Conv<{SAME}>(x, v) y = Concat<axis=1>(r, d) z = Conv(y, u)"
+    proto = network(body, outputs=("y", "z"), w=(4, 3, 3, 3), v=(4, 3, 3, 3), u=(2, 8, 1, 1))
+    result = quantized(proto).check()
     assert result.got["y"][:, :4].min() >= 0 > result.got["y"][:, 4:].min()
     assert result.meant["y"][:, :4].min() >= 0
     assert result.wiring.count("Relu") == 0

@@ -237,6 +237,7 @@ ISLANDS = {
     "hard squeeze and excite": {"HardSigmoid"},
     "hard swish": {"HardSigmoid", "Mul"},  # what the runtime makes of HardSwish
     "scores": {"Softmax"},
+    "split": {"Concat"},  # behind the last layers, where joined tensors keep scales of their own
 }
 
 
