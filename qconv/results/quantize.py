@@ -68,7 +68,7 @@ class OutputScore:
 class OutputFact:
     """What an output of the float model holds, and why that is so.
 
-    kind: "class-scores", "class-map", "regression" or "integer". task: that `--task` would call it; None for integers.
+    kind: as `OutputKind` of `runtime.outputs` calls it. task: that `--task` would call it; None for integers.
     """
 
     name: str
