@@ -151,8 +151,8 @@ def search_activation_ranges(
         left[trial.group.first] *= 10 ** (change / 10)
         if threshold is not None:
             group, own = trial.group, trial.group.params.code_range()
-            (low, high), (before, after) = trial.set_range(threshold), (f"{float(end):.3g}" for end in own)
-            ranges |= {value.name or "": (low, high) for value in group.members}
+            (low, high), (before, after) = trial.written_range(threshold), (f"{float(end):.3g}" for end in own)
+            ranges |= {value.name or "": trial.set_range(threshold) for value in group.members}
             what = f"range {low:.3g} to {high:.3g} in place of {before} to {after}: its noise at the outputs"
             share = f"{weighty[group.first] / whole:.1%} of all, {change:+.1f} dB"
             told.append(Change(STEP, group.first.name or "", f"{what}, {share}", "range set by the outputs"))
@@ -252,11 +252,14 @@ class _Trial:
         """The range that ends at a threshold, or where the tensor does."""
         return max(min(self.ends[0], 0.0), -threshold), min(max(self.ends[1], 0.0), threshold)
 
+    def written_range(self, threshold: float) -> Range:
+        """What the file gets of that range, without what an activation makes zero."""
+        low, high = self.set_range(threshold)
+        return low if self.floor is None else max(low, self.floor), high
+
     def at(self, threshold: float) -> float:
         """The noise with the range that ends there."""
-        low, high = self.set_range(threshold)
-        low = low if self.floor is None else max(low, self.floor)
-        return self.noise(self.group.params.spec.from_range(low, high))
+        return self.noise(self.group.params.spec.from_range(*self.written_range(threshold)))
 
 
 def _make_trials(
