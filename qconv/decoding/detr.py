@@ -11,6 +11,7 @@ can be found with several classes. Nothing is suppressed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ BEYOND = 0.05
 """By how much of the input's size a box may go beyond its edges and still count as inside."""
 
 BOX = OutputPart("boxes", 2, 0, 4)
+SCORE, SCORES = OutputPart("scores", 2, 4, 5), OutputPart("scores", 2, 4)
 
 Decode = Callable[[Sequence[NDArray[Any]], float], list[Detections]]
 
@@ -50,11 +52,11 @@ def _match_rows(facts: NetworkFacts, name: str) -> Head | None:
     known = stated.head == HEAD_OF_RTDETR or queries == QUERIES_OF_RTDETR
     words = f"{queries} queries with a box in shares of the input"
     if known and width == 6 and has_classes(array):
-        parts: tuple[OutputPart, ...] = (BOX, OutputPart("scores", 2, 4, 5), OutputPart("classes", 2, 5))
+        parts: tuple[OutputPart, ...] = (replace(BOX, sure=SCORE), SCORE, OutputPart("classes", 2, 5))
         decode: Decode = partial(_decode_classes, size=facts.size)
         why = f"{words}, a score and a class"
     elif are_shares(array[..., 4:]) and (width == 4 + len(stated.names) or (known and not _add_up(array))):
-        parts = (BOX, OutputPart("scores", 2, 4))
+        parts = (replace(BOX, sure=SCORES), SCORES)
         decode = partial(_decode_scores, size=facts.size)
         why = f"{words} and {width - 4} classes behind a sigmoid"
     else:

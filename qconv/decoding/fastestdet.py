@@ -22,12 +22,8 @@ STRIDE = 16
 
 NMS_IOU = 0.45
 
-PARTS = (
-    OutputPart("objectness", 1, 0, 1),
-    OutputPart("centres", 1, 1, 3),
-    OutputPart("sizes", 1, 3, 5),
-    OutputPart("scores", 1, 5),
-)
+SCORES = OutputPart("scores", 1, 5, times=OutputPart("objectness", 1, 0, 1))
+PARTS = (OutputPart("centres", 1, 1, 3, sure=SCORES), OutputPart("sizes", 1, 3, 5, sure=SCORES), SCORES)
 
 
 def match(facts: NetworkFacts) -> Head | None:

@@ -23,8 +23,16 @@ Arrays = Mapping[str, NDArray[Any]]
 class OutputPart:
     """Rows of an output that mean one thing.
 
-    name: what, as "boxes" or "scores". axis: along which the rows lie. start, stop: from which to which row; None for
-    all that follow. step: 3 for every third of these rows. rows: these, where they do not follow each other.
+    Attributes:
+        name: What, as "boxes" or "scores".
+        axis: Along which the rows lie.
+        start: The first row.
+        stop: The row behind the last one; None for all that follow.
+        step: 3 for every third of these rows.
+        rows: These, where they do not follow each other.
+        times: Rows that these are multiplied by before they say anything, as scores are by objectness.
+        sure: The scores of the same places, of which the largest says how much a place counts: a cell without an
+            object has a box, too, and nobody reads it.
     """
 
     name: str
@@ -33,6 +41,8 @@ class OutputPart:
     stop: int | None = None
     step: int = 1
     rows: tuple[int, ...] = ()
+    times: OutputPart | None = None
+    sure: OutputPart | None = None
 
     def of(self, array: NDArray[Any]) -> NDArray[Any]:
         """These rows of an array."""
@@ -41,6 +51,18 @@ class OutputPart:
         index: list[slice] = [slice(None)] * array.ndim
         index[self.axis] = slice(self.start, self.stop, self.step)
         return array[tuple(index)]
+
+    def compared(self, reference: NDArray[Any], got: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """What the squares of two arrays are summed of: these rows of both, as far as they count in the reference."""
+        pair = self._product(reference), self._product(got)
+        if self.sure is None:
+            return pair
+        counts = self.sure._product(reference).max(axis=self.axis, keepdims=True)
+        weight = np.sqrt(np.maximum(counts, 0.0))
+        return pair[0] * weight, pair[1] * weight
+
+    def _product(self, array: NDArray[Any]) -> NDArray[Any]:
+        return self.of(array) if self.times is None else self.of(array) * self.times.of(array)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,8 @@ def _match_joined(facts: NetworkFacts) -> Head | None:
     plus = len(strides) == 4
     origin = 0.0 if plus else MIDDLE
     decode = partial(_decode_joined, classes=classes, strides=strides, size=facts.size, origin=origin)
-    parts = {name: (OutputPart("scores", 2, 0, classes), OutputPart("distances", 2, classes))}
+    scores = OutputPart("scores", 2, 0, classes)
+    parts = {name: (scores, OutputPart("distances", 2, classes, sure=scores))}
     why = f"{array.shape[1]} rows are the cells of {_describe(strides)}, with {classes} classes and 4 x {bins} bins"
     family = "NanoDet-Plus" if plus else "NanoDet"
     return Head(family, why, (name,), decode, facts.size, USUAL_SCORE, read_class_names(facts.metadata), parts)

@@ -115,7 +115,8 @@ def _match_mmdeploy(facts: NetworkFacts) -> Head | None:
     if len(labels) != 1 or numbers[..., 4].min(initial=0.0) < 0 or numbers[..., 4].max(initial=0.0) > 1:
         return None
     why = f"{rows[1]} boxes in pixels with their scores, and their labels, as MMDeploy gives them"
-    parts = {boxes[0]: (OutputPart("boxes", 2, 0, 4), OutputPart("scores", 2, 4))}
+    scores = OutputPart("scores", 2, 4)
+    parts = {boxes[0]: (OutputPart("boxes", 2, 0, 4, sure=scores), scores)}
     names = read_class_names(facts.metadata)
     found = (boxes[0], labels[0])
     return Head("boxes of MMDeploy", why, found, _decode_joined, facts.size, USUAL_SCORE, names, parts)

@@ -36,7 +36,8 @@ def match(facts: NetworkFacts) -> Head | None:
         if extras is None or not (has_classes(array) and (stated.task in TASKS or is_in_pixels(array))):
             continue
         task = f", and the file says task {stated.task}" if stated.task else " as their scores and classes look"
-        parts = (OutputPart("boxes", 2, 0, 4), OutputPart("scores", 2, 4, 5), OutputPart("classes", 2, 5, 6))
+        scores = OutputPart("scores", 2, 4, 5)
+        parts = (OutputPart("boxes", 2, 0, 4, sure=scores), scores, OutputPart("classes", 2, 5, 6))
         return Head(
             "YOLOv10/26",
             f"{array.shape[1]} rows are boxes without overlaps{extras.in_words}{task}",

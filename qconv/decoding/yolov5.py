@@ -71,7 +71,7 @@ def _match_rows(facts: NetworkFacts, name: str) -> Head | None:
         facts.size,
         0.25,
         stated.names,
-        {name: (*_parts_of(2, classes), *extras.parts(2, 5 + classes))},
+        {name: (*_parts_of_rows(classes), *extras.parts(2, 5 + classes))},
     )
 
 
@@ -82,8 +82,13 @@ def _count_prototypes(facts: NetworkFacts) -> int:
     return next((shape[1] for shape in shapes if len(shape) == 4 and shape[2:] == quarter), 0)
 
 
-def _parts_of(axis: int, classes: int, rows: int = 1) -> tuple[OutputPart, ...]:
-    """rows: how many lie behind each other along the axis."""
+def _parts_of_rows(classes: int) -> tuple[OutputPart, ...]:
+    scores = OutputPart("scores", 2, 5, 5 + classes, times=OutputPart("objectness", 2, 4, 5))
+    return OutputPart("boxes", 2, 0, 4, sure=scores), scores
+
+
+def _parts_of_maps(axis: int, classes: int, rows: int) -> tuple[OutputPart, ...]:
+    """Of numbers as the layers give them. rows: how many lie behind each other along the axis."""
     ends = (("boxes", 0, 4), ("objectness", 4, 5), ("scores", 5, 5 + classes))
     firsts = range(0, rows * (5 + classes), 5 + classes)
     return tuple(OutputPart(name, axis, first + start, first + stop) for first in firsts for name, start, stop in ends)
@@ -111,7 +116,7 @@ def _match_maps(facts: NetworkFacts) -> Head | None:
             facts.size,
             0.25,
             Statement.of(facts.metadata).names,
-            dict.fromkeys(names, _parts_of(1, classes, ANCHORS_A_CELL) if flat else _parts_of(4, classes)),
+            dict.fromkeys(names, _parts_of_maps(1, classes, ANCHORS_A_CELL) if flat else _parts_of_maps(4, classes, 1)),
         )
     return None
 

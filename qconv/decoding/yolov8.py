@@ -53,7 +53,8 @@ def _match_rows(facts: NetworkFacts, stated: Statement, name: str, axis: int) ->
         return None
     where = f"{rows} rows are the cells of strides {', '.join(map(str, strides))} at {facts.size[0]}x{facts.size[1]}"
     task = f", and the file says task {stated.task}" if stated.task else ""
-    parts = (OutputPart("boxes", axis, 0, 4), OutputPart("scores", axis, 4, 4 + classes))
+    scores = OutputPart("scores", axis, 4, 4 + classes)
+    parts = (OutputPart("boxes", axis, 0, 4, sure=scores), scores)
     return Head(
         "YOLOv8",
         f"{where}, with a box and {classes} classes{extras.in_words}{task}",

@@ -22,12 +22,8 @@ from qconv.decoding.head import Head, NetworkFacts, OutputPart, read_class_names
 LARGEST_RAW_SIZE = 12.0
 """What log(width / stride) does not exceed; widths in pixels do."""
 
-PARTS = (
-    OutputPart("centres", 2, 0, 2),
-    OutputPart("sizes", 2, 2, 4),
-    OutputPart("objectness", 2, 4, 5),
-    OutputPart("scores", 2, 5),
-)
+SCORES = OutputPart("scores", 2, 5, times=OutputPart("objectness", 2, 4, 5))
+PARTS = (OutputPart("centres", 2, 0, 2, sure=SCORES), OutputPart("sizes", 2, 2, 4, sure=SCORES), SCORES)
 
 
 def match(facts: NetworkFacts) -> Head | None:

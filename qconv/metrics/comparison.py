@@ -141,7 +141,9 @@ class _OutputTally:
             remark = "the quantized model gives NaN or infinity where the float model does not"
         parts = tuple(
             PartScore(part.name, compute_sqnr_db(signal, min(noise, LARGEST_NOISE)))
-            for part, (signal, noise) in zip(self.parts, self.errors if self.errors is not None else (), strict=False)
+            for part, (signal, noise, _) in zip(
+                self.parts, self.errors if self.errors is not None else (), strict=False
+            )
         )
         return OutputScore(name, tuple(score for score in found if score is not None), remark, kind, parts)
 

@@ -1,10 +1,13 @@
 """Cuts outputs into parts that mean one thing each, so that errors are weighed by the power of their own part.
 
-    noise = sum over parts of sum (ref - got)^2 / sum ref^2
+    noise = sum over parts of sum (ref - got)^2 / sqrt(sum ref^2 * sum got^2)
 
 A detector's boxes are pixels and its scores are shares of 1: summed in one number, an error that loses every object is
 nothing beside a box that is a pixel off. Parts are what the decoder of the family says; else what the last Concat
 joins; else rows along the axis of channels with powers that differ by POWER_RATIO and more.
+
+Errors are over the power of both sides, in the geometric mean. Over that of the reference alone, a network that says
+nothing has a noise of 1, and one that finds every object, but not where it should be as sure, may have more.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ MOST_ROWS = 4096
 """Rows along an axis from which on it is one of places rather than of channels."""
 
 WORST_NOISE = 1e6
-"""The noise of outputs with NaN or infinity."""
+"""The noise of outputs with NaN or infinity, or of a part that holds nothing but zeros any more."""
 
 
 def find_parts(output: ModelOutput, array: NDArray[Any]) -> tuple[OutputPart, ...]:
@@ -62,34 +65,37 @@ def _split_by_power(array: NDArray[Any]) -> tuple[OutputPart, ...]:
     return tuple(OutputPart(name, axis, rows=tuple(rows.tolist())) for name, rows in groups.items())
 
 
-def cut(parts: Parts, name: str, array: NDArray[Any]) -> list[NDArray[Any]]:
-    """The parts of an output; the whole where it has none."""
-    return [part.of(array) for part in parts.get(name, ())] or [array]
-
-
 def sum_errors(parts: Parts, names: Sequence[str], reference: Sequence[Any], got: Sequence[Any]) -> NDArray[np.float64]:
-    """Signal and noise of every part of every output of one batch, (parts, 2).
+    """Signal, noise and signal of the other side, of every part of every output of one batch, (parts, 3).
 
-    Nothing for what is no tensor of numbers, or has another shape. Of integers: how many there are, and differ.
+    Sums of squares: `ref`, `ref - got`, `got`. Nothing for what is no tensor of numbers, or has another shape. Of
+    integers: how many there are, and differ.
     """
     rows = []
     for name, ref, result in zip(names, reference, got, strict=True):
         count = max(1, len(parts.get(name, ())))
         if not isinstance(ref, np.ndarray) or ref.dtype.kind not in "fiub" or ref.shape != result.shape:
-            rows += [(0.0, 0.0)] * count
+            rows += [(0.0, 0.0, 0.0)] * count
         elif ref.dtype.kind == "f":
-            rows += [measure_error(*pair) for pair in zip(cut(parts, name, ref), cut(parts, name, result), strict=True)]
+            pairs = [part.compared(ref, result) for part in parts.get(name, ())] or [(ref, result)]
+            rows += [_measure_pair(*pair) for pair in pairs]
         else:
-            rows += [(float(ref.size), float((ref != result).sum()))] + [(0.0, 0.0)] * (count - 1)
-    return np.array(rows, np.float64).reshape(-1, 2)
+            differing = float((ref != result).sum())
+            rows += [(float(ref.size), differing, float(ref.size))] + [(0.0, 0.0, 0.0)] * (count - 1)
+    return np.array(rows, np.float64).reshape(-1, 3)
+
+
+def _measure_pair(reference: NDArray[Any], got: NDArray[Any]) -> tuple[float, float, float]:
+    signal, noise = measure_error(reference, got)
+    return signal, noise, measure_error(got, got)[0]
 
 
 def relative_noise(sums: NDArray[np.float64]) -> float:
-    """The noise of all parts, each over its own power. sums: (parts, 2), as `sum_errors` gives them."""
-    signal, noise = sums.T
-    known = signal > 0
-    total = float((noise[known] / signal[known]).sum())
-    return total if np.isfinite(total) else WORST_NOISE
+    """The noise of all parts, each over its own power. sums: (parts, 3), as `sum_errors` gives them."""
+    signal, noise, got = sums[sums[:, 0] > 0].T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        total = float((noise / np.sqrt(signal * got)).sum())
+    return min(total, WORST_NOISE) if np.isfinite(total) else WORST_NOISE
 
 
 def measure_output_noise(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_layer_bits
 from qconv.config.targets import TARGETS, Target
-from qconv.data.loader import Batch, DataLoader
+from qconv.data.loader import DataLoader
 from qconv.errors import Change, Finding, Skipped, require_torch
 from qconv.ir import files
 from qconv.ir.chance import describe_random_nodes
@@ -46,12 +46,11 @@ from qconv.planning.plan import Plan
 from qconv.planning.planner import replan
 from qconv.quantization.emit import emit
 from qconv.quantization.layer_rounding import choose_rounding_effort
-from qconv.quantization.parameters import choose_activation_params, make_tensor_rows
+from qconv.quantization.parameters import make_tensor_rows
 from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, MixedPrecision, OutputFact, OutputScore, Report, TensorRow, Verification
 from qconv.runtime.benchmark import peak_rss_mb
 from qconv.runtime.session import Session
-from qconv.search.activation_ranges import SEARCH_BUDGETS, SearchBudget, search_activation_ranges
 from qconv.search.candidate import (
     FoldedNetwork,
     QuantizationSolution,
@@ -60,10 +59,8 @@ from qconv.search.candidate import (
     round_to_nearest,
 )
 from qconv.search.latency import tune_latency
-from qconv.search.loud_tensors import TensorNoise, keep_loud_tensors_float
 from qconv.search.mixed_precision import check_target_size, predict_recipe, search_bits
-
-LOUD = "left in float, as the outputs lose most to it"
+from qconv.search.tuned_ranges import tune_ranges
 
 EQUALIZATION_IMAGES = 64
 """Pictures that channels are watched on, but for the best effort, which watches all."""
@@ -241,37 +238,15 @@ class _QuantizationRun:
 
     def tune_ranges(self) -> None:
         """Set ranges of activations by what the outputs lose, where that is asked for."""
-        recipe, feed = self.recipe, self.pictures.feed
-        if not recipe.tune_ranges or feed is None:
+        recipe, pictures = self.recipe, self.pictures
+        if not recipe.tune_ranges or pictures.feed is None:
             return
         with self.clock.step("ranges"):
-            budget = SEARCH_BUDGETS[recipe.effort]
-            feeds = feed.take(budget.many, "read again")
-            noises = self._search_ranges(feeds, budget)
-            fed = self.pictures.model_preprocessing
-            floats = keep_loud_tensors_float(self.model, self.plan, recipe, fed, noises)
-            if floats:  # what was nothing beside them counts now
-                self.plan = replan(self.plan, self.model, floats={**self.plan.floats, **floats})
-                self.findings += [Change("ranges", name, f"left in float: {why}", LOUD) for name, why in floats.items()]
-                self._search_ranges(feeds, budget)
-
-    def _search_ranges(self, feeds: Sequence[Batch], budget: SearchBudget) -> tuple[TensorNoise, ...]:
-        """Set the ranges that the outputs gain from. Returns what noise is left of each tensor."""
-        recipe = self.recipe
-        params, _ = choose_activation_params(self.plan, self.sketches, recipe, self.set_ranges)
-        found = search_activation_ranges(
-            self.model,
-            self.plan,
-            params.activations,
-            feeds,
-            budget,
-            recipe.threads,
-            self.reporter,
-            self._network.parts,
-        )
-        self.set_ranges = {**self.set_ranges, **found.ranges}
-        self.findings += found.findings
-        return found.noises
+            folded = FoldedNetwork(self.model, self.plan, self.sketches, self.set_ranges)
+            fed, parts = pictures.model_preprocessing, self._network.parts
+            tuned = tune_ranges(folded, recipe, pictures.feed, fed, parts, self.reporter)
+            self.plan, self.set_ranges = tuned.folded.plan, tuned.folded.set_ranges
+            self.findings += tuned.findings
 
     def choose_numbers(self) -> tuple[QuantizationSolution, MixedPrecision | None]:
         """Find all numbers that are written, and the bits of layers before that, where they are searched for."""

@@ -54,9 +54,7 @@ def choose_activation_params(
 ) -> tuple[Params, list[Finding]]:
     """Choose parameters of activations and constants, not of layers; see `choose_params`."""
     params = Params()
-    ranges = _choose_ranges(plan, sketches, recipe)
-    for value, (low, high) in ranges.items():
-        ranges[value] = set_ranges.get(value.name or "", (low, high))
+    ranges = choose_ranges(plan, sketches, recipe, set_ranges)
     findings = _clip_at_gates(plan, ranges)
     _widen_average_ranges(plan, ranges)
     for value, (low, high) in ranges.items():
@@ -121,14 +119,24 @@ def find_layer_sketch(layer: LayerPlan, sketches: Mapping[str, Sketch]) -> Sketc
     return None if value is None or layer.node.op_type == "MatMul" else sketches.get(value.name or "")
 
 
-def _choose_ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -> dict[Value, Range]:
-    """The range of every quantized tensor; tied ones share the union of theirs."""
-    calibrator = CALIBRATORS[recipe.calibrator]
+def choose_ranges(
+    plan: Plan,
+    sketches: Mapping[str, Sketch],
+    recipe: Recipe,
+    set_ranges: Mapping[str, Range] = NO_SET_RANGES,
+    *,
+    calibrator_name: str | None = None,
+) -> dict[Value, Range]:
+    """The range of every quantized tensor; tied ones share the union of theirs, unless they are set.
+
+    calibrator_name: in place of the recipe's.
+    """
+    calibrator = CALIBRATORS[calibrator_name or recipe.calibrator]
     readers = _find_channel_summing_layers(plan) if SketchContents.COLUMNS in calibrator.want else {}
     own: dict[Value, Range] = {}
     for value in plan.activations:
         sketch = sketches.get(value.name or "")
-        if sketch is not None:
+        if sketch is not None and value.name not in set_ranges:
             hints = CalibrationHints(
                 recipe.percentile or PERCENTILE, readers.get(value, ()), is_input=value.is_graph_input()
             )
@@ -141,6 +149,9 @@ def _choose_ranges(plan: Plan, sketches: Mapping[str, Sketch], recipe: Recipe) -
         if value in plan.given:
             low, high = plan.given[value].code_range()
             ranges[value] = float(low), float(high)
+            continue
+        if (known := set_ranges.get(value.name or "")) is not None:
+            ranges[value] = known
             continue
         lows, highs = zip(*(own[member] for member in group if member in own), strict=True)
         ranges[value] = min(lows), max(highs)

@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.calibration.range_estimators import Range
-from qconv.data.loader import pick_evenly
 from qconv.errors import Change, Finding, Skipped
 from qconv.ir.judged_tensors import find_judged_tensors
 from qconv.ir.model import Model, Value
@@ -38,6 +37,7 @@ from qconv.planning.work import RANGES_SHARE, SESSION_WORK, count_weights, multi
 from qconv.quantizer import QuantParams
 from qconv.reporter import Reporter
 from qconv.search.loud_tensors import TensorNoise
+from qconv.search.loudest_images import pick_batches
 from qconv.storage import ArrayStore
 
 STEP = "ranges"
@@ -45,6 +45,8 @@ BYTES_IN_MEMORY = 2**27
 """Bytes of tensors, and of outputs, that are held in memory."""
 LEAST_NOISE_SHARE = 0.04
 """Share of all noise from which on a range is searched."""
+LEAST_GAIN = 0.02
+"""Share of all noise that a range must spare to be taken: on other images, less may be none."""
 GROUPS_PER_SESSION = 8
 """Groups that share a session: to make one takes as long as to run it on a few images."""
 HALF, PATIENCE = 0.5, 2
@@ -64,22 +66,25 @@ class SearchBudget:
     """How many images a search takes.
 
     few: images that show which ranges matter.
-    many: images that are walked to choose these ranges.
-    far, near: images that each factor is tried on: those where the tensor reaches farthest, and others.
+    many: images that are walked to choose these ranges. loud: of them, with the largest outputs.
+    far, loudest, near: images that each factor is tried on: those where the tensor reaches farthest, those with the
+    largest outputs, and others.
     share: of the work of quantizing (`planning.work`) that each of both walks may take; None for any.
     """
 
     few: int
     many: int
+    loud: int
     far: int
+    loudest: int
     near: int
     share: float | None = RANGES_SHARE
 
 
 SEARCH_BUDGETS = {
-    "fast": SearchBudget(1, 32, 2, 2),  # chosen with --tune-ranges
-    "balanced": SearchBudget(1, 32, 2, 2),
-    "best": SearchBudget(4, 128, 16, 16, None),
+    "fast": SearchBudget(1, 32, 8, 2, 2, 2),  # chosen with --tune-ranges
+    "balanced": SearchBudget(1, 32, 8, 2, 2, 2),
+    "best": SearchBudget(4, 128, 32, 16, 16, 16, None),
 }
 
 TINY = 1e-300
@@ -131,25 +136,25 @@ def search_activation_ranges(
         why = f"{len(groups) - most} of {len(groups)} ranges were not looked at, or it would take too long"
         told.append(Skipped(STEP, groups[0].first.name or "", why))
         groups = [groups[index * len(groups) // most] for index in range(most)]
-    few, many = (pick_evenly(feeds, count) for count in (budget.few, budget.many))
     noises = []
-    for done, found in enumerate(_measure_noises(model, groups, few, threads, parts)):
+    for done, found in enumerate(_measure_noises(model, groups, feeds[: budget.few], threads, parts)):
         reporter.progress(STEP, done, 2 * len(groups))
         noises.append(found)
     whole = sum(noises)
     weighty = {
         group.first: noise for group, noise in zip(groups, noises, strict=True) if noise > LEAST_NOISE_SHARE * whole
     }
-    most = _most_groups(plan, feeds, budget.share, USUAL_TRIALS * (budget.far + budget.near))
+    most = _most_groups(plan, feeds, budget.share, USUAL_TRIALS * (budget.far + budget.loudest + budget.near))
     loudest = set(sorted(weighty, key=weighty.__getitem__, reverse=True)[:most])
     chosen = [group for group in groups if group.first in loudest]
     ranges: dict[str, Range] = {}
     left = dict(zip((group.first for group in groups), noises, strict=True))
-    for done, trial in enumerate(_make_trials(model, plan, chosen, many, (budget.far, budget.near), threads, parts)):
+    for done, trial in enumerate(_make_trials(model, plan, chosen, feeds, budget, threads, parts)):
         reporter.progress(STEP, len(groups) + done * len(groups) // len(chosen), 2 * len(groups))
         threshold, change = _search_threshold(trial)
-        left[trial.group.first] *= 10 ** (change / 10)
-        if threshold is not None:
+        gain = weighty[trial.group.first] / whole * (1 - 10 ** (change / 10))
+        if threshold is not None and gain >= LEAST_GAIN:
+            left[trial.group.first] *= 10 ** (change / 10)
             group, own = trial.group, trial.group.params.code_range()
             (low, high), (before, after) = trial.written_range(threshold), (f"{float(end):.3g}" for end in own)
             ranges |= {value.name or "": trial.set_range(threshold) for value in group.members}
@@ -267,7 +272,7 @@ def _make_trials(
     plan: Plan,
     groups: Sequence[RangeGroup],
     feeds: Sequence[InputBatch],
-    counts: tuple[int, int],
+    budget: SearchBudget,
     threads: int | None,
     parts: Parts,
 ) -> Iterator[_Trial]:
@@ -280,7 +285,9 @@ def _make_trials(
             if values.is_empty:
                 continue  # an empty tensor tells nothing of those that share its range
             lows, highs = _measure_ends(values)
-            picked = _pick_batches(_measure_reach(lows, highs, group.params), *counts)
+            farthest = np.argsort(-_measure_reach(lows, highs, group.params), kind="stable")[: budget.far]
+            first = [*farthest.tolist(), *range(min(budget.loudest, len(clean)))]
+            picked = pick_batches(len(clean), first, budget.near)
             names, spec = [_names_of(group.members)], group.params.spec
             tail = NetworkTail(walk.tail_model(outputs), _names_of(outputs), names, spec, threads=threads)
             noise = partial(_mean_noise, _Clean(_names_of(outputs), clean, parts), tail, picked)
@@ -303,14 +310,6 @@ def _measure_reach(lows: Float64, highs: Float64, params: QuantParams) -> Float6
     """The reach of each batch, as a share of the range that has codes, (batches,)."""
     low, high = (max(abs(float(end)), TINY) for end in params.code_range())
     return np.maximum(highs / high, -lows / low)
-
-
-def _pick_batches(reach: Float64, far: int, near: int) -> dict[int, float]:
-    """Pick batches, each with the number it stands for: the farthest for themselves, some others for the rest."""
-    order = np.argsort(-reach, kind="stable")
-    rest = np.sort(order[far:])
-    some = rest[np.arange(near) * len(rest) // near] if 0 < near < len(rest) else rest
-    return dict.fromkeys(order[:far].tolist(), 1.0) | dict.fromkeys(some.tolist(), len(rest) / max(1, len(some)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,73 @@
+"""Picks the images that a search measures on: those whose outputs say the most, and some that stand for the rest.
+
+Most images of a detector's calibration set may hold hardly any object. What the rare ones lose is what users see, and
+by chance none of them may be among a few images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qconv.data.loader import Batch, DataLoader
+from qconv.ir.model import Model
+from qconv.ir.subgraph import runnable_with_outputs
+from qconv.metrics.output_parts import Parts, sum_errors
+from qconv.runtime.session import Session
+
+STEP = "images"
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class PickedImages:
+    """Batches of images, the loudest first, then others in the order in which they are read.
+
+    weights: the number of batches that each stands for. clean: what the float network says of each, tensor by tensor.
+    """
+
+    feeds: Sequence[Batch]
+    weights: Sequence[float]
+    clean: Sequence[Sequence[NDArray[Any]]]
+
+
+def pick_images(
+    model: Model, names: Sequence[str], feed: DataLoader, counts: tuple[int, int], threads: int | None, parts: Parts
+) -> PickedImages:
+    """Run the float network on all images, and pick the loudest ones and others.
+
+    names: of the tensors that count. counts: how many images of both kinds. Outputs of all images would not fit into
+    memory: the picked ones run once more.
+    """
+    with runnable_with_outputs(model, names) as runnable:
+        session = Session(runnable, name="the folded float model", threads=threads)
+    loudness = measure_loudness(parts, names, (session.run(names, batch) for batch in feed.iter_batches(STEP)))
+    loud, others = (-(-count // feed.batch) for count in counts)
+    picked = pick_batches(len(loudness), np.argsort(-loudness, kind="stable")[:loud], others)
+    read = {index: batch for index, batch in enumerate(feed.iter_batches(STEP)) if index in picked}
+    feeds = [read[index] for index in picked]
+    return PickedImages(feeds, [*picked.values()], [session.run(names, batch) for batch in feeds])
+
+
+def measure_loudness(parts: Parts, names: Sequence[str], outputs: Iterable[Sequence[NDArray[Any]]]) -> Float64:
+    """The largest share that each batch has of the power of any part of the outputs, (batches,)."""
+    powers = np.array([sum_errors(parts, names, found, found)[:, 0] for found in outputs])
+    whole = powers.sum(axis=0)
+    shares = np.divide(powers, whole, out=np.zeros_like(powers), where=whole > 0)
+    return np.asarray(shares.max(axis=1, initial=0.0))
+
+
+def pick_batches(count: int, first: Iterable[int], others: int) -> dict[int, float]:
+    """Pick batches of `count`, each with the number it stands for.
+
+    first: those that stand for themselves; some others stand for the rest.
+    """
+    alone = dict.fromkeys(map(int, first), 1.0)
+    rest = [index for index in range(count) if index not in alone]
+    some = [rest[at * len(rest) // others] for at in range(others)] if 0 < others < len(rest) else rest
+    return alone | dict.fromkeys(some, len(rest) / max(1, len(some)))

@@ -1,0 +1,110 @@
+"""Chooses how wide all ranges of activations are, by the noise at the network's outputs on the loudest images.
+
+    end(w) = c^(1 - w) * m^w          c: the calibrator's end, m: the tensor's own extreme, w in WIDTHS
+
+A calibrator that weighs errors of all places alike cuts off what is rare, such as the activations behind the one object
+of a hundred images: the outputs of that image then lose what they are made for. Ranges that reach as far as the tensors
+cost all other images some accuracy. Which of both weighs more is a matter of the network. So one width serves the whole
+network: each of WIDTHS is carried out, with weights rounded to the nearest code, and run on images. One parameter of
+all ranges, chosen by what the network loses: Nahshan et al. 2019, arXiv 1911.07190, section 4.2, there the p of an
+L_p norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qconv.calibration.range_estimators import Range
+from qconv.config.recipe import Recipe
+from qconv.config.targets import TARGETS
+from qconv.errors import Change, Finding
+from qconv.ir.subgraph import runnable_with_outputs
+from qconv.metrics.output_parts import Parts, relative_noise, sum_errors
+from qconv.quantization.parameters import choose_ranges
+from qconv.reporter import Reporter
+from qconv.runtime.session import Session
+from qconv.search.candidate import FoldedNetwork, build_quantized_model, round_to_nearest
+from qconv.search.loudest_images import PickedImages
+
+STEP = "widths"
+
+WIDTHS = (0.25, 0.5, 1.0)
+"""Widths that are tried beside 0, the calibrator's own ranges."""
+
+LARGEST_RATIO = 0.98
+"""Largest ratio of noises at which wider ranges are taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenWidth:
+    """ranges: all that are set in place of the calibrator's, by tensor. findings: for the report."""
+
+    ranges: Mapping[str, Range]
+    findings: list[Finding]
+
+
+def choose_range_width(
+    folded: FoldedNetwork,
+    recipe: Recipe,
+    names: Sequence[str],
+    images: PickedImages,
+    reporter: Reporter,
+    parts: Parts,
+) -> ChosenWidth:
+    """Choose the width of all ranges that the calibrator finds; those that are set stay.
+
+    names: of the tensors that count. parts: of these.
+    """
+    known = folded.set_ranges
+    own = choose_ranges(folded.plan, folded.sketches, recipe)
+    whole = choose_ranges(folded.plan, folded.sketches, recipe, calibrator_name="minmax")
+    if own == whole:
+        return ChosenWidth(known, [])
+    wider: dict[float, Mapping[str, Range]] = {0.0: known}
+    for width in WIDTHS:
+        wider[width] = {value.name or "": _blend(own[value], whole[value], width) for value in own} | dict(known)
+    tried: dict[float, float] = {}
+    for width, ranges in wider.items():
+        reporter.progress(STEP, len(tried), len(wider))
+        tried[width] = _measure(folded, recipe, ranges, names, images, parts)
+    reporter.progress(STEP, len(tried), len(tried))
+    best = min(tried, key=tried.__getitem__)
+    if not tried[best] <= LARGEST_RATIO * tried[0.0]:
+        return ChosenWidth(known, [])
+    change = 10 * float(np.log10(tried[best] / tried[0.0]))
+    reach = "reach to the extremes that were seen" if best == 1 else f"reach {best:.0%} of the way to the extremes"
+    told = Change("ranges", "all activations", f"ranges {reach}: noise at the outputs {change:+.1f} dB", "ranges wider")
+    return ChosenWidth(wider[best], [told])
+
+
+def _blend(own: Range, whole: Range, width: float) -> Range:
+    """The range between both; an end without any reach in one of them stays what the calibrator says."""
+    low, high = (
+        np.sign(a) * abs(a) ** (1 - width) * abs(b) ** width if a * b > 0 else a
+        for a, b in zip(own, whole, strict=True)
+    )
+    return float(low), float(high)
+
+
+def _measure(
+    folded: FoldedNetwork,
+    recipe: Recipe,
+    ranges: Mapping[str, Range],
+    names: Sequence[str],
+    images: PickedImages,
+    parts: Parts,
+) -> float:
+    """The noise at the outputs with these ranges, over all images that the picked ones stand for."""
+    tried = replace(folded, set_ranges=ranges)
+    model = build_quantized_model(tried, recipe, round_to_nearest(tried, recipe).params)
+    on_ort = TARGETS[recipe.target].on_ort
+    with runnable_with_outputs(model, names) as runnable:
+        session = Session(runnable, name="the quantized model", threads=recipe.threads, integer_kernels=on_ort)
+    sums = [
+        weight * sum_errors(parts, names, clean, session.run(names, batch))
+        for batch, weight, clean in zip(images.feeds, images.weights, images.clean, strict=True)
+    ]
+    return relative_noise(np.sum(sums, axis=0))
