@@ -87,7 +87,8 @@ def sum_errors(parts: Parts, names: Sequence[str], reference: Sequence[Any], got
 
 def _measure_pair(reference: NDArray[Any], got: NDArray[Any]) -> tuple[float, float, float]:
     signal, noise = measure_error(reference, got)
-    return signal, noise, measure_error(got, got)[0]
+    known = got[np.isfinite(reference)]
+    return signal, noise, measure_error(known, known)[0]
 
 
 def relative_noise(sums: NDArray[np.float64]) -> float:

@@ -5,9 +5,9 @@
 A calibrator that weighs errors of all places alike cuts off what is rare, such as the activations behind the one object
 of a hundred images: the outputs of that image then lose what they are made for. Ranges that reach as far as the tensors
 cost all other images some accuracy. Which of both weighs more is a matter of the network. So one width serves the whole
-network: each of WIDTHS is carried out, with weights rounded to the nearest code, and run on images. One parameter of
-all ranges, chosen by what the network loses: Nahshan et al. 2019, arXiv 1911.07190, section 4.2, there the p of an
-L_p norm.
+network: each of WIDTHS is carried out, with weights rounded to the nearest of 8 bits, and run on images. To choose one
+parameter of all ranges by what the network loses is of Nahshan et al. 2019, arXiv 1911.07190, section 4.2, there the p
+of an L_p norm.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ STEP = "widths"
 
 WIDTHS = (0.25, 0.5, 1.0)
 """Widths that are tried beside 0, the calibrator's own ranges."""
+
+FINE_BITS = 8
+"""Bits of weights, of which few would hide what activations lose."""
+
+TINY = 1e-300
 
 LARGEST_RATIO = 0.98
 """Largest ratio of noises at which wider ranges are taken."""
@@ -72,9 +77,9 @@ def choose_range_width(
         tried[width] = _measure(folded, recipe, ranges, names, images, parts)
     reporter.progress(STEP, len(tried), len(tried))
     best = min(tried, key=tried.__getitem__)
-    if not tried[best] <= LARGEST_RATIO * tried[0.0]:
+    if tried[best] >= LARGEST_RATIO * tried[0.0]:
         return ChosenWidth(known, [])
-    change = 10 * float(np.log10(tried[best] / tried[0.0]))
+    change = 10 * float(np.log10(max(tried[best], TINY) / tried[0.0]))
     reach = "reach to the extremes that were seen" if best == 1 else f"reach {best:.0%} of the way to the extremes"
     told = Change("ranges", "all activations", f"ranges {reach}: noise at the outputs {change:+.1f} dB", "ranges wider")
     return ChosenWidth(wider[best], [told])
@@ -98,8 +103,8 @@ def _measure(
     parts: Parts,
 ) -> float:
     """The noise at the outputs with these ranges, over all images that the picked ones stand for."""
-    tried = replace(folded, set_ranges=ranges)
-    model = build_quantized_model(tried, recipe, round_to_nearest(tried, recipe).params)
+    tried, wanted = replace(folded, set_ranges=ranges), _with_fine_weights(recipe)
+    model = build_quantized_model(tried, wanted, round_to_nearest(tried, wanted).params)
     on_ort = TARGETS[recipe.target].on_ort
     with runnable_with_outputs(model, names) as runnable:
         session = Session(runnable, name="the quantized model", threads=recipe.threads, integer_kernels=on_ort)
@@ -108,3 +113,9 @@ def _measure(
         for batch, weight, clean in zip(images.feeds, images.weights, images.clean, strict=True)
     ]
     return relative_noise(np.sum(sums, axis=0))
+
+
+def _with_fine_weights(recipe: Recipe) -> Recipe:
+    """With weights in FINE_BITS at least: ranges of activations do not hang on bits that may yet be searched for."""
+    own = [(name, bits if bits.in_float else replace(bits, weights=None)) for name, bits in recipe.layer_bits]
+    return replace(recipe, weight_bits=max(FINE_BITS, recipe.weight_bits), layer_bits=tuple(own))

@@ -1,11 +1,11 @@
-"""Sets ranges of activations by what the network's outputs lose, in three steps that each build on the one before.
+"""Sets ranges of activations by what the network's outputs lose.
 
-    1. ranges that make much of the noise, one by one       `activation_ranges`
-    2. tensors that are loud with any range stay float       `loud_tensors`
-    3. one width for all ranges that the calibrator chose    `range_widths`
+    1. ranges that make much of the noise, one by one             `activation_ranges`
+    2. tensors that are loud with any range stay float            `loud_tensors`
+    3. one width for all ranges that the calibrator chose         `range_widths`
+    4. where 2 or 3 changed anything, 1 begins anew from there
 
-Beside a loud tensor nothing else counts. So its neighbours are looked at once more when it is left in float, and the
-width is chosen after that.
+Beside a loud tensor nothing else counts, and what a range gains hangs on where it starts.
 """
 
 from __future__ import annotations
@@ -55,20 +55,19 @@ def tune_ranges(
         return TunedRanges(folded, [])
     counts = budget.loud, budget.many - budget.loud
     images = pick_images(folded.model, names, feed, counts, recipe.threads, parts)
-    found = _search(folded, recipe, images, parts, reporter)
-    findings = list(found.findings)
-    folded = _with_ranges(folded, found)
+
+    found, told = _search(folded, recipe, images, parts, reporter), list[Finding]()
     floats = keep_loud_tensors_float(folded.model, folded.plan, recipe, fed, found.noises)
     if floats:
         plan = replan(folded.plan, folded.model, floats={**folded.plan.floats, **floats})
         folded = replace(folded, plan=plan)
-        findings += [Change("ranges", name, f"left in float: {why}", LOUD) for name, why in floats.items()]
+        told += [Change("ranges", name, f"left in float: {why}", LOUD) for name, why in floats.items()]
     width = choose_range_width(folded, recipe, names, images, reporter, parts)
-    folded, findings = replace(folded, set_ranges=width.ranges), findings + width.findings
-    if floats:
+    if floats or width.findings:
+        folded = replace(folded, set_ranges=width.ranges)
         found = _search(folded, recipe, images, parts, reporter)
-        folded, findings = _with_ranges(folded, found), findings + found.findings
-    return TunedRanges(folded, findings)
+    ranges = {**folded.set_ranges, **found.ranges}
+    return TunedRanges(replace(folded, set_ranges=ranges), [*told, *width.findings, *found.findings])
 
 
 def _search(
@@ -79,7 +78,3 @@ def _search(
     return search_activation_ranges(
         folded.model, folded.plan, known, images.feeds, budget, recipe.threads, reporter, parts
     )
-
-
-def _with_ranges(folded: FoldedNetwork, found: RangeSearch) -> FoldedNetwork:
-    return replace(folded, set_ranges={**folded.set_ranges, **found.ranges})

@@ -21,36 +21,65 @@ PARTS = {"y": (OutputPart("boxes", 1, 0, 1), OutputPart("scores", 1, 1))}
 
 
 def test_noise_by_hand() -> None:
-    """(1 - 2)^2 / (1 + 4) and, of whole numbers, one of two: the sum over outputs. No number counts as worst."""
+    """(1 - 2)^2 over powers of 1 + 4 and 4 + 4, and of whole numbers one of two: the sum over outputs.
+
+    No number counts as worst; where float has none, nothing counts.
+    """
     names, ref = ["y", "z"], [[np.float32([[1, 2]]), np.array([3, 4])]]
 
     def noise(got: list[list[object]], expected: list[list[object]] = ref) -> float:  # type: ignore[assignment]
         return measure_output_noise(NO_PARTS, names[: len(expected[0])], expected, got)  # type: ignore[arg-type]
 
-    assert noise([[np.float32([[2, 2]]), np.array([3, 5])]]) == pytest.approx(1 / 5 + 1 / 2)
+    assert noise([[np.float32([[2, 2]]), np.array([3, 5])]]) == pytest.approx(1 / 40**0.5 + 1 / 2)
     assert noise(ref) == 0  # type: ignore[arg-type]
     assert noise([[np.float32([[np.nan, 2]]), np.array([3, 4])]]) == WORST_NOISE
-    assert noise([[np.float32([[5, 1]])]], [[np.float32([[np.inf, 2]])]]) == pytest.approx(1 / 4)
+    assert noise([[np.float32([[5, 1]])]], [[np.float32([[np.inf, 2]])]]) == pytest.approx(1 / 2)
     assert noise([[np.ones(2, np.float32)]], [[np.zeros(2, np.float32)]]) == 0  # nothing to compare with
 
 
 def test_parts_count_by_their_own_power() -> None:
-    """Boxes of 100 that are 1 off, scores of 0.1 that are gone: 1e-4 and 1."""
-    ref, got = np.float32([[[100.0], [0.1]]]), np.float32([[[101.0], [0.0]]])
-    assert measure_output_noise(PARTS, ["y"], [[ref]], [[got]]) == pytest.approx(1e-4 + 1)
-    assert measure_output_noise(NO_PARTS, ["y"], [[ref]], [[got]]) == pytest.approx(1.01 / 10000.01)
+    """Boxes of 100 that are 1 off, scores of 0.1 that are half: 1 / (100 * 101) and 0.05^2 / (0.1 * 0.05)."""
+    ref, got = np.float32([[[100.0], [0.1]]]), np.float32([[[101.0], [0.05]]])
+    assert measure_output_noise(PARTS, ["y"], [[ref]], [[got]]) == pytest.approx(1 / 10100 + 0.5)
+    whole = 1.0025 / (10000.01 * 10201.0025) ** 0.5
+    assert measure_output_noise(NO_PARTS, ["y"], [[ref]], [[got]]) == pytest.approx(whole)
+
+
+def test_silence_is_worse_than_being_unsure() -> None:
+    """Scores that are gone are as bad as can be; those of another place than float's have 2 over 1."""
+    ref = np.float32([[[1.0, 0.0]]])
+    silent, elsewhere = np.zeros_like(ref), ref[..., ::-1]
+    assert measure_output_noise(NO_PARTS, ["y"], [[ref]], [[silent]]) == WORST_NOISE
+    assert measure_output_noise(NO_PARTS, ["y"], [[ref]], [[elsewhere]]) == 2
+
+
+def test_boxes_count_as_far_as_there_is_an_object() -> None:
+    """Two cells with scores of 0.8 * 0.5 and 0.1 * 0.2: the box of the second is 3 off, that of the first 1.
+
+    Boxes: (0.4 * 1 + 0.02 * 9) over the root of (0.4 * 16 + 0.02 * 16) * (0.4 * 25 + 0.02 * 49).
+    Scores: only the first cell's class moves, from 0.4 to 0.8 * 0.25.
+    """
+    scores = OutputPart("scores", 1, 2, 3, times=OutputPart("objectness", 1, 1, 2))
+    parts = {"y": (OutputPart("boxes", 1, 0, 1, sure=scores), scores)}
+    ref = np.float32([[[4, 4], [0.8, 0.1], [0.5, 0.2]]])
+    got = np.float32([[[5, 7], [0.8, 0.1], [0.25, 0.2]]])
+    sums = sum_errors(parts, ["y"], [ref], [got])
+    assert sums == pytest.approx(np.array([[6.72, 0.58, 10.98], [0.1604, 0.04, 0.0404]]), rel=1e-5)
+    assert relative_noise(sums) == pytest.approx(
+        0.58 / (6.72 * 10.98) ** 0.5 + 0.04 / (0.1604 * 0.0404) ** 0.5, rel=1e-5
+    )
 
 
 def test_powers_add_up_over_batches() -> None:
-    """A batch without any score lays nothing in the scale: 0.01 / (1 + 0) and not 0.01 / 1 + 0.01 / 0."""
+    """A batch without any score lays little in the scale: 0.02 over powers of 0 + 1 and 0.01 + 1.21."""
     empty, full = np.float32([[[1.0], [0.0]]]), np.float32([[[1.0], [1.0]]])
     sums = sum(sum_errors(PARTS, ["y"], [ref], [ref + np.float32([[[0.0], [0.1]]])]) for ref in (empty, full))
-    assert relative_noise(np.asarray(sums)) == pytest.approx(0.02, rel=1e-5)
+    assert relative_noise(np.asarray(sums)) == pytest.approx(0.02 / 1.22**0.5, rel=1e-5)
 
 
 def test_another_shape_has_no_errors_but_its_places() -> None:
     ref = np.ones((1, 2, 3), np.float32)
-    assert sum_errors(PARTS, ["y", "z"], [ref, ref], [ref[:, :, :2], ref]).tolist() == [[0, 0], [0, 0], [6, 0]]
+    assert sum_errors(PARTS, ["y", "z"], [ref, ref], [ref[:, :, :2], ref]).tolist() == [[0, 0, 0], [0, 0, 0], [6, 0, 6]]
 
 
 def test_what_the_last_concat_joins_are_parts() -> None:

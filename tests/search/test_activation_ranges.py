@@ -21,13 +21,13 @@ from qconv.planning.planner import make_plan
 from qconv.quantizer import QuantParams, QuantSpec
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
-from qconv.search.activation_ranges import SEARCH_BUDGETS, SearchBudget, _pick_batches, search_activation_ranges
+from qconv.search.activation_ranges import SEARCH_BUDGETS, SearchBudget, search_activation_ranges
 from qconv.storage import ArrayStore
 from tests.support.models import loaded, network
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
 UINT8 = QuantSpec(8, signed=False, symmetric=False)
-ALL = SearchBudget(few=2, many=64, far=64, near=0)
+ALL = SearchBudget(few=2, many=64, loud=0, far=64, loudest=0, near=0)
 
 
 def factor(body: str, pictures: list[NDArray], top: float, looks: SearchBudget = ALL, **weights: NDArray) -> float:
@@ -70,7 +70,7 @@ def test_ranges_that_would_take_too_long_are_left_as_they_are() -> None:
     chosen = {value: UINT8.from_range(0, 1) for value in plan.activations}
     feeds = [{"x": np.ones((2, 3, 6, 6), np.float32)[:, :1]}]
     for share, left in ((1e-9, len(chosen) - 1), (4.0, 0), (None, 0)):
-        looks = SearchBudget(1, 1, 1, 0, share)
+        looks = SearchBudget(1, 1, 0, 1, 0, 0, share)
         told = search_activation_ranges(model, plan, chosen, feeds, looks, 1, Reporter()).findings
         said = [finding.why for finding in told if isinstance(finding, Skipped)]
         assert said == (
@@ -84,18 +84,8 @@ def test_one_picture_in_many_counts_as_one_of_them() -> None:
     pictures = [spread(n, 1.0) for n in range(63)] + [spread(63, 4.0)]
     blind = factor(body, pictures[:63], 4.0, w=ONE, v=ONE)
     assert blind < 0.32
-    seen = factor(body, pictures, 4.0, SearchBudget(2, 64, 2, 4), w=ONE, v=ONE)
+    seen = factor(body, pictures, 4.0, SearchBudget(2, 64, 0, 2, 0, 4), w=ONE, v=ONE)
     assert seen == factor(body, pictures, 4.0, ALL, w=ONE, v=ONE) > blind
-
-
-def test_those_that_are_tried_stand_for_all() -> None:
-    picked = _pick_batches(np.array([0.1, 0.9, 0.2, 0.3, 0.8, 0.4, 0.5]), far=2, near=2)
-    assert set(picked) >= {1, 4}
-    assert picked[1] == picked[4] == 1
-    assert sum(picked.values()) == 7
-    assert len(picked) == 4
-    assert _pick_batches(np.array([0.5, 0.1]), far=4, near=4) == {0: 1.0, 1: 1.0}
-    assert sum(_pick_batches(np.arange(9.0), far=0, near=3).values()) == 9
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def run_on(proto: onnx.ModelProto, fed: Sequence[dict[str, NDArray[np.float32]]]
 
 
 def noise(reference: NDArray[np.float32], got: NDArray[np.float32]) -> float:
-    away = reference.astype(np.float64) - got
-    return float(np.sum(away**2) / np.sum(reference.astype(np.float64) ** 2))
+    ref, other = reference.astype(np.float64), got.astype(np.float64)
+    return float(np.sum((ref - other) ** 2) / np.sqrt(np.sum(ref**2) * np.sum(other**2)))
 
 
 @pytest.mark.parametrize("granularity", ["per-channel", "per-tensor", "per-block"])
