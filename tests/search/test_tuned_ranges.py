@@ -19,7 +19,7 @@ from tests.support.models import network
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
 BODY = "a = Conv(x, w) b = Relu(a) c = Conv(b, v) d = Sub(c, t) y = Relu(d)"
-RECIPE = Recipe(threads=1, equalize=False, calibrator="percentile", percentile=99.0)
+RECIPE = Recipe(threads=1, equalize=False, calibrator="percentile", percentile=99.0, float_budget=0.0)
 
 
 def picture(number: int, top: float) -> np.ndarray:
@@ -46,7 +46,7 @@ def test_the_object_that_one_picture_has_is_found(pictures: Path, tuned: bool) -
     report, result = quantize(source, None, replace(RECIPE, tune_ranges=tuned), DataOptions((str(pictures),)))
     assert result is not None
     (found,) = Session(result).run(["y"], {"x": picture(99, 40.0)[None]})
-    assert (found.max() == pytest.approx(20, abs=0.3)) is tuned
+    assert bool(abs(found.max() - 20) < 0.3) is tuned
     wider = [f for f in report.findings if isinstance(f, Change) and "wider" in f.kind]
     assert bool(wider) is tuned
 
