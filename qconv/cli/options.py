@@ -467,6 +467,19 @@ quantize_options = combine_options(
         type=_choice(Layout),
         help="Write the normalisation into the result, which then takes uint8 pixels in this layout.",
     ),
+    click.option(
+        "--labels",
+        metavar="FILE|DIR",
+        help="Boxes or masks of the pictures, by which mAP or mIoU of both models are told, and gates and --max-drop "
+        "measure: see `qconv evaluate --schema`.",
+    ),
+    click.option("--label-map", metavar="FILE.toml", help="Which class of the model each of these labels is."),
+    click.option(
+        "--classes",
+        metavar="FILE",
+        help="The names of classes in --labels, in output order, one a line; without --labels the class folders of the "
+        "pictures, by which top-1 is told.",
+    ),
     click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement."),
     click.option(
         "--min-boxes",
@@ -478,10 +491,14 @@ quantize_options = combine_options(
         "--min-map",
         type=float,
         metavar="0..1",
-        help="Gate: exit with status 3 below this mAP, the float model's boxes taken for labels (extra: detect).",
+        help="Gate: exit with status 3 below this mAP, by --labels or with the float model's boxes for labels (extra: "
+        "detect).",
     ),
     click.option(
-        "--min-miou", type=float, metavar="0..1", help="Gate: exit with status 3 below this mIoU with float's map."
+        "--min-miou",
+        type=float,
+        metavar="0..1",
+        help="Gate: exit with status 3 below this mIoU, by --labels or with the float model's map.",
     ),
     click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR."),
     preprocessing_options,

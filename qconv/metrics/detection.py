@@ -12,7 +12,7 @@ are looked at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,8 +79,11 @@ class DetectionComparison:
 
     def update(self, reference: Mapping[str, NDArray[Any]], got: Mapping[str, NDArray[Any]]) -> None:
         """Take in the outputs of a batch, by name."""
-        sides = (self.head.read(reference, LEAST_SCORE), self.head.read(got, LEAST_SCORE))
-        for own, other in zip(*sides, strict=True):
+        self.compare(self.head.read(reference, LEAST_SCORE), self.head.read(got, LEAST_SCORE))
+
+    def compare(self, reference: Sequence[Detections], got: Sequence[Detections]) -> None:
+        """Take in what was read of a batch, from LEAST_SCORE on."""
+        for own, other in zip(reference, got, strict=True):
             shown = own.above(self.head.usual_score)
             if self.precision is not None:
                 self.precision.add(other.select(slice(0, MOST_BOXES)), as_labels(shown.select(slice(0, MOST_BOXES))))

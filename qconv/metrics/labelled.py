@@ -46,6 +46,10 @@ OutputArrays = Mapping[str, NDArray[Any]]
 class LabelMeasure(Protocol):
     """Adds up how right one model is, picture by picture."""
 
+    @property
+    def pictures(self) -> int:
+        """How many were taken in that have labels."""
+
     def add(self, path: Path, outputs: OutputArrays) -> None:
         """Take in what the model says of a picture; one without labels counts nothing."""
 
@@ -75,6 +79,11 @@ class BoxMeasure:
     prep: Preprocessing
     precision: AveragePrecision = field(default_factory=AveragePrecision)
 
+    @property
+    def pictures(self) -> int:
+        """How many were taken in that have labels."""
+        return len(self.precision.labels)
+
     def add(self, path: Path, outputs: OutputArrays) -> None:
         """Take in a picture."""
         if path in self.labels.pictures:
@@ -100,6 +109,11 @@ class MaskMeasure:
     prep: Preprocessing
     totals: LabelledMiou = field(default_factory=LabelledMiou)
 
+    @property
+    def pictures(self) -> int:
+        """How many were taken in that have labels."""
+        return len(self.totals.rows)
+
     def add(self, path: Path, outputs: OutputArrays) -> None:
         """Take in a picture."""
         if path in self.labels.files and path in self.sizes:
@@ -119,10 +133,14 @@ class MaskMeasure:
 
 @dataclass(frozen=True, slots=True)
 class FittedLabels:
-    """Labels as they suit a network. words: where they come from. boxes: those of boxes, where they are such."""
+    """Labels as they suit a network.
+
+    words: where they come from. labelled: pictures that have some. boxes: those of boxes, where they are such.
+    """
 
     words: str
     start: Callable[[Preprocessing], BoxMeasure | MaskMeasure]
+    labelled: Collection[Path]
     boxes: BoxLabelSet | None = None
     finish: Callable[[Warn], None] = lambda warn: None
     """Says what has turned out while pictures were measured."""
@@ -162,7 +180,9 @@ class OpenedLabels:
             head = self._require_head(network)
             boxes = settle_classes(self.written, self.request, _find_classes(network, head), warn)
             self._tell_of_unlabelled(boxes.pictures, warn)
-            return FittedLabels(words, lambda prep: BoxMeasure(head, boxes, self.sizes, prep), boxes)
+            return FittedLabels(
+                words, lambda prep: BoxMeasure(head, boxes, self.sizes, prep), boxes.pictures.keys(), boxes
+            )
         output = next((output for output in network.outputs if output.kind in MAP_KINDS), None)
         if output is None:
             raise self._make_misfit_error("masks", "no output is a map of classes", network, "--task segment")
@@ -172,6 +192,7 @@ class OpenedLabels:
         return FittedLabels(
             words,
             lambda prep: MaskMeasure(output, masks, self.sizes, prep),
+            masks.files.keys() & self.sizes.keys(),
             finish=lambda tell: tell_of_unmapped(masks, tell),
         )
 

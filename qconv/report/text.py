@@ -173,7 +173,7 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
             f"difference {100 * flips.difference:+.2f} points {_format_interval(span, 100, '+.2f')}: {flips.won} won, "
         )
         lines.append(wrap_text(f"{what}{flips.lost} lost, p = {flips.p_value:.2g} (McNemar), {chance}"))
-    lines += [_format_difference(score) for score in found.differences if score.value is not None]
+    lines += [wrap_text(describe_difference(score)) for score in found.differences if score.value is not None]
     if found.compared:
         metrics = shown_metrics(output.scores for output in found.compared)
         rows = [("output", *_score_heads(metrics))]
@@ -191,14 +191,14 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _format_difference(score: Score) -> str:
+def describe_difference(score: Score) -> str:
     """By how much a measure by labels is above the other model's, and whether that is chance."""
     span = score.interval
     chance = ""
     if span is not None:
         chance = ", no more than chance" if span[0] <= 0 <= span[1] else ", more than chance"
     points = f"{100 * (score.value or 0.0):+.2f} points {_format_interval(span, 100, '+.2f')}".rstrip()
-    return wrap_text(f"difference of {score.metric.label} {points}{chance}")
+    return f"difference of {score.metric.label} {points}{chance}"
 
 
 def _score_heads(metrics: Sequence[Metric]) -> list[str]:

@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.errors import Change, Finding, Skipped
-from qconv.results.scores import AGREEMENT, SQNR, TOP1, Metric, Score, as_values, by_rank, value_of, worst_scores
+from qconv.results.scores import (
+    AGREEMENT,
+    SQNR,
+    TOP1,
+    LabelledScores,
+    Metric,
+    Score,
+    as_values,
+    by_rank,
+    value_of,
+    worst_scores,
+)
 
 SCHEMA = 1
 
@@ -97,6 +108,7 @@ class Verification:
         slowdown_range: Its 10th and 90th percentile over images.
         held_back: Whether none of the images was fitted to.
         heads: The same of what is read from several outputs together, as detections are.
+        labelled: How right both models are by labels; None where there are none.
     """
 
     images: int
@@ -105,6 +117,7 @@ class Verification:
     slowdown_range: tuple[float, float] | None = None
     held_back: bool = False
     heads: tuple[OutputScore, ...] = ()
+    labelled: LabelledScores | None = None
 
     @property
     def kind_of_images(self) -> str:
@@ -323,14 +336,14 @@ class MixedPrecision:
         demand: In words.
         layers: How many bits were chosen for.
         pictures: Images that points were measured on.
-        float_top1: Of the float model, where top-1 was asked for.
+        float_scores: Of the float model by labels.
         points: Ascending in size.
     """
 
     demand: str
     layers: int
     pictures: int
-    float_top1: float | None
+    float_scores: tuple[Score, ...]
     points: tuple[SizePoint, ...]
 
     @property
@@ -345,7 +358,8 @@ class MixedPrecision:
             "demand": self.demand,
             "layers": self.layers,
             "pictures": self.pictures,
-            "float_top1": self.float_top1,
+            "float_top1": value_of(self.float_scores, TOP1),
+            "float_labels": as_values(self.float_scores, told=()),
             "points": points,
         }
 
@@ -414,6 +428,7 @@ class Report:
                 **as_values(verify.scores),
                 "outputs": [output.as_dict() for output in verify.outputs],
                 "heads": [head.as_dict() for head in verify.heads],
+                "labels": None if verify.labelled is None else verify.labelled.as_dict(),
             },
             "audit": self.audit.as_dict(),
             "gates": [_as_row(g) for g in self.gates],
