@@ -33,7 +33,7 @@ from qconv.metrics.segmentation import FloatMiou
 from qconv.metrics.similarity import LARGEST_NOISE, Cosine, Sqnr, compute_sqnr_db
 from qconv.reporter import Reporter
 from qconv.results.quantize import OutputScore, PartScore, Verification
-from qconv.results.scores import Score
+from qconv.results.scores import AGREEMENT, BOXES, FLOAT_MIOU, PCK, PICTURE_COSINE, Metric, Score
 from qconv.runtime.outputs import ModelOutput, OutputKind
 from qconv.runtime.session import Session
 
@@ -72,6 +72,23 @@ EVALUATED: MetricsOfKind = {
     OutputKind.REGRESSION: (Sqnr, Psnr, Ssim, Cosine, RelativeError),
 }
 """What `evaluate --against` measures."""
+
+JUDGED_BY: Mapping[OutputKind, Metric] = {
+    OutputKind.CLASS_SCORES: AGREEMENT,
+    OutputKind.CLASS_MAP: FLOAT_MIOU,
+    OutputKind.CLASS_IDS: FLOAT_MIOU,
+    OutputKind.EMBEDDING: PICTURE_COSINE,
+    OutputKind.KEYPOINTS: PCK,
+}
+"""What a task is judged by without labels; boxes by how many of the float model's are found."""
+
+
+def find_task_metric(network: NetworkOutputs) -> Metric | None:
+    """What a network's task is judged by without labels; None where that is SQNR."""
+    if network.head is not None:
+        return BOXES
+    return next((JUDGED_BY[output.kind] for output in network.outputs if output.kind in JUDGED_BY), None)
+
 
 FEWEST_TIMED_RUNS = 5
 

@@ -23,10 +23,11 @@ from qconv.report.contact_sheet import make_contact_sheet
 from qconv.report.html import Page, PagePicture, Tile, Tone
 from qconv.report.picture_comparison import compare_pictures
 from qconv.reporter import Reporter
-from qconv.results.comparison import Comparison, Diagnosis, Sweep, Trial
+from qconv.results.comparison import Comparison, Diagnosis, Sweep
 from qconv.results.quantize import Audit, OutputScore, Report, Verification
-from qconv.results.scores import DECIBEL, SHARE, Score, worst_scores
+from qconv.results.scores import DECIBEL, SHARE, SQNR, Score, find_score, worst_scores
 from qconv.results.training import GOOD_MATCH, SynthesisResult
+from qconv.results.trials import Trial
 
 if TYPE_CHECKING:  # it needs PyTorch
     from qconv.training.synthesize import SynthesizedImages
@@ -146,18 +147,18 @@ def make_diagnosis_page(found: Diagnosis, looked: ComparisonRun | None, command:
     """
     scores = AccuracyScores(found.pictures, () if looked is None else looked.compared.outputs)
     first = found.trials[0]
-    mended = found.best.accuracy_db > first.accuracy_db
+    mended = found.best.rank > first.rank
     named = f"with {found.best.name}" if found.best != first else "no remedy is better"
     page = _make_page(found.model, looked, scores, None, found.warnings)
     return replace(
         page,
         subtitle=f"diagnosed on {format_count(found.pictures, 'picture')}",
         tiles=(
-            Tile("as it was asked for", _format_trial(first), _format_agreement(first)),
+            Tile("as it was asked for", _format_trial(first), _format_noise(first)),
             Tile(
                 "at best",
                 _format_trial(found.best),
-                f"{named}{_format_agreement(found.best, '; ')}",
+                f"{named}{_format_noise(found.best, '; ')}",
                 "good" if mended else "plain",
             ),
             Tile("causes", str(len(found.causes)), "by evidence in the numbers"),
@@ -174,7 +175,7 @@ def make_sweep_page(found: Sweep, command: str, warnings: Sequence[str]) -> Page
     good = [trial for trial, best in zip(found.trials, found.best, strict=True) if best]
     page = _make_page(found.model, None, AccuracyScores(found.pictures, ()), None, warnings)
     kept = f"{len(good)} of {format_count(len(found.trials), 'recipe')} are beaten by no other"
-    near = max(good, key=lambda trial: trial.accuracy_db, default=None)
+    near = max(good, key=lambda trial: trial.rank, default=None)
     least = min(good, key=lambda trial: trial.size, default=None)
     told = "" if near is None or least is None else f": {near.name} is the most accurate, {least.name} the smallest"
     ends = [(label, trial) for label, trial in (("most accurate", near), ("smallest", least)) if trial is not None]
@@ -183,7 +184,7 @@ def make_sweep_page(found: Sweep, command: str, warnings: Sequence[str]) -> Page
         subtitle=f"quantized in {len(found.trials)} ways, measured on {format_count(found.pictures, 'picture')}",
         tiles=(
             *(
-                Tile(label, t.name, f"{_format_trial(t)}{_format_agreement(t, ', ')}, {format_bytes(t.size)}", "good")
+                Tile(label, t.name, f"{_format_trial(t)}{_format_noise(t, ', ')}, {format_bytes(t.size)}", "good")
                 for label, t in ends
             ),
             Tile(
@@ -202,13 +203,16 @@ def make_sweep_page(found: Sweep, command: str, warnings: Sequence[str]) -> Page
 def _format_trial(trial: Trial) -> str:
     if trial.failed:
         return "failed"
-    if trial.sqnr_db is not None:
-        return f"{trial.sqnr_db:.1f} dB"
-    return "equal" if trial.equal or trial.agreement is None else f"{trial.agreement:.1%} equal"
+    score = None if trial.ranked_by is None else find_score(trial.scores, trial.ranked_by)
+    if score is not None and score.value is not None:
+        return score.in_words()
+    return "equal" if trial.equal or trial.sqnr_db is None else SQNR.format(trial.sqnr_db)
 
 
-def _format_agreement(trial: Trial, before: str = "") -> str:
-    return "" if trial.agreement is None else f"{before}agrees on {trial.agreement:.1%}"
+def _format_noise(trial: Trial, before: str = "") -> str:
+    """SQNR, where a trial is ranked by another measure."""
+    told = trial.lost is not None and trial.sqnr_db is not None
+    return f"{before}{SQNR.label} {SQNR.format(trial.sqnr_db)}" if told else ""
 
 
 def _audit_for_target(audited: Audit, recipe: Mapping[str, Any]) -> Audit | None:

@@ -17,10 +17,12 @@ from qconv.analysis.evaluation import Evaluation
 from qconv.auditing.audit import FileAudit
 from qconv.errors import format_count, format_shape, format_some
 from qconv.metrics.similarity import SIGNIFICANT, difference_interval
-from qconv.results.comparison import Cause, Diagnosis, Sweep, Trial
+from qconv.results.comparison import Cause, Diagnosis, Sweep
 from qconv.results.quantize import FloatNode, group_float_nodes
 from qconv.results.scores import (
+    BOXES,
     DECIBEL,
+    FLOAT_MIOU,
     SHARE,
     Interval,
     Metric,
@@ -30,6 +32,7 @@ from qconv.results.scores import (
     shown_metrics,
     value_of,
 )
+from qconv.results.trials import Trial, find_ranking, list_trial_metrics
 from qconv.runtime.benchmark import Benchmark
 
 COLUMNS = 80
@@ -267,7 +270,7 @@ MOST_OF_A_HEAD, SPLIT_AT = 7, 5
 
 def format_diagnosis(found: Diagnosis, *, verbose: bool) -> str:
     """Format a diagnosis: causes, trials, and the command to type."""
-    lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen)}"), ""]
+    lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen, found.trials)}"), ""]
     open_ones = [cause for cause in found.causes if not (cause.handled or cause.harmless)]
     handled = [cause for cause in found.causes if cause.handled]
     harmless = [cause for cause in found.causes if cause.harmless]
@@ -284,7 +287,7 @@ def format_diagnosis(found: Diagnosis, *, verbose: bool) -> str:
 
 def format_sweep(found: Sweep, *, verbose: bool) -> str:
     """Format a sweep: the recipes with what each costs; those that no other one dominates are marked."""
-    lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen)}"), ""]
+    lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen, found.trials)}"), ""]
     marks = ["*" if best else "" for best in found.best]
     lines.append(format_trials(found.trials, found.float_ms, None, marks))
     lines += [
@@ -301,9 +304,17 @@ def _describe_written(written: Sequence[str]) -> str:
     return f"written: {written[0]}{more}"
 
 
-def _describe_scoring(pictures: int, unseen: bool) -> str:
+def _describe_scoring(pictures: int, unseen: bool, trials: Sequence[Trial]) -> str:
     how = "none of them calibrated with" if unseen else "calibrated with, too"
-    return f"scored on {format_count(pictures, 'picture')}, {how}"
+    ranking = find_ranking(trials)
+    ranked = "" if ranking is None else f"; ranked by {describe_metric(ranking)}, and of equal ones by SQNR"
+    return f"scored on {format_count(pictures, 'picture')}, {how}{ranked}"
+
+
+def describe_metric(metric: Metric) -> str:
+    """What a task is judged by, in words."""
+    words = {BOXES: "the share of the float model's boxes that is found", FLOAT_MIOU: "mIoU with the float model's map"}
+    return words.get(metric, f"{metric.label} by labels" if metric.by_labels else metric.label)
 
 
 def _format_cause(cause: Cause, *, verbose: bool) -> Iterator[str]:
@@ -360,9 +371,11 @@ _Column = tuple[tuple[str, str], str, Callable[[Trial], str]]
 def _score_columns(trials: Sequence[Trial], first: Trial | None) -> list[_Column]:
     """Values of each metric; behind decibels the gain over `first`, and behind shares their interval."""
     found: list[_Column] = []
-    for metric in shown_metrics(trial.scores for trial in trials):
+    metrics = list_trial_metrics(trials)
+    last = [metric for metric in metrics if metric.unit == DECIBEL][-1:]  # of parts, where there are some
+    for metric in metrics:
         found.append((_split_head(metric), "r", partial(format_trial_value, metric)))
-        if metric.unit == DECIBEL and first is not None:
+        if metric in last and first is not None:
             found.append((("gain", DECIBEL), "r", partial(format_trial_gain, metric, first)))
         if metric.unit == SHARE:
             found.append((("", "(95 %)"), "l", partial(_format_trial_interval, metric)))

@@ -125,6 +125,9 @@ class Score:
 
 SQNR = Metric("sqnr_db", "SQNR", DECIBEL, brief="{}", good=20.0, poor=10.0, useless=3.0, rank=1)
 
+PART_SQNR = Metric("part_sqnr_db", "parts", DECIBEL, rank=1)
+"""The mean over the parts of an output that mean one thing each."""
+
 AGREEMENT = Metric(
     "agreement",
     "agreement",

@@ -25,7 +25,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import find_files
 from qconv.pipeline import collect, quantize
-from qconv.results.comparison import Trial, pareto_mask
+from qconv.results.trials import Trial, pareto_mask
 from tests.data.test_autodetect import colourful, fed, folder_of, trained_with
 from tests.support.libraries import runner
 from tests.support.models import network
@@ -339,7 +339,7 @@ def test_outputs_of_classes_alone_count_by_their_agreement() -> None:
     right, wrong = (Trial("", (), scores=scores(None, share), size=10) for share in (1.0, 0.5))
     assert pareto_mask((right, wrong)) == (True, False)
     assert right.equal
-    assert wrong.accuracy_db == pytest.approx(3.01, abs=0.01)
+    assert wrong.task_db == pytest.approx(3.01, abs=0.01)
 
 
 def test_defaults_come_back_with_a_remedy(tmp_path: Path, samples: Path) -> None:
@@ -441,7 +441,7 @@ def test_bits_that_were_asked_for_are_kept_and_what_more_would_bring_is_told(tmp
     asked = ("--calib", samples, "--weight-bits", "4", "--edge-bits", "4", "--effort", "fast")
     found = diagnosed(saved(plain(), tmp_path), *asked)
     assert "--weight-bits 4" in found["recommended"]
-    assert "With more bits than were asked for: SQNR " in found["conclusion"]
+    assert "With more bits than were asked for: cosine " in found["conclusion"]
     assert "--weight-bits 8" in found["conclusion"]
 
 

@@ -44,11 +44,11 @@ from qconv.results.comparison import (
     HistogramBars,
     LayerComparison,
     Sweep,
-    Trial,
     ValueStatistics,
 )
 from qconv.results.quantize import Audit, FloatNode, LayerTime, OutputScore, Verification
 from qconv.results.sample_curve import CurvePoint, SampleCurve
+from qconv.results.trials import Trial
 from qconv.runtime.session import Session
 from tests.support.browser import MISSING, Browser, browser
 from tests.support.libraries import runner
