@@ -23,7 +23,9 @@ from qconv.results.scores import (
     BOXES,
     DECIBEL,
     FLOAT_MIOU,
+    PART_SQNR,
     SHARE,
+    SQNR,
     Interval,
     Metric,
     Score,
@@ -306,9 +308,13 @@ def _describe_written(written: Sequence[str]) -> str:
 
 def _describe_scoring(pictures: int, unseen: bool, trials: Sequence[Trial]) -> str:
     how = "none of them calibrated with" if unseen else "calibrated with, too"
-    ranking = find_ranking(trials)
-    ranked = "" if ranking is None else f"; ranked by {describe_metric(ranking)}, and of equal ones by SQNR"
-    return f"scored on {format_count(pictures, 'picture')}, {how}{ranked}"
+    ranking, labelled = find_ranking(trials), next((t.labelled for t in trials if t.labelled is not None), None)
+    if ranking is None:
+        return f"scored on {format_count(pictures, 'picture')}, {how}"
+    before = None if labelled is None else labelled.float_scores[0].value
+    own = "" if before is None else f", of which the float model has {ranking.format(before, 2)}"
+    ranked = f"ranked by {describe_metric(ranking)}{own}, and of equal ones by SQNR"
+    return f"scored on {format_count(pictures, 'picture')}, {how}; {ranked}"
 
 
 def describe_metric(metric: Metric) -> str:
@@ -372,12 +378,14 @@ def _score_columns(trials: Sequence[Trial], first: Trial | None) -> list[_Column
     """Values of each metric; behind decibels the gain over `first`, and behind shares their interval."""
     found: list[_Column] = []
     metrics = list_trial_metrics(trials)
+    if PART_SQNR in metrics:  # which breaks ties; what mixes all parts tells less
+        metrics = tuple(metric for metric in metrics if metric != SQNR)
     last = [metric for metric in metrics if metric.unit == DECIBEL][-1:]  # of parts, where there are some
     for metric in metrics:
         found.append((_split_head(metric), "r", partial(format_trial_value, metric)))
         if metric in last and first is not None:
             found.append((("gain", DECIBEL), "r", partial(format_trial_gain, metric, first)))
-        if metric.unit == SHARE:
+        if any(_format_trial_interval(metric, trial) for trial in trials):
             found.append((("", "(95 %)"), "l", partial(_format_trial_interval, metric)))
     return found
 
@@ -399,7 +407,7 @@ def format_trial_value(metric: Metric, trial: Trial) -> str:
 
 def _format_trial_interval(metric: Metric, trial: Trial) -> str:
     score = find_score(trial.scores, metric)
-    span = None if score is None else score.interval
+    span = None if score is None or metric.unit != SHARE else score.interval
     return "" if span is None else f"({100 * span[0]:.0f}..{100 * span[1]:.0f})"
 
 

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from qconv.data.dataset import find_files
 from qconv.errors import QconvError
 from tests.metrics.test_labelled import by_pycocotools
 from tests.support import labelled
@@ -238,3 +239,67 @@ def test_noise_has_no_labels(call: Qconv, tmp_path: Path, tiny: Path) -> None:
     names.write_text("a\nb\n")
     done = call("quantize", tiny, "--calib", folder, *STRETCHED, "--classes", names)
     assert_error(done, "lie in no class folders")
+
+
+@needs_library
+def test_a_diagnosis_by_labels(call: Qconv, images: Path, detector: Path, coco: Path) -> None:
+    """Trials have the labels' mAP, which they are ranked by; the command that is recommended gives the same mAP."""
+    words = (*BOXED, "--weight-bits", "2", "--edge-bits", "2", "--labels", coco)
+    found = call("diagnose", detector, "--calib", images, *words, "--images", images, "--json").json
+    assert found["ranked_by"] == "map"
+    assert found["ladder"][0]["map"] == found["ladder"][0]["labels"]["map"]
+    measured = [row["labels"] for row in found["ladder"] if row["failed"] is None]
+    assert len({own["float"]["map"] for own in measured}) == 1
+    assert len(measured) > 1
+    assert f"--labels {coco}" in found["recommended"]
+    text = call("diagnose", detector, "--calib", images, *words, "--images", images).out.decode()
+    assert "ranked by mAP by labels, of which the float model has" in " ".join(text.split())
+    assert text.split("recipe\n")[0].splitlines()[-2].split()[0] == "mAP"
+    assert f"has {100 * measured[0]['float']['map']:.2f}%" in " ".join(text.split())
+    table = [line for line in text[: text.index("options:")].splitlines() if "/" not in line]  # but for long paths
+    assert max(map(len, table)) <= 80, max(table, key=len)
+    plain = call("diagnose", detector, "--calib", images, *words[:-2], "--images", images, "--json").json
+    assert plain["ranked_by"] == "boxes"
+    assert plain["ladder"][0]["labels"] is None
+    assert plain["ladder"][0]["part_sqnr_db"] == found["ladder"][0]["part_sqnr_db"]
+
+
+@needs_library
+def test_a_sweep_by_labels(call: Qconv, tmp_path: Path, images: Path, detector: Path, coco: Path) -> None:
+    """mAP of each recipe is pycocotools' on the pictures that are held back, which `evaluate` saves the boxes of."""
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text("[a]\nweight-bits = 8\n[b]\nweight-bits = 2\nedge-bits = 2\n")
+    words = ("--sweep", sweep, "-o", tmp_path, "--labels", coco)
+    found = call("quantize", detector, "--calib", images, *BOXED, *words, "--json").json
+    assert (found["ranked_by"], found["pictures"]) == ("map", 2)
+    paths = find_files((str(images),), pattern=None, samples=None, seed=0).paths[-2:]
+    held, saved, truth = tmp_path / "held.txt", tmp_path / "boxes.json", json.loads(coco.read_text())
+    held.write_text("".join(f"{path}\n" for path in paths))
+    kept = {image["id"] for image in truth["images"] if image["file_name"] in {path.name for path in paths}}
+    truth["images"] = [image for image in truth["images"] if image["id"] in kept]
+    truth["annotations"] = [box for box in truth["annotations"] if box["image_id"] in kept]
+    coco.write_text(json.dumps(truth))
+    for row in found["recipes"]:
+        words = ("--images", held, *BOXED[:4], "--labels", coco, "--save-predictions", saved, "--quiet")
+        assert call("evaluate", row["output"], *words).status == 0
+        assert row["map"] == pytest.approx(by_pycocotools(coco, saved.read_bytes())[0], abs=1e-12)
+        assert row["labels"]["pictures"] == 2
+
+
+def test_classes_in_a_diagnosis(call: Qconv, tiny: Path, twenty: Path) -> None:
+    names = tiny.parent / "names.txt"
+    names.write_text("".join(f"class{number}\n" for number in range(10)))
+    words = ("--calib", twenty, "--images", twenty, *STRETCHED, "--classes", names)
+    found = call("diagnose", tiny, *words, "--json").json
+    truth = np.array([int(path.parent.name[5:]) for path in sorted(twenty.rglob("*.png"))])
+    before = found["ladder"][0]["labels"]["float"]["top1"]
+    assert before == (outputs(tiny, twenty).argmax(axis=1) == truth).mean()
+    assert found["ranked_by"] == "top1"
+
+
+@needs_library
+def test_labels_that_do_not_fit_a_diagnosis(call: Qconv, tmp_path: Path, images: Path, segmenter: Path) -> None:
+    coco = labelled.write_coco(labelled.some_boxes(images), tmp_path / "coco.json")
+    words = ("diagnose", segmenter, "--calib", images, *STRETCHED)
+    assert_error(call(*words, "--labels", coco), "holds boxes as labels")
+    assert_error(call(*words, "--labels", tmp_path / "no.json"), "no.json does not exist")
