@@ -250,6 +250,26 @@ common_options = combine_options(
     ),
 )
 
+gate_options = combine_options(
+    click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement."),
+    click.option(
+        "--min-boxes",
+        type=float,
+        metavar="0..1",
+        help="Gate: exit with status 3 where a smaller share of the float model's boxes is found.",
+    ),
+    click.option(
+        "--min-map",
+        type=float,
+        metavar="0..1",
+        help="Gate: exit with status 3 below this mAP, the float model's boxes taken for labels (extra: detect).",
+    ),
+    click.option(
+        "--min-miou", type=float, metavar="0..1", help="Gate: exit with status 3 below this mIoU with float's map."
+    ),
+    click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR."),
+)
+
 images_option = click.option(
     "--calib",
     multiple=True,
@@ -467,23 +487,7 @@ quantize_options = combine_options(
         type=_choice(Layout),
         help="Write the normalisation into the result, which then takes uint8 pixels in this layout.",
     ),
-    click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement."),
-    click.option(
-        "--min-boxes",
-        type=float,
-        metavar="0..1",
-        help="Gate: exit with status 3 where a smaller share of the float model's boxes is found.",
-    ),
-    click.option(
-        "--min-map",
-        type=float,
-        metavar="0..1",
-        help="Gate: exit with status 3 below this mAP, the float model's boxes taken for labels (extra: detect).",
-    ),
-    click.option(
-        "--min-miou", type=float, metavar="0..1", help="Gate: exit with status 3 below this mIoU with float's map."
-    ),
-    click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR."),
+    gate_options,
     preprocessing_options,
     decode_option,
     common_options,
