@@ -5,7 +5,7 @@ A demand on a measure that the network cannot have is an error before the work, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,9 @@ def _tells_classes(output: ModelOutput) -> bool:
 
 NEEDS_BOXES = OutputNeed("outputs that are read as boxes", lambda network: network.head is not None, NO_DECODER_HINT)
 
+NUMBERLESS = frozenset({OutputKind.CLASS_IDS, OutputKind.INTEGER})
+"""Kinds of outputs that have no SQNR."""
+
 NEEDS: Mapping[Metric, OutputNeed] = {
     AGREEMENT: OutputNeed(
         "an output that is one score a class",
@@ -68,6 +71,11 @@ NEEDS: Mapping[Metric, OutputNeed] = {
         "an output that is a map of classes",
         lambda network: any(output.kind in MAP_KINDS for output in network.outputs),
         "pass --task segment where one is, or ask for decibels, with --min-sqnr or --max-drop sqnr:DB.",
+    ),
+    SQNR: OutputNeed(
+        "an output of floats",
+        lambda network: any(output.kind not in NUMBERLESS for output in network.outputs),
+        "ask for a share of classes, with --min-agreement or --max-drop agreement:SHARE.",
     ),
 }
 """Of measures that not every network has."""
@@ -99,6 +107,24 @@ def require_measures(asked: Any, network: NetworkOutputs) -> None:
         if need is not None and not need.met(network):
             holds = ", ".join(output.fact.in_words for output in network.outputs)
             raise QconvError(f"{option} needs {need.what}, and this model has none: {holds}.", need.fix)
+
+
+def require_boxes(asked: Any, network: NetworkOutputs, outputs: Iterable[Sequence[Any]]) -> None:
+    """Raise QconvError where boxes are demanded, and the float model shows none, beside which there is no number.
+
+    Args:
+        asked: See `demanded_measures`.
+        network: What the outputs of the float model are.
+        outputs: What it says of the pictures, batch by batch; read as far as the first box.
+    """
+    option = next((name for name, metric in demanded_measures(asked).items() if NEEDS.get(metric) is NEEDS_BOXES), None)
+    head = network.head
+    if option is None or head is None:
+        return
+    shown = (found for arrays in outputs for found in head.read(network.by_name(arrays), head.usual_score))
+    if not any(map(len, shown)):
+        fact = f"{option} needs boxes, and the float model shows none above {head.usual_score:g} on these pictures."
+        raise QconvError(fact, "pass pictures of what it finds, fed as in training, or ask for decibels.")
 
 
 def check_gates(verification: Verification, asked: Any) -> list[Gate]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,6 +162,14 @@ class CalibrationData:
             if self.data.decode is not None and self.network.head is not None:
                 self.network.head.read(self.network.by_name(found), LEAST_SCORE)
         return self.network
+
+    def iter_float_outputs(self, source: Source, threads: int | None) -> Iterator[list[Any]]:
+        """Yield what the user's own model says of what the result can be run on, batch by batch."""
+        session, loader = open_original(source, threads, self.data.tasks), self.runnable_loader
+        if loader is not None:
+            with contextlib.closing(loader.iter_batches("load")) as batches:
+                for batch in batches:
+                    yield session.run_all(loader.as_float(batch))
 
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""

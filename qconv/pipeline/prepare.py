@@ -29,7 +29,7 @@ from qconv.ir.files import (
 from qconv.ir.metadata import needed_opset
 from qconv.ir.model import Model
 from qconv.ir.output_shapes import doubtful_outputs, settle_shapes
-from qconv.metrics.demands import demands_outputs, require_measures
+from qconv.metrics.demands import demands_outputs, require_boxes, require_measures
 from qconv.passes import fold
 from qconv.passes.embed_preprocessing import embed_preprocessing
 from qconv.pipeline.checks import check_places, require_layers, warn_of_unmatched_options
@@ -134,7 +134,9 @@ def load_float(
         pictures.settle(model, recipe.threads)
         changes += _settle_output_shapes(model, pictures, source, recipe)
         if data.tasks.said or demands_outputs(recipe):  # what is not there is better said before the work
-            require_measures(recipe, pictures.describe_network(source, recipe.threads))
+            network = pictures.describe_network(source, recipe.threads)
+            require_measures(recipe, network)
+            require_boxes(recipe, network, pictures.iter_float_outputs(source, recipe.threads))
         check_early(model, source)
     return LoadedFloat(model, pictures, size, digest, list(changes))
 

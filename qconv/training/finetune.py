@@ -31,7 +31,7 @@ from qconv.ir.files import Source, external_data_files, file_bytes, find_teacher
 from qconv.ir.metadata import read_recipe, write_finetuning
 from qconv.ir.model import Model
 from qconv.metrics.comparison import ComparisonAccumulator
-from qconv.metrics.demands import check_gates, demands_outputs, require_extras, require_measures
+from qconv.metrics.demands import check_gates, demands_outputs, require_boxes, require_extras, require_measures
 from qconv.metrics.network_outputs import describe_outputs
 from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, Verification
@@ -245,9 +245,15 @@ def _require_same_outputs(own: ModelWithData, other: ModelWithData) -> None:
 
 
 def _require_measures(names: Sequence[str], teacher: ModelWithData, request: FinetuneOptions) -> None:
-    """Raise QconvError where a gate is on what these outputs of the float model do not have, by its first pictures."""
-    for feeds, _ in itertools.islice(teacher.batches(Reporter(), lambda path: None), 1):
-        require_measures(request, describe_outputs(teacher.session, feeds, teacher.session.run(names, feeds), names))
+    """Raise QconvError where a gate is on what these outputs of the float model do not have on the pictures."""
+    batches = (feeds for feeds, _ in teacher.batches(Reporter(), lambda path: None))
+    for feeds in batches:
+        said = teacher.session.run(names, feeds)
+        network = describe_outputs(teacher.session, feeds, said, names)
+        require_measures(request, network)
+        others = (teacher.session.run(names, more) for more in batches)
+        require_boxes(request, network, itertools.chain([said], others))
+        return
 
 
 def _split_held_out(count: int, request: FinetuneOptions) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
