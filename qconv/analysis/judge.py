@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,8 @@ class Judge:
         model's outputs; `its` is empty where there is no other model.
         """
         network = describe_outputs(self.reference, feeds, its or mine, self.own.session.outputs)
+        if network.head is not None:  # labels, the other model and the table ask for the same boxes
+            network = replace(network, head=network.head.remember(2))
         self.network, self.vector = network, _find_class_row(network.outputs, mine)
         if self.opened is not None:
             self.labels = self.opened.suit(network, self.reference.metadata, self.reporter.warn)

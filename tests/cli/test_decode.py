@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support import labelled
 from tests.support.cli import QUICK, Qconv, assert_error
 from tests.support.reference import MANUAL
 
@@ -115,3 +116,32 @@ def test_saved_recipes_are_without_it(call: Qconv, tiny: Path, calib: Path, deco
     assert call("quantize", tiny, "--calib", calib, *QUICK, *options).status == 0
     assert "decode" not in saved.read_text()
     assert b"mine.py" not in (tiny.parent / "model.w8a8.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("labelled_too", [False, True])
+def test_evaluate_reads_each_models_boxes_once(
+    call: Qconv, tiny: Path, calib: Path, tmp_path: Path, labelled_too: bool
+) -> None:
+    """Two more pictures are two more calls for each of two models, whoever asks for their boxes."""
+    calls = tmp_path / "calls"
+    counting = DECODER.replace(
+        "    (scores", f"    with open({str(calls)!r}, 'a') as file: file.write('x')\n    (scores"
+    )
+    (tmp_path / "counting.py").write_text(counting)
+    paths = sorted(path for path in calib.iterdir() if path.suffix in (".jpg", ".png"))
+    boxes: labelled.Boxes = {path.stem: [(0, (0.0, 0.0, 4.0, 4.0))] for path in paths}
+    text = labelled.write_coco(boxes, tmp_path / "labels.json").read_text()
+    for path in paths:
+        text = text.replace(f'"{path.stem}.png"', f'"{path.name}"')
+    (tmp_path / "labels.json").write_text(text)
+    words = ("--decode", f"{tmp_path / 'counting.py'}:boxes", "--resize", "exact", "--preprocess", "unit")
+    if labelled_too:
+        pytest.importorskip("faster_coco_eval")
+        words += ("--labels", str(tmp_path / "labels.json"), "--save-predictions", str(tmp_path / "found.json"))
+    seen = []
+    for count in (1, 3):
+        calls.write_text("")
+        done = call("evaluate", tiny, "--images", calib, "--against", tiny, "--samples", count, *words, "-q")
+        assert done.status == 0, done.err
+        seen.append(len(calls.read_text()))
+    assert seen[1] - seen[0] == 4
