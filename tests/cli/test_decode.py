@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnxruntime import InferenceSession
 
 from tests.support import labelled
 from tests.support.cli import QUICK, Qconv, assert_error
@@ -124,9 +125,8 @@ def test_evaluate_reads_each_models_boxes_once(
 ) -> None:
     """Two more pictures are two more calls for each of two models, whoever asks for their boxes."""
     calls = tmp_path / "calls"
-    counting = DECODER.replace(
-        "    (scores", f"    with open({str(calls)!r}, 'a') as file: file.write('x')\n    (scores"
-    )
+    note = f"    with open({str(calls)!r}, 'a') as file: file.write('x')\n"
+    counting = DECODER.replace("    (scores", f"{note}    (scores")
     (tmp_path / "counting.py").write_text(counting)
     paths = sorted(path for path in calib.iterdir() if path.suffix in (".jpg", ".png"))
     boxes: labelled.Boxes = {path.stem: [(0, (0.0, 0.0, 4.0, 4.0))] for path in paths}
@@ -145,3 +145,27 @@ def test_evaluate_reads_each_models_boxes_once(
         assert done.status == 0, done.err
         seen.append(len(calls.read_text()))
     assert seen[1] - seen[0] == 4
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_detector_that_takes_pixels_finds_the_same_boxes(
+    call: Qconv, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits nothing is lost: what ONNX Runtime makes of bytes is what the float model makes of fractions."""
+    monkeypatch.chdir(tmp_path)
+    labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    images = labelled.pictures(tmp_path / "imgs")
+    fed = ("--preprocess", "unit", "--resize", "letterbox", "--letterbox-align", "top-left", "--letterbox-fill", "0")
+    bits = ("--weight-bits", "16", "--activation-bits", "16", "--edge-bits", "16", "--effort", "fast")
+    words = ("quantize", "m.onnx", "--calib", images, *fed, *bits, "--embed-preprocessing", layout)
+    made = call(*words, "-o", "e.onnx", "--min-boxes", "1", "--json")
+    assert made.status == 0, made.err
+    assert made.json["verify"]["heads"][0]["boxes"] == 1
+    found = call("evaluate", "e.onnx", "--images", images, "--against", "m.onnx", "--json").json
+    assert found["against"]["boxes"] == 1
+    assert found["against"]["sqnr_db"] > 60
+    pixels = np.random.default_rng(1).integers(0, 256, (1, 3, labelled.SIDE, labelled.SIDE), dtype=np.uint8)
+    taken = pixels if layout == "nchw" else np.moveaxis(pixels, 1, 3)
+    (own,) = InferenceSession("m.onnx").run(None, {"x": pixels.astype(np.float32) / 255})
+    (other,) = InferenceSession("e.onnx").run(None, {"x": taken})
+    assert other == pytest.approx(own, abs=2e-3)
