@@ -292,6 +292,9 @@ def finetune(
     device: str = "auto",
     threads: int | None = None,
     min_agreement: float | None = None,
+    min_boxes: float | None = None,
+    min_map: float | None = None,
+    min_miou: float | None = None,
     min_sqnr: float | None = None,
     reporter: Reporter | None = None,
 ) -> FinetuneResult:
@@ -320,6 +323,9 @@ def finetune(
             device,
             threads,
             min_agreement,
+            min_boxes,
+            min_map,
+            min_miou,
             min_sqnr,
         )
         return training.finetune(source, place, request, _run(reporter))

@@ -171,7 +171,8 @@ class _DiagnosisRunner:
             float_ms=float_ms,
             warnings=self.reporter.warnings,
         )
-        return DiagnosisRun(found, ComparisonRun(compared, ModelWithData(session, held.feed, compared.words)))
+        own, other = (ModelWithData(opened, held.feed, compared.words) for opened in (session, base.made.open()))
+        return DiagnosisRun(found, ComparisonRun(compared, own, other))
 
     # -- pictures ------------------------------------------------------------------------------------------------------
 

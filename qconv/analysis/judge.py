@@ -16,13 +16,12 @@ from qconv.config.data_options import DataOptions
 from qconv.data.dataset import Classes, labels_of, suffix_of
 from qconv.data.images import read_size
 from qconv.data.model_with_data import ModelWithData, Outputs
-from qconv.decoding.boxes import LEAST_SCORE, Detections
-from qconv.decoding.head import Head
+from qconv.decoding.boxes import Detections
 from qconv.errors import QconvError
 from qconv.metrics.classification import PredictionRecorder, Predictions, count_won_and_lost, score_classes
 from qconv.metrics.comparison import EVALUATED, ComparisonAccumulator
 from qconv.metrics.detection_table import DetectionTable
-from qconv.metrics.labelled import BoxMeasure, FittedLabels, MaskMeasure, OpenedLabels, read_detections
+from qconv.metrics.labelled import BoxMeasure, FittedLabels, MaskMeasure, OpenedLabels, place_detections
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
 from qconv.reporter import Reporter
 from qconv.results.quantize import OutputScore
@@ -108,21 +107,22 @@ class Judge:
             if self.vector is not None and model is not None:
                 _require_finite(found[self.vector], model.session, self.vector)
                 recorder.add(found[self.vector])
-        for measure, found in zip(self.measures, (mine, its), strict=False):
-            measure.add(path, self.network.by_name(found))
+        own, other = self.network.hear(mine), self.network.hear(its)
+        for measure, heard in zip(self.measures, (own, other), strict=False):
+            measure.add(path, heard)
         if self.compared is not None:
-            self.compared.add(its, mine)
-        if self.table is not None and self.network.head is not None:
-            self.table.add(path, self._detect(self.network.head, path, mine))
+            self.compared.add_heard(other, own)
+        if self.table is not None:
+            self.table.add(path, self._place(path, own.detections[0]))
         if self.request.table == ".npz":
             self.kept.append(mine)
 
-    def _detect(self, head: Head, path: Path, mine: Outputs) -> Detections:
-        assert self.network is not None
-        outputs, prep = self.network.by_name(mine), self.own.feed.preprocessing
+    def _place(self, path: Path, found: Detections) -> Detections:
+        """What is detected in a picture, in its own pixels; of a sample in those of the network's input."""
+        prep = self.own.feed.preprocessing
         if prep is None or suffix_of(path) in SAMPLE_SUFFIXES:
-            return head.read(outputs, LEAST_SCORE)[0]
-        return read_detections(head, outputs, read_size(path), prep)
+            return found
+        return place_detections(found, read_size(path), prep)
 
     def conclude(self, name: str, left: Sequence[Path]) -> Evaluation:
         """What was measured. name: of the model. left: the pictures that could be read, in order."""

@@ -113,6 +113,11 @@ class TrialRun:
     report: Report | None = None
     failure: QconvError | None = None
 
+    def open(self) -> Session:
+        """Open the file that was written."""
+        on_ort = TARGETS[self.recipe.target].on_ort
+        return Session(str(self.path), name=str(self.path), threads=self.recipe.threads, optimize=on_ort)
+
 
 @dataclass(slots=True)
 class TrialRunner:
@@ -176,9 +181,7 @@ class TrialRunner:
         self.made.append(made)
         try:
             made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.cache)
-            on_ort = TARGETS[recipe.target].on_ort
-            session = Session(str(out), name=str(out), threads=recipe.threads, optimize=on_ort)
-            found = self.scored.score(session)
+            found = self.scored.score(made.open())
         except QconvError as error:
             made.report, made.failure = None, error
             made.trial = replace(trial, failed=f"{error.message} {error.hint}", seconds=time.perf_counter() - start)

@@ -145,6 +145,16 @@ class PreprocessingOptions:
             idle = self.resize != LETTERBOX and getattr(self, name) is not None
             require(not idle, f"{option_name(name)} with --resize {self.resize}", "pass --resize letterbox with it.")
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the user has said, by the names of its parts."""
+        return {part.name: value for part in fields(self) if (value := getattr(self, part.name)) != part.default}
+
+    def name_beside(self, origin: str) -> str:
+        """Where a preprocessing comes from, with the options that are given beside the preset. origin: in words."""
+        own = [option_name(name) for name in self.given if name != "preset"]
+        return f"{origin}, with {' and '.join(own)}" if own else origin
+
 
 LETTERBOX_OPTIONS = ("letterbox_align", "letterbox_fill")
 """What is said of a letterbox alone."""

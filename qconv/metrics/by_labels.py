@@ -2,8 +2,8 @@
 
 opened = open_data_labels(data, paths, warn)            before the work
 labels = opened.fit(network, metadata, prep, warn)      once it is known what the outputs are
-pair = LabelledPair.of(labels, network)
-pair.add(paths, expected, got)                          batch by batch
+pair = LabelledPair.of(labels)
+pair.add(paths, size, expected, got)                    batch by batch
 pair.scores()
 
 Labels are boxes or masks where the user names some (`metrics.labelled`), else the class folders of the pictures.
@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from qconv.data.label_files import LabelRequest
 from qconv.errors import QconvError
 from qconv.metrics.classification import ClassMeasure
 from qconv.metrics.labelled import BoxMeasure, MaskMeasure, OpenedLabels, Warn, open_labels
-from qconv.metrics.network_outputs import NetworkOutputs
+from qconv.metrics.network_outputs import BatchOutputs, NetworkOutputs
 from qconv.results.scores import LabelledScores
 from qconv.runtime.outputs import find_class_vector
 
@@ -62,6 +61,11 @@ class DataLabels:
     data: DataOptions
     paths: tuple[Path, ...]
     opened: OpenedLabels | None
+
+    @property
+    def tell_boxes(self) -> bool:
+        """Whether they are of boxes."""
+        return self.opened is not None and self.opened.written is not None
 
     def fit(
         self, network: NetworkOutputs, metadata: Mapping[str, str], prep: Preprocessing | None, warn: Warn
@@ -104,19 +108,18 @@ class LabelledPair:
     """Measures of a model and of its float model by the same labels."""
 
     words: str
-    network: NetworkOutputs
     reference: Measure
     own: Measure
 
     @classmethod
-    def of(cls, labels: Labels, network: NetworkOutputs, reference: Measure | None = None) -> LabelledPair:
+    def of(cls, labels: Labels, reference: Measure | None = None) -> LabelledPair:
         """Nothing measured yet. reference: that of the float model, where it was measured before."""
-        return cls(labels.words, network, reference or labels.start(), labels.start())
+        return cls(labels.words, reference or labels.start(), labels.start())
 
-    def add(self, paths: Sequence[Path], size: int, expected: Sequence[Any], got: Sequence[Any]) -> None:
+    def add(self, paths: Sequence[Path], size: int, expected: BatchOutputs, got: BatchOutputs) -> None:
         """Take in what both say of a batch, see `add_batch`."""
-        add_batch(self.reference, self.network, paths, size, expected)
-        add_batch(self.own, self.network, paths, size, got)
+        add_batch(self.reference, paths, size, expected)
+        add_batch(self.own, paths, size, got)
 
     def scores(self) -> LabelledScores | None:
         """What was measured; None where no picture has labels."""
@@ -128,28 +131,24 @@ class LabelledPair:
         )
 
 
-def add_batch(
-    measure: Measure, network: NetworkOutputs, paths: Sequence[Path], size: int, outputs: Sequence[Any]
-) -> None:
+def add_batch(measure: Measure, paths: Sequence[Path], size: int, outputs: BatchOutputs) -> None:
     """Take a batch into a measure.
 
     Args:
         measure: Of one model.
-        network: What its outputs are.
         paths: The pictures in the batch; one that is filled up has more rows.
         size: How many rows it has.
-        outputs: What the model says of it, in the order of the network's outputs.
+        outputs: What the model says of it.
 
     Raises:
         QconvError: An output of a batch of several has no part for each picture.
     """
-    found = network.by_name(outputs)
     if size == 1:
-        measure.add(paths[0], found)
+        measure.add(paths[0], outputs)
         return
-    odd = next((name for name, array in found.items() if np.shape(array)[:1] != (size,)), None)
+    odd = next((name for name, array in outputs.by_name.items() if np.shape(array)[:1] != (size,)), None)
     if odd is not None:
         fact = f"Labels are of single pictures, and output {odd} has no part for each picture of a batch."
         raise QconvError(fact, "pass --batch 1.")
     for index, path in enumerate(paths):
-        measure.add(path, {name: array[index : index + 1] for name, array in found.items()})
+        measure.add(path, outputs.of_picture(index))

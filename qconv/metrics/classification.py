@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from qconv.data.dataset import Classes
 from qconv.errors import QconvError
 from qconv.metrics.detection_table import DetectionTable
+from qconv.metrics.network_outputs import BatchOutputs
 from qconv.metrics.similarity import bootstrap_interval, difference_interval, share_interval
 from qconv.results.scores import AGREEMENT, SHARE, TOP1, TOP5, Metric, Score
 from qconv.runtime.outputs import ModelOutput, OutputKind
@@ -154,9 +155,9 @@ class ClassMeasure:
         """How many were taken in."""
         return len(self.expected)
 
-    def add(self, path: Path, outputs: Mapping[str, NDArray[Any]]) -> None:
+    def add(self, path: Path, outputs: BatchOutputs) -> None:
         """Take in what the model says of a picture."""
-        self.seen.add(outputs[self.output])
+        self.seen.add(outputs.by_name[self.output])
         self.expected.append(self.labels[path])
 
     def scores(self) -> tuple[Score, ...]:

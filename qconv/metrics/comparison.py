@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qconv.data.loader import Batch, DataLoader, count_images
-from qconv.decoding.boxes import LEAST_SCORE, Detections
 from qconv.decoding.head import OutputPart
 from qconv.errors import QconvError, format_count
 from qconv.metrics.by_labels import LabelledPair, Labels, Measure, add_batch
@@ -26,7 +25,7 @@ from qconv.metrics.classification import Agreement, ClassAgreement
 from qconv.metrics.detection import DetectionComparison
 from qconv.metrics.embeddings import Nearest, PictureCosine
 from qconv.metrics.keypoints import mean_distance, pck
-from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
+from qconv.metrics.network_outputs import BatchOutputs, NetworkOutputs, describe_outputs
 from qconv.metrics.output_parts import sum_errors
 from qconv.metrics.pictures import Psnr, RelativeError, Ssim
 from qconv.metrics.segmentation import FloatMiou
@@ -185,20 +184,16 @@ class ComparisonAccumulator:
             None if head is None else DetectionComparison(head),
         )
 
-    def add(
-        self, reference: Sequence[Any], quantized: Sequence[Any], found: Sequence[Detections] | None = None
-    ) -> None:
-        """Take in the outputs of one batch. found: what was read of the reference, where that is known."""
-        for tally, ref, got in zip(self.tallies, reference, quantized, strict=True):
+    def add(self, reference: Sequence[Any], quantized: Sequence[Any]) -> None:
+        """Take in the outputs of one batch."""
+        self.add_heard(self.network.hear(reference), self.network.hear(quantized))
+
+    def add_heard(self, reference: BatchOutputs, quantized: BatchOutputs) -> None:
+        """Take in the outputs of one batch, of which others may read detections as well."""
+        for tally, ref, got in zip(self.tallies, reference.arrays, quantized.arrays, strict=True):
             tally.update(ref, got)
         if self.detections is not None:
-            expected = found if found is not None else self.read(reference)
-            self.detections.compare(expected, self.read(quantized))
-
-    def read(self, outputs: Sequence[Any]) -> Sequence[Detections]:
-        """The detections in the outputs of one batch; none where no output holds some."""
-        head = self.network.head
-        return () if head is None else head.read(self.network.by_name(outputs), LEAST_SCORE)
+            self.detections.update(reference.detections, quantized.detections)
 
     def heads(self, *, spans: bool = False) -> tuple[OutputScore, ...]:
         """How what is read from several outputs together compares. spans: with intervals."""
@@ -238,7 +233,7 @@ def verify(
     pictures in them.
     """
     comparison: ComparisonAccumulator | None = None
-    pair: LabelledPair | None = None
+    pair = None if labels is None else LabelledPair.of(labels.labels)
     seconds: list[tuple[float, float]] = []
     images = 0
     for feeds in batches:
@@ -251,10 +246,10 @@ def verify(
         size = count_images(feeds)
         images += size
         comparison = comparison or ComparisonAccumulator.of(describe_outputs(reference, floats, expected))
-        comparison.add(expected, got)
-        if labels is not None:
-            pair = pair or LabelledPair.of(labels.labels, comparison.network)
-            pair.add(tuple(itertools.islice(labels.paths, size)), size, expected, got)
+        both = comparison.network.hear(expected), comparison.network.hear(got)
+        comparison.add_heard(*both)
+        if pair is not None and labels is not None:
+            pair.add(tuple(itertools.islice(labels.paths, size)), size, *both)
     comparison = comparison or ComparisonAccumulator.of(NetworkOutputs(reference.model_outputs))
     slowdown = spread = None
     if len(seconds) >= FEWEST_TIMED_RUNS:
@@ -295,40 +290,34 @@ def describe_differing_runs(
     )
 
 
-OutputArrays = list[NDArray[Any]]
-
-
 @dataclass(frozen=True, slots=True)
 class ReferenceOutputs:
     """Batches with the float model's outputs, to score any number of models on.
 
     Attributes:
         network: What the outputs are.
-        batches: Inputs and outputs.
+        batches: Inputs and outputs, of which detections are read once for all models.
         pictures: How many they hold.
         paths: The pictures in each batch.
         labels: Of the pictures; None where there are none.
     """
 
     network: NetworkOutputs
-    batches: list[tuple[Batch, OutputArrays]]
+    batches: list[tuple[Batch, BatchOutputs]]
     pictures: int
     paths: list[tuple[Path, ...]] = field(default_factory=list)
     labels: Labels | None = None
-    _found: list[Sequence[Detections]] = field(default_factory=list)
     _measured: list[Measure] = field(default_factory=list)
 
     def score(self, quantized: Session) -> Verification:
-        """`quantized` against the float model, of which detections are read once for all."""
+        """`quantized` against the float model."""
         comparison, names = ComparisonAccumulator.of(self.network), self.network.names
-        if not self._found:
-            self._found.extend(comparison.read(expected) for _, expected in self.batches)
-        pair = None if self.labels is None else LabelledPair.of(self.labels, self.network, self.float_measure)
+        pair = None if self.labels is None else LabelledPair.of(self.labels, self.float_measure)
         for place, (feeds, expected) in enumerate(self.batches):
-            got = quantized.run(names, feeds)
-            comparison.add(expected, got, self._found[place])
+            got = self.network.hear(quantized.run(names, feeds))
+            comparison.add_heard(expected, got)
             if pair is not None:
-                add_batch(pair.own, self.network, self.paths[place], count_images(feeds), got)
+                add_batch(pair.own, self.paths[place], count_images(feeds), got)
         labelled = None if pair is None else pair.scores()
         return Verification(self.pictures, comparison.scores(), heads=comparison.heads(), labelled=labelled)
 
@@ -338,7 +327,7 @@ class ReferenceOutputs:
         if self.labels is not None and not self._measured:
             measure = self.labels.start()
             for paths, (feeds, expected) in zip(self.paths, self.batches, strict=True):
-                add_batch(measure, self.network, paths, count_images(feeds), expected)
+                add_batch(measure, paths, count_images(feeds), expected)
             self._measured.append(measure)
         return self._measured[0] if self._measured else None
 
@@ -362,7 +351,7 @@ def collect_reference_outputs(
 
     batches: those that count; None for all. labels: of the pictures.
     """
-    kept: list[tuple[Batch, OutputArrays]] = []
+    kept: list[tuple[Batch, list[Any]]] = []
     paths: list[tuple[Path, ...]] = []
     size, total, left = 0, len(feed.listing.paths), feed.iter_paths()
     for index, feeds in enumerate(feed.iter_batches(stage)):
@@ -383,4 +372,5 @@ def collect_reference_outputs(
     network = NetworkOutputs(session.model_outputs)
     if kept:
         network = describe_outputs(session, *kept[0])
-    return ReferenceOutputs(network, kept, pictures, paths, labels)
+    heard = [(feeds, network.hear(arrays)) for feeds, arrays in kept]
+    return ReferenceOutputs(network, heard, pictures, paths, labels)

@@ -5,7 +5,7 @@ A demand on a measure that the network cannot have is an error before the work, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,9 @@ def _tells_classes(output: ModelOutput) -> bool:
 
 NEEDS_BOXES = OutputNeed("outputs that are read as boxes", lambda network: network.head is not None, NO_DECODER_HINT)
 
+NUMBERLESS = frozenset({OutputKind.CLASS_IDS, OutputKind.INTEGER})
+"""Kinds of outputs that have no SQNR."""
+
 NEEDS: Mapping[Metric, OutputNeed] = {
     AGREEMENT: OutputNeed(
         "an output that is one score a class",
@@ -115,6 +118,11 @@ NEEDS: Mapping[Metric, OutputNeed] = {
         "an output that is a map of classes",
         lambda network: any(output.kind in MAP_KINDS for output in network.outputs),
         "pass --task segment where one is, or ask for decibels, with --min-sqnr or --max-drop sqnr:DB.",
+    ),
+    SQNR: OutputNeed(
+        "an output of floats",
+        lambda network: any(output.kind not in NUMBERLESS for output in network.outputs),
+        "ask for a share of classes, with --min-agreement or --max-drop agreement:SHARE.",
     ),
 }
 """Of measures that not every network has."""
@@ -171,6 +179,28 @@ def require_class_folders(asked: Any, data: DataOptions, paths: Sequence[Path], 
         why = "the calibration pictures lie in a folder for each class" if outputs else "an output is"
         fact = f"--max-drop top1 is possible only where {why}{'' if outputs else ' one score a class'}."
         raise QconvError(fact, "pass --max-drop agreement:SHARE, which needs no labels.")
+
+
+def require_boxes(
+    asked: Any, network: NetworkOutputs, outputs: Iterable[Sequence[Any]], *, labelled: bool = False
+) -> None:
+    """Raise QconvError where boxes are demanded, and the float model shows none, beside which there is no number.
+
+    Args:
+        asked: See `demanded_measures`.
+        network: What the outputs of the float model are.
+        outputs: What it says of the pictures, batch by batch; read as far as the first box.
+        labelled: Whether there are labels of boxes, by which mAP is measured.
+    """
+    needing = {BOXES} if labelled else {BOXES, FLOAT_MAP}
+    option = next((name for name, metric in demanded_measures(asked).items() if metric in needing), None)
+    head = network.head
+    if option is None or head is None:
+        return
+    shown = (found for arrays in outputs for found in head.read(network.by_name(arrays), head.usual_score))
+    if not any(map(len, shown)):
+        fact = f"{option} needs boxes, and the float model shows none above {head.usual_score:g} on these pictures."
+        raise QconvError(fact, "pass pictures of what it finds, fed as in training, or ask for decibels.")
 
 
 def check_gates(verification: Verification, asked: Any) -> list[Gate]:

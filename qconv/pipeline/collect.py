@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,6 +166,14 @@ class CalibrationData:
             if self.data.decode is not None and self.network.head is not None:
                 self.network.head.read(self.network.by_name(found), LEAST_SCORE)
         return self.network
+
+    def iter_float_outputs(self, source: Source, threads: int | None) -> Iterator[list[Any]]:
+        """Yield what the user's own model says of what the result can be run on, batch by batch."""
+        session, loader = open_original(source, threads, self.data.tasks), self.runnable_loader
+        if loader is not None:
+            with contextlib.closing(loader.iter_batches("load")) as batches:
+                for batch in batches:
+                    yield session.run_all(loader.as_float(batch))
 
     def fit_labels(self, opened: DataLabels, network: NetworkOutputs, metadata: Mapping[str, str], warn: Warn) -> None:
         """Take over labels as they suit the network. Raises QconvError where they do not."""

@@ -31,7 +31,13 @@ from qconv.ir.metadata import needed_opset
 from qconv.ir.model import Model
 from qconv.ir.output_shapes import doubtful_outputs, settle_shapes
 from qconv.metrics.by_labels import open_data_labels
-from qconv.metrics.demands import demands_outputs, needs_labels, require_class_folders, require_measures
+from qconv.metrics.demands import (
+    demands_outputs,
+    needs_labels,
+    require_boxes,
+    require_class_folders,
+    require_measures,
+)
 from qconv.passes import fold
 from qconv.passes.embed_preprocessing import embed_preprocessing
 from qconv.pipeline.checks import check_places, require_layers, warn_of_unmatched_options
@@ -142,6 +148,8 @@ def load_float(
             require_class_folders(recipe, data, pictures.paths, network)
             if opened is not None:
                 pictures.fit_labels(opened, network, metadata_of(proto), reporter.warn)
+            said = pictures.iter_float_outputs(source, recipe.threads)
+            require_boxes(recipe, network, said, labelled=opened is not None and opened.tell_boxes)
         check_early(model, source)
     return LoadedFloat(model, pictures, size, digest, list(changes))
 

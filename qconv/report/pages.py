@@ -18,7 +18,6 @@ from qconv.config.targets import TARGETS
 from qconv.data.images import encode_thumbnail
 from qconv.errors import Change, Finding, QconvError, Skipped, format_bytes, format_count, format_shape
 from qconv.ir.files import Source, file_bytes, read_proto
-from qconv.metrics.similarity import share_interval
 from qconv.report.contact_sheet import make_contact_sheet
 from qconv.report.html import Page, PagePicture, Tile, Tone
 from qconv.report.picture_comparison import compare_pictures
@@ -43,7 +42,10 @@ HALF_OF_ERROR = 0.5
 
 @dataclass(frozen=True, slots=True)
 class AccuracyScores:
-    """How near two models are. images: how many it was measured on; kind: what images these are."""
+    """How near two models are. images: how many it was measured on; kind: what images these are.
+
+    outputs: each, and what is read from several together.
+    """
 
     images: int
     outputs: tuple[OutputScore, ...]
@@ -51,7 +53,7 @@ class AccuracyScores:
 
     @property
     def share(self) -> Score | None:
-        """The worst output's first share, such as the agreement; None where no output has one."""
+        """The worst output's first share, such as agreement or boxes that are found; None where no output has one."""
         return self._first(SHARE)
 
     @property
@@ -97,7 +99,7 @@ def make_quantize_page(
             looked = compare_on_images(source, quantized, few, reporter.without_warnings(), recipe.threads)
         except QconvError as error:
             without = f"The layers could not be compared: {error.message}"
-    scores = AccuracyScores(report.verify.images, report.verify.outputs, report.verify.kind_of_images)
+    scores = AccuracyScores(report.verify.images, report.verify.compared, report.verify.kind_of_images)
     page = _make_page(source.name, looked, scores, _audit_for_target(report.audit, report.recipe), report.warnings)
     tiles = (make_size_tile(report.float_bytes, report.quantized_bytes), make_accuracy_tile(scores))
     fell = [gate for gate in report.gates if not gate.held]
@@ -227,7 +229,6 @@ def _make_page(
     """Build the parts that pages have in common."""
     tiles = [] if audited is None else [make_integers_tile(audited)]
     pictures, caption = ((), "") if looked is None else make_contact_sheet(looked.fed.feed)
-    other = None if looked is None else looked.quantized
     return Page(
         title=PurePath(name).name,
         subtitle="",
@@ -236,7 +237,7 @@ def _make_page(
         version=qconv.__version__,
         warnings=tuple(warnings),
         compared=None if looked is None else looked.compared,
-        shown=() if looked is None or other is None else compare_pictures(looked.fed, other),
+        shown=() if looked is None else compare_pictures(looked.fed, looked.quantized),
         audit=audited,
         fed="" if looked is None else looked.compared.words,
         contact=pictures,
@@ -275,15 +276,17 @@ def make_accuracy_tile(scores: AccuracyScores) -> Tile:
         span = f"{decibel.metric.label} of the outputs{_format_span(decibel)}, {on}"
         return Tile("accuracy", decibel.in_words("{}"), span, _choose_score_tone(decibel))
     told = "outputs are equal" if decibel is None else f"{decibel.in_words()}{_format_span(decibel)}"
-    # each picture is taken for one draw
-    low, high = share_interval(round(share.value * scores.images), scores.images) or (0.0, 1.0)
-    chance = f"95%: {100 * low:.0f} to {100 * high:.0f}%"
-    return Tile(share.metric.label, share.in_words("{}"), f"{on} ({chance}); {told}", _choose_score_tone(share))
+    return Tile(
+        share.metric.label, share.in_words("{}"), f"{on}{_format_span(share, 0)}; {told}", _choose_score_tone(share)
+    )
 
 
-def _format_span(score: Score) -> str:
-    span = score.interval
-    return "" if span is None else f" (95%: {span[0]:.1f} to {span[1]:.1f})"
+def _format_span(score: Score, digits: int = 1) -> str:
+    if score.interval is None:
+        return ""
+    low, high = score.interval
+    sign = "%" if score.unit == SHARE else ""
+    return f" (95%: {score.metric.number(low, digits)} to {score.metric.number(high, digits)}{sign})"
 
 
 def _choose_score_tone(score: Score) -> Tone:
@@ -361,7 +364,7 @@ def _describe_accuracy(scores: AccuracyScores) -> str:
         return "How accurate it is was not measured."
     share, decibel = scores.share, scores.decibel
     if share is not None:
-        return f"It says the same as the float model on {share.in_words('{}')} of {scores.images} {scores.kind}."
+        return f"On {scores.images} {scores.kind}: {share.in_words(share.metric.sentence)}."
     if decibel is None:
         return "Its outputs are those of the float model."
     return f"The error in its outputs lies {decibel.in_words('{}')} below them, on {scores.images} {scores.kind}."

@@ -145,9 +145,14 @@ class Verification:
         return self.slowdown_range is not None and self.slowdown_range[0] > factor
 
     @property
+    def compared(self) -> tuple[OutputScore, ...]:
+        """The outputs, and what is read from several together."""
+        return (*self.outputs, *self.heads)
+
+    @property
     def scores(self) -> tuple[Score, ...]:
         """The worst of all outputs, by metric."""
-        return worst_scores(output.scores for output in (*self.outputs, *self.heads))
+        return worst_scores(output.scores for output in self.compared)
 
     def value_of(self, metric: Metric) -> float | None:
         """The worst output's; None where no output has a number."""
@@ -166,7 +171,7 @@ class Verification:
     @property
     def equal(self) -> bool:
         """Whether something was compared, and nothing differs."""
-        compared = [output for output in (*self.outputs, *self.heads) if not output.remark]
+        compared = [output for output in self.compared if not output.remark]
         return bool(compared) and all(output.equal for output in compared)
 
     @property

@@ -12,7 +12,7 @@ from qconv.errors import QconvError
 from qconv.metrics.by_labels import LabelledPair, Labels, add_batch, open_data_labels
 from qconv.metrics.classification import ClassMeasure
 from qconv.metrics.demands import Demanded, check_gates
-from qconv.metrics.network_outputs import NetworkOutputs
+from qconv.metrics.network_outputs import BatchOutputs, NetworkOutputs
 from qconv.results.quantize import OutputScore, Verification
 from qconv.results.scores import (
     BOXES,
@@ -40,13 +40,13 @@ def labels() -> Labels:
     return Labels("hand", lambda: ClassMeasure("y", known), known.keys())
 
 
-def said(*classes: int) -> list[np.ndarray]:
-    return [np.eye(4, dtype=np.float32)[list(classes)]]
+def said(*classes: int) -> BatchOutputs:
+    return NETWORK.hear([np.eye(4, dtype=np.float32)[list(classes)]])
 
 
 def test_a_pair_by_hand() -> None:
     """Float is right on 4 of 5 pictures, the other one on 2. The last batch is filled up, which counts nothing."""
-    pair = LabelledPair.of(labels(), NETWORK)
+    pair = LabelledPair.of(labels())
     pair.add(PATHS[:3], 3, said(0, 1, 2), said(0, 0, 0))
     pair.add(PATHS[3:], 3, said(3, 3, 3), said(1, 0, 0))
     found = pair.scores()
@@ -56,19 +56,19 @@ def test_a_pair_by_hand() -> None:
     assert value_of(found.differences, TOP1) == pytest.approx((1 - 3) / 5)
     assert found.in_words == "top-1 80.00 -> 40.00 by labels"
     assert found.as_dict()["float"] == {"top1": 0.8}
-    again = LabelledPair.of(labels(), NETWORK, pair.reference)  # a measure of the float model serves any number
-    add_batch(again.own, NETWORK, PATHS[:3], 3, said(0, 1, 2))
-    add_batch(again.own, NETWORK, PATHS[3:], 2, said(3, 0))
+    again = LabelledPair.of(labels(), pair.reference)  # a measure of the float model serves any number
+    add_batch(again.own, PATHS[:3], 3, said(0, 1, 2))
+    add_batch(again.own, PATHS[3:], 2, said(3, 0))
     assert again.scores().pair == (0.8, 1.0)  # type: ignore[union-attr]
 
 
 def test_nothing_measured() -> None:
-    assert LabelledPair.of(labels(), NETWORK).scores() is None
+    assert LabelledPair.of(labels()).scores() is None
 
 
 def test_an_output_of_a_whole_batch() -> None:
     with pytest.raises(QconvError, match="output y has no part for each picture") as caught:
-        add_batch(labels().start(), NETWORK, PATHS[:2], 2, said(0, 1, 2))
+        add_batch(labels().start(), PATHS[:2], 2, said(0, 1, 2))
     assert "--batch 1" in caught.value.hint
 
 
