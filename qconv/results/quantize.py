@@ -358,14 +358,13 @@ class MixedPrecision:
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
-        points = [point.as_dict() for point in self.points]
         return {
             "demand": self.demand,
             "layers": self.layers,
             "pictures": self.pictures,
             "float_top1": value_of(self.float_scores, TOP1),
             "float_labels": as_values(self.float_scores, told=()),
-            "points": points,
+            "points": [point.as_dict() for point in self.points],
         }
 
 
