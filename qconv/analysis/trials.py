@@ -189,22 +189,20 @@ class TrialRunner:
         made.trial = replace(
             trial,
             scores=tuple(self._shown_scores(found)),
-            ranked_by=self._ranking,
+            ranked_by=self._find_ranking(found),
             labelled=found.labelled,
             size=made.report.quantized_bytes,
             seconds=time.perf_counter() - start,
         )
         return made
 
-    @property
-    def _ranking(self) -> Metric | None:
+    def _find_ranking(self, found: Verification) -> Metric | None:
         """What the task is judged by."""
-        measure = self.scored.float_measure
-        return find_task_metric(self.scored.network) if measure is None else measure.scores()[0].metric
+        return find_task_metric(self.scored.network) if found.labelled is None else found.labelled.metric
 
     def _shown_scores(self, found: Verification) -> Iterator[Score]:
         """Yield what trials show, first what they are ranked by."""
-        ranking, labelled = self._ranking, found.labelled
+        ranking, labelled = self._find_ranking(found), found.labelled
         counted = find_class_vector(self.scored.outputs) is not None  # a picture gets one class
         beside = [_with_interval(score, found.images) if counted else score for score in found.scores]
         left_out = () if labelled is None else [own for own, by in BY_LABELS.items() if by == labelled.metric]

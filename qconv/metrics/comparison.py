@@ -86,6 +86,8 @@ def find_task_metric(network: NetworkOutputs) -> Metric | None:
     """What a network's task is judged by without labels; None where that is SQNR."""
     if network.head is not None:
         return BOXES
+    if all(output.kind is OutputKind.INTEGER for output in network.outputs):  # which have no SQNR
+        return AGREEMENT
     return next((JUDGED_BY[output.kind] for output in network.outputs if output.kind in JUDGED_BY), None)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import qconv
 from qconv.analysis.compare import ComparisonRun, compare_on_images
+from qconv.analysis.remedies import ENOUGH, POOR
 from qconv.auditing.audit import FileAudit, audit_file
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
@@ -21,10 +22,11 @@ from qconv.ir.files import Source, file_bytes, read_proto
 from qconv.report.contact_sheet import make_contact_sheet
 from qconv.report.html import Page, PagePicture, Tile, Tone
 from qconv.report.picture_comparison import compare_pictures
+from qconv.report.text import describe_difference
 from qconv.reporter import Reporter
 from qconv.results.comparison import Comparison, Diagnosis, Sweep
 from qconv.results.quantize import Audit, OutputScore, Report, Verification
-from qconv.results.scores import DECIBEL, SHARE, SQNR, Score, find_score, worst_scores
+from qconv.results.scores import DECIBEL, SHARE, SQNR, LabelledScores, Score, find_score, worst_scores
 from qconv.results.training import GOOD_MATCH, SynthesisResult
 from qconv.results.trials import Trial
 
@@ -101,7 +103,8 @@ def make_quantize_page(
             without = f"The layers could not be compared: {error.message}"
     scores = AccuracyScores(report.verify.images, report.verify.compared, report.verify.kind_of_images)
     page = _make_page(source.name, looked, scores, _audit_for_target(report.audit, report.recipe), report.warnings)
-    tiles = (make_size_tile(report.float_bytes, report.quantized_bytes), make_accuracy_tile(scores))
+    labelled = () if report.verify.labelled is None else make_labels_tiles(report.verify.labelled)
+    tiles = (make_size_tile(report.float_bytes, report.quantized_bytes), *labelled, make_accuracy_tile(scores))
     fell = [gate for gate in report.gates if not gate.held]
     missed = [f"The gate --{gate.name} {gate.want:g} fell short." for gate in fell]
     return replace(
@@ -279,6 +282,15 @@ def make_accuracy_tile(scores: AccuracyScores) -> Tile:
     return Tile(
         share.metric.label, share.in_words("{}"), f"{on}{_format_span(share, 0)}; {told}", _choose_score_tone(share)
     )
+
+
+def make_labels_tiles(found: LabelledScores) -> tuple[Tile, ...]:
+    """Build the tile of what the task is judged by, where labels tell it."""
+    if found.pair is None or found.lost is None:
+        return ()
+    before, after = (found.metric.format(value, 2) for value in found.pair)
+    note = f"the float model has {before}; {describe_difference(found.differences[0])}"
+    return (Tile(f"{found.metric.label} by labels", after, note, _choose_tone(-found.lost, -ENOUGH[1], -POOR[1])),)
 
 
 def _format_span(score: Score, digits: int = 1) -> str:

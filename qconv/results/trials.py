@@ -98,13 +98,10 @@ class Trial:
         """What is lost of the measure that its task is judged by, a share; None without such a measure."""
         if self.labelled is not None:
             return self.labelled.lost
-        ranked_by = self.ranked_by
-        if ranked_by is None and self.sqnr_db is None and not self.equal:  # classes alone
-            ranked_by = AGREEMENT
-        value = None if ranked_by is None else value_of(self.scores, ranked_by)
-        if ranked_by is None or ranked_by.equal is None or value is None:
+        value = None if self.ranked_by is None else value_of(self.scores, self.ranked_by)
+        if self.ranked_by is None or self.ranked_by.equal is None or value is None:
             return None
-        return ranked_by.lost(ranked_by.equal, value)
+        return self.ranked_by.lost(self.ranked_by.equal, value)
 
     @property
     def surely_lost(self) -> float:

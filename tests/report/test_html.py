@@ -48,7 +48,7 @@ from qconv.results.comparison import (
 )
 from qconv.results.quantize import Audit, FloatNode, LayerTime, OutputScore, Verification
 from qconv.results.sample_curve import CurvePoint, SampleCurve
-from qconv.results.scores import BOXES, Score
+from qconv.results.scores import BOXES, MAP, LabelledScores, Score
 from qconv.results.trials import Trial
 from qconv.runtime.session import Session
 from tests.support.browser import Browser
@@ -283,6 +283,19 @@ def test_what_a_detector_finds_comes_before_its_decibels() -> None:
     told = "on 10 pictures (95%: 70 to 90%); SQNR 8.8 dB"
     assert pages.make_accuracy_tile(measured) == Tile("boxes", "82.5%", told, "bad")
     assert pages._describe_accuracy(measured) == "On 10 pictures: finds 82.5% of the float model's boxes."
+
+
+def test_what_labels_tell_has_a_tile() -> None:
+    """34.99 and 31.75: 3.24 points are lost, between the 2 from which on it is not good and the 5 that are bad."""
+    for after, tone in ((0.3175, "plain"), (0.3399, "good"), (0.2899, "bad")):
+        difference = Score(MAP, after - 0.3499, (-0.06, 0.01))
+        found = LabelledScores("coco.json", 64, (Score(MAP, after),), (Score(MAP, 0.3499),), (difference,))
+        (tile,) = pages.make_labels_tiles(found)
+        assert (tile.label, tile.value, tile.tone) == ("mAP by labels", f"{after:.2%}", tone)
+        moved = f"{100 * (after - 0.3499):+.2f} points (-6.00 .. +1.00), no more than chance"
+        assert tile.note == f"the float model has 34.99%; difference of mAP {moved}"
+    nothing = LabelledScores("coco.json", 64, (Score(MAP, None),), (Score(MAP, None),), ())
+    assert pages.make_labels_tiles(nothing) == ()
 
 
 def test_the_sentence_names_who_is_to_blame() -> None:
