@@ -26,7 +26,7 @@ CONTRACT = ROOT / "tests" / "cli" / "contract.json"
 IMAGES = 12
 
 TORCH_COMMANDS = ("finetune", "synthesize")
-DETECT_COMMANDS = ("quantize --min-map", "evaluate --labels")
+DETECT_COMMANDS = ("quantize --min-map", "quantize --labels", "evaluate --labels")
 FEW = ("--samples", "4", "--effort", "fast")
 LETTERBOX = (
     *("--preprocess", "unit", "--resize", "letterbox", "--letterbox-align", "top-left", "--letterbox-fill", "0"),
@@ -53,6 +53,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "quantize --min-map": (
         *("quantize", "det.onnx", "--calib", "noise", *FEW, *LETTERBOX, "--min-map", "0", "-o", "map.onnx"),
+    ),
+    "quantize --labels": (
+        *("quantize", "det.onnx", "--calib", "noise", *FEW, *LETTERBOX, "--labels", "labels.json"),
+        *("--label-map", "map.toml", "--min-map", "0", "-o", "labelled.onnx"),
     ),
     "quantize SEGMENTER": (
         *("quantize", "seg.onnx", "--calib", "noise", *FEW, "--preprocess", "unit", "--task", "segment"),
