@@ -171,7 +171,7 @@ class _DiagnosisRunner:
             float_ms=float_ms,
             warnings=self.reporter.warnings,
         )
-        own, other = (ModelWithData(opened, held.feed, compared.words) for opened in (session, base.made.open()))
+        own, other = (ModelWithData(model, held.feed, compared.words) for model in (session, base.made.open()))
         return DiagnosisRun(found, ComparisonRun(compared, own, other))
 
     # -- pictures ------------------------------------------------------------------------------------------------------

@@ -313,7 +313,8 @@ def _describe_scoring(pictures: int, unseen: bool, trials: Sequence[Trial]) -> s
         return f"scored on {format_count(pictures, 'picture')}, {how}"
     before = None if labelled is None else labelled.float_scores[0].value
     own = "" if before is None else f", of which the float model has {ranking.format(before, 2)}"
-    ranked = f"ranked by {describe_metric(ranking)}{own}, and of equal ones by SQNR"
+    ties = ", and of equal ones by SQNR" if any(trial.sqnr_db is not None for trial in trials) else ""
+    ranked = f"ranked by {describe_metric(ranking)}{own}{ties}"
     return f"scored on {format_count(pictures, 'picture')}, {how}; {ranked}"
 
 
