@@ -31,7 +31,7 @@ from qconv.auditing.audit import FileAudit
 from qconv.calibration import statistics_file
 from qconv.calibration.statistics_file import MergedStatistics
 from qconv.config.choices import GATE_OPTIONS, SYNTHESIS_STEPS, as_texts, as_type, check_run_options, option_name
-from qconv.config.data_options import DataOptions, PreprocessingOptions
+from qconv.config.data_options import LABEL_OPTIONS, DataOptions, PreprocessingOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import request_fields
 from qconv.data.dataset import ARRAYS_HINT, ArraySamples
@@ -153,7 +153,7 @@ def compare(
     check_run_options(threads)
     threads = as_type(threads, int | None, "--threads")
     sources = _source(float_model), _source(model)
-    with _opened(images, sources[0], COMPARED_IMAGES, needed="A comparison") as data:
+    with _opened(images, sources[0], COMPARED_IMAGES, needed="A comparison", labels=False) as data:
         return analysis_compare.compare_on_images(*sources, data, _run(reporter), threads).compared
 
 
@@ -262,7 +262,7 @@ def study_samples(
     _require_usual(recipe, FIELDS_NOT_STUDIED, "a study")
     source = _source(model)
     request = sample_study.StudyRequest(seeds, holdout, as_texts(images, "images"))
-    with _opened(data, source, needed="A study") as options:
+    with _opened(data, source, needed="A study", labels=False) as options:
         recipe = recipe.with_data(options)
         return sample_study.study_samples(source, recipe, options, request, _run(reporter))
 
@@ -292,6 +292,9 @@ def finetune(
     device: str = "auto",
     threads: int | None = None,
     min_agreement: float | None = None,
+    min_boxes: float | None = None,
+    min_map: float | None = None,
+    min_miou: float | None = None,
     min_sqnr: float | None = None,
     reporter: Reporter | None = None,
 ) -> FinetuneResult:
@@ -305,7 +308,7 @@ def finetune(
     from qconv.training.options import FinetuneOptions
 
     source, place = _source_of_file(quant), Path(_output(output))
-    with _opened(images, source, None, needed="Training") as data:
+    with _opened(images, source, None, needed="Training", labels=False) as data:
         request = FinetuneOptions(
             data,
             None if teacher is None else _source_of_file(teacher),
@@ -320,6 +323,9 @@ def finetune(
             device,
             threads,
             min_agreement,
+            min_boxes,
+            min_map,
+            min_miou,
             min_sqnr,
         )
         return training.finetune(source, place, request, _run(reporter))
@@ -406,7 +412,12 @@ def _require_usual(recipe: Recipe, names: Iterable[str], where: str) -> None:
 
 @contextlib.contextmanager
 def _opened(
-    images: Images | None, source: Source, samples: int | None = DataOptions().samples, needed: str = ""
+    images: Images | None,
+    source: Source,
+    samples: int | None = DataOptions().samples,
+    needed: str = "",
+    *,
+    labels: bool = True,
 ) -> Iterator[DataOptions]:
     """What the functions of the packages take.
 
@@ -415,6 +426,7 @@ def _opened(
         source: The model that takes them.
         samples: How many of a path's images are read, where that is not said.
         needed: What cannot do without images.
+        labels: Whether it measures by labels of them.
     """
     data = DataOptions() if images is None else images
     if isinstance(data, str | PathLike):
@@ -423,6 +435,10 @@ def _opened(
         if needed and not data.paths:
             fact, fix = f"{needed} without images is not possible.", "pass a folder of pictures, arrays or DataOptions."
             raise QconvError(fact, fix)
+        said = next((name for name in LABEL_OPTIONS if getattr(data, name) is not None), None)
+        if said is not None and not labels:
+            fact = f"{needed} with {option_name(said)} is not possible."
+            raise QconvError(fact, "leave it out of DataOptions: qconv.evaluate measures by labels.")
         yield data
         return
     if isinstance(data, bytes | Mapping) or not isinstance(data, Iterable):

@@ -387,3 +387,16 @@ def test_training_commands(place: Path) -> None:
     options = qconv.PreprocessingOptions("imagenet")
     made = qconv.synthesize(place / "m.onnx", place / "made", count=1, iterations=1, preprocessing=options)
     assert made.as_dict()["pictures"] == 1
+
+
+def test_labels_are_refused_where_nothing_is_measured_by_them(place: Path) -> None:
+    """A comparison, a study and training would take them without a word."""
+    data = DataOptions((str(place / "samples"),), classes=place / "m.onnx")
+    for run in (
+        lambda: qconv.compare(place / "m.onnx", place / "q.onnx", data),
+        lambda: qconv.study_samples(place / "m.onnx", None, data),
+    ):
+        with pytest.raises(qconv.QconvError, match="with --classes is not possible"):
+            run()
+    with pytest.raises(qconv.QconvError, match="--label-map without --labels"):
+        DataOptions(("x",), label_map=place)

@@ -365,14 +365,11 @@ def _first_tensors(
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRun:
-    """A comparison, and the float model with its data.
-
-    quantized: the other model with its data; None where it is gone.
-    """
+    """A comparison, and both models with their data. fed: the float model."""
 
     compared: Comparison
     fed: ModelWithData
-    quantized: ModelWithData | None = None
+    quantized: ModelWithData
 
 
 def compare_on_images(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf, log2
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from qconv.analysis import causes
 from qconv.analysis.causes import FEW_IMAGES, GENERALIZATION_GAP_DB, MANY_IMAGES, DiagnosisEvidence
 from qconv.analysis.compare import ComparisonRequest, ComparisonRun, compare
 from qconv.analysis.remedies import (
-    ENOUGH_DB,
-    POOR_DB,
+    ENOUGH,
+    POOR,
     REPEATABLE_FIELDS,
     Remedy,
     find_remedies,
@@ -32,10 +32,10 @@ from qconv.analysis.remedies import (
     suggest_more_effort,
     try_request,
 )
-from qconv.analysis.trials import HeldOutImages, TrialRun, TrialRunner, hold_out_images
+from qconv.analysis.trials import HeldOutImages, TrialRun, TrialRunner, hold_out_images, open_held_labels
 from qconv.config import serialization
 from qconv.config.choices import GATE_OPTIONS, option_name
-from qconv.config.data_options import PRESETS, DataOptions, Preprocessing, PreprocessingOptions
+from qconv.config.data_options import LABEL_OPTIONS, PRESETS, DataOptions, Preprocessing, PreprocessingOptions
 from qconv.config.recipe import make_request
 from qconv.config.serialization import format_option
 from qconv.data.autodetect import CERTAIN_MARGIN, SHAPE_OPTIONS, detect_preprocessing, is_same_preprocessing
@@ -49,13 +49,12 @@ from qconv.ir.original import open_original
 from qconv.pipeline.collect import CalibrationCache
 from qconv.pipeline.prepare import prepare
 from qconv.reporter import Reporter
-from qconv.results.comparison import Cause, Comparison, Diagnosis, Trial
+from qconv.results.comparison import Cause, Comparison, Diagnosis
 from qconv.results.scores import SHARE, value_of
+from qconv.results.trials import LEAST_GAIN_DB, Trial
 from qconv.runtime.benchmark import detect_cpu
 from qconv.runtime.session import Session
 
-LEAST_GAIN_DB = 0.5
-"""Gain from which on a remedy has helped."""
 DB_PER_BIT = 6.02
 """Gain of one more bit: a doubling of time or size has to gain as much."""
 LEAST_GAIN_OF_BITS_DB = 3.0
@@ -136,12 +135,14 @@ class _DiagnosisRunner:
         recipe, data = make_request(asked)
         session = open_original(self.case.source, recipe.threads, data.tasks)
         held = hold_out_images(session, data, self.case.images, self.reporter)
+        opened = open_held_labels(data, held, self.reporter, self.case.images)
+        asked |= dict.fromkeys(LABEL_OPTIONS)  # runs measure nothing by them: their files are scored here
         asked["samples"] = min(data.samples or held.most, held.most)
         recipe, data = make_request(asked)
         rather = self._feed(session, held.feed, data, recipe.threads)
         said = held.feed.over(held.feed.listing.paths)
         held.feed.preprocessing = rather or said.preprocessing
-        proof = TrialRunner.of(self.case.source, held.feed, session, self.reporter, self.cache)
+        proof = TrialRunner.of(self.case.source, held.feed, session, self.reporter, self.cache, opened)
         if rather is not None:
             proof.feed_otherwise(said)
         base = self._try(proof, asked, Remedy("as asked", {}, ()))
@@ -170,7 +171,8 @@ class _DiagnosisRunner:
             float_ms=float_ms,
             warnings=self.reporter.warnings,
         )
-        return DiagnosisRun(found, ComparisonRun(compared, ModelWithData(session, held.feed, compared.words)))
+        own, other = (ModelWithData(model, held.feed, compared.words) for model in (session, base.made.open()))
+        return DiagnosisRun(found, ComparisonRun(compared, own, other))
 
     # -- pictures ------------------------------------------------------------------------------------------------------
 
@@ -231,7 +233,7 @@ class _DiagnosisRunner:
         """Try a remedy; return the fields with it, where it helps or is right in any case."""
         attempt = self._try(proof, asked, remedy)
         failed = attempt.made.failure is not None
-        if failed or not (always or attempt.trial.accuracy_db >= base.trial.accuracy_db + LEAST_GAIN_DB):
+        if failed or not (always or attempt.trial.gain_over(base.trial) >= LEAST_GAIN_DB):
             return base
         self.changes |= remedy.changes
         return attempt
@@ -242,35 +244,36 @@ class _DiagnosisRunner:
         """Find causes in the network and try what mends them. Returns the network layer by layer."""
         evidence = self._evidence(proof, base)
         self.found += causes.find_causes(evidence)
-        gaining: list[tuple[float, Remedy]] = []
+        gaining: list[tuple[tuple[float, float], Remedy]] = []
 
         def attempt(tried: Iterable[Remedy]) -> None:
             for remedy in tried:
                 request = try_request(base.fields, remedy.changes)
                 known = [(attempt.made.recipe, attempt.made.data) for attempt in self.attempts]
                 if request is not None and request not in known:
-                    gain = self._try(proof, asked, remedy).trial.accuracy_db - base.trial.accuracy_db
-                    if gain >= LEAST_GAIN_DB and not remedy.undoes:
-                        gaining.append((gain, remedy))
+                    trial = self._try(proof, asked, remedy).trial
+                    if trial.gain_over(base.trial) >= LEAST_GAIN_DB and not remedy.undoes:
+                        gaining.append((trial.rank, remedy))
 
-        worth_it = [cause for cause in self.found if cause.kind != "layer" or self._so_far < ENOUGH_DB]
+        worth_it = [cause for cause in self.found if cause.kind != "layer" or is_short_of(self._so_far, ENOUGH)]
         attempt(find_remedies(worth_it, evidence))
-        if self._so_far < ENOUGH_DB:
+        if is_short_of(self._so_far, ENOUGH):
             attempt(suggest_more_effort(evidence.recipe))
-        ranked = [remedy for _, remedy in sorted(gaining, key=lambda pair: -pair[0])]
+        ranked = [remedy for _, remedy in sorted(gaining, key=lambda pair: pair[0], reverse=True)]
         if len(ranked) > 1:
             attempt([_combine_remedies(ranked)])
-        if self._so_far < POOR_DB:
-            best = max(self.attempts, key=lambda known: -inf if known.remedy.undoes else known.trial.accuracy_db)
+        if is_short_of(self._so_far, POOR):
+            best = max(self.attempts, key=lambda known: (not known.remedy.undoes, known.trial.rank))
             so_far = {} if best is base else best.remedy.changes
             more = suggest_more_bits(best.made.recipe)
             attempt(Remedy(remedy.name, join_changes(so_far, remedy.changes), remedy.causes) for remedy in more)
         return evidence.compared
 
     @property
-    def _so_far(self) -> float:
+    def _so_far(self) -> Trial:
+        """The most accurate trial that keeps the bits that were asked for."""
         able = [known for known in self.attempts if not self._gives_up_bits(known)]
-        return max(attempt.trial.accuracy_db for attempt in able)
+        return max((attempt.trial for attempt in able), key=lambda trial: trial.rank)
 
     def _try(self, proof: TrialRunner, asked: Mapping[str, Any], remedy: Remedy) -> _RemedyAttempt:
         """Carry a remedy out, on top of what mends the images. Its options are those to add to the given ones."""
@@ -311,12 +314,12 @@ class _DiagnosisRunner:
 
     def _best(self, base: _RemedyAttempt) -> _RemedyAttempt:
         """Choose the most accurate trial, where a doubling of time or size has to gain a bit's worth."""
-        best, most = base, _score_trial(base.trial, base.trial) + LEAST_GAIN_DB
+        best, least = base, LEAST_GAIN_DB
         for attempt in self.attempts[self.attempts.index(base) + 1 :]:
-            worth = _score_trial(attempt.trial, base.trial)
+            paid = DB_PER_BIT * (_count_doublings(attempt.trial, base.trial) - _count_doublings(best.trial, base.trial))
             wanted = not (attempt.remedy.undoes or self._gives_up_bits(attempt))
-            if worth > most and wanted:
-                best, most = attempt, worth
+            if wanted and attempt.trial.gain_over(best.trial, PLENTY_DB) - paid > least:
+                best, least = attempt, 0.0
         return best
 
     def _gives_up_bits(self, attempt: _RemedyAttempt) -> bool:
@@ -335,28 +338,30 @@ class _DiagnosisRunner:
         said = serialization.command_line_options(recipe.as_dict(data))
         if self.case.layer_bits is not None:
             said += ["--layer-bits", self.case.layer_bits]
-        steering = [word for name in ("batch", "threads") for word in _format_given_option(name, asked)]
+        steering = [word for name in (*LABEL_OPTIONS, "batch", "threads") for word in _format_given_option(name, asked)]
         return shlex.join(["qconv", "quantize", self.case.source.name, *calib, *said, *steering])
 
     def _conclusion(self, best: _RemedyAttempt) -> str:
         first, trial = self.attempts[0].trial, best.trial
         got = describe_trial(trial)
         if best is self.attempts[0]:
-            if trial.accuracy_db >= ENOUGH_DB:
+            if not is_short_of(trial, ENOUGH):
                 open_causes = self._but()
                 verdict = "Quantization needs no mending" if open_causes else "Nothing needs mending"
                 return f"{verdict}: {got}.{open_causes}"
             worst = next((cause for cause in self.found if not (cause.handled or cause.harmless)), None)
             likely = "" if worst is None else f" The most likely cause: {worst.kind}, {worst.what}."
             return f"No remedy that was tried is worth its cost: {got}.{self._but() or likely}"
-        more = ""
+        gained = []
+        if first.lost is not None and trial.lost is not None and round(100 * (first.lost - trial.lost), 1):
+            gained.append(f"{100 * (first.lost - trial.lost):+.1f} points")
         if trial.sqnr_db is not None and first.sqnr_db is not None:
-            more = f", {trial.sqnr_db - first.sqnr_db:+.1f} dB beside what was asked for"
-        elif trial.agreement is not None and first.agreement is not None:
-            more = f", {100 * (trial.agreement - first.agreement):+.1f} points beside what was asked for"
-        for score in first.scores:
+            gained.append(f"{trial.sqnr_db - first.sqnr_db:+.1f} dB")
+        more = f", {' and '.join(gained)} beside what was asked for" if gained else ""
+        others = [score for score in first.scores if score.unit == SHARE and score.metric != first.ranked_by]
+        for score in others:
             was, now = score.value, value_of(trial.scores, score.metric)
-            if score.unit == SHARE and was is not None and now is not None and score.metric.lost(was, now) > 0:
+            if was is not None and now is not None and score.metric.lost(was, now) > 0:
                 more += f", whose {score.in_words(f'{score.metric.label} was {{}}')}, which may be chance"
         return f"Best is {trial.name}: {got}{more}.{self._but()}"
 
@@ -369,8 +374,8 @@ class _DiagnosisRunner:
         if "few-pictures" in kinds and "samples" not in self.changes:
             told += " More pictures would tell more."
         richer = [attempt.trial for attempt in self.attempts if self._gives_up_bits(attempt)]
-        most = max(richer, key=lambda trial: trial.accuracy_db, default=None)
-        if most is not None and most.accuracy_db >= min(self._so_far, PLENTY_DB) + LEAST_GAIN_OF_BITS_DB:
+        most = max(richer, key=lambda trial: trial.rank, default=None)
+        if most is not None and most.gain_over(self._so_far, PLENTY_DB) >= LEAST_GAIN_OF_BITS_DB:
             told += f" With more bits than were asked for: {describe_trial(most)} ({most.typed})."
         return told
 
@@ -381,11 +386,18 @@ def describe_trial(trial: Trial) -> str:
     return ", ".join([*told, *(score.in_words() for score in trial.scores if score.value is not None)])
 
 
-def _score_trial(trial: Trial, base: Trial) -> float:
+def is_short_of(trial: Trial, wish: tuple[float, float]) -> bool:
+    """Whether a trial has less SQNR, or has surely lost more of what its task is judged by. wish: dB, and a share."""
+    decibel, share = wish
+    return trial.noise_db < decibel or trial.surely_lost > share
+
+
+def _count_doublings(trial: Trial, base: Trial) -> float:
+    """How often size and time have doubled."""
     cost = max(0.0, log2(trial.size / base.size)) if trial.size and base.size else 0.0
     if trial.ms and base.ms:
         cost += max(0.0, log2(trial.ms / base.ms))
-    return min(trial.accuracy_db, PLENTY_DB) - DB_PER_BIT * cost
+    return cost
 
 
 def _combine_remedies(ranked: Sequence[Remedy]) -> Remedy:

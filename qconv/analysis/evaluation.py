@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qconv.config.choices import check_run_options, require, take_types
-from qconv.config.data_options import DataOptions
+from qconv.config.choices import check_run_options, option_name, require, take_types
+from qconv.config.data_options import LABEL_OPTIONS, DataOptions
 from qconv.data.dataset import LabelOptions
 from qconv.data.label_files import LabelRequest
 from qconv.ir.files import Source
-from qconv.metrics.classification import Predictions
-from qconv.metrics.comparison import LABELLED
+from qconv.metrics.classification import LABELLED, Predictions
 from qconv.metrics.similarity import difference_interval, mcnemar_p_value
 from qconv.results.quantize import OutputFact, OutputScore
 from qconv.results.scores import (
@@ -55,6 +54,11 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         take_types(self)
         check_run_options(self.threads)
+        for name in LABEL_OPTIONS:  # labels of the images are meant wherever they are named
+            if getattr(self.data, name) is not None:
+                twice = getattr(self, name) is not None
+                require(not twice, f"{option_name(name)} beside that of DataOptions", "leave one of them out.")
+                object.__setattr__(self, name, getattr(self.data, name))
         alone = self.label_map is not None and self.labels is None
         require(not alone, "--label-map without --labels", "name the labels that it is of.")
 

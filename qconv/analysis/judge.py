@@ -16,18 +16,15 @@ from qconv.config.data_options import DataOptions
 from qconv.data.dataset import Classes, labels_of, suffix_of
 from qconv.data.images import read_size
 from qconv.data.model_with_data import ModelWithData, Outputs
-from qconv.decoding.boxes import LEAST_SCORE, Detections
-from qconv.decoding.head import Head
+from qconv.decoding.boxes import Detections
 from qconv.errors import QconvError
-from qconv.metrics.classification import PredictionRecorder, Predictions
-from qconv.metrics.comparison import EVALUATED, LABELLED, ComparisonAccumulator
+from qconv.metrics.classification import PredictionRecorder, Predictions, count_won_and_lost, score_classes
+from qconv.metrics.comparison import EVALUATED, ComparisonAccumulator
 from qconv.metrics.detection_table import DetectionTable
-from qconv.metrics.labelled import BoxMeasure, FittedLabels, MaskMeasure, OpenedLabels, read_detections
+from qconv.metrics.labelled import BoxMeasure, FittedLabels, MaskMeasure, OpenedLabels, place_detections
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
-from qconv.metrics.similarity import share_interval
 from qconv.reporter import Reporter
 from qconv.results.quantize import OutputScore
-from qconv.results.scores import Score
 from qconv.runtime.outputs import MAP_KINDS, ModelOutput, find_class_vector
 from qconv.runtime.session import Session
 
@@ -110,21 +107,22 @@ class Judge:
             if self.vector is not None and model is not None:
                 _require_finite(found[self.vector], model.session, self.vector)
                 recorder.add(found[self.vector])
-        for measure, found in zip(self.measures, (mine, its), strict=False):
-            measure.add(path, self.network.by_name(found))
+        own, other = self.network.hear(mine), self.network.hear(its)
+        for measure, heard in zip(self.measures, (own, other), strict=False):
+            measure.add(path, heard)
         if self.compared is not None:
-            self.compared.add(its, mine)
-        if self.table is not None and self.network.head is not None:
-            self.table.add(path, self._detect(self.network.head, path, mine))
+            self.compared.add_heard(other, own)
+        if self.table is not None:
+            self.table.add(path, self._place(path, own.detections[0]))
         if self.request.table == ".npz":
             self.kept.append(mine)
 
-    def _detect(self, head: Head, path: Path, mine: Outputs) -> Detections:
-        assert self.network is not None
-        outputs, prep = self.network.by_name(mine), self.own.feed.preprocessing
+    def _place(self, path: Path, found: Detections) -> Detections:
+        """What is detected in a picture, in its own pixels; of a sample in those of the network's input."""
+        prep = self.own.feed.preprocessing
         if prep is None or suffix_of(path) in SAMPLE_SUFFIXES:
-            return head.read(outputs, LEAST_SCORE)[0]
-        return read_detections(head, outputs, read_size(path), prep)
+            return found
+        return place_detections(found, read_size(path), prep)
 
     def conclude(self, name: str, left: Sequence[Path]) -> Evaluation:
         """What was measured. name: of the model. left: the pictures that could be read, in order."""
@@ -160,10 +158,10 @@ class Judge:
         assert self.classes is not None
         offset = self.request.label_offset
         result.labels = self.classes.source + (f", {offset:+d}" if offset else "")
-        result.labelled = _score_classes(self.seen, numbers)
+        result.labelled = score_classes(self.seen, numbers)
         if self.other is not None:
-            result.other_labelled = _score_classes(self.its, numbers)
-            result.flips = _count_flips(self.seen, self.its, numbers)
+            result.other_labelled = score_classes(self.its, numbers)
+            result.flips = Flips(*count_won_and_lost(self.seen, self.its, numbers), len(numbers))
 
     def _judge_labels(self, result: Evaluation, labels: FittedLabels) -> None:
         labels.finish(self.reporter.warn)
@@ -186,21 +184,6 @@ def _require_finite(scores: NDArray[Any], session: Session, index: int) -> None:
             f"Output {session.outputs[index]} of {session.name} holds NaN or infinity, so that no class is the highest."
         )
         raise QconvError(fact, "check the preprocessing options, and the model on one picture.")
-
-
-def _count_flips(seen: PredictionRecorder, its: PredictionRecorder, labels: NDArray[np.int64]) -> Flips:
-    right, wrong = seen.hits(labels, 1), its.hits(labels, 1)
-    return Flips(int((right & ~wrong).sum()), int((wrong & ~right).sum()), len(labels))
-
-
-def _score_classes(seen: PredictionRecorder, labels: NDArray[np.int64]) -> tuple[Score, ...]:
-    """What labels of pictures measure; the best of several classes where there are more than these."""
-    found = []
-    for metric, most in LABELLED.items():
-        if most == 1 or seen.classes > most:
-            hits = int(seen.hits(labels, most).sum())
-            found.append(Score(metric, hits / len(labels), share_interval(hits, len(labels))))
-    return tuple(found)
 
 
 def _tell_of_remarks(outputs: Sequence[OutputScore], reporter: Reporter, *, needed: bool) -> None:

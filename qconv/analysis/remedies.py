@@ -27,8 +27,9 @@ PERCENTILES = (99.99, 99.9)
 """Percentiles of the values that a range is tried at."""
 REPEATABLE_FIELDS = frozenset({"keep_float", "keep_float_op"})
 """Options that are repeated instead of replaced."""
-ENOUGH_DB, POOR_DB = 30.0, 20.0
-"""SQNR from which on no more effort is tried; below which more bits are, whatever they cost."""
+ENOUGH, POOR = (30.0, 0.02), (20.0, 0.05)
+"""SQNR from which on no more effort is tried, and below which more bits are, whatever they cost; and what may be lost
+of the measure that the task is judged by."""
 
 
 def format_options(changes: Mapping[str, Any]) -> tuple[str, ...]:

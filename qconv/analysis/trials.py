@@ -9,7 +9,7 @@ file.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,16 +21,19 @@ from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
 from qconv.ir.files import Source, external_data_files, file_bytes, read_proto, refuse_quantized
 from qconv.ir.original import open_original
-from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
+from qconv.metrics.by_labels import DataLabels, open_data_labels
+from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs, find_task_metric
+from qconv.metrics.demands import BY_LABELS
 from qconv.metrics.similarity import share_interval
 from qconv.pipeline.checks import check_places
 from qconv.pipeline.collect import CalibrationCache
 from qconv.pipeline.prepare import load_float
 from qconv.pipeline.quantize import quantize
 from qconv.reporter import Reporter
-from qconv.results.comparison import Sweep, Trial
-from qconv.results.quantize import Report
-from qconv.results.scores import SHARE, Score
+from qconv.results.comparison import Sweep
+from qconv.results.quantize import Report, Verification
+from qconv.results.scores import PART_SQNR, SHARE, Metric, Score
+from qconv.results.trials import Trial
 from qconv.runtime.benchmark import Benchmark, TimingConditions, benchmark
 from qconv.runtime.outputs import find_class_vector
 from qconv.runtime.session import RUNTIME_VERSION, Session
@@ -80,6 +83,25 @@ def hold_out_images(session: Session, data: DataOptions, images: Sequence[str], 
     return HeldOutImages(whole.over(paths[-held:]), max(1, len(paths) - held), unseen=len(paths) > held)
 
 
+def open_held_labels(
+    data: DataOptions, held: HeldOutImages, reporter: Reporter, images: Sequence[str] = ()
+) -> DataLabels | None:
+    """Read the labels that `data` names of the images to score on. images: as `hold_out_images` takes them.
+
+    Raises:
+        QconvError: They cannot be read, or are of none of these images.
+    """
+    if data.labels is None and data.classes is None:
+        return None
+    data = replace(data, paths=tuple(images), glob=None) if images else data
+    return open_data_labels(data, held.feed.listing.paths, reporter.warn)
+
+
+def without_labels(data: DataOptions) -> DataOptions:
+    """The same for runs that measure nothing by labels: their files are scored afterwards."""
+    return replace(data, labels=None, label_map=None, classes=None)
+
+
 @dataclass(slots=True)
 class TrialRun:
     """A trial with the file and the pipeline's report, or why there is none."""
@@ -90,6 +112,11 @@ class TrialRun:
     path: Path
     report: Report | None = None
     failure: QconvError | None = None
+
+    def open(self) -> Session:
+        """Open the file that was written."""
+        on_ort = TARGETS[self.recipe.target].on_ort
+        return Session(str(self.path), name=str(self.path), threads=self.recipe.threads, optimize=on_ort)
 
 
 @dataclass(slots=True)
@@ -104,10 +131,32 @@ class TrialRunner:
 
     @classmethod
     def of(
-        cls, source: Source, feed: DataLoader, session: Session, reporter: Reporter, cache: CalibrationCache
+        cls,
+        source: Source,
+        feed: DataLoader,
+        session: Session,
+        reporter: Reporter,
+        cache: CalibrationCache,
+        opened: DataLabels | None = None,
     ) -> TrialRunner:
-        """Set up. feed: the images to score on, with their preprocessing; session: the float model's."""
+        """Set up.
+
+        Args:
+            source: The float model.
+            feed: The images to score on, with their preprocessing.
+            session: The float model's.
+            reporter: Hears of warnings and of progress.
+            cache: What runs on the float model find out only once.
+            opened: Labels of the images.
+
+        Raises:
+            QconvError: The labels do not suit the network.
+        """
         scored = collect_reference_outputs(session, feed, "float", most_bytes=SCORED_BYTES, reporter=reporter)
+        if opened is not None:
+            labels = opened.fit(scored.network, session.metadata, feed.preprocessing, reporter.warn)
+            labels.require_some(feed.listing.paths)
+            scored = replace(scored, labels=labels)
         return cls(source, scored, reporter, cache)
 
     def feed_otherwise(self, feed: DataLoader) -> None:
@@ -132,21 +181,35 @@ class TrialRunner:
         self.made.append(made)
         try:
             made.report, _ = quantize(self.source, out, recipe, data, self.reporter, self.cache)
-            on_ort = TARGETS[recipe.target].on_ort
-            session = Session(str(out), name=str(out), threads=recipe.threads, optimize=on_ort)
-            found = self.scored.score(session)
+            found = self.scored.score(made.open())
         except QconvError as error:
             made.report, made.failure = None, error
             made.trial = replace(trial, failed=f"{error.message} {error.hint}", seconds=time.perf_counter() - start)
             return made
-        counted = find_class_vector(self.scored.outputs) is not None  # a picture gets one class
         made.trial = replace(
             trial,
-            scores=tuple(_with_interval(score, found.images) if counted else score for score in found.scores),
+            scores=tuple(self._shown_scores(found)),
+            ranked_by=self._find_ranking(found),
+            labelled=found.labelled,
             size=made.report.quantized_bytes,
             seconds=time.perf_counter() - start,
         )
         return made
+
+    def _find_ranking(self, found: Verification) -> Metric | None:
+        """What the task is judged by."""
+        return find_task_metric(self.scored.network) if found.labelled is None else found.labelled.metric
+
+    def _shown_scores(self, found: Verification) -> Iterator[Score]:
+        """Yield what trials show, first what they are ranked by."""
+        ranking, labelled = self._find_ranking(found), found.labelled
+        counted = find_class_vector(self.scored.outputs) is not None  # a picture gets one class
+        beside = [_with_interval(score, found.images) if counted else score for score in found.scores]
+        left_out = () if labelled is None else [own for own, by in BY_LABELS.items() if by == labelled.metric]
+        yield from () if labelled is None else labelled.scores[:1]
+        yield from (score for score in beside if score.metric == ranking)
+        yield from (score for score in beside if score.metric != ranking and score.metric not in left_out)
+        yield from _score_parts(found)
 
     def timed(self, threads: int | None, size: tuple[int, int] | None) -> float | None:
         """Time all files beside the float model, in turns. Returns the float model's median in ms.
@@ -176,6 +239,13 @@ class TrialRunner:
     def _benchmark(self, paths: Sequence[str], threads: int | None, size: tuple[int, int] | None) -> Benchmark:
         conditions = TimingConditions(threads, None, size, TIMING_ROUNDS)
         return benchmark(paths, conditions, version=RUNTIME_VERSION, reporter=self.reporter)
+
+
+def _score_parts(found: Verification) -> tuple[Score, ...]:
+    """The mean SQNR over the parts of the worst output that has some; nothing where none has."""
+    parted = [[part.sqnr_db for part in output.parts if part.sqnr_db is not None] for output in found.outputs]
+    means = [sum(own) / len(own) for own in parted if own]
+    return (Score(PART_SQNR, min(means, default=None)),) if any(output.parts for output in found.outputs) else ()
 
 
 def _with_interval(score: Score, images: int) -> Score:
@@ -212,6 +282,7 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter 
     check_places(source, external_data_files(proto, source), written, data.paths)
     session = open_original(source, shared.threads, data.tasks)
     held = hold_out_images(session, data, (), reporter)
+    opened = open_held_labels(data, held, reporter)
     del session
     data = replace(data, samples=min(data.samples or held.most, held.most))
     cache = CalibrationCache()
@@ -220,11 +291,14 @@ def run_sweep(source: Source, entries: Sequence[SweepEntry], reporter: Reporter 
     del loaded
     if shared.embed_preprocessing is not None:
         held.feed.take_pixels(shared.embed_preprocessing)
-    proof = TrialRunner.of(source, held.feed, open_original(source, shared.threads, data.tasks), reporter, cache)
+    session = open_original(source, shared.threads, data.tasks)
+    proof = TrialRunner.of(source, held.feed, session, reporter, cache, opened)
+    del session
     for done, entry in enumerate(entries):
         reporter.progress("recipes", done, len(entries))
         proof.reporter = reporter.of_part(entry.name)
-        proof.carry_out(entry.name, entry.recipe, data, entry.out, entry.options)
+        own = data if entry.recipe.max_drop is not None else without_labels(data)
+        proof.carry_out(entry.name, entry.recipe, own, entry.out, entry.options)
     failures = [made.failure for made in proof.made if made.failure is not None]
     if len(failures) == len(entries):
         raise failures[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,11 @@ from qconv.cli.options import (
     csv_option,
     decode_option,
     device_option,
+    finetune_gates,
     preprocessing_options,
 )
 from qconv.cli.recipe_options import raise_usage_errors
-from qconv.config.choices import check_run_options
+from qconv.config.choices import GATE_OPTIONS, check_run_options
 from qconv.config.data_options import DataOptions, PreprocessingOptions
 from qconv.errors import QconvError, format_count, require_torch
 from qconv.reporter import Reporter
@@ -98,8 +100,7 @@ finetune_options = combine_options(
         "--seed", default=0, show_default=True, metavar="N", type=click.IntRange(0), help="Of all that is drawn."
     ),
     click.option("--glob", "pattern", metavar="PATTERN", help="Use only pictures whose name or path matches."),
-    click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement."),
-    click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR."),
+    finetune_gates,
     csv_option,
     preprocessing_options,
     decode_option,
@@ -127,6 +128,9 @@ class FinetuneArguments:
     samples: int | None
     seed: int
     min_agreement: float | None
+    min_boxes: float | None
+    min_map: float | None
+    min_miou: float | None
     min_sqnr: float | None
     threads: int | None
     epochs: int
@@ -198,8 +202,7 @@ def _finetune(given: FinetuneArguments, data: DataOptions, out: Path, reporter: 
         given.augment,
         given.device,
         given.threads,
-        given.min_agreement,
-        given.min_sqnr,
+        **{name: getattr(given, name) for name in GATE_OPTIONS},
     )
     found = training.finetune(source_of(given.quant), out, request, reporter)
     show = print_to(lambda: _format_result(found, verbose=given.wanted.verbose))
@@ -219,13 +222,14 @@ def _format_result(found: FinetuneResult, *, verbose: bool) -> str:
     from qconv.report.text import format_columns, wrap_text
 
     judged = [found.before] if found.after is None else [found.before, found.after]
-    table = [_result_cells(one, labels=found.request.labels) for one in judged]
-    rows = [(name, *(cells[name] for cells in table)) for name in table[0]]
     own = found.audit
     lines = [
         wrap_text(f"{found.model}, taught by {found.teacher} on {format_count(found.taught, 'picture')}"),
         "",
-        format_columns([("", "before", "after")[: len(table) + 1], *rows], "lrr"[: len(table) + 1]),
+        format_columns(
+            [("", "before", "after")[: len(judged) + 1], *_result_rows(judged, labels=found.request.labels)],
+            "lrr"[: len(judged) + 1],
+        ),
         "",
         wrap_text(
             f"On {format_count(found.held, 'picture')} held back, by ONNX Runtime. {_describe_steps(found)}, "
@@ -246,13 +250,16 @@ def _format_result(found: FinetuneResult, *, verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _result_cells(judged: ValidationResult, *, labels: bool) -> dict[str, str]:
-    found = {}
-    if judged.mark.right is not None:
-        found["top-1" if labels else "agreement"] = f"{judged.mark.right:.2%}"
-    if judged.verify.sqnr_db is not None:
-        found["SQNR"] = f"{judged.verify.sqnr_db:.1f} dB"
-    return {**found, "distance": f"{judged.mark.distance:.4g}"}
+def _result_rows(judged: Sequence[ValidationResult], *, labels: bool) -> Iterator[tuple[str, ...]]:
+    """Top-1 where there are labels, what the task is judged by, SQNR, and the distance."""
+    from qconv.results.scores import SHARE, TOP1, by_rank, value_of, worst_scores
+
+    if labels:
+        yield (TOP1.label, *(TOP1.format(one.mark.right, 2) for one in judged))
+    for score in by_rank(worst_scores(one.verify.scores for one in judged)):
+        metric, digits = score.metric, 2 if score.unit == SHARE else 1
+        yield (metric.label, *(metric.format(value_of(one.verify.scores, metric), digits) for one in judged))
+    yield ("distance", *(f"{one.mark.distance:.4g}" for one in judged))
 
 
 def _describe_steps(found: FinetuneResult) -> str:

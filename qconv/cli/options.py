@@ -250,6 +250,38 @@ common_options = combine_options(
     ),
 )
 
+
+def _make_gate_options(by: str) -> Decorator:
+    """The gates of a command. by: what mAP and mIoU are measured by there, but for the float model."""
+    return combine_options(
+        click.option(
+            "--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement."
+        ),
+        click.option(
+            "--min-boxes",
+            type=float,
+            metavar="0..1",
+            help="Gate: exit with status 3 where a smaller share of the float model's boxes is found.",
+        ),
+        click.option(
+            "--min-map",
+            type=float,
+            metavar="0..1",
+            help=f"Gate: exit with status 3 below this mAP, {by}with the float model's boxes for labels (extra: "
+            "detect).",
+        ),
+        click.option(
+            "--min-miou",
+            type=float,
+            metavar="0..1",
+            help=f"Gate: exit with status 3 below this mIoU, {by}with the float model's map.",
+        ),
+        click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR."),
+    )
+
+
+finetune_gates = _make_gate_options("")
+
 images_option = click.option(
     "--calib",
     multiple=True,
@@ -467,23 +499,20 @@ quantize_options = combine_options(
         type=_choice(Layout),
         help="Write the normalisation into the result, which then takes uint8 pixels in this layout.",
     ),
-    click.option("--min-agreement", type=float, metavar="0..1", help="Gate: exit with status 3 below this agreement."),
     click.option(
-        "--min-boxes",
-        type=float,
-        metavar="0..1",
-        help="Gate: exit with status 3 where a smaller share of the float model's boxes is found.",
+        "--labels",
+        metavar="FILE|DIR",
+        help="Boxes or masks of the pictures, by which mAP or mIoU of both models are told, and gates and --max-drop "
+        "measure: see `qconv evaluate --schema`.",
     ),
+    click.option("--label-map", metavar="FILE.toml", help="Which class of the model each of these labels is."),
     click.option(
-        "--min-map",
-        type=float,
-        metavar="0..1",
-        help="Gate: exit with status 3 below this mAP, the float model's boxes taken for labels (extra: detect).",
+        "--classes",
+        metavar="FILE",
+        help="The names of classes in --labels, in output order, one a line; without --labels the class folders of the "
+        "pictures, by which top-1 is told.",
     ),
-    click.option(
-        "--min-miou", type=float, metavar="0..1", help="Gate: exit with status 3 below this mIoU with float's map."
-    ),
-    click.option("--min-sqnr", type=float, metavar="DB", help="Gate: exit with status 3 below this SQNR."),
+    _make_gate_options("by --labels or "),
     preprocessing_options,
     decode_option,
     common_options,

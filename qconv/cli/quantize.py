@@ -30,7 +30,7 @@ from qconv.cli.options import HELP_WIDTH, quantize_options, require_output
 from qconv.cli.recipe_file import NOT_IN_RECIPES, GivenOptions, RecipeTable, SavedRecipe, given_options
 from qconv.cli.recipe_options import PREPROCESSING_OPTIONS, quantize_parameters, require_images
 from qconv.config.choices import GATE_OPTIONS, option_name
-from qconv.config.data_options import DataOptions
+from qconv.config.data_options import LABEL_OPTIONS, DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import LAYER_BITS_KEY, read_toml
 from qconv.errors import QconvError
@@ -43,7 +43,7 @@ NAMED_FILES = ("stats", "save_stats", "layer_bits", "save_layer_bits", "save_rec
 WRITTEN_FILES = ("save_stats", "save_layer_bits", "save_recipe")
 
 SHARED_OPTIONS = (NOT_IN_RECIPES - {"recipe"}) | frozenset(
-    {"calib", "fallback", "samples", "batch", "seed", "pattern", "stats", *GATE_OPTIONS}
+    {"calib", "fallback", "samples", "batch", "seed", "pattern", "stats", *GATE_OPTIONS, *LABEL_OPTIONS}
     | {*PREPROCESSING_OPTIONS, "task", "decode", "threads", "embed_preprocessing"}
 )
 """Options that no recipe of a sweep has of its own."""
@@ -73,7 +73,8 @@ def quantize(model: str, output: str | None, **options: Any) -> int:
     if options["save_recipe"] == "-":
         raise click.UsageError("--save-recipe needs the name of a file.")
     named = {option_name(name): options[name] for name in NAMED_FILES}
-    require_names({"--calib": options["calib"], "--output": output, **named})
+    labels = {option_name(name): options[name] for name in LABEL_OPTIONS}
+    require_names({"--calib": options["calib"], "--output": output, **labels, **named})
     if options["sweep"] is not None:
         return quantize_sweep(model, output, given, wanted)
     return quantize_once(model, output, given, wanted)
@@ -90,7 +91,7 @@ def quantize_once(model: str, output: str | None, given: GivenOptions, wanted: O
     out = default_output(model, recipe) if output is None else output
     files = CommandFiles(
         (model,),
-        (*data.paths, options["stats"], *given.read_files),
+        (*data.paths, options["stats"], *given.read_files, *(options[name] for name in LABEL_OPTIONS)),
         {"the output": out, **{option_name(name): options[name] for name in WRITTEN_FILES}},
     )
     place = options["save_recipe"]
@@ -176,7 +177,7 @@ def quantize_sweep(model: str, output: str | None, given: GivenOptions, wanted: 
     entries = list(_read_entries(file, model, folder, given))
     files = CommandFiles(
         (model,),
-        (*options["calib"], *given.read_files, str(file)),
+        (*options["calib"], *given.read_files, str(file), *(options[name] for name in LABEL_OPTIONS)),
         {f"the output of {entry.name}": str(entry.out) for entry in entries},
     )
 

@@ -28,7 +28,7 @@ import click
 from qconv.cli.command import CommandFiles
 from qconv.cli.recipe_options import collect_fields, find_typed_options, make_request_of_fields, quantize_parameters
 from qconv.config.choices import FLOAT_BITS, GATE_OPTIONS, NAMED_RECIPES, NO_IMAGES
-from qconv.config.data_options import DataOptions
+from qconv.config.data_options import LABEL_OPTIONS, DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import (
     LAYER_BITS_KEY,
@@ -248,7 +248,7 @@ def _read_carried_recipe(file: Path) -> dict[str, Any]:
     return lines if LAYER_BITS_KEY not in lines else {key: v for key, v in lines.items() if key not in SEARCH_KEYS}
 
 
-OF_IMAGES = ("samples", "batch", "seed", "pattern")
+OF_IMAGES = ("samples", "batch", "seed", "pattern", *LABEL_OPTIONS)
 """Options that say nothing without pictures."""
 
 GOES_WITH: dict[str, tuple[tuple[str, Callable[[Any], bool]], ...]] = {
@@ -321,9 +321,9 @@ class SavedRecipe:
         lines: dict[str, Any] = {"calib": data.paths} if data.paths else {}
         if data.batch != DataOptions().batch:
             lines["batch"] = data.batch
-        for name in STEERING_FIELDS:
-            if getattr(recipe, name) is not None:
-                lines[name.replace("_", "-")] = getattr(recipe, name)
+        said = {name: getattr(recipe, name) for name in STEERING_FIELDS}
+        said |= {name: getattr(data, name) and str(getattr(data, name)) for name in LABEL_OPTIONS}
+        lines |= {name.replace("_", "-"): value for name, value in said.items() if value is not None}
         text = format_recipe({**lines, **recipe_lines(recipe.as_dict(data))}, place.parent)
         try:
             return cls(place, text.encode())

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from qconv.cli.options import quantize_options
 from qconv.config.choices import BLOCK_SIZE, GATE_OPTIONS, NAMED_RECIPES, NO_IMAGES, WeightGranularity
 from qconv.config.data_options import (
+    LABEL_OPTIONS,
     LETTERBOX_OPTIONS,
     Color,
     DataOptions,
@@ -30,7 +31,7 @@ SAME_NAMED_FIELDS = (
     + ("max_drop", "target_size", "candidate_bits", "save_layer_bits", "effort", "rounding")
     + ("calibrator", "percentile", "weight_calibrator", "bit_allocation", "bias_correction", "stats", "save_stats")
     + ("target", "equalize", "tune_ranges", "tune_latency", "float_budget", "saturation_safe", "keep_float")
-    + ("keep_float_op", "opset", "embed_preprocessing", *GATE_OPTIONS, "threads", "task", "decode")
+    + ("keep_float_op", "opset", "embed_preprocessing", *GATE_OPTIONS, "threads", "task", "decode", *LABEL_OPTIONS)
 )  # fmt: skip
 """Options that `make_request` calls the same."""
 

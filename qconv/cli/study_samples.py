@@ -20,6 +20,7 @@ from qconv.cli.quantize import require_streams
 from qconv.cli.recipe_file import given_options
 from qconv.cli.recipe_options import require_images, select_options_without
 from qconv.config.choices import GATE_OPTIONS
+from qconv.config.data_options import LABEL_OPTIONS
 from qconv.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 OPTIONS_NOT_STUDIED = frozenset(
     {"output", "report", "sweep", "save_recipe", "stats", "save_stats", "embed_preprocessing", "verbose"}
     | {*GATE_OPTIONS, "max_drop", "target_size", "candidate_bits", "save_layer_bits"}
-    | {"effort", "rounding", "equalize", "calib", "fallback"}
+    | {"effort", "rounding", "equalize", "calib", "fallback", *LABEL_OPTIONS}
 )
 """Options of `quantize` that make no sense of a model that is not kept, or need pictures twice."""
 

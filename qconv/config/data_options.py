@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qconv.config.choices import (
@@ -144,6 +145,16 @@ class PreprocessingOptions:
             idle = self.resize != LETTERBOX and getattr(self, name) is not None
             require(not idle, f"{option_name(name)} with --resize {self.resize}", "pass --resize letterbox with it.")
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the user has said, by the names of its parts."""
+        return {part.name: value for part in fields(self) if (value := getattr(self, part.name)) != part.default}
+
+    def name_beside(self, origin: str) -> str:
+        """Where a preprocessing comes from, with the options that are given beside the preset. origin: in words."""
+        own = [option_name(name) for name in self.given if name != "preset"]
+        return f"{origin}, with {' and '.join(own)}" if own else origin
+
 
 LETTERBOX_OPTIONS = ("letterbox_align", "letterbox_fill")
 """What is said of a letterbox alone."""
@@ -278,6 +289,10 @@ def _mean_std_per_channel(mean: tuple[float, ...], std: tuple[float, ...]) -> It
     yield from zip(mean * (count // len(mean)), std * (count // len(std)), strict=True)
 
 
+LABEL_OPTIONS = ("labels", "label_map", "classes")
+"""What says how right models are, and shapes no file."""
+
+
 @dataclass(frozen=True, slots=True)
 class DataOptions:
     """Which images are read, and how they are fed. Raises QconvError for values that cannot be.
@@ -291,6 +306,10 @@ class DataOptions:
         preprocessing: What is said of how the network is fed.
         task: What the model is for, which decides what its outputs hold; "auto" finds it out. See `Tasks`.
         decode: FILE.py:FUNCTION that makes detections of the outputs.
+        labels: Boxes or masks of the images, a file or a folder; None for none. `data.label_files` reads them.
+        label_map: A file that says which class of the model each of these labels is.
+        classes: A file with the classes in the order of the outputs: the names in labels, or, without such, the folders
+            that images lie in, which are labels then.
         arrays: Set by functions that are given arrays, which `paths` then only names.
     """
 
@@ -302,6 +321,9 @@ class DataOptions:
     preprocessing: PreprocessingOptions = field(default_factory=PreprocessingOptions)
     task: str = "auto"
     decode: str | None = None
+    labels: Path | None = None
+    label_map: Path | None = None
+    classes: Path | None = None
     arrays: ArraySamples | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -315,6 +337,8 @@ class DataOptions:
         require(self.batch >= 1, f"--batch {self.batch}", "use at least 1.")
         require(self.seed >= 0, f"--seed {self.seed}", "use 0 or more.")
         Tasks(self.task, self.decode)
+        alone = self.label_map is not None and self.labels is None
+        require(not alone, "--label-map without --labels", "name the labels that it is of.")
 
     @property
     def tasks(self) -> Tasks:
@@ -333,5 +357,5 @@ class DataOptions:
 
         The task is in it where the user has named one.
         """
-        unsaid = {"paths", "batch", "arrays", "decode", *(["task"] if self.task == "auto" else [])}
+        unsaid = {"paths", "batch", "arrays", "decode", *LABEL_OPTIONS, *(["task"] if self.task == "auto" else [])}
         return {name: value for name, value in as_json_value(self).items() if name not in unsaid}

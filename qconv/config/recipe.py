@@ -42,7 +42,7 @@ from qconv.config.choices import (
     require,
     take_types,
 )
-from qconv.config.data_options import DataOptions, Layout
+from qconv.config.data_options import LABEL_OPTIONS, DataOptions, Layout
 from qconv.config.targets import TARGETS
 
 
@@ -157,12 +157,16 @@ def check_statistics(recipe: Recipe) -> None:
         require(not getattr(recipe, name) or recipe.stats is None, fact, hint)
 
 
+OF_PICTURES = ("samples", "batch", "seed", "glob", "decode", *LABEL_OPTIONS)
+"""What no picture is read for."""
+
+
 def check_data(recipe: Recipe, data: DataOptions) -> None:
     """What the recipe needs of the images, and what none of them can be told."""
     if recipe.data_free:
         fact = f"--calib {NO_IMAGES} beside pictures"
         require(not data.paths, fact, f"leave one of them out; a folder of that name is ./{NO_IMAGES}.")
-        data.require_defaults(("samples", "batch", "seed", "glob", "decode"), f"with --calib {NO_IMAGES}")
+        data.require_defaults(OF_PICTURES, f"with --calib {NO_IMAGES}")
         return
     require(
         bool(data.paths) or not recipe.searches,
@@ -175,7 +179,7 @@ def check_data(recipe: Recipe, data: DataOptions) -> None:
     require(recipe.rounding == "nearest", f"--rounding {recipe.rounding} with --stats alone", hint)
     require(recipe.bias_correction != "sequential", "--bias-correction sequential with --stats alone", hint)
     require(not recipe.is_gated, "A gate with --stats alone", "pass pictures to measure on with --calib.")
-    data.require_defaults(("samples", "batch", "seed", "glob", "decode"), "with --stats alone")
+    data.require_defaults(OF_PICTURES, "with --stats alone")
 
 
 RUN_ONLY_OPTIONS = frozenset({"threads", *GATE_OPTIONS, "stats", "save_stats", "save_layer_bits"})

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from qconv.config.choices import FLOAT_BITS, NO_IMAGES, Drop, LayerBits, WeightGranularity, option_name
-from qconv.config.data_options import DataOptions, PreprocessingOptions
+from qconv.config.data_options import LABEL_OPTIONS, DataOptions, PreprocessingOptions
 from qconv.config.recipe import RUN_ONLY_OPTIONS, Recipe, make_request
 from qconv.errors import QconvError
 
@@ -177,7 +177,7 @@ def request_fields(recipe: Recipe, data: DataOptions) -> dict[str, Any]:
     """What `make_request` makes both of, without what follows from the others."""
     steering = {name: getattr(recipe, name) for name in RUN_ONLY_OPTIONS if getattr(recipe, name) is not None}
     read = {"calib": data.paths, "batch": data.batch, "samples": data.samples, "arrays": data.arrays}
-    read["decode"] = data.decode
+    read |= {name: getattr(data, name) for name in ("decode", *LABEL_OPTIONS)}
     return {**_fields_that_matter(recipe.as_dict(data)), **steering, **read}
 
 
@@ -293,7 +293,7 @@ def _format_all_options(recipe: Mapping[str, Any]) -> Iterator[str]:
             yield from format_option(name, value)
 
 
-PATH_KEYS = ("calib", "stats", "recipe", LAYER_BITS_KEY)
+PATH_KEYS = ("calib", "stats", "recipe", "labels", "label-map", "classes", LAYER_BITS_KEY)
 """Options of a recipe that name what is read."""
 
 SEARCH_KEYS = ("max-drop", "target-size", "candidate-bits")

@@ -196,6 +196,10 @@ class DataLoader:
             done += count
             self.reporter.progress(stage, min(done, total), total)
 
+    def iter_paths(self) -> Iterator[Path]:
+        """Yield the images of a pass that is under way, in its order: asked for one behind it, those that are lost."""
+        yield from (path for path in self.listing.paths if path not in self.lost)
+
     def iter_pixels(self, prep: Preprocessing, most: int) -> Iterator[NDArray[np.uint8]]:
         """Yield up to `most` images as pixels (H, W, C), RGB or grey, in the size of `prep`: a fixed draw."""
         paths = sorted(path for path in self.listing.paths if suffix_of(path) not in SAMPLE_SUFFIXES)

@@ -7,13 +7,12 @@ from evidence (`data.autodetect`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qconv.config.choices import option_name
 from qconv.config.data_options import AUTO, NO_LETTERBOX, DataOptions, PreprocessingOptions
 from qconv.config.tasks import Tasks
 from qconv.data.autodetect import detect_preprocessing
@@ -139,8 +138,9 @@ def _open_model(
             DataLoader.of(session, data, Reporter())  # raises where the user is mistaken
             reporter.warn(f"{source.name} cannot be fed as {why} says, which is ignored: {error.message}")
         else:
-            if feed.preprocessing is not None and "preset" not in _given_parts(said):
-                feed.preprocessing = replace(feed.preprocessing, source=_describe_source(said, why))
+            fed = feed.preprocessing
+            if fed is not None and said.given.get("preset", fed.preset) == fed.preset:
+                feed.preprocessing = replace(fed, source=_describe_source(said, why, fed.preset))
             return ModelWithData(session, feed, _describe_loader(feed))
     feed = DataLoader.of(session, data, reporter.without_progress())
     if feed.preprocessing is None or said.preset != AUTO:
@@ -198,7 +198,7 @@ def _is_task(text: str) -> bool:
 
 def merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> PreprocessingOptions:
     """The user's options win over what is told; another preset also replaces the numbers of the old one."""
-    changed = _given_parts(said)
+    changed = said.given
     if "preset" in changed:
         told = replace(told, preset=None, scale=None, mean=None, std=None, color=None)
     if "resize" in changed and said.resize != told.resize:
@@ -206,17 +206,10 @@ def merge_options(said: PreprocessingOptions, told: PreprocessingOptions) -> Pre
     return replace(told, **changed)
 
 
-def _given_parts(said: PreprocessingOptions) -> dict[str, Any]:
-    """What the user has said, by the names of its parts."""
-    return {part.name: value for part in fields(said) if (value := getattr(said, part.name)) != part.default}
-
-
-def _describe_source(said: PreprocessingOptions, why: str) -> str:
-    """Where a preprocessing comes from. why: what tells of it, but for the parts that are said."""
-    own = [option_name(part) for part in _given_parts(said)]
-    if why == OTHER_MODEL:
-        why = f"as {why}"
-    return f"{why}, with {' and '.join(own)}" if own else why
+def _describe_source(said: PreprocessingOptions, why: str, preset: str) -> str:
+    """Where a preprocessing comes from. why: what tells of it, but for the parts that are said. preset: its name."""
+    told = f"as {why}" if why == OTHER_MODEL else why
+    return said.name_beside(f"--preprocess {preset}" if "preset" in said.given else told)
 
 
 def _describe_loader(feed: DataLoader) -> str:

@@ -136,15 +136,13 @@ def _count_channels(color: Color | None, spec: InputSpec, layout: Layout) -> int
 
 def _choose_preset(options: PreprocessingOptions, spec: InputSpec, channels: int) -> tuple[str, str]:
     """Return the preset's name, and in words where it came from and what replaces parts of it."""
-    own = [f"--{part}" for part in ("scale", "mean", "std", "color") if getattr(options, part) is not None]
-    changed = f", with {' and '.join(own)}" if own else ""
     if options.preset not in (None, AUTO):
-        return options.preset, f"--preprocess {options.preset}{changed}"
+        return options.preset, options.name_beside(f"--preprocess {options.preset}")
     if spec.dtype in WHOLE_PIXEL_TYPES:
         name, reason = "raw", f"{spec.dtype} inputs"
     else:
         name, reason = ("imagenet" if channels == 3 else "unit"), format_count(channels, "channel")
-    return name, f"the default for {reason}{changed}; name another with --preprocess"
+    return name, f"{options.name_beside(f'the default for {reason}')}; name another with --preprocess"
 
 
 def _swap_preset_colors(preset: Preset, color: Color) -> Preset:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,15 @@ from numpy.typing import NDArray
 from qconv.data.dataset import Classes
 from qconv.errors import QconvError
 from qconv.metrics.detection_table import DetectionTable
-from qconv.metrics.similarity import bootstrap_interval, share_interval
-from qconv.results.scores import AGREEMENT, SHARE, Metric, Score
+from qconv.metrics.network_outputs import BatchOutputs
+from qconv.metrics.similarity import bootstrap_interval, difference_interval, share_interval
+from qconv.results.scores import AGREEMENT, SHARE, TOP1, TOP5, Metric, Score
 from qconv.runtime.outputs import ModelOutput, OutputKind
 
-
-def top1_accuracy(outputs: Sequence[NDArray[np.float32]], labels: NDArray[np.int64]) -> float:
-    """Share of images whose best class, of scores (N, C), is their label, (N,)."""
-    best = np.concatenate([np.asarray(scores).reshape(len(scores), -1).argmax(axis=1) for scores in outputs])
-    count = min(len(best), len(labels))  # a last batch may have been short of pictures, or pictures short of memory
-    return float((best[:count] == labels[:count]).mean())
-
-
 TOP_K = 5
+
+LABELLED: Mapping[Metric, int] = {TOP1: 1, TOP5: 5}
+"""What labels measure: how many of the best classes may hold the label."""
 
 CLASS_KINDS = frozenset({OutputKind.CLASS_SCORES, OutputKind.CLASS_MAP})
 """Outputs of which the highest score says a class."""
@@ -125,6 +121,54 @@ class PredictionRecorder:
         """Whether the label is among the `most` best, by picture."""
         found: NDArray[np.bool_] = (np.stack(self.best)[:, :most] == labels[:, None]).any(axis=1)
         return found
+
+
+def count_won_and_lost(
+    seen: PredictionRecorder, other: PredictionRecorder, labels: NDArray[np.int64]
+) -> tuple[int, int]:
+    """How many pictures only the first one gets right, and only the other."""
+    right, its = seen.hits(labels, 1), other.hits(labels, 1)
+    return int((right & ~its).sum()), int((its & ~right).sum())
+
+
+def score_classes(seen: PredictionRecorder, labels: NDArray[np.int64]) -> tuple[Score, ...]:
+    """What labels of pictures measure; the best of several classes where there are more than these."""
+    found = []
+    for metric, most in LABELLED.items():
+        if most == 1 or seen.classes > most:
+            hits = int(seen.hits(labels, most).sum())
+            found.append(Score(metric, hits / len(labels), share_interval(hits, len(labels))))
+    return tuple(found)
+
+
+@dataclass(slots=True)
+class ClassMeasure:
+    """Adds up how often a classifier is right, see `metrics.labelled`. output: its name. labels: of all pictures."""
+
+    output: str
+    labels: Mapping[Path, int]
+    seen: PredictionRecorder = field(default_factory=PredictionRecorder)
+    expected: list[int] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> int:
+        """How many were taken in."""
+        return len(self.expected)
+
+    def add(self, path: Path, outputs: BatchOutputs) -> None:
+        """Take in what the model says of a picture."""
+        self.seen.add(outputs.by_name[self.output])
+        self.expected.append(self.labels[path])
+
+    def scores(self) -> tuple[Score, ...]:
+        """top-1 and top-5."""
+        return score_classes(self.seen, np.array(self.expected, np.int64))
+
+    def differences(self, other: ClassMeasure) -> tuple[Score, ...]:
+        """By how much top-1 is above another model's on the same pictures."""
+        won, lost = count_won_and_lost(self.seen, other.seen, np.array(self.expected, np.int64))
+        span = difference_interval(won, lost, self.pictures)
+        return (Score(TOP1, (won - lost) / self.pictures, span),)
 
 
 @dataclass(frozen=True, slots=True)

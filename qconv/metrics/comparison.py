@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,18 +20,19 @@ from numpy.typing import NDArray
 from qconv.data.loader import Batch, DataLoader, count_images
 from qconv.decoding.head import OutputPart
 from qconv.errors import QconvError, format_count
+from qconv.metrics.by_labels import LabelledPair, Labels, Measure, add_batch
 from qconv.metrics.classification import Agreement, ClassAgreement
 from qconv.metrics.detection import DetectionComparison
 from qconv.metrics.embeddings import Nearest, PictureCosine
 from qconv.metrics.keypoints import mean_distance, pck
-from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
+from qconv.metrics.network_outputs import BatchOutputs, NetworkOutputs, describe_outputs
 from qconv.metrics.output_parts import sum_errors
 from qconv.metrics.pictures import Psnr, RelativeError, Ssim
 from qconv.metrics.segmentation import FloatMiou
 from qconv.metrics.similarity import LARGEST_NOISE, Cosine, Sqnr, compute_sqnr_db
 from qconv.reporter import Reporter
 from qconv.results.quantize import OutputScore, PartScore, Verification
-from qconv.results.scores import TOP1, TOP5, Metric, Score
+from qconv.results.scores import AGREEMENT, BOXES, FLOAT_MIOU, PCK, PICTURE_COSINE, Metric, Score
 from qconv.runtime.outputs import ModelOutput, OutputKind
 from qconv.runtime.session import Session
 
@@ -70,8 +72,24 @@ EVALUATED: MetricsOfKind = {
 }
 """What `evaluate --against` measures."""
 
-LABELLED: Mapping[Metric, int] = {TOP1: 1, TOP5: 5}
-"""What labels measure: how many of the best classes may hold the label."""
+JUDGED_BY: Mapping[OutputKind, Metric] = {
+    OutputKind.CLASS_SCORES: AGREEMENT,
+    OutputKind.CLASS_MAP: FLOAT_MIOU,
+    OutputKind.CLASS_IDS: FLOAT_MIOU,
+    OutputKind.EMBEDDING: PICTURE_COSINE,
+    OutputKind.KEYPOINTS: PCK,
+}
+"""What a task is judged by without labels; boxes by how many of the float model's are found."""
+
+
+def find_task_metric(network: NetworkOutputs) -> Metric | None:
+    """What a network's task is judged by without labels; None where that is SQNR."""
+    if network.head is not None:
+        return BOXES
+    if all(output.kind is OutputKind.INTEGER for output in network.outputs):  # which have no SQNR
+        return AGREEMENT
+    return next((JUDGED_BY[output.kind] for output in network.outputs if output.kind in JUDGED_BY), None)
+
 
 FEWEST_TIMED_RUNS = 5
 
@@ -172,10 +190,14 @@ class ComparisonAccumulator:
 
     def add(self, reference: Sequence[Any], quantized: Sequence[Any]) -> None:
         """Take in the outputs of one batch."""
-        for tally, ref, got in zip(self.tallies, reference, quantized, strict=True):
+        self.add_heard(self.network.hear(reference), self.network.hear(quantized))
+
+    def add_heard(self, reference: BatchOutputs, quantized: BatchOutputs) -> None:
+        """Take in the outputs of one batch, of which others may read detections as well."""
+        for tally, ref, got in zip(self.tallies, reference.arrays, quantized.arrays, strict=True):
             tally.update(ref, got)
         if self.detections is not None:
-            self.detections.update(self.network.by_name(reference), self.network.by_name(quantized))
+            self.detections.update(reference.detections, quantized.detections)
 
     def heads(self, *, spans: bool = False) -> tuple[OutputScore, ...]:
         """How what is read from several outputs together compares. spans: with intervals."""
@@ -194,17 +216,28 @@ class ComparisonAccumulator:
         return (*self.scores(spans=True), *self.heads(spans=True))
 
 
+@dataclass(frozen=True, slots=True)
+class LabelledBatches:
+    """Labels of the pictures in batches. paths: the pictures, in their order."""
+
+    labels: Labels
+    paths: Iterator[Path]
+
+
 def verify(
     reference: Session,
     quantized: Session,
     batches: Iterable[InputBatch],
     as_float: Callable[[InputBatch], InputBatch] = lambda feeds: feeds,
+    labels: LabelledBatches | None = None,
 ) -> Verification:
     """Run both on every batch, one after the other.
 
-    batches: what the quantized model is fed with; as_float: makes of it what the reference is fed with.
+    batches: what the quantized model is fed with; as_float: makes of it what the reference is fed with. labels: of the
+    pictures in them.
     """
     comparison: ComparisonAccumulator | None = None
+    pair = None if labels is None else LabelledPair.of(labels.labels)
     seconds: list[tuple[float, float]] = []
     images = 0
     for feeds in batches:
@@ -214,9 +247,13 @@ def verify(
         middle = time.perf_counter()
         got = quantized.run(reference.outputs, feeds)
         seconds.append((middle - start, time.perf_counter() - middle))
-        images += count_images(feeds)
+        size = count_images(feeds)
+        images += size
         comparison = comparison or ComparisonAccumulator.of(describe_outputs(reference, floats, expected))
-        comparison.add(expected, got)
+        both = comparison.network.hear(expected), comparison.network.hear(got)
+        comparison.add_heard(*both)
+        if pair is not None and labels is not None:
+            pair.add(tuple(itertools.islice(labels.paths, size)), size, *both)
     comparison = comparison or ComparisonAccumulator.of(NetworkOutputs(reference.model_outputs))
     slowdown = spread = None
     if len(seconds) >= FEWEST_TIMED_RUNS:
@@ -225,7 +262,8 @@ def verify(
         low, high = np.percentile(fast / slow, SLOWDOWN_PERCENTILES)
         spread = float(low), float(high)
     scores, heads = comparison.scores(spans=True), comparison.heads(spans=True)
-    return Verification(images, scores, slowdown, spread, heads=heads)
+    labelled = None if pair is None else pair.scores()
+    return Verification(images, scores, slowdown, spread, heads=heads, labelled=labelled)
 
 
 MOST_REPEATED_BATCHES = 8
@@ -256,25 +294,46 @@ def describe_differing_runs(
     )
 
 
-OutputArrays = list[NDArray[Any]]
-
-
 @dataclass(frozen=True, slots=True)
 class ReferenceOutputs:
-    """Batches with the float model's outputs, to score any number of models on. pictures: how many they hold."""
+    """Batches with the float model's outputs, to score any number of models on.
+
+    Attributes:
+        network: What the outputs are.
+        batches: Inputs and outputs, of which detections are read once for all models.
+        pictures: How many they hold.
+        paths: The pictures in each batch.
+        labels: Of the pictures; None where there are none.
+    """
 
     network: NetworkOutputs
-    batches: list[tuple[Batch, OutputArrays]]
+    batches: list[tuple[Batch, BatchOutputs]]
     pictures: int
+    paths: list[tuple[Path, ...]] = field(default_factory=list)
+    labels: Labels | None = None
+    _measured: list[Measure] = field(default_factory=list)
 
-    def score(self, quantized: Session, hear: Callable[[OutputArrays], None] = lambda outputs: None) -> Verification:
-        """`quantized` against the float model. hear: gets what it says of each batch."""
+    def score(self, quantized: Session) -> Verification:
+        """`quantized` against the float model."""
         comparison, names = ComparisonAccumulator.of(self.network), self.network.names
-        for feeds, expected in self.batches:
-            got = quantized.run(names, feeds)
-            comparison.add(expected, got)
-            hear(got)
-        return Verification(self.pictures, comparison.scores(), heads=comparison.heads())
+        pair = None if self.labels is None else LabelledPair.of(self.labels, self.float_measure)
+        for place, (feeds, expected) in enumerate(self.batches):
+            got = self.network.hear(quantized.run(names, feeds))
+            comparison.add_heard(expected, got)
+            if pair is not None:
+                add_batch(pair.own, self.paths[place], count_images(feeds), got)
+        labelled = None if pair is None else pair.scores()
+        return Verification(self.pictures, comparison.scores(), heads=comparison.heads(), labelled=labelled)
+
+    @property
+    def float_measure(self) -> Measure | None:
+        """How right the float model is by labels; None where there are none."""
+        if self.labels is not None and not self._measured:
+            measure = self.labels.start()
+            for paths, (feeds, expected) in zip(self.paths, self.batches, strict=True):
+                add_batch(measure, paths, count_images(feeds), expected)
+            self._measured.append(measure)
+        return self._measured[0] if self._measured else None
 
     @property
     def outputs(self) -> tuple[ModelOutput, ...]:
@@ -290,17 +349,21 @@ def collect_reference_outputs(
     most_bytes: int,
     reporter: Reporter,
     batches: Collection[int] | None = None,
+    labels: Labels | None = None,
 ) -> ReferenceOutputs:
     """Run the float model on the pictures of `feed`, as many as there is room for with their outputs.
 
-    batches: those that count; None for all.
+    batches: those that count; None for all. labels: of the pictures.
     """
-    kept: list[tuple[Batch, OutputArrays]] = []
-    size, total = 0, len(feed.listing.paths)
+    kept: list[tuple[Batch, list[Any]]] = []
+    paths: list[tuple[Path, ...]] = []
+    size, total, left = 0, len(feed.listing.paths), feed.iter_paths()
     for index, feeds in enumerate(feed.iter_batches(stage)):
+        own = tuple(itertools.islice(left, count_images(feeds)))
         if batches is not None and index not in batches:
             continue
         kept.append((feeds, session.run_all(feed.as_float(feeds))))
+        paths.append(own)
         size += sum(a.nbytes for a in (*feeds.values(), *kept[-1][1]) if isinstance(a, np.ndarray))
         if size >= most_bytes:
             break
@@ -313,4 +376,5 @@ def collect_reference_outputs(
     network = NetworkOutputs(session.model_outputs)
     if kept:
         network = describe_outputs(session, *kept[0])
-    return ReferenceOutputs(network, kept, pictures)
+    heard = [(feeds, network.hear(arrays)) for feeds, arrays in kept]
+    return ReferenceOutputs(network, heard, pictures, paths, labels)

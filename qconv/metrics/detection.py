@@ -12,15 +12,14 @@ are looked at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qconv.data.box_labels import BoxLabels
-from qconv.decoding.boxes import LEAST_SCORE, MOST_BOXES, Detections, pairwise_iou
+from qconv.decoding.boxes import MOST_BOXES, Detections, pairwise_iou
 from qconv.decoding.head import Head
 from qconv.errors import QconvError
 from qconv.metrics.average_precision import MOST_OF_A_CLASS, AveragePrecision, require_detect_extra
@@ -77,10 +76,9 @@ class DetectionComparison:
     rows: list[tuple[int, int]] = field(default_factory=list)
     precision: AveragePrecision | None = field(default_factory=_start_precision)
 
-    def update(self, reference: Mapping[str, NDArray[Any]], got: Mapping[str, NDArray[Any]]) -> None:
-        """Take in the outputs of a batch, by name."""
-        sides = (self.head.read(reference, LEAST_SCORE), self.head.read(got, LEAST_SCORE))
-        for own, other in zip(*sides, strict=True):
+    def update(self, reference: Sequence[Detections], got: Sequence[Detections]) -> None:
+        """Take in what was read of a batch, from LEAST_SCORE on."""
+        for own, other in zip(reference, got, strict=True):
             shown = own.above(self.head.usual_score)
             if self.precision is not None:
                 self.precision.add(other.select(slice(0, MOST_BOXES)), as_labels(shown.select(slice(0, MOST_BOXES))))

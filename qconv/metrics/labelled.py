@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qconv.config.choices import SAMPLE_SUFFIXES
 from qconv.config.data_options import DataOptions, Preprocessing
@@ -28,26 +27,27 @@ from qconv.data.label_files import LabelForm, LabelledPictures, LabelRequest, Mo
 from qconv.data.mask_labels import NO_CLASS, MaskLabels, read_mask_labels, tell_of_unmapped
 from qconv.data.voc_labels import read_voc_labels
 from qconv.data.yolo_labels import read_yolo_labels
-from qconv.decoding.boxes import LEAST_SCORE, MOST_BOXES, Detections
+from qconv.decoding.boxes import MOST_BOXES, Detections
 from qconv.decoding.head import Head, read_class_names
 from qconv.errors import QconvError, format_count
 from qconv.metrics.average_precision import AveragePrecision, require_detect_extra
-from qconv.metrics.network_outputs import NO_DECODER_HINT, NetworkOutputs
+from qconv.metrics.network_outputs import NO_DECODER_HINT, BatchOutputs, NetworkOutputs
 from qconv.metrics.segmentation import LabelledMiou
 from qconv.results.scores import Score
 from qconv.runtime.outputs import MAP_KINDS, ModelOutput
 
 Warn = Callable[[str], None]
 
-OutputArrays = Mapping[str, NDArray[Any]]
-"""What a model says of one picture, by the names of outputs; axis 0 is a batch of one."""
-
 
 class LabelMeasure(Protocol):
     """Adds up how right one model is, picture by picture."""
 
-    def add(self, path: Path, outputs: OutputArrays) -> None:
-        """Take in what the model says of a picture; one without labels counts nothing."""
+    @property
+    def pictures(self) -> int:
+        """How many were taken in that have labels."""
+
+    def add(self, path: Path, outputs: BatchOutputs) -> None:
+        """Take in what the model says of a picture, a batch of one; a picture without labels counts nothing."""
 
     def scores(self) -> tuple[Score, ...]:
         """What was measured, with intervals at 95 %."""
@@ -56,9 +56,8 @@ class LabelMeasure(Protocol):
         """By how much it is above another model's measure of the same pictures, with paired intervals."""
 
 
-def read_detections(head: Head, outputs: OutputArrays, size: Size, prep: Preprocessing) -> Detections:
+def place_detections(found: Detections, size: Size, prep: Preprocessing) -> Detections:
     """What a detector finds in one picture, in pixels of that. size: width and height of the picture."""
-    found = head.read(outputs, LEAST_SCORE)[0]
     found = found.select(np.arange(min(len(found), MOST_BOXES)))
     placed = place_picture(size, prep)
     moved = found.moved(placed.scale, placed.offset)
@@ -69,16 +68,20 @@ def read_detections(head: Head, outputs: OutputArrays, size: Size, prep: Preproc
 class BoxMeasure:
     """Adds up what a detector finds in labelled pictures. labels: of boxes. sizes: of pictures. prep: of the model."""
 
-    head: Head
     labels: BoxLabelSet
     sizes: Mapping[Path, Size]
     prep: Preprocessing
     precision: AveragePrecision = field(default_factory=AveragePrecision)
 
-    def add(self, path: Path, outputs: OutputArrays) -> None:
+    @property
+    def pictures(self) -> int:
+        """How many were taken in that have labels."""
+        return len(self.precision.labels)
+
+    def add(self, path: Path, outputs: BatchOutputs) -> None:
         """Take in a picture."""
         if path in self.labels.pictures:
-            found = read_detections(self.head, outputs, self.sizes[path], self.prep)
+            found = place_detections(outputs.detections[0], self.sizes[path], self.prep)
             self.precision.add(found, self.labels.pictures[path])
 
     def scores(self) -> tuple[Score, ...]:
@@ -100,10 +103,15 @@ class MaskMeasure:
     prep: Preprocessing
     totals: LabelledMiou = field(default_factory=LabelledMiou)
 
-    def add(self, path: Path, outputs: OutputArrays) -> None:
+    @property
+    def pictures(self) -> int:
+        """How many were taken in that have labels."""
+        return len(self.totals.rows)
+
+    def add(self, path: Path, outputs: BatchOutputs) -> None:
         """Take in a picture."""
         if path in self.labels.files and path in self.sizes:
-            (said,) = self.output.labels(outputs[self.output.name])
+            (said,) = self.output.labels(outputs.by_name[self.output.name])
             height, width = said.shape
             expected = self.labels.on_grid(path, self.sizes[path], self.prep, (height, width))
             self.totals.add(expected, said, self.labels.classes or 0, NO_CLASS)
@@ -119,10 +127,14 @@ class MaskMeasure:
 
 @dataclass(frozen=True, slots=True)
 class FittedLabels:
-    """Labels as they suit a network. words: where they come from. boxes: those of boxes, where they are such."""
+    """Labels as they suit a network.
+
+    words: where they come from. labelled: pictures that have some. boxes: those of boxes, where they are such.
+    """
 
     words: str
     start: Callable[[Preprocessing], BoxMeasure | MaskMeasure]
+    labelled: Collection[Path]
     boxes: BoxLabelSet | None = None
     finish: Callable[[Warn], None] = lambda warn: None
     """Says what has turned out while pictures were measured."""
@@ -162,7 +174,7 @@ class OpenedLabels:
             head = self._require_head(network)
             boxes = settle_classes(self.written, self.request, _find_classes(network, head), warn)
             self._tell_of_unlabelled(boxes.pictures, warn)
-            return FittedLabels(words, lambda prep: BoxMeasure(head, boxes, self.sizes, prep), boxes)
+            return FittedLabels(words, lambda prep: BoxMeasure(boxes, self.sizes, prep), boxes.pictures.keys(), boxes)
         output = next((output for output in network.outputs if output.kind in MAP_KINDS), None)
         if output is None:
             raise self._make_misfit_error("masks", "no output is a map of classes", network, "--task segment")
@@ -172,6 +184,7 @@ class OpenedLabels:
         return FittedLabels(
             words,
             lambda prep: MaskMeasure(output, masks, self.sizes, prep),
+            masks.files.keys() & self.sizes.keys(),
             finish=lambda tell: tell_of_unmapped(masks, tell),
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qconv.decoding.boxes import LEAST_SCORE, Detections
 from qconv.decoding.custom import make_head
 from qconv.decoding.head import Head, NetworkFacts
 from qconv.decoding.registry import find_head
@@ -44,6 +45,40 @@ class NetworkOutputs:
     def by_name(self, arrays: Sequence[Any]) -> dict[str, Any]:
         """What a run has given, by the names of outputs."""
         return dict(zip(self.names, arrays, strict=True))
+
+    def hear(self, arrays: Sequence[Any]) -> BatchOutputs:
+        """What a run on a batch has given, in the order of the outputs."""
+        return BatchOutputs(self, arrays)
+
+
+@dataclass(slots=True)
+class BatchOutputs:
+    """What a model says of a batch, of which detections are read once, whoever asks for them.
+
+    network: what the outputs are. arrays: in their order.
+    """
+
+    network: NetworkOutputs
+    arrays: Sequence[Any]
+    _found: Sequence[Detections] | None = None
+
+    @property
+    def by_name(self) -> dict[str, Any]:
+        """The arrays by the names of outputs."""
+        return self.network.by_name(self.arrays)
+
+    @property
+    def detections(self) -> Sequence[Detections]:
+        """What is detected in each picture, from LEAST_SCORE on; nothing where no output holds detections."""
+        if self._found is None:
+            head = self.network.head
+            self._found = () if head is None else head.read(self.by_name, LEAST_SCORE)
+        return self._found
+
+    def of_picture(self, index: int) -> BatchOutputs:
+        """The same of one picture of the batch, as a batch of one."""
+        arrays = [array[index : index + 1] for array in self.arrays]
+        return BatchOutputs(self.network, arrays, self.detections[index : index + 1])
 
 
 def describe_outputs(

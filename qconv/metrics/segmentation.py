@@ -4,8 +4,14 @@
     mIoU    = mean of IoU over the classes that the expected map says
 
 Everhart et al. 2015, The Pascal Visual Object Classes Challenge, section 4.2. Counts add up, over pictures and over
-runs. Beside the float model's own map a class counts from a thousandth of one picture's places on: a single place that
-the float model takes for a cat would weigh as much as all of the background.
+runs. By labels all these classes weigh alike. Beside the float model's own map a class weighs by the square root of the
+places n(c) that it has there:
+
+    mIoU    = sum over c of sqrt(n(c)) IoU(c) / sum over c of sqrt(n(c))
+
+A dozen pictures hold a handful of places of many classes, whose IoU is chance: with equal weights a place that the
+float model takes for a cat would count as much as all of the background. With weights n(c), as those of the
+frequency-weighted IoU of Long et al. 2015 (arXiv 1411.4038), a small class could be lost unseen.
 """
 
 from __future__ import annotations
@@ -24,8 +30,8 @@ from qconv.runtime.outputs import ModelOutput
 
 Int64 = NDArray[np.int64]
 
-LEAST_OF_A_PICTURE = 1 / 1000
-"""Share of one picture's places from which on a class of the float model counts."""
+FLOAT_POWER = 0.5
+"""Power of the places of a class in the float model's map, which is its weight."""
 
 MOST_CLASSES = 4096
 """Numbers from which on integers are taken for no classes."""
@@ -64,27 +70,27 @@ class ConfusionMatrix:
         return np.stack([np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)])
 
 
-def mean_iou(totals: NDArray[np.float64], least: float = 1.0) -> NDArray[np.float64]:
-    """mIoU of totals (R, 3, C) as `ConfusionMatrix.totals` gives them, (R,); NaN where no class counts.
+def mean_iou(totals: NDArray[np.float64], power: float = 0.0) -> NDArray[np.float64]:
+    """mIoU of totals (R, 3, C) as `ConfusionMatrix.totals` gives them, (R,); NaN where no class is expected.
 
-    least: places from which on an expected class counts.
+    power: of a class's expected places, which is its weight; 0 for equal weights.
     """
     both, expected, said = totals[:, 0], totals[:, 1], totals[:, 2]
-    counts = expected >= least
+    counts = expected > 0
     iou = np.divide(both, expected + said - both, out=np.zeros_like(both), where=counts)
+    weights = np.where(counts, expected**power, 0)
     with np.errstate(invalid="ignore"):
-        found: NDArray[np.float64] = iou.sum(axis=1) / counts.sum(axis=1)
+        found: NDArray[np.float64] = (weights * iou).sum(axis=1) / weights.sum(axis=1)
     return found
 
 
 @dataclass(slots=True)
 class FloatMiou:
-    """mIoU with the float model's own map. least: places of a class that counts. rows: totals of each batch, (3, C)."""
+    """mIoU with the float model's own map, classes weighed by their places. rows: totals of each batch, (3, C)."""
 
     output: ModelOutput
     classes: int = 0
     countable: bool = True
-    least: float = 1.0
     rows: list[NDArray[np.float64]] = field(default_factory=list)
 
     def update(self, reference: NDArray[Any], got: NDArray[Any]) -> None:
@@ -96,7 +102,6 @@ class FloatMiou:
         if not self.countable:
             return
         self.classes = max(self.classes, highest + 1, self.output.classes)
-        self.least = max(1.0, LEAST_OF_A_PICTURE * expected[0].size)
         matrix = ConfusionMatrix()
         matrix.add(expected, said, self.classes)
         self.rows.append(matrix.totals)
@@ -106,9 +111,9 @@ class FloatMiou:
         if not self.countable or not self.rows:
             return None
         rows = np.stack([np.pad(row, ((0, 0), (0, self.classes - row.shape[1]))) for row in self.rows])
-        value = float(mean_iou(rows.sum(axis=0, keepdims=True), self.least)[0])
-        flat, least = rows.reshape(len(rows), -1), self.least
-        span = bootstrap_interval(flat, lambda sums: mean_iou(sums.reshape(len(sums), 3, -1), least)) if spans else None
+        measure = partial(mean_iou, power=FLOAT_POWER)
+        value, flat = float(measure(rows.sum(axis=0, keepdims=True))[0]), rows.reshape(len(rows), -1)
+        span = bootstrap_interval(flat, partial(_measure_flat, measure=measure)) if spans else None
         return None if np.isnan(value) else Score(FLOAT_MIOU, value, span)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from qconv import storage
 from qconv.calibration.sketch import Sketch
-from qconv.config.choices import PACKED_BITS
+from qconv.config.choices import PACKED_BITS, option_name
 from qconv.config.recipe import Recipe
 from qconv.errors import QconvError, Skipped, format_some
 from qconv.ir.data_shapes import find_data_dependent
@@ -135,6 +135,15 @@ def _is_constant(sketch: Sketch) -> bool:
     )
 
 
+def places_of(recipe: Recipe, place: Path | None) -> dict[str, Path]:
+    """All places that a run writes, by what they are for."""
+    written = {} if place is None else {"the output": place}
+    for option in ("save_stats", "save_layer_bits"):
+        if getattr(recipe, option) is not None:
+            written[option_name(option)] = Path(getattr(recipe, option))
+    return written
+
+
 def check_places(source: Source, data: set[Path], written: Mapping[str, Path], read: Sequence[str]) -> None:
     """Refuse to write two files at one place, or over anything that is read.
 
@@ -158,6 +167,9 @@ def check_output(source: Source, out: Path, data: set[Path]) -> None:
             raise QconvError(f"The output {out} is {what}.", "choose another output with -o.")
 
 
+POOR_LOSS = 0.05
+"""What may be lost by labels without a warning."""
+
 SLOWER_FACTOR = 1.05
 """Times of the float model from which on a result is called slower: less is noise."""
 
@@ -173,7 +185,14 @@ def warn_of_result(checked: Verification, sizes: tuple[int, int], reporter: Repo
     # a few pictures between two classes move an agreement, which says little beside other measures
     decisive = [score for score in checked.scores if score.metric != AGREEMENT] or list(checked.scores)
     why = "`qconv diagnose` with the same options tells why"
-    if any(score.is_useless for score in checked.scores):
+    labelled = checked.labelled
+    if labelled is not None and labelled.pair is not None and labelled.lost is not None:
+        before, after = labelled.pair
+        if after < before / 2:
+            reporter.warn(f"little is left of the float model: {labelled.in_words}; {why}.")
+        elif labelled.lost > POOR_LOSS:
+            reporter.warn(f"the result is far from the float model: {labelled.in_words}; {why}.")
+    elif any(score.is_useless for score in checked.scores):
         reporter.warn(f"little is left of the float model: {checked.in_words}; {why}.")
     elif any(score.is_poor for score in decisive):
         reporter.warn(f"the result is far from the float model: {checked.in_words}; {why}.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,9 @@ from qconv.errors import QconvError, require_torch
 from qconv.ir.files import Source, total_weight_bytes
 from qconv.ir.model import Model
 from qconv.ir.original import open_original
+from qconv.metrics.by_labels import DataLabels, Labels
+from qconv.metrics.comparison import LabelledBatches
+from qconv.metrics.labelled import Warn
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
 from qconv.planning.plan import Plan
 from qconv.reporter import Reporter
@@ -87,7 +92,7 @@ class CalibrationData:
     the pixels that the model takes instead, None where it takes what the float network does. cache: what runs before
     this one have found out. data_free_statistics: what there is in place of pictures, None where they or statistics are
     given. held: pictures that nothing is fitted to, on which the result is checked; None where there are few. network:
-    what the outputs of the user's model are, once that was asked for.
+    what the outputs of the user's model are, once that was asked for. labels: of the pictures; None without any.
     """
 
     data: DataOptions
@@ -101,6 +106,7 @@ class CalibrationData:
     data_free_statistics: DataFreeStatistics | None = None
     held: DataLoader | None = None
     network: NetworkOutputs | None = None
+    labels: Labels | None = None
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -161,6 +167,24 @@ class CalibrationData:
                 self.network.head.read(self.network.by_name(found), LEAST_SCORE)
         return self.network
 
+    def iter_float_outputs(self, source: Source, threads: int | None) -> Iterator[list[Any]]:
+        """Yield what the user's own model says of what the result can be run on, batch by batch."""
+        session, loader = open_original(source, threads, self.data.tasks), self.runnable_loader
+        if loader is not None:
+            with contextlib.closing(loader.iter_batches("load")) as batches:
+                for batch in batches:
+                    yield session.run_all(loader.as_float(batch))
+
+    def fit_labels(self, opened: DataLabels, network: NetworkOutputs, metadata: Mapping[str, str], warn: Warn) -> None:
+        """Take over labels as they suit the network. Raises QconvError where they do not."""
+        self.labels = opened.fit(network, metadata, self.preprocessing, warn)
+        if self.runnable_loader is not None:
+            self.labels.require_some(self.runnable_loader.listing.paths)
+
+    def labelled_batches(self, loader: DataLoader) -> LabelledBatches | None:
+        """The labels of what a pass of this loader yields; None without any."""
+        return None if self.labels is None else LabelledBatches(self.labels, loader.iter_paths())
+
     def take_pixels(self, layout: Layout) -> Preprocessing:
         """Speak of uint8 pixels from now on. Returns how the float network is fed; raises QconvError for samples."""
         for loader in self._loaders:
@@ -180,6 +204,11 @@ class CalibrationData:
         if self.data_free_statistics is not None:
             return self.data_free_statistics.imagined
         return self.feed if self.held is None else self.held
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All pictures that are looked at, those held back among them."""
+        return tuple(path for loader in (self.feed, self.held) if loader is not None for path in loader.listing.paths)
 
     @property
     def _loaders(self) -> list[DataLoader]:

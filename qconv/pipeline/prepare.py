@@ -23,13 +23,21 @@ from qconv.ir.files import (
     external_data_files,
     file_bytes,
     hash_model,
+    metadata_of,
     read_proto,
     refuse_quantized,
 )
 from qconv.ir.metadata import needed_opset
 from qconv.ir.model import Model
 from qconv.ir.output_shapes import doubtful_outputs, settle_shapes
-from qconv.metrics.demands import demands_outputs, require_measures
+from qconv.metrics.by_labels import open_data_labels
+from qconv.metrics.demands import (
+    demands_outputs,
+    needs_labels,
+    require_boxes,
+    require_class_folders,
+    require_measures,
+)
 from qconv.passes import fold
 from qconv.passes.embed_preprocessing import embed_preprocessing
 from qconv.pipeline.checks import check_places, require_layers, warn_of_unmatched_options
@@ -129,12 +137,19 @@ def load_float(
         size, digest = file_bytes(proto, source), hash_model(source, files)
         pictures = open_calibration_data(source, digest, recipe, data, reporter, hold_back=hold_back)
         pictures.cache = cache
+        opened = open_data_labels(data, pictures.paths, reporter.warn) if needs_labels(recipe, data) else None
         model, changes = load.load(proto, source, opset=needed_opset(recipe, declared_opset(proto)))
     with clock.step("detect"):
         pictures.settle(model, recipe.threads)
         changes += _settle_output_shapes(model, pictures, source, recipe)
-        if data.tasks.said or demands_outputs(recipe):  # what is not there is better said before the work
-            require_measures(recipe, pictures.describe_network(source, recipe.threads))
+        if data.tasks.said or opened is not None or demands_outputs(recipe):
+            network = pictures.describe_network(source, recipe.threads)
+            require_measures(recipe, network)  # what is not there is better said before the work
+            require_class_folders(recipe, data, pictures.paths, network)
+            if opened is not None:
+                pictures.fit_labels(opened, network, metadata_of(proto), reporter.warn)
+            said = pictures.iter_float_outputs(source, recipe.threads)
+            require_boxes(recipe, network, said, labelled=opened is not None and opened.tell_boxes)
         check_early(model, source)
     return LoadedFloat(model, pictures, size, digest, list(changes))
 

@@ -13,7 +13,6 @@ from qconv import storage
 from qconv.auditing.audit import PlannedReasons, audit, profile_nodes
 from qconv.calibration.range_estimators import Range
 from qconv.calibration.sketch import Sketch
-from qconv.config.choices import option_name
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import format_layer_bits
@@ -35,6 +34,7 @@ from qconv.passes.requantize import describe_requantization, requantize_for_laye
 from qconv.pipeline.checks import (
     find_odd_tensors,
     find_tensors_of_pictures,
+    places_of,
     warn_of_result,
     warn_of_uncorrected_biases,
     warn_of_vain_keep_float,
@@ -156,7 +156,7 @@ class _QuantizationRun:
         if recipe.rounding == "reconstruct":
             require_torch("--rounding reconstruct")
         require_extras(recipe)
-        clock, written = Stopwatch(), _places_of(recipe, place)
+        clock, written = Stopwatch(), places_of(recipe, place)
         found = prepare(source, recipe, data, reporter, cache=cache, written=written, clock=clock, hold_back=True)
         with clock.step("plan"):
             if recipe.rounding == "reconstruct":
@@ -256,7 +256,13 @@ class _QuantizationRun:
             with self.clock.step("search"):
                 original = open_original(self.source, self.recipe.threads, self.pictures.data.tasks)
                 context = SearchContext(
-                    folded, self.recipe, self.pictures.data, self.pictures.feed, original, self._network.parts
+                    folded,
+                    self.recipe,
+                    self.pictures.data,
+                    self.pictures.feed,
+                    original,
+                    self._network.parts,
+                    self.pictures.labels,
                 )
                 searched = search_bits(context, self.reporter)
                 self.recipe, mixed, solution = searched.recipe, searched.report, searched.solution
@@ -314,6 +320,8 @@ class _QuantizationRun:
             original = open_original(self.source, self.recipe.threads, pictures.data.tasks)
             self.outputs = tuple(output.fact for output in self._network.outputs)
             checked = _verify_staged(staged, original, self.recipe, pictures, self.target)
+            if pictures.labels is not None:
+                pictures.labels.finish(self.reporter.warn)
             self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)
         warn_of_vain_pack(plan, self.recipe, self.reporter)
@@ -376,15 +384,6 @@ class _QuantizationRun:
         )
 
 
-def _places_of(recipe: Recipe, place: Path | None) -> dict[str, Path]:
-    """All places that a run writes, by what they are for."""
-    written = {} if place is None else {"the output": place}
-    for option in ("save_stats", "save_layer_bits"):
-        if getattr(recipe, option) is not None:
-            written[option_name(option)] = Path(getattr(recipe, option))
-    return written
-
-
 def _audit_staged(staged: files.StagedModel, model: Model, known: PlannedReasons, feed: DataLoader | None) -> Audit:
     """What the runtime makes of the written file, and what that costs on one picture, with one thread."""
     with storage.scratch_folder(2 * staged.size) as folder:
@@ -412,8 +411,9 @@ def _verify_staged(
     if feed is None:
         return Verification(0, ())
     quantized = Session(str(staged.path), name="the quantized model", threads=recipe.threads, optimize=target.on_ort)
-    batches = feed.iter_batches("verify") if recipe.is_gated else feed.iter_cached("verify")
-    found = verify(original, quantized, batches, feed.as_float)
+    whole = recipe.is_gated or pictures.labels is not None
+    batches = feed.iter_batches("verify") if whole else feed.iter_cached("verify")
+    found = verify(original, quantized, batches, feed.as_float, pictures.labelled_batches(feed))
     if pictures.data_free_statistics is not None:
         odd = (OutputScore(o.name, (), o.remark, o.kind) for o in found.outputs if o.remark)
         found = Verification(0, tuple(odd), found.slowdown, found.slowdown_range)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 import rich.console
@@ -13,10 +14,10 @@ from rich.table import Table
 
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding, Skipped, format_bytes, format_count, printable
-from qconv.report.text import format_columns, wrap_text
+from qconv.report.text import describe_difference, format_columns, wrap_text
 from qconv.results.quantize import FloatNode, MixedPrecision, OutputScore, Report
 from qconv.results.sample_curve import SampleCurve, Spread, format_value
-from qconv.results.scores import DECIBEL, Metric, Score, by_rank
+from qconv.results.scores import DECIBEL, FLOAT_MAP, LabelledScores, Metric, Score, by_rank
 
 MOST_LINES = 8
 TITLE_WIDTH = 12
@@ -112,6 +113,8 @@ def _summary_lines(report: Report) -> list[tuple[str, str]]:
         ("size", size),
         ("accuracy", _format_accuracy(report)),
     ]
+    if report.verify.labelled is not None:
+        lines += [("", escape(text)) for text in _describe_labels(report.verify.labelled)]
     several = len(report.verify.outputs) > 1
     lines += [("", _format_score(o)) for o in report.verify.outputs if several or o.parts]
     if report.verify.speed_in_words:
@@ -129,6 +132,14 @@ def _summary_lines(report: Report) -> list[tuple[str, str]]:
     memory = "" if report.peak_rss_mb is None else f", peak memory {report.peak_rss_mb:.0f} MB"
     lines.append(("took", f"{report.time['total']:.1f} s{memory}"))
     return lines
+
+
+def _describe_labels(found: LabelledScores) -> Iterator[str]:
+    """Whether a difference by labels is chance, and where these come from."""
+    for score in found.differences[:1]:
+        if score.value is not None:
+            on = format_count(found.pictures, "picture")
+            yield f"{describe_difference(score)}; {on} with labels by {found.words}"
 
 
 def _mixed_precision_lines(found: MixedPrecision | None) -> list[tuple[str, str]]:
@@ -173,7 +184,10 @@ def _format_accuracy(report: Report) -> str:
         return "not measured: no picture was looked at (`qconv evaluate` measures on some)"
     if not checked.images:
         return "not measured: --stats came without pictures (pass --calib as well)"
-    parts = [score.in_words(score.metric.sentence) for score in by_rank(checked.scores) if score.value is not None]
+    parts = [] if checked.labelled is None else [checked.labelled.in_words]
+    left_out = () if checked.labelled is None else (FLOAT_MAP,)  # two kinds of mAP in a line are confusing
+    told = [score for score in by_rank(checked.scores) if score.value is not None and score.metric not in left_out]
+    parts += [score.in_words(score.metric.sentence) for score in told]
     if not any(score.unit == DECIBEL and score.value is not None for score in checked.scores):
         if checked.equal:
             parts.append("outputs equal")

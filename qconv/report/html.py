@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 from qconv.errors import QconvError, format_bytes, format_count
 from qconv.report.text import format_trial_gain, format_trial_value
-from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, Trial, ValueStatistics
+from qconv.results.comparison import Comparison, Diagnosis, LayerComparison, Sweep, ValueStatistics
 from qconv.results.quantize import Audit, FloatNode, group_float_nodes
 from qconv.results.sample_curve import SampleCurve, Spread, format_value
-from qconv.results.scores import SHARE, Metric, find_score, shown_metrics
+from qconv.results.scores import SHARE, Metric, find_score
 from qconv.results.training import SynthesisResult
+from qconv.results.trials import Trial, list_trial_metrics
 
 Tone = Literal["good", "bad", "plain"]
 
@@ -347,11 +348,6 @@ def shorten_middle(text: str, most: int = 46) -> str:
 def format_decibel(value: float | None, empty: str = "equal") -> str:
     """Format dB with one digit; a word where nothing differs."""
     return empty if value is None else f"{value:.1f}"
-
-
-def list_trial_metrics(trials: Sequence[Trial]) -> tuple[Metric, ...]:
-    """All that was measured of them."""
-    return shown_metrics(trial.scores for trial in trials)
 
 
 def format_trial_span(trial: Trial, metric: Metric) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import qconv
 from qconv.analysis.compare import ComparisonRun, compare_on_images
+from qconv.analysis.remedies import ENOUGH, POOR
 from qconv.auditing.audit import FileAudit, audit_file
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
@@ -18,15 +19,16 @@ from qconv.config.targets import TARGETS
 from qconv.data.images import encode_thumbnail
 from qconv.errors import Change, Finding, QconvError, Skipped, format_bytes, format_count, format_shape
 from qconv.ir.files import Source, file_bytes, read_proto
-from qconv.metrics.similarity import share_interval
 from qconv.report.contact_sheet import make_contact_sheet
 from qconv.report.html import Page, PagePicture, Tile, Tone
 from qconv.report.picture_comparison import compare_pictures
+from qconv.report.text import describe_difference
 from qconv.reporter import Reporter
-from qconv.results.comparison import Comparison, Diagnosis, Sweep, Trial
+from qconv.results.comparison import Comparison, Diagnosis, Sweep
 from qconv.results.quantize import Audit, OutputScore, Report, Verification
-from qconv.results.scores import DECIBEL, SHARE, Score, worst_scores
+from qconv.results.scores import DECIBEL, SHARE, SQNR, LabelledScores, Score, find_score, worst_scores
 from qconv.results.training import GOOD_MATCH, SynthesisResult
+from qconv.results.trials import Trial
 
 if TYPE_CHECKING:  # it needs PyTorch
     from qconv.training.synthesize import SynthesizedImages
@@ -42,7 +44,10 @@ HALF_OF_ERROR = 0.5
 
 @dataclass(frozen=True, slots=True)
 class AccuracyScores:
-    """How near two models are. images: how many it was measured on; kind: what images these are."""
+    """How near two models are. images: how many it was measured on; kind: what images these are.
+
+    outputs: each, and what is read from several together.
+    """
 
     images: int
     outputs: tuple[OutputScore, ...]
@@ -50,7 +55,7 @@ class AccuracyScores:
 
     @property
     def share(self) -> Score | None:
-        """The worst output's first share, such as the agreement; None where no output has one."""
+        """The worst output's first share, such as agreement or boxes that are found; None where no output has one."""
         return self._first(SHARE)
 
     @property
@@ -96,9 +101,10 @@ def make_quantize_page(
             looked = compare_on_images(source, quantized, few, reporter.without_warnings(), recipe.threads)
         except QconvError as error:
             without = f"The layers could not be compared: {error.message}"
-    scores = AccuracyScores(report.verify.images, report.verify.outputs, report.verify.kind_of_images)
+    scores = AccuracyScores(report.verify.images, report.verify.compared, report.verify.kind_of_images)
     page = _make_page(source.name, looked, scores, _audit_for_target(report.audit, report.recipe), report.warnings)
-    tiles = (make_size_tile(report.float_bytes, report.quantized_bytes), make_accuracy_tile(scores))
+    labelled = () if report.verify.labelled is None else make_labels_tiles(report.verify.labelled)
+    tiles = (make_size_tile(report.float_bytes, report.quantized_bytes), *labelled, make_accuracy_tile(scores))
     fell = [gate for gate in report.gates if not gate.held]
     missed = [f"The gate --{gate.name} {gate.want:g} fell short." for gate in fell]
     return replace(
@@ -146,18 +152,18 @@ def make_diagnosis_page(found: Diagnosis, looked: ComparisonRun | None, command:
     """
     scores = AccuracyScores(found.pictures, () if looked is None else looked.compared.outputs)
     first = found.trials[0]
-    mended = found.best.accuracy_db > first.accuracy_db
+    mended = found.best.rank > first.rank
     named = f"with {found.best.name}" if found.best != first else "no remedy is better"
     page = _make_page(found.model, looked, scores, None, found.warnings)
     return replace(
         page,
         subtitle=f"diagnosed on {format_count(found.pictures, 'picture')}",
         tiles=(
-            Tile("as it was asked for", _format_trial(first), _format_agreement(first)),
+            Tile("as it was asked for", _format_trial(first), _format_noise(first)),
             Tile(
                 "at best",
                 _format_trial(found.best),
-                f"{named}{_format_agreement(found.best, '; ')}",
+                f"{named}{_format_noise(found.best, '; ')}",
                 "good" if mended else "plain",
             ),
             Tile("causes", str(len(found.causes)), "by evidence in the numbers"),
@@ -174,7 +180,7 @@ def make_sweep_page(found: Sweep, command: str, warnings: Sequence[str]) -> Page
     good = [trial for trial, best in zip(found.trials, found.best, strict=True) if best]
     page = _make_page(found.model, None, AccuracyScores(found.pictures, ()), None, warnings)
     kept = f"{len(good)} of {format_count(len(found.trials), 'recipe')} are beaten by no other"
-    near = max(good, key=lambda trial: trial.accuracy_db, default=None)
+    near = max(good, key=lambda trial: trial.rank, default=None)
     least = min(good, key=lambda trial: trial.size, default=None)
     told = "" if near is None or least is None else f": {near.name} is the most accurate, {least.name} the smallest"
     ends = [(label, trial) for label, trial in (("most accurate", near), ("smallest", least)) if trial is not None]
@@ -183,7 +189,7 @@ def make_sweep_page(found: Sweep, command: str, warnings: Sequence[str]) -> Page
         subtitle=f"quantized in {len(found.trials)} ways, measured on {format_count(found.pictures, 'picture')}",
         tiles=(
             *(
-                Tile(label, t.name, f"{_format_trial(t)}{_format_agreement(t, ', ')}, {format_bytes(t.size)}", "good")
+                Tile(label, t.name, f"{_format_trial(t)}{_format_noise(t, ', ')}, {format_bytes(t.size)}", "good")
                 for label, t in ends
             ),
             Tile(
@@ -202,13 +208,16 @@ def make_sweep_page(found: Sweep, command: str, warnings: Sequence[str]) -> Page
 def _format_trial(trial: Trial) -> str:
     if trial.failed:
         return "failed"
-    if trial.sqnr_db is not None:
-        return f"{trial.sqnr_db:.1f} dB"
-    return "equal" if trial.equal or trial.agreement is None else f"{trial.agreement:.1%} equal"
+    score = None if trial.ranked_by is None else find_score(trial.scores, trial.ranked_by)
+    if score is not None and score.value is not None:
+        return score.in_words()
+    return "equal" if trial.equal or trial.sqnr_db is None else SQNR.format(trial.sqnr_db)
 
 
-def _format_agreement(trial: Trial, before: str = "") -> str:
-    return "" if trial.agreement is None else f"{before}agrees on {trial.agreement:.1%}"
+def _format_noise(trial: Trial, before: str = "") -> str:
+    """SQNR, where a trial is ranked by another measure."""
+    told = trial.lost is not None and trial.sqnr_db is not None
+    return f"{before}{SQNR.label} {SQNR.format(trial.sqnr_db)}" if told else ""
 
 
 def _audit_for_target(audited: Audit, recipe: Mapping[str, Any]) -> Audit | None:
@@ -223,7 +232,6 @@ def _make_page(
     """Build the parts that pages have in common."""
     tiles = [] if audited is None else [make_integers_tile(audited)]
     pictures, caption = ((), "") if looked is None else make_contact_sheet(looked.fed.feed)
-    other = None if looked is None else looked.quantized
     return Page(
         title=PurePath(name).name,
         subtitle="",
@@ -232,7 +240,7 @@ def _make_page(
         version=qconv.__version__,
         warnings=tuple(warnings),
         compared=None if looked is None else looked.compared,
-        shown=() if looked is None or other is None else compare_pictures(looked.fed, other),
+        shown=() if looked is None else compare_pictures(looked.fed, looked.quantized),
         audit=audited,
         fed="" if looked is None else looked.compared.words,
         contact=pictures,
@@ -271,15 +279,26 @@ def make_accuracy_tile(scores: AccuracyScores) -> Tile:
         span = f"{decibel.metric.label} of the outputs{_format_span(decibel)}, {on}"
         return Tile("accuracy", decibel.in_words("{}"), span, _choose_score_tone(decibel))
     told = "outputs are equal" if decibel is None else f"{decibel.in_words()}{_format_span(decibel)}"
-    # each picture is taken for one draw
-    low, high = share_interval(round(share.value * scores.images), scores.images) or (0.0, 1.0)
-    chance = f"95%: {100 * low:.0f} to {100 * high:.0f}%"
-    return Tile(share.metric.label, share.in_words("{}"), f"{on} ({chance}); {told}", _choose_score_tone(share))
+    return Tile(
+        share.metric.label, share.in_words("{}"), f"{on}{_format_span(share, 0)}; {told}", _choose_score_tone(share)
+    )
 
 
-def _format_span(score: Score) -> str:
-    span = score.interval
-    return "" if span is None else f" (95%: {span[0]:.1f} to {span[1]:.1f})"
+def make_labels_tiles(found: LabelledScores) -> tuple[Tile, ...]:
+    """Build the tile of what the task is judged by, where labels tell it."""
+    if found.pair is None or found.lost is None:
+        return ()
+    before, after = (found.metric.format(value, 2) for value in found.pair)
+    note = f"the float model has {before}; {describe_difference(found.differences[0])}"
+    return (Tile(f"{found.metric.label} by labels", after, note, _choose_tone(-found.lost, -ENOUGH[1], -POOR[1])),)
+
+
+def _format_span(score: Score, digits: int = 1) -> str:
+    if score.interval is None:
+        return ""
+    low, high = score.interval
+    sign = "%" if score.unit == SHARE else ""
+    return f" (95%: {score.metric.number(low, digits)} to {score.metric.number(high, digits)}{sign})"
 
 
 def _choose_score_tone(score: Score) -> Tone:
@@ -357,7 +376,7 @@ def _describe_accuracy(scores: AccuracyScores) -> str:
         return "How accurate it is was not measured."
     share, decibel = scores.share, scores.decibel
     if share is not None:
-        return f"It says the same as the float model on {share.in_words('{}')} of {scores.images} {scores.kind}."
+        return f"On {scores.images} {scores.kind}: {share.in_words(share.metric.sentence)}."
     if decibel is None:
         return "Its outputs are those of the float model."
     return f"The error in its outputs lies {decibel.in_words('{}')} below them, on {scores.images} {scores.kind}."

@@ -17,11 +17,15 @@ from qconv.analysis.evaluation import Evaluation
 from qconv.auditing.audit import FileAudit
 from qconv.errors import format_count, format_shape, format_some
 from qconv.metrics.similarity import SIGNIFICANT, difference_interval
-from qconv.results.comparison import Cause, Diagnosis, Sweep, Trial
+from qconv.results.comparison import Cause, Diagnosis, Sweep
 from qconv.results.quantize import FloatNode, group_float_nodes
 from qconv.results.scores import (
+    BOXES,
     DECIBEL,
+    FLOAT_MIOU,
+    PART_SQNR,
     SHARE,
+    SQNR,
     Interval,
     Metric,
     Score,
@@ -30,6 +34,7 @@ from qconv.results.scores import (
     shown_metrics,
     value_of,
 )
+from qconv.results.trials import Trial, find_ranking, list_trial_metrics
 from qconv.runtime.benchmark import Benchmark
 
 COLUMNS = 80
@@ -173,7 +178,7 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
             f"difference {100 * flips.difference:+.2f} points {_format_interval(span, 100, '+.2f')}: {flips.won} won, "
         )
         lines.append(wrap_text(f"{what}{flips.lost} lost, p = {flips.p_value:.2g} (McNemar), {chance}"))
-    lines += [_format_difference(score) for score in found.differences if score.value is not None]
+    lines += [wrap_text(describe_difference(score)) for score in found.differences if score.value is not None]
     if found.compared:
         metrics = shown_metrics(output.scores for output in found.compared)
         rows = [("output", *_score_heads(metrics))]
@@ -191,14 +196,14 @@ def format_evaluation(found: Evaluation, *, verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _format_difference(score: Score) -> str:
+def describe_difference(score: Score) -> str:
     """By how much a measure by labels is above the other model's, and whether that is chance."""
     span = score.interval
     chance = ""
     if span is not None:
         chance = ", no more than chance" if span[0] <= 0 <= span[1] else ", more than chance"
     points = f"{100 * (score.value or 0.0):+.2f} points {_format_interval(span, 100, '+.2f')}".rstrip()
-    return wrap_text(f"difference of {score.metric.label} {points}{chance}")
+    return f"difference of {score.metric.label} {points}{chance}"
 
 
 def _score_heads(metrics: Sequence[Metric]) -> list[str]:
@@ -267,7 +272,7 @@ MOST_OF_A_HEAD, SPLIT_AT = 7, 5
 
 def format_diagnosis(found: Diagnosis, *, verbose: bool) -> str:
     """Format a diagnosis: causes, trials, and the command to type."""
-    lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen)}"), ""]
+    lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen, found.trials)}"), ""]
     open_ones = [cause for cause in found.causes if not (cause.handled or cause.harmless)]
     handled = [cause for cause in found.causes if cause.handled]
     harmless = [cause for cause in found.causes if cause.harmless]
@@ -284,7 +289,7 @@ def format_diagnosis(found: Diagnosis, *, verbose: bool) -> str:
 
 def format_sweep(found: Sweep, *, verbose: bool) -> str:
     """Format a sweep: the recipes with what each costs; those that no other one dominates are marked."""
-    lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen)}"), ""]
+    lines = [wrap_text(f"{found.model}: {_describe_scoring(found.pictures, found.unseen, found.trials)}"), ""]
     marks = ["*" if best else "" for best in found.best]
     lines.append(format_trials(found.trials, found.float_ms, None, marks))
     lines += [
@@ -301,9 +306,22 @@ def _describe_written(written: Sequence[str]) -> str:
     return f"written: {written[0]}{more}"
 
 
-def _describe_scoring(pictures: int, unseen: bool) -> str:
+def _describe_scoring(pictures: int, unseen: bool, trials: Sequence[Trial]) -> str:
     how = "none of them calibrated with" if unseen else "calibrated with, too"
-    return f"scored on {format_count(pictures, 'picture')}, {how}"
+    ranking, labelled = find_ranking(trials), next((t.labelled for t in trials if t.labelled is not None), None)
+    if ranking is None:
+        return f"scored on {format_count(pictures, 'picture')}, {how}"
+    before = None if labelled is None else labelled.float_scores[0].value
+    own = "" if before is None else f", of which the float model has {ranking.format(before, 2)}"
+    ties = ", and of equal ones by SQNR" if any(trial.sqnr_db is not None for trial in trials) else ""
+    ranked = f"ranked by {describe_metric(ranking)}{own}{ties}"
+    return f"scored on {format_count(pictures, 'picture')}, {how}; {ranked}"
+
+
+def describe_metric(metric: Metric) -> str:
+    """What a task is judged by, in words."""
+    words = {BOXES: "the share of the float model's boxes that is found", FLOAT_MIOU: "mIoU with the float model's map"}
+    return words.get(metric, f"{metric.label} by labels" if metric.by_labels else metric.label)
 
 
 def _format_cause(cause: Cause, *, verbose: bool) -> Iterator[str]:
@@ -360,11 +378,15 @@ _Column = tuple[tuple[str, str], str, Callable[[Trial], str]]
 def _score_columns(trials: Sequence[Trial], first: Trial | None) -> list[_Column]:
     """Values of each metric; behind decibels the gain over `first`, and behind shares their interval."""
     found: list[_Column] = []
-    for metric in shown_metrics(trial.scores for trial in trials):
+    metrics = list_trial_metrics(trials)
+    if PART_SQNR in metrics:  # which breaks ties; what mixes all parts tells less
+        metrics = tuple(metric for metric in metrics if metric != SQNR)
+    last = [metric for metric in metrics if metric.unit == DECIBEL][-1:]  # of parts, where there are some
+    for metric in metrics:
         found.append((_split_head(metric), "r", partial(format_trial_value, metric)))
-        if metric.unit == DECIBEL and first is not None:
+        if metric in last and first is not None:
             found.append((("gain", DECIBEL), "r", partial(format_trial_gain, metric, first)))
-        if metric.unit == SHARE:
+        if any(_format_trial_interval(metric, trial) for trial in trials):
             found.append((("", "(95 %)"), "l", partial(_format_trial_interval, metric)))
     return found
 
@@ -386,7 +408,7 @@ def format_trial_value(metric: Metric, trial: Trial) -> str:
 
 def _format_trial_interval(metric: Metric, trial: Trial) -> str:
     score = find_score(trial.scores, metric)
-    span = None if score is None else score.interval
+    span = None if score is None or metric.unit != SHARE else score.interval
     return "" if span is None else f"({100 * span[0]:.0f}..{100 * span[1]:.0f})"
 
 

@@ -1,30 +1,17 @@
 """This module holds the results of `compare`, `diagnose` and `sweep` as data: layer errors, causes, measured recipes.
 
 `Comparison` is behind `compare --json` and the charts of a report; `Diagnosis` lists causes of lost accuracy and the
-trials of remedies; `Sweep` lists recipes on the same images. `pareto_mask` marks the trials that no other trial
-dominates in SQNR, size and latency; times that lie within each other's 10th to 90th percentile count as equal.
+trials of remedies; `Sweep` lists recipes on the same images.
 """
 
 from __future__ import annotations
 
-import math
-import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.results.quantize import OutputScore
-from qconv.results.scores import (
-    AGREEMENT,
-    ALWAYS_TOLD,
-    SHARE,
-    SQNR,
-    Score,
-    find_score,
-    metrics_of,
-    value_of,
-    worst_scores,
-)
+from qconv.results.scores import SQNR, value_of, worst_scores
+from qconv.results.trials import Trial, name_ranking, pareto_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,86 +183,6 @@ class Cause:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """A recipe that was carried out and measured.
-
-    Attributes:
-        name: Of the remedy or recipe.
-        options: What the command line needs in addition.
-        causes: The kinds of causes that it is for.
-        scores: Of the worst output.
-        size: Bytes of the file.
-        ms: Median time of one run.
-        ratio: That time over the float model's: (low, middle, high).
-        failed: Why there is no result; empty where there is one.
-    """
-
-    name: str
-    options: tuple[str, ...]
-    causes: tuple[str, ...] = ()
-    scores: tuple[Score, ...] = ()
-    size: int = 0
-    ms: float | None = None
-    ratio: tuple[float, float, float] | None = None
-    seconds: float = 0.0
-    failed: str = ""
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """In dB; None where nothing differs, or the outputs are classes alone."""
-        return value_of(self.scores, SQNR)
-
-    @property
-    def agreement(self) -> float | None:
-        """None where no output holds classes."""
-        return value_of(self.scores, AGREEMENT)
-
-    @property
-    def equal(self) -> bool:
-        """Whether outputs do not differ from the float model's."""
-        return not self.failed and all(score.shows_no_difference for score in self.scores)
-
-    @property
-    def accuracy_db(self) -> float:
-        """SQNR in dB; for outputs that are classes alone, 10 log10(1 / share that differs)."""
-        if self.failed:
-            return -math.inf
-        if self.sqnr_db is not None:
-            return self.sqnr_db
-        return math.inf if self.equal else -10 * math.log10(1 - (self.agreement or 0.0))
-
-    @property
-    def typed(self) -> str:
-        """The options, to be pasted into a shell."""
-        return shlex.join(self.options)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the row that `--json` prints."""
-        return {
-            "name": self.name,
-            "options": self.typed,
-            "causes": list(self.causes),
-            **self._score_fields(),
-            "size": None if self.failed else self.size,
-            "ms": self.ms,
-            "ratio_to_float": None if self.ratio is None else list(self.ratio),
-            "seconds": round(self.seconds, 3),
-            "failed": self.failed or None,
-        }
-
-    def _score_fields(self) -> dict[str, Any]:
-        """Values by their names, and behind each share its interval."""
-        found: dict[str, Any] = {}
-        for metric in metrics_of([self.scores], first=ALWAYS_TOLD):
-            score = find_score(self.scores, metric)
-            found[metric.name] = None if score is None else score.value
-            if metric.unit == SHARE:
-                span = None if score is None else score.interval
-                found[f"{metric.name}_interval"] = None if span is None else list(span)
-        return found
-
-
-@dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What costs accuracy, and what mends it.
 
@@ -310,6 +217,7 @@ class Diagnosis:
             "unseen": self.unseen,
             "float_ms": self.float_ms,
             "causes": [cause.as_dict() for cause in self.causes],
+            "ranked_by": name_ranking(self.trials),
             "ladder": [trial.as_dict() for trial in self.trials],
             "best": self.best.name,
             "conclusion": self.conclusion,
@@ -344,27 +252,9 @@ class Sweep:
             "float": {"size": self.float_bytes, "ms": self.float_ms},
             "pictures": self.pictures,
             "unseen": self.unseen,
+            "ranked_by": name_ranking(self.trials),
             "recipes": [
                 {**trial.as_dict(), "output": None if trial.failed else out, "non_dominated": best}
                 for trial, out, best in rows
             ],
         }
-
-
-def _is_faster(one: Trial, other: Trial) -> bool:
-    return one.ratio is not None and other.ratio is not None and one.ratio[2] < other.ratio[0]
-
-
-def pareto_mask(trials: Sequence[Trial]) -> tuple[bool, ...]:
-    """Mark the trials that no other dominates: at least as good in SQNR, size and latency, and better in one.
-
-    Times that lie within each other's range, from the 10th to the 90th percentile, count as equal.
-    """
-
-    def beats(one: Trial, other: Trial) -> bool:
-        slower, faster = _is_faster(other, one), _is_faster(one, other)
-        as_good = one.accuracy_db >= other.accuracy_db and one.size <= other.size and not slower
-        return as_good and (one.accuracy_db > other.accuracy_db or one.size < other.size or faster)
-
-    able = [trial for trial in trials if not trial.failed]
-    return tuple(not trial.failed and not any(beats(other, trial) for other in able) for trial in trials)

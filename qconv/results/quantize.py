@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qconv.errors import Change, Finding, Skipped
-from qconv.results.scores import AGREEMENT, SQNR, TOP1, Metric, Score, as_values, by_rank, value_of, worst_scores
+from qconv.results.scores import (
+    AGREEMENT,
+    SQNR,
+    TOP1,
+    LabelledScores,
+    Metric,
+    Score,
+    as_values,
+    by_rank,
+    value_of,
+    worst_scores,
+)
 
 SCHEMA = 1
 
@@ -97,6 +108,7 @@ class Verification:
         slowdown_range: Its 10th and 90th percentile over images.
         held_back: Whether none of the images was fitted to.
         heads: The same of what is read from several outputs together, as detections are.
+        labelled: How right both models are by labels; None where there are none.
     """
 
     images: int
@@ -105,6 +117,7 @@ class Verification:
     slowdown_range: tuple[float, float] | None = None
     held_back: bool = False
     heads: tuple[OutputScore, ...] = ()
+    labelled: LabelledScores | None = None
 
     @property
     def kind_of_images(self) -> str:
@@ -132,9 +145,14 @@ class Verification:
         return self.slowdown_range is not None and self.slowdown_range[0] > factor
 
     @property
+    def compared(self) -> tuple[OutputScore, ...]:
+        """The outputs, and what is read from several together."""
+        return (*self.outputs, *self.heads)
+
+    @property
     def scores(self) -> tuple[Score, ...]:
         """The worst of all outputs, by metric."""
-        return worst_scores(output.scores for output in (*self.outputs, *self.heads))
+        return worst_scores(output.scores for output in self.compared)
 
     def value_of(self, metric: Metric) -> float | None:
         """The worst output's; None where no output has a number."""
@@ -153,7 +171,7 @@ class Verification:
     @property
     def equal(self) -> bool:
         """Whether something was compared, and nothing differs."""
-        compared = [output for output in (*self.outputs, *self.heads) if not output.remark]
+        compared = [output for output in self.compared if not output.remark]
         return bool(compared) and all(output.equal for output in compared)
 
     @property
@@ -323,14 +341,14 @@ class MixedPrecision:
         demand: In words.
         layers: How many bits were chosen for.
         pictures: Images that points were measured on.
-        float_top1: Of the float model, where top-1 was asked for.
+        float_scores: Of the float model by labels.
         points: Ascending in size.
     """
 
     demand: str
     layers: int
     pictures: int
-    float_top1: float | None
+    float_scores: tuple[Score, ...]
     points: tuple[SizePoint, ...]
 
     @property
@@ -340,13 +358,13 @@ class MixedPrecision:
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
-        points = [point.as_dict() for point in self.points]
         return {
             "demand": self.demand,
             "layers": self.layers,
             "pictures": self.pictures,
-            "float_top1": self.float_top1,
-            "points": points,
+            "float_top1": value_of(self.float_scores, TOP1),
+            "float_labels": as_values(self.float_scores, told=()),
+            "points": [point.as_dict() for point in self.points],
         }
 
 
@@ -414,6 +432,7 @@ class Report:
                 **as_values(verify.scores),
                 "outputs": [output.as_dict() for output in verify.outputs],
                 "heads": [head.as_dict() for head in verify.heads],
+                "labels": None if verify.labelled is None else verify.labelled.as_dict(),
             },
             "audit": self.audit.as_dict(),
             "gates": [_as_row(g) for g in self.gates],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Interval = tuple[float, float]
 
@@ -24,6 +25,7 @@ class Metric:
     list of outputs say it, around its value. good, poor, useless: from the first on a value is good, below the second
     it is bad, below the third nothing is left of the model; above them, where less is better. has_interval: whether an
     interval can be given. rank: where summaries list it: 0 for what its task is judged by, 1 for SQNR, 2 for others.
+    by_labels: whether labels measure it, of one model by itself.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Metric:
     useless: float | None = None
     has_interval: bool = True
     rank: int = 0
+    by_labels: bool = False
 
     @property
     def sign(self) -> str:
@@ -116,10 +119,14 @@ class Score:
 
     def in_words(self, template: str = "") -> str:
         """The value, within `template`, or else behind the metric's label."""
-        return (template or f"{self.metric.label} {{}}").format(self.metric.format(self.value))
+        own = f"{self.metric.label} {{}}{' by labels' if self.metric.by_labels else ''}"
+        return (template or own).format(self.metric.format(self.value))
 
 
 SQNR = Metric("sqnr_db", "SQNR", DECIBEL, brief="{}", good=20.0, poor=10.0, useless=3.0, rank=1)
+
+PART_SQNR = Metric("part_sqnr_db", "parts", DECIBEL, rank=1)
+"""The mean over the parts of an output that mean one thing each."""
 
 AGREEMENT = Metric(
     "agreement",
@@ -154,17 +161,17 @@ FLOAT_MAP = Metric(
     good=0.9,
 )
 
-TOP1 = Metric("top1", "top-1", SHARE)
+TOP1 = Metric("top1", "top-1", SHARE, by_labels=True)
 
-TOP5 = Metric("top5", "top-5", SHARE)
+TOP5 = Metric("top5", "top-5", SHARE, by_labels=True)
 
-MAP = Metric("map", "mAP", SHARE)
+MAP = Metric("map", "mAP", SHARE, by_labels=True)
 
-MAP50 = Metric("map50", "mAP50", SHARE)
+MAP50 = Metric("map50", "mAP50", SHARE, by_labels=True)
 
-MIOU = Metric("miou", "mIoU", SHARE)
+MIOU = Metric("miou", "mIoU", SHARE, by_labels=True)
 
-PIXEL_ACCURACY = Metric("pixel_accuracy", "pixel accuracy", SHARE)
+PIXEL_ACCURACY = Metric("pixel_accuracy", "pixel accuracy", SHARE, by_labels=True)
 
 COSINE = Metric("cosine", "cosine", equal=1.0, has_interval=False, rank=2)
 
@@ -241,6 +248,63 @@ RELATIVE_ERROR = Metric(
 PSNR = Metric("psnr_db", "PSNR", DECIBEL, good=40.0, poor=30.0, useless=15.0)
 
 SSIM = Metric("ssim", "SSIM", equal=1.0, good=0.98, poor=0.95, useless=0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledScores:
+    """How right a model and its float model are by labels of the same pictures.
+
+    Attributes:
+        words: Where the labels come from.
+        pictures: How many have some.
+        scores, float_scores: Of both models, what their task is judged by first.
+        differences: By how much measures are above the float model's.
+    """
+
+    words: str
+    pictures: int
+    scores: tuple[Score, ...]
+    float_scores: tuple[Score, ...]
+    differences: tuple[Score, ...]
+
+    @property
+    def metric(self) -> Metric:
+        """What the task is judged by."""
+        return self.scores[0].metric
+
+    @property
+    def pair(self) -> tuple[float, float] | None:
+        """The float model's value of it, and the model's; None where no label counts."""
+        before, after = self.float_scores[0].value, self.scores[0].value
+        return None if before is None or after is None else (before, after)
+
+    @property
+    def lost(self) -> float | None:
+        """By how much it has become worse; None where no label counts."""
+        return None if self.pair is None else self.metric.lost(*self.pair)
+
+    @property
+    def in_words(self) -> str:
+        """Both values."""
+        if self.pair is None:
+            return f"no {self.metric.label}, as no label counts"
+        before, after = (self.metric.number(value, 2) for value in self.pair)
+        return f"{self.metric.label} {before} -> {after} by labels"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints of it."""
+        spans = as_intervals(self.scores, told=())
+        spans |= {f"float_{name}": span for name, span in as_intervals(self.float_scores, told=()).items()}
+        spans |= {f"{name}_difference": span for name, span in as_intervals(self.differences, told=()).items()}
+        return {
+            "source": self.words,
+            "pictures": self.pictures,
+            **as_values(self.scores, told=()),
+            "float": as_values(self.float_scores, told=()),
+            "differences": as_values(self.differences, told=()),
+            "intervals": spans,
+        }
+
 
 ALWAYS_TOLD = (SQNR, AGREEMENT)
 """Metrics whose keys stand in every comparison, null where they say nothing."""

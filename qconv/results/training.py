@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import qconv
 from qconv.config.data_options import Preprocessing
 from qconv.results.quantize import Audit, Gate, Verification
+from qconv.results.scores import as_values
 
 if TYPE_CHECKING:
     from qconv.training.options import FinetuneOptions, SynthesisOptions
@@ -144,8 +145,7 @@ def _validation_fields(found: ValidationResult) -> dict[str, Any]:
     return {
         "right": found.mark.right,
         "distance": found.mark.distance,
-        "agreement": found.verify.agreement,
-        "sqnr_db": found.verify.sqnr_db,
+        **as_values(found.verify.scores),
     }
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from qconv.calibration.range_estimators import Range
@@ -20,15 +19,14 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.config.serialization import escape_glob
 from qconv.config.targets import TARGETS
-from qconv.data.dataset import class_folders_of, find_classes
 from qconv.data.loader import Batch, DataLoader, count_images
 from qconv.errors import Finding, QconvError
 from qconv.ir import subgraph
 from qconv.ir.metadata import set_ir_version
 from qconv.ir.model import Model
-from qconv.metrics.classification import top1_accuracy
-from qconv.metrics.comparison import OutputArrays, ReferenceOutputs, collect_reference_outputs
-from qconv.metrics.demands import DROPS
+from qconv.metrics.by_labels import Labels
+from qconv.metrics.comparison import ReferenceOutputs, collect_reference_outputs
+from qconv.metrics.demands import DROPS, Demanded
 from qconv.metrics.output_parts import Parts
 from qconv.passes.compress_constants import compress_constants
 from qconv.planning.plan import Plan
@@ -39,8 +37,7 @@ from qconv.quantization.parameters import NO_SET_RANGES, Params, carry_over_para
 from qconv.quantization.sequential_rounding import round_layers_sequentially
 from qconv.reporter import Reporter
 from qconv.results.quantize import Verification
-from qconv.results.scores import TOP1, Metric, Score, value_of
-from qconv.runtime.outputs import find_class_vector
+from qconv.results.scores import SQNR, Score
 from qconv.runtime.session import Session
 from qconv.search.sensitivity import FLOAT_BITS, BitAssignment
 
@@ -117,7 +114,10 @@ PROGRESS_STEPS = 100
 
 @dataclass(frozen=True, slots=True)
 class SearchContext:
-    """Network, recipe and images of a search. original: the user's own model. parts: of its outputs."""
+    """Network, recipe and images of a search.
+
+    original: the user's own model. parts: of its outputs. labels: of the images.
+    """
 
     folded: FoldedNetwork
     recipe: Recipe
@@ -125,6 +125,7 @@ class SearchContext:
     feed: DataLoader
     original: Session
     parts: Parts = field(default_factory=dict)
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +152,6 @@ class CandidateScorer:
     feeds: list[Batch] | None
     reporter: Reporter
     scored: ReferenceOutputs
-    labels: NDArray[np.int64] | None
-    vector: int | None
-    float_top1: float | None
     flattered: bool
     seen: dict[int, Measurement] = field(default_factory=dict)
     solutions: dict[int, QuantizationSolution] = field(default_factory=dict)
@@ -170,19 +168,26 @@ class CandidateScorer:
         """The scorer for layers of these names. Runs the float model once on the images to score on."""
         unseen, flattered = _choose_scoring_batches(context.feed, 0 if feeds is None else len(feeds))
         scored = collect_reference_outputs(
-            context.original, context.feed, "float", most_bytes=SCORED_BYTES, reporter=reporter, batches=unseen
+            context.original,
+            context.feed,
+            "float",
+            most_bytes=SCORED_BYTES,
+            reporter=reporter,
+            batches=unseen,
+            labels=context.labels,
         )
-        vector = find_class_vector(scored.outputs) if scored.batches else None
-        labels = _read_labels(context, 0 if vector is None else scored.outputs[vector].classes, unseen)
-        top1 = None
-        if labels is not None and vector is not None:
-            top1 = top1_accuracy([expected[vector] for _, expected in scored.batches], labels)
-        return cls(context, names, feeds, reporter, scored, labels, vector, top1, flattered)
+        return cls(context, names, feeds, reporter, scored, flattered)
 
     @property
     def pictures(self) -> int:
         """The number of images that candidates are scored on."""
         return sum(count_images(feeds) for feeds, _ in self.scored.batches)
+
+    @property
+    def float_scores(self) -> tuple[Score, ...]:
+        """How right the float model is by labels; nothing without these."""
+        measure = self.scored.float_measure
+        return () if measure is None or not measure.pictures else measure.scores()
 
     def recipe_of(self, point: BitAssignment) -> Recipe:
         """The recipe with the bits of an assignment. Bits of activations that the user gave stay."""
@@ -209,18 +214,11 @@ class CandidateScorer:
                     Reporter(on_progress=self._within_a_point),
                 )
             model = build_quantized_model(folded, recipe, solution.params)
-            heard: list[NDArray[np.float32]] = []
-            vector = self.vector
-
-            def hear(outputs: OutputArrays) -> None:
-                if vector is not None:
-                    heard.append(outputs[vector])
-
             with subgraph.runnable_with_outputs(model, ()) as runnable:
                 on_ort = TARGETS[recipe.target].on_ort
                 session = Session(runnable, name="the quantized model", threads=recipe.threads, optimize=on_ort)
-                verified = self.scored.score(session, hear)
-            own = () if self.labels is None else (Score(TOP1, top1_accuracy(heard, self.labels)),)
+                verified = self.scored.score(session)
+            own = () if verified.labelled is None else verified.labelled.scores[:1]
             self.seen[index], self.solutions[index] = Measurement(verified, (*verified.scores, *own)), solution
             self.tell()
         return self.seen[index]
@@ -240,26 +238,21 @@ class CandidateScorer:
 
     def holds(self, points: Sequence[BitAssignment], index: int, drop: Drop) -> bool:
         """Whether a point keeps the drop. Raises QconvError where there is no such measure."""
-        found, metric = self.measure(points, index), DROPS[drop.measure]
-        got, before = value_of(found.scores, metric), self._float_value(metric)
-        if before is None:  # a drop to a value, not by one
-            return found.verified.reaches(metric, drop.value)
-        if got is None:
+        verified = self.measure(points, index).verified
+        found = Demanded.of(DROPS[drop.measure], verified)
+        if found.metric == SQNR:  # a drop to a value, not by one
+            return found.reaches(drop.value, verified)
+        if found.got is None or found.before is None:
             fact = f"--max-drop {drop.measure} cannot be measured: the float model shows none on these pictures."
             raise QconvError(fact, "pass pictures of what it is for, or --max-drop sqnr:DB.")
-        return metric.lost(before, got) <= drop.value + 1e-9
+        return found.metric.lost(found.before, found.got) <= drop.value + 1e-9
 
     def in_words(self, index: int, drop: Drop) -> str:
         """What was measured of a point, in the drop's measure."""
-        metric = DROPS[drop.measure]
-        got, before = value_of(self.seen[index].scores, metric), self._float_value(metric)
-        if before is None:
-            return "infinite" if got is None else metric.format(got, 2)
-        return f"{metric.lost(before, got or 0.0):.4g}"
-
-    def _float_value(self, metric: Metric) -> float | None:
-        """That of the float model itself; None where it has no bound."""
-        return self.float_top1 if metric == TOP1 else metric.equal
+        found = Demanded.of(DROPS[drop.measure], self.seen[index].verified)
+        if found.before is None:
+            return "infinite" if found.got is None else found.metric.format(found.got, 2)
+        return f"{found.metric.lost(found.before, found.got or 0.0):.4g}"
 
 
 def _choose_scoring_batches(feed: DataLoader, rounded_on: int) -> tuple[list[int], bool]:
@@ -272,20 +265,3 @@ def _choose_scoring_batches(feed: DataLoader, rounded_on: int) -> tuple[list[int
     found = [index for index in range(count) if index >= rounded_on or is_held_out(index)]
     flattered = len(found) * feed.batch < FEWEST_HELD_OUT and rounded_on > 0
     return (list(range(count)), True) if flattered else (found, False)
-
-
-def _read_labels(context: SearchContext, outputs: int, batches: Sequence[int]) -> NDArray[np.int64] | None:
-    """The labels of the images to score on; None unless top-1 is asked for. Raises QconvError without labels."""
-    drop, data = context.recipe.max_drop, context.data
-    if drop is None or drop.measure != "top1":
-        return None
-    feed = context.feed
-    paths = [path for path in feed.listing.paths if path not in feed.lost]
-    classes = find_classes(data, None)
-    folders = class_folders_of(paths, data) if classes is not None else []
-    if classes is None or not outputs or None in folders:
-        why = "the calibration pictures lie in a folder for each class" if outputs else "an output is"
-        fact = f"--max-drop top1 is possible only where {why}{'' if outputs else ' one score a class'}."
-        raise QconvError(fact, "pass --max-drop agreement:SHARE, which needs no labels.")
-    labels = np.array(classes.labels([name or "" for name in folders], offset=0, outputs=outputs), np.int64)
-    return np.concatenate([labels[index * feed.batch : (index + 1) * feed.batch] for index in batches])

@@ -122,7 +122,7 @@ def search_bits(context: SearchContext, reporter: Reporter) -> MixedPrecisionRes
         _describe_bits(recipe),
         len(names),
         judge.pictures,
-        judge.float_top1,
+        judge.float_scores,
         tuple(
             _make_size_point(point, judge.seen.get(index), scope.share(point.size), chosen=index == chosen)
             for index, point in enumerate(points)

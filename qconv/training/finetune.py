@@ -9,6 +9,7 @@ the same command resumes after it was killed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from qconv.ir.files import Source, external_data_files, file_bytes, find_teacher
 from qconv.ir.metadata import read_recipe, write_finetuning
 from qconv.ir.model import Model
 from qconv.metrics.comparison import ComparisonAccumulator
-from qconv.metrics.demands import check_gates
+from qconv.metrics.demands import check_gates, demands_outputs, require_boxes, require_extras, require_measures
 from qconv.metrics.network_outputs import describe_outputs
 from qconv.reporter import Reporter
 from qconv.results.quantize import Audit, Verification
@@ -82,6 +83,7 @@ def finetune(source: Source, out: Path, request: FinetuneOptions, reporter: Repo
             raise QconvError(f"{source.name} is not quantized.", "quantize it with `qconv quantize` first.")
         teacher = request.teacher or find_teacher(source)
         _check_request(source, teacher, out, request)
+        require_extras(request)
         setup = _TrainingSetup.of(source, teacher, request, reporter)
         before = setup.judged(source.runnable)
         rates = {kind: request.rate * factor for kind, factor in RATE_FACTORS.items()}
@@ -154,6 +156,8 @@ class _TrainingSetup:
         own, other = open_models(source, teacher, request.data, request.threads, reporter)
         assert other is not None
         _require_same_outputs(own, other)
+        if demands_outputs(request):  # what is not there is better said before the work
+            _require_measures(own.session.outputs, other, request)
         model, (floats, _) = load.load_unchanged(read_proto(source), source), load.load(read_proto(teacher), teacher)
         recipe = recipe_from_dict(read_recipe(model.inner.metadata_props))
         learned = LearnedParameters(find_sites(model, recipe), device)
@@ -238,6 +242,18 @@ def _require_same_outputs(own: ModelWithData, other: ModelWithData) -> None:
         names = ", ".join(other.session.outputs)
         fact = f"{other.session.name} has no output {missing!r}, but {names}."
         raise QconvError(fact, "pass the float model that it was made from with --teacher.")
+
+
+def _require_measures(names: Sequence[str], teacher: ModelWithData, request: FinetuneOptions) -> None:
+    """Raise QconvError where a gate is on what these outputs of the float model do not have on the pictures."""
+    batches = (feeds for feeds, _ in teacher.batches(Reporter(), lambda path: None))
+    for feeds in batches:
+        said = teacher.session.run(names, feeds)
+        network = describe_outputs(teacher.session, feeds, said, names)
+        require_measures(request, network)
+        others = (teacher.session.run(names, more) for more in batches)
+        require_boxes(request, network, itertools.chain([said], others))
+        return
 
 
 def _split_held_out(count: int, request: FinetuneOptions) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -38,7 +38,7 @@ class FinetuneOptions:
         augment: Whether images are mirrored and shifted at random.
         device: One of choices.DEVICES.
         threads: Of this machine; None for all cores.
-        min_agreement: Gate, a share.
+        min_agreement, min_boxes, min_map, min_miou: Gates, shares, see `metrics.demands`.
         min_sqnr: Gate, in dB.
     """
 
@@ -55,6 +55,9 @@ class FinetuneOptions:
     device: str = "auto"
     threads: int | None = None
     min_agreement: float | None = None
+    min_boxes: float | None = None
+    min_map: float | None = None
+    min_miou: float | None = None
     min_sqnr: float | None = None
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from click.testing import Result
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession
+from PIL import Image
 
 from qconv.analysis import trials
 from qconv.analysis.remedies import join_changes, merge_changes
@@ -25,8 +27,9 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import find_files
 from qconv.pipeline import collect, quantize
-from qconv.results.comparison import Trial, pareto_mask
+from qconv.results.trials import Trial, pareto_mask
 from tests.data.test_autodetect import colourful, fed, folder_of, trained_with
+from tests.support import labelled
 from tests.support.libraries import runner
 from tests.support.models import network
 from tests.support.scores import scores
@@ -339,7 +342,7 @@ def test_outputs_of_classes_alone_count_by_their_agreement() -> None:
     right, wrong = (Trial("", (), scores=scores(None, share), size=10) for share in (1.0, 0.5))
     assert pareto_mask((right, wrong)) == (True, False)
     assert right.equal
-    assert wrong.accuracy_db == pytest.approx(3.01, abs=0.01)
+    assert wrong.task_db == pytest.approx(3.01, abs=0.01)
 
 
 def test_defaults_come_back_with_a_remedy(tmp_path: Path, samples: Path) -> None:
@@ -441,7 +444,7 @@ def test_bits_that_were_asked_for_are_kept_and_what_more_would_bring_is_told(tmp
     asked = ("--calib", samples, "--weight-bits", "4", "--edge-bits", "4", "--effort", "fast")
     found = diagnosed(saved(plain(), tmp_path), *asked)
     assert "--weight-bits 4" in found["recommended"]
-    assert "With more bits than were asked for: SQNR " in found["conclusion"]
+    assert "With more bits than were asked for: cosine " in found["conclusion"]
     assert "--weight-bits 8" in found["conclusion"]
 
 
@@ -496,6 +499,45 @@ def test_the_page_of_a_diagnosis(tmp_path: Path, samples: Path) -> None:
     for told in ("Channels of very different size", "scale channels", "--equalize", "Layer by layer"):
         assert told in text
     assert html.escape(found["recommended"]) in text
+
+
+def test_the_page_of_a_diagnosis_shows_masks_of_what_was_asked_for(tmp_path: Path) -> None:
+    """By ONNX Runtime and argmax, of the file that `quantize` writes with the same options."""
+    pytest.importorskip("plotly")
+    model, page, out = tmp_path / "model.onnx", tmp_path / "page.html", tmp_path / "out.onnx"
+    labelled.save(labelled.segmenter(), model)
+    folders = tmp_path / "calib", tmp_path / "scored"
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        rng = np.random.default_rng(number)
+        for index in range(4):
+            noise = rng.integers(0, 256, (labelled.SIDE, labelled.SIDE, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / f"{index}.png")
+    asked = (
+        "--calib",
+        folders[0],
+        "--preprocess",
+        "unit",
+        "--weight-bits",
+        "3",
+        "--edge-bits",
+        "3",
+        "--effort",
+        "fast",
+    )
+    invoked("diagnose", model, *asked, "--images", folders[1], "--report", page, "-q")
+    as_asked(model, out, *asked)
+    expected = []
+    for path in sorted(folders[1].iterdir()):
+        with Image.open(path) as picture:
+            fed = (np.asarray(picture, np.float32) / 255).transpose(2, 0, 1)[None]
+        own, other = (InferenceSession(str(file)).run(None, {"x": fed})[0].argmax(1) for file in (model, out))
+        expected.append((float((own == other).mean()), path.name))
+    assert min(expected)[0] < 1
+    text = page.read_text()
+    shown = re.findall(r'title="(\d\.png)">[^<]*</span>: ([\d.]+)% of pixels agree', text)
+    assert shown == [(name, f"{100 * share:.1f}") for share, name in sorted(expected)]
+    assert text.count('class="overlay"') == 2 * len(expected)
 
 
 def test_more_effort_is_tried_where_only_more_bits_are_good(tmp_path: Path, samples: Path) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnxruntime import InferenceSession
 
+from tests.support import labelled
 from tests.support.cli import QUICK, Qconv, assert_error
 from tests.support.reference import MANUAL
 
@@ -115,3 +117,86 @@ def test_saved_recipes_are_without_it(call: Qconv, tiny: Path, calib: Path, deco
     assert call("quantize", tiny, "--calib", calib, *QUICK, *options).status == 0
     assert "decode" not in saved.read_text()
     assert b"mine.py" not in (tiny.parent / "model.w8a8.onnx").read_bytes()
+
+
+@pytest.fixture
+def calls(tmp_path: Path) -> Path:
+    """A file with a letter for each call of the decoder in counting.py, and labels.json beside it."""
+    calls = tmp_path / "calls"
+    note = f"    with open({str(calls)!r}, 'a') as file: file.write('x')\n"
+    counting = DECODER.replace("    (scores", f"{note}    (scores")
+    (tmp_path / "counting.py").write_text(counting)
+    return calls
+
+
+@pytest.fixture
+def boxes(calib: Path, tmp_path: Path) -> Path:
+    """A label of each picture."""
+    paths = sorted(path for path in calib.iterdir() if path.suffix in (".jpg", ".png"))
+    boxes: labelled.Boxes = {path.stem: [(0, (0.0, 0.0, 4.0, 4.0))] for path in paths}
+    text = labelled.write_coco(boxes, tmp_path / "labels.json").read_text()
+    for path in paths:
+        text = text.replace(f'"{path.stem}.png"', f'"{path.name}"')
+    (tmp_path / "labels.json").write_text(text)
+    return tmp_path / "labels.json"
+
+
+@pytest.mark.parametrize("labelled_too", [False, True])
+def test_evaluate_reads_each_models_boxes_once(
+    call: Qconv, tiny: Path, calib: Path, calls: Path, boxes: Path, labelled_too: bool
+) -> None:
+    """Two more pictures are two more calls for each of two models, whoever asks for their boxes."""
+    folder = calls.parent
+    words = ("--decode", f"{folder / 'counting.py'}:boxes", "--resize", "exact", "--preprocess", "unit")
+    if labelled_too:
+        pytest.importorskip("faster_coco_eval")
+        words += ("--labels", str(boxes), "--save-predictions", str(folder / "found.json"))
+    seen = []
+    for count in (1, 3):
+        calls.write_text("")
+        done = call("evaluate", tiny, "--images", calib, "--against", tiny, "--samples", count, *words, "-q")
+        assert done.status == 0, done.err
+        seen.append(len(calls.read_text()))
+    assert seen[1] - seen[0] == 4
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_quantize_reads_each_models_boxes_once(
+    call: Qconv, tiny: Path, calib: Path, calls: Path, boxes: Path, batch: int
+) -> None:
+    """A picture more that the result is checked on is a call more for each of two models, with labels and without."""
+    pytest.importorskip("faster_coco_eval")
+    words = ("--decode", f"{calls.parent / 'counting.py'}:boxes", "--resize", "exact", "--preprocess", "unit")
+    seen = []
+    for count, labels in ((4, ()), (8, ()), (4, ("--labels", boxes)), (8, ("--labels", boxes))):
+        calls.write_text("")
+        shared = ("--samples", count, "--batch", batch, "--effort", "fast", "--json")
+        done = call("quantize", tiny, "--calib", calib, *shared, *words, *labels)
+        assert done.status == 0, done.err
+        seen.append((len(calls.read_text()), done.json["verify"]["images"]))
+    for (fewer, some), (more, all_) in (seen[:2], seen[2:]):
+        assert more - fewer == 2 * (all_ - some) == 8
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_detector_that_takes_pixels_finds_the_same_boxes(
+    call: Qconv, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits nothing is lost: what ONNX Runtime makes of bytes is what the float model makes of fractions."""
+    monkeypatch.chdir(tmp_path)
+    labelled.save(labelled.detector(), tmp_path / "m.onnx")
+    images = labelled.pictures(tmp_path / "imgs")
+    fed = ("--preprocess", "unit", "--resize", "letterbox", "--letterbox-align", "top-left", "--letterbox-fill", "0")
+    bits = ("--weight-bits", "16", "--activation-bits", "16", "--edge-bits", "16", "--effort", "fast")
+    words = ("quantize", "m.onnx", "--calib", images, *fed, *bits, "--embed-preprocessing", layout)
+    made = call(*words, "-o", "e.onnx", "--min-boxes", "1", "--json")
+    assert made.status == 0, made.err
+    assert made.json["verify"]["heads"][0]["boxes"] == 1
+    found = call("evaluate", "e.onnx", "--images", images, "--against", "m.onnx", "--json").json
+    assert found["against"]["boxes"] == 1
+    assert found["against"]["sqnr_db"] > 60
+    pixels = np.random.default_rng(1).integers(0, 256, (1, 3, labelled.SIDE, labelled.SIDE), dtype=np.uint8)
+    taken = pixels if layout == "nchw" else np.moveaxis(pixels, 1, 3)
+    (own,) = InferenceSession("m.onnx").run(None, {"x": pixels.astype(np.float32) / 255})
+    (other,) = InferenceSession("e.onnx").run(None, {"x": taken})
+    assert other == pytest.approx(own, abs=2e-3)

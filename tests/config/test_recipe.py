@@ -139,7 +139,8 @@ def test_every_option_shapes_the_file_or_steers_the_run() -> None:
     gates = {"min_agreement", "min_boxes", "min_map", "min_miou", "min_sqnr"}
     steering = {"threads", *gates, "stats", "save_stats", "save_layer_bits"}
     assert steering == RUN_ONLY_OPTIONS <= names  # the contract: no path, no machine
-    images = {field.name for field in fields(DataOptions)} - {"paths", "batch", "arrays", "decode"}
+    labels = {"labels", "label_map", "classes"}
+    images = {field.name for field in fields(DataOptions)} - {"paths", "batch", "arrays", "decode"} - labels
     assert set(FULL.as_dict(IMAGES)) == (names - RUN_ONLY_OPTIONS) | images
     assert set(FULL.as_dict(IMAGES)["preprocessing"]) == {field.name for field in fields(PreprocessingOptions)}
 

@@ -356,7 +356,15 @@ def test_resolve_lets_single_options_replace_the_presets():
     prep = resolve_preprocessing(options, spec(None, None, None, 3), class_vector=False)
     assert (prep.scale, prep.mean, prep.std, prep.color) == (0.5, (1.0, 2.0, 3.0), (4.0,), Color.RGB)
     assert (prep.layout, prep.size) == (Layout.NHWC, (8, 9))
-    assert prep.source == "--preprocess caffe, with --scale and --mean and --std and --color"
+    changed = "--scale and --mean and --std and --color and --layout and --size"
+    assert prep.source == f"--preprocess caffe, with {changed}"
+
+
+def test_what_is_said_of_a_letterbox_is_named():
+    options = PreprocessingOptions("unit", resize="letterbox", letterbox_align="top-left", letterbox_fill=0)
+    prep = resolve_preprocessing(options, spec(1, 3, 8, 8), class_vector=False)
+    assert prep.source == "--preprocess unit, with --resize and --letterbox-align and --letterbox-fill"
+    assert "letterboxed to the top left, filled with 0" in prep.in_words()
 
 
 def test_resolve_moves_a_presets_numbers_with_their_colours():

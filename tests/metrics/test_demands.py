@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 from qconv.config.choices import DROP_MEASURES, GATE_OPTIONS, Drop
 from qconv.config.data_options import DataOptions, PreprocessingOptions
@@ -15,13 +16,13 @@ from qconv.config.tasks import Tasks
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.ir.original import open_original
-from qconv.metrics.demands import DROPS, GATES, check_gates, demanded_measures, require_measures
+from qconv.metrics.demands import DROPS, GATES, check_gates, demanded_measures, require_boxes, require_measures
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
 from qconv.pipeline.quantize import quantize
 from qconv.results.quantize import OutputScore, Verification
 from qconv.results.scores import BOXES, FLOAT_MIOU, Metric, Score, value_of
 from tests.support import labelled
-from tests.support.models import network
+from tests.support.models import ints, network
 
 LETTERBOX = PreprocessingOptions("unit", resize="letterbox")
 
@@ -66,6 +67,59 @@ def test_what_a_network_does_not_have_cannot_be_demanded(name: str, measure: str
 def test_decibels_can_always_be_demanded() -> None:
     for proto, _ in NETWORKS.values():
         require_measures(Recipe(min_sqnr=20, max_drop=Drop("sqnr", 20)), described(proto))
+
+
+def test_decibels_cannot_be_demanded_of_class_numbers() -> None:
+    outputs = described(network("c = Conv(x, w) y = ArgMax<axis=1>(c)", ("N", 3, 8, 8), w=(4, 3, 1, 1)))
+    require_measures(Recipe(min_agreement=0.5, min_miou=0.5, max_drop=Drop("miou", 0.1)), outputs)
+    for asked in (Recipe(min_sqnr=20), Recipe(max_drop=Drop("sqnr", 20))):
+        with pytest.raises(QconvError, match="sqnr needs an output of floats"):
+            require_measures(asked, outputs)
+
+
+DECODER = """
+def decode(outputs):
+    "As many boxes as the left upper pixel says."
+    return [[10 * i, 4, 10 * i + 8, 14, 0.9, i] for i in range(int(outputs["y"].ravel()[0]))]
+"""
+
+
+@pytest.mark.parametrize(("name", "value"), [("min_boxes", 0.5), ("min_map", 0.5), ("max_drop", Drop("boxes", 0.1))])
+def test_where_the_float_model_finds_nothing_boxes_cannot_be_demanded(tmp_path: Path, name: str, value: object) -> None:
+    """Told before the work, in which the network's lack of layers would be told."""
+    (tmp_path / "decoder.py").write_text(DECODER)
+    ends = {"starts": ints(0, 0, 0), "ends": ints(1, 1, 1), "axes": ints(1, 2, 3)}
+    proto = network("p = Slice(x, starts, ends, axes) y = Mul(p, gain)", ("N", 3, 32, 64), gain=np.float32(1), **ends)
+    source = labelled.save(proto, tmp_path / "m.onnx")
+    (tmp_path / "imgs").mkdir()
+    for index in range(40):
+        Image.new("RGB", (64, 32)).save(tmp_path / "imgs" / f"{index:02}.png")
+    preprocessing, decode = PreprocessingOptions("raw", resize="exact"), f"{tmp_path / 'decoder.py'}:decode"
+    data = DataOptions((str(tmp_path / "imgs"),), preprocessing=preprocessing, decode=decode)
+    recipe = Recipe(threads=1, effort="fast", **{name: value})
+    option = f"--{name.replace('_', '-')}"
+    with pytest.raises(QconvError, match=f"{option}.* needs boxes, and the float model shows none") as told:
+        quantize(source, None, recipe, data)
+    assert told.value.hint
+    for index in range(40):
+        Image.new("RGB", (64, 32), (1, 1, 1)).save(tmp_path / "imgs" / f"{index:02}.png")
+    with pytest.raises(QconvError, match="nothing to quantize"):
+        quantize(source, None, recipe, data)
+
+
+def test_by_labels_a_model_that_shows_nothing_has_a_precision(tmp_path: Path) -> None:
+    """COCO counts boxes far below the score from which on they are shown."""
+    unsure = tmp_path / "unsure.py"
+    unsure.write_text("def decode(outputs):\n    return [[0, 0, 8, 8, 0.01, 0]]\n")
+    proto = network("y = Conv(x, w)", (1, 3, 8, 8), w=(5, 3, 1, 1))
+    session = open_original(Source("m", None, proto.SerializeToString()), 1, Tasks(decode=f"{unsure}:decode"))
+    feeds = {"x": np.zeros((1, 3, 8, 8), np.float32)}
+    said = session.run_all(feeds)
+    outputs = describe_outputs(session, feeds, said)
+    require_boxes(Recipe(min_map=0.5), outputs, [said], labelled=True)
+    for asked, by_labels in ((Recipe(min_map=0.5), False), (Recipe(min_boxes=0.5), True)):
+        with pytest.raises(QconvError, match=r"shows none above 0\."):
+            require_boxes(asked, outputs, [said], labelled=by_labels)
 
 
 def test_each_option_has_its_measure() -> None:

@@ -28,7 +28,7 @@ def decode(arrays: object, least: float) -> list[Detections]:
 def measured(own: Rows, other: Rows) -> float | None:
     pytest.importorskip("faster_coco_eval", reason="needs the extra: pip install 'qconv[detect]'")
     found = DetectionComparison(Head("test", "", ("y",), decode, (64, 64), 0.5))
-    found.update({"y": np.array(own)}, {"y": np.array(other)})
+    found.update(decode([np.array(own)], 0.001), decode([np.array(other)], 0.001))
     return value_of(found.scores(spans=False), FLOAT_MAP)
 
 
@@ -63,7 +63,7 @@ def test_without_the_extra_it_is_left_out_and_a_gate_on_it_is_an_error(monkeypat
     monkeypatch.setattr(detection, "require_detect_extra", missing)
     monkeypatch.setattr("qconv.metrics.demands.require_detect_extra", missing)
     found = DetectionComparison(Head("test", "", ("y",), decode, (64, 64), 0.5))
-    found.update({"y": np.array(FLOAT)}, {"y": np.array(FLOAT)})
+    found.update(decode([np.array(FLOAT)], 0.001), decode([np.array(FLOAT)], 0.001))
     assert [score.name for score in found.scores(spans=True)] == ["boxes"]
     with pytest.raises(QconvError, match="faster-coco-eval"):
         require_extras(Recipe(min_map=0.9))

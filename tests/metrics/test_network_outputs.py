@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from qconv.config.tasks import Tasks
+from qconv.decoding.boxes import Detections
+from qconv.decoding.head import Head
 from qconv.errors import QconvError
 from qconv.ir.files import Source
 from qconv.ir.original import open_original
 from qconv.metrics.network_outputs import NetworkOutputs, describe_outputs
-from qconv.runtime.outputs import OutputKind
+from qconv.runtime.outputs import ModelOutput, OutputKind
 from tests.support.models import network
 
 DECODER = "def boxes(outputs):\n    return [[0, 0, 4, 4, float(outputs['y'].max() > -9), 2]]\n"
@@ -35,6 +40,25 @@ def test_the_users_own_decoder_takes_the_place_of_all_others(tmp_path: Path) -> 
     assert found.head is not None
     (detections,) = found.head.read({"y": np.zeros((1, 5, 8, 8))}, 0.1)
     assert detections.boxes.tolist() == [[0, 0, 4, 4]]
+
+
+def test_detections_of_a_batch_are_read_once() -> None:
+    """The first number of a picture says how many boxes it has."""
+    calls: list[float] = []
+
+    def decode(arrays: Sequence[NDArray[Any]], least: float) -> list[Detections]:
+        calls.append(least)
+        counts = [int(picture.ravel()[0]) for picture in arrays[0]]
+        return [Detections(np.zeros((n, 4)), np.ones(n), np.zeros(n, np.int64)) for n in counts]
+
+    output = ModelOutput("y", True, (None, 3))
+    heard = NetworkOutputs((output,), Head("test", "", ("y",), decode, (8, 8))).hear([np.array([[1, 0, 0], [2, 0, 0]])])
+    assert not calls  # whoever wants none pays for none
+    assert [len(found) for found in heard.detections] == [1, 2]
+    second = heard.of_picture(1)
+    assert (second.by_name["y"].tolist(), [len(found) for found in second.detections]) == ([[2, 0, 0]], [2])
+    assert calls == [0.001]
+    assert NetworkOutputs((output,)).hear([np.zeros((1, 3))]).of_picture(0).detections == ()
 
 
 def test_without_one_nothing_is_detected() -> None:

@@ -16,6 +16,9 @@ GOT = np.array([0, 1, 0, 1, 2, 2, 2, 0, 3, 4])
 MIOU = (2 / 5 + 1 / 3 + 2 / 4 + 1) / 4
 """Class 4 is never expected; each fraction is of places where both say a class, and where either does."""
 
+FLOAT_MIOU = (2 * 2 / 5 + 2**0.5 / 3 + 3**0.5 * 2 / 4 + 1) / (2 + 2**0.5 + 3**0.5 + 1)
+"""The same fractions, weighed by the square roots of 4, 2, 3 and 1 places."""
+
 IDS = OutputOrigin(("ArgMax", "Conv"), 1)
 
 
@@ -63,7 +66,7 @@ def test_a_map_beside_the_float_models(form: str) -> None:
     metric.update(*arrays)
     score = metric.score(spans=True)
     assert score is not None
-    assert score.value == pytest.approx(MIOU)
+    assert score.value == pytest.approx(FLOAT_MIOU)
     assert score.interval is None  # a single batch tells no spread
 
 
@@ -79,16 +82,16 @@ def test_the_interval_is_the_bootstraps_over_batches() -> None:
     assert score.interval == (0.0, 1.0)
 
 
-def test_a_few_places_of_a_class_are_chance() -> None:
-    """Of 2000 places a class of two counts, and one of a single place does not."""
-    for places, expected in ((1, 1999 / 2000), (2, (1998 / 2000 + 0) / 2)):
+def test_few_places_of_a_class_weigh_little() -> None:
+    """Of 2000 places 16 are of a class that is lost: its root is 4 beside 44.5, half as much as of 64 places."""
+    for places, lost in ((16, 4 / (4 + 1984**0.5)), (64, 8 / (8 + 1936**0.5))):
         ref = np.zeros((1, 1, 40, 50), np.int64)
-        ref[0, 0, 0, :places] = 1
+        ref.reshape(-1)[:places] = 1
         metric = FloatMiou(ModelOutput("y", False, ref.shape, origin=IDS))
         metric.update(ref, np.zeros_like(ref))
         score = metric.score(spans=False)
         assert score is not None
-        assert score.value == pytest.approx(expected)
+        assert score.value == pytest.approx((1 - lost) * (1 - places / 2000))
 
 
 def test_integers_that_are_no_class_numbers_have_no_miou() -> None:

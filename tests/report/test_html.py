@@ -7,7 +7,6 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,6 +30,7 @@ from qconv.config.recipe import Recipe
 from qconv.data.images import encode_thumbnail, load_image
 from qconv.data.loader import DataLoader
 from qconv.errors import QconvError
+from qconv.metrics.similarity import share_interval
 from qconv.pipeline import quantize
 from qconv.report import html, pages
 from qconv.report.contact_sheet import NO_PICTURES, make_contact_sheet, undo_preprocessing
@@ -44,13 +44,14 @@ from qconv.results.comparison import (
     HistogramBars,
     LayerComparison,
     Sweep,
-    Trial,
     ValueStatistics,
 )
 from qconv.results.quantize import Audit, FloatNode, LayerTime, OutputScore, Verification
 from qconv.results.sample_curve import CurvePoint, SampleCurve
+from qconv.results.scores import BOXES, MAP, LabelledScores, Score
+from qconv.results.trials import Trial
 from qconv.runtime.session import Session
-from tests.support.browser import MISSING, Browser, browser
+from tests.support.browser import Browser
 from tests.support.libraries import runner
 from tests.support.scores import scores
 
@@ -268,11 +269,33 @@ def test_tiles_by_hand() -> None:
 
 def test_agreement_comes_with_wilsons_interval() -> None:
     """9 of 10: 0.596 to 0.982, as textbooks have it."""
-    tile = pages.make_accuracy_tile(pages.AccuracyScores(10, (OutputScore("y", scores(20.0, 0.9)),)))
+    measured = scores(20.0, 0.9, share_interval(9, 10))
+    tile = pages.make_accuracy_tile(pages.AccuracyScores(10, (OutputScore("y", measured),)))
     assert tile.value == "90.0%"
     assert "95%: 60 to 98%" in tile.note
     assert pages.make_accuracy_tile(pages.AccuracyScores(0, ())).value == "not measured"
     assert pages.make_accuracy_tile(pages.AccuracyScores(4, (OutputScore("y", scores()),))).value == "equal"
+
+
+def test_what_a_detector_finds_comes_before_its_decibels() -> None:
+    found = (OutputScore("y", scores(8.8)), OutputScore("y", (Score(BOXES, 0.825, (0.7, 0.9)),)))
+    measured = pages.AccuracyScores(10, found)
+    told = "on 10 pictures (95%: 70 to 90%); SQNR 8.8 dB"
+    assert pages.make_accuracy_tile(measured) == Tile("boxes", "82.5%", told, "bad")
+    assert pages._describe_accuracy(measured) == "On 10 pictures: finds 82.5% of the float model's boxes."
+
+
+def test_what_labels_tell_has_a_tile() -> None:
+    """34.99 and 31.75: 3.24 points are lost, between the 2 from which on it is not good and the 5 that are bad."""
+    for after, tone in ((0.3175, "plain"), (0.3399, "good"), (0.2899, "bad")):
+        difference = Score(MAP, after - 0.3499, (-0.06, 0.01))
+        found = LabelledScores("coco.json", 64, (Score(MAP, after),), (Score(MAP, 0.3499),), (difference,))
+        (tile,) = pages.make_labels_tiles(found)
+        assert (tile.label, tile.value, tile.tone) == ("mAP by labels", f"{after:.2%}", tone)
+        moved = f"{100 * (after - 0.3499):+.2f} points (-6.00 .. +1.00), no more than chance"
+        assert tile.note == f"the float model has 34.99%; difference of mAP {moved}"
+    nothing = LabelledScores("coco.json", 64, (Score(MAP, None),), (Score(MAP, None),), ())
+    assert pages.make_labels_tiles(nothing) == ()
 
 
 def test_the_sentence_names_who_is_to_blame() -> None:
@@ -518,14 +541,6 @@ def test_what_is_read_is_not_written_over(tmp_path: Path, cifar: Path) -> None:
 
 
 # -- a real browser ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if MISSING:
-        pytest.skip(MISSING)
-    with browser(tmp_path_factory.mktemp("chromium")) as window:
-        yield window
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from qconv.report.picture_comparison import (
 )
 from qconv.reporter import Reporter
 from tests.report.test_html import Tree
+from tests.support.browser import Browser
 from tests.support.models import ints, network
 
 HEIGHT, WIDTH = 32, 64
@@ -164,12 +165,17 @@ def segmenter(least: float) -> onnx.ModelProto:
     return network("y = Conv(x, w, b)", NCHW, w=weights, b=np.float32([least, 0]))
 
 
-def test_masks_by_hand(tmp_path: Path) -> None:
-    """Red is 250 on 16 of 64 columns, 150 on 16 more: float says class 1 of both, the file of the first alone."""
-    save_pictures(tmp_path / "images", (0,))
+def save_bands(path: Path) -> None:
+    """250 on 16 of 64 columns, 150 on 16 more, 0 on the others."""
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     pixels[:, :16], pixels[:, 16:32] = 250, 150
-    Image.fromarray(pixels).save(tmp_path / "images" / "1.png")
+    Image.fromarray(pixels).save(path)
+
+
+def test_masks_by_hand(tmp_path: Path) -> None:
+    """Float says class 1 of both bands, the file of the first alone."""
+    save_pictures(tmp_path / "images", (0,))
+    save_bands(tmp_path / "images" / "1.png")
     (found,) = shown(tmp_path, segmenter(100), segmenter(200), detect=False)
     assert (found.key, found.legend) == ("masks", (("rgb(0,255,74)", "class 1"),))
     assert [(p.name, p.caption) for p in found.pictures] == [
@@ -216,3 +222,63 @@ def test_the_page_draws_each_box_once_and_fetches_nothing(tmp_path: Path) -> Non
     assert [source.partition(",")[0] for source in sources] == ["data:image/jpeg;base64"] * 2
     assert [tag for tag, _ in tree.tags].count("script") == 2
     assert "class 3 0.87, lost in the file" in tree.visible
+
+
+# -- in a real browser -------------------------------------------------------------------------------------------------
+
+
+def open_page(window: Browser, folder: Path, parts: tuple[PictureComparison, ...], width: int) -> None:
+    page = folder / "page.html"
+    page.write_bytes(html.render_page(Page("m.onnx", "", (), "Fine.", "1", shown=parts)))
+    window.open(page, width)
+
+
+def edges_of(window: Browser, selector: str) -> list[list[float]]:
+    """Left, top, width and height of elements, in pixels of the page."""
+    nodes = f"[...document.querySelectorAll({selector!r})]"
+    corners = "r => [r.x + scrollX, r.y + scrollY, r.width, r.height]"
+    found = window.run(f"return {nodes}.map(e => e.getBoundingClientRect()).map({corners})")
+    assert isinstance(found, list)
+    return found
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("resize", ["exact", "letterbox"])
+def test_a_browser_draws_boxes_where_they_are(chromium: Browser, tmp_path: Path, width: int, resize: str) -> None:
+    """Box i is 8 pixels wide and 10 high, at (10 i, 4); of a letterbox the middle 32 of 64 columns are shown."""
+    save_pictures(tmp_path / "images", (5,), (WIDTH, HEIGHT) if resize == "exact" else (64, 64))
+    prep = {"resize": resize, "letterbox_fill": 5} if resize == "letterbox" else {}
+    open_page(chromium, tmp_path, shown(tmp_path, detector(1, NCHW), detector(0.5, NCHW), preprocessing=prep), width)
+    left, across = (0, 64) if resize == "exact" else (16, 32)
+    sides = edges_of(chromium, ".side svg")
+    assert len(sides) == 2
+    assert sides[0][0] + sides[0][2] <= sides[1][0]
+    assert sides[1][0] + sides[1][2] <= width
+    for side, key, count in zip(sides, ("float", "file"), (5, 2), strict=True):
+        scale = side[2] / across
+        assert side[3] == pytest.approx(HEIGHT * scale, abs=1)
+        boxes = sorted(edges_of(chromium, f".side g.box-{key} polygon"))
+        assert len(boxes) == count
+        for index, box in enumerate(boxes):
+            expected = [side[0] + (10 * index - left) * scale, side[1] + 4 * scale, 8 * scale, 10 * scale]
+            assert box == pytest.approx(expected, abs=1)
+    dashes = "return [...document.querySelectorAll('.side polygon')].map(e => getComputedStyle(e).strokeDasharray)"
+    assert [dash == "none" for dash in chromium.run(dashes)].count(False) == 3
+    assert chromium.complaints() == []
+
+
+def test_a_browser_lays_masks_over_the_picture(chromium: Browser, tmp_path: Path) -> None:
+    """Of every colour that is seen 105 parts of 255 are the picture's, and 150 the mask's where there is one."""
+    (tmp_path / "images").mkdir()
+    save_bands(tmp_path / "images" / "0.png")
+    open_page(chromium, tmp_path, shown(tmp_path, segmenter(100), segmenter(200), detect=False), 1280)
+    with Image.open(io.BytesIO(chromium.shot())) as page:
+        seen = np.asarray(page.convert("RGB"), int)
+    color = np.array([0, 255, 74])
+    sides = edges_of(chromium, ".side svg")
+    for (left, top, across, down), masked in zip(sides, ((8, 24), (8,)), strict=True):
+        for column, grey in ((8, 250), (24, 150), (48, 0)):
+            expected = (105 * grey + 150 * color) / 255 if column in masked else np.full(3, grey)
+            x, y = left + across * column / WIDTH, top + down / 2
+            assert np.abs(seen[round(y), round(x)] - expected).max() <= 4, (column, masked)
+    assert chromium.complaints() == []

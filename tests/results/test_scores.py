@@ -8,7 +8,6 @@ from qconv.analysis.evaluation import Evaluation
 from qconv.config.recipe import Recipe
 from qconv.metrics.demands import GATES, check_gates
 from qconv.report.text import format_evaluation, format_trials
-from qconv.results.comparison import Trial
 from qconv.results.quantize import OutputScore, Verification
 from qconv.results.scores import (
     AGREEMENT,
@@ -23,6 +22,7 @@ from qconv.results.scores import (
     by_rank,
     worst_scores,
 )
+from qconv.results.trials import Trial
 from tests.support.scores import scores
 
 ERROR = Metric("error_px", "error", "", higher_is_better=False, equal=0.0)

@@ -166,7 +166,7 @@ def test_points_are_judged_by_pictures_that_weights_were_not_rounded_on(
     sqnr, agreement = measured(result, paths[4:])
     assert value_of(mixed.chosen.scores, SQNR) == pytest.approx(sqnr, abs=1e-4)
     assert value_of(mixed.chosen.scores, AGREEMENT) == value_of(mixed.chosen.scores, TOP1) == agreement
-    assert mixed.float_top1 == 1
+    assert value_of(mixed.float_scores, TOP1) == 1
     assert measured(result, paths)[0] != pytest.approx(sqnr, abs=0.01)
 
 
@@ -278,7 +278,7 @@ def test_agreement_and_top1(pictures: Path) -> None:
         _, agreement = measured(result, pictures)
         assert agreement >= 0.87
         assert value_of(mixed.chosen.scores, AGREEMENT) == agreement
-        assert mixed.float_top1 == (1.0 if measure == "top1" else None)
+        assert value_of(mixed.float_scores, TOP1) == (1.0 if measure == "top1" else None)
         assert value_of(mixed.chosen.scores, TOP1) == (agreement if measure == "top1" else None)
         found.append(mixed.chosen.size)
     assert found[0] == found[1]

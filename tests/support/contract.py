@@ -19,12 +19,18 @@ from typing import Any
 
 import click
 
+from tests.support import labelled
+
 ROOT = Path(__file__).resolve().parents[2]
 CONTRACT = ROOT / "tests" / "cli" / "contract.json"
 IMAGES = 12
 
 TORCH_COMMANDS = ("finetune", "synthesize")
+DETECT_COMMANDS = ("quantize --min-map", "quantize --labels", "evaluate --labels")
 FEW = ("--samples", "4", "--effort", "fast")
+LETTERBOX = (
+    *("--preprocess", "unit", "--resize", "letterbox", "--letterbox-align", "top-left", "--letterbox-fill", "0"),
+)
 COMMANDS: dict[str, tuple[str, ...]] = {
     "quantize": ("quantize", "m.onnx", "--calib", "imgs", *FEW, "--save-stats", "s.npz", "--min-agreement", "0"),
     "quantize --max-drop": (
@@ -41,9 +47,32 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "d.onnx",
     ),
     "quantize --sweep": ("quantize", "m.onnx", "--calib", "imgs", *FEW, "--sweep", "sweep.toml"),
+    "quantize DETECTOR": (
+        *("quantize", "det.onnx", "--calib", "noise", *FEW, *LETTERBOX, "--task", "detect", "--tune-ranges"),
+        *("--float-budget", "0.1", "--min-boxes", "0", "-o", "det.q.onnx"),
+    ),
+    "quantize --min-map": (
+        *("quantize", "det.onnx", "--calib", "noise", *FEW, *LETTERBOX, "--min-map", "0", "-o", "map.onnx"),
+    ),
+    "quantize --labels": (
+        *("quantize", "det.onnx", "--calib", "noise", *FEW, *LETTERBOX, "--labels", "labels.json"),
+        *("--label-map", "map.toml", "--min-map", "0", "-o", "labelled.onnx"),
+    ),
+    "quantize SEGMENTER": (
+        *("quantize", "seg.onnx", "--calib", "noise", *FEW, "--preprocess", "unit", "--task", "segment"),
+        *("--min-miou", "0", "-o", "seg.q.onnx"),
+    ),
+    "quantize --decode": (
+        *("quantize", "m.onnx", "--calib", "imgs", *FEW, "--decode", "mine.py:boxes"),
+        *("--min-boxes", "0", "-o", "x.onnx"),
+    ),
     "inspect FLOAT": ("inspect", "m.onnx"),
     "inspect": ("inspect", "m.w8a8.onnx"),
     "evaluate": ("evaluate", "m.w8a8.onnx", "--images", "imgs", "--against", "m.onnx"),
+    "evaluate --labels": (
+        *("evaluate", "det.q.onnx", "--images", "noise", "--against", "det.onnx", "--labels", "labels.json"),
+        *("--label-map", "map.toml"),
+    ),
     "compare": ("compare", "m.onnx", "m.w8a8.onnx", "--images", "imgs", "--samples", "2"),
     "diagnose": ("diagnose", "m.onnx", "--calib", "imgs", *FEW),
     "audit": ("audit", "m.w8a8.onnx"),
@@ -99,6 +128,8 @@ def json_keys(group: click.Group, folder: Path) -> Iterator[tuple[str, list[str]
     for name, words in COMMANDS.items():
         if words[0] in TORCH_COMMANDS and importlib.util.find_spec("torch") is None:
             continue
+        if name in DETECT_COMMANDS and importlib.util.find_spec("faster_coco_eval") is None:
+            continue
         out = io.StringIO()
         with contextlib.chdir(folder), contextlib.redirect_stdout(out):
             group.main([*words, "--json", "--quiet"], standalone_mode=False)
@@ -112,6 +143,12 @@ def prepare(folder: Path) -> None:
         shutil.copy(picture, folder / "imgs")
     shutil.copy(ROOT / "tests/models/cifar_mobilenet.onnx", folder / "m.onnx")
     (folder / "sweep.toml").write_text("[a]\n")
+    labelled.save(labelled.detector(), folder / "det.onnx")
+    labelled.save(labelled.segmenter(), folder / "seg.onnx")
+    labelled.write_coco(labelled.some_boxes(labelled.pictures(folder / "noise")), folder / "labels.json")
+    rows = (f"{name!r} = {number}\n" for number, name in enumerate(labelled.NAMES))
+    (folder / "map.toml").write_text("".join(rows))
+    (folder / "mine.py").write_text("def boxes(outputs):\n    return [[0, 0, 4, 4, 0.9, 0]]\n")
 
 
 def key_paths(found: Any, path: str = "") -> Iterator[str]:

@@ -22,6 +22,7 @@ from PIL import Image
 from qconv.config.data_options import DataOptions
 from qconv.config.recipe import make_request
 from qconv.reporter import Reporter
+from tests.support import labelled
 from tests.support.libraries import runner
 from tests.support.models import network
 
@@ -374,6 +375,32 @@ def test_the_command_tells_what_training_brought(place: Path, tmp_path: Path) ->
     assert told["steps"]["planned"] == 30
 
 
+def test_a_segmenter_is_judged_by_its_masks(tmp_path: Path) -> None:
+    """A third of the bits are lost: no map is whole, and every gate but that on wholeness holds."""
+    labelled.save(labelled.segmenter(), tmp_path / "net.onnx")
+    folder = labelled.pictures(tmp_path / "pictures", 12)
+    data = DataOptions((str(folder),), preprocessing=replace(RAW, resize="exact"))
+    recipe = Recipe(threads=1, effort="fast", weight_bits=3, edge_bits=3, activation_bits=3)
+    quantize(source(tmp_path / "net.onnx"), tmp_path / "net.w3a3.onnx", recipe, data)
+    args = [str(tmp_path / "net.w3a3.onnx"), "--images", str(folder), "--epochs", "1"]
+    code, text, _ = invoke(*args, "--json", "--min-miou", "1.0", "--min-agreement", "0.1")
+    told = json.loads(text)
+    written = told["after"] if told["trained"] else told["before"]
+    assert code == 3
+    assert told["gates"] == [
+        {"name": "min-agreement", "want": 0.1, "got": written["agreement"], "held": True},
+        {"name": "min-miou", "want": 1.0, "got": written["float_miou"], "held": False},
+    ]
+    assert 0.2 < written["float_miou"] <= written["agreement"] < 1
+    code, text, _ = invoke(*args, "-o", str(tmp_path / "b.onnx"), "--min-miou", "0.1")
+    assert code == 0
+    rows = [line.split() for line in text.splitlines() if line[:1].isalpha()]
+    names = [row[0] for row in rows if row[0] in ("mIoU", "agreement", "SQNR", "distance")]
+    assert names == ["mIoU", "agreement", "SQNR", "distance"]
+    (share,) = (row[1] for row in rows if row[0] == "mIoU")
+    assert share == f"{100 * told['before']['float_miou']:.2f}%"
+
+
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
@@ -386,6 +413,9 @@ def test_the_command_tells_what_training_brought(place: Path, tmp_path: Path) ->
         (["QUANT", "--images", "PICS", "--samples", "4"], 1, "too few"),
         (["QUANT", "--images", "PICS", "-o", "QUANT"], 1, "written over"),
         (["QUANT", "--images", "nowhere"], 1, "does not exist"),
+        (["QUANT", "--images", "PICS", "--min-miou", "1.1"], 2, "Use a share from 0 to 1"),
+        (["QUANT", "--images", "PICS", "--min-miou", "0.5"], 1, "--min-miou needs an output that is a map of classes"),
+        (["QUANT", "--images", "PICS", "--min-boxes", "0.5"], 1, "--min-boxes needs outputs that are read as boxes"),
     ],
 )
 def test_bad_input_is_told_of(place: Path, words: list[str], code: int, told: str) -> None:
