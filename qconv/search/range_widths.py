@@ -21,8 +21,10 @@ from qconv.calibration.range_estimators import Range
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding
+from qconv.ir.model import Value
 from qconv.ir.subgraph import runnable_with_outputs
 from qconv.metrics.output_parts import Parts, relative_noise, sum_errors
+from qconv.planning.plan import Plan
 from qconv.quantization.parameters import choose_ranges
 from qconv.reporter import Reporter
 from qconv.runtime.session import Session
@@ -66,11 +68,12 @@ def choose_range_width(
     known = folded.set_ranges
     own = choose_ranges(folded.plan, folded.sketches, recipe)
     whole = choose_ranges(folded.plan, folded.sketches, recipe, calibrator_name="minmax")
-    if own == whole:
+    open_to = [value for value in own if own[value] != whole[value] and _has_few_codes(folded.plan, value)]
+    if not open_to:
         return ChosenWidth(known, [])
     wider: dict[float, Mapping[str, Range]] = {0.0: known}
     for width in WIDTHS:
-        wider[width] = {value.name or "": _blend(own[value], whole[value], width) for value in own} | dict(known)
+        wider[width] = {value.name or "": _blend(own[value], whole[value], width) for value in open_to} | dict(known)
     tried: dict[float, float] = {}
     for width, ranges in wider.items():
         reporter.progress(STEP, len(tried), len(wider))
@@ -83,6 +86,12 @@ def choose_range_width(
     reach = "reach to the extremes that were seen" if best == 1 else f"reach {best:.0%} of the way to the extremes"
     told = Change("ranges", "all activations", f"ranges {reach}: noise at the outputs {change:+.1f} dB", "ranges wider")
     return ChosenWidth(wider[best], [told])
+
+
+def _has_few_codes(plan: Plan, value: Value) -> bool:
+    """Whether a tensor has up to 8 bits: 16 have room for everything."""
+    spec = plan.activations[value].spec
+    return spec is not None and spec.bits <= 8
 
 
 def _blend(own: Range, whole: Range, width: float) -> Range:
