@@ -47,7 +47,7 @@ def test_json_is_one_object_with_the_keys_of_the_contract(call: Qconv, tmp_path:
     assert found["version"] == qconv.__version__
     assert (found["output"], found["float"]) == (str(out), str(CIFAR))
     assert set(found["size"]) == {"float", "quantized", "ratio"}
-    assert set(found["verify"]) == {"images", "held_back", "sqnr_db", "agreement", "outputs", "heads"}
+    assert set(found["verify"]) == {"images", "held_back", "sqnr_db", "agreement", "outputs", "heads", "labels"}
     assert [set(o) for o in found["verify"]["outputs"]] == [{"name", "kind", "sqnr_db", "agreement", "parts"}]
     assert set(found["audit"]) == {"integer", "float", "islands", "placed", "us", "saturating", "slow"}
     assert [set(gate) for gate in found["gates"]] == [{"name", "want", "got", "held"}]
