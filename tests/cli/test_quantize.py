@@ -243,6 +243,7 @@ def test_no_picture_is_looked_at(call: Qconv, tiny: Path) -> None:
         "agreement": None,
         "outputs": [],
         "heads": [],
+        "labels": None,
     }
     done = call("quantize", CIFAR, "--calib", "./none", "-o", out)
     assert (done.status, "./none does not exist" in done.err) == (1, True)
