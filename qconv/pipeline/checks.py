@@ -174,17 +174,18 @@ SLOWER_FACTOR = 1.05
 """Times of the float model from which on a result is called slower: less is noise."""
 
 
-def warn_of_result(checked: Verification, sizes: tuple[int, int], reporter: Reporter) -> None:
+def warn_of_result(checked: Verification, sizes: tuple[int, int], effort: str, reporter: Reporter) -> None:
     """Warn of odd outputs, of a result that is of no use, and of one slower or larger than the float model.
 
-    sizes: bytes of the float model's files, and of the result's.
+    sizes: bytes of the float model's files, and of the result's. effort: that was made.
     """
     for output in checked.outputs:
         if output.remark:
             reporter.warn(f"output {output.name}: {output.remark}.")
     # a few pictures between two classes move an agreement, which says little beside other measures
     decisive = [score for score in checked.scores if score.metric != AGREEMENT] or list(checked.scores)
-    why = "`qconv diagnose` with the same options tells why"
+    more = "--effort balanced may do better, and " if effort == "fast" else ""
+    why = f"{more}`qconv diagnose` with the same options tells why"
     labelled = checked.labelled
     if labelled is not None and labelled.pair is not None and labelled.lost is not None:
         before, after = labelled.pair

@@ -325,7 +325,7 @@ class _QuantizationRun:
             self._warn_of_chance(original)
         warn_of_vain_keep_float(plan, audited, self.reporter)
         warn_of_vain_pack(plan, self.recipe, self.reporter)
-        warn_of_result(checked, (self.prepared.size, staged.size), self.reporter)
+        warn_of_result(checked, (self.prepared.size, staged.size), self.recipe.effort, self.reporter)
         return checked, audited
 
     def _warn_of_chance(self, original: Session) -> None:

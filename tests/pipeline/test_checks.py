@@ -81,6 +81,6 @@ def test_five_points_of_what_a_task_is_judged_by_are_worth_a_warning(metric: Met
     for value, warned in ((kept, False), (lost, True)):
         heard = Reporter()
         checked = Verification(8, (OutputScore("y", (Score(SQNR, 40.0), Score(metric, value))),))
-        warn_of_result(checked, (2, 1), heard)
+        warn_of_result(checked, (2, 1), "balanced", heard)
         assert len(heard.warnings) == warned
         assert all(metric.label in text and "`qconv diagnose`" in text for text in heard.warnings)
