@@ -502,8 +502,8 @@ quantize_options = combine_options(
     click.option(
         "--labels",
         metavar="FILE|DIR",
-        help="Boxes or masks of the pictures, by which mAP or mIoU of both models are told. Gates and --max-drop, if any, "
-        "go by them: see `qconv evaluate --schema`.",
+        help="Boxes or masks of the pictures, by which mAP or mIoU of both models are told, and gates and --max-drop, "
+        "if there are some, measure: see `qconv evaluate --schema`.",
     ),
     click.option("--label-map", metavar="FILE.toml", help="Which class of the model each of these labels is."),
     click.option(

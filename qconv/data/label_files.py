@@ -174,7 +174,7 @@ Which class of the model a label is:
 2. The names in the labels (COCO, data.yaml, VOC), where the model's are known: from --classes FILE, a name a line in
    the order of the outputs, or from the model's metadata, as Ultralytics writes them.
 3. Else the order of the categories' ids (COCO: 1, 2, 3, 5 are the classes 0, 1, 2, 3), or the number itself (YOLO,
-   masks). --label-offset N is added.
+   masks). `qconv evaluate --label-offset N` is added to all but masks'.
 
 Pictures without labels are left out (but YOLO's), and told of.
 """

@@ -7,7 +7,7 @@ what a crop has cut off, or a letterbox has padded, does not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,12 @@ class MaskLabels:
         found[:, (columns < 0) | (columns >= size[0])] = NO_CLASS
         return found
 
+    def count_any(self, pictures: Collection[Path]) -> bool:
+        """Whether any place of the masks of these pictures counts; reads as far as the first one that does."""
+        return any(
+            (self._to_classes(load_ids(self.files[p]), self.files[p]) >= 0).any() for p in pictures if p in self.files
+        )
+
     def _to_classes(self, ids: NDArray[np.int32], file: Path) -> Int64:
         table = np.arange(int(ids.max(initial=0)) + 1)
         if self.numbers is None:
@@ -82,7 +88,9 @@ class MaskLabels:
         found: Int64 = table[ids]
         odd = found.max(initial=NO_CLASS)
         if self.classes is not None and odd >= self.classes:
-            fact = f"{file} holds the id {odd}, but the model has {self.classes} classes."
+            said = next((key for key, number in (self.numbers or {}).items() if number == odd), None)
+            what = f"the id {odd}" if said is None else f"the id {said}, which --label-map calls class {odd}"
+            fact = f"{file} holds {what}, but the model has {self.classes} classes."
             raise QconvError(fact, "say which class each id is: --label-map FILE.")
         return found
 

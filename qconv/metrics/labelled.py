@@ -173,6 +173,9 @@ class OpenedLabels:
         if self.written is not None:
             head = self._require_head(network)
             boxes = settle_classes(self.written, self.request, _find_classes(network, head), warn)
+            if all(own.ignored.all() for path, own in boxes.pictures.items() if path in self.sizes):
+                fact = f"{self.request.path} holds no box that counts in these pictures."
+                raise QconvError(fact, "label boxes of the model's classes; crowds and difficult ones do not count.")
             self._tell_of_unlabelled(boxes.pictures, warn)
             return FittedLabels(words, lambda prep: BoxMeasure(boxes, self.sizes, prep), boxes.pictures.keys(), boxes)
         output = next((output for output in network.outputs if output.kind in MAP_KINDS), None)
@@ -180,6 +183,9 @@ class OpenedLabels:
             raise self._make_misfit_error("masks", "no output is a map of classes", network, "--task segment")
         known = ModelClasses(read_class_names(metadata), output.classes or None)
         masks = read_mask_labels(self.request, self.pictures, known)
+        if not masks.count_any(self.sizes):
+            fact = f"{self.request.path} holds no mask with a place that counts."
+            raise QconvError(fact, "give masks with ids of the model's classes; 255 and ignored ids do not count.")
         self._tell_of_unlabelled(masks.files, warn)
         return FittedLabels(
             words,

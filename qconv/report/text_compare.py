@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from qconv.errors import format_count, format_some
 from qconv.report.text import format_columns, shorten_path, wrap_text
 from qconv.results.comparison import Comparison, LayerComparison
-from qconv.results.scores import SQNR, find_score, worst_scores
+from qconv.results.quantize import OutputScore
+from qconv.results.scores import BOXES, FLOAT_MAP, FLOAT_MIOU, SQNR, find_score, worst_scores
 
 MOST_LAYERS = 20
 
 HALF_OF_ERROR = 0.5
+
+OF_TASKS = (BOXES, FLOAT_MAP, FLOAT_MIOU)
+"""What detectors and segmenters are judged by, beside the float model."""
 
 
 def format_comparison(found: Comparison, *, verbose: bool) -> str:
     """Format a comparison: the layers, those first that cost most at the outputs."""
     lines = [wrap_text(f"{found.model} beside {found.float_model}: {format_count(found.images, 'picture')}")]
     lines += [wrap_text(found.words)] if found.words else []
-    lines += ["", wrap_text(_describe_outputs(found)), ""]
+    lines += ["", wrap_text(_describe_outputs(found)), *map(wrap_text, _describe_tasks(found.outputs)), ""]
     rows = found.worst_first if verbose else found.worst_first[:MOST_LAYERS]
     cells = [
         ("part of", "own", "as it", "", "codes", "beyond", ""),
@@ -44,6 +50,15 @@ def _describe_outputs(found: Comparison) -> str:
     sum_of = "equal" if found.predicted_db is None else f"{found.predicted_db:.1f} dB"
     added = f"The layers' own errors, each by itself and added up{place}: {sum_of}, on "
     return f"{told} {added}{format_count(found.predicted_on, 'picture')}."
+
+
+def _describe_tasks(outputs: Iterable[OutputScore]) -> Iterator[str]:
+    """Yield a line for each output with parts, or with boxes or a map of classes, of which SQNR says little."""
+    for output in outputs:
+        told = [score for score in output.scores if score.metric in OF_TASKS and score.value is not None]
+        words = [score.in_words(score.metric.sentence) for score in told] + [part.in_words for part in output.parts]
+        if words:
+            yield f"{output.name}: {', '.join(words)}."
 
 
 def _layer_cells(row: LayerComparison) -> tuple[str, ...]:

@@ -308,3 +308,39 @@ def test_labels_that_do_not_fit_a_diagnosis(call: Qconv, tmp_path: Path, images:
     words = ("diagnose", segmenter, "--calib", images, *STRETCHED)
     assert_error(call(*words, "--labels", coco), "holds boxes as labels")
     assert_error(call(*words, "--labels", tmp_path / "no.json"), "no.json does not exist")
+
+
+@needs_library
+@pytest.mark.parametrize("command", ["evaluate", "quantize"])
+def test_labels_in_which_no_box_counts_are_an_error(
+    call: Qconv, tmp_path: Path, images: Path, detector: Path, coco: Path, command: str
+) -> None:
+    """None at all, and crowds alone, of which no average precision can be taken."""
+    truth, out = json.loads(coco.read_text()), tmp_path / "q.onnx"
+    place = ("--images", images, *BOXED[:4]) if command == "evaluate" else ("--calib", images, *BOXED, "-o", out)
+    for boxes in ([], [{**truth["annotations"][0], "iscrowd": 1}]):
+        (tmp_path / "none.json").write_text(json.dumps({**truth, "annotations": boxes}))
+        done = call(command, detector, *place, "--labels", tmp_path / "none.json")
+        assert_error(done, "holds no box that counts in these pictures")
+    assert not out.exists()
+
+
+def test_masks_of_which_no_place_counts_are_an_error(
+    call: Qconv, tmp_path: Path, images: Path, segmenter: Path
+) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in images.rglob("*.png"):
+        with Image.open(path) as shown:
+            Image.new("L", shown.size, 255).save(masks / path.name)
+    done = call("evaluate", segmenter, "--images", images, *STRETCHED[:4], "--labels", masks)
+    assert_error(done, "holds no mask with a place that counts")
+
+
+def test_compare_tells_the_boxes_that_are_found(call: Qconv, tmp_path: Path, images: Path, detector: Path) -> None:
+    out = tmp_path / "q.onnx"
+    assert call("quantize", detector, "--calib", images, *BOXED, "-o", out).status == 0
+    words = ("compare", detector, out, "--images", images, *BOXED[:4])
+    share = next(o["boxes"] for o in call(*words, "--json").json["outputs"] if o.get("boxes") is not None)
+    text = " ".join(call(*words).out.decode().split())
+    assert f"finds {100 * share:.1f}% of the float model's boxes" in text
