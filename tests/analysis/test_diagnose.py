@@ -27,6 +27,7 @@ from qconv.config.data_options import DataOptions
 from qconv.config.recipe import Recipe
 from qconv.data.dataset import find_files
 from qconv.pipeline import collect, quantize
+from qconv.results.scores import AGREEMENT
 from qconv.results.trials import Trial, pareto_mask
 from tests.data.test_autodetect import colourful, fed, folder_of, trained_with
 from tests.support import labelled
@@ -339,7 +340,7 @@ def test_what_is_timed_counts_only_beside_what_is_timed() -> None:
 
 
 def test_outputs_of_classes_alone_count_by_their_agreement() -> None:
-    right, wrong = (Trial("", (), scores=scores(None, share), size=10) for share in (1.0, 0.5))
+    right, wrong = (Trial("", (), scores=scores(None, share), size=10, ranked_by=AGREEMENT) for share in (1.0, 0.5))
     assert pareto_mask((right, wrong)) == (True, False)
     assert right.equal
     assert wrong.task_db == pytest.approx(3.01, abs=0.01)
