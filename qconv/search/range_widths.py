@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qconv.calibration.range_estimators import Range
+from qconv.config.choices import PACKED_BITS
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.errors import Change, Finding
@@ -127,4 +128,9 @@ def _measure(
 def _with_fine_weights(recipe: Recipe) -> Recipe:
     """With weights in FINE_BITS at least: ranges of activations do not hang on bits that may yet be searched for."""
     own = [(name, bits if bits.in_float else replace(bits, weights=None)) for name, bits in recipe.layer_bits]
-    return replace(recipe, weight_bits=max(FINE_BITS, recipe.weight_bits), layer_bits=tuple(own))
+    fine = max(FINE_BITS, recipe.weight_bits)
+    if fine not in TARGETS[recipe.target].weight_bits:
+        fine = recipe.weight_bits
+    allocation = "activations" if recipe.allocates_activations else "none"
+    pack = recipe.pack and fine <= PACKED_BITS
+    return replace(recipe, weight_bits=fine, layer_bits=tuple(own), pack=pack, bit_allocation=allocation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from qconv.calibration.observer import observe, open_observed_session
 from qconv.calibration.range_estimators import sketch_contents_for
+from qconv.config.choices import LayerBits, WeightGranularity
 from qconv.config.recipe import Recipe
 from qconv.config.targets import TARGETS
 from qconv.metrics.output_parts import NO_PARTS
@@ -19,7 +21,7 @@ from qconv.reporter import Reporter
 from qconv.runtime.session import Session
 from qconv.search.candidate import FoldedNetwork
 from qconv.search.loudest_images import PickedImages
-from qconv.search.range_widths import WIDTHS, _blend, choose_range_width
+from qconv.search.range_widths import WIDTHS, _blend, _with_fine_weights, choose_range_width
 from tests.support.models import loaded, network
 
 ONE = np.ones((1, 1, 1, 1), np.float32)
@@ -70,3 +72,24 @@ def test_widths_are_steps_between_both_ends() -> None:
     assert _blend((-1.0, 2.0), (-4.0, 8.0), 1.0) == pytest.approx((-4, 8))
     assert _blend((0.0, 2.0), (-4.0, 8.0), 0.5) == pytest.approx((0, 4))
     assert math.isclose(max(WIDTHS), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "bits", "pack"),
+    [
+        ({"weight_bits": 4, "pack": True, "edge_bits": 4}, 8, False),
+        ({"weight_bits": 2, "bit_allocation": "both", "calibrator": "minmax"}, 8, False),
+        ({"weight_bits": 3, "bit_allocation": "weights"}, 8, False),
+        ({"weight_bits": 16}, 16, False),
+        ({"layer_bits": (("a", LayerBits(4)), ("b", LayerBits(in_float=True))), "pack": True}, 8, False),
+        ({"target_size": 0.2, "pack": True}, 8, False),
+        ({"weight_bits": 4, "weight_granularity": WeightGranularity.PER_BLOCK}, 8, False),
+    ],
+)
+def test_weights_of_few_bits_are_tried_with_8(options: dict[str, Any], bits: int, pack: bool) -> None:
+    """Whatever goes with few bits alone is left out, so that the recipe is one that can be."""
+    found = _with_fine_weights(Recipe(**options))
+    assert (found.weight_bits, found.pack) == (bits, pack)
+    assert all(own.weights is None for _, own in found.layer_bits)
+    assert found.allocates_activations == Recipe(**options).allocates_activations
+    assert not found.allocates_weights
