@@ -19,7 +19,7 @@ from qconv.ir.subgraph import runnable_with_outputs
 from qconv.metrics.output_parts import Parts, sum_errors
 from qconv.runtime.session import Session
 
-STEP = "images"
+STEP = "read again"
 
 Float64 = NDArray[np.float64]
 
