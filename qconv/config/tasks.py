@@ -24,9 +24,13 @@ class Tasks:
     def __post_init__(self) -> None:
         take_types(self, {"task": "--task", "decode": "--decode"})
         fix = f"use one of {', '.join(TASKS)}, or OUTPUT=TASK with commas between several."
+        seen: set[str] = set()
         for entry in self.task.split(","):
             output, equals, task = entry.rpartition("=")
             require(task in TASKS and bool(output or not equals), f"--task {self.task}", fix)
+            both = f"--task {self.task} with two tasks for {output or 'all outputs'}"
+            require(output not in seen, both, "give one of them.")
+            seen.add(output)
         if self.decode is not None:
             file, _, function = self.decode.rpartition(":")
             right = file.endswith(".py") and function.isidentifier()

@@ -49,6 +49,17 @@ def test_what_is_no_task_is_a_usage_error(words: tuple[str, ...]) -> None:
     assert "keypoints, or OUTPUT=TASK" in found.output
 
 
+@pytest.mark.parametrize(
+    ("words", "of"),
+    [(("--task", "detect", "--task", "classify"), "all outputs"), (("--task", "a=embed,b=segment,a=classify"), "a")],
+)
+def test_two_tasks_for_one_output_are_a_usage_error(words: tuple[str, ...], of: str) -> None:
+    """The first, or the last, would be ignored."""
+    found = CliRunner().invoke(cli, ["evaluate", "m.onnx", "--images", "imgs", *words])
+    assert found.exit_code == 2
+    assert f"with two tasks for {of} is not possible" in " ".join(found.output.split())
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model of two outputs, and samples."""
