@@ -67,18 +67,19 @@ def choose_range_width(
     names: of the tensors that count. parts: of these.
     """
     known = folded.set_ranges
-    own = choose_ranges(folded.plan, folded.sketches, recipe)
+    own = choose_ranges(folded.plan, folded.sketches, recipe, known)
     whole = choose_ranges(folded.plan, folded.sketches, recipe, calibrator_name="minmax")
     open_to = [value for value in own if own[value] != whole[value] and _has_few_codes(folded.plan, value)]
     if not open_to:
         return ChosenWidth(known, [])
-    wider: dict[float, Mapping[str, Range]] = {0.0: known}
+    calibrated = {value.name or "": found for value, found in own.items()}  # to be found once, not for each width
+    wider = {0.0: dict(known)}
     for width in WIDTHS:
         wider[width] = {value.name or "": _blend(own[value], whole[value], width) for value in open_to} | dict(known)
     tried: dict[float, float] = {}
     for width, ranges in wider.items():
         reporter.progress(STEP, len(tried), len(wider))
-        tried[width] = _measure(folded, recipe, ranges, names, images, parts)
+        tried[width] = _measure(folded, recipe, calibrated | ranges, names, images, parts)
     reporter.progress(STEP, len(tried), len(tried))
     best = min(tried, key=tried.__getitem__)
     if tried[best] >= LARGEST_RATIO * tried[0.0]:
