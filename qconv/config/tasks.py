@@ -35,6 +35,10 @@ class Tasks:
             file, _, function = self.decode.rpartition(":")
             right = file.endswith(".py") and function.isidentifier()
             require(right, f"--decode {self.decode}", "name a file and a function in it: FILE.py:FUNCTION.")
+            other = next(
+                (name for name in self.task.split(",") if name not in ("auto", "detect") and "=" not in name), None
+            )
+            require(other is None, f"--decode with --task {other}", "leave one of them out: a decoder finds boxes.")
 
     def of(self, output: str) -> str:
         """The task of an output."""

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from qconv.cli.main import cli
 from qconv.cli.options import preprocessing_options
+from qconv.config.tasks import Tasks
 from qconv.errors import QconvError
 from tests.support.models import network
 
@@ -58,6 +59,14 @@ def test_two_tasks_for_one_output_are_a_usage_error(words: tuple[str, ...], of: 
     found = CliRunner().invoke(cli, ["evaluate", "m.onnx", "--images", "imgs", *words])
     assert found.exit_code == 2
     assert f"with two tasks for {of} is not possible" in " ".join(found.output.split())
+
+
+def test_a_decoder_makes_a_detector() -> None:
+    """With another task for all outputs one of both would be ignored; single outputs may have others."""
+    with pytest.raises(QconvError, match="--decode with --task regress is not possible"):
+        Tasks("regress", "d.py:read")
+    for task in ("auto", "detect", "a=embed"):
+        assert Tasks(task, "d.py:read").decode == "d.py:read"
 
 
 @pytest.fixture
