@@ -1,7 +1,7 @@
 """Decodes networks of the kind of DETR (Carion et al. 2020, arXiv 2005.12872): a set of queries, a box and scores each.
 
     two outputs     logits (N, Q, C) or (N, Q, C + 1), boxes (N, Q, 4): centre, width and height as shares of the input
-    Ultralytics'    RT-DETR (N, Q, 4 + C), and since 8.4 (N, Q, 6) of box, score and class
+    Ultralytics'    RT-DETR (N, Q, 4 + C), and since 8.4.47 (N, Q, 6) of box, score and class
 
 DETR itself has a class for no object, the last one, and a softmax over all. Deformable DETR (arXiv 2010.04159), RT-DETR
 (arXiv 2304.08069) and what followed them have a sigmoid for each class, and the Q highest of all scores count: a query

@@ -15,7 +15,7 @@ pixels. Networks of Ultralytics are run as its exporter writes them. Suppression
     YOLOv5, YOLOv7     non_max_suppression as in val.py: all classes of a row, IoU 0.6
     YOLOX              postprocess: the best class of a row, IoU 0.65; at a score that no second class reaches
     DETR, RT-DETR      transformers' post_process_object_detection
-    RT-DETR, 8.3       RTDETRValidator.postprocess, for the form that Ultralytics wrote before 8.4: `rtdetr_scores` is
+    RT-DETR, 8.3       RTDETRValidator.postprocess, for the form that Ultralytics wrote to 8.4.46: `rtdetr_scores` is
                        made where ultralytics==8.3.240 is the first on PYTHONPATH (without the folder tests that its
                        wheel brings), all others with 8.4
 
